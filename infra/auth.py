@@ -1,0 +1,56 @@
+"""Who calls: a short-lived signed token from one service to another (JWT, HS256, RFC 7519)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jwt
+
+from infra.errors import Unauthenticated
+
+LIFETIME_SECONDS = 60
+# Clocks of two machines differ by this at most.
+LEEWAY_SECONDS = 5
+
+
+class Callers:
+    """Makes this service's tokens and reads those of others. `secret` is the same in all services."""
+
+    def __init__(self, secret: str, service: str) -> None:
+        self._secret = secret
+        self._service = service
+        self._tokens: dict[str, tuple[float, str]] = {}
+
+    def token(self, for_: str) -> str:
+        """A token for calls to the service `for_`; made anew after half of its minute."""
+        now = time.time()
+        made, token = self._tokens.get(for_, (0.0, ""))
+        # A clock that jumped back would keep a token of the future, too.
+        if not 0 <= now - made < LIFETIME_SECONDS / 2:
+            claims = {"iss": self._service, "aud": for_, "iat": int(now), "exp": int(now) + LIFETIME_SECONDS}
+            token = jwt.encode(claims, self._secret, algorithm="HS256")
+            self._tokens[for_] = (now, token)
+        return token
+
+    def verify(self, token: str) -> str:
+        """The name of the service that calls. Raises Unauthenticated saying what is wrong with the token."""
+        try:
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                self._secret,
+                algorithms=["HS256"],
+                audience=self._service,
+                leeway=LEEWAY_SECONDS,
+                options={"require": ["iss", "aud", "iat", "exp"]},
+            )
+        except jwt.ExpiredSignatureError as error:
+            raise Unauthenticated("caller token: expired; do the clocks of the two machines agree?") from error
+        except jwt.InvalidAudienceError as error:
+            raise Unauthenticated(f"caller token: made for another service, this is {self._service}") from error
+        except jwt.InvalidSignatureError as error:
+            reason = "caller token: bad signature; is CLAW_INTERNAL_SECRET the same in both services?"
+            raise Unauthenticated(reason) from error
+        except jwt.InvalidTokenError as error:
+            raise Unauthenticated(f"caller token: {error}") from error
+        return str(claims["iss"])

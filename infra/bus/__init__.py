@@ -1,0 +1,1 @@
+"""The two buses, each plain about its broker: Kafka carries facts, RabbitMQ carries work."""

@@ -1,0 +1,85 @@
+"""From the bytes of a message to its handlers, the same for a first delivery and for a redrive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from infra import telemetry
+from infra.errors import InvalidMessage
+from infra.tx import Tx
+from protos.envelope import Envelope, Message, read_headers
+from protos.topology import Subscription
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A message that could be read."""
+
+    id: UUID
+    message: Message
+    headers: Mapping[str, str]
+
+    def envelope(self) -> Envelope:
+        """All attributes. Raises InvalidMessage where one is malformed."""
+        try:
+            return read_headers(dict(self.headers))
+        except ValueError as error:
+            field, _, reason = str(error).partition(": ")
+            raise InvalidMessage(field, reason) from error
+
+
+@cache
+def _decoder(message: type[Message]) -> msgspec.json.Decoder[Message]:
+    return msgspec.json.Decoder(message)
+
+
+@cache
+def _by_wire_name(messages: tuple[type[Message], ...]) -> dict[str, type[Message]]:
+    return {message.wire_name(): message for message in messages}
+
+
+def decode(headers: Mapping[str, str], body: bytes | None, messages: tuple[type[Message], ...]) -> Decoded:
+    """Reads a message of one of the types `messages`.
+
+    Raises InvalidMessage naming the header or the field: id missing or no UUID, a type or version unknown here (a
+    newer writer may have sent it, so it is kept until a reader that knows it redrives it), a tombstone, a body
+    that does not fit.
+    """
+    try:
+        id_ = UUID(headers["ce_id"])
+    except KeyError:
+        raise InvalidMessage("header ce_id", "missing") from None
+    except ValueError:
+        raise InvalidMessage("header ce_id", f"{headers['ce_id']!r} is not a UUID") from None
+    wire_name = headers.get("ce_type", "")
+    message = _by_wire_name(messages).get(wire_name)
+    if message is None:
+        known = ", ".join(sorted(_by_wire_name(messages)))
+        raise InvalidMessage("header ce_type", f"{wire_name!r} is not known here (known: {known})")
+    if body is None:
+        raise InvalidMessage("body", "a tombstone; this topic carries facts, which are never deleted by key")
+    try:
+        return Decoded(id_, _decoder(message).decode(body), headers)
+    except msgspec.DecodeError as error:
+        raise InvalidMessage("body", str(error)) from error
+
+
+async def handle(subscriptions: Sequence[Subscription], items: Sequence[Decoded], tx: Tx, **where: Any) -> None:
+    """Calls every handler with the messages it takes, in order."""
+    for subscription in subscriptions:
+        if subscription.batch:
+            tx.origins.update((id(item.message), item.headers) for item in items)
+            await subscription.handler([item.message for item in items], tx)
+            continue
+        for item in items:
+            if subscription.message is None or type(item.message) is subscription.message:
+                tx.cause = item.envelope()
+                tx.tenant_id = tx.cause.tenant_id
+                with telemetry.process("kafka", subscription.source.name, item.headers, **where):
+                    await subscription.handler(item.message, tx)

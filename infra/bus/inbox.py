@@ -1,0 +1,37 @@
+"""The inbox: which messages a consumer has handled, written in the transaction of the effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from infra.db import sql
+
+
+async def mark_handled(connection: AsyncConnection, consumer: str, ids: Sequence[UUID]) -> set[UUID]:
+    """Marks `ids` (each at most once in the list) as handled and returns those that were not yet.
+
+    A second transaction with the same id waits for the first one's outcome: after its commit it gets nothing
+    back, after its rollback the id.
+    """
+    # Sorted: two transactions that share ids wait for each other in one order, never in a circle.
+    rows = await sql(
+        connection,
+        "INSERT INTO inbox (message_id, consumer) SELECT id, $1::text FROM unnest($2::uuid[]) AS n(id) "
+        "ON CONFLICT DO NOTHING RETURNING message_id",
+        consumer,
+        sorted(ids),
+    )
+    return {UUID(int=id_.int) for (id_,) in rows}
+
+
+async def maintain(connection: AsyncConnection) -> None:
+    """Makes the coming months' partitions, drops those beyond every redelivery, and clears the outbox's past."""
+    await sql(connection, "SELECT inbox_partitions()")
+    await sql(
+        connection,
+        "DELETE FROM outbox WHERE position IN (SELECT position FROM outbox "
+        "WHERE published_at IS NOT NULL AND keep_until < clock_timestamp() LIMIT 50000)",
+    )

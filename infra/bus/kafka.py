@@ -1,0 +1,222 @@
+"""Kafka's client side: the relay's publisher, and the broker's identity of a topic."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+from uuid import UUID
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, UnknownTopicOrPartitionError
+from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.types import (
+    AbstractType,
+    Boolean,
+    CompactArray,
+    CompactString,
+    Int16,
+    Int32,
+    Schema,
+    TaggedFields,
+)
+
+from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable, by_destination
+
+# One record; what is larger belongs in the object store, with a reference in the message.
+MAX_RECORD_BYTES = 1_000_000
+
+
+class KafkaPublisher:
+    """Publishes outbox rows by one idempotent producer: per partition nothing is lost, doubled or reordered by it.
+
+    A send is never timed out and sent again: the producer's own retry keeps the order, a second send would not.
+    """
+
+    bus = "kafka"
+
+    def __init__(self, bootstrap: str, *, prefix: str = "", client_id: str = "clawbus") -> None:
+        self._bootstrap = bootstrap
+        self._prefix = prefix
+        self._client_id = client_id
+        self._producer: AIOKafkaProducer | None = None
+
+    async def start(self) -> AIOKafkaProducer:
+        """Connects, if it has not yet. Raises KafkaConnectionError while no broker answers."""
+        if self._producer is None:
+            producer = AIOKafkaProducer(
+                bootstrap_servers=self._bootstrap,
+                client_id=self._client_id,
+                enable_idempotence=True,
+                acks="all",
+                linger_ms=2,
+                max_batch_size=128 * 1024,
+                max_request_size=MAX_RECORD_BYTES + 48 * 1024,
+                compression_type="lz4",
+            )
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            self._producer = producer
+        return self._producer
+
+    async def stop(self) -> None:
+        if self._producer is not None:
+            await self._producer.stop()
+
+    async def publish(self, rows: Sequence[Pending]) -> list[Outcome]:
+        producer = await self.start()
+        outcomes: list[Outcome] = [None] * len(rows)
+        sent: dict[int, asyncio.Future[Any]] = {}
+        for destination, indexes in by_destination(rows).items():
+            topic = self._prefix + destination
+            try:
+                # A send to a topic that is not there would hold all others back until its time-out.
+                await asyncio.wait_for(producer.partitions_for(topic), 5)
+            except (TimeoutError, UnknownTopicOrPartitionError) as error:
+                for index in indexes:
+                    outcomes[index] = SetAside(f"topic {topic}: {type(error).__name__}, is it provisioned?")
+                continue
+            for index in indexes:
+                row = rows[index]
+                if len(row.body) > MAX_RECORD_BYTES:
+                    outcomes[index] = Unpublishable(
+                        f"body: {len(row.body)} bytes, a record may have {MAX_RECORD_BYTES}"
+                    )
+                    continue
+                headers = [(name, value.encode()) for name, value in row.headers.items()]
+                try:
+                    sent[index] = await producer.send(topic, row.body, key=row.key.encode(), headers=headers)
+                except MessageSizeTooLargeError as error:
+                    outcomes[index] = Unpublishable(f"record: {error}")
+        results = await asyncio.gather(*sent.values(), return_exceptions=True)
+        failed: dict[str, SetAside] = {}
+        for index, result in zip(sent, results, strict=True):
+            destination = rows[index].destination
+            # Behind a failure everything of the destination counts as unsent: sent again in order it stays in order.
+            if isinstance(result, BaseException) and destination not in failed:
+                if not isinstance(result, KafkaError):
+                    raise result
+                failed[destination] = SetAside(f"{type(result).__name__}: {result}")
+            if destination in failed:
+                outcomes[index] = failed[destination]
+        return outcomes
+
+
+class _Uuid(AbstractType[UUID]):  # type: ignore[misc]  # aiokafka is untyped
+    @classmethod
+    def encode(cls, value: UUID) -> bytes:
+        return value.bytes
+
+    @classmethod
+    def decode(cls, data: Any) -> UUID:
+        return UUID(bytes=data.read(16))
+
+    @classmethod
+    def repr(cls, value: UUID) -> str:
+        return str(value)
+
+
+class _MetadataResponse(Response):  # type: ignore[misc]  # aiokafka is untyped
+    API_KEY = 3
+    API_VERSION = 10
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "brokers",
+            CompactArray(
+                ("node_id", Int32),
+                ("host", CompactString("utf-8")),
+                ("port", Int32),
+                ("rack", CompactString("utf-8")),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("cluster_id", CompactString("utf-8")),
+        ("controller_id", Int32),
+        (
+            "topics",
+            CompactArray(
+                ("error_code", Int16),
+                ("name", CompactString("utf-8")),
+                ("topic_id", _Uuid),
+                ("is_internal", Boolean),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("error_code", Int16),
+                        ("partition", Int32),
+                        ("leader", Int32),
+                        ("leader_epoch", Int32),
+                        ("replicas", CompactArray(Int32)),
+                        ("isr", CompactArray(Int32)),
+                        ("offline_replicas", CompactArray(Int32)),
+                        ("tags", TaggedFields),
+                    ),
+                ),
+                ("authorized_operations", Int32),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("authorized_operations", Int32),
+        ("tags", TaggedFields),
+    )
+
+
+class _MetadataRequestV10(RequestStruct):  # type: ignore[misc]  # aiokafka is untyped
+    """Metadata version 10, the first that tells a topic's id; aiokafka itself speaks version 5."""
+
+    API_KEY = 3
+    API_VERSION = 10
+    FLEXIBLE_VERSION: ClassVar[bool] = True
+    RESPONSE_TYPE = _MetadataResponse
+    SCHEMA = Schema(
+        (
+            "topics",
+            CompactArray(("topic_id", _Uuid), ("name", CompactString("utf-8")), ("tags", TaggedFields)),
+        ),
+        ("allow_auto_topic_creation", Boolean),
+        ("include_cluster_authorized_operations", Boolean),
+        ("include_topic_authorized_operations", Boolean),
+        ("tags", TaggedFields),
+    )
+
+
+class _MetadataRequest(Request[_MetadataRequestV10]):  # type: ignore[misc]  # aiokafka is untyped
+    API_KEY = 3
+
+    def __init__(self, topics: Sequence[str]) -> None:
+        self._topics = topics
+
+    def build(self, request_struct_class: type[_MetadataRequestV10]) -> _MetadataRequestV10:
+        return request_struct_class([(UUID(int=0), topic, {}) for topic in self._topics], False, False, False, {})
+
+
+async def topic_incarnations(client: Any, topics: Sequence[str]) -> dict[str, UUID]:
+    """The broker's ids of those `topics` that exist. A topic made anew under its old name has another id.
+
+    `client` is the AIOKafkaClient of a started consumer. Raises KafkaError while no broker answers.
+    """
+    response = await client.send(client.get_random_node(), _MetadataRequest(topics))
+    return {name: topic_id for code, name, topic_id, *_ in response.topics if code == 0}
+
+
+def printable_headers(headers: Sequence[tuple[str, bytes | None]]) -> tuple[dict[str, str], str | None]:
+    """A record's headers as strings, and the name of the first that is not UTF-8 (its bytes shown escaped)."""
+    bad: str | None = None
+    readable: dict[str, str] = {}
+    for name, value in headers:
+        try:
+            readable[name] = (value or b"").decode()
+        except UnicodeDecodeError:
+            bad = bad or name
+            readable[name] = (value or b"").decode(errors="backslashreplace")
+    return readable, bad
+
+
+def headers_json(headers: dict[str, str]) -> str:
+    # ensure_ascii turns NUL into an escape that PostgreSQL's text can hold.
+    return json.dumps(headers)

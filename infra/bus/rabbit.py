@@ -1,0 +1,287 @@
+"""RabbitMQ: the relay's publisher, and the workers that take jobs off the queues.
+
+A worker's handler is quick: it stores the work in one transaction; the ack follows the commit, and a crash between
+the two redelivers a copy that the inbox drops. Attempts are counted in a header of our own: the broker's counter also
+counts messages that were merely prefetched when a process stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractRobustConnection
+from aio_pika.exceptions import DeliveryError, PublishError
+from faststream import AckPolicy
+from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
+
+from infra import telemetry
+from infra.bus.deadletter import DeadLetter, store_dead_letters
+from infra.bus.dispatch import decode
+from infra.bus.inbox import mark_handled
+from infra.bus.kafka import headers_json
+from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable
+from infra.bus.reader import readable_id
+from infra.clock import utcnow
+from infra.db import is_transient
+from infra.errors import InvalidMessage, RetryLater
+from infra.failpoint import failpoint
+from infra.logs import get_logger
+from infra.metrics import Metrics
+from infra.tx import Database, Tx
+from protos.topology import Queue, Subscription
+
+ATTEMPT = "x-claw-attempt"
+CONFIRMS_IN_FLIGHT = 100
+MAX_MESSAGE_BYTES = 1_000_000
+
+
+class RabbitPublisher:
+    """Publishes outbox rows: persistent, confirmed, mandatory."""
+
+    bus = "rabbit"
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: AbstractRobustConnection | None = None
+        self._channel: AbstractChannel | None = None
+        self._in_flight = asyncio.Semaphore(CONFIRMS_IN_FLIGHT)
+
+    async def start(self) -> None:
+        if self._connection is None:
+            self._connection = await aio_pika.connect_robust(self._url, timeout=10, reconnect_interval=1)
+            self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+
+    async def stop(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+
+    async def publish(self, rows: Sequence[Pending]) -> list[Outcome]:
+        await self.start()
+        outcomes = await asyncio.gather(*(self._outcome(row) for row in rows), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+    async def _outcome(self, row: Pending) -> Outcome:
+        if len(row.body) > MAX_MESSAGE_BYTES:
+            return Unpublishable(f"body: {len(row.body)} bytes, a message may have {MAX_MESSAGE_BYTES}")
+        try:
+            await self.send(row.destination, row.routing_key, row.body, row.headers, str(row.message_id))
+        except PublishError:
+            return SetAside(f"exchange {row.destination}: no queue takes routing key {row.routing_key!r}")
+        except DeliveryError:
+            return SetAside(f"exchange {row.destination}: the queue behind {row.routing_key!r} refuses, it is full")
+        return None
+
+    async def send(
+        self, exchange: str, routing_key: str, body: bytes, headers: Mapping[str, Any], message_id: str
+    ) -> None:
+        """Returns once the broker has confirmed. Raises PublishError (no queue) or DeliveryError (refused)."""
+        await self.start()
+        assert self._channel is not None
+        message = aio_pika.Message(
+            body,
+            headers=dict(headers),
+            message_id=message_id,
+            content_type="application/json",
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        )
+        target = (
+            await self._channel.get_exchange(exchange, ensure=False) if exchange else self._channel.default_exchange
+        )
+        async with self._in_flight:
+            await target.publish(message, routing_key, mandatory=True)
+
+
+class Workers:
+    """The consumers of a service's queues, and of their dead-letter queues."""
+
+    def __init__(
+        self,
+        database: Database,
+        subscriptions: Sequence[Subscription],
+        url: str,
+        metrics: Metrics,
+    ) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._publisher = RabbitPublisher(url)
+        self._log = get_logger("infra.rabbit")
+        # Typed injection and FastStream's own acknowledgement are off: bytes come in, this module acknowledges.
+        self._broker = RabbitBroker(
+            url,
+            apply_types=False,
+            graceful_timeout=30.0,
+            logger=None,
+            reconnect_interval=1.0,
+        )
+        for subscription in subscriptions:
+            queue = subscription.source
+            assert isinstance(queue, Queue)
+            self._subscribe(queue.name, subscription.prefetch, _Worker(self, subscription, queue))
+            self._subscribe(queue.dead_letter_queue, 20, _Collector(self, queue))
+
+    def _subscribe(self, name: str, prefetch: int, handler: Any) -> None:
+        self._broker.subscriber(
+            RabbitQueue(name, declare=False),
+            ack_policy=AckPolicy.MANUAL,
+            channel=Channel(prefetch_count=prefetch, on_return_raises=True),
+            decoder=_undecoded,
+            no_reply=True,
+        )(handler)
+
+    async def start(self) -> None:
+        """Raises AMQPError or OSError while the broker is away, and where a queue is not provisioned."""
+        await self._publisher.start()
+        await self._broker.start()
+
+    async def ping(self) -> bool:
+        return await self._broker.ping(timeout=2.0)
+
+    async def stop(self) -> None:
+        """Stops taking, waits for the handlers under way."""
+        await self._broker.stop()
+        await self._publisher.stop()
+
+    async def dead_letter(self, queue: Queue, message: RabbitMessage, error: str, attempts: int) -> None:
+        headers = {str(name): str(value) for name, value in message.headers.items()}
+        letter = DeadLetter(
+            destination=queue.name,
+            place=queue.routing_key,
+            message_id=readable_id(headers, message.body),
+            key=None,
+            tenant_id=headers.get("tenant_id"),
+            attempts=attempts,
+            error=error,
+            headers=headers_json(headers),
+            payload=message.body,
+        )
+        async with self._database.begin() as tx:
+            await store_dead_letters(await tx.connection(), queue.name, "rabbit", [letter])
+        self._metrics.dead_letters.labels(queue.name).inc()
+        self._log.error(
+            "message set aside as a dead letter; see claw dlq list",
+            queue=queue.name,
+            message_id=letter.message_id,
+            attempts=attempts,
+            error=error,
+        )
+
+    async def retry(self, queue: Queue, message: RabbitMessage, attempt: int, delay: timedelta) -> None:
+        """Puts a copy into the wait queue and acks. A crash between the two leaves two copies; the inbox drops one."""
+        headers = {**message.headers, ATTEMPT: attempt}
+        await self._publisher.send("", queue.retry_queue(delay), message.body, headers, str(message.message_id))
+        failpoint("after_retry_before_ack")
+        await message.ack()
+        self._metrics.retries.labels(queue.name).inc()
+
+
+async def _undecoded(message: RabbitMessage) -> RabbitMessage:
+    return message
+
+
+class _Worker:
+    """One queue's handler with its transaction, ladder and dead letter."""
+
+    def __init__(self, workers: Workers, subscription: Subscription, queue: Queue) -> None:
+        self._workers = workers
+        self._subscription = subscription
+        self._queue = queue
+        self.__name__ = subscription.name  # FastStream names the consumer by it
+
+    async def __call__(self, message: RabbitMessage) -> None:
+        queue = self._queue
+        workers = self._workers
+        headers = {str(name): str(value) for name, value in message.headers.items()}
+        attempt = int(message.headers.get(ATTEMPT, 1))
+        destination = f"{queue.exchange.name}:{queue.routing_key}"
+        try:
+            with telemetry.process("rabbitmq", destination, headers, queue=queue.name, age=_age(headers)):
+                await self._handle(message.body, headers)
+        except Exception as error:
+            await self._failed(message, attempt, error)
+            return
+        failpoint("after_commit_before_ack")
+        await message.ack()
+        workers._metrics.processed.labels(queue.name, "handled").inc()
+
+    async def _handle(self, body: bytes, headers: Mapping[str, str]) -> None:
+        decoded = decode(headers, body, (self._queue.message,))
+        envelope = decoded.envelope()
+        if self._queue.expires is not None and envelope.time + self._queue.expires < utcnow():
+            raise InvalidMessage("header ce_time", f"older than {self._queue.expires}, too late to be of use")
+
+        async def work(tx: Tx) -> None:
+            if await mark_handled(await tx.connection(), self._queue.name, [decoded.id]):
+                await self._subscription.handler(decoded.message, tx)
+                failpoint("after_effect_before_commit")
+
+        await self._workers._database.run(work, tenant_id=envelope.tenant_id, cause=envelope)
+
+    async def _failed(self, message: RabbitMessage, attempt: int, error: Exception) -> None:
+        queue = self._queue
+        workers = self._workers
+        workers._log.warning(
+            "message not handled",
+            queue=queue.name,
+            message_id=message.message_id,
+            attempt=attempt,
+            error=f"{type(error).__name__}: {error}",
+            exc_info=not isinstance(error, InvalidMessage) and not is_transient(error),
+        )
+        try:
+            if is_transient(error):
+                # The database is away. That is no fault of the message, so the attempt does not count.
+                await workers.retry(queue, message, attempt, queue.retries[0])
+            elif isinstance(error, InvalidMessage) or attempt > len(queue.retries):
+                await workers.dead_letter(queue, message, f"{type(error).__name__}: {error}", attempt)
+                failpoint("after_dead_letter_before_ack")
+                await message.ack()
+            else:
+                rung = queue.retries[attempt - 1]
+                if isinstance(error, RetryLater):
+                    rung = next((delay for delay in queue.retries if delay >= error.after), queue.retries[-1])
+                await workers.retry(queue, message, attempt + 1, rung)
+        except Exception as second:
+            # Neither parked nor delayed: it goes back to the queue, where the broker keeps it.
+            workers._log.error(
+                "message returned to its queue",
+                queue=queue.name,
+                message_id=message.message_id,
+                error=f"{type(second).__name__}: {second}",
+            )
+            await asyncio.sleep(1)  # without it an outage would redeliver as fast as it can, up to the delivery limit
+            await message.nack(requeue=True)
+
+
+class _Collector:
+    """Moves what the broker itself dead-lettered (a crash loop, expiry, overflow) into the table."""
+
+    def __init__(self, workers: Workers, queue: Queue) -> None:
+        self._workers = workers
+        self._queue = queue
+        self.__name__ = f"dead letters of {queue.name}"
+
+    async def __call__(self, message: RabbitMessage) -> None:
+        reason = str(message.headers.get("x-first-death-reason", "rejected"))
+        attempts = int(message.headers.get(ATTEMPT, 1))
+        try:
+            await self._workers.dead_letter(self._queue, message, f"the broker gave it up: {reason}", attempts)
+        except Exception as error:
+            self._workers._log.warning("dead letter stays in its queue", queue=self._queue.name, error=str(error))
+            await asyncio.sleep(1)
+            await message.nack(requeue=True)
+            return
+        await message.ack()
+
+
+def _age(headers: Mapping[str, str]) -> timedelta:
+    try:
+        return max(utcnow() - datetime.fromisoformat(headers["ce_time"]).astimezone(UTC), timedelta())
+    except (KeyError, ValueError):
+        return timedelta()

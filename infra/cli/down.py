@@ -1,0 +1,28 @@
+"""``./claw down``: stops all, leaves no process."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Annotated
+
+import typer
+
+from infra.cli.home import home_folder
+from infra.cli.privileges import leave_root
+from infra.cli.up import alone, console
+from infra.engines.supervisor import Supervisor
+
+
+def down(wipe: Annotated[bool, typer.Option("--wipe", help="Forget all data and passwords too.")] = False) -> None:
+    """Stop the stack; with --wipe, forget everything it stored."""
+    leave_root()
+    home = home_folder()
+    if not home.exists():
+        console.print(f"Nothing to stop: there is no {home}.")
+        return
+    with alone(home):
+        Supervisor(home).shutdown()
+        if wipe:
+            for path in home.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    console.print("Stopped, and all data forgotten." if wipe else f"Stopped. The data stays in {home}.")

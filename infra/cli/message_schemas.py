@@ -1,0 +1,120 @@
+"""JSON Schema of the messages, and what may not change in one while its version stays.
+
+Within a version old and new must read each other, in both directions: retained records are read by newer readers, and
+during a roll-out records of newer writers are read by older readers. So:
+
+- a field that is removed breaks older readers, which require it, or silently take its default;
+- a new required field breaks newer readers on retained records; a new field with a default breaks nobody, for a
+  reader ignores what it does not know;
+- a type that is narrowed, such as an enum that loses a value, breaks newer readers on retained records;
+- a type that is widened, such as an enum that gains a value, breaks older readers on new records;
+- another default changes what retained records mean.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import msgspec
+
+import protos.messages
+from protos.envelope import Message
+
+Json = dict[str, Any]
+
+
+def messages() -> dict[str, type[Message]]:
+    """All messages by wire name, those of old versions included."""
+    found: dict[str, type[Message]] = {}
+    for module in pkgutil.walk_packages(protos.messages.__path__, "protos.messages."):
+        for _, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if issubclass(member, Message) and member.__module__ == module.name:
+                found[member.wire_name()] = member
+    return dict(sorted(found.items()))
+
+
+def schema(message: type[Message]) -> Json:
+    """The message's JSON Schema (2020-12), its docstring as description."""
+    document = msgspec.json.schema(message)
+    for definition in document["$defs"].values():
+        definition["description"] = inspect.cleandoc(definition["description"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
+
+
+def inlined(document: Json) -> Json:
+    """The schema of the message itself, every reference replaced by what it refers to."""
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(document["$defs"][node["$ref"].removeprefix("#/$defs/")])
+        return {key: inline(value) for key, value in node.items()}
+
+    result: Json = inline({"$ref": document["$ref"]})
+    return result
+
+
+def breaking(old: Json, new: Json) -> list[str]:
+    """What in `new` breaks a reader of `old` or of its records, each with the field's path; empty: nothing."""
+    return _compare("", inlined(old), inlined(new))
+
+
+def _compare(path: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [problem for a, b in zip(old, new, strict=True) for problem in _compare(path, a, b)]
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [f"{path}: was {_short(old)}, is {_short(new)}"]
+    problems = _compare_fields(path, old, new) if "properties" in old and "properties" in new else []
+    for key in sorted((old.keys() | new.keys()) - {"title", "description", "properties", "required"}):
+        if key == "enum" or key not in old or key not in new:
+            if old.get(key) != new.get(key):
+                problems.append(f"{path}: {key} was {_short(old.get(key))}, is {_short(new.get(key))}")
+        else:
+            problems += _compare(path, old[key], new[key])
+    return problems
+
+
+def _compare_fields(path: str, old: Json, new: Json) -> list[str]:
+    was, now = old["properties"], new["properties"]
+    was_required, now_required = set(old.get("required", ())), set(new.get("required", ()))
+    problems = [f"{path}.{name}: removed" for name in was if name not in now]
+    problems += [f"{path}.{name}: new and required" for name in now if name not in was and name in now_required]
+    for name in was.keys() & now.keys():
+        if name in was_required and name not in now_required:
+            problems.append(f"{path}.{name}: was required, older readers still require it")
+        elif name in now_required and name not in was_required:
+            problems.append(f"{path}.{name}: is required, retained records may lack it")
+        else:
+            problems += _compare(f"{path}.{name}", was[name], now[name])
+    return sorted(problems)
+
+
+def _short(value: Any) -> str:
+    return msgspec.json.encode(value).decode()[:200]
+
+
+def reads_back(message: type[Message], example: bytes) -> str | None:
+    """None if `message` decodes `example` and writes all of it again, otherwise what is wrong.
+
+    What it writes besides are fields that are younger than the example.
+    """
+    try:
+        written = msgspec.json.decode(msgspec.json.encode(msgspec.json.decode(example, type=message)))
+    except msgspec.MsgspecError as error:
+        return str(error)
+    lost = _lost("", msgspec.json.decode(example), written)
+    return f"{lost} is not written again as it was read" if lost else None
+
+
+def _lost(path: str, example: Any, written: Any) -> str | None:
+    if isinstance(example, dict) and isinstance(written, dict):
+        missing = (f"{path}.{key}" for key in example if key not in written)
+        deeper = (_lost(f"{path}.{key}", example[key], written[key]) for key in example if key in written)
+        return next((found for found in (*missing, *deeper) if found), None)
+    return None if example == written else path

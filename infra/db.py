@@ -1,0 +1,68 @@
+"""PostgreSQL: one pool per role, and what counts as a passing failure of the database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+# Left idle inside a transaction for longer, the server ends the session. A consumer stopped in mid-transaction holds
+# its offset row; without this the next owner of the partition waits for it as long as the process stays stopped.
+IDLE_IN_TRANSACTION_MS = 5_000
+# No statement of the kernel runs for long; one that does holds locks that others wait for.
+STATEMENT_TIMEOUT_MS = 30_000
+
+_TRANSIENT_STATES = (
+    "08",  # connection
+    "40001",  # serialisation failure
+    "40P01",  # deadlock
+    "53",  # out of resources: disk, memory, connections
+    "55P03",  # lock not available
+    "57",  # cancelled, shut down, cannot connect now
+    "25P03",  # idle in transaction for too long
+    "25006",  # read only: a fail-over is under way
+)
+
+
+def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schema: str | None = None) -> AsyncEngine:
+    """A pool on `url` (``postgresql://user:password@host:port/database``). Connects at first use, not here.
+
+    `schema`: where names are looked up, for a role that has none of its own (an administrator).
+    """
+    return create_async_engine(
+        make_url(url).set(drivername="postgresql+asyncpg"),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=10,
+        connect_args={
+            "timeout": 10,
+            "server_settings": {
+                "application_name": name,
+                "timezone": "UTC",
+                **({"search_path": schema} if schema else {}),
+                "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+                "statement_timeout": str(STATEMENT_TIMEOUT_MS),
+            },
+        },
+    )
+
+
+async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+    """Runs one statement with PostgreSQL's own ``$1`` parameters and returns its rows, if it yields any."""
+    result = await connection.exec_driver_sql(statement, arguments or None)
+    return [tuple(row) for row in result] if result.returns_rows else ()
+
+
+def is_transient(error: BaseException) -> bool:
+    """True for what passes by itself: the connection went, a deadlock, a fail-over, a time-out at the database."""
+    if isinstance(error, DBAPIError):
+        if error.connection_invalidated:
+            return True
+        error = error.orig.__cause__ or error.orig if error.orig else error
+    if isinstance(error, asyncpg.PostgresError):
+        return str(getattr(error, "sqlstate", "")).startswith(_TRANSIENT_STATES)
+    return isinstance(error, (OSError, TimeoutError, asyncpg.InterfaceError))

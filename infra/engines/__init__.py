@@ -1,0 +1,8 @@
+"""The engines of the local stack, each a module with the face of `base.Engine`."""
+
+from infra.engines import kafka, postgres, rabbitmq, valkey
+from infra.engines.base import Engine
+
+ENGINES: dict[str, Engine] = {engine.NAME: engine for engine in (postgres, valkey, kafka, rabbitmq)}
+# What credentials.json calls an engine, where that is not its name.
+CREDENTIALS = {name: {"valkey": "redis"}.get(name, name) for name in ENGINES}

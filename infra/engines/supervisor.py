@@ -1,0 +1,195 @@
+"""Keeps a stack's processes running: supervisord, one per state folder, spoken to over a socket in that folder."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from supervisor.xmlrpc import SupervisorTransport
+
+from infra.engines.base import EngineError, Program, write_atomically
+
+# Every process below a supervisor has this in its environment, however it may have left the process tree.
+MARK = "CLAW_STACK"
+_STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Process:
+    """What the supervisor knows of a program. `state` is its word: RUNNING, STARTING, BACKOFF, FATAL, STOPPED …"""
+
+    state: str
+    pid: int
+    uptime_s: int
+    restarts: int
+
+
+class Supervisor:
+    """The supervisor of the state folder `home`."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._socket = home / "supervisor.sock"
+        # The system's limit for a socket's path is 108 bytes, on macOS 104.
+        if len(str(self._socket).encode()) > 100:
+            raise EngineError(f"CLAW_HOME: {home} is too long a path for a socket: at most 80 characters")
+
+    def running(self) -> bool:
+        try:
+            self._call().getState()
+        except (OSError, xmlrpc.client.Error):
+            return False
+        return True
+
+    def start(self) -> None:
+        """Starts the supervisor, with no program yet. Ends first what a killed supervisor has left behind."""
+        if self.running():
+            return
+        end(orphans(self._home))
+        for old in (self._home / "programs").glob("*"):
+            old.unlink()
+        for name in ("log", "programs"):
+            (self._home / name).mkdir(mode=0o700, exist_ok=True)
+        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = 65536 if most_files == resource.RLIM_INFINITY else min(most_files, 65536)
+        write_atomically(
+            self._home / "supervisord.conf",
+            _section("unix_http_server", file=self._socket, chmod="0700")
+            + _section(
+                "supervisord",
+                logfile=self._home / "log" / "supervisord.log",
+                logfile_maxbytes="10MB",
+                logfile_backups=2,
+                pidfile=self._home / "supervisord.pid",
+                directory=self._home,
+                minfds=limit,
+                umask="077",
+            )
+            + "[rpcinterface:supervisor]\n"
+            + "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
+            + _section("include", files=self._home / "programs" / "*.conf"),
+        )
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self._home / "supervisord.conf")]
+        environment = {**os.environ, MARK: str(self._home)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        deadline = time.monotonic() + 10
+        while not self.running():
+            if done.returncode or time.monotonic() > deadline:
+                raise EngineError(f"the supervisor does not start: {done.stderr or done.stdout}")
+            time.sleep(0.05)
+
+    def add(self, name: str, program: Program) -> None:
+        """Starts the program and keeps it running from now on. Does nothing if it runs already."""
+        if name in self.processes():
+            if self.processes()[name].state not in ("RUNNING", "STARTING", "BACKOFF"):
+                self._call().startProcess(name, False)
+            return
+        folder = self._home / "programs"
+        starts = folder / f"{name}.starts"
+        starts.unlink(missing_ok=True)
+        exports = [f"export {key}={shlex.quote(value)}" for key, value in program.environment.items()]
+        lines = [*exports, f"echo >>{shlex.quote(str(starts))}", f"exec {shlex.join(program.command)}"]
+        write_atomically(folder / f"{name}.sh", "\n".join(lines) + "\n")
+        write_atomically(
+            folder / f"{name}.conf",
+            _section(
+                f"program:{name}",
+                command=f"/bin/sh {shlex.quote(str(folder / f'{name}.sh'))}",
+                directory=self._home / name,
+                autorestart="true",
+                startsecs=1,
+                startretries=20,
+                stopsignal=program.stop_signal,
+                stopwaitsecs=_STOP_SECONDS,
+                killasgroup="true",
+                redirect_stderr="true",
+                stdout_logfile=self.log(name),
+                stdout_logfile_maxbytes="10MB",
+                stdout_logfile_backups=2,
+            ),
+        )
+        call = self._call()
+        call.reloadConfig()
+        call.addProcessGroup(name)
+
+    def processes(self) -> dict[str, Process]:
+        """Every program by name; empty if the supervisor does not run."""
+        if not self.running():
+            return {}
+        return {
+            info["name"]: Process(
+                info["statename"],
+                info["pid"],
+                max(0, info["now"] - info["start"]) if info["pid"] else 0,
+                self._restarts(info["name"]),
+            )
+            for info in self._call().getAllProcessInfo()
+        }
+
+    def stop(self, name: str) -> None:
+        """Stops the program and waits until it has ended; it stays down."""
+        self._call().stopProcess(name)
+
+    def shutdown(self) -> None:
+        """Stops all programs, then the supervisor, then what is left; returns when no process is."""
+        if self.running():
+            pid = self._call().getPID()
+            # All at once: the supervisor's own shutdown would wait for one after the other.
+            self._call().stopAllProcesses()
+            self._call().shutdown()
+            psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=_STOP_SECONDS)
+        end(orphans(self._home))
+
+    def log(self, name: str) -> Path:
+        """The program's log file, rotated at 10 MB, three files in all."""
+        return self._home / "log" / f"{name}.log"
+
+    def _restarts(self, name: str) -> int:
+        starts = self._home / "programs" / f"{name}.starts"
+        return max(0, starts.stat().st_size - 1) if starts.exists() else 0
+
+    def _call(self) -> xmlrpc.client.ServerProxy:
+        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor  # type: ignore[return-value]
+
+
+def orphans(home: Path) -> list[psutil.Process]:
+    """Processes of this stack that run although their supervisor may not."""
+    return [process for process in psutil.process_iter() if _belongs(process, home)]
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Ends the processes, with force those that do not go."""
+    for process in processes:
+        if process.is_running():
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+def _belongs(process: psutil.Process, home: Path) -> bool:
+    try:
+        if process.pid == os.getpid():
+            return False
+        if process.environ().get(MARK) == str(home):
+            return True
+        # These two write their title over their environment.
+        return process.name() in ("postgres", "nginx") and f"{home}/" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _section(name: str, **settings: object) -> str:
+    lines: Iterator[str] = (f"{key}={str(value).replace('%', '%%')}" for key, value in settings.items())
+    return "\n".join([f"[{name}]", *lines]) + "\n"

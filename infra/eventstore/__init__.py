@@ -1,0 +1,1 @@
+"""Streams of events in PostgreSQL: append by compare-and-set, upcasting on read, replay of projections."""

@@ -1,0 +1,255 @@
+"""The HTTP base of a service: problems, health, metrics, a span per request, limits; and the server in our own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import msgspec
+import uvicorn
+from opentelemetry.trace import Span, SpanKind, StatusCode
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from infra import telemetry
+from infra.errors import InvalidMessage, TooLarge
+from infra.health import Health as Health
+from infra.logs import get_logger
+from infra.metrics import Metrics
+from infra.problems import problem
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 1_048_576
+DRAIN_SECONDS = 10
+
+# Asked every few seconds by machines: no span, no metric, no log line.
+_WATCHED = frozenset(("/health", "/healthz", "/readyz", "/api/health", "/api/health/dependencies", "/metrics"))
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_log = get_logger("infra.http")
+
+
+def create_app(
+    routes: Sequence[BaseRoute], health: Health, metrics: Metrics, *, max_body: int = MAX_BODY_BYTES
+) -> Starlette:
+    """An application with `routes`, the health endpoints and ``/metrics``. Bodies over `max_body` bytes get a 413."""
+
+    async def alive(_: Request) -> Response:
+        ok, body = health.alive()
+        return JSONResponse(body, 200 if ok else 503)
+
+    async def ready(_: Request) -> Response:
+        ok, body = await health.ready()
+        return JSONResponse(body, 200 if ok else 503)
+
+    async def prometheus(_: Request) -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def http_problem(_: Request, error: Exception) -> Response:
+        return problem(error)
+
+    watched = [Route(path, alive) for path in ("/health", "/healthz", "/api/health")]
+    watched += [Route(path, ready) for path in ("/readyz", "/api/health/dependencies")]
+    return Starlette(
+        routes=[*watched, Route("/metrics", prometheus), *routes],
+        middleware=[Middleware(_Observed, metrics=metrics, max_body=max_body)],
+        exception_handlers={HTTPException: http_problem},
+    )
+
+
+async def read_json(request: Request, type_: type[T]) -> T:
+    """The request's JSON body as `type_`.
+
+    Raises InvalidMessage naming the field (``items[2].price``; ``body`` if it is no JSON), HTTPException 415 for
+    another content type.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise HTTPException(415, f"content-type: {content_type or 'missing'}; this takes application/json")
+    return decode_json(await request.body(), type_)
+
+
+_FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*?)`")
+
+
+def decode_json(body: bytes, type_: type[T]) -> T:
+    """`body` as `type_`. Raises InvalidMessage naming the field, or ``body`` if it is no JSON."""
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        names = [path.removesuffix("`").removeprefix(".")]
+        if match := _FIELD.match(reason):
+            names.append(match[1])
+            reason = "missing" if "missing" in reason else "unknown"
+        raise InvalidMessage(".".join(name for name in names if name) or "body", reason) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidMessage("body", str(error)) from error
+
+
+class _Observed:
+    """Around every request: trace, metrics, log, the body's limit, and what became an error."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(receive, send, self._max_body)
+        if scope["path"] in _WATCHED:
+            await self._answer(scope, exchange)
+            return
+        began = time.perf_counter()
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name in (b"traceparent", b"tracestate")
+        }
+        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+        attributes = {"http.request.method": method, "url.scheme": scope["scheme"], "url.path": scope["path"]}
+        with telemetry.span(method, SpanKind.SERVER, parent=telemetry.extract(headers), attributes=attributes) as span:
+            await self._answer(scope, exchange)
+            # The pattern, never the path: names and labels must be few.
+            route = getattr(scope.get("route"), "path", "unmatched")
+            seconds = time.perf_counter() - began
+            self._observe(span, method, route, exchange.status, seconds)
+            log = _log.debug if exchange.status < 400 else _log.info
+            log(
+                "request served",
+                method=method,
+                path=scope["path"],
+                status=exchange.status,
+                ms=round(seconds * 1000, 1),
+            )
+
+    async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
+        try:
+            exchange.check_length(scope)
+            await self._app(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            # Nobody is there to answer. 499 is nginx's word for it.
+            exchange.status = exchange.status or 499
+        except Exception as error:
+            response = problem(error)
+            if response.status_code >= 500:
+                _log.error(
+                    "request failed",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=response.status_code,
+                    exc_info=True,
+                )
+            if exchange.status:
+                # The answer is under way: cutting it off is the only way left to say that it is not whole.
+                raise
+            await response(scope, exchange.receive, exchange.send)
+
+    def _observe(self, span: Span, method: str, route: str, status: int, seconds: float) -> None:
+        self._metrics.http_seconds.labels(method, route, str(status)).observe(seconds)
+        if span.is_recording():
+            span.update_name(f"{method} {route}")
+            span.set_attributes({"http.route": route, "http.response.status_code": status})
+            if status >= 500:
+                span.set_attribute("error.type", str(status))
+                span.set_status(StatusCode.ERROR)
+
+
+class _Exchange:
+    """The two directions of one request: counts the body, notes the status (0 before the answer begins)."""
+
+    def __init__(self, receive: Receive, send: Send, max_body: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._max_body = max_body
+        self._received = 0
+        self.status = 0
+
+    def check_length(self, scope: Scope) -> None:
+        for name, value in scope["headers"]:
+            if name == b"content-length" and int(value) > self._max_body:
+                raise self._too_large()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > self._max_body:
+            raise self._too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"body: more than the {self._max_body} bytes that this takes")
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the process, not to one of its parts; and somebody waits for the start."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+
+class HttpServer:
+    """A running server. `port` is the one it is bound to."""
+
+    def __init__(self, server: _Server, task: asyncio.Task[None], port: int) -> None:
+        self._server = server
+        self._task = task
+        self.port = port
+
+    async def stop(self) -> None:
+        """Takes no more connections, lets requests under way finish for ten seconds, then cuts them off."""
+        self._server.should_exit = True
+        await self._task
+
+
+async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpServer:
+    """Serves `app` in this loop, and returns once it does. Port 0 takes a free one.
+
+    Raises OSError saying which address cannot be bound.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"HTTP on {host}:{port}: {error.strerror}") from error
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve([sock]), name="http server")
+    up = asyncio.create_task(server.up.wait())
+    await asyncio.wait((task, up), return_when=asyncio.FIRST_COMPLETED)
+    up.cancel()
+    if task.done():
+        task.result()
+    return HttpServer(server, task, sock.getsockname()[1])

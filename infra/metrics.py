@@ -1,0 +1,83 @@
+"""Every Prometheus metric of a service process, names and labels in one place."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+# From a fast handler to the slowest answer somebody still waits for.
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """The metrics of one process, on a registry of their own: several may live in one test."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+
+        def gauge(name: str, help_: str, *labels: str) -> Gauge:
+            return Gauge(name, help_, labels, registry=registry)
+
+        def counter(name: str, help_: str, *labels: str) -> Counter:
+            return Counter(name, help_, labels, registry=registry)
+
+        def histogram(name: str, help_: str, *labels: str) -> Histogram:
+            return Histogram(name, help_, labels, registry=registry, buckets=_SECONDS)
+
+        # Outbox. Where the oldest age grows, the bus is away or a destination refuses.
+        self.outbox_depth = gauge("claw_outbox_depth", "Messages not yet published", "bus", "destination")
+        self.outbox_oldest_seconds = gauge(
+            "claw_outbox_oldest_seconds", "Age of the oldest message not yet published", "bus", "destination"
+        )
+        self.outbox_published = counter("claw_outbox_published_total", "Messages the bus confirmed", "bus")
+        self.outbox_failures = counter("claw_outbox_failures_total", "Refused or failed publishing", "bus")
+
+        # Kafka readers, by consumer group. Lag without progress is a stuck consumer.
+        self.lag_records = gauge(
+            "claw_consumer_lag_records",
+            "Records in the log not yet processed",
+            "consumer",
+            "topic",
+            "partition",
+        )
+        self.lag_seconds = gauge(
+            "claw_consumer_lag_seconds",
+            "How far the last processed record lies back, 0 when all is read",
+            "consumer",
+            "topic",
+            "partition",
+        )
+        self.last_progress = gauge(
+            "claw_consumer_last_progress_timestamp_seconds", "When a batch was last committed", "consumer"
+        )
+        self.assigned_partitions = gauge("claw_consumer_partitions", "Partitions assigned", "consumer")
+        self.rebalances = counter("claw_consumer_rebalances_total", "Times partitions were assigned", "consumer")
+        self.partition_stopped = gauge(
+            "claw_consumer_partition_stopped",
+            "1 while a partition is stopped because its stored offset is not in the log",
+            "consumer",
+            "topic",
+            "partition",
+        )
+
+        # Messages of either bus. Outcome: handled, repeat, retried, dead.
+        self.processed = counter("claw_messages_total", "Messages processed", "consumer", "outcome")
+        self.processing_seconds = histogram(
+            "claw_processing_seconds", "Time for one message or one batch, commit included", "consumer"
+        )
+        self.retries = counter("claw_retries_total", "Attempts that failed and are made again", "consumer")
+        self.dead_letters = counter("claw_dead_letters_total", "Messages set aside as dead letters", "consumer")
+        self.parked_keys = gauge("claw_parked_keys", "Keys whose records wait behind a failed one", "consumer", "topic")
+        self.replay_progress = gauge(
+            "claw_replay_progress_ratio", "Part of a projection's replay that is done, 0 to 1", "projection"
+        )
+
+        # Requests served.
+        self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")
+        self.grpc_seconds = histogram("claw_grpc_request_seconds", "gRPC calls served", "method", "code")
+
+        # Lines that did not reach the log topic; they were still printed.
+        self.log_lines_dropped = counter("claw_log_lines_dropped_total", "Log lines not sent to Kafka")

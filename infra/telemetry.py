@@ -1,0 +1,291 @@
+"""Traces: one through every hop. Our own small code, because FastStream's middleware loses the context.
+
+A message carries the context of the span that created it, stored with it in the outbox. A consumer of one
+message is a child of that context, and linked to it; a batch, whose messages come from many traces, has its
+own trace and a link to each. Names and attributes follow OpenTelemetry's semantic conventions for messaging.
+
+`system` is ``kafka`` or ``rabbitmq``. A destination is a topic, or for RabbitMQ ``exchange:routing_key``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, StatusCode, TraceFlags
+from opentelemetry.trace.span import TraceState
+
+Value = str | int | float | bool
+
+# A message older than this belongs to a story that is over: its trace is linked, not continued.
+PARENT_AGE = timedelta(minutes=15)
+# The largest batch is 500; the SDK's own limit of 128 would drop the rest of its links.
+MAX_LINKS = 1000
+
+_TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+# What the bus code says in short, in the conventions' names. Other names are used as they are.
+_ATTRIBUTES = {
+    "message_id": "messaging.message.id",
+    "partition": "messaging.destination.partition.id",
+    "group": "messaging.consumer.group.name",
+    "offset": "messaging.kafka.offset",
+    "key": "messaging.kafka.message.key",
+    "routing_key": "messaging.rabbitmq.destination.routing_key",
+}
+
+
+class Telemetry:
+    """This process's tracing; `shutdown` sends what is still queued."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+
+    def flush(self) -> None:
+        """Sends what is queued now. Blocks for up to the exporter's time limit."""
+        self._provider.force_flush()
+
+    def shutdown(self) -> None:
+        """Sends what is queued and ends tracing. Blocks as `flush` does: call it in a thread."""
+        global _tracer, _recording
+        _tracer, _recording = trace.NoOpTracer(), False
+        self._provider.shutdown()
+
+
+_tracer: trace.Tracer = trace.NoOpTracer()
+_recording = False
+
+
+def setup(service: str, version: str, endpoint: str | None, *, processor: SpanProcessor | None = None) -> Telemetry:
+    """Starts tracing in this process: spans go to the OTLP/HTTP collector at the base URL `endpoint`.
+
+    Without one, nothing is recorded, and trace ids still travel: log lines of one story keep one id.
+    `processor` takes the spans instead (tests).
+    """
+    global _tracer, _recording
+    if endpoint and processor is None:
+        processor = BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=5))
+    provider = TracerProvider(
+        # The default follows the parent, and records what has none.
+        sampler=None if processor else ALWAYS_OFF,
+        resource=Resource.create({SERVICE_NAME: service, SERVICE_VERSION: version}),
+        span_limits=SpanLimits(max_links=MAX_LINKS),
+        shutdown_on_exit=False,
+    )
+    if processor:
+        provider.add_span_processor(processor)
+    _tracer, _recording = provider.get_tracer("clawbus"), processor is not None
+    return Telemetry(provider)
+
+
+def tracer() -> trace.Tracer:
+    """The tracer of this process; one that does nothing before `setup` and after `shutdown`."""
+    return _tracer
+
+
+def carrier() -> dict[str, str]:
+    """The current context as headers ``traceparent`` and ``tracestate``; empty where there is none."""
+    return _inject(trace.get_current_span().get_span_context())
+
+
+def _inject(context: SpanContext) -> dict[str, str]:
+    if not context.is_valid:
+        return {}
+    headers = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
+    if context.trace_state:
+        headers["tracestate"] = context.trace_state.to_header()
+    return headers
+
+
+def extract(headers: Mapping[str, str]) -> SpanContext | None:
+    """The context that `headers` carry (W3C trace context); None where there is none or it is malformed."""
+    match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    if match is None:
+        return None
+    version, trace_id, span_id, flags, rest = match.groups()
+    state = headers.get("tracestate")
+    context = SpanContext(
+        int(trace_id, 16),
+        int(span_id, 16),
+        is_remote=True,
+        trace_flags=TraceFlags(int(flags, 16)),
+        trace_state=TraceState.from_header([state]) if state else None,
+    )
+    return context if context.is_valid and not (version == "00" and rest) else None
+
+
+def creation(system: str, destination: str, message_id: str) -> dict[str, str]:
+    """The headers to store with a new message: a short span ``create <destination>`` under the current one.
+
+    Where nothing is recorded there is no span: the current context travels as it is.
+    """
+    current = trace.get_current_span()
+    if not current.is_recording():
+        return _inject(current.get_span_context())
+    span = _tracer.start_span(
+        f"create {destination}",
+        kind=SpanKind.PRODUCER,
+        attributes={
+            "messaging.system": system,
+            "messaging.operation.name": "create",
+            "messaging.operation.type": "create",
+            "messaging.destination.name": destination,
+            "messaging.message.id": message_id,
+        },
+    )
+    span.end()
+    return _inject(span.get_span_context())
+
+
+@contextmanager
+def process(
+    system: str,
+    destination: str,
+    carrier: Mapping[str, str],
+    *,
+    age: timedelta = timedelta(0),
+    **attributes: Value,
+) -> Iterator[Span]:
+    """A span for the processing of one message, in the message's trace and linked to its creation.
+
+    It has its own trace where the message is older than 15 minutes (still linked), and where the headers carry
+    no readable context. What the block raises is recorded and raised.
+    """
+    context = extract(carrier)
+    if context and not context.trace_flags.sampled:
+        with _active(NonRecordingSpan(context)) as span:
+            yield span
+        return
+    span = _tracer.start_span(
+        f"process {destination}",
+        context=_child_of(context if age < PARENT_AGE else None),
+        kind=SpanKind.CONSUMER,
+        attributes=_attributes(system, "process", destination, carrier, attributes),
+        links=[Link(context)] if context else None,
+    )
+    with _active(span):
+        yield span
+
+
+@contextmanager
+def process_batch(
+    system: str, destination: str, carriers: Sequence[Mapping[str, str]], **attributes: Value
+) -> Iterator[Span]:
+    """A span for the processing of a batch, in its own trace, with a link to each message's creation."""
+    with _batch(SpanKind.CONSUMER, "process", system, destination, carriers, attributes) as span:
+        yield span
+
+
+@contextmanager
+def publish_batch(
+    system: str, carriers: Sequence[Mapping[str, str]], destination: str | None = None, **attributes: Value
+) -> Iterator[Span]:
+    """A span for the sending of stored messages, in its own trace, with a link to each message's creation."""
+    with _batch(SpanKind.CLIENT, "send", system, destination, carriers, attributes) as span:
+        yield span
+
+
+@contextmanager
+def record(carrier: Mapping[str, str], name: str, **attributes: Value) -> Iterator[Span]:
+    """A span in the trace of one record of a batch, linked to it: for an effect a person follows."""
+    context = extract(carrier)
+    if context and not context.trace_flags.sampled:
+        with _active(NonRecordingSpan(context)) as span:
+            yield span
+        return
+    batch = trace.get_current_span().get_span_context()
+    links = [Link(batch)] if batch.is_valid else None
+    span = _tracer.start_span(name, context=_child_of(context), attributes=attributes, links=links)
+    with _active(span):
+        yield span
+
+
+@contextmanager
+def span(
+    name: str,
+    kind: SpanKind = SpanKind.INTERNAL,
+    *,
+    parent: SpanContext | None = None,
+    attributes: Mapping[str, Value] | None = None,
+) -> Iterator[Span]:
+    """A span around the block, under the current one, or under the remote `parent`."""
+    context = _child_of(parent) if parent else None
+    with _active(_tracer.start_span(name, context=context, kind=kind, attributes=attributes)) as active:
+        yield active
+
+
+@contextmanager
+def _batch(
+    kind: SpanKind,
+    operation: str,
+    system: str,
+    destination: str | None,
+    carriers: Sequence[Mapping[str, str]],
+    attributes: Mapping[str, Value],
+) -> Iterator[Span]:
+    # A link says something only where the other end was recorded. Two messages of one trace are two links.
+    contexts = [extract(headers) for headers in carriers] if _recording else []
+    span = _tracer.start_span(
+        f"{operation} {destination}" if destination else operation,
+        context=Context(),
+        kind=kind,
+        attributes={
+            **_attributes(system, operation, destination, {}, attributes),
+            "messaging.batch.message_count": len(carriers),
+        },
+        links=[Link(context) for context in contexts if context and context.trace_flags.sampled],
+    )
+    with _active(span):
+        yield span
+
+
+@contextmanager
+def _active(span: Span) -> Iterator[Span]:
+    """Makes `span` current in the block, and ends it."""
+    token = otel_context.attach(trace.set_span_in_context(span))
+    try:
+        yield span
+    except Exception as error:
+        span.record_exception(error)
+        span.set_attribute("error.type", type(error).__qualname__)
+        span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        otel_context.detach(token)
+        span.end()
+
+
+def _child_of(parent: SpanContext | None) -> Context:
+    """A context with only `parent` in it: what is current here is not the message's story."""
+    return trace.set_span_in_context(NonRecordingSpan(parent), Context()) if parent else Context()
+
+
+def _attributes(
+    system: str,
+    operation: str,
+    destination: str | None,
+    headers: Mapping[str, str],
+    short: Mapping[str, Value],
+) -> dict[str, Value]:
+    result: dict[str, Value] = {
+        "messaging.system": "rabbitmq" if system == "rabbit" else system,
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+    }
+    if destination is not None:
+        result["messaging.destination.name"] = destination
+    if "ce_id" in headers:
+        result["messaging.message.id"] = headers["ce_id"]
+    for name, value in short.items():
+        # The conventions have a partition's id as a string.
+        result[_ATTRIBUTES.get(name, name)] = str(value) if name == "partition" else value
+    return result

@@ -1,0 +1,1 @@
+"""Desk of the sample. Owns: notebooks. Handles: sample.v1.TakeNote. Publishes: sample.v1.NoteTaken."""

@@ -1,0 +1,1 @@
+"""Calls to billing, one folder per version."""

@@ -1,0 +1,202 @@
+"""Every topic and queue of the system: who sends what, who reads it, how long it is kept, how it is retried.
+
+The one place where a topic or queue is named: provisioning, the AsyncAPI document and ``claw map`` read it.
+A consumer of a topic keeps its dead letters in its own table; a queue has a ``.dlq`` besides.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from protos.messages import agent, audit, billing, channel, logs, memory, notification, plugin, user
+from protos.topology import Catalog, Exchange, Queue, Topic
+
+SERVICES = (
+    "user",
+    "agent",
+    "channel",
+    "memory",
+    "billing",
+    "plugin",
+    "ws_gateway",
+    "notification",
+    "log_aggregator",
+)
+
+CHANNEL_TYPES = (
+    "telegram",
+    "slack",
+    "feishu",
+    "dingtalk",
+    "wecom",
+    "discord",
+    "whatsapp",
+    "line",
+    "qq",
+    "twilio",
+    "webhook",
+)
+
+AGENT_EVENTS = Topic(
+    "agent.events",
+    partitions=8,
+    retention=timedelta(days=7),
+    key="session_key",
+    messages=(agent.RunStarted, agent.StepCompleted, agent.RunCompleted, agent.RunFailed),
+    producers=("agent",),
+    consumers=("ws_gateway", "memory", "log_aggregator"),
+)
+# Not ordered: a task is a hint, and the next one of the session does as well.
+AGENT_TASKS = Topic(
+    "agent.tasks",
+    partitions=4,
+    retention=timedelta(days=1),
+    key="session_key",
+    messages=(agent.RunRequested,),
+    producers=("agent",),
+    consumers=("agent",),
+    ordered=False,
+)
+# Not ordered: debits add up the same in any order, and one broken record must not hold back a tenant's bill.
+USAGE_RECORDS = Topic(
+    "usage.records",
+    partitions=4,
+    retention=timedelta(days=30),
+    key="tenant_id",
+    messages=(billing.UsageRecorded,),
+    producers=SERVICES,
+    consumers=("billing",),
+    ordered=False,
+)
+# Not ordered: a chain is in the order of arrival, and one broken record must not hold back a tenant's chain.
+AUDIT_LOGS = Topic(
+    "audit.logs",
+    partitions=2,
+    retention=timedelta(days=90),
+    key="tenant_id",
+    messages=(audit.ActAudited,),
+    producers=SERVICES,
+    consumers=("log_aggregator",),
+    ordered=False,
+)
+CHANNEL_EVENTS = Topic(
+    "channel.events",
+    partitions=4,
+    retention=timedelta(days=7),
+    key="session_key",
+    messages=(
+        channel.MessageReceived,
+        channel.MessageDelivered,
+        channel.MessageUndelivered,
+        channel.AccountBroken,
+    ),
+    producers=("channel",),
+    consumers=("agent", "billing", "log_aggregator"),
+)
+PLATFORM_EVENTS = Topic(
+    "platform.events",
+    partitions=2,
+    retention=timedelta(days=30),
+    key="tenant_id",
+    messages=(user.TenantCreated, user.SubjectErased, billing.QuotaExhausted, plugin.PluginChanged),
+    producers=("user", "billing", "plugin"),
+    consumers=SERVICES,
+)
+SERVICE_LOGS = Topic(
+    "service.logs",
+    partitions=2,
+    retention=timedelta(days=3),
+    key="service",
+    messages=(logs.LogLine,),
+    producers=SERVICES,
+    consumers=("log_aggregator",),
+    ordered=False,
+)
+
+_SECONDS_TO_MINUTES = (timedelta(seconds=5), timedelta(seconds=30), timedelta(minutes=5))
+_INBOUND = Exchange("channel.inbound", "topic")
+_NOTIFICATION = Exchange("notification", "topic")
+_NOTIFICATION_RETRIES = (timedelta(seconds=10), timedelta(seconds=60), timedelta(seconds=600))
+
+# One queue per channel type, so that a flood of one vendor does not delay the others.
+CHANNEL_INBOUND = {
+    type_: Queue(
+        f"channel.inbound.{type_}",
+        exchange=_INBOUND,
+        routing_key=type_,
+        message=channel.MessageReceived,
+        producers=("channel",),
+        consumer="agent",
+        retries=_SECONDS_TO_MINUTES,
+    )
+    for type_ in CHANNEL_TYPES
+}
+CHANNEL_OUTBOUND = Queue(
+    "channel.outbound",
+    exchange=Exchange("channel.outbound", "direct"),
+    routing_key="channel.outbound",
+    message=channel.SendMessage,
+    producers=("agent",),
+    consumer="channel",
+    retries=_SECONDS_TO_MINUTES,
+)
+NOTIFICATION_EMAIL = Queue(
+    "notification.email",
+    exchange=_NOTIFICATION,
+    routing_key="email",
+    message=notification.SendEmail,
+    producers=("user", "channel", "billing"),
+    consumer="notification",
+    retries=_NOTIFICATION_RETRIES,
+    expires=timedelta(days=1),
+)
+NOTIFICATION_PUSH = Queue(
+    "notification.push",
+    exchange=_NOTIFICATION,
+    routing_key="push",
+    message=notification.SendPush,
+    producers=("user", "channel", "billing"),
+    consumer="notification",
+    retries=_NOTIFICATION_RETRIES,
+    expires=timedelta(days=1),
+)
+DOCUMENT_INDEX = Queue(
+    "document.index",
+    exchange=Exchange("document", "direct"),
+    routing_key="index",
+    message=memory.IndexDocument,
+    producers=("memory",),
+    consumer="memory",
+    retries=_SECONDS_TO_MINUTES,
+)
+# A broadcast: each queue bound to the fanout exchange gets its copy. A service that comes to listen binds its
+# own queue; instances of one service share theirs, and tell each other by the cache's pub/sub.
+PLUGIN_EVENT = Queue(
+    "plugin.event",
+    exchange=Exchange("plugin", "fanout"),
+    routing_key="",
+    message=plugin.PluginChanged,
+    producers=("plugin",),
+    consumer="plugin",
+    retries=_SECONDS_TO_MINUTES,
+)
+
+CATALOG = Catalog(
+    topics=(
+        AGENT_EVENTS,
+        AGENT_TASKS,
+        USAGE_RECORDS,
+        AUDIT_LOGS,
+        CHANNEL_EVENTS,
+        PLATFORM_EVENTS,
+        SERVICE_LOGS,
+    ),
+    queues=(
+        *CHANNEL_INBOUND.values(),
+        CHANNEL_OUTBOUND,
+        NOTIFICATION_EMAIL,
+        NOTIFICATION_PUSH,
+        DOCUMENT_INDEX,
+        PLUGIN_EVENT,
+    ),
+)

@@ -1,0 +1,95 @@
+"""What travels around every message: CloudEvents attributes, trace context, tenant.
+
+CloudEvents 1.0, Kafka binary content mode: attributes are headers with the prefix ``ce_``, the value is
+the data alone. RabbitMQ carries the same keys in its headers table, so one reader serves both.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, ClassVar
+from uuid import UUID
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A public fact or command. Its wire name is ``<owner>.v<version>.<Class>``, the owner being its module.
+
+    Fields unknown to the reader are ignored: an older reader must survive a newer writer.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    @classmethod
+    def wire_name(cls) -> str:
+        owner = cls.__module__.rpartition(".")[2]
+        return f"{owner}.v{cls.VERSION}.{cls.__name__}"
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """A message's attributes. ``id`` is what every consumer drops repeats by."""
+
+    id: UUID
+    source: str
+    type: str
+    time: datetime
+    subject: str | None = None
+    tenant_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+
+    def headers(self) -> dict[str, str]:
+        """The header table, UTF-8 strings only (Kafka and RabbitMQ clients of any language read them)."""
+        optional = {
+            "ce_subject": self.subject,
+            "tenant_id": self.tenant_id,
+            "traceparent": self.traceparent,
+            "tracestate": self.tracestate,
+        }
+        return {
+            "ce_id": str(self.id),
+            "ce_source": self.source,
+            "ce_type": self.type,
+            "ce_specversion": "1.0",
+            "ce_time": self.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "content-type": "application/json",
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+
+def read_headers(headers: dict[str, Any]) -> Envelope:
+    """Reads the header table back.
+
+    Raises ValueError naming the header that is missing or malformed.
+    """
+
+    def required(name: str) -> str:
+        value = headers.get(name)
+        if not isinstance(value, str):
+            raise ValueError(f"header {name}: missing" if value is None else f"header {name}: not a string")
+        return value
+
+    def optional(name: str) -> str | None:
+        return required(name) if name in headers else None
+
+    if required("ce_specversion") != "1.0":
+        raise ValueError(f"header ce_specversion: {headers['ce_specversion']!r} is not 1.0")
+    try:
+        message_id = UUID(required("ce_id"))
+    except ValueError as error:
+        raise ValueError(f"header ce_id: {error}") from error
+    try:
+        time = datetime.fromisoformat(required("ce_time"))
+    except ValueError as error:
+        raise ValueError(f"header ce_time: {error}") from error
+    return Envelope(
+        id=message_id,
+        source=required("ce_source"),
+        type=required("ce_type"),
+        time=time,
+        subject=optional("ce_subject"),
+        tenant_id=optional("tenant_id"),
+        traceparent=optional("traceparent"),
+        tracestate=optional("tracestate"),
+    )

@@ -1,0 +1,1 @@
+"""Calls to memory, one folder per version."""

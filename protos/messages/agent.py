@@ -1,0 +1,63 @@
+"""Agent's public facts: the life of a run.
+
+`session_key` is opaque: one per channel and conversation. The tenant is in the envelope.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+from uuid import UUID
+
+from protos.envelope import Message
+
+
+class RunRequested(Message, frozen=True, kw_only=True):
+    """A hint that a session has work. Whoever takes it claims the next fair session, maybe another one."""
+
+    run_id: UUID
+    session_key: str
+
+
+class RunStarted(Message, frozen=True, kw_only=True):
+    """A worker has begun a run. Said again, with a higher `attempt`, by the worker that resumes it."""
+
+    run_id: UUID
+    session_key: str
+    agent_id: UUID
+    attempt: int
+
+
+class StepCompleted(Message, frozen=True, kw_only=True):
+    """One step of a run has ended.
+
+    step: from 1, gapless within the run.
+    name: of the model or the tool; empty for a retrieval.
+    attempts: how often it was begun, at least 1.
+    duration_ms: of the last attempt, milliseconds.
+    """
+
+    run_id: UUID
+    session_key: str
+    step: int
+    kind: Literal["retrieve", "model", "tool"]
+    name: str
+    status: Literal["completed", "failed"]
+    attempts: int
+    duration_ms: int
+
+
+class RunCompleted(Message, frozen=True, kw_only=True):
+    """A run has answered. `reply` is the whole text, personal content."""
+
+    run_id: UUID
+    session_key: str
+    reply: str
+
+
+class RunFailed(Message, frozen=True, kw_only=True):
+    """A run has ended without an answer. `error` is what an operator reads; it holds no personal content."""
+
+    run_id: UUID
+    session_key: str
+    status: Literal["failed", "cancelled", "refused", "indeterminate"]
+    error: str

@@ -1,0 +1,1 @@
+"""Calls to the kernel of any process, one folder per version."""

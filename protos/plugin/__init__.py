@@ -1,0 +1,1 @@
+"""Calls to plugin, one folder per version."""

@@ -1,0 +1,81 @@
+"""Real engines for all tests: one stack for the run, and a fresh corner of each engine for a module."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+
+from infra.testing.stack import Stack, running_stack
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """PostgreSQL, Valkey, Kafka and RabbitMQ, running. CLAW_TEST_STACK=<folder> uses one that runs already."""
+    with running_stack() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def database(stack: Stack) -> Iterator[str]:
+    """The administrator's URL of a fresh database, dropped after the module."""
+    name = f"t_{uuid.uuid4().hex}"
+    _execute(stack.postgres_url, f"CREATE DATABASE {name}")
+    yield urlunsplit(urlsplit(stack.postgres_url)._replace(path=f"/{name}"))
+    _execute(stack.postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def vhost(stack: Stack) -> Iterator[str]:
+    """The administrator's AMQP URL of a fresh virtual host, deleted after the module."""
+    name = f"t_{uuid.uuid4().hex}"
+    _manage(stack, "PUT", f"/api/vhosts/{name}")
+    _manage(stack, "PUT", f"/api/permissions/{name}/admin", {"configure": ".*", "write": ".*", "read": ".*"})
+    yield urlunsplit(urlsplit(stack.rabbitmq_url)._replace(path=f"/{name}"))
+    _manage(stack, "DELETE", f"/api/vhosts/{name}")
+
+
+@pytest.fixture(scope="module")
+def topic_prefix(stack: Stack) -> Iterator[str]:
+    """A prefix that no other module has; topics whose names begin with it are deleted after the module."""
+    prefix = f"t{uuid.uuid4().hex}."
+    yield prefix
+    asyncio.run(_delete_topics(stack.kafka_bootstrap_servers, prefix))
+
+
+def _execute(url: str, statement: str) -> None:
+    async def execute() -> None:
+        connection = await asyncpg.connect(url)
+        await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(execute())
+
+
+def _manage(stack: Stack, method: str, path: str, body: object = None) -> None:
+    url = urlsplit(stack.rabbitmq_management_url)
+    passwords = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+    address = f"http://{url.hostname}:{url.port}"
+    passwords.add_password(None, address, url.username or "", url.password or "")
+    opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(passwords))
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}{path}", data=data, method=method)
+    request.add_header("content-type", "application/json")
+    opener.open(request, timeout=30).close()
+
+
+async def _delete_topics(servers: str, prefix: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        if topics := [topic for topic in await admin.list_topics() if topic.startswith(prefix)]:
+            await admin.delete_topics(topics)
+    finally:
+        await admin.close()
