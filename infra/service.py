@@ -8,14 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import uvloop
 from prometheus_client import CollectorRegistry
 from starlette.routing import BaseRoute
 
-from infra import db, http, logs, rpc, telemetry
+from infra import VERSION, db, http, logs, rpc, telemetry
 from infra.auth import Callers
 from infra.bus import inbox, outbox
 from infra.bus.kafka import KafkaPublisher
@@ -45,7 +44,7 @@ class Runtime:
     worker: Database
     request: Database
     metrics: Metrics
-    callers: Callers
+    channels: rpc.Channels
 
 
 RouteFactory = Callable[[Runtime], Sequence[BaseRoute]]
@@ -100,8 +99,8 @@ class Service:
         metrics = Metrics(CollectorRegistry())
         logs.setup(self.name, settings.log_level)
         log = logs.get_logger("infra.service")
-        traces = telemetry.setup(self.name, version("clawbus"), settings.otlp_endpoint)
-        stack.callback(traces.shutdown)
+        traces = telemetry.setup(self.name, VERSION, settings.otlp_endpoint)
+        stack.push_async_callback(asyncio.to_thread, traces.shutdown)
         sink = logs.KafkaLogSink(settings.kafka_bootstrap_servers, settings.topic_prefix + SERVICE_LOGS.name, metrics)
         await sink.start()
         stack.push_async_callback(sink.stop)
@@ -113,8 +112,10 @@ class Service:
         worker = Database(engine, self.name)
         request = Database(request_engine, self.name, tenanted=True)
         callers = Callers(settings.internal_secret.get_secret_value(), self.name)
-        runtime = Runtime(settings, worker, request, metrics, callers)
-        health = http.Health(self.name, version("clawbus"))
+        channels = rpc.Channels(callers)
+        stack.push_async_callback(channels.close)
+        runtime = Runtime(settings, worker, request, metrics, channels)
+        health = http.Health(self.name, VERSION)
 
         async def postgres() -> None:
             async with engine.connect() as connection:
@@ -155,7 +156,7 @@ class Service:
                 prefix=settings.topic_prefix,
                 session_ms=settings.kafka_session_ms,
             )
-            health.add_probe(f"consumer {group}", lambda reader=reader: reader.stuck_for() < STUCK_SECONDS)
+            health.add_probe(f"consumer {group}", partial(_makes_progress, reader))
             running.add(f"reader {group}", reader.run, reader.stop)
         jobs = [s for s in subscribed if isinstance(s.source, Queue)]
         if jobs:
@@ -191,6 +192,10 @@ class Service:
     def _bind(self, subscription: Subscription, runtime: Runtime) -> Subscription:
         built = {name: build(runtime) for name, build in self.adapters[subscription.name].items()}
         return replace(subscription, handler=partial(subscription.handler, **built)) if built else subscription
+
+
+def _makes_progress(reader: Reader) -> bool:
+    return reader.stuck_for() < STUCK_SECONDS
 
 
 class _Running:

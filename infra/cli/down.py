@@ -21,7 +21,7 @@ def down(wipe: Annotated[bool, typer.Option("--wipe", help="Forget all data and 
         console.print(f"Nothing to stop: there is no {home}.")
         return
     with alone(home):
-        Supervisor(home).shutdown()
+        Supervisor(home).shutdown(kill=wipe)
         if wipe:
             for path in home.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -48,7 +48,7 @@ def prepare(place: Place) -> None:
         # Otherwise each start would take back what the provisioning has changed since.
         "definitions.skip_if_unchanged": "true",
         "log.console": "true",
-        "log.console.level": "debug",
+        "log.console.level": "warning",
         "log.console.use_colors": "off",
         "log.file": "false",
         "disk_free_limit.absolute": "200MB",

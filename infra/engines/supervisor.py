@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shlex
@@ -139,15 +140,20 @@ class Supervisor:
         """Stops the program and waits until it has ended; it stays down."""
         self._call().stopProcess(name)
 
-    def shutdown(self) -> None:
-        """Stops all programs, then the supervisor, then what is left; returns when no process is."""
+    def shutdown(self, kill: bool = False) -> None:
+        """Stops all programs, then the supervisor, then what is left; returns when no process is.
+
+        `kill`: at once and in no good order, for a stack whose data nobody wants.
+        """
         if self.running():
             pid = self._call().getPID()
-            # All at once: the supervisor's own shutdown would wait for one after the other.
-            self._call().stopAllProcesses()
-            self._call().shutdown()
-            psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=_STOP_SECONDS)
-        end(orphans(self._home))
+            if not kill:
+                # All at once: the supervisor's own shutdown would wait for one after the other.
+                self._call().stopAllProcesses()
+            # Nothing is left to lose, and its own shutdown takes two seconds more.
+            psutil.Process(pid).kill()
+            self._socket.unlink(missing_ok=True)
+        end(orphans(self._home), kill)
 
     def log(self, name: str) -> Path:
         """The program's log file, rotated at 10 MB, three files in all."""
@@ -167,14 +173,16 @@ def orphans(home: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _belongs(process, home)]
 
 
-def end(processes: list[psutil.Process]) -> None:
-    """Ends the processes, with force those that do not go."""
-    for process in processes:
-        if process.is_running():
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=10)
+def end(processes: list[psutil.Process], kill: bool = False) -> None:
+    """Ends the processes, with force those that do not go, or all with `kill`."""
+    if not kill:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=0 if kill else 10)
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=10)
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/sample/v1/sample.proto\x12\x11\x63lawbus.sample.v1\"\x1a\n\x0bSeenRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"(\n\tSeenReply\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\x12\x0c\n\x04note\x18\x02 \x01(\t2N\n\x06Sample\x12\x44\n\x04Seen\x12\x1e.clawbus.sample.v1.SeenRequest\x1a\x1c.clawbus.sample.v1.SeenReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/sample/v1/sample.proto\x12\x11\x63lawbus.sample.v1\")\n\x0bSeenRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"(\n\tSeenReply\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\x12\x0c\n\x04note\x18\x02 \x01(\t2N\n\x06Sample\x12\x44\n\x04Seen\x12\x1e.clawbus.sample.v1.SeenRequest\x1a\x1c.clawbus.sample.v1.SeenReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.sample.v1.sample_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SEENREQUEST']._serialized_start=52
-  _globals['_SEENREQUEST']._serialized_end=78
-  _globals['_SEENREPLY']._serialized_start=80
-  _globals['_SEENREPLY']._serialized_end=120
-  _globals['_SAMPLE']._serialized_start=122
-  _globals['_SAMPLE']._serialized_end=200
+  _globals['_SEENREQUEST']._serialized_end=93
+  _globals['_SEENREPLY']._serialized_start=95
+  _globals['_SEENREPLY']._serialized_end=135
+  _globals['_SAMPLE']._serialized_start=137
+  _globals['_SAMPLE']._serialized_end=215
 # @@protoc_insertion_point(module_scope)

@@ -45,7 +45,7 @@ class SampleServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Seen(self, request, context):
-        """How often something with this key has taken effect.
+        """Tells that something with this key has taken effect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -15,7 +15,7 @@ GRPC_VERSION: str
 class SampleStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Seen: _aio.UnaryUnaryMultiCallable[_sample_pb2.SeenRequest, _sample_pb2.SeenReply]
-    """How often something with this key has taken effect."""
+    """Tells that something with this key has taken effect."""
 
 class SampleServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -24,6 +24,6 @@ class SampleServicer(metaclass=_abc_1.ABCMeta):
         request: _sample_pb2.SeenRequest,
         context: _aio.ServicerContext[_sample_pb2.SeenRequest, _abc.Awaitable[_sample_pb2.SeenReply]],
     ) -> _abc.Awaitable[_sample_pb2.SeenReply]:
-        """How often something with this key has taken effect."""
+        """Tells that something with this key has taken effect."""
 
 def add_SampleServicer_to_server(servicer: SampleServicer, server: _aio.Server) -> None: ...

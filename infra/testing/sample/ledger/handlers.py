@@ -11,7 +11,7 @@ from protos.sample.v1 import sample_pb2, sample_pb2_grpc
 
 
 @SAMPLE_EVENTS.batch(group="sample_ledger", projection=("total", "effect"))
-async def count_notes(notes: list[NoteTaken], tx: Tx, front: sample_pb2_grpc.SampleAsyncStub) -> None:
+async def count_notes(notes: list[NoteTaken], tx: Tx, front: sample_pb2_grpc.SampleStub) -> None:
     books = sorted({note.notebook for note in notes})
     seen = Counter(
         dict(

@@ -1,0 +1,83 @@
+"""A TCP proxy with faults, between a client and a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from contextlib import suppress
+
+
+class FaultProxy:
+    """``async with FaultProxy(host, port) as proxy``: listens on loopback at `proxy.port`, forwards to the target.
+
+    `latency` is the delay in seconds of every piece in either direction.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = host, port
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._connections: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.latency = 0.0
+        self.port = 0
+
+    async def __aenter__(self) -> FaultProxy:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        self.reset()
+        await self._server.wait_closed()
+
+    def blackhole(self) -> None:
+        """Nothing passes any more, and nobody is told, as when packets are lost."""
+        self._flowing.clear()
+
+    def heal(self) -> None:
+        """What a blackhole held passes now, as after TCP's retransmission."""
+        self._flowing.set()
+
+    def reset(self) -> None:
+        """Both ends of every connection get a reset (RST)."""
+        for writers in self._connections:
+            for writer in writers:
+                with suppress(OSError):
+                    linger_off = struct.pack("ii", 1, 0)
+                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_off)
+                writer.transport.abort()
+        self._connections.clear()
+
+    def half_close(self) -> None:
+        """The clients read the end of the stream, and may go on to write."""
+        for client, _ in self._connections:
+            client.write_eof()
+
+    async def _accept(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        try:
+            from_server, server = await asyncio.open_connection(*self._target)
+        except OSError:
+            client.transport.abort()
+            return
+        self._connections.add((client, server))
+        for source, sink in ((reader, server), (from_server, client)):
+            pump = asyncio.create_task(self._pump(source, sink))
+            self._pumps.add(pump)
+            pump.add_done_callback(self._pumps.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        # A reset, ours or theirs, ends the pump: there is nothing left to forward.
+        with suppress(OSError, RuntimeError):
+            while piece := await source.read(65536):
+                await asyncio.sleep(self.latency)
+                await self._flowing.wait()
+                sink.write(piece)
+                await sink.drain()
+            if sink.can_write_eof() and not sink.is_closing():
+                sink.write_eof()

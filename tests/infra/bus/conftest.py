@@ -1,0 +1,94 @@
+"""The sample's topic and queue, and a desk and a ledger run in the test's own process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from infra.bus import provisioning
+from infra.bus.kafka import KafkaPublisher
+from infra.bus.outbox import Publisher, Relay
+from infra.bus.rabbit import RabbitPublisher
+from infra.bus.reader import Reader
+from infra.bus.redrive import Drainer
+from infra.metrics import Metrics
+from infra.testing.sample.catalog import SAMPLE
+from infra.testing.stack import Stack
+from infra.tx import Database
+from protos.catalog import AUDIT_LOGS
+from protos.topology import Catalog, Subscription
+
+
+async def until(condition: Callable[[], Awaitable[Any]], *, seconds: float = 60) -> Any:
+    """Asks until the answer is true, and returns it; a deadline, not a measure of time."""
+    async with asyncio.timeout(seconds):
+        while not (answer := await condition()):
+            await asyncio.sleep(0.05)
+    return answer
+
+
+@dataclass
+class Buses:
+    """Kafka and RabbitMQ with the sample's topology, and how to run the kernel's loops against them."""
+
+    kafka: str
+    rabbitmq: str
+    prefix: str
+    metrics: Metrics = field(default_factory=lambda: Metrics(CollectorRegistry()))
+
+    @asynccontextmanager
+    async def relay(self, database: Database, publisher: Publisher | None = None, **options: Any) -> AsyncIterator[Relay]:
+        own = publisher or KafkaPublisher(self.kafka, prefix=self.prefix)
+        relay = Relay(database.engine, database.service, own, self.metrics, lease_seconds=3, **options)
+        task = asyncio.create_task(relay.run())
+        yield relay
+        await relay.stop()
+        await task
+        if publisher is None:
+            await own.stop()  # type: ignore[attr-defined]
+
+    @asynccontextmanager
+    async def reader(self, database: Database, *subscriptions: Subscription) -> AsyncIterator[Reader]:
+        group = subscriptions[0].group
+        reader = Reader(
+            database,
+            group,
+            subscriptions,
+            bootstrap=self.kafka,
+            metrics=self.metrics,
+            prefix=self.prefix,
+            session_ms=6000,
+        )
+        task = asyncio.create_task(reader.run())
+        yield reader
+        await reader.stop()
+        await task
+
+    @asynccontextmanager
+    async def drainer(self, database: Database, *subscriptions: Subscription) -> AsyncIterator[Drainer]:
+        drainer = Drainer(database, subscriptions, self.metrics)
+        task = asyncio.create_task(drainer.run())
+        yield drainer
+        await drainer.stop()
+        await task
+
+    def rabbit(self) -> RabbitPublisher:
+        return RabbitPublisher(self.rabbitmq)
+
+
+@pytest.fixture(scope="module")
+async def buses(stack: Stack, vhost: str, topic_prefix: str) -> Buses:
+    await provisioning.apply(
+        Catalog(topics=(*SAMPLE.topics, AUDIT_LOGS), queues=SAMPLE.queues),
+        kafka=stack.kafka_bootstrap_servers,
+        rabbit_url=vhost,
+        management_url=stack.rabbitmq_management_url,
+        prefix=topic_prefix,
+    )
+    return Buses(stack.kafka_bootstrap_servers, vhost, topic_prefix)

@@ -1,0 +1,242 @@
+"""The transactional reader: effects once, in order, with their offset; what fails is parked with its key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from infra.bus.deadletter import list_dead_letters
+from infra.bus.redrive import discard, request_redrive
+from infra.clock import utcnow, uuid7
+from infra.errors import Conflict, InvalidMessage
+from infra.testing.sample.catalog import SAMPLE_EVENTS
+from infra.tx import Database, Tx
+from protos.envelope import Envelope
+from protos.messages.sample import NoteTaken
+from tests.infra.bus.conftest import Buses, until
+
+Header = tuple[str, bytes]
+
+
+class Ledger:
+    """A handler that writes effects, and refuses what it is told to."""
+
+    def __init__(self) -> None:
+        self.refused: dict[str, Exception] = {}
+        self.calls: list[list[str]] = []
+
+    async def count(self, notes: list[NoteTaken], tx: Tx) -> None:
+        self.calls.append([note.text for note in notes])
+        for note in notes:
+            if note.text in self.refused:
+                raise self.refused[note.text]
+        await tx.sql(
+            "INSERT INTO effect SELECT n, i, nextval('event_position') FROM unnest($1::text[], $2::bigint[]) AS x(n, i)",
+            [note.notebook for note in notes],
+            [note.number for note in notes],
+        )
+
+
+@pytest.fixture
+async def producer(buses: Buses) -> AsyncIterator[AIOKafkaProducer]:
+    producer = AIOKafkaProducer(bootstrap_servers=buses.kafka, acks="all", enable_idempotence=True)
+    await producer.start()
+    yield producer
+    await producer.stop()
+
+
+def note(book: str, number: int, text: str = "x") -> NoteTaken:
+    return NoteTaken(notebook=book, number=number, text=text)
+
+
+async def send(
+    producer: AIOKafkaProducer,
+    buses: Buses,
+    message: NoteTaken,
+    *,
+    id_: UUID | None = None,
+    change: dict[str, bytes | None] | None = None,
+    body: bytes | None = b"",
+) -> UUID:
+    id_ = id_ or uuid7()
+    envelope = Envelope(id=id_, source="test", type="sample.v1.NoteTaken", time=utcnow(), subject=message.notebook)
+    headers: dict[str, bytes | None] = {name: value.encode() for name, value in envelope.headers().items()}
+    headers.update(change or {})
+    value = msgspec.json.encode(message) if body == b"" else body
+    sent: list[Any] = [(name, header) for name, header in headers.items() if header is not None]
+    await producer.send_and_wait(
+        buses.prefix + SAMPLE_EVENTS.name, value, key=message.notebook.encode(), headers=sent
+    )
+    return id_
+
+
+async def effects(database: Database, book: str) -> list[int]:
+    async with database.begin() as tx:
+        return [n for (n,) in await tx.sql("SELECT number FROM effect WHERE notebook = $1 ORDER BY nth", book)]
+
+
+async def letters(database: Database, book: str) -> list[tuple[str, str]]:
+    async with database.engine.connect() as connection:
+        found = await list_dead_letters(connection, "sample_ledger")
+    return [(letter.state, letter.error) for letter in found if letter.key == book]
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+async def reading(buses: Buses, ledger_database: Database, ledger: Ledger) -> AsyncIterator[Database]:
+    subscription = SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)
+    async with buses.reader(ledger_database, subscription), buses.drainer(ledger_database, subscription):
+        yield ledger_database
+
+
+async def test_a_repeat_has_no_second_effect(reading: Database, producer: AIOKafkaProducer, buses: Buses) -> None:
+    id_ = await send(producer, buses, note("repeat", 1))
+    await send(producer, buses, note("repeat", 1), id_=id_)
+    await send(producer, buses, note("repeat", 2))
+    await until(lambda: _reaches(reading, "repeat", 2))
+    await send(producer, buses, note("repeat", 1), id_=id_)  # also long after
+    await send(producer, buses, note("repeat", 3))
+    await until(lambda: _reaches(reading, "repeat", 3))
+    assert await effects(reading, "repeat") == [1, 2, 3]
+
+
+async def _reaches(database: Database, book: str, number: int) -> bool:
+    return number in await effects(database, book)
+
+
+async def test_a_failing_record_parks_its_key_and_nothing_else(
+    reading: Database, producer: AIOKafkaProducer, buses: Buses, ledger: Ledger
+) -> None:
+    ledger.refused["bad"] = ValueError("will not do")
+    await send(producer, buses, note("parked", 1))
+    await send(producer, buses, note("parked", 2, "bad"))
+    await send(producer, buses, note("parked", 3))
+    await send(producer, buses, note("free", 1))
+    await until(lambda: _reaches(reading, "free", 1))
+    await until(lambda: _count_is(reading, "parked", 2))
+    assert await effects(reading, "parked") == [1]
+    states = await letters(reading, "parked")
+    assert [state for state, _ in states] == ["failed", "waiting"]
+    assert "ValueError: will not do" in states[0][1]
+
+    # Redriven while it still fails, it stays the head; mended, it goes through and the rest follows in order.
+    await redrive_head(reading, "parked")
+    await until(lambda: _head_attempts(reading, "parked", above=3))
+    assert [state for state, _ in await letters(reading, "parked")] == ["failed", "waiting"]
+    ledger.refused.clear()
+    await redrive_head(reading, "parked")
+    await until(lambda: _reaches(reading, "parked", 3))
+    await send(producer, buses, note("parked", 4))
+    await until(lambda: _reaches(reading, "parked", 4))
+    assert await effects(reading, "parked") == [1, 2, 3, 4]
+
+
+async def _count_is(database: Database, book: str, count: int) -> bool:
+    return len(await letters(database, book)) == count
+
+
+async def _head_attempts(database: Database, book: str, *, above: int) -> bool:
+    async with database.begin() as tx:
+        rows = await tx.sql(
+            "SELECT attempts FROM dead_letter WHERE key = $1 AND state = 'failed' AND attempts > $2", book, above
+        )
+    return bool(rows)
+
+
+async def redrive_head(database: Database, book: str) -> None:
+    async with database.begin() as tx:
+        [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE key = $1 AND state = 'failed'", book)
+        await request_redrive(tx, [id_], actor="test")
+
+
+async def test_a_discarded_head_lets_the_rest_follow_and_its_repeat_is_dropped(
+    reading: Database, producer: AIOKafkaProducer, buses: Buses, ledger: Ledger
+) -> None:
+    ledger.refused["hopeless"] = InvalidMessage("text", "is hopeless")
+    id_ = await send(producer, buses, note("discard", 1, "hopeless"))
+    await send(producer, buses, note("discard", 2))
+    await until(lambda: _count_is(reading, "discard", 2))
+    async with reading.begin() as tx:
+        [(letter,)] = await tx.sql("SELECT id FROM dead_letter WHERE message_id = $1", str(id_))
+        with pytest.raises(Conflict, match="waiting"):
+            [(behind,)] = await tx.sql("SELECT id FROM dead_letter WHERE key = 'discard' AND state = 'waiting'")
+            await request_redrive(tx, [behind], actor="test")
+        await discard(tx, letter, actor="test")
+    await until(lambda: _reaches(reading, "discard", 2))
+    ledger.refused.clear()
+    await send(producer, buses, note("discard", 1, "hopeless"), id_=id_)
+    await send(producer, buses, note("discard", 3))
+    await until(lambda: _reaches(reading, "discard", 3))
+    assert await effects(reading, "discard") == [2, 3]
+    async with reading.begin() as tx:
+        acts = await tx.sql("SELECT convert_from(body, 'UTF8') FROM outbox WHERE destination = 'audit.logs'")
+    assert any("dead_letter.discard" in act and str(letter) in act for (act,) in acts)
+
+
+BAD: dict[str, tuple[dict[str, bytes | None], bytes | None, str]] = {
+    "no json": ({}, b"{nope", "body: "),
+    "wrong field": ({}, b'{"notebook":"wrong field","number":"one","text":""}', "$.number"),
+    "tombstone": ({}, None, "tombstone"),
+    "unknown type": ({"ce_type": b"sample.v1.Unheard"}, b"{}", "'sample.v1.Unheard' is not known"),
+    "newer version": ({"ce_type": b"sample.v2.NoteTaken"}, b"{}", "'sample.v2.NoteTaken' is not known"),
+    "header not utf8": ({"tenant_id": b"\xff\xfe"}, b"{}", "header tenant_id: is not UTF-8"),
+    "no id": ({"ce_id": None}, b"{}", "header ce_id: missing"),
+    "id no uuid": ({"ce_id": b"17"}, b"{}", "header ce_id: '17' is not a UUID"),
+    "nul bytes": ({"ce_type": b"a\x00b"}, b"\x00\x00", "not known"),
+}
+
+
+@pytest.mark.parametrize("book", list(BAD))
+async def test_what_cannot_be_read_is_parked_with_its_reason(
+    book: str, reading: Database, producer: AIOKafkaProducer, buses: Buses
+) -> None:
+    change, body, reason = BAD[book]
+    await send(producer, buses, note(book, 1), change=change, body=body)
+    await send(producer, buses, note(book, 2))
+    await send(producer, buses, note(f"beside {book}", 1))
+    await until(lambda: _reaches(reading, f"beside {book}", 1))
+    await until(lambda: _count_is(reading, book, 2))
+    states = await letters(reading, book)
+    assert [state for state, _ in states] == ["failed", "waiting"]
+    assert reason in states[0][1]
+    assert await effects(reading, book) == []
+
+
+async def test_a_record_without_tenant_trace_or_key_is_handled(
+    reading: Database, producer: AIOKafkaProducer, buses: Buses
+) -> None:
+    await send(producer, buses, note("bare", 1), change={"tenant_id": None, "traceparent": None, "ce_subject": None})
+    await send(producer, buses, note("bare", 2), change={"traceparent": b"not a trace"})
+    await until(lambda: _reaches(reading, "bare", 2))
+    assert await effects(reading, "bare") == [1, 2]
+
+
+async def test_two_readers_share_the_partitions_and_no_effect_is_lost_or_doubled(
+    buses: Buses, ledger_database: Database, producer: AIOKafkaProducer, ledger: Ledger
+) -> None:
+    subscription = SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)
+    count = 400
+
+    async def produce() -> None:
+        for n in range(count):
+            await send(producer, buses, note(f"shared {n % 7}", n))
+
+    async with buses.reader(ledger_database, subscription):
+        sending = asyncio.create_task(produce())
+        await until(lambda: _reaches(ledger_database, "shared 0", 0))
+        async with buses.reader(ledger_database, subscription):
+            await sending
+        await until(lambda: _reaches(ledger_database, f"shared {(count - 1) % 7}", count - 1))
+        found = [await effects(ledger_database, f"shared {k}") for k in range(7)]
+    for k, numbers in enumerate(found):
+        assert numbers == list(range(k, count, 7))

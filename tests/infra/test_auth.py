@@ -1,0 +1,62 @@
+"""Tokens between services."""
+
+from __future__ import annotations
+
+import time
+
+import jwt
+import pytest
+
+from infra import auth
+from infra.auth import LEEWAY_SECONDS, LIFETIME_SECONDS, Callers
+from infra.errors import Unauthenticated
+
+SECRET = "an-internal-secret-of-32-characters-or-more"
+agent, billing = Callers(SECRET, "agent"), Callers(SECRET, "billing")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The makers' clock; the verifier has the real one."""
+    now = [time.time()]
+    monkeypatch.setattr(auth.time, "time", lambda: now[0])
+    return now
+
+
+def test_a_token_names_its_caller() -> None:
+    assert billing.verify(agent.token("billing")) == "agent"
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [
+        (agent.token("memory"), "made for another service"),
+        (Callers("another-secret-that-is-long-enough-too", "agent").token("billing"), "bad signature"),
+        ("no token", "Not enough segments"),
+        ("", "Not enough segments"),
+        (jwt.encode({"iss": "agent", "aud": "billing"}, SECRET, algorithm="HS256"), '"iat" claim'),
+        (jwt.encode({"iss": "agent", "aud": "billing"}, "", algorithm="none"), "algorithm"),
+    ],
+)
+def test_a_bad_token_is_refused_with_the_reason(token: str, reason: str) -> None:
+    with pytest.raises(Unauthenticated, match=reason):
+        billing.verify(token)
+
+
+def test_an_old_token_is_refused(clock: list[float]) -> None:
+    clock[0] -= LIFETIME_SECONDS + LEEWAY_SECONDS + 1
+    with pytest.raises(Unauthenticated, match="expired"):
+        billing.verify(Callers(SECRET, "agent").token("billing"))
+
+
+def test_a_token_is_kept_for_half_its_life_and_not_over_a_jump_of_the_clock(clock: list[float]) -> None:
+    callers = Callers(SECRET, "agent")
+    clock[0] = 1_000_000.0
+    first = callers.token("billing")
+    clock[0] += LIFETIME_SECONDS / 2 - 1
+    assert callers.token("billing") == first
+    clock[0] += 2
+    second = callers.token("billing")
+    assert second != first
+    clock[0] -= 3600
+    assert callers.token("billing") != second
