@@ -125,9 +125,10 @@ class _Observed:
         with telemetry.span(method, SpanKind.SERVER, parent=telemetry.extract(headers), attributes=attributes) as span:
             await self._answer(scope, exchange)
             # The pattern, never the path: names and labels must be few.
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = scope.get("route")
+            pattern = scope.get("root_path", "") + route.path if isinstance(route, Route) else "unmatched"
             seconds = time.perf_counter() - began
-            self._observe(span, method, route, exchange.status, seconds)
+            self._observe(span, method, pattern, exchange.status, seconds)
             log = _log.debug if exchange.status < 400 else _log.info
             log(
                 "request served",

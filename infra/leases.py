@@ -20,7 +20,8 @@ LEASE_SECONDS = 9.0
 class Leases:
     """This process's part of the leases ``<kind>:0`` … ``<kind>:<count - 1>``.
 
-    `held` maps the number to the epoch under which it is held. Not to be used by two tasks at once.
+    `held` maps the number to the epoch under which it is held; `due` is when `refresh` next goes to the database,
+    by the monotonic clock. Not to be used by two tasks at once.
     """
 
     def __init__(self, engine: AsyncEngine, kind: str, count: int, *, seconds: float = LEASE_SECONDS) -> None:
@@ -28,13 +29,13 @@ class Leases:
         self._kind = kind
         self._count = count
         self._seconds = seconds
-        self._due = 0.0
+        self.due = 0.0
         self.owner: UUID = uuid7()
         self.held: dict[int, int] = {}
 
     async def refresh(self) -> None:
         """Renews, claims and gives back, where a third of the lease has passed since the last time."""
-        if time.monotonic() < self._due:
+        if time.monotonic() < self.due:
             return
         async with self._engine.begin() as connection:
             await sql(
@@ -77,7 +78,7 @@ class Leases:
                 share,
             )
         self.held = {int(name.rpartition(":")[2]): epoch for name, epoch in rows}
-        self._due = time.monotonic() + self._seconds / 3
+        self.due = time.monotonic() + self._seconds / 3
 
     async def release(self) -> None:
         """Gives all back at once, so that a clean stop leaves no pause for the next holder."""

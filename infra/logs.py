@@ -54,7 +54,8 @@ def setup(service: str, level: str = "info") -> None:
         logger_factory=structlog.ReturnLoggerFactory(),
     )
     logging.root.handlers = [_Libraries()]
-    logging.root.setLevel(number)
+    # Never the debug lines of libraries: they show message contents, and aiokafka would tell of each line it sends.
+    logging.root.setLevel(max(number, logging.INFO))
     # A line per request, with the whole URL in it.
     logging.getLogger("httpx").setLevel(logging.WARNING)
 

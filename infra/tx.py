@@ -235,14 +235,15 @@ class Database:
         try:
             yield tx
             await tx.flush()
-            failpoint("before_commit")
+            if tx.has_messages:
+                failpoint("before_commit")
             await tx.close(commit=True)
             committed = True
         finally:
             if not committed:
                 await tx.close(commit=False)
-        failpoint("after_commit")
         if tx.has_messages:
+            failpoint("after_commit")
             for wake in self._listeners:
                 wake()
         await tx.run_after_commit()

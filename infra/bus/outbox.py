@@ -81,7 +81,7 @@ class Relay:
         self._service = service
         self._publisher = publisher
         self._metrics = metrics
-        self._leases = Leases(engine, f"outbox-{publisher.bus}", BUCKETS, seconds=lease_seconds)
+        self.leases = Leases(engine, f"outbox-{publisher.bus}", BUCKETS, seconds=lease_seconds)
         self._wake = asyncio.Event()
         self._stopping = False
         self._log = get_logger("infra.outbox")
@@ -99,8 +99,7 @@ class Relay:
         while not self._stopping:
             self._wake.clear()
             try:
-                await self._leases.refresh()
-                full = await self._relay_window() == WINDOW
+                full = await self.step() == WINDOW
                 failures = 0
             except Exception as error:
                 # Whatever it was, the rows stay and are tried again: there is nobody to hand the error to.
@@ -122,11 +121,13 @@ class Relay:
                     continue
                 if failures:
                     await asyncio.sleep(POLL_SECONDS)  # a commit wakes it, but must not make it spin on a dead bus
-        if self._leases.held:
-            await self._leases.release()
+        if self.leases.held:
+            await self.leases.release()
 
-    async def _relay_window(self) -> int:
-        if not self._leases.held:
+    async def step(self) -> int:
+        """Relays one window of the buckets that this relay holds now. Returns how many rows it took."""
+        await self.leases.refresh()
+        if not self.leases.held:
             return 0
         async with self._engine.connect() as connection:
             rows = await sql(
@@ -137,7 +138,7 @@ class Relay:
                 " AND s.key IN ('', o.key, o.routing_key) AND s.retry_at > clock_timestamp()) "
                 "ORDER BY position LIMIT $3",
                 self._publisher.bus,
-                list(self._leases.held),
+                list(self.leases.held),
                 WINDOW,
             )
         if not rows:
@@ -182,7 +183,7 @@ class Relay:
         self._metrics.outbox_published.labels(bus).inc(len(done) - len(dead))
 
     async def _mark_published(self, connection: AsyncConnection, positions: list[int]) -> bool:
-        held = self._leases.held
+        held = self.leases.held
         marked = await sql(
             connection,
             # Only under the epoch that read them: a relay that slept must not speak for its successor.
@@ -193,7 +194,7 @@ class Relay:
             positions,
             [f"outbox-{self._publisher.bus}:{bucket}" for bucket in held],
             list(held.values()),
-            self._leases.owner,
+            self.leases.owner,
             f"outbox-{self._publisher.bus}",
         )
         if len(marked) != len(positions):

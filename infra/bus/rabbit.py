@@ -19,12 +19,12 @@ from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
 from infra import telemetry
+from infra.bus.batch import readable_id
 from infra.bus.deadletter import DeadLetter, store_dead_letters
 from infra.bus.dispatch import decode
 from infra.bus.inbox import mark_handled
 from infra.bus.kafka import headers_json
 from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable
-from infra.bus.reader import readable_id
 from infra.clock import utcnow
 from infra.db import is_transient
 from infra.errors import InvalidMessage, RetryLater
@@ -39,13 +39,18 @@ CONFIRMS_IN_FLIGHT = 100
 MAX_MESSAGE_BYTES = 1_000_000
 
 
+def _with_heartbeat(url: str) -> str:
+    """The broker gives a silent client up after two heartbeats and its messages to others; the usual 60 s are long."""
+    return url + ("&" if "?" in url else "?") + "heartbeat=10"
+
+
 class RabbitPublisher:
     """Publishes outbox rows: persistent, confirmed, mandatory."""
 
     bus = "rabbit"
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._url = _with_heartbeat(url)
         self._connection: AbstractRobustConnection | None = None
         self._channel: AbstractChannel | None = None
         self._in_flight = asyncio.Semaphore(CONFIRMS_IN_FLIGHT)
@@ -114,7 +119,7 @@ class Workers:
         self._log = get_logger("infra.rabbit")
         # Typed injection and FastStream's own acknowledgement are off: bytes come in, this module acknowledges.
         self._broker = RabbitBroker(
-            url,
+            _with_heartbeat(url),
             apply_types=False,
             graceful_timeout=30.0,
             logger=None,

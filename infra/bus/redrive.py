@@ -110,7 +110,7 @@ class Drainer:
     async def run(self) -> None:
         while not self._stopping.is_set():
             try:
-                idle = not await self._step()
+                idle = not await self.step()
             except Exception as error:
                 idle = True
                 self._log.warning(
@@ -123,7 +123,7 @@ class Drainer:
             except TimeoutError:
                 continue
 
-    async def _step(self) -> bool:
+    async def step(self) -> bool:
         """Handles one dead letter; False when there is none to handle."""
         letter: Mapping[str, Any] | None = None
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import pkgutil
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
@@ -76,14 +75,21 @@ def flows(catalog: Catalog, packages: Mapping[str, str]) -> list[Flow]:
     kernel = named(infra)
     produced = {name: named(importlib.import_module(package)) | kernel for name, package in packages.items()}
     result = []
-    for source in (*catalog.topics, *catalog.queues):
+    sources: list[Topic | Queue] = [*catalog.topics, *catalog.queues]
+    for source in sources:
         consumers = source.consumers if isinstance(source, Topic) else (source.consumer,)
+        # A consumer may name what it reads outside of a decorator, as in a loop over a family of queues.
+        senders = [
+            name
+            for name in packages
+            if source.name in produced[name] - (set() if name in source.producers else consumed[name])
+        ]
         result.append(
             Flow(
                 source.name,
                 "topic" if isinstance(source, Topic) else "queue",
                 _about(source),
-                _parties(source.producers, [name for name in produced if source.name in produced[name]]),
+                _parties(source.producers, senders),
                 _parties(consumers, [name for name in consumed if source.name in consumed[name]]),
             )
         )
@@ -100,7 +106,7 @@ def named(package: ModuleType) -> set[str]:
     """Names of the topics and queues that the code of `package` uses by their constants, decorators left out."""
     found: set[str] = set()
     for module in _modules(package):
-        tree = ast.parse(inspect.getsource(module))
+        tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
         decorators = {
             name
             for node in ast.walk(tree)
@@ -138,8 +144,8 @@ def _parties(declared: Collection[str], coded: Collection[str]) -> list[Party]:
 def _about(source: Topic | Queue) -> str:
     if isinstance(source, Topic):
         return f"{source.partitions} partitions, {source.retention.days} d, key {source.key}"
-    delays = ", ".join(f"{int(delay.total_seconds())} s" for delay in source.retries)
-    return f"{source.exchange.name} {source.exchange.kind}, retried after {delays}"
+    delays = ", ".join(f"{delay.total_seconds():g} s" for delay in source.retries)
+    return f"{source.exchange.name} {source.exchange.kind}, retries {delays}"
 
 
 def as_text(found: list[Flow]) -> str:

@@ -40,7 +40,8 @@ def schema(message: type[Message]) -> Json:
     """The message's JSON Schema (2020-12), its docstring as description."""
     document = msgspec.json.schema(message)
     for definition in document["$defs"].values():
-        definition["description"] = inspect.cleandoc(definition["description"])
+        if "description" in definition:
+            definition["description"] = inspect.cleandoc(definition["description"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import aio_pika
+import aiormq
 
 from infra.engines.base import EngineError, Place, Program, write_atomically
 
@@ -79,14 +79,17 @@ def program(place: Place) -> Program:
 
 async def ready(place: Place) -> str:
     """A message goes in and comes out again."""
-    async with await aio_pika.connect(access(place)["url"], timeout=5) as connection:
+    connection = await aiormq.connect(access(place)["url"])
+    try:
         channel = await connection.channel()
-        queue = await channel.declare_queue(exclusive=True)
-        await channel.default_exchange.publish(aio_pika.Message(b"ready"), queue.name, timeout=5)
-        await queue.get(no_ack=True, timeout=5)
-        await queue.delete()
-        properties = connection.transport.connection.server_properties  # type: ignore[union-attr]
-        return str(properties["version"])
+        queue = (await channel.queue_declare(exclusive=True)).queue or ""
+        await channel.basic_publish(b"ready", routing_key=queue, mandatory=True)
+        message = await channel.basic_get(queue, no_ack=True)
+        if message.body != b"ready":
+            raise ConnectionError("rabbitmq does not give back what was published")
+        return str(connection.server_properties["version"])
+    finally:
+        await connection.close()
 
 
 def access(place: Place) -> dict[str, Any]:

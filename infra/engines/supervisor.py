@@ -192,8 +192,8 @@ def _belongs(process: psutil.Process, home: Path) -> bool:
             return False
         if process.environ().get(MARK) == str(home):
             return True
-        # These two write their title over their environment.
-        return process.name() in ("postgres", "nginx") and f"{home}/" in " ".join(process.cmdline())
+        # These two write their title over their environment. Not every process that is there: a person's shell may be.
+        return process.name() in ("postgres", "nginx") and Path(process.cwd()).is_relative_to(home)
     except psutil.Error:
         return False
 

@@ -30,6 +30,8 @@ def prepare(place: Place) -> None:
         f"port {place.ports['valkey']}",
         f'dir "{folder}"',
         f'aclfile "{folder}/users.acl"',
+        # The title would be written over the environment, by which a stack knows its processes.
+        "set-proc-title no",
         "appendonly yes",
         "appendfsync everysec",
         "save 3600 1",

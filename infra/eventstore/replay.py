@@ -16,10 +16,10 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from infra.bus.batch import readable_id
 from infra.bus.dispatch import Decoded, decode, handle
 from infra.bus.inbox import mark_handled
 from infra.bus.kafka import printable_headers, topic_incarnations
-from infra.bus.reader import readable_id
 from infra.db import sql
 from infra.errors import Conflict, InvalidMessage
 from infra.eventstore.store import Aggregate, Stream, read_all

@@ -1,12 +1,108 @@
-"""The sample's three processes on the suite's engines, to be killed and paused."""
+"""The sample's three processes on the suite's engines, to be killed, paused and starved; and what must hold after."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from uuid import UUID
 
+import httpx
 import pytest
 
-from infra.testing.otlp import Receiver
+from infra.clock import uuid7
+from infra.db import create_engine, sql
 from infra.testing.sample.run import Engines, SampleServices
 from infra.testing.stack import Stack
+
+DEADLINE_SECONDS = 90
+
+
+class Load:
+    """Sends notes as a careful client does: the same id again until the answer is 202. Then checks all of them."""
+
+    def __init__(self, services: SampleServices) -> None:
+        self.services = services
+        self.accepted: dict[UUID, str] = {}
+
+    async def send(self, count: int, *, books: int = 3, pause: float = 0.0) -> None:
+        async with httpx.AsyncClient(base_url=self.services.base_url("front"), timeout=10) as client:
+            for n in range(count):
+                await self._send(client, uuid7(), f"book {n % books}")
+                await asyncio.sleep(pause)
+
+    async def _send(self, client: httpx.AsyncClient, id_: UUID, book: str) -> None:
+        note = {"notebook": book, "text": str(id_)}
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while True:
+                try:
+                    response = await client.post("/notes", json=note, headers={"idempotency-key": str(id_)})
+                except httpx.TransportError:
+                    response = None
+                if response is not None and response.status_code == 202:
+                    self.accepted[id_] = book
+                    return
+                assert response is None or response.status_code >= 500, response.text
+                await asyncio.sleep(0.1)
+
+    async def all_done(self) -> None:
+        """Waits until every accepted note has its effect; then nothing may be lost, doubled or out of order."""
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while len(await self._query("ledger", "SELECT 1 FROM effect")) < len(self.accepted):
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise AssertionError(await self._where_it_stands()) from None
+        effects = await self._query("ledger", "SELECT notebook, number, nth FROM effect")
+        assert len(effects) == len(self.accepted)
+        assert [row for row in effects if row[1] != row[2]] == []
+        events = await self._query("desk", "SELECT convert_from(data, 'UTF8') FROM event")
+        assert sorted(event.partition('"text":"')[2][:36] for (event,) in events) == sorted(map(str, self.accepted))
+        gaps = "SELECT stream_id FROM event GROUP BY 1 HAVING max(version) <> count(*) OR min(version) <> 1"
+        assert await self._query("desk", gaps) == []
+        assert await self._query("ledger", "SELECT error FROM dead_letter") == []
+
+    async def _where_it_stands(self) -> str:
+        lines = [f"{len(self.accepted)} accepted"]
+        for service, statement in (
+            ("front", "SELECT bus, count(*), count(published_at) FROM outbox GROUP BY 1"),
+            ("front", "SELECT name, expires_at - clock_timestamp() FROM lease"),
+            ("desk", "SELECT count(*) FROM event"),
+            ("desk", "SELECT bus, count(*), count(published_at) FROM outbox GROUP BY 1"),
+            ("ledger", "SELECT count(*) FROM effect"),
+            ("ledger", "SELECT partition, next_offset, updated_at FROM consumer_offset ORDER BY 1"),
+            ("ledger", "SELECT error FROM dead_letter"),
+        ):
+            lines.append(f"{service}: {statement}: {await self._query(service, statement)}")
+        return "\n".join(lines)
+
+    async def _query(self, service: str, statement: str) -> list[tuple[object, ...]]:
+        engine = create_engine(self.services.url(service), pool_size=1)
+        try:
+            async with engine.connect() as connection:
+                return list(await sql(connection, statement))
+        finally:
+            await engine.dispose()
+
+
+@pytest.fixture(scope="module")
+async def services(
+    stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[SampleServices]:
+    engines = Engines(
+        database, stack.kafka_bootstrap_servers, vhost, stack.rabbitmq_management_url, stack.redis_url
+    )
+    folder: Path = tmp_path_factory.mktemp("services")
+    running = SampleServices(engines, folder, prefix=topic_prefix)
+    await running.prepare()
+    try:
+        await running.start_all()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def load(services: SampleServices) -> Load:
+    """One for the module: each test adds to what must hold, and checks all of it again."""
+    return Load(services)

@@ -22,9 +22,7 @@ def test_ids_are_version_7_of_the_standard_library_and_tell_their_time() -> None
 
 def test_ids_never_repeat_even_when_the_clock_stands_still_or_jumps_back() -> None:
     now = 1_800_000_000_000_000_000
-    ids = [
-        compat.uuid7(nanoseconds=now - jump * 1_000_000) for jump in (0, 500, 0, 1) for _ in range(10_000)
-    ]
+    ids = [compat.uuid7(nanoseconds=now - jump * 1_000_000) for jump in (0, 500, 0, 1) for _ in range(10_000)]
     assert len(set(ids)) == len(ids)
 
 

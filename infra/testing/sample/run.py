@@ -45,7 +45,7 @@ class SampleServices:
         self.engines = engines
         self.prefix = prefix
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.ports = {name: free_port() for name in SERVICES}
+        self.ports: dict[str, int] = {}
         self._folder = folder
         self._passwords = Passwords(*(secrets.token_urlsafe(16) for _ in range(3)))
         self._environment = {
@@ -79,17 +79,19 @@ class SampleServices:
         """The database URL of one of the services."""
         return role_url(self.engines.postgres, f"sample_{service}", role, getattr(self._passwords, role))
 
-    def start(self, name: str, **environment: str) -> None:
-        """Starts one of the services, with variables of its own."""
+    def start(self, instance: str, **environment: str) -> None:
+        """Starts a process of one of the services, with variables of its own. `instance`: ``desk``, or ``desk-2``."""
+        name = instance.partition("-")[0]
         grpc = self._environment["CLAW_FRONT_GRPC"].rpartition(":")[2] if name == "front" else ""
-        with (self._folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
+        self.ports.setdefault(instance, free_port())
+        with (self._folder / f"{instance}.log").open("ab") as log:
+            self.processes[instance] = subprocess.Popen(
                 [sys.executable, "-m", f"infra.testing.sample.{name}"],
                 env={
                     **self._environment,
                     "CLAW_DATABASE_URL": self.url(name),
                     "CLAW_REQUEST_DATABASE_URL": self.url(name, "request"),
-                    "CLAW_HTTP_PORT": str(self.ports[name]),
+                    "CLAW_HTTP_PORT": str(self.ports[instance]),
                     "CLAW_GRPC_PORT": grpc,
                     **environment,
                 },

@@ -43,7 +43,9 @@ class Buses:
     metrics: Metrics = field(default_factory=lambda: Metrics(CollectorRegistry()))
 
     @asynccontextmanager
-    async def relay(self, database: Database, publisher: Publisher | None = None, **options: Any) -> AsyncIterator[Relay]:
+    async def relay(
+        self, database: Database, publisher: Publisher | None = None, **options: Any
+    ) -> AsyncIterator[Relay]:
         own = publisher or KafkaPublisher(self.kafka, prefix=self.prefix)
         relay = Relay(database.engine, database.service, own, self.metrics, lease_seconds=3, **options)
         task = asyncio.create_task(relay.run())

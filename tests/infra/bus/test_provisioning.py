@@ -131,7 +131,7 @@ async def test_a_topic_takes_a_record_of_the_greatest_size_and_stamps_it_with_it
         record = await producer.send_and_wait(
             f"{brokers['prefix']}facts",
             b"x" * MAX_RECORD_BYTES,
-            headers=[("h", b"y" * 40_000)],
+            headers=[("h", b"y" * 60_000)],
             timestamp_ms=1,
         )
     finally:

@@ -70,9 +70,7 @@ async def send(
     headers.update(change or {})
     value = msgspec.json.encode(message) if body == b"" else body
     sent: list[Any] = [(name, header) for name, header in headers.items() if header is not None]
-    await producer.send_and_wait(
-        buses.prefix + SAMPLE_EVENTS.name, value, key=message.notebook.encode(), headers=sent
-    )
+    await producer.send_and_wait(buses.prefix + SAMPLE_EVENTS.name, value, key=message.notebook.encode(), headers=sent)
     return id_
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
-from infra.http import read_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
 from infra.clock import uuid7
 from infra.errors import InvalidMessage
+from infra.http import read_json
 from infra.service import Runtime
 from infra.testing.sample.catalog import SAMPLE_WORK
 from protos.messages.sample import TakeNote

@@ -1,0 +1,283 @@
+"""A partition's batches: effect, inbox and offset in one transaction; what fails is parked with its key.
+
+The transactional half of the Kafka reader. It knows records, not the broker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from infra import telemetry
+from infra.bus.deadletter import DeadLetter, lock_parked, park, store_dead_letters
+from infra.bus.dispatch import Decoded, decode, handle
+from infra.bus.inbox import mark_handled
+from infra.bus.kafka import headers_json, printable_headers
+from infra.db import is_transient
+from infra.errors import InvalidMessage, RetryLater, Transient
+from infra.failpoint import failpoint
+from infra.logs import get_logger
+from infra.metrics import Metrics
+from infra.tx import Database, Tx
+from protos.topology import Subscription, Topic
+
+# What is neither invalid nor passing is tried this often before it becomes a dead letter.
+ATTEMPTS = 3
+PAUSE_SECONDS = (0.1, 0.5)
+
+
+class OutsideLog(Exception):
+    """The stored offset is not in the log: records are gone that were never read. Never skipped by itself."""
+
+
+class Fenced(Exception):
+    """The batch does not begin at the stored position: another owner went on, or the records are stale."""
+
+
+class Item(NamedTuple):
+    """A record, read or not."""
+
+    offset: int
+    key: str | None
+    headers: dict[str, str]
+    body: bytes | None
+    result: Decoded | InvalidMessage
+
+
+class Position(NamedTuple):
+    """Where a partition is read from next, as the database has it."""
+
+    incarnation: UUID
+    next_offset: int
+
+
+class Batches:
+    """One partition for one consumer group, by the offset row in the database."""
+
+    def __init__(
+        self,
+        database: Database,
+        group: str,
+        topic: Topic,
+        partition: int,
+        handlers: Sequence[Subscription],
+        metrics: Metrics,
+    ) -> None:
+        self._database = database
+        self._group = group
+        self._topic = topic
+        self._partition = partition
+        self._handlers = handlers
+        self._metrics = metrics
+        self._gap_before: int | None = None
+        self._log = get_logger("infra.kafka")
+        self.position: Position | None = None
+
+    async def find_position(self, incarnation: UUID, begin: int, end: int) -> int:
+        """The offset to read next, of a log that holds `begin` to `end`. Made if there is none; begun anew where
+        the topic was.
+
+        Raises OutsideLog where the stored offset is not in the log.
+        """
+        async with self._database.begin() as tx:
+            rows = await tx.sql(
+                "INSERT INTO consumer_offset AS c (consumer, topic, partition, incarnation, next_offset) "
+                "VALUES ($1, $2, $3, $4, $5) ON CONFLICT (consumer, topic, partition) DO UPDATE SET "
+                # The same topic: stays where it is. Made anew: from its beginning; repeats are dropped by id.
+                "next_offset = CASE WHEN c.incarnation = excluded.incarnation THEN c.next_offset "
+                "ELSE excluded.next_offset END, incarnation = excluded.incarnation RETURNING next_offset",
+                self._group,
+                self._topic.name,
+                self._partition,
+                incarnation,
+                begin,
+            )
+        next_offset: int = rows[0][0]
+        if not begin <= next_offset <= end:
+            raise OutsideLog(
+                f"the next offset to read is {next_offset}, the log holds {begin} to {end}: records are gone that were "
+                "never read. Send them again (claw outbox resend) or rebuild (claw replay), then set the offset."
+            )
+        self._metrics.partition_stopped.labels(self._group, self._topic.name, str(self._partition)).set(0)
+        self.position = Position(incarnation, next_offset)
+        return next_offset
+
+    async def process(self, incarnation: UUID | None, records: Sequence[Any]) -> None:
+        """Handles records of the log `incarnation`, in order, and moves the position behind them.
+
+        Raises Fenced where they do not begin at the stored position, and what passes by itself (`Transient`, the
+        database being away): then nothing of the failing transaction was kept and they are to be read again.
+        """
+        assert self.position is not None
+        first = records[0].offset
+        if incarnation != self.position.incarnation or first < self.position.next_offset:
+            raise Fenced
+        if first > self.position.next_offset and first != self._gap_before:
+            # Fetched before the last seek, or the log was cut under us, or a gap that is really there (a
+            # transaction's marker). Looked up once more: only the last of these comes back the same.
+            self._gap_before = first
+            raise Fenced
+        items = [self._read(record) for record in records]
+        began = time.perf_counter()
+        with telemetry.process_batch(
+            "kafka",
+            self._topic.name,
+            [item.headers for item in items],
+            partition=self._partition,
+            offset=items[0].offset,
+            group=self._group,
+        ):
+            try:
+                await self._commit(items, {})
+            except Exception as error:
+                if _passing(error) or isinstance(error, Fenced):
+                    raise
+                await self._one_by_one(items)
+        self._metrics.processed.labels(self._group, "handled").inc(len(items))
+        self._metrics.processing_seconds.labels(self._group).observe(time.perf_counter() - began)
+
+    async def _one_by_one(self, items: Sequence[Item]) -> None:
+        """Finds out which record of a failed batch it was; the others are not held up by it."""
+        for item in items:
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    await self._commit([item], {})
+                    break
+                except Exception as error:
+                    if _passing(error) or isinstance(error, Fenced):
+                        raise
+                    if attempt == ATTEMPTS or isinstance(error, InvalidMessage):
+                        await self._commit([item], {item.offset: _failure(error, attempt)})
+                        break
+                    self._metrics.retries.labels(self._group).inc()
+                    await asyncio.sleep(PAUSE_SECONDS[attempt - 1])
+
+    def _read(self, record: Any) -> Item:
+        headers, bad = printable_headers(record.headers)
+        key = None if record.key is None else record.key.decode(errors="backslashreplace")
+        result: Decoded | InvalidMessage
+        try:
+            if bad is not None:
+                raise InvalidMessage(f"header {bad}", "is not UTF-8")
+            result = decode(headers, record.value, self._topic.messages)
+        except InvalidMessage as error:
+            result = error
+        return Item(record.offset, key, headers, record.value, result)
+
+    async def _commit(self, items: Sequence[Item], failed: dict[int, tuple[str, int]]) -> None:
+        """Handles `items` in one transaction; those in `failed` (offset → error, attempts) become dead letters."""
+        assert self.position is not None
+        next_offset = items[-1].offset + 1
+        async with self._database.begin() as tx:
+            moved = await tx.sql(
+                "UPDATE consumer_offset SET next_offset = $5, updated_at = clock_timestamp() WHERE consumer = $1 "
+                "AND topic = $2 AND partition = $3 AND incarnation = $6 AND next_offset = $4 RETURNING 1",
+                self._group,
+                self._topic.name,
+                self._partition,
+                self.position.next_offset,
+                next_offset,
+                self.position.incarnation,
+            )
+            if not moved:
+                raise Fenced
+            good = await self._set_aside(tx, items, failed)
+            by_id = {item.id: item for item in reversed(good)}  # of a repeat within the batch the first one stands
+            fresh = await mark_handled(await tx.connection(), self._group, list(by_id)) if by_id else set()
+            if fresh:
+                await handle(
+                    self._handlers,
+                    [item for item in good if item.id in fresh and by_id[item.id] is item],
+                    tx,
+                    partition=self._partition,
+                    group=self._group,
+                )
+            failpoint("after_effect_before_commit")
+        failpoint("after_commit_of_batch")
+        self.position = Position(self.position.incarnation, next_offset)
+
+    async def _set_aside(self, tx: Tx, items: Sequence[Item], failed: dict[int, tuple[str, int]]) -> list[Decoded]:
+        """Stores what cannot be handled, or waits behind such a record of its key; returns the rest."""
+        connection = await tx.connection()
+        keys = {item.key for item in items if item.key is not None} if self._topic.ordered else set()
+        parked = await lock_parked(connection, self._group, self._topic.name, sorted(keys)) if keys else set()
+        letters: list[DeadLetter] = []
+        good: list[Decoded] = []
+        for item in items:
+            error, attempts = failed.get(item.offset, ("", 0))
+            if isinstance(item.result, InvalidMessage):
+                error, attempts = _failure(item.result, 1)
+            if item.key in parked:
+                letters.append(self._letter(item, f"waits behind a failed record of its key. {error}", 0, "waiting"))
+            elif error:
+                letters.append(self._letter(item, error, attempts, "failed"))
+                if item.key in keys:
+                    assert item.key is not None
+                    parked.add(item.key)
+                    await park(connection, self._group, self._topic.name, item.key)
+            else:
+                assert isinstance(item.result, Decoded)
+                good.append(item.result)
+        if letters:
+            # A repeat of what was handled before it was parked behind (sent again after a wipe) is no dead letter.
+            await store_dead_letters(connection, self._group, "kafka", await self._unhandled(tx, letters))
+            self._metrics.dead_letters.labels(self._group).inc(len(letters))
+            first = letters[0]
+            self._log.error(
+                "records set aside as dead letters; see claw dlq list",
+                group=self._group,
+                topic=self._topic.name,
+                partition=self._partition,
+                count=len(letters),
+                first_message_id=first.message_id,
+                key=first.key,
+                error=first.error,
+            )
+        return good
+
+    async def _unhandled(self, tx: Tx, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
+        ids = [UUID(letter.message_id) for letter in letters if not letter.message_id.startswith("sha256:")]
+        handled = {
+            str(id_)
+            for (id_,) in await tx.sql(
+                "SELECT message_id FROM inbox WHERE consumer = $1 AND message_id = ANY($2::uuid[])",
+                self._group,
+                ids,
+            )
+        }
+        return [letter for letter in letters if letter.message_id not in handled]
+
+    def _letter(self, item: Item, error: str, attempts: int, state: str) -> DeadLetter:
+        assert self.position is not None
+        return DeadLetter(
+            destination=self._topic.name,
+            place=f"{self.position.incarnation}/{self._partition}/{item.offset}",
+            message_id=readable_id(item.headers, item.body),
+            key=item.key,
+            tenant_id=item.headers.get("tenant_id"),
+            attempts=attempts,
+            error=error,
+            headers=headers_json(item.headers),
+            payload=item.body or b"",
+            state=state,
+        )
+
+
+def readable_id(headers: dict[str, str], body: bytes | None) -> str:
+    """The message's id, or a digest of the message where it has none that can be read."""
+    try:
+        return str(UUID(headers["ce_id"]))
+    except (KeyError, ValueError):
+        return "sha256:" + hashlib.sha256(repr(sorted(headers.items())).encode() + (body or b"")).hexdigest()
+
+
+def _passing(error: BaseException) -> bool:
+    return isinstance(error, (Transient, RetryLater)) or is_transient(error)
+
+
+def _failure(error: Exception, attempts: int) -> tuple[str, int]:
+    return f"{type(error).__name__}: {error}", attempts

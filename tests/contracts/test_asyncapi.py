@@ -1,0 +1,108 @@
+"""The committed AsyncAPI document is well formed, whole, and agrees with the catalog."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+
+from infra.cli.contracts import ROOT
+from protos.catalog import CATALOG
+
+DOCUMENT: dict[str, Any] = json.loads((ROOT / "protos" / "asyncapi.json").read_text(encoding="utf-8"))
+
+_REFERENCE = {"type": "object", "required": ["$ref"], "properties": {"$ref": {"type": "string", "pattern": "^#/"}}}
+# The part of AsyncAPI 3.0 that the document uses; the full schema lies on the net.
+SHAPE = {
+    "type": "object",
+    "required": ["asyncapi", "info", "channels", "operations", "components"],
+    "additionalProperties": False,
+    "properties": {
+        "asyncapi": {"const": "3.0.0"},
+        "defaultContentType": {"type": "string"},
+        "info": {"type": "object", "required": ["title", "version"]},
+        "channels": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["address", "messages", "bindings"],
+                "properties": {
+                    "address": {"type": "string"},
+                    "messages": {"type": "object", "minProperties": 1, "additionalProperties": _REFERENCE},
+                    "bindings": {"type": "object", "minProperties": 1, "maxProperties": 1},
+                },
+            },
+        },
+        "operations": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["action", "channel", "messages"],
+                "properties": {
+                    "action": {"enum": ["send", "receive"]},
+                    "channel": _REFERENCE,
+                    "messages": {"type": "array", "minItems": 1, "items": _REFERENCE},
+                },
+            },
+        },
+        "components": {
+            "type": "object",
+            "required": ["messages", "schemas"],
+            "properties": {
+                "messages": {
+                    "type": "object",
+                    "additionalProperties": {
+                        "type": "object",
+                        "required": ["name", "contentType", "headers", "payload"],
+                        "properties": {
+                            "payload": {
+                                "type": "object",
+                                "required": ["schemaFormat", "schema"],
+                                "maxProperties": 2,
+                            }
+                        },
+                    },
+                }
+            },
+        },
+    },
+}
+
+
+def test_the_document_has_the_shape_of_asyncapi_3() -> None:
+    jsonschema.Draft202012Validator(SHAPE).validate(DOCUMENT)
+
+
+def test_every_reference_leads_somewhere() -> None:
+    def follow(node: Any) -> None:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                target: Any = DOCUMENT
+                for step in node["$ref"].removeprefix("#/").split("/"):
+                    target = target[step]
+            for value in node.values():
+                follow(value)
+        elif isinstance(node, list):
+            for value in node:
+                follow(value)
+
+    follow(DOCUMENT)
+
+
+def test_every_payload_is_a_json_schema() -> None:
+    for message in DOCUMENT["components"]["messages"].values():
+        jsonschema.Draft202012Validator.check_schema(message["payload"]["schema"])
+
+
+def test_it_has_every_topic_and_queue_and_who_is_at_their_ends() -> None:
+    assert DOCUMENT["channels"].keys() == {
+        *(topic.name for topic in CATALOG.topics),
+        *(queue.name for queue in CATALOG.queues),
+    }
+    usage = DOCUMENT["channels"]["usage.records"]["bindings"]["kafka"]
+    assert (usage["partitions"], usage["topicConfiguration"]["retention.ms"]) == (4, 30 * 86_400_000)
+    assert DOCUMENT["operations"]["billing.receive.usage.records"]["action"] == "receive"
+    ends = sum(len(topic.producers) + len(topic.consumers) for topic in CATALOG.topics)
+    ends += sum(len(queue.producers) + 1 for queue in CATALOG.queues)
+    assert len(DOCUMENT["operations"]) == ends

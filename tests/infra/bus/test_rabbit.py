@@ -1,0 +1,154 @@
+"""Workers: effect, inbox and commit before the ack; the ladder; dead letters, also those the broker gives up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from uuid import UUID
+
+import msgspec
+import pytest
+
+from infra.bus.deadletter import DeadLetterView, list_dead_letters
+from infra.bus.rabbit import Workers
+from infra.bus.redrive import request_redrive
+from infra.clock import utcnow, uuid7
+from infra.errors import InvalidMessage, RetryLater, Transient
+from infra.testing.sample.catalog import SAMPLE_WORK
+from infra.tx import Database, Tx
+from protos.envelope import Envelope
+from protos.messages.sample import TakeNote
+from tests.infra.bus.conftest import Buses, until
+
+
+class Desk:
+    """A handler that writes an effect, and fails as it is told to; `attempts` counts its calls per text."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, list[Exception]] = {}
+        self.attempts: dict[str, int] = {}
+
+    async def take(self, message: TakeNote, tx: Tx) -> None:
+        self.attempts[message.text] = self.attempts.get(message.text, 0) + 1
+        await tx.sql("INSERT INTO stream VALUES ($1, 1)", f"effect {message.text} {self.attempts[message.text]}")
+        if self.failures.get(message.text):
+            raise self.failures[message.text].pop(0)
+
+
+@pytest.fixture
+def handler() -> Desk:
+    return Desk()
+
+
+@pytest.fixture
+async def working(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[Database]:
+    async with workers(buses, desk, handler):
+        yield desk
+
+
+@asynccontextmanager
+async def workers(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[None]:
+    subscription = SAMPLE_WORK.worker(prefetch=5)(handler.take)
+    running = Workers(desk, [subscription], buses.rabbitmq, buses.metrics)
+    await running.start()
+    async with buses.drainer(desk, subscription), buses.relay(desk, buses.rabbit()):
+        yield
+    await running.stop()
+
+
+async def send(
+    buses: Buses, text: str, *, id_: UUID | None = None, body: bytes | None = None, age: timedelta = timedelta()
+) -> UUID:
+    id_ = id_ or uuid7()
+    publisher = buses.rabbit()
+    envelope = Envelope(id=id_, source="test", type="sample.v1.TakeNote", time=utcnow() - age)
+    body = body if body is not None else msgspec.json.encode(TakeNote(notebook="b", text=text))
+    await publisher.send("sample", "sample.work", body, envelope.headers(), str(id_))
+    await publisher.stop()
+    return id_
+
+
+async def effects(desk: Database, text: str) -> int:
+    async with desk.begin() as tx:
+        [(count,)] = await tx.sql("SELECT count(*) FROM stream WHERE starts_with(stream_id, $1)", f"effect {text} ")
+    return int(count)
+
+
+async def letter(desk: Database, id_: UUID) -> DeadLetterView | None:
+    async with desk.engine.connect() as connection:
+        found = await list_dead_letters(connection, "sample_desk")
+    return next((letter for letter in found if letter.message_id == str(id_)), None)
+
+
+async def test_a_repeat_has_no_second_effect(working: Database, buses: Buses, handler: Desk) -> None:
+    id_ = await send(buses, "twice")
+    await until(lambda: effects(working, "twice"))
+    await send(buses, "twice", id_=id_)
+    await send(buses, "after twice")
+    await until(lambda: effects(working, "after twice"))
+    assert handler.attempts["twice"] == 1
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("once"), Transient("once"), RetryLater(timedelta(milliseconds=900))])
+async def test_a_failure_is_retried_by_the_ladder_and_leaves_one_effect(
+    working: Database, buses: Buses, handler: Desk, failure: Exception
+) -> None:
+    text = f"retried {type(failure).__name__}"
+    handler.failures[text] = [failure]
+    await send(buses, text)
+    await until(lambda: effects(working, text))
+    assert handler.attempts[text] == 2
+    assert await effects(working, text) == 1
+
+
+async def test_after_the_ladder_it_is_a_dead_letter_that_can_be_redriven(
+    working: Database, buses: Buses, handler: Desk
+) -> None:
+    handler.failures["hard"] = [ValueError(f"attempt {n}") for n in range(1, 4)]
+    id_ = await send(buses, "hard")
+    found = await until(lambda: letter(working, id_))
+    assert (found.attempts, found.state, found.error) == (3, "failed", "ValueError: attempt 3")
+    assert found.source == "rabbit:sample.work"
+    assert '"text":"hard"' in found.payload
+    assert await effects(working, "hard") == 0
+    async with working.begin() as tx:
+        await request_redrive(tx, [found.id], actor="test")
+    await until(lambda: effects(working, "hard"))
+    assert await letter(working, id_) is None
+
+
+async def test_what_is_invalid_is_a_dead_letter_at_once(working: Database, buses: Buses, handler: Desk) -> None:
+    handler.failures["invalid"] = [InvalidMessage("notebook", "is closed")]
+    refused = await send(buses, "invalid")
+    unreadable = await send(buses, "", body=b"\xff\x00 no json")
+    found = await until(lambda: letter(working, refused))
+    assert (found.attempts, found.error) == (1, "InvalidMessage: notebook: is closed")
+    found = await until(lambda: letter(working, unreadable))
+    assert found.error.startswith("InvalidMessage: body: ")
+    assert found.payload == "\\xff\x00 no json"
+
+
+async def test_what_the_broker_gives_up_is_a_dead_letter_too(working: Database, buses: Buses, handler: Desk) -> None:
+    id_ = uuid7()
+    publisher = buses.rabbit()
+    headers = {**Envelope(id=id_, source="test", type="sample.v1.TakeNote", time=utcnow()).headers()}
+    await publisher.send(
+        "", SAMPLE_WORK.dead_letter_queue, b"{}", {**headers, "x-first-death-reason": "delivery_limit"}, str(id_)
+    )
+    await publisher.stop()
+    found = await until(lambda: letter(working, id_))
+    assert found.error == "the broker gave it up: delivery_limit"
+
+
+async def test_a_message_that_nobody_acknowledged_comes_again_to_the_next_process(
+    buses: Buses, desk: Database, handler: Desk
+) -> None:
+    """The stop drains: what was prefetched and not handled goes back and is not lost."""
+    async with workers(buses, desk, handler):
+        for n in range(30):
+            await send(buses, f"many {n}")
+    async with workers(buses, desk, handler):
+        for n in range(30):
+            await until(lambda n=n: effects(desk, f"many {n}"))  # type: ignore[misc]
+    assert all(count == 1 for text, count in handler.attempts.items() if text.startswith("many"))
