@@ -123,20 +123,10 @@ class _Observed:
         method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
         attributes = {"http.request.method": method, "url.scheme": scope["scheme"], "url.path": scope["path"]}
         with telemetry.span(method, SpanKind.SERVER, parent=telemetry.extract(headers), attributes=attributes) as span:
-            await self._answer(scope, exchange)
-            # The pattern, never the path: names and labels must be few.
-            route = scope.get("route")
-            pattern = scope.get("root_path", "") + route.path if isinstance(route, Route) else "unmatched"
-            seconds = time.perf_counter() - began
-            self._observe(span, method, pattern, exchange.status, seconds)
-            log = _log.debug if exchange.status < 400 else _log.info
-            log(
-                "request served",
-                method=method,
-                path=scope["path"],
-                status=exchange.status,
-                ms=round(seconds * 1000, 1),
-            )
+            try:
+                await self._answer(scope, exchange)
+            finally:
+                self._observe(scope, span, method, exchange.status, time.perf_counter() - began)
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         try:
@@ -160,11 +150,16 @@ class _Observed:
                 raise
             await response(scope, exchange.receive, exchange.send)
 
-    def _observe(self, span: Span, method: str, route: str, status: int, seconds: float) -> None:
-        self._metrics.http_seconds.labels(method, route, str(status)).observe(seconds)
+    def _observe(self, scope: Scope, span: Span, method: str, status: int, seconds: float) -> None:
+        # The pattern, never the path: names and labels must be few.
+        route = scope.get("route")
+        pattern = scope.get("root_path", "") + route.path if isinstance(route, Route) else "unmatched"
+        self._metrics.http_seconds.labels(method, pattern, str(status)).observe(seconds)
+        log = _log.debug if status < 400 else _log.info
+        log("request served", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 1))
         if span.is_recording():
-            span.update_name(f"{method} {route}")
-            span.set_attributes({"http.route": route, "http.response.status_code": status})
+            span.update_name(f"{method} {pattern}")
+            span.set_attributes({"http.route": pattern, "http.response.status_code": status})
             if status >= 500:
                 span.set_attribute("error.type", str(status))
                 span.set_status(StatusCode.ERROR)

@@ -56,7 +56,9 @@ class Leases:
             await sql(
                 connection,
                 "UPDATE lease SET expires_at = clock_timestamp() WHERE name IN (SELECT name FROM lease "
-                "WHERE owner = $1 AND starts_with(name, $2) ORDER BY name OFFSET $3)",
+                # In the order in which they are claimed below: given back in another one, what is kept is not what is
+                # renewed, and the difference is nobody's until it runs out.
+                "WHERE owner = $1 AND starts_with(name, $2) ORDER BY length(name), name OFFSET $3)",
                 self.owner,
                 f"{self._kind}:",
                 share,

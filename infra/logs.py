@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -185,7 +186,7 @@ class KafkaLogSink:
         _, unfinished = await asyncio.wait((self._task,), timeout=self.SECONDS_TO_STOP)
         if unfinished:
             self._task.cancel()
-            await asyncio.wait((self._task,))
+            await asyncio.wait((self._task,), timeout=1)
             self._drop(len(self._queue))
         if self._unsaid:
             self._say()
@@ -228,6 +229,9 @@ class KafkaLogSink:
             try:
                 await producer.start()
                 return producer
+            except asyncio.CancelledError:
+                await producer.stop()
+                raise
             except KafkaError as error:
                 await producer.stop()
                 self._log.warning("log lines do not reach Kafka, trying again", error=str(error))
@@ -239,13 +243,17 @@ class KafkaLogSink:
     async def _send(self, producer: AIOKafkaProducer) -> int:
         """Sends a batch; returns how many lines of it were lost."""
         with self._lock:
-            lines = [self._queue.popleft() for _ in range(min(self.BATCH, len(self._queue)))]
-            self._bytes -= sum(map(len, lines))
+            lines = list(islice(self._queue, self.BATCH))
         sent: list[asyncio.Future[Any]] = []
         for line in lines:
             with suppress(KafkaError):
                 sent.append(await producer.send(self._topic, line, key=_service.encode(), headers=_headers()))
         results = await asyncio.gather(*sent, return_exceptions=True)
+        # Only now: what was under way when the time to stop ran out is counted as dropped, not forgotten.
+        with self._lock:
+            for line in lines:
+                self._queue.popleft()
+                self._bytes -= len(line)
         lost = len(lines) - sum(not isinstance(result, BaseException) for result in results)
         if lost:
             self._drop(lost)

@@ -112,12 +112,20 @@ class _Incoming(grpc.aio.ServerInterceptor):
         self._service = service
         self._callers = callers
         self._metrics = metrics
+        self._handlers: dict[str, Any] = {}
         self._log = get_logger("infra.rpc")
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        handler = await continuation(details)
+        if details.method not in self._handlers:
+            handler = self._around(details.method, await continuation(details))
+            if handler is None:
+                return None
+            self._handlers[details.method] = handler
+        return self._handlers[details.method]
+
+    def _around(self, method: str, handler: Any) -> Any:
         # Whoever watches health has no token, and watches without an end.
-        if handler is None or details.method.startswith("/grpc.health.v1.Health/"):
+        if handler is None or method.startswith("/grpc.health.v1.Health/"):
             return handler
         kinds = [
             "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
@@ -125,12 +133,12 @@ class _Incoming(grpc.aio.ServerInterceptor):
         behavior = getattr(handler, "_".join(kinds))
 
         async def one(request: Any, context: Any) -> Any:
-            async with self._serving(details, context):
+            async with self._serving(method, context):
                 return await behavior(request, context)
 
         async def many(request: Any, context: Any) -> None:
             # Written, not yielded: an abandoned generator would leave the span's context in another task.
-            async with self._serving(details, context), aclosing(behavior(request, context)) as responses:
+            async with self._serving(method, context), aclosing(behavior(request, context)) as responses:
                 async for response in responses:
                     await context.write(response)
 
@@ -142,9 +150,9 @@ class _Incoming(grpc.aio.ServerInterceptor):
         )
 
     @asynccontextmanager
-    async def _serving(self, details: Any, context: Any) -> AsyncIterator[None]:
-        method = details.method.removeprefix("/")
-        headers = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
+    async def _serving(self, path: str, context: Any) -> AsyncIterator[None]:
+        method = path.removeprefix("/")
+        headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         began = time.perf_counter()
         code = Code.CANCELLED  # what a CancelledError leaves here
         failure: tuple[grpc.StatusCode, str] | None = None
@@ -188,7 +196,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
             context.set_trailing_metadata(((_FIELD, error.field.encode()),))
         if type(error) in _CODES:
             return _CODES[type(error)], str(error)
-        span.record_exception(error)
+        telemetry.fail(span, error)
         if is_transient(error):
             self._log.warning("call failed, the caller may try again", exc_info=error)
             return Code.UNAVAILABLE, "something this service depends on does not answer"
@@ -270,7 +278,7 @@ class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):
                 *telemetry.carrier().items(),
                 (_TOKEN, f"Bearer {self._callers.token(self._service)}"),
             )
-            call = await continuation(details._replace(timeout=max(timeout, 0), metadata=metadata), request)
+            call = await continuation(details._replace(timeout=timeout, metadata=metadata), request)
             try:
                 await call
             except grpc.aio.AioRpcError as error:

@@ -169,9 +169,9 @@ class Service:
                     raise ConnectionError("RabbitMQ does not answer")
 
             health.add_check("rabbitmq", rabbitmq)
-        if subscribed:
-            drainer = Drainer(worker, subscribed, metrics)
-            running.add("redrive", drainer.run, drainer.stop)
+        # Also where nothing is consumed: what could not be published is a dead letter too.
+        drainer = Drainer(worker, subscribed, metrics)
+        running.add("redrive", drainer.run, drainer.stop)
         upkeep = _Upkeep(worker, metrics, log)
         running.add("upkeep", upkeep.run, upkeep.stop)
 

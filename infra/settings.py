@@ -32,6 +32,7 @@ def _url(*schemes: str) -> AfterValidator:
 class Settings(BaseSettings):
     """The variables that every service has, prefix ``CLAW_``. A service subclasses it for its own."""
 
+    # hide_input_in_errors: a secret that does not fit must not show up in the error that says so.
     model_config = SettingsConfigDict(
         env_prefix="CLAW_", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
     )
@@ -66,8 +67,7 @@ class Settings(BaseSettings):
             return cls()  # type: ignore[call-arg]  # the values come from the environment
         except ValidationError as error:
             lines = [f"  {cls._variable(e['loc'])}: {_reason(e['type'], e['msg'])}" for e in error.errors()]
-        # Outside the except block: pydantic's own error, kept as the cause, would print what was given.
-        raise SettingsError("\n".join(["the environment of this process is not usable:", *lines]))
+            raise SettingsError("\n".join(["the environment of this process is not usable:", *lines])) from None
 
     @classmethod
     def _variable(cls, location: tuple[int | str, ...]) -> str:

@@ -10,6 +10,7 @@ own trace and a link to each. Names and attributes follow OpenTelemetry's semant
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,22 +18,26 @@ from datetime import timedelta
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
-from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Span as RecordedSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, StatusCode, TraceFlags
 from opentelemetry.trace.span import TraceState
+
+from infra.redaction import redacted
 
 Value = str | int | float | bool
 
 # A message older than this belongs to a story that is over: its trace is linked, not continued.
 PARENT_AGE = timedelta(minutes=15)
-# The largest batch is 500; the SDK's own limit of 128 would drop the rest of its links.
-MAX_LINKS = 1000
-
-_TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+# Ids that are all zero are invalid, and only a later version than 00 has anything behind the flags.
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:(?<!00.{53})-.*)?"
+)
 # What the bus code says in short, in the conventions' names. Other names are used as they are.
 _ATTRIBUTES = {
     "message_id": "messaging.message.id",
@@ -56,13 +61,12 @@ class Telemetry:
 
     def shutdown(self) -> None:
         """Sends what is queued and ends tracing. Blocks as `flush` does: call it in a thread."""
-        global _tracer, _recording
-        _tracer, _recording = trace.NoOpTracer(), False
+        global _tracer
+        _tracer = trace.NoOpTracer()
         self._provider.shutdown()
 
 
 _tracer: trace.Tracer = trace.NoOpTracer()
-_recording = False
 
 
 def setup(service: str, version: str, endpoint: str | None, *, processor: SpanProcessor | None = None) -> Telemetry:
@@ -71,19 +75,18 @@ def setup(service: str, version: str, endpoint: str | None, *, processor: SpanPr
     Without one, nothing is recorded, and trace ids still travel: log lines of one story keep one id.
     `processor` takes the spans instead (tests).
     """
-    global _tracer, _recording
+    global _tracer
     if endpoint and processor is None:
-        processor = BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=5))
+        processor = BatchSpanProcessor(_Exporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=5))
     provider = TracerProvider(
         # The default follows the parent, and records what has none.
         sampler=None if processor else ALWAYS_OFF,
         resource=Resource.create({SERVICE_NAME: service, SERVICE_VERSION: version}),
-        span_limits=SpanLimits(max_links=MAX_LINKS),
         shutdown_on_exit=False,
     )
     if processor:
         provider.add_span_processor(processor)
-    _tracer, _recording = provider.get_tracer("clawbus"), processor is not None
+    _tracer = provider.get_tracer("clawbus")
     return Telemetry(provider)
 
 
@@ -111,16 +114,15 @@ def extract(headers: Mapping[str, str]) -> SpanContext | None:
     match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     if match is None:
         return None
-    version, trace_id, span_id, flags, rest = match.groups()
+    trace_id, span_id, flags = match.groups()
     state = headers.get("tracestate")
-    context = SpanContext(
+    return SpanContext(
         int(trace_id, 16),
         int(span_id, 16),
         is_remote=True,
         trace_flags=TraceFlags(int(flags, 16)),
         trace_state=TraceState.from_header([state]) if state else None,
     )
-    return context if context.is_valid and not (version == "00" and rest) else None
 
 
 def creation(system: str, destination: str, message_id: str) -> dict[str, str]:
@@ -152,19 +154,22 @@ def process(
     destination: str,
     carrier: Mapping[str, str],
     *,
+    queue: str | None = None,
     age: timedelta = timedelta(0),
     **attributes: Value,
 ) -> Iterator[Span]:
     """A span for the processing of one message, in the message's trace and linked to its creation.
 
     It has its own trace where the message is older than 15 minutes (still linked), and where the headers carry
-    no readable context. What the block raises is recorded and raised.
+    no readable context. `queue` is RabbitMQ's. What the block raises is recorded and raised.
     """
     context = extract(carrier)
     if context and not context.trace_flags.sampled:
         with _active(NonRecordingSpan(context)) as span:
             yield span
         return
+    if queue and not destination.endswith(f":{queue}"):
+        destination = f"{destination}:{queue}"
     span = _tracer.start_span(
         f"process {destination}",
         context=_child_of(context if age < PARENT_AGE else None),
@@ -232,8 +237,6 @@ def _batch(
     carriers: Sequence[Mapping[str, str]],
     attributes: Mapping[str, Value],
 ) -> Iterator[Span]:
-    # A link says something only where the other end was recorded. Two messages of one trace are two links.
-    contexts = [extract(headers) for headers in carriers] if _recording else []
     span = _tracer.start_span(
         f"{operation} {destination}" if destination else operation,
         context=Context(),
@@ -242,10 +245,53 @@ def _batch(
             **_attributes(system, operation, destination, {}, attributes),
             "messaging.batch.message_count": len(carriers),
         },
-        links=[Link(context) for context in contexts if context and context.trace_flags.sampled],
     )
+    if isinstance(span, RecordedSpan):
+        span._links = _Links(carriers)  # type: ignore[assignment]  # read again only by `links` and our exporter
     with _active(span):
         yield span
+
+
+class _Links:
+    """The links of a batch, to each message's creation; two messages of one trace are two links.
+
+    Put together when they are read, and for the exporter in their final bytes: as objects of the SDK 500 of them
+    cost as much as the rest of the batch.
+    """
+
+    def __init__(self, carriers: Sequence[Mapping[str, str]]) -> None:
+        self._traceparents = [headers["traceparent"] for headers in carriers if "traceparent" in headers]
+
+    def __iter__(self) -> Iterator[Link]:
+        for trace_id, span_id in self._sampled():
+            flags = TraceFlags(TraceFlags.SAMPLED)
+            yield Link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=flags))
+
+    def encoded(self) -> bytes:
+        """Field 13 of OTLP's Span, repeated: trace id, span id, flags (it is known whether remote, and it is)."""
+        return bytes.fromhex("".join(f"6a210a10{trace}1208{span}3500030000" for trace, span in self._sampled()))
+
+    def _sampled(self) -> Iterator[tuple[str, str]]:
+        for traceparent in self._traceparents:
+            # A link says something only where the other end was recorded.
+            if (match := _TRACEPARENT.fullmatch(traceparent)) and match[3][1] in "13579bdf":
+                yield match[1], match[2]
+
+
+class _Exporter(OTLPSpanExporter):
+    """The SDK's exporter, with the links of batches."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        links: dict[bytes, bytes] = {}
+        for span in spans:
+            if isinstance(span._links, _Links) and span.context:
+                links[span.context.span_id.to_bytes(8)] = span._links.encoded()
+                span._links = ()
+        request = encode_spans(spans)
+        for encoded in request.resource_spans[0].scope_spans[0].spans:
+            encoded.MergeFromString(links.get(encoded.span_id, b""))
+        sent = self._client.export(request.SerializeToString())
+        return SpanExportResult.SUCCESS if sent.success else SpanExportResult.FAILURE
 
 
 @contextmanager
@@ -255,13 +301,21 @@ def _active(span: Span) -> Iterator[Span]:
     try:
         yield span
     except Exception as error:
-        span.record_exception(error)
-        span.set_attribute("error.type", type(error).__qualname__)
-        span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {error}")
+        fail(span, error)
         raise
     finally:
         otel_context.detach(token)
         span.end()
+
+
+def fail(span: Span, error: Exception) -> None:
+    """Records `error` on `span`, without the secrets that its text may have."""
+    if span.is_recording():
+        text = redacted(str(error))
+        stack = redacted("".join(traceback.format_exception(error)))
+        span.record_exception(error, {"exception.message": text, "exception.stacktrace": stack})
+        span.set_attribute("error.type", type(error).__qualname__)
+        span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {text}")
 
 
 def _child_of(parent: SpanContext | None) -> Context:

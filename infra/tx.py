@@ -106,7 +106,12 @@ class Tx:
         return state
 
     async def decide(self, stream: Stream[State], command: Any) -> Sequence[Any]:
-        """Loads the stream, decides, and appends what was decided if nobody else appends first."""
+        """Loads the stream, decides, and appends what was decided if nobody else appends first.
+
+        Decisions on one stream take turns: its row is locked until the transaction ends, so that a busy stream
+        costs waiting and not conflicts. Only the first decisions on a new stream can still meet.
+        """
+        await self.sql("SELECT FROM stream WHERE stream_id = $1 FOR UPDATE", stream.row)
         state = await self.load(stream)
         events = stream.aggregate.decide(command, state)
         version = self._loaded[stream.row][1]

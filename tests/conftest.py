@@ -36,8 +36,7 @@ def database(stack: Stack) -> Iterator[str]:
 def vhost(stack: Stack) -> Iterator[str]:
     """The administrator's AMQP URL of a fresh virtual host, deleted after the module."""
     name = f"t_{uuid.uuid4().hex}"
-    _manage(stack, "PUT", f"/api/vhosts/{name}")
-    _manage(stack, "PUT", f"/api/permissions/{name}/admin", {"configure": ".*", "write": ".*", "read": ".*"})
+    make_vhost(stack, name)
     yield urlunsplit(urlsplit(stack.rabbitmq_url)._replace(path=f"/{name}"))
     _manage(stack, "DELETE", f"/api/vhosts/{name}")
 
@@ -48,6 +47,12 @@ def topic_prefix(stack: Stack) -> Iterator[str]:
     prefix = f"t{uuid.uuid4().hex}."
     yield prefix
     asyncio.run(_delete_topics(stack.kafka_bootstrap_servers, prefix))
+
+
+def make_vhost(stack: Stack, name: str) -> None:
+    """Makes a virtual host in which the administrator may do everything."""
+    _manage(stack, "PUT", f"/api/vhosts/{name}")
+    _manage(stack, "PUT", f"/api/permissions/{name}/admin", {"configure": ".*", "write": ".*", "read": ".*"})
 
 
 def _execute(url: str, statement: str) -> None:

@@ -15,7 +15,7 @@ from uuid import UUID
 from infra import telemetry
 from infra.bus.deadletter import DeadLetter, lock_parked, park, store_dead_letters
 from infra.bus.dispatch import Decoded, decode, handle
-from infra.bus.inbox import mark_handled
+from infra.bus.inbox import mark_batch
 from infra.bus.kafka import headers_json, printable_headers
 from infra.db import is_transient
 from infra.errors import InvalidMessage, RetryLater, Transient
@@ -158,7 +158,8 @@ class Batches:
 
     def _read(self, record: Any) -> Item:
         headers, bad = printable_headers(record.headers)
-        key = None if record.key is None else record.key.decode(errors="backslashreplace")
+        # PostgreSQL's text has no NUL, and the key is looked up there.
+        key = None if record.key is None else record.key.decode(errors="backslashreplace").replace("\x00", "\\x00")
         result: Decoded | InvalidMessage
         try:
             if bad is not None:
@@ -175,7 +176,8 @@ class Batches:
         async with self._database.begin() as tx:
             moved = await tx.sql(
                 "UPDATE consumer_offset SET next_offset = $5, updated_at = clock_timestamp() WHERE consumer = $1 "
-                "AND topic = $2 AND partition = $3 AND incarnation = $6 AND next_offset = $4 RETURNING 1",
+                "AND topic = $2 AND partition = $3 AND incarnation = $6 AND next_offset = $4 "
+                "RETURNING EXISTS (SELECT FROM parked_key WHERE consumer = $1 AND topic = $2)",
                 self._group,
                 self._topic.name,
                 self._partition,
@@ -185,13 +187,17 @@ class Batches:
             )
             if not moved:
                 raise Fenced
-            good = await self._set_aside(tx, items, failed)
-            by_id = {item.id: item for item in reversed(good)}  # of a repeat within the batch the first one stands
-            fresh = await mark_handled(await tx.connection(), self._group, list(by_id)) if by_id else set()
-            if fresh:
+            [(any_parked,)] = moved
+            good = await self._set_aside(tx, items, failed, any_parked)
+            by_id: dict[UUID, Decoded] = {}
+            for item in good:
+                by_id.setdefault(item.id, item)  # of a repeat within the batch the first one stands
+            for id_ in await mark_batch(await tx.connection(), self._group, by_id) if by_id else ():
+                del by_id[id_]
+            if by_id:
                 await handle(
                     self._handlers,
-                    [item for item in good if item.id in fresh and by_id[item.id] is item],
+                    list(by_id.values()),
                     tx,
                     partition=self._partition,
                     group=self._group,
@@ -200,17 +206,31 @@ class Batches:
         failpoint("after_commit_of_batch")
         self.position = Position(self.position.incarnation, next_offset)
 
-    async def _set_aside(self, tx: Tx, items: Sequence[Item], failed: dict[int, tuple[str, int]]) -> list[Decoded]:
-        """Stores what cannot be handled, or waits behind such a record of its key; returns the rest."""
+    async def _set_aside(
+        self, tx: Tx, items: Sequence[Item], failed: dict[int, tuple[str, int]], any_parked: bool
+    ) -> list[Decoded]:
+        """Stores what cannot be handled, or waits behind such a record of its key; returns the rest.
+
+        `any_parked`: the topic has parked keys. Only who holds the partition's offset row, as this transaction does,
+        parks keys of the partition, so the answer holds until the commit.
+        """
         connection = await tx.connection()
         keys = {item.key for item in items if item.key is not None} if self._topic.ordered else set()
-        parked = await lock_parked(connection, self._group, self._topic.name, sorted(keys)) if keys else set()
+        parked: set[str] = set()
+        if any_parked and keys:
+            parked = await lock_parked(connection, self._group, self._topic.name, sorted(keys))
+        failed = failed | {i.offset: _failure(i.result, 1) for i in items if isinstance(i.result, InvalidMessage)}
+        if not parked and not failed:
+            return [item.result for item in items if isinstance(item.result, Decoded)]
+        # A repeat of what was handled or discarded (sent again after a wipe) is no dead letter, and parks nothing.
+        handled = await self._handled(tx, items)
         letters: list[DeadLetter] = []
         good: list[Decoded] = []
         for item in items:
             error, attempts = failed.get(item.offset, ("", 0))
-            if isinstance(item.result, InvalidMessage):
-                error, attempts = _failure(item.result, 1)
+            id_ = readable_id(item.headers, item.body)
+            if id_ in handled:
+                continue
             if item.key in parked:
                 letters.append(self._letter(item, f"waits behind a failed record of its key. {error}", 0, "waiting"))
             elif error:
@@ -222,9 +242,9 @@ class Batches:
             else:
                 assert isinstance(item.result, Decoded)
                 good.append(item.result)
+                handled.add(id_)
         if letters:
-            # A repeat of what was handled before it was parked behind (sent again after a wipe) is no dead letter.
-            await store_dead_letters(connection, self._group, "kafka", await self._unhandled(tx, letters))
+            await store_dead_letters(connection, self._group, "kafka", letters)
             self._metrics.dead_letters.labels(self._group).inc(len(letters))
             first = letters[0]
             self._log.error(
@@ -239,17 +259,14 @@ class Batches:
             )
         return good
 
-    async def _unhandled(self, tx: Tx, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
-        ids = [UUID(letter.message_id) for letter in letters if not letter.message_id.startswith("sha256:")]
-        handled = {
-            str(id_)
-            for (id_,) in await tx.sql(
-                "SELECT message_id FROM inbox WHERE consumer = $1 AND message_id = ANY($2::uuid[])",
-                self._group,
-                ids,
-            )
-        }
-        return [letter for letter in letters if letter.message_id not in handled]
+    async def _handled(self, tx: Tx, items: Sequence[Item]) -> set[str]:
+        ids = [readable_id(item.headers, item.body) for item in items]
+        rows = await tx.sql(
+            "SELECT message_id FROM inbox WHERE consumer = $1 AND message_id = ANY($2::uuid[])",
+            self._group,
+            [UUID(id_) for id_ in ids if not id_.startswith("sha256:")],
+        )
+        return {str(id_) for (id_,) in rows}
 
     def _letter(self, item: Item, error: str, attempts: int, state: str) -> DeadLetter:
         assert self.position is not None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
+from asyncpg.pgproto.pgproto import UUID as FastUUID
 
 from infra import telemetry
 from infra.errors import InvalidMessage
@@ -17,8 +17,7 @@ from protos.envelope import Envelope, Message, read_headers
 from protos.topology import Subscription
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """A message that could be read."""
 
     id: UUID
@@ -52,7 +51,8 @@ def decode(headers: Mapping[str, str], body: bytes | None, messages: tuple[type[
     that does not fit.
     """
     try:
-        id_ = UUID(headers["ce_id"])
+        # asyncpg's UUID is one like any other, read, compared and sent to the database in a tenth of the time.
+        id_: UUID = FastUUID(headers["ce_id"])
     except KeyError:
         raise InvalidMessage("header ce_id", "missing") from None
     except ValueError:

@@ -75,7 +75,7 @@ class KafkaPublisher:
             topic = self._prefix + destination
             try:
                 # A send to a topic that is not there would hold all others back until its time-out.
-                await asyncio.wait_for(producer.partitions_for(topic), 5)
+                await asyncio.wait_for(producer.partitions_for(topic), 1)
             except (TimeoutError, UnknownTopicOrPartitionError) as error:
                 for index in indexes:
                     outcomes[index] = SetAside(f"topic {topic}: {type(error).__name__}, is it provisioned?")
@@ -206,15 +206,11 @@ async def topic_incarnations(client: Any, topics: Sequence[str]) -> dict[str, UU
 
 def printable_headers(headers: Sequence[tuple[str, bytes | None]]) -> tuple[dict[str, str], str | None]:
     """A record's headers as strings, and the name of the first that is not UTF-8 (its bytes shown escaped)."""
-    bad: str | None = None
-    readable: dict[str, str] = {}
-    for name, value in headers:
-        try:
-            readable[name] = (value or b"").decode()
-        except UnicodeDecodeError:
-            bad = bad or name
-            readable[name] = (value or b"").decode(errors="backslashreplace")
-    return readable, bad
+    try:
+        return {name: value.decode() if value else "" for name, value in headers}, None
+    except UnicodeDecodeError as error:
+        bad = next(name for name, value in headers if value == error.object)
+        return {name: (value or b"").decode(errors="backslashreplace") for name, value in headers}, bad
 
 
 def headers_json(headers: dict[str, str]) -> str:

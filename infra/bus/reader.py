@@ -28,6 +28,8 @@ from infra.tx import Database
 from protos.topology import Subscription, Topic
 
 BATCH = 500
+# Taken from the client at once: each time costs a look at the topics' ids at the broker.
+FETCHED = 2_000
 # Batches that wait per partition. More than one, because a partition that was paused is fetched again only after the
 # fetch under way for its idle neighbours returns.
 QUEUED_BATCHES = 4
@@ -117,6 +119,7 @@ class Reader(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             rebalance_timeout_ms=DRAIN_MS,
             max_poll_interval_ms=300_000,
             fetch_max_wait_ms=50,
+            metadata_max_age_ms=5_000,  # a topic that was made anew is found within seconds
         )
         self._consumer = consumer
         consumer.subscribe(list(self._topics), listener=self)
@@ -124,7 +127,7 @@ class Reader(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             await consumer.start()
             committed = time.monotonic()
             while not self._stopping.is_set():
-                batches = await consumer.getmany(timeout_ms=200, max_records=BATCH)
+                batches = await consumer.getmany(timeout_ms=200, max_records=FETCHED)
                 if batches:
                     # Asked after the fetch: a topic's id never comes back, so if it is still the partition's, the
                     # records are of that log too. A topic made anew could otherwise be read from the old offset on.
@@ -132,7 +135,9 @@ class Reader(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
                 for tp, records in batches.items():
                     # A partition that was taken away meanwhile belongs to somebody else now.
                     if tp in self._partitions:
-                        self._partitions[tp].put(Fetched(incarnations.get(tp.topic), records))
+                        for first in range(0, len(records), BATCH):
+                            batch = records[first : first + BATCH]
+                            self._partitions[tp].put(Fetched(incarnations.get(tp.topic), batch))
                 if time.monotonic() - committed > 5:
                     committed = time.monotonic()
                     await self._commit_for_monitoring(consumer)

@@ -15,6 +15,7 @@ from uuid import UUID
 
 import msgspec
 
+from infra.audit import audit
 from infra.bus.dispatch import decode, handle
 from infra.bus.inbox import mark_handled
 from infra.clock import utcnow, uuid7_time
@@ -23,8 +24,6 @@ from infra.errors import Conflict, NotFound
 from infra.logs import get_logger
 from infra.metrics import Metrics
 from infra.tx import Database, OutboxRow, Tx, insert_outbox
-from protos.catalog import AUDIT_LOGS
-from protos.messages.audit import ActAudited
 from protos.topology import Subscription, Topic
 
 POLL_SECONDS = 1.0
@@ -43,13 +42,17 @@ async def request_redrive(tx: Tx, ids: Sequence[UUID], *, actor: str, force: boo
     """
     for id_ in ids:
         state, message_id, consumer = await _locked(tx, id_)
+        if state == "waiting":
+            raise Conflict(
+                f"dead letter {id_}: it waits behind a failed one of its key; redrive or discard that, this one follows"
+            )
         if state != "failed":
             raise Conflict(f"dead letter {id_}: it is {state}; only a failed one is redriven")
         sent_at = None if message_id.startswith("sha256:") else uuid7_time(UUID(message_id))
         if not force and (sent_at is None or utcnow() - sent_at > DEDUPE_HORIZON):
             raise Conflict(f"dead letter {id_}: too old, or without an id, to be told from a repeat; force it to go on")
         await tx.sql("UPDATE dead_letter SET state = 'redriving' WHERE id = $1", id_)
-        _audit(tx, actor, "dead_letter.redrive", id_, consumer)
+        audit(tx, actor, "dead_letter.redrive", "dead_letter", str(id_), consumer=consumer)
     return len(ids)
 
 
@@ -64,7 +67,7 @@ async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
     await tx.sql("UPDATE dead_letter SET state = 'discarded' WHERE id = $1", id_)
     if not message_id.startswith("sha256:"):
         await mark_handled(await tx.connection(), consumer, [UUID(message_id)])
-    _audit(tx, actor, "dead_letter.discard", id_, consumer)
+    audit(tx, actor, "dead_letter.discard", "dead_letter", str(id_), consumer=consumer)
 
 
 async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str]:
@@ -72,23 +75,6 @@ async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str]:
     if not rows:
         raise NotFound(f"dead letter {id_}: there is none")
     return rows[0][0], rows[0][1], rows[0][2]
-
-
-def _audit(tx: Tx, actor: str, action: str, id_: UUID, consumer: str) -> None:
-    tx.publish(
-        AUDIT_LOGS,
-        ActAudited(
-            tenant_id=tx.tenant_id,
-            at=utcnow(),
-            actor=actor,
-            action=action,
-            object_kind="dead_letter",
-            object_id=str(id_),
-            outcome="done",
-            details={"consumer": consumer},
-        ),
-        key=tx.tenant_id or "system",
-    )
 
 
 class Drainer:
@@ -124,13 +110,14 @@ class Drainer:
                 continue
 
     async def step(self) -> bool:
-        """Handles one dead letter; False when there is none to handle."""
+        """Handles one dead letter, or unparks a key with nothing left; False when there is nothing to do."""
         letter: Mapping[str, Any] | None = None
         try:
             async with self._database.begin() as tx:
-                letter = await self._claim(tx)
+                key = await self._claim_key(tx)
+                letter = await (self._claim_head(tx, *key) if key else self._claim_other(tx))
                 if letter is None:
-                    return False
+                    return key is not None
                 await self._again(tx, letter)
                 await tx.sql(
                     "UPDATE dead_letter SET state = 'redriven', attempts = attempts + 1 WHERE id = $1",
@@ -144,43 +131,42 @@ class Drainer:
         self._log.info("dead letter redriven", id=str(letter["id"]), consumer=letter["consumer"])
         return True
 
-    async def _claim(self, tx: Tx) -> Mapping[str, Any] | None:
-        """The next letter to handle, with its row and its key's row locked; a key with nothing left is unparked."""
+    async def _claim_key(self, tx: Tx) -> tuple[Any, ...] | None:
+        """A parked key whose head may be handled, or that has none left; its row is locked."""
         keys = await tx.sql(
             "SELECT consumer, topic, key FROM parked_key p LEFT JOIN LATERAL (SELECT state FROM dead_letter d WHERE "
             "d.consumer = p.consumer AND d.source = 'kafka' AND d.destination = p.topic AND d.key = p.key "
             "AND d.state IN ('failed', 'waiting', 'redriving') ORDER BY seq LIMIT 1) head ON true "
             "WHERE head.state IS DISTINCT FROM 'failed' ORDER BY parked_at LIMIT 1 FOR UPDATE OF p SKIP LOCKED"
         )
-        for consumer, topic, key in keys:
-            head = await self._row(
-                tx,
-                "consumer = $1 AND source = 'kafka' AND destination = $2 AND key = $3 "
-                "AND state IN ('failed', 'waiting', 'redriving') ORDER BY seq LIMIT 1",
-                consumer,
-                topic,
-                key,
-            )
-            if head is None:
-                await tx.sql(
-                    "DELETE FROM parked_key WHERE consumer = $1 AND topic = $2 AND key = $3",
-                    consumer,
-                    topic,
-                    key,
-                )
-                self._log.info("key unparked", consumer=consumer, topic=topic, key=key)
-            elif head["state"] != "failed":
-                return head
+        return keys[0] if keys else None
+
+    async def _claim_head(self, tx: Tx, *key: str) -> Mapping[str, Any] | None:
+        """The head of a parked key, locked; where there is none the key is unparked."""
+        head = await self._row(
+            tx,
+            # Waits for whoever has the head locked (an operator, a drainer that notes its failure). Passing over it
+            # would handle the next one before it, or unpark the key in front of it.
+            "consumer = $1 AND source = 'kafka' AND destination = $2 AND key = $3 "
+            "AND state IN ('failed', 'waiting', 'redriving') ORDER BY seq LIMIT 1 FOR UPDATE",
+            *key,
+        )
+        if head is None:
+            await tx.sql("DELETE FROM parked_key WHERE consumer = $1 AND topic = $2 AND key = $3", *key)
+            self._log.info("key unparked", consumer=key[0], topic=key[1], key=key[2])
+        return head if head and head["state"] != "failed" else None
+
+    async def _claim_other(self, tx: Tx) -> Mapping[str, Any] | None:
+        """A letter to redrive that has no parked key: its row is locked."""
         return await self._row(
             tx,
             "state = 'redriving' AND NOT EXISTS (SELECT FROM parked_key p WHERE p.consumer = d.consumer "
-            "AND p.topic = d.destination AND p.key = d.key AND d.source = 'kafka') ORDER BY seq LIMIT 1",
+            "AND p.topic = d.destination AND p.key = d.key AND d.source = 'kafka') "
+            "ORDER BY seq LIMIT 1 FOR UPDATE SKIP LOCKED",
         )
 
     async def _row(self, tx: Tx, where: str, *arguments: Any) -> Mapping[str, Any] | None:
-        rows = await tx.sql(
-            f"SELECT {', '.join(_COLUMNS)} FROM dead_letter d WHERE {where} FOR UPDATE SKIP LOCKED", *arguments
-        )
+        rows = await tx.sql(f"SELECT {', '.join(_COLUMNS)} FROM dead_letter d WHERE {where}", *arguments)
         return dict(zip(_COLUMNS, rows[0], strict=True)) if rows else None
 
     async def _again(self, tx: Tx, letter: Mapping[str, Any]) -> None:
@@ -210,9 +196,11 @@ class Drainer:
         async with self._database.begin() as tx:
             await tx.sql(
                 "UPDATE dead_letter SET state = 'failed', attempts = attempts + 1, error = $2, "
-                "last_failed_at = clock_timestamp() WHERE id = $1",
+                # Not where another drainer, meanwhile, had more success with it.
+                "last_failed_at = clock_timestamp() WHERE id = $1 AND state = $3",
                 letter["id"],
                 f"{type(error).__name__}: {error}"[:4000].replace("\x00", "\\x00"),
+                letter["state"],
             )
         self._metrics.dead_letters.labels(letter["consumer"]).inc()
         self._log.error(

@@ -8,14 +8,12 @@ from typing import Annotated
 import typer
 
 from infra.cli.home import home_folder
-from infra.cli.privileges import leave_root
 from infra.cli.up import alone, console
 from infra.engines.supervisor import Supervisor
 
 
 def down(wipe: Annotated[bool, typer.Option("--wipe", help="Forget all data and passwords too.")] = False) -> None:
     """Stop the stack; with --wipe, forget everything it stored."""
-    leave_root()
     home = home_folder()
     if not home.exists():
         console.print(f"Nothing to stop: there is no {home}.")

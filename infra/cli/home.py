@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import infra
 from infra.engines import ENGINES
@@ -90,17 +91,18 @@ class Home:
         return Place(self.path, ports, Secrets(self.path / "secrets.json"), SERVICES)
 
     def write_credentials(self, place: Place, engines: Mapping[str, object]) -> None:
-        """Writes credentials.json: administrators' access, of this stack's owner only."""
+        """Writes credentials.json: administrators' access to these engines and those it has already."""
+        known = self._read("credentials.json").get("engines", {})
         credentials = {
-            "base_url": f"http://127.0.0.1:{place.ports.get('nginx', 8080)}",
+            "base_url": f"http://127.0.0.1:{place.ports['nginx']}",
             "admin_token": place.secret("admin_token"),
-            "engines": engines,
+            "engines": {**known, **engines},
         }
         write_atomically(self.path / "credentials.json", json.dumps(credentials, indent=1))
 
-    def _read(self, name: str) -> dict[str, int]:
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            content: dict[str, int] = json.loads((self.path / name).read_text())
+            content: dict[str, Any] = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             return {}
         except ValueError as error:

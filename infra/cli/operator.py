@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from infra.cli.home import Home, home_folder
-from infra.db import create_engine, sql
+from aiokafka.errors import KafkaError
+
+from infra.cli.home import home_folder
+from infra.db import create_engine, is_transient, sql
 from infra.engines.base import EngineError
 from infra.tx import Database
+
+T = TypeVar("T")
 
 
 def actor() -> str:
@@ -20,12 +27,30 @@ def actor() -> str:
 
 def engines_access() -> dict[str, dict[str, str]]:
     """The administrator's access to each engine. Raises EngineError where no stack was ever started."""
-    path = Home(home_folder()).path / "credentials.json"
+    path = home_folder() / "credentials.json"
     try:
         access: dict[str, dict[str, str]] = json.loads(path.read_text())["engines"]
     except FileNotFoundError:
         raise EngineError(f"{path} is not there: no stack was started here. Start it with ./claw up") from None
     return access
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a command's work. Raises EngineError where an engine does not answer."""
+    # It would tell of every refused connection beside the one error that says what to do.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    try:
+        return asyncio.run(work)
+    except Exception as error:
+        if not is_transient(error) and not isinstance(error, KafkaError):
+            raise
+        reason = f"an engine does not answer ({type(error).__name__}: {error})"
+        raise EngineError(f"{reason}. See which: ./claw status. Start it: ./claw up") from error
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with what could move a terminal's cursor or colour shown escaped: strangers wrote it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 async def services(url: str) -> list[str]:
@@ -45,7 +70,7 @@ async def services(url: str) -> list[str]:
 @asynccontextmanager
 async def database(url: str, service: str) -> AsyncIterator[Database]:
     """The database of one service, as an administrator."""
-    engine = create_engine(url, pool_size=2, name="claw", schema=service)
+    engine = create_engine(url, pool_size=4, name="claw", schema=service)
     try:
         yield Database(engine, service)
     finally:

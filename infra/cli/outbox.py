@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
-from infra.bus import outbox
+from infra.audit import audit
+from infra.bus import outbox, provisioning
 from infra.cli import operator
+from infra.errors import NotFound
+from protos.topology import Catalog
 
 app = typer.Typer(no_args_is_help=True, help="What services have sent, kept until no consumer can need it again.")
 out = Console(highlight=False)
@@ -23,21 +26,46 @@ def outbox_() -> None:
 
 @app.command()
 def resend(
-    destination: Annotated[str, typer.Argument(help="Topic or exchange.")],
-    since: Annotated[datetime | None, typer.Option(help="Only what was sent from then on.")] = None,
+    destination: Annotated[str, typer.Argument(help="Topic or exchange, as in `./claw map`.")],
+    since: Annotated[datetime | None, typer.Option(help="Only what was sent from then on (local time).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Send again, to a topic or exchange, everything that is kept; consumers drop what they have handled."""
-    counts = asyncio.run(resend_everywhere(operator.engines_access()["postgres"]["url"], destination, since))
+    url = operator.engines_access()["postgres"]["url"]
+    counts = operator.run(resend_everywhere(url, destination, since and since.astimezone()))
+    if not counts:
+        raise NotFound(f"nothing that was sent to {destination!r} is kept. Is the name right? See: ./claw map")
+    if as_json:
+        print(msgspec.json.encode(counts).decode())  # noqa: T201
+        return
     for service, count in counts.items():
-        out.print(f"{service}: {count} messages to {destination} are sent again")
-    if not any(counts.values()):
-        out.print(f"Nothing that was sent to {destination} is kept. Is the name right? See: claw map")
+        out.print(f"{service}: {count} messages to {destination} are sent again by the service's relay")
+
+
+async def provision(catalog: Catalog, url: str, **brokers: str) -> dict[str, int]:
+    """Brings the brokers to the catalog; `brokers` as of `provisioning.plan`. Returns what is sent again.
+
+    What a topic or queue that is made anew has held before, because its broker was wiped, is marked to be sent again
+    first: made first, the topic would take newer messages of a key before the older ones.
+    """
+    made = [drift.subject for drift in await provisioning.plan(catalog, **brokers) if drift.found == "-"]
+    destinations = {topic.name for topic in catalog.topics if f"topic {brokers.get('prefix', '')}{topic.name}" in made}
+    destinations |= {queue.exchange.name for queue in catalog.queues if f"queue {queue.name}" in made}
+    sent: dict[str, int] = {}
+    for destination in sorted(destinations):
+        if count := sum((await resend_everywhere(url, destination)).values()):
+            sent[destination] = count
+    await provisioning.apply(catalog, **brokers)
+    return sent
 
 
 async def resend_everywhere(url: str, destination: str, since: datetime | None = None) -> dict[str, int]:
-    """Service → how many messages are sent again."""
+    """Service → how many messages are sent again; services that kept none are left out."""
     counts = {}
     for name in await operator.services(url):
         async with operator.database(url, name) as database, database.begin() as tx:
-            counts[name] = await outbox.resend(await tx.connection(), destination, since=since)
-    return {name: count for name, count in counts.items() if count}
+            count = await outbox.resend(await tx.connection(), destination, since=since)
+            if count:
+                counts[name] = count
+                audit(tx, operator.actor(), "outbox.resend", "destination", destination, count=str(count))
+    return counts

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
+import os
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated
@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from infra.audit import audit
 from infra.cli import operator
-from infra.db import create_engine
 from infra.errors import NotFound
 from infra.eventstore.replay import Progress as ReplayProgress
 from infra.eventstore.replay import Rebuilt, Replay
@@ -25,39 +25,47 @@ out = Console(highlight=False)
 
 
 def replay(
-    projection: Annotated[str, typer.Argument(help="<service>.<handler>, see `claw map`.")],
+    projection: Annotated[str, typer.Argument(help="<service>.<handler>, such as agent.count_runs.")],
     from_events: Annotated[
-        str, typer.Option(help="Rebuild from this service's event store instead of from the topic.")
+        str, typer.Option(help="Rebuild from this service's event store; the consumer waits meanwhile.")
     ] = "",
     switch: Annotated[bool, typer.Option(help="Take the rebuilt tables although they differ.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Rebuild a projection in shadow tables, compare, and switch when they are equal."""
+    """Rebuild a projection in shadow tables, compare, and switch when they are equal. Exit code 1 if they stay."""
     access = operator.engines_access()
     service, subscription = find(projection)
-    progress = Progress(console=Console(stderr=True), transient=True)
-    with progress:
+    owner = load(from_events) if from_events else None
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(projection, total=None)
-        rebuilt = asyncio.run(
+        rebuilt = operator.run(
             rebuild(
                 access["postgres"]["url"],
                 access["kafka"]["bootstrap_servers"],
                 service.name,
                 subscription,
                 lambda done, total: progress.update(task, completed=done, total=total),
-                from_events=load(from_events) if from_events else None,
+                from_events=owner,
                 switch=switch,
             )
         )
-    if json:
+    if as_json:
         print(msgspec.json.encode(asdict(rebuilt)).decode())  # noqa: T201
     else:
-        for table in rebuilt.tables:
-            verdict = "[green]equal[/]" if table.equal else "[red]different[/]"
-            out.print(f"{table.table}: {verdict}, live {table.live_rows} rows, rebuilt {table.rebuilt_rows}")
-        out.print(f"{rebuilt.records} records; " + ("switched" if rebuilt.switched else "the live tables stay"))
+        _tell(service.name, rebuilt)
     if not rebuilt.switched:
         raise typer.Exit(1)
+
+
+def _tell(service: str, rebuilt: Rebuilt) -> None:
+    for table in rebuilt.tables:
+        verdict = "[green]equal[/]" if table.equal else "[red]different[/]"
+        out.print(f"{table.table}: {verdict}, live {table.live_rows} rows, rebuilt {table.rebuilt_rows}")
+    if rebuilt.switched:
+        out.print(f"Switched, after {rebuilt.records} records. The old tables: schema {service}_retired.")
+    else:
+        out.print(f"The live tables stay. Those rebuilt from {rebuilt.records} records: schema {service}_rebuild.")
+        out.print("A log that was wiped and sent again is not whole: then --from-events. To take them: --switch.")
 
 
 def load(name: str) -> Service:
@@ -74,6 +82,8 @@ def load(name: str) -> Service:
 def find(projection: str) -> tuple[Service, Subscription]:
     """Raises NotFound where the service has no such handler."""
     name, _, handler = projection.rpartition(".")
+    if not name:
+        raise NotFound(f"projection {projection!r}: name it as <service>.<handler>")
     service = load(name)
     for subscription in service.subscriptions:
         if subscription.name.endswith(f".{handler}"):
@@ -90,15 +100,19 @@ async def rebuild(
     subscription: Subscription,
     progress: ReplayProgress,
     *,
-    prefix: str = "",
     from_events: Service | None = None,
     switch: bool = False,
 ) -> Rebuilt:
-    engine = create_engine(url, pool_size=4, name="replay", schema=service)
-    try:
-        rebuild = Replay(engine, service, subscription, progress)
+    """Rebuilds from Kafka, or from the event store of `from_events`. A switch is audited."""
+    async with operator.database(url, service) as database:
+        rebuild = Replay(database.engine, service, subscription, progress)
         if from_events is not None:
-            return await rebuild.from_events(from_events.name, from_events.aggregates, switch_unequal=switch)
-        return await rebuild.from_kafka(bootstrap, prefix=prefix, switch_unequal=switch)
-    finally:
-        await engine.dispose()
+            rebuilt = await rebuild.from_events(from_events.name, from_events.aggregates, switch_unequal=switch)
+        else:
+            prefix = os.environ.get("CLAW_TOPIC_PREFIX", "")
+            rebuilt = await rebuild.from_kafka(bootstrap, prefix=prefix, switch_unequal=switch)
+        if rebuilt.switched:
+            async with database.begin() as tx:
+                different = ",".join(table.table for table in rebuilt.tables if not table.equal)
+                audit(tx, operator.actor(), "projection.switch", "projection", subscription.name, different=different)
+    return rebuilt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ import typer
 from rich.console import Console
 
 from infra.cli.home import Home, home_folder
+from infra.cli.machine import check_machine
 from infra.cli.ports import check_ports
-from infra.cli.privileges import leave_root
+from infra.cli.services import parts
 from infra.engines import CREDENTIALS, ENGINES
 from infra.engines.base import Engine, EngineError, Place
 from infra.engines.supervisor import Supervisor
@@ -27,36 +29,49 @@ console = Console(stderr=True, highlight=False)
 
 def up(only: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "") -> None:
     """Start the stack, or what is missing of it; return when everything is ready."""
-    leave_root()
-    names = only.split(",") if only else list(ENGINES)
+    known = parts()
+    names = only.split(",") if only else list(known)
     for name in names:
-        if name not in ENGINES:
-            raise EngineError(f"--only: {name!r} is none of {', '.join(ENGINES)}")
+        if name not in known:
+            raise EngineError(f"--only: {name!r} is none of {', '.join(known)}")
     home = Home(home_folder())
     place = home.place()
     # The clients would tell of every refused connection, the ordinary thing while an engine starts.
     logging.disable()
     with alone(home.path):
-        asyncio.run(_start_all(home, place, [ENGINES[name] for name in names]))
+        asyncio.run(_start_all(home, place, [known[name] for name in names]))
 
 
-async def _start_all(home: Home, place: Place, engines: list[Engine]) -> None:
+async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
     began = time.monotonic()
-    console.print(f"Starting {len(engines)} engines; their state is in {home.path}.")
+    console.print(f"Starting {', '.join(part.NAME for part in wanted)}. State: {home.path}")
+    check_machine(home.path)
     supervisor = Supervisor(home.path)
     supervisor.start()
     running = [name for name, process in supervisor.processes().items() if process.pid]
-    check_ports(place, [engine for engine in engines if engine.NAME not in running])
-    outcomes = await asyncio.gather(*(_start(supervisor, place, engine) for engine in engines), return_exceptions=True)
+    check_ports(place, [part for part in wanted if part.NAME not in running])
+    engines = [part for part in wanted if part.NAME in ENGINES]
+    services = [part for part in wanted if part.NAME not in ENGINES]
+    await _start_together(supervisor, place, engines)
+    home.write_credentials(place, {CREDENTIALS[engine.NAME]: engine.access(place) for engine in engines})
+    if len(engines) == len(ENGINES):
+        # Here, not at the top: it imports what the engines need no second of.
+        from infra.cli.provision import provision
+
+        await provision(place)
+    await _start_together(supervisor, place, services)
+    console.print(f"Ready after {time.monotonic() - began:.1f} s.")
+
+
+async def _start_together(supervisor: Supervisor, place: Place, wanted: list[Engine]) -> None:
+    """Starts all of them, also when some fail; raises EngineError with every failure."""
+    outcomes = await asyncio.gather(*(_start(supervisor, place, part) for part in wanted), return_exceptions=True)
     failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     for failure in failures:
         if not isinstance(failure, EngineError):
             raise failure
-        console.print(f"[red]✗[/] {failure}", soft_wrap=True)
     if failures:
-        raise EngineError(f"{len(failures)} of {len(engines)} engines did not start")
-    home.write_credentials(place, {CREDENTIALS[engine.NAME]: engine.access(place) for engine in engines})
-    console.print(f"Ready after {time.monotonic() - began:.1f} s.")
+        raise EngineError("\n".join(str(failure) for failure in failures))
 
 
 async def _start(supervisor: Supervisor, place: Place, engine: Engine) -> None:
@@ -68,8 +83,7 @@ async def _start(supervisor: Supervisor, place: Place, engine: Engine) -> None:
         supervisor.add(engine.NAME, engine.program(place))
     version = await wait_ready(supervisor, place, engine)
     took = "was running" if already else f"ready in {time.monotonic() - began:.1f} s"
-    port = place.ports[next(iter(engine.PORTS))]
-    console.print(f"[green]✓[/] {engine.NAME:<11} {version:<9} 127.0.0.1:{port:<6} {took}")
+    console.print(f"[green]✓[/] {engine.NAME:<11} {version:<9} 127.0.0.1:{place.ports[engine.NAME]:<6} {took}")
 
 
 async def wait_ready(supervisor: Supervisor, place: Place, engine: Engine) -> str:
@@ -77,10 +91,13 @@ async def wait_ready(supervisor: Supervisor, place: Place, engine: Engine) -> st
 
     Raises EngineError, with the end of its log, if it gave up or does not answer in two minutes.
     """
+    port = place.ports[engine.NAME]
     deadline = time.monotonic() + _READY_SECONDS
     restarts_before = supervisor.processes()[engine.NAME].restarts
     while True:
         try:
+            # A closed port costs next to nothing; a client of the engine costs what the engine needs to start.
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
             async with asyncio.timeout(10):
                 return await engine.ready(place)
         except Exception as error:

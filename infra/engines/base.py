@@ -79,7 +79,10 @@ class Engine(Protocol):
         """How to start it."""
 
     async def ready(self, place: Place) -> str:
-        """Makes one real round trip as a client does and returns the server's version; raises while it cannot."""
+        """Makes one real round trip as a client does and returns the server's version; raises while it cannot.
+
+        It imports its client itself: all clients together take seconds that a command without engines has no use for.
+        """
 
     def access(self, place: Place) -> dict[str, Any]:
         """What an administrator's client needs, as in credentials.json."""

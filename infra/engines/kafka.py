@@ -6,9 +6,6 @@ import shutil
 import subprocess
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-
 from infra.engines.base import EngineError, Place, Program, write_atomically
 from infra.engines.jars import JAVA, install_jars
 
@@ -31,7 +28,7 @@ def prepare(place: Place) -> None:
         fresh = folder / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
         configuration = _configure(place, str(fresh))
-        command = [*_java("-Xmx128m", "-XX:TieredStopAtLevel=1"), "kafka.tools.StorageTool", "format"]
+        command = [*_java("-Xmx128m"), "kafka.tools.StorageTool", "format"]
         done = subprocess.run(
             [*command, "-t", _CLUSTER_ID, "-c", configuration], capture_output=True, text=True, check=False
         )
@@ -49,6 +46,9 @@ def program(place: Place) -> Program:
 
 async def ready(place: Place) -> str:
     """A record goes in and comes out again, through a topic of its own."""
+    from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
     servers = access(place)["bootstrap_servers"]
     admin = AIOKafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=5000)
     try:
@@ -73,7 +73,7 @@ def access(place: Place) -> dict[str, Any]:
 
 
 def _java(*options: str) -> tuple[str, ...]:
-    return (JAVA, *options, "-XX:+UseSerialGC", "-cp", f"{install_jars(NAME)}/*")
+    return (*JAVA, *options, "-cp", f"{install_jars(NAME)}/*")
 
 
 def _configure(place: Place, data: str) -> str:

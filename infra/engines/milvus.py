@@ -12,8 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from infra.engines.base import Place, Program, cache_folder, package_folder, write_atomically
 
 NAME = "milvus"
@@ -59,6 +57,8 @@ def prepare(place: Place) -> None:
         lambda found: str(values.get(found[1], found[2] or "")),
         template,
     )
+    # Otherwise its parts call each other at the machine's first address, which may be another one tomorrow.
+    settings = re.sub(r"(?m)^  ip:.*", "  ip: 127.0.0.1", settings)
     settings = re.sub(r"(?m)^log:\n  level: \w+", "log:\n  level: warn", settings)
     write_atomically(folder / "configs" / "milvus.yaml", settings)
     write_atomically(folder / "configs" / "glog.conf", "--logtostderr=true\n--minloglevel=1\n")
@@ -92,6 +92,8 @@ def program(place: Place) -> Program:
 
 async def ready(place: Place) -> str:
     """Asks the proxy for the collections, which it asks the root coordinator for."""
+    import httpx
+
     async with httpx.AsyncClient(trust_env=False) as client:
         answer = await client.get(f"{access(place)['url']}/v1/vector/collections")
     if answer.status_code != 200 or answer.json().get("code") != 200:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-import httpx
-
 from infra.engines.base import Place, Program, package_folder, write_atomically
 
 NAME = "nginx"
@@ -53,6 +51,8 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
+    import httpx
+
     async with httpx.AsyncClient(trust_env=False) as client:
         answer = await client.get(f"{access(place)['url']}/healthz")
         answer.raise_for_status()

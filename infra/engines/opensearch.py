@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
-
-import httpx
 
 from infra.engines.base import Place, Program, write_atomically
 from infra.engines.jars import JAVA, install_jars
@@ -45,9 +44,6 @@ def prepare(place: Place) -> None:
         "appender.out.layout.pattern=%d %p %c{1.} %m%n\nrootLogger.level=warn\nrootLogger.appenderRef.out.ref=out\n"
     )
     write_atomically(folder / "log4j2.properties", logging)
-
-
-def program(place: Place) -> Program:
     arguments = {
         "-basePath": place.folder(NAME),
         "-clusterName": "claw",
@@ -56,13 +52,27 @@ def program(place: Place) -> Program:
         "-baseHttpPort": place.ports["opensearch"] - 1,
         "-moduleTypes": ",".join(_MODULES),
     }
-    words = [str(word) for pair in arguments.items() for word in pair]
-    java = (JAVA, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{install_jars(NAME)}/*")
-    return Program((*java, "org.codelibs.opensearch.runner.OpenSearchRunner", *words))
+    words = ", ".join(json.dumps(str(word)) for pair in arguments.items() for word in pair)
+    # In BeanShell, because the runner's own main refuses ports above 9299 and has no argument for that. Its
+    # threads do not keep the process alive.
+    script = f"""import org.codelibs.opensearch.runner.OpenSearchRunner;
+runner = new OpenSearchRunner();
+runner.setMaxHttpPort(-1);
+runner.build(new String[] {{{words}}});
+Thread.currentThread().join();
+"""
+    write_atomically(place.folder(NAME) / "start.bsh", script)
+
+
+def program(place: Place) -> Program:
+    java = (*JAVA, "-Xms256m", "-Xmx512m", "-cp", f"{install_jars(NAME)}/*")
+    return Program((*java, "bsh.Interpreter", str(place.folder(NAME) / "start.bsh")))
 
 
 async def ready(place: Place) -> str:
     """A document goes in and is found."""
+    import httpx
+
     async with httpx.AsyncClient(base_url=access(place)["url"], trust_env=False, timeout=10) as client:
         document = f"/{_READY}/_doc/1"
         stored = await client.put(document, params={"refresh": "true"}, json={"ready": True})

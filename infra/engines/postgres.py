@@ -6,8 +6,6 @@ import shutil
 import subprocess
 from typing import Any
 
-import asyncpg
-
 from infra.engines.base import EngineError, Place, Program, package_folder
 
 NAME = "postgres"
@@ -70,6 +68,8 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
+    import asyncpg
+
     connection = await asyncpg.connect(access(place)["url"], timeout=5)
     try:
         return str(await connection.fetchval("SHOW server_version", timeout=5))

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import aiormq
-
 from infra.engines.base import EngineError, Place, Program, write_atomically
 
 NAME = "rabbitmq"
@@ -68,7 +66,8 @@ def program(place: Place) -> Program:
         "RABBITMQ_LOG_BASE": str(folder / "log"),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
         "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
-        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        # The second: its schedulers sleep at once instead of spinning, others need the cores.
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none",
         # The server in the foreground, without the shell around it that would have to pass signals on.
         "RUNNING_UNDER_SYSTEMD": "true",
         "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -79,6 +78,8 @@ def program(place: Place) -> Program:
 
 async def ready(place: Place) -> str:
     """A message goes in and comes out again."""
+    import aiormq
+
     connection = await aiormq.connect(access(place)["url"])
     try:
         channel = await connection.channel()

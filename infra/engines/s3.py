@@ -6,9 +6,6 @@ import asyncio
 import io
 from typing import Any
 
-import urllib3
-from minio import Minio
-
 from infra.engines.base import Place, Program, write_atomically
 from infra.engines.jars import JAVA, install_jars
 
@@ -42,8 +39,8 @@ def prepare(place: Place) -> None:
 
 def program(place: Place) -> Program:
     [jar] = install_jars(NAME).glob("*.jar")
-    options = ("-Xmx192m", "-XX:+UseSerialGC", "-DLOG_LEVEL=warn")
-    return Program((JAVA, *options, "-jar", str(jar), "--properties", str(place.folder(NAME) / "s3proxy.conf")))
+    options = ("-Xmx192m", "-DLOG_LEVEL=warn")
+    return Program((*JAVA, *options, "-jar", str(jar), "--properties", str(place.folder(NAME) / "s3proxy.conf")))
 
 
 async def ready(place: Place) -> str:
@@ -58,6 +55,9 @@ def access(place: Place) -> dict[str, Any]:
 
 
 def _round_trip(place: Place) -> None:
+    import urllib3
+    from minio import Minio
+
     with urllib3.PoolManager(timeout=5, retries=False) as pool:
         keys = (_ACCESS_KEY, place.secret("s3.admin"))
         client = Minio(f"127.0.0.1:{place.ports['s3']}", *keys, secure=False, http_client=pool)

@@ -13,6 +13,7 @@ import xmlrpc.client
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
@@ -46,7 +47,7 @@ class Supervisor:
 
     def running(self) -> bool:
         try:
-            self._call().getState()
+            self._call("getState")
         except (OSError, xmlrpc.client.Error):
             return False
         return True
@@ -92,7 +93,7 @@ class Supervisor:
         """Starts the program and keeps it running from now on. Does nothing if it runs already."""
         if name in self.processes():
             if self.processes()[name].state not in ("RUNNING", "STARTING", "BACKOFF"):
-                self._call().startProcess(name, False)
+                self._call("startProcess", name, False)
             return
         folder = self._home / "programs"
         starts = folder / f"{name}.starts"
@@ -118,9 +119,8 @@ class Supervisor:
                 stdout_logfile_backups=2,
             ),
         )
-        call = self._call()
-        call.reloadConfig()
-        call.addProcessGroup(name)
+        self._call("reloadConfig")
+        self._call("addProcessGroup", name)
 
     def processes(self) -> dict[str, Process]:
         """Every program by name; empty if the supervisor does not run."""
@@ -133,12 +133,12 @@ class Supervisor:
                 max(0, info["now"] - info["start"]) if info["pid"] else 0,
                 self._restarts(info["name"]),
             )
-            for info in self._call().getAllProcessInfo()
+            for info in self._call("getAllProcessInfo")
         }
 
     def stop(self, name: str) -> None:
         """Stops the program and waits until it has ended; it stays down."""
-        self._call().stopProcess(name)
+        self._call("stopProcess", name)
 
     def shutdown(self, kill: bool = False) -> None:
         """Stops all programs, then the supervisor, then what is left; returns when no process is.
@@ -146,10 +146,10 @@ class Supervisor:
         `kill`: at once and in no good order, for a stack whose data nobody wants.
         """
         if self.running():
-            pid = self._call().getPID()
+            pid = self._call("getPID")
             if not kill:
                 # All at once: the supervisor's own shutdown would wait for one after the other.
-                self._call().stopAllProcesses()
+                self._call("stopAllProcesses")
             # Nothing is left to lose, and its own shutdown takes two seconds more.
             psutil.Process(pid).kill()
             self._socket.unlink(missing_ok=True)
@@ -163,9 +163,10 @@ class Supervisor:
         starts = self._home / "programs" / f"{name}.starts"
         return max(0, starts.stat().st_size - 1) if starts.exists() else 0
 
-    def _call(self) -> xmlrpc.client.ServerProxy:
-        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
-        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor  # type: ignore[return-value]
+    def _call(self, method: str, *arguments: Any) -> Any:
+        with contextlib.closing(SupervisorTransport(None, None, f"unix://{self._socket}")) as transport:
+            proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+            return getattr(proxy.supervisor, method)(*arguments)
 
 
 def orphans(home: Path) -> list[psutil.Process]:

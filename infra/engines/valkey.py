@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import redis.asyncio
-
 from infra.engines.base import Place, Program, package_folder, sha256, write_atomically
 
 NAME = "valkey"
@@ -47,6 +45,8 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
+    import redis.asyncio
+
     client = redis.asyncio.Redis.from_url(access(place)["url"], socket_timeout=5)
     try:
         await client.set("claw:ready", "1", ex=60)

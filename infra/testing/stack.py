@@ -88,7 +88,7 @@ class Stack:
 
     def start(self, name: str) -> None:
         """Starts what was stopped, and waits until it works."""
-        _claw(self.home, "up", "--only", name)
+        run_claw(self.home, "up", "--only", name)
 
     def restart(self, name: str) -> None:
         self.stop(name)
@@ -108,14 +108,20 @@ class Stack:
 
 @contextmanager
 def running_stack(engines: Iterable[str] = DEFAULT_ENGINES) -> Iterator[Stack]:
-    """Starts these engines for the length of the block, or lends the stack that CLAW_TEST_STACK names.
-
-    The stack ends with the block, and also if this process is killed: a guard process watches.
-    """
+    """Starts these engines for the length of the block, or lends the stack that CLAW_TEST_STACK names."""
     if shared := os.environ.get("CLAW_TEST_STACK"):
-        _claw(Path(shared), "up", "--only", ",".join(engines))
+        run_claw(Path(shared), "up", "--only", ",".join(engines))
         yield Stack(Path(shared))
         return
+    with private_home() as home:
+        run_claw(home, "up", "--only", ",".join(engines))
+        yield Stack(home)
+
+
+@contextmanager
+def private_home() -> Iterator[Path]:
+    """A state folder with free ports. What was started in it ends with the block, and also if this process is
+    killed: a guard process watches."""
     # Directly under /tmp: TMPDIR may lie where the stack's own user cannot go.
     folder = Path(tempfile.mkdtemp(prefix="claw-test-", dir="/tmp"))
     folder.chmod(0o755)
@@ -129,10 +135,18 @@ def running_stack(engines: Iterable[str] = DEFAULT_ENGINES) -> Iterator[Stack]:
         env=_environment(home),
     )
     try:
-        _claw(home, "up", "--only", ",".join(engines))
-        yield Stack(home)
+        yield home
     finally:
         guard.communicate()
+
+
+def run_claw(home: Path, *arguments: str) -> str:
+    """Runs a command of the CLI on this stack; what it printed. Raises RuntimeError with all it said if it failed."""
+    command = [sys.executable, "-m", "infra.cli", *arguments]
+    done = subprocess.run(command, env=_environment(home), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"./claw {' '.join(arguments)}, CLAW_HOME={home}:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def _free_ports() -> dict[str, int]:
@@ -143,20 +157,6 @@ def _free_ports() -> dict[str, int]:
         ports = range(first, first + len(names))
         if all(is_free(port) for port in ports):
             return dict(zip(names, ports, strict=True))
-
-
-def _claw(home: Path, *arguments: str) -> None:
-    """Runs a command of the CLI. Raises RuntimeError with what it said, if it failed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "infra.cli", *arguments],
-        env=_environment(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"./claw {' '.join(arguments)}, CLAW_HOME={home}:\n{done.stdout}")
 
 
 def _environment(home: Path) -> dict[str, str]:
@@ -170,7 +170,7 @@ def _guard(folder: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    _claw(folder / "stack", "down", "--wipe")
+    run_claw(folder / "stack", "down", "--wipe")
     subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 

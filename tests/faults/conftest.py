@@ -14,6 +14,7 @@ from infra.clock import uuid7
 from infra.db import create_engine, sql
 from infra.testing.sample.run import Engines, SampleServices
 from infra.testing.stack import Stack
+from tests.infra.conftest import PASSWORDS
 
 DEADLINE_SECONDS = 90
 
@@ -89,11 +90,9 @@ class Load:
 async def services(
     stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[SampleServices]:
-    engines = Engines(
-        database, stack.kafka_bootstrap_servers, vhost, stack.rabbitmq_management_url, stack.redis_url
-    )
+    engines = Engines(database, stack.kafka_bootstrap_servers, vhost, stack.rabbitmq_management_url, stack.redis_url)
     folder: Path = tmp_path_factory.mktemp("services")
-    running = SampleServices(engines, folder, prefix=topic_prefix)
+    running = SampleServices(engines, folder, PASSWORDS, prefix=topic_prefix)
     await running.prepare()
     try:
         await running.start_all()

@@ -1,4 +1,4 @@
-"""Each process killed at each boundary of its way, and stopped beyond its lease: nothing lost, effects once, in order."""
+"""Each process killed at each boundary, and stopped beyond its lease: nothing lost, effects once, in order."""
 
 from __future__ import annotations
 

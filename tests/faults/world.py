@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 import msgspec
 from prometheus_client import CollectorRegistry
+from sqlalchemy.exc import DBAPIError
 
 from infra.bus.batch import Batches, Fenced
 from infra.bus.outbox import Outcome, Pending, Relay, SetAside, resend
@@ -158,7 +159,8 @@ class Handler:
             if Note(note.notebook, note.number) in self.refused:
                 raise InvalidMessage("number", "refused") if note.number % 2 else ValueError("refused")
         await tx.sql(
-            "INSERT INTO effect SELECT n, i, nextval('event_position') FROM unnest($1::text[], $2::bigint[]) AS x(n, i)",
+            "INSERT INTO effect SELECT n, i, nextval('event_position') "
+            "FROM unnest($1::text[], $2::bigint[]) AS x(n, i)",
             [note.notebook for note in notes],
             [note.number for note in notes],
         )
@@ -236,16 +238,11 @@ class World:
         records = self.broker.log[p][begin : begin + size]
         if not records:
             return "nothing to do"
-        try:
-            await member.process(records)
-        except Fenced:
-            return "fenced"
-        except Crash:
-            return "crashed"
-        except Exception as error:
-            assert is_transient(error), error
-            return "lost its connection"
-        return "done"
+        return await _outcome(member.process(member.position.incarnation, records))
+
+    async def drain(self) -> str:
+        """One step of the drainer; how that ended."""
+        return await _outcome(self.drainer.step())
 
     def pass_time(self) -> None:
         """Longer than any lease and any pause of a destination."""
@@ -274,7 +271,9 @@ class World:
 
     def letters(self) -> dict[str, list[tuple[Note, str]]]:
         """The open dead letters of each parked key, in order."""
-        found: dict[str, list[tuple[Note, str]]] = {key: [] for (key,) in self.rows(self.ledger, "SELECT key FROM parked_key")}
+        found: dict[str, list[tuple[Note, str]]] = {
+            key: [] for (key,) in self.rows(self.ledger, "SELECT key FROM parked_key")
+        }
         rows = self.rows(self.ledger, f"SELECT key, payload, state FROM dead_letter WHERE {OPEN} ORDER BY seq")
         for key, body, state in rows:
             found.setdefault(f"{key} (not parked)" if key not in found else key, []).append((note_of(key, body), state))
@@ -286,6 +285,23 @@ class World:
 
     def position(self, p: int) -> int:
         [(next_offset,)] = self.rows(
-            self.ledger, "SELECT next_offset FROM consumer_offset WHERE topic = $1 AND partition = $2", SAMPLE_EVENTS.name, p
+            self.ledger,
+            "SELECT next_offset FROM consumer_offset WHERE topic = $1 AND partition = $2",
+            SAMPLE_EVENTS.name,
+            p,
         )
         return int(next_offset)
+
+
+async def _outcome(work: Coroutine[Any, Any, object]) -> str:
+    try:
+        await work
+    except Fenced:
+        return "fenced"
+    except Crash:
+        return "crashed"
+    except DBAPIError as error:
+        if not is_transient(error):
+            raise
+        return "lost its connection"
+    return "done"

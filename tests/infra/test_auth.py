@@ -50,6 +50,31 @@ def test_an_old_token_is_refused(clock: list[float]) -> None:
         billing.verify(Callers(SECRET, "agent").token("billing"))
 
 
+def test_a_token_that_was_good_is_not_read_again_until_it_runs_out(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callers = Callers(SECRET, "billing")
+    token = agent.token("billing")
+    callers.verify(token)
+
+    def expired(*_: object, **__: object) -> None:
+        raise jwt.ExpiredSignatureError
+
+    monkeypatch.setattr(jwt, "decode", expired)
+    assert callers.verify(token) == "agent"
+    clock[0] += LIFETIME_SECONDS + 1
+    with pytest.raises(Unauthenticated, match="expired"):
+        callers.verify(token)
+
+
+def test_tokens_that_have_run_out_do_not_pile_up(clock: list[float]) -> None:
+    callers = Callers(SECRET, "billing")
+    for _ in range(250):
+        clock[0] += 0.001
+        callers.verify(Callers(SECRET, f"agent{clock[0]}").token("billing"))
+    assert len(callers._verified) <= 100
+
+
 def test_a_token_is_kept_for_half_its_life_and_not_over_a_jump_of_the_clock(clock: list[float]) -> None:
     callers = Callers(SECRET, "agent")
     clock[0] = 1_000_000.0

@@ -301,9 +301,15 @@ async def test_a_mounted_route_is_named_in_full(client: httpx.AsyncClient, expor
     assert span.name == "GET /mounted/{x}"
 
 
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(client: httpx.AsyncClient) -> None:
+async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(
+    client: httpx.AsyncClient, app: App, exporter: Exporter
+) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         await client.get("/broken-stream")
+    labels = {"method": "GET", "route": "/broken-stream", "status": "200"}
+    assert app.metrics.registry.get_sample_value("claw_http_request_seconds_count", labels) == 1
+    [span] = exporter.get_finished_spans()
+    assert span.status.status_code is StatusCode.ERROR
 
 
 async def test_a_client_that_leaves_is_no_error(server: HttpServer, app: App, exporter: Exporter) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -222,15 +223,21 @@ async def test_lines_without_room_are_counted_and_said(
     assert sum(line["message"] == "flood" for line in lines) == 100
 
 
+@pytest.mark.parametrize("broker", ["refuses", "is silent"])
 async def test_without_kafka_logging_goes_on_and_stopping_ends(
-    metrics: Metrics, printed: Printed, monkeypatch: pytest.MonkeyPatch
+    metrics: Metrics, printed: Printed, monkeypatch: pytest.MonkeyPatch, broker: str
 ) -> None:
     monkeypatch.setattr(KafkaLogSink, "SECONDS_TO_STOP", 0.5)
-    sink = KafkaLogSink("127.0.0.1:1", "service.logs", metrics)
-    await sink.start()
-    for n in range(10):
-        get_logger("x").info("line", n=n)
-    await sink.stop()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        if broker == "is silent":
+            silent.listen()
+        sink = KafkaLogSink(f"127.0.0.1:{silent.getsockname()[1]}", "service.logs", metrics)
+        await sink.start()
+        for n in range(10):
+            get_logger("x").info("line", n=n)
+        await sink.stop()
+        assert sink._task.done()
     lines = printed()
     assert sum(line["message"] == "line" for line in lines) == 10
     assert dropped(metrics) >= 10

@@ -88,7 +88,7 @@ class Service:
             raise NotFound("a third")
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        handlers = {
+        handlers: dict[str, Any] = {
             "Echo": grpc.unary_unary_rpc_method_handler(self.echo),
             "Repeat": grpc.unary_unary_rpc_method_handler(self.echo),
             "Count": grpc.unary_stream_rpc_method_handler(self.count),
@@ -99,8 +99,11 @@ class Service:
 async def call(
     channel: grpc.aio.Channel, request: bytes, *, method: str = "Echo", timeout: float | None = None
 ) -> bytes:
-    answer: bytes = await channel.unary_unary(f"/{SERVICE}/{method}")(request, timeout=timeout)
-    return answer
+    return await unary(channel, method)(request, timeout=timeout)
+
+
+def unary(channel: grpc.aio.Channel, method: str = "Echo") -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+    return channel.unary_unary(f"/{SERVICE}/{method}")
 
 
 @pytest.fixture
@@ -167,7 +170,7 @@ async def test_a_call_carries_its_caller_and_a_deadline(channel: grpc.aio.Channe
 async def test_a_call_without_a_deadline_is_refused(bare: grpc.aio.Channel, service: Service) -> None:
     token = Callers(SECRET, "agent").token("memory")
     with pytest.raises(grpc.aio.AioRpcError, match="deadline: none") as caught:
-        await bare.unary_unary(f"/{SERVICE}/Echo")(b"x", metadata=metadata(token))
+        await unary(bare)(b"x", metadata=metadata(token))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert service.asked == []
 
@@ -177,7 +180,7 @@ async def test_a_call_by_nobody_known_is_refused(bare: grpc.aio.Channel, service
     made = Callers(SECRET, "agent").token("billing") if token == "for another" else token
     given = metadata(made) if made else None
     with pytest.raises(grpc.aio.AioRpcError, match="caller token") as caught:
-        await bare.unary_unary(f"/{SERVICE}/Echo")(b"x", timeout=5, metadata=given)
+        await unary(bare)(b"x", timeout=5, metadata=given)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert service.asked == []
 
@@ -215,14 +218,15 @@ async def test_an_inner_error_tells_its_trace_and_nothing_else(
         await call(channel, b"bug")
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     details = caught.value.details() or ""
-    trace_id = spans(exporter)[0].context.trace_id  # type: ignore[union-attr]
+    trace_id = spans(exporter)[0].context.trace_id
     assert details == f"an error inside memory, not in the request (trace {trace_id:032x})"
 
 
-async def test_a_code_that_a_servicer_chose_itself_stays(channel: grpc.aio.Channel) -> None:
+async def test_a_code_that_a_servicer_chose_itself_stays(channel: grpc.aio.Channel, metrics: Metrics) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="by itself") as caught:
         await call(channel, b"abort")
     assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE
+    assert calls(metrics, "OUT_OF_RANGE") == 1
 
 
 async def test_a_call_that_takes_too_long_is_transient(channel: grpc.aio.Channel, service: Service) -> None:
@@ -253,7 +257,7 @@ async def test_repeating_ends(channel: grpc.aio.Channel, service: Service) -> No
 
 
 async def test_a_stream_is_served_under_the_same_rules(bare: grpc.aio.Channel, service: Service) -> None:
-    count = bare.unary_stream(f"/{SERVICE}/Count")
+    count: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = bare.unary_stream(f"/{SERVICE}/Count")
     given = metadata(Callers(SECRET, "agent").token("memory"))
     assert [n async for n in count(b"3", timeout=5, metadata=given)] == [b"0", b"1", b"2"]
     assert service.caller == "agent"
@@ -303,16 +307,17 @@ async def test_only_faults_are_errors_of_the_server(
     assert (server.status.status_code is StatusCode.ERROR) == fault
 
 
+def calls(metrics: Metrics, code: str) -> float | None:
+    labels = {"method": f"{SERVICE}/Echo", "code": code}
+    return metrics.registry.get_sample_value("claw_grpc_request_seconds_count", labels)
+
+
 async def test_calls_are_measured_by_method_and_code(channel: grpc.aio.Channel, metrics: Metrics) -> None:
     await call(channel, b"hello")
     with pytest.raises(NotFound):
         await call(channel, b"not-found")
 
-    def count(code: str) -> float | None:
-        labels = {"method": f"{SERVICE}/Echo", "code": code}
-        return metrics.registry.get_sample_value("claw_grpc_request_seconds_count", labels)
-
-    assert (count("OK"), count("NOT_FOUND")) == (1, 1)
+    assert (calls(metrics, "OK"), calls(metrics, "NOT_FOUND")) == (1, 1)
 
 
 async def test_one_channel_per_target_is_reused(channels: Channels) -> None:

@@ -68,7 +68,7 @@ async def test_a_tenant_does_not_outlive_its_transaction(request_role: Database)
 async def test_neither_role_owns_anything(secrets: SampleDatabase, role: str) -> None:
     engine = create_engine(secrets.url("desk", role), pool_size=1)
     async with engine.connect() as connection:
-        with pytest.raises(DBAPIError, match="must be owner|permission denied"):
+        with pytest.raises(DBAPIError, match=r"must be owner|permission denied"):
             await sql(connection, "ALTER TABLE secret DISABLE ROW LEVEL SECURITY")
         await connection.rollback()
         with pytest.raises(DBAPIError, match="permission denied"):

@@ -103,6 +103,16 @@ def test_one_message_continues_its_trace_and_is_linked_to_its_creation(exporter:
     }
 
 
+def test_a_rabbitmq_queue_is_part_of_the_name_unless_it_is_the_routing_key(
+    exporter: InMemorySpanExporter,
+) -> None:
+    with telemetry.process("rabbitmq", "document:index", SENT, queue="document.index"):
+        pass
+    with telemetry.process("rabbitmq", "plugin:event", SENT, queue="event"):
+        pass
+    assert finished(exporter).keys() == {"process document:index:document.index", "process plugin:event"}
+
+
 def test_an_old_message_gets_its_own_trace_with_a_link(exporter: InMemorySpanExporter) -> None:
     with telemetry.process("rabbitmq", "young", SENT, age=timedelta(minutes=14, seconds=59)):
         pass
@@ -136,13 +146,15 @@ def test_a_later_version_of_the_header_is_read(exporter: InMemorySpanExporter) -
 
 def test_an_error_is_recorded_and_raised(exporter: InMemorySpanExporter) -> None:
     with pytest.raises(ValueError, match="no price"), telemetry.process("kafka", "usage.records", SENT):
-        raise ValueError("no price")
+        raise ValueError("no price in postgresql://u:hunter2@h")
     assert telemetry.carrier() == {}
     span = finished(exporter)["process usage.records"]
     assert span.status.status_code is StatusCode.ERROR
     assert span.attributes is not None
     assert span.attributes["error.type"] == "ValueError"
     assert [event.name for event in span.events] == ["exception"]
+    assert "test_telemetry.py" in span.to_json()
+    assert "hunter2" not in span.to_json()
 
 
 def test_being_cancelled_is_not_an_error(exporter: InMemorySpanExporter) -> None:
@@ -246,6 +258,6 @@ def test_without_a_collector_nothing_is_recorded_and_ids_still_travel() -> None:
 
 def test_after_shutdown_nothing_is_recorded(exporter: InMemorySpanExporter) -> None:
     telemetry.setup("billing", "1.2.3", None, processor=SimpleSpanProcessor(exporter)).shutdown()
-    with telemetry.span("late"):
-        pass
+    with telemetry.span("late") as span:
+        assert not span.is_recording()
     assert exporter.get_finished_spans() == ()

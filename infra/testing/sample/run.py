@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 import infra
-from infra.bus import provisioning
+from infra.cli.outbox import provision
 from infra.schema import Passwords, migrate, prepare_database, role_url
 from infra.testing.sample.catalog import SAMPLE
 from protos.catalog import AUDIT_LOGS, SERVICE_LOGS
@@ -41,13 +41,15 @@ class Engines:
 class SampleServices:
     """Prepares the engines and keeps the three processes; `folder` takes their logs."""
 
-    def __init__(self, engines: Engines, folder: Path, *, prefix: str = "", otlp: str | None = None) -> None:
+    def __init__(
+        self, engines: Engines, folder: Path, passwords: Passwords, *, prefix: str = "", otlp: str | None = None
+    ) -> None:
         self.engines = engines
         self.prefix = prefix
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.ports: dict[str, int] = {}
         self._folder = folder
-        self._passwords = Passwords(*(secrets.token_urlsafe(16) for _ in range(3)))
+        self._passwords = passwords
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(Path(infra.__file__).parent.parent),
@@ -67,8 +69,13 @@ class SampleServices:
         await prepare_database(self.engines.postgres, {f"sample_{name}": self._passwords for name in SERVICES})
         folder = Path(__file__).parent / "ledger" / "migrations"
         await migrate(self.engines.postgres, "sample_ledger", folder)
-        await provisioning.apply(
+        await self.provision()
+
+    async def provision(self) -> None:
+        """Topics and queues; what they have lost, if they are made anew, is sent again."""
+        await provision(
             Catalog(topics=(*SAMPLE.topics, AUDIT_LOGS, SERVICE_LOGS), queues=SAMPLE.queues),
+            self.engines.postgres,
             kafka=self.engines.kafka,
             rabbit_url=self.engines.rabbitmq,
             management_url=self.engines.rabbitmq_management,

@@ -1,0 +1,67 @@
+"""What services find when they start: roles, schemas, tables, topics, queues, permissions."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from infra.bus import provisioning
+from infra.cli.home import CHECKOUT, SERVICES
+from infra.cli.services import passwords
+from infra.engines import ENGINES
+from infra.engines.base import EngineError, Place
+from infra.schema import Passwords, migrate, prepare_database
+from protos.catalog import CATALOG
+from protos.topology import Queue
+
+
+async def provision(place: Place) -> None:
+    """Makes roles, schemas and tables, topics, exchanges and queues, and gives each RabbitMQ user its permissions.
+
+    Raises EngineError where a broker has something that differs from the catalog and cannot be changed safely.
+    """
+    database = ENGINES["postgres"].access(place)["url"]
+    await prepare_database(database, {name: Passwords(**passwords(place, name)) for name in SERVICES})
+    for name in SERVICES:
+        if (revisions := CHECKOUT / "services" / name / "migrations").exists():
+            await migrate(database, name, revisions)
+    rabbitmq = ENGINES["rabbitmq"].access(place)
+    try:
+        await provisioning.apply(
+            CATALOG,
+            kafka=ENGINES["kafka"].access(place)["bootstrap_servers"],
+            rabbit_url=rabbitmq["url"],
+            management_url=rabbitmq["management_url"],
+        )
+    except provisioning.ProvisioningError as error:
+        raise EngineError(str(error)) from error
+    url = urlsplit(rabbitmq["management_url"])
+    base = f"http://{url.hostname}:{url.port}/api/permissions"
+    vhost = quote(urlsplit(rabbitmq["url"]).path.removeprefix("/"), safe="%")
+    async with httpx.AsyncClient(auth=(url.username or "", url.password or ""), trust_env=False) as client:
+        for name in SERVICES:
+            answer = await client.put(f"{base}/{vhost}/{name}", json=permissions(name))
+            answer.raise_for_status()
+
+
+def permissions(service: str) -> dict[str, str]:
+    """What the service may do in RabbitMQ: publish to the exchanges it sends to, read its own queues.
+
+    A consumer also publishes through the default exchange: to its retry queues, and a redriven message.
+    """
+    own = [queue for queue in CATALOG.queues if queue.consumer == service]
+    exchanges = {queue.exchange.name for queue in CATALOG.queues if service in queue.producers}
+    if own:
+        exchanges.add("amq.default")
+    names = {name for queue in own for name in _queues(queue)}
+    return {"configure": "^$", "write": _one_of(exchanges), "read": _one_of(names)}
+
+
+def _queues(queue: Queue) -> set[str]:
+    return {queue.name, queue.dead_letter_queue, *(queue.retry_queue(delay) for delay in queue.retries)}
+
+
+def _one_of(names: set[str]) -> str:
+    """A pattern for exactly these names."""
+    return f"^({'|'.join(name.replace('.', '[.]') for name in sorted(names))})$"

@@ -1,0 +1,76 @@
+"""The services as parts of the local stack: what must be there before them, how they are started and asked."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.cli.home import CHECKOUT, SERVICE_PORTS, SERVICES
+from infra.engines import ENGINES
+from infra.engines.base import Engine, Place, Program
+
+
+class LocalService:
+    """A service with the face of an engine."""
+
+    def __init__(self, name: str) -> None:
+        self.NAME = name
+        self.PORTS = {key: SERVICE_PORTS[key] for key in (name, f"{name}_grpc") if key in SERVICE_PORTS}
+
+    def install(self) -> None:
+        """Nothing: it is in the checkout."""
+
+    def prepare(self, place: Place) -> None:
+        place.folder(self.NAME)
+
+    def program(self, place: Place) -> Program:
+        login = passwords(place, self.NAME)
+        accounts = {
+            "worker": ("postgres", f"{self.NAME}_worker", login["worker"]),
+            "request": ("postgres", f"{self.NAME}_request", login["request"]),
+            "rabbitmq": ("rabbitmq", self.NAME, place.secret(f"rabbitmq.{self.NAME}")),
+            "redis": ("valkey", self.NAME, place.secret(f"valkey.{self.NAME}")),
+        }
+        url = {name: _login(ENGINES[engine].access(place)["url"], *who) for name, (engine, *who) in accounts.items()}
+        environment = {
+            "PYTHONPATH": str(CHECKOUT),
+            "CLAW_DATABASE_URL": url["worker"],
+            "CLAW_REQUEST_DATABASE_URL": url["request"],
+            "CLAW_KAFKA_BOOTSTRAP_SERVERS": ENGINES["kafka"].access(place)["bootstrap_servers"],
+            "CLAW_RABBITMQ_URL": url["rabbitmq"],
+            "CLAW_REDIS_URL": url["redis"],
+            "CLAW_HTTP_PORT": str(place.ports[self.NAME]),
+            "CLAW_INTERNAL_SECRET": place.secret("internal"),
+            "CLAW_ALLOW_PRIVATE_TARGETS": "1",
+        }
+        if f"{self.NAME}_grpc" in self.PORTS:
+            environment["CLAW_GRPC_PORT"] = str(place.ports[f"{self.NAME}_grpc"])
+        return Program((sys.executable, "-m", f"services.{self.NAME}"), environment)
+
+    async def ready(self, place: Place) -> str:
+        import httpx
+
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await client.get(f"{self.access(place)['url']}/readyz")
+        return str(answer.raise_for_status().json()["version"])
+
+    def access(self, place: Place) -> dict[str, Any]:
+        return {"url": f"http://127.0.0.1:{place.ports[self.NAME]}"}
+
+
+def parts() -> dict[str, Engine]:
+    """Every engine, then every service that exists, by name."""
+    present = [name for name in SERVICES if (CHECKOUT / "services" / name / "__main__.py").exists()]
+    return {**ENGINES, **{name: LocalService(name) for name in present}}
+
+
+def passwords(place: Place, service: str) -> dict[str, str]:
+    """The service's three PostgreSQL roles and their passwords."""
+    return {role: place.secret(f"postgres.{service}.{role}") for role in ("owner", "request", "worker")}
+
+
+def _login(url: str, user: str, password: str) -> str:
+    """The administrator's URL as another user's."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{user}:{password}@{parts.hostname}:{parts.port}").geturl()

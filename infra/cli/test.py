@@ -1,0 +1,19 @@
+"""``./claw test``: the test suite on real engines."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from infra.cli.home import CHECKOUT
+
+# Every word is pytest's.
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def test(context: typer.Context) -> None:
+    """Run the tests; every argument goes to pytest. The engines they need are started and stopped by themselves."""
+    os.chdir(CHECKOUT)
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *context.args])
