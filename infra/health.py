@@ -15,7 +15,7 @@ CACHE_SECONDS = 1.0
 
 
 class Health:
-    """Liveness is red only for what a restart cures; readiness while a dependency is down or the process drains."""
+    """Liveness is red only for what a restart cures; readiness while something needed is down or the process drains."""
 
     def __init__(self, service: str, version: str) -> None:
         self._service = service
@@ -23,15 +23,21 @@ class Health:
         self._started = time.monotonic()
         self._draining = False
         self._checks: dict[str, Callable[[], Awaitable[None]]] = {}
+        self._needed: set[str] = set()
         self._probes: dict[str, Callable[[], bool]] = {}
         self._lock = asyncio.Lock()
         self._asked = -CACHE_SECONDS
         self._dependencies: dict[str, dict[str, Any]] = {}
         self._log = get_logger("infra.health")
 
-    def add_check(self, name: str, check: Callable[[], Awaitable[None]]) -> None:
-        """A dependency: `check` makes a real round trip and raises when it fails. It is given two seconds."""
+    def add_check(self, name: str, check: Callable[[], Awaitable[None]], *, needed: bool = True) -> None:
+        """A dependency: `check` makes a real round trip and raises when it fails. It is given two seconds.
+
+        Without one that is not `needed` the process can still serve: a bus, whose messages wait in the outbox.
+        """
         self._checks[name] = check
+        if needed:
+            self._needed.add(name)
 
     def add_probe(self, name: str, alive: Callable[[], bool]) -> None:
         """A part of this process: `alive` is false when only a restart will help (a consumer that stands still)."""
@@ -58,9 +64,10 @@ class Health:
                 results = await asyncio.gather(*(self._ask(name) for name in self._checks))
                 self._dependencies = dict(zip(self._checks, results, strict=True))
                 self._asked = time.monotonic()
-        down = any(dependency["status"] == "down" for dependency in self._dependencies.values())
+        down = {name for name, dependency in self._dependencies.items() if dependency["status"] == "down"}
         status = "draining" if self._draining else "degraded" if down else "ok"
-        return status == "ok", self._summary(status) | {"dependencies": self._dependencies}
+        ready = not self._draining and not down & self._needed
+        return ready, self._summary(status) | {"dependencies": self._dependencies}
 
     async def _ask(self, name: str) -> dict[str, Any]:
         began = time.perf_counter()

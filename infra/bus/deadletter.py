@@ -111,6 +111,12 @@ async def park(connection: AsyncConnection, consumer: str, topic: str, key: str)
     )
 
 
+async def count_parked(connection: AsyncConnection) -> dict[tuple[str, str], int]:
+    """(consumer, topic) → how many keys are parked."""
+    rows = await sql(connection, "SELECT consumer, topic, count(*) FROM parked_key GROUP BY 1, 2")
+    return {(consumer, topic): count for consumer, topic, count in rows}
+
+
 _VIEW = (
     "SELECT id, consumer, source || ':' || destination, place, message_id, key, tenant_id, state, attempts, error, "
     "first_failed_at, last_failed_at, headers, payload FROM dead_letter "

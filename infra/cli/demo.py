@@ -35,9 +35,10 @@ def demo(
     began = time.monotonic()
     console.print(
         "[bold]Clawbus demo[/]: one message through HTTP → RabbitMQ → Kafka → gRPC.\n"
-        "The engines are the real ones. The services are the kernel's three samples, front,\n"
-        "desk and ledger. What the product's own services do already, see the status table\n"
-        "in the README."
+        "The engines are the real ones; the services are the kernel's three samples,\n"
+        "front, desk and ledger. How far the product's own services are, the status\n"
+        "table in the README says.",
+        soft_wrap=True,
     )
     up(only=NEEDED)
     place = Home(home_folder()).place()
@@ -47,6 +48,8 @@ def demo(
         result = asyncio.run(_in_corner(place, passwords, console, began))
     except DemoFailed as error:
         raise EngineError(f"the demo failed: {error}\nThe services' logs: {place.home / 'demo'}") from error
+    except asyncio.CancelledError:
+        raise EngineError("the demo was ended; its services are stopped, the engines run") from None
     console.print(
         "\nThe samples are stopped; the engines still run. Next:\n"
         "  ./claw status     what runs         ./claw map       who sends what to whom\n"
@@ -58,32 +61,32 @@ def demo(
 
 
 async def _in_corner(place: Place, passwords: Passwords, console: Console, began: float) -> dict[str, Any]:
-    engines = await prepare_corner({name: ENGINES[name].access(place) for name in NEEDED.split(",")})
+    engines = await prepare_corner({name: ENGINES[name].access(place) for name in NEEDED.split(",")}, CORNER)
     folder = place.folder("demo")
     for log in folder.glob("*.log"):
         log.unlink()
     return await play(engines, folder, passwords, PREFIX, console, began)
 
 
-async def prepare_corner(access: dict[str, dict[str, Any]]) -> Engines:
-    """The samples' own database and virtual host, made if missing."""
+async def prepare_corner(access: dict[str, dict[str, Any]], name: str) -> Engines:
+    """The samples' own database and virtual host, both called `name`, made if missing."""
     connection = await asyncpg.connect(access["postgres"]["url"])
     try:
-        if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", CORNER):
-            await connection.execute(f"CREATE DATABASE {CORNER}")
+        if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", name):
+            await connection.execute(f"CREATE DATABASE {name}")
     finally:
         await connection.close()
     management = urlsplit(access["rabbitmq"]["management_url"])
     login = (management.username or "", management.password or "")
     address = f"http://{management.hostname}:{management.port}/api"
     async with httpx.AsyncClient(auth=login, trust_env=False) as client:
-        (await client.put(f"{address}/vhosts/{CORNER}")).raise_for_status()
+        (await client.put(f"{address}/vhosts/{name}")).raise_for_status()
         rights = {"configure": ".*", "write": ".*", "read": ".*"}
-        (await client.put(f"{address}/permissions/{CORNER}/{quote(login[0])}", json=rights)).raise_for_status()
+        (await client.put(f"{address}/permissions/{name}/{quote(login[0])}", json=rights)).raise_for_status()
     return Engines(
-        make_url(access["postgres"]["url"]).set(database=CORNER).render_as_string(hide_password=False),
+        make_url(access["postgres"]["url"]).set(database=name).render_as_string(hide_password=False),
         access["kafka"]["bootstrap_servers"],
-        urlsplit(access["rabbitmq"]["url"])._replace(path=f"/{CORNER}").geturl(),
+        urlsplit(access["rabbitmq"]["url"])._replace(path=f"/{name}").geturl(),
         access["rabbitmq"]["management_url"],
         access["valkey"]["url"],
     )

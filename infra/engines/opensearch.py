@@ -15,11 +15,8 @@ _READY = "claw-ready"
 # the data of the Thai language, and no index could be made. The standard analyzer is in the core.
 _MODULES = (
     "org.opensearch.transport.Netty4ModulePlugin",
-    "org.opensearch.painless.PainlessModulePlugin",
     "org.opensearch.index.mapper.MapperExtrasModulePlugin",
     "org.opensearch.index.reindex.ReindexModulePlugin",
-    "org.opensearch.dashboards.OpenSearchDashboardsModulePlugin",
-    "org.opensearch.search.aggregations.matrix.MatrixAggregationModulePlugin",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -77,7 +78,7 @@ class Load:
             lines.append(f"{service}: {statement}: {await self._query(service, statement)}")
         return "\n".join(lines)
 
-    async def _query(self, service: str, statement: str) -> list[tuple[object, ...]]:
+    async def _query(self, service: str, statement: str) -> list[tuple[Any, ...]]:
         engine = create_engine(self.services.url(service), pool_size=1)
         try:
             async with engine.connect() as connection:

@@ -86,6 +86,15 @@ async def test_a_dependency_that_fails_makes_it_unready_and_not_dead(
     assert await statuses(client, READY) == {200}
 
 
+async def test_without_a_bus_it_is_degraded_and_still_ready(client: httpx.AsyncClient, health: Health) -> None:
+    kafka = Dependency()
+    kafka.state = "down"
+    health.add_check("postgres", Dependency().check)
+    health.add_check("kafka", kafka.check, needed=False)
+    assert await statuses(client, READY) == {200}
+    assert (await client.get("/readyz")).json()["status"] == "degraded"
+
+
 async def test_checks_run_side_by_side(client: httpx.AsyncClient, health: Health) -> None:
     together = asyncio.Barrier(3)
     for name in ("postgres", "kafka", "rabbitmq"):

@@ -121,7 +121,7 @@ def verdict(bench: str, anchor: str, goal: float, anchor_rates: Sequence[float],
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median of `values`, by the percentile bootstrap (Efron); the same for the same values."""
+    """The 95 % interval of the median of `values`, by the percentile bootstrap (Efron); equal for equal values."""
     generator = random.Random(0)
     medians = sorted(median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return medians[int(RESAMPLES * 0.025)], medians[int(RESAMPLES * 0.975)]

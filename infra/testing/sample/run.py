@@ -104,6 +104,8 @@ class SampleServices:
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # Ctrl-C is for whoever runs them, and who then stops them in good order.
+                start_new_session=True,
             )
 
     async def ready(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The demo's story: a note on its way, the same once more, a kill half way. What it claims it reads from the engines."""
+"""The demo's story: a note on its way, the same again, a kill half way. What it claims it reads from the engines."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import asyncio
 import json
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from datetime import datetime
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
-import asyncpg
 import httpx
-from aiokafka import AIOKafkaConsumer, TopicPartition
 from rich.console import Console
 
+from infra.bus.provisioning import ProvisioningError
 from infra.clock import uuid7
 from infra.schema import Passwords
 from infra.testing.otlp import OtlpReceiver, ReceivedSpan, render_trace
 from infra.testing.sample.catalog import SAMPLE_EVENTS, SAMPLE_WORK
+from infra.testing.sample.look import Look, looking
 from infra.testing.sample.run import SERVICES, Engines, SampleServices
 
 DEADLINE_SECONDS = 60
+ARMED = "kill-the-desk"
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 T = TypeVar("T")
 
 
@@ -43,29 +42,38 @@ async def play(
     """
     async with OtlpReceiver() as receiver:
         services = SampleServices(engines, folder, passwords, prefix=prefix, otlp=receiver.endpoint)
-        # Ctrl-C cancels by itself; a SIGTERM must not leave the processes behind either.
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        loop = asyncio.get_running_loop()
+        # However it is ended, the processes must not stay behind.
+        for number in ENDS:
+            loop.add_signal_handler(number, task.cancel)
         try:
             console.print("\n[bold]1  The samples start[/]")
-            await services.prepare()
+            try:
+                await services.prepare()
+            except ProvisioningError as error:
+                raise DemoFailed(str(error)) from error
             for name in SERVICES:
-                _start(services, name)
+                _start(services, name, folder)
             await asyncio.gather(*(_ready(services, name) for name in SERVICES))
             setup = time.monotonic() - began
             for name in SERVICES:
                 console.print(f"   {name:<7} pid {services.processes[name].pid:<8} {services.base_url(name)}")
-            async with _looking(services) as look:
-                return {**await _Story(services, receiver, look, console).tell(setup)}
+            async with looking(services) as look:
+                return await _Story(services, receiver, look, console, folder).tell(setup)
         finally:
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
             # Not in this loop: the receiver takes the last spans in it.
             await asyncio.to_thread(services.stop)
+            (folder / ARMED).unlink(missing_ok=True)
+            for number in ENDS:
+                loop.remove_signal_handler(number)
 
 
-def _start(services: SampleServices, name: str, **environment: str) -> None:
-    services.start(name, OTEL_BSP_SCHEDULE_DELAY="100", **environment)
+def _start(services: SampleServices, name: str, folder: Path) -> None:
+    """Starts a service; the desk dies by kill -9 after the next commit once the file `ARMED` is there."""
+    armed = {"CLAW_FAILPOINT": "after_commit_before_ack", "CLAW_FAILPOINT_ONCE": str(folder / ARMED)}
+    services.start(name, OTEL_BSP_SCHEDULE_DELAY="100", **(armed if name == "desk" else {}))
 
 
 async def _ready(services: SampleServices, name: str) -> None:
@@ -78,75 +86,17 @@ async def _ready(services: SampleServices, name: str) -> None:
         raise DemoFailed(f"{reason}{separator}{end}") from error
 
 
-class _Look:
-    """Reads from the engines what has happened to one notebook."""
-
-    def __init__(self, connection: asyncpg.Connection, consumer: AIOKafkaConsumer, topic: str) -> None:
-        self._connection = connection
-        self._consumer = consumer
-        self._partitions = [TopicPartition(topic, n) for n in range(SAMPLE_EVENTS.partitions)]
-        self._begin: dict[TopicPartition, int] = {}
-
-    async def start(self) -> None:
-        """What is in the topic already is not of this story."""
-        self._consumer.assign(self._partitions)
-        self._begin = await self._consumer.end_offsets(self._partitions)
-
-    async def events(self, book: str) -> list[tuple[int, datetime]]:
-        rows = await self._connection.fetch(
-            "SELECT version, recorded_at FROM sample_desk.event WHERE stream_id = $1 ORDER BY version",
-            f"notebook:{book}",
-        )
-        return [(row[0], row[1]) for row in rows]
-
-    async def effects(self, book: str) -> list[tuple[int, int]]:
-        rows = await self._connection.fetch(
-            "SELECT number, nth FROM sample_ledger.effect WHERE notebook = $1 ORDER BY nth", book
-        )
-        return [(row[0], row[1]) for row in rows]
-
-    async def unsent(self) -> int:
-        count: int = await self._connection.fetchval(
-            "SELECT count(*) FROM sample_desk.outbox WHERE published_at IS NULL AND destination = $1",
-            SAMPLE_EVENTS.name,
-        )
-        return count
-
-    async def records(self, book: str) -> list[Any]:
-        """The Kafka records of this key, in order."""
-        found = []
-        end = await self._consumer.end_offsets(self._partitions)
-        for partition in self._partitions:
-            self._consumer.seek(partition, self._begin[partition])
-        for partition in self._partitions:
-            while await self._consumer.position(partition) < end[partition]:
-                batch = (await self._consumer.getmany(partition, timeout_ms=200)).get(partition, [])
-                found += [record for record in batch if record.key == book.encode()]
-        return found
-
-
-@asynccontextmanager
-async def _looking(services: SampleServices) -> AsyncIterator[_Look]:
-    connection = await asyncpg.connect(services.engines.postgres)
-    consumer = AIOKafkaConsumer(bootstrap_servers=services.engines.kafka, enable_auto_commit=False)
-    try:
-        await consumer.start()
-        look = _Look(connection, consumer, services.prefix + SAMPLE_EVENTS.name)
-        await look.start()
-        yield look
-    finally:
-        await consumer.stop()
-        await connection.close()
-
-
 class _Story:
     """The demo in its order. Every claim is awaited or checked before it is printed."""
 
-    def __init__(self, services: SampleServices, receiver: OtlpReceiver, look: _Look, console: Console) -> None:
+    def __init__(
+        self, services: SampleServices, receiver: OtlpReceiver, look: Look, console: Console, folder: Path
+    ) -> None:
         self._services = services
         self._receiver = receiver
         self._look = look
         self._console = console
+        self._folder = folder
         self._book = f"demo {uuid7().hex[-6:]}"
 
     async def tell(self, setup: float) -> dict[str, Any]:
@@ -178,7 +128,7 @@ class _Story:
         [(version, recorded)] = await self._until("the event", lambda: self._look.events(self._book))
         at(recorded.timestamp(), "desk", f"takes it from queue {SAMPLE_WORK.name}, stores event {version}")
         [record] = await self._until("the Kafka record", lambda: self._look.records(self._book))
-        place = f"{record.topic}, partition {record.partition}, offset {record.offset}"
+        place = f"{SAMPLE_EVENTS.name}, partition {record.partition}, offset {record.offset}"
         at(record.timestamp / 1000, "Kafka", f"has it in {place}")
         effects = await self._until("the effect", lambda: self._look.effects(self._book))
         answer = time.monotonic() - clock
@@ -190,10 +140,19 @@ class _Story:
 
     async def _show_trace(self, trace_id: str) -> dict[str, Any]:
         names = {f"sample_{name}" for name in SERVICES}
+
+        def complete(spans: Sequence[ReceivedSpan]) -> bool:
+            trace = [span for span in spans if span.trace_id == trace_id]
+            # Each message is sent in one batch and handled in another span, both with a link to its creation.
+            links = [
+                sum((trace_id, s.span_id) in other.links for other in spans) for s in trace if s.kind == "producer"
+            ]
+            return {span.service for span in trace} == names and links == [2, 2]
+
+        await self._spans(complete)
         spans = self._receiver.trace(trace_id)
         services = sorted({span.service for span in spans})
-        self._must(set(services) == names, f"the trace has spans of {services} only")
-        self._say(f"\n   Its trace {trace_id}; ⇢ marks a batch, which has a trace of its own:")
+        self._say(f"\n   Its trace {trace_id} (⇢ linked)")
         self._console.print(render_trace(self._receiver.spans, trace_id))
         return {"services": services, "spans": len(spans)}
 
@@ -209,37 +168,28 @@ class _Story:
 
     async def _crash(self) -> dict[str, Any]:
         services = self._services
-        services.processes["desk"].terminate()
-        await self._ended("desk")
-        with tempfile.TemporaryDirectory() as folder:
-            once = Path(folder) / "once"
-            once.touch()
-            _start(services, "desk", CLAW_FAILPOINT="after_commit_before_ack", CLAW_FAILPOINT_ONCE=str(once))
-            await _ready(services, "desk")
-            pid = services.processes["desk"].pid
-            self._say(f"   desk    pid {pid} is to die after its commit, before it acknowledges to RabbitMQ")
-            id_ = uuid7()
-            await self._post(id_, "Hello again")
-            code = await self._ended("desk")
+        pid = services.processes["desk"].pid
+        (self._folder / ARMED).touch()
+        self._say(f"   desk    pid {pid} shall die after its next commit, before it acks to RabbitMQ")
+        id_ = uuid7()
+        await self._post(id_, "Hello again")
+        try:
+            code = await asyncio.to_thread(services.wait, "desk", DEADLINE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise DemoFailed("desk was to be killed and still runs") from None
         self._must(code == -signal.SIGKILL, f"desk was to be killed and ended with code {code}")
         events = len(await self._look.events(self._book))
         self._must(events == 2, f"desk died after its commit, yet the store has {events} events")
-        self._say(f"   desk    pid {pid} died of signal 9; event {events} is stored, the message not acknowledged")
-        _start(services, "desk")
+        self._say(f"   desk    pid {pid} died of signal 9; event {events} is stored, the message not acked")
+        _start(services, "desk", self._folder)
         await _ready(services, "desk")
         created = await self._span(lambda s: s.attributes.get("messaging.message.id") == str(id_))
         await self._handled_by_desk(created.trace_id)
-        self._say(f"   desk    pid {services.processes['desk'].pid} started, got the message again, and dropped it")
+        self._say(f"   desk    pid {services.processes['desk'].pid} started, gets the message again and drops it")
         await self._until("the second effect", self._second_effect)
         await self._counted(2)
         effects = await self._look.effects(self._book)
         return {"killed": "sample_desk", "effects": sum(number == 2 for number, _ in effects)}
-
-    async def _ended(self, name: str) -> int:
-        try:
-            return await asyncio.to_thread(self._services.wait, name, DEADLINE_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise DemoFailed(f"{name} was to end and still runs: {error}") from None
 
     async def _second_effect(self) -> bool:
         return any(number == 2 for number, _ in await self._look.effects(self._book))
@@ -267,8 +217,11 @@ class _Story:
 
     async def _post(self, id_: UUID, text: str) -> None:
         note = {"notebook": self._book, "text": text}
-        async with httpx.AsyncClient(base_url=self._services.base_url("front"), trust_env=False) as client:
-            answer = await client.post("/notes", json=note, headers={"idempotency-key": str(id_)})
+        async with httpx.AsyncClient(base_url=self._services.base_url("front"), trust_env=False, timeout=30) as client:
+            try:
+                answer = await client.post("/notes", json=note, headers={"idempotency-key": str(id_)})
+            except httpx.HTTPError as error:
+                raise DemoFailed(f"front does not answer: {type(error).__name__} {error}") from error
         self._must(
             answer.status_code == 202 and answer.json() == {"id": str(id_)},
             f"front answered {answer.status_code}: {answer.text}",
@@ -282,11 +235,14 @@ class _Story:
         def found(spans: Sequence[ReceivedSpan]) -> list[ReceivedSpan]:
             return [span for span in spans if wanted(span) and span.service.startswith(service)]
 
+        await self._spans(lambda spans: bool(found(spans)))
+        return found(self._receiver.spans)[0]
+
+    async def _spans(self, complete: Callable[[Sequence[ReceivedSpan]], bool]) -> None:
         try:
-            await self._receiver.wait_for(lambda spans: bool(found(spans)), DEADLINE_SECONDS)
+            await self._receiver.wait_for(complete, DEADLINE_SECONDS)
         except TimeoutError as error:
             raise DemoFailed(str(error)) from error
-        return found(self._receiver.spans)[0]
 
     async def _until(self, what: str, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:

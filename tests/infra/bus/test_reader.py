@@ -37,7 +37,8 @@ class Ledger:
             if note.text in self.refused:
                 raise self.refused[note.text]
         await tx.sql(
-            "INSERT INTO effect SELECT n, i, nextval('event_position') FROM unnest($1::text[], $2::bigint[]) AS x(n, i)",
+            "INSERT INTO effect SELECT n, i, nextval('event_position') "
+            "FROM unnest($1::text[], $2::bigint[]) AS x(n, i)",
             [note.notebook for note in notes],
             [note.number for note in notes],
         )

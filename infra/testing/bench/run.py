@@ -1,0 +1,47 @@
+"""The benches by name."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from infra.testing.bench import consume, relay
+from infra.testing.bench.ground import Ground, ground
+from infra.testing.bench.protocol import PAIRS, Anchor, Latency, Result, run_pairs
+from infra.testing.stack import Stack
+
+# Called with how many slices are done, and of how many.
+Progress = Callable[[int, int], None]
+
+
+async def run_consume(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+    bench = consume.Consume(place)
+    await bench.prepare()
+    return await run_pairs("consume", bench.traced, bench.anchors(), progress, pairs=pairs)
+
+
+async def run_telemetry(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+    """The work of ``consume`` by the kernel's reader: every message in a recorded trace, and none recorded."""
+    bench = consume.Consume(place)
+    await bench.prepare()
+    off = Anchor("tracing off", 0.95, bench.untraced)
+    return await run_pairs("telemetry", bench.traced, [off], progress, pairs=pairs)
+
+
+async def run_relay(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+    bench = relay.RelayBench(place)
+    results = await run_pairs("relay", bench.ours, bench.anchors(), progress, pairs=pairs)
+    return [*results, await bench.latency()]
+
+
+BENCHES: dict[str, Callable[[Ground, Progress, int], Awaitable[Sequence[Result | Latency]]]] = {
+    "consume": run_consume,
+    "relay": run_relay,
+    "telemetry": run_telemetry,
+}
+ENGINES = ("postgres", "kafka")
+
+
+async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Result | Latency]:
+    """Runs one bench on engines that run already. Raises ValueError where what a slice did is not what it said."""
+    async with ground(stack, consume.TOPICS) as place:
+        return await BENCHES[name](place, progress, pairs)
