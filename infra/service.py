@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -50,6 +51,16 @@ RouteFactory = Callable[[Runtime], Sequence[BaseRoute]]
 ServicerFactory = Callable[[Runtime], tuple[Callable[[Any, Any], None], Any]]
 
 
+def collect_rarely() -> None:
+    """Looks for garbage cycles after 50,000 new objects instead of 700, and never among what is loaded by now.
+
+    A batch of records is thousands of objects that live for a moment; the collector took a third of its time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 class Service:
     """What a service's ``__main__`` declares. Nothing connects before `run`."""
 
@@ -84,6 +95,7 @@ class Service:
             settings = self._settings.load()
         except SettingsError as error:
             sys.exit(f"{self.name}: {error}")
+        collect_rarely()
         sys.exit(uvloop.run(self.serve(settings)))
 
     async def serve(self, settings: Settings) -> int:

@@ -51,8 +51,10 @@ async def mark_batch(connection: AsyncConnection, consumer: str, ids: Iterable[U
 
 
 async def maintain(connection: AsyncConnection) -> None:
-    """Makes the coming months' partitions, drops those beyond every redelivery, and clears the outbox's past."""
+    """Makes the coming months' partitions, drops those beyond every redelivery, and clears
+    the outbox's past and the leases' dead members."""
     await sql(connection, "SELECT inbox_partitions()")
+    await sql(connection, "DELETE FROM lease_member WHERE seen_at < clock_timestamp() - interval '1 hour'")
     await sql(
         connection,
         "DELETE FROM outbox WHERE position IN (SELECT position FROM outbox "

@@ -186,10 +186,12 @@ class Relay:
         held = self.leases.held
         marked = await sql(
             connection,
-            # Only under the epoch that read them: a relay that slept must not speak for its successor.
+            # Only under the epoch that read them: a relay that slept must not speak for its successor. The leases
+            # stay locked, so that a `resend` comes before this mark or after it, not in between.
+            "WITH own AS MATERIALIZED (SELECT l.name FROM lease l JOIN unnest($2::text[], $3::bigint[]) "
+            "AS h(name, epoch) USING (name, epoch) WHERE l.owner = $4 ORDER BY l.name FOR SHARE OF l) "
             "UPDATE outbox o SET published_at = clock_timestamp() FROM unnest($1::bigint[]) AS p(position) "
-            "WHERE o.position = p.position AND EXISTS (SELECT FROM lease l JOIN unnest($2::text[], $3::bigint[]) "
-            "AS h(name, epoch) USING (name, epoch) WHERE l.owner = $4 AND l.name = $5 || ':' || o.bucket) "
+            "WHERE o.position = p.position AND EXISTS (SELECT FROM own WHERE own.name = $5 || ':' || o.bucket) "
             "RETURNING o.position",
             positions,
             [f"outbox-{self._publisher.bus}:{bucket}" for bucket in held],
@@ -198,6 +200,7 @@ class Relay:
             f"outbox-{self._publisher.bus}",
         )
         if len(marked) != len(positions):
+            self.leases.due = 0.0
             self._log.warning(
                 "outbox relay lost leases while it published; the next holder repeats those messages",
                 bus=self._publisher.bus,
@@ -259,8 +262,10 @@ async def pending_by_destination(connection: AsyncConnection) -> dict[tuple[str,
 async def resend(connection: AsyncConnection, destination: str, *, since: Any = None) -> int:
     """Marks what was published to `destination` (since a time, if given) as pending again. Returns how many.
 
-    Consumers drop what they have handled: ids stay. Only what is still kept can be sent again.
+    Consumers drop what they have handled: ids stay. Only what is still kept can be sent again. A relay that has
+    published and not marked yet is refused: what it sent may have gone with the bus that was wiped.
     """
+    await sql(connection, "UPDATE lease SET epoch = epoch + 1 WHERE starts_with(name, 'outbox-')")
     rows = await sql(
         connection,
         "UPDATE outbox SET published_at = NULL WHERE destination = $1 AND published_at IS NOT NULL "

@@ -230,7 +230,7 @@ class Replay:
             )
         not_applied = {message_id for (message_id,) in rows}
         total = sum(targets.values())
-        before, self._passed_over = [], []
+        before, self._passed_over = self._passed_over, []
         await self._apply(self._decoded(before, not_applied), total)
         for tp, target in targets.items():
             consumer.seek(tp, reached[tp])

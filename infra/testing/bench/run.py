@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
+from infra.service import collect_rarely
 from infra.testing.bench import consume, relay
 from infra.testing.bench.ground import Ground, ground
 from infra.testing.bench.protocol import PAIRS, Anchor, Latency, Result, run_pairs
@@ -43,5 +44,6 @@ ENGINES = ("postgres", "kafka")
 
 async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Result | Latency]:
     """Runs one bench on engines that run already. Raises ValueError where what a slice did is not what it said."""
+    collect_rarely()  # as every service does; the anchors have it too
     async with ground(stack, consume.TOPICS) as place:
         return await BENCHES[name](place, progress, pairs)

@@ -132,9 +132,11 @@ class _Story:
         at(record.timestamp / 1000, "Kafka", f"has it in {place}")
         effects = await self._until("the effect", lambda: self._look.effects(self._book))
         answer = time.monotonic() - clock
-        at(time.time(), "ledger", f"has counted it: {len(effects)} effect")
         created = await self._span(lambda s: s.attributes.get("messaging.message.id") == str(id_))
         called = await self._span(lambda s: s.trace_id == created.trace_id and s.name.endswith("/Seen"), "sample_front")
+        # What it tells the front follows its commit at once; the effect was seen a little later.
+        told = await self._span(lambda s: s.trace_id == created.trace_id and s.kind == "internal", "sample_ledger")
+        at(told.start_ns / 1e9, "ledger", f"has counted it: {len(effects)} effect")
         at(called.start_ns / 1e9, "front", "hears of it from the ledger by gRPC")
         return answer, created.trace_id
 

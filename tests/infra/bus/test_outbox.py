@@ -194,7 +194,10 @@ async def test_what_is_sent_again_has_the_same_ids_and_order(buses: Buses, desk:
         async with desk.begin() as tx:
             assert await resend(await tx.connection(), SAMPLE_EVENTS.name, since=since) == 3
         await until(is_published(desk, *ids))
-    assert [message.id for message in await log_of(buses, SAMPLE_EVENTS, "again")] == ids * 2
+    sent = [message.id for message in await log_of(buses, SAMPLE_EVENTS, "again")]
+    # More than twice where the relay was under way: its mark is refused, and it sends them once more.
+    assert len(sent) >= 2 * len(ids)
+    assert sent == ids * (len(sent) // len(ids))
 
 
 async def test_a_clean_stop_gives_the_leases_back(buses: Buses, desk: Database) -> None:
