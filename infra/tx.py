@@ -69,6 +69,7 @@ class Tx:
         self._after: list[Callable[[], Awaitable[None]]] = []
         self.tenant_id = tenant_id
         self.cause = cause
+        self.has_messages = False
         # The headers of the messages handed to a batch handler, by the message object's identity.
         self.origins: dict[int, Mapping[str, str]] = {}
 
@@ -185,6 +186,8 @@ class Tx:
                     self.publish(topic, message, key=key, message_id=id_)
         if self._rows:
             await insert_outbox(await self.connection(), self._rows)
+            self._rows.clear()
+            self.has_messages = True
 
     async def run_after_commit(self) -> None:
         for call in self._after:
@@ -194,10 +197,6 @@ class Tx:
                 get_logger("infra.tx").warning(
                     "what should follow a commit failed", error=f"{type(error).__name__}: {error}"
                 )
-
-    @property
-    def has_messages(self) -> bool:
-        return bool(self._rows)
 
     async def close(self, *, commit: bool) -> None:
         if self._connection is None:

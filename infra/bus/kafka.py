@@ -41,26 +41,28 @@ class KafkaPublisher:
         self._prefix = prefix
         self._client_id = client_id
         self._producer: AIOKafkaProducer | None = None
+        self._starting = asyncio.Lock()
 
     async def start(self) -> AIOKafkaProducer:
         """Connects, if it has not yet. Raises KafkaConnectionError while no broker answers."""
-        if self._producer is None:
-            producer = AIOKafkaProducer(
-                bootstrap_servers=self._bootstrap,
-                client_id=self._client_id,
-                enable_idempotence=True,
-                acks="all",
-                linger_ms=2,
-                max_batch_size=128 * 1024,
-                max_request_size=MAX_RECORD_BYTES + 48 * 1024,
-                compression_type="lz4",
-            )
-            try:
-                await producer.start()
-            except BaseException:
-                await producer.stop()
-                raise
-            self._producer = producer
+        async with self._starting:  # the relay and a health check may ask at once; a second producer would be forgotten
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._bootstrap,
+                    client_id=self._client_id,
+                    enable_idempotence=True,
+                    acks="all",
+                    linger_ms=2,
+                    max_batch_size=128 * 1024,
+                    max_request_size=MAX_RECORD_BYTES + 48 * 1024,
+                    compression_type="lz4",
+                )
+                try:
+                    await producer.start()
+                except BaseException:
+                    await producer.stop()
+                    raise
+                self._producer = producer
         return self._producer
 
     async def stop(self) -> None:

@@ -54,11 +54,19 @@ class RabbitPublisher:
         self._connection: AbstractRobustConnection | None = None
         self._channel: AbstractChannel | None = None
         self._in_flight = asyncio.Semaphore(CONFIRMS_IN_FLIGHT)
+        self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        if self._connection is None:
-            self._connection = await aio_pika.connect_robust(self._url, timeout=10, reconnect_interval=1)
-            self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+        """Connects, if it has not yet."""
+        async with self._starting:  # two callers at once would each connect, and one connection be forgotten
+            if self._connection is None:
+                connection = await aio_pika.connect_robust(self._url, timeout=10, reconnect_interval=1)
+                try:
+                    self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+                except BaseException:
+                    await connection.close()
+                    raise
+                self._connection = connection
 
     async def stop(self) -> None:
         if self._connection is not None:

@@ -26,6 +26,7 @@ COMMANDS = (
     "outbox",
     "replay",
     "demo",
+    "bench",
 )
 # These act on processes and files of the stack, which are not root's.
 _OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo")

@@ -10,10 +10,9 @@ import typer
 from rich.console import Console
 
 from infra.audit import audit
-from infra.bus import outbox, provisioning
+from infra.bus import outbox
 from infra.cli import operator
 from infra.errors import NotFound
-from protos.topology import Catalog
 
 app = typer.Typer(no_args_is_help=True, help="What services have sent, kept until no consumer can need it again.")
 out = Console(highlight=False)
@@ -40,23 +39,6 @@ def resend(
         return
     for service, count in counts.items():
         out.print(f"{service}: {count} messages to {destination} are sent again by the service's relay")
-
-
-async def provision(catalog: Catalog, url: str, **brokers: str) -> dict[str, int]:
-    """Brings the brokers to the catalog; `brokers` as of `provisioning.plan`. Returns what is sent again.
-
-    What a topic or queue that is made anew has held before, because its broker was wiped, is marked to be sent again
-    first: made first, the topic would take newer messages of a key before the older ones.
-    """
-    made = [drift.subject for drift in await provisioning.plan(catalog, **brokers) if drift.found == "-"]
-    destinations = {topic.name for topic in catalog.topics if f"topic {brokers.get('prefix', '')}{topic.name}" in made}
-    destinations |= {queue.exchange.name for queue in catalog.queues if f"queue {queue.name}" in made}
-    sent: dict[str, int] = {}
-    for destination in sorted(destinations):
-        if count := sum((await resend_everywhere(url, destination)).values()):
-            sent[destination] = count
-    await provisioning.apply(catalog, **brokers)
-    return sent
 
 
 async def resend_everywhere(url: str, destination: str, since: datetime | None = None) -> dict[str, int]:

@@ -8,12 +8,13 @@ import httpx
 
 from infra.bus import provisioning
 from infra.cli.home import CHECKOUT, SERVICES
+from infra.cli.outbox import resend_everywhere
 from infra.cli.services import passwords
 from infra.engines import ENGINES
 from infra.engines.base import EngineError, Place
 from infra.schema import Passwords, migrate, prepare_database
 from protos.catalog import CATALOG
-from protos.topology import Queue
+from protos.topology import Catalog, Queue
 
 
 async def provision(place: Place) -> None:
@@ -28,8 +29,9 @@ async def provision(place: Place) -> None:
             await migrate(database, name, revisions)
     rabbitmq = ENGINES["rabbitmq"].access(place)
     try:
-        await provisioning.apply(
+        await provision_brokers(
             CATALOG,
+            database,
             kafka=ENGINES["kafka"].access(place)["bootstrap_servers"],
             rabbit_url=rabbitmq["url"],
             management_url=rabbitmq["management_url"],
@@ -43,6 +45,23 @@ async def provision(place: Place) -> None:
         for name in SERVICES:
             answer = await client.put(f"{base}/{vhost}/{name}", json=permissions(name))
             answer.raise_for_status()
+
+
+async def provision_brokers(catalog: Catalog, url: str, **brokers: str) -> dict[str, int]:
+    """Brings the brokers to the catalog; `brokers` as of `provisioning.plan`. Returns what is sent again.
+
+    What a topic or queue that is made anew has held before, because its broker was wiped, is marked to be sent again
+    first: made first, the topic would take newer messages of a key before the older ones.
+    """
+    made = [drift.subject for drift in await provisioning.plan(catalog, **brokers) if drift.found == "-"]
+    destinations = {topic.name for topic in catalog.topics if f"topic {brokers.get('prefix', '')}{topic.name}" in made}
+    destinations |= {queue.exchange.name for queue in catalog.queues if f"queue {queue.name}" in made}
+    sent: dict[str, int] = {}
+    for destination in sorted(destinations):
+        if count := sum((await resend_everywhere(url, destination)).values()):
+            sent[destination] = count
+    await provisioning.apply(catalog, **brokers)
+    return sent
 
 
 def permissions(service: str) -> dict[str, str]:

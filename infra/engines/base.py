@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,6 +115,16 @@ def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def fresh_folder(data: Path) -> Path:
+    """An empty folder beside `data`, to be filled and renamed: what is killed in between is never taken for data.
+
+    Each time another one: a program of a killed `up` may still write to the last. Those are removed.
+    """
+    for old in data.parent.glob(f"{data.name}.new.*"):
+        shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{data.name}.new.", dir=data.parent))
 
 
 def sha256(text: str) -> str:

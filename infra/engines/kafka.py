@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from typing import Any
 
-from infra.engines.base import EngineError, Place, Program, write_atomically
+from infra.engines.base import EngineError, Place, Program, fresh_folder, write_atomically
 from infra.engines.jars import JAVA, install_jars
 
 NAME = "kafka"
@@ -24,9 +23,7 @@ def prepare(place: Place) -> None:
     folder = place.folder(NAME)
     data = folder / "data"
     if not data.exists():
-        # Formatted beside and renamed: a format killed in the middle would otherwise be taken for a log.
-        fresh = folder / "data.new"
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh = fresh_folder(data)
         configuration = _configure(place, str(fresh))
         command = [*_java("-Xmx128m"), "kafka.tools.StorageTool", "format"]
         done = subprocess.run(

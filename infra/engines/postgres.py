@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from typing import Any
 
-from infra.engines.base import EngineError, Place, Program, package_folder
+from infra.engines.base import EngineError, Place, Program, fresh_folder, package_folder
 
 NAME = "postgres"
 PORTS = {"postgres": 5432}
@@ -29,9 +28,7 @@ def prepare(place: Place) -> None:
                 "with `./claw down --wipe`"
             )
         return
-    # Made beside and renamed: an initdb killed in the middle would otherwise be taken for a database.
-    fresh = data.with_name("data.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = fresh_folder(data)
     password_file = place.folder(NAME) / "password"
     password_file.write_text(place.secret("postgres.admin"))
     password_file.chmod(0o600)

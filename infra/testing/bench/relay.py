@@ -153,6 +153,9 @@ class RelayBench:
         reading = asyncio.create_task(_note_arrivals(consumer, visible))
         try:
             rate = await _capacity(partial(_publish, database)) / 2
+            async with asyncio.timeout(60):
+                while await self.ground.admin.fetchval("SELECT count(*) FROM outbox WHERE published_at IS NULL"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
             count = int(rate * LATENCY_SECONDS)
             intended: dict[int, float] = {}
             began = perf_counter() + 0.1

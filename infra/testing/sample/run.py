@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 import infra
-from infra.cli.outbox import provision
+from infra.cli.provision import provision_brokers
 from infra.schema import Passwords, migrate, prepare_database, role_url
 from infra.testing.sample.catalog import SAMPLE
 from protos.catalog import AUDIT_LOGS, SERVICE_LOGS
@@ -73,7 +73,7 @@ class SampleServices:
 
     async def provision(self) -> None:
         """Topics and queues; what they have lost, if they are made anew, is sent again."""
-        await provision(
+        await provision_brokers(
             Catalog(topics=(*SAMPLE.topics, AUDIT_LOGS, SERVICE_LOGS), queues=SAMPLE.queues),
             self.engines.postgres,
             kafka=self.engines.kafka,

@@ -126,13 +126,14 @@ def test_down_leaves_no_process_and_keeps_the_data(home: Path) -> None:
 
 def test_a_half_written_state_folder_is_completed(home: Path) -> None:
     """As left by a kill in the middle of the first `up`."""
-    (home / "postgres" / "data.new").mkdir(parents=True)
-    (home / "postgres" / "data.new" / "PG_VERSION").write_text("18")
-    (home / "kafka" / "data.new").mkdir(parents=True)
+    (home / "postgres" / "data.new.x").mkdir(parents=True)
+    (home / "postgres" / "data.new.x" / "PG_VERSION").write_text("18")
+    (home / "kafka" / "data.new.x").mkdir(parents=True)
     (home / "supervisor.sock").touch()
     (home / "supervisord.pid").write_text("1")
     (home / "secrets.json.1.2.tmp").write_text('{"postgres.ad')
     run_claw(home, "up", "--only", "postgres,kafka")
+    assert not list(home.glob("*/data.new.*"))
 
 
 def test_up_killed_halfway_is_finished_by_the_next(home: Path) -> None:
@@ -141,7 +142,7 @@ def test_up_killed_halfway_is_finished_by_the_next(home: Path) -> None:
         env={**os.environ, "CLAW_HOME": str(home)},
         stderr=subprocess.DEVNULL,
     )
-    until(lambda: (home / "postgres" / "data.new").exists())
+    until(lambda: any(home.glob("postgres/data.new.*/global")))
     first.kill()
     first.wait()
     run_claw(home, "up", "--only", "valkey,postgres")

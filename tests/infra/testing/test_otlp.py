@@ -39,6 +39,28 @@ async def test_spans_arrive_as_they_were_made() -> None:
     assert receiver.trace(request.trace_id) == [request, create]
 
 
+async def test_the_links_of_a_batch_arrive_where_the_other_end_was_recorded() -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    recorded = [{"traceparent": f"00-{trace}-{n:016x}-01"} for n in range(1, 501)]
+    others = [
+        {},
+        {"traceparent": f"00-{trace}-b7ad6b7169203331-00"},
+        {"traceparent": f"00-{'0' * 32}-b7ad6b7169203331-01"},
+        {"traceparent": f"00-{trace}-b7ad6b7169203331-01-more"},
+    ]
+    async with OtlpReceiver() as receiver:
+        running = telemetry.setup("billing", "1", receiver.endpoint)
+        with telemetry.process_batch("kafka", "many", [*recorded, *others]):
+            pass
+        with telemetry.process_batch("kafka", "later version", [{"traceparent": f"01-{trace}-{1:016x}-03-more"}]):
+            pass
+        await asyncio.to_thread(running.shutdown)
+        await receiver.wait_for(lambda spans: len(spans) == 2)
+        many, later = receiver.spans
+    assert many.links == tuple((trace, f"{n:016x}") for n in range(1, 501))
+    assert later.links == ((trace, f"{1:016x}"),)
+
+
 async def test_spans_that_do_not_come_are_said_with_those_that_came() -> None:
     async with OtlpReceiver() as receiver:
         with pytest.raises(TimeoutError, match="these came: none"):
