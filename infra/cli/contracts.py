@@ -20,6 +20,7 @@ import msgspec
 import typer
 
 from infra.cli.asyncapi import asyncapi
+from infra.cli.asyncapi_page import page
 from infra.cli.grpc_stubs import ProtoError, breaking_protos, compile_protos
 from infra.cli.message_schemas import breaking, messages, reads_back, schema
 from protos.catalog import CATALOG
@@ -58,8 +59,9 @@ def generate(root: Path) -> dict[str, str]:
     stubs, descriptors = compile_protos(root)
     schemas = {f"{_SCHEMAS}/{name}.json": _text(schema(message)) for name, message in messages().items()}
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    document = _text(asyncapi(CATALOG, project["version"]))
-    return {**schemas, "protos/asyncapi.json": document, _GRPC: _text(descriptors), **stubs}
+    document = asyncapi(CATALOG, project["version"])
+    pages = {"protos/asyncapi.json": _text(document), "protos/asyncapi.html": page(document)}
+    return {**schemas, **pages, _GRPC: _text(descriptors), **stubs}
 
 
 def broken(base: dict[str, str], generated: dict[str, str]) -> list[str]:

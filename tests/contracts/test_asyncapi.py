@@ -7,6 +7,7 @@ from typing import Any
 
 import jsonschema
 
+from infra.cli.asyncapi_page import page
 from infra.cli.contracts import ROOT
 from protos.catalog import CATALOG
 
@@ -106,3 +107,15 @@ def test_it_has_every_topic_and_queue_and_who_is_at_their_ends() -> None:
     ends = sum(len(topic.producers) + len(topic.consumers) for topic in CATALOG.topics)
     ends += sum(len(queue.producers) + 1 for queue in CATALOG.queues)
     assert len(DOCUMENT["operations"]) == ends
+
+
+def test_the_page_shows_every_channel_and_field_and_runs_nothing() -> None:
+    html = page(DOCUMENT)
+    for name, channel in DOCUMENT["channels"].items():
+        assert f'<h2 id="{name}">' in html
+        for message in channel["messages"]:
+            fields = DOCUMENT["components"]["messages"][message]["payload"]["schema"]["properties"]
+            assert all(f"<code>{field}</code>" in html for field in fields)
+    assert "<script" not in html
+    assert "http://" not in html
+    assert "https://" not in html
