@@ -293,7 +293,8 @@ class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):
             case Code.INVALID_ARGUMENT:
                 field = dict(error.trailing_metadata() or ()).get(_FIELD, b"request").decode()
                 return InvalidMessage(field, details.removeprefix(f"{field}: "))
-            case Code.UNAVAILABLE | Code.DEADLINE_EXCEEDED:
+            # CANCELLED comes from the other side, which is shutting down; one's own cancelling is a CancelledError.
+            case Code.UNAVAILABLE | Code.DEADLINE_EXCEEDED | Code.CANCELLED:
                 return Transient(f"{self._service} at {self._target}: {details}")
         by_code = {code: type_ for type_, code in _CODES.items()}
         return by_code[error.code()](details) if error.code() in by_code else error

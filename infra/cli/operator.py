@@ -38,7 +38,9 @@ def engines_access() -> dict[str, dict[str, str]]:
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Runs a command's work. Raises EngineError where an engine does not answer."""
     # It would tell of every refused connection beside the one error that says what to do.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    kafka = logging.getLogger("aiokafka")
+    level = kafka.level
+    kafka.setLevel(logging.CRITICAL)
     try:
         return asyncio.run(work)
     except Exception as error:
@@ -46,6 +48,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             raise
         reason = f"an engine does not answer ({type(error).__name__}: {error})"
         raise EngineError(f"{reason}. See which: ./claw status. Start it: ./claw up") from error
+    finally:
+        kafka.setLevel(level)
 
 
 def printable(text: str) -> str:
