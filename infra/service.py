@@ -241,7 +241,8 @@ class _Running:
         async def guarded() -> None:
             try:
                 await run()
-            except Exception:
+            except (Exception, asyncio.CancelledError):
+                # Also a CancelledError: nobody cancels these, so it is some library's own that came through.
                 logs.get_logger("infra.service").error(f"{name} ended by an error, the service stops", exc_info=True)
                 self.failed = 1
                 self.stopping.set()

@@ -143,7 +143,7 @@ class Reader(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
                     await self._commit_for_monitoring(consumer)
         finally:
             await self.on_partitions_revoked(list(self._partitions))
-            await consumer.stop()
+            await _stop(consumer)
             self._consumer = None
 
     async def _commit_for_monitoring(self, consumer: AIOKafkaConsumer) -> None:
@@ -171,6 +171,19 @@ class Reader(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
                 topic, handlers = self._topics[tp.topic]
                 self._partitions[tp] = _Partition(self, self._consumer, tp, topic, handlers)
         self._metrics.assigned_partitions.labels(self.group).set(len(self._partitions))
+
+
+async def _stop(consumer: AIOKafkaConsumer) -> None:
+    """Leaves the group. aiokafka raises CancelledError of its own where a fetch is in its retry pause.
+
+    Let through, it would end the reader without a word, as if somebody had cancelled it.
+    """
+    try:
+        await consumer.stop()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
 
 
 class _Partition:

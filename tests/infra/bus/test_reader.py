@@ -9,9 +9,12 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.errors import KafkaConnectionError
 
+from infra.bus import reader as reader_module
 from infra.bus.deadletter import list_dead_letters
+from infra.bus.kafka import topic_incarnations
 from infra.bus.redrive import discard, request_redrive
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
@@ -271,3 +274,30 @@ async def test_two_readers_share_the_partitions_and_no_effect_is_lost_or_doubled
         found = [await effects(ledger_database, f"shared {k}") for k in range(7)]
     for k, numbers in enumerate(found):
         assert numbers == list(range(k, count, 7))
+
+
+async def test_a_library_that_cancels_itself_while_it_stops_does_not_end_the_reader(
+    buses: Buses, ledger_database: Database, ledger: Ledger, producer: AIOKafkaProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As aiokafka does when its broker goes away: the reader comes back with a new consumer."""
+    stop = AIOKafkaConsumer.stop
+    lookups = 0
+
+    async def cancelled(consumer: AIOKafkaConsumer) -> None:
+        await stop(consumer)
+        raise asyncio.CancelledError
+
+    async def first_fails(client: Any, topics: Any) -> dict[str, UUID]:
+        nonlocal lookups
+        lookups += 1
+        if lookups == 5:  # after the four partitions have found their position
+            raise KafkaConnectionError("the broker is gone")
+        return await topic_incarnations(client, topics)
+
+    monkeypatch.setattr(AIOKafkaConsumer, "stop", cancelled)
+    monkeypatch.setattr(reader_module, "topic_incarnations", first_fails)
+    subscription = SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)
+    async with buses.reader(ledger_database, subscription):
+        await send(producer, buses, note("stopping", 1))
+        await until(lambda: _reaches(ledger_database, "stopping", 1))
+    assert lookups > 5
