@@ -197,7 +197,6 @@ class _Partition:
         topic: Topic,
         handlers: Sequence[Subscription],
     ) -> None:
-        self._reader = reader
         self._metrics = reader._metrics
         self._log = reader._log
         self._group = reader.group
