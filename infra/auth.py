@@ -1,8 +1,13 @@
-"""Who calls: a short-lived signed token from one service to another (JWT, HS256, RFC 7519)."""
+"""Who calls: short-lived signed tokens (JWT, HS256, RFC 7519).
+
+`Callers`: which service calls another by gRPC. `Identities`: which client a request from the gateway is for; the user
+service makes them, every service verifies them by itself.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import jwt
@@ -63,3 +68,64 @@ class Callers:
             self._verified.clear()
         self._verified[token] = float(claims["exp"]), str(claims["iss"])
         return str(claims["iss"])
+
+
+# What a client may do. `run`: talk to agents; `write`: set things up; `admin`: keys and members.
+SCOPES = ("read", "run", "write", "admin")
+IDENTITY_HEADER = "x-claw-identity"
+_CLIENTS = "clawbus"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client of the HTTP surface.
+
+    actor: ``api_key:<id>``, ``member:<id>`` or ``operator``. tenant_id: empty for the operator of the platform, who
+    belongs to no tenant.
+    """
+
+    actor: str
+    tenant_id: str
+    scopes: frozenset[str]
+
+
+class Identities:
+    """Makes and reads identity tokens. `secret` is the same in all services."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+        self._verified: dict[str, tuple[float, Identity]] = {}
+
+    def token(self, identity: Identity) -> str:
+        now = int(time.time())
+        claims = {
+            "aud": _CLIENTS,
+            "sub": identity.actor,
+            "tenant": identity.tenant_id,
+            "scopes": sorted(identity.scopes),
+            "iat": now,
+            "exp": now + LIFETIME_SECONDS,
+        }
+        return jwt.encode(claims, self._secret, algorithm="HS256")
+
+    def verify(self, token: str) -> Identity:
+        """Raises Unauthenticated where the token is none of ours, or has run out."""
+        expires, identity = self._verified.get(token, (0.0, None))
+        if identity and expires > time.time():
+            return identity
+        try:
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                self._secret,
+                algorithms=["HS256"],
+                audience=_CLIENTS,
+                leeway=LEEWAY_SECONDS,
+                options={"require": ["sub", "aud", "exp"]},
+            )
+        except jwt.InvalidTokenError as error:
+            raise Unauthenticated(f"identity: {error}") from error
+        identity = Identity(claims["sub"], claims["tenant"], frozenset(claims["scopes"]))
+        if len(self._verified) >= 1000:
+            self._verified.clear()
+        self._verified[token] = float(claims["exp"]), identity
+        return identity

@@ -38,6 +38,8 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=10,
+        # Errors are logged, and parameters hold people's texts.
+        hide_parameters=True,
         connect_args={
             "timeout": 10,
             "server_settings": {

@@ -20,6 +20,10 @@ class InvalidMessage(Exception):
         self.reason = reason
 
 
+class WrongType(InvalidMessage):
+    """What was sent is of a type that is not taken here. HTTP 415; elsewhere as `InvalidMessage`."""
+
+
 class Unauthenticated(Exception):
     """Who calls is not known: no credentials, or none that verify. HTTP 401, gRPC UNAUTHENTICATED."""
 
@@ -53,3 +57,22 @@ class RetryLater(Transient):
     def __init__(self, after: timedelta, reason: str = "asked to try again later") -> None:
         super().__init__(reason)
         self.after = after
+
+
+class TooManyRequests(RetryLater):
+    """The caller is over its rate limit. HTTP 429 with Retry-After; elsewhere as `RetryLater`."""
+
+
+class Unanswered(Exception):
+    """It was sent and no answer came: nobody knows whether it happened. Tried again only where that is harmless.
+
+    Not a `Transient`, which says that nothing has happened.
+    """
+
+
+class EffectFailed(Exception):
+    """The other side refused for good; trying again changes nothing. `reason` is stored and shown to operators."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

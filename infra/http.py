@@ -28,6 +28,7 @@ from infra.health import Health as Health
 from infra.logs import get_logger
 from infra.metrics import Metrics
 from infra.problems import problem
+from infra.redaction import MASK, secret_name
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ DRAIN_SECONDS = 10
 # Asked every few seconds by machines: no span, no metric, no log line.
 _WATCHED = frozenset(("/health", "/healthz", "/readyz", "/api/health", "/api/health/dependencies", "/metrics"))
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+# Where a request's scope keeps its `_Exchange`.
+_EXCHANGE = "claw.exchange"
 _log = get_logger("infra.http")
 
 
@@ -66,6 +69,11 @@ def create_app(
         middleware=[Middleware(_Observed, metrics=metrics, max_body=max_body)],
         exception_handlers={HTTPException: http_problem},
     )
+
+
+def allow_body(request: Request, max_bytes: int) -> None:
+    """Lets this request's body have up to `max_bytes`, for a route that streams it; before it is read."""
+    request.scope[_EXCHANGE].max_body = max_bytes
 
 
 async def read_json(request: Request, type_: type[T]) -> T:
@@ -110,7 +118,7 @@ class _Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(receive, send, self._max_body)
+        exchange = scope[_EXCHANGE] = _Exchange(scope, receive, send, self._max_body)
         if scope["path"] in _WATCHED:
             await self._answer(scope, exchange)
             return
@@ -130,7 +138,6 @@ class _Observed:
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         try:
-            exchange.check_length(scope)
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             # Nobody is there to answer. 499 is nginx's word for it.
@@ -141,7 +148,7 @@ class _Observed:
                 _log.error(
                     "request failed",
                     method=scope["method"],
-                    path=scope["path"],
+                    path=_shown_path(scope),
                     status=response.status_code,
                     exc_info=True,
                 )
@@ -156,34 +163,43 @@ class _Observed:
         pattern = scope.get("root_path", "") + route.path if isinstance(route, Route) else "unmatched"
         self._metrics.http_seconds.labels(method, pattern, str(status)).observe(seconds)
         log = _log.debug if status < 400 else _log.info
-        log("request served", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 1))
+        path = _shown_path(scope)
+        log("request served", method=method, path=path, status=status, ms=round(seconds * 1000, 1))
         if span.is_recording():
             span.update_name(f"{method} {pattern}")
-            span.set_attributes({"http.route": pattern, "http.response.status_code": status})
+            span.set_attributes({"http.route": pattern, "http.response.status_code": status, "url.path": path})
             if status >= 500:
                 span.set_attribute("error.type", str(status))
                 span.set_status(StatusCode.ERROR)
 
 
+def _shown_path(scope: Scope) -> str:
+    """The path without those of its parts whose names in the route say that they are secret."""
+    path: str = scope["path"]
+    for name, value in scope.get("path_params", {}).items():
+        if secret_name(name):
+            path = path.replace(str(value), MASK)
+    return path
+
+
 class _Exchange:
     """The two directions of one request: counts the body, notes the status (0 before the answer begins)."""
 
-    def __init__(self, receive: Receive, send: Send, max_body: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int) -> None:
         self._receive = receive
         self._send = send
-        self._max_body = max_body
+        self._length = max((int(value) for name, value in scope["headers"] if name == b"content-length"), default=0)
         self._received = 0
+        self.max_body = max_body
         self.status = 0
 
-    def check_length(self, scope: Scope) -> None:
-        for name, value in scope["headers"]:
-            if name == b"content-length" and int(value) > self._max_body:
-                raise self._too_large()
-
     async def receive(self) -> Message:
+        # By the length that it says, nothing of it needs to be read.
+        if self._length > self.max_body:
+            raise self._too_large()
         message = await self._receive()
         self._received += len(message.get("body", b""))
-        if self._received > self._max_body:
+        if self._received > self.max_body:
             raise self._too_large()
         return message
 
@@ -193,7 +209,7 @@ class _Exchange:
         await self._send(message)
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"body: more than the {self._max_body} bytes that this takes")
+        return TooLarge(f"body: more than the {self.max_body} bytes that this takes")
 
 
 class _Server(uvicorn.Server):

@@ -75,6 +75,15 @@ class Metrics:
             "claw_replay_progress_ratio", "Part of a projection's replay that is done, 0 to 1", "projection"
         )
 
+        # Lanes. Outcome: done, expired, waiting (it passes by itself), retried (a fault), dead, lost (the lane is in
+        # other hands). Where the oldest age grows, there are too few runners or one item holds its lane.
+        self.lane_depth = gauge("claw_lane_depth", "Items not yet done", "kind")
+        self.lane_oldest_seconds = gauge("claw_lane_oldest_seconds", "How long the oldest item has been due", "kind")
+        self.lane_items = counter("claw_lane_items_total", "Attempts at items of lanes", "kind", "outcome")
+        self.lane_seconds = histogram("claw_lane_seconds", "Time for one item of a lane, commit included", "kind")
+        # Kind: repeatable, keyed, once. State: succeeded, failed, unknown (an operator looks at it).
+        self.effects = counter("claw_effects_total", "Effects in the outside world that ended", "kind", "state")
+
         # Requests served.
         self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")
         self.grpc_seconds = histogram("claw_grpc_request_seconds", "gRPC calls served", "method", "code")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from opentelemetry import trace
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -17,8 +18,10 @@ from infra.errors import (
     NotFound,
     RetryLater,
     TooLarge,
+    TooManyRequests,
     Transient,
     Unauthenticated,
+    WrongType,
 )
 
 _STATUS: dict[type[Exception], int] = {
@@ -28,6 +31,8 @@ _STATUS: dict[type[Exception], int] = {
     NotFound: 404,
     Conflict: 409,
     TooLarge: 413,
+    WrongType: 415,
+    TooManyRequests: 429,
     RetryLater: 503,
     Transient: 503,
 }
@@ -40,7 +45,10 @@ def problem(error: Exception) -> Response:
     """
     headers: dict[str, str] = {}
     errors: list[dict[str, str]] = []
-    if isinstance(error, HTTPException):
+    if isinstance(error, RequestValidationError):
+        status, detail = 422, "The request is not as it must be."
+        errors += [{"field": _field(e["loc"]), "message": e["msg"]} for e in error.errors()]
+    elif isinstance(error, HTTPException):
         status, detail = error.status_code, error.detail
         headers.update(error.headers or {})
     elif type(error) in _STATUS:
@@ -53,7 +61,7 @@ def problem(error: Exception) -> Response:
         errors.append({"field": error.field, "message": error.reason})
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    if status == 503:
+    if status in (429, 503):
         after = error.after.total_seconds() if isinstance(error, RetryLater) else 1
         headers["Retry-After"] = str(max(1, round(after)))
     body = {
@@ -67,3 +75,11 @@ def problem(error: Exception) -> Response:
     if status >= 500 and context.is_valid:
         body["trace_id"] = f"{context.trace_id:032x}"
     return Response(msgspec.json.encode(body), status, headers, media_type="application/problem+json")
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """``limits.steps``, ``tools[0]``; ``body`` where there is no JSON at all."""
+    kind, *path = location
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    # A number directly behind the kind is an offset in text that is no JSON.
+    return text if text and not text.startswith("[") else str(kind)

@@ -29,8 +29,10 @@ from infra.errors import (
     NotFound,
     RetryLater,
     TooLarge,
+    TooManyRequests,
     Transient,
     Unauthenticated,
+    WrongType,
 )
 from infra.logs import get_logger
 from infra.metrics import Metrics
@@ -41,15 +43,18 @@ DEFAULT_TIMEOUT_SECONDS = 5.0
 DRAIN_SECONDS = 10.0
 
 _TOKEN = "authorization"
+_TENANT = "claw-tenant"
 # An InvalidMessage's field; the details are for people. Binary, because metadata has no characters beyond ASCII.
 _FIELD = "claw-field-bin"
 _CODES: dict[type[Exception], grpc.StatusCode] = {
+    WrongType: Code.INVALID_ARGUMENT,
     InvalidMessage: Code.INVALID_ARGUMENT,
     Unauthenticated: Code.UNAUTHENTICATED,
     Forbidden: Code.PERMISSION_DENIED,
     NotFound: Code.NOT_FOUND,
     Conflict: Code.ABORTED,
     TooLarge: Code.RESOURCE_EXHAUSTED,
+    TooManyRequests: Code.UNAVAILABLE,
     RetryLater: Code.UNAVAILABLE,
     Transient: Code.UNAVAILABLE,
 }
@@ -61,11 +66,29 @@ _KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 
 _caller: ContextVar[str] = ContextVar("caller")
 # Of the call that is being served, on the monotonic clock.
 _deadline: ContextVar[float] = ContextVar("deadline")
+_tenant: ContextVar[str] = ContextVar("tenant")
 
 
 def caller() -> str:
     """The service whose call is being served. Raises LookupError outside of one."""
     return _caller.get()
+
+
+def tenant() -> str:
+    """The tenant that the call being served is for. Raises InvalidMessage where the caller names none."""
+    if not (tenant_id := _tenant.get("")):
+        raise InvalidMessage(f"metadata {_TENANT}", "missing")
+    return tenant_id
+
+
+def tenant_if_any() -> str | None:
+    """The tenant that the call being served is for; None: it is for the platform."""
+    return _tenant.get("") or None
+
+
+def tenant_metadata(tenant_id: str) -> grpc.aio.Metadata:
+    """The ``metadata`` argument of a call that is for a tenant."""
+    return grpc.aio.Metadata((_TENANT, tenant_id))
 
 
 class Server:
@@ -161,11 +184,13 @@ class _Incoming(grpc.aio.ServerInterceptor):
             with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=_attributes(method)) as span:
                 try:
                     tokens = _deadline.set(self._deadline(context)), _caller.set(self._caller(headers))
+                    tenant_token = _tenant.set(headers.get(_TENANT, ""))
                     try:
                         yield
                     finally:
                         _deadline.reset(tokens[0])
                         _caller.reset(tokens[1])
+                        _tenant.reset(tenant_token)
                     code = context.code() or Code.OK
                 except grpc.aio.AbortError:
                     code = context.code()

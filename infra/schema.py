@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import asyncpg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection
@@ -52,7 +53,7 @@ async def prepare_database(admin_url: str, services: Mapping[str, Passwords]) ->
             async with engine.begin() as connection:
                 # Two `up` at once would both create the role and one would fail.
                 await sql(connection, "SELECT pg_advisory_xact_lock($1)", _PREPARE_LOCK)
-                await _prepare_roles(connection, service, passwords)
+                await _prepare_roles(connection, admin_url, service, passwords)
                 await _prepare_kernel(connection, service)
     finally:
         await engine.dispose()
@@ -84,9 +85,13 @@ async def _become_owner(connection: AsyncConnection, service: str) -> None:
     await sql(connection, f'SET LOCAL search_path = "{service}"')
 
 
-async def _prepare_roles(connection: AsyncConnection, service: str, passwords: Passwords) -> None:
+async def _prepare_roles(connection: AsyncConnection, admin_url: str, service: str, passwords: Passwords) -> None:
     for role, password in vars(passwords).items():
         name = f"{service}_{role}"
+        # Roles are the whole server's: writing to one that is right already can fail where another database of the
+        # server is prepared at the same moment.
+        if await _works(role_url(admin_url, service, role, password)):
+            continue
         if not await sql(connection, "SELECT 1 FROM pg_roles WHERE rolname = $1", name):
             await sql(connection, f'CREATE ROLE "{name}" LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE')
         [(literal,)] = await sql(connection, "SELECT quote_literal($1::text)", password)
@@ -107,6 +112,16 @@ async def _prepare_roles(connection: AsyncConnection, service: str, passwords: P
             )
 
 
+async def _works(url: str) -> bool:
+    """Can somebody log in like this?"""
+    try:
+        connection = await asyncpg.connect(url)
+    except asyncpg.InvalidAuthorizationSpecificationError:
+        return False
+    await connection.close()
+    return True
+
+
 async def _prepare_kernel(connection: AsyncConnection, service: str) -> None:
     await _become_owner(connection, service)
     await sql(connection, "CREATE TABLE IF NOT EXISTS kernel_step (name text PRIMARY KEY, applied_at timestamptz)")
@@ -121,14 +136,14 @@ async def _prepare_kernel(connection: AsyncConnection, service: str) -> None:
     await sql(connection, "SELECT inbox_partitions()")
 
 
-def tenant_policy(service: str, table: str) -> str:
-    """SQL that binds `table` (it has a ``tenant_id text``) to the tenant set in the transaction of the request role.
+def tenant_policy(service: str, table: str) -> tuple[str, ...]:
+    """Statements that bind `table` (it has a ``tenant_id text``) to the tenant set in the request role's transaction.
 
     Without one the policy raises instead of showing no rows: an empty answer would hide the mistake.
     """
+    own = "USING (tenant_id = current_tenant()) WITH CHECK (tenant_id = current_tenant())"
     return (
-        f'ALTER TABLE "{table}" ENABLE ROW LEVEL SECURITY;'
-        f'CREATE POLICY tenant ON "{table}" TO "{service}_request"'
-        f" USING (tenant_id = current_tenant()) WITH CHECK (tenant_id = current_tenant());"
-        f'CREATE POLICY worker ON "{table}" TO "{service}_worker" USING (true) WITH CHECK (true)'
+        f'ALTER TABLE "{table}" ENABLE ROW LEVEL SECURITY',
+        f'CREATE POLICY tenant ON "{table}" TO "{service}_request" {own}',
+        f'CREATE POLICY worker ON "{table}" TO "{service}_worker" USING (true) WITH CHECK (true)',
     )

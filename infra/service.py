@@ -8,24 +8,31 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import uvloop
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 from starlette.routing import BaseRoute
 
-from infra import VERSION, db, http, logs, rpc, telemetry
-from infra.auth import Callers
+from infra import VERSION, db, http, logs, operations, rpc, telemetry
+from infra.auth import Callers, Identities
 from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Relay
+from infra.bus.outside import OutsideReader
 from infra.bus.rabbit import RabbitPublisher, Workers
 from infra.bus.reader import Reader
 from infra.bus.redrive import Drainer
+from infra.bus.tail import Tail
+from infra.crypto import Cipher
 from infra.db import sql
 from infra.eventstore.store import Aggregate
+from infra.lane_runner import LaneRunner
+from infra.lanes import Work
 from infra.metrics import Metrics
+from infra.outgoing import Outgoing
 from infra.settings import Settings, SettingsError
 from infra.tx import Database
 from infra.upkeep import Upkeep
@@ -45,10 +52,24 @@ class Runtime:
     request: Database
     metrics: Metrics
     channels: rpc.Channels
+    identities: Identities
+    cipher: Cipher
+    cache: Redis
+    outgoing: Outgoing
+    # Set when the process is to end: answers without an end of their own end now.
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 RouteFactory = Callable[[Runtime], Sequence[BaseRoute]]
 ServicerFactory = Callable[[Runtime], tuple[Callable[[Any, Any], None], Any]]
+
+
+class Background(Protocol):
+    """Runs until it is told to stop. One that ends by an error ends the process."""
+
+    async def run(self) -> None: ...
+
+    async def stop(self) -> None: ...
 
 
 def collect_rarely() -> None:
@@ -68,19 +89,34 @@ class Service:
         self.name = name
         self.subscriptions: list[Subscription] = []
         self.adapters: dict[str, dict[str, Callable[[Runtime], Any]]] = {}
+        self.works: list[tuple[Work, dict[str, Callable[[Runtime], Any]]]] = []
         self.aggregates: list[Aggregate[Any]] = []
-        self._settings = settings
+        self.settings = settings
         self._routes: list[RouteFactory] = []
         self._servicers: list[ServicerFactory] = []
+        self._besides: dict[str, Callable[[Runtime], Background]] = {}
+        self._dependencies: dict[str, Callable[[Runtime], Callable[[], Awaitable[None]]]] = {}
 
     def consume(self, subscription: Subscription, **adapters: Callable[[Runtime], Any]) -> None:
         """The handler is also given each of `adapters`, built once when the service starts."""
         self.subscriptions.append(subscription)
         self.adapters[subscription.name] = adapters
 
+    def work(self, work: Work, **adapters: Callable[[Runtime], Any]) -> None:
+        """The handler of the lane's items is also given each of `adapters`, built once when the service starts."""
+        self.works.append((work, adapters))
+
     def own(self, *aggregates: Aggregate[Any]) -> None:
         """The streams that this service keeps; replay emits their facts again."""
         self.aggregates += aggregates
+
+    def depend(self, name: str, check: Callable[[Runtime], Callable[[], Awaitable[None]]]) -> None:
+        """A store or service without which this one still serves, and is degraded: health asks it by a round trip."""
+        self._dependencies[name] = check
+
+    def beside(self, name: str, build: Callable[[Runtime], Background]) -> None:
+        """A loop of the service's own, run as long as the process serves."""
+        self._besides[name] = build
 
     def serve_http(self, routes: RouteFactory) -> None:
         self._routes.append(routes)
@@ -92,7 +128,7 @@ class Service:
     def run(self) -> None:
         """Runs until SIGTERM or SIGINT, then drains. Exits with a message where the environment is not usable."""
         try:
-            settings = self._settings.load()
+            settings = self.settings.load()
         except SettingsError as error:
             sys.exit(f"{self.name}: {error}")
         collect_rarely()
@@ -128,12 +164,21 @@ class Service:
         callers = Callers(settings.internal_secret.get_secret_value(), self.name)
         channels = rpc.Channels(callers)
         stack.push_async_callback(channels.close)
+        cache = Redis.from_url(settings.redis_url.get_secret_value())
+        stack.push_async_callback(cache.aclose)
+        outgoing = Outgoing(allow_private=settings.allow_private_targets)
+        stack.push_async_callback(outgoing.close)
         runtime = Runtime(
             settings=settings,
             worker=Database(engine, self.name),
             request=Database(request_engine, self.name, tenanted=True),
             metrics=metrics,
             channels=channels,
+            identities=Identities(settings.internal_secret.get_secret_value()),
+            cipher=Cipher(settings.master_key.get_secret_value()),
+            cache=cache,
+            outgoing=outgoing,
+            stopping=running.stopping,
         )
         health = http.Health(self.name, VERSION)
 
@@ -142,8 +187,15 @@ class Service:
                 await sql(connection, "SELECT 1")
 
         health.add_check("postgres", postgres)
+        for name, check in self._dependencies.items():
+            health.add_check(name, check(runtime), needed=False)
         self._start_relays(runtime, health, stack, running)
         await self._start_servers(runtime, callers, health, stack)
+        for name, build in self._besides.items():
+            part = build(runtime)
+            running.add(name, part.run, part.stop)
+        if self.works:
+            self._start_lanes(runtime, stack, running)
         await self._start_consumers(runtime, health, stack, running)
         stack.callback(health.drain)
         logs.get_logger("infra.service").info("service is up", http_port=settings.http_port)
@@ -173,31 +225,53 @@ class Service:
     async def _start_servers(
         self, runtime: Runtime, callers: Callers, health: http.Health, stack: AsyncExitStack
     ) -> None:
-        if self._servicers:
+        if self._servicers or runtime.settings.grpc_port is not None:
             server = rpc.Server(self.name, callers, runtime.metrics)
-            for factory in self._servicers:
-                add, servicer = factory(runtime)
+            for add, servicer in [
+                operations.servicer(runtime.worker),
+                *(factory(runtime) for factory in self._servicers),
+            ]:
                 add(servicer, server.grpc)
-            await server.start(runtime.settings.grpc_port)
+            await server.start(runtime.settings.grpc_port, runtime.settings.listen_host)
             stack.push_async_callback(server.stop)
         routes = [route for factory in self._routes for route in factory(runtime)]
-        web = await http.serve_http(http.create_app(routes, health, runtime.metrics), runtime.settings.http_port)
+        app = http.create_app(routes, health, runtime.metrics)
+        web = await http.serve_http(app, runtime.settings.http_port, runtime.settings.listen_host)
         stack.push_async_callback(web.stop)
+
+    def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: _Running) -> None:
+        settings = runtime.settings
+        # Its one connection listens, claims and renews, whatever the handlers do with the pool.
+        control = db.create_engine(settings.database_url.get_secret_value(), pool_size=1, name=f"{self.name} lanes")
+        stack.push_async_callback(control.dispose)
+        works = [
+            replace(work, handler=partial(work.handler, **{name: build(runtime) for name, build in adapters.items()}))
+            for work, adapters in self.works
+        ]
+        runner = LaneRunner(runtime.worker, works, control, runtime.metrics, lease_seconds=settings.lease_seconds)
+        runtime.worker.on_items(runner.wake)
+        runtime.request.on_items(runner.wake)
+        running.add("lanes", runner.run, runner.stop)
 
     async def _start_consumers(
         self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: _Running
     ) -> None:
         settings = runtime.settings
-        subscribed = [self._bind(subscription, runtime) for subscription in self.subscriptions]
+        bound = [self._bind(subscription, runtime) for subscription in self.subscriptions]
+        for subscription in (s for s in bound if s.tail):
+            tail = Tail(subscription, bootstrap=settings.kafka_bootstrap_servers, prefix=settings.topic_prefix)
+            running.add(f"tail {subscription.name}", tail.run, tail.stop)
+        subscribed = [subscription for subscription in bound if not subscription.tail]
         # Also where nothing is consumed: what could not be published is a dead letter too.
         drainer = Drainer(runtime.worker, subscribed, runtime.metrics)
         running.add("redrive", drainer.run, drainer.stop)
-        by_group: dict[str, list[Subscription]] = {}
+        by_group: dict[tuple[type[Reader | OutsideReader], str], list[Subscription]] = {}
         for subscription in subscribed:
             if isinstance(subscription.source, Topic):
-                by_group.setdefault(subscription.group, []).append(subscription)
-        for group, subscriptions in by_group.items():
-            reader = Reader(
+                kind = OutsideReader if subscription.outside else Reader
+                by_group.setdefault((kind, subscription.group), []).append(subscription)
+        for (kind, group), subscriptions in by_group.items():
+            reader = kind(
                 runtime.worker,
                 group,
                 subscriptions,
@@ -222,10 +296,13 @@ class Service:
 
     def _bind(self, subscription: Subscription, runtime: Runtime) -> Subscription:
         built = {name: build(runtime) for name, build in self.adapters[subscription.name].items()}
-        return replace(subscription, handler=partial(subscription.handler, **built)) if built else subscription
+        if not built:
+            return subscription
+        tail = partial(subscription.tail, **built) if subscription.tail else None
+        return replace(subscription, handler=partial(subscription.handler, **built), tail=tail)
 
 
-def _makes_progress(reader: Reader) -> bool:
+def _makes_progress(reader: Reader | OutsideReader) -> bool:
     return reader.stuck_for() < STUCK_SECONDS
 
 

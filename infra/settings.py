@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from infra.crypto import read_key
+
 
 class SettingsError(Exception):
     """The environment is not usable. The message names every variable and what is wrong, never a value."""
@@ -29,6 +31,11 @@ def _url(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _key(value: SecretStr) -> SecretStr:
+    read_key(value.get_secret_value())
+    return value
+
+
 class Settings(BaseSettings):
     """The variables that every service has, prefix ``CLAW_``. A service subclasses it for its own."""
 
@@ -46,11 +53,17 @@ class Settings(BaseSettings):
     """The physical topic is this and the catalog's name."""
     rabbitmq_url: Annotated[SecretStr, _url("amqp", "amqps")]
     redis_url: Annotated[SecretStr, _url("redis", "rediss")]
+    listen_host: str = "127.0.0.1"
+    """The address on which HTTP and gRPC are served; a container's network needs ``0.0.0.0``."""
     http_port: int = Field(ge=0, le=65535)
     """0: a free one."""
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
     internal_secret: SecretStr = Field(min_length=32)
     """Signs the caller's identity between services; the same in all of them."""
+    master_key: Annotated[SecretStr, AfterValidator(_key)]
+    """Base64 of 32 bytes: what is stored sealed is sealed under it."""
+    allow_private_targets: bool = False
+    """Lets vendors, models and tools live on private addresses; for the local stack."""
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
     """The collector's base URL (``http://host:4318``); without it no spans are sent."""
 

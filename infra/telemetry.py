@@ -46,6 +46,7 @@ _ATTRIBUTES = {
     "offset": "messaging.kafka.offset",
     "key": "messaging.kafka.message.key",
     "routing_key": "messaging.rabbitmq.destination.routing_key",
+    "attempt": "claw.lane.attempt",
 }
 
 

@@ -11,11 +11,12 @@ import hashlib
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
+from opentelemetry.trace import Span
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from infra import db, telemetry
@@ -24,6 +25,7 @@ from infra.errors import Conflict
 from infra.eventstore import store
 from infra.eventstore.store import Aggregate, NewEvent, Publication, Stream
 from infra.failpoint import failpoint
+from infra.lanes import Item, Lane, NewItem, insert_items
 from infra.logs import get_logger
 from protos.envelope import Envelope, Message
 from protos.topology import Queue, Topic
@@ -65,19 +67,27 @@ class Tx:
         self._connection: AsyncConnection | None = None
         self._events: list[NewEvent] = []
         self._rows: list[OutboxRow] = []
+        self._items: dict[tuple[str, UUID], NewItem] = {}
         self._loaded: dict[str, tuple[Any, int]] = {}
         self._after: list[Callable[[], Awaitable[None]]] = []
         self.tenant_id = tenant_id
         self.cause = cause
         self.has_messages = False
+        # The kinds of lane in which there is something new to do.
+        self.woken: set[str] = set()
         # The headers of the messages handed to a batch handler, by the message object's identity.
         self.origins: dict[int, Mapping[str, str]] = {}
 
     @contextmanager
-    def follow(self, message: Message, name: str) -> Iterator[None]:
+    def follow(self, message: Message, name: str) -> Iterator[Span]:
         """A span in the own trace of one message of a batch, for an effect that a person follows."""
-        with telemetry.record(self.origins[id(message)], name):
-            yield
+        with telemetry.record(self.origins[id(message)], name) as span:
+            yield span
+
+    @property
+    def in_use(self) -> bool:
+        """True once it has taken its connection."""
+        return self._connection is not None
 
     def after_commit(self, call: Callable[[], Awaitable[None]]) -> None:
         """`call` is awaited after the commit, with no connection held: a wake-up, a live update.
@@ -117,14 +127,14 @@ class Tx:
         events = stream.aggregate.decide(command, state)
         version = self._loaded[stream.row][1]
         for event in events:
-            self._events.append(NewEvent(stream, uuid7(), event, version))
+            self._events.append(NewEvent(stream, uuid7(), event, version, self.tenant_id))
             state = stream.aggregate.evolve(state, event)
         self._loaded[stream.row] = (state, version)
         return events
 
     def append(self, stream: Stream[Any], event: Any, *, event_id: UUID | None = None) -> None:
         """Appends whatever the stream's version is; with an `event_id` that is stored already, nothing."""
-        self._events.append(NewEvent(stream, event_id or uuid7(), event, None))
+        self._events.append(NewEvent(stream, event_id or uuid7(), event, None, self.tenant_id))
 
     def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
         """Sends a fact to a Kafka topic once the transaction commits. Returns the message's id.
@@ -161,6 +171,38 @@ class Tx:
         self._rows.append(row)
         return id_
 
+    def enqueue(
+        self,
+        lane_kind: Lane[Item],
+        *,
+        lane: str,
+        item: Item,
+        item_id: UUID | None = None,
+        not_before: datetime | None = None,
+        expires_in: timedelta | None = None,
+    ) -> UUID:
+        """Puts work at the end of a lane once the transaction commits. Returns the item's id.
+
+        A lane is one tenant's: that of this transaction. With an `item_id` that its kind has had already, nothing
+        is enqueued. `expires_in`: what has not begun by then is not done any more.
+        """
+        if type(item) is not lane_kind.item:
+            raise ValueError(f"{type(item).__name__} is not the item of lane {lane_kind.name}")
+        id_ = item_id or uuid7()
+        headers = msgspec.json.encode(telemetry.carrier()).decode()
+        new = NewItem(
+            lane_kind.name,
+            self.tenant_id or "",
+            lane,
+            id_,
+            msgspec.json.encode(item),
+            headers,
+            not_before,
+            expires_in,
+        )
+        self._items.setdefault((lane_kind.name, id_), new)
+        return id_
+
     def _headers(self, id_: UUID, message: Message, subject: str | None, carrier: dict[str, str]) -> str:
         envelope = Envelope(
             id=id_,
@@ -177,17 +219,25 @@ class Tx:
     async def flush(self) -> None:
         """Writes what was collected. The kernel calls it before the commit."""
         if self._events:
-            headers = {"tenant_id": self.tenant_id} if self.tenant_id else {}
-            fresh = await store.append(await self.connection(), self._events, headers)
+            fresh = await store.append(await self.connection(), self._events, {})
             self._events.clear()
             failpoint("after_append")
-            for stream, event_id, event, _ in fresh:
-                for id_, (topic, key, message) in publications(stream.aggregate, stream.id, event_id, event):
+            own = self.tenant_id
+            for new in fresh:
+                self.tenant_id = new.tenant_id
+                made = publications(new.stream.aggregate, new.stream.id, new.event_id, new.event)
+                for id_, (topic, key, message) in made:
                     self.publish(topic, message, key=key, message_id=id_)
+            self.tenant_id = own
         if self._rows:
             await insert_outbox(await self.connection(), self._rows)
             self._rows.clear()
             self.has_messages = True
+        if self._items:
+            # Last: the rows of the lanes stay locked until the commit, and whoever else enqueues there waits.
+            await insert_items(await self.connection(), list(self._items.values()))
+            self.woken |= {kind for kind, _ in self._items}
+            self._items.clear()
 
     async def run_after_commit(self) -> None:
         for call in self._after:
@@ -221,10 +271,15 @@ class Database:
         self.service = service
         self._tenanted = tenanted
         self._listeners: list[Callable[[], None]] = []
+        self._lane_listeners: list[Callable[[str], None]] = []
 
     def on_messages(self, wake: Callable[[], None]) -> None:
         """`wake` is called after each commit that left messages in the outbox."""
         self._listeners.append(wake)
+
+    def on_items(self, wake: Callable[[str], None]) -> None:
+        """`wake` is called with the kind of lane after each commit that left something to do there."""
+        self._lane_listeners.append(wake)
 
     @asynccontextmanager
     async def begin(self, *, tenant_id: str | None = None, cause: Envelope | None = None) -> AsyncIterator[Tx]:
@@ -250,6 +305,9 @@ class Database:
             failpoint("after_commit")
             for wake in self._listeners:
                 wake()
+        for kind in tx.woken:
+            for wake_lane in self._lane_listeners:
+                wake_lane(kind)
         await tx.run_after_commit()
 
     async def run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from infra import lanes
 from infra.bus import deadletter, inbox, outbox
 from infra.logs import get_logger
 from infra.metrics import Metrics
@@ -19,6 +20,7 @@ class Upkeep:
     def __init__(self, database: Database, metrics: Metrics) -> None:
         self._database = database
         self._metrics = metrics
+        self._kinds: set[str] = set()
         self._stopping = asyncio.Event()
 
     async def stop(self) -> None:
@@ -32,6 +34,8 @@ class Upkeep:
                 if ticks % OBSERVATIONS_PER_MAINTENANCE == 0:
                     async with self._database.begin() as tx:
                         await inbox.maintain(await tx.connection())
+                    async with self._database.begin() as tx:
+                        await lanes.forget(tx)
             except Exception as error:
                 get_logger("infra.upkeep").warning(
                     "upkeep failed, trying again", error=f"{type(error).__name__}: {error}"
@@ -46,9 +50,16 @@ class Upkeep:
         async with self._database.begin() as tx:
             pending = await outbox.pending_by_destination(await tx.connection())
             parked = await deadletter.count_parked(await tx.connection())
+            waiting = await lanes.waiting(tx)
         metrics = self._metrics
         for gauge in (metrics.outbox_depth, metrics.outbox_oldest_seconds, metrics.parked_keys):
             gauge.clear()
+        # Kept at 0 where nothing waits: whoever scales by it must not see the series end.
+        for kind in self._kinds | waiting.keys():
+            depth, oldest = waiting.get(kind, (0, 0.0))
+            metrics.lane_depth.labels(kind).set(depth)
+            metrics.lane_oldest_seconds.labels(kind).set(oldest)
+        self._kinds |= waiting.keys()
         for labels, (depth, oldest) in pending.items():
             metrics.outbox_depth.labels(*labels).set(depth)
             metrics.outbox_oldest_seconds.labels(*labels).set(oldest)

@@ -23,6 +23,8 @@ class Subscription:
 
     `batch`: the handler gets ``list[message]`` (one partition's batch, one transaction), else one message.
     `projection`: the tables that a replay may rebuild by this handler; None: replay must not run it.
+    `outside`: the effect is not in PostgreSQL, see `Topic.outside`.
+    `tail`: set where every process hears what comes from now on, see `Topic.tail`.
     """
 
     source: Topic | Queue
@@ -32,6 +34,8 @@ class Subscription:
     batch: bool = False
     prefetch: int = 0
     projection: tuple[str, ...] | None = None
+    tail: Handler | None = None
+    outside: bool = False
 
     @property
     def name(self) -> str:
@@ -64,6 +68,21 @@ class Topic:
     def each(self, message: type[Message], *, group: str) -> Callable[[Handler], Subscription]:
         """The handler takes ``(message, tx)``; records of other types on the topic are passed over."""
         return lambda handler: Subscription(self, group, handler, message=message)
+
+    def outside(self, *, group: str) -> Callable[[Handler], Subscription]:
+        """The handler takes ``(records)``, a list of messages with id and headers, for an effect that is not in
+        PostgreSQL: at least once, in no transaction. What it refuses by InvalidMessage becomes a dead letter alone.
+        """
+        return lambda handler: Subscription(self, group, handler, batch=True, outside=True)
+
+    def tail(self, *, group: str, begins: Handler) -> Callable[[Handler], Subscription]:
+        """The handler takes ``(message, headers)``: each new record, in every process of `group`, outside any
+        transaction, and never again.
+
+        `begins` takes no message: it is called whenever earlier records may have been missed. Both are given the
+        adapters.
+        """
+        return lambda handler: Subscription(self, group, handler, tail=begins)
 
 
 @dataclass(frozen=True)

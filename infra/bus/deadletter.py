@@ -131,15 +131,21 @@ def _view(service: str, row: Sequence[Any]) -> DeadLetterView:
 
 
 async def list_dead_letters(
-    connection: AsyncConnection, service: str, *, limit: int = 100, after: UUID | None = None
+    connection: AsyncConnection,
+    service: str,
+    *,
+    limit: int = 100,
+    after: UUID | None = None,
+    tenant_id: str | None = None,
 ) -> list[DeadLetterView]:
-    """What is open, oldest first."""
+    """What is open, oldest first; with `tenant_id` only that tenant's."""
     rows = await sql(
         connection,
         _VIEW + "WHERE state IN ('failed', 'waiting', 'redriving') AND ($1::uuid IS NULL OR id > $1) "
-        "ORDER BY id LIMIT $2",
+        "AND ($3::text IS NULL OR tenant_id = $3) ORDER BY id LIMIT $2",
         after,
         limit,
+        tenant_id,
     )
     return [_view(service, row) for row in rows]
 

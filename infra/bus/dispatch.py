@@ -73,6 +73,9 @@ def decode(headers: Mapping[str, str], body: bytes | None, messages: tuple[type[
 async def handle(subscriptions: Sequence[Subscription], items: Sequence[Decoded], tx: Tx, **where: Any) -> None:
     """Calls every handler with the messages it takes, in order."""
     for subscription in subscriptions:
+        if subscription.outside:
+            await subscription.handler(list(items))
+            continue
         if subscription.batch:
             tx.origins.update((id(item.message), item.headers) for item in items)
             await subscription.handler([item.message for item in items], tx)

@@ -21,13 +21,17 @@ from infra.bus.inbox import mark_handled
 from infra.clock import utcnow, uuid7_time
 from infra.db import is_transient
 from infra.errors import Conflict, NotFound
+from infra.lanes import KEEP_EFFECTS, NewItem, restore
 from infra.logs import get_logger
 from infra.metrics import Metrics
 from infra.tx import Database, OutboxRow, Tx, insert_outbox
 from protos.topology import Subscription, Topic
 
 POLL_SECONDS = 1.0
-_COLUMNS = ("id", "consumer", "source", "destination", "place", "message_id", "key", "state", "headers", "payload")
+_COLUMNS = (
+    *("id", "consumer", "source", "destination", "place", "message_id", "key", "tenant_id", "state"),
+    *("headers", "payload"),
+)
 # At most so many a second: a redrive of thousands must leave room for what comes in.
 PER_SECOND = 100
 # The inbox forgets after 120 days (see inbox_partitions); beyond this a redrive could repeat an effect.
@@ -41,15 +45,19 @@ async def request_redrive(tx: Tx, ids: Sequence[UUID], *, actor: str, force: boo
     older than the inbox remembers (unless `force`).
     """
     for id_ in ids:
-        state, message_id, consumer = await _locked(tx, id_)
+        state, message_id, consumer, source, age = await _locked(tx, id_)
         if state == "waiting":
             raise Conflict(
                 f"dead letter {id_}: it waits behind a failed one of its key; redrive or discard that, this one follows"
             )
         if state != "failed":
             raise Conflict(f"dead letter {id_}: it is {state}; only a failed one is redriven")
-        sent_at = None if message_id.startswith("sha256:") else uuid7_time(UUID(message_id))
-        if not force and (sent_at is None or utcnow() - sent_at > DEDUPE_HORIZON):
+        if source == "lane":
+            told = age < KEEP_EFFECTS
+        else:
+            sent_at = None if message_id.startswith("sha256:") else uuid7_time(UUID(message_id))
+            told = sent_at is not None and utcnow() - sent_at <= DEDUPE_HORIZON
+        if not told and not force:
             raise Conflict(f"dead letter {id_}: too old, or without an id, to be told from a repeat; force it to go on")
         await tx.sql("UPDATE dead_letter SET state = 'redriving' WHERE id = $1", id_)
         audit(tx, actor, "dead_letter.redrive", "dead_letter", str(id_), consumer=consumer)
@@ -61,7 +69,7 @@ async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
 
     Raises NotFound, and Conflict for one that is not open.
     """
-    state, message_id, consumer = await _locked(tx, id_)
+    state, message_id, consumer, *_ = await _locked(tx, id_)
     if state not in ("failed", "waiting"):
         raise Conflict(f"dead letter {id_}: it is {state}; only an open one is discarded")
     await tx.sql("UPDATE dead_letter SET state = 'discarded' WHERE id = $1", id_)
@@ -70,11 +78,16 @@ async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
     audit(tx, actor, "dead_letter.discard", "dead_letter", str(id_), consumer=consumer)
 
 
-async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str]:
-    rows = await tx.sql("SELECT state, message_id, consumer FROM dead_letter WHERE id = $1 FOR UPDATE", id_)
+async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, str, timedelta]:
+    rows = await tx.sql(
+        "SELECT state, message_id, consumer, source, clock_timestamp() - first_failed_at FROM dead_letter "
+        "WHERE id = $1 FOR UPDATE",
+        id_,
+    )
     if not rows:
         raise NotFound(f"dead letter {id_}: there is none")
-    return rows[0][0], rows[0][1], rows[0][2]
+    state, message_id, consumer, source, age = rows[0]
+    return state, message_id, consumer, source, age
 
 
 class Drainer:
@@ -178,6 +191,19 @@ class Drainer:
             decoded = decode(headers, letter["payload"], topic.messages)
             if await mark_handled(await tx.connection(), letter["consumer"], [decoded.id]):
                 await handle(handlers, [decoded], tx, group=letter["consumer"])
+            return
+        if letter["source"] == "lane":
+            await restore(
+                tx,
+                NewItem(
+                    letter["consumer"],
+                    letter["tenant_id"] or "",
+                    letter["key"],
+                    UUID(letter["message_id"]),
+                    letter["payload"],
+                    letter["headers"],
+                ),
+            )
             return
         # A queue's message goes back to its queue, an outbox row to its bus: through the outbox, ids unchanged.
         row = OutboxRow(

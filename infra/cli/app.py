@@ -22,10 +22,13 @@ COMMANDS = (
     "test",
     "check",
     "contracts",
+    "compose",
     "dlq",
     "outbox",
     "replay",
     "demo",
+    "chat",
+    "run",
     "bench",
 )
 # These act on processes and files of the stack, which are not root's.

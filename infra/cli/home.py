@@ -16,8 +16,11 @@ CHECKOUT = Path(infra.__file__).parent.parent
 # Services and the ports they have, and the consoles'.
 SERVICE_PORTS = {
     "user": 8001,
+    "user_grpc": 9001,
     "agent": 8002,
+    "agent_grpc": 9002,
     "channel": 8003,
+    "channel_grpc": 9003,
     "memory": 8004,
     "memory_grpc": 9004,
     "billing": 8005,
@@ -25,10 +28,14 @@ SERVICE_PORTS = {
     "plugin": 8006,
     "plugin_grpc": 9006,
     "log_aggregator": 8007,
+    "log_aggregator_grpc": 9007,
+    "otlp": 4318,
     "notification": 8008,
+    "notification_grpc": 9008,
     "ws_gateway": 8081,
+    "ws_gateway_grpc": 9081,
 }
-SERVICES = tuple(name for name in SERVICE_PORTS if not name.endswith("_grpc"))
+SERVICES = tuple(name for name in SERVICE_PORTS if not name.endswith(("_grpc", "otlp")))
 # Offsets that stacks side by side are known to use; any other must not meet their ports.
 _USUAL_OFFSETS = (0, 400, 2000, 5000)
 
@@ -99,6 +106,20 @@ class Home:
             "engines": {**known, **engines},
         }
         write_atomically(self.path / "credentials.json", json.dumps(credentials, indent=1))
+
+    def credentials(self) -> dict[str, Any]:
+        """What `write_credentials` wrote. Raises EngineError where no stack was ever started."""
+        if not (found := self._read("credentials.json")):
+            raise EngineError(f"{self.path} has no credentials: no stack was started here. Start it with ./claw up")
+        return found
+
+    def write_demo(self, demo: Mapping[str, str]) -> None:
+        """Keeps what the demo has made (tenant_id, api_key, agent_id), for `./claw chat`."""
+        write_atomically(self.path / "demo.json", json.dumps(demo, indent=1))
+
+    def demo(self) -> dict[str, Any]:
+        """What the demo has made last; empty if it never ran."""
+        return self._read("demo.json")
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

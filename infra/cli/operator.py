@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import AsyncIterator, Coroutine
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 from aiokafka.errors import KafkaError
 
-from infra.cli.home import home_folder
+from infra.cli.home import Home, home_folder
 from infra.db import create_engine, is_transient, sql
 from infra.engines.base import EngineError
 from infra.tx import Database
@@ -27,11 +26,7 @@ def actor() -> str:
 
 def engines_access() -> dict[str, dict[str, str]]:
     """The administrator's access to each engine. Raises EngineError where no stack was ever started."""
-    path = home_folder() / "credentials.json"
-    try:
-        access: dict[str, dict[str, str]] = json.loads(path.read_text())["engines"]
-    except FileNotFoundError:
-        raise EngineError(f"{path} is not there: no stack was started here. Start it with ./claw up") from None
+    access: dict[str, dict[str, str]] = Home(home_folder()).credentials()["engines"]
     return access
 
 

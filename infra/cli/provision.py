@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote, urlsplit
+from collections.abc import Mapping
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 
@@ -22,29 +23,45 @@ async def provision(place: Place) -> None:
 
     Raises EngineError where a broker has something that differs from the catalog and cannot be changed safely.
     """
-    database = ENGINES["postgres"].access(place)["url"]
-    await prepare_database(database, {name: Passwords(**passwords(place, name)) for name in SERVICES})
+    rabbitmq = ENGINES["rabbitmq"].access(place)
+    await bring_up_to_date(
+        {name: Passwords(**passwords(place, name)) for name in SERVICES},
+        {name: place.secret(f"rabbitmq.{name}") for name in SERVICES},
+        database=ENGINES["postgres"].access(place)["url"],
+        kafka=ENGINES["kafka"].access(place)["bootstrap_servers"],
+        rabbit_url=rabbitmq["url"],
+        management_url=rabbitmq["management_url"],
+    )
+
+
+async def bring_up_to_date(
+    database_passwords: Mapping[str, Passwords],
+    rabbitmq_passwords: Mapping[str, str],
+    *,
+    database: str,
+    kafka: str,
+    rabbit_url: str,
+    management_url: str,
+) -> None:
+    """As `provision`, on engines wherever they are: all URLs are administrators'."""
+    await prepare_database(database, database_passwords)
     for name in SERVICES:
         if (revisions := CHECKOUT / "services" / name / "migrations").exists():
             await migrate(database, name, revisions)
-    rabbitmq = ENGINES["rabbitmq"].access(place)
     try:
-        await provision_brokers(
-            CATALOG,
-            database,
-            kafka=ENGINES["kafka"].access(place)["bootstrap_servers"],
-            rabbit_url=rabbitmq["url"],
-            management_url=rabbitmq["management_url"],
-        )
+        await provision_brokers(CATALOG, database, kafka=kafka, rabbit_url=rabbit_url, management_url=management_url)
     except provisioning.ProvisioningError as error:
         raise EngineError(str(error)) from error
-    url = urlsplit(rabbitmq["management_url"])
-    base = f"http://{url.hostname}:{url.port}/api/permissions"
-    vhost = quote(urlsplit(rabbitmq["url"]).path.removeprefix("/"), safe="%")
+    url = urlsplit(management_url)
+    base = f"http://{url.hostname}:{url.port}/api"
+    vhost = quote(unquote(urlsplit(rabbit_url).path.removeprefix("/")) or "/", safe="")
     async with httpx.AsyncClient(auth=(url.username or "", url.password or ""), trust_env=False) as client:
-        for name in SERVICES:
-            answer = await client.put(f"{base}/{vhost}/{name}", json=permissions(name))
-            answer.raise_for_status()
+        for name, password in rabbitmq_passwords.items():
+            for path, body in (
+                (f"users/{name}", {"password": password, "tags": ""}),
+                (f"permissions/{vhost}/{name}", permissions(name)),
+            ):
+                (await client.put(f"{base}/{path}", json=body)).raise_for_status()
 
 
 async def provision_brokers(catalog: Catalog, url: str, **brokers: str) -> dict[str, int]:

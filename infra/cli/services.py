@@ -43,7 +43,11 @@ class LocalService:
             "CLAW_HTTP_PORT": str(place.ports[self.NAME]),
             "CLAW_INTERNAL_SECRET": place.secret("internal"),
             "CLAW_ALLOW_PRIVATE_TARGETS": "1",
+            "CLAW_MASTER_KEY": place.secret.bytes32("master_key"),
+            **addresses(place),
         }
+        if self.NAME == "user":
+            environment["CLAW_ADMIN_TOKEN"] = place.secret("admin_token")
         if f"{self.NAME}_grpc" in self.PORTS:
             environment["CLAW_GRPC_PORT"] = str(place.ports[f"{self.NAME}_grpc"])
         return Program((sys.executable, "-m", f"services.{self.NAME}"), environment)
@@ -63,6 +67,27 @@ def parts() -> dict[str, Engine]:
     """Every engine, then every service that exists, by name."""
     present = [name for name in SERVICES if (CHECKOUT / "services" / name / "__main__.py").exists()]
     return {**ENGINES, **{name: LocalService(name) for name in present}}
+
+
+def addresses(place: Place) -> dict[str, str]:
+    """Where every service and store of the stack is; a service reads those that its settings name."""
+    local = "127.0.0.1"
+    grpc = {name: f"{local}:{place.ports[f'{name}_grpc']}" for name in SERVICES if f"{name}_grpc" in place.ports}
+    s3 = ENGINES["s3"].access(place)
+    return {
+        **{f"CLAW_{name.upper()}_GRPC": target for name, target in grpc.items()},
+        "CLAW_OPERATIONS": ",".join(f"{name}={target}" for name, target in grpc.items()),
+        "CLAW_AGENT_URL": f"http://{local}:{place.ports['agent']}",
+        "CLAW_PUBLIC_URL": ENGINES["nginx"].access(place)["url"],
+        "CLAW_MILVUS_URL": ENGINES["milvus"].access(place)["url"],
+        "CLAW_S3_ENDPOINT": s3["endpoint"],
+        "CLAW_S3_ACCESS_KEY": s3["access_key"],
+        "CLAW_S3_SECRET_KEY": s3["secret_key"],
+        "CLAW_OPENSEARCH_URL": ENGINES["opensearch"].access(place)["url"],
+        "CLAW_SMTP_URL": f"smtp://{local}:{place.ports['mailbox']}",
+        "CLAW_OTLP_PORT": str(place.ports["otlp"]),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{local}:{place.ports['otlp']}",
+    }
 
 
 def passwords(place: Place, service: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,10 +39,17 @@ class Secrets:
 
     def __call__(self, name: str) -> str:
         """The password called `name`, letters and digits of any URL."""
+        return self._kept(name, lambda: secrets.token_urlsafe(24))
+
+    def bytes32(self, name: str) -> str:
+        """The key called `name`: 32 bytes in base64."""
+        return self._kept(name, lambda: base64.b64encode(secrets.token_bytes(32)).decode())
+
+    def _kept(self, name: str, make: Callable[[], str]) -> str:
         with self._lock:
             known: dict[str, str] = json.loads(self._path.read_text()) if self._path.exists() else {}
             if name not in known:
-                known[name] = secrets.token_urlsafe(24)
+                known[name] = make()
                 write_atomically(self._path, json.dumps(known, indent=1))
             return known[name]
 

@@ -63,12 +63,16 @@ class Stream(Generic[State]):
 
 
 class NewEvent(NamedTuple):
-    """`expected`: the version that the stream must have before the first event of the transaction; None: any."""
+    """`expected`: the version that the stream must have before the first event of the transaction; None: any.
+
+    tenant_id: whose fact it is; in one transaction there may be several tenants' facts.
+    """
 
     stream: Stream[Any]
     event_id: UUID
     event: Any
     expected: int | None
+    tenant_id: str | None = None
 
 
 class StoredEvent(NamedTuple):
@@ -128,14 +132,18 @@ async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: 
         await sql(
             connection,
             "INSERT INTO event (stream_id, version, event_id, type, schema_version, data, headers) "
-            "SELECT *, $7::text FROM unnest($1::text[], $2::bigint[], $3::uuid[], $4::text[], $5::int[], $6::bytea[])",
+            "SELECT * FROM unnest($1::text[], $2::bigint[], $3::uuid[], $4::text[], $5::int[], $6::bytea[], "
+            "$7::text[])",
             [e.stream.row for e in fresh],
             numbers,
             [e.event_id for e in fresh],
             [type(e.event).__name__ for e in fresh],
             [schema_version(type(e.event)) for e in fresh],
             [msgspec.json.encode(e.event) for e in fresh],
-            msgspec.json.encode(headers).decode(),
+            [
+                msgspec.json.encode({**headers, **({"tenant_id": e.tenant_id} if e.tenant_id else {})}).decode()
+                for e in fresh
+            ],
         )
     return fresh
 

@@ -36,9 +36,18 @@ class Stack:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        credentials = json.loads((home / "credentials.json").read_text())
-        self.engines: dict[str, dict[str, Any]] = credentials["engines"]
+        self.engines: dict[str, dict[str, Any]] = {}
+        self._read_credentials()
         self._supervisor = Supervisor(home)
+
+    def _read_credentials(self) -> None:
+        self.engines = json.loads((self.home / "credentials.json").read_text())["engines"]
+
+    def need(self, *names: str) -> None:
+        """Starts these engines too, if they do not run yet."""
+        if names:
+            run_claw(self.home, "up", "--only", ",".join(names))
+            self._read_credentials()
 
     @property
     def postgres_url(self) -> str:

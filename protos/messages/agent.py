@@ -1,6 +1,7 @@
 """Agent's public facts: the life of a run.
 
-`session_key` is opaque: one per channel and conversation. The tenant is in the envelope.
+`session_key` is opaque: one per channel and conversation. The tenant is in the envelope. `n` counts the facts of
+a run from 1 without a gap, so a reader knows what it has missed; 0 in records from before it was there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Literal
 from uuid import UUID
 
 from protos.envelope import Message
+from protos.messages import Count
 
 
 class RunRequested(Message, frozen=True, kw_only=True):
@@ -24,6 +26,19 @@ class RunStarted(Message, frozen=True, kw_only=True):
     run_id: UUID
     session_key: str
     agent_id: UUID
+    attempt: int
+    n: Count = 0
+
+
+class StepStarted(Message, frozen=True, kw_only=True):
+    """A step of a run is begun, or begun again with a higher `attempt` (from 1). Fields as in `StepCompleted`."""
+
+    run_id: UUID
+    session_key: str
+    n: Count
+    step: int
+    kind: Literal["retrieve", "model", "tool"]
+    name: str
     attempt: int
 
 
@@ -44,6 +59,7 @@ class StepCompleted(Message, frozen=True, kw_only=True):
     status: Literal["completed", "failed"]
     attempts: int
     duration_ms: int
+    n: Count = 0
 
 
 class RunCompleted(Message, frozen=True, kw_only=True):
@@ -52,6 +68,7 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     run_id: UUID
     session_key: str
     reply: str
+    n: Count = 0
 
 
 class RunFailed(Message, frozen=True, kw_only=True):
@@ -61,3 +78,4 @@ class RunFailed(Message, frozen=True, kw_only=True):
     session_key: str
     status: Literal["failed", "cancelled", "refused", "indeterminate"]
     error: str
+    n: Count = 0

@@ -8,7 +8,7 @@ from protos.envelope import Message
 
 
 class SendEmail(Message, frozen=True, kw_only=True):
-    """Send one e-mail in plain text. to: one address."""
+    """Send one e-mail in plain text. to: one address; empty: the tenant's owners, whom notification looks up."""
 
     to: str
     subject: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import re
 import subprocess
@@ -55,6 +56,7 @@ async def test_the_readmes_handler_counts_each_note_once(
         "CLAW_REDIS_URL": stack.redis_url,
         "CLAW_HTTP_PORT": "0",
         "CLAW_INTERNAL_SECRET": "made up for this test, 32 characters",
+        "CLAW_MASTER_KEY": base64.b64encode(bytes(32)).decode(),
     }
     await send(stack, topic_prefix, repeats=2)
     with (tmp_path / "log").open("wb") as log:

@@ -18,7 +18,7 @@ async def secrets(sample: SampleDatabase) -> SampleDatabase:
     engine = create_engine(sample.url("desk", "owner"), pool_size=1)
     async with engine.begin() as connection:
         await sql(connection, TABLE)
-        for statement in tenant_policy("sample_desk", "secret").split(";"):
+        for statement in tenant_policy("sample_desk", "secret"):
             await sql(connection, statement)
     await engine.dispose()
     return sample

@@ -16,6 +16,7 @@ GOOD = {
     "CLAW_REDIS_URL": "redis://u:re-pw@127.0.0.1:6379/0",
     "CLAW_HTTP_PORT": "8001",
     "CLAW_INTERNAL_SECRET": "an-internal-secret-of-32-characters-or-more",
+    "CLAW_MASTER_KEY": "bWFkZSB1cCwgMzIgYnl0ZXMgb2Yga2V5IG1hdGVyaWE=",
 }
 
 
@@ -79,6 +80,7 @@ def test_every_wrong_variable_is_named_with_what_is_wrong(monkeypatch: pytest.Mo
         ("CLAW_DATABASE_URL", "postgresql://w:hunter2@[127/claw"),
         ("CLAW_DATABASE_URL", "postgresql://w@host:hunter2/claw"),
         ("CLAW_INTERNAL_SECRET", "hunter2"),
+        ("CLAW_MASTER_KEY", "hunter2"),
     ],
 )
 def test_no_error_shows_a_secret(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:

@@ -27,6 +27,7 @@ PARTITIONS = 4
 class Ground:
     """`admin` is the administrator's connection with the bench's schema first in its path; `url` the worker's."""
 
+    admin_url: str
     bootstrap: str
     prefix: str
     url: str
@@ -64,7 +65,7 @@ async def ground(stack: Stack, topics: list[str]) -> AsyncIterator[Ground]:
         endpoint = (await sink.stdout.readline()).decode().strip()
         worker = role_url(url, SERVICE, "worker", passwords.worker)
         inside = await asyncpg.connect(url, server_settings={"search_path": SERVICE})
-        yield Ground(stack.kafka_bootstrap_servers, f"{name}.", worker, inside, endpoint)
+        yield Ground(url, stack.kafka_bootstrap_servers, f"{name}.", worker, inside, endpoint)
         await inside.close()
     finally:
         sink.terminate()

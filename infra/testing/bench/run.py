@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from statistics import median
 
 from infra.service import collect_rarely
-from infra.testing.bench import consume, relay
+from infra.testing.bench import bill, consume, ingest, relay
 from infra.testing.bench.ground import Ground, ground
 from infra.testing.bench.protocol import PAIRS, Anchor, Latency, Result, run_pairs
 from infra.testing.stack import Stack
@@ -34,10 +35,35 @@ async def run_relay(place: Ground, progress: Progress, pairs: int) -> Sequence[R
     return [*results, await bench.latency()]
 
 
+async def run_bill(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+    bench = bill.Bill(place)
+    await bench.prepare()
+    return await run_pairs("bill", bench.ours, bench.anchors(), progress, pairs=pairs)
+
+
+async def run_ingest(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+    bench = ingest.IngestBench(place)
+    async with bench.running():
+        return await run_pairs("ingest", bench.ours, bench.anchors(), progress, pairs=pairs)
+
+
+async def run_ingest_tail(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+    bench = ingest.IngestBench(place)
+    async with bench.running():
+        rates = []
+        for number in range(pairs):
+            rates.append((await bench.ours()).rate)
+            progress(number + 1, pairs)
+        return [await bench.tail(median(rates))]
+
+
 BENCHES: dict[str, Callable[[Ground, Progress, int], Awaitable[Sequence[Result | Latency]]]] = {
     "consume": run_consume,
     "relay": run_relay,
     "telemetry": run_telemetry,
+    "bill": run_bill,
+    "ingest": run_ingest,
+    "ingest-tail": run_ingest_tail,
 }
 ENGINES = ("postgres", "kafka")
 
@@ -45,5 +71,5 @@ ENGINES = ("postgres", "kafka")
 async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Result | Latency]:
     """Runs one bench on engines that run already. Raises ValueError where what a slice did is not what it said."""
     collect_rarely()  # as every service does; the anchors have it too
-    async with ground(stack, consume.TOPICS) as place:
+    async with ground(stack, [*consume.TOPICS, *bill.TOPICS]) as place:
         return await BENCHES[name](place, progress, pairs)

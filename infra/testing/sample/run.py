@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import secrets
 import signal
@@ -58,6 +59,7 @@ class SampleServices:
             "CLAW_RABBITMQ_URL": engines.rabbitmq,
             "CLAW_REDIS_URL": engines.redis,
             "CLAW_INTERNAL_SECRET": secrets.token_urlsafe(32),
+            "CLAW_MASTER_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
             "CLAW_KAFKA_SESSION_MS": "6000",
             "CLAW_LEASE_SECONDS": "3",
             "CLAW_FRONT_GRPC": f"127.0.0.1:{free_port()}",

@@ -44,6 +44,11 @@ class BillingStub:
                 request_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.ReleaseReply.FromString,
                 _registered_method=True)
+        self.Charges = channel.unary_unary(
+                '/clawbus.billing.v1.Billing/Charges',
+                request_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesRequest.SerializeToString,
+                response_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesReply.FromString,
+                _registered_method=True)
 
 
 class BillingServicer:
@@ -63,6 +68,13 @@ class BillingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Charges(self, request, context):
+        """What has become of a run's usage records so far, in the order of their arrival.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BillingServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_BillingServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.ReleaseRequest.FromString,
                     response_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.ReleaseReply.SerializeToString,
+            ),
+            'Charges': grpc.unary_unary_rpc_method_handler(
+                    servicer.Charges,
+                    request_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesRequest.FromString,
+                    response_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Billing:
             '/clawbus.billing.v1.Billing/Release',
             protos_dot_billing_dot_v1_dot_billing__pb2.ReleaseRequest.SerializeToString,
             protos_dot_billing_dot_v1_dot_billing__pb2.ReleaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Charges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.billing.v1.Billing/Charges',
+            protos_dot_billing_dot_v1_dot_billing__pb2.ChargesRequest.SerializeToString,
+            protos_dot_billing_dot_v1_dot_billing__pb2.ChargesReply.FromString,
             options,
             channel_credentials,
             insecure,

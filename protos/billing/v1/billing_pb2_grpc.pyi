@@ -18,6 +18,8 @@ class BillingStub:
     """Holds credit for what is about to be used. The same hold_id returns the first answer."""
     Release: _aio.UnaryUnaryMultiCallable[_billing_pb2.ReleaseRequest, _billing_pb2.ReleaseReply]
     """Gives an unused hold back. A hold that is closed, expired or unknown is left as it is."""
+    Charges: _aio.UnaryUnaryMultiCallable[_billing_pb2.ChargesRequest, _billing_pb2.ChargesReply]
+    """What has become of a run's usage records so far, in the order of their arrival."""
 
 class BillingServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -35,5 +37,13 @@ class BillingServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_billing_pb2.ReleaseRequest, _abc.Awaitable[_billing_pb2.ReleaseReply]],
     ) -> _abc.Awaitable[_billing_pb2.ReleaseReply]:
         """Gives an unused hold back. A hold that is closed, expired or unknown is left as it is."""
+
+    @_abc_1.abstractmethod
+    def Charges(
+        self,
+        request: _billing_pb2.ChargesRequest,
+        context: _aio.ServicerContext[_billing_pb2.ChargesRequest, _abc.Awaitable[_billing_pb2.ChargesReply]],
+    ) -> _abc.Awaitable[_billing_pb2.ChargesReply]:
+        """What has become of a run's usage records so far, in the order of their arrival."""
 
 def add_BillingServicer_to_server(servicer: BillingServicer, server: _aio.Server) -> None: ...

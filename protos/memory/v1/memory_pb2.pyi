@@ -26,14 +26,17 @@ class RetrieveRequest(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     MIN_SIMILARITY_FIELD_NUMBER: _builtins.int
     TYPES_FIELD_NUMBER: _builtins.int
+    SESSION_KEY_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     limit: _builtins.int
     """0: ten."""
     min_similarity: _builtins.float
     """Cosine; absent: the default of the embedding model."""
+    session_key: _builtins.str
+    """Whose conversation is meant, where one is asked for."""
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Empty: all types."""
+        """document, conversation. Empty: documents."""
 
     def __init__(
         self,
@@ -42,10 +45,11 @@ class RetrieveRequest(_message.Message):
         limit: _builtins.int = ...,
         min_similarity: _builtins.float | None = ...,
         types: _abc.Iterable[_builtins.str] | None = ...,
+        session_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "limit", b"limit", "min_similarity", b"min_similarity", "query", b"query", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "limit", b"limit", "min_similarity", b"min_similarity", "query", b"query", "session_key", b"session_key", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
     _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015
@@ -109,6 +113,7 @@ class Source(_message.Message):
     SECTION_FIELD_NUMBER: _builtins.int
     PAGE_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
+    """Empty for what was said in a conversation."""
     name: _builtins.str
     section: _builtins.str
     page: _builtins.int

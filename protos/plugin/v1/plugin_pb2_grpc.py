@@ -34,6 +34,11 @@ class PluginStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Tools = channel.unary_unary(
+                '/clawbus.plugin.v1.Plugin/Tools',
+                request_serializer=protos_dot_plugin_dot_v1_dot_plugin__pb2.ToolsRequest.SerializeToString,
+                response_deserializer=protos_dot_plugin_dot_v1_dot_plugin__pb2.ToolsReply.FromString,
+                _registered_method=True)
         self.Call = channel.unary_unary(
                 '/clawbus.plugin.v1.Plugin/Call',
                 request_serializer=protos_dot_plugin_dot_v1_dot_plugin__pb2.CallRequest.SerializeToString,
@@ -43,6 +48,13 @@ class PluginStub:
 
 class PluginServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def Tools(self, request, context):
+        """The tools that the tenant may use, of those named; a name that is missing in the answer cannot be used now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Call(self, request, context):
         """Runs a tool once per idempotency key: the same key returns the saved result.
@@ -55,6 +67,11 @@ class PluginServicer:
 
 def add_PluginServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Tools': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tools,
+                    request_deserializer=protos_dot_plugin_dot_v1_dot_plugin__pb2.ToolsRequest.FromString,
+                    response_serializer=protos_dot_plugin_dot_v1_dot_plugin__pb2.ToolsReply.SerializeToString,
+            ),
             'Call': grpc.unary_unary_rpc_method_handler(
                     servicer.Call,
                     request_deserializer=protos_dot_plugin_dot_v1_dot_plugin__pb2.CallRequest.FromString,
@@ -70,6 +87,33 @@ def add_PluginServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Plugin:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Tools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.plugin.v1.Plugin/Tools',
+            protos_dot_plugin_dot_v1_dot_plugin__pb2.ToolsRequest.SerializeToString,
+            protos_dot_plugin_dot_v1_dot_plugin__pb2.ToolsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Call(request,

@@ -1,0 +1,130 @@
+"""Administrative HTTP: FastAPI, with our problems, the client's identity, scopes, and lists in pages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from infra import VERSION
+from infra.auth import IDENTITY_HEADER, Identity
+from infra.errors import Forbidden, InvalidMessage, Unauthenticated
+from infra.service import Runtime
+
+T = TypeVar("T")
+
+MAX_PAGE = 200
+
+
+def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRoute]:
+    """The routes of an application with `routers`, and a page of its OpenAPI at ``/docs/``.
+
+    All links of that page are relative, so the gateway shows it at ``/docs/<service>/``. It takes every path: list
+    other routes before these.
+    """
+    app = FastAPI(
+        title=f"Clawbus {service}", version=VERSION, openapi_url="/docs/openapi.json", docs_url=None, redoc_url=None
+    )
+    app.state.identities = runtime.identities
+
+    @app.get("/docs/", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=app.title,
+            swagger_js_url="static/swagger-ui-bundle.js",
+            swagger_css_url="static/swagger-ui.css",
+            swagger_favicon_url="static/favicon.png",
+        )
+
+    # The files come with the package: the page works without the internet.
+    app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
+    for router in routers:
+        app.include_router(router)
+
+    inner = AsyncExitStackMiddleware(app.router)
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        # Without FastAPI's own layers around it: they would answer errors before ours, which makes problems of them.
+        scope["app"] = app
+        await inner(scope, receive, send)
+
+    return [Mount("", serve)]
+
+
+def _identity(request: Request) -> Identity:
+    token = request.headers.get(IDENTITY_HEADER)
+    if not token:
+        raise Unauthenticated("no identity: the request did not come through the gateway")
+    identity: Identity = request.app.state.identities.verify(token)
+    return identity
+
+
+def _having(scope: str) -> Callable[[Request], Identity]:
+    def check(request: Request) -> Identity:
+        identity = _identity(request)
+        if not identity.tenant_id:
+            raise Forbidden("this is a tenant's; use one of its API keys, not the operator's token")
+        if scope not in identity.scopes:
+            raise Forbidden(f"the scope {scope} is missing")
+        return identity
+
+    return check
+
+
+def _operator(request: Request) -> Identity:
+    identity = _identity(request)
+    if identity.tenant_id:
+        raise Forbidden("this is for the operator of the platform")
+    return identity
+
+
+# Arguments of a handler. All but the last two have a tenant.
+Reader = Annotated[Identity, Depends(_having("read"))]
+Runner = Annotated[Identity, Depends(_having("run"))]
+Writer = Annotated[Identity, Depends(_having("write"))]
+Admin = Annotated[Identity, Depends(_having("admin"))]
+Operator = Annotated[Identity, Depends(_operator)]
+Anyone = Annotated[Identity, Depends(_identity)]
+
+
+@dataclass(frozen=True)
+class _Paging:
+    """`limit` items after the one whose key is `after` (None: from the beginning)."""
+
+    limit: int
+    after: str | None
+
+
+def _paging(
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50, cursor: Annotated[str | None, Query()] = None
+) -> _Paging:
+    if cursor is None:
+        return _Paging(limit, None)
+    try:
+        return _Paging(limit, base64.b64decode(cursor, altchars=b"-_", validate=True).decode())
+    except (binascii.Error, UnicodeError):
+        raise InvalidMessage("cursor", "is none that a list gave") from None
+
+
+Paging = Annotated[_Paging, Depends(_paging)]
+
+
+def page(items: Sequence[T], paging: _Paging, key: Callable[[T], str]) -> dict[str, Any]:
+    """``{"items", "next"}`` of up to ``limit + 1`` items: the one too many only tells that there are more.
+
+    `key` gives what `after` of the next page will be.
+    """
+    shown = items[: paging.limit]
+    more = len(items) > paging.limit
+    return {"items": shown, "next": base64.urlsafe_b64encode(key(shown[-1]).encode()).decode() if more else None}

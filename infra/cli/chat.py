@@ -1,0 +1,86 @@
+"""``./claw chat``: talk to an agent in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Annotated, Any
+from uuid import uuid4
+
+import typer
+from rich.console import Console
+
+from infra.cli.client import Gateway, gateway
+from infra.cli.home import Home, home_folder
+from infra.cli.operator import printable
+from infra.cli.run import money
+from infra.engines.base import EngineError
+
+console = Console(highlight=False)
+
+
+def chat(
+    agent: Annotated[str, typer.Option(help="The agent's id; without it the demo's.")] = "",
+    key: Annotated[str, typer.Option(envvar="CLAW_API_KEY", help="A tenant's API key; without it the demo's.")] = "",
+) -> None:
+    """Talk to an agent. End with Ctrl-D; Ctrl-C cancels the answer under way."""
+    home = Home(home_folder())
+    demo = home.demo()
+    agent, key = agent or demo.get("agent_id", ""), key or demo.get("api_key", "")
+    if not agent or not key:
+        raise EngineError("there is no agent to talk to: run ./claw demo first, or give --agent and --key")
+    asyncio.run(_talk(home.credentials()["base_url"], key, agent))
+
+
+async def _talk(base_url: str, key: str, agent: str) -> None:
+    session = f"terminal-{uuid4().hex[:8]}"
+    console.print("Talk to the agent; Ctrl-D ends.", style="dim")
+    async with gateway(base_url, key) as api:
+        while True:
+            line = await asyncio.to_thread(_ask)
+            if line is None:
+                return
+            if line.strip():
+                await _answer(api, agent, session, line)
+
+
+def _ask() -> str | None:
+    try:
+        return input("you    > ")
+    except EOFError:
+        return None
+
+
+async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
+    """Shows one answer as it comes. What a later attempt or the reply replaces is written anew on a fresh line."""
+    run_id, written = "", ""
+    path = f"/api/v1/agents/{agent}/sessions/{session}/messages"
+    try:
+        async for event in api.events("POST", path, json={"text": text}):
+            data = event.data
+            run_id = data.get("run_id", run_id)
+            match event.name:
+                case "step.started" if data["kind"] == "tool":
+                    console.print(f"         ⚙ {printable(data['name'])}", style="dim")
+                case "delta":
+                    written += _write(data["text"], first=not written)
+                case "reply" if data["text"] != written:
+                    _write(data["text"], first=True)
+                case "run.failed" | "run.cancelled" | "run.refused":
+                    console.print(f"\n{event.name}: {printable(data.get('error', ''))}", style="red")
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        if run_id:
+            await api.post(f"/api/v1/runs/{run_id}/cancel")
+        console.print("\ncancelled", style="red")
+        return
+    run: dict[str, Any] = await api.get(f"/api/v1/runs/{run_id}")
+    cost = "cost not yet known" if run["cost_nanos"] is None else money(run["cost_nanos"], run["currency"])
+    console.print(f"\n         {cost} · ./claw run show {run_id}", style="dim")
+
+
+def _write(text: str, *, first: bool) -> str:
+    if first:
+        sys.stdout.write("\nagent  > ")
+    sys.stdout.write("\n".join(printable(line) for line in text.split("\n")))
+    sys.stdout.flush()
+    return text

@@ -1,0 +1,93 @@
+"""What a file is, by its content. The name only tells Markdown from plain text, which look the same."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import zipfile
+from typing import IO
+
+from infra.errors import InvalidMessage
+
+_OFFICE = "application/vnd.openxmlformats-officedocument"
+PDF = "application/pdf"
+DOCX = f"{_OFFICE}.wordprocessingml.document"
+XLSX = f"{_OFFICE}.spreadsheetml.sheet"
+PPTX = f"{_OFFICE}.presentationml.presentation"
+OLD_OFFICE = "application/x-ole-storage"
+ZIP = "application/zip"
+HTML = "text/html"
+MARKDOWN = "text/markdown"
+TEXT = "text/plain"
+UNKNOWN = "application/octet-stream"
+
+_HEAD_BYTES = 65_536
+# By the first bytes; those of RIFF and of ISO media files are told apart further on.
+_MAGIC = (
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF87a", "image/gif"),
+    (b"GIF89a", "image/gif"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", OLD_OFFICE),
+    (b"OggS", "audio/ogg"),
+    (b"fLaC", "audio/flac"),
+    (b"ID3", "audio/mpeg"),
+    (b"\xff\xfb", "audio/mpeg"),
+    (b"\xff\xf3", "audio/mpeg"),
+    (b"\xff\xf2", "audio/mpeg"),
+    (b"#!AMR", "audio/amr"),
+    (b"\x1a\x45\xdf\xa3", "video/webm"),
+)
+_RIFF = {b"WEBP": "image/webp", b"WAVE": "audio/wav", b"AVI ": "video/x-msvideo"}
+_ISO_MEDIA = {b"M4A ": "audio/mp4", b"heic": "image/heic", b"mif1": "image/heif", b"avif": "image/avif"}
+_OFFICE_FOLDERS = {"word": DOCX, "xl": XLSX, "ppt": PPTX}
+_HTML = re.compile(rb"(?i)\s*(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL)
+# Control characters that no text has.
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+
+
+def content_type(file: IO[bytes], name: str) -> str:
+    """The MIME type of `file`, which can seek; `application/octet-stream` where it is none of those known here.
+
+    Raises InvalidMessage (field ``file``) for an archive that is damaged.
+    """
+    file.seek(0)
+    head = file.read(_HEAD_BYTES)
+    for magic, type_ in _MAGIC:
+        if head.startswith(magic):
+            return type_
+    if head.startswith(b"RIFF"):
+        return _RIFF.get(head[8:12], UNKNOWN)
+    if head[4:8] == b"ftyp":
+        return _ISO_MEDIA.get(head[8:12], "video/mp4")
+    # Readers accept a PDF whose header lies anywhere in the first kilobyte.
+    if b"%PDF-" in head[:1024]:
+        return PDF
+    if head.startswith(b"PK\x03\x04"):
+        return _archive(file)
+    return _text(head, name)
+
+
+def _archive(file: IO[bytes]) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = set(archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise InvalidMessage("file", "is a damaged zip archive") from error
+    if "[Content_Types].xml" in names:
+        folders = {name.partition("/")[0] for name in names}
+        for folder, type_ in _OFFICE_FOLDERS.items():
+            if folder in folders:
+                return type_
+    return ZIP
+
+
+def _text(head: bytes, name: str) -> str:
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return TEXT
+    # Not only UTF-8: much of the Chinese text in the world is GB18030.
+    if _BINARY.search(head):
+        return UNKNOWN
+    if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
+        return HTML
+    return MARKDOWN if name.lower().endswith((".md", ".markdown")) else TEXT

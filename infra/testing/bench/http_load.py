@@ -1,0 +1,124 @@
+"""A client that sends ready-made HTTP requests as fast as it is answered, or at a fixed rate, and knows what was taken.
+
+Not a library: one of those takes longer for a request than the server that it measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from time import perf_counter
+
+CONNECTIONS = 64
+
+
+def request(path: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """The bytes of a POST."""
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
+async def closed_loop(port: int, requests: Sequence[bytes], seconds: float) -> tuple[int, float]:
+    """Sends the requests in turn for so long, on each connection the next one once the last is answered.
+
+    Returns how many were answered 200, the first so many of `requests`, and in how many seconds. Raises ValueError
+    for another answer, and where the requests run out.
+    """
+    left = iter(requests)
+    began = perf_counter()
+    end = began + seconds
+
+    async def one() -> int:
+        connection = await _Connection.to(port)
+        done = 0
+        while perf_counter() < end:
+            await connection.send(_next(left))
+            done += 1
+        connection.close()
+        return done
+
+    done = sum(await asyncio.gather(*(one() for _ in range(CONNECTIONS))))
+    return done, perf_counter() - began
+
+
+async def open_loop(port: int, requests: Sequence[bytes], rate: float) -> list[float]:
+    """Sends each request at its moment, `rate` per second, whatever became of those before it.
+
+    Returns for each the seconds from its moment to its answer, what it waited for a connection included.
+    """
+    idle = deque([await _Connection.to(port) for _ in range(CONNECTIONS)])
+    began = perf_counter()
+    running: list[asyncio.Task[float]] = []
+
+    async def one(moment: float, data: bytes) -> float:
+        connection = idle.popleft() if idle else await _Connection.to(port)
+        await connection.send(data)
+        idle.append(connection)
+        return perf_counter() - moment
+
+    for n, data in enumerate(requests):
+        moment = began + n / rate
+        if (early := moment - perf_counter()) > 0:
+            await asyncio.sleep(early)
+        running.append(asyncio.create_task(one(moment, data)))
+    latencies = list(await asyncio.gather(*running))
+    for connection in idle:
+        connection.close()
+    return latencies
+
+
+def _next(requests: Iterator[bytes]) -> bytes:
+    try:
+        return next(requests)
+    except StopIteration:
+        raise ValueError("the server is faster than requests were made for it; make more") from None
+
+
+class _Connection(asyncio.Protocol):
+    """One at a time: a request, then its answer."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[None] | None = None
+        self._data = b""
+
+    @classmethod
+    async def to(cls, port: int) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
+        return connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    async def send(self, data: bytes) -> None:
+        assert self._transport is not None
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(data)
+        await self._answer
+
+    def close(self) -> None:
+        assert self._transport is not None
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        head, found, body = self._data.partition(b"\r\n\r\n")
+        assert self._answer is not None
+        if not found or len(body) < _length(head):
+            return
+        if head.startswith(b"HTTP/1.1 200"):
+            self._answer.set_result(None)
+        else:
+            self._answer.set_exception(ValueError(f"answered {self._data[:500]!r}"))
+        self._data = b""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(ValueError(f"the connection was closed: {exc}"))
+
+
+def _length(head: bytes) -> int:
+    _, _, after = head.lower().partition(b"content-length:")
+    return int(after.partition(b"\r\n")[0] or 0)

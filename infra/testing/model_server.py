@@ -1,0 +1,173 @@
+"""A stand-in for providers of language models: OpenAI's ``/v1/chat/completions`` and Anthropic's ``/v1/messages``.
+
+It is strict about what it is sent (authorisation, shape, order of messages, tools), answers what the test has scripted
+for a model and otherwise echoes the last user message, streams where it is asked to, and keeps a ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from infra.health import Health
+from infra.http import create_app, serve_http
+from infra.metrics import Metrics
+from infra.testing import model_shapes as shapes
+
+KEY = "a model key made up for tests"
+
+
+@dataclass(frozen=True)
+class Says:
+    """An answer. `calls`: tools to call, each its name and its arguments as JSON text.
+
+    usage: input (cached included), cached, output (reasoning included), reasoning; None: not reported.
+    stalls_after: after so many pieces of the text nothing more comes.
+    whole: in one piece, though a stream was asked for. waits: nothing comes before it is set.
+    """
+
+    text: str = ""
+    calls: tuple[tuple[str, str], ...] = ()
+    usage: tuple[int, int, int, int] | None = (12, 0, 5, 0)
+    stalls_after: int | None = None
+    whole: bool = False
+    waits: asyncio.Event | None = None
+
+    @property
+    def pieces(self) -> list[str]:
+        return [self.text[n : n + 4] for n in range(0, len(self.text), 4)]
+
+
+@dataclass(frozen=True)
+class Fails:
+    """An HTTP error. `retry_after`: seconds, as header."""
+
+    status: int
+    retry_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was well-formed. `system` and `turns` as the provider's shape has them."""
+
+    path: str
+    model: str
+    body: dict[str, Any]
+
+    @property
+    def last_user_text(self) -> str:
+        content = [message for message in self.body["messages"] if message["role"] == "user"][-1]["content"]
+        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+    @property
+    def system(self) -> str:
+        if "system" in self.body:
+            found = self.body["system"]
+            return found if isinstance(found, str) else "".join(part["text"] for part in found)
+        return "".join(m["content"] for m in self.body["messages"] if m["role"] in ("system", "developer"))
+
+
+class ModelServer:
+    """What it is asked and what it has answered. `url` ends in ``/v1``.
+
+    requests: all that were well-formed. refused: why others were not. tokens: model → input and output as reported.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.requests: list[Asked] = []
+        self.refused: list[str] = []
+        self.tokens: dict[str, Counter[str]] = defaultdict(Counter)
+        self._scripts: dict[str, deque[Says | Fails]] = defaultdict(deque)
+        self._closing = asyncio.Event()
+
+    def script(self, model: str, *answers: Says | Fails) -> None:
+        """The next answers to requests for `model` (the provider's name of it), in order."""
+        self._scripts[model].extend(answers)
+
+    def scripted(self, model: str) -> deque[Says | Fails]:
+        """What is scripted for `model` and not yet asked for, to be changed."""
+        return self._scripts[model]
+
+    def forget(self, model: str) -> None:
+        """What was scripted for `model` and not asked for is not answered any more."""
+        self._scripts[model].clear()
+
+    def asked(self, model: str) -> list[Asked]:
+        return [request for request in self.requests if request.model == model]
+
+    def release(self) -> None:
+        """Ends all answers that stall."""
+        self._closing.set()
+
+    async def handle(self, request: Request) -> Response:
+        shape = shapes.ANTHROPIC if request.url.path.endswith("/messages") else shapes.OPENAI
+        try:
+            body = json.loads(await request.body())
+            shape.check(request.headers, body, KEY)
+        except shapes.Refused as refused:
+            self.refused.append(f"{request.url.path}: {refused}")
+            return JSONResponse(shape.error(refused.status, str(refused)), refused.status)
+        asked = Asked(request.url.path, body["model"], body)
+        self.requests.append(asked)
+        script = self._scripts[asked.model]
+        answer = script.popleft() if script else Says(f"You said: {asked.last_user_text}")
+        if isinstance(answer, Fails):
+            headers = {} if answer.retry_after is None else {"retry-after": str(answer.retry_after)}
+            return JSONResponse(shape.error(answer.status, "scripted"), answer.status, headers)
+        if answer.waits:
+            await answer.waits.wait()
+        if not body.get("stream") or answer.whole:
+            self._count(asked.model, answer)
+            return JSONResponse(shape.whole(asked.model, answer.text, answer.calls, answer.usage))
+        return StreamingResponse(self._stream(shape, asked, answer), media_type="text/event-stream")
+
+    async def _stream(self, shape: shapes.Shape, asked: Asked, answer: Says) -> AsyncIterator[str]:
+        wants_usage = shape.reports_usage(asked.body)
+        events: Iterator[str] = shape.events(
+            asked.model, answer.pieces, answer.calls, answer.usage if wants_usage else None
+        )
+        if answer.stalls_after is not None:
+            sent = 0
+            for event in events:
+                yield event
+                sent += any(json.dumps(piece) in event for piece in answer.pieces)
+                if sent >= answer.stalls_after:
+                    break
+            await self._closing.wait()
+            return
+        for event in events:
+            yield event
+        self._count(asked.model, answer)
+
+    def _count(self, model: str, answer: Says) -> None:
+        if answer.usage:
+            self.tokens[model].update(input=answer.usage[0], output=answer.usage[2])
+
+
+@asynccontextmanager
+async def model_server() -> AsyncIterator[ModelServer]:
+    """A running server on a free port of the loopback interface."""
+    server = ModelServer()
+    routes = [
+        Route("/v1/chat/completions", server.handle, methods=["POST"]),
+        Route("/v1/messages", server.handle, methods=["POST"]),
+    ]
+    app = create_app(routes, Health("models", "0"), Metrics(CollectorRegistry()), max_body=8_000_000)
+    http = await serve_http(app, 0)
+    server.url = f"http://127.0.0.1:{http.port}/v1"
+    try:
+        yield server
+    finally:
+        server.release()
+        await http.stop()

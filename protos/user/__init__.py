@@ -1,0 +1,1 @@
+"""Calls to user, one folder per version."""

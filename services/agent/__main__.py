@@ -1,0 +1,22 @@
+"""Agent: answers what people write to it."""
+
+from infra.service import Service
+from infra.subjects import erasure
+from services.agent import adapters, api, handlers
+from services.agent.runs.publishing import REPLAYED
+from services.agent.sessions.publishing import SESSION
+from services.agent.settings import Settings
+
+service = Service("agent", Settings)
+service.own(SESSION, REPLAYED)
+service.serve_http(api.routes)
+for subscription in handlers.TAKE_MESSAGE:
+    service.consume(subscription, subjects=adapters.subjects)
+service.consume(handlers.wake)
+service.consume(handlers.on_message_delivered)
+service.consume(handlers.on_message_undelivered)
+service.consume(erasure("agent"))
+service.work(handlers.execute_run, executor=adapters.executor)
+
+if __name__ == "__main__":
+    service.run()

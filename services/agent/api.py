@@ -1,0 +1,17 @@
+"""HTTP of the agent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.routing import BaseRoute
+
+from infra.api import api
+from infra.service import Runtime
+from services.agent.definitions import api as definitions
+from services.agent.runs import api as runs
+from services.agent.sessions import api as sessions
+
+
+def routes(runtime: Runtime) -> Sequence[BaseRoute]:
+    return api("agent", runtime, definitions.router(runtime), sessions.router(runtime), runs.router(runtime))

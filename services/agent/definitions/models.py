@@ -1,0 +1,132 @@
+"""An agent as HTTP shows it and takes it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+
+from services.agent.models import scripted
+from services.agent.models.contract import FAMILIES
+from services.agent.sessions.domain import QueueMode
+
+# Steer, interrupt and reject are to come; until then it is better to say so than to do something else.
+_AVAILABLE: tuple[QueueMode, ...] = ("collect", "followup")
+MAX_NANOS = 10**18
+
+
+def _model(name: str) -> str:
+    family, slash, own_name = name.partition("/")
+    if family not in FAMILIES or not slash or not own_name.strip():
+        raise ValueError(f"must be <family>/<model>, the family one of {', '.join(FAMILIES)}")
+    if family == "scripted" and name != scripted.NAME:
+        raise ValueError(f"the only scripted model is {scripted.NAME}")
+    return name
+
+
+def _base_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an http or https URL")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must have no user, query or fragment")
+    return url.rstrip("/")
+
+
+def _available(mode: QueueMode) -> QueueMode:
+    if mode not in _AVAILABLE:
+        raise ValueError(f"{mode} is not available yet; choose {' or '.join(_AVAILABLE)}")
+    return mode
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("a tool is named twice")
+    return names
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+ModelName = Annotated[str, Field(max_length=200), AfterValidator(_model)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Budget(_Body):
+    """What an agent may spend per period (UTC), in 10⁻⁹ of the tenant's currency."""
+
+    nanos: int = Field(ge=0, le=MAX_NANOS)
+    period: Literal["day", "month"]
+
+
+class RunLimits(_Body):
+    """What one run may take at most. tokens: input and output of all its model calls; null: as many as it needs."""
+
+    steps: int = Field(default=20, ge=1, le=100)
+    seconds: int = Field(default=300, ge=1, le=3600)
+    tokens: int | None = Field(default=None, ge=1)
+
+
+class Provider(_Body):
+    """Where the model is asked. base_url: as the provider writes it, mostly ending in ``/v1``."""
+
+    base_url: Annotated[str, AfterValidator(_base_url)] | None = None
+    api_key: SecretStr | None = Field(default=None, min_length=1, max_length=1000)
+
+
+class NewAgent(_Body):
+    """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the provider's key."""
+
+    name: Name
+    model: ModelName
+    provider: Provider | None = None
+    system_prompt: str = Field(default="", max_length=100_000)
+    tools: Annotated[tuple[str, ...], Field(max_length=50), AfterValidator(_distinct)] = ()
+    knowledge: bool = False
+    queue_mode: Annotated[QueueMode, AfterValidator(_available)] = "collect"
+    budget: Budget | None = None
+    limits: RunLimits = RunLimits()
+    enabled: bool = True
+
+
+class AgentChange(NewAgent):
+    """The body of ``PATCH /api/v1/agents/{id}``: what is given is changed, all else stays.
+
+    A provider given without its api_key keeps the key that is stored, unless the base_url changes.
+    """
+
+    name: Name = ""
+    model: ModelName = ""
+
+
+class ProviderView(BaseModel):
+    """A provider without its key."""
+
+    base_url: str | None
+
+
+class AgentView(BaseModel):
+    """An agent as it is now. `version` counts its changes from 1."""
+
+    id: UUID
+    version: int
+    name: str
+    model: str
+    provider: ProviderView | None
+    system_prompt: str
+    tools: tuple[str, ...]
+    knowledge: bool
+    queue_mode: QueueMode
+    budget: Budget | None
+    limits: RunLimits
+    enabled: bool
+    created_at: datetime
+    updated_at: datetime

@@ -1,0 +1,152 @@
+"""Agents and their versions in the tables ``agent`` and ``agent_version``; a provider's key is stored sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from infra.crypto import Cipher
+from infra.errors import NotFound
+from infra.tx import Tx
+from services.agent.definitions.models import AgentView, NewAgent, ProviderView
+from services.agent.models.contract import Endpoint
+from services.agent.sessions.domain import QueueMode
+
+_PURPOSE = "model provider key"
+_COLUMNS = (
+    "a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, a.created_at, v.created_at "
+    "FROM agent a JOIN agent_version v ON v.agent_id = a.id"
+)
+
+
+@dataclass(frozen=True)
+class StoredAgent:
+    """One version of an agent. api_key: sealed. updated_at: when the version was made."""
+
+    id: UUID
+    tenant_id: str
+    version: int
+    enabled: bool
+    definition: NewAgent
+    api_key: bytes | None
+    created_at: datetime
+    updated_at: datetime
+
+    def endpoint(self, cipher: Cipher) -> Endpoint:
+        """Where its model is asked, with the key in the open."""
+        provider = self.definition.provider
+        key = cipher.open(self.api_key, _PURPOSE, self.tenant_id, str(self.id)).decode() if self.api_key else None
+        return Endpoint(provider.base_url if provider else None, key)
+
+    def view(self) -> AgentView:
+        definition = self.definition
+        provider = ProviderView(base_url=definition.provider.base_url) if definition.provider else None
+        return AgentView(
+            **definition.model_dump(exclude={"provider", "enabled"}),
+            id=self.id,
+            version=self.version,
+            provider=provider,
+            enabled=self.enabled,
+            created_at=self.created_at,
+            updated_at=self.updated_at,
+        )
+
+
+def seal_key(cipher: Cipher, tenant_id: str, agent_id: UUID, key: str) -> bytes:
+    return cipher.seal(key, _PURPOSE, tenant_id, str(agent_id))
+
+
+async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, api_key: bytes | None, created_by: str) -> StoredAgent:
+    await tx.sql(
+        "INSERT INTO agent (id, tenant_id, version, enabled) VALUES ($1, $2, 1, $3)",
+        agent_id,
+        tx.tenant_id,
+        definition.enabled,
+    )
+    await _insert_version(tx, agent_id, 1, definition, api_key, created_by)
+    return await load(tx, agent_id)
+
+
+async def change(
+    tx: Tx, agent: StoredAgent, definition: NewAgent, api_key: bytes | None, changed_by: str
+) -> StoredAgent:
+    """Makes the next version, unless only `enabled` differs. The agent's row is locked by `lock`."""
+    if (definition.model_copy(update={"enabled": True}), api_key) != (
+        agent.definition.model_copy(update={"enabled": True}),
+        agent.api_key,
+    ):
+        await _insert_version(tx, agent.id, agent.version + 1, definition, api_key, changed_by)
+        await tx.sql("UPDATE agent SET version = version + 1 WHERE id = $1", agent.id)
+    await tx.sql("UPDATE agent SET enabled = $2 WHERE id = $1", agent.id, definition.enabled)
+    return await load(tx, agent.id)
+
+
+async def _insert_version(
+    tx: Tx, agent_id: UUID, version: int, definition: NewAgent, api_key: bytes | None, created_by: str
+) -> None:
+    await tx.sql(
+        "INSERT INTO agent_version (agent_id, version, tenant_id, definition, api_key, created_by) "
+        "VALUES ($1, $2, $3, $4, $5, $6)",
+        agent_id,
+        version,
+        tx.tenant_id,
+        definition.model_dump_json(exclude={"enabled": True, "provider": {"api_key"}}),
+        api_key,
+        created_by,
+    )
+
+
+async def load(tx: Tx, agent_id: UUID, version: int | None = None) -> StoredAgent:
+    """That version of the agent, or the newest. Raises NotFound, also for another tenant's."""
+    rows = await tx.sql(
+        f"SELECT {_COLUMNS} AND v.version = coalesce($2, a.version) WHERE a.id = $1 AND a.tenant_id = $3",
+        agent_id,
+        version,
+        tx.tenant_id,
+    )
+    if not rows:
+        raise NotFound(f"agent {agent_id}")
+    return _stored(rows[0])
+
+
+async def lock(tx: Tx, agent_id: UUID) -> StoredAgent:
+    """As `load`, and nobody else changes it meanwhile."""
+    await tx.sql("SELECT FROM agent WHERE id = $1 FOR UPDATE", agent_id)
+    return await load(tx, agent_id)
+
+
+async def listed(tx: Tx, after: UUID | None, limit: int) -> Sequence[StoredAgent]:
+    """The tenant's agents in the order of their making."""
+    rows = await tx.sql(
+        f"SELECT {_COLUMNS} AND v.version = a.version WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2) "
+        "ORDER BY a.id LIMIT $3",
+        tx.tenant_id,
+        after,
+        limit,
+    )
+    return [_stored(row) for row in rows]
+
+
+async def queue_mode(tx: Tx, agent_id: UUID) -> QueueMode:
+    """How messages to the agent queue up; one that does not exist answers each with a refusal."""
+    try:
+        return (await load(tx, agent_id)).definition.queue_mode
+    except NotFound:
+        return "followup"
+
+
+def _stored(row: Sequence[Any]) -> StoredAgent:
+    id_, tenant_id, version, enabled, definition, api_key, created_at, updated_at = row
+    return StoredAgent(
+        id_,
+        tenant_id,
+        version,
+        enabled,
+        NewAgent.model_validate_json(definition),
+        None if api_key is None else bytes(api_key),
+        created_at,
+        updated_at,
+    )

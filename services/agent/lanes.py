@@ -1,0 +1,18 @@
+"""The lanes of the agent: one per session, in which its runs are executed one after the other."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import msgspec
+
+from infra.lanes import Lane
+
+
+class RunItem(msgspec.Struct, frozen=True):
+    """Execute this run. Its id is the item's, too."""
+
+    run_id: UUID
+
+
+RUNS = Lane("runs", RunItem)

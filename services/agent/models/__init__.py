@@ -1,0 +1,1 @@
+"""Language models: what they are asked and what they answer, those of providers, and one that needs none."""

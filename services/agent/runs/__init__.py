@@ -1,0 +1,1 @@
+"""Runs: one execution of an agent, which answers one or more messages of a session."""

@@ -1,0 +1,101 @@
+"""What an agent may spend in a period. Reckoned like billing's holds: the estimate counts until the charge is known.
+
+Only where the estimates of runs that are over would not leave enough are their true costs asked for.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+import grpc.aio
+
+from infra import rpc
+from infra.clock import utcnow
+from infra.effects import Effects
+from infra.tx import Tx
+from protos.billing.v1 import billing_pb2, billing_pb2_grpc
+from services.agent.definitions.models import Budget
+
+# So many runs are settled at a time.
+SETTLED_AT_ONCE = 100
+
+
+class Spending:
+    """One agent's spending, as one of its runs adds to it."""
+
+    def __init__(
+        self, effects: Effects, billing: billing_pb2_grpc.BillingStub, *, tenant_id: str, agent_id: UUID, run_id: UUID
+    ) -> None:
+        self._effects = effects
+        self._billing = billing
+        self._tenant_id = tenant_id
+        self._agent_id = agent_id
+        self._run_id = run_id
+
+    async def add(self, budget: Budget, step: int, nanos: int) -> bool:
+        """Counts `nanos` for a step, once however often it is asked. False where the budget does not have them."""
+        since = begin_of_period(budget, utcnow())
+        if await self._count(budget, since, step, nanos):
+            return True
+        await self._settle(since)
+        return await self._count(budget, since, step, nanos)
+
+    async def _count(self, budget: Budget, since: datetime, step: int, nanos: int) -> bool:
+        async with self._effects.begin() as tx:
+            # One at a time: two runs must not both take what is left.
+            await tx.sql("SELECT FROM agent WHERE id = $1 FOR UPDATE", self._agent_id)
+            [(counted,)] = await tx.sql("SELECT budget_step >= $2 FROM run WHERE id = $1", self._run_id, step)
+            if counted:
+                return True
+            [(spent,)] = await tx.sql(
+                "SELECT coalesce(sum(budget_nanos), 0)::bigint FROM run "
+                "WHERE tenant_id = $1 AND agent_id = $2 AND created_at >= $3",
+                self._tenant_id,
+                self._agent_id,
+                since,
+            )
+            # Nothing left is also too little for what has no price.
+            if spent >= budget.nanos or spent + nanos > budget.nanos:
+                return False
+            await tx.sql(
+                "UPDATE run SET budget_nanos = budget_nanos + $2, budget_step = $3 WHERE id = $1",
+                self._run_id,
+                nanos,
+                step,
+            )
+        return True
+
+    async def _settle(self, since: datetime) -> None:
+        async with self._effects.begin() as tx:
+            rows = await tx.sql(
+                "SELECT id, (SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run "
+                "WHERE tenant_id = $1 AND agent_id = $2 AND created_at >= $3 AND budget_nanos > 0 "
+                "AND NOT budget_settled AND finished_at IS NOT NULL ORDER BY created_at LIMIT $4",
+                self._tenant_id,
+                self._agent_id,
+                since,
+                SETTLED_AT_ONCE,
+            )
+        costs = {run_id: await self._cost(run_id, used) for run_id, used in rows}
+        async with self._effects.begin() as tx:
+            for run_id, cost in costs.items():
+                if cost is not None:
+                    await _settled(tx, run_id, cost)
+
+    async def _cost(self, run_id: UUID, used: int) -> int | None:
+        """What the run has cost; None as long as billing has not rated all that it used."""
+        metadata: grpc.aio.Metadata = rpc.tenant_metadata(self._tenant_id)
+        reply = await self._billing.Charges(billing_pb2.ChargesRequest(run_id=str(run_id)), metadata=metadata)
+        rated = [charge for charge in reply.charges if charge.verdict in ("counted", "rejected")]
+        return sum(charge.amount_nanos for charge in rated) if len(rated) == used else None
+
+
+async def _settled(tx: Tx, run_id: UUID, cost: int) -> None:
+    await tx.sql("UPDATE run SET budget_nanos = $2, budget_settled = true WHERE id = $1", run_id, cost)
+
+
+def begin_of_period(budget: Budget, now: datetime) -> datetime:
+    """When the period began that `now` is in, by UTC."""
+    day = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    return day if budget.period == "day" else day.replace(day=1)

@@ -1,0 +1,188 @@
+"""Executes runs: begins, has them answered, ends them. A run that was begun before goes on where its journal ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+import grpc.aio
+
+from infra import telemetry
+from infra.clock import utcnow
+from infra.crypto import Cipher
+from infra.effects import Effects
+from infra.errors import InvalidMessage, NotFound, RetryLater
+from infra.subjects import Erased, SubjectKeys
+from infra.tx import Tx, derived_id
+from protos.catalog import AGENT_EVENTS, CHANNEL_OUTBOUND
+from protos.messages import agent as public
+from protos.messages.channel import SendMessage
+from services.agent.definitions import store
+from services.agent.definitions.store import StoredAgent
+from services.agent.models.library import Models
+from services.agent.runs import conversation, projections
+from services.agent.runs.answering import Answering, Peers
+from services.agent.runs.budget import Spending
+from services.agent.runs.conversation import Asked
+from services.agent.runs.domain import Complete, Fail, Limits, Mismatch, Start, remaining
+from services.agent.runs.ending import CANCELLED, FAILED, Ended
+from services.agent.runs.publishing import stream
+from services.agent.runs.steps import Journal, Scope
+from services.agent.runs.watch import Watch
+
+# Where a peer has an error inside; the run's own time limit ends it.
+PEER_PAUSE = timedelta(seconds=5)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The run as its row has it. channel_id: None where it came by the API."""
+
+    id: UUID
+    tenant_id: str
+    session_key: str
+    agent_id: UUID
+    subject_id: str
+    channel_id: UUID | None
+    status: str
+    cancel_requested: bool
+
+    @property
+    def is_over(self) -> bool:
+        return self.status not in projections.OPEN
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run whose turn it is, with all that is needed to answer."""
+
+    row: _Row
+    agent: StoredAgent
+    asked: Asked
+    scope: Scope
+
+
+class Executor:
+    """Executes one run at a time per session; the lane sees to that."""
+
+    def __init__(self, models: Models, peers: Peers, watch: Watch, cipher: Cipher) -> None:
+        self._models = models
+        self._peers = peers
+        self._watch = watch
+        self._cipher = cipher
+        self._subjects = SubjectKeys(cipher)
+
+    async def execute(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
+        """Raises Transient where the run is to go on later."""
+        begun: _Begun | None = None
+        try:
+            begun = await self._begin(run_id, effects)
+            if begun is None:
+                return
+            outcome: str | Ended = await self._answer(begun, effects)
+        except Ended as ended:
+            outcome = ended
+        except (Mismatch, InvalidMessage, NotFound) as error:
+            # The journal, or a peer, says that going on makes no sense.
+            outcome = Ended("failed", f"{type(error).__name__}: {error}", FAILED)
+        except grpc.aio.AioRpcError as error:
+            raise RetryLater(PEER_PAUSE, f"a peer has an error inside: {error.details()}") from error
+        await self._end(tx, run_id, begun, outcome)
+
+    async def _begin(self, run_id: UUID, effects: Effects) -> _Begun | None:
+        """None where the run is over. Raises Ended where it cannot begin."""
+        async with effects.begin() as tx:
+            row = await _lock(tx, run_id)
+            if row.is_over:
+                return None
+            if row.cancel_requested:
+                raise Ended("cancelled", CANCELLED)
+            journal = await tx.load(stream(run_id))
+            try:
+                agent = await store.load(tx, row.agent_id, journal.agent_version)
+            except NotFound as error:
+                raise Ended("refused", f"there is no {error}") from error
+            if not agent.enabled and journal.started_at is None:
+                raise Ended("refused", "the agent is disabled")
+            try:
+                key = await self._subjects.key(tx, row.tenant_id, row.subject_id)
+                asked = await conversation.load(tx, self._subjects, run_id, row.session_key)
+            except Erased as error:
+                raise Ended("cancelled", "the person was erased") from error
+            await tx.decide(stream(run_id), Start(row.session_key, row.agent_id, agent.version, utcnow()))
+            await projections.started(tx, run_id)
+            journal = await tx.load(stream(run_id))
+        limits = Limits(**agent.definition.limits.model_dump())
+        return _Begun(
+            row,
+            agent,
+            asked,
+            Scope(run_id, row.tenant_id, row.session_key, row.subject_id, key, limits, journal),
+        )
+
+    async def _answer(self, begun: _Begun, effects: Effects) -> str:
+        agent, definition, scope = begun.agent, begun.agent.definition, begun.scope
+        if remaining(scope.journal, scope.limits, utcnow()) <= 0:
+            raise Ended("failed", f"the limit of {scope.limits.seconds} seconds is reached", FAILED)
+        attributes: dict[str, telemetry.Value] = {
+            "gen_ai.operation.name": "invoke_agent",
+            "gen_ai.agent.id": str(agent.id),
+            "gen_ai.agent.name": definition.name,
+            "gen_ai.agent.version": str(agent.version),
+            "gen_ai.conversation.id": scope.session_key,
+            "gen_ai.request.model": definition.model.partition("/")[2],
+            "claw.run.id": str(scope.run_id),
+            "claw.run.attempt": scope.journal.attempts,
+        }
+        with telemetry.span(f"invoke_agent {definition.name}", attributes=attributes):
+            model = self._models.model(definition.model, agent.endpoint(self._cipher))
+            journal = Journal(scope, effects, self._watch)
+            spending = Spending(
+                effects, self._peers.billing, tenant_id=scope.tenant_id, agent_id=agent.id, run_id=scope.run_id
+            )
+            return await Answering(self._peers, definition, model, scope, journal, spending).answer(begun.asked)
+
+    async def _end(self, tx: Tx, run_id: UUID, begun: _Begun | None, outcome: str | Ended) -> None:
+        """In the item's own transaction: the end, what the world hears of it, and the reply on its way."""
+        row = await _lock(tx, run_id)
+        if row.is_over:
+            return
+        if row.cancel_requested:
+            outcome = Ended("cancelled", CANCELLED)
+        text: str | None
+        if isinstance(outcome, str):
+            assert begun
+            text = outcome
+            reply = begun.scope.key.seal(text, row.tenant_id, row.subject_id, str(run_id), "reply")
+            events = await tx.decide(stream(run_id), Complete(row.session_key, reply))
+            message = public.RunCompleted(run_id=run_id, session_key=row.session_key, reply=text, n=events[0].n)
+            message_id = derived_id(run_id, "RunCompleted")
+            tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=message_id)
+            await projections.completed(tx, run_id, reply)
+        else:
+            text = outcome.notice
+            await tx.decide(stream(run_id), Fail(row.session_key, outcome.status, outcome.error))
+            await projections.failed(tx, run_id, outcome.status, outcome.error)
+        if text and begun and row.channel_id and begun.asked.conversation_id is not None:
+            delivery_id = derived_id(run_id, "delivery")
+            send = SendMessage(
+                delivery_id=delivery_id,
+                channel_id=row.channel_id,
+                session_key=row.session_key,
+                conversation_id=begun.asked.conversation_id,
+                text=text,
+                run_id=run_id,
+                reply_to=begun.asked.reply_to,
+            )
+            tx.send(CHANNEL_OUTBOUND, send, message_id=derived_id(run_id, "SendMessage"))
+            await projections.delivery_asked(tx, run_id, delivery_id)
+
+
+async def _lock(tx: Tx, run_id: UUID) -> _Row:
+    [row] = await tx.sql(
+        "SELECT id, tenant_id, session_key, agent_id, subject_id, channel_id, status, cancel_requested "
+        "FROM run WHERE id = $1 FOR UPDATE",
+        run_id,
+    )
+    return _Row(*row)

@@ -1,0 +1,78 @@
+"""Stored fact of a run → public message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from uuid import UUID
+
+from infra.eventstore.store import Aggregate, Publication, Stream
+from infra.eventstore.upcasting import EventTypes
+from protos.catalog import AGENT_EVENTS
+from protos.envelope import Message
+from protos.messages import agent as public
+from services.agent.runs import events
+from services.agent.runs.domain import Run, decide, evolve
+
+
+def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
+    """All but `RunCompleted`: its text is sealed in the store, so who completes a run publishes it in the open."""
+    id_ = UUID(run_id)
+    key = event.session_key
+    match event:
+        case events.RunStarted():
+            message: Message = public.RunStarted(
+                run_id=id_, session_key=key, agent_id=event.agent_id, attempt=event.attempt, n=event.n
+            )
+        case events.StepStarted():
+            message = public.StepStarted(
+                run_id=id_,
+                session_key=key,
+                n=event.n,
+                step=event.step,
+                kind=event.kind,
+                name=event.name,
+                attempt=event.attempt,
+            )
+        case events.StepCompleted():
+            message = public.StepCompleted(
+                run_id=id_,
+                session_key=key,
+                step=event.step,
+                kind=event.kind,
+                name=event.name,
+                status=event.status,
+                attempts=event.attempts,
+                duration_ms=event.duration_ms,
+                n=event.n,
+            )
+        case events.RunFailed():
+            message = public.RunFailed(run_id=id_, session_key=key, status=event.status, error=event.error, n=event.n)
+        case events.RunCompleted():
+            return
+    yield Publication(AGENT_EVENTS, key, message)
+
+
+def publish_again(run_id: str, event: events.Event) -> Iterable[Publication]:
+    """As `publish`, for what is older than the topic keeps: by then a reply has left it, and stays out."""
+    if isinstance(event, events.RunCompleted):
+        message = public.RunCompleted(run_id=UUID(run_id), session_key=event.session_key, reply="", n=event.n)
+        yield Publication(AGENT_EVENTS, event.session_key, message)
+    yield from publish(run_id, event)
+
+
+RUN = Aggregate(
+    name="run",
+    events=EventTypes(
+        events.RunStarted, events.StepStarted, events.StepCompleted, events.RunCompleted, events.RunFailed
+    ),
+    initial=Run,
+    evolve=evolve,
+    decide=decide,
+    publish=publish,
+)
+REPLAYED = replace(RUN, publish=publish_again)
+
+
+def stream(run_id: UUID) -> Stream[Run]:
+    return RUN.stream(str(run_id))

@@ -1,0 +1,159 @@
+"""Reading runs: one, a list, its public facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from infra.errors import InvalidMessage, NotFound
+from infra.subjects import ERASED_TEXT, SubjectKeys
+from infra.tx import Tx
+from protos.billing.v1 import billing_pb2
+from protos.messages import agent as public
+from services.agent.runs.conversation import Reader
+from services.agent.runs.events import RunCompleted
+from services.agent.runs.projections import OPEN
+from services.agent.runs.publishing import RUN, publish, stream
+from services.agent.runs.views import Fact, RunView, Status, StepView, UsageView
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run's row. reply: sealed. used: how many usage records it has made."""
+
+    id: UUID
+    session_key: str
+    agent_id: UUID
+    subject_id: str
+    channel_id: UUID | None
+    status: Status
+    reply: bytes | None
+    error: str | None
+    trace_id: str | None
+    input_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    used: int
+
+
+_COLUMNS = (
+    "id, session_key, agent_id, subject_id, channel_id, status, reply, error, trace_id, input_tokens, cached_tokens, "
+    "output_tokens, created_at, started_at, finished_at, "
+    "(SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run"
+)
+
+
+async def load(tx: Tx, run_id: UUID) -> Row:
+    """Raises NotFound, also for another tenant's run."""
+    rows = await tx.sql(f"SELECT {_COLUMNS} WHERE id = $1 AND tenant_id = $2", run_id, tx.tenant_id)
+    if not rows:
+        raise NotFound(f"run {run_id}")
+    return Row(*rows[0])
+
+
+async def reply(reader: Reader, run: Row) -> str | None:
+    """The reply in the open; None where there is none."""
+    if run.reply is None:
+        return None
+    found = await reader.open(run.reply, run.subject_id, str(run.id), "reply")
+    return ERASED_TEXT if found is None else found
+
+
+async def steps(tx: Tx, runs: Sequence[Row]) -> dict[UUID, list[StepView]]:
+    """The steps of each run, the first one first."""
+    rows = await tx.sql(
+        "SELECT run_id, n, kind, name, status, attempts, duration_ms, error FROM run_step "
+        "WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, n",
+        [run.id for run in runs],
+    )
+    found: dict[UUID, list[StepView]] = {run.id: [] for run in runs}
+    for run_id, *row in rows:
+        found[run_id].append(StepView(**dict(zip(StepView.model_fields, row, strict=True))))
+    return found
+
+
+async def listed(
+    tx: Tx, *, session_key: str | None, agent_id: UUID | None, status: Status | None, after: str | None, limit: int
+) -> Sequence[Row]:
+    """The tenant's runs that fit, the newest first."""
+    created_at, id_ = _position(after) if after else (None, None)
+    rows = await tx.sql(
+        f"SELECT {_COLUMNS} WHERE tenant_id = $1 AND ($2::text IS NULL OR session_key = $2) "
+        "AND ($3::uuid IS NULL OR agent_id = $3) AND ($4::text IS NULL OR status = $4) "
+        "AND ($5::timestamptz IS NULL OR (created_at, id) < ($5, $6::uuid)) ORDER BY created_at DESC, id DESC LIMIT $7",
+        tx.tenant_id,
+        session_key,
+        agent_id,
+        status,
+        created_at,
+        id_,
+        limit,
+    )
+    return [Row(*row) for row in rows]
+
+
+def position(run: RunView) -> str:
+    """What the cursor behind this run holds."""
+    return f"{run.created_at.isoformat()}|{run.id}"
+
+
+def view(run: Row, reply: str | None, steps: list[StepView], charges: billing_pb2.ChargesReply | None) -> RunView:
+    """`charges`: what billing knows of the run; None: it did not answer."""
+    rated = [charge for charge in charges.charges if charge.verdict in ("counted", "rejected")] if charges else []
+    # Held for review, or still on its way: then nobody can say yet what it costs.
+    complete = charges is not None and len(rated) == run.used and run.status not in OPEN
+    return RunView(
+        id=run.id,
+        session_key=run.session_key,
+        agent_id=run.agent_id,
+        status=run.status,
+        reply=reply,
+        error=run.error,
+        trace_id=run.trace_id,
+        usage=UsageView(
+            input_tokens=run.input_tokens, cached_tokens=run.cached_tokens, output_tokens=run.output_tokens
+        ),
+        cost_nanos=sum(charge.amount_nanos for charge in rated) if complete else None,
+        currency=charges.currency or None if charges else None,
+        steps=steps,
+        created_at=run.created_at,
+        started_at=run.started_at,
+        finished_at=run.finished_at,
+    )
+
+
+def _position(text: str) -> tuple[datetime, UUID]:
+    created_at, _, id_ = text.partition("|")
+    try:
+        return datetime.fromisoformat(created_at), UUID(id_)
+    except ValueError:
+        raise InvalidMessage("cursor", "is none that this list gave") from None
+
+
+async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list[Fact]:
+    """The run's public facts with an `n` above `after`. Raises NotFound."""
+    run = await load(tx, run_id)
+    rows = await tx.sql(
+        "SELECT type, schema_version, data, recorded_at FROM event WHERE stream_id = $1 ORDER BY version",
+        stream(run_id).row,
+    )
+    found = []
+    for name, version, data, at in rows:
+        event = RUN.events.decode(name, version, data)
+        if event.n <= after:
+            continue
+        if isinstance(event, RunCompleted):
+            text = await reply(Reader(tx, subjects), run) or ""
+            message: Any = public.RunCompleted(run_id=run_id, session_key=event.session_key, reply=text, n=event.n)
+        else:
+            [(_, _, message)] = publish(str(run_id), event)
+        found.append(Fact(n=event.n, type=message.wire_name(), time=at, data=msgspec.to_builtins(message)))
+    return found

@@ -1,0 +1,79 @@
+"""Runs as HTTP shows them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel
+
+Status = Literal["queued", "running", "waiting", "completed", "failed", "cancelled", "refused", "indeterminate"]
+
+
+class UsageView(BaseModel):
+    """Sums over the run's model calls; cached tokens are part of the input; null: not reported."""
+
+    input_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+
+
+class StepView(BaseModel):
+    """A step. `ms`: of its last attempt; null while it is under way."""
+
+    n: int
+    kind: Literal["retrieve", "model", "tool"]
+    name: str
+    status: Literal["running", "completed", "failed"]
+    attempts: int
+    ms: int | None
+    error: str | None
+
+
+class RunView(BaseModel):
+    """A run. cost_nanos: what was charged for it, 10⁻⁹ of `currency`; null until all that it used is charged."""
+
+    id: UUID
+    session_key: str
+    agent_id: UUID
+    status: Status
+    reply: str | None
+    error: str | None
+    trace_id: str | None
+    usage: UsageView
+    cost_nanos: int | None
+    currency: str | None
+    steps: list[StepView]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class TimelineItem(BaseModel):
+    """Something that happened in a run. `ms`: how long it took; null: a moment."""
+
+    at: datetime
+    ms: int | None
+    kind: Literal["inbound", "queued", "retrieve", "model", "tool", "reply", "delivery", "usage", "charge"]
+    service: str
+    summary: str
+    span_id: str | None = None
+    data: dict[str, Any]
+
+
+class Timeline(BaseModel):
+    items: list[TimelineItem]
+
+
+class Fact(BaseModel):
+    """A public fact of a run, as on the topic ``agent.events``. `n` counts them from 1."""
+
+    n: int
+    type: str
+    time: datetime
+    data: dict[str, Any]
+
+
+class Facts(BaseModel):
+    items: list[Fact]

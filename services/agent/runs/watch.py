@@ -1,0 +1,70 @@
+"""Calls that end early: because the run is cancelled, or because its time is over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from uuid import UUID
+
+from infra.db import is_transient
+from infra.logs import get_logger
+from infra.tx import Database
+
+T = TypeVar("T")
+
+# A cancel takes effect within a second.
+POLL_SECONDS = 0.5
+
+
+class CancelRequested(Exception):
+    """Somebody wants the run to stop."""
+
+
+class Watch:
+    """Looks, in one query for all runs that this process executes, for those that are to be cancelled."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._calls: dict[UUID, asyncio.Task[Any]] = {}
+        self._cancelled: set[UUID] = set()
+        self._poll: asyncio.Task[None] | None = None
+
+    async def guard(self, run_id: UUID, call: Coroutine[Any, Any, T], seconds: float) -> T:
+        """Awaits `call`. Raises CancelRequested within a second of a cancel, TimeoutError after `seconds`."""
+        if seconds <= 0:
+            call.close()
+            raise TimeoutError
+        task = asyncio.create_task(call)
+        self._calls[run_id] = task
+        if self._poll is None:
+            self._poll = asyncio.create_task(self._look())
+        try:
+            async with asyncio.timeout(seconds):
+                return await task
+        except asyncio.CancelledError:
+            if run_id in self._cancelled:
+                raise CancelRequested from None
+            raise
+        finally:
+            del self._calls[run_id]
+            self._cancelled.discard(run_id)
+
+    async def _look(self) -> None:
+        while self._calls:
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                async with self._database.begin() as tx:
+                    rows = await tx.sql(
+                        "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_requested", list(self._calls)
+                    )
+            except Exception as error:
+                get_logger("agent.watch").warning(
+                    "cannot look for cancelled runs now", exc_info=None if is_transient(error) else error
+                )
+                continue
+            for (run_id,) in rows:
+                if task := self._calls.get(run_id):
+                    self._cancelled.add(run_id)
+                    task.cancel()
+        self._poll = None

@@ -1,0 +1,1 @@
+"""Sessions: conversations with an agent, and the messages that come in."""

@@ -1,0 +1,14 @@
+"""The stream of a session. Nothing of it is published: channel tells the world of messages, the run of the answer."""
+
+from __future__ import annotations
+
+from infra.eventstore.store import Aggregate, Stream
+from infra.eventstore.upcasting import EventTypes
+from services.agent.sessions.domain import Session, decide, evolve
+from services.agent.sessions.events import MessageAccepted
+
+SESSION = Aggregate(name="session", events=EventTypes(MessageAccepted), initial=Session, evolve=evolve, decide=decide)
+
+
+def stream(tenant_id: str, session_key: str) -> Stream[Session]:
+    return SESSION.stream(f"{tenant_id}/{session_key}")

@@ -1,0 +1,9 @@
+"""What the agent reads from the environment."""
+
+from infra.settings import Settings as Base
+
+
+class Settings(Base):
+    memory_grpc: str
+    billing_grpc: str
+    plugin_grpc: str

@@ -1,0 +1,18 @@
+"""Billing: usage becomes money, exactly once."""
+
+from infra.service import Service
+from infra.subjects import erasure
+from services.billing import api, handlers, rpc
+from services.billing.settings import Settings
+
+service = Service("billing", Settings)
+service.serve_http(api.routes)
+service.serve_grpc(rpc.servicer)
+service.consume(handlers.count_usage)
+service.consume(handlers.open_account)
+service.consume(handlers.learn_channel_type)
+service.consume(handlers.count_delivery)
+service.consume(erasure("billing"))
+
+if __name__ == "__main__":
+    service.run()

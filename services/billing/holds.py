@@ -1,0 +1,128 @@
+"""Holds: credit that is set aside for what is about to be used, in the table ``hold``.
+
+A hold counts while it has not ended and its time has not run out, so nobody has to give an expired one back. Holds
+of one tenant are made and ended only under the lock of its account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+import msgspec
+
+from infra.clock import utcnow
+from infra.errors import InvalidMessage, NotFound, Transient
+from infra.tx import Tx
+from services.billing import accounts, price_book
+from services.billing.domain import UNITS, estimate
+
+MAX_EXPIRY = timedelta(days=1)
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a hold is asked for. quantities: unit → the most that may be used."""
+
+    resource: str
+    quantities: dict[str, int]
+    expires_in_ms: int
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """available_nanos: what is left to hold afterwards; None: without limit."""
+
+    granted: bool
+    held_nanos: int
+    available_nanos: int | None
+    currency: str
+
+
+async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: Request) -> Reservation:
+    """Holds what `request` may cost, if the credit has it; asked again, the first answer.
+
+    A resource without a price (its use will be held for review) holds nothing, and is granted while there is
+    anything left. Raises Transient where the tenant has no account yet: it is neither granted nor refused. Raises
+    InvalidMessage for a hold_id that came with another request, and for quantities that cannot be.
+    """
+    _check(request)
+    try:
+        currency, account = await accounts.lock_one(tx, tenant_id)
+    except NotFound as error:
+        raise Transient(f"{error} yet") from error
+    asked = msgspec.json.encode(request, order="deterministic").decode()
+    if known := await tx.sql(
+        "SELECT request, granted, held_nanos, available_nanos FROM hold WHERE tenant_id = $1 AND hold_id = $2",
+        tenant_id,
+        hold_id,
+    ):
+        [(before, granted, held, available)] = known
+        if before != asked:
+            raise InvalidMessage("hold_id", "was used before with another request")
+        return Reservation(granted, held, available, currency)
+    prices = await price_book.versions(tx, [request.resource])
+    try:
+        amount = estimate(prices.get(request.resource, ()), currency, request.quantities, utcnow()) or 0
+    except ValueError as error:
+        raise InvalidMessage("quantities", str(error)) from error
+    balance = account.balance_nanos
+    available = None if balance is None else balance - await open_nanos(tx, tenant_id)
+    granted = available is None or (available > 0 and available >= amount)
+    held = amount if granted else 0
+    left = None if available is None else available - held
+    await tx.sql(
+        "INSERT INTO hold (tenant_id, hold_id, request, granted, held_nanos, available_nanos, expires_at, ended_at, "
+        "outcome) VALUES ($1, $2, $3, $4, $5, $6, clock_timestamp() + $7, "
+        "CASE WHEN NOT $4 THEN clock_timestamp() END, CASE WHEN NOT $4 THEN 'refused' END)",
+        tenant_id,
+        hold_id,
+        asked,
+        granted,
+        held,
+        left,
+        timedelta(milliseconds=request.expires_in_ms),
+    )
+    return Reservation(granted, held, left, currency)
+
+
+async def open_nanos(tx: Tx, tenant_id: str) -> int:
+    """What the tenant's holds keep from being spent now."""
+    [(held,)] = await tx.sql(
+        "SELECT coalesce(sum(held_nanos), 0)::bigint FROM hold "
+        "WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()",
+        tenant_id,
+    )
+    return int(held)
+
+
+async def release(tx: Tx, tenant_id: str, hold_id: UUID) -> None:
+    """Gives an unused hold back; one that has ended or is not known stays as it is."""
+    await accounts.lock(tx, [tenant_id])
+    await tx.sql(
+        "UPDATE hold SET ended_at = clock_timestamp(), outcome = 'released' "
+        "WHERE tenant_id = $1 AND hold_id = $2 AND ended_at IS NULL",
+        tenant_id,
+        hold_id,
+    )
+
+
+async def close(tx: Tx, holds: Sequence[tuple[str, UUID]]) -> None:
+    """Ends the holds (tenant, hold) whose use was charged. Their accounts are locked."""
+    await tx.sql(
+        "UPDATE hold AS h SET ended_at = clock_timestamp(), outcome = 'charged' "
+        "FROM unnest($1::text[], $2::uuid[]) AS n(tenant_id, hold_id) "
+        "WHERE h.tenant_id = n.tenant_id AND h.hold_id = n.hold_id AND h.ended_at IS NULL",
+        [tenant_id for tenant_id, _ in holds],
+        [hold_id for _, hold_id in holds],
+    )
+
+
+def _check(request: Request) -> None:
+    if not request.resource or "\x00" in request.resource:
+        raise InvalidMessage("resource", "is missing")
+    if not 0 < request.expires_in_ms <= MAX_EXPIRY / timedelta(milliseconds=1):
+        raise InvalidMessage("expires_in_ms", "must be from 1 millisecond to one day")
+    if unknown := sorted(request.quantities.keys() - UNITS):
+        raise InvalidMessage(f"quantities.{unknown[0]}", "is no unit")

@@ -1,0 +1,136 @@
+"""HTTP of billing for the operator: credit, corrections, and what is held for review."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from infra.api import Anyone, Operator, Paging, page
+from infra.audit import audit
+from infra.errors import Conflict, InvalidMessage
+from infra.idempotency import once
+from infra.service import Runtime
+from infra.tx import Tx
+from services.billing import accounts, reports, usage
+from services.billing.accounts import MAX_CREDIT_NANOS, Entry
+from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITY, Verdict
+from services.billing.reports import Balance, VerdictOf
+
+Text = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Credit(_Body):
+    tenant_id: Text
+    amount_nanos: int = Field(gt=0, le=MAX_CREDIT_NANOS)
+    reason: str = Field("", max_length=500)
+
+
+class Correction(_Body):
+    """amount_nanos: above zero is given back to the tenant, below zero is charged."""
+
+    tenant_id: Text
+    amount_nanos: int = Field(ge=-MAX_AMOUNT_NANOS, le=MAX_AMOUNT_NANOS)
+    reason: Text
+    usage_id: str | None = None
+
+
+class Resolution(_Body):
+    """quantities: units that were not reported, now known. reject: why it will never be charged."""
+
+    tenant_id: Text
+    quantities: dict[str, Annotated[int, Field(ge=0, le=MAX_QUANTITY)]] = {}
+    reject: Text | None = None
+
+
+def router(runtime: Runtime) -> APIRouter:
+    router = APIRouter(prefix="/api/v1/billing", tags=["operator"])
+
+    @router.post("/credit", status_code=201, response_model=Balance)
+    async def add_credit(body: Credit, who: Operator, request: Request) -> Response:
+        """Grants a tenant more to spend."""
+
+        async def work(tx: Tx) -> tuple[int, Balance]:
+            tx.tenant_id = body.tenant_id
+            await accounts.add_credit(tx, body.tenant_id, body.amount_nanos, reason=body.reason, actor=who.actor)
+            audit(tx, who.actor, "billing.credit", "account", body.tenant_id, amount_nanos=str(body.amount_nanos))
+            return 201, await reports.balance(tx, body.tenant_id)
+
+        return await once(request, runtime, who, work)
+
+    @router.post("/corrections", status_code=201, response_model=Balance)
+    async def correct(body: Correction, who: Operator, request: Request) -> Response:
+        """Puts a wrong charge right by a further entry of the ledger; the charge stays as it was."""
+
+        async def work(tx: Tx) -> tuple[int, Balance]:
+            tx.tenant_id = body.tenant_id
+            await accounts.lock_one(tx, body.tenant_id)
+            if body.usage_id is not None:
+                await reports.verdict(tx, body.tenant_id, body.usage_id)
+            await accounts.debit(
+                tx,
+                [
+                    Entry(
+                        body.tenant_id,
+                        "correction",
+                        body.amount_nanos,
+                        body.usage_id,
+                        reason=body.reason,
+                        actor=who.actor,
+                    )
+                ],
+            )
+            audit(tx, who.actor, "billing.correct", "account", body.tenant_id, amount_nanos=str(body.amount_nanos))
+            return 201, await reports.balance(tx, body.tenant_id)
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/held")
+    async def get_held(who: Anyone, paging: Paging, tenant_id: Annotated[str | None, Query()] = None) -> dict[str, Any]:
+        """What waits for review; a tenant sees its own."""
+        try:
+            after = msgspec.json.decode(paging.after or '["",""]', type=tuple[str, str])
+        except msgspec.DecodeError:
+            raise InvalidMessage("cursor", "is none that this list gave") from None
+        database = runtime.request if who.tenant_id else runtime.worker
+        async with database.begin(tenant_id=who.tenant_id or None) as tx:
+            found = await reports.held(tx, who.tenant_id or tenant_id, after=after, limit=paging.limit + 1)
+        return page(found, paging, lambda item: msgspec.json.encode((item.tenant_id, item.usage_id)).decode())
+
+    @router.post("/held/{usage_id:path}/resolve", response_model=VerdictOf)
+    async def resolve(usage_id: str, body: Resolution, who: Operator, request: Request) -> Response:
+        """Rates a held record again: after a price was added, with quantities completed; or rejects it for good."""
+
+        async def work(tx: Tx) -> tuple[int, VerdictOf]:
+            tx.tenant_id = body.tenant_id
+            await _resolve(tx, usage_id, body)
+            found = await reports.verdict(tx, body.tenant_id, usage_id)
+            audit(tx, who.actor, "billing.resolve", "usage", usage_id, verdict=found.verdict)
+            return 200, found
+
+        return await once(request, runtime, who, work)
+
+    return router
+
+
+async def _resolve(tx: Tx, usage_id: str, body: Resolution) -> None:
+    held = await usage.held(tx, body.tenant_id, usage_id=usage_id)
+    if not held:
+        found = await reports.verdict(tx, body.tenant_id, usage_id)
+        raise Conflict(f"usage {usage_id} is {found.verdict}, nothing is left to decide")
+    [record] = held
+    if body.reject is not None:
+        await usage.decide(tx, record, Verdict("rejected", body.reject))
+        return
+    if known := sorted(record.quantities.keys() & body.quantities.keys()):
+        raise InvalidMessage(f"quantities.{known[0]}", "was reported, and what was reported stands")
+    if body.quantities:
+        record = msgspec.structs.replace(record, quantities=record.quantities | body.quantities, estimated=True)
+    await usage.rate_again(tx, [record])

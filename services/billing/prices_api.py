@@ -1,0 +1,130 @@
+"""HTTP of the price book."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from infra.api import Anyone, Operator, Paging, page
+from infra.audit import audit
+from infra.errors import InvalidMessage
+from infra.idempotency import once
+from infra.service import Runtime
+from infra.tx import Tx
+from services.billing import price_book
+from services.billing.domain import UNITS, Price, Tier
+
+# A string, for a JSON number passes through binary fractions on its way.
+Nanos = Annotated[str, Field(pattern=r"^\d{1,12}(\.\d{1,18})?$", examples=["150", "0.5"])]
+
+
+class PriceTier(BaseModel):
+    """Prices of a request with more input tokens than that; all of its units go by them."""
+
+    model_config = ConfigDict(extra="forbid")
+    above_input_tokens: int = Field(ge=0)
+    nanos_per_unit: dict[str, Nanos]
+
+
+class NewPrice(BaseModel):
+    """A further version. nanos_per_unit: unit → nano-units (10⁻⁹) of `currency` per one, as a decimal string.
+
+    valid_from: null: from the beginning if it is the resource's first in this currency, else from now on.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    resource: str = Field(min_length=3, max_length=200, pattern=r"^[^/\s]+/\S+$")
+    currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
+    nanos_per_unit: dict[str, Nanos] = Field(min_length=1)
+    tiers: list[PriceTier] = []
+    valid_from: AwareDatetime | None = None
+
+
+class PriceVersion(BaseModel):
+    resource: str
+    version: int
+    price_version: str
+    currency: str
+    nanos_per_unit: dict[str, str]
+    tiers: list[PriceTier]
+    valid_from: datetime
+    made_by: str
+    made_at: datetime
+
+
+def router(runtime: Runtime) -> APIRouter:
+    router = APIRouter(prefix="/api/v1/prices", tags=["prices"])
+
+    @router.get("")
+    async def get_prices(
+        who: Anyone,
+        paging: Paging,
+        resource: Annotated[
+            str | None, Query(description="all versions of this one, or of what it is a name of")
+        ] = None,
+    ) -> dict[str, Any]:
+        """The price book: every version there ever was."""
+        name, _, version = (paging.after or "@0").rpartition("@")
+        if not version.isdecimal():
+            raise InvalidMessage("cursor", "is none that this list gave")
+        async with runtime.worker.begin() as tx:
+            names = None if resource is None else await price_book.name_in_book(tx, resource)
+            rows = await tx.sql(
+                "SELECT resource, version, currency, valid_from, prices, made_by, made_at FROM price "
+                "WHERE ($1::text IS NULL OR resource = $1) AND (resource, version) > ($2, $3) "
+                "ORDER BY resource, version LIMIT $4",
+                names,
+                name,
+                int(version),
+                paging.limit + 1,
+            )
+        found = [_shown(price_book.read(*row[:5]), *row[5:]) for row in rows]
+        return page(found, paging, lambda price: price.price_version)
+
+    @router.post("", status_code=201, response_model=PriceVersion)
+    async def add_price(body: NewPrice, who: Operator, request: Request) -> Response:
+        """Adds a version; what was rated before stays as it was."""
+        nanos = _read(body.nanos_per_unit, "nanos_per_unit")
+        tiers = tuple(
+            Tier(tier.above_input_tokens, _read(tier.nanos_per_unit, f"tiers.{n}.nanos_per_unit"))
+            for n, tier in enumerate(sorted(body.tiers, key=lambda tier: tier.above_input_tokens))
+        )
+
+        async def work(tx: Tx) -> tuple[int, PriceVersion]:
+            price, made_at = await price_book.add(
+                tx, body.resource, body.currency, body.valid_from, nanos, tiers, made_by=who.actor
+            )
+            audit(tx, who.actor, "billing.price", "price", price.name)
+            return 201, _shown(price, who.actor, made_at)
+
+        return await once(request, runtime, who, work)
+
+    return router
+
+
+def _read(nanos: dict[str, str], field: str) -> dict[str, Decimal]:
+    if unknown := sorted(nanos.keys() - UNITS):
+        raise InvalidMessage(f"{field}.{unknown[0]}", f"is no unit; there are {', '.join(sorted(UNITS))}")
+    return {unit: Decimal(text) for unit, text in nanos.items()}
+
+
+def _shown(price: Price, made_by: str, made_at: datetime) -> PriceVersion:
+    def texts(nanos: Any) -> dict[str, str]:
+        return {unit: format(value, "f") for unit, value in nanos.items()}
+
+    return PriceVersion(
+        resource=price.resource,
+        version=price.version,
+        price_version=price.name,
+        currency=price.currency,
+        nanos_per_unit=texts(price.nanos),
+        tiers=[PriceTier(above_input_tokens=t.above, nanos_per_unit=texts(t.nanos)) for t in price.tiers],
+        valid_from=price.valid_from,
+        made_by=made_by,
+        made_at=made_at,
+    )

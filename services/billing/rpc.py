@@ -1,0 +1,87 @@
+"""gRPC of billing: reservations, and what became of a run's usage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from infra import rpc
+from infra.errors import InvalidMessage
+from infra.service import Runtime
+from infra.tx import Database
+from protos.billing.v1 import billing_pb2, billing_pb2_grpc
+from services.billing import accounts, holds
+
+
+class Billing(billing_pb2_grpc.BillingServicer):
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def Reserve(self, request: billing_pb2.ReserveRequest, context: Any) -> billing_pb2.ReserveReply:
+        tenant_id = rpc.tenant()
+        asked = holds.Request(request.resource, dict(request.quantities), request.expires_in_ms)
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            found = await holds.reserve(tx, tenant_id, _uuid("hold_id", request.hold_id), asked)
+        return billing_pb2.ReserveReply(
+            granted=found.granted,
+            held_nanos=found.held_nanos,
+            available_nanos=found.available_nanos,
+            currency=found.currency,
+        )
+
+    async def Release(self, request: billing_pb2.ReleaseRequest, context: Any) -> billing_pb2.ReleaseReply:
+        tenant_id = rpc.tenant()
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            await holds.release(tx, tenant_id, _uuid("hold_id", request.hold_id))
+        return billing_pb2.ReleaseReply()
+
+    async def Charges(self, request: billing_pb2.ChargesRequest, context: Any) -> billing_pb2.ChargesReply:
+        tenant_id = rpc.tenant()
+        run_id = _uuid("run_id", request.run_id)
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            currency = await accounts.currency(tx, tenant_id) or ""
+            rows = await tx.sql(
+                "SELECT usage_id, resource, verdict, amount_nanos, occurred_at, rated_at, quantities, span_id, arrival "
+                "FROM usage WHERE tenant_id = $1 AND run_id = $2 UNION ALL "
+                "SELECT usage_id, resource, 'duplicate', 0, occurred_at, rated_at, quantities, '', arrival "
+                "FROM duplicate WHERE tenant_id = $1 AND run_id = $2 ORDER BY arrival",
+                tenant_id,
+                run_id,
+            )
+        return billing_pb2.ChargesReply(charges=[_charge(*row[:-1]) for row in rows], currency=currency)
+
+
+def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Any]:
+    return billing_pb2_grpc.add_BillingServicer_to_server, Billing(runtime.request)
+
+
+def _charge(
+    usage_id: str,
+    resource: str,
+    verdict: str,
+    amount_nanos: int | None,
+    occurred_at: Any,
+    rated_at: Any,
+    quantities: dict[str, int],
+    span_id: str,
+) -> billing_pb2.Charge:
+    charge = billing_pb2.Charge(
+        usage_id=usage_id,
+        resource=resource,
+        verdict=verdict,
+        amount_nanos=amount_nanos,
+        # What a rejected record claimed may be beyond the wire's integers.
+        quantities={u: min(n, 2**63 - 1) for u, n in quantities.items()},
+        span_id=span_id,
+    )
+    charge.occurred_at.FromDatetime(occurred_at)
+    charge.rated_at.FromDatetime(rated_at)
+    return charge
+
+
+def _uuid(field: str, text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InvalidMessage(field, "is not a UUID") from None

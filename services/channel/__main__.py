@@ -1,0 +1,17 @@
+"""Channel: webhooks in, replies out."""
+
+from infra.service import Service
+from infra.subjects import SubjectKeys
+from services.channel import api, handlers
+from services.channel.publishing import CONVERSATION, DELIVERY
+from services.channel.sending import sender
+
+service = Service("channel")
+service.own(CONVERSATION, DELIVERY)
+service.serve_http(api.routes)
+service.consume(handlers.enqueue_delivery, subjects=lambda runtime: SubjectKeys(runtime.cipher))
+service.consume(handlers.erase_subject)
+service.work(handlers.deliver, sender=sender)
+
+if __name__ == "__main__":
+    service.run()

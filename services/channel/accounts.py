@@ -1,0 +1,117 @@
+"""Channel accounts as they are stored and used: found by id or by their webhook's token, secrets opened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from infra.crypto import KEY_BYTES, Cipher
+from infra.tx import Database, Tx
+from services.channel.domain import Pseudonyms
+from services.channel.vendors import VENDORS
+from services.channel.vendors.base import Vendor
+
+# How long a process goes on with what it read of an account. What another process changed counts after that.
+CACHE_SECONDS = 3.0
+CACHE_SIZE = 10_000
+TOKEN_BYTES = 24
+
+_COLUMNS = "id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason"
+
+
+class Account(NamedTuple):
+    """A channel account with its secrets open. `origin`: where the vendor's API is."""
+
+    id: UUID
+    tenant_id: str
+    vendor: Vendor[Any]
+    agent_id: UUID
+    credentials: Any
+    pseudonyms: Pseudonyms
+    origin: str
+    enabled: bool
+    broken_reason: str | None
+
+
+class Secrets:
+    """Seals and opens what is secret of an account, each value for its account and field."""
+
+    def __init__(self, cipher: Cipher) -> None:
+        self._cipher = cipher
+
+    def seal(self, account_id: UUID, field: str, content: str | bytes) -> bytes:
+        return self._cipher.seal(content, "channel account", str(account_id), field)
+
+    def open(self, account_id: UUID, field: str, sealed: bytes) -> bytes:
+        return self._cipher.open(sealed, "channel account", str(account_id), field)
+
+    def account(self, row: tuple[Any, ...]) -> Account:
+        id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason = row
+        vendor = VENDORS[type_]
+        return Account(
+            id_,
+            tenant_id,
+            vendor,
+            agent_id,
+            msgspec.json.decode(self.open(id_, "credentials", credentials), type=vendor.credentials),
+            Pseudonyms(self.open(id_, "pseudonyms", pseudonyms)),
+            api_base or vendor.origin,
+            enabled,
+            broken_reason,
+        )
+
+
+def new_token() -> str:
+    """For the path of a webhook; who knows it may try to prove to be the vendor."""
+    return secrets.token_urlsafe(TOKEN_BYTES)
+
+
+def new_pseudonyms() -> bytes:
+    return os.urandom(KEY_BYTES)
+
+
+def token_hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+async def read(tx: Tx, secrets_: Secrets, account_id: UUID) -> Account | None:
+    """The account as it is now; None where it was deleted."""
+    rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE id = $1", account_id)
+    return secrets_.account(rows[0]) if rows else None
+
+
+class Accounts:
+    """Accounts by their webhook's path, remembered for seconds. What is not found is asked for again each time."""
+
+    def __init__(self, database: Database, secrets_: Secrets) -> None:
+        self._database = database
+        self._secrets = secrets_
+        self._known: dict[bytes, tuple[float, Account]] = {}
+
+    async def by_token(self, type_: str, token: str) -> Account | None:
+        hashed = token_hash(token)
+        now = time.monotonic()
+        until, account = self._known.get(hashed, (0.0, None))
+        if account is None or until < now:
+            async with self._database.begin() as tx:
+                rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE token_hash = $1", hashed)
+            if not rows:
+                self._known.pop(hashed, None)
+                return None
+            account = self._secrets.account(rows[0])
+            if len(self._known) >= CACHE_SIZE:
+                self._known.clear()
+            self._known[hashed] = now + CACHE_SECONDS, account
+        return account if account.vendor.name == type_ else None
+
+    def forget(self, account_id: UUID) -> None:
+        """What was changed here counts here at once."""
+        for hashed, (_, account) in list(self._known.items()):
+            if account.id == account_id:
+                del self._known[hashed]

@@ -1,0 +1,232 @@
+"""HTTP of channel accounts, and of everything else that channel serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.routing import BaseRoute
+
+from infra.api import Paging, Reader, Writer, api, page
+from infra.audit import audit
+from infra.clock import uuid7
+from infra.errors import InvalidMessage, NotFound, Transient
+from infra.http import decode_json
+from infra.idempotency import once
+from infra.outgoing import Outgoing
+from infra.service import Runtime
+from infra.tx import Tx
+from protos.catalog import CHANNEL_TYPES
+from services.channel import deliveries, webhooks
+from services.channel.accounts import Accounts, Secrets, new_pseudonyms, new_token, token_hash
+from services.channel.vendors import VENDORS
+from services.channel.vendors.base import Vendor
+
+_COLUMNS = "id, type, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, seq"
+
+Credentials = Annotated[dict[str, str], Field(description="By type; shown to nobody afterwards.")]
+
+
+class NewChannel(BaseModel):
+    """`api_base`: an origin that stands in for the vendor's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str
+    agent_id: UUID
+    credentials: Credentials
+    api_base: str | None = None
+
+
+class ChannelChange(BaseModel):
+    """What is not named stays. New credentials, or being enabled again, also repair a broken channel."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    agent_id: UUID | None = None
+    credentials: Credentials | None = None
+    enabled: bool | None = None
+
+
+class Channel(BaseModel):
+    """`state` is broken where the vendor refuses the account, `broken_reason` says how; nothing is sent meanwhile."""
+
+    id: UUID
+    type: str
+    agent_id: UUID
+    webhook_path: str
+    api_base: str | None
+    enabled: bool
+    state: Literal["active", "broken"]
+    broken_reason: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class ChannelPage(BaseModel):
+    items: list[Channel]
+    next: str | None
+
+
+def routes(runtime: Runtime) -> Sequence[BaseRoute]:
+    secrets = Secrets(runtime.cipher)
+    accounts = Accounts(runtime.worker, secrets)
+    administration = _router(runtime, secrets, accounts)
+    return [
+        *webhooks.routes(runtime, accounts),
+        *api("channel", runtime, administration, deliveries.router(runtime)),
+    ]
+
+
+def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:
+    router = APIRouter(prefix="/api/v1/channels", tags=["channels"])
+
+    @router.post("", status_code=201, response_model=Channel)
+    async def create_channel(body: NewChannel, who: Writer, request: Request) -> Response:
+        """Connects an account of a vendor to an agent. The vendor is to call ``webhook_path`` at this address."""
+        vendor = _vendor(body.type)
+        credentials = await _checked(runtime.outgoing, vendor, body.credentials)
+        api_base = await _origin(runtime.outgoing, vendor, body.api_base)
+
+        async def work(tx: Tx) -> tuple[int, BaseModel]:
+            id_, token = uuid7(), new_token()
+            await tx.sql(
+                "INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms, "
+                "api_base) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+                id_,
+                who.tenant_id,
+                vendor.name,
+                body.agent_id,
+                token_hash(token),
+                secrets.seal(id_, "token", token),
+                secrets.seal(id_, "credentials", credentials),
+                secrets.seal(id_, "pseudonyms", new_pseudonyms()),
+                api_base,
+            )
+            audit(tx, who.actor, "channel.create", "channel", str(id_), type=vendor.name)
+            return 201, await _get(tx, secrets, id_)
+
+        return await once(request, runtime, who, work)
+
+    @router.get("")
+    async def list_channels(who: Reader, paging: Paging) -> ChannelPage:
+        """The tenant's channels, the oldest first."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            rows = await tx.sql(
+                f"SELECT {_COLUMNS} FROM account WHERE seq > $1 ORDER BY seq LIMIT $2",
+                deliveries.position(paging.after, start=0),
+                paging.limit + 1,
+            )
+        found = page(rows, paging, key=lambda row: str(row[-1]))
+        return ChannelPage(items=[_channel(secrets, row) for row in found["items"]], next=found["next"])
+
+    @router.get("/{channel_id}")
+    async def get_channel(channel_id: UUID, who: Reader) -> Channel:
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            return await _get(tx, secrets, channel_id)
+
+    @router.patch("/{channel_id}")
+    async def change_channel(channel_id: UUID, body: ChannelChange, who: Writer) -> Channel:
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            before = await _get(tx, secrets, channel_id)
+        sealed = None
+        if body.credentials is not None:
+            credentials = await _checked(runtime.outgoing, _vendor(before.type), body.credentials)
+            sealed = secrets.seal(channel_id, "credentials", credentials)
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await tx.sql(
+                "UPDATE account SET agent_id = coalesce($2, agent_id), credentials = coalesce($3, credentials), "
+                "enabled = coalesce($4, enabled), broken_reason = CASE WHEN $5 THEN NULL ELSE broken_reason END, "
+                "updated_at = clock_timestamp() WHERE id = $1",
+                channel_id,
+                body.agent_id,
+                sealed,
+                body.enabled,
+                sealed is not None or body.enabled is True,
+            )
+            changed = ", ".join(sorted(body.model_dump(exclude_none=True)))
+            audit(tx, who.actor, "channel.update", "channel", str(channel_id), changed=changed)
+            after = await _get(tx, secrets, channel_id)
+        accounts.forget(channel_id)
+        return after
+
+    @router.delete("/{channel_id}", status_code=204)
+    async def delete_channel(channel_id: UUID, who: Writer) -> None:
+        """Its webhook is gone at once, and what waits to be sent is not sent any more."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            if not await tx.sql("DELETE FROM account WHERE id = $1 RETURNING id", channel_id):
+                raise NotFound("there is no such channel")
+            audit(tx, who.actor, "channel.delete", "channel", str(channel_id))
+        accounts.forget(channel_id)
+
+    return router
+
+
+async def _get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
+    rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE id = $1", channel_id)
+    if not rows:
+        raise NotFound("there is no such channel")
+    return _channel(secrets, rows[0])
+
+
+def _channel(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
+    id_, type_, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, _ = row
+    path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
+    return Channel(
+        id=id_,
+        type=type_,
+        agent_id=agent_id,
+        webhook_path=path,
+        api_base=api_base,
+        enabled=enabled,
+        state="broken" if broken_reason else "active",
+        broken_reason=broken_reason,
+        created_at=created_at,
+        updated_at=updated_at,
+    )
+
+
+def _vendor(type_: str) -> Vendor[Any]:
+    if type_ not in CHANNEL_TYPES:
+        raise InvalidMessage("type", f"is none of {', '.join(CHANNEL_TYPES)}")
+    if type_ not in VENDORS:
+        raise InvalidMessage("type", "not available yet")
+    return VENDORS[type_]
+
+
+async def _checked(outgoing: Outgoing, vendor: Vendor[Any], given: dict[str, str]) -> bytes:
+    """The credentials as they are sealed. Raises InvalidMessage naming the field."""
+    try:
+        credentials: msgspec.Struct = decode_json(msgspec.json.encode(given), vendor.credentials)
+    except InvalidMessage as error:
+        raise InvalidMessage(f"credentials.{error.field}", error.reason) from None
+    for field in vendor.addresses:
+        await _reachable(outgoing, f"credentials.{field}", getattr(credentials, field))
+    return msgspec.json.encode(credentials)
+
+
+async def _origin(outgoing: Outgoing, vendor: Vendor[Any], api_base: str | None) -> str | None:
+    if api_base is None:
+        return None
+    if not vendor.origin:
+        raise InvalidMessage("api_base", f"a {vendor.name} has none; its credentials say where to send")
+    url = urlsplit(api_base)
+    if url.path not in ("", "/") or url.query or url.fragment:
+        raise InvalidMessage("api_base", "must be an origin, such as https://host:port, without a path")
+    await _reachable(outgoing, "api_base", api_base)
+    return api_base.removesuffix("/")
+
+
+async def _reachable(outgoing: Outgoing, field: str, url: str) -> None:
+    try:
+        await outgoing.check(url)
+    except InvalidMessage as error:
+        raise InvalidMessage(field, error.reason) from None
+    except Transient as error:
+        raise InvalidMessage(field, str(error)) from error

@@ -1,0 +1,108 @@
+"""What channel receives, and what its lane of deliveries does."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import UUID
+
+import msgspec
+
+from infra.clock import utcnow
+from infra.effects import Effects
+from infra.errors import InvalidMessage
+from infra.lanes import Lane
+from infra.subjects import Erased, SubjectKeys, erasure
+from infra.tx import Tx
+from protos.catalog import CHANNEL_OUTBOUND
+from protos.messages.channel import SendMessage
+from services.channel import projections
+from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown, Queue
+from services.channel.events import DeliveryQueued, Words
+from services.channel.publishing import DELIVERY
+from services.channel.sending import NotSendable, Sender, Sent, break_account
+from services.channel.vendors.base import AccountRefused, Outbound
+
+# An answer that comes a day late answers nothing any more.
+EXPIRES = timedelta(hours=24)
+
+
+class DueDelivery(msgspec.Struct, frozen=True):
+    """A delivery's turn in its conversation."""
+
+    delivery_id: UUID
+
+
+# One lane a conversation. Only faults of ours use up `retries`: a vendor that is away is waited for.
+DELIVERIES = Lane("deliveries", DueDelivery)
+
+erase_subject = erasure("channel")
+
+
+@CHANNEL_OUTBOUND.worker(prefetch=50)
+async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) -> None:
+    assert tx.cause is not None
+    rows = await tx.sql(
+        "SELECT subject_id FROM conversation WHERE session_key = $1 AND channel_id = $2 AND tenant_id = $3",
+        message.session_key,
+        message.channel_id,
+        tx.tenant_id,
+    )
+    if not rows:
+        raise InvalidMessage("session_key", "is of no conversation of this channel")
+    [(subject_id,)] = rows
+    words = Words(message.conversation_id, message.text, message.reply_to)
+    try:
+        key = await subjects.key(tx, str(tx.tenant_id), subject_id)
+        content = key.seal(msgspec.json.encode(words).decode(), str(message.delivery_id), "content")
+    except Erased:
+        # Nothing of it may be stored; its turn will find that there is nobody to send it to.
+        content = b""
+    asked = DeliveryQueued(message.channel_id, message.session_key, message.run_id, subject_id, content)
+    await _decide(tx, message.delivery_id, Queue(asked))
+    tx.enqueue(
+        DELIVERIES,
+        lane=message.session_key,
+        item=DueDelivery(message.delivery_id),
+        item_id=message.delivery_id,
+        # Since it was asked for: a bus that was away must not make an old answer new.
+        expires_in=EXPIRES - (utcnow() - tx.cause.time),
+    )
+
+
+async def expire_delivery(due: DueDelivery, tx: Tx) -> None:
+    await _decide(tx, due.delivery_id, MarkFailed("expired"))
+
+
+@DELIVERIES.runner(concurrency=64, expired=expire_delivery)
+async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) -> None:
+    try:
+        async with effects.begin() as first:
+            account, parts = await sender.open(first, due.delivery_id)
+    except NotSendable as reason:
+        await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
+        return
+    last: str | None = None
+    for n, part in enumerate(parts, 1):
+
+        async def call(_: str, part: Outbound = part) -> Sent:
+            return await sender.send(account, part)
+
+        outcome = await effects.run(part.key, call, kind=account.vendor.effect, result=Sent)
+        which = f"part {n} of {len(parts)}: " if len(parts) > 1 else ""
+        if outcome.state == "failed":
+            error = outcome.error or ""
+            await _decide(tx, due.delivery_id, MarkFailed(which + error))
+            if error.startswith(AccountRefused.PREFIX):
+                await break_account(tx, account, error)
+            return
+        if outcome.state == "unknown":
+            await _decide(tx, due.delivery_id, MarkUnknown(f"{which}{outcome.error or 'no answer'}"))
+            return
+        assert outcome.result is not None
+        last = outcome.result.vendor_message_id
+    await _decide(tx, due.delivery_id, MarkSent(last))
+
+
+async def _decide(tx: Tx, delivery_id: UUID, command: Command) -> None:
+    for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
+        await projections.show(tx, delivery_id, event)

@@ -1,0 +1,45 @@
+"""Read models: the list of deliveries."""
+
+from __future__ import annotations
+
+from typing import assert_never
+from uuid import UUID
+
+from infra.tx import Tx
+from services.channel.events import DeliveryEvent, DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown
+
+
+async def show(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
+    """Brings the delivery's row up to date, in the transaction that appends the event."""
+    match event:
+        case DeliveryQueued():
+            await tx.sql(
+                "INSERT INTO delivery (id, tenant_id, channel_id, session_key, run_id, state) "
+                "VALUES ($1, $2, $3, $4, $5, 'queued')",
+                delivery_id,
+                tx.tenant_id,
+                event.channel_id,
+                event.session_key,
+                event.run_id,
+            )
+        case DeliverySent():
+            await _settle(tx, delivery_id, "sent", vendor_message_id=event.vendor_message_id)
+        case DeliveryFailed():
+            await _settle(tx, delivery_id, "failed", reason=event.reason)
+        case DeliveryUnknown():
+            await _settle(tx, delivery_id, "unknown", reason=event.reason)
+        case _:
+            assert_never(event)
+
+
+async def _settle(
+    tx: Tx, delivery_id: UUID, state: str, *, reason: str | None = None, vendor_message_id: str | None = None
+) -> None:
+    await tx.sql(
+        "UPDATE delivery SET state = $2, reason = $3, vendor_message_id = $4, updated_at = clock_timestamp() "
+        "WHERE id = $1",
+        delivery_id,
+        state,
+        reason,
+        vendor_message_id,
+    )

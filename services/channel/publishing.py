@@ -1,0 +1,67 @@
+"""Stored fact → public message.
+
+`MessageReceived` is not among them: it carries the text, which the stored fact has only sealed. It is published along
+with the fact, in `services.channel.ingest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from uuid import UUID
+
+from infra.eventstore.store import Aggregate, Publication
+from infra.eventstore.upcasting import EventTypes
+from protos.catalog import CHANNEL_EVENTS
+from protos.messages.channel import MessageDelivered, MessageUndelivered
+from services.channel import domain
+from services.channel.events import (
+    DeliveryEvent,
+    DeliveryFailed,
+    DeliveryQueued,
+    DeliverySent,
+    DeliveryUnknown,
+    MessageTaken,
+)
+
+
+def _publish_delivery(delivery_id: str, event: DeliveryEvent) -> Iterable[Publication]:
+    if isinstance(event, DeliveryQueued):
+        return
+    message: MessageDelivered | MessageUndelivered
+    if isinstance(event, DeliverySent):
+        message = MessageDelivered(
+            delivery_id=UUID(delivery_id),
+            channel_id=event.channel_id,
+            session_key=event.session_key,
+            run_id=event.run_id,
+            vendor_message_id=event.vendor_message_id,
+        )
+    else:
+        message = MessageUndelivered(
+            delivery_id=UUID(delivery_id),
+            channel_id=event.channel_id,
+            session_key=event.session_key,
+            run_id=event.run_id,
+            outcome="failed" if isinstance(event, DeliveryFailed) else "unknown",
+            reason=event.reason,
+        )
+    yield Publication(CHANNEL_EVENTS, event.session_key, message)
+
+
+DELIVERY = Aggregate(
+    name="delivery",
+    events=EventTypes(DeliveryQueued, DeliverySent, DeliveryFailed, DeliveryUnknown),
+    initial=domain.Delivery,
+    evolve=domain.evolve,
+    decide=domain.decide,
+    publish=_publish_delivery,
+)
+
+CONVERSATION = Aggregate(
+    name="conversation",
+    events=EventTypes(MessageTaken),
+    initial=int,
+    evolve=domain.count,
+    # A vendor has said so: there is nothing to decide.
+    decide=lambda event, _: [event],
+)

@@ -1,0 +1,129 @@
+"""The way out: what a delivery needs to be sent, and what follows where a vendor refuses the whole account."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from infra.audit import audit
+from infra.cache import Cache
+from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
+from infra.outgoing import Outgoing
+from infra.service import Runtime
+from infra.subjects import Erased, SubjectKeys
+from infra.tx import Tx
+from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
+from protos.messages.channel import AccountBroken
+from protos.messages.notification import SendEmail
+from services.channel import accounts
+from services.channel.accounts import Account, Secrets
+from services.channel.domain import Delivery
+from services.channel.events import DeliveryQueued, Words
+from services.channel.publishing import DELIVERY
+from services.channel.vendors.base import AccountRefused, Outbound
+
+
+class Sent(msgspec.Struct, frozen=True):
+    vendor_message_id: str | None
+
+
+class Letter(NamedTuple):
+    """A delivery with all that is needed to send it, in the parts that the vendor takes."""
+
+    account: Account
+    parts: list[Outbound]
+
+
+class NotSendable(Exception):
+    """It will not be sent, and the vendor is not asked. The text is the reason that people are shown."""
+
+
+class Sender:
+    """Opens and sends deliveries."""
+
+    def __init__(self, secrets: Secrets, subjects: SubjectKeys, outgoing: Outgoing, cache: Cache) -> None:
+        self._secrets = secrets
+        self._subjects = subjects
+        self._outgoing = outgoing
+        self._cache = cache
+
+    async def open(self, tx: Tx, delivery_id: UUID) -> Letter:
+        """Raises NotSendable saying why."""
+        delivery: Delivery = await tx.load(DELIVERY.stream(str(delivery_id)))
+        assert delivery.queued is not None, "stored in the transaction that put it into the lane"
+        if delivery.state != "queued":
+            # Asked for again when lanes and effects have forgotten it; what came of it is not forgotten.
+            raise NotSendable("it was settled before")
+        account = await accounts.read(tx, self._secrets, delivery.queued.channel_id)
+        if account is None or account.tenant_id != tx.tenant_id:
+            raise NotSendable("the channel was deleted")
+        if not account.enabled:
+            raise NotSendable("the channel is disabled")
+        if account.broken_reason:
+            raise NotSendable(f"the channel is broken: {account.broken_reason}")
+        words = await self._words(tx, account, delivery_id, delivery.queued)
+        texts = account.vendor.split(words.text)
+        if not texts:
+            raise NotSendable("the text is empty")
+        parts = [
+            Outbound(
+                key=str(delivery_id) if len(texts) == 1 else f"{delivery_id}-{n}",
+                conversation=words.conversation,
+                text=text,
+                reply_to=words.reply_to if n == 1 else None,
+                run_id=delivery.queued.run_id,
+            )
+            for n, text in enumerate(texts, 1)
+        ]
+        return Letter(account, parts)
+
+    async def send(self, account: Account, part: Outbound) -> Sent:
+        """Raises as `Vendor.send` does, and RetryLater where the vendor would find it too much at once."""
+        for limit in account.vendor.limits(part.conversation):
+            await self._cache.limit(str(account.id), limit.scope, times=limit.times, seconds=limit.seconds)
+        try:
+            sent = await account.vendor.send(self._outgoing, account.origin, account.credentials, part)
+        except InvalidMessage as error:
+            # An address that leads to inside: it was not called.
+            raise EffectFailed(str(error)) from error
+        except Unanswered as error:
+            if account.vendor.effect == "keyed":
+                # Whether it has arrived or not, it may be sent again, until it is too old.
+                raise Transient(str(error)) from error
+            raise
+        return Sent(sent)
+
+    async def _words(self, tx: Tx, account: Account, delivery_id: UUID, queued: DeliveryQueued) -> Words:
+        try:
+            key = await self._subjects.key(tx, account.tenant_id, queued.subject_id)
+        except Erased as error:
+            raise NotSendable("the person was erased") from error
+        return msgspec.json.decode(key.open(queued.content, str(delivery_id), "content"), type=Words)
+
+
+def sender(runtime: Runtime) -> Sender:
+    return Sender(Secrets(runtime.cipher), SubjectKeys(runtime.cipher), runtime.outgoing, Cache(runtime.cache))
+
+
+async def break_account(tx: Tx, account: Account, error: str) -> None:
+    """Notes that the vendor refuses the account; the owners are told once, however many deliveries find out."""
+    reason = error.removeprefix(AccountRefused.PREFIX)
+    if not await tx.sql(
+        "UPDATE account SET broken_reason = $2, updated_at = clock_timestamp() "
+        "WHERE id = $1 AND broken_reason IS NULL RETURNING id",
+        account.id,
+        reason,
+    ):
+        return
+    type_ = account.vendor.name
+    broken = AccountBroken(channel_id=account.id, channel_type=type_, reason=reason)
+    tx.publish(CHANNEL_EVENTS, broken, key=str(account.id))
+    text = (
+        f"The vendor refuses your {type_} channel {account.id}: {reason}.\n\n"
+        "Messages that come in are still taken, but no reply is sent until the channel has working credentials "
+        f"(PATCH /api/v1/channels/{account.id}).\n"
+    )
+    tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject=f"Your {type_} channel no longer works", text=text))
+    audit(tx, "service:channel", "channel.broken", "channel", str(account.id), reason=reason)

@@ -1,0 +1,198 @@
+"""Slack apps, Events API and chat.postMessage.
+
+https://docs.slack.dev/authentication/verifying-requests-from-slack, https://docs.slack.dev/apis/events-api,
+https://docs.slack.dev/reference/methods/chat.postMessage, https://docs.slack.dev/apis/web-api/rate-limits
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from infra.effects import Kind
+from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.http import decode_json
+from infra.outgoing import Answer, Outgoing
+from services.channel.vendors.base import (
+    DEFAULT_RETRY,
+    AccountRefused,
+    Ack,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Vendor,
+    fresh,
+    refuse_passing,
+    same,
+)
+from services.channel.vendors.text import split
+
+# Characters. Slack cuts at 40,000 and asks for no more than this.
+MAX_TEXT = 4_000
+# A message event with another subtype is about a message, or about the channel.
+_SPOKEN = (None, "file_share", "thread_broadcast", "me_message")
+_ACCOUNT = frozenset(
+    (
+        "invalid_auth",
+        "not_authed",
+        "account_inactive",
+        "token_revoked",
+        "token_expired",
+        "no_permission",
+        "missing_scope",
+        "org_login_required",
+        "ekm_access_denied",
+        "not_allowed_token_type",
+    )
+)
+_PASSING = frozenset(("internal_error", "fatal_error", "service_unavailable", "request_timeout"))
+
+
+class SlackCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    signing_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    bot_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,256}$")]
+    """``xoxb-…``, sent as a header, hence the pattern."""
+
+
+class _Authorization(msgspec.Struct):
+    user_id: str | None = None
+    is_bot: bool = False
+
+
+class _Payload(msgspec.Struct):
+    type: str
+    challenge: str = ""
+    team_id: str = ""
+    event_id: str = ""
+    event: msgspec.Raw = msgspec.Raw(b"{}")
+    authorizations: list[_Authorization] = []
+
+
+class _Kind(msgspec.Struct):
+    type: str = ""
+    subtype: str | None = None
+    bot_id: str | None = None
+
+
+class _Event(msgspec.Struct):
+    """A message. `text` has ``& < >`` as entities."""
+
+    channel: str
+    ts: str
+    user: str
+    text: str = ""
+    thread_ts: str | None = None
+
+
+class _Response(msgspec.Struct):
+    ok: bool
+    ts: str | None = None
+    error: str = ""
+
+
+class Slack(Vendor[SlackCredentials]):
+    """Takes no key of ours: an unanswered send stays unknown."""
+
+    name: ClassVar[str] = "slack"
+    credentials: ClassVar[type[msgspec.Struct]] = SlackCredentials
+    origin: ClassVar[str] = "https://slack.com"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "once"
+
+    def receive(self, request: Request, credentials: SlackCredentials, now: datetime) -> Received:
+        timestamp = request.headers.get("x-slack-request-timestamp", "")
+        if not fresh(timestamp, now):
+            raise Unauthenticated("X-Slack-Request-Timestamp is missing or not of now")
+        if not same(request.headers.get("x-slack-signature", ""), sign(credentials, timestamp, request.body)):
+            raise Unauthenticated("X-Slack-Signature does not fit")
+        unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
+        if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+            return Received([Ignored(unnamed, "a command or an interaction")])
+        payload = decode_json(request.body, _Payload)
+        if payload.type == "url_verification":
+            return Received([], Ack(payload.challenge.encode()))
+        if payload.type != "event_callback":
+            return Received([Ignored(unnamed, f"of type {payload.type[:40]}")])
+        return Received([_event(payload)])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT)
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        return [Limit(f"channel {conversation.partition('/')[0]}", 1, 1)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, message: Outbound
+    ) -> str | None:
+        channel, _, thread = message.conversation.partition("/")
+        body = {"channel": channel, "text": _escape(message.text)}
+        if thread:
+            body["thread_ts"] = thread
+        answer = await outgoing.request(
+            "POST",
+            f"{origin}/api/chat.postMessage",
+            headers={"authorization": f"Bearer {credentials.bot_token}"},
+            json=body,
+            template="/api/chat.postMessage",
+        )
+        return _read(answer).ts
+
+
+def sign(credentials: SlackCredentials, timestamp: str, body: bytes) -> str:
+    base = b"v0:" + timestamp.encode() + b":" + body
+    return "v0=" + hmac.new(credentials.signing_secret.encode(), base, hashlib.sha256).hexdigest()
+
+
+def _event(payload: _Payload) -> Inbound | Ignored:
+    kind = decode_json(payload.event, _Kind)
+    ids = (f"event/{payload.event_id}",)
+    if kind.type not in ("message", "app_mention"):
+        return Ignored(ids, f"an event {kind.type[:40]}")
+    if kind.bot_id is not None or kind.subtype == "bot_message":
+        return Ignored(ids, "a bot's message")
+    if kind.subtype not in _SPOKEN:
+        return Ignored(ids, f"a message of subtype {str(kind.subtype)[:40]}")
+    event = decode_json(payload.event, _Event)
+    if any(bot.is_bot and bot.user_id == event.user for bot in payload.authorizations):
+        return Ignored(ids, "a bot's message")
+    thread = f"/{event.thread_ts}" if event.thread_ts else ""
+    return Inbound(
+        # A mention in a channel comes as app_mention and as message, two events of one text.
+        ids=(*ids, f"message/{payload.team_id}/{event.channel}/{event.ts}"),
+        conversation=f"{event.channel}{thread}",
+        person=event.user,
+        message=event.ts,
+        text=event.text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+    )
+
+
+def _escape(text: str) -> str:
+    """Nothing in the text is a mention, a link or a call to everybody: ``<!channel>`` would ring all telephones."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _read(answer: Answer) -> _Response:
+    refuse_passing(answer)
+    if answer.status >= 400:
+        raise EffectFailed(f"HTTP {answer.status}")
+    try:
+        response = msgspec.json.decode(answer.body, type=_Response)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Unanswered(f"HTTP {answer.status} with a body that cannot be read") from error
+    if response.ok:
+        return response
+    if response.error in _ACCOUNT:
+        raise AccountRefused(response.error)
+    if response.error == "ratelimited":
+        raise RetryLater(DEFAULT_RETRY, response.error)
+    if response.error in _PASSING:
+        raise Transient(response.error)
+    raise EffectFailed(response.error[:200])

@@ -1,0 +1,166 @@
+"""Telegram bots: https://core.telegram.org/bots/api (setWebhook, Update, sendMessage, ResponseParameters)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from infra.effects import Kind
+from infra.errors import EffectFailed, Unanswered, Unauthenticated
+from infra.http import decode_json
+from infra.outgoing import Answer, Outgoing
+from services.channel.vendors.base import (
+    AccountRefused,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Vendor,
+    refuse_passing,
+    same,
+)
+from services.channel.vendors.text import split, utf16_length
+
+_TEMPLATE = "/bot{token}/sendMessage"
+# UTF-16 units.
+MAX_TEXT = 4096
+
+
+class TelegramCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    bot_token: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9:_-]{1,256}$")]
+    """As BotFather gives it, ``<bot id>:<secret>``. Part of each call's path, hence the pattern."""
+    secret_token: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,256}$")]
+    """What setWebhook was given as ``secret_token``."""
+
+
+class _User(msgspec.Struct):
+    id: int
+    is_bot: bool = False
+
+
+class _Chat(msgspec.Struct):
+    id: int
+
+
+class _Message(msgspec.Struct):
+    message_id: int
+    chat: _Chat
+    from_: _User | None = msgspec.field(name="from", default=None)
+    text: str | None = None
+    message_thread_id: int | None = None
+    is_topic_message: bool = False
+
+
+class _Update(msgspec.Struct):
+    update_id: int
+    message: _Message | None = None
+
+
+class _Parameters(msgspec.Struct, frozen=True):
+    retry_after: float | None = None
+    migrate_to_chat_id: int | None = None
+
+
+class _Sent(msgspec.Struct):
+    message_id: int
+
+
+class _Response(msgspec.Struct):
+    ok: bool
+    description: str = ""
+    parameters: _Parameters = _Parameters()
+    result: _Sent | None = None
+
+
+class Telegram(Vendor[TelegramCredentials]):
+    """Updates are proven by a shared token and not signed. Takes no key of ours: an unanswered send stays unknown."""
+
+    name: ClassVar[str] = "telegram"
+    credentials: ClassVar[type[msgspec.Struct]] = TelegramCredentials
+    origin: ClassVar[str] = "https://api.telegram.org"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "once"
+
+    def receive(self, request: Request, credentials: TelegramCredentials, now: datetime) -> Received:
+        given = request.headers.get("x-telegram-bot-api-secret-token", "")
+        if not same(given, credentials.secret_token):
+            raise Unauthenticated("X-Telegram-Bot-Api-Secret-Token is not this channel's secret_token")
+        update = decode_json(request.body, _Update)
+        ids = (f"update/{update.update_id}",)
+        message = update.message
+        if message is None:
+            return Received([Ignored(ids, "not a message")])
+        if message.from_ is None or message.from_.is_bot:
+            return Received([Ignored(ids, "a bot's message")])
+        if message.text is None:
+            return Received([Ignored(ids, "a message without text")])
+        topic = f"/{message.message_thread_id}" if message.is_topic_message else ""
+        return Received(
+            [
+                Inbound(
+                    ids=ids,
+                    conversation=f"{message.chat.id}{topic}",
+                    person=str(message.from_.id),
+                    message=str(message.message_id),
+                    text=message.text,
+                )
+            ]
+        )
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, utf16_length)
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this"""
+        chat = conversation.partition("/")[0]
+        # Groups have negative ids.
+        group = [Limit(f"group {chat}", 20, 60)] if chat.startswith("-") else []
+        return [Limit("bot", 30, 1), Limit(f"chat {chat}", 1, 1), *group]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
+    ) -> str | None:
+        chat, _, topic = message.conversation.partition("/")
+        # No parse_mode: the text is shown as it is, whatever looks like markup in it.
+        body: dict[str, object] = {"chat_id": _chat_id(chat), "text": message.text}
+        if topic:
+            body["message_thread_id"] = int(topic)
+        if message.reply_to is not None and message.reply_to.isdigit():
+            # The message may have been deleted since; the answer goes out all the same.
+            body["reply_parameters"] = {"message_id": int(message.reply_to), "allow_sending_without_reply": True}
+        url = f"{origin}/bot{credentials.bot_token}/sendMessage"
+        response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
+        if response.parameters.migrate_to_chat_id is not None:
+            # The group became a supergroup and nothing was sent; its new id works at once.
+            body["chat_id"] = response.parameters.migrate_to_chat_id
+            body.pop("reply_parameters", None)
+            response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
+        if response.result is None:
+            raise EffectFailed(response.description[:200])
+        return str(response.result.message_id)
+
+
+def _chat_id(chat: str) -> int | str:
+    return int(chat) if chat.removeprefix("-").isdigit() else chat
+
+
+def _read(answer: Answer) -> _Response:
+    """What Telegram says of this message; raises for what it says of the account and of all messages."""
+    try:
+        response = msgspec.json.decode(answer.body, type=_Response)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        response = None
+    refuse_passing(answer, response.parameters.retry_after if response else None)
+    if answer.status in (401, 404):
+        # 404 is for a token that never was one.
+        raise AccountRefused(f"HTTP {answer.status}")
+    if response is None or (answer.status < 300 and response.result is None):
+        if answer.status < 500 and answer.status >= 400:
+            raise EffectFailed(f"HTTP {answer.status}")
+        raise Unanswered(f"HTTP {answer.status} with a body that cannot be read")
+    return response

@@ -1,0 +1,97 @@
+"""Any program, by Standard Webhooks both ways.
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from infra import webhooks
+from infra.clock import utcnow
+from infra.effects import Kind
+from infra.errors import EffectFailed
+from infra.http import decode_json
+from infra.outgoing import Outgoing
+from services.channel.vendors.base import (
+    AccountRefused,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Vendor,
+    refuse_passing,
+)
+from services.channel.vendors.text import split
+
+# Characters; only so that one message stays within what the other side's HTTP server takes.
+MAX_TEXT = 100_000
+# Any text but with NUL, which stores and programs on the way would not take.
+_Id = Annotated[str, msgspec.Meta(pattern="^[^\\x00]{1,500}$")]
+
+
+class WebhookCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    secret: str
+    """``whsec_`` and base64 of 24 to 64 bytes; signs both directions."""
+    reply_url: Annotated[str, msgspec.Meta(max_length=2_000)]
+
+    def __post_init__(self) -> None:
+        webhooks.read_secret(self.secret)
+
+
+class _Message(msgspec.Struct):
+    conversation_id: _Id
+    user_id: _Id
+    text: str
+
+
+class Webhook(Vendor[WebhookCredentials]):
+    """Our key is the ``webhook-id``, by which the receiver drops repeats."""
+
+    name: ClassVar[str] = "webhook"
+    credentials: ClassVar[type[msgspec.Struct]] = WebhookCredentials
+    origin: ClassVar[str] = ""
+    addresses: ClassVar[tuple[str, ...]] = ("reply_url",)
+    effect: ClassVar[Kind] = "keyed"
+
+    def receive(self, request: Request, credentials: WebhookCredentials, now: datetime) -> Received:
+        id_ = webhooks.verify(credentials.secret, request.headers, request.body, now)
+        message = decode_json(request.body, _Message)
+        return Received(
+            [
+                Inbound(
+                    ids=(id_,),
+                    conversation=message.conversation_id,
+                    person=message.user_id,
+                    message=id_,
+                    text=message.text,
+                )
+            ]
+        )
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT)
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        return []
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: WebhookCredentials, message: Outbound
+    ) -> str | None:
+        body = msgspec.json.encode(
+            {"conversation_id": message.conversation, "text": message.text, "run_id": message.run_id}
+        )
+        signed = webhooks.sign(credentials.secret, message.key, utcnow(), body)
+        headers = {"content-type": "application/json", **signed}
+        answer = await outgoing.request("POST", credentials.reply_url, headers=headers, content=body)
+        if answer.status == 410:
+            raise AccountRefused("HTTP 410, the receiver wants no more")
+        refuse_passing(answer)
+        if not 200 <= answer.status < 300:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return None

@@ -1,0 +1,19 @@
+"""Log aggregator: who did what, what happened when, and what could not be done."""
+
+from infra.service import Service
+from infra.subjects import erasure
+from services.log_aggregator import adapters, api, handlers, otlp
+from services.log_aggregator.settings import LogAggregatorSettings
+
+service = Service("log_aggregator", LogAggregatorSettings)
+service.serve_http(api.routes)
+service.beside("OTLP receiver", otlp.receiver)
+service.depend("opensearch", adapters.opensearch)
+service.consume(handlers.chain_acts)
+service.consume(handlers.index_lines, index=adapters.index)
+service.consume(handlers.index_agent_events, index=adapters.index)
+service.consume(handlers.index_channel_events, index=adapters.index)
+service.consume(erasure("log_aggregator"))
+
+if __name__ == "__main__":
+    service.run()

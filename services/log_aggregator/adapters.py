@@ -1,0 +1,16 @@
+"""What the log aggregator calls."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from infra.service import Runtime
+from services.log_aggregator.index import Index
+
+
+def index(runtime: Runtime) -> Index:
+    return Index(runtime.settings.opensearch_url.get_secret_value(), runtime.settings.topic_prefix)
+
+
+def opensearch(runtime: Runtime) -> Callable[[], Awaitable[None]]:
+    return index(runtime).ping

@@ -1,0 +1,134 @@
+"""The audit chains in PostgreSQL: one per tenant, and the system's, whose tenant is empty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from infra.tx import Database, Tx
+from protos.messages.audit import ActAudited
+from services.log_aggregator import domain
+from services.log_aggregator.domain import EMPTY, Head, Link
+
+# Records that are read and recomputed at a time.
+BATCH = 1000
+
+
+class Verdict(NamedTuple):
+    """records: how many were found good. broken_at: the seq where the chain breaks, None where it holds."""
+
+    records: int
+    head: bytes
+    broken_at: int | None
+
+
+def record(act: ActAudited, headers: Mapping[str, str]) -> str:
+    """An act as it is chained, with the id and the sender of its message."""
+    fields = {
+        "id": headers["ce_id"],
+        "service": headers.get("ce_source", ""),
+        "tenant_id": act.tenant_id,
+        "at": act.at.astimezone(UTC).isoformat(),
+        "actor": act.actor,
+        "action": act.action,
+        "object_kind": act.object_kind,
+        "object_id": act.object_id,
+        "outcome": act.outcome,
+        "details": act.details,
+    }
+    return domain.canonical(fields)
+
+
+async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
+    """Adds records to the ends of their chains (tenant id → records). The chains stay locked until the commit."""
+    # Sorted: two transactions with chains in common wait for each other in one order, never in a circle.
+    tenants = sorted(chains)
+    rows = await tx.sql(
+        "INSERT INTO audit_head AS h (tenant_id, seq, hash) SELECT t, 0, $2 FROM unnest($1::text[]) AS n(t) ORDER BY t "
+        "ON CONFLICT (tenant_id) DO UPDATE SET seq = h.seq RETURNING tenant_id, seq, hash",
+        tenants,
+        EMPTY.hash,
+    )
+    added: list[tuple[str, Link]] = []
+    heads: list[Link] = []
+    for tenant_id, seq, hash_ in rows:
+        links = list(domain.chained(Head(seq, hash_), chains[tenant_id]))
+        added += [(tenant_id, link) for link in links]
+        heads.append(links[-1])
+    read = [_searched(link.record) for _, link in added]
+    await tx.sql(
+        "INSERT INTO audit_record (tenant_id, seq, at, actor, action, object_id, record, hash) SELECT * FROM unnest("
+        "$1::text[], $2::bigint[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[])",
+        [tenant_id for tenant_id, _ in added],
+        [link.seq for _, link in added],
+        *(list(column) for column in zip(*read, strict=True)),
+        [link.record for _, link in added],
+        [link.hash for _, link in added],
+    )
+    await tx.sql(
+        "UPDATE audit_head h SET seq = n.seq, hash = n.hash FROM unnest($1::text[], $2::bigint[], $3::bytea[]) "
+        "AS n(tenant_id, seq, hash) WHERE h.tenant_id = n.tenant_id",
+        [tenant_id for tenant_id, _, _ in rows],
+        [link.seq for link in heads],
+        [link.hash for link in heads],
+    )
+
+
+async def verify(database: Database, tenant_id: str) -> Verdict:
+    """Recomputes a chain from its first record to the head that it has now."""
+    async with database.begin(tenant_id=tenant_id or None) as tx:
+        heads = await tx.sql("SELECT seq, hash FROM audit_head WHERE tenant_id = $1", tenant_id)
+    head = Head(*heads[0]) if heads else EMPTY
+    good = EMPTY
+    while good.seq < head.seq:
+        async with database.begin(tenant_id=tenant_id or None) as tx:
+            rows = await tx.sql(
+                "SELECT seq, record, hash, at, actor, action, object_id FROM audit_record "
+                "WHERE tenant_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4",
+                tenant_id,
+                good.seq,
+                head.seq,
+                BATCH,
+            )
+        links = [Link(*row[:3]) for row in rows]
+        broken = domain.first_break(good, links)
+        # What is only beside the record must say the same, or a search would not find what happened.
+        untrue = next((row[0] for row in rows if _searched(row[1]) != row[3:]), None)
+        if breaks := [seq for seq in (broken, untrue, None if rows else good.seq + 1) if seq]:
+            return Verdict(min(breaks) - 1, head.hash, min(breaks))
+        good = Head(links[-1].seq, links[-1].hash)
+    if good != head:
+        # The head was changed, or the last record with its hash.
+        return Verdict(good.seq - 1, head.hash, good.seq)
+    return Verdict(good.seq, head.hash, None)
+
+
+async def listed(
+    database: Database,
+    tenant_id: str,
+    wanted: Mapping[str, str],
+    since: datetime | None,
+    before: int | None,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """The records of a chain, newest first, whose action, actor and object_id are as `wanted`."""
+    async with database.begin(tenant_id=tenant_id or None) as tx:
+        rows = await tx.sql(
+            "SELECT seq, record, hash FROM audit_record WHERE tenant_id = $1 "
+            "AND ($2::text IS NULL OR action = $2) AND ($3::text IS NULL OR actor = $3) "
+            "AND ($4::text IS NULL OR object_id = $4) AND ($5::timestamptz IS NULL OR at >= $5) "
+            "AND ($6::bigint IS NULL OR seq < $6) ORDER BY seq DESC LIMIT $7",
+            tenant_id,
+            *(wanted.get(name) for name in ("action", "actor", "object_id")),
+            since,
+            before,
+            limit,
+        )
+    return [{"seq": seq, **json.loads(text), "hash": hash_.hex()} for seq, text, hash_ in rows]
+
+
+def _searched(text: str) -> tuple[datetime, str, str, str]:
+    read = json.loads(text)
+    return datetime.fromisoformat(read["at"]), read["actor"], read["action"], read["object_id"]

@@ -1,0 +1,37 @@
+"""What the log aggregator receives."""
+
+from __future__ import annotations
+
+from infra.bus.dispatch import Decoded
+from infra.tx import Tx
+from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, SERVICE_LOGS
+from protos.messages.audit import ActAudited
+from services.log_aggregator import audit, documents
+from services.log_aggregator.index import Index
+
+# Of the readers into the search index: where they are in the log has nothing to do with the chains' place in it.
+_INDEX = "log_aggregator_index"
+
+
+@AUDIT_LOGS.batch(group="log_aggregator")
+async def chain_acts(acts: list[ActAudited], tx: Tx) -> None:
+    """In the order of their arrival."""
+    chains: dict[str, list[str]] = {}
+    for act in acts:
+        chains.setdefault(act.tenant_id or "", []).append(audit.record(act, tx.origins[id(act)]))
+    await audit.append(tx, chains)
+
+
+@SERVICE_LOGS.outside(group=_INDEX)
+async def index_lines(lines: list[Decoded], index: Index) -> None:
+    await index.store("logs", [documents.line(line) for line in lines])
+
+
+@AGENT_EVENTS.outside(group=_INDEX)
+async def index_agent_events(events: list[Decoded], index: Index) -> None:
+    await index.store("events", [documents.event(event) for event in events])
+
+
+@CHANNEL_EVENTS.outside(group=_INDEX)
+async def index_channel_events(events: list[Decoded], index: Index) -> None:
+    await index.store("events", [documents.event(event) for event in events])

@@ -1,0 +1,172 @@
+"""The search index in OpenSearch: one index a day and kind, made from a template, given up when it is old enough.
+
+Not by the client for the outside world: the index is on a private network, and its own spans would be spans to store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal
+
+import httpx
+import msgspec
+
+from infra.clock import utcnow
+from infra.errors import InvalidMessage, Transient
+from infra.logs import get_logger
+from services.log_aggregator.documents import Document
+
+Kind = Literal["logs", "events", "spans"]
+
+KEEP: Final[dict[Kind, timedelta]] = {
+    "logs": timedelta(days=30),
+    "events": timedelta(days=30),
+    "spans": timedelta(days=14),
+}
+# Of one request. OpenSearch takes 100 MB and does best with a few.
+MAX_BULK_BYTES = 5_000_000
+
+_SEARCH_PAUSES = (0.1, 0.2, 0.5, 0.0)
+
+_KEYWORD = {"type": "keyword", "ignore_above": 1024}
+_FIELDS: Final[dict[Kind, dict[str, Any]]] = {
+    "logs": {
+        "timestamp": {"type": "date"},
+        "text": {"type": "text"},
+        **dict.fromkeys(("id", "level", "service", "traceId", "spanId", "tenant"), _KEYWORD),
+    },
+    "events": {
+        "timestamp": {"type": "date"},
+        **dict.fromkeys(("id", "type", "service", "tenant", "trace_id", "run_id", "session_key"), _KEYWORD),
+    },
+    "spans": {
+        "start_ns": {"type": "long"},
+        **dict.fromkeys(("trace_id", "span_id", "service", "linked"), _KEYWORD),
+    },
+}
+
+
+class Index:
+    """`prefix`: keeps several systems in one OpenSearch apart. Raises Transient while OpenSearch is away or refuses."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self._http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=30)
+        self._prefix = f"{prefix}clawbus-"
+        self._log = get_logger("log_aggregator.index")
+
+    async def ping(self) -> None:
+        await self._ask("GET", "/")
+
+    async def store(self, kind: Kind, documents: Sequence[Document]) -> None:
+        """Stores documents; one that is there already is overwritten.
+
+        Raises InvalidMessage (field ``document``) where OpenSearch refuses one for what is in it.
+        """
+        for name in sorted({self._name(kind, document.at) for document in documents}):
+            await self._prepare(kind, name)
+        for body in self._bulks(kind, documents):
+            answer = await self._ask("POST", "/_bulk", content=body, headers={"content-type": "application/x-ndjson"})
+            if answer["errors"]:
+                _raise(answer["items"])
+
+    async def search(
+        self,
+        kind: Kind,
+        must: Sequence[Mapping[str, Any]],
+        sort: Sequence[Mapping[str, str]],
+        size: int,
+        after: Sequence[Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """The documents for which all of `must` (OpenSearch's queries) hold. after: the sort values of the last one."""
+        body = {
+            "query": {"bool": {"filter": list(must)}},
+            "sort": list(sort),
+            "size": size,
+            "track_total_hits": False,
+            **({"search_after": list(after)} if after else {}),
+        }
+        # Before the first document there is no index, which is no error.
+        params = {"ignore_unavailable": "true", "allow_no_indices": "true"}
+        path = f"/{self._prefix}{kind}-*/_search"
+        for pause in _SEARCH_PAUSES:
+            answer = await self._send("POST", path, json=body, params=params)
+            if answer.status_code != 503:
+                break
+            # The index of a new day, or all after a start, has no shard for a moment.
+            await asyncio.sleep(pause)
+        found = _content(answer)
+        return [hit["_source"] for hit in found["hits"]["hits"]]
+
+    def _name(self, kind: Kind, at: datetime) -> str:
+        return f"{self._prefix}{kind}-{at.astimezone(UTC):%Y.%m.%d}"
+
+    async def _prepare(self, kind: Kind, name: str) -> None:
+        """Sees to it that an index that is not there yet is made right: also after all of OpenSearch was wiped."""
+        if (await self._send("HEAD", f"/{name}")).status_code == 200:
+            return
+        template = {
+            "index_patterns": [f"{self._prefix}{kind}-*"],
+            "template": {
+                "settings": {"number_of_shards": 1, "auto_expand_replicas": "0-1"},
+                "mappings": {
+                    # What has no type here is kept and not searched: no line can make fields, or clash with others.
+                    "dynamic": False,
+                    # Only to be searched; what it was made from is there.
+                    "_source": {"excludes": ["text", "linked"]},
+                    "properties": _FIELDS[kind],
+                },
+            },
+        }
+        await self._ask("PUT", f"/_index_template/{self._prefix}{kind}", json=template)
+        await self._give_up_old(kind)
+
+    async def _give_up_old(self, kind: Kind) -> None:
+        oldest = self._name(kind, utcnow() - KEEP[kind])
+        found = await self._ask("GET", f"/_cat/indices/{self._prefix}{kind}-*", params={"h": "index", "format": "json"})
+        for name in sorted(index["index"] for index in found):
+            # A name ends with its day, year first.
+            if name < oldest:
+                await self._ask("DELETE", f"/{name}")
+                self._log.info("old index given up", index=name)
+
+    def _bulks(self, kind: Kind, documents: Sequence[Document]) -> Iterator[bytes]:
+        lines: list[bytes] = []
+        size = 0
+        for document in documents:
+            action = {"index": {"_index": self._name(kind, document.at), "_id": document.id}}
+            line = msgspec.json.encode(action) + b"\n" + msgspec.json.encode(document.body) + b"\n"
+            if lines and size + len(line) > MAX_BULK_BYTES:
+                yield b"".join(lines)
+                lines, size = [], 0
+            lines.append(line)
+            size += len(line)
+        if lines:
+            yield b"".join(lines)
+
+    async def _ask(self, method: str, path: str, **request: Any) -> Any:
+        return _content(await self._send(method, path, **request))
+
+    async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            return await self._http.request(method, path, **request)
+        except httpx.HTTPError as error:
+            raise Transient(f"OpenSearch does not answer: {type(error).__name__}: {error}") from error
+
+
+def _content(answer: httpx.Response) -> Any:
+    if answer.status_code >= 300:
+        asked = f"{answer.request.method} {answer.request.url.path}"
+        raise Transient(f"OpenSearch: {asked}: {answer.status_code} {answer.text[:500]}")
+    return json.loads(answer.content)
+
+
+def _raise(items: Sequence[Mapping[str, Any]]) -> None:
+    """What a refused item means: 400 is for what it is, all else (too busy, disk full, no leader) passes."""
+    refused = [item["index"] for item in items if item["index"]["status"] >= 300]
+    for item in refused:
+        if item["status"] != 400:
+            raise Transient(f"OpenSearch: document {item['_id']}: {item['status']} {item['error']['reason']}")
+    raise InvalidMessage("document", f"{refused[0]['_id']}: {refused[0]['error']['reason']}")

@@ -1,0 +1,84 @@
+"""HTTP: log lines and traces, from the search index."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from pydantic import AwareDatetime
+
+from infra.api import Paging, page
+from infra.errors import InvalidMessage
+from infra.service import Runtime
+from services.log_aggregator import adapters
+from services.log_aggregator.access import AskedTenant, Seer
+
+# As many as OpenSearch gives at once.
+MAX_SPANS = 10_000
+_LINE = ("timestamp", "level", "service", "traceId", "spanId", "message", "data")
+_TRACE_ID = r"^[0-9a-f]{32}$"
+
+
+def router(runtime: Runtime) -> APIRouter:
+    index = adapters.index(runtime)
+    routes = APIRouter(tags=["logs and traces"])
+
+    @routes.get("/api/v1/logs")
+    async def search_lines(
+        tenant: AskedTenant,
+        paging: Paging,
+        q: Annotated[str | None, Query(min_length=1, max_length=500)] = None,
+        trace_id: Annotated[str | None, Query(pattern=_TRACE_ID)] = None,
+        service: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
+        since: AwareDatetime | None = None,
+    ) -> dict[str, Any]:
+        """Log lines, newest first. q: words that must be in it, "phrases", -without. A tenant sees its own."""
+        must: list[dict[str, Any]] = [
+            {"term": {field: value}}
+            for field, value in (("tenant", tenant), ("traceId", trace_id), ("service", service))
+            if value
+        ]
+        if since:
+            must.append({"range": {"timestamp": {"gte": since.isoformat()}}})
+        if q:
+            query = {"query": q, "fields": ["text"], "default_operator": "and", "flags": "AND|NOT|PHRASE|WHITESPACE"}
+            must.append({"simple_query_string": query})
+        sort = [{"timestamp": "desc"}, {"id": "desc"}]
+        found = await index.search("logs", must, sort, paging.limit + 1, _after(paging.after))
+        lines = page(found, paging, lambda line: json.dumps([line["timestamp"], line["id"]]))
+        return lines | {"items": [{name: line[name] for name in _LINE} for line in lines["items"]]}
+
+    @routes.get("/api/v1/traces/{trace_id}")
+    async def trace(trace_id: Annotated[str, Path(pattern=_TRACE_ID)], who: Seer) -> dict[str, Any]:
+        """The spans of a trace in the order of their start, and those of batches that are linked to it.
+
+        A tenant's trace is one that has an event of that tenant; of others, and of traces that have not arrived yet,
+        there are no spans.
+        """
+        if who.tenant_id:
+            own = [{"term": {"tenant": who.tenant_id}}, {"term": {"trace_id": trace_id}}]
+            if not await index.search("events", own, [], 1):
+                return {"items": [], "next": None}
+        wanted = [{"term": {"trace_id": trace_id}}, {"term": {"linked": trace_id}}]
+        found = await index.search("spans", [{"bool": {"should": wanted}}], [{"start_ns": "asc"}], MAX_SPANS)
+        # What else a batch is linked to may be somebody else's.
+        spans = [
+            span | {"links": [link for link in span["links"] if trace_id in (link[0], span["trace_id"])]}
+            for span in found
+        ]
+        return {"items": spans, "next": None}
+
+    return routes
+
+
+def _after(cursor: str | None) -> list[str] | None:
+    if cursor is None:
+        return None
+    try:
+        timestamp, id_ = map(str, json.loads(cursor))
+        datetime.fromisoformat(timestamp)
+    except (TypeError, ValueError):
+        raise InvalidMessage("cursor", "is none that a list gave") from None
+    return [timestamp, id_]

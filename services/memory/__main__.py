@@ -1,0 +1,19 @@
+"""Memory: documents, their passages and embeddings, retrieval."""
+
+from infra.service import Service
+from infra.subjects import erasure
+from services.memory import adapters, api, handlers, rpc
+from services.memory.settings import MemorySettings
+
+service = Service("memory", MemorySettings)
+service.depend("milvus", adapters.milvus)
+service.serve_http(api.routes)
+service.serve_grpc(rpc.servicer)
+service.consume(handlers.index_document)
+service.consume(handlers.remember_reply, conversations=adapters.conversations)
+service.consume(erasure("memory"))
+service.work(handlers.work_on_document, indexing=adapters.indexing)
+service.work(handlers.work_on_utterance, conversations=adapters.conversations)
+
+if __name__ == "__main__":
+    service.run()

@@ -1,0 +1,52 @@
+"""What memory reaches: the object store, the embedding model, the index. One of each per process."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import cache
+
+from infra.objects import Objects
+from infra.service import Runtime
+from services.memory.conversations import Conversations
+from services.memory.embeddings import Embedder, LocalEmbedder, RemoteEmbedder
+from services.memory.handlers import refill
+from services.memory.index import Index
+from services.memory.indexing import Indexing
+from services.memory.retrieval import Retrieval
+
+
+@cache
+def objects(runtime: Runtime) -> Objects:
+    settings = runtime.settings
+    return Objects(settings.s3_endpoint, settings.s3_access_key, settings.s3_secret_key.get_secret_value())
+
+
+@cache
+def embedder(runtime: Runtime) -> Embedder:
+    settings = runtime.settings
+    if not settings.embedding_base_url:
+        return LocalEmbedder()
+    key = settings.embedding_api_key.get_secret_value() if settings.embedding_api_key else None
+    return RemoteEmbedder(runtime.outgoing, settings.embedding_base_url, settings.embedding_model, key)
+
+
+@cache
+def index(runtime: Runtime) -> Index:
+    settings = runtime.settings
+    return Index(settings.milvus_url, settings.topic_prefix, embedder(runtime).model, lambda: refill(runtime.worker))
+
+
+def conversations(runtime: Runtime) -> Conversations:
+    return Conversations(runtime.cipher, embedder(runtime), index(runtime))
+
+
+def indexing(runtime: Runtime) -> Indexing:
+    return Indexing(objects(runtime), embedder(runtime), index(runtime))
+
+
+def retrieval(runtime: Runtime) -> Retrieval:
+    return Retrieval(runtime.request, embedder(runtime), index(runtime), conversations(runtime))
+
+
+def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:
+    return index(runtime).check

@@ -1,0 +1,235 @@
+"""HTTP of memory: a tenant's documents, and search in them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import UploadFile
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from infra.api import Paging, Reader, Writer, api, page
+from infra.audit import audit
+from infra.clock import uuid7
+from infra.errors import InvalidMessage, NotFound, WrongType
+from infra.http import allow_body
+from infra.idempotency import once
+from infra.objects import DOCUMENT, DOWNLOAD_LIFE, document_path
+from infra.service import Runtime
+from infra.tx import Tx
+from protos.catalog import DOCUMENT_INDEX
+from protos.messages.memory import IndexDocument
+from services.memory import adapters, documents
+from services.memory.documents import Document
+from services.memory.handlers import enqueue
+from services.memory.retrieval import Query, Scored
+
+# What multipart adds around a file.
+_FORM_BYTES = 65_536
+_MAX_NAME = 255
+_FILE_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+
+
+class DocumentView(BaseModel):
+    """`status`: stored, parsed, chunked, embedded, indexed (it can be found) or failed, for which `error` says why.
+    `progress`: from 0 to 1. `size`: bytes."""
+
+    id: UUID
+    name: str
+    content_type: str
+    size: int
+    status: str
+    progress: float
+    error: str | None
+    created_at: datetime
+
+
+class DocumentList(BaseModel):
+    items: list[DocumentView]
+    next: str | None
+
+
+class ContentLink(BaseModel):
+    """`url`: whoever has it can download the file, for so many seconds."""
+
+    url: str
+    expires_in: int
+
+
+class Search(BaseModel):
+    """`limit`: 10 unless given, up to 100. `min_similarity`: a cosine; unless given, the default of the embedding
+    model, which cuts off what is far from the query. Scores of right and wrong passages overlap and do not compare
+    between models, so no value tells whether an answer is there. `types`: document (the default), conversation; the
+    latter is what agents have said in `session_key`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    query: str
+    limit: int | None = None
+    min_similarity: float | None = None
+    types: list[str] = []
+    session_key: str | None = None
+
+
+class Source(BaseModel):
+    """`document_id` is null, and `name` is ``conversation``, for what was said in one."""
+
+    document_id: UUID | None
+    name: str
+    section: str | None
+    page: int | None
+
+
+class Passage(BaseModel):
+    """`score`: cosine similarity."""
+
+    text: str
+    score: float
+    source: Source
+
+
+class Passages(BaseModel):
+    items: list[Passage]
+
+
+def routes(runtime: Runtime) -> Sequence[BaseRoute]:
+    router = APIRouter()
+    objects = adapters.objects(runtime)
+    retrieval = adapters.retrieval(runtime)
+
+    @router.post("/api/v1/documents", status_code=202, response_model=DocumentView, openapi_extra=_FILE_FORM)
+    async def upload(who: Writer, request: Request) -> Response:
+        """Takes one file: PDF, Office, text, Markdown or HTML, up to 100 MB. It is indexed after the answer."""
+        allow_body(request, DOCUMENT.max_bytes + _FORM_BYTES)
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise WrongType("content-type", "this takes multipart/form-data")
+        id_ = uuid7()
+        user_id = who.actor.partition(":")[2]
+        async with request.form(max_files=1, max_fields=10) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise InvalidMessage("file", "missing: send it as a multipart field of this name")
+            name = _name(file.filename)
+            stored = await objects.upload(
+                DOCUMENT,
+                _chunks(file),
+                name=name,
+                user_id=user_id,
+                path=lambda _: document_path(user_id, str(id_), name),
+            )
+
+        async def work(tx: Tx) -> tuple[int, DocumentView]:
+            document = await documents.add(tx, id_, name, stored)
+            tx.send(DOCUMENT_INDEX, IndexDocument(document_id=id_))
+            audit(tx, who.actor, "document.upload", "document", str(id_), content_type=stored.content_type)
+            return 202, _view(document)
+
+        kept = False
+        try:
+            # By what was uploaded: the form around it is never the same twice.
+            response = await once(request, runtime, who, work, body=f"{stored.sha256} {name}".encode())
+            kept = "Idempotent-Replayed" not in response.headers
+        finally:
+            if not kept:
+                await objects.delete(stored.path)
+        return response
+
+    @router.get("/api/v1/documents")
+    async def list_documents(who: Reader, paging: Paging) -> DocumentList:
+        """The newest first."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            found = await documents.newest(tx, paging.limit + 1, _before(paging.after))
+        listed = page(found, paging, key=lambda document: f"{document.created_at.isoformat()} {document.id}")
+        return DocumentList(items=[_view(document) for document in listed["items"]], next=listed["next"])
+
+    @router.get("/api/v1/documents/{document_id}")
+    async def show(document_id: str, who: Reader) -> DocumentView:
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            return _view(await documents.get(tx, _id(document_id)))
+
+    @router.get("/api/v1/documents/{document_id}/content")
+    async def content(document_id: str, who: Reader) -> ContentLink:
+        """A link to the file as it was uploaded."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            document = await documents.get(tx, _id(document_id))
+        url = await objects.download_url(document.path)
+        return ContentLink(url=url, expires_in=int(DOWNLOAD_LIFE.total_seconds()))
+
+    @router.delete("/api/v1/documents/{document_id}", status_code=204)
+    async def delete(document_id: str, who: Writer) -> None:
+        """Takes effect at once; the bytes and vectors are removed soon after."""
+        id_ = _id(document_id)
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await documents.delete(tx, id_)
+            enqueue(tx, id_, "remove")
+            audit(tx, who.actor, "document.delete", "document", str(id_))
+
+    @router.post("/api/v1/memory/search")
+    async def search(body: Search, who: Reader) -> Passages:
+        """The passages nearest in meaning to the query, best first."""
+        query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key)
+        found = await retrieval.search(who.tenant_id, query)
+        return Passages(items=[_passage(each) for each in found])
+
+    return api("memory", runtime, router)
+
+
+async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
+    while piece := await file.read(1024 * 1024):
+        yield piece
+
+
+def _name(given: str | None) -> str:
+    """As the sender calls it, without the characters that PostgreSQL cannot keep and nobody sees."""
+    name = "".join(letter for letter in given or "" if letter.isprintable()).strip()
+    if not name:
+        raise InvalidMessage("file", "has no name")
+    if len(name) > _MAX_NAME:
+        raise InvalidMessage("file", f"has a name of more than {_MAX_NAME} characters")
+    return name
+
+
+def _before(after: str | None) -> tuple[datetime, UUID] | None:
+    if after is None:
+        return None
+    at, _, id_ = after.partition(" ")
+    try:
+        return datetime.fromisoformat(at), UUID(id_)
+    except ValueError:
+        raise InvalidMessage("cursor", "is none that a list gave") from None
+
+
+def _id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise NotFound(f"document {text}: there is none") from None
+
+
+def _view(document: Document) -> DocumentView:
+    shown: dict[str, Any] = document._asdict()
+    return DocumentView.model_validate({name: shown[name] for name in DocumentView.model_fields})
+
+
+def _passage(scored: Scored) -> Passage:
+    found = scored.passage
+    source = Source(document_id=found.document_id, name=found.name, section=found.section, page=found.page)
+    return Passage(text=found.text, score=scored.score, source=source)

@@ -1,0 +1,119 @@
+"""What agents have said, remembered per session for a while, and found only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import timedelta
+from uuid import UUID
+
+import numpy as np
+
+from infra.clock import utcnow
+from infra.crypto import Cipher
+from infra.effects import Effects, Outcome
+from infra.errors import Transient, Unanswered
+from infra.tx import Tx
+from services.memory.documents import Found
+from services.memory.embeddings import Embedded, Embedder
+from services.memory.index import Index, Row
+from services.memory.usage import record_usage
+
+# The message does not say whose conversation it is, so nothing can erase one person's; it ends by itself.
+KEEP = timedelta(days=30)
+_PURPOSE = "conversation memory"
+
+
+def scope(session_key: str) -> str:
+    """Where the index keeps a session's."""
+    return f"conversation {session_key}"
+
+
+class Conversations:
+    def __init__(self, cipher: Cipher, embedder: Embedder, index: Index) -> None:
+        self._cipher = cipher
+        self._embedder = embedder
+        self._index = index
+
+    async def add(self, tx: Tx, run_id: UUID, session_key: str, text: str) -> bool:
+        """False where the run's reply is there already."""
+        return bool(
+            await tx.sql(
+                "INSERT INTO utterance (run_id, tenant_id, session_key, sealed, expires_at) "
+                "VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING RETURNING run_id",
+                run_id,
+                tx.tenant_id,
+                session_key,
+                self._cipher.seal(text, _PURPOSE, str(tx.tenant_id), str(run_id)),
+                utcnow() + KEEP,
+            )
+        )
+
+    async def embed(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
+        """Makes it one that can be found."""
+        async with effects.begin() as begun:
+            tenant_id = str(begun.tenant_id)
+            rows = await begun.sql("SELECT session_key, sealed, model, vector FROM utterance WHERE run_id = $1", run_id)
+        if not rows:
+            return
+        [(session_key, sealed, model, vector)] = rows
+        if model != self._embedder.model:
+            text = self._cipher.open(sealed, _PURPOSE, tenant_id, str(run_id)).decode()
+            vector = await self._vector(run_id, text, effects)
+        if vector is not None:
+            row = Row(run_id, np.frombuffer(vector, dtype="<f4").tolist())
+            await self._index.replace(tenant_id, run_id, scope(session_key), _one(row))
+
+    async def _vector(self, run_id: UUID, text: str, effects: Effects) -> bytes | None:
+        """None where the embedding endpoint refuses the text."""
+        made: Embedded | None = None
+
+        async def call(_: str) -> int:
+            nonlocal made
+            try:
+                made = await self._embedder.passages([text])
+            except Unanswered as error:
+                raise Transient(str(error)) from error
+            return made.tokens
+
+        async def keep(tx: Tx, outcome: Outcome[int]) -> None:
+            if made is None or outcome.result is None:
+                return
+            await tx.sql(
+                "UPDATE utterance SET model = $2, vector = $3 WHERE run_id = $1",
+                run_id,
+                self._embedder.model,
+                made.vectors[0].tobytes(),
+            )
+            record_usage(tx, self._embedder.model, f"conversation/{run_id}/{outcome.attempt}", outcome.result)
+
+        await effects.run(f"embed/{effects.item_id}", call, kind="repeatable", result=int, after=keep)
+        return made.vectors[0].tobytes() if made else None
+
+    async def forget(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
+        async with effects.begin() as begun:
+            tenant_id = str(begun.tenant_id)
+        await self._index.remove(tenant_id, run_id)
+        await tx.sql("DELETE FROM utterance WHERE run_id = $1", run_id)
+
+    async def found(self, tx: Tx, ids: Sequence[UUID], session_key: str) -> Mapping[UUID, Found]:
+        """Those of the session that are not too old."""
+        rows = await tx.sql(
+            "SELECT run_id, sealed FROM utterance WHERE run_id = ANY($1::uuid[]) AND session_key = $2 "
+            "AND expires_at > clock_timestamp()",
+            list(ids),
+            session_key,
+        )
+        return {
+            run_id: Found(
+                self._cipher.open(sealed, _PURPOSE, str(tx.tenant_id), str(run_id)).decode(),
+                None,
+                "conversation",
+                None,
+                None,
+            )
+            for run_id, sealed in rows
+        }
+
+
+async def _one(row: Row) -> AsyncIterator[Sequence[Row]]:
+    yield [row]

@@ -1,0 +1,203 @@
+"""Documents and passages in PostgreSQL, which has the truth about both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.clock import uuid7
+from infra.errors import NotFound
+from infra.objects import Stored
+from infra.tx import Tx
+from services.memory.domain import Chunk, codes
+
+_COLUMNS = "id, name, content_type, size, path, status, progress, error, created_at"
+
+
+class Document(NamedTuple):
+    """`progress` from 0 to 1; `size` in bytes."""
+
+    id: UUID
+    name: str
+    content_type: str
+    size: int
+    path: str
+    status: str
+    progress: float
+    error: str | None
+    created_at: datetime
+
+
+class Passage(NamedTuple):
+    id: UUID
+    n: int
+    text: str
+    section: str | None
+
+
+class Found(NamedTuple):
+    """A passage of a document that can be found now, or what was said in a conversation, which is no document."""
+
+    text: str
+    document_id: UUID | None
+    name: str
+    section: str | None
+    page: int | None
+
+
+async def add(tx: Tx, id_: UUID, name: str, stored: Stored) -> Document:
+    [row] = await tx.sql(
+        "INSERT INTO document (id, tenant_id, name, content_type, size, sha256, path, status) "
+        f"VALUES ($1, $2, $3, $4, $5, $6, $7, 'stored') RETURNING {_COLUMNS}",
+        id_,
+        tx.tenant_id,
+        name,
+        stored.content_type,
+        stored.size,
+        stored.sha256,
+        stored.path,
+    )
+    return Document(*row)
+
+
+async def get(tx: Tx, id_: UUID) -> Document:
+    """Raises NotFound, also for one that is deleted or another tenant's."""
+    rows = await tx.sql(f"SELECT {_COLUMNS} FROM document WHERE id = $1 AND deleted_at IS NULL", id_)
+    if not rows:
+        raise NotFound(f"document {id_}: there is none")
+    return Document(*rows[0])
+
+
+async def newest(tx: Tx, limit: int, before: tuple[datetime, UUID] | None) -> list[Document]:
+    """The latest first, from behind the one that `before` names by time and id."""
+    at, id_ = before or (None, None)
+    rows = await tx.sql(
+        f"SELECT {_COLUMNS} FROM document WHERE deleted_at IS NULL AND ($2::timestamptz IS NULL OR "
+        "(created_at, id) < ($2, $3::uuid)) ORDER BY created_at DESC, id DESC LIMIT $1",
+        limit,
+        at,
+        id_,
+    )
+    return [Document(*row) for row in rows]
+
+
+async def delete(tx: Tx, id_: UUID) -> None:
+    """From the commit on nobody finds it; what is stored of it is removed later. Raises NotFound."""
+    if not await tx.sql(
+        "UPDATE document SET deleted_at = clock_timestamp() WHERE id = $1 AND deleted_at IS NULL RETURNING id", id_
+    ):
+        raise NotFound(f"document {id_}: there is none")
+
+
+async def path_of(tx: Tx, id_: UUID) -> str | None:
+    """Where its bytes lie, deleted or not; None: nothing is left of it."""
+    rows = await tx.sql("SELECT path FROM document WHERE id = $1", id_)
+    return rows[0][0] if rows else None
+
+
+async def forget(tx: Tx, id_: UUID) -> None:
+    """The document and its passages, for good."""
+    await tx.sql("DELETE FROM document WHERE id = $1", id_)
+
+
+async def advance(tx: Tx, id_: UUID, status: str, progress: float, error: str | None = None) -> bool:
+    """False where the document was deleted."""
+    return bool(
+        await tx.sql(
+            "UPDATE document SET status = $2, progress = $3, error = $4 WHERE id = $1 AND deleted_at IS NULL "
+            "RETURNING id",
+            id_,
+            status,
+            progress,
+            error,
+        )
+    )
+
+
+async def add_passages(tx: Tx, document_id: UUID, first: int, chunks: Sequence[Chunk]) -> None:
+    await tx.sql(
+        # The codes as one text each, for arrays of different lengths make no array of arrays.
+        "INSERT INTO passage (id, tenant_id, document_id, n, text, section, page, codes) "
+        "SELECT i, $1, $2, n, t, s, p, string_to_array(c, ' ') FROM unnest($3::uuid[], $4::int[], $5::text[], "
+        "$6::text[], $7::int[], $8::text[]) AS c(i, n, t, s, p, c)",
+        tx.tenant_id,
+        document_id,
+        [uuid7() for _ in chunks],
+        list(range(first, first + len(chunks))),
+        [chunk.text for chunk in chunks],
+        [chunk.section for chunk in chunks],
+        [chunk.page for chunk in chunks],
+        [" ".join(codes(f"{chunk.section or ''} {chunk.text}")) for chunk in chunks],
+    )
+
+
+async def drop_passages(tx: Tx, document_id: UUID) -> None:
+    await tx.sql("DELETE FROM passage WHERE document_id = $1", document_id)
+
+
+async def without_vector(tx: Tx, document_id: UUID, model: str, limit: int) -> list[Passage]:
+    """The first of its passages that have no vector of this model yet."""
+    rows = await tx.sql(
+        "SELECT id, n, text, section FROM passage WHERE document_id = $1 AND model IS DISTINCT FROM $2 "
+        "ORDER BY n LIMIT $3",
+        document_id,
+        model,
+        limit,
+    )
+    return [Passage(*row) for row in rows]
+
+
+async def passage_count(tx: Tx, document_id: UUID) -> int:
+    [(count,)] = await tx.sql("SELECT count(*) FROM passage WHERE document_id = $1", document_id)
+    return int(count)
+
+
+async def set_vectors(tx: Tx, model: str, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:
+    await tx.sql(
+        "UPDATE passage p SET model = $1, vector = v.vector FROM unnest($2::uuid[], $3::bytea[]) AS v(id, vector) "
+        "WHERE p.id = v.id",
+        model,
+        [passage.id for passage in passages],
+        [vector.tobytes() for vector in vectors],
+    )
+
+
+async def vectors(tx: Tx, document_id: UUID, after: int, limit: int) -> list[tuple[UUID, int, list[float]]]:
+    """(id, n, vector) of the passages behind number `after`, in order."""
+    rows = await tx.sql(
+        "SELECT id, n, vector FROM passage WHERE document_id = $1 AND n > $2 ORDER BY n LIMIT $3",
+        document_id,
+        after,
+        limit,
+    )
+    return [(id_, n, np.frombuffer(vector, dtype="<f4").tolist()) for id_, n, vector in rows]
+
+
+async def found(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
+    """Those of the passages that the tenant has, in documents that are indexed and not deleted."""
+    rows = await tx.sql(
+        "SELECT p.id, p.text, d.id, d.name, p.section, p.page FROM passage p JOIN document d ON d.id = p.document_id "
+        "WHERE p.id = ANY($1::uuid[]) AND d.status = 'indexed' AND d.deleted_at IS NULL",
+        list(ids),
+    )
+    return {id_: Found(*rest) for id_, *rest in rows}
+
+
+async def with_codes(
+    tx: Tx, wanted: Sequence[str], model: str, limit: int
+) -> list[tuple[UUID, int, NDArray[np.float32]]]:
+    """(id, how many, vector) of the passages with the most of these codes, of documents that can be found."""
+    rows = await tx.sql(
+        "SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($1::text[]))) AS n, p.vector "
+        "FROM passage p JOIN document d ON d.id = p.document_id WHERE p.codes && $1::text[] AND p.model = $2 "
+        "AND d.status = 'indexed' AND d.deleted_at IS NULL ORDER BY n DESC, p.id LIMIT $3",
+        list(wanted),
+        model,
+        limit,
+    )
+    return [(id_, n, np.frombuffer(vector, dtype="<f4")) for id_, n, vector in rows]

@@ -1,0 +1,232 @@
+"""Text into passages: pure. A passage is what one embedding stands for and what an answer cites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+# A passage is filled up to TARGET and never exceeds MAX; what follows in the same section repeats up to OVERLAP of
+# its end, so that a thought that spans the border is whole in one of them.
+TARGET_TOKENS = 200
+MAX_TOKENS = 250
+OVERLAP_TOKENS = 30
+# A rest smaller than this is added to the passage before it instead of standing alone.
+REST_TOKENS = 30
+
+_CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
+_UNITS = re.compile(rf"[A-Za-z]+|\d+|[{_CJK}]|[^\sA-Za-z\d]")
+# After a line, after a full stop that white space follows, after a Chinese one and the quotes that close there.
+_SENTENCE_ENDS = re.compile(
+    r"(?<=\n)|(?<=[.!?])(?=\s)|(?<=[。！？；…])(?![。！？；…”’」』）])|(?<=[。！？；…][”’」』）])"
+)
+_WHOLE = re.compile(r"[.!?:。！？；：…][”’」』）\"')\s]*$")
+_HEADING = re.compile(r"(#{1,6})[ \t]+(.*?)[ \t]*#*$")
+_CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_TABLE_RULE = re.compile(r"\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$")
+
+
+class Block(NamedTuple):
+    """A stretch of a document under one heading and on one page.
+
+    section: the path of headings (``Care > Descaling``). page: from 1; a slide's number too.
+    """
+
+    text: str
+    section: str | None = None
+    page: int | None = None
+
+
+class Chunk(NamedTuple):
+    """A passage. `tokens` is `count_tokens` of its text."""
+
+    text: str
+    section: str | None
+    page: int | None
+    tokens: int
+
+
+class _Piece(NamedTuple):
+    """A sentence, a line or a table's row. `head`: the table's header, which each passage with its rows repeats."""
+
+    text: str
+    tokens: float
+    head: str = ""
+
+
+def count_tokens(text: str) -> int:
+    """About how many tokens a multilingual model makes of `text`: within a fifth of e5's count in both languages."""
+    return round(_weigh(text))
+
+
+def _weigh(text: str) -> float:
+    total = 0.0
+    for unit in _UNITS.findall(text):
+        if unit.isascii():
+            total += 1 + len(unit) // (6 if unit.isalpha() else 3)
+        else:
+            total += 0.8
+    return total
+
+
+def sections(markdown: str) -> Iterator[Block]:
+    """The parts of a Markdown text between its headings, each with the path of headings that leads to it."""
+    path: list[tuple[int, str]] = []
+    lines: list[str] = []
+    fence = ""
+    titled = False
+
+    def block() -> Iterator[Block]:
+        text = "".join(lines).strip("\n")
+        if text.strip():
+            yield Block(text, " > ".join(title for _, title in path) or None)
+        lines.clear()
+
+    for line in markdown.splitlines(keepends=True):
+        opened = _FENCE.match(line)
+        if opened and (not fence or opened[1].startswith(fence)):
+            fence = "" if fence else opened[1]
+        heading = None if fence else _HEADING.match(line.rstrip("\r\n"))
+        if heading is None or not heading[2]:
+            lines.append(line)
+            titled = titled and not line.strip()
+            continue
+        level = len(heading[1])
+        if titled and path and level <= path[-1][0]:
+            # A heading with nothing below it is all that is said there.
+            lines.append(path[-1][1])
+        yield from block()
+        path = [(above, title) for above, title in path if above < level] + [(level, heading[2])]
+        titled = True
+    if titled:
+        lines.append(path[-1][1])
+    yield from block()
+
+
+def chunk(blocks: Iterable[Block]) -> Iterator[Chunk]:
+    """The passages of a document, in order. Every letter of every block is in one of them; none spans two sections
+    or pages, and none has more than MAX_TOKENS."""
+    before: list[_Piece] = []
+    section: str | None = None
+    for block in blocks:
+        # The sentence that the page before broke off, where the section goes on.
+        broken_off = _end(before) if block.section == section else []
+        overlap = [] if not broken_off or _WHOLE.search(broken_off[-1].text) else [*broken_off[-1:], _Piece("\n", 0.0)]
+        section = block.section
+        before = []
+        for pieces in _packed(_pieces(block.text), overlap):
+            head = pieces[0].head
+            text = (head + "".join(piece.text for piece in pieces)).strip()
+            if text:
+                yield Chunk(text, block.section, block.page, count_tokens(text))
+            before = pieces
+
+
+def _packed(pieces: list[_Piece], overlap: list[_Piece]) -> Iterator[list[_Piece]]:
+    """Groups of pieces, each beginning with the end of the one before (the first with `overlap`)."""
+    current, weight = list(overlap), _total(overlap)
+    fresh = 0
+    rest = _total(pieces)
+    for piece in pieces:
+        # What is left over goes in as a whole if it is little.
+        full = weight + piece.tokens > TARGET_TOKENS and not (rest < REST_TOKENS and weight + rest <= MAX_TOKENS)
+        if fresh and full:
+            yield current
+            current = _end(current) if piece.tokens + OVERLAP_TOKENS <= TARGET_TOKENS else []
+            weight, fresh = _total(current), 0
+        elif not fresh and full:
+            current, weight = [], 0.0
+        if not current and piece.head:
+            weight += _weigh(piece.head)
+        elif piece.head and current[0].head != piece.head and not fresh:
+            # A repeated sentence before the first row would separate it from its header.
+            current, weight = [], _weigh(piece.head)
+        current.append(piece)
+        weight += piece.tokens
+        rest -= piece.tokens
+        fresh += 1
+    if fresh:
+        yield current
+
+
+def _end(pieces: list[_Piece]) -> list[_Piece]:
+    """The last sentences, as many as OVERLAP_TOKENS hold; none of a table, whose header is repeated instead."""
+    kept: list[_Piece] = []
+    weight = 0.0
+    for piece in reversed(pieces):
+        weight += piece.tokens
+        if weight > OVERLAP_TOKENS or piece.head:
+            break
+        kept.insert(0, piece)
+    return kept
+
+
+def _total(pieces: list[_Piece]) -> float:
+    return sum(piece.tokens for piece in pieces)
+
+
+def _pieces(text: str) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    head = ""
+    lines = text.splitlines(keepends=True)
+    for n, line in enumerate(lines):
+        if "|" not in line:
+            head = ""
+        elif n + 1 < len(lines) and not head and _TABLE_RULE.match(lines[n + 1]):
+            # Only a header that leaves room for rows is worth repeating.
+            both = line + lines[n + 1]
+            head = both if _weigh(both) <= TARGET_TOKENS // 2 else ""
+        for sentence in [line] if head else _SENTENCE_ENDS.split(line):
+            # The header itself needs no header.
+            pieces += _cut(sentence, "" if line in head else head)
+    return pieces
+
+
+def _cut(sentence: str, head: str) -> Iterator[_Piece]:
+    """`sentence` in parts that fit into a passage, cut at white space or a comma where there is one."""
+    room = TARGET_TOKENS - _weigh(head)
+    while (weight := _weigh(sentence)) > room:
+        # No unit weighs more than one and all have at least one letter, so this much certainly fits.
+        at = int(room)
+        while at < len(sentence) and _weigh(sentence[: at + 20]) <= room:
+            at += 20
+        border = max(sentence.rfind(mark, at // 2, at) for mark in " \t，、,")
+        at = border + 1 or at
+        yield _Piece(sentence[:at], _weigh(sentence[:at]), head)
+        sentence = sentence[at:]
+    if sentence:
+        yield _Piece(sentence, weight, head)
+
+
+def ends(text: str, tokens: int) -> str:
+    """`text`, or of a longer one its beginning and its end: a question stands at either side of a quotation."""
+    weight = _weigh(text)
+    if weight <= tokens:
+        return text
+    half = int(len(text) * tokens / weight / 2)
+    return f"{text[:half]} {text[-half:]}"
+
+
+def embedded_text(text: str, section: str | None) -> str:
+    """What stands for a passage in the index: with its headings it is found better (first hits on the handbook's 20
+    English questions: 18 instead of 16)."""
+    return f"{section[-200:]}\n{text}" if section else text
+
+
+def codes(text: str) -> list[str]:
+    """What is written with digits and means one thing: ``e04``, ``7710``, ``nl2-230``. Numbers of one or two digits
+    are everywhere and mean nothing by themselves."""
+    found = {code for code in _CODE.findall(text.lower()) if any(letter.isdigit() for letter in code)}
+    return sorted(code for code in found if not code.isdigit() or len(code) > 2)
+
+
+def fuse(*rankings: Sequence[T]) -> list[T]:
+    """One ranking of several, by the sum of 1 / (60 + rank): reciprocal rank fusion, Cormack et al., SIGIR 2009."""
+    weights: dict[T, float] = {}
+    for ranking in rankings:
+        for rank, item in enumerate(ranking):
+            weights[item] = weights.get(item, 0.0) + 1 / (60 + rank)
+    return sorted(weights, key=lambda item: -weights[item])

@@ -1,0 +1,101 @@
+"""What memory receives, and the lane in which documents are worked on."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+import msgspec
+
+from infra.clock import utcnow
+from infra.effects import Effects
+from infra.lanes import Lane
+from infra.tx import Database, Tx
+from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX
+from protos.messages.agent import RunCompleted
+from protos.messages.memory import IndexDocument
+from services.memory.conversations import KEEP, Conversations
+from services.memory.indexing import Indexing
+
+
+class DocumentWork(msgspec.Struct, frozen=True):
+    document_id: UUID
+    act: Literal["index", "remove"]
+
+
+class UtteranceWork(msgspec.Struct, frozen=True):
+    run_id: UUID
+    act: Literal["embed", "forget"]
+
+
+# Lane: the document.
+DOCUMENTS = Lane("documents", DocumentWork)
+# Lane: act and run. What is to be forgotten in a month must not stand before anything.
+UTTERANCES = Lane("utterances", UtteranceWork)
+
+
+@DOCUMENT_INDEX.worker(prefetch=20)
+async def index_document(message: IndexDocument, tx: Tx) -> None:
+    enqueue(tx, message.document_id, "index")
+
+
+@AGENT_EVENTS.each(RunCompleted, group="memory")
+async def remember_reply(event: RunCompleted, tx: Tx, conversations: Conversations) -> None:
+    if event.reply.strip() and await conversations.add(tx, event.run_id, event.session_key, event.reply):
+        _enqueue_utterance(tx, event.run_id, "embed")
+        _enqueue_utterance(tx, event.run_id, "forget", utcnow() + KEEP)
+
+
+# Parsing and embedding take all the processors that there are; more at a time only makes each slower.
+@DOCUMENTS.runner(concurrency=2)
+async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing) -> None:
+    match item.act:
+        case "index":
+            await indexing.index(item.document_id, effects, tx)
+        case "remove":
+            await indexing.remove(item.document_id, effects, tx)
+
+
+@UTTERANCES.runner(concurrency=1)
+async def work_on_utterance(item: UtteranceWork, effects: Effects, tx: Tx, conversations: Conversations) -> None:
+    match item.act:
+        case "embed":
+            await conversations.embed(item.run_id, effects, tx)
+        case "forget":
+            await conversations.forget(item.run_id, effects, tx)
+
+
+def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "remove"]) -> None:
+    tx.enqueue(DOCUMENTS, lane=str(document_id), item=DocumentWork(document_id, act))
+
+
+def _enqueue_utterance(
+    tx: Tx, run_id: UUID, act: Literal["embed", "forget"], not_before: datetime | None = None
+) -> None:
+    tx.enqueue(UTTERANCES, lane=f"{act} {run_id}", item=UtteranceWork(run_id, act), not_before=not_before)
+
+
+async def refill(database: Database) -> None:
+    """Puts all that can be found on the list of what must be indexed: the index is empty, or another model's."""
+    async with database.begin() as tx:
+        tenants = await tx.sql(
+            "SELECT tenant_id FROM document WHERE status = 'indexed' UNION "
+            "SELECT tenant_id FROM utterance WHERE vector IS NOT NULL"
+        )
+    for (tenant_id,) in tenants:
+        async with database.begin(tenant_id=tenant_id) as tx:
+            rows = await tx.sql(
+                "UPDATE document SET status = 'embedded', progress = 0.9 WHERE tenant_id = $1 AND status = 'indexed' "
+                "AND deleted_at IS NULL RETURNING id",
+                tenant_id,
+            )
+            for (document_id,) in rows:
+                enqueue(tx, document_id, "index")
+            spoken = await tx.sql(
+                "SELECT run_id FROM utterance WHERE tenant_id = $1 AND vector IS NOT NULL "
+                "AND expires_at > clock_timestamp()",
+                tenant_id,
+            )
+            for (run_id,) in spoken:
+                _enqueue_utterance(tx, run_id, "embed")

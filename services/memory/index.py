@@ -1,0 +1,187 @@
+"""The index of vectors in Milvus. PostgreSQL has the truth; this lags, may repeat itself, and can be filled again.
+
+Never upsert: with a partition key Milvus 2.3 writes rows into the wrong partition, where a search by tenant misses
+them and a delete by tenant leaves them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+from uuid import UUID
+
+import grpc
+from pymilvus import AsyncMilvusClient, DataType, MilvusClient, MilvusException
+
+from infra.errors import Transient
+
+TIMEOUT_SECONDS = 3.0
+# Making a collection takes some seconds, loading a large one longer.
+OPEN_SECONDS = 60.0
+# Beyond the 64 that HNSW is built with: a middling tenant's rows among all others are found with .96 instead of .93.
+SEARCH_EF = 128
+PARTITIONS = 16
+INSERT_ROWS = 500
+_NOT_FOUND, _NOT_LOADED = 100, 101
+
+
+class Row(NamedTuple):
+    id: UUID
+    vector: list[float]
+
+
+class Hit(NamedTuple):
+    """`score`: cosine."""
+
+    id: UUID
+    score: float
+
+
+class Index:
+    """Connects at first use. One collection per embedding model and dimension, made where it is missing.
+
+    `refill` is awaited before a missing collection is made: it puts everything on the list of what must be indexed.
+    Every call raises Transient where Milvus does not answer.
+    """
+
+    def __init__(self, url: str, prefix: str, model: str, refill: Callable[[], Awaitable[None]]) -> None:
+        # It writes a stack trace for each error that it raises.
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+        self._url = url
+        self._prefix = _name(prefix, "texts_")
+        self._model = model
+        self._refill = refill
+        self._client: AsyncMilvusClient | None = None
+        self._open: set[str] = set()
+        self._opening = asyncio.Lock()
+
+    async def search(self, vector: list[float], tenant_id: str, scope: str, limit: int) -> list[Hit]:
+        """The `limit` nearest of the tenant's in `scope`, best first; PostgreSQL may have some of them no more."""
+        name = await self._ready(len(vector))
+        async with self._calling(name) as client:
+            [found] = await client.search(
+                name,
+                [vector],
+                filter=f"tenant_id == {json.dumps(tenant_id)} and scope == {json.dumps(scope)}",
+                limit=limit,
+                search_params={"metric_type": "COSINE", "params": {"ef": max(SEARCH_EF, limit)}},
+                consistency_level="Bounded",
+                timeout=TIMEOUT_SECONDS,
+            )
+        # An id may be there twice: inserted again by somebody who had lost the document's lane without knowing.
+        best: dict[UUID, float] = {}
+        for hit in found:
+            best.setdefault(UUID(hit["id"]), float(hit["distance"]))
+        return [Hit(id_, score) for id_, score in best.items()]
+
+    async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[Row]]) -> None:
+        """Puts exactly these rows there for their owner, and returns once every search finds them."""
+        name, count = "", 0
+        async for rows in batches:
+            if not name:
+                name = await self._ready(len(rows[0].vector))
+                await self._delete(name, tenant_id, owner_id)
+            data = [
+                {
+                    "id": str(row.id),
+                    "tenant_id": tenant_id,
+                    "scope": scope,
+                    "owner_id": str(owner_id),
+                    "vector": row.vector,
+                }
+                for row in rows
+            ]
+            async with self._calling(name) as client:
+                await client.insert(name, data, timeout=TIMEOUT_SECONDS * 5)
+            count += len(rows)
+        if not name:
+            return
+        async with self._calling(name) as client:
+            # Strong waits until all that was written before is applied; after that weaker reads see it as well.
+            [answer] = await client.query(
+                name,
+                filter=_owned(tenant_id, owner_id),
+                output_fields=["count(*)"],
+                consistency_level="Strong",
+                timeout=TIMEOUT_SECONDS * 5,
+            )
+        if answer["count(*)"] != count:
+            raise Transient(f"Milvus shows {answer['count(*)']} of the {count} rows that were inserted")
+
+    async def remove(self, tenant_id: str, owner_id: UUID) -> None:
+        """Removes an owner's rows, from the collections of former models too."""
+        async with self._calling("") as client:
+            names = [name for name in await client.list_collections() if name.startswith(self._prefix)]
+        for name in names:
+            await self._delete(name, tenant_id, owner_id)
+
+    async def check(self) -> None:
+        """A round trip."""
+        async with self._calling("") as client:
+            await client.list_collections(timeout=TIMEOUT_SECONDS)
+
+    async def _delete(self, name: str, tenant_id: str, owner_id: UUID) -> None:
+        async with self._calling(name) as client:
+            await client.delete(name, filter=_owned(tenant_id, owner_id), timeout=TIMEOUT_SECONDS * 5)
+
+    async def _ready(self, dimension: int) -> str:
+        """The name of the collection, which is there and loaded."""
+        name = _name(self._prefix, self._model, f"_{dimension}")
+        if name in self._open:
+            return name
+        async with self._opening, self._calling(name) as client:
+            if name not in self._open:
+                if not await client.has_collection(name, timeout=TIMEOUT_SECONDS):
+                    await self._refill()
+                    await self._make(client, name, dimension)
+                await client.load_collection(name, timeout=OPEN_SECONDS)
+                self._open.add(name)
+        return name
+
+    async def _make(self, client: AsyncMilvusClient, name: str, dimension: int) -> None:
+        schema = MilvusClient.create_schema(auto_id=False, description=f"embeddings by {self._model}")
+        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=36)
+        schema.add_field("tenant_id", DataType.VARCHAR, max_length=255, is_partition_key=True)
+        schema.add_field("scope", DataType.VARCHAR, max_length=1024)
+        schema.add_field("owner_id", DataType.VARCHAR, max_length=36)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
+        params = MilvusClient.prepare_index_params()
+        params.add_index("vector", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 64})
+        # Also where another process has made it by now: the same again is no error.
+        await client.create_collection(
+            name,
+            schema=schema,
+            index_params=params,
+            num_partitions=PARTITIONS,
+            consistency_level="Bounded",
+            timeout=OPEN_SECONDS,
+        )
+
+    @asynccontextmanager
+    async def _calling(self, name: str) -> AsyncIterator[AsyncMilvusClient]:
+        if self._client is None:
+            self._client = AsyncMilvusClient(self._url, timeout=TIMEOUT_SECONDS)
+        try:
+            yield self._client
+        except MilvusException as error:
+            if error.code in (_NOT_FOUND, _NOT_LOADED):
+                # It was wiped, or restarted: made or loaded again at the next call.
+                self._open.discard(name)
+            raise Transient(f"Milvus: {error.message}") from error
+        except (grpc.RpcError, OSError, TimeoutError) as error:
+            raise Transient(f"Milvus: {type(error).__name__}") from error
+
+
+def _owned(tenant_id: str, owner_id: UUID) -> str:
+    return f'tenant_id == {json.dumps(tenant_id)} and owner_id == "{owner_id}"'
+
+
+def _name(*parts: str) -> str:
+    """Milvus takes letters, digits and underscores, and none but a letter or underscore at the front."""
+    name = re.sub(r"[^A-Za-z0-9_]", "_", "".join(parts))
+    return name if name[:1].isalpha() else f"_{name}"

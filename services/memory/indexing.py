@@ -1,0 +1,243 @@
+"""The work on one document: parse, cut into passages, embed, index; or remove what is left of it.
+
+Each stage commits what it has made, so a process that dies leaves the next one less to do and nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+import infra
+from infra.db import is_transient
+from infra.effects import Effects, Outcome
+from infra.errors import NotFound, Transient, Unanswered
+from infra.failpoint import failpoint
+from infra.lane_claims import LaneLost
+from infra.logs import get_logger
+from infra.objects import Objects
+from infra.tx import Tx
+from services.memory import documents
+from services.memory.documents import Document, Passage
+from services.memory.domain import Chunk, count_tokens, embedded_text
+from services.memory.embeddings import BATCH, Embedder
+from services.memory.index import INSERT_ROWS, Index, Row
+from services.memory.usage import record_usage
+
+PARSE_SECONDS = 600.0
+_STORE_ROWS = 500
+# How much of the whole the stages are.
+_PARSED, _CHUNKED, _EMBEDDED = 0.1, 0.2, 0.9
+_ROOT = Path(infra.__file__).parent.parent
+_log = get_logger("memory.indexing")
+
+
+class _Deleted(Exception):
+    """Somebody deleted the document meanwhile: nothing more is to be done."""
+
+
+class _Refused(Exception):
+    """The document cannot be indexed; the message is for the person who uploaded it."""
+
+
+class Indexing:
+    def __init__(self, objects: Objects, embedder: Embedder, index: Index) -> None:
+        self._objects = objects
+        self._embedder = embedder
+        self._index = index
+
+    async def index(self, id_: UUID, effects: Effects, tx: Tx) -> None:
+        """Takes the document as far as it is not yet. A document that cannot be read ends as failed."""
+        try:
+            await self._index_stages(id_, effects)
+        except _Refused as error:
+            await documents.advance(tx, id_, "failed", 1.0, str(error))
+        except (_Deleted, NotFound):
+            _log.info("document was deleted before it was indexed", document_id=str(id_))
+        except Exception as error:
+            if not isinstance(error, (Transient, LaneLost)) and not is_transient(error):
+                # Otherwise whoever waits for the document would wait for ever once it is a dead letter.
+                async with effects.begin() as failed:
+                    await documents.advance(failed, id_, "failed", 1.0, "An error inside the platform.")
+            raise
+        else:
+            await documents.advance(tx, id_, "indexed", 1.0)
+
+    async def _index_stages(self, id_: UUID, effects: Effects) -> None:
+        async with effects.begin() as tx:
+            document = await documents.get(tx, id_)
+        if document.status == "indexed":
+            return
+        if document.status in ("stored", "parsed", "failed"):
+            await self._parse(document, effects)
+        await self._embed(id_, effects)
+        await self._fill_index(id_, effects)
+
+    async def remove(self, id_: UUID, effects: Effects, tx: Tx) -> None:
+        """Removes the bytes, the vectors and the rows of a deleted document."""
+        async with effects.begin() as begun:
+            path = await documents.path_of(begun, id_)
+            tenant_id = _tenant(begun)
+        if path is None:
+            return
+        await self._objects.delete(path)
+        await self._index.remove(tenant_id, id_)
+        await documents.forget(tx, id_)
+
+    async def _parse(self, document: Document, effects: Effects) -> None:
+        async with effects.begin() as tx:
+            # Of an attempt that ended half-way.
+            await documents.drop_passages(tx, document.id)
+        count = 0
+        async with self._local_file(document) as path, aclosing(_parsed(path, document.content_type)) as parsed:
+            async for chunks in parsed:
+                async with effects.begin() as tx:
+                    await _advance(tx, document.id, "parsed", _PARSED)
+                    await documents.add_passages(tx, document.id, count, chunks)
+                count += len(chunks)
+        failpoint("after_passages")
+        async with effects.begin() as tx:
+            await _advance(tx, document.id, "chunked", _CHUNKED)
+
+    @asynccontextmanager
+    async def _local_file(self, document: Document) -> AsyncIterator[str]:
+        try:
+            async with self._objects.fetch(document.path) as stored:
+                with tempfile.NamedTemporaryFile() as file:
+                    await asyncio.to_thread(shutil.copyfileobj, stored, file)
+                    file.flush()
+                    yield file.name
+        except NotFound as error:
+            raise _Refused("The stored file is no longer there. Upload it again.") from error
+
+    async def _embed(self, id_: UUID, effects: Effects) -> None:
+        async with effects.begin() as tx:
+            total = await documents.passage_count(tx, id_)
+        while True:
+            async with effects.begin() as tx:
+                passages = await documents.without_vector(tx, id_, self._embedder.model, BATCH)
+                if not passages:
+                    await _advance(tx, id_, "embedded", _EMBEDDED)
+                    return
+            await self._embed_batch(id_, passages, total, effects)
+
+    async def _embed_batch(self, id_: UUID, passages: Sequence[Passage], total: int, effects: Effects) -> None:
+        first = passages[0].n
+        texts = [embedded_text(passage.text, passage.section) for passage in passages]
+        begun = 0
+        alive = True
+        vectors: Any = None
+
+        async def begin(_: Tx, attempt: int) -> None:
+            nonlocal begun
+            begun = attempt
+
+        async def call(_: str) -> int:
+            nonlocal vectors
+            try:
+                vectors, tokens = await self._embedder.passages(texts)
+            except Unanswered as error:
+                # It may have been done, and is paid for then. Doing it again harms nobody.
+                async with effects.begin() as tx:
+                    tokens = sum(map(count_tokens, texts))
+                    record_usage(tx, self._embedder.model, f"{id_}/{first}/{begun}", tokens, estimated=True)
+                raise Transient(str(error)) from error
+            return tokens
+
+        async def keep(tx: Tx, outcome: Outcome[int]) -> None:
+            nonlocal alive
+            if outcome.result is None:
+                return
+            progress = _CHUNKED + (_EMBEDDED - _CHUNKED) * (first + len(passages)) / total
+            alive = await documents.advance(tx, id_, "chunked", progress)
+            await documents.set_vectors(tx, self._embedder.model, passages, vectors)
+            record_usage(tx, self._embedder.model, f"{id_}/{first}/{outcome.attempt}", outcome.result)
+
+        # By the item too: a passage is embedded again where the platform comes back to a former model.
+        key = f"embed/{effects.item_id}/{passages[0].id}/{self._embedder.model}"
+        outcome = await effects.run(key, call, kind="repeatable", result=int, before=begin, after=keep)
+        if not alive:
+            raise _Deleted
+        if outcome.state == "failed":
+            raise _Refused(f"The text could not be embedded: {outcome.error}.")
+
+    async def _fill_index(self, id_: UUID, effects: Effects) -> None:
+        async def batches() -> AsyncIterator[Sequence[Row]]:
+            last = -1
+            while True:
+                async with effects.begin() as tx:
+                    rows = await documents.vectors(tx, id_, last, INSERT_ROWS)
+                if not rows:
+                    return
+                last = rows[-1][1]
+                yield [Row(passage_id, vector) for passage_id, _, vector in rows]
+
+        async with effects.begin() as tx:
+            tenant_id = _tenant(tx)
+        await self._index.replace(tenant_id, id_, "document", batches())
+
+
+async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk]]:
+    """The file's passages, some at a time, from a process that may die of the file. Raises _Refused."""
+    with tempfile.TemporaryFile() as errors:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.memory.parsing",
+            path,
+            type_,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            cwd=_ROOT,
+            # Nothing of ours: a parser that is taken over by a file finds no secrets.
+            env={"PYTHONUTF8": "1"},
+            limit=2**22,
+        )
+        assert process.stdout is not None
+        deadline = time.monotonic() + PARSE_SECONDS
+        chunks: list[Chunk] = []
+        complete = False
+        try:
+            while line := await asyncio.wait_for(process.stdout.readline(), deadline - time.monotonic()):
+                said = msgspec.json.decode(line)
+                if "error" in said:
+                    raise _Refused(said["error"])
+                if "text" in said:
+                    chunks.append(Chunk(**said))
+                complete = "chunks" in said
+                if len(chunks) == _STORE_ROWS:
+                    yield chunks
+                    chunks = []
+        except TimeoutError as error:
+            raise _Refused(f"The file was not read within {PARSE_SECONDS / 60:g} minutes.") from error
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if not complete:
+            errors.seek(0)
+            output = errors.read()[-2000:].decode(errors="replace")
+            _log.error("the parser ended before the document did", code=process.returncode, output=output)
+            raise _Refused("The file cannot be read: its parser breaks down over it.")
+        yield chunks
+
+
+async def _advance(tx: Tx, id_: UUID, status: str, progress: float) -> None:
+    if not await documents.advance(tx, id_, status, progress):
+        raise _Deleted
+
+
+def _tenant(tx: Tx) -> str:
+    assert tx.tenant_id is not None
+    return tx.tenant_id

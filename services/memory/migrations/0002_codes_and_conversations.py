@@ -1,0 +1,27 @@
+"""Codes in passages, found as they are written; and what agents have said, per session."""
+
+from alembic import op
+
+from infra.schema import tenant_policy
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.execute("ALTER TABLE passage ADD COLUMN codes text[] NOT NULL DEFAULT '{}'")
+    op.execute("CREATE INDEX passage_codes ON passage USING gin (codes)")
+    op.execute("""
+        CREATE TABLE utterance (
+            run_id uuid PRIMARY KEY,
+            tenant_id text NOT NULL,
+            session_key text NOT NULL,
+            sealed bytea NOT NULL,              -- the text
+            model text,                         -- that made the vector
+            vector bytea,                       -- little-endian float32
+            expires_at timestamptz NOT NULL,
+            CHECK ((model IS NULL) = (vector IS NULL))
+        )
+    """)
+    for statement in tenant_policy("memory", "utterance"):
+        op.execute(statement)

@@ -1,0 +1,40 @@
+"""gRPC of memory: retrieval for agents and tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from infra import rpc
+from infra.service import Runtime
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc
+from services.memory.adapters import retrieval
+from services.memory.retrieval import Query, Retrieval, Scored
+
+
+class Memory(memory_pb2_grpc.MemoryServicer):
+    def __init__(self, retrieval: Retrieval) -> None:
+        self._retrieval = retrieval
+
+    async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
+        query = Query(
+            request.query,
+            limit=request.limit or None,
+            min_similarity=request.min_similarity if request.HasField("min_similarity") else None,
+            types=request.types,
+            session_key=request.session_key or None,
+        )
+        found = await self._retrieval.search(rpc.tenant(), query)
+        return memory_pb2.RetrieveReply(passages=[_passage(each) for each in found])
+
+
+def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Memory]:
+    return memory_pb2_grpc.add_MemoryServicer_to_server, Memory(retrieval(runtime))
+
+
+def _passage(scored: Scored) -> memory_pb2.Passage:
+    passage = scored.passage
+    source = memory_pb2.Source(
+        document_id=str(passage.document_id or ""), name=passage.name, section=passage.section, page=passage.page
+    )
+    return memory_pb2.Passage(text=passage.text, score=scored.score, source=source)

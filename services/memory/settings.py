@@ -1,0 +1,27 @@
+"""What memory reads from the environment."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import SecretStr, model_validator
+
+from infra.settings import Settings
+
+
+class MemorySettings(Settings):
+    milvus_url: str
+    s3_endpoint: str
+    s3_access_key: str
+    s3_secret_key: SecretStr
+
+    embedding_base_url: str | None = None
+    """Of an OpenAI-shaped endpoint (ends in ``/v1``); without it embeddings are made in the process, offline."""
+    embedding_model: str | None = None
+    embedding_api_key: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.embedding_base_url and not self.embedding_model:
+            raise ValueError("CLAW_EMBEDDING_MODEL: missing, and CLAW_EMBEDDING_BASE_URL is set")
+        return self

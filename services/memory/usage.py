@@ -1,0 +1,23 @@
+"""Embedding costs: every call is reported to billing."""
+
+from __future__ import annotations
+
+from infra.clock import utcnow
+from infra.tx import Tx
+from protos.catalog import USAGE_RECORDS
+from protos.messages.billing import UsageRecorded
+
+
+def record_usage(tx: Tx, model: str, usage_id: str, tokens: int, *, estimated: bool = False) -> None:
+    """Says that the tenant of `tx` had `tokens` embedded by `model`; `usage_id` holds the attempt."""
+    tenant_id = tx.tenant_id
+    assert tenant_id is not None
+    record = UsageRecorded(
+        tenant_id=tenant_id,
+        usage_id=usage_id,
+        resource=f"embedding/{model}",
+        quantities={"input_tokens": tokens},
+        occurred_at=utcnow(),
+        estimated=estimated,
+    )
+    tx.publish(USAGE_RECORDS, record, key=tenant_id)

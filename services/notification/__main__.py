@@ -1,0 +1,16 @@
+"""Notification: tells people by e-mail what they must know."""
+
+from infra.service import Service
+from infra.subjects import erasure
+from services.notification import adapters, api, handlers
+from services.notification.settings import NotificationSettings
+
+service = Service("notification", NotificationSettings)
+service.serve_http(api.routes)
+service.consume(handlers.take_email, notifications=adapters.notifications)
+service.consume(handlers.take_push)
+service.consume(erasure("notification"))
+service.work(handlers.send_email, notifications=adapters.notifications, owners=adapters.owners, mailer=adapters.mailer)
+
+if __name__ == "__main__":
+    service.run()

@@ -1,0 +1,88 @@
+"""What notification receives, and the lane in which it sends."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+from functools import partial
+from uuid import UUID
+
+import msgspec
+
+from infra.clock import utcnow
+from infra.effects import Effects
+from infra.errors import InvalidMessage
+from infra.lanes import Lane
+from infra.tx import Tx
+from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH
+from protos.envelope import Envelope
+from protos.messages.notification import SendEmail, SendPush
+from services.notification.adapters import Owners
+from services.notification.domain import LIFE, MAX_SUBJECT, Result, is_address, is_one_line, result
+from services.notification.mailer import Mailer
+from services.notification.notifications import Email, Notifications, fail_push, finish
+
+
+class QueuedEmail(msgspec.Struct, frozen=True):
+    """An e-mail to be sent; what it says is in its row."""
+
+    id: UUID
+
+
+# A lane for each e-mail: one that waits holds up no other. Tried for longer than it lives: one that cannot be sent
+# expires, which its tenant sees, and does not end among the dead letters, still queued as it seems.
+EMAILS = Lane(
+    "emails",
+    QueuedEmail,
+    retries=tuple(timedelta(minutes=minutes) for minutes in (1, 5, 15, 60, 240, 480, 720)),
+)
+
+
+@NOTIFICATION_EMAIL.worker(prefetch=20)
+async def take_email(message: SendEmail, tx: Tx, notifications: Notifications) -> None:
+    envelope = _envelope(tx)
+    if message.to and not is_address(message.to):
+        raise InvalidMessage("to", "is not one e-mail address")
+    if not is_one_line(message.subject) or len(message.subject) > MAX_SUBJECT:
+        raise InvalidMessage("subject", f"must be one line of up to {MAX_SUBJECT} characters")
+    await notifications.queue(tx, envelope.id, Email(message.to, message.subject, message.text, envelope.time))
+    # From when it was asked for: one that lay in a dead-letter queue meanwhile is not sent.
+    life = envelope.time + LIFE - utcnow()
+    tx.enqueue(EMAILS, lane=str(envelope.id), item=QueuedEmail(envelope.id), item_id=envelope.id, expires_in=life)
+
+
+async def expire(item: QueuedEmail, tx: Tx) -> None:
+    await finish(tx, item.id, Result("failed", "could not be sent within a day"))
+
+
+@EMAILS.runner(concurrency=8, expired=expire)
+async def send_email(
+    item: QueuedEmail, effects: Effects, tx: Tx, notifications: Notifications, owners: Owners, mailer: Mailer
+) -> None:
+    async with effects.begin() as reading:
+        email = await notifications.read(reading, item.id)
+    known = [email.to] if email.to else await owners(tx.tenant_id or "")
+    recipients = [address for address in dict.fromkeys(known) if is_address(address)]
+    errors = []
+    for recipient in recipients:
+        # One effect each: after a crash those who have it are not written to again.
+        outcome = await effects.run(
+            f"{item.id}/{hashlib.sha256(recipient.encode()).hexdigest()[:16]}",
+            partial(mailer.send, to=recipient, subject=email.subject, text=email.text, at=email.at),
+            kind="keyed",
+        )
+        errors.append(outcome.error)
+    await finish(tx, item.id, result(errors), recipients)
+
+
+@NOTIFICATION_PUSH.worker(prefetch=20)
+async def take_push(message: SendPush, tx: Tx) -> None:
+    # Nobody can register a device yet, so there is none to show it.
+    await fail_push(tx, _envelope(tx).id, "undeliverable: the user has no device")
+
+
+def _envelope(tx: Tx) -> Envelope:
+    assert tx.cause is not None
+    if not tx.cause.tenant_id:
+        raise InvalidMessage("header tenant_id", "missing")
+    return tx.cause

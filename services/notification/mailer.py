@@ -1,0 +1,77 @@
+"""Sends one e-mail to one recipient by SMTP."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from email.message import EmailMessage
+from email.utils import format_datetime
+from urllib.parse import unquote, urlsplit
+
+import aiosmtplib
+from opentelemetry.trace import SpanKind
+
+from infra import telemetry
+from infra.errors import EffectFailed, Transient, Unanswered
+from services.notification.domain import refusal
+
+TIMEOUT_SECONDS = 30.0
+
+
+class Mailer:
+    """The mail server at `url` (``smtp://user:password@host:port``), and the address that all mail is from."""
+
+    def __init__(self, url: str, sender: str) -> None:
+        self._url = urlsplit(url)
+        self._sender = sender
+        self._domain = sender.rpartition("@")[2]
+
+    async def send(self, key: str, to: str, subject: str, text: str, at: datetime) -> None:
+        """Hands a mail over. Its Message-ID is made from `key`, by which mailboxes know one that comes twice.
+
+        Raises EffectFailed where the server refuses it for good, Transient where it refuses it for now or cannot be
+        reached, Unanswered where nobody knows whether it took it.
+        """
+        message = EmailMessage()
+        message["From"] = self._sender
+        message["To"] = to
+        message["Subject"] = subject
+        message["Date"] = format_datetime(at)
+        message["Message-ID"] = f"<{key}@{self._domain}>"
+        # RFC 3834: out-of-office replies to it are not wanted.
+        message["Auto-Submitted"] = "auto-generated"
+        # SMTP has no NUL.
+        message.set_content(text.replace("\x00", ""))
+        host, port = self._url.hostname or "", self._url.port
+        attributes: dict[str, telemetry.Value] = {"server.address": host}
+        with telemetry.span("send e-mail", SpanKind.CLIENT, attributes=attributes):
+            try:
+                await aiosmtplib.send(
+                    message,
+                    hostname=host,
+                    port=port,
+                    username=unquote(self._url.username) if self._url.username else None,
+                    password=unquote(self._url.password) if self._url.password else None,
+                    use_tls=self._url.scheme == "smtps",
+                    # The name by which we greet; the library would look one up.
+                    local_hostname=self._domain,
+                    timeout=TIMEOUT_SECONDS,
+                )
+            except (aiosmtplib.SMTPException, OSError) as error:
+                # Without the cause: its text holds the address.
+                raise _error(error) from None
+
+
+def _error(error: Exception) -> Exception:
+    if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
+        return _error(error.recipients[0])
+    if isinstance(error, (aiosmtplib.SMTPRecipientRefused, aiosmtplib.SMTPDataError)):
+        reason = refusal(error.code, error.message)
+        return EffectFailed(reason) if 500 <= error.code < 600 else Transient(reason)
+    if isinstance(error, aiosmtplib.SMTPNotSupported):
+        return EffectFailed("the mail server cannot take an address like this")
+    if isinstance(error, aiosmtplib.SMTPResponseException):
+        # Of the greeting, the login or the sender: not of this mail, and put right by an operator.
+        return Transient(refusal(error.code, error.message))
+    if isinstance(error, (aiosmtplib.SMTPReadTimeoutError, aiosmtplib.SMTPServerDisconnected)):
+        return Unanswered(f"mail server: {type(error).__name__}")
+    return Transient(f"mail server: {type(error).__name__}")

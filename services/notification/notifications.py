@@ -1,0 +1,106 @@
+"""The table of notifications. What an e-mail says is there, sealed, only until it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+from pydantic import BaseModel
+
+from infra.crypto import Cipher
+from infra.tx import Tx
+from services.notification.domain import Result, masked
+
+KEEP = timedelta(days=90)
+_PURPOSE = "notification"
+
+
+class Email(msgspec.Struct, frozen=True):
+    """to: empty: the tenant's owners."""
+
+    to: str
+    subject: str
+    text: str
+    at: datetime
+
+
+class Notification(BaseModel):
+    """`to`: masked addresses, known once it was sent. `reason`: what went wrong, else empty."""
+
+    id: UUID
+    kind: Literal["email", "push"]
+    state: Literal["queued", "sent", "failed"]
+    reason: str
+    to: list[str]
+    created_at: datetime
+    finished_at: datetime | None
+
+    def cursor(self) -> str:
+        return f"{self.created_at.isoformat()} {self.id}"
+
+
+class Notifications:
+    """Rows by the id of the message that asked for them."""
+
+    def __init__(self, cipher: Cipher) -> None:
+        self._cipher = cipher
+
+    async def queue(self, tx: Tx, id_: UUID, email: Email) -> None:
+        """Stores an e-mail, and forgets those of the tenant that are too old to be asked for."""
+        tenant_id = tx.tenant_id or ""
+        await tx.sql(
+            "DELETE FROM notification WHERE tenant_id = $1 AND created_at < now() - $2::interval", tenant_id, KEEP
+        )
+        await tx.sql(
+            "INSERT INTO notification (tenant_id, id, kind, state, content) VALUES ($1, $2, 'email', 'queued', $3)",
+            tenant_id,
+            id_,
+            self._cipher.seal(msgspec.json.encode(email), _PURPOSE, tenant_id, str(id_)),
+        )
+
+    async def read(self, tx: Tx, id_: UUID) -> Email:
+        """What a queued e-mail says."""
+        [(content,)] = await tx.sql(
+            "SELECT content FROM notification WHERE tenant_id = $1 AND id = $2", tx.tenant_id, id_
+        )
+        return msgspec.json.decode(self._cipher.open(content, _PURPOSE, tx.tenant_id or "", str(id_)), type=Email)
+
+
+async def fail_push(tx: Tx, id_: UUID, reason: str) -> None:
+    """Stores that a push notification could not be shown; nothing of what it said."""
+    await tx.sql(
+        "INSERT INTO notification (tenant_id, id, kind, state, reason, finished_at) "
+        "VALUES ($1, $2, 'push', 'failed', $3, clock_timestamp())",
+        tx.tenant_id,
+        id_,
+        reason,
+    )
+
+
+async def finish(tx: Tx, id_: UUID, result: Result, recipients: Sequence[str] = ()) -> None:
+    """Stores how an e-mail ended, and deletes what it said."""
+    await tx.sql(
+        "UPDATE notification SET state = $3, reason = $4, recipients = $5, content = NULL, "
+        "finished_at = clock_timestamp() WHERE tenant_id = $1 AND id = $2",
+        tx.tenant_id,
+        id_,
+        result.state,
+        result.reason,
+        [masked(recipient) for recipient in recipients],
+    )
+
+
+async def listed(tx: Tx, tenant_id: str, *, before: tuple[datetime, UUID] | None, limit: int) -> list[Notification]:
+    """The tenant's, newest first, from the one before `before` on."""
+    rows = await tx.sql(
+        "SELECT id, kind, state, reason, recipients, created_at, finished_at FROM notification WHERE tenant_id = $1 "
+        "AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3::uuid)) ORDER BY created_at DESC, id DESC LIMIT $4",
+        tenant_id,
+        *(before or (None, None)),
+        limit,
+    )
+    names: tuple[Any, ...] = ("id", "kind", "state", "reason", "to", "created_at", "finished_at")
+    return [Notification(**dict(zip(names, row, strict=True))) for row in rows]

@@ -1,0 +1,36 @@
+"""What notification reads from the environment."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, SecretStr
+
+from infra.settings import Settings
+from services.notification.domain import is_address
+
+
+def _smtp_url(value: SecretStr) -> SecretStr:
+    try:
+        url = urlsplit(value.get_secret_value())
+        usable = url.scheme in ("smtp", "smtps") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("not a URL of the form smtp://host:port or smtps://user:password@host:port")
+    return value
+
+
+def _address(value: str) -> str:
+    if not is_address(value):
+        raise ValueError("not an e-mail address")
+    return value
+
+
+class NotificationSettings(Settings):
+    user_grpc: str
+    """``host:port``, asked for the addresses of a tenant's owners."""
+    smtp_url: Annotated[SecretStr, AfterValidator(_smtp_url)]
+    """``smtp://``, which goes over to TLS where the server offers it, or ``smtps://``; with user and password."""
+    mail_from: Annotated[str, AfterValidator(_address)] = "clawbus@localhost.localdomain"

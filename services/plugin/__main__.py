@@ -1,0 +1,21 @@
+"""Plugin: tools that agents may use, and their calls, each once."""
+
+from infra.cache import Cache
+from infra.service import Runtime, Service
+from infra.subjects import erasure
+from services.plugin import api, handlers, rpc
+from services.plugin.settings import PluginSettings
+
+
+def cache(runtime: Runtime) -> Cache:
+    return Cache(runtime.cache)
+
+
+service = Service("plugin", PluginSettings)
+service.serve_http(api.routes)
+service.serve_grpc(rpc.servicer)
+service.consume(handlers.pass_on, cache=cache)
+service.consume(erasure("plugin"))
+
+if __name__ == "__main__":
+    service.run()

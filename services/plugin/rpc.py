@@ -1,0 +1,93 @@
+"""gRPC of plugin: which tools there are, and running one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import grpc.aio
+import msgspec
+
+from infra import rpc
+from infra.errors import InvalidMessage
+from infra.service import Runtime
+from infra.tx import Database
+from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
+from services.plugin import registry
+from services.plugin.calls import Calls
+from services.plugin.domain import Call
+from services.plugin.tools.running import tools
+
+MAX_ARGUMENT_BYTES = 256 * 1024
+MAX_SECONDS = 300.0
+# Of the caller's time, for writing down the outcome and for the way back.
+MARGIN_SECONDS = 1.0
+# It becomes a header, and an id of Standard Webhooks, which has no full stop in it.
+_KEY = re.compile(r"[A-Za-z0-9_:/-]{1,200}")
+
+_EFFECTS = {
+    "repeatable": plugin_pb2.Tool.EFFECT_REPEATABLE,
+    "keyed": plugin_pb2.Tool.EFFECT_KEYED,
+    "once": plugin_pb2.Tool.EFFECT_ONCE,
+}
+_OUTCOMES = {
+    "succeeded": plugin_pb2.CallReply.OUTCOME_SUCCEEDED,
+    "failed": plugin_pb2.CallReply.OUTCOME_FAILED,
+    "unknown": plugin_pb2.CallReply.OUTCOME_UNKNOWN,
+}
+
+
+class Plugin(plugin_pb2_grpc.PluginServicer):
+    def __init__(self, database: Database, calls: Calls) -> None:
+        self._database = database
+        self._calls = calls
+
+    async def Tools(
+        self, request: plugin_pb2.ToolsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> plugin_pb2.ToolsReply:
+        async with self._database.begin(tenant_id=rpc.tenant()) as tx:
+            found = await registry.offered(tx, request.names)
+        return plugin_pb2.ToolsReply(
+            tools=[
+                plugin_pb2.Tool(
+                    name=offer.tool.name,
+                    description=offer.tool.description,
+                    schema_json=msgspec.json.encode(offer.tool.schema).decode(),
+                    effect=_EFFECTS[offer.tool.effect],
+                )
+                for offer in found
+            ]
+        )
+
+    async def Call(
+        self, request: plugin_pb2.CallRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> plugin_pb2.CallReply:
+        if not _KEY.fullmatch(request.idempotency_key):
+            raise InvalidMessage("idempotency_key", "must have 1 to 200 letters, digits, or _ : / -")
+        remaining = context.time_remaining() or 0.0
+        call = Call(
+            rpc.tenant(),
+            request.tool,
+            _arguments(request.arguments_json),
+            request.idempotency_key,
+            min(MAX_SECONDS, remaining - min(MARGIN_SECONDS, remaining / 4)),
+        )
+        outcome = await self._calls.call(call)
+        return plugin_pb2.CallReply(outcome=_OUTCOMES[outcome.state], result_json=outcome.result, error=outcome.error)
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    if len(text) > MAX_ARGUMENT_BYTES:
+        raise InvalidMessage("arguments", f"larger than {MAX_ARGUMENT_BYTES} bytes")
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        raise InvalidMessage("arguments", "must be a JSON object") from None
+
+
+def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Any]:
+    lease = timedelta(seconds=runtime.settings.lease_seconds)
+    calls = Calls(runtime.request, runtime.cipher, tools(runtime), lease)
+    return plugin_pb2_grpc.add_PluginServicer_to_server, Plugin(runtime.request, calls)

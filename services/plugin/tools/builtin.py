@@ -1,0 +1,182 @@
+"""The tools that every tenant has: time, calculator, http_fetch, knowledge_search. All of them only read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from bs4 import BeautifulSoup
+
+from infra import rpc
+from infra.clock import utcnow
+from infra.errors import EffectFailed
+from infra.outgoing import Outgoing
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc
+from services.plugin.domain import Call, Tool
+from services.plugin.tools.calculator import MAX_CHARACTERS, CannotCalculate, calculate
+
+MAX_PAGE_BYTES = 2 * 1024 * 1024
+MAX_PAGE_TEXT = 20_000
+_TEXTS = ("text/", "application/json", "application/xml", "application/xhtml+xml")
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What the built-in tools call."""
+
+    outgoing: Outgoing
+    memory: memory_pb2_grpc.MemoryStub
+
+
+async def time(call: Call, _: Outside) -> Any:
+    zone = call.arguments.get("timezone", "UTC")
+    try:
+        now = utcnow().astimezone(ZoneInfo(zone))
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise EffectFailed(f"timezone: {zone!r} is no name of the IANA database, such as Europe/Berlin") from None
+    return {
+        "timezone": zone,
+        "iso": now.isoformat(timespec="seconds"),
+        "date": now.date().isoformat(),
+        "time": now.strftime("%H:%M:%S"),
+        "weekday": now.strftime("%A"),
+        "unix": int(now.timestamp()),
+    }
+
+
+async def calculator(call: Call, _: Outside) -> Any:
+    try:
+        answer = calculate(call.arguments["expression"])
+    except CannotCalculate as error:
+        raise EffectFailed(f"expression: {error}") from None
+    return {"result": answer.value, "exact": answer.exact, **({"fraction": answer.fraction} if answer.fraction else {})}
+
+
+async def http_fetch(call: Call, outside: Outside) -> Any:
+    url = call.arguments["url"]
+    answer = await outside.outgoing.request("GET", url, timeout=call.seconds, max_bytes=MAX_PAGE_BYTES)
+    if 300 <= answer.status < 400:
+        raise EffectFailed(f"HTTP {answer.status}: it is at {answer.headers.get('location', 'another address')} now")
+    if answer.status >= 400:
+        raise EffectFailed(f"HTTP {answer.status}")
+    kind, _, parameters = answer.headers.get("content-type", "text/plain").lower().partition(";")
+    kind = kind.strip()
+    if not kind.startswith(_TEXTS):
+        raise EffectFailed(f"{kind}: only text can be read")
+    # In a thread: a large page takes seconds.
+    title, text = await asyncio.to_thread(_read, kind, answer.body, _charset(parameters))
+    return {
+        "url": url,
+        "content_type": kind,
+        "title": title,
+        "text": text[:MAX_PAGE_TEXT],
+        "truncated": len(text) > MAX_PAGE_TEXT,
+    }
+
+
+def _read(kind: str, body: bytes, charset: str | None) -> tuple[str, str]:
+    """Title and text."""
+    if kind not in ("text/html", "application/xhtml+xml"):
+        return "", _decoded(body, charset)
+    # The page itself may say how it is encoded, so it gets the bytes.
+    page = BeautifulSoup(body, "html.parser", from_encoding=charset)
+    title = page.title.get_text(" ", strip=True)[:300] if page.title else ""
+    for unseen in page(["script", "style", "noscript", "template", "svg", "head"]):
+        unseen.decompose()
+    return title, "\n".join(page.stripped_strings)
+
+
+async def knowledge_search(call: Call, outside: Outside) -> Any:
+    request = memory_pb2.RetrieveRequest(query=call.arguments["query"], limit=call.arguments.get("limit", 0))
+    reply = await outside.memory.Retrieve(request, timeout=call.seconds, metadata=rpc.tenant_metadata(call.tenant_id))
+    return {
+        "passages": [
+            {
+                "text": passage.text,
+                "score": round(passage.score, 4),
+                "source": {
+                    "document_id": passage.source.document_id,
+                    "name": passage.source.name,
+                    "section": passage.source.section if passage.source.HasField("section") else None,
+                    "page": passage.source.page if passage.source.HasField("page") else None,
+                },
+            }
+            for passage in reply.passages
+        ]
+    }
+
+
+def _charset(parameters: str) -> str | None:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.strip().partition("=")
+        if name == "charset":
+            return value.strip("\"'")
+    return None
+
+
+def _decoded(body: bytes, charset: str | None) -> str:
+    try:
+        return body.decode(charset or "utf-8", errors="replace")
+    except LookupError:
+        return body.decode(errors="replace")
+
+
+def _tool(name: str, description: str, required: list[str], **properties: Any) -> Tool:
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return Tool(name, description, schema, "repeatable")
+
+
+Run = Callable[[Call, Outside], Awaitable[Any]]
+
+BUILTIN: dict[str, tuple[Tool, Run]] = {
+    tool.name: (tool, run)
+    for tool, run in (
+        (
+            _tool(
+                "calculator",
+                "Calculates exactly. Use it for every calculation. Understands + - * / // % **, brackets, sqrt, abs, "
+                "round(number, places), floor, ceil, min, max, sum, pi and e.",
+                ["expression"],
+                expression={
+                    "type": "string",
+                    "minLength": 1,
+                    "maxLength": MAX_CHARACTERS,
+                    "description": "For example (12.5 + 3) * 1.19",
+                },
+            ),
+            calculator,
+        ),
+        (
+            _tool(
+                "http_fetch",
+                "Reads a public web page or a JSON document by its address and returns its text.",
+                ["url"],
+                url={"type": "string", "maxLength": 4000, "description": "Begins with https:// or http://"},
+            ),
+            http_fetch,
+        ),
+        (
+            _tool(
+                "knowledge_search",
+                "Searches the documents of this organisation and returns the passages nearest in meaning, with their "
+                "sources.",
+                ["query"],
+                query={"type": "string", "minLength": 1, "maxLength": 2000},
+                limit={"type": "integer", "minimum": 1, "maximum": 20},
+            ),
+            knowledge_search,
+        ),
+        (
+            _tool(
+                "time",
+                "Tells the date, the time and the weekday of now.",
+                [],
+                timezone={"type": "string", "maxLength": 64, "description": "IANA name, such as Asia/Shanghai; UTC"},
+            ),
+            time,
+        ),
+    )
+}

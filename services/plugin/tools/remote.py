@@ -1,0 +1,57 @@
+"""A tenant's own tool over HTTP, signed by Standard Webhooks (https://www.standardwebhooks.com).
+
+POST ``{"tool", "arguments", "config"}``; ``webhook-id`` is the call's idempotency key, the same when it is sent again.
+Any 2xx with JSON is the result, 429 and 503 ask to be called later, other statuses are the tool's failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+
+from infra.clock import utcnow
+from infra.errors import EffectFailed, RetryLater, Unanswered
+from infra.outgoing import Answer, Outgoing
+from infra.webhooks import sign
+from services.plugin.domain import MAX_RESULT_BYTES, Call
+
+
+async def call(
+    outgoing: Outgoing, url: str, headers: Mapping[str, str], secret: str, config: Mapping[str, Any], call: Call
+) -> Any:
+    """The JSON that the tool answers; None for an empty answer.
+
+    Raises EffectFailed, RetryLater, and what `Outgoing.request` raises.
+    """
+    body = msgspec.json.encode({"tool": call.tool, "arguments": call.arguments, "config": config})
+    signature = sign(secret, call.key, utcnow(), body)
+    answer = await outgoing.request(
+        "POST",
+        url,
+        headers={**headers, "content-type": "application/json", "accept": "application/json", **signature},
+        content=body,
+        timeout=call.seconds,
+        max_bytes=MAX_RESULT_BYTES,
+    )
+    if answer.status in (429, 503):
+        raise RetryLater(_retry_after(answer), f"HTTP {answer.status}")
+    if answer.status in (502, 504):
+        # A gateway's word: the tool behind it may have been at work.
+        raise Unanswered(f"HTTP {answer.status}")
+    if not 200 <= answer.status < 300:
+        text = answer.body[:500].decode(errors="replace").strip()
+        raise EffectFailed(f"HTTP {answer.status}: {text}" if text else f"HTTP {answer.status}")
+    if not answer.body:
+        return None
+    try:
+        return msgspec.json.decode(answer.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise EffectFailed("the answer is no JSON") from None
+
+
+def _retry_after(answer: Answer) -> timedelta:
+    seconds = answer.headers.get("retry-after", "")
+    return timedelta(seconds=int(seconds) if seconds.isdecimal() and len(seconds) < 6 else 1)

@@ -1,0 +1,42 @@
+"""Runs a tool of any kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.crypto import Cipher
+from infra.outgoing import Outgoing
+from infra.service import Runtime
+from protos.memory.v1 import memory_pb2_grpc
+from services.plugin.domain import Call
+from services.plugin.manifest import Access
+from services.plugin.registry import Offered
+from services.plugin.tools import mcp, remote
+from services.plugin.tools.builtin import BUILTIN, Outside
+
+
+class Tools:
+    def __init__(self, cipher: Cipher, outside: Outside) -> None:
+        self._cipher = cipher
+        self._outside = outside
+
+    async def run(self, offer: Offered, call: Call) -> Any:
+        """The tool's result, a JSON value.
+
+        Raises EffectFailed where the tool refused, InvalidMessage where its address may not be called, TooLarge,
+        Transient where nothing was sent, Unanswered where something was and no answer came.
+        """
+        plugin = offer.plugin
+        if plugin is None:
+            _, run = BUILTIN[offer.tool.name]
+            return await run(call, self._outside)
+        access = Access.open(plugin.access, self._cipher, call.tenant_id, str(plugin.id))
+        outgoing: Outgoing = self._outside.outgoing
+        if plugin.kind == "mcp":
+            return await mcp.call(outgoing, plugin.url, access.headers, offer.remote_name, call)
+        return await remote.call(outgoing, plugin.url, access.headers, access.secret, plugin.config, call)
+
+
+def tools(runtime: Runtime) -> Tools:
+    channel = runtime.channels.to(runtime.settings.memory_grpc, "memory", safe=["clawbus.memory.v1.Memory/Retrieve"])
+    return Tools(runtime.cipher, Outside(runtime.outgoing, memory_pb2_grpc.MemoryStub(channel)))

@@ -1,0 +1,1 @@
+"""User. Owns: tenants, members, API keys. Publishes: TenantCreated, SubjectErased. Serves: Directory, who calls."""

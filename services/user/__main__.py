@@ -1,0 +1,15 @@
+"""User: tenants, their members and API keys; tells the gateway who calls."""
+
+from infra.service import Service
+from infra.subjects import erasure
+from services.user import api, authentication, rpc
+from services.user.settings import UserSettings
+
+service = Service("user", UserSettings)
+service.serve_http(authentication.routes)
+service.serve_http(api.routes)
+service.serve_grpc(rpc.servicer)
+service.consume(erasure("user"))
+
+if __name__ == "__main__":
+    service.run()

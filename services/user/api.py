@@ -1,0 +1,15 @@
+"""HTTP of the user service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.routing import BaseRoute
+
+from infra.api import api
+from infra.service import Runtime
+from services.user import api_keys, members, tenants
+
+
+def routes(runtime: Runtime) -> Sequence[BaseRoute]:
+    return api("user", runtime, tenants.router(runtime), api_keys.router(runtime), members.router(runtime))

@@ -1,0 +1,67 @@
+"""Who calls: asked by the gateway before it lets a request through."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from infra.auth import IDENTITY_HEADER, Identity
+from infra.errors import Unauthenticated
+from infra.service import Runtime
+from services.user import domain
+
+# With the operator's token: for which tenant it acts.
+TENANT_HEADER = "x-claw-tenant"
+_OPERATOR = Identity("operator", "", domain.EVERYTHING)
+
+
+def routes(runtime: Runtime) -> Sequence[BaseRoute]:
+    admin_token_hash = domain.key_hash(runtime.settings.admin_token.get_secret_value())
+
+    async def authenticate(request: Request) -> Response:
+        """200 with the identity's token as a header, or a problem 401. The gateway alone may reach this.
+
+        Nothing is kept here: the gateway keeps the answer for two seconds, and a second cache would only double the
+        time in which a revoked key still works.
+        """
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated("Authorization: missing; send `Bearer` and an API key")
+        hashed = domain.key_hash(token)
+        # Of the hashes: they have one length, and their first difference tells nothing about the token.
+        if hmac.compare_digest(hashed, admin_token_hash):
+            identity = await _operator(runtime, request.headers.get(TENANT_HEADER, ""))
+        else:
+            identity = await _key_holder(runtime, hashed)
+        return Response(headers={IDENTITY_HEADER: runtime.identities.token(identity)})
+
+    return [Route("/internal/auth", authenticate)]
+
+
+async def _operator(runtime: Runtime, tenant_id: str) -> Identity:
+    """The operator for the platform, or in the place of the tenant that the request names."""
+    if not tenant_id:
+        return _OPERATOR
+    async with runtime.worker.begin() as tx:
+        if not await tx.sql("SELECT 1 FROM tenant WHERE tenant_id = $1", tenant_id):
+            raise Unauthenticated(f"{TENANT_HEADER}: there is no such tenant")
+    return Identity("operator", tenant_id, domain.EVERYTHING)
+
+
+async def _key_holder(runtime: Runtime, hashed: bytes) -> Identity:
+    async with runtime.worker.begin() as tx:
+        rows = await tx.sql(
+            "SELECT k.id, k.tenant_id, k.scopes, k.member_id, m.role FROM api_key k "
+            "LEFT JOIN member m ON m.id = k.member_id "
+            "WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now())",
+            hashed,
+        )
+    if not rows:
+        raise Unauthenticated("Authorization: no such API key, or one that was revoked or has expired")
+    [(id_, tenant_id, scopes, member_id, role)] = rows
+    actor = f"member:{member_id}" if member_id else f"api_key:{id_}"
+    return Identity(actor, tenant_id, domain.scopes_in_force(scopes, role))

@@ -1,0 +1,27 @@
+"""gRPC of the user service: whom to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from infra import rpc
+from infra.service import Runtime
+from infra.subjects import SubjectKeys
+from protos.user.v1 import user_pb2, user_pb2_grpc
+from services.user import members
+
+
+class Directory(user_pb2_grpc.DirectoryServicer):
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._subjects = SubjectKeys(runtime.cipher)
+
+    async def Owners(self, request: user_pb2.OwnersRequest, context: Any) -> user_pb2.OwnersReply:
+        tenant_id = rpc.tenant()
+        async with self._runtime.request.begin(tenant_id=tenant_id) as tx:
+            return user_pb2.OwnersReply(emails=await members.owners_emails(tx, self._subjects, tenant_id))
+
+
+def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Directory]:
+    return user_pb2_grpc.add_DirectoryServicer_to_server, Directory(runtime)

@@ -1,0 +1,107 @@
+"""Tenants: customer organisations, made by the operator of the platform."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field, StringConstraints
+
+from infra.api import Operator, Paging, Reader, page
+from infra.audit import audit
+from infra.clock import uuid7
+from infra.errors import NotFound
+from infra.idempotency import once
+from infra.service import Runtime
+from infra.subjects import SubjectKeys
+from infra.tx import Tx
+from protos.catalog import PLATFORM_EVENTS
+from protos.messages.user import TenantCreated
+from services.user import api_keys, members
+from services.user.domain import EVERYTHING
+from services.user.fields import Body, Email, Name, after
+
+# What PostgreSQL's bigint and billing's accounts hold.
+MAX_NANOS = 2**63 - 1
+_COLUMNS = "tenant_id, name, currency, created_at"
+
+
+class NewTenant(Body):
+    """currency: ISO 4217. credit_nanos: what it may spend, 10⁻⁹ of the currency; null: without limit."""
+
+    name: Name
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+    credit_nanos: Annotated[int, Field(ge=0, le=MAX_NANOS, strict=True)] | None = None
+    owner_email: Email | None = None
+
+
+class MadeTenant(BaseModel):
+    """api_key: the tenant's first, with every scope; shown this once."""
+
+    id: str
+    name: str
+    api_key: str
+
+
+class Tenant(BaseModel):
+    id: str
+    name: str
+    currency: str
+    created_at: datetime
+
+
+def router(runtime: Runtime) -> APIRouter:
+    subjects = SubjectKeys(runtime.cipher)
+    routes = APIRouter(tags=["tenants"])
+
+    @routes.post("/api/v1/tenants", status_code=201, response_model=MadeTenant)
+    async def create_tenant(body: NewTenant, who: Operator, request: Request) -> Response:
+        async def work(tx: Tx) -> tuple[int, MadeTenant]:
+            return 201, await _create(tx, subjects, body, who.actor)
+
+        return await once(request, runtime, who, work)
+
+    @routes.get("/api/v1/tenants")
+    async def list_tenants(who: Operator, paging: Paging) -> dict[str, Any]:
+        async with runtime.worker.begin() as tx:
+            rows = await tx.sql(
+                f"SELECT {_COLUMNS} FROM tenant WHERE $1::text IS NULL OR tenant_id > $1 ORDER BY tenant_id LIMIT $2",
+                str(last) if (last := after(paging)) else None,
+                paging.limit + 1,
+            )
+        return page([_tenant(row) for row in rows], paging, lambda tenant: tenant.id)
+
+    @routes.get("/api/v1/tenant")
+    async def own_tenant(who: Reader) -> Tenant:
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            rows = await tx.sql(f"SELECT {_COLUMNS} FROM tenant WHERE tenant_id = $1", who.tenant_id)
+        if not rows:
+            raise NotFound(f"tenant {who.tenant_id}: there is none")
+        return _tenant(rows[0])
+
+    return routes
+
+
+async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, actor: str) -> MadeTenant:
+    # From here on the operator's transaction is about this tenant: what it publishes says so.
+    tx.tenant_id = tenant_id = str(uuid7())
+    await tx.sql(
+        "INSERT INTO tenant (tenant_id, name, currency) VALUES ($1, $2, $3)", tenant_id, new.name, new.currency
+    )
+    tx.publish(
+        PLATFORM_EVENTS,
+        TenantCreated(tenant_id=tenant_id, name=new.name, currency=new.currency, credit_nanos=new.credit_nanos),
+        key=tenant_id,
+    )
+    audit(tx, actor, "tenant.create", "tenant", tenant_id)
+    if new.owner_email:
+        await members.add(tx, subjects, tenant_id, members.NewMember(email=new.owner_email, role="owner"), actor)
+    first = api_keys.NewApiKey(name="first", scopes=sorted(EVERYTHING))
+    key = await api_keys.create(tx, tenant_id, first, EVERYTHING, actor)
+    return MadeTenant(id=tenant_id, name=new.name, api_key=key.api_key)
+
+
+def _tenant(row: tuple[Any, ...]) -> Tenant:
+    id_, name, currency, created_at = row
+    return Tenant(id=id_, name=name, currency=currency, created_at=created_at)

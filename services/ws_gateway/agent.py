@@ -1,0 +1,72 @@
+"""The agent's HTTP, as the gateway uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from uuid import UUID
+
+import httpx
+import msgspec
+from opentelemetry.trace import SpanKind, StatusCode
+
+from infra import telemetry
+from infra.auth import IDENTITY_HEADER, Identities, Identity
+from infra.errors import NotFound, Transient
+from services.ws_gateway.domain import Fact
+
+TIMEOUT_SECONDS = 10.0
+# After a break all streams read at once.
+CONCURRENT_READS = 50
+
+
+class _Facts(msgspec.Struct):
+    items: list[Fact]
+
+
+class Agent:
+    """`url`: its base."""
+
+    def __init__(self, url: str, identities: Identities) -> None:
+        self._identities = identities
+        self._http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=TIMEOUT_SECONDS)
+        self._reading = asyncio.Semaphore(CONCURRENT_READS)
+
+    async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
+        """The run's facts with a higher n than `after`, in order. Raises NotFound, for another tenant's run too, and
+        Transient."""
+        # Made anew: the client's own token lasts a minute, its stream may last longer. And who may start a run may
+        # see it run.
+        reader = replace(who, scopes=frozenset(("read",)))
+        headers = {IDENTITY_HEADER: self._identities.token(reader)}
+        async with self._reading:
+            answer = await self._ask(
+                "GET", f"/internal/runs/{run_id}/events?after={after}", "/internal/runs/{run_id}/events", headers, b""
+            )
+        if answer.status_code == 404:
+            raise NotFound(f"run {run_id}: there is none")
+        if answer.status_code != 200:
+            raise Transient(f"agent: HTTP {answer.status_code}")
+        return msgspec.json.decode(answer.content, type=_Facts).items
+
+    async def post_message(self, path: str, headers: Mapping[str, str], body: bytes) -> httpx.Response:
+        """Hands a posted message on as it is. Raises Transient."""
+        return await self._ask("POST", path, "/api/v1/agents/{agent_id}/sessions/{key}/messages", headers, body)
+
+    async def _ask(
+        self, method: str, path: str, template: str, headers: Mapping[str, str], body: bytes
+    ) -> httpx.Response:
+        attributes: dict[str, telemetry.Value] = {"http.request.method": method, "url.template": template}
+        with telemetry.span(f"{method} {template}", SpanKind.CLIENT, attributes=attributes) as span:
+            try:
+                answer = await self._http.request(
+                    method, path, headers={**headers, **telemetry.carrier()}, content=body
+                )
+            except httpx.TransportError as error:
+                raise Transient(f"agent: {type(error).__name__}") from error
+            span.set_attribute("http.response.status_code", answer.status_code)
+            if answer.status_code >= 400:
+                span.set_attribute("error.type", str(answer.status_code))
+                span.set_status(StatusCode.ERROR)
+            return answer

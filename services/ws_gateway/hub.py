@@ -1,0 +1,120 @@
+"""What is live in this process: facts from the tail, deltas from Redis, and the streams that wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from uuid import UUID
+
+import msgspec
+
+from infra.cache import Cache
+from infra.logs import get_logger
+from services.ws_gateway.domain import Delta, Fact
+
+# The agent publishes the text of a run, while it is written, to this and the run's id.
+CHANNEL = "claw:run:"
+# A client that is so far behind is dropped; it comes again and goes on from its last event.
+MAX_WAITING = 1_000
+
+_log = get_logger("ws_gateway.hub")
+
+
+class Missed:
+    """Something may have been missed: read again."""
+
+
+class Live:
+    """One stream's end of the hub."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Queue[Fact | Delta | Missed] = asyncio.Queue()
+        self._dropped = False
+        # Called when the stream is to end before its run does.
+        self.end: Callable[[], object] = lambda: None
+
+    async def next(self, seconds: float) -> Fact | Delta | Missed | None:
+        """None: nothing came in that time."""
+        try:
+            return await asyncio.wait_for(self._waiting.get(), seconds)
+        except TimeoutError:
+            return None
+
+    def put(self, item: Fact | Delta | Missed) -> None:
+        if self._dropped:
+            return
+        try:
+            self._waiting.put_nowait(item)
+        except asyncio.QueueFull:
+            self._dropped = True
+            _log.info("a client that does not keep up is dropped")
+            self.end()
+
+
+class Hub:
+    """`stopping`: set when the process is to end; all streams end then, and their clients go elsewhere."""
+
+    def __init__(self, cache: Cache, stopping: asyncio.Event) -> None:
+        self._cache = cache
+        self._stopping = stopping
+        self._streams: dict[str, set[Live]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def listen(self, run_id: UUID) -> AsyncIterator[Live]:
+        """Everything of the run that comes during the block."""
+        if not self._streams:
+            self._tasks = [asyncio.create_task(self._deltas()), asyncio.create_task(self._end_all())]
+        live = Live()
+        self._streams.setdefault(str(run_id), set()).add(live)
+        try:
+            yield live
+        finally:
+            streams = self._streams[str(run_id)]
+            streams.remove(live)
+            if not streams:
+                del self._streams[str(run_id)]
+            if not self._streams:
+                # Nobody is left: Redis need not tell us anything.
+                await asyncio.gather(*(_cancelled(task) for task in self._tasks))
+
+    def fact(self, fact: Fact) -> None:
+        for live in [*self._streams.get(str(fact.data["run_id"]), ())]:
+            live.put(fact)
+
+    def missed(self) -> None:
+        """To all: facts may have been missed."""
+        for live in self._all():
+            live.put(Missed())
+
+    async def _deltas(self) -> None:
+        async with aclosing(self._cache.listen(f"{CHANNEL}*")) as messages:
+            async for message in messages:
+                if message is None:
+                    continue
+                channel, data = message
+                if streams := self._streams.get(channel.removeprefix(CHANNEL)):
+                    try:
+                        delta = msgspec.json.decode(data, type=Delta)
+                    except msgspec.DecodeError as error:
+                        _log.warning("delta not understood", error=str(error))
+                        continue
+                    for live in [*streams]:
+                        live.put(delta)
+
+    async def _end_all(self) -> None:
+        await self._stopping.wait()
+        for live in self._all():
+            live.end()
+
+    def _all(self) -> list[Live]:
+        return [live for streams in self._streams.values() for live in streams]
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Ends it. Once is not enough: redis-py takes a cancelling while it connects for a lost connection, and goes on;
+    what was left running would hand each delta on a second time."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.5)

@@ -1,0 +1,8 @@
+"""What the gateway reads from the environment."""
+
+from infra.settings import Settings
+
+
+class GatewaySettings(Settings):
+    agent_url: str
+    """The agent's base URL, inside."""

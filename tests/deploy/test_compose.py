@@ -1,0 +1,165 @@
+"""compose.yml agrees with its specification, and with what the services read and the catalog names.
+
+The images cannot be pulled where this runs; what is asserted is what can be known without them.
+`compose-spec.json` is the specification's own schema (compose-spec/compose-spec, Apache-2.0), unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from infra.cli import compose, provision
+from infra.cli.home import CHECKOUT, SERVICE_PORTS, SERVICES
+from infra.metrics import Metrics
+from protos.catalog import CATALOG
+from protos.topology import Catalog
+
+DEPLOY = CHECKOUT / "infra" / "deploy"
+
+
+def document() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((CHECKOUT / "compose.yml").read_text())
+    return loaded
+
+
+CONTAINERS: dict[str, Any] = document()["services"]
+STORES = {"postgres", "redis", "kafka", "rabbitmq", "etcd", "minio", "milvus", "elasticsearch"}
+
+
+def test_it_is_valid_by_the_compose_specification() -> None:
+    schema = json.loads((Path(__file__).parent / "compose-spec.json").read_text())
+    jsonschema.Draft7Validator(schema).validate(document())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft7Validator(schema).validate({"services": {"a": {"imagee": "b"}}})
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_gets_its_ports_and_every_variable_that_it_must_have(name: str) -> None:
+    environment = CONTAINERS[name]["environment"]
+    assert CONTAINERS[name]["command"][-1] == f"services.{name}"
+    assert environment["CLAW_HTTP_PORT"] == str(SERVICE_PORTS[name])
+    assert environment["CLAW_GRPC_PORT"] == str(SERVICE_PORTS[f"{name}_grpc"])
+    settings = importlib.import_module(f"services.{name}.__main__").service.settings
+    for field, info in settings.model_fields.items():
+        variable = str(info.validation_alias or f"CLAW_{field}").upper()
+        assert variable in environment or not info.is_required(), f"{name} needs {variable}"
+
+
+def test_no_variable_is_set_that_no_service_reads() -> None:
+    read = set()
+    for name in SERVICES:
+        settings = importlib.import_module(f"services.{name}.__main__").service.settings
+        read |= {str(info.validation_alias or f"CLAW_{field}").upper() for field, info in settings.model_fields.items()}
+    given = {variable for name in SERVICES for variable in CONTAINERS[name]["environment"]}
+    assert given - read == set()
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_find_each_other_where_they_are(name: str) -> None:
+    for variable, value in CONTAINERS[name]["environment"].items():
+        for other, port in re.findall(r"(?:^|[=/,])([a-z_]+):(\d+)", str(value)):
+            if other in SERVICES:
+                kind = f"{other}_grpc" if "GRPC" in variable or variable == "CLAW_OPERATIONS" else other
+                assert int(port) == SERVICE_PORTS[kind], f"{name}: {variable}={value}"
+
+
+def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> None:
+    assert [name for name, container in CONTAINERS.items() if "ports" in container] == ["nginx"]
+    assert sorted(CONTAINERS["nginx"]["networks"]) == ["frontend", "public"]
+    for name in STORES:
+        assert CONTAINERS[name]["networks"] == ["backend"], name
+    networks = document()["networks"]
+    assert set(networks) == {"public", "frontend", "backend"}
+    assert networks["backend"]["internal"]
+
+
+def test_every_container_has_a_memory_limit_and_services_are_no_root_and_write_nowhere() -> None:
+    assert [name for name, container in CONTAINERS.items() if "mem_limit" not in container] == []
+    for name in SERVICES:
+        assert CONTAINERS[name]["read_only"]
+        assert CONTAINERS[name]["cap_drop"] == ["ALL"]
+    assert re.search(r"^USER (?!root)\w+", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+
+
+def test_no_secret_stands_in_the_file() -> None:
+    for name, container in CONTAINERS.items():
+        for variable, value in container.get("environment", {}).items():
+            if re.search(r"PASS|SECRET|TOKEN|AUTH|KEY$", variable) and "PATH" not in variable:
+                assert re.fullmatch(r"\$\{[A-Z0-9_]+:\?\}", str(value)), f"{name}: {variable}"
+        assert not re.search(r"://[^$/\s]*:[^$/\s@]+@", json.dumps(container)), name
+
+
+def test_volumes_that_are_used_are_named_and_named_ones_are_used() -> None:
+    used = {
+        volume.partition(":")[0]
+        for container in CONTAINERS.values()
+        for volume in container.get("volumes", ())
+        if not volume.startswith(".")
+    }
+    assert used == set(document()["volumes"])
+
+
+def test_init_makes_every_value_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "compose.yml").write_text((CHECKOUT / "compose.yml").read_text())
+    monkeypatch.setattr(compose, "CHECKOUT", tmp_path)
+    compose.init()
+    first = (tmp_path / ".env").read_text()
+    values = dict(line.split("=", 1) for line in first.splitlines())
+    assert set(values) == set(re.findall(r"\$\{([A-Z0-9_]+)", (CHECKOUT / "compose.yml").read_text()))
+    secrets = [value for name, value in values.items() if "PASSWORD" in name or "SECRET" in name]
+    assert len(set(secrets)) == len(secrets) > 30
+    assert ((tmp_path / ".env").stat().st_mode & 0o777) == 0o600
+    # What a person wrote stays, comments too; what is missing is added.
+    kept = first.replace(f"GATEWAY_PORT={values['GATEWAY_PORT']}\n", "# ours\nGATEWAY_PORT=9999\n")
+    lacking = re.sub(r"^REDIS_PASSWORD=.*\n", "", kept, flags=re.MULTILINE)
+    (tmp_path / ".env").write_text(lacking)
+    compose.init()
+    assert re.fullmatch(re.escape(lacking) + r"REDIS_PASSWORD=\S{32}\n", (tmp_path / ".env").read_text())
+
+
+async def test_topics_and_queues_are_the_catalogs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    async def nothing(*_: object) -> None: ...
+
+    async def brokers(catalog: Catalog, *_: object, **__: object) -> None:
+        raise Asked(catalog)
+
+    monkeypatch.setattr(provision, "prepare_database", nothing)
+    monkeypatch.setattr(provision, "migrate", nothing)
+    monkeypatch.setattr(provision, "provision_brokers", brokers)
+    with pytest.raises(Asked) as asked:
+        await provision.bring_up_to_date({}, {}, database="", kafka="", rabbit_url="", management_url="")
+    assert asked.value.args == (CATALOG,)
+
+
+def test_what_provisions_gets_all_that_it_reads() -> None:
+    source = Path(str(compose.__file__)).read_text()
+    needed = set(re.findall(r'env\["(CLAW_\w+)"\]', source))
+    needed |= {
+        f"{name.upper()}_{role}_PASSWORD" for name in SERVICES for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ")
+    }
+    assert needed == set(CONTAINERS["provision"]["environment"])
+
+
+def test_prometheus_asks_every_service_and_its_alerts_name_metrics_that_exist() -> None:
+    [services, _] = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    assert set(services["static_configs"][0]["targets"]) == {f"{name}:{SERVICE_PORTS[name]}" for name in SERVICES}
+    registry = CollectorRegistry()
+    Metrics(registry)
+    names = {metric.name for metric in registry.collect()}
+    used = set()
+    for path in ("prometheus/alerts.yml", "grafana/dashboards/clawbus.json"):
+        used |= set(re.findall(r"\bclaw_\w+", (DEPLOY / path).read_text()))
+    assert used
+    assert {re.sub(r"_(total|count|bucket|sum)$", "", name) for name in used} <= names

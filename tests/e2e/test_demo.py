@@ -1,0 +1,30 @@
+"""``./claw demo`` as a program sees it, on a system of its own."""
+
+from __future__ import annotations
+
+import json
+
+from infra.testing.stack import run_claw
+from tests.e2e.conftest import System
+
+
+def test_the_demo_holds_and_prints_one_object_on_one_line(system: System) -> None:
+    printed = run_claw(system.home, "demo", "--json")
+    [line] = printed.splitlines()
+    told = json.loads(line)
+    assert told["delivered"] is True
+    assert told["reply"]
+    assert {source["name"] for source in told["sources"]} <= {"norrland-linnea-2.en.md", "norrland-linnea-2.zh.md"}
+    assert told["sources"]
+    assert told["duplicates"] == {"sent": 1, "runs": 1, "replies": 1}
+    assert told["audit"]["chain_ok"] is True
+    assert told["audit"]["records"] > 0
+    assert {"channel", "agent", "memory", "billing"} <= set(told["trace"]["services"])
+    assert told["trace"]["spans"] > 10
+    assert told["usage"]["records"] > 0
+    assert told["usage"]["tokens"] > 0
+    assert told["usage"]["billed_nanos"] > 0
+    assert told["usage"]["currency"] == "USD"
+    assert set(told["seconds"]) == {"setup", "answer"}
+    shown = json.loads(run_claw(system.home, "run", "show", told["run_id"], "--json"))
+    assert shown["run"]["trace_id"] == told["trace_id"]

@@ -1,0 +1,180 @@
+"""SIGKILL of each service at each boundary of a message's way: answered once, shown once or unknown, billed exactly."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from infra.clock import uuid7
+from infra.testing.platform import Platform, running_platform
+from infra.testing.stack import Stack
+from infra.testing.vendors import TelegramStandIn
+from protos.catalog import PLATFORM_EVENTS
+from protos.messages.user import TenantCreated
+
+SERVICES = ("channel", "agent", "billing", "plugin")
+# What a person sees: one message; or, where the vendor takes no key and the process died during the call, one or none,
+# and a delivery that says so.
+ONCE, UNKNOWN = "once", "unknown"
+POINTS = (
+    ("channel", "before_commit", ONCE),
+    ("channel", "after_commit", ONCE),
+    ("channel", "after_publish_before_mark", ONCE),
+    ("channel", "after_commit_before_ack", ONCE),
+    ("channel", "after_lane_claim", ONCE),
+    ("channel", "after_effect_started", UNKNOWN),
+    ("channel", "after_effect_call", UNKNOWN),
+    ("channel", "after_effect_commit", ONCE),
+    ("channel", "before_lane_commit", ONCE),
+    ("channel", "after_lane_commit", ONCE),
+    ("agent", "after_append", ONCE),
+    ("agent", "after_commit_before_ack", ONCE),
+    ("agent", "after_publish_before_mark", ONCE),
+    ("agent", "after_lane_claim", ONCE),
+    ("agent", "after_effect_started", ONCE),
+    ("agent", "after_effect_call", ONCE),
+    ("agent", "after_effect_commit", ONCE),
+    ("agent", "before_lane_commit", ONCE),
+    ("agent", "after_lane_commit", ONCE),
+    ("billing", "after_effect_before_commit", ONCE),
+    ("billing", "after_commit_of_batch", ONCE),
+    ("plugin", "before_commit", ONCE),
+    ("plugin", "after_commit", ONCE),
+)
+
+
+@pytest.fixture(scope="module")
+async def platform(
+    stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    folder = tmp_path_factory.mktemp("platform")
+    async with running_platform(stack, database, vhost, topic_prefix, folder) as running:
+        await running.prepare(*SERVICES)
+        await running.start(*SERVICES)
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def tenant(platform: Platform) -> str:
+    id_ = str(uuid7())
+    fact = TenantCreated(tenant_id=id_, name="Norrland", currency="USD", credit_nanos=10**12)
+    await platform.produce(PLATFORM_EVENTS, fact, key=id_, tenant_id=id_)
+    return id_
+
+
+@pytest.mark.parametrize(("service", "point", "seen"), POINTS, ids=[f"{s}-{p}" for s, p, _ in POINTS])
+async def test_a_service_that_dies_on_the_way_changes_nothing_about_the_end(
+    platform: Platform, tenant: str, tmp_path: Path, service: str, point: str, seen: str
+) -> None:
+    async with TelegramStandIn() as vendor:
+        async with platform.client("agent", tenant) as api:
+            body = {"name": point, "model": "scripted/answer", "system_prompt": "Be brief.", "tools": ["calculator"]}
+            agent = (await api.post("/api/v1/agents", json=body)).json()["id"]
+        async with platform.client("channel", tenant) as api:
+            account = {
+                "type": "telegram",
+                "agent_id": agent,
+                "credentials": vendor.credentials,
+                "api_base": vendor.url,
+            }
+            path = (await api.post("/api/v1/channels", json=account)).json()["webhook_path"]
+        marker = tmp_path / "armed"
+        await asyncio.to_thread(platform.stop, service)
+        await platform.start(service, CLAW_FAILPOINT=point, CLAW_FAILPOINT_ONCE=str(marker))
+        marker.touch()
+
+        update = vendor.update("What is 6 * 7?")
+        accepted = await post(platform, path, update)
+        assert await asyncio.to_thread(platform.processes[service].wait, 60) == -signal.SIGKILL
+        await platform.start(service)
+        if not accepted:
+            # As the vendor does, when it was not told 200.
+            await platform.until(lambda: post(platform, path, update))
+
+        run = await ended(platform, tenant, agent)
+        assert run["status"] == "completed", run
+        assert [(step["kind"], step["status"]) for step in run["steps"]] == [
+            ("model", "completed"),
+            ("tool", "completed"),
+            ("model", "completed"),
+        ]
+        delivery = await delivered(platform, tenant, run["id"])
+        if seen == UNKNOWN:
+            assert delivery["state"] == "unknown"
+            assert len(vendor.ledger) == (1 if point == "after_effect_call" else 0)
+        else:
+            assert delivery["state"] in ("sent", "delivered")
+            assert vendor.texts() == [run["reply"]]
+        await billed(platform, tenant, run["id"])
+
+
+async def post(platform: Platform, path: str, update: tuple[bytes, dict[str, str]]) -> bool:
+    body, headers = update
+    async with httpx.AsyncClient(base_url=platform.url("channel"), trust_env=False, timeout=30) as vendor:
+        try:
+            answer = await vendor.post(path, content=body, headers=headers)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200
+
+
+async def ended(platform: Platform, tenant: str, agent: str) -> dict[str, Any]:
+    """The agent's one run, once it has ended."""
+
+    async def found() -> dict[str, Any] | None:
+        async with platform.client("agent", tenant) as api:
+            items = (await api.get("/api/v1/runs", params={"agent_id": agent})).json()["items"]
+            assert len(items) <= 1, items
+            if not items or items[0]["status"] in ("queued", "running", "waiting"):
+                return None
+            run: dict[str, Any] = (await api.get(f"/api/v1/runs/{items[0]['id']}")).json()
+            return run
+
+    return await platform.until(found, seconds=60)
+
+
+async def delivered(platform: Platform, tenant: str, run_id: str) -> dict[str, Any]:
+    """The run's one delivery, once it is over."""
+
+    async def found() -> dict[str, Any] | None:
+        async with platform.client("channel", tenant) as api:
+            items = (await api.get("/api/v1/deliveries", params={"run_id": run_id})).json()["items"]
+        assert len(items) <= 1, items
+        return items[0] if items and items[0]["state"] != "queued" else None
+
+    return await platform.until(found, seconds=60)
+
+
+async def billed(platform: Platform, tenant: str, run_id: str) -> None:
+    """What was produced for the run is counted, all of it and nothing else, and the run's cost is their sum."""
+
+    def of_run(bodies: list[tuple[dict[str, str], dict[str, Any]]]) -> set[str]:
+        return {body["usage_id"] for _, body in bodies if body.get("run_id") == run_id}
+
+    produced: set[str] = set()
+    for service in SERVICES:
+        produced |= of_run(await platform.outbox(service, "usage.records"))
+    assert len(produced) >= 2
+
+    async def charges() -> list[dict[str, Any]] | None:
+        async with platform.client("agent", tenant) as api:
+            items = (await api.get(f"/api/v1/runs/{run_id}/timeline")).json()["items"]
+        found = [item["data"] for item in items if item["kind"] == "charge"]
+        return found if {charge["usage_id"] for charge in found} >= produced else None
+
+    found = await platform.until(charges, seconds=60)
+    counted = [charge["usage_id"] for charge in found if charge["verdict"] == "counted"]
+    assert sorted(counted) == sorted(produced)
+    async with platform.client("agent", tenant) as api:
+        run = (await api.get(f"/api/v1/runs/{run_id}")).json()
+    assert run["cost_nanos"] == sum(charge["amount_nanos"] for charge in found)
+    async with platform.client("billing", tenant) as api:
+        ledger = (await api.get("/api/v1/billing/ledger", params={"limit": 200})).json()["items"]
+    entries = [entry for entry in ledger if entry.get("usage_id") in produced]
+    assert sorted(entry["usage_id"] for entry in entries) == sorted(produced)

@@ -1,0 +1,134 @@
+"""An agent service as a real process, with stand-ins for its peers and for the models' providers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+
+from infra.clock import utcnow, uuid7
+from infra.testing.model_server import KEY, ModelServer, model_server
+from infra.testing.peers import Peers, running_peers
+from infra.testing.platform import Platform
+from protos.catalog import CHANNEL_INBOUND
+from protos.messages.channel import MessageReceived
+
+MODEL = "gpt-4o-mini"
+OVER = ("completed", "failed", "cancelled", "refused", "indeterminate")
+
+
+@dataclass
+class World:
+    """The agent service and all that it talks to."""
+
+    platform: Platform
+    models: ModelServer
+    peers: Peers
+
+    def tenant(self) -> Tenant:
+        """A tenant that nobody else has."""
+        return Tenant(self, f"t-{uuid7()}")
+
+
+@dataclass
+class Tenant:
+    """One tenant's view of the service."""
+
+    world: World
+    id: str
+
+    async def call(self, method: str, path: str, *, expect: int | None = None, **kwargs: Any) -> Any:
+        """The JSON answer; an AssertionError where the status is not as expected (any below 300)."""
+        async with self.world.platform.client("agent", self.id) as client:
+            answer: httpx.Response = await client.request(method, path, **kwargs)
+        ok = answer.status_code == expect if expect else answer.status_code < 300
+        assert ok, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json()
+
+    async def agent(self, **fields: Any) -> str:
+        """A new agent on the model server. Returns its id."""
+        body = {
+            "name": "Helper",
+            "model": f"openai/{MODEL}",
+            "provider": {"base_url": self.world.models.url, "api_key": KEY},
+            "system_prompt": "Be kind.",
+        } | fields
+        return str((await self.call("POST", "/api/v1/agents", json=body))["id"])
+
+    async def say(self, agent: str, text: str, session: str = "s", **body: Any) -> str:
+        """Writes by the API. Returns the run."""
+        path = f"/api/v1/agents/{agent}/sessions/{session}/messages"
+        return str((await self.call("POST", path, json={"text": text} | body))["run_id"])
+
+    async def receive(self, agent: str, text: str, *, chat: str = "c", message_id: UUID | None = None) -> UUID:
+        """A message from a channel, as the channel service's relay sends it."""
+        message = MessageReceived(
+            channel_id=UUID(int=7),
+            channel_type="telegram",
+            agent_id=UUID(agent),
+            session_key=f"{self.id}-{chat}",
+            conversation_id=chat,
+            subject_id="person-1",
+            vendor_message_id="m1",
+            text=text,
+            received_at=utcnow(),
+        )
+        queue = CHANNEL_INBOUND["telegram"]
+        return await self.world.platform.send(queue, message, tenant_id=self.id, message_id=message_id)
+
+    async def run(self, run_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = await self.call("GET", f"/api/v1/runs/{run_id}")
+        return found
+
+    async def over(self, run_id: str, *, seconds: float = 30) -> dict[str, Any]:
+        """The run once it has ended."""
+
+        async def ended() -> dict[str, Any] | None:
+            found = await self.run(run_id)
+            return found if found["status"] in OVER else None
+
+        found = await self.world.platform.until(ended, seconds=seconds)
+        assert found
+        return found
+
+    async def runs(self, count: int, **query: Any) -> list[dict[str, Any]]:
+        """The tenant's runs, the oldest first, once `count` of them have ended."""
+
+        async def ended() -> list[dict[str, Any]] | None:
+            items = (await self.call("GET", "/api/v1/runs", params=query))["items"]
+            done = [item for item in items if item["status"] in OVER]
+            return done[::-1] if len(done) >= count else None
+
+        found = await self.world.platform.until(ended)
+        assert found
+        return found
+
+    async def sent(self, destination: str) -> list[dict[str, Any]]:
+        """The bodies that the agent has written for a topic or an exchange, of this tenant, in order."""
+        return [
+            body
+            for headers, body in await self.world.platform.outbox("agent", destination)
+            if headers.get("tenant_id") == self.id
+        ]
+
+
+@pytest.fixture(scope="module")
+async def world(platform: Platform) -> AsyncIterator[World]:
+    """The agent service, started."""
+    await platform.prepare("agent")
+    async with model_server() as models, running_peers(platform) as peers:
+        await platform.start("agent")
+        yield World(platform, models, peers)
+        # Before the servers that it calls.
+        await asyncio.to_thread(platform.stop, "agent")
+        assert models.refused == []
+
+
+@pytest.fixture
+def tenant(world: World) -> Tenant:
+    return world.tenant()

@@ -1,0 +1,93 @@
+"""Agents over HTTP: what is taken, what is shown, and that each change is a version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from infra.testing.model_server import KEY
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"api_key": "sk-secret"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"name": ""}, "name"),
+        ({"model": "gpt-4o-mini"}, "model"),
+        ({"model": "scripted/other"}, "model"),
+        ({"provider": None}, "provider.api_key"),
+        ({"provider": {"base_url": "ftp://x/v1"}}, "provider.base_url"),
+        ({"provider": {"base_url": "http://user:pw@x/v1"}}, "provider.base_url"),
+        # Also where private addresses are allowed: clouds tell their machines' secrets there.
+        ({"provider": {"base_url": "http://169.254.169.254/v1"}}, "provider.base_url"),
+        ({"tools": ["calculator", "nonsense"]}, "tools[1]"),
+        ({"tools": ["calculator", "calculator"]}, "tools"),
+        ({"queue_mode": "steer"}, "queue_mode"),
+        ({"budget": {"nanos": -1, "period": "day"}}, "budget.nanos"),
+        ({"limits": {"steps": 0}}, "limits.steps"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+async def test_what_cannot_work_is_refused_with_its_field(
+    world: World, tenant: Tenant, change: dict[str, Any], field: str
+) -> None:
+    problem = await tenant.call("POST", "/api/v1/agents", json=GOOD | change, expect=422)
+    assert [error["field"] for error in problem["errors"]] == [field]
+
+
+async def test_each_change_is_a_version_and_the_key_is_never_shown(world: World, tenant: Tenant) -> None:
+    made = await tenant.call("POST", "/api/v1/agents", json=GOOD)
+    path = f"/api/v1/agents/{made['id']}"
+    assert (made["version"], made["enabled"], made["provider"]) == (1, True, {"base_url": None})
+    changed = await tenant.call("PATCH", path, json={"system_prompt": "Be brief.", "limits": {"steps": 5}})
+    assert (changed["version"], changed["system_prompt"], changed["limits"]["steps"]) == (2, "Be brief.", 5)
+    assert changed["name"] == "A"
+    disabled = await tenant.call("PATCH", path, json={"enabled": False})
+    assert (disabled["version"], disabled["enabled"]) == (2, False)
+    assert await tenant.call("GET", path) == disabled
+    assert (await tenant.call("GET", "/api/v1/agents"))["items"] == [disabled]
+    assert "sk-secret" not in str(disabled)
+    async with world.platform.database("agent").begin() as tx:
+        rows = await tx.sql("SELECT definition, api_key FROM agent_version WHERE agent_id = $1", made["id"])
+    assert not any("sk-secret" in definition or b"sk-secret" in bytes(key) for definition, key in rows)
+    audited = await tenant.sent("audit.logs")
+    assert [act["action"] for act in audited] == ["agent.create", "agent.change", "agent.change"]
+    assert "sk-secret" not in str(audited)
+
+
+async def test_a_key_does_not_follow_to_another_address(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    path = f"/api/v1/agents/{agent}"
+    await tenant.call("PATCH", path, json={"provider": {"base_url": world.models.url}})
+    run = await tenant.over(await tenant.say(agent, "Hi"))
+    assert run["status"] == "completed"
+    elsewhere = world.models.url.replace("127.0.0.1", "localhost")
+    await tenant.call("PATCH", path, json={"provider": {"base_url": elsewhere}})
+    run = await tenant.over(await tenant.say(agent, "Hi"))
+    assert (run["status"], run["error"]) == (
+        "failed",
+        f"openai/{MODEL}: HTTP 401 (is the provider's api_key right?)",
+    )
+    world.models.refused.clear()
+    await tenant.call("PATCH", path, json={"provider": {"base_url": elsewhere, "api_key": KEY}})
+    assert (await tenant.over(await tenant.say(agent, "Hi")))["status"] == "completed"
+
+
+async def test_scopes_are_needed(world: World, tenant: Tenant) -> None:
+    for method, path, scope in (("POST", "/api/v1/agents", "read"), ("GET", "/api/v1/agents", "write")):
+        async with world.platform.client("agent", tenant.id, scopes=(scope,)) as client:
+            assert (await client.request(method, path, json=GOOD)).status_code == 403
+    async with world.platform.client("agent", tenant.id) as client:
+        client.headers.clear()
+        assert (await client.get("/api/v1/agents")).status_code == 401
+
+
+async def test_asked_twice_with_one_key_one_agent_is_made(world: World, tenant: Tenant) -> None:
+    answers = [
+        await tenant.call("POST", "/api/v1/agents", json=GOOD, headers={"Idempotency-Key": "k"}) for _ in range(2)
+    ]
+    assert answers[0] == answers[1]
+    assert len((await tenant.call("GET", "/api/v1/agents"))["items"]) == 1

@@ -1,0 +1,176 @@
+"""Provider models against the strict fake server: what goes out, what comes back, and what an error becomes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+
+from infra.outgoing import Outgoing
+from infra.testing.model_server import KEY, Fails, ModelServer, Says, model_server
+from services.agent.models.contract import (
+    Answer,
+    Answered,
+    Endpoint,
+    ModelFailed,
+    Passage,
+    Prompt,
+    Returned,
+    Said,
+    Tool,
+    ToolCall,
+    Usage,
+)
+from services.agent.models.providers import Providers
+
+OPENAI = "openai/gpt-4o-mini"
+ANTHROPIC = "anthropic/claude-haiku-5-5"
+BOTH = pytest.mark.parametrize("name", [OPENAI, ANTHROPIC])
+WEATHER = Tool("weather.now", "The weather.", {"type": "object", "properties": {"city": {"type": "string"}}})
+# What must arrive unchanged: a zero byte, an emoji of four bytes, a right-to-left mark, a chat template's token.
+STRANGE = "a\x00b 🦀 \u200f<|im_start|> c\n "
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ModelServer]:
+    async with model_server() as running:
+        yield running
+        assert running.refused == []
+
+
+@pytest.fixture
+async def providers() -> AsyncIterator[Providers]:
+    outgoing = Outgoing(allow_private=True)
+    found = Providers(outgoing.transport())
+    yield found
+    await found.close()
+    await outgoing.close()
+
+
+async def ask(server: ModelServer, providers: Providers, name: str, prompt: Prompt, key: str = KEY) -> Answer:
+    heard: list[str] = []
+
+    async def hear(text: str) -> None:
+        heard.append(text)
+
+    answer = await providers.model(name, Endpoint(server.url, key)).answer(prompt, hear)
+    assert "".join(heard) == answer.text
+    return answer
+
+
+@BOTH
+async def test_the_last_user_message_is_the_persons_words_and_passages_go_elsewhere(
+    name: str, server: ModelServer, providers: Providers
+) -> None:
+    passage = Passage("Returns take 30 days.", 0.9, "d1", "handbook.md", "Returns", 2)
+    turns = (Said("Hi"), Answered("Hello"), Said(STRANGE))
+    await ask(server, providers, name, Prompt("Be kind.", turns, (passage,)))
+    [asked] = server.requests
+    assert asked.last_user_text == STRANGE
+    assert [message["role"] for message in asked.body["messages"]][-3:] == ["user", "assistant", "user"]
+    assert asked.system.startswith("Be kind.")
+    assert "handbook.md, Returns, page 2\nReturns take 30 days." in asked.system
+
+
+@BOTH
+async def test_a_tool_is_called_and_its_result_is_given_back(
+    name: str, server: ModelServer, providers: Providers
+) -> None:
+    own_name = name.partition("/")[2]
+    server.script(own_name, Says(calls=(("weather_now", '{"city":"Bern"}'),)), Says("Rain."))
+    prompt = Prompt("", (Said("Weather in Bern?"),), tools=(WEATHER,))
+    first = await ask(server, providers, name, prompt)
+    [call] = first.calls
+    # Under the tool's own name, though the provider's wire allows no dot.
+    assert (call.name, call.arguments) == ("weather.now", '{"city":"Bern"}')
+    turns = (*prompt.turns, Answered(first.text, first.calls), Returned(call, '"rain"'))
+    second = await ask(server, providers, name, Prompt("", turns, tools=(WEATHER,)))
+    assert second.text == "Rain."
+    assert second.calls == ()
+
+
+@BOTH
+async def test_usage_is_the_providers_with_cached_tokens_inside_the_input(
+    name: str, server: ModelServer, providers: Providers
+) -> None:
+    server.script(name.partition("/")[2], Says("Yes.", usage=(100, 60, 9, 4)))
+    answer = await ask(server, providers, name, Prompt("", (Said("?"),)))
+    reasoning = 4 if name == OPENAI else None
+    assert answer.usage == Usage(100, 60, None if name == OPENAI else 0, 9, reasoning)
+
+
+async def test_usage_that_is_not_reported_is_not_zero(server: ModelServer, providers: Providers) -> None:
+    server.script("gpt-4o-mini", Says("Yes.", usage=None))
+    answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+    assert answer.usage == Usage()
+
+
+@BOTH
+async def test_an_error_is_told_apart_by_whether_it_passes(
+    name: str, server: ModelServer, providers: Providers
+) -> None:
+    server.script(name.partition("/")[2], Fails(429, retry_after=7), Fails(500), Fails(400), Fails(404))
+    found = []
+    for _ in range(4):
+        with pytest.raises(ModelFailed) as failed:
+            await ask(server, providers, name, Prompt("", (Said("?"),)))
+        found.append((failed.value.passing, failed.value.after))
+    assert found == [(True, timedelta(seconds=7)), (True, None), (False, None), (False, None)]
+
+
+async def test_a_wrong_key_is_final_and_is_not_repeated_in_the_reason(
+    server: ModelServer, providers: Providers
+) -> None:
+    with pytest.raises(ModelFailed, match=r"HTTP 401 \(is the provider's api_key right\?\)") as failed:
+        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)), key="sk-wrong")
+    assert not failed.value.passing
+    assert "sk-wrong" not in failed.value.reason
+    server.refused.clear()
+
+
+async def test_a_provider_that_is_not_there_passes(providers: Providers) -> None:
+    async def hear(text: str) -> None:
+        raise AssertionError("nothing answers there")
+
+    nowhere = providers.model(OPENAI, Endpoint("http://127.0.0.1:1/v1", KEY))
+    with pytest.raises(ModelFailed) as failed:
+        await nowhere.answer(Prompt("", (Said("?"),)), hear)
+    assert failed.value.passing
+
+
+@BOTH
+async def test_an_address_inside_is_refused_for_good(name: str, server: ModelServer) -> None:
+    guarded = Outgoing(allow_private=False)
+    providers = Providers(guarded.transport())
+    with pytest.raises(ModelFailed, match="not on the public internet") as failed:
+        await ask(server, providers, name, Prompt("", (Said("?"),)))
+    assert not failed.value.passing
+    assert server.requests == []
+    await providers.close()
+    await guarded.close()
+
+
+@pytest.mark.parametrize("calls", [(), (("weather_now", '{"city":"Bern"}'), ("weather_now", '{"city":"Genf"}'))])
+async def test_an_endpoint_that_ignores_streaming_is_understood(
+    calls: tuple[tuple[str, str], ...], server: ModelServer, providers: Providers
+) -> None:
+    server.script("gpt-4o-mini", Says("In one piece.", calls=calls, whole=True))
+    answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),), tools=(WEATHER,)))
+    assert answer.text == "In one piece."
+    assert [call.arguments for call in answer.calls] == [arguments for _, arguments in calls]
+    assert answer.usage == Usage(12, 0, None, 5, 0)
+    assert len(server.requests) == 1
+
+
+@BOTH
+async def test_the_limit_of_the_answer_is_passed_on(name: str, server: ModelServer, providers: Providers) -> None:
+    await ask(server, providers, name, Prompt("", (Said("?"),), max_output_tokens=64))
+    [asked] = server.requests
+    assert asked.body.get("max_completion_tokens", asked.body.get("max_tokens")) == 64
+
+
+async def test_names_of_calls_that_no_tool_has_are_kept(server: ModelServer, providers: Providers) -> None:
+    server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
+    answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),), tools=(WEATHER,)))
+    assert answer.calls == (ToolCall("call_0", "made_up", "{}"),)

@@ -1,0 +1,57 @@
+"""Which run answers a message."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+import pytest
+
+from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, QueueMode, Session, begins_at, decide, evolve
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+OLD, NEW = UUID(int=1), UUID(int=2)
+
+
+def accept(session: Session, *, mode: QueueMode = "collect", joinable: bool, busy: bool) -> Session:
+    command = Accept(
+        message_id=UUID(int=3),
+        subject_id="p",
+        text=b"",
+        at=NOON,
+        mode=mode,
+        new_run_id=NEW,
+        joinable=joinable,
+        busy=busy,
+    )
+    [event] = decide(command, session)
+    return evolve(session, event)
+
+
+def test_an_idle_session_answers_at_once() -> None:
+    session = accept(Session(OLD, 4, waits=True), joinable=False, busy=False)
+    assert session == Session(NEW, 1, waits=False)
+    assert begins_at(session, NOON) == NOON
+
+
+def test_what_comes_during_a_run_waits_for_more() -> None:
+    session = accept(Session(OLD, 1), joinable=False, busy=True)
+    assert session == Session(NEW, 1, waits=True)
+    assert begins_at(session, NOON) == NOON + DEBOUNCE
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_run_that_has_not_begun_takes_more_and_waits_as_it_did(waits: bool) -> None:
+    assert accept(Session(OLD, 1, waits), joinable=True, busy=True) == Session(OLD, 2, waits)
+
+
+def test_a_full_run_begins_at_once_and_the_next_message_opens_another() -> None:
+    full = accept(Session(OLD, CAP - 1, waits=True), joinable=True, busy=True)
+    assert full == Session(OLD, CAP, waits=True)
+    assert begins_at(full, NOON) == NOON
+    assert accept(full, joinable=True, busy=True) == Session(NEW, 1, waits=True)
+
+
+def test_followup_gives_each_message_a_run_without_waiting() -> None:
+    session = accept(Session(OLD, 1), mode="followup", joinable=True, busy=True)
+    assert session == Session(NEW, 1, waits=False)

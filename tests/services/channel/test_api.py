@@ -1,0 +1,128 @@
+"""Channel accounts over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from infra.clock import uuid7
+from infra.testing.vendors import TelegramStandIn, WebhookStandIn
+from tests.services.channel.conftest import Desk
+
+TELEGRAM = {"bot_token": "1:abc", "secret_token": "s3cret"}
+WEBHOOK = {"secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "reply_url": "http://127.0.0.1:9/replies"}
+
+
+async def test_a_channel_is_made_shown_changed_and_deleted_and_never_shows_its_credentials(desk: Desk) -> None:
+    made = await desk.connect("telegram", TELEGRAM, "http://127.0.0.1:9")
+    assert made["webhook_path"].startswith("/webhooks/telegram/")
+    assert len(made["webhook_path"].rpartition("/")[2]) >= 22, "at least 128 bits"
+    assert (made["state"], made["enabled"], made["api_base"]) == ("active", True, "http://127.0.0.1:9")
+    async with desk.client() as http:
+        path = f"/api/v1/channels/{made['id']}"
+        agent_id = str(uuid7())
+        changed = (await http.patch(path, json={"agent_id": agent_id, "enabled": False})).json()
+        assert (changed["agent_id"], changed["enabled"], changed["type"]) == (agent_id, False, "telegram")
+        listed = (await http.get("/api/v1/channels")).json()
+        assert (await http.get(path)).json() == changed == listed["items"][0]
+        assert not any(secret in str((made, changed, listed)) for secret in ("abc", "s3cret"))
+        assert (await http.delete(path)).status_code == 204
+        assert [(await http.request(m, path, json={})).status_code for m in ("GET", "PATCH", "DELETE")] == [404] * 3
+    acts = [body for _, body in await desk.platform.outbox("channel", "audit.logs") if body["object_id"] == made["id"]]
+    assert [act["action"] for act in acts] == ["channel.create", "channel.update", "channel.delete"]
+    assert {act["tenant_id"] for act in acts} == {desk.tenant_id}
+    assert not any(secret in str(acts) for secret in ("abc", "s3cret"))
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"type": "telegram", "credentials": {"bot_token": "1:abc"}}, "credentials.secret_token"),
+        ({"type": "telegram", "credentials": {**TELEGRAM, "secret_token": ""}}, "credentials.secret_token"),
+        ({"type": "telegram", "credentials": {**TELEGRAM, "bot_token": "../x"}}, "credentials.bot_token"),
+        ({"type": "telegram", "credentials": {**TELEGRAM, "more": "x"}}, "credentials.more"),
+        ({"type": "telegram", "credentials": {**TELEGRAM, "bot_token": 1}}, "credentials.bot_token"),
+        ({"type": "slack", "credentials": {"signing_secret": "", "bot_token": "x"}}, "credentials.signing_secret"),
+        ({"type": "webhook", "credentials": {**WEBHOOK, "secret": "whsec_c2hvcnQ="}}, "credentials.secret"),
+        ({"type": "webhook", "credentials": {**WEBHOOK, "reply_url": "file:///etc/passwd"}}, "credentials.reply_url"),
+        (
+            {"type": "webhook", "credentials": {**WEBHOOK, "reply_url": "http://169.254.169.254/"}},
+            "credentials.reply_url",
+        ),
+        ({"type": "webhook", "credentials": WEBHOOK, "api_base": "http://127.0.0.1:9"}, "api_base"),
+        ({"type": "telegram", "credentials": TELEGRAM, "api_base": "http://169.254.169.254"}, "api_base"),
+        ({"type": "telegram", "credentials": TELEGRAM, "api_base": "http://127.0.0.1:9/api"}, "api_base"),
+        ({"type": "telegram", "credentials": TELEGRAM, "api_base": "no URL"}, "api_base"),
+        ({"type": "feishu", "credentials": {}}, "type"),
+        ({"type": "carrier pigeon", "credentials": {}}, "type"),
+        ({"type": "telegram", "credentials": TELEGRAM, "agent_id": "x"}, "agent_id"),
+        ({"type": "telegram", "credentials": TELEGRAM, "name": "x"}, "name"),
+    ],
+)
+async def test_what_is_wrong_is_named(desk: Desk, body: dict[str, Any], field: str) -> None:
+    async with desk.client() as http:
+        response = await http.post("/api/v1/channels", json={"agent_id": str(uuid7()), **body})
+    assert response.status_code == 422, response.text
+    assert [error["field"] for error in response.json()["errors"]] == [field]
+    assert "abc" not in response.text
+
+
+async def test_another_tenants_channel_is_not_there(desk: Desk) -> None:
+    made = await desk.connect("telegram", TELEGRAM)
+    other = Desk(desk.platform, "another")
+    async with other.client() as http:
+        path = f"/api/v1/channels/{made['id']}"
+        assert [(await http.request(m, path, json={})).status_code for m in ("GET", "PATCH", "DELETE")] == [404] * 3
+        assert (await http.get("/api/v1/channels")).json()["items"] == []
+    assert (await desk.channel(made["id"]))["id"] == made["id"]
+
+
+async def test_reading_does_not_allow_writing(desk: Desk) -> None:
+    async with desk.platform.client("channel", desk.tenant_id, scopes=("read",)) as http:
+        body = {"type": "telegram", "agent_id": str(uuid7()), "credentials": TELEGRAM}
+        assert (await http.post("/api/v1/channels", json=body)).status_code == 403
+        assert (await http.get("/api/v1/channels")).status_code == 200
+
+
+async def test_a_repeated_request_makes_one_channel(desk: Desk) -> None:
+    body = {"type": "telegram", "agent_id": str(uuid7()), "credentials": TELEGRAM}
+    async with desk.client() as http:
+        answers = [
+            (await http.post("/api/v1/channels", json=body, headers={"idempotency-key": "k"})).json() for _ in range(2)
+        ]
+        assert answers[0] == answers[1]
+        assert len((await http.get("/api/v1/channels")).json()["items"]) == 1
+
+
+async def test_lists_come_in_pages(desk: Desk) -> None:
+    made = [(await desk.connect("telegram", TELEGRAM))["id"] for _ in range(3)]
+    found, cursor = [], ""
+    async with desk.client() as http:
+        while True:
+            page = (await http.get(f"/api/v1/channels?limit=2{cursor}")).json()
+            found += [item["id"] for item in page["items"]]
+            if page["next"] is None:
+                break
+            cursor = f"&cursor={page['next']}"
+        assert (await http.get("/api/v1/channels?cursor=eA==")).status_code == 422
+    assert found == made
+
+
+async def test_new_credentials_count_at_once(desk: Desk) -> None:
+    async with TelegramStandIn() as old, TelegramStandIn() as new:
+        made = await desk.connect("telegram", old.credentials)
+        assert (await desk.call(made, old.update("hi"))).status_code == 200
+        async with desk.client() as http:
+            await http.patch(f"/api/v1/channels/{made['id']}", json={"credentials": new.credentials})
+        assert (await desk.call(made, old.update("hi"))).status_code == 401
+        assert (await desk.call(made, new.update("hi"))).status_code == 200
+
+
+async def test_a_deleted_channels_webhook_is_gone(desk: Desk) -> None:
+    async with WebhookStandIn() as vendor:
+        made = await desk.connect("webhook", vendor.credentials)
+        assert (await desk.call(made, vendor.message("hi"))).status_code == 200
+        async with desk.client() as http:
+            await http.delete(f"/api/v1/channels/{made['id']}")
+        assert (await desk.call(made, vendor.message("hi"))).status_code == 404

@@ -1,0 +1,112 @@
+"""SIGKILL at every boundary: nothing that was accepted is lost, nothing is said twice, what nobody knows is said so."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from infra.testing.platform import Platform
+from infra.testing.vendors import TelegramStandIn, WebhookStandIn
+from tests.services.channel.conftest import Desk
+
+# How a delivery by a vendor without a key may end, and how many messages a person then sees.
+UNKNOWN_UNSENT, UNKNOWN_SENT, SENT = ("unknown", 0), ("unknown", 1), ("sent", 1)
+
+
+@pytest.fixture
+async def fragile(platform: Platform, tmp_path: Path) -> AsyncIterator[Any]:
+    """Starts the service so that it dies at the failpoint of that name once the marker is there."""
+    marker = tmp_path / "armed"
+
+    async def start(failpoint: str) -> Path:
+        await platform.prepare("channel")
+        await platform.start("channel", CLAW_FAILPOINT=failpoint, CLAW_FAILPOINT_ONCE=str(marker))
+        return marker
+
+    yield start
+    platform.stop("channel")
+
+
+async def died_and_back(platform: Platform) -> None:
+    # In a thread: the stand-in answers in this loop.
+    assert await asyncio.to_thread(platform.processes["channel"].wait, 30) == -signal.SIGKILL
+    await platform.start("channel")
+
+
+@pytest.mark.parametrize("failpoint", ["after_append", "before_commit", "after_commit"])
+async def test_a_webhook_cut_off_by_a_crash_and_sent_again_is_taken_once(
+    platform: Platform, fragile: Any, failpoint: str
+) -> None:
+    marker = await fragile(failpoint)
+    desk = Desk(platform, "tenant")
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    call = vendor.update("hi")
+    marker.touch()
+    with pytest.raises(httpx.TransportError):
+        await desk.call(channel, call)
+    await died_and_back(platform)
+    assert (await desk.call(channel, call)).status_code == 200
+    assert [heard["text"] for heard in await desk.received(channel)] == ["hi"]
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "end"),
+    [
+        ("after_effect_started", UNKNOWN_UNSENT),
+        ("after_effect_call", UNKNOWN_SENT),
+        ("after_effect_commit", SENT),
+        ("before_lane_commit", SENT),
+        ("after_lane_commit", SENT),
+    ],
+)
+async def test_without_a_key_a_crash_leaves_one_message_or_an_unknown_one(
+    platform: Platform, fragile: Any, failpoint: str, end: tuple[str, int]
+) -> None:
+    marker = await fragile(failpoint)
+    desk = Desk(platform, "tenant")
+    async with TelegramStandIn() as vendor:
+        channel = await desk.connect("telegram", vendor.credentials, vendor.url)
+        await desk.call(channel, vendor.update("question"))
+        [heard] = await desk.received(channel)
+        marker.touch()
+        id_ = await desk.reply(heard, "answer")
+        await died_and_back(platform)
+        delivery = await desk.settled(id_)
+        assert (delivery["state"], len(vendor.ledger)) == end
+        assert (await desk.settled(await desk.reply(heard, "next")))["state"] == "sent"
+    told = await desk.told(channel, "MessageUndelivered") + await desk.told(channel, "MessageDelivered")
+    assert [one["delivery_id"] for one in told if one["delivery_id"] == str(id_)] == [str(id_)]
+
+
+@pytest.mark.parametrize("failpoint", ["after_effect_started", "after_effect_call"])
+async def test_with_a_key_a_crash_leaves_one_message(platform: Platform, fragile: Any, failpoint: str) -> None:
+    marker = await fragile(failpoint)
+    desk = Desk(platform, "tenant")
+    async with WebhookStandIn() as vendor:
+        channel = await desk.connect("webhook", vendor.credentials)
+        await desk.call(channel, vendor.message("question"))
+        [heard] = await desk.received(channel)
+        marker.touch()
+        id_ = await desk.reply(heard, "answer")
+        await died_and_back(platform)
+        assert (await desk.settled(id_))["state"] == "sent"
+        assert vendor.texts() == ["answer"]
+
+
+async def test_without_redis_messages_are_taken_and_sent(platform: Platform) -> None:
+    await platform.prepare("channel")
+    await platform.start("channel", CLAW_REDIS_URL="redis://127.0.0.1:1")
+    desk = Desk(platform, "tenant")
+    async with TelegramStandIn() as vendor:
+        channel = await desk.connect("telegram", vendor.credentials, vendor.url)
+        await desk.call(channel, vendor.update("question"))
+        [heard] = await desk.received(channel)
+        assert (await desk.settled(await desk.reply(heard, "answer")))["state"] == "sent"
+    platform.stop("channel")

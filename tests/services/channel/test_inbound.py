@@ -1,0 +1,310 @@
+"""From a vendor's webhook to what the agent is told, against the running service."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+from typing import Any
+from uuid import UUID
+
+import aio_pika
+import pytest
+
+from infra.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
+from infra.testing.vendors.server import StandIn
+from protos.catalog import CHANNEL_INBOUND, PLATFORM_EVENTS
+from protos.messages.user import SubjectErased
+from tests.services.channel.conftest import Call, Desk
+
+TEXT = "größer \u202eesrever\u202c 😀 'quoted' \\ line\nline"
+
+
+async def test_a_message_reaches_the_agents_queue_once_however_often_it_is_sent(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    call = vendor.update(TEXT, chat=42, person=43, message_id=7)
+    statuses = [(await desk.call(channel, call)).status_code for _ in range(3)]
+    assert statuses == [200, 200, 200]
+    [heard] = await desk.received(channel)
+    assert {name: heard[name] for name in ("channel_type", "agent_id", "conversation_id", "vendor_message_id")} == {
+        "channel_type": "telegram",
+        "agent_id": channel["agent_id"],
+        "conversation_id": "42",
+        "vendor_message_id": "7",
+    }
+    assert heard["text"] == TEXT
+    assert not {"42", "43"} & {heard["session_key"], heard["subject_id"]}
+    assert await desk.told(channel, "MessageReceived") == [heard]
+
+    connection = await aio_pika.connect(desk.platform.rabbitmq_url)
+    async with connection:
+        queue = await (await connection.channel()).get_queue(CHANNEL_INBOUND["telegram"].name, ensure=False)
+        async with queue.iterator(timeout=30) as messages:
+            async for message in messages:
+                await message.ack()
+                if json.loads(message.body) == heard:
+                    assert message.headers["ce_type"] == "channel.v1.MessageReceived"
+                    assert message.headers["tenant_id"] == desk.tenant_id
+                    break
+
+
+async def test_the_same_at_the_same_time_is_taken_once(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    call = vendor.update("hi")
+    answers = await asyncio.gather(*(desk.call(channel, call) for _ in range(10)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(await desk.received(channel)) == 1
+
+
+async def test_the_same_id_on_another_channel_is_another_message(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channels = [await desk.connect("telegram", vendor.credentials) for _ in range(2)]
+    call = vendor.update("hi")
+    for channel in channels:
+        await desk.call(channel, call)
+    [one], [other] = [await desk.received(channel) for channel in channels]
+    assert one["session_key"] != other["session_key"]
+    assert one["subject_id"] != other["subject_id"]
+
+
+async def test_a_conversation_keeps_its_session_and_its_order(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    for n in range(5):
+        await desk.call(channel, vendor.update(f"{n}", chat=-100, person=n + 1))
+    await desk.call(channel, vendor.update("topic", chat=-100, topic=5))
+    heard = await desk.received(channel)
+    assert [message["text"] for message in heard] == ["0", "1", "2", "3", "4", "topic"]
+    assert len({message["session_key"] for message in heard[:5]}) == 1
+    assert len({message["subject_id"] for message in heard[:5]}) == 5
+    assert heard[5]["session_key"] != heard[0]["session_key"]
+
+
+async def test_nothing_personal_is_stored_in_the_open(desk: Desk) -> None:
+    async with WebhookStandIn() as vendor:
+        channel = await desk.connect("webhook", vendor.credentials)
+        await desk.call(channel, vendor.message("my secret", conversation="conv-4711", user="ada-4711"))
+        [heard] = await desk.received(channel)
+        await desk.settled(await desk.reply(heard, "your secret"))
+    async with desk.platform.database("channel").begin() as tx:
+        pattern = b"%" + channel["id"].encode() + b"%"
+        events = [json.loads(data) for (data,) in await tx.sql("SELECT data FROM event WHERE data LIKE $1", pattern)]
+        kept = [
+            *await tx.sql("SELECT * FROM lane_item JOIN lane USING (lane_id)"),
+            *await tx.sql("SELECT * FROM inbound_seen JOIN conversation USING (channel_id)"),
+            *await tx.sql("SELECT * FROM delivery"),
+            *await tx.sql("SELECT * FROM lane_effect"),
+            *events,
+            *(base64.b64decode(event["content"]) for event in events if "content" in event),
+        ]
+    assert len(events) == 3
+    assert not [word for word in ("secret", "4711") if word in str(kept)]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PROPFIND"])
+async def test_an_unknown_webhook_is_not_there_by_any_method(desk: Desk, method: str) -> None:
+    channel = await desk.connect("telegram", TelegramStandIn().credentials)
+    for path in ("/webhooks/telegram/unknown", channel["webhook_path"].replace("telegram", "slack")):
+        assert (await desk.call({"webhook_path": path}, (b"{}", {}), method)).status_code == 404
+    assert (await desk.call(channel, (b"{}", {}), method)).status_code == 401
+
+
+async def test_what_does_not_verify_or_cannot_be_read_leaves_nothing_behind(desk: Desk) -> None:
+    telegram, slack, webhook = TelegramStandIn(), SlackStandIn(), WebhookStandIn()
+    channels: dict[StandIn, dict[str, Any]] = {
+        vendor: await desk.connect(type_, vendor.credentials | extra)
+        for type_, vendor, extra in (
+            ("telegram", telegram, {}),
+            ("slack", slack, {}),
+            ("webhook", webhook, {"reply_url": "http://127.0.0.1:9/"}),
+        )
+    }
+    body, headers = telegram.update("hi")
+    signed_body, signed = slack.event("hi")
+    cases: list[tuple[StandIn, Call, int]] = [
+        (telegram, (body, {}), 401),
+        (telegram, (body, headers | {"x-telegram-bot-api-secret-token": "x"}), 401),
+        (telegram, (body[:-3], headers), 400),
+        (telegram, (body.replace(b"hi", b"\xff"), headers), 400),
+        (telegram, (b"", headers), 400),
+        (telegram, (body + b" " * 2**20, headers), 413),
+        (slack, (signed_body.replace(b"hi", b"ho"), signed), 401),
+        (slack, slack.signed({"type": "event_callback"}, age=400), 401),
+        (slack, (b"[" * 100_000, {}), 401),
+        (webhook, webhook.message("hi", age=400), 401),
+        (webhook, webhook.message("hi", age=-400), 401),
+        (webhook, webhook.signed(b"\xff\xfe"), 400),
+        (webhook, webhook.signed(b"[" * 100_000), 400),
+        (webhook, webhook.signed({"text": "hi"}), 400),
+    ]
+    for vendor, call, status in cases:
+        assert (await desk.call(channels[vendor], call)).status_code == status, call
+    for channel in channels.values():
+        assert await desk.received(channel) == []
+
+
+async def test_the_handshake_of_slack_is_answered(desk: Desk) -> None:
+    vendor = SlackStandIn()
+    channel = await desk.connect("slack", vendor.credentials)
+    response = await desk.call(channel, vendor.signed({"type": "url_verification", "token": "t", "challenge": "abc"}))
+    assert (response.status_code, response.text) == (200, "abc")
+
+
+async def test_slacks_mention_and_message_of_one_text_are_one_message_also_as_a_retry(desk: Desk) -> None:
+    vendor = SlackStandIn()
+    channel = await desk.connect("slack", vendor.credentials)
+    mention = vendor.event("<@U0BOT> hi", kind="app_mention", ts="1700000000.000777")
+    for call in (mention, vendor.event("<@U0BOT> hi", ts="1700000000.000777"), mention):
+        answer = await desk.call(channel, call, **{"x-slack-retry-num": "1", "x-slack-retry-reason": "http_timeout"})
+        assert answer.status_code == 200
+    [heard] = await desk.received(channel)
+    assert heard["text"] == "<@U0BOT> hi"
+
+
+async def test_what_starts_nothing_is_answered_well_and_remembered_with_its_reason(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    edited = {"update_id": 5, "edited_message": {"message_id": 1, "date": 1, "chat": {"id": 1}, "text": "x"}}
+    for call in (vendor.signed(edited), vendor.update("\0 \0"), vendor.update("")):
+        assert (await desk.call(channel, call)).status_code == 200
+    async with desk.client() as http:
+        await http.patch(f"/api/v1/channels/{channel['id']}", json={"enabled": False})
+    assert (await desk.call(channel, vendor.update("hi"))).status_code == 200
+    assert await desk.received(channel) == []
+    assert await desk.ignored(channel) == [
+        "not a message",
+        "an empty text",
+        "an empty text",
+        "the channel is disabled",
+    ]
+
+
+async def test_nul_is_left_out_and_a_very_long_text_is_taken_whole(desk: Desk) -> None:
+    async with WebhookStandIn() as vendor:
+        channel = await desk.connect("webhook", vendor.credentials)
+    long = "界" * 200_000
+    for text in ("a\0b", long):
+        assert (await desk.call(channel, vendor.message(text))).status_code == 200
+    assert [message["text"] for message in await desk.received(channel)] == ["ab", long]
+
+
+async def test_an_erased_persons_message_is_not_kept(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    await desk.call(channel, vendor.update("before"))
+    [heard] = await desk.received(channel)
+    erased = SubjectErased(tenant_id=desk.tenant_id, subject_id=heard["subject_id"])
+    await desk.platform.produce(PLATFORM_EVENTS, erased, key=desk.tenant_id, tenant_id=desk.tenant_id)
+
+    async def destroyed() -> bool:
+        async with desk.platform.database("channel").begin() as tx:
+            rows = await tx.sql("SELECT destroyed_at FROM subject_key WHERE subject_id = $1", heard["subject_id"])
+        return rows[0][0] is not None
+
+    await desk.platform.until(destroyed)
+    assert (await desk.call(channel, vendor.update("after"))).status_code == 200
+    assert await desk.received(channel) == [heard]
+    assert await desk.ignored(channel) == ["of an erased person"]
+    delivery = await desk.settled(await desk.reply(heard, "an answer that comes too late"))
+    assert (delivery["state"], delivery["reason"]) == ("failed", "the person was erased")
+
+
+async def test_what_was_seen_is_remembered_for_thirty_days(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    database = desk.platform.database("channel")
+    for days in (31, 29):
+        await desk.call(channel, vendor.update("hi"))
+        async with database.begin() as tx:
+            await tx.sql(
+                "UPDATE inbound_seen SET seen_at = now() - make_interval(days => $2) "
+                "WHERE channel_id = $1 AND seen_at > now() - interval '1 day'",
+                UUID(channel["id"]),
+                days,
+            )
+
+    async def left() -> list[int]:
+        await desk.call(channel, vendor.signed({"update_id": 1}))
+        async with database.begin() as tx:
+            rows = await tx.sql(
+                "SELECT extract(day FROM now() - seen_at)::int FROM inbound_seen WHERE channel_id = $1 "
+                "AND seen_at < now() - interval '1 day'",
+                UUID(channel["id"]),
+            )
+        return [days for (days,) in rows]
+
+    async def cleared() -> bool:
+        return await left() == [29]
+
+    await desk.platform.until(cleared)
+
+
+async def test_many_at_once_of_many_tenants_are_each_taken_once_in_their_own_name(desk: Desk) -> None:
+    desks = [desk, *(Desk(desk.platform, f"{desk.tenant_id}-{n}") for n in range(3))]
+    vendor = SlackStandIn()
+    channels = [await each.connect("slack", vendor.credentials) for each in desks]
+    calls = [
+        (each, channel, vendor.event(f"{each.tenant_id} {n}", channel=f"C{n % 3}", user=f"U{n % 4}"))
+        for n in range(25)
+        for each, channel in zip(desks, channels, strict=True)
+    ]
+    traces = [secrets.token_hex(16) for _ in calls]
+    answers = await asyncio.gather(
+        *(
+            each.call(channel, call, traceparent=f"00-{trace}-{'1' * 16}-01")
+            for (each, channel, call), trace in zip(calls * 2, traces * 2, strict=True)
+        )
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    rows = await desk.platform.outbox("channel", "channel.inbound")
+    texts = [body["text"] for _, body in rows if body["channel_id"] in {channel["id"] for channel in channels}]
+    assert sorted(texts) == sorted(f"{each.tenant_id} {n}" for n in range(25) for each in desks)
+    for headers, body in rows:
+        if body["text"] in texts:
+            assert body["text"].rpartition(" ")[0] == headers["tenant_id"]
+    async with desk.platform.database("channel").begin() as tx:
+        stored = await tx.sql(
+            "SELECT headers, data FROM event WHERE stream_id = ANY($1)",
+            [f"conversation:{body['session_key']}" for _, body in rows if body["text"] in texts],
+        )
+    by_channel = {channel["id"]: each.tenant_id for each, channel in zip(desks, channels, strict=True)}
+    assert len(stored) == len(calls)
+    for event_headers, data in stored:
+        assert json.loads(event_headers)["tenant_id"] == by_channel[json.loads(data)["channel_id"]]
+    told = {body["text"]: headers["traceparent"].split("-")[1] for headers, body in rows if body["text"] in texts}
+    sent = {f"{each.tenant_id} {n // 4}": traces[n] for n, (each, _, _) in enumerate(calls)}
+    assert told == sent
+
+
+async def test_the_database_away_is_said_so_that_the_vendor_tries_again_and_no_secret_gets_into_the_log(
+    desk: Desk,
+) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    call = vendor.update("my secret")
+    await desk.call(channel, (b"{}", {}))
+    await desk.call({"webhook_path": "/webhooks/telegram/mistaken"}, call)
+    async with desk.platform.database("channel").begin() as tx:
+        # Whoever wants to note a message waits for this lock, and gives up as with a database that hangs.
+        await tx.sql("LOCK TABLE inbound_seen")
+        waiting = asyncio.create_task(desk.call(channel, call))
+
+        async def blocked() -> bool:
+            return bool(
+                await tx.sql("SELECT pid FROM pg_stat_activity WHERE $1::int = ANY(pg_blocking_pids(pid))", own)
+            )
+
+        [(own,)] = await tx.sql("SELECT pg_backend_pid()")
+        await desk.platform.until(blocked)
+        await tx.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE $1::int = ANY(pg_blocking_pids(pid))", own
+        )
+        assert (await waiting).status_code == 503
+    assert (await desk.call(channel, call)).status_code == 200
+    assert len(await desk.received(channel)) == 1
+    log = desk.platform.log("channel")
+    assert "request failed" in log
+    assert not [word for word in (channel["webhook_path"], "mistaken", "my secret") if word in log]

@@ -1,0 +1,71 @@
+"""What a vendor's silence means, by what the vendor is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from infra.cache import Cache
+from infra.clock import uuid7
+from infra.crypto import Cipher
+from infra.errors import EffectFailed, TooManyRequests, Transient, Unanswered
+from infra.outgoing import Outgoing
+from infra.subjects import SubjectKeys
+from infra.testing.platform import MASTER_KEY
+from infra.testing.stack import Stack
+from infra.testing.vendors import TelegramStandIn, WebhookStandIn, cut
+from services.channel.accounts import Account, Secrets
+from services.channel.domain import Pseudonyms
+from services.channel.sending import Sender
+from services.channel.vendors import VENDORS
+from services.channel.vendors.base import Outbound
+
+PART = Outbound("key", "42", "hello")
+
+
+def account(vendor: TelegramStandIn | WebhookStandIn) -> Account:
+    kind = VENDORS["telegram" if isinstance(vendor, TelegramStandIn) else "webhook"]
+    credentials = kind.credentials(**vendor.credentials)
+    return Account(uuid7(), "tenant", kind, uuid7(), credentials, Pseudonyms(b""), vendor.url, True, None)
+
+
+@pytest.fixture
+async def cache(stack: Stack) -> AsyncIterator[Cache]:
+    redis = Redis.from_url(stack.redis_url)
+    yield Cache(redis)
+    await redis.aclose()
+
+
+async def send(cache: Cache, to: Account, *, allow_private: bool = True) -> None:
+    cipher = Cipher(MASTER_KEY)
+    outgoing = Outgoing(allow_private=allow_private)
+    try:
+        await Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache).send(to, PART)
+    finally:
+        await outgoing.close()
+
+
+async def test_silence_of_a_vendor_that_knows_our_key_passes_and_another_ones_stays_unknown(cache: Cache) -> None:
+    async with WebhookStandIn() as keyed, TelegramStandIn() as once:
+        for vendor, error in ((keyed, Transient), (once, Unanswered)):
+            vendor.faults.append(cut(accept=True))
+            with pytest.raises(error):
+                await send(cache, account(vendor))
+
+
+async def test_an_address_inside_is_not_called_and_that_is_a_failure(cache: Cache) -> None:
+    async with WebhookStandIn() as vendor:
+        with pytest.raises(EffectFailed):
+            await send(cache, account(vendor), allow_private=False)
+        assert vendor.calls == 0
+
+
+async def test_what_would_be_too_fast_for_the_vendor_waits_before_it_is_sent(cache: Cache) -> None:
+    async with TelegramStandIn() as vendor:
+        to = account(vendor)
+        await send(cache, to)
+        with pytest.raises(TooManyRequests):
+            await send(cache, to)
+        assert vendor.calls == 1

@@ -1,0 +1,185 @@
+"""Slack's adapter: its own verifier is the judge of signatures."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from slack_sdk.signature import SignatureVerifier
+
+from infra.clock import utcnow
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing import Outgoing
+from infra.testing.vendors import Fault, SlackStandIn, answer, cut
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Outbound, Received, Request
+from services.channel.vendors.slack import Slack, SlackCredentials, sign
+
+# The example of https://docs.slack.dev/authentication/verifying-requests-from-slack
+EXAMPLE = SlackCredentials("8f742231b10e8888abcd99yyyzzz85a5", "xoxb")
+EXAMPLE_BODY = (
+    b"token=xyzz0WbapA4vBCDEFasx0q6G&team_id=T1DC2JH3J&team_domain=testteamnow&channel_id=G8PSS9T3V"
+    b"&channel_name=foobar&user_id=U2CERLKJA&user_name=roadrunner&command=%2Fwebhook-collect&text="
+    b"&response_url=https%3A%2F%2Fhooks.slack.com%2Fcommands%2FT1DC2JH3J%2F397700885554%2F96rGlfmibIGlgcZRskXaIFfN"
+    b"&trigger_id=398738663015.47445629121.803a0bc887a14d10d2c447fce8b6703c"
+)
+EXAMPLE_SIGNATURE = "v0=a2114d57b48eac39b9ad189dd8316235a7b4a8d21a10bd27519666489c69b503"
+
+
+@pytest.fixture
+async def vendor() -> AsyncIterator[SlackStandIn]:
+    async with SlackStandIn() as running:
+        yield running
+
+
+def receive(vendor: SlackStandIn, call: tuple[bytes, dict[str, str]], **headers: str) -> Received:
+    body, signed = call
+    request = Request("POST", "", signed | {name.replace("_", "-"): value for name, value in headers.items()}, body)
+    return Slack().receive(request, SlackCredentials(**vendor.credentials), utcnow())
+
+
+def one(received: Received) -> Inbound | Ignored:
+    [item] = received.items
+    return item
+
+
+def test_the_vendors_own_example_verifies_and_a_command_is_ignored() -> None:
+    headers = {
+        "x-slack-request-timestamp": "1531420618",
+        "x-slack-signature": EXAMPLE_SIGNATURE,
+        "content-type": "application/x-www-form-urlencoded",
+    }
+    now = datetime.fromtimestamp(1531420618, UTC)
+    assert isinstance(one(Slack().receive(Request("POST", "", headers, EXAMPLE_BODY), EXAMPLE, now)), Ignored)
+    for late in (301, -301):
+        with pytest.raises(Unauthenticated):
+            Slack().receive(Request("POST", "", headers, EXAMPLE_BODY), EXAMPLE, now + timedelta(seconds=late))
+
+
+def test_slacks_own_verifier_agrees_with_our_signature() -> None:
+    timestamp = str(int(utcnow().timestamp()))
+    body = '{"text":"größer 😀"}'
+    verifier = SignatureVerifier(EXAMPLE.signing_secret)
+    assert verifier.is_valid(body, timestamp, sign(EXAMPLE, timestamp, body.encode()))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x_slack_signature": ""},
+        {"x_slack_signature": EXAMPLE_SIGNATURE},
+        {"x_slack_signature": "v0=\xfc"},
+        {"x_slack_request_timestamp": ""},
+        {"x_slack_request_timestamp": "1e9"},
+        {"x_slack_request_timestamp": "²"},
+        {"x_slack_request_timestamp": "9" * 5000},
+    ],
+)
+async def test_a_forged_call_is_refused(vendor: SlackStandIn, headers: dict[str, str]) -> None:
+    with pytest.raises(Unauthenticated):
+        receive(vendor, vendor.event("hi"), **headers)
+
+
+async def test_a_changed_or_old_call_is_refused(vendor: SlackStandIn) -> None:
+    body, headers = vendor.event("hi")
+    with pytest.raises(Unauthenticated):
+        receive(vendor, (body.replace(b"hi", b"ho"), headers))
+    with pytest.raises(Unauthenticated):
+        receive(vendor, vendor.signed({"type": "event_callback"}, age=301))
+
+
+async def test_a_message_is_read_with_its_thread_and_as_it_was_written(vendor: SlackStandIn) -> None:
+    item = one(receive(vendor, vendor.event("1 &lt; 2 &amp;&amp; &amp;lt;", thread_ts="1699999999.000001")))
+    assert item == Inbound(
+        ("event/Ev1", "message/T1/C1/1700000000.000001"),
+        "C1/1699999999.000001",
+        "U1",
+        "1700000000.000001",
+        "1 < 2 && &lt;",
+    )
+
+
+async def test_mention_and_message_of_one_text_share_a_name(vendor: SlackStandIn) -> None:
+    message = one(receive(vendor, vendor.event("hi", ts="1700000000.000009")))
+    mention = one(receive(vendor, vendor.event("hi", kind="app_mention", ts="1700000000.000009")))
+    assert len(set(message.ids) & set(mention.ids)) == 1
+
+
+async def test_the_handshake_is_answered_with_its_challenge_and_only_if_signed(vendor: SlackStandIn) -> None:
+    call = vendor.signed({"type": "url_verification", "token": "t", "challenge": "abc"})
+    assert receive(vendor, call).ack.body == b"abc"
+    with pytest.raises(Unauthenticated):
+        receive(vendor, call, x_slack_signature=EXAMPLE_SIGNATURE)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"bot_id": "B1"},
+        {"subtype": "bot_message"},
+        {"user": "U0BOT"},
+        {"subtype": "message_changed", "message": {"text": "new"}},
+        {"subtype": "message_deleted"},
+        {"subtype": "channel_join"},
+        {"kind": "reaction_added", "channel": {"id": "C1"}},
+    ],
+)
+async def test_bots_changes_and_other_events_are_ignored(vendor: SlackStandIn, event: dict[str, Any]) -> None:
+    assert isinstance(one(receive(vendor, vendor.event("hi", **event))), Ignored)
+
+
+async def test_a_notice_of_slacks_limit_is_ignored(vendor: SlackStandIn) -> None:
+    notice = {"token": "t", "type": "app_rate_limited", "team_id": "T1", "minute_rate_limited": 1, "api_app_id": "A1"}
+    assert isinstance(one(receive(vendor, vendor.signed(notice))), Ignored)
+
+
+async def test_what_is_signed_and_cannot_be_read_is_said_to_be_invalid(vendor: SlackStandIn) -> None:
+    for payload in ({"no": "type"}, {"type": "event_callback", "event": {"type": "message"}}, "text"):
+        with pytest.raises(InvalidMessage):
+            receive(vendor, vendor.signed(payload))
+
+
+async def send(vendor: SlackStandIn, outgoing: Outgoing, text: str = "hello", channel: str = "C1") -> str | None:
+    credentials = SlackCredentials(**vendor.credentials)
+    return await Slack().send(outgoing, vendor.url, credentials, Outbound("key", channel, text))
+
+
+async def test_a_reply_goes_to_its_thread_and_cannot_ring_everybody(vendor: SlackStandIn, outgoing: Outgoing) -> None:
+    sent = await send(vendor, outgoing, "<!channel> 1 & 2", "C1/1700000000.000100")
+    [message] = vendor.ledger
+    assert sent == message.id
+    assert message.fields == {
+        "channel": "C1",
+        "text": "&lt;!channel&gt; 1 &amp; 2",
+        "thread_ts": "1700000000.000100",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(200, {"ok": False, "error": "channel_not_found"}), EffectFailed),
+        (answer(200, {"ok": False, "error": "invalid_auth"}), AccountRefused),
+        (answer(200, {"ok": False, "error": "token_revoked"}), AccountRefused),
+        (answer(200, {"ok": False, "error": "ratelimited"}), RetryLater),
+        (answer(200, {"ok": False, "error": "internal_error"}), Transient),
+        (answer(503), Transient),
+        (answer(200, "no JSON of Slack's"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_passing_and_unknown_are_told_apart(
+    vendor: SlackStandIn, outgoing: Outgoing, fault: Fault, error: type[Exception]
+) -> None:
+    vendor.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await send(vendor, outgoing)
+    assert type(raised.value) is error
+
+
+async def test_slack_is_left_alone_for_as_long_as_it_says(vendor: SlackStandIn, outgoing: Outgoing) -> None:
+    vendor.faults.append(answer(429, {"ok": False, "error": "ratelimited"}, retry_after="30"))
+    with pytest.raises(RetryLater) as raised:
+        await send(vendor, outgoing)
+    assert raised.value.after == timedelta(seconds=30)

@@ -1,0 +1,151 @@
+"""Telegram's adapter against a strict stand-in; shapes are those of https://core.telegram.org/bots/api."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import msgspec
+import pytest
+
+from infra.clock import utcnow
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing import Outgoing
+from infra.testing.vendors import Fault, TelegramStandIn, answer, cut
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Outbound, Request
+from services.channel.vendors.telegram import Telegram, TelegramCredentials
+
+CREDENTIALS = TelegramCredentials("1:token", "secret-token")
+# As in the vendor's documents, spaces included.
+UPDATE = (
+    b'{"update_id":10001, "message":{"message_id":7,"date":1700000000,"chat":{"id":42,"type":"private"},'
+    b'"from":{"id":43,"is_bot":false,"first_name":"A","language_code":"en"},"text":"hi"}}'
+)
+
+
+def receive(body: bytes, token: str = "secret-token") -> Inbound | Ignored:
+    headers = {"x-telegram-bot-api-secret-token": token}
+    [item] = Telegram().receive(Request("POST", "", headers, body), CREDENTIALS, utcnow()).items
+    return item
+
+
+def message(**fields: object) -> Inbound | Ignored:
+    update = msgspec.json.decode(UPDATE)
+    update["message"] |= fields
+    return receive(msgspec.json.encode(update))
+
+
+def test_a_message_is_read_with_what_a_reply_needs() -> None:
+    assert receive(UPDATE) == Inbound(("update/10001",), "42", "43", "7", "hi")
+
+
+def test_a_topic_of_a_group_is_a_conversation_of_its_own() -> None:
+    topic = message(chat={"id": -100, "type": "supergroup"}, message_thread_id=5, is_topic_message=True)
+    reply_chain = message(chat={"id": -100, "type": "supergroup"}, message_thread_id=5)
+    assert isinstance(topic, Inbound)
+    assert isinstance(reply_chain, Inbound)
+    assert (topic.conversation, reply_chain.conversation) == ("-100/5", "-100")
+
+
+@pytest.mark.parametrize("token", ["", "secret-tokem", "secret-token2", "gehe\xefm"])
+def test_an_update_without_the_secret_token_is_refused_before_it_is_read(token: str) -> None:
+    with pytest.raises(Unauthenticated):
+        receive(b"{not even JSON", token)
+
+
+@pytest.mark.parametrize("body", [b"", UPDATE[:-9], UPDATE.replace(b"hi", b"\xff\xfe"), b'{"update_id":"x"}', b"[]"])
+def test_what_is_verified_and_no_update_is_said_to_be_invalid(body: bytes) -> None:
+    with pytest.raises(InvalidMessage):
+        receive(body)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        receive(b'{"update_id":1,"edited_message":{"message_id":7,"chat":{"id":42},"text":"hi"}}'),
+        receive(b'{"update_id":1,"my_chat_member":{"chat":{"id":42}}}'),
+        message(text=None, sticker={"file_id": "f"}),
+        message(**{"from": {"id": 1, "is_bot": True}}),
+        message(**{"from": None}),
+    ],
+)
+def test_what_is_no_persons_text_is_ignored_and_not_refused(item: Inbound | Ignored) -> None:
+    assert isinstance(item, Ignored)
+
+
+@pytest.fixture
+async def vendor() -> AsyncIterator[TelegramStandIn]:
+    async with TelegramStandIn() as running:
+        yield running
+
+
+async def send(vendor: TelegramStandIn, outgoing: Outgoing, text: str = "hello", chat: str = "42") -> str | None:
+    credentials = TelegramCredentials(**vendor.credentials)
+    return await Telegram().send(outgoing, vendor.url, credentials, Outbound("key", chat, text, reply_to="7"))
+
+
+async def test_a_reply_is_one_plain_message_that_survives_the_deletion_of_its_question(
+    vendor: TelegramStandIn, outgoing: Outgoing
+) -> None:
+    sent = await send(vendor, outgoing, "<b>1 & 2</b>", "-100/5")
+    [message] = vendor.ledger
+    assert sent == message.id
+    assert message.fields == {
+        "chat_id": -100,
+        "text": "<b>1 & 2</b>",
+        "parse_mode": None,
+        "message_thread_id": 5,
+        "reply_parameters": {"message_id": 7, "allow_sending_without_reply": True},
+    }
+
+
+async def test_a_group_that_became_a_supergroup_gets_it_under_its_new_id(
+    vendor: TelegramStandIn, outgoing: Outgoing
+) -> None:
+    vendor.moved[-5] = -100500
+    await send(vendor, outgoing, chat="-5")
+    assert [message.to for message in vendor.ledger] == ["-100500"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(403, {"ok": False, "error_code": 403, "description": "Forbidden: bot was blocked"}), EffectFailed),
+        (answer(400, {"ok": False, "error_code": 400, "description": "Bad Request: chat not found"}), EffectFailed),
+        (answer(400), EffectFailed),
+        (answer(401, {"ok": False, "error_code": 401, "description": "Unauthorized"}), AccountRefused),
+        (answer(404, {"ok": False, "error_code": 404, "description": "Not Found"}), AccountRefused),
+        (answer(500), Transient),
+        (answer(502, "bad gateway"), Transient),
+        (answer(504), Unanswered),
+        (answer(200, "no JSON of Telegram's"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_passing_and_unknown_are_told_apart(
+    vendor: TelegramStandIn, outgoing: Outgoing, fault: Fault, error: type[Exception]
+) -> None:
+    vendor.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await send(vendor, outgoing)
+    assert type(raised.value) is error
+
+
+async def test_a_flood_is_waited_out_for_as_long_as_telegram_says(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
+    body = {"ok": False, "error_code": 429, "description": "Too Many Requests", "parameters": {"retry_after": 35}}
+    vendor.faults.append(answer(429, body))
+    with pytest.raises(RetryLater) as raised:
+        await send(vendor, outgoing)
+    assert raised.value.after == timedelta(seconds=35)
+
+
+async def test_a_vendor_that_cannot_be_reached_has_taken_nothing(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
+    await vendor.stop()
+    with pytest.raises(Transient):
+        await send(vendor, outgoing)
+    await vendor.start()
+
+
+def test_length_is_counted_in_utf_16_units() -> None:
+    parts = Telegram().split("😀" * 3000)
+    assert [len(part) for part in parts] == [2048, 952]

@@ -1,0 +1,42 @@
+"""Cutting long texts."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.channel.vendors.text import split, utf16_length
+
+
+@given(
+    st.text(st.sampled_from("ab \n.。é😀👍🏽\u200d\u0301\u202e\0"), max_size=300),
+    st.integers(min_value=2, max_value=40),
+)
+def test_nothing_but_blanks_is_lost_and_every_part_fits(text: str, limit: int) -> None:
+    parts = split(text, limit, utf16_length)
+    assert all(part.strip() and utf16_length(part) <= limit for part in parts)
+    assert "".join("".join(parts).split()) == "".join(text.replace("\0", "").split())
+
+
+def test_a_short_text_is_left_as_it_is() -> None:
+    assert split(" one\n\ntwo ", 20) == ["one\n\ntwo"]
+    assert split("\0 \n", 20) == []
+
+
+def test_the_cut_is_at_the_best_place() -> None:
+    assert split("one two three\n\nfour. five six", 22) == ["one two three", "four. five six"]
+    assert split("one two three.\nfour five", 16) == ["one two three.", "four five"]
+    assert split("one two three. four five", 16) == ["one two three.", "four five"]
+    assert split("一二三四五。六七八", 7) == ["一二三四五。", "六七八"]
+    assert split("one two three four", 9) == ["one two", "three", "four"]
+
+
+def test_a_place_too_early_is_passed_over() -> None:
+    assert split("a. " + "b" * 8 + " " + "c" * 8, 15) == ["a. bbbbbbbb", "cccccccc"]
+
+
+def test_what_is_seen_as_one_character_stays_one() -> None:
+    family = "👨\u200d👩\u200d👧"
+    assert split("ab" + family, 6) == ["ab", family]
+    assert split("abc" + "e\u0301", 4) == ["abc", "e\u0301"]
+    assert split("abc" + "👍🏽", 4) == ["abc", "👍🏽"]

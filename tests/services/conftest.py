@@ -1,0 +1,20 @@
+"""The services as real processes, one platform per test module."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from infra.testing.platform import Platform, running_platform
+from infra.testing.stack import Stack
+
+
+@pytest.fixture(scope="module")
+async def platform(
+    stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    """A module names what it needs with ``await platform.prepare(…)`` and ``await platform.start(…)``."""
+    folder = tmp_path_factory.mktemp("platform")
+    async with running_platform(stack, database, vhost, topic_prefix, folder) as running:
+        yield running

@@ -1,0 +1,229 @@
+"""Acts from Kafka into the chains: each once, by tenant, and a hand on them shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from asyncpg import connect
+
+from infra.clock import utcnow, uuid7
+from infra.testing.platform import Platform
+from protos.catalog import AUDIT_LOGS
+from protos.messages.audit import ActAudited
+
+
+def act(tenant_id: str | None, n: int = 0, **fields: Any) -> ActAudited:
+    defaults: dict[str, Any] = {
+        "tenant_id": tenant_id,
+        "at": utcnow(),
+        "actor": "api_key:k",
+        "action": "agent.create",
+        "object_kind": "agent",
+        "object_id": str(n),
+        "outcome": "done",
+        "details": {"n": str(n)},
+    }
+    return ActAudited(**(defaults | fields))
+
+
+async def publish(aggregator: Platform, *acts: ActAudited) -> None:
+    for one in acts:
+        tenant_id = one.tenant_id
+        await aggregator.produce(AUDIT_LOGS, one, key=tenant_id or "system", tenant_id=tenant_id)
+
+
+async def verified(client: httpx.AsyncClient, **params: str) -> dict[str, Any]:
+    answer = await client.get("/api/v1/audit/verify", params=params)
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+async def chained(aggregator: Platform, tenant_id: str, records: int) -> dict[str, Any]:
+    """The verdict, once the chain has so many records."""
+    async with aggregator.client("log_aggregator", tenant_id) as client:
+
+        async def ask() -> dict[str, Any] | None:
+            found = await verified(client)
+            return found if found["records"] >= records else None
+
+        found = await aggregator.until(ask)
+    assert found
+    return found
+
+
+@pytest.fixture
+def tenant() -> str:
+    return str(uuid4())
+
+
+async def test_acts_are_chained_in_their_order_and_can_be_recomputed_by_anybody(
+    aggregator: Platform, tenant: str
+) -> None:
+    acts = [act(tenant, n, details={"text": f"ümlaut \x00 {n}"}) for n in range(7)]
+    await publish(aggregator, *acts)
+    verdict = await chained(aggregator, tenant, 7)
+    async with aggregator.client("log_aggregator", tenant) as client:
+        pages = []
+        cursor: dict[str, str] = {}
+        while True:
+            answer = (await client.get("/api/v1/audit", params={"limit": "3", **cursor})).json()
+            pages.append(answer["items"])
+            if not answer["next"]:
+                break
+            cursor = {"cursor": answer["next"]}
+    assert [len(items) for items in pages] == [3, 3, 1]
+    records = [record for items in pages for record in items][::-1]
+    assert [record["seq"] for record in records] == list(range(1, 8))
+    assert [record["details"] for record in records] == [one.details for one in acts]
+    async with aggregator.database("log_aggregator").begin() as tx:
+        stored = await tx.sql("SELECT record FROM audit_record WHERE tenant_id = $1 ORDER BY seq", tenant)
+    previous = bytes(32)
+    for record, (text,) in zip(records, stored, strict=True):
+        assert json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) == text
+        previous = hashlib.sha256(previous + text.encode()).digest()
+        assert record["hash"] == previous.hex()
+    assert verdict == {"records": 7, "ok": True, "head": previous.hex(), "broken_at": None}
+
+
+async def test_a_message_that_comes_twice_is_one_record(aggregator: Platform, tenant: str) -> None:
+    id_ = uuid7()
+    for _ in range(3):
+        await aggregator.produce(AUDIT_LOGS, act(tenant, 1), key=tenant, tenant_id=tenant, message_id=id_)
+    await publish(aggregator, act(tenant, 2))
+    assert (await chained(aggregator, tenant, 2))["records"] == 2
+
+
+async def test_killed_in_the_middle_it_chains_every_act_once(aggregator: Platform, tenant: str) -> None:
+    tenants = [tenant, *(str(uuid4()) for _ in range(4))]
+    for n in range(0, 300, 50):
+        acts = [act(tenants[i % len(tenants)], i) for i in range(n, n + 50)]
+        await publish(aggregator, *acts)
+        if n == 150:
+            aggregator.kill("log_aggregator", signal.SIGKILL)
+            await aggregator.start("log_aggregator")
+    for id_ in tenants:
+        verdict = await chained(aggregator, id_, 60)
+        assert (verdict["records"], verdict["ok"]) == (60, True)
+        async with aggregator.client("log_aggregator", id_) as client:
+            items = (await client.get("/api/v1/audit", params={"limit": 200})).json()["items"]
+        assert len({item["id"] for item in items}) == 60
+        numbers = [int(item["object_id"]) for item in items]
+        assert numbers == sorted(numbers, reverse=True)
+
+
+async def test_the_list_is_filtered_by_what_is_asked(aggregator: Platform, tenant: str) -> None:
+    old = utcnow() - timedelta(days=2)
+    await publish(
+        aggregator,
+        act(tenant, 1, at=old),
+        act(tenant, 2, actor="member:m"),
+        act(tenant, 3, action="agent.delete"),
+        act(tenant, 2, action="agent.delete"),
+    )
+    await chained(aggregator, tenant, 4)
+    async with aggregator.client("log_aggregator", tenant) as client:
+
+        async def seqs(**params: str) -> list[int]:
+            answer = await client.get("/api/v1/audit", params=params)
+            assert answer.status_code == 200, answer.text
+            return [item["seq"] for item in answer.json()["items"]]
+
+        assert await seqs() == [4, 3, 2, 1]
+        assert await seqs(action="agent.delete") == [4, 3]
+        assert await seqs(object_id="2") == [4, 2]
+        assert await seqs(object_id="2", action="agent.delete") == [4]
+        assert await seqs(actor="member:m") == [2]
+        assert await seqs(since=(utcnow() - timedelta(days=1)).isoformat()) == [4, 3, 2]
+        for params, field in (
+            ({"since": "yesterday"}, "since"),
+            ({"since": "2026-01-01T00:00:00"}, "since"),
+            ({"cursor": "eA=="}, "cursor"),
+            ({"actor": "\x00"}, "actor"),
+        ):
+            answer = await client.get("/api/v1/audit", params=params)
+            assert answer.status_code == 422
+            assert [error["field"] for error in answer.json()["errors"]] == [field]
+
+
+async def test_each_tenant_sees_its_chain_and_the_operator_the_systems_and_all(
+    aggregator: Platform, tenant: str
+) -> None:
+    other = str(uuid4())
+    await publish(aggregator, act(tenant, 1), act(other, 2), act(None, 3, action="tenant.suspend"))
+    await chained(aggregator, tenant, 1)
+    await chained(aggregator, other, 1)
+    async with aggregator.client("log_aggregator", tenant) as client:
+        items = (await client.get("/api/v1/audit")).json()["items"]
+        assert [item["object_id"] for item in items] == ["1"]
+        for path in ("/api/v1/audit", "/api/v1/audit/verify"):
+            assert (await client.get(path, params={"tenant_id": other})).status_code == 403
+    async with aggregator.client("log_aggregator", tenant, scopes=("run",)) as client:
+        assert (await client.get("/api/v1/audit")).status_code == 403
+    async with aggregator.client("log_aggregator") as operator:
+
+        async def system() -> bool:
+            return bool((await operator.get("/api/v1/audit", params={"action": "tenant.suspend"})).json()["items"])
+
+        await aggregator.until(system)
+        assert (await verified(operator))["ok"]
+        assert (await verified(operator, tenant_id=other))["records"] == 1
+
+
+async def test_an_empty_chain_holds(aggregator: Platform, tenant: str) -> None:
+    async with aggregator.client("log_aggregator", tenant) as client:
+        assert await verified(client) == {"records": 0, "ok": True, "head": "00" * 32, "broken_at": None}
+        assert (await client.get("/api/v1/audit")).json() == {"items": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "broken_at"),
+    [
+        ("UPDATE audit_record SET record = replace(record, 'done', 'denied') WHERE tenant_id = $1 AND seq = 3", 3),
+        ("UPDATE audit_record SET actor = 'somebody else' WHERE tenant_id = $1 AND seq = 2", 2),
+        ("DELETE FROM audit_record WHERE tenant_id = $1 AND seq = 4", 4),
+        ("DELETE FROM audit_record WHERE tenant_id = $1 AND seq > 3", 4),
+        ("DELETE FROM audit_record WHERE tenant_id = $1", 1),
+        ("UPDATE audit_head SET hash = decode(repeat('ab', 32), 'hex') WHERE tenant_id = $1", 5),
+    ],
+)
+async def test_a_hand_on_the_chain_shows_and_where(
+    aggregator: Platform, tenant: str, change: str, broken_at: int
+) -> None:
+    await publish(aggregator, *(act(tenant, n) for n in range(5)))
+    await chained(aggregator, tenant, 5)
+    administrator = await connect(aggregator.database_url)
+    await administrator.execute(
+        change.replace("UPDATE ", "UPDATE log_aggregator.").replace("FROM ", "FROM log_aggregator."), tenant
+    )
+    await administrator.close()
+    async with aggregator.client("log_aggregator", tenant) as client:
+        verdict = await verified(client)
+    assert (verdict["ok"], verdict["records"], verdict["broken_at"]) == (False, broken_at - 1, broken_at)
+
+
+async def test_the_service_itself_cannot_change_what_is_chained(aggregator: Platform, tenant: str) -> None:
+    await publish(aggregator, act(tenant, 1))
+    await chained(aggregator, tenant, 1)
+    for change in ("UPDATE audit_record SET actor = 'x'", "DELETE FROM audit_record", "TRUNCATE audit_record"):
+        with pytest.raises(Exception, match="permission denied"):
+            async with aggregator.database("log_aggregator").begin() as tx:
+                await tx.sql(change)
+
+
+async def test_an_act_that_cannot_be_stored_holds_nobody_up(aggregator: Platform, tenant: str) -> None:
+    await publish(aggregator, act(tenant, 1), act(tenant, 2, object_id="a\x00b"), act(tenant, 3))
+    assert (await chained(aggregator, tenant, 2))["ok"]
+
+    async def set_aside() -> list[Any]:
+        async with aggregator.database("log_aggregator").begin() as tx:
+            return list(await tx.sql("SELECT consumer FROM dead_letter WHERE tenant_id = $1", tenant))
+
+    assert await aggregator.until(set_aside) == [("log_aggregator",)]

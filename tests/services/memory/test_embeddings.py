@@ -1,0 +1,140 @@
+"""Embeddings in the process, and by an OpenAI-shaped endpoint that is strict about what it is sent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from infra.errors import EffectFailed, RetryLater, Transient
+from infra.health import Health
+from infra.http import create_app, serve_http
+from infra.metrics import Metrics
+from infra.outgoing import Outgoing
+from infra.testing.platform import Platform
+from services.memory.embeddings import LocalEmbedder, RemoteEmbedder
+from tests.services.memory.conftest import Client, Vectors
+
+DIMENSION = 8
+
+
+class Endpoint:
+    """``/v1/embeddings``: a vector per distinct word, summed. `answers` come first, each once."""
+
+    def __init__(self) -> None:
+        self.answers: list[JSONResponse] = []
+        self.texts: list[str] = []
+        self.url = ""
+
+    async def embed(self, request: Request) -> JSONResponse:
+        if request.headers["authorization"] != "Bearer a key":
+            return JSONResponse({"error": {"message": "wrong key"}}, 401)
+        body = await request.json()
+        assert set(body) == {"model", "input", "encoding_format"}
+        assert body["model"] == "words-8"
+        if self.answers:
+            return self.answers.pop(0)
+        self.texts += body["input"]
+        data = [
+            {"object": "embedding", "index": n, "embedding": self.vector(text)} for n, text in enumerate(body["input"])
+        ]
+        # In no order: `index` is what counts.
+        return JSONResponse({"data": data[::-1], "usage": {"prompt_tokens": len(body["input"]), "total_tokens": 0}})
+
+    @staticmethod
+    def vector(text: str) -> list[float]:
+        words = [hashlib.sha256(word.encode()).digest()[:DIMENSION] for word in text.lower().split()]
+        total = np.sum([np.frombuffer(word, np.uint8).astype(float) - 128 for word in words], axis=0)
+        return [float(x) for x in total / np.linalg.norm(total)]
+
+
+@pytest.fixture(scope="module")
+async def endpoint() -> AsyncIterator[Endpoint]:
+    endpoint = Endpoint()
+    routes = [Route("/v1/embeddings", endpoint.embed, methods=["POST"])]
+    server = await serve_http(create_app(routes, Health("x", "0"), Metrics(CollectorRegistry())), 0)
+    endpoint.url = f"http://127.0.0.1:{server.port}/v1"
+    yield endpoint
+    await server.stop()
+
+
+async def test_the_local_model_knows_what_a_text_is_about_in_both_languages() -> None:
+    embedder = LocalEmbedder()
+    texts = ["The warranty is 30 months.", "保修期为三十个月。", "The cat sleeps on the sofa.", "a\0b" * 5000]
+    passages = await embedder.passages(texts)
+    assert passages.vectors.shape == (4, 384)
+    assert np.linalg.norm(passages.vectors, axis=1) == pytest.approx(1)
+    for question in ("How long is the guarantee?", "保修多久？"):
+        scores = passages.vectors @ (await embedder.query(question)).vectors[0]
+        assert min(scores[:2]) > scores[2]
+        assert max(scores) > embedder.min_similarity
+
+
+async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> None:
+    outgoing = Outgoing(allow_private=True)
+    embedder = RemoteEmbedder(outgoing, endpoint.url, "words-8", "a key")
+    embedded = await embedder.passages(["one", "two", "three"])
+    assert embedded.tokens == 3
+    assert embedded.vectors == pytest.approx(np.asarray([endpoint.vector(text) for text in ("one", "two", "three")]))
+
+    endpoint.answers = [JSONResponse({}, 429, {"retry-after": "7"})]
+    with pytest.raises(RetryLater) as later:
+        await embedder.query("one")
+    assert later.value.after == timedelta(seconds=7)
+    for answer in (
+        JSONResponse({}, 500),
+        JSONResponse({"data": []}),
+        JSONResponse({"data": [{"index": 0, "embedding": "AAAA"}]}),
+        JSONResponse({"data": [{"index": 0, "embedding": [1, 2]}, {"index": 1, "embedding": [1]}]}),
+    ):
+        endpoint.answers = [answer]
+        with pytest.raises(Transient):
+            await embedder.query("one")
+    endpoint.answers = [JSONResponse({"error": {"message": "too long"}}, 400)]
+    with pytest.raises(EffectFailed):
+        await embedder.query("one")
+    with pytest.raises(Transient):
+        await RemoteEmbedder(outgoing, endpoint.url, "words-8", "no key").query("one")
+    await outgoing.close()
+
+
+async def test_another_model_takes_over_what_was_embedded_before(
+    platform: Platform, vectors: Vectors, endpoint: Endpoint
+) -> None:
+    await platform.prepare("memory")
+    await platform.start("memory")
+    client = Client(platform, "tenant-of-words")
+    document_id = await client.indexed("ferry.txt", b"The ferry leaves at nine.")
+    assert platform.stop("memory") == 0
+
+    await platform.start(
+        "memory",
+        CLAW_EMBEDDING_BASE_URL=endpoint.url,
+        CLAW_EMBEDDING_MODEL="words-8",
+        CLAW_EMBEDDING_API_KEY="a key",
+    )
+
+    async def found() -> bool:
+        return [passage.source.document_id for passage in await client.retrieve("the ferry leaves")] == [document_id]
+
+    await platform.until(found)
+    assert "The ferry leaves at nine." in endpoint.texts
+    endpoint.answers = [JSONResponse({}, 503)]
+    later = await client.indexed("bridge.txt", b"The bridge is closed.")
+    endpoint.answers = [JSONResponse({"error": {"message": "too long"}}, 400)]
+    refused = await client.done(await client.upload("other.txt", b"something"))
+    assert (refused["status"], refused["error"]) == (
+        "failed",
+        "The text could not be embedded: the embedding endpoint answers 400.",
+    )
+    records = [body for _, body in await platform.outbox("memory", "usage.records")]
+    assert f"{later}/0/2" in [record["usage_id"] for record in records if record["resource"] == "embedding/words-8"]
+    await client.http.aclose()
+    assert platform.stop("memory") == 0

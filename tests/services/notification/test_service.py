@@ -1,0 +1,327 @@
+"""Notification as a real process, with a mail server and a directory of the test's own."""
+
+from __future__ import annotations
+
+import email.policy
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from email.message import EmailMessage
+from email.parser import BytesParser
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, Session
+from aiosmtpd.smtp import Envelope as Mail
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
+
+from infra import rpc, telemetry
+from infra.auth import Callers
+from infra.clock import utcnow, uuid7
+from infra.crypto import Cipher
+from infra.errors import EffectFailed
+from infra.metrics import Metrics
+from infra.testing.platform import INTERNAL_SECRET, MASTER_KEY, Platform
+from infra.testing.sample.run import free_port
+from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH, PLATFORM_EVENTS
+from protos.envelope import Envelope
+from protos.messages.notification import SendEmail, SendPush
+from protos.messages.user import SubjectErased
+from protos.user.v1 import user_pb2, user_pb2_grpc
+from services.notification import handlers
+from services.notification.mailer import Mailer
+from services.notification.notifications import Notifications
+
+
+class Inbox:
+    """A mail server: refuses ``gone-…`` for good and ``busy-…`` the first time, and keeps the rest.
+
+    `refused`: the Message-ID of what it refused, by recipient.
+    """
+
+    def __init__(self) -> None:
+        self.mails: list[tuple[str, EmailMessage]] = []
+        self.refused: dict[str, str] = {}
+        self._controller: Controller | None = None
+        self.port = free_port()
+
+    def start(self) -> None:
+        self._controller = Controller(self, hostname="127.0.0.1", port=self.port)
+        self._controller.start()
+
+    def stop(self) -> None:
+        assert self._controller is not None
+        self._controller.stop()
+
+    async def handle_RCPT(self, server: SMTP, session: Session, mail: Mail, address: str, options: list[str]) -> str:
+        if address.startswith("gone-"):
+            return f"550 5.1.1 <{address}> no such user"
+        mail.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, server: SMTP, session: Session, mail: Mail) -> str:
+        assert isinstance(mail.content, bytes)
+        parsed = BytesParser(policy=email.policy.default).parsebytes(mail.content)
+        assert isinstance(parsed, EmailMessage)
+        for recipient in mail.rcpt_tos:
+            if recipient.startswith("busy-") and recipient not in self.refused:
+                self.refused[recipient] = parsed["Message-ID"]
+                return f"451 4.3.0 <{recipient}> try again later"
+        self.mails += [(recipient, parsed) for recipient in mail.rcpt_tos]
+        return "250 OK"
+
+    def of(self, recipient: str) -> list[EmailMessage]:
+        return [mail for to, mail in self.mails if to == recipient]
+
+
+class Directory(user_pb2_grpc.DirectoryServicer):
+    """Owners by tenant."""
+
+    def __init__(self) -> None:
+        self.owners: dict[str, list[str]] = {}
+
+    async def Owners(self, request: user_pb2.OwnersRequest, context: Any) -> user_pb2.OwnersReply:
+        return user_pb2.OwnersReply(emails=self.owners.get(rpc.tenant(), []))
+
+
+class World:
+    """One running notification service and what stands around it."""
+
+    def __init__(self, platform: Platform, inbox: Inbox, directory: Directory) -> None:
+        self.platform = platform
+        self.inbox = inbox
+        self.directory = directory
+
+    async def start(self, **environment: str) -> None:
+        await self.platform.start("notification", CLAW_SMTP_URL=f"smtp://127.0.0.1:{self.inbox.port}", **environment)
+
+    async def send(self, tenant_id: str, to: str, subject: str = "Hello", text: str = "Text\n") -> UUID:
+        message = SendEmail(to=to, subject=subject, text=text)
+        return await self.platform.send(NOTIFICATION_EMAIL, message, tenant_id=tenant_id)
+
+    async def listed(self, tenant_id: str, **query: Any) -> Any:
+        async with self.platform.client("notification", tenant_id, scopes=("read",)) as client:
+            response = await client.get("/api/v1/notifications", params=query)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def ended(self, tenant_id: str, id_: UUID, seconds: float = 60) -> dict[str, Any]:
+        """The notification as the API shows it once it is no longer queued."""
+
+        async def found() -> dict[str, Any] | None:
+            items = (await self.listed(tenant_id))["items"]
+            return next((item for item in items if item["id"] == str(id_) and item["state"] != "queued"), None)
+
+        item = await self.platform.until(found, seconds=seconds)
+        assert item is not None
+        return item
+
+    async def sql(self, statement: str, *arguments: Any) -> Any:
+        async with self.platform.database("notification").begin() as tx:
+            return await tx.sql(statement, *arguments)
+
+
+@pytest.fixture(scope="module")
+async def world(platform: Platform) -> AsyncIterator[World]:
+    await platform.prepare("notification")
+    inbox, directory = Inbox(), Directory()
+    inbox.start()
+    server = rpc.Server("user", Callers(INTERNAL_SECRET, "user"), Metrics(CollectorRegistry()))
+    user_pb2_grpc.add_DirectoryServicer_to_server(directory, server.grpc)
+    await server.start(platform.ports["user_grpc"])
+    world = World(platform, inbox, directory)
+    await world.start()
+    yield world
+    platform.stop("notification")
+    await server.stop()
+    inbox.stop()
+
+
+def tenant() -> str:
+    return uuid4().hex
+
+
+def address(kind: str = "owner") -> str:
+    return f"{kind}-{uuid4().hex[:12]}@example.com"
+
+
+async def test_a_mail_arrives_as_it_was_asked_for_and_leaves_no_address_behind(world: World) -> None:
+    tenant_id, to = tenant(), address()
+    id_ = await world.send(tenant_id, to, "预算 nearly spent 🙂", "90 % of it.\nשלום\x00!\n" + "long " * 500)
+    ended = await world.ended(tenant_id, id_)
+    assert (ended["kind"], ended["state"], ended["reason"], ended["to"]) == ("email", "sent", "", ["o***@example.com"])
+    [mail] = world.inbox.of(to)
+    assert (mail["To"], mail["Subject"], mail["Auto-Submitted"]) == (to, "预算 nearly spent 🙂", "auto-generated")
+    assert mail["Message-ID"].endswith("@localhost.localdomain>")
+    assert mail.get_content().splitlines() == ["90 % of it.", "שלום!", "long " * 500]
+    for table in ("notification", "lane_item", "lane_effect", "dead_letter"):
+        rows = await world.sql(f"SELECT convert_to(t::text, 'UTF8') FROM {table} t")
+        assert not [row for row in rows if to.encode() in bytes(row[0])], table
+    assert to not in world.platform.log("notification")
+
+
+async def test_without_an_address_each_owner_of_the_tenant_is_written_to(world: World) -> None:
+    tenant_id, first, second = tenant(), address(), address()
+    world.directory.owners[tenant_id] = [first, second, first, "not an address"]
+    ended = await world.ended(tenant_id, await world.send(tenant_id, ""))
+    assert (ended["state"], len(ended["to"])) == ("sent", 2)
+    for owner in (first, second):
+        [mail] = world.inbox.of(owner)
+        assert mail["To"] == owner
+
+
+async def test_a_tenant_without_owners_is_told_why_nothing_was_sent(world: World) -> None:
+    tenant_id = tenant()
+    ended = await world.ended(tenant_id, await world.send(tenant_id, ""))
+    assert (ended["state"], ended["reason"]) == ("failed", "the tenant has no owner with an address")
+
+
+async def test_what_the_server_refuses_for_good_failed(world: World) -> None:
+    tenant_id, to = tenant(), address("gone")
+    ended = await world.ended(tenant_id, await world.send(tenant_id, to))
+    assert (ended["state"], ended["reason"]) == ("failed", "refused by the mail server: 550 5.1.1")
+    assert to not in world.platform.log("notification")
+
+
+async def test_a_refusal_puts_no_address_into_the_trace(world: World) -> None:
+    spans = InMemorySpanExporter()
+    running = telemetry.setup("notification", "1", None, processor=SimpleSpanProcessor(spans))
+    to = address("gone")
+    mailer = Mailer(f"smtp://127.0.0.1:{world.inbox.port}", "from@example.com")
+    with pytest.raises(EffectFailed):
+        await mailer.send("key", to, "Hello", "Text", utcnow())
+    running.shutdown()
+    [span] = spans.get_finished_spans()
+    assert "550" in span.to_json()
+    assert to not in span.to_json()
+
+
+async def test_what_the_server_refuses_for_now_is_sent_later(world: World) -> None:
+    tenant_id, to = tenant(), address("busy")
+    ended = await world.ended(tenant_id, await world.send(tenant_id, to))
+    assert ended["state"] == "sent"
+    [mail] = world.inbox.of(to)
+    assert mail["Message-ID"] == world.inbox.refused[to]
+    assert to not in world.platform.log("notification")
+
+
+async def test_while_the_mail_server_is_away_mails_wait(world: World) -> None:
+    tenant_id, to = tenant(), address()
+    world.inbox.stop()
+    try:
+        id_ = await world.send(tenant_id, to)
+
+        async def tried() -> bool:
+            return bool(await world.sql("SELECT 1 FROM lane_item WHERE item_id = $1 AND attempts > 0", id_))
+
+        await world.platform.until(tried)
+        [item] = (await world.listed(tenant_id))["items"]
+        assert (item["state"], item["to"], item["finished_at"]) == ("queued", [], None)
+    finally:
+        world.inbox.start()
+    assert (await world.ended(tenant_id, id_))["state"] == "sent"
+    assert len(world.inbox.of(to)) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "to", "subject"),
+    [
+        ("to", "a@example.com\r\nBcc: b@example.com", "Hello"),
+        ("to", "a@example.com,b@example.com", "Hello"),
+        ("subject", "a@example.com", "Hello\r\nBcc: b@example.com"),
+        ("subject", "a@example.com", "x" * 501),
+    ],
+)
+async def test_what_would_inject_a_header_is_a_dead_letter(world: World, field: str, to: str, subject: str) -> None:
+    tenant_id = tenant()
+    id_ = await world.send(tenant_id, to, subject)
+
+    async def dead() -> Any:
+        return await world.sql("SELECT error FROM dead_letter WHERE message_id = $1", str(id_))
+
+    [(error,)] = await world.platform.until(dead)
+    assert f"{field}: " in error
+    assert (await world.listed(tenant_id))["items"] == []
+
+
+async def test_what_was_asked_for_more_than_a_day_ago_is_not_sent(world: World) -> None:
+    tenant_id, to = tenant(), address()
+    asked = Envelope(
+        id=uuid7(),
+        source="billing",
+        type=SendEmail.wire_name(),
+        time=utcnow() - timedelta(hours=25),
+        tenant_id=tenant_id,
+    )
+    async with world.platform.database("notification").begin(tenant_id=tenant_id, cause=asked) as tx:
+        message = SendEmail(to=to, subject="Hello", text="Text")
+        await handlers.take_email.handler(message, tx, Notifications(Cipher(MASTER_KEY)))
+    ended = await world.ended(tenant_id, asked.id)
+    assert (ended["state"], ended["reason"]) == ("failed", "could not be sent within a day")
+    assert world.inbox.of(to) == []
+
+
+async def test_a_push_notification_is_recorded_as_undeliverable_and_nothing_of_it_kept(world: World) -> None:
+    tenant_id = tenant()
+    message = SendPush(user_id=uuid4(), title="secret title", text="secret text")
+    id_ = await world.platform.send(NOTIFICATION_PUSH, message, tenant_id=tenant_id)
+    ended = await world.ended(tenant_id, id_)
+    assert (ended["kind"], ended["state"], ended["to"]) == ("push", "failed", [])
+    assert ended["reason"] == "undeliverable: the user has no device"
+    rows = await world.sql("SELECT t::text FROM notification t WHERE id = $1", id_)
+    assert "secret" not in str(rows)
+
+
+async def test_a_tenant_sees_its_own_page_by_page(world: World) -> None:
+    mine, other = tenant(), tenant()
+    sent = [await world.platform.send(NOTIFICATION_PUSH, push(), tenant_id=id_) for id_ in (mine, mine, mine, other)]
+    for tenant_id, id_ in zip((mine, mine, mine, other), sent, strict=True):
+        await world.ended(tenant_id, id_)
+    first = await world.listed(mine, limit=2)
+    second = await world.listed(mine, limit=2, cursor=first["next"])
+    items = first["items"] + second["items"]
+    assert sorted(item["id"] for item in items) == sorted(str(id_) for id_ in sent[:3])
+    assert [item["created_at"] for item in items] == sorted((item["created_at"] for item in items), reverse=True)
+    assert second["next"] is None
+    async with world.platform.client("notification", mine) as client:
+        assert (await client.get("/api/v1/notifications", params={"cursor": "bm9uZQ=="})).status_code == 422
+    async with world.platform.client("notification", mine, scopes=()) as client:
+        assert (await client.get("/api/v1/notifications")).status_code == 403
+
+
+def push() -> SendPush:
+    return SendPush(user_id=uuid4(), title="Hello", text="Text")
+
+
+async def test_an_erased_subjects_key_is_destroyed_here_too(world: World) -> None:
+    tenant_id, subject_id = tenant(), uuid4().hex
+    event = SubjectErased(tenant_id=tenant_id, subject_id=subject_id)
+    await world.platform.produce(PLATFORM_EVENTS, event, key=tenant_id, tenant_id=tenant_id)
+
+    async def destroyed() -> Any:
+        return await world.sql("SELECT destroyed_at FROM subject_key WHERE subject_id = $1", subject_id)
+
+    [(at,)] = await world.platform.until(destroyed)
+    assert at is not None
+
+
+async def test_after_a_crash_between_two_owners_each_has_one_mail(world: World, tmp_path: Any) -> None:
+    tenant_id, first, second = tenant(), address(), address()
+    world.directory.owners[tenant_id] = [first, second]
+    assert world.platform.stop("notification") == 0
+    once = tmp_path / "once"
+    once.touch()
+    await world.start(CLAW_FAILPOINT="after_effect_commit", CLAW_FAILPOINT_ONCE=str(once))
+    id_ = await world.send(tenant_id, "")
+
+    async def died() -> bool:
+        return world.platform.processes["notification"].poll() is not None
+
+    await world.platform.until(died)
+    assert [len(world.inbox.of(owner)) for owner in (first, second)] == [1, 0]
+    await world.start()
+    assert (await world.ended(tenant_id, id_))["state"] == "sent"
+    assert [len(world.inbox.of(owner)) for owner in (first, second)] == [1, 1]

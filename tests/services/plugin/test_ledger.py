@@ -1,0 +1,182 @@
+"""The ledger of calls, in this process: what another process, or time, does to a call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from infra.crypto import Cipher
+from infra.db import create_engine
+from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
+from infra.schema import role_url
+from infra.testing.platform import MASTER_KEY, PASSWORDS, Platform
+from infra.tx import Database
+from services.plugin.calls import Calls, run_tool
+from services.plugin.domain import MAX_RESULT_BYTES, Call, Effect, Outcome, Tool
+from services.plugin.registry import Offered
+
+Do = Callable[[int], Awaitable[Any]]
+
+
+class Tools:
+    """A tool that does as it is told; `count`: how often it was run."""
+
+    def __init__(self, do: Do) -> None:
+        self._do = do
+        self.count = 0
+
+    async def run(self, offer: Offered, call: Call) -> Any:
+        self.count += 1
+        return await self._do(self.count)
+
+
+@pytest.fixture(scope="module")
+async def engine(platform: Platform) -> AsyncIterator[AsyncEngine]:
+    await platform.prepare("plugin")
+    engine = create_engine(role_url(platform.database_url, "plugin", "request", PASSWORDS.request), pool_size=5)
+    yield engine
+    await engine.dispose()
+
+
+def calls(engine: AsyncEngine, do: Do, *, lease: float = 30) -> Calls:
+    database = Database(engine, "plugin", tenanted=True)
+    return Calls(database, Cipher(MASTER_KEY), Tools(do), timedelta(seconds=lease))  # type: ignore[arg-type]
+
+
+def calculator(key: str, seconds: float = 10) -> Call:
+    return Call("acme", "calculator", {"expression": "1"}, key, seconds)
+
+
+async def run(do: Do, effect: Effect = "repeatable", *, seconds: float = 10) -> tuple[Outcome, int]:
+    """The outcome, and how often the tool was run."""
+    tools = Tools(do)
+    offer = Offered(Tool("x", "", {"type": "object"}, effect), None, "x")
+    outcome = await run_tool(tools, offer, Call("acme", "x", {}, "k", seconds))  # type: ignore[arg-type]
+    return outcome, tools.count
+
+
+async def test_who_was_stopped_for_too_long_does_not_overwrite_who_took_over(
+    platform: Platform, engine: AsyncEngine
+) -> None:
+    begun, released = asyncio.Event(), asyncio.Event()
+
+    async def stopped(_: int) -> str:
+        begun.set()
+        await released.wait()
+        return "of the one that was stopped"
+
+    async def other(_: int) -> str:
+        return "of the other"
+
+    first = asyncio.create_task(calls(engine, stopped).call(calculator("stopped")))
+    await begun.wait()
+    async with platform.database("plugin").begin() as tx:
+        await tx.sql("UPDATE tool_call SET leased_until = now() - interval '1 second' WHERE key = 'stopped'")
+    taken_over = await calls(engine, other).call(calculator("stopped"))
+    released.set()
+    with pytest.raises(Transient):
+        await first
+    assert taken_over == Outcome("succeeded", '"of the other"')
+    assert await calls(engine, stopped).call(calculator("stopped")) == taken_over
+    records = [body["usage_id"] for _, body in await platform.outbox("plugin", "usage.records")]
+    assert records == ["stopped/tool/1", "stopped/tool/2"]
+
+
+async def test_a_lease_is_renewed_for_as_long_as_the_tool_takes(engine: AsyncEngine) -> None:
+    lease = 0.6
+    begun, released = asyncio.Event(), asyncio.Event()
+
+    async def long(_: int) -> str:
+        begun.set()
+        await released.wait()
+        return "done"
+
+    async def never(_: int) -> str:
+        raise AssertionError("it was taken over")
+
+    first = asyncio.create_task(calls(engine, long, lease=lease).call(calculator("long")))
+    await begun.wait()
+    # Several leases long somebody else asks for the same call.
+    with pytest.raises(Transient, match="still running"):
+        await calls(engine, never).call(calculator("long", seconds=5 * lease))
+    released.set()
+    assert await first == Outcome("succeeded", '"done"')
+
+
+async def test_calls_of_long_ago_are_forgotten(platform: Platform, engine: AsyncEngine) -> None:
+    async def work(count: int) -> int:
+        return count
+
+    ledger = calls(engine, work)
+    await ledger.call(calculator("old"))
+    async with platform.database("plugin").begin() as tx:
+        await tx.sql("UPDATE tool_call SET created_at = now() - interval '31 days' WHERE key = 'old'")
+    await ledger.call(calculator("new"))
+    async with platform.database("plugin").begin() as tx:
+        keys = {key for (key,) in await tx.sql("SELECT key FROM tool_call")}
+    assert "new" in keys
+    assert "old" not in keys
+
+
+async def test_what_did_not_arrive_is_sent_again_a_few_times() -> None:
+    async def twice_away(count: int) -> int:
+        if count < 3:
+            raise Transient("connection refused")
+        return count
+
+    async def away(_: int) -> None:
+        raise Transient("connection refused")
+
+    async def later(_: int) -> None:
+        raise RetryLater(timedelta(hours=1), "HTTP 503")
+
+    for effect in ("repeatable", "keyed", "once"):
+        assert await run(twice_away, effect) == (Outcome("succeeded", "3"), 3)
+        assert await run(away, effect) == (Outcome("failed", error="connection refused"), 3)
+        # Nobody waits for longer than there is time, to be told the same.
+        assert await run(later, effect, seconds=1800) == (Outcome("failed", error="HTTP 503"), 1)
+
+
+async def test_what_may_have_arrived_is_sent_again_only_where_that_is_harmless() -> None:
+    async def cut_off(_: int) -> None:
+        raise Unanswered("connection lost")
+
+    assert [(await run(cut_off, effect))[1] for effect in ("repeatable", "keyed", "once")] == [3, 3, 1]
+    assert [(await run(cut_off, effect))[0].state for effect in ("repeatable", "keyed", "once")] == [
+        "failed",
+        "unknown",
+        "unknown",
+    ]
+
+
+async def test_a_call_that_could_not_be_sent_in_its_time_has_failed_and_is_not_unknown() -> None:
+    async def busy(_: int) -> None:
+        raise RetryLater(timedelta(seconds=0.3), "HTTP 429")
+
+    assert await run(busy, "once", seconds=0.5) == (Outcome("failed", error="HTTP 429"), 2)
+
+
+async def test_errors_and_results_that_are_too_large_are_outcomes() -> None:
+    async def refusing(_: int) -> None:
+        raise EffectFailed("no such customer")
+
+    async def broken(_: int) -> None:
+        raise KeyError("a bug of ours")
+
+    async def just_fits(_: int) -> str:
+        return "x" * (MAX_RESULT_BYTES - 2)
+
+    async def too_large(_: int) -> str:
+        return "x" * (MAX_RESULT_BYTES - 1)
+
+    assert await run(refusing) == (Outcome("failed", error="no such customer"), 1)
+    assert await run(broken) == (Outcome("failed", error="an error inside the plugin service"), 1)
+    assert (await run(just_fits))[0].state == "succeeded"
+    outcome, _ = await run(too_large)
+    assert (outcome.state, outcome.result) == ("failed", "")
+    assert "too large" in outcome.error

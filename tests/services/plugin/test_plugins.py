@@ -1,0 +1,195 @@
+"""A tenant sets up plugins: what is checked, what is told, and what nobody sees again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import DBAPIError
+
+from infra.db import create_engine
+from infra.schema import role_url
+from infra.testing.platform import PASSWORDS, Platform
+from infra.tx import Database
+from tests.services.plugin.conftest import CallReply, call, register, tool
+from tests.services.plugin.toolserver import SECRET, ToolServer
+
+URL = "http://127.0.0.1:9/tools"
+
+
+def shop(**changes: Any) -> dict[str, Any]:
+    return {"name": "shop", "kind": "http", "url": URL, "tools": [tool("order")]} | changes
+
+
+async def test_a_plugin_is_registered_listed_changed_and_deleted(plugin: Platform, server: ToolServer) -> None:
+    made = await register(
+        plugin,
+        "acme",
+        server,
+        tool("order"),
+        headers={"Authorization": "Bearer shop-token"},
+        config={"currency": "EUR"},
+    )
+    id_ = made["id"]
+    assert made["headers"] == ["Authorization"]
+    async with plugin.client("plugin", "acme") as client:
+        listed = (await client.get("/api/v1/plugins")).json()["items"]
+        assert [item["name"] for item in listed] == ["calculator", "http_fetch", "knowledge_search", "shop", "time"]
+        first = (await client.get("/api/v1/plugins?limit=4")).json()
+        assert (await client.get(f"/api/v1/plugins?cursor={first['next']}")).json()["items"] == listed[4:]
+        shown = (await client.get(f"/api/v1/plugins/{id_}")).json()
+        assert shown == made
+        assert (await client.patch(f"/api/v1/plugins/{id_}", json={"enabled": False})).json()["enabled"] is False
+        assert "order" not in [item["name"] for item in (await client.get("/api/v1/tools")).json()["items"]]
+        changed = await client.patch(f"/api/v1/plugins/{id_}", json={"enabled": True, "config": {"currency": "USD"}})
+        assert changed.json()["config"] == {"currency": "USD"}
+        [order] = [item for item in (await client.get("/api/v1/tools")).json()["items"] if item["name"] == "order"]
+        assert order == {**tool("order"), "plugin": "shop"}
+        assert (await client.delete(f"/api/v1/plugins/{id_}")).status_code == 204
+        assert (await client.get(f"/api/v1/plugins/{id_}")).status_code == 404
+
+    acts = [body for _, body in await plugin.outbox("plugin", "audit.logs") if body["object_id"] == id_]
+    assert [act["action"] for act in acts] == [
+        "plugin.register",
+        "plugin.disable",
+        "plugin.configure",
+        "plugin.enable",
+        "plugin.delete",
+    ]
+    facts = [body for _, body in await plugin.outbox("plugin", "platform.events")]
+    changes = [fact["change"] for fact in facts if (fact["tenant_id"], fact["plugin"]) == ("acme", "shop")]
+    assert changes == ["enabled", "disabled", "updated", "enabled", "disabled"]
+    broadcast = [body for _, body in await plugin.outbox("plugin", "plugin")]
+    assert broadcast == facts
+
+
+async def test_secrets_are_sealed_and_never_shown(plugin: Platform, server: ToolServer) -> None:
+    await register(plugin, "discreet", server, tool("order"), headers={"Authorization": "Bearer shop-token"})
+    async with plugin.client("plugin", "discreet") as client:
+        texts = [(await client.get(path)).text for path in ("/api/v1/plugins", "/api/v1/tools")]
+    texts.append(json.dumps([body for _, body in await plugin.outbox("plugin", "audit.logs")]))
+    texts.append(plugin.log("plugin"))
+    async with plugin.database("plugin").begin() as tx:
+        texts += [str(bytes(access)) for (access,) in await tx.sql("SELECT access FROM plugin")]
+    for text in texts:
+        assert SECRET not in text
+        assert SECRET.removeprefix("whsec_") not in text
+        assert "shop-token" not in text
+
+
+async def test_a_secret_that_nobody_gave_is_made_and_shown_once(plugin: Platform, server: ToolServer) -> None:
+    body = shop(url=server.url)
+    async with plugin.client("plugin", "lazy") as client:
+        made = (await client.post("/api/v1/plugins", json=body, headers={"Idempotency-Key": "k"})).json()
+        again = (await client.post("/api/v1/plugins", json=body, headers={"Idempotency-Key": "k"})).json()
+        shown = (await client.get(f"/api/v1/plugins/{made['id']}")).json()
+    assert again == made
+    assert shown["secret"] is None
+    server.secret = made["secret"]
+    try:
+        reply = await call(plugin, "lazy", "order", key="made-secret")
+    finally:
+        server.secret = SECRET
+    assert reply.outcome == CallReply.OUTCOME_SUCCEEDED, reply.error
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (shop(kind="soap"), "kind"),
+        (shop(url="ftp://shop.example/x"), "url"),
+        (shop(url="http://user:pw@127.0.0.1/"), "url"),
+        (shop(secret="short"), "secret"),
+        (shop(tools=[]), "tools"),
+        (shop(tools=[tool("Order!")]), "tools[0].name"),
+        (shop(tools=[tool("order"), tool("order")]), "tools[1].name"),
+        (shop(tools=[tool("order", effect="maybe")]), "tools[0].effect"),
+        (shop(tools=[tool("order", item={"type": "strin"})]), "tools[0].schema.properties.item.type"),
+        (shop(tools=[{**tool("order"), "description": "a\x00b"}]), "tools[0].description"),
+        (shop(headers={"Host": "x"}), "headers.Host"),
+        (shop(headers={"webhook-id": "x"}), "headers.webhook-id"),
+        (shop(config={"n": 1}, config_schema={"type": "object", "properties": {"n": {"type": "string"}}}), "config.n"),
+        (shop(colour="red"), "colour"),
+        ({"name": "office", "kind": "mcp", "url": URL, "tools": [tool("order")]}, "tools"),
+    ],
+)
+async def test_what_is_wrong_is_named(plugin: Platform, body: dict[str, Any], field: str) -> None:
+    async with plugin.client("plugin", "clumsy") as client:
+        answer = await client.post("/api/v1/plugins", json=body)
+    assert answer.status_code == 422, answer.text
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+
+
+async def test_a_server_that_speaks_no_mcp_is_refused(plugin: Platform, server: ToolServer) -> None:
+    body = {"name": "office", "kind": "mcp", "url": server.url}
+    async with plugin.client("plugin", "clumsy") as client:
+        answer = await client.post("/api/v1/plugins", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "url"
+
+
+async def test_names_are_unique_within_a_tenant_and_only_there(plugin: Platform, server: ToolServer) -> None:
+    await register(plugin, "first", server, tool("order"))
+    await register(plugin, "second", server, tool("order"))
+    async with plugin.client("plugin", "first") as client:
+        for body in (shop(), shop(name="other"), shop(name="time", tools=[tool("x")]), shop(tools=[tool("time")])):
+            assert (await client.post("/api/v1/plugins", json=body)).status_code == 409, body
+
+
+async def test_of_two_that_want_a_name_at_once_one_gets_it(plugin: Platform) -> None:
+    bodies = [shop(name="one"), shop(name="two"), shop(name="three"), shop(name="three")]
+    async with plugin.client("plugin", "hasty") as client:
+        answers = await asyncio.gather(*(client.post("/api/v1/plugins", json=body) for body in bodies))
+    assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409]
+
+
+async def test_another_tenants_plugin_is_not_there(plugin: Platform, server: ToolServer) -> None:
+    made = await register(plugin, "owner", server, tool("order"))
+    path = f"/api/v1/plugins/{made['id']}"
+    async with plugin.client("plugin", "stranger") as client:
+        assert (await client.get(path)).status_code == 404
+        assert (await client.patch(path, json={"enabled": False})).status_code == 404
+        assert (await client.delete(path)).status_code == 404
+        assert (await client.post(f"{path}/refresh")).status_code == 404
+    async with plugin.client("plugin", "owner", scopes=("read",)) as client:
+        assert (await client.delete(path)).status_code == 403
+    # The database says so too, and not only the queries.
+    engine = create_engine(role_url(plugin.database_url, "plugin", "request", PASSWORDS.request), pool_size=1)
+    request = Database(engine, "plugin", tenanted=True)
+    for table in ("plugin", "tool", "tool_call", "builtin_off"):
+        async with request.begin(tenant_id="stranger") as tx:
+            assert await tx.sql(f"SELECT * FROM {table}") == []
+    with pytest.raises(DBAPIError, match="row-level security"):
+        async with request.begin(tenant_id="stranger") as tx:
+            await tx.sql("INSERT INTO builtin_off VALUES ('owner', 'time')")
+    await engine.dispose()
+
+
+async def test_what_is_built_in_can_only_be_switched_off(plugin: Platform) -> None:
+    async with plugin.client("plugin", "acme") as client:
+        assert (await client.delete("/api/v1/plugins/time")).status_code == 409
+        assert (await client.post("/api/v1/plugins/time/refresh")).status_code == 409
+        assert (await client.patch("/api/v1/plugins/time", json={"config": {}})).status_code == 422
+        assert (await client.get("/api/v1/plugins/none")).status_code == 404
+
+
+async def test_where_private_addresses_are_not_allowed_nothing_goes_there(plugin: Platform, server: ToolServer) -> None:
+    await register(plugin, "guarded", server, tool("order"))
+    plugin.stop("plugin")
+    await plugin.start("plugin", CLAW_ALLOW_PRIVATE_TARGETS="0")
+    before = len(server.received)
+    reply = await call(plugin, "guarded", "order", key="private")
+    assert (reply.outcome, reply.error) == (
+        CallReply.OUTCOME_FAILED,
+        "url: the host is not on the public internet",
+    )
+    fetched = await call(plugin, "guarded", "http_fetch", json.dumps({"url": server.url}), key="private-page")
+    assert fetched.outcome == CallReply.OUTCOME_FAILED
+    async with plugin.client("plugin", "guarded") as client:
+        for kind in ({"kind": "http", "tools": [tool("b")]}, {"kind": "mcp"}):
+            answer = await client.post("/api/v1/plugins", json={"name": "inside", "url": server.url, **kind})
+            assert answer.status_code == 422
+            assert answer.json()["errors"][0]["field"] == "url"
+    assert len(server.received) == before

@@ -1,0 +1,359 @@
+"""The real process on real engines: tenants, keys, members, and who is let in."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from infra import rpc
+from infra.auth import IDENTITY_HEADER, Identities, Identity
+from infra.clock import utcnow
+from infra.db import create_engine
+from infra.errors import InvalidMessage
+from infra.schema import role_url
+from infra.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, PASSWORDS, Platform
+from protos.user.v1 import user_pb2, user_pb2_grpc
+
+
+@pytest.fixture(scope="module")
+async def user(platform: Platform) -> Platform:
+    await platform.prepare("user")
+    await platform.start("user")
+    return platform
+
+
+@pytest.fixture
+async def operator(user: Platform) -> AsyncIterator[httpx.AsyncClient]:
+    async with user.client("user") as client:
+        yield client
+
+
+@pytest.fixture
+async def tenant(user: Platform, operator: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
+    """A fresh tenant's client with every scope."""
+    made = (await operator.post("/api/v1/tenants", json={"name": "Acme"})).json()
+    async with user.client("user", made["id"]) as client:
+        yield client
+
+
+async def who_is(user: Platform, token: str, scheme: str = "Bearer", tenant: str = "") -> Identity | None:
+    """What the gateway would learn about this bearer."""
+    headers = {"Authorization": f"{scheme} {token}", **({"X-Claw-Tenant": tenant} if tenant else {})}
+    async with httpx.AsyncClient(base_url=user.url("user"), trust_env=False) as client:
+        answer = await client.get("/internal/auth", headers=headers)
+    if answer.status_code == 401:
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["www-authenticate"] == "Bearer"
+        return None
+    assert (answer.status_code, answer.content) == (200, b"")
+    return Identities(INTERNAL_SECRET).verify(answer.headers[IDENTITY_HEADER])
+
+
+def fields(answer: httpx.Response) -> list[str]:
+    """The fields that a 422 names."""
+    assert answer.status_code == 422, answer.text
+    return [error["field"] for error in answer.json()["errors"]]
+
+
+async def test_a_new_tenant_is_announced_and_its_first_key_works_at_once(
+    user: Platform, operator: httpx.AsyncClient
+) -> None:
+    body = {"name": "Tea & Co", "currency": "EUR", "credit_nanos": 5, "owner_email": "olga@tea.example"}
+    answer = await operator.post("/api/v1/tenants", json=body)
+    assert answer.status_code == 201
+    made = answer.json()
+    assert made.keys() == {"id", "name", "api_key"}
+    identity = await who_is(user, made["api_key"])
+    assert identity is not None
+    assert identity.tenant_id == made["id"]
+    assert identity.actor.startswith("api_key:")
+    assert identity.scopes == {"read", "run", "write", "admin"}
+    facts = await user.outbox("user", "platform.events")
+    [(headers, fact)] = [(headers, fact) for headers, fact in facts if fact["tenant_id"] == made["id"]]
+    assert fact == {"tenant_id": made["id"], "name": "Tea & Co", "currency": "EUR", "credit_nanos": 5}
+    assert (headers["ce_type"], headers["ce_subject"], headers["tenant_id"]) == (
+        "user.v1.TenantCreated",
+        made["id"],
+        made["id"],
+    )
+    async with user.client("user", made["id"]) as client:
+        own = (await client.get("/api/v1/tenant")).json()
+        owners = (await client.get("/api/v1/members")).json()["items"]
+    assert (own["id"], own["name"], own["currency"]) == (made["id"], "Tea & Co", "EUR")
+    assert [(owner["email"], owner["role"], owner["name"]) for owner in owners] == [("olga@tea.example", "owner", None)]
+
+
+async def test_the_operator_is_known_by_the_admin_token_and_nobody_else_is(user: Platform) -> None:
+    assert await who_is(user, ADMIN_TOKEN) == Identity("operator", "", frozenset(("read", "run", "write", "admin")))
+    assert await who_is(user, ADMIN_TOKEN, scheme="bearer") is not None
+    assert await who_is(user, ADMIN_TOKEN, scheme="Basic") is None
+    assert await who_is(user, ADMIN_TOKEN[:-1]) is None
+    assert await who_is(user, "claw_" + "x" * 43) is None
+    async with httpx.AsyncClient(base_url=user.url("user"), trust_env=False) as client:
+        assert (await client.get("/internal/auth")).status_code == 401
+
+
+async def test_the_operator_may_act_for_a_tenant_and_a_key_only_for_its_own(
+    user: Platform, operator: httpx.AsyncClient
+) -> None:
+    first, second = [(await operator.post("/api/v1/tenants", json={"name": name})).json() for name in ("A", "B")]
+    everything = frozenset(("read", "run", "write", "admin"))
+    assert await who_is(user, ADMIN_TOKEN, tenant=first["id"]) == Identity("operator", first["id"], everything)
+    assert await who_is(user, ADMIN_TOKEN, tenant="no such tenant") is None
+    own = await who_is(user, first["api_key"], tenant=second["id"])
+    assert own is not None
+    assert own.tenant_id == first["id"]
+
+
+async def test_a_tenant_cannot_make_or_list_tenants_and_the_operator_has_none(
+    operator: httpx.AsyncClient, tenant: httpx.AsyncClient
+) -> None:
+    assert (await tenant.post("/api/v1/tenants", json={"name": "Mine"})).status_code == 403
+    assert (await tenant.get("/api/v1/tenants")).status_code == 403
+    assert (await operator.get("/api/v1/tenant")).status_code == 403
+
+
+async def test_tenants_are_listed_in_pages(operator: httpx.AsyncClient) -> None:
+    made = [(await operator.post("/api/v1/tenants", json={"name": f"T{n}"})).json()["id"] for n in range(3)]
+    seen: list[str] = []
+    cursor: dict[str, Any] = {}
+    while True:
+        answer = (await operator.get("/api/v1/tenants", params={"limit": 2, **cursor})).json()
+        assert len(answer["items"]) <= 2
+        seen += [item["id"] for item in answer["items"]]
+        if not answer["next"]:
+            break
+        cursor = {"cursor": answer["next"]}
+    assert set(made) <= set(seen)
+    assert len(set(seen)) == len(seen)
+    assert fields(await operator.get("/api/v1/tenants", params={"cursor": "bm90IGFuIGlk"})) == ["cursor"]
+
+
+async def test_the_same_idempotency_key_makes_one_tenant_and_shows_its_key_again(operator: httpx.AsyncClient) -> None:
+    headers = {"Idempotency-Key": str(uuid4())}
+    first, again = [await operator.post("/api/v1/tenants", json={"name": "Once"}, headers=headers) for _ in range(2)]
+    assert (again.status_code, again.json()) == (201, first.json())
+    assert fields(await operator.post("/api/v1/tenants", json={"name": "Other"}, headers=headers)) == [
+        "Idempotency-Key"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("tenants", {}, "name"),
+        ("tenants", {"name": " "}, "name"),
+        ("tenants", {"name": "a\x00b"}, "name"),
+        ("tenants", {"name": "x", "currency": "usd"}, "currency"),
+        ("tenants", {"name": "x", "credit_nanos": -1}, "credit_nanos"),
+        ("tenants", {"name": "x", "credit_nanos": 2**63}, "credit_nanos"),
+        ("tenants", {"name": "x", "credit": 1}, "credit"),
+        ("api-keys", {"name": "x", "scopes": ["root"]}, "scopes[0]"),
+        ("api-keys", {"name": "x", "scopes": []}, "scopes"),
+        ("api-keys", {"name": "x", "expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
+        ("api-keys", {"name": "x", "expires_at": "2099-01-01T00:00:00"}, "expires_at"),
+        ("api-keys", {"name": "x", "member_id": str(uuid4())}, "member_id"),
+        ("members", {"email": "not an address", "role": "viewer"}, "email"),
+        ("members", {"email": "a@b.example\r\nBcc: c@d.example", "role": "viewer"}, "email"),
+        ("members", {"email": "a@b.example", "role": "king"}, "role"),
+    ],
+)
+async def test_bad_input_is_refused_and_the_field_named(
+    operator: httpx.AsyncClient, tenant: httpx.AsyncClient, path: str, body: dict[str, Any], field: str
+) -> None:
+    client = operator if path == "tenants" else tenant
+    assert fields(await client.post(f"/api/v1/{path}", json=body)) == [field]
+
+
+async def test_a_key_is_shown_once_and_stored_as_a_hash(user: Platform, tenant: httpx.AsyncClient) -> None:
+    made = (await tenant.post("/api/v1/api-keys", json={"name": "ci", "scopes": ["read", "run"]})).json()
+    assert made.keys() == {"id", "api_key", "prefix"}
+    assert made["api_key"].startswith(made["prefix"])
+    assert len(made["api_key"]) == 48
+    listed = await tenant.get("/api/v1/api-keys")
+    assert made["api_key"] not in listed.text
+    [item] = [item for item in listed.json()["items"] if item["id"] == made["id"]]
+    assert (item["prefix"], item["scopes"], item["expires_at"]) == (made["prefix"], ["read", "run"], None)
+    async with user.database("user").begin() as tx:
+        [(row,)] = await tx.sql("SELECT row_to_json(k)::text FROM api_key k WHERE id = $1::text::uuid", made["id"])
+        [(stored,)] = await tx.sql("SELECT hash FROM api_key WHERE id = $1::text::uuid", made["id"])
+    assert made["api_key"] not in row
+    assert stored == hashlib.sha256(made["api_key"].encode()).digest()
+    identity = await who_is(user, made["api_key"])
+    assert identity is not None
+    assert identity.scopes == {"read", "run"}
+
+
+async def test_a_revoked_key_and_one_that_expired_let_nobody_in(user: Platform, tenant: httpx.AsyncClient) -> None:
+    revoked = (await tenant.post("/api/v1/api-keys", json={"name": "a"})).json()
+    assert await who_is(user, revoked["api_key"])
+    assert (await tenant.delete(f"/api/v1/api-keys/{revoked['id']}")).status_code == 204
+    assert await who_is(user, revoked["api_key"]) is None
+    assert (await tenant.delete(f"/api/v1/api-keys/{revoked['id']}")).status_code == 404
+    later = (utcnow() + timedelta(hours=1)).isoformat()
+    expiring = (await tenant.post("/api/v1/api-keys", json={"name": "b", "expires_at": later})).json()
+    assert await who_is(user, expiring["api_key"])
+    async with user.database("user").begin() as tx:
+        await tx.sql("UPDATE api_key SET expires_at = now() WHERE id = $1::text::uuid", expiring["id"])
+    assert await who_is(user, expiring["api_key"]) is None
+
+
+async def test_a_key_gets_no_scope_that_its_maker_lacks(user: Platform, tenant: httpx.AsyncClient) -> None:
+    own = (await tenant.get("/api/v1/tenant")).json()["id"]
+    async with user.client("user", own, scopes=("read", "admin")) as client:
+        assert (await client.post("/api/v1/api-keys", json={"name": "x", "scopes": ["write"]})).status_code == 403
+        made = (await client.post("/api/v1/api-keys", json={"name": "x"})).json()
+    identity = await who_is(user, made["api_key"])
+    assert identity is not None
+    assert identity.scopes == {"read", "admin"}
+    async with user.client("user", own, scopes=("read", "run", "write")) as client:
+        for path in ("api-keys", "members"):
+            assert (await client.get(f"/api/v1/{path}")).status_code == 403
+        assert (await client.post("/api/v1/api-keys", json={"name": "x"})).status_code == 403
+
+
+async def test_a_members_key_follows_the_role_and_goes_with_the_member(
+    user: Platform, tenant: httpx.AsyncClient
+) -> None:
+    member = (await tenant.post("/api/v1/members", json={"email": "v@acme.example", "role": "operator"})).json()["id"]
+    key = {"name": "laptop", "member_id": member}
+    assert (await tenant.post("/api/v1/api-keys", json={**key, "scopes": ["admin"]})).status_code == 403
+    made = (await tenant.post("/api/v1/api-keys", json=key)).json()
+    tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
+    assert await who_is(user, made["api_key"]) == Identity(f"member:{member}", tenant_id, frozenset(("read", "run")))
+    assert (await tenant.patch(f"/api/v1/members/{member}", json={"role": "viewer"})).json()["role"] == "viewer"
+    identity = await who_is(user, made["api_key"])
+    assert identity is not None
+    assert identity.scopes == {"read"}
+    assert (await tenant.delete(f"/api/v1/members/{member}")).status_code == 204
+    assert await who_is(user, made["api_key"]) is None
+
+
+async def test_the_last_owner_cannot_leave_even_if_two_go_at_once(tenant: httpx.AsyncClient) -> None:
+    async def add() -> str:
+        answer = await tenant.post("/api/v1/members", json={"email": "o@acme.example", "role": "owner"})
+        id_: str = answer.json()["id"]
+        return id_
+
+    first = await add()
+    assert (await tenant.delete(f"/api/v1/members/{first}")).status_code == 409
+    assert (await tenant.patch(f"/api/v1/members/{first}", json={"role": "admin"})).status_code == 409
+    assert (await tenant.post(f"/api/v1/members/{first}/erase")).status_code == 409
+    owners = [first, *[await add() for _ in range(4)]]
+    answers = await asyncio.gather(*(tenant.delete(f"/api/v1/members/{owner}") for owner in owners))
+    assert sorted(answer.status_code for answer in answers) == [204] * 4 + [409]
+    assert len((await tenant.get("/api/v1/members")).json()["items"]) == 1
+
+
+async def test_an_erased_person_is_gone_from_table_key_and_answers(user: Platform, tenant: httpx.AsyncClient) -> None:
+    body = {"email": "erika@acme.example", "role": "viewer", "name": "Erika Öztürk 王"}
+    member = (await tenant.post("/api/v1/members", json=body)).json()
+    assert (member["email"], member["name"]) == (body["email"], body["name"])
+    id_ = member["id"]
+
+    async def stored() -> str:
+        async with user.database("user").begin() as tx:
+            rows = await tx.sql(
+                "SELECT row_to_json(m)::text FROM member m WHERE id = $1::text::uuid UNION ALL "
+                "SELECT convert_from(body, 'UTF8') FROM outbox UNION ALL "
+                "SELECT wrapped::text FROM subject_key WHERE subject_id = $1 AND wrapped IS NOT NULL",
+                id_,
+            )
+        return "\n".join(text for (text,) in rows)
+
+    before = await stored()
+    assert "erika@" not in before
+    assert "Erika" not in before
+    # Removed first and erased then, as it goes.
+    assert (await tenant.delete(f"/api/v1/members/{id_}")).status_code == 204
+    assert (await tenant.post(f"/api/v1/members/{id_}/erase")).status_code == 204
+    async with user.database("user").begin() as tx:
+        [(wrapped,)] = await tx.sql("SELECT wrapped FROM subject_key WHERE subject_id = $1", id_)
+    assert wrapped is None
+    tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
+    facts = [fact for headers, fact in await user.outbox("user", "platform.events") if "subject_id" in fact]
+    assert {"tenant_id": tenant_id, "subject_id": id_} in facts
+    assert (await tenant.post(f"/api/v1/members/{uuid4()}/erase")).status_code == 404
+
+
+async def test_a_person_of_a_channel_is_erased_and_a_member_by_that_way_is_gone_too(
+    user: Platform, tenant: httpx.AsyncClient
+) -> None:
+    member = (await tenant.post("/api/v1/members", json={"email": "m@acme.example", "role": "viewer"})).json()["id"]
+    subject = str(uuid4())
+    for id_ in (subject, member):
+        assert (await tenant.post(f"/api/v1/subjects/{id_}/erase")).status_code == 204
+    facts = [fact["subject_id"] for _, fact in await user.outbox("user", "platform.events") if "subject_id" in fact]
+    assert facts[-2:] == [subject, member]
+    answer = await tenant.get("/api/v1/members")
+    assert (answer.status_code, answer.json()["items"]) == (200, [])
+
+
+async def test_what_another_tenant_has_is_not_there(
+    user: Platform, operator: httpx.AsyncClient, tenant: httpx.AsyncClient
+) -> None:
+    member = (await tenant.post("/api/v1/members", json={"email": "m@acme.example", "role": "viewer"})).json()["id"]
+    key = (await tenant.post("/api/v1/api-keys", json={"name": "x"})).json()["id"]
+    other = (await operator.post("/api/v1/tenants", json={"name": "Other"})).json()["id"]
+    async with user.client("user", other) as client:
+        assert (await client.get("/api/v1/members")).json()["items"] == []
+        assert key not in (await client.get("/api/v1/api-keys")).text
+        assert (await client.delete(f"/api/v1/api-keys/{key}")).status_code == 404
+        assert (await client.patch(f"/api/v1/members/{member}", json={"role": "admin"})).status_code == 404
+        assert (await client.delete(f"/api/v1/members/{member}")).status_code == 404
+        assert (await client.post(f"/api/v1/members/{member}/erase")).status_code == 404
+        body = {"name": "x", "member_id": member}
+        assert fields(await client.post("/api/v1/api-keys", json=body)) == ["member_id"]
+    # Also a statement that forgets the tenant sees its own rows only.
+    engine = create_engine(role_url(user.database_url, "user", "request", PASSWORDS.request), pool_size=1)
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(f"SELECT set_config('claw.tenant', '{other}', true)")
+        for table in ("tenant", "member", "api_key"):
+            rows = await connection.exec_driver_sql(f"SELECT DISTINCT tenant_id FROM {table}")
+            assert {tenant_id for (tenant_id,) in rows} <= {other}
+    await engine.dispose()
+
+
+async def test_every_change_is_audited_with_its_actor_and_without_names(
+    user: Platform, tenant: httpx.AsyncClient
+) -> None:
+    member = (await tenant.post("/api/v1/members", json={"email": "m@acme.example", "role": "viewer"})).json()["id"]
+    key = (await tenant.post("/api/v1/api-keys", json={"name": "k", "scopes": ["read"]})).json()["id"]
+    await tenant.patch(f"/api/v1/members/{member}", json={"role": "admin"})
+    await tenant.delete(f"/api/v1/api-keys/{key}")
+    await tenant.post(f"/api/v1/members/{member}/erase")
+    tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
+    acts = [act for _, act in await user.outbox("user", "audit.logs") if act["tenant_id"] == tenant_id]
+    assert [(act["actor"], act["action"]) for act in acts] == [
+        ("operator", "tenant.create"),
+        ("operator", "api_key.create"),
+        ("api_key:test", "member.add"),
+        ("api_key:test", "api_key.create"),
+        ("api_key:test", "member.change_role"),
+        ("api_key:test", "api_key.revoke"),
+        ("api_key:test", "subject.erase"),
+    ]
+    assert [act["object_id"] for act in acts[2:]] == [member, key, member, key, member]
+    assert "m@acme" not in str(acts)
+
+
+async def test_the_directory_tells_the_owners_addresses(
+    user: Platform, operator: httpx.AsyncClient, tenant: httpx.AsyncClient
+) -> None:
+    tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
+    for email, role in (("o@acme.example", "owner"), ("a@acme.example", "admin"), ("p@acme.example", "owner")):
+        await tenant.post("/api/v1/members", json={"email": email, "role": role})
+    directory = user_pb2_grpc.DirectoryStub(user.channels().to(user.grpc("user"), "user"))
+    reply = await directory.Owners(user_pb2.OwnersRequest(), metadata=rpc.tenant_metadata(tenant_id))
+    assert list(reply.emails) == ["o@acme.example", "p@acme.example"]
+    nobody = await directory.Owners(user_pb2.OwnersRequest(), metadata=rpc.tenant_metadata(str(uuid4())))
+    assert list(nobody.emails) == []
+    with pytest.raises(InvalidMessage):
+        await directory.Owners(user_pb2.OwnersRequest())

@@ -1,0 +1,108 @@
+"""Stands in for the agent: its read route and its message route, and what it has committed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from infra.auth import IDENTITY_HEADER, Identities, Identity
+from infra.clock import utcnow, uuid7
+from infra.errors import NotFound, Transient
+from infra.http import Health, create_app, serve_http
+from infra.metrics import Metrics
+from infra.testing.platform import INTERNAL_SECRET
+from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
+
+SESSION = "telegram:1:42"
+
+
+def story(run_id: UUID) -> list[Any]:
+    """A run's facts, from its start to its reply."""
+    where: dict[str, Any] = {"run_id": run_id, "session_key": SESSION}
+    step: dict[str, Any] = {"step": 1, "kind": "model", "name": "scripted/answer"}
+    return [
+        RunStarted(**where, agent_id=uuid7(), attempt=1, n=1),
+        StepStarted(**where, **step, attempt=1, n=2),
+        StepCompleted(**where, **step, status="completed", attempts=1, duration_ms=7, n=3),
+        RunCompleted(**where, reply="Grüße\nfrom two lines", n=4),
+    ]
+
+
+def failed(run_id: UUID, n: int, status: Any) -> RunFailed:
+    return RunFailed(run_id=run_id, session_key=SESSION, status=status, error="out of quota", n=n)
+
+
+class Agent:
+    """`committed`: of each run, what the store has; `reads`: the `after` of each read. While `hold` is clear, its
+    answers, already made, are kept back."""
+
+    def __init__(self) -> None:
+        self.tenants: dict[UUID, str] = {}
+        self.committed: dict[UUID, list[Any]] = {}
+        self.reads: list[tuple[UUID, int]] = []
+        self.posted: list[tuple[str, dict[str, str], bytes]] = []
+        self.away = False
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.answer: tuple[int, dict[str, Any]] = (202, {})
+
+    def new_run(self, tenant: str) -> UUID:
+        run_id = uuid7()
+        self.tenants[run_id] = tenant
+        self.committed[run_id] = []
+        return run_id
+
+    async def was_read(self, run_id: UUID, times: int = 1) -> None:
+        async with asyncio.timeout(30):
+            while len([read for read, _ in self.reads if read == run_id]) < times:
+                await asyncio.sleep(0.02)
+
+    def _who(self, request: Request) -> Identity:
+        return Identities(INTERNAL_SECRET).verify(request.headers[IDENTITY_HEADER])
+
+    async def facts(self, request: Request) -> Response:
+        run_id = UUID(request.path_params["id"])
+        after = int(request.query_params["after"])
+        who = self._who(request)
+        assert "read" in who.scopes
+        if self.away:
+            self.reads.append((run_id, after))
+            raise Transient("shutting down")
+        if self.tenants.get(run_id) != who.tenant_id:
+            raise NotFound(f"run {run_id}")
+        items = [
+            {"n": fact.n, "type": fact.wire_name(), "time": utcnow().isoformat(), "data": msgspec.to_builtins(fact)}
+            for fact in self.committed[run_id]
+            if fact.n > after
+        ]
+        self.reads.append((run_id, after))
+        await self.hold.wait()
+        return JSONResponse({"items": items})
+
+    async def message(self, request: Request) -> Response:
+        assert "run" in self._who(request).scopes
+        path: str = request.scope["raw_path"].decode()
+        self.posted.append((path, dict(request.headers), await request.body()))
+        status, body = self.answer
+        return JSONResponse(body, status, {"retry-after": "3"} if status == 503 else None)
+
+
+@asynccontextmanager
+async def stand_in(port: int) -> AsyncIterator[Agent]:
+    agent = Agent()
+    routes = [
+        Route("/internal/runs/{id}/events", agent.facts),
+        Route("/api/v1/agents/{id}/sessions/{key:path}/messages", agent.message, methods=["POST"]),
+    ]
+    server = await serve_http(create_app(routes, Health("agent", "1"), Metrics(CollectorRegistry())), port)
+    yield agent
+    await server.stop()

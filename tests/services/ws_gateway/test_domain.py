@@ -1,0 +1,69 @@
+"""What of a run a client gets, in which order, and what not again."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import msgspec
+
+from infra.clock import uuid7
+from services.ws_gateway.domain import Delta, Fact, Follow
+from tests.services.ws_gateway.agent import failed, story
+
+
+def facts(run_id: UUID) -> list[Fact]:
+    return [
+        Fact(fact.n, fact.wire_name(), "2026-01-01T00:00:00.000Z", msgspec.to_builtins(fact)) for fact in story(run_id)
+    ]
+
+
+def names(follow: Follow, *given: Fact) -> list[tuple[str, int | None]]:
+    return [(event.name, event.id) for fact in given for event in follow.fact(fact)]
+
+
+def test_a_run_is_told_in_order_and_its_reply_comes_before_its_end_without_an_id() -> None:
+    follow = Follow(0)
+    assert names(follow, *facts(uuid7())) == [
+        ("run.started", 1),
+        ("step.started", 2),
+        ("step.completed", 3),
+        ("reply", None),
+        ("run.completed", 4),
+    ]
+    assert follow.ended
+
+
+def test_what_the_client_has_is_not_told_again() -> None:
+    all_ = facts(uuid7())
+    follow = Follow(2)
+    assert names(follow, *all_[:3], *all_[:3]) == [("step.completed", 3)]
+
+
+def test_a_gap_is_seen() -> None:
+    all_ = facts(uuid7())
+    follow = Follow(1)
+    assert [follow.misses(fact) for fact in all_] == [False, False, True, True]
+
+
+def test_an_indeterminate_run_may_go_on_and_the_other_ends_do_not() -> None:
+    run_id = uuid7()
+    for status, ends in (("failed", True), ("cancelled", True), ("refused", True), ("indeterminate", False)):
+        fact = failed(run_id, 1, status)
+        follow = Follow(0)
+        assert names(follow, Fact(1, fact.wire_name(), "", msgspec.to_builtins(fact))) == [(f"run.{status}", 1)]
+        assert follow.ended is ends
+
+
+def test_pieces_of_an_attempt_that_was_given_up_are_dropped() -> None:
+    follow = Follow(0)
+    pieces = [Delta(1, 1, 1, "a"), Delta(1, 2, 1, "b"), Delta(1, 1, 2, "a"), Delta(2, 1, 1, "c")]
+    assert [event.data.text for piece in pieces for event in follow.delta(piece)] == ["a", "b", "c"]
+    names(follow, *facts(uuid7()))
+    assert follow.delta(Delta(2, 1, 2, "after the end")) == []
+
+
+def test_a_step_that_is_begun_again_ends_the_pieces_of_the_attempt_before() -> None:
+    follow = Follow(0)
+    started = facts(uuid7())[1]
+    follow.fact(msgspec.structs.replace(started, data=started.data | {"attempt": 2}))
+    assert follow.delta(Delta(1, 1, 5, "late")) == []

@@ -1,0 +1,83 @@
+"""A stream on which nothing happens: it stays alive, and looks after its run now and then."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+from infra.auth import Identity
+from infra.cache import Cache
+from infra.clock import uuid7
+from infra.testing.stack import Stack
+from services.ws_gateway import stream
+from services.ws_gateway.domain import Fact
+from services.ws_gateway.hub import Hub
+from tests.services.ws_gateway.agent import story
+
+WHO = Identity("api_key:test", "acme", frozenset(("read",)))
+
+
+class Agent:
+    """Its run completes after it was read this often."""
+
+    def __init__(self, reads: int) -> None:
+        self.left = reads
+
+    async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
+        self.left -= 1
+        told = [Fact(fact.n, fact.wire_name(), "", msgspec.to_builtins(fact)) for fact in story(run_id)]
+        return [fact for fact in (told if self.left < 0 else told[:1]) if fact.n > after]
+
+
+async def never() -> Any:
+    await asyncio.Event().wait()
+
+
+async def listeners(redis: Redis) -> int:
+    return sum(int(client["psub"]) for client in await redis.client_list() if client["name"] == "quiet")
+
+
+async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(stream, "LOOK_SECONDS", 0.1)
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with Redis.from_url(stack.redis_url, client_name="quiet") as redis:
+        hub = Hub(Cache(redis), asyncio.Event())
+        shown = stream.RunStream(hub, Agent(3), WHO, uuid7(), 0)  # type: ignore[arg-type]
+        async with asyncio.timeout(30):
+            await shown({"type": "http"}, never, send)
+            # Where nobody watches, nothing is left running.
+            while await listeners(redis):
+                await asyncio.sleep(0.02)
+    body = b"".join(message.get("body", b"") for message in sent)
+    assert b"\n:\n\n" in body
+    assert body.count(b"event: run.started") == 1
+    assert body.count(b"event: run.completed") == 1
+    assert sent[-1]["more_body"] is False
+
+
+async def test_a_client_whose_connection_takes_nothing_is_given_up(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SEND_SECONDS", 0.05)
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            await never()
+
+    async with Redis.from_url(stack.redis_url) as redis:
+        hub = Hub(Cache(redis), asyncio.Event())
+        shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
+        async with asyncio.timeout(30):
+            await shown({"type": "http"}, never, send)
