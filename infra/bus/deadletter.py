@@ -35,7 +35,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetterView(msgspec.Struct, frozen=True, kw_only=True):
-    """A dead letter as an operator sees it. `source` is ``kafka:…``, ``rabbit:…`` or ``outbox:…``."""
+    """A dead letter as an operator sees it. `source` is ``kafka:…``, ``rabbit:…``, ``outbox:…`` or ``lane:…``."""
 
     id: UUID
     service: str

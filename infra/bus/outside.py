@@ -122,6 +122,7 @@ class OutsideReader:
             records = batches[tp]
             began = time.perf_counter()
             await self._take(consumer, tp, records)
+            del batches[tp]
             self._metrics.processed.labels(self._group, "handled").inc(len(records))
             self._metrics.processing_seconds.labels(self._group).observe(time.perf_counter() - began)
             try:

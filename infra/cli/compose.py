@@ -21,16 +21,16 @@ from infra.schema import Passwords
 app = typer.Typer(no_args_is_help=True, help="Run the system in containers (compose.yml).")
 console = Console(stderr=True, highlight=False)
 
-# What a person may want to change; everything else that compose.yml names is a secret.
+# What a person may want to change; everything else that compose.yml cannot do without is a secret.
 _CHOSEN = {
-    "CLAW_PUBLIC_URL": "http://127.0.0.1:8080",
+    "CLAW_MAIL_FROM": "clawbus@example.com",
     "CLAW_SMTP_URL": "smtp://mail.example.com:587",
     "GATEWAY_PORT": "8080",
     "MINIO_ROOT_USER": "clawbus",
 }
-# A person's ten a second are far more than a client needs; a vendor sends the messages of many people.
+# Ten a second are far more than one client needs; a vendor sends what many people wrote.
 _LIMITS = nginx.Limits(rate=10, burst=40, channel_rate=100, channel_burst=400)
-_VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)")
+_NEEDED = re.compile(r"\$\{([A-Z0-9_]+):\?\}")
 
 
 @app.command()
@@ -39,11 +39,11 @@ def init() -> None:
     path = CHECKOUT / ".env"
     there = path.read_text().splitlines() if path.exists() else []
     known = {line.partition("=")[0] for line in there}
-    wanted = set(_VARIABLE.findall((CHECKOUT / "compose.yml").read_text()))
+    wanted = set(_NEEDED.findall((CHECKOUT / "compose.yml").read_text()))
     added = [f"{name}={_new(name)}" for name in sorted(wanted - known)]
     write_atomically(path, "".join(f"{line}\n" for line in there + added))
     console.print(f"{path}: {len(added)} values added, readable by you alone.", soft_wrap=True)
-    console.print("Set CLAW_SMTP_URL in it to your mail server. Then: docker compose up --build -d", soft_wrap=True)
+    console.print("Set CLAW_SMTP_URL and CLAW_MAIL_FROM in it. Then: docker compose up --build -d", soft_wrap=True)
 
 
 @app.command()

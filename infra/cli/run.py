@@ -44,7 +44,7 @@ async def _find(id_: UUID) -> dict[str, Any]:
     access = Home(home_folder()).credentials()
     connection = await asyncpg.connect(access["engines"]["postgres"]["url"])
     try:
-        tenant_id = await connection.fetchval("SELECT tenant_id FROM agent.run WHERE run_id = $1", id_)
+        tenant_id = await connection.fetchval("SELECT tenant_id FROM agent.run WHERE id = $1", id_)
     finally:
         await connection.close()
     if tenant_id is None:

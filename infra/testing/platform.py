@@ -29,8 +29,7 @@ from infra.cli.provision import provision_brokers
 from infra.clock import utcnow, uuid7
 from infra.db import create_engine
 from infra.schema import Passwords, migrate, prepare_database, role_url
-from infra.testing.sample.run import free_port
-from infra.testing.stack import Stack
+from infra.testing.stack import Stack, free_ports
 from infra.tx import Database
 from protos.catalog import CATALOG
 from protos.envelope import Envelope, Message
@@ -56,7 +55,7 @@ class Platform:
         self.prefix = prefix
         self.database_url = database
         self.rabbitmq_url = vhost
-        self.ports = {name: free_port() for name in SERVICE_PORTS}
+        self.ports = free_ports(list(SERVICE_PORTS))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.folder = folder
         self._databases: dict[str, Database] = {}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def private_home() -> Iterator[Path]:
     folder.chmod(0o755)
     home = folder / "stack"
     home.mkdir()
-    (home / "ports.json").write_text(json.dumps(_free_ports()))
+    (home / "ports.json").write_text(json.dumps(free_ports(list(usual_ports()))))
     guard = subprocess.Popen(
         [sys.executable, "-m", "infra.testing.stack", "--guard", str(folder)],
         stdin=subprocess.PIPE,
@@ -158,9 +158,8 @@ def run_claw(home: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def _free_ports() -> dict[str, int]:
+def free_ports(names: Sequence[str]) -> dict[str, int]:
     """A block of ports that nobody has, below those that the system gives to outgoing connections."""
-    names = list(usual_ports())
     while True:
         first = random.randrange(12_000, 31_000)
         ports = range(first, first + len(names))

@@ -98,17 +98,24 @@ class Accounts:
         hashed = token_hash(token)
         now = time.monotonic()
         until, account = self._known.get(hashed, (0.0, None))
-        if account is None or until < now:
-            async with self._database.begin() as tx:
-                rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE token_hash = $1", hashed)
-            if not rows:
-                self._known.pop(hashed, None)
-                return None
-            account = self._secrets.account(rows[0])
-            if len(self._known) >= CACHE_SIZE:
-                self._known.clear()
+        if account is not None and until < now:
+            # One asks; whoever comes meanwhile goes on with what is known, instead of all asking at once.
             self._known[hashed] = now + CACHE_SECONDS, account
-        return account if account.vendor.name == type_ else None
+        if until < now:
+            account = await self._read(hashed)
+        return account if account and account.vendor.name == type_ else None
+
+    async def _read(self, hashed: bytes) -> Account | None:
+        async with self._database.begin() as tx:
+            rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE token_hash = $1", hashed)
+        if not rows:
+            self._known.pop(hashed, None)
+            return None
+        account = self._secrets.account(rows[0])
+        if len(self._known) >= CACHE_SIZE:
+            self._known.clear()
+        self._known[hashed] = time.monotonic() + CACHE_SECONDS, account
+        return account
 
     def forget(self, account_id: UUID) -> None:
         """What was changed here counts here at once."""

@@ -88,7 +88,7 @@ def count(messages: int, event: MessageTaken) -> int:
 
 
 class Pseudonyms:
-    """Our names for a vendor's conversations and people, the same each time and telling nothing without `key`.
+    """Our names for a vendor's conversations, people and limits, the same each time and telling nothing without `key`.
 
     `key` is the account's own, so the same person on two accounts is two subjects.
     """
@@ -101,6 +101,9 @@ class Pseudonyms:
 
     def subject(self, person: str) -> str:
         return self._name("subject", person)
+
+    def limit(self, scope: str) -> str:
+        return self._name("limit", scope)
 
     def _name(self, kind: str, vendor_id: str) -> str:
         return hmac.digest(self._key, f"{kind}\0{vendor_id}".encode(), hashlib.sha256).hex()[:32]

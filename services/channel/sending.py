@@ -82,7 +82,8 @@ class Sender:
     async def send(self, account: Account, part: Outbound) -> Sent:
         """Raises as `Vendor.send` does, and RetryLater where the vendor would find it too much at once."""
         for limit in account.vendor.limits(part.conversation):
-            await self._cache.limit(str(account.id), limit.scope, times=limit.times, seconds=limit.seconds)
+            scope = account.pseudonyms.limit(limit.scope)
+            await self._cache.limit(str(account.id), scope, times=limit.times, seconds=limit.seconds)
         try:
             sent = await account.vendor.send(self._outgoing, account.origin, account.credentials, part)
         except InvalidMessage as error:

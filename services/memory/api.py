@@ -142,14 +142,14 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             audit(tx, who.actor, "document.upload", "document", str(id_), content_type=stored.content_type)
             return 202, _view(document)
 
-        kept = False
         try:
             # By what was uploaded: the form around it is never the same twice.
             response = await once(request, runtime, who, work, body=f"{stored.sha256} {name}".encode())
-            kept = "Idempotent-Replayed" not in response.headers
-        finally:
-            if not kept:
-                await objects.delete(stored.path)
+        except InvalidMessage:
+            await objects.delete(stored.path)
+            raise
+        if "Idempotent-Replayed" in response.headers:
+            await objects.delete(stored.path)
         return response
 
     @router.get("/api/v1/documents")

@@ -1,7 +1,8 @@
 """The index of vectors in Milvus. PostgreSQL has the truth; this lags, may repeat itself, and can be filled again.
 
 Never upsert: with a partition key Milvus 2.3 writes rows into the wrong partition, where a search by tenant misses
-them and a delete by tenant leaves them.
+them and a delete by tenant leaves them. Nor is a row's key ever used again: of an id that was deleted and inserted
+several times between two flushes, 2.3 has shown some and counted all. What a text is called with us is a field.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from uuid import UUID
 import grpc
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient, MilvusException
 
+from infra.clock import uuid7
 from infra.errors import Transient
 
 TIMEOUT_SECONDS = 3.0
@@ -53,7 +55,7 @@ class Index:
         # It writes a stack trace for each error that it raises.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         self._url = url
-        self._prefix = _name(prefix, "texts_")
+        self._prefix = _name(prefix, "vectors_")
         self._model = model
         self._refill = refill
         self._client: AsyncMilvusClient | None = None
@@ -69,6 +71,7 @@ class Index:
                 [vector],
                 filter=f"tenant_id == {json.dumps(tenant_id)} and scope == {json.dumps(scope)}",
                 limit=limit,
+                output_fields=["text_id"],
                 search_params={"metric_type": "COSINE", "params": {"ef": max(SEARCH_EF, limit)}},
                 consistency_level="Bounded",
                 timeout=TIMEOUT_SECONDS,
@@ -76,22 +79,24 @@ class Index:
         # An id may be there twice: inserted again by somebody who had lost the document's lane without knowing.
         best: dict[UUID, float] = {}
         for hit in found:
-            best.setdefault(UUID(hit["id"]), float(hit["distance"]))
+            best.setdefault(UUID(hit["entity"]["text_id"]), float(hit["distance"]))
         return [Hit(id_, score) for id_, score in best.items()]
 
     async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[Row]]) -> None:
         """Puts exactly these rows there for their owner, and returns once every search finds them."""
-        name, count = "", 0
+        name, count, insertion = "", 0, str(uuid7())
         async for rows in batches:
             if not name:
                 name = await self._ready(len(rows[0].vector))
                 await self._delete(name, tenant_id, owner_id)
             data = [
                 {
-                    "id": str(row.id),
+                    "id": str(uuid7()),
+                    "text_id": str(row.id),
                     "tenant_id": tenant_id,
                     "scope": scope,
                     "owner_id": str(owner_id),
+                    "insertion": insertion,
                     "vector": row.vector,
                 }
                 for row in rows
@@ -105,7 +110,8 @@ class Index:
             # Strong waits until all that was written before is applied; after that weaker reads see it as well.
             [answer] = await client.query(
                 name,
-                filter=_owned(tenant_id, owner_id),
+                # Of these rows alone: those of an attempt before may go later than these come.
+                filter=f'{_owned(tenant_id, owner_id)} and insertion == "{insertion}"',
                 output_fields=["count(*)"],
                 consistency_level="Strong",
                 timeout=TIMEOUT_SECONDS * 5,
@@ -146,6 +152,8 @@ class Index:
     async def _make(self, client: AsyncMilvusClient, name: str, dimension: int) -> None:
         schema = MilvusClient.create_schema(auto_id=False, description=f"embeddings by {self._model}")
         schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=36)
+        schema.add_field("text_id", DataType.VARCHAR, max_length=36)
+        schema.add_field("insertion", DataType.VARCHAR, max_length=36)
         schema.add_field("tenant_id", DataType.VARCHAR, max_length=255, is_partition_key=True)
         schema.add_field("scope", DataType.VARCHAR, max_length=1024)
         schema.add_field("owner_id", DataType.VARCHAR, max_length=36)

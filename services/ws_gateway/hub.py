@@ -29,7 +29,7 @@ class Live:
     """One stream's end of the hub."""
 
     def __init__(self) -> None:
-        self._waiting: asyncio.Queue[Fact | Delta | Missed] = asyncio.Queue()
+        self._waiting: asyncio.Queue[Fact | Delta | Missed] = asyncio.Queue(MAX_WAITING)
         self._dropped = False
         # Called when the stream is to end before its run does.
         self.end: Callable[[], object] = lambda: None

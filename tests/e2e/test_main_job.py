@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -140,7 +144,7 @@ async def test_a_message_is_answered_from_a_document_delivered_billed_audited_an
     timeline = (await company.api.get(f"/api/v1/runs/{run['id']}/timeline")).json()["items"]
     charges = [item for item in timeline if item["kind"] == "charge"]
     assert sum(item["data"]["amount_nanos"] for item in charges) == run["cost_nanos"] >= models_cost
-    assert sum(i["data"]["amount_nanos"] for i in charges if "gpt-4o-mini" in str(i["data"])) == models_cost
+    assert sum(i["data"]["amount_nanos"] for i in charges if "gpt-4o-mini" in i["data"]["resource"]) == models_cost
     kinds = [item["kind"] for item in timeline]
     assert kinds[0] == "inbound"
     assert {"inbound", "queued", "retrieve", "model", "tool", "reply", "delivery", "usage", "charge"} <= set(kinds)
@@ -288,6 +292,38 @@ async def test_one_trace_shows_the_way_from_the_webhook_to_the_vendor_and_the_ch
     [root] = [span for span in found if span["parent_id"] not in by_id]
     assert (root["service"], root["kind"]) == ("channel", "server")
     assert root["name"].startswith("POST ")
+
+
+async def test_fifty_conversations_of_five_tenants_hear_only_their_own_and_in_order(
+    system: System, models: ModelServer
+) -> None:
+    rounds, chats = 3, range(1001, 1011)
+    async with AsyncExitStack() as stack:
+        places: dict[str, tuple[str, TelegramStandIn]] = {}
+        for name in ("red", "green", "blue", "black", "white"):
+            company = Company(await stack.enter_async_context(system.client(await system.tenant(name))))
+            vendor = await stack.enter_async_context(TelegramStandIn())
+            agent = await company.agent(models, queue_mode="followup")
+            places[name] = await company.channel("telegram", agent, vendor), vendor
+        for n in range(rounds):
+            answers = await asyncio.gather(
+                *(
+                    sent(system, path, vendor.update(f"canary {name}-{chat}-{n}", chat=chat, person=chat))
+                    for name, (path, vendor) in places.items()
+                    for chat in chats
+                )
+            )
+            assert set(answers) == {200}
+        for _, vendor in places.values():
+            await until(partial(_has, vendor, rounds * len(chats)), seconds=150)
+        for name, (_, vendor) in places.items():
+            for chat in chats:
+                own = [f"You said: canary {name}-{chat}-{n}" for n in range(rounds)]
+                assert vendor.texts(str(chat)) == own
+            assert len(vendor.ledger) == rounds * len(chats)
+    for request in models.requests:
+        if canaries := set(re.findall(r"canary (\w+-\d+)-\d", json.dumps(request.body))):
+            assert len(canaries) == 1, canaries
 
 
 async def _has(vendor: StandIn, count: int) -> bool:

@@ -27,6 +27,9 @@ from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lane_world import TENANT, Notes, Parcel, World, all_over, items, log_lines, new_lane, put, steal
 
+# A transaction of this test's database waits for a lock of another.
+WAITS = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
 
 @pytest.fixture
 def world(sample: SampleDatabase) -> Iterator[World]:
@@ -80,7 +83,7 @@ async def test_an_item_that_commits_later_stands_behind(desk: Database) -> None:
         first.enqueue(kind, lane="a", item=Parcel(1))
         await first.flush()
         second = asyncio.create_task(put(desk, kind, "a", 2))
-        await until(lambda: sql(desk, "SELECT 1 FROM pg_locks WHERE NOT granted"), seconds=30)
+        await until(lambda: sql(desk, WAITS), seconds=30)
         assert not second.done()
     await second
     rows = await items(desk, kind, "seq", "convert_from(body, 'UTF8')")
@@ -98,6 +101,17 @@ async def test_an_id_is_enqueued_once_also_when_it_is_done(world: World, notes: 
         await all_over(database, kind)
         assert notes.numbers == [1, 3]
         assert [seq for (seq,) in await items(database, kind, "seq")] == [1, 2]
+
+
+async def test_an_id_that_two_transactions_enqueue_in_different_lanes_is_enqueued_once(desk: Database) -> None:
+    kind, id_ = new_lane(), uuid7()
+    async with desk.begin(tenant_id=TENANT) as first:
+        first.enqueue(kind, lane="a", item=Parcel(1), item_id=id_)
+        await first.flush()
+        second = asyncio.create_task(put(desk, kind, "b", 2, item_id=id_))
+        await until(lambda: sql(desk, WAITS), seconds=30)
+    await second
+    assert await items(desk, kind, "lane") == [("a",)]
 
 
 async def test_the_same_lane_and_id_of_another_tenant_are_another_thing(world: World, notes: Notes) -> None:
@@ -249,6 +263,15 @@ async def test_a_tenant_with_thousands_of_ready_lanes_does_not_keep_another_wait
     assert sorted(tenant for tenant, _ in notes.got[:3]) == ["a small one", "big", "small"]
 
 
+async def test_every_tenant_has_its_turn_again(world: World, notes: Notes) -> None:
+    kind = new_lane()
+    async with world.process(kind.runner(concurrency=1)(notes.note)) as database:
+        for n, tenant in enumerate(("z", "a", "", "z"), 1):
+            await put(database, kind, "a", n, tenant_id=tenant)
+            await notes.has(n)
+    assert [tenant for tenant, _ in notes.got] == ["z", "a", "", "z"]
+
+
 async def test_a_long_lane_lets_others_have_their_turn(world: World, notes: Notes) -> None:
     kind = new_lane()
     async with world.process() as database:
@@ -277,11 +300,12 @@ async def test_a_process_that_is_full_calls_another_one(
     monkeypatch.setattr(lane_runner, "SWEEP_SECONDS", 3600.0)
     kind = new_lane()
     idle = Notes()
-    async with world.process(kind.runner(concurrency=1)(notes.hold)) as full:
+    async with world.process(kind.runner(concurrency=1)(notes.hold), lease_seconds=60) as full:
         await until(lambda: listening(full), seconds=30)
         await put(full, kind, "a", 1)
         await notes.begun.wait()
-        async with world.process(kind.runner(concurrency=1)(idle.note)) as other:
+        # The leases are long: nothing is due, and only the call can tell of it.
+        async with world.process(kind.runner(concurrency=1)(idle.note), lease_seconds=60) as other:
             await until(lambda: listening(other, 2), seconds=30)
             await put(full, kind, "b", 2)
             await idle.has(1)
@@ -480,8 +504,7 @@ async def test_what_is_over_is_forgotten_after_a_while_with_the_lanes_it_leaves_
         await until(
             lambda: sql(database, "SELECT 1 FROM lane_item WHERE kind = $1 AND body IS NULL OFFSET 1", kind.name)
         )
-        async with database.begin() as tx:
-            await lanes.forget(tx)
+        await forget(database)
         assert len(await items(database, kind, "seq")) == 3
         await sql(
             database,
@@ -489,13 +512,35 @@ async def test_what_is_over_is_forgotten_after_a_while_with_the_lanes_it_leaves_
             kind.name,
             lanes.KEEP_ITEMS,
         )
-        async with database.begin() as tx:
-            await lanes.forget(tx)
+        await forget(database)
         assert await sql(database, "SELECT lane, last_seq FROM lane WHERE kind = $1", kind.name) == [("half", 2)]
         assert await items(database, kind, "lane", "seq") == [("half", 2)]
         await Upkeep(database, world.metrics)._observe()
     assert f'claw_lane_depth{{kind="{kind.name}"}} 1.0' in metrics_of(world)
     assert f'claw_lane_oldest_seconds{{kind="{kind.name}"}} 0.0' in metrics_of(world)
+
+
+async def test_a_lane_that_gets_an_item_while_it_would_be_forgotten_stays(
+    world: World, notes: Notes, desk: Database
+) -> None:
+    kind = new_lane()
+    async with world.process(kind.runner(concurrency=1)(notes.note)) as database:
+        await put(database, kind, "a", 1)
+        await all_over(database, kind)
+    past = "UPDATE lane_item SET finished_at = finished_at - $2::interval WHERE kind = $1"
+    await sql(desk, past, kind.name, lanes.KEEP_ITEMS)
+    async with desk.begin(tenant_id=TENANT) as tx:
+        tx.enqueue(kind, lane="a", item=Parcel(2))
+        await tx.flush()
+        forgetting = asyncio.create_task(forget(desk))
+        await until(lambda: sql(desk, WAITS), seconds=30)
+    await forgetting
+    assert await items(desk, kind, "seq", "state") == [(2, "waiting")]
+
+
+async def forget(database: Database) -> None:
+    async with database.begin() as tx:
+        await lanes.forget(tx)
 
 
 @pytest.fixture

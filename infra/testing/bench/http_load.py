@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
+from typing import cast
 
 CONNECTIONS = 64
 
@@ -89,8 +90,7 @@ class _Connection(asyncio.Protocol):
         return connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     async def send(self, data: bytes) -> None:
         assert self._transport is not None

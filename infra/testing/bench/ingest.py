@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import signal
 import sys
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,16 +80,19 @@ class IngestBench:
         commands["empty"] = ["-m", "granian", "--interface", "asginl", "--no-ws", "--loop", "uvloop", "--log-level"]
         commands["empty"] += ["error", "--port", str(self.ports["empty"]), f"{here}:empty"]
         environment = {**os.environ, "CLAW_MASTER_KEY": MASTER_KEY}
-        processes = [
-            await asyncio.create_subprocess_exec(sys.executable, *args, env=environment) for args in commands.values()
-        ]
+        processes = {
+            name: await asyncio.create_subprocess_exec(sys.executable, *args, env=environment, start_new_session=True)
+            for name, args in commands.items()
+        }
         try:
-            for port in self.ports.values():
-                await _listening(port)
+            for name, process in processes.items():
+                await _listening(process, self.ports[name])
             yield
         finally:
-            for process in processes:
-                process.terminate()
+            for process in processes.values():
+                # With the children that granian has, and whether it hears or not: it does not while it starts.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
 
     async def ours(self) -> Slice:
@@ -156,9 +161,11 @@ class IngestBench:
         self.paths.append(f"/webhooks/webhook/{token}")
 
 
-async def _listening(port: int) -> None:
-    async with asyncio.timeout(30):
+async def _listening(process: Process, port: int) -> None:
+    async with asyncio.timeout(120):
         while True:
+            if process.returncode is not None:
+                raise RuntimeError("a server of the bench ended; what it printed says why")
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except OSError:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 import infra
+from infra.cli.ports import is_free
 from infra.cli.provision import provision_brokers
 from infra.schema import Passwords, migrate, prepare_database, role_url
 from infra.testing.sample.catalog import SAMPLE
@@ -156,8 +157,7 @@ class SampleServices:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A port that nobody has now, below those that the system gives to outgoing connections: it stays free for long."""
+    while not is_free(port := random.randrange(12_000, 31_000)):
+        continue
     return port

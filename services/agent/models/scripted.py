@@ -89,10 +89,19 @@ def _sum_to_work_out(question: str, tools: Sequence[Tool]) -> ToolCall | None:
 
 def _reply(question: str, results: Sequence[Returned], passages: Sequence[Passage]) -> str:
     if results:
-        return "\n".join(f"The tool {result.call.name} says: {result.content}" for result in results)
+        return "\n".join(f"The tool {result.call.name} says: {_plain(result.content)}" for result in results)
     if found := _best_sentences(question, passages):
         return "\n".join(f"{sentence} [{passage.place}]" for sentence, passage in found)
     return "I have found nothing about this in the documents that I know."
+
+
+def _plain(content: str) -> str:
+    """The ``result`` of a tool whose answer is an object that has one; else the answer as it is."""
+    try:
+        answer = msgspec.json.decode(content)
+    except msgspec.DecodeError:
+        return content
+    return str(answer["result"]) if isinstance(answer, dict) and "result" in answer else content
 
 
 def _best_sentences(question: str, passages: Sequence[Passage]) -> list[tuple[str, Passage]]:

@@ -159,10 +159,11 @@ def _charges(reply: billing_pb2.ChargesReply) -> Iterator[TimelineItem]:
             kind="charge",
             service="billing",
             summary=f"{charge.resource}: {charge.verdict}"
-            + (f", {amount / 1e9:.9f} {reply.currency}" if amount is not None else ""),
+            + (f", {amount // 10**9}.{amount % 10**9:09} {reply.currency}" if amount is not None else ""),
             span_id=charge.span_id or None,
             data={
                 "usage_id": charge.usage_id,
+                "resource": charge.resource,
                 "verdict": charge.verdict,
                 "amount_nanos": amount,
                 "currency": reply.currency,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, ClassVar
 
@@ -71,10 +72,13 @@ class _Sent(msgspec.Struct):
 
 
 class _Response(msgspec.Struct):
+    """`error_code` says the same as the HTTP status. `result` is not needed to know that a message was taken."""
+
     ok: bool
+    error_code: int | None = None
     description: str = ""
     parameters: _Parameters = _Parameters()
-    result: _Sent | None = None
+    result: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Telegram(Vendor[TelegramCredentials]):
@@ -130,7 +134,7 @@ class Telegram(Vendor[TelegramCredentials]):
         body: dict[str, object] = {"chat_id": _chat_id(chat), "text": message.text}
         if topic:
             body["message_thread_id"] = int(topic)
-        if message.reply_to is not None and message.reply_to.isdigit():
+        if message.reply_to is not None and message.reply_to.isdecimal():
             # The message may have been deleted since; the answer goes out all the same.
             body["reply_parameters"] = {"message_id": int(message.reply_to), "allow_sending_without_reply": True}
         url = f"{origin}/bot{credentials.bot_token}/sendMessage"
@@ -140,13 +144,16 @@ class Telegram(Vendor[TelegramCredentials]):
             body["chat_id"] = response.parameters.migrate_to_chat_id
             body.pop("reply_parameters", None)
             response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
-        if response.result is None:
+        if not response.ok:
             raise EffectFailed(response.description[:200])
-        return str(response.result.message_id)
+        try:
+            return str(msgspec.json.decode(response.result, type=_Sent).message_id)
+        except msgspec.DecodeError:
+            return None
 
 
 def _chat_id(chat: str) -> int | str:
-    return int(chat) if chat.removeprefix("-").isdigit() else chat
+    return int(chat) if chat.removeprefix("-").isdecimal() else chat
 
 
 def _read(answer: Answer) -> _Response:
@@ -154,13 +161,14 @@ def _read(answer: Answer) -> _Response:
     try:
         response = msgspec.json.decode(answer.body, type=_Response)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        response = None
-    refuse_passing(answer, response.parameters.retry_after if response else None)
-    if answer.status in (401, 404):
+        # No words of Telegram's: its status counts, and a good one alone proves nothing.
+        refuse_passing(answer)
+        if answer.status < 400:
+            raise Unanswered(f"HTTP {answer.status} with a body that cannot be read") from None
+        response = _Response(ok=False, description=f"HTTP {answer.status}")
+    status = answer.status if response.ok or response.error_code is None else response.error_code
+    refuse_passing(replace(answer, status=status), response.parameters.retry_after)
+    if status in (401, 404):
         # 404 is for a token that never was one.
-        raise AccountRefused(f"HTTP {answer.status}")
-    if response is None or (answer.status < 300 and response.result is None):
-        if answer.status < 500 and answer.status >= 400:
-            raise EffectFailed(f"HTTP {answer.status}")
-        raise Unanswered(f"HTTP {answer.status} with a body that cannot be read")
+        raise AccountRefused(f"HTTP {status}")
     return response

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,6 +17,8 @@ from aiokafka import AIOKafkaProducer
 from opensearchpy import OpenSearch
 from opensearchpy.exceptions import TransportError
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -350,3 +353,24 @@ async def test_what_is_no_span_is_refused_and_a_compressed_one_taken(aggregator:
         assert (await client.post(url, content=bomb, headers=zipped)).status_code == 400
         assert (await client.post(url, content=b"no gzip", headers=zipped)).status_code == 400
         assert (await client.post(url, content=gzip.compress(b""), headers=zipped)).status_code == 200
+
+
+async def test_a_span_that_opensearch_refuses_is_not_asked_for_again(aggregator: Platform) -> None:
+    good, bad = uuid4(), uuid4()
+    spans = [
+        Span(trace_id=good.bytes, span_id=b"1" * 8, name="good", start_time_unix_nano=time.time_ns()),
+        # Beyond 64 bits with a sign, which is what can be searched.
+        Span(trace_id=bad.bytes, span_id=b"1" * 8, name="bad", start_time_unix_nano=2**64 - 1),
+    ]
+    request = ExportTraceServiceRequest(resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=spans)])])
+    async with httpx.AsyncClient(trust_env=False) as client:
+        url = f"http://127.0.0.1:{aggregator.ports['otlp']}/v1/traces"
+        headers = {"content-type": "application/x-protobuf"}
+        answer = await client.post(url, content=request.SerializeToString(), headers=headers)
+    assert answer.status_code == 400
+
+    async def shown() -> bool:
+        async with aggregator.client("log_aggregator") as client:
+            return bool((await client.get(f"/api/v1/traces/{good.hex}")).json()["items"])
+
+    await aggregator.until(shown)

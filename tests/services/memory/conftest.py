@@ -77,9 +77,9 @@ class Vectors:
         found: list[str] = []
         for name in self.collections():
             rows = self._client.query(
-                name, filter=f'owner_id == "{document_id}"', output_fields=["id"], consistency_level="Strong"
+                name, filter=f'owner_id == "{document_id}"', output_fields=["text_id"], consistency_level="Strong"
             )
-            found += [row["id"] for row in rows]
+            found += [row["text_id"] for row in rows]
         return sorted(found)
 
     def drop(self) -> None:

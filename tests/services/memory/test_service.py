@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import pytest
+from minio import Minio
 
 from infra.errors import InvalidMessage
+from infra.objects import BUCKET
 from infra.testing.platform import Platform
 from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
@@ -111,7 +115,7 @@ async def test_what_is_deleted_is_gone_at_once_and_then_everywhere(
 
     async def forgotten() -> bool:
         async with memory.database("memory").begin() as tx:
-            rows = await tx.sql("SELECT FROM passage WHERE document_id = $1::uuid", document_id)
+            rows = await tx.sql("SELECT 1 FROM passage WHERE document_id = $1::uuid", document_id)
         return not rows and not await asyncio.to_thread(vectors.ids, document_id)
 
     await memory.until(forgotten)
@@ -121,17 +125,22 @@ async def test_what_is_deleted_is_gone_at_once_and_then_everywhere(
 async def test_a_document_deleted_on_its_way_ends_without_a_trace(
     norrland: Client, memory: Platform, vectors: Vectors
 ) -> None:
-    document_id = await norrland.upload("long.md", files.handbook("en") * 20)
+    document_id = await norrland.upload("long.md", files.handbook("en") * 200)
+
+    async def begun() -> bool:
+        return bool((await norrland.http.get(f"/api/v1/documents/{document_id}")).json()["status"] == "chunked")
+
+    await memory.until(begun)
     assert (await norrland.http.delete(f"/api/v1/documents/{document_id}")).status_code == 204
 
     async def forgotten() -> bool:
         async with memory.database("memory").begin() as tx:
-            return not await tx.sql("SELECT FROM document WHERE id = $1::uuid", document_id)
+            return not await tx.sql("SELECT 1 FROM document WHERE id = $1::uuid", document_id)
 
     await memory.until(forgotten)
     assert await asyncio.to_thread(vectors.ids, document_id) == []
     async with memory.database("memory").begin() as tx:
-        assert not await tx.sql("SELECT FROM dead_letter")
+        assert not await tx.sql("SELECT 1 FROM dead_letter")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +162,7 @@ async def test_what_cannot_be_read_fails_with_the_reason_and_is_no_dead_letter(
     assert document["status"] == "failed"
     assert document["error"].startswith(reason)
     async with memory.database("memory").begin() as tx:
-        assert not await tx.sql("SELECT FROM dead_letter")
+        assert not await tx.sql("SELECT 1 FROM dead_letter")
 
 
 async def test_bad_uploads_are_refused_with_the_field(norrland: Client) -> None:
@@ -196,19 +205,29 @@ async def test_more_than_a_hundred_megabytes_is_refused_while_it_streams(norrlan
 
 async def test_an_upload_with_a_key_is_stored_once(norrland: Client) -> None:
     text = b"The museum of coffee opens at ten."
-    first = await norrland.upload("museum.txt", text, **{"Idempotency-Key": "upload-1"})
-    again = await norrland.upload("museum.txt", text, **{"Idempotency-Key": "upload-1"})
+    name = f"{uuid4()}.txt"
+    first = await norrland.upload(name, text, **{"Idempotency-Key": "upload-1"})
+    again = await norrland.upload(name, text, **{"Idempotency-Key": "upload-1"})
     assert again == first
-    other = await norrland.upload("museum.txt", text)
+    other = await norrland.upload(name, text)
     assert other != first
     reused = await norrland.http.post(
-        "/api/v1/documents", files={"file": ("museum.txt", b"other text")}, headers={"Idempotency-Key": "upload-1"}
+        "/api/v1/documents", files={"file": (name, b"other text")}, headers={"Idempotency-Key": "upload-1"}
     )
     assert reused.status_code == 422
     assert reused.json()["errors"][0]["field"] == "Idempotency-Key"
+    assert await asyncio.to_thread(stored, norrland.platform, name) == sorted([first, other])
     assert (await norrland.done(first))["status"] == "indexed"
     link = (await norrland.http.get(f"/api/v1/documents/{first}/content")).json()["url"]
     assert (await norrland.http.get(link)).content == text
+
+
+def stored(platform: Platform, name: str) -> list[str]:
+    """The ids of the files of this name in the object store, asked by its own client."""
+    s3 = platform.stack.engines["s3"]
+    client = Minio(urlsplit(s3["endpoint"]).netloc, s3["access_key"], s3["secret_key"], secure=False)
+    paths = [item.object_name or "" for item in client.list_objects(BUCKET, prefix="test/documents/")]
+    return sorted(path.rpartition("/")[2][:36] for path in paths if path.endswith(name))
 
 
 async def test_the_list_is_paged_from_the_newest_on(stranger: Client) -> None:

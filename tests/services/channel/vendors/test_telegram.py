@@ -119,6 +119,8 @@ async def test_a_group_that_became_a_supergroup_gets_it_under_its_new_id(
         (answer(502, "bad gateway"), Transient),
         (answer(504), Unanswered),
         (answer(200, "no JSON of Telegram's"), Unanswered),
+        (answer(200, {"ok": False, "error_code": 403, "description": "Forbidden"}), EffectFailed),
+        (answer(200, {"ok": False, "error_code": 500, "description": "Internal"}), Transient),
         (cut(accept=True), Unanswered),
     ],
 )
@@ -137,6 +139,14 @@ async def test_a_flood_is_waited_out_for_as_long_as_telegram_says(vendor: Telegr
     with pytest.raises(RetryLater) as raised:
         await send(vendor, outgoing)
     assert raised.value.after == timedelta(seconds=35)
+
+
+@pytest.mark.parametrize("result", [{}, {"result": True}, {"result": {"message_id": 8, "more": 1}}])
+async def test_taken_is_what_telegram_says_is_ok(
+    vendor: TelegramStandIn, outgoing: Outgoing, result: dict[str, object]
+) -> None:
+    vendor.faults.append(answer(200, {"ok": True, **result}))
+    assert await send(vendor, outgoing) in (None, "8")
 
 
 async def test_a_vendor_that_cannot_be_reached_has_taken_nothing(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
