@@ -94,6 +94,7 @@ class Ingest:
         await call.done
 
     async def _work(self) -> None:
+        """One group after the other: messages of a conversation are stored as they arrived."""
         while self._waiting:
             group = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_GROUP))]
             await self._commit(group)

@@ -79,8 +79,14 @@ async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
 async def verify(database: Database, tenant_id: str) -> Verdict:
     """Recomputes a chain from its first record to the head that it has now."""
     async with database.begin(tenant_id=tenant_id or None) as tx:
-        heads = await tx.sql("SELECT seq, hash FROM audit_head WHERE tenant_id = $1", tenant_id)
-    head = Head(*heads[0]) if heads else EMPTY
+        # In one statement: what is added meanwhile must not look like records beyond the head.
+        [(seq, hash_, last)] = await tx.sql(
+            "SELECT coalesce(max(h.seq), 0), (array_agg(h.hash))[1], "
+            "(SELECT coalesce(max(r.seq), 0) FROM audit_record r WHERE r.tenant_id = $1) "
+            "FROM audit_head h WHERE h.tenant_id = $1",
+            tenant_id,
+        )
+    head = Head(seq, hash_ or EMPTY.hash)
     good = EMPTY
     while good.seq < head.seq:
         async with database.begin(tenant_id=tenant_id or None) as tx:
@@ -95,13 +101,16 @@ async def verify(database: Database, tenant_id: str) -> Verdict:
         links = [Link(*row[:3]) for row in rows]
         broken = domain.first_break(good, links)
         # What is only beside the record must say the same, or a search would not find what happened.
-        untrue = next((row[0] for row in rows if _searched(row[1]) != row[3:]), None)
+        sound = [row for row in rows if broken is None or row[0] < broken]
+        untrue = next((row[0] for row in sound if _searched(row[1]) != row[3:]), None)
         if breaks := [seq for seq in (broken, untrue, None if rows else good.seq + 1) if seq]:
             return Verdict(min(breaks) - 1, head.hash, min(breaks))
         good = Head(links[-1].seq, links[-1].hash)
     if good != head:
         # The head was changed, or the last record with its hash.
         return Verdict(good.seq - 1, head.hash, good.seq)
+    if last > head.seq:
+        return Verdict(head.seq, head.hash, head.seq + 1)
     return Verdict(good.seq, head.hash, None)
 
 

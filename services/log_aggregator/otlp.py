@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from infra.errors import Transient
+from infra.errors import InvalidMessage, Transient
 from infra.http import serve_http
 from infra.logs import get_logger
 from infra.service import Runtime
@@ -71,6 +71,9 @@ class Receiver:
             return Response(f"no spans: {error}", 400)
         try:
             await self._index.store("spans", documents)
+        except InvalidMessage as error:
+            # Sent again it would be refused again; the others of the request are stored.
+            return Response(f"no spans: {error}", 400)
         except Transient as error:
             self._log.warning("spans cannot be stored now", error=str(error), spans=len(documents))
             return Response("try again", 503, {"Retry-After": "1"})

@@ -16,7 +16,7 @@ from infra.objects import Stored
 from infra.tx import Tx
 from services.memory.domain import Chunk, codes
 
-_COLUMNS = "id, name, content_type, size, path, status, progress, error, created_at"
+_COLUMNS = "id, name, content_type, size, path, status, round(progress::numeric, 4)::float8, error, created_at"
 
 
 class Document(NamedTuple):

@@ -35,8 +35,8 @@ from services.plugin.tools.running import Tools
 POLL_SECONDS = 0.2
 # Before a tool that could not be reached, or cut its answer off, is called again.
 PAUSES = (0.2, 1.0)
-# Longer than anybody asks again.
-KEEP = timedelta(days=30)
+# Longer than anybody asks again, and no longer: what a tool has answered may be personal.
+KEEP = timedelta(days=7)
 
 _log = get_logger("plugin.calls")
 

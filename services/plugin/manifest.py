@@ -109,4 +109,4 @@ def adopted(
         reads = hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
         description = (offer.description or offer.title or "").replace("\x00", "")[:MAX_DESCRIPTION]
         tools.append((Tool(name, description, offer.input_schema, "repeatable" if reads else "once"), offer.name))
-    return tools, left_out
+    return sorted(tools, key=lambda named: named[0].name), left_out

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import aio_pika
+import asyncpg
 import pytest
 
 from infra.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
@@ -277,6 +278,23 @@ async def test_many_at_once_of_many_tenants_are_each_taken_once_in_their_own_nam
     told = {body["text"]: headers["traceparent"].split("-")[1] for headers, body in rows if body["text"] in texts}
     sent = {f"{each.tenant_id} {n // 4}": traces[n] for n, (each, _, _) in enumerate(calls)}
     assert told == sent
+
+
+async def test_a_message_that_cannot_be_stored_does_not_take_others_with_it(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    good, bad = [await desk.connect("telegram", vendor.credentials) for _ in range(2)]
+    administrator = await asyncpg.connect(desk.platform.database_url)
+    try:
+        await administrator.execute(
+            f"ALTER TABLE channel.inbound_seen ADD CONSTRAINT bad CHECK (channel_id <> '{bad['id']}') NOT VALID"
+        )
+        calls = [*([good] * 20), bad, *([good] * 20)]
+        answers = await asyncio.gather(*(desk.call(channel, vendor.update("hi")) for channel in calls))
+    finally:
+        await administrator.execute("ALTER TABLE channel.inbound_seen DROP CONSTRAINT bad")
+        await administrator.close()
+    assert [answer.status_code for answer in answers] == [200] * 20 + [500] + [200] * 20
+    assert len(await desk.received(good)) == 40
 
 
 async def test_the_database_away_is_said_so_that_the_vendor_tries_again_and_no_secret_gets_into_the_log(

@@ -191,6 +191,13 @@ async def test_an_empty_chain_holds(aggregator: Platform, tenant: str) -> None:
         ("DELETE FROM audit_record WHERE tenant_id = $1 AND seq = 4", 4),
         ("DELETE FROM audit_record WHERE tenant_id = $1 AND seq > 3", 4),
         ("DELETE FROM audit_record WHERE tenant_id = $1", 1),
+        ("UPDATE audit_record SET record = 'no json' WHERE tenant_id = $1 AND seq = 2", 2),
+        ("DELETE FROM audit_head WHERE tenant_id = $1", 1),
+        (
+            "UPDATE audit_head h SET seq = 2, hash = r.hash FROM audit_record r "
+            "WHERE h.tenant_id = $1 AND r.tenant_id = $1 AND r.seq = 2",
+            3,
+        ),
         ("UPDATE audit_head SET hash = decode(repeat('ab', 32), 'hex') WHERE tenant_id = $1", 5),
     ],
 )

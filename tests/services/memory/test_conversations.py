@@ -47,7 +47,10 @@ async def test_a_reply_is_found_in_its_own_session_when_it_is_asked_for(memory: 
     assert answer.json()["items"][0]["source"]["document_id"] is None
 
     async with memory.database("memory").begin() as tx:
-        stored = await tx.sql("SELECT sealed, expires_at > now() + interval '29 days' FROM utterance")
+        stored = await tx.sql(
+            "SELECT sealed, expires_at > now() + interval '29 days' FROM utterance WHERE session_key IN ('session-a', "
+            "'session-b')"
+        )
     assert len(stored) == 2
     assert all(b"roastery" not in sealed and expires for sealed, expires in stored)
 

@@ -1,4 +1,7 @@
-"""A real MCP server, made with the official package: ``python -m tests.services.plugin.mcp_server PORT``."""
+"""A real MCP server, made with the official package: ``python -m tests.services.plugin.mcp_server PORT [NAME]``.
+
+NAME: of one more tool.
+"""
 
 from __future__ import annotations
 
@@ -39,4 +42,6 @@ def time() -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        server.add_tool(time, name=sys.argv[2])
     uvicorn.run(server.streamable_http_app(), port=int(sys.argv[1]), log_level="warning")

@@ -47,7 +47,7 @@ async def test_a_call_is_signed_run_once_and_billed_once(shop: Platform, server:
         "config": {"currency": "EUR"},
     }
     assert replies[1:] == replies[:1] * 2
-    assert server.ids("order") == ["run-1/3"]
+    assert server.ids("order").count("run-1/3") == 1
     assert server.headers[-1]["x-shop"] == "north"
     assert await usage(shop, "run-1/3") == ["run-1/3/tool/1"]
     # What a tool answers may be personal: it lies sealed.

@@ -84,7 +84,7 @@ async def test_who_was_stopped_for_too_long_does_not_overwrite_who_took_over(
     assert taken_over == Outcome("succeeded", '"of the other"')
     assert await calls(engine, stopped).call(calculator("stopped")) == taken_over
     records = [body["usage_id"] for _, body in await platform.outbox("plugin", "usage.records")]
-    assert records == ["stopped/tool/1", "stopped/tool/2"]
+    assert [id_ for id_ in records if id_.startswith("stopped/")] == ["stopped/tool/1", "stopped/tool/2"]
 
 
 async def test_a_lease_is_renewed_for_as_long_as_the_tool_takes(engine: AsyncEngine) -> None:
@@ -115,7 +115,7 @@ async def test_calls_of_long_ago_are_forgotten(platform: Platform, engine: Async
     ledger = calls(engine, work)
     await ledger.call(calculator("old"))
     async with platform.database("plugin").begin() as tx:
-        await tx.sql("UPDATE tool_call SET created_at = now() - interval '31 days' WHERE key = 'old'")
+        await tx.sql("UPDATE tool_call SET created_at = now() - interval '8 days' WHERE key = 'old'")
     await ledger.call(calculator("new"))
     async with platform.database("plugin").begin() as tx:
         keys = {key for (key,) in await tx.sql("SELECT key FROM tool_call")}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 from sqlalchemy.exc import DBAPIError
 
+from infra.cache import CONFIG_CHANGED, Cache
 from infra.db import create_engine
 from infra.schema import role_url
 from infra.testing.platform import PASSWORDS, Platform
@@ -63,6 +66,34 @@ async def test_a_plugin_is_registered_listed_changed_and_deleted(plugin: Platfor
     assert changes == ["enabled", "disabled", "updated", "enabled", "disabled"]
     broadcast = [body for _, body in await plugin.outbox("plugin", "plugin")]
     assert broadcast == facts
+
+
+async def test_whoever_keeps_tools_at_hand_hears_of_a_change(plugin: Platform) -> None:
+    heard: list[bytes] = []
+
+    async def listen(cache: Cache) -> None:
+        async with aclosing(cache.listen(CONFIG_CHANGED)) as messages:
+            async for message in messages:
+                heard.append(message[1] if message else b"")
+
+    async with Redis.from_url(plugin.stack.redis_url) as redis:
+        listening = asyncio.create_task(listen(Cache(redis)))
+
+        async def listens() -> bool:
+            return b"" in heard
+
+        async def hears() -> bool:
+            # Others may be at work on this Redis.
+            return any(b'"told"' in message for message in heard)
+
+        await plugin.until(listens)
+        async with plugin.client("plugin", "told") as client:
+            await client.patch("/api/v1/plugins/time", json={"enabled": False})
+        await plugin.until(hears)
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+    [change] = [json.loads(message) for message in heard if b'"told"' in message]
+    assert change == {"tenant_id": "told", "plugin": "time", "change": "disabled"}
 
 
 async def test_secrets_are_sealed_and_never_shown(plugin: Platform, server: ToolServer) -> None:
@@ -180,16 +211,23 @@ async def test_where_private_addresses_are_not_allowed_nothing_goes_there(plugin
     plugin.stop("plugin")
     await plugin.start("plugin", CLAW_ALLOW_PRIVATE_TARGETS="0")
     before = len(server.received)
-    reply = await call(plugin, "guarded", "order", key="private")
+    try:
+        reply = await call(plugin, "guarded", "order", key="private")
+        fetched = await call(plugin, "guarded", "http_fetch", json.dumps({"url": server.url}), key="private-page")
+        async with plugin.client("plugin", "guarded") as client:
+            answers = [
+                await client.post("/api/v1/plugins", json={"name": "inside", "url": server.url, **kind})
+                for kind in ({"kind": "http", "tools": [tool("b")]}, {"kind": "mcp"})
+            ]
+    finally:
+        plugin.stop("plugin")
+        await plugin.start("plugin")
     assert (reply.outcome, reply.error) == (
         CallReply.OUTCOME_FAILED,
         "url: the host is not on the public internet",
     )
-    fetched = await call(plugin, "guarded", "http_fetch", json.dumps({"url": server.url}), key="private-page")
     assert fetched.outcome == CallReply.OUTCOME_FAILED
-    async with plugin.client("plugin", "guarded") as client:
-        for kind in ({"kind": "http", "tools": [tool("b")]}, {"kind": "mcp"}):
-            answer = await client.post("/api/v1/plugins", json={"name": "inside", "url": server.url, **kind})
-            assert answer.status_code == 422
-            assert answer.json()["errors"][0]["field"] == "url"
+    for answer in answers:
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["field"] == "url"
     assert len(server.received) == before

@@ -72,24 +72,42 @@ async def web() -> AsyncIterator[str]:
     await server.stop()
 
 
+class Office:
+    """The MCP server."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"http://127.0.0.1:{self._port}/mcp"
+
+    async def start(self, *more: str) -> None:
+        self.stop()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.services.plugin.mcp_server", str(self._port), *more]
+        )
+
+        async def answers() -> bool:
+            try:
+                async with httpx.AsyncClient() as client:
+                    return (await client.post(self.url)).status_code > 0
+            except httpx.TransportError:
+                return False
+
+        await self._platform.until(answers)
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+
+
 @pytest.fixture(scope="module")
-async def office(platform: Platform) -> AsyncIterator[str]:
-    """The URL of the MCP server."""
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "tests.services.plugin.mcp_server", str(port)])
-    url = f"http://127.0.0.1:{port}/mcp"
-
-    async def answers() -> bool:
-        try:
-            async with httpx.AsyncClient() as client:
-                return (await client.post(url)).status_code > 0
-        except httpx.TransportError:
-            return False
-
-    await platform.until(answers)
-    yield url
-    process.kill()
-    process.wait()
+async def office(platform: Platform) -> AsyncIterator[Office]:
+    office = Office(platform)
+    await office.start()
+    yield office
+    office.stop()
 
 
 async def result(platform: Platform, tool: str, arguments: dict[str, Any], *, tenant: str = "acme") -> Any:
@@ -131,9 +149,9 @@ async def test_a_page_is_read_as_its_text(plugin: Platform, web: str) -> None:
     assert "HTTP 302" in await failure(plugin, "http_fetch", {"url": f"{web}/moved"})
 
 
-async def test_tools_of_an_mcp_server_are_found_offered_and_called(plugin: Platform, office: str) -> None:
+async def test_tools_of_an_mcp_server_are_found_offered_and_called(plugin: Platform, office: Office) -> None:
     async with plugin.client("plugin", "acme") as client:
-        answer = await client.post("/api/v1/plugins", json={"name": "office", "kind": "mcp", "url": office})
+        answer = await client.post("/api/v1/plugins", json={"name": "office", "kind": "mcp", "url": office.url})
         assert answer.status_code == 201, answer.text
         offered = (await client.get("/api/v1/tools")).json()["items"]
     assert answer.json()["left_out"] == []
@@ -153,6 +171,26 @@ async def test_tools_of_an_mcp_server_are_found_offered_and_called(plugin: Platf
     assert "too large" in await failure(plugin, "send_mail", {"to": "everybody"})
     never = await call(plugin, "acme", "send_mail", '{"to": "never"}', key="mail-never", timeout=3)
     assert never.outcome == CallReply.OUTCOME_UNKNOWN
+
+
+async def test_a_refresh_finds_new_tools_and_leaves_names_as_they_are(plugin: Platform, office: Office) -> None:
+    async with plugin.client("plugin", "growing") as client:
+        made = (await client.post("/api/v1/plugins", json={"name": "office", "kind": "mcp", "url": office.url})).json()
+        await office.start("ROOM")
+        answer = await client.post(f"/api/v1/plugins/{made['id']}/refresh")
+        assert answer.status_code == 200, answer.text
+        shown = (await client.get(f"/api/v1/plugins/{made['id']}")).json()
+        office.stop()
+        assert (await client.post(f"/api/v1/plugins/{made['id']}/refresh")).status_code == 503
+    assert answer.json() == shown
+    # `room` was there before `ROOM`.
+    assert [tool["name"] for tool in shown["tools"]] == ["office_room", "office_time", "room", "send_mail"]
+    away = await call(plugin, "growing", "room", '{"floor": 1}', key="away")
+    assert away.outcome == CallReply.OUTCOME_FAILED
+    assert "cannot be reached" in away.error
+    await office.start("ROOM")
+    assert await result(plugin, "office_room", {}, tenant="growing") == {"result": "late"}
+    assert await result(plugin, "room", {"floor": 2}, tenant="growing") == {"room": "A201"}
 
 
 async def test_a_tool_that_is_switched_off_is_neither_listed_nor_called(plugin: Platform) -> None:

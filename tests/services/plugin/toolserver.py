@@ -78,6 +78,8 @@ class ToolServer:
         for _ in range(50):
             yield b"x" * 1_000_000
             self.megabytes += 1
+            # Slow enough to notice that nobody takes it any more.
+            await asyncio.sleep(0.05)
         yield b'"'
 
 
