@@ -31,6 +31,9 @@ Kind = Literal["repeatable", "keyed", "once"]
 once. once: neither, so a call whose end is not known is not made again.
 """
 
+Before = Callable[[Tx, int, bool], Awaitable[None]]
+"""Takes the attempt, from 1, and whether the one before was begun and nobody knows how it ended."""
+
 
 @dataclass(frozen=True)
 class Outcome(Generic[R]):
@@ -79,15 +82,14 @@ class Effects:
         *,
         kind: Kind,
         result: type[R] | None = None,
-        before: Callable[[Tx, int], Awaitable[None]] | None = None,
+        before: Before | None = None,
         after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None = None,
     ) -> Outcome[R]:
         """Calls `call` with an idempotency key, the same at every attempt, unless the effect named `key` has ended.
 
         `key` is unique among the tenant's effects in this service. What `call` returns is stored as JSON and read
-        again as `result`; personal content in it must be sealed. `before` (with the attempt, from 1) commits with
-        the start of each attempt, `after` (with the outcome) with its end; `after` may be called again where its
-        commit met another one.
+        again as `result`; personal content in it must be sealed. `before` commits with the start of each attempt,
+        `after` (with the outcome) with its end; `after` may be called again where its commit met another one.
 
         `call` raises `EffectFailed`: refused for good, the outcome is ``failed``. `Transient`: nothing happened; it is
         raised, and the next attempt of the item calls again. Anything else, `Unanswered` above all: nobody knows;
@@ -130,7 +132,7 @@ class Effects:
         name: str,
         kind: Kind,
         result: type[R] | None,
-        before: Callable[[Tx, int], Awaitable[None]] | None,
+        before: Before | None,
         after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None,
     ) -> int | Outcome[R]:
         """Commits the start of an attempt and returns its number; where there is none to make, how it ended."""
@@ -164,7 +166,7 @@ class Effects:
                 self._lease.epoch,
             )
             if before:
-                await before(tx, attempt + 1)
+                await before(tx, attempt + 1, state == "started")
         return int(attempt + 1)
 
     async def _end(

@@ -267,8 +267,10 @@ class LaneRunner:
             exc_info=error if not passing and not isinstance(error, InvalidMessage) else None,
         )
         result = None
-        async with self._database.begin() as tx:
+        async with self._database.begin(tenant_id=lease.tenant_id or None) as tx:
             if dead:
+                if kind.work.dead and (item := _readable(kind, head)) is not None:
+                    await kind.work.dead(item, text, tx)
                 result = await self._finish(tx, lease, head, "dead", may_go_on)
                 await store_dead_letters(await tx.connection(), lane.name, "lane", [_dead_letter(lease, head, text)])
             else:
@@ -302,6 +304,14 @@ class LaneRunner:
         if not held:
             raise LaneLost(f"lane {lease.kind}: another process has it")
         return None if following[0] is None else Head(*following)
+
+
+def _readable(kind: _Kind, head: Head) -> Any:
+    """The item; None where it is none that can be decoded."""
+    try:
+        return kind.decoder.decode(head.body)
+    except msgspec.DecodeError:
+        return None
 
 
 def _pause(error: Exception, attempts: int) -> timedelta:

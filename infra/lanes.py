@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item", bound=msgspec.Struct)
 Handler = Callable[..., Awaitable[None]]
 Expired = Callable[[Any, "Tx"], Awaitable[None]]
+Dead = Callable[..., Awaitable[None]]
 
 RETRIES = tuple(timedelta(seconds=seconds) for seconds in (1, 5, 30, 120))
 # How long an item that is over keeps its id, so that the same id is not enqueued again.
@@ -43,13 +44,16 @@ class Lane(Generic[Item]):
     item: type[Item]
     retries: tuple[timedelta, ...] = RETRIES
 
-    def runner(self, *, concurrency: int, expired: Expired | None = None) -> Callable[[Handler], Work]:
+    def runner(
+        self, *, concurrency: int, expired: Expired | None = None, dead: Dead | None = None
+    ) -> Callable[[Handler], Work]:
         """The handler takes ``(item, effects, tx)``; `tx` commits together with the item's completion.
 
         `concurrency`: lanes at a time per process. `expired`: takes ``(item, tx)`` for an item that came too late,
-        instead of the handler.
+        instead of the handler. `dead`: takes ``(item, error, tx)``, which commits together with the dead letter that
+        the item becomes.
         """
-        return lambda handler: Work(self, handler, concurrency, expired)
+        return lambda handler: Work(self, handler, concurrency, expired, dead)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Work:
     handler: Handler
     concurrency: int
     expired: Expired | None = None
+    dead: Dead | None = None
 
 
 class NewItem(NamedTuple):

@@ -103,7 +103,8 @@ class Service:
         self.adapters[subscription.name] = adapters
 
     def work(self, work: Work, **adapters: Callable[[Runtime], Any]) -> None:
-        """The handler of the lane's items is also given each of `adapters`, built once when the service starts."""
+        """The handler of the lane's items, and that of dead ones, is also given each of `adapters`, built once when the
+        service starts."""
         self.works.append((work, adapters))
 
     def own(self, *aggregates: Aggregate[Any]) -> None:
@@ -244,10 +245,11 @@ class Service:
         # Its one connection listens, claims and renews, whatever the handlers do with the pool.
         control = db.create_engine(settings.database_url.get_secret_value(), pool_size=1, name=f"{self.name} lanes")
         stack.push_async_callback(control.dispose)
-        works = [
-            replace(work, handler=partial(work.handler, **{name: build(runtime) for name, build in adapters.items()}))
-            for work, adapters in self.works
-        ]
+        works = []
+        for work, adapters in self.works:
+            built = {name: build(runtime) for name, build in adapters.items()}
+            dead = partial(work.dead, **built) if work.dead else None
+            works.append(replace(work, handler=partial(work.handler, **built), dead=dead))
         runner = LaneRunner(runtime.worker, works, control, runtime.metrics, lease_seconds=settings.lease_seconds)
         runtime.worker.on_items(runner.wake)
         runtime.request.on_items(runner.wake)

@@ -42,7 +42,16 @@ AGENT_EVENTS = Topic(
     partitions=8,
     retention=timedelta(days=7),
     key="session_key",
-    messages=(agent.RunStarted, agent.StepStarted, agent.StepCompleted, agent.RunCompleted, agent.RunFailed),
+    messages=(
+        agent.RunStarted,
+        agent.MessagesTaken,
+        agent.StepStarted,
+        agent.StepCompleted,
+        agent.RunWaiting,
+        agent.StepSettled,
+        agent.RunCompleted,
+        agent.RunFailed,
+    ),
     producers=("agent",),
     consumers=("ws_gateway", "memory", "log_aggregator"),
 )

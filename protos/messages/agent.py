@@ -62,6 +62,39 @@ class StepCompleted(Message, frozen=True, kw_only=True):
     n: Count = 0
 
 
+class MessagesTaken(Message, frozen=True, kw_only=True):
+    """A run under way answers further messages. messages: how many in all, from step `step` on."""
+
+    run_id: UUID
+    session_key: str
+    n: Count
+    step: int
+    messages: Count
+
+
+class RunWaiting(Message, frozen=True, kw_only=True):
+    """A run waits for a person to say whether step `step` may call the tool `tool`."""
+
+    run_id: UUID
+    session_key: str
+    n: Count
+    step: int
+    tool: str
+
+
+class StepSettled(Message, frozen=True, kw_only=True):
+    """A person has decided what a run waited for, and it goes on.
+
+    approve, deny: whether the tool may be called. retry, skip: a step of which nobody knows whether it took effect.
+    """
+
+    run_id: UUID
+    session_key: str
+    n: Count
+    step: int
+    decision: Literal["approve", "deny", "retry", "skip"]
+
+
 class RunCompleted(Message, frozen=True, kw_only=True):
     """A run has answered. `reply` is the whole text, personal content."""
 
@@ -72,7 +105,10 @@ class RunCompleted(Message, frozen=True, kw_only=True):
 
 
 class RunFailed(Message, frozen=True, kw_only=True):
-    """A run has ended without an answer. `error` is what an operator reads; it holds no personal content."""
+    """A run has ended without an answer. `error` is what an operator reads; it holds no personal content.
+
+    indeterminate: it has not ended for good; an operator decides about the step that may have taken effect.
+    """
 
     run_id: UUID
     session_key: str

@@ -50,7 +50,12 @@ async def wake(hint: RunRequested, tx: Tx) -> None:
     tx.woken.add(RUNS.name)
 
 
-@RUNS.runner(concurrency=64)
+async def give_up_run(item: RunItem, error: str, tx: Tx, executor: Executor) -> None:
+    """Whoever wrote is told, and the run is over; its dead letter says why."""
+    await executor.give_up(item.run_id, error, tx)
+
+
+@RUNS.runner(concurrency=64, dead=give_up_run)
 async def execute_run(item: RunItem, effects: Effects, tx: Tx, executor: Executor) -> None:
     await executor.execute(item.run_id, effects, tx)
 

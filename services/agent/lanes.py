@@ -10,7 +10,7 @@ from infra.lanes import Lane
 
 
 class RunItem(msgspec.Struct, frozen=True):
-    """Execute this run. Its id is the item's, too."""
+    """Execute this run. Its id is that of its first item, too; it has another when a person has let it go on."""
 
     run_id: UUID
 

@@ -138,7 +138,7 @@ class Indexing:
         alive = True
         vectors: Any = None
 
-        async def begin(_: Tx, attempt: int) -> None:
+        async def begin(_: Tx, attempt: int, lost: bool) -> None:
             nonlocal begun
             begun = attempt
 

@@ -10,6 +10,7 @@ _EVENTS = {
     "agent.v1.RunStarted": "run.started",
     "agent.v1.StepStarted": "step.started",
     "agent.v1.StepCompleted": "step.completed",
+    "agent.v1.RunWaiting": "run.waiting",
     "agent.v1.RunCompleted": "run.completed",
 }
 # Besides, `RunFailed` has its status in its name. An indeterminate run may go on.

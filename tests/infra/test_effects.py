@@ -197,7 +197,7 @@ async def test_before_commits_with_the_start_of_each_attempt_and_after_with_the_
     kind, log = new_lane(), new_lane()
     seen: list[list[tuple[Any, ...]]] = []
 
-    async def before(tx: Tx, attempt: int) -> None:
+    async def before(tx: Tx, attempt: int, lost: bool) -> None:
         tx.enqueue(log, lane="log", item=Parcel(attempt))
 
     async def after(tx: Tx, outcome: Outcome[Receipt]) -> None:
@@ -226,10 +226,24 @@ async def test_before_commits_with_the_start_of_each_attempt_and_after_with_the_
         ]
 
 
+async def test_before_is_told_of_an_attempt_whose_end_nobody_knows(world: World, office: Office) -> None:
+    kind = new_lane()
+    told: list[tuple[int, bool]] = []
+
+    async def before(tx: Tx, attempt: int, lost: bool) -> None:
+        told.append((attempt, lost))
+
+    office.errors = [Unanswered("cut off"), RetryLater(timedelta(milliseconds=1))]
+    async with world.process(office.work("repeatable", lane=kind, before=before)) as database:
+        await put(database, kind, "a", 1)
+        await all_over(database, kind)
+    assert told == [(1, False), (2, True), (3, False)]
+
+
 async def test_nothing_is_called_where_before_refuses(world: World, office: Office) -> None:
     kind = new_lane()
 
-    async def before(tx: Tx, attempt: int) -> None:
+    async def before(tx: Tx, attempt: int, lost: bool) -> None:
         raise InvalidMessage("number", "no money for it")
 
     async with world.process(office.work("once", lane=kind, before=before)) as database:
@@ -306,7 +320,7 @@ async def test_a_process_that_slept_beyond_its_lease_calls_nothing(
     kind = new_lane()
     lost = asyncio.Event()
 
-    async def before(tx: Tx, attempt: int) -> None:
+    async def before(tx: Tx, attempt: int, lost: bool) -> None:
         tx.after_commit(sleep_beyond_the_lease)
 
     async def sleep_beyond_the_lease() -> None:

@@ -202,6 +202,25 @@ async def test_an_invalid_item_is_a_dead_letter_at_once_and_the_lane_goes_on(wor
         assert letter == (str(id_), "a", TENANT, "failed", 1, "InvalidMessage: number: unlucky", b'{"number":13}')
 
 
+async def test_a_service_hears_of_its_dead_items_in_the_transaction_of_the_dead_letter(
+    world: World, notes: Notes
+) -> None:
+    kind, log = new_lane(), new_lane()
+
+    async def bury(parcel: Parcel, error: str, tx: Tx) -> None:
+        assert tx.tenant_id == TENANT
+        tx.enqueue(log, lane=error, item=parcel)
+
+    notes.errors = [InvalidMessage("number", "is wrong")]
+    async with world.process(kind.runner(concurrency=1, dead=bury)(notes.note)) as database:
+        await put(database, kind, "a", 1, 2)
+        await all_over(database, kind)
+        assert await items(database, kind, "state") == [("dead",), ("done",)]
+        assert await items(database, log, "lane", "convert_from(body, 'UTF8')") == [
+            ("InvalidMessage: number: is wrong", '{"number":1}')
+        ]
+
+
 async def test_an_item_that_its_type_does_not_fit_is_a_dead_letter(world: World, notes: Notes) -> None:
     kind = new_lane()
     async with world.process() as database:

@@ -29,6 +29,9 @@ def router(runtime: Runtime) -> APIRouter:
     async def check(tenant_id: str, definition: NewAgent, has_key: bool) -> None:
         """Raises InvalidMessage for what cannot work: no key, an address inside, a tool that is not there."""
         provider = definition.provider or Provider()
+        for n, name in enumerate(definition.approval):
+            if name not in definition.tools:
+                raise InvalidMessage(f"approval[{n}]", f"{name} is none of the agent's tools")
         if not definition.model.startswith("scripted/") and not (has_key or provider.base_url):
             raise InvalidMessage("provider.api_key", "is missing")
         if provider.base_url:

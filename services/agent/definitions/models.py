@@ -13,8 +13,6 @@ from services.agent.models import scripted
 from services.agent.models.contract import FAMILIES
 from services.agent.sessions.domain import QueueMode
 
-# Steer, interrupt and reject are to come; until then it is better to say so than to do something else.
-_AVAILABLE: tuple[QueueMode, ...] = ("collect", "followup")
 MAX_NANOS = 10**18
 
 
@@ -40,12 +38,6 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _available(mode: QueueMode) -> QueueMode:
-    if mode not in _AVAILABLE:
-        raise ValueError(f"{mode} is not available yet; choose {' or '.join(_AVAILABLE)}")
-    return mode
-
-
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError("a tool is named twice")
@@ -54,6 +46,9 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 ModelName = Annotated[str, Field(max_length=200), AfterValidator(_model)]
+
+
+ToolNames = Annotated[tuple[str, ...], Field(max_length=50), AfterValidator(_distinct)]
 
 
 class _Body(BaseModel):
@@ -68,11 +63,16 @@ class Budget(_Body):
 
 
 class RunLimits(_Body):
-    """What one run may take at most. tokens: input and output of all its model calls; null: as many as it needs."""
+    """What one run may take at most. tokens: input and output of all its model calls; null: as many as it needs.
+
+    seconds: without the time in which it waits for a person. nanos: what its model calls may cost, 10⁻⁹ of the
+    tenant's currency.
+    """
 
     steps: int = Field(default=20, ge=1, le=100)
     seconds: int = Field(default=300, ge=1, le=3600)
     tokens: int | None = Field(default=None, ge=1)
+    nanos: int | None = Field(default=None, ge=1, le=MAX_NANOS)
 
 
 class Provider(_Body):
@@ -83,15 +83,19 @@ class Provider(_Body):
 
 
 class NewAgent(_Body):
-    """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the provider's key."""
+    """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the provider's key.
+
+    approval: those of the tools that a person has to allow, call by call.
+    """
 
     name: Name
     model: ModelName
     provider: Provider | None = None
     system_prompt: str = Field(default="", max_length=100_000)
-    tools: Annotated[tuple[str, ...], Field(max_length=50), AfterValidator(_distinct)] = ()
+    tools: ToolNames = ()
+    approval: ToolNames = ()
     knowledge: bool = False
-    queue_mode: Annotated[QueueMode, AfterValidator(_available)] = "collect"
+    queue_mode: QueueMode = "collect"
     budget: Budget | None = None
     limits: RunLimits = RunLimits()
     enabled: bool = True
@@ -123,6 +127,7 @@ class AgentView(BaseModel):
     provider: ProviderView | None
     system_prompt: str
     tools: tuple[str, ...]
+    approval: tuple[str, ...]
     knowledge: bool
     queue_mode: QueueMode
     budget: Budget | None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,18 +16,32 @@ from opentelemetry.trace import Span, SpanKind
 
 from infra import rpc, telemetry
 from infra.cache import Cache
+from infra.clock import utcnow
 from infra.errors import EffectFailed, NotFound, Transient
 from infra.tx import derived_id
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.agent.definitions.models import NewAgent
-from services.agent.models.contract import Answer, Answered, Model, Passage, Prompt, Returned, Said, Tool, ToolCall
+from services.agent.models.contract import (
+    Answer,
+    Answered,
+    Model,
+    Passage,
+    Prompt,
+    Returned,
+    Said,
+    Tool,
+    ToolCall,
+    Turn,
+    Usage,
+)
 from services.agent.runs.budget import Spending
 from services.agent.runs.conversation import Asked
 from services.agent.runs.deltas import Deltas
-from services.agent.runs.ending import FAILED, NO_CREDIT, UNCERTAIN, Ended
-from services.agent.runs.steps import Journal, Metered, Scope, Step, StepFailed
+from services.agent.runs.domain import Suspend, messages_at
+from services.agent.runs.ending import FAILED, NO_CREDIT, UNCERTAIN, Ended, Suspended
+from services.agent.runs.steps import Journal, Metered, Scope, Step, StepFailed, ToolResult, digest
 
 MODEL_ATTEMPTS = 5
 TOOL_ATTEMPTS = 3
@@ -35,6 +52,8 @@ QUERY_CHARACTERS = 2_000
 RESULT_CHARACTERS = 50_000
 # What an answer is reckoned to have at most, where the agent sets no limit.
 OUTPUT_TOKENS = 1_024
+# Of most texts and tokenizers, roughly.
+BYTES_PER_TOKEN = 4
 # A hold outlives the run's own time limit by this, so that it is there until the usage is counted.
 HOLD_MARGIN = timedelta(minutes=5)
 
@@ -51,16 +70,13 @@ class Peers:
     cache: Cache
 
 
-class _Returned(msgspec.Struct, frozen=True):
-    """A tool's result as the journal keeps it. `unknown`: nobody knows whether it took effect, and why."""
-
-    result: str
-    unknown: str | None = None
+Arrived = Callable[[int], Awaitable[Sequence[str]]]
+"""The texts of the run's messages that there are now, without the first so many."""
 
 
 @dataclass
 class Answering:
-    """One attempt of one run."""
+    """One attempt of one run. arrived: what has come while it runs."""
 
     peers: Peers
     agent: NewAgent
@@ -68,26 +84,46 @@ class Answering:
     scope: Scope
     journal: Journal
     spending: Spending
+    arrived: Arrived
+    _taken: int = field(init=False)
     _metadata: grpc.aio.Metadata = field(init=False)
 
     def __post_init__(self) -> None:
+        self._taken = messages_at(self.scope.journal, 0)
         self._metadata = rpc.tenant_metadata(self.scope.tenant_id)
 
     async def answer(self, asked: Asked) -> str:
         """The reply. Raises Ended where there is none, Transient where the run is to go on later."""
         passages = await self._retrieve(asked.text) if self.agent.knowledge else ()
         tools = await self._tools()
-        turns = [*asked.history, Said(asked.text)]
+        turns: list[Turn] = [*asked.history, Said(asked.text)]
         while True:
+            await self._take(turns)
             prompt = Prompt(self.agent.system_prompt, tuple(turns), passages, tools, self._output_limit())
-            answer = await self._ask(prompt)
-            if not answer.calls:
-                if not answer.text.strip():
-                    raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)
-                return answer.text
-            turns.append(Answered(answer.text, answer.calls))
-            for call in answer.calls:
-                turns.append(Returned(call, await self._call(call)))
+            answer = await self._ask(prompt, digest(turns[len(asked.history) :], passages))
+            if answer.calls:
+                turns.append(Answered(answer.text, answer.calls))
+                turns += await self._call_all(answer.calls)
+                continue
+            if await self._take(turns):
+                continue  # the answer would not answer all of it
+            if not answer.text.strip():
+                raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)
+            return answer.text
+
+    async def _take(self, turns: list[Turn]) -> bool:
+        """Takes in what has come meanwhile, at this place of the run for ever. False where there is nothing."""
+        if self.journal.next_is_unknown():
+            texts = await self.arrived(self._taken)
+            if texts:
+                await self.journal.take_messages(self._taken + len(texts))
+        else:
+            known = messages_at(self.scope.journal, self.scope.n + 1) - self._taken
+            texts = (await self.arrived(self._taken))[:known] if known else ()
+        self._taken += len(texts)
+        if text := "\n".join(filter(None, texts)):
+            turns.append(Said(text))
+        return bool(text)
 
     async def _retrieve(self, text: str) -> tuple[Passage, ...]:
         async def call(_: str, attempt: int) -> tuple[tuple[Passage, ...], None]:
@@ -100,7 +136,8 @@ class Answering:
 
         with telemetry.span("retrieval", SpanKind.CLIENT, attributes={"gen_ai.operation.name": "retrieval"}):
             try:
-                return await self.journal.step(Step("retrieve", "", "repeatable"), call, tuple[Passage, ...])
+                step = Step("retrieve", "", "repeatable", digest(text))
+                return await self.journal.step(step, call, tuple[Passage, ...])
             except StepFailed as error:
                 raise Ended("failed", f"retrieval: {error}", FAILED) from error
 
@@ -112,8 +149,8 @@ class Answering:
         reply = await self.peers.plugin.Tools(request, metadata=self._metadata)
         return tuple(Tool(tool.name, tool.description, msgspec.json.decode(tool.schema_json)) for tool in reply.tools)
 
-    async def _ask(self, prompt: Prompt) -> Answer:
-        hold = await self._reserve(prompt) if self.journal.next_is_new() else None
+    async def _ask(self, prompt: Prompt, of: str) -> Answer:
+        hold, nanos = await self._reserve(prompt) if self.journal.next_is_new() else (None, 0)
         family, _, own_name = self.agent.model.partition("/")
         attributes: dict[str, telemetry.Value] = {
             "gen_ai.operation.name": "chat",
@@ -123,16 +160,30 @@ class Answering:
         }
 
         with telemetry.span(f"chat {own_name}", SpanKind.CLIENT, attributes=attributes) as span:
+            written = 0
 
             async def call(_: str, attempt: int) -> tuple[Answer, Metered]:
                 deltas = Deltas(self.peers.cache, self.scope.run_id, self.scope.n, attempt)
-                answer = await self.model.answer(prompt, deltas)
+
+                async def on_text(text: str) -> None:
+                    nonlocal written
+                    written += len(text.encode())
+                    await deltas(text)
+
+                answer = await self.model.answer(prompt, on_text)
                 _note_answer(span, answer)
                 assert hold
-                return answer, Metered(self.agent.model, answer.usage, hold)
+                return answer, Metered(self.agent.model, answer.usage, hold, nanos)
+
+            def lost(elsewhere: bool) -> Metered | None:
+                """Providers charge what they have begun to answer; of an attempt elsewhere that must be assumed."""
+                if not written and not elsewhere:
+                    return None
+                usage = Usage(input_tokens=_tokens(len(msgspec.json.encode(prompt))), output_tokens=_tokens(written))
+                return Metered(self.agent.model, usage, None)
 
             try:
-                step = Step("model", self.agent.model, "repeatable", MODEL_ATTEMPTS)
+                step = Step("model", self.agent.model, "repeatable", of, MODEL_ATTEMPTS, lost)
                 return await self.journal.step(step, call, Answer)
             except (StepFailed, Ended) as error:
                 await self._release(hold)
@@ -140,8 +191,9 @@ class Answering:
                     raise
                 raise Ended("failed", str(error), FAILED) from error
 
-    async def _reserve(self, prompt: Prompt) -> UUID:
-        """The hold for the next model call, the same at each attempt. Raises Ended where there is no credit for it."""
+    async def _reserve(self, prompt: Prompt) -> tuple[UUID, int]:
+        """The hold for the next model call, the same at each attempt, and what it holds. Raises Ended where there is no
+        credit for it."""
         quantities = {"input_tokens": _input_tokens(prompt), "output_tokens": prompt.max_output_tokens or OUTPUT_TOKENS}
         hold = derived_id(self.scope.run_id, "hold", self.scope.n + 1, *quantities.values())
         expires = timedelta(seconds=self.scope.limits.seconds) + HOLD_MARGIN
@@ -154,11 +206,22 @@ class Answering:
         reply = await self.peers.billing.Reserve(request, metadata=self._metadata)
         if not reply.granted:
             raise Ended("refused", "the tenant's credit does not suffice for a model call", NO_CREDIT)
+        limit = self.scope.limits.nanos
+        if limit is not None and await self._spent() + reply.held_nanos > limit:
+            await self._release(hold)
+            raise Ended("failed", f"the limit of {limit} nano-units would be passed by another model call", FAILED)
         budget = self.agent.budget
         if budget and not await self.spending.add(budget, self.scope.n + 1, reply.held_nanos):
             await self._release(hold)
             raise Ended("refused", f"the agent's budget of this {budget.period} is used up", NO_CREDIT)
-        return hold
+        return hold, reply.held_nanos
+
+    async def _spent(self) -> int:
+        """What the run has cost; where that is not known yet, what was reserved for it."""
+        request = billing_pb2.ChargesRequest(run_id=str(self.scope.run_id))
+        reply = await self.peers.billing.Charges(request, metadata=self._metadata)
+        rated = {charge.usage_id: charge.amount_nanos for charge in reply.charges if charge.HasField("amount_nanos")}
+        return sum({**self.scope.reserved(), **rated}.values())
 
     async def _release(self, hold: UUID | None) -> None:
         if hold is None:
@@ -167,10 +230,35 @@ class Answering:
         with suppress(Transient):  # then it ends by itself
             await self.peers.billing.Release(request, metadata=self._metadata)
 
+    async def _call_all(self, calls: Sequence[ToolCall]) -> list[Turn]:
+        """What the tools gave back, called together. Before any of them, a person lets those be called that need it."""
+        denied = set()
+        for n, call in enumerate(calls, 1):
+            if call.name in self.agent.approval:
+                decision = self.journal.approval(n)
+                if decision is None:
+                    raise self.journal.ask(n, call.name, call.arguments)
+                if decision == "deny":
+                    denied.add(n)
+        made = [self._refuse(call) if n in denied else self._call(call) for n, call in enumerate(calls, 1)]
+        # All come to their end: what one of them raises must not leave another's effect behind unrecorded.
+        contents = await asyncio.gather(*made, return_exceptions=True)
+        errors = [content for content in contents if isinstance(content, BaseException)]
+        for kind in (asyncio.CancelledError, Ended, Suspended, BaseException):
+            for error in errors:
+                if isinstance(error, kind):
+                    raise error
+        return [Returned(call, str(content)) for call, content in zip(calls, contents, strict=True)]
+
+    async def _refuse(self, tool: ToolCall) -> str:
+        await self.journal.refuse(_tool_step(tool), "a person has refused this call")
+        return "Error: a person has refused this call"
+
     async def _call(self, tool: ToolCall) -> str:
         """What the tool gave back; where it failed, what the model is told about it."""
+        n = self.scope.n + 1
 
-        async def call(idempotency_key: str, _: int) -> tuple[_Returned, None]:
+        async def call(idempotency_key: str, _: int) -> tuple[ToolResult, None]:
             if tool.name not in self.agent.tools:
                 # Also where the tenant has it: what an agent may do is not for the model to say.
                 raise NotFound(f"there is no tool {tool.name}")
@@ -186,13 +274,14 @@ class Answering:
             "gen_ai.tool.call.id": tool.id,
         }
         with telemetry.span(f"execute_tool {tool.name}", attributes=attributes):
-            step = Step("tool", tool.name, "keyed", TOOL_ATTEMPTS)
             try:
-                returned = await self.journal.step(step, call, _Returned)
+                returned = await self.journal.step(_tool_step(tool), call, ToolResult)
             except StepFailed as error:
                 return f"Error: {error}"
             if returned.unknown is not None:
-                raise Ended("indeterminate", f"{tool.name}: {returned.unknown}", UNCERTAIN)
+                text = f"{tool.name}: {returned.unknown}"
+                key = self.scope.session_key
+                raise Suspended(Suspend(key, "indeterminate", n, tool.name, text, utcnow()), UNCERTAIN)
             return returned.result
 
     def _output_limit(self) -> int | None:
@@ -200,14 +289,20 @@ class Answering:
         return None if most is None else max(1, most - self.scope.journal.tokens)
 
 
-def _returned(reply: plugin_pb2.CallReply) -> _Returned:
+def _tool_step(tool: ToolCall) -> Step:
+    return Step("tool", tool.name, "keyed", digest(tool.name, tool.arguments), TOOL_ATTEMPTS)
+
+
+def _returned(reply: plugin_pb2.CallReply) -> ToolResult:
     """Raises EffectFailed where the tool failed."""
     match reply.outcome:
         case plugin_pb2.CallReply.OUTCOME_SUCCEEDED:
             result = reply.result_json
-            return _Returned(result if len(result) <= RESULT_CHARACTERS else f"{result[:RESULT_CHARACTERS]}… (cut off)")
+            return ToolResult(
+                result if len(result) <= RESULT_CHARACTERS else f"{result[:RESULT_CHARACTERS]}… (cut off)"
+            )
         case plugin_pb2.CallReply.OUTCOME_UNKNOWN:
-            return _Returned("", unknown=reply.error or "nobody knows whether it took effect")
+            return ToolResult("", unknown=reply.error or "nobody knows whether it took effect")
         case _:
             raise EffectFailed(reply.error or "the tool failed")
 
@@ -227,6 +322,11 @@ def _passage(found: memory_pb2.Passage) -> Passage:
 def _input_tokens(prompt: Prompt) -> int:
     """The most that the prompt may have: no tokenizer makes more of a text than a token per three bytes, roughly."""
     return len(msgspec.json.encode(prompt)) // 3 + 1
+
+
+def _tokens(size: int) -> int:
+    """How many tokens a text of so many bytes is reckoned to have, where nobody has counted them."""
+    return math.ceil(size / BYTES_PER_TOKEN)
 
 
 def _note_answer(span: Span, answer: Answer) -> None:

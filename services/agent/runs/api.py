@@ -9,21 +9,21 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from infra import lanes, rpc
-from infra.api import Paging, Reader, Runner, page
-from infra.clock import utcnow
-from infra.errors import Conflict, Transient
+from infra import rpc
+from infra.api import Paging, Reader, Runner, Writer, page
+from infra.audit import audit
+from infra.errors import Transient
 from infra.service import Runtime
 from infra.tx import Tx
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
-from services.agent.lanes import RUNS
-from services.agent.runs import conversation, projections, queries
-from services.agent.runs.domain import Fail
+from services.agent.runs import conversation, queries, steps
+from services.agent.runs.cancelling import cancel
 from services.agent.runs.ending import CANCELLED
-from services.agent.runs.publishing import stream
+from services.agent.runs.events import Decision
+from services.agent.runs.settling import give_up, settle, suspension
 from services.agent.runs.timeline import timeline
-from services.agent.runs.views import Facts, RunView, Status, Timeline
+from services.agent.runs.views import Approval, Facts, Resolution, RunView, Status, Timeline
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -42,13 +42,14 @@ def router(runtime: Runtime) -> APIRouter:
     async def shown(tenant_id: str, read: Callable[[Tx], Awaitable[Sequence[queries.Row]]]) -> list[RunView]:
         async with runtime.request.begin(tenant_id=tenant_id) as tx:
             runs = await read(tx)
-            steps = await queries.steps(tx, runs)
+            made = await queries.steps(tx, runs)
             reader = conversation.Reader(tx, subjects)
             replies = [await queries.reply(reader, run) for run in runs]
+            waits = [await queries.waiting(tx, reader, run) for run in runs]
         charged = await asyncio.gather(*(charges(tenant_id, run.id) for run in runs))
         return [
-            queries.view(run, reply, steps[run.id], found)
-            for run, reply, found in zip(runs, replies, charged, strict=True)
+            queries.view(run, reply, made[run.id], found, waiting)
+            for run, reply, found, waiting in zip(runs, replies, charged, waits, strict=True)
         ]
 
     async def one(tenant_id: str, run_id: UUID) -> RunView:
@@ -95,7 +96,33 @@ def router(runtime: Runtime) -> APIRouter:
     async def cancel_run(run_id: UUID, who: Runner) -> RunView:
         """One that has not begun is cancelled at once, one under way within a second."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            await _cancel(tx, run_id)
+            await cancel(tx, run_id, CANCELLED)
+        return await one(who.tenant_id, run_id)
+
+    @routes.post("/api/v1/runs/{run_id}/approval", status_code=202)
+    async def approve_call(run_id: UUID, body: Approval, who: Runner) -> RunView:
+        """Lets the tool be called for which the run waits, or does not. 409 where it waits for no approval."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            waits = await suspension(tx, run_id)
+            decision: Decision = "approve" if body.approved else "deny"
+            await settle(tx, run_id, waits.step, decision, who.actor)
+            audit(tx, who.actor, f"run.{decision}", "run", str(run_id), step=str(waits.step), tool=waits.name)
+        return await one(who.tenant_id, run_id)
+
+    @routes.post("/api/v1/runs/{run_id}/resolution", status_code=202)
+    async def resolve_run(run_id: UUID, body: Resolution, who: Writer) -> RunView:
+        """Decides about an indeterminate run, in which nobody knows whether a tool took effect: call it again, go on
+        with the result given, or let the run fail. 409 where it is not indeterminate."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            waits = await suspension(tx, run_id)
+            if body.action == "fail":
+                await give_up(tx, run_id, waits)
+            else:
+                content = None
+                if body.action == "skip":
+                    content = await steps.seal_result(tx, subjects, run_id, waits.step, body.result)
+                await settle(tx, run_id, waits.step, body.action, who.actor, content)
+            audit(tx, who.actor, f"run.{body.action}", "run", str(run_id), step=str(waits.step), tool=waits.name)
         return await one(who.tenant_id, run_id)
 
     @routes.get("/internal/runs/{run_id}/events", include_in_schema=False)
@@ -105,20 +132,3 @@ def router(runtime: Runtime) -> APIRouter:
             return Facts(items=await queries.facts(tx, subjects, run_id, after))
 
     return routes
-
-
-async def _cancel(tx: Tx, run_id: UUID) -> None:
-    """Raises NotFound, Conflict where the run is over; one that is cancelled already stays so."""
-    await tx.sql("SELECT 1 FROM run WHERE id = $1 FOR UPDATE", run_id)
-    run = await queries.load(tx, run_id)
-    if run.status == "cancelled":
-        return
-    if run.status not in projections.OPEN:
-        raise Conflict(f"the run is {run.status}")
-    if run.status == "queued" and await lanes.cancel(tx, RUNS, run.session_key, run_id):
-        await tx.decide(stream(run_id), Fail(run.session_key, "cancelled", CANCELLED))
-        await projections.failed(tx, run_id, "cancelled", CANCELLED)
-        return
-    await tx.sql("UPDATE run SET cancel_requested = true WHERE id = $1", run_id)
-    # One that waits to try again need not wait on.
-    await lanes.postpone(tx, RUNS, run.session_key, run_id, utcnow())

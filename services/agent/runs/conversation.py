@@ -49,13 +49,31 @@ class Reader:
         return key.open(sealed, self._tenant_id, subject_id, *context) if key else None
 
 
-async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str) -> Asked:
-    """Raises Erased where nothing that the run was to answer can be read any more."""
+async def count(tx: Tx, run_id: UUID) -> int:
+    """How many messages the run has to answer."""
+    [(messages,)] = await tx.sql("SELECT count(*) FROM message WHERE run_id = $1 AND NOT decides", run_id)
+    return int(messages)
+
+
+async def arrived(tx: Tx, subjects: SubjectKeys, run_id: UUID, skipped: int) -> list[str]:
+    """The texts of the run's messages behind the first so many; empty where the person was erased."""
+    reader = Reader(tx, subjects)
+    rows = await tx.sql(
+        "SELECT message_id, subject_id, text FROM message WHERE run_id = $1 AND NOT decides ORDER BY seq OFFSET $2",
+        run_id,
+        skipped,
+    )
+    return [await reader.open(text, subject, str(id_), "text") or "" for id_, subject, text in rows]
+
+
+async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str, first: int) -> Asked:
+    """The first so many messages of the run. Raises Erased where none of them can be read any more."""
     reader = Reader(tx, subjects)
     rows = await tx.sql(
         "SELECT seq, message_id, subject_id, text, conversation, vendor_message_id FROM message "
-        "WHERE run_id = $1 ORDER BY seq",
+        "WHERE run_id = $1 AND NOT decides ORDER BY seq LIMIT $2",
         run_id,
+        first,
     )
     texts = [await reader.open(text, subject, str(id_), "text") for _, id_, subject, text, _, _ in rows]
     readable = [text for text in texts if text is not None]
@@ -78,7 +96,7 @@ async def _history(tx: Tx, reader: Reader, session_key: str, before: int) -> tup
     rows = await tx.sql(
         "SELECT m.run_id, m.message_id, m.subject_id, m.text, r.subject_id, r.reply "
         "FROM message m JOIN run r ON r.id = m.run_id "
-        "WHERE m.tenant_id = $1 AND m.session_key = $2 AND m.seq < $3 ORDER BY m.seq DESC LIMIT $4",
+        "WHERE m.tenant_id = $1 AND m.session_key = $2 AND m.seq < $3 AND NOT m.decides ORDER BY m.seq DESC LIMIT $4",
         tx.tenant_id,
         session_key,
         before,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Literal, assert_never
 from uuid import UUID
@@ -10,46 +11,86 @@ from uuid import UUID
 import msgspec
 
 from services.agent.runs.events import (
+    Decision,
     Ending,
     Event,
+    MessagesTaken,
+    Reason,
     RunCompleted,
     RunFailed,
     RunStarted,
+    RunSuspended,
     StepCompleted,
     StepKind,
+    StepSettled,
     StepStarted,
 )
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What one run may take at most. seconds: from its first start. tokens: input and output of all model calls."""
+    """What one run may take at most. seconds: from its first start, without the time in which it waited for a person.
+    tokens: input and output of all model calls. nanos: what its model calls may cost.
+    """
 
     steps: int = 20
     seconds: int = 300
     tokens: int | None = None
+    nanos: int | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step as the journal has it. content: sealed."""
+    """A step as the journal has it. content: sealed. digest: of what went into it; empty: not known.
+
+    settled: how often a person had it made again.
+    """
 
     kind: StepKind
     name: str
     status: Literal["started", "completed", "failed"] = "started"
     content: bytes | None = None
     error: str | None = None
+    attempt: int = 1
+    digest: str = ""
+    code: str = ""
+    settled: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r}" + (f" of {self.digest}" if self.digest else "")
+
+
+@dataclass(frozen=True)
+class Suspension:
+    """What the run waits for a person to decide. arguments: of the tool, sealed."""
+
+    reason: Reason
+    step: int
+    name: str
+    text: str
+    at: datetime
+    arguments: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's state. `n`: facts so far. `steps`: the first one first."""
+    """A run's state. `n`: facts so far. `steps`: by number, from 1; tools that are called together begin in any order.
+
+    messages: how many it began with; None: all. taken: step → how many of the run's messages it has from there on.
+    decisions: step → whether a person lets the tool be called. reserved: (step, attempt) → nanos, for a model call.
+    """
 
     n: int = 0
     started_at: datetime | None = None
     agent_version: int | None = None
     attempts: int = 0
     tokens: int = 0
-    steps: tuple[Step, ...] = ()
+    messages: int | None = None
+    taken: Mapping[int, int] = field(default_factory=dict)
+    steps: Mapping[int, Step] = field(default_factory=dict)
+    suspended: Suspension | None = None
+    waited_since: datetime | None = None
+    decisions: Mapping[int, Decision] = field(default_factory=dict)
+    reserved: Mapping[tuple[int, int], int] = field(default_factory=dict)
     over: bool = False
 
 
@@ -59,6 +100,16 @@ class Start:
     agent_id: UUID
     agent_version: int
     at: datetime
+    messages: int
+
+
+@dataclass(frozen=True)
+class TakeMessages:
+    """`messages` of the run are there now."""
+
+    session_key: str
+    step: int
+    messages: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +119,8 @@ class BeginStep:
     kind: StepKind
     name: str
     attempt: int
+    digest: str = ""
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +132,27 @@ class EndStep:
     content: bytes | None = None
     error: str | None = None
     tokens: int = 0
+    nanos: int = 0
+
+
+@dataclass(frozen=True)
+class Suspend:
+    session_key: str
+    reason: Reason
+    step: int
+    name: str
+    text: str
+    at: datetime
+    arguments: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Settle:
+    session_key: str
+    step: int
+    decision: Decision
+    by: str
+    content: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -94,33 +168,64 @@ class Fail:
     error: str
 
 
-Command = Start | BeginStep | EndStep | Complete | Fail
+Command = Start | TakeMessages | BeginStep | EndStep | Suspend | Settle | Complete | Fail
+
+FITTING: Mapping[Reason, tuple[Decision, ...]] = {"approval": ("approve", "deny"), "indeterminate": ("retry", "skip")}
 
 
 class Mismatch(Exception):
     """The journal tells of another step than the code would now make: going on would be a guess."""
 
 
+class NotWaiting(Exception):
+    """The run does not wait for that decision."""
+
+
 def decide(command: Command, run: Run) -> list[Event]:
-    """Raises Mismatch where the command contradicts the journal. Of a run that is over nothing more is written."""
+    """Raises Mismatch where the command contradicts the journal, NotWaiting where nobody asked for the decision.
+
+    Of a run that is over nothing more is written.
+    """
     if run.over:
         return []
     n = run.n + 1
     match command:
-        case Start(key, agent_id, version, at):
-            attempt = run.attempts + 1
-            version = run.agent_version or version
-            return [RunStarted(n=n, session_key=key, agent_id=agent_id, agent_version=version, attempt=attempt, at=at)]
-        case BeginStep(key, step, kind, name, attempt):
-            if step > len(run.steps) + 1:
-                raise Mismatch(f"step {step} would follow step {len(run.steps)}")
-            if step <= len(run.steps):
-                check(run, step, kind, name)
-                if run.steps[step - 1].status != "started":
-                    raise Mismatch(f"step {step} is {run.steps[step - 1].status} and would be made again")
-            return [StepStarted(n=n, session_key=key, step=step, kind=kind, name=name, attempt=attempt)]
+        case Start():
+            return [_start(command, run)]
+        case TakeMessages(key, step, messages):
+            if messages <= messages_at(run, step):
+                return []
+            return [MessagesTaken(n=n, session_key=key, step=step, messages=messages)]
+        case BeginStep(key, step, kind, name, attempt, digest, code):
+            if known := run.steps.get(step):
+                check(run, step, kind, name, digest, code)
+                if known.status != "started":
+                    raise Mismatch(f"step {step} is {known.status} and would be made again")
+            return [
+                StepStarted(
+                    n=n, session_key=key, step=step, kind=kind, name=name, attempt=attempt, digest=digest, code=code
+                )
+            ]
         case EndStep():
-            return _end_step(command, run)
+            return [_end_step(command, run)]
+        case Suspend(key, reason, step, name, text, at, arguments):
+            return [
+                RunSuspended(
+                    n=n,
+                    session_key=key,
+                    reason=reason,
+                    step=step,
+                    name=name,
+                    text=text,
+                    at=at,
+                    arguments=arguments,
+                )
+            ]
+        case Settle(key, step, decision, by, content):
+            waits = run.suspended
+            if waits is None or waits.step != step or decision not in FITTING[waits.reason]:
+                raise NotWaiting(f"step {step} does not wait to be decided as {decision}")
+            return [StepSettled(n=n, session_key=key, step=step, decision=decision, by=by, content=content)]
         case Complete(key, reply):
             return [RunCompleted(n=n, session_key=key, reply=reply)]
         case Fail(key, status, error):
@@ -129,60 +234,120 @@ def decide(command: Command, run: Run) -> list[Event]:
             assert_never(command)
 
 
-def _end_step(command: EndStep, run: Run) -> list[Event]:
-    if command.step != len(run.steps):
-        raise Mismatch(f"step {command.step} ends, and the last one begun is {len(run.steps)}")
-    step = run.steps[-1]
+def _start(command: Start, run: Run) -> RunStarted:
+    return RunStarted(
+        n=run.n + 1,
+        session_key=command.session_key,
+        agent_id=command.agent_id,
+        agent_version=run.agent_version or command.agent_version,
+        attempt=run.attempts + 1,
+        at=command.at,
+        messages=run.messages if run.attempts else command.messages,
+    )
+
+
+def _end_step(command: EndStep, run: Run) -> StepCompleted:
+    step = run.steps.get(command.step)
+    if step is None:
+        raise Mismatch(f"step {command.step} ends, and was never begun")
     if step.status != "started":
         raise Mismatch(f"step {command.step} is {step.status} and would end again")
-    return [
-        StepCompleted(
-            n=run.n + 1,
-            session_key=command.session_key,
-            step=command.step,
-            kind=step.kind,
-            name=step.name,
-            status="failed" if command.content is None else "completed",
-            attempts=command.attempts,
-            duration_ms=command.duration_ms,
-            content=command.content,
-            error=command.error,
-            tokens=command.tokens,
-        )
-    ]
+    return StepCompleted(
+        n=run.n + 1,
+        session_key=command.session_key,
+        step=command.step,
+        kind=step.kind,
+        name=step.name,
+        status="failed" if command.content is None else "completed",
+        attempts=command.attempts,
+        duration_ms=command.duration_ms,
+        content=command.content,
+        error=command.error,
+        tokens=command.tokens,
+        nanos=command.nanos,
+    )
 
 
 def evolve(run: Run, event: Event) -> Run:
     run = replace(run, n=event.n)
     match event:
         case RunStarted():
+            started_at = run.started_at or event.at
+            if run.waited_since:
+                # The time in which it waited for a person is not its own.
+                started_at += event.at - run.waited_since
             return replace(
                 run,
                 attempts=event.attempt,
                 agent_version=event.agent_version,
-                started_at=run.started_at or event.at,
+                messages=event.messages,
+                started_at=started_at,
+                waited_since=None,
             )
+        case MessagesTaken():
+            return replace(run, taken={**run.taken, event.step: event.messages})
         case StepStarted():
-            return replace(run, steps=(*run.steps[: event.step - 1], Step(event.kind, event.name)))
+            settled = run.steps[event.step].settled if event.step in run.steps else 0
+            step = Step(
+                event.kind, event.name, attempt=event.attempt, digest=event.digest, code=event.code, settled=settled
+            )
+            return _with(run, event.step, step)
         case StepCompleted():
-            step = Step(event.kind, event.name, event.status, event.content, event.error)
-            return replace(run, steps=(*run.steps[:-1], step), tokens=run.tokens + event.tokens)
+            known = run.steps[event.step]
+            step = replace(known, status=event.status, content=event.content, error=event.error)
+            reserved = {**run.reserved, (event.step, event.attempts): event.nanos} if event.nanos else run.reserved
+            return replace(_with(run, event.step, step), tokens=run.tokens + event.tokens, reserved=reserved)
+        case RunSuspended():
+            suspension = Suspension(event.reason, event.step, event.name, event.text, event.at, event.arguments)
+            return replace(run, suspended=suspension, waited_since=event.at)
+        case StepSettled():
+            return _settled(replace(run, suspended=None), event)
         case RunCompleted() | RunFailed():
-            return replace(run, over=True)
+            return replace(run, suspended=None, over=True)
         case _:
             assert_never(event)
 
 
-def check(run: Run, step: int, kind: StepKind, name: str) -> None:
-    """Raises Mismatch where the journal has another kind or name for this step."""
-    known = run.steps[step - 1]
-    if (known.kind, known.name) != (kind, name):
-        raise Mismatch(f"step {step} is {known.kind} {known.name!r} in the journal, and {kind} {name!r} now")
+def _settled(run: Run, event: StepSettled) -> Run:
+    match event.decision:
+        case "approve" | "deny":
+            return replace(run, decisions={**run.decisions, event.step: event.decision})
+        case "retry":
+            step = run.steps[event.step]
+            again = replace(step, status="started", content=None, error=None, settled=step.settled + 1)
+            return _with(run, event.step, again)
+        case "skip":
+            return _with(run, event.step, replace(run.steps[event.step], status="completed", content=event.content))
+        case _:
+            assert_never(event.decision)
 
 
-def exceeded(run: Run, limits: Limits, now: datetime) -> str | None:
-    """Which limit forbids another step; None: there may be one."""
-    if len(run.steps) >= limits.steps:
+def _with(run: Run, n: int, step: Step) -> Run:
+    return replace(run, steps={**run.steps, n: step})
+
+
+def messages_at(run: Run, step: int) -> int:
+    """How many of the run's messages it has when step `step` is made."""
+    return max([run.messages or 0, *(messages for taken, messages in run.taken.items() if taken <= step)])
+
+
+def check(run: Run, step: int, kind: StepKind, name: str, digest: str = "", code: str = "") -> None:
+    """Raises Mismatch, with both sides, where the journal has another step here than the one to be made."""
+    known, now = run.steps[step], Step(kind, name, digest=digest)
+    if (known.kind, known.name) != (kind, name) or (known.digest and digest and known.digest != digest):
+        raise Mismatch(
+            f"step {step} is {known} in the journal{_by(known.code)}, and {now} now{_by(code)}: "
+            "the run cannot go on with this version"
+        )
+
+
+def _by(code: str) -> str:
+    return f" (version {code})" if code else ""
+
+
+def exceeded(run: Run, limits: Limits, step: int, now: datetime) -> str | None:
+    """Which limit forbids the step; None: it may be made."""
+    if step > limits.steps:
         return f"the limit of {limits.steps} steps is reached"
     if limits.tokens is not None and run.tokens >= limits.tokens:
         return f"the limit of {limits.tokens} tokens is reached"

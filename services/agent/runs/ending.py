@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from services.agent.runs.domain import Suspend
 from services.agent.runs.events import Ending
 
 # For people in a chat; the reason is for the operator, on the run.
@@ -9,7 +10,10 @@ FAILED = "Sorry, something went wrong and I could not answer. Please try again i
 NO_CREDIT = "Sorry, I cannot answer at the moment: the credit for this assistant is used up. Please try again later."
 UNCERTAIN = "Sorry, I could not finish: it is not certain whether a step took effect. Somebody has to look at it first."
 
+BUSY = "I am still busy with your last message. Please write again when I have answered it."
+
 CANCELLED = "cancelled on request"
+INTERRUPTED = "interrupted by a newer message"
 
 
 class Ended(Exception):
@@ -20,3 +24,17 @@ class Ended(Exception):
         self.status = status
         self.error = error
         self.notice = notice
+
+
+class Suspended(Exception):
+    """The run stops here until a person decides. notice: what is said in the conversation."""
+
+    def __init__(self, command: Suspend, notice: str) -> None:
+        super().__init__(command.text)
+        self.command = command
+        self.notice = notice
+
+
+def approval_notice(tool: str, arguments: str) -> str:
+    """The question that a person in the chat is asked."""
+    return f"May I use {tool} with {arguments}? Please answer yes or no."

@@ -11,11 +11,16 @@ from uuid import UUID
 import msgspec
 
 StepKind = Literal["retrieve", "model", "tool"]
-Ending = Literal["failed", "cancelled", "refused", "indeterminate"]
+Ending = Literal["failed", "cancelled", "refused"]
+Reason = Literal["approval", "indeterminate"]
+Decision = Literal["approve", "deny", "retry", "skip"]
 
 
 class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker has begun, or goes on with, the run. The agent's version is that of the first start."""
+    """A worker has begun, or goes on with, the run. The agent's version is that of the first start.
+
+    messages: how many of the run's messages it then had; None, in older facts: all of them.
+    """
 
     n: int
     session_key: str
@@ -23,10 +28,23 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
     agent_version: int
     attempt: int
     at: datetime
+    messages: int | None = None
+
+
+class MessagesTaken(msgspec.Struct, frozen=True, kw_only=True):
+    """What came meanwhile is answered too: from `step` on the run has the first `messages` of its messages."""
+
+    n: int
+    session_key: str
+    step: int
+    messages: int
 
 
 class StepStarted(msgspec.Struct, frozen=True, kw_only=True):
-    """A step is begun, or begun again with a higher `attempt`."""
+    """A step is begun, or begun again with a higher `attempt`.
+
+    digest: of what goes into it; code: the version that began it. Both empty in older facts.
+    """
 
     n: int
     session_key: str
@@ -34,12 +52,15 @@ class StepStarted(msgspec.Struct, frozen=True, kw_only=True):
     kind: StepKind
     name: str
     attempt: int
+    digest: str = ""
+    code: str = ""
 
 
 class StepCompleted(msgspec.Struct, frozen=True, kw_only=True):
     """A step has ended for good; it is never made again.
 
     content: what came out, sealed; None where it failed. error: for the operator. tokens: used, as reported.
+    nanos: what was reserved for it.
     """
 
     n: int
@@ -53,6 +74,35 @@ class StepCompleted(msgspec.Struct, frozen=True, kw_only=True):
     content: bytes | None
     error: str | None = None
     tokens: int = 0
+    nanos: int = 0
+
+
+class RunSuspended(msgspec.Struct, frozen=True, kw_only=True):
+    """The run waits for a person, and holds nothing meanwhile.
+
+    approval: whether step `step`, not begun yet, may call the tool `name`. indeterminate: nobody knows whether that
+    step took effect. text: for the operator. arguments: what the tool is to be called with, sealed.
+    """
+
+    n: int
+    session_key: str
+    reason: Reason
+    step: int
+    name: str
+    text: str
+    at: datetime
+    arguments: bytes | None = None
+
+
+class StepSettled(msgspec.Struct, frozen=True, kw_only=True):
+    """A person has decided what the run waited for. content: of the step that is skipped, sealed."""
+
+    n: int
+    session_key: str
+    step: int
+    decision: Decision
+    by: str
+    content: bytes | None = None
 
 
 class RunCompleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,4 +122,4 @@ class RunFailed(msgspec.Struct, frozen=True, kw_only=True):
     error: str
 
 
-Event = RunStarted | StepStarted | StepCompleted | RunCompleted | RunFailed
+Event = RunStarted | MessagesTaken | StepStarted | StepCompleted | RunSuspended | StepSettled | RunCompleted | RunFailed

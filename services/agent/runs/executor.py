@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 import grpc.aio
@@ -15,9 +17,8 @@ from infra.effects import Effects
 from infra.errors import InvalidMessage, NotFound, RetryLater
 from infra.subjects import Erased, SubjectKeys
 from infra.tx import Tx, derived_id
-from protos.catalog import AGENT_EVENTS, CHANNEL_OUTBOUND
+from protos.catalog import AGENT_EVENTS
 from protos.messages import agent as public
-from protos.messages.channel import SendMessage
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
 from services.agent.models.library import Models
@@ -25,9 +26,10 @@ from services.agent.runs import conversation, projections
 from services.agent.runs.answering import Answering, Peers
 from services.agent.runs.budget import Spending
 from services.agent.runs.conversation import Asked
-from services.agent.runs.domain import Complete, Fail, Limits, Mismatch, Start, remaining
-from services.agent.runs.ending import CANCELLED, FAILED, Ended
+from services.agent.runs.domain import Complete, Fail, Limits, Mismatch, Run, Start, messages_at, remaining
+from services.agent.runs.ending import FAILED, Ended, Suspended
 from services.agent.runs.publishing import stream
+from services.agent.runs.saying import say
 from services.agent.runs.steps import Journal, Scope
 from services.agent.runs.watch import Watch
 
@@ -46,11 +48,11 @@ class _Row:
     subject_id: str
     channel_id: UUID | None
     status: str
-    cancel_requested: bool
+    cancel_reason: str | None
 
     @property
     def is_over(self) -> bool:
-        return self.status not in projections.OPEN
+        return self.status not in projections.STOPPABLE
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class Executor:
             begun = await self._begin(run_id, effects)
             if begun is None:
                 return
-            outcome: str | Ended = await self._answer(begun, effects)
-        except Ended as ended:
-            outcome = ended
+            outcome: str | Ended | Suspended = await self._answer(begun, effects)
+        except (Ended, Suspended) as stop:
+            outcome = stop
         except (Mismatch, InvalidMessage, NotFound) as error:
             # The journal, or a peer, says that going on makes no sense.
             outcome = Ended("failed", f"{type(error).__name__}: {error}", FAILED)
@@ -90,15 +92,29 @@ class Executor:
             raise RetryLater(PEER_PAUSE, f"a peer has an error inside: {error.details()}") from error
         await self._end(tx, run_id, begun, outcome)
 
+    async def give_up(self, run_id: UUID, error: str, tx: Tx) -> None:
+        """Ends a run that no worker can execute."""
+        row = await _lock(tx, run_id)
+        if row.is_over:
+            return
+        try:
+            first = await conversation.count(tx, run_id)
+            asked: Asked | None = await conversation.load(tx, self._subjects, run_id, row.session_key, first)
+        except Erased:
+            asked = None
+        await self._fail(tx, row, asked, Ended("failed", error, FAILED))
+
     async def _begin(self, run_id: UUID, effects: Effects) -> _Begun | None:
-        """None where the run is over. Raises Ended where it cannot begin."""
+        """None where the run is over, or waits. Raises Ended where it cannot begin."""
         async with effects.begin() as tx:
             row = await _lock(tx, run_id)
             if row.is_over:
                 return None
-            if row.cancel_requested:
-                raise Ended("cancelled", CANCELLED)
+            if row.cancel_reason:
+                raise Ended("cancelled", row.cancel_reason)
             journal = await tx.load(stream(run_id))
+            if journal.suspended:
+                return None
             try:
                 agent = await store.load(tx, row.agent_id, journal.agent_version)
             except NotFound as error:
@@ -107,10 +123,13 @@ class Executor:
                 raise Ended("refused", "the agent is disabled")
             try:
                 key = await self._subjects.key(tx, row.tenant_id, row.subject_id)
-                asked = await conversation.load(tx, self._subjects, run_id, row.session_key)
+                messages = await conversation.count(tx, run_id)
+                first = messages_at(journal, 0) or messages
+                asked = await conversation.load(tx, self._subjects, run_id, row.session_key, first)
             except Erased as error:
                 raise Ended("cancelled", "the person was erased") from error
-            await tx.decide(stream(run_id), Start(row.session_key, row.agent_id, agent.version, utcnow()))
+            start = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)
+            await tx.decide(stream(run_id), start)
             await projections.started(tx, run_id)
             journal = await tx.load(stream(run_id))
         limits = Limits(**agent.definition.limits.model_dump())
@@ -141,18 +160,27 @@ class Executor:
             spending = Spending(
                 effects, self._peers.billing, tenant_id=scope.tenant_id, agent_id=agent.id, run_id=scope.run_id
             )
-            return await Answering(self._peers, definition, model, scope, journal, spending).answer(begun.asked)
+            arrived = partial(self._arrived, effects, scope.run_id)
+            answering = Answering(self._peers, definition, model, scope, journal, spending, arrived)
+            return await answering.answer(begun.asked)
 
-    async def _end(self, tx: Tx, run_id: UUID, begun: _Begun | None, outcome: str | Ended) -> None:
+    async def _arrived(self, effects: Effects, run_id: UUID, skipped: int) -> Sequence[str]:
+        async with effects.begin() as tx:
+            return await conversation.arrived(tx, self._subjects, run_id, skipped)
+
+    async def _end(self, tx: Tx, run_id: UUID, begun: _Begun | None, outcome: str | Ended | Suspended) -> None:
         """In the item's own transaction: the end, what the world hears of it, and the reply on its way."""
         row = await _lock(tx, run_id)
         if row.is_over:
             return
-        if row.cancel_requested:
-            outcome = Ended("cancelled", CANCELLED)
-        text: str | None
+        if row.cancel_reason:
+            outcome = Ended("cancelled", row.cancel_reason)
+        asked = begun.asked if begun else None
         if isinstance(outcome, str):
             assert begun
+            if await conversation.count(tx, run_id) > _taken(await tx.load(stream(run_id))):
+                # Nobody else would answer it: messages that join a run wait for its row, which is locked now.
+                raise RetryLater(timedelta(0), "a message came as the run was about to end")
             text = outcome
             reply = begun.scope.key.seal(text, row.tenant_id, row.subject_id, str(run_id), "reply")
             events = await tx.decide(stream(run_id), Complete(row.session_key, reply))
@@ -160,28 +188,42 @@ class Executor:
             message_id = derived_id(run_id, "RunCompleted")
             tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=message_id)
             await projections.completed(tx, run_id, reply)
+        elif isinstance(outcome, Suspended):
+            text, command = outcome.notice, outcome.command
+            await tx.decide(stream(run_id), command)
+            await projections.suspended(tx, run_id, command.reason, command.text)
         else:
-            text = outcome.notice
-            await tx.decide(stream(run_id), Fail(row.session_key, outcome.status, outcome.error))
-            await projections.failed(tx, run_id, outcome.status, outcome.error)
-        if text and begun and row.channel_id and begun.asked.conversation_id is not None:
-            delivery_id = derived_id(run_id, "delivery")
-            send = SendMessage(
-                delivery_id=delivery_id,
-                channel_id=row.channel_id,
-                session_key=row.session_key,
-                conversation_id=begun.asked.conversation_id,
-                text=text,
-                run_id=run_id,
-                reply_to=begun.asked.reply_to,
-            )
-            tx.send(CHANNEL_OUTBOUND, send, message_id=derived_id(run_id, "SendMessage"))
-            await projections.delivery_asked(tx, run_id, delivery_id)
+            await self._fail(tx, row, asked, outcome)
+            return
+        await _say(tx, row, asked, text)
+
+    async def _fail(self, tx: Tx, row: _Row, asked: Asked | None, outcome: Ended) -> None:
+        await tx.decide(stream(row.id), Fail(row.session_key, outcome.status, outcome.error))
+        await projections.failed(tx, row.id, outcome.status, outcome.error)
+        await _say(tx, row, asked, outcome.notice)
+
+
+async def _say(tx: Tx, row: _Row, asked: Asked | None, text: str | None) -> None:
+    """To the person, where the run is of a channel."""
+    if text and asked and row.channel_id and asked.conversation_id is not None:
+        await say(
+            tx,
+            row.id,
+            text,
+            session_key=row.session_key,
+            channel_id=row.channel_id,
+            conversation_id=asked.conversation_id,
+            reply_to=asked.reply_to,
+        )
+
+
+def _taken(journal: Run) -> int:
+    return max(messages_at(journal, 0), *journal.taken.values(), 0)
 
 
 async def _lock(tx: Tx, run_id: UUID) -> _Row:
     [row] = await tx.sql(
-        "SELECT id, tenant_id, session_key, agent_id, subject_id, channel_id, status, cancel_requested "
+        "SELECT id, tenant_id, session_key, agent_id, subject_id, channel_id, status, cancel_reason "
         "FROM run WHERE id = $1 FOR UPDATE",
         run_id,
     )

@@ -11,9 +11,12 @@ import msgspec
 from infra.tx import Tx
 from protos.messages.billing import UsageRecorded
 from services.agent.models.contract import Usage
-from services.agent.runs.events import Ending, StepKind
+from services.agent.runs.events import Ending, Reason, StepKind
 
 OPEN = ("queued", "running", "waiting")
+# Waiting for a person; no lane holds them.
+SUSPENDED = ("waiting", "indeterminate")
+STOPPABLE = ("queued", "running", *SUSPENDED)
 
 
 async def started(tx: Tx, run_id: UUID) -> None:
@@ -75,6 +78,16 @@ async def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
         usage.cached_tokens,
         usage.output_tokens,
     )
+
+
+async def suspended(tx: Tx, run_id: UUID, reason: Reason, text: str) -> None:
+    status, error = ("waiting", None) if reason == "approval" else ("indeterminate", text)
+    await tx.sql("UPDATE run SET status = $2, error = $3 WHERE id = $1", run_id, status, error)
+
+
+async def goes_on(tx: Tx, run_id: UUID, item_id: UUID) -> None:
+    """A person has decided; the lane item `item_id` executes it further."""
+    await tx.sql("UPDATE run SET status = 'queued', error = NULL, item_id = $2 WHERE id = $1", run_id, item_id)
 
 
 async def completed(tx: Tx, run_id: UUID, reply: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import get_args
 from uuid import UUID
 
 from infra.eventstore.store import Aggregate, Publication, Stream
@@ -46,6 +47,18 @@ def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
                 duration_ms=event.duration_ms,
                 n=event.n,
             )
+        case events.MessagesTaken():
+            message = public.MessagesTaken(
+                run_id=id_, session_key=key, n=event.n, step=event.step, messages=event.messages
+            )
+        case events.RunSuspended(reason="approval"):
+            message = public.RunWaiting(run_id=id_, session_key=key, n=event.n, step=event.step, tool=event.name)
+        case events.RunSuspended():
+            message = public.RunFailed(run_id=id_, session_key=key, status="indeterminate", error=event.text, n=event.n)
+        case events.StepSettled():
+            message = public.StepSettled(
+                run_id=id_, session_key=key, n=event.n, step=event.step, decision=event.decision
+            )
         case events.RunFailed():
             message = public.RunFailed(run_id=id_, session_key=key, status=event.status, error=event.error, n=event.n)
         case events.RunCompleted():
@@ -63,9 +76,7 @@ def publish_again(run_id: str, event: events.Event) -> Iterable[Publication]:
 
 RUN = Aggregate(
     name="run",
-    events=EventTypes(
-        events.RunStarted, events.StepStarted, events.StepCompleted, events.RunCompleted, events.RunFailed
-    ),
+    events=EventTypes(*get_args(events.Event)),
     initial=Run,
     evolve=evolve,
     decide=decide,

@@ -17,9 +17,9 @@ from protos.billing.v1 import billing_pb2
 from protos.messages import agent as public
 from services.agent.runs.conversation import Reader
 from services.agent.runs.events import RunCompleted
-from services.agent.runs.projections import OPEN
+from services.agent.runs.projections import STOPPABLE, SUSPENDED
 from services.agent.runs.publishing import RUN, publish, stream
-from services.agent.runs.views import Fact, RunView, Status, StepView, UsageView
+from services.agent.runs.views import Fact, RunView, Status, StepView, UsageView, Waiting
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,18 @@ async def reply(reader: Reader, run: Row) -> str | None:
     return ERASED_TEXT if found is None else found
 
 
+async def waiting(tx: Tx, reader: Reader, run: Row) -> Waiting | None:
+    """What a person has to decide about the run."""
+    if run.status not in SUSPENDED:
+        return None
+    waits = (await tx.load(stream(run.id))).suspended
+    assert waits
+    arguments = None
+    if waits.arguments:
+        arguments = await reader.open(waits.arguments, run.subject_id, f"{run.id}/{waits.step}", "arguments")
+    return Waiting(reason=waits.reason, step=waits.step, tool=waits.name, arguments=arguments, since=waits.at)
+
+
 async def steps(tx: Tx, runs: Sequence[Row]) -> dict[UUID, list[StepView]]:
     """The steps of each run, the first one first."""
     rows = await tx.sql(
@@ -105,11 +117,17 @@ def position(run: RunView) -> str:
     return f"{run.created_at.isoformat()}|{run.id}"
 
 
-def view(run: Row, reply: str | None, steps: list[StepView], charges: billing_pb2.ChargesReply | None) -> RunView:
+def view(
+    run: Row,
+    reply: str | None,
+    steps: list[StepView],
+    charges: billing_pb2.ChargesReply | None,
+    waiting: Waiting | None,
+) -> RunView:
     """`charges`: what billing knows of the run; None: it did not answer."""
     rated = [charge for charge in charges.charges if charge.verdict in ("counted", "rejected")] if charges else []
     # Held for review, or still on its way: then nobody can say yet what it costs.
-    complete = charges is not None and len(rated) == run.used and run.status not in OPEN
+    complete = charges is not None and len(rated) == run.used and run.status not in STOPPABLE
     return RunView(
         id=run.id,
         session_key=run.session_key,
@@ -124,6 +142,7 @@ def view(run: Row, reply: str | None, steps: list[StepView], charges: billing_pb
         cost_nanos=sum(charge.amount_nanos for charge in rated) if complete else None,
         currency=charges.currency or None if charges else None,
         steps=steps,
+        waiting=waiting,
         created_at=run.created_at,
         started_at=run.started_at,
         finished_at=run.finished_at,

@@ -77,7 +77,7 @@ async def _steps(tx: Tx, reader: Reader, run: queries.Row) -> AsyncIterator[Time
     for n, kind, name, status, attempts, at, ms, error, span_id in rows:
         what = {"retrieve": "knowledge looked up", "model": f"model {name}", "tool": f"tool {name}"}[kind]
         data: dict[str, Any] = {"n": n, "name": name, "status": status, "attempts": attempts}
-        if kind == "retrieve" and (sealed := journal.steps[n - 1].content):
+        if kind == "retrieve" and (sealed := journal.steps[n].content):
             data["passages"] = _passages(await reader.open(sealed, run.subject_id, f"{run.id}/{n}", "content"))
         yield TimelineItem(
             at=at,

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 Status = Literal["queued", "running", "waiting", "completed", "failed", "cancelled", "refused", "indeterminate"]
 
@@ -31,8 +31,41 @@ class StepView(BaseModel):
     error: str | None
 
 
+class Waiting(BaseModel):
+    """What a person has to decide: whether step `step` may call `tool`, or what has become of it.
+
+    arguments: what the tool is to be called with, as the model wrote them; null where they cannot be read.
+    """
+
+    reason: Literal["approval", "indeterminate"]
+    step: int
+    tool: str
+    arguments: str | None
+    since: datetime
+
+
+class Approval(BaseModel):
+    """The body of ``POST /api/v1/runs/{id}/approval``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    approved: bool
+
+
+class Resolution(BaseModel):
+    """The body of ``POST /api/v1/runs/{id}/resolution``. result: of the tool, where the step is skipped; any JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["retry", "skip", "fail"]
+    result: Any = None
+
+
 class RunView(BaseModel):
-    """A run. cost_nanos: what was charged for it, 10⁻⁹ of `currency`; null until all that it used is charged."""
+    """A run. cost_nanos: what was charged for it, 10⁻⁹ of `currency`; null until all that it used is charged.
+
+    waiting: null where nobody has to decide anything.
+    """
 
     id: UUID
     session_key: str
@@ -45,6 +78,7 @@ class RunView(BaseModel):
     cost_nanos: int | None
     currency: str | None
     steps: list[StepView]
+    waiting: Waiting | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -26,7 +26,7 @@ class Watch:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._calls: dict[UUID, asyncio.Task[Any]] = {}
+        self._calls: dict[UUID, set[asyncio.Task[Any]]] = {}
         self._cancelled: set[UUID] = set()
         self._poll: asyncio.Task[None] | None = None
 
@@ -36,7 +36,7 @@ class Watch:
             call.close()
             raise TimeoutError
         task = asyncio.create_task(call)
-        self._calls[run_id] = task
+        self._calls.setdefault(run_id, set()).add(task)
         if self._poll is None:
             self._poll = asyncio.create_task(self._look())
         try:
@@ -47,8 +47,10 @@ class Watch:
                 raise CancelRequested from None
             raise
         finally:
-            del self._calls[run_id]
-            self._cancelled.discard(run_id)
+            self._calls[run_id].discard(task)
+            if not self._calls[run_id]:
+                del self._calls[run_id]
+                self._cancelled.discard(run_id)
 
     async def _look(self) -> None:
         while self._calls:
@@ -56,7 +58,7 @@ class Watch:
             try:
                 async with self._database.begin() as tx:
                     rows = await tx.sql(
-                        "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_requested", list(self._calls)
+                        "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_reason IS NOT NULL", list(self._calls)
                     )
             except Exception as error:
                 get_logger("agent.watch").warning(
@@ -64,7 +66,7 @@ class Watch:
                 )
                 continue
             for (run_id,) in rows:
-                if task := self._calls.get(run_id):
+                for task in self._calls.get(run_id, ()):
                     self._cancelled.add(run_id)
                     task.cancel()
         self._poll = None

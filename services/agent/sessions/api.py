@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.api import Runner
 from infra.clock import utcnow, uuid7
-from infra.errors import Forbidden
+from infra.errors import Conflict, Forbidden
 from infra.service import Runtime
 from infra.subjects import Erased
 from services.agent import adapters
 from services.agent.definitions import store
+from services.agent.sessions.domain import Busy
 from services.agent.sessions.intake import Arrival, take_in
 
 MAX_TEXT = 100_000
@@ -49,7 +50,11 @@ def router(runtime: Runtime) -> APIRouter:
         who: Runner,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
     ) -> Accepted:
-        """Writes to the agent in the session `key`, which is yours to choose. The answer comes by the run."""
+        """Writes to the agent in the session `key`, which is yours to choose. The answer comes by the run.
+
+        409 where the agent's queue_mode is reject and the session is busy. While a run waits for an approval, a
+        plain yes or no in its session decides it.
+        """
         session_key = key_of(agent_id, key)
         arrival = Arrival(
             message_id=uuid7(),
@@ -67,6 +72,8 @@ def router(runtime: Runtime) -> APIRouter:
                 run_id = await take_in(tx, arrival, subjects)
             except Erased as error:
                 raise Forbidden(str(error)) from error
+            except Busy as error:
+                raise Conflict("the session is busy, and this agent rejects messages then") from error
         return Accepted(run_id=run_id, session_key=session_key)
 
     return routes

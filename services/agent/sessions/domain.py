@@ -10,7 +10,11 @@ from uuid import UUID
 from services.agent.sessions.events import Event, MessageAccepted
 
 QueueMode = Literal["collect", "followup", "steer", "interrupt", "reject"]
-"""collect: what comes while a run is busy is answered together by the next. followup: each message has its own run."""
+"""What happens with a message that comes while a run of the session is busy.
+
+collect: all of them are answered together by the next run. followup: each has its own run. steer: the run under way
+answers it too. interrupt: that run is cancelled, and the next one begins. reject: it is refused.
+"""
 
 QUEUE_MODES: tuple[str, ...] = get_args(QueueMode)
 # So many messages one run answers together, and so long it waits for the next of them.
@@ -31,8 +35,8 @@ class Session:
 class Accept:
     """A message has come. text: sealed.
 
-    new_run_id: of the run, if it needs one. joinable: the session's last run has not begun. busy: another run of the
-    session is not over.
+    new_run_id: of the run, if it needs one. joinable: the session's last run has not begun. steerable: it has, and is
+    not over. busy: some run of the session is to be executed. decides: the run that waits for this yes or no.
     """
 
     message_id: UUID
@@ -42,26 +46,40 @@ class Accept:
     mode: QueueMode
     new_run_id: UUID
     joinable: bool
+    steerable: bool
     busy: bool
+    decides: UUID | None = None
+
+
+class Busy(Exception):
+    """The session takes no message now."""
 
 
 def decide(command: Accept, session: Session) -> list[Event]:
-    joins = command.mode == "collect" and command.joinable and session.messages < CAP and session.run_id is not None
-    run_id = session.run_id if joins and session.run_id else command.new_run_id
+    """Raises Busy."""
+    mode = command.mode
+    if command.decides is None and mode == "reject" and command.busy:
+        raise Busy
+    collected = mode in ("collect", "steer") and command.joinable and session.messages < CAP
+    joins = command.decides is None and (collected or (mode == "steer" and command.steerable))
+    run_id = session.run_id if joins else None
     return [
         MessageAccepted(
             message_id=command.message_id,
-            run_id=run_id,
-            opens=not joins,
-            waits=session.waits if joins else command.mode == "collect" and command.busy,
+            run_id=command.decides or run_id or command.new_run_id,
+            opens=command.decides is None and run_id is None,
+            waits=session.waits if joins else mode == "collect" and command.busy,
             subject_id=command.subject_id,
             text=command.text,
             at=command.at,
+            decides=command.decides is not None,
         )
     ]
 
 
 def evolve(session: Session, event: Event) -> Session:
+    if event.decides:
+        return session
     return Session(event.run_id, 1 if event.opens else session.messages + 1, event.waits)
 
 

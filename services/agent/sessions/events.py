@@ -12,6 +12,7 @@ class MessageAccepted(msgspec.Struct, frozen=True, kw_only=True):
     """A person's message was stored, and the run that will answer it is settled.
 
     opens: that run is new. waits: it begins a moment later, for more may come. text: sealed under the subject's key.
+    decides: it lets the run, which waited for that, go on, and is no question.
     """
 
     message_id: UUID
@@ -21,6 +22,7 @@ class MessageAccepted(msgspec.Struct, frozen=True, kw_only=True):
     subject_id: str
     text: bytes
     at: datetime
+    decides: bool = False
 
 
 Event = MessageAccepted

@@ -5,8 +5,9 @@ Rows are locked in one order, session, run, lane; the executor locks run before 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from opentelemetry import trace
@@ -20,7 +21,14 @@ from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
 from services.agent.definitions.store import queue_mode
 from services.agent.lanes import RUNS, RunItem
-from services.agent.sessions.domain import Accept, Session, begins_at, decide, evolve
+from services.agent.runs import projections
+from services.agent.runs.cancelling import cancel
+from services.agent.runs.domain import Fail
+from services.agent.runs.ending import BUSY, INTERRUPTED
+from services.agent.runs.publishing import stream as run_stream
+from services.agent.runs.saying import say
+from services.agent.runs.settling import decision_in, settle, suspension
+from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
 from services.agent.sessions.publishing import stream
 
 
@@ -50,7 +58,8 @@ class Arrival:
 async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     """Stores a message and returns the run that will answer it; for a known idempotency_key the run it made before.
 
-    Raises InvalidMessage where that key came with another text, Erased where the person's key was destroyed.
+    Raises InvalidMessage where that key came with another text, Erased where the person's key was destroyed, Busy
+    where the session takes none now.
     """
     assert tx.tenant_id
     total, session = await _lock_session(tx, tx.tenant_id, arrival.session_key)
@@ -59,20 +68,32 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         return known
     context = tx.tenant_id, arrival.subject_id, str(arrival.message_id)
     text = key.seal(arrival.text, *context, "text")
-    new_run_id = uuid7()
-    [event] = decide(
-        Accept(
-            message_id=arrival.message_id,
-            subject_id=arrival.subject_id,
-            text=text,
-            at=arrival.received_at,
-            mode=await queue_mode(tx, arrival.agent_id),
-            new_run_id=new_run_id,
-            joinable=await _is_queued(tx, session.run_id, arrival.agent_id),
-            busy=await _is_busy(tx, tx.tenant_id, arrival.session_key),
-        ),
-        session,
+    mode = await queue_mode(tx, arrival.agent_id)
+    open_runs = await _open_runs(tx, arrival.session_key, session.run_id, everyone=mode == "interrupt")
+    last = open_runs.get(session.run_id) if session.run_id else None
+    decision = decision_in(arrival.text)
+    asking = next((id_ for id_, run in open_runs.items() if run.status == "waiting"), None) if decision else None
+    command = Accept(
+        message_id=arrival.message_id,
+        subject_id=arrival.subject_id,
+        text=text,
+        at=arrival.received_at,
+        mode=mode,
+        new_run_id=uuid7(),
+        joinable=last == _Open("queued", arrival.agent_id, False),
+        steerable=last in (_Open("running", arrival.agent_id, False), _Open("waiting", arrival.agent_id, False)),
+        busy=await _is_busy(tx, arrival.session_key),
+        decides=asking,
     )
+    busy = False
+    try:
+        [event] = decide(command, session)
+    except Busy:
+        if arrival.origin is None:
+            raise
+        # A person in a chat is told.
+        busy = True
+        [event] = decide(replace(command, mode="followup"), session)
     session = evolve(session, event)
     tx.append(stream(tx.tenant_id, arrival.session_key), event, event_id=arrival.message_id)
     if event.opens:
@@ -80,7 +101,8 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     origin = arrival.origin
     await tx.sql(
         "INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation, "
-        "vendor_message_id, idempotency_key, received_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        "vendor_message_id, idempotency_key, received_at, decides) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
         tx.tenant_id,
         arrival.message_id,
         arrival.session_key,
@@ -92,6 +114,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         origin.vendor_message_id if origin else None,
         arrival.idempotency_key,
         arrival.received_at,
+        event.decides,
     )
     await tx.sql(
         "UPDATE session SET messages = messages + 1, run_id = $3, run_messages = $4, run_waits = $5 "
@@ -102,8 +125,18 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         session.messages,
         session.waits,
     )
+    if event.decides:
+        assert decision
+        waits = await suspension(tx, event.run_id)
+        await settle(tx, event.run_id, waits.step, decision, arrival.subject_id)
+        return event.run_id
     not_before = begins_at(session, utcnow())
-    if event.opens:
+    if busy:
+        await _refuse(tx, arrival, event.run_id)
+    elif event.opens:
+        if mode == "interrupt":
+            for run_id in open_runs:
+                await cancel(tx, run_id, INTERRUPTED)
         item = RunItem(event.run_id)
         tx.enqueue(RUNS, lane=arrival.session_key, item=item, item_id=event.run_id, not_before=not_before)
         hint = RunRequested(run_id=event.run_id, session_key=arrival.session_key)
@@ -150,24 +183,52 @@ async def _known(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID | None
     return UUID(str(run_id))
 
 
-async def _is_queued(tx: Tx, run_id: UUID | None, agent_id: UUID) -> bool:
-    """True while the run has not begun; its row is locked, so that it does not begin without this message."""
-    rows = (
-        await tx.sql("SELECT status, agent_id, cancel_requested FROM run WHERE id = $1 FOR UPDATE", run_id)
-        if run_id
-        else ()
+class _Open(NamedTuple):
+    """A run that is not over."""
+
+    status: str
+    agent_id: UUID
+    cancelled: bool
+
+
+async def _open_runs(tx: Tx, session_key: str, last: UUID | None, *, everyone: bool) -> dict[UUID, _Open]:
+    """Of the session's runs that are not over the last, those that wait, or all; locked, so that none begins or ends
+    without this message."""
+    rows = await tx.sql(
+        "SELECT id, status, agent_id, cancel_reason IS NOT NULL FROM run WHERE tenant_id = $1 AND session_key = $2 "
+        "AND status IN ('queued', 'running', 'waiting') AND ($4 OR status = 'waiting' OR id = $3) "
+        "ORDER BY id FOR UPDATE",
+        tx.tenant_id,
+        session_key,
+        last,
+        everyone,
     )
-    return bool(rows) and tuple(rows[0]) == ("queued", agent_id, False)
+    return {UUID(str(id_)): _Open(status, UUID(str(agent_id)), cancelled) for id_, status, agent_id, cancelled in rows}
 
 
-async def _is_busy(tx: Tx, tenant_id: str, session_key: str) -> bool:
+async def _is_busy(tx: Tx, session_key: str) -> bool:
     return bool(
         await tx.sql(
-            "SELECT 1 FROM run WHERE tenant_id = $1 AND session_key = $2 "
-            "AND status IN ('queued', 'running', 'waiting') LIMIT 1",
-            tenant_id,
+            "SELECT 1 FROM run WHERE tenant_id = $1 AND session_key = $2 AND status IN ('queued', 'running') LIMIT 1",
+            tx.tenant_id,
             session_key,
         )
+    )
+
+
+async def _refuse(tx: Tx, arrival: Arrival, run_id: UUID) -> None:
+    error = "the session is busy, and its agent rejects messages then"
+    assert arrival.origin
+    await tx.decide(run_stream(run_id), Fail(arrival.session_key, "refused", error))
+    await projections.failed(tx, run_id, "refused", error)
+    await say(
+        tx,
+        run_id,
+        BUSY,
+        session_key=arrival.session_key,
+        channel_id=arrival.origin.channel_id,
+        conversation_id=arrival.origin.conversation_id,
+        reply_to=arrival.origin.vendor_message_id,
     )
 
 

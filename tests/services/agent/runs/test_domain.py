@@ -16,15 +16,33 @@ from services.agent.runs.domain import (
     Fail,
     Limits,
     Mismatch,
+    NotWaiting,
     Run,
+    Settle,
     Start,
+    Suspend,
+    TakeMessages,
     check,
     decide,
     evolve,
     exceeded,
+    messages_at,
     remaining,
 )
-from services.agent.runs.events import Event, RunCompleted, RunFailed, RunStarted, StepCompleted, StepKind, StepStarted
+from services.agent.runs.events import (
+    Decision,
+    Event,
+    MessagesTaken,
+    Reason,
+    RunCompleted,
+    RunFailed,
+    RunStarted,
+    RunSuspended,
+    StepCompleted,
+    StepKind,
+    StepSettled,
+    StepStarted,
+)
 
 AGENT = UUID(int=1)
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -45,12 +63,24 @@ def given(*events: Event) -> Given:
     return Given(run)
 
 
-def started(n: int = 1, attempt: int = 1, at: datetime = NOON, version: int = 3) -> RunStarted:
-    return RunStarted(n=n, session_key="s", agent_id=AGENT, agent_version=version, attempt=attempt, at=at)
+def started(n: int = 1, attempt: int = 1, at: datetime = NOON, version: int = 3, messages: int = 1) -> RunStarted:
+    return RunStarted(
+        n=n, session_key="s", agent_id=AGENT, agent_version=version, attempt=attempt, at=at, messages=messages
+    )
 
 
-def begun(n: int, step: int = 1, attempt: int = 1, kind: StepKind = "model", name: str = "m") -> StepStarted:
-    return StepStarted(n=n, session_key="s", step=step, kind=kind, name=name, attempt=attempt)
+def begun(
+    n: int, step: int = 1, attempt: int = 1, kind: StepKind = "model", name: str = "m", digest: str = "", code: str = ""
+) -> StepStarted:
+    return StepStarted(n=n, session_key="s", step=step, kind=kind, name=name, attempt=attempt, digest=digest, code=code)
+
+
+def suspended(n: int, reason: Reason = "approval", step: int = 2, at: datetime = NOON) -> RunSuspended:
+    return RunSuspended(n=n, session_key="s", reason=reason, step=step, name="t", text="why", at=at, arguments=b"a")
+
+
+def settled(n: int, decision: Decision, step: int = 2, content: bytes | None = None) -> StepSettled:
+    return StepSettled(n=n, session_key="s", step=step, decision=decision, by="me", content=content)
 
 
 def ended(n: int, step: int = 1, attempts: int = 1, content: bytes | None = b"x", tokens: int = 0) -> StepCompleted:
@@ -70,7 +100,7 @@ def ended(n: int, step: int = 1, attempts: int = 1, content: bytes | None = b"x"
 
 
 def test_facts_are_counted_from_one() -> None:
-    assert given().when(Start("s", AGENT, 3, NOON)) == [started()]
+    assert given().when(Start("s", AGENT, 3, NOON, 1)) == [started()]
     assert given(started()).when(BeginStep("s", 1, "model", "m", 1)) == [begun(2)]
     assert given(started(), begun(2)).when(EndStep("s", 1, 1, 5, b"x")) == [ended(3)]
     assert given(started(), begun(2), ended(3)).when(Complete("s", b"r")) == [
@@ -79,7 +109,7 @@ def test_facts_are_counted_from_one() -> None:
 
 
 def test_a_run_that_is_taken_over_keeps_its_agents_version_and_its_time() -> None:
-    taken_over = given(started(), begun(2)).when(Start("s", AGENT, 7, NOON + timedelta(seconds=40)))
+    taken_over = given(started(), begun(2)).when(Start("s", AGENT, 7, NOON + timedelta(seconds=40), 9))
     assert taken_over == [started(3, attempt=2, at=NOON + timedelta(seconds=40), version=3)]
     run = given(started(), begun(2), *taken_over).run
     assert remaining(run, Limits(seconds=60), NOON + timedelta(seconds=50)) == 10
@@ -89,7 +119,7 @@ def test_a_step_that_did_not_end_is_begun_again() -> None:
     again = given(started(), begun(2)).when(BeginStep("s", 1, "model", "m", 2))
     assert again == [begun(3, attempt=2)]
     run = given(started(), begun(2), *again, ended(4, attempts=2)).run
-    assert [step.status for step in run.steps] == ["completed"]
+    assert [step.status for step in run.steps.values()] == ["completed"]
 
 
 @pytest.mark.parametrize("content", [b"x", None])
@@ -101,15 +131,88 @@ def test_a_step_that_has_ended_is_never_made_again(content: bytes | None) -> Non
         over.when(EndStep("s", 1, 1, 5, b"y"))
 
 
-def test_steps_leave_no_gap_and_keep_their_kind_and_name() -> None:
-    one = given(started(), begun(2))
-    with pytest.raises(Mismatch, match="step 3 would follow step 1"):
-        one.when(BeginStep("s", 3, "tool", "t", 1))
-    with pytest.raises(Mismatch, match=r"step 1 is model 'm' in the journal, and tool 't' now"):
+def test_a_step_is_what_it_was_in_the_journal() -> None:
+    one = given(started(), begun(2, digest="aa", code="1.0"))
+    with pytest.raises(Mismatch, match=r"step 1 is model 'm' of aa in the journal \(version 1.0\), and tool 't' now:"):
         one.when(BeginStep("s", 1, "tool", "t", 1))
-    with pytest.raises(Mismatch, match="step 2 ends, and the last one begun is 1"):
+    with pytest.raises(Mismatch, match=r"model 'm' of aa in .* and model 'm' of bb now \(version 2.0\)"):
+        one.when(BeginStep("s", 1, "model", "m", 1, "bb", "2.0"))
+    with pytest.raises(Mismatch, match="step 2 ends, and was never begun"):
         one.when(EndStep("s", 2, 1, 5, b"x"))
-    check(one.run, 1, "model", "m")
+    check(one.run, 1, "model", "m", "aa", "2.0")
+    # Older journals have no digest.
+    check(given(started(), begun(2)).run, 1, "model", "m", "aa", "2.0")
+
+
+def test_steps_that_are_made_together_begin_and_end_in_any_order() -> None:
+    run = given(started(), begun(2), ended(3), begun(4, 3), begun(5, 2), ended(6, 2), ended(7, 3)).run
+    assert {n: step.status for n, step in run.steps.items()} == {1: "completed", 2: "completed", 3: "completed"}
+
+
+def test_messages_are_taken_at_a_step_and_stay_there() -> None:
+    assert given(started()).when(TakeMessages("s", 2, 1)) == []
+    taken = given(started()).when(TakeMessages("s", 2, 3))
+    assert taken == [MessagesTaken(n=2, session_key="s", step=2, messages=3)]
+    run = given(started(), *taken, MessagesTaken(n=3, session_key="s", step=4, messages=4)).run
+    assert [messages_at(run, step) for step in range(6)] == [1, 1, 3, 3, 4, 4]
+    # Who takes the run over has the messages that it began with, not those that it has now.
+    assert given(started(), *taken).when(Start("s", AGENT, 3, NOON, 3)) == [started(3, attempt=2)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "decision", "fits"),
+    [
+        ("approval", "approve", True),
+        ("approval", "deny", True),
+        ("approval", "retry", False),
+        ("approval", "skip", False),
+        ("indeterminate", "retry", True),
+        ("indeterminate", "skip", True),
+        ("indeterminate", "approve", False),
+    ],
+)
+def test_a_person_decides_only_what_was_asked(reason: Reason, decision: Decision, fits: bool) -> None:
+    waits = given(started(), begun(2), ended(3), begun(4, 2), ended(5, 2), suspended(6, reason))
+    command = Settle("s", 2, decision, "me", b"c")
+    if fits:
+        assert waits.when(command) == [settled(7, decision, content=b"c")]
+        with pytest.raises(NotWaiting):
+            given(
+                started(), begun(2), ended(3), begun(4, 2), ended(5, 2), suspended(6, reason), settled(7, decision)
+            ).when(command)
+    else:
+        with pytest.raises(NotWaiting):
+            waits.when(command)
+    with pytest.raises(NotWaiting):
+        waits.when(Settle("s", 3, decision, "me"))
+
+
+def test_a_decision_is_found_at_its_step() -> None:
+    asked = given(started(), begun(2), ended(3)).when(Suspend("s", "approval", 2, "t", "why", NOON, b"a"))
+    assert asked == [suspended(4)]
+    run = given(started(), begun(2), ended(3), *asked, settled(5, "deny")).run
+    assert (run.decisions, run.suspended) == ({2: "deny"}, None)
+
+
+def test_an_uncertain_step_is_made_again_or_has_the_result_that_was_given() -> None:
+    history = started(), begun(2), ended(3), begun(4, 2), ended(5, 2), suspended(6, "indeterminate")
+    again = given(*history, settled(7, "retry")).run.steps[2]
+    assert (again.status, again.content, again.settled) == ("started", None, 1)
+    made = given(*history, settled(7, "retry"), begun(8, 2)).run.steps[2]
+    assert made.settled == 1
+    skipped = given(*history, settled(7, "skip", content=b"given")).run.steps[2]
+    assert (skipped.status, skipped.content) == ("completed", b"given")
+
+
+def test_the_time_in_which_a_run_waits_for_a_person_is_not_its_own() -> None:
+    later = NOON + timedelta(days=3)
+    run = given(
+        started(),
+        suspended(2, at=NOON + timedelta(seconds=10)),
+        settled(3, "approve"),
+        started(4, attempt=2, at=later),
+    ).run
+    assert remaining(run, Limits(seconds=60), later) == 50
 
 
 @pytest.mark.parametrize(
@@ -118,7 +221,7 @@ def test_steps_leave_no_gap_and_keep_their_kind_and_name() -> None:
 def test_after_the_end_nothing_more_is_written(end: Event) -> None:
     over = given(started(), end)
     for command in (
-        Start("s", AGENT, 1, NOON),
+        Start("s", AGENT, 1, NOON, 1),
         BeginStep("s", 1, "model", "m", 1),
         EndStep("s", 1, 1, 5, b"x"),
         Complete("s", b"r"),
@@ -135,7 +238,7 @@ def test_a_run_that_never_began_can_fail() -> None:
 def test_limits_are_said_when_they_are_reached() -> None:
     run = given(started(), begun(2), ended(3, tokens=90)).run
     later = NOON + timedelta(seconds=10)
-    assert exceeded(run, Limits(steps=2, seconds=11, tokens=91), later) is None
-    assert exceeded(run, Limits(steps=1), later) == "the limit of 1 steps is reached"
-    assert exceeded(run, Limits(tokens=90), later) == "the limit of 90 tokens is reached"
-    assert exceeded(run, Limits(seconds=10), later) == "the limit of 10 seconds is reached"
+    assert exceeded(run, Limits(steps=2, seconds=11, tokens=91), 2, later) is None
+    assert exceeded(run, Limits(steps=1), 2, later) == "the limit of 1 steps is reached"
+    assert exceeded(run, Limits(tokens=90), 2, later) == "the limit of 90 tokens is reached"
+    assert exceeded(run, Limits(seconds=10), 2, later) == "the limit of 10 seconds is reached"

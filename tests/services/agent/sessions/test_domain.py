@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import get_args
 from uuid import UUID
 
 import pytest
 
-from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, QueueMode, Session, begins_at, decide, evolve
+from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, Busy, QueueMode, Session, begins_at, decide, evolve
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 OLD, NEW = UUID(int=1), UUID(int=2)
+MODES: tuple[QueueMode, ...] = get_args(QueueMode)
 
 
-def accept(session: Session, *, mode: QueueMode = "collect", joinable: bool, busy: bool) -> Session:
+def accept(
+    session: Session,
+    *,
+    mode: QueueMode = "collect",
+    joinable: bool = False,
+    steerable: bool = False,
+    busy: bool,
+    decides: UUID | None = None,
+) -> Session:
     command = Accept(
         message_id=UUID(int=3),
         subject_id="p",
@@ -22,7 +32,9 @@ def accept(session: Session, *, mode: QueueMode = "collect", joinable: bool, bus
         mode=mode,
         new_run_id=NEW,
         joinable=joinable,
+        steerable=steerable,
         busy=busy,
+        decides=decides,
     )
     [event] = decide(command, session)
     return evolve(session, event)
@@ -55,3 +67,26 @@ def test_a_full_run_begins_at_once_and_the_next_message_opens_another() -> None:
 def test_followup_gives_each_message_a_run_without_waiting() -> None:
     session = accept(Session(OLD, 1), mode="followup", joinable=True, busy=True)
     assert session == Session(NEW, 1, waits=False)
+
+
+def test_steering_joins_the_run_under_way() -> None:
+    assert accept(Session(OLD, 1), mode="steer", steerable=True, busy=True) == Session(OLD, 2)
+    assert accept(Session(OLD, 1), mode="steer", joinable=True, busy=True) == Session(OLD, 2)
+    assert accept(Session(OLD, 1), mode="steer", busy=False) == Session(NEW, 1)
+
+
+def test_an_interruption_has_a_run_of_its_own() -> None:
+    for under_way in ({"joinable": True}, {"steerable": True}):
+        assert accept(Session(OLD, 1), mode="interrupt", **under_way, busy=True) == Session(NEW, 1)
+
+
+def test_a_busy_session_may_reject() -> None:
+    with pytest.raises(Busy):
+        accept(Session(OLD, 1), mode="reject", steerable=True, busy=True)
+    assert accept(Session(OLD, 1), mode="reject", busy=False) == Session(NEW, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decision_is_no_question_whatever_the_mode(mode: QueueMode) -> None:
+    before = Session(OLD, 3, waits=True)
+    assert accept(before, mode=mode, joinable=True, steerable=True, busy=True, decides=UUID(int=9)) == before

@@ -1,0 +1,201 @@
+"""A run that waits for a person: whether a tool may be called, or what has become of a call."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from infra.testing.model_server import Says
+from infra.testing.peers import CALCULATOR, WEATHER
+from protos.plugin.v1 import plugin_pb2
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+UNKNOWN = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_UNKNOWN, error="it did not answer")
+BERN = (WEATHER, '{"city":"Bern"}')
+
+
+async def careful(tenant: Tenant, **more: Any) -> str:
+    """An agent that asks before it looks at the weather."""
+    return await tenant.agent(tools=[WEATHER, CALCULATOR], approval=[WEATHER], **more)
+
+
+async def waiting(tenant: Tenant) -> dict[str, Any]:
+    """The tenant's run that waits for a person."""
+
+    async def found() -> dict[str, Any] | None:
+        items = (await tenant.call("GET", "/api/v1/runs"))["items"]
+        return next((item for item in items if item["waiting"]), None)
+
+    run = await tenant.world.platform.until(found)
+    assert run
+    return run
+
+
+def told(world: World) -> str:
+    """What the model was last told of a tool."""
+    return str(world.models.requests[-1].body["messages"][-1]["content"])
+
+
+async def test_a_call_waits_for_its_approval_and_holds_nothing(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    calls = dict(world.peers.plugin.calls)
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    run_id = await tenant.say(agent, "Weather?")
+    run = await waiting(tenant)
+    assert (run["id"], run["status"]) == (run_id, "waiting")
+    waits = run["waiting"]
+    assert (waits["reason"], waits["step"], waits["tool"], json.loads(waits["arguments"])) == (
+        "approval",
+        2,
+        WEATHER,
+        {"city": "Bern"},
+    )
+    assert world.peers.plugin.calls == calls
+    async with world.platform.database("agent").begin() as tx:
+        [(state,)] = await tx.sql("SELECT state FROM lane_item WHERE item_id = $1", run_id)
+    assert state == "done"
+    # Its session goes on meanwhile.
+    other = await tenant.over(await tenant.say(agent, "hello"))
+    assert other["reply"] == "You said: hello"
+
+    world.models.script(MODEL, Says("It rains."))
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", json={"approved": True})
+    run = await tenant.over(run_id)
+    assert (run["status"], run["reply"], run["waiting"]) == ("completed", "It rains.", None)
+    assert json.loads(told(world)) == {"result": "weather of Bern"}
+    facts = [fact for fact in await tenant.sent("agent.events") if fact["run_id"] == run_id]
+    assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
+    assert [fact["tool"] for fact in facts if "tool" in fact] == [WEATHER]
+    acts = [act["action"] for act in await tenant.sent("audit.logs") if act["object_id"] == run_id]
+    assert acts == ["run.approve"]
+
+
+async def test_a_call_that_is_denied_is_not_made(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    calls = dict(world.peers.plugin.calls)
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Then not."))
+    run_id = await tenant.say(agent, "Weather?")
+    await waiting(tenant)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", json={"approved": False})
+    run = await tenant.over(run_id)
+    assert (run["status"], run["reply"]) == ("completed", "Then not.")
+    assert told(world) == "Error: a person has refused this call"
+    assert [(step["kind"], step["status"]) for step in run["steps"]] == [
+        ("model", "completed"),
+        ("tool", "failed"),
+        ("model", "completed"),
+    ]
+    assert world.peers.plugin.calls == calls
+
+
+@pytest.mark.parametrize(("answer", "status"), [("Yes!", "completed"), ("不行。", "failed")])
+async def test_the_person_in_the_chat_decides(world: World, tenant: Tenant, answer: str, status: str) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    await tenant.receive(agent, "Weather?")
+    run = await waiting(tenant)
+    [question] = await tenant.sent("channel.outbound")
+    assert question["text"] == f"May I use {WEATHER} with {BERN[1]}? Please answer yes or no."
+    await tenant.receive(agent, answer)
+    [over] = await tenant.runs(1)
+    assert over["id"] == run["id"]
+    assert over["steps"][1]["status"] == status
+    assert [send["text"] for send in await tenant.sent("channel.outbound")] == [question["text"], "Done."]
+    # The decision was no question: the next run does not hear of it.
+    await tenant.receive(agent, "Next")
+    await tenant.runs(2)
+    turns = [message["content"] for message in world.models.requests[-1].body["messages"][1:]]
+    assert turns == ["Weather?", "Done.", "Next"]
+
+
+async def test_of_calls_made_together_none_is_made_before_all_may_be(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    calls = dict(world.peers.plugin.calls)
+    world.models.script(MODEL, Says(calls=((CALCULATOR, '{"expression":"1+1"}'), BERN, BERN)), Says("All done."))
+    run_id = await tenant.say(agent, "Everything?")
+    for step, approved in ((3, True), (4, False)):
+
+        async def asks(step: int = step) -> bool:
+            waits = (await tenant.run(run_id))["waiting"]
+            return bool(waits and waits["step"] == step)
+
+        await world.platform.until(asks)
+        assert world.peers.plugin.calls == calls
+        await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", json={"approved": approved})
+    run = await tenant.over(run_id)
+    assert [(step["n"], step["status"]) for step in run["steps"]] == [
+        (1, "completed"),
+        (2, "completed"),
+        (3, "completed"),
+        (4, "failed"),
+        (5, "completed"),
+    ]
+    told = [message["content"] for message in world.models.requests[-1].body["messages"][-3:]]
+    assert json.loads(told[0]) == {"result": "calculator of 1+1"}
+    assert json.loads(told[1]) == {"result": "weather of Bern"}
+    assert told[2] == "Error: a person has refused this call"
+
+
+async def test_a_run_that_waits_is_cancelled_at_once_and_decided_no_more(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    run_id = await tenant.say(agent, "Weather?")
+    await waiting(tenant)
+    answer = await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
+    assert answer["status"] == "cancelled"
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", expect=409, json={"approved": True})
+
+
+async def test_who_may_not_decide_changes_nothing(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    run_id = await tenant.say(agent, "Weather?")
+    await waiting(tenant)
+    path = f"/api/v1/runs/{run_id}"
+    await world.tenant().call("POST", f"{path}/approval", expect=404, json={"approved": True})
+    await tenant.call("POST", f"{path}/approval", expect=422, json={"approved": "perhaps"})
+    await tenant.call("POST", f"{path}/resolution", expect=409, json={"action": "retry"})
+    await tenant.call("POST", f"{path}/resolution", expect=409, json={"action": "fail"})
+    done = await tenant.over(await tenant.say(agent, "hello", session="other"))
+    await tenant.call("POST", f"/api/v1/runs/{done['id']}/approval", expect=409, json={"approved": True})
+    assert (await tenant.run(run_id))["status"] == "waiting"
+
+
+async def indeterminate(world: World, tenant: Tenant) -> str:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.peers.plugin.outcomes[WEATHER] = [UNKNOWN]
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("It is over."))
+    run_id = await tenant.say(agent, "Weather?")
+    run = await waiting(tenant)
+    assert (run["status"], run["error"]) == ("indeterminate", f"{WEATHER}: it did not answer")
+    return run_id
+
+
+async def test_an_operator_has_an_uncertain_call_made_again_with_another_key(world: World, tenant: Tenant) -> None:
+    before = set(world.peers.plugin.calls)
+    run_id = await indeterminate(world, tenant)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/resolution", json={"action": "retry"})
+    run = await tenant.over(run_id)
+    assert (run["status"], run["reply"], run["error"]) == ("completed", "It is over.", None)
+    assert json.loads(told(world)) == {"result": "weather of Bern"}
+    assert len(set(world.peers.plugin.calls) - before) == 2
+
+
+async def test_an_operator_gives_the_result_of_an_uncertain_call(world: World, tenant: Tenant) -> None:
+    run_id = await indeterminate(world, tenant)
+    resolution = {"action": "skip", "result": {"sun": True}}
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/resolution", json=resolution)
+    run = await tenant.over(run_id)
+    assert (run["status"], run["reply"]) == ("completed", "It is over.")
+    assert json.loads(told(world)) == {"sun": True}
+
+
+async def test_an_operator_lets_an_uncertain_run_fail(world: World, tenant: Tenant) -> None:
+    run_id = await indeterminate(world, tenant)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/resolution", json={"action": "fail"})
+    world.models.forget(MODEL)
+    run = await tenant.run(run_id)
+    assert (run["status"], run["error"]) == ("failed", f"given up by an operator: {WEATHER}: it did not answer")
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/resolution", expect=409, json={"action": "retry"})

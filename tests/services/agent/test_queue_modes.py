@@ -1,0 +1,140 @@
+"""What happens with a message that comes while a run of its session is busy."""
+
+from __future__ import annotations
+
+import asyncio
+
+from infra.testing.model_server import Says
+from infra.testing.peers import WEATHER
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+
+async def asked(world: World, tenant: Tenant, count: int) -> None:
+    """Waits until the model was asked so often by this tenant's agent."""
+
+    async def enough() -> bool:
+        return len(of(world, tenant)) >= count
+
+    await world.platform.until(enough)
+
+
+def of(world: World, tenant: Tenant) -> list[list[str]]:
+    """What the model was told each time, without the system prompt; the tenant's id is in the prompt."""
+    return [
+        [message["content"] for message in request.body["messages"][1:] if message["content"]]
+        for request in world.models.asked(MODEL)
+        if tenant.id in request.system
+    ]
+
+
+async def test_steering_reaches_the_run_before_its_next_step(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="steer", tools=[WEATHER], system_prompt=tenant.id)
+    go = asyncio.Event()
+    world.models.script(
+        MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),), waits=go), Says("Rain in Bern, sun in Rome.")
+    )
+    first = await tenant.say(agent, "Bern?")
+    await asked(world, tenant, 1)
+    assert await tenant.say(agent, "And Rome?") == first
+    go.set()
+    run = await tenant.over(first)
+    assert (run["status"], run["reply"]) == ("completed", "Rain in Bern, sun in Rome.")
+    # In the place where it came, and the sender's words verbatim as the last ones.
+    assert of(world, tenant)[1][0] == "Bern?"
+    assert of(world, tenant)[1][-1] == "And Rome?"
+    facts = await tenant.sent("agent.events")
+    assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
+    assert [(fact["step"], fact["messages"]) for fact in facts if "messages" in fact] == [(3, 2)]
+
+
+async def test_a_draft_that_does_not_answer_all_is_written_anew(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="steer", system_prompt=tenant.id)
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("One.", waits=go), Says("One and two."))
+    await tenant.receive(agent, "a")
+    await asked(world, tenant, 1)
+    await tenant.receive(agent, "b")
+
+    async def joined() -> bool:
+        async with world.platform.database("agent").begin() as tx:
+            [(count,)] = await tx.sql("SELECT count(*) FROM message WHERE tenant_id = $1", tenant.id)
+        return bool(count == 2)
+
+    await world.platform.until(joined)
+    go.set()
+    [run] = await tenant.runs(1)
+    assert run["reply"] == "One and two."
+    assert of(world, tenant) == [["a"], ["a", "b"]]
+    assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["One and two."]
+    # Both model calls were made, and are paid for.
+    assert len(await tenant.sent("usage.records")) == 2
+
+
+async def test_no_steered_message_is_left_unanswered(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="steer", system_prompt=tenant.id)
+
+    async def burst(n: int) -> None:
+        # At different moments of the runs before: while they are queued, begin, run, end.
+        await asyncio.sleep(0.02 * (n % 15))
+        await tenant.say(agent, f"<{n}>")
+
+    await asyncio.gather(*(burst(n) for n in range(30)))
+
+    async def all_over() -> bool:
+        items = (await tenant.call("GET", "/api/v1/runs", params={"limit": 200}))["items"]
+        return all(item["status"] == "completed" for item in items)
+
+    await world.platform.until(all_over)
+    last = of(world, tenant)[-1]
+    answered = [text for turn in last for text in turn.split("\n") if text.startswith("<")]
+    assert sorted(answered) == sorted(f"<{n}>" for n in range(30))
+
+
+async def test_an_interruption_cancels_what_is_under_way_and_queued(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="interrupt", system_prompt=tenant.id)
+    world.models.script(MODEL, Says("A long text", stalls_after=1))
+    first = await tenant.say(agent, "a")
+    await asked(world, tenant, 1)
+    second = await tenant.say(agent, "b")
+    assert second != first
+    run = await tenant.over(second)
+    assert (run["status"], run["reply"]) == ("completed", "You said: b")
+    run = await tenant.over(first)
+    assert (run["status"], run["error"]) == ("cancelled", "interrupted by a newer message")
+    # What was not answered is not forgotten.
+    assert of(world, tenant)[-1] == ["a", "b"]
+
+
+async def test_a_busy_session_rejects_and_an_idle_one_answers(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="reject", system_prompt=tenant.id)
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("One.", waits=go))
+    first = await tenant.say(agent, "a")
+    await asked(world, tenant, 1)
+    path = f"/api/v1/agents/{agent}/sessions/s/messages"
+    problem = await tenant.call("POST", path, expect=409, json={"text": "b", "idempotency_key": "k"})
+    assert "busy" in problem["detail"]
+    go.set()
+    await tenant.over(first)
+    # Nothing was kept of it: the same key may try again.
+    again = await tenant.over(await tenant.say(agent, "b", idempotency_key="k"))
+    assert again["reply"] == "You said: b"
+
+
+async def test_a_person_in_a_chat_is_told_that_the_session_is_busy(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="reject", system_prompt=tenant.id)
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("One.", waits=go))
+    await tenant.receive(agent, "a")
+    await asked(world, tenant, 1)
+    await tenant.receive(agent, "b")
+    [refused] = await tenant.runs(1)
+    assert (refused["status"], refused["error"]) == (
+        "refused",
+        "the session is busy, and its agent rejects messages then",
+    )
+    [send] = await tenant.sent("channel.outbound")
+    assert (send["text"].startswith("I am still busy"), send["run_id"]) == (True, refused["id"])
+    go.set()
+    await tenant.runs(2)
+    assert [send["text"] for send in await tenant.sent("channel.outbound")][1:] == ["One."]
