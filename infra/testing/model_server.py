@@ -32,7 +32,7 @@ class Says:
     """An answer. `calls`: tools to call, each its name and its arguments as JSON text.
 
     usage: input (cached included), cached, output (reasoning included), reasoning; None: not reported.
-    stalls_after: after so many pieces of the text nothing more comes.
+    stalls_after: after so many pieces of the text nothing more comes. cut_after: after so many the connection breaks.
     whole: in one piece, though a stream was asked for. waits: nothing comes before it is set.
     """
 
@@ -40,6 +40,7 @@ class Says:
     calls: tuple[tuple[str, str], ...] = ()
     usage: tuple[int, int, int, int] | None = (12, 0, 5, 0)
     stalls_after: int | None = None
+    cut_after: int | None = None
     whole: bool = False
     waits: asyncio.Event | None = None
 
@@ -137,13 +138,15 @@ class ModelServer:
         events: Iterator[str] = shape.events(
             asked.model, answer.pieces, answer.calls, answer.usage if wants_usage else None
         )
-        if answer.stalls_after is not None:
+        if (most := answer.stalls_after if answer.cut_after is None else answer.cut_after) is not None:
             sent = 0
             for event in events:
                 yield event
                 sent += any(json.dumps(piece) in event for piece in answer.pieces)
-                if sent >= answer.stalls_after:
+                if sent >= most:
                     break
+            if answer.cut_after is not None:
+                raise ConnectionAbortedError("scripted: cut off")
             await self._closing.wait()
             return
         for event in events:

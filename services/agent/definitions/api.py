@@ -26,21 +26,29 @@ def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(prefix="/api/v1/agents", tags=["agents"])
     plugin = adapters.plugin(runtime)
 
-    async def check(tenant_id: str, definition: NewAgent, has_key: bool) -> None:
+    async def reachable(field: str, model: str, provider: Provider | None, key: bytes | None) -> None:
+        base_url = provider.base_url if provider else None
+        if not model.startswith("scripted/") and key is None and not base_url:
+            raise InvalidMessage(f"{field}.api_key", "is missing")
+        if base_url:
+            try:
+                await runtime.outgoing.check(base_url)
+            except InvalidMessage as error:
+                raise InvalidMessage(f"{field}.base_url", error.reason) from error
+            except Transient:
+                pass  # a name that does not resolve now may later
+
+    async def check(tenant_id: str, definition: NewAgent, keys: store.Keys) -> None:
         """Raises InvalidMessage for what cannot work: no key, an address inside, a tool that is not there."""
-        provider = definition.provider or Provider()
+        await reachable("provider", definition.model, definition.provider, keys.own)
+        if fallback := definition.fallback:
+            if fallback.provider is None and fallback.model.partition("/")[0] != definition.model.partition("/")[0]:
+                raise InvalidMessage("fallback.provider", "is missing: the agent's own is of another family")
+            if fallback.provider:
+                await reachable("fallback.provider", fallback.model, fallback.provider, keys.fallback)
         for n, name in enumerate(definition.approval):
             if name not in definition.tools:
                 raise InvalidMessage(f"approval[{n}]", f"{name} is none of the agent's tools")
-        if not definition.model.startswith("scripted/") and not (has_key or provider.base_url):
-            raise InvalidMessage("provider.api_key", "is missing")
-        if provider.base_url:
-            try:
-                await runtime.outgoing.check(provider.base_url)
-            except InvalidMessage as error:
-                raise InvalidMessage("provider.base_url", error.reason) from error
-            except Transient:
-                pass  # a name that does not resolve now may later
         if definition.tools:
             request = plugin_pb2.ToolsRequest(names=definition.tools)
             try:
@@ -52,16 +60,26 @@ def router(runtime: Runtime) -> APIRouter:
                 if name not in found:
                     raise InvalidMessage(f"tools[{n}]", f"there is no tool {name} that this tenant may use")
 
+    def sealed(tenant_id: str, agent_id: UUID, body: NewAgent) -> store.Keys:
+        """The keys that the body gives."""
+        providers = body.provider, body.fallback.provider if body.fallback else None
+        given = (provider.api_key if provider else None for provider in providers)
+        return store.Keys(
+            *(
+                store.seal_key(runtime.cipher, tenant_id, agent_id, key.get_secret_value()) if key else None
+                for key in given
+            )
+        )
+
     @routes.post("", status_code=201, response_model=AgentView)
     async def create_agent(body: NewAgent, who: Writer, request: Request) -> Response:
-        """Makes an agent. The provider's api_key is stored sealed and never shown."""
-        key = body.provider.api_key if body.provider else None
-        await check(who.tenant_id, body, key is not None)
+        """Makes an agent. A provider's api_key is stored sealed and never shown."""
+        agent_id = uuid7()
+        keys = sealed(who.tenant_id, agent_id, body)
+        await check(who.tenant_id, body, keys)
 
         async def work(tx: Tx) -> tuple[int, AgentView]:
-            agent_id = uuid7()
-            sealed = store.seal_key(runtime.cipher, who.tenant_id, agent_id, key.get_secret_value()) if key else None
-            agent = await store.insert(tx, agent_id, body, sealed, who.actor)
+            agent = await store.insert(tx, agent_id, body, keys, who.actor)
             audit(tx, who.actor, "agent.create", "agent", str(agent_id), model=body.model)
             return 201, agent.view()
 
@@ -85,16 +103,13 @@ def router(runtime: Runtime) -> APIRouter:
     @routes.patch("/{agent_id}")
     async def change_agent(agent_id: UUID, body: AgentChange, who: Writer) -> AgentView:
         """Changes what is given. Runs under way keep to the version that they began with."""
+        new = sealed(who.tenant_id, agent_id, body)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             before = await store.load(tx, agent_id)
-        await check(who.tenant_id, _merged(before, body), _keeps_key(before, body) or _new_key(body) is not None)
+        await check(who.tenant_id, _merged(before, body), _keys(before, body, new))
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             agent = await store.lock(tx, agent_id)
-            if new := _new_key(body):
-                sealed: bytes | None = store.seal_key(runtime.cipher, who.tenant_id, agent_id, new)
-            else:
-                sealed = agent.api_key if _keeps_key(agent, body) else None
-            changed = await store.change(tx, agent, _merged(agent, body), sealed, who.actor)
+            changed = await store.change(tx, agent, _merged(agent, body), _keys(agent, body, new), who.actor)
             audit(
                 tx,
                 who.actor,
@@ -114,16 +129,17 @@ def _merged(agent: store.StoredAgent, change: AgentChange) -> NewAgent:
     return agent.definition.model_copy(update={"enabled": agent.enabled} | update)
 
 
-def _new_key(change: AgentChange) -> str | None:
-    provider = change.provider
-    return provider.api_key.get_secret_value() if provider and provider.api_key else None
-
-
-def _keeps_key(agent: store.StoredAgent, change: AgentChange) -> bool:
+def _keys(agent: store.StoredAgent, change: AgentChange, new: store.Keys) -> store.Keys:
     """A key goes on only to the address that it was given for: a new one could be anybody's."""
-    if agent.api_key is None:
-        return False
-    if "provider" not in change.model_fields_set:
-        return True
-    before = agent.definition.provider.base_url if agent.definition.provider else None
-    return change.provider is not None and change.provider.base_url == before
+    before, after = agent.definition, _merged(agent, change)
+    own, fallback = agent.keys
+    if _base_url(before.provider) != _base_url(after.provider) or after.provider is None:
+        own = None
+    was, becomes = (definition.fallback.provider if definition.fallback else None for definition in (before, after))
+    if _base_url(was) != _base_url(becomes) or becomes is None:
+        fallback = None
+    return store.Keys(new.own or own, new.fallback or fallback)
+
+
+def _base_url(provider: Provider | None) -> str | None:
+    return provider.base_url if provider else None

@@ -82,8 +82,15 @@ class Provider(_Body):
     api_key: SecretStr | None = Field(default=None, min_length=1, max_length=1000)
 
 
+class Fallback(_Body):
+    """A model that is asked where the agent's own gives no answer. provider: null is the agent's own."""
+
+    model: ModelName
+    provider: Provider | None = None
+
+
 class NewAgent(_Body):
-    """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the provider's key.
+    """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the providers' keys.
 
     approval: those of the tools that a person has to allow, call by call.
     """
@@ -94,6 +101,7 @@ class NewAgent(_Body):
     system_prompt: str = Field(default="", max_length=100_000)
     tools: ToolNames = ()
     approval: ToolNames = ()
+    fallback: Fallback | None = None
     knowledge: bool = False
     queue_mode: QueueMode = "collect"
     budget: Budget | None = None
@@ -104,7 +112,8 @@ class NewAgent(_Body):
 class AgentChange(NewAgent):
     """The body of ``PATCH /api/v1/agents/{id}``: what is given is changed, all else stays.
 
-    A provider given without its api_key keeps the key that is stored, unless the base_url changes.
+    A provider given without its api_key keeps the key that is stored, unless the base_url changes; so does that of the
+    fallback.
     """
 
     name: Name = ""
@@ -115,6 +124,13 @@ class ProviderView(BaseModel):
     """A provider without its key."""
 
     base_url: str | None
+
+
+class FallbackView(BaseModel):
+    """A fallback without its key."""
+
+    model: str
+    provider: ProviderView | None
 
 
 class AgentView(BaseModel):
@@ -128,6 +144,7 @@ class AgentView(BaseModel):
     system_prompt: str
     tools: tuple[str, ...]
     approval: tuple[str, ...]
+    fallback: FallbackView | None
     knowledge: bool
     queue_mode: QueueMode
     budget: Budget | None

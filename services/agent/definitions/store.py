@@ -5,96 +5,117 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from infra.crypto import Cipher
 from infra.errors import NotFound
 from infra.tx import Tx
-from services.agent.definitions.models import AgentView, NewAgent, ProviderView
+from services.agent.definitions.models import AgentView, FallbackView, NewAgent, Provider, ProviderView
 from services.agent.models.contract import Endpoint
 from services.agent.sessions.domain import QueueMode
 
 _PURPOSE = "model provider key"
 _COLUMNS = (
-    "a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, a.created_at, v.created_at "
+    "a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, v.fallback_key, a.created_at, v.created_at "
     "FROM agent a JOIN agent_version v ON v.agent_id = a.id"
 )
 
 
+class Keys(NamedTuple):
+    """Keys of an agent's provider and of its fallback's."""
+
+    own: bytes | None = None
+    fallback: bytes | None = None
+
+
 @dataclass(frozen=True)
 class StoredAgent:
-    """One version of an agent. api_key: sealed. updated_at: when the version was made."""
+    """One version of an agent. keys: sealed. updated_at: when the version was made."""
 
     id: UUID
     tenant_id: str
     version: int
     enabled: bool
     definition: NewAgent
-    api_key: bytes | None
+    keys: Keys
     created_at: datetime
     updated_at: datetime
 
-    def endpoint(self, cipher: Cipher) -> Endpoint:
-        """Where its model is asked, with the key in the open."""
-        provider = self.definition.provider
-        key = cipher.open(self.api_key, _PURPOSE, self.tenant_id, str(self.id)).decode() if self.api_key else None
+    def models(self, cipher: Cipher) -> list[tuple[str, Endpoint]]:
+        """The models to be asked, one after the other, and where, with the keys in the open."""
+        definition = self.definition
+        own = definition.model, self._endpoint(cipher, definition.provider, self.keys.own)
+        if definition.fallback is None:
+            return [own]
+        fallback = definition.fallback
+        if fallback.provider is None:
+            return [own, (fallback.model, own[1])]
+        return [own, (fallback.model, self._endpoint(cipher, fallback.provider, self.keys.fallback))]
+
+    def _endpoint(self, cipher: Cipher, provider: Provider | None, sealed: bytes | None) -> Endpoint:
+        key = cipher.open(sealed, _PURPOSE, self.tenant_id, str(self.id)).decode() if sealed else None
         return Endpoint(provider.base_url if provider else None, key)
 
     def view(self) -> AgentView:
         definition = self.definition
-        provider = ProviderView(base_url=definition.provider.base_url) if definition.provider else None
+        fallback = definition.fallback
         return AgentView(
-            **definition.model_dump(exclude={"provider", "enabled"}),
+            **definition.model_dump(exclude={"provider", "fallback", "enabled"}),
             id=self.id,
             version=self.version,
-            provider=provider,
+            provider=_shown(definition.provider),
+            fallback=FallbackView(model=fallback.model, provider=_shown(fallback.provider)) if fallback else None,
             enabled=self.enabled,
             created_at=self.created_at,
             updated_at=self.updated_at,
         )
 
 
+def _shown(provider: Provider | None) -> ProviderView | None:
+    return ProviderView(base_url=provider.base_url) if provider else None
+
+
 def seal_key(cipher: Cipher, tenant_id: str, agent_id: UUID, key: str) -> bytes:
     return cipher.seal(key, _PURPOSE, tenant_id, str(agent_id))
 
 
-async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, api_key: bytes | None, created_by: str) -> StoredAgent:
+async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: Keys, created_by: str) -> StoredAgent:
     await tx.sql(
         "INSERT INTO agent (id, tenant_id, version, enabled) VALUES ($1, $2, 1, $3)",
         agent_id,
         tx.tenant_id,
         definition.enabled,
     )
-    await _insert_version(tx, agent_id, 1, definition, api_key, created_by)
+    await _insert_version(tx, agent_id, 1, definition, keys, created_by)
     return await load(tx, agent_id)
 
 
-async def change(
-    tx: Tx, agent: StoredAgent, definition: NewAgent, api_key: bytes | None, changed_by: str
-) -> StoredAgent:
+async def change(tx: Tx, agent: StoredAgent, definition: NewAgent, keys: Keys, changed_by: str) -> StoredAgent:
     """Makes the next version, unless only `enabled` differs. The agent's row is locked by `lock`."""
-    if (definition.model_copy(update={"enabled": True}), api_key) != (
+    if (definition.model_copy(update={"enabled": True}), keys) != (
         agent.definition.model_copy(update={"enabled": True}),
-        agent.api_key,
+        agent.keys,
     ):
-        await _insert_version(tx, agent.id, agent.version + 1, definition, api_key, changed_by)
+        await _insert_version(tx, agent.id, agent.version + 1, definition, keys, changed_by)
         await tx.sql("UPDATE agent SET version = version + 1 WHERE id = $1", agent.id)
     await tx.sql("UPDATE agent SET enabled = $2 WHERE id = $1", agent.id, definition.enabled)
     return await load(tx, agent.id)
 
 
 async def _insert_version(
-    tx: Tx, agent_id: UUID, version: int, definition: NewAgent, api_key: bytes | None, created_by: str
+    tx: Tx, agent_id: UUID, version: int, definition: NewAgent, keys: Keys, created_by: str
 ) -> None:
     await tx.sql(
-        "INSERT INTO agent_version (agent_id, version, tenant_id, definition, api_key, created_by) "
-        "VALUES ($1, $2, $3, $4, $5, $6)",
+        "INSERT INTO agent_version (agent_id, version, tenant_id, definition, api_key, fallback_key, created_by) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7)",
         agent_id,
         version,
         tx.tenant_id,
-        definition.model_dump_json(exclude={"enabled": True, "provider": {"api_key"}}),
-        api_key,
+        definition.model_dump_json(
+            exclude={"enabled": True, "provider": {"api_key"}, "fallback": {"provider": {"api_key"}}}
+        ),
+        *keys,
         created_by,
     )
 
@@ -139,14 +160,14 @@ async def queue_mode(tx: Tx, agent_id: UUID) -> QueueMode:
 
 
 def _stored(row: Sequence[Any]) -> StoredAgent:
-    id_, tenant_id, version, enabled, definition, api_key, created_at, updated_at = row
+    id_, tenant_id, version, enabled, definition, own, fallback, created_at, updated_at = row
     return StoredAgent(
         id_,
         tenant_id,
         version,
         enabled,
         NewAgent.model_validate_json(definition),
-        None if api_key is None else bytes(api_key),
+        Keys(*(None if key is None else bytes(key) for key in (own, fallback))),
         created_at,
         updated_at,
     )

@@ -1,4 +1,4 @@
-"""Why a run is to be cancelled, the lane item that executes it, and messages that decide instead of asking."""
+"""Why a run is to be cancelled, the lane item that executes it, messages that decide instead of asking; fallbacks."""
 
 from alembic import op
 
@@ -13,3 +13,5 @@ def upgrade() -> None:
     # Null: the first, whose id is the run's.
     op.execute("ALTER TABLE run ADD COLUMN item_id uuid")
     op.execute("ALTER TABLE message ADD COLUMN decides boolean NOT NULL DEFAULT false")
+    # Sealed: the key of the fallback's provider.
+    op.execute("ALTER TABLE agent_version ADD COLUMN fallback_key bytea")

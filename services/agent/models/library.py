@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx2
 
 from services.agent.models import scripted
+from services.agent.models.breaker import Breaker
 from services.agent.models.contract import Endpoint, Model
 from services.agent.models.providers import Providers
 
@@ -15,6 +16,11 @@ class Models:
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
         self._providers = Providers(transport)
         self._scripted = scripted.Scripted()
+        self._breaker = Breaker()
 
     def model(self, name: str, endpoint: Endpoint) -> Model:
-        return self._scripted if name == scripted.NAME else self._providers.model(name, endpoint)
+        if name == scripted.NAME:
+            return self._scripted
+        # By the key, too: what one tenant's is refused for says nothing of another's.
+        circuit = name.partition("/")[0], endpoint
+        return self._breaker.guard(circuit, self._providers.model(name, endpoint))

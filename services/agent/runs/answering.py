@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from uuid import UUID
 
@@ -44,6 +44,9 @@ from services.agent.runs.ending import FAILED, NO_CREDIT, UNCERTAIN, Ended, Susp
 from services.agent.runs.steps import Journal, Metered, Scope, Step, StepFailed, ToolResult, digest
 
 MODEL_ATTEMPTS = 5
+# Of a model that has a fallback.
+HASTY_ATTEMPTS = 2
+HASTY_PAUSE = timedelta(seconds=2)
 TOOL_ATTEMPTS = 3
 TOOL_SECONDS = 60.0
 RETRIEVE_SECONDS = 10.0
@@ -76,11 +79,12 @@ Arrived = Callable[[int], Awaitable[Sequence[str]]]
 
 @dataclass
 class Answering:
-    """One attempt of one run. arrived: what has come while it runs."""
+    """One attempt of one run. models: by name, each asked where the one before gives no answer. arrived: what has come
+    while it runs."""
 
     peers: Peers
     agent: NewAgent
-    model: Model
+    models: Sequence[tuple[str, Model]]
     scope: Scope
     journal: Journal
     spending: Spending
@@ -150,8 +154,21 @@ class Answering:
         return tuple(Tool(tool.name, tool.description, msgspec.json.decode(tool.schema_json)) for tool in reply.tools)
 
     async def _ask(self, prompt: Prompt, of: str) -> Answer:
-        hold, nanos = await self._reserve(prompt) if self.journal.next_is_new() else (None, 0)
-        family, _, own_name = self.agent.model.partition("/")
+        """The answer of the first model that gives one. Raises Ended."""
+        *others, (last, model) = self.models
+        for name, other in others:
+            # Where there is another one it is not waited for for long.
+            with suppress(StepFailed):
+                step = Step("model", name, "repeatable", of, HASTY_ATTEMPTS, patience=HASTY_PAUSE)
+                return await self._ask_one(name, other, prompt, step)
+        try:
+            return await self._ask_one(last, model, prompt, Step("model", last, "repeatable", of, MODEL_ATTEMPTS))
+        except StepFailed as error:
+            raise Ended("failed", str(error), FAILED) from error
+
+    async def _ask_one(self, name: str, model: Model, prompt: Prompt, step: Step) -> Answer:
+        hold, nanos = await self._reserve(name, prompt) if self.journal.next_is_new() else (None, 0)
+        family, _, own_name = name.partition("/")
         attributes: dict[str, telemetry.Value] = {
             "gen_ai.operation.name": "chat",
             "gen_ai.provider.name": _PROVIDERS.get(family, family),
@@ -170,28 +187,25 @@ class Answering:
                     written += len(text.encode())
                     await deltas(text)
 
-                answer = await self.model.answer(prompt, on_text)
+                answer = await model.answer(prompt, on_text)
                 _note_answer(span, answer)
                 assert hold
-                return answer, Metered(self.agent.model, answer.usage, hold, nanos)
+                return answer, Metered(name, answer.usage, hold, nanos)
 
             def lost(elsewhere: bool) -> Metered | None:
                 """Providers charge what they have begun to answer; of an attempt elsewhere that must be assumed."""
                 if not written and not elsewhere:
                     return None
                 usage = Usage(input_tokens=_tokens(len(msgspec.json.encode(prompt))), output_tokens=_tokens(written))
-                return Metered(self.agent.model, usage, None)
+                return Metered(name, usage, None)
 
             try:
-                step = Step("model", self.agent.model, "repeatable", of, MODEL_ATTEMPTS, lost)
-                return await self.journal.step(step, call, Answer)
-            except (StepFailed, Ended) as error:
+                return await self.journal.step(replace(step, lost=lost), call, Answer)
+            except (StepFailed, Ended):
                 await self._release(hold)
-                if isinstance(error, Ended):
-                    raise
-                raise Ended("failed", str(error), FAILED) from error
+                raise
 
-    async def _reserve(self, prompt: Prompt) -> tuple[UUID, int]:
+    async def _reserve(self, model: str, prompt: Prompt) -> tuple[UUID, int]:
         """The hold for the next model call, the same at each attempt, and what it holds. Raises Ended where there is no
         credit for it."""
         quantities = {"input_tokens": _input_tokens(prompt), "output_tokens": prompt.max_output_tokens or OUTPUT_TOKENS}
@@ -199,7 +213,7 @@ class Answering:
         expires = timedelta(seconds=self.scope.limits.seconds) + HOLD_MARGIN
         request = billing_pb2.ReserveRequest(
             hold_id=str(hold),
-            resource=self.agent.model,
+            resource=model,
             quantities=quantities,
             expires_in_ms=int(expires / timedelta(milliseconds=1)),
         )

@@ -155,13 +155,13 @@ class Executor:
             "claw.run.attempt": scope.journal.attempts,
         }
         with telemetry.span(f"invoke_agent {definition.name}", attributes=attributes):
-            model = self._models.model(definition.model, agent.endpoint(self._cipher))
+            models = [(name, self._models.model(name, endpoint)) for name, endpoint in agent.models(self._cipher)]
             journal = Journal(scope, effects, self._watch)
             spending = Spending(
                 effects, self._peers.billing, tenant_id=scope.tenant_id, agent_id=agent.id, run_id=scope.run_id
             )
             arrived = partial(self._arrived, effects, scope.run_id)
-            answering = Answering(self._peers, definition, model, scope, journal, spending, arrived)
+            answering = Answering(self._peers, definition, models, scope, journal, spending, arrived)
             return await answering.answer(begun.asked)
 
     async def _arrived(self, effects: Effects, run_id: UUID, skipped: int) -> Sequence[str]:

@@ -6,6 +6,7 @@ Before the call *started* is committed, with the fact; after it what came out, w
 from __future__ import annotations
 
 import hashlib
+import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -98,9 +99,11 @@ class Scope:
 
 @dataclass(frozen=True)
 class Step:
-    """What is to be done. digest: of what goes into it. attempts: how often what passes by itself is tried; None: as
-    long as the run has time. lost: what an attempt is reckoned to have used that did not come to an answer; the
-    argument says whether another process made it.
+    """What is to be done. digest: of what goes into it.
+
+    attempts: how often what passes by itself is tried; None: as long as the run has time. patience: the longest pause
+    before another attempt. lost: what an attempt is reckoned to have used that did not come to an answer; the argument
+    says whether another process made it.
     """
 
     kind: StepKind
@@ -108,6 +111,7 @@ class Step:
     effect: Literal["repeatable", "keyed"]
     digest: str
     attempts: int | None = None
+    patience: timedelta = timedelta.max
     lost: Callable[[bool], Metered | None] = lambda elsewhere: None
 
 
@@ -254,7 +258,10 @@ class Journal:
             after, reason = error.after, error.reason
         except (Transient, grpc.aio.AioRpcError) as error:
             after, reason = (error.after if isinstance(error, RetryLater) else None), str(error)
-        pause = after if after is not None else PAUSES[min(attempt, len(PAUSES)) - 1]
+        # Not all at the same moment: what was too busy for them would be so again.
+        pause = after if after is not None else PAUSES[min(attempt, len(PAUSES)) - 1] * random.uniform(0.5, 1.0)
+        if pause > step.patience:
+            raise EffectFailed(f"{reason} (and nobody waits {pause.total_seconds():.0f} s for it)")
         if step.attempts is not None and attempt >= step.attempts:
             raise EffectFailed(f"{reason} (after {attempt} attempts)")
         if pause.total_seconds() >= seconds:

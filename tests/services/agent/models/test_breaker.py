@@ -1,0 +1,78 @@
+"""A provider that fails again and again is left alone for a while."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.agent.models.breaker import FAILURES, OPEN_SECONDS, Breaker, Circuit
+from services.agent.models.contract import Answer, ModelFailed, OnText, Prompt, Said, Usage
+
+PROMPT = Prompt("", (Said("hi"),))
+WELL = Answer("hi", (), Usage(), "m", "stop")
+
+
+def failing(times: int, now: float = 0.0) -> Circuit:
+    circuit = Circuit()
+    for _ in range(times):
+        circuit = circuit.ended(now, well=False)
+    return circuit
+
+
+def test_it_opens_after_failures_in_a_row_and_closes_by_one_success() -> None:
+    assert failing(FAILURES - 1).wait(0) == 0
+    assert failing(FAILURES - 1).ended(0, well=True) == Circuit()
+    open_ = failing(FAILURES)
+    assert (open_.wait(0), open_.wait(OPEN_SECONDS)) == (OPEN_SECONDS, 0)
+
+
+def test_after_a_while_one_call_goes_out_to_see() -> None:
+    trying = failing(FAILURES).tried(OPEN_SECONDS)
+    assert trying.wait(OPEN_SECONDS) == OPEN_SECONDS
+    assert trying.ended(OPEN_SECONDS + 1, well=False).wait(OPEN_SECONDS + 1) == OPEN_SECONDS
+    assert trying.ended(OPEN_SECONDS + 1, well=True).wait(OPEN_SECONDS + 1) == 0
+
+
+class Provider:
+    """Fails as it is told to."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+        self.asked = 0
+
+    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+        self.asked += 1
+        if self.errors:
+            raise self.errors.pop()
+        return WELL
+
+
+async def nobody(text: str) -> None:
+    raise AssertionError(text)
+
+
+async def test_an_open_circuit_asks_nobody_and_is_its_endpoints_alone() -> None:
+    breaker, provider = Breaker(), Provider()
+    one, other = breaker.guard("one", provider), breaker.guard("other", provider)
+    provider.errors = [ModelFailed("HTTP 500", passing=True) for _ in range(FAILURES)]
+    for _ in range(FAILURES):
+        with pytest.raises(ModelFailed, match="HTTP 500"):
+            await one.answer(PROMPT, nobody)
+    with pytest.raises(ModelFailed, match="left alone") as refused:
+        await one.answer(PROMPT, nobody)
+    assert refused.value.passing
+    assert refused.value.after
+    assert provider.asked == FAILURES
+    assert await other.answer(PROMPT, nobody) == WELL
+
+
+@pytest.mark.parametrize(
+    "error", [ModelFailed("HTTP 400", passing=False), KeyboardInterrupt(), ModelFailed("no answer", passing=True)]
+)
+async def test_only_what_fails_on_the_other_side_counts(error: BaseException) -> None:
+    breaker, provider = Breaker(), Provider()
+    model = breaker.guard("one", provider)
+    for _ in range(2 * FAILURES):
+        provider.errors = [error]  # type: ignore[list-item]
+        with pytest.raises(type(error)):
+            await model.answer(PROMPT, nobody)
+    assert provider.asked == (FAILURES if isinstance(error, ModelFailed) and error.passing else 2 * FAILURES)

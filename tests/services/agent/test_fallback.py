@@ -1,0 +1,74 @@
+"""Models that give no answer, and what an attempt has cost that came to none."""
+
+from __future__ import annotations
+
+from infra.testing.model_server import KEY, Fails, Says
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+OTHER = "gpt-4o"
+
+
+async def test_where_a_model_gives_no_answer_another_one_is_asked_once(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(fallback={"model": f"openai/{OTHER}"})
+    world.models.script(MODEL, Fails(500), Fails(500))
+    world.models.script(OTHER, Says("From the other one."))
+    await tenant.receive(agent, "Hi")
+    [run] = await tenant.runs(1)
+    assert (run["status"], run["reply"]) == ("completed", "From the other one.")
+    assert [(step["name"], step["status"], step["attempts"]) for step in run["steps"]] == [
+        (f"openai/{MODEL}", "failed", 2),
+        (f"openai/{OTHER}", "completed", 1),
+    ]
+    assert [usage["resource"] for usage in await tenant.sent("usage.records")] == [f"openai/{OTHER}"]
+    assert len(await tenant.sent("channel.outbound")) == 1
+
+
+async def test_a_fallback_elsewhere_has_a_key_of_its_own(world: World, tenant: Tenant) -> None:
+    provider = {"base_url": world.models.url, "api_key": KEY}
+    agent = await tenant.agent(
+        provider={"base_url": world.models.url, "api_key": "a wrong key"},
+        fallback={"model": f"anthropic/{OTHER}", "provider": provider},
+    )
+    world.models.script(OTHER, Says("From the other one."))
+    refused = len(world.models.refused)
+    run = await tenant.over(await tenant.say(agent, "Hi"))
+    assert run["reply"] == "From the other one."
+    # What was refused for good is not tried again.
+    assert run["steps"][0]["attempts"] == 1
+    assert len(world.models.refused) == refused + 1
+    del world.models.refused[refused:]
+    shown = await tenant.call("GET", f"/api/v1/agents/{agent}")
+    assert shown["fallback"] == {"model": f"anthropic/{OTHER}", "provider": {"base_url": world.models.url}}
+    # The key stays while the address does.
+    await tenant.call("PATCH", f"/api/v1/agents/{agent}", json={"system_prompt": "Be brief."})
+    world.models.script(OTHER, Says("Again."))
+    assert (await tenant.over(await tenant.say(agent, "Hi")))["reply"] == "Again."
+    del world.models.refused[refused:]
+
+
+async def test_an_answer_that_was_cut_off_is_paid_for_by_estimate(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("x" * 400, cut_after=50), Says("Whole."))
+    run = await tenant.over(await tenant.say(agent, "Hi"))
+    assert (run["reply"], run["steps"][0]["attempts"]) == ("Whole.", 2)
+    lost, used = await tenant.sent("usage.records")
+    assert (lost["usage_id"], lost["estimated"], lost["hold_id"]) == (f"{run['id']}/1/1", True, None)
+    # 50 pieces of four characters.
+    assert lost["quantities"]["output_tokens"] == 50
+    assert lost["quantities"]["input_tokens"] > 0
+    assert (used["usage_id"], used["estimated"]) == (f"{run['id']}/1/2", False)
+    assert used["hold_id"]
+
+
+async def test_an_answer_that_is_cancelled_half_way_is_paid_for_by_estimate(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("x" * 40, stalls_after=5))
+    run_id = await tenant.say(agent, "Hi")
+
+    async def running() -> bool:
+        return bool((await tenant.run(run_id))["status"] == "running")
+
+    await world.platform.until(running)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
+    await tenant.over(run_id)
+    assert [usage["estimated"] for usage in await tenant.sent("usage.records")] in ([], [True])
