@@ -22,6 +22,7 @@ from infra.clock import utcnow
 from infra.crypto import Cipher
 from infra.db import is_transient
 from infra.errors import EffectFailed, InvalidMessage, NotFound, RetryLater, TooLarge, Transient, Unanswered
+from infra.json_schema import check
 from infra.logs import get_logger
 from infra.tx import Database, Tx
 from protos.catalog import USAGE_RECORDS
@@ -29,7 +30,6 @@ from protos.messages.billing import UsageRecorded
 from services.plugin import registry
 from services.plugin.domain import MAX_RESULT_BYTES, Call, Outcome, Recorded, next_step, without_answer
 from services.plugin.registry import Offered
-from services.plugin.schema import check
 from services.plugin.tools.running import Tools
 
 POLL_SECONDS = 0.2

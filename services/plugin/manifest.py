@@ -12,10 +12,10 @@ import msgspec
 
 from infra.crypto import Cipher
 from infra.errors import InvalidMessage
+from infra.json_schema import check, check_schema
 from infra.webhooks import read_secret
 from services.plugin.domain import Tool, plain_name
 from services.plugin.models import LeftOut, NewPlugin
-from services.plugin.schema import check, check_schema
 
 MAX_CONFIG_BYTES = 16 * 1024
 MAX_DESCRIPTION = 4_000

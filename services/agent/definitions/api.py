@@ -14,6 +14,7 @@ from infra.audit import audit
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, Transient
 from infra.idempotency import once
+from infra.json_schema import check_schema
 from infra.service import Runtime
 from infra.tx import Tx
 from protos.plugin.v1 import plugin_pb2
@@ -46,6 +47,8 @@ def router(runtime: Runtime) -> APIRouter:
                 raise InvalidMessage("fallback.provider", "is missing: the agent's own is of another family")
             if fallback.provider:
                 await reachable("fallback.provider", fallback.model, fallback.provider, keys.fallback)
+        if definition.output_schema is not None:
+            check_schema("output_schema", definition.output_schema)
         for n, name in enumerate(definition.approval):
             if name not in definition.tools:
                 raise InvalidMessage(f"approval[{n}]", f"{name} is none of the agent's tools")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -92,7 +92,8 @@ class Fallback(_Body):
 class NewAgent(_Body):
     """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the providers' keys.
 
-    approval: those of the tools that a person has to allow, call by call.
+    approval: those of the tools that a person has to allow, call by call. output_schema: JSON Schema of an object that
+    every reply has to be, as JSON text.
     """
 
     name: Name
@@ -102,6 +103,7 @@ class NewAgent(_Body):
     tools: ToolNames = ()
     approval: ToolNames = ()
     fallback: Fallback | None = None
+    output_schema: dict[str, Any] | None = None
     knowledge: bool = False
     queue_mode: QueueMode = "collect"
     budget: Budget | None = None
@@ -145,6 +147,7 @@ class AgentView(BaseModel):
     tools: tuple[str, ...]
     approval: tuple[str, ...]
     fallback: FallbackView | None
+    output_schema: dict[str, Any] | None
     knowledge: bool
     queue_mode: QueueMode
     budget: Budget | None

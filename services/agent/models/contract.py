@@ -73,7 +73,8 @@ Turn = Said | Answered | Returned
 class Prompt(msgspec.Struct, frozen=True):
     """One request. `turns`: the conversation, oldest first; its last `Said` is what is to be answered.
 
-    max_output_tokens: the most that the answer may have; None: as the provider sees fit.
+    max_output_tokens: the most that the answer may have; None: as the provider sees fit. output_schema: JSON Schema of
+    what the answer has to be, as JSON; None: any text.
     """
 
     system: str
@@ -81,6 +82,7 @@ class Prompt(msgspec.Struct, frozen=True):
     passages: tuple[Passage, ...] = ()
     tools: tuple[Tool, ...] = ()
     max_output_tokens: int | None = None
+    output_schema: dict[str, Any] | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):

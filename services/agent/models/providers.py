@@ -11,6 +11,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx2
+import msgspec
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 from pydantic_ai import ModelProfile
@@ -31,6 +32,7 @@ from pydantic_ai.models import Model as LibraryModel
 from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.output import OutputObjectDefinition
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
@@ -72,7 +74,7 @@ _PASSING_STATUS = (408, 409, 425, 429)
 # The names that OpenAI and Anthropic take.
 _UNFIT = re.compile(r"[^a-zA-Z0-9_-]")
 # The library would put a joiner into what looks like a chat template's token; a person's words go out verbatim.
-_VERBATIM = ModelProfile(may_tokenize_special_tokens_in_content=False)
+_VERBATIM = ModelProfile(may_tokenize_special_tokens_in_content=False, supports_json_schema_output=True)
 
 
 class Providers:
@@ -124,14 +126,17 @@ class ProviderModel:
     async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
         """Asks once, streaming. Raises ModelFailed."""
         names = {_UNFIT.sub("_", tool.name): tool.name for tool in prompt.tools}
+        structured = prompt.output_schema is not None and isinstance(self._model, OpenAIChatModel)
         parameters = ModelRequestParameters(
+            output_mode="native" if structured else "text",
+            output_object=OutputObjectDefinition(prompt.output_schema or {}, name="answer") if structured else None,
             function_tools=[
                 # Not strict: the schema is the tool's own, and most do not have the form that strictness asks for.
                 ToolDefinition(
                     name=wire_name, parameters_json_schema=tool.schema, description=tool.description, strict=False
                 )
                 for wire_name, tool in zip(names, prompt.tools, strict=True)
-            ]
+            ],
         )
         settings = ModelSettings()
         if prompt.max_output_tokens is not None:
@@ -161,7 +166,7 @@ class ProviderModel:
 
 def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
     messages: list[wire.ModelMessage] = []
-    if system := with_passages(prompt.system, prompt.passages):
+    if system := _system(prompt):
         messages.append(wire.ModelRequest(parts=[wire.SystemPromptPart(system)]))
     messages += [_message(turn) for turn in prompt.turns]
     return messages
@@ -180,6 +185,15 @@ def _message(turn: Turn) -> wire.ModelMessage:
         case Returned(call, content):
             part = wire.ToolReturnPart(_UNFIT.sub("_", call.name), content, tool_call_id=call.id)
             return wire.ModelRequest(parts=[part])
+
+
+def _system(prompt: Prompt) -> str:
+    system = with_passages(prompt.system, prompt.passages)
+    if prompt.output_schema is None:
+        return system
+    # Also where the provider enforces it: not every server that has the shape does.
+    schema = msgspec.json.encode(prompt.output_schema).decode()
+    return f"{system}\n\nAnswer with JSON that fits this schema, and nothing else:\n{schema}".lstrip()
 
 
 def with_passages(system: str, passages: Sequence[Passage]) -> str:

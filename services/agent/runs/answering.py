@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import grpc.aio
@@ -17,7 +18,8 @@ from opentelemetry.trace import Span, SpanKind
 from infra import rpc, telemetry
 from infra.cache import Cache
 from infra.clock import utcnow
-from infra.errors import EffectFailed, NotFound, Transient
+from infra.errors import EffectFailed, InvalidMessage, NotFound, Transient
+from infra.json_schema import check
 from infra.tx import derived_id
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
@@ -47,6 +49,8 @@ MODEL_ATTEMPTS = 5
 # Of a model that has a fallback.
 HASTY_ATTEMPTS = 2
 HASTY_PAUSE = timedelta(seconds=2)
+# An answer that is not as the agent's schema asks is asked for again.
+STRUCTURE_ATTEMPTS = 3
 TOOL_ATTEMPTS = 3
 TOOL_SECONDS = 60.0
 RETRIEVE_SECONDS = 10.0
@@ -101,10 +105,13 @@ class Answering:
         passages = await self._retrieve(asked.text) if self.agent.knowledge else ()
         tools = await self._tools()
         turns: list[Turn] = [*asked.history, Said(asked.text)]
+        system, misfits = self.agent.system_prompt, 0
         while True:
             await self._take(turns)
-            prompt = Prompt(self.agent.system_prompt, tuple(turns), passages, tools, self._output_limit())
-            answer = await self._ask(prompt, digest(turns[len(asked.history) :], passages))
+            prompt = Prompt(
+                system, tuple(turns), passages, tools, self._output_limit(), output_schema=self.agent.output_schema
+            )
+            answer = await self._ask(prompt, digest(turns[len(asked.history) :], passages, misfits))
             if answer.calls:
                 turns.append(Answered(answer.text, answer.calls))
                 turns += await self._call_all(answer.calls)
@@ -113,7 +120,12 @@ class Answering:
                 continue  # the answer would not answer all of it
             if not answer.text.strip():
                 raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)
-            return answer.text
+            if (misfit := _misfit(self.agent.output_schema, answer.text)) is None:
+                return answer.text
+            misfits += 1
+            if misfits == STRUCTURE_ATTEMPTS:
+                raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)
+            system = f"{self.agent.system_prompt}\n\nAn answer of yours was refused, for {misfit}."
 
     async def _take(self, turns: list[Turn]) -> bool:
         """Takes in what has come meanwhile, at this place of the run for ever. False where there is nothing."""
@@ -301,6 +313,19 @@ class Answering:
     def _output_limit(self) -> int | None:
         most = self.scope.limits.tokens
         return None if most is None else max(1, most - self.scope.journal.tokens)
+
+
+def _misfit(schema: dict[str, Any] | None, text: str) -> str | None:
+    """Why the text is not what the schema asks for; None: it is."""
+    if schema is None:
+        return None
+    try:
+        check("answer", schema, msgspec.json.decode(text))
+    except msgspec.DecodeError:
+        return "it is no JSON"
+    except InvalidMessage as error:
+        return str(error)
+    return None
 
 
 def _tool_step(tool: ToolCall) -> Step:

@@ -176,6 +176,38 @@ async def test_what_the_provider_does_not_report_is_not_zero(world: World, tenan
     assert usage["quantities"] == {"calls": 1}
 
 
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "people": {"type": "integer"}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+
+
+async def test_an_answer_that_does_not_fit_the_schema_is_asked_for_again(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(output_schema=CITY)
+    fits = '{"city": "Bern", "people": 146348}'
+    world.models.script(MODEL, Says("Bern."), Says('{"city": "Bern"}'), Says(fits))
+    run = await tenant.over(await tenant.say(agent, "Bern?"))
+    assert (run["status"], run["reply"]) == ("completed", fits)
+    first, second, third = world.models.requests[-3:]
+    assert first.body["response_format"]["json_schema"]["schema"]["required"] == ["city", "people"]
+    assert "it is no JSON" in second.system
+    assert "answer.people: missing" in third.system
+    # The person's words are the last ones all the same.
+    assert third.last_user_text == "Bern?"
+
+
+async def test_a_model_that_never_fits_the_schema_ends_the_run(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(output_schema=CITY, model="anthropic/claude-x")
+    world.models.script("claude-x", *[Says('{"city": "Bern", "people": "many"}')] * 3)
+    run = await tenant.over(await tenant.say(agent, "Bern?"))
+    assert (run["status"], run["error"]) == (
+        "failed",
+        "anthropic/claude-x: the answer does not fit: answer.people: must be integer",
+    )
+
+
 async def test_memory_away_for_a_moment_costs_an_attempt(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(knowledge=True)
     # The call itself is repeated four times by gRPC.

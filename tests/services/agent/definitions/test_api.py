@@ -27,6 +27,8 @@ GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"a
         ({"tools": ["calculator", "calculator"]}, "tools"),
         ({"queue_mode": "sideways"}, "queue_mode"),
         ({"approval": ["weather"]}, "approval[0]"),
+        ({"output_schema": {"type": "array"}}, "output_schema.type"),
+        ({"fallback": {"model": "anthropic/x"}}, "fallback.provider"),
         ({"budget": {"nanos": -1, "period": "day"}}, "budget.nanos"),
         ({"limits": {"steps": 0}}, "limits.steps"),
         ({"colour": "red"}, "colour"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from infra.errors import InvalidMessage
-from services.plugin.schema import check, check_schema
+from infra.json_schema import check, check_schema
 
 OBJECT: dict[str, Any] = {"type": "object"}
 
