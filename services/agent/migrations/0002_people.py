@@ -1,4 +1,4 @@
-"""Why a run is to be cancelled, the lane item that executes it, messages that decide instead of asking; fallbacks."""
+"""Why a run is to be cancelled, the lane item that executes it, messages that decide; fallbacks; summaries."""
 
 from alembic import op
 
@@ -15,3 +15,8 @@ def upgrade() -> None:
     op.execute("ALTER TABLE message ADD COLUMN decides boolean NOT NULL DEFAULT false")
     # Sealed: the key of the fallback's provider.
     op.execute("ALTER TABLE agent_version ADD COLUMN fallback_key bytea")
+    # What was said in the session up to a message, in short: sealed under the key of one person, and about several.
+    op.execute("ALTER TABLE session ADD COLUMN summary bytea")
+    op.execute("ALTER TABLE session ADD COLUMN summary_subject text")
+    op.execute("ALTER TABLE session ADD COLUMN summary_about text[] NOT NULL DEFAULT '{}'")
+    op.execute("ALTER TABLE session ADD COLUMN summary_seq bigint NOT NULL DEFAULT 0")

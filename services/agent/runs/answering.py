@@ -39,7 +39,7 @@ from services.agent.models.contract import (
     Usage,
 )
 from services.agent.runs.budget import Spending
-from services.agent.runs.conversation import Asked
+from services.agent.runs.conversation import Asked, Summary
 from services.agent.runs.deltas import Deltas
 from services.agent.runs.domain import Suspend, messages_at
 from services.agent.runs.ending import FAILED, NO_CREDIT, UNCERTAIN, Ended, Suspended
@@ -64,6 +64,16 @@ BYTES_PER_TOKEN = 4
 # A hold outlives the run's own time limit by this, so that it is there until the usage is counted.
 HOLD_MARGIN = timedelta(minutes=5)
 
+# Of what is too old to be shown to the model, the newest part.
+SUMMARISED_CHARACTERS = 160_000
+SUMMARISE = (
+    "Put this conversation in short, for yourself: what the person wants and has told, what was answered and promised. "
+    "Keep names, numbers and dates. Write nothing else."
+)
+# In the journal, in the place of a digest: other runs of the session may have made a summary before this one goes on.
+SUMMARY = "summary"
+
+_WHO = {Said: "Person", Answered: "Assistant"}
 _PROVIDERS = {"google": "gcp.gemini"}
 
 
@@ -75,6 +85,14 @@ class Peers:
     billing: billing_pb2_grpc.BillingStub
     plugin: plugin_pb2_grpc.PluginStub
     cache: Cache
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a run answers. summary: what it has made of what was said before, for the runs to come."""
+
+    text: str
+    summary: Summary | None
 
 
 Arrived = Callable[[int], Awaitable[Sequence[str]]]
@@ -100,12 +118,17 @@ class Answering:
         self._taken = messages_at(self.scope.journal, 0)
         self._metadata = rpc.tenant_metadata(self.scope.tenant_id)
 
-    async def answer(self, asked: Asked) -> str:
-        """The reply. Raises Ended where there is none, Transient where the run is to go on later."""
+    async def answer(self, asked: Asked) -> Reply:
+        """Raises Ended where there is none, Transient where the run is to go on later."""
+        summary = await self._summary(asked)
         passages = await self._retrieve(asked.text) if self.agent.knowledge else ()
         tools = await self._tools()
         turns: list[Turn] = [*asked.history, Said(asked.text)]
-        system, misfits = self.agent.system_prompt, 0
+        known = summary or asked.summary
+        instructions = self.agent.system_prompt + (
+            f"\n\nWhat was said before, in short:\n{known.text}" if known else ""
+        )
+        system, misfits = instructions, 0
         while True:
             await self._take(turns)
             prompt = Prompt(
@@ -121,11 +144,31 @@ class Answering:
             if not answer.text.strip():
                 raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)
             if (misfit := _misfit(self.agent.output_schema, answer.text)) is None:
-                return answer.text
+                return Reply(answer.text, summary)
             misfits += 1
             if misfits == STRUCTURE_ATTEMPTS:
                 raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)
-            system = f"{self.agent.system_prompt}\n\nAn answer of yours was refused, for {misfit}."
+            system = f"{instructions}\n\nAn answer of yours was refused, for {misfit}."
+
+    async def _summary(self, asked: Asked) -> Summary | None:
+        """What is too old to be shown, in short; None where there is nothing, or no model made it."""
+        under_way = self.journal.next_digest() == SUMMARY
+        if not under_way and not (asked.older and self.journal.next_is_unknown()):
+            return None
+        before = [asked.summary.text] if asked.summary else []
+        said = [f"{_WHO[type(turn)]}: {turn.text}" for exchange in asked.older for turn in exchange.turns]
+        transcript = "\n".join([*before, *said])[-SUMMARISED_CHARACTERS:]
+        try:
+            answer = await self._ask(Prompt(SUMMARISE, (Said(transcript),)), SUMMARY)
+        except Ended as error:
+            if error.status != "failed":
+                raise
+            return None
+        if not answer.text.strip():
+            return None
+        about = frozenset().union(*(exchange.about for exchange in asked.older))
+        seq = asked.older[-1].seq if asked.older else 0
+        return Summary(answer.text, seq, about | (asked.summary.about if asked.summary else frozenset()))
 
     async def _take(self, turns: list[Turn]) -> bool:
         """Takes in what has come meanwhile, at this place of the run for ever. False where there is nothing."""

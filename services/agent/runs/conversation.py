@@ -13,19 +13,49 @@ from infra.subjects import Erased, SubjectKeys
 from infra.tx import Tx
 from services.agent.models.contract import Answered, Said, Turn
 
-# Of what came before, the model is shown so much at most, the newest.
+# Of what came before, the model is shown so much at most. Where it is more, the newest half stays as it was said, and
+# what is older is put in short.
 HISTORY_MESSAGES = 40
 HISTORY_CHARACTERS = 40_000
+# So much is read of it, the newest.
+MOST_MESSAGES = 400
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The messages of an earlier run and its reply. seq: of its last message; about: whose words they are."""
+
+    turns: tuple[Said | Answered, ...]
+    seq: int
+    about: frozenset[str]
+
+    @property
+    def size(self) -> int:
+        return sum(len(turn.text) for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was said up to the message `seq`, in short. about: whose words are in it."""
+
+    text: str
+    seq: int
+    about: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The messages of a run as one, and what came before. conversation_id, reply_to: None where no channel is."""
+    """The messages of a run as one, and what came before. conversation_id, reply_to: None where no channel is.
+
+    summary: of what came before all that is here. older: what is to be put in short before the model is asked.
+    """
 
     text: str
     history: tuple[Turn, ...]
     conversation_id: str | None
     reply_to: str | None
+    summary: Summary | None = None
+    older: tuple[Exchange, ...] = ()
 
 
 class Reader:
@@ -40,13 +70,20 @@ class Reader:
 
     async def open(self, sealed: bytes, subject_id: str, *context: str) -> str | None:
         """None where the subject was erased."""
+        key = await self._key(subject_id)
+        return key.open(sealed, self._tenant_id, subject_id, *context) if key else None
+
+    async def knows(self, subject_id: str) -> bool:
+        """False where the subject was erased."""
+        return await self._key(subject_id) is not None
+
+    async def _key(self, subject_id: str) -> DataKey | None:
         if subject_id not in self._keys:
             try:
                 self._keys[subject_id] = await self._subjects.key(self._tx, self._tenant_id, subject_id)
             except Erased:
                 self._keys[subject_id] = None
-        key = self._keys[subject_id]
-        return key.open(sealed, self._tenant_id, subject_id, *context) if key else None
+        return self._keys[subject_id]
 
 
 async def count(tx: Tx, run_id: UUID) -> int:
@@ -82,9 +119,14 @@ async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str, fi
     _, message_id, subject_id, _, conversation, vendor_message_id = next(
         row for row, text in zip(reversed(rows), reversed(texts), strict=True) if text is not None
     )
+    summary = await _summary(tx, reader, session_key, rows[0][0])
+    exchanges = await _exchanges(tx, reader, session_key, summary.seq if summary else 0, rows[0][0])
+    older, newer = divided(exchanges)
     return Asked(
         text="\n".join(readable),
-        history=await _history(tx, reader, session_key, rows[0][0]),
+        history=tuple(turn for exchange in newer for turn in exchange.turns),
+        summary=summary,
+        older=tuple(older),
         conversation_id=await reader.open(conversation, subject_id, str(message_id), "conversation")
         if conversation
         else None,
@@ -92,36 +134,74 @@ async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str, fi
     )
 
 
-async def _history(tx: Tx, reader: Reader, session_key: str, before: int) -> tuple[Turn, ...]:
+def divided(exchanges: Sequence[Exchange]) -> tuple[Sequence[Exchange], Sequence[Exchange]]:
+    """What is to be put in short, and what stays as it was said."""
+    turns, size = sum(len(exchange.turns) for exchange in exchanges), sum(exchange.size for exchange in exchanges)
+    if turns <= HISTORY_MESSAGES and size <= HISTORY_CHARACTERS:
+        return (), exchanges
+    turns = size = 0
+    for n, exchange in enumerate(reversed(exchanges)):
+        turns, size = turns + len(exchange.turns), size + exchange.size
+        if turns > HISTORY_MESSAGES // 2 or size > HISTORY_CHARACTERS // 2:
+            return exchanges[: len(exchanges) - n], exchanges[len(exchanges) - n :]
+    return (), exchanges
+
+
+async def _summary(tx: Tx, reader: Reader, session_key: str, before: int) -> Summary | None:
     rows = await tx.sql(
-        "SELECT m.run_id, m.message_id, m.subject_id, m.text, r.subject_id, r.reply "
-        "FROM message m JOIN run r ON r.id = m.run_id "
-        "WHERE m.tenant_id = $1 AND m.session_key = $2 AND m.seq < $3 AND NOT m.decides ORDER BY m.seq DESC LIMIT $4",
+        "SELECT summary, summary_subject, summary_about, summary_seq FROM session "
+        "WHERE tenant_id = $1 AND session_key = $2 AND summary IS NOT NULL AND summary_seq < $3",
         tx.tenant_id,
         session_key,
         before,
-        HISTORY_MESSAGES,
     )
-    exchanges = [
-        await _exchange(reader, list(messages)) for _, messages in groupby(reversed(rows), key=lambda row: row[0])
-    ]
-    kept: list[Turn] = []
-    left = HISTORY_CHARACTERS
-    for exchange in reversed(exchanges):
-        left -= sum(len(turn.text) for turn in exchange)
-        if left < 0:
-            break
-        kept[:0] = exchange
-    return tuple(kept)
+    if not rows:
+        return None
+    [(sealed, subject_id, about, seq)] = rows
+    # With a person's key goes all that was made of that person's words.
+    if not all([await reader.knows(subject) for subject in about]):
+        return None
+    text = await reader.open(sealed, subject_id, f"{session_key}/{seq}", "summary")
+    return Summary(text, seq, frozenset(about)) if text else None
 
 
-async def _exchange(reader: Reader, messages: Sequence[tuple[Any, ...]]) -> list[Said | Answered]:
-    """The messages of one earlier run and its reply, as far as they can still be read."""
-    texts = [await reader.open(text, subject, str(id_), "text") for _, id_, subject, text, _, _ in messages]
-    run_id, _, _, _, subject_id, sealed = messages[0]
+async def keep_summary(tx: Tx, key: DataKey, subject_id: str, session_key: str, summary: Summary) -> None:
+    """For the runs to come; one that reaches further stays."""
+    assert tx.tenant_id
+    await tx.sql(
+        "UPDATE session SET summary = $3, summary_subject = $4, summary_about = $5, summary_seq = $6 "
+        "WHERE tenant_id = $1 AND session_key = $2 AND summary_seq < $6",
+        tx.tenant_id,
+        session_key,
+        key.seal(summary.text, tx.tenant_id, subject_id, f"{session_key}/{summary.seq}", "summary"),
+        subject_id,
+        sorted(summary.about | {subject_id}),
+        summary.seq,
+    )
+
+
+async def _exchanges(tx: Tx, reader: Reader, session_key: str, after: int, before: int) -> list[Exchange]:
+    """What was said between two messages, the oldest first."""
+    rows = await tx.sql(
+        "SELECT m.run_id, m.seq, m.message_id, m.subject_id, m.text, r.subject_id, r.reply "
+        "FROM message m JOIN run r ON r.id = m.run_id WHERE m.tenant_id = $1 AND m.session_key = $2 AND m.seq > $3 "
+        "AND m.seq < $4 AND NOT m.decides ORDER BY m.seq DESC LIMIT $5",
+        tx.tenant_id,
+        session_key,
+        after,
+        before,
+        MOST_MESSAGES,
+    )
+    return [await _exchange(reader, list(messages)) for _, messages in groupby(reversed(rows), key=lambda row: row[0])]
+
+
+async def _exchange(reader: Reader, messages: Sequence[tuple[Any, ...]]) -> Exchange:
+    """As far as it can still be read."""
+    texts = [await reader.open(text, subject, str(id_), "text") for _, _, id_, subject, text, _, _ in messages]
+    run_id, seq, _, _, _, subject_id, sealed = messages[-1]
     turns: list[Said | Answered] = []
     if said := "\n".join(text for text in texts if text is not None):
         turns.append(Said(said))
     if sealed and (reply := await reader.open(sealed, subject_id, str(run_id), "reply")):
         turns.append(Answered(reply))
-    return turns
+    return Exchange(tuple(turns), seq, frozenset(row[3] for row in messages) | {subject_id})

@@ -23,7 +23,7 @@ from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
 from services.agent.models.library import Models
 from services.agent.runs import conversation, projections
-from services.agent.runs.answering import Answering, Peers
+from services.agent.runs.answering import Answering, Peers, Reply
 from services.agent.runs.budget import Spending
 from services.agent.runs.conversation import Asked
 from services.agent.runs.domain import Complete, Fail, Limits, Mismatch, Run, Start, messages_at, remaining
@@ -82,7 +82,7 @@ class Executor:
             begun = await self._begin(run_id, effects)
             if begun is None:
                 return
-            outcome: str | Ended | Suspended = await self._answer(begun, effects)
+            outcome: Reply | Ended | Suspended = await self._answer(begun, effects)
         except (Ended, Suspended) as stop:
             outcome = stop
         except (Mismatch, InvalidMessage, NotFound) as error:
@@ -140,7 +140,7 @@ class Executor:
             Scope(run_id, row.tenant_id, row.session_key, row.subject_id, key, limits, journal),
         )
 
-    async def _answer(self, begun: _Begun, effects: Effects) -> str:
+    async def _answer(self, begun: _Begun, effects: Effects) -> Reply:
         agent, definition, scope = begun.agent, begun.agent.definition, begun.scope
         if remaining(scope.journal, scope.limits, utcnow()) <= 0:
             raise Ended("failed", f"the limit of {scope.limits.seconds} seconds is reached", FAILED)
@@ -168,7 +168,7 @@ class Executor:
         async with effects.begin() as tx:
             return await conversation.arrived(tx, self._subjects, run_id, skipped)
 
-    async def _end(self, tx: Tx, run_id: UUID, begun: _Begun | None, outcome: str | Ended | Suspended) -> None:
+    async def _end(self, tx: Tx, run_id: UUID, begun: _Begun | None, outcome: Reply | Ended | Suspended) -> None:
         """In the item's own transaction: the end, what the world hears of it, and the reply on its way."""
         row = await _lock(tx, run_id)
         if row.is_over:
@@ -176,18 +176,20 @@ class Executor:
         if row.cancel_reason:
             outcome = Ended("cancelled", row.cancel_reason)
         asked = begun.asked if begun else None
-        if isinstance(outcome, str):
+        if isinstance(outcome, Reply):
             assert begun
             if await conversation.count(tx, run_id) > _taken(await tx.load(stream(run_id))):
                 # Nobody else would answer it: messages that join a run wait for its row, which is locked now.
                 raise RetryLater(timedelta(0), "a message came as the run was about to end")
-            text = outcome
+            text = outcome.text
             reply = begun.scope.key.seal(text, row.tenant_id, row.subject_id, str(run_id), "reply")
             events = await tx.decide(stream(run_id), Complete(row.session_key, reply))
             message = public.RunCompleted(run_id=run_id, session_key=row.session_key, reply=text, n=events[0].n)
             message_id = derived_id(run_id, "RunCompleted")
             tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=message_id)
             await projections.completed(tx, run_id, reply)
+            if outcome.summary:
+                await conversation.keep_summary(tx, begun.scope.key, row.subject_id, row.session_key, outcome.summary)
         elif isinstance(outcome, Suspended):
             text, command = outcome.notice, outcome.command
             await tx.decide(stream(run_id), command)

@@ -132,6 +132,11 @@ class Journal:
         known = self._scope.journal.steps.get(self._scope.n + 1)
         return known is None or known.status == "started"
 
+    def next_digest(self) -> str | None:
+        """Of the next step, as the journal has it; None where it has none."""
+        known = self._scope.journal.steps.get(self._scope.n + 1)
+        return known.digest if known else None
+
     def next_is_unknown(self) -> bool:
         """True where the journal has no next step, not even its beginning."""
         return self._scope.n + 1 not in self._scope.journal.steps

@@ -65,7 +65,9 @@ class Tenant:
         path = f"/api/v1/agents/{agent}/sessions/{session}/messages"
         return str((await self.call("POST", path, json={"text": text} | body))["run_id"])
 
-    async def receive(self, agent: str, text: str, *, chat: str = "c", message_id: UUID | None = None) -> UUID:
+    async def receive(
+        self, agent: str, text: str, *, chat: str = "c", message_id: UUID | None = None, person: str = "person-1"
+    ) -> UUID:
         """A message from a channel, as the channel service's relay sends it."""
         message = MessageReceived(
             channel_id=UUID(int=7),
@@ -73,7 +75,7 @@ class Tenant:
             agent_id=UUID(agent),
             session_key=f"{self.id}-{chat}",
             conversation_id=chat,
-            subject_id="person-1",
+            subject_id=person,
             vendor_message_id="m1",
             text=text,
             received_at=utcnow(),

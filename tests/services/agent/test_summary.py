@@ -1,0 +1,79 @@
+"""A conversation that is too long for the model is put in short, once."""
+
+from __future__ import annotations
+
+import pytest
+
+from infra.testing.model_server import Fails, Says
+from protos.catalog import PLATFORM_EVENTS
+from protos.messages.user import SubjectErased
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+LONG = "x" * 15_000
+
+
+async def talk(tenant: Tenant, agent: str, *texts: str) -> None:
+    for text in texts:
+        await tenant.over(await tenant.say(agent, text))
+
+
+async def test_what_is_too_old_is_put_in_short_and_kept_so(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    world.models.script(MODEL, *(Says(f"answer {n}") for n in range(3)))
+    await talk(tenant, agent, f"first {LONG}", f"second {LONG}", f"third {LONG}")
+    world.models.script(MODEL, Says("They said first."), Says("Yes."))
+    run = await tenant.over(await tenant.say(agent, "Do you remember?"))
+    assert [step["kind"] for step in run["steps"]] == ["model", "model"]
+    asked, answered = world.models.requests[-2:]
+    assert asked.last_user_text.startswith(f"Person: first {LONG}")
+    assert "Assistant: answer 0" in asked.last_user_text
+    assert "third" not in asked.last_user_text
+    assert "They said first." in answered.system
+    turns = [message["content"] for message in answered.body["messages"][1:]]
+    assert turns == [f"third {LONG}", "answer 2", "Do you remember?"]
+    # The next run has it ready.
+    run = await tenant.over(await tenant.say(agent, "And now?"))
+    assert len(run["steps"]) == 1
+    assert "They said first." in world.models.requests[-1].system
+    assert len(world.models.requests[-1].body["messages"]) == 1 + 5
+
+
+async def test_a_summary_goes_with_the_words_of_an_erased_person(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    await tenant.receive(agent, f"first {LONG}")
+    await tenant.runs(1)
+    await tenant.receive(agent, f"second {LONG}")
+    await tenant.runs(2)
+    await tenant.receive(agent, f"third {LONG}", person="person-2")
+    await tenant.runs(3)
+    world.models.script(MODEL, Says("They said first."))
+    await tenant.receive(agent, "Next", person="person-2")
+    await tenant.runs(4)
+    assert "They said first." in world.models.requests[-1].system
+    erased = SubjectErased(tenant_id=tenant.id, subject_id="person-1")
+    await world.platform.produce(PLATFORM_EVENTS, erased, key=tenant.id, tenant_id=tenant.id)
+
+    async def gone() -> bool:
+        async with world.platform.database("agent").begin() as tx:
+            rows = await tx.sql(
+                "SELECT 1 FROM subject_key WHERE tenant_id = $1 AND subject_id = 'person-1' AND wrapped IS NULL",
+                tenant.id,
+            )
+        return bool(rows)
+
+    await world.platform.until(gone)
+    await tenant.receive(agent, "Last", person="person-2")
+    await tenant.runs(5)
+    assert "They said first." not in world.models.requests[-1].system
+
+
+@pytest.mark.parametrize("failure", [Fails(400), Says(" ")])
+async def test_a_model_that_makes_no_summary_is_asked_without_one(
+    world: World, tenant: Tenant, failure: Says | Fails
+) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    await talk(tenant, agent, f"first {LONG}", f"second {LONG}", f"third {LONG}")
+    world.models.script(MODEL, failure, Says("Fine."))
+    run = await tenant.over(await tenant.say(agent, "Go on"))
+    assert (run["status"], run["reply"]) == ("completed", "Fine.")
+    assert world.models.requests[-1].system == tenant.id
