@@ -73,7 +73,7 @@ class MessagesTaken(Message, frozen=True, kw_only=True):
 
 
 class RunWaiting(Message, frozen=True, kw_only=True):
-    """A run waits for a person to say whether step `step` may call the tool `tool`."""
+    """A run waits: for a person to say whether step `step` may call the tool `tool`, or for the agent that `tool` is."""
 
     run_id: UUID
     session_key: str
@@ -83,16 +83,17 @@ class RunWaiting(Message, frozen=True, kw_only=True):
 
 
 class StepSettled(Message, frozen=True, kw_only=True):
-    """A person has decided what a run waited for, and it goes on.
+    """What a run waited for is decided, and it goes on.
 
     approve, deny: whether the tool may be called. retry, skip: a step of which nobody knows whether it took effect.
+    answer: the other agent has answered.
     """
 
     run_id: UUID
     session_key: str
     n: Count
     step: int
-    decision: Literal["approve", "deny", "retry", "skip"]
+    decision: Literal["approve", "deny", "retry", "skip", "answer"]
 
 
 class RunCompleted(Message, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from infra import rpc
 from infra.api import Paging, Reader, Writer, page
 from infra.audit import audit
 from infra.clock import uuid7
-from infra.errors import InvalidMessage, Transient
+from infra.errors import InvalidMessage, NotFound, Transient
 from infra.idempotency import once
 from infra.json_schema import check_schema
 from infra.service import Runtime
@@ -49,8 +49,17 @@ def router(runtime: Runtime) -> APIRouter:
                 await reachable("fallback.provider", fallback.model, fallback.provider, keys.fallback)
         if definition.output_schema is not None:
             check_schema("output_schema", definition.output_schema)
+        names = [*definition.tools, *(colleague.name for colleague in definition.agents)]
+        for n, colleague in enumerate(definition.agents):
+            if names.count(colleague.name) > 1:
+                raise InvalidMessage(f"agents[{n}].name", f"{colleague.name} is named twice")
+            async with runtime.request.begin(tenant_id=tenant_id) as tx:
+                try:
+                    await store.load(tx, colleague.agent_id)
+                except NotFound as error:
+                    raise InvalidMessage(f"agents[{n}].agent_id", f"there is no {error}") from error
         for n, name in enumerate(definition.approval):
-            if name not in definition.tools:
+            if name not in names:
                 raise InvalidMessage(f"approval[{n}]", f"{name} is none of the agent's tools")
         if definition.tools:
             request = plugin_pb2.ToolsRequest(names=definition.tools)

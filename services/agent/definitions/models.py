@@ -89,11 +89,19 @@ class Fallback(_Body):
     provider: Provider | None = None
 
 
+class Colleague(_Body):
+    """Another agent of the tenant that this one may ask. name: what its model calls it by; description: for what."""
+
+    agent_id: UUID
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str = Field(min_length=1, max_length=2000)
+
+
 class NewAgent(_Body):
     """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the providers' keys.
 
     approval: those of the tools that a person has to allow, call by call. output_schema: JSON Schema of an object that
-    every reply has to be, as JSON text.
+    every reply has to be, as JSON text. agents: which others it may ask, as if they were tools.
     """
 
     name: Name
@@ -104,6 +112,7 @@ class NewAgent(_Body):
     approval: ToolNames = ()
     fallback: Fallback | None = None
     output_schema: dict[str, Any] | None = None
+    agents: Annotated[tuple[Colleague, ...], Field(max_length=20)] = ()
     knowledge: bool = False
     queue_mode: QueueMode = "collect"
     budget: Budget | None = None
@@ -148,6 +157,7 @@ class AgentView(BaseModel):
     approval: tuple[str, ...]
     fallback: FallbackView | None
     output_schema: dict[str, Any] | None
+    agents: tuple[Colleague, ...]
     knowledge: bool
     queue_mode: QueueMode
     budget: Budget | None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import grpc.aio
@@ -24,7 +24,7 @@ from infra.tx import derived_id
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
-from services.agent.definitions.models import NewAgent
+from services.agent.definitions.models import Colleague, NewAgent
 from services.agent.models.contract import (
     Answer,
     Answered,
@@ -39,10 +39,11 @@ from services.agent.models.contract import (
     Usage,
 )
 from services.agent.runs.budget import Spending
+from services.agent.runs.children import MAX_DEPTH, QUESTION, Question, State
 from services.agent.runs.conversation import Asked, Summary
 from services.agent.runs.deltas import Deltas
 from services.agent.runs.domain import Suspend, messages_at
-from services.agent.runs.ending import FAILED, NO_CREDIT, UNCERTAIN, Ended, Suspended
+from services.agent.runs.ending import FAILED, NO_CREDIT, UNCERTAIN, Child, Ended, Suspended
 from services.agent.runs.steps import Journal, Metered, Scope, Step, StepFailed, ToolResult, digest
 
 MODEL_ATTEMPTS = 5
@@ -95,14 +96,25 @@ class Reply:
     summary: Summary | None
 
 
-Arrived = Callable[[int], Awaitable[Sequence[str]]]
-"""The texts of the run's messages that there are now, without the first so many."""
+class Surroundings(Protocol):
+    """What the run can learn of while it goes on."""
+
+    async def arrived(self, skipped: int) -> Sequence[str]:
+        """The texts of the run's messages that there are now, without the first so many."""
+        ...
+
+    async def child(self, step: int) -> State | None:
+        """The run that answers the step; None: there is none yet."""
+        ...
+
+    async def family(self) -> Sequence[UUID]:
+        """The run itself and all that it has asked for."""
+        ...
 
 
 @dataclass
 class Answering:
-    """One attempt of one run. models: by name, each asked where the one before gives no answer. arrived: what has come
-    while it runs."""
+    """One attempt of one run. models: by name, each asked where the one before gives no answer."""
 
     peers: Peers
     agent: NewAgent
@@ -110,7 +122,7 @@ class Answering:
     scope: Scope
     journal: Journal
     spending: Spending
-    arrived: Arrived
+    surroundings: Surroundings
     _taken: int = field(init=False)
     _metadata: grpc.aio.Metadata = field(init=False)
 
@@ -173,12 +185,12 @@ class Answering:
     async def _take(self, turns: list[Turn]) -> bool:
         """Takes in what has come meanwhile, at this place of the run for ever. False where there is nothing."""
         if self.journal.next_is_unknown():
-            texts = await self.arrived(self._taken)
+            texts = await self.surroundings.arrived(self._taken)
             if texts:
                 await self.journal.take_messages(self._taken + len(texts))
         else:
             known = messages_at(self.scope.journal, self.scope.n + 1) - self._taken
-            texts = (await self.arrived(self._taken))[:known] if known else ()
+            texts = (await self.surroundings.arrived(self._taken))[:known] if known else ()
         self._taken += len(texts)
         if text := "\n".join(filter(None, texts)):
             turns.append(Said(text))
@@ -202,11 +214,13 @@ class Answering:
 
     async def _tools(self) -> tuple[Tool, ...]:
         """Those of the agent's tools that can be used now; asked anew by each attempt, for the model's sake only."""
+        agents = tuple(Tool(other.name, other.description, QUESTION) for other in self.agent.agents)
         if not self.agent.tools:
-            return ()
+            return agents
         request = plugin_pb2.ToolsRequest(names=self.agent.tools)
         reply = await self.peers.plugin.Tools(request, metadata=self._metadata)
-        return tuple(Tool(tool.name, tool.description, msgspec.json.decode(tool.schema_json)) for tool in reply.tools)
+        tools = (Tool(tool.name, tool.description, msgspec.json.decode(tool.schema_json)) for tool in reply.tools)
+        return (*tools, *agents)
 
     async def _ask(self, prompt: Prompt, of: str) -> Answer:
         """The answer of the first model that gives one. Raises Ended."""
@@ -287,10 +301,14 @@ class Answering:
 
     async def _spent(self) -> int:
         """What the run has cost; where that is not known yet, what was reserved for it."""
-        request = billing_pb2.ChargesRequest(run_id=str(self.scope.run_id))
-        reply = await self.peers.billing.Charges(request, metadata=self._metadata)
-        rated = {charge.usage_id: charge.amount_nanos for charge in reply.charges if charge.HasField("amount_nanos")}
-        return sum({**self.scope.reserved(), **rated}.values())
+        spent = self.scope.reserved()
+        for run_id in await self.surroundings.family():
+            request = billing_pb2.ChargesRequest(run_id=str(run_id))
+            reply = await self.peers.billing.Charges(request, metadata=self._metadata)
+            spent |= {
+                charge.usage_id: charge.amount_nanos for charge in reply.charges if charge.HasField("amount_nanos")
+            }
+        return sum(spent.values())
 
     async def _release(self, hold: UUID | None) -> None:
         if hold is None:
@@ -325,6 +343,8 @@ class Answering:
 
     async def _call(self, tool: ToolCall) -> str:
         """What the tool gave back; where it failed, what the model is told about it."""
+        if other := next((other for other in self.agent.agents if other.name == tool.name), None):
+            return await self._ask_agent(tool, other)
         n = self.scope.n + 1
 
         async def call(idempotency_key: str, _: int) -> tuple[ToolResult, None]:
@@ -352,6 +372,32 @@ class Answering:
                 key = self.scope.session_key
                 raise Suspended(Suspend(key, "indeterminate", n, tool.name, text, utcnow()), UNCERTAIN)
             return returned.result
+
+    async def _ask_agent(self, call: ToolCall, other: Colleague) -> str:
+        n, step = self.scope.n + 1, _tool_step(call)
+        try:
+            question = msgspec.json.decode(call.arguments, type=Question).message
+        except msgspec.DecodeError as error:
+            await self.journal.refuse(step, f"arguments: {error}")
+            return f"Error: arguments: {error}"
+        if self.scope.depth >= MAX_DEPTH:
+            reason = "agents have asked each other too often"
+            await self.journal.refuse(step, reason)
+            return f"Error: {reason}"
+        try:
+            if (known := await self.journal.begun(step)) is not None:
+                return known.result
+        except StepFailed as error:
+            return f"Error: {error}"
+        child = await self.surroundings.child(n)
+        if child and child.is_over:
+            await self.journal.ended(n, child.reply, child.error)
+            return child.reply if child.reply is not None else f"Error: {child.error}"
+        limit = self.scope.limits.nanos
+        left = None if limit is None else max(0, limit - await self._spent())
+        text = f"step {n}: waits for the agent {other.name}"
+        suspend = Suspend(self.scope.session_key, "agent", n, other.name, text, utcnow())
+        raise Suspended(suspend, None, Child(other.agent_id, question, left))
 
     def _output_limit(self) -> int | None:
         most = self.scope.limits.tokens

@@ -12,6 +12,7 @@ from services.agent.lanes import RUNS
 from services.agent.runs import projections
 from services.agent.runs.domain import Fail
 from services.agent.runs.publishing import stream
+from services.agent.runs.settling import tell_parent
 
 
 async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
@@ -36,6 +37,11 @@ async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
     ):
         await tx.decide(stream(run_id), Fail(session_key, "cancelled", reason))
         await projections.failed(tx, run_id, "cancelled", reason)
+        await tell_parent(tx, run_id)
+        for (child,) in await tx.sql(
+            "SELECT id FROM run WHERE parent_run_id = $1 AND status = ANY($2::text[])", run_id, [*projections.STOPPABLE]
+        ):
+            await cancel(tx, UUID(str(child)), "the run that asked for it was cancelled")
         return
     await tx.sql("UPDATE run SET cancel_reason = $2 WHERE id = $1", run_id, reason)
     # One that waits to try again need not wait on.

@@ -170,7 +170,11 @@ class Fail:
 
 Command = Start | TakeMessages | BeginStep | EndStep | Suspend | Settle | Complete | Fail
 
-FITTING: Mapping[Reason, tuple[Decision, ...]] = {"approval": ("approve", "deny"), "indeterminate": ("retry", "skip")}
+FITTING: Mapping[Reason, tuple[Decision, ...]] = {
+    "approval": ("approve", "deny"),
+    "indeterminate": ("retry", "skip"),
+    "agent": ("answer",),
+}
 
 
 class Mismatch(Exception):
@@ -316,6 +320,8 @@ def _settled(run: Run, event: StepSettled) -> Run:
             step = run.steps[event.step]
             again = replace(step, status="started", content=None, error=None, settled=step.settled + 1)
             return _with(run, event.step, again)
+        case "answer":
+            return run  # the step ends as soon as the run goes on
         case "skip":
             return _with(run, event.step, replace(run.steps[event.step], status="completed", content=event.content))
         case _:

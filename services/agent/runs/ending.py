@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from uuid import UUID
+
 from services.agent.runs.domain import Suspend
 from services.agent.runs.events import Ending
 
@@ -26,13 +29,24 @@ class Ended(Exception):
         self.notice = notice
 
 
-class Suspended(Exception):
-    """The run stops here until a person decides. notice: what is said in the conversation."""
+@dataclass(frozen=True)
+class Child:
+    """Another agent's run, to be opened. limit_nanos: what it may cost; None: without limit."""
 
-    def __init__(self, command: Suspend, notice: str) -> None:
+    agent_id: UUID
+    text: str
+    limit_nanos: int | None
+
+
+class Suspended(Exception):
+    """The run stops here until a person decides, or another agent has answered. notice: what is said in the
+    conversation, if anything. child: the run to be opened."""
+
+    def __init__(self, command: Suspend, notice: str | None, child: Child | None = None) -> None:
         super().__init__(command.text)
         self.command = command
         self.notice = notice
+        self.child = child
 
 
 def approval_notice(tool: str, arguments: str) -> str:

@@ -12,8 +12,8 @@ import msgspec
 
 StepKind = Literal["retrieve", "model", "tool"]
 Ending = Literal["failed", "cancelled", "refused"]
-Reason = Literal["approval", "indeterminate"]
-Decision = Literal["approve", "deny", "retry", "skip"]
+Reason = Literal["approval", "indeterminate", "agent"]
+Decision = Literal["approve", "deny", "retry", "skip", "answer"]
 
 
 class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,10 +78,11 @@ class StepCompleted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunSuspended(msgspec.Struct, frozen=True, kw_only=True):
-    """The run waits for a person, and holds nothing meanwhile.
+    """The run waits for a person or another agent, and holds nothing meanwhile.
 
     approval: whether step `step`, not begun yet, may call the tool `name`. indeterminate: nobody knows whether that
-    step took effect. text: for the operator. arguments: what the tool is to be called with, sealed.
+    step took effect. agent: for the run that answers what the step has asked. text: for the operator. arguments: what
+    the tool is to be called with, sealed.
     """
 
     n: int
@@ -95,7 +96,7 @@ class RunSuspended(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepSettled(msgspec.Struct, frozen=True, kw_only=True):
-    """A person has decided what the run waited for. content: of the step that is skipped, sealed."""
+    """What the run waited for is decided. content: of the step that is skipped, sealed."""
 
     n: int
     session_key: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from uuid import UUID
 
 import grpc.aio
+import msgspec
 
 from infra import telemetry
 from infra.clock import utcnow
@@ -22,7 +22,7 @@ from protos.messages import agent as public
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
 from services.agent.models.library import Models
-from services.agent.runs import conversation, projections
+from services.agent.runs import children, conversation, projections
 from services.agent.runs.answering import Answering, Peers, Reply
 from services.agent.runs.budget import Spending
 from services.agent.runs.conversation import Asked
@@ -30,6 +30,7 @@ from services.agent.runs.domain import Complete, Fail, Limits, Mismatch, Run, St
 from services.agent.runs.ending import FAILED, Ended, Suspended
 from services.agent.runs.publishing import stream
 from services.agent.runs.saying import say
+from services.agent.runs.settling import tell_parent
 from services.agent.runs.steps import Journal, Scope
 from services.agent.runs.watch import Watch
 
@@ -49,6 +50,8 @@ class _Row:
     channel_id: UUID | None
     status: str
     cancel_reason: str | None
+    depth: int
+    limit_nanos: int | None
 
     @property
     def is_over(self) -> bool:
@@ -63,6 +66,27 @@ class _Begun:
     agent: StoredAgent
     asked: Asked
     scope: Scope
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What else the agent knows of a run that is executed."""
+
+    subjects: SubjectKeys
+    effects: Effects
+    run_id: UUID
+
+    async def arrived(self, skipped: int) -> Sequence[str]:
+        async with self.effects.begin() as tx:
+            return await conversation.arrived(tx, self.subjects, self.run_id, skipped)
+
+    async def child(self, step: int) -> children.State | None:
+        async with self.effects.begin() as tx:
+            return await children.state(tx, self.subjects, children.child_id(self.run_id, step))
+
+    async def family(self) -> Sequence[UUID]:
+        async with self.effects.begin() as tx:
+            return await children.family(tx, self.run_id)
 
 
 class Executor:
@@ -133,11 +157,15 @@ class Executor:
             await projections.started(tx, run_id)
             journal = await tx.load(stream(run_id))
         limits = Limits(**agent.definition.limits.model_dump())
+        if row.limit_nanos is not None:
+            # Inside what the run that asked for this one has left.
+            nanos = row.limit_nanos if limits.nanos is None else min(limits.nanos, row.limit_nanos)
+            limits = msgspec.structs.replace(limits, nanos=nanos)
         return _Begun(
             row,
             agent,
             asked,
-            Scope(run_id, row.tenant_id, row.session_key, row.subject_id, key, limits, journal),
+            Scope(run_id, row.tenant_id, row.session_key, row.subject_id, key, limits, row.depth, journal),
         )
 
     async def _answer(self, begun: _Begun, effects: Effects) -> Reply:
@@ -160,13 +188,9 @@ class Executor:
             spending = Spending(
                 effects, self._peers.billing, tenant_id=scope.tenant_id, agent_id=agent.id, run_id=scope.run_id
             )
-            arrived = partial(self._arrived, effects, scope.run_id)
-            answering = Answering(self._peers, definition, models, scope, journal, spending, arrived)
+            around = _Around(self._subjects, effects, scope.run_id)
+            answering = Answering(self._peers, definition, models, scope, journal, spending, around)
             return await answering.answer(begun.asked)
-
-    async def _arrived(self, effects: Effects, run_id: UUID, skipped: int) -> Sequence[str]:
-        async with effects.begin() as tx:
-            return await conversation.arrived(tx, self._subjects, run_id, skipped)
 
     async def _end(self, tx: Tx, run_id: UUID, begun: _Begun | None, outcome: Reply | Ended | Suspended) -> None:
         """In the item's own transaction: the end, what the world hears of it, and the reply on its way."""
@@ -190,10 +214,13 @@ class Executor:
             await projections.completed(tx, run_id, reply)
             if outcome.summary:
                 await conversation.keep_summary(tx, begun.scope.key, row.subject_id, row.session_key, outcome.summary)
+            await tell_parent(tx, run_id)
         elif isinstance(outcome, Suspended):
-            text, command = outcome.notice, outcome.command
+            text, command = outcome.notice or "", outcome.command
             await tx.decide(stream(run_id), command)
             await projections.suspended(tx, run_id, command.reason, command.text)
+            if outcome.child:
+                await children.open_child(tx, self._subjects, run_id, command.step, outcome.child)
         else:
             await self._fail(tx, row, asked, outcome)
             return
@@ -202,6 +229,7 @@ class Executor:
     async def _fail(self, tx: Tx, row: _Row, asked: Asked | None, outcome: Ended) -> None:
         await tx.decide(stream(row.id), Fail(row.session_key, outcome.status, outcome.error))
         await projections.failed(tx, row.id, outcome.status, outcome.error)
+        await tell_parent(tx, row.id)
         await _say(tx, row, asked, outcome.notice)
 
 
@@ -225,8 +253,8 @@ def _taken(journal: Run) -> int:
 
 async def _lock(tx: Tx, run_id: UUID) -> _Row:
     [row] = await tx.sql(
-        "SELECT id, tenant_id, session_key, agent_id, subject_id, channel_id, status, cancel_reason "
-        "FROM run WHERE id = $1 FOR UPDATE",
+        "SELECT id, tenant_id, session_key, agent_id, subject_id, channel_id, status, cancel_reason, depth, "
+        "limit_nanos FROM run WHERE id = $1 FOR UPDATE",
         run_id,
     )
     return _Row(*row)

@@ -81,7 +81,7 @@ async def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
 
 
 async def suspended(tx: Tx, run_id: UUID, reason: Reason, text: str) -> None:
-    status, error = ("waiting", None) if reason == "approval" else ("indeterminate", text)
+    status, error = ("indeterminate", text) if reason == "indeterminate" else ("waiting", None)
     await tx.sql("UPDATE run SET status = $2, error = $3 WHERE id = $1", run_id, status, error)
 
 

@@ -51,7 +51,7 @@ def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
             message = public.MessagesTaken(
                 run_id=id_, session_key=key, n=event.n, step=event.step, messages=event.messages
             )
-        case events.RunSuspended(reason="approval"):
+        case events.RunSuspended(reason="approval" | "agent"):
             message = public.RunWaiting(run_id=id_, session_key=key, n=event.n, step=event.step, tool=event.name)
         case events.RunSuspended():
             message = public.RunFailed(run_id=id_, session_key=key, status="indeterminate", error=event.text, n=event.n)

@@ -15,6 +15,7 @@ from infra.subjects import ERASED_TEXT, SubjectKeys
 from infra.tx import Tx
 from protos.billing.v1 import billing_pb2
 from protos.messages import agent as public
+from services.agent.runs.children import child_id
 from services.agent.runs.conversation import Reader
 from services.agent.runs.events import RunCompleted
 from services.agent.runs.projections import STOPPABLE, SUSPENDED
@@ -41,12 +42,13 @@ class Row:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    parent_run_id: UUID | None
     used: int
 
 
 _COLUMNS = (
     "id, session_key, agent_id, subject_id, channel_id, status, reply, error, trace_id, input_tokens, cached_tokens, "
-    "output_tokens, created_at, started_at, finished_at, "
+    "output_tokens, created_at, started_at, finished_at, parent_run_id, "
     "(SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run"
 )
 
@@ -76,7 +78,10 @@ async def waiting(tx: Tx, reader: Reader, run: Row) -> Waiting | None:
     arguments = None
     if waits.arguments:
         arguments = await reader.open(waits.arguments, run.subject_id, f"{run.id}/{waits.step}", "arguments")
-    return Waiting(reason=waits.reason, step=waits.step, tool=waits.name, arguments=arguments, since=waits.at)
+    asked = child_id(run.id, waits.step) if waits.reason == "agent" else None
+    return Waiting(
+        reason=waits.reason, step=waits.step, tool=waits.name, arguments=arguments, run_id=asked, since=waits.at
+    )
 
 
 async def steps(tx: Tx, runs: Sequence[Row]) -> dict[UUID, list[StepView]]:
@@ -143,6 +148,7 @@ def view(
         currency=charges.currency or None if charges else None,
         steps=steps,
         waiting=waiting,
+        parent_run_id=run.parent_run_id,
         created_at=run.created_at,
         started_at=run.started_at,
         finished_at=run.finished_at,

@@ -63,3 +63,16 @@ async def give_up(tx: Tx, run_id: UUID, waits: Suspension) -> None:
     error = f"given up by an operator: {waits.text}"
     await tx.decide(stream(run_id), Fail(session_key, "failed", error))
     await projections.failed(tx, run_id, "failed", error)
+    await tell_parent(tx, run_id)
+
+
+async def tell_parent(tx: Tx, run_id: UUID) -> None:
+    """A run is over: the one that waits for it, if any, goes on and looks."""
+    rows = await tx.sql(
+        "SELECT p.id, c.parent_step FROM run c JOIN run p ON p.id = c.parent_run_id WHERE c.id = $1 FOR UPDATE OF p",
+        run_id,
+    )
+    for parent_id, step in rows:
+        waits = (await tx.load(stream(UUID(str(parent_id))))).suspended
+        if waits and (waits.reason, waits.step) == ("agent", step):
+            await settle(tx, UUID(str(parent_id)), step, "answer", f"run:{run_id}")

@@ -81,7 +81,8 @@ class _Made(msgspec.Struct, frozen=True):
 
 @dataclass
 class Scope:
-    """The run that steps are made for. journal: as it was when the worker began, then kept up; n: of the last step."""
+    """The run that steps are made for. depth: how many runs asked for each other before it. journal: as it was when the
+    worker began, then kept up; n: of the last step."""
 
     run_id: UUID
     tenant_id: str
@@ -89,6 +90,7 @@ class Scope:
     subject_id: str
     key: DataKey
     limits: Limits
+    depth: int
     journal: Run
     n: int = 0
 
@@ -164,6 +166,35 @@ class Journal:
             raise StepFailed(outcome.error or "")
         assert outcome.result
         return msgspec.json.decode(self._open(n, outcome.result.content), type=type_)
+
+    async def begun(self, step: Step) -> ToolResult | None:
+        """What came out of the next step, which others make; None: nothing yet. Raises StepFailed, Ended, Mismatch."""
+        scope = self._scope
+        is_new, is_unknown = self.next_is_new(), self.next_is_unknown()
+        scope.n += 1
+        if not is_new:
+            check(scope.journal, scope.n, step.kind, step.name, step.digest, VERSION)
+            known = scope.journal.steps[scope.n]
+            if known.content is None:
+                raise StepFailed(known.error or "")
+            return msgspec.json.decode(self._open(scope.n, known.content), type=ToolResult)
+        if is_unknown:
+            if reason := exceeded(scope.journal, scope.limits, scope.n, utcnow()):
+                raise Ended("failed", reason, FAILED)
+            n = scope.n
+            async with self._effects.begin() as tx:
+                await self._begin(tx, n, step, 1)
+                scope.journal = await tx.load(stream(scope.run_id))
+        return None
+
+    async def ended(self, n: int, result: str | None, error: str | None) -> None:
+        """Writes down what others made of step `n`; the result is None where it failed."""
+        made = None
+        if result is not None:
+            content = msgspec.json.encode(ToolResult(result)).decode()
+            made = _Made(self._scope.key.seal(content, *self._context(n)), None)
+        async with self._effects.begin() as tx:
+            await self._end(tx, n, 1, 0, Outcome("succeeded" if made else "failed", made, error, 1, saved=False))
 
     async def refuse(self, step: Step, reason: str) -> None:
         """Writes down that the next step is not made."""

@@ -8,6 +8,8 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
 
+from services.agent.runs.events import Reason
+
 Status = Literal["queued", "running", "waiting", "completed", "failed", "cancelled", "refused", "indeterminate"]
 
 
@@ -32,15 +34,18 @@ class StepView(BaseModel):
 
 
 class Waiting(BaseModel):
-    """What a person has to decide: whether step `step` may call `tool`, or what has become of it.
+    """What the run waits for: a person who decides whether step `step` may call `tool`, or what has become of it, or
+    another agent, which is called as `tool`.
 
-    arguments: what the tool is to be called with, as the model wrote them; null where they cannot be read.
+    arguments: what it is to be called with, as the model wrote them; null where they cannot be read.
+    run_id: of the other agent's run.
     """
 
-    reason: Literal["approval", "indeterminate"]
+    reason: Reason
     step: int
     tool: str
     arguments: str | None
+    run_id: UUID | None
     since: datetime
 
 
@@ -64,7 +69,7 @@ class Resolution(BaseModel):
 class RunView(BaseModel):
     """A run. cost_nanos: what was charged for it, 10⁻⁹ of `currency`; null until all that it used is charged.
 
-    waiting: null where nobody has to decide anything.
+    waiting: null where it waits for nobody. parent_run_id: of the run that asked, where another agent did.
     """
 
     id: UUID
@@ -79,6 +84,7 @@ class RunView(BaseModel):
     currency: str | None
     steps: list[StepView]
     waiting: Waiting | None
+    parent_run_id: UUID | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -43,7 +43,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A message that came in. origin: None where it came by the API, which may give an idempotency_key."""
+    """A message that came in. origin: None where it came by the API, which may give an idempotency_key. new_run_id: of
+    the run that it opens, if that is settled."""
 
     message_id: UUID
     agent_id: UUID
@@ -53,6 +54,7 @@ class Arrival:
     received_at: datetime
     origin: Origin | None = None
     idempotency_key: str | None = None
+    new_run_id: UUID | None = None
 
 
 async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
@@ -79,7 +81,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         text=text,
         at=arrival.received_at,
         mode=mode,
-        new_run_id=uuid7(),
+        new_run_id=arrival.new_run_id or uuid7(),
         joinable=last == _Open("queued", arrival.agent_id, False),
         steerable=last in (_Open("running", arrival.agent_id, False), _Open("waiting", arrival.agent_id, False)),
         busy=await _is_busy(tx, arrival.session_key),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -29,6 +30,8 @@ GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"a
         ({"approval": ["weather"]}, "approval[0]"),
         ({"output_schema": {"type": "array"}}, "output_schema.type"),
         ({"fallback": {"model": "anthropic/x"}}, "fallback.provider"),
+        ({"agents": [{"agent_id": str(UUID(int=1)), "name": "a b", "description": "d"}]}, "agents[0].name"),
+        ({"agents": [{"agent_id": str(UUID(int=1)), "name": "other", "description": "d"}]}, "agents[0].agent_id"),
         ({"budget": {"nanos": -1, "period": "day"}}, "budget.nanos"),
         ({"limits": {"steps": 0}}, "limits.steps"),
         ({"colour": "red"}, "colour"),

@@ -1,4 +1,4 @@
-"""Why a run is to be cancelled, the lane item that executes it, messages that decide; fallbacks; summaries."""
+"""Runs that stop and go on, that ask other agents, that are cancelled for a reason; fallbacks; summaries."""
 
 from alembic import op
 
@@ -20,3 +20,9 @@ def upgrade() -> None:
     op.execute("ALTER TABLE session ADD COLUMN summary_subject text")
     op.execute("ALTER TABLE session ADD COLUMN summary_about text[] NOT NULL DEFAULT '{}'")
     op.execute("ALTER TABLE session ADD COLUMN summary_seq bigint NOT NULL DEFAULT 0")
+    # Of a run that another run has asked for: which one, at which of its steps, how deep, and what it may cost.
+    op.execute("ALTER TABLE run ADD COLUMN parent_run_id uuid REFERENCES run")
+    op.execute("ALTER TABLE run ADD COLUMN parent_step int")
+    op.execute("ALTER TABLE run ADD COLUMN depth int NOT NULL DEFAULT 0")
+    op.execute("ALTER TABLE run ADD COLUMN limit_nanos bigint")
+    op.execute("CREATE INDEX run_of_parent ON run (parent_run_id) WHERE parent_run_id IS NOT NULL")
