@@ -37,23 +37,24 @@ async def _talk(base_url: str, key: str, agent: str) -> None:
     console.print("Talk to the agent; Ctrl-D ends.", style="dim")
     async with gateway(base_url, key) as api:
         while True:
-            line = await asyncio.to_thread(_ask)
+            line = await asyncio.to_thread(_ask, "you    > ")
             if line is None:
                 return
             if line.strip():
                 await _answer(api, agent, session, line)
 
 
-def _ask() -> str | None:
+def _ask(prompt: str) -> str | None:
     try:
-        return input("you    > ")
+        return input(prompt)
     except EOFError:
         return None
 
 
 async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
-    """Shows one answer as it comes. What a later attempt or the reply replaces is written anew on a fresh line."""
-    run_id, written = "", ""
+    """Shows one answer as it comes, and asks for what it waits for."""
+    run_id = ""
+    shown = _Shown()
     path = f"/api/v1/agents/{agent}/sessions/{session}/messages"
     try:
         async for event in api.events("POST", path, json={"text": text}):
@@ -63,9 +64,14 @@ async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
                 case "step.started" if data["kind"] == "tool":
                     console.print(f"         ⚙ {printable(data['name'])}", style="dim")
                 case "delta":
-                    written += _write(data["text"], first=not written)
-                case "reply" if data["text"] != written:
-                    _write(data["text"], first=True)
+                    shown.delta(data)
+                case "reply":
+                    shown.reply(data["text"])
+                case "run.waiting":
+                    await _decide(api, run_id)
+                case "run.indeterminate":
+                    console.print(f"\n{printable(data['error'])}: an operator has to decide", style="yellow")
+                    break
                 case "run.failed" | "run.cancelled" | "run.refused":
                     console.print(f"\n{event.name}: {printable(data.get('error', ''))}", style="red")
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -78,9 +84,39 @@ async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
     console.print(f"\n         {cost} · ./claw run show {run_id}", style="dim")
 
 
-def _write(text: str, *, first: bool) -> str:
-    if first:
+async def _decide(api: Gateway, run_id: str) -> None:
+    """Asks whether the run may call its tool. A run that waits for another agent is waited for."""
+    waits = (await api.get(f"/api/v1/runs/{run_id}"))["waiting"]
+    if not waits or waits["reason"] != "approval":
+        return
+    call = printable(f"{waits['tool']} {waits['arguments'] or ''}")
+    answer = await asyncio.to_thread(_ask, f"\n         may it use {call}? [y/N] ")
+    await api.post(f"/api/v1/runs/{run_id}/approval", {"approved": (answer or "").strip().lower() in ("y", "yes")})
+
+
+class _Shown:
+    """What of an answer is on the screen. What a later attempt, or the reply, replaces is written anew below."""
+
+    def __init__(self) -> None:
+        self._of: tuple[int, int] | None = None
+        self._text = ""
+
+    def delta(self, data: dict[str, Any]) -> None:
+        of = data["step"], data["attempt"]
+        if of != self._of:
+            self._begin(of)
+        self._write(data["text"])
+
+    def reply(self, text: str) -> None:
+        if not text.startswith(self._text) or self._of is None:
+            self._begin(None)
+        self._write(text.removeprefix(self._text))
+
+    def _begin(self, of: tuple[int, int] | None) -> None:
+        self._of, self._text = of, ""
         sys.stdout.write("\nagent  > ")
-    sys.stdout.write("\n".join(printable(line) for line in text.split("\n")))
-    sys.stdout.flush()
-    return text
+
+    def _write(self, text: str) -> None:
+        self._text += text
+        sys.stdout.write("\n".join(printable(line) for line in text.split("\n")))
+        sys.stdout.flush()
