@@ -197,10 +197,16 @@ class Platform:
         return envelope.id
 
     async def send(
-        self, queue: Queue, message: Message, *, tenant_id: str | None = None, message_id: UUID | None = None
+        self,
+        queue: Queue,
+        message: Message,
+        *,
+        tenant_id: str | None = None,
+        message_id: UUID | None = None,
+        traceparent: str | None = None,
     ) -> UUID:
         """Puts work on RabbitMQ, as its producer's relay would. Returns the message's id."""
-        envelope = _envelope(queue.producers[0], message, None, tenant_id, message_id)
+        envelope = _envelope(queue.producers[0], message, None, tenant_id, message_id, traceparent)
         connection = await aio_pika.connect(self.rabbitmq_url)
         async with connection:
             channel = await connection.channel()
@@ -277,7 +283,12 @@ async def running_platform(
 
 
 def _envelope(
-    source: str, message: Message, subject: str | None, tenant_id: str | None, message_id: UUID | None
+    source: str,
+    message: Message,
+    subject: str | None,
+    tenant_id: str | None,
+    message_id: UUID | None,
+    traceparent: str | None = None,
 ) -> Envelope:
     return Envelope(
         id=message_id or uuid7(),
@@ -286,6 +297,6 @@ def _envelope(
         time=utcnow(),
         subject=subject,
         tenant_id=tenant_id,
-        traceparent=None,
+        traceparent=traceparent,
         tracestate=None,
     )

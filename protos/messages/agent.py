@@ -73,7 +73,7 @@ class MessagesTaken(Message, frozen=True, kw_only=True):
 
 
 class RunWaiting(Message, frozen=True, kw_only=True):
-    """A run waits: for a person to say whether step `step` may call the tool `tool`, or for the agent that `tool` is."""
+    """A run waits: for a person to say whether step `step` may call the tool `tool`, or for the agent it calls so."""
 
     run_id: UUID
     session_key: str

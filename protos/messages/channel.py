@@ -10,7 +10,7 @@ from typing import Literal
 from uuid import UUID
 
 from protos.envelope import Message
-from protos.messages import Timestamp
+from protos.messages import Count, Timestamp
 
 
 class MessageReceived(Message, frozen=True, kw_only=True):
@@ -20,6 +20,8 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     conversation_id: the vendor's, to be given back in `SendMessage`.
     subject_id: our id of the person whose content this is; never the vendor's.
     vendor_message_id: what a reply may refer to.
+    position: in the conversation, from 1 without a gap, by which whoever gets them out of order puts them right; 0 in
+    messages from before it was there.
     """
 
     channel_id: UUID
@@ -31,6 +33,7 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     vendor_message_id: str
     text: str
     received_at: Timestamp
+    position: Count = 0
 
 
 class SendMessage(Message, frozen=True, kw_only=True):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from infra.effects import Effects
 from infra.errors import InvalidMessage
-from infra.logs import get_logger
-from infra.subjects import Erased, SubjectKeys
+from infra.subjects import SubjectKeys
 from infra.tx import Tx
 from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.messages.agent import RunRequested
@@ -14,9 +13,9 @@ from protos.topology import Subscription
 from services.agent.lanes import RUNS, RunItem
 from services.agent.runs import projections
 from services.agent.runs.executor import Executor
-from services.agent.sessions.intake import Arrival, Origin, take_in
-
-_log = get_logger("agent.handlers")
+from services.agent.sessions import order
+from services.agent.sessions.intake import Arrival, Origin
+from services.agent.sessions.order import GAPS, GapItem, take_in_order
 
 
 async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) -> None:
@@ -32,16 +31,18 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
         received_at=message.received_at,
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
     )
-    try:
-        await take_in(tx, arrival, subjects)
-    except Erased:
-        _log.info("message of an erased person left out", message_id=str(arrival.message_id))
+    await take_in_order(tx, arrival, message.position, subjects)
 
 
 # One queue per type of channel, and the same handler for all.
 TAKE_MESSAGE: tuple[Subscription, ...] = tuple(
     queue.worker(prefetch=50)(take_message) for queue in CHANNEL_INBOUND.values()
 )
+
+
+@GAPS.runner(concurrency=8)
+async def close_gap(item: GapItem, effects: Effects, tx: Tx, subjects: SubjectKeys) -> None:
+    await order.close_gap(tx, item, subjects)
 
 
 @AGENT_TASKS.each(RunRequested, group="agent")

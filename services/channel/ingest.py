@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextvars import Context, copy_context
 from datetime import timedelta
 from typing import NamedTuple
@@ -149,9 +149,9 @@ class Ingest:
                 [hash_ for one in erased for hash_ in one.hashes],
             )
         kept = [(one, key) for one in heard if (key := keys[one.subject])]
-        await _note_conversations(tx, [one for one, _ in kept])
+        positions = await _note_conversations(tx, [one for one, _ in kept])
         for one, key in kept:
-            one.context.run(_record, tx, one, key)
+            one.context.run(_record, tx, one, key, next(positions[one.session_key]))
 
     async def _note(self, tx: Tx, arrivals: Sequence[_Arrival]) -> set[int]:
         """Notes what is seen for the first time; returns which of the arrivals are (by identity). Waits for another
@@ -195,23 +195,27 @@ class Ingest:
             _log.warning("what was seen long ago is not cleared now", error=f"{type(error).__name__}: {error}")
 
 
-async def _note_conversations(tx: Tx, heard: Sequence[_Heard]) -> None:
+async def _note_conversations(tx: Tx, heard: Sequence[_Heard]) -> dict[str, Iterator[int]]:
+    """Counts the messages. Returns by session which positions these have; nobody else gets them or later ones before
+    the transaction ends."""
     last = {one.session_key: one for one in heard}
+    counts = Counter(one.session_key for one in heard)
     sessions = sorted(last)
-    await tx.sql(
-        "INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id) "
-        "SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[]) AS n(key, tenant, channel, subject) "
-        # Most are as they were, and then their rows are not even locked.
-        "WHERE NOT EXISTS (SELECT FROM conversation o WHERE o.session_key = n.key AND o.subject_id = n.subject) "
-        "ON CONFLICT (session_key) DO UPDATE SET subject_id = excluded.subject_id",
+    rows = await tx.sql(
+        "INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id, position) "
+        "SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::bigint[]) "
+        "ON CONFLICT (session_key) DO UPDATE SET subject_id = excluded.subject_id, "
+        "position = c.position + excluded.position RETURNING session_key, position",
         sessions,
         [last[session].account.tenant_id for session in sessions],
         [last[session].account.id for session in sessions],
         [last[session].subject[1] for session in sessions],
+        [counts[session] for session in sessions],
     )
+    return {session: iter(range(position - counts[session] + 1, position + 1)) for session, position in rows}
 
 
-def _record(tx: Tx, heard: _Heard, key: DataKey) -> None:
+def _record(tx: Tx, heard: _Heard, key: DataKey, position: int) -> None:
     """The fact and what is told of it, for its own tenant and in its own trace."""
     account, item = heard.account, heard.item
     tx.tenant_id = account.tenant_id
@@ -239,6 +243,7 @@ def _record(tx: Tx, heard: _Heard, key: DataKey) -> None:
         vendor_message_id=item.message,
         text=item.text,
         received_at=received_at,
+        position=position,
     )
     tx.publish(CHANNEL_EVENTS, message, key=heard.session_key)
     tx.send(CHANNEL_INBOUND[account.vendor.name], message)

@@ -66,7 +66,15 @@ class Tenant:
         return str((await self.call("POST", path, json={"text": text} | body))["run_id"])
 
     async def receive(
-        self, agent: str, text: str, *, chat: str = "c", message_id: UUID | None = None, person: str = "person-1"
+        self,
+        agent: str,
+        text: str,
+        *,
+        chat: str = "c",
+        message_id: UUID | None = None,
+        person: str = "person-1",
+        position: int = 0,
+        trace_id: str | None = None,
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it."""
         message = MessageReceived(
@@ -79,9 +87,13 @@ class Tenant:
             vendor_message_id="m1",
             text=text,
             received_at=utcnow(),
+            position=position,
         )
         queue = CHANNEL_INBOUND["telegram"]
-        return await self.world.platform.send(queue, message, tenant_id=self.id, message_id=message_id)
+        traceparent = f"00-{trace_id}-{'1' * 16}-01" if trace_id else None
+        return await self.world.platform.send(
+            queue, message, tenant_id=self.id, message_id=message_id, traceparent=traceparent
+        )
 
     async def run(self, run_id: str) -> dict[str, Any]:
         found: dict[str, Any] = await self.call("GET", f"/api/v1/runs/{run_id}")
