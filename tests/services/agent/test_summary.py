@@ -12,15 +12,16 @@ from tests.services.agent.conftest import MODEL, Tenant, World
 LONG = "x" * 15_000
 
 
-async def talk(tenant: Tenant, agent: str, *texts: str) -> None:
-    for text in texts:
+async def talk(world: World, tenant: Tenant, agent: str, *texts: str) -> None:
+    """Has the texts answered, one after the other, as answer 0, answer 1, …"""
+    for n, text in enumerate(texts):
+        world.models.script(MODEL, Says(f"answer {n}"))
         await tenant.over(await tenant.say(agent, text))
 
 
 async def test_what_is_too_old_is_put_in_short_and_kept_so(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(system_prompt=tenant.id)
-    world.models.script(MODEL, *(Says(f"answer {n}") for n in range(3)))
-    await talk(tenant, agent, f"first {LONG}", f"second {LONG}", f"third {LONG}")
+    await talk(world, tenant, agent, f"first {LONG}", f"second {LONG}", f"third {LONG}")
     world.models.script(MODEL, Says("They said first."), Says("Yes."))
     run = await tenant.over(await tenant.say(agent, "Do you remember?"))
     assert [step["kind"] for step in run["steps"]] == ["model", "model"]
@@ -40,12 +41,10 @@ async def test_what_is_too_old_is_put_in_short_and_kept_so(world: World, tenant:
 
 async def test_a_summary_goes_with_the_words_of_an_erased_person(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(system_prompt=tenant.id)
-    await tenant.receive(agent, f"first {LONG}")
-    await tenant.runs(1)
-    await tenant.receive(agent, f"second {LONG}")
-    await tenant.runs(2)
-    await tenant.receive(agent, f"third {LONG}", person="person-2")
-    await tenant.runs(3)
+    for n, (text, person) in enumerate((("first", "person-1"), ("second", "person-1"), ("third", "person-2")), 1):
+        world.models.script(MODEL, Says(f"answer {n}"))
+        await tenant.receive(agent, f"{text} {LONG}", person=person)
+        await tenant.runs(n)
     world.models.script(MODEL, Says("They said first."))
     await tenant.receive(agent, "Next", person="person-2")
     await tenant.runs(4)
@@ -72,7 +71,7 @@ async def test_a_model_that_makes_no_summary_is_asked_without_one(
     world: World, tenant: Tenant, failure: Says | Fails
 ) -> None:
     agent = await tenant.agent(system_prompt=tenant.id)
-    await talk(tenant, agent, f"first {LONG}", f"second {LONG}", f"third {LONG}")
+    await talk(world, tenant, agent, f"first {LONG}", f"second {LONG}", f"third {LONG}")
     world.models.script(MODEL, failure, Says("Fine."))
     run = await tenant.over(await tenant.say(agent, "Go on"))
     assert (run["status"], run["reply"]) == ("completed", "Fine.")
