@@ -79,7 +79,7 @@ class Answering:
         tools = await self._tools()
         turns = [*asked.history, Said(asked.text)]
         while True:
-            prompt = Prompt(self.agent.system_prompt, tuple(turns), passages, tools, self._output_limit())
+            prompt = Prompt(asked.system(self.agent.system_prompt), tuple(turns), passages, tools, self._output_limit())
             answer = await self._ask(prompt)
             if not answer.calls:
                 if not answer.text.strip():

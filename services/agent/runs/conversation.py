@@ -8,24 +8,38 @@ from itertools import groupby
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from infra.crypto import DataKey
 from infra.subjects import Erased, SubjectKeys
 from infra.tx import Tx
 from services.agent.models.contract import Answered, Said, Turn
+from services.agent.sessions.intake import Context
 
-# Of what came before, the model is shown so much at most, the newest.
+# Of what came before in the session, the model is shown so much at most, the newest.
 HISTORY_MESSAGES = 40
 HISTORY_CHARACTERS = 40_000
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The messages of a run as one, and what came before. conversation_id, reply_to: None where no channel is."""
+    """The messages of a run as one, and what came before. conversation_id, reply_to: None where no channel is.
+
+    instructions: what the caller adds to the agent's own.
+    """
 
     text: str
     history: tuple[Turn, ...]
     conversation_id: str | None
     reply_to: str | None
+    instructions: str | None = None
+
+    def system(self, own: str) -> str:
+        """The agent's `own` system prompt, and behind it, marked as such, what the caller adds."""
+        if self.instructions is None:
+            return own
+        added = f"Whoever asks through the API adds these instructions:\n\n{self.instructions}"
+        return f"{own}\n\n{added}" if own else added
 
 
 class Reader:
@@ -53,24 +67,27 @@ async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str) ->
     """Raises Erased where nothing that the run was to answer can be read any more."""
     reader = Reader(tx, subjects)
     rows = await tx.sql(
-        "SELECT seq, message_id, subject_id, text, conversation, vendor_message_id FROM message "
+        "SELECT seq, message_id, subject_id, text, conversation, vendor_message_id, context FROM message "
         "WHERE run_id = $1 ORDER BY seq",
         run_id,
     )
-    texts = [await reader.open(text, subject, str(id_), "text") for _, id_, subject, text, _, _ in rows]
+    texts = [await reader.open(text, subject, str(id_), "text") for _, id_, subject, text, *_ in rows]
     readable = [text for text in texts if text is not None]
     if not readable:
         raise Erased(f"run {run_id}: all that it answers was erased")
-    _, message_id, subject_id, _, conversation, vendor_message_id = next(
+    _, message_id, subject_id, _, conversation, vendor_message_id, sealed = next(
         row for row, text in zip(reversed(rows), reversed(texts), strict=True) if text is not None
     )
+    given = await reader.open(sealed, subject_id, str(message_id), "context") if sealed else None
+    context = msgspec.json.decode(given, type=Context) if given else None
     return Asked(
         text="\n".join(readable),
-        history=await _history(tx, reader, session_key, rows[0][0]),
+        history=context.history if context else await _history(tx, reader, session_key, rows[0][0]),
         conversation_id=await reader.open(conversation, subject_id, str(message_id), "conversation")
         if conversation
         else None,
         reply_to=vendor_message_id,
+        instructions=context.system if context else None,
     )
 
 
