@@ -69,7 +69,7 @@ class ResponsesRequest(BaseModel):
 
     model: str = Field(description="An agent's id.")
     input: Any = Field(description="Text, or a list of messages.")
-    instructions: str | None = Field(default=None, max_length=MAX_TEXT)
+    instructions: str | None = None
     stream: bool | None = None
     tools: Any = Field(default=None, description="None: an agent uses its own.")
     text: Any = Field(default=None, description="Only the format text.")
@@ -85,7 +85,7 @@ class ResponsesRequest(BaseModel):
         _refuse(self, "previous_response_id conversation", "is not supported: send the whole conversation")
         _refuse(self, "prompt background top_logprobs", "is not supported")
         _only_text(self.text.get("format") if isinstance(self.text, dict) else self.text, "text.format")
-        turns = [_Turn("instructions", "system", self.instructions or "")]
+        turns = [_Turn("instructions", "system", self.instructions, field="")]
         if isinstance(self.input, str):
             turns.append(_Turn("input", "user", self.input, field=""))
         else:

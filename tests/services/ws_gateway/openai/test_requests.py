@@ -142,6 +142,7 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
             "input[0].content[0].type",
         ),
         ("input", [{"content": "Hi"}], "input[0].role"),
+        ("instructions", "x" * 100_001, "instructions"),
         ("tools", [{"type": "web_search"}], "tools"),
         ("text", {"format": {"type": "json_schema", "name": "x", "schema": {}}}, "text.format"),
         ("previous_response_id", "resp_1", "previous_response_id"),
