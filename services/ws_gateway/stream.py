@@ -24,15 +24,15 @@ HEARTBEAT_SECONDS = 20.0
 LOOK_SECONDS = 60.0
 # A client that takes nothing for so long is gone.
 SEND_SECONDS = 30.0
-HEARTBEAT = b":\n\n"
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0)
-_log = get_logger("ws_gateway.stream")
+HEARTBEAT = b":\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     # nginx would gather events before it passes them on.
     (b"x-accel-buffering", b"no"),
 ]
+_log = get_logger("ws_gateway.stream")
 
 
 class RunStream(Response):

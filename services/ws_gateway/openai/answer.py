@@ -104,6 +104,7 @@ class Answer(Response):
                     yield events
             self._over = True
         except NotFound:
+            self._over = True
             raise errors.gone() from None
 
     async def _read(self, after: int) -> list[Fact]:

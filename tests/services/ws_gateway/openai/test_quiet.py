@@ -1,4 +1,4 @@
-"""A completion on which nothing happens."""
+"""A completion on which nothing happens, and what the agent is asked for it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ WHO = Identity("api_key:test", "acme", frozenset(("run",)))
 
 
 class Agent:
-    """Its run ends, or is gone, after it was read this often."""
+    """Its run ends, or is gone, after it was read this often. `asked`: for what else."""
 
     def __init__(self, reads: int, end: str) -> None:
         self.left = reads
         self.end = end
+        self.asked: list[str] = []
 
     async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
         self.left -= 1
@@ -42,7 +43,8 @@ class Agent:
         facts = [failed(run_id, 1, "failed")] if self.end == "failed" else story(run_id)
         return [Fact(fact.n, fact.wire_name(), "", msgspec.to_builtins(fact)) for fact in facts]
 
-    async def ask(self, *_: Any, **__: Any) -> httpx.Response:
+    async def ask(self, who: Identity, scope: str, method: str, path: str, template: str) -> httpx.Response:
+        self.asked.append(f"{method} {template}")
         return httpx.Response(503)
 
 
@@ -50,7 +52,7 @@ async def never() -> Any:
     await asyncio.Event().wait()
 
 
-async def told(stack: Stack, agent: Agent) -> tuple[int, str]:
+async def told(stack: Stack, agent: Agent, *, include_usage: bool = True) -> tuple[int, str]:
     """The status and the body of a stream."""
     sent: list[dict[str, Any]] = []
 
@@ -59,7 +61,7 @@ async def told(stack: Stack, agent: Agent) -> tuple[int, str]:
 
     run_id = uuid7()
     async with Redis.from_url(stack.redis_url) as redis:
-        shape = Chat(run_id, "m", include_usage=True)
+        shape = Chat(run_id, "m", include_usage=include_usage)
         hub = Hub(Cache(redis), asyncio.Event())
         answer = Answer(hub, agent, WHO, run_id, shape, stream=True, kept=False)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
@@ -75,8 +77,10 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(stack: Stack) -> None:
-    status, body = await told(stack, Agent(3, "completed"))
+    agent = Agent(3, "completed")
+    status, body = await told(stack, agent)
     assert status == 200
+    assert agent.asked == ["GET /api/v1/runs/{run_id}"]
     first, heartbeat, *_, text, end, done, _ = body.split("\n\n")
     assert '"role":"assistant"' in first
     assert heartbeat == ":"
@@ -86,9 +90,17 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(stack: S
     assert done == "data: [DONE]"
 
 
+async def test_a_run_that_is_over_is_not_cancelled_and_its_usage_not_read_for_nobody(stack: Stack) -> None:
+    agent = Agent(0, "completed")
+    await told(stack, agent, include_usage=False)
+    assert agent.asked == []
+
+
 @pytest.mark.parametrize(("end", "code"), [("failed", "run_failed"), ("gone", "run_gone")])
 async def test_a_stream_that_was_only_kept_alive_ends_with_its_error(stack: Stack, end: str, code: str) -> None:
-    status, body = await told(stack, Agent(3, end))
+    agent = Agent(3, end)
+    status, body = await told(stack, agent)
     assert status == 200
+    assert agent.asked == []
     assert f'"code":"{code}"' in body.split("\n\n")[-2]
     assert "[DONE]" not in body
