@@ -2,6 +2,6 @@
 
 Handles: channel.v1.MessageReceived (work), MessageDelivered and MessageUndelivered; agent.v1.RunRequested;
 user.v1.SubjectErased. Publishes: agent.v1.RunRequested, RunStarted, StepStarted, StepCompleted, RunCompleted and
-RunFailed; billing.v1.UsageRecorded. Sends: channel.v1.SendMessage. Serves: HTTP of agents, messages and runs.
-Calls: memory, billing and plugin by gRPC; model providers by HTTPS.
+RunFailed; billing.v1.UsageRecorded. Sends: channel.v1.SendMessage. Serves: HTTP of agents, messages, completions
+and runs. Calls: memory, billing and plugin by gRPC; model providers by HTTPS.
 """

@@ -36,19 +36,33 @@ class Agent:
     async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
         """The run's facts with a higher n than `after`, in order. Raises NotFound, for another tenant's run too, and
         Transient."""
-        # Made anew: the client's own token lasts a minute, its stream may last longer. And who may start a run may
-        # see it run.
-        reader = replace(who, scopes=frozenset(("read",)))
-        headers = {IDENTITY_HEADER: self._identities.token(reader)}
         async with self._reading:
-            answer = await self._ask(
-                "GET", f"/internal/runs/{run_id}/events?after={after}", "/internal/runs/{run_id}/events", headers, b""
+            answer = await self.ask(
+                who, "read", "GET", f"/internal/runs/{run_id}/events?after={after}", "/internal/runs/{run_id}/events"
             )
         if answer.status_code == 404:
             raise NotFound(f"run {run_id}: there is none")
         if answer.status_code != 200:
             raise Transient(f"agent: HTTP {answer.status_code}")
         return msgspec.json.decode(answer.content, type=_Facts).items
+
+    async def ask(
+        self,
+        who: Identity,
+        scope: str,
+        method: str,
+        path: str,
+        template: str,
+        *,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Whatever the agent answers to a client that has this scope; `template`: the path's, for traces. Raises
+        Transient."""
+        # Made anew: the client's own token lasts a minute, its stream may last longer. And who may start a run may
+        # see it run.
+        token = self._identities.token(replace(who, scopes=frozenset((scope,))))
+        return await self._ask(method, path, template, {**(headers or {}), IDENTITY_HEADER: token}, body)
 
     async def post_message(self, path: str, headers: Mapping[str, str], body: bytes) -> httpx.Response:
         """Hands a posted message on as it is. Raises Transient."""

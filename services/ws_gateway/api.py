@@ -1,4 +1,4 @@
-"""HTTP of the gateway: streams of runs."""
+"""HTTP of the gateway: streams of runs, and agents in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from infra.errors import InvalidMessage
 from infra.service import Runtime
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.hub import Hub
+from services.ws_gateway.openai import api as openai
 from services.ws_gateway.stream import RunStream
 
 _STREAM: dict[int | str, dict[str, Any]] = {
@@ -32,7 +33,8 @@ class _Accepted(msgspec.Struct):
 
 def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRoute]]:
     def build(runtime: Runtime) -> Sequence[BaseRoute]:
-        return api("ws_gateway", runtime, _router(hub(runtime), Agent(runtime.settings.agent_url, runtime.identities)))
+        shared, agent = hub(runtime), Agent(runtime.settings.agent_url, runtime.identities)
+        return api("ws_gateway", runtime, _router(shared, agent), openai.router(shared, agent))
 
     return build
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
 from uuid import UUID
 
 from starlette.responses import Response
@@ -24,13 +25,14 @@ LOOK_SECONDS = 60.0
 # A client that takes nothing for so long is gone.
 SEND_SECONDS = 30.0
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0)
-_log = get_logger("ws_gateway.stream")
-_HEADERS = [
+HEARTBEAT = b":\n\n"
+HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     # nginx would gather events before it passes them on.
     (b"x-accel-buffering", b"no"),
 ]
+_log = get_logger("ws_gateway.stream")
 
 
 class RunStream(Response):
@@ -56,94 +58,90 @@ class RunStream(Response):
             if any(fact.n <= self._after and fact.event in ENDINGS for fact in facts):
                 await Response(status_code=204)(scope, receive, send)
                 return
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            writer = _Writer(self._read, live, send, Follow(self._after))
-            await _until_it_ends(writer, live, facts, receive, send)
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            happening = happenings(self._read, live, Follow(self._after), facts)
+            if await while_there(_write(happening, send), live, receive):
+                # One that takes nothing is left without a proper end.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _read(self, after: int) -> list[Fact]:
         return await self._agent.facts(self._run_id, after, self._who)
 
 
-async def _until_it_ends(writer: _Writer, live: Live, facts: list[Fact], receive: Receive, send: Send) -> None:
-    """Until the run ends, the client goes, or the hub ends the stream."""
-    writing = asyncio.create_task(writer.write(facts))
-    leaving = asyncio.create_task(_gone(receive))
-    live.end = writing.cancel
+async def _write(happening: AsyncGenerator[list[Event]], send: Send) -> None:
     try:
-        await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await put(send, b"retry: 1000\n\n")
+        async with aclosing(happening):
+            async for events in happening:
+                await put(send, b"".join(event.encoded() for event in events) or HEARTBEAT)
+    except NotFound:
+        _log.info("a run is gone while it is shown")
+    except TimeoutError:
+        _log.info("a client that takes nothing is dropped")
+
+
+async def happenings(
+    read: Callable[[int], Awaitable[list[Fact]]], live: Live, follow: Follow, facts: Sequence[Fact] = ()
+) -> AsyncGenerator[list[Event]]:
+    """What happens in a run until it ends, in its order and each once; an empty list where nothing does for a while.
+
+    read: gives the facts after an n. facts: those that were read already. Raises NotFound where the run is gone.
+    """
+    found: Sequence[Fact] | None = facts
+    looked = time.monotonic()
+    while True:
+        for fact in found or ():
+            if events := follow.fact(fact):
+                yield events
+        if follow.ended:
+            return
+        found = None
+        item = await live.next(HEARTBEAT_SECONDS)
+        if isinstance(item, Delta):
+            if events := follow.delta(item):
+                yield events
+            continue
+        if item is None:
+            yield []
+        if isinstance(item, Fact) and not follow.misses(item):
+            found = [item]
+            looked = time.monotonic()
+        elif item is not None or time.monotonic() - looked > LOOK_SECONDS:
+            failures = 0
+            while found is None:
+                try:
+                    found = await read(follow.last)
+                except Transient as error:
+                    _log.warning("facts cannot be read now", error=str(error))
+                    yield []
+                    await asyncio.sleep(_BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)])
+                    failures += 1
+            looked = time.monotonic()
+
+
+async def while_there(work: Coroutine[Any, Any, None], live: Live, receive: Receive) -> bool:
+    """Does `work` until it is done, the client goes, or the hub ends the stream. False: the client has gone."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_gone(receive))
+    live.end = working.cancel
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         is_there = not leaving.done()
     finally:
-        for task in (writing, leaving):
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(writing, leaving, return_exceptions=True)
-    if not writing.cancelled():
-        writing.result()
-    if is_there:
-        # One that takes nothing is left without a proper end.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await asyncio.gather(working, leaving, return_exceptions=True)
+    if not working.cancelled():
+        working.result()
+    return is_there
 
 
-class _Writer:
-    """Writes one stream. `read`: gives the facts after an n."""
-
-    def __init__(self, read: Callable[[int], Awaitable[list[Fact]]], live: Live, send: Send, follow: Follow) -> None:
-        self._read = read
-        self._live = live
-        self._send = send
-        self._follow = follow
-
-    async def write(self, facts: list[Fact]) -> None:
-        """Until the run ends, is gone, or the client takes nothing any more."""
-        try:
-            await self._put(b"retry: 1000\n\n")
-            await self._facts(facts)
-            await self._go_on()
-        except NotFound:
-            _log.info("a run is gone while it is shown")
-        except TimeoutError:
-            _log.info("a client that takes nothing is dropped")
-
-    async def _go_on(self) -> None:
-        looked = time.monotonic()
-        while not self._follow.ended:
-            item = await self._live.next(HEARTBEAT_SECONDS)
-            if item is None:
-                await self._put(b":\n\n")
-            if isinstance(item, Delta):
-                await self._events(self._follow.delta(item))
-                continue
-            if isinstance(item, Fact) and not self._follow.misses(item):
-                await self._events(self._follow.fact(item))
-                looked = time.monotonic()
-            elif item is not None or time.monotonic() - looked > LOOK_SECONDS:
-                await self._catch_up()
-                looked = time.monotonic()
-
-    async def _catch_up(self) -> None:
-        failures = 0
-        while True:
-            try:
-                await self._facts(await self._read(self._follow.last))
-                return
-            except Transient as error:
-                _log.warning("facts cannot be read now", error=str(error))
-                await self._put(b":\n\n")
-                await asyncio.sleep(_BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)])
-                failures += 1
-
-    async def _facts(self, facts: Iterable[Fact]) -> None:
-        for fact in facts:
-            await self._events(self._follow.fact(fact))
-
-    async def _events(self, events: Iterable[Event]) -> None:
-        if body := b"".join(event.encoded() for event in events):
-            await self._put(body)
-
-    async def _put(self, body: bytes) -> None:
-        async with asyncio.timeout(SEND_SECONDS):
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+async def put(send: Send, body: bytes) -> None:
+    """Sends a part of an answer. Raises TimeoutError where the client takes nothing any more."""
+    async with asyncio.timeout(SEND_SECONDS):
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _gone(receive: Receive) -> None:

@@ -137,7 +137,7 @@ class Answering:
         tools = await self._tools()
         turns: list[Turn] = [*asked.history, Said(asked.text)]
         known = summary or asked.summary
-        instructions = self.agent.system_prompt + (
+        instructions = asked.system(self.agent.system_prompt) + (
             f"\n\nWhat was said before, in short:\n{known.text}" if known else ""
         )
         system, misfits = instructions, 0

@@ -8,10 +8,13 @@ from itertools import groupby
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from infra.crypto import DataKey
 from infra.subjects import Erased, SubjectKeys
 from infra.tx import Tx
 from services.agent.models.contract import Answered, Said, Turn
+from services.agent.sessions.intake import Context
 
 # Of what came before, the model is shown so much at most. Where it is more, the newest half stays as it was said, and
 # what is older is put in short.
@@ -48,6 +51,7 @@ class Asked:
     """The messages of a run as one, and what came before. conversation_id, reply_to: None where no channel is.
 
     summary: of what came before all that is here. older: what is to be put in short before the model is asked.
+    instructions: what the caller adds to the agent's own.
     """
 
     text: str
@@ -56,6 +60,14 @@ class Asked:
     reply_to: str | None
     summary: Summary | None = None
     older: tuple[Exchange, ...] = ()
+    instructions: str | None = None
+
+    def system(self, own: str) -> str:
+        """The agent's `own` system prompt, and behind it, marked as such, what the caller adds."""
+        if self.instructions is None:
+            return own
+        added = f"Whoever asks through the API adds these instructions:\n\n{self.instructions}"
+        return f"{own}\n\n{added}" if own else added
 
 
 class Reader:
@@ -107,30 +119,33 @@ async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str, fi
     """The first so many messages of the run. Raises Erased where none of them can be read any more."""
     reader = Reader(tx, subjects)
     rows = await tx.sql(
-        "SELECT seq, message_id, subject_id, text, conversation, vendor_message_id FROM message "
+        "SELECT seq, message_id, subject_id, text, conversation, vendor_message_id, context FROM message "
         "WHERE run_id = $1 AND NOT decides ORDER BY seq LIMIT $2",
         run_id,
         first,
     )
-    texts = [await reader.open(text, subject, str(id_), "text") for _, id_, subject, text, _, _ in rows]
+    texts = [await reader.open(text, subject, str(id_), "text") for _, id_, subject, text, *_ in rows]
     readable = [text for text in texts if text is not None]
     if not readable:
         raise Erased(f"run {run_id}: all that it answers was erased")
-    _, message_id, subject_id, _, conversation, vendor_message_id = next(
+    _, message_id, subject_id, _, conversation, vendor_message_id, sealed = next(
         row for row, text in zip(reversed(rows), reversed(texts), strict=True) if text is not None
     )
-    summary = await _summary(tx, reader, session_key, rows[0][0])
-    exchanges = await _exchanges(tx, reader, session_key, summary.seq if summary else 0, rows[0][0])
+    given = await reader.open(sealed, subject_id, str(message_id), "context") if sealed else None
+    context = msgspec.json.decode(given, type=Context) if given else None
+    summary = None if context else await _summary(tx, reader, session_key, rows[0][0])
+    exchanges = [] if context else await _exchanges(tx, reader, session_key, summary.seq if summary else 0, rows[0][0])
     older, newer = divided(exchanges)
     return Asked(
         text="\n".join(readable),
-        history=tuple(turn for exchange in newer for turn in exchange.turns),
+        history=context.history if context else tuple(turn for exchange in newer for turn in exchange.turns),
         summary=summary,
         older=tuple(older),
         conversation_id=await reader.open(conversation, subject_id, str(message_id), "conversation")
         if conversation
         else None,
         reply_to=vendor_message_id,
+        instructions=context.system if context else None,
     )
 
 

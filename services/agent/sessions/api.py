@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated
+from typing import Annotated, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Path
@@ -14,12 +14,15 @@ from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, Forbidden
 from infra.service import Runtime
 from infra.subjects import Erased
+from infra.tx import Tx
 from services.agent import adapters
 from services.agent.definitions import store
+from services.agent.models.contract import Answered, Said
 from services.agent.sessions.domain import Busy
-from services.agent.sessions.intake import Arrival, take_in
+from services.agent.sessions.intake import Arrival, Context, take_in
 
 MAX_TEXT = 100_000
+MAX_HISTORY = 1_000
 
 
 class NewMessage(BaseModel):
@@ -31,6 +34,25 @@ class NewMessage(BaseModel):
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
 
 
+class Earlier(BaseModel):
+    """A message of a conversation that the caller keeps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["user", "assistant"]
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
+
+
+class NewCompletion(BaseModel):
+    """A message with all that was said before it. system: added to the agent's own system prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
+    history: list[Earlier] = Field(default=[], max_length=MAX_HISTORY)
+    system: str | None = Field(default=None, min_length=1)
+
+
 class Accepted(BaseModel):
     """The run that will answer the message; messages that are answered together share one."""
 
@@ -39,10 +61,10 @@ class Accepted(BaseModel):
 
 
 def router(runtime: Runtime) -> APIRouter:
-    routes = APIRouter(prefix="/api/v1/agents", tags=["messages"])
+    routes = APIRouter(tags=["messages"])
     subjects = adapters.subjects(runtime)
 
-    @routes.post("/{agent_id}/sessions/{key}/messages", status_code=202)
+    @routes.post("/api/v1/agents/{agent_id}/sessions/{key}/messages", status_code=202)
     async def send_message(
         agent_id: UUID,
         key: Annotated[str, Path(min_length=1, max_length=200)],
@@ -55,11 +77,10 @@ def router(runtime: Runtime) -> APIRouter:
         409 where the agent's queue_mode is reject and the session is busy. While a run waits for an approval, a
         plain yes or no in its session decides it.
         """
-        session_key = key_of(agent_id, key)
         arrival = Arrival(
             message_id=uuid7(),
             agent_id=agent_id,
-            session_key=session_key,
+            session_key=f"api_{_digest(agent_id, key)}",
             subject_id=who.actor,
             text=body.text,
             received_at=utcnow(),
@@ -68,17 +89,47 @@ def router(runtime: Runtime) -> APIRouter:
 
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await store.load(tx, agent_id)
-            try:
-                run_id = await take_in(tx, arrival, subjects)
-            except Erased as error:
-                raise Forbidden(str(error)) from error
-            except Busy as error:
-                raise Conflict("the session is busy, and this agent rejects messages then") from error
-        return Accepted(run_id=run_id, session_key=session_key)
+            return await accept(tx, arrival)
+
+    @routes.post("/internal/agents/{agent_id}/completions", status_code=202, include_in_schema=False)
+    async def complete(
+        agent_id: UUID,
+        body: NewCompletion,
+        who: Runner,
+        idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    ) -> Accepted:
+        """For the gateway: a message in a session of its own. The proxy in front does not pass this on.
+
+        The same idempotency key is the same session, and so the same run.
+        """
+        arrival = Arrival(
+            message_id=uuid7(),
+            agent_id=agent_id,
+            session_key=f"completion_{_digest(agent_id, idempotency_key or str(uuid7()))}",
+            subject_id=who.actor,
+            text=body.text,
+            received_at=utcnow(),
+            idempotency_key=idempotency_key,
+            context=Context(
+                tuple(Said(turn.text) if turn.role == "user" else Answered(turn.text) for turn in body.history),
+                body.system,
+            ),
+        )
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            if not (await store.load(tx, agent_id)).enabled:
+                raise Forbidden("the agent is disabled")
+            return await accept(tx, arrival)
+
+    async def accept(tx: Tx, arrival: Arrival) -> Accepted:
+        try:
+            return Accepted(run_id=await take_in(tx, arrival, subjects), session_key=arrival.session_key)
+        except Erased as error:
+            raise Forbidden(str(error)) from error
+        except Busy as error:
+            raise Conflict("the session is busy, and this agent rejects messages then") from error
 
     return routes
 
 
-def key_of(agent_id: UUID, key: str) -> str:
-    """The opaque key of an API session."""
-    return f"api_{hashlib.blake2b(f'{agent_id}/{key}'.encode(), digest_size=16).hexdigest()}"
+def _digest(agent_id: UUID, key: str) -> str:
+    return hashlib.blake2b(f"{agent_id}/{key}".encode(), digest_size=16).hexdigest()

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
+import msgspec
 from opentelemetry import trace
 
 from infra import lanes
@@ -21,6 +22,7 @@ from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
 from services.agent.definitions.store import queue_mode
 from services.agent.lanes import RUNS, RunItem
+from services.agent.models.contract import Answered, Said
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
 from services.agent.runs.domain import Fail
@@ -41,10 +43,22 @@ class Origin:
     vendor_message_id: str
 
 
+class Context(msgspec.Struct, frozen=True):
+    """What was said before, by the caller's word: it stands for the session's own past. system: what the caller adds to
+    the agent's own system prompt.
+    """
+
+    history: tuple[Said | Answered, ...]
+    system: str | None = None
+
+
 @dataclass(frozen=True)
 class Arrival:
-    """A message that came in. origin: None where it came by the API, which may give an idempotency_key. new_run_id: of
-    the run that it opens, if that is settled."""
+    """A message that came in. origin: None where it came by the API, which may give an idempotency_key.
+
+    new_run_id: of the run that it opens, if that is settled. context: None where the session's past is to be shown to
+    the model.
+    """
 
     message_id: UUID
     agent_id: UUID
@@ -55,13 +69,14 @@ class Arrival:
     origin: Origin | None = None
     idempotency_key: str | None = None
     new_run_id: UUID | None = None
+    context: Context | None = None
 
 
 async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     """Stores a message and returns the run that will answer it; for a known idempotency_key the run it made before.
 
-    Raises InvalidMessage where that key came with another text, Erased where the person's key was destroyed, Busy
-    where the session takes none now.
+    Raises InvalidMessage where that key came with another text or context, Erased where the person's key was destroyed,
+    Busy where the session takes none now.
     """
     assert tx.tenant_id
     total, session = await _lock_session(tx, tx.tenant_id, arrival.session_key)
@@ -103,8 +118,8 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     origin = arrival.origin
     await tx.sql(
         "INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation, "
-        "vendor_message_id, idempotency_key, received_at, decides) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        "vendor_message_id, idempotency_key, received_at, decides, context) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         tx.tenant_id,
         arrival.message_id,
         arrival.session_key,
@@ -117,6 +132,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         arrival.idempotency_key,
         arrival.received_at,
         event.decides,
+        key.seal(msgspec.json.encode(arrival.context).decode(), *context, "context") if arrival.context else None,
     )
     await tx.sql(
         "UPDATE session SET messages = messages + 1, run_id = $3, run_messages = $4, run_waits = $5 "
@@ -165,7 +181,7 @@ async def _lock_session(tx: Tx, tenant_id: str, session_key: str) -> tuple[int, 
 
 async def _known(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID | None:
     rows = await tx.sql(
-        "SELECT message_id, run_id, subject_id, text FROM message "
+        "SELECT message_id, run_id, subject_id, text, context FROM message "
         "WHERE tenant_id = $1 AND session_key = $2 AND idempotency_key = $3",
         tx.tenant_id,
         arrival.session_key,
@@ -174,10 +190,14 @@ async def _known(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID | None
     if not rows:
         return None
     assert tx.tenant_id
-    [(message_id, run_id, subject_id, sealed)] = rows
+    [(message_id, run_id, subject_id, sealed, sealed_context)] = rows
     try:
         key = await subjects.key(tx, tx.tenant_id, subject_id)
-        same = key.open(sealed, tx.tenant_id, subject_id, str(message_id), "text") == arrival.text
+        context = tx.tenant_id, subject_id, str(message_id)
+        known = key.open(sealed_context, *context, "context") if sealed_context else None
+        same = key.open(sealed, *context, "text") == arrival.text and arrival.context == (
+            msgspec.json.decode(known, type=Context) if known else None
+        )
     except Erased:
         same = True  # nobody can tell any more, and it must not be answered twice
     if not same:

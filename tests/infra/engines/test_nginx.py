@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import httpx2
+import openai
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -156,8 +158,6 @@ def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
         ("GET", "/api/v1/runs/1", "agent"),
         ("GET", "/api/v1/runs/1/timeline", "agent"),
         ("POST", "/api/v1/agents/1/sessions/s/messages", "agent"),
-        ("POST", "/v1/chat/completions", "agent"),
-        ("GET", "/v1/models", "agent"),
         ("GET", "/api/v1/channels", "channel"),
         ("GET", "/api/v1/deliveries/1", "channel"),
         ("POST", "/api/v1/documents", "memory"),
@@ -214,6 +214,14 @@ async def test_without_a_good_key_nobody_gets_in(client: httpx.AsyncClient) -> N
         answer = await client.get("/api/v1/agents", headers={"Authorization": authorization})
         problem(answer, 401)
         assert answer.headers.get_list("www-authenticate") == ["Bearer"]
+
+
+async def test_openais_client_understands_that_its_key_is_refused(client: httpx.AsyncClient) -> None:
+    url = str(client.base_url.join("/v1"))
+    http = httpx2.AsyncClient(trust_env=False)
+    async with openai.AsyncOpenAI(base_url=url, api_key="claw_bad", http_client=http) as stranger:
+        with pytest.raises(openai.AuthenticationError):
+            await stranger.models.list()
 
 
 async def test_the_service_learns_who_calls_from_the_gateway_alone(client: httpx.AsyncClient) -> None:
@@ -313,6 +321,8 @@ async def test_events_come_as_they_happen(client: httpx.AsyncClient, services: S
     for method, path, headers in (
         ("GET", "/api/v1/runs/1/events", {}),
         ("POST", "/api/v1/agents/1/sessions/a%2Fb/messages", event_stream),
+        ("POST", "/v1/chat/completions", {}),
+        ("GET", "/v1/models", {}),
     ):
         services.more.clear()
         async with client.stream(method, path, headers=headers) as answer:

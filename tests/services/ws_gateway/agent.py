@@ -1,10 +1,11 @@
-"""Stands in for the agent: its read route and its message route, and what it has committed."""
+"""Stands in for the agent: the routes that the gateway uses, and what it has committed."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from starlette.routing import Route
 
 from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.clock import utcnow, uuid7
-from infra.errors import NotFound, Transient
+from infra.errors import InvalidMessage, NotFound, Transient
 from infra.http import Health, create_app, serve_http
 from infra.metrics import Metrics
 from infra.testing.platform import INTERNAL_SECRET
@@ -41,9 +42,20 @@ def failed(run_id: UUID, n: int, status: Any) -> RunFailed:
     return RunFailed(run_id=run_id, session_key=SESSION, status=status, error="out of quota", n=n)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One that was asked for, and its run."""
+
+    run_id: UUID
+    agent_id: UUID
+    key: str | None
+    body: dict[str, Any]
+
+
 class Agent:
     """`committed`: of each run, what the store has; `reads`: the `after` of each read. While `hold` is clear, its
-    answers, already made, are kept back."""
+    answers, already made, are kept back. `agents`: of each tenant. `completions`: that nobody has looked at yet;
+    `cancelled`: runs that were to be."""
 
     def __init__(self) -> None:
         self.tenants: dict[UUID, str] = {}
@@ -54,12 +66,23 @@ class Agent:
         self.hold = asyncio.Event()
         self.hold.set()
         self.answer: tuple[int, dict[str, Any]] = (202, {})
+        self.agents: dict[str, list[dict[str, Any]]] = {}
+        self.completions: asyncio.Queue[Completion] = asyncio.Queue()
+        self.keys: dict[str, Completion] = {}
+        self.usage: dict[UUID, dict[str, int | None]] = {}
+        self.cancelled: list[UUID] = []
 
     def new_run(self, tenant: str) -> UUID:
         run_id = uuid7()
         self.tenants[run_id] = tenant
         self.committed[run_id] = []
         return run_id
+
+    def new_agent(self, tenant: str, *, enabled: bool = True) -> str:
+        id_ = str(uuid7())
+        view = {"id": id_, "name": "Helper", "enabled": enabled, "created_at": "2026-01-02T03:04:05Z", "model": "x/y"}
+        self.agents.setdefault(tenant, []).append(view)
+        return id_
 
     async def was_read(self, run_id: UUID, times: int = 1) -> None:
         async with asyncio.timeout(30):
@@ -95,6 +118,44 @@ class Agent:
         status, body = self.answer
         return JSONResponse(body, status, {"retry-after": "3"} if status == 503 else None)
 
+    async def list_agents(self, request: Request) -> Response:
+        """One a page, as if the limit were that."""
+        who = self._who(request)
+        assert "read" in who.scopes
+        n = int(request.query_params.get("cursor", "0"))
+        mine = self.agents.get(who.tenant_id, [])
+        more = str(n + 1) if n + 1 < len(mine) else None
+        return JSONResponse({"items": mine[n : n + 1], "next": more})
+
+    async def complete(self, request: Request) -> Response:
+        who = self._who(request)
+        assert "run" in who.scopes
+        agent_id = request.path_params["id"]
+        if self.away:
+            raise Transient("shutting down")
+        if agent_id not in [agent["id"] for agent in self.agents.get(who.tenant_id, [])]:
+            raise NotFound(f"agent {agent_id}")
+        key, body = request.headers.get("idempotency-key"), await request.json()
+        known = self.keys.get(key) if key else None
+        if known and known.body != body:
+            raise InvalidMessage("idempotency_key", "was used before with another body")
+        if not known:
+            known = Completion(self.new_run(who.tenant_id), UUID(agent_id), key, body)
+            if key:
+                self.keys[key] = known
+        self.completions.put_nowait(known)
+        return JSONResponse({"run_id": str(known.run_id)}, 202)
+
+    async def run(self, request: Request) -> Response:
+        assert "read" in self._who(request).scopes
+        unreported = {"input_tokens": None, "cached_tokens": None, "output_tokens": None}
+        return JSONResponse({"usage": self.usage.get(UUID(request.path_params["id"]), unreported)})
+
+    async def cancel(self, request: Request) -> Response:
+        assert "run" in self._who(request).scopes
+        self.cancelled.append(UUID(request.path_params["id"]))
+        return JSONResponse({}, 202)
+
 
 @asynccontextmanager
 async def stand_in(port: int) -> AsyncIterator[Agent]:
@@ -102,6 +163,10 @@ async def stand_in(port: int) -> AsyncIterator[Agent]:
     routes = [
         Route("/internal/runs/{id}/events", agent.facts),
         Route("/api/v1/agents/{id}/sessions/{key:path}/messages", agent.message, methods=["POST"]),
+        Route("/api/v1/agents", agent.list_agents),
+        Route("/internal/agents/{id}/completions", agent.complete, methods=["POST"]),
+        Route("/api/v1/runs/{id}", agent.run),
+        Route("/api/v1/runs/{id}/cancel", agent.cancel, methods=["POST"]),
     ]
     server = await serve_http(create_app(routes, Health("agent", "1"), Metrics(CollectorRegistry())), port)
     yield agent

@@ -1,0 +1,18 @@
+"""Agents in OpenAI's shapes: an agent is a model, and the model's id is the agent's.
+
+``POST /v1/chat/completions``, ``POST /v1/responses``, ``GET /v1/models`` and ``/v1/models/{id}``, by
+https://platform.openai.com/docs/api-reference. Where the standard leaves a choice, or cannot be followed:
+
+- A request is stateless: it carries the whole conversation, and its run has a session of its own. The last message is
+  the user's, and is put to the model verbatim; ``system`` and ``developer`` messages (``instructions``) are added to
+  the agent's own system prompt.
+- The agent uses its own tools. Tools of the client, images and audio, other formats than text, ``n`` above 1, ``stop``,
+  log probabilities, and responses that refer to earlier ones are refused with a 400 that names the field. How the text
+  is sampled and how long it may get is the agent's matter: ``temperature``, ``max_tokens`` and their like are ignored.
+- Of the agent's steps only text is shown. Not streamed, that is the run's reply. A stream also has what the model wrote
+  before it called a tool, for that cannot be known in time: before the reply's text, separated by an empty line
+  (completions), or as an output item of its own (responses).
+- A stream takes nothing back: where text that was sent turns out not to be in the answer, it ends with an error.
+- A client that goes cancels the run, unless it gave an ``Idempotency-Key``, by which it may come again for the answer.
+- What the model did not report is left out of the usage, and is not zero.
+"""

@@ -1,0 +1,100 @@
+"""What the agent is asked: for its agents, to begin a run and to end it, and what a run has used."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from urllib.parse import quote
+from uuid import UUID
+
+import msgspec
+
+from infra.auth import Identity
+from infra.errors import Transient
+from infra.logs import get_logger
+from services.ws_gateway.agent import Agent
+from services.ws_gateway.openai.errors import no_model, of_problem
+from services.ws_gateway.openai.requests import Conversation
+from services.ws_gateway.openai.shapes import UNREPORTED, Usage
+
+_PAGE = 200
+_log = get_logger("ws_gateway.openai")
+
+
+class AgentView(msgspec.Struct):
+    """An agent, as far as a client of this surface sees it."""
+
+    id: UUID
+    name: str
+    enabled: bool
+    created_at: datetime
+
+
+class _Page(msgspec.Struct):
+    items: list[AgentView]
+    next: str | None
+
+
+class _Accepted(msgspec.Struct):
+    run_id: UUID
+
+
+class _Run(msgspec.Struct):
+    usage: Usage
+
+
+async def listed(agent: Agent, who: Identity) -> list[AgentView]:
+    """All of the tenant's. Raises Failure, Transient."""
+    found: list[AgentView] = []
+    cursor = ""
+    while True:
+        answer = await agent.ask(who, "read", "GET", f"/api/v1/agents?limit={_PAGE}{cursor}", "/api/v1/agents")
+        if answer.status_code != 200:
+            raise of_problem(answer.status_code, answer.headers, answer.content)
+        page = msgspec.json.decode(answer.content, type=_Page)
+        found += page.items
+        if page.next is None:
+            return found
+        cursor = f"&cursor={quote(page.next)}"
+
+
+async def begin(agent: Agent, who: Identity, model: str, conversation: Conversation, key: str | None) -> UUID:
+    """The run that answers; for the same idempotency key the same one. Raises Failure, Transient."""
+    try:
+        agent_id = UUID(model)
+    except ValueError:
+        raise no_model(model) from None
+    answer = await agent.ask(
+        who,
+        "run",
+        "POST",
+        f"/internal/agents/{agent_id}/completions",
+        "/internal/agents/{agent_id}/completions",
+        body=msgspec.json.encode(conversation),
+        headers={"content-type": "application/json"} | ({"idempotency-key": key} if key else {}),
+    )
+    if answer.status_code == 404:
+        raise no_model(model)
+    if answer.status_code != 202:
+        raise of_problem(answer.status_code, answer.headers, answer.content)
+    return msgspec.json.decode(answer.content, type=_Accepted).run_id
+
+
+async def usage(agent: Agent, who: Identity, run_id: UUID) -> Usage:
+    """Of a run that is over. Where it cannot be read now it counts as not reported, for the answer is there."""
+    try:
+        answer = await agent.ask(who, "read", "GET", f"/api/v1/runs/{run_id}", "/api/v1/runs/{run_id}")
+    except Transient as error:
+        _log.warning("usage cannot be read now", run_id=str(run_id), error=str(error))
+        return UNREPORTED
+    if answer.status_code != 200:
+        _log.warning("usage cannot be read now", run_id=str(run_id), status=answer.status_code)
+        return UNREPORTED
+    return msgspec.json.decode(answer.content, type=_Run).usage
+
+
+async def cancel(agent: Agent, who: Identity, run_id: UUID) -> None:
+    """Nobody waits for it any more. Where it cannot be cancelled now, it ends by itself."""
+    try:
+        await agent.ask(who, "run", "POST", f"/api/v1/runs/{run_id}/cancel", "/api/v1/runs/{run_id}/cancel")
+    except Transient as error:
+        _log.warning("a run that nobody waits for goes on", run_id=str(run_id), error=str(error))

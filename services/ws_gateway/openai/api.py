@@ -1,0 +1,90 @@
+"""HTTP in OpenAI's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from infra.api import Reader, Runner
+from infra.auth import Identity
+from infra.logs import get_logger
+from services.ws_gateway.agent import Agent
+from services.ws_gateway.hub import Hub
+from services.ws_gateway.openai import agents, errors
+from services.ws_gateway.openai.agents import AgentView
+from services.ws_gateway.openai.answer import Answer
+from services.ws_gateway.openai.requests import ChatRequest, ResponsesRequest
+from services.ws_gateway.openai.shapes import Chat, Responses
+
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The answer, or its parts"}
+}
+_Key = Annotated[str | None, Header(pattern="^[!-~]{1,255}$")]
+
+_log = get_logger("ws_gateway.openai")
+
+
+class _Route(APIRoute):
+    """Errors in OpenAI's shape, those of the framework too."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            try:
+                # The framework would take a body that is too large for one that is no JSON.
+                await request.body()
+                return await handle(request)
+            except ClientDisconnect:
+                raise
+            except Exception as error:
+                failure = errors.of(error)
+                if failure.status >= 500:
+                    _log.error("request failed", status=failure.status, exc_info=True)
+                return failure.response()
+
+        return handled
+
+
+def router(hub: Hub, agent: Agent) -> APIRouter:
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
+
+    @routes.get("/models")
+    async def list_models(who: Reader) -> dict[str, Any]:
+        """The tenant's agents that are enabled, as models; `name` is the agent's."""
+        found = await agents.listed(agent, who)
+        return {"object": "list", "data": [_model(view, who) for view in found if view.enabled]}
+
+    @routes.get("/models/{model}")
+    async def get_model(model: str, who: Reader) -> dict[str, Any]:
+        for view in await agents.listed(agent, who):
+            if view.enabled and str(view.id) == model:
+                return _model(view, who)
+        raise errors.no_model(model)
+
+    @routes.post("/chat/completions", response_class=Response, responses=_ANSWER)
+    async def complete(body: ChatRequest, who: Runner, idempotency_key: _Key = None) -> Response:
+        """Has the agent answer the last message. The same Idempotency-Key gets the same run's answer."""
+        run_id = await agents.begin(agent, who, body.model, body.asked(), idempotency_key)
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        shape = Chat(run_id, body.model, include_usage=include_usage)
+        return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
+
+    @routes.post("/responses", response_class=Response, responses=_ANSWER)
+    async def respond(body: ResponsesRequest, who: Runner, idempotency_key: _Key = None) -> Response:
+        """Has the agent answer the last message. The same Idempotency-Key gets the same run's answer."""
+        run_id = await agents.begin(agent, who, body.model, body.asked(), idempotency_key)
+        shape = Responses(run_id, body.model, body.instructions)
+        return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
+
+    return routes
+
+
+def _model(view: AgentView, who: Identity) -> dict[str, Any]:
+    created = int(view.created_at.timestamp())
+    return {"id": str(view.id), "object": "model", "created": created, "owned_by": who.tenant_id, "name": view.name}

@@ -1,0 +1,104 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import Response
+
+from infra.problems import problem
+from services.ws_gateway.domain import Event
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# The official clients obey this header: they would ask again after any 409, 429 or 5xx.
+_ONCE = {"x-should-retry": "false"}
+
+
+class _Field(msgspec.Struct):
+    field: str
+    message: str
+
+
+class _Problem(msgspec.Struct):
+    detail: str
+    errors: list[_Field]
+
+
+class Failure(Exception):
+    """What a client gets instead of an answer. `param`: the field of the request; `code`: for programs to tell by."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = kind or _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+        self.headers = dict(headers or {})
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        body = msgspec.json.encode({"error": self.error})
+        return Response(body, self.status, {**self.headers, **(headers or {})}, media_type="application/json")
+
+
+def unfit(field: str, reason: str) -> Failure:
+    """A field of the request that cannot be taken."""
+    return Failure(400, f"{field}: {reason}", param=field)
+
+
+def no_model(id_: str) -> Failure:
+    return Failure(404, f"There is no model {id_} for you.", param="model", code="model_not_found")
+
+
+def cut_off() -> Failure:
+    return Failure(503, "The answer cannot be told to its end here; ask again.", headers={"retry-after": "1"})
+
+
+def taken_back() -> Failure:
+    return Failure(502, "The text had to be written anew, which a stream cannot show.", code="stream_interrupted")
+
+
+def gone() -> Failure:
+    return Failure(502, "The run is not there any more.", code="run_gone", headers=_ONCE)
+
+
+def ending(event: Event) -> Failure | None:
+    """Why a run has no reply; None for an event that does not say so."""
+    match event.name:
+        case "run.refused":
+            code = "insufficient_quota"
+            return Failure(429, event.data["error"], kind=code, code=code, headers=_ONCE)
+        case "run.cancelled":
+            return Failure(409, "The run was cancelled.", kind="conflict_error", code="run_cancelled", headers=_ONCE)
+        case "run.failed" | "run.indeterminate":
+            code = event.name.replace(".", "_")
+            return Failure(502, f"The run has no reply: {event.data['error']}", code=code, headers=_ONCE)
+    return None
+
+
+def of(error: Exception) -> Failure:
+    """As a problem would say it. A field that is not as it must be is a 400 here."""
+    if isinstance(error, Failure):
+        return error
+    answer = problem(error)
+    status = 400 if isinstance(error, RequestValidationError) else answer.status_code
+    return of_problem(status, answer.headers, bytes(answer.body))
+
+
+def of_problem(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+    """An RFC 9457 problem in OpenAI's shape; the first field that it names is the `param`."""
+    found = msgspec.json.decode(body, type=_Problem)
+    kept = {name: headers[name] for name in ("retry-after", "www-authenticate") if name in headers}
+    if found.errors:
+        field = found.errors[0].field
+        return Failure(status, f"{field}: {found.errors[0].message}", param=field, headers=kept)
+    return Failure(status, found.detail, headers=kept)

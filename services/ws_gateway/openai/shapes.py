@@ -1,0 +1,202 @@
+"""What clients get, in OpenAI's shapes. Pure but for the clock."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+from uuid import UUID
+
+import msgspec
+
+from services.ws_gateway.openai.domain import Piece
+from services.ws_gateway.openai.errors import Failure
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a run's model calls; cached ones are part of the input. None: not reported."""
+
+    input_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+
+
+UNREPORTED = Usage(None, None, None)
+
+
+class Shape(Protocol):
+    """One answer, whole or as the parts of a stream; each part is server-sent events.
+
+    wants_usage: a stream of it does.
+    """
+
+    wants_usage: bool
+
+    def whole(self, reply: str, usage: Usage) -> dict[str, Any]: ...
+    def begin(self) -> bytes: ...
+    def text(self, piece: Piece) -> bytes: ...
+    def end(self, usage: Usage) -> bytes: ...
+    def failed(self, failure: Failure) -> bytes: ...
+
+
+class Chat:
+    """https://platform.openai.com/docs/api-reference/chat"""
+
+    def __init__(self, run_id: UUID, model: str, *, include_usage: bool) -> None:
+        self._base = {"id": f"chatcmpl-{run_id}", "created": int(time.time()), "model": model}
+        self.wants_usage = include_usage
+        self._step: int | None = None
+
+    def whole(self, reply: str, usage: Usage) -> dict[str, Any]:
+        message = {"role": "assistant", "content": reply, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        answer = {**self._base, "object": "chat.completion", "choices": [choice]}
+        return answer | ({"usage": found} if (found := _usage(usage, "prompt_tokens", "completion_tokens")) else {})
+
+    def begin(self) -> bytes:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def text(self, piece: Piece) -> bytes:
+        apart = "\n\n" if self._step not in (None, piece.step) else ""
+        self._step = piece.step
+        return self._chunk({"content": apart + piece.text})
+
+    def end(self, usage: Usage) -> bytes:
+        found = _usage(usage, "prompt_tokens", "completion_tokens") if self.wants_usage else None
+        last = _data(self._with_usage([], found)) if found else b""
+        return self._chunk({}, "stop") + last + b"data: [DONE]\n\n"
+
+    def failed(self, failure: Failure) -> bytes:
+        return _data({"error": failure.error})
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+        return _data(self._with_usage(choices, None))
+
+    def _with_usage(self, choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
+        chunk = {**self._base, "object": "chat.completion.chunk", "choices": choices}
+        return chunk | ({"usage": usage} if self.wants_usage else {})
+
+
+class Responses:
+    """https://platform.openai.com/docs/api-reference/responses. Each step's text is an output item."""
+
+    wants_usage = True
+
+    def __init__(self, run_id: UUID, model: str, instructions: str | None) -> None:
+        self._run_id = run_id
+        self._base = {
+            "id": f"resp_{run_id}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": model,
+            "instructions": instructions,
+            "incomplete_details": None,
+            "metadata": {},
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": None,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": None,
+        }
+        self._sequence = 0
+        self._done: list[dict[str, Any]] = []
+        self._step = 0  # of the item that is open, if one is
+        self._text = ""
+
+    def whole(self, reply: str, usage: Usage) -> dict[str, Any]:
+        return self._response(
+            "completed", [self._item("completed", reply)], usage=_usage(usage, "input_tokens", "output_tokens")
+        )
+
+    def begin(self) -> bytes:
+        names = ("response.created", "response.in_progress")
+        return b"".join(self._event(name, response=self._response("in_progress", [])) for name in names)
+
+    def text(self, piece: Piece) -> bytes:
+        before = b""
+        if piece.step != self._step:
+            before = self._close()
+            self._step, self._text = piece.step, ""
+            before += self._item_event("added", self._item("in_progress"))
+            before += self._part_event("content_part.added", part=_part(""))
+        self._text += piece.text
+        return before + self._part_event("output_text.delta", delta=piece.text, logprobs=[])
+
+    def end(self, usage: Usage) -> bytes:
+        last = self._close()
+        response = self._response("completed", self._done, usage=_usage(usage, "input_tokens", "output_tokens"))
+        return last + self._event("response.completed", response=response)
+
+    def failed(self, failure: Failure) -> bytes:
+        # The standard has few codes, and a client may know no other.
+        code = "rate_limit_exceeded" if failure.status == 429 else "server_error"
+        items = [*self._done, *([self._item("incomplete", self._text)] if self._step else [])]
+        return self._event(
+            "response.failed", response=self._response("failed", items, error=failure.error | {"code": code})
+        )
+
+    def _close(self) -> bytes:
+        """Ends the item that is open."""
+        if not self._step:
+            return b""
+        item = self._item("completed", self._text)
+        ended = (
+            self._part_event("output_text.done", text=self._text, logprobs=[])
+            + self._part_event("content_part.done", part=_part(self._text))
+            + self._item_event("done", item)
+        )
+        self._done.append(item)
+        return ended
+
+    def _response(
+        self,
+        status: str,
+        output: list[Any],
+        *,
+        usage: dict[str, Any] | None = None,
+        error: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        return {**self._base, "status": status, "output": output, "usage": usage, "error": error}
+
+    def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
+        content = [] if text is None else [_part(text)]
+        return {"id": self._item_id(), "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _item_id(self) -> str:
+        return f"msg_{self._run_id}_{self._step}"
+
+    def _item_event(self, name: str, item: dict[str, Any]) -> bytes:
+        return self._event(f"response.output_item.{name}", output_index=len(self._done), item=item)
+
+    def _part_event(self, name: str, **fields: Any) -> bytes:
+        place = {"item_id": self._item_id(), "output_index": len(self._done), "content_index": 0}
+        return self._event(f"response.{name}", **place, **fields)
+
+    def _event(self, name: str, **fields: Any) -> bytes:
+        data = _data({"type": name, "sequence_number": self._sequence, **fields})
+        self._sequence += 1
+        return b"event: %b\n%b" % (name.encode(), data)
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _data(data: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(data)
+
+
+def _usage(usage: Usage, read: str, written: str) -> dict[str, Any] | None:
+    """None where the model has not reported it."""
+    if usage.input_tokens is None or usage.output_tokens is None:
+        return None
+    found: dict[str, Any] = {
+        read: usage.input_tokens,
+        written: usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+    cached = usage.cached_tokens
+    return found | ({} if cached is None else {f"{read}_details": {"cached_tokens": cached}})

@@ -1,0 +1,141 @@
+"""Completions as the gateway asks for them: the caller's conversation stands for the session's past."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from infra.clock import uuid7
+from infra.testing.model_server import Says
+from infra.testing.peers import WEATHER
+from protos.catalog import PLATFORM_EVENTS
+from protos.messages.user import SubjectErased
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+EARLIER = [{"role": "user", "text": "My secret"}, {"role": "assistant", "text": "Yes?"}]
+
+
+async def complete(tenant: Tenant, agent: str, text: str, *, key: str | None = None, **body: Any) -> str:
+    headers = {"Idempotency-Key": key} if key else {}
+    path = f"/internal/agents/{agent}/completions"
+    return str((await tenant.call("POST", path, json={"text": text} | body, headers=headers))["run_id"])
+
+
+def shown(world: World) -> list[tuple[str, str]]:
+    """What the model was asked last."""
+    return [(message["role"], message["content"]) for message in world.models.requests[-1].body["messages"]]
+
+
+async def test_the_model_sees_the_callers_conversation_in_whole(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    # More than of a session's past, and longer.
+    history = [{"role": role, "text": f"{n} {'x' * 2_000}"} for n in range(30) for role in ("user", "assistant")]
+    run = await tenant.over(await complete(tenant, agent, "Hi 🦀", history=history, system="In French."))
+    assert (run["status"], run["reply"]) == ("completed", "You said: Hi 🦀")
+    system, *turns = shown(world)
+    assert system[1] == "Be kind.\n\nWhoever asks through the API adds these instructions:\n\nIn French."
+    assert turns == [*((turn["role"], turn["text"]) for turn in history), ("user", "Hi 🦀")]
+
+
+async def test_of_other_completions_and_sessions_nothing_is_seen(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt="")
+    await tenant.over(await tenant.say(agent, "In a session"))
+    await tenant.over(await complete(tenant, agent, "First", history=EARLIER))
+    await tenant.over(await complete(tenant, agent, "Second"))
+    assert shown(world) == [("user", "Second")]
+    await tenant.over(await complete(tenant, agent, "Third", system="In French."))
+    assert shown(world)[0][1] == "Whoever asks through the API adds these instructions:\n\nIn French."
+    await tenant.over(await tenant.say(agent, "On"))
+    assert [text for _, text in shown(world)] == ["In a session", "You said: In a session", "On"]
+
+
+async def test_the_callers_words_stay_for_all_steps_of_a_run(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Says("Wet."))
+    run = await tenant.over(await complete(tenant, agent, "Weather?", history=EARLIER, system="In French."))
+    assert run["reply"] == "Wet."
+    system, first, *_ = shown(world)
+    assert (first, "In French." in system[1]) == (("user", "My secret"), True)
+
+
+async def test_the_same_key_and_body_are_the_same_run(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    first = await complete(tenant, agent, "Hi", key="k", history=EARLIER)
+    together = await asyncio.gather(*(complete(tenant, agent, "Hi", key="k", history=EARLIER) for _ in range(5)))
+    assert {first, *together} == {first}
+    path = f"/internal/agents/{agent}/completions"
+    for other in (
+        {"text": "Hi"},
+        {"text": "Ho", "history": EARLIER},
+        {"text": "Hi", "history": EARLIER, "system": "!"},
+    ):
+        problem = await tenant.call("POST", path, expect=422, json=other, headers={"Idempotency-Key": "k"})
+        assert problem["errors"] == [{"field": "idempotency_key", "message": "was used before with another body"}]
+    other_agent = await tenant.agent()
+    assert await complete(tenant, other_agent, "Hi", key="k", history=EARLIER) != first
+    assert (await tenant.over(first))["status"] == "completed"
+
+
+async def test_completions_of_one_agent_do_not_wait_for_each_other(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("One.", waits=go))
+    asked = len(world.models.asked(MODEL))
+    first = await complete(tenant, agent, "a")
+
+    async def is_asked() -> bool:
+        return len(world.models.asked(MODEL)) > asked
+
+    await world.platform.until(is_asked)
+    assert (await tenant.over(await complete(tenant, agent, "b")))["reply"] == "You said: b"
+    go.set()
+    assert (await tenant.over(first))["reply"] == "One."
+
+
+async def test_who_cannot_be_asked_is_said_at_once(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    path = f"/internal/agents/{agent}/completions"
+    await tenant.call("PATCH", f"/api/v1/agents/{agent}", json={"enabled": False})
+    assert (await tenant.call("POST", path, expect=403, json={"text": "Hi"}))["detail"] == "the agent is disabled"
+    await world.tenant().call("POST", path, expect=404, json={"text": "Hi"})
+    await tenant.call("POST", f"/internal/agents/{uuid7()}/completions", expect=404, json={"text": "Hi"})
+    assert (await tenant.call("GET", "/api/v1/runs"))["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "text"),
+        ({"text": ""}, "text"),
+        ({"text": "x" * 100_001}, "text"),
+        ({"text": "Hi", "history": [{"role": "tool", "text": "x"}]}, "history[0].role"),
+        ({"text": "Hi", "history": [{"role": "user", "text": "x"}, {"role": "user", "text": ""}]}, "history[1].text"),
+        ({"text": "Hi", "system": ""}, "system"),
+        ({"text": "Hi", "sytem": "x"}, "sytem"),
+    ],
+)
+async def test_what_cannot_be_taken_is_named(tenant: Tenant, body: dict[str, Any], field: str) -> None:
+    problem = await tenant.call("POST", f"/internal/agents/{uuid7()}/completions", expect=422, json=body)
+    assert [error["field"] for error in problem["errors"]] == [field]
+
+
+async def test_what_was_said_before_is_stored_sealed_and_erased_with_its_person(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    run = await complete(tenant, agent, "Hi", key="k", history=EARLIER)
+    await tenant.over(run)
+    async with world.platform.database("agent").begin() as tx:
+        [(stored,)] = await tx.sql("SELECT context FROM message WHERE run_id = $1", run)
+    assert stored
+    assert b"secret" not in bytes(stored)
+    erased = SubjectErased(tenant_id=tenant.id, subject_id="api_key:test")
+    await world.platform.produce(PLATFORM_EVENTS, erased, key=tenant.id, tenant_id=tenant.id)
+
+    async def gone() -> bool:
+        return bool((await tenant.run(run))["reply"] == "[erased]")
+
+    await world.platform.until(gone)
+    # Nothing more of that person is stored, or answered.
+    path = f"/internal/agents/{agent}/completions"
+    await tenant.call("POST", path, expect=403, json={"text": "Hi"}, headers={"Idempotency-Key": "k"})

@@ -1,0 +1,158 @@
+"""The conversation that a request carries, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.ws_gateway.openai.errors import Failure
+from services.ws_gateway.openai.requests import ChatRequest, Conversation, Earlier, ResponsesRequest
+
+HI = {"role": "user", "content": "Hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
+def chat(*messages: Any, **fields: Any) -> Conversation:
+    return ChatRequest.model_validate({"model": "m", "messages": messages or [HI], **fields}).asked()
+
+
+def responses(input_: Any = "Hi", **fields: Any) -> Conversation:
+    return ResponsesRequest.model_validate({"model": "m", "input": input_, **fields}).asked()
+
+
+def test_the_last_message_is_asked_what_was_before_is_history_and_system_messages_are_together() -> None:
+    found = chat(
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
+        {"role": "assistant", "content": "Yes?", "tool_calls": []},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": " Hi 🦀\u200f\n"},
+        {"role": "developer", "content": "In French."},
+    )
+    assert found == Conversation(
+        " Hi 🦀\u200f\n", [Earlier("user", "One\nTwo"), Earlier("assistant", "Yes?")], "Be brief.\n\nIn French."
+    )
+    assert chat() == Conversation("Hi", [], None)
+
+
+def test_the_input_of_a_response_is_text_or_messages() -> None:
+    assert responses("Hi", instructions="Be brief.") == Conversation("Hi", [], "Be brief.")
+    answer = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
+    assert responses(
+        [
+            {"role": "developer", "content": "In French."},
+            {"role": "user", "content": [{"type": "input_text", "text": "One"}]},
+            answer | {"content": [{"type": "output_text", "text": "Yes?", "annotations": []}]},
+            {"type": "message", "role": "user", "content": "Hi"},
+        ],
+        instructions="Be brief.",
+    ) == Conversation("Hi", [Earlier("user", "One"), Earlier("assistant", "Yes?")], "Be brief.\n\nIn French.")
+
+
+def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
+    found = chat(
+        temperature=0.2,
+        max_tokens=5,
+        max_completion_tokens=5,
+        seed=1,
+        user="u",
+        metadata={"a": "b"},
+        store=True,
+        n=1,
+        tools=[],
+        tool_choice="none",
+        functions=[],
+        logprobs=False,
+        response_format={"type": "text"},
+        modalities=["text"],
+        stop=[],
+        something_new={},
+    )
+    assert found.text == "Hi"
+    assert (
+        responses(store=True, tools=[], text={"format": {"type": "text"}}, truncation="auto", include=[]).text == "Hi"
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([HI, {"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE]}], "messages[1].content[1].type"),
+        ([{"role": "user", "content": ["Hi"]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": ["text"], "text": "Hi"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": {"text": "Hi"}}], "messages[0].content"),
+        ([{"role": "user", "content": 7}], "messages[0].content"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": " \n"}], "messages[0].content"),
+        ([{"role": "user", "content": "\ud800"}], "messages[0].content"),
+        ([HI, HI, HI, {"role": "user", "content": "x" * 100_001}], "messages[3].content"),
+        ([{"role": "system", "content": "x" * 100_001}, HI], "messages[0].content"),
+        ([{"role": "critic", "content": "Hi"}], "messages[0].role"),
+        ([HI, {"role": "tool", "tool_call_id": "1", "content": "{}"}, HI], "messages[1].role"),
+        ([HI, {"role": "assistant", "content": None, "tool_calls": [TOOL]}, HI], "messages[1].tool_calls"),
+        ([HI, {"role": "assistant", "function_call": {"name": "f"}}, HI], "messages[1].function_call"),
+        ([HI, {"role": "assistant", "content": "Well"}], "messages"),
+        ([{"role": "system", "content": "Be brief."}], "messages"),
+    ],
+)
+def test_a_message_that_an_agent_cannot_take_is_named(messages: list[Any], param: str) -> None:
+    with pytest.raises(Failure) as refused:
+        chat(*messages)
+    assert (refused.value.status, refused.value.error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [TOOL]),
+        ("functions", [{"name": "f"}]),
+        ("n", 2),
+        ("n", 0),
+        ("logprobs", True),
+        ("top_logprobs", 2),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "alloy", "format": "wav"}),
+        ("stop", ["\n"]),
+        ("stop", "x"),
+        ("web_search_options", {"search_context_size": "low"}),
+    ],
+)
+def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(Failure) as refused:
+        chat(**{field: value})
+    assert (refused.value.status, refused.value.error["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("input", [], "input"),
+        ("input", 7, "input"),
+        ("input", "", "input"),
+        ("input", ["Hi"], "input[0]"),
+        ("input", [HI, {"type": "function_call_output", "call_id": "1", "output": "{}"}], "input[1].type"),
+        (
+            "input",
+            [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}],
+            "input[0].content[0].type",
+        ),
+        ("input", [{"content": "Hi"}], "input[0].role"),
+        ("instructions", "x" * 100_001, "instructions"),
+        ("tools", [{"type": "web_search"}], "tools"),
+        ("text", {"format": {"type": "json_schema", "name": "x", "schema": {}}}, "text.format"),
+        ("previous_response_id", "resp_1", "previous_response_id"),
+        ("conversation", "conv_1", "conversation"),
+        ("prompt", {"id": "pmpt_1"}, "prompt"),
+        ("background", True, "background"),
+        ("top_logprobs", 2, "top_logprobs"),
+    ],
+)
+def test_what_would_change_the_shape_of_a_response_is_refused(field: str, value: Any, param: str) -> None:
+    with pytest.raises(Failure) as refused:
+        responses(**{"input_": "Hi"} | {"input_" if field == "input" else field: value})
+    assert (refused.value.status, refused.value.error["param"]) == (400, param)

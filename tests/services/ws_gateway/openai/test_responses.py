@@ -1,0 +1,157 @@
+"""Responses by the real process, judged by OpenAI's own client and by pydantic-ai."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
+
+from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, World
+from tests.services.ws_gateway.openai.test_chat import answering
+
+
+class Reading:
+    """A stream that the client's own helper reads in the background."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.final: Any = None
+
+    @property
+    def text(self) -> str:
+        return "".join(event.delta for event in self.events if event.type == "response.output_text.delta")
+
+    async def read(self, client: AsyncOpenAI, model: str) -> None:
+        async with client.responses.stream(model=model, input="Hi") as stream:
+            async for event in stream:
+                self.events.append(event)
+            if self.events[-1].type == "response.completed":
+                self.final = await stream.get_final_response()
+
+    async def has(self, text: str) -> None:
+        async with asyncio.timeout(WAIT_SECONDS):
+            while self.text != text:
+                await asyncio.sleep(0.02)
+
+
+async def test_a_response_has_the_reply(world: World, client: AsyncOpenAI, model: str) -> None:
+    asked = client.responses.create(model=model, input="Hi", instructions="Be brief.", store=True)
+    async with answering(asked) as answer:
+        run = await world.run()
+        assert run.asked.body == {"text": "Hi", "history": [], "system": "Be brief."}
+        await run.answers("Good day", input_tokens=100, cached_tokens=60, output_tokens=9)
+        found = await answer
+    assert (found.id, found.status, found.model, found.output_text) == (
+        f"resp_{run.id}",
+        "completed",
+        model,
+        "Good day",
+    )
+    assert found.usage
+    assert (found.usage.input_tokens, found.usage.output_tokens, found.usage.total_tokens) == (100, 9, 109)
+    assert found.usage.input_tokens_details.cached_tokens == 60
+    # Its output is the next one's input.
+    both: Any = [{"role": "user", "content": "Hi"}, *found.output, {"role": "user", "content": "Bye"}]
+    asked = client.responses.create(model=model, input=both)
+    async with answering(asked) as answer:
+        run = await world.run()
+        assert run.asked.body["history"] == [{"role": "user", "text": "Hi"}, {"role": "assistant", "text": "Good day"}]
+        await run.answers("Bye")
+        assert (await answer).usage is None
+
+
+async def test_a_stream_is_told_by_the_clients_own_helper(world: World, client: AsyncOpenAI, model: str) -> None:
+    reading = Reading()
+    async with answering(reading.read(client, model)) as read:
+        run = await world.run()
+        await run.begins()
+        await run.step(1)
+        while not reading.text:
+            await run.writes(1, "Let me see.")
+            await asyncio.sleep(0.02)
+        await run.step_ends(1)
+        await run.step(2, kind="tool")
+        await run.step(3)
+        await run.writes(1, "It is", step=3)
+        await reading.has("Let me see.It is")
+        world.agent.usage[run.id] = {"input_tokens": 12, "cached_tokens": 0, "output_tokens": 5}
+        await run.replies("It is wet.")
+        await read
+    item = [
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+    ]
+    names = ["response.created", "response.in_progress", *item, *item[:3], *item[2:], "response.completed"]
+    assert [event.type for event in reading.events] == names
+    assert [event.sequence_number for event in reading.events] == list(range(len(names)))
+    assert [message.content[0].text for message in reading.final.output] == ["Let me see.", "It is wet."]
+    assert len({message.id for message in reading.final.output}) == 2
+    assert (reading.final.id, reading.final.status, reading.final.usage.output_tokens) == (
+        f"resp_{run.id}",
+        "completed",
+        5,
+    )
+
+
+async def test_a_stream_whose_text_is_taken_back_has_failed(world: World, client: AsyncOpenAI, model: str) -> None:
+    reading = Reading()
+    async with answering(reading.read(client, model)) as read:
+        run = await world.run()
+        await run.begins()
+        await run.step(1)
+        while not reading.text:
+            await run.writes(1, "Good")
+            await asyncio.sleep(0.02)
+        await run.step(1, attempt=2)
+        await read
+    last = reading.events[-1]
+    assert (reading.text, last.type, last.response.status) == ("Good", "response.failed", "failed")
+    assert (last.response.error.code, last.response.id) == ("server_error", f"resp_{run.id}")
+
+
+async def test_a_run_without_credit_is_an_error_with_its_status(world: World, client: AsyncOpenAI, model: str) -> None:
+    async with answering(client.responses.create(model=model, input="Hi", stream=True)) as answer:
+        await (await world.run()).fails("refused")
+        with pytest.raises(openai.RateLimitError) as refused:
+            await answer
+    assert refused.value.code == "insufficient_quota"
+
+
+async def test_what_cannot_be_taken_is_named(world: World, client: AsyncOpenAI, model: str, nobody: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.responses.create(model=model, input="Hi", previous_response_id="resp_1")
+    assert refused.value.param == "previous_response_id"
+    with pytest.raises(openai.NotFoundError) as missing:
+        await client.responses.create(model=nobody, input="Hi")
+    assert missing.value.code == "model_not_found"
+    assert world.agent.completions.empty()
+
+
+async def test_pydantic_ai_talks_to_an_agent_as_to_any_model(world: World, client: AsyncOpenAI, model: str) -> None:
+    agent = Agent(OpenAIResponsesModel(model, provider=OpenAIProvider(openai_client=client)), instructions="Be brief.")
+    async with answering(agent.run("Hi")) as answer:
+        run = await world.run()
+        assert (run.asked.body["text"], run.asked.body["system"]) == ("Hi", "Be brief.")
+        await run.answers("Good day", input_tokens=12, cached_tokens=2, output_tokens=5)
+        first = await answer
+    assert (first.output, first.usage.input_tokens, first.usage.output_tokens) == ("Good day", 12, 5)
+
+    async def again() -> str:
+        async with agent.run_stream("And now?", message_history=first.all_messages()) as stream:
+            return "".join([text async for text in stream.stream_text(delta=True)])
+
+    async with answering(again()) as told:
+        run = await world.run()
+        assert run.asked.body["history"] == [{"role": "user", "text": "Hi"}, {"role": "assistant", "text": "Good day"}]
+        await run.answers("Good night")
+        assert await told == "Good night"
