@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx
@@ -74,9 +75,28 @@ class Load:
             ("ledger", "SELECT count(*) FROM effect"),
             ("ledger", "SELECT partition, next_offset, updated_at FROM consumer_offset ORDER BY 1"),
             ("ledger", "SELECT error FROM dead_letter"),
+            ("desk", "SELECT error FROM dead_letter"),
+            (
+                "desk",
+                "SELECT pid, pg_blocking_pids(pid), state, wait_event, clock_timestamp() - state_change, left(query, 60) "
+                "FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'",
+            ),
         ):
             lines.append(f"{service}: {statement}: {await self._query(service, statement)}")
+        lines += await self._queues()
         return "\n".join(lines)
+
+    async def _queues(self) -> list[str]:
+        engines = self.services.engines
+        vhost = urlsplit(engines.rabbitmq).path[1:]
+        async with httpx.AsyncClient(trust_env=False) as client:
+            found = (await client.get(f"{engines.rabbitmq_management}/api/queues/{vhost}")).json()
+            connections = (await client.get(f"{engines.rabbitmq_management}/api/vhosts/{vhost}/connections")).json()
+        names = ("name", "messages_ready", "messages_unacknowledged", "consumers")
+        return [
+            *(f"queue {[queue.get(name) for name in names]}" for queue in found if queue.get("messages")),
+            *(f"connection {[c.get(n) for n in ('name', 'timeout', 'state', 'channels')]}" for c in connections),
+        ]
 
     async def _query(self, service: str, statement: str) -> list[tuple[Any, ...]]:
         engine = create_engine(self.services.url(service), pool_size=1)

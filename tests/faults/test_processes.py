@@ -51,19 +51,20 @@ async def test_a_process_stopped_beyond_its_lease_is_replaced_and_harmless_when_
 ) -> None:
     second = f"{name}-2"
     services.start(second)
-    await services.ready(second)
-    await load.send(20)
-    services.processes[name].send_signal(signal.SIGSTOP)
     try:
+        await services.ready(second)
+        await load.send(20)
+        services.processes[name].send_signal(signal.SIGSTOP)
         await load.send(20)
         # Everything done while the first one is stopped: its lease or its partitions have gone to the second.
         await load.all_done()
         sending = asyncio.create_task(load.send(40, pause=0.02))
+        services.processes[name].send_signal(signal.SIGCONT)
+        await sending
+        await load.all_done()
     finally:
         services.processes[name].send_signal(signal.SIGCONT)
-    await sending
-    await load.all_done()
-    services.processes[second].terminate()
-    services.wait(second)
+        services.processes[second].terminate()
+        services.wait(second)
     await load.send(6)
     await load.all_done()
