@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
@@ -62,19 +63,24 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
     return [Mount("", serve)]
 
 
-def _identity(request: Request) -> Identity:
-    token = request.headers.get(IDENTITY_HEADER)
+def _identity(connection: HTTPConnection) -> Identity:
+    token = connection.headers.get(IDENTITY_HEADER)
     if not token:
         raise Unauthenticated("no identity: the request did not come through the gateway")
-    identity: Identity = request.app.state.identities.verify(token)
+    identity: Identity = connection.app.state.identities.verify(token)
+    return identity
+
+
+def _tenant(connection: HTTPConnection) -> Identity:
+    identity = _identity(connection)
+    if not identity.tenant_id:
+        raise Forbidden("this is a tenant's; use one of its API keys, not the operator's token")
     return identity
 
 
 def _having(scope: str) -> Callable[[Request], Identity]:
     def check(request: Request) -> Identity:
-        identity = _identity(request)
-        if not identity.tenant_id:
-            raise Forbidden("this is a tenant's; use one of its API keys, not the operator's token")
+        identity = _tenant(request)
         if scope not in identity.scopes:
             raise Forbidden(f"the scope {scope} is missing")
         return identity
@@ -89,11 +95,13 @@ def _operator(request: Request) -> Identity:
     return identity
 
 
-# Arguments of a handler. All but the last two have a tenant.
+# Arguments of a handler. All but the last two have a tenant. `Tenant`, whose scopes nobody has looked at, and `Anyone`
+# are a WebSocket's too.
 Reader = Annotated[Identity, Depends(_having("read"))]
 Runner = Annotated[Identity, Depends(_having("run"))]
 Writer = Annotated[Identity, Depends(_having("write"))]
 Admin = Annotated[Identity, Depends(_having("admin"))]
+Tenant = Annotated[Identity, Depends(_tenant)]
 Operator = Annotated[Identity, Depends(_operator)]
 Anyone = Annotated[Identity, Depends(_identity)]
 
