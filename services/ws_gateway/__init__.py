@@ -1,3 +1,4 @@
 """Gateway of live streams. Owns: nothing. Handles: agent.events (from its end, in every process),
-user.v1.SubjectErased. Serves: HTTP ``/api/v1/runs/{id}/events`` and a posted message's stream. Calls: the agent's HTTP.
+user.v1.SubjectErased. Serves: HTTP ``/api/v1/runs/{id}/events`` and a posted message's stream, WebSocket ``/ws``.
+Calls: the agent's HTTP, user.v1.Keys.
 """

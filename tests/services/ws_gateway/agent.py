@@ -1,4 +1,4 @@
-"""Stands in for the agent: its read route and its message route, and what it has committed."""
+"""Stands in for the agent: its routes for reading, for messages and for cancelling, and what it has committed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from starlette.routing import Route
 
 from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.clock import utcnow, uuid7
-from infra.errors import NotFound, Transient
+from infra.errors import Conflict, NotFound, Transient
 from infra.http import Health, create_app, serve_http
 from infra.metrics import Metrics
-from infra.testing.platform import INTERNAL_SECRET
+from infra.testing.platform import INTERNAL_SECRET, Platform
+from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
 
 SESSION = "telegram:1:42"
@@ -50,6 +51,7 @@ class Agent:
         self.committed: dict[UUID, list[Any]] = {}
         self.reads: list[tuple[UUID, int]] = []
         self.posted: list[tuple[str, dict[str, str], bytes]] = []
+        self.cancelled: list[UUID] = []
         self.away = False
         self.hold = asyncio.Event()
         self.hold.set()
@@ -95,6 +97,17 @@ class Agent:
         status, body = self.answer
         return JSONResponse(body, status, {"retry-after": "3"} if status == 503 else None)
 
+    async def cancel(self, request: Request) -> Response:
+        run_id = UUID(request.path_params["id"])
+        who = self._who(request)
+        assert "run" in who.scopes
+        if self.tenants.get(run_id) != who.tenant_id:
+            raise NotFound(f"run {run_id}")
+        if any(isinstance(fact, RunCompleted) for fact in self.committed[run_id]):
+            raise Conflict("the run is completed")
+        self.cancelled.append(run_id)
+        return JSONResponse({"id": str(run_id)}, 202)
+
 
 @asynccontextmanager
 async def stand_in(port: int) -> AsyncIterator[Agent]:
@@ -102,7 +115,16 @@ async def stand_in(port: int) -> AsyncIterator[Agent]:
     routes = [
         Route("/internal/runs/{id}/events", agent.facts),
         Route("/api/v1/agents/{id}/sessions/{key:path}/messages", agent.message, methods=["POST"]),
+        Route("/api/v1/runs/{id}/cancel", agent.cancel, methods=["POST"]),
     ]
     server = await serve_http(create_app(routes, Health("agent", "1"), Metrics(CollectorRegistry())), port)
     yield agent
     await server.stop()
+
+
+async def happen(platform: Platform, agent: Agent, *facts: Any, heard: bool = True) -> None:
+    """Commits the facts and tells of them, as the agent and its relay do; `heard`: they reach Kafka."""
+    for fact in facts:
+        agent.committed[fact.run_id].append(fact)
+        if heard:
+            await platform.produce(AGENT_EVENTS, fact, key=SESSION, tenant_id="acme")
