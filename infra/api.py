@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from infra import VERSION
-from infra.auth import IDENTITY_HEADER, Identity
+from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.errors import Forbidden, InvalidMessage, Unauthenticated
 from infra.service import Runtime
 
@@ -63,24 +63,28 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
     return [Mount("", serve)]
 
 
-def _identity(connection: HTTPConnection) -> Identity:
+def identity(connection: HTTPConnection, identities: Identities) -> Identity:
+    """Who a request or a WebSocket is from. Raises Unauthenticated."""
     token = connection.headers.get(IDENTITY_HEADER)
     if not token:
         raise Unauthenticated("no identity: the request did not come through the gateway")
-    identity: Identity = connection.app.state.identities.verify(token)
-    return identity
+    return identities.verify(token)
 
 
-def _tenant(connection: HTTPConnection) -> Identity:
-    identity = _identity(connection)
+def of_a_tenant(identity: Identity) -> Identity:
+    """Raises Forbidden where it is the operator's."""
     if not identity.tenant_id:
         raise Forbidden("this is a tenant's; use one of its API keys, not the operator's token")
     return identity
 
 
+def _identity(request: Request) -> Identity:
+    return identity(request, request.app.state.identities)
+
+
 def _having(scope: str) -> Callable[[Request], Identity]:
     def check(request: Request) -> Identity:
-        identity = _tenant(request)
+        identity = of_a_tenant(_identity(request))
         if scope not in identity.scopes:
             raise Forbidden(f"the scope {scope} is missing")
         return identity
@@ -95,13 +99,11 @@ def _operator(request: Request) -> Identity:
     return identity
 
 
-# Arguments of a handler. All but the last two have a tenant. `Tenant`, whose scopes nobody has looked at, and `Anyone`
-# are a WebSocket's too.
+# Arguments of a handler. All but the last two have a tenant.
 Reader = Annotated[Identity, Depends(_having("read"))]
 Runner = Annotated[Identity, Depends(_having("run"))]
 Writer = Annotated[Identity, Depends(_having("write"))]
 Admin = Annotated[Identity, Depends(_having("admin"))]
-Tenant = Annotated[Identity, Depends(_tenant)]
 Operator = Annotated[Identity, Depends(_operator)]
 Anyone = Annotated[Identity, Depends(_identity)]
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Request, WebSocket
+from fastapi import APIRouter, Header, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.websockets import WebSocket
 
-from infra.api import Reader, Runner, Tenant, api
-from infra.auth import IDENTITY_HEADER
+from infra.api import Reader, Runner, api, identity, of_a_tenant
+from infra.auth import IDENTITY_HEADER, Identities
 from infra.errors import InvalidMessage
 from infra.service import Runtime
 from services.ws_gateway.agent import Agent, accepted_run
@@ -37,12 +38,22 @@ def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRo
     def build(runtime: Runtime) -> Sequence[BaseRoute]:
         agent = Agent(runtime.settings.agent_url, runtime.identities)
         keys = Keys(runtime.channels.to(runtime.settings.user_grpc, "user", safe=SAFE))
-        return api("ws_gateway", runtime, _router(hub(runtime), agent, keys))
+        sockets = websocket(hub(runtime), agent, keys, runtime.identities)
+        return [sockets, *api("ws_gateway", runtime, _router(hub(runtime), agent))]
 
     return build
 
 
-def _router(hub: Hub, agent: Agent, keys: Keys) -> APIRouter:
+def websocket(hub: Hub, agent: Agent, keys: Keys, identities: Identities) -> BaseRoute:
+    async def serve(websocket: WebSocket) -> None:
+        who = of_a_tenant(identity(websocket, identities))
+        await Socket(hub, agent, keys, who, websocket).serve()
+
+    # Without FastAPI, whose layers would add a quarter to the memory of each socket.
+    return WebSocketRoute("/ws", serve)
+
+
+def _router(hub: Hub, agent: Agent) -> APIRouter:
     router = APIRouter()
 
     @router.get("/api/v1/runs/{run_id}/events", response_class=Response, responses=_STREAM)
@@ -60,10 +71,6 @@ def _router(hub: Hub, agent: Agent, keys: Keys) -> APIRouter:
             back = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
             return Response(answer.content, answer.status_code, back)
         return RunStream(hub, agent, who, accepted_run(answer), 0)
-
-    @router.websocket("/ws")
-    async def socket(websocket: WebSocket, who: Tenant) -> None:
-        await Socket(hub, agent, keys, who, websocket).serve()
 
     @router.get("/ws", status_code=426, response_class=Response, responses=_UPGRADE)
     async def no_socket() -> None:

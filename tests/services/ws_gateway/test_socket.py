@@ -7,8 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -19,13 +18,11 @@ from redis.asyncio import Redis
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from infra.api import api as http_api
 from infra.auth import Identities
 from infra.cache import Cache
 from infra.clock import uuid7
 from infra.http import Health, create_app, serve_http
 from infra.metrics import Metrics
-from infra.service import Runtime
 from infra.testing.gateway import running_gateway
 from infra.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
 from services.ws_gateway import api, socket
@@ -472,9 +469,9 @@ async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[s
     async with Redis.from_url(platform.stack.redis_url) as redis:
         hub = Hub(Cache(redis), asyncio.Event())
         caller = Caller(platform.url("agent"), identities)
-        router = api._router(hub, caller, Keys(platform.channels().to(user_grpc, "user", safe=SAFE)))
-        routes = http_api("ws_gateway", cast(Runtime, SimpleNamespace(identities=identities)), router)
-        server = await serve_http(create_app(routes, Health("ws_gateway", "1"), Metrics(CollectorRegistry())), 0)
+        keys = Keys(platform.channels().to(user_grpc, "user", safe=SAFE))
+        route = api.websocket(hub, caller, keys, identities)
+        server = await serve_http(create_app([route], Health("ws_gateway", "1"), Metrics(CollectorRegistry())), 0)
         yield f"http://127.0.0.1:{server.port}"
         await server.stop()
         await caller._http.aclose()
