@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import httpx
 import jsonschema
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
+from starlette.websockets import WebSocket
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from infra.auth import Identities
+from infra import telemetry
+from infra.auth import Identities, Identity
 from infra.cache import Cache
 from infra.clock import uuid7
 from infra.http import Health, create_app, serve_http
@@ -27,7 +32,8 @@ from infra.testing.gateway import running_gateway
 from infra.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
 from services.ws_gateway import api, socket
 from services.ws_gateway.agent import Agent as Caller
-from services.ws_gateway.hub import Hub
+from services.ws_gateway.domain import Delta
+from services.ws_gateway.hub import MAX_WAITING, Client, Hub, Live
 from services.ws_gateway.keys import SAFE, Keys
 from tests.services.ws_gateway.agent import Agent, failed, happen, story
 
@@ -374,6 +380,13 @@ async def test_who_is_not_a_tenants_gets_a_problem_and_no_socket(gateway: Platfo
     assert 'claw_http_request_seconds_count{method="GET",route="/ws",status="401"}' in metrics
 
 
+async def test_what_a_client_puts_into_the_address_is_not_logged(gateway: Platform) -> None:
+    address = f"{gateway.url('ws_gateway').replace('http', 'ws', 1)}/ws?token=hunter2"
+    async with connect(address, additional_headers=gateway.headers("acme"), proxy=None) as socket:
+        await is_quiet(socket)
+    assert "hunter2" not in gateway.log("ws_gateway")
+
+
 async def test_the_schema_is_served_as_it_is_committed(gateway: Platform) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     async with gateway.client("ws_gateway") as client:
@@ -553,8 +566,20 @@ async def test_a_client_of_whom_nobody_knows_whether_it_may_stay_is_sent_away_in
 ) -> None:
     monkeypatch.setattr(socket, "CHECK_SECONDS", 0.01)
     headers = await identity(tenant, tenant.headers["authorization"])
+    asked: list[str] = []
+    scopes = Keys.scopes
+
+    async def counted(keys: Keys, who: Identity) -> frozenset[str]:
+        asked.append(who.key_id)
+        return await scopes(keys, who)
+
+    async def are_two() -> bool:
+        return len(asked) > 2
+
+    monkeypatch.setattr(Keys, "scopes", counted)
     # There is no billing.
     async with in_this_process(user, user.grpc("billing")) as url, opened(url, headers) as patient:
+        await user.until(are_two)
         await is_quiet(patient)
         monkeypatch.setattr(socket, "UNCHECKED_SECONDS", 0.1)
         assert await closed(patient) == 1013
@@ -564,12 +589,19 @@ async def test_a_socket_follows_so_many_runs_and_no_more(
     agent: Agent, platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket, "MAX_RUNS", 2)
-    first, second, third = (agent.new_run("acme") for _ in range(3))
+    first, second, third, over = (agent.new_run("acme") for _ in range(4))
+    agent.committed[over] = story(over)
     agent.answer = 202, {"run_id": str(third)}
     message = {"agent_id": uuid7(), "session": "full", "text": "x"}
     async with in_this_process(platform, "") as url, opened(url, platform.headers("acme")) as socket_:
         await follow(socket_, first)
-        await follow(socket_, second)
+        await follow(socket_, over, after=4)
+
+        async def has_room() -> bool:
+            return bool((await ask(socket_, "subscribe", run_id=second))["type"] == "accepted")
+
+        # Where there is nothing left to tell nothing is followed.
+        await platform.until(has_room)
         # One of them again is not one more.
         await follow(socket_, second)
         assert (await ask(socket_, "subscribe", run_id=third))["status"] == 409
@@ -577,3 +609,114 @@ async def test_a_socket_follows_so_many_runs_and_no_more(
         assert not any("/sessions/full/" in path for path, _, _ in agent.posted)
         assert await ask(socket_, "unsubscribe", run_id=first) == accepted(first)
         await follow(socket_, third)
+
+
+async def test_a_posted_message_has_a_trace_of_its_own_and_the_socket_has_none(
+    agent: Agent, platform: Platform
+) -> None:
+    exporter = InMemorySpanExporter()
+    tracing = telemetry.setup("ws_gateway", "1", None, processor=SimpleSpanProcessor(exporter))
+    run_id = agent.new_run("acme")
+    agent.answer = 202, {"run_id": str(run_id)}
+    async with in_this_process(platform, "") as url, opened(url, platform.headers("acme")) as socket_:
+        for ref in ("a", "b"):
+            message = {"agent_id": uuid7(), "session": "s", "text": "x"}
+            assert await ask(socket_, "message", **message, ref=ref) == accepted(run_id, ref)
+        await agent.was_read(run_id)
+    tracing.shutdown()
+    spans = exporter.get_finished_spans()
+    posted = [span for span in spans if span.name == "ws message"]
+    assert [(span.kind, span.parent) for span in posted] == [(SpanKind.SERVER, None)] * 2
+    for span in posted:
+        below = [other for other in spans if other.context and other.context.trace_id == span.context.trace_id]
+        # Ours, the call, and the agent that is called.
+        assert [other.kind for other in below].count(SpanKind.SERVER) == 2
+        assert [other.kind for other in below].count(SpanKind.CLIENT) == 1
+    assert "/ws" not in {(span.attributes or {}).get("url.path") for span in spans}
+
+
+class Broken:
+    """Stands in for a connection. `send`: what happens when something is sent; `receive`: when more is asked for than
+    one ping."""
+
+    def __init__(self, send: Callable[[], Awaitable[None]], receive: Callable[[], Awaitable[None]]) -> None:
+        self.sent = 0
+        self.closed: list[int] = []
+        self._send = send
+        self._receive = receive
+        self._pings = 1
+
+    async def accept(self) -> None:
+        pass
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._pings:
+            await self._receive()
+        self._pings -= 1
+        return {"type": "websocket.receive", "text": '{"type":"ping"}'}
+
+    async def send_text(self, text: str) -> None:
+        await self._send()
+        self.sent += 1
+
+    async def close(self, code: int, reason: str) -> None:
+        self.closed.append(code)
+
+
+async def nothing() -> None:
+    pass
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+async def closing() -> None:
+    raise RuntimeError("Unexpected ASGI message 'websocket.send', after sending 'websocket.close'.")
+
+
+async def bug() -> None:
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("send", "receive", "codes", "errors"),
+    [(closing, never, [], 0), (never, never, [1013], 0), (nothing, bug, [1011], 1)],
+    ids=["closed by the server", "takes nothing", "fails"],
+)
+async def test_a_socket_that_cannot_go_on_is_closed_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    send: Callable[[], Awaitable[None]],
+    receive: Callable[[], Awaitable[None]],
+    codes: list[int],
+    errors: int,
+) -> None:
+    monkeypatch.setattr(socket, "SEND_SECONDS", 0.05)
+    hub, connection = Hub(cast(Cache, None), asyncio.Event()), Broken(send, receive)
+    who = Identity("api_key:test", "acme", frozenset(("read",)))
+    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), who, cast(WebSocket, connection))
+    async with asyncio.timeout(30):
+        await shown.serve()
+    assert connection.closed == codes
+    assert capsys.readouterr().out.count("a socket failed") == errors
+
+
+def test_what_waits_for_a_client_is_bounded_over_all_its_runs_and_given_back() -> None:
+    client, ended = Client(), []
+    client.end = lambda: ended.append(True)
+    one, other = Live(client), Live(client)
+    piece = Delta(1, 1, 1, "x")
+    for _ in range(3):
+        one.put(piece)
+    one.close()
+    other.put(piece)
+    other.close()
+    assert client.room == MAX_WAITING
+    one, other = Live(client), Live(client)
+    for live in (one, other) * (MAX_WAITING // 2 + 1):
+        live.put(piece)
+    assert ended == []
+    one.put(piece)
+    other.put(piece)
+    assert ended == [True]
