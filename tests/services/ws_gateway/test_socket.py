@@ -274,7 +274,7 @@ BAD: dict[str, tuple[str | bytes, int, str, str | None]] = {
     "nothing": ("", 422, "body", None),
     "half of it": ('{"type":"ping","ref":"r"', 422, "body", None),
     "a list": ("[]", 422, "body", None),
-    "too deep": ('{"ref":' + "[" * 50_000, 422, "body", None),
+    "too deep": ('{"x":' + "[" * 50_000, 422, "body", None),
     "no type": ('{"ref":"r"}', 422, "type", "r"),
     "a type that is not known": ('{"type":"auth","token":"t","ref":"r"}', 422, "type", "r"),
     "a type of the server": ('{"type":"pong","ref":"r"}', 422, "type", "r"),
@@ -381,7 +381,7 @@ async def test_who_is_not_a_tenants_gets_a_problem_and_no_socket(gateway: Platfo
 
 
 async def test_what_a_client_puts_into_the_address_is_not_logged(gateway: Platform) -> None:
-    address = f"{gateway.url('ws_gateway').replace('http', 'ws', 1)}/ws?token=hunter2"
+    address = f"{gateway.url('ws_gateway').replace('http', 'ws', 1)}/ws?my=hunter2"
     async with connect(address, additional_headers=gateway.headers("acme"), proxy=None) as socket:
         await is_quiet(socket)
     assert "hunter2" not in gateway.log("ws_gateway")
@@ -635,6 +635,9 @@ async def test_a_posted_message_has_a_trace_of_its_own_and_the_socket_has_none(
     assert "/ws" not in {(span.attributes or {}).get("url.path") for span in spans}
 
 
+WHO = Identity("api_key:test", "acme", frozenset(("read",)))
+
+
 class Broken:
     """Stands in for a connection. `send`: what happens when something is sent; `receive`: when more is asked for than
     one ping."""
@@ -694,12 +697,23 @@ async def test_a_socket_that_cannot_go_on_is_closed_with_the_reason(
 ) -> None:
     monkeypatch.setattr(socket, "SEND_SECONDS", 0.05)
     hub, connection = Hub(cast(Cache, None), asyncio.Event()), Broken(send, receive)
-    who = Identity("api_key:test", "acme", frozenset(("read",)))
-    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), who, cast(WebSocket, connection))
+    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), WHO, cast(WebSocket, connection))
     async with asyncio.timeout(30):
         await shown.serve()
     assert connection.closed == codes
     assert capsys.readouterr().out.count("a socket failed") == errors
+
+
+@pytest.mark.parametrize(("stopping", "code"), [(False, 1013), (True, 1012)])
+async def test_a_socket_that_the_hub_ends_is_told_why(stopping: bool, code: int) -> None:
+    hub, connection = Hub(cast(Cache, None), asyncio.Event()), Broken(nothing, never)
+    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), WHO, cast(WebSocket, connection))
+    if stopping:
+        hub.stopping.set()
+    shown._client.end()
+    async with asyncio.timeout(30):
+        await shown.serve()
+    assert connection.closed == [code]
 
 
 def test_what_waits_for_a_client_is_bounded_over_all_its_runs_and_given_back() -> None:
