@@ -109,6 +109,9 @@ class Agent:
 
 
 def _accepted(answer: httpx.Response) -> httpx.Response:
-    if answer.status_code != 202:
-        raise Refused(answer.status_code, answer.content)
-    return answer
+    if answer.status_code == 202:
+        return answer
+    if "json" not in answer.headers.get("content-type", ""):
+        # Of something between us and the agent, or of its server.
+        raise Transient(f"agent: HTTP {answer.status_code}")
+    raise Refused(answer.status_code, answer.content)

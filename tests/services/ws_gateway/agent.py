@@ -95,6 +95,8 @@ class Agent:
         path: str = request.scope["raw_path"].decode()
         self.posted.append((path, dict(request.headers), await request.body()))
         status, body = self.answer
+        if status == 502:
+            return Response("Bad Gateway", status)
         return JSONResponse(body, status, {"retry-after": "3"} if status == 503 else None)
 
     async def cancel(self, request: Request) -> Response:

@@ -336,6 +336,8 @@ async def test_what_the_agent_refuses_is_told_as_it_said(gateway: Platform, agen
         refused = await ask(socket, "message", **message)
         assert refused == {"type": "error", "status": 422, "ref": "m", **{k: problem[k] for k in ("detail", "errors")}}
         agent.answer = 503, {"detail": "later", "errors": []}
+        assert (await ask(socket, "message", **message))["detail"] == "later"
+        agent.answer = 502, {}
         assert (await ask(socket, "message", **message))["status"] == 503
         await is_quiet(socket)
 
