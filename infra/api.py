@@ -11,13 +11,14 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from infra import VERSION
-from infra.auth import IDENTITY_HEADER, Identity
+from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.errors import Forbidden, InvalidMessage, Unauthenticated
 from infra.service import Runtime
 
@@ -62,19 +63,28 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
     return [Mount("", serve)]
 
 
-def _identity(request: Request) -> Identity:
-    token = request.headers.get(IDENTITY_HEADER)
+def identity(connection: HTTPConnection, identities: Identities) -> Identity:
+    """Who a request or a WebSocket is from. Raises Unauthenticated."""
+    token = connection.headers.get(IDENTITY_HEADER)
     if not token:
         raise Unauthenticated("no identity: the request did not come through the gateway")
-    identity: Identity = request.app.state.identities.verify(token)
+    return identities.verify(token)
+
+
+def of_a_tenant(identity: Identity) -> Identity:
+    """Raises Forbidden where it is the operator's."""
+    if not identity.tenant_id:
+        raise Forbidden("this is a tenant's; use one of its API keys, not the operator's token")
     return identity
+
+
+def _identity(request: Request) -> Identity:
+    return identity(request, request.app.state.identities)
 
 
 def _having(scope: str) -> Callable[[Request], Identity]:
     def check(request: Request) -> Identity:
-        identity = _identity(request)
-        if not identity.tenant_id:
-            raise Forbidden("this is a tenant's; use one of its API keys, not the operator's token")
+        identity = of_a_tenant(_identity(request))
         if scope not in identity.scopes:
             raise Forbidden(f"the scope {scope} is missing")
         return identity

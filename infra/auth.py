@@ -81,12 +81,13 @@ class Identity:
     """A client of the HTTP surface.
 
     actor: ``api_key:<id>``, ``member:<id>`` or ``operator``. tenant_id: empty for the operator of the platform, who
-    belongs to no tenant.
+    belongs to no tenant. key_id: of the API key that was shown; empty for the operator.
     """
 
     actor: str
     tenant_id: str
     scopes: frozenset[str]
+    key_id: str = ""
 
 
 class Identities:
@@ -103,6 +104,7 @@ class Identities:
             "sub": identity.actor,
             "tenant": identity.tenant_id,
             "scopes": sorted(identity.scopes),
+            "key": identity.key_id,
             "iat": now,
             "exp": now + LIFETIME_SECONDS,
         }
@@ -124,7 +126,7 @@ class Identities:
             )
         except jwt.InvalidTokenError as error:
             raise Unauthenticated(f"identity: {error}") from error
-        identity = Identity(claims["sub"], claims["tenant"], frozenset(claims["scopes"]))
+        identity = Identity(claims["sub"], claims["tenant"], frozenset(claims["scopes"]), claims.get("key", ""))
         if len(self._verified) >= 1000:
             self._verified.clear()
         self._verified[token] = float(claims["exp"]), identity

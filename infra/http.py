@@ -19,8 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+from uvicorn.protocols.utils import ClientDisconnected
 
 from infra import telemetry
 from infra.errors import InvalidMessage, TooLarge
@@ -34,6 +36,9 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 1_048_576
 DRAIN_SECONDS = 10
+# A socket is asked for a sign of life so often, and cut off where none comes in the time after that.
+PING_SECONDS = 30.0
+PONG_SECONDS = 60.0
 
 # Asked every few seconds by machines: no span, no metric, no log line.
 _WATCHED = frozenset(("/health", "/healthz", "/readyz", "/api/health", "/api/health/dependencies", "/metrics"))
@@ -102,7 +107,7 @@ def decode_json(body: bytes, type_: type[T]) -> T:
             names.append(match[1])
             reason = "missing" if "missing" in reason else "unknown"
         raise InvalidMessage(".".join(name for name in names if name) or "body", reason) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage("body", str(error)) from error
 
 
@@ -115,8 +120,8 @@ class _Observed:
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await self._open(scope, receive, send)
             return
         exchange = scope[_EXCHANGE] = _Exchange(scope, receive, send, self._max_body)
         if scope["path"] in _WATCHED:
@@ -135,6 +140,38 @@ class _Observed:
                 await self._answer(scope, exchange)
             finally:
                 self._observe(scope, span, method, exchange.status, time.perf_counter() - began)
+
+    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Until it is accepted a socket is a request: counted, and what goes wrong is a problem. It has no span, for it
+        may last for days."""
+        began = time.perf_counter()
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if not status:
+                if message["type"] == "websocket.close":
+                    # The router's word for a path that it does not have.
+                    raise HTTPException(404)
+                status = message.get("status", 101)
+                seconds = time.perf_counter() - began
+                self._metrics.http_seconds.labels("GET", _pattern(scope), str(status)).observe(seconds)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except WebSocketDisconnect:
+            return
+        except Exception as error:
+            response = problem(error)
+            if response.status_code >= 500:
+                _log.error("socket failed", path=_shown_path(scope), status=response.status_code, exc_info=True)
+            if status:
+                raise
+            await response(scope, receive, noted)
+        if status != 101:
+            # uvicorn takes a handshake that was refused for one that was forgotten, and logs an error; not after this.
+            raise ClientDisconnected
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         try:
@@ -158,9 +195,7 @@ class _Observed:
             await response(scope, exchange.receive, exchange.send)
 
     def _observe(self, scope: Scope, span: Span, method: str, status: int, seconds: float) -> None:
-        # The pattern, never the path: names and labels must be few.
-        route = scope.get("route")
-        pattern = scope.get("root_path", "") + route.path if isinstance(route, Route) else "unmatched"
+        pattern = _pattern(scope)
         self._metrics.http_seconds.labels(method, pattern, str(status)).observe(seconds)
         log = _log.debug if status < 400 else _log.info
         path = _shown_path(scope)
@@ -171,6 +206,12 @@ class _Observed:
             if status >= 500:
                 span.set_attribute("error.type", str(status))
                 span.set_status(StatusCode.ERROR)
+
+
+def _pattern(scope: Scope) -> str:
+    """Of the route, never the path: names and labels must be few."""
+    route = scope.get("route")
+    return scope.get("root_path", "") + route.path if isinstance(route, Route | WebSocketRoute) else "unmatched"
 
 
 def _shown_path(scope: Scope) -> str:
@@ -247,7 +288,8 @@ async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpSe
 
     Raises OSError saying which address cannot be bound.
     """
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # asyncio sends small pieces without waiting (TCP_NODELAY) only where the protocol is named.
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
@@ -255,7 +297,18 @@ async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpSe
         sock.close()
         raise OSError(error.errno, f"HTTP on {host}:{port}: {error.strerror}") from error
     config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        ws="websockets-sansio",
+        # What a body may have, a message may have, too; one that is larger ends its socket (1009).
+        ws_max_size=MAX_BODY_BYTES,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PONG_SECONDS,
+        # It would cost each socket more memory than all else, and our messages are small.
+        ws_per_message_deflate=False,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve([sock]), name="http server")

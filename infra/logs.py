@@ -57,8 +57,9 @@ def setup(service: str, level: str = "info") -> None:
     logging.root.handlers = [_Libraries()]
     # Never the debug lines of libraries: they show message contents, and aiokafka would tell of each line it sends.
     logging.root.setLevel(max(number, logging.INFO))
-    # A line per request, with the whole URL in it.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # A line per request, or per socket, with the whole URL in it.
+    for library in ("httpx", "uvicorn.error"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def get_logger(name: str) -> FilteringBoundLogger:

@@ -1,7 +1,7 @@
 """`claw contracts`: what services know of each other is generated, complete, and breaks nobody.
 
-Generated and committed: JSON Schema per message and version, the AsyncAPI document, the gRPC stubs and their
-descriptors. Written by hand and then never changed: one golden example per message and version.
+Generated and committed: JSON Schema per message and version, the AsyncAPI document, the WebSocket's messages, the gRPC
+stubs and their descriptors. Written by hand and then never changed: one golden example per message and version.
 
 What may change is measured against what others already have: the merge base with the main branch, or HEAD if there
 is none (on the main branch it is the same), or, where git knows no commit, the files as they lie. In a clean clone
@@ -24,6 +24,7 @@ from infra.cli.asyncapi_page import page
 from infra.cli.grpc_stubs import ProtoError, breaking_protos, compile_protos
 from infra.cli.message_schemas import breaking, messages, reads_back, schema
 from protos.catalog import CATALOG
+from services.ws_gateway import protocol
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +61,11 @@ def generate(root: Path) -> dict[str, str]:
     schemas = {f"{_SCHEMAS}/{name}.json": _text(schema(message)) for name, message in messages().items()}
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     document = asyncapi(CATALOG, project["version"])
-    pages = {"protos/asyncapi.json": _text(document), "protos/asyncapi.html": page(document)}
+    pages = {
+        "protos/asyncapi.json": _text(document),
+        "protos/asyncapi.html": page(document),
+        "protos/ws-schema.json": protocol.schema(),
+    }
     return {**schemas, **pages, _GRPC: _text(descriptors), **stubs}
 
 

@@ -1,1 +1,2 @@
-"""User. Owns: tenants, members, API keys. Publishes: TenantCreated, SubjectErased. Serves: Directory, who calls."""
+"""User. Owns: tenants, members, API keys. Publishes: TenantCreated, SubjectErased. Serves: Directory, Keys; tells who
+calls."""

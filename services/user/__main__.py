@@ -8,7 +8,8 @@ from services.user.settings import UserSettings
 service = Service("user", UserSettings)
 service.serve_http(authentication.routes)
 service.serve_http(api.routes)
-service.serve_grpc(rpc.servicer)
+service.serve_grpc(rpc.directory)
+service.serve_grpc(rpc.keys)
 service.consume(erasure("user"))
 
 if __name__ == "__main__":

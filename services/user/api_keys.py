@@ -128,3 +128,14 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creators: Collection[st
     )
     audit(tx, actor, "api_key.create", "api_key", str(id_), scopes=" ".join(sorted(scopes)))
     return MadeApiKey(id=id_, api_key=plaintext, prefix=domain.prefix(plaintext))
+
+
+async def scopes(tx: Tx, tenant_id: str, key_id: UUID) -> frozenset[Scope]:
+    """What the key may do now; nothing where the tenant has no such key, or it has expired."""
+    rows = await tx.sql(
+        "SELECT k.scopes, m.role FROM api_key k LEFT JOIN member m ON m.id = k.member_id "
+        "WHERE k.tenant_id = $1 AND k.id = $2 AND (k.expires_at IS NULL OR k.expires_at > now())",
+        tenant_id,
+        key_id,
+    )
+    return domain.scopes_in_force(*rows[0]) if rows else frozenset()

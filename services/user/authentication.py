@@ -64,4 +64,4 @@ async def _key_holder(runtime: Runtime, hashed: bytes) -> Identity:
         raise Unauthenticated("Authorization: no such API key, or one that was revoked or has expired")
     [(id_, tenant_id, scopes, member_id, role)] = rows
     actor = f"member:{member_id}" if member_id else f"api_key:{id_}"
-    return Identity(actor, tenant_id, domain.scopes_in_force(scopes, role))
+    return Identity(actor, tenant_id, domain.scopes_in_force(scopes, role), str(id_))

@@ -1,15 +1,17 @@
-"""gRPC of the user service: whom to tell."""
+"""gRPC of the user service: whom to tell, and what a key may do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 from infra import rpc
+from infra.errors import InvalidMessage
 from infra.service import Runtime
 from infra.subjects import SubjectKeys
 from protos.user.v1 import user_pb2, user_pb2_grpc
-from services.user import members
+from services.user import api_keys, members
 
 
 class Directory(user_pb2_grpc.DirectoryServicer):
@@ -23,5 +25,23 @@ class Directory(user_pb2_grpc.DirectoryServicer):
             return user_pb2.OwnersReply(emails=await members.owners_emails(tx, self._subjects, tenant_id))
 
 
-def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Directory]:
+class Keys(user_pb2_grpc.KeysServicer):
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    async def Scopes(self, request: user_pb2.ScopesRequest, context: Any) -> user_pb2.ScopesReply:
+        try:
+            key_id = UUID(request.key_id)
+        except ValueError:
+            raise InvalidMessage("key_id", "is not a UUID") from None
+        tenant_id = rpc.tenant()
+        async with self._runtime.request.begin(tenant_id=tenant_id) as tx:
+            return user_pb2.ScopesReply(scopes=sorted(await api_keys.scopes(tx, tenant_id, key_id)))
+
+
+def directory(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Directory]:
     return user_pb2_grpc.add_DirectoryServicer_to_server, Directory(runtime)
+
+
+def keys(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Keys]:
+    return user_pb2_grpc.add_KeysServicer_to_server, Keys(runtime)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from urllib.parse import quote
 from uuid import UUID
 
 import httpx
@@ -15,6 +16,7 @@ from infra import telemetry
 from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.errors import NotFound, Transient
 from services.ws_gateway.domain import Fact
+from services.ws_gateway.protocol import Message
 
 TIMEOUT_SECONDS = 10.0
 # After a break all streams read at once.
@@ -23,6 +25,24 @@ CONCURRENT_READS = 50
 
 class _Facts(msgspec.Struct):
     items: list[Fact]
+
+
+class _Accepted(msgspec.Struct):
+    run_id: UUID
+
+
+def accepted_run(answer: httpx.Response) -> UUID:
+    """The run of a message that was accepted."""
+    return msgspec.json.decode(answer.content, type=_Accepted).run_id
+
+
+class Refused(Exception):
+    """The agent's answer was a problem. `body`: the problem, as JSON."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(f"agent: HTTP {status}")
+        self.status = status
+        self.body = body
 
 
 class Agent:
@@ -68,6 +88,21 @@ class Agent:
         """Hands a posted message on as it is. Raises Transient."""
         return await self._ask("POST", path, "/api/v1/agents/{agent_id}/sessions/{key}/messages", headers, body)
 
+    async def write(self, message: Message, who: Identity) -> UUID:
+        """The run that will answer. Raises Refused and Transient."""
+        # A dot as well: two of them would be a step back in the path.
+        session = quote(message.session, safe="").replace(".", "%2E")
+        path = f"/api/v1/agents/{message.agent_id}/sessions/{session}/messages"
+        template = "/api/v1/agents/{agent_id}/sessions/{key}/messages"
+        body = msgspec.json.encode({"text": message.text, "idempotency_key": message.idempotency_key})
+        headers = {"content-type": "application/json"}
+        return accepted_run(_accepted(await self.ask(who, "run", "POST", path, template, body=body, headers=headers)))
+
+    async def cancel(self, run_id: UUID, who: Identity) -> None:
+        """Raises Refused and Transient."""
+        template = "/api/v1/runs/{run_id}/cancel"
+        _accepted(await self.ask(who, "run", "POST", f"/api/v1/runs/{run_id}/cancel", template))
+
     async def _ask(
         self, method: str, path: str, template: str, headers: Mapping[str, str], body: bytes
     ) -> httpx.Response:
@@ -84,3 +119,12 @@ class Agent:
                 span.set_attribute("error.type", str(answer.status_code))
                 span.set_status(StatusCode.ERROR)
             return answer
+
+
+def _accepted(answer: httpx.Response) -> httpx.Response:
+    if answer.status_code == 202:
+        return answer
+    if "json" not in answer.headers.get("content-type", ""):
+        # Of something between us and the agent, or of its server.
+        raise Transient(f"agent: HTTP {answer.status_code}")
+    raise Refused(answer.status_code, answer.content)

@@ -1,4 +1,4 @@
-"""HTTP of the gateway: streams of runs, and agents in OpenAI's shapes."""
+"""HTTP of the gateway: streams of runs, the WebSocket, and agents in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -6,37 +6,53 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 from uuid import UUID
 
-import msgspec
 from fastapi import APIRouter, Header, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.websockets import WebSocket
 
-from infra.api import Reader, Runner, api
-from infra.auth import IDENTITY_HEADER
+from infra.api import Reader, Runner, api, identity, of_a_tenant
+from infra.auth import IDENTITY_HEADER, Identities
 from infra.errors import InvalidMessage
 from infra.service import Runtime
-from services.ws_gateway.agent import Agent
+from services.ws_gateway.agent import Agent, accepted_run
 from services.ws_gateway.hub import Hub
+from services.ws_gateway.keys import SAFE, Keys
 from services.ws_gateway.openai import api as openai
+from services.ws_gateway.protocol import schema
+from services.ws_gateway.socket import Socket
 from services.ws_gateway.stream import RunStream
 
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The run's events"}
 }
+_UPGRADE: dict[int | str, dict[str, Any]] = {
+    101: {"description": "The socket is open"},
+    426: {"description": "The handshake's headers are missing"},
+}
 _PASSED_ON = (IDENTITY_HEADER, "content-type", "idempotency-key")
 _PASSED_BACK = ("content-type", "retry-after")
 
 
-class _Accepted(msgspec.Struct):
-    run_id: UUID
-
-
 def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRoute]]:
     def build(runtime: Runtime) -> Sequence[BaseRoute]:
-        shared, agent = hub(runtime), Agent(runtime.settings.agent_url, runtime.identities)
-        return api("ws_gateway", runtime, _router(shared, agent), openai.router(shared, agent))
+        agent = Agent(runtime.settings.agent_url, runtime.identities)
+        keys = Keys(runtime.channels.to(runtime.settings.user_grpc, "user", safe=SAFE))
+        shared = hub(runtime)
+        sockets = websocket(shared, agent, keys, runtime.identities)
+        return [sockets, *api("ws_gateway", runtime, _router(shared, agent), openai.router(shared, agent))]
 
     return build
+
+
+def websocket(hub: Hub, agent: Agent, keys: Keys, identities: Identities) -> BaseRoute:
+    async def serve(websocket: WebSocket) -> None:
+        who = of_a_tenant(identity(websocket, identities))
+        await Socket(hub, agent, keys, who, websocket).serve()
+
+    # Without FastAPI, whose layers would add a quarter to the memory of each socket.
+    return WebSocketRoute("/ws", serve)
 
 
 def _router(hub: Hub, agent: Agent) -> APIRouter:
@@ -56,7 +72,22 @@ def _router(hub: Hub, agent: Agent) -> APIRouter:
         if answer.status_code != 202:
             back = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
             return Response(answer.content, answer.status_code, back)
-        return RunStream(hub, agent, who, msgspec.json.decode(answer.content, type=_Accepted).run_id, 0)
+        return RunStream(hub, agent, who, accepted_run(answer), 0)
+
+    @router.get("/ws", status_code=426, response_class=Response, responses=_UPGRADE)
+    async def no_socket() -> None:
+        """The WebSocket form of the streams: one socket follows many runs, writes to agents and cancels runs. The
+        messages of both sides are described by the [JSON Schema](ws-schema.json).
+
+        The server pings every 30 seconds and drops who gives no sign of life for 90. It closes with 1009 after a
+        message of more than 1 MiB, with 1012 and 1013 where the client should come again and subscribe from the last
+        ids that it has, and with 4401 once the API key was revoked or has expired.
+        """
+        raise HTTPException(426, "this is a WebSocket", {"Upgrade": "websocket"})
+
+    @router.get("/docs/ws-schema.json", include_in_schema=False)
+    async def ws_schema() -> Response:
+        return Response(schema(), media_type="application/schema+json")
 
     return router
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -61,6 +62,10 @@ class Follow:
         self.last = last
         self.ended = False
         self._attempts: dict[int, int] = {}
+
+    def has_end(self, facts: Iterable[Fact]) -> bool:
+        """True where one of these is the run's end, and the client has it."""
+        return any(fact.n <= self.last and fact.event in ENDINGS for fact in facts)
 
     def misses(self, fact: Fact) -> bool:
         """True where a fact between the last one and this one is not here."""

@@ -25,31 +25,48 @@ class Missed:
     """Something may have been missed: read again."""
 
 
-class Live:
-    """One stream's end of the hub."""
+class Client:
+    """Whoever watches runs: one, or many. `room`: how much more may wait for it."""
 
     def __init__(self) -> None:
-        self._waiting: asyncio.Queue[Fact | Delta | Missed] = asyncio.Queue(MAX_WAITING)
-        self._dropped = False
-        # Called when the stream is to end before its run does.
+        self.room = MAX_WAITING
+        self.dropped = False
+        # Called when it is to go before its runs end.
         self.end: Callable[[], object] = lambda: None
+
+
+class Live:
+    """A client's end of the hub, for one run."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._waiting: asyncio.Queue[Fact | Delta | Missed] = asyncio.Queue()
+        # All its runs may miss something at the same moment, however many there are.
+        client.room += 1
 
     async def next(self, seconds: float) -> Fact | Delta | Missed | None:
         """None: nothing came in that time."""
         try:
-            return await asyncio.wait_for(self._waiting.get(), seconds)
+            async with asyncio.timeout(seconds):
+                item = await self._waiting.get()
         except TimeoutError:
             return None
+        self.client.room += 1
+        return item
 
     def put(self, item: Fact | Delta | Missed) -> None:
-        if self._dropped:
+        if self.client.dropped:
             return
-        try:
-            self._waiting.put_nowait(item)
-        except asyncio.QueueFull:
-            self._dropped = True
+        if self.client.room <= 0:
+            self.client.dropped = True
             _log.info("a client that does not keep up is dropped")
-            self.end()
+            self.client.end()
+            return
+        self.client.room -= 1
+        self._waiting.put_nowait(item)
+
+    def close(self) -> None:
+        self.client.room += self._waiting.qsize() - 1
 
 
 class Hub:
@@ -57,22 +74,23 @@ class Hub:
 
     def __init__(self, cache: Cache, stopping: asyncio.Event) -> None:
         self._cache = cache
-        self._stopping = stopping
+        self.stopping = stopping
         self._streams: dict[str, set[Live]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
-    async def listen(self, run_id: UUID) -> AsyncIterator[Live]:
+    async def listen(self, run_id: UUID, client: Client) -> AsyncIterator[Live]:
         """Everything of the run that comes during the block."""
         if not self._streams:
             self._tasks = [asyncio.create_task(self._deltas()), asyncio.create_task(self._end_all())]
-        live = Live()
+        live = Live(client)
         self._streams.setdefault(str(run_id), set()).add(live)
         try:
             yield live
         finally:
             streams = self._streams[str(run_id)]
             streams.remove(live)
+            live.close()
             if not streams:
                 del self._streams[str(run_id)]
             if not self._streams:
@@ -104,9 +122,9 @@ class Hub:
                         live.put(delta)
 
     async def _end_all(self) -> None:
-        await self._stopping.wait()
+        await self.stopping.wait()
         for live in self._all():
-            live.end()
+            live.client.end()
 
     def _all(self) -> list[Live]:
         return [live for streams in self._streams.values() for live in streams]

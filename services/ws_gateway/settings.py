@@ -6,3 +6,5 @@ from infra.settings import Settings
 class GatewaySettings(Settings):
     agent_url: str
     """The agent's base URL, inside."""
+    user_grpc: str
+    """The user service's gRPC, host:port, inside."""

@@ -78,8 +78,8 @@ class Load:
             ("desk", "SELECT error FROM dead_letter"),
             (
                 "desk",
-                "SELECT pid, pg_blocking_pids(pid), state, wait_event, clock_timestamp() - state_change, left(query, 60) "
-                "FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'",
+                "SELECT pid, pg_blocking_pids(pid), state, wait_event, clock_timestamp() - state_change, "
+                "left(query, 60) FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'",
             ),
         ):
             lines.append(f"{service}: {statement}: {await self._query(service, statement)}")

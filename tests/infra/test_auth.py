@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jwt
 import pytest
 
-from infra.auth import LEEWAY_SECONDS, LIFETIME_SECONDS, Callers
+from infra.auth import LEEWAY_SECONDS, LIFETIME_SECONDS, Callers, Identities, Identity
 from infra.errors import Unauthenticated
 
 SECRET = "an-internal-secret-of-32-characters-or-more"
@@ -86,3 +86,12 @@ def test_a_token_is_kept_for_half_its_life_and_not_over_a_jump_of_the_clock(cloc
     assert second != first
     clock[0] -= 3600
     assert callers.token("billing") != second
+
+
+def test_an_identity_is_told_with_its_key_and_one_of_an_older_version_without() -> None:
+    identities = Identities(SECRET)
+    who = Identity("member:m1", "t1", frozenset(("read",)), "k1")
+    assert identities.verify(identities.token(who)) == who
+    claims = {"aud": "clawbus", "sub": "member:m1", "tenant": "t1", "scopes": ["read"], "exp": int(time.time()) + 60}
+    older = identities.verify(jwt.encode(claims, SECRET, algorithm="HS256"))
+    assert older == Identity("member:m1", "t1", frozenset(("read",)))

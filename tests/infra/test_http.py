@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +22,10 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from infra import http, telemetry
 from infra.errors import (
@@ -75,8 +79,9 @@ class App:
         self.health = http.Health("front", "1")
         self.traceparent: dict[str, str] = {}
 
-    def routes(self) -> list[Route | Mount]:
+    def routes(self) -> list[Route | Mount | WebSocketRoute]:
         return [
+            WebSocketRoute("/socket/{how}", self.echo),
             Route("/orders/{id}", self.order, methods=["POST"]),
             Route("/fail/{how}", self.fail),
             Route("/slow", self.slow),
@@ -96,6 +101,14 @@ class App:
         self.entered.set()
         await self.go.wait()
         return JSONResponse({"done": True})
+
+    async def echo(self, websocket: WebSocket) -> None:
+        if failure := ERRORS.get(websocket.path_params["how"]):
+            raise failure[0]
+        await websocket.accept()
+        while (text := await websocket.receive_text()) != "fail":
+            await websocket.send_text(text)
+        raise ValueError("hunter2")
 
     async def broken_stream(self, _: Request) -> Response:
         async def pieces() -> AsyncIterator[bytes]:
@@ -337,7 +350,7 @@ async def test_stopping_lets_requests_finish_and_takes_no_more(
                 _, writer = await asyncio.open_connection("127.0.0.1", server.port)
                 writer.close()
                 await asyncio.sleep(0.01)
-            except ConnectionRefusedError:
+            except ConnectionError:
                 break
     assert not under_way.done()
     app.go.set()
@@ -367,3 +380,108 @@ async def test_a_taken_port_is_named(app: App) -> None:
 
 async def test_signals_stay_with_the_process(server: HttpServer) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@asynccontextmanager
+async def opened(server: HttpServer, path: str = "/socket/echo") -> AsyncIterator[ClientConnection]:
+    async with connect(f"ws://127.0.0.1:{server.port}{path}", proxy=None) as client:
+        yield client
+
+
+async def echoes(client: ClientConnection, text: str = "x") -> bool:
+    async with asyncio.timeout(10):
+        await client.send(text)
+        return await client.recv() == text
+
+
+async def closed(client: ClientConnection) -> int | None:
+    """The code with which the server closes it; None: without one."""
+    async with asyncio.timeout(10):
+        with pytest.raises(ConnectionClosed) as end:
+            while True:
+                await client.recv()
+    return end.value.rcvd.code if end.value.rcvd else None
+
+
+@pytest.mark.parametrize("how", ERRORS)
+async def test_until_it_is_accepted_a_sockets_errors_are_problems(
+    server: HttpServer, app: App, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    status = ERRORS[how][1]
+    with pytest.raises(InvalidStatus) as refused:
+        async with opened(server, f"/socket/{how}"):
+            pass
+    answer = refused.value.response
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (answer.status_code, json.loads(answer.body or b"")["status"]) == (status, status)
+    assert b"hunter2" not in (answer.body or b"")
+    labels = {"method": "GET", "route": "/socket/{how}", "status": str(status)}
+    assert app.metrics.registry.get_sample_value("claw_http_request_seconds_count", labels) == 1
+    assert not [line for line in caplog.records if line.name == "uvicorn.error" and line.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/slow", "/health"])
+async def test_a_socket_where_there_is_none_is_not_found(server: HttpServer, path: str) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        async with opened(server, path):
+            pass
+    assert refused.value.response.status_code == 404
+    assert refused.value.response.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_socket_is_counted_when_it_opens_has_no_span_and_may_end(
+    server: HttpServer, app: App, exporter: Exporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(server) as client:
+        assert await echoes(client)
+        labels = {"method": "GET", "route": "/socket/{how}", "status": "101"}
+        assert app.metrics.registry.get_sample_value("claw_http_request_seconds_count", labels) == 1
+    await server.stop()
+    assert exporter.get_finished_spans() == ()
+    assert "Exception in ASGI application" not in caplog.text
+
+
+async def test_a_socket_that_fails_ends_alone(server: HttpServer) -> None:
+    async with opened(server) as failing, opened(server) as other:
+        await failing.send("fail")
+        assert await closed(failing) is None
+        assert await echoes(other)
+
+
+async def test_a_message_may_be_as_large_as_a_body_and_no_larger(server: HttpServer) -> None:
+    async with opened(server) as client:
+        assert await echoes(client, "x" * http.MAX_BODY_BYTES)
+        await client.send("x" * (http.MAX_BODY_BYTES + 1))
+        assert await closed(client) == 1009
+
+
+async def test_a_socket_that_gives_no_sign_of_life_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(http, "PONG_SECONDS", 0.2)
+    server = await serve_http(create_app(app.routes(), app.health, app.metrics), 0)
+    async with opened(server) as other:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(
+            b"GET /socket/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+            b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        async with asyncio.timeout(10):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            frames = await reader.read()
+        # A ping with four bytes, then the close.
+        assert frames[:2] == b"\x89\x04"
+        assert frames[6] == 0x88
+        assert int.from_bytes(frames[8:10]) == 1011
+        writer.close()
+        # The other answers by itself.
+        assert await echoes(other)
+    await server.stop()
+
+
+async def test_a_stop_closes_sockets_so_that_clients_come_again(app: App) -> None:
+    server = await serve_http(create_app(app.routes(), app.health, app.metrics), 0)
+    async with opened(server) as client:
+        assert await echoes(client)
+        stopping = asyncio.create_task(server.stop())
+        assert await closed(client) == 1012
+        await stopping

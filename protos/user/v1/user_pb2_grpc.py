@@ -96,3 +96,76 @@ class Directory:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class KeysStub:
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Scopes = channel.unary_unary(
+                '/clawbus.user.v1.Keys/Scopes',
+                request_serializer=protos_dot_user_dot_v1_dot_user__pb2.ScopesRequest.SerializeToString,
+                response_deserializer=protos_dot_user_dot_v1_dot_user__pb2.ScopesReply.FromString,
+                _registered_method=True)
+
+
+class KeysServicer:
+    """Missing associated documentation comment in .proto file."""
+
+    def Scopes(self, request, context):
+        """What one of the tenant's API keys may do at this moment, for whoever was let in by it long ago.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KeysServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Scopes': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scopes,
+                    request_deserializer=protos_dot_user_dot_v1_dot_user__pb2.ScopesRequest.FromString,
+                    response_serializer=protos_dot_user_dot_v1_dot_user__pb2.ScopesReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'clawbus.user.v1.Keys', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('clawbus.user.v1.Keys', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Keys:
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Scopes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.user.v1.Keys/Scopes',
+            protos_dot_user_dot_v1_dot_user__pb2.ScopesRequest.SerializeToString,
+            protos_dot_user_dot_v1_dot_user__pb2.ScopesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -16,12 +16,13 @@ from infra.errors import NotFound
 from infra.logs import get_logger
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.domain import Event, Fact, Follow
-from services.ws_gateway.hub import Hub, Live, Missed
+from services.ws_gateway.hub import Client, Hub, Live, Missed
 from services.ws_gateway.openai import agents, errors
 from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 from services.ws_gateway.openai.errors import Failure
 from services.ws_gateway.openai.shapes import UNREPORTED, Shape, Usage
-from services.ws_gateway.stream import HEADERS, HEARTBEAT, happenings, put, while_there
+from services.ws_gateway.stream import HEADERS, HEARTBEAT, put, while_there
+from services.ws_gateway.telling import happenings
 
 _log = get_logger("ws_gateway.openai")
 
@@ -47,10 +48,11 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         teller = _Teller(scope, receive, send, self._shape, self._run_id)
         try:
-            async with self._hub.listen(self._run_id) as live:
+            client = Client()
+            async with self._hub.listen(self._run_id, client) as live:
                 # So that what has happened already is read first.
                 live.put(Missed())
-                is_there = await while_there(self._tell(live, teller), live, receive)
+                is_there = await while_there(self._tell(live, teller), client, receive)
         finally:
             if not (self._over or self._kept):
                 await agents.cancel(self._agent, self._who, self._run_id)

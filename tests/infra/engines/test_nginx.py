@@ -352,7 +352,7 @@ async def test_the_index_lists_each_services_page_and_leads_there(client: httpx.
         assert f'<a href="{name}/">' in index.text
     moved = await client.get("/docs/user")
     assert (moved.status_code, moved.headers["location"]) == (301, "/docs/user/")
-    for page in ("", "openapi.json", "static/swagger-ui.css"):
+    for page in ("", "openapi.json", "ws-schema.json", "static/swagger-ui.css"):
         answer = (await client.get(f"/docs/memory/{page}", headers={"Authorization": ""})).json()
         assert (answer["service"], answer["path"]) == ("memory", f"/docs/{page}")
 

@@ -227,7 +227,8 @@ async def test_a_members_key_follows_the_role_and_goes_with_the_member(
     assert (await tenant.post("/api/v1/api-keys", json={**key, "scopes": ["admin"]})).status_code == 403
     made = (await tenant.post("/api/v1/api-keys", json=key)).json()
     tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
-    assert await who_is(user, made["api_key"]) == Identity(f"member:{member}", tenant_id, frozenset(("read", "run")))
+    may = frozenset(("read", "run"))
+    assert await who_is(user, made["api_key"]) == Identity(f"member:{member}", tenant_id, may, made["id"])
     assert (await tenant.patch(f"/api/v1/members/{member}", json={"role": "viewer"})).json()["role"] == "viewer"
     identity = await who_is(user, made["api_key"])
     assert identity is not None
@@ -357,3 +358,33 @@ async def test_the_directory_tells_the_owners_addresses(
     assert list(nobody.emails) == []
     with pytest.raises(InvalidMessage):
         await directory.Owners(user_pb2.OwnersRequest())
+
+
+async def test_what_a_key_may_do_is_told_as_long_as_it_is_one(user: Platform, tenant: httpx.AsyncClient) -> None:
+    tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
+    keys = user_pb2_grpc.KeysStub(user.channels().to(user.grpc("user"), "user"))
+
+    async def scopes(key_id: str, of: str = tenant_id) -> list[str]:
+        reply = await keys.Scopes(user_pb2.ScopesRequest(key_id=key_id), metadata=rpc.tenant_metadata(of))
+        return list(reply.scopes)
+
+    async def made(**fields: Any) -> str:
+        id_: str = (await tenant.post("/api/v1/api-keys", json={"name": "k", **fields})).json()["id"]
+        return id_
+
+    member = (await tenant.post("/api/v1/members", json={"email": "k@acme.example", "role": "operator"})).json()["id"]
+    revoked, expiring, theirs = await made(scopes=["read"]), await made(), await made(member_id=member)
+    assert await scopes(revoked) == ["read"]
+    assert await scopes(revoked, of=str(uuid4())) == []
+    await tenant.delete(f"/api/v1/api-keys/{revoked}")
+    assert await scopes(revoked) == []
+    assert await scopes(expiring) == ["admin", "read", "run", "write"]
+    async with user.database("user").begin() as tx:
+        await tx.sql("UPDATE api_key SET expires_at = now() WHERE id = $1::text::uuid", expiring)
+    assert await scopes(expiring) == []
+    assert await scopes(theirs) == ["read", "run"]
+    await tenant.patch(f"/api/v1/members/{member}", json={"role": "viewer"})
+    assert await scopes(theirs) == ["read"]
+    with pytest.raises(InvalidMessage) as bad:
+        await scopes("no UUID")
+    assert bad.value.field == "key_id"

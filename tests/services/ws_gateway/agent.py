@@ -17,10 +17,11 @@ from starlette.routing import Route
 
 from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.clock import utcnow, uuid7
-from infra.errors import InvalidMessage, NotFound, Transient
+from infra.errors import Conflict, InvalidMessage, NotFound, Transient
 from infra.http import Health, create_app, serve_http
 from infra.metrics import Metrics
-from infra.testing.platform import INTERNAL_SECRET
+from infra.testing.platform import INTERNAL_SECRET, Platform
+from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
 
 SESSION = "telegram:1:42"
@@ -62,6 +63,7 @@ class Agent:
         self.committed: dict[UUID, list[Any]] = {}
         self.reads: list[tuple[UUID, int]] = []
         self.posted: list[tuple[str, dict[str, str], bytes]] = []
+        self.cancelled: list[UUID] = []
         self.away = False
         self.hold = asyncio.Event()
         self.hold.set()
@@ -70,7 +72,6 @@ class Agent:
         self.completions: asyncio.Queue[Completion] = asyncio.Queue()
         self.keys: dict[str, Completion] = {}
         self.usage: dict[UUID, dict[str, int | None]] = {}
-        self.cancelled: list[UUID] = []
 
     def new_run(self, tenant: str) -> UUID:
         run_id = uuid7()
@@ -116,6 +117,8 @@ class Agent:
         path: str = request.scope["raw_path"].decode()
         self.posted.append((path, dict(request.headers), await request.body()))
         status, body = self.answer
+        if status == 502:
+            return Response("Bad Gateway", status)
         return JSONResponse(body, status, {"retry-after": "3"} if status == 503 else None)
 
     async def list_agents(self, request: Request) -> Response:
@@ -152,9 +155,15 @@ class Agent:
         return JSONResponse({"usage": self.usage.get(UUID(request.path_params["id"]), unreported)})
 
     async def cancel(self, request: Request) -> Response:
-        assert "run" in self._who(request).scopes
-        self.cancelled.append(UUID(request.path_params["id"]))
-        return JSONResponse({}, 202)
+        run_id = UUID(request.path_params["id"])
+        who = self._who(request)
+        assert "run" in who.scopes
+        if self.tenants.get(run_id) != who.tenant_id:
+            raise NotFound(f"run {run_id}")
+        if any(isinstance(fact, RunCompleted) for fact in self.committed[run_id]):
+            raise Conflict("the run is completed")
+        self.cancelled.append(run_id)
+        return JSONResponse({"id": str(run_id)}, 202)
 
 
 @asynccontextmanager
@@ -171,3 +180,11 @@ async def stand_in(port: int) -> AsyncIterator[Agent]:
     server = await serve_http(create_app(routes, Health("agent", "1"), Metrics(CollectorRegistry())), port)
     yield agent
     await server.stop()
+
+
+async def happen(platform: Platform, agent: Agent, *facts: Any, heard: bool = True) -> None:
+    """Commits the facts and tells of them, as the agent and its relay do; `heard`: they reach Kafka."""
+    for fact in facts:
+        agent.committed[fact.run_id].append(fact)
+        if heard:
+            await platform.produce(AGENT_EVENTS, fact, key=SESSION, tenant_id="acme")

@@ -14,7 +14,7 @@ from infra.auth import Identity
 from infra.cache import Cache
 from infra.clock import uuid7
 from infra.testing.stack import Stack
-from services.ws_gateway import stream
+from services.ws_gateway import stream, telling
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
 from tests.services.ws_gateway.agent import story
@@ -45,8 +45,8 @@ async def listeners(redis: Redis) -> int:
 async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(stream, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(telling, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(telling, "LOOK_SECONDS", 0.1)
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:

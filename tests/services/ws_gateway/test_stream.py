@@ -18,37 +18,9 @@ from redis.asyncio import Redis
 from infra.clock import uuid7
 from infra.testing.platform import Platform
 from protos.catalog import AGENT_EVENTS
-from tests.services.ws_gateway.agent import SESSION, Agent, failed, stand_in, story
+from tests.services.ws_gateway.agent import Agent, failed, happen, story
 
 Events = AsyncIterator[tuple[str, str | None, Any]]
-
-
-@pytest.fixture(scope="module")
-async def agent(platform: Platform) -> AsyncIterator[Agent]:
-    async with stand_in(platform.ports["agent"]) as agent:
-        yield agent
-
-
-@pytest.fixture(scope="module")
-async def gateway(platform: Platform, agent: Agent) -> Platform:
-    await platform.prepare("ws_gateway")
-    await platform.start("ws_gateway")
-    return platform
-
-
-@pytest.fixture(scope="module")
-async def redis(platform: Platform) -> AsyncIterator[Redis]:
-    client = Redis.from_url(platform.stack.redis_url)
-    yield client
-    await client.aclose()
-
-
-async def happen(platform: Platform, agent: Agent, *facts: Any, heard: bool = True) -> None:
-    """Commits the facts and tells of them, as the agent and its relay do; `heard`: they reach Kafka."""
-    for fact in facts:
-        agent.committed[fact.run_id].append(fact)
-        if heard:
-            await platform.produce(AGENT_EVENTS, fact, key=SESSION, tenant_id="acme")
 
 
 @asynccontextmanager

@@ -1,0 +1,738 @@
+"""The WebSocket, by the real process, real Kafka and real Redis, beside a stand-in for the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+import httpx
+import jsonschema
+import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from starlette.websockets import WebSocket
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from infra import telemetry
+from infra.auth import Identities, Identity
+from infra.cache import Cache
+from infra.clock import uuid7
+from infra.http import Health, create_app, serve_http
+from infra.metrics import Metrics
+from infra.testing.gateway import running_gateway
+from infra.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
+from services.ws_gateway import api, socket
+from services.ws_gateway.agent import Agent as Caller
+from services.ws_gateway.domain import Delta
+from services.ws_gateway.hub import MAX_WAITING, Client, Hub, Live
+from services.ws_gateway.keys import SAFE, Keys
+from tests.services.ws_gateway.agent import Agent, failed, happen, story
+
+SCHEMA = json.loads((Path(__file__).parents[3] / "protos" / "ws-schema.json").read_text())
+FITS = jsonschema.Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": "#/$defs/ServerMessage"}]})
+WHOLE = [
+    ("run.started", 1),
+    ("step.started", 2),
+    ("step.completed", 3),
+    ("reply", None),
+    ("run.completed", 4),
+]
+
+
+@asynccontextmanager
+async def opened(url: str, headers: dict[str, str], **options: Any) -> AsyncIterator[ClientConnection]:
+    address = f"{url.replace('http', 'ws', 1)}/ws"
+    async with connect(address, additional_headers=headers, proxy=None, **options) as socket:
+        yield socket
+
+
+@asynccontextmanager
+async def connected(platform: Platform, tenant: str = "acme", **kwargs: Any) -> AsyncIterator[ClientConnection]:
+    async with opened(platform.url("ws_gateway"), platform.headers(tenant, **kwargs)) as socket:
+        yield socket
+
+
+async def say(socket: ClientConnection, type_: str, **fields: Any) -> None:
+    await socket.send(json.dumps({"type": type_, **fields}, default=str))
+
+
+async def take(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
+    async with asyncio.timeout(30):
+        taken = [json.loads(await socket.recv()) for _ in range(count)]
+    for message in taken:
+        FITS.validate(message)
+    return taken
+
+
+async def ask(socket: ClientConnection, type_: str, **fields: Any) -> dict[str, Any]:
+    """The one message that comes next."""
+    await say(socket, type_, **fields)
+    [answer] = await take(socket, 1)
+    return answer
+
+
+async def follow(socket: ClientConnection, run_id: UUID, **fields: Any) -> None:
+    assert await ask(socket, "subscribe", run_id=run_id, **fields) == accepted(run_id)
+
+
+def accepted(run_id: UUID, ref: str | None = None) -> dict[str, Any]:
+    return {"type": "accepted", "run_id": str(run_id), "ref": ref}
+
+
+async def closed(socket: ClientConnection) -> int:
+    """The code with which the server closes it."""
+    async with asyncio.timeout(30):
+        with pytest.raises(ConnectionClosed) as end:
+            while True:
+                await socket.recv()
+    assert end.value.rcvd is not None
+    return end.value.rcvd.code
+
+
+async def is_quiet(socket: ClientConnection) -> None:
+    """Nothing else is under way to the client."""
+    assert await ask(socket, "ping") == {"type": "pong", "ref": None}
+
+
+def names(messages: list[dict[str, Any]], run_id: UUID) -> list[tuple[str, int | None]]:
+    return [
+        (message["event"], message["id"])
+        for message in messages
+        if message["type"] == "event" and message["run_id"] == str(run_id)
+    ]
+
+
+async def test_a_run_is_told_from_what_was_before_to_its_end(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    facts = story(run_id)
+    await happen(gateway, agent, *facts[:2])
+    async with connected(gateway) as socket:
+        assert await ask(socket, "subscribe", run_id=run_id, ref="mine") == accepted(run_id, "mine")
+        told = await take(socket, 2)
+        await happen(gateway, agent, *facts[2:])
+        told += await take(socket, 3)
+        await is_quiet(socket)
+    assert names(told, run_id) == WHOLE
+    data = {message["event"]: message["data"] for message in told}
+    assert data["reply"] == {"run_id": str(run_id), "text": "Grüße\nfrom two lines"}
+    assert (data["step.completed"]["status"], data["step.completed"]["duration_ms"]) == ("completed", 7)
+    assert "session_key" not in data["run.started"]
+
+
+async def test_a_client_that_comes_again_gets_what_it_has_not(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    await happen(gateway, agent, *story(run_id))
+    async with connected(gateway) as socket:
+        await follow(socket, run_id, after=2)
+        assert names(await take(socket, 3), run_id) == WHOLE[2:]
+    async with connected(gateway) as socket:
+        # With the end it has all.
+        await follow(socket, run_id, after=4)
+        await is_quiet(socket)
+        answer = await ask(socket, "subscribe", run_id=run_id, after=5, ref="r")
+        assert (answer["status"], answer["errors"][0]["field"], answer["ref"]) == (422, "after", "r")
+
+
+async def test_one_socket_follows_many_runs_and_leaves_one(gateway: Platform, agent: Agent) -> None:
+    runs = [agent.new_run("acme") for _ in range(20)]
+    left, *others = runs
+    async with connected(gateway) as socket:
+        for run_id in runs:
+            await follow(socket, run_id)
+        await happen(gateway, agent, *(story(run_id)[0] for run_id in runs))
+        told = await take(socket, len(runs))
+        assert await ask(socket, "unsubscribe", run_id=left, ref="u") == accepted(left, "u")
+        await happen(gateway, agent, *(fact for run_id in runs for fact in story(run_id)[1:]))
+        told += await take(socket, 4 * len(others))
+        await is_quiet(socket)
+    assert names(told, left) == WHOLE[:1]
+    for run_id in others:
+        assert names(told, run_id) == WHOLE
+
+
+async def test_who_subscribes_again_gets_it_from_there_again(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    facts = story(run_id)
+    await happen(gateway, agent, *facts[:2])
+    async with connected(gateway) as socket:
+        for _ in range(2):
+            await follow(socket, run_id, after=1)
+            assert names(await take(socket, 1), run_id) == WHOLE[1:2]
+        await happen(gateway, agent, facts[2])
+        assert names(await take(socket, 1), run_id) == WHOLE[2:3]
+        await is_quiet(socket)
+
+
+async def test_what_did_not_arrive_is_fetched_before_what_did(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    facts = story(run_id)
+    await happen(gateway, agent, facts[0])
+    async with connected(gateway) as socket:
+        await follow(socket, run_id)
+        await take(socket, 1)
+        await happen(gateway, agent, facts[1], facts[2], heard=False)
+        await happen(gateway, agent, facts[3])
+        assert names(await take(socket, 4), run_id) == WHOLE[1:]
+
+
+async def test_a_subscription_waits_for_an_agent_that_is_away(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    await happen(gateway, agent, *story(run_id))
+    agent.away = True
+    async with connected(gateway) as socket:
+        await say(socket, "subscribe", run_id=run_id)
+        await agent.was_read(run_id, 2)
+        agent.away = False
+        answer, *told = await take(socket, 6)
+    assert answer == accepted(run_id)
+    assert names(told, run_id) == WHOLE
+
+
+async def test_text_comes_while_it_is_written_and_not_of_an_attempt_that_was_given_up(
+    gateway: Platform, agent: Agent, redis: Redis
+) -> None:
+    run_id = agent.new_run("acme")
+    told: list[dict[str, Any]] = []
+
+    async def write(attempt: int, n: int, text: str) -> None:
+        piece = {"step": 1, "attempt": attempt, "n": n, "text": text}
+        await redis.publish(f"claw:run:{run_id}", json.dumps(piece))
+
+    async def is_heard() -> bool:
+        await write(1, 1, "Hel")
+        return bool(told)
+
+    async def is_told() -> bool:
+        return ("run.completed", 4) in names(told, run_id)
+
+    async def listen(socket: ClientConnection) -> None:
+        while True:
+            told.extend(await take(socket, 1))
+
+    async with connected(gateway) as socket:
+        await follow(socket, run_id)
+        listening = asyncio.create_task(listen(socket))
+        await gateway.until(is_heard)
+        await write(2, 1, "Good")
+        await write(1, 2, "lo")
+        await write(2, 2, " day")
+
+        async def is_written() -> bool:
+            return any(message["data"].get("text") == " day" for message in told)
+
+        await gateway.until(is_written)
+        await happen(gateway, agent, *story(run_id))
+        await gateway.until(is_told)
+        listening.cancel()
+        await asyncio.wait({listening})
+    assert [event for event in names(told, run_id) if event[0] != "delta"] == WHOLE
+    pieces = [message["data"] for message in told if (message["event"], message["id"]) == ("delta", None)]
+    # The first was said until somebody heard it.
+    assert list({data["text"]: data for data in pieces}.values()) == [
+        {"step": 1, "attempt": 1, "n": 1, "text": "Hel"},
+        {"step": 1, "attempt": 2, "n": 1, "text": "Good"},
+        {"step": 1, "attempt": 2, "n": 2, "text": " day"},
+    ]
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "refused"])
+async def test_a_run_without_a_reply_ends_too_and_the_socket_goes_on(
+    gateway: Platform, agent: Agent, status: str
+) -> None:
+    run_id = agent.new_run("acme")
+    async with connected(gateway) as socket:
+        await follow(socket, run_id)
+        await happen(gateway, agent, failed(run_id, 1, status))
+        [told] = await take(socket, 1)
+        await is_quiet(socket)
+    assert (told["event"], told["id"], told["data"]["error"]) == (f"run.{status}", 1, "out of quota")
+
+
+async def test_another_tenants_run_is_not_there(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    async with connected(gateway, "other") as socket:
+        for type_, run in (("subscribe", run_id), ("subscribe", uuid7()), ("cancel", run_id)):
+            answer = await ask(socket, type_, run_id=run, ref="r")
+            assert (answer["type"], answer["status"], answer["ref"]) == ("error", 404, "r")
+        await happen(gateway, agent, *story(run_id))
+        await is_quiet(socket)
+
+
+RUN = '"run_id":"01890000-0000-7000-8000-000000000000"'
+AGENT = '"agent_id":"01890000-0000-7000-8000-000000000000"'
+BAD: dict[str, tuple[str | bytes, int, str, str | None]] = {
+    "no JSON": ("hello", 422, "body", None),
+    "nothing": ("", 422, "body", None),
+    "half of it": ('{"type":"ping","ref":"r"', 422, "body", None),
+    "a list": ("[]", 422, "body", None),
+    "too deep": ('{"x":' + "[" * 50_000, 422, "body", None),
+    "no type": ('{"ref":"r"}', 422, "type", "r"),
+    "a type that is not known": ('{"type":"auth","token":"t","ref":"r"}', 422, "type", "r"),
+    "a type of the server": ('{"type":"pong","ref":"r"}', 422, "type", "r"),
+    "no run": ('{"type":"subscribe","ref":"r"}', 422, "run_id", "r"),
+    "no UUID": ('{"type":"cancel","run_id":"x","ref":"r"}', 422, "run_id", "r"),
+    "after nothing": (f'{{"type":"subscribe",{RUN},"after":-1,"ref":"r"}}', 422, "after", "r"),
+    "after too much": (f'{{"type":"subscribe",{RUN},"after":{2**31},"ref":"r"}}', 422, "after", "r"),
+    "a field too many": (f'{{"type":"unsubscribe",{RUN},"x":1,"ref":"r"}}', 422, "x", "r"),
+    "a ref that is none": ('{"type":"ping","ref":1}', 422, "ref", None),
+    "no session": (f'{{"type":"message",{AGENT},"session":"","text":"x","ref":"r"}}', 422, "session", "r"),
+    "no text": (f'{{"type":"message",{AGENT},"session":"s","ref":"r"}}', 422, "text", "r"),
+    "binary": (b'{"type":"ping"}', 415, "body", None),
+}
+
+
+@pytest.mark.parametrize(("sent", "status", "field", "ref"), BAD.values(), ids=BAD)
+async def test_bad_input_is_refused_and_the_socket_goes_on(
+    gateway: Platform, sent: str | bytes, status: int, field: str, ref: str | None
+) -> None:
+    async with connected(gateway) as socket:
+        await socket.send(sent)
+        [answer] = await take(socket, 1)
+        assert (answer["type"], answer["status"], answer["ref"]) == ("error", status, ref)
+        assert [error["field"] for error in answer["errors"]] == [field]
+        await is_quiet(socket)
+
+
+async def test_a_message_that_is_too_large_ends_its_socket(gateway: Platform) -> None:
+    async with connected(gateway) as socket:
+        await say(socket, "ping", ref="x" * 1_048_000)
+        await take(socket, 1)
+        await say(socket, "ping", ref="x" * 1_048_576)
+        assert await closed(socket) == 1009
+
+
+async def test_a_posted_message_is_handed_on_and_its_run_is_followed(gateway: Platform, agent: Agent) -> None:
+    run_id, agent_id = agent.new_run("acme"), uuid7()
+    agent.answer = 202, {"run_id": str(run_id)}
+    async with connected(gateway, scopes=("run",)) as socket:
+        message = {"agent_id": agent_id, "session": "../a?b", "text": "tell no log", "idempotency_key": "k1"}
+        assert await ask(socket, "message", **message, ref="m") == accepted(run_id, "m")
+        # Answered together with the first: the same run, which is told once.
+        assert await ask(socket, "message", **message, ref="n") == accepted(run_id, "n")
+        await happen(gateway, agent, *story(run_id))
+        assert names(await take(socket, 5), run_id) == WHOLE
+        await is_quiet(socket)
+    path = f"/api/v1/agents/{agent_id}/sessions/%2E%2E%2Fa%3Fb/messages"
+    sent = [(headers, json.loads(body)) for posted, headers, body in agent.posted if posted == path]
+    assert [body for _, body in sent] == [{"text": "tell no log", "idempotency_key": "k1"}] * 2
+    assert "traceparent" in sent[0][0]
+    assert "tell no log" not in gateway.log("ws_gateway")
+
+
+async def test_what_the_agent_refuses_is_told_as_it_said(gateway: Platform, agent: Agent) -> None:
+    problem = {"detail": "not as it must be", "errors": [{"field": "text", "message": "too short"}], "title": "x"}
+    message = {"agent_id": uuid7(), "session": "s", "text": "", "ref": "m"}
+    async with connected(gateway) as socket:
+        agent.answer = 422, problem
+        refused = await ask(socket, "message", **message)
+        assert refused == {"type": "error", "status": 422, "ref": "m", **{k: problem[k] for k in ("detail", "errors")}}
+        agent.answer = 503, {"detail": "later", "errors": []}
+        assert (await ask(socket, "message", **message))["detail"] == "later"
+        agent.answer = 502, {}
+        assert (await ask(socket, "message", **message))["status"] == 503
+        await is_quiet(socket)
+
+
+async def test_a_run_is_cancelled_unless_it_is_over(gateway: Platform, agent: Agent) -> None:
+    run_id, over = agent.new_run("acme"), agent.new_run("acme")
+    await happen(gateway, agent, *story(over))
+    async with connected(gateway) as socket:
+        assert await ask(socket, "cancel", run_id=run_id, ref="c") == accepted(run_id, "c")
+        assert run_id in agent.cancelled
+        answer = await ask(socket, "cancel", run_id=over, ref="c")
+        assert (answer["status"], answer["detail"], answer["ref"]) == (409, "the run is completed", "c")
+
+
+async def test_a_scope_that_is_missing_is_named_and_the_socket_goes_on(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    message = {"agent_id": uuid7(), "session": "s", "text": "x"}
+    for scopes, type_, fields, missing in (
+        (("run",), "subscribe", {"run_id": run_id}, "read"),
+        (("read", "write", "admin"), "cancel", {"run_id": run_id}, "run"),
+        (("read",), "message", message, "run"),
+    ):
+        async with connected(gateway, scopes=scopes) as socket:
+            answer = await ask(socket, type_, **fields)
+            assert (answer["status"], answer["detail"]) == (403, f"the scope {missing} is missing")
+            await is_quiet(socket)
+    assert run_id not in agent.cancelled
+
+
+async def test_who_is_not_a_tenants_gets_a_problem_and_no_socket(gateway: Platform) -> None:
+    for headers, status in (({}, 401), ({"x-claw-identity": "x"}, 401), (gateway.headers(""), 403)):
+        with pytest.raises(InvalidStatus) as refused:
+            async with opened(gateway.url("ws_gateway"), headers):
+                pass
+        answer = refused.value.response
+        assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+        assert json.loads(answer.body or b"")["status"] == status
+    async with gateway.client("ws_gateway", "acme") as client:
+        plain = await client.get("/ws")
+        metrics = (await client.get("/metrics")).text
+    assert (plain.status_code, plain.headers["upgrade"]) == (426, "websocket")
+    assert 'claw_http_request_seconds_count{method="GET",route="/ws",status="401"}' in metrics
+
+
+async def test_what_a_client_puts_into_the_address_is_not_logged(gateway: Platform) -> None:
+    address = f"{gateway.url('ws_gateway').replace('http', 'ws', 1)}/ws?my=hunter2"
+    async with connect(address, additional_headers=gateway.headers("acme"), proxy=None) as socket:
+        await is_quiet(socket)
+    assert "hunter2" not in gateway.log("ws_gateway")
+
+
+async def test_the_schema_is_served_as_it_is_committed(gateway: Platform) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    async with gateway.client("ws_gateway") as client:
+        answer = await client.get("/docs/ws-schema.json")
+        assert answer.headers["content-type"] == "application/schema+json"
+        assert answer.json() == SCHEMA
+        assert "ws-schema.json" in (await client.get("/docs/openapi.json")).json()["paths"]["/ws"]["get"]["description"]
+
+
+async def test_a_client_that_takes_nothing_is_dropped_alone(gateway: Platform, agent: Agent, redis: Redis) -> None:
+    run_id = agent.new_run("acme")
+    piece = {"step": 1, "attempt": 1, "n": 1, "text": "x" * 20_000}
+    dropped = gateway.log("ws_gateway").count("does not keep up")
+
+    async def is_dropped() -> bool:
+        for _ in range(50):
+            await redis.publish(f"claw:run:{run_id}", json.dumps(piece))
+        return gateway.log("ws_gateway").count("does not keep up") > dropped
+
+    async def told(socket: ClientConnection) -> list[tuple[str, int | None]]:
+        events: list[tuple[str, int | None]] = []
+        while ("run.completed", 4) not in events:
+            message = json.loads(await socket.recv())
+            if message["event"] != "delta":
+                events.append((message["event"], message["id"]))
+        return events
+
+    async with (
+        opened(gateway.url("ws_gateway"), gateway.headers("acme"), max_queue=1, close_timeout=1) as slow,
+        connected(gateway) as socket,
+    ):
+        await follow(slow, run_id)
+        await follow(socket, run_id)
+        other = asyncio.create_task(told(socket))
+        await gateway.until(is_dropped)
+        await happen(gateway, agent, *story(run_id))
+        async with asyncio.timeout(30):
+            assert await other == WHOLE
+        async with asyncio.timeout(30):
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    await slow.recv()
+    assert gateway.log("ws_gateway").count("does not keep up") == dropped + 1
+
+
+async def test_a_gateway_that_is_stopped_says_so_and_the_next_one_goes_on(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    facts = story(run_id)
+    await happen(gateway, agent, *facts[:2])
+    async with connected(gateway) as idle, connected(gateway) as socket:
+        await follow(socket, run_id)
+        last = (await take(socket, 2))[-1]["id"]
+        stopping = asyncio.create_task(asyncio.to_thread(gateway.stop, "ws_gateway"))
+        assert await closed(socket) == 1012
+        assert await closed(idle) == 1012
+    assert await stopping == 0
+    await happen(gateway, agent, facts[2])
+    await gateway.start("ws_gateway")
+    async with connected(gateway) as socket:
+        await follow(socket, run_id, after=last)
+        await take(socket, 1)
+        await happen(gateway, agent, facts[3])
+        assert names(await take(socket, 2), run_id) == WHOLE[3:]
+
+
+@pytest.fixture(scope="module")
+async def user(platform: Platform) -> Platform:
+    await platform.prepare("user")
+    await platform.start("user")
+    return platform
+
+
+@pytest.fixture
+async def tenant(user: Platform) -> AsyncIterator[httpx.AsyncClient]:
+    """A fresh tenant's client of the user service; as its header the tenant's first key."""
+    async with user.client("user") as operator:
+        made = (await operator.post("/api/v1/tenants", json={"name": "Acme"})).json()
+    async with user.client("user", made["id"]) as client:
+        client.headers["authorization"] = f"Bearer {made['api_key']}"
+        yield client
+
+
+async def identity(tenant: httpx.AsyncClient, key: str) -> dict[str, str]:
+    """What the gateway adds to a request with this key."""
+    answer = await tenant.get("/internal/auth", headers={"authorization": key})
+    return {"x-claw-identity": answer.headers["x-claw-identity"]}
+
+
+@asynccontextmanager
+async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[str]:
+    """The URL of a gateway whose seconds a test can change."""
+    identities = Identities(INTERNAL_SECRET)
+    async with Redis.from_url(platform.stack.redis_url) as redis:
+        hub = Hub(Cache(redis), asyncio.Event())
+        caller = Caller(platform.url("agent"), identities)
+        keys = Keys(platform.channels().to(user_grpc, "user", safe=SAFE))
+        route = api.websocket(hub, caller, keys, identities)
+        server = await serve_http(create_app([route], Health("ws_gateway", "1"), Metrics(CollectorRegistry())), 0)
+        yield f"http://127.0.0.1:{server.port}"
+        await server.stop()
+        await caller._http.aclose()
+
+
+async def test_through_the_real_gateway_a_key_opens_a_socket(
+    gateway: Platform, agent: Agent, tenant: httpx.AsyncClient
+) -> None:
+    run_id = agent.new_run((await tenant.get("/api/v1/tenant")).json()["id"])
+    await happen(gateway, agent, *story(run_id))
+    async with running_gateway(gateway.ports) as url:
+        async with opened(url, {"Authorization": tenant.headers["authorization"]}) as socket:
+            await follow(socket, run_id)
+            assert names(await take(socket, 5), run_id) == WHOLE
+        with pytest.raises(InvalidStatus) as refused:
+            async with opened(url, {"Authorization": "Bearer claw_unknown"}):
+                pass
+        assert refused.value.response.status_code == 401
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            assert (await client.get("/docs/ws_gateway/ws-schema.json")).json() == SCHEMA
+
+
+async def test_a_revoked_key_closes_its_sockets_and_no_others(
+    agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.05)
+    made = (await tenant.post("/api/v1/api-keys", json={"name": "lost"})).json()
+    mine = await identity(tenant, tenant.headers["authorization"])
+    lost = await identity(tenant, f"Bearer {made['api_key']}")
+    async with in_this_process(user, user.grpc("user")) as url, opened(url, mine) as good, opened(url, lost) as bad:
+        await is_quiet(bad)
+        assert (await tenant.delete(f"/api/v1/api-keys/{made['id']}")).status_code == 204
+        assert await closed(bad) == 4401
+        await is_quiet(good)
+
+
+async def test_a_member_may_do_what_the_role_allows_now(
+    agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.05)
+    member = (await tenant.post("/api/v1/members", json={"email": "o@acme.example", "role": "operator"})).json()["id"]
+    key = (await tenant.post("/api/v1/api-keys", json={"name": "laptop", "member_id": member})).json()["api_key"]
+    headers = await identity(tenant, f"Bearer {key}")
+    async with in_this_process(user, user.grpc("user")) as url, opened(url, headers) as socket_:
+
+        async def status() -> int:
+            answer: int = (await ask(socket_, "cancel", run_id=uuid7()))["status"]
+            return answer
+
+        async def is_forbidden() -> bool:
+            return await status() == 403
+
+        assert await status() == 404
+        await tenant.patch(f"/api/v1/members/{member}", json={"role": "viewer"})
+        await user.until(is_forbidden)
+        await tenant.delete(f"/api/v1/members/{member}")
+        assert await closed(socket_) == 4401
+
+
+async def test_the_operator_in_a_tenants_place_has_no_key_and_stays(
+    agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.05)
+    tenant.headers["x-claw-tenant"] = (await tenant.get("/api/v1/tenant")).json()["id"]
+    headers = await identity(tenant, f"Bearer {ADMIN_TOKEN}")
+    made = (await tenant.post("/api/v1/api-keys", json={"name": "lost"})).json()
+    lost = await identity(tenant, f"Bearer {made['api_key']}")
+    async with in_this_process(user, user.grpc("user")) as url, opened(url, headers) as operator:
+        await is_quiet(operator)
+        async with opened(url, lost) as later:
+            await tenant.delete(f"/api/v1/api-keys/{made['id']}")
+            # When a socket that came later is looked at, the first has been.
+            assert await closed(later) == 4401
+        await is_quiet(operator)
+
+
+async def test_a_client_of_whom_nobody_knows_whether_it_may_stay_is_sent_away_in_the_end(
+    agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.01)
+    headers = await identity(tenant, tenant.headers["authorization"])
+    asked: list[str] = []
+    scopes = Keys.scopes
+
+    async def counted(keys: Keys, who: Identity) -> frozenset[str]:
+        asked.append(who.key_id)
+        return await scopes(keys, who)
+
+    async def are_two() -> bool:
+        return len(asked) > 2
+
+    monkeypatch.setattr(Keys, "scopes", counted)
+    # There is no billing.
+    async with in_this_process(user, user.grpc("billing")) as url, opened(url, headers) as patient:
+        await user.until(are_two)
+        await is_quiet(patient)
+        monkeypatch.setattr(socket, "UNCHECKED_SECONDS", 0.1)
+        assert await closed(patient) == 1013
+
+
+async def test_a_socket_follows_so_many_runs_and_no_more(
+    agent: Agent, platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "MAX_RUNS", 2)
+    first, second, third, over = (agent.new_run("acme") for _ in range(4))
+    agent.committed[over] = story(over)
+    agent.answer = 202, {"run_id": str(third)}
+    message = {"agent_id": uuid7(), "session": "full", "text": "x"}
+    async with in_this_process(platform, "") as url, opened(url, platform.headers("acme")) as socket_:
+        await follow(socket_, first)
+        await follow(socket_, over, after=4)
+
+        async def has_room() -> bool:
+            return bool((await ask(socket_, "subscribe", run_id=second))["type"] == "accepted")
+
+        # Where there is nothing left to tell nothing is followed.
+        await platform.until(has_room)
+        # One of them again is not one more.
+        await follow(socket_, second)
+        assert (await ask(socket_, "subscribe", run_id=third))["status"] == 409
+        assert (await ask(socket_, "message", **message))["status"] == 409
+        assert not any("/sessions/full/" in path for path, _, _ in agent.posted)
+        assert await ask(socket_, "unsubscribe", run_id=first) == accepted(first)
+        await follow(socket_, third)
+
+
+async def test_a_posted_message_has_a_trace_of_its_own_and_the_socket_has_none(
+    agent: Agent, platform: Platform
+) -> None:
+    exporter = InMemorySpanExporter()
+    tracing = telemetry.setup("ws_gateway", "1", None, processor=SimpleSpanProcessor(exporter))
+    run_id = agent.new_run("acme")
+    agent.answer = 202, {"run_id": str(run_id)}
+    async with in_this_process(platform, "") as url, opened(url, platform.headers("acme")) as socket_:
+        for ref in ("a", "b"):
+            message = {"agent_id": uuid7(), "session": "s", "text": "x"}
+            assert await ask(socket_, "message", **message, ref=ref) == accepted(run_id, ref)
+        await agent.was_read(run_id)
+    tracing.shutdown()
+    spans = exporter.get_finished_spans()
+    posted = [span for span in spans if span.name == "ws message"]
+    assert [(span.kind, span.parent) for span in posted] == [(SpanKind.SERVER, None)] * 2
+    for span in posted:
+        below = [other for other in spans if other.context and other.context.trace_id == span.context.trace_id]
+        # Ours, the call, and the agent that is called.
+        assert [other.kind for other in below].count(SpanKind.SERVER) == 2
+        assert [other.kind for other in below].count(SpanKind.CLIENT) == 1
+    assert "/ws" not in {(span.attributes or {}).get("url.path") for span in spans}
+
+
+WHO = Identity("api_key:test", "acme", frozenset(("read",)))
+
+
+class Broken:
+    """Stands in for a connection. `send`: what happens when something is sent; `receive`: when more is asked for than
+    one ping."""
+
+    def __init__(self, send: Callable[[], Awaitable[None]], receive: Callable[[], Awaitable[None]]) -> None:
+        self.sent = 0
+        self.closed: list[int] = []
+        self._send = send
+        self._receive = receive
+        self._pings = 1
+
+    async def accept(self) -> None:
+        pass
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._pings:
+            await self._receive()
+        self._pings -= 1
+        return {"type": "websocket.receive", "text": '{"type":"ping"}'}
+
+    async def send_text(self, text: str) -> None:
+        await self._send()
+        self.sent += 1
+
+    async def close(self, code: int, reason: str) -> None:
+        self.closed.append(code)
+
+
+async def nothing() -> None:
+    pass
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+async def closing() -> None:
+    raise RuntimeError("Unexpected ASGI message 'websocket.send', after sending 'websocket.close'.")
+
+
+async def bug() -> None:
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("send", "receive", "codes", "errors"),
+    [(closing, never, [], 0), (never, never, [1013], 0), (nothing, bug, [1011], 1)],
+    ids=["closed by the server", "takes nothing", "fails"],
+)
+async def test_a_socket_that_cannot_go_on_is_closed_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    send: Callable[[], Awaitable[None]],
+    receive: Callable[[], Awaitable[None]],
+    codes: list[int],
+    errors: int,
+) -> None:
+    monkeypatch.setattr(socket, "SEND_SECONDS", 0.05)
+    hub, connection = Hub(cast(Cache, None), asyncio.Event()), Broken(send, receive)
+    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), WHO, cast(WebSocket, connection))
+    async with asyncio.timeout(30):
+        await shown.serve()
+    assert connection.closed == codes
+    assert capsys.readouterr().out.count("a socket failed") == errors
+
+
+@pytest.mark.parametrize(("stopping", "code"), [(False, 1013), (True, 1012)])
+async def test_a_socket_that_the_hub_ends_is_told_why(stopping: bool, code: int) -> None:
+    hub, connection = Hub(cast(Cache, None), asyncio.Event()), Broken(nothing, never)
+    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), WHO, cast(WebSocket, connection))
+    if stopping:
+        hub.stopping.set()
+    shown._client.end()
+    async with asyncio.timeout(30):
+        await shown.serve()
+    assert connection.closed == [code]
+
+
+def test_what_waits_for_a_client_is_bounded_over_all_its_runs_and_given_back() -> None:
+    client, ended = Client(), []
+    client.end = lambda: ended.append(True)
+    one, other = Live(client), Live(client)
+    piece = Delta(1, 1, 1, "x")
+    for _ in range(3):
+        one.put(piece)
+    one.close()
+    other.put(piece)
+    other.close()
+    assert client.room == MAX_WAITING
+    one, other = Live(client), Live(client)
+    for live in (one, other) * (MAX_WAITING // 2 + 1):
+        live.put(piece)
+    assert ended == []
+    one.put(piece)
+    other.put(piece)
+    assert ended == [True]
