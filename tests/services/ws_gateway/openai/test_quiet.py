@@ -16,7 +16,7 @@ from infra.cache import Cache
 from infra.clock import uuid7
 from infra.errors import NotFound
 from infra.testing.stack import Stack
-from services.ws_gateway import stream
+from services.ws_gateway import telling
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai.answer import Answer
@@ -72,8 +72,8 @@ async def told(stack: Stack, agent: Agent, *, include_usage: bool = True) -> tup
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(stream, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(telling, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(telling, "LOOK_SECONDS", 0.1)
 
 
 async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(stack: Stack) -> None:
