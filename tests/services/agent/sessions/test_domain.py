@@ -76,8 +76,8 @@ def test_steering_joins_the_run_under_way() -> None:
 
 
 def test_an_interruption_has_a_run_of_its_own() -> None:
-    for under_way in ({"joinable": True}, {"steerable": True}):
-        assert accept(Session(OLD, 1), mode="interrupt", **under_way, busy=True) == Session(NEW, 1)
+    assert accept(Session(OLD, 1), mode="interrupt", joinable=True, busy=True) == Session(NEW, 1)
+    assert accept(Session(OLD, 1), mode="interrupt", steerable=True, busy=True) == Session(NEW, 1)
 
 
 def test_a_busy_session_may_reject() -> None:
