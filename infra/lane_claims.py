@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +34,9 @@ WITH RECURSIVE walk AS (
     SELECT p.lane_id, p.recovered FROM walk CROSS JOIN LATERAL (
         SELECT lane_id, owner IS NOT NULL AS recovered FROM lane
         WHERE kind = $1 AND tenant_id = walk.tenant_id AND ready_at <= now() ORDER BY ready_at
-        LIMIT (SELECT ceil($3::int / greatest(max(found), 1)::float8)::bigint FROM walk) FOR UPDATE SKIP LOCKED
+        LIMIT (SELECT least(ceil($3::int / greatest(max(found), 1)::float8)::bigint, greatest($6::int - coalesce((
+            SELECT taken FROM unnest($7::text[], $8::int[]) AS has(tenant_id, taken)
+            WHERE has.tenant_id = walk.tenant_id), 0), 0)) FROM walk w) FOR UPDATE SKIP LOCKED
     ) p WHERE walk.ready_at <= now() LIMIT $3::int
 ), claimed AS (
     UPDATE lane l SET owner = $4, epoch = l.epoch + 1, ready_at = clock_timestamp() + make_interval(secs => $5)
@@ -139,11 +141,25 @@ class Claims:
                 await self._connection.close()
                 self._connection = None
 
-    async def claim(self, kind: str, start: str, wanted: int) -> Claimed:
-        """Takes up to `wanted` lanes, tenants in turn, beginning with the first one from `start` on."""
+    async def claim(self, kind: str, start: str, wanted: int, per_tenant: int, taken: Mapping[str, int]) -> Claimed:
+        """Takes up to `wanted` lanes, tenants in turn, beginning with the first one from `start` on.
+
+        per_tenant: so many at most of each, with those that it has, `taken`.
+        """
         until = time.monotonic() + self._lease_seconds
         async with self._use() as connection:
-            rows = await sql(connection, _CLAIM, kind, start, wanted, self._owner, self._lease_seconds)
+            rows = await sql(
+                connection,
+                _CLAIM,
+                kind,
+                start,
+                wanted,
+                self._owner,
+                self._lease_seconds,
+                per_tenant,
+                list(taken),
+                list(taken.values()),
+            )
             tenants, due = rows[0][:2]
             leases = {
                 lane_id: Lease(kind, tenant_id, lane, lane_id, epoch, until)

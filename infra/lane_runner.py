@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -121,7 +122,8 @@ class LaneRunner:
     async def _fill(self, kind: _Kind) -> float | None:
         """Claims lanes until all slots are taken or none is ready. Returns when there is more, in seconds."""
         while (wanted := kind.work.concurrency - len(kind.running)) > 0 and not self._stopping:
-            claimed = await self._claims.claim(kind.name, kind.turn, wanted)
+            taken = Counter(lease.tenant_id for lease, _ in kind.running.values())
+            claimed = await self._claims.claim(kind.name, kind.turn, wanted, kind.work.per_tenant, taken)
             failpoint("after_lane_claim")
             for lease, head in claimed.lanes:
                 task = asyncio.create_task(self._work_off(kind, lease, head), name=f"lane {kind.name}")
@@ -140,8 +142,9 @@ class LaneRunner:
         return None
 
     def _ended(self, kind: _Kind, lease: Lease, task: asyncio.Task[None]) -> None:
+        taken = sum(held.tenant_id == lease.tenant_id for held, _ in kind.running.values())
         del kind.running[lease.lane_id]
-        if kind.full:
+        if kind.full or taken == kind.work.per_tenant:
             kind.full = False
             self.wake(kind.name)
 

@@ -45,15 +45,21 @@ class Lane(Generic[Item]):
     retries: tuple[timedelta, ...] = RETRIES
 
     def runner(
-        self, *, concurrency: int, expired: Expired | None = None, dead: Dead | None = None
+        self,
+        *,
+        concurrency: int,
+        per_tenant: int | None = None,
+        expired: Expired | None = None,
+        dead: Dead | None = None,
     ) -> Callable[[Handler], Work]:
         """The handler takes ``(item, effects, tx)``; `tx` commits together with the item's completion.
 
-        `concurrency`: lanes at a time per process. `expired`: takes ``(item, tx)`` for an item that came too late,
+        `concurrency`: lanes at a time per process; `per_tenant`: of them of one tenant, so that what is long does not
+        keep all others waiting. `expired`: takes ``(item, tx)`` for an item that came too late,
         instead of the handler. `dead`: takes ``(item, error, tx)``, which commits together with the dead letter that
         the item becomes.
         """
-        return lambda handler: Work(self, handler, concurrency, expired, dead)
+        return lambda handler: Work(self, handler, concurrency, per_tenant or concurrency, expired, dead)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Work:
     lane: Lane[Any]
     handler: Handler
     concurrency: int
+    per_tenant: int
     expired: Expired | None = None
     dead: Dead | None = None
 

@@ -56,7 +56,7 @@ async def give_up_run(item: RunItem, error: str, tx: Tx, executor: Executor) -> 
     await executor.give_up(item.run_id, error, tx)
 
 
-@RUNS.runner(concurrency=64, dead=give_up_run)
+@RUNS.runner(concurrency=64, per_tenant=48, dead=give_up_run)
 async def execute_run(item: RunItem, effects: Effects, tx: Tx, executor: Executor) -> None:
     await executor.execute(item.run_id, effects, tx)
 

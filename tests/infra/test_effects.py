@@ -61,7 +61,7 @@ class Office:
             if left:
                 raise left.pop(0)
 
-        return Work(lane, deliver, 1)
+        return Work(lane, deliver, 1, 1)
 
     @property
     def said(self) -> list[tuple[str, Receipt | None, int, bool]]:

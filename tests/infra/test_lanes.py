@@ -202,6 +202,20 @@ async def test_an_invalid_item_is_a_dead_letter_at_once_and_the_lane_goes_on(wor
         assert letter == (str(id_), "a", TENANT, "failed", 1, "InvalidMessage: number: unlucky", b'{"number":13}')
 
 
+async def test_one_tenants_long_work_leaves_room_for_others(world: World, notes: Notes) -> None:
+    kind = new_lane()
+    async with world.process(kind.runner(concurrency=4, per_tenant=3)(notes.hold)) as database:
+        for n in range(5):
+            await put(database, kind, f"lane {n}", n, tenant_id="greedy")
+        await notes.has(3)
+        await put(database, kind, "a", 100, tenant_id="modest")
+        await notes.has(4)
+        assert sorted(tenant for tenant, _ in notes.got) == ["greedy"] * 3 + ["modest"]
+        notes.go_on.set()
+        await all_over(database, kind)
+        assert len(notes.got) == 6
+
+
 async def test_a_service_hears_of_its_dead_items_in_the_transaction_of_the_dead_letter(
     world: World, notes: Notes
 ) -> None:
@@ -367,7 +381,7 @@ async def test_a_renewal_leaves_a_lane_alone_that_was_given_back_meanwhile(claim
     """Otherwise what is enqueued next would wait for the end of a lease that nobody has."""
     kind = new_lane()
     await put(desk, kind, "a", 1)
-    [(lease, _)] = (await claims.claim(kind.name, "", 1)).lanes
+    [(lease, _)] = (await claims.claim(kind.name, "", 1, 1, {})).lanes
     await sql(desk, "UPDATE lane SET owner = NULL, ready_at = NULL WHERE kind = $1", kind.name)
     assert await claims.renew([lease]) == []
     assert await sql(desk, "SELECT ready_at FROM lane WHERE kind = $1", kind.name) == [(None,)]
@@ -377,7 +391,7 @@ async def test_a_lane_that_a_transaction_has_locked_costs_no_other_its_lease(cla
     kind = new_lane()
     for lane in ("locked", "free"):
         await put(desk, kind, lane, 1)
-    leases = {lease.lane: lease for lease, _ in (await claims.claim(kind.name, "", 2)).lanes}
+    leases = {lease.lane: lease for lease, _ in (await claims.claim(kind.name, "", 2, 2, {})).lanes}
     before = leases["free"].until
     async with desk.begin() as tx:
         await tx.sql("SELECT 1 FROM lane WHERE kind = $1 AND lane = 'locked' FOR UPDATE", kind.name)
@@ -400,7 +414,7 @@ async def test_two_processes_that_claim_at_once_get_different_lanes(
     taken: list[int] = []
 
     async def take(own: Claims) -> None:
-        while lanes := (await own.claim(kind.name, "", 3)).lanes:
+        while lanes := (await own.claim(kind.name, "", 3, 3, {})).lanes:
             taken.extend(lease.lane_id for lease, _ in lanes)
 
     await asyncio.gather(take(claims), take(other))

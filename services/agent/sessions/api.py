@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.api import Runner
 from infra.clock import utcnow, uuid7
-from infra.errors import Conflict, Forbidden
+from infra.errors import Conflict, Forbidden, TooManyRequests
 from infra.service import Runtime
 from infra.subjects import Erased
 from infra.tx import Tx
@@ -23,6 +24,9 @@ from services.agent.sessions.intake import Arrival, Context, take_in
 
 MAX_TEXT = 100_000
 MAX_HISTORY = 1_000
+# Of one tenant; what its channels bring is taken in all the same, for it is accepted already.
+MAX_QUEUED = 1_000
+RETRY_AFTER = timedelta(seconds=5)
 
 
 class NewMessage(BaseModel):
@@ -121,6 +125,13 @@ def router(runtime: Runtime) -> APIRouter:
             return await accept(tx, arrival)
 
     async def accept(tx: Tx, arrival: Arrival) -> Accepted:
+        # Before anything is accepted: what waits for hours helps nobody.
+        if await tx.sql(
+            "SELECT 1 FROM run WHERE tenant_id = $1 AND status = 'queued' OFFSET $2 LIMIT 1",
+            tx.tenant_id,
+            MAX_QUEUED - 1,
+        ):
+            raise TooManyRequests(RETRY_AFTER, f"{MAX_QUEUED} runs of this tenant wait for their turn already")
         try:
             return Accepted(run_id=await take_in(tx, arrival, subjects), session_key=arrival.session_key)
         except Erased as error:

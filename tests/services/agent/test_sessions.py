@@ -108,6 +108,25 @@ async def test_followup_answers_each_message_on_its_own_in_order(world: World, t
     assert [request.last_user_text for request in world.models.requests[-4:]] == list("abcd")
 
 
+async def test_what_would_wait_for_hours_is_refused_before_it_is_accepted(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    async with world.platform.database("agent").begin() as tx:
+        await tx.sql(
+            "INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id) "
+            "SELECT gen_random_uuid(), $1, 'other', $2, 'p' FROM generate_series(1, 1000)",
+            tenant.id,
+            agent,
+        )
+    path = f"/api/v1/agents/{agent}/sessions/s/messages"
+    problem = await tenant.call("POST", path, expect=429, json={"text": "Hi"})
+    assert "1000 runs" in problem["detail"]
+    async with world.platform.database("agent").begin() as tx:
+        assert await tx.sql("SELECT 1 FROM message WHERE tenant_id = $1", tenant.id) == []
+    # What a channel brings was accepted by the vendor's webhook already.
+    await tenant.receive(agent, "Hi")
+    await tenant.runs(1, status="completed")
+
+
 async def test_sessions_do_not_hear_each_other(world: World, tenant: Tenant) -> None:
     other = world.tenant()
     mine, theirs = await tenant.agent(), await other.agent()
