@@ -44,6 +44,7 @@ AGENT_EVENTS = Topic(
     key="session_key",
     messages=(
         agent.RunStarted,
+        agent.RunForked,
         agent.MessagesTaken,
         agent.StepStarted,
         agent.StepCompleted,

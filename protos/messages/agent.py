@@ -62,6 +62,15 @@ class StepCompleted(Message, frozen=True, kw_only=True):
     n: Count = 0
 
 
+class RunForked(Message, frozen=True, kw_only=True):
+    """A run takes up another one that is over, from one of its steps on; the steps before are told as its own."""
+
+    run_id: UUID
+    session_key: str
+    n: Count
+    origin_run_id: UUID
+
+
 class MessagesTaken(Message, frozen=True, kw_only=True):
     """A run under way answers further messages. messages: how many in all, from step `step` on."""
 

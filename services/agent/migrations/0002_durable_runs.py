@@ -27,6 +27,7 @@ def upgrade() -> None:
     op.execute("ALTER TABLE run ADD COLUMN parent_step int")
     op.execute("ALTER TABLE run ADD COLUMN depth int NOT NULL DEFAULT 0")
     op.execute("ALTER TABLE run ADD COLUMN limit_nanos bigint")
+    op.execute("ALTER TABLE run ADD COLUMN forked_from uuid REFERENCES run")
     op.execute("CREATE INDEX run_of_parent ON run (parent_run_id) WHERE parent_run_id IS NOT NULL")
     # A channel's messages are taken in by their position in the conversation; one that comes too early lies here.
     op.execute("ALTER TABLE session ADD COLUMN position bigint NOT NULL DEFAULT 0")

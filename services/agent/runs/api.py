@@ -21,9 +21,10 @@ from services.agent.runs import conversation, queries, steps
 from services.agent.runs.cancelling import cancel
 from services.agent.runs.ending import CANCELLED
 from services.agent.runs.events import Decision
+from services.agent.runs.forking import fork
 from services.agent.runs.settling import give_up, settle, suspension
 from services.agent.runs.timeline import timeline
-from services.agent.runs.views import Approval, Facts, Resolution, RunView, Status, Timeline
+from services.agent.runs.views import Approval, Facts, ForkFrom, Resolution, RunView, Status, Timeline
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -124,6 +125,15 @@ def router(runtime: Runtime) -> APIRouter:
                 await settle(tx, run_id, waits.step, body.action, who.actor, content)
             audit(tx, who.actor, f"run.{body.action}", "run", str(run_id), step=str(waits.step), tool=waits.name)
         return await one(who.tenant_id, run_id)
+
+    @routes.post("/api/v1/runs/{run_id}/fork", status_code=202)
+    async def fork_run(run_id: UUID, body: ForkFrom, who: Runner) -> RunView:
+        """Takes up a run that is over: another run has its first steps without making them again, and answers its
+        messages. 409 where the run is not over, or was taken up before."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            new = await fork(tx, subjects, run_id, body.step)
+            audit(tx, who.actor, "run.fork", "run", str(run_id), new_run=str(new))
+        return await one(who.tenant_id, new)
 
     @routes.get("/internal/runs/{run_id}/events", include_in_schema=False)
     async def get_facts(run_id: UUID, who: Reader, after: Annotated[int, Query(ge=0)] = 0) -> Facts:

@@ -18,6 +18,7 @@ from services.agent.runs.events import (
     Reason,
     RunCompleted,
     RunFailed,
+    RunForked,
     RunStarted,
     RunSuspended,
     StepCompleted,
@@ -104,6 +105,14 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Fork:
+    session_key: str
+    origin: UUID
+    messages: int | None
+    agent_version: int | None
+
+
+@dataclass(frozen=True)
 class TakeMessages:
     """`messages` of the run are there now."""
 
@@ -168,7 +177,7 @@ class Fail:
     error: str
 
 
-Command = Start | TakeMessages | BeginStep | EndStep | Suspend | Settle | Complete | Fail
+Command = Start | Fork | TakeMessages | BeginStep | EndStep | Suspend | Settle | Complete | Fail
 
 FITTING: Mapping[Reason, tuple[Decision, ...]] = {
     "approval": ("approve", "deny"),
@@ -196,6 +205,8 @@ def decide(command: Command, run: Run) -> list[Event]:
     match command:
         case Start():
             return [_start(command, run)]
+        case Fork(key, origin, messages, version):
+            return [RunForked(n=n, session_key=key, origin=origin, messages=messages, agent_version=version)]
         case TakeMessages(key, step, messages):
             if messages <= messages_at(run, step):
                 return []
@@ -246,7 +257,7 @@ def _start(command: Start, run: Run) -> RunStarted:
         agent_version=run.agent_version or command.agent_version,
         attempt=run.attempts + 1,
         at=command.at,
-        messages=run.messages if run.attempts else command.messages,
+        messages=command.messages if run.messages is None else run.messages,
     )
 
 
@@ -288,6 +299,8 @@ def evolve(run: Run, event: Event) -> Run:
                 started_at=started_at,
                 waited_since=None,
             )
+        case RunForked():
+            return replace(run, messages=event.messages, agent_version=event.agent_version)
         case MessagesTaken():
             return replace(run, taken={**run.taken, event.step: event.messages})
         case StepStarted():

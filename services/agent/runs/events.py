@@ -31,6 +31,16 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
     messages: int | None = None
 
 
+class RunForked(msgspec.Struct, frozen=True, kw_only=True):
+    """The run takes up another one: what follows, before it starts, are the other's first steps, taken over."""
+
+    n: int
+    session_key: str
+    origin: UUID
+    messages: int | None
+    agent_version: int | None
+
+
 class MessagesTaken(msgspec.Struct, frozen=True, kw_only=True):
     """What came meanwhile is answered too: from `step` on the run has the first `messages` of its messages."""
 
@@ -123,4 +133,14 @@ class RunFailed(msgspec.Struct, frozen=True, kw_only=True):
     error: str
 
 
-Event = RunStarted | MessagesTaken | StepStarted | StepCompleted | RunSuspended | StepSettled | RunCompleted | RunFailed
+Event = (
+    RunStarted
+    | RunForked
+    | MessagesTaken
+    | StepStarted
+    | StepCompleted
+    | RunSuspended
+    | StepSettled
+    | RunCompleted
+    | RunFailed
+)

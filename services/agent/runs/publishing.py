@@ -47,6 +47,8 @@ def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
                 duration_ms=event.duration_ms,
                 n=event.n,
             )
+        case events.RunForked():
+            message = public.RunForked(run_id=id_, session_key=key, n=event.n, origin_run_id=event.origin)
         case events.MessagesTaken():
             message = public.MessagesTaken(
                 run_id=id_, session_key=key, n=event.n, step=event.step, messages=event.messages

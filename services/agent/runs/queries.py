@@ -43,12 +43,13 @@ class Row:
     started_at: datetime | None
     finished_at: datetime | None
     parent_run_id: UUID | None
+    forked_from: UUID | None
     used: int
 
 
 _COLUMNS = (
     "id, session_key, agent_id, subject_id, channel_id, status, reply, error, trace_id, input_tokens, cached_tokens, "
-    "output_tokens, created_at, started_at, finished_at, parent_run_id, "
+    "output_tokens, created_at, started_at, finished_at, parent_run_id, forked_from, "
     "(SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run"
 )
 
@@ -149,6 +150,7 @@ def view(
         steps=steps,
         waiting=waiting,
         parent_run_id=run.parent_run_id,
+        forked_from=run.forked_from,
         created_at=run.created_at,
         started_at=run.started_at,
         finished_at=run.finished_at,

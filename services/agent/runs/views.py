@@ -66,10 +66,19 @@ class Resolution(BaseModel):
     result: Any = None
 
 
+class ForkFrom(BaseModel):
+    """The body of ``POST /api/v1/runs/{id}/fork``. step: the last to be taken over; null: all that were completed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int | None = None
+
+
 class RunView(BaseModel):
     """A run. cost_nanos: what was charged for it, 10⁻⁹ of `currency`; null until all that it used is charged.
 
     waiting: null where it waits for nobody. parent_run_id: of the run that asked, where another agent did.
+    forked_from: the run that it has taken up.
     """
 
     id: UUID
@@ -85,6 +94,7 @@ class RunView(BaseModel):
     steps: list[StepView]
     waiting: Waiting | None
     parent_run_id: UUID | None
+    forked_from: UUID | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -14,6 +14,7 @@ from services.agent.runs.domain import (
     Complete,
     EndStep,
     Fail,
+    Fork,
     Limits,
     Mismatch,
     NotWaiting,
@@ -36,6 +37,7 @@ from services.agent.runs.events import (
     Reason,
     RunCompleted,
     RunFailed,
+    RunForked,
     RunStarted,
     RunSuspended,
     StepCompleted,
@@ -242,3 +244,9 @@ def test_limits_are_said_when_they_are_reached() -> None:
     assert exceeded(run, Limits(steps=1), 2, later) == "the limit of 1 steps is reached"
     assert exceeded(run, Limits(tokens=90), 2, later) == "the limit of 90 tokens is reached"
     assert exceeded(run, Limits(seconds=10), 2, later) == "the limit of 10 seconds is reached"
+
+
+def test_a_fork_has_the_messages_and_the_agent_of_its_origin() -> None:
+    forked = given().when(Fork("s", UUID(int=9), 2, 5))
+    assert forked == [RunForked(n=1, session_key="s", origin=UUID(int=9), messages=2, agent_version=5)]
+    assert given(*forked).when(Start("s", AGENT, 7, NOON, 4)) == [started(2, version=5, messages=2)]

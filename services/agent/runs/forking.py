@@ -1,0 +1,115 @@
+"""A run that is over is taken up again, from one of its steps on, by another run."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from opentelemetry import trace
+
+from infra.clock import uuid7
+from infra.crypto import DataKey
+from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.subjects import Erased, SubjectKeys
+from infra.tx import Tx
+from protos.catalog import AGENT_TASKS
+from protos.messages.agent import RunRequested
+from services.agent.lanes import RUNS, RunItem
+from services.agent.runs import projections
+from services.agent.runs.domain import BeginStep, EndStep, Fork, Run, TakeMessages
+from services.agent.runs.publishing import stream
+
+
+async def fork(tx: Tx, subjects: SubjectKeys, run_id: UUID, step: int | None) -> UUID:
+    """Opens a run that has the first steps of this one, up to `step`, and goes on by itself; None: all that were
+    completed. The messages are its own from now on. Returns its id.
+
+    Raises NotFound, Conflict where the run is not over or another one has taken it up, InvalidMessage (``step``).
+    """
+    rows = await tx.sql(
+        "SELECT session_key, agent_id, subject_id, channel_id, status FROM run "
+        "WHERE id = $1 AND tenant_id = $2 FOR UPDATE",
+        run_id,
+        tx.tenant_id,
+    )
+    if not rows:
+        raise NotFound(f"run {run_id}")
+    [(session_key, agent_id, subject_id, channel_id, status)] = rows
+    if status in projections.STOPPABLE:
+        raise Conflict(f"the run is {status}: cancel it first")
+    assert tx.tenant_id
+    try:
+        key = await subjects.key(tx, tx.tenant_id, subject_id)
+    except Erased as error:
+        raise Conflict("the person was erased") from error
+    new = uuid7()
+    await tx.sql(
+        "INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id, forked_from) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        new,
+        tx.tenant_id,
+        session_key,
+        agent_id,
+        subject_id,
+        channel_id,
+        _trace_id(),
+        run_id,
+    )
+    if not await tx.sql("UPDATE message SET run_id = $2 WHERE run_id = $1 RETURNING 1", run_id, new):
+        raise Conflict("another run has taken up its messages")
+    journal = await tx.load(stream(run_id))
+    completed = _completed(journal)
+    last = completed if step is None else step
+    if not 0 <= last <= completed:
+        raise InvalidMessage("step", f"must be at most {completed}, the last of the steps that were completed in a row")
+    await _copy(tx, key, tx.tenant_id, subject_id, run_id, new, session_key, journal, last)
+    tx.enqueue(RUNS, lane=session_key, item=RunItem(new), item_id=new)
+    tx.publish(AGENT_TASKS, RunRequested(run_id=new, session_key=session_key), key=session_key)
+    return new
+
+
+def _completed(journal: Run) -> int:
+    """How many of the first steps are over in a row. A tool that failed has told the model so, which is an outcome; a
+    model that failed at the end is what the fork is to try again."""
+    n = 0
+    while (step := journal.steps.get(n + 1)) and step.status != "started":
+        n += 1
+    while n and journal.steps[n].status == "failed" and journal.steps[n].kind != "tool":
+        n -= 1
+    return n
+
+
+async def _copy(
+    tx: Tx,
+    key: DataKey,
+    tenant_id: str,
+    subject_id: str,
+    old: UUID,
+    new: UUID,
+    session_key: str,
+    journal: Run,
+    last: int,
+) -> None:
+    target = stream(new)
+
+    async def write(command: Any) -> None:
+        await tx.decide(target, command)
+
+    await write(Fork(session_key, old, journal.messages, journal.agent_version))
+    for n in range(1, last + 1):
+        step = journal.steps[n]
+        if n in journal.taken:
+            await write(TakeMessages(session_key, n, journal.taken[n]))
+        content = step.content
+        if content is not None:
+            opened = key.open(content, tenant_id, subject_id, f"{old}/{n}", "content")
+            content = key.seal(opened, tenant_id, subject_id, f"{new}/{n}", "content")
+        await write(BeginStep(session_key, n, step.kind, step.name, step.attempt, step.digest, step.code))
+        await projections.step_started(tx, new, n, step.kind, step.name, step.attempt, None)
+        await write(EndStep(session_key, n, step.attempt, 0, content, step.error))
+        await projections.step_completed(tx, new, n, "completed" if content else "failed", 0, step.error)
+
+
+def _trace_id() -> str | None:
+    context = trace.get_current_span().get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else None

@@ -1,0 +1,67 @@
+"""A run that is over is taken up again by another one, from a step on."""
+
+from __future__ import annotations
+
+from infra.testing.model_server import Fails, Says
+from infra.testing.peers import WEATHER
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+BERN = (WEATHER, '{"city":"Bern"}')
+
+
+async def failed(world: World, tenant: Tenant) -> str:
+    """A run that has made a model call and a tool call, and then failed."""
+    agent = await tenant.agent(tools=[WEATHER])
+    world.models.script(MODEL, Says(calls=(BERN,)), Fails(400))
+    await tenant.receive(agent, "Weather?")
+    [run] = await tenant.runs(1)
+    assert run["status"] == "failed"
+    return str(run["id"])
+
+
+async def test_a_fork_goes_on_where_the_run_has_failed(world: World, tenant: Tenant) -> None:
+    run_id = await failed(world, tenant)
+    calls = dict(world.peers.plugin.calls)
+    world.models.script(MODEL, Says("It rains."))
+    # The step that failed is not taken over.
+    made = await tenant.call("POST", f"/api/v1/runs/{run_id}/fork", json={})
+    assert made["forked_from"] == run_id
+    run = await tenant.over(made["id"])
+    assert (run["status"], run["reply"]) == ("completed", "It rains.")
+    assert [(step["n"], step["kind"], step["status"]) for step in run["steps"]] == [
+        (1, "model", "completed"),
+        (2, "tool", "completed"),
+        (3, "model", "completed"),
+    ]
+    assert world.peers.plugin.calls == calls
+    assert world.models.requests[-1].body["messages"][-1]["role"] == "tool"
+    facts = [fact for fact in await tenant.sent("agent.events") if fact["run_id"] == run["id"]]
+    assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
+    assert [send["text"] for send in await tenant.sent("channel.outbound")][-1] == "It rains."
+    # What was used before is not paid for again, and the answer is part of the conversation.
+    assert [usage["run_id"] for usage in await tenant.sent("usage.records")] == [run_id, run["id"]]
+    assert (await tenant.run(run_id))["status"] == "failed"
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/fork", expect=409, json={})
+
+
+async def test_a_fork_from_the_first_step_calls_the_tool_again(world: World, tenant: Tenant) -> None:
+    run_id = await failed(world, tenant)
+    before = set(world.peers.plugin.calls)
+    world.models.script(MODEL, Says("It rains."))
+    made = await tenant.call("POST", f"/api/v1/runs/{run_id}/fork", json={"step": 1})
+    assert (await tenant.over(made["id"]))["reply"] == "It rains."
+    assert len(set(world.peers.plugin.calls) - before) == 1
+
+
+async def test_what_cannot_be_forked_is_said(world: World, tenant: Tenant) -> None:
+    run_id = await failed(world, tenant)
+    path = f"/api/v1/runs/{run_id}/fork"
+    problem = await tenant.call("POST", path, expect=422, json={"step": 7})
+    assert problem["errors"][0]["field"] == "step"
+    await world.tenant().call("POST", path, expect=404, json={})
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("A long text", stalls_after=1))
+    running = await tenant.say(agent, "Hi")
+    await tenant.call("POST", f"/api/v1/runs/{running}/fork", expect=409, json={})
+    await tenant.call("POST", f"/api/v1/runs/{running}/cancel")
+    await tenant.over(running)
