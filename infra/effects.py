@@ -105,7 +105,7 @@ class Effects:
         self._lease.check()
         body = None
         try:
-            value = await call(self._idempotency_key(name))
+            value = await call(self.idempotency_key(name))
             body = msgspec.json.encode(value)
         except EffectFailed as error:
             outcome = Outcome[R]("failed", None, _text(error.reason), begun, saved=False)
@@ -124,7 +124,13 @@ class Effects:
         self._metrics.effects.labels(kind, outcome.state).inc()
         return outcome
 
-    def _idempotency_key(self, name: str) -> str:
+    @property
+    def lease(self) -> Lease:
+        """Of the lane whose item is being done, for those who write under it by themselves."""
+        return self._lease
+
+    def idempotency_key(self, name: str) -> str:
+        """What the other side is given for the effect `name`: the same at every attempt."""
         return str(uuid5(NAMESPACE_OID, f"{self._database.service}/{self._lease.tenant_id}/{name}"))
 
     async def _start(

@@ -68,6 +68,8 @@ class Tx:
         self._events: list[NewEvent] = []
         self._rows: list[OutboxRow] = []
         self._items: dict[tuple[str, UUID], NewItem] = {}
+        self._puts: dict[str, list[tuple[Any, ...]]] = {}
+        self._announced: set[UUID] = set()
         self._loaded: dict[str, tuple[Any, int]] = {}
         self._after: list[Callable[[], Awaitable[None]]] = []
         self.tenant_id = tenant_id
@@ -135,6 +137,41 @@ class Tx:
     def append(self, stream: Stream[Any], event: Any, *, event_id: UUID | None = None) -> None:
         """Appends whatever the stream's version is; with an `event_id` that is stored already, nothing."""
         self._events.append(NewEvent(stream, event_id or uuid7(), event, None, self.tenant_id))
+
+    def append_at(self, stream: Stream[Any], events: Sequence[Any], version: int) -> None:
+        """Appends to a stream that has this version, by the caller's own count; another one is a Conflict."""
+        self._events += [NewEvent(stream, uuid7(), event, version, self.tenant_id) for event in events]
+
+    def put(self, statement: str, *row: Any) -> None:
+        """A row for a statement over ``unnest($1, $2, …)``, which runs once for all rows, before the commit."""
+        self._puts.setdefault(statement, []).append(row)
+
+    def announce(self) -> None:
+        """Writes now, in the trace of now, what the events appended so far tell the world."""
+        for new in self._events:
+            if new.event_id not in self._announced:
+                self._announced.add(new.event_id)
+                self._publish(new)
+
+    def _publish(self, new: NewEvent) -> None:
+        own, self.tenant_id = self.tenant_id, new.tenant_id
+        for id_, (topic, key, message) in publications(new.stream.aggregate, new.stream.id, new.event_id, new.event):
+            self.publish(topic, message, key=key, message_id=id_)
+        self.tenant_id = own
+
+    async def absorb(self, others: Sequence[Tx]) -> None:
+        """Takes over what the others have collected; nothing of one whose events are stored already: it was committed
+        before, and nobody heard of it."""
+        events = [new for other in others for new in other._events]
+        fresh = {new.event_id for new in await store.append(await self.connection(), events, {})} if events else set()
+        failpoint("after_append")
+        for other in others:
+            if other._events and other._events[0].event_id not in fresh:
+                continue
+            self._rows += other._rows
+            self._items |= other._items
+            for statement, rows in other._puts.items():
+                self._puts.setdefault(statement, []).extend(rows)
 
     def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
         """Sends a fact to a Kafka topic once the transaction commits. Returns the message's id.
@@ -222,13 +259,12 @@ class Tx:
             fresh = await store.append(await self.connection(), self._events, {})
             self._events.clear()
             failpoint("after_append")
-            own = self.tenant_id
             for new in fresh:
-                self.tenant_id = new.tenant_id
-                made = publications(new.stream.aggregate, new.stream.id, new.event_id, new.event)
-                for id_, (topic, key, message) in made:
-                    self.publish(topic, message, key=key, message_id=id_)
-            self.tenant_id = own
+                if new.event_id not in self._announced:
+                    self._publish(new)
+        for statement, rows in self._puts.items():
+            await self.sql(statement, *map(list, zip(*rows, strict=True)))
+        self._puts.clear()
         if self._rows:
             await insert_outbox(await self.connection(), self._rows)
             self._rows.clear()

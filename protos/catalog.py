@@ -47,6 +47,7 @@ AGENT_EVENTS = Topic(
         agent.RunForked,
         agent.MessagesTaken,
         agent.StepStarted,
+        agent.StepRetried,
         agent.StepCompleted,
         agent.RunWaiting,
         agent.StepSettled,

@@ -42,6 +42,16 @@ class StepStarted(Message, frozen=True, kw_only=True):
     attempt: int
 
 
+class StepRetried(Message, frozen=True, kw_only=True):
+    """An attempt of a step came to nothing; `StepStarted` tells of the next one."""
+
+    run_id: UUID
+    session_key: str
+    n: Count
+    step: int
+    attempt: int
+
+
 class StepCompleted(Message, frozen=True, kw_only=True):
     """One step of a run has ended.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from infra.cache import Cache
+from infra.group import Group
 from infra.service import Runtime
 from infra.subjects import SubjectKeys
 from protos.billing.v1 import billing_pb2_grpc
@@ -11,6 +12,7 @@ from protos.plugin.v1 import plugin_pb2_grpc
 from services.agent.models.library import Models
 from services.agent.runs.answering import Peers
 from services.agent.runs.executor import Executor
+from services.agent.runs.projections import CANCELLED
 from services.agent.runs.watch import Watch
 
 
@@ -39,6 +41,7 @@ def executor(runtime: Runtime) -> Executor:
     return Executor(
         Models(runtime.outgoing.transport()),
         Peers(memory(runtime), billing(runtime), plugin(runtime), Cache(runtime.cache)),
+        Group(runtime.worker, CANCELLED),
         Watch(runtime.worker),
         runtime.cipher,
     )

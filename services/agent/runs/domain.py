@@ -11,6 +11,7 @@ from uuid import UUID
 import msgspec
 
 from services.agent.runs.events import (
+    AttemptFailed,
     Decision,
     Ending,
     Event,
@@ -43,7 +44,7 @@ class Limits(msgspec.Struct, frozen=True):
 class Step:
     """A step as the journal has it. content: sealed. digest: of what went into it; empty: not known.
 
-    settled: how often a person had it made again.
+    settled: how often a person had it made again. failed_attempt: its last attempt is known to have come to nothing.
     """
 
     kind: StepKind
@@ -55,6 +56,7 @@ class Step:
     digest: str = ""
     code: str = ""
     settled: int = 0
+    failed_attempt: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}" + (f" of {self.digest}" if self.digest else "")
@@ -133,6 +135,14 @@ class BeginStep:
 
 
 @dataclass(frozen=True)
+class FailAttempt:
+    session_key: str
+    step: int
+    attempt: int
+    error: str
+
+
+@dataclass(frozen=True)
 class EndStep:
     session_key: str
     step: int
@@ -177,7 +187,7 @@ class Fail:
     error: str
 
 
-Command = Start | Fork | TakeMessages | BeginStep | EndStep | Suspend | Settle | Complete | Fail
+Command = Start | Fork | TakeMessages | BeginStep | FailAttempt | EndStep | Suspend | Settle | Complete | Fail
 
 FITTING: Mapping[Reason, tuple[Decision, ...]] = {
     "approval": ("approve", "deny"),
@@ -221,6 +231,8 @@ def decide(command: Command, run: Run) -> list[Event]:
                     n=n, session_key=key, step=step, kind=kind, name=name, attempt=attempt, digest=digest, code=code
                 )
             ]
+        case FailAttempt(key, step, attempt, error):
+            return [AttemptFailed(n=n, session_key=key, step=step, attempt=attempt, error=error)]
         case EndStep():
             return [_end_step(command, run)]
         case Suspend(key, reason, step, name, text, at, arguments):
@@ -309,6 +321,8 @@ def evolve(run: Run, event: Event) -> Run:
                 event.kind, event.name, attempt=event.attempt, digest=event.digest, code=event.code, settled=settled
             )
             return _with(run, event.step, step)
+        case AttemptFailed():
+            return _with(run, event.step, replace(run.steps[event.step], failed_attempt=True))
         case StepCompleted():
             known = run.steps[event.step]
             step = replace(known, status=event.status, content=event.content, error=event.error)

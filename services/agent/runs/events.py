@@ -66,6 +66,16 @@ class StepStarted(msgspec.Struct, frozen=True, kw_only=True):
     code: str = ""
 
 
+class AttemptFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """An attempt of a step came to nothing, and another will be made. error: for the operator."""
+
+    n: int
+    session_key: str
+    step: int
+    attempt: int
+    error: str
+
+
 class StepCompleted(msgspec.Struct, frozen=True, kw_only=True):
     """A step has ended for good; it is never made again.
 
@@ -138,6 +148,7 @@ Event = (
     | RunForked
     | MessagesTaken
     | StepStarted
+    | AttemptFailed
     | StepCompleted
     | RunSuspended
     | StepSettled

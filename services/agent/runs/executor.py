@@ -15,6 +15,7 @@ from infra.clock import utcnow
 from infra.crypto import Cipher
 from infra.effects import Effects
 from infra.errors import InvalidMessage, NotFound, RetryLater
+from infra.group import Group
 from infra.subjects import Erased, SubjectKeys
 from infra.tx import Tx, derived_id
 from protos.catalog import AGENT_EVENTS
@@ -92,9 +93,10 @@ class _Around:
 class Executor:
     """Executes one run at a time per session; the lane sees to that."""
 
-    def __init__(self, models: Models, peers: Peers, watch: Watch, cipher: Cipher) -> None:
+    def __init__(self, models: Models, peers: Peers, group: Group, watch: Watch, cipher: Cipher) -> None:
         self._models = models
         self._peers = peers
+        self._group = group
         self._watch = watch
         self._cipher = cipher
         self._subjects = SubjectKeys(cipher)
@@ -184,7 +186,7 @@ class Executor:
         }
         with telemetry.span(f"invoke_agent {definition.name}", attributes=attributes):
             models = [(name, self._models.model(name, endpoint)) for name, endpoint in agent.models(self._cipher)]
-            journal = Journal(scope, effects, self._watch)
+            journal = Journal(scope, effects, self._group, self._watch)
             spending = Spending(
                 effects, self._peers.billing, tenant_id=scope.tenant_id, agent_id=agent.id, run_id=scope.run_id
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from opentelemetry import trace
@@ -105,9 +105,9 @@ async def _copy(
             opened = key.open(content, tenant_id, subject_id, f"{old}/{n}", "content")
             content = key.seal(opened, tenant_id, subject_id, f"{new}/{n}", "content")
         await write(BeginStep(session_key, n, step.kind, step.name, step.attempt, step.digest, step.code))
-        await projections.step_started(tx, new, n, step.kind, step.name, step.attempt, None)
         await write(EndStep(session_key, n, step.attempt, 0, content, step.error))
-        await projections.step_completed(tx, new, n, "completed" if content else "failed", 0, step.error)
+        status: Literal["completed", "failed"] = "completed" if content else "failed"
+        projections.step_not_made(tx, new, n, step.kind, step.name, status, step.attempt, step.error)
 
 
 def _trace_id() -> str | None:

@@ -19,19 +19,24 @@ SUSPENDED = ("waiting", "indeterminate")
 STOPPABLE = ("queued", "running", *SUSPENDED)
 
 
+# The guard of what runs write: a step of one that is to be cancelled is not begun.
+CANCELLED = "SELECT id, cancel_reason IS NOT NULL FROM run WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE"
+
+
 async def started(tx: Tx, run_id: UUID) -> None:
     await tx.sql(
         "UPDATE run SET status = 'running', started_at = coalesce(started_at, clock_timestamp()) WHERE id = $1", run_id
     )
 
 
-async def step_started(
-    tx: Tx, run_id: UUID, n: int, kind: StepKind, name: str, attempt: int, span_id: str | None
-) -> None:
-    await tx.sql(
+def step_started(tx: Tx, run_id: UUID, n: int, kind: StepKind, name: str, attempt: int, span_id: str | None) -> None:
+    tx.put(
         "INSERT INTO run_step (tenant_id, run_id, n, kind, name, status, attempts, started_at, span_id) "
-        "VALUES ($1, $2, $3, $4, $5, 'running', $6, clock_timestamp(), $7) ON CONFLICT (run_id, n) DO UPDATE "
-        "SET attempts = excluded.attempts, started_at = excluded.started_at, span_id = excluded.span_id",
+        "SELECT tenant_id, run_id, n, kind, name, 'running', attempts, clock_timestamp(), span_id "
+        "FROM unnest($1::text[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::int[], $7::text[]) "
+        "AS s(tenant_id, run_id, n, kind, name, attempts, span_id) ON CONFLICT (run_id, n) DO UPDATE "
+        "SET attempts = excluded.attempts, started_at = excluded.started_at, span_id = excluded.span_id, "
+        "status = 'running'",
         tx.tenant_id,
         run_id,
         n,
@@ -42,11 +47,13 @@ async def step_started(
     )
 
 
-async def step_completed(
+def step_ended(
     tx: Tx, run_id: UUID, n: int, status: Literal["completed", "failed"], duration_ms: int, error: str | None
 ) -> None:
-    await tx.sql(
-        "UPDATE run_step SET status = $3, duration_ms = $4, error = $5 WHERE run_id = $1 AND n = $2",
+    tx.put(
+        "UPDATE run_step r SET status = s.status, duration_ms = s.ms, error = s.error "
+        "FROM unnest($1::uuid[], $2::int[], $3::text[], $4::int[], $5::text[]) AS s(run_id, n, status, ms, error) "
+        "WHERE r.run_id = s.run_id AND r.n = s.n",
         run_id,
         n,
         status,
@@ -55,11 +62,39 @@ async def step_completed(
     )
 
 
-async def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
+def step_not_made(
+    tx: Tx,
+    run_id: UUID,
+    n: int,
+    kind: StepKind,
+    name: str,
+    status: Literal["completed", "failed"],
+    attempts: int,
+    error: str | None,
+) -> None:
+    """One that is over as soon as it is there: refused, or taken over from another run."""
+    tx.put(
+        "INSERT INTO run_step (tenant_id, run_id, n, kind, name, status, attempts, started_at, duration_ms, error) "
+        "SELECT tenant_id, run_id, n, kind, name, status, attempts, clock_timestamp(), 0, error "
+        "FROM unnest($1::text[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::int[], $8::text[]) "
+        "AS s(tenant_id, run_id, n, kind, name, status, attempts, error)",
+        tx.tenant_id,
+        run_id,
+        n,
+        kind,
+        name,
+        status,
+        attempts,
+        error,
+    )
+
+
+def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
     """Adds to the run's sums; a figure that was never reported stays null."""
-    await tx.sql(
+    tx.put(
         "INSERT INTO run_usage (tenant_id, run_id, usage_id, resource, quantities, estimated, occurred_at) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::bool[], "
+        "$7::timestamptz[])",
         tx.tenant_id,
         record.run_id,
         record.usage_id,
@@ -68,11 +103,14 @@ async def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
         record.estimated,
         record.occurred_at,
     )
-    await tx.sql(
-        "UPDATE run SET input_tokens = CASE WHEN $2::bigint IS NULL THEN input_tokens "
-        "ELSE coalesce(input_tokens, 0) + $2 END, cached_tokens = CASE WHEN $3::bigint IS NULL THEN cached_tokens "
-        "ELSE coalesce(cached_tokens, 0) + $3 END, output_tokens = CASE WHEN $4::bigint IS NULL THEN output_tokens "
-        "ELSE coalesce(output_tokens, 0) + $4 END WHERE id = $1",
+    tx.put(
+        "UPDATE run SET input_tokens = coalesce(run.input_tokens + coalesce(u.input, 0), u.input), "
+        "cached_tokens = coalesce(run.cached_tokens + coalesce(u.cached, 0), u.cached), "
+        "output_tokens = coalesce(run.output_tokens + coalesce(u.output, 0), u.output) "
+        # Of one run there may be more than one record: an attempt that was lost, and its end.
+        "FROM (SELECT id, sum(input)::bigint AS input, sum(cached)::bigint AS cached, sum(output)::bigint AS output "
+        "FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[]) AS n(id, input, cached, output) "
+        "GROUP BY id) u WHERE run.id = u.id",
         record.run_id,
         usage.input_tokens,
         usage.cached_tokens,

@@ -35,6 +35,8 @@ def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
                 name=event.name,
                 attempt=event.attempt,
             )
+        case events.AttemptFailed():
+            message = public.StepRetried(run_id=id_, session_key=key, n=event.n, step=event.step, attempt=event.attempt)
         case events.StepCompleted():
             message = public.StepCompleted(
                 run_id=id_,

@@ -5,13 +5,14 @@ Before the call *started* is committed, with the fact; after it what came out, w
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from uuid import UUID
 
 import grpc.aio
@@ -21,8 +22,11 @@ from opentelemetry import trace
 from infra import VERSION
 from infra.clock import utcnow
 from infra.crypto import DataKey
-from infra.effects import Effects, Outcome
+from infra.effects import Effects
 from infra.errors import Conflict, EffectFailed, InvalidMessage, NotFound, RetryLater, TooLarge, Transient
+from infra.failpoint import failpoint
+from infra.group import Forbidden, Group
+from infra.redaction import redacted
 from infra.subjects import Erased, SubjectKeys
 from infra.tx import Tx
 from protos.catalog import USAGE_RECORDS
@@ -31,12 +35,16 @@ from services.agent.models.contract import ModelFailed, Usage
 from services.agent.runs import projections
 from services.agent.runs.domain import (
     BeginStep,
+    Command,
     EndStep,
+    FailAttempt,
     Limits,
     Run,
     Suspend,
     TakeMessages,
     check,
+    decide,
+    evolve,
     exceeded,
     remaining,
 )
@@ -72,8 +80,8 @@ class ToolResult(msgspec.Struct, frozen=True):
     unknown: str | None = None
 
 
-class _Made(msgspec.Struct, frozen=True):
-    """What the ledger of effects keeps of a step. content: sealed."""
+class _Made(NamedTuple):
+    """What came out of a step. content: sealed."""
 
     content: bytes
     metered: Metered | None
@@ -122,12 +130,19 @@ Call = Callable[[str, int], Coroutine[Any, Any, tuple[T, Metered | None]]]
 
 
 class Journal:
-    """Makes the steps of one run, in order."""
+    """Makes the steps of one run, in order, and writes them down: the journal is the ledger of what they did outside.
 
-    def __init__(self, scope: Scope, effects: Effects, watch: Watch) -> None:
+    *started* is committed before the call, its end right after it. A process that dies in between leaves *started*
+    behind: then the step is made again, for its effect may happen twice, or the other side knows its key.
+    """
+
+    def __init__(self, scope: Scope, effects: Effects, group: Group, watch: Watch) -> None:
         self._scope = scope
         self._effects = effects
+        self._group = group
         self._watch = watch
+        # Steps that are made together write one after the other: each write counts up from the one before.
+        self._turn = asyncio.Lock()
 
     def next_is_new(self) -> bool:
         """True where the next step is not in the journal with its end."""
@@ -161,11 +176,8 @@ class Journal:
             return msgspec.json.decode(self._open(n, known.content), type=type_)
         if is_unknown and (reason := exceeded(scope.journal, scope.limits, n, utcnow())):
             raise Ended("failed", reason, FAILED)
-        outcome = await self._make(n, step, call)
-        if outcome.state != "succeeded":
-            raise StepFailed(outcome.error or "")
-        assert outcome.result
-        return msgspec.json.decode(self._open(n, outcome.result.content), type=type_)
+        content = await self._make(n, step, call)
+        return msgspec.json.decode(self._open(n, content), type=type_)
 
     async def begun(self, step: Step) -> ToolResult | None:
         """What came out of the next step, which others make; None: nothing yet. Raises StepFailed, Ended, Mismatch."""
@@ -181,10 +193,7 @@ class Journal:
         if is_unknown:
             if reason := exceeded(scope.journal, scope.limits, scope.n, utcnow()):
                 raise Ended("failed", reason, FAILED)
-            n = scope.n
-            async with self._effects.begin() as tx:
-                await self._begin(tx, n, step, 1)
-                scope.journal = await tx.load(stream(scope.run_id))
+            await self._begin(scope.n, step, 1)
         return None
 
     async def ended(self, n: int, result: str | None, error: str | None) -> None:
@@ -193,27 +202,27 @@ class Journal:
         if result is not None:
             content = msgspec.json.encode(ToolResult(result)).decode()
             made = _Made(self._scope.key.seal(content, *self._context(n)), None)
-        async with self._effects.begin() as tx:
-            await self._end(tx, n, 1, 0, Outcome("succeeded" if made else "failed", made, error, 1, saved=False))
+        await self._end(n, 1, 0, made, error)
 
     async def refuse(self, step: Step, reason: str) -> None:
         """Writes down that the next step is not made."""
         scope = self._scope
         is_new = self.next_is_new()
         scope.n += 1
+        n, key = scope.n, scope.session_key
         if not is_new:
-            check(scope.journal, scope.n, step.kind, step.name, step.digest, VERSION)
+            check(scope.journal, n, step.kind, step.name, step.digest, VERSION)
             return
-        async with self._effects.begin() as tx:
-            await self._begin(tx, scope.n, step, 1)
-            await self._end(tx, scope.n, 1, 0, Outcome("failed", None, reason, 1, saved=False))
+        await self._write(
+            lambda tx: projections.step_not_made(tx, scope.run_id, n, step.kind, step.name, "failed", 1, reason),
+            BeginStep(key, n, step.kind, step.name, 1, step.digest, VERSION),
+            EndStep(key, n, 1, 0, None, reason),
+        )
 
     async def take_messages(self, count: int) -> None:
         """From the next step on the run has so many of its messages."""
         scope = self._scope
-        async with self._effects.begin() as tx:
-            await tx.decide(stream(scope.run_id), TakeMessages(scope.session_key, scope.n + 1, count))
-            scope.journal = await tx.load(stream(scope.run_id))
+        await self._write(lambda tx: None, TakeMessages(scope.session_key, scope.n + 1, count))
 
     def approval(self, offset: int) -> str | None:
         """What a person has decided about the step that comes `offset` steps after the last one."""
@@ -227,57 +236,99 @@ class Journal:
         command = Suspend(scope.session_key, "approval", n, tool, text, utcnow(), sealed)
         return Suspended(command, approval_notice(tool, arguments))
 
-    async def _make(self, n: int, step: Step, call: Call[T]) -> Outcome[_Made]:
+    async def _make(self, n: int, step: Step, call: Call[T]) -> bytes:
+        """The step's content, sealed. Raises StepFailed, Ended, RetryLater, and whatever else the call raises."""
         scope = self._scope
-        attempt, began, cancelled = 0, 0.0, False
-
-        async def before(tx: Tx, number: int, lost: bool) -> None:
-            nonlocal attempt, began
-            attempt, began = number, time.monotonic()
-            if lost and (metered := step.lost(True)):
-                await self._used(tx, n, number - 1, metered, estimated=True)
-            if await tx.sql("SELECT 1 FROM run WHERE id = $1 AND cancel_reason IS NOT NULL", scope.run_id):
-                raise Ended("cancelled", CANCELLED)
-            await self._begin(tx, n, step, number)
-
-        async def make(idempotency_key: str) -> _Made:
-            nonlocal cancelled
-            try:
-                value, metered = await self._tried(n, step, attempt, call(idempotency_key, attempt))
-            except CancelRequested:
-                cancelled = True
-                raise EffectFailed(CANCELLED) from None
-            content = msgspec.json.encode(value).decode()
-            return _Made(scope.key.seal(content, *self._context(n)), metered)
-
-        async def after(tx: Tx, outcome: Outcome[_Made]) -> None:
-            await self._end(tx, n, attempt, round((time.monotonic() - began) * 1000), outcome)
-
-        # What a person had made again is another effect, with another key.
-        settled = scope.journal.steps[n].settled if n in scope.journal.steps else 0
-        key = f"{scope.run_id}/{n}" + (f"/{settled}" if settled else "")
-        outcome = await self._effects.run(key, make, kind=step.effect, result=_Made, before=before, after=after)
+        known = scope.journal.steps.get(n)
+        attempt = known.attempt + 1 if known else 1
+        # Nobody knows how the attempt before ended: its process is gone.
+        lost = step.lost(True) if known and not known.failed_attempt else None
+        await self._begin(n, step, attempt, lost)
+        failpoint("after_effect_started")
+        self._effects.lease.check()
+        began = time.monotonic()
+        # What a person had made again is another call, with another key.
+        settled = known.settled if known else 0
+        key = self._effects.idempotency_key(f"{scope.run_id}/{n}" + (f"/{settled}" if settled else ""))
+        made: _Made | None = None
+        error: str | None = None
+        cancelled = False
+        try:
+            value, metered = await self._try(step, attempt, call(key, attempt))
+            made = _Made(scope.key.seal(msgspec.json.encode(value).decode(), *self._context(n)), metered)
+        except EffectFailed as failure:
+            error = failure.reason
+        except CancelRequested:
+            error, cancelled = CANCELLED, True
+        except RetryLater as later:
+            await self._attempt_failed(n, attempt, str(later), step.lost(False))
+            raise
+        failpoint("after_effect_call")
+        ms = round((time.monotonic() - began) * 1000)
+        await self._end(n, attempt, ms, made, error, step.lost(False) if made is None else None)
+        failpoint("after_effect_commit")
         if cancelled:
             raise Ended("cancelled", CANCELLED)
-        return outcome
+        if made is None:
+            raise StepFailed(error or "")
+        return made.content
 
-    async def _begin(self, tx: Tx, n: int, step: Step, attempt: int) -> None:
-        run_id, key = self._scope.run_id, self._scope.session_key
-        await tx.decide(stream(run_id), BeginStep(key, n, step.kind, step.name, attempt, step.digest, VERSION))
-        await projections.step_started(tx, run_id, n, step.kind, step.name, attempt, _span_id())
+    async def _begin(self, n: int, step: Step, attempt: int, lost: Metered | None = None) -> None:
+        """lost: what the attempt before is reckoned to have used."""
+        scope, span_id = self._scope, _span_id()
 
-    async def _tried(self, n: int, step: Step, attempt: int, call: Coroutine[Any, Any, T]) -> T:
-        """`call`, with what it raises told apart: EffectFailed for good, RetryLater to be tried again.
+        def also(tx: Tx) -> None:
+            projections.step_started(tx, scope.run_id, n, step.kind, step.name, attempt, span_id)
+            if lost:
+                self._used(tx, n, attempt - 1, lost, estimated=True)
 
-        What it has used all the same is told.
-        """
+        command = BeginStep(scope.session_key, n, step.kind, step.name, attempt, step.digest, VERSION)
         try:
-            return await self._try(step, attempt, call)
-        except (EffectFailed, RetryLater, CancelRequested):
-            if metered := step.lost(False):
-                async with self._effects.begin() as tx:
-                    await self._used(tx, n, attempt, metered, estimated=True)
-            raise
+            await self._write(also, command, may_be_forbidden=True)
+        except Forbidden:
+            raise Ended("cancelled", CANCELLED) from None
+
+    async def _attempt_failed(self, n: int, attempt: int, error: str, lost: Metered | None) -> None:
+        def also(tx: Tx) -> None:
+            if lost:
+                self._used(tx, n, attempt, lost, estimated=True)
+
+        await self._write(also, FailAttempt(self._scope.session_key, n, attempt, redacted(error)))
+
+    async def _end(
+        self, n: int, attempt: int, ms: int, made: _Made | None, error: str | None, lost: Metered | None = None
+    ) -> None:
+        scope = self._scope
+        metered = made.metered if made else None
+        usage = metered.usage if metered else Usage()
+        tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0)
+        error = None if error is None else redacted(error).replace("\x00", "\\x00")[:4000]
+
+        def also(tx: Tx) -> None:
+            projections.step_ended(tx, scope.run_id, n, "completed" if made else "failed", ms, error)
+            if metered:
+                self._used(tx, n, attempt, metered)
+            elif lost:
+                self._used(tx, n, attempt, lost, estimated=True)
+
+        content, nanos = made.content if made else None, metered.nanos if metered else 0
+        await self._write(also, EndStep(scope.session_key, n, attempt, ms, content, error, tokens, nanos))
+
+    async def _write(self, also: Callable[[Tx], None], *commands: Command, may_be_forbidden: bool = False) -> None:
+        """Commits what is decided, and what `also` adds, in one transaction with what other runs write now."""
+        scope = self._scope
+        async with self._turn:
+            journal = scope.journal
+            tx = self._group.collect(scope.tenant_id)
+            for command in commands:
+                events = decide(command, journal)
+                # Its facts are counted as its stream's versions are: nobody else writes while this worker has the run.
+                tx.append_at(stream(scope.run_id), events, scope.journal.n)
+                for event in events:
+                    journal = evolve(journal, event)
+            also(tx)
+            await self._group.write(self._effects.lease, tx, scope.run_id, may_be_forbidden=may_be_forbidden)
+            scope.journal = journal
 
     async def _try(self, step: Step, attempt: int, call: Coroutine[Any, Any, T]) -> T:
         seconds = remaining(self._scope.journal, self._scope.limits, utcnow())
@@ -304,24 +355,10 @@ class Journal:
             raise EffectFailed(f"{reason} (and the time of the run does not suffice to try again)")
         raise RetryLater(pause, reason)
 
-    async def _end(self, tx: Tx, n: int, attempt: int, duration_ms: int, outcome: Outcome[_Made]) -> None:
-        scope, made = self._scope, outcome.result
-        usage = made.metered.usage if made and made.metered else Usage()
-        tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0)
-        content, error = made.content if made else None, outcome.error
-        nanos = made.metered.nanos if made and made.metered else 0
-        await tx.decide(
-            stream(scope.run_id), EndStep(scope.session_key, n, attempt, duration_ms, content, error, tokens, nanos)
-        )
-        await projections.step_completed(tx, scope.run_id, n, "completed" if made else "failed", duration_ms, error)
-        if made and made.metered:
-            await self._used(tx, n, attempt, made.metered)
-        scope.journal = await tx.load(stream(scope.run_id))
-
-    async def _used(self, tx: Tx, n: int, attempt: int, metered: Metered, *, estimated: bool = False) -> None:
+    def _used(self, tx: Tx, n: int, attempt: int, metered: Metered, *, estimated: bool = False) -> None:
         record = _usage_record(self._scope, n, attempt, metered, estimated)
         tx.publish(USAGE_RECORDS, record, key=self._scope.tenant_id)
-        await projections.used(tx, record, metered.usage)
+        projections.used(tx, record, metered.usage)
 
     def _context(self, n: int) -> tuple[str, ...]:
         return self._scope.tenant_id, self._scope.subject_id, f"{self._scope.run_id}/{n}", "content"
