@@ -39,7 +39,8 @@ class MessageReceived(Message, frozen=True, kw_only=True):
 class SendMessage(Message, frozen=True, kw_only=True):
     """Send a text to a conversation, once. delivery_id: the vendor's idempotency field is made from it.
 
-    reply_to: vendor_message_id of the message that is answered.
+    reply_to: vendor_message_id of the message that is answered. position: of what is sent to the session, as in
+    `MessageReceived`.
     """
 
     delivery_id: UUID
@@ -49,6 +50,7 @@ class SendMessage(Message, frozen=True, kw_only=True):
     text: str
     run_id: UUID | None = None
     reply_to: str | None = None
+    position: Count = 0
 
 
 class MessageDelivered(Message, frozen=True, kw_only=True):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from infra.effects import Effects
 from infra.errors import InvalidMessage
-from infra.subjects import SubjectKeys
+from infra.lanes import Lane
+from infra.order import Gap, Ordered
+from infra.subjects import Erased, SubjectKeys
 from infra.tx import Tx
 from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.messages.agent import RunRequested
@@ -13,13 +17,16 @@ from protos.topology import Subscription
 from services.agent.lanes import RUNS, RunItem
 from services.agent.runs import projections
 from services.agent.runs.executor import Executor
-from services.agent.sessions import order
+from services.agent.sessions import parcels
 from services.agent.sessions.intake import Arrival, Origin
-from services.agent.sessions.order import GAPS, GapItem, take_in_order
+
+# One lane a conversation, for messages that did not come.
+GAPS = Lane("message gaps", Gap)
+_IN_ORDER = Ordered(GAPS)
 
 
 async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) -> None:
-    """A person's message from a channel: stored with the run that will answer it."""
+    """A person's message from a channel: stored with the run that will answer it, behind those written before it."""
     if tx.tenant_id is None or tx.cause is None:
         raise InvalidMessage("header tenant_id", "missing")
     arrival = Arrival(
@@ -31,7 +38,11 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
         received_at=message.received_at,
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
     )
-    await take_in_order(tx, arrival, message.position, subjects)
+    try:
+        parcel = await parcels.seal(tx, subjects, arrival)
+    except Erased:
+        parcel = parcels.NOTHING
+    await _IN_ORDER.take(tx, message.session_key, message.position, parcel, partial(parcels.take_in, tx, subjects))
 
 
 # One queue per type of channel, and the same handler for all.
@@ -41,8 +52,8 @@ TAKE_MESSAGE: tuple[Subscription, ...] = tuple(
 
 
 @GAPS.runner(concurrency=8)
-async def close_gap(item: GapItem, effects: Effects, tx: Tx, subjects: SubjectKeys) -> None:
-    await order.close_gap(tx, item, subjects)
+async def close_gap(gap: Gap, effects: Effects, tx: Tx, subjects: SubjectKeys) -> None:
+    await _IN_ORDER.close_gap(tx, gap, partial(parcels.take_in, tx, subjects))
 
 
 @AGENT_TASKS.each(RunRequested, group="agent")

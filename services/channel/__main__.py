@@ -11,6 +11,7 @@ service.own(CONVERSATION, DELIVERY)
 service.serve_http(api.routes)
 service.consume(handlers.enqueue_delivery, subjects=lambda runtime: SubjectKeys(runtime.cipher))
 service.consume(handlers.erase_subject)
+service.work(handlers.close_gap)
 service.work(handlers.deliver, sender=sender)
 
 if __name__ == "__main__":

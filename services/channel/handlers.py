@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from uuid import UUID
 
 import msgspec
@@ -11,6 +12,7 @@ from infra.clock import utcnow
 from infra.effects import Effects
 from infra.errors import InvalidMessage
 from infra.lanes import Lane
+from infra.order import Gap, Ordered
 from infra.subjects import Erased, SubjectKeys, erasure
 from infra.tx import Tx
 from protos.catalog import CHANNEL_OUTBOUND
@@ -35,7 +37,19 @@ class DueDelivery(msgspec.Struct, frozen=True):
 # One lane a conversation. Only faults of ours use up `retries`: a vendor that is away is waited for.
 DELIVERIES = Lane("deliveries", DueDelivery)
 
+# What is to be sent and did not come, by conversation.
+GAPS = Lane("delivery gaps", Gap)
+_IN_ORDER = Ordered(GAPS)
+
 erase_subject = erasure("channel")
+
+
+class _Turn(msgspec.Struct, frozen=True):
+    """A delivery that is to stand in its conversation's lane."""
+
+    session_key: str
+    delivery_id: UUID
+    expires_at: datetime
 
 
 @CHANNEL_OUTBOUND.worker(prefetch=50)
@@ -59,14 +73,26 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
         content = b""
     asked = DeliveryQueued(message.channel_id, message.session_key, message.run_id, subject_id, content)
     await _decide(tx, message.delivery_id, Queue(asked))
+    # Since it was asked for: a bus that was away must not make an old answer new.
+    turn = _Turn(message.session_key, message.delivery_id, tx.cause.time + EXPIRES)
+    await _IN_ORDER.take(tx, message.session_key, message.position, msgspec.json.encode(turn), partial(_line_up, tx))
+
+
+async def _line_up(tx: Tx, parcel: bytes) -> None:
+    """Puts the delivery at the end of its conversation's lane."""
+    turn = msgspec.json.decode(parcel, type=_Turn)
     tx.enqueue(
         DELIVERIES,
-        lane=message.session_key,
-        item=DueDelivery(message.delivery_id),
-        item_id=message.delivery_id,
-        # Since it was asked for: a bus that was away must not make an old answer new.
-        expires_in=EXPIRES - (utcnow() - tx.cause.time),
+        lane=turn.session_key,
+        item=DueDelivery(turn.delivery_id),
+        item_id=turn.delivery_id,
+        expires_in=turn.expires_at - utcnow(),
     )
+
+
+@GAPS.runner(concurrency=8)
+async def close_gap(gap: Gap, effects: Effects, tx: Tx) -> None:
+    await _IN_ORDER.close_gap(tx, gap, partial(_line_up, tx))
 
 
 async def expire_delivery(due: DueDelivery, tx: Tx) -> None:

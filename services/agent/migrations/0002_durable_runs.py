@@ -2,8 +2,6 @@
 
 from alembic import op
 
-from infra.schema import tenant_policy
-
 revision = "0002"
 down_revision = "0001"
 
@@ -29,19 +27,3 @@ def upgrade() -> None:
     op.execute("ALTER TABLE run ADD COLUMN limit_nanos bigint")
     op.execute("ALTER TABLE run ADD COLUMN forked_from uuid REFERENCES run")
     op.execute("CREATE INDEX run_of_parent ON run (parent_run_id) WHERE parent_run_id IS NOT NULL")
-    # A channel's messages are taken in by their position in the conversation; one that comes too early lies here.
-    op.execute("ALTER TABLE session ADD COLUMN position bigint NOT NULL DEFAULT 0")
-    op.execute("""
-        CREATE TABLE early_message (
-            tenant_id text NOT NULL,
-            session_key text NOT NULL,
-            position bigint NOT NULL,
-            message_id uuid NOT NULL,
-            subject_id text NOT NULL,
-            arrival bytea NOT NULL,     -- sealed
-            headers text NOT NULL,      -- the trace in which it came; JSON
-            PRIMARY KEY (tenant_id, session_key, position)
-        )
-    """)
-    for statement in tenant_policy("agent", "early_message"):
-        op.execute(statement)

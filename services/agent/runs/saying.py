@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from infra.order import next_position
 from infra.tx import Tx, derived_id
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
@@ -32,6 +33,7 @@ async def say(
         text=text,
         run_id=run_id,
         reply_to=reply_to,
+        position=await next_position(tx, "sent", session_key),
     )
     tx.send(CHANNEL_OUTBOUND, message, message_id=derived_id(run_id, "SendMessage", n))
     await projections.delivery_asked(tx, run_id, delivery_id)

@@ -28,10 +28,12 @@ async def test_messages_that_come_too_early_wait_for_those_before_them(world: Wo
     await parked(world, tenant, 2)
     assert (await tenant.call("GET", "/api/v1/runs"))["items"] == []
     async with world.platform.database("agent").begin() as tx:
-        stored = await tx.sql("SELECT arrival FROM early_message WHERE tenant_id = $1", tenant.id)
+        stored = await tx.sql("SELECT parcel FROM early_message WHERE tenant_id = $1", tenant.id)
     assert not any(b"three" in bytes(sealed) for (sealed,) in stored)
     await tenant.receive(agent, "one", position=1)
     assert await answered(tenant, 3) == ["You said: one", "You said: two", "You said: three"]
+    # What goes out carries positions of its own, for the way back keeps no order either.
+    assert [send["position"] for send in await tenant.sent("channel.outbound")] == [1, 2, 3]
     await tenant.receive(agent, "four", position=4)
     assert (await answered(tenant, 4))[3:] == ["You said: four"]
     await parked(world, tenant, 0)
@@ -45,10 +47,10 @@ async def test_what_never_comes_is_not_waited_for_for_ever(world: World, tenant:
     async with world.platform.database("agent").begin() as tx:
         # As if they had waited for long enough.
         await tx.sql(
-            "UPDATE lane_item SET not_before = now() WHERE kind = 'gaps' AND state = 'waiting' AND tenant_id = $1",
+            "UPDATE lane_item SET not_before = now() WHERE kind = 'message gaps' AND state = 'waiting' AND tenant_id = $1",
             tenant.id,
         )
-        await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'gaps' AND tenant_id = $1", tenant.id)
+        await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'message gaps' AND tenant_id = $1", tenant.id)
     assert await answered(tenant, 2) == ["You said: three", "You said: four"]
     # Late, but not lost.
     await tenant.receive(agent, "one", position=1)

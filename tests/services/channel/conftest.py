@@ -70,7 +70,9 @@ class Desk:
             )
         return [reason for (reason,) in rows]
 
-    async def reply(self, heard: dict[str, Any], text: str, *, delivery_id: UUID | None = None) -> UUID:
+    async def reply(
+        self, heard: dict[str, Any], text: str, *, delivery_id: UUID | None = None, position: int = 0
+    ) -> UUID:
         """Answers a received message, as the agent would. Returns the delivery's id."""
         message = SendMessage(
             delivery_id=delivery_id or uuid7(),
@@ -80,6 +82,7 @@ class Desk:
             text=text,
             run_id=uuid7(),
             reply_to=heard["vendor_message_id"],
+            position=position,
         )
         await self.platform.send(CHANNEL_OUTBOUND, message, tenant_id=self.tenant_id)
         return message.delivery_id

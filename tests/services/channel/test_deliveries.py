@@ -52,6 +52,32 @@ async def test_a_reply_reaches_its_chat_and_all_are_told(desk: Desk, telegram: T
     assert (told["session_key"], told["run_id"]) == (heard["session_key"], delivery["run_id"])
 
 
+async def test_replies_are_sent_by_their_position_whatever_order_they_come_in(
+    desk: Desk, telegram: TelegramStandIn
+) -> None:
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    heard = await hear(desk, channel, telegram)
+    ids = [await desk.reply(heard, f"answer {n}", position=n) for n in (3, 2)]
+    for id_ in ids:
+        await desk.queued(id_)
+    assert telegram.ledger == []
+    ids.append(await desk.reply(heard, "answer 1", position=1))
+    for id_ in ids:
+        assert (await desk.settled(id_))["state"] == "sent"
+    assert telegram.texts() == ["answer 1", "answer 2", "answer 3"]
+
+
+async def test_messages_carry_their_position_in_the_conversation(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    for chat in (42, 42, 43, 42):
+        await hear(desk, channel, telegram, chat)
+    update = telegram.update("again", chat=42)
+    for _ in range(2):
+        await desk.call(channel, update)
+    told = await desk.received(channel)
+    assert [message["position"] for message in told] == [1, 2, 1, 3, 4]
+
+
 async def test_slack_and_webhook_get_theirs(desk: Desk, webhook: WebhookStandIn) -> None:
     async with SlackStandIn() as slack:
         channel = await desk.connect("slack", slack.credentials, slack.url)
