@@ -47,7 +47,8 @@ async def test_what_never_comes_is_not_waited_for_for_ever(world: World, tenant:
     async with world.platform.database("agent").begin() as tx:
         # As if they had waited for long enough.
         await tx.sql(
-            "UPDATE lane_item SET not_before = now() WHERE kind = 'message gaps' AND state = 'waiting' AND tenant_id = $1",
+            "UPDATE lane_item SET not_before = now() "
+            "WHERE kind = 'message gaps' AND state = 'waiting' AND tenant_id = $1",
             tenant.id,
         )
         await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'message gaps' AND tenant_id = $1", tenant.id)
