@@ -39,6 +39,7 @@ def subjects(runtime: Runtime) -> SubjectKeys:
 
 def executor(runtime: Runtime) -> Executor:
     return Executor(
+        runtime.worker,
         Models(runtime.outgoing.transport()),
         Peers(memory(runtime), billing(runtime), plugin(runtime), Cache(runtime.cache)),
         Group(runtime.worker, CANCELLED),

@@ -17,7 +17,7 @@ from infra.effects import Effects
 from infra.errors import InvalidMessage, NotFound, RetryLater
 from infra.group import Group
 from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx, derived_id
+from infra.tx import Database, Tx, derived_id
 from protos.catalog import AGENT_EVENTS
 from protos.messages import agent as public
 from services.agent.definitions import store
@@ -73,27 +73,32 @@ class _Begun:
 class _Around:
     """What else the agent knows of a run that is executed."""
 
+    database: Database
     subjects: SubjectKeys
-    effects: Effects
+    tenant_id: str
     run_id: UUID
 
     async def arrived(self, skipped: int) -> Sequence[str]:
-        async with self.effects.begin() as tx:
+        # Nothing is written, so nothing has to be fenced.
+        async with self.database.begin(tenant_id=self.tenant_id) as tx:
             return await conversation.arrived(tx, self.subjects, self.run_id, skipped)
 
     async def child(self, step: int) -> children.State | None:
-        async with self.effects.begin() as tx:
+        async with self.database.begin(tenant_id=self.tenant_id) as tx:
             return await children.state(tx, self.subjects, children.child_id(self.run_id, step))
 
     async def family(self) -> Sequence[UUID]:
-        async with self.effects.begin() as tx:
+        async with self.database.begin(tenant_id=self.tenant_id) as tx:
             return await children.family(tx, self.run_id)
 
 
 class Executor:
     """Executes one run at a time per session; the lane sees to that."""
 
-    def __init__(self, models: Models, peers: Peers, group: Group, watch: Watch, cipher: Cipher) -> None:
+    def __init__(
+        self, database: Database, models: Models, peers: Peers, group: Group, watch: Watch, cipher: Cipher
+    ) -> None:
+        self._database = database
         self._models = models
         self._peers = peers
         self._group = group
@@ -190,7 +195,7 @@ class Executor:
             spending = Spending(
                 effects, self._peers.billing, tenant_id=scope.tenant_id, agent_id=agent.id, run_id=scope.run_id
             )
-            around = _Around(self._subjects, effects, scope.run_id)
+            around = _Around(self._database, self._subjects, scope.tenant_id, scope.run_id)
             answering = Answering(self._peers, definition, models, scope, journal, spending, around)
             return await answering.answer(begun.asked)
 
