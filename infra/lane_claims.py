@@ -25,11 +25,12 @@ from infra.tx import Tx
 _CLAIM = """
 WITH RECURSIVE walk AS (
     (SELECT tenant_id, ready_at, (ready_at <= now())::int AS found FROM lane
-     WHERE kind = $1 AND tenant_id >= $2 AND ready_at IS NOT NULL ORDER BY tenant_id, ready_at LIMIT 1)
+     WHERE kind = $1 AND tenant_id >= $2 AND ready_at IS NOT NULL AND tenant_id <> ALL($9::text[])
+     ORDER BY tenant_id, ready_at LIMIT 1)
     UNION ALL
     SELECT n.tenant_id, n.ready_at, walk.found + (n.ready_at <= now())::int FROM walk CROSS JOIN LATERAL
     (SELECT tenant_id, ready_at FROM lane WHERE kind = $1 AND tenant_id > walk.tenant_id AND ready_at IS NOT NULL
-     ORDER BY tenant_id, ready_at LIMIT 1) n WHERE walk.found < $3::int
+     AND tenant_id <> ALL($9::text[]) ORDER BY tenant_id, ready_at LIMIT 1) n WHERE walk.found < $3::int
 ), picked AS (
     SELECT p.lane_id, p.recovered FROM walk CROSS JOIN LATERAL (
         SELECT lane_id, owner IS NOT NULL AS recovered FROM lane
@@ -159,6 +160,7 @@ class Claims:
                 per_tenant,
                 list(taken),
                 list(taken.values()),
+                [tenant for tenant, count in taken.items() if count >= per_tenant],
             )
             tenants, due = rows[0][:2]
             leases = {
