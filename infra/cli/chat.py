@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
+from contextlib import suppress
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -23,13 +25,16 @@ def chat(
     agent: Annotated[str, typer.Option(help="The agent's id; without it the demo's.")] = "",
     key: Annotated[str, typer.Option(envvar="CLAW_API_KEY", help="A tenant's API key; without it the demo's.")] = "",
 ) -> None:
-    """Talk to an agent. End with Ctrl-D; Ctrl-C cancels the answer under way."""
+    """Talk to an agent. Ctrl-C cancels the answer under way; at the prompt it ends, as Ctrl-D does."""
     home = Home(home_folder())
     demo = home.demo()
     agent, key = agent or demo.get("agent_id", ""), key or demo.get("api_key", "")
     if not agent or not key:
         raise EngineError("there is no agent to talk to: run ./claw demo first, or give --agent and --key")
-    asyncio.run(_talk(home.credentials()["base_url"], key, agent))
+    try:
+        asyncio.run(_talk(home.credentials()["base_url"], key, agent))
+    except KeyboardInterrupt:
+        console.print()
 
 
 async def _talk(base_url: str, key: str, agent: str) -> None:
@@ -37,18 +42,32 @@ async def _talk(base_url: str, key: str, agent: str) -> None:
     console.print("Talk to the agent; Ctrl-D ends.", style="dim")
     async with gateway(base_url, key) as api:
         while True:
-            line = await asyncio.to_thread(_ask, "you    > ")
+            line = await _ask("you    > ")
             if line is None:
                 return
             if line.strip():
                 await _answer(api, agent, session, line)
 
 
-def _ask(prompt: str) -> str | None:
-    try:
-        return input(prompt)
-    except EOFError:
-        return None
+async def _ask(prompt: str) -> str | None:
+    """A line from the terminal; None at its end. In a thread that nobody waits for: Ctrl-C leaves it behind."""
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str | None] = loop.create_future()
+
+    def give(found: str | None) -> None:
+        if not line.done():
+            line.set_result(found)
+
+    def read() -> None:
+        try:
+            found: str | None = input(prompt)
+        except EOFError:
+            found = None
+        with suppress(RuntimeError):  # the loop is closed, nobody wants it any more
+            loop.call_soon_threadsafe(give, found)
+
+    threading.Thread(target=read, daemon=True).start()
+    return await line
 
 
 async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
@@ -90,7 +109,7 @@ async def _decide(api: Gateway, run_id: str) -> None:
     if not waits or waits["reason"] != "approval":
         return
     call = printable(f"{waits['tool']} {waits['arguments'] or ''}")
-    answer = await asyncio.to_thread(_ask, f"\n         may it use {call}? [y/N] ")
+    answer = await _ask(f"\n         may it use {call}? [y/N] ")
     await api.post(f"/api/v1/runs/{run_id}/approval", {"approved": (answer or "").strip().lower() in ("y", "yes")})
 
 
