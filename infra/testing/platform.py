@@ -87,7 +87,9 @@ class Platform:
             await self.ready(name)
 
     def spawn(self, name: str, **environment: str) -> None:
-        """Starts one without waiting."""
+        """Starts one without waiting. One that runs still, left by a test that failed, is stopped first."""
+        if name in self.processes and self.processes[name].poll() is None:
+            self.stop(name)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"services.{name}"],
