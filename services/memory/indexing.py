@@ -187,8 +187,28 @@ class Indexing:
         await self._index.replace(tenant_id, id_, "document", batches())
 
 
-async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk]]:
-    """The file's passages, some at a time, from a process that may die of the file. Raises _Refused."""
+class _BrokeDown(Exception):
+    """The parser ended before the document did."""
+
+
+async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
+    """The file's passages, some at a time. Raises _Refused."""
+    for is_last in (False, True):
+        given = False
+        try:
+            async with aclosing(_parsed_once(path, type_)) as parts:
+                async for chunks in parts:
+                    yield chunks
+                    given = True
+            return
+        except _BrokeDown:
+            # A process can die of other things than its file: that is the file's fault when it happens again.
+            if is_last or given:
+                raise _Refused("The file cannot be read: its parser breaks down over it.") from None
+
+
+async def _parsed_once(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
+    """From a process that may die of the file. Raises _Refused, _BrokeDown."""
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -229,7 +249,7 @@ async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk]]:
             errors.seek(0)
             output = errors.read()[-2000:].decode(errors="replace")
             _log.error("the parser ended before the document did", code=process.returncode, output=output)
-            raise _Refused("The file cannot be read: its parser breaks down over it.")
+            raise _BrokeDown
         yield chunks
 
 

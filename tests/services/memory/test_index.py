@@ -40,7 +40,8 @@ async def test_while_milvus_is_away_searches_say_so_and_documents_wait(platform:
         assert gone.status_code == 204
 
         proxy.heal()
-        assert (await client.done(later))["status"] == "indexed"
+        document = await client.done(later)
+        assert document["status"] == "indexed", document
 
         async def found() -> list[str] | None:
             # A connection that was cut takes its time to come back.
