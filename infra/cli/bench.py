@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from infra import logs
 from infra.engines.base import EngineError
-from infra.testing.bench.protocol import Latency, Result
+from infra.testing.bench.protocol import Figure, Latency, Result
 from infra.testing.bench.run import BENCHES, ENGINES, run
 from infra.testing.stack import running_stack
 
@@ -26,6 +27,8 @@ def bench(
     chosen = names or list(BENCHES)
     if unknown := [name for name in chosen if name not in BENCHES]:
         raise EngineError(f"bench {', '.join(unknown)}: there is none ({', '.join(BENCHES)})")
+    # Stand-ins serve in this process: the lines of their requests would end among the results.
+    logs.setup("bench", "error")
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,7 +36,7 @@ def bench(
         console=Console(stderr=True),
         transient=True,
     )
-    results: list[Result | Latency] = []
+    results: list[Figure] = []
     with progress:
         starting = progress.add_task("starting engines", total=None)
         with running_stack(ENGINES) as stack:
@@ -56,7 +59,7 @@ def _show(progress: Progress, task: int, name: str, done: int, total: int) -> No
     progress.update(task, description=f"{name}: slice {done} of {total}", completed=done, total=total)  # type: ignore[arg-type]
 
 
-def render(results: list[Result | Latency]) -> Table:
+def render(results: list[Figure]) -> Table:
     """The results for a person, at 80 columns."""
     table = Table(
         "bench", "against", "ours", "95 %", "goal", "rates per second", "", box=None, pad_edge=False, width=80
@@ -73,7 +76,7 @@ def render(results: list[Result | Latency]) -> Table:
                 f"{result.our_rate:,.0f} to {result.anchor_rate:,.0f}",
                 verdict,
             )
-        else:
+        elif isinstance(result, Latency):
             verdict = "[green]met[/]" if result.met else "[red]missed[/]"
             table.add_row(
                 result.bench,
@@ -82,6 +85,17 @@ def render(results: list[Result | Latency]) -> Table:
                 f"p50 {result.p50_ms:.0f}",
                 f"≤ {result.goal_ms:g} ms",
                 f"at {result.rate:,.0f}",
+                verdict,
+            )
+        else:
+            verdict = "[green]met[/]" if result.met else "[red]missed[/]"
+            table.add_row(
+                result.bench,
+                result.measure,
+                f"{result.value:.1f} {result.unit}",
+                "",
+                f"≤ {result.goal:g} {result.unit}",
+                ", ".join(f"{name} {round(figure, 2):,}" for name, figure in result.made_of.items()),
                 verdict,
             )
     return table

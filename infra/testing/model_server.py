@@ -11,7 +11,8 @@ import json
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -59,11 +60,13 @@ class Fails:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that was well-formed. `system` and `turns` as the provider's shape has them."""
+    """A request that was well-formed, and when it came (`perf_counter`). `system` and `turns` as the provider's shape
+    has them."""
 
     path: str
     model: str
     body: dict[str, Any]
+    at: float = field(default_factory=perf_counter)
 
     @property
     def last_user_text(self) -> str:
@@ -82,6 +85,7 @@ class ModelServer:
     """What it is asked and what it has answered. `url` ends in ``/v1``.
 
     requests: all that were well-formed. refused: why others were not. tokens: model → input and output as reported.
+    took: what was answered to its end, and in how many seconds.
     """
 
     def __init__(self) -> None:
@@ -89,6 +93,7 @@ class ModelServer:
         self.requests: list[Asked] = []
         self.refused: list[str] = []
         self.tokens: dict[str, Counter[str]] = defaultdict(Counter)
+        self.took: list[tuple[Asked, float]] = []
         self._scripts: dict[str, deque[Says | Fails]] = defaultdict(deque)
         self._closing = asyncio.Event()
 
@@ -129,7 +134,7 @@ class ModelServer:
         if answer.waits:
             await answer.waits.wait()
         if not body.get("stream") or answer.whole:
-            self._count(asked.model, answer)
+            self._answered(asked, answer)
             return JSONResponse(shape.whole(asked.model, answer.text, answer.calls, answer.usage))
         return StreamingResponse(self._stream(shape, asked, answer), media_type="text/event-stream")
 
@@ -151,11 +156,12 @@ class ModelServer:
             return
         for event in events:
             yield event
-        self._count(asked.model, answer)
+        self._answered(asked, answer)
 
-    def _count(self, model: str, answer: Says) -> None:
+    def _answered(self, asked: Asked, answer: Says) -> None:
+        self.took.append((asked, perf_counter() - asked.at))
         if answer.usage:
-            self.tokens[model].update(input=answer.usage[0], output=answer.usage[2])
+            self.tokens[asked.model].update(input=answer.usage[0], output=answer.usage[2])
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from infra.testing.bench.protocol import Anchor, Slice, check, interval, latency, percentile, run_pairs, verdict
+from infra.testing.bench.protocol import Anchor, Slice, check, interval, latency, percentile, run_pairs, units, verdict
 
 
 def test_the_ratio_is_the_median_of_the_pairs_and_not_of_the_rates() -> None:
@@ -55,6 +55,12 @@ def test_latencies_are_judged_by_their_p99() -> None:
     result = latency("b", "m", 100, 50, waits)
     assert (result.p50_ms, result.p99_ms, result.count, result.met) == (1, 200, 100, False)
     assert latency("b", "m", 200, 50, waits).met
+
+
+def test_of_a_unit_the_goal_is_the_most() -> None:
+    assert units("b", "m", 50, 50, "commits").met
+    missed = units("b", "m", 50, 50.1, "commits", commit=2.0)
+    assert (missed.met, missed.made_of) == (False, {"commit": 2.0})
 
 
 @pytest.mark.parametrize(("part", "expected"), [(0.01, 1), (0.5, 50), (0.501, 51), (0.99, 99), (1, 100)])

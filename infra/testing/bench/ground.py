@@ -6,17 +6,21 @@ import asyncio
 import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import httpx
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from infra.schema import Passwords, prepare_database, role_url
+from infra.testing.platform import Platform, running_platform
 from infra.testing.stack import Stack
 
 SERVICE = "bench"
@@ -25,8 +29,10 @@ PARTITIONS = 4
 
 @dataclass(frozen=True)
 class Ground:
-    """`admin` is the administrator's connection with the bench's schema first in its path; `url` the worker's."""
+    """On the engines of `stack`. `admin` is the administrator's connection with the bench's schema first in its path;
+    `url` the worker's."""
 
+    stack: Stack
     admin_url: str
     bootstrap: str
     prefix: str
@@ -65,15 +71,41 @@ async def ground(stack: Stack, topics: list[str]) -> AsyncIterator[Ground]:
         endpoint = (await sink.stdout.readline()).decode().strip()
         worker = role_url(url, SERVICE, "worker", passwords.worker)
         inside = await asyncpg.connect(url, server_settings={"search_path": SERVICE})
-        yield Ground(url, stack.kafka_bootstrap_servers, f"{name}.", worker, inside, endpoint)
+        yield Ground(stack, url, stack.kafka_bootstrap_servers, f"{name}.", worker, inside, endpoint)
         await inside.close()
     finally:
         sink.terminate()
         await sink.wait()
-        await kafka.delete_topics([f"{name}.{topic}" for topic in topics])
+        await kafka.delete_topics([topic for topic in await kafka.list_topics() if topic.startswith(f"{name}.")])
         await kafka.close()
         await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         await admin.close()
+
+
+@asynccontextmanager
+async def running_platform_on(place: Ground) -> AsyncIterator[Platform]:
+    """The product's services in the ground's database, with topics and a virtual host of their own; they end with the
+    block."""
+    name = place.prefix.removesuffix(".")
+    url = urlsplit(place.stack.rabbitmq_management_url)
+    vhost = urlunsplit(urlsplit(place.stack.rabbitmq_url)._replace(path=f"/{name}"))
+    async with httpx.AsyncClient(
+        base_url=f"http://{url.hostname}:{url.port}/api",
+        auth=(url.username or "", url.password or ""),
+        trust_env=False,
+        timeout=30,
+    ) as management:
+        (await management.put(f"/vhosts/{name}")).raise_for_status()
+        everything = {"configure": ".*", "write": ".*", "read": ".*"}
+        try:
+            (await management.put(f"/permissions/{name}/{url.username}", json=everything)).raise_for_status()
+            with tempfile.TemporaryDirectory() as folder:
+                # The benches' own topics have the same names with the ground's prefix, and other settings.
+                prefix = f"{place.prefix}platform."
+                async with running_platform(place.stack, place.admin_url, vhost, prefix, Path(folder)) as platform:
+                    yield platform
+        finally:
+            (await management.delete(f"/vhosts/{name}")).raise_for_status()
 
 
 async def connections(url: str, count: int) -> Any:

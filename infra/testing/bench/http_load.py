@@ -43,13 +43,14 @@ async def closed_loop(port: int, requests: Sequence[bytes], seconds: float) -> t
     return done, perf_counter() - began
 
 
-async def open_loop(port: int, requests: Sequence[bytes], rate: float) -> list[float]:
-    """Sends each request at its moment, `rate` per second, whatever became of those before it.
+async def open_loop(port: int, requests: Sequence[bytes], rate: float, *, began: float | None = None) -> list[float]:
+    """Sends each request at its moment, `rate` per second, whatever became of those before it. `began`: the first's
+    moment by `perf_counter`; as soon as there are connections, if None.
 
     Returns for each the seconds from its moment to its answer, what it waited for a connection included.
     """
     idle = deque([await _Connection.to(port) for _ in range(CONNECTIONS)])
-    began = perf_counter()
+    began = perf_counter() if began is None else began
     running: list[asyncio.Task[float]] = []
 
     async def one(moment: float, data: bytes) -> float:

@@ -74,6 +74,21 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
+class Units(msgspec.Struct, frozen=True, kw_only=True):
+    """`value` of some `unit`, of which `goal` is the most that is good enough; `made_of`: the figures behind it."""
+
+    bench: str
+    measure: str
+    value: float
+    unit: str
+    goal: float
+    met: bool
+    made_of: dict[str, float]
+
+
+Figure = Result | Latency | Units
+
+
 async def run_pairs(
     bench: str,
     ours: Contender,
@@ -141,6 +156,10 @@ def latency(bench: str, measure: str, goal_ms: float, rate: float, seconds: Sequ
         rate=rate,
         count=len(ordered),
     )
+
+
+def units(bench: str, measure: str, goal: float, value: float, unit: str, **made_of: float) -> Units:
+    return Units(bench=bench, measure=measure, value=value, unit=unit, goal=goal, met=value <= goal, made_of=made_of)
 
 
 def percentile(ordered: Sequence[float], part: float) -> float:

@@ -6,22 +6,22 @@ from collections.abc import Awaitable, Callable, Sequence
 from statistics import median
 
 from infra.service import collect_rarely
-from infra.testing.bench import bill, consume, ingest, relay
+from infra.testing.bench import bill, consume, fanout, ingest, overhead, relay
 from infra.testing.bench.ground import Ground, ground
-from infra.testing.bench.protocol import PAIRS, Anchor, Latency, Result, run_pairs
+from infra.testing.bench.protocol import PAIRS, Anchor, Figure, run_pairs
 from infra.testing.stack import Stack
 
 # Called with how many slices are done, and of how many.
 Progress = Callable[[int, int], None]
 
 
-async def run_consume(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+async def run_consume(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = consume.Consume(place)
     await bench.prepare()
     return await run_pairs("consume", bench.traced, bench.anchors(), progress, pairs=pairs)
 
 
-async def run_telemetry(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+async def run_telemetry(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
     """The work of ``consume`` by the kernel's reader: every message in a recorded trace, and none recorded."""
     bench = consume.Consume(place)
     await bench.prepare()
@@ -29,25 +29,25 @@ async def run_telemetry(place: Ground, progress: Progress, pairs: int) -> Sequen
     return await run_pairs("telemetry", bench.traced, [off], progress, pairs=pairs)
 
 
-async def run_relay(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+async def run_relay(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = relay.RelayBench(place)
     results = await run_pairs("relay", bench.ours, bench.anchors(), progress, pairs=pairs)
     return [*results, await bench.latency()]
 
 
-async def run_bill(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+async def run_bill(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = bill.Bill(place)
     await bench.prepare()
     return await run_pairs("bill", bench.ours, bench.anchors(), progress, pairs=pairs)
 
 
-async def run_ingest(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+async def run_ingest(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = ingest.IngestBench(place)
     async with bench.running():
         return await run_pairs("ingest", bench.ours, bench.anchors(), progress, pairs=pairs)
 
 
-async def run_ingest_tail(place: Ground, progress: Progress, pairs: int) -> Sequence[Result | Latency]:
+async def run_ingest_tail(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = ingest.IngestBench(place)
     async with bench.running():
         rates = []
@@ -57,18 +57,31 @@ async def run_ingest_tail(place: Ground, progress: Progress, pairs: int) -> Sequ
         return [await bench.tail(median(rates))]
 
 
-BENCHES: dict[str, Callable[[Ground, Progress, int], Awaitable[Sequence[Result | Latency]]]] = {
+async def run_overhead(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+    async with overhead.running(place) as bench:
+        return [await bench.measure(progress, pairs)]
+
+
+async def run_fanout(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+    async with fanout.running(place) as bench:
+        results = await run_pairs("fanout", bench.ours, bench.anchors(), progress, pairs=pairs)
+        return [*results, bench.memory()]
+
+
+BENCHES: dict[str, Callable[[Ground, Progress, int], Awaitable[Sequence[Figure]]]] = {
     "consume": run_consume,
     "relay": run_relay,
     "telemetry": run_telemetry,
     "bill": run_bill,
     "ingest": run_ingest,
     "ingest-tail": run_ingest_tail,
+    "overhead": run_overhead,
+    "fanout": run_fanout,
 }
-ENGINES = ("postgres", "kafka")
+ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 
-async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Result | Latency]:
+async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Figure]:
     """Runs one bench on engines that run already. Raises ValueError where what a slice did is not what it said."""
     collect_rarely()  # as every service does; the anchors have it too
     async with ground(stack, [*consume.TOPICS, *bill.TOPICS]) as place:
