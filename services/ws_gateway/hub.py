@@ -109,6 +109,9 @@ class Hub:
     async def _deltas(self) -> None:
         async with aclosing(self._cache.listen(f"{CHANNEL}*")) as messages:
             async for message in messages:
+                if asyncio.current_task() not in self._tasks:
+                    # Another one has taken over, while redis-py took the cancelling of this one for a lost connection.
+                    return
                 if message is None:
                     continue
                 channel, data = message

@@ -1,0 +1,60 @@
+"""What is live reaches each stream once, however streams come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from infra.clock import uuid7
+from services.ws_gateway.domain import Delta
+from services.ws_gateway.hub import CHANNEL, Client, Hub
+
+
+class Stubborn:
+    """A Redis whose listeners do not end when they are first cancelled."""
+
+    def __init__(self) -> None:
+        self.listeners: list[asyncio.Queue[Any]] = []
+
+    async def listen(self, pattern: str) -> AsyncIterator[Any]:
+        mine: asyncio.Queue[Any] = asyncio.Queue()
+        self.listeners.append(mine)
+        cancelled = False
+        while True:
+            try:
+                yield await mine.get()
+            except asyncio.CancelledError:
+                if cancelled:
+                    raise
+                cancelled = True
+
+    def publish(self, channel: str, delta: Delta) -> None:
+        for listener in self.listeners:
+            listener.put_nowait((channel, msgspec.json.encode(delta)))
+
+
+async def test_a_listener_that_lingers_hands_nothing_on_a_second_time() -> None:
+    cache = Stubborn()
+    hub = Hub(cache, asyncio.Event())  # type: ignore[arg-type]
+    run_id, other = uuid7(), uuid7()
+
+    async def first() -> None:
+        async with hub.listen(other, Client()):
+            while not cache.listeners:
+                await asyncio.sleep(0)
+
+    leaving = asyncio.create_task(first())
+    while not cache.listeners or hub._streams:
+        await asyncio.sleep(0)
+    # The first stream is on its way out, and its listener does not go at once; the second one begins.
+    async with hub.listen(run_id, Client()) as live:
+        while len(cache.listeners) < 2:
+            await asyncio.sleep(0)
+        cache.publish(f"{CHANNEL}{run_id}", Delta(1, 1, 1, "once"))
+        assert await live.next(5) == Delta(1, 1, 1, "once")
+        await leaving
+        cache.publish(f"{CHANNEL}{run_id}", Delta(1, 1, 2, "after it"))
+        assert await live.next(5) == Delta(1, 1, 2, "after it")
