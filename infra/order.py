@@ -18,8 +18,8 @@ from infra.lanes import Lane
 from infra.logs import get_logger
 from infra.tx import Tx
 
-# Longer than a message needs whose first attempt met a moment's trouble.
-GRACE = timedelta(seconds=10)
+# Longer than a message needs that is tried a second and a third time, after 5 and 30 seconds.
+GRACE = timedelta(seconds=45)
 
 Handle = Callable[[bytes], Awaitable[None]]
 """Does what a message asks for, by its parcel, in the transaction at hand."""

@@ -45,9 +45,10 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
     await _IN_ORDER.take(tx, message.session_key, message.position, parcel, partial(parcels.take_in, tx, subjects))
 
 
-# One queue per type of channel, and the same handler for all.
+# One queue per type of channel, and the same handler for all. No more at once than there are connections: those that
+# wait for one too long would have to be tried again, behind later messages.
 TAKE_MESSAGE: tuple[Subscription, ...] = tuple(
-    queue.worker(prefetch=50)(take_message) for queue in CHANNEL_INBOUND.values()
+    queue.worker(prefetch=10)(take_message) for queue in CHANNEL_INBOUND.values()
 )
 
 
