@@ -207,7 +207,7 @@ class Answering:
 
         with telemetry.span("retrieval", SpanKind.CLIENT, attributes={"gen_ai.operation.name": "retrieval"}):
             try:
-                step = Step("retrieve", "", "repeatable", digest(text))
+                step = Step("retrieve", "", digest(text))
                 return await self.journal.step(step, call, tuple[Passage, ...])
             except StepFailed as error:
                 raise Ended("failed", f"retrieval: {error}", FAILED) from error
@@ -228,10 +228,10 @@ class Answering:
         for name, other in others:
             # Where there is another one it is not waited for for long.
             with suppress(StepFailed):
-                step = Step("model", name, "repeatable", of, HASTY_ATTEMPTS, patience=HASTY_PAUSE)
+                step = Step("model", name, of, HASTY_ATTEMPTS, patience=HASTY_PAUSE)
                 return await self._ask_one(name, other, prompt, step)
         try:
-            return await self._ask_one(last, model, prompt, Step("model", last, "repeatable", of, MODEL_ATTEMPTS))
+            return await self._ask_one(last, model, prompt, Step("model", last, of, MODEL_ATTEMPTS))
         except StepFailed as error:
             raise Ended("failed", str(error), FAILED) from error
 
@@ -418,7 +418,7 @@ def _misfit(schema: dict[str, Any] | None, text: str) -> str | None:
 
 
 def _tool_step(tool: ToolCall) -> Step:
-    return Step("tool", tool.name, "keyed", digest(tool.name, tool.arguments), TOOL_ATTEMPTS)
+    return Step("tool", tool.name, digest(tool.name, tool.arguments), TOOL_ATTEMPTS)
 
 
 def _returned(reply: plugin_pb2.CallReply) -> ToolResult:

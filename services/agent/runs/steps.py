@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import grpc.aio
@@ -118,7 +118,6 @@ class Step:
 
     kind: StepKind
     name: str
-    effect: Literal["repeatable", "keyed"]
     digest: str
     attempts: int | None = None
     patience: timedelta = timedelta.max
