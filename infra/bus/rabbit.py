@@ -14,7 +14,7 @@ from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractRobustConnection
-from aio_pika.exceptions import DeliveryError, PublishError
+from aio_pika.exceptions import ChannelInvalidStateError, DeliveryError, PublishError
 from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
@@ -37,11 +37,12 @@ from protos.topology import Queue, Subscription
 ATTEMPT = "x-claw-attempt"
 CONFIRMS_IN_FLIGHT = 100
 MAX_MESSAGE_BYTES = 1_000_000
+# The broker gives a silent client up after two heartbeats, and its messages to others; the usual 60 s are long.
+HEARTBEAT_SECONDS = 10
 
 
 def _with_heartbeat(url: str) -> str:
-    """The broker gives a silent client up after two heartbeats and its messages to others; the usual 60 s are long."""
-    return url + ("&" if "?" in url else "?") + "heartbeat=10"
+    return url + ("&" if "?" in url else "?") + f"heartbeat={HEARTBEAT_SECONDS}"
 
 
 class RabbitPublisher:
@@ -94,7 +95,10 @@ class RabbitPublisher:
     async def send(
         self, exchange: str, routing_key: str, body: bytes, headers: Mapping[str, Any], message_id: str
     ) -> None:
-        """Returns once the broker has confirmed. Raises PublishError (no queue) or DeliveryError (refused)."""
+        """Returns once the broker has confirmed.
+
+        Raises PublishError (no queue), DeliveryError (refused), AMQPError or OSError while the broker is away.
+        """
         await self.start()
         assert self._channel is not None
         message = aio_pika.Message(
@@ -108,7 +112,17 @@ class RabbitPublisher:
             await self._channel.get_exchange(exchange, ensure=False) if exchange else self._channel.default_exchange
         )
         async with self._in_flight:
-            await target.publish(message, routing_key, mandatory=True)
+            try:
+                await target.publish(message, routing_key, mandatory=True)
+            except ChannelInvalidStateError as error:
+                raise ConnectionError("RabbitMQ: the connection is gone, and not there again yet") from error
+            except asyncio.CancelledError as error:
+                # So the library ends a publish whose connection it gives up. Passed on it would end the relay, and a
+                # worker's message would stay with a consumer that does nothing more for it.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                raise ConnectionError("RabbitMQ: it was silent for too long, the connection is given up") from error
 
 
 class Workers:

@@ -112,6 +112,9 @@ def chunk(blocks: Iterable[Block]) -> Iterator[Chunk]:
     before: list[_Piece] = []
     section: str | None = None
     for block in blocks:
+        if not block.text.strip():
+            # Of an empty page there would be a passage of nothing but the repeated sentence.
+            continue
         # The sentence that the page before broke off, where the section goes on.
         broken_off = _end(before) if block.section == section else []
         overlap = [] if not broken_off or _WHOLE.search(broken_off[-1].text) else [*broken_off[-1:], _Piece("\n", 0.0)]

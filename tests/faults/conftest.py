@@ -84,6 +84,7 @@ class Load:
         ):
             lines.append(f"{service}: {statement}: {await self._query(service, statement)}")
         lines += await self._queues()
+        lines += [self.services.last_words(instance) for instance in self.services.processes]
         return "\n".join(lines)
 
     async def _queues(self) -> list[str]:

@@ -150,7 +150,10 @@ class Couriers:
 
     async def has_lost_its_lane(self, instance: str) -> bool:
         async with httpx.AsyncClient(base_url=self.services.base_url(instance)) as client:
-            text = (await client.get("/metrics")).text
+            try:
+                text = (await client.get("/metrics")).text
+            except httpx.ConnectError as error:
+                raise AssertionError(self.services.last_words(instance)) from error
         return 'claw_lane_items_total{kind="parcels",outcome="lost"} 1.0' in text
 
     async def fates(self) -> None:

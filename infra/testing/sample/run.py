@@ -126,8 +126,12 @@ class SampleServices:
                 except httpx.HTTPError as error:
                     answer = str(error)
                 await asyncio.sleep(0.1)
+        raise RuntimeError(f"{name} did not become ready ({answer}); {self.last_words(name)}")
+
+    def last_words(self, name: str) -> str:
+        """The process's exit code, if it has ended, and the end of its log."""
         log = (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
-        raise RuntimeError(f"{name} did not become ready ({answer}); its log ends with\n{log}")
+        return f"{name}: exit code {self.processes[name].poll()}; its log ends with\n{log}"
 
     async def start_all(self) -> None:
         for name in SERVICES:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import msgspec
 import pytest
+from aio_pika.exceptions import AMQPError
 
+from infra.bus import rabbit
 from infra.bus.deadletter import DeadLetterView, list_dead_letters
 from infra.bus.rabbit import Workers
 from infra.bus.redrive import request_redrive
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, RetryLater, Transient
+from infra.testing.proxy import FaultProxy
 from infra.testing.sample.catalog import SAMPLE_WORK
 from infra.tx import Database, Tx
 from protos.envelope import Envelope
@@ -152,3 +157,33 @@ async def test_a_message_that_nobody_acknowledged_comes_again_to_the_next_proces
         for n in range(30):
             await until(lambda n=n: effects(desk, f"many {n}"))  # type: ignore[misc]
     assert all(count == 1 for text, count in handler.attempts.items() if text.startswith("many"))
+
+
+async def test_a_broker_that_falls_silent_is_an_error_and_not_a_cancellation(
+    buses: Buses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CancelledError out of a publish would end the relay, and a worker would never let its message go."""
+    monkeypatch.setattr(rabbit, "HEARTBEAT_SECONDS", 1)
+    broker = urlsplit(buses.rabbitmq)
+    async with FaultProxy(broker.hostname or "", broker.port or 0) as proxy:
+        publisher = rabbit.RabbitPublisher(buses.rabbitmq.replace(f":{broker.port}/", f":{proxy.port}/"))
+        headers = Envelope(id=uuid7(), source="test", type="sample.v1.TakeNote", time=utcnow()).headers()
+
+        async def publish() -> bool:
+            await publisher.send("", SAMPLE_WORK.dead_letter_queue, b"{}", headers, str(uuid7()))
+            return True
+
+        async def publishes() -> bool:
+            with suppress(AMQPError, OSError):
+                return await publish()
+            return False
+
+        try:
+            await publish()
+            proxy.blackhole()
+            failures = await asyncio.gather(*(publish() for _ in range(30)), return_exceptions=True)
+            assert all(isinstance(failure, AMQPError | OSError) for failure in failures), failures
+            proxy.heal()
+            await until(publishes)
+        finally:
+            await publisher.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.memory.domain import MAX_TOKENS, Block, Chunk, chunk, codes, count_tokens, ends, fuse, sections
@@ -35,6 +35,7 @@ def bare(text: str) -> str:
 
 
 @given(BLOCKS)
+@example([Block("espresso "), Block("\n\n")])
 def test_every_letter_is_in_a_passage_and_none_is_too_large(blocks: list[Block]) -> None:
     chunks = list(chunk(blocks))
     assert all(0 < count_tokens(each.text) == each.tokens <= MAX_TOKENS + 1 for each in chunks if bare(each.text))

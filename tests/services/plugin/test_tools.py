@@ -102,7 +102,7 @@ class Office:
             self._process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 async def office(platform: Platform) -> AsyncIterator[Office]:
     office = Office(platform)
     await office.start()
