@@ -169,7 +169,8 @@ class LaneRunner:
             lost += [lease for lease in leases if lease.until < now and lease not in lost]
             for lease in lost:
                 held, task = self._kinds[lease.kind].running.get(lease.lane_id, (None, None))
-                if task and held is lease:
+                # Once: a second cancellation would break off the cleaning up after the first.
+                if task and held is lease and not task.cancelling():
                     task.cancel()
                     self._lost(lease)
 

@@ -16,6 +16,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 from infra.testing.stack import Stack, running_stack
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses the whole system comes last, else random order would start and stop it once for each module."""
+    items.sort(key=lambda item: "system" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """PostgreSQL, Valkey, Kafka and RabbitMQ, running. CLAW_TEST_STACK=<folder> uses one that runs already."""

@@ -233,7 +233,7 @@ class Platform:
             )
         return [(json.loads(headers), json.loads(body)) for headers, body in rows]
 
-    async def until(self, ask: Callable[[], Awaitable[T | None]], *, seconds: float = 30) -> T:
+    async def until(self, ask: Callable[[], Awaitable[T | None]], *, seconds: float = 60) -> T:
         """Asks until the answer is true. Raises TimeoutError with the last answer."""
         deadline = time.monotonic() + seconds
         while not (answer := await ask()):

@@ -152,7 +152,9 @@ class Couriers:
         async with httpx.AsyncClient(base_url=self.services.base_url(instance)) as client:
             try:
                 text = (await client.get("/metrics")).text
-            except httpx.ConnectError as error:
+            except httpx.TimeoutException:
+                return False
+            except httpx.TransportError as error:
                 raise AssertionError(self.services.last_words(instance)) from error
         return 'claw_lane_items_total{kind="parcels",outcome="lost"} 1.0' in text
 

@@ -438,6 +438,46 @@ async def test_a_handler_whose_lane_is_lost_is_cancelled(world: World, notes: No
         assert f'claw_lane_items_total{{kind="{kind.name}",outcome="lost"}} 1.0' in metrics_of(world)
 
 
+async def test_a_handler_that_cleans_up_after_its_lane_was_lost_is_left_to_it(world: World, notes: Notes) -> None:
+    kind = new_lane()
+    cleaning, may_end, cleaned = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @kind.runner(concurrency=2)
+    async def work(parcel: Parcel, effects: Effects, tx: Tx) -> None:
+        try:
+            await notes.hold(parcel, effects, tx)
+        except asyncio.CancelledError:
+            cleaning.set()
+            await may_end.wait()
+            cleaned.set()
+            raise
+
+    async with world.process(work, lease_seconds=0.6) as database:
+        await put(database, kind, "a", 1)
+        await put(database, kind, "b", 2)
+        await notes.has(2)
+
+        async def renewed_until() -> Any:
+            async with database.begin() as tx:
+                rows = await tx.sql("SELECT ready_at FROM lane WHERE kind = $1 AND lane = 'b'", kind.name)
+            return rows[0][0]
+
+        async with database.begin() as tx:
+            await tx.sql("UPDATE lane SET epoch = epoch + 1 WHERE kind = $1 AND lane = 'a'", kind.name)
+        await cleaning.wait()
+        for _ in range(3):
+            before = await renewed_until()
+
+            async def renewed(before: Any = before) -> bool:
+                return bool(await renewed_until() > before)
+
+            await until(renewed, seconds=30)
+        may_end.set()
+        async with asyncio.timeout(30):
+            await cleaned.wait()
+        notes.go_on.set()
+
+
 async def test_nothing_is_written_for_a_lane_in_other_hands(world: World, notes: Notes) -> None:
     """The lease is long, so nobody is cancelled: only the epoch stands in the way."""
     kind, after = new_lane(), new_lane()

@@ -28,7 +28,7 @@ from infra.clock import utcnow
 from infra.crypto import Cipher
 from infra.db import create_engine
 from infra.metrics import Metrics
-from infra.service import collect_rarely
+from infra.service import spare_what_is_loaded
 from infra.subjects import SubjectKeys
 from infra.tx import Database
 from services.channel.accounts import Accounts, Secrets
@@ -103,6 +103,6 @@ async def serve_orm(port: int, engine: AsyncEngine) -> None:
 
 
 if __name__ == "__main__":
-    collect_rarely()
+    spare_what_is_loaded()
     which, number, url = sys.argv[1:]
     uvloop.run((serve_ours if which == "ours" else serve_orm)(int(number), create_engine(url)))

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx2
 import msgspec
-from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 from pydantic_ai import ModelProfile
 from pydantic_ai import messages as wire
@@ -30,10 +29,8 @@ from pydantic_ai.exceptions import (
 )
 from pydantic_ai.models import Model as LibraryModel
 from pydantic_ai.models import ModelRequestParameters
-from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.output import OutputObjectDefinition
-from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import ToolDefinition
@@ -99,6 +96,11 @@ class Providers:
         key = endpoint.api_key or "none"
         # The libraries' own retries are off: each attempt has to be known, for it is usage.
         if family == "anthropic":
+            # Not at the top: loading it takes half as long as all else that a process loads at its start.
+            from anthropic import AsyncAnthropic
+            from pydantic_ai.models.anthropic import AnthropicModel
+            from pydantic_ai.providers.anthropic import AnthropicProvider
+
             # The library adds /v1 itself.
             base = endpoint.base_url and endpoint.base_url.rstrip("/").removesuffix("/v1")
             # It sends the key as a bearer token; servers that follow the older documents read x-api-key.
