@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import urllib.request
 import uuid
@@ -14,6 +15,10 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
 from infra.testing.stack import Stack, running_stack
+
+
+# Python's own. As rarely as our processes look for garbage, what a test leaves open would be found in another one.
+gc.set_threshold(700, 10, 10)
 
 
 @pytest.hookimpl(trylast=True)
