@@ -8,23 +8,35 @@ import json
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
+from xdist.scheduler import LoadScopeScheduling
 
 from infra.testing.stack import Stack, running_stack
-
 
 # Python's own. As rarely as our processes look for garbage, what a test leaves open would be found in another one.
 gc.set_threshold(700, 10, 10)
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses the whole system comes last, else random order would start and stop it once for each module."""
-    items.sort(key=lambda item: "system" in getattr(item, "fixturenames", ()))
+    """What uses the whole system comes first: it takes longest, and no process has to wait for it at the end."""
+    items.sort(key=lambda item: "system" not in getattr(item, "fixturenames", ()))
+
+
+class ByWhatIsShared(LoadScopeScheduling):  # type: ignore[misc]
+    """A module's tests run in one process, and so do all that use the whole system: what they share is started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::")[0]
+        return "tests/e2e" if module.startswith("tests/e2e/") else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
+    return ByWhatIsShared(config, log)
 
 
 @pytest.fixture(scope="session")
