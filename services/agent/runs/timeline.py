@@ -41,7 +41,15 @@ async def timeline(tx: Tx, subjects: SubjectKeys, run_id: UUID, charges: billing
 
 async def _messages(tx: Tx, reader: Reader, run: queries.Row) -> AsyncIterator[TimelineItem]:
     rows = await tx.sql(
-        "SELECT message_id, subject_id, text, received_at FROM message WHERE run_id = $1 ORDER BY seq", run.id
+        # A fork takes the messages over, and is the next whom they belong to. What came later was for the fork alone.
+        "WITH RECURSIVE owner AS (SELECT $1::uuid AS id UNION ALL SELECT r.id FROM run r JOIN owner o "
+        "ON r.forked_from = o.id WHERE r.tenant_id = $2 AND r.session_key = $3) "
+        "SELECT message_id, subject_id, text, received_at FROM message WHERE run_id IN (SELECT id FROM owner) "
+        "AND received_at <= coalesce($4, received_at) ORDER BY seq",
+        run.id,
+        tx.tenant_id,
+        run.session_key,
+        run.finished_at,
     )
     for message_id, subject_id, sealed, at in rows:
         text = await reader.open(sealed, subject_id, str(message_id), "text")

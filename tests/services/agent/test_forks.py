@@ -41,6 +41,9 @@ async def test_a_fork_goes_on_where_the_run_has_failed(world: World, tenant: Ten
     # What was used before is not paid for again, and the answer is part of the conversation.
     assert [usage["run_id"] for usage in await tenant.sent("usage.records")] == [run_id, run["id"]]
     assert (await tenant.run(run_id))["status"] == "failed"
+    for each in (run_id, run["id"]):
+        story = (await tenant.call("GET", f"/api/v1/runs/{each}/timeline"))["items"]
+        assert [item["data"]["text"] for item in story if item["kind"] == "inbound"] == ["Weather?"]
     await tenant.call("POST", f"/api/v1/runs/{run_id}/fork", expect=409, json={})
 
 
