@@ -38,7 +38,7 @@ class Watch:
         task = asyncio.create_task(call)
         self._calls.setdefault(run_id, set()).add(task)
         if self._poll is None:
-            self._poll = asyncio.create_task(self._look())
+            self._poll = asyncio.create_task(self._keep_looking())
         try:
             async with asyncio.timeout(seconds):
                 return await task
@@ -52,21 +52,24 @@ class Watch:
                 del self._calls[run_id]
                 self._cancelled.discard(run_id)
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Ends the calls of those that are to be cancelled."""
+        async with self._database.begin() as tx:
+            rows = await tx.sql(
+                "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_reason IS NOT NULL", list(self._calls)
+            )
+        for (run_id,) in rows:
+            for task in self._calls.get(run_id, ()):
+                self._cancelled.add(run_id)
+                task.cancel()
+
+    async def _keep_looking(self) -> None:
         while self._calls:
             await asyncio.sleep(POLL_SECONDS)
             try:
-                async with self._database.begin() as tx:
-                    rows = await tx.sql(
-                        "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_reason IS NOT NULL", list(self._calls)
-                    )
+                await self.look()
             except Exception as error:
                 get_logger("agent.watch").warning(
                     "cannot look for cancelled runs now", exc_info=None if is_transient(error) else error
                 )
-                continue
-            for (run_id,) in rows:
-                for task in self._calls.get(run_id, ()):
-                    self._cancelled.add(run_id)
-                    task.cancel()
         self._poll = None

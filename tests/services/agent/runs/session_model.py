@@ -1,0 +1,236 @@
+"""What a session promises, in memory: its messages, the runs that answer them, and the facts of their journals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+from uuid import NAMESPACE_OID, UUID, uuid5
+
+from services.agent.runs.domain import (
+    BeginStep,
+    Command,
+    Complete,
+    EndStep,
+    Fail,
+    FailAttempt,
+    Fork,
+    Run,
+    Settle,
+    Start,
+    Suspend,
+    TakeMessages,
+    decide,
+    evolve,
+)
+from services.agent.runs.events import (
+    AttemptFailed,
+    Event,
+    MessagesTaken,
+    RunCompleted,
+    RunFailed,
+    RunForked,
+    RunStarted,
+    RunSuspended,
+    StepCompleted,
+    StepSettled,
+    StepStarted,
+)
+from services.agent.sessions.domain import CAP, QueueMode
+from tests.services.agent.runs.session_world import Call
+
+OPEN = ("queued", "running", "waiting")
+
+
+@dataclass
+class RunModel:
+    """What is known of a run: from the messages that were accepted, and from the facts that were stored.
+
+    can_fail: one of its messages asks for that, or an operator has decided so. began_at: step → the epoch under which
+    its last attempt began. never_waited: for a person, so that its turn is that of its first message.
+    """
+
+    status: str = "queued"
+    journal: Run = field(default_factory=Run)
+    labels: list[str] = field(default_factory=list)
+    cancelled: bool = False
+    can_fail: bool = False
+    never_waited: bool = True
+    began_at: dict[int, int] = field(default_factory=dict)
+
+
+class Model:
+    """One session. epoch: of the last claim of its lane; ran_out: whether that one's lease has run out."""
+
+    def __init__(self, tenant_id: str) -> None:
+        self.runs: dict[UUID, RunModel] = {}
+        # As they were accepted: which run, and whether the message was only a yes or a no.
+        self.accepted: list[tuple[UUID, bool]] = []
+        self.last: UUID | None = None
+        self.epoch = 0
+        self.ran_out = False
+        self._tenant_id = tenant_id
+        self._executed: UUID | None = None
+
+    def in_status(self, *statuses: str) -> list[UUID]:
+        """By id, the order in which the one is looked for that a yes or no is meant for."""
+        return sorted(id_ for id_, run in self.runs.items() if run.status in statuses)
+
+    def who_answers(self, mode: QueueMode) -> UUID | None:
+        """The run that a message joins; None: one of its own. It is no yes or no."""
+        last = self.runs[self.last] if self.last else None
+        if last is None or last.cancelled:
+            return None
+        collects = mode in ("collect", "steer") and last.status == "queued" and len(last.labels) < CAP
+        steers = mode == "steer" and last.status in ("running", "waiting")
+        return self.last if collects or steers else None
+
+    def accept(self, run_id: UUID, label: str, *, can_fail: bool) -> RunModel:
+        """A message was accepted and that run is to answer it."""
+        if run_id not in self.runs:
+            self.last = run_id
+        run = self.runs.setdefault(run_id, RunModel())
+        run.labels.append(label)
+        run.can_fail |= can_fail
+        self.accepted.append((run_id, False))
+        return run
+
+    # Facts
+
+    def add(self, run_id: UUID, event: Event, epoch: int | None) -> None:
+        """A fact was stored. epoch: of the lease of the worker that moved; None: no worker did."""
+        run = self.runs.setdefault(run_id, RunModel())
+        before = run.journal
+        assert list(decide(_command(event), before)) == [event], f"nobody may decide this: {event}, after {before}"
+        run.journal = evolve(before, event)
+        if not _is_of_people(event, epoch):
+            assert epoch == self.epoch, f"{event} under epoch {epoch}, and the lane is at {self.epoch}"
+            self._take_turn(run_id, event)
+        match event:
+            case RunStarted():
+                run.status = "running"
+            case StepStarted():
+                assert not run.cancelled, f"begun after the cancel: {event}"
+                run.began_at[event.step] = self.epoch
+            case StepCompleted():
+                assert event.attempts == before.steps[event.step].attempt
+                assert run.began_at[event.step] == epoch, f"ended under another epoch than it began: {event}"
+            case RunSuspended():
+                run.status = "indeterminate" if event.reason == "indeterminate" else "waiting"
+                run.never_waited = False
+            case StepSettled():
+                run.status = "queued"
+            case RunCompleted():
+                run.status = "completed"
+            case RunFailed():
+                run.status = event.status
+                assert event.status != "cancelled" or run.cancelled, event
+                assert event.status != "failed" or run.can_fail, event
+            case MessagesTaken() | AttemptFailed():
+                pass
+            case RunForked():
+                raise AssertionError(event)
+            case _:
+                assert_never(event)
+        if run.status != "running" and self._executed == run_id:
+            self._executed = None
+
+    def _take_turn(self, run_id: UUID, event: Event) -> None:
+        """From a run's start until it ends or waits, nobody writes into another one's journal."""
+        # One that is cancelled before its start ends without it.
+        may_be_first = isinstance(event, (RunStarted, RunFailed))
+        assert self._executed == run_id or (may_be_first and self._executed is None), (
+            f"{event} of {run_id}, and {self._executed} is executed"
+        )
+        self._executed = run_id
+
+    def check_calls(self, calls: Sequence[Call], *, is_current: bool) -> None:
+        """Nothing is called but what a begun step calls. One who has lost its lane cannot know how far the other is."""
+        for run_id, key in calls:
+            journal = self.runs[run_id].journal
+            kind = "tool" if key else "model"
+            begun = [n for n, step in journal.steps.items() if (step.kind, step.status) == (kind, "started")]
+            assert begun or not is_current, f"a {kind} is called, and the journal has no such step begun: {journal}"
+            if key:
+                assert key in self.keys(run_id), f"no step of {run_id} has the key {key}"
+            if key and is_current:
+                assert self.keys(run_id)[key] in begun, f"a step that was made is made again: {journal}"
+
+    def keys(self, run_id: UUID) -> dict[str, int]:
+        """Idempotency key → step, for each call that the run's tools may have got: another one only by a retry that a
+        person decided."""
+        return {
+            str(uuid5(NAMESPACE_OID, f"agent/{self._tenant_id}/{run_id}/{n}" + (f"/{again}" if again else ""))): n
+            for n, step in self.runs[run_id].journal.steps.items()
+            if step.kind == "tool"
+            for again in range(step.settled + 1)
+        }
+
+    def steps(self) -> dict[tuple[UUID, int], tuple[str, str, str, int]]:
+        """Of each step kind, name, status and attempts, but of those that a person has had made again, before they
+        are."""
+        names = {"started": "running"}
+        return {
+            (id_, n): (step.kind, step.name, names.get(step.status, step.status), step.attempt)
+            for id_, run in self.runs.items()
+            for n, step in run.journal.steps.items()
+        }
+
+
+def _is_of_people(event: Event, epoch: int | None) -> bool:
+    """It comes from a message, a cancel or a decision."""
+    if isinstance(event, RunFailed):
+        return epoch is None or event.status == "refused"
+    return isinstance(event, StepSettled)
+
+
+def _command(event: Event) -> Command:
+    """What must have been decided for this fact."""
+    key = event.session_key
+    match event:
+        case RunStarted():
+            assert event.messages is not None
+            return Start(key, event.agent_id, event.agent_version, event.at, event.messages)
+        case RunForked():
+            return Fork(key, event.origin, event.messages, event.agent_version)
+        case MessagesTaken():
+            return TakeMessages(key, event.step, event.messages)
+        case StepStarted():
+            return BeginStep(key, event.step, event.kind, event.name, event.attempt, event.digest, event.code)
+        case AttemptFailed():
+            return FailAttempt(key, event.step, event.attempt, event.error)
+        case StepCompleted():
+            return EndStep(
+                key,
+                event.step,
+                event.attempts,
+                event.duration_ms,
+                event.content,
+                event.error,
+                event.tokens,
+                event.nanos,
+            )
+        case RunSuspended():
+            return Suspend(key, event.reason, event.step, event.name, event.text, event.at, event.arguments)
+        case StepSettled():
+            return Settle(key, event.step, event.decision, event.by, event.content)
+        case RunCompleted():
+            return Complete(key, event.reply)
+        case RunFailed():
+            return Fail(key, event.status, event.error)
+        case _:
+            assert_never(event)
+
+
+def check_reply(reply: str, own: Sequence[str], all_labels: Sequence[str]) -> None:
+    """The reply is to all messages of the run, in their order, and what it was told before came before."""
+    told = reply.split()
+    before, answered = told[: -len(own)], told[-len(own) :]
+    assert answered == list(own), f"{reply} to {own}"
+    order = {label: n for n, label in enumerate(all_labels)}
+    assert all(order[label] < order[own[0]] for label in before), f"{reply} to {own}"
+    assert len(set(told)) == len(told), reply
+
+
+def in_order(values: Sequence[Any]) -> bool:
+    return list(values) == sorted(values)

@@ -1,0 +1,403 @@
+"""An agent in one process, to be driven step by step: real PostgreSQL, two workers, a model and tools that are rules.
+
+A worker stands before each of its transactions and in each of its calls until it is let go on. Nothing waits for time:
+leases run out and pauses are over because the database's rows are moved into the past.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from prometheus_client import CollectorRegistry
+from sqlalchemy.pool import QueuePool
+
+import services.agent
+from infra.clock import utcnow, uuid7
+from infra.crypto import Cipher
+from infra.db import create_engine
+from infra.effects import Effects
+from infra.group import Group
+from infra.lane_runner import LaneRunner
+from infra.metrics import Metrics
+from infra.schema import migrate, prepare_database, role_url
+from infra.subjects import SubjectKeys
+from infra.tx import Database, Tx
+from protos.billing.v1 import billing_pb2
+from protos.envelope import Envelope
+from protos.plugin.v1 import plugin_pb2
+from services.agent.definitions import store
+from services.agent.definitions.models import NewAgent, RunLimits
+from services.agent.lanes import RUNS, RunItem
+from services.agent.models.contract import (
+    Answer,
+    Endpoint,
+    ModelFailed,
+    OnText,
+    Prompt,
+    Returned,
+    Said,
+    ToolCall,
+    Usage,
+)
+from services.agent.runs.answering import Peers
+from services.agent.runs.executor import Executor
+from services.agent.runs.projections import CANCELLED
+from services.agent.runs.watch import Watch
+from services.agent.sessions.domain import QueueMode
+from services.agent.sessions.intake import Arrival, Origin, take_in
+from tests.infra.conftest import PASSWORDS
+
+T = TypeVar("T")
+SESSION = "s"
+PERSON = "person-1"
+LOOK, SEND, DOUBT = "look", "send", "doubt"
+# Of coroutines that wait for nothing outside, far more than they need to come to where they stand.
+TURNS = 50
+
+
+class Gate:
+    """Where the coroutines of one worker stand. inside: how many of them hold a connection meanwhile."""
+
+    def __init__(self) -> None:
+        self.standing: list[tuple[str, asyncio.Future[None]]] = []
+        self.inside = 0
+        # Whether they stop within a transaction, too: all is written, and nothing is fenced yet.
+        self.midway = False
+
+    async def pass_(self, place: str) -> None:
+        here = place, asyncio.get_running_loop().create_future()
+        self.standing.append(here)
+        try:
+            await here[1]
+        finally:
+            if here in self.standing:
+                self.standing.remove(here)
+
+    def open(self, index: int) -> str:
+        place, go = self.standing.pop(index % len(self.standing))
+        go.set_result(None)
+        return place
+
+
+class GatedDatabase(Database):
+    """Stops before each transaction."""
+
+    gate: Gate
+
+    @asynccontextmanager
+    async def begin(self, *, tenant_id: str | None = None, cause: Envelope | None = None) -> AsyncIterator[Tx]:
+        await self.gate.pass_("before")
+        async with super().begin(tenant_id=tenant_id, cause=cause) as tx:
+            if self.gate.midway:
+                self._stop_midway(tx)
+            yield tx
+            # The last flush comes behind the fence: whoever stood there would have the lane's row locked.
+            tx.__dict__.pop("flush", None)
+
+    def _stop_midway(self, tx: Tx) -> None:
+        flush = tx.flush
+
+        async def flush_and_stop() -> None:
+            await flush()
+            if tx.in_use:
+                self.gate.inside += 1
+                try:
+                    await self.gate.pass_("midway")
+                finally:
+                    self.gate.inside -= 1
+
+        tx.flush = flush_and_stop  # type: ignore[method-assign]
+
+
+class Billing:
+    """Has credit."""
+
+    async def Reserve(self, request: billing_pb2.ReserveRequest, **_: Any) -> billing_pb2.ReserveReply:
+        return billing_pb2.ReserveReply(granted=True, held_nanos=1, currency="USD")
+
+    async def Release(self, request: billing_pb2.ReleaseRequest, **_: Any) -> billing_pb2.ReleaseReply:
+        return billing_pb2.ReleaseReply()
+
+
+class Cache:
+    """Nobody watches."""
+
+    async def publish(self, channel: str, message: bytes) -> None:
+        pass
+
+
+class Outside:
+    """The model and the tools, as all workers see them.
+
+    The same prompt gets the same answer. keys: key → the arguments that it came with. effects: arguments → how often
+    the tool took effect for them; each call of a step has arguments of its own. flaked: what failed once for a while.
+    """
+
+    def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
+        self.replies: dict[str, plugin_pb2.CallReply] = {}
+        self.effects: list[str] = []
+        self.flaked: set[str] = set()
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """By the plan that the last message has behind its number, one word for each time the model is asked."""
+        said = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, Said)]
+        texts = [turn.text for turn in prompt.turns if isinstance(turn, Said)]
+        number, *plan = texts[-1].split("\n")[-1].split()
+        returned = sum(isinstance(turn, Returned) for turn in prompt.turns[said[-1] :])
+        # `look` is called twice, together with itself.
+        words = [word for word in plan for _ in range(2 if word == LOOK else 1)]
+        word = words[returned] if returned < len(words) else ""
+        asked = f"{number}/{returned}"
+        if word == "broken":
+            raise ModelFailed("broken", passing=False)
+        if word == "flaky":
+            if asked not in self.flaked:
+                self.flaked.add(asked)
+                raise ModelFailed("busy", passing=True)
+            word = ""
+        calls = tuple(
+            ToolCall(f"c{n}", word, msgspec.json.encode(f"{asked}/{n}").decode())
+            for n in range(0 if not word else 2 if word == LOOK else 1)
+        )
+        text = "" if calls else " ".join(line.split()[0] for text in texts for line in text.split("\n"))
+        return Answer(text, calls, Usage(input_tokens=1, output_tokens=1), "m", "stop")
+
+    def call(self, request: plugin_pb2.CallRequest) -> plugin_pb2.CallReply:
+        """What is asked with a key that is known has its first answer, and no effect."""
+        key, arguments = request.idempotency_key, request.arguments_json
+        assert self.keys.setdefault(key, arguments) == arguments
+        if key not in self.replies:
+            outcome = plugin_pb2.CallReply.OUTCOME_SUCCEEDED
+            if request.tool == DOUBT and arguments not in self.effects:
+                outcome = plugin_pb2.CallReply.OUTCOME_UNKNOWN
+            self.effects.append(arguments)
+            self.replies[key] = plugin_pb2.CallReply(outcome=outcome, result_json=arguments, error="no answer")
+        return self.replies[key]
+
+
+class Call(NamedTuple):
+    """That a run asked the model, or a tool. key: empty for a model."""
+
+    run_id: UUID
+    key: str
+
+
+class Worker:
+    """One process that executes runs. epoch: of the last lease it got; 0: none yet. calls: made, and not looked at."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._engine = create_engine(world.url("worker"))
+        self._control = create_engine(world.url("worker"), pool_size=1)
+        self._database = GatedDatabase(self._engine, "agent")
+        self._watching = Database(self._engine, "agent")
+        work = RUNS.runner(concurrency=2, dead=self._give_up)(self._execute)
+        self._runner = LaneRunner(
+            self._database, [work], self._control, Metrics(CollectorRegistry()), lease_seconds=3600
+        )
+        self._kind = self._runner._kinds[RUNS.name]
+        self.calls: list[Call] = []
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        self.gate = self._database.gate = Gate()
+        self.epoch = 0
+        self._group = Group(self._database, CANCELLED)
+        self._watch = Watch(self._watching)
+        peers = Peers(*(cast(Any, peer) for peer in (None, Billing(), self, Cache())))
+        self._executor = Executor(self._database, cast(Any, self), peers, self._group, self._watch, self._world.cipher)
+
+    async def _execute(self, item: RunItem, effects: Effects, tx: Tx) -> None:
+        self._run_id = item.run_id
+        await self._executor.execute(item.run_id, effects, tx)
+
+    async def _give_up(self, item: RunItem, error: str, tx: Tx) -> None:
+        await self._executor.give_up(item.run_id, error, tx)
+
+    # As the models and the plugin service are to the executor
+
+    def model(self, name: str, endpoint: Endpoint) -> Worker:
+        return self
+
+    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+        await self.gate.pass_("model")
+        self.calls.append(Call(self._run_id, ""))
+        answer = self._world.outside.answer(prompt)
+        await on_text(answer.text)
+        return answer
+
+    async def Tools(self, request: plugin_pb2.ToolsRequest, **_: Any) -> plugin_pb2.ToolsReply:
+        return plugin_pb2.ToolsReply(tools=[plugin_pb2.Tool(name=name, schema_json="{}") for name in request.names])
+
+    async def Call(self, request: plugin_pb2.CallRequest, **_: Any) -> plugin_pb2.CallReply:
+        await self.gate.pass_("tool")
+        self.calls.append(Call(self._run_id, request.idempotency_key))
+        return self._world.outside.call(request)
+
+    # Driving
+
+    @property
+    def has_lane(self) -> bool:
+        """By its own belief."""
+        return bool(self._kind.running)
+
+    async def claim(self) -> bool:
+        """Takes the session's lane, if it is to be had, and comes to where it first stands."""
+        await self._runner._fill(self._kind)
+        for lease, _ in self._kind.running.values():
+            self.epoch = lease.epoch
+        await self._settle()
+        return self.has_lane
+
+    async def move(self, index: int) -> str:
+        """One coroutine goes on to where it stands next. Returns where it stood."""
+        place = self.gate.open(index)
+        await self._settle()
+        return place
+
+    async def _settle(self) -> None:
+        pool = self._engine.pool
+        assert isinstance(pool, QueuePool)
+        calm = 0
+        while calm < TURNS:
+            await asyncio.sleep(0)
+            calm = 0 if pool.checkedout() > self.gate.inside else calm + 1
+
+    async def look(self) -> None:
+        """Whether a run is to be cancelled, as it does every half second."""
+        await self._watch.look()
+        await self._settle()
+
+    async def hear_of_loss(self) -> None:
+        """As when a renewal says that somebody else has the lane; what was handed to the group is written all the same,
+        if it may be."""
+        for _, task in self._kind.running.values():
+            task.cancel()
+        await self._settle()
+
+    async def die(self) -> None:
+        """What it has committed is all that is left of it, and its lease."""
+        tasks = [task for _, task in self._kind.running.values()]
+        tasks += [task for task in (self._group._working, self._watch._poll) if task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._settle()
+        self.begin_again()
+
+    async def end(self) -> None:
+        await self._runner._claims.close()
+        await self._engine.dispose()
+        await self._control.dispose()
+
+
+class World:
+    """One session of one tenant at a time, and how to look at what the database has of it."""
+
+    def __init__(self, database: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._admin_url = database
+        self.run(prepare_database(database, {"agent": PASSWORDS}))
+        self.run(migrate(database, "agent", Path(str(services.agent.__file__)).parent / "migrations"))
+        self.cipher = Cipher("A" * 43 + "=")
+        self.subjects = SubjectKeys(self.cipher)
+        self._looking = self.run(asyncpg.connect(self.url("worker")))
+        self._request = Database(create_engine(self.url("request")), "agent", tenanted=True)
+        self.outside = Outside()
+        self.workers = [Worker(self) for _ in range(2)]
+
+    def url(self, role: str) -> str:
+        return role_url(self._admin_url, "agent", role, getattr(PASSWORDS, role))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(work)
+
+    def end(self) -> None:
+        async def end() -> None:
+            for worker in self.workers:
+                await worker.end()
+            await self._looking.close()
+            await self._request.engine.dispose()
+
+        self.run(end())
+        self.loop.close()
+
+    def begin_again(self) -> None:
+        self.tenant_id = f"t-{uuid7()}"
+        self.agent_id = uuid7()
+        self._first_id, self._said = UUID(int=uuid7().int & ~(0xFFF << 64)), 0
+        self.outside = Outside()
+        self._mode: QueueMode = "collect"
+        # Nobody takes what an example that failed has left behind.
+        self.rows("UPDATE lane SET ready_at = NULL, epoch = epoch + 1")
+
+        async def insert(tx: Tx) -> None:
+            await store.insert(tx, self.agent_id, self._definition(), store.Keys(), "test")
+
+        self.ask(insert)
+
+    def _definition(self) -> NewAgent:
+        return NewAgent(
+            name="Helper",
+            model="scripted/answer",
+            tools=(LOOK, SEND, DOUBT),
+            approval=(SEND,),
+            queue_mode=self._mode,
+            limits=RunLimits(steps=100, seconds=3600),
+        )
+
+    async def in_tenant(self, work: Any) -> Any:
+        """What `work` returns, done in a transaction of the request role."""
+        return await self._request.run(work, tenant_id=self.tenant_id)
+
+    def ask(self, work: Any) -> Any:
+        return self.run(self.in_tenant(work))
+
+    def set_mode(self, mode: QueueMode) -> None:
+        if mode == self._mode:
+            return
+        self._mode = mode
+
+        async def change(tx: Tx) -> None:
+            await store.change(tx, await store.lock(tx, self.agent_id), self._definition(), store.Keys(), "test")
+
+        self.ask(change)
+
+    async def say(self, text: str, *, by_channel: bool, key: str | None = None) -> UUID:
+        """Returns the run that answers it. Raises Busy."""
+        self._said += 1
+        arrival = Arrival(
+            message_id=uuid7(),
+            agent_id=self.agent_id,
+            session_key=SESSION,
+            subject_id=PERSON,
+            text=text,
+            received_at=utcnow(),
+            origin=Origin(UUID(int=7), "chat", "m") if by_channel else None,
+            idempotency_key=key,
+            # Ids within a millisecond are in no order; these are, so that the same example is the same again.
+            new_run_id=UUID(int=self._first_id.int + (self._said << 64)),
+        )
+        run_id: UUID = await self.in_tenant(lambda tx: take_in(tx, arrival, self.subjects))
+        return run_id
+
+    def leases_run_out(self) -> None:
+        self.rows("UPDATE lane SET ready_at = now() - interval '1 hour' WHERE owner IS NOT NULL")
+
+    def pauses_are_over(self) -> None:
+        self.rows(
+            "WITH due AS (UPDATE lane_item SET not_before = now() - interval '1 hour' WHERE state = 'waiting') "
+            "UPDATE lane SET ready_at = now() - interval '1 hour' WHERE owner IS NULL AND ready_at > now()"
+        )
+
+    def rows(self, statement: str, *arguments: Any) -> list[tuple[Any, ...]]:
+        """By a connection of its own, each statement for itself."""
+        return [tuple(row) for row in self.run(self._looking.fetch(statement, *arguments))]

@@ -1,0 +1,388 @@
+"""One session against a plain model, under any order of messages, cancels, decisions, crashes and lost lanes.
+
+The same examples each time. CLAW_MODEL_EXAMPLES=<how many> tries that many others instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterator
+from typing import Literal, cast, get_args
+from uuid import UUID
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from infra.errors import Conflict
+from infra.tx import Tx
+from protos.messages.agent import RunCompleted
+from protos.messages.channel import SendMessage
+from services.agent.lanes import RUNS, RunItem
+from services.agent.runs import steps
+from services.agent.runs.cancelling import cancel
+from services.agent.runs.ending import CANCELLED
+from services.agent.runs.events import Decision
+from services.agent.runs.publishing import RUN
+from services.agent.runs.settling import give_up, settle, suspension
+from services.agent.sessions.domain import QUEUE_MODES, Busy, QueueMode, Session, evolve
+from services.agent.sessions.publishing import SESSION as SESSIONS
+from tests.infra.lane_world import log_lines
+from tests.services.agent.runs.session_model import OPEN, Model, check_reply, in_order
+from tests.services.agent.runs.session_world import DOUBT, LOOK, PERSON, SEND, Worker, World
+
+EXAMPLES = int(os.environ.get("CLAW_MODEL_EXAMPLES", 0))
+WORKERS = st.integers(0, 1)
+MODES = st.sampled_from(QUEUE_MODES)
+# What the model does with a message, one word each time it is asked; then it answers.
+PLANS = st.sampled_from(("", "", LOOK, SEND, SEND, DOUBT, f"{LOOK} {SEND}", f"{SEND} {LOOK}", "flaky", "broken"))
+# Of what stands at the same time, which goes on.
+INDEX = st.integers(0, 1)
+MOVES = st.sampled_from((2, 3, 1, 5, 8, 13))
+Action = Literal["retry", "skip", "fail"]
+ACTIONS = st.sampled_from(get_args(Action))
+
+
+class Sessions(RuleBasedStateMachine):
+    world: World
+
+    @initialize(by_channel=st.booleans())
+    def begin(self, by_channel: bool) -> None:
+        self.world.begin_again()
+        self.model = Model(self.world.tenant_id)
+        self.session = Session()
+        self.by_channel = by_channel
+        self.labels: list[str] = []
+        self.plans: dict[str, str] = {}
+        self.items: dict[UUID, UUID] = {}
+        [(self.read,)] = self.world.rows("SELECT coalesce(max(position), 0) FROM event")
+        [(self.sent_before,)] = self.world.rows("SELECT coalesce(max(position), 0) FROM outbox")
+
+    # Messages
+
+    @rule(mode=MODES, plans=st.lists(PLANS, min_size=1, max_size=2), again=st.booleans())
+    def say(self, mode: QueueMode, plans: list[str], again: bool) -> None:
+        """again: a client that has not heard the answer sends its last message once more."""
+        self.world.set_mode(mode)
+        for plan in plans:
+            self._say(mode, plan)
+        if again and self.labels:
+            answered = next(id_ for id_, run in self.model.runs.items() if self.labels[-1] in run.labels)
+            assert self.world.run(self._send(self.labels[-1], self.plans[self.labels[-1]])) == answered
+
+    def _say(self, mode: QueueMode, plan: str) -> None:
+        model = self.model
+        expected, busy = model.who_answers(mode), bool(model.in_status("queued", "running"))
+        interrupted = model.in_status(*OPEN) if mode == "interrupt" else []
+        label = self._label()
+        try:
+            run_id = self.world.run(self._send(label, plan))
+        except Busy:
+            assert mode == "reject"
+            assert busy
+            assert not self.by_channel
+            self.labels.pop()
+            return
+        assert run_id == expected if expected else run_id not in model.runs
+        for id_ in interrupted:
+            model.runs[id_].cancelled = True
+        run = model.accept(run_id, label, can_fail="broken" in plan)
+        self._catch_up(None)
+        assert (run.status == "refused") == (mode == "reject" and busy)
+
+    @rule(n=WORKERS, mode=MODES.filter(lambda mode: mode != "interrupt"), index=INDEX)
+    def say_while_it_works(self, n: int, mode: QueueMode, index: int) -> None:
+        """Two transactions at once; whichever is first."""
+        worker = self.world.workers[n]
+        if not worker.gate.standing:
+            return
+        self.world.set_mode(mode)
+        label = self._label()
+
+        async def send() -> UUID | None:
+            try:
+                return await self._send(label, "")
+            except Busy:
+                return None
+
+        async def both() -> UUID | None:
+            run_id, _ = await asyncio.gather(send(), worker.move(index))
+            return run_id
+
+        if run_id := self.world.run(both()):
+            self.model.accept(run_id, label, can_fail=False)
+        else:
+            self.labels.pop()
+        self._catch_up(worker.epoch)
+        worker.calls.clear()
+
+    def _label(self) -> str:
+        self.labels.append(f"m{len(self.labels) + 1}")
+        return self.labels[-1]
+
+    async def _send(self, label: str, plan: str) -> UUID:
+        self.plans[label] = plan
+        return await self.world.say(f"{label} {plan}", by_channel=self.by_channel, key=label)
+
+    # What people decide
+
+    @rule(index=st.integers(0, 3), noticed=st.booleans())
+    def cancel(self, index: int, noticed: bool) -> None:
+        """noticed: at once, by who is in a call."""
+        if not self.model.runs:
+            return
+        # The newest first.
+        run_id = sorted(self.model.runs)[-1 - index % len(self.model.runs)]
+        run = self.model.runs[run_id]
+        if run.status in ("completed", "failed", "refused"):
+            with pytest.raises(Conflict):
+                self.world.ask(lambda tx: cancel(tx, run_id, CANCELLED))
+        else:
+            self.world.ask(lambda tx: cancel(tx, run_id, CANCELLED))
+            run.cancelled = True
+        self._catch_up(None)
+        for worker in self.world.workers if noticed else ():
+            self.world.run(worker.look())
+            self._catch_up(worker.epoch)
+
+    @rule(mode=MODES, decision=st.sampled_from(("approve", "approve", "deny", "Yes!", "no")), action=ACTIONS)
+    def decide(self, mode: QueueMode, decision: str, action: Action) -> None:
+        """All that waits is decided."""
+        for run_id in self.model.in_status("waiting"):
+            if decision in ("approve", "deny"):
+                self._settle(run_id, cast(Decision, decision))
+            else:
+                self.world.set_mode(mode)
+                assert self.world.run(self.world.say(decision, by_channel=self.by_channel)) == run_id
+                self.model.accepted.append((run_id, True))
+                self._catch_up(None)
+        for run_id in self.model.in_status("indeterminate"):
+            if action == "fail":
+                self._give_up(run_id)
+            else:
+                self._settle(run_id, action)
+
+    def _give_up(self, run_id: UUID) -> None:
+        async def work(tx: Tx) -> None:
+            await give_up(tx, run_id, await suspension(tx, run_id))
+
+        self.model.runs[run_id].can_fail = True
+        self.world.ask(work)
+        self._catch_up(None)
+
+    def _settle(self, run_id: UUID, decision: Decision) -> None:
+        async def work(tx: Tx) -> None:
+            step = (await suspension(tx, run_id)).step
+            content = None
+            if decision == "skip":
+                content = await steps.seal_result(tx, self.world.subjects, run_id, step, "skipped")
+            await settle(tx, run_id, step, decision, PERSON, content)
+
+        self.world.ask(work)
+        self._catch_up(None)
+        with pytest.raises(Conflict):
+            self.world.ask(work)
+
+    # Workers
+
+    @rule(n=WORKERS, moves=MOVES, index=INDEX, mode=MODES, plan=PLANS)
+    def work(self, n: int, moves: int, index: int, mode: QueueMode, plan: str) -> None:
+        """Where there is nothing to do, somebody writes."""
+        if not self.model.in_status("queued", "running"):
+            self.say(mode, [plan], False)
+        worker = self.world.workers[n]
+        if not worker.has_lane:
+            self._claim(worker)
+        self._move_on(worker, moves, index)
+
+    @rule(n=WORKERS, dies=st.booleans(), expires=st.booleans())
+    def stop(self, n: int, dies: bool, expires: bool) -> None:
+        """The worker dies, or hears that it has lost its lane. expires: its lease runs out, too."""
+        worker = self.world.workers[n]
+        self.world.run(worker.die() if dies else worker.hear_of_loss())
+        self._catch_up(worker.epoch)
+        if expires:
+            self._leases_run_out()
+
+    @rule(n=WORKERS, moves=MOVES, index=INDEX, mode=MODES, plan=PLANS, midway=st.booleans(), then=MOVES)
+    def take_over(self, n: int, moves: int, index: int, mode: QueueMode, plan: str, midway: bool, then: int) -> None:
+        """The other worker has the lane from now on, and this one does not know.
+
+        midway: it has written in a transaction, and commits when the other one has the lane.
+        """
+        worker, other = self.world.workers[n], self.world.workers[1 - n]
+        self.world.run(other.die())
+        self.work(n, moves, index, mode, plan)
+        worker.gate.midway = midway
+        for _ in range(3 * midway):
+            if not worker.gate.inside:
+                self._move_on(worker, 1, 0)
+        worker.gate.midway = False
+        self._leases_run_out()
+        self._claim(other)
+        while worker.gate.inside:
+            self._move_on(worker, 1, [place for place, _ in worker.gate.standing].index("midway"))
+        self._move_on(other, then, index)
+
+    def _leases_run_out(self) -> None:
+        self.world.leases_run_out()
+        self.model.ran_out = True
+
+    def _claim(self, worker: Worker) -> None:
+        if not self.model.in_status("queued", "running"):
+            return
+        self.world.pauses_are_over()
+        held = self.world.rows("SELECT 1 FROM lane WHERE tenant_id = $1 AND owner IS NOT NULL", self.world.tenant_id)
+        if self.world.run(worker.claim()):
+            assert not held or self.model.ran_out, "claimed, and another one has it"
+            assert worker.epoch > self.model.epoch
+            self.model.epoch, self.model.ran_out = worker.epoch, False
+
+    def _move_on(self, worker: Worker, moves: int, index: int) -> None:
+        while worker.gate.standing and moves:
+            self.world.run(worker.move(index))
+            self.model.check_calls(worker.calls, is_current=worker.epoch == self.model.epoch)
+            worker.calls.clear()
+            self._catch_up(worker.epoch)
+            moves -= 1
+
+    def _catch_up(self, epoch: int | None) -> None:
+        """The model reads what was stored meanwhile."""
+        for position, stream, type_, version, data in self.world.rows(
+            "SELECT position, stream_id, type, schema_version, data FROM event WHERE position > $1 ORDER BY position",
+            self.read,
+        ):
+            kind, _, id_ = stream.partition(":")
+            if kind == "run":
+                self.model.add(UUID(id_), RUN.events.decode(type_, version, data), epoch)
+            else:
+                self.session = evolve(self.session, SESSIONS.events.decode(type_, version, data))
+            self.read = position
+
+    # What holds at any time
+
+    @invariant()
+    def the_database_says_what_the_model_says(self) -> None:
+        world, model, tenant = self.world, self.model, self.world.tenant_id
+        rows = world.rows("SELECT id, status FROM run WHERE tenant_id = $1", tenant)
+        assert dict(rows) == {id_: run.status for id_, run in model.runs.items()}
+        assert len(model.in_status("running")) <= 1
+        rows = world.rows("SELECT run_id, decides FROM message WHERE tenant_id = $1 ORDER BY seq", tenant)
+        assert rows == model.accepted
+        rows = world.rows("SELECT messages, run_id, run_messages, run_waits FROM session WHERE tenant_id = $1", tenant)
+        for total, *last in rows:
+            assert (total, Session(*last)) == (len(model.accepted), self.session)
+        self._check_steps()
+        self._check_lane()
+        self._check_what_is_sent()
+
+    def _check_steps(self) -> None:
+        rows = self.world.rows(
+            "SELECT run_id, n, kind, name, status, attempts FROM run_step WHERE tenant_id = $1", self.world.tenant_id
+        )
+        stored, folded = {(row[0], row[1]): row[2:] for row in rows}, self.model.steps()
+        assert stored.keys() == folded.keys()
+        for (id_, n), step in folded.items():
+            # What a person has had made again is shown as it was until it is.
+            if not self.model.runs[id_].journal.steps[n].settled:
+                assert stored[id_, n] == step
+        # A tool takes effect once for each step, and once more only where a person says so.
+        steps_of: dict[str, set[tuple[UUID, int]]] = {}
+        keys = {key: (id_, n) for id_ in self.model.runs for key, n in self.model.keys(id_).items()}
+        for key, arguments in self.world.outside.keys.items():
+            id_, n = keys[key]
+            steps_of.setdefault(arguments, set()).add((id_, n))
+            journal = self.model.runs[id_].journal
+            assert journal.decisions.get(n) == ("approve" if journal.steps[n].name == SEND else None)
+        assert all(len(found) == 1 for found in steps_of.values()), steps_of
+
+    def _check_lane(self) -> None:
+        """Items are done one after the other, and only what is to be executed has one that waits."""
+        rows = self.world.rows(
+            "SELECT item_id, state, body, recoveries, finished_at FROM lane_item WHERE kind = $1 AND tenant_id = $2 "
+            "ORDER BY seq",
+            RUNS.name,
+            self.world.tenant_id,
+        )
+        self.items |= {id_: msgspec.json.decode(body, type=RunItem).run_id for id_, _, body, *_ in rows if body}
+        waiting = [self.items[id_] for id_, state, *_ in rows if state == "waiting"]
+        assert sorted(waiting) == self.model.in_status("queued", "running")
+        assert self.model.in_status("running") in ([], waiting[:1])
+        assert in_order([at for _, state, *_, at in rows if state == "done"])
+        assert all(recoveries >= 10 for _, state, _, recoveries, _ in rows if state == "dead")
+
+    def _check_what_is_sent(self) -> None:
+        rows = self.world.rows(
+            "SELECT body, headers FROM outbox WHERE position > $1 AND (headers LIKE '%v1.RunCompleted%' "
+            "OR headers LIKE '%v1.SendMessage%') ORDER BY position",
+            self.sent_before,
+        )
+        completed = [
+            msgspec.json.decode(body, type=RunCompleted) for body, headers in rows if "RunCompleted" in headers
+        ]
+        sends = [msgspec.json.decode(body, type=SendMessage) for body, headers in rows if "SendMessage" in headers]
+        assert sorted(reply.run_id for reply in completed) == self.model.in_status("completed")
+        for reply in completed:
+            check_reply(reply.reply, self.model.runs[reply.run_id].labels, self.labels)
+        assert [send.position for send in sends] == list(range(1, len(sends) + 1))
+        replies = [(reply.run_id, reply.reply) for reply in completed]
+        said = [(send.run_id, send.text) for send in sends]
+        assert [pair for pair in said if pair in replies] == (replies if self.by_channel else [])
+        # In the order of their messages, but for those that have waited for a person meanwhile.
+        first = {run_id: n for n, (run_id, _) in reversed(list(enumerate(self.model.accepted)))}
+        direct = [reply.run_id for reply in completed if self.model.runs[reply.run_id].never_waited]
+        assert in_order([first[run_id] for run_id in direct])
+
+    def teardown(self) -> None:
+        """People decide what is to be decided, and a worker that nothing happens to works it all off."""
+        if sys.exception() is None:
+            self._work_off()
+        for worker in self.world.workers:
+            self.world.run(worker.die())
+
+    def _work_off(self) -> None:
+        for worker in self.world.workers:
+            self.world.run(worker.die())
+        self._leases_run_out()
+        worker, open_ = self.world.workers[0], (*OPEN, "indeterminate")
+        for _ in range(4 * len(self.labels)):
+            self._claim(worker)
+            self._move_on(worker, -1, 0)
+            self.decide("collect", "approve", "retry")
+            if not self.model.in_status(*open_):
+                break
+        assert self.model.in_status(*open_) == []
+        for run in self.model.runs.values():
+            assert run.journal.over
+            assert not run.cancelled or run.status == "cancelled"
+        self.the_database_says_what_the_model_says()
+
+
+@pytest.fixture
+def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    # Looking for cancels is a rule.
+    monkeypatch.setattr("services.agent.runs.watch.POLL_SECONDS", 3600)
+    with log_lines():
+        world = World(database)
+        yield world
+        world.end()
+
+
+@pytest.mark.timeout(0 if EXAMPLES else 600)  # time to find the shortest example of a failure
+def test_a_session_does_what_the_model_does(world: World) -> None:
+    run_state_machine_as_test(
+        type("Sessions", (Sessions,), {"world": world}),
+        settings=settings(
+            max_examples=EXAMPLES or 20,
+            stateful_step_count=30,
+            derandomize=not EXAMPLES,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+        ),
+    )
