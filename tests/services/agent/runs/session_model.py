@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, assert_never
 from uuid import NAMESPACE_OID, UUID, uuid5
 
+from infra.lane_runner import MAX_RECOVERIES
 from services.agent.runs.domain import (
     BeginStep,
     Command,
@@ -39,6 +40,7 @@ from services.agent.runs.events import (
 from services.agent.sessions.domain import CAP, QueueMode
 from tests.services.agent.runs.session_world import Call
 
+GIVEN_UP = f"InvalidMessage: item: its process died, or lost it, {MAX_RECOVERIES} times"
 OPEN = ("queued", "running", "waiting")
 
 
@@ -46,8 +48,9 @@ OPEN = ("queued", "running", "waiting")
 class RunModel:
     """What is known of a run: from the messages that were accepted, and from the facts that were stored.
 
-    can_fail: one of its messages asks for that, or an operator has decided so. began_at: step → the epoch under which
-    its last attempt began. never_waited: for a person, so that its turn is that of its first message.
+    can_fail: one of its messages asks for that, or an operator has decided so. given_up: too many workers have lost it.
+    never_waited: for a person, so that its turn is that of its first message. began_at: step → the epoch under which
+    its last attempt began.
     """
 
     status: str = "queued"
@@ -55,6 +58,7 @@ class RunModel:
     labels: list[str] = field(default_factory=list)
     cancelled: bool = False
     can_fail: bool = False
+    given_up: bool = False
     never_waited: bool = True
     began_at: dict[int, int] = field(default_factory=dict)
 
@@ -125,7 +129,8 @@ class Model:
             case RunFailed():
                 run.status = event.status
                 assert event.status != "cancelled" or run.cancelled, event
-                assert event.status != "failed" or run.can_fail, event
+                run.given_up = event.error == GIVEN_UP
+                assert event.status != "failed" or run.can_fail or run.given_up, event
             case MessagesTaken() | AttemptFailed():
                 pass
             case RunForked():

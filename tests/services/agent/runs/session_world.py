@@ -7,15 +7,17 @@ leases run out and pauses are over because the database's rows are moved into th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
 import msgspec
 from prometheus_client import CollectorRegistry
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import QueuePool
 
 import services.agent
@@ -87,33 +89,42 @@ class Gate:
 
 
 class GatedDatabase(Database):
-    """Stops before each transaction."""
+    """Stops before each transaction's first statement."""
 
     gate: Gate
+    _place = "before"
+
+    async def run(
+        self, work: Callable[[Tx], Awaitable[T]], *, tenant_id: str | None = None, cause: Envelope | None = None
+    ) -> T:
+        """The item's own transaction: in use when the run is about to end, or to wait."""
+        self._place = "end"
+        return await super().run(work, tenant_id=tenant_id, cause=cause)
 
     @asynccontextmanager
     async def begin(self, *, tenant_id: str | None = None, cause: Envelope | None = None) -> AsyncIterator[Tx]:
-        await self.gate.pass_("before")
+        place, self._place = self._place, "before"
         async with super().begin(tenant_id=tenant_id, cause=cause) as tx:
-            if self.gate.midway:
-                self._stop_midway(tx)
+            connection, flush = tx.connection, tx.flush
+
+            async def stop_before() -> AsyncConnection:
+                tx.__dict__.pop("connection", None)
+                await self.gate.pass_(place)
+                return await connection()
+
+            async def stop_midway() -> None:
+                await flush()
+                if self.gate.midway and tx.in_use:
+                    self.gate.inside += 1
+                    try:
+                        await self.gate.pass_("midway")
+                    finally:
+                        self.gate.inside -= 1
+
+            tx.__dict__ |= {"connection": stop_before, "flush": stop_midway}
             yield tx
             # The last flush comes behind the fence: whoever stood there would have the lane's row locked.
-            tx.__dict__.pop("flush", None)
-
-    def _stop_midway(self, tx: Tx) -> None:
-        flush = tx.flush
-
-        async def flush_and_stop() -> None:
-            await flush()
-            if tx.in_use:
-                self.gate.inside += 1
-                try:
-                    await self.gate.pass_("midway")
-                finally:
-                    self.gate.inside -= 1
-
-        tx.flush = flush_and_stop  # type: ignore[method-assign]
+            del tx.__dict__["flush"]
 
 
 class Billing:
@@ -204,12 +215,12 @@ class Worker:
             self._database, [work], self._control, Metrics(CollectorRegistry()), lease_seconds=3600
         )
         self._kind = self._runner._kinds[RUNS.name]
-        self.calls: list[Call] = []
         self.begin_again()
 
     def begin_again(self) -> None:
         self.gate = self._database.gate = Gate()
         self.epoch = 0
+        self.calls: list[Call] = []
         self._group = Group(self._database, CANCELLED)
         self._watch = Watch(self._watching)
         peers = Peers(*(cast(Any, peer) for peer in (None, Billing(), self, Cache())))
@@ -268,8 +279,9 @@ class Worker:
         assert isinstance(pool, QueuePool)
         calm = 0
         while calm < TURNS:
-            await asyncio.sleep(0)
-            calm = 0 if pool.checkedout() > self.gate.inside else calm + 1
+            busy = pool.checkedout() > self.gate.inside
+            calm = 0 if busy else calm + 1
+            await asyncio.sleep(0.0005 if busy else 0)
 
     async def look(self) -> None:
         """Whether a run is to be cancelled, as it does every half second."""
@@ -294,6 +306,7 @@ class Worker:
         self.begin_again()
 
     async def end(self) -> None:
+        await self.die()
         await self._runner._claims.close()
         await self._engine.dispose()
         await self._control.dispose()
@@ -307,6 +320,9 @@ class World:
         self._admin_url = database
         self.run(prepare_database(database, {"agent": PASSWORDS}))
         self.run(migrate(database, "agent", Path(str(services.agent.__file__)).parent / "migrations"))
+        # Nobody pulls the plug: what is committed is there, also where it is not yet on the disk.
+        name = urlsplit(database).path[1:]
+        self.run(self._execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off'))
         self.cipher = Cipher("A" * 43 + "=")
         self.subjects = SubjectKeys(self.cipher)
         self._looking = self.run(asyncpg.connect(self.url("worker")))
@@ -319,6 +335,11 @@ class World:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
+
+    async def _execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self._admin_url)
+        await connection.execute(statement)
+        await connection.close()
 
     def end(self) -> None:
         async def end() -> None:

@@ -9,7 +9,8 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator
-from typing import Literal, cast, get_args
+from datetime import timedelta
+from typing import Literal, NamedTuple, cast, get_args
 from uuid import UUID
 
 import msgspec
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from infra.errors import Conflict
+from infra.lane_runner import MAX_RECOVERIES
 from infra.tx import Tx
 from protos.messages.agent import RunCompleted
 from protos.messages.channel import SendMessage
@@ -29,7 +31,7 @@ from services.agent.runs.ending import CANCELLED
 from services.agent.runs.events import Decision
 from services.agent.runs.publishing import RUN
 from services.agent.runs.settling import give_up, settle, suspension
-from services.agent.sessions.domain import QUEUE_MODES, Busy, QueueMode, Session, evolve
+from services.agent.sessions.domain import Busy, QueueMode, Session, evolve
 from services.agent.sessions.publishing import SESSION as SESSIONS
 from tests.infra.lane_world import log_lines
 from tests.services.agent.runs.session_model import OPEN, Model, check_reply, in_order
@@ -37,12 +39,29 @@ from tests.services.agent.runs.session_world import DOUBT, LOOK, PERSON, SEND, W
 
 EXAMPLES = int(os.environ.get("CLAW_MODEL_EXAMPLES", 0))
 WORKERS = st.integers(0, 1)
-MODES = st.sampled_from(QUEUE_MODES)
+MODES = st.sampled_from(("steer", "collect", "followup", "steer", "interrupt", "reject"))
 # What the model does with a message, one word each time it is asked; then it answers.
 PLANS = st.sampled_from(("", "", LOOK, SEND, SEND, DOUBT, f"{LOOK} {SEND}", f"{SEND} {LOOK}", "flaky", "broken"))
 # Of what stands at the same time, which goes on.
 INDEX = st.integers(0, 1)
-MOVES = st.sampled_from((2, 3, 1, 5, 8, 13))
+MOVES = st.sampled_from((2, 0, 6, 4, 0, 8, 1, 5, 3, 7, 13))
+
+
+class Turn(NamedTuple):
+    """Worker `n` makes so many moves, and goes on to that place. Where there would be nothing to do, somebody writes
+    before.
+    """
+
+    n: int
+    moves: int
+    place: str
+    which: int
+    mode: QueueMode
+    plan: str
+
+
+TURNS = st.builds(Turn, WORKERS, MOVES, st.sampled_from(("", "", "end", "model")), INDEX, MODES, PLANS)
+FATES = ("dies", "overtaken", "overtaken midway", "hears")
 Action = Literal["retry", "skip", "fail"]
 ACTIONS = st.sampled_from(get_args(Action))
 
@@ -64,17 +83,25 @@ class Sessions(RuleBasedStateMachine):
 
     # Messages
 
-    @rule(mode=MODES, plans=st.lists(PLANS, min_size=1, max_size=2), again=st.booleans())
-    def say(self, mode: QueueMode, plans: list[str], again: bool) -> None:
+    @rule(mode=MODES, plans=st.lists(PLANS, min_size=1, max_size=2), again=st.booleans(), turn=TURNS)
+    def say(self, mode: QueueMode, plans: list[str], again: bool, turn: Turn) -> None:
         """again: a client that has not heard the answer sends its last message once more."""
-        self.world.set_mode(mode)
         for plan in plans:
             self._say(mode, plan)
+        self.world.set_mode(mode)
         if again and self.labels:
             answered = next(id_ for id_, run in self.model.runs.items() if self.labels[-1] in run.labels)
             assert self.world.run(self._send(self.labels[-1], self.plans[self.labels[-1]])) == answered
+        self._work(turn)
+
+    @rule(turn=TURNS, plan=PLANS)
+    def steer_at_the_end(self, turn: Turn, plan: str) -> None:
+        """A message joins a run that has looked for the last time whether there is one."""
+        self._work(turn._replace(place="end"))
+        self._say("steer", plan)
 
     def _say(self, mode: QueueMode, plan: str) -> None:
+        self.world.set_mode(mode)
         model = self.model
         expected, busy = model.who_answers(mode), bool(model.in_status("queued", "running"))
         interrupted = model.in_status(*OPEN) if mode == "interrupt" else []
@@ -94,10 +121,11 @@ class Sessions(RuleBasedStateMachine):
         self._catch_up(None)
         assert (run.status == "refused") == (mode == "reject" and busy)
 
-    @rule(n=WORKERS, mode=MODES.filter(lambda mode: mode != "interrupt"), index=INDEX)
-    def say_while_it_works(self, n: int, mode: QueueMode, index: int) -> None:
+    @rule(mode=MODES.filter(lambda mode: mode != "interrupt"), turn=TURNS)
+    def say_while_it_works(self, mode: QueueMode, turn: Turn) -> None:
         """Two transactions at once; whichever is first."""
-        worker = self.world.workers[n]
+        self._work(turn)
+        worker = self.world.workers[turn.n]
         if not worker.gate.standing:
             return
         self.world.set_mode(mode)
@@ -110,7 +138,7 @@ class Sessions(RuleBasedStateMachine):
                 return None
 
         async def both() -> UUID | None:
-            run_id, _ = await asyncio.gather(send(), worker.move(index))
+            run_id, _ = await asyncio.gather(send(), worker.move(turn.which))
             return run_id
 
         if run_id := self.world.run(both()):
@@ -118,7 +146,7 @@ class Sessions(RuleBasedStateMachine):
         else:
             self.labels.pop()
         self._catch_up(worker.epoch)
-        worker.calls.clear()
+        worker.calls = []
 
     def _label(self) -> str:
         self.labels.append(f"m{len(self.labels) + 1}")
@@ -130,11 +158,10 @@ class Sessions(RuleBasedStateMachine):
 
     # What people decide
 
-    @rule(index=st.integers(0, 3), noticed=st.booleans())
-    def cancel(self, index: int, noticed: bool) -> None:
+    @rule(turn=TURNS, index=st.integers(0, 3), noticed=st.booleans())
+    def cancel(self, turn: Turn, index: int, noticed: bool) -> None:
         """noticed: at once, by who is in a call."""
-        if not self.model.runs:
-            return
+        self._work(turn)
         # The newest first.
         run_id = sorted(self.model.runs)[-1 - index % len(self.model.runs)]
         run = self.model.runs[run_id]
@@ -149,9 +176,13 @@ class Sessions(RuleBasedStateMachine):
             self.world.run(worker.look())
             self._catch_up(worker.epoch)
 
-    @rule(mode=MODES, decision=st.sampled_from(("approve", "approve", "deny", "Yes!", "no")), action=ACTIONS)
-    def decide(self, mode: QueueMode, decision: str, action: Action) -> None:
+    @rule(turn=TURNS, decision=st.sampled_from(("approve", "Yes!", "deny", "no")), action=ACTIONS)
+    def decide(self, turn: Turn, decision: str, action: Action) -> None:
         """All that waits is decided."""
+        self._work(turn)
+        self._decide(turn.mode, decision, action)
+
+    def _decide(self, mode: QueueMode, decision: str, action: Action) -> None:
         for run_id in self.model.in_status("waiting"):
             if decision in ("approve", "deny"):
                 self._settle(run_id, cast(Decision, decision))
@@ -189,34 +220,41 @@ class Sessions(RuleBasedStateMachine):
 
     # Workers
 
-    @rule(n=WORKERS, moves=MOVES, index=INDEX, mode=MODES, plan=PLANS)
-    def work(self, n: int, moves: int, index: int, mode: QueueMode, plan: str) -> None:
-        """Where there is nothing to do, somebody writes."""
+    def _work(self, turn: Turn) -> None:
         if not self.model.in_status("queued", "running"):
-            self.say(mode, [plan], False)
-        worker = self.world.workers[n]
+            self._say(turn.mode, turn.plan)
+        worker = self.world.workers[turn.n]
         if not worker.has_lane:
             self._claim(worker)
-        self._move_on(worker, moves, index)
+        self._move_on(worker, turn.moves, turn.which)
+        while turn.place and worker.gate.standing and turn.place not in dict(worker.gate.standing):
+            self._move_on(worker, 1, turn.which)
 
-    @rule(n=WORKERS, dies=st.booleans(), expires=st.booleans())
-    def stop(self, n: int, dies: bool, expires: bool) -> None:
-        """The worker dies, or hears that it has lost its lane. expires: its lease runs out, too."""
-        worker = self.world.workers[n]
-        self.world.run(worker.die() if dies else worker.hear_of_loss())
-        self._catch_up(worker.epoch)
+    @rule(turn=TURNS, fate=st.sampled_from(FATES), expires=st.booleans(), then=MOVES)
+    def lose(self, turn: Turn, fate: str, expires: bool, then: int) -> None:
+        """The worker dies, or hears that it has lost its lane (expires: its lease runs out, too), or is overtaken."""
+        worker, other = self.world.workers[turn.n], self.world.workers[1 - turn.n]
+        if fate in ("overtaken", "overtaken midway"):
+            self.world.run(other.die())
+        self._work(turn)
+        match fate:
+            case "dies":
+                self.world.run(worker.die())
+            case "hears":
+                self.world.run(worker.hear_of_loss())
+                self._catch_up(worker.epoch)
+            case _:
+                self._overtake(worker, other, midway=fate == "overtaken midway")
+                self._move_on(other, then, turn.which)
+                self._move_on(worker, then, turn.which)
         if expires:
             self._leases_run_out()
 
-    @rule(n=WORKERS, moves=MOVES, index=INDEX, mode=MODES, plan=PLANS, midway=st.booleans(), then=MOVES)
-    def take_over(self, n: int, moves: int, index: int, mode: QueueMode, plan: str, midway: bool, then: int) -> None:
+    def _overtake(self, worker: Worker, other: Worker, *, midway: bool) -> None:
         """The other worker has the lane from now on, and this one does not know.
 
         midway: it has written in a transaction, and commits when the other one has the lane.
         """
-        worker, other = self.world.workers[n], self.world.workers[1 - n]
-        self.world.run(other.die())
-        self.work(n, moves, index, mode, plan)
         worker.gate.midway = midway
         for _ in range(3 * midway):
             if not worker.gate.inside:
@@ -226,7 +264,6 @@ class Sessions(RuleBasedStateMachine):
         self._claim(other)
         while worker.gate.inside:
             self._move_on(worker, 1, [place for place, _ in worker.gate.standing].index("midway"))
-        self._move_on(other, then, index)
 
     def _leases_run_out(self) -> None:
         self.world.leases_run_out()
@@ -245,8 +282,8 @@ class Sessions(RuleBasedStateMachine):
     def _move_on(self, worker: Worker, moves: int, index: int) -> None:
         while worker.gate.standing and moves:
             self.world.run(worker.move(index))
-            self.model.check_calls(worker.calls, is_current=worker.epoch == self.model.epoch)
-            worker.calls.clear()
+            calls, worker.calls = worker.calls, []
+            self.model.check_calls(calls, is_current=worker.epoch == self.model.epoch)
             self._catch_up(worker.epoch)
             moves -= 1
 
@@ -313,7 +350,7 @@ class Sessions(RuleBasedStateMachine):
         assert sorted(waiting) == self.model.in_status("queued", "running")
         assert self.model.in_status("running") in ([], waiting[:1])
         assert in_order([at for _, state, *_, at in rows if state == "done"])
-        assert all(recoveries >= 10 for _, state, _, recoveries, _ in rows if state == "dead")
+        assert all(recoveries >= MAX_RECOVERIES for _, state, _, recoveries, _ in rows if state == "dead")
 
     def _check_what_is_sent(self) -> None:
         rows = self.world.rows(
@@ -349,23 +386,24 @@ class Sessions(RuleBasedStateMachine):
             self.world.run(worker.die())
         self._leases_run_out()
         worker, open_ = self.world.workers[0], (*OPEN, "indeterminate")
-        for _ in range(4 * len(self.labels)):
+        for n in range(4 * len(self.labels)):
             self._claim(worker)
             self._move_on(worker, -1, 0)
-            self.decide("collect", "approve", "retry")
+            self._decide("collect", ("deny", "approve")[n % 2], ("retry", "skip")[n % 2])
             if not self.model.in_status(*open_):
                 break
         assert self.model.in_status(*open_) == []
         for run in self.model.runs.values():
             assert run.journal.over
-            assert not run.cancelled or run.status == "cancelled"
+            assert not run.cancelled or run.status == "cancelled" or run.given_up
         self.the_database_says_what_the_model_says()
 
 
 @pytest.fixture
 def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    # Looking for cancels is a rule.
+    # Neither looking for cancels nor the end of a pause is left to time.
     monkeypatch.setattr("services.agent.runs.watch.POLL_SECONDS", 3600)
+    monkeypatch.setattr("services.agent.sessions.domain.DEBOUNCE", timedelta(hours=1))
     with log_lines():
         world = World(database)
         yield world
@@ -377,8 +415,8 @@ def test_a_session_does_what_the_model_does(world: World) -> None:
     run_state_machine_as_test(
         type("Sessions", (Sessions,), {"world": world}),
         settings=settings(
-            max_examples=EXAMPLES or 20,
-            stateful_step_count=30,
+            max_examples=EXAMPLES or 30,
+            stateful_step_count=15,
             derandomize=not EXAMPLES,
             database=None,
             deadline=None,
@@ -386,3 +424,33 @@ def test_a_session_does_what_the_model_does(world: World) -> None:
             phases=(Phase.generate, Phase.shrink),
         ),
     )
+
+
+def test_what_comes_between_a_draft_and_the_next_one_is_told_alike_to_who_goes_on(world: World) -> None:
+    world.begin_again()
+    world.set_mode("steer")
+    worker = world.workers[0]
+
+    def work_until(place: str) -> None:
+        while world.run(worker.move(0)) != place:
+            pass
+
+    def say(label: str) -> UUID:
+        return world.run(world.say(label, by_channel=False))
+
+    run_id = say("m1")
+    world.run(worker.claim())
+    work_until("model")
+    world.run(worker.move(0))  # the draft is stored; before it is sent, it is looked for more
+    say("m2")
+    world.run(worker.move(0))
+    world.run(worker.move(0))  # that m2 is taken is stored
+    say("m3")
+    while worker.gate.standing[0][0] != "model":
+        world.run(worker.move(0))
+    world.run(worker.die())
+    world.leases_run_out()
+    world.run(worker.claim())
+    while worker.gate.standing:
+        world.run(worker.move(0))
+    assert world.rows("SELECT status, error FROM run WHERE id = $1", run_id) == [("completed", None)]
