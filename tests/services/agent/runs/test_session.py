@@ -415,7 +415,7 @@ def test_a_session_does_what_the_model_does(world: World) -> None:
     run_state_machine_as_test(
         type("Sessions", (Sessions,), {"world": world}),
         settings=settings(
-            max_examples=EXAMPLES or 30,
+            max_examples=EXAMPLES or 15,
             stateful_step_count=15,
             derandomize=not EXAMPLES,
             database=None,
