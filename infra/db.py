@@ -13,6 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 # Left idle inside a transaction for longer, the server ends the session. A consumer stopped in mid-transaction holds
 # its offset row; without this the next owner of the partition waits for it as long as the process stays stopped.
 IDLE_IN_TRANSACTION_MS = 5_000
+# Also while a statement is half sent, which counts neither as idle nor as running. Without this a process stopped
+# between asking how its statement is to be executed and executing it holds its row locks as long as it stays stopped.
+TRANSACTION_TIMEOUT_MS = 45_000
 # No statement of the kernel runs for long; one that does holds locks that others wait for.
 STATEMENT_TIMEOUT_MS = 30_000
 
@@ -24,6 +27,7 @@ _TRANSIENT_STATES = (
     "55P03",  # lock not available
     "57",  # cancelled, shut down, cannot connect now
     "25P03",  # idle in transaction for too long
+    "25P04",  # in a transaction for too long
     "25006",  # read only: a fail-over is under way
 )
 
@@ -48,6 +52,7 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
                 **({"search_path": schema} if schema else {}),
                 "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
                 "statement_timeout": str(STATEMENT_TIMEOUT_MS),
+                "transaction_timeout": str(TRANSACTION_TIMEOUT_MS),
             },
         },
     )

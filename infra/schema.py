@@ -73,6 +73,7 @@ async def migrate(admin_url: str, service: str, folder: Path) -> None:
     engine = create_engine(admin_url, pool_size=1, name="migrate")
     try:
         async with engine.begin() as connection:
+            await sql(connection, "SET LOCAL transaction_timeout = 0")
             await sql(connection, "SELECT pg_advisory_xact_lock($1)", _PREPARE_LOCK)
             await _become_owner(connection, service)
             await connection.run_sync(upgrade)

@@ -167,6 +167,7 @@ class Replay:
         """Holds the live consumer where it stands, and what could redrive a dead letter into the live tables."""
         await sql(held, "SET LOCAL idle_in_transaction_session_timeout = 0")
         await sql(held, "SET LOCAL statement_timeout = 0")
+        await sql(held, "SET LOCAL transaction_timeout = 0")
         targets = await self._live_offsets(topic, incarnation, lock=held)
         # In the order in which consumer and drainer take them. EXCLUSIVE: also FOR UPDATE waits, so a drainer stops
         # before it has a lock on the live tables, which the switch needs.
