@@ -56,7 +56,7 @@ class Supervisor:
         """Starts the supervisor, with no program yet. Ends first what a killed supervisor has left behind."""
         if self.running():
             return
-        end(orphans(self._home))
+        end_all(self._home)
         for old in (self._home / "programs").glob("*"):
             old.unlink()
         for name in ("log", "programs"):
@@ -153,7 +153,7 @@ class Supervisor:
             # Nothing is left to lose, and its own shutdown takes two seconds more.
             psutil.Process(pid).kill()
             self._socket.unlink(missing_ok=True)
-        end(orphans(self._home), kill)
+        end_all(self._home, kill)
 
     def log(self, name: str) -> Path:
         """The program's log file, rotated at 10 MB, three files in all."""
@@ -172,6 +172,15 @@ class Supervisor:
 def orphans(home: Path) -> list[psutil.Process]:
     """Processes of this stack that run although their supervisor may not."""
     return [process for process in psutil.process_iter() if _belongs(process, home)]
+
+
+def end_all(home: Path, kill: bool = False) -> None:
+    """Ends every process of this stack. Looks again afterwards: one may have started another before its end came, as
+    nginx does with its workers."""
+    for _ in range(5):
+        if not (left := orphans(home)):
+            return
+        end(left, kill)
 
 
 def end(processes: list[psutil.Process], kill: bool = False) -> None:
