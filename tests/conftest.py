@@ -22,17 +22,20 @@ from infra.testing.stack import Stack, running_stack
 gc.set_threshold(700, 10, 10)
 
 
+# What uses the whole system.
+E2E = "tests/e2e/"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses the whole system comes first: it takes longest, and no process has to wait for it at the end."""
-    items.sort(key=lambda item: "system" not in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: not item.nodeid.startswith(E2E))
 
 
 class ByWhatIsShared(LoadScopeScheduling):  # type: ignore[misc]
     """A module's tests run in one process, and so do all that use the whole system: what they share is started once."""
 
     def _split_scope(self, nodeid: str) -> str:
-        module = nodeid.split("::")[0]
-        return "tests/e2e" if module.startswith("tests/e2e/") else module
+        return E2E if nodeid.startswith(E2E) else nodeid.split("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
@@ -50,9 +53,9 @@ def stack() -> Iterator[Stack]:
 def database(stack: Stack) -> Iterator[str]:
     """The administrator's URL of a fresh database, dropped after the module."""
     name = f"t_{uuid.uuid4().hex}"
-    _execute(stack.postgres_url, f"CREATE DATABASE {name}")
+    execute(stack.postgres_url, f"CREATE DATABASE {name}")
     yield urlunsplit(urlsplit(stack.postgres_url)._replace(path=f"/{name}"))
-    _execute(stack.postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    execute(stack.postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +81,15 @@ def make_vhost(stack: Stack, name: str) -> None:
     _manage(stack, "PUT", f"/api/permissions/{name}/admin", {"configure": ".*", "write": ".*", "read": ".*"})
 
 
-def _execute(url: str, statement: str) -> None:
-    async def execute() -> None:
+def execute(url: str, statement: str) -> None:
+    """Runs one statement as the user of the URL."""
+
+    async def run() -> None:
         connection = await asyncpg.connect(url)
         await connection.execute(statement)
         await connection.close()
 
-    asyncio.run(execute())
+    asyncio.run(run())
 
 
 def _manage(stack: Stack, method: str, path: str, body: object = None) -> None:

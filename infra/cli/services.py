@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from infra.cli.home import CHECKOUT, SERVICE_PORTS, SERVICES
 from infra.engines import ENGINES
-from infra.engines.base import Engine, Place, Program
+from infra.engines.base import ANSWER_SECONDS, Engine, Place, Program
 
 
 class LocalService:
@@ -55,7 +55,7 @@ class LocalService:
     async def ready(self, place: Place) -> str:
         import httpx
 
-        async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
             answer = await client.get(f"{self.access(place)['url']}/readyz")
         return str(answer.raise_for_status().json()["version"])
 

@@ -17,13 +17,11 @@ from rich.table import Table
 from infra.cli.home import Home, home_folder
 from infra.cli.services import parts
 from infra.engines import ENGINES
-from infra.engines.base import Engine, Place
+from infra.engines.base import ANSWER_SECONDS, Engine, Place
 from infra.engines.supervisor import Process, Supervisor
 
 # A part that does not answer this long after its start has failed.
 _STARTING_SECONDS = 60
-# Of a part that runs. On a busy machine the client libraries alone, loaded at the first question, take some seconds.
-_PATIENCE_SECONDS = 20
 _COLOURS = {"ready": "green", "starting": "yellow", "failed": "red", "stopped": "dim"}
 
 
@@ -66,7 +64,7 @@ async def collect(place: Place, supervisor: Supervisor) -> list[Status]:
 async def _latency(name: str, place: Place) -> float | None:
     began = time.perf_counter()
     try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(ANSWER_SECONDS):
             await parts()[name].ready(place)
     except Exception:
         return None
@@ -79,7 +77,7 @@ async def _ask(part: Engine, place: Place, process: Process | None) -> Status:
         state = "stopped"
     else:
         try:
-            async with asyncio.timeout(_PATIENCE_SECONDS):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 version = await part.ready(place)
             state = "ready"
         except Exception:

@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+# How long whoever asks an engine whether it works waits for its answer. On a busy machine the client libraries alone,
+# loaded at the first question, take some seconds.
+ANSWER_SECONDS = 20
+
 
 class EngineError(Exception):
     """An engine cannot be set up or started; the text tells a person what is wrong and what to do."""

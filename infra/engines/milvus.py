@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from infra.engines.base import Place, Program, cache_folder, package_folder, write_atomically
+from infra.engines.base import ANSWER_SECONDS, Place, Program, cache_folder, package_folder, write_atomically
 
 NAME = "milvus"
 PORTS = {
@@ -94,7 +94,7 @@ async def ready(place: Place) -> str:
     """Asks the proxy for the collections, which it asks the root coordinator for."""
     import httpx
 
-    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
         answer = await client.get(f"{access(place)['url']}/v1/vector/collections")
     if answer.status_code != 200 or answer.json().get("code") != 200:
         raise ConnectionError(f"milvus answers {answer.text}")

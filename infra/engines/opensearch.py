@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from infra.engines.base import Place, Program, write_atomically
+from infra.engines.base import ANSWER_SECONDS, Place, Program, write_atomically
 from infra.engines.jars import JAVA, install_jars
 
 NAME = "opensearch"
@@ -70,7 +70,7 @@ async def ready(place: Place) -> str:
     """A document goes in and is found."""
     import httpx
 
-    async with httpx.AsyncClient(base_url=access(place)["url"], trust_env=False, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=access(place)["url"], trust_env=False, timeout=ANSWER_SECONDS) as client:
         document = f"/{_READY}/_doc/1"
         stored = await client.put(document, params={"refresh": "true"}, json={"ready": True})
         stored.raise_for_status()

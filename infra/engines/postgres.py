@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
-from infra.engines.base import EngineError, Place, Program, fresh_folder, package_folder
+from infra.engines.base import ANSWER_SECONDS, EngineError, Place, Program, fresh_folder, package_folder
 
 NAME = "postgres"
 PORTS = {"postgres": 5432}
@@ -67,11 +67,11 @@ def program(place: Place) -> Program:
 async def ready(place: Place) -> str:
     import asyncpg
 
-    connection = await asyncpg.connect(access(place)["url"], timeout=20)
+    connection = await asyncpg.connect(access(place)["url"], timeout=ANSWER_SECONDS)
     try:
-        return str(await connection.fetchval("SHOW server_version", timeout=20))
+        return str(await connection.fetchval("SHOW server_version", timeout=ANSWER_SECONDS))
     finally:
-        await connection.close(timeout=20)
+        await connection.close(timeout=ANSWER_SECONDS)
 
 
 def access(place: Place) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import io
 from typing import Any
 
-from infra.engines.base import Place, Program, write_atomically
+from infra.engines.base import ANSWER_SECONDS, Place, Program, write_atomically
 from infra.engines.jars import JAVA, install_jars
 
 NAME = "s3"
@@ -58,7 +58,7 @@ def _round_trip(place: Place) -> None:
     import urllib3
     from minio import Minio
 
-    with urllib3.PoolManager(timeout=20, retries=False) as pool:
+    with urllib3.PoolManager(timeout=ANSWER_SECONDS, retries=False) as pool:
         keys = (_ACCESS_KEY, place.secret("s3.admin"))
         client = Minio(f"127.0.0.1:{place.ports['s3']}", *keys, secure=False, http_client=pool)
         if not client.bucket_exists(_READY):

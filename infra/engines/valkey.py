@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra.engines.base import Place, Program, package_folder, sha256, write_atomically
+from infra.engines.base import ANSWER_SECONDS, Place, Program, package_folder, sha256, write_atomically
 
 NAME = "valkey"
 PORTS = {"valkey": 6379}
@@ -47,7 +47,7 @@ def program(place: Place) -> Program:
 async def ready(place: Place) -> str:
     import redis.asyncio
 
-    client = redis.asyncio.Redis.from_url(access(place)["url"], socket_timeout=20)
+    client = redis.asyncio.Redis.from_url(access(place)["url"], socket_timeout=ANSWER_SECONDS)
     try:
         await client.set("claw:ready", "1", ex=60)
         if await client.get("claw:ready") != b"1":

@@ -6,14 +6,12 @@ The same examples each time. CLAW_MODEL_EXAMPLES=<how many> tries that many othe
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from infra.bus.batch import Batches, Position
 from infra.bus.redrive import discard, request_redrive
@@ -21,8 +19,8 @@ from infra.clock import uuid7
 from infra.errors import Conflict
 from tests.faults.model import KEYS, Model
 from tests.faults.world import PARTITIONS, Crash, Note, Record, World, bucket
+from tests.machines import patient, run_machine
 
-EXAMPLES = int(os.environ.get("CLAW_MODEL_EXAMPLES", 0))
 PAUSES = ("paused before publish", "paused before mark")
 
 
@@ -324,17 +322,6 @@ def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world.end()
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 600)  # time to find the shortest example of a failure
+@patient
 def test_the_kernel_does_what_the_model_does(world: World) -> None:
-    run_state_machine_as_test(
-        type("Kernel", (Kernel,), {"world": world}),
-        settings=settings(
-            max_examples=EXAMPLES or 25,
-            stateful_step_count=30,
-            derandomize=not EXAMPLES,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink),
-        ),
-    )
+    run_machine(Kernel, world, examples=25, steps=30)

@@ -96,7 +96,7 @@ class Providers:
         key = endpoint.api_key or "none"
         # The libraries' own retries are off: each attempt has to be known, for it is usage.
         if family == "anthropic":
-            # Not at the top: loading it takes half as long as all else that a process loads at its start.
+            # Not at the top: loading it is a quarter of what a process loads at its start, and few ask for it.
             from anthropic import AsyncAnthropic
             from pydantic_ai.models.anthropic import AnthropicModel
             from pydantic_ai.providers.anthropic import AnthropicProvider

@@ -140,12 +140,11 @@ class Answering:
         instructions = asked.system(self.agent.system_prompt) + (
             f"\n\nWhat was said before, in short:\n{known.text}" if known else ""
         )
-        system, misfits, has_taken = instructions, 0, False
+        system, misfits = instructions, 0
+        # Once before each step: what is taken in by twos before one step is a single turn to whoever goes on with the
+        # run, and the step would be another one.
+        await self._take(turns)
         while True:
-            # Once for each step: what is taken in by twos before one step is a single turn to whoever goes on with the
-            # run, and the step would be another one.
-            if not has_taken:
-                await self._take(turns)
             prompt = Prompt(
                 system, tuple(turns), passages, tools, self._output_limit(), output_schema=self.agent.output_schema
             )
@@ -153,9 +152,9 @@ class Answering:
             if answer.calls:
                 turns.append(Answered(answer.text, answer.calls))
                 turns += await self._call_all(answer.calls)
-                has_taken = False
+                await self._take(turns)
                 continue
-            if has_taken := await self._take(turns):
+            if await self._take(turns):
                 continue  # the answer would not answer all of it
             if not answer.text.strip():
                 raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)

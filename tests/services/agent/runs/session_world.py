@@ -54,6 +54,7 @@ from services.agent.runs.projections import CANCELLED
 from services.agent.runs.watch import Watch
 from services.agent.sessions.domain import QueueMode
 from services.agent.sessions.intake import Arrival, Origin, take_in
+from tests.conftest import execute
 from tests.infra.conftest import PASSWORDS
 
 T = TypeVar("T")
@@ -322,7 +323,7 @@ class World:
         self.run(migrate(database, "agent", Path(str(services.agent.__file__)).parent / "migrations"))
         # Nobody pulls the plug: what is committed is there, also where it is not yet on the disk.
         name = urlsplit(database).path[1:]
-        self.run(self._execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off'))
+        execute(database, f'ALTER DATABASE "{name}" SET synchronous_commit = off')
         self.cipher = Cipher("A" * 43 + "=")
         self.subjects = SubjectKeys(self.cipher)
         self._looking = self.run(asyncpg.connect(self.url("worker")))
@@ -335,11 +336,6 @@ class World:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
-
-    async def _execute(self, statement: str) -> None:
-        connection = await asyncpg.connect(self._admin_url)
-        await connection.execute(statement)
-        await connection.close()
 
     def end(self) -> None:
         async def end() -> None:

@@ -6,7 +6,6 @@ The same examples each time. CLAW_MODEL_EXAMPLES=<how many> tries that many othe
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,9 +14,8 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from infra.errors import Conflict
 from infra.lane_runner import MAX_RECOVERIES
@@ -34,10 +32,10 @@ from services.agent.runs.settling import give_up, settle, suspension
 from services.agent.sessions.domain import Busy, QueueMode, Session, evolve
 from services.agent.sessions.publishing import SESSION as SESSIONS
 from tests.infra.lane_world import log_lines
+from tests.machines import patient, run_machine
 from tests.services.agent.runs.session_model import OPEN, Model, check_reply, in_order
 from tests.services.agent.runs.session_world import DOUBT, LOOK, PERSON, SEND, Worker, World
 
-EXAMPLES = int(os.environ.get("CLAW_MODEL_EXAMPLES", 0))
 WORKERS = st.integers(0, 1)
 MODES = st.sampled_from(("steer", "collect", "followup", "steer", "interrupt", "reject"))
 # What the model does with a message, one word each time it is asked; then it answers.
@@ -410,20 +408,9 @@ def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         world.end()
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 600)  # time to find the shortest example of a failure
+@patient
 def test_a_session_does_what_the_model_does(world: World) -> None:
-    run_state_machine_as_test(
-        type("Sessions", (Sessions,), {"world": world}),
-        settings=settings(
-            max_examples=EXAMPLES or 15,
-            stateful_step_count=15,
-            derandomize=not EXAMPLES,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink),
-        ),
-    )
+    run_machine(Sessions, world, examples=15, steps=15)
 
 
 def test_what_comes_between_a_draft_and_the_next_one_is_told_alike_to_who_goes_on(world: World) -> None:
@@ -431,16 +418,13 @@ def test_what_comes_between_a_draft_and_the_next_one_is_told_alike_to_who_goes_o
     world.set_mode("steer")
     worker = world.workers[0]
 
-    def work_until(place: str) -> None:
-        while world.run(worker.move(0)) != place:
-            pass
-
     def say(label: str) -> UUID:
         return world.run(world.say(label, by_channel=False))
 
     run_id = say("m1")
     world.run(worker.claim())
-    work_until("model")
+    while world.run(worker.move(0)) != "model":
+        pass
     world.run(worker.move(0))  # the draft is stored; before it is sent, it is looked for more
     say("m2")
     world.run(worker.move(0))
