@@ -55,17 +55,27 @@ class Ordered:
         await self._go_on(tx, key, max(last, position), handle)
 
     async def close_gap(self, tx: Tx, gap: Gap, handle: Handle) -> None:
-        """Handles what waits still, without what never came."""
+        """Handles what waits still up to the gap's message, in order, without what never came."""
         last = await self._last(tx, gap.key)
-        if last >= gap.position:
-            return
-        get_logger("infra.order").warning(
-            "messages did not come, those behind them are handled; are they dead letters? see claw dlq list",
-            kind=self.gaps.name,
-            key=gap.key,
-            missing=f"{last + 1} to {gap.position - 1}",
-        )
-        await self._go_on(tx, gap.key, gap.position - 1, handle)
+        # Not the gap's message alone: one that is before it may have come behind it, and wait too.
+        for (waiting,) in await tx.sql(
+            "SELECT position FROM early_message WHERE tenant_id = $1 AND name = $2 AND key = $3 "
+            "AND position BETWEEN $4 AND $5 ORDER BY position",
+            tx.tenant_id or "",
+            self.gaps.name,
+            gap.key,
+            last + 1,
+            gap.position,
+        ):
+            if waiting <= last:
+                continue
+            get_logger("infra.order").warning(
+                "messages did not come, those behind them are handled; are they dead letters? see claw dlq list",
+                kind=self.gaps.name,
+                key=gap.key,
+                missing=f"{last + 1} to {waiting - 1}",
+            )
+            last = await self._go_on(tx, gap.key, waiting - 1, handle)
 
     async def _last(self, tx: Tx, key: str) -> int:
         """Up to which position the messages of the key are handled. Its row is locked."""
@@ -78,8 +88,8 @@ class Ordered:
         )
         return int(last)
 
-    async def _go_on(self, tx: Tx, key: str, last: int, handle: Handle) -> None:
-        """Handles all that follow `last` without a gap."""
+    async def _go_on(self, tx: Tx, key: str, last: int, handle: Handle) -> int:
+        """Handles all that follow `last` without a gap. Returns the last of them."""
         while rows := await tx.sql(
             "DELETE FROM early_message WHERE tenant_id = $1 AND name = $2 AND key = $3 AND position = $4 "
             "RETURNING parcel, headers",
@@ -99,6 +109,7 @@ class Ordered:
             key,
             last,
         )
+        return last
 
     async def _park(self, tx: Tx, key: str, position: int, parcel: bytes) -> None:
         await tx.sql(

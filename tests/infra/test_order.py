@@ -84,6 +84,18 @@ async def test_a_gap_is_left_behind_and_what_was_late_is_handled_all_the_same(me
     assert messages.handled == [1, 4, 5, 2, 6, 7]
 
 
+async def test_what_came_behind_the_message_of_a_gap_and_is_before_it_is_not_passed_over(messages: Desk) -> None:
+    for position in (5, 3, 2, 7):
+        await messages.take(position)
+    await messages.close(5)
+    assert messages.handled == [2, 3, 5]
+    # The others of them have nothing left to do.
+    for position in (3, 2):
+        await messages.close(position)
+    await messages.close(7)
+    assert messages.handled == [2, 3, 5, 7]
+
+
 async def test_positions_are_counted_per_key_and_none_is_given_and_not_used(desk: Database) -> None:
     key, other = f"{uuid4()}", f"{uuid4()}"
 
