@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -84,12 +84,14 @@ class Asked:
 class ModelServer:
     """What it is asked and what it has answered. `url` ends in ``/v1``.
 
+    rules: model → what it answers to a request where nothing is scripted.
     requests: all that were well-formed. refused: why others were not. tokens: model → input and output as reported.
     took: what was answered to its end, and in how many seconds.
     """
 
     def __init__(self) -> None:
         self.url = ""
+        self.rules: dict[str, Callable[[Asked], Says]] = {}
         self.requests: list[Asked] = []
         self.refused: list[str] = []
         self.tokens: dict[str, Counter[str]] = defaultdict(Counter)
@@ -127,7 +129,7 @@ class ModelServer:
         asked = Asked(request.url.path, body["model"], body)
         self.requests.append(asked)
         script = self._scripts[asked.model]
-        answer = script.popleft() if script else Says(f"You said: {asked.last_user_text}")
+        answer = script.popleft() if script else self.rules.get(asked.model, _echo)(asked)
         if isinstance(answer, Fails):
             headers = {} if answer.retry_after is None else {"retry-after": str(answer.retry_after)}
             return JSONResponse(shape.error(answer.status, "scripted"), answer.status, headers)
@@ -162,6 +164,10 @@ class ModelServer:
         self.took.append((asked, perf_counter() - asked.at))
         if answer.usage:
             self.tokens[asked.model].update(input=answer.usage[0], output=answer.usage[2])
+
+
+def _echo(asked: Asked) -> Says:
+    return Says(f"You said: {asked.last_user_text}")
 
 
 @asynccontextmanager

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -29,6 +28,7 @@ from infra.cli.provision import provision_brokers
 from infra.clock import utcnow, uuid7
 from infra.db import create_engine
 from infra.schema import Passwords, migrate, prepare_database, role_url
+from infra.testing.processes import Process
 from infra.testing.stack import Stack, free_ports
 from infra.tx import Database
 from protos.catalog import CATALOG
@@ -56,7 +56,7 @@ class Platform:
         self.database_url = database
         self.rabbitmq_url = vhost
         self.ports = free_ports(list(SERVICE_PORTS))
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Process] = {}
         self.folder = folder
         self._databases: dict[str, Database] = {}
         self._channels = rpc.Channels(Callers(INTERNAL_SECRET, "test"))
@@ -90,14 +90,8 @@ class Platform:
         """Starts one without waiting. One that runs still, left by a test that failed, is stopped first."""
         if name in self.processes and self.processes[name].poll() is None:
             self.stop(name)
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", f"services.{name}"],
-                env={**self.environment(name), **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        log = self.folder / f"{name}.log"
+        self.processes[name] = Process(f"services.{name}", {**self.environment(name), **environment}, log)
 
     def environment(self, name: str) -> dict[str, str]:
         grpc = {service: f"127.0.0.1:{self.ports[f'{service}_grpc']}" for service in ALL}

@@ -9,7 +9,6 @@ import random
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 
 import httpx
 
-import infra
 from infra.cli.ports import is_free
 from infra.cli.provision import provision_brokers
 from infra.schema import Passwords, migrate, prepare_database, role_url
+from infra.testing.processes import Process
 from infra.testing.sample.catalog import SAMPLE
 from protos.catalog import AUDIT_LOGS, SERVICE_LOGS
 from protos.topology import Catalog
@@ -48,13 +47,12 @@ class SampleServices:
     ) -> None:
         self.engines = engines
         self.prefix = prefix
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Process] = {}
         self.ports: dict[str, int] = {}
         self._folder = folder
         self._passwords = passwords
         self._environment = {
             **os.environ,
-            "PYTHONPATH": str(Path(infra.__file__).parent.parent),
             "CLAW_KAFKA_BOOTSTRAP_SERVERS": engines.kafka,
             "CLAW_TOPIC_PREFIX": prefix,
             "CLAW_RABBITMQ_URL": engines.rabbitmq,
@@ -94,22 +92,16 @@ class SampleServices:
         name = instance.partition("-")[0]
         grpc = self._environment["CLAW_FRONT_GRPC"].rpartition(":")[2] if name == "front" else ""
         self.ports.setdefault(instance, free_port())
-        with (self._folder / f"{instance}.log").open("ab") as log:
-            self.processes[instance] = subprocess.Popen(
-                [sys.executable, "-m", f"infra.testing.sample.{name}"],
-                env={
-                    **self._environment,
-                    "CLAW_DATABASE_URL": self.url(name),
-                    "CLAW_REQUEST_DATABASE_URL": self.url(name, "request"),
-                    "CLAW_HTTP_PORT": str(self.ports[instance]),
-                    "CLAW_GRPC_PORT": grpc,
-                    **environment,
-                },
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C is for whoever runs them, and who then stops them in good order.
-                start_new_session=True,
-            )
+        environment = {
+            **self._environment,
+            "CLAW_DATABASE_URL": self.url(name),
+            "CLAW_REQUEST_DATABASE_URL": self.url(name, "request"),
+            "CLAW_HTTP_PORT": str(self.ports[instance]),
+            "CLAW_GRPC_PORT": grpc,
+            **environment,
+        }
+        log = self._folder / f"{instance}.log"
+        self.processes[instance] = Process(f"infra.testing.sample.{name}", environment, log)
 
     async def ready(self, name: str) -> dict[str, Any]:
         """Waits until the service says that it is ready. Raises RuntimeError with the end of its log."""
