@@ -51,6 +51,9 @@ ModelName = Annotated[str, Field(max_length=200), AfterValidator(_model)]
 ToolNames = Annotated[tuple[str, ...], Field(max_length=50), AfterValidator(_distinct)]
 
 
+Concurrency = Annotated[int | None, Field(ge=1, le=10_000)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,6 +105,8 @@ class NewAgent(_Body):
 
     approval: those of the tools that a person has to allow, call by call. output_schema: JSON Schema of an object that
     every reply has to be, as JSON text. agents: which others it may ask, as if they were tools.
+    concurrency: how many of its runs may go on at once; model_concurrency: how many of all runs of the tenant that have
+    its model at its provider; null: all.
     """
 
     name: Name
@@ -117,6 +122,8 @@ class NewAgent(_Body):
     queue_mode: QueueMode = "collect"
     budget: Budget | None = None
     limits: RunLimits = RunLimits()
+    concurrency: Concurrency = None
+    model_concurrency: Concurrency = None
     enabled: bool = True
 
 
@@ -162,6 +169,8 @@ class AgentView(BaseModel):
     queue_mode: QueueMode
     budget: Budget | None
     limits: RunLimits
+    concurrency: int | None
+    model_concurrency: int | None
     enabled: bool
     created_at: datetime
     updated_at: datetime

@@ -26,6 +26,7 @@ from services.agent.models.library import Models
 from services.agent.runs import children, conversation, projections
 from services.agent.runs.answering import Answering, Peers, Reply
 from services.agent.runs.budget import Spending
+from services.agent.runs.concurrency import take_place
 from services.agent.runs.conversation import Asked
 from services.agent.runs.domain import Complete, Fail, Limits, Mismatch, Run, Start, messages_at, remaining
 from services.agent.runs.ending import FAILED, Ended, Suspended
@@ -152,6 +153,8 @@ class Executor:
                 raise Ended("refused", f"there is no {error}") from error
             if not agent.enabled and journal.started_at is None:
                 raise Ended("refused", "the agent is disabled")
+            if row.status != "running":
+                await take_place(tx, run_id, agent.id, agent.definition)
             try:
                 key = await self._subjects.key(tx, row.tenant_id, row.subject_id)
                 messages = await conversation.count(tx, run_id)
