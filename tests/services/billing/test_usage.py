@@ -80,7 +80,7 @@ async def test_a_thousand_records_with_repeats_over_many_batches_and_a_rewind_ad
         "SELECT sum(amount_nanos)::bigint, count(*) FROM ledger_entry WHERE tenant_id = $1", tenant.id
     )
     assert entries == [(10**12 - due, 1 + len(firsts))]
-    used = await tenant.get("usage")
+    used = await tenant.get("usage/summary")
     [item] = used["items"]
     assert item["records"] == len(firsts)
     assert item["units"] == {"input_tokens": sum(firsts.values()), "output_tokens": 7 * len(firsts)}
@@ -237,14 +237,14 @@ async def test_delivered_messages_are_counted_per_type_of_channel_and_cost_nothi
         await produce(CHANNEL_EVENTS, delivered, key="s", tenant_id=tenant.id)
 
     async def messages() -> bool:
-        found = (await tenant.get("usage"))["messages"]
+        found = (await tenant.get("usage/summary"))["messages"]
         return bool(sum(item["delivered"] for item in found) == 3)
 
     await tenant.platform.until(messages)
-    assert (await tenant.get("usage"))["messages"] == [
+    assert (await tenant.get("usage/summary"))["messages"] == [
         {"channel_type": "telegram", "delivered": 2},
         {"channel_type": "unknown", "delivered": 1},
     ]
-    since_tomorrow = await tenant.get("usage", since=(utcnow() + timedelta(days=1)).isoformat())
+    since_tomorrow = await tenant.get("usage/summary", since=(utcnow() + timedelta(days=1)).isoformat())
     assert since_tomorrow["messages"] == []
     assert (await tenant.get("balance"))["debited_nanos"] == 0
