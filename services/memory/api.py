@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -198,8 +199,9 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
 
 
 def _name(given: str | None) -> str:
-    """As the sender calls it, without the characters that PostgreSQL cannot keep and nobody sees."""
-    name = "".join(letter for letter in given or "" if letter.isprintable()).strip()
+    """As the sender calls it, without its folders and what PostgreSQL cannot keep and nobody sees."""
+    name = "".join(letter for letter in given or "" if letter.isprintable())
+    name = re.split(r"[/\\]", name)[-1].strip()
     if not name:
         raise InvalidMessage("file", "has no name")
     if len(name) > _MAX_NAME:

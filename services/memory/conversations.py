@@ -84,7 +84,9 @@ class Conversations:
                 self._embedder.model,
                 made.vectors[0].tobytes(),
             )
-            record_usage(tx, self._embedder.model, f"conversation/{run_id}/{outcome.attempt}", outcome.result)
+            # Nobody has asked for this work: a bill has it only where it costs.
+            if self._embedder.paid:
+                record_usage(tx, self._embedder.model, f"conversation/{run_id}/{outcome.attempt}", outcome.result)
 
         await effects.run(f"embed/{effects.item_id}", call, kind="repeatable", result=int, after=keep)
         return made.vectors[0].tobytes() if made else None

