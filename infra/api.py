@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount
@@ -19,12 +21,13 @@ from starlette.types import Receive, Scope, Send
 
 from infra import VERSION
 from infra.auth import IDENTITY_HEADER, Identities, Identity
-from infra.errors import Forbidden, InvalidMessage, Unauthenticated
+from infra.errors import Forbidden, InvalidMessage, Unauthenticated, WrongType
 from infra.service import Runtime
 
 T = TypeVar("T")
 
 MAX_PAGE = 200
+JSON = "application/json"
 
 
 def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRoute]:
@@ -58,7 +61,13 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         # Without FastAPI's own layers around it: they would answer errors before ours, which makes problems of them.
         scope["app"] = app
-        await inner(scope, receive, send)
+        try:
+            await inner(scope, receive, send)
+        except RequestValidationError as error:
+            kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+            if kind != JSON and any(e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()):
+                raise WrongType("content-type", f"this takes {JSON}") from error
+            raise
 
     return [Mount("", serve)]
 

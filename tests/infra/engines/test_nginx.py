@@ -192,7 +192,6 @@ async def test_a_path_leads_to_its_service_unchanged(
         "/docs/user/metrics",
         "/docs/user/static/..%2f..%2fmetrics",
         "/metrics",
-        "/readyz",
     ],
 )
 async def test_what_is_not_a_path_of_the_surface_is_not_there(client: httpx.AsyncClient, path: str) -> None:
@@ -273,7 +272,7 @@ async def test_webhooks_and_health_need_no_key(client: httpx.AsyncClient) -> Non
     nobody = {"Authorization": ""}
     hook = await client.post("/webhooks/telegram/1?x=1", headers=nobody)
     assert hook.json()["path"] == "/webhooks/telegram/1"
-    for path in ("/api/health", "/api/health/dependencies"):
+    for path in ("/readyz", "/api/health", "/api/health/dependencies"):
         assert (await client.get(path, headers=nobody)).json()["service"] == "user"
     for path in ("/health", "/healthz"):
         assert (await client.get(path, headers=nobody)).json() == {"status": "ok"}
