@@ -1,0 +1,221 @@
+"""Workers die, and are stopped beyond their leases, at every boundary of every step while runs go on.
+
+Each run ends once, says one thing, makes no completed step again, and its usage is counted to the attempt. Some of the
+points here; all with ``CLAW_ALL_POINTS=1 ./claw test tests/services/agent/test_storm.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+
+from infra.testing.model_server import Asked, Says
+from infra.testing.peers import WEATHER
+from infra.testing.processes import Process
+from infra.testing.stack import free_ports
+from tests.services.agent.conftest import MODEL, Tenant, World
+
+SESSIONS = 6
+CHILDS = "gpt-4.1-mini"
+# Place → at how many of its passes a worker ends there. A run passes the first three at each of its six calls: it looks
+# something up, asks the model, calls two tools together, asks again, and again when a colleague has answered.
+PLACES = {
+    "after_effect_started": 16,
+    "after_effect_call": 16,
+    "after_effect_commit": 16,
+    "before_commit": 32,
+    "after_commit": 32,
+    "after_append": 16,
+    "after_lane_claim": 4,
+    "before_lane_commit": 8,
+    "after_lane_commit": 8,
+    "after_commit_before_ack": 4,
+}
+# Where a stopped worker holds no transaction: else the database would first have to end it, after 45 s.
+STOPPED = {"after_effect_started": 14, "after_effect_call": 14, "after_effect_commit": 14, "after_commit": 6}
+
+
+class Point(NamedTuple):
+    place: str
+    at_pass: int
+    signal: signal.Signals
+
+
+POINTS = [
+    *(Point(place, n + 1, signal.SIGKILL) for place, count in PLACES.items() for n in range(count)),
+    *(Point(place, n + 1, signal.SIGSTOP) for place, count in STOPPED.items() for n in range(count)),
+]
+IN_CI = POINTS[::5]
+
+
+def answers(asked: Asked) -> Says:
+    """The same to the same, as a person would who has nothing but the messages."""
+    messages = asked.body["messages"]
+    last = max(n for n, message in enumerate(messages) if message["role"] == "user")
+    match sum(message["role"] == "tool" for message in messages[last:]):
+        case 0:
+            return Says(calls=((WEATHER, '{"city":"Bern"}'), (WEATHER, '{"city":"Oslo"}')))
+        case 2:
+            return Says(calls=(("ask_librarian", f'{{"message":"{asked.last_user_text}, child"}}'),))
+        case _:
+            return Says(f"Answer to {asked.last_user_text}")
+
+
+class Storm:
+    """Workers, each ended at one of the points, and as many runs as are needed for all of them to be reached."""
+
+    def __init__(self, world: World, points: Sequence[Point], folder: Path) -> None:
+        self.world = world
+        self._points = points
+        self.tenant = world.tenant()
+        self.asked = 0
+        self._folder = folder
+        self._quiet = asyncio.Event()
+        self._alive: list[Process] = []
+
+    async def rage(self) -> None:
+        other = await self.tenant.agent(model=f"openai/{CHILDS}")
+        colleague = {"agent_id": other, "name": "ask_librarian", "description": "Knows places."}
+        agent = await self.tenant.agent(agents=[colleague], tools=[WEATHER], knowledge=True)
+        await asyncio.to_thread(self.world.platform.stop, "agent")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                # Not all of them can be stopped at once: somebody has to go on with what they had.
+                killed = deque(point for point in self._points if point.signal == signal.SIGKILL)
+                stopped = deque(point for point in self._points if point.signal == signal.SIGSTOP)
+                workers = [stopped, stopped, killed, killed]
+                keepers = [tasks.create_task(self._keep(slot, points)) for slot, points in enumerate(workers)]
+                askers = [tasks.create_task(self._ask(agent, f"c{n}")) for n in range(SESSIONS)]
+                await asyncio.gather(*keepers)
+                self._quiet.set()
+                await asyncio.gather(*askers)
+        finally:
+            for process in self._alive:
+                process.kill()
+        await self.world.platform.start("agent")
+
+    async def _keep(self, slot: int, points: deque[Point]) -> None:
+        """Worker after worker, until all points were reached; then one that nothing ends."""
+        while points:
+            point = points.popleft()
+            process = self._start(slot, point)
+            if point.signal == signal.SIGKILL:
+                assert await asyncio.to_thread(process.wait, 90) == -signal.SIGKILL, point
+            else:
+                await self._stopped(process)
+        self._start(slot, None)
+
+    def _start(self, slot: int, point: Point | None) -> Process:
+        ports = free_ports(["http", "grpc"])
+        environment = {
+            **self.world.platform.environment("agent"),
+            "CLAW_HTTP_PORT": str(ports["http"]),
+            "CLAW_GRPC_PORT": str(ports["grpc"]),
+            "CLAW_LEASE_SECONDS": "1",
+        }
+        if point:
+            environment |= {
+                "CLAW_FAILPOINT": point.place,
+                "CLAW_FAILPOINT_PASS": str(point.at_pass),
+                "CLAW_FAILPOINT_SIGNAL": point.signal.name,
+            }
+        process = Process("services.agent", environment, self._folder / f"{slot}.log")
+        self._alive.append(process)
+        return process
+
+    async def _stopped(self, process: Process) -> None:
+        """Once it has stopped, others take what it had; then it goes on, and must not write."""
+        platform = self.world.platform
+
+        async def still() -> bool:
+            return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+
+        await platform.until(still, seconds=90)
+        owned = await self._rows("SELECT lane_id, epoch FROM lane WHERE owner IS NOT NULL")
+
+        async def taken() -> bool:
+            now = await self._rows("SELECT lane_id, epoch FROM lane WHERE owner IS NOT NULL")
+            return not set(owned) & set(now)
+
+        await platform.until(taken, seconds=90)
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 60) == 0
+
+    async def _ask(self, agent: str, chat: str) -> None:
+        """Question after question, the next when the last one has its answer."""
+        while not self._quiet.is_set():
+            self.asked += 1
+            question = f"Question {self.asked}"
+            await self.tenant.receive(agent, question, chat=chat)
+            await self.world.platform.until(partial(self._is_answered, question), seconds=120)
+
+    async def _is_answered(self, question: str) -> bool:
+        ended = "SELECT id, status, error FROM run WHERE status NOT IN ('queued', 'running', 'waiting', 'completed')"
+        assert await self._rows(ended) == []
+        said = await self._rows("SELECT convert_from(body, 'UTF8') FROM outbox WHERE destination = 'channel.outbound'")
+        return any(f'"Answer to {question}"' in body for (body,) in said)
+
+    async def _rows(self, statement: str) -> list[tuple[Any, ...]]:
+        async with self.world.platform.database("agent").begin() as tx:
+            return [tuple(row) for row in await tx.sql(statement)]
+
+
+@pytest.mark.timeout(1800)
+async def test_whatever_workers_die_of_each_run_ends_once(world: World, tmp_path: Path) -> None:
+    world.models.rules |= {MODEL: answers, CHILDS: lambda asked: Says("Somewhere.")}
+    storm = Storm(world, POINTS if os.environ.get("CLAW_ALL_POINTS") else IN_CI, tmp_path)
+    await storm.rage()
+    tenant = storm.tenant
+    runs = await all_runs(tenant)
+    parents = {run["id"]: run for run in runs if not run["parent_run_id"]}
+    assert len(parents) == storm.asked
+    assert len(runs) == 2 * storm.asked
+    assert {run["status"] for run in runs} == {"completed"}
+    said = [message["text"] for message in await tenant.sent("channel.outbound")]
+    assert sorted(said) == sorted(f"Answer to Question {n + 1}" for n in range(storm.asked))
+
+    facts = defaultdict(list)
+    for fact in await tenant.sent("agent.events"):
+        facts[fact["run_id"]].append(fact)
+    assert set(facts) == {run["id"] for run in runs}
+    for told in facts.values():
+        assert [fact["n"] for fact in told] == list(range(1, len(told) + 1))
+        ended = Counter(fact["step"] for fact in told if "duration_ms" in fact)
+        assert set(ended.values()) == {1}
+        assert sum("reply" in fact for fact in told) == 1
+
+    usage = [record["usage_id"] for record in await tenant.sent("usage.records")]
+    attempts = {
+        f"{run['id']}/{step['n']}/{attempt + 1}"
+        for run in runs
+        for step in run["steps"]
+        if step["kind"] == "model"
+        for attempt in range(step["attempts"])
+    }
+    assert sorted(usage) == sorted(attempts)
+    # Not more calls than attempts: what is on record was not asked for again.
+    assert len(world.models.requests) <= len(attempts)
+    tools = [key for key, (tool, _) in world.peers.plugin.calls.items() if tool == WEATHER]
+    assert len(tools) == 2 * len(parents)
+
+
+async def all_runs(tenant: Tenant) -> list[dict[str, Any]]:
+    """Each of the tenant's runs in whole, once all have ended."""
+    found: list[dict[str, Any]] = []
+    cursor = None
+    while cursor is not None or not found:
+        page = await tenant.call("GET", "/api/v1/runs", params={"limit": 100} | ({"cursor": cursor} if cursor else {}))
+        found += page["items"]
+        if (cursor := page["next"]) is None:
+            break
+    return [await tenant.over(run["id"]) for run in found]
