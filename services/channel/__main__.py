@@ -5,8 +5,9 @@ from infra.subjects import SubjectKeys
 from services.channel import api, handlers
 from services.channel.publishing import CONVERSATION, DELIVERY
 from services.channel.sending import sender
+from services.channel.settings import ChannelSettings
 
-service = Service("channel")
+service = Service("channel", ChannelSettings)
 service.own(CONVERSATION, DELIVERY)
 service.serve_http(api.routes)
 service.consume(handlers.enqueue_delivery, subjects=lambda runtime: SubjectKeys(runtime.cipher))

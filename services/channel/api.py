@@ -25,6 +25,7 @@ from infra.tx import Tx
 from protos.catalog import CHANNEL_TYPES
 from services.channel import deliveries, webhooks
 from services.channel.accounts import Accounts, Secrets, new_pseudonyms, new_token, token_hash
+from services.channel.agents import Agents
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Vendor
 
@@ -86,6 +87,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
 def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:
     router = APIRouter(prefix="/api/v1/channels", tags=["channels"])
+    agents = Agents(runtime.settings.agent_url, runtime.identities)
 
     @router.post("", status_code=201, response_model=Channel)
     async def create_channel(body: NewChannel, who: Writer, request: Request) -> Response:
@@ -93,6 +95,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
         vendor = _vendor(body.type)
         credentials = await _checked(runtime.outgoing, vendor, body.credentials)
         api_base = await _origin(runtime.outgoing, vendor, body.api_base)
+        await agents.check(body.agent_id, who)
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
             id_, token = uuid7(), new_token()
@@ -135,6 +138,8 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
     async def change_channel(channel_id: UUID, body: ChannelChange, who: Writer) -> Channel:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             before = await _get(tx, secrets, channel_id)
+        if body.agent_id:
+            await agents.check(body.agent_id, who)
         sealed = None
         if body.credentials is not None:
             credentials = await _checked(runtime.outgoing, _vendor(before.type), body.credentials)

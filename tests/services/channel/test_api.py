@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
+from infra.auth import IDENTITY_HEADER, Identities
 from infra.clock import uuid7
+from infra.health import Health
+from infra.http import create_app, serve_http
+from infra.metrics import Metrics
+from infra.testing.platform import INTERNAL_SECRET
 from infra.testing.vendors import TelegramStandIn, WebhookStandIn
 from tests.services.channel.conftest import Desk
 
@@ -66,6 +75,32 @@ async def test_what_is_wrong_is_named(desk: Desk, body: dict[str, Any], field: s
     assert response.status_code == 422, response.text
     assert [error["field"] for error in response.json()["errors"]] == [field]
     assert "1:abc" not in response.text
+
+
+async def test_a_channel_leads_to_an_agent_of_its_tenant(desk: Desk) -> None:
+    own = str(uuid7())
+
+    async def find(request: Request) -> Response:
+        identity = Identities(INTERNAL_SECRET).verify(request.headers[IDENTITY_HEADER])
+        is_there = (identity.tenant_id, request.path_params["id"]) == (desk.tenant_id, own)
+        return JSONResponse({}, 200 if is_there else 404)
+
+    routes = [Route("/api/v1/agents/{id}", find)]
+    agent = await serve_http(
+        create_app(routes, Health("agent", "0"), Metrics(CollectorRegistry())), desk.platform.ports["agent"]
+    )
+    try:
+        async with desk.client() as http:
+            body = {"type": "telegram", "agent_id": own, "credentials": TELEGRAM}
+            made = await http.post("/api/v1/channels", json=body)
+            assert made.status_code == 201
+            refused = await http.post("/api/v1/channels", json=body | {"agent_id": str(uuid7())})
+            changed = await http.patch(f"/api/v1/channels/{made.json()['id']}", json={"agent_id": str(uuid7())})
+            for answer in (refused, changed):
+                assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "agent_id")
+            assert len((await http.get("/api/v1/channels")).json()["items"]) == 1
+    finally:
+        await agent.stop()
 
 
 async def test_another_tenants_channel_is_not_there(desk: Desk) -> None:

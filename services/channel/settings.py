@@ -1,0 +1,8 @@
+"""What the channel service reads from the environment."""
+
+from infra.settings import Settings
+
+
+class ChannelSettings(Settings):
+    agent_url: str
+    """The agent's base URL, inside."""
