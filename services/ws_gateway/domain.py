@@ -44,7 +44,7 @@ class Delta(msgspec.Struct, frozen=True):
 
 
 class Event(NamedTuple):
-    """What the client gets. `id`: from where a stream goes on; None: from the one before."""
+    """What the client gets. `id`: from where a stream goes on; None for a delta, which is told once."""
 
     name: str
     data: Any
@@ -56,7 +56,11 @@ class Event(NamedTuple):
 
 
 class Follow:
-    """Where one stream is. `last`: the n of the last fact that the client has; `ended`: nothing more will come."""
+    """Where one stream is. `last`: the id of the last event that the client has; `ended`: nothing more will come.
+
+    An event's id is the n of its fact. The end of a run that has answered is one fact and two events: the reply has its
+    n, and the end, behind which nothing comes, the number after it.
+    """
 
     def __init__(self, last: int) -> None:
         self.last = last
@@ -65,7 +69,17 @@ class Follow:
 
     def has_end(self, facts: Iterable[Fact]) -> bool:
         """True where one of these is the run's end, and the client has it."""
-        return any(fact.n <= self.last and fact.event in ENDINGS for fact in facts)
+        return any(_last_id(fact) <= self.last and fact.event in ENDINGS for fact in facts)
+
+    def is_known(self, facts: Iterable[Fact]) -> bool:
+        """False where no event of these facts has the id of the client's last one."""
+        return self.last == 0 or any(fact.n <= self.last <= _last_id(fact) for fact in facts)
+
+    @property
+    def read_from(self) -> int:
+        """After which n the facts are to be read, so that the client's last event is among them: it may have been the
+        run's end."""
+        return max(self.last - 2, 0)
 
     def misses(self, fact: Fact) -> bool:
         """True where a fact between the last one and this one is not here."""
@@ -73,21 +87,20 @@ class Follow:
 
     def fact(self, fact: Fact) -> list[Event]:
         """The events of the next fact; none for one that the client has, and after the end."""
-        if fact.n <= self.last or self.ended:
+        if _last_id(fact) <= self.last or self.ended:
             return []
-        self.last = fact.n
+        has_reply = fact.n <= self.last
+        self.last = _last_id(fact)
         if fact.type == "agent.v1.StepStarted":
             self._attempt(fact.data["step"], fact.data["attempt"])
         if (name := fact.event) is None:
             return []
         self.ended = name in ENDINGS
         body = {key: value for key, value in fact.data.items() if key not in ("n", "session_key", "reply")}
-        event = Event(name, {**body, "time": fact.time}, fact.n)
-        if name != "run.completed":
+        event = Event(name, {**body, "time": fact.time}, self.last)
+        if name != "run.completed" or has_reply:
             return [event]
-        # Without an id: who is cut off behind it comes again with the one before, and gets the end too.
-        reply = Event("reply", {"run_id": fact.data["run_id"], "text": fact.data["reply"]}, None)
-        return [reply, event]
+        return [Event("reply", {"run_id": fact.data["run_id"], "text": fact.data["reply"]}, fact.n), event]
 
     def delta(self, delta: Delta) -> list[Event]:
         """The piece, unless it is of an attempt that has been given up."""
@@ -100,3 +113,7 @@ class Follow:
         latest = max(attempt, self._attempts.get(step, 0))
         self._attempts[step] = latest
         return attempt == latest
+
+
+def _last_id(fact: Fact) -> int:
+    return fact.n + (fact.event == "run.completed")

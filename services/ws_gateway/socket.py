@@ -186,9 +186,8 @@ class Socket:
         async with self._hub.listen(run_id, self._client) as live:
             follow, read = Follow(after), partial(self._read, run_id)
             try:
-                # From the fact that the client has last: it may have been the run's end.
-                facts = await persistently(read, max(after - 1, 0))
-                if after and not facts:
+                facts = await persistently(read, follow.read_from)
+                if not follow.is_known(facts):
                     raise InvalidMessage("after", "is none that this run's events had")
                 if asked:
                     await self._put(Accepted(run_id=run_id, ref=asked.ref))

@@ -48,8 +48,7 @@ class RunStream(Response):
         # Listening comes first: what happens during the read is heard, and what is in both is dropped.
         client, follow = Client(), Follow(self._after)
         async with self._hub.listen(self._run_id, client) as live:
-            # From the fact that the client has last: it may have been the run's end.
-            facts = await self._read(max(self._after - 1, 0))
+            facts = await self._read(follow.read_from)
             if follow.has_end(facts):
                 await Response(status_code=204)(scope, receive, send)
                 return

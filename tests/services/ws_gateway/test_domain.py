@@ -21,14 +21,14 @@ def names(follow: Follow, *given: Fact) -> list[tuple[str, int | None]]:
     return [(event.name, event.id) for fact in given for event in follow.fact(fact)]
 
 
-def test_a_run_is_told_in_order_and_its_reply_comes_before_its_end_without_an_id() -> None:
+def test_a_run_is_told_in_order_and_its_reply_comes_before_its_end() -> None:
     follow = Follow(0)
     assert names(follow, *facts(uuid7())) == [
         ("run.started", 1),
         ("step.started", 2),
         ("step.completed", 3),
-        ("reply", None),
-        ("run.completed", 4),
+        ("reply", 4),
+        ("run.completed", 5),
     ]
     assert follow.ended
 
@@ -37,6 +37,16 @@ def test_what_the_client_has_is_not_told_again() -> None:
     all_ = facts(uuid7())
     follow = Follow(2)
     assert names(follow, *all_[:3], *all_[:3]) == [("step.completed", 3)]
+
+
+def test_who_has_the_reply_and_not_the_end_gets_the_end() -> None:
+    all_ = facts(uuid7())
+    follow = Follow(4)
+    assert (follow.read_from, follow.is_known(all_), follow.has_end(all_)) == (2, True, False)
+    assert names(follow, *all_[2:]) == [("run.completed", 5)]
+    assert follow.ended
+    assert (Follow(5).read_from, Follow(5).is_known(all_), Follow(5).has_end(all_)) == (3, True, True)
+    assert (Follow(6).is_known(all_), Follow(6).has_end(all_)) == (False, True)
 
 
 def test_a_gap_is_seen() -> None:

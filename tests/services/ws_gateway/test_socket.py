@@ -43,8 +43,8 @@ WHOLE = [
     ("run.started", 1),
     ("step.started", 2),
     ("step.completed", 3),
-    ("reply", None),
-    ("run.completed", 4),
+    ("reply", 4),
+    ("run.completed", 5),
 ]
 
 
@@ -136,9 +136,9 @@ async def test_a_client_that_comes_again_gets_what_it_has_not(gateway: Platform,
         assert names(await take(socket, 3), run_id) == WHOLE[2:]
     async with connected(gateway) as socket:
         # With the end it has all.
-        await follow(socket, run_id, after=4)
+        await follow(socket, run_id, after=5)
         await is_quiet(socket)
-        answer = await ask(socket, "subscribe", run_id=run_id, after=5, ref="r")
+        answer = await ask(socket, "subscribe", run_id=run_id, after=6, ref="r")
         assert (answer["status"], answer["errors"][0]["field"], answer["ref"]) == (422, "after", "r")
 
 
@@ -212,7 +212,7 @@ async def test_text_comes_while_it_is_written_and_not_of_an_attempt_that_was_giv
         return bool(told)
 
     async def is_told() -> bool:
-        return ("run.completed", 4) in names(told, run_id)
+        return ("run.completed", 5) in names(told, run_id)
 
     async def listen(socket: ClientConnection) -> None:
         while True:
@@ -410,7 +410,7 @@ async def test_a_client_that_takes_nothing_is_dropped_alone(gateway: Platform, a
 
     async def told(socket: ClientConnection) -> list[tuple[str, int | None]]:
         events: list[tuple[str, int | None]] = []
-        while ("run.completed", 4) not in events:
+        while ("run.completed", 5) not in events:
             message = json.loads(await socket.recv())
             if message["event"] != "delta":
                 events.append((message["event"], message["id"]))
@@ -597,7 +597,7 @@ async def test_a_socket_follows_so_many_runs_and_no_more(
     message = {"agent_id": uuid7(), "session": "full", "text": "x"}
     async with in_this_process(platform, "") as url, opened(url, platform.headers("acme")) as socket_:
         await follow(socket_, first)
-        await follow(socket_, over, after=4)
+        await follow(socket_, over, after=5)
 
         async def has_room() -> bool:
             return bool((await ask(socket_, "subscribe", run_id=second))["type"] == "accepted")
