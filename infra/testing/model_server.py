@@ -34,7 +34,10 @@ class Says:
 
     usage: input (cached included), cached, output (reasoning included), reasoning; None: not reported.
     stalls_after: after so many pieces of the text nothing more comes. cut_after: after so many the connection breaks.
+    closed_after: after so many the response ends in good order, though the answer does not.
     whole: in one piece, though a stream was asked for. waits: nothing comes before it is set.
+    comments: nothing comes but comments. endless: the text again and again. packet: bytes that are sent at a time,
+    whatever they cut through.
     """
 
     text: str = ""
@@ -42,12 +45,20 @@ class Says:
     usage: tuple[int, int, int, int] | None = (12, 0, 5, 0)
     stalls_after: int | None = None
     cut_after: int | None = None
+    closed_after: int | None = None
     whole: bool = False
     waits: asyncio.Event | None = None
+    comments: bool = False
+    endless: bool = False
+    packet: int | None = None
 
     @property
     def pieces(self) -> list[str]:
         return [self.text[n : n + 4] for n in range(0, len(self.text), 4)]
+
+    def has(self, event: str) -> bool:
+        """Whether a piece of the text is in this event of a stream."""
+        return any(json.dumps(piece, ensure_ascii=False) in event for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -138,23 +149,38 @@ class ModelServer:
         if not body.get("stream") or answer.whole:
             self._answered(asked, answer)
             return JSONResponse(shape.whole(asked.model, answer.text, answer.calls, answer.usage))
-        return StreamingResponse(self._stream(shape, asked, answer), media_type="text/event-stream")
+        stream = self._stream(shape, asked, answer)
+        return StreamingResponse(
+            stream if answer.packet is None else _in_packets(stream, answer.packet), media_type="text/event-stream"
+        )
 
     async def _stream(self, shape: shapes.Shape, asked: Asked, answer: Says) -> AsyncIterator[str]:
         wants_usage = shape.reports_usage(asked.body)
         events: Iterator[str] = shape.events(
             asked.model, answer.pieces, answer.calls, answer.usage if wants_usage else None
         )
-        if (most := answer.stalls_after if answer.cut_after is None else answer.cut_after) is not None:
+        while answer.comments and not self._closing.is_set():
+            yield ": the model is busy\n\n"
+            await asyncio.sleep(0.01)
+        while answer.endless and not self._closing.is_set():
+            for event in shape.events(asked.model, answer.pieces, (), None):
+                if answer.has(event):
+                    yield event
+            # To a client that has gone a server sends without waiting: somebody has to be let tell it.
+            await asyncio.sleep(0)
+        for most in (answer.stalls_after, answer.cut_after, answer.closed_after):
+            if most is None:
+                continue
             sent = 0
             for event in events:
                 yield event
-                sent += any(json.dumps(piece) in event for piece in answer.pieces)
+                sent += answer.has(event)
                 if sent >= most:
                     break
             if answer.cut_after is not None:
                 raise ConnectionAbortedError("scripted: cut off")
-            await self._closing.wait()
+            if answer.stalls_after is not None:
+                await self._closing.wait()
             return
         for event in events:
             yield event
@@ -164,6 +190,12 @@ class ModelServer:
         self.took.append((asked, perf_counter() - asked.at))
         if answer.usage:
             self.tokens[asked.model].update(input=answer.usage[0], output=answer.usage[2])
+
+
+async def _in_packets(stream: AsyncIterator[str], size: int) -> AsyncIterator[bytes]:
+    whole = "".join([event async for event in stream]).encode()
+    for start in range(0, len(whole), size):
+        yield whole[start : start + size]
 
 
 def _echo(asked: Asked) -> Says:

@@ -98,7 +98,7 @@ class _OpenAI:
     def events(self, model: str, pieces: Sequence[str], calls: Calls, usage: Usage) -> Iterator[str]:
         def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
             base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": model}
-            return f"data: {json.dumps(base | {'choices': choices} | more)}\n\n"
+            return f"data: {json.dumps(base | {'choices': choices} | more, ensure_ascii=False)}\n\n"
 
         def choice(delta: dict[str, Any], finish: str | None = None) -> list[dict[str, Any]]:
             return [{"index": 0, "delta": delta, "finish_reason": finish}]
@@ -172,7 +172,7 @@ class _Anthropic:
 
     def events(self, model: str, pieces: Sequence[str], calls: Calls, usage: Usage) -> Iterator[str]:
         def event(type_: str, **data: Any) -> str:
-            return f"event: {type_}\ndata: {json.dumps({'type': type_} | data)}\n\n"
+            return f"event: {type_}\ndata: {json.dumps({'type': type_} | data, ensure_ascii=False)}\n\n"
 
         begun = _anthropic_usage(usage) | {"output_tokens": 1} if usage else {}
         yield event("message_start", message=_message(model) | {"usage": begun})

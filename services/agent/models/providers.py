@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from pydantic_ai.models import Model as LibraryModel
 from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.output import OutputObjectDefinition
+from pydantic_ai.profiles.openai import OpenAIModelProfile
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import ToolDefinition
@@ -56,6 +58,8 @@ from services.agent.models.unstreamed import Streaming
 
 # Nothing heard for so long means that nothing will come.
 SILENCE_SECONDS = 60.0
+# Of the answer itself: some keep the line open with comments while nothing comes.
+FIRST_TOKEN_SECONDS = 120.0
 CONNECT_SECONDS = 10.0
 # Google's Gemini API in OpenAI's shape: https://ai.google.dev/gemini-api/docs/openai
 GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai"
@@ -72,6 +76,12 @@ _PASSING_STATUS = (408, 409, 425, 429)
 _UNFIT = re.compile(r"[^a-zA-Z0-9_-]")
 # The library would put a joiner into what looks like a chat template's token; a person's words go out verbatim.
 _VERBATIM = ModelProfile(may_tokenize_special_tokens_in_content=False, supports_json_schema_output=True)
+_OPENAI = OpenAIModelProfile(
+    may_tokenize_special_tokens_in_content=False,
+    supports_json_schema_output=True,
+    # A stream that ends without one was cut off by something in between, which then closed in good order.
+    openai_chat_streaming_requires_finish_reason=True,
+)
 
 
 class Providers:
@@ -114,7 +124,7 @@ class Providers:
         else:
             base = endpoint.base_url or (GOOGLE if family == "google" else None)
             client = AsyncOpenAI(base_url=base, api_key=key, http_client=self._client, max_retries=0)
-            model = OpenAIChatModel(own_name, provider=OpenAIProvider(openai_client=client), profile=_VERBATIM)
+            model = OpenAIChatModel(own_name, provider=OpenAIProvider(openai_client=client), profile=_OPENAI)
         return ProviderModel(name, model)
 
 
@@ -144,10 +154,14 @@ class ProviderModel:
         if prompt.max_output_tokens is not None:
             settings["max_tokens"] = prompt.max_output_tokens
         with _failures(self._name):
-            async with model_request_stream(
-                self._model, _messages(prompt), model_settings=settings, model_request_parameters=parameters
-            ) as stream:
+            async with (
+                asyncio.timeout(FIRST_TOKEN_SECONDS) as waiting,
+                model_request_stream(
+                    self._model, _messages(prompt), model_settings=settings, model_request_parameters=parameters
+                ) as stream,
+            ):
                 async for event in stream:
+                    waiting.reschedule(None)
                     if text := _text(event):
                         await on_text(text)
                 response = stream.get()
@@ -242,6 +256,9 @@ def _usage(usage: RequestUsage) -> Usage:
 def _failures(name: str) -> Iterator[None]:
     try:
         yield
+    except TimeoutError as error:
+        reason = f"{name}: no answer began within {FIRST_TOKEN_SECONDS:g} seconds"
+        raise ModelFailed(reason, passing=True) from error
     except (AgentRunError, InvalidMessage, TooLarge) as error:
         raise _failure(name, error) from error
 
@@ -261,6 +278,8 @@ def _failure(name: str, error: Exception) -> ModelFailed:
         reason = f"{name}: HTTP {error.status_code}{_detail(error)}"
         return ModelFailed(reason, passing=passing, after=after)
     if isinstance(error, ModelAPIError):
+        if "without a `finish_reason`" in error.message:
+            return ModelFailed(f"{name}: the answer broke off", passing=True)
         # Of what is said inside a stream only the kind is known.
         return ModelFailed(f"{name}: {type(error).__name__}", passing=isinstance(error, _PASSING))
     return ModelFailed(f"{name}: the answer cannot be read", passing=True)

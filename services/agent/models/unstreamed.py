@@ -45,5 +45,6 @@ def _chunk(choice: dict[str, Any]) -> dict[str, Any]:
     return {
         "index": choice.get("index", 0),
         "delta": message | ({"tool_calls": calls} if calls else {}),
-        "finish_reason": choice.get("finish_reason"),
+        # It is whole, whether it says so or not.
+        "finish_reason": choice.get("finish_reason") or "stop",
     }

@@ -119,6 +119,54 @@ async def test_an_error_is_told_apart_by_whether_it_passes(
     assert found == [(True, timedelta(seconds=7)), (True, None), (False, None), (False, None)]
 
 
+@BOTH
+async def test_a_long_text_arrives_unchanged_whatever_its_packets_cut_through(
+    name: str, server: ModelServer, providers: Providers
+) -> None:
+    text = "Zürich 🦀 漢字 \u200f. " * 2_000
+    assert len(text) > 25_000
+    server.script(name.partition("/")[2], *(Says(text, packet=packet) for packet in (4093, 101)))
+    for _ in range(2):
+        assert (await ask(server, providers, name, Prompt("", (Said("?"),)))).text == text
+
+
+@pytest.mark.parametrize("answer", [Says(comments=True), Says("A long text", stalls_after=0)])
+async def test_an_answer_that_does_not_begin_is_not_waited_for_for_ever(
+    answer: Says, server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.agent.models.providers.FIRST_TOKEN_SECONDS", 0.3)
+    server.script("gpt-4o-mini", answer)
+    with pytest.raises(ModelFailed, match=r"no answer began within 0\.3 seconds") as failed:
+        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+    assert failed.value.passing
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Says("A long text", usage=None, closed_after=2), "the answer broke off"),
+        (Says("A long text", cut_after=2), "ModelConnectionError"),
+    ],
+)
+async def test_an_answer_that_breaks_off_is_none(
+    answer: Says, reason: str, server: ModelServer, providers: Providers
+) -> None:
+    server.script("gpt-4o-mini", answer)
+    with pytest.raises(ModelFailed) as failed:
+        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+    assert (failed.value.passing, failed.value.reason) == (True, f"{OPENAI}: {reason}")
+
+
+async def test_an_answer_without_an_end_is_given_up(
+    server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.outgoing.MAX_CLIENT_BYTES", 100_000)
+    server.script("gpt-4o-mini", Says("Again and again. ", endless=True))
+    with pytest.raises(ModelFailed, match="answer: more than the 100000 bytes that this takes") as failed:
+        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+    assert not failed.value.passing
+
+
 async def test_a_wrong_key_is_final_and_is_not_repeated_in_the_reason(
     server: ModelServer, providers: Providers
 ) -> None:
