@@ -12,6 +12,7 @@ from infra.clock import utcnow
 from infra.effects import Effects
 from infra.errors import InvalidMessage
 from infra.lanes import Lane
+from infra.logs import get_logger
 from infra.order import Gap, Ordered
 from infra.subjects import Erased, SubjectKeys, erasure
 from infra.tx import Tx
@@ -23,6 +24,8 @@ from services.channel.events import DeliveryQueued, Words
 from services.channel.publishing import DELIVERY
 from services.channel.sending import NotSendable, Sender, Sent, break_account
 from services.channel.vendors.base import AccountRefused, Outbound
+
+_log = get_logger("channel.deliveries")
 
 # An answer that comes a day late answers nothing any more.
 EXPIRES = timedelta(hours=24)
@@ -132,3 +135,8 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
 async def _decide(tx: Tx, delivery_id: UUID, command: Command) -> None:
     for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
         await projections.show(tx, delivery_id, event)
+    match command:
+        case MarkSent():
+            _log.info("reply delivered", delivery_id=str(delivery_id))
+        case MarkFailed(reason) | MarkUnknown(reason):
+            _log.warning("reply not delivered", delivery_id=str(delivery_id), reason=reason)

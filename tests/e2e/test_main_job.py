@@ -293,6 +293,13 @@ async def test_one_trace_shows_the_way_from_the_webhook_to_the_vendor_and_the_ch
     assert (root["service"], root["kind"]) == ("channel", "server")
     assert root["name"].startswith("POST ")
 
+    async def logged() -> bool:
+        async with system.client(system.admin_token) as operator:
+            found = (await operator.get("/api/v1/logs", params={"trace_id": run["trace_id"]})).json()["items"]
+        return {"agent", "channel"} <= {line["service"] for line in found}
+
+    await until(logged)
+
 
 async def test_fifty_conversations_of_five_tenants_hear_only_their_own_and_in_order(
     system: System, models: ModelServer

@@ -16,6 +16,7 @@ from infra.crypto import Cipher
 from infra.effects import Effects
 from infra.errors import InvalidMessage, NotFound, RetryLater
 from infra.group import Group
+from infra.logs import get_logger
 from infra.subjects import Erased, SubjectKeys
 from infra.tx import Database, Tx, derived_id
 from protos.catalog import AGENT_EVENTS
@@ -35,6 +36,8 @@ from services.agent.runs.saying import say
 from services.agent.runs.settling import tell_parent
 from services.agent.runs.steps import Journal, Scope
 from services.agent.runs.watch import Watch
+
+_log = get_logger("agent.runs")
 
 # Where a peer has an error inside; the run's own time limit ends it.
 PEER_PAUSE = timedelta(seconds=5)
@@ -225,10 +228,12 @@ class Executor:
             if outcome.summary:
                 await conversation.keep_summary(tx, begun.scope.key, row.subject_id, row.session_key, outcome.summary)
             await tell_parent(tx, run_id)
+            _log.info("run completed", run_id=str(run_id))
         elif isinstance(outcome, Suspended):
             text, command = outcome.notice or "", outcome.command
             await tx.decide(stream(run_id), command)
             await projections.suspended(tx, run_id, command.reason, command.text)
+            _log.info("run waits", run_id=str(run_id), reason=command.text)
             if outcome.child:
                 await children.open_child(tx, self._subjects, run_id, command.step, outcome.child)
         else:
@@ -240,6 +245,8 @@ class Executor:
         await tx.decide(stream(row.id), Fail(row.session_key, outcome.status, outcome.error))
         await projections.failed(tx, row.id, outcome.status, outcome.error)
         await tell_parent(tx, row.id)
+        level = _log.info if outcome.status == "cancelled" else _log.warning
+        level(f"run {outcome.status}", run_id=str(row.id), error=outcome.error)
         await _say(tx, row, asked, outcome.notice)
 
 
