@@ -1,3 +1,5 @@
 from infra.cli.app import main
 
-main()
+# Benches start processes that import whatever started them.
+if __name__ == "__main__":
+    main()
