@@ -1,0 +1,69 @@
+"""Two hundred conversations of twenty tenants at once: each hears only its own and in its order, and none waits for a
+tenant that has more to say than all others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+from infra.testing.model_server import Asked, Says
+from tests.services.agent.conftest import Tenant, World
+
+MODEL = "gpt-4.1-nano"
+TENANTS, SESSIONS, ROUNDS = 20, 10, 2
+# As many sessions as all the others have together.
+GREEDY_SESSIONS = TENANTS * SESSIONS
+
+
+def answers(asked: Asked) -> Says:
+    """With the tenant's word, which is in the system prompt and in the passages."""
+    return Says(f"{asked.last_user_text} / {' '.join(sorted(set(re.findall(r'word-[0-9a-f-]+', asked.system))))}")
+
+
+async def ask(world: World, tenant: Tenant, sessions: int, rounds: int) -> None:
+    word = f"word-{tenant.id.removeprefix('t-')}"
+    world.peers.memory.passages.append((tenant.id, f"The word is {word}.", "words.md"))
+    prompt = f"You know {word}."
+    agent = await tenant.agent(model=f"openai/{MODEL}", knowledge=True, queue_mode="followup", system_prompt=prompt)
+    for n in range(rounds):
+        await asyncio.gather(
+            *(
+                tenant.receive(
+                    agent, f"{tenant.id} {session} {n}", chat=f"c{session}", person=f"p{session}", position=n + 1
+                )
+                for session in range(sessions)
+            )
+        )
+
+
+async def test_a_crowd_is_answered_each_in_turn_and_nobody_hears_another(world: World) -> None:
+    world.models.rules[MODEL] = answers
+    greedy, tenants = world.tenant(), [world.tenant() for _ in range(TENANTS)]
+    await ask(world, greedy, GREEDY_SESSIONS, 1)
+    await asyncio.gather(*(ask(world, tenant, SESSIONS, ROUNDS) for tenant in tenants))
+    everyone = TENANTS * SESSIONS * ROUNDS + GREEDY_SESSIONS
+
+    async def finished() -> list[str] | None:
+        async with world.platform.database("agent").begin() as tx:
+            rows = await tx.sql(
+                "SELECT r.tenant_id FROM run r WHERE r.status = 'completed' AND r.tenant_id = ANY($1::text[]) "
+                "ORDER BY r.finished_at",
+                [greedy.id, *(tenant.id for tenant in tenants)],
+            )
+        return [tenant_id for (tenant_id,) in rows] if len(rows) == everyone else None
+
+    order = await world.platform.until(finished, seconds=150)
+    assert order[-1] == greedy.id
+    for tenant in (greedy, *tenants):
+        rounds, sessions = (1, GREEDY_SESSIONS) if tenant is greedy else (ROUNDS, SESSIONS)
+        said: dict[str, list[str]] = {}
+        for message in await tenant.sent("channel.outbound"):
+            said.setdefault(message["conversation_id"], []).append(message["text"])
+        word = f"word-{tenant.id.removeprefix('t-')}"
+        assert said == {
+            f"c{session}": [f"{tenant.id} {session} {n} / {word}" for n in range(rounds)] for session in range(sessions)
+        }
+    for request in world.models.asked(MODEL):
+        assert len(set(re.findall(r"(?:word|t)-([0-9a-f]{8}-[0-9a-f-]{27})", json.dumps(request.body)))) == 1
+        assert len(set(re.findall(r"t-[0-9a-f-]{36} (\d+) \d", json.dumps(request.body)))) == 1
