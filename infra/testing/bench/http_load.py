@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import cast
 
@@ -20,7 +20,7 @@ def request(path: str, headers: Mapping[str, str], body: bytes) -> bytes:
     return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
 
 
-async def closed_loop(port: int, requests: Sequence[bytes], seconds: float) -> tuple[int, float]:
+async def closed_loop(port: int, requests: Iterable[bytes], seconds: float) -> tuple[int, float]:
     """Sends the requests in turn for so long, on each connection the next one once the last is answered.
 
     Returns how many were answered 200, the first so many of `requests`, and in how many seconds. Raises ValueError
