@@ -24,6 +24,7 @@ from infra.testing.processes import Process
 from infra.testing.stack import free_ports
 from tests.services.agent.conftest import MODEL, Tenant, World
 
+WORKERS = 4
 SESSIONS = 6
 CHILDS = "gpt-4.1-mini"
 # Place → at how many of its passes a worker ends there. A run passes the first three at each of its six calls: it looks
@@ -81,6 +82,7 @@ class Storm:
         self._folder = folder
         self._quiet = asyncio.Event()
         self._alive: list[Process] = []
+        self._ports = free_ports([f"{kind}-{slot}" for kind in ("http", "grpc") for slot in range(WORKERS)])
 
     async def rage(self) -> None:
         other = await self.tenant.agent(model=f"openai/{CHILDS}")
@@ -92,8 +94,10 @@ class Storm:
                 # Not all of them can be stopped at once: somebody has to go on with what they had.
                 killed = deque(point for point in self._points if point.signal == signal.SIGKILL)
                 stopped = deque(point for point in self._points if point.signal == signal.SIGSTOP)
-                workers = [stopped, stopped, killed, killed]
-                keepers = [tasks.create_task(self._keep(slot, points)) for slot, points in enumerate(workers)]
+                keepers = [
+                    tasks.create_task(self._keep(slot, stopped if slot < WORKERS // 2 else killed))
+                    for slot in range(WORKERS)
+                ]
                 askers = [tasks.create_task(self._ask(agent, f"c{n}")) for n in range(SESSIONS)]
                 await asyncio.gather(*keepers)
                 self._quiet.set()
@@ -109,17 +113,16 @@ class Storm:
             point = points.popleft()
             process = self._start(slot, point)
             if point.signal == signal.SIGKILL:
-                assert await asyncio.to_thread(process.wait, 90) == -signal.SIGKILL, point
+                assert await asyncio.to_thread(process.wait, 120) == -signal.SIGKILL, point
             else:
                 await self._stopped(process)
         self._start(slot, None)
 
     def _start(self, slot: int, point: Point | None) -> Process:
-        ports = free_ports(["http", "grpc"])
         environment = {
             **self.world.platform.environment("agent"),
-            "CLAW_HTTP_PORT": str(ports["http"]),
-            "CLAW_GRPC_PORT": str(ports["grpc"]),
+            "CLAW_HTTP_PORT": str(self._ports[f"http-{slot}"]),
+            "CLAW_GRPC_PORT": str(self._ports[f"grpc-{slot}"]),
             "CLAW_LEASE_SECONDS": "1",
         }
         if point:
@@ -139,7 +142,7 @@ class Storm:
         async def still() -> bool:
             return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
 
-        await platform.until(still, seconds=90)
+        await platform.until(still, seconds=120)
         owned = await self._rows("SELECT lane_id, epoch FROM lane WHERE owner IS NOT NULL")
 
         async def taken() -> bool:
@@ -162,12 +165,15 @@ class Storm:
     async def _is_answered(self, question: str) -> bool:
         ended = "SELECT id, status, error FROM run WHERE status NOT IN ('queued', 'running', 'waiting', 'completed')"
         assert await self._rows(ended) == []
-        said = await self._rows("SELECT convert_from(body, 'UTF8') FROM outbox WHERE destination = 'channel.outbound'")
-        return any(f'"Answer to {question}"' in body for (body,) in said)
+        said = (
+            "SELECT 1 FROM outbox WHERE destination = 'channel.outbound' "
+            "AND convert_from(body, 'UTF8')::json ->> 'text' = $1"
+        )
+        return bool(await self._rows(said, f"Answer to {question}"))
 
-    async def _rows(self, statement: str) -> list[tuple[Any, ...]]:
+    async def _rows(self, statement: str, *arguments: Any) -> list[tuple[Any, ...]]:
         async with self.world.platform.database("agent").begin() as tx:
-            return [tuple(row) for row in await tx.sql(statement)]
+            return [tuple(row) for row in await tx.sql(statement, *arguments)]
 
 
 @pytest.mark.timeout(1800)
