@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from infra import VERSION
 from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.errors import Forbidden, InvalidMessage, Unauthenticated, WrongType
+from infra.http import media_type
 from infra.service import Runtime
 
 T = TypeVar("T")
@@ -64,8 +65,9 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
         try:
             await inner(scope, receive, send)
         except RequestValidationError as error:
-            kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-            if kind != JSON and any(e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()):
+            if media_type(Headers(scope=scope)) != JSON and any(
+                e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()
+            ):
                 raise WrongType("content-type", f"this takes {JSON}") from error
             raise
 

@@ -6,7 +6,7 @@ import asyncio
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -81,13 +81,18 @@ def allow_body(request: Request, max_bytes: int) -> None:
     request.scope[_EXCHANGE].max_body = max_bytes
 
 
+def media_type(headers: Mapping[str, str]) -> str:
+    """What a message is by its content-type, without parameters, in small letters; empty where it does not say."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_json(request: Request, type_: type[T]) -> T:
     """The request's JSON body as `type_`.
 
     Raises InvalidMessage naming the field (``items[2].price``; ``body`` if it is no JSON), HTTPException 415 for
     another content type.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = media_type(request.headers)
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise HTTPException(415, f"content-type: {content_type or 'missing'}; this takes application/json")
     return decode_json(await request.body(), type_)

@@ -7,6 +7,8 @@ from typing import Any
 import httpx2
 import msgspec
 
+from infra.http import media_type
+
 
 class Streaming(httpx2.AsyncBaseTransport):
     """Turns such an answer into the stream that was asked for; all else passes through."""
@@ -16,7 +18,7 @@ class Streaming(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await self._inner.handle_async_request(request)
-        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = media_type(response.headers)
         if response.status_code != 200 or kind != "application/json" or not request.url.path.endswith("/completions"):
             return response
         body = await response.aread()

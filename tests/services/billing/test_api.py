@@ -10,12 +10,24 @@ import pytest
 from sqlalchemy.exc import ProgrammingError
 
 from infra.clock import utcnow, uuid7
-from tests.services.billing.conftest import Billing
+from tests.services.billing.conftest import Billing, Tenant
 
 
 def field_of(response: httpx.Response) -> str:
     assert response.status_code == 422, response.text
     return str(response.json()["errors"][0]["field"])
+
+
+async def page_by_page(tenant: Tenant, path: str) -> list[dict[str, Any]]:
+    """All items of the list, two at a time."""
+    seen: list[dict[str, Any]] = []
+    params: dict[str, Any] = {"limit": 2}
+    while True:
+        page = await tenant.get(path, **params)
+        seen += page["items"]
+        if page["next"] is None:
+            return seen
+        params["cursor"] = page["next"]
 
 
 async def test_credit_is_added_by_the_operator_once_per_key_and_audited(billing: Billing) -> None:
@@ -92,14 +104,7 @@ async def test_the_ledger_comes_in_pages_whose_sum_is_the_balance(billing: Billi
     for n in range(5):
         await tenant.use(f"run/{n}", input_tokens=n, output_tokens=1)
     await tenant.verdict("run/4")
-    seen: list[dict[str, Any]] = []
-    params: dict[str, Any] = {"limit": 2}
-    while True:
-        page = await tenant.get("ledger", **params)
-        seen += page["items"]
-        if page["next"] is None:
-            break
-        params["cursor"] = page["next"]
+    seen = await page_by_page(tenant, "ledger")
     assert len(seen) == len({entry["id"] for entry in seen}) == 6
     assert sum(entry["amount_nanos"] for entry in seen) == (await tenant.get("balance"))["balance_nanos"]
     bad = await tenant.http.get("/api/v1/billing/ledger", params={"cursor": "bm9uZQ=="})
@@ -145,14 +150,7 @@ async def test_usage_is_listed_record_by_record(billing: Billing) -> None:
     await tenant.use("0", occurred_at=now, input_tokens=1, output_tokens=1)
     await tenant.use("9", "acme/unheard-of", occurred_at=now, input_tokens=1)
     assert (await tenant.verdict("9"))["verdict"] == "held"
-    seen: list[dict[str, Any]] = []
-    params: dict[str, Any] = {"limit": 2}
-    while True:
-        page = await tenant.get("usage", **params)
-        seen += page["items"]
-        if page["next"] is None:
-            break
-        params["cursor"] = page["next"]
+    seen = await page_by_page(tenant, "usage")
     assert [item["usage_id"] for item in seen] == ["4", "3", "2", "1", "0", "9"]
     assert seen[-1] == await tenant.verdict("9")
     assert [item["usage_id"] for item in (await tenant.get("usage", run_id=str(run_id)))["items"]] == ["1", "0"]
