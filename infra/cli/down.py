@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from infra.cli.home import home_folder
+from infra.cli.home import SERVICES, home_folder
 from infra.cli.up import alone, console
 from infra.engines.supervisor import Supervisor
 
@@ -19,7 +19,8 @@ def down(wipe: Annotated[bool, typer.Option("--wipe", help="Forget all data and 
         console.print(f"Nothing to stop: there is no {home}.")
         return
     with alone(home):
-        Supervisor(home).shutdown(kill=wipe)
+        # The services first, while all that they finish their work with is still there.
+        Supervisor(home).shutdown(SERVICES, kill=wipe)
         if wipe:
             for path in home.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

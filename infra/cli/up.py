@@ -23,7 +23,9 @@ from infra.engines import CREDENTIALS, ENGINES
 from infra.engines.base import Engine, EngineError, Place
 from infra.engines.supervisor import Supervisor
 
-_READY_SECONDS = 120
+# A busy machine may take minutes to load nine services at once; what has ended again and again is given up before.
+_READY_SECONDS = 300
+_STILL_WAITING_SECONDS = 30
 console = Console(stderr=True, highlight=False)
 
 
@@ -89,10 +91,10 @@ async def _start(supervisor: Supervisor, place: Place, engine: Engine) -> None:
 async def wait_ready(supervisor: Supervisor, place: Place, engine: Engine) -> str:
     """Waits until the engine answers and returns its version.
 
-    Raises EngineError, with the end of its log, if it gave up or does not answer in two minutes.
+    Raises EngineError, with the end of its log, if it gave up or does not answer in five minutes.
     """
     port = place.ports[engine.NAME]
-    deadline = time.monotonic() + _READY_SECONDS
+    began = told_at = time.monotonic()
     restarts_before = supervisor.processes()[engine.NAME].restarts
     while True:
         try:
@@ -102,10 +104,13 @@ async def wait_ready(supervisor: Supervisor, place: Place, engine: Engine) -> st
                 return await engine.ready(place)
         except Exception as error:
             restarts = supervisor.processes()[engine.NAME].restarts - restarts_before
-            if restarts > 3 or time.monotonic() > deadline:
+            if restarts > 3 or time.monotonic() - began > _READY_SECONDS:
                 reason = "ends again and again" if restarts > 3 else f"does not answer ({error!r})"
                 tail = last_lines(supervisor.log(engine.NAME), 8)
                 raise EngineError(f"{engine.NAME} {reason}. `./claw logs {engine.NAME}` ends with:\n{tail}") from error
+        if time.monotonic() - told_at > _STILL_WAITING_SECONDS:
+            told_at = time.monotonic()
+            console.print(f"still waiting for {engine.NAME}, for {told_at - began:.0f} s now")
         await asyncio.sleep(0.2)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,20 +140,28 @@ class Supervisor:
         """Stops the program and waits until it has ended; it stays down."""
         self._call("stopProcess", name)
 
-    def shutdown(self, kill: bool = False) -> None:
-        """Stops all programs, then the supervisor, then what is left; returns when no process is.
+    def shutdown(self, first: Sequence[str] = (), kill: bool = False) -> None:
+        """Stops the programs `first`, then all others, the supervisor, and what is left; returns when no process is.
 
         `kill`: at once and in no good order, for a stack whose data nobody wants.
         """
         if self.running():
             pid = self._call("getPID")
             if not kill:
+                self._stop_together(first)
                 # All at once: the supervisor's own shutdown would wait for one after the other.
                 self._call("stopAllProcesses")
             # Nothing is left to lose, and its own shutdown takes two seconds more.
             psutil.Process(pid).kill()
             self._socket.unlink(missing_ok=True)
         end_all(self._home, kill)
+
+    def _stop_together(self, names: Sequence[str]) -> None:
+        running = [name for name, process in self.processes().items() if name in names and process.pid]
+        for name in running:
+            self._call("stopProcess", name, False)
+        while any(self.processes()[name].pid for name in running):
+            time.sleep(0.1)
 
     def log(self, name: str) -> Path:
         """The program's log file, rotated at 10 MB, three files in all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infra.cli.home import SERVICES
 from infra.engines import ENGINES
 from infra.engines.supervisor import Supervisor, orphans
 from infra.testing.stack import Stack, private_home, run_claw
@@ -109,6 +111,16 @@ def test_a_port_that_somebody_has_is_named_with_its_holder(full: Stack, home: Pa
     (home / "ports.json").write_text(json.dumps({**ports, "valkey": int(full.redis_url.split(":")[-1].split("/")[0])}))
     with pytest.raises(RuntimeError, match=r"which valkey needs, is taken by valkey-server .* speaks Redis or Valkey"):
         run_claw(home, "up", "--only", "valkey")
+
+
+def test_down_lets_the_services_finish_before_it_takes_the_engines_away(full: Stack) -> None:
+    log = full.home / "log" / "supervisord.log"
+    before = log.stat().st_size
+    run_claw(full.home, "down")
+    stopped = re.findall(r"(?:stopped|exited): (\w+) \((.*?)[;)]", log.read_text()[before:])
+    assert [what for what in stopped if what[0] in SERVICES] == stopped[: len(SERVICES)]
+    assert {how for _, how in stopped[: len(SERVICES)]} == {"exit status 0"}
+    run_claw(full.home, "up")
 
 
 def test_down_leaves_no_process_and_keeps_the_data(home: Path) -> None:
