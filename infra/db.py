@@ -46,6 +46,8 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
         hide_parameters=True,
         connect_args={
             "timeout": 10,
+            # More than a service has statements, so that each is prepared once per connection.
+            "statement_cache_size": 400,
             "server_settings": {
                 "application_name": name,
                 "timezone": "UTC",
@@ -59,9 +61,56 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
 
 
 async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
-    """Runs one statement with PostgreSQL's own ``$1`` parameters and returns its rows, if it yields any."""
-    result = await connection.exec_driver_sql(statement, arguments or None)
-    return [tuple(row) for row in result] if result.returns_rows else ()
+    """Runs one statement with PostgreSQL's own ``$1`` parameters and returns its rows, if it yields any.
+
+    The first one of a transaction goes through SQLAlchemy, which begins it. The others go straight to the driver: what
+    SQLAlchemy does around a statement takes three times as long as the statement. Raises DBAPIError in both cases.
+    """
+    driver = _in_transaction(connection)
+    if driver is None:
+        result = await connection.exec_driver_sql(statement, arguments or None)
+        return [tuple(row) for row in result] if result.returns_rows else ()
+    try:
+        return [tuple(row) for row in await driver.fetch(statement, *arguments)]
+    except Exception as error:
+        lost = driver.is_closed()
+        failure = _as_sqlalchemy(connection, statement, error, lost)
+        if lost:
+            await connection.invalidate(error)
+        raise failure from error
+    except BaseException:
+        # A cancellation: what the connection is in the middle of is not known.
+        await connection.invalidate()
+        raise
+
+
+def _in_transaction(connection: AsyncConnection) -> Any:
+    """The driver's connection (asyncpg's), where a transaction is under way on it; else None."""
+    inner = connection.sync_connection
+    if inner is None or inner.closed or inner.invalidated:
+        return None
+    driver: Any = inner.connection.driver_connection
+    return driver if driver.is_in_transaction() else None
+
+
+def _as_sqlalchemy(connection: AsyncConnection, statement: str, error: Exception, lost: bool) -> Exception:
+    """As it comes from the first statement, too: without the details, for these hold people's texts."""
+    dbapi: Any = connection.dialect.dbapi
+    for kind in type(error).__mro__:
+        if make := dbapi._asyncpg_error_translate.get(kind):
+            translated = make(error.args[0], error)
+            translated.__cause__ = error
+            failure: Exception = DBAPIError.instance(
+                statement,
+                None,
+                translated,
+                dbapi.Error,
+                hide_parameters=True,
+                connection_invalidated=lost,
+                dialect=connection.dialect,
+            )
+            return failure
+    return error
 
 
 def is_transient(error: BaseException) -> bool:

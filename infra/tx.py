@@ -74,7 +74,8 @@ class Tx:
         self._after: list[Callable[[], Awaitable[None]]] = []
         self.tenant_id = tenant_id
         self.cause = cause
-        self.has_messages = False
+        # The buses for which it leaves messages in the outbox.
+        self.buses: set[str] = set()
         # The kinds of lane in which there is something new to do.
         self.woken: set[str] = set()
         # The headers of the messages handed to a batch handler, by the message object's identity.
@@ -267,8 +268,8 @@ class Tx:
         self._puts.clear()
         if self._rows:
             await insert_outbox(await self.connection(), self._rows)
+            self.buses |= {row.bus for row in self._rows}
             self._rows.clear()
-            self.has_messages = True
         if self._items:
             # Last: the rows of the lanes stay locked until the commit, and whoever else enqueues there waits.
             await insert_items(await self.connection(), list(self._items.values()))
@@ -306,11 +307,11 @@ class Database:
         self.engine = engine
         self.service = service
         self._tenanted = tenanted
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[str], None]] = []
         self._lane_listeners: list[Callable[[str], None]] = []
 
-    def on_messages(self, wake: Callable[[], None]) -> None:
-        """`wake` is called after each commit that left messages in the outbox."""
+    def on_messages(self, wake: Callable[[str], None]) -> None:
+        """`wake` is called with the bus after each commit that left messages for it in the outbox."""
         self._listeners.append(wake)
 
     def on_items(self, wake: Callable[[str], None]) -> None:
@@ -330,17 +331,18 @@ class Database:
         try:
             yield tx
             await tx.flush()
-            if tx.has_messages:
+            if tx.buses:
                 failpoint("before_commit")
             await tx.close(commit=True)
             committed = True
         finally:
             if not committed:
                 await tx.close(commit=False)
-        if tx.has_messages:
+        if tx.buses:
             failpoint("after_commit")
+        for bus in tx.buses:
             for wake in self._listeners:
-                wake()
+                wake(bus)
         for kind in tx.woken:
             for wake_lane in self._lane_listeners:
                 wake_lane(kind)

@@ -78,6 +78,8 @@ class Relay:
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._engine = engine
+        # For what is one statement: it needs no BEGIN and no COMMIT.
+        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._service = service
         self._publisher = publisher
         self._metrics = metrics
@@ -86,8 +88,10 @@ class Relay:
         self._stopping = False
         self._log = get_logger("infra.outbox")
 
-    def wake(self) -> None:
-        self._wake.set()
+    def wake(self, bus: str) -> None:
+        """There are messages for that bus."""
+        if bus == self._publisher.bus:
+            self._wake.set()
 
     async def stop(self) -> None:
         """Lets the window under way finish; `run` then returns."""
@@ -129,7 +133,7 @@ class Relay:
         await self.leases.refresh()
         if not self.leases.held:
             return 0
-        async with self._engine.connect() as connection:
+        async with self._single.connect() as connection:
             rows = await sql(
                 connection,
                 "SELECT position, message_id, destination, routing_key, key, headers, body FROM outbox o "
@@ -164,32 +168,34 @@ class Relay:
                     dead.append(_dead_letter(row, error))
                 case SetAside(error):
                     aside[row.destination, row.routing_key if bus == "rabbit" else ""] = error
-        async with self._engine.begin() as connection:
-            if done and not await self._mark_published(connection, done):
+        async with self._engine.begin() if dead or aside else self._single.connect() as connection:
+            if done and not await self._mark_published(connection, done, pending, outcomes):
                 return
             if dead:
                 await store_dead_letters(connection, self._service, "outbox", dead)
             for (destination, key), error in aside.items():
                 await self._set_aside(connection, destination, key, error)
-            if done:
-                await sql(
-                    connection,
-                    "DELETE FROM outbox_set_aside s WHERE bus = $1 AND destination = ANY($2::text[]) "
-                    "AND retry_at < clock_timestamp() AND key = ANY($3::text[])",
-                    bus,
-                    list({row.destination for row, o in zip(pending, outcomes, strict=True) if o is None}),
-                    list({row.routing_key for row, o in zip(pending, outcomes, strict=True) if o is None}),
-                )
         self._metrics.outbox_published.labels(bus).inc(len(done) - len(dead))
 
-    async def _mark_published(self, connection: AsyncConnection, positions: list[int]) -> bool:
+    async def _mark_published(
+        self,
+        connection: AsyncConnection,
+        positions: list[int],
+        pending: Sequence[Pending],
+        outcomes: Sequence[Outcome],
+    ) -> bool:
         held = self.leases.held
+        taken = [row for row, outcome in zip(pending, outcomes, strict=True) if outcome is None]
         marked = await sql(
             connection,
             # Only under the epoch that read them: a relay that slept must not speak for its successor. The leases
-            # stay locked, so that a `resend` comes before this mark or after it, not in between.
-            "WITH own AS MATERIALIZED (SELECT l.name FROM lease l JOIN unnest($2::text[], $3::bigint[]) "
-            "AS h(name, epoch) USING (name, epoch) WHERE l.owner = $4 ORDER BY l.name FOR SHARE OF l) "
+            # stay locked, so that a `resend` comes before this mark or after it, not in between. The mark does not
+            # wait for the disk: a database that crashes before it is written has the messages sent again.
+            "WITH own AS MATERIALIZED (SELECT l.name, set_config('synchronous_commit', 'off', true) FROM lease l "
+            "JOIN unnest($2::text[], $3::bigint[]) AS h(name, epoch) USING (name, epoch) WHERE l.owner = $4 "
+            "ORDER BY l.name FOR SHARE OF l), "
+            "tried_again AS (DELETE FROM outbox_set_aside s WHERE s.bus = $6 AND s.destination = ANY($7::text[]) "
+            "AND s.retry_at < clock_timestamp() AND s.key = ANY($8::text[])) "
             "UPDATE outbox o SET published_at = clock_timestamp() FROM unnest($1::bigint[]) AS p(position) "
             "WHERE o.position = p.position AND EXISTS (SELECT FROM own WHERE own.name = $5 || ':' || o.bucket) "
             "RETURNING o.position",
@@ -198,6 +204,9 @@ class Relay:
             list(held.values()),
             self.leases.owner,
             f"outbox-{self._publisher.bus}",
+            self._publisher.bus,
+            list({row.destination for row in taken}),
+            list({row.routing_key for row in taken}),
         )
         if len(marked) != len(positions):
             self.leases.due = 0.0
