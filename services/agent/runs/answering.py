@@ -330,10 +330,14 @@ class Answering:
                     raise self.journal.ask(n, call.name, call.arguments)
                 if decision == "deny":
                     denied.add(n)
-        made = [self._refuse(call) if n in denied else self._call(call) for n, call in enumerate(calls, 1)]
+        others = sum(any(other.name == call.name for other in self.agent.agents) for call in calls)
+        made = [self._refuse(call) if n in denied else self._call(call, others) for n, call in enumerate(calls, 1)]
         # All come to their end: what one of them raises must not leave another's effect behind unrecorded.
         contents = await asyncio.gather(*made, return_exceptions=True)
         errors = [content for content in contents if isinstance(content, BaseException)]
+        if waits := [error for error in errors if isinstance(error, Suspended)]:
+            # The run waits for the first; the other agents that were asked need not wait for that one.
+            waits[0].children = [child for each in waits for child in each.children]
         for kind in (asyncio.CancelledError, Ended, Suspended, BaseException):
             for error in errors:
                 if isinstance(error, kind):
@@ -344,10 +348,11 @@ class Answering:
         await self.journal.refuse(_tool_step(tool), "a person has refused this call")
         return "Error: a person has refused this call"
 
-    async def _call(self, tool: ToolCall) -> str:
-        """What the tool gave back; where it failed, what the model is told about it."""
+    async def _call(self, tool: ToolCall, others: int) -> str:
+        """What the tool gave back; where it failed, what the model is told about it. others: how many of the calls that
+        are made together are other agents'."""
         if other := next((other for other in self.agent.agents if other.name == tool.name), None):
-            return await self._ask_agent(tool, other)
+            return await self._ask_agent(tool, other, others)
         n = self.scope.n + 1
 
         async def call(idempotency_key: str, _: int) -> tuple[ToolResult, None]:
@@ -376,7 +381,7 @@ class Answering:
                 raise Suspended(Suspend(key, "indeterminate", n, tool.name, text, utcnow()), UNCERTAIN)
             return returned.result
 
-    async def _ask_agent(self, call: ToolCall, other: Colleague) -> str:
+    async def _ask_agent(self, call: ToolCall, other: Colleague, others: int) -> str:
         n, step = self.scope.n + 1, _tool_step(call)
         try:
             question = msgspec.json.decode(call.arguments, type=Question).message
@@ -396,11 +401,14 @@ class Answering:
         if child and child.is_over:
             await self.journal.ended(n, child.reply, child.error)
             return child.reply if child.reply is not None else f"Error: {child.error}"
-        limit = self.scope.limits.nanos
-        left = None if limit is None else max(0, limit - await self._spent())
         text = f"step {n}: waits for the agent {other.name}"
         suspend = Suspend(self.scope.session_key, "agent", n, other.name, text, utcnow())
-        raise Suspended(suspend, None, Child(other.agent_id, question, left))
+        if child:
+            raise Suspended(suspend, None)
+        limit = self.scope.limits.nanos
+        # Together they spend no more than is left.
+        left = None if limit is None else max(0, limit - await self._spent()) // others
+        raise Suspended(suspend, None, [Child(n, other.agent_id, question, left)])
 
     def _output_limit(self) -> int | None:
         most = self.scope.limits.tokens

@@ -18,11 +18,11 @@ from infra.tx import Tx
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
 from services.agent.runs import conversation, queries, steps
-from services.agent.runs.cancelling import cancel
+from services.agent.runs.cancelling import cancel, give_up
 from services.agent.runs.ending import CANCELLED
 from services.agent.runs.events import Decision
 from services.agent.runs.forking import fork
-from services.agent.runs.settling import give_up, settle, suspension
+from services.agent.runs.settling import settle, suspension
 from services.agent.runs.timeline import timeline
 from services.agent.runs.views import Approval, Facts, ForkFrom, Resolution, RunView, Status, Timeline
 

@@ -1,4 +1,4 @@
-"""Ends runs before their time: on request, or because a newer message is more important."""
+"""Ends runs without an answer: on request, because a newer message is more important, or because they failed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from infra.errors import Conflict, NotFound
 from infra.tx import Tx
 from services.agent.lanes import RUNS
 from services.agent.runs import projections
-from services.agent.runs.domain import Fail
+from services.agent.runs.domain import Fail, Suspension
+from services.agent.runs.events import Ending
 from services.agent.runs.publishing import stream
 from services.agent.runs.settling import tell_parent
 
@@ -35,14 +36,27 @@ async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
     if status in projections.SUSPENDED or (
         status == "queued" and await lanes.cancel(tx, RUNS, session_key, UUID(str(item_id)))
     ):
-        await tx.decide(stream(run_id), Fail(session_key, "cancelled", reason))
-        await projections.failed(tx, run_id, "cancelled", reason)
-        await tell_parent(tx, run_id)
-        for (child,) in await tx.sql(
-            "SELECT id FROM run WHERE parent_run_id = $1 AND status = ANY($2::text[])", run_id, [*projections.STOPPABLE]
-        ):
-            await cancel(tx, UUID(str(child)), "the run that asked for it was cancelled")
+        await fail(tx, run_id, session_key, "cancelled", reason)
         return
     await tx.sql("UPDATE run SET cancel_reason = $2 WHERE id = $1", run_id, reason)
     # One that waits to try again need not wait on.
     await lanes.postpone(tx, RUNS, session_key, UUID(str(item_id)), utcnow())
+
+
+async def give_up(tx: Tx, run_id: UUID, waits: Suspension) -> None:
+    """The run fails by the decision of an operator. Raises Conflict where it waits for an approval."""
+    if waits.reason != "indeterminate":
+        raise Conflict(f"run {run_id} waits for an approval: deny it, or cancel the run")
+    [(session_key,)] = await tx.sql("SELECT session_key FROM run WHERE id = $1", run_id)
+    await fail(tx, run_id, session_key, "failed", f"given up by an operator: {waits.text}")
+
+
+async def fail(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: str) -> None:
+    """The run ends without an answer, and with it those that it has asked for and that are not over."""
+    await tx.decide(stream(run_id), Fail(session_key, status, error))
+    await projections.failed(tx, run_id, status, error)
+    await tell_parent(tx, run_id)
+    for (child,) in await tx.sql(
+        "SELECT id FROM run WHERE parent_run_id = $1 AND status = ANY($2::text[])", run_id, [*projections.STOPPABLE]
+    ):
+        await cancel(tx, UUID(str(child)), f"the run that asked for it is over: {status}")

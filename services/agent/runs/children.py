@@ -45,9 +45,9 @@ def child_id(run_id: UUID, step: int) -> UUID:
     return derived_id(run_id, "child", step)
 
 
-async def open_child(tx: Tx, subjects: SubjectKeys, parent_id: UUID, step: int, child: Child) -> None:
+async def open_child(tx: Tx, subjects: SubjectKeys, parent_id: UUID, child: Child) -> None:
     """Opens the run that answers the parent's step, for the same person, in a session of its own; once."""
-    id_ = child_id(parent_id, step)
+    id_ = child_id(parent_id, child.step)
     if await tx.sql("SELECT 1 FROM run WHERE id = $1", id_):
         return
     [(subject_id, depth)] = await tx.sql("SELECT subject_id, depth FROM run WHERE id = $1", parent_id)
@@ -65,7 +65,7 @@ async def open_child(tx: Tx, subjects: SubjectKeys, parent_id: UUID, step: int, 
         "UPDATE run SET parent_run_id = $2, parent_step = $3, depth = $4, limit_nanos = $5 WHERE id = $1",
         id_,
         parent_id,
-        step,
+        child.step,
         depth + 1,
         child.limit_nanos,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -31,8 +32,9 @@ class Ended(Exception):
 
 @dataclass(frozen=True)
 class Child:
-    """Another agent's run, to be opened. limit_nanos: what it may cost; None: without limit."""
+    """Another agent's run, to be opened for a step. limit_nanos: what it may cost; None: without limit."""
 
+    step: int
     agent_id: UUID
     text: str
     limit_nanos: int | None
@@ -40,13 +42,13 @@ class Child:
 
 class Suspended(Exception):
     """The run stops here until a person decides, or another agent has answered. notice: what is said in the
-    conversation, if anything. child: the run to be opened."""
+    conversation, if anything. children: the runs to be opened."""
 
-    def __init__(self, command: Suspend, notice: str | None, child: Child | None = None) -> None:
+    def __init__(self, command: Suspend, notice: str | None, children: Sequence[Child] = ()) -> None:
         super().__init__(command.text)
         self.command = command
         self.notice = notice
-        self.child = child
+        self.children = children
 
 
 def approval_notice(tool: str, arguments: str) -> str:

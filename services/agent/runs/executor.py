@@ -27,9 +27,10 @@ from services.agent.models.library import Models
 from services.agent.runs import children, conversation, projections
 from services.agent.runs.answering import Answering, Peers, Reply
 from services.agent.runs.budget import Spending
+from services.agent.runs.cancelling import fail
 from services.agent.runs.concurrency import take_place
 from services.agent.runs.conversation import Asked
-from services.agent.runs.domain import Complete, Fail, Limits, Mismatch, Run, Start, messages_at, remaining
+from services.agent.runs.domain import Complete, Limits, Mismatch, Run, Start, messages_at, remaining
 from services.agent.runs.ending import FAILED, Ended, Suspended
 from services.agent.runs.publishing import stream
 from services.agent.runs.saying import say
@@ -231,20 +232,23 @@ class Executor:
             _log.info("run completed", run_id=str(run_id))
         elif isinstance(outcome, Suspended):
             text, command = outcome.notice or "", outcome.command
+            if command.reason == "agent":
+                child = await children.state(tx, self._subjects, children.child_id(run_id, command.step))
+                if child and child.is_over:
+                    # It found nobody who waited for it; from here on it finds the run's row locked.
+                    raise RetryLater(timedelta(0), "another agent answered as the run was about to wait for it")
             await tx.decide(stream(run_id), command)
             await projections.suspended(tx, run_id, command.reason, command.text)
             _log.info("run waits", run_id=str(run_id), reason=command.text)
-            if outcome.child:
-                await children.open_child(tx, self._subjects, run_id, command.step, outcome.child)
+            for asked_for in outcome.children:
+                await children.open_child(tx, self._subjects, run_id, asked_for)
         else:
             await self._fail(tx, row, asked, outcome)
             return
         await _say(tx, row, asked, text)
 
     async def _fail(self, tx: Tx, row: _Row, asked: Asked | None, outcome: Ended) -> None:
-        await tx.decide(stream(row.id), Fail(row.session_key, outcome.status, outcome.error))
-        await projections.failed(tx, row.id, outcome.status, outcome.error)
-        await tell_parent(tx, row.id)
+        await fail(tx, row.id, row.session_key, outcome.status, outcome.error)
         level = _log.info if outcome.status == "cancelled" else _log.warning
         level(f"run {outcome.status}", run_id=str(row.id), error=outcome.error)
         await _say(tx, row, asked, outcome.notice)

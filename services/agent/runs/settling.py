@@ -11,7 +11,7 @@ from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
 from services.agent.lanes import RUNS, RunItem
 from services.agent.runs import projections
-from services.agent.runs.domain import Fail, NotWaiting, Settle, Suspension
+from services.agent.runs.domain import NotWaiting, Settle, Suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.publishing import stream
 
@@ -53,17 +53,6 @@ async def suspension(tx: Tx, run_id: UUID) -> Suspension:
     if waits is None:
         raise Conflict(f"the run is {rows[0][0]} and waits for nobody's decision")
     return waits
-
-
-async def give_up(tx: Tx, run_id: UUID, waits: Suspension) -> None:
-    """The run fails by the decision of an operator. Raises Conflict where it waits for an approval."""
-    if waits.reason != "indeterminate":
-        raise Conflict(f"run {run_id} waits for an approval: deny it, or cancel the run")
-    [(session_key,)] = await tx.sql("SELECT session_key FROM run WHERE id = $1", run_id)
-    error = f"given up by an operator: {waits.text}"
-    await tx.decide(stream(run_id), Fail(session_key, "failed", error))
-    await projections.failed(tx, run_id, "failed", error)
-    await tell_parent(tx, run_id)
 
 
 async def tell_parent(tx: Tx, run_id: UUID) -> None:

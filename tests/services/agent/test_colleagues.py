@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ from infra.testing.model_server import Says
 from tests.services.agent.conftest import MODEL, Tenant, World
 
 CHILDS = "gpt-4.1-mini"
+OTHER_CHILDS = "gpt-4.1-nano"
 ASK = ("ask_librarian", '{"message":"Where is Bern?"}')
 
 
@@ -57,15 +59,59 @@ async def test_a_colleague_that_gives_no_answer_is_a_tool_that_failed(world: Wor
     assert len(await of(tenant, other)) == 1
 
 
-async def test_colleagues_are_asked_one_after_the_other(world: World, tenant: Tenant) -> None:
+async def test_colleagues_are_asked_together(world: World, tenant: Tenant) -> None:
+    """The first answers when the second has answered."""
+    agent, _ = await pair(tenant)
+    second = await tenant.agent(model=f"openai/{OTHER_CHILDS}")
+    [first] = (await tenant.call("GET", f"/api/v1/agents/{agent}"))["agents"]
+    colleague = {"agent_id": second, "name": "ask_pilot", "description": "Flies."}
+    await tenant.call("PATCH", f"/api/v1/agents/{agent}", json={"agents": [first, colleague]})
+    may_answer = asyncio.Event()
+    world.models.script(MODEL, Says(calls=(ASK, ("ask_pilot", '{"message":"And Rome?"}'))), Says("North and south."))
+    world.models.script(CHILDS, Says("North.", waits=may_answer))
+    world.models.script(OTHER_CHILDS, Says("South."))
+    run_id = await tenant.say(agent, "Where?")
+
+    async def second_is_over() -> bool:
+        return [item["status"] for item in await of(tenant, second)] == ["completed"]
+
+    await world.platform.until(second_is_over)
+    assert (await tenant.run(run_id))["waiting"]["tool"] == "ask_librarian"
+    may_answer.set()
+    run = await tenant.over(run_id)
+    assert run["reply"] == "North and south."
+    told = [message["content"] for message in world.models.asked(MODEL)[-1].body["messages"][-2:]]
+    assert told == ["North.", "South."]
+    assert [step["status"] for step in run["steps"]] == ["completed"] * 4
+
+
+async def test_who_is_cancelled_takes_along_all_that_are_still_at_it(world: World, tenant: Tenant) -> None:
+    agent, other = await pair(tenant)
+    again = ("ask_librarian", '{"message":"And Rome?"}')
+    world.models.script(MODEL, Says(calls=(ASK, again, ASK)))
+    world.models.script(CHILDS, Says("Here."), *[Says("A long text", stalls_after=1)] * 2)
+    run_id = await tenant.say(agent, "Where?")
+
+    async def one_is_over() -> bool:
+        return sorted(item["status"] for item in await of(tenant, other)) == ["completed", "running", "running"]
+
+    await world.platform.until(one_is_over)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
+    for child in await of(tenant, other):
+        await tenant.over(child["id"])
+    assert sorted(item["status"] for item in await of(tenant, other)) == ["cancelled", "cancelled", "completed"]
+    assert (await tenant.over(run_id))["status"] == "cancelled"
+
+
+async def test_the_same_colleague_is_asked_twice_together(world: World, tenant: Tenant) -> None:
     agent, other = await pair(tenant)
     again = ("ask_librarian", '{"message":"And Rome?"}')
     world.models.script(MODEL, Says(calls=(ASK, again)), Says("North and south."))
-    world.models.script(CHILDS, Says("North."), Says("South."))
+    world.models.script(CHILDS, Says("Here."), Says("Here."))
     run = await tenant.over(await tenant.say(agent, "Where?"))
     assert run["reply"] == "North and south."
-    told = [message["content"] for message in world.models.requests[-1].body["messages"][-2:]]
-    assert told == ["North.", "South."]
+    told = [message["content"] for message in world.models.asked(MODEL)[-1].body["messages"][-2:]]
+    assert told == ["Here.", "Here."]
     assert len(await of(tenant, other)) == 2
 
 
@@ -84,7 +130,7 @@ async def test_who_is_cancelled_takes_along_whom_it_has_asked(world: World, tena
     await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", expect=409, json={"approved": True})
     await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
     child = await tenant.over(waits["run_id"])
-    assert (child["status"], child["error"]) == ("cancelled", "the run that asked for it was cancelled")
+    assert (child["status"], child["error"]) == ("cancelled", "the run that asked for it is over: cancelled")
     assert (await tenant.run(run_id))["status"] == "cancelled"
 
 

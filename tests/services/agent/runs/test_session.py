@@ -24,11 +24,11 @@ from protos.messages.agent import RunCompleted
 from protos.messages.channel import SendMessage
 from services.agent.lanes import RUNS, RunItem
 from services.agent.runs import steps
-from services.agent.runs.cancelling import cancel
+from services.agent.runs.cancelling import cancel, give_up
 from services.agent.runs.ending import CANCELLED
 from services.agent.runs.events import Decision
 from services.agent.runs.publishing import RUN
-from services.agent.runs.settling import give_up, settle, suspension
+from services.agent.runs.settling import settle, suspension
 from services.agent.sessions.domain import Busy, QueueMode, Session, evolve
 from services.agent.sessions.publishing import SESSION as SESSIONS
 from tests.infra.lane_world import log_lines
