@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from uuid import UUID
@@ -40,19 +41,25 @@ class Live:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self._waiting: asyncio.Queue[Fact | Delta | Missed] = asyncio.Queue()
+        self._waiting: deque[Fact | Delta | Missed] = deque()
+        self._came = asyncio.Event()
         # All its runs may miss something at the same moment, however many there are.
         client.room += 1
 
     async def next(self, seconds: float) -> Fact | Delta | Missed | None:
         """None: nothing came in that time."""
-        try:
-            async with asyncio.timeout(seconds):
-                item = await self._waiting.get()
-        except TimeoutError:
-            return None
+        if not self._waiting:
+            self._came.clear()
+            # Not `asyncio.timeout` around a queue, which takes longer than all else that a delta needs here.
+            late = asyncio.get_running_loop().call_later(seconds, self._came.set)
+            try:
+                await self._came.wait()
+            finally:
+                late.cancel()
+            if not self._waiting:
+                return None
         self.client.room += 1
-        return item
+        return self._waiting.popleft()
 
     def put(self, item: Fact | Delta | Missed) -> None:
         if self.client.dropped:
@@ -63,10 +70,11 @@ class Live:
             self.client.end()
             return
         self.client.room -= 1
-        self._waiting.put_nowait(item)
+        self._waiting.append(item)
+        self._came.set()
 
     def close(self) -> None:
-        self.client.room += self._waiting.qsize() - 1
+        self.client.room += len(self._waiting) - 1
 
 
 class Hub:

@@ -139,7 +139,7 @@ class Socket:
                 raise WrongType("body", "binary; this takes JSON as text")
             asked = decode_json(text.encode(), _FROM_CLIENT)
             await self._do(asked)
-        except (TimeoutError, WebSocketDisconnect):
+        except WebSocketDisconnect:
             # The client's, not the message's.
             raise
         except Exception as error:
@@ -217,14 +217,20 @@ class Socket:
         await self._put(Error(status=status, detail=said.detail, errors=said.errors, ref=ref))
 
     async def _put(self, message: ServerMessage) -> None:
-        """Raises TimeoutError where the client takes nothing, WebSocketDisconnect where it is gone."""
+        """Raises WebSocketDisconnect where the client is gone. One that takes nothing is dropped."""
         text = _encoder.encode(message).decode()
-        async with asyncio.timeout(SEND_SECONDS):
-            try:
-                await self._websocket.send_text(text)
-            except RuntimeError as error:
-                # What uvicorn and Starlette say where the socket is being closed already.
-                raise WebSocketDisconnect(1006) from error
+        late = asyncio.get_running_loop().call_later(SEND_SECONDS, self._drop)
+        try:
+            await self._websocket.send_text(text)
+        except RuntimeError as error:
+            # What uvicorn and Starlette say where the socket is being closed already.
+            raise WebSocketDisconnect(1006) from error
+        finally:
+            late.cancel()
+
+    def _drop(self) -> None:
+        _log.info("a client that takes nothing is dropped")
+        self._end(TOO_SLOW)
 
     async def _forget(self, run_id: UUID) -> None:
         if task := self._runs.pop(run_id, None):
@@ -246,9 +252,6 @@ class Socket:
                 pass
             case WebSocketDisconnect():
                 self._end(None)
-            case TimeoutError():
-                _log.info("a client that takes nothing is dropped")
-                self._end(TOO_SLOW)
             case error:
                 _log.error("a socket failed", exc_info=error)
                 self._end(FAILED)
