@@ -59,6 +59,10 @@ class RetryLater(Transient):
         self.after = after
 
 
+class NotYet(RetryLater):
+    """Nothing has failed: its turn has not come. It is tried again, and nobody need be told."""
+
+
 class TooManyRequests(RetryLater):
     """The caller is over its rate limit. HTTP 429 with Retry-After; elsewhere as `RetryLater`."""
 

@@ -23,7 +23,7 @@ from infra import telemetry
 from infra.bus.deadletter import DeadLetter, store_dead_letters
 from infra.db import is_transient
 from infra.effects import Effects
-from infra.errors import InvalidMessage, RetryLater, Transient
+from infra.errors import InvalidMessage, NotYet, RetryLater, Transient
 from infra.failpoint import failpoint
 from infra.lane_claims import Claims, Head, LaneLost, Lease, after
 from infra.lanes import Work
@@ -262,7 +262,7 @@ class LaneRunner:
         dead = isinstance(error, InvalidMessage) or (not passing and head.faults >= len(lane.retries))
         text = redacted(f"{type(error).__name__}: {error}")
         self._log.log(
-            40 if dead else 30,
+            40 if dead else 10 if isinstance(error, NotYet) else 30,
             "item set aside as a dead letter; see claw dlq list" if dead else "item not done, it is tried again",
             kind=kind.name,
             item_id=str(head.item_id),

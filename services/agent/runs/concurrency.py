@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import UUID
 
-from infra.errors import RetryLater
+from infra.errors import NotYet
 from infra.tx import Tx
 from services.agent.definitions.models import NewAgent
 
@@ -13,7 +13,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.5), timedelta(seconds=30)
 
 
 async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent) -> None:
-    """Of a run that is about to begin, whose row is locked. Raises RetryLater where as many go on as may."""
+    """Of a run that is about to begin, whose row is locked. Raises NotYet where as many go on as may."""
     provider = definition.provider
     model = f"{definition.model} {(provider.base_url if provider else None) or ''}".rstrip()
     limits = {
@@ -31,7 +31,7 @@ async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent)
             value,
         )
         if under_way >= most:
-            raise RetryLater(await _pause(tx, run_id, most), f"{under_way} runs go on already, and no more may at once")
+            raise NotYet(await _pause(tx, run_id, most), f"{under_way} runs go on already, and no more may at once")
     await tx.sql("UPDATE run SET model = $2 WHERE id = $1", run_id, model)
 
 

@@ -14,7 +14,7 @@ from infra import telemetry
 from infra.clock import utcnow
 from infra.crypto import Cipher
 from infra.effects import Effects
-from infra.errors import InvalidMessage, NotFound, RetryLater
+from infra.errors import InvalidMessage, NotFound, NotYet, RetryLater
 from infra.group import Group
 from infra.logs import get_logger
 from infra.subjects import Erased, SubjectKeys
@@ -218,7 +218,7 @@ class Executor:
             assert begun
             if await conversation.count(tx, run_id) > _taken(await tx.load(stream(run_id))):
                 # Nobody else would answer it: messages that join a run wait for its row, which is locked now.
-                raise RetryLater(timedelta(0), "a message came as the run was about to end")
+                raise NotYet(timedelta(0), "a message came as the run was about to end")
             text = outcome.text
             reply = begun.scope.key.seal(text, row.tenant_id, row.subject_id, str(run_id), "reply")
             events = await tx.decide(stream(run_id), Complete(row.session_key, reply))
@@ -236,7 +236,7 @@ class Executor:
                 child = await children.state(tx, self._subjects, children.child_id(run_id, command.step))
                 if child and child.is_over:
                     # It found nobody who waited for it; from here on it finds the run's row locked.
-                    raise RetryLater(timedelta(0), "another agent answered as the run was about to wait for it")
+                    raise NotYet(timedelta(0), "another agent answered as the run was about to wait for it")
             await tx.decide(stream(run_id), command)
             await projections.suspended(tx, run_id, command.reason, command.text)
             _log.info("run waits", run_id=str(run_id), reason=command.text)
