@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
@@ -26,6 +27,7 @@ from infra.http import media_type
 from infra.service import Runtime
 
 T = TypeVar("T")
+Id = TypeVar("Id")
 
 MAX_PAGE = 200
 JSON = "application/json"
@@ -125,6 +127,16 @@ class _Paging:
 
     limit: int
     after: str | None
+
+    def after_time(self, id_type: Callable[[str], Id]) -> tuple[datetime, Id] | None:
+        """Of a list by time: the time and the id of the last item, by its key ``<time> <id>``."""
+        if self.after is None:
+            return None
+        at, _, id_ = self.after.partition(" ")
+        try:
+            return datetime.fromisoformat(at), id_type(id_)
+        except ValueError:
+            raise InvalidMessage("cursor", "is none that a list gave") from None
 
 
 def _paging(

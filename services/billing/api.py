@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -51,7 +51,7 @@ def _tenants(runtime: Runtime) -> APIRouter:
         """Every usage record that has arrived with what became of it, by the time of use; each repeat once."""
         where = Where(who.tenant_id, since, until, resource, run_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            found = await reports.usage(tx, where, after=_time_and_id(paging.after), limit=paging.limit + 1)
+            found = await reports.usage(tx, where, after=paging.after_time(str), limit=paging.limit + 1)
         listed = page(found, paging, lambda verdict: f"{verdict.occurred_at.isoformat()} {verdict.usage_id}")
         return UsageList(**listed)
 
@@ -89,13 +89,3 @@ def _tenants(runtime: Runtime) -> APIRouter:
         return await reconcile(runtime, who.tenant_id or None)
 
     return router
-
-
-def _time_and_id(after: str | None) -> tuple[datetime, str] | None:
-    if after is None:
-        return None
-    at, _, usage_id = after.partition(" ")
-    try:
-        return datetime.fromisoformat(at), usage_id
-    except ValueError:
-        raise InvalidMessage("cursor", "is none that this list gave") from None

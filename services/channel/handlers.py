@@ -20,7 +20,7 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from services.channel import projections
 from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown, Queue
-from services.channel.events import DeliveryQueued, Words
+from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, Words
 from services.channel.publishing import DELIVERY
 from services.channel.sending import NotSendable, Sender, Sent, break_account
 from services.channel.vendors.base import AccountRefused, Outbound
@@ -135,8 +135,8 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
 async def _decide(tx: Tx, delivery_id: UUID, command: Command) -> None:
     for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
         await projections.show(tx, delivery_id, event)
-    match command:
-        case MarkSent():
-            _log.info("reply delivered", delivery_id=str(delivery_id))
-        case MarkFailed(reason) | MarkUnknown(reason):
-            _log.warning("reply not delivered", delivery_id=str(delivery_id), reason=reason)
+        match event:
+            case DeliverySent():
+                _log.info("reply delivered", delivery_id=str(delivery_id))
+            case DeliveryFailed(reason=reason) | DeliveryUnknown(reason=reason):
+                _log.warning("reply not delivered", delivery_id=str(delivery_id), reason=reason)

@@ -157,7 +157,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     async def list_documents(who: Reader, paging: Paging) -> DocumentList:
         """The newest first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            found = await documents.newest(tx, paging.limit + 1, _before(paging.after))
+            found = await documents.newest(tx, paging.limit + 1, paging.after_time(UUID))
         listed = page(found, paging, key=lambda document: f"{document.created_at.isoformat()} {document.id}")
         return DocumentList(items=[_view(document) for document in listed["items"]], next=listed["next"])
 
@@ -207,16 +207,6 @@ def _name(given: str | None) -> str:
     if len(name) > _MAX_NAME:
         raise InvalidMessage("file", f"has a name of more than {_MAX_NAME} characters")
     return name
-
-
-def _before(after: str | None) -> tuple[datetime, UUID] | None:
-    if after is None:
-        return None
-    at, _, id_ = after.partition(" ")
-    try:
-        return datetime.fromisoformat(at), UUID(id_)
-    except ValueError:
-        raise InvalidMessage("cursor", "is none that a list gave") from None
 
 
 def _id(text: str) -> UUID:

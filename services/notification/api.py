@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -11,7 +10,6 @@ from fastapi import APIRouter
 from starlette.routing import BaseRoute
 
 from infra.api import Paging, Reader, api, page
-from infra.errors import InvalidMessage
 from infra.service import Runtime
 from services.notification.notifications import Notification, listed
 
@@ -22,17 +20,8 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     @router.get("/notifications")
     async def list_notifications(who: Reader, paging: Paging) -> dict[str, Any]:
         """E-mails and push notifications of the last 90 days, newest first; addresses are masked."""
-        before = _before(paging.after) if paging.after else None
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            found = await listed(tx, who.tenant_id, before=before, limit=paging.limit + 1)
+            found = await listed(tx, who.tenant_id, before=paging.after_time(UUID), limit=paging.limit + 1)
         return page(found, paging, Notification.cursor)
 
     return api("notification", runtime, router)
-
-
-def _before(cursor: str) -> tuple[datetime, UUID]:
-    at, _, id_ = cursor.partition(" ")
-    try:
-        return datetime.fromisoformat(at), UUID(id_)
-    except ValueError:
-        raise InvalidMessage("cursor", "is none that this list gave") from None
