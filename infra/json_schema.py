@@ -50,6 +50,8 @@ def check_schema(field: str, schema: Schema) -> None:
         _mismatch(field, schema, {})
     except SchemaError as error:
         raise InvalidMessage(_path(field, error.absolute_path), error.message[:300]) from None
+    except UnicodeEncodeError:
+        raise InvalidMessage(field, "is no Unicode text") from None
     except RecursionError:
         raise InvalidMessage(field, "is nested too deeply, or refers to itself without an end") from None
 

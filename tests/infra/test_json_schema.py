@@ -60,6 +60,7 @@ def nested(levels: int) -> dict[str, Any]:
         ({"type": "object", "properties": {"a": {"pattern": "("}}}, "schema.properties.a.pattern"),
         ({"type": "object", "description": "x" * 40_000}, "schema"),
         ({"type": "object", "properties": {"a": nested(3_000)}}, "schema"),
+        ({"type": "object", "title": "\ud800"}, "schema"),
     ],
 )
 def test_a_schema_that_is_none_or_too_much_is_refused(schema: dict[str, Any], field: str) -> None:

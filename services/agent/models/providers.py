@@ -32,7 +32,7 @@ from pydantic_ai.models import Model as LibraryModel
 from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.output import OutputObjectDefinition
-from pydantic_ai.profiles.openai import OpenAIModelProfile
+from pydantic_ai.profiles.openai import OpenAIJsonSchemaTransformer, OpenAIModelProfile
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import ToolDefinition
@@ -141,7 +141,7 @@ class ProviderModel:
         structured = prompt.output_schema is not None and isinstance(self._model, OpenAIChatModel)
         parameters = ModelRequestParameters(
             output_mode="native" if structured else "text",
-            output_object=OutputObjectDefinition(prompt.output_schema or {}, name="answer") if structured else None,
+            output_object=_output_object(prompt.output_schema or {}) if structured else None,
             function_tools=[
                 # Not strict: the schema is the tool's own, and most do not have the form that strictness asks for.
                 ToolDefinition(
@@ -178,6 +178,15 @@ class ProviderModel:
             model=response.model_name or self._name,
             finish_reason=response.finish_reason or "",
         )
+
+
+def _output_object(schema: dict[str, Any]) -> OutputObjectDefinition:
+    """Strict where that is possible. Any other schema goes out as it is: the library, not told so, would close every
+    object in it, and of an object of any kind leave only the empty one.
+    """
+    transformer = OpenAIJsonSchemaTransformer(schema, strict=None)
+    transformer.walk()
+    return OutputObjectDefinition(schema, name="answer", strict=transformer.is_strict_compatible)
 
 
 def _messages(prompt: Prompt) -> list[wire.ModelMessage]:

@@ -140,14 +140,13 @@ class Answering:
         instructions = asked.system(self.agent.system_prompt) + (
             f"\n\nWhat was said before, in short:\n{known.text}" if known else ""
         )
+        schema = asked.output_schema(self.agent.output_schema)
         system, misfits = instructions, 0
         # Once before each step: what is taken in by twos before one step is a single turn to whoever goes on with the
         # run, and the step would be another one.
         await self._take(turns)
         while True:
-            prompt = Prompt(
-                system, tuple(turns), passages, tools, self._output_limit(), output_schema=self.agent.output_schema
-            )
+            prompt = Prompt(system, tuple(turns), passages, tools, self._output_limit(), output_schema=schema)
             answer = await self._ask(prompt, digest(turns[len(asked.history) :], passages, misfits))
             if answer.calls:
                 turns.append(Answered(answer.text, answer.calls))
@@ -158,7 +157,7 @@ class Answering:
                 continue  # the answer would not answer all of it
             if not answer.text.strip():
                 raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)
-            if (misfit := _misfit(self.agent.output_schema, answer.text)) is None:
+            if (misfit := _misfit(schema, answer.text)) is None:
                 return Reply(answer.text, summary)
             misfits += 1
             if misfits == STRUCTURE_ATTEMPTS:
@@ -257,7 +256,9 @@ class Answering:
                 async def on_text(text: str) -> None:
                     nonlocal written
                     written += len(text.encode())
-                    await deltas(text)
+                    # What may be refused yet is shown to nobody: a stream takes nothing back.
+                    if prompt.output_schema is None:
+                        await deltas(text)
 
                 answer = await model.answer(prompt, on_text)
                 _note_answer(span, answer)

@@ -23,6 +23,8 @@ HISTORY_CHARACTERS = 40_000
 # So much is read of it, the newest.
 MOST_MESSAGES = 400
 
+NOTHING = Context(())
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -51,7 +53,7 @@ class Asked:
     """The messages of a run as one, and what came before. conversation_id, reply_to: None where no channel is.
 
     summary: of what came before all that is here. older: what is to be put in short before the model is asked.
-    instructions: what the caller adds to the agent's own.
+    given: what else the caller has given along.
     """
 
     text: str
@@ -60,14 +62,20 @@ class Asked:
     reply_to: str | None
     summary: Summary | None = None
     older: tuple[Exchange, ...] = ()
-    instructions: str | None = None
+    given: Context = NOTHING
 
     def system(self, own: str) -> str:
         """The agent's `own` system prompt, and behind it, marked as such, what the caller adds."""
-        if self.instructions is None:
+        if self.given.system is None:
             return own
-        added = f"Whoever asks through the API adds these instructions:\n\n{self.instructions}"
+        added = f"Whoever asks through the API adds these instructions:\n\n{self.given.system}"
         return f"{own}\n\n{added}" if own else added
+
+    def output_schema(self, own: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What the answer has to fit: what the caller asks for, else the agent's `own`."""
+        asked = self.given.output_schema
+        # Any object: the agent's own asks for one, too.
+        return own if asked is None or (asked == {"type": "object"} and own is not None) else asked
 
 
 class Reader:
@@ -145,7 +153,7 @@ async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str, fi
         if conversation
         else None,
         reply_to=vendor_message_id,
-        instructions=context.system if context else None,
+        given=context or NOTHING,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Path
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from infra.api import Runner
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, Forbidden, TooManyRequests
+from infra.json_schema import check_schema
 from infra.service import Runtime
 from infra.subjects import Erased
 from infra.tx import Tx
@@ -48,13 +49,17 @@ class Earlier(BaseModel):
 
 
 class NewCompletion(BaseModel):
-    """A message with all that was said before it. system: added to the agent's own system prompt."""
+    """A message with all that was said before it. system: added to the agent's own system prompt.
+
+    output_schema: as the agent's own, in whose place it stands for this message.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     text: str = Field(min_length=1, max_length=MAX_TEXT)
     history: list[Earlier] = Field(default=[], max_length=MAX_HISTORY)
     system: str | None = Field(default=None, min_length=1)
+    output_schema: dict[str, Any] | None = None
 
 
 class Accepted(BaseModel):
@@ -106,6 +111,8 @@ def router(runtime: Runtime) -> APIRouter:
 
         The same idempotency key is the same session, and so the same run.
         """
+        if body.output_schema is not None:
+            check_schema("output_schema", body.output_schema)
         arrival = Arrival(
             message_id=uuid7(),
             agent_id=agent_id,
@@ -117,6 +124,7 @@ def router(runtime: Runtime) -> APIRouter:
             context=Context(
                 tuple(Said(turn.text) if turn.role == "user" else Answered(turn.text) for turn in body.history),
                 body.system,
+                body.output_schema,
             ),
         )
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:

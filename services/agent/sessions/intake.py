@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -45,11 +45,12 @@ class Origin:
 
 class Context(msgspec.Struct, frozen=True):
     """What was said before, by the caller's word: it stands for the session's own past. system: what the caller adds to
-    the agent's own system prompt.
+    the agent's own system prompt. output_schema: JSON Schema of what the answer has to be.
     """
 
     history: tuple[Said | Answered, ...]
     system: str | None = None
+    output_schema: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,14 @@ https://platform.openai.com/docs/api-reference. Where the standard leaves a choi
 - A request is stateless: it carries the whole conversation, and its run has a session of its own. The last message is
   the user's, and is put to the model verbatim; ``system`` and ``developer`` messages (``instructions``) are added to
   the agent's own system prompt.
-- The agent uses its own tools. Tools of the client, images and audio, other formats than text, ``n`` above 1, ``stop``,
-  log probabilities, and responses that refer to earlier ones are refused with a 400 that names the field. How the text
-  is sampled and how long it may get is the agent's matter: ``temperature``, ``max_tokens`` and their like are ignored.
+- The agent uses its own tools. Tools of the client, images and audio, ``n`` above 1, ``stop``, log probabilities, and
+  responses that refer to earlier ones are refused with a 400 that names the field. How the text is sampled and how long
+  it may get is the agent's matter: ``temperature``, ``max_tokens`` and their like are ignored.
+- A format (``response_format``, ``text.format``) holds for its run, ``strict`` or not: an answer that does not fit is
+  asked for again, and one that never fits is a 502. It stands in the place of the agent's own ``output_schema``, for
+  the client knows what it can read; but ``json_object``, any object, and ``text`` leave that in force. A schema is of
+  an object, as the standard has it, and takes what the agent's own may.
+- An answer that has to fit a schema, whoever's, comes in one piece, once it fits; nothing is shown before it.
 - Of the agent's steps only text is shown. Not streamed, that is the run's reply. A stream also has what the model wrote
   before it called a tool, for that cannot be known in time: before the reply's text, separated by an empty line
   (completions), or as an output item of its own (responses).

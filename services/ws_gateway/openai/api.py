@@ -79,7 +79,7 @@ def router(hub: Hub, agent: Agent) -> APIRouter:
     async def respond(body: ResponsesRequest, who: Runner, idempotency_key: _Key = None) -> Response:
         """Has the agent answer the last message. The same Idempotency-Key gets the same run's answer."""
         run_id = await agents.begin(agent, who, body.model, body.asked(), idempotency_key)
-        shape = Responses(run_id, body.model, body.instructions)
+        shape = Responses(run_id, body.model, body.repeated())
         return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
 
     return routes

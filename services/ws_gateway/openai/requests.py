@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,10 +10,13 @@ from typing import Any, Literal
 import msgspec
 from pydantic import BaseModel, Field
 
+from infra.errors import InvalidMessage
+from infra.json_schema import check_schema
 from services.ws_gateway.openai.errors import unfit
 
 MAX_MESSAGES = 1_000
 MAX_TEXT = 100_000
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 # Parts of a content that are text, and where it is.
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -38,7 +42,7 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     n: int | None = Field(default=None, description="Only 1.")
-    response_format: Any = Field(default=None, description="Only text.")
+    response_format: Any = None
     tools: Any = Field(default=None, description="None: an agent uses its own.")
     functions: Any = None
     logprobs: Any = None
@@ -53,7 +57,6 @@ class ChatRequest(BaseModel):
         _refuse(self, "tools functions", _NO_TOOLS)
         _refuse(self, "logprobs top_logprobs audio stop web_search_options", "is not supported")
         _only(self.n in (None, 1), "n", "only 1 is supported")
-        _only_text(self.response_format, "response_format")
         _only(self.modalities in (None, [], ["text"]), "modalities", "only text is supported")
         turns = []
         for n, message in enumerate(self.messages):
@@ -61,7 +64,8 @@ class ChatRequest(BaseModel):
             for field in ("tool_calls", "function_call"):
                 _only(not getattr(message, field), f"{where}.{field}", _NO_TOOLS)
             turns.append(_Turn(where, message.role, message.content))
-        return _conversation("messages", turns)
+        schema = _output_schema(self.response_format, "response_format", nested="json_schema")
+        return _conversation("messages", turns, schema)
 
 
 class ResponsesRequest(BaseModel):
@@ -72,7 +76,7 @@ class ResponsesRequest(BaseModel):
     instructions: str | None = None
     stream: bool | None = None
     tools: Any = Field(default=None, description="None: an agent uses its own.")
-    text: Any = Field(default=None, description="Only the format text.")
+    text: Any = None
     top_logprobs: Any = None
     previous_response_id: Any = None
     conversation: Any = None
@@ -84,7 +88,7 @@ class ResponsesRequest(BaseModel):
         _refuse(self, "tools", _NO_TOOLS)
         _refuse(self, "previous_response_id conversation", "is not supported: send the whole conversation")
         _refuse(self, "prompt background top_logprobs", "is not supported")
-        _only_text(self.text.get("format") if isinstance(self.text, dict) else self.text, "text.format")
+        _only(self.text is None or isinstance(self.text, dict), "text", "must be an object")
         turns = [_Turn("instructions", "system", self.instructions, field="")]
         if isinstance(self.input, str):
             turns.append(_Turn("input", "user", self.input, field=""))
@@ -95,7 +99,14 @@ class ResponsesRequest(BaseModel):
                 _only(isinstance(item, dict), f"input[{n}]", "must be a message")
                 _only(item.get("type", "message") == "message", f"input[{n}].type", "only messages are supported")
                 turns.append(_Turn(f"input[{n}]", item.get("role"), item.get("content")))
-        return _conversation("input", turns)
+        return _conversation("input", turns, _output_schema(self._format(), "text.format"))
+
+    def repeated(self) -> dict[str, Any]:
+        """What the answer says again."""
+        return {"instructions": self.instructions, "text": {"format": self._format() or {"type": "text"}}}
+
+    def _format(self) -> Any:
+        return (self.text or {}).get("format")
 
 
 class Earlier(msgspec.Struct, frozen=True):
@@ -103,12 +114,15 @@ class Earlier(msgspec.Struct, frozen=True):
     text: str
 
 
-class Conversation(msgspec.Struct, frozen=True):
-    """As the agent takes it. text: what is to be answered. system: what the caller adds to the agent's own."""
+class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """As the agent takes it. text: what is to be answered. system: what the caller adds to the agent's own.
+    output_schema: of what the answer has to be.
+    """
 
     text: str
     history: list[Earlier]
     system: str | None
+    output_schema: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,7 @@ class _Turn:
     field: str = ".content"
 
 
-def _conversation(field: str, turns: Iterable[_Turn]) -> Conversation:
+def _conversation(field: str, turns: Iterable[_Turn], schema: dict[str, Any] | None) -> Conversation:
     said: list[Earlier] = []
     system: list[str] = []
     for turn in turns:
@@ -140,7 +154,7 @@ def _conversation(field: str, turns: Iterable[_Turn]) -> Conversation:
             case _:
                 raise unfit(f"{turn.where}.role", "must be system, developer, user or assistant")
     _only(bool(said) and said[-1].role == "user", field, "the last message must be of the user")
-    return Conversation(said[-1].text, said[:-1], "\n\n".join(system) or None)
+    return Conversation(said[-1].text, said[:-1], "\n\n".join(system) or None, schema)
 
 
 def _text(content: Any, where: str) -> str:
@@ -174,8 +188,37 @@ def _refuse(body: BaseModel, names: str, reason: str) -> None:
         _only(not getattr(body, name), name, reason)
 
 
-def _only_text(format_: Any, field: str) -> None:
-    _only(format_ is None or (isinstance(format_, dict) and format_.get("type") == "text"), field, "only text")
+def _output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, Any] | None:
+    """What the format asks for; None: any text. nested: the field in which a json_schema has its own fields."""
+    if format_ is None:
+        return None
+    _only(isinstance(format_, dict), where, "must be an object")
+    match format_.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return {"type": "object"}
+        case "json_schema":
+            given = format_
+            if nested:
+                given, where = format_.get(nested), f"{where}.{nested}"
+                _only(isinstance(given, dict), where, "must be an object")
+            _check_name(given.get("name"), f"{where}.name")
+            return _schema(given.get("schema"), f"{where}.schema")
+    raise unfit(f"{where}.type", "must be text, json_object or json_schema")
+
+
+def _schema(schema: Any, where: str) -> dict[str, Any]:
+    _only(isinstance(schema, dict), where, "must be a JSON Schema of an object")
+    try:
+        check_schema(where, schema)
+    except InvalidMessage as error:
+        raise unfit(error.field, error.reason) from None
+    return dict(schema)
+
+
+def _check_name(name: Any, where: str) -> None:
+    _only(isinstance(name, str) and bool(_NAME.fullmatch(name)), where, f"must fit ^{_NAME.pattern}$")
 
 
 def _only(holds: bool, field: str, reason: str) -> None:

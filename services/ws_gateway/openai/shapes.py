@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -82,24 +83,24 @@ class Responses:
 
     wants_usage = True
 
-    def __init__(self, run_id: UUID, model: str, instructions: str | None) -> None:
+    def __init__(self, run_id: UUID, model: str, given: Mapping[str, Any]) -> None:
+        """given: fields of the request that the answer repeats."""
         self._run_id = run_id
         self._base = {
             "id": f"resp_{run_id}",
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
-            "instructions": instructions,
             "incomplete_details": None,
             "metadata": {},
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
             "temperature": None,
-            "text": {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "top_p": None,
+            **given,
         }
         self._sequence = 0
         self._done: list[dict[str, Any]] = []

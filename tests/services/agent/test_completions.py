@@ -14,6 +14,8 @@ from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.agent.conftest import MODEL, Tenant, World
 
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOWN = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
 EARLIER = [{"role": "user", "text": "My secret"}, {"role": "assistant", "text": "Yes?"}]
 
 
@@ -60,6 +62,24 @@ async def test_the_callers_words_stay_for_all_steps_of_a_run(world: World, tenan
     assert (first, "In French." in system[1]) == (("user", "My secret"), True)
 
 
+async def test_what_the_caller_asks_for_stands_for_the_agents_own_schema(world: World, tenant: Tenant) -> None:
+    town, any_object = '{"town":"Bern"}', {"type": "object"}
+    for own, asked, refused, fits in (
+        (None, CITY, town, '{"city":"Bern"}'),
+        (TOWN, CITY, town, '{"city":"Bern"}'),
+        (None, any_object, "Bern", '{"a":1}'),
+        # The agent's own is an object, too.
+        (TOWN, any_object, '{"a":1}', town),
+        (TOWN, None, '{"a":1}', town),
+    ):
+        agent = await tenant.agent(output_schema=own)
+        world.models.script(MODEL, Says(refused), Says(fits))
+        run = await tenant.over(await complete(tenant, agent, "Bern?", output_schema=asked))
+        assert (run["status"], run["reply"], len(run["steps"])) == ("completed", fits, 2)
+        sent = world.models.requests[-1].body["response_format"]["json_schema"]["schema"]
+        assert ("city" in sent["properties"], "town" in sent["properties"]) == ("city" in fits, "town" in fits)
+
+
 async def test_the_same_key_and_body_are_the_same_run(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent()
     first = await complete(tenant, agent, "Hi", key="k", history=EARLIER)
@@ -70,6 +90,7 @@ async def test_the_same_key_and_body_are_the_same_run(world: World, tenant: Tena
         {"text": "Hi"},
         {"text": "Ho", "history": EARLIER},
         {"text": "Hi", "history": EARLIER, "system": "!"},
+        {"text": "Hi", "history": EARLIER, "output_schema": CITY},
     ):
         problem = await tenant.call("POST", path, expect=422, json=other, headers={"Idempotency-Key": "k"})
         assert problem["errors"] == [{"field": "idempotency_key", "message": "was used before with another body"}]
@@ -113,6 +134,7 @@ async def test_who_cannot_be_asked_is_said_at_once(world: World, tenant: Tenant)
         ({"text": "Hi", "history": [{"role": "tool", "text": "x"}]}, "history[0].role"),
         ({"text": "Hi", "history": [{"role": "user", "text": "x"}, {"role": "user", "text": ""}]}, "history[1].text"),
         ({"text": "Hi", "system": ""}, "system"),
+        ({"text": "Hi", "output_schema": {"type": "string"}}, "output_schema.type"),
         ({"text": "Hi", "sytem": "x"}, "sytem"),
     ],
 )

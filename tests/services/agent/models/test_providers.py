@@ -222,3 +222,16 @@ async def test_names_of_calls_that_no_tool_has_are_kept(server: ModelServer, pro
     server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
     answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),), tools=(WEATHER,)))
     assert answer.calls == (ToolCall("call_0", "made_up", "{}"),)
+
+
+async def test_what_a_schema_leaves_open_stays_open(server: ModelServer, providers: Providers) -> None:
+    open_ = {"type": "object", "properties": {}}
+    closed = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    for schema, strict in (
+        (open_, False),
+        (closed | {"properties": {"a": open_}}, False),
+        (closed | {"additionalProperties": False}, True),
+    ):
+        await ask(server, providers, OPENAI, Prompt("", (Said("Hi"),), output_schema=schema))
+        sent = server.requests[-1].body["response_format"]["json_schema"]
+        assert (sent["schema"], sent["strict"]) == (schema, strict)

@@ -113,8 +113,6 @@ def test_a_message_that_an_agent_cannot_take_is_named(messages: list[Any], param
         ("n", 0),
         ("logprobs", True),
         ("top_logprobs", 2),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy", "format": "wav"}),
         ("stop", ["\n"]),
@@ -144,7 +142,7 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
         ("input", [{"content": "Hi"}], "input[0].role"),
         ("instructions", "x" * 100_001, "instructions"),
         ("tools", [{"type": "web_search"}], "tools"),
-        ("text", {"format": {"type": "json_schema", "name": "x", "schema": {}}}, "text.format"),
+        ("text", "json", "text"),
         ("previous_response_id", "resp_1", "previous_response_id"),
         ("conversation", "conv_1", "conversation"),
         ("prompt", {"id": "pmpt_1"}, "prompt"),
@@ -156,3 +154,56 @@ def test_what_would_change_the_shape_of_a_response_is_refused(field: str, value:
     with pytest.raises(Failure) as refused:
         responses(**{"input_": "Hi"} | {"input_" if field == "input" else field: value})
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def test_a_format_is_what_the_answer_has_to_fit() -> None:
+    city = {"name": "city", "schema": CITY, "strict": True}
+    formats: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
+        ("text", {}, None),
+        ("json_object", {}, {"type": "object"}),
+        ("json_schema", city, CITY),
+    ]
+    for type_, fields, schema in formats:
+        found = Conversation("Hi", [], None, schema)
+        assert chat(response_format={"type": type_, "json_schema": fields}) == found
+        assert responses(text={"format": {"type": type_} | fields, "verbosity": "low"}) == found
+
+
+@pytest.mark.parametrize(
+    ("format_", "where"),
+    [
+        ("json", ""),
+        ({}, ".type"),
+        ({"type": "grammar"}, ".type"),
+        ({"type": "json_schema", "schema": CITY}, ".name"),
+        ({"type": "json_schema", "name": "a city", "schema": CITY}, ".name"),
+        ({"type": "json_schema", "name": "x" * 65, "schema": CITY}, ".name"),
+        ({"type": "json_schema", "name": "city\n", "schema": CITY}, ".name"),
+        ({"type": "json_schema", "name": "city"}, ".schema"),
+        ({"type": "json_schema", "name": "city", "schema": "object"}, ".schema"),
+        ({"type": "json_schema", "name": "city", "schema": {"type": "string"}}, ".schema.type"),
+        (
+            {"type": "json_schema", "name": "city", "schema": CITY | {"properties": {"a": {"type": "text"}}}},
+            ".schema.properties.a.type",
+        ),
+    ],
+)
+def test_a_format_that_cannot_be_taken_is_named(format_: Any, where: str) -> None:
+    with pytest.raises(Failure) as refused:
+        responses(text={"format": format_})
+    assert (refused.value.status, refused.value.error["param"]) == (400, f"text.format{where}")
+    if is_schema := isinstance(format_, dict) and format_.get("type") == "json_schema":
+        format_ = {"type": "json_schema", "json_schema": {**format_, "type": "object"}}
+    with pytest.raises(Failure) as refused:
+        chat(response_format=format_)
+    param = f"response_format{'.json_schema' if is_schema else ''}{where}"
+    assert (refused.value.status, refused.value.error["param"]) == (400, param)
+
+
+def test_a_json_schema_without_its_fields_is_named() -> None:
+    with pytest.raises(Failure) as refused:
+        chat(response_format={"type": "json_schema"})
+    assert refused.value.error["param"] == "response_format.json_schema"

@@ -1,0 +1,134 @@
+"""OpenAI's own client and pydantic-ai against the real gateway and the real agent; only the model is a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from openai import AsyncOpenAI
+from pydantic import BaseModel
+from pydantic_ai import Agent, NativeOutput
+from pydantic_ai.models import Model
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
+
+from infra.testing.model_server import Says, model_server
+from infra.testing.peers import WEATHER, running_peers
+from infra.testing.platform import Platform
+from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS
+
+HI: Any = [{"role": "user", "content": "Hi"}]
+FITS = '{"name":"Bern","people":146348}'
+
+
+class City(BaseModel):
+    name: str
+    people: int
+
+
+@pytest.fixture(scope="module")
+async def world(platform: Platform) -> AsyncIterator[World]:
+    """The gateway and the agent, started."""
+    await platform.prepare("agent", "ws_gateway")
+    async with model_server() as models, running_peers(platform) as peers:
+        await platform.start("agent", "ws_gateway", CLAW_LOG_LEVEL="debug")
+        yield World(platform, models, peers)
+        await asyncio.to_thread(platform.stop, "agent")
+        assert models.refused == []
+
+
+@pytest.fixture
+def tenant(world: World) -> Tenant:
+    return world.tenant()
+
+
+@pytest.fixture
+async def client(world: World, tenant: Tenant) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(
+        base_url=f"{world.platform.url('ws_gateway')}/v1",
+        api_key="what the proxy in front looks at",
+        default_headers=world.platform.headers(tenant.id),
+        http_client=httpx2.AsyncClient(trust_env=False, timeout=WAIT_SECONDS),
+    ) as client:
+        yield client
+
+
+def both(client: AsyncOpenAI, model: str) -> list[Model]:
+    """An agent as pydantic-ai's models."""
+    provider = OpenAIProvider(openai_client=client)
+    return [OpenAIChatModel(model, provider=provider), OpenAIResponsesModel(model, provider=provider)]
+
+
+@asynccontextmanager
+async def heard(world: World, tenant: Tenant, gate: asyncio.Event) -> AsyncIterator[None]:
+    """The block's stream hears all that the model writes behind the gate, which opens once it listens."""
+
+    async def listens() -> bool:
+        runs = (await tenant.call("GET", "/api/v1/runs", params={"status": "running"}))["items"]
+        # It listens before it reads.
+        return any(f"/internal/runs/{run['id']}/events" in world.platform.log("agent") for run in runs)
+
+    async def open_() -> None:
+        await world.platform.until(listens)
+        gate.set()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(open_())
+        yield
+
+
+async def test_a_completion_is_parsed_into_the_clients_own_class(
+    world: World, tenant: Tenant, client: AsyncOpenAI
+) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("Bern."), Says(FITS))
+    found = await client.chat.completions.parse(model=agent, messages=HI, response_format=City)
+    assert found.choices[0].message.parsed == City(name="Bern", people=146348)
+    world.models.script(MODEL, Says("Bern."), Says(FITS))
+    answer = await client.responses.parse(model=agent, input="Hi", text_format=City)
+    assert answer.output_parsed == City(name="Bern", people=146348)
+
+
+async def test_a_stream_has_nothing_but_the_answer_that_fits(world: World, tenant: Tenant, client: AsyncOpenAI) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    for own in (None, City.model_json_schema()):
+        await tenant.call("PATCH", f"/api/v1/agents/{agent}", json={"output_schema": own})
+        format_: Any = openai.omit if own else City
+        gate = asyncio.Event()
+        call = Says("Let me see.", calls=((WEATHER, '{"city":"Bern"}'),), waits=gate)
+        world.models.script(MODEL, call, Says('{"name":"Bern"}'), Says(FITS))
+        async with (
+            heard(world, tenant, gate),
+            client.chat.completions.stream(model=agent, messages=HI, response_format=format_) as stream,
+        ):
+            found = (await stream.get_final_completion()).choices[0].message
+        assert (found.content, found.parsed) == (FITS, None if own else City(name="Bern", people=146348))
+
+
+async def test_any_object_is_asked_for(world: World, tenant: Tenant, client: AsyncOpenAI) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("[1]"), Says('{"a":1}'))
+    found = await client.chat.completions.create(model=agent, messages=HI, response_format={"type": "json_object"})
+    assert found.choices[0].message.content == '{"a":1}'
+    world.models.script(MODEL, Says("[1]"), Says('{"a":2}'))
+    answer = await client.responses.create(model=agent, input="Hi", text={"format": {"type": "json_object"}})
+    assert (answer.output_text, answer.text and answer.text.format and answer.text.format.type) == (
+        '{"a":2}',
+        "json_object",
+    )
+
+
+async def test_pydantic_ai_has_its_class_by_the_format(world: World, tenant: Tenant, client: AsyncOpenAI) -> None:
+    for model in both(client, await tenant.agent()):
+        agent = Agent(model, output_type=NativeOutput(City))
+        world.models.script(MODEL, Says("Bern."), Says(FITS))
+        assert (await agent.run("Hi")).output == City(name="Bern", people=146348)
+        world.models.script(MODEL, Says('{"name":"Bern"}'), Says(FITS))
+        async with agent.run_stream("Hi") as stream:
+            assert await stream.get_output() == City(name="Bern", people=146348)
