@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Literal
 from uuid import UUID
 
+import msgspec
+
 from protos.envelope import Message
 from protos.messages import Count
 
@@ -115,13 +117,26 @@ class StepSettled(Message, frozen=True, kw_only=True):
     decision: Literal["approve", "deny", "retry", "skip", "answer"]
 
 
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a tool that is not the platform's. `arguments`: as the model wrote them, personal content."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class RunCompleted(Message, frozen=True, kw_only=True):
-    """A run has answered. `reply` is the whole text, personal content."""
+    """A run has answered. `reply` is the whole text, personal content.
+
+    tool_calls: of tools of whoever asked, who is to make them and ask again; then the reply is what the model wrote
+    before them, or empty.
+    """
 
     run_id: UUID
     session_key: str
     reply: str
     n: Count = 0
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class RunFailed(Message, frozen=True, kw_only=True):

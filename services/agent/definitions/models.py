@@ -48,6 +48,8 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 ModelName = Annotated[str, Field(max_length=200), AfterValidator(_model)]
 
 
+# As models' providers take it.
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 ToolNames = Annotated[tuple[str, ...], Field(max_length=50), AfterValidator(_distinct)]
 
 
@@ -96,7 +98,7 @@ class Colleague(_Body):
     """Another agent of the tenant that this one may ask. name: what its model calls it by; description: for what."""
 
     agent_id: UUID
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: ToolName
     description: str = Field(min_length=1, max_length=2000)
 
 
@@ -125,6 +127,11 @@ class NewAgent(_Body):
     concurrency: Concurrency = None
     model_concurrency: Concurrency = None
     enabled: bool = True
+
+    @property
+    def tool_names(self) -> frozenset[str]:
+        """What its model calls tools by, other agents among them."""
+        return frozenset((*self.tools, *(other.name for other in self.agents)))
 
 
 class AgentChange(NewAgent):

@@ -16,11 +16,12 @@ FAMILIES = ("openai", "anthropic", "google", "scripted")
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A tool that the model may call. `schema`: JSON Schema of its arguments, an object."""
+    """A tool that the model may call. `schema`: JSON Schema of its arguments, an object. strict: they have to fit."""
 
     name: str
     description: str
     schema: dict[str, Any]
+    strict: bool = False
 
 
 class Passage(msgspec.Struct, frozen=True):
@@ -74,7 +75,8 @@ class Prompt(msgspec.Struct, frozen=True):
     """One request. `turns`: the conversation, oldest first; its last `Said` is what is to be answered.
 
     max_output_tokens: the most that the answer may have; None: as the provider sees fit. output_schema: JSON Schema of
-    what the answer has to be, as JSON; None: any text.
+    what the answer has to be, as JSON; None: any text. must_call: a tool has to be called; parallel: several at once
+    may be.
     """
 
     system: str
@@ -83,6 +85,8 @@ class Prompt(msgspec.Struct, frozen=True):
     tools: tuple[Tool, ...] = ()
     max_output_tokens: int | None = None
     output_schema: dict[str, Any] | None = None
+    must_call: bool = False
+    parallel: bool = True
 
 
 class Usage(msgspec.Struct, frozen=True):

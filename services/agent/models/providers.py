@@ -143,9 +143,9 @@ class ProviderModel:
             output_mode="native" if structured else "text",
             output_object=_output_object(prompt.output_schema or {}) if structured else None,
             function_tools=[
-                # Not strict: the schema is the tool's own, and most do not have the form that strictness asks for.
+                # Said of each: left to itself the library would make schemas strict that were not meant so.
                 ToolDefinition(
-                    name=wire_name, parameters_json_schema=tool.schema, description=tool.description, strict=False
+                    name=wire_name, parameters_json_schema=tool.schema, description=tool.description, strict=tool.strict
                 )
                 for wire_name, tool in zip(names, prompt.tools, strict=True)
             ],
@@ -153,6 +153,10 @@ class ProviderModel:
         settings = ModelSettings()
         if prompt.max_output_tokens is not None:
             settings["max_tokens"] = prompt.max_output_tokens
+        if prompt.tools and prompt.must_call:
+            settings["tool_choice"] = "required"
+        if prompt.tools and not prompt.parallel:
+            settings["parallel_tool_calls"] = False
         with _failures(self._name):
             async with (
                 asyncio.timeout(FIRST_TOKEN_SECONDS) as waiting,

@@ -90,10 +90,13 @@ class Peers:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a run answers. summary: what it has made of what was said before, for the runs to come."""
+    """What a run answers. summary: what it has made of what was said before, for the runs to come. calls: of tools of
+    the caller, who is to come again with what they gave back.
+    """
 
     text: str
     summary: Summary | None
+    calls: tuple[ToolCall, ...] = ()
 
 
 class Surroundings(Protocol):
@@ -132,10 +135,15 @@ class Answering:
 
     async def answer(self, asked: Asked) -> Reply:
         """Raises Ended where there is none, Transient where the run is to go on later."""
+        given = asked.given
+        theirs = {tool.name: tool for tool in given.tools}
+        if both := self.agent.tool_names & theirs.keys():
+            # Looked at when the message came; the agent has been changed since.
+            raise Ended("failed", f"tools of the agent and of the caller have one name: {', '.join(sorted(both))}")
         summary = await self._summary(asked)
         passages = await self._retrieve(asked.text) if self.agent.knowledge else ()
-        tools = await self._tools()
-        turns: list[Turn] = [*asked.history, Said(asked.text)]
+        tools = (*await self._tools(), *given.tools)
+        turns: list[Turn] = [*asked.history, Said(asked.text), *given.since]
         known = summary or asked.summary
         instructions = asked.system(self.agent.system_prompt) + (
             f"\n\nWhat was said before, in short:\n{known.text}" if known else ""
@@ -146,19 +154,28 @@ class Answering:
         # run, and the step would be another one.
         await self._take(turns)
         while True:
-            prompt = Prompt(system, tuple(turns), passages, tools, self._output_limit(), output_schema=schema)
+            prompt = Prompt(
+                system, tuple(turns), passages, tools, self._output_limit(), schema, given.must_call, given.parallel
+            )
             answer = await self._ask(prompt, digest(turns[len(asked.history) :], passages, misfits))
-            if answer.calls:
+            # Where it calls both kinds at once its own are left: the caller could not say in its next request what came
+            # of them, and the model, which would not know, would call them again.
+            calls = tuple(call for call in answer.calls if call.name in theirs)[: None if given.parallel else 1]
+            if answer.calls and not calls:
                 turns.append(Answered(answer.text, answer.calls))
                 turns += await self._call_all(answer.calls)
                 await self._take(turns)
                 continue
             if await self._take(turns):
                 continue  # the answer would not answer all of it
-            if not answer.text.strip():
+            if not answer.text.strip() and not calls:
                 raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)
-            if (misfit := _misfit(schema, answer.text)) is None:
-                return Reply(answer.text, summary)
+            if calls:
+                misfit = next(filter(None, (_misfit_of_call(theirs[call.name], call) for call in calls)), None)
+            else:
+                misfit = "no tool was called" if given.must_call else _misfit(schema, answer.text)
+            if misfit is None:
+                return Reply(answer.text, summary, calls)
             misfits += 1
             if misfits == STRUCTURE_ATTEMPTS:
                 raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)
@@ -257,7 +274,7 @@ class Answering:
                     nonlocal written
                     written += len(text.encode())
                     # What may be refused yet is shown to nobody: a stream takes nothing back.
-                    if prompt.output_schema is None:
+                    if prompt.output_schema is None and not prompt.must_call:
                         await deltas(text)
 
                 answer = await model.answer(prompt, on_text)
@@ -416,12 +433,17 @@ class Answering:
         return None if most is None else max(1, most - self.scope.journal.tokens)
 
 
-def _misfit(schema: dict[str, Any] | None, text: str) -> str | None:
+def _misfit_of_call(tool: Tool, call: ToolCall) -> str | None:
+    misfit = _misfit(tool.schema, call.arguments, "arguments") if tool.strict else None
+    return misfit and f"{tool.name} was called so that {misfit}"
+
+
+def _misfit(schema: dict[str, Any] | None, text: str, what: str = "answer") -> str | None:
     """Why the text is not what the schema asks for; None: it is."""
     if schema is None:
         return None
     try:
-        check("answer", schema, msgspec.json.decode(text))
+        check(what, schema, msgspec.json.decode(text))
     except msgspec.DecodeError:
         return "it is no JSON"
     except InvalidMessage as error:

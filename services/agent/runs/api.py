@@ -46,11 +46,12 @@ def router(runtime: Runtime) -> APIRouter:
             made = await queries.steps(tx, runs)
             reader = conversation.Reader(tx, subjects)
             replies = [await queries.reply(reader, run) for run in runs]
+            calls = [await queries.calls(reader, run) for run in runs]
             waits = [await queries.waiting(tx, reader, run) for run in runs]
         charged = await asyncio.gather(*(charges(tenant_id, run.id) for run in runs))
         return [
-            queries.view(run, reply, made[run.id], found, waiting)
-            for run, reply, found, waiting in zip(runs, replies, charged, waits, strict=True)
+            queries.view(run, reply, called, made[run.id], found, waiting)
+            for run, reply, called, found, waiting in zip(runs, replies, calls, charged, waits, strict=True)
         ]
 
     async def one(tenant_id: str, run_id: UUID) -> RunView:

@@ -127,11 +127,12 @@ class StepSettled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunCompleted(msgspec.Struct, frozen=True, kw_only=True):
-    """The run has answered. `reply` is sealed."""
+    """The run has answered. `reply` is sealed, and so are `calls`, of tools of the caller; None: there are none."""
 
     n: int
     session_key: str
     reply: bytes
+    calls: bytes | None = None
 
 
 class RunFailed(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,7 @@ from services.agent.runs.concurrency import take_place
 from services.agent.runs.conversation import Asked
 from services.agent.runs.domain import Complete, Limits, Mismatch, Run, Start, messages_at, remaining
 from services.agent.runs.ending import FAILED, Ended, Suspended
-from services.agent.runs.publishing import stream
+from services.agent.runs.publishing import published, stream
 from services.agent.runs.saying import say
 from services.agent.runs.settling import tell_parent
 from services.agent.runs.steps import Journal, Scope
@@ -219,13 +219,20 @@ class Executor:
             if await conversation.count(tx, run_id) > _taken(await tx.load(stream(run_id))):
                 # Nobody else would answer it: messages that join a run wait for its row, which is locked now.
                 raise NotYet(timedelta(0), "a message came as the run was about to end")
-            text = outcome.text
-            reply = begun.scope.key.seal(text, row.tenant_id, row.subject_id, str(run_id), "reply")
-            events = await tx.decide(stream(run_id), Complete(row.session_key, reply))
-            message = public.RunCompleted(run_id=run_id, session_key=row.session_key, reply=text, n=events[0].n)
+            text, key, context = outcome.text, begun.scope.key, (row.tenant_id, row.subject_id, str(run_id))
+            reply = key.seal(text, *context, "reply")
+            calls = key.seal(msgspec.json.encode(outcome.calls).decode(), *context, "calls") if outcome.calls else None
+            events = await tx.decide(stream(run_id), Complete(row.session_key, reply, calls))
+            message = public.RunCompleted(
+                run_id=run_id,
+                session_key=row.session_key,
+                reply=text,
+                n=events[0].n,
+                tool_calls=published(outcome.calls),
+            )
             message_id = derived_id(run_id, "RunCompleted")
             tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=message_id)
-            await projections.completed(tx, run_id, reply)
+            await projections.completed(tx, run_id, reply, calls)
             if outcome.summary:
                 await conversation.keep_summary(tx, begun.scope.key, row.subject_id, row.session_key, outcome.summary)
             await tell_parent(tx, run_id)

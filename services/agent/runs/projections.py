@@ -128,9 +128,12 @@ async def goes_on(tx: Tx, run_id: UUID, item_id: UUID) -> None:
     await tx.sql("UPDATE run SET status = 'queued', error = NULL, item_id = $2 WHERE id = $1", run_id, item_id)
 
 
-async def completed(tx: Tx, run_id: UUID, reply: bytes) -> None:
+async def completed(tx: Tx, run_id: UUID, reply: bytes, calls: bytes | None) -> None:
     await tx.sql(
-        "UPDATE run SET status = 'completed', reply = $2, finished_at = clock_timestamp() WHERE id = $1", run_id, reply
+        "UPDATE run SET status = 'completed', reply = $2, calls = $3, finished_at = clock_timestamp() WHERE id = $1",
+        run_id,
+        reply,
+        calls,
     )
 
 

@@ -12,6 +12,7 @@ from infra.eventstore.upcasting import EventTypes
 from protos.catalog import AGENT_EVENTS
 from protos.envelope import Message
 from protos.messages import agent as public
+from services.agent.models.contract import ToolCall
 from services.agent.runs import events
 from services.agent.runs.domain import Run, decide, evolve
 
@@ -76,6 +77,10 @@ def publish_again(run_id: str, event: events.Event) -> Iterable[Publication]:
         message = public.RunCompleted(run_id=UUID(run_id), session_key=event.session_key, reply="", n=event.n)
         yield Publication(AGENT_EVENTS, event.session_key, message)
     yield from publish(run_id, event)
+
+
+def published(calls: Iterable[ToolCall]) -> tuple[public.ToolCall, ...]:
+    return tuple(public.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls)
 
 
 RUN = Aggregate(

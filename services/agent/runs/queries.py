@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,17 +15,18 @@ from infra.subjects import ERASED_TEXT, SubjectKeys
 from infra.tx import Tx
 from protos.billing.v1 import billing_pb2
 from protos.messages import agent as public
+from services.agent.models.contract import ToolCall
 from services.agent.runs.children import child_id
 from services.agent.runs.conversation import Reader
 from services.agent.runs.events import RunCompleted
 from services.agent.runs.projections import STOPPABLE, SUSPENDED
-from services.agent.runs.publishing import RUN, publish, stream
-from services.agent.runs.views import Fact, RunView, Status, StepView, UsageView, Waiting
+from services.agent.runs.publishing import RUN, publish, published, stream
+from services.agent.runs.views import Fact, RunView, Status, StepView, ToolCallView, UsageView, Waiting
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run's row. reply: sealed. used: how many usage records it has made."""
+    """A run's row. reply, calls: sealed. used: how many usage records it has made."""
 
     id: UUID
     session_key: str
@@ -34,6 +35,7 @@ class Row:
     channel_id: UUID | None
     status: Status
     reply: bytes | None
+    calls: bytes | None
     error: str | None
     trace_id: str | None
     input_tokens: int | None
@@ -48,8 +50,8 @@ class Row:
 
 
 _COLUMNS = (
-    "id, session_key, agent_id, subject_id, channel_id, status, reply, error, trace_id, input_tokens, cached_tokens, "
-    "output_tokens, created_at, started_at, finished_at, parent_run_id, forked_from, "
+    "id, session_key, agent_id, subject_id, channel_id, status, reply, calls, error, trace_id, input_tokens, "
+    "cached_tokens, output_tokens, created_at, started_at, finished_at, parent_run_id, forked_from, "
     "(SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run"
 )
 
@@ -68,6 +70,12 @@ async def reply(reader: Reader, run: Row) -> str | None:
         return None
     found = await reader.open(run.reply, run.subject_id, str(run.id), "reply")
     return ERASED_TEXT if found is None else found
+
+
+async def calls(reader: Reader, run: Row) -> tuple[ToolCall, ...]:
+    """Of the caller's tools, in the open; none where the person was erased."""
+    found = await reader.open(run.calls, run.subject_id, str(run.id), "calls") if run.calls else None
+    return msgspec.json.decode(found, type=tuple[ToolCall, ...]) if found else ()
 
 
 async def waiting(tx: Tx, reader: Reader, run: Row) -> Waiting | None:
@@ -126,6 +134,7 @@ def position(run: RunView) -> str:
 def view(
     run: Row,
     reply: str | None,
+    calls: Iterable[ToolCall],
     steps: list[StepView],
     charges: billing_pb2.ChargesReply | None,
     waiting: Waiting | None,
@@ -140,6 +149,7 @@ def view(
         agent_id=run.agent_id,
         status=run.status,
         reply=reply,
+        tool_calls=[ToolCallView(id=call.id, name=call.name, arguments=call.arguments) for call in calls],
         error=run.error,
         trace_id=run.trace_id,
         usage=UsageView(
@@ -178,8 +188,14 @@ async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list
         if event.n <= after:
             continue
         if isinstance(event, RunCompleted):
-            text = await reply(Reader(tx, subjects), run) or ""
-            message: Any = public.RunCompleted(run_id=run_id, session_key=event.session_key, reply=text, n=event.n)
+            reader = Reader(tx, subjects)
+            message: Any = public.RunCompleted(
+                run_id=run_id,
+                session_key=event.session_key,
+                reply=await reply(reader, run) or "",
+                n=event.n,
+                tool_calls=published(await calls(reader, run)),
+            )
         else:
             [(_, _, message)] = publish(str(run_id), event)
         found.append(Fact(n=event.n, type=message.wire_name(), time=at, data=msgspec.to_builtins(message)))

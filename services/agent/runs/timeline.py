@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -12,7 +12,7 @@ import msgspec
 from infra.subjects import ERASED_TEXT, SubjectKeys
 from infra.tx import Tx
 from protos.billing.v1 import billing_pb2
-from services.agent.models.contract import Passage
+from services.agent.models.contract import Passage, ToolCall
 from services.agent.runs import queries
 from services.agent.runs.conversation import Reader
 from services.agent.runs.publishing import stream
@@ -31,7 +31,7 @@ async def timeline(tx: Tx, subjects: SubjectKeys, run_id: UUID, charges: billing
         *[item async for item in _messages(tx, reader, run)],
         *_queued(run),
         *[item async for item in _steps(tx, reader, run)],
-        *_reply(run, await queries.reply(reader, run)),
+        *_reply(run, await queries.reply(reader, run), await queries.calls(reader, run)),
         *[item async for item in _deliveries(tx, run_id)],
         *[item async for item in _usage(tx, run_id)],
         *(_charges(charges) if charges else ()),
@@ -110,10 +110,12 @@ def _passages(found: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def _reply(run: queries.Row, reply: str | None) -> Iterator[TimelineItem]:
+def _reply(run: queries.Row, reply: str | None, calls: Sequence[ToolCall]) -> Iterator[TimelineItem]:
     if run.finished_at is None:
         return
     data: dict[str, Any] = {"status": run.status}
+    if calls:
+        data["tool_calls"] = msgspec.to_builtins(calls)
     yield TimelineItem(
         at=run.finished_at,
         ms=_ms(run.created_at, run.finished_at),

@@ -74,11 +74,20 @@ class ForkFrom(BaseModel):
     step: int | None = None
 
 
+class ToolCallView(BaseModel):
+    """A call of one of the caller's tools. arguments: as the model wrote them; a JSON object, if it did well."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class RunView(BaseModel):
     """A run. cost_nanos: what was charged for it, 10⁻⁹ of `currency`; null until all that it used is charged.
 
-    waiting: null where it waits for nobody. parent_run_id: of the run that asked, where another agent did.
-    forked_from: the run that it has taken up.
+    tool_calls: of tools of whoever asked, who is to come again with what they gave back; then the reply is what the
+    model wrote before them, or empty. waiting: null where it waits for nobody. parent_run_id: of the run that asked,
+    where another agent did. forked_from: the run that it has taken up.
     """
 
     id: UUID
@@ -86,6 +95,7 @@ class RunView(BaseModel):
     agent_id: UUID
     status: Status
     reply: str | None
+    tool_calls: list[ToolCallView]
     error: str | None
     trace_id: str | None
     usage: UsageView

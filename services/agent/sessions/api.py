@@ -12,19 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.api import Runner
 from infra.clock import utcnow, uuid7
-from infra.errors import Conflict, Forbidden, TooManyRequests
+from infra.errors import Conflict, Forbidden, InvalidMessage, TooManyRequests
 from infra.json_schema import check_schema
 from infra.service import Runtime
 from infra.subjects import Erased
 from infra.tx import Tx
 from services.agent import adapters
 from services.agent.definitions import store
-from services.agent.models.contract import Answered, Said
+from services.agent.definitions.models import ToolName
+from services.agent.models.contract import Answered, Returned, Said, Tool, ToolCall, Turn
 from services.agent.sessions.domain import Busy
 from services.agent.sessions.intake import Arrival, Context, take_in
 
 MAX_TEXT = 100_000
 MAX_HISTORY = 1_000
+MAX_TOOLS = 128
 # Of one tenant; what its channels bring is taken in all the same, for it is accepted already.
 MAX_QUEUED = 1_000
 RETRY_AFTER = timedelta(seconds=5)
@@ -39,27 +41,83 @@ class NewMessage(BaseModel):
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
 
 
-class Earlier(BaseModel):
-    """A message of a conversation that the caller keeps."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["user", "assistant"]
+
+class FromUser(_Part):
+    role: Literal["user"]
     text: str = Field(min_length=1, max_length=MAX_TEXT)
 
 
-class NewCompletion(BaseModel):
+class Call(_Part):
+    """Of one of the caller's tools, as the model made it."""
+
+    id: str = Field(min_length=1)
+    name: ToolName
+    arguments: str = Field(max_length=MAX_TEXT)
+
+
+class FromAssistant(_Part):
+    role: Literal["assistant"]
+    text: str = Field(max_length=MAX_TEXT)
+    calls: list[Call] = []
+
+
+class FromTool(_Part):
+    role: Literal["tool"]
+    text: str = Field(max_length=MAX_TEXT)
+    call: Call
+
+
+# Messages of a conversation that the caller keeps.
+Earlier = Annotated[FromUser | FromAssistant | FromTool, Field(discriminator="role")]
+Since = Annotated[FromAssistant | FromTool, Field(discriminator="role")]
+
+
+class CallersTool(_Part):
+    """A tool that the caller has. parameters: JSON Schema of an object; strict: the arguments have to fit it."""
+
+    name: ToolName
+    description: str
+    parameters: dict[str, Any]
+    strict: bool = False
+
+
+class NewCompletion(_Part):
     """A message with all that was said before it. system: added to the agent's own system prompt.
 
-    output_schema: as the agent's own, in whose place it stands for this message.
+    output_schema: as the agent's own, in whose place it stands for this message. tools: whose calls are the run's
+    outcome; must_call: it has to be one; parallel: it may be several. since: such calls and what came of them, where
+    the message is not answered yet.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     text: str = Field(min_length=1, max_length=MAX_TEXT)
     history: list[Earlier] = Field(default=[], max_length=MAX_HISTORY)
     system: str | None = Field(default=None, min_length=1)
     output_schema: dict[str, Any] | None = None
+    tools: list[CallersTool] = Field(default=[], max_length=MAX_TOOLS)
+    must_call: bool = False
+    parallel: bool = True
+    since: list[Since] = Field(default=[], max_length=MAX_HISTORY)
+
+    def check(self) -> None:
+        """Raises InvalidMessage for a schema that is none."""
+        if self.output_schema is not None:
+            check_schema("output_schema", self.output_schema)
+        for n, tool in enumerate(self.tools):
+            check_schema(f"tools[{n}].parameters", tool.parameters)
+
+    def context(self) -> Context:
+        return Context(
+            history=tuple(map(_turn, self.history)),
+            system=self.system,
+            output_schema=self.output_schema,
+            tools=tuple(Tool(tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools),
+            must_call=self.must_call,
+            parallel=self.parallel,
+            since=tuple(map(_later_turn, self.since)),
+        )
 
 
 class Accepted(BaseModel):
@@ -111,8 +169,7 @@ def router(runtime: Runtime) -> APIRouter:
 
         The same idempotency key is the same session, and so the same run.
         """
-        if body.output_schema is not None:
-            check_schema("output_schema", body.output_schema)
+        body.check()
         arrival = Arrival(
             message_id=uuid7(),
             agent_id=agent_id,
@@ -121,15 +178,15 @@ def router(runtime: Runtime) -> APIRouter:
             text=body.text,
             received_at=utcnow(),
             idempotency_key=idempotency_key,
-            context=Context(
-                tuple(Said(turn.text) if turn.role == "user" else Answered(turn.text) for turn in body.history),
-                body.system,
-                body.output_schema,
-            ),
+            context=body.context(),
         )
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            if not (await store.load(tx, agent_id)).enabled:
+            agent = await store.load(tx, agent_id)
+            if not agent.enabled:
                 raise Forbidden("the agent is disabled")
+            for tool in body.tools:
+                if tool.name in agent.definition.tool_names:
+                    raise InvalidMessage("tools", f"{tool.name} is a tool of the agent's own")
             return await accept(tx, arrival)
 
     async def accept(tx: Tx, arrival: Arrival) -> Accepted:
@@ -148,6 +205,20 @@ def router(runtime: Runtime) -> APIRouter:
             raise Conflict("the session is busy, and this agent rejects messages then") from error
 
     return routes
+
+
+def _turn(said: FromUser | FromAssistant | FromTool) -> Turn:
+    return Said(said.text) if isinstance(said, FromUser) else _later_turn(said)
+
+
+def _later_turn(said: FromAssistant | FromTool) -> Answered | Returned:
+    if isinstance(said, FromTool):
+        return Returned(_call(said.call), said.text)
+    return Answered(said.text, tuple(map(_call, said.calls)))
+
+
+def _call(call: Call) -> ToolCall:
+    return ToolCall(call.id, call.name, call.arguments)
 
 
 def _digest(agent_id: UUID, key: str) -> str:

@@ -22,7 +22,7 @@ from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
 from services.agent.definitions.store import queue_mode
 from services.agent.lanes import RUNS, RunItem
-from services.agent.models.contract import Answered, Said
+from services.agent.models.contract import Answered, Returned, Tool, Turn
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
 from services.agent.runs.domain import Fail
@@ -46,11 +46,18 @@ class Origin:
 class Context(msgspec.Struct, frozen=True):
     """What was said before, by the caller's word: it stands for the session's own past. system: what the caller adds to
     the agent's own system prompt. output_schema: JSON Schema of what the answer has to be.
+
+    tools: the caller's own, which the model may call; must_call: it has to call one of them; parallel: several at once
+    may be. since: what the model has called of them for the message, and what they gave back.
     """
 
-    history: tuple[Said | Answered, ...]
+    history: tuple[Turn, ...]
     system: str | None = None
     output_schema: dict[str, Any] | None = None
+    tools: tuple[Tool, ...] = ()
+    must_call: bool = False
+    parallel: bool = True
+    since: tuple[Answered | Returned, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -109,3 +109,35 @@ async def _check(world: World, tenant: Tenant, place: str, step: int) -> None:
     arguments = [asked for asked in world.models.asked(MODEL) if asked.last_user_text == "Weather in Bern?"]
     assert len(arguments) == 2 + again
     assert sum(world.peers.plugin.effects.values()) == 1
+
+
+async def test_a_call_of_the_callers_tool_is_on_record_before_the_run_ends_with_it(
+    world: World, tmp_path: Path
+) -> None:
+    platform, marker, tenant = world.platform, tmp_path / "armed", world.tenant()
+    world.models.forget(MODEL)
+    await asyncio.to_thread(platform.stop, "agent")
+    for place in ("after_effect_commit", "before_lane_commit"):
+        environment = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "1"}
+        await platform.start("agent", **environment)
+        agent = await tenant.agent()
+        asked = len(world.models.asked(MODEL))
+        world.models.script(MODEL, Says(calls=(("place", "{}"),)))
+        tool = {"name": "place", "description": "", "parameters": {"type": "object"}}
+        _arm(marker)
+        body = {"text": "Where?", "tools": [tool]}
+        run_id = (await tenant.call("POST", f"/internal/agents/{agent}/completions", json=body))["run_id"]
+        assert await asyncio.to_thread(platform.processes["agent"].wait, 30) == -signal.SIGKILL
+        await platform.start("agent", **environment)
+        run = await tenant.over(run_id)
+        assert (run["status"], run["tool_calls"]) == (
+            "completed",
+            [{"id": "call_0", "name": "place", "arguments": "{}"}],
+        )
+        assert len(world.models.asked(MODEL)) == asked + 1
+        facts = [fact for fact in await tenant.sent("agent.events") if fact["run_id"] == run_id]
+        told = [item["data"] for item in (await tenant.call("GET", f"/internal/runs/{run_id}/events"))["items"]]
+        assert facts == told
+        assert len([fact for fact in told if fact.get("tool_calls")]) == 1
+        await asyncio.to_thread(platform.stop, "agent")
+    await platform.start("agent")
