@@ -96,11 +96,15 @@ class Follow:
         if (name := fact.event) is None:
             return []
         self.ended = name in ENDINGS
-        body = {key: value for key, value in fact.data.items() if key not in ("n", "session_key", "reply")}
+        hidden = ("n", "session_key", "reply", "tool_calls")
+        body = {key: value for key, value in fact.data.items() if key not in hidden}
         event = Event(name, {**body, "time": fact.time}, self.last)
         if name != "run.completed" or has_reply:
             return [event]
-        return [Event("reply", {"run_id": fact.data["run_id"], "text": fact.data["reply"]}, fact.n), event]
+        reply = {"run_id": fact.data["run_id"], "text": fact.data["reply"]}
+        if calls := fact.data.get("tool_calls"):
+            reply["tool_calls"] = calls
+        return [Event("reply", reply, fact.n), event]
 
     def delta(self, delta: Delta) -> list[Event]:
         """The piece, unless it is of an attempt that has been given up."""

@@ -75,7 +75,10 @@ async def begin(agent: Agent, who: Identity, model: str, conversation: Conversat
     if answer.status_code == 404:
         raise no_model(model)
     if answer.status_code != 202:
-        raise of_problem(answer.status_code, answer.headers, answer.content)
+        failure = of_problem(answer.status_code, answer.headers, answer.content)
+        if failure.error["param"] == "tools":
+            failure.status = 400  # that a name is taken only the agent can tell
+        raise failure
     return msgspec.json.decode(answer.content, type=_Accepted).run_id
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from uuid import UUID
 
@@ -20,7 +20,8 @@ from services.ws_gateway.hub import Client, Hub, Live, Missed
 from services.ws_gateway.openai import agents, errors
 from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 from services.ws_gateway.openai.errors import Failure
-from services.ws_gateway.openai.shapes import UNREPORTED, Shape, Usage
+from services.ws_gateway.openai.requests import Call
+from services.ws_gateway.openai.shapes import UNREPORTED, Reply, Shape, Usage
 from services.ws_gateway.stream import HEADERS, HEARTBEAT, put, while_there
 from services.ws_gateway.telling import happenings
 
@@ -71,12 +72,12 @@ class Answer(Response):
             _log.info("a client that takes nothing is dropped")
 
     async def _tell_whole(self, live: Live, teller: _Teller) -> None:
-        reply = ""
+        reply = Reply("")
         async with aclosing(self._events(live)) as happening:
             async for events in happening:
                 for event in events:
                     if event.name == "reply":
-                        reply = event.data["text"]
+                        reply = _reply(event)
         await teller.whole(reply, await self._usage())
 
     async def _tell_parts(self, live: Live, teller: _Teller) -> None:
@@ -92,6 +93,8 @@ class Answer(Response):
                         raise errors.taken_back() from None
                     if piece and piece.text:
                         await teller.text(piece)
+                    if event.name == "reply" and (calls := _reply(event).calls):
+                        await teller.calls(calls)
         await teller.end(await self._usage() if self._shape.wants_usage else UNREPORTED)
 
     async def _events(self, live: Live) -> AsyncGenerator[list[Event]]:
@@ -129,7 +132,7 @@ class _Teller:
         self._begun = False
         self.ended = False
 
-    async def whole(self, reply: str, usage: Usage) -> None:
+    async def whole(self, reply: Reply, usage: Usage) -> None:
         body = msgspec.json.encode(self._shape.whole(reply, usage))
         await self._respond(Response(body, 200, self._headers, media_type="application/json"))
 
@@ -140,6 +143,10 @@ class _Teller:
     async def text(self, piece: Piece) -> None:
         await self._begin()
         await put(self._send, self._shape.text(piece))
+
+    async def calls(self, calls: Sequence[Call]) -> None:
+        await self._begin()
+        await put(self._send, self._shape.calls(calls))
 
     async def end(self, usage: Usage) -> None:
         await self._begin()
@@ -166,6 +173,10 @@ class _Teller:
     async def _respond(self, response: Response) -> None:
         self.ended = True
         await response(*self._asgi)
+
+
+def _reply(event: Event) -> Reply:
+    return msgspec.convert(event.data, Reply)
 
 
 def _piece(transcript: Transcript, event: Event) -> Piece | None:

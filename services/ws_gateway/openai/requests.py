@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from pydantic import BaseModel, Field
@@ -16,17 +16,19 @@ from services.ws_gateway.openai.errors import unfit
 
 MAX_MESSAGES = 1_000
 MAX_TEXT = 100_000
+MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 # Parts of a content that are text, and where it is.
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_NO_TOOLS = "an agent uses its own tools, not those of the client"
+_OLD = "is not supported: use tools"
 
 
 class _Message(BaseModel):
     role: str
     content: Any = None
     tool_calls: Any = None
+    tool_call_id: Any = None
     function_call: Any = None
 
 
@@ -43,8 +45,11 @@ class ChatRequest(BaseModel):
     stream_options: _StreamOptions | None = None
     n: int | None = Field(default=None, description="Only 1.")
     response_format: Any = None
-    tools: Any = Field(default=None, description="None: an agent uses its own.")
+    tools: Any = Field(default=None, description="Functions, besides the agent's own tools.")
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
+    function_call: Any = None
     logprobs: Any = None
     top_logprobs: Any = None
     modalities: Any = None
@@ -54,18 +59,30 @@ class ChatRequest(BaseModel):
 
     def asked(self) -> Conversation:
         """Raises Failure naming the field that cannot be taken."""
-        _refuse(self, "tools functions", _NO_TOOLS)
+        _refuse(self, "functions function_call", _OLD)
         _refuse(self, "logprobs top_logprobs audio stop web_search_options", "is not supported")
         _only(self.n in (None, 1), "n", "only 1 is supported")
         _only(self.modalities in (None, [], ["text"]), "modalities", "only text is supported")
         turns = []
         for n, message in enumerate(self.messages):
             where = f"messages[{n}]"
-            for field in ("tool_calls", "function_call"):
-                _only(not getattr(message, field), f"{where}.{field}", _NO_TOOLS)
-            turns.append(_Turn(where, message.role, message.content))
-        schema = _output_schema(self.response_format, "response_format", nested="json_schema")
-        return _conversation("messages", turns, schema)
+            _only(not message.function_call, f"{where}.function_call", _OLD)
+            calls = _list(message.tool_calls, f"{where}.tool_calls")
+            turns.append(
+                _Turn(
+                    where,
+                    message.role,
+                    message.content,
+                    calls=tuple(_chat_call(call, f"{where}.tool_calls[{m}]") for m, call in enumerate(calls)),
+                    answers=message.tool_call_id,
+                )
+            )
+        asked = _Asked(
+            _output_schema(self.response_format, "response_format", nested="json_schema"),
+            *_tools(self.tools, self.tool_choice, nested="function"),
+            parallel=self.parallel_tool_calls is not False,
+        )
+        return _conversation("messages", turns, asked)
 
 
 class ResponsesRequest(BaseModel):
@@ -75,7 +92,7 @@ class ResponsesRequest(BaseModel):
     input: Any = Field(description="Text, or a list of messages.")
     instructions: str | None = None
     stream: bool | None = None
-    tools: Any = Field(default=None, description="None: an agent uses its own.")
+    tools: Any = Field(default=None, description="None.")
     text: Any = None
     top_logprobs: Any = None
     previous_response_id: Any = None
@@ -85,7 +102,7 @@ class ResponsesRequest(BaseModel):
 
     def asked(self) -> Conversation:
         """Raises Failure naming the field that cannot be taken."""
-        _refuse(self, "tools", _NO_TOOLS)
+        _refuse(self, "tools", "is not supported: use chat completions")
         _refuse(self, "previous_response_id conversation", "is not supported: send the whole conversation")
         _refuse(self, "prompt background top_logprobs", "is not supported")
         _only(self.text is None or isinstance(self.text, dict), "text", "must be an object")
@@ -99,7 +116,7 @@ class ResponsesRequest(BaseModel):
                 _only(isinstance(item, dict), f"input[{n}]", "must be a message")
                 _only(item.get("type", "message") == "message", f"input[{n}].type", "only messages are supported")
                 turns.append(_Turn(f"input[{n}]", item.get("role"), item.get("content")))
-        return _conversation("input", turns, _output_schema(self._format(), "text.format"))
+        return _conversation("input", turns, _Asked(_output_schema(self._format(), "text.format"), (), False, True))
 
     def repeated(self) -> dict[str, Any]:
         """What the answer says again."""
@@ -109,37 +126,80 @@ class ResponsesRequest(BaseModel):
         return (self.text or {}).get("format")
 
 
-class Earlier(msgspec.Struct, frozen=True):
-    role: Literal["user", "assistant"]
+class Call(msgspec.Struct, frozen=True):
+    """Of a tool of the client, as the model made it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Earlier(msgspec.Struct, frozen=True, omit_defaults=True):
+    """calls: that the assistant has made; call: the one that a tool's text answers."""
+
+    role: Literal["user", "assistant", "tool"]
     text: str
+    calls: tuple[Call, ...] = ()
+    call: Call | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """parameters: JSON Schema of an object."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    strict: bool = False
 
 
 class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
     """As the agent takes it. text: what is to be answered. system: what the caller adds to the agent's own.
-    output_schema: of what the answer has to be.
+    output_schema: of what the answer has to be. tools: of the client; must_call: one of them has to be called;
+    parallel: several at once may be. since: what was called of them for the text, and what they gave back.
     """
 
     text: str
     history: list[Earlier]
     system: str | None
     output_schema: dict[str, Any] | None = None
+    tools: tuple[Tool, ...] = ()
+    must_call: bool = False
+    parallel: bool = True
+    since: tuple[Earlier, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """A message; `where` it is in the request, `field`: its content's name there."""
+    """A message; `where` it is in the request, `field`: its content's name there. calls: that it makes; answers: the id
+    of the one whose result it is, `answers_field`: its name.
+    """
 
     where: str
     role: Any
     content: Any
     field: str = ".content"
+    calls: tuple[Call, ...] = ()
+    answers: Any = None
+    answers_field: str = ".tool_call_id"
 
 
-def _conversation(field: str, turns: Iterable[_Turn], schema: dict[str, Any] | None) -> Conversation:
+class _Asked(NamedTuple):
+    """What is asked of the answer, as `Conversation` has it."""
+
+    output_schema: dict[str, Any] | None
+    tools: tuple[Tool, ...]
+    must_call: bool
+    parallel: bool
+
+
+def _conversation(field: str, turns: Iterable[_Turn], asked: _Asked) -> Conversation:
     said: list[Earlier] = []
     system: list[str] = []
+    # Calls that were made last, by their ids, and have no result yet.
+    open_: dict[str, Call] = {}
     for turn in turns:
         content = _text(turn.content, turn.where + turn.field)
+        _only(not open_ or turn.role not in ("user", "assistant"), turn.where, _unanswered(open_))
         match turn.role:
             case "system" | "developer":
                 system += [content] if content else []
@@ -147,23 +207,46 @@ def _conversation(field: str, turns: Iterable[_Turn], schema: dict[str, Any] | N
                 _only(bool(content.strip()), turn.where + turn.field, "must not be empty")
                 said.append(Earlier("user", content))
             case "assistant":
+                open_ = {call.id: call for call in turn.calls}
+                _only(len(open_) == len(turn.calls), turn.where, "has two calls of one id")
                 # An empty one is an answer that was stopped before it began.
-                said += [Earlier("assistant", content)] if content else []
-            case "tool" | "function":
-                raise unfit(f"{turn.where}.role", _NO_TOOLS)
+                said += [Earlier("assistant", content, turn.calls)] if content or turn.calls else []
+            case "tool":
+                call = open_.pop(turn.answers, None) if isinstance(turn.answers, str) else None
+                if call is None:
+                    raise unfit(turn.where + turn.answers_field, "must be the id of a call just before")
+                said.append(Earlier("tool", content, call=call))
+            case "function":
+                raise unfit(f"{turn.where}.role", _OLD)
             case _:
-                raise unfit(f"{turn.where}.role", "must be system, developer, user or assistant")
-    _only(bool(said) and said[-1].role == "user", field, "the last message must be of the user")
-    return Conversation(said[-1].text, said[:-1], "\n\n".join(system) or None, schema)
+                raise unfit(f"{turn.where}.role", "must be system, developer, user, assistant or tool")
+    _only(not open_, field, _unanswered(open_))
+    asks = [n for n, turn in enumerate(said) if turn.role == "user"]
+    _only(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
+    last = asks[-1]
+    return Conversation(
+        said[last].text,
+        said[:last],
+        "\n\n".join(system) or None,
+        **asked._asdict(),
+        since=tuple(said[last + 1 :]),
+    )
+
+
+def _unanswered(open_: Mapping[str, Call]) -> str:
+    return f"the call {next(iter(open_), '')} before it has no result"
 
 
 def _text(content: Any, where: str) -> str:
     if isinstance(content, list):
-        text = "\n".join(_part(part, f"{where}[{n}]") for n, part in enumerate(content))
-    elif content is None or isinstance(content, str):
-        text = content or ""
-    else:
-        raise unfit(where, "must be text or a list of parts")
+        content = "\n".join(_part(part, f"{where}[{n}]") for n, part in enumerate(content))
+    _only(content is None or isinstance(content, str), where, "must be text or a list of parts")
+    return _string(content or "", where)
+
+
+def _string(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise unfit(where, "must be text")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -181,6 +264,70 @@ def _part(part: Any, where: str) -> str:
     if not isinstance(text, str):
         raise unfit(f"{where}.{name}", "must be text")
     return text
+
+
+def _tools(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ...], bool]:
+    """Those that are to be offered, and whether one of them has to be called."""
+    tools = _list(given, "tools")
+    _only(len(tools) <= MAX_TOOLS, "tools", f"must be {MAX_TOOLS} at most")
+    found: dict[str, Tool] = {}
+    for n, tool in enumerate(tools):
+        function, where = _function(tool, f"tools[{n}]", nested)
+        _check_name(function.get("name"), f"{where}.name")
+        parameters = function.get("parameters")
+        strict = function.get("strict") or False
+        _only(isinstance(strict, bool), f"{where}.strict", "must be true or false")
+        _only(function["name"] not in found, f"{where}.name", "is there twice")
+        found[function["name"]] = Tool(
+            function["name"],
+            _string(function.get("description") or "", f"{where}.description"),
+            # Without any it takes no arguments.
+            _schema({"type": "object", "properties": {}} if parameters is None else parameters, f"{where}.parameters"),
+            strict,
+        )
+    match choice:
+        case None | "auto":
+            return tuple(found.values()), False
+        case "none":
+            return (), False
+        case "required":
+            _only(bool(found), "tool_choice", "there are no tools")
+            return tuple(found.values()), True
+        case dict():
+            function, where = _function(choice, "tool_choice", nested)
+            chosen = [tool for tool in found.values() if tool.name == function.get("name")]
+            _only(bool(chosen), f"{where}.name", "is none of the tools")
+            # The others are not offered: so it is this one that is called.
+            return tuple(chosen), True
+    raise unfit("tool_choice", "must be none, auto, required or a function")
+
+
+def _function(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]:
+    """A function's fields, and where they are."""
+    _only(isinstance(given, dict), where, "must be an object")
+    _only(given.get("type") == "function", f"{where}.type", "only function is supported")
+    if not nested:
+        return given, where
+    fields = given.get(nested)
+    if not isinstance(fields, dict):
+        raise unfit(f"{where}.{nested}", "must be an object")
+    return fields, f"{where}.{nested}"
+
+
+def _chat_call(given: Any, where: str) -> Call:
+    function, inner = _function(given, where, "function")
+    return _call(given.get("id"), f"{where}.id", function, inner)
+
+
+def _call(id_: Any, where_id: str, function: Mapping[str, Any], where: str) -> Call:
+    _only(bool(_string(id_, where_id)), where_id, "must not be empty")
+    _check_name(function.get("name"), f"{where}.name")
+    return Call(id_, function["name"], _string(function.get("arguments"), f"{where}.arguments"))
+
+
+def _list(given: Any, where: str) -> list[Any]:
+    _only(given is None or isinstance(given, list), where, "must be a list")
+    return given or []
 
 
 def _refuse(body: BaseModel, names: str, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -11,6 +11,7 @@ import msgspec
 
 from services.ws_gateway.openai.domain import Piece
 from services.ws_gateway.openai.errors import Failure
+from services.ws_gateway.openai.requests import Call
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -24,6 +25,13 @@ class Usage(msgspec.Struct, frozen=True):
 UNREPORTED = Usage(None, None, None)
 
 
+class Reply(msgspec.Struct, frozen=True):
+    """What the run answers. calls: of the client's tools; then the text is what was said before them, or empty."""
+
+    text: str
+    calls: tuple[Call, ...] = msgspec.field(default=(), name="tool_calls")
+
+
 class Shape(Protocol):
     """One answer, whole or as the parts of a stream; each part is server-sent events.
 
@@ -32,9 +40,10 @@ class Shape(Protocol):
 
     wants_usage: bool
 
-    def whole(self, reply: str, usage: Usage) -> dict[str, Any]: ...
+    def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]: ...
     def begin(self) -> bytes: ...
     def text(self, piece: Piece) -> bytes: ...
+    def calls(self, calls: Sequence[Call]) -> bytes: ...
     def end(self, usage: Usage) -> bytes: ...
     def failed(self, failure: Failure) -> bytes: ...
 
@@ -46,10 +55,14 @@ class Chat:
         self._base = {"id": f"chatcmpl-{run_id}", "created": int(time.time()), "model": model}
         self.wants_usage = include_usage
         self._step: int | None = None
+        self._finish = "stop"
 
-    def whole(self, reply: str, usage: Usage) -> dict[str, Any]:
-        message = {"role": "assistant", "content": reply, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+        if reply.calls:
+            self._finish = "tool_calls"
+            message |= {"content": reply.text or None, "tool_calls": list(map(_tool_call, reply.calls))}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish}
         answer = {**self._base, "object": "chat.completion", "choices": [choice]}
         return answer | ({"usage": found} if (found := _usage(usage, "prompt_tokens", "completion_tokens")) else {})
 
@@ -61,10 +74,15 @@ class Chat:
         self._step = piece.step
         return self._chunk({"content": apart + piece.text})
 
+    def calls(self, calls: Sequence[Call]) -> bytes:
+        """Each in one piece: the run has ended with them, so none is taken back."""
+        self._finish = "tool_calls"
+        return b"".join(self._chunk({"tool_calls": [{"index": n} | _tool_call(call)]}) for n, call in enumerate(calls))
+
     def end(self, usage: Usage) -> bytes:
         found = _usage(usage, "prompt_tokens", "completion_tokens") if self.wants_usage else None
         last = _data(self._with_usage([], found)) if found else b""
-        return self._chunk({}, "stop") + last + b"data: [DONE]\n\n"
+        return self._chunk({}, self._finish) + last + b"data: [DONE]\n\n"
 
     def failed(self, failure: Failure) -> bytes:
         return _data({"error": failure.error})
@@ -107,9 +125,9 @@ class Responses:
         self._step = 0  # of the item that is open, if one is
         self._text = ""
 
-    def whole(self, reply: str, usage: Usage) -> dict[str, Any]:
+    def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
         return self._response(
-            "completed", [self._item("completed", reply)], usage=_usage(usage, "input_tokens", "output_tokens")
+            "completed", [self._item("completed", reply.text)], usage=_usage(usage, "input_tokens", "output_tokens")
         )
 
     def begin(self) -> bytes:
@@ -125,6 +143,9 @@ class Responses:
             before += self._part_event("content_part.added", part=_part(""))
         self._text += piece.text
         return before + self._part_event("output_text.delta", delta=piece.text, logprobs=[])
+
+    def calls(self, calls: Sequence[Call]) -> bytes:
+        raise AssertionError("no tools are taken")
 
     def end(self, usage: Usage) -> bytes:
         last = self._close()
@@ -184,6 +205,10 @@ class Responses:
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _tool_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _data(data: dict[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from infra.clock import uuid7
 from infra.testing.platform import Platform
 from protos.catalog import AGENT_EVENTS
-from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
+from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted, ToolCall
 from tests.services.ws_gateway.agent import SESSION, Agent, Completion, stand_in
 
 WAIT_SECONDS = 30
@@ -47,8 +47,8 @@ class Run:
             StepCompleted, step=step, kind=kind, name="x", status="completed", attempts=1, duration_ms=7
         )
 
-    async def replies(self, text: str) -> None:
-        await self._happens(RunCompleted, reply=text)
+    async def replies(self, text: str, *calls: ToolCall) -> None:
+        await self._happens(RunCompleted, reply=text, tool_calls=calls)
 
     async def fails(self, status: str, error: str = "out of luck") -> None:
         await self._happens(RunFailed, status=status, error=error)

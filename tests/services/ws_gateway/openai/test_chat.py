@@ -16,6 +16,7 @@ from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
+from protos.messages.agent import ToolCall
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Run, World
 
 T = TypeVar("T")
@@ -265,6 +266,56 @@ async def test_text_before_a_tool_call_is_a_paragraph_of_its_own(world: World, c
     assert (reading.text, reading.error) == ("Let me see.\n\nIt is wet.", None)
 
 
+CALLS = (
+    ToolCall(id="call_1", name="place", arguments='{"of":"me"}'),
+    ToolCall(id="call_2", name="time", arguments=""),
+)
+
+
+async def test_calls_of_the_clients_tools_are_the_answer(world: World, client: AsyncOpenAI, model: str) -> None:
+    for text in ("", "Let me see."):
+        async with answering(client.chat.completions.create(model=model, messages=HI)) as answer:
+            run = await world.run()
+            await run.begins()
+            await run.replies(text, *CALLS)
+            [choice] = (await answer).choices
+        assert (choice.message.content, choice.finish_reason) == (text or None, "tool_calls")
+        assert choice.message.tool_calls
+        assert [
+            (call.id, call.function.name, call.function.arguments)
+            for call in choice.message.tool_calls
+            if call.type == "function"
+        ] == [(call.id, call.name, call.arguments) for call in CALLS]
+
+
+async def test_a_stream_ends_with_the_calls(world: World, client: AsyncOpenAI, model: str) -> None:
+    texts: list[str] = []
+    called: list[tuple[int, str, str]] = []
+
+    async def read() -> Any:
+        async with client.chat.completions.stream(model=model, messages=HI) as stream:
+            async for event in stream:
+                if event.type == "content.delta":
+                    texts.append(event.delta)
+                elif event.type == "tool_calls.function.arguments.done":
+                    called.append((event.index, event.name, event.arguments))
+            return await stream.get_final_completion()
+
+    async with answering(read()) as answer:
+        run = await world.run()
+        await run.begins()
+        await run.step(1)
+        while not texts:
+            await run.writes(1, "Let me")
+            await asyncio.sleep(0.02)
+        await run.replies("Let me see.", *CALLS)
+        [choice] = (await answer).choices
+    assert [text for text in texts if text] == ["Let me", " see."]
+    assert called == [(n, call.name, call.arguments) for n, call in enumerate(CALLS)]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+    assert [call.id for call in choice.message.tool_calls] == ["call_1", "call_2"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("status", "error", "code"),
@@ -355,7 +406,7 @@ async def test_what_cannot_be_taken_is_named(world: World, client: AsyncOpenAI, 
         ({"model": model, "messages": [{"content": "Hi"}]}, "messages[0].role"),
         ({"model": model, "messages": HI, "stream": "maybe"}, "stream"),
         ({"model": model, "messages": HI, "n": 2}, "n"),
-        ({"model": model, "messages": HI, "tools": [{"type": "function"}]}, "tools"),
+        ({"model": model, "messages": HI, "tools": [{"type": "function"}]}, "tools[0].function"),
         ({"messages": HI}, "model"),
         ([], "body"),
         ("{", "body"),

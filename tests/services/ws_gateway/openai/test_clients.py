@@ -132,3 +132,86 @@ async def test_pydantic_ai_has_its_class_by_the_format(world: World, tenant: Ten
         world.models.script(MODEL, Says('{"name":"Bern"}'), Says(FITS))
         async with agent.run_stream("Hi") as stream:
             assert await stream.get_output() == City(name="Bern", people=146348)
+
+
+class Where(BaseModel):
+    """Where the person is."""
+
+    city: str
+
+
+async def test_the_clients_tool_is_called_and_the_conversation_goes_on(
+    world: World, tenant: Tenant, client: AsyncOpenAI
+) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    tools = [openai.pydantic_function_tool(Where)]
+    bern = '{"city":"Bern"}'
+    world.models.script(MODEL, Says(calls=(("Where", "{}"),)), Says("Let me see.", calls=(("Where", bern),)))
+    first = (await client.chat.completions.parse(model=agent, messages=HI, tools=tools)).choices[0]
+    assert first.finish_reason == "tool_calls"
+    assert first.message.tool_calls
+    [call] = first.message.tool_calls
+    assert call.function.parsed_arguments == Where(city="Bern")
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "Here."}
+    world.models.script(MODEL, Says(calls=((WEATHER, bern),)), Says("Wet."))
+    messages: Any = [*HI, first.message, result]
+    async with client.chat.completions.stream(model=agent, messages=messages, tools=tools) as stream:
+        second = (await stream.get_final_completion()).choices[0]
+    assert (second.message.content, second.finish_reason) == ("Wet.", "stop")
+    told = world.models.requests[-1].body["messages"][-5:]
+    assert [message["role"] for message in told] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert (told[1]["content"], told[1]["tool_calls"][0]["function"], told[2]["content"]) == (
+        "Let me see.",
+        {"name": "Where", "arguments": bern},
+        "Here.",
+    )
+
+
+async def test_a_tool_that_is_called_as_one_of_the_agents_is_refused(tenant: Tenant, client: AsyncOpenAI) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    tool: Any = {"type": "function", "function": {"name": WEATHER}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.chat.completions.create(model=agent, messages=HI, tools=[tool])
+    assert (refused.value.param, WEATHER in refused.value.message) == ("tools", True)
+    assert (await tenant.call("GET", "/api/v1/runs"))["items"] == []
+
+
+async def test_pydantic_ai_has_its_class_by_a_tool(world: World, tenant: Tenant, client: AsyncOpenAI) -> None:
+    for model in both(client, await tenant.agent(tools=[WEATHER]))[:1]:
+        agent = Agent(model, output_type=City)
+        weather, answer = (WEATHER, '{"city":"Bern"}'), ("final_result", FITS)
+        # One without a tool is asked for again.
+        world.models.script(MODEL, Says("Bern."), Says(calls=(weather,)), Says("Well.", calls=(answer,)))
+        first = await agent.run("Hi")
+        assert first.output == City(name="Bern", people=146348)
+        assert world.models.requests[-1].body["tool_choice"] == "required"
+        world.models.script(MODEL, Says(calls=(weather, answer)))
+        async with agent.run_stream("Again", message_history=first.all_messages()) as stream:
+            assert await stream.get_output() == first.output
+        roles = [message["role"] for message in world.models.requests[-1].body["messages"]]
+        assert roles[-4:] == ["user", "assistant", "tool", "user"]
+
+
+async def test_pydantic_ai_uses_a_tool_of_its_own(world: World, tenant: Tenant, client: AsyncOpenAI) -> None:
+    for model in both(client, await tenant.agent(tools=[WEATHER]))[:1]:
+        agent = Agent(model)
+        asked: list[str] = []
+
+        @agent.tool_plain
+        def place(of: str) -> str:
+            """Where somebody is."""
+            asked.append(of)  # noqa: B023
+            return f"{of} in Bern"
+
+        call, weather = ("place", '{"of":"me"}'), (WEATHER, '{"city":"Bern"}')
+        script = Says(calls=(weather,)), Says("Wet.")
+        world.models.script(MODEL, Says("Let me see.", calls=(call, call)), *script)
+        first = await agent.run("Weather?")
+        assert (first.output, asked) == ("Wet.", ["me", "me"])
+        # Here text in front would be its result.
+        world.models.script(MODEL, Says(calls=(call, call)), *script)
+        async with agent.run_stream("And now?", message_history=first.all_messages()) as stream:
+            assert await stream.get_output() == "Wet."
+        assert asked == ["me"] * 4
+        told = world.models.requests[-1].body["messages"]
+        assert [message["content"] for message in told if message["role"] == "tool"][:2] == ["me in Bern"] * 2

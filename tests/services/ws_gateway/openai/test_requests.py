@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 
 from services.ws_gateway.openai.errors import Failure
-from services.ws_gateway.openai.requests import ChatRequest, Conversation, Earlier, ResponsesRequest
+from services.ws_gateway.openai.requests import Call, ChatRequest, Conversation, Earlier, ResponsesRequest, Tool
 
 HI = {"role": "user", "content": "Hi"}
-TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "Bern"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": fields}
+
+
+TOOL = function(name="f")
 
 
 def chat(*messages: Any, **fields: Any) -> Conversation:
@@ -63,6 +72,7 @@ def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
         n=1,
         tools=[],
         tool_choice="none",
+        parallel_tool_calls=True,
         functions=[],
         logprobs=False,
         response_format={"type": "text"},
@@ -91,8 +101,30 @@ def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
         ([HI, HI, HI, {"role": "user", "content": "x" * 100_001}], "messages[3].content"),
         ([{"role": "system", "content": "x" * 100_001}, HI], "messages[0].content"),
         ([{"role": "critic", "content": "Hi"}], "messages[0].role"),
-        ([HI, {"role": "tool", "tool_call_id": "1", "content": "{}"}, HI], "messages[1].role"),
-        ([HI, {"role": "assistant", "content": None, "tool_calls": [TOOL]}, HI], "messages[1].tool_calls"),
+        ([HI, RESULT], "messages[1].tool_call_id"),
+        ([HI, CALLED, RESULT, RESULT], "messages[3].tool_call_id"),
+        ([HI, CALLED, RESULT | {"tool_call_id": ["1"]}], "messages[2].tool_call_id"),
+        ([HI, CALLED, RESULT | {"content": 7}], "messages[2].content"),
+        ([HI, CALLED, HI], "messages[2]"),
+        ([HI, CALLED, {"role": "assistant", "content": "Well"}, HI], "messages[2]"),
+        ([HI, CALLED], "messages"),
+        ([CALLED, RESULT], "messages"),
+        ([HI, CALLED | {"tool_calls": CALL}], "messages[1].tool_calls"),
+        ([HI, CALLED | {"tool_calls": ["f"]}], "messages[1].tool_calls[0]"),
+        ([HI, CALLED | {"tool_calls": [CALL | {"type": "custom"}]}], "messages[1].tool_calls[0].type"),
+        ([HI, CALLED | {"tool_calls": [CALL | {"id": ""}]}], "messages[1].tool_calls[0].id"),
+        ([HI, CALLED | {"tool_calls": [CALL | {"id": 1}]}], "messages[1].tool_calls[0].id"),
+        ([HI, CALLED | {"tool_calls": [CALL | {"function": "f"}]}], "messages[1].tool_calls[0].function"),
+        (
+            [HI, CALLED | {"tool_calls": [CALL | {"function": {"name": "f g", "arguments": "{}"}}]}],
+            "messages[1].tool_calls[0].function.name",
+        ),
+        (
+            [HI, CALLED | {"tool_calls": [CALL | {"function": {"name": "f"}}]}],
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        ([HI, CALLED | {"tool_calls": [CALL, CALL]}, RESULT], "messages[1]"),
+        ([HI, {"role": "function", "name": "f", "content": "{}"}, HI], "messages[1].role"),
         ([HI, {"role": "assistant", "function_call": {"name": "f"}}, HI], "messages[1].function_call"),
         ([HI, {"role": "assistant", "content": "Well"}], "messages"),
         ([{"role": "system", "content": "Be brief."}], "messages"),
@@ -107,10 +139,10 @@ def test_a_message_that_an_agent_cannot_take_is_named(messages: list[Any], param
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [TOOL]),
         ("functions", [{"name": "f"}]),
         ("n", 2),
         ("n", 0),
+        ("function_call", "auto"),
         ("logprobs", True),
         ("top_logprobs", 2),
         ("modalities", ["text", "audio"]),
@@ -207,3 +239,93 @@ def test_a_json_schema_without_its_fields_is_named() -> None:
     with pytest.raises(Failure) as refused:
         chat(response_format={"type": "json_schema"})
     assert refused.value.error["param"] == "response_format.json_schema"
+
+
+PLACE = {"name": "place", "description": "Where.", "parameters": CITY, "strict": True}
+TIME = {"name": "time"}
+
+
+def offered(*functions: Any, **fields: Any) -> Conversation:
+    return chat(tools=[{"type": "function", "function": function} for function in functions], **fields)
+
+
+def test_tools_are_offered_as_the_choice_says() -> None:
+    place = Tool("place", "Where.", CITY, True)
+    time = Tool("time", "", {"type": "object", "properties": {}})
+    both = (place, time)
+    for choice, tools, must_call in (
+        (None, both, False),
+        ("auto", both, False),
+        ("none", (), False),
+        ("required", both, True),
+        ({"type": "function", "function": {"name": "time"}}, (time,), True),
+    ):
+        for parallel in (None, True, False):
+            found = offered(PLACE, TIME, tool_choice=choice, parallel_tool_calls=parallel)
+            assert (found.tools, found.must_call, found.parallel) == (tools, must_call, parallel is not False)
+
+
+def test_calls_and_their_results_are_told_each_with_its_call() -> None:
+    call = Call("1", "f", "{}")
+    called = Earlier("assistant", "", (call,))
+    result = Earlier("tool", "Bern", call=call)
+    assert chat(HI, CALLED, RESULT) == Conversation("Hi", [], None, since=(called, result))
+    assert chat(HI, CALLED, RESULT, {"role": "user", "content": "Bye"}) == Conversation(
+        "Bye", [Earlier("user", "Hi"), called, result], None
+    )
+    other = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "x"}}
+    # In any order, and with what the model wrote before.
+    assert chat(
+        HI,
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, other]},
+        {
+            "role": "tool",
+            "tool_call_id": "2",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        },
+        {"role": "system", "content": "Be brief."},
+        RESULT | {"content": ""},
+        CALLED,
+        RESULT,
+    ) == Conversation(
+        "Hi",
+        [],
+        "Be brief.",
+        since=(
+            Earlier("assistant", "Let me see.", (call, Call("2", "g", "x"))),
+            Earlier("tool", "a\nb", call=Call("2", "g", "x")),
+            Earlier("tool", "", call=call),
+            called,
+            result,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": "place"}, "tools"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ({"tools": ["place"]}, "tools[0]"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "name": "x"}]}, "tools[0].function"),
+        ({"tools": [function()]}, "tools[0].function.name"),
+        ({"tools": [TOOL, function(name="a place")]}, "tools[1].function.name"),
+        ({"tools": [function(name="x" * 65)]}, "tools[0].function.name"),
+        ({"tools": [function(name="x", description=7)]}, "tools[0].function.description"),
+        ({"tools": [function(name="x", description="\ud800")]}, "tools[0].function.description"),
+        ({"tools": [function(name="x", strict="yes")]}, "tools[0].function.strict"),
+        ({"tools": [function(name="x", parameters="{}")]}, "tools[0].function.parameters"),
+        ({"tools": [function(name="x", parameters={"type": "array"})]}, "tools[0].function.parameters.type"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tools": [TOOL], "tool_choice": function(name="x")}, "tool_choice.function.name"),
+        ({"tools": [TOOL], "tool_choice": function(name=["f"])}, "tool_choice.function.name"),
+    ],
+)
+def test_tools_that_cannot_be_offered_are_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(Failure) as refused:
+        chat(**fields)
+    assert (refused.value.status, refused.value.error["param"]) == (400, param)
