@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -92,7 +92,9 @@ class ResponsesRequest(BaseModel):
     input: Any = Field(description="Text, or a list of messages.")
     instructions: str | None = None
     stream: bool | None = None
-    tools: Any = Field(default=None, description="None.")
+    tools: Any = Field(default=None, description="Functions, besides the agent's own tools.")
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     text: Any = None
     top_logprobs: Any = None
     previous_response_id: Any = None
@@ -102,7 +104,6 @@ class ResponsesRequest(BaseModel):
 
     def asked(self) -> Conversation:
         """Raises Failure naming the field that cannot be taken."""
-        _refuse(self, "tools", "is not supported: use chat completions")
         _refuse(self, "previous_response_id conversation", "is not supported: send the whole conversation")
         _refuse(self, "prompt background top_logprobs", "is not supported")
         _only(self.text is None or isinstance(self.text, dict), "text", "must be an object")
@@ -114,13 +115,28 @@ class ResponsesRequest(BaseModel):
             _only(0 < len(self.input) <= MAX_MESSAGES, "input", f"must have 1 to {MAX_MESSAGES} items")
             for n, item in enumerate(self.input):
                 _only(isinstance(item, dict), f"input[{n}]", "must be a message")
-                _only(item.get("type", "message") == "message", f"input[{n}].type", "only messages are supported")
-                turns.append(_Turn(f"input[{n}]", item.get("role"), item.get("content")))
-        return _conversation("input", turns, _Asked(_output_schema(self._format(), "text.format"), (), False, True))
+                turn = _item(item, f"input[{n}]")
+                if turn.calls and turns[-1].role == "assistant":
+                    # Calls of one turn, and what was said before them, are items of their own here.
+                    turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, *turn.calls))
+                else:
+                    turns.append(turn)
+        asked = _Asked(
+            _output_schema(self._format(), "text.format"),
+            *_tools(self.tools, self.tool_choice),
+            parallel=self.parallel_tool_calls is not False,
+        )
+        return _conversation("input", turns, asked)
 
     def repeated(self) -> dict[str, Any]:
         """What the answer says again."""
-        return {"instructions": self.instructions, "text": {"format": self._format() or {"type": "text"}}}
+        return {
+            "instructions": self.instructions,
+            "text": {"format": self._format() or {"type": "text"}},
+            "tools": self.tools or [],
+            "tool_choice": self.tool_choice or "auto",
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+        }
 
     def _format(self) -> Any:
         return (self.text or {}).get("format")
@@ -312,6 +328,19 @@ def _function(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]
     if not isinstance(fields, dict):
         raise unfit(f"{where}.{nested}", "must be an object")
     return fields, f"{where}.{nested}"
+
+
+def _item(item: Mapping[str, Any], where: str) -> _Turn:
+    """One of a response's input."""
+    match item.get("type", "message"):
+        case "message":
+            return _Turn(where, item.get("role"), item.get("content"))
+        case "function_call":
+            call = _call(item.get("call_id"), f"{where}.call_id", item, where)
+            return _Turn(where, "assistant", None, calls=(call,))
+        case "function_call_output":
+            return _Turn(where, "tool", item.get("output"), ".output", (), item.get("call_id"), ".call_id")
+    raise unfit(f"{where}.type", "only message, function_call and function_call_output are supported")
 
 
 def _chat_call(given: Any, where: str) -> Call:

@@ -111,12 +111,9 @@ class Responses:
             "model": model,
             "incomplete_details": None,
             "metadata": {},
-            "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
             "temperature": None,
-            "tool_choice": "none",
-            "tools": [],
             "top_p": None,
             **given,
         }
@@ -126,9 +123,9 @@ class Responses:
         self._text = ""
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
-        return self._response(
-            "completed", [self._item("completed", reply.text)], usage=_usage(usage, "input_tokens", "output_tokens")
-        )
+        said = [self._item("completed", reply.text)] if reply.text or not reply.calls else []
+        called = [self._call(n, call) for n, call in enumerate(reply.calls)]
+        return self._response("completed", [*said, *called], usage=_usage(usage, "input_tokens", "output_tokens"))
 
     def begin(self) -> bytes:
         names = ("response.created", "response.in_progress")
@@ -145,7 +142,18 @@ class Responses:
         return before + self._part_event("output_text.delta", delta=piece.text, logprobs=[])
 
     def calls(self, calls: Sequence[Call]) -> bytes:
-        raise AssertionError("no tools are taken")
+        told = self._close()
+        for n, call in enumerate(calls):
+            item = self._call(n, call)
+            place = {"item_id": item["id"], "output_index": len(self._done)}
+            told += self._item_event("added", item | {"status": "in_progress", "arguments": ""})
+            told += self._event("response.function_call_arguments.delta", **place, delta=call.arguments)
+            told += self._event(
+                "response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments
+            )
+            told += self._item_event("done", item)
+            self._done.append(item)
+        return told
 
     def end(self, usage: Usage) -> bytes:
         last = self._close()
@@ -171,6 +179,7 @@ class Responses:
             + self._item_event("done", item)
         )
         self._done.append(item)
+        self._step = 0
         return ended
 
     def _response(
@@ -187,6 +196,16 @@ class Responses:
         content = [] if text is None else [_part(text)]
         return {"id": self._item_id(), "type": "message", "role": "assistant", "status": status, "content": content}
 
+    def _call(self, n: int, call: Call) -> dict[str, Any]:
+        return {
+            "id": f"fc_{self._run_id}_{n}",
+            "type": "function_call",
+            "status": "completed",
+            "call_id": call.id,
+            "name": call.name,
+            "arguments": call.arguments,
+        }
+
     def _item_id(self) -> str:
         return f"msg_{self._run_id}_{self._step}"
 
@@ -197,7 +216,7 @@ class Responses:
         place = {"item_id": self._item_id(), "output_index": len(self._done), "content_index": 0}
         return self._event(f"response.{name}", **place, **fields)
 
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> bytes:
         data = _data({"type": name, "sequence_number": self._sequence, **fields})
         self._sequence += 1
         return b"event: %b\n%b" % (name.encode(), data)

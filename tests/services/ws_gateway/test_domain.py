@@ -7,6 +7,7 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import uuid7
+from protos.messages.agent import RunCompleted, ToolCall
 from services.ws_gateway.domain import Delta, Fact, Follow
 from tests.services.ws_gateway.agent import failed, story
 
@@ -31,6 +32,17 @@ def test_a_run_is_told_in_order_and_its_reply_comes_before_its_end() -> None:
         ("run.completed", 5),
     ]
     assert follow.ended
+
+
+def test_calls_of_the_callers_tools_are_told_with_the_reply_and_only_there() -> None:
+    run_id = uuid7()
+    call = ToolCall(id="call_1", name="place", arguments="{}")
+    for calls in ((), (call,)):
+        fact = RunCompleted(run_id=run_id, session_key="s", reply="Let me see.", n=1, tool_calls=calls)
+        reply, end = Follow(0).fact(Fact(1, fact.wire_name(), "", msgspec.to_builtins(fact)))
+        told = {"run_id": str(run_id), "text": "Let me see."}
+        assert reply.data == told | ({"tool_calls": (msgspec.to_builtins(call),)} if calls else {})
+        assert end.data == {"run_id": str(run_id), "time": ""}
 
 
 def test_what_the_client_has_is_not_told_again() -> None:

@@ -12,6 +12,8 @@ from services.ws_gateway.openai.requests import Call, ChatRequest, Conversation,
 HI = {"role": "user", "content": "Hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+FUNCTION_CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "1", "output": "Bern"}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "Bern"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
@@ -107,7 +109,7 @@ def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
         ([HI, CALLED, RESULT | {"content": 7}], "messages[2].content"),
         ([HI, CALLED, HI], "messages[2]"),
         ([HI, CALLED, {"role": "assistant", "content": "Well"}, HI], "messages[2]"),
-        ([HI, CALLED], "messages"),
+        ([HI, CALLED | {"tool_calls": [CALL, CALL | {"id": "2"}]}, RESULT], "messages"),
         ([CALLED, RESULT], "messages"),
         ([HI, CALLED | {"tool_calls": CALL}], "messages[1].tool_calls"),
         ([HI, CALLED | {"tool_calls": ["f"]}], "messages[1].tool_calls[0]"),
@@ -165,7 +167,15 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
         ("input", 7, "input"),
         ("input", "", "input"),
         ("input", ["Hi"], "input[0]"),
-        ("input", [HI, {"type": "function_call_output", "call_id": "1", "output": "{}"}], "input[1].type"),
+        ("input", [HI, {"type": "reasoning", "summary": []}], "input[1].type"),
+        ("input", [HI, OUTPUT], "input[1].call_id"),
+        ("input", [HI, FUNCTION_CALL, OUTPUT | {"output": 7}], "input[2].output"),
+        ("input", [HI, FUNCTION_CALL], "input"),
+        ("input", [HI, FUNCTION_CALL, FUNCTION_CALL, OUTPUT], "input[1]"),
+        ("input", [HI, FUNCTION_CALL | {"call_id": None}, OUTPUT], "input[1].call_id"),
+        ("input", [HI, FUNCTION_CALL | {"name": "f g"}, OUTPUT], "input[1].name"),
+        ("input", [HI, FUNCTION_CALL | {"arguments": {}}, OUTPUT], "input[1].arguments"),
+        ("input", [FUNCTION_CALL, OUTPUT], "input"),
         (
             "input",
             [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}],
@@ -173,7 +183,10 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
         ),
         ("input", [{"content": "Hi"}], "input[0].role"),
         ("instructions", "x" * 100_001, "instructions"),
-        ("tools", [{"type": "web_search"}], "tools"),
+        ("tools", [{"type": "web_search"}], "tools[0].type"),
+        ("tools", [TOOL], "tools[0].name"),
+        ("tools", [{"type": "function", "name": "f", "parameters": {}}], "tools[0].parameters.type"),
+        ("tool_choice", {"type": "function", "name": "f"}, "tool_choice.name"),
         ("text", "json", "text"),
         ("previous_response_id", "resp_1", "previous_response_id"),
         ("conversation", "conv_1", "conversation"),
@@ -299,6 +312,27 @@ def test_calls_and_their_results_are_told_each_with_its_call() -> None:
             result,
         ),
     )
+
+
+def test_the_items_of_a_response_are_the_same_conversation() -> None:
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Let me see."}]}
+    other = FUNCTION_CALL | {"call_id": "2", "name": "g", "arguments": "x"}
+    output = OUTPUT | {"call_id": "2", "output": [{"type": "input_text", "text": "a"}]}
+    other_call = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "x"}}
+    assert responses([HI, said, FUNCTION_CALL, other, output, OUTPUT, FUNCTION_CALL, OUTPUT]) == chat(
+        HI,
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, other_call]},
+        {"role": "tool", "tool_call_id": "2", "content": "a"},
+        RESULT,
+        CALLED,
+        RESULT,
+    )
+    tools = [{"type": "function"} | PLACE, {"type": "function"} | TIME]
+    for chosen in ("none", "required", None):
+        assert responses(tools=tools, tool_choice=chosen) == offered(PLACE, TIME, tool_choice=chosen)
+    assert responses(
+        tools=tools, tool_choice={"type": "function", "name": "time"}, parallel_tool_calls=False
+    ) == offered(TIME, tool_choice="required", parallel_tool_calls=False)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pydantic_ai.models.openai import OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, World
-from tests.services.ws_gateway.openai.test_chat import answering
+from tests.services.ws_gateway.openai.test_chat import CALLS, answering
 
 
 class Reading:
@@ -101,6 +101,47 @@ async def test_a_stream_is_told_by_the_clients_own_helper(world: World, client: 
         "completed",
         5,
     )
+
+
+async def test_calls_of_the_clients_functions_are_items(world: World, client: AsyncOpenAI, model: str) -> None:
+    tools: Any = [{"type": "function", "name": "time", "parameters": None, "strict": None}]
+    for text in ("", "Let me see."):
+        asked = client.responses.create(
+            model=model, input="Hi", tools=tools, tool_choice="required", parallel_tool_calls=False
+        )
+        async with answering(asked) as answer:
+            run = await world.run()
+            await run.begins()
+            await run.replies(text, *CALLS)
+            found = await answer
+        items = [item.type for item in found.output]
+        assert (items, found.output_text) == (["message"] * bool(text) + ["function_call"] * 2, text)
+        assert [(item.call_id, item.name, item.arguments) for item in found.output if item.type == "function_call"] == [
+            (call.id, call.name, call.arguments) for call in CALLS
+        ]
+        assert (found.tools[0].type, found.tool_choice, found.parallel_tool_calls) == ("function", "required", False)
+
+
+async def test_a_stream_ends_with_the_calls(world: World, client: AsyncOpenAI, model: str) -> None:
+    reading = Reading()
+    async with answering(reading.read(client, model)) as read:
+        run = await world.run()
+        await run.begins()
+        await run.step(1)
+        while not reading.text:
+            await run.writes(1, "Let me")
+            await asyncio.sleep(0.02)
+        await run.replies("Let me see.", *CALLS)
+        await read
+    call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
+    names = [f"response.{name}" for name in ["output_item.done", *call, *call, "completed"]]
+    assert [event.type for event in reading.events][-len(names) :] == names
+    assert [event.sequence_number for event in reading.events] == list(range(len(reading.events)))
+    assert [event.output_index for event in reading.events if event.type == "response.output_item.done"] == [0, 1, 2]
+    message, *calls = reading.final.output
+    assert (message.content[0].text, [item.call_id for item in calls]) == ("Let me see.", ["call_1", "call_2"])
+    assert [item.arguments for item in calls] == [call.arguments for call in CALLS]
+    assert len({item.id for item in reading.final.output}) == 3
 
 
 async def test_a_stream_whose_text_is_taken_back_has_failed(world: World, client: AsyncOpenAI, model: str) -> None:
