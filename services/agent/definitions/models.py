@@ -106,7 +106,8 @@ class NewAgent(_Body):
     """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the providers' keys.
 
     approval: those of the tools that a person has to allow, call by call. output_schema: JSON Schema of an object that
-    every reply has to be, as JSON text. agents: which others it may ask, as if they were tools.
+    every reply has to be, as JSON text, unless who asks gives another. agents: which others it may ask, as if they were
+    tools.
     concurrency: how many of its runs may go on at once; model_concurrency: how many of all runs of the tenant that have
     its model at its provider; null: all.
     """

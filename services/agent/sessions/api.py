@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from datetime import timedelta
 from typing import Annotated, Any, Literal
@@ -169,7 +170,8 @@ def router(runtime: Runtime) -> APIRouter:
 
         The same idempotency key is the same session, and so the same run.
         """
-        body.check()
+        # Not on the loop: large schemas take a while.
+        await asyncio.to_thread(body.check)
         arrival = Arrival(
             message_id=uuid7(),
             agent_id=agent_id,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
+from uuid import UUID
 
 from fastapi import APIRouter, Header, Request
 from fastapi.routing import APIRoute
@@ -67,10 +69,15 @@ def router(hub: Hub, agent: Agent) -> APIRouter:
                 return _model(view, who)
         raise errors.no_model(model)
 
+    async def begin(body: ChatRequest | ResponsesRequest, who: Identity, key: str | None) -> UUID:
+        # Not on the loop: large schemas take a while.
+        asked = await asyncio.to_thread(body.asked)
+        return await agents.begin(agent, who, body.model, asked, key)
+
     @routes.post("/chat/completions", response_class=Response, responses=_ANSWER)
     async def complete(body: ChatRequest, who: Runner, idempotency_key: _Key = None) -> Response:
         """Has the agent answer the last message. The same Idempotency-Key gets the same run's answer."""
-        run_id = await agents.begin(agent, who, body.model, body.asked(), idempotency_key)
+        run_id = await begin(body, who, idempotency_key)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         shape = Chat(run_id, body.model, include_usage=include_usage)
         return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
@@ -78,7 +85,7 @@ def router(hub: Hub, agent: Agent) -> APIRouter:
     @routes.post("/responses", response_class=Response, responses=_ANSWER)
     async def respond(body: ResponsesRequest, who: Runner, idempotency_key: _Key = None) -> Response:
         """Has the agent answer the last message. The same Idempotency-Key gets the same run's answer."""
-        run_id = await agents.begin(agent, who, body.model, body.asked(), idempotency_key)
+        run_id = await begin(body, who, idempotency_key)
         shape = Responses(run_id, body.model, body.repeated())
         return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
 

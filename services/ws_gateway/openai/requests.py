@@ -17,6 +17,8 @@ from services.ws_gateway.openai.errors import unfit
 MAX_MESSAGES = 1_000
 MAX_TEXT = 100_000
 MAX_TOOLS = 128
+# Bytes of all tools' parameters: to look at them takes its time.
+MAX_PARAMETERS = 128 * 1024
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 # Parts of a content that are text, and where it is.
@@ -287,20 +289,21 @@ def _tools(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ..
     tools = _list(given, "tools")
     _only(len(tools) <= MAX_TOOLS, "tools", f"must be {MAX_TOOLS} at most")
     found: dict[str, Tool] = {}
-    for n, tool in enumerate(tools):
-        function, where = _function(tool, f"tools[{n}]", nested)
+    size = 0
+    for n, each in enumerate(tools):
+        function, where = _function(each, f"tools[{n}]", nested)
         _check_name(function.get("name"), f"{where}.name")
-        parameters = function.get("parameters")
+        _only(function["name"] not in found, f"{where}.name", "is there twice")
         strict = function.get("strict") or False
         _only(isinstance(strict, bool), f"{where}.strict", "must be true or false")
-        _only(function["name"] not in found, f"{where}.name", "is there twice")
-        found[function["name"]] = Tool(
-            function["name"],
-            _string(function.get("description") or "", f"{where}.description"),
-            # Without any it takes no arguments.
-            _schema({"type": "object", "properties": {}} if parameters is None else parameters, f"{where}.parameters"),
-            strict,
-        )
+        parameters = function.get("parameters")
+        if parameters is None:
+            parameters = {"type": "object", "properties": {}}
+        description = _string(function.get("description") or "", f"{where}.description")
+        tool = Tool(function["name"], description, _schema(parameters, f"{where}.parameters"), strict)
+        size += len(msgspec.json.encode(tool.parameters))
+        _only(size <= MAX_PARAMETERS, "tools", f"must have {MAX_PARAMETERS} bytes of parameters at most")
+        found[tool.name] = tool
     match choice:
         case None | "auto":
             return tuple(found.values()), False
@@ -339,7 +342,8 @@ def _item(item: Mapping[str, Any], where: str) -> _Turn:
             call = _call(item.get("call_id"), f"{where}.call_id", item, where)
             return _Turn(where, "assistant", None, calls=(call,))
         case "function_call_output":
-            return _Turn(where, "tool", item.get("output"), ".output", (), item.get("call_id"), ".call_id")
+            output, id_ = item.get("output"), item.get("call_id")
+            return _Turn(where, "tool", output, field=".output", answers=id_, answers_field=".call_id")
     raise unfit(f"{where}.type", "only message, function_call and function_call_output are supported")
 
 

@@ -254,6 +254,7 @@ def test_a_json_schema_without_its_fields_is_named() -> None:
     assert refused.value.error["param"] == "response_format.json_schema"
 
 
+LARGE = {"type": "object", "description": "x" * 32_000}
 PLACE = {"name": "place", "description": "Where.", "parameters": CITY, "strict": True}
 TIME = {"name": "time"}
 
@@ -340,6 +341,7 @@ def test_the_items_of_a_response_are_the_same_conversation() -> None:
     [
         ({"tools": "place"}, "tools"),
         ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [function(name=f"f{n}", parameters=LARGE) for n in range(5)]}, "tools"),
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"tools": ["place"]}, "tools[0]"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
