@@ -155,7 +155,7 @@ class ProviderModel:
             settings["max_tokens"] = prompt.max_output_tokens
         if prompt.tools and prompt.must_call:
             settings["tool_choice"] = "required"
-        if prompt.tools and not prompt.parallel:
+        if not prompt.parallel:
             settings["parallel_tool_calls"] = False
         with _failures(self._name):
             async with (

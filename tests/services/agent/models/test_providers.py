@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import timedelta
 
+import msgspec
 import pytest
 
 from infra.outgoing import Outgoing
@@ -235,3 +236,24 @@ async def test_what_a_schema_leaves_open_stays_open(server: ModelServer, provide
         await ask(server, providers, OPENAI, Prompt("", (Said("Hi"),), output_schema=schema))
         sent = server.requests[-1].body["response_format"]["json_schema"]
         assert (sent["schema"], sent["strict"]) == (schema, strict)
+
+
+@BOTH
+async def test_a_tool_has_to_be_called_and_one_at_a_time_where_it_is_said(
+    name: str, server: ModelServer, providers: Providers
+) -> None:
+    prompt = Prompt("", (Said("Hi"),), tools=(WEATHER,))
+    await ask(server, providers, name, prompt)
+    await ask(server, providers, name, msgspec.structs.replace(prompt, must_call=True, parallel=False))
+    free, bound = (request.body for request in server.requests)
+    assert "parallel_tool_calls" not in free
+    if name == OPENAI:
+        assert (free["tool_choice"], bound["tool_choice"], bound["parallel_tool_calls"]) == ("auto", "required", False)
+    else:
+        assert (free["tool_choice"], bound["tool_choice"]) == (
+            {"type": "auto"},
+            {"type": "any", "disable_parallel_tool_use": True},
+        )
+    # Without tools nothing is said of them, for some refuse that.
+    await ask(server, providers, name, Prompt("", (Said("Hi"),), must_call=True, parallel=False))
+    assert {"tool_choice", "parallel_tool_calls"}.isdisjoint(server.requests[-1].body)
