@@ -6,9 +6,9 @@ https://platform.openai.com/docs/api-reference. Where the standard leaves a choi
 - A request is stateless: it carries the whole conversation, and its run has a session of its own. The last message is
   the user's, or what tools gave back for it, and is put to the model verbatim; ``system`` and ``developer`` messages
   (``instructions``) are added to the agent's own system prompt.
-- Images and audio, ``n`` above 1, ``stop``, log probabilities, and responses that refer to earlier ones are refused
-  with a 400 that names the field. How the text is sampled and how long it may get is the agent's matter:
-  ``temperature``, ``max_tokens`` and their like are ignored.
+- Images and audio, tools that are no functions, ``n`` above 1, ``stop``, log probabilities, and responses that refer to
+  earlier ones are refused with a 400 that names the field. How the text is sampled and how long it may get is the
+  agent's matter: ``temperature``, ``max_tokens`` and their like are ignored.
 - Functions of the client (``tools``) are offered to the model beside the agent's own tools, whose names they may not
   have. The agent's own are used on the way and not shown. A call of the client's ends the run, and the client comes
   again with the conversation and the result. Where the model calls both kinds at once only the client's are returned,
@@ -21,7 +21,8 @@ https://platform.openai.com/docs/api-reference. Where the standard leaves a choi
   asked for again, and one that never fits is a 502. It stands in the place of the agent's own ``output_schema``, for
   the client knows what it can read; but ``json_object``, any object, and ``text`` leave that in force. A schema is of
   an object, as the standard has it, and takes what the agent's own may.
-- An answer that has to fit a schema, whoever's, comes in one piece, once it fits; nothing is shown before it.
+- An answer that has to fit a schema, whoever's, or to call a tool comes in one piece, once it does; nothing is shown
+  before it. Calls always do.
 - Of the agent's steps only text is shown. Not streamed, that is the run's reply. A stream also has what the model wrote
   before it called a tool, for that cannot be known in time: before the reply's text, separated by an empty line
   (completions), or as an output item of its own (responses).
