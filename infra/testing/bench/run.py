@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from statistics import median
 
 from infra.service import spare_what_is_loaded
-from infra.testing.bench import bill, consume, fanout, ingest, overhead, relay
+from infra.testing.bench import bill, consume, fanout, ingest, overhead, relay, runs
 from infra.testing.bench.ground import Ground, ground
 from infra.testing.bench.protocol import PAIRS, Anchor, Figure, run_pairs
 from infra.testing.stack import Stack
@@ -57,6 +57,13 @@ async def run_ingest_tail(place: Ground, progress: Progress, pairs: int) -> Sequ
         return [await bench.tail(median(rates))]
 
 
+async def run_runs(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+    async with runs.running(place) as bench, runs.others(place) as others:
+        anchors = [Anchor("steps: single-row commits, 8 connections", 1.5, bench.commits), *others]
+        commits, *results = await run_pairs("runs", bench.ours, anchors, progress, pairs=pairs)
+        return [commits, *map(runs.in_runs, results)]
+
+
 async def run_overhead(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with overhead.running(place) as bench:
         return [await bench.measure(progress, pairs)]
@@ -75,6 +82,7 @@ BENCHES: dict[str, Callable[[Ground, Progress, int], Awaitable[Sequence[Figure]]
     "bill": run_bill,
     "ingest": run_ingest,
     "ingest-tail": run_ingest_tail,
+    "runs": run_runs,
     "overhead": run_overhead,
     "fanout": run_fanout,
 }

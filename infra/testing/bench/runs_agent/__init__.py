@@ -1,0 +1,3 @@
+"""The agent service of the runs bench."""
+
+TOOL = "calculator"
