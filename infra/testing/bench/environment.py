@@ -20,7 +20,7 @@ async def environment() -> Path:
     python, done = FOLDER / "bin" / "python", FOLDER / "installed"
     pins = sha256(PINS.read_bytes()).hexdigest()
     if not done.exists() or done.read_text() != pins:
-        _say(f"installing {PINS.name} into {FOLDER.name}, for the anchors only (about 50 MB to download)")
+        _say(f"installing {PINS.name} into {FOLDER.name}, for the anchors only (about 30 MB to download)")
         await _run(sys.executable, "-m", "venv", "--clear", FOLDER)
         pip = ("-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off")
         await _run(python, *pip, "--require-hashes", "--requirement", PINS)

@@ -40,6 +40,12 @@ class Ground:
     admin: asyncpg.Connection
     otlp: str
 
+    async def check_durable(self) -> None:
+        """Raises ValueError where a commit would not be one."""
+        settings = "SELECT current_setting('fsync') || current_setting('synchronous_commit')"
+        if await self.admin.fetchval(settings) != "onon":
+            raise ValueError("PostgreSQL does not wait for the disk; nothing is reported")
+
     async def end_offsets(self, topic: str) -> int:
         """How many records the topic has had."""
         consumer = AIOKafkaConsumer(bootstrap_servers=self.bootstrap)

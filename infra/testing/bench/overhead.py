@@ -53,11 +53,7 @@ class Overhead:
     tenant_id: str = field(default_factory=lambda: str(uuid7()))
 
     async def prepare(self) -> None:
-        fsync = await self.ground.admin.fetchval(
-            "SELECT current_setting('fsync') || current_setting('synchronous_commit')"
-        )
-        if fsync != "onon":
-            raise ValueError("overhead: PostgreSQL does not wait for the disk")
+        await self.ground.check_durable()
         await self.ground.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
         await self.platform.prepare(*SERVICES)
         await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.ground.otlp)

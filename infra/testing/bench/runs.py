@@ -1,12 +1,12 @@
 """``runs``: runs of five steps that survive whatever ends their process; a thousand sessions at once.
 
-Ours is the real agent service: intake, lanes, journal, projections, outbox and relays on real engines, traces exported,
-its commits shared. Model, tools and billing answer at once inside of the process (``runs_agent``), for durability is
-what is measured. A slice begins with the commit that queues a run in each of the sessions, and ends when the last of
-them has ended; then the durable rows are counted: each step begun and ended in the journal, in its order.
+Ours is the real agent service: lanes, journal, projections, outbox and relays on real engines, traces exported, commits
+shared. Model, tools and billing answer at once inside of its process (``runs_agent``), for what is measured is that
+nothing gets lost. A slice begins when one commit has queued a run in each session, and lasts until the last run has
+ended; then the durable rows are counted, each step begun and ended in the journal.
 
 Against it stand rows that are each committed by itself, by 8 connections; and runs of five steps that do nothing, by
-LangGraph and by DBOS: in slices of 2 s, in an environment of their own, each with as many runs at once as suits it.
+LangGraph and by DBOS, in an environment of their own. These have slices of 2 s, and as many runs at once as suits them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from uuid import UUID
 
 import msgspec
 
@@ -78,10 +78,11 @@ class Runs:
 
     ground: Ground
     platform: Platform
-    agents: dict[str, Any] = field(default_factory=dict)
+    agents: dict[str, UUID] = field(default_factory=dict)
     queued: int = 0
 
     async def prepare(self) -> None:
+        await self.ground.check_durable()
         await self.ground.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
         await self.platform.prepare(SERVICE)
         variables = {
@@ -98,7 +99,7 @@ class Runs:
             tenant_id = str(uuid7())
             async with self.platform.client(SERVICE, tenant_id) as http:
                 made = (await http.post("/api/v1/agents", json=body)).raise_for_status().json()
-            self.agents[tenant_id] = msgspec.convert(made["id"], type(uuid7()))
+            self.agents[tenant_id] = UUID(made["id"])
 
     async def ours(self) -> Slice:
         """Steps. Raises ValueError where not all of them are on record."""
