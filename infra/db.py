@@ -63,10 +63,10 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
 async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
     """Runs one statement with PostgreSQL's own ``$1`` parameters and returns its rows, if it yields any.
 
-    The first one of a transaction goes through SQLAlchemy, which begins it. The others go straight to the driver: what
+    The first one of a transaction goes through SQLAlchemy, which begins it. All others go straight to the driver: what
     SQLAlchemy does around a statement takes three times as long as the statement. Raises DBAPIError in both cases.
     """
-    driver = _in_transaction(connection)
+    driver = _driver(connection)
     if driver is None:
         result = await connection.exec_driver_sql(statement, arguments or None)
         return [tuple(row) for row in result] if result.returns_rows else ()
@@ -84,13 +84,14 @@ async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> S
         raise
 
 
-def _in_transaction(connection: AsyncConnection) -> Any:
-    """The driver's connection (asyncpg's), where a transaction is under way on it; else None."""
+def _driver(connection: AsyncConnection) -> Any:
+    """The driver's connection (asyncpg's), where a transaction is under way on it or none is to be; else None."""
     inner = connection.sync_connection
     if inner is None or inner.closed or inner.invalidated:
         return None
-    driver: Any = inner.connection.driver_connection
-    return driver if driver.is_in_transaction() else None
+    pooled: Any = inner.connection
+    driver = pooled.driver_connection
+    return driver if driver.is_in_transaction() or pooled.dbapi_connection.autocommit else None
 
 
 def _as_sqlalchemy(connection: AsyncConnection, statement: str, error: Exception, lost: bool) -> Exception:

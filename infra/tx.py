@@ -61,9 +61,18 @@ class OutboxRow(NamedTuple):
 class Tx:
     """One transaction of one service. Made by `Database`; a handler only uses it."""
 
-    def __init__(self, engine: AsyncEngine, service: str, *, tenant_id: str | None, cause: Envelope | None) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        service: str,
+        *,
+        tenant_id: str | None,
+        cause: Envelope | None,
+        tenanted: bool = False,
+    ) -> None:
         self._engine = engine
         self._service = service
+        self._tenanted = tenanted
         self._connection: AsyncConnection | None = None
         self._events: list[NewEvent] = []
         self._rows: list[OutboxRow] = []
@@ -104,7 +113,7 @@ class Tx:
         if self._connection is None:
             connection = await self._engine.connect()
             self._connection = connection
-            if self.tenant_id is not None:
+            if self._tenanted:
                 await db.sql(connection, "SELECT set_config('claw.tenant', $1, true)", self.tenant_id)
         return self._connection
 
@@ -130,14 +139,15 @@ class Tx:
         events = stream.aggregate.decide(command, state)
         version = self._loaded[stream.row][1]
         for event in events:
-            self._events.append(NewEvent(stream, uuid7(), event, version, self.tenant_id))
+            self._events.append(NewEvent(stream, uuid7(), event, version, self.tenant_id, is_new=True))
             state = stream.aggregate.evolve(state, event)
         self._loaded[stream.row] = (state, version)
         return events
 
     def append(self, stream: Stream[Any], event: Any, *, event_id: UUID | None = None) -> None:
         """Appends whatever the stream's version is; with an `event_id` that is stored already, nothing."""
-        self._events.append(NewEvent(stream, event_id or uuid7(), event, None, self.tenant_id))
+        is_new = event_id is None
+        self._events.append(NewEvent(stream, event_id or uuid7(), event, None, self.tenant_id, is_new))
 
     def append_at(self, stream: Stream[Any], events: Sequence[Any], version: int) -> None:
         """Appends to a stream that has this version, by the caller's own count; another one is a Conflict."""
@@ -307,6 +317,7 @@ class Database:
         self.engine = engine
         self.service = service
         self._tenanted = tenanted
+        self._looking = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._listeners: list[Callable[[str], None]] = []
         self._lane_listeners: list[Callable[[str], None]] = []
 
@@ -326,7 +337,7 @@ class Database:
         """
         if self._tenanted and not tenant_id:
             raise ValueError("tenant_id: the request role works for one tenant, and none was given")
-        tx = Tx(self.engine, self.service, tenant_id=tenant_id, cause=cause)
+        tx = Tx(self.engine, self.service, tenant_id=tenant_id, cause=cause, tenanted=self._tenanted)
         committed = False
         try:
             yield tx
@@ -347,6 +358,16 @@ class Database:
             for wake_lane in self._lane_listeners:
                 wake_lane(kind)
         await tx.run_after_commit()
+
+    @asynccontextmanager
+    async def look(self, *, tenant_id: str) -> AsyncIterator[Tx]:
+        """Reads by the worker role, each statement for itself: BEGIN and COMMIT would take longer than one statement
+        between them. What is collected in it is never written."""
+        tx = Tx(self._looking, self.service, tenant_id=tenant_id, cause=None)
+        try:
+            yield tx
+        finally:
+            await tx.close(commit=False)
 
     async def run(
         self,

@@ -65,7 +65,8 @@ class Stream(Generic[State]):
 class NewEvent(NamedTuple):
     """`expected`: the version that the stream must have before the first event of the transaction; None: any.
 
-    tenant_id: whose fact it is; in one transaction there may be several tenants' facts.
+    tenant_id: whose fact it is; in one transaction there may be several tenants' facts. is_new: its id was made in this
+    very attempt of the transaction, so that it cannot be stored already.
     """
 
     stream: Stream[Any]
@@ -73,6 +74,7 @@ class NewEvent(NamedTuple):
     event: Any
     expected: int | None
     tenant_id: str | None = None
+    is_new: bool = False
 
 
 class StoredEvent(NamedTuple):
@@ -106,14 +108,14 @@ async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: 
             [len(by_stream[name]) for name in names],
         )
     }
-    stored = {
-        event_id
-        for (event_id,) in await sql(
-            connection,
-            "SELECT event_id FROM event WHERE event_id = ANY($1::uuid[])",
-            [e.event_id for e in new],
-        )
-    }
+    stored = set()
+    if maybe := [e.event_id for e in new if not e.is_new]:
+        stored = {
+            event_id
+            for (event_id,) in await sql(
+                connection, "SELECT event_id FROM event WHERE event_id = ANY($1::uuid[])", maybe
+            )
+        }
     fresh: list[NewEvent] = []
     numbers: list[int] = []
     for name in names:

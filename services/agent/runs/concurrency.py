@@ -12,13 +12,17 @@ from services.agent.definitions.models import NewAgent
 SHORTEST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.5), timedelta(seconds=30)
 
 
+def model_of(definition: NewAgent) -> str:
+    """What runs are counted by: the model at its provider."""
+    provider = definition.provider
+    return f"{definition.model} {(provider.base_url if provider else None) or ''}".rstrip()
+
+
 async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent) -> None:
     """Of a run that is about to begin, whose row is locked. Raises NotYet where as many go on as may."""
-    provider = definition.provider
-    model = f"{definition.model} {(provider.base_url if provider else None) or ''}".rstrip()
     limits = {
         ("agent_id", str(agent_id)): definition.concurrency,
-        ("model", model): definition.model_concurrency,
+        ("model", model_of(definition)): definition.model_concurrency,
     }
     for (column, value), most in limits.items():
         if most is None:
@@ -32,7 +36,6 @@ async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent)
         )
         if under_way >= most:
             raise NotYet(await _pause(tx, run_id, most), f"{under_way} runs go on already, and no more may at once")
-    await tx.sql("UPDATE run SET model = $2 WHERE id = $1", run_id, model)
 
 
 async def _pause(tx: Tx, run_id: UUID, places: int) -> timedelta:

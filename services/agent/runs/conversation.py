@@ -97,6 +97,12 @@ class Reader:
         """False where the subject was erased."""
         return await self._key(subject_id) is not None
 
+    async def key(self, subject_id: str) -> DataKey:
+        """Raises Erased."""
+        if (key := await self._key(subject_id)) is None:
+            raise Erased(f"subject {subject_id} was erased")
+        return key
+
     async def _key(self, subject_id: str) -> DataKey | None:
         if subject_id not in self._keys:
             try:
@@ -123,9 +129,8 @@ async def arrived(tx: Tx, subjects: SubjectKeys, run_id: UUID, skipped: int) -> 
     return [await reader.open(text, subject, str(id_), "text") or "" for id_, subject, text in rows]
 
 
-async def load(tx: Tx, subjects: SubjectKeys, run_id: UUID, session_key: str, first: int) -> Asked:
+async def load(tx: Tx, reader: Reader, run_id: UUID, session_key: str, first: int) -> Asked:
     """The first so many messages of the run. Raises Erased where none of them can be read any more."""
-    reader = Reader(tx, subjects)
     rows = await tx.sql(
         "SELECT seq, message_id, subject_id, text, conversation, vendor_message_id, context FROM message "
         "WHERE run_id = $1 AND NOT decides ORDER BY seq LIMIT $2",

@@ -28,7 +28,7 @@ from services.agent.runs import children, conversation, projections
 from services.agent.runs.answering import Answering, Peers, Reply
 from services.agent.runs.budget import Spending
 from services.agent.runs.cancelling import fail
-from services.agent.runs.concurrency import take_place
+from services.agent.runs.concurrency import model_of, take_place
 from services.agent.runs.conversation import Asked
 from services.agent.runs.domain import Complete, Limits, Mismatch, Run, Start, messages_at, remaining
 from services.agent.runs.ending import FAILED, Ended, Suspended
@@ -58,6 +58,7 @@ class _Row:
     cancel_reason: str | None
     depth: int
     limit_nanos: int | None
+    parent_run_id: UUID | None
 
     @property
     def is_over(self) -> bool:
@@ -85,15 +86,15 @@ class _Around:
 
     async def arrived(self, skipped: int) -> Sequence[str]:
         # Nothing is written, so nothing has to be fenced.
-        async with self.database.begin(tenant_id=self.tenant_id) as tx:
+        async with self.database.look(tenant_id=self.tenant_id) as tx:
             return await conversation.arrived(tx, self.subjects, self.run_id, skipped)
 
     async def child(self, step: int) -> children.State | None:
-        async with self.database.begin(tenant_id=self.tenant_id) as tx:
+        async with self.database.look(tenant_id=self.tenant_id) as tx:
             return await children.state(tx, self.subjects, children.child_id(self.run_id, step))
 
     async def family(self) -> Sequence[UUID]:
-        async with self.database.begin(tenant_id=self.tenant_id) as tx:
+        async with self.database.look(tenant_id=self.tenant_id) as tx:
             return await children.family(tx, self.run_id)
 
 
@@ -135,7 +136,8 @@ class Executor:
             return
         try:
             first = await conversation.count(tx, run_id)
-            asked: Asked | None = await conversation.load(tx, self._subjects, run_id, row.session_key, first)
+            reader = conversation.Reader(tx, self._subjects)
+            asked: Asked | None = await conversation.load(tx, reader, run_id, row.session_key, first)
         except Erased:
             asked = None
         await self._fail(tx, row, asked, Ended("failed", error, FAILED))
@@ -160,15 +162,16 @@ class Executor:
             if row.status != "running":
                 await take_place(tx, run_id, agent.id, agent.definition)
             try:
-                key = await self._subjects.key(tx, row.tenant_id, row.subject_id)
+                reader = conversation.Reader(tx, self._subjects)
+                key = await reader.key(row.subject_id)
                 messages = await conversation.count(tx, run_id)
                 first = messages_at(journal, 0) or messages
-                asked = await conversation.load(tx, self._subjects, run_id, row.session_key, first)
+                asked = await conversation.load(tx, reader, run_id, row.session_key, first)
             except Erased as error:
                 raise Ended("cancelled", "the person was erased") from error
             start = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)
             await tx.decide(stream(run_id), start)
-            await projections.started(tx, run_id)
+            await projections.started(tx, run_id, model_of(agent.definition))
             journal = await tx.load(stream(run_id))
         limits = Limits(**agent.definition.limits.model_dump())
         if row.limit_nanos is not None:
@@ -235,7 +238,8 @@ class Executor:
             await projections.completed(tx, run_id, reply, calls)
             if outcome.summary:
                 await conversation.keep_summary(tx, begun.scope.key, row.subject_id, row.session_key, outcome.summary)
-            await tell_parent(tx, run_id)
+            if row.parent_run_id:
+                await tell_parent(tx, run_id)
             _log.info("run completed", run_id=str(run_id))
         elif isinstance(outcome, Suspended):
             text, command = outcome.notice or "", outcome.command
@@ -282,7 +286,7 @@ def _taken(journal: Run) -> int:
 async def _lock(tx: Tx, run_id: UUID) -> _Row:
     [row] = await tx.sql(
         "SELECT id, tenant_id, session_key, agent_id, subject_id, channel_id, status, cancel_reason, depth, "
-        "limit_nanos FROM run WHERE id = $1 FOR UPDATE",
+        "limit_nanos, parent_run_id FROM run WHERE id = $1 FOR UPDATE",
         run_id,
     )
     return _Row(*row)

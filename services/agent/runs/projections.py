@@ -23,9 +23,12 @@ STOPPABLE = ("queued", "running", *SUSPENDED)
 CANCELLED = "SELECT id, cancel_reason IS NOT NULL FROM run WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE"
 
 
-async def started(tx: Tx, run_id: UUID) -> None:
+async def started(tx: Tx, run_id: UUID, model: str) -> None:
     await tx.sql(
-        "UPDATE run SET status = 'running', started_at = coalesce(started_at, clock_timestamp()) WHERE id = $1", run_id
+        "UPDATE run SET status = 'running', started_at = coalesce(started_at, clock_timestamp()), model = $2 "
+        "WHERE id = $1",
+        run_id,
+        model,
     )
 
 

@@ -106,12 +106,7 @@ class GatedDatabase(Database):
     async def begin(self, *, tenant_id: str | None = None, cause: Envelope | None = None) -> AsyncIterator[Tx]:
         place, self._place = self._place, "before"
         async with super().begin(tenant_id=tenant_id, cause=cause) as tx:
-            connection, flush = tx.connection, tx.flush
-
-            async def stop_before() -> AsyncConnection:
-                tx.__dict__.pop("connection", None)
-                await self.gate.pass_(place)
-                return await connection()
+            flush = tx.flush
 
             async def stop_midway() -> None:
                 await flush()
@@ -122,10 +117,27 @@ class GatedDatabase(Database):
                     finally:
                         self.gate.inside -= 1
 
-            tx.__dict__ |= {"connection": stop_before, "flush": stop_midway}
+            self._stop_before(tx, place)
+            tx.__dict__["flush"] = stop_midway
             yield tx
             # The last flush comes behind the fence: whoever stood there would have the lane's row locked.
             del tx.__dict__["flush"]
+
+    @asynccontextmanager
+    async def look(self, *, tenant_id: str) -> AsyncIterator[Tx]:
+        async with super().look(tenant_id=tenant_id) as tx:
+            self._stop_before(tx, "before")
+            yield tx
+
+    def _stop_before(self, tx: Tx, place: str) -> None:
+        connection = tx.connection
+
+        async def stop() -> AsyncConnection:
+            tx.__dict__.pop("connection", None)
+            await self.gate.pass_(place)
+            return await connection()
+
+        tx.__dict__["connection"] = stop
 
 
 class Billing:
