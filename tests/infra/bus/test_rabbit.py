@@ -55,10 +55,12 @@ async def working(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[
 @asynccontextmanager
 async def workers(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[None]:
     subscription = SAMPLE_WORK.worker(prefetch=5)(handler.take)
-    running = Workers(desk, [subscription], buses.rabbitmq, buses.metrics)
+    running, publisher = Workers(desk, [subscription], buses.rabbitmq, buses.metrics), buses.rabbit()
     await running.start()
-    async with buses.drainer(desk, subscription), buses.relay(desk, buses.rabbit()):
+    async with buses.drainer(desk, subscription), buses.relay(desk, publisher):
         yield
+    # A connection that is forgotten outlives the loop, and fails whatever test comes then.
+    await publisher.stop()
     await running.stop()
 
 
