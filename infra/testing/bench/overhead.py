@@ -56,7 +56,8 @@ class Overhead:
         await self.ground.check_durable()
         await self.ground.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
         await self.platform.prepare(*SERVICES)
-        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.ground.otlp)
+        # That of production: tests have a shorter lease, and a run that loses its own asks the model again.
+        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.ground.otlp, CLAW_LEASE_SECONDS="9")
         tenant = TenantCreated(tenant_id=self.tenant_id, name="Bench", currency="USD", credit_nanos=CREDIT_NANOS)
         await self.platform.produce(PLATFORM_EVENTS, tenant, key=self.tenant_id, tenant_id=self.tenant_id)
         await self.platform.until(self._has_account)
