@@ -157,19 +157,21 @@ class Relay:
     async def _mark(self, pending: Sequence[Pending], outcomes: Sequence[Outcome]) -> None:
         bus = self._publisher.bus
         done: list[int] = []
+        taken: list[Pending] = []
         dead: list[DeadLetter] = []
         aside: dict[tuple[str, str], str] = {}
         for row, outcome in zip(pending, outcomes, strict=True):
             match outcome:
                 case None:
                     done.append(row.position)
+                    taken.append(row)
                 case Unpublishable(error):
                     done.append(row.position)
                     dead.append(_dead_letter(row, error))
                 case SetAside(error):
                     aside[row.destination, row.routing_key if bus == "rabbit" else ""] = error
         async with self._engine.begin() if dead or aside else self._single.connect() as connection:
-            if done and not await self._mark_published(connection, done, pending, outcomes):
+            if done and not await self._mark_published(connection, done, taken):
                 return
             if dead:
                 await store_dead_letters(connection, self._service, "outbox", dead)
@@ -178,14 +180,10 @@ class Relay:
         self._metrics.outbox_published.labels(bus).inc(len(done) - len(dead))
 
     async def _mark_published(
-        self,
-        connection: AsyncConnection,
-        positions: list[int],
-        pending: Sequence[Pending],
-        outcomes: Sequence[Outcome],
+        self, connection: AsyncConnection, positions: list[int], taken: Sequence[Pending]
     ) -> bool:
+        """`taken`: by the bus, so that what was set aside beside them need not wait any longer."""
         held = self.leases.held
-        taken = [row for row, outcome in zip(pending, outcomes, strict=True) if outcome is None]
         marked = await sql(
             connection,
             # Only under the epoch that read them: a relay that slept must not speak for its successor. The leases

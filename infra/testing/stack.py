@@ -104,7 +104,7 @@ class Stack:
         self.start(name)
 
     def wait_ready(self, name: str) -> None:
-        """Waits until the engine answers its clients again, up to two minutes."""
+        """Waits until the engine answers its clients again, up to five minutes."""
         self.start(name)
 
     def _tree(self, name: str) -> list[psutil.Process]:

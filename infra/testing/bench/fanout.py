@@ -14,9 +14,9 @@ import asyncio
 import json
 import resource
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -36,7 +36,7 @@ from infra.clock import uuid7
 from infra.http import Health, create_app, serve_http
 from infra.metrics import Metrics
 from infra.testing.bench.fanout_ends import frame
-from infra.testing.bench.ground import Ground, running_platform_on
+from infra.testing.bench.ground import Ground, child, running_platform_on
 from infra.testing.bench.protocol import SLICE_SECONDS, Anchor, Slice, Units, units
 from infra.testing.platform import INTERNAL_SECRET, Platform
 from protos.user.v1 import user_pb2, user_pb2_grpc
@@ -232,17 +232,8 @@ async def _crowd(kind: str, port: int, length: int, each: int, runs: list[str]) 
         yield crowd
 
 
-@asynccontextmanager
-async def _end(*arguments: str) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "infra.testing.bench.fanout_ends", *arguments, stdin=PIPE, stdout=PIPE
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+def _end(*arguments: str) -> AbstractAsyncContextManager[Process]:
+    return child(sys.executable, "-m", "infra.testing.bench.fanout_ends", *arguments)
 
 
 def _delta(number: int) -> Delta:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,3 +117,15 @@ async def running_platform_on(place: Ground) -> AsyncIterator[Platform]:
 async def connections(url: str, count: int) -> Any:
     """A pool of asyncpg itself, for the anchors."""
     return await asyncpg.create_pool(url, min_size=count, max_size=count)
+
+
+@asynccontextmanager
+async def child(*command: str | Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that is spoken to by lines; it ends with the block."""
+    process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

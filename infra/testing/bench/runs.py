@@ -12,13 +12,12 @@ LangGraph and by DBOS, in an environment of their own. These have slices of 2 s,
 from __future__ import annotations
 
 import asyncio
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from pathlib import Path
 from time import perf_counter
 from uuid import UUID
 
@@ -29,7 +28,7 @@ from infra.crypto import Cipher
 from infra.subjects import SubjectKeys
 from infra.testing.bench import runs_anchors
 from infra.testing.bench.environment import environment
-from infra.testing.bench.ground import Ground, connections, running_platform_on
+from infra.testing.bench.ground import Ground, child, connections, running_platform_on
 from infra.testing.bench.protocol import SLICE_SECONDS, Anchor, Result, Slice, check
 from infra.testing.bench.runs_agent import TOOL
 from infra.testing.bench.runs_anchors import STEPS
@@ -212,21 +211,10 @@ async def others(place: Ground) -> AsyncIterator[list[Anchor]]:
     async with AsyncExitStack() as stack:
         found = []
         for which, name, goal in (("langgraph", "LangGraph, sync", 8), ("dbos", "DBOS", 10)):
-            process = await stack.enter_async_context(_process(python, which, place.admin_url))
+            # -I: the modules beside the program are not to be found in the place of packages.
+            command = python, "-I", str(runs_anchors.__file__), which, place.admin_url
+            process = await stack.enter_async_context(child(*command))
             other = Other(place, which, process)
             await other.line()
             found.append(Anchor(f"runs: {name}", goal, other.slice))
         yield found
-
-
-@asynccontextmanager
-async def _process(python: Path, which: str, url: str) -> AsyncIterator[Process]:
-    # -I: the modules beside the program are not to be found in the place of packages.
-    program = str(runs_anchors.__file__)
-    process = await asyncio.create_subprocess_exec(python, "-I", program, which, url, stdin=PIPE, stdout=PIPE)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()

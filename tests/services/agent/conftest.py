@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -131,16 +132,22 @@ class Tenant:
         ]
 
 
-@pytest.fixture(scope="module")
-async def world(platform: Platform) -> AsyncIterator[World]:
-    """The agent service, started."""
-    await platform.prepare("agent")
+@asynccontextmanager
+async def running_agent(platform: Platform, *others: str, **environment: str) -> AsyncIterator[World]:
+    """The agent service, started, and `others` beside it."""
+    await platform.prepare("agent", *others)
     async with model_server() as models, running_peers(platform) as peers:
-        await platform.start("agent")
+        await platform.start("agent", *others, **environment)
         yield World(platform, models, peers)
         # Before the servers that it calls.
         await asyncio.to_thread(platform.stop, "agent")
         assert models.refused == []
+
+
+@pytest.fixture(scope="module")
+async def world(platform: Platform) -> AsyncIterator[World]:
+    async with running_agent(platform) as world:
+        yield world
 
 
 @pytest.fixture

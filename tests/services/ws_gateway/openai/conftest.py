@@ -125,3 +125,17 @@ def model(world: World) -> str:
 def nobody() -> str:
     """No agent's id."""
     return str(uuid7())
+
+
+class Hearing:
+    """A stream that is read in the background. `text`: what has come of it."""
+
+    text: str
+
+    async def hears(self, run: Run, text: str, *, step: int = 1) -> None:
+        """The first piece of a step, said until it is heard, for at first nobody listens."""
+        before = self.text
+        async with asyncio.timeout(WAIT_SECONDS):
+            while self.text == before:
+                await run.writes(1, text, step=step)
+                await asyncio.sleep(0.02)

@@ -17,7 +17,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from protos.messages.agent import ToolCall
-from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Run, World
+from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ async def answering(asked: Awaitable[T]) -> AsyncIterator[asyncio.Future[T]]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-class Reading:
+class Reading(Hearing):
     """A stream that is read in the background. `text`: so far; `chunks`: all; `error`: that ended it."""
 
     def __init__(self) -> None:
@@ -59,14 +59,6 @@ class Reading:
         async with asyncio.timeout(WAIT_SECONDS):
             while self.text != text:
                 assert text.startswith(self.text)
-                await asyncio.sleep(0.02)
-
-    async def hears(self, run: Run, text: str, *, step: int = 1) -> None:
-        """The first piece of a step, said until it is heard, for at first nobody listens."""
-        before = self.text
-        async with asyncio.timeout(WAIT_SECONDS):
-            while self.text == before:
-                await run.writes(1, text, step=step)
                 await asyncio.sleep(0.02)
 
     @property

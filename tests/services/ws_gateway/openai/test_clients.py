@@ -17,10 +17,10 @@ from pydantic_ai.models import Model
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from infra.testing.model_server import Says, model_server
-from infra.testing.peers import WEATHER, running_peers
+from infra.testing.model_server import Says
+from infra.testing.peers import WEATHER
 from infra.testing.platform import Platform
-from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.agent.conftest import MODEL, Tenant, World, running_agent
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS
 
 HI: Any = [{"role": "user", "content": "Hi"}]
@@ -34,13 +34,8 @@ class City(BaseModel):
 
 @pytest.fixture(scope="module")
 async def world(platform: Platform) -> AsyncIterator[World]:
-    """The gateway and the agent, started."""
-    await platform.prepare("agent", "ws_gateway")
-    async with model_server() as models, running_peers(platform) as peers:
-        await platform.start("agent", "ws_gateway", CLAW_LOG_LEVEL="debug")
-        yield World(platform, models, peers)
-        await asyncio.to_thread(platform.stop, "agent")
-        assert models.refused == []
+    async with running_agent(platform, "ws_gateway", CLAW_LOG_LEVEL="debug") as world:
+        yield world
 
 
 @pytest.fixture

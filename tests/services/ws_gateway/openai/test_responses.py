@@ -12,25 +12,23 @@ from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, World
+from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
 from tests.services.ws_gateway.openai.test_chat import CALLS, answering
 
 
-class Reading:
+class Reading(Hearing):
     """A stream that the client's own helper reads in the background."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.final: Any = None
-
-    @property
-    def text(self) -> str:
-        return "".join(event.delta for event in self.events if event.type == "response.output_text.delta")
+        self.text = ""
 
     async def read(self, client: AsyncOpenAI, model: str) -> None:
         async with client.responses.stream(model=model, input="Hi") as stream:
             async for event in stream:
                 self.events.append(event)
+                self.text += event.delta if event.type == "response.output_text.delta" else ""
             if self.events[-1].type == "response.completed":
                 self.final = await stream.get_final_response()
 
@@ -72,9 +70,7 @@ async def test_a_stream_is_told_by_the_clients_own_helper(world: World, client: 
         run = await world.run()
         await run.begins()
         await run.step(1)
-        while not reading.text:
-            await run.writes(1, "Let me see.")
-            await asyncio.sleep(0.02)
+        await reading.hears(run, "Let me see.")
         await run.step_ends(1)
         await run.step(2, kind="tool")
         await run.step(3)
@@ -128,9 +124,7 @@ async def test_a_stream_ends_with_the_calls(world: World, client: AsyncOpenAI, m
         run = await world.run()
         await run.begins()
         await run.step(1)
-        while not reading.text:
-            await run.writes(1, "Let me")
-            await asyncio.sleep(0.02)
+        await reading.hears(run, "Let me")
         await run.replies("Let me see.", *CALLS)
         await read
     call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
@@ -150,9 +144,7 @@ async def test_a_stream_whose_text_is_taken_back_has_failed(world: World, client
         run = await world.run()
         await run.begins()
         await run.step(1)
-        while not reading.text:
-            await run.writes(1, "Good")
-            await asyncio.sleep(0.02)
+        await reading.hears(run, "Good")
         await run.step(1, attempt=2)
         await read
     last = reading.events[-1]
