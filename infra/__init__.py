@@ -1,4 +1,4 @@
-"""The kernel: technique only. No business noun appears here (infra.cli and infra.testing excepted)."""
+"""The kernel: technique only. No business noun appears here."""
 
 import gc
 import os

@@ -16,7 +16,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from xdist.scheduler import LoadScopeScheduling
 
-from infra.testing.stack import Stack, running_stack
+from tooling.testing.stack import Stack, running_stack
 
 # Python's own. As rarely as our processes look for garbage, what a test leaves open would be found in another one.
 gc.set_threshold(700, 10, 10)

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from infra import telemetry
-from infra.bus.deadletter import DeadLetter, lock_parked, park, store_dead_letters
 from infra.bus.dispatch import Decoded, decode, handle
-from infra.bus.inbox import mark_batch
 from infra.bus.kafka import headers_json, printable_headers
-from infra.db import is_transient
 from infra.errors import InvalidMessage, RetryLater, Transient
 from infra.failpoint import failpoint
-from infra.logs import get_logger
-from infra.metrics import Metrics
-from infra.tx import Database, Tx
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres.db import is_transient
+from infra.postgres.dead_letters import DeadLetter, lock_parked, park, store_dead_letters
+from infra.postgres.inbox import mark_batch
+from infra.postgres.tx import Database, Tx
 from protos.topology import Subscription, Topic
 
 # What is neither invalid nor passing is tried this often before it becomes a dead letter.
@@ -74,7 +74,7 @@ class Batches:
         self._handlers = handlers
         self._metrics = metrics
         self._gap_before: int | None = None
-        self._log = get_logger("infra.kafka")
+        self._log = get_logger("infra.bus.batch")
         self.position: Position | None = None
 
     async def find_position(self, incarnation: UUID, begin: int, end: int) -> int:

@@ -10,9 +10,9 @@ from uuid import UUID
 import msgspec
 from asyncpg.pgproto.pgproto import UUID as FastUUID
 
-from infra import telemetry
 from infra.errors import InvalidMessage
-from infra.tx import Tx
+from infra.observe import telemetry
+from infra.postgres.tx import Tx
 from protos.envelope import Envelope, Message, read_headers
 from protos.topology import Subscription
 

@@ -15,14 +15,14 @@ from uuid import UUID
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from infra import telemetry
-from infra.bus.deadletter import DeadLetter, store_dead_letters
-from infra.db import is_transient, sql
 from infra.failpoint import failpoint
-from infra.leases import LEASE_SECONDS, Leases
-from infra.logs import get_logger
-from infra.metrics import Metrics
-from infra.tx import BUCKETS
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres.db import is_transient, sql
+from infra.postgres.dead_letters import DeadLetter, store_dead_letters
+from infra.postgres.leases import LEASE_SECONDS, Leases
+from infra.postgres.tx import BUCKETS
 
 WINDOW = 500
 # What wakes the relay is a commit in this process; the poll finds what other processes and crashes left behind.
@@ -86,7 +86,7 @@ class Relay:
         self.leases = Leases(engine, f"outbox-{publisher.bus}", BUCKETS, seconds=lease_seconds)
         self._wake = asyncio.Event()
         self._stopping = False
-        self._log = get_logger("infra.outbox")
+        self._log = get_logger("infra.bus.outbox")
 
     def wake(self, bus: str) -> None:
         """There are messages for that bus."""

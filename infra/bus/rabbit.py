@@ -18,20 +18,20 @@ from aio_pika.exceptions import ChannelInvalidStateError, DeliveryError, Publish
 from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
-from infra import telemetry
 from infra.bus.batch import readable_id
-from infra.bus.deadletter import DeadLetter, store_dead_letters
 from infra.bus.dispatch import decode
-from infra.bus.inbox import mark_handled
 from infra.bus.kafka import headers_json
 from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable
 from infra.clock import utcnow
-from infra.db import is_transient
 from infra.errors import InvalidMessage, RetryLater
 from infra.failpoint import failpoint
-from infra.logs import get_logger
-from infra.metrics import Metrics
-from infra.tx import Database, Tx
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres.db import is_transient
+from infra.postgres.dead_letters import DeadLetter, store_dead_letters
+from infra.postgres.inbox import mark_handled
+from infra.postgres.tx import Database, Tx
 from protos.topology import Queue, Subscription
 
 ATTEMPT = "x-claw-attempt"
@@ -138,7 +138,7 @@ class Workers:
         self._database = database
         self._metrics = metrics
         self._publisher = RabbitPublisher(url)
-        self._log = get_logger("infra.rabbit")
+        self._log = get_logger("infra.bus.rabbit")
         # Typed injection and FastStream's own acknowledgement are off: bytes come in, this module acknowledges.
         self._broker = RabbitBroker(
             _with_heartbeat(url),

@@ -20,11 +20,11 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from infra.bus.batch import Batches, Fenced, OutsideLog, Position
 from infra.bus.kafka import topic_incarnations
-from infra.db import is_transient
 from infra.errors import RetryLater, Transient
-from infra.logs import get_logger
-from infra.metrics import Metrics
-from infra.tx import Database
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres.db import is_transient
+from infra.postgres.tx import Database
 from protos.topology import Subscription, Topic
 
 BATCH = 500
@@ -73,7 +73,7 @@ class Reader(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
         self._consumer: AIOKafkaConsumer | None = None
         self._partitions: dict[TopicPartition, _Partition] = {}
         self._stopping = asyncio.Event()
-        self._log = get_logger("infra.kafka")
+        self._log = get_logger("infra.bus.reader")
 
     async def run(self) -> None:
         """Joins the group and reads; joins again after whatever ended the membership."""

@@ -18,7 +18,7 @@ from infra.bus.dispatch import decode
 from infra.bus.kafka import printable_headers, topic_incarnations
 from infra.bus.reader import _stop
 from infra.errors import InvalidMessage
-from infra.logs import get_logger
+from infra.observe.logs import get_logger
 from protos.topology import Subscription, Topic
 
 BACKOFF_SECONDS = (0.1, 0.5, 2.0)
@@ -42,7 +42,7 @@ class Tail:
         self._name = prefix + subscription.source.name
         self._bootstrap = bootstrap
         self._stopping = asyncio.Event()
-        self._log = get_logger("infra.tail")
+        self._log = get_logger("infra.bus.tail")
 
     async def run(self) -> None:
         failures = 0

@@ -1,7 +1,7 @@
 """Agent: answers what people write to it."""
 
-from infra.service import Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Service
 from services.agent import adapters, api, handlers
 from services.agent.runs.publishing import REPLAYED
 from services.agent.sessions.publishing import SESSION

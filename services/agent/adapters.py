@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from infra.cache import Cache
-from infra.group import Group
-from infra.service import Runtime
-from infra.subjects import SubjectKeys
+from infra.lanes.group import Group
+from infra.security.subjects import SubjectKeys
+from infra.service.service import Runtime
+from infra.stores.cache import Cache
 from protos.billing.v1 import billing_pb2_grpc
 from protos.memory.v1 import memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2_grpc

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 
-from infra.api import api
-from infra.service import Runtime
+from infra.service.api import api
+from infra.service.service import Runtime
 from services.agent.definitions import api as definitions
 from services.agent.runs import api as runs
 from services.agent.sessions import api as sessions

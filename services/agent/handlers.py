@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from infra.effects import Effects
 from infra.errors import InvalidMessage
-from infra.lanes import Lane
-from infra.order import Gap, Ordered
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx
+from infra.lanes.effects import Effects
+from infra.lanes.lane import Lane
+from infra.lanes.resequencer import Gap, Ordered
+from infra.postgres.tx import Tx
+from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.messages.agent import RunRequested
 from protos.messages.channel import MessageDelivered, MessageReceived, MessageUndelivered

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.lanes import Lane
+from infra.lanes.lane import Lane
 
 
 class RunItem(msgspec.Struct, frozen=True):

@@ -1,6 +1,6 @@
 """What the agent reads from the environment."""
 
-from infra.settings import Settings as Base
+from infra.service.settings import Settings as Base
 
 
 class Settings(Base):

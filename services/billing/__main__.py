@@ -1,7 +1,7 @@
 """Billing: usage becomes money, exactly once."""
 
-from infra.service import Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Service
 from services.billing import api, handlers, rpc
 from services.billing.settings import Settings
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from infra.errors import Conflict, InvalidMessage, NotFound
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from protos.catalog import NOTIFICATION_EMAIL, PLATFORM_EVENTS
 from protos.messages.billing import QuotaExhausted
 from protos.messages.notification import SendEmail

@@ -11,9 +11,9 @@ from fastapi import APIRouter, Query
 from pydantic import AwareDatetime
 from starlette.routing import BaseRoute
 
-from infra.api import Anyone, Paging, Reader, api, page
 from infra.errors import InvalidMessage, NotFound, RetryLater
-from infra.service import Runtime
+from infra.service.api import Anyone, Paging, Reader, api, page
+from infra.service.service import Runtime
 from services.billing import operator_api, prices_api, reports
 from services.billing.reconciliation import Reconciliation, reconcile
 from services.billing.reports import Balance, Grouping, Summary, UsageList, VerdictOf, Where

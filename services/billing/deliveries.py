@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from uuid import UUID
 
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 
 
 async def learn(tx: Tx, tenant_id: str, channel_id: UUID, type_: str) -> None:

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from opentelemetry import trace
 
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from protos.catalog import CHANNEL_EVENTS, PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived

@@ -15,7 +15,7 @@ import msgspec
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, Transient
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from services.billing import accounts, price_book
 from services.billing.domain import UNITS, estimate
 

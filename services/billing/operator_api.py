@@ -9,12 +9,12 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from infra.api import Anyone, Operator, Paging, page
-from infra.audit import audit
 from infra.errors import Conflict, InvalidMessage
-from infra.idempotency import once
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Anyone, Operator, Paging, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
 from services.billing import accounts, reports, usage
 from services.billing.accounts import MAX_CREDIT_NANOS, Entry
 from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITY, Verdict

@@ -17,7 +17,7 @@ from genai_prices import data_snapshot
 from genai_prices.types import ConditionalPrice, ModelInfo, ModelPrice, StartDateConstraint, TieredPrices
 
 from infra.clock import utcnow
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from services.billing.domain import Price, Tier
 
 # Before anything could be used: what a resource cost until its second version began.

@@ -10,12 +10,12 @@ from fastapi import APIRouter, Query, Request
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from infra.api import Anyone, Operator, Paging, page
-from infra.audit import audit
 from infra.errors import InvalidMessage
-from infra.idempotency import once
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Anyone, Operator, Paging, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
 from services.billing import price_book
 from services.billing.domain import UNITS, Price, Tier
 

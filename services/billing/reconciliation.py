@@ -10,11 +10,11 @@ from typing import NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from pydantic import BaseModel
 
-from infra import rpc
 from infra.clock import utcnow
 from infra.errors import Transient
-from infra.service import Runtime
-from infra.tx import Database, Tx
+from infra.postgres.tx import Database, Tx
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.catalog import USAGE_RECORDS
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
 from services.billing.settings import addresses

@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from infra.errors import NotFound
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from services.billing import accounts, holds
 
 _VERDICT = (

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-from infra import rpc
 from infra.errors import InvalidMessage
-from infra.service import Runtime
-from infra.tx import Database
+from infra.postgres.tx import Database
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.billing import accounts, holds
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from infra.settings import Settings as Base
+from infra.service.settings import Settings as Base
 from protos.catalog import USAGE_RECORDS
 
 

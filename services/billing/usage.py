@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
 from services.billing import accounts, holds, price_book
 from services.billing.accounts import Entry

@@ -1,7 +1,7 @@
 """Channel: webhooks in, replies out."""
 
-from infra.service import Service
-from infra.subjects import SubjectKeys
+from infra.security.subjects import SubjectKeys
+from infra.service.service import Service
 from services.channel import api, handlers
 from services.channel.publishing import CONVERSATION, DELIVERY
 from services.channel.sending import sender

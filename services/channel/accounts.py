@@ -11,8 +11,8 @@ from uuid import UUID
 
 import msgspec
 
-from infra.crypto import KEY_BYTES, Cipher
-from infra.tx import Database, Tx
+from infra.postgres.tx import Database, Tx
+from infra.security.crypto import KEY_BYTES, Cipher
 from services.channel.domain import Pseudonyms
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Vendor

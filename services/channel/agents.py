@@ -6,10 +6,10 @@ from uuid import UUID
 
 import httpx
 
-from infra import telemetry
-from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.errors import InvalidMessage
-from infra.logs import get_logger
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 
 TIMEOUT_SECONDS = 3.0
 

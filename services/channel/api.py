@@ -13,15 +13,15 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.routing import BaseRoute
 
-from infra.api import Paging, Reader, Writer, api, page
-from infra.audit import audit
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, NotFound, Transient
-from infra.http import decode_json
-from infra.idempotency import once
-from infra.outgoing import Outgoing
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.outgoing.client import Outgoing
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Paging, Reader, Writer, api, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
+from infra.web.http import decode_json
 from protos.catalog import CHANNEL_TYPES
 from services.channel import deliveries, webhooks
 from services.channel.accounts import Accounts, Secrets, new_pseudonyms, new_token, token_hash

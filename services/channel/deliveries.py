@@ -9,9 +9,9 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
-from infra.api import Paging, Reader, page
 from infra.errors import InvalidMessage, NotFound
-from infra.service import Runtime
+from infra.service.api import Paging, Reader, page
+from infra.service.service import Runtime
 from services.channel.domain import State
 
 _COLUMNS = "id, channel_id, session_key, run_id, state, reason, vendor_message_id, created_at, updated_at, seq"

@@ -9,13 +9,13 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import utcnow
-from infra.effects import Effects
 from infra.errors import InvalidMessage
-from infra.lanes import Lane
-from infra.logs import get_logger
-from infra.order import Gap, Ordered
-from infra.subjects import Erased, SubjectKeys, erasure
-from infra.tx import Tx
+from infra.lanes.effects import Effects
+from infra.lanes.lane import Lane
+from infra.lanes.resequencer import Gap, Ordered
+from infra.observe.logs import get_logger
+from infra.postgres.tx import Tx
+from infra.security.subjects import Erased, SubjectKeys, erasure
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from services.channel import projections

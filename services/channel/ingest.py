@@ -17,11 +17,11 @@ from typing import NamedTuple
 import msgspec
 
 from infra.clock import utcnow, uuid7
-from infra.crypto import DataKey
-from infra.db import is_transient
-from infra.logs import get_logger
-from infra.subjects import SubjectKeys
-from infra.tx import Database, Tx
+from infra.observe.logs import get_logger
+from infra.postgres.db import is_transient
+from infra.postgres.tx import Database, Tx
+from infra.security.crypto import DataKey
+from infra.security.subjects import SubjectKeys
 from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.messages.channel import MessageReceived
 from services.channel.accounts import Account

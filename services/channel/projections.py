@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 from uuid import UUID
 
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from services.channel.events import DeliveryEvent, DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from uuid import UUID
 
-from infra.eventstore.store import Aggregate, Publication
-from infra.eventstore.upcasting import EventTypes
+from infra.postgres.event_store import Aggregate, Publication
+from infra.postgres.upcasting import EventTypes
 from protos.catalog import CHANNEL_EVENTS
 from protos.messages.channel import MessageDelivered, MessageUndelivered
 from services.channel import domain

@@ -7,13 +7,13 @@ from uuid import UUID
 
 import msgspec
 
-from infra.audit import audit
-from infra.cache import Cache
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
-from infra.outgoing import Outgoing
-from infra.service import Runtime
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx
+from infra.outgoing.client import Outgoing
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.security.subjects import Erased, SubjectKeys
+from infra.service.service import Runtime
+from infra.stores.cache import Cache
 from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
 from protos.messages.channel import AccountBroken
 from protos.messages.notification import SendEmail

@@ -1,6 +1,6 @@
 """What the channel service reads from the environment."""
 
-from infra.settings import Settings
+from infra.service.settings import Settings
 
 
 class ChannelSettings(Settings):

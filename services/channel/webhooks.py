@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound
-from infra.service import Runtime
-from infra.subjects import SubjectKeys
+from infra.security.subjects import SubjectKeys
+from infra.service.service import Runtime
 from services.channel.accounts import Accounts
 from services.channel.ingest import Ingest
 from services.channel.vendors import base

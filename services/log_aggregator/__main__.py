@@ -1,7 +1,7 @@
 """Log aggregator: who did what, what happened when, and what could not be done."""
 
-from infra.service import Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Service
 from services.log_aggregator import adapters, api, handlers, otlp
 from services.log_aggregator.settings import LogAggregatorSettings
 

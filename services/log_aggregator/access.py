@@ -7,9 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, Query
 
-from infra.api import Anyone
-from infra.auth import Identity
 from infra.errors import Forbidden, InvalidMessage
+from infra.security.auth import Identity
+from infra.service.api import Anyone
 
 
 def _having(scope: str) -> Callable[[Identity], Identity]:

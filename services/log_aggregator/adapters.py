@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from infra.service import Runtime
+from infra.service.service import Runtime
 from services.log_aggregator.index import Index
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 
-from infra.api import api
-from infra.service import Runtime
+from infra.service.api import api
+from infra.service.service import Runtime
 from services.log_aggregator import audit_api, deadletters_api, search_api
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from infra.tx import Database, Tx
+from infra.postgres.tx import Database, Tx
 from protos.messages.audit import ActAudited
 from services.log_aggregator import domain
 from services.log_aggregator.domain import EMPTY, Head, Link

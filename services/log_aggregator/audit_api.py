@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import AwareDatetime, BaseModel
 
-from infra.api import Paging, page
 from infra.errors import InvalidMessage
-from infra.service import Runtime
+from infra.service.api import Paging, page
+from infra.service.service import Runtime
 from services.log_aggregator import audit
 from services.log_aggregator.access import AskedTenant
 

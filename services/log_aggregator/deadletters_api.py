@@ -11,11 +11,11 @@ from uuid import UUID
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
-from infra import rpc
-from infra.api import Paging, page
-from infra.auth import Identity
 from infra.errors import InvalidMessage, NotFound, Transient
-from infra.service import Runtime
+from infra.security.auth import Identity
+from infra.service.api import Paging, page
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
 from services.log_aggregator.access import Mender, Seer
 from services.log_aggregator.settings import operations

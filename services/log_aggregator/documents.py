@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from infra.bus.dispatch import Decoded
-from infra.telemetry import extract
+from infra.observe.telemetry import extract
 from protos.messages.logs import LogLine
 
 # The fields of events that are searched and shown. A list of what may, not of what must not: the text of people,

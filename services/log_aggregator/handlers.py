@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infra.bus.dispatch import Decoded
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, SERVICE_LOGS
 from protos.messages.audit import ActAudited
 from services.log_aggregator import audit, documents

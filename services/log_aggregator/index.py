@@ -16,7 +16,7 @@ import msgspec
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient
-from infra.logs import get_logger
+from infra.observe.logs import get_logger
 from services.log_aggregator.documents import Document
 
 Kind = Literal["logs", "events", "spans"]

@@ -23,9 +23,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from infra.errors import InvalidMessage, Transient
-from infra.http import serve_http
-from infra.logs import get_logger
-from infra.service import Runtime
+from infra.observe.logs import get_logger
+from infra.service.service import Runtime
+from infra.web.http import serve_http
 from services.log_aggregator import adapters
 from services.log_aggregator.documents import Document
 from services.log_aggregator.index import Index

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
 
-from infra.api import Paging, page
 from infra.errors import InvalidMessage
-from infra.service import Runtime
+from infra.service.api import Paging, page
+from infra.service.service import Runtime
 from services.log_aggregator import adapters
 from services.log_aggregator.access import AskedTenant, Seer
 

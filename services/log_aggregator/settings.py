@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from infra.settings import Settings
+from infra.service.settings import Settings
 
 
 def _targets(value: str) -> str:

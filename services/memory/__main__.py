@@ -1,7 +1,7 @@
 """Memory: documents, their passages and embeddings, retrieval."""
 
-from infra.service import Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Service
 from services.memory import adapters, api, handlers, rpc
 from services.memory.settings import MemorySettings
 

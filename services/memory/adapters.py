@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import cache
 
-from infra.objects import Objects
-from infra.service import Runtime
+from infra.service.service import Runtime
+from infra.stores.objects import Objects
 from services.memory.conversations import Conversations
 from services.memory.embeddings import Embedder, LocalEmbedder, RemoteEmbedder
 from services.memory.handlers import refill

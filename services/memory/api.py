@@ -14,15 +14,15 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from infra.api import Paging, Reader, Writer, api, page
-from infra.audit import audit
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, NotFound, WrongType
-from infra.http import allow_body
-from infra.idempotency import once
-from infra.objects import DOCUMENT, DOWNLOAD_LIFE, document_path
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Paging, Reader, Writer, api, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
+from infra.stores.objects import DOCUMENT, DOWNLOAD_LIFE, document_path
+from infra.web.http import allow_body
 from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
 from services.memory import adapters, documents

@@ -9,10 +9,10 @@ from uuid import UUID
 import numpy as np
 
 from infra.clock import utcnow
-from infra.crypto import Cipher
-from infra.effects import Effects, Outcome
 from infra.errors import Transient, Unanswered
-from infra.tx import Tx
+from infra.lanes.effects import Effects, Outcome
+from infra.postgres.tx import Tx
+from infra.security.crypto import Cipher
 from services.memory.documents import Found
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Index, Row

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from infra.clock import uuid7
 from infra.errors import NotFound
-from infra.objects import Stored
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.stores.objects import Stored
 from services.memory.domain import Chunk, codes
 
 _COLUMNS = "id, name, content_type, size, path, status, round(progress::numeric, 4)::float8, error, created_at"

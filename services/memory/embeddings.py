@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import EffectFailed, RetryLater, Transient
-from infra.outgoing import Answer, Outgoing
+from infra.outgoing.client import Answer, Outgoing
 from services.memory.domain import ends
 
 if TYPE_CHECKING:

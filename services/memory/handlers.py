@@ -9,9 +9,9 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import utcnow
-from infra.effects import Effects
-from infra.lanes import Lane
-from infra.tx import Database, Tx
+from infra.lanes.effects import Effects
+from infra.lanes.lane import Lane
+from infra.postgres.tx import Database, Tx
 from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX
 from protos.messages.agent import RunCompleted
 from protos.messages.memory import IndexDocument

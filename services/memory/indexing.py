@@ -19,14 +19,14 @@ from uuid import UUID
 import msgspec
 
 import infra
-from infra.db import is_transient
-from infra.effects import Effects, Outcome
 from infra.errors import NotFound, Transient, Unanswered
 from infra.failpoint import failpoint
-from infra.lane_claims import LaneLost
-from infra.logs import get_logger
-from infra.objects import Objects
-from infra.tx import Tx
+from infra.lanes.claims import LaneLost
+from infra.lanes.effects import Effects, Outcome
+from infra.observe.logs import get_logger
+from infra.postgres.db import is_transient
+from infra.postgres.tx import Tx
+from infra.stores.objects import Objects
 from services.memory import documents
 from services.memory.documents import Document, Passage
 from services.memory.domain import Chunk, count_tokens, embedded_text

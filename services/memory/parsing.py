@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import msgspec
 
-from infra import filetypes as types
+from infra.stores import filetypes as types
 from services.memory.domain import Block, Chunk, chunk, sections
 
 MAX_MEMORY_BYTES = 3 * 1024**3

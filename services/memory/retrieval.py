@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
-from infra.tx import Database
+from infra.postgres.tx import Database
 from services.memory import documents
 from services.memory.conversations import Conversations, scope
 from services.memory.documents import Found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from infra import rpc
-from infra.service import Runtime
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.memory.adapters import retrieval
 from services.memory.retrieval import Query, Retrieval, Scored

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import SecretStr, model_validator
 
-from infra.settings import Settings
+from infra.service.settings import Settings
 
 
 class MemorySettings(Settings):

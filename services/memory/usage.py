@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infra.clock import utcnow
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 

@@ -1,7 +1,7 @@
 """Notification: tells people by e-mail what they must know."""
 
-from infra.service import Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Service
 from services.notification import adapters, api, handlers
 from services.notification.settings import NotificationSettings
 

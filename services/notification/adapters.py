@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from infra import rpc
-from infra.service import Runtime
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.notification.mailer import Mailer
 from services.notification.notifications import Notifications

@@ -9,8 +9,8 @@ from uuid import UUID
 from fastapi import APIRouter
 from starlette.routing import BaseRoute
 
-from infra.api import Paging, Reader, api, page
-from infra.service import Runtime
+from infra.service.api import Paging, Reader, api, page
+from infra.service.service import Runtime
 from services.notification.notifications import Notification, listed
 
 

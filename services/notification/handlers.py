@@ -10,10 +10,10 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import utcnow
-from infra.effects import Effects
 from infra.errors import InvalidMessage
-from infra.lanes import Lane
-from infra.tx import Tx
+from infra.lanes.effects import Effects
+from infra.lanes.lane import Lane
+from infra.postgres.tx import Tx
 from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH
 from protos.envelope import Envelope
 from protos.messages.notification import SendEmail, SendPush

@@ -10,8 +10,8 @@ from urllib.parse import unquote, urlsplit
 import aiosmtplib
 from opentelemetry.trace import SpanKind
 
-from infra import telemetry
 from infra.errors import EffectFailed, Transient, Unanswered
+from infra.observe import telemetry
 from services.notification.domain import refusal
 
 TIMEOUT_SECONDS = 30.0

@@ -10,8 +10,8 @@ from uuid import UUID
 import msgspec
 from pydantic import BaseModel
 
-from infra.crypto import Cipher
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.crypto import Cipher
 from services.notification.domain import Result, masked
 
 KEEP = timedelta(days=90)

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, SecretStr
 
-from infra.settings import Settings
+from infra.service.settings import Settings
 from services.notification.domain import is_address
 
 

@@ -1,8 +1,8 @@
 """Plugin: tools that agents may use, and their calls, each once."""
 
-from infra.cache import Cache
-from infra.service import Runtime, Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Runtime, Service
+from infra.stores.cache import Cache
 from services.plugin import api, handlers, rpc
 from services.plugin.settings import PluginSettings
 

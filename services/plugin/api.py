@@ -9,14 +9,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from infra.api import Paging, Reader, Writer, api, page
-from infra.audit import audit
-from infra.auth import Identity
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
-from infra.idempotency import once
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.security.auth import Identity
+from infra.service.api import Paging, Reader, Writer, api, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
 from services.plugin import registry
 from services.plugin.domain import Tool
 from services.plugin.manifest import Access, adopted, check_config, check_plugin, declared, new_secret

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import msgspec
 
 from infra.clock import utcnow
-from infra.crypto import Cipher
-from infra.db import is_transient
 from infra.errors import EffectFailed, InvalidMessage, NotFound, RetryLater, TooLarge, Transient, Unanswered
-from infra.json_schema import check
-from infra.logs import get_logger
-from infra.tx import Database, Tx
+from infra.observe.logs import get_logger
+from infra.postgres.db import is_transient
+from infra.postgres.tx import Database, Tx
+from infra.security.crypto import Cipher
+from infra.web.json_schema import check
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from services.plugin import registry

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from infra.cache import CONFIG_CHANGED, Cache
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.stores.cache import CONFIG_CHANGED, Cache
 from protos.catalog import PLUGIN_EVENT
 from protos.messages.plugin import PluginChanged
 

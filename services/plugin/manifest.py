@@ -10,10 +10,10 @@ from typing import Any
 import mcp_types
 import msgspec
 
-from infra.crypto import Cipher
 from infra.errors import InvalidMessage
-from infra.json_schema import check, check_schema
-from infra.webhooks import read_secret
+from infra.outgoing.webhooks import read_secret
+from infra.security.crypto import Cipher
+from infra.web.json_schema import check, check_schema
 from services.plugin.domain import Tool, plain_name
 from services.plugin.models import LeftOut, NewPlugin
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from protos.catalog import PLATFORM_EVENTS, PLUGIN_EVENT
 from protos.messages.plugin import PluginChanged
 

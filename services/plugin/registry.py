@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 
 from infra.errors import Conflict, NotFound
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from services.plugin.domain import Effect, Tool
 from services.plugin.tools.builtin import BUILTIN
 

@@ -10,10 +10,10 @@ from typing import Any
 import grpc.aio
 import msgspec
 
-from infra import rpc
 from infra.errors import InvalidMessage
-from infra.service import Runtime
-from infra.tx import Database
+from infra.postgres.tx import Database
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.plugin import registry
 from services.plugin.calls import Calls

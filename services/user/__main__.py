@@ -1,7 +1,7 @@
 """User: tenants, their members and API keys; tells the gateway who calls."""
 
-from infra.service import Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Service
 from services.user import api, authentication, rpc
 from services.user.settings import UserSettings
 

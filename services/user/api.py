@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 
-from infra.api import api
-from infra.service import Runtime
+from infra.service.api import api
+from infra.service.service import Runtime
 from services.user import api_keys, members, tenants
 
 

@@ -11,13 +11,13 @@ from uuid import UUID
 from fastapi import APIRouter, Request, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
-from infra.api import Admin, Paging, page
-from infra.audit import audit
 from infra.clock import utcnow, uuid7
 from infra.errors import Forbidden, InvalidMessage, NotFound
-from infra.idempotency import once
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Admin, Paging, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
 from services.user import domain
 from services.user.domain import Scope
 from services.user.fields import Body, Name, after

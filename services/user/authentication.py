@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from infra.auth import IDENTITY_HEADER, Identity
 from infra.errors import Unauthenticated
-from infra.service import Runtime
+from infra.security.auth import IDENTITY_HEADER, Identity
+from infra.service.service import Runtime
 from services.user import domain
 
 # With the operator's token: for which tenant it acts.

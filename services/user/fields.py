@@ -7,8 +7,8 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-from infra.api import Paging
 from infra.errors import InvalidMessage
+from infra.service.api import Paging
 
 # No control characters: PostgreSQL takes no NUL, and a line break in a name forges lines of a mail or a log.
 Name = Annotated[

@@ -9,15 +9,15 @@ from uuid import UUID
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel
 
-from infra import subjects as subject_keys
-from infra.api import Admin, Paging, page
-from infra.audit import audit
 from infra.clock import uuid7
 from infra.errors import Conflict, NotFound
-from infra.idempotency import once
-from infra.service import Runtime
-from infra.subjects import SubjectKeys
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security import subjects as subject_keys
+from infra.security.audit import audit
+from infra.security.subjects import SubjectKeys
+from infra.service.api import Admin, Paging, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from services.user import domain

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-from infra import rpc
 from infra.errors import InvalidMessage
-from infra.service import Runtime
-from infra.subjects import SubjectKeys
+from infra.security.subjects import SubjectKeys
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.user import api_keys, members
 

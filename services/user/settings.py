@@ -2,7 +2,7 @@
 
 from pydantic import Field, SecretStr
 
-from infra.settings import Settings
+from infra.service.settings import Settings
 
 
 class UserSettings(Settings):

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, StringConstraints
 
-from infra.api import Operator, Paging, Reader, page
-from infra.audit import audit
 from infra.clock import uuid7
 from infra.errors import NotFound
-from infra.idempotency import once
-from infra.service import Runtime
-from infra.subjects import SubjectKeys
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.security.subjects import SubjectKeys
+from infra.service.api import Operator, Paging, Reader, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantCreated
 from services.user import api_keys, members

@@ -2,9 +2,9 @@
 
 from functools import lru_cache
 
-from infra.cache import Cache
-from infra.service import Runtime, Service
-from infra.subjects import erasure
+from infra.security.subjects import erasure
+from infra.service.service import Runtime, Service
+from infra.stores.cache import Cache
 from services.ws_gateway import api, handlers
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.settings import GatewaySettings

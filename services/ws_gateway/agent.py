@@ -12,9 +12,9 @@ import httpx
 import msgspec
 from opentelemetry.trace import SpanKind, StatusCode
 
-from infra import telemetry
-from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.errors import NotFound, Transient
+from infra.observe import telemetry
+from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.protocol import Message
 

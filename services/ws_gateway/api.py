@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from infra.api import Reader, Runner, api, identity, of_a_tenant
-from infra.auth import IDENTITY_HEADER, Identities
 from infra.errors import InvalidMessage
-from infra.service import Runtime
+from infra.security.auth import IDENTITY_HEADER, Identities
+from infra.service.api import Reader, Runner, api, identity, of_a_tenant
+from infra.service.service import Runtime
 from services.ws_gateway.agent import Agent, accepted_run
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.keys import SAFE, Keys

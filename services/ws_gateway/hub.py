@@ -10,8 +10,8 @@ from uuid import UUID
 
 import msgspec
 
-from infra.cache import Cache
-from infra.logs import get_logger
+from infra.observe.logs import get_logger
+from infra.stores.cache import Cache
 from services.ws_gateway.domain import Delta, Fact
 
 # The agent publishes the text of a run, while it is written, to this and the run's id.

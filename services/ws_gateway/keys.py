@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc.aio
 
-from infra import rpc
-from infra.auth import Identity
+from infra.security.auth import Identity
+from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
 
 SAFE = ("clawbus.user.v1.Keys/Scopes",)

@@ -1,6 +1,6 @@
 """What the gateway reads from the environment."""
 
-from infra.settings import Settings
+from infra.service.settings import Settings
 
 
 class GatewaySettings(Settings):

@@ -15,12 +15,12 @@ import msgspec
 from opentelemetry.trace import SpanKind
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from infra import telemetry
-from infra.auth import Identity
 from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound, Transient, WrongType
-from infra.http import decode_json
-from infra.logs import get_logger
-from infra.problems import problem
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.security.auth import Identity
+from infra.web.http import decode_json
+from infra.web.problems import problem
 from services.ws_gateway.agent import Agent, Refused
 from services.ws_gateway.domain import Event, Fact, Follow
 from services.ws_gateway.hub import Client, Hub

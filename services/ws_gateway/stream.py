@@ -11,9 +11,9 @@ from uuid import UUID
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from infra.auth import Identity
 from infra.errors import NotFound
-from infra.logs import get_logger
+from infra.observe.logs import get_logger
+from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.domain import Event, Fact, Follow
 from services.ws_gateway.hub import Client, Hub

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from itertools import chain, repeat
 
 from infra.errors import Transient
-from infra.logs import get_logger
+from infra.observe.logs import get_logger
 from services.ws_gateway.domain import Delta, Event, Fact, Follow
 from services.ws_gateway.hub import Live
 

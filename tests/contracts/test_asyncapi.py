@@ -7,9 +7,9 @@ from typing import Any
 
 import jsonschema
 
-from infra.cli.asyncapi_page import page
-from infra.cli.contracts import ROOT
 from protos.catalog import CATALOG
+from tooling.cli.asyncapi_page import page
+from tooling.cli.contracts import ROOT
 
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "protos" / "asyncapi.json").read_text(encoding="utf-8"))
 

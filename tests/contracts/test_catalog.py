@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import pytest
 
-from infra.cli.map import existing_services, flows
-from infra.cli.message_schemas import messages
-from infra.testing.sample.catalog import SAMPLE
 from protos.catalog import CATALOG, CHANNEL_TYPES, SERVICES
+from tooling.cli.map import existing_services, flows
+from tooling.cli.message_schemas import messages
+from tooling.testing.sample.catalog import SAMPLE
 
 ALL = SERVICES
 
@@ -72,7 +72,7 @@ def test_every_message_of_the_catalog_has_a_schema() -> None:
 
 def test_services_subscribe_to_what_the_catalog_says_and_name_nothing_else() -> None:
     """Of services that exist; the sample's three are held to their own catalog, so this never runs on nothing."""
-    sample = {f"sample_{name}": f"infra.testing.sample.{name}" for name in ("front", "desk", "ledger")}
+    sample = {f"sample_{name}": f"tooling.testing.sample.{name}" for name in ("front", "desk", "ledger")}
     for catalog, packages in ((CATALOG, existing_services()), (SAMPLE, sample)):
         for flow in flows(catalog, packages):
             for consumer in flow.consumers:

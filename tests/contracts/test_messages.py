@@ -10,11 +10,11 @@ import jsonschema
 import msgspec
 import pytest
 
-from infra.cli.contracts import ROOT
-from infra.cli.message_schemas import messages, reads_back
 from protos.envelope import Message
 from protos.messages.billing import UsageRecorded
 from protos.messages.logs import LogLine
+from tooling.cli.contracts import ROOT
+from tooling.cli.message_schemas import messages, reads_back
 
 SCHEMAS = ROOT / "protos" / "schemas"
 

@@ -17,11 +17,12 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from infra.cli import compose, provision
-from infra.cli.home import CHECKOUT, SERVICE_PORTS, SERVICES
-from infra.metrics import Metrics
+from infra.observe.metrics import Metrics
 from protos.catalog import CATALOG
 from protos.topology import Catalog
+from tooling.cli import compose
+from tooling.stack import provision
+from tooling.stack.home import CHECKOUT, SERVICE_PORTS, SERVICES
 
 DEPLOY = CHECKOUT / "infra" / "deploy"
 

@@ -16,10 +16,10 @@ import httpx
 import pytest
 import yaml
 
-from infra.cli import compose
-from infra.cli.home import CHECKOUT
-from infra.engines.base import package_folder
-from infra.testing.sample.run import free_port
+from tooling.cli import compose
+from tooling.stack.engines.base import package_folder
+from tooling.stack.home import CHECKOUT
+from tooling.testing.sample.run import free_port
 
 CONTAINER = yaml.safe_load((CHECKOUT / "compose.yml").read_text())["services"]["nginx"]
 WAIT_SECONDS = 30.0

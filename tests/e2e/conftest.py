@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from infra.testing.model_server import ModelServer, model_server
-from infra.testing.stack import private_home, run_claw
+from tooling.testing.model_server import ModelServer, model_server
+from tooling.testing.stack import private_home, run_claw
 
 T = TypeVar("T")
 

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from infra.testing.model_server import KEY, Fails, ModelServer, Says
-from infra.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
-from infra.testing.vendors.server import StandIn
 from tests.e2e.conftest import System, until
+from tooling.testing.model_server import KEY, Fails, ModelServer, Says
+from tooling.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
+from tooling.testing.vendors.server import StandIn
 
 Vendor = SlackStandIn | TelegramStandIn | WebhookStandIn
 TERMINAL = {"completed", "failed", "cancelled", "refused"}

@@ -9,8 +9,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from infra.testing.model_server import KEY, ModelServer, Says
 from tests.e2e.conftest import System, until
+from tooling.testing.model_server import KEY, ModelServer, Says
 
 MODEL = "gpt-4o-mini"
 

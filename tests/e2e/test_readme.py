@@ -15,15 +15,15 @@ from aiokafka import AIOKafkaProducer
 
 from infra.bus import provisioning
 from infra.clock import utcnow, uuid7
-from infra.db import create_engine, sql
-from infra.schema import prepare_database, role_url
-from infra.testing.sample.catalog import SAMPLE_EVENTS
-from infra.testing.stack import Stack
+from infra.postgres.db import create_engine, sql
+from infra.postgres.schema import prepare_database, role_url
 from protos.catalog import AUDIT_LOGS, SERVICE_LOGS
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from protos.topology import Catalog
 from tests.infra.conftest import PASSWORDS
+from tooling.testing.sample.catalog import SAMPLE_EVENTS
+from tooling.testing.stack import Stack
 
 CHECKOUT = Path(__file__).parents[2]
 

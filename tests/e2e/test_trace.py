@@ -11,10 +11,10 @@ import httpx
 import pytest
 from rich.console import Console
 
-from infra.schema import Passwords
-from infra.testing.otlp import OtlpReceiver, ReceivedSpan, render_trace
-from infra.testing.sample.run import SERVICES, Engines, SampleServices
-from infra.testing.stack import Stack
+from infra.postgres.schema import Passwords
+from tooling.testing.otlp import OtlpReceiver, ReceivedSpan, render_trace
+from tooling.testing.sample.run import SERVICES, Engines, SampleServices
+from tooling.testing.stack import Stack
 
 SEEN = "clawbus.sample.v1.Sample/Seen"
 CREATE_WORK, CREATE_EVENT = "create sample:sample.work", "create sample.events"

@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from infra.clock import uuid7
-from infra.db import create_engine, sql
-from infra.testing.sample.run import Engines, SampleServices
-from infra.testing.stack import Stack
+from infra.postgres.db import create_engine, sql
 from tests.infra.conftest import PASSWORDS
+from tooling.testing.sample.run import Engines, SampleServices
+from tooling.testing.stack import Stack
 
 DEADLINE_SECONDS = 90
 

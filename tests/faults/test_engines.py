@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from infra.testing.sample.run import SampleServices
-from infra.testing.stack import Stack
 from tests.conftest import make_vhost
 from tests.faults.conftest import Load
+from tooling.testing.sample.run import SampleServices
+from tooling.testing.stack import Stack
 
 NOTES = 150
 # Beyond the consumers' session and the relays' lease, which are 6 s and 3 s here.

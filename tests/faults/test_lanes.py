@@ -17,15 +17,15 @@ import httpx
 import pytest
 
 from infra.clock import uuid7
-from infra.db import create_engine
-from infra.schema import migrate, prepare_database
-from infra.testing.sample import courier
-from infra.testing.sample.courier.handlers import PARCELS, Parcel
-from infra.testing.sample.run import Engines, SampleServices, free_port
-from infra.testing.stack import Stack
-from infra.tx import Database
+from infra.postgres.db import create_engine
+from infra.postgres.schema import migrate, prepare_database
+from infra.postgres.tx import Database
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import PASSWORDS
+from tooling.testing.sample import courier
+from tooling.testing.sample.courier.handlers import PARCELS, Parcel
+from tooling.testing.sample.run import Engines, SampleServices, free_port
+from tooling.testing.stack import Stack
 
 STREETS = ("repeatable", "keyed", "once")
 BOUNDARIES = (

@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from infra.clock import uuid7
-from infra.testing.platform import Platform, running_platform
-from infra.testing.stack import Stack
-from infra.testing.vendors import TelegramStandIn
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantCreated
+from tooling.testing.platform import Platform, running_platform
+from tooling.testing.stack import Stack
+from tooling.testing.vendors import TelegramStandIn
 
 SERVICES = ("channel", "agent", "billing", "plugin")
 # What a person sees: one message; or, where the vendor takes no key and the process died during the call, one or none,

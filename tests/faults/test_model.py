@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from infra.bus.batch import Batches, Position
-from infra.bus.redrive import discard, request_redrive
 from infra.clock import uuid7
 from infra.errors import Conflict
+from infra.service.redrive import discard, request_redrive
 from tests.faults.model import KEYS, Model
 from tests.faults.world import PARTITIONS, Crash, Note, Record, World, bucket
 from tests.machines import patient, run_machine

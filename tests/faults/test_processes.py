@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.testing.sample.run import SampleServices
 from tests.faults.conftest import Load
+from tooling.testing.sample.run import SampleServices
 
 BOUNDARIES = [
     ("front", "before_commit"),

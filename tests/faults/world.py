@@ -18,16 +18,16 @@ from sqlalchemy.exc import DBAPIError
 
 from infra.bus.batch import Batches, Fenced
 from infra.bus.outbox import Outcome, Pending, Relay, SetAside, resend
-from infra.bus.redrive import Drainer
-from infra.db import create_engine, is_transient
 from infra.errors import InvalidMessage
-from infra.metrics import Metrics
-from infra.testing.sample.catalog import SAMPLE_EVENTS
-from infra.testing.sample.desk.domain import WriteNote
-from infra.testing.sample.desk.publishing import NOTEBOOK
-from infra.tx import BUCKETS, Database, Tx
+from infra.observe.metrics import Metrics
+from infra.postgres.db import create_engine, is_transient
+from infra.postgres.tx import BUCKETS, Database, Tx
+from infra.service.redrive import Drainer
 from protos.messages.sample import NoteTaken
 from tests.infra.conftest import SampleDatabase
+from tooling.testing.sample.catalog import SAMPLE_EVENTS
+from tooling.testing.sample.desk.domain import WriteNote
+from tooling.testing.sample.desk.publishing import NOTEBOOK
 
 T = TypeVar("T")
 PARTITIONS = 2

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from infra.db import create_engine
-from infra.schema import Passwords, migrate, prepare_database, role_url
-from infra.testing.sample import ledger
-from infra.tx import Database
+from infra.postgres.db import create_engine
+from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
+from infra.postgres.tx import Database
+from tooling.testing.sample import ledger
 
 PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from infra.testing.platform import Platform, running_platform
-from infra.testing.stack import Stack
+from tooling.testing.platform import Platform, running_platform
+from tooling.testing.stack import Stack
 
 
 @pytest.fixture(scope="module")

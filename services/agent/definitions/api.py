@@ -8,15 +8,15 @@ from uuid import UUID
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from infra import rpc
-from infra.api import Paging, Reader, Writer, page
-from infra.audit import audit
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, NotFound, Transient
-from infra.idempotency import once
-from infra.json_schema import check_schema
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Paging, Reader, Writer, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
+from infra.web import rpc
+from infra.web.json_schema import check_schema
 from protos.plugin.v1 import plugin_pb2
 from services.agent import adapters
 from services.agent.definitions import store

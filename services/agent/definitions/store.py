@@ -8,9 +8,9 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from infra.crypto import Cipher
 from infra.errors import NotFound
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.crypto import Cipher
 from services.agent.definitions.models import AgentView, FallbackView, NewAgent, Provider, ProviderView
 from services.agent.models.contract import Endpoint
 from services.agent.sessions.domain import QueueMode

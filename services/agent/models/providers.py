@@ -39,7 +39,7 @@ from pydantic_ai.tools import ToolDefinition
 from pydantic_ai.usage import RequestUsage
 
 from infra.errors import InvalidMessage, TooLarge
-from infra.redaction import redacted
+from infra.observe.redaction import redacted
 from services.agent.models.contract import (
     Answer,
     Answered,

@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import msgspec
 
-from infra.http import media_type
+from infra.web.http import media_type
 
 
 class Streaming(httpx2.AsyncBaseTransport):

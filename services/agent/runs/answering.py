@@ -15,12 +15,13 @@ import grpc.aio
 import msgspec
 from opentelemetry.trace import Span, SpanKind
 
-from infra import rpc, telemetry
-from infra.cache import Cache
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, NotFound, Transient
-from infra.json_schema import check
-from infra.tx import derived_id
+from infra.observe import telemetry
+from infra.postgres.tx import derived_id
+from infra.stores.cache import Cache
+from infra.web import rpc
+from infra.web.json_schema import check
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc

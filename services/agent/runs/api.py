@@ -9,12 +9,12 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from infra import rpc
-from infra.api import Paging, Reader, Runner, Writer, page
-from infra.audit import audit
 from infra.errors import Transient
-from infra.service import Runtime
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Paging, Reader, Runner, Writer, page
+from infra.service.service import Runtime
+from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
 from services.agent.runs import conversation, queries, steps

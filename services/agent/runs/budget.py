@@ -10,10 +10,10 @@ from uuid import UUID
 
 import grpc.aio
 
-from infra import rpc
 from infra.clock import utcnow
-from infra.effects import Effects
-from infra.tx import Tx
+from infra.lanes.effects import Effects
+from infra.postgres.tx import Tx
+from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.agent.definitions.models import Budget
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from infra import lanes
 from infra.clock import utcnow
 from infra.errors import Conflict, NotFound
-from infra.tx import Tx
+from infra.lanes import lane as lanes
+from infra.postgres.tx import Tx
 from services.agent.lanes import RUNS
 from services.agent.runs import projections
 from services.agent.runs.domain import Fail, Suspension

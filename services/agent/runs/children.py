@@ -8,8 +8,8 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import utcnow
-from infra.subjects import SubjectKeys
-from infra.tx import Tx, derived_id
+from infra.postgres.tx import Tx, derived_id
+from infra.security.subjects import SubjectKeys
 from services.agent.runs import projections
 from services.agent.runs.conversation import Reader
 from services.agent.runs.ending import Child

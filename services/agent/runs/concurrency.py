@@ -6,7 +6,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from infra.errors import NotYet
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from services.agent.definitions.models import NewAgent
 
 SHORTEST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.5), timedelta(seconds=30)

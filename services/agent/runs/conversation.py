@@ -10,9 +10,9 @@ from uuid import UUID
 
 import msgspec
 
-from infra.crypto import DataKey
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.crypto import DataKey
+from infra.security.subjects import Erased, SubjectKeys
 from services.agent.models.contract import Answered, Said, Turn
 from services.agent.sessions.intake import Context
 

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.cache import Cache
+from infra.stores.cache import Cache
 
 
 def channel(run_id: UUID) -> str:

@@ -10,15 +10,15 @@ from uuid import UUID
 import grpc.aio
 import msgspec
 
-from infra import telemetry
 from infra.clock import utcnow
-from infra.crypto import Cipher
-from infra.effects import Effects
 from infra.errors import InvalidMessage, NotFound, NotYet, RetryLater
-from infra.group import Group
-from infra.logs import get_logger
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Database, Tx, derived_id
+from infra.lanes.effects import Effects
+from infra.lanes.group import Group
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.postgres.tx import Database, Tx, derived_id
+from infra.security.crypto import Cipher
+from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_EVENTS
 from protos.messages import agent as public
 from services.agent.definitions import store

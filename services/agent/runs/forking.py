@@ -8,10 +8,10 @@ from uuid import UUID
 from opentelemetry import trace
 
 from infra.clock import uuid7
-from infra.crypto import DataKey
 from infra.errors import Conflict, InvalidMessage, NotFound
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.crypto import DataKey
+from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
 from services.agent.lanes import RUNS, RunItem

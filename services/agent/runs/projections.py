@@ -8,7 +8,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.tx import Tx
+from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
 from services.agent.models.contract import Usage
 from services.agent.runs.events import Ending, Reason, StepKind

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import get_args
 from uuid import UUID
 
-from infra.eventstore.store import Aggregate, Publication, Stream
-from infra.eventstore.upcasting import EventTypes
+from infra.postgres.event_store import Aggregate, Publication, Stream
+from infra.postgres.upcasting import EventTypes
 from protos.catalog import AGENT_EVENTS
 from protos.envelope import Message
 from protos.messages import agent as public

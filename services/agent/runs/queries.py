@@ -11,8 +11,8 @@ from uuid import UUID
 import msgspec
 
 from infra.errors import InvalidMessage, NotFound
-from infra.subjects import ERASED_TEXT, SubjectKeys
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.subjects import ERASED_TEXT, SubjectKeys
 from protos.billing.v1 import billing_pb2
 from protos.messages import agent as public
 from services.agent.models.contract import ToolCall

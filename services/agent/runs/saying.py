@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from infra.order import next_position
-from infra.tx import Tx, derived_id
+from infra.lanes.resequencer import next_position
+from infra.postgres.tx import Tx, derived_id
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from services.agent.runs import projections

@@ -6,7 +6,7 @@ import re
 from uuid import UUID
 
 from infra.errors import Conflict, NotFound
-from infra.tx import Tx, derived_id
+from infra.postgres.tx import Tx, derived_id
 from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
 from services.agent.lanes import RUNS, RunItem

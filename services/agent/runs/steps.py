@@ -21,14 +21,14 @@ from opentelemetry import trace
 
 from infra import VERSION
 from infra.clock import utcnow
-from infra.crypto import DataKey
-from infra.effects import Effects
 from infra.errors import Conflict, EffectFailed, InvalidMessage, NotFound, RetryLater, TooLarge, Transient
 from infra.failpoint import failpoint
-from infra.group import Forbidden, Group
-from infra.redaction import redacted
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx
+from infra.lanes.effects import Effects
+from infra.lanes.group import Forbidden, Group
+from infra.observe.redaction import redacted
+from infra.postgres.tx import Tx
+from infra.security.crypto import DataKey
+from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from services.agent.models.contract import ModelFailed, Usage

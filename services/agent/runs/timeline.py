@@ -9,8 +9,8 @@ from uuid import UUID
 
 import msgspec
 
-from infra.subjects import ERASED_TEXT, SubjectKeys
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.subjects import ERASED_TEXT, SubjectKeys
 from protos.billing.v1 import billing_pb2
 from services.agent.models.contract import Passage, ToolCall
 from services.agent.runs import queries

@@ -7,9 +7,9 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 from uuid import UUID
 
-from infra.db import is_transient
-from infra.logs import get_logger
-from infra.tx import Database
+from infra.observe.logs import get_logger
+from infra.postgres.db import is_transient
+from infra.postgres.tx import Database
 
 T = TypeVar("T")
 

@@ -11,13 +11,13 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Path
 from pydantic import BaseModel, ConfigDict, Field
 
-from infra.api import Runner
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, Forbidden, InvalidMessage, TooManyRequests
-from infra.json_schema import check_schema
-from infra.service import Runtime
-from infra.subjects import Erased
-from infra.tx import Tx
+from infra.postgres.tx import Tx
+from infra.security.subjects import Erased
+from infra.service.api import Runner
+from infra.service.service import Runtime
+from infra.web.json_schema import check_schema
 from services.agent import adapters
 from services.agent.definitions import store
 from services.agent.definitions.models import ToolName

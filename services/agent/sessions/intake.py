@@ -13,11 +13,11 @@ from uuid import UUID
 import msgspec
 from opentelemetry import trace
 
-from infra import lanes
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx
+from infra.lanes import lane as lanes
+from infra.postgres.tx import Tx
+from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
 from services.agent.definitions.store import queue_mode

@@ -6,9 +6,9 @@ from uuid import UUID
 
 import msgspec
 
-from infra.logs import get_logger
-from infra.subjects import Erased, SubjectKeys
-from infra.tx import Tx
+from infra.observe.logs import get_logger
+from infra.postgres.tx import Tx
+from infra.security.subjects import Erased, SubjectKeys
 from services.agent.sessions import intake
 from services.agent.sessions.intake import Arrival
 

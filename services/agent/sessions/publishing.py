@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from infra.eventstore.store import Aggregate, Stream
-from infra.eventstore.upcasting import EventTypes
+from infra.postgres.event_store import Aggregate, Stream
+from infra.postgres.upcasting import EventTypes
 from services.agent.sessions.domain import Session, decide, evolve
 from services.agent.sessions.events import MessageAccepted
 

@@ -3,7 +3,7 @@
 from alembic import op
 from sqlalchemy import text
 
-from infra.schema import tenant_policy
+from infra.postgres.schema import tenant_policy
 from services.billing.price_book import seed, write
 
 revision = "0001"

@@ -15,9 +15,9 @@ from uuid import UUID
 
 import msgspec
 
-from infra.effects import Kind
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
-from infra.outgoing import Answer, Outgoing
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Answer, Outgoing
 
 C = TypeVar("C", bound=msgspec.Struct)
 

@@ -14,10 +14,10 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from infra.effects import Kind
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
-from infra.http import decode_json
-from infra.outgoing import Answer, Outgoing
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Answer, Outgoing
+from infra.web.http import decode_json
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,

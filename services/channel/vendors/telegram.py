@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from infra.effects import Kind
 from infra.errors import EffectFailed, Unanswered, Unauthenticated
-from infra.http import decode_json
-from infra.outgoing import Answer, Outgoing
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Answer, Outgoing
+from infra.web.http import decode_json
 from services.channel.vendors.base import (
     AccountRefused,
     Ignored,

@@ -11,12 +11,12 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from infra import webhooks
 from infra.clock import utcnow
-from infra.effects import Kind
 from infra.errors import EffectFailed
-from infra.http import decode_json
-from infra.outgoing import Outgoing
+from infra.lanes.effects import Kind
+from infra.outgoing import webhooks
+from infra.outgoing.client import Outgoing
+from infra.web.http import decode_json
 from services.channel.vendors.base import (
     AccountRefused,
     Inbound,

@@ -10,10 +10,10 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from bs4 import BeautifulSoup
 
-from infra import rpc
 from infra.clock import utcnow
 from infra.errors import EffectFailed
-from infra.outgoing import Outgoing
+from infra.outgoing.client import Outgoing
+from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.plugin.domain import Call, Tool
 from services.plugin.tools.calculator import MAX_CHARACTERS, CannotCalculate, calculate

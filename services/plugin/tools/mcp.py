@@ -14,7 +14,7 @@ from mcp.client.streamable_http import streamable_http_client
 
 from infra import VERSION
 from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unanswered
-from infra.outgoing import Outgoing
+from infra.outgoing.client import Outgoing
 from services.plugin.domain import MAX_RESULT_BYTES, Call
 
 # A result is wrapped, and where it is structured the server sends it as text besides.

@@ -14,8 +14,8 @@ import msgspec
 
 from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Unanswered
-from infra.outgoing import Answer, Outgoing
-from infra.webhooks import sign
+from infra.outgoing.client import Answer, Outgoing
+from infra.outgoing.webhooks import sign
 from services.plugin.domain import MAX_RESULT_BYTES, Call
 
 

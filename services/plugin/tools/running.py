@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra.crypto import Cipher
-from infra.outgoing import Outgoing
-from infra.service import Runtime
+from infra.outgoing.client import Outgoing
+from infra.security.crypto import Cipher
+from infra.service.service import Runtime
 from protos.memory.v1 import memory_pb2_grpc
 from services.plugin.domain import Call
 from services.plugin.manifest import Access

@@ -2,7 +2,7 @@
 
 from alembic import op
 
-from infra.schema import tenant_policy
+from infra.postgres.schema import tenant_policy
 
 revision = "0001"
 down_revision = None

@@ -8,9 +8,9 @@ from uuid import UUID
 
 import msgspec
 
-from infra.auth import Identity
 from infra.errors import Transient
-from infra.logs import get_logger
+from infra.observe.logs import get_logger
+from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.openai.errors import no_model, of_problem
 from services.ws_gateway.openai.requests import Conversation

@@ -12,9 +12,9 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from infra.api import Reader, Runner
-from infra.auth import Identity
-from infra.logs import get_logger
+from infra.observe.logs import get_logger
+from infra.security.auth import Identity
+from infra.service.api import Reader, Runner
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors

@@ -8,7 +8,7 @@ import msgspec
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
-from infra.problems import problem
+from infra.web.problems import problem
 from services.ws_gateway.domain import Event
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

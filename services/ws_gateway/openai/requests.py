@@ -11,7 +11,7 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from infra.errors import InvalidMessage
-from infra.json_schema import check_schema
+from infra.web.json_schema import check_schema
 from services.ws_gateway.openai.errors import unfit
 
 MAX_MESSAGES = 1_000

@@ -16,13 +16,13 @@ from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Publisher, Relay
 from infra.bus.rabbit import RabbitPublisher
 from infra.bus.reader import Reader
-from infra.bus.redrive import Drainer
-from infra.metrics import Metrics
-from infra.testing.sample.catalog import SAMPLE
-from infra.testing.stack import Stack
-from infra.tx import Database
+from infra.observe.metrics import Metrics
+from infra.postgres.tx import Database
+from infra.service.redrive import Drainer
 from protos.catalog import AUDIT_LOGS
 from protos.topology import Catalog, Subscription
+from tooling.testing.sample.catalog import SAMPLE
+from tooling.testing.stack import Stack
 
 
 async def until(condition: Callable[[], Awaitable[Any]], *, seconds: float = 60) -> Any:

@@ -16,19 +16,19 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from infra.bus import provisioning
-from infra.bus.deadletter import list_dead_letters
 from infra.bus.kafka import MAX_RECORD_BYTES, KafkaPublisher
 from infra.bus.outbox import Outcome, Pending, Relay, resend
 from infra.clock import utcnow
-from infra.testing.sample.catalog import SAMPLE_EVENTS, SAMPLE_WORK
-from infra.testing.sample.desk.domain import WriteNote
-from infra.testing.sample.desk.publishing import NOTEBOOK
-from infra.testing.stack import Stack
-from infra.tx import Database
+from infra.postgres.dead_letters import list_dead_letters
+from infra.postgres.tx import Database
 from protos.catalog import AUDIT_LOGS
 from protos.messages.sample import NoteTaken, TakeNote
 from protos.topology import Catalog, Topic
 from tests.infra.bus.conftest import Buses, until
+from tooling.testing.sample.catalog import SAMPLE_EVENTS, SAMPLE_WORK
+from tooling.testing.sample.desk.domain import WriteNote
+from tooling.testing.sample.desk.publishing import NOTEBOOK
+from tooling.testing.stack import Stack
 
 LATER = replace(SAMPLE_EVENTS, name="sample.later", partitions=1)
 UNROUTED = replace(SAMPLE_WORK, name="sample.unrouted", routing_key="sample.unrouted")

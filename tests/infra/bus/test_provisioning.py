@@ -19,9 +19,9 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from infra.bus.kafka import MAX_RECORD_BYTES
 from infra.bus.provisioning import DriftRefused, apply, plan
 from infra.bus.provisioning.rabbit import queue_arguments
-from infra.testing.stack import Stack
 from protos.envelope import Message
 from protos.topology import Catalog, Exchange, Queue, Topic
+from tooling.testing.stack import Stack
 
 
 class Happened(Message, frozen=True, kw_only=True):

@@ -14,17 +14,17 @@ import pytest
 from aio_pika.exceptions import AMQPError
 
 from infra.bus import rabbit
-from infra.bus.deadletter import DeadLetterView, list_dead_letters
 from infra.bus.rabbit import Workers
-from infra.bus.redrive import request_redrive
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, RetryLater, Transient
-from infra.testing.proxy import FaultProxy
-from infra.testing.sample.catalog import SAMPLE_WORK
-from infra.tx import Database, Tx
+from infra.postgres.dead_letters import DeadLetterView, list_dead_letters
+from infra.postgres.tx import Database, Tx
+from infra.service.redrive import request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import TakeNote
 from tests.infra.bus.conftest import Buses, until
+from tooling.testing.proxy import FaultProxy
+from tooling.testing.sample.catalog import SAMPLE_WORK
 
 
 class Desk:

@@ -13,16 +13,16 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError
 
 from infra.bus import reader as reader_module
-from infra.bus.deadletter import list_dead_letters
 from infra.bus.kafka import topic_incarnations
-from infra.bus.redrive import discard, request_redrive
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
-from infra.testing.sample.catalog import SAMPLE_EVENTS
-from infra.tx import Database, Tx
+from infra.postgres.dead_letters import list_dead_letters
+from infra.postgres.tx import Database, Tx
+from infra.service.redrive import discard, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from tests.infra.bus.conftest import Buses, until
+from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
 Header = tuple[str, bytes]
 

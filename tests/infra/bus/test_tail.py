@@ -16,12 +16,12 @@ from aiokafka.admin.new_partitions import NewPartitions
 from infra.bus import provisioning
 from infra.bus.tail import Tail
 from infra.clock import utcnow, uuid7
-from infra.testing.sample.catalog import SAMPLE, SAMPLE_EVENTS
-from infra.testing.stack import Stack
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from protos.topology import Catalog, Subscription
 from tests.infra.bus.conftest import Buses, until
+from tooling.testing.sample.catalog import SAMPLE, SAMPLE_EVENTS
+from tooling.testing.stack import Stack
 
 
 @dataclass

@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from infra.clock import utcnow, uuid7
-from infra.testing.model_server import KEY, ModelServer, model_server
-from infra.testing.peers import Peers, running_peers
-from infra.testing.platform import Platform
 from protos.catalog import CHANNEL_INBOUND
 from protos.messages.channel import MessageReceived
+from tooling.testing.model_server import KEY, ModelServer, model_server
+from tooling.testing.peers import Peers, running_peers
+from tooling.testing.platform import Platform
 
 MODEL = "gpt-4o-mini"
 OVER = ("completed", "failed", "cancelled", "refused", "indeterminate")

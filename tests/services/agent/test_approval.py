@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from infra.testing.model_server import Says
-from infra.testing.peers import CALCULATOR, WEATHER
 from protos.plugin.v1 import plugin_pb2
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
+from tooling.testing.peers import CALCULATOR, WEATHER
 
 UNKNOWN = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_UNKNOWN, error="it did not answer")
 BERN = (WEATHER, '{"city":"Bern"}')

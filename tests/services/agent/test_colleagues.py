@@ -6,8 +6,8 @@ import asyncio
 import json
 from typing import Any
 
-from infra.testing.model_server import Says
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
 
 CHILDS = "gpt-4.1-mini"
 OTHER_CHILDS = "gpt-4.1-nano"

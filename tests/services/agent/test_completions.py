@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from infra.clock import uuid7
-from infra.testing.model_server import Says
-from infra.testing.peers import WEATHER
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
+from tooling.testing.peers import WEATHER
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOWN = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from infra.testing.model_server import Says
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
 
 
 @pytest.mark.parametrize("limit", ["concurrency", "model_concurrency"])

@@ -9,9 +9,9 @@ from typing import Literal
 
 import pytest
 
-from infra.testing.model_server import Says
-from infra.testing.peers import WEATHER
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
+from tooling.testing.peers import WEATHER
 
 Moment = Literal["before", "in model 1", "in tool", "in model 2"]
 # When the worker is armed decides at which step it comes to the place: 1 is a model call, 2 a tool, 3 a model call.

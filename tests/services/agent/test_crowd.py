@@ -7,8 +7,8 @@ import asyncio
 import json
 import re
 
-from infra.testing.model_server import Asked, Says
 from tests.services.agent.conftest import Tenant, World
+from tooling.testing.model_server import Asked, Says
 
 MODEL = "gpt-4.1-nano"
 TENANTS, SESSIONS, ROUNDS = 20, 10, 2

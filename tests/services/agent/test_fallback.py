@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from infra.testing.model_server import KEY, Fails, Says
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import KEY, Fails, Says
 
 OTHER = "gpt-4o"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from infra.testing.model_server import Fails, Says
-from infra.testing.peers import WEATHER
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Fails, Says
+from tooling.testing.peers import WEATHER
 
 BERN = (WEATHER, '{"city":"Bern"}')
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from infra.testing.model_server import Says
-from infra.testing.peers import WEATHER
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
+from tooling.testing.peers import WEATHER
 
 
 async def asked(world: World, tenant: Tenant, count: int) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from infra.cache import Cache
 from infra.clock import uuid7
-from infra.testing.model_server import Fails, Says
-from infra.testing.peers import WEATHER
+from infra.stores.cache import Cache
 from protos.catalog import CHANNEL_EVENTS, PLATFORM_EVENTS
 from protos.messages.channel import MessageDelivered, MessageUndelivered
 from protos.messages.user import SubjectErased
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Fails, Says
+from tooling.testing.peers import WEATHER
 
 
 async def test_the_text_can_be_watched_while_it_is_written(world: World, tenant: Tenant) -> None:

@@ -6,8 +6,8 @@ import asyncio
 from uuid import UUID
 
 from infra.clock import uuid7
-from infra.testing.model_server import Says
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
 
 
 async def test_the_same_idempotency_key_is_the_same_run(world: World, tenant: Tenant) -> None:

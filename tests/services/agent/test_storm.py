@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from infra.testing.model_server import Asked, Says
-from infra.testing.peers import WEATHER
-from infra.testing.processes import Process
-from infra.testing.stack import free_ports
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Asked, Says
+from tooling.testing.peers import WEATHER
+from tooling.testing.processes import Process
+from tooling.testing.stack import free_ports
 
 WORKERS = 4
 SESSIONS = 6

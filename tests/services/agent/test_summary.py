@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from infra.testing.model_server import Fails, Says
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Fails, Says
 
 LONG = "x" * 15_000
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from infra.testing.model_server import Says
-from infra.testing.otlp import OtlpReceiver, ReceivedSpan
-from infra.testing.peers import WEATHER
 from tests.services.agent.conftest import MODEL, World
+from tooling.testing.model_server import Says
+from tooling.testing.otlp import OtlpReceiver, ReceivedSpan
+from tooling.testing.peers import WEATHER
 
 WANTED = ("invoke_agent Helper", "retrieval", f"chat {MODEL}", f"execute_tool {WEATHER}")
 

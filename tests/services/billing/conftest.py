@@ -11,13 +11,13 @@ from uuid import UUID
 import httpx
 import pytest
 
-from infra import rpc
 from infra.clock import utcnow, uuid7
-from infra.testing.platform import Platform
+from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from protos.messages.user import TenantCreated
+from tooling.testing.platform import Platform
 
 
 @dataclass

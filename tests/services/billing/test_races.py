@@ -10,15 +10,15 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from infra import telemetry
 from infra.clock import utcnow, uuid7
 from infra.errors import Transient
-from infra.schema import prepare_database
-from infra.testing.platform import PASSWORDS, Platform
-from infra.tx import Database, Tx
+from infra.observe import telemetry
+from infra.postgres.schema import prepare_database
+from infra.postgres.tx import Database, Tx
 from protos.messages.billing import UsageRecorded
 from protos.messages.user import TenantCreated
 from services.billing import handlers
+from tooling.testing.platform import PASSWORDS, Platform
 
 
 @pytest.fixture(scope="module")

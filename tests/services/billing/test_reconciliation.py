@@ -12,19 +12,19 @@ from uuid import UUID
 import pytest
 from prometheus_client import CollectorRegistry
 
-from infra import operations
-from infra.auth import Callers
 from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Relay
 from infra.clock import utcnow, uuid7
-from infra.metrics import Metrics
-from infra.rpc import Server
-from infra.schema import prepare_database
-from infra.testing.platform import INTERNAL_SECRET, PASSWORDS, Platform
-from infra.tx import Database
+from infra.observe.metrics import Metrics
+from infra.postgres.schema import prepare_database
+from infra.postgres.tx import Database
+from infra.security.auth import Callers
+from infra.service import operations
+from infra.web.rpc import Server
 from protos.catalog import SERVICES, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from tests.services.billing.conftest import Billing
+from tooling.testing.platform import INTERNAL_SECRET, PASSWORDS, Platform
 
 
 @pytest.fixture(scope="module")

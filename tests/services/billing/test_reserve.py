@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from infra import rpc
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, Transient
+from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from tests.services.billing.conftest import Billing, Tenant
 

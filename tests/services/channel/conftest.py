@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from infra.clock import uuid7
-from infra.testing.platform import Platform
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
+from tooling.testing.platform import Platform
 
 Call = tuple[bytes, dict[str, str]]
 

@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from infra.auth import IDENTITY_HEADER, Identities
 from infra.clock import uuid7
-from infra.health import Health
-from infra.http import create_app, serve_http
-from infra.metrics import Metrics
-from infra.testing.platform import INTERNAL_SECRET
-from infra.testing.vendors import TelegramStandIn, WebhookStandIn
+from infra.observe.metrics import Metrics
+from infra.security.auth import IDENTITY_HEADER, Identities
+from infra.web.health import Health
+from infra.web.http import create_app, serve_http
 from tests.services.channel.conftest import Desk
+from tooling.testing.platform import INTERNAL_SECRET
+from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
 
 TELEGRAM = {"bot_token": "1:abc", "secret_token": "s3cret"}
 WEBHOOK = {"secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "reply_url": "http://127.0.0.1:9/replies"}

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from infra.testing.platform import Platform
-from infra.testing.vendors import TelegramStandIn, WebhookStandIn
 from tests.services.channel.conftest import Desk
+from tooling.testing.platform import Platform
+from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
 
 # How a delivery by a vendor without a key may end, and how many messages a person then sees.
 UNKNOWN_UNSENT, UNKNOWN_SENT, SENT = ("unknown", 0), ("unknown", 1), ("sent", 1)

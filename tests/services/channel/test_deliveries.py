@@ -14,11 +14,11 @@ import msgspec
 import pytest
 
 from infra.clock import utcnow, uuid7
-from infra.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn, answer, cut, hold
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import Envelope
 from protos.messages.channel import SendMessage
 from tests.services.channel.conftest import Desk
+from tooling.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn, answer, cut, hold
 
 
 @pytest.fixture

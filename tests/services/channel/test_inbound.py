@@ -13,11 +13,11 @@ import aio_pika
 import asyncpg
 import pytest
 
-from infra.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
-from infra.testing.vendors.server import StandIn
 from protos.catalog import CHANNEL_INBOUND, PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.channel.conftest import Call, Desk
+from tooling.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
+from tooling.testing.vendors.server import StandIn
 
 TEXT = "größer \u202eesrever\u202c 😀 'quoted' \\ line\nline"
 

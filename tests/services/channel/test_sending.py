@@ -7,20 +7,20 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from infra.cache import Cache
 from infra.clock import uuid7
-from infra.crypto import Cipher
 from infra.errors import EffectFailed, TooManyRequests, Transient, Unanswered
-from infra.outgoing import Outgoing
-from infra.subjects import SubjectKeys
-from infra.testing.platform import MASTER_KEY
-from infra.testing.stack import Stack
-from infra.testing.vendors import TelegramStandIn, WebhookStandIn, cut
+from infra.outgoing.client import Outgoing
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
+from infra.stores.cache import Cache
 from services.channel.accounts import Account, Secrets
 from services.channel.domain import Pseudonyms
 from services.channel.sending import Sender
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Outbound
+from tooling.testing.platform import MASTER_KEY
+from tooling.testing.stack import Stack
+from tooling.testing.vendors import TelegramStandIn, WebhookStandIn, cut
 
 PART = Outbound("key", "42", "hello")
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from infra.testing.platform import Platform
+from tooling.testing.platform import Platform
 
 
 @pytest.fixture(scope="module")

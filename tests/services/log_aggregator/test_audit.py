@@ -14,9 +14,9 @@ import pytest
 from asyncpg import connect
 
 from infra.clock import utcnow, uuid7
-from infra.testing.platform import Platform
 from protos.catalog import AUDIT_LOGS
 from protos.messages.audit import ActAudited
+from tooling.testing.platform import Platform
 
 
 def act(tenant_id: str | None, n: int = 0, **fields: Any) -> ActAudited:

@@ -9,12 +9,12 @@ from uuid import UUID, uuid4
 import msgspec
 import pytest
 
-from infra.bus.deadletter import DeadLetter, store_dead_letters
 from infra.clock import utcnow, uuid7
-from infra.testing.platform import Platform
+from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from protos.catalog import PLATFORM_EVENTS, SERVICE_LOGS
 from protos.envelope import Envelope
 from protos.messages.user import SubjectErased
+from tooling.testing.platform import Platform
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 
 from infra.clock import utcnow, uuid7
-from infra.testing.platform import Platform
 from protos.catalog import AGENT_EVENTS, CHANNEL_EVENTS, SERVICE_LOGS
 from protos.envelope import Envelope, Message
 from protos.messages.agent import RunCompleted, RunStarted
 from protos.messages.channel import MessageReceived
 from protos.messages.logs import LogLine
 from protos.topology import Topic
+from tooling.testing.platform import Platform
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from pymilvus import MilvusClient
 
-from infra import rpc
-from infra.testing.platform import Platform
+from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
+from tooling.testing.platform import Platform
 
 
 class Client:

@@ -7,9 +7,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import infra.testing
+import tooling.testing
 
-HANDBOOK = Path(infra.testing.__file__).parent / "handbook"
+HANDBOOK = Path(tooling.testing.__file__).parent / "handbook"
 _WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 
 

@@ -8,10 +8,10 @@ from uuid import uuid4
 import pytest
 
 from infra.errors import InvalidMessage
-from infra.testing.platform import Platform
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted
 from tests.services.memory.conftest import Client
+from tooling.testing.platform import Platform
 
 REPLY = "Your order of two bags of beans leaves the roastery on Thursday."
 QUESTION = "When is the order sent?"

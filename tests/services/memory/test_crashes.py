@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from infra.testing.platform import Platform
 from services.memory.domain import chunk, sections
 from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
+from tooling.testing.platform import Platform
 
 # Of more passages than are embedded at a time.
 TEXT = files.handbook("en")[:5000]

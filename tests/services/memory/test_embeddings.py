@@ -15,15 +15,15 @@ from starlette.routing import Route
 
 from infra.clock import uuid7
 from infra.errors import EffectFailed, RetryLater, Transient
-from infra.health import Health
-from infra.http import create_app, serve_http
-from infra.metrics import Metrics
-from infra.outgoing import Outgoing
-from infra.testing.platform import Platform
+from infra.observe.metrics import Metrics
+from infra.outgoing.client import Outgoing
+from infra.web.health import Health
+from infra.web.http import create_app, serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted
 from services.memory.embeddings import LocalEmbedder, RemoteEmbedder
 from tests.services.memory.conftest import Client, Vectors
+from tooling.testing.platform import Platform
 
 DIMENSION = 8
 

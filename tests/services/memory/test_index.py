@@ -10,10 +10,10 @@ from uuid import uuid4
 import pytest
 
 from infra.errors import Transient
-from infra.testing.platform import Platform
-from infra.testing.proxy import FaultProxy
 from services.memory.index import Index, Row
 from tests.services.memory.conftest import Client, Vectors
+from tooling.testing.platform import Platform
+from tooling.testing.proxy import FaultProxy
 
 TEXT = b"The ferry to the island of Hven leaves at twenty past nine."
 QUESTION = "When does the ferry leave?"

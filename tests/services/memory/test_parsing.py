@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from infra import filetypes as types
-from infra.cli.home import CHECKOUT
+from infra.stores import filetypes as types
 from tests.services.memory import files
+from tooling.stack.home import CHECKOUT
 
 
 def read(folder: Path, content: bytes, type_: str) -> tuple[list[dict[str, Any]], str | None]:

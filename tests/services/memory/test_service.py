@@ -12,10 +12,10 @@ import pytest
 from minio import Minio
 
 from infra.errors import InvalidMessage
-from infra.objects import BUCKET
-from infra.testing.platform import Platform
+from infra.stores.objects import BUCKET
 from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
+from tooling.testing.platform import Platform
 
 
 @pytest.fixture(scope="module")

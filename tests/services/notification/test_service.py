@@ -18,14 +18,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
-from infra import rpc, telemetry
-from infra.auth import Callers
 from infra.clock import utcnow, uuid7
-from infra.crypto import Cipher
 from infra.errors import EffectFailed
-from infra.metrics import Metrics
-from infra.testing.platform import INTERNAL_SECRET, MASTER_KEY, Platform
-from infra.testing.sample.run import free_port
+from infra.observe import telemetry
+from infra.observe.metrics import Metrics
+from infra.security.auth import Callers
+from infra.security.crypto import Cipher
+from infra.web import rpc
 from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH, PLATFORM_EVENTS
 from protos.envelope import Envelope
 from protos.messages.notification import SendEmail, SendPush
@@ -34,6 +33,8 @@ from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.notification import handlers
 from services.notification.mailer import Mailer
 from services.notification.notifications import Notifications
+from tooling.testing.platform import INTERNAL_SECRET, MASTER_KEY, Platform
+from tooling.testing.sample.run import free_port
 
 
 class Inbox:

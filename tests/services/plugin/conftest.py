@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from infra import rpc
-from infra.testing.platform import Platform
+from infra.web import rpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from tests.services.plugin.toolserver import ToolServer, tool_server
+from tooling.testing.platform import Platform
 
 CallReply = plugin_pb2.CallReply
 

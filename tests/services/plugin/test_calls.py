@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from infra.errors import InvalidMessage, NotFound, Transient
-from infra.testing.platform import Platform
 from tests.services.plugin.conftest import CallReply, call, register, tool
 from tests.services.plugin.toolserver import ToolServer
+from tooling.testing.platform import Platform
 
 SHOP = (
     tool("order", item={"type": "string"}, count={"type": "integer"}),

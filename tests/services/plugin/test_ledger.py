@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from infra.crypto import Cipher
-from infra.db import create_engine
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
-from infra.schema import role_url
-from infra.testing.platform import MASTER_KEY, PASSWORDS, Platform
-from infra.tx import Database
+from infra.postgres.db import create_engine
+from infra.postgres.schema import role_url
+from infra.postgres.tx import Database
+from infra.security.crypto import Cipher
 from services.plugin.calls import Calls, run_tool
 from services.plugin.domain import MAX_RESULT_BYTES, Call, Effect, Outcome, Tool
 from services.plugin.registry import Offered
+from tooling.testing.platform import MASTER_KEY, PASSWORDS, Platform
 
 Do = Callable[[int], Awaitable[Any]]
 

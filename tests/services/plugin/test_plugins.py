@@ -11,13 +11,13 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy.exc import DBAPIError
 
-from infra.cache import CONFIG_CHANGED, Cache
-from infra.db import create_engine
-from infra.schema import role_url
-from infra.testing.platform import PASSWORDS, Platform
-from infra.tx import Database
+from infra.postgres.db import create_engine
+from infra.postgres.schema import role_url
+from infra.postgres.tx import Database
+from infra.stores.cache import CONFIG_CHANGED, Cache
 from tests.services.plugin.conftest import CallReply, call, register, tool
 from tests.services.plugin.toolserver import SECRET, ToolServer
+from tooling.testing.platform import PASSWORDS, Platform
 
 URL = "http://127.0.0.1:9/tools"
 

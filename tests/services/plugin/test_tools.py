@@ -16,16 +16,16 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from infra import rpc
-from infra.auth import Callers
 from infra.errors import InvalidMessage, NotFound
-from infra.http import Health, create_app, serve_http
-from infra.metrics import Metrics
-from infra.testing.platform import INTERNAL_SECRET, Platform
-from infra.testing.sample.run import free_port
+from infra.observe.metrics import Metrics
+from infra.security.auth import Callers
+from infra.web import rpc
+from infra.web.http import Health, create_app, serve_http
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from tests.services.plugin.conftest import CallReply, call
+from tooling.testing.platform import INTERNAL_SECRET, Platform
+from tooling.testing.sample.run import free_port
 
 PAGE = """<html><head><title>Lamp &amp; Co</title><script>track()</script></head>
 <body><style>p {}</style><h1>Lamps</h1><p>From <b>9 €</b></p></body></html>"""

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from infra.http import Health, create_app, serve_http
-from infra.metrics import Metrics
+from infra.observe.metrics import Metrics
+from infra.web.http import Health, create_app, serve_http
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from infra.testing.gateway import running_gateway
-from infra.testing.platform import ADMIN_TOKEN, Platform
+from tooling.testing.gateway import running_gateway
+from tooling.testing.platform import ADMIN_TOKEN, Platform
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from infra import rpc
-from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.clock import utcnow
-from infra.db import create_engine
 from infra.errors import InvalidMessage
-from infra.schema import role_url
-from infra.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, PASSWORDS, Platform
+from infra.postgres.db import create_engine
+from infra.postgres.schema import role_url
+from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
+from tooling.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, PASSWORDS, Platform
 
 
 @pytest.fixture(scope="module")

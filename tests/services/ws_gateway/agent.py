@@ -15,14 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from infra.auth import IDENTITY_HEADER, Identities, Identity
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound, Transient
-from infra.http import Health, create_app, serve_http
-from infra.metrics import Metrics
-from infra.testing.platform import INTERNAL_SECRET, Platform
+from infra.observe.metrics import Metrics
+from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.web.http import Health, create_app, serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
+from tooling.testing.platform import INTERNAL_SECRET, Platform
 
 SESSION = "telegram:1:42"
 

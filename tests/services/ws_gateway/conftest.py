@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from infra.testing.platform import Platform
 from tests.services.ws_gateway.agent import Agent, stand_in
+from tooling.testing.platform import Platform
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from infra.auth import Identity
-from infra.cache import Cache
 from infra.clock import uuid7
-from infra.testing.stack import Stack
+from infra.security.auth import Identity
+from infra.stores.cache import Cache
 from services.ws_gateway import stream, telling
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
 from tests.services.ws_gateway.agent import story
+from tooling.testing.stack import Stack
 
 WHO = Identity("api_key:test", "acme", frozenset(("read",)))
 

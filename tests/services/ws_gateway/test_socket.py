@@ -22,20 +22,20 @@ from starlette.websockets import WebSocket
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from infra import telemetry
-from infra.auth import Identities, Identity
-from infra.cache import Cache
 from infra.clock import uuid7
-from infra.http import Health, create_app, serve_http
-from infra.metrics import Metrics
-from infra.testing.gateway import running_gateway
-from infra.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
+from infra.observe import telemetry
+from infra.observe.metrics import Metrics
+from infra.security.auth import Identities, Identity
+from infra.stores.cache import Cache
+from infra.web.http import Health, create_app, serve_http
 from services.ws_gateway import api, socket
 from services.ws_gateway.agent import Agent as Caller
 from services.ws_gateway.domain import Delta
 from services.ws_gateway.hub import MAX_WAITING, Client, Hub, Live
 from services.ws_gateway.keys import SAFE, Keys
 from tests.services.ws_gateway.agent import Agent, failed, happen, story
+from tooling.testing.gateway import running_gateway
+from tooling.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "protos" / "ws-schema.json").read_text())
 FITS = jsonschema.Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": "#/$defs/ServerMessage"}]})

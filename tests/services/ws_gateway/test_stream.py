@@ -16,9 +16,9 @@ from aiokafka.admin.new_partitions import NewPartitions
 from redis.asyncio import Redis
 
 from infra.clock import uuid7
-from infra.testing.platform import Platform
 from protos.catalog import AGENT_EVENTS
 from tests.services.ws_gateway.agent import Agent, failed, happen, story
+from tooling.testing.platform import Platform
 
 Events = AsyncIterator[tuple[str, str | None, Any]]
 

@@ -7,8 +7,8 @@ from uuid import UUID
 
 import pytest
 
-from infra.testing.model_server import KEY
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import KEY
 
 GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"api_key": "sk-secret"}}
 

@@ -8,8 +8,7 @@ from datetime import timedelta
 import msgspec
 import pytest
 
-from infra.outgoing import Outgoing
-from infra.testing.model_server import KEY, Fails, ModelServer, Says, model_server
+from infra.outgoing.client import Outgoing
 from services.agent.models.contract import (
     Answer,
     Answered,
@@ -24,6 +23,7 @@ from services.agent.models.contract import (
     Usage,
 )
 from services.agent.models.providers import Providers
+from tooling.testing.model_server import KEY, Fails, ModelServer, Says, model_server
 
 OPENAI = "openai/gpt-4o-mini"
 ANTHROPIC = "anthropic/claude-haiku-5-5"
@@ -161,7 +161,7 @@ async def test_an_answer_that_breaks_off_is_none(
 async def test_an_answer_without_an_end_is_given_up(
     server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infra.outgoing.MAX_CLIENT_BYTES", 100_000)
+    monkeypatch.setattr("infra.outgoing.client.MAX_CLIENT_BYTES", 100_000)
     server.script("gpt-4o-mini", Says("Again and again. ", endless=True))
     with pytest.raises(ModelFailed, match="answer: more than the 100000 bytes that this takes") as failed:
         await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))

@@ -22,15 +22,15 @@ from sqlalchemy.pool import QueuePool
 
 import services.agent
 from infra.clock import utcnow, uuid7
-from infra.crypto import Cipher
-from infra.db import create_engine
-from infra.effects import Effects
-from infra.group import Group
-from infra.lane_runner import LaneRunner
-from infra.metrics import Metrics
-from infra.schema import migrate, prepare_database, role_url
-from infra.subjects import SubjectKeys
-from infra.tx import Database, Tx
+from infra.lanes.effects import Effects
+from infra.lanes.group import Group
+from infra.lanes.runner import LaneRunner
+from infra.observe.metrics import Metrics
+from infra.postgres.db import create_engine
+from infra.postgres.schema import migrate, prepare_database, role_url
+from infra.postgres.tx import Database, Tx
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
 from protos.billing.v1 import billing_pb2
 from protos.envelope import Envelope
 from protos.plugin.v1 import plugin_pb2

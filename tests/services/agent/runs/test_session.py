@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from infra.errors import Conflict
-from infra.lane_runner import MAX_RECOVERIES
-from infra.tx import Tx
+from infra.lanes.runner import MAX_RECOVERIES
+from infra.postgres.tx import Tx
 from protos.messages.agent import RunCompleted
 from protos.messages.channel import SendMessage
 from services.agent.lanes import RUNS, RunItem
@@ -31,7 +31,7 @@ from services.agent.runs.publishing import RUN
 from services.agent.runs.settling import settle, suspension
 from services.agent.sessions.domain import Busy, QueueMode, Session, evolve
 from services.agent.sessions.publishing import SESSION as SESSIONS
-from tests.infra.lane_world import log_lines
+from tests.infra.lanes.lane_fixture import log_lines
 from tests.machines import patient, run_machine
 from tests.services.agent.runs.session_model import OPEN, Model, check_reply, in_order
 from tests.services.agent.runs.session_world import DOUBT, LOOK, PERSON, SEND, Worker, World

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from infra.outgoing import Outgoing
+from infra.outgoing.client import Outgoing
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from slack_sdk.signature import SignatureVerifier
 
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
-from infra.outgoing import Outgoing
-from infra.testing.vendors import Fault, SlackStandIn, answer, cut
+from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Outbound, Received, Request
 from services.channel.vendors.slack import Slack, SlackCredentials, sign
+from tooling.testing.vendors import Fault, SlackStandIn, answer, cut
 
 # The example of https://docs.slack.dev/authentication/verifying-requests-from-slack
 EXAMPLE = SlackCredentials("8f742231b10e8888abcd99yyyzzz85a5", "xoxb")

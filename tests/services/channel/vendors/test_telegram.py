@@ -10,10 +10,10 @@ import pytest
 
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
-from infra.outgoing import Outgoing
-from infra.testing.vendors import Fault, TelegramStandIn, answer, cut
+from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Outbound, Request
 from services.channel.vendors.telegram import Telegram, TelegramCredentials
+from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
 
 CREDENTIALS = TelegramCredentials("1:token", "secret-token")
 # As in the vendor's documents, spaces included.

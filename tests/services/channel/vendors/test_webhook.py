@@ -12,11 +12,11 @@ from standardwebhooks import Webhook as Judge
 
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
-from infra.outgoing import Outgoing
-from infra.testing.vendors import Fault, WebhookStandIn, answer, cut
-from infra.testing.vendors.server import Call, Reply
+from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused, Inbound, Outbound, Request
 from services.channel.vendors.webhook import Webhook, WebhookCredentials
+from tooling.testing.vendors import Fault, WebhookStandIn, answer, cut
+from tooling.testing.vendors.server import Call, Reply
 
 CREDENTIALS = WebhookCredentials("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "https://example.com/replies")
 BODY = '{"conversation_id":"c1","user_id":"u1","text":"größer 😀"}'

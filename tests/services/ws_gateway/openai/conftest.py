@@ -16,10 +16,10 @@ from openai import AsyncOpenAI
 from redis.asyncio import Redis
 
 from infra.clock import uuid7
-from infra.testing.platform import Platform
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted, ToolCall
 from tests.services.ws_gateway.agent import SESSION, Agent, Completion, stand_in
+from tooling.testing.platform import Platform
 
 WAIT_SECONDS = 30
 

@@ -17,11 +17,11 @@ from pydantic_ai.models import Model
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from infra.testing.model_server import Says
-from infra.testing.peers import WEATHER
-from infra.testing.platform import Platform
 from tests.services.agent.conftest import MODEL, Tenant, World, running_agent
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS
+from tooling.testing.model_server import Says
+from tooling.testing.peers import WEATHER
+from tooling.testing.platform import Platform
 
 HI: Any = [{"role": "user", "content": "Hi"}]
 FITS = '{"name":"Bern","people":146348}'

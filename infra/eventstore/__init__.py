@@ -1,1 +1,0 @@
-"""Streams of events in PostgreSQL: append by compare-and-set, upcasting on read, replay of projections."""

@@ -1,0 +1,213 @@
+"""Effects in the outside world: what was begun is on record before the call, and how it ended right after it.
+
+*started* is committed, the call is made outside of any transaction, its end is committed at once; the item's own
+transaction comes later and uses what is recorded. A process that dies in between leaves *started* behind, and the
+kind of the effect says what that means for the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+from uuid import NAMESPACE_OID, UUID, uuid5
+
+import msgspec
+
+from infra.errors import Conflict, EffectFailed, Transient
+from infra.failpoint import failpoint
+from infra.lanes.claims import Lease
+from infra.observe.metrics import Metrics
+from infra.observe.redaction import redacted
+from infra.postgres.db import is_transient
+from infra.postgres.tx import CONFLICT_ATTEMPTS, Database, Tx
+
+R = TypeVar("R")
+
+Kind = Literal["repeatable", "keyed", "once"]
+"""repeatable: it may happen twice (a read, a model call). keyed: the other side takes our idempotency key, and does it
+once. once: neither, so a call whose end is not known is not made again.
+"""
+
+Before = Callable[[Tx, int, bool], Awaitable[None]]
+"""Takes the attempt, from 1, and whether the one before was begun and nobody knows how it ended."""
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[R]):
+    """How an effect ended. `saved`: an earlier call ended so, none was made now. `result`: None unless succeeded."""
+
+    state: Literal["succeeded", "failed", "unknown"]
+    result: R | None
+    error: str | None
+    attempt: int
+    saved: bool
+
+
+class Effects:
+    """What the handler of an item uses to act outside of the database.
+
+    `attempt`: which one of the item this is, from 1.
+    """
+
+    def __init__(
+        self, database: Database, lease: Lease, tx: Tx, metrics: Metrics, *, item_id: UUID, attempt: int
+    ) -> None:
+        self._database = database
+        self._lease = lease
+        self._tx = tx
+        self._metrics = metrics
+        self.item_id = item_id
+        self.attempt = attempt
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[Tx]:
+        """A transaction that commits by itself, before the item's, and only while this process has the lane.
+
+        Raises RuntimeError once the item's own transaction is in use: it would be held open over this one.
+        """
+        if self._tx.in_use:
+            raise RuntimeError("effects come before the first use of the item's tx")
+        async with self._database.begin(tenant_id=self._lease.tenant_id or None) as tx:
+            yield tx
+            await tx.flush()
+            await self._lease.fence(tx)
+
+    async def run(
+        self,
+        key: str | UUID,
+        call: Callable[[str], Awaitable[R]],
+        *,
+        kind: Kind,
+        result: type[R] | None = None,
+        before: Before | None = None,
+        after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None = None,
+    ) -> Outcome[R]:
+        """Calls `call` with an idempotency key, the same at every attempt, unless the effect named `key` has ended.
+
+        `key` is unique among the tenant's effects in this service. What `call` returns is stored as JSON and read
+        again as `result`; personal content in it must be sealed. `before` commits with the start of each attempt,
+        `after` (with the outcome) with its end; `after` may be called again where its commit met another one.
+
+        `call` raises `EffectFailed`: refused for good, the outcome is ``failed``. `Transient`: nothing happened; it is
+        raised, and the next attempt of the item calls again. Anything else, `Unanswered` above all: nobody knows;
+        of the kind once, the outcome is ``unknown``, of the others it is raised and called again.
+
+        Raises RuntimeError once the item's tx is in use, LaneLost where another process has the lane.
+        """
+        name = str(key)
+        begun = await self._start(name, kind, result, before, after)
+        if isinstance(begun, Outcome):
+            return begun
+        failpoint("after_effect_started")
+        self._lease.check()
+        body = None
+        try:
+            value = await call(self.idempotency_key(name))
+            body = msgspec.json.encode(value)
+        except EffectFailed as error:
+            outcome = Outcome[R]("failed", None, _text(error.reason), begun, saved=False)
+        except Transient as error:
+            await self._end(name, "undone", None, _text(f"{type(error).__name__}: {error}"), None)
+            raise
+        except Exception as error:
+            if kind != "once":
+                raise
+            outcome = Outcome[R]("unknown", None, _text(f"{type(error).__name__}: {error}"), begun, saved=False)
+        else:
+            outcome = Outcome("succeeded", value, None, begun, saved=False)
+        failpoint("after_effect_call")
+        await self._end(name, outcome.state, body, outcome.error, after and (lambda tx: after(tx, outcome)))
+        failpoint("after_effect_commit")
+        self._metrics.effects.labels(kind, outcome.state).inc()
+        return outcome
+
+    @property
+    def lease(self) -> Lease:
+        """Of the lane whose item is being done, for those who write under it by themselves."""
+        return self._lease
+
+    def idempotency_key(self, name: str) -> str:
+        """What the other side is given for the effect `name`: the same at every attempt."""
+        return str(uuid5(NAMESPACE_OID, f"{self._database.service}/{self._lease.tenant_id}/{name}"))
+
+    async def _start(
+        self,
+        name: str,
+        kind: Kind,
+        result: type[R] | None,
+        before: Before | None,
+        after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None,
+    ) -> int | Outcome[R]:
+        """Commits the start of an attempt and returns its number; where there is none to make, how it ended."""
+        async with self.begin() as tx:
+            rows = await tx.sql(
+                "SELECT state, kind, attempt, result, error FROM lane_effect "
+                "WHERE tenant_id = $1 AND key = $2 FOR UPDATE",
+                self._lease.tenant_id,
+                name,
+            )
+            state, begun_as, attempt, body, error = rows[0] if rows else ("undone", kind, 0, None, None)
+            if state not in ("started", "undone"):
+                value: Any = None if body is None else msgspec.json.decode(body, type=result or Any)
+                return Outcome(state, value, error, attempt, saved=True)
+            if state == "started" and begun_as == "once":
+                outcome = Outcome[R]("unknown", None, "the process ended during the call", attempt, saved=False)
+                await self._write_end(tx, name, "unknown", None, outcome.error)
+                if after:
+                    await after(tx, outcome)
+                self._metrics.effects.labels(kind, "unknown").inc()
+                return outcome
+            await tx.sql(
+                "INSERT INTO lane_effect AS e (tenant_id, key, kind, state, attempt, lane_id, epoch, started_at) "
+                "VALUES ($1, $2, $3, 'started', 1, $4, $5, clock_timestamp()) ON CONFLICT (tenant_id, key) DO UPDATE "
+                "SET kind = excluded.kind, state = 'started', attempt = e.attempt + 1, lane_id = excluded.lane_id, "
+                "epoch = excluded.epoch, started_at = excluded.started_at, error = NULL",
+                self._lease.tenant_id,
+                name,
+                kind,
+                self._lease.lane_id,
+                self._lease.epoch,
+            )
+            if before:
+                await before(tx, attempt + 1, state == "started")
+        return int(attempt + 1)
+
+    async def _end(
+        self,
+        name: str,
+        state: str,
+        body: bytes | None,
+        error: str | None,
+        after: Callable[[Tx], Awaitable[None]] | None,
+    ) -> None:
+        """Commits how the call ended. Tries for a while: what is not recorded now is not known later."""
+        for attempt in range(CONFLICT_ATTEMPTS):
+            try:
+                async with self.begin() as tx:
+                    await self._write_end(tx, name, state, body, error)
+                    if after:
+                        await after(tx)
+                return
+            except Exception as failure:
+                if attempt == CONFLICT_ATTEMPTS - 1 or not (isinstance(failure, Conflict) or is_transient(failure)):
+                    raise
+                await asyncio.sleep(0.1 * 2**attempt)
+
+    async def _write_end(self, tx: Tx, name: str, state: str, body: bytes | None, error: str | None) -> None:
+        await tx.sql(
+            "UPDATE lane_effect SET state = $3, result = $4, error = $5, finished_at = clock_timestamp() "
+            "WHERE tenant_id = $1 AND key = $2",
+            self._lease.tenant_id,
+            name,
+            state,
+            body,
+            error,
+        )
+
+
+def _text(error: str) -> str:
+    text: str = redacted(error)
+    return text.replace("\x00", "\\x00")[:4000]

@@ -1,0 +1,272 @@
+"""Log lines: JSON, one shape for our own code and for every library, to stdout and to the log topic.
+
+``{"timestamp", "level", "service", "traceId", "spanId", "message", "data": {}}``: level is debug, info, warn, error
+or fatal; the two ids are null outside a trace. Logs are not facts: they do not go through the outbox, and a line
+that cannot be sent is counted, never waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import msgspec
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+from opentelemetry import trace
+from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
+
+from infra.clock import utcnow, uuid7
+from infra.observe.metrics import Metrics
+from infra.observe.redaction import redacted
+from protos.envelope import Envelope
+from protos.messages.logs import LogLine
+
+_LEVELS = {"warning": "warn", "critical": "fatal", "exception": "error"}
+# A library repeats itself while a broker is away (aiokafka: 1,500 lines a consumer in 20 s). Per place in its code:
+_LIBRARY_LINES, _LIBRARY_SECONDS = 5, 30.0
+
+# A record of the log topic may have about twice that.
+MAX_LINE_BYTES = 512 * 1024
+
+_service = ""
+_unprinted = 0
+_sinks: list[Callable[[bytes], None]] = []
+
+
+def setup(service: str, level: str = "info") -> None:
+    """Sends everything that this process logs, by whatever library, through here. `level`: debug, info, warn…"""
+    global _service
+    _service = service
+    number = logging.getLevelNamesMapping()[{"warn": "warning", "fatal": "critical"}.get(level, level).upper()]
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, _emit],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.ReturnLoggerFactory(),
+    )
+    logging.root.handlers = [_Libraries()]
+    # Never the debug lines of libraries: they show message contents, and aiokafka would tell of each line it sends.
+    logging.root.setLevel(max(number, logging.INFO))
+    # A line per request, or per socket, with the whole URL in it.
+    for library in ("httpx", "uvicorn.error"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def get_logger(name: str) -> FilteringBoundLogger:
+    """A logger: ``log.info("what happened", key=value, …)``; `exc_info=True` adds the exception in hand."""
+    logger: FilteringBoundLogger = structlog.get_logger(component=name)
+    return logger
+
+
+def _emit(_: WrappedLogger, method: str, event: EventDict) -> str:
+    message = event.pop("event", "")
+    # A processor's last answer is what the log call returns; nothing is left for structlog to print.
+    _write(_LEVELS.get(method, method), message, dict(event))
+    return ""
+
+
+def _write(level: str, message: object, data: dict[str, Any]) -> None:
+    global _unprinted
+    error = _exception(data.pop("exc_info", None))
+    if error is not None:
+        data["exception"] = {
+            "type": type(error).__qualname__,
+            "message": str(error),
+            "stack": "".join(traceback.format_exception(error))[-8000:],
+        }
+    if _unprinted:
+        data["lines_not_printed"] = _unprinted
+    context = trace.get_current_span().get_span_context()
+    fields = {
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": level,
+        "service": _service,
+        "traceId": f"{context.trace_id:032x}" if context.is_valid else None,
+        "spanId": f"{context.span_id:016x}" if context.is_valid else None,
+        "message": redacted(str(message)),
+        "data": redacted(data),
+    }
+    line = msgspec.json.encode(fields)
+    if len(line) > MAX_LINE_BYTES:
+        line = msgspec.json.encode(fields | {"data": {"left_out_bytes": len(line)}})
+    try:
+        # In one call: lines of several threads must not mix.
+        sys.stdout.write(line.decode() + "\n")
+        sys.stdout.flush()
+        _unprinted = 0
+    except OSError:
+        # A full disk or a closed pipe must not fail the work that logs. The next line that gets out says it.
+        _unprinted += 1
+    for sink in _sinks:
+        sink(line)
+
+
+def _exception(given: Any) -> BaseException | None:
+    if isinstance(given, BaseException):
+        return given
+    if isinstance(given, tuple):
+        error: BaseException | None = given[1]
+        return error
+    return sys.exc_info()[1] if given else None
+
+
+class _Libraries(logging.Handler):
+    """Takes the lines of libraries that log by Python's own logging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._windows: dict[tuple[str, int], tuple[float, int]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        suppressed = self._suppressed(record)
+        if suppressed is None:
+            return
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):
+            message = f"{record.msg} {record.args}"
+        data: dict[str, Any] = {"component": record.name, "exc_info": record.exc_info}
+        if suppressed:
+            data["suppressed"] = suppressed
+        _write(_LEVELS.get(record.levelname.lower(), record.levelname.lower()), message, data)
+
+    def _suppressed(self, record: logging.LogRecord) -> int | None:
+        """How many lines of this place were held back before this one; None: this one is held back too."""
+        place = (record.pathname, record.lineno)
+        begun, count = self._windows.get(place, (record.created, 0))
+        if record.created - begun >= _LIBRARY_SECONDS:
+            begun, held, count = record.created, max(count - _LIBRARY_LINES, 0), 0
+        else:
+            held = 0
+        self._windows[place] = (begun, count + 1)
+        return held if count < _LIBRARY_LINES else None
+
+
+class KafkaLogSink:
+    """Sends every line to the log topic, from a bounded queue and in the background: logging never waits for Kafka.
+
+    A line for which there is no room, or that Kafka does not take, is dropped, counted and, once lines get through
+    again, said. It is still on stdout.
+    """
+
+    MAX_QUEUED_BYTES = 8 * 1024 * 1024
+    BATCH = 500
+    SECONDS_BETWEEN_BATCHES = 0.2
+    SECONDS_TO_STOP = 5.0
+
+    def __init__(self, bootstrap: str, topic: str, metrics: Metrics) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic
+        self._metrics = metrics
+        self._queue: deque[bytes] = deque()
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._unsaid = 0
+        self._stopping = asyncio.Event()
+        self._log = get_logger("infra.observe.logs")
+
+    async def start(self) -> None:
+        """Returns at once; what is logged before Kafka answers waits in the queue."""
+        self._task = asyncio.create_task(self._run(), name="log sink")
+        _sinks.append(self._put)
+
+    async def stop(self) -> None:
+        """Sends what is queued, for at most five seconds; what remains is counted as dropped."""
+        _sinks.remove(self._put)
+        self._stopping.set()
+        _, unfinished = await asyncio.wait((self._task,), timeout=self.SECONDS_TO_STOP)
+        if unfinished:
+            self._task.cancel()
+            await asyncio.wait((self._task,), timeout=1)
+            self._drop(len(self._queue))
+        if self._unsaid:
+            self._say()
+
+    def _put(self, line: bytes) -> None:
+        with self._lock:
+            room = self._bytes + len(line) <= self.MAX_QUEUED_BYTES
+            if room:
+                self._queue.append(line)
+                self._bytes += len(line)
+        if not room:
+            self._drop(1)
+
+    def _drop(self, lines: int) -> None:
+        self._metrics.log_lines_dropped.inc(lines)
+        with self._lock:
+            self._unsaid += lines
+
+    def _say(self) -> None:
+        lines, self._unsaid = self._unsaid, 0
+        self._log.warning("log lines were dropped, they are on stdout only", lines=lines, topic=self._topic)
+
+    async def _run(self) -> None:
+        producer = await self._connected()
+        if producer is None:
+            return
+        try:
+            while self._queue or not self._stopping.is_set():
+                while self._queue:
+                    lost = await self._send(producer)
+                    if self._unsaid and not lost:
+                        self._say()
+                await self._pause(self.SECONDS_BETWEEN_BATCHES)
+        finally:
+            await producer.stop()
+
+    async def _connected(self) -> AIOKafkaProducer | None:
+        while True:
+            producer = AIOKafkaProducer(bootstrap_servers=self._bootstrap, acks=1, linger_ms=20, compression_type="lz4")
+            try:
+                await producer.start()
+                return producer
+            except asyncio.CancelledError:
+                await producer.stop()
+                raise
+            except KafkaError as error:
+                await producer.stop()
+                self._log.warning("log lines do not reach Kafka, trying again", error=str(error))
+                if self._stopping.is_set():
+                    self._drop(len(self._queue))
+                    return None
+                await self._pause(5)
+
+    async def _send(self, producer: AIOKafkaProducer) -> int:
+        """Sends a batch; returns how many lines of it were lost."""
+        with self._lock:
+            lines = list(islice(self._queue, self.BATCH))
+        sent: list[asyncio.Future[Any]] = []
+        for line in lines:
+            with suppress(KafkaError):
+                sent.append(await producer.send(self._topic, line, key=_service.encode(), headers=_headers()))
+        results = await asyncio.gather(*sent, return_exceptions=True)
+        # Only now: what was under way when the time to stop ran out is counted as dropped, not forgotten.
+        with self._lock:
+            for line in lines:
+                self._queue.popleft()
+                self._bytes -= len(line)
+        lost = len(lines) - sum(not isinstance(result, BaseException) for result in results)
+        if lost:
+            self._drop(lost)
+        return lost
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            return
+
+
+def _headers() -> list[tuple[str, bytes]]:
+    envelope = Envelope(id=uuid7(), source=_service, type=LogLine.wire_name(), time=utcnow(), subject=_service)
+    return [(name, value.encode()) for name, value in envelope.headers().items()]

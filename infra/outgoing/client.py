@@ -1,0 +1,295 @@
+"""HTTP to the outside world: to vendors, models, tools, whatever address a tenant has set up.
+
+Every connection passes the guard against requests to inside (SSRF): a name is resolved once, all of its addresses are
+checked, and the connection goes to one of exactly these, so that a name cannot turn into another address in between.
+Redirects are not followed, the environment's proxies are not used, and our trace context is not sent along: it is no
+business of the other side. Neither headers nor bodies nor URLs are logged, and of a URL only the origin is in the
+span: paths and queries hold secrets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
+
+import httpcore2
+import httpx2
+from opentelemetry.trace import Span, SpanKind, StatusCode
+
+from infra import VERSION
+from infra.errors import InvalidMessage, TooLarge, Transient, Unanswered
+from infra.observe import telemetry
+from infra.outgoing.addresses import is_private, is_public
+
+DEFAULT_TIMEOUT = 30.0
+CONNECT_TIMEOUT = 10.0
+DEFAULT_MAX_BYTES = 4 * 1024 * 1024
+# Of one answer to a provider's library, streams included.
+MAX_CLIENT_BYTES = 64 * 1024 * 1024
+# Servers close an idle connection after five seconds and more. One that is taken up in that moment fails with the
+# request on its way, and nobody knows whether it was handled; so ours are given up sooner.
+KEEPALIVE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whatever the other side answered, errors included. `headers` are found in any case, `body` is decompressed."""
+
+    status: int
+    headers: httpx2.Headers
+    body: bytes
+
+
+class Outgoing:
+    """The process's outgoing HTTP. `allow_private`: private and loopback addresses may be called too."""
+
+    def __init__(self, allow_private: bool) -> None:
+        # One line per request at info, with the whole URL in it.
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
+        self._guard = _Guard(allow_private)
+        self._connections = _Connections(self._guard)
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        json: Any = None,
+        content: bytes | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        template: str | None = None,
+    ) -> Answer:
+        """Sends one request and reads its answer, of any status.
+
+        timeout: seconds for all of it. max_bytes: of the body, decompressed.
+        template: the path as a trace may show it, such as ``/bot{token}/sendMessage``.
+
+        Raises InvalidMessage (field ``url``) for an address that may not be called or is none, (field ``headers``) for
+        headers that HTTP does not allow; TooLarge; Transient where nothing was sent; Unanswered where the request may
+        have arrived and no whole answer came.
+        """
+        target = _parse(url)
+        progress = _Progress()
+        # Not through a client: it would keep cookies.
+        defaults = {"user-agent": f"clawbus/{VERSION}", "accept": "*/*", "accept-encoding": "gzip, deflate"}
+        extensions = {
+            "timeout": httpx2.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)).as_dict(),
+            "trace": progress,
+            "max_bytes": max_bytes,
+            "template": template,
+        }
+        try:
+            all_headers = defaults | {name.lower(): value for name, value in (headers or {}).items()}
+            request = httpx2.Request(
+                method, target, headers=all_headers, json=json, content=content, extensions=extensions
+            )
+            async with asyncio.timeout(timeout):
+                response = await self.transport().handle_async_request(request)
+                try:
+                    body = b"".join([part async for part in response.aiter_bytes()])
+                finally:
+                    await response.aclose()
+        except (httpx2.LocalProtocolError, UnicodeEncodeError):
+            # Its text would show the header, which may be a secret.
+            raise InvalidMessage("headers", "hold what HTTP does not allow") from None
+        except (httpx2.TransportError, httpx2.DecodingError, TimeoutError) as error:
+            reason = f"{target.host}: {type(error).__name__}"
+            raise (Unanswered if progress.sent else Transient)(reason) from error
+        return Answer(response.status_code, response.headers, body)
+
+    async def check(self, url: str) -> None:
+        """Raises what `request` would raise for this address before it connects, for the moment it is set up."""
+        host = _parse(url).raw_host.decode()
+        try:
+            await self._guard.addresses(host, 0)
+        except httpcore2.ConnectError as error:
+            raise Transient(f"{host}: {error}") from error
+
+    def transport(self) -> httpx2.AsyncBaseTransport:
+        """The transport for a library's own httpx2 client: the same guard, limits and spans.
+
+        From it come httpx2's errors, and InvalidMessage and TooLarge as from `request`; a library may wrap them.
+        """
+        return _Transport(self._connections)
+
+    def client(self, timeout: float = DEFAULT_TIMEOUT) -> httpx2.AsyncClient:
+        """A client for a provider's library, which may close it. `timeout`: seconds between two signs of life."""
+        return httpx2.AsyncClient(
+            transport=self.transport(),
+            timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT),
+            # None are kept: tenants share the client.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        )
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._connections.aclose()
+
+
+def _parse(url: str) -> httpx2.URL:
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise InvalidMessage("url", str(error)) from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InvalidMessage("url", "must begin with http:// or https:// and a host")
+    if parsed.userinfo:
+        raise InvalidMessage("url", "must not hold a user or password; they belong in a header")
+    return parsed
+
+
+class _Progress:
+    """Hears from httpcore how far a request is."""
+
+    def __init__(self) -> None:
+        self.sent = False
+
+    async def __call__(self, event: str, _: object) -> None:
+        if event == "http11.send_request_headers.started":
+            self.sent = True
+
+
+class _Guard(httpcore2.AsyncNetworkBackend):
+    """Connects to checked addresses only. TLS is still verified for the name: that happens above, on this stream."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._backend = httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        deadline = time.monotonic() + (CONNECT_TIMEOUT if timeout is None else timeout)
+        addresses = await self.addresses(host, port)
+        for n, address in enumerate(addresses):
+            # What is left is shared among the addresses left.
+            share = max(0.0, deadline - time.monotonic()) / (len(addresses) - n)
+            try:
+                return await self._backend.connect_tcp(address, port, share, local_address, socket_options)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
+                if n + 1 == len(addresses):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def addresses(self, host: str, port: int) -> list[str]:
+        """The addresses of `host`. Raises InvalidMessage where one of them may not be called, ConnectError where
+        there is none."""
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise httpcore2.ConnectError(f"the name does not resolve ({error})") from error
+        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+        if not all(self._allowed(ip_address(address)) for address in addresses):
+            # Which address it is, is none of the asker's business.
+            raise InvalidMessage("url", "the host is not on the public internet")
+        return addresses
+
+    def _allowed(self, address: IPv4Address | IPv6Address) -> bool:
+        return is_public(address) or (self._allow_private and is_private(address))
+
+
+class _Connections(httpx2.AsyncHTTPTransport):
+    """httpx2's transport over a pool that connects through the guard; its own way to set one up has no place for it."""
+
+    def __init__(self, guard: _Guard) -> None:
+        # SSL_CERT_FILE counts: a company's own authority is trusted by it.
+        tls = httpx2.create_ssl_context()
+        super().__init__(verify=tls)
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=tls,
+            max_connections=1000,
+            max_keepalive_connections=100,
+            keepalive_expiry=KEEPALIVE_SECONDS,
+            network_backend=guard,
+        )
+
+
+class _Transport(httpx2.AsyncBaseTransport):
+    """A span and a size limit around each request. Closing it closes nothing: the connections are everybody's."""
+
+    def __init__(self, connections: _Connections) -> None:
+        self._connections = connections
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        span = _span(request)
+        try:
+            response = await self._connections.handle_async_request(request)
+        except BaseException as error:
+            _fail(span, error)
+            span.end()
+            raise
+        span.set_attribute("http.response.status_code", response.status_code)
+        if response.status_code >= 400:
+            span.set_attribute("error.type", str(response.status_code))
+            span.set_status(StatusCode.ERROR)
+        body = _Body(response, span, request.extensions.get("max_bytes", MAX_CLIENT_BYTES))
+        # The body is given on as it is decompressed, so it is counted as what it becomes.
+        headers = httpx2.Headers(
+            [pair for pair in response.headers.raw if pair[0].lower() not in (b"content-encoding", b"content-length")]
+        )
+        return httpx2.Response(response.status_code, headers=headers, stream=body, extensions=response.extensions)
+
+
+class _Body(httpx2.AsyncByteStream):
+    """The body, counted; the span ends with it."""
+
+    def __init__(self, response: httpx2.Response, span: Span, max_bytes: int) -> None:
+        self._response = response
+        self._span = span
+        self._max_bytes = max_bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        try:
+            async for part in self._response.aiter_bytes():
+                size += len(part)
+                if size > self._max_bytes:
+                    raise TooLarge(f"answer: more than the {self._max_bytes} bytes that this takes")
+                yield part
+        except Exception as error:
+            _fail(self._span, error)
+            raise
+
+    async def aclose(self) -> None:
+        try:
+            await self._response.aclose()
+        finally:
+            self._span.end()
+
+
+def _span(request: httpx2.Request) -> Span:
+    """A CLIENT span by the semantic conventions for HTTP, without the URL."""
+    template = request.extensions.get("template")
+    attributes: dict[str, telemetry.Value] = {
+        "http.request.method": request.method,
+        "server.address": request.url.host,
+        "server.port": request.url.port or (443 if request.url.scheme == "https" else 80),
+        "url.scheme": request.url.scheme,
+    }
+    if template:
+        attributes["url.template"] = template
+    name = f"{request.method} {template}" if template else request.method
+    return telemetry.tracer().start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
+
+
+def _fail(span: Span, error: BaseException) -> None:
+    # The kind only: its text may hold the URL or a header.
+    span.set_attribute("error.type", type(error).__qualname__)
+    span.set_status(StatusCode.ERROR)

@@ -1,0 +1,155 @@
+"""Dead letters: one table in every service's schema for what could not be processed.
+
+On an ordered topic a failed record parks its key: later records of the key wait behind it, in the same table. The
+head is redriven by the service itself (`Drainer`), so that a redrive is the same code in the same transaction as the
+first attempt was. An operator only marks a row: ``redriving`` or ``discarded``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from infra.clock import uuid7
+from infra.postgres.db import sql
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept of a message that could not be processed; `headers` is JSON."""
+
+    destination: str
+    place: str
+    message_id: str
+    key: str | None
+    tenant_id: str | None
+    attempts: int
+    error: str
+    headers: str
+    payload: bytes
+    state: str = "failed"
+
+
+class DeadLetterView(msgspec.Struct, frozen=True, kw_only=True):
+    """A dead letter as an operator sees it. `source` is ``kafka:…``, ``rabbit:…``, ``outbox:…`` or ``lane:…``."""
+
+    id: UUID
+    service: str
+    consumer: str
+    source: str
+    place: str
+    message_id: str
+    key: str | None
+    tenant_id: str | None
+    state: str
+    attempts: int
+    error: str
+    first_failed_at: datetime
+    last_failed_at: datetime
+    headers: dict[str, str]
+    payload: str
+
+
+async def store_dead_letters(
+    connection: AsyncConnection, consumer: str, source: str, letters: Sequence[DeadLetter]
+) -> None:
+    """Stores dead letters; one that lies there already is left as it is."""
+    await sql(
+        connection,
+        "INSERT INTO dead_letter (id, consumer, source, destination, place, message_id, key, tenant_id, state, "
+        "attempts, error, headers, payload) SELECT i, $1::text, $2::text, d, p, m, k, t, s, a, e, h, y FROM unnest("
+        "$3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::int[], $11::text[], "
+        "$12::text[], $13::bytea[]) AS n(i, d, p, m, k, t, s, a, e, h, y) ON CONFLICT DO NOTHING",
+        consumer,
+        source,
+        [uuid7() for _ in letters],
+        [letter.destination for letter in letters],
+        [letter.place for letter in letters],
+        [letter.message_id for letter in letters],
+        # PostgreSQL's text has no NUL; whatever a foreign producer sends must be storable.
+        [None if letter.key is None else _text(letter.key) for letter in letters],
+        [letter.tenant_id and _text(letter.tenant_id) for letter in letters],
+        [letter.state for letter in letters],
+        [letter.attempts for letter in letters],
+        [_text(letter.error)[:4000] for letter in letters],
+        [letter.headers for letter in letters],
+        [letter.payload for letter in letters],
+    )
+
+
+def _text(value: str) -> str:
+    return value.replace("\x00", "\\x00")
+
+
+async def lock_parked(connection: AsyncConnection, consumer: str, topic: str, keys: Sequence[str]) -> set[str]:
+    """Which of `keys` are parked; their rows stay locked until the transaction ends.
+
+    The drainer locks the same rows: it cannot unpark a key between this look and the store behind it.
+    """
+    rows = await sql(
+        connection,
+        "SELECT key FROM parked_key WHERE consumer = $1 AND topic = $2 AND key = ANY($3::text[]) "
+        "ORDER BY key FOR UPDATE",
+        consumer,
+        topic,
+        list(keys),
+    )
+    return {key for (key,) in rows}
+
+
+async def park(connection: AsyncConnection, consumer: str, topic: str, key: str) -> None:
+    await sql(
+        connection,
+        "INSERT INTO parked_key (consumer, topic, key) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        consumer,
+        topic,
+        key,
+    )
+
+
+async def count_parked(connection: AsyncConnection) -> dict[tuple[str, str], int]:
+    """(consumer, topic) → how many keys are parked."""
+    rows = await sql(connection, "SELECT consumer, topic, count(*) FROM parked_key GROUP BY 1, 2")
+    return {(consumer, topic): count for consumer, topic, count in rows}
+
+
+_VIEW = (
+    "SELECT id, consumer, source || ':' || destination, place, message_id, key, tenant_id, state, attempts, error, "
+    "first_failed_at, last_failed_at, headers, payload FROM dead_letter "
+)
+
+
+def _view(service: str, row: Sequence[Any]) -> DeadLetterView:
+    fields = dict(zip(DeadLetterView.__struct_fields__[2:], row[1:], strict=True))
+    fields["headers"] = msgspec.json.decode(row[12])
+    fields["payload"] = row[13].decode("utf-8", errors="backslashreplace")
+    return DeadLetterView(id=UUID(str(row[0])), service=service, **fields)
+
+
+async def list_dead_letters(
+    connection: AsyncConnection,
+    service: str,
+    *,
+    limit: int = 100,
+    after: UUID | None = None,
+    tenant_id: str | None = None,
+) -> list[DeadLetterView]:
+    """What is open, oldest first; with `tenant_id` only that tenant's."""
+    rows = await sql(
+        connection,
+        _VIEW + "WHERE state IN ('failed', 'waiting', 'redriving') AND ($1::uuid IS NULL OR id > $1) "
+        "AND ($3::text IS NULL OR tenant_id = $3) ORDER BY id LIMIT $2",
+        after,
+        limit,
+        tenant_id,
+    )
+    return [_view(service, row) for row in rows]
+
+
+async def get_dead_letter(connection: AsyncConnection, service: str, id_: UUID) -> DeadLetterView | None:
+    rows = await sql(connection, _VIEW + "WHERE id = $1", id_)
+    return _view(service, rows[0]) if rows else None

@@ -1,0 +1,193 @@
+"""Appending to streams and reading them.
+
+Append is compare-and-set on the stream's version, idempotent by event id, and gapless: the version row is locked
+before anything else, and versions are counted up from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+from uuid import UUID
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from infra.errors import Conflict
+from infra.postgres.db import sql
+from infra.postgres.upcasting import EventTypes, schema_version
+from protos.envelope import Message
+from protos.topology import Topic
+
+State = TypeVar("State")
+
+
+class Publication(NamedTuple):
+    """A public message made from a stored fact."""
+
+    topic: Topic
+    key: str
+    message: Message
+
+
+@dataclass(frozen=True)
+class Aggregate(Generic[State]):
+    """A kind of stream: how its state is folded, what a command does to it, what the world hears of it.
+
+    `decide` and `evolve` are pure. `publish` is given the stream's own id and the event; replay beyond the topic's
+    retention calls the same function.
+    """
+
+    name: str
+    events: EventTypes
+    initial: Callable[[], State]
+    evolve: Callable[[State, Any], State]
+    decide: Callable[[Any, State], Sequence[Any]]
+    publish: Callable[[str, Any], Iterable[Publication]] = lambda stream_id, event: ()
+
+    def stream(self, stream_id: str) -> Stream[State]:
+        return Stream(self, stream_id)
+
+
+@dataclass(frozen=True)
+class Stream(Generic[State]):
+    """One stream of a kind; its row in the store is ``<kind>:<id>``."""
+
+    aggregate: Aggregate[State]
+    id: str
+
+    @property
+    def row(self) -> str:
+        return f"{self.aggregate.name}:{self.id}"
+
+
+class NewEvent(NamedTuple):
+    """`expected`: the version that the stream must have before the first event of the transaction; None: any.
+
+    tenant_id: whose fact it is; in one transaction there may be several tenants' facts. is_new: its id was made in this
+    very attempt of the transaction, so that it cannot be stored already.
+    """
+
+    stream: Stream[Any]
+    event_id: UUID
+    event: Any
+    expected: int | None
+    tenant_id: str | None = None
+    is_new: bool = False
+
+
+class StoredEvent(NamedTuple):
+    position: int
+    stream_id: str
+    version: int
+    event_id: UUID
+    event: Any
+    headers: dict[str, str]
+
+
+async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: Mapping[str, str]) -> list[NewEvent]:
+    """Stores the events of one transaction and returns those that are new.
+
+    A stream whose events are all stored already (same ids) is left as it is: the earlier append stands.
+    Raises Conflict where a stream has moved on from the expected version, and where only a part of a stream's
+    events is stored already.
+    """
+    by_stream: dict[str, list[NewEvent]] = {}
+    for event in new:
+        by_stream.setdefault(event.stream.row, []).append(event)
+    # In one order for everybody: two transactions with the same streams wait for each other, never in a circle.
+    names = sorted(by_stream)
+    versions = {
+        name: version
+        for name, version in await sql(
+            connection,
+            "INSERT INTO stream AS s SELECT * FROM unnest($1::text[], $2::bigint[]) "
+            "ON CONFLICT (stream_id) DO UPDATE SET version = s.version + excluded.version RETURNING stream_id, version",
+            names,
+            [len(by_stream[name]) for name in names],
+        )
+    }
+    stored = set()
+    if maybe := [e.event_id for e in new if not e.is_new]:
+        stored = {
+            event_id
+            for (event_id,) in await sql(
+                connection, "SELECT event_id FROM event WHERE event_id = ANY($1::uuid[])", maybe
+            )
+        }
+    fresh: list[NewEvent] = []
+    numbers: list[int] = []
+    for name in names:
+        events = by_stream[name]
+        base = versions[name] - len(events)
+        repeated = sum(e.event_id in stored for e in events)
+        if repeated == len(events):
+            await sql(connection, "UPDATE stream SET version = $2 WHERE stream_id = $1", name, base)
+            continue
+        expected = events[0].expected
+        if repeated or (expected is not None and expected != base):
+            raise Conflict(f"stream {name}: at version {base}, expected {expected}")
+        fresh += events
+        numbers += range(base + 1, versions[name] + 1)
+    if fresh:
+        await sql(
+            connection,
+            "INSERT INTO event (stream_id, version, event_id, type, schema_version, data, headers) "
+            "SELECT * FROM unnest($1::text[], $2::bigint[], $3::uuid[], $4::text[], $5::int[], $6::bytea[], "
+            "$7::text[])",
+            [e.stream.row for e in fresh],
+            numbers,
+            [e.event_id for e in fresh],
+            [type(e.event).__name__ for e in fresh],
+            [schema_version(type(e.event)) for e in fresh],
+            [msgspec.json.encode(e.event) for e in fresh],
+            [
+                msgspec.json.encode({**headers, **({"tenant_id": e.tenant_id} if e.tenant_id else {})}).decode()
+                for e in fresh
+            ],
+        )
+    return fresh
+
+
+async def load(connection: AsyncConnection, stream: Stream[State]) -> tuple[State, int]:
+    """The stream's state and version (0 for a stream that does not exist)."""
+    rows = await sql(
+        connection,
+        "SELECT type, schema_version, data FROM event WHERE stream_id = $1 ORDER BY version",
+        stream.row,
+    )
+    aggregate = stream.aggregate
+    state = aggregate.initial()
+    for name, version, data in rows:
+        state = aggregate.evolve(state, aggregate.events.decode(name, version, data))
+    return state, len(rows)
+
+
+async def read_all(
+    connection: AsyncConnection, aggregate: Aggregate[Any], *, after: int = 0, limit: int = 1000
+) -> AsyncIterator[StoredEvent]:
+    """Every event of a kind in position order, which per stream is the order of versions."""
+    prefix = f"{aggregate.name}:"
+    while True:
+        rows = await sql(
+            connection,
+            "SELECT position, stream_id, version, event_id, type, schema_version, data, headers FROM event "
+            "WHERE position > $1 AND starts_with(stream_id, $2) ORDER BY position LIMIT $3",
+            after,
+            prefix,
+            limit,
+        )
+        for position, stream_id, version, event_id, name, schema, data, headers in rows:
+            event = aggregate.events.decode(name, schema, data)
+            yield StoredEvent(
+                position,
+                stream_id.removeprefix(prefix),
+                version,
+                event_id,
+                event,
+                msgspec.json.decode(headers),
+            )
+        if len(rows) < limit:
+            return
+        after = rows[-1][0]

@@ -1,0 +1,432 @@
+"""The unit of work: one message, one transaction.
+
+What a handler appends, publishes and sends is collected and written together with its other changes; the kernel
+commits, application code never does. The connection is taken at first use, so a handler that calls another service
+before it touches the database holds none meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple, TypeVar
+from uuid import UUID
+
+import msgspec
+from opentelemetry.trace import Span
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from infra.clock import utcnow, uuid7
+from infra.errors import Conflict
+from infra.failpoint import failpoint
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.postgres import db, event_store
+from infra.postgres.event_store import Aggregate, NewEvent, Publication, Stream
+from infra.postgres.lane_items import Item, LaneKind, NewItem, insert_items
+from protos.envelope import Envelope, Message
+from protos.topology import Queue, Topic
+
+T = TypeVar("T")
+State = TypeVar("State")
+
+# Fixed for ever: a key's bucket must not change while rows of it are pending.
+BUCKETS = 16
+# How long queue messages stay in the outbox so that a wiped broker can be filled again.
+QUEUE_HORIZON = timedelta(hours=24)
+# A transaction decided on a state that somebody else has moved on is decided again this often.
+CONFLICT_ATTEMPTS = 5
+
+
+class OutboxRow(NamedTuple):
+    """A message in its final bytes. Order is kept per destination and key."""
+
+    bus: str
+    message_id: UUID
+    destination: str
+    routing_key: str
+    key: str
+    headers: str
+    body: bytes
+    keep_for: timedelta
+
+    @property
+    def bucket(self) -> int:
+        return zlib.crc32(self.key.encode()) % BUCKETS
+
+
+class Tx:
+    """One transaction of one service. Made by `Database`; a handler only uses it."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        service: str,
+        *,
+        tenant_id: str | None,
+        cause: Envelope | None,
+        tenanted: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._service = service
+        self._tenanted = tenanted
+        self._connection: AsyncConnection | None = None
+        self._events: list[NewEvent] = []
+        self._rows: list[OutboxRow] = []
+        self._items: dict[tuple[str, UUID], NewItem] = {}
+        self._puts: dict[str, list[tuple[Any, ...]]] = {}
+        self._announced: set[UUID] = set()
+        self._loaded: dict[str, tuple[Any, int]] = {}
+        self._after: list[Callable[[], Awaitable[None]]] = []
+        self.tenant_id = tenant_id
+        self.cause = cause
+        # The buses for which it leaves messages in the outbox.
+        self.buses: set[str] = set()
+        # The kinds of lane in which there is something new to do.
+        self.woken: set[str] = set()
+        # The headers of the messages handed to a batch handler, by the message object's identity.
+        self.origins: dict[int, Mapping[str, str]] = {}
+
+    @contextmanager
+    def follow(self, message: Message, name: str) -> Iterator[Span]:
+        """A span in the own trace of one message of a batch, for an effect that a person follows."""
+        with telemetry.record(self.origins[id(message)], name) as span:
+            yield span
+
+    @property
+    def in_use(self) -> bool:
+        """True once it has taken its connection."""
+        return self._connection is not None
+
+    def after_commit(self, call: Callable[[], Awaitable[None]]) -> None:
+        """`call` is awaited after the commit, with no connection held: a wake-up, a live update.
+
+        It may not happen at all (the process dies), so nothing may depend on it; its errors are logged.
+        """
+        self._after.append(call)
+
+    async def connection(self) -> AsyncConnection:
+        """The transaction's connection, for SQLAlchemy statements. Taken and begun at the first call."""
+        if self._connection is None:
+            connection = await self._engine.connect()
+            self._connection = connection
+            if self._tenanted:
+                await db.sql(connection, "SELECT set_config('claw.tenant', $1, true)", self.tenant_id)
+        return self._connection
+
+    async def sql(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+        """Runs one statement with ``$1`` parameters and returns its rows."""
+        return await db.sql(await self.connection(), statement, *arguments)
+
+    async def load(self, stream: Stream[State]) -> State:
+        """The stream's state, what this transaction has appended to it included."""
+        if stream.row not in self._loaded:
+            self._loaded[stream.row] = await event_store.load(await self.connection(), stream)
+        state: State = self._loaded[stream.row][0]
+        return state
+
+    async def decide(self, stream: Stream[State], command: Any) -> Sequence[Any]:
+        """Loads the stream, decides, and appends what was decided if nobody else appends first.
+
+        Decisions on one stream take turns: its row is locked until the transaction ends, so that a busy stream
+        costs waiting and not conflicts. Only the first decisions on a new stream can still meet.
+        """
+        await self.sql("SELECT FROM stream WHERE stream_id = $1 FOR UPDATE", stream.row)
+        state = await self.load(stream)
+        events = stream.aggregate.decide(command, state)
+        version = self._loaded[stream.row][1]
+        for event in events:
+            self._events.append(NewEvent(stream, uuid7(), event, version, self.tenant_id, is_new=True))
+            state = stream.aggregate.evolve(state, event)
+        self._loaded[stream.row] = (state, version)
+        return events
+
+    def append(self, stream: Stream[Any], event: Any, *, event_id: UUID | None = None) -> None:
+        """Appends whatever the stream's version is; with an `event_id` that is stored already, nothing."""
+        is_new = event_id is None
+        self._events.append(NewEvent(stream, event_id or uuid7(), event, None, self.tenant_id, is_new))
+
+    def append_at(self, stream: Stream[Any], events: Sequence[Any], version: int) -> None:
+        """Appends to a stream that has this version, by the caller's own count; another one is a Conflict."""
+        self._events += [NewEvent(stream, uuid7(), event, version, self.tenant_id) for event in events]
+
+    def put(self, statement: str, *row: Any) -> None:
+        """A row for a statement over ``unnest($1, $2, …)``, which runs once for all rows, before the commit."""
+        self._puts.setdefault(statement, []).append(row)
+
+    def announce(self) -> None:
+        """Writes now, in the trace of now, what the events appended so far tell the world."""
+        for new in self._events:
+            if new.event_id not in self._announced:
+                self._announced.add(new.event_id)
+                self._publish(new)
+
+    def _publish(self, new: NewEvent) -> None:
+        own, self.tenant_id = self.tenant_id, new.tenant_id
+        for id_, (topic, key, message) in publications(new.stream.aggregate, new.stream.id, new.event_id, new.event):
+            self.publish(topic, message, key=key, message_id=id_)
+        self.tenant_id = own
+
+    async def absorb(self, others: Sequence[Tx]) -> None:
+        """Takes over what the others have collected; nothing of one whose events are stored already: it was committed
+        before, and nobody heard of it."""
+        events = [new for other in others for new in other._events]
+        fresh = (
+            {new.event_id for new in await event_store.append(await self.connection(), events, {})} if events else set()
+        )
+        failpoint("after_append")
+        for other in others:
+            if other._events and other._events[0].event_id not in fresh:
+                continue
+            self._rows += other._rows
+            self._items |= other._items
+            for statement, rows in other._puts.items():
+                self._puts.setdefault(statement, []).extend(rows)
+
+    def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
+        """Sends a fact to a Kafka topic once the transaction commits. Returns the message's id.
+
+        Order per key follows commit order only among transactions that lock the same row first, as an append does.
+        """
+        if type(message) not in topic.messages:
+            raise ValueError(f"{type(message).__name__} is not a message of topic {topic.name}")
+        id_ = message_id or uuid7()
+        headers = self._headers(id_, message, key, telemetry.creation("kafka", topic.name, str(id_)))
+        body = msgspec.json.encode(message)
+        self._rows.append(OutboxRow("kafka", id_, topic.name, "", key, headers, body, topic.retention))
+        return id_
+
+    def send(self, queue: Queue, message: Message, *, message_id: UUID | None = None) -> UUID:
+        """Sends work to a RabbitMQ queue once the transaction commits. Returns the message's id."""
+        if not isinstance(message, queue.message):
+            raise ValueError(f"{type(message).__name__} is not the message of queue {queue.name}")
+        id_ = message_id or uuid7()
+        destination = f"{queue.exchange.name}:{queue.routing_key}"
+        headers = self._headers(id_, message, None, telemetry.creation("rabbitmq", destination, str(id_)))
+        body = msgspec.json.encode(message)
+        # Keyed by its own id: no order is expected of a queue, so the load spreads over all buckets.
+        row = OutboxRow(
+            "rabbit",
+            id_,
+            queue.exchange.name,
+            queue.routing_key,
+            str(id_),
+            headers,
+            body,
+            queue.expires or QUEUE_HORIZON,
+        )
+        self._rows.append(row)
+        return id_
+
+    def enqueue(
+        self,
+        lane_kind: LaneKind[Item],
+        *,
+        lane: str,
+        item: Item,
+        item_id: UUID | None = None,
+        not_before: datetime | None = None,
+        expires_in: timedelta | None = None,
+    ) -> UUID:
+        """Puts work at the end of a lane once the transaction commits. Returns the item's id.
+
+        A lane is one tenant's: that of this transaction. With an `item_id` that its kind has had already, nothing
+        is enqueued. `expires_in`: what has not begun by then is not done any more.
+        """
+        if type(item) is not lane_kind.item:
+            raise ValueError(f"{type(item).__name__} is not the item of lane {lane_kind.name}")
+        id_ = item_id or uuid7()
+        headers = msgspec.json.encode(telemetry.carrier()).decode()
+        new = NewItem(
+            lane_kind.name,
+            self.tenant_id or "",
+            lane,
+            id_,
+            msgspec.json.encode(item),
+            headers,
+            not_before,
+            expires_in,
+        )
+        self._items.setdefault((lane_kind.name, id_), new)
+        return id_
+
+    def _headers(self, id_: UUID, message: Message, subject: str | None, carrier: dict[str, str]) -> str:
+        envelope = Envelope(
+            id=id_,
+            source=self._service,
+            type=message.wire_name(),
+            time=utcnow(),
+            subject=subject,
+            tenant_id=self.tenant_id,
+            traceparent=carrier.get("traceparent"),
+            tracestate=carrier.get("tracestate"),
+        )
+        return msgspec.json.encode(envelope.headers()).decode()
+
+    async def flush(self) -> None:
+        """Writes what was collected. The kernel calls it before the commit."""
+        if self._events:
+            fresh = await event_store.append(await self.connection(), self._events, {})
+            self._events.clear()
+            failpoint("after_append")
+            for new in fresh:
+                if new.event_id not in self._announced:
+                    self._publish(new)
+        for statement, rows in self._puts.items():
+            await self.sql(statement, *map(list, zip(*rows, strict=True)))
+        self._puts.clear()
+        if self._rows:
+            await insert_outbox(await self.connection(), self._rows)
+            self.buses |= {row.bus for row in self._rows}
+            self._rows.clear()
+        if self._items:
+            # Last: the rows of the lanes stay locked until the commit, and whoever else enqueues there waits.
+            await insert_items(await self.connection(), list(self._items.values()))
+            self.woken |= {kind for kind, _ in self._items}
+            self._items.clear()
+
+    async def run_after_commit(self) -> None:
+        for call in self._after:
+            try:
+                await call()
+            except Exception as error:
+                get_logger("infra.postgres.tx").warning(
+                    "what should follow a commit failed", error=f"{type(error).__name__}: {error}"
+                )
+
+    async def close(self, *, commit: bool) -> None:
+        if self._connection is None:
+            return
+        try:
+            if commit:
+                await self._connection.commit()
+        finally:
+            # Closing rolls back what was not committed and gives the connection back.
+            await self._connection.close()
+            self._connection = None
+
+
+class Database:
+    """One role's pool of one service, and the only place that commits.
+
+    `tenanted`: the role is bound by row-level security, so a transaction must name its tenant.
+    """
+
+    def __init__(self, engine: AsyncEngine, service: str, *, tenanted: bool = False) -> None:
+        self.engine = engine
+        self.service = service
+        self._tenanted = tenanted
+        self._looking = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._listeners: list[Callable[[str], None]] = []
+        self._lane_listeners: list[Callable[[str], None]] = []
+
+    def on_messages(self, wake: Callable[[str], None]) -> None:
+        """`wake` is called with the bus after each commit that left messages for it in the outbox."""
+        self._listeners.append(wake)
+
+    def on_items(self, wake: Callable[[str], None]) -> None:
+        """`wake` is called with the kind of lane after each commit that left something to do there."""
+        self._lane_listeners.append(wake)
+
+    @asynccontextmanager
+    async def begin(self, *, tenant_id: str | None = None, cause: Envelope | None = None) -> AsyncIterator[Tx]:
+        """One transaction: committed when the block ends, rolled back when it raises.
+
+        Raises ValueError where the role needs a tenant and none is given.
+        """
+        if self._tenanted and not tenant_id:
+            raise ValueError("tenant_id: the request role works for one tenant, and none was given")
+        tx = Tx(self.engine, self.service, tenant_id=tenant_id, cause=cause, tenanted=self._tenanted)
+        committed = False
+        try:
+            yield tx
+            await tx.flush()
+            if tx.buses:
+                failpoint("before_commit")
+            await tx.close(commit=True)
+            committed = True
+        finally:
+            if not committed:
+                await tx.close(commit=False)
+        if tx.buses:
+            failpoint("after_commit")
+        for bus in tx.buses:
+            for wake in self._listeners:
+                wake(bus)
+        for kind in tx.woken:
+            for wake_lane in self._lane_listeners:
+                wake_lane(kind)
+        await tx.run_after_commit()
+
+    @asynccontextmanager
+    async def look(self, *, tenant_id: str) -> AsyncIterator[Tx]:
+        """Reads by the worker role, each statement for itself: BEGIN and COMMIT would take longer than one statement
+        between them. What is collected in it is never written."""
+        tx = Tx(self._looking, self.service, tenant_id=tenant_id, cause=None)
+        try:
+            yield tx
+        finally:
+            await tx.close(commit=False)
+
+    async def run(
+        self,
+        work: Callable[[Tx], Awaitable[T]],
+        *,
+        tenant_id: str | None = None,
+        cause: Envelope | None = None,
+    ) -> T:
+        """Runs `work` in a transaction, anew where somebody else appended to one of its streams first.
+
+        Raises Conflict when that happened CONFLICT_ATTEMPTS times in a row.
+        """
+        for attempt in range(1, CONFLICT_ATTEMPTS + 1):
+            try:
+                async with self.begin(tenant_id=tenant_id, cause=cause) as tx:
+                    result = await work(tx)
+                return result
+            except Conflict:
+                if attempt == CONFLICT_ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
+
+
+def derived_id(base: UUID, *parts: object) -> UUID:
+    """The UUIDv7 that follows from `base` and `parts`, the same each time, with the time of `base`.
+
+    Keeping the time keeps it in the inbox partition of `base`.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), key=base.bytes, digest_size=10).digest()
+    variant = bytes([digest[2] & 0x3F | 0x80])
+    return UUID(bytes=base.bytes[:6] + bytes([digest[0] & 0x0F | 0x70]) + digest[1:2] + variant + digest[3:])
+
+
+def publications(
+    aggregate: Aggregate[Any], stream_id: str, event_id: UUID, event: Any
+) -> list[tuple[UUID, Publication]]:
+    """The public messages of a stored fact, each with the id it has however often it is emitted."""
+    return [
+        (derived_id(event_id, "publication", n), publication)
+        for n, publication in enumerate(aggregate.publish(stream_id, event))
+    ]
+
+
+async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
+    """Writes messages into the outbox, positions in the order given."""
+    await db.sql(
+        connection,
+        "INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until) "
+        "SELECT b, u, m, d, r, k, h, y, clock_timestamp() + t FROM unnest($1::text[], $2::smallint[], $3::uuid[], "
+        "$4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[], $9::interval[]) AS n(b, u, m, d, r, k, h, y, t)",
+        [row.bus for row in rows],
+        [row.bucket for row in rows],
+        [row.message_id for row in rows],
+        [row.destination for row in rows],
+        [row.routing_key for row in rows],
+        [row.key for row in rows],
+        [row.headers for row in rows],
+        [row.body for row in rows],
+        [row.keep_for for row in rows],
+    )

@@ -1,0 +1,1 @@
+"""Encryption with subject keys, identities and tokens, and audit records."""

@@ -1,0 +1,99 @@
+"""What is stored sealed: AES-256-GCM (NIST SP 800-38D) under keys that HKDF (RFC 5869) derives from the master key.
+
+A sealed value is ``version 1 byte | key id 4 bytes | nonce 12 bytes | ciphertext and tag``. The key id names the
+master key, so that values sealed under a former one can be told apart when the key is changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from functools import lru_cache
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from infra.errors import InvalidMessage
+
+KEY_BYTES = 32
+_VERSION = b"\x01"
+_HEADER_BYTES = 5
+_NONCE_BYTES = 12
+
+
+class Cipher:
+    """Seals under the platform's master key, given as base64 of 32 bytes. Raises ValueError for another one."""
+
+    def __init__(self, master_key: str) -> None:
+        self._master = read_key(master_key)
+        self._header = _VERSION + self._derived("key id")[:4]
+        # A purpose is one of few fixed words; bounded all the same.
+        self._keys = lru_cache(maxsize=64)(lambda purpose: AESGCM(self._derived(f"seal {purpose}")))
+
+    def seal(self, content: str | bytes, purpose: str, *context: str) -> bytes:
+        """Encrypts `content`. Only `open` with the same purpose and context gives it back.
+
+        purpose: a fixed word, which has a key of its own (``channel credentials``).
+        context: what the value belongs to (tenant, id, field); bound to it and not stored with it.
+        """
+        return self._header + _seal(self._keys(purpose), content, self._header, purpose, *context)
+
+    def open(self, sealed: bytes, purpose: str, *context: str) -> bytes:
+        """What was sealed. Raises InvalidMessage where it was changed, or sealed for another purpose or context;
+        RuntimeError where it was sealed under another master key, for then the process is set up wrongly.
+        """
+        header = sealed[:_HEADER_BYTES]
+        if header != self._header and len(header) == _HEADER_BYTES and header.startswith(_VERSION):
+            raise RuntimeError("sealed under another master key than CLAW_MASTER_KEY of this process")
+        return _open(self._keys(purpose), sealed[_HEADER_BYTES:], header, purpose, *context)
+
+    def _derived(self, info: str) -> bytes:
+        return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"clawbus {info}".encode()).derive(self._master)
+
+
+class DataKey:
+    """Seals under a random key of its own, which is itself kept sealed (see `infra.security.subjects`)."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = AESGCM(key)
+
+    def seal(self, content: str, *context: str) -> bytes:
+        """Encrypts `content`; `context` (tenant, subject, event id, field) is bound to it and not stored with it."""
+        return _VERSION + _seal(self._key, content, _VERSION, *context)
+
+    def open(self, sealed: bytes, *context: str) -> str:
+        """What was sealed. Raises InvalidMessage where it was changed, or sealed for another context."""
+        return _open(self._key, sealed[1:], sealed[:1], *context).decode()
+
+
+def read_key(text: str) -> bytes:
+    """The key that `text` is the base64 of. Raises ValueError, without showing it, where it is not one of 32 bytes."""
+    try:
+        key = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"must be the base64 of {KEY_BYTES} bytes")
+    return key
+
+
+def _seal(key: AESGCM, content: str | bytes, header: bytes, *context: str) -> bytes:
+    nonce = os.urandom(_NONCE_BYTES)
+    data = content.encode() if isinstance(content, str) else content
+    return nonce + key.encrypt(nonce, data, _associated(header, context))
+
+
+def _open(key: AESGCM, sealed: bytes, header: bytes, *context: str) -> bytes:
+    try:
+        return key.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _associated(header, context))
+    except (InvalidTag, ValueError):
+        raise InvalidMessage("sealed", "was changed, or was sealed for something else") from None
+
+
+def _associated(header: bytes, context: tuple[str, ...]) -> bytes:
+    # As JSON: ("a", "bc") and ("ab", "c") must differ.
+    return header + msgspec.json.encode(context)

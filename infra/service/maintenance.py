@@ -1,0 +1,68 @@
+"""What every service process does besides: gauges every few seconds, housekeeping of the kernel's tables."""
+
+from __future__ import annotations
+
+import asyncio
+
+from infra.bus import outbox
+from infra.lanes import lane
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres import dead_letters, inbox
+from infra.postgres.tx import Database
+
+OBSERVE_SECONDS = 5.0
+OBSERVATIONS_PER_MAINTENANCE = 12
+
+
+class Maintenance:
+    """Runs until stopped. Several processes of a service may do so at once."""
+
+    def __init__(self, database: Database, metrics: Metrics) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._kinds: set[str] = set()
+        self._stopping = asyncio.Event()
+
+    async def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(self) -> None:
+        ticks = 0
+        while not self._stopping.is_set():
+            try:
+                await self._observe()
+                if ticks % OBSERVATIONS_PER_MAINTENANCE == 0:
+                    async with self._database.begin() as tx:
+                        await inbox.maintain(await tx.connection())
+                    async with self._database.begin() as tx:
+                        await lane.forget(tx)
+            except Exception as error:
+                get_logger("infra.service.maintenance").warning(
+                    "maintenance failed; will retry", error=f"{type(error).__name__}: {error}"
+                )
+            ticks += 1
+            try:
+                await asyncio.wait_for(self._stopping.wait(), OBSERVE_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def _observe(self) -> None:
+        async with self._database.begin() as tx:
+            pending = await outbox.pending_by_destination(await tx.connection())
+            parked = await dead_letters.count_parked(await tx.connection())
+            waiting = await lane.waiting(tx)
+        metrics = self._metrics
+        for gauge in (metrics.outbox_depth, metrics.outbox_oldest_seconds, metrics.parked_keys):
+            gauge.clear()
+        # Kept at 0 where nothing waits: whoever scales by it must not see the series end.
+        for kind in self._kinds | waiting.keys():
+            depth, oldest = waiting.get(kind, (0, 0.0))
+            metrics.lane_depth.labels(kind).set(depth)
+            metrics.lane_oldest_seconds.labels(kind).set(oldest)
+        self._kinds |= waiting.keys()
+        for labels, (depth, oldest) in pending.items():
+            metrics.outbox_depth.labels(*labels).set(depth)
+            metrics.outbox_oldest_seconds.labels(*labels).set(oldest)
+        for labels, count in parked.items():
+            metrics.parked_keys.labels(*labels).set(count)

@@ -1,0 +1,123 @@
+"""What the kernel serves by gRPC in every process: the dead letters and the outbox of its own schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC
+from typing import Any
+from uuid import UUID
+
+from infra.errors import InvalidMessage, NotFound
+from infra.postgres import dead_letters
+from infra.postgres.db import sql
+from infra.postgres.dead_letters import DeadLetterView
+from infra.postgres.tx import Database
+from infra.service import redrive
+from infra.web import rpc
+from protos.ops.v1 import ops_pb2, ops_pb2_grpc
+
+MAX_LISTED = 1000
+
+
+class Operations(ops_pb2_grpc.OperationsServicer):
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def ListDeadLetters(
+        self, request: ops_pb2.ListDeadLettersRequest, context: Any
+    ) -> ops_pb2.ListDeadLettersReply:
+        async with self._database.engine.connect() as connection:
+            letters = await dead_letters.list_dead_letters(
+                connection,
+                self._database.service,
+                limit=min(request.limit or 100, MAX_LISTED),
+                after=_uuid("after", request.after) if request.HasField("after") else None,
+                tenant_id=rpc.tenant_if_any(),
+            )
+        return ops_pb2.ListDeadLettersReply(items=[_shown(letter, whole=False) for letter in letters])
+
+    async def GetDeadLetter(self, request: ops_pb2.GetDeadLetterRequest, context: Any) -> ops_pb2.DeadLetter:
+        return _shown(await self._own(_uuid("id", request.id)), whole=True)
+
+    async def RedriveDeadLetters(
+        self, request: ops_pb2.RedriveDeadLettersRequest, context: Any
+    ) -> ops_pb2.RedriveDeadLettersReply:
+        ids = [(await self._own(_uuid("ids", id_))).id for id_ in request.ids] or await self._failed()
+        async with self._database.begin(tenant_id=rpc.tenant_if_any()) as tx:
+            count = await redrive.request_redrive(tx, ids, actor=_actor(request.actor), force=request.force)
+        return ops_pb2.RedriveDeadLettersReply(redriven=count)
+
+    async def DiscardDeadLetter(
+        self, request: ops_pb2.DiscardDeadLetterRequest, context: Any
+    ) -> ops_pb2.DiscardDeadLetterReply:
+        letter = await self._own(_uuid("id", request.id))
+        async with self._database.begin(tenant_id=rpc.tenant_if_any()) as tx:
+            await redrive.discard(tx, letter.id, actor=_actor(request.actor))
+        return ops_pb2.DiscardDeadLetterReply()
+
+    async def CountOutbox(self, request: ops_pb2.CountOutboxRequest, context: Any) -> ops_pb2.CountOutboxReply:
+        async with self._database.engine.connect() as connection:
+            [(produced, published)] = await sql(
+                connection,
+                # One row per message, however often it was sent: resend marks rows, it makes none. A tenant's rows of
+                # a topic that is keyed by tenant are found by their key.
+                "SELECT count(DISTINCT message_id), count(DISTINCT message_id) FILTER (WHERE published_at IS NOT NULL) "
+                "FROM outbox WHERE bus = 'kafka' AND destination = $1 AND ($2::text IS NULL OR key = $2) "
+                "AND ($3::timestamptz IS NULL OR message_id >= uuid7_floor($3))",
+                request.topic,
+                rpc.tenant_if_any(),
+                request.since.ToDatetime(UTC) if request.HasField("since") else None,
+            )
+        return ops_pb2.CountOutboxReply(produced=produced, published=published, pending=produced - published)
+
+    async def _own(self, id_: UUID) -> DeadLetterView:
+        async with self._database.engine.connect() as connection:
+            letter = await dead_letters.get_dead_letter(connection, self._database.service, id_)
+        tenant_id = rpc.tenant_if_any()
+        if letter is None or (tenant_id and letter.tenant_id != tenant_id):
+            raise NotFound(f"dead letter {id_}: there is none")
+        return letter
+
+    async def _failed(self) -> list[UUID]:
+        async with self._database.engine.connect() as connection:
+            letters = await dead_letters.list_dead_letters(
+                connection, self._database.service, limit=MAX_LISTED, tenant_id=rpc.tenant_if_any()
+            )
+        return [letter.id for letter in letters if letter.state == "failed"]
+
+
+def servicer(database: Database) -> tuple[Callable[[Any, Any], None], Operations]:
+    return ops_pb2_grpc.add_OperationsServicer_to_server, Operations(database)
+
+
+def _uuid(field: str, text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InvalidMessage(field, "is not a UUID") from None
+
+
+def _actor(asked: str) -> str:
+    """Who is accountable: whom the calling service names, else that service."""
+    return asked or f"service:{rpc.caller()}"
+
+
+def _shown(letter: DeadLetterView, *, whole: bool) -> ops_pb2.DeadLetter:
+    shown = ops_pb2.DeadLetter(
+        id=str(letter.id),
+        service=letter.service,
+        consumer=letter.consumer,
+        source=letter.source,
+        place=letter.place,
+        message_id=letter.message_id,
+        key=letter.key,
+        tenant_id=letter.tenant_id,
+        state=letter.state,
+        attempts=letter.attempts,
+        error=letter.error,
+        headers=letter.headers if whole else {},
+        payload=letter.payload if whole else "",
+    )
+    shown.first_failed_at.FromDatetime(letter.first_failed_at)
+    shown.last_failed_at.FromDatetime(letter.last_failed_at)
+    return shown

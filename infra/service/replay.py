@@ -1,0 +1,289 @@
+"""Replay: a projection is built anew beside the live tables, compared with them, and put in their place.
+
+The records come from Kafka, or from the owner's event store through the same publishing code, which reaches beyond
+the topic's retention. The projection's own handler runs; its search path holds the shadow tables only and its
+transaction publishes nothing, so it can change nothing else: a write to another table fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from infra.bus.batch import readable_id
+from infra.bus.dispatch import Decoded, decode, handle
+from infra.bus.kafka import printable_headers, topic_incarnations
+from infra.errors import Conflict, InvalidMessage
+from infra.postgres.db import sql
+from infra.postgres.event_store import Aggregate, Stream, read_all
+from infra.postgres.inbox import mark_handled
+from infra.postgres.tx import Tx, publications
+from infra.service.shadow_tables import Comparison, ShadowTables
+from protos.envelope import Message
+from protos.topology import Queue, Subscription, Topic
+
+BATCH = 1000
+INSTEAD = "replay from the owner's event store instead (--from-events)"
+OPEN_OR_GIVEN_UP = "('failed', 'waiting', 'redriving', 'discarded')"
+
+Progress = Callable[[int, int], None]
+"""Called with how many records are done and how many there are."""
+
+
+@dataclass
+class Rebuilt:
+    """What a replay found and did."""
+
+    records: int
+    tables: list[Comparison]
+    switched: bool = False
+
+
+class _ShadowTx(Tx):
+    """A transaction whose side effects are off."""
+
+    def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
+        return message_id or UUID(int=0)
+
+    def send(self, queue: Queue, message: Message, *, message_id: UUID | None = None) -> UUID:
+        return message_id or UUID(int=0)
+
+    def after_commit(self, call: Callable[[], Awaitable[None]]) -> None:
+        return
+
+    def append(self, stream: Stream[Any], event: Any, *, event_id: UUID | None = None) -> None:
+        raise Conflict("a projection appends no events; its handler cannot be replayed")
+
+
+class Replay:
+    """One rebuild of one subscription's tables. `engine` connects as an administrator of the service's schema.
+
+    Raises Conflict where the subscription is no projection.
+    """
+
+    def __init__(self, engine: AsyncEngine, service: str, subscription: Subscription, progress: Progress) -> None:
+        if not subscription.projection or not isinstance(subscription.source, Topic):
+            raise Conflict(f"{subscription.name} is no projection: it declares no tables that may be rebuilt")
+        self._engine = engine
+        self._service = service
+        self._shadow = ShadowTables(service, subscription.projection)
+        self._subscription = subscription
+        self._topic = subscription.source
+        self._progress = progress
+        self._done = 0
+        # Records passed over because they were dead letters then; redriven meanwhile, they are applied in the end.
+        self._passed_over: list[Any] = []
+
+    async def from_kafka(self, bootstrap: str, *, prefix: str = "", switch_unequal: bool = False) -> Rebuilt:
+        """Rebuilds from the topic's log. Raises Conflict where the log no longer reaches back to its beginning."""
+        topic = prefix + self._topic.name
+        # No reset: records that retention deletes while they are read must end the replay, not be passed over.
+        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="none")
+        try:
+            await consumer.start()
+            incarnation = (await topic_incarnations(consumer._client, [topic])).get(topic)
+            if incarnation is None:
+                raise Conflict(f"topic {topic} does not exist at the broker; {INSTEAD}")
+            partitions = [TopicPartition(topic, n) for n in range(self._topic.partitions)]
+            consumer.assign(partitions)
+            for partition in partitions:
+                consumer.seek(partition, 0)
+            begin = await consumer.beginning_offsets(partitions)
+            if any(begin.values()):
+                raise Conflict(f"topic {topic} no longer holds its first records; {INSTEAD}")
+            async with self._alone():
+                await self._make_shadow()
+                reached = dict.fromkeys(partitions, 0)
+                # Most of the way without holding anybody up, then the rest with the live consumers held.
+                await self._read_to(consumer, reached, await self._live_offsets(topic, incarnation))
+                async with self._engine.connect() as held:
+                    targets = await self._hold(held, topic, incarnation)
+                    await self._read_to(consumer, reached, targets)
+                    return await self._finish(held, switch_unequal)
+        except OffsetOutOfRangeError as error:
+            raise Conflict(f"topic {topic} lost records while they were read; {INSTEAD}") from error
+        finally:
+            await consumer.stop()
+
+    async def from_events(
+        self, owner: str, aggregates: Sequence[Aggregate[Any]], *, switch_unequal: bool = False
+    ) -> Rebuilt:
+        """Rebuilds from the event store of service `owner`: of its facts, those that the live consumer has handled.
+
+        The live consumer is held all the while. Both services' schemas are in this one database.
+        """
+        async with self._alone(), self._engine.connect() as held:
+            await self._make_shadow()
+            await self._hold(held, "", None)
+            await sql(held, f'SET LOCAL search_path = "{owner}"')
+            names = [f"{aggregate.name}:" for aggregate in aggregates]
+            [(total,)] = await sql(
+                held,
+                "SELECT count(*) FROM event JOIN unnest($1::text[]) AS n(name) ON starts_with(stream_id, name)",
+                names,
+            )
+            batch: list[Decoded] = []
+            async for item in self._emitted(held, aggregates):
+                batch.append(item)
+                if len(batch) == BATCH:
+                    await self._apply(await self._handled(held, batch), total)
+                    batch = []
+            await self._apply(await self._handled(held, batch), total)
+            return await self._finish(held, switch_unequal)
+
+    async def _emitted(self, held: AsyncConnection, aggregates: Sequence[Aggregate[Any]]) -> AsyncIterator[Decoded]:
+        for aggregate in aggregates:
+            async for stored in read_all(held, aggregate, limit=BATCH):
+                for id_, publication in publications(aggregate, stored.stream_id, stored.event_id, stored.event):
+                    if publication.topic == self._topic:
+                        # Through bytes, as it would come from the bus: what the wire loses must be lost here too.
+                        body = msgspec.json.encode(publication.message)
+                        headers = {"ce_id": str(id_), "ce_type": publication.message.wire_name(), **stored.headers}
+                        yield decode(headers, body, self._topic.messages)
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """One replay of the service at a time: two would write into the same shadow tables."""
+        async with self._engine.connect() as connection:
+            lock = f"replay {self._service}"
+            [(mine,)] = await sql(connection, "SELECT pg_try_advisory_lock(hashtextextended($1, 0))", lock)
+            if not mine:
+                raise Conflict(f"another replay of {self._service} is under way")
+            await connection.commit()  # the lock is the session's, and no transaction stays open
+            try:
+                yield
+            finally:
+                await sql(connection, "SELECT pg_advisory_unlock(hashtextextended($1, 0))", lock)
+
+    async def _hold(self, held: AsyncConnection, topic: str, incarnation: UUID | None) -> dict[TopicPartition, int]:
+        """Holds the live consumer where it stands, and what could redrive a dead letter into the live tables."""
+        await sql(held, "SET LOCAL idle_in_transaction_session_timeout = 0")
+        await sql(held, "SET LOCAL statement_timeout = 0")
+        await sql(held, "SET LOCAL transaction_timeout = 0")
+        targets = await self._live_offsets(topic, incarnation, lock=held)
+        # In the order in which consumer and drainer take them. EXCLUSIVE: also FOR UPDATE waits, so a drainer stops
+        # before it has a lock on the live tables, which the switch needs.
+        for table in ("parked_key", "dead_letter"):
+            await sql(held, f'LOCK TABLE "{self._service}".{table} IN EXCLUSIVE MODE')
+        return targets
+
+    async def _make_shadow(self) -> None:
+        async with self._engine.begin() as connection:
+            await self._shadow.make(connection)
+
+    async def _live_offsets(
+        self, topic: str, incarnation: UUID | None, *, lock: AsyncConnection | None = None
+    ) -> dict[TopicPartition, int]:
+        """Where the live consumer stands. With `lock`, it cannot move on until that transaction ends."""
+        statement = (
+            f'SELECT partition, incarnation, next_offset FROM "{self._service}".consumer_offset '
+            "WHERE consumer = $1 AND topic = $2 ORDER BY partition"
+        )
+        if lock is not None:
+            rows = await sql(lock, statement + " FOR UPDATE", self._subscription.group, self._topic.name)
+        else:
+            async with self._engine.connect() as connection:
+                rows = await sql(connection, statement, self._subscription.group, self._topic.name)
+        if incarnation is not None and any(UUID(str(row[1])) != incarnation for row in rows):
+            raise Conflict(f"topic {topic} was made anew and the live consumer has not gone over to it yet")
+        return {TopicPartition(topic, partition): offset for partition, _, offset in rows}
+
+    async def _handled(self, connection: AsyncConnection, items: Sequence[Decoded]) -> list[Decoded]:
+        """Those of `items` that the live consumer has applied."""
+        schema = f'"{self._service}"'
+        rows = await sql(
+            connection,
+            f"SELECT n.id FROM unnest($2::uuid[]) AS n(id) WHERE (EXISTS (SELECT FROM {schema}.inbox "
+            "WHERE message_id = n.id AND consumer = $1) "
+            # What is older than the inbox keeps (see inbox_partitions) was handled long ago, if it ever could be.
+            f"OR n.id < {schema}.uuid7_floor(date_trunc('month', now() - interval '120 days', 'UTC'))) "
+            f"AND NOT EXISTS (SELECT FROM {schema}.dead_letter WHERE consumer = $1 AND source = 'kafka' "
+            f"AND destination = $3 AND message_id = n.id::text AND state IN {OPEN_OR_GIVEN_UP})",
+            self._subscription.group,
+            [item.id for item in items],
+            self._topic.name,
+        )
+        handled = {UUID(int=id_.int) for (id_,) in rows}
+        return [item for item in items if item.id in handled]
+
+    async def _read_to(
+        self,
+        consumer: AIOKafkaConsumer,
+        reached: dict[TopicPartition, int],
+        targets: Mapping[TopicPartition, int],
+    ) -> None:
+        """Applies the records from `reached` up to `targets`, which it advances."""
+        async with self._engine.connect() as connection:
+            rows = await sql(
+                connection,
+                f"SELECT message_id FROM \"{self._service}\".dead_letter WHERE consumer = $1 AND source = 'kafka' "
+                f"AND destination = $2 AND state IN {OPEN_OR_GIVEN_UP}",
+                self._subscription.group,
+                self._topic.name,
+            )
+        not_applied = {message_id for (message_id,) in rows}
+        total = sum(targets.values())
+        before, self._passed_over = self._passed_over, []
+        await self._apply(self._decoded(before, not_applied), total)
+        for tp, target in targets.items():
+            consumer.seek(tp, reached[tp])
+            consumer.pause(*(other for other in targets if other != tp))
+            consumer.resume(tp)
+            while reached[tp] < target:
+                records = (await consumer.getmany(tp, timeout_ms=1000, max_records=BATCH)).get(tp, [])
+                records = [record for record in records if record.offset < target]
+                if not records:
+                    # Past the last record there may be nothing but markers; the position tells.
+                    reached[tp] = min(await consumer.position(tp), target)
+                    continue
+                await self._apply(self._decoded(records, not_applied), total)
+                reached[tp] = records[-1].offset + 1
+
+    def _decoded(self, records: Sequence[Any], not_applied: set[str]) -> list[Decoded]:
+        decoded = []
+        for record in records:
+            headers, _ = printable_headers(record.headers)
+            if readable_id(headers, record.value) in not_applied:
+                self._passed_over.append(record)
+                continue
+            try:
+                decoded.append(decode(headers, record.value, self._topic.messages))
+            except InvalidMessage as error:
+                # It became a dead letter live, with its own id or digest, and was passed over above unless it was
+                # redriven by a reader that could read it; this one cannot, and says so.
+                where = f"record {record.partition}/{record.offset}"
+                raise Conflict(f"{where} cannot be read by this version: {error}") from None
+        return decoded
+
+    async def _apply(self, items: Sequence[Decoded], total: int) -> None:
+        if items:
+            tx = _ShadowTx(self._engine, self._service, tenant_id=None, cause=None)
+            try:
+                await tx.sql(f'SET LOCAL ROLE "{self._service}_owner"')
+                await tx.sql(f'SET LOCAL search_path = "{self._shadow.schema}"')
+                by_id = {item.id: item for item in reversed(items)}
+                fresh = await mark_handled(await tx.connection(), self._subscription.group, list(by_id))
+                new = [item for item in items if item.id in fresh and by_id[item.id] is item]
+                if new:
+                    await handle([self._subscription], new, tx)
+                await tx.close(commit=True)
+            finally:
+                await tx.close(commit=False)
+        self._done += len(items)
+        self._progress(self._done, total)
+
+    async def _finish(self, held: AsyncConnection, switch_unequal: bool) -> Rebuilt:
+        result = Rebuilt(self._done, await self._shadow.compare(held))
+        if switch_unequal or all(comparison.equal for comparison in result.tables):
+            await self._shadow.switch(held)
+            await held.commit()
+            result.switched = True
+        return result

@@ -1,0 +1,347 @@
+"""A service process: pools, relays, consumers, HTTP and gRPC in one event loop, started and drained in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import uvloop
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from starlette.routing import BaseRoute
+
+from infra import VERSION
+from infra.bus.at_least_once import OutsideReader
+from infra.bus.kafka import KafkaPublisher
+from infra.bus.outbox import Relay
+from infra.bus.rabbit import RabbitPublisher, Workers
+from infra.bus.reader import Reader
+from infra.bus.tail import Tail
+from infra.lanes.lane import Work
+from infra.lanes.runner import LaneRunner
+from infra.observe import logs, telemetry
+from infra.observe.metrics import Metrics
+from infra.outgoing.client import Outgoing
+from infra.postgres import db
+from infra.postgres.db import sql
+from infra.postgres.event_store import Aggregate
+from infra.postgres.tx import Database
+from infra.security.auth import Callers, Identities
+from infra.security.crypto import Cipher
+from infra.service import operations
+from infra.service.maintenance import Maintenance
+from infra.service.redrive import Drainer
+from infra.service.settings import Settings, SettingsError
+from infra.web import http, rpc
+from protos.catalog import SERVICE_LOGS
+from protos.topology import Queue, Subscription, Topic
+
+# Past this a consumer that has records to read and makes no progress is restarted by whoever watches liveness.
+STUCK_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a service's own factories get: `worker` is free of row-level security, `request` is bound by it."""
+
+    settings: Any
+    worker: Database
+    request: Database
+    metrics: Metrics
+    channels: rpc.Channels
+    identities: Identities
+    cipher: Cipher
+    cache: Redis
+    outgoing: Outgoing
+    # Set when the process is to end: answers without an end of their own end now.
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+RouteFactory = Callable[[Runtime], Sequence[BaseRoute]]
+ServicerFactory = Callable[[Runtime], tuple[Callable[[Any, Any], None], Any]]
+
+
+class Background(Protocol):
+    """Runs until it is told to stop. One that ends by an error ends the process."""
+
+    async def run(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+def spare_what_is_loaded() -> None:
+    """Takes all that is loaded by now out of the search for garbage cycles: none of it will ever be one."""
+    gc.collect()
+    gc.freeze()
+
+
+class Service:
+    """What a service's ``__main__`` declares. Nothing connects before `run`."""
+
+    def __init__(self, name: str, settings: type[Settings] = Settings) -> None:
+        self.name = name
+        self.subscriptions: list[Subscription] = []
+        self.adapters: dict[str, dict[str, Callable[[Runtime], Any]]] = {}
+        self.works: list[tuple[Work, dict[str, Callable[[Runtime], Any]]]] = []
+        self.aggregates: list[Aggregate[Any]] = []
+        self.settings = settings
+        self._routes: list[RouteFactory] = []
+        self._servicers: list[ServicerFactory] = []
+        self._besides: dict[str, Callable[[Runtime], Background]] = {}
+        self._dependencies: dict[str, Callable[[Runtime], Callable[[], Awaitable[None]]]] = {}
+
+    def consume(self, subscription: Subscription, **adapters: Callable[[Runtime], Any]) -> None:
+        """The handler is also given each of `adapters`, built once when the service starts."""
+        self.subscriptions.append(subscription)
+        self.adapters[subscription.name] = adapters
+
+    def work(self, work: Work, **adapters: Callable[[Runtime], Any]) -> None:
+        """The handler of the lane's items, and that of dead ones, is also given each of `adapters`, built once when the
+        service starts."""
+        self.works.append((work, adapters))
+
+    def own(self, *aggregates: Aggregate[Any]) -> None:
+        """The streams that this service keeps; replay emits their facts again."""
+        self.aggregates += aggregates
+
+    def depend(self, name: str, check: Callable[[Runtime], Callable[[], Awaitable[None]]]) -> None:
+        """A store or service without which this one still serves, and is degraded: health asks it by a round trip."""
+        self._dependencies[name] = check
+
+    def beside(self, name: str, build: Callable[[Runtime], Background]) -> None:
+        """A loop of the service's own, run as long as the process serves."""
+        self._besides[name] = build
+
+    def serve_http(self, routes: RouteFactory) -> None:
+        self._routes.append(routes)
+
+    def serve_grpc(self, servicer: ServicerFactory) -> None:
+        """`servicer` returns the generated ``add_…_to_server`` function and the object to add."""
+        self._servicers.append(servicer)
+
+    def run(self) -> None:
+        """Runs until SIGTERM or SIGINT, then drains. Exits with a message where the environment is not usable."""
+        try:
+            settings = self.settings.load()
+        except SettingsError as error:
+            sys.exit(f"{self.name}: {error}")
+        spare_what_is_loaded()
+        sys.exit(uvloop.run(self.serve(settings)))
+
+    async def serve(self, settings: Settings) -> int:
+        """Runs until a signal; the exit code, 1 where a part of the process ended by an error."""
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, stopping.set)
+        async with AsyncExitStack() as stack:
+            running = _Running(stack, stopping)
+            await self._start(settings, stack, running)
+            await stopping.wait()
+            # Leaving the stack drains in reverse order of the start: not ready any more, consumers finish what is
+            # under way, HTTP and gRPC answer what they have, relays publish their window, then the pools close.
+        return running.failed
+
+    async def _start(self, settings: Settings, stack: AsyncExitStack, running: _Running) -> None:
+        metrics = Metrics(CollectorRegistry())
+        logs.setup(self.name, settings.log_level)
+        traces = telemetry.setup(self.name, VERSION, settings.otlp_endpoint)
+        stack.push_async_callback(asyncio.to_thread, traces.shutdown)
+        sink = logs.KafkaLogSink(settings.kafka_bootstrap_servers, settings.topic_prefix + SERVICE_LOGS.name, metrics)
+        await sink.start()
+        stack.push_async_callback(sink.stop)
+
+        engine = db.create_engine(settings.database_url.get_secret_value(), name=self.name)
+        stack.push_async_callback(engine.dispose)
+        request_engine = db.create_engine(settings.request_database_url.get_secret_value(), name=self.name)
+        stack.push_async_callback(request_engine.dispose)
+        callers = Callers(settings.internal_secret.get_secret_value(), self.name)
+        channels = rpc.Channels(callers)
+        stack.push_async_callback(channels.close)
+        cache = Redis.from_url(settings.redis_url.get_secret_value())
+        stack.push_async_callback(cache.aclose)
+        outgoing = Outgoing(allow_private=settings.allow_private_targets)
+        stack.push_async_callback(outgoing.close)
+        runtime = Runtime(
+            settings=settings,
+            worker=Database(engine, self.name),
+            request=Database(request_engine, self.name, tenanted=True),
+            metrics=metrics,
+            channels=channels,
+            identities=Identities(settings.internal_secret.get_secret_value()),
+            cipher=Cipher(settings.master_key.get_secret_value()),
+            cache=cache,
+            outgoing=outgoing,
+            stopping=running.stopping,
+        )
+        health = http.Health(self.name, VERSION)
+
+        async def postgres() -> None:
+            async with engine.connect() as connection:
+                await sql(connection, "SELECT 1")
+
+        health.add_check("postgres", postgres)
+        for name, check in self._dependencies.items():
+            health.add_check(name, check(runtime), needed=False)
+        self._start_relays(runtime, health, stack, running)
+        await self._start_servers(runtime, callers, health, stack)
+        for name, build in self._besides.items():
+            part = build(runtime)
+            running.add(name, part.run, part.stop)
+        if self.works:
+            self._start_lanes(runtime, stack, running)
+        await self._start_consumers(runtime, health, stack, running)
+        stack.callback(health.drain)
+        logs.get_logger("infra.service").info("service is up", http_port=settings.http_port)
+
+    def _start_relays(self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: _Running) -> None:
+        settings = runtime.settings
+        kafka = KafkaPublisher(
+            settings.kafka_bootstrap_servers, prefix=settings.topic_prefix, client_id=f"clawbus-{self.name}"
+        )
+        rabbit = RabbitPublisher(settings.rabbitmq_url.get_secret_value())
+
+        async def brokers() -> None:
+            await (await kafka.start()).client.force_metadata_update()
+
+        health.add_check("kafka", brokers, needed=False)
+        for publisher in (kafka, rabbit):
+            stack.push_async_callback(publisher.stop)
+            relay = Relay(
+                runtime.worker.engine, self.name, publisher, runtime.metrics, lease_seconds=settings.lease_seconds
+            )
+            runtime.worker.on_messages(relay.wake)
+            runtime.request.on_messages(relay.wake)
+            running.add(f"relay to {publisher.bus}", relay.run, relay.stop)
+        maintenance = Maintenance(runtime.worker, runtime.metrics)
+        running.add("maintenance", maintenance.run, maintenance.stop)
+
+    async def _start_servers(
+        self, runtime: Runtime, callers: Callers, health: http.Health, stack: AsyncExitStack
+    ) -> None:
+        if self._servicers or runtime.settings.grpc_port is not None:
+            server = rpc.Server(self.name, callers, runtime.metrics)
+            for add, servicer in [
+                operations.servicer(runtime.worker),
+                *(factory(runtime) for factory in self._servicers),
+            ]:
+                add(servicer, server.grpc)
+            await server.start(runtime.settings.grpc_port, runtime.settings.listen_host)
+            stack.push_async_callback(server.stop)
+        routes = [route for factory in self._routes for route in factory(runtime)]
+        app = http.create_app(routes, health, runtime.metrics)
+        web = await http.serve_http(app, runtime.settings.http_port, runtime.settings.listen_host)
+        stack.push_async_callback(web.stop)
+
+    def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: _Running) -> None:
+        settings = runtime.settings
+        # Its one connection listens, claims and renews, whatever the handlers do with the pool.
+        control = db.create_engine(settings.database_url.get_secret_value(), pool_size=1, name=f"{self.name} lanes")
+        stack.push_async_callback(control.dispose)
+        works = []
+        for work, adapters in self.works:
+            built = {name: build(runtime) for name, build in adapters.items()}
+            dead = partial(work.dead, **built) if work.dead else None
+            works.append(replace(work, handler=partial(work.handler, **built), dead=dead))
+        runner = LaneRunner(runtime.worker, works, control, runtime.metrics, lease_seconds=settings.lease_seconds)
+        runtime.worker.on_items(runner.wake)
+        runtime.request.on_items(runner.wake)
+        running.add("lanes", runner.run, runner.stop)
+
+    async def _start_consumers(
+        self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: _Running
+    ) -> None:
+        settings = runtime.settings
+        bound = [self._bind(subscription, runtime) for subscription in self.subscriptions]
+        for subscription in (s for s in bound if s.tail):
+            tail = Tail(subscription, bootstrap=settings.kafka_bootstrap_servers, prefix=settings.topic_prefix)
+            running.add(f"tail {subscription.name}", tail.run, tail.stop)
+        subscribed = [subscription for subscription in bound if not subscription.tail]
+        # Also where nothing is consumed: what could not be published is a dead letter too.
+        drainer = Drainer(runtime.worker, subscribed, runtime.metrics)
+        running.add("redrive", drainer.run, drainer.stop)
+        by_group: dict[tuple[type[Reader | OutsideReader], str], list[Subscription]] = {}
+        for subscription in subscribed:
+            if isinstance(subscription.source, Topic):
+                kind = OutsideReader if subscription.outside else Reader
+                by_group.setdefault((kind, subscription.group), []).append(subscription)
+        for (kind, group), subscriptions in by_group.items():
+            reader = kind(
+                runtime.worker,
+                group,
+                subscriptions,
+                bootstrap=settings.kafka_bootstrap_servers,
+                metrics=runtime.metrics,
+                prefix=settings.topic_prefix,
+                session_ms=settings.kafka_session_ms,
+            )
+            health.add_probe(f"consumer {group}", partial(_makes_progress, reader))
+            running.add(f"reader {group}", reader.run, reader.stop)
+        jobs = [s for s in subscribed if isinstance(s.source, Queue)]
+        if jobs:
+            workers = Workers(runtime.worker, jobs, settings.rabbitmq_url.get_secret_value(), runtime.metrics)
+
+            async def rabbitmq() -> None:
+                if not await workers.ping():
+                    raise ConnectionError("RabbitMQ does not answer")
+
+            health.add_check("rabbitmq", rabbitmq, needed=False)
+            await _until_it_works("RabbitMQ", workers.start, running.stopping)
+            stack.push_async_callback(workers.stop)
+
+    def _bind(self, subscription: Subscription, runtime: Runtime) -> Subscription:
+        built = {name: build(runtime) for name, build in self.adapters[subscription.name].items()}
+        if not built:
+            return subscription
+        tail = partial(subscription.tail, **built) if subscription.tail else None
+        return replace(subscription, handler=partial(subscription.handler, **built), tail=tail)
+
+
+def _makes_progress(reader: Reader | OutsideReader) -> bool:
+    return reader.stuck_for() < STUCK_SECONDS
+
+
+class _Running:
+    """The background loops of the process. One that ends by an error ends the process: half a service is worse."""
+
+    def __init__(self, stack: AsyncExitStack, stopping: asyncio.Event) -> None:
+        self._stack = stack
+        self.stopping = stopping
+        self.failed = 0
+
+    def add(self, name: str, run: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]) -> None:
+        async def guarded() -> None:
+            try:
+                await run()
+            except (Exception, asyncio.CancelledError):
+                # Also a CancelledError: nobody cancels these, so it is some library's own that came through.
+                logs.get_logger("infra.service").error(f"{name} ended by an error, the service stops", exc_info=True)
+                self.failed = 1
+                self.stopping.set()
+
+        task = asyncio.create_task(guarded(), name=name)
+
+        async def drain() -> None:
+            await stop()
+            await task
+
+        self._stack.push_async_callback(drain)
+
+
+async def _until_it_works(what: str, start: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
+    """A service that starts before its broker waits for it, instead of dying and being restarted until it is there."""
+    while not stopping.is_set():
+        try:
+            return await start()
+        except OSError as error:
+            logs.get_logger("infra.service").warning(
+                f"{what} is not there yet, trying again", error=f"{type(error).__name__}: {error}"
+            )
+            await asyncio.sleep(1)

@@ -1,0 +1,92 @@
+"""What a service process reads from its environment, checked before anything starts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infra.security.crypto import read_key
+
+
+class SettingsError(Exception):
+    """The environment is not usable. The message names every variable and what is wrong, never a value."""
+
+
+def _url(*schemes: str) -> AfterValidator:
+    def check(value: SecretStr) -> SecretStr:
+        expected = " or ".join(f"{scheme}://" for scheme in schemes)
+        try:
+            url = urlsplit(value.get_secret_value())
+            usable = url.scheme in schemes and bool(url.hostname) and url.port != 0
+        except ValueError:
+            # Its text would show the part that cannot be read, which may be the password.
+            usable = False
+        if not usable:
+            raise ValueError(f"not a URL of the form {expected}user:password@host:port/…")
+        return value
+
+    return AfterValidator(check)
+
+
+def _key(value: SecretStr) -> SecretStr:
+    read_key(value.get_secret_value())
+    return value
+
+
+class Settings(BaseSettings):
+    """The variables that every service has, prefix ``CLAW_``. A service subclasses it for its own."""
+
+    # hide_input_in_errors: a secret that does not fit must not show up in the error that says so.
+    model_config = SettingsConfigDict(
+        env_prefix="CLAW_", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    database_url: Annotated[SecretStr, _url("postgresql")]
+    """The worker role's URL: relays, consumers and sweepers."""
+    request_database_url: Annotated[SecretStr, _url("postgresql")]
+    """The request role's URL, bound to one tenant by row-level security."""
+    kafka_bootstrap_servers: str
+    topic_prefix: str = ""
+    """The physical topic is this and the catalog's name."""
+    rabbitmq_url: Annotated[SecretStr, _url("amqp", "amqps")]
+    redis_url: Annotated[SecretStr, _url("redis", "rediss")]
+    listen_host: str = "127.0.0.1"
+    """The address on which HTTP and gRPC are served; a container's network needs ``0.0.0.0``."""
+    http_port: int = Field(ge=0, le=65535)
+    """0: a free one."""
+    grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    internal_secret: SecretStr = Field(min_length=32)
+    """Signs the caller's identity between services; the same in all of them."""
+    master_key: Annotated[SecretStr, AfterValidator(_key)]
+    """Base64 of 32 bytes: what is stored sealed is sealed under it."""
+    allow_private_targets: bool = False
+    """Lets vendors, models and tools live on private addresses; for the local stack."""
+    otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+    """The collector's base URL (``http://host:4318``); without it no spans are sent."""
+
+    log_level: Literal["debug", "info", "warn", "error"] = "info"
+    kafka_session_ms: int = Field(default=10_000, ge=2_000)
+    """After so long without a sign of life a reader's partitions go to another."""
+    lease_seconds: float = Field(default=9.0, ge=0.5)
+    """After so long without renewal a relay's buckets go to another."""
+
+    @classmethod
+    def load(cls) -> Self:
+        """Reads the environment. Raises SettingsError naming each variable that is missing or wrong."""
+        try:
+            return cls()  # type: ignore[call-arg]  # the values come from the environment
+        except ValidationError as error:
+            lines = [f"  {cls._variable(e['loc'])}: {_reason(e['type'], e['msg'])}" for e in error.errors()]
+            raise SettingsError("\n".join(["the environment of this process is not usable:", *lines])) from None
+
+    @classmethod
+    def _variable(cls, location: tuple[int | str, ...]) -> str:
+        name = str(location[0]) if location else "?"
+        return f"{cls.model_config['env_prefix']}{name}".upper() if name in cls.model_fields else name
+
+
+def _reason(kind: str, message: str) -> str:
+    return "missing" if kind == "missing" else message.removeprefix("Value error, ")

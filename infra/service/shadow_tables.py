@@ -1,0 +1,127 @@
+"""Shadow tables: empty twins of a projection's tables, to be filled, compared with them, and put in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from infra.errors import Conflict
+from infra.postgres.db import sql
+
+
+@dataclass
+class Comparison:
+    """One table of the projection: rows and hash of the live one and of the rebuilt one, at the same offsets."""
+
+    table: str
+    live_rows: int
+    live_hash: str
+    rebuilt_rows: int
+    rebuilt_hash: str
+
+    @property
+    def equal(self) -> bool:
+        return (self.live_rows, self.live_hash) == (self.rebuilt_rows, self.rebuilt_hash)
+
+
+class ShadowTables:
+    """The twins of `tables`, in the schema ``<service>_rebuild``; what they replace goes to ``<service>_retired``."""
+
+    def __init__(self, service: str, tables: Sequence[str]) -> None:
+        self.schema = f"{service}_rebuild"
+        self._service = service
+        self._tables = tables
+
+    async def make(self, connection: AsyncConnection) -> None:
+        """Makes them anew: columns, indexes, grants and policies of the live ones, and an inbox of their own.
+
+        Raises Conflict where a live table has what a switch would lose.
+        """
+        await self._refuse_attachments(connection)
+        await sql(connection, f'DROP SCHEMA IF EXISTS "{self.schema}" CASCADE')
+        await sql(connection, f'CREATE SCHEMA "{self.schema}" AUTHORIZATION "{self._service}_owner"')
+        await sql(connection, f'SET LOCAL ROLE "{self._service}_owner"')
+        for table in self._tables:
+            live, shadow = self._names(table)
+            await sql(connection, f"CREATE TABLE {shadow} (LIKE {live} INCLUDING ALL)")
+            for role, rights in await sql(
+                connection,
+                "SELECT grantee, string_agg(privilege_type, ', ') FROM information_schema.role_table_grants "
+                "WHERE table_schema = $1 AND table_name = $2 AND grantee <> $1 || '_owner' GROUP BY grantee",
+                self._service,
+                table,
+            ):
+                await sql(connection, f'GRANT {rights} ON {shadow} TO "{role}"')
+            await self._copy_policies(connection, table)
+        await sql(
+            connection,
+            f'CREATE TABLE "{self.schema}".inbox (message_id uuid, consumer text, PRIMARY KEY (message_id, consumer))',
+        )
+
+    async def compare(self, connection: AsyncConnection) -> list[Comparison]:
+        found = []
+        for table in self._tables:
+            live, shadow = [await self._hash(connection, name) for name in self._names(table)]
+            found.append(Comparison(table, *live, *shadow))
+        return found
+
+    async def switch(self, connection: AsyncConnection) -> None:
+        """Puts them in the place of the live ones, which stay in the schema of the retired until the next switch."""
+        retired = f"{self._service}_retired"
+        await sql(connection, f'DROP SCHEMA IF EXISTS "{retired}" CASCADE')
+        await sql(connection, f'CREATE SCHEMA "{retired}" AUTHORIZATION "{self._service}_owner"')
+        for table in self._tables:
+            live, shadow = self._names(table)
+            await sql(connection, f'ALTER TABLE {live} SET SCHEMA "{retired}"')
+            await sql(connection, f'ALTER TABLE {shadow} SET SCHEMA "{self._service}"')
+        await sql(connection, f'DROP SCHEMA "{self.schema}" CASCADE')
+
+    def _names(self, table: str) -> tuple[str, str]:
+        return f'"{self._service}"."{table}"', f'"{self.schema}"."{table}"'
+
+    async def _refuse_attachments(self, connection: AsyncConnection) -> None:
+        for table in self._tables:
+            [(attached,)] = await sql(
+                connection,
+                "SELECT string_agg(name, ', ' ORDER BY name) FROM (SELECT 'foreign key ' || conname "
+                "FROM pg_constraint WHERE contype = 'f' AND $1::text::regclass IN (conrelid, confrelid) "
+                "UNION SELECT 'trigger ' || tgname FROM pg_trigger WHERE tgrelid = $1::text::regclass "
+                "AND NOT tgisinternal UNION SELECT 'view ' || ev_class::regclass FROM pg_rewrite r JOIN pg_depend d "
+                "ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid "
+                "WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::text::regclass) AS attached(name)",
+                self._names(table)[0],
+            )
+            if attached:
+                raise Conflict(f"table {table} cannot be switched, these would stay with the old one: {attached}")
+
+    async def _copy_policies(self, connection: AsyncConnection, table: str) -> None:
+        live, shadow = self._names(table)
+        [(secured, forced)] = await sql(
+            connection, "SELECT relrowsecurity, relforcerowsecurity FROM pg_class WHERE oid = $1::text::regclass", live
+        )
+        if secured:
+            await sql(connection, f"ALTER TABLE {shadow} ENABLE ROW LEVEL SECURITY")
+        if forced:
+            await sql(connection, f"ALTER TABLE {shadow} FORCE ROW LEVEL SECURITY")
+        for name, kind, roles, command, using, check in await sql(
+            connection,
+            "SELECT policyname, permissive, roles::text[], cmd, qual, with_check FROM pg_policies "
+            "WHERE schemaname = $1 AND tablename = $2",
+            self._service,
+            table,
+        ):
+            to = ", ".join("PUBLIC" if role == "public" else f'"{role}"' for role in roles)
+            statement = f'CREATE POLICY "{name}" ON {shadow} AS {kind} FOR {command} TO {to}'
+            statement += f" USING ({using})" if using else ""
+            statement += f" WITH CHECK ({check})" if check else ""
+            await sql(connection, statement)
+
+    async def _hash(self, connection: AsyncConnection, table: str) -> tuple[int, str]:
+        """Rows and a hash that does not depend on their order: two tables with the same rows have the same."""
+        [(rows, digest)] = await sql(
+            connection,
+            f"SELECT count(*), coalesce(sum(hashtextextended(t::text, 0)::numeric), 0)::text FROM {table} t",
+        )
+        return rows, digest

@@ -1,0 +1,218 @@
+"""Files in the object store (S3), bucket ``openclaw-media``: where they lie, how large and of what type they may be."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import tempfile
+import unicodedata
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import IO, TypeVar
+from urllib.parse import quote, urlsplit
+
+import urllib3
+from minio import Minio
+from minio.error import S3Error, ServerError
+
+from infra.errors import InvalidMessage, NotFound, TooLarge, Transient, WrongType
+from infra.stores import filetypes as types
+
+T = TypeVar("T")
+
+BUCKET = "openclaw-media"
+DOWNLOAD_LIFE = timedelta(hours=1)
+MAX_NAME_BYTES = 200
+
+_MIB = 1024 * 1024
+# What is larger is kept on the disk while it is checked.
+_MEMORY_BYTES = _MIB
+_OFFICE = frozenset((types.DOCX, types.XLSX, types.PPTX))
+_TEXTS = frozenset((types.TEXT, types.MARKDOWN, types.HTML))
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|#%{}^~\[\]`]+')
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What may be stored as it: `max_bytes`, and MIME types, of which one ending in ``/`` stands for all below it."""
+
+    name: str
+    max_bytes: int
+    types: frozenset[str]
+
+    def takes(self, type_: str) -> bool:
+        return type_ in self.types or f"{type_.partition('/')[0]}/" in self.types
+
+
+AVATAR = Kind("avatar", 5 * _MIB, frozenset(("image/jpeg", "image/png", "image/webp")))
+ATTACHMENT = Kind(
+    "attachment", 50 * _MIB, frozenset(("image/", "audio/", "video/", types.PDF, types.OLD_OFFICE)) | _OFFICE
+)
+# Not the Office formats before 2007, which also encrypted ones of today look like: nothing here reads them.
+DOCUMENT = Kind("document", 100 * _MIB, frozenset((types.PDF,)) | _OFFICE | _TEXTS)
+SKILL = Kind("skill", 50 * _MIB, frozenset((types.ZIP,)))
+EXPORT = Kind("export", 500 * _MIB, frozenset((types.ZIP,)))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object: `sha256` in hex, `size` in bytes, `content_type` by its content."""
+
+    path: str
+    size: int
+    sha256: str
+    content_type: str
+
+
+def avatar_path(user_id: str, at: datetime, sha256: str) -> str:
+    return f"{user_id}/avatars/{int(at.timestamp())}_{sha256[:16]}.jpg"
+
+
+def attachment_path(user_id: str, conversation_id: str, message_id: str, name: str) -> str:
+    return f"{user_id}/attachments/{conversation_id}/{message_id}_{safe_name(name)}"
+
+
+def document_path(user_id: str, file_id: str, name: str) -> str:
+    return f"{user_id}/documents/{file_id}_{safe_name(name)}"
+
+
+def skill_path(user_id: str, skill_id: str, version: str) -> str:
+    return f"{user_id}/skills/{skill_id}/{version}/package.zip"
+
+
+def export_path(user_id: str, export_id: str) -> str:
+    return f"exports/{user_id}/{export_id}.zip"
+
+
+def safe_name(name: str) -> str:
+    """`name` as the last part of a path and of a URL: no folders, no control characters, at most 200 bytes, its
+    extension kept; ``file`` where nothing is left."""
+    text = unicodedata.normalize("NFC", name).encode(errors="ignore").decode()
+    # The category of what is not seen: marks that turn the direction of writing among them.
+    text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Cf", "Co", "Cn"))
+    text = _NOT_IN_NAMES.sub("_", re.split(r"[/\\]", text)[-1]).strip(" .") or "file"
+    stem, dot, extension = text.rpartition(".")
+    if not dot or len(extension) > 16:
+        stem, extension = text, ""
+    kept = stem.encode()[: MAX_NAME_BYTES - len((dot + extension).encode())].decode(errors="ignore")
+    return f"{kept}.{extension}" if extension else kept
+
+
+class Objects:
+    """The object store. Connects at first use; the bucket is made where it is missing."""
+
+    def __init__(self, endpoint: str, access_key: str, secret_key: str) -> None:
+        """`endpoint`: its URL, ``http://host:port``."""
+        url = urlsplit(endpoint)
+        pool = urllib3.PoolManager(
+            timeout=urllib3.Timeout(connect=5, read=60), retries=urllib3.Retry(2, backoff_factor=0.2), maxsize=16
+        )
+        # The region is given so that it is not asked for before each signature.
+        self._client = Minio(
+            url.netloc, access_key, secret_key, secure=url.scheme == "https", region="us-east-1", http_client=pool
+        )
+        self._has_bucket = False
+
+    async def upload(
+        self, kind: Kind, chunks: AsyncIterable[bytes], *, name: str, user_id: str, path: Callable[[str], str]
+    ) -> Stored:
+        """Checks a file while it comes in, and stores it under what `path` makes of its SHA-256.
+
+        name: as the sender calls it. user_id: whose it is.
+        Raises InvalidMessage (field ``file``) where it is empty or damaged, TooLarge as soon as it is, WrongType where
+        its content is of a type that `kind` does not take, Transient where the store does not answer.
+        """
+        digest = hashlib.sha256()
+        size = 0
+        with tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as file:
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > kind.max_bytes:
+                    raise TooLarge(f"file: more than the {kind.max_bytes // _MIB} MB that {kind.name}s may have")
+                digest.update(chunk)
+                await asyncio.to_thread(file.write, chunk)
+            if size == 0:
+                raise InvalidMessage("file", "is empty")
+            type_ = await asyncio.to_thread(types.content_type, file, name)
+            if not kind.takes(type_):
+                raise WrongType("file", f"is of the type {type_}, which no {kind.name} may be")
+            stored = Stored(path(digest.hexdigest()), size, digest.hexdigest(), type_)
+            await self._call(lambda: self._put(file, stored, user_id))
+        return stored
+
+    @asynccontextmanager
+    async def fetch(self, path: str) -> AsyncIterator[IO[bytes]]:
+        """The object as a file, at its beginning, for the length of the block.
+
+        Raises NotFound, Transient where the store does not answer, RuntimeError where the content is no longer what
+        was stored.
+        """
+        with tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as file:
+            await self._call(lambda: self._get(path, file))
+            yield file
+
+    async def download_url(self, path: str) -> str:
+        """A URL by which anybody can download the object for an hour, never shown as a page by a browser."""
+        name = path.rpartition("/")[2]
+        headers: dict[str, str | list[str] | tuple[str]] = {
+            "response-content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"
+        }
+        return await self._call(
+            lambda: self._client.presigned_get_object(BUCKET, path, DOWNLOAD_LIFE, response_headers=headers)
+        )
+
+    async def delete(self, path: str) -> None:
+        """Also where there is none."""
+        await self._call(lambda: self._client.remove_object(BUCKET, path))
+
+    def _put(self, file: IO[bytes], stored: Stored, user_id: str) -> None:
+        if not self._has_bucket:
+            if not self._client.bucket_exists(BUCKET):
+                self._make_bucket()
+            self._has_bucket = True
+        file.seek(0)
+        self._client.put_object(
+            BUCKET,
+            stored.path,
+            file,  # type: ignore[arg-type]  # typed as a class, and it only reads
+            stored.size,
+            stored.content_type,
+            metadata={"user-id": user_id, "checksum": stored.sha256},
+        )
+
+    def _make_bucket(self) -> None:
+        try:
+            self._client.make_bucket(BUCKET)
+        except S3Error as error:
+            # Another process was first.
+            if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                raise
+
+    def _get(self, path: str, file: IO[bytes]) -> None:
+        digest = hashlib.sha256()
+        response = self._client.get_object(BUCKET, path)
+        try:
+            for chunk in response.stream(_MIB):
+                digest.update(chunk)
+                file.write(chunk)
+        finally:
+            response.close()
+            response.release_conn()
+        if digest.hexdigest() != response.headers.get("x-amz-meta-checksum"):
+            raise RuntimeError(f"object {path}: the content is not what its checksum says")
+        file.seek(0)
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        try:
+            return await asyncio.to_thread(call)
+        except S3Error as error:
+            if error.code in ("NoSuchKey", "NoSuchBucket"):
+                raise NotFound(f"object: {error.object_name}") from error
+            if error.response.status >= 500:
+                raise Transient(f"object store: {error.code}") from error
+            raise
+        except (urllib3.exceptions.HTTPError, ServerError, OSError) as error:
+            raise Transient(f"object store: {type(error).__name__}") from error

@@ -1,7 +1,0 @@
-"""What the courier reads from the environment."""
-
-from infra.settings import Settings
-
-
-class CourierSettings(Settings):
-    office_url: str

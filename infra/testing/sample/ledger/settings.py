@@ -1,7 +1,0 @@
-"""What the ledger reads from the environment."""
-
-from infra.settings import Settings
-
-
-class LedgerSettings(Settings):
-    front_grpc: str

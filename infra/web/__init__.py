@@ -1,0 +1,1 @@
+"""What a process serves: HTTP, gRPC, health, problem documents, and the JSON Schema check of bodies."""

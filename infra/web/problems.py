@@ -1,0 +1,85 @@
+"""Errors as an HTTP client sees them: RFC 9457 problems."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+from fastapi.exceptions import RequestValidationError
+from opentelemetry import trace
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from infra.errors import (
+    Conflict,
+    Forbidden,
+    InvalidMessage,
+    NotFound,
+    RetryLater,
+    TooLarge,
+    TooManyRequests,
+    Transient,
+    Unauthenticated,
+    WrongType,
+)
+from infra.postgres.db import is_transient
+
+_STATUS: dict[type[Exception], int] = {
+    InvalidMessage: 422,
+    Unauthenticated: 401,
+    Forbidden: 403,
+    NotFound: 404,
+    Conflict: 409,
+    TooLarge: 413,
+    WrongType: 415,
+    TooManyRequests: 429,
+    RetryLater: 503,
+    Transient: 503,
+}
+
+
+def problem(error: Exception) -> Response:
+    """``application/problem+json`` for `error`: type, title, status, detail, errors [{field, message}].
+
+    From 500 on it has the trace_id instead of anything internal.
+    """
+    headers: dict[str, str] = {}
+    errors: list[dict[str, str]] = []
+    if isinstance(error, RequestValidationError):
+        status, detail = 422, "The request is not as it must be."
+        errors += [{"field": _field(e["loc"]), "message": e["msg"]} for e in error.errors()]
+    elif isinstance(error, HTTPException):
+        status, detail = error.status_code, error.detail
+        headers.update(error.headers or {})
+    elif type(error) in _STATUS:
+        status, detail = _STATUS[type(error)], str(error)
+    elif is_transient(error):
+        status, detail = 503, "Something this service depends on does not answer; try again."
+    else:
+        status, detail = 500, "An error inside this service, not in the request."
+    if isinstance(error, InvalidMessage):
+        errors.append({"field": error.field, "message": error.reason})
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if status in (429, 503):
+        after = error.after.total_seconds() if isinstance(error, RetryLater) else 1
+        headers["Retry-After"] = str(max(1, round(after)))
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "errors": errors,
+    }
+    context = trace.get_current_span().get_span_context()
+    if status >= 500 and context.is_valid:
+        body["trace_id"] = f"{context.trace_id:032x}"
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/problem+json")
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """``limits.steps``, ``tools[0]``; ``body`` where there is no JSON at all."""
+    kind, *path = location
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    # A number directly behind the kind is an offset in text that is no JSON.
+    return text if text and not text.startswith("[") else str(kind)

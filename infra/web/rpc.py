@@ -1,0 +1,336 @@
+"""Calls between services: gRPC with deadlines, retries where they are safe, trace, and the caller's identity.
+
+A call carries its deadline, the trace context and a token that says which service calls; a server refuses a call
+that lacks the first or the last. Errors of `infra.errors` cross the wire: what a servicer raises, the code that
+called it gets.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2_grpc
+from opentelemetry.trace import Span, SpanKind, StatusCode
+
+from infra.errors import (
+    Conflict,
+    Forbidden,
+    InvalidMessage,
+    NotFound,
+    RetryLater,
+    TooLarge,
+    TooManyRequests,
+    Transient,
+    Unauthenticated,
+    WrongType,
+)
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres.db import is_transient
+from infra.security.auth import Callers
+
+Code = grpc.StatusCode
+
+DEFAULT_TIMEOUT_SECONDS = 5.0
+DRAIN_SECONDS = 10.0
+
+_TOKEN = "authorization"
+_TENANT = "claw-tenant"
+# An InvalidMessage's field; the details are for people. Binary, because metadata has no characters beyond ASCII.
+_FIELD = "claw-field-bin"
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    WrongType: Code.INVALID_ARGUMENT,
+    InvalidMessage: Code.INVALID_ARGUMENT,
+    Unauthenticated: Code.UNAUTHENTICATED,
+    Forbidden: Code.PERMISSION_DENIED,
+    NotFound: Code.NOT_FOUND,
+    Conflict: Code.ABORTED,
+    TooLarge: Code.RESOURCE_EXHAUSTED,
+    TooManyRequests: Code.UNAVAILABLE,
+    RetryLater: Code.UNAVAILABLE,
+    Transient: Code.UNAVAILABLE,
+}
+# The server's fault, by the semantic conventions; other codes are answers.
+_FAULTS = frozenset((Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS))
+# Both sides ask quiet connections for a sign of life: a peer that vanished is noticed within a minute.
+_KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
+
+_caller: ContextVar[str] = ContextVar("caller")
+# Of the call that is being served, on the monotonic clock.
+_deadline: ContextVar[float] = ContextVar("deadline")
+_tenant: ContextVar[str] = ContextVar("tenant")
+
+
+def caller() -> str:
+    """The service whose call is being served. Raises LookupError outside of one."""
+    return _caller.get()
+
+
+def tenant() -> str:
+    """The tenant that the call being served is for. Raises InvalidMessage where the caller names none."""
+    if not (tenant_id := _tenant.get("")):
+        raise InvalidMessage(f"metadata {_TENANT}", "missing")
+    return tenant_id
+
+
+def tenant_if_any() -> str | None:
+    """The tenant that the call being served is for; None: it is for the platform."""
+    return _tenant.get("") or None
+
+
+def tenant_metadata(tenant_id: str) -> grpc.aio.Metadata:
+    """The ``metadata`` argument of a call that is for a tenant."""
+    return grpc.aio.Metadata((_TENANT, tenant_id))
+
+
+class Server:
+    """A service's gRPC server: add servicers to `grpc`, then start. Serves gRPC health besides.
+
+    Streamed answers are async generators.
+    """
+
+    def __init__(self, service: str, callers: Callers, metrics: Metrics) -> None:
+        self._service = service
+        self._health = health.aio.HealthServicer()
+        self.grpc: grpc.aio.Server = grpc.aio.server(
+            interceptors=[_Incoming(service, callers, metrics)],
+            options=[
+                *_KEEPALIVE,
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                # Else a second process binds the same port and takes half of the calls.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+
+    async def start(self, port: int | None, host: str = "127.0.0.1") -> int:
+        """Serves, and returns the bound port; 0 takes a free one. Raises OSError where it cannot be bound."""
+        if port is None:
+            raise OSError(f"CLAW_GRPC_PORT: missing, and {self._service} serves gRPC")
+        try:
+            bound: int = self.grpc.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"gRPC on {host}:{port}: {error}") from error
+        await self.grpc.start()
+        return bound
+
+    async def stop(self) -> None:
+        """Says that it no longer serves, lets calls under way finish for ten seconds, then cuts them off."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(DRAIN_SECONDS)
+
+
+class _Incoming(grpc.aio.ServerInterceptor):
+    """Around every call: deadline, caller, trace, metrics, and errors as status codes."""
+
+    def __init__(self, service: str, callers: Callers, metrics: Metrics) -> None:
+        self._service = service
+        self._callers = callers
+        self._metrics = metrics
+        self._handlers: dict[str, Any] = {}
+        self._log = get_logger("infra.web.rpc")
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        if details.method not in self._handlers:
+            handler = self._around(details.method, await continuation(details))
+            if handler is None:
+                return None
+            self._handlers[details.method] = handler
+        return self._handlers[details.method]
+
+    def _around(self, method: str, handler: Any) -> Any:
+        # Whoever watches health has no token, and watches without an end.
+        if handler is None or method.startswith("/grpc.health.v1.Health/"):
+            return handler
+        kinds = [
+            "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
+        ]
+        behavior = getattr(handler, "_".join(kinds))
+
+        async def one(request: Any, context: Any) -> Any:
+            async with self._serving(method, context):
+                return await behavior(request, context)
+
+        async def many(request: Any, context: Any) -> None:
+            # Written, not yielded: an abandoned generator would leave the span's context in another task.
+            async with self._serving(method, context), aclosing(behavior(request, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+        make = getattr(grpc, f"{'_'.join(kinds)}_rpc_method_handler")
+        return make(
+            many if handler.response_streaming else one,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    @asynccontextmanager
+    async def _serving(self, path: str, context: Any) -> AsyncIterator[None]:
+        method = path.removeprefix("/")
+        headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        began = time.perf_counter()
+        code = Code.CANCELLED  # what a CancelledError leaves here
+        failure: tuple[grpc.StatusCode, str] | None = None
+        try:
+            parent = telemetry.extract(headers)
+            with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=_attributes(method)) as span:
+                try:
+                    tokens = _deadline.set(self._deadline(context)), _caller.set(self._caller(headers))
+                    tenant_token = _tenant.set(headers.get(_TENANT, ""))
+                    try:
+                        yield
+                    finally:
+                        _deadline.reset(tokens[0])
+                        _caller.reset(tokens[1])
+                        _tenant.reset(tenant_token)
+                    code = context.code() or Code.OK
+                except grpc.aio.AbortError:
+                    code = context.code()
+                    raise
+                except Exception as error:
+                    failure = code, _ = self._failure(error, span, context)
+                finally:
+                    _note(span, code, code in _FAULTS)
+        finally:
+            self._metrics.grpc_seconds.labels(method, code.name).observe(time.perf_counter() - began)
+        if failure:
+            await context.abort(*failure)
+
+    def _deadline(self, context: Any) -> float:
+        remaining: float | None = context.time_remaining()
+        if remaining is None:
+            raise InvalidMessage("deadline", "none; a call without one can wait for ever, set its timeout")
+        return time.monotonic() + remaining
+
+    def _caller(self, headers: dict[str, str]) -> str:
+        scheme, _, token = headers.get(_TOKEN, "").partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthenticated("caller token: missing")
+        return self._callers.verify(token)
+
+    def _failure(self, error: Exception, span: Span, context: Any) -> tuple[grpc.StatusCode, str]:
+        if isinstance(error, InvalidMessage):
+            context.set_trailing_metadata(((_FIELD, error.field.encode()),))
+        if type(error) in _CODES:
+            return _CODES[type(error)], str(error)
+        telemetry.fail(span, error)
+        if is_transient(error):
+            self._log.warning("call failed, the caller may try again", exc_info=error)
+            return Code.UNAVAILABLE, "something this service depends on does not answer"
+        self._log.error("call failed", exc_info=error)
+        trace_id = span.get_span_context().trace_id
+        return Code.INTERNAL, f"an error inside {self._service}, not in the request (trace {trace_id:032x})"
+
+
+class Channels:
+    """This process's connections to other services, one per target."""
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
+        self._open: dict[tuple[str, str, tuple[str, ...]], grpc.aio.Channel] = {}
+
+    def to(self, target: str, service: str, *, safe: Sequence[str] = ()) -> grpc.aio.Channel:
+        """The channel to `service` at `target` (host:port), for unary calls.
+
+        A call has five seconds unless it is given a timeout, and never more than what is left of the call being
+        served. Methods in `safe` (``memory.v1.Memory/Retrieve``) may be repeated, and are, when the service is
+        unavailable. Raises from a call: what the servicer raised; `Transient` when the service did not answer in
+        time or at all; AioRpcError for an error inside it.
+        """
+        key = target, service, tuple(safe)
+        if key not in self._open:
+            self._open[key] = grpc.aio.insecure_channel(
+                target,
+                interceptors=[_Outgoing(self._callers, target, service)],
+                options=[
+                    *_KEEPALIVE,
+                    ("grpc.service_config", _service_config(safe)),
+                    # A service that was restarted is found again in seconds, not after the default's two minutes.
+                    ("grpc.initial_reconnect_backoff_ms", 100),
+                    ("grpc.max_reconnect_backoff_ms", 3_000),
+                ],
+            )
+        return self._open[key]
+
+    async def close(self) -> None:
+        for channel in self._open.values():
+            await channel.close()
+        self._open.clear()
+
+
+def _service_config(safe: Sequence[str]) -> str:
+    names = [dict(zip(("service", "method"), method.split("/"), strict=True)) for method in safe]
+    policy = {
+        "maxAttempts": 4,
+        "initialBackoff": "0.05s",
+        "maxBackoff": "1s",
+        "backoffMultiplier": 3,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]} if names else {})
+
+
+class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):
+    """Gives a call its deadline, trace and token, and turns status codes back into errors."""
+
+    def __init__(self, callers: Callers, target: str, service: str) -> None:
+        self._callers = callers
+        self._target = target
+        self._service = service
+
+    async def intercept_unary_unary(
+        self, continuation: Callable[[Any, Any], Awaitable[Any]], details: Any, request: Any
+    ) -> Any:
+        name = details.method.decode() if isinstance(details.method, bytes) else details.method
+        method = name.removeprefix("/")
+        timeout = DEFAULT_TIMEOUT_SECONDS if details.timeout is None else details.timeout
+        deadline = _deadline.get(None)
+        if deadline is not None:
+            timeout = min(timeout, deadline - time.monotonic())
+        with telemetry.span(
+            method, SpanKind.CLIENT, attributes=_attributes(method) | {"server.address": self._target}
+        ) as span:
+            metadata = grpc.aio.Metadata(
+                *(details.metadata or ()),
+                *telemetry.carrier().items(),
+                (_TOKEN, f"Bearer {self._callers.token(self._service)}"),
+            )
+            call = await continuation(details._replace(timeout=timeout, metadata=metadata), request)
+            try:
+                await call
+            except grpc.aio.AioRpcError as error:
+                _note(span, error.code(), fault=True)
+                raise self._error(error) from error
+            _note(span, Code.OK, fault=False)
+            return call
+
+    def _error(self, error: grpc.aio.AioRpcError) -> Exception:
+        details = error.details() or ""
+        match error.code():
+            case Code.INVALID_ARGUMENT:
+                field = dict(error.trailing_metadata() or ()).get(_FIELD, b"request").decode()
+                return InvalidMessage(field, details.removeprefix(f"{field}: "))
+            # CANCELLED comes from the other side, which is shutting down; one's own cancelling is a CancelledError.
+            case Code.UNAVAILABLE | Code.DEADLINE_EXCEEDED | Code.CANCELLED:
+                return Transient(f"{self._service} at {self._target}: {details}")
+        by_code = {code: type_ for type_, code in _CODES.items()}
+        return by_code[error.code()](details) if error.code() in by_code else error
+
+
+def _attributes(method: str) -> dict[str, telemetry.Value]:
+    return {"rpc.system.name": "grpc", "rpc.method": method}
+
+
+def _note(span: Span, code: grpc.StatusCode, fault: bool) -> None:
+    span.set_attribute("rpc.response.status_code", code.name)
+    if fault:
+        span.set_attribute("error.type", code.name)
+        span.set_status(StatusCode.ERROR)

@@ -1,0 +1,112 @@
+"""Messages are handled by their position, whatever order they come in."""
+
+from __future__ import annotations
+
+from functools import partial
+from uuid import uuid4
+
+import pytest
+
+from infra.lanes.lane import Lane
+from infra.lanes.resequencer import Gap, Ordered, next_position
+from infra.postgres.tx import Database, Tx
+
+ORDERED = Ordered(Lane("test gaps", Gap))
+
+
+class Desk:
+    """Takes messages of one key; `handled`: their positions, in order."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.key = f"{uuid4()}"
+        self.handled: list[int] = []
+
+    async def take(self, position: int) -> None:
+        async with self._database.begin(tenant_id="t") as tx:
+            await ORDERED.take(tx, self.key, position, b"%d" % position, partial(self._handle, tx))
+
+    async def close(self, position: int) -> None:
+        async with self._database.begin(tenant_id="t") as tx:
+            await ORDERED.close_gap(tx, Gap(self.key, position), partial(self._handle, tx))
+
+    async def gaps(self) -> list[int]:
+        """The positions for which somebody will look whether they still wait."""
+        async with self._database.begin() as tx:
+            rows = await tx.sql(
+                "SELECT (convert_from(body, 'UTF8')::json ->> 'position')::int FROM lane_item "
+                "WHERE kind = 'test gaps' AND convert_from(body, 'UTF8')::json ->> 'key' = $1 "
+                "AND not_before > now() + interval '5 seconds' ORDER BY seq",
+                self.key,
+            )
+        return [position for (position,) in rows]
+
+    async def _handle(self, tx: Tx, parcel: bytes) -> None:
+        self.handled.append(int(parcel))
+        await tx.sql("SELECT 1")
+
+
+@pytest.fixture
+def messages(desk: Database) -> Desk:
+    return Desk(desk)
+
+
+async def test_what_comes_too_early_waits_for_what_is_before_it(messages: Desk) -> None:
+    for position in (3, 1, 4, 2, 5):
+        await messages.take(position)
+    assert messages.handled == [1, 2, 3, 4, 5]
+    assert await messages.gaps() == [3, 4]
+
+
+async def test_keys_do_not_wait_for_each_other(desk: Database, messages: Desk) -> None:
+    await messages.take(2)
+    other = Desk(desk)
+    await other.take(1)
+    assert (messages.handled, other.handled) == ([], [1])
+
+
+async def test_what_has_no_position_waits_for_nobody(messages: Desk) -> None:
+    for position in (0, 2, 0):
+        await messages.take(position)
+    assert messages.handled == [0, 0]
+
+
+async def test_a_gap_is_left_behind_and_what_was_late_is_handled_all_the_same(messages: Desk) -> None:
+    for position in (1, 4, 5, 7):
+        await messages.take(position)
+    await messages.close(4)
+    assert messages.handled == [1, 4, 5]
+    # Asked again, nothing more happens.
+    await messages.close(5)
+    assert messages.handled == [1, 4, 5]
+    await messages.take(2)
+    await messages.take(6)
+    assert messages.handled == [1, 4, 5, 2, 6, 7]
+
+
+async def test_what_came_behind_the_message_of_a_gap_and_is_before_it_is_not_passed_over(messages: Desk) -> None:
+    for position in (5, 3, 2, 7):
+        await messages.take(position)
+    await messages.close(5)
+    assert messages.handled == [2, 3, 5]
+    # The others of them have nothing left to do.
+    for position in (3, 2):
+        await messages.close(position)
+    await messages.close(7)
+    assert messages.handled == [2, 3, 5, 7]
+
+
+async def test_positions_are_counted_per_key_and_none_is_given_and_not_used(desk: Database) -> None:
+    key, other = f"{uuid4()}", f"{uuid4()}"
+
+    async def give(key: str, *, fail: bool = False) -> int:
+        async with desk.begin(tenant_id="t") as tx:
+            position = await next_position(tx, "sent", key)
+            if fail:
+                raise ZeroDivisionError
+        return position
+
+    assert [await give(key), await give(key), await give(other)] == [1, 2, 1]
+    with pytest.raises(ZeroDivisionError):
+        await give(key, fail=True)
+    assert await give(key) == 3

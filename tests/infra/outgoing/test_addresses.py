@@ -1,0 +1,68 @@
+"""Public, private, and neither."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+
+from infra.outgoing.addresses import is_private, is_public
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "127.0.0.1",
+        "127.8.8.8",
+        "100.64.0.1",
+        "::1",
+        "fd00::1",
+        "::ffff:10.0.0.1",
+        "::ffff:127.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "2002:7f00:1::",
+    ],
+)
+def test_private_addresses_are_known_in_every_wrapping(address: str) -> None:
+    assert not is_public(ip_address(address))
+    assert is_private(ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0.0.0.0",
+        "169.254.169.254",
+        "224.0.0.1",
+        "239.255.255.250",
+        "255.255.255.255",
+        "::",
+        "fe80::1",
+        "fe80::1%1",
+        "ff02::1",
+        "::ffff:169.254.169.254",
+        "64:ff9b::169.254.169.254",
+        "2002:a9fe:a9fe::",
+    ],
+)
+def test_what_no_tenant_has_a_host_at_is_neither_public_nor_private(address: str) -> None:
+    assert not is_public(ip_address(address))
+    assert not is_private(ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["192.0.2.1", "198.18.0.1", "240.0.0.1", "2001:db8::1", "fec0::1", "64:ff9b:1::1", "::127.0.0.1", "100::1"],
+)
+def test_reserved_addresses_are_not_public(address: str) -> None:
+    assert not is_public(ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "64:ff9b::1.1.1.1", "::ffff:1.1.1.1"]
+)
+def test_hosts_on_the_internet_are_public(address: str) -> None:
+    assert is_public(ip_address(address))

@@ -1,0 +1,99 @@
+"""What the database does with sessions whose process does nothing more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from infra.postgres import db
+from tests.infra.conftest import SampleDatabase
+
+
+@pytest.fixture
+async def engine(sample: SampleDatabase) -> AsyncIterator[AsyncEngine]:
+    """With one connection, so that one that is not given back is missed."""
+    engine = db.create_engine(sample.url("desk", "worker"), pool_size=1)
+    yield engine
+    await engine.dispose()
+
+
+async def _pid(engine: AsyncEngine) -> int:
+    async with engine.begin() as connection:
+        [(pid,)] = await db.sql(connection, "SELECT pg_backend_pid()")
+    return int(pid)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_refused_statement_says_why_and_not_with_what(engine: AsyncEngine, before: int) -> None:
+    """Whether it is the first one of its transaction or a later one."""
+    with pytest.raises(IntegrityError) as refused:
+        async with engine.begin() as connection:
+            for _ in range(before):
+                await db.sql(connection, "SELECT 1")
+            await db.sql(connection, "INSERT INTO stream SELECT 'secret', 1 FROM generate_series(1, $1::int)", 2)
+    assert "unique" in str(refused.value)
+    assert "secret" not in str(refused.value).replace("SELECT 'secret'", "")
+    assert not db.is_transient(refused.value)
+    async with engine.begin() as connection:
+        assert await db.sql(connection, "SELECT stream_id FROM stream WHERE stream_id = 'secret'") == []
+
+
+async def test_what_a_transaction_did_before_it_failed_is_undone(engine: AsyncEngine) -> None:
+    with pytest.raises(DBAPIError):
+        async with engine.begin() as connection:
+            await db.sql(connection, "SELECT 1")
+            await db.sql(connection, "INSERT INTO stream VALUES ('undone', 1)")
+            await db.sql(connection, "SELECT 1 / 0")
+    async with engine.begin() as connection:
+        assert await db.sql(connection, "SELECT stream_id FROM stream WHERE stream_id = 'undone'") == []
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_lost_connection_is_passing_and_replaced(engine: AsyncEngine, before: int) -> None:
+    pid = await _pid(engine)
+    with pytest.raises(DBAPIError) as lost:
+        async with engine.begin() as connection:
+            for _ in range(before):
+                await db.sql(connection, "SELECT 1")
+            await db.sql(connection, "SELECT pg_terminate_backend(pg_backend_pid())")
+    # The statement's own error, and not that of the attempt to roll back what is gone.
+    assert lost.value.statement == "SELECT pg_terminate_backend(pg_backend_pid())"
+    assert lost.value.connection_invalidated
+    assert db.is_transient(lost.value)
+    assert await _pid(engine) != pid
+
+
+async def test_a_connection_that_is_cancelled_in_the_middle_is_not_used_again(engine: AsyncEngine) -> None:
+    pid = await _pid(engine)
+    under_way = asyncio.Event()
+
+    async def work() -> None:
+        async with engine.begin() as connection:
+            await db.sql(connection, "SELECT 1")
+            under_way.set()
+            await db.sql(connection, "SELECT pg_sleep(60)")
+
+    task = asyncio.create_task(work())
+    await under_way.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await _pid(engine) != pid
+
+
+async def test_a_transaction_that_lasts_too_long_is_ended_by_the_server(
+    sample: SampleDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "TRANSACTION_TIMEOUT_MS", 300)
+    engine = db.create_engine(sample.url("desk", "worker"), pool_size=1)
+    with pytest.raises(DBAPIError) as ended:
+        async with engine.begin() as connection:
+            await db.sql(connection, "SELECT pg_sleep(60)")
+    await engine.dispose()
+    # Its connection is gone, and with it its locks; a statement that takes too long leaves both.
+    assert ended.value.connection_invalidated
+    assert db.is_transient(ended.value)

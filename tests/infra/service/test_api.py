@@ -1,0 +1,243 @@
+"""The base of administrative HTTP: who may what, errors that name the field, pages, and one answer per key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+import httpx
+import pytest
+from fastapi import APIRouter, Query, Request, Response
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel, ConfigDict
+
+from infra.errors import Conflict
+from infra.observe.metrics import Metrics
+from infra.postgres.tx import Database, Tx
+from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.security.crypto import Cipher
+from infra.service.api import Admin, Anyone, Operator, Paging, Reader, Runner, Writer, api, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
+from infra.web import http
+from infra.web.http import create_app
+
+SECRET = "an-internal-secret-of-32-characters-or-more"
+KEY = "bWFkZSB1cCwgMzIgYnl0ZXMgb2Yga2V5IG1hdGVyaWE="
+
+
+class Limits(BaseModel):
+    steps: int
+
+
+class NewThing(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    limits: Limits | None = None
+    tools: list[int] = []
+
+
+class Thing(BaseModel):
+    name: str
+    number: int
+
+
+@dataclass
+class Parts:
+    """What of the runtime these routes use."""
+
+    identities: Identities
+    cipher: Cipher
+    request: Database
+    worker: Database
+
+
+class Made:
+    def __init__(self) -> None:
+        self.count = 0
+        self.fail = False
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made()
+
+
+@pytest.fixture
+async def client(desk: Database, made: Made) -> AsyncIterator[httpx.AsyncClient]:
+    parts = cast(Runtime, Parts(Identities(SECRET), Cipher(KEY), desk, desk))
+    router = APIRouter()
+
+    @router.post("/things", status_code=201, response_model=Thing)
+    async def create(body: NewThing, who: Writer, request: Request) -> Response:
+        async def work(tx: Tx) -> tuple[int, Thing]:
+            made.count += 1
+            if made.fail:
+                raise Conflict("somebody else was first")
+            return 201, Thing(name=body.name, number=made.count)
+
+        return await once(request, parts, who, work)
+
+    @router.get("/read")
+    async def read(who: Reader) -> str:
+        return who.tenant_id
+
+    @router.get("/run")
+    async def run(who: Runner) -> str:
+        return who.actor
+
+    @router.get("/admin")
+    async def admin(who: Admin) -> str:
+        return who.actor
+
+    @router.get("/operator")
+    async def operator(who: Operator) -> str:
+        return who.actor
+
+    @router.get("/anyone")
+    async def anyone(who: Anyone) -> str:
+        return who.actor
+
+    @router.get("/numbers")
+    async def numbers(who: Reader, paging: Paging, step: Annotated[int, Query(ge=1)] = 1) -> dict[str, Any]:
+        found = list(range(int(paging.after or 0) + step, 8, step))[: paging.limit + 1]
+        return page(found, paging, str)
+
+    app = create_app(api("test", parts, router), http.Health("test", "1"), Metrics(CollectorRegistry()))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=identity()) as running:
+        yield running
+
+
+def identity(tenant: str = "t1", *scopes: str, secret: str = SECRET) -> dict[str, str]:
+    who = Identity(
+        "api_key:k1" if tenant else "operator", tenant, frozenset(scopes or ("read", "run", "write", "admin"))
+    )
+    return {IDENTITY_HEADER: Identities(secret).token(who)}
+
+
+@pytest.mark.parametrize(
+    ("path", "scope"), [("/read", "read"), ("/run", "run"), ("/admin", "admin"), ("/things", "write")]
+)
+async def test_a_client_without_the_scope_is_refused_and_told_which_one_is_missing(
+    client: httpx.AsyncClient, path: str, scope: str
+) -> None:
+    others = {"read", "run", "write", "admin"} - {scope}
+    method = "POST" if path == "/things" else "GET"
+    body = {"json": {"name": "a"}} if method == "POST" else {}
+    answer = await client.request(method, path, headers=identity("t1", *others), **cast(Any, body))
+    assert (answer.status_code, answer.json()["detail"]) == (403, f"the scope {scope} is missing")
+    assert (await client.request(method, path, headers=identity("t1", scope), **cast(Any, body))).status_code < 300
+
+
+async def test_only_the_operator_may_what_is_the_platforms_and_nothing_that_is_a_tenants(
+    client: httpx.AsyncClient,
+) -> None:
+    assert (await client.get("/operator")).status_code == 403
+    assert (await client.get("/operator", headers=identity(""))).json() == "operator"
+    assert (await client.get("/read", headers=identity(""))).status_code == 403
+    assert (await client.get("/anyone", headers=identity(""))).status_code == 200
+
+
+async def test_without_an_identity_or_with_a_forged_one_nobody_is_let_in(client: httpx.AsyncClient) -> None:
+    del client.headers[IDENTITY_HEADER]
+    assert (await client.get("/anyone")).status_code == 401
+    forged = identity(secret="another secret, of 32 characters or more")
+    answer = await client.get("/anyone", headers=forged)
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert (await client.get("/anyone", headers={IDENTITY_HEADER: "nonsense"})).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"name": 1}', "name"),
+        ("{}", "name"),
+        ('{"name": "a", "limits": {"steps": "many"}}', "limits.steps"),
+        ('{"name": "a", "tools": [1, "x"]}', "tools[1]"),
+        ('{"name": "a", "colour": "red"}', "colour"),
+        ('{"name": ', "body"),
+        ("", "body"),
+    ],
+)
+async def test_a_wrong_body_is_a_problem_that_names_the_field(client: httpx.AsyncClient, body: str, field: str) -> None:
+    answer = await client.post("/things", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+
+
+async def test_a_body_of_another_type_than_json_is_refused_as_that(client: httpx.AsyncClient) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = await client.post("/things", content='{"name": "a"}', headers={"content-type": kind})
+        assert (answer.status_code, answer.json()["detail"]) == (415, "content-type: this takes application/json"), kind
+    suffixed = {"content-type": "application/JSON; charset=utf-8"}
+    assert (await client.post("/things", content='{"name": "a"}', headers=suffixed)).status_code == 201
+
+
+async def test_a_list_is_read_page_by_page(client: httpx.AsyncClient) -> None:
+    seen: list[int] = []
+    cursor: dict[str, str] = {}
+    while True:
+        answer = (await client.get("/numbers", params={"limit": 3, **cursor})).json()
+        seen += answer["items"]
+        if answer["next"] is None:
+            break
+        cursor = {"cursor": answer["next"]}
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+    for params, field in (({"limit": "0"}, "limit"), ({"cursor": "%%%"}, "cursor"), ({"step": "0"}, "step")):
+        problem = await client.get("/numbers", params=params)
+        assert (problem.status_code, problem.json()["errors"][0]["field"]) == (422, field)
+
+
+async def test_the_same_key_gets_the_first_answer_and_nothing_is_made_again(
+    client: httpx.AsyncClient, made: Made
+) -> None:
+    sent = [client.post("/things", json={"name": "a"}, headers={"Idempotency-Key": "k-1"}) for _ in range(5)]
+    answers = await asyncio.gather(*sent)
+    assert {(answer.status_code, answer.text) for answer in answers} == {(201, '{"name":"a","number":1}')}
+    assert made.count == 1
+    assert sum("idempotent-replayed" in answer.headers for answer in answers) == 4
+
+
+async def test_a_key_with_another_body_is_refused_and_other_tenants_keys_are_others(
+    client: httpx.AsyncClient, made: Made
+) -> None:
+    key = {"Idempotency-Key": "k-2"}
+    await client.post("/things", json={"name": "a"}, headers=key)
+    answer = await client.post("/things", json={"name": "b"}, headers=key)
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
+    assert (await client.post("/things", json={"name": "b"}, headers=key | identity("t2"))).status_code == 201
+    assert made.count == 2
+    for wrong in ("", "x" * 256):
+        assert (await client.post("/things", json={"name": "a"}, headers={"Idempotency-Key": wrong})).status_code == 422
+
+
+async def test_what_failed_is_not_remembered(client: httpx.AsyncClient, made: Made) -> None:
+    key = {"Idempotency-Key": "k-3"}
+    made.fail = True
+    assert (await client.post("/things", json={"name": "a"}, headers=key)).status_code == 409
+    made.fail = False
+    assert (await client.post("/things", json={"name": "a"}, headers=key)).status_code == 201
+
+
+async def test_a_remembered_answer_is_sealed(client: httpx.AsyncClient, desk: Database) -> None:
+    await client.post("/things", json={"name": "shown-only-once"}, headers={"Idempotency-Key": "k-4"})
+    async with desk.begin() as tx:
+        [(answer,)] = await tx.sql("SELECT answer FROM idempotency WHERE key = 'k-4'")
+    assert b"shown-only-once" not in answer
+
+
+async def test_the_page_of_the_api_needs_nothing_from_elsewhere(client: httpx.AsyncClient) -> None:
+    html = (await client.get("/docs/")).text
+    assert "//" not in html.replace("// ", "")
+    assert "/things" in (await client.get("/docs/openapi.json")).json()["paths"]
+    assert (await client.get("/docs/static/swagger-ui-bundle.js")).status_code == 200
+
+
+async def test_unknown_paths_and_methods_are_problems_too(client: httpx.AsyncClient) -> None:
+    for method, path, status in (("GET", "/nowhere", 404), ("DELETE", "/things", 405)):
+        answer = await client.request(method, path)
+        assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")

@@ -1,0 +1,204 @@
+"""The drainer beside operators and other drainers: the head of a key first, whoever else looks at it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from infra.clock import utcnow, uuid7
+from infra.observe.metrics import Metrics
+from infra.postgres.db import sql
+from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
+from infra.postgres.tx import Database, Tx
+from infra.service.redrive import Drainer, request_redrive
+from protos.envelope import Envelope
+from protos.messages.sample import NoteTaken
+from tests.infra.bus.conftest import until
+from tooling.testing.sample.catalog import SAMPLE_EVENTS
+
+GROUP = "sample_ledger"
+
+
+class Ledger:
+    """Notes what it was given; fails as it is told to."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, int]] = []
+        self.error: Exception | None = None
+
+    async def count(self, notes: list[NoteTaken], tx: Tx) -> None:
+        if self.error:
+            raise self.error
+        self.got += [(note.notebook, note.number) for note in notes]
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+def drainer(ledger_database: Database, ledger: Ledger) -> Drainer:
+    subscription = SAMPLE_EVENTS.batch(group=GROUP)(ledger.count)
+    return Drainer(ledger_database, [subscription], Metrics(CollectorRegistry()))
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left_over(ledger_database: Database) -> None:
+    async with ledger_database.begin() as tx:
+        await tx.sql("DELETE FROM dead_letter")
+        await tx.sql("DELETE FROM parked_key")
+
+
+async def parked(database: Database, key: str, *states: str) -> None:
+    """A parked key with one dead letter for each of `states`."""
+    letters = []
+    for number, state in enumerate(states, 1):
+        envelope = Envelope(id=uuid7(), source="test", type="sample.v1.NoteTaken", time=utcnow(), subject=key)
+        letters.append(
+            DeadLetter(
+                destination=SAMPLE_EVENTS.name,
+                place="",
+                message_id=str(envelope.id),
+                key=key,
+                tenant_id=None,
+                attempts=1,
+                error="",
+                headers=msgspec.json.encode(envelope.headers()).decode(),
+                payload=msgspec.json.encode(NoteTaken(notebook=key, number=number, text="")),
+                state=state,
+            )
+        )
+    async with database.begin() as tx:
+        await park(await tx.connection(), GROUP, SAMPLE_EVENTS.name, key)
+        await store_dead_letters(await tx.connection(), GROUP, "kafka", letters)
+
+
+async def states(database: Database, key: str) -> list[str]:
+    async with database.begin() as tx:
+        rows: Sequence[tuple[str]] = await tx.sql("SELECT state FROM dead_letter WHERE key = $1 ORDER BY seq", key)
+    return [state for (state,) in rows]
+
+
+async def waits_for_a_lock(database: Database) -> None:
+    async with database.engine.connect() as connection:
+        await until(lambda: sql(connection, "SELECT 1 FROM pg_locks WHERE NOT granted"), seconds=30)
+
+
+async def test_a_head_that_somebody_has_locked_is_waited_for_and_not_passed_over(
+    ledger_database: Database, ledger: Ledger, drainer: Drainer
+) -> None:
+    await parked(ledger_database, "locked", "redriving", "waiting")
+    async with ledger_database.begin() as operator:
+        await operator.sql("SELECT FROM dead_letter WHERE key = 'locked' AND state = 'redriving' FOR UPDATE")
+        step = asyncio.create_task(drainer.step())
+        waiting = asyncio.create_task(waits_for_a_lock(ledger_database))
+        await asyncio.wait({step, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        assert ledger.got == []
+    await waiting
+    await step
+    assert ledger.got == [("locked", 1)]
+    while await drainer.step():
+        pass
+    assert ledger.got == [("locked", 1), ("locked", 2)]
+
+
+async def test_a_key_whose_last_letter_somebody_has_locked_stays_parked(
+    ledger_database: Database, drainer: Drainer
+) -> None:
+    await parked(ledger_database, "last", "waiting")
+    async with ledger_database.begin() as operator:
+        await operator.sql("SELECT FROM dead_letter WHERE key = 'last' FOR UPDATE")
+        step = asyncio.create_task(drainer.step())
+        waiting = asyncio.create_task(waits_for_a_lock(ledger_database))
+        await asyncio.wait({step, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        assert await operator.sql("SELECT key FROM parked_key WHERE key = 'last'")
+    await waiting
+    await step
+    assert await states(ledger_database, "last") == ["redriven"]
+    while await drainer.step():
+        pass
+
+
+async def test_a_failure_does_not_undo_what_another_drainer_did_meanwhile(
+    ledger_database: Database, ledger: Ledger, drainer: Drainer
+) -> None:
+    """Between its rollback and its note of the failure the letter is anybody's."""
+    await parked(ledger_database, "raced", "waiting")
+    letter = {"id": None, "consumer": GROUP, "state": "waiting"}
+    async with ledger_database.begin() as tx:
+        [(letter["id"],)] = await tx.sql("SELECT id FROM dead_letter WHERE key = 'raced'")
+    await drainer.step()
+    await drainer._failed(letter, RuntimeError("too late"))
+    assert await states(ledger_database, "raced") == ["redriven"]
+    while await drainer.step():
+        pass
+
+
+async def test_two_drainers_keep_the_order_of_every_key(
+    ledger_database: Database, ledger: Ledger, drainer: Drainer
+) -> None:
+    for key in ("x", "y", "z"):
+        await parked(ledger_database, key, "redriving", *["waiting"] * 5)
+    subscription = SAMPLE_EVENTS.batch(group=GROUP)(ledger.count)
+    other = Drainer(ledger_database, [subscription], Metrics(CollectorRegistry()))
+
+    async def drain(one: Drainer) -> None:
+        while await one.step():
+            pass
+
+    await asyncio.gather(drain(drainer), drain(other))
+    await drain(drainer)
+    for key in ("x", "y", "z"):
+        assert [n for k, n in ledger.got if k == key] == [1, 2, 3, 4, 5, 6]
+    async with ledger_database.begin() as tx:
+        assert not await tx.sql("SELECT key FROM parked_key")
+
+
+async def test_keys_whose_letters_are_through_are_unparked_without_a_pause(
+    ledger_database: Database, drainer: Drainer
+) -> None:
+    """`step` says that there was something to do, so `run` does not go to sleep between two keys."""
+    for n in range(3):
+        await parked(ledger_database, f"done {n}")
+    assert [await drainer.step() for _ in range(4)] == [True, True, True, False]
+
+
+async def test_what_could_not_be_published_goes_out_again_from_a_service_that_consumes_nothing(
+    ledger_database: Database,
+) -> None:
+    id_ = uuid7()
+    letter = DeadLetter(
+        destination=SAMPLE_EVENTS.name,
+        place="",
+        message_id=str(id_),
+        key="unpublished",
+        tenant_id=None,
+        attempts=1,
+        error="",
+        headers="{}",
+        payload=b"{}",
+        state="redriving",
+    )
+    async with ledger_database.begin() as tx:
+        await store_dead_letters(await tx.connection(), GROUP, "outbox", [letter])
+    assert await Drainer(ledger_database, [], Metrics(CollectorRegistry())).step()
+    async with ledger_database.begin() as tx:
+        rows = await tx.sql("SELECT bus, destination, key, body FROM outbox WHERE message_id = $1", id_)
+    assert rows == [("kafka", SAMPLE_EVENTS.name, "unpublished", b"{}")]
+
+
+async def test_a_failed_head_stays_the_head(ledger_database: Database, ledger: Ledger, drainer: Drainer) -> None:
+    await parked(ledger_database, "failing", "failed", "waiting")
+    assert not await drainer.step()
+    async with ledger_database.begin() as tx:
+        [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE key = 'failing' AND state = 'failed'")
+        await request_redrive(tx, [id_], actor="test")
+    ledger.error = RuntimeError("not yet")
+    assert await drainer.step()
+    assert not await drainer.step()
+    assert await states(ledger_database, "failing") == ["failed", "waiting"]

@@ -1,0 +1,245 @@
+"""Files in a real object store, judged by the store's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+import urllib3
+from minio import Minio
+
+from infra.errors import InvalidMessage, NotFound, TooLarge, Transient, WrongType
+from infra.stores import filetypes
+from infra.stores.objects import (
+    ATTACHMENT,
+    AVATAR,
+    BUCKET,
+    DOCUMENT,
+    EXPORT,
+    SKILL,
+    Kind,
+    Objects,
+    Stored,
+    attachment_path,
+    avatar_path,
+    document_path,
+    export_path,
+    safe_name,
+    skill_path,
+)
+from tooling.testing.stack import Stack, running_stack
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
+
+
+def archive(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        for name in names:
+            made.writestr(name, "x")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Stack]:
+    with running_stack(("s3",)) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def objects(store: Stack) -> Objects:
+    return Objects(**store.engines["s3"])
+
+
+@pytest.fixture(scope="module")
+def judge(store: Stack) -> Minio:
+    s3 = store.engines["s3"]
+    return Minio(urlsplit(s3["endpoint"]).netloc, s3["access_key"], s3["secret_key"], secure=False)
+
+
+async def pieces(content: bytes, size: int = 1000) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
+
+
+async def upload(objects: Objects, kind: Kind, content: bytes, name: str = "a file") -> Stored:
+    path = f"test/{uuid4().hex}"
+    return await objects.upload(kind, pieces(content), name=name, user_id="u1", path=lambda _: path)
+
+
+async def test_a_document_is_stored_with_its_type_owner_and_checksum(objects: Objects, judge: Minio) -> None:
+    content = b"# Handbook\n" * 200_000
+    digest = hashlib.sha256(content).hexdigest()
+    path = document_path("u1", uuid4().hex, "产品 Handbook.md")
+    stored = await objects.upload(DOCUMENT, pieces(content), name="a.md", user_id="u1", path=lambda sha256: path)
+    assert stored == Stored(path, len(content), digest, "text/markdown")
+    found = judge.stat_object(BUCKET, path)
+    assert found.metadata is not None
+    assert (found.size, found.content_type) == (len(content), "text/markdown")
+    assert (found.metadata["x-amz-meta-user-id"], found.metadata["x-amz-meta-checksum"]) == ("u1", digest)
+    async with objects.fetch(path) as file:
+        assert file.read() == content
+    await objects.delete(path)
+    await objects.delete(path)
+    with pytest.raises(NotFound):
+        async with objects.fetch(path):
+            pass
+
+
+async def test_the_path_may_be_made_of_the_checksum(objects: Objects) -> None:
+    at = datetime(2026, 1, 2, tzinfo=UTC)
+    stored = await objects.upload(
+        AVATAR, pieces(PNG), name="me", user_id="u1", path=lambda sha256: avatar_path("u1", at, sha256)
+    )
+    assert stored.path == f"u1/avatars/1767312000_{hashlib.sha256(PNG).hexdigest()[:16]}.jpg"
+    await objects.delete(stored.path)
+
+
+async def test_anybody_can_download_by_the_url_as_a_file_and_not_as_a_page(objects: Objects) -> None:
+    path = document_path("u1", uuid4().hex, "页 &.html")
+    await objects.upload(DOCUMENT, pieces(b"<html>x</html>"), name="x", user_id="u1", path=lambda _: path)
+    url = await objects.download_url(path)
+    assert "X-Amz-Expires=3600" in url
+    answer = await asyncio.to_thread(urllib3.request, "GET", url)
+    assert (answer.status, answer.data) == (200, b"<html>x</html>")
+    assert answer.headers["content-disposition"].startswith("attachment; filename*=UTF-8''")
+    unsigned = await asyncio.to_thread(urllib3.request, "GET", url.partition("?")[0])
+    assert unsigned.status != 200
+    await objects.delete(path)
+
+
+async def test_a_changed_object_is_not_given_out(objects: Objects, judge: Minio) -> None:
+    stored = await upload(objects, DOCUMENT, b"as it was")
+    metadata: dict[str, str | list[str] | tuple[str]] = {"user-id": "u1", "checksum": stored.sha256}
+    judge.put_object(BUCKET, stored.path, io.BytesIO(b"as it is"), 8, metadata=metadata)
+    with pytest.raises(RuntimeError, match="checksum"):
+        async with objects.fetch(stored.path):
+            pass
+    await objects.delete(stored.path)
+
+
+async def test_what_is_too_large_is_refused_while_it_comes_in(objects: Objects) -> None:
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield bytes(1024 * 1024)
+
+    with pytest.raises(TooLarge, match="5 MB"):
+        await objects.upload(AVATAR, endless(), name="x", user_id="u1", path=lambda _: "never")
+    assert taken == 6
+
+
+async def test_an_empty_file_is_refused(objects: Objects) -> None:
+    with pytest.raises(InvalidMessage, match="empty"):
+        await upload(objects, DOCUMENT, b"")
+
+
+async def test_a_damaged_archive_is_refused(objects: Objects) -> None:
+    with pytest.raises(InvalidMessage, match="damaged"):
+        await upload(objects, DOCUMENT, archive("word/document.xml")[:-10])
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "name"),
+    [
+        (AVATAR, b"<html></html>", "me.png"),
+        (AVATAR, b"GIF89a" + bytes(20), "me.gif"),
+        (DOCUMENT, archive("a.txt"), "a.docx"),
+        (DOCUMENT, PNG, "a.pdf"),
+        (DOCUMENT, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(20), "a.docx"),
+        (DOCUMENT, b"\x7fELF" + bytes(20), "a.txt"),
+        (ATTACHMENT, archive("a.txt"), "a.zip"),
+        (ATTACHMENT, b"MZ\x90\x00" + bytes(20), "a.jpg"),
+        (SKILL, b"%PDF-1.7", "package.zip"),
+    ],
+)
+async def test_the_type_is_judged_by_the_content_whatever_the_name_says(
+    objects: Objects, kind: Kind, content: bytes, name: str
+) -> None:
+    with pytest.raises(WrongType):
+        await upload(objects, kind, content, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "type_"),
+    [
+        (AVATAR, b"\xff\xd8\xff\xe0" + bytes(20), "image/jpeg"),
+        (AVATAR, b"RIFF\x00\x00\x00\x00WEBPVP8 ", "image/webp"),
+        (ATTACHMENT, b"RIFF\x00\x00\x00\x00WAVEfmt ", "audio/wav"),
+        (ATTACHMENT, b"\x00\x00\x00\x20ftypisom" + bytes(20), "video/mp4"),
+        (ATTACHMENT, b"\x00\x00\x00\x20ftypM4A " + bytes(20), "audio/mp4"),
+        (ATTACHMENT, b"ID3\x04" + bytes(20), "audio/mpeg"),
+        (DOCUMENT, b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", filetypes.PDF),
+        (DOCUMENT, archive("[Content_Types].xml", "word/document.xml"), filetypes.DOCX),
+        (DOCUMENT, archive("[Content_Types].xml", "xl/workbook.xml"), filetypes.XLSX),
+        (DOCUMENT, archive("[Content_Types].xml", "ppt/presentation.xml"), filetypes.PPTX),
+        (DOCUMENT, b"\xef\xbb\xbf \n<!-- x --><!DOCTYPE HTML><p>", "text/html"),
+        (DOCUMENT, "说明书\n".encode("gb18030"), "text/plain"),
+        (DOCUMENT, "text".encode("utf-16"), "text/plain"),
+        (DOCUMENT, "🙂 \u202eשלום".encode(), "text/plain"),
+        (SKILL, archive("SKILL.md"), "application/zip"),
+        (EXPORT, archive("me.json"), "application/zip"),
+    ],
+)
+async def test_what_a_kind_takes_is_stored_with_its_type(
+    objects: Objects, kind: Kind, content: bytes, type_: str
+) -> None:
+    stored = await upload(objects, kind, content)
+    assert stored.content_type == type_
+    await objects.delete(stored.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("plan.pdf", "plan.pdf"),
+        ("产品手册 v2.docx", "产品手册 v2.docx"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\files\\a.txt", "a.txt"),
+        ("a\x00b\r\n.txt", "a_b_.txt"),
+        ("gpj\u202egnp.exe", "gpjgnp.exe"),
+        ('a"?#%&.md', "a_&.md"),
+        ("..", "file"),
+        ("", "file"),
+        ("\ud800", "file"),
+        ("e\u0301.txt", "é.txt"),
+    ],
+)
+def test_names_are_made_safe(name: str, safe: str) -> None:
+    assert safe_name(name) == safe
+
+
+def test_a_long_name_keeps_its_end() -> None:
+    name = safe_name("长" * 500 + ".docx")
+    assert name.endswith("长.docx")
+    assert len(name.encode()) <= 200
+
+
+def test_paths_are_as_published() -> None:
+    assert [
+        attachment_path("u1", "c1", "m1", "a/b.png"),
+        document_path("u1", "f1", "b.pdf"),
+        skill_path("u1", "s1", "1.0.0"),
+        export_path("u1", "e1"),
+    ] == [
+        "u1/attachments/c1/m1_b.png",
+        "u1/documents/f1_b.pdf",
+        "u1/skills/s1/1.0.0/package.zip",
+        "exports/u1/e1.zip",
+    ]
+
+
+async def test_a_store_that_does_not_answer_is_a_passing_failure(store: Stack) -> None:
+    nowhere = Objects("http://127.0.0.1:1", "a", "b")
+    with pytest.raises(Transient):
+        await nowhere.delete("x")

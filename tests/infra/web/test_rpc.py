@@ -1,0 +1,388 @@
+"""Calls between services over real gRPC: deadlines, callers, traces, errors, retries, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+from prometheus_client import CollectorRegistry
+
+from infra.errors import (
+    Conflict,
+    Forbidden,
+    InvalidMessage,
+    NotFound,
+    RetryLater,
+    TooLarge,
+    Transient,
+    Unauthenticated,
+)
+from infra.observe import telemetry
+from infra.observe.metrics import Metrics
+from infra.security.auth import Callers
+from infra.web import rpc
+from infra.web.rpc import Channels, Server
+from tooling.testing.proxy import FaultProxy
+
+SECRET = "an-internal-secret-of-32-characters-or-more"
+SERVICE = "clawbus.test.v1.Test"
+ERRORS: dict[str, Exception] = {
+    "invalid": InvalidMessage("prix.montant_é", "negative"),
+    "unauthenticated": Unauthenticated("no key"),
+    "forbidden": Forbidden("not yours"),
+    "not-found": NotFound("agent a1"),
+    "conflict": Conflict("version 3, not 2"),
+    "too-large": TooLarge("over 5 MB"),
+    "transient": Transient("the index is away"),
+    "later": RetryLater(timedelta(seconds=7)),
+    "database": ConnectionRefusedError("postgresql://u:hunter2@h"),
+    "bug": ValueError("hunter2"),
+}
+
+
+class Service:
+    """A servicer of bytes: what it was asked, and how it answers."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.caller = ""
+        self.left = 0.0
+        self.carrier: dict[str, str] = {}
+        self.fail_times = 0
+        self.entered = asyncio.Event()
+        self.go = asyncio.Event()
+        self.next: grpc.aio.Channel | None = None
+
+    async def echo(self, request: bytes, context: Any) -> bytes:
+        self.asked.append(request.decode())
+        self.caller, self.left, self.carrier = rpc.caller(), context.time_remaining(), telemetry.carrier()
+        if self.fail_times:
+            self.fail_times -= 1
+            raise Transient("not yet")
+        if error := ERRORS.get(request.decode()):
+            raise error
+        if request == b"abort":
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, "by itself")
+        if request == b"wait":
+            self.entered.set()
+            await self.go.wait()
+        if request == b"forward" and self.next:
+            return await call(self.next, b"forwarded", timeout=60)
+        return request
+
+    async def count(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        self.caller = rpc.caller()
+        for n in range(int(request)):
+            yield str(n).encode()
+        if request == b"2":
+            raise NotFound("a third")
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        handlers: dict[str, Any] = {
+            "Echo": grpc.unary_unary_rpc_method_handler(self.echo),
+            "Repeat": grpc.unary_unary_rpc_method_handler(self.echo),
+            "Count": grpc.unary_stream_rpc_method_handler(self.count),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+async def call(
+    channel: grpc.aio.Channel, request: bytes, *, method: str = "Echo", timeout: float | None = None
+) -> bytes:
+    return await unary(channel, method)(request, timeout=timeout)
+
+
+def unary(channel: grpc.aio.Channel, method: str = "Echo") -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+    return channel.unary_unary(f"/{SERVICE}/{method}")
+
+
+@pytest.fixture
+def exporter() -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    running = telemetry.setup("memory", "1", None, processor=SimpleSpanProcessor(exporter))
+    yield exporter
+    running.shutdown()
+
+
+@pytest.fixture
+async def service() -> Service:
+    return Service()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture
+async def port(service: Service, metrics: Metrics) -> AsyncIterator[int]:
+    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    service.add_to(server.grpc)
+    yield await server.start(0)
+    service.go.set()
+    await server.stop()
+
+
+@pytest.fixture
+async def channels() -> AsyncIterator[Channels]:
+    channels = Channels(Callers(SECRET, "agent"))
+    yield channels
+    await channels.close()
+
+
+@pytest.fixture
+async def channel(channels: Channels, port: int) -> grpc.aio.Channel:
+    return channels.to(f"127.0.0.1:{port}", "memory", safe=[f"{SERVICE}/Repeat"])
+
+
+@pytest.fixture
+async def bare(port: int) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel of a stranger."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+
+
+def metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+async def test_a_call_carries_its_caller_and_a_deadline(channel: grpc.aio.Channel, service: Service) -> None:
+    assert await call(channel, b"hello") == b"hello"
+    assert service.caller == "agent"
+    # On the wire a time-out is rounded up.
+    assert 0 < service.left < rpc.DEFAULT_TIMEOUT_SECONDS + 1
+    await call(channel, b"hello", timeout=60)
+    assert rpc.DEFAULT_TIMEOUT_SECONDS + 1 < service.left < 61
+    with pytest.raises(LookupError):
+        rpc.caller()
+
+
+async def test_a_call_without_a_deadline_is_refused(bare: grpc.aio.Channel, service: Service) -> None:
+    token = Callers(SECRET, "agent").token("memory")
+    with pytest.raises(grpc.aio.AioRpcError, match="deadline: none") as caught:
+        await unary(bare)(b"x", metadata=metadata(token))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert service.asked == []
+
+
+@pytest.mark.parametrize("token", ["", "stranger", "for another"])
+async def test_a_call_by_nobody_known_is_refused(bare: grpc.aio.Channel, service: Service, token: str) -> None:
+    made = Callers(SECRET, "agent").token("billing") if token == "for another" else token
+    given = metadata(made) if made else None
+    with pytest.raises(grpc.aio.AioRpcError, match="caller token") as caught:
+        await unary(bare)(b"x", timeout=5, metadata=given)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert service.asked == []
+
+
+async def test_a_call_within_a_call_has_no_longer_than_what_is_left(
+    channel: grpc.aio.Channel, service: Service
+) -> None:
+    service.next = channel
+    assert await call(channel, b"forward", timeout=3) == b"forwarded"
+    assert service.asked == ["forward", "forwarded"]
+    # Without the limit, the inner call's own sixty seconds.
+    assert service.left < 4
+
+
+@pytest.mark.parametrize("how", ["invalid", "unauthenticated", "forbidden", "not-found", "conflict", "too-large"])
+async def test_an_error_crosses_the_wire(channel: grpc.aio.Channel, how: str) -> None:
+    with pytest.raises(type(ERRORS[how])) as caught:
+        await call(channel, how.encode())
+    assert str(caught.value) == str(ERRORS[how])
+    if isinstance(caught.value, InvalidMessage):
+        assert (caught.value.field, caught.value.reason) == ("prix.montant_é", "negative")
+
+
+@pytest.mark.parametrize("how", ["transient", "later", "database"])
+async def test_what_passes_by_itself_is_transient_to_the_caller(channel: grpc.aio.Channel, how: str) -> None:
+    with pytest.raises(Transient, match="memory at 127") as caught:
+        await call(channel, how.encode())
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_an_inner_error_tells_its_trace_and_nothing_else(
+    channel: grpc.aio.Channel, exporter: InMemorySpanExporter
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(channel, b"bug")
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    details = caught.value.details() or ""
+    trace_id = spans(exporter)[0].context.trace_id
+    assert details == f"an error inside memory, not in the request (trace {trace_id:032x})"
+
+
+async def test_a_code_that_a_servicer_chose_itself_stays(channel: grpc.aio.Channel, metrics: Metrics) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="by itself") as caught:
+        await call(channel, b"abort")
+    assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE
+    assert calls(metrics, "OUT_OF_RANGE") == 1
+
+
+async def test_a_call_that_takes_too_long_is_transient(channel: grpc.aio.Channel, service: Service) -> None:
+    with pytest.raises(Transient, match="Deadline"):
+        await call(channel, b"wait", timeout=0.2)
+
+
+async def test_a_service_that_is_not_there_is_transient(channels: Channels) -> None:
+    with pytest.raises(Transient, match="memory at 127"):
+        await call(channels.to("127.0.0.1:1", "memory"), b"x")
+
+
+async def test_only_safe_methods_are_repeated(channel: grpc.aio.Channel, service: Service) -> None:
+    service.fail_times = 2
+    assert await call(channel, b"again", method="Repeat") == b"again"
+    assert service.asked == ["again"] * 3
+    service.fail_times = 1
+    with pytest.raises(Transient, match="not yet"):
+        await call(channel, b"once")
+    assert service.asked == ["again"] * 3 + ["once"]
+
+
+async def test_repeating_ends(channel: grpc.aio.Channel, service: Service) -> None:
+    service.fail_times = 100
+    with pytest.raises(Transient, match="not yet"):
+        await call(channel, b"again", method="Repeat")
+    assert service.asked == ["again"] * 4
+
+
+async def test_a_stream_is_served_under_the_same_rules(bare: grpc.aio.Channel, service: Service) -> None:
+    count: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = bare.unary_stream(f"/{SERVICE}/Count")
+    given = metadata(Callers(SECRET, "agent").token("memory"))
+    assert [n async for n in count(b"3", timeout=5, metadata=given)] == [b"0", b"1", b"2"]
+    assert service.caller == "agent"
+    with pytest.raises(grpc.aio.AioRpcError, match="caller token: missing"):
+        _ = [n async for n in count(b"3", timeout=5)]
+    broken = count(b"2", timeout=5, metadata=given)
+    assert [await broken.read(), await broken.read()] == [b"0", b"1"]
+    with pytest.raises(grpc.aio.AioRpcError, match="a third") as caught:
+        await broken.read()
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
+    """The spans in the order of their start."""
+    return sorted(exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
+
+
+async def test_a_call_is_a_client_and_a_server_span_of_one_trace(
+    channel: grpc.aio.Channel, service: Service, exporter: InMemorySpanExporter
+) -> None:
+    with telemetry.span("work"):
+        await call(channel, b"hello")
+    work, client, server = spans(exporter)
+    assert (client.kind, server.kind) == (SpanKind.CLIENT, SpanKind.SERVER)
+    assert client.parent == work.context
+    assert server.parent is not None
+    assert client.context is not None
+    assert (server.parent.trace_id, server.parent.span_id) == (client.context.trace_id, client.context.span_id)
+    assert client.name == server.name == f"{SERVICE}/Echo"
+    assert server.attributes == {
+        "rpc.system.name": "grpc",
+        "rpc.method": f"{SERVICE}/Echo",
+        "rpc.response.status_code": "OK",
+    }
+    assert server.context is not None
+    assert service.carrier["traceparent"].split("-")[2] == f"{server.context.span_id:016x}"
+
+
+@pytest.mark.parametrize(("how", "fault"), [("not-found", False), ("transient", True), ("bug", True)])
+async def test_only_faults_are_errors_of_the_server(
+    channel: grpc.aio.Channel, exporter: InMemorySpanExporter, how: str, fault: bool
+) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        await call(channel, how.encode())
+    client, server = spans(exporter)
+    assert client.status.status_code is StatusCode.ERROR
+    assert (server.status.status_code is StatusCode.ERROR) == fault
+
+
+def calls(metrics: Metrics, code: str) -> float | None:
+    labels = {"method": f"{SERVICE}/Echo", "code": code}
+    return metrics.registry.get_sample_value("claw_grpc_request_seconds_count", labels)
+
+
+async def test_calls_are_measured_by_method_and_code(channel: grpc.aio.Channel, metrics: Metrics) -> None:
+    await call(channel, b"hello")
+    with pytest.raises(NotFound):
+        await call(channel, b"not-found")
+
+    assert (calls(metrics, "OK"), calls(metrics, "NOT_FOUND")) == (1, 1)
+
+
+async def test_one_channel_per_target_is_reused(channels: Channels) -> None:
+    one = channels.to("127.0.0.1:1", "memory")
+    assert channels.to("127.0.0.1:1", "memory") is one
+    assert channels.to("127.0.0.1:2", "memory") is not one
+
+
+async def test_health_is_open_to_all_and_ends_with_the_drain(service: Service, metrics: Metrics) -> None:
+    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    service.add_to(server.grpc)
+    port = await server.start(0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as bare:
+        watch = health_pb2_grpc.HealthStub(bare).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        stopping = asyncio.create_task(server.stop())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+        await stopping
+
+
+async def test_stopping_lets_calls_finish_and_takes_no_more(
+    service: Service, metrics: Metrics, channels: Channels
+) -> None:
+    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    service.add_to(server.grpc)
+    channel = channels.to(f"127.0.0.1:{await server.start(0)}", "memory")
+    under_way = asyncio.create_task(call(channel, b"wait", timeout=30))
+    await service.entered.wait()
+    stopping = asyncio.create_task(server.stop())
+    until = time.monotonic() + 10
+    refused = False
+    while not refused and time.monotonic() < until:
+        try:
+            await call(channel, b"late", timeout=1)
+        except Transient:
+            refused = True
+    assert refused
+    assert not under_way.done()
+    service.go.set()
+    assert await under_way == b"wait"
+    await stopping
+
+
+async def test_a_taken_port_is_named(port: int, metrics: Metrics) -> None:
+    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    with pytest.raises(OSError, match=f"gRPC on 127.0.0.1:{port}"):
+        await server.start(port)
+    with pytest.raises(OSError, match="CLAW_GRPC_PORT: missing"):
+        await server.start(None)
+
+
+async def test_a_connection_that_breaks_is_transient_and_heals(channels: Channels, port: int, service: Service) -> None:
+    async with FaultProxy("127.0.0.1", port) as proxy:
+        channel = channels.to(f"127.0.0.1:{proxy.port}", "memory", safe=[f"{SERVICE}/Repeat"])
+        assert await call(channel, b"before") == b"before"
+        under_way = asyncio.create_task(call(channel, b"wait"))
+        await service.entered.wait()
+        proxy.reset()
+        with pytest.raises(Transient):
+            await under_way
+        assert await call(channel, b"after", method="Repeat") == b"after"
+        proxy.blackhole()
+        with pytest.raises(Transient):
+            await call(channel, b"lost", timeout=0.3)
+        proxy.heal()
+        assert await call(channel, b"healed", method="Repeat") == b"healed"

@@ -1,0 +1,131 @@
+"""What `claw check` refuses, and that it says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from tooling.cli import check
+
+
+# Put together here, so that this file does not hold what it looks for.
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("-----BEGIN " + "RSA PRIVATE KEY-----", "a private key"),
+        ("-----BEGIN " + "PRIVATE KEY-----", "a private key"),
+        ('key = "sk-' + 'proj-abcdefghijklmnopqrst"', "a vendor's token"),
+        ("token: xoxb-" + "123456789012-abc", "a vendor's token"),
+        ("bot 1234567890:" + "AA" + "h" * 33, "a vendor's token"),
+        ("postgresql://claw:" + "Xk29fj@db:5432/claw", "a password in a URL"),
+        ("--extra-" + "index-url https://pypi.example.com", "an index address"),
+        ('"resolved"' + ': "https://npm.example.com/x"', "an index address"),
+        ("path = /home" + "/ada/claw", "a machine's path"),
+        ('"/work' + '/main"', "a machine's path"),
+    ],
+)
+def test_a_line_that_must_not_be_committed_is_named_without_its_value(line: str, what: str) -> None:
+    assert check.unwanted({"a.py": f"fine\n{line}\n"}) == [f"a.py:2: looks like {what}"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "amqp://user:password@host:5672/vhost",
+        "http://127.0.0.1:9000",
+        'f"postgresql://{user}:{password}@{host}/claw"',
+        "https://example.com/home/ada",
+        "see services/work" + "/main.py",
+        "task-sk-1",
+    ],
+)
+def test_an_innocent_line_passes(line: str) -> None:
+    assert check.unwanted({"a.py": line}) == []
+
+
+def test_what_git_knows_is_read_and_nothing_else(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", str(tmp_path)], check=True, capture_output=True)
+    (tmp_path / "known.py").write_text("x")
+    (tmp_path / "picture.png").write_bytes(b"\0")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True, capture_output=True)
+    (tmp_path / "unknown.py").write_text("y")
+    assert check.committed_files(tmp_path) == {"known.py": "x"}
+
+
+def test_all_checks_run_and_a_failure_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = {"first": lambda: "a.py:1: wrong", "second": lambda: ""}
+    monkeypatch.setattr(check, "_checks", lambda: steps)
+    with pytest.raises(typer.Exit) as end:
+        check.check()
+    out = capsys.readouterr()
+    assert end.value.exit_code == 1
+    assert "second … ok" in out.out
+    assert "failed: first" in out.out
+    assert "a.py:1: wrong" in out.err
+
+    with pytest.raises(typer.Exit):
+        check.check(json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["check"], row["ok"]) for row in rows] == [("first", False), ("second", True)]
+    assert all(row["seconds"] >= 0 for row in rows)
+
+
+def test_a_tool_s_complaint_is_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text("import os\n")
+    assert "F401" in check._tool("ruff", "check", ".")
+    (tmp_path / "a.py").write_text("")
+    assert check._tool("ruff", "check", ".") == ""
+
+
+TREE = {
+    "infra/__init__.py": "",
+    "infra/clock.py": "import tooling.cli",
+    "infra/bus.py": "import services.a",
+    "tooling/cli/__init__.py": "",
+    "tooling/cli/map.py": "import services\nimport services.a\nimport tooling.testing.stack",
+    "tooling/testing/__init__.py": "",
+    "tooling/testing/stack.py": "import tooling.cli.map",
+    "protos/__init__.py": "",
+    "protos/catalog.py": "import infra.clock",
+    "services/__init__.py": "",
+    "services/a/__init__.py": "",
+    "services/a/handlers.py": "import tooling.testing",
+    "services/a/domain.py": "import sqlalchemy",
+    "services/a/invoices/__init__.py": "",
+    "services/a/invoices/events.py": "import infra.clock",
+    "services/b/__init__.py": "import services.a",
+}
+ILLEGAL = [
+    "protos.catalog -> infra.clock",
+    "infra.clock -> tooling.cli",
+    "infra.bus -> services.a",
+    "services.a.handlers -> tooling.testing",
+    "services.b -> services.a",
+    "services.a.domain -> sqlalchemy",
+    "services.a.invoices.events -> infra.clock",
+]
+
+
+def test_layers_are_kept_by_the_project_s_own_rules(tmp_path: Path) -> None:
+    for path, text in TREE.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    result = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--config", check.ROOT / "pyproject.toml"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert result.returncode == 1, result.stdout
+    assert [arrow for arrow in ILLEGAL if f"{arrow} (l." not in result.stdout] == []
+    assert "tooling.cli is not allowed" not in result.stdout
+    assert "tooling.testing is not allowed" not in result.stdout

@@ -1,0 +1,320 @@
+"""The operator's commands on real engines: what they print for people and programs, and what they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+import msgspec
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from infra.clock import uuid7
+from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
+from infra.postgres.tx import Tx
+from infra.service.replay import Rebuilt
+from tests.infra.conftest import SampleDatabase
+from tooling.cli import app as cli
+from tooling.cli import dlq, outbox, replay
+from tooling.stack import operator
+from tooling.stack.engines.base import EngineError
+from tooling.testing.sample.catalog import SAMPLE_EVENTS
+from tooling.testing.sample.desk.domain import WriteNote
+from tooling.testing.sample.desk.publishing import NOTEBOOK
+from tooling.testing.stack import Stack
+
+T = TypeVar("T")
+DESK, LEDGER = "tooling.testing.sample.desk", "tooling.testing.sample.ledger"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: Stack, sample: SampleDatabase) -> Path:
+    """A state folder whose stack is the suite's, with the module's database."""
+    engines = {"postgres": {"url": sample.admin_url}, "kafka": {"bootstrap_servers": stack.kafka_bootstrap_servers}}
+    (tmp_path / "credentials.json").write_text(json.dumps({"engines": engines}))
+    monkeypatch.setenv("CLAW_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def claw(command: typer.Typer, *arguments: str) -> Result:
+    return CliRunner().invoke(command, arguments)
+
+
+def told(command: typer.Typer, *arguments: str) -> str:
+    """What the command prints; it must succeed."""
+    result = claw(command, *arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return str(result.stdout)
+
+
+def refused(command: typer.Typer, *arguments: str) -> str:
+    """The error that `main` shows in plain words."""
+    result = claw(command, *arguments)
+    assert isinstance(result.exception, (NotFound, Conflict, EngineError)), result.output
+    return str(result.exception)
+
+
+def within(service: str, work: Callable[[Tx], Awaitable[T]]) -> T:
+    """Runs `work` in a transaction of the service."""
+
+    async def run() -> T:
+        url = operator.engines_access()["postgres"]["url"]
+        async with operator.database(url, service) as database, database.begin() as tx:
+            return await work(tx)
+
+    return asyncio.run(run())
+
+
+def query(service: str, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+    return within(service, lambda tx: tx.sql(statement, *arguments))
+
+
+def audited(service: str, object_id: str) -> list[tuple[str, str]]:
+    """(action, actor) of each audit record about the object."""
+    rows = query(service, "SELECT body FROM outbox WHERE destination = 'audit.logs' ORDER BY position")
+    acts = [msgspec.json.decode(body) for (body,) in rows]
+    return [(act["action"], act["actor"]) for act in acts if act["object_id"] == object_id]
+
+
+def dead(service: str, key: str, *states: str, error: str = "ValueError: will not do") -> list[str]:
+    """Dead letters of one key in these states, in order; their ids."""
+
+    async def store(tx: Tx) -> list[str]:
+        letters = [
+            DeadLetter(
+                destination="sample.events",
+                place=f"{uuid4()}/0/{offset}",
+                message_id=str(uuid7()),
+                key=key,
+                tenant_id=None,
+                attempts=3,
+                error=error,
+                headers='{"ce_type": "sample.v1.NoteTaken", "odd": "\\u001b[31m"}',
+                payload=b'{"notebook": "b",\n "text": "\x1b[2J"}',
+                state=state,
+            )
+            for offset, state in enumerate(states)
+        ]
+        connection = await tx.connection()
+        await store_dead_letters(connection, service, "kafka", letters)
+        await park(connection, service, "sample.events", key)
+        rows = await tx.sql("SELECT id FROM dead_letter WHERE key = $1 ORDER BY seq", key)
+        return [str(id_) for (id_,) in rows]
+
+    return within(service, store)
+
+
+@pytest.fixture(autouse=True)
+def no_letters_left_over(home: Path) -> None:
+    for service in ("sample_desk", "sample_ledger"):
+        query(service, "DELETE FROM dead_letter")
+
+
+def state(id_: str) -> str:
+    [(found,)] = query("sample_ledger", "SELECT state FROM dead_letter WHERE id = $1", UUID(id_))
+    return str(found)
+
+
+def test_the_list_shows_every_service_on_80_columns() -> None:
+    assert told(dlq.app, "list") == "No dead letters.\n"
+    failed, waiting = dead(
+        "sample_ledger", "a key " + "that is long " * 10, "failed", "waiting", error="x\x1b[31m" * 40
+    )
+    [other] = dead("sample_desk", "k", "failed")
+    text = told(dlq.app, "list")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    assert all(id_ in text for id_ in (failed, waiting, other))
+    assert "sample_ledger could not handle kafka:sample.events, key a key that is" in text
+    assert "2 failed, 1 waiting" in text
+    assert other not in told(dlq.app, "list", "--service", "sample_ledger")
+    assert "more than these 1" in told(dlq.app, "list", "--limit", "1")
+
+
+def test_the_list_is_json_for_programs() -> None:
+    assert told(dlq.app, "list", "--json") == "[]\n"
+    [id_] = dead("sample_ledger", "k", "failed")
+    [letter] = json.loads(told(dlq.app, "list", "--json"))
+    assert (letter["id"], letter["service"], letter["key"]) == (id_, "sample_ledger", "k")
+    assert letter == json.loads(told(dlq.app, "show", id_, "--json"))
+    assert letter["payload"] == '{"notebook": "b",\n "text": "\x1b[2J"}'
+
+
+def test_one_is_shown_whole_and_cannot_move_the_cursor() -> None:
+    [id_] = dead("sample_ledger", "k", "failed", error="ValueError: " + "long " * 40 + "end")
+    text = told(dlq.app, "show", id_)
+    assert "\x1b" not in text
+    assert "long end" in text
+    assert "ce_type: sample.v1.NoteTaken" in text
+    assert '"text": "\\x1b[2J"}' in text
+
+
+def test_a_redrive_is_requested_and_audited() -> None:
+    first, waiting = dead("sample_ledger", "k", "failed", "waiting")
+    [second] = dead("sample_ledger", "other", "failed")
+    assert "2 to be redriven" in told(dlq.app, "redrive", first, first, second)
+    assert (state(first), state(waiting), state(second)) == ("redriving", "waiting", "redriving")
+    for id_ in (first, second):
+        assert audited("sample_ledger", id_) == [("dead_letter.redrive", operator.actor())]
+
+
+def test_all_failed_ones_of_one_service_are_redriven() -> None:
+    first, waiting = dead("sample_ledger", "k", "failed", "waiting")
+    [second] = dead("sample_ledger", "other", "failed")
+    [elsewhere] = dead("sample_desk", "k", "failed")
+    answer = told(dlq.app, "redrive", "--all", "--service", "sample_ledger", "--json")
+    assert json.loads(answer) == {"redriving": 2}
+    assert [state(id_) for id_ in (first, waiting, second)] == ["redriving", "waiting", "redriving"]
+    assert audited("sample_desk", elsewhere) == []
+
+
+def test_a_discard_is_done_and_audited() -> None:
+    first, waiting = dead("sample_ledger", "k", "failed", "waiting")
+    assert "is discarded" in told(dlq.app, "discard", first)
+    assert json.loads(told(dlq.app, "discard", waiting, "--json")) == {"discarded": waiting}
+    assert (state(first), state(waiting)) == ("discarded", "discarded")
+    assert audited("sample_ledger", first) == [("dead_letter.discard", operator.actor())]
+
+
+def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
+    first, waiting = dead("sample_ledger", "k", "failed", "waiting")
+    unknown = str(uuid7())
+    for command in ("show", "redrive", "discard"):
+        assert refused(dlq.app, command, unknown).startswith(f"dead letter {unknown}: there is none")
+    assert "waits behind a failed one of its key" in refused(dlq.app, "redrive", first, waiting)
+    assert state(first) == "failed"
+    assert refused(dlq.app, "list", "--service", "sample_lodger") == (
+        "service sample_lodger: not in this stack (sample_desk, sample_front, sample_ledger)"
+    )
+    assert "sample_lodger: not in this stack" in refused(dlq.app, "redrive", "--all", "--service", "sample_lodger")
+    for words in ([], ["--all"], ["--service", "sample_ledger"], [first, "--all", "--service", "sample_ledger"]):
+        assert "name dead letters by their ids, or all of one service" in refused(dlq.app, "redrive", *words)
+    told(dlq.app, "redrive", first)
+    assert "it is redriving; only a failed one" in refused(dlq.app, "redrive", first)
+    assert audited("sample_ledger", waiting) == []
+
+
+def test_without_a_stack_the_way_to_start_one_is_named(home: Path) -> None:
+    commands = [
+        (dlq.app, ["list"]),
+        (outbox.app, ["resend", "x"]),
+        (only(replay.replay), [f"{LEDGER}.count_notes"]),
+    ]
+    gone = {"postgres": {"url": "postgresql://a:b@127.0.0.1:1/c"}, "kafka": {"bootstrap_servers": "127.0.0.1:1"}}
+    (home / "credentials.json").write_text(json.dumps({"engines": gone}))
+    for command, words in commands:
+        assert "does not answer" in refused(command, *words)
+        assert "./claw up" in refused(command, *words)
+    (home / "credentials.json").unlink()
+    for command, words in commands:
+        assert "no stack was started here. Start it with ./claw up" in refused(command, *words)
+
+
+def only(function: Callable[..., None]) -> typer.Typer:
+    """A command line with this one command."""
+    command = typer.Typer()
+    command.command()(function)
+    return command
+
+
+def write_history(book: str) -> None:
+    """Two notes that desk and ledger have handled, as far as their tables tell."""
+
+    async def write(tx: Tx) -> None:
+        await tx.decide(NOTEBOOK.stream(book), WriteNote("abc"))
+        await tx.decide(NOTEBOOK.stream(book), WriteNote("de"))
+
+    async def count(tx: Tx) -> None:
+        await tx.sql(
+            "INSERT INTO inbox SELECT message_id, 'sample_ledger' FROM sample_desk.outbox WHERE key = $1", book
+        )
+        await tx.sql("INSERT INTO effect VALUES ($1, 1, 1), ($1, 2, 2)", book)
+        await tx.sql("INSERT INTO total VALUES ($1, 2, 5)", book)
+
+    within("sample_desk", write)
+    query("sample_desk", "UPDATE outbox SET published_at = now() WHERE key = $1", book)
+    within("sample_ledger", count)
+
+
+def test_what_was_sent_is_sent_again_and_audited() -> None:
+    write_history("resent")
+    pending = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND destination = 'sample.events'"
+    [(before,)] = query("sample_desk", pending)
+    assert before == 0
+    counts = json.loads(told(outbox.app, "resend", SAMPLE_EVENTS.name, "--json"))
+    [(after,)] = query("sample_desk", pending)
+    assert counts == {"sample_desk": after}
+    assert after >= 2
+    assert audited("sample_desk", SAMPLE_EVENTS.name)[-1] == ("outbox.resend", operator.actor())
+    query("sample_desk", "UPDATE outbox SET published_at = now()")
+    text = told(outbox.app, "resend", SAMPLE_EVENTS.name, "--since", "2020-01-01")
+    assert text == f"sample_desk: {after} messages to sample.events are sent again by the service's relay\n"
+    query("sample_desk", "UPDATE outbox SET published_at = now()")
+    assert "nothing that was sent to 'sample.events' is kept" in refused(
+        outbox.app, "resend", SAMPLE_EVENTS.name, "--since", "2100-01-01"
+    )
+    assert "nothing that was sent to 'sample.event' is kept" in refused(outbox.app, "resend", "sample.event")
+
+
+def test_a_projection_is_rebuilt_compared_and_switched() -> None:
+    write_history("replayed")
+    arguments = (f"{LEDGER}.count_notes", "--from-events", DESK)
+    name = "sample_ledger.count_notes"
+    text = told(only(replay.replay), *arguments)
+    assert "total: equal, live" in text
+    assert "Switched, after" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert audited("sample_ledger", name) == [("projection.switch", operator.actor())]
+
+    query("sample_ledger", "UPDATE total SET letters = 50 WHERE notebook = 'replayed'")
+    result = claw(only(replay.replay), *arguments)
+    assert result.exit_code == 1
+    assert "total: different" in result.stdout
+    assert "The live tables stay." in result.stdout
+    assert len(audited("sample_ledger", name)) == 1
+
+    rebuilt = msgspec.json.decode(told(only(replay.replay), *arguments, "--switch", "--json"), type=Rebuilt)
+    assert rebuilt.switched
+    assert [table.equal for table in rebuilt.tables] == [False, True]
+    assert query("sample_ledger", "SELECT letters FROM total WHERE notebook = 'replayed'") == [(5,)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["count_notes"], "name it as <service>.<handler>"),
+        (["nobody.count"], "service nobody: No module named"),
+        ([f"{LEDGER}.count"], "has no handler 'count' (sample_ledger.count_notes)"),
+        ([f"{DESK}.take_note"], "sample_desk.take_note is no projection"),
+        ([f"{LEDGER}.count_notes", "--from-events", "nobody"], "service nobody: No module named"),
+        ([f"{LEDGER}.count_notes"], "topic sample.events does not exist"),
+    ],
+)
+def test_a_replay_that_cannot_be_is_said_so(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAW_TOPIC_PREFIX", "")
+    assert said in refused(only(replay.replay), *words)
+
+
+@pytest.mark.parametrize(
+    "error", [NotFound("dead letter 1: there is none"), Conflict("it waits"), InvalidMessage("id", "is not a UUID")]
+)
+def test_what_a_person_can_mend_is_said_in_plain_words(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(dlq, "app", only(fail))
+    monkeypatch.setattr(sys, "argv", ["claw", "dlq", "fail"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"claw: {error}\n"

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from protos import catalog
+from tooling.stack import machine
+from tooling.stack.engines.base import EngineError, Secrets
+from tooling.stack.home import SERVICE_PORTS, SERVICES, Home, ports_at, usual_ports
+from tooling.stack.provision import permissions
+from tooling.stack.supervisor import Supervisor
+
+
+def test_stacks_at_the_usual_offsets_do_not_meet() -> None:
+    ports = [port for offset in (0, 400, 2000, 5000) for port in ports_at(offset).values()]
+    assert len(set(ports)) == len(ports) == 4 * len(usual_ports())
+
+
+@pytest.mark.parametrize("offset", [1, 1000, 3000, 40000])
+def test_an_offset_that_would_meet_another_stack_is_refused(offset: int) -> None:
+    with pytest.raises(EngineError, match="CLAW_PORT_OFFSET"):
+        ports_at(offset)
+
+
+def test_an_offset_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAW_PORT_OFFSET", "many")
+    with pytest.raises(EngineError, match="CLAW_PORT_OFFSET: 'many'"):
+        Home(tmp_path).place()
+
+
+def test_a_stack_remembers_its_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAW_PORT_OFFSET", "400")
+    Home(tmp_path).place()
+    monkeypatch.delenv("CLAW_PORT_OFFSET")
+    assert Home(tmp_path).place().ports["postgres"] == 5832
+
+
+def test_a_password_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
+    path = tmp_path / "secrets.json"
+    first = Secrets(path)("postgres.admin")
+    assert Secrets(path)("postgres.admin") == first != Secrets(path)("valkey.admin")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LEAST_DISK_MB", 10**9)
+    with pytest.raises(EngineError, match=r"only \d+ MB are free"):
+        machine.check_machine(tmp_path)
+
+
+def test_a_path_too_long_for_a_socket_is_said() -> None:
+    with pytest.raises(EngineError, match=r"CLAW_HOME: .* too long"):
+        Supervisor(Path("/" + "x" * 100))
+
+
+def test_the_services_are_those_of_the_catalog() -> None:
+    assert set(SERVICES) == set(catalog.SERVICES)
+    assert {name.removesuffix("_grpc") for name in SERVICE_PORTS} == {*SERVICES, "otlp"}
+
+
+def test_a_service_may_use_its_own_queues_only() -> None:
+    channel = permissions("channel")
+    assert channel["configure"] == "^$"
+    assert "channel[.]outbound" in channel["read"]
+    assert "document" not in channel["read"] + channel["write"]
+    assert permissions("billing")["read"] == "^()$"

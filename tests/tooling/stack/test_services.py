@@ -1,0 +1,78 @@
+"""What a service finds when `up` starts it: its own user in each engine, with no more than it needs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import aiormq
+import asyncpg
+import pytest
+import redis.asyncio
+from redis.exceptions import NoPermissionError
+
+from infra.service.settings import Settings
+from tooling.stack.engines.base import Place, Secrets
+from tooling.stack.home import SERVICES, Home
+from tooling.stack.provision import provision
+from tooling.stack.services import LocalService
+from tooling.testing.stack import private_home, run_claw
+
+
+@pytest.fixture(scope="module")
+async def place() -> AsyncIterator[Place]:
+    """A provisioned stack of its own: topics, queues and users are those of the catalog, not of a test."""
+    with private_home() as home:
+        run_claw(home, "up", "--only", "postgres,valkey,kafka,rabbitmq")
+        place = Place(home, Home(home).place().ports, Secrets(home / "secrets.json"), SERVICES)
+        await provision(place)
+        await provision(place)
+        yield place
+
+
+@pytest.fixture
+def settings(place: Place, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the agent reads from the environment that `up` gives it."""
+    for name, value in LocalService("agent").program(place).environment.items():
+        monkeypatch.setenv(name, value)
+    return Settings.load()
+
+
+async def test_the_worker_role_reaches_its_own_schema_only(settings: Settings) -> None:
+    connection = await asyncpg.connect(settings.database_url.get_secret_value())
+    assert await connection.fetchval("SELECT count(*) FROM outbox") == 0
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.fetchval("SELECT count(*) FROM billing.outbox")
+    await connection.close()
+
+
+async def test_the_request_role_may_log_in(settings: Settings) -> None:
+    connection = await asyncpg.connect(settings.request_database_url.get_secret_value())
+    assert await connection.fetchval("SELECT current_user") == "agent_request"
+    await connection.close()
+
+
+async def test_the_rabbitmq_user_publishes_where_it_sends_and_nowhere_else(settings: Settings) -> None:
+    connection = await aiormq.connect(settings.rabbitmq_url.get_secret_value())
+    channel = await connection.channel()
+    await channel.basic_publish(b"{}", exchange="channel.outbound", routing_key="channel.outbound", mandatory=True)
+    with pytest.raises(aiormq.exceptions.ChannelAccessRefused):
+        await channel.basic_publish(b"{}", exchange="notification", routing_key="notification.email")
+        await channel.basic_publish(b"{}", exchange="notification", routing_key="notification.email")
+    await connection.close()
+
+
+async def test_the_rabbitmq_user_reads_its_own_queues_only(settings: Settings) -> None:
+    connection = await aiormq.connect(settings.rabbitmq_url.get_secret_value())
+    channel = await connection.channel()
+    await channel.basic_get("channel.inbound.telegram")
+    with pytest.raises(aiormq.exceptions.ChannelAccessRefused):
+        await channel.basic_get("document.index")
+    await connection.close()
+
+
+async def test_the_redis_user_works_but_does_not_administer(settings: Settings) -> None:
+    client = redis.asyncio.Redis.from_url(settings.redis_url.get_secret_value())
+    assert await client.set("lock:x", "1", ex=1)
+    with pytest.raises(NoPermissionError):
+        await client.flushall()
+    await client.aclose()

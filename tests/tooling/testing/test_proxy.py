@@ -1,0 +1,93 @@
+"""The proxy's faults, as a client of a real server sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+
+from tooling.testing.proxy import FaultProxy
+
+
+@pytest.fixture
+async def proxy() -> AsyncIterator[FaultProxy]:
+    """In front of a server that sends back what it reads, and says when its client has ended."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(1000):
+                writer.write(data)
+                await writer.drain()
+            writer.write(b"bye")
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    async with FaultProxy("127.0.0.1", server.sockets[0].getsockname()[1]) as proxy:
+        yield proxy
+    server.close()
+    await server.wait_closed()
+
+
+async def connect(proxy: FaultProxy) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"hello")
+    assert await reader.readexactly(5) == b"hello"
+    return reader, writer
+
+
+async def test_without_faults_it_forwards_both_ways_to_the_end(proxy: FaultProxy) -> None:
+    reader, writer = await connect(proxy)
+    writer.write_eof()
+    assert await reader.read() == b"bye"
+    writer.close()
+
+
+async def test_latency_delays_every_piece(proxy: FaultProxy) -> None:
+    reader, writer = await connect(proxy)
+    proxy.latency = 0.05
+    began = time.monotonic()
+    writer.write(b"x")
+    assert await reader.readexactly(1) == b"x"
+    assert time.monotonic() - began >= 0.1
+    writer.close()
+
+
+async def test_a_blackhole_says_nothing_and_loses_nothing(proxy: FaultProxy) -> None:
+    reader, writer = await connect(proxy)
+    proxy.blackhole()
+    writer.write(b"x")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.readexactly(1), 0.1)
+    proxy.heal()
+    assert await reader.readexactly(1) == b"x"
+    writer.close()
+
+
+async def test_a_reset_breaks_the_connections_and_takes_new_ones(proxy: FaultProxy) -> None:
+    reader, writer = await connect(proxy)
+    proxy.reset()
+    with pytest.raises(ConnectionResetError):
+        await reader.readexactly(1)
+    writer.close()
+    _, again = await connect(proxy)
+    again.close()
+
+
+async def test_a_half_closed_client_reads_the_end_and_may_write(proxy: FaultProxy) -> None:
+    reader, writer = await connect(proxy)
+    proxy.half_close()
+    assert await reader.read() == b""
+    writer.write(b"still")
+    await writer.drain()
+    writer.close()
+
+
+async def test_a_server_that_is_away_closes_the_connection() -> None:
+    async with FaultProxy("127.0.0.1", 1) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        assert await reader.read() == b""
+        writer.close()

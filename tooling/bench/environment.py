@@ -1,0 +1,44 @@
+"""Where the anchors run whose packages the project does not need: a Python environment of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import PIPE, STDOUT
+from hashlib import sha256
+from pathlib import Path
+
+from tooling.stack.engines.base import EngineError
+from tooling.stack.home import CHECKOUT
+
+PINS = CHECKOUT / "requirements-bench.txt"
+FOLDER = CHECKOUT / ".venv-bench"
+
+
+async def environment() -> Path:
+    """Its Python. Made at the first time, and where the pins have changed since; says so. Raises EngineError."""
+    python, done = FOLDER / "bin" / "python", FOLDER / "installed"
+    pins = sha256(PINS.read_bytes()).hexdigest()
+    if not done.exists() or done.read_text() != pins:
+        _say(f"installing {PINS.name} into {FOLDER.name}, for the anchors only (about 30 MB to download)")
+        await _run(sys.executable, "-m", "venv", "--clear", FOLDER)
+        pip = ("-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off")
+        await _run(python, *pip, "--require-hashes", "--requirement", PINS)
+        done.write_text(pins)
+    return python
+
+
+async def _run(*command: str | Path) -> None:
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT)
+    assert process.stdout is not None
+    lines = []
+    async for line in process.stdout:
+        lines.append(line.decode())
+        if lines[-1].startswith("Collecting") and sum(line.startswith("Collecting") for line in lines) % 20 == 0:
+            _say("  20 more packages collected")
+    if await process.wait():
+        raise EngineError(f"the anchors' packages cannot be installed:\n{''.join(lines[-20:])}")
+
+
+def _say(text: str) -> None:
+    print(f"claw: {text}", file=sys.stderr)  # noqa: T201

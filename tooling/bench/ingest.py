@@ -1,0 +1,180 @@
+"""``ingest``: webhooks of 512 B, signed, one in twenty sent twice, are acknowledged once they are stored for good.
+
+Ours is the channel's route: verified, seen, fact sealed, two messages in the outbox, committed in groups. It is
+measured against a server that only says 200, and against one commit for each request by FastAPI and SQLAlchemy's ORM,
+which stores one row in the open. After each slice of ours the rows are counted: as many as were acknowledged.
+
+``ingest-tail``: how long an acknowledgement takes at half of our rate, against the empty server at the same rate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+
+import msgspec
+
+import services.channel
+from infra.clock import utcnow, uuid7
+from infra.outgoing import webhooks
+from infra.postgres.schema import migrate, prepare_database, role_url
+from infra.security.crypto import Cipher
+from services.channel.accounts import Secrets, new_pseudonyms, new_token, token_hash
+from tooling.bench.fixture import Ground
+from tooling.bench.http_load import closed_loop, open_loop, request
+from tooling.bench.ingest_servers import SECRET
+from tooling.bench.protocol import SLICE_SECONDS, Anchor, Latency, Slice, check, latency, percentile
+from tooling.testing.platform import MASTER_KEY, PASSWORDS
+from tooling.testing.sample.run import free_port
+
+SERVICE = "channel"
+TENANTS = 5
+CONVERSATIONS = 500
+PEOPLE = 300
+BODY_BYTES = 512
+REPEATS = 20  # one in so many
+# More than those that store them answer in a slice.
+REQUESTS = 60_000
+TAIL_SECONDS = 4.0
+TAIL_ROUNDS = 5
+
+
+@dataclass
+class IngestBench:
+    """The contenders on one ground, with their servers running inside of `running`."""
+
+    ground: Ground
+    paths: list[str] = field(default_factory=list)
+    ports: dict[str, int] = field(default_factory=dict)
+
+    def anchors(self) -> list[Anchor]:
+        return [
+            Anchor("empty POST by granian", 0.5, self._empty),
+            Anchor("FastAPI and ORM, a commit each", 10, self._orm),
+        ]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Makes the service's schema and its channels, and runs the three servers."""
+        await prepare_database(self.ground.admin_url, {SERVICE: PASSWORDS})
+        await migrate(self.ground.admin_url, SERVICE, Path(str(services.channel.__file__)).parent / "migrations")
+        await self.ground.admin.execute(f"SET search_path = {SERVICE}")
+        for _ in range(TENANTS):
+            await self._connect()
+        here = "tooling.bench.ingest_servers"
+        urls = {
+            "ours": role_url(self.ground.admin_url, SERVICE, "worker", PASSWORDS.worker),
+            "orm": self.ground.admin_url,
+        }
+        self.ports = {name: free_port() for name in ("ours", "orm", "empty")}
+        commands = {name: ["-m", here, name, str(self.ports[name]), url] for name, url in urls.items()}
+        commands["empty"] = ["-m", "granian", "--interface", "asginl", "--no-ws", "--loop", "uvloop", "--log-level"]
+        commands["empty"] += ["error", "--port", str(self.ports["empty"]), f"{here}:empty"]
+        environment = {**os.environ, "CLAW_MASTER_KEY": MASTER_KEY}
+        processes = {
+            name: await asyncio.create_subprocess_exec(sys.executable, *args, env=environment, start_new_session=True)
+            for name, args in commands.items()
+        }
+        try:
+            for name, process in processes.items():
+                await _listening(process, self.ports[name])
+            yield
+        finally:
+            for process in processes.values():
+                # With the children that granian has, and whether it hears or not: it does not while it starts.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+
+    async def ours(self) -> Slice:
+        requests, ids = self._webhooks(REQUESTS)
+        before = await self._rows()
+        done, seconds = await closed_loop(self.ports["ours"], requests, SLICE_SECONDS)
+        taken = len(set(ids[:done]))
+        seen, events, messages = (now - then for now, then in zip(await self._rows(), before, strict=True))
+        check("ingest", {"acknowledged": taken, "seen": seen, "facts": events, "messages": messages // 2})
+        return Slice(done, seconds)
+
+    async def tail(self, capacity: float) -> Latency:
+        """At half of `capacity`, in turns with the empty server: its p99 of all turns makes the goal."""
+        rate = capacity / 2
+        times: dict[str, list[float]] = {"ours": [], "empty": []}
+        for _ in range(TAIL_ROUNDS):
+            for name, found in times.items():
+                requests, _ = self._webhooks(int(rate * TAIL_SECONDS))
+                found += await open_loop(self.ports[name], requests, rate)
+        goal_ms = 4 * percentile(sorted(times["empty"]), 0.99) * 1000
+        return latency("ingest-tail", "acknowledged, at half load; 4× the empty server's", goal_ms, rate, times["ours"])
+
+    async def _empty(self) -> Slice:
+        # It reads nothing of them, so they may be the same again and again.
+        requests, _ = self._webhooks(1000, "/")
+        return Slice(*await closed_loop(self.ports["empty"], cycle(requests), SLICE_SECONDS))
+
+    async def _orm(self) -> Slice:
+        requests, _ = self._webhooks(REQUESTS, "/webhooks")
+        return Slice(*await closed_loop(self.ports["orm"], requests, SLICE_SECONDS))
+
+    def _webhooks(self, count: int, path: str | None = None) -> tuple[Sequence[bytes], Sequence[str]]:
+        """Requests that are signed now, and the id of each."""
+        requests: list[bytes] = []
+        ids: list[str] = []
+        now = utcnow()
+        for n in range(count):
+            if n % REPEATS == REPEATS - 1:
+                requests.append(requests[-1])
+                ids.append(ids[-1])
+                continue
+            id_ = f"msg_{secrets.token_hex(8)}"
+            message = {"conversation_id": f"c{n % CONVERSATIONS:03}", "user_id": f"u{n % PEOPLE:03}", "text": ""}
+            message["text"] = secrets.token_hex(BODY_BYTES)[: BODY_BYTES - len(msgspec.json.encode(message))]
+            body = msgspec.json.encode(message)
+            headers = {"content-type": "application/json", **webhooks.sign(SECRET, id_, now, body)}
+            requests.append(request(path or self.paths[n % TENANTS], headers, body))
+            ids.append(id_)
+        return requests, ids
+
+    async def _rows(self) -> tuple[int, int, int]:
+        row = await self.ground.admin.fetchrow(
+            "SELECT (SELECT count(*) FROM inbound_seen), (SELECT count(*) FROM event), (SELECT count(*) FROM outbox)"
+        )
+        return tuple(row)
+
+    async def _connect(self) -> None:
+        secrets_ = Secrets(Cipher(MASTER_KEY))
+        id_, token = uuid7(), new_token()
+        credentials = msgspec.json.encode({"secret": SECRET, "reply_url": "http://127.0.0.1/"})
+        await self.ground.admin.execute(
+            "INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms) "
+            "VALUES ($1, $2, 'webhook', $1, $3, $4, $5, $6)",
+            id_,
+            str(uuid7()),
+            token_hash(token),
+            secrets_.seal(id_, "token", token),
+            secrets_.seal(id_, "credentials", credentials),
+            secrets_.seal(id_, "pseudonyms", new_pseudonyms()),
+        )
+        self.paths.append(f"/webhooks/webhook/{token}")
+
+
+async def _listening(process: Process, port: int) -> None:
+    async with asyncio.timeout(120):
+        while True:
+            if process.returncode is not None:
+                raise RuntimeError("a server of the bench ended; what it printed says why")
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.05)
+                continue
+            writer.close()
+            return

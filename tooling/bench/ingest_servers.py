@@ -1,0 +1,110 @@
+"""The servers of the ingest bench, each a process of its own: ``python -m … ours|orm <port> <database url>``.
+
+`empty` is for granian and for uvicorn: an ASGI application that takes a POST and says 200.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Annotated, Any
+
+import pydantic
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Header, Request
+from prometheus_client import CollectorRegistry
+from sqlalchemy import func
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from starlette.routing import Route
+
+from infra.clock import utcnow
+from infra.observe import logs
+from infra.observe.metrics import Metrics
+from infra.outgoing import webhooks
+from infra.postgres.db import create_engine
+from infra.postgres.tx import Database
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
+from infra.service.service import spare_what_is_loaded
+from infra.web import http
+from services.channel.accounts import Accounts, Secrets
+from services.channel.ingest import Ingest
+from services.channel.webhooks import PATH, Webhooks
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+async def empty(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+    if scope["type"] != "http":
+        return
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def serve_ours(port: int, engine: AsyncEngine) -> None:
+    """The channel's own route in the kernel's own application; only the relays run elsewhere."""
+    logs.setup("channel", "info")
+    cipher = Cipher(os.environ["CLAW_MASTER_KEY"])
+    database = Database(engine, "channel")
+    webhook = Webhooks(Accounts(database, Secrets(cipher)), Ingest(database, SubjectKeys(cipher)))
+    app = http.create_app([Route(PATH, webhook)], http.Health("channel", "0"), Metrics(CollectorRegistry()))
+    await http.serve_http(app, port)
+    await asyncio.Event().wait()
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class Taken(_Base):
+    """One row is all that is written, so the anchor has the least work that is durable at all."""
+
+    __tablename__ = "taken"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    conversation: Mapped[str]
+    person: Mapped[str]
+    text: Mapped[str]
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Message(pydantic.BaseModel):
+    conversation_id: str
+    user_id: str
+    text: str
+
+
+async def serve_orm(port: int, engine: AsyncEngine) -> None:
+    """As it is written first: FastAPI, a model, a session and a commit for each request."""
+    async with engine.begin() as connection:
+        await connection.run_sync(_Base.metadata.create_all)
+    app = FastAPI()
+    sessions = async_sessionmaker(engine)
+
+    @app.post("/webhooks")
+    async def take(request: Request, message: Message, webhook_id: Annotated[str, Header()]) -> None:
+        webhooks.verify(SECRET, request.headers, await request.body(), utcnow())
+        async with sessions() as session:
+            session.add(
+                Taken(id=webhook_id, conversation=message.conversation_id, person=message.user_id, text=message.text)
+            )
+            try:
+                await session.commit()
+            except IntegrityError:
+                await session.rollback()
+
+    config = uvicorn.Config(app, port=port, log_config=None, access_log=False, lifespan="off")
+    await uvicorn.Server(config).serve()
+
+
+if __name__ == "__main__":
+    spare_what_is_loaded()
+    which, number, url = sys.argv[1:]
+    uvloop.run((serve_ours if which == "ours" else serve_orm)(int(number), create_engine(url)))

@@ -1,0 +1,165 @@
+"""``overhead``: from a vendor's webhook to the reply at the vendor, in units of what one durable commit takes.
+
+Channel, agent and billing are the real processes on real engines, their traces exported. Vendor and model are
+stand-ins in this process; what the model took is taken off, and the vendor's part of the time is only to read the
+reply. Open loop at half of what a burst of webhooks shows to be possible, timed from the moment at which each was due.
+
+In turns with it, while nothing else is under way, single rows are inserted, each committed by itself: one connection,
+one round trip, one fsync.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from infra.clock import uuid7
+from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
+from protos.messages.user import TenantCreated
+from tooling.bench.fixture import Ground, running_platform_on
+from tooling.bench.http_load import open_loop, request
+from tooling.bench.protocol import Units, check, percentile, units
+from tooling.testing.model_server import KEY, ModelServer, model_server
+from tooling.testing.platform import Platform
+from tooling.testing.vendors import TelegramStandIn
+
+SERVICES = ("channel", "agent", "billing")
+GOAL = 50.0
+CONVERSATIONS = 200
+# The first messages, which open connections and make plans, are not timed.
+WARM, WARM_RATE = 10, 5.0
+# Few enough that none comes to its turn twice in it: messages that come while one is answered are answered together.
+BURST, AT_ONCE = 100, 1e6
+SLICE_SECONDS = 4.0
+COMMITS = 30
+CREDIT_NANOS = 10**15
+
+
+@dataclass
+class Overhead:
+    """The running system with one tenant, whose channel is at `path`; `sent`: webhooks until now."""
+
+    ground: Ground
+    platform: Platform
+    models: ModelServer
+    vendor: TelegramStandIn
+    path: str = ""
+    sent: int = 0
+    tenant_id: str = field(default_factory=lambda: str(uuid7()))
+
+    async def prepare(self) -> None:
+        await self.ground.check_durable()
+        await self.ground.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
+        await self.platform.prepare(*SERVICES)
+        # That of production: tests have a shorter lease, and a run that loses its own asks the model again.
+        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.ground.otlp, CLAW_LEASE_SECONDS="9")
+        tenant = TenantCreated(tenant_id=self.tenant_id, name="Bench", currency="USD", credit_nanos=CREDIT_NANOS)
+        await self.platform.produce(PLATFORM_EVENTS, tenant, key=self.tenant_id, tenant_id=self.tenant_id)
+        await self.platform.until(self._has_account)
+        provider = {"base_url": self.models.url, "api_key": KEY}
+        agent = await self._make(
+            "agent",
+            "/api/v1/agents",
+            {"name": "Helper", "model": "openai/gpt-4o-mini", "provider": provider, "system_prompt": "Be kind."},
+        )
+        account = {"credentials": self.vendor.credentials, "api_base": self.vendor.url}
+        channel = await self._make(
+            "channel", "/api/v1/channels", {"type": "telegram", "agent_id": agent["id"], **account}
+        )
+        self.path = channel["webhook_path"]
+
+    async def measure(self, progress: Callable[[int, int], None], slices: int) -> Units:
+        """Raises ValueError where a webhook had not exactly one reply and one usage record."""
+        await self.answer(WARM, WARM_RATE)
+        rate = BURST / max(await self.answer(BURST, AT_ONCE)) / 2
+        waits: list[float] = []
+        commits: list[float] = []
+        for number in range(slices):
+            commits += await self._commits()
+            waits += await self.answer(max(1, int(rate * SLICE_SECONDS)), rate)
+            progress(number + 1, slices)
+        waits.sort()
+        p95, commit = percentile(waits, 0.95), median(commits)
+        made_of = {
+            "p95 ms": p95 * 1000,
+            "p50 ms": percentile(waits, 0.5) * 1000,
+            "commit ms": commit * 1000,
+            "per s": rate,
+            "webhooks": len(waits),
+        }
+        return units("overhead", "webhook to reply, p95", GOAL, p95 / commit, "commits", **made_of)
+
+    async def answer(self, count: int, rate: float) -> list[float]:
+        """Sends so many webhooks; of each, the seconds from when it was due to its reply, without the model's."""
+        numbers = range(self.sent, self.sent + count)
+        self.sent += count
+        requests = []
+        for n in numbers:
+            body, headers = self.vendor.update(f"message {n}", chat=1 + n % CONVERSATIONS, person=1 + n % CONVERSATIONS)
+            requests.append(request(self.path, headers, body))
+        began, since = perf_counter() + 0.1, time.time() - perf_counter()
+        await open_loop(self.platform.ports["channel"], requests, rate, began=began)
+        with suppress(TimeoutError):
+            await self.platform.until(self._all_there, seconds=60)
+        await self._check()
+        arrived = {reply.text: reply.at - since for reply in self.vendor.ledger}
+        took = {asked.last_user_text: seconds for asked, seconds in self.models.took}
+        return [
+            arrived[f"You said: message {n}"] - (began + i / rate) - took[f"message {n}"] for i, n in enumerate(numbers)
+        ]
+
+    async def _all_there(self) -> bool:
+        return min((await self._counts()).values()) >= self.sent
+
+    async def _check(self) -> None:
+        check("overhead", await self._counts())
+        dead = [await self.ground.admin.fetchval(f"SELECT count(*) FROM {service}.dead_letter") for service in SERVICES]
+        if any(dead) or self.vendor.refusals or self.models.refused:
+            raise ValueError(f"overhead: {dead} dead letters, refused {self.vendor.refusals} {self.models.refused}")
+
+    async def _counts(self) -> dict[str, int]:
+        produced, counted, usage = await self.ground.admin.fetchrow(
+            "SELECT (SELECT count(*) FROM agent.outbox WHERE destination = $1), "
+            "(SELECT count(*) FROM billing.usage WHERE verdict = 'counted'), "
+            "(SELECT count(*) FROM billing.usage) + (SELECT count(*) FROM billing.duplicate)",
+            USAGE_RECORDS.name,
+        )
+        return {
+            "webhooks": self.sent,
+            "replies": len(self.vendor.ledger),
+            "different replies": len(set(self.vendor.texts())),
+            "model calls": len(self.models.took),
+            "usage records": produced,
+            "counted": counted,
+            "counted or not": usage,
+        }
+
+    async def _commits(self) -> list[float]:
+        took = []
+        for _ in range(COMMITS):
+            began = perf_counter()
+            await self.ground.admin.execute("INSERT INTO single VALUES (1)")
+            took.append(perf_counter() - began)
+        return took
+
+    async def _has_account(self) -> bool:
+        async with self.platform.client("billing", self.tenant_id) as http:
+            return (await http.get("/api/v1/billing/balance")).status_code == 200
+
+    async def _make(self, service: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        async with self.platform.client(service, self.tenant_id) as http:
+            made: dict[str, Any] = (await http.post(path, json=body)).raise_for_status().json()
+        return made
+
+
+@asynccontextmanager
+async def running(place: Ground) -> AsyncIterator[Overhead]:
+    async with model_server() as models, TelegramStandIn() as vendor, running_platform_on(place) as platform:
+        bench = Overhead(place, platform, models, vendor)
+        await bench.prepare()
+        yield bench

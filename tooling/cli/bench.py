@@ -1,0 +1,101 @@
+"""``./claw bench``: how fast the kernel is, as ratios to the same work by hand, on engines of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import msgspec
+import typer
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from infra.observe import logs
+from tooling.bench.protocol import Figure, Latency, Result
+from tooling.bench.run import BENCHES, ENGINES, run
+from tooling.stack.engines.base import EngineError
+from tooling.testing.stack import running_stack
+
+
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(BENCHES)}; all, if none.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, one line a result.")] = False,
+) -> None:
+    """Measure throughput and latency against anchors. Exit code 1 where a goal is missed; takes minutes."""
+    chosen = names or list(BENCHES)
+    if unknown := [name for name in chosen if name not in BENCHES]:
+        raise EngineError(f"bench {', '.join(unknown)}: there is none ({', '.join(BENCHES)})")
+    # Stand-ins serve in this process: the lines of their requests would end among the results.
+    logs.setup("bench", "error")
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    results: list[Figure] = []
+    with progress:
+        starting = progress.add_task("starting engines", total=None)
+        with running_stack(ENGINES) as stack:
+            progress.remove_task(starting)
+            for name in chosen:
+                task = progress.add_task(f"{name}: preparing", total=None)
+                show = partial(_show, progress, task, name)
+                results += uvloop.run(run(name, stack, show))
+                progress.remove_task(task)
+    if json:
+        for result in results:
+            print(msgspec.json.encode(result).decode())  # noqa: T201
+    else:
+        Console(highlight=False).print(render(results))
+    if not all(result.met for result in results):
+        raise typer.Exit(1)
+
+
+def _show(progress: Progress, task: int, name: str, done: int, total: int) -> None:
+    progress.update(task, description=f"{name}: slice {done} of {total}", completed=done, total=total)  # type: ignore[arg-type]
+
+
+def render(results: list[Figure]) -> Table:
+    """The results for a person, at 80 columns."""
+    table = Table(
+        "bench", "against", "ours", "95 %", "goal", "rates per second", "", box=None, pad_edge=False, width=80
+    )
+    for result in results:
+        if isinstance(result, Result):
+            verdict = "[yellow]void[/]" if result.void else "[green]met[/]" if result.met else "[red]missed[/]"
+            table.add_row(
+                result.bench,
+                result.anchor,
+                f"{result.ratio:.2f}×",
+                f"{result.low:.2f}–{result.high:.2f}",
+                f"≥ {result.goal:g}×",
+                f"{result.our_rate:,.0f} to {result.anchor_rate:,.0f}",
+                verdict,
+            )
+        elif isinstance(result, Latency):
+            verdict = "[green]met[/]" if result.met else "[red]missed[/]"
+            table.add_row(
+                result.bench,
+                result.measure,
+                f"{result.p99_ms:.0f} ms",
+                f"p50 {result.p50_ms:.0f}",
+                f"≤ {result.goal_ms:g} ms",
+                f"at {result.rate:,.0f}",
+                verdict,
+            )
+        else:
+            verdict = "[green]met[/]" if result.met else "[red]missed[/]"
+            table.add_row(
+                result.bench,
+                result.measure,
+                f"{result.value:.1f} {result.unit}",
+                "",
+                f"≤ {result.goal:g} {result.unit}",
+                ", ".join(f"{name} {round(figure, 2):,}" for name, figure in result.made_of.items()),
+                verdict,
+            )
+    return table

@@ -1,0 +1,141 @@
+"""``./claw chat``: talk to an agent in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from contextlib import suppress
+from typing import Annotated, Any
+from uuid import uuid4
+
+import typer
+from rich.console import Console
+
+from tooling.cli.client import Gateway, gateway
+from tooling.cli.run import money
+from tooling.stack.engines.base import EngineError
+from tooling.stack.home import Home, home_folder
+from tooling.stack.operator import printable
+
+console = Console(highlight=False)
+
+
+def chat(
+    agent: Annotated[str, typer.Option(help="The agent's id; without it the demo's.")] = "",
+    key: Annotated[str, typer.Option(envvar="CLAW_API_KEY", help="A tenant's API key; without it the demo's.")] = "",
+) -> None:
+    """Talk to an agent. Ctrl-C cancels the answer under way; at the prompt it ends, as Ctrl-D does."""
+    home = Home(home_folder())
+    demo = home.demo()
+    agent, key = agent or demo.get("agent_id", ""), key or demo.get("api_key", "")
+    if not agent or not key:
+        raise EngineError("there is no agent to talk to: run ./claw demo first, or give --agent and --key")
+    try:
+        asyncio.run(_talk(home.credentials()["base_url"], key, agent))
+    except KeyboardInterrupt:
+        console.print()
+
+
+async def _talk(base_url: str, key: str, agent: str) -> None:
+    session = f"terminal-{uuid4().hex[:8]}"
+    console.print("Talk to the agent; Ctrl-D ends.", style="dim")
+    async with gateway(base_url, key) as api:
+        while True:
+            line = await _ask("you    > ")
+            if line is None:
+                return
+            if line.strip():
+                await _answer(api, agent, session, line)
+
+
+async def _ask(prompt: str) -> str | None:
+    """A line from the terminal; None at its end. In a thread that nobody waits for: Ctrl-C leaves it behind."""
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str | None] = loop.create_future()
+
+    def give(found: str | None) -> None:
+        if not line.done():
+            line.set_result(found)
+
+    def read() -> None:
+        try:
+            found: str | None = input(prompt)
+        except EOFError:
+            found = None
+        with suppress(RuntimeError):  # the loop is closed, nobody wants it any more
+            loop.call_soon_threadsafe(give, found)
+
+    threading.Thread(target=read, daemon=True).start()
+    return await line
+
+
+async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
+    """Shows one answer as it comes, and asks for what it waits for."""
+    run_id = ""
+    shown = _Shown()
+    path = f"/api/v1/agents/{agent}/sessions/{session}/messages"
+    try:
+        async for event in api.events("POST", path, json={"text": text}):
+            data = event.data
+            run_id = data.get("run_id", run_id)
+            match event.name:
+                case "step.started" if data["kind"] == "tool":
+                    console.print(f"         ⚙ {printable(data['name'])}", style="dim")
+                case "delta":
+                    shown.delta(data)
+                case "reply":
+                    shown.reply(data["text"])
+                case "run.waiting":
+                    await _decide(api, run_id)
+                case "run.indeterminate":
+                    console.print(f"\n{printable(data['error'])}: an operator has to decide", style="yellow")
+                    break
+                case "run.failed" | "run.cancelled" | "run.refused":
+                    console.print(f"\n{event.name}: {printable(data.get('error', ''))}", style="red")
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        if run_id:
+            await api.post(f"/api/v1/runs/{run_id}/cancel")
+        console.print("\ncancelled", style="red")
+        return
+    run: dict[str, Any] = await api.get(f"/api/v1/runs/{run_id}")
+    cost = "cost not yet known" if run["cost_nanos"] is None else money(run["cost_nanos"], run["currency"])
+    console.print(f"\n         {cost} · ./claw run show {run_id}", style="dim")
+
+
+async def _decide(api: Gateway, run_id: str) -> None:
+    """Asks whether the run may call its tool. A run that waits for another agent is waited for."""
+    waits = (await api.get(f"/api/v1/runs/{run_id}"))["waiting"]
+    if not waits or waits["reason"] != "approval":
+        return
+    call = printable(f"{waits['tool']} {waits['arguments'] or ''}")
+    answer = await _ask(f"\n         may it use {call}? [y/N] ")
+    await api.post(f"/api/v1/runs/{run_id}/approval", {"approved": (answer or "").strip().lower() in ("y", "yes")})
+
+
+class _Shown:
+    """What of an answer is on the screen. What a later attempt, or the reply, replaces is written anew below."""
+
+    def __init__(self) -> None:
+        self._of: tuple[int, int] | None = None
+        self._text = ""
+
+    def delta(self, data: dict[str, Any]) -> None:
+        of = data["step"], data["attempt"]
+        if of != self._of:
+            self._begin(of)
+        self._write(data["text"])
+
+    def reply(self, text: str) -> None:
+        if not text.startswith(self._text) or self._of is None:
+            self._begin(None)
+        self._write(text.removeprefix(self._text))
+
+    def _begin(self, of: tuple[int, int] | None) -> None:
+        self._of, self._text = of, ""
+        sys.stdout.write("\nagent  > ")
+
+    def _write(self, text: str) -> None:
+        self._text += text
+        sys.stdout.write("\n".join(printable(line) for line in text.split("\n")))
+        sys.stdout.flush()

@@ -1,0 +1,92 @@
+"""``./claw compose``: the secrets of the containers, and what has to be done in them before the services start."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import re
+import secrets
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from infra.postgres.schema import Passwords
+from tooling.stack.engines import nginx
+from tooling.stack.engines.base import EngineError, write_atomically
+from tooling.stack.home import CHECKOUT, SERVICE_PORTS, SERVICES
+from tooling.stack.provision import bring_up_to_date
+
+app = typer.Typer(no_args_is_help=True, help="Run the system in containers (compose.yml).")
+console = Console(stderr=True, highlight=False)
+
+# What a person may want to change; everything else that compose.yml cannot do without is a secret.
+_CHOSEN = {
+    "CLAW_MAIL_FROM": "clawbus@example.com",
+    "CLAW_SMTP_URL": "smtp://mail.example.com:587",
+    "GATEWAY_PORT": "8080",
+    "MINIO_ROOT_USER": "clawbus",
+}
+# Ten a second are far more than one client needs; a vendor sends what many people wrote.
+_LIMITS = nginx.Limits(rate=10, burst=40, channel_rate=100, channel_burst=400)
+_NEEDED = re.compile(r"\$\{([A-Z0-9_]+):\?\}")
+
+
+@app.command()
+def init() -> None:
+    """Write `.env` for compose.yml: a new secret for each that is missing; what is there stays as it is."""
+    path = CHECKOUT / ".env"
+    there = path.read_text().splitlines() if path.exists() else []
+    known = {line.partition("=")[0] for line in there}
+    wanted = set(_NEEDED.findall((CHECKOUT / "compose.yml").read_text()))
+    added = [f"{name}={_new(name)}" for name in sorted(wanted - known)]
+    write_atomically(path, "".join(f"{line}\n" for line in there + added))
+    console.print(f"{path}: {len(added)} values added, readable by you alone.", soft_wrap=True)
+    console.print("Set CLAW_SMTP_URL and CLAW_MAIL_FROM in it. Then: docker compose up --build -d", soft_wrap=True)
+
+
+@app.command()
+def provision() -> None:
+    """Bring database, brokers and the gateway's configuration up to date, from compose.yml's first container."""
+    env = os.environ
+    try:
+        roles = {
+            name: Passwords(*(env[f"{name.upper()}_{role}_PASSWORD"] for role in ("OWNER", "REQUEST", "WORKER")))
+            for name in SERVICES
+        }
+        accounts = {name: env[f"{name.upper()}_RABBITMQ_PASSWORD"] for name in SERVICES}
+        urls = {
+            "database": env["CLAW_ADMIN_DATABASE_URL"],
+            "kafka": env["CLAW_KAFKA_BOOTSTRAP_SERVERS"],
+            "rabbit_url": env["CLAW_RABBITMQ_URL"],
+            "management_url": env["CLAW_RABBITMQ_MANAGEMENT_URL"],
+        }
+        gateway = Path(env["CLAW_GATEWAY_CONFIG"])
+    except KeyError as error:
+        raise EngineError(f"{error.args[0]}: missing in the environment") from None
+    asyncio.run(bring_up_to_date(roles, accounts, **urls))
+    # Nothing in it is secret, and the gateway is another user.
+    write_atomically(gateway, gateway_configuration(), mode=0o644)
+    console.print(f"Database and brokers are up to date, and so is {gateway}.")
+
+
+def gateway_configuration() -> str:
+    """The nginx.conf of the containers' gateway.
+
+    It asks Docker's name server for a service's address again and again: the gateway starts before the services are
+    there, and finds one that was replaced.
+    """
+    return nginx.configuration(
+        listen="8080",
+        folder="/tmp/gateway",
+        services={name: f"{name}:{SERVICE_PORTS[name]}" for name in SERVICES},
+        limits=_LIMITS,
+        resolver="127.0.0.11",
+    )
+
+
+def _new(name: str) -> str:
+    if name == "CLAW_MASTER_KEY":
+        return base64.b64encode(secrets.token_bytes(32)).decode()
+    return _CHOSEN.get(name) or secrets.token_urlsafe(24)

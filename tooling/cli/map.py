@@ -1,0 +1,173 @@
+"""`claw map`: who publishes and who consumes what, from the catalog and from the code that exists.
+
+A consumer is a subscription of the service's ``__main__``. A producer is a service whose code names the topic or
+queue elsewhere than in a decorator; what the kernel itself names, every service produces.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import textwrap
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import msgspec
+import typer
+
+import infra
+import services
+from protos.catalog import CATALOG
+from protos.topology import Catalog, Queue, Topic
+
+
+class Party(msgspec.Struct, frozen=True):
+    """A service at one end of a topic or queue.
+
+    code: catalog and code agree; declared: the catalog says so, there is no such code yet; undeclared: the code does
+    it and the catalog does not say so.
+    """
+
+    service: str
+    state: Literal["code", "declared", "undeclared"]
+
+    def __str__(self) -> str:
+        return self.service + {"code": "", "declared": "*", "undeclared": "!"}[self.state]
+
+
+class Flow(msgspec.Struct, frozen=True):
+    """A topic or queue and who is at its ends. kind: ``topic`` or ``queue``."""
+
+    name: str
+    kind: Literal["topic", "queue"]
+    about: str
+    producers: list[Party]
+    consumers: list[Party]
+
+
+def map(
+    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="A Mermaid flow chart.")] = False,
+) -> None:
+    """Show who publishes and who consumes what."""
+    found = flows(CATALOG, existing_services())
+    if json:
+        typer.echo(msgspec.json.encode(found))
+    else:
+        typer.echo(as_mermaid(found) if mermaid else as_text(found))
+
+
+def existing_services() -> dict[str, str]:
+    """Service → its package, for every folder of services with a ``__main__``."""
+    folders = [Path(folder) for folder in services.__path__]
+    mains = sorted(path for folder in folders for path in folder.glob("*/__main__.py"))
+    return {path.parent.name: f"services.{path.parent.name}" for path in mains}
+
+
+def flows(catalog: Catalog, packages: Mapping[str, str]) -> list[Flow]:
+    """Every topic and queue of `catalog` with its ends; `packages`: the services that exist, with their packages."""
+    consumed = {name: subscribed(package) for name, package in packages.items()}
+    kernel = named(infra)
+    produced = {name: named(importlib.import_module(package)) | kernel for name, package in packages.items()}
+    result = []
+    sources: list[Topic | Queue] = [*catalog.topics, *catalog.queues]
+    for source in sources:
+        consumers = source.consumers if isinstance(source, Topic) else (source.consumer,)
+        # A consumer may name what it reads outside of a decorator, as in a loop over a family of queues.
+        senders = [
+            name
+            for name in packages
+            if source.name in produced[name] - (set() if name in source.producers else consumed[name])
+        ]
+        result.append(
+            Flow(
+                source.name,
+                "topic" if isinstance(source, Topic) else "queue",
+                _about(source),
+                _parties(source.producers, senders),
+                _parties(consumers, [name for name in consumed if source.name in consumed[name]]),
+            )
+        )
+    return result
+
+
+def subscribed(package: str) -> set[str]:
+    """Names of the topics and queues that the service's ``__main__`` subscribes to."""
+    service = importlib.import_module(f"{package}.__main__").service
+    return {subscription.source.name for subscription in service.subscriptions}
+
+
+def named(package: ModuleType) -> set[str]:
+    """Names of the topics and queues that the code of `package` uses by their constants, decorators left out."""
+    found: set[str] = set()
+    for module in _modules(package):
+        tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
+        decorators = {
+            name
+            for node in ast.walk(tree)
+            for decorator in getattr(node, "decorator_list", ())
+            for name in ast.walk(decorator)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node not in decorators:
+                value = vars(module).get(node.id)
+                for source in value.values() if isinstance(value, dict) else (value,):
+                    if isinstance(source, Topic | Queue):
+                        found.add(source.name)
+    return found
+
+
+def _modules(package: ModuleType) -> Iterator[ModuleType]:
+    yield package
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if module.name.endswith(".migrations"):
+            continue
+        imported = importlib.import_module(module.name)
+        if module.ispkg:
+            yield from _modules(imported)
+        else:
+            yield imported
+
+
+def _parties(declared: Collection[str], coded: Collection[str]) -> list[Party]:
+    return [
+        *(Party(name, "code" if name in coded else "declared") for name in declared),
+        *(Party(name, "undeclared") for name in coded if name not in declared),
+    ]
+
+
+def _about(source: Topic | Queue) -> str:
+    if isinstance(source, Topic):
+        return f"{source.partitions} partitions, {source.retention.days} d, key {source.key}"
+    delays = ", ".join(f"{delay.total_seconds():g} s" for delay in source.retries)
+    return f"{source.exchange.name} {source.exchange.kind}, retries {delays}"
+
+
+def as_text(found: list[Flow]) -> str:
+    """For a terminal of 80 columns."""
+    lines = []
+    for title, kind in (("Kafka topics", "topic"), ("RabbitMQ queues", "queue")):
+        lines.append(title)
+        for flow in (flow for flow in found if flow.kind == kind):
+            lines.append(f"  {flow.name}  ({flow.about})")
+            for label, parties in (("from", flow.producers), ("to", flow.consumers)):
+                text = ", ".join(str(party) for party in parties)
+                lines += textwrap.wrap(text, 80, initial_indent=f"    {label:<5}", subsequent_indent=" " * 9)
+        lines.append("")
+    return "\n".join([*lines, "* declared in the catalog, no such code yet", "! in the code, not in the catalog"])
+
+
+def as_mermaid(found: list[Flow]) -> str:
+    """A flow chart; dotted arrows stand for what is only declared."""
+    lines = ["flowchart LR"]
+    for flow in found:
+        node = flow.name.replace(".", "_")
+        lines.append(f'  {node}[("{flow.name}")]' if flow.kind == "topic" else f'  {node}[["{flow.name}"]]')
+        for party in flow.producers:
+            lines.append(f"  {party.service} {'-.->' if party.state == 'declared' else '-->'} {node}")
+        for party in flow.consumers:
+            lines.append(f"  {node} {'-.->' if party.state == 'declared' else '-->'} {party.service}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The local stack: engines, ports, passwords, users, provisioning and supervision."""

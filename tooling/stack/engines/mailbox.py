@@ -1,0 +1,48 @@
+"""A mailbox for development: takes every mail and keeps it as a file; sends nothing on."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from tooling.stack.engines.base import Place, Program
+
+NAME = "mailbox"
+PORTS = {"mailbox": 1025}
+
+
+def install() -> None:
+    """Nothing: it is a Python package."""
+
+
+def prepare(place: Place) -> None:
+    place.folder(NAME)
+
+
+def program(place: Place) -> Program:
+    handler = ("-c", "aiosmtpd.handlers.Mailbox", access(place)["maildir"])
+    listen = ("-n", "-l", f"127.0.0.1:{place.ports['mailbox']}")
+    return Program((sys.executable, "-m", "aiosmtpd", *listen, *handler))
+
+
+async def ready(place: Place) -> str:
+    reader, writer = await asyncio.open_connection("127.0.0.1", place.ports["mailbox"])
+    try:
+        greeting = await reader.readline()
+        writer.write(b"EHLO claw\r\n")
+        answer = await reader.readline()
+        writer.write(b"QUIT\r\n")
+        await writer.drain()
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    if not (greeting.startswith(b"220") and answer.startswith(b"250")):
+        raise ConnectionError(f"the mailbox greets with {greeting!r} and answers {answer!r}")
+    return version("aiosmtpd")
+
+
+def access(place: Place) -> dict[str, Any]:
+    """`maildir`: the folder (in Maildir form) in which the mails arrive."""
+    return {"url": f"smtp://127.0.0.1:{place.ports['mailbox']}", "maildir": str(place.folder(NAME) / "mails")}

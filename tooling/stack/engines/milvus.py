@@ -1,0 +1,122 @@
+"""Milvus standalone, the real server, from the wheel that has it for 64-bit Linux on Intel.
+
+It listens on every interface and cannot be told otherwise; ``./claw doctor`` says so.
+"""
+
+from __future__ import annotations
+
+import lzma
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, cache_folder, package_folder, write_atomically
+
+NAME = "milvus"
+PORTS = {
+    "milvus": 19530,
+    "milvus_proxy_internal": 19529,
+    "milvus_query_coord": 19531,
+    "milvus_root_coord": 19532,
+    "milvus_query_node": 19533,
+    "milvus_index_coord": 19534,
+    "milvus_index_node": 19535,
+    "milvus_data_coord": 19536,
+    "milvus_data_node": 19537,
+    "milvus_etcd": 19538,
+    "milvus_etcd_peer": 19539,
+    "milvus_metrics": 19540,
+}
+_VERSION = "2.3.5"
+
+
+def install() -> None:
+    _unpacked()
+
+
+def prepare(place: Place) -> None:
+    folder = place.folder(NAME)
+    data = folder / "data"
+    (folder / "configs").mkdir(exist_ok=True)
+    values = {
+        "proxy_port": place.ports["milvus"],
+        **{f"{name.removeprefix('milvus_')}_port": place.ports[name] for name in PORTS if name != "milvus"},
+        "etcd_data_dir": data / "etcd.data",
+        "etcd_log_level": "error",
+        "local_storage_dir": data,
+        "rocksmq_data_dir": data / "rocksmq",
+        # Empty: the log goes to standard output, where it is rotated with all others.
+        "system_log_path": "",
+    }
+    template = (package_folder("milvus") / "data" / "config.yaml.template").read_text()
+    # {{ key(type): default }}
+    settings = re.sub(
+        r"\{\{ *(\w+)(?:\(\w+\))?(?:: *(.*?))? *\}\}",
+        lambda found: str(values.get(found[1], found[2] or "")),
+        template,
+    )
+    # Otherwise its parts call each other at the machine's first address, which may be another one tomorrow.
+    settings = re.sub(r"(?m)^  ip:.*", "  ip: 127.0.0.1", settings)
+    settings = re.sub(r"(?m)^log:\n  level: \w+", "log:\n  level: warn", settings)
+    write_atomically(folder / "configs" / "milvus.yaml", settings)
+    write_atomically(folder / "configs" / "glog.conf", "--logtostderr=true\n--minloglevel=1\n")
+    client, peer = (f"http://127.0.0.1:{place.ports[name]}" for name in ("milvus_etcd", "milvus_etcd_peer"))
+    etcd = {
+        "name": "default",
+        "data-dir": data / "etcd.data",
+        "listen-client-urls": client,
+        "advertise-client-urls": client,
+        "listen-peer-urls": peer,
+        "initial-advertise-peer-urls": peer,
+        "initial-cluster": f"default={peer}",
+        "log-level": "error",
+    }
+    write_atomically(folder / "etcd.yaml", "".join(f"{name}: {value}\n" for name, value in etcd.items()))
+
+
+def program(place: Place) -> Program:
+    folder = place.folder(NAME)
+    programs = _unpacked()
+    environment = {
+        "DEPLOY_MODE": "STANDALONE",
+        "ETCD_CONFIG_PATH": str(folder / "etcd.yaml"),
+        "METRICS_PORT": str(place.ports["milvus_metrics"]),
+        "MILVUS_RUN_DIR": str(folder / "run"),
+        "MILVUSCONF": str(folder / "configs"),
+        "LD_LIBRARY_PATH": str(programs),
+    }
+    return Program((str(programs / "milvus"), "run", "standalone"), environment)
+
+
+async def ready(place: Place) -> str:
+    """Asks the proxy for the collections, which it asks the root coordinator for."""
+    import httpx
+
+    async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
+        answer = await client.get(f"{access(place)['url']}/v1/vector/collections")
+    if answer.status_code != 200 or answer.json().get("code") != 200:
+        raise ConnectionError(f"milvus answers {answer.text}")
+    return _VERSION
+
+
+def access(place: Place) -> dict[str, Any]:
+    return {"url": f"http://127.0.0.1:{place.ports['milvus']}"}
+
+
+def _unpacked() -> Path:
+    """The wheel's compressed programs, unpacked once for all stacks of this user."""
+    folder = cache_folder() / f"milvus-{_VERSION}"
+    if folder.exists():
+        return folder
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        for packed in (package_folder("milvus") / "data" / "bin").glob("*.lzma"):
+            with lzma.open(packed) as source, (fresh / packed.stem).open("wb") as target:
+                shutil.copyfileobj(source, target)
+            (fresh / packed.stem).chmod(0o755)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder

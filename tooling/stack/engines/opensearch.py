@@ -1,0 +1,84 @@
+"""OpenSearch, one node, without the security plugin and therefore on loopback only."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, write_atomically
+from tooling.stack.engines.jars import JAVA, install_jars
+
+NAME = "opensearch"
+PORTS = {"opensearch": 9200, "opensearch_transport": 9300}
+_READY = "claw-ready"
+# The runner's usual modules, without those we have no use for, and without analysis-common: the wheel's Java lacks
+# the data of the Thai language, and no index could be made. The standard analyzer is in the core.
+_MODULES = (
+    "org.opensearch.transport.Netty4ModulePlugin",
+    "org.opensearch.index.mapper.MapperExtrasModulePlugin",
+    "org.opensearch.index.reindex.ReindexModulePlugin",
+)
+
+
+def install() -> None:
+    install_jars(NAME)
+
+
+def prepare(place: Place) -> None:
+    folder = place.folder(NAME) / "node_1" / "config"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "network.host": "127.0.0.1",
+        "transport.port": place.ports["opensearch_transport"],
+        "discovery.type": "single-node",
+        # Near the default marks it would refuse to write; how much disk is left is the doctor's care.
+        "cluster.routing.allocation.disk.threshold_enabled": "false",
+    }
+    text = "".join(f"{name}: {value}\n" for name, value in settings.items())
+    write_atomically(folder / "opensearch.yml", text)
+    logging = (
+        "appender.out.type=Console\nappender.out.name=out\nappender.out.layout.type=PatternLayout\n"
+        "appender.out.layout.pattern=%d %p %c{1.} %m%n\nrootLogger.level=warn\nrootLogger.appenderRef.out.ref=out\n"
+    )
+    write_atomically(folder / "log4j2.properties", logging)
+    arguments = {
+        "-basePath": place.folder(NAME),
+        "-clusterName": "claw",
+        "-numOfNode": 1,
+        # The runner adds the node's number, 1.
+        "-baseHttpPort": place.ports["opensearch"] - 1,
+        "-moduleTypes": ",".join(_MODULES),
+    }
+    words = ", ".join(json.dumps(str(word)) for pair in arguments.items() for word in pair)
+    # In BeanShell, because the runner's own main refuses ports above 9299 and has no argument for that. Its
+    # threads do not keep the process alive.
+    script = f"""import org.codelibs.opensearch.runner.OpenSearchRunner;
+runner = new OpenSearchRunner();
+runner.setMaxHttpPort(-1);
+runner.build(new String[] {{{words}}});
+Thread.currentThread().join();
+"""
+    write_atomically(place.folder(NAME) / "start.bsh", script)
+
+
+def program(place: Place) -> Program:
+    java = (*JAVA, "-Xms256m", "-Xmx512m", "-cp", f"{install_jars(NAME)}/*")
+    return Program((*java, "bsh.Interpreter", str(place.folder(NAME) / "start.bsh")))
+
+
+async def ready(place: Place) -> str:
+    """A document goes in and is found."""
+    import httpx
+
+    async with httpx.AsyncClient(base_url=access(place)["url"], trust_env=False, timeout=ANSWER_SECONDS) as client:
+        document = f"/{_READY}/_doc/1"
+        stored = await client.put(document, params={"refresh": "true"}, json={"ready": True})
+        stored.raise_for_status()
+        found = await client.get(f"/{_READY}/_search", params={"q": "ready:true"})
+        if found.raise_for_status().json()["hits"]["total"]["value"] != 1:
+            raise ConnectionError("opensearch does not find what was stored")
+        return str((await client.get("/")).json()["version"]["number"])
+
+
+def access(place: Place) -> dict[str, Any]:
+    return {"url": f"http://127.0.0.1:{place.ports['opensearch']}"}

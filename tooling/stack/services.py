@@ -1,0 +1,101 @@
+"""The services as parts of the local stack: what must be there before them, how they are started and asked."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+from tooling.stack.engines import ENGINES
+from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program
+from tooling.stack.home import CHECKOUT, SERVICE_PORTS, SERVICES
+
+
+class LocalService:
+    """A service with the face of an engine."""
+
+    def __init__(self, name: str) -> None:
+        self.NAME = name
+        self.PORTS = {key: SERVICE_PORTS[key] for key in (name, f"{name}_grpc") if key in SERVICE_PORTS}
+
+    def install(self) -> None:
+        """Nothing: it is in the checkout."""
+
+    def prepare(self, place: Place) -> None:
+        place.folder(self.NAME)
+
+    def program(self, place: Place) -> Program:
+        login = passwords(place, self.NAME)
+        accounts = {
+            "worker": ("postgres", f"{self.NAME}_worker", login["worker"]),
+            "request": ("postgres", f"{self.NAME}_request", login["request"]),
+            "rabbitmq": ("rabbitmq", self.NAME, place.secret(f"rabbitmq.{self.NAME}")),
+            "redis": ("valkey", self.NAME, place.secret(f"valkey.{self.NAME}")),
+        }
+        url = {name: _login(ENGINES[engine].access(place)["url"], *who) for name, (engine, *who) in accounts.items()}
+        environment = {
+            "PYTHONPATH": str(CHECKOUT),
+            "CLAW_DATABASE_URL": url["worker"],
+            "CLAW_REQUEST_DATABASE_URL": url["request"],
+            "CLAW_KAFKA_BOOTSTRAP_SERVERS": ENGINES["kafka"].access(place)["bootstrap_servers"],
+            "CLAW_RABBITMQ_URL": url["rabbitmq"],
+            "CLAW_REDIS_URL": url["redis"],
+            "CLAW_HTTP_PORT": str(place.ports[self.NAME]),
+            "CLAW_INTERNAL_SECRET": place.secret("internal"),
+            "CLAW_ALLOW_PRIVATE_TARGETS": "1",
+            "CLAW_MASTER_KEY": place.secret.bytes32("master_key"),
+            **addresses(place),
+        }
+        if self.NAME == "user":
+            environment["CLAW_ADMIN_TOKEN"] = place.secret("admin_token")
+        if f"{self.NAME}_grpc" in self.PORTS:
+            environment["CLAW_GRPC_PORT"] = str(place.ports[f"{self.NAME}_grpc"])
+        return Program((sys.executable, "-m", f"services.{self.NAME}"), environment)
+
+    async def ready(self, place: Place) -> str:
+        import httpx
+
+        async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
+            answer = await client.get(f"{self.access(place)['url']}/readyz")
+        return str(answer.raise_for_status().json()["version"])
+
+    def access(self, place: Place) -> dict[str, Any]:
+        return {"url": f"http://127.0.0.1:{place.ports[self.NAME]}"}
+
+
+def parts() -> dict[str, Engine]:
+    """Every engine, then every service that exists, by name."""
+    present = [name for name in SERVICES if (CHECKOUT / "services" / name / "__main__.py").exists()]
+    return {**ENGINES, **{name: LocalService(name) for name in present}}
+
+
+def addresses(place: Place) -> dict[str, str]:
+    """Where every service and store of the stack is; a service reads those that its settings name."""
+    local = "127.0.0.1"
+    grpc = {name: f"{local}:{place.ports[f'{name}_grpc']}" for name in SERVICES if f"{name}_grpc" in place.ports}
+    s3 = ENGINES["s3"].access(place)
+    return {
+        **{f"CLAW_{name.upper()}_GRPC": target for name, target in grpc.items()},
+        "CLAW_OPERATIONS": ",".join(f"{name}={target}" for name, target in grpc.items()),
+        "CLAW_AGENT_URL": f"http://{local}:{place.ports['agent']}",
+        "CLAW_PUBLIC_URL": ENGINES["nginx"].access(place)["url"],
+        "CLAW_MILVUS_URL": ENGINES["milvus"].access(place)["url"],
+        "CLAW_S3_ENDPOINT": s3["endpoint"],
+        "CLAW_S3_ACCESS_KEY": s3["access_key"],
+        "CLAW_S3_SECRET_KEY": s3["secret_key"],
+        "CLAW_OPENSEARCH_URL": ENGINES["opensearch"].access(place)["url"],
+        "CLAW_SMTP_URL": f"smtp://{local}:{place.ports['mailbox']}",
+        "CLAW_OTLP_PORT": str(place.ports["otlp"]),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{local}:{place.ports['otlp']}",
+    }
+
+
+def passwords(place: Place, service: str) -> dict[str, str]:
+    """The service's three PostgreSQL roles and their passwords."""
+    return {role: place.secret(f"postgres.{service}.{role}") for role in ("owner", "request", "worker")}
+
+
+def _login(url: str, user: str, password: str) -> str:
+    """The administrator's URL as another user's."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{user}:{password}@{parts.hostname}:{parts.port}").geturl()

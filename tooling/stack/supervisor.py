@@ -1,0 +1,221 @@
+"""Keeps a stack's processes running: supervisord, one per state folder, spoken to over a socket in that folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from supervisor.xmlrpc import SupervisorTransport
+
+from tooling.stack.engines.base import EngineError, Program, write_atomically
+
+# Every process below a supervisor has this in its environment, however it may have left the process tree.
+MARK = "CLAW_STACK"
+_STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Process:
+    """What the supervisor knows of a program. `state` is its word: RUNNING, STARTING, BACKOFF, FATAL, STOPPED …"""
+
+    state: str
+    pid: int
+    uptime_s: int
+    restarts: int
+
+
+class Supervisor:
+    """The supervisor of the state folder `home`."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._socket = home / "supervisor.sock"
+        # The system's limit for a socket's path is 108 bytes, on macOS 104.
+        if len(str(self._socket).encode()) > 100:
+            raise EngineError(f"CLAW_HOME: {home} is too long a path for a socket: at most 80 characters")
+
+    def running(self) -> bool:
+        try:
+            self._call("getState")
+        except (OSError, xmlrpc.client.Error):
+            return False
+        return True
+
+    def start(self) -> None:
+        """Starts the supervisor, with no program yet. Ends first what a killed supervisor has left behind."""
+        if self.running():
+            return
+        end_all(self._home)
+        for old in (self._home / "programs").glob("*"):
+            old.unlink()
+        for name in ("log", "programs"):
+            (self._home / name).mkdir(mode=0o700, exist_ok=True)
+        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = 65536 if most_files == resource.RLIM_INFINITY else min(most_files, 65536)
+        write_atomically(
+            self._home / "supervisord.conf",
+            _section("unix_http_server", file=self._socket, chmod="0700")
+            + _section(
+                "supervisord",
+                logfile=self._home / "log" / "supervisord.log",
+                logfile_maxbytes="10MB",
+                logfile_backups=2,
+                pidfile=self._home / "supervisord.pid",
+                directory=self._home,
+                minfds=limit,
+                umask="077",
+            )
+            + "[rpcinterface:supervisor]\n"
+            + "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
+            + _section("include", files=self._home / "programs" / "*.conf"),
+        )
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self._home / "supervisord.conf")]
+        environment = {**os.environ, MARK: str(self._home)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        deadline = time.monotonic() + 10
+        while not self.running():
+            if done.returncode or time.monotonic() > deadline:
+                raise EngineError(f"the supervisor does not start: {done.stderr or done.stdout}")
+            time.sleep(0.05)
+
+    def add(self, name: str, program: Program) -> None:
+        """Starts the program and keeps it running from now on. Does nothing if it runs already."""
+        if name in self.processes():
+            if self.processes()[name].state not in ("RUNNING", "STARTING", "BACKOFF"):
+                self._call("startProcess", name, False)
+            return
+        folder = self._home / "programs"
+        starts = folder / f"{name}.starts"
+        starts.unlink(missing_ok=True)
+        exports = [f"export {key}={shlex.quote(value)}" for key, value in program.environment.items()]
+        lines = [*exports, f"echo >>{shlex.quote(str(starts))}", f"exec {shlex.join(program.command)}"]
+        write_atomically(folder / f"{name}.sh", "\n".join(lines) + "\n")
+        write_atomically(
+            folder / f"{name}.conf",
+            _section(
+                f"program:{name}",
+                command=f"/bin/sh {shlex.quote(str(folder / f'{name}.sh'))}",
+                directory=self._home / name,
+                autorestart="true",
+                startsecs=1,
+                startretries=20,
+                stopsignal=program.stop_signal,
+                stopwaitsecs=_STOP_SECONDS,
+                killasgroup="true",
+                redirect_stderr="true",
+                stdout_logfile=self.log(name),
+                stdout_logfile_maxbytes="10MB",
+                stdout_logfile_backups=2,
+            ),
+        )
+        self._call("reloadConfig")
+        self._call("addProcessGroup", name)
+
+    def processes(self) -> dict[str, Process]:
+        """Every program by name; empty if the supervisor does not run."""
+        if not self.running():
+            return {}
+        return {
+            info["name"]: Process(
+                info["statename"],
+                info["pid"],
+                max(0, info["now"] - info["start"]) if info["pid"] else 0,
+                self._restarts(info["name"]),
+            )
+            for info in self._call("getAllProcessInfo")
+        }
+
+    def stop(self, name: str) -> None:
+        """Stops the program and waits until it has ended; it stays down."""
+        self._call("stopProcess", name)
+
+    def shutdown(self, first: Sequence[str] = (), kill: bool = False) -> None:
+        """Stops the programs `first`, then all others, the supervisor, and what is left; returns when no process is.
+
+        `kill`: at once and in no good order, for a stack whose data nobody wants.
+        """
+        if self.running():
+            pid = self._call("getPID")
+            if not kill:
+                self._stop_together(first)
+                # All at once: the supervisor's own shutdown would wait for one after the other.
+                self._call("stopAllProcesses")
+            # Nothing is left to lose, and its own shutdown takes two seconds more.
+            psutil.Process(pid).kill()
+            self._socket.unlink(missing_ok=True)
+        end_all(self._home, kill)
+
+    def _stop_together(self, names: Sequence[str]) -> None:
+        running = [name for name, process in self.processes().items() if name in names and process.pid]
+        for name in running:
+            self._call("stopProcess", name, False)
+        while any(self.processes()[name].pid for name in running):
+            time.sleep(0.1)
+
+    def log(self, name: str) -> Path:
+        """The program's log file, rotated at 10 MB, three files in all."""
+        return self._home / "log" / f"{name}.log"
+
+    def _restarts(self, name: str) -> int:
+        starts = self._home / "programs" / f"{name}.starts"
+        return max(0, starts.stat().st_size - 1) if starts.exists() else 0
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        with contextlib.closing(SupervisorTransport(None, None, f"unix://{self._socket}")) as transport:
+            proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+            return getattr(proxy.supervisor, method)(*arguments)
+
+
+def orphans(home: Path) -> list[psutil.Process]:
+    """Processes of this stack that run although their supervisor may not."""
+    return [process for process in psutil.process_iter() if _belongs(process, home)]
+
+
+def end_all(home: Path, kill: bool = False) -> None:
+    """Ends every process of this stack. Looks again afterwards: one may have started another before its end came, as
+    nginx does with its workers."""
+    for _ in range(5):
+        if not (left := orphans(home)):
+            return
+        end(left, kill)
+
+
+def end(processes: list[psutil.Process], kill: bool = False) -> None:
+    """Ends the processes, with force those that do not go, or all with `kill`."""
+    if not kill:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=0 if kill else 10)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+def _belongs(process: psutil.Process, home: Path) -> bool:
+    try:
+        if process.pid == os.getpid():
+            return False
+        if process.environ().get(MARK) == str(home):
+            return True
+        # These two write their title over their environment. Not every process that is there: a person's shell may be.
+        return process.name() in ("postgres", "nginx") and Path(process.cwd()).is_relative_to(home)
+    except psutil.Error:
+        return False
+
+
+def _section(name: str, **settings: object) -> str:
+    lines: Iterator[str] = (f"{key}={str(value).replace('%', '%%')}" for key, value in settings.items())
+    return "\n".join([f"[{name}]", *lines]) + "\n"

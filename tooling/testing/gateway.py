@@ -1,0 +1,46 @@
+"""Runs the gateway alone, before services or stand-ins of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from protos.catalog import SERVICES
+from tooling.stack.engines import nginx
+from tooling.stack.engines.base import Place, Secrets
+from tooling.stack.engines.nginx import LOCAL_LIMITS, Limits
+from tooling.testing.sample.run import free_port
+
+READY_SECONDS = 30.0
+
+
+@asynccontextmanager
+async def running_gateway(ports: Mapping[str, int], limits: Limits = LOCAL_LIMITS) -> AsyncIterator[str]:
+    """Its base URL. `ports`: each service's HTTP port."""
+    # Directly under /tmp: started by root, its workers belong to somebody who may not go into TMPDIR.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="claw-nginx-") as folder:
+        place = Place(Path(folder), {**ports, "nginx": free_port()}, Secrets(Path(folder) / "secrets.json"), SERVICES)
+        nginx.prepare(place, limits)
+        as_root = ("-g", "user root;") if os.geteuid() == 0 else ()
+        process = await asyncio.create_subprocess_exec(*nginx.program(place).command, *as_root)
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                while not await _answers(place):  # noqa: ASYNC110 - another process is asked, nothing here can be set
+                    await asyncio.sleep(0.05)
+            yield nginx.access(place)["url"]
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+async def _answers(place: Place) -> bool:
+    try:
+        return bool(await nginx.ready(place))
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,220 @@
+"""A stand-in for providers of language models: OpenAI's ``/v1/chat/completions`` and Anthropic's ``/v1/messages``.
+
+It is strict about what it is sent (authorisation, shape, order of messages, tools), answers what the test has scripted
+for a model and otherwise echoes the last user message, streams where it is asked to, and keeps a ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from infra.observe.metrics import Metrics
+from infra.web.health import Health
+from infra.web.http import create_app, serve_http
+from tooling.testing import model_shapes as shapes
+
+KEY = "a model key made up for tests"
+
+
+@dataclass(frozen=True)
+class Says:
+    """An answer. `calls`: tools to call, each its name and its arguments as JSON text.
+
+    usage: input (cached included), cached, output (reasoning included), reasoning; None: not reported.
+    stalls_after: after so many pieces of the text nothing more comes. cut_after: after so many the connection breaks.
+    closed_after: after so many the response ends in good order, though the answer does not.
+    whole: in one piece, though a stream was asked for. waits: nothing comes before it is set.
+    comments: nothing comes but comments. endless: the text again and again. packet: bytes that are sent at a time,
+    whatever they cut through.
+    """
+
+    text: str = ""
+    calls: tuple[tuple[str, str], ...] = ()
+    usage: tuple[int, int, int, int] | None = (12, 0, 5, 0)
+    stalls_after: int | None = None
+    cut_after: int | None = None
+    closed_after: int | None = None
+    whole: bool = False
+    waits: asyncio.Event | None = None
+    comments: bool = False
+    endless: bool = False
+    packet: int | None = None
+
+    @property
+    def pieces(self) -> list[str]:
+        return [self.text[n : n + 4] for n in range(0, len(self.text), 4)]
+
+    def has(self, event: str) -> bool:
+        """Whether a piece of the text is in this event of a stream."""
+        return any(json.dumps(piece, ensure_ascii=False) in event for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Fails:
+    """An HTTP error. `retry_after`: seconds, as header."""
+
+    status: int
+    retry_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was well-formed, and when it came (`perf_counter`). `system` and `turns` as the provider's shape
+    has them."""
+
+    path: str
+    model: str
+    body: dict[str, Any]
+    at: float = field(default_factory=perf_counter)
+
+    @property
+    def last_user_text(self) -> str:
+        content = [message for message in self.body["messages"] if message["role"] == "user"][-1]["content"]
+        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+    @property
+    def system(self) -> str:
+        if "system" in self.body:
+            found = self.body["system"]
+            return found if isinstance(found, str) else "".join(part["text"] for part in found)
+        return "".join(m["content"] for m in self.body["messages"] if m["role"] in ("system", "developer"))
+
+
+class ModelServer:
+    """What it is asked and what it has answered. `url` ends in ``/v1``.
+
+    rules: model → what it answers to a request where nothing is scripted.
+    requests: all that were well-formed. refused: why others were not. tokens: model → input and output as reported.
+    took: what was answered to its end, and in how many seconds.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.rules: dict[str, Callable[[Asked], Says]] = {}
+        self.requests: list[Asked] = []
+        self.refused: list[str] = []
+        self.tokens: dict[str, Counter[str]] = defaultdict(Counter)
+        self.took: list[tuple[Asked, float]] = []
+        self._scripts: dict[str, deque[Says | Fails]] = defaultdict(deque)
+        self._closing = asyncio.Event()
+
+    def script(self, model: str, *answers: Says | Fails) -> None:
+        """The next answers to requests for `model` (the provider's name of it), in order."""
+        self._scripts[model].extend(answers)
+
+    def scripted(self, model: str) -> deque[Says | Fails]:
+        """What is scripted for `model` and not yet asked for, to be changed."""
+        return self._scripts[model]
+
+    def forget(self, model: str) -> None:
+        """What was scripted for `model` and not asked for is not answered any more."""
+        self._scripts[model].clear()
+
+    def asked(self, model: str) -> list[Asked]:
+        return [request for request in self.requests if request.model == model]
+
+    def release(self) -> None:
+        """Ends all answers that stall."""
+        self._closing.set()
+
+    async def handle(self, request: Request) -> Response:
+        shape = shapes.ANTHROPIC if request.url.path.endswith("/messages") else shapes.OPENAI
+        try:
+            body = json.loads(await request.body())
+            shape.check(request.headers, body, KEY)
+        except shapes.Refused as refused:
+            self.refused.append(f"{request.url.path}: {refused}")
+            return JSONResponse(shape.error(refused.status, str(refused)), refused.status)
+        asked = Asked(request.url.path, body["model"], body)
+        self.requests.append(asked)
+        script = self._scripts[asked.model]
+        answer = script.popleft() if script else self.rules.get(asked.model, _echo)(asked)
+        if isinstance(answer, Fails):
+            headers = {} if answer.retry_after is None else {"retry-after": str(answer.retry_after)}
+            return JSONResponse(shape.error(answer.status, "scripted"), answer.status, headers)
+        if answer.waits:
+            await answer.waits.wait()
+        if not body.get("stream") or answer.whole:
+            self._answered(asked, answer)
+            return JSONResponse(shape.whole(asked.model, answer.text, answer.calls, answer.usage))
+        stream = self._stream(shape, asked, answer)
+        return StreamingResponse(
+            stream if answer.packet is None else _in_packets(stream, answer.packet), media_type="text/event-stream"
+        )
+
+    async def _stream(self, shape: shapes.Shape, asked: Asked, answer: Says) -> AsyncIterator[str]:
+        wants_usage = shape.reports_usage(asked.body)
+        events: Iterator[str] = shape.events(
+            asked.model, answer.pieces, answer.calls, answer.usage if wants_usage else None
+        )
+        while answer.comments and not self._closing.is_set():
+            yield ": the model is busy\n\n"
+            await asyncio.sleep(0.01)
+        while answer.endless and not self._closing.is_set():
+            for event in shape.events(asked.model, answer.pieces, (), None):
+                if answer.has(event):
+                    yield event
+            # To a client that has gone a server sends without waiting: somebody has to be let tell it.
+            await asyncio.sleep(0)
+        for most in (answer.stalls_after, answer.cut_after, answer.closed_after):
+            if most is None:
+                continue
+            sent = 0
+            for event in events:
+                yield event
+                sent += answer.has(event)
+                if sent >= most:
+                    break
+            if answer.cut_after is not None:
+                raise ConnectionAbortedError("scripted: cut off")
+            if answer.stalls_after is not None:
+                await self._closing.wait()
+            return
+        for event in events:
+            yield event
+        self._answered(asked, answer)
+
+    def _answered(self, asked: Asked, answer: Says) -> None:
+        self.took.append((asked, perf_counter() - asked.at))
+        if answer.usage:
+            self.tokens[asked.model].update(input=answer.usage[0], output=answer.usage[2])
+
+
+async def _in_packets(stream: AsyncIterator[str], size: int) -> AsyncIterator[bytes]:
+    whole = "".join([event async for event in stream]).encode()
+    for start in range(0, len(whole), size):
+        yield whole[start : start + size]
+
+
+def _echo(asked: Asked) -> Says:
+    return Says(f"You said: {asked.last_user_text}")
+
+
+@asynccontextmanager
+async def model_server() -> AsyncIterator[ModelServer]:
+    """A running server on a free port of the loopback interface."""
+    server = ModelServer()
+    routes = [
+        Route("/v1/chat/completions", server.handle, methods=["POST"]),
+        Route("/v1/messages", server.handle, methods=["POST"]),
+    ]
+    app = create_app(routes, Health("models", "0"), Metrics(CollectorRegistry()), max_body=8_000_000)
+    http = await serve_http(app, 0)
+    server.url = f"http://127.0.0.1:{http.port}/v1"
+    try:
+        yield server
+    finally:
+        server.release()
+        await http.stop()

@@ -1,0 +1,178 @@
+"""Stand-ins for the services that the agent calls by gRPC: memory, billing and plugin; strict, each with a ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+from prometheus_client import CollectorRegistry
+
+from infra.errors import InvalidMessage, NotFound, Transient
+from infra.observe.metrics import Metrics
+from infra.security.auth import Callers
+from infra.web import rpc
+from protos.billing.v1 import billing_pb2, billing_pb2_grpc
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc
+from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
+from tooling.testing.platform import INTERNAL_SECRET, Platform
+
+CALCULATOR = "calculator"
+WEATHER = "weather"
+_SCHEMA = {
+    CALCULATOR: {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    WEATHER: {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+
+
+class FakeMemory(memory_pb2_grpc.MemoryServicer):
+    """`passages`: (tenant, text, document's name); found by whoever asks of that tenant. `away`: fails so often."""
+
+    def __init__(self) -> None:
+        self.passages: list[tuple[str, str, str]] = []
+        self.queries: list[str] = []
+        self.away = 0
+
+    async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
+        tenant = rpc.tenant()
+        if not request.query:
+            raise InvalidMessage("query", "is empty")
+        if self.away:
+            self.away -= 1
+            raise Transient("memory is away")
+        self.queries.append(request.query)
+        found = [(text, name) for owner, text, name in self.passages if owner == tenant]
+        return memory_pb2.RetrieveReply(
+            passages=[
+                memory_pb2.Passage(
+                    text=text, score=0.9, source=memory_pb2.Source(document_id=f"d{n}", name=name, page=n + 1)
+                )
+                for n, (text, name) in enumerate(found)
+            ]
+        )
+
+
+class FakeBilling(billing_pb2_grpc.BillingServicer):
+    """`broke`: tenants without credit. `holds`: by id, with what they are for. `prices`: nanos per token."""
+
+    def __init__(self) -> None:
+        self.broke: set[str] = set()
+        self.holds: dict[str, billing_pb2.ReserveRequest] = {}
+        self.released: list[str] = []
+        self.charges: dict[str, list[billing_pb2.Charge]] = {}
+        self.nanos_per_token = 10
+
+    def charge(self, run_id: str, usage_id: str, *, amount_nanos: int) -> None:
+        """From now on this usage has been counted."""
+        charge = billing_pb2.Charge(usage_id=usage_id, resource="r", verdict="counted", amount_nanos=amount_nanos)
+        charge.occurred_at.GetCurrentTime()
+        charge.rated_at.GetCurrentTime()
+        self.charges.setdefault(run_id, []).append(charge)
+
+    async def Reserve(self, request: billing_pb2.ReserveRequest, context: Any) -> billing_pb2.ReserveReply:
+        tenant = rpc.tenant()
+        UUID(request.hold_id)
+        if request.expires_in_ms <= 0 or not request.resource or not request.quantities:
+            raise InvalidMessage("reserve", "is not whole")
+        if self.holds.setdefault(request.hold_id, request) != request:
+            raise InvalidMessage("hold_id", "was used before with another request")
+        granted = tenant not in self.broke
+        held = sum(request.quantities.values()) * self.nanos_per_token if granted else 0
+        return billing_pb2.ReserveReply(granted=granted, held_nanos=held, currency="USD")
+
+    async def Release(self, request: billing_pb2.ReleaseRequest, context: Any) -> billing_pb2.ReleaseReply:
+        rpc.tenant()
+        self.released.append(request.hold_id)
+        return billing_pb2.ReleaseReply()
+
+    async def Charges(self, request: billing_pb2.ChargesRequest, context: Any) -> billing_pb2.ChargesReply:
+        rpc.tenant()
+        UUID(request.run_id)
+        return billing_pb2.ChargesReply(charges=self.charges.get(request.run_id, []), currency="USD")
+
+
+class FakePlugin(plugin_pb2_grpc.PluginServicer):
+    """Two tools, which answer what they were asked. `calls`: key → tool and arguments, each key once.
+
+    effects: how often each key really took effect. outcomes: what the next calls of a tool end as.
+    waits: no call goes on before it is set; `reached` is set when one has come.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[str, str]] = {}
+        self.effects: Counter[str] = Counter()
+        self.outcomes: dict[str, list[plugin_pb2.CallReply]] = {}
+        self.waits: asyncio.Event | None = None
+        self.reached = asyncio.Event()
+
+    async def Tools(self, request: plugin_pb2.ToolsRequest, context: Any) -> plugin_pb2.ToolsReply:
+        rpc.tenant()
+        return plugin_pb2.ToolsReply(
+            tools=[
+                plugin_pb2.Tool(
+                    name=name,
+                    description=f"The {name}.",
+                    schema_json=json.dumps(_SCHEMA[name]),
+                    effect=plugin_pb2.Tool.EFFECT_REPEATABLE,
+                )
+                for name in request.names
+                if name in _SCHEMA
+            ]
+        )
+
+    async def Call(self, request: plugin_pb2.CallRequest, context: Any) -> plugin_pb2.CallReply:
+        rpc.tenant()
+        if request.tool not in _SCHEMA:
+            raise NotFound(f"tool {request.tool}")
+        try:
+            arguments = json.loads(request.arguments_json)
+        except ValueError:
+            raise InvalidMessage("arguments", "are no JSON") from None
+        if set(arguments) != set(_SCHEMA[request.tool]["properties"]):
+            raise InvalidMessage("arguments", "do not fit the schema")
+        if not request.idempotency_key:
+            raise InvalidMessage("idempotency_key", "is missing")
+        asked = request.tool, request.arguments_json
+        if self.calls.setdefault(request.idempotency_key, asked) != asked:
+            raise InvalidMessage("idempotency_key", "was used before with another call")
+        self.reached.set()
+        if self.waits:
+            await self.waits.wait()
+        if scripted := self.outcomes.get(request.tool):
+            return scripted.pop(0)
+        if not self.effects[request.idempotency_key]:
+            self.effects[request.idempotency_key] = 1
+        [value] = arguments.values()
+        result = json.dumps({"result": f"{request.tool} of {value}"})
+        return plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_SUCCEEDED, result_json=result)
+
+
+class Peers:
+    """The three stand-ins, running."""
+
+    def __init__(self) -> None:
+        self.memory = FakeMemory()
+        self.billing = FakeBilling()
+        self.plugin = FakePlugin()
+
+
+@asynccontextmanager
+async def running_peers(platform: Platform) -> AsyncIterator[Peers]:
+    """Serves them where the platform's services look for the real ones."""
+    peers = Peers()
+    servicers: dict[str, tuple[Callable[[Any, Any], None], Any]] = {
+        "memory": (memory_pb2_grpc.add_MemoryServicer_to_server, peers.memory),
+        "billing": (billing_pb2_grpc.add_BillingServicer_to_server, peers.billing),
+        "plugin": (plugin_pb2_grpc.add_PluginServicer_to_server, peers.plugin),
+    }
+    async with AsyncExitStack() as stack:
+        for name, (add, servicer) in servicers.items():
+            server = rpc.Server(name, Callers(INTERNAL_SECRET, name), Metrics(CollectorRegistry()))
+            add(servicer, server.grpc)
+            await server.start(platform.ports[f"{name}_grpc"])
+            stack.push_async_callback(server.stop)
+        yield peers

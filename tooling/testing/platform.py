@@ -1,0 +1,298 @@
+"""Runs the product's services as real processes in a corner of a test stack: own database, vhost and topics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import aio_pika
+import httpx
+import msgspec
+from aiokafka import AIOKafkaProducer
+
+from infra.clock import utcnow, uuid7
+from infra.postgres.db import create_engine
+from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
+from infra.postgres.tx import Database
+from infra.security.auth import IDENTITY_HEADER, SCOPES, Callers, Identities, Identity
+from infra.web import rpc
+from protos.catalog import CATALOG
+from protos.envelope import Envelope, Message
+from protos.topology import Queue, Topic
+from tooling.stack.home import CHECKOUT, SERVICE_PORTS
+from tooling.stack.home import SERVICES as ALL
+from tooling.stack.provision import provision_brokers
+from tooling.testing.processes import Process
+from tooling.testing.stack import Stack, free_ports
+
+T = TypeVar("T")
+
+# Roles are the whole server's, so every module that shares a stack has to use the same.
+PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
+INTERNAL_SECRET = "an internal secret made up for tests"
+MASTER_KEY = base64.b64encode(b"a master key of 32 bytes, for me").decode()
+ADMIN_TOKEN = "an operator's token made up for tests"
+READY_SECONDS = 90.0
+# Engines besides those that every test stack has.
+_NEEDED = {"memory": ("milvus", "s3"), "log_aggregator": ("opensearch",), "notification": ("mailbox",)}
+
+
+class Platform:
+    """Services by name, as in the catalog. Ports are free ones; `folder` takes the logs."""
+
+    def __init__(self, stack: Stack, database: str, vhost: str, prefix: str, folder: Path) -> None:
+        self.stack = stack
+        self.prefix = prefix
+        self.database_url = database
+        self.rabbitmq_url = vhost
+        self.ports = free_ports(list(SERVICE_PORTS))
+        self.processes: dict[str, Process] = {}
+        self.folder = folder
+        self._databases: dict[str, Database] = {}
+        self._channels = rpc.Channels(Callers(INTERNAL_SECRET, "test"))
+        self._identities = Identities(INTERNAL_SECRET)
+        self._producer: AIOKafkaProducer | None = None
+
+    async def prepare(self, *names: str) -> None:
+        """Engines, roles, schemas and tables that these services need; all topics and queues."""
+        self.stack.need(*(engine for name in names for engine in _NEEDED.get(name, ())))
+        await prepare_database(self.database_url, {name: PASSWORDS for name in names})
+        for name in names:
+            if (revisions := CHECKOUT / "services" / name / "migrations").exists():
+                await migrate(self.database_url, name, revisions)
+        await provision_brokers(
+            CATALOG,
+            self.database_url,
+            kafka=self.stack.kafka_bootstrap_servers,
+            rabbit_url=self.rabbitmq_url,
+            management_url=self.stack.rabbitmq_management_url,
+            prefix=self.prefix,
+        )
+
+    async def start(self, *names: str, **environment: str) -> None:
+        """Starts these services and waits until they are ready; `environment` is added to theirs."""
+        for name in names:
+            self.spawn(name, **environment)
+        for name in names:
+            await self.ready(name)
+
+    def spawn(self, name: str, **environment: str) -> None:
+        """Starts one without waiting. One that runs still, left by a test that failed, is stopped first."""
+        if name in self.processes and self.processes[name].poll() is None:
+            self.stop(name)
+        log = self.folder / f"{name}.log"
+        self.processes[name] = Process(f"services.{name}", {**self.environment(name), **environment}, log)
+
+    def environment(self, name: str) -> dict[str, str]:
+        grpc = {service: f"127.0.0.1:{self.ports[f'{service}_grpc']}" for service in ALL}
+        engines = self.stack.engines
+        found = {
+            **os.environ,
+            "PYTHONPATH": str(CHECKOUT),
+            "CLAW_DATABASE_URL": role_url(self.database_url, name, "worker", PASSWORDS.worker),
+            "CLAW_REQUEST_DATABASE_URL": role_url(self.database_url, name, "request", PASSWORDS.request),
+            "CLAW_KAFKA_BOOTSTRAP_SERVERS": self.stack.kafka_bootstrap_servers,
+            "CLAW_TOPIC_PREFIX": self.prefix,
+            "CLAW_RABBITMQ_URL": self.rabbitmq_url,
+            "CLAW_REDIS_URL": self.stack.redis_url,
+            "CLAW_HTTP_PORT": str(self.ports[name]),
+            "CLAW_GRPC_PORT": str(self.ports[f"{name}_grpc"]),
+            "CLAW_INTERNAL_SECRET": INTERNAL_SECRET,
+            "CLAW_MASTER_KEY": MASTER_KEY,
+            "CLAW_ADMIN_TOKEN": ADMIN_TOKEN,
+            "CLAW_ALLOW_PRIVATE_TARGETS": "1",
+            "CLAW_KAFKA_SESSION_MS": "6000",
+            "CLAW_LEASE_SECONDS": "3",
+            **{f"CLAW_{service.upper()}_GRPC": target for service, target in grpc.items()},
+            "CLAW_OPERATIONS": ",".join(f"{service}={target}" for service, target in grpc.items()),
+            "CLAW_AGENT_URL": self.url("agent"),
+            "CLAW_PUBLIC_URL": "http://127.0.0.1:8080",
+            "CLAW_OTLP_PORT": str(self.ports["otlp"]),
+        }
+        if "milvus" in engines:
+            found["CLAW_MILVUS_URL"] = engines["milvus"]["url"]
+        if "s3" in engines:
+            found |= {f"CLAW_S3_{key.upper()}": value for key, value in engines["s3"].items()}
+        if "opensearch" in engines:
+            found["CLAW_OPENSEARCH_URL"] = engines["opensearch"]["url"]
+        if "mailbox" in engines:
+            found["CLAW_SMTP_URL"] = engines["mailbox"]["url"]
+        return found
+
+    async def ready(self, name: str) -> None:
+        """Raises RuntimeError with the end of its log where the service does not become ready."""
+        deadline = time.monotonic() + READY_SECONDS
+        answer = ""
+        async with httpx.AsyncClient(base_url=self.url(name), trust_env=False) as client:
+            while time.monotonic() < deadline and self.processes[name].poll() is None:
+                try:
+                    response = await client.get("/readyz")
+                    answer = response.text
+                    if response.status_code == 200:
+                        return
+                except httpx.HTTPError as error:
+                    answer = str(error)
+                await asyncio.sleep(0.1)
+        raise RuntimeError(f"{name} did not become ready ({answer}); its log ends with\n{self.log(name)[-3000:]}")
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.ports[name]}"
+
+    def grpc(self, name: str) -> str:
+        return f"127.0.0.1:{self.ports[f'{name}_grpc']}"
+
+    def channels(self) -> rpc.Channels:
+        return self._channels
+
+    def headers(
+        self, tenant_id: str, *, scopes: tuple[str, ...] = SCOPES, actor: str = "api_key:test"
+    ) -> dict[str, str]:
+        """What the gateway adds to a request of this tenant; an empty tenant is the operator."""
+        identity = Identity(actor if tenant_id else "operator", tenant_id, frozenset(scopes))
+        return {IDENTITY_HEADER: self._identities.token(identity)}
+
+    def client(self, name: str, tenant_id: str = "", **kwargs: Any) -> httpx.AsyncClient:
+        """An HTTP client of one service, as this tenant or as the operator."""
+        headers = self.headers(tenant_id, **kwargs)
+        return httpx.AsyncClient(base_url=self.url(name), headers=headers, trust_env=False, timeout=30)
+
+    def database(self, name: str) -> Database:
+        """The worker role's, in this process."""
+        if name not in self._databases:
+            url = role_url(self.database_url, name, "worker", PASSWORDS.worker)
+            self._databases[name] = Database(create_engine(url, pool_size=5), name)
+        return self._databases[name]
+
+    async def produce(
+        self, topic: Topic, message: Message, *, key: str, tenant_id: str | None = None, message_id: UUID | None = None
+    ) -> UUID:
+        """Puts a fact on Kafka, as its producer's relay would. Returns the message's id."""
+        if self._producer is None:
+            self._producer = AIOKafkaProducer(bootstrap_servers=self.stack.kafka_bootstrap_servers, acks="all")
+            await self._producer.start()
+        envelope = _envelope(topic.producers[0], message, key, tenant_id, message_id)
+        await self._producer.send_and_wait(
+            self.prefix + topic.name,
+            msgspec.json.encode(message),
+            key=key.encode(),
+            headers=[(name, value.encode()) for name, value in envelope.headers().items()],
+        )
+        return envelope.id
+
+    async def send(
+        self,
+        queue: Queue,
+        message: Message,
+        *,
+        tenant_id: str | None = None,
+        message_id: UUID | None = None,
+        traceparent: str | None = None,
+    ) -> UUID:
+        """Puts work on RabbitMQ, as its producer's relay would. Returns the message's id."""
+        envelope = _envelope(queue.producers[0], message, None, tenant_id, message_id, traceparent)
+        connection = await aio_pika.connect(self.rabbitmq_url)
+        async with connection:
+            channel = await connection.channel()
+            exchange = await channel.get_exchange(queue.exchange.name, ensure=False)
+            await exchange.publish(
+                aio_pika.Message(
+                    msgspec.json.encode(message),
+                    headers=dict(envelope.headers()),
+                    message_id=str(envelope.id),
+                    content_type="application/json",
+                    delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+                ),
+                routing_key=queue.routing_key,
+            )
+        return envelope.id
+
+    async def outbox(self, name: str, destination: str) -> list[tuple[dict[str, str], dict[str, Any]]]:
+        """Headers and body of what a service has written for a topic or an exchange, in order."""
+        async with self.database(name).begin() as tx:
+            rows = await tx.sql(
+                "SELECT headers, body FROM outbox WHERE destination = $1 ORDER BY position", destination
+            )
+        return [(json.loads(headers), json.loads(body)) for headers, body in rows]
+
+    async def until(self, ask: Callable[[], Awaitable[T | None]], *, seconds: float = 60) -> T:
+        """Asks until the answer is true. Raises TimeoutError with the last answer."""
+        deadline = time.monotonic() + seconds
+        while not (answer := await ask()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"still {answer!r} after {seconds} s")
+            await asyncio.sleep(0.05)
+        return answer
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        self.processes[name].send_signal(number)
+        if number == signal.SIGKILL:
+            self.processes[name].wait()
+
+    def stop(self, name: str) -> int:
+        """Asks the process to end and waits; its exit code."""
+        process = self.processes[name]
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        try:
+            return process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    async def close(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for name in self.processes:
+            await asyncio.to_thread(self.stop, name)
+        if self._producer:
+            await self._producer.stop()
+        await self._channels.close()
+        for database in self._databases.values():
+            await database.engine.dispose()
+
+
+@asynccontextmanager
+async def running_platform(
+    stack: Stack, database: str, vhost: str, prefix: str, folder: Path
+) -> AsyncIterator[Platform]:
+    """A platform whose processes end with the block."""
+    platform = Platform(stack, database, vhost, prefix, folder)
+    try:
+        yield platform
+    finally:
+        await platform.close()
+
+
+def _envelope(
+    source: str,
+    message: Message,
+    subject: str | None,
+    tenant_id: str | None,
+    message_id: UUID | None,
+    traceparent: str | None = None,
+) -> Envelope:
+    return Envelope(
+        id=message_id or uuid7(),
+        source=source,
+        type=message.wire_name(),
+        time=utcnow(),
+        subject=subject,
+        tenant_id=tenant_id,
+        traceparent=traceparent,
+        tracestate=None,
+    )

@@ -1,0 +1,77 @@
+"""Service processes for tests: forks of a process that has the code loaded, so that a start takes what the service does
+and not what Python loads."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+from tooling.stack.home import SERVICES
+
+_LOADED = (
+    *(f"services.{name}.__main__" for name in SERVICES),
+    *(f"tooling.testing.sample.{name}.__main__" for name in ("front", "desk", "ledger", "courier")),
+)
+
+
+@cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_LOADED))
+    return context
+
+
+class Process:
+    """A service that runs. To its owner it is as a `subprocess.Popen`.
+
+    `module`: its package, whose ``__main__`` has the `service`; `environment`: all that it sees; `log`: takes what it
+    prints, behind what is there.
+    """
+
+    def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
+        log.touch()
+        # A daemon: one that its owner forgot ends with the tests.
+        self._process = _server().Process(target=_run, args=(module, dict(environment), log), daemon=True)
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired."""
+        self._process.join(seconds)
+        code = self._process.exitcode
+        if code is None:
+            raise subprocess.TimeoutExpired(self._process.name, seconds or 0)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run(module: str, environment: dict[str, str], log: Path) -> None:
+    # Ctrl-C is for whoever runs it, and who then stops it in good order.
+    os.setsid()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    importlib.import_module(f"{module}.__main__").service.run()

@@ -1,0 +1,11 @@
+"""Courier of the sample: takes parcels to an office outside, in the order of their street."""
+
+from infra.service.service import Service
+from tooling.testing.sample.courier import adapters, handlers
+from tooling.testing.sample.courier.settings import CourierSettings
+
+service = Service("sample_courier", CourierSettings)
+service.work(handlers.deliver, office=adapters.office)
+
+if __name__ == "__main__":
+    service.run()

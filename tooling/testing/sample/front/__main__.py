@@ -1,0 +1,11 @@
+"""Front of the sample: accepts a note, and hears how far the ledger is."""
+
+from infra.service.service import Service
+from tooling.testing.sample.front import api, rpc
+
+service = Service("sample_front")
+service.serve_http(api.routes)
+service.serve_grpc(rpc.servicer)
+
+if __name__ == "__main__":
+    service.run()

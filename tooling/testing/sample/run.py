@@ -1,0 +1,159 @@
+"""Runs the sample's processes on given engines: for the demo, the crash tests and the benches."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import random
+import secrets
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
+from protos.catalog import AUDIT_LOGS, SERVICE_LOGS
+from protos.topology import Catalog
+from tooling.stack.ports import is_free
+from tooling.stack.provision import provision_brokers
+from tooling.testing.processes import Process
+from tooling.testing.sample.catalog import SAMPLE
+
+SERVICES = ("front", "desk", "ledger")
+READY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Administrators' access. `postgres` names the database, `rabbitmq` the vhost that the sample may use."""
+
+    postgres: str
+    kafka: str
+    rabbitmq: str
+    rabbitmq_management: str
+    redis: str
+
+
+class SampleServices:
+    """Prepares the engines and keeps the three processes; `folder` takes their logs."""
+
+    def __init__(
+        self, engines: Engines, folder: Path, passwords: Passwords, *, prefix: str = "", otlp: str | None = None
+    ) -> None:
+        self.engines = engines
+        self.prefix = prefix
+        self.processes: dict[str, Process] = {}
+        self.ports: dict[str, int] = {}
+        self._folder = folder
+        self._passwords = passwords
+        self._environment = {
+            **os.environ,
+            "CLAW_KAFKA_BOOTSTRAP_SERVERS": engines.kafka,
+            "CLAW_TOPIC_PREFIX": prefix,
+            "CLAW_RABBITMQ_URL": engines.rabbitmq,
+            "CLAW_REDIS_URL": engines.redis,
+            "CLAW_INTERNAL_SECRET": secrets.token_urlsafe(32),
+            "CLAW_MASTER_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
+            "CLAW_KAFKA_SESSION_MS": "6000",
+            "CLAW_LEASE_SECONDS": "3",
+            "CLAW_FRONT_GRPC": f"127.0.0.1:{free_port()}",
+            **({"OTEL_EXPORTER_OTLP_ENDPOINT": otlp} if otlp else {}),
+        }
+
+    async def prepare(self) -> None:
+        """Roles, schemas, tables, topics and queues."""
+        await prepare_database(self.engines.postgres, {f"sample_{name}": self._passwords for name in SERVICES})
+        folder = Path(__file__).parent / "ledger" / "migrations"
+        await migrate(self.engines.postgres, "sample_ledger", folder)
+        await self.provision()
+
+    async def provision(self) -> None:
+        """Topics and queues; what they have lost, if they are made anew, is sent again."""
+        await provision_brokers(
+            Catalog(topics=(*SAMPLE.topics, AUDIT_LOGS, SERVICE_LOGS), queues=SAMPLE.queues),
+            self.engines.postgres,
+            kafka=self.engines.kafka,
+            rabbit_url=self.engines.rabbitmq,
+            management_url=self.engines.rabbitmq_management,
+            prefix=self.prefix,
+        )
+
+    def url(self, service: str, role: str = "worker") -> str:
+        """The database URL of one of the services."""
+        return role_url(self.engines.postgres, f"sample_{service}", role, getattr(self._passwords, role))
+
+    def start(self, instance: str, **environment: str) -> None:
+        """Starts a process of one of the services, with variables of its own. `instance`: ``desk``, or ``desk-2``."""
+        name = instance.partition("-")[0]
+        grpc = self._environment["CLAW_FRONT_GRPC"].rpartition(":")[2] if name == "front" else ""
+        self.ports.setdefault(instance, free_port())
+        environment = {
+            **self._environment,
+            "CLAW_DATABASE_URL": self.url(name),
+            "CLAW_REQUEST_DATABASE_URL": self.url(name, "request"),
+            "CLAW_HTTP_PORT": str(self.ports[instance]),
+            "CLAW_GRPC_PORT": grpc,
+            **environment,
+        }
+        log = self._folder / f"{instance}.log"
+        self.processes[instance] = Process(f"tooling.testing.sample.{name}", environment, log)
+
+    async def ready(self, name: str) -> dict[str, Any]:
+        """Waits until the service says that it is ready. Raises RuntimeError with the end of its log."""
+        deadline = time.monotonic() + READY_SECONDS
+        answer = ""
+        async with httpx.AsyncClient(base_url=self.base_url(name)) as client:
+            while time.monotonic() < deadline and self.processes[name].poll() is None:
+                try:
+                    response = await client.get("/readyz")
+                    answer = response.text
+                    if response.status_code == 200:
+                        result: dict[str, Any] = response.json()
+                        return result
+                except httpx.HTTPError as error:
+                    answer = str(error)
+                await asyncio.sleep(0.1)
+        raise RuntimeError(f"{name} did not become ready ({answer}); {self.last_words(name)}")
+
+    def last_words(self, name: str) -> str:
+        """The process's exit code, if it has ended, and the end of its log."""
+        log = (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
+        return f"{name}: exit code {self.processes[name].poll()}; its log ends with\n{log}"
+
+    async def start_all(self) -> None:
+        for name in SERVICES:
+            self.start(name)
+        for name in SERVICES:
+            await self.ready(name)
+
+    def base_url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.ports[name]}"
+
+    def wait(self, name: str, seconds: float = 30) -> int:
+        """Waits for the process to end; its exit code, negative for a signal."""
+        return self.processes[name].wait(seconds)
+
+    def stop(self) -> None:
+        """Ends what runs: asks first, then kills."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody has now, below those that the system gives to outgoing connections: it stays free for long."""
+    while not is_free(port := random.randrange(12_000, 31_000)):
+        continue
+    return port

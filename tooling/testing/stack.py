@@ -1,0 +1,197 @@
+"""A private stack of real engines for tests and benches: own state folder, own free ports, gone at the end.
+
+``python -m tooling.testing.stack`` keeps one running in the foreground, and prints what to put into CLAW_TEST_STACK:
+test runs that find this variable use that stack instead of starting one, so several developers can share it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tooling.stack.home import CHECKOUT, usual_ports
+from tooling.stack.ports import is_free
+from tooling.stack.supervisor import Supervisor
+
+DEFAULT_ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
+
+
+class Stack:
+    """A running stack: administrators' access to each engine, and the means to hurt it.
+
+    Engine names are those of ``./claw status``. All methods that change an engine act on its whole process tree.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.engines: dict[str, dict[str, Any]] = {}
+        self._read_credentials()
+        self._supervisor = Supervisor(home)
+
+    def _read_credentials(self) -> None:
+        self.engines = json.loads((self.home / "credentials.json").read_text())["engines"]
+
+    def need(self, *names: str) -> None:
+        """Starts these engines too, if they do not run yet."""
+        if names:
+            run_claw(self.home, "up", "--only", ",".join(names))
+            self._read_credentials()
+
+    @property
+    def postgres_url(self) -> str:
+        """The administrator's, on the database that `up` makes; tests use the fixture `database` instead."""
+        return str(self.engines["postgres"]["url"])
+
+    @property
+    def redis_url(self) -> str:
+        return str(self.engines["redis"]["url"])
+
+    @property
+    def kafka_bootstrap_servers(self) -> str:
+        return str(self.engines["kafka"]["bootstrap_servers"])
+
+    @property
+    def rabbitmq_url(self) -> str:
+        """The administrator's, on the default virtual host; tests use the fixture `vhost` instead."""
+        return str(self.engines["rabbitmq"]["url"])
+
+    @property
+    def rabbitmq_management_url(self) -> str:
+        """With user and password in it."""
+        return str(self.engines["rabbitmq"]["management_url"])
+
+    def pid(self, name: str) -> int:
+        """The process that the supervisor started; 0 if it is down."""
+        return self._supervisor.processes()[name].pid
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends the signal to the engine and all of its children. A killed one is started again at once."""
+        for process in self._tree(name):
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+    def pause(self, name: str) -> None:
+        """Stops the engine in its tracks: its ports accept, nothing answers. End it with `cont`."""
+        self.kill(name, signal.SIGSTOP)
+
+    def cont(self, name: str) -> None:
+        self.kill(name, signal.SIGCONT)
+
+    def stop(self, name: str) -> None:
+        """Stops the engine in good order; it stays down until `start`."""
+        self._supervisor.stop(name)
+
+    def start(self, name: str) -> None:
+        """Starts what was stopped, and waits until it works."""
+        run_claw(self.home, "up", "--only", name)
+
+    def restart(self, name: str) -> None:
+        self.stop(name)
+        self.start(name)
+
+    def wait_ready(self, name: str) -> None:
+        """Waits until the engine answers its clients again, up to five minutes."""
+        self.start(name)
+
+    def _tree(self, name: str) -> list[psutil.Process]:
+        try:
+            process = psutil.Process(self.pid(name))
+            return [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+@contextmanager
+def running_stack(engines: Iterable[str] = DEFAULT_ENGINES) -> Iterator[Stack]:
+    """Starts these engines for the length of the block, or lends the stack that CLAW_TEST_STACK names."""
+    if shared := os.environ.get("CLAW_TEST_STACK"):
+        run_claw(Path(shared), "up", "--only", ",".join(engines))
+        yield Stack(Path(shared))
+        return
+    with private_home() as home:
+        run_claw(home, "up", "--only", ",".join(engines))
+        yield Stack(home)
+
+
+@contextmanager
+def private_home() -> Iterator[Path]:
+    """A state folder with free ports. What was started in it ends with the block, and also if this process is
+    killed: a guard process watches."""
+    # Directly under /tmp: TMPDIR may lie where the stack's own user cannot go.
+    folder = Path(tempfile.mkdtemp(prefix="claw-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    home = folder / "stack"
+    home.mkdir()
+    (home / "ports.json").write_text(json.dumps(free_ports(list(usual_ports()))))
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "tooling.testing.stack", "--guard", str(folder)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        env=_environment(home),
+    )
+    try:
+        yield home
+    finally:
+        guard.communicate()
+
+
+def run_claw(home: Path, *arguments: str) -> str:
+    """Runs a command of the CLI on this stack; what it printed. Raises RuntimeError with all it said if it failed."""
+    command = [sys.executable, "-m", "tooling.cli", *arguments]
+    done = subprocess.run(command, env=_environment(home), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"./claw {' '.join(arguments)}, CLAW_HOME={home}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def free_ports(names: Sequence[str]) -> dict[str, int]:
+    """A block of ports that nobody has, below those that the system gives to outgoing connections."""
+    while True:
+        first = random.randrange(12_000, 31_000)
+        ports = range(first, first + len(names))
+        if all(is_free(port) for port in ports):
+            return dict(zip(names, ports, strict=True))
+
+
+def _environment(home: Path) -> dict[str, str]:
+    environment = {**os.environ, "CLAW_HOME": str(home), "PYTHONPATH": str(CHECKOUT)}
+    environment.pop("CLAW_PORT_OFFSET", None)
+    return environment
+
+
+def _guard(folder: Path) -> None:
+    """Waits until the other end of standard input is gone, however it went; then ends the stack."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.read()
+    run_claw(folder / "stack", "down", "--wipe")
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def _serve() -> None:
+    with running_stack() as stack:
+        print(f"CLAW_TEST_STACK={stack.home}", flush=True)  # noqa: T201
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return
+
+
+if __name__ == "__main__":
+    _guard(Path(sys.argv[2])) if "--guard" in sys.argv else _serve()

@@ -1,0 +1,88 @@
+"""A stand-in for slack.com, and events as Slack sends them (https://docs.slack.dev/apis/events-api)."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import itertools
+import secrets
+import time
+from typing import Annotated
+
+import msgspec
+
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+
+BOT = "U0BOT"
+
+
+class _PostMessage(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    text: Annotated[str, msgspec.Meta(min_length=1, max_length=40_000)]
+    thread_ts: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d{6}$")] | None = None
+
+
+class SlackStandIn(StandIn):
+    """One app in one workspace. `unknown`: channels that are not there; `revoked`: its token is no longer good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signing_secret = secrets.token_hex(16)
+        self.bot_token = f"xoxb-{secrets.token_hex(20)}"
+        self.unknown: set[str] = set()
+        self.revoked = False
+        self._events = itertools.count(1)
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        return {"signing_secret": self.signing_secret, "bot_token": self.bot_token}
+
+    def event(
+        self, text: str, *, channel: str = "C1", user: str = "U1", kind: str = "message", **fields: object
+    ) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of a webhook call for a message; `fields` are added to the event."""
+        n = next(self._events)
+        ts = f"1700000000.{n:06}"
+        event = {"type": kind, "channel": channel, "user": user, "text": text, "ts": ts, "event_ts": ts, **fields}
+        return self.signed(
+            {
+                "token": "deprecated",
+                "team_id": "T1",
+                "api_app_id": "A1",
+                "event": event,
+                "type": "event_callback",
+                "event_id": f"Ev{n}",
+                "event_time": 1700000000,
+                "authorizations": [{"team_id": "T1", "user_id": BOT, "is_bot": True}],
+            }
+        )
+
+    def signed(self, payload: object, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
+        """Any payload, as JSON signed `age` seconds ago."""
+        body = msgspec.json.encode(payload)
+        timestamp = str(int(time.time()) - age)
+        digest = hmac.new(self.signing_secret.encode(), f"v0:{timestamp}:".encode() + body, hashlib.sha256)
+        return body, {
+            "content-type": "application/json",
+            "x-slack-request-timestamp": timestamp,
+            "x-slack-signature": f"v0={digest.hexdigest()}",
+        }
+
+    def take(self, call: Call) -> Reply:
+        if (call.method, call.path) != ("POST", "/api/chat.postMessage"):
+            raise Refused(Reply(404, {"ok": False, "error": "unknown_method"}))
+        if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
+            raise Refused(Reply(200, {"ok": False, "error": "invalid_auth"}))
+        if not call.headers.get("content-type", "").startswith("application/json"):
+            raise Refused(Reply(200, {"ok": False, "error": "invalid_form_data"}))
+        try:
+            message = msgspec.json.decode(call.body, type=_PostMessage)
+        except msgspec.DecodeError as error:
+            raise Refused(Reply(200, {"ok": False, "error": "invalid_arguments", "detail": str(error)})) from error
+        if message.channel in self.unknown:
+            raise Refused(Reply(200, {"ok": False, "error": "channel_not_found"}))
+        ts = f"{int(time.time())}.{len(self.ledger):06}"
+        shown = message.text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        to = message.channel + (f"/{message.thread_ts}" if message.thread_ts else "")
+        self.accepted(to, shown, ts, msgspec.to_builtins(message))
+        return Reply(200, {"ok": True, "channel": message.channel, "ts": ts, "message": {"text": message.text}})

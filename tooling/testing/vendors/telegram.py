@@ -1,0 +1,113 @@
+"""A stand-in for api.telegram.org, and updates as Telegram sends them (https://core.telegram.org/bots/api)."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from typing import Annotated, NoReturn
+
+import msgspec
+
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+
+
+class _ReplyParameters(msgspec.Struct, forbid_unknown_fields=True):
+    message_id: int
+    allow_sending_without_reply: bool = False
+
+
+class _SendMessage(msgspec.Struct, forbid_unknown_fields=True):
+    chat_id: int | str
+    text: Annotated[str, msgspec.Meta(min_length=1)]
+    parse_mode: str | None = None
+    message_thread_id: int | None = None
+    reply_parameters: _ReplyParameters | None = None
+
+
+class TelegramStandIn(StandIn):
+    """One bot. `blocked`: chats whose person has blocked it; `unknown`: chats that are not there; `moved`: groups that
+    became supergroups, with their new id; `revoked`: its token is no longer good.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bot_token = f"{secrets.randbelow(10**9) + 10**9}:{secrets.token_urlsafe(26)}"
+        self.secret_token = secrets.token_urlsafe(24)
+        self.blocked: set[int] = set()
+        self.unknown: set[int] = set()
+        self.moved: dict[int, int] = {}
+        self.revoked = False
+        self._updates = itertools.count(secrets.randbelow(10**8) + 10**8)
+        self._messages = itertools.count(1)
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        return {"bot_token": self.bot_token, "secret_token": self.secret_token}
+
+    def update(
+        self,
+        text: str,
+        *,
+        chat: int = 42,
+        person: int = 42,
+        update_id: int | None = None,
+        message_id: int | None = None,
+        topic: int | None = None,
+    ) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of a webhook call for a message."""
+        message: dict[str, object] = {
+            "message_id": message_id or next(self._messages),
+            "from": {"id": person, "is_bot": False, "first_name": "Ada", "language_code": "en"},
+            "chat": {"id": chat, "type": "private" if chat > 0 else "supergroup"},
+            "date": int(time.time()),
+            "text": text,
+        }
+        if topic is not None:
+            message |= {"message_thread_id": topic, "is_topic_message": True}
+        return self.signed({"update_id": update_id or next(self._updates), "message": message})
+
+    def signed(self, update: object) -> tuple[bytes, dict[str, str]]:
+        """Any update, as JSON with the proof that Telegram adds."""
+        headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": self.secret_token}
+        return msgspec.json.encode(update), headers
+
+    def take(self, call: Call) -> Reply:
+        if self.revoked or call.path != f"/bot{self.bot_token}/sendMessage":
+            _refuse(401, "Unauthorized")
+        if call.method != "POST" or not call.headers.get("content-type", "").startswith("application/json"):
+            _refuse(400, "Bad Request: message text is empty")
+        try:
+            message = msgspec.json.decode(call.body, type=_SendMessage)
+        except msgspec.DecodeError as error:
+            _refuse(400, f"Bad Request: {error}")
+        self._check(message)
+        id_ = str(next(self._messages))
+        chat = str(message.chat_id) + (f"/{message.message_thread_id}" if message.message_thread_id else "")
+        self.accepted(chat, message.text, id_, msgspec.to_builtins(message))
+        result = {
+            "message_id": int(id_),
+            "date": int(time.time()),
+            "chat": {"id": message.chat_id},
+            "text": message.text,
+        }
+        return Reply(200, {"ok": True, "result": result})
+
+    def _check(self, message: _SendMessage) -> None:
+        if len(message.text.encode("utf-16-le")) // 2 > 4096:
+            _refuse(400, "Bad Request: message is too long")
+        if not message.text.strip():
+            _refuse(400, "Bad Request: message text is empty")
+        if message.parse_mode not in (None, "HTML"):
+            _refuse(400, "Bad Request: unsupported parse_mode")
+        if message.chat_id in self.blocked:
+            _refuse(403, "Forbidden: bot was blocked by the user")
+        if message.chat_id in self.unknown:
+            _refuse(400, "Bad Request: chat not found")
+        if isinstance(message.chat_id, int) and (new := self.moved.get(message.chat_id)):
+            _refuse(400, "Bad Request: group chat was upgraded to a supergroup chat", migrate_to_chat_id=new)
+
+
+def _refuse(code: int, description: str, **parameters: int) -> NoReturn:
+    body: dict[str, object] = {"ok": False, "error_code": code, "description": description}
+    raise Refused(Reply(code, body | ({"parameters": parameters} if parameters else {})))
