@@ -80,3 +80,8 @@ class EffectFailed(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def describe(error: BaseException) -> str:
+    """`error` for a log line or a dead letter: its type and its text."""
+    return f"{type(error).__name__}: {error}"

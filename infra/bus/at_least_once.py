@@ -22,7 +22,7 @@ from infra.bus.batch import ATTEMPTS, PAUSE_SECONDS, readable_id
 from infra.bus.dispatch import Decoded, decode
 from infra.bus.kafka import headers_json, printable_headers, topic_incarnations
 from infra.bus.reader import BACKOFF_SECONDS, DRAIN_MS, _stop
-from infra.errors import InvalidMessage, Transient
+from infra.errors import InvalidMessage, Transient, describe
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
@@ -181,7 +181,7 @@ class OutsideReader:
             key=None if record.key is None else record.key.decode(errors="backslashreplace"),
             tenant_id=headers.get("tenant_id"),
             attempts=attempts,
-            error=f"{type(error).__name__}: {error}",
+            error=describe(error),
             headers=headers_json(headers),
             payload=record.value or b"",
         )
@@ -215,7 +215,7 @@ class OutsideReader:
         self._metrics.lag_seconds.labels(*labels).set(max(time.time() - last.timestamp / 1000, 0) if lag else 0)
 
     def _warn(self, what: str, error: Exception, failures: int) -> None:
-        self._log.warning(what, group=self._group, error=f"{type(error).__name__}: {error}", failures=failures)
+        self._log.warning(what, group=self._group, error=describe(error), failures=failures)
 
     async def _pause(self, failures: int) -> None:
         try:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from infra.bus.dispatch import Decoded, decode, handle
 from infra.bus.kafka import headers_json, printable_headers
-from infra.errors import InvalidMessage, RetryLater, Transient
+from infra.errors import InvalidMessage, RetryLater, Transient, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
@@ -297,4 +297,4 @@ def _passing(error: BaseException) -> bool:
 
 
 def _failure(error: Exception, attempts: int) -> tuple[str, int]:
-    return f"{type(error).__name__}: {error}", attempts
+    return describe(error), attempts

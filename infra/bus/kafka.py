@@ -23,6 +23,7 @@ from aiokafka.protocol.types import (
 )
 
 from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable, by_destination
+from infra.errors import describe
 
 # One record; what is larger belongs in the object store, with a reference in the message.
 MAX_RECORD_BYTES = 1_000_000
@@ -102,7 +103,7 @@ class KafkaPublisher:
             if isinstance(result, BaseException) and destination not in failed:
                 if not isinstance(result, KafkaError):
                     raise result
-                failed[destination] = SetAside(f"{type(result).__name__}: {result}")
+                failed[destination] = SetAside(describe(result))
             if destination in failed:
                 outcomes[index] = failed[destination]
         return outcomes

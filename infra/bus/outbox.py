@@ -15,6 +15,7 @@ from uuid import UUID
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from infra.errors import describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
@@ -112,7 +113,7 @@ class Relay:
                 self._log.warning(
                     "outbox relay failed, its messages stay and are tried again",
                     bus=self._publisher.bus,
-                    error=f"{type(error).__name__}: {error}",
+                    error=describe(error),
                     passing=is_transient(error),
                     exc_info=not is_transient(error),
                 )

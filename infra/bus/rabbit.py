@@ -23,7 +23,7 @@ from infra.bus.dispatch import decode
 from infra.bus.kafka import headers_json
 from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable
 from infra.clock import utcnow
-from infra.errors import InvalidMessage, RetryLater
+from infra.errors import InvalidMessage, RetryLater, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
@@ -258,7 +258,7 @@ class _Worker:
             queue=queue.name,
             message_id=message.message_id,
             attempt=attempt,
-            error=f"{type(error).__name__}: {error}",
+            error=describe(error),
             exc_info=not isinstance(error, InvalidMessage) and not is_transient(error),
         )
         try:
@@ -266,7 +266,7 @@ class _Worker:
                 # The database is away. That is no fault of the message, so the attempt does not count.
                 await workers.retry(queue, message, attempt, queue.retries[0])
             elif isinstance(error, InvalidMessage) or attempt > len(queue.retries):
-                await workers.dead_letter(queue, message, f"{type(error).__name__}: {error}", attempt)
+                await workers.dead_letter(queue, message, describe(error), attempt)
                 failpoint("after_dead_letter_before_ack")
                 await message.ack()
             else:
@@ -280,7 +280,7 @@ class _Worker:
                 "message returned to its queue",
                 queue=queue.name,
                 message_id=message.message_id,
-                error=f"{type(second).__name__}: {second}",
+                error=describe(second),
             )
             await asyncio.sleep(1)  # without it an outage would redeliver as fast as it can, up to the delivery limit
             await message.nack(requeue=True)

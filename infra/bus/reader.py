@@ -20,7 +20,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from infra.bus.batch import Batches, Fenced, OutsideLog, Position
 from infra.bus.kafka import topic_incarnations
-from infra.errors import RetryLater, Transient
+from infra.errors import RetryLater, Transient, describe
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient
@@ -87,7 +87,7 @@ class Reader(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
                 self._log.warning(
                     "Kafka cannot be read, trying again",
                     group=self.group,
-                    error=f"{type(error).__name__}: {error}",
+                    error=describe(error),
                     failures=failures,
                 )
                 await self._pause(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
@@ -260,7 +260,7 @@ class _Partition:
                     group=self._group,
                     **self._where(),
                     failures=failures,
-                    error=f"{type(error).__name__}: {error}",
+                    error=describe(error),
                     exc_info=not is_transient(error),
                 )
                 self._metrics.retries.labels(self._group).inc()

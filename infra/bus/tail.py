@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 from infra.bus.dispatch import decode
 from infra.bus.kafka import printable_headers, topic_incarnations
 from infra.bus.reader import _stop
-from infra.errors import InvalidMessage
+from infra.errors import InvalidMessage, describe
 from infra.observe.logs import get_logger
 from protos.topology import Subscription, Topic
 
@@ -55,7 +55,7 @@ class Tail:
                 self._log.warning(
                     "topic cannot be read, trying again",
                     topic=self._name,
-                    error=f"{type(error).__name__}: {error}",
+                    error=describe(error),
                     failures=failures,
                 )
                 await self._pause(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])

@@ -16,7 +16,7 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 
 import msgspec
 
-from infra.errors import Conflict, EffectFailed, Transient
+from infra.errors import Conflict, EffectFailed, Transient, describe
 from infra.failpoint import failpoint
 from infra.lanes.claims import Lease
 from infra.observe.metrics import Metrics
@@ -110,12 +110,12 @@ class Effects:
         except EffectFailed as error:
             outcome = Outcome[R]("failed", None, _text(error.reason), begun, saved=False)
         except Transient as error:
-            await self._end(name, "undone", None, _text(f"{type(error).__name__}: {error}"), None)
+            await self._end(name, "undone", None, _text(describe(error)), None)
             raise
         except Exception as error:
             if kind != "once":
                 raise
-            outcome = Outcome[R]("unknown", None, _text(f"{type(error).__name__}: {error}"), begun, saved=False)
+            outcome = Outcome[R]("unknown", None, _text(describe(error)), begun, saved=False)
         else:
             outcome = Outcome("succeeded", value, None, begun, saved=False)
         failpoint("after_effect_call")

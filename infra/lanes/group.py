@@ -53,7 +53,7 @@ class Group:
         self._waiting: deque[_Write] = deque()
         self._working: asyncio.Task[None] | None = None
 
-    def collect(self, tenant_id: str) -> Tx:
+    def buffered(self, tenant_id: str) -> Tx:
         """A transaction to collect in: events, messages, rows. It is never used itself."""
         return Tx(self._database.engine, self._database.service, tenant_id=tenant_id or None, cause=None)
 
@@ -64,7 +64,7 @@ class Group:
         database does not come back in time.
         """
         # What its events tell the world belongs to the trace in which they were written.
-        tx.announce()
+        tx.publish_now()
         write = _Write(lease, tx, about, may_be_forbidden)
         self._waiting.append(write)
         if self._working is None:
@@ -121,7 +121,7 @@ class Group:
                 elif write.may_be_forbidden and write.about in forbidden:
                     refused[write] = Forbidden()
             written = [write for write in group if write not in refused]
-            await tx.absorb([write.tx for write in written])
+            await tx.merge([write.tx for write in written])
             await tx.flush()
             if await self._held(connection, written, "ORDER BY lane_id FOR UPDATE OF lane") != {
                 (write.lease.lane_id, write.lease.epoch) for write in written

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from infra.errors import InvalidMessage, NotYet, RetryLater, Transient
+from infra.errors import InvalidMessage, NotYet, RetryLater, Transient, describe
 from infra.failpoint import failpoint
 from infra.lanes.claims import Claims, Head, LaneLost, Lease, after
 from infra.lanes.effects import Effects
@@ -110,7 +110,7 @@ class LaneRunner:
                     self._log.warning(
                         "lanes cannot be claimed now, trying again",
                         kind=kind.name,
-                        error=f"{type(error).__name__}: {error}",
+                        error=describe(error),
                         exc_info=not is_transient(error),
                     )
                     break
@@ -162,7 +162,7 @@ class LaneRunner:
             except Exception as error:
                 self._log.warning(
                     "leases of lanes cannot be renewed now",
-                    error=f"{type(error).__name__}: {error}",
+                    error=describe(error),
                     exc_info=not is_transient(error),
                 )
             now = time.monotonic()
@@ -209,7 +209,7 @@ class LaneRunner:
             self._log.warning(
                 "lane left, it is taken again when its lease has run out",
                 kind=kind.name,
-                error=f"{type(error).__name__}: {error}",
+                error=describe(error),
                 exc_info=not is_transient(error),
             )
 
@@ -260,7 +260,7 @@ class LaneRunner:
         lane = kind.work.lane
         passing = isinstance(error, Transient) or is_transient(error)
         dead = isinstance(error, InvalidMessage) or (not passing and head.faults >= len(lane.retries))
-        text = redacted(f"{type(error).__name__}: {error}")
+        text = redacted(describe(error))
         self._log.log(
             40 if dead else 10 if isinstance(error, NotYet) else 30,
             "item set aside as a dead letter; see claw dlq list" if dead else "item not done, it is tried again",

@@ -20,7 +20,7 @@ from opentelemetry.trace import Span
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Conflict
+from infra.errors import Conflict, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
@@ -77,8 +77,8 @@ class Tx:
         self._events: list[NewEvent] = []
         self._rows: list[OutboxRow] = []
         self._items: dict[tuple[str, UUID], NewItem] = {}
-        self._puts: dict[str, list[tuple[Any, ...]]] = {}
-        self._announced: set[UUID] = set()
+        self._buffered: dict[str, list[tuple[Any, ...]]] = {}
+        self._published: set[UUID] = set()
         self._loaded: dict[str, tuple[Any, int]] = {}
         self._after: list[Callable[[], Awaitable[None]]] = []
         self.tenant_id = tenant_id
@@ -153,15 +153,15 @@ class Tx:
         """Appends to a stream that has this version, by the caller's own count; another one is a Conflict."""
         self._events += [NewEvent(stream, uuid7(), event, version, self.tenant_id) for event in events]
 
-    def put(self, statement: str, *row: Any) -> None:
+    def buffer(self, statement: str, *row: Any) -> None:
         """A row for a statement over ``unnest($1, $2, …)``, which runs once for all rows, before the commit."""
-        self._puts.setdefault(statement, []).append(row)
+        self._buffered.setdefault(statement, []).append(row)
 
-    def announce(self) -> None:
+    def publish_now(self) -> None:
         """Writes now, in the trace of now, what the events appended so far tell the world."""
         for new in self._events:
-            if new.event_id not in self._announced:
-                self._announced.add(new.event_id)
+            if new.event_id not in self._published:
+                self._published.add(new.event_id)
                 self._publish(new)
 
     def _publish(self, new: NewEvent) -> None:
@@ -170,7 +170,7 @@ class Tx:
             self.publish(topic, message, key=key, message_id=id_)
         self.tenant_id = own
 
-    async def absorb(self, others: Sequence[Tx]) -> None:
+    async def merge(self, others: Sequence[Tx]) -> None:
         """Takes over what the others have collected; nothing of one whose events are stored already: it was committed
         before, and nobody heard of it."""
         events = [new for other in others for new in other._events]
@@ -183,8 +183,8 @@ class Tx:
                 continue
             self._rows += other._rows
             self._items |= other._items
-            for statement, rows in other._puts.items():
-                self._puts.setdefault(statement, []).extend(rows)
+            for statement, rows in other._buffered.items():
+                self._buffered.setdefault(statement, []).extend(rows)
 
     def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
         """Sends a fact to a Kafka topic once the transaction commits. Returns the message's id.
@@ -273,11 +273,11 @@ class Tx:
             self._events.clear()
             failpoint("after_append")
             for new in fresh:
-                if new.event_id not in self._announced:
+                if new.event_id not in self._published:
                     self._publish(new)
-        for statement, rows in self._puts.items():
+        for statement, rows in self._buffered.items():
             await self.sql(statement, *map(list, zip(*rows, strict=True)))
-        self._puts.clear()
+        self._buffered.clear()
         if self._rows:
             await insert_outbox(await self.connection(), self._rows)
             self.buses |= {row.bus for row in self._rows}
@@ -293,9 +293,7 @@ class Tx:
             try:
                 await call()
             except Exception as error:
-                get_logger("infra.postgres.tx").warning(
-                    "what should follow a commit failed", error=f"{type(error).__name__}: {error}"
-                )
+                get_logger("infra.postgres.tx").warning("what should follow a commit failed", error=describe(error))
 
     async def close(self, *, commit: bool) -> None:
         if self._connection is None:
@@ -319,7 +317,7 @@ class Database:
         self.engine = engine
         self.service = service
         self._tenanted = tenanted
-        self._looking = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._listeners: list[Callable[[str], None]] = []
         self._lane_listeners: list[Callable[[str], None]] = []
 
@@ -362,10 +360,10 @@ class Database:
         await tx.run_after_commit()
 
     @asynccontextmanager
-    async def look(self, *, tenant_id: str) -> AsyncIterator[Tx]:
+    async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
         """Reads by the worker role, each statement for itself: BEGIN and COMMIT would take longer than one statement
         between them. What is collected in it is never written."""
-        tx = Tx(self._looking, self.service, tenant_id=tenant_id, cause=None)
+        tx = Tx(self._reading, self.service, tenant_id=tenant_id, cause=None)
         try:
             yield tx
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from infra.bus import outbox
+from infra.errors import describe
 from infra.lanes import lane
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
@@ -38,9 +39,7 @@ class Maintenance:
                     async with self._database.begin() as tx:
                         await lane.forget(tx)
             except Exception as error:
-                get_logger("infra.service.maintenance").warning(
-                    "maintenance failed; will retry", error=f"{type(error).__name__}: {error}"
-                )
+                get_logger("infra.service.maintenance").warning("maintenance failed; will retry", error=describe(error))
             ticks += 1
             try:
                 await asyncio.wait_for(self._stopping.wait(), OBSERVE_SECONDS)

@@ -17,7 +17,7 @@ import msgspec
 
 from infra.bus.dispatch import decode, handle
 from infra.clock import utcnow, uuid7_time
-from infra.errors import Conflict, NotFound
+from infra.errors import Conflict, NotFound, describe
 from infra.lanes.lane import KEEP_EFFECTS, restore
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
@@ -115,7 +115,7 @@ class Drainer:
                 idle = True
                 self._log.warning(
                     "dead letters cannot be worked off now",
-                    error=f"{type(error).__name__}: {error}",
+                    error=describe(error),
                     exc_info=not is_transient(error),
                 )
             try:
@@ -226,7 +226,7 @@ class Drainer:
                 # Not where another drainer, meanwhile, had more success with it.
                 "last_failed_at = clock_timestamp() WHERE id = $1 AND state = $3",
                 letter["id"],
-                f"{type(error).__name__}: {error}"[:4000].replace("\x00", "\\x00"),
+                describe(error)[:4000].replace("\x00", "\\x00"),
                 letter["state"],
             )
         self._metrics.dead_letters.labels(letter["consumer"]).inc()
@@ -234,5 +234,5 @@ class Drainer:
             "dead letter failed again",
             id=str(letter["id"]),
             consumer=letter["consumer"],
-            error=f"{type(error).__name__}: {error}",
+            error=describe(error),
         )

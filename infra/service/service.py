@@ -24,6 +24,7 @@ from infra.bus.outbox import Relay
 from infra.bus.rabbit import RabbitPublisher, Workers
 from infra.bus.reader import Reader
 from infra.bus.tail import Tail
+from infra.errors import describe
 from infra.lanes.lane import Work
 from infra.lanes.runner import LaneRunner
 from infra.observe import logs, telemetry
@@ -341,7 +342,5 @@ async def _until_it_works(what: str, start: Callable[[], Awaitable[None]], stopp
         try:
             return await start()
         except OSError as error:
-            logs.get_logger("infra.service").warning(
-                f"{what} is not there yet, trying again", error=f"{type(error).__name__}: {error}"
-            )
+            logs.get_logger("infra.service").warning(f"{what} is not there yet, trying again", error=describe(error))
             await asyncio.sleep(1)

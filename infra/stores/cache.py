@@ -23,7 +23,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from infra.clock import uuid7
-from infra.errors import TooManyRequests
+from infra.errors import TooManyRequests, describe
 from infra.observe.logs import get_logger
 
 T = TypeVar("T")
@@ -189,7 +189,7 @@ class Cache:
 
     def _note(self, error: Exception | None) -> None:
         if error and not self._away_since:
-            _log.warning("Redis is away, working without it", error=f"{type(error).__name__}: {error}")
+            _log.warning("Redis is away, working without it", error=describe(error))
         if self._away_since and not error:
             _log.info("Redis is back")
         self._away_since = time.monotonic() if error else None

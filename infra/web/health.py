@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from infra.errors import describe
 from infra.observe.logs import get_logger
 
 CHECK_SECONDS = 2.0
@@ -81,11 +82,7 @@ class Health:
         except Exception as error:
             status = "down"
             if was == "up":
-                reason = (
-                    f"no answer in {CHECK_SECONDS:g} s"
-                    if isinstance(error, TimeoutError)
-                    else f"{type(error).__name__}: {error}"
-                )
+                reason = f"no answer in {CHECK_SECONDS:g} s" if isinstance(error, TimeoutError) else describe(error)
                 self._log.error("dependency is down", dependency=name, error=reason)
         return {"status": status, "latency": round((time.perf_counter() - began) * 1000, 1)}
 

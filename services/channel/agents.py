@@ -6,7 +6,7 @@ from uuid import UUID
 
 import httpx
 
-from infra.errors import InvalidMessage
+from infra.errors import InvalidMessage, describe
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
@@ -33,9 +33,7 @@ class Agents:
             async with httpx.AsyncClient(base_url=self._url, trust_env=False, timeout=TIMEOUT_SECONDS) as http:
                 answer = await http.get(f"/api/v1/agents/{agent_id}", headers=headers)
         except httpx.TransportError as error:
-            get_logger("channel.agents").warning(
-                "a channel's agent cannot be checked now", error=f"{type(error).__name__}: {error}"
-            )
+            get_logger("channel.agents").warning("a channel's agent cannot be checked now", error=describe(error))
             return
         if answer.status_code == 404:
             raise InvalidMessage("agent_id", "there is no such agent")

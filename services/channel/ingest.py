@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from infra.clock import utcnow, uuid7
+from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.tx import Database, Tx
@@ -192,7 +193,7 @@ class Ingest:
                     CLEANING_ROWS,
                 )
         except Exception as error:
-            _log.warning("what was seen long ago is not cleared now", error=f"{type(error).__name__}: {error}")
+            _log.warning("what was seen long ago is not cleared now", error=describe(error))
 
 
 async def _note_conversations(tx: Tx, heard: Sequence[_Heard]) -> dict[str, Iterator[int]]:

@@ -15,7 +15,7 @@ import httpx
 import msgspec
 
 from infra.clock import utcnow
-from infra.errors import InvalidMessage, Transient
+from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
 from services.log_aggregator.documents import Document
 
@@ -153,7 +153,7 @@ class Index:
         try:
             return await self._http.request(method, path, **request)
         except httpx.HTTPError as error:
-            raise Transient(f"OpenSearch does not answer: {type(error).__name__}: {error}") from error
+            raise Transient(f"OpenSearch does not answer: {describe(error)}") from error
 
 
 def _content(answer: httpx.Response) -> Any:

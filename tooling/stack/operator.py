@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from aiokafka.errors import KafkaError
 
 from infra.bus import outbox
+from infra.errors import describe
 from infra.postgres.db import create_engine, is_transient, sql
 from infra.postgres.tx import Database
 from infra.security.audit import audit
@@ -44,7 +45,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     except Exception as error:
         if not is_transient(error) and not isinstance(error, KafkaError):
             raise
-        reason = f"an engine does not answer ({type(error).__name__}: {error})"
+        reason = f"an engine does not answer ({describe(error)})"
         raise EngineError(f"{reason}. See which: ./claw status. Start it: ./claw up") from error
     finally:
         kafka.setLevel(level)

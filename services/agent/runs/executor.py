@@ -11,7 +11,7 @@ import grpc.aio
 import msgspec
 
 from infra.clock import utcnow
-from infra.errors import InvalidMessage, NotFound, NotYet, RetryLater
+from infra.errors import InvalidMessage, NotFound, NotYet, RetryLater, describe
 from infra.lanes.effects import Effects
 from infra.lanes.group import Group
 from infra.observe import telemetry
@@ -86,15 +86,15 @@ class _Around:
 
     async def arrived(self, skipped: int) -> Sequence[str]:
         # Nothing is written, so nothing has to be fenced.
-        async with self.database.look(tenant_id=self.tenant_id) as tx:
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
             return await conversation.arrived(tx, self.subjects, self.run_id, skipped)
 
     async def child(self, step: int) -> children.State | None:
-        async with self.database.look(tenant_id=self.tenant_id) as tx:
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
             return await children.state(tx, self.subjects, children.child_id(self.run_id, step))
 
     async def family(self) -> Sequence[UUID]:
-        async with self.database.look(tenant_id=self.tenant_id) as tx:
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
             return await children.family(tx, self.run_id)
 
 
@@ -124,7 +124,7 @@ class Executor:
             outcome = stop
         except (Mismatch, InvalidMessage, NotFound) as error:
             # The journal, or a peer, says that going on makes no sense.
-            outcome = Ended("failed", f"{type(error).__name__}: {error}", FAILED)
+            outcome = Ended("failed", describe(error), FAILED)
         except grpc.aio.AioRpcError as error:
             raise RetryLater(PEER_PAUSE, f"a peer has an error inside: {error.details()}") from error
         await self._end(tx, run_id, begun, outcome)

@@ -33,7 +33,7 @@ async def started(tx: Tx, run_id: UUID, model: str) -> None:
 
 
 def step_started(tx: Tx, run_id: UUID, n: int, kind: StepKind, name: str, attempt: int, span_id: str | None) -> None:
-    tx.put(
+    tx.buffer(
         "INSERT INTO run_step (tenant_id, run_id, n, kind, name, status, attempts, started_at, span_id) "
         "SELECT tenant_id, run_id, n, kind, name, 'running', attempts, clock_timestamp(), span_id "
         "FROM unnest($1::text[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::int[], $7::text[]) "
@@ -53,7 +53,7 @@ def step_started(tx: Tx, run_id: UUID, n: int, kind: StepKind, name: str, attemp
 def step_ended(
     tx: Tx, run_id: UUID, n: int, status: Literal["completed", "failed"], duration_ms: int, error: str | None
 ) -> None:
-    tx.put(
+    tx.buffer(
         "UPDATE run_step r SET status = s.status, duration_ms = s.ms, error = s.error "
         "FROM unnest($1::uuid[], $2::int[], $3::text[], $4::int[], $5::text[]) AS s(run_id, n, status, ms, error) "
         "WHERE r.run_id = s.run_id AND r.n = s.n",
@@ -76,7 +76,7 @@ def step_not_made(
     error: str | None,
 ) -> None:
     """One that is over as soon as it is there: refused, or taken over from another run."""
-    tx.put(
+    tx.buffer(
         "INSERT INTO run_step (tenant_id, run_id, n, kind, name, status, attempts, started_at, duration_ms, error) "
         "SELECT tenant_id, run_id, n, kind, name, status, attempts, clock_timestamp(), 0, error "
         "FROM unnest($1::text[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::int[], $8::text[]) "
@@ -94,7 +94,7 @@ def step_not_made(
 
 def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
     """Adds to the run's sums; a figure that was never reported stays null."""
-    tx.put(
+    tx.buffer(
         "INSERT INTO run_usage (tenant_id, run_id, usage_id, resource, quantities, estimated, occurred_at) "
         "SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::bool[], "
         "$7::timestamptz[])",
@@ -106,7 +106,7 @@ def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
         record.estimated,
         record.occurred_at,
     )
-    tx.put(
+    tx.buffer(
         "UPDATE run SET input_tokens = coalesce(run.input_tokens + coalesce(u.input, 0), u.input), "
         "cached_tokens = coalesce(run.cached_tokens + coalesce(u.cached, 0), u.cached), "
         "output_tokens = coalesce(run.output_tokens + coalesce(u.output, 0), u.output) "

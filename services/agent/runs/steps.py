@@ -318,7 +318,7 @@ class Journal:
         scope = self._scope
         async with self._turn:
             journal = scope.journal
-            tx = self._group.collect(scope.tenant_id)
+            tx = self._group.buffered(scope.tenant_id)
             for command in commands:
                 events = decide(command, journal)
                 # Its facts are counted as its stream's versions are: nobody else writes while this worker has the run.

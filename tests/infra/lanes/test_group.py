@@ -48,9 +48,9 @@ def group(desk: Database) -> Group:
 
 
 def note(group: Group, book: str, *, version: int = 0) -> Tx:
-    tx = group.collect("t")
+    tx = group.buffered("t")
     tx.append_at(NOTEBOOK.stream(book), [NoteWritten(version + 1, "x")], version)
-    tx.put(STATEMENT, f"{book} {version}")
+    tx.buffer(STATEMENT, f"{book} {version}")
     return tx
 
 

@@ -124,8 +124,8 @@ class GatedDatabase(Database):
             del tx.__dict__["flush"]
 
     @asynccontextmanager
-    async def look(self, *, tenant_id: str) -> AsyncIterator[Tx]:
-        async with super().look(tenant_id=tenant_id) as tx:
+    async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
+        async with super().read_only(tenant_id=tenant_id) as tx:
             self._stop_before(tx, "before")
             yield tx
 
