@@ -6,10 +6,9 @@ call is a group of one and waits for nobody.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import Context, copy_context
 from datetime import timedelta
 from typing import NamedTuple
@@ -19,7 +18,7 @@ import msgspec
 from infra.clock import utcnow, uuid7
 from infra.errors import describe
 from infra.observe.logs import get_logger
-from infra.postgres.db import is_transient
+from infra.postgres.group_commit import GroupCommit
 from infra.postgres.tx import Database, Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import SubjectKeys
@@ -35,7 +34,7 @@ from services.channel.vendors.base import Ignored, Inbound
 MAX_GROUP = 200
 # Longer than any vendor goes on trying: WhatsApp, the longest, does so for seven days.
 KEEP_SEEN = timedelta(days=30)
-# Little and often: the next group waits for it.
+# Little and often: one call waits for it.
 CLEANING_SECONDS = 1.0
 CLEANING_ROWS = 2_000
 
@@ -66,7 +65,6 @@ class _Call(NamedTuple):
 
     arrivals: list[_Arrival]
     context: Context
-    done: asyncio.Future[None]
 
 
 class Ingest:
@@ -75,8 +73,8 @@ class Ingest:
     def __init__(self, database: Database, subjects: SubjectKeys) -> None:
         self._database = database
         self._subjects = subjects
-        self._waiting: deque[_Call] = deque()
-        self._working: asyncio.Task[None] | None = None
+        # One group after the other: messages of a conversation are stored in the order of their arrival.
+        self._commits = GroupCommit(self._commit, largest=MAX_GROUP)
         self._cleaned_at = time.monotonic()
 
     async def take(self, account: Account, items: Sequence[Inbound | Ignored]) -> None:
@@ -87,42 +85,17 @@ class Ingest:
         arrivals = [
             _Arrival(account, _checked(account, item), [seen_as(account.id, id_) for id_ in item.ids]) for item in items
         ]
-        call = _Call(arrivals, copy_context(), asyncio.get_running_loop().create_future())
-        self._waiting.append(call)
-        if self._working is None or self._working.done():
-            # In a context of its own: the work of many requests belongs to the trace of none.
-            self._working = asyncio.create_task(self._work(), name="ingest", context=Context())
-        await call.done
+        await self._commits.write(_Call(arrivals, copy_context()))
+        if time.monotonic() - self._cleaned_at > CLEANING_SECONDS:
+            self._cleaned_at = time.monotonic()
+            await self._clean()
 
-    async def _work(self) -> None:
-        """One group after the other: messages of a conversation are stored as they arrived."""
-        while self._waiting:
-            group = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_GROUP))]
-            await self._commit(group)
-            if time.monotonic() - self._cleaned_at > CLEANING_SECONDS:
-                self._cleaned_at = time.monotonic()
-                await self._clean()
-
-    async def _commit(self, group: Sequence[_Call]) -> None:
+    async def _commit(self, group: Sequence[_Call]) -> Mapping[int, Exception]:
         async def work(tx: Tx) -> None:
             await self._store(tx, group)
 
-        try:
-            await self._database.run(work)
-        except Exception as error:
-            if len(group) > 1 and not is_transient(error):
-                # One of them does not go in. The others must not suffer for it.
-                for call in group:
-                    await self._commit([call])
-                return
-            for call in group:
-                if not call.done.done():
-                    call.done.set_exception(error)
-            return
-        for call in group:
-            # Done already, where whoever called has gone. It is stored all the same.
-            if not call.done.done():
-                call.done.set_result(None)
+        await self._database.run(work)
+        return {}
 
     async def _store(self, tx: Tx, group: Sequence[_Call]) -> None:
         """Each kind of row in one statement, and each sorted: groups of several processes wait for each other in one

@@ -24,7 +24,7 @@ from infra.clock import utcnow
 from infra.errors import Conflict, EffectFailed, InvalidMessage, NotFound, RetryLater, TooLarge, Transient
 from infra.failpoint import failpoint
 from infra.lanes.effects import Effects
-from infra.lanes.group import Forbidden, Group
+from infra.lanes.group import ForbiddenByGuard, Group
 from infra.observe.redaction import redacted
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
@@ -284,7 +284,7 @@ class Journal:
         command = BeginStep(scope.session_key, n, step.kind, step.name, attempt, step.digest, VERSION)
         try:
             await self._write(also, command, may_be_forbidden=True)
-        except Forbidden:
+        except ForbiddenByGuard:
             raise Ended("cancelled", CANCELLED) from None
 
     async def _attempt_failed(self, n: int, attempt: int, error: str, lost: Metered | None) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from infra.errors import Conflict
 from infra.lanes.claims import Claims, LaneLost, Lease
-from infra.lanes.group import Forbidden, Group
+from infra.lanes.group import ForbiddenByGuard, Group
 from infra.postgres.db import create_engine
 from infra.postgres.tx import Database, Tx
 from tests.infra.conftest import SampleDatabase
@@ -121,7 +121,7 @@ async def test_the_guard_forbids_only_what_may_be_forbidden(desk: Database, grou
         group.write(leases[2], note(group, third), uuid4(), may_be_forbidden=True),
         return_exceptions=True,
     )
-    assert [type(result) for result in results] == [Forbidden, type(None), type(None)]
+    assert [type(result) for result in results] == [ForbiddenByGuard, type(None), type(None)]
     assert await written(desk, one, other, third) == [(one, 0, 0), (other, 1, 1), (third, 1, 1)]
 
 

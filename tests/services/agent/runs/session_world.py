@@ -311,7 +311,7 @@ class Worker:
     async def die(self) -> None:
         """What it has committed is all that is left of it, and its lease."""
         tasks = [task for _, task in self._kind.running.values()]
-        tasks += [task for task in (self._group._working, self._watch._poll) if task]
+        tasks += [task for task in (self._group._commits.working, self._watch._poll) if task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,74 @@
+"""Group commit: writes that wait at the same moment share one transaction, and so one flush of the disk.
+
+While one group commits, the next one gathers. A write that comes alone is a group of one and does not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
+from typing import Generic, NamedTuple, TypeVar
+
+from infra.postgres.db import is_transient
+
+W = TypeVar("W")
+
+
+class _Pending(NamedTuple, Generic[W]):
+    write: W
+    done: asyncio.Future[None]
+
+
+class GroupCommit(Generic[W]):
+    """Commits the writes of one process in groups, in the order in which they came.
+
+    `commit` writes a group in one transaction and returns the errors of the writes that it left out, by their index in
+    the group. If it raises, it has committed nothing.
+    """
+
+    def __init__(self, commit: Callable[[Sequence[W]], Awaitable[Mapping[int, Exception]]], *, largest: int) -> None:
+        self._commit = commit
+        self._largest = largest
+        self._waiting: deque[_Pending[W]] = deque()
+        self.working: asyncio.Task[None] | None = None
+        """The task that commits. None while nothing waits."""
+
+    async def write(self, write: W) -> None:
+        """Returns after the commit. Raises the error of this write, or the transient error of its group.
+
+        A write whose caller was cancelled is committed all the same.
+        """
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Pending(write, done))
+        if self.working is None:
+            # An empty context: the task works for many callers and belongs to the trace of none.
+            self.working = asyncio.create_task(self._work(), name="group commit", context=Context())
+        await done
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                await self._end([self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))])
+        finally:
+            self.working = None
+
+    async def _end(self, group: Sequence[_Pending[W]]) -> None:
+        refused: Mapping[int, Exception]
+        try:
+            refused = await self._commit([pending.write for pending in group])
+        except Exception as error:
+            if len(group) > 1 and not is_transient(error):
+                # One of the writes is at fault. Each alone: the others must not fail with it.
+                for pending in group:
+                    await self._end([pending])
+                return
+            refused = dict.fromkeys(range(len(group)), error)
+        for index, pending in enumerate(group):
+            if pending.done.done():
+                continue  # the caller was cancelled
+            if error_of := refused.get(index):
+                pending.done.set_exception(error_of)
+            else:
+                pending.done.set_result(None)
