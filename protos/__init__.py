@@ -1,1 +1,1 @@
-"""Contracts: all that services know of each other. Imports nothing of infra or services."""
+"""Contracts: everything that services know of each other. Imports nothing from infra or services."""

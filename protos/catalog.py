@@ -1,7 +1,7 @@
-"""Every topic and queue of the system: who sends what, who reads it, how long it is kept, how it is retried.
+"""Every topic and queue of the system, with producers, consumers, messages, retention and retries.
 
-The one place where a topic or queue is named: provisioning, the AsyncAPI document and ``claw map`` read it.
-A consumer of a topic keeps its dead letters in its own table; a queue has a ``.dlq`` besides.
+No other module names a topic or queue: provisioning, the AsyncAPI document and ``claw map`` read this one. A consumer
+of a topic keeps its dead letters in its own table; a queue also has a dead letter queue, ``<name>.dlq``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ AGENT_EVENTS = Topic(
     producers=("agent",),
     consumers=("ws_gateway", "memory", "log_aggregator"),
 )
-# Not ordered: a task is a hint, and the next one of the session does as well.
+# Not ordered: a task is a hint, and the session's next task has the same effect.
 AGENT_TASKS = Topic(
     "agent.tasks",
     partitions=4,
@@ -68,7 +68,7 @@ AGENT_TASKS = Topic(
     consumers=("agent",),
     ordered=False,
 )
-# Not ordered: debits add up the same in any order, and one broken record must not hold back a tenant's bill.
+# Not ordered: the sum of debits does not depend on their order, and a bad record must not hold back a tenant's bill.
 USAGE_RECORDS = Topic(
     "usage.records",
     partitions=4,
@@ -79,7 +79,7 @@ USAGE_RECORDS = Topic(
     consumers=("billing",),
     ordered=False,
 )
-# Not ordered: a chain is in the order of arrival, and one broken record must not hold back a tenant's chain.
+# Not ordered: a chain has the order of arrival, and a bad record must not hold back a tenant's chain.
 AUDIT_LOGS = Topic(
     "audit.logs",
     partitions=2,
@@ -180,8 +180,8 @@ DOCUMENT_INDEX = Queue(
     consumer="memory",
     retries=_SECONDS_TO_MINUTES,
 )
-# A broadcast: each queue bound to the fanout exchange gets its copy. A service that comes to listen binds its
-# own queue; instances of one service share theirs, and tell each other by the cache's pub/sub.
+# A broadcast: each queue bound to the fanout exchange gets a copy. A further listening service binds a queue of its
+# own. The instances of one service share a queue, and tell each other by the cache's pub/sub.
 PLUGIN_EVENT = Queue(
     "plugin.event",
     exchange=Exchange("plugin", "fanout"),

@@ -1,7 +1,7 @@
-"""What travels around every message: CloudEvents attributes, trace context, tenant.
+"""The envelope of every message: CloudEvents attributes, trace context, tenant.
 
-CloudEvents 1.0, Kafka binary content mode: attributes are headers with the prefix ``ce_``, the value is
-the data alone. RabbitMQ carries the same keys in its headers table, so one reader serves both.
+CloudEvents 1.0, Kafka binary content mode: attributes are headers with the prefix ``ce_``, and the value holds only the
+data. RabbitMQ messages have the same keys in their headers table, so one reader serves both buses.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import msgspec
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """A public fact or command. Its wire name is ``<owner>.v<version>.<Class>``, the owner being its module.
+    """A public fact or command. Its wire name is ``<owner>.v<version>.<Class>``; the owner is its module's name.
 
-    Fields unknown to the reader are ignored: an older reader must survive a newer writer.
+    A reader ignores unknown fields, so that an older reader can read the messages of a newer writer.
     """
 
     VERSION: ClassVar[int] = 1
@@ -28,9 +28,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=F
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
-    """A message's attributes. ``id`` is what every consumer drops repeats by."""
+    """The attributes of a message."""
 
     id: UUID
+    """Every consumer drops repeats by it."""
     source: str
     type: str
     time: datetime
@@ -40,7 +41,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     tracestate: str | None = None
 
     def headers(self) -> dict[str, str]:
-        """The header table, UTF-8 strings only (Kafka and RabbitMQ clients of any language read them)."""
+        """The header table. Only UTF-8 strings, which Kafka and RabbitMQ clients of any language can read."""
         optional = {
             "ce_subject": self.subject,
             "tenant_id": self.tenant_id,

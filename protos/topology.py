@@ -1,8 +1,8 @@
-"""The words in which the catalog is written: topics, exchanges, queues, and who subscribes to them.
+"""The types of the catalog: topics, exchanges, queues, and subscriptions to them.
 
-Declarations only. A decorator such as ``@USAGE_RECORDS.batch(group="billing")`` yields a `Subscription`, a plain
-record; the service passes it to ``service.consume``. So the list of who reads what is data, and
-``./claw map`` and the catalog test read the same list that the process runs.
+Declarations only. A decorator such as ``@USAGE_RECORDS.batch(group="billing")`` returns a `Subscription`, a plain
+record; the service passes it to ``service.consume``. So the list of subscriptions is data: ``./claw map`` and the
+catalog test read the same list that the process runs.
 """
 
 from __future__ import annotations
@@ -19,38 +19,33 @@ Handler = Callable[..., Awaitable[None]]
 
 @dataclass(frozen=True)
 class Subscription:
-    """Somebody reads `source`. `message` is the one type handled; None: the handler takes all of the source's types.
-
-    `batch`: the handler gets ``list[message]`` (one partition's batch, one transaction), else one message.
-    `projection`: the tables that a replay may rebuild by this handler; None: replay must not run it.
-    `outside`: the effect is not in PostgreSQL, see `Topic.outside`.
-    `tail`: set where every process hears what comes from now on, see `Topic.tail`.
-    """
+    """A consumer group's handler for the messages of `source`."""
 
     source: Topic | Queue
     group: str
     handler: Handler
     message: type[Message] | None = None
+    """The one type that is handled; None if the handler takes all types of the source."""
     batch: bool = False
+    """True: the handler gets ``list[message]``, one partition's batch in one transaction. False: one message."""
     prefetch: int = 0
     projection: tuple[str, ...] | None = None
+    """The tables that a replay may rebuild with this handler; None if a replay must not run it."""
     tail: Handler | None = None
+    """Set if every process gets each new record, see `Topic.tail`."""
     outside: bool = False
+    """The effect is not in PostgreSQL, see `Topic.outside`."""
 
     @property
     def name(self) -> str:
-        """``<group>.<handler>``, for people."""
+        """``<group>.<handler>``, shown to people."""
         handler = self.handler.func if isinstance(self.handler, partial) else self.handler
         return f"{self.group}.{handler.__name__}"
 
 
 @dataclass(frozen=True)
 class Topic:
-    """A Kafka topic: facts, ordered per key, retained, replayable.
-
-    `ordered`: a failed record parks its key and later records of the key queue behind it; otherwise the record
-    is set aside alone.
-    """
+    """A Kafka topic: facts, ordered per key, retained, replayable."""
 
     name: str
     partitions: int
@@ -60,26 +55,30 @@ class Topic:
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     ordered: bool = True
+    """True: a failed record parks its key, and later records of the key wait behind it. False: a failed record becomes
+    a dead letter and no other record waits."""
 
     def batch(self, *, group: str, projection: tuple[str, ...] | None = None) -> Callable[[Handler], Subscription]:
         """The handler takes ``(records: list[M], tx: Tx)``: a partition's batch, one transaction."""
         return lambda handler: Subscription(self, group, handler, batch=True, projection=projection)
 
     def each(self, message: type[Message], *, group: str) -> Callable[[Handler], Subscription]:
-        """The handler takes ``(message, tx)``; records of other types on the topic are passed over."""
+        """The handler takes ``(message, tx)``; it does not get records of other types on the topic."""
         return lambda handler: Subscription(self, group, handler, message=message)
 
     def outside(self, *, group: str) -> Callable[[Handler], Subscription]:
-        """The handler takes ``(records)``, a list of messages with id and headers, for an effect that is not in
-        PostgreSQL: at least once, in no transaction. What it refuses by InvalidMessage becomes a dead letter alone.
+        """An at-least-once subscription, for an effect that is not in PostgreSQL.
+
+        The handler takes ``(records)``, a list of messages with id and headers, outside any transaction. A record that
+        it refuses with InvalidMessage becomes a dead letter; the others go on.
         """
         return lambda handler: Subscription(self, group, handler, batch=True, outside=True)
 
     def tail(self, *, group: str, begins: Handler) -> Callable[[Handler], Subscription]:
-        """The handler takes ``(message, headers)``: each new record, in every process of `group`, outside any
-        transaction, and never again.
+        """The handler takes ``(message, headers)``: each new record once, in every process of `group`, outside any
+        transaction.
 
-        `begins` takes no message: it is called whenever earlier records may have been missed. Both are given the
+        `begins` takes no message; it is called each time when earlier records may have been missed. Both also get the
         adapters.
         """
         return lambda handler: Subscription(self, group, handler, tail=begins)
@@ -87,18 +86,18 @@ class Topic:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A RabbitMQ exchange. `kind`: topic, direct or fanout."""
+    """A RabbitMQ exchange."""
 
     name: str
     kind: str
+    """topic, direct or fanout."""
 
 
 @dataclass(frozen=True)
 class Queue:
-    """A RabbitMQ quorum queue: work for one service, retried by the ladder, then a dead letter.
+    """A RabbitMQ quorum queue: work for one service, retried with growing delays, then a dead letter.
 
-    `retries`: the delay before each further attempt; one wait queue per distinct delay. `expires`: what is older
-    is dead-lettered instead of handled. A family such as ``channel.inbound.{type}`` is one Queue per type.
+    A family such as ``channel.inbound.{type}`` has one Queue per type.
     """
 
     name: str
@@ -108,7 +107,9 @@ class Queue:
     producers: tuple[str, ...]
     consumer: str
     retries: tuple[timedelta, ...]
+    """The delay before each further attempt; there is one retry queue per distinct delay."""
     expires: timedelta | None = None
+    """An older message becomes a dead letter and is not handled."""
     max_length: int = 1_000_000
 
     @property
@@ -119,7 +120,7 @@ class Queue:
         return f"{self.name}.retry.{int(delay.total_seconds() * 1000)}ms"
 
     def worker(self, *, prefetch: int) -> Callable[[Handler], Subscription]:
-        """The handler takes ``(message, tx)`` and is quick: it stores the work; ack follows the commit."""
+        """The handler takes ``(message, tx)`` and must be quick: it stores the work; the ack follows the commit."""
         return lambda handler: Subscription(self, self.consumer, handler, message=self.message, prefetch=prefetch)
 
 

@@ -1,8 +1,8 @@
-"""Log lines: JSON, one shape for our own code and for every library, to stdout and to the log topic.
+"""Log lines: JSON in one shape for our own code and for every library, to stdout and to the log topic.
 
 ``{"timestamp", "level", "service", "traceId", "spanId", "message", "data": {}}``: level is debug, info, warn, error
-or fatal; the two ids are null outside a trace. Logs are not facts: they do not go through the outbox, and a line
-that cannot be sent is counted, never waited for.
+or fatal; the two ids are null outside a trace. Log lines are not facts: they do not go through the outbox, and a line
+that cannot be sent is dropped and counted.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from protos.envelope import Envelope
 from protos.messages.logs import LogLine
 
 _LEVELS = {"warning": "warn", "critical": "fatal", "exception": "error"}
-# A library repeats itself while a broker is away (aiokafka: 1,500 lines a consumer in 20 s). Per place in its code:
+# A library repeats its lines while a broker is away (aiokafka: 1,500 lines a consumer in 20 s). So each place in a
+# library's code may log this many lines in this time.
 _LIBRARY_LINES, _LIBRARY_SECONDS = 5, 30.0
 
-# A record of the log topic may have about twice that.
 MAX_LINE_BYTES = 512 * 1024
+"""About half of the largest record that the log topic takes."""
 
 _service = ""
 _unprinted = 0
@@ -45,7 +46,10 @@ _sinks: list[Callable[[bytes], None]] = []
 
 
 def setup(service: str, level: str = "info") -> None:
-    """Sends everything that this process logs, by whatever library, through here. `level`: debug, info, warn…"""
+    """Sends all log lines of this process, those of libraries included, through this module.
+
+    level: debug, info, warn, error or fatal. A library's debug lines are never shown.
+    """
     global _service
     _service = service
     number = logging.getLevelNamesMapping()[{"warn": "warning", "fatal": "critical"}.get(level, level).upper()]
@@ -55,22 +59,22 @@ def setup(service: str, level: str = "info") -> None:
         logger_factory=structlog.ReturnLoggerFactory(),
     )
     logging.root.handlers = [_Libraries()]
-    # Never the debug lines of libraries: they show message contents, and aiokafka would tell of each line it sends.
+    # Debug lines of libraries show message contents, and aiokafka would log a line about each line that it sends.
     logging.root.setLevel(max(number, logging.INFO))
-    # A line per request, or per socket, with the whole URL in it.
+    # These log a line per request or per socket, with the whole URL in it.
     for library in ("httpx", "uvicorn.error"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
-    """A logger: ``log.info("what happened", key=value, …)``; `exc_info=True` adds the exception in hand."""
+    """A logger: ``log.info("a sentence", key=value, …)``; `exc_info=True` adds the exception being handled."""
     logger: FilteringBoundLogger = structlog.get_logger(component=name)
     return logger
 
 
 def _emit(_: WrappedLogger, method: str, event: EventDict) -> str:
     message = event.pop("event", "")
-    # A processor's last answer is what the log call returns; nothing is left for structlog to print.
+    # The log call returns this; structlog has nothing left to print.
     _write(_LEVELS.get(method, method), message, dict(event))
     return ""
 
@@ -100,18 +104,19 @@ def _write(level: str, message: object, data: dict[str, Any]) -> None:
     if len(line) > MAX_LINE_BYTES:
         line = msgspec.json.encode(fields | {"data": {"left_out_bytes": len(line)}})
     try:
-        # In one call: lines of several threads must not mix.
+        # One call, so that the lines of several threads do not mix.
         sys.stdout.write(line.decode() + "\n")
         sys.stdout.flush()
         _unprinted = 0
     except OSError:
-        # A full disk or a closed pipe must not fail the work that logs. The next line that gets out says it.
+        # A full disk or a closed pipe must not fail the work that logs. The next printed line holds the number.
         _unprinted += 1
     for sink in _sinks:
         sink(line)
 
 
 def _exception(given: Any) -> BaseException | None:
+    """The exception for an `exc_info` argument: an exception, a tuple, or a truth value."""
     if isinstance(given, BaseException):
         return given
     if isinstance(given, tuple):
@@ -121,7 +126,7 @@ def _exception(given: Any) -> BaseException | None:
 
 
 class _Libraries(logging.Handler):
-    """Takes the lines of libraries that log by Python's own logging."""
+    """Receives the lines of libraries, which use Python's own logging."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +146,7 @@ class _Libraries(logging.Handler):
         _write(_LEVELS.get(record.levelname.lower(), record.levelname.lower()), message, data)
 
     def _suppressed(self, record: logging.LogRecord) -> int | None:
-        """How many lines of this place were held back before this one; None: this one is held back too."""
+        """How many earlier lines of this place were suppressed; None if this line is suppressed too."""
         place = (record.pathname, record.lineno)
         begun, count = self._windows.get(place, (record.created, 0))
         if record.created - begun >= _LIBRARY_SECONDS:
@@ -153,10 +158,10 @@ class _Libraries(logging.Handler):
 
 
 class KafkaLogSink:
-    """Sends every line to the log topic, from a bounded queue and in the background: logging never waits for Kafka.
+    """Sends every line to the log topic, in the background and from a bounded queue: logging never waits for Kafka.
 
-    A line for which there is no room, or that Kafka does not take, is dropped, counted and, once lines get through
-    again, said. It is still on stdout.
+    A line is dropped and counted if the queue is full or Kafka refuses it. It is still on stdout, and a warning with
+    the number of dropped lines follows when Kafka takes lines again.
     """
 
     MAX_QUEUED_BYTES = 8 * 1024 * 1024
@@ -171,17 +176,17 @@ class KafkaLogSink:
         self._queue: deque[bytes] = deque()
         self._lock = threading.Lock()
         self._bytes = 0
-        self._unsaid = 0
+        self._unreported = 0
         self._stopping = asyncio.Event()
         self._log = get_logger("infra.observe.logs")
 
     async def start(self) -> None:
-        """Returns at once; what is logged before Kafka answers waits in the queue."""
+        """Returns at once; lines that are logged before Kafka answers wait in the queue."""
         self._task = asyncio.create_task(self._run(), name="log sink")
         _sinks.append(self._put)
 
     async def stop(self) -> None:
-        """Sends what is queued, for at most five seconds; what remains is counted as dropped."""
+        """Sends the queued lines, for at most five seconds; the rest is counted as dropped."""
         _sinks.remove(self._put)
         self._stopping.set()
         _, unfinished = await asyncio.wait((self._task,), timeout=self.SECONDS_TO_STOP)
@@ -189,8 +194,8 @@ class KafkaLogSink:
             self._task.cancel()
             await asyncio.wait((self._task,), timeout=1)
             self._drop(len(self._queue))
-        if self._unsaid:
-            self._say()
+        if self._unreported:
+            self._report()
 
     def _put(self, line: bytes) -> None:
         with self._lock:
@@ -204,11 +209,11 @@ class KafkaLogSink:
     def _drop(self, lines: int) -> None:
         self._metrics.log_lines_dropped.inc(lines)
         with self._lock:
-            self._unsaid += lines
+            self._unreported += lines
 
-    def _say(self) -> None:
-        lines, self._unsaid = self._unsaid, 0
-        self._log.warning("log lines were dropped, they are on stdout only", lines=lines, topic=self._topic)
+    def _report(self) -> None:
+        lines, self._unreported = self._unreported, 0
+        self._log.warning("log lines were dropped; they are on stdout only", lines=lines, topic=self._topic)
 
     async def _run(self) -> None:
         producer = await self._connected()
@@ -218,8 +223,8 @@ class KafkaLogSink:
             while self._queue or not self._stopping.is_set():
                 while self._queue:
                     lost = await self._send(producer)
-                    if self._unsaid and not lost:
-                        self._say()
+                    if self._unreported and not lost:
+                        self._report()
                 await self._pause(self.SECONDS_BETWEEN_BATCHES)
         finally:
             await producer.stop()
@@ -235,7 +240,7 @@ class KafkaLogSink:
                 raise
             except KafkaError as error:
                 await producer.stop()
-                self._log.warning("log lines do not reach Kafka, trying again", error=str(error))
+                self._log.warning("could not connect to Kafka for log lines; will retry in 5 s", error=str(error))
                 if self._stopping.is_set():
                     self._drop(len(self._queue))
                     return None
@@ -250,7 +255,7 @@ class KafkaLogSink:
             with suppress(KafkaError):
                 sent.append(await producer.send(self._topic, line, key=_service.encode(), headers=_headers()))
         results = await asyncio.gather(*sent, return_exceptions=True)
-        # Only now: what was under way when the time to stop ran out is counted as dropped, not forgotten.
+        # Lines leave the queue only now: if the time to stop runs out during a send, its lines count as dropped.
         with self._lock:
             for line in lines:
                 self._queue.popleft()

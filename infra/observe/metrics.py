@@ -6,12 +6,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-# From a fast handler to the slowest answer somebody still waits for.
+# From a fast handler to the slowest answer for which a person still waits.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
-    """The metrics of one process, on a registry of their own: several may live in one test."""
+    """The metrics of one process, on a registry of their own: one test may hold several."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -27,15 +27,15 @@ class Metrics:
         def histogram(name: str, help_: str, *labels: str) -> Histogram:
             return Histogram(name, help_, labels, registry=registry, buckets=_SECONDS)
 
-        # Outbox. Where the oldest age grows, the bus is away or a destination refuses.
+        # Outbox. A growing oldest age means that the bus is away or a destination refuses messages.
         self.outbox_depth = gauge("claw_outbox_depth", "Messages not yet published", "bus", "destination")
         self.outbox_oldest_seconds = gauge(
             "claw_outbox_oldest_seconds", "Age of the oldest message not yet published", "bus", "destination"
         )
-        self.outbox_published = counter("claw_outbox_published_total", "Messages the bus confirmed", "bus")
-        self.outbox_failures = counter("claw_outbox_failures_total", "Refused or failed publishing", "bus")
+        self.outbox_published = counter("claw_outbox_published_total", "Messages that the bus confirmed", "bus")
+        self.outbox_failures = counter("claw_outbox_failures_total", "Messages refused or not confirmed", "bus")
 
-        # Kafka readers, by consumer group. Lag without progress is a stuck consumer.
+        # Kafka readers, by consumer group. Lag without progress means a stuck consumer.
         self.lag_records = gauge(
             "claw_consumer_lag_records",
             "Records in the log not yet processed",
@@ -45,7 +45,7 @@ class Metrics:
         )
         self.lag_seconds = gauge(
             "claw_consumer_lag_seconds",
-            "How far the last processed record lies back, 0 when all is read",
+            "Age of the last processed record, 0 when all is read",
             "consumer",
             "topic",
             "partition",
@@ -68,25 +68,27 @@ class Metrics:
         self.processing_seconds = histogram(
             "claw_processing_seconds", "Time for one message or one batch, commit included", "consumer"
         )
-        self.retries = counter("claw_retries_total", "Attempts that failed and are made again", "consumer")
-        self.dead_letters = counter("claw_dead_letters_total", "Messages set aside as dead letters", "consumer")
-        self.parked_keys = gauge("claw_parked_keys", "Keys whose records wait behind a failed one", "consumer", "topic")
+        self.retries = counter("claw_retries_total", "Failed attempts that will be retried", "consumer")
+        self.dead_letters = counter("claw_dead_letters_total", "Messages that became dead letters", "consumer")
+        self.parked_keys = gauge(
+            "claw_parked_keys", "Keys with records that wait behind a failed one", "consumer", "topic"
+        )
         self.replay_progress = gauge(
-            "claw_replay_progress_ratio", "Part of a projection's replay that is done, 0 to 1", "projection"
+            "claw_replay_progress_ratio", "Finished part of a projection's replay, 0 to 1", "projection"
         )
 
-        # Lanes. Outcome: done, expired, waiting (it passes by itself), retried (a fault), dead, lost (the lane is in
-        # other hands). Where the oldest age grows, there are too few runners or one item holds its lane.
+        # Lanes. Outcome: done, expired, waiting (its turn has not come), retried (after a fault), dead, lost (another
+        # process holds the lane now). A growing oldest age means too few runners, or an item that holds its lane.
         self.lane_depth = gauge("claw_lane_depth", "Items not yet done", "kind")
         self.lane_oldest_seconds = gauge("claw_lane_oldest_seconds", "How long the oldest item has been due", "kind")
         self.lane_items = counter("claw_lane_items_total", "Attempts at items of lanes", "kind", "outcome")
         self.lane_seconds = histogram("claw_lane_seconds", "Time for one item of a lane, commit included", "kind")
-        # Kind: repeatable, keyed, once. State: succeeded, failed, unknown (an operator looks at it).
+        # Kind: repeatable, keyed, once. State: succeeded, failed, unknown (an operator decides).
         self.effects = counter("claw_effects_total", "Effects in the outside world that ended", "kind", "state")
 
         # Requests served.
         self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")
         self.grpc_seconds = histogram("claw_grpc_request_seconds", "gRPC calls served", "method", "code")
 
-        # Lines that did not reach the log topic; they were still printed.
+        # Lines that did not reach the log topic; they are on stdout.
         self.log_lines_dropped = counter("claw_log_lines_dropped_total", "Log lines not sent to Kafka")

@@ -1,4 +1,4 @@
-"""Keeps secrets out of log lines and spans: by the name of a value, and by the look of a text."""
+"""Removes secrets from log lines and spans: by the name of a value, and by patterns in a text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from uuid import UUID
 
 MASK = "***"
-# Longer values are cut: a 20 MB message must not become a 20 MB line.
 MAX_TEXT = 8_000
+"""Characters; the rest of a text is cut off, so that a 20 MB message does not become a 20 MB line."""
 MAX_ITEMS = 100
 MAX_DEPTH = 6
 
-# token, but not tokens (input_tokens=12): those are counted, not kept secret.
+# "token", but not "tokens" (input_tokens=12), which is a count.
 _NAME = r"passw(?:or)?d|secret|token(?!s|_count)|authorization|api[-_]?key|cookie|credential|private[-_]?key"
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _SECRET_TEXT = (
@@ -30,7 +30,7 @@ _SECRET_TEXT = (
 
 
 def redacted(value: Any, depth: int = 0) -> Any:
-    """`value` as JSON can say it, without secrets and within bounds. Objects of other types become their text."""
+    """`value` in types that JSON has, without secrets and cut to the limits. Other objects become their text."""
     if isinstance(value, str):
         return _text(value)
     if value is None or isinstance(value, (bool, float, UUID, date)):
@@ -50,12 +50,12 @@ def redacted(value: Any, depth: int = 0) -> Any:
     try:
         return _text(str(value))
     except Exception as error:
-        # An ORM object that lost its session, for one. A log call must not become the error.
+        # For example an ORM object without its session. A log call must not raise.
         return f"<{type(value).__name__} without a text: {type(error).__name__}>"
 
 
 def secret_name(name: str) -> bool:
-    """True where what is called so is a secret."""
+    """True if a value with this name is a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
@@ -64,5 +64,5 @@ def _text(value: str) -> str:
         value = f"{value[:MAX_TEXT]}… ({len(value) - MAX_TEXT} characters more)"
     for pattern, replacement in _SECRET_TEXT:
         value = pattern.sub(replacement, value)
-    # Lone surrogates (a file name, a broken client's text) have no UTF-8.
+    # Lone surrogates (in a file name, in text of a broken client) cannot be encoded as UTF-8.
     return value if value.isascii() else value.encode(errors="backslashreplace").decode()

@@ -1,10 +1,9 @@
-"""HTTP to the outside world: to vendors, models, tools, whatever address a tenant has set up.
+"""HTTP to the outside world: to vendors, models, tools, any address that a tenant has set up.
 
-Every connection passes the guard against requests to inside (SSRF): a name is resolved once, all of its addresses are
-checked, and the connection goes to one of exactly these, so that a name cannot turn into another address in between.
-Redirects are not followed, the environment's proxies are not used, and our trace context is not sent along: it is no
-business of the other side. Neither headers nor bodies nor URLs are logged, and of a URL only the origin is in the
-span: paths and queries hold secrets.
+Every connection passes the guard against requests into the inner network (SSRF): a name is resolved once, all of its
+addresses are checked, and the connection goes to one of these. So a name cannot change its address after the check.
+Redirects are not followed, the environment's proxies are not used, and our trace context is not sent to strangers.
+Headers, bodies and URLs are never logged, and a span shows only the origin of a URL: paths and queries hold secrets.
 """
 
 from __future__ import annotations
@@ -31,27 +30,29 @@ from infra.outgoing.addresses import is_private, is_public
 DEFAULT_TIMEOUT = 30.0
 CONNECT_TIMEOUT = 10.0
 DEFAULT_MAX_BYTES = 4 * 1024 * 1024
-# Of one answer to a provider's library, streams included.
 MAX_CLIENT_BYTES = 64 * 1024 * 1024
-# Servers close an idle connection after five seconds and more. One that is taken up in that moment fails with the
-# request on its way, and nobody knows whether it was handled; so ours are given up sooner.
+"""Of one answer to a provider's library, streams included."""
 KEEPALIVE_SECONDS = 3.0
+"""Servers close an idle connection after five seconds or more. A request on a connection that the server is closing may
+or may not be handled, so this side closes idle connections first."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Whatever the other side answered, errors included. `headers` are found in any case, `body` is decompressed."""
+    """The answer of the other side, errors included."""
 
     status: int
     headers: httpx2.Headers
+    """Found by names in upper or lower case."""
     body: bytes
+    """Decompressed."""
 
 
 class Outgoing:
-    """The process's outgoing HTTP. `allow_private`: private and loopback addresses may be called too."""
+    """The outgoing HTTP of this process. `allow_private`: private and loopback addresses may be called too."""
 
     def __init__(self, allow_private: bool) -> None:
-        # One line per request at info, with the whole URL in it.
+        # It logs a line per request at info, with the whole URL in it.
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         self._guard = _Guard(allow_private)
         self._connections = _Connections(self._guard)
@@ -70,16 +71,16 @@ class Outgoing:
     ) -> Answer:
         """Sends one request and reads its answer, of any status.
 
-        timeout: seconds for all of it. max_bytes: of the body, decompressed.
+        timeout: seconds, from name resolution to the end of the body. max_bytes: limit of the decompressed body.
         template: the path as a trace may show it, such as ``/bot{token}/sendMessage``.
 
-        Raises InvalidMessage (field ``url``) for an address that may not be called or is none, (field ``headers``) for
-        headers that HTTP does not allow; TooLarge; Transient where nothing was sent; Unanswered where the request may
-        have arrived and no whole answer came.
+        Raises InvalidMessage (field ``url``) for a malformed or forbidden address, (field ``headers``) for headers that
+        HTTP does not allow; TooLarge; Transient if nothing was sent; Unanswered if the request may have arrived and no
+        whole answer came back.
         """
         target = _parse(url)
         progress = _Progress()
-        # Not through a client: it would keep cookies.
+        # An httpx2 client would keep cookies, so the transport is called directly.
         defaults = {"user-agent": f"clawbus/{VERSION}", "accept": "*/*", "accept-encoding": "gzip, deflate"}
         extensions = {
             "timeout": httpx2.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)).as_dict(),
@@ -99,15 +100,16 @@ class Outgoing:
                 finally:
                     await response.aclose()
         except (httpx2.LocalProtocolError, UnicodeEncodeError):
-            # Its text would show the header, which may be a secret.
-            raise InvalidMessage("headers", "hold what HTTP does not allow") from None
+            # The error's text would show the header, which may be a secret.
+            raise InvalidMessage("headers", "a name or value has characters that HTTP does not allow") from None
         except (httpx2.TransportError, httpx2.DecodingError, TimeoutError) as error:
             reason = f"{target.host}: {type(error).__name__}"
             raise (Unanswered if progress.sent else Transient)(reason) from error
         return Answer(response.status_code, response.headers, body)
 
     async def check(self, url: str) -> None:
-        """Raises what `request` would raise for this address before it connects, for the moment it is set up."""
+        """Checks an address when a tenant sets it up. Raises InvalidMessage and Transient as `request` does before it
+        connects."""
         host = _parse(url).raw_host.decode()
         try:
             await self._guard.addresses(host, 0)
@@ -117,16 +119,16 @@ class Outgoing:
     def transport(self) -> httpx2.AsyncBaseTransport:
         """The transport for a library's own httpx2 client: the same guard, limits and spans.
 
-        From it come httpx2's errors, and InvalidMessage and TooLarge as from `request`; a library may wrap them.
+        It raises httpx2's errors, and InvalidMessage and TooLarge as `request` does; a library may wrap them.
         """
         return _Transport(self._connections)
 
     def client(self, timeout: float = DEFAULT_TIMEOUT) -> httpx2.AsyncClient:
-        """A client for a provider's library, which may close it. `timeout`: seconds between two signs of life."""
+        """A client for a provider's library, which may close it. `timeout`: seconds between two received parts."""
         return httpx2.AsyncClient(
             transport=self.transport(),
             timeout=httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT),
-            # None are kept: tenants share the client.
+            # No cookies are kept, because tenants share the client.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         )
 
@@ -148,7 +150,7 @@ def _parse(url: str) -> httpx2.URL:
 
 
 class _Progress:
-    """Hears from httpcore how far a request is."""
+    """Learns from httpcore whether a request was sent."""
 
     def __init__(self) -> None:
         self.sent = False
@@ -159,7 +161,7 @@ class _Progress:
 
 
 class _Guard(httpcore2.AsyncNetworkBackend):
-    """Connects to checked addresses only. TLS is still verified for the name: that happens above, on this stream."""
+    """Connects to checked addresses only. TLS is still verified for the name, by the caller, on the stream returned."""
 
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
@@ -176,7 +178,7 @@ class _Guard(httpcore2.AsyncNetworkBackend):
         deadline = time.monotonic() + (CONNECT_TIMEOUT if timeout is None else timeout)
         addresses = await self.addresses(host, port)
         for n, address in enumerate(addresses):
-            # What is left is shared among the addresses left.
+            # The rest of the time is divided among the remaining addresses.
             share = max(0.0, deadline - time.monotonic()) / (len(addresses) - n)
             try:
                 return await self._backend.connect_tcp(address, port, share, local_address, socket_options)
@@ -189,15 +191,15 @@ class _Guard(httpcore2.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
     async def addresses(self, host: str, port: int) -> list[str]:
-        """The addresses of `host`. Raises InvalidMessage where one of them may not be called, ConnectError where
-        there is none."""
+        """The addresses of `host`. Raises InvalidMessage if one of them may not be called, ConnectError if the name
+        does not resolve."""
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise httpcore2.ConnectError(f"the name does not resolve ({error})") from error
         addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
         if not all(self._allowed(ip_address(address)) for address in addresses):
-            # Which address it is, is none of the asker's business.
+            # The text does not show the address: it would reveal the inner network.
             raise InvalidMessage("url", "the host is not on the public internet")
         return addresses
 
@@ -206,10 +208,10 @@ class _Guard(httpcore2.AsyncNetworkBackend):
 
 
 class _Connections(httpx2.AsyncHTTPTransport):
-    """httpx2's transport over a pool that connects through the guard; its own way to set one up has no place for it."""
+    """httpx2's transport over a pool that connects through the guard; its own constructor does not take a backend."""
 
     def __init__(self, guard: _Guard) -> None:
-        # SSL_CERT_FILE counts: a company's own authority is trusted by it.
+        # SSL_CERT_FILE is honoured, so that a company can add its own certificate authority.
         tls = httpx2.create_ssl_context()
         super().__init__(verify=tls)
         self._pool = httpcore2.AsyncConnectionPool(
@@ -222,7 +224,7 @@ class _Connections(httpx2.AsyncHTTPTransport):
 
 
 class _Transport(httpx2.AsyncBaseTransport):
-    """A span and a size limit around each request. Closing it closes nothing: the connections are everybody's."""
+    """A span and a size limit around each request. Closing it does not close the connections, which are shared."""
 
     def __init__(self, connections: _Connections) -> None:
         self._connections = connections
@@ -240,7 +242,7 @@ class _Transport(httpx2.AsyncBaseTransport):
             span.set_attribute("error.type", str(response.status_code))
             span.set_status(StatusCode.ERROR)
         body = _Body(response, span, request.extensions.get("max_bytes", MAX_CLIENT_BYTES))
-        # The body is given on as it is decompressed, so it is counted as what it becomes.
+        # The body is passed on decompressed, so these headers no longer describe it.
         headers = httpx2.Headers(
             [pair for pair in response.headers.raw if pair[0].lower() not in (b"content-encoding", b"content-length")]
         )
@@ -248,7 +250,7 @@ class _Transport(httpx2.AsyncBaseTransport):
 
 
 class _Body(httpx2.AsyncByteStream):
-    """The body, counted; the span ends with it."""
+    """The body with its size limit; the span ends when the body is closed."""
 
     def __init__(self, response: httpx2.Response, span: Span, max_bytes: int) -> None:
         self._response = response
@@ -261,7 +263,7 @@ class _Body(httpx2.AsyncByteStream):
             async for part in self._response.aiter_bytes():
                 size += len(part)
                 if size > self._max_bytes:
-                    raise TooLarge(f"answer: more than the {self._max_bytes} bytes that this takes")
+                    raise TooLarge(f"answer: larger than the limit of {self._max_bytes} bytes")
                 yield part
         except Exception as error:
             _fail(self._span, error)
@@ -290,6 +292,6 @@ def _span(request: httpx2.Request) -> Span:
 
 
 def _fail(span: Span, error: BaseException) -> None:
-    # The kind only: its text may hold the URL or a header.
+    # Only the error's type: its text may hold the URL or a header.
     span.set_attribute("error.type", type(error).__qualname__)
     span.set_status(StatusCode.ERROR)

@@ -1,4 +1,4 @@
-"""The record of an operator's act, in the transaction of the act itself: one is not there without the other."""
+"""Audit records, written in the transaction of the act itself: both commit or neither does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from protos.messages.audit import ActAudited
 
 
 def audit(tx: Tx, actor: str, action: str, object_kind: str, object_id: str, **details: str) -> None:
-    """Says that `actor` did `action` to the object. In the tenant's chain, or in the system's where `tx` has none."""
+    """Records that `actor` did `action` to the object, in the chain of the transaction's tenant.
+
+    A transaction without a tenant writes to the chain of the system.
+    """
     act = ActAudited(
         tenant_id=tx.tenant_id,
         at=utcnow(),

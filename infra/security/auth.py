@@ -1,7 +1,7 @@
-"""Who calls: short-lived signed tokens (JWT, HS256, RFC 7519).
+"""Short-lived signed tokens (JWT, HS256, RFC 7519) that tell who calls.
 
-`Callers`: which service calls another by gRPC. `Identities`: which client a request from the gateway is for; the user
-service makes them, every service verifies them by itself.
+`Callers`: the service that calls another one by gRPC. `Identities`: the client for which the gateway forwards a
+request; the user service makes these tokens, and every service verifies them by itself.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import jwt
 from infra.errors import Unauthenticated
 
 LIFETIME_SECONDS = 60
-# Clocks of two machines differ by this at most.
 LEEWAY_SECONDS = 5
+"""The largest difference between the clocks of two machines."""
 
 
 class Callers:
-    """Makes this service's tokens and reads those of others. `secret` is the same in all services."""
+    """Makes this service's tokens and verifies those of others. `secret` is the same in all services."""
 
     def __init__(self, secret: str, service: str) -> None:
         self._secret = secret
@@ -29,10 +29,10 @@ class Callers:
         self._verified: dict[str, tuple[float, str]] = {}
 
     def token(self, for_: str) -> str:
-        """A token for calls to the service `for_`; made anew after half of its minute."""
+        """A token for calls to the service `for_`, replaced after half of its minute."""
         now = time.time()
         made, token = self._tokens.get(for_, (0.0, ""))
-        # A clock that jumped back would keep a token of the future, too.
+        # The lower bound replaces a token from the future after the clock was set back.
         if not 0 <= now - made < LIFETIME_SECONDS / 2:
             claims = {"iss": self._service, "aud": for_, "iat": int(now), "exp": int(now) + LIFETIME_SECONDS}
             token = jwt.encode(claims, self._secret, algorithm="HS256")
@@ -40,7 +40,7 @@ class Callers:
         return token
 
     def verify(self, token: str) -> str:
-        """The name of the service that calls. Raises Unauthenticated saying what is wrong with the token."""
+        """The name of the calling service. Raises Unauthenticated with the token's fault."""
         now = time.time()
         expires, caller = self._verified.get(token, (0.0, ""))
         if expires > now:
@@ -55,43 +55,42 @@ class Callers:
                 options={"require": ["iss", "aud", "iat", "exp"]},
             )
         except jwt.ExpiredSignatureError as error:
-            raise Unauthenticated("caller token: expired; do the clocks of the two machines agree?") from error
+            raise Unauthenticated("caller token: expired; check that the clocks of both machines agree") from error
         except jwt.InvalidAudienceError as error:
-            raise Unauthenticated(f"caller token: made for another service, this is {self._service}") from error
+            raise Unauthenticated(f"caller token: made for another service than {self._service}") from error
         except jwt.InvalidSignatureError as error:
-            reason = "caller token: bad signature; is CLAW_INTERNAL_SECRET the same in both services?"
+            reason = "caller token: bad signature; CLAW_INTERNAL_SECRET must be the same in both services"
             raise Unauthenticated(reason) from error
         except jwt.InvalidTokenError as error:
             raise Unauthenticated(f"caller token: {error}") from error
         if len(self._verified) >= 100:
-            # A caller makes two a minute; what has run out must not pile up.
+            # A caller makes two tokens a minute; expired ones must not accumulate.
             self._verified.clear()
         self._verified[token] = float(claims["exp"]), str(claims["iss"])
         return str(claims["iss"])
 
 
-# What a client may do. `run`: talk to agents; `write`: set things up; `admin`: keys and members.
 SCOPES = ("read", "run", "write", "admin")
+"""The rights of a client. run: talk to agents; write: set things up; admin: keys and members."""
 IDENTITY_HEADER = "x-claw-identity"
 _CLIENTS = "clawbus"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A client of the HTTP surface.
-
-    actor: ``api_key:<id>``, ``member:<id>`` or ``operator``. tenant_id: empty for the operator of the platform, who
-    belongs to no tenant. key_id: of the API key that was shown; empty for the operator.
-    """
+    """A client of the HTTP surface."""
 
     actor: str
+    """``api_key:<id>``, ``member:<id>`` or ``operator``."""
     tenant_id: str
+    """Empty for the operator of the platform, who does not belong to a tenant."""
     scopes: frozenset[str]
     key_id: str = ""
+    """The id of the API key that the client presented; empty for the operator."""
 
 
 class Identities:
-    """Makes and reads identity tokens. `secret` is the same in all services."""
+    """Makes and verifies identity tokens. `secret` is the same in all services."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
@@ -111,7 +110,7 @@ class Identities:
         return jwt.encode(claims, self._secret, algorithm="HS256")
 
     def verify(self, token: str) -> Identity:
-        """Raises Unauthenticated where the token is none of ours, or has run out."""
+        """The client that the token names. Raises Unauthenticated for a bad signature or an expired token."""
         expires, identity = self._verified.get(token, (0.0, None))
         if identity and expires > time.time():
             return identity

@@ -1,7 +1,7 @@
-"""What is stored sealed: AES-256-GCM (NIST SP 800-38D) under keys that HKDF (RFC 5869) derives from the master key.
+"""Sealed values: AES-256-GCM (NIST SP 800-38D) under keys that HKDF (RFC 5869) derives from the master key.
 
-A sealed value is ``version 1 byte | key id 4 bytes | nonce 12 bytes | ciphertext and tag``. The key id names the
-master key, so that values sealed under a former one can be told apart when the key is changed.
+A sealed value is ``version 1 byte | key id 4 bytes | nonce 12 bytes | ciphertext and tag``. The key id identifies the
+master key, so that after a change of the key older values can be recognised.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ _NONCE_BYTES = 12
 
 
 class Cipher:
-    """Seals under the platform's master key, given as base64 of 32 bytes. Raises ValueError for another one."""
+    """Seals under the platform's master key, given as base64 of 32 bytes. Raises ValueError for any other text."""
 
     def __init__(self, master_key: str) -> None:
         self._master = read_key(master_key)
         self._header = _VERSION + self._derived("key id")[:4]
-        # A purpose is one of few fixed words; bounded all the same.
+        # There are only a few purposes; the cache is bounded nevertheless.
         self._keys = lru_cache(maxsize=64)(lambda purpose: AESGCM(self._derived(f"seal {purpose}")))
 
     def seal(self, content: str | bytes, purpose: str, *context: str) -> bytes:
-        """Encrypts `content`. Only `open` with the same purpose and context gives it back.
+        """Encrypts `content`. Only `open` with the same purpose and context returns it.
 
-        purpose: a fixed word, which has a key of its own (``channel credentials``).
-        context: what the value belongs to (tenant, id, field); bound to it and not stored with it.
+        purpose: a fixed phrase with a key of its own (``channel credentials``).
+        context: the owner of the value (tenant, id, field); bound to the value and not stored with it.
         """
         return self._header + _seal(self._keys(purpose), content, self._header, purpose, *context)
 
     def open(self, sealed: bytes, purpose: str, *context: str) -> bytes:
-        """What was sealed. Raises InvalidMessage where it was changed, or sealed for another purpose or context;
-        RuntimeError where it was sealed under another master key, for then the process is set up wrongly.
+        """The content of a sealed value.
+
+        Raises InvalidMessage if the value was changed, or sealed for another purpose or context; RuntimeError if it was
+        sealed under another master key, because then the process has a wrong configuration.
         """
         header = sealed[:_HEADER_BYTES]
         if header != self._header and len(header) == _HEADER_BYTES and header.startswith(_VERSION):
-            raise RuntimeError("sealed under another master key than CLAW_MASTER_KEY of this process")
+            raise RuntimeError("value was sealed under another key than the CLAW_MASTER_KEY of this process")
         return _open(self._keys(purpose), sealed[_HEADER_BYTES:], header, purpose, *context)
 
     def _derived(self, info: str) -> bytes:
@@ -56,7 +58,7 @@ class Cipher:
 
 
 class DataKey:
-    """Seals under a random key of its own, which is itself kept sealed (see `infra.security.subjects`)."""
+    """Seals under a random key of its own, which is stored sealed (see `infra.security.subjects`)."""
 
     def __init__(self, key: bytes) -> None:
         self._key = AESGCM(key)
@@ -66,12 +68,12 @@ class DataKey:
         return _VERSION + _seal(self._key, content, _VERSION, *context)
 
     def open(self, sealed: bytes, *context: str) -> str:
-        """What was sealed. Raises InvalidMessage where it was changed, or sealed for another context."""
+        """The content of a sealed value. Raises InvalidMessage if it was changed, or sealed for another context."""
         return _open(self._key, sealed[1:], sealed[:1], *context).decode()
 
 
 def read_key(text: str) -> bytes:
-    """The key that `text` is the base64 of. Raises ValueError, without showing it, where it is not one of 32 bytes."""
+    """The 32 bytes whose base64 is `text`. Raises ValueError for any other text, and does not show it."""
     try:
         key = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -91,9 +93,9 @@ def _open(key: AESGCM, sealed: bytes, header: bytes, *context: str) -> bytes:
     try:
         return key.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _associated(header, context))
     except (InvalidTag, ValueError):
-        raise InvalidMessage("sealed", "was changed, or was sealed for something else") from None
+        raise InvalidMessage("sealed", "was changed, or was sealed for another purpose or context") from None
 
 
 def _associated(header: bytes, context: tuple[str, ...]) -> bytes:
-    # As JSON: ("a", "bc") and ("ab", "c") must differ.
+    # Encoded as JSON, because ("a", "bc") and ("ab", "c") must differ.
     return header + msgspec.json.encode(context)

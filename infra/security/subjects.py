@@ -1,7 +1,7 @@
-"""A person's content is sealed under a key of that person; destroying the key erases it everywhere at once.
+"""Subject keys: a person's content is sealed under that person's key, and destroying the key erases all of it at once.
 
-Keys are not cached beyond the call that reads them: a process that still held a key would go on reading what another
-one has erased. A read by primary key costs less than that promise.
+A key is not cached beyond the call that reads it. A process with a cached key could still read content after another
+process has erased it.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from protos.topology import Subscription
 
-# What readers show in the place of what cannot be read any more.
 ERASED_TEXT = "[erased]"
+"""Readers show this in place of erased content."""
 
 _PURPOSE = "subject key"
 
-# Tenant id and subject id.
 Subject = tuple[str, str]
+"""Tenant id and subject id."""
 
 
 class Erased(Exception):
-    """The subject's key was destroyed: nothing of it can be read, and nothing more may be stored.
+    """The subject's key was destroyed: its content cannot be read, and no new content of it may be stored.
 
-    A reader shows `ERASED_TEXT` instead; a handler leaves out what a late message would store.
+    A reader shows `ERASED_TEXT` instead; the handler of a late message does not store its content.
     """
 
 
 class SubjectKeys:
-    """The keys of this service's subjects, each stored wrapped by the platform's cipher."""
+    """The keys of this service's subjects. Each is stored sealed by the platform's cipher."""
 
     def __init__(self, cipher: Cipher) -> None:
         self._cipher = cipher
 
     async def key(self, tx: Tx, tenant_id: str, subject_id: str) -> DataKey:
-        """The subject's key, made where there is none yet. Raises Erased where it was destroyed."""
+        """The subject's key, made if it does not exist. Raises Erased if it was destroyed."""
         subject = tenant_id, subject_id
         key = (await self.keys(tx, [subject]))[subject]
         if key is None:
@@ -46,15 +46,18 @@ class SubjectKeys:
         return key
 
     async def keys(self, tx: Tx, subjects: Iterable[Subject]) -> dict[Subject, DataKey | None]:
-        """The keys of all `subjects`, as `key` gives them; None for one that was destroyed."""
-        # Sorted: two transactions that make the same ones wait for each other in one order, never in a circle.
+        """The keys of all `subjects`, made if they do not exist; None for a destroyed one."""
+        # Sorted, so that two transactions which make the same keys lock them in one order and cannot deadlock.
         wanted = sorted(set(subjects))
         stored = await self._stored(tx, wanted)
         if missing := [subject for subject in wanted if subject not in stored]:
-            # Waits for another transaction that is making one of them, and then leaves that one's.
             await tx.sql(
-                "INSERT INTO subject_key (tenant_id, subject_id, wrapped) "
-                "SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[]) ON CONFLICT DO NOTHING",
+                """
+                -- Waits for another transaction that inserts one of these keys, and then keeps that transaction's key.
+                INSERT INTO subject_key (tenant_id, subject_id, wrapped)
+                SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[])
+                ON CONFLICT DO NOTHING
+                """,
                 [tenant_id for tenant_id, _ in missing],
                 [subject_id for _, subject_id in missing],
                 [self._cipher.seal(os.urandom(KEY_BYTES), _PURPOSE, *subject) for subject in missing],
@@ -67,8 +70,11 @@ class SubjectKeys:
 
     async def _stored(self, tx: Tx, subjects: Sequence[Subject]) -> dict[Subject, bytes | None]:
         rows = await tx.sql(
-            "SELECT tenant_id, subject_id, wrapped FROM subject_key "
-            "JOIN unnest($1::text[], $2::text[]) AS n(tenant_id, subject_id) USING (tenant_id, subject_id)",
+            """
+            SELECT tenant_id, subject_id, wrapped
+            FROM subject_key
+            JOIN unnest($1::text[], $2::text[]) AS n(tenant_id, subject_id) USING (tenant_id, subject_id)
+            """,
             [tenant_id for tenant_id, _ in subjects],
             [subject_id for _, subject_id in subjects],
         )
@@ -76,18 +82,21 @@ class SubjectKeys:
 
 
 async def destroy(tx: Tx, tenant_id: str, subject_id: str) -> None:
-    """Destroys the subject's key for good, also one that was not made yet; again: nothing more happens."""
+    """Destroys the subject's key for good, and prevents that one is made later. A second call changes nothing."""
     await tx.sql(
-        "INSERT INTO subject_key AS k (tenant_id, subject_id, destroyed_at) VALUES ($1, $2, now()) "
-        "ON CONFLICT (tenant_id, subject_id) DO UPDATE SET wrapped = NULL, "
-        "destroyed_at = coalesce(k.destroyed_at, excluded.destroyed_at)",
+        """
+        INSERT INTO subject_key AS k (tenant_id, subject_id, destroyed_at)
+        VALUES ($1, $2, now())
+        ON CONFLICT (tenant_id, subject_id) DO UPDATE
+        SET wrapped = NULL, destroyed_at = coalesce(k.destroyed_at, excluded.destroyed_at)
+        """,
         tenant_id,
         subject_id,
     )
 
 
 def erasure(service: str) -> Subscription:
-    """Destroys the keys of erased subjects; every service that keeps personal content consumes it."""
+    """The subscription that destroys the keys of erased subjects. Every service that keeps personal content has it."""
 
     @PLATFORM_EVENTS.each(SubjectErased, group=service)
     async def erase_subject(event: SubjectErased, tx: Tx) -> None:

@@ -1,4 +1,4 @@
-"""Administrative HTTP: FastAPI, with our problems, the client's identity, scopes, and lists in pages."""
+"""Administrative HTTP: FastAPI with our problem documents, the client's identity, scopes, and paged lists."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ JSON = "application/json"
 
 
 def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRoute]:
-    """The routes of an application with `routers`, and a page of its OpenAPI at ``/docs/``.
+    """The routes of an application with `routers`, and its OpenAPI page at ``/docs/``.
 
-    All links of that page are relative, so the gateway shows it at ``/docs/<service>/``. It takes every path: list
-    other routes before these.
+    All links of that page are relative, so the gateway can show it at ``/docs/<service>/``. These routes match every
+    path: list other routes before them.
     """
     app = FastAPI(
         title=f"Clawbus {service}", version=VERSION, openapi_url="/docs/openapi.json", docs_url=None, redoc_url=None
@@ -54,7 +54,7 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
             swagger_favicon_url="static/favicon.png",
         )
 
-    # The files come with the package: the page works without the internet.
+    # The package contains the files, so the page works without the internet.
     app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
     for router in routers:
         app.include_router(router)
@@ -62,7 +62,7 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
     inner = AsyncExitStackMiddleware(app.router)
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        # Without FastAPI's own layers around it: they would answer errors before ours, which makes problems of them.
+        # FastAPI's own layers are left out: they would answer errors before ours, which answers with problems.
         scope["app"] = app
         try:
             await inner(scope, receive, send)
@@ -70,24 +70,24 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
             if media_type(Headers(scope=scope)) != JSON and any(
                 e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()
             ):
-                raise WrongType("content-type", f"this takes {JSON}") from error
+                raise WrongType("content-type", f"must be {JSON}") from error
             raise
 
     return [Mount("", serve)]
 
 
 def identity(connection: HTTPConnection, identities: Identities) -> Identity:
-    """Who a request or a WebSocket is from. Raises Unauthenticated."""
+    """The client of a request or a WebSocket. Raises Unauthenticated."""
     token = connection.headers.get(IDENTITY_HEADER)
     if not token:
-        raise Unauthenticated("no identity: the request did not come through the gateway")
+        raise Unauthenticated("identity: missing; requests must come through the gateway")
     return identities.verify(token)
 
 
 def of_a_tenant(identity: Identity) -> Identity:
-    """Raises Forbidden where it is the operator's."""
+    """`identity` itself. Raises Forbidden if it is the operator's."""
     if not identity.tenant_id:
-        raise Forbidden("this is a tenant's; use one of its API keys, not the operator's token")
+        raise Forbidden("this belongs to a tenant; use one of its API keys, not the operator's token")
     return identity
 
 
@@ -108,11 +108,11 @@ def _having(scope: str) -> Callable[[Request], Identity]:
 def _operator(request: Request) -> Identity:
     identity = _identity(request)
     if identity.tenant_id:
-        raise Forbidden("this is for the operator of the platform")
+        raise Forbidden("only the operator of the platform may do this")
     return identity
 
 
-# Arguments of a handler. All but the last two have a tenant.
+# Arguments of a handler. All except the last two belong to a tenant.
 Reader = Annotated[Identity, Depends(_having("read"))]
 Runner = Annotated[Identity, Depends(_having("run"))]
 Writer = Annotated[Identity, Depends(_having("write"))]
@@ -123,20 +123,30 @@ Anyone = Annotated[Identity, Depends(_identity)]
 
 @dataclass(frozen=True)
 class _Paging:
-    """`limit` items after the one whose key is `after` (None: from the beginning)."""
+    """A page of a list."""
 
     limit: int
+    """How many items."""
     after: str | None
+    """The key of the last item of the previous page; None for the first page."""
 
     def after_time(self, id_type: Callable[[str], Id]) -> tuple[datetime, Id] | None:
-        """Of a list by time: the time and the id of the last item, by its key ``<time> <id>``."""
+        """For a list in order of time, with keys ``<time> <id>``: time and id of the last item of the previous page.
+
+        Raises InvalidMessage (field ``cursor``) if the key does not have that form.
+        """
         if self.after is None:
             return None
         at, _, id_ = self.after.partition(" ")
         try:
             return datetime.fromisoformat(at), id_type(id_)
         except ValueError:
-            raise InvalidMessage("cursor", "is none that a list gave") from None
+            raise bad_cursor() from None
+
+
+def bad_cursor() -> InvalidMessage:
+    """The error for a cursor that no page of this list has as its `next`."""
+    return InvalidMessage("cursor", "is not a valid cursor")
 
 
 def _paging(
@@ -147,16 +157,16 @@ def _paging(
     try:
         return _Paging(limit, base64.b64decode(cursor, altchars=b"-_", validate=True).decode())
     except (binascii.Error, UnicodeError):
-        raise InvalidMessage("cursor", "is none that a list gave") from None
+        raise bad_cursor() from None
 
 
 Paging = Annotated[_Paging, Depends(_paging)]
 
 
 def page(items: Sequence[T], paging: _Paging, key: Callable[[T], str]) -> dict[str, Any]:
-    """``{"items", "next"}`` of up to ``limit + 1`` items: the one too many only tells that there are more.
+    """``{"items", "next"}`` for up to ``limit + 1`` items; the one above the limit shows that there are more.
 
-    `key` gives what `after` of the next page will be.
+    key: the value of `after` for the page that follows an item.
     """
     shown = items[: paging.limit]
     more = len(items) > paging.limit

@@ -1,4 +1,4 @@
-"""What every service process does besides: gauges every few seconds, housekeeping of the kernel's tables."""
+"""Maintenance in every service process: gauges every few seconds, pruning of the kernel's tables every minute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OBSERVATIONS_PER_MAINTENANCE = 12
 
 
 class Maintenance:
-    """Runs until stopped. Several processes of a service may do so at once."""
+    """Runs until stopped. Several processes of a service may run it at the same time."""
 
     def __init__(self, database: Database, metrics: Metrics) -> None:
         self._database = database
@@ -54,7 +54,7 @@ class Maintenance:
         metrics = self._metrics
         for gauge in (metrics.outbox_depth, metrics.outbox_oldest_seconds, metrics.parked_keys):
             gauge.clear()
-        # Kept at 0 where nothing waits: whoever scales by it must not see the series end.
+        # A kind without waiting items stays at 0: an autoscaler must not see its series end.
         for kind in self._kinds | waiting.keys():
             depth, oldest = waiting.get(kind, (0, 0.0))
             metrics.lane_depth.labels(kind).set(depth)

@@ -1,4 +1,4 @@
-"""What the kernel serves by gRPC in every process: the dead letters and the outbox of its own schema."""
+"""Operations that every process serves by gRPC: dead letters and the outbox of its own schema."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ MAX_LISTED = 1000
 
 
 class Operations(ops_pb2_grpc.OperationsServicer):
+    """The servicer; ``protos/ops/v1/ops.proto`` documents its methods."""
+
     def __init__(self, database: Database) -> None:
         self._database = database
 
@@ -59,11 +61,15 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         async with self._database.engine.connect() as connection:
             [(produced, published)] = await sql(
                 connection,
-                # One row per message, however often it was sent: resend marks rows, it makes none. A tenant's rows of
-                # a topic that is keyed by tenant are found by their key.
-                "SELECT count(DISTINCT message_id), count(DISTINCT message_id) FILTER (WHERE published_at IS NOT NULL) "
-                "FROM outbox WHERE bus = 'kafka' AND destination = $1 AND ($2::text IS NULL OR key = $2) "
-                "AND ($3::timestamptz IS NULL OR message_id >= uuid7_floor($3))",
+                """
+                -- A message has one row, however often it was sent: resend marks rows and does not add any. On a topic
+                -- that is keyed by tenant, the key finds a tenant's rows.
+                SELECT count(DISTINCT message_id), count(DISTINCT message_id) FILTER (WHERE published_at IS NOT NULL)
+                FROM outbox
+                WHERE bus = 'kafka' AND destination = $1
+                  AND ($2::text IS NULL OR key = $2)
+                  AND ($3::timestamptz IS NULL OR message_id >= uuid7_floor($3))
+                """,
                 request.topic,
                 rpc.tenant_if_any(),
                 request.since.ToDatetime(UTC) if request.HasField("since") else None,
@@ -75,7 +81,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
             letter = await dead_letters.get_dead_letter(connection, self._database.service, id_)
         tenant_id = rpc.tenant_if_any()
         if letter is None or (tenant_id and letter.tenant_id != tenant_id):
-            raise NotFound(f"dead letter {id_}: there is none")
+            raise NotFound(f"dead letter {id_}: does not exist")
         return letter
 
     async def _failed(self) -> list[UUID]:
@@ -94,11 +100,11 @@ def _uuid(field: str, text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise InvalidMessage(field, "is not a UUID") from None
+        raise InvalidMessage(field, "must be a UUID") from None
 
 
 def _actor(asked: str) -> str:
-    """Who is accountable: whom the calling service names, else that service."""
+    """The accountable actor: the one that the calling service names, otherwise that service."""
     return asked or f"service:{rpc.caller()}"
 
 

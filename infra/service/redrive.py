@@ -1,8 +1,8 @@
-"""Redrive: a service works off those of its dead letters that an operator has asked for.
+"""Redrive: a service handles again the dead letters that an operator has chosen.
 
 The operator's side marks rows (`request_redrive`, `discard`), each in a transaction with its audit record. The
-service's side (`Drainer`) handles them by the same handlers and the same inbox as a first delivery. Once the failed
-head of a parked key is through or discarded, what waited behind it follows by itself, in order, up to the next failure.
+service's side (`Drainer`) handles the marked rows with the same handlers and the same inbox as a first delivery. When
+the failed head of a parked key is handled or discarded, the records behind it follow in order, up to the next failure.
 """
 
 from __future__ import annotations
@@ -33,46 +33,48 @@ _COLUMNS = (
     *("id", "consumer", "source", "destination", "place", "message_id", "key", "tenant_id", "state"),
     *("headers", "payload"),
 )
-# At most so many a second: a redrive of thousands must leave room for what comes in.
 PER_SECOND = 100
-# The inbox forgets after 120 days (see inbox_partitions); beyond this a redrive could repeat an effect.
+"""The most dead letters a second: a redrive of thousands must leave room for new messages."""
 DEDUPE_HORIZON = timedelta(days=115)
+"""The inbox keeps ids for 120 days (see inbox_partitions); a redrive of an older message could repeat an effect."""
 
 
 async def request_redrive(tx: Tx, ids: Sequence[UUID], *, actor: str, force: bool = False) -> int:
-    """Asks the service to handle these dead letters again. Returns how many it will.
+    """Marks these dead letters, so that the service handles them again. Returns their number.
 
-    Raises NotFound for an id that is not there, Conflict for one that waits behind another, is under way, or is
-    older than the inbox remembers (unless `force`).
+    Raises NotFound for an unknown id, Conflict for a dead letter that waits behind another one, is not in the state
+    ``failed``, or is older than the inbox keeps ids (unless `force`).
     """
     for id_ in ids:
         state, message_id, consumer, source, age = await _locked(tx, id_)
         if state == "waiting":
             raise Conflict(
-                f"dead letter {id_}: it waits behind a failed one of its key; redrive or discard that, this one follows"
+                f"dead letter {id_}: waits behind a failed one of its key; redrive or discard that one first"
             )
         if state != "failed":
-            raise Conflict(f"dead letter {id_}: it is {state}; only a failed one is redriven")
+            raise Conflict(f"dead letter {id_}: is {state}; must be failed to be redriven")
         if source == "lane":
-            told = age < KEEP_EFFECTS
+            recognised = age < KEEP_EFFECTS
         else:
             sent_at = None if message_id.startswith("sha256:") else uuid7_time(UUID(message_id))
-            told = sent_at is not None and utcnow() - sent_at <= DEDUPE_HORIZON
-        if not told and not force:
-            raise Conflict(f"dead letter {id_}: too old, or without an id, to be told from a repeat; force it to go on")
+            recognised = sent_at is not None and utcnow() - sent_at <= DEDUPE_HORIZON
+        if not recognised and not force:
+            raise Conflict(
+                f"dead letter {id_}: too old or without an id: a repeat would not be recognised; use force to redrive"
+            )
         await tx.sql("UPDATE dead_letter SET state = 'redriving' WHERE id = $1", id_)
         audit(tx, actor, "dead_letter.redrive", "dead_letter", str(id_), consumer=consumer)
     return len(ids)
 
 
 async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
-    """Gives a dead letter up for good: it is kept, and a later copy of its message is dropped as handled.
+    """Gives up a dead letter for good. The row stays, and a later copy of its message is dropped as handled.
 
-    Raises NotFound, and Conflict for one that is not open.
+    Raises NotFound, and Conflict for a dead letter that is not open.
     """
     state, message_id, consumer, *_ = await _locked(tx, id_)
     if state not in ("failed", "waiting"):
-        raise Conflict(f"dead letter {id_}: it is {state}; only an open one is discarded")
+        raise Conflict(f"dead letter {id_}: is {state}; must be failed or waiting to be discarded")
     await tx.sql("UPDATE dead_letter SET state = 'discarded' WHERE id = $1", id_)
     if not message_id.startswith("sha256:"):
         await mark_handled(await tx.connection(), consumer, [UUID(message_id)])
@@ -81,18 +83,22 @@ async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
 
 async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, str, timedelta]:
     rows = await tx.sql(
-        "SELECT state, message_id, consumer, source, clock_timestamp() - first_failed_at FROM dead_letter "
-        "WHERE id = $1 FOR UPDATE",
+        """
+        SELECT state, message_id, consumer, source, clock_timestamp() - first_failed_at
+        FROM dead_letter
+        WHERE id = $1
+        FOR UPDATE
+        """,
         id_,
     )
     if not rows:
-        raise NotFound(f"dead letter {id_}: there is none")
+        raise NotFound(f"dead letter {id_}: does not exist")
     state, message_id, consumer, source, age = rows[0]
     return state, message_id, consumer, source, age
 
 
 class Drainer:
-    """Works off a service's requested dead letters until stopped. Several processes may do so at once."""
+    """Handles a service's marked dead letters until stopped. Several processes may run it at the same time."""
 
     def __init__(self, database: Database, subscriptions: Sequence[Subscription], metrics: Metrics) -> None:
         self._database = database
@@ -114,7 +120,7 @@ class Drainer:
             except Exception as error:
                 idle = True
                 self._log.warning(
-                    "dead letters cannot be worked off now",
+                    "could not redrive dead letters; will retry in 1 s",
                     error=describe(error),
                     exc_info=not is_transient(error),
                 )
@@ -124,7 +130,7 @@ class Drainer:
                 continue
 
     async def step(self) -> bool:
-        """Handles one dead letter, or unparks a key with nothing left; False when there is nothing to do."""
+        """Handles one dead letter, or unparks a key without open dead letters; False if there is nothing to do."""
         letter: Mapping[str, Any] | None = None
         try:
             async with self._database.begin() as tx:
@@ -132,7 +138,7 @@ class Drainer:
                 letter = await (self._claim_head(tx, *key) if key else self._claim_other(tx))
                 if letter is None:
                     return key is not None
-                await self._again(tx, letter)
+                await self._handle(tx, letter)
                 await tx.sql(
                     "UPDATE dead_letter SET state = 'redriven', attempts = attempts + 1 WHERE id = $1",
                     letter["id"],
@@ -146,23 +152,41 @@ class Drainer:
         return True
 
     async def _claim_key(self, tx: Tx) -> tuple[Any, ...] | None:
-        """A parked key whose head may be handled, or that has none left; its row is locked."""
+        """A parked key whose head may be handled, or which has no open dead letter; its row is locked."""
         keys = await tx.sql(
-            "SELECT consumer, topic, key FROM parked_key p LEFT JOIN LATERAL (SELECT state FROM dead_letter d WHERE "
-            "d.consumer = p.consumer AND d.source = 'kafka' AND d.destination = p.topic AND d.key = p.key "
-            "AND d.state IN ('failed', 'waiting', 'redriving') ORDER BY seq LIMIT 1) head ON true "
-            "WHERE head.state IS DISTINCT FROM 'failed' ORDER BY parked_at LIMIT 1 FOR UPDATE OF p SKIP LOCKED"
+            """
+            -- Locks the parked key only; a key that another drainer has locked is skipped.
+            SELECT consumer, topic, key
+            FROM parked_key p
+            LEFT JOIN LATERAL (
+                SELECT state
+                FROM dead_letter d
+                WHERE d.consumer = p.consumer AND d.source = 'kafka' AND d.destination = p.topic AND d.key = p.key
+                  AND d.state IN ('failed', 'waiting', 'redriving')
+                ORDER BY seq
+                LIMIT 1
+            ) head ON true
+            WHERE head.state IS DISTINCT FROM 'failed'
+            ORDER BY parked_at
+            LIMIT 1
+            FOR UPDATE OF p SKIP LOCKED
+            """
         )
         return keys[0] if keys else None
 
     async def _claim_head(self, tx: Tx, *key: str) -> Mapping[str, Any] | None:
-        """The head of a parked key, locked; where there is none the key is unparked."""
+        """The head of a parked key, locked. Without a head the key is unparked."""
         head = await self._row(
             tx,
-            # Waits for whoever has the head locked (an operator, a drainer that notes its failure). Passing over it
-            # would handle the next one before it, or unpark the key in front of it.
-            "consumer = $1 AND source = 'kafka' AND destination = $2 AND key = $3 "
-            "AND state IN ('failed', 'waiting', 'redriving') ORDER BY seq LIMIT 1 FOR UPDATE",
+            """
+            -- Waits if another transaction has locked the head (an operator's, or a drainer's that records a failure).
+            -- To skip the head would handle the next record before it, or unpark the key too early.
+            consumer = $1 AND source = 'kafka' AND destination = $2 AND key = $3
+            AND state IN ('failed', 'waiting', 'redriving')
+            ORDER BY seq
+            LIMIT 1
+            FOR UPDATE
+            """,
             *key,
         )
         if head is None:
@@ -171,19 +195,26 @@ class Drainer:
         return head if head and head["state"] != "failed" else None
 
     async def _claim_other(self, tx: Tx) -> Mapping[str, Any] | None:
-        """A letter to redrive that has no parked key: its row is locked."""
+        """A marked dead letter without a parked key; its row is locked."""
         return await self._row(
             tx,
-            "state = 'redriving' AND NOT EXISTS (SELECT FROM parked_key p WHERE p.consumer = d.consumer "
-            "AND p.topic = d.destination AND p.key = d.key AND d.source = 'kafka') "
-            "ORDER BY seq LIMIT 1 FOR UPDATE SKIP LOCKED",
+            """
+            state = 'redriving'
+            AND NOT EXISTS (
+                SELECT FROM parked_key p
+                WHERE p.consumer = d.consumer AND p.topic = d.destination AND p.key = d.key AND d.source = 'kafka'
+            )
+            ORDER BY seq
+            LIMIT 1
+            FOR UPDATE SKIP LOCKED
+            """,
         )
 
     async def _row(self, tx: Tx, where: str, *arguments: Any) -> Mapping[str, Any] | None:
         rows = await tx.sql(f"SELECT {', '.join(_COLUMNS)} FROM dead_letter d WHERE {where}", *arguments)
         return dict(zip(_COLUMNS, rows[0], strict=True)) if rows else None
 
-    async def _again(self, tx: Tx, letter: Mapping[str, Any]) -> None:
+    async def _handle(self, tx: Tx, letter: Mapping[str, Any]) -> None:
         headers = msgspec.json.decode(letter["headers"], type=dict[str, str])
         if letter["source"] == "kafka":
             handlers = self._handlers[letter["consumer"], letter["destination"]]
@@ -206,7 +237,7 @@ class Drainer:
                 ),
             )
             return
-        # A queue's message goes back to its queue, an outbox row to its bus: through the outbox, ids unchanged.
+        # A message of a queue returns to its queue and an outbox row to its bus: through the outbox, with the same id.
         row = OutboxRow(
             "rabbit" if letter["source"] == "rabbit" or letter["place"] else "kafka",
             UUID(letter["message_id"]),
@@ -222,9 +253,12 @@ class Drainer:
     async def _failed(self, letter: Mapping[str, Any], error: Exception) -> None:
         async with self._database.begin() as tx:
             await tx.sql(
-                "UPDATE dead_letter SET state = 'failed', attempts = attempts + 1, error = $2, "
-                # Not where another drainer, meanwhile, had more success with it.
-                "last_failed_at = clock_timestamp() WHERE id = $1 AND state = $3",
+                """
+                -- Changes nothing if another drainer has handled the dead letter since.
+                UPDATE dead_letter
+                SET state = 'failed', attempts = attempts + 1, error = $2, last_failed_at = clock_timestamp()
+                WHERE id = $1 AND state = $3
+                """,
                 letter["id"],
                 describe(error)[:4000].replace("\x00", "\\x00"),
                 letter["state"],

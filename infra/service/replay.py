@@ -1,8 +1,8 @@
-"""Replay: a projection is built anew beside the live tables, compared with them, and put in their place.
+"""Replay: rebuilds a projection in shadow tables, compares them with the live tables, and switches them.
 
-The records come from Kafka, or from the owner's event store through the same publishing code, which reaches beyond
-the topic's retention. The projection's own handler runs; its search path holds the shadow tables only and its
-transaction publishes nothing, so it can change nothing else: a write to another table fails.
+The records come from Kafka, or from the owner's event store through the same publishing code; the event store also has
+records that are older than the topic's retention. The projection's own handler runs. Its search path holds only the
+shadow tables and its transaction publishes nothing, so a write to any other table fails.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from protos.envelope import Message
 from protos.topology import Queue, Subscription, Topic
 
 BATCH = 1000
-INSTEAD = "replay from the owner's event store instead (--from-events)"
+INSTEAD = "replay from the owner's event store with --from-events"
 OPEN_OR_GIVEN_UP = "('failed', 'waiting', 'redriving', 'discarded')"
 
 Progress = Callable[[int, int], None]
-"""Called with how many records are done and how many there are."""
+"""Called with the number of replayed records and the number of all records."""
 
 
 @dataclass
 class Rebuilt:
-    """What a replay found and did."""
+    """The result of a replay."""
 
     records: int
     tables: list[Comparison]
     switched: bool = False
+    """True if the shadow tables replaced the live ones."""
 
 
 class _ShadowTx(Tx):
-    """A transaction whose side effects are off."""
+    """A transaction without side effects: it publishes, sends and appends nothing."""
 
     def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
         return message_id or UUID(int=0)
@@ -60,18 +61,18 @@ class _ShadowTx(Tx):
         return
 
     def append(self, stream: Stream[Any], event: Any, *, event_id: UUID | None = None) -> None:
-        raise Conflict("a projection appends no events; its handler cannot be replayed")
+        raise Conflict("the handler appends events; only the handler of a projection can be replayed")
 
 
 class Replay:
     """One rebuild of one subscription's tables. `engine` connects as an administrator of the service's schema.
 
-    Raises Conflict where the subscription is no projection.
+    Raises Conflict if the subscription is not a projection.
     """
 
     def __init__(self, engine: AsyncEngine, service: str, subscription: Subscription, progress: Progress) -> None:
         if not subscription.projection or not isinstance(subscription.source, Topic):
-            raise Conflict(f"{subscription.name} is no projection: it declares no tables that may be rebuilt")
+            raise Conflict(f"{subscription.name} is not a projection: it does not declare tables to rebuild")
         self._engine = engine
         self._service = service
         self._shadow = ShadowTables(service, subscription.projection)
@@ -79,11 +80,11 @@ class Replay:
         self._topic = subscription.source
         self._progress = progress
         self._done = 0
-        # Records passed over because they were dead letters then; redriven meanwhile, they are applied in the end.
-        self._passed_over: list[Any] = []
+        # Records that were skipped because they were dead letters. They are applied at the end if redriven since.
+        self._skipped: list[Any] = []
 
     async def from_kafka(self, bootstrap: str, *, prefix: str = "", switch_unequal: bool = False) -> Rebuilt:
-        """Rebuilds from the topic's log. Raises Conflict where the log no longer reaches back to its beginning."""
+        """Rebuilds from the topic's log. Raises Conflict if the log has lost its first records."""
         topic = prefix + self._topic.name
         # No reset: records that retention deletes while they are read must end the replay, not be passed over.
         consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="none")
@@ -102,7 +103,7 @@ class Replay:
             async with self._alone():
                 await self._make_shadow()
                 reached = dict.fromkeys(partitions, 0)
-                # Most of the way without holding anybody up, then the rest with the live consumers held.
+                # Most records are read while the live consumers run; for the rest they are held.
                 await self._read_to(consumer, reached, await self._live_offsets(topic, incarnation))
                 async with self._engine.connect() as held:
                     targets = await self._hold(held, topic, incarnation)
@@ -116,9 +117,9 @@ class Replay:
     async def from_events(
         self, owner: str, aggregates: Sequence[Aggregate[Any]], *, switch_unequal: bool = False
     ) -> Rebuilt:
-        """Rebuilds from the event store of service `owner`: of its facts, those that the live consumer has handled.
+        """Rebuilds from the event store of service `owner`, with those facts that the live consumer has handled.
 
-        The live consumer is held all the while. Both services' schemas are in this one database.
+        The live consumer is held during the whole replay. Both services' schemas are in this one database.
         """
         async with self._alone(), self._engine.connect() as held:
             await self._make_shadow()
@@ -144,33 +145,33 @@ class Replay:
             async for stored in read_all(held, aggregate, limit=BATCH):
                 for id_, publication in publications(aggregate, stored.stream_id, stored.event_id, stored.event):
                     if publication.topic == self._topic:
-                        # Through bytes, as it would come from the bus: what the wire loses must be lost here too.
+                        # Encoded and decoded as on the bus, so that a detail that the bus loses is lost here too.
                         body = msgspec.json.encode(publication.message)
                         headers = {"ce_id": str(id_), "ce_type": publication.message.wire_name(), **stored.headers}
                         yield decode(headers, body, self._topic.messages)
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        """One replay of the service at a time: two would write into the same shadow tables."""
+        """Allows one replay of the service at a time: two would write into the same shadow tables."""
         async with self._engine.connect() as connection:
             lock = f"replay {self._service}"
             [(mine,)] = await sql(connection, "SELECT pg_try_advisory_lock(hashtextextended($1, 0))", lock)
             if not mine:
-                raise Conflict(f"another replay of {self._service} is under way")
-            await connection.commit()  # the lock is the session's, and no transaction stays open
+                raise Conflict(f"another replay of {self._service} is running")
+            await connection.commit()  # the lock belongs to the session, so no transaction needs to stay open
             try:
                 yield
             finally:
                 await sql(connection, "SELECT pg_advisory_unlock(hashtextextended($1, 0))", lock)
 
     async def _hold(self, held: AsyncConnection, topic: str, incarnation: UUID | None) -> dict[TopicPartition, int]:
-        """Holds the live consumer where it stands, and what could redrive a dead letter into the live tables."""
+        """Holds the live consumer at its offsets, and stops redrives of dead letters into the live tables."""
         await sql(held, "SET LOCAL idle_in_transaction_session_timeout = 0")
         await sql(held, "SET LOCAL statement_timeout = 0")
         await sql(held, "SET LOCAL transaction_timeout = 0")
         targets = await self._live_offsets(topic, incarnation, lock=held)
-        # In the order in which consumer and drainer take them. EXCLUSIVE: also FOR UPDATE waits, so a drainer stops
-        # before it has a lock on the live tables, which the switch needs.
+        # In the order in which consumer and drainer lock these tables. An EXCLUSIVE lock blocks FOR UPDATE too, so a
+        # drainer stops before it locks the live tables, which the switch needs.
         for table in ("parked_key", "dead_letter"):
             await sql(held, f'LOCK TABLE "{self._service}".{table} IN EXCLUSIVE MODE')
         return targets
@@ -182,7 +183,7 @@ class Replay:
     async def _live_offsets(
         self, topic: str, incarnation: UUID | None, *, lock: AsyncConnection | None = None
     ) -> dict[TopicPartition, int]:
-        """Where the live consumer stands. With `lock`, it cannot move on until that transaction ends."""
+        """The live consumer's offsets. With `lock`, it cannot advance until that transaction ends."""
         statement = (
             f'SELECT partition, incarnation, next_offset FROM "{self._service}".consumer_offset '
             "WHERE consumer = $1 AND topic = $2 ORDER BY partition"
@@ -193,7 +194,7 @@ class Replay:
             async with self._engine.connect() as connection:
                 rows = await sql(connection, statement, self._subscription.group, self._topic.name)
         if incarnation is not None and any(UUID(str(row[1])) != incarnation for row in rows):
-            raise Conflict(f"topic {topic} was made anew and the live consumer has not gone over to it yet")
+            raise Conflict(f"topic {topic} was made again, and the live consumer has not switched to it yet; try later")
         return {TopicPartition(topic, partition): offset for partition, _, offset in rows}
 
     async def _handled(self, connection: AsyncConnection, items: Sequence[Decoded]) -> list[Decoded]:
@@ -201,12 +202,20 @@ class Replay:
         schema = f'"{self._service}"'
         rows = await sql(
             connection,
-            f"SELECT n.id FROM unnest($2::uuid[]) AS n(id) WHERE (EXISTS (SELECT FROM {schema}.inbox "
-            "WHERE message_id = n.id AND consumer = $1) "
-            # What is older than the inbox keeps (see inbox_partitions) was handled long ago, if it ever could be.
-            f"OR n.id < {schema}.uuid7_floor(date_trunc('month', now() - interval '120 days', 'UTC'))) "
-            f"AND NOT EXISTS (SELECT FROM {schema}.dead_letter WHERE consumer = $1 AND source = 'kafka' "
-            f"AND destination = $3 AND message_id = n.id::text AND state IN {OPEN_OR_GIVEN_UP})",
+            f"""
+            -- An id that is older than the inbox keeps ids (see inbox_partitions) counts as handled.
+            SELECT n.id
+            FROM unnest($2::uuid[]) AS n(id)
+            WHERE (
+                EXISTS (SELECT FROM {schema}.inbox WHERE message_id = n.id AND consumer = $1)
+                OR n.id < {schema}.uuid7_floor(date_trunc('month', now() - interval '120 days', 'UTC'))
+            )
+            AND NOT EXISTS (
+                SELECT FROM {schema}.dead_letter
+                WHERE consumer = $1 AND source = 'kafka' AND destination = $3 AND message_id = n.id::text
+                  AND state IN {OPEN_OR_GIVEN_UP}
+            )
+            """,
             self._subscription.group,
             [item.id for item in items],
             self._topic.name,
@@ -231,7 +240,7 @@ class Replay:
             )
         not_applied = {message_id for (message_id,) in rows}
         total = sum(targets.values())
-        before, self._passed_over = self._passed_over, []
+        before, self._skipped = self._skipped, []
         await self._apply(self._decoded(before, not_applied), total)
         for tp, target in targets.items():
             consumer.seek(tp, reached[tp])
@@ -241,7 +250,7 @@ class Replay:
                 records = (await consumer.getmany(tp, timeout_ms=1000, max_records=BATCH)).get(tp, [])
                 records = [record for record in records if record.offset < target]
                 if not records:
-                    # Past the last record there may be nothing but markers; the position tells.
+                    # After the last record there may be only control records; the position shows that they were read.
                     reached[tp] = min(await consumer.position(tp), target)
                     continue
                 await self._apply(self._decoded(records, not_applied), total)
@@ -252,13 +261,13 @@ class Replay:
         for record in records:
             headers, _ = printable_headers(record.headers)
             if readable_id(headers, record.value) in not_applied:
-                self._passed_over.append(record)
+                self._skipped.append(record)
                 continue
             try:
                 decoded.append(decode(headers, record.value, self._topic.messages))
             except InvalidMessage as error:
-                # It became a dead letter live, with its own id or digest, and was passed over above unless it was
-                # redriven by a reader that could read it; this one cannot, and says so.
+                # The live consumer made it a dead letter, which is skipped above, unless a version that could read the
+                # record has redriven it.
                 where = f"record {record.partition}/{record.offset}"
                 raise Conflict(f"{where} cannot be read by this version: {error}") from None
         return decoded

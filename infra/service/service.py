@@ -1,4 +1,4 @@
-"""A service process: pools, relays, consumers, HTTP and gRPC in one event loop, started and drained in order."""
+"""A service process: pools, relays, consumers, HTTP and gRPC in one event loop, started and stopped in order."""
 
 from __future__ import annotations
 
@@ -44,25 +44,28 @@ from infra.web import http, rpc
 from protos.catalog import SERVICE_LOGS
 from protos.topology import Queue, Subscription, Topic
 
-# Past this a consumer that has records to read and makes no progress is restarted by whoever watches liveness.
 STUCK_SECONDS = 120.0
+"""After this time without progress, a consumer with records to read makes the process not alive, so that a supervisor
+restarts it."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a service's own factories get: `worker` is free of row-level security, `request` is bound by it."""
+    """The parts of a running process, given to the factories of a service."""
 
     settings: Any
     worker: Database
+    """Without row-level security."""
     request: Database
+    """Bound to one tenant by row-level security."""
     metrics: Metrics
     channels: rpc.Channels
     identities: Identities
     cipher: Cipher
     cache: Redis
     outgoing: Outgoing
-    # Set when the process is to end: answers without an end of their own end now.
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the process must end: answers without an end of their own then end too."""
 
 
 RouteFactory = Callable[[Runtime], Sequence[BaseRoute]]
@@ -70,21 +73,21 @@ ServicerFactory = Callable[[Runtime], tuple[Callable[[Any, Any], None], Any]]
 
 
 class Background(Protocol):
-    """Runs until it is told to stop. One that ends by an error ends the process."""
+    """A loop that runs until it is stopped. If it ends with an error, the process ends."""
 
     async def run(self) -> None: ...
 
     async def stop(self) -> None: ...
 
 
-def spare_what_is_loaded() -> None:
-    """Takes all that is loaded by now out of the search for garbage cycles: none of it will ever be one."""
+def freeze_loaded_modules() -> None:
+    """Excludes all objects that exist now from garbage collection: modules and classes never become garbage."""
     gc.collect()
     gc.freeze()
 
 
 class Service:
-    """What a service's ``__main__`` declares. Nothing connects before `run`."""
+    """The declaration of a service, made in its ``__main__``. Nothing connects before `run`."""
 
     def __init__(self, name: str, settings: type[Settings] = Settings) -> None:
         self.name = name
@@ -99,45 +102,44 @@ class Service:
         self._dependencies: dict[str, Callable[[Runtime], Callable[[], Awaitable[None]]]] = {}
 
     def consume(self, subscription: Subscription, **adapters: Callable[[Runtime], Any]) -> None:
-        """The handler is also given each of `adapters`, built once when the service starts."""
+        """Adds a subscription. Its handler also gets each of `adapters`, which are built once at the start."""
         self.subscriptions.append(subscription)
         self.adapters[subscription.name] = adapters
 
     def work(self, work: Work, **adapters: Callable[[Runtime], Any]) -> None:
-        """The handler of the lane's items, and that of dead ones, is also given each of `adapters`, built once when the
-        service starts."""
+        """Adds the work of a kind of lane. Its handlers also get each of `adapters`, built once at the start."""
         self.works.append((work, adapters))
 
     def own(self, *aggregates: Aggregate[Any]) -> None:
-        """The streams that this service keeps; replay emits their facts again."""
+        """Declares the streams that this service owns; a replay publishes their facts again."""
         self.aggregates += aggregates
 
     def depend(self, name: str, check: Callable[[Runtime], Callable[[], Awaitable[None]]]) -> None:
-        """A store or service without which this one still serves, and is degraded: health asks it by a round trip."""
+        """Adds a dependency that health checks by a round trip. Without it the process serves, but is degraded."""
         self._dependencies[name] = check
 
     def beside(self, name: str, build: Callable[[Runtime], Background]) -> None:
-        """A loop of the service's own, run as long as the process serves."""
+        """Adds a loop of the service's own, which runs as long as the process serves."""
         self._besides[name] = build
 
     def serve_http(self, routes: RouteFactory) -> None:
         self._routes.append(routes)
 
     def serve_grpc(self, servicer: ServicerFactory) -> None:
-        """`servicer` returns the generated ``add_…_to_server`` function and the object to add."""
+        """Adds a servicer: the factory returns the generated ``add_…_to_server`` function and the object to add."""
         self._servicers.append(servicer)
 
     def run(self) -> None:
-        """Runs until SIGTERM or SIGINT, then drains. Exits with a message where the environment is not usable."""
+        """Runs until SIGTERM or SIGINT, then drains. Exits with a message if the environment is not usable."""
         try:
             settings = self.settings.load()
         except SettingsError as error:
             sys.exit(f"{self.name}: {error}")
-        spare_what_is_loaded()
+        freeze_loaded_modules()
         sys.exit(uvloop.run(self.serve(settings)))
 
     async def serve(self, settings: Settings) -> int:
-        """Runs until a signal; the exit code, 1 where a part of the process ended by an error."""
+        """Runs until a signal. Returns the exit code: 1 if a part of the process ended with an error."""
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -146,8 +148,8 @@ class Service:
             running = _Running(stack, stopping)
             await self._start(settings, stack, running)
             await stopping.wait()
-            # Leaving the stack drains in reverse order of the start: not ready any more, consumers finish what is
-            # under way, HTTP and gRPC answer what they have, relays publish their window, then the pools close.
+            # Leaving the stack stops the parts in reverse order: readiness goes, consumers finish their current work,
+            # HTTP and gRPC answer open requests, relays publish their window, then the pools close.
         return running.failed
 
     async def _start(self, settings: Settings, stack: AsyncExitStack, running: _Running) -> None:
@@ -243,7 +245,7 @@ class Service:
 
     def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: _Running) -> None:
         settings = runtime.settings
-        # Its one connection listens, claims and renews, whatever the handlers do with the pool.
+        # The runner has a connection of its own to listen, claim and renew, so handlers cannot starve it of the pool.
         control = db.create_engine(settings.database_url.get_secret_value(), pool_size=1, name=f"{self.name} lanes")
         stack.push_async_callback(control.dispose)
         works = []
@@ -265,7 +267,7 @@ class Service:
             tail = Tail(subscription, bootstrap=settings.kafka_bootstrap_servers, prefix=settings.topic_prefix)
             running.add(f"tail {subscription.name}", tail.run, tail.stop)
         subscribed = [subscription for subscription in bound if not subscription.tail]
-        # Also where nothing is consumed: what could not be published is a dead letter too.
+        # Needed even without subscriptions: a message that could not be published is a dead letter too.
         drainer = Drainer(runtime.worker, subscribed, runtime.metrics)
         running.add("redrive", drainer.run, drainer.stop)
         by_group: dict[tuple[type[Reader | OutsideReader], str], list[Subscription]] = {}
@@ -294,7 +296,7 @@ class Service:
                     raise ConnectionError("RabbitMQ does not answer")
 
             health.add_check("rabbitmq", rabbitmq, needed=False)
-            await _until_it_works("RabbitMQ", workers.start, running.stopping)
+            await _retry_start("RabbitMQ", workers.start, running.stopping)
             stack.push_async_callback(workers.stop)
 
     def _bind(self, subscription: Subscription, runtime: Runtime) -> Subscription:
@@ -310,7 +312,7 @@ def _makes_progress(reader: Reader | OutsideReader) -> bool:
 
 
 class _Running:
-    """The background loops of the process. One that ends by an error ends the process: half a service is worse."""
+    """The background loops of the process. If one ends with an error, the process ends: half a service is worse."""
 
     def __init__(self, stack: AsyncExitStack, stopping: asyncio.Event) -> None:
         self._stack = stack
@@ -322,8 +324,8 @@ class _Running:
             try:
                 await run()
             except (Exception, asyncio.CancelledError):
-                # Also a CancelledError: nobody cancels these, so it is some library's own that came through.
-                logs.get_logger("infra.service").error(f"{name} ended by an error, the service stops", exc_info=True)
+                # No code of ours cancels these tasks, so a CancelledError comes from a library and is an error too.
+                logs.get_logger("infra.service").error(f"{name} ended with an error; the service stops", exc_info=True)
                 self.failed = 1
                 self.stopping.set()
 
@@ -336,11 +338,13 @@ class _Running:
         self._stack.push_async_callback(drain)
 
 
-async def _until_it_works(what: str, start: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
-    """A service that starts before its broker waits for it, instead of dying and being restarted until it is there."""
+async def _retry_start(what: str, start: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
+    """Calls `start` until it works: a service that starts before its broker waits, and need not be restarted."""
     while not stopping.is_set():
         try:
             return await start()
         except OSError as error:
-            logs.get_logger("infra.service").warning(f"{what} is not there yet, trying again", error=describe(error))
+            logs.get_logger("infra.service").warning(
+                f"could not connect to {what}; will retry in 1 s", error=describe(error)
+            )
             await asyncio.sleep(1)

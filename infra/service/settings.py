@@ -1,4 +1,4 @@
-"""What a service process reads from its environment, checked before anything starts."""
+"""Settings of a service process: read from the environment and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from infra.security.crypto import read_key
 
 
 class SettingsError(Exception):
-    """The environment is not usable. The message names every variable and what is wrong, never a value."""
+    """The environment is not usable. The message names every bad variable and its fault, never a value."""
 
 
 def _url(*schemes: str) -> AfterValidator:
@@ -22,10 +22,10 @@ def _url(*schemes: str) -> AfterValidator:
             url = urlsplit(value.get_secret_value())
             usable = url.scheme in schemes and bool(url.hostname) and url.port != 0
         except ValueError:
-            # Its text would show the part that cannot be read, which may be the password.
+            # The error's text would show the malformed part, which may be the password.
             usable = False
         if not usable:
-            raise ValueError(f"not a URL of the form {expected}user:password@host:port/…")
+            raise ValueError(f"must be a URL of the form {expected}user:password@host:port/…")
         return value
 
     return AfterValidator(check)
@@ -37,9 +37,9 @@ def _key(value: SecretStr) -> SecretStr:
 
 
 class Settings(BaseSettings):
-    """The variables that every service has, prefix ``CLAW_``. A service subclasses it for its own."""
+    """The variables that every service has, prefix ``CLAW_``. A service with more variables has a subclass."""
 
-    # hide_input_in_errors: a secret that does not fit must not show up in the error that says so.
+    # hide_input_in_errors: an error about a malformed secret must not show the secret.
     model_config = SettingsConfigDict(
         env_prefix="CLAW_", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
     )
@@ -50,28 +50,28 @@ class Settings(BaseSettings):
     """The request role's URL, bound to one tenant by row-level security."""
     kafka_bootstrap_servers: str
     topic_prefix: str = ""
-    """The physical topic is this and the catalog's name."""
+    """Stands before the catalog's name in the name of each physical topic."""
     rabbitmq_url: Annotated[SecretStr, _url("amqp", "amqps")]
     redis_url: Annotated[SecretStr, _url("redis", "rediss")]
     listen_host: str = "127.0.0.1"
-    """The address on which HTTP and gRPC are served; a container's network needs ``0.0.0.0``."""
+    """The address on which HTTP and gRPC are served; in a container it must be ``0.0.0.0``."""
     http_port: int = Field(ge=0, le=65535)
-    """0: a free one."""
+    """0 takes a free port."""
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
     internal_secret: SecretStr = Field(min_length=32)
-    """Signs the caller's identity between services; the same in all of them."""
+    """Signs the caller's identity between services; the same in all services."""
     master_key: Annotated[SecretStr, AfterValidator(_key)]
-    """Base64 of 32 bytes: what is stored sealed is sealed under it."""
+    """Base64 of 32 bytes. Sealed values are sealed under this key."""
     allow_private_targets: bool = False
-    """Lets vendors, models and tools live on private addresses; for the local stack."""
+    """Allows vendors, models and tools on private addresses; for the local stack."""
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
-    """The collector's base URL (``http://host:4318``); without it no spans are sent."""
+    """The collector's base URL (``http://host:4318``); without it, no spans are sent."""
 
     log_level: Literal["debug", "info", "warn", "error"] = "info"
     kafka_session_ms: int = Field(default=10_000, ge=2_000)
-    """After so long without a sign of life a reader's partitions go to another."""
+    """After this time without a heartbeat, another reader gets the partitions of this one. Milliseconds."""
     lease_seconds: float = Field(default=9.0, ge=0.5)
-    """After so long without renewal a relay's buckets go to another."""
+    """After this time without renewal, another process may take a lease (a relay's buckets, a lane)."""
 
     @classmethod
     def load(cls) -> Self:

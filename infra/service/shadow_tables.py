@@ -1,4 +1,4 @@
-"""Shadow tables: empty twins of a projection's tables, to be filled, compared with them, and put in their place."""
+"""Shadow tables: empty copies of a projection's tables, which a replay fills, compares and switches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from infra.postgres.db import sql
 
 @dataclass
 class Comparison:
-    """One table of the projection: rows and hash of the live one and of the rebuilt one, at the same offsets."""
+    """One table of a projection: row count and hash of the live and of the rebuilt table, at the same offsets."""
 
     table: str
     live_rows: int
@@ -27,7 +27,7 @@ class Comparison:
 
 
 class ShadowTables:
-    """The twins of `tables`, in the schema ``<service>_rebuild``; what they replace goes to ``<service>_retired``."""
+    """Copies of `tables` in the schema ``<service>_rebuild``; a switch moves the old ones to ``<service>_retired``."""
 
     def __init__(self, service: str, tables: Sequence[str]) -> None:
         self.schema = f"{service}_rebuild"
@@ -35,9 +35,9 @@ class ShadowTables:
         self._tables = tables
 
     async def make(self, connection: AsyncConnection) -> None:
-        """Makes them anew: columns, indexes, grants and policies of the live ones, and an inbox of their own.
+        """Makes empty tables with the columns, indexes, grants and policies of the live ones, and an inbox for them.
 
-        Raises Conflict where a live table has what a switch would lose.
+        Raises Conflict if a live table has attachments (foreign keys, triggers, views) that a switch would lose.
         """
         await self._refuse_attachments(connection)
         await sql(connection, f'DROP SCHEMA IF EXISTS "{self.schema}" CASCADE')
@@ -48,8 +48,12 @@ class ShadowTables:
             await sql(connection, f"CREATE TABLE {shadow} (LIKE {live} INCLUDING ALL)")
             for role, rights in await sql(
                 connection,
-                "SELECT grantee, string_agg(privilege_type, ', ') FROM information_schema.role_table_grants "
-                "WHERE table_schema = $1 AND table_name = $2 AND grantee <> $1 || '_owner' GROUP BY grantee",
+                """
+                SELECT grantee, string_agg(privilege_type, ', ')
+                FROM information_schema.role_table_grants
+                WHERE table_schema = $1 AND table_name = $2 AND grantee <> $1 || '_owner'
+                GROUP BY grantee
+                """,
                 self._service,
                 table,
             ):
@@ -61,6 +65,7 @@ class ShadowTables:
         )
 
     async def compare(self, connection: AsyncConnection) -> list[Comparison]:
+        """Compares each table with its copy."""
         found = []
         for table in self._tables:
             live, shadow = [await self._hash(connection, name) for name in self._names(table)]
@@ -68,7 +73,7 @@ class ShadowTables:
         return found
 
     async def switch(self, connection: AsyncConnection) -> None:
-        """Puts them in the place of the live ones, which stay in the schema of the retired until the next switch."""
+        """Replaces the live tables by the copies. The old tables stay in the retired schema until the next switch."""
         retired = f"{self._service}_retired"
         await sql(connection, f'DROP SCHEMA IF EXISTS "{retired}" CASCADE')
         await sql(connection, f'CREATE SCHEMA "{retired}" AUTHORIZATION "{self._service}_owner"')
@@ -85,16 +90,27 @@ class ShadowTables:
         for table in self._tables:
             [(attached,)] = await sql(
                 connection,
-                "SELECT string_agg(name, ', ' ORDER BY name) FROM (SELECT 'foreign key ' || conname "
-                "FROM pg_constraint WHERE contype = 'f' AND $1::text::regclass IN (conrelid, confrelid) "
-                "UNION SELECT 'trigger ' || tgname FROM pg_trigger WHERE tgrelid = $1::text::regclass "
-                "AND NOT tgisinternal UNION SELECT 'view ' || ev_class::regclass FROM pg_rewrite r JOIN pg_depend d "
-                "ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid "
-                "WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::text::regclass) AS attached(name)",
+                """
+                SELECT string_agg(name, ', ' ORDER BY name)
+                FROM (
+                    SELECT 'foreign key ' || conname
+                    FROM pg_constraint
+                    WHERE contype = 'f' AND $1::text::regclass IN (conrelid, confrelid)
+                    UNION
+                    SELECT 'trigger ' || tgname
+                    FROM pg_trigger
+                    WHERE tgrelid = $1::text::regclass AND NOT tgisinternal
+                    UNION
+                    SELECT 'view ' || ev_class::regclass
+                    FROM pg_rewrite r
+                    JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+                    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::text::regclass
+                ) AS attached(name)
+                """,
                 self._names(table)[0],
             )
             if attached:
-                raise Conflict(f"table {table} cannot be switched, these would stay with the old one: {attached}")
+                raise Conflict(f"table {table} cannot be switched; these would stay with the old table: {attached}")
 
     async def _copy_policies(self, connection: AsyncConnection, table: str) -> None:
         live, shadow = self._names(table)
@@ -107,8 +123,11 @@ class ShadowTables:
             await sql(connection, f"ALTER TABLE {shadow} FORCE ROW LEVEL SECURITY")
         for name, kind, roles, command, using, check in await sql(
             connection,
-            "SELECT policyname, permissive, roles::text[], cmd, qual, with_check FROM pg_policies "
-            "WHERE schemaname = $1 AND tablename = $2",
+            """
+            SELECT policyname, permissive, roles::text[], cmd, qual, with_check
+            FROM pg_policies
+            WHERE schemaname = $1 AND tablename = $2
+            """,
             self._service,
             table,
         ):
@@ -119,7 +138,7 @@ class ShadowTables:
             await sql(connection, statement)
 
     async def _hash(self, connection: AsyncConnection, table: str) -> tuple[int, str]:
-        """Rows and a hash that does not depend on their order: two tables with the same rows have the same."""
+        """The row count and a hash that does not depend on the order of rows: equal for tables with equal rows."""
         [(rows, digest)] = await sql(
             connection,
             f"SELECT count(*), coalesce(sum(hashtextextended(t::text, 0)::numeric), 0)::text FROM {table} t",

@@ -1,4 +1,4 @@
-"""What a file is, by its content. The name only tells Markdown from plain text, which look the same."""
+"""The MIME type of a file by its content. The name only tells Markdown from plain text, which look the same."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import IO
 
 from infra.errors import InvalidMessage
 
-_OFFICE = "application/vnd.openxmlformats-officedocument"
+_OPEN_XML = "application/vnd.openxmlformats-officedocument"
 PDF = "application/pdf"
-DOCX = f"{_OFFICE}.wordprocessingml.document"
-XLSX = f"{_OFFICE}.spreadsheetml.sheet"
-PPTX = f"{_OFFICE}.presentationml.presentation"
+DOCX = f"{_OPEN_XML}.wordprocessingml.document"
+XLSX = f"{_OPEN_XML}.spreadsheetml.sheet"
+PPTX = f"{_OPEN_XML}.presentationml.presentation"
+OFFICE = (DOCX, XLSX, PPTX)
 OLD_OFFICE = "application/x-ole-storage"
 ZIP = "application/zip"
 HTML = "text/html"
@@ -22,7 +23,7 @@ TEXT = "text/plain"
 UNKNOWN = "application/octet-stream"
 
 _HEAD_BYTES = 65_536
-# By the first bytes; those of RIFF and of ISO media files are told apart further on.
+# Types by their first bytes. RIFF and ISO media files need more bytes, see below.
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -47,7 +48,7 @@ _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 def content_type(file: IO[bytes], name: str) -> str:
-    """The MIME type of `file`, which can seek; `application/octet-stream` where it is none of those known here.
+    """The MIME type of `file`, which must be seekable; ``application/octet-stream`` for an unknown type.
 
     Raises InvalidMessage (field ``file``) for an archive that is damaged.
     """
@@ -85,7 +86,7 @@ def _archive(file: IO[bytes]) -> str:
 def _text(head: bytes, name: str) -> str:
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return TEXT
-    # Not only UTF-8: much of the Chinese text in the world is GB18030.
+    # Text need not be UTF-8: much Chinese text is GB18030.
     if _BINARY.search(head):
         return UNKNOWN
     if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):

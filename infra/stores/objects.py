@@ -1,4 +1,4 @@
-"""Files in the object store (S3), bucket ``openclaw-media``: where they lie, how large and of what type they may be."""
+"""Files in the object store (S3): upload with checks of size and type, download, signed URLs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import IO, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -25,73 +25,49 @@ T = TypeVar("T")
 
 BUCKET = "openclaw-media"
 DOWNLOAD_LIFE = timedelta(hours=1)
+"""How long a signed URL works."""
 MAX_NAME_BYTES = 200
 
 _MIB = 1024 * 1024
-# What is larger is kept on the disk while it is checked.
+# A larger file is kept on the disk while it is checked.
 _MEMORY_BYTES = _MIB
-_OFFICE = frozenset((types.DOCX, types.XLSX, types.PPTX))
-_TEXTS = frozenset((types.TEXT, types.MARKDOWN, types.HTML))
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|#%{}^~\[\]`]+')
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What may be stored as it: `max_bytes`, and MIME types, of which one ending in ``/`` stands for all below it."""
+    """A kind of file that may be stored, with its limits."""
 
     name: str
+    """A singular noun for error texts."""
     max_bytes: int
     types: frozenset[str]
+    """MIME types; one that ends in ``/`` allows all of its subtypes."""
 
     def takes(self, type_: str) -> bool:
         return type_ in self.types or f"{type_.partition('/')[0]}/" in self.types
 
 
-AVATAR = Kind("avatar", 5 * _MIB, frozenset(("image/jpeg", "image/png", "image/webp")))
-ATTACHMENT = Kind(
-    "attachment", 50 * _MIB, frozenset(("image/", "audio/", "video/", types.PDF, types.OLD_OFFICE)) | _OFFICE
-)
-# Not the Office formats before 2007, which also encrypted ones of today look like: nothing here reads them.
-DOCUMENT = Kind("document", 100 * _MIB, frozenset((types.PDF,)) | _OFFICE | _TEXTS)
-SKILL = Kind("skill", 50 * _MIB, frozenset((types.ZIP,)))
-EXPORT = Kind("export", 500 * _MIB, frozenset((types.ZIP,)))
-
-
 @dataclass(frozen=True)
 class Stored:
-    """An object: `sha256` in hex, `size` in bytes, `content_type` by its content."""
+    """An object in the store."""
 
     path: str
     size: int
+    """Bytes."""
     sha256: str
+    """Hexadecimal."""
     content_type: str
-
-
-def avatar_path(user_id: str, at: datetime, sha256: str) -> str:
-    return f"{user_id}/avatars/{int(at.timestamp())}_{sha256[:16]}.jpg"
-
-
-def attachment_path(user_id: str, conversation_id: str, message_id: str, name: str) -> str:
-    return f"{user_id}/attachments/{conversation_id}/{message_id}_{safe_name(name)}"
-
-
-def document_path(user_id: str, file_id: str, name: str) -> str:
-    return f"{user_id}/documents/{file_id}_{safe_name(name)}"
-
-
-def skill_path(user_id: str, skill_id: str, version: str) -> str:
-    return f"{user_id}/skills/{skill_id}/{version}/package.zip"
-
-
-def export_path(user_id: str, export_id: str) -> str:
-    return f"exports/{user_id}/{export_id}.zip"
+    """Detected from the content."""
 
 
 def safe_name(name: str) -> str:
-    """`name` as the last part of a path and of a URL: no folders, no control characters, at most 200 bytes, its
-    extension kept; ``file`` where nothing is left."""
+    """`name` as the last part of a path and of a URL: no folders, no control characters, at most 200 bytes.
+
+    The extension is kept. ``file`` if no character is left.
+    """
     text = unicodedata.normalize("NFC", name).encode(errors="ignore").decode()
-    # The category of what is not seen: marks that turn the direction of writing among them.
+    # Invisible characters, among them marks that change the direction of writing.
     text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Cf", "Co", "Cn"))
     text = _NOT_IN_NAMES.sub("_", re.split(r"[/\\]", text)[-1]).strip(" .") or "file"
     stem, dot, extension = text.rpartition(".")
@@ -101,8 +77,12 @@ def safe_name(name: str) -> str:
     return f"{kept}.{extension}" if extension else kept
 
 
+def _listed(mime_types: frozenset[str]) -> str:
+    return ", ".join(sorted(f"{type_}*" if type_.endswith("/") else type_ for type_ in mime_types))
+
+
 class Objects:
-    """The object store. Connects at first use; the bucket is made where it is missing."""
+    """The object store. Connects at first use, and makes the bucket if it is missing."""
 
     def __init__(self, endpoint: str, access_key: str, secret_key: str) -> None:
         """`endpoint`: its URL, ``http://host:port``."""
@@ -110,7 +90,7 @@ class Objects:
         pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=5, read=60), retries=urllib3.Retry(2, backoff_factor=0.2), maxsize=16
         )
-        # The region is given so that it is not asked for before each signature.
+        # With a region given, the client does not ask for it before each signature.
         self._client = Minio(
             url.netloc, access_key, secret_key, secure=url.scheme == "https", region="us-east-1", http_client=pool
         )
@@ -119,11 +99,11 @@ class Objects:
     async def upload(
         self, kind: Kind, chunks: AsyncIterable[bytes], *, name: str, user_id: str, path: Callable[[str], str]
     ) -> Stored:
-        """Checks a file while it comes in, and stores it under what `path` makes of its SHA-256.
+        """Checks a file while it is received, and stores it at the path that `path` returns for its SHA-256.
 
-        name: as the sender calls it. user_id: whose it is.
-        Raises InvalidMessage (field ``file``) where it is empty or damaged, TooLarge as soon as it is, WrongType where
-        its content is of a type that `kind` does not take, Transient where the store does not answer.
+        name: the sender's name for the file. user_id: its owner.
+        Raises InvalidMessage (field ``file``) if the file is empty or damaged, TooLarge as soon as it exceeds the
+        limit, WrongType if `kind` does not take the type of its content, Transient if the store does not answer.
         """
         digest = hashlib.sha256()
         size = 0
@@ -138,24 +118,23 @@ class Objects:
                 raise InvalidMessage("file", "is empty")
             type_ = await asyncio.to_thread(types.content_type, file, name)
             if not kind.takes(type_):
-                raise WrongType("file", f"is of the type {type_}, which no {kind.name} may be")
+                raise WrongType("file", f"has the type {type_}; a {kind.name} must have one of {_listed(kind.types)}")
             stored = Stored(path(digest.hexdigest()), size, digest.hexdigest(), type_)
             await self._call(lambda: self._put(file, stored, user_id))
         return stored
 
     @asynccontextmanager
     async def fetch(self, path: str) -> AsyncIterator[IO[bytes]]:
-        """The object as a file, at its beginning, for the length of the block.
+        """The object as a file, positioned at its beginning, for the length of the block.
 
-        Raises NotFound, Transient where the store does not answer, RuntimeError where the content is no longer what
-        was stored.
+        Raises NotFound, Transient if the store does not answer, RuntimeError if the content does not fit its checksum.
         """
         with tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as file:
             await self._call(lambda: self._get(path, file))
             yield file
 
     async def download_url(self, path: str) -> str:
-        """A URL by which anybody can download the object for an hour, never shown as a page by a browser."""
+        """A URL with which anyone can download the object for an hour. A browser saves it and never shows it."""
         name = path.rpartition("/")[2]
         headers: dict[str, str | list[str] | tuple[str]] = {
             "response-content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"
@@ -165,7 +144,7 @@ class Objects:
         )
 
     async def delete(self, path: str) -> None:
-        """Also where there is none."""
+        """Deletes the object; without error if it does not exist."""
         await self._call(lambda: self._client.remove_object(BUCKET, path))
 
     def _put(self, file: IO[bytes], stored: Stored, user_id: str) -> None:
@@ -202,7 +181,7 @@ class Objects:
             response.close()
             response.release_conn()
         if digest.hexdigest() != response.headers.get("x-amz-meta-checksum"):
-            raise RuntimeError(f"object {path}: the content is not what its checksum says")
+            raise RuntimeError(f"object {path}: the content does not fit its checksum")
         file.seek(0)
 
     async def _call(self, call: Callable[[], T]) -> T:

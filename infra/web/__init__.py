@@ -1,1 +1,1 @@
-"""What a process serves: HTTP, gRPC, health, problem documents, and the JSON Schema check of bodies."""
+"""The server side of a process: HTTP, gRPC, health, problem documents, and the JSON Schema check of bodies."""

@@ -1,4 +1,4 @@
-"""Health: is the process alive, is it ready, and how are the things it depends on."""
+"""Health: is the process alive, is it ready, and do its dependencies answer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from infra.errors import describe
 from infra.observe.logs import get_logger
 
 CHECK_SECONDS = 2.0
-# Probes come from several sides at once; the dependencies are asked once a second.
 CACHE_SECONDS = 1.0
+"""Dependencies are checked at most once in this time, however many probes ask."""
 
 
 class Health:
-    """Liveness is red only for what a restart cures; readiness while something needed is down or the process drains."""
+    """Not alive only if a restart helps. Not ready while a needed dependency is down or the process drains."""
 
     def __init__(self, service: str, version: str) -> None:
         self._service = service
@@ -32,24 +32,24 @@ class Health:
         self._log = get_logger("infra.web.health")
 
     def add_check(self, name: str, check: Callable[[], Awaitable[None]], *, needed: bool = True) -> None:
-        """A dependency: `check` makes a real round trip and raises when it fails. It is given two seconds.
+        """Adds a dependency. `check` makes a real round trip and raises if it fails; it has two seconds.
 
-        Without one that is not `needed` the process can still serve: a bus, whose messages wait in the outbox.
+        needed: false if the process can serve without it, such as a bus, whose messages wait in the outbox.
         """
         self._checks[name] = check
         if needed:
             self._needed.add(name)
 
     def add_probe(self, name: str, alive: Callable[[], bool]) -> None:
-        """A part of this process: `alive` is false when only a restart will help (a consumer that stands still)."""
+        """Adds a part of this process. `alive` is false if only a restart will help (a consumer without progress)."""
         self._probes[name] = alive
 
     def drain(self) -> None:
-        """Not ready from now on, so that nothing new is sent here."""
+        """Reports not ready from now on, so that this process gets no new requests."""
         self._draining = True
 
     def alive(self) -> tuple[bool, dict[str, Any]]:
-        """(alive, ``{"status","version","uptime"}``): status ``ok``, or ``stuck`` with the parts that are."""
+        """(alive, ``{"status","version","uptime"}``): status ``ok``, or ``stuck`` with the list ``stuck`` of parts."""
         stuck = [name for name, alive in self._probes.items() if not alive()]
         body = self._summary("stuck" if stuck else "ok")
         return not stuck, body | {"stuck": stuck} if stuck else body
@@ -78,12 +78,12 @@ class Health:
                 await self._checks[name]()
             status = "up"
             if was == "down":
-                self._log.info("dependency is back", dependency=name)
+                self._log.info("dependency answers again", dependency=name)
         except Exception as error:
             status = "down"
             if was == "up":
                 reason = f"no answer in {CHECK_SECONDS:g} s" if isinstance(error, TimeoutError) else describe(error)
-                self._log.error("dependency is down", dependency=name, error=reason)
+                self._log.error("dependency does not answer", dependency=name, error=reason)
         return {"status": status, "latency": round((time.perf_counter() - began) * 1000, 1)}
 
     def _summary(self, status: str) -> dict[str, Any]:

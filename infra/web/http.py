@@ -1,4 +1,4 @@
-"""The HTTP base of a service: problems, health, metrics, a span per request, limits; and the server in our own loop."""
+"""The HTTP base of a service: problems, health, metrics, spans, limits, and the server in our event loop."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 1_048_576
 DRAIN_SECONDS = 10
-# A socket is asked for a sign of life so often, and cut off where none comes in the time after that.
 PING_SECONDS = 30.0
+"""A WebSocket gets a ping this often."""
 PONG_SECONDS = 60.0
+"""A WebSocket that does not answer a ping in this time is closed."""
 
-# Asked every few seconds by machines: no span, no metric, no log line.
+# Probes ask these every few seconds: no span, no metric, no log line.
 _WATCHED = frozenset(("/health", "/healthz", "/readyz", "/api/health", "/api/health/dependencies", "/metrics"))
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-# Where a request's scope keeps its `_Exchange`.
+# The key of a request's `_Exchange` in its scope.
 _EXCHANGE = "claw.exchange"
 _log = get_logger("infra.web.http")
 
@@ -51,7 +52,10 @@ _log = get_logger("infra.web.http")
 def create_app(
     routes: Sequence[BaseRoute], health: Health, metrics: Metrics, *, max_body: int = MAX_BODY_BYTES
 ) -> Starlette:
-    """An application with `routes`, the health endpoints and ``/metrics``. Bodies over `max_body` bytes get a 413."""
+    """An application with `routes`, the health endpoints and ``/metrics``. Bodies over `max_body` bytes get a 413.
+
+    A route raises errors of `infra.errors`; the application answers with problems.
+    """
 
     async def alive(_: Request) -> Response:
         ok, body = health.alive()
@@ -77,24 +81,24 @@ def create_app(
 
 
 def allow_body(request: Request, max_bytes: int) -> None:
-    """Lets this request's body have up to `max_bytes`, for a route that streams it; before it is read."""
+    """Raises the limit of this request's body to `max_bytes`. Call it before the body is read."""
     request.scope[_EXCHANGE].max_body = max_bytes
 
 
 def media_type(headers: Mapping[str, str]) -> str:
-    """What a message is by its content-type, without parameters, in small letters; empty where it does not say."""
+    """The content type without parameters, in lower case; empty if the header is missing."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_json(request: Request, type_: type[T]) -> T:
     """The request's JSON body as `type_`.
 
-    Raises InvalidMessage naming the field (``items[2].price``; ``body`` if it is no JSON), HTTPException 415 for
+    Raises InvalidMessage naming the field (``items[2].price``; ``body`` if it is not JSON), HTTPException 415 for
     another content type.
     """
     content_type = media_type(request.headers)
     if content_type != "application/json" and not content_type.endswith("+json"):
-        raise HTTPException(415, f"content-type: {content_type or 'missing'}; this takes application/json")
+        raise HTTPException(415, f"content-type: is {content_type or 'missing'}; must be application/json")
     return decode_json(await request.body(), type_)
 
 
@@ -102,7 +106,7 @@ _FIELD = re.compile(r"Object (?:missing required|contains unknown) field `(.*?)`
 
 
 def decode_json(body: bytes, type_: type[T]) -> T:
-    """`body` as `type_`. Raises InvalidMessage naming the field, or ``body`` if it is no JSON."""
+    """`body` as `type_`. Raises InvalidMessage naming the field, or ``body`` if it is not JSON."""
     try:
         return msgspec.json.decode(body, type=type_)
     except msgspec.ValidationError as error:
@@ -117,7 +121,7 @@ def decode_json(body: bytes, type_: type[T]) -> T:
 
 
 class _Observed:
-    """Around every request: trace, metrics, log, the body's limit, and what became an error."""
+    """Around every request: span, metrics, log line, the body's limit, and errors as problems."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
         self._app = app
@@ -147,8 +151,10 @@ class _Observed:
                 self._observe(scope, span, method, exchange.status, time.perf_counter() - began)
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Until it is accepted a socket is a request: counted, and what goes wrong is a problem. It has no span, for it
-        may last for days."""
+        """Serves a WebSocket. Until it is accepted it is a request: counted, and an error is answered as a problem.
+
+        It has no span, because it may last for days.
+        """
         began = time.perf_counter()
         status = 0
 
@@ -156,7 +162,7 @@ class _Observed:
             nonlocal status
             if not status:
                 if message["type"] == "websocket.close":
-                    # The router's word for a path that it does not have.
+                    # Starlette's router closes a socket whose path it does not know.
                     raise HTTPException(404)
                 status = message.get("status", 101)
                 seconds = time.perf_counter() - began
@@ -175,14 +181,14 @@ class _Observed:
                 raise
             await response(scope, receive, noted)
         if status != 101:
-            # uvicorn takes a handshake that was refused for one that was forgotten, and logs an error; not after this.
+            # Without this uvicorn believes that a refused handshake was forgotten, and logs an error.
             raise ClientDisconnected
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
-            # Nobody is there to answer. 499 is nginx's word for it.
+            # The client has left. nginx too shows this as status 499.
             exchange.status = exchange.status or 499
         except Exception as error:
             response = problem(error)
@@ -195,7 +201,7 @@ class _Observed:
                     exc_info=True,
                 )
             if exchange.status:
-                # The answer is under way: cutting it off is the only way left to say that it is not whole.
+                # A part of the answer was sent: to close the connection is the only way to show that it is incomplete.
                 raise
             await response(scope, exchange.receive, exchange.send)
 
@@ -214,13 +220,13 @@ class _Observed:
 
 
 def _pattern(scope: Scope) -> str:
-    """Of the route, never the path: names and labels must be few."""
+    """The pattern of the route, never the path: span names and metric labels must be few."""
     route = scope.get("route")
     return scope.get("root_path", "") + route.path if isinstance(route, Route | WebSocketRoute) else "unmatched"
 
 
 def _shown_path(scope: Scope) -> str:
-    """The path without those of its parts whose names in the route say that they are secret."""
+    """The path, with parameters masked if their names in the route say that they are secret."""
     path: str = scope["path"]
     for name, value in scope.get("path_params", {}).items():
         if secret_name(name):
@@ -229,7 +235,7 @@ def _shown_path(scope: Scope) -> str:
 
 
 class _Exchange:
-    """The two directions of one request: counts the body, notes the status (0 before the answer begins)."""
+    """Receive and send of one request: limits the body and keeps the status (0 before the answer begins)."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int) -> None:
         self._receive = receive
@@ -240,7 +246,7 @@ class _Exchange:
         self.status = 0
 
     async def receive(self) -> Message:
-        # By the length that it says, nothing of it needs to be read.
+        # With a declared length over the limit, nothing needs to be read.
         if self._length > self.max_body:
             raise self._too_large()
         message = await self._receive()
@@ -255,11 +261,11 @@ class _Exchange:
         await self._send(message)
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"body: more than the {self.max_body} bytes that this takes")
+        return TooLarge(f"body: larger than the limit of {self.max_body} bytes")
 
 
 class _Server(uvicorn.Server):
-    """Signals belong to the process, not to one of its parts; and somebody waits for the start."""
+    """uvicorn without its signal handlers, which belong to the process, and with an event for its start."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -275,7 +281,7 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """A running server. `port` is the one it is bound to."""
+    """A running server. `port` is the bound port."""
 
     def __init__(self, server: _Server, task: asyncio.Task[None], port: int) -> None:
         self._server = server
@@ -283,17 +289,17 @@ class HttpServer:
         self.port = port
 
     async def stop(self) -> None:
-        """Takes no more connections, lets requests under way finish for ten seconds, then cuts them off."""
+        """Closes the listening socket, gives running requests ten seconds to finish, then cancels them."""
         self._server.should_exit = True
         await self._task
 
 
 async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpServer:
-    """Serves `app` in this loop, and returns once it does. Port 0 takes a free one.
+    """Serves `app` in this event loop; returns when the server accepts connections. Port 0 takes a free port.
 
-    Raises OSError saying which address cannot be bound.
+    Raises OSError naming an address that cannot be bound.
     """
-    # asyncio sends small pieces without waiting (TCP_NODELAY) only where the protocol is named.
+    # asyncio sets TCP_NODELAY, without which small writes wait, only on a socket made with IPPROTO_TCP.
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -308,11 +314,11 @@ async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpSe
         access_log=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         ws="websockets-sansio",
-        # What a body may have, a message may have, too; one that is larger ends its socket (1009).
+        # A message has the same limit as a body; a larger one closes its socket (1009).
         ws_max_size=MAX_BODY_BYTES,
         ws_ping_interval=PING_SECONDS,
         ws_ping_timeout=PONG_SECONDS,
-        # It would cost each socket more memory than all else, and our messages are small.
+        # Compression would need more memory than all other parts of a socket, and our messages are small.
         ws_per_message_deflate=False,
     )
     server = _Server(config)

@@ -1,4 +1,4 @@
-"""Errors as an HTTP client sees them: RFC 9457 problems."""
+"""Errors as RFC 9457 problem documents."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _STATUS: dict[type[Exception], int] = {
 def problem(error: Exception) -> Response:
     """``application/problem+json`` for `error`: type, title, status, detail, errors [{field, message}].
 
-    From 500 on it has the trace_id instead of anything internal.
+    With a status of 500 or more it has the trace_id, and does not show internal details.
     """
     headers: dict[str, str] = {}
     errors: list[dict[str, str]] = []
     if isinstance(error, RequestValidationError):
-        status, detail = 422, "The request is not as it must be."
+        status, detail = 422, "The request is not valid; see errors."
         errors += [{"field": _field(e["loc"]), "message": e["msg"]} for e in error.errors()]
     elif isinstance(error, HTTPException):
         status, detail = error.status_code, error.detail
@@ -54,9 +54,9 @@ def problem(error: Exception) -> Response:
     elif type(error) in _STATUS:
         status, detail = _STATUS[type(error)], str(error)
     elif is_transient(error):
-        status, detail = 503, "Something this service depends on does not answer; try again."
+        status, detail = 503, "A dependency of this service does not answer; try again."
     else:
-        status, detail = 500, "An error inside this service, not in the request."
+        status, detail = 500, "An error inside this service; the request is not the cause."
     if isinstance(error, InvalidMessage):
         errors.append({"field": error.field, "message": error.reason})
     if isinstance(error, Unauthenticated):
@@ -78,8 +78,8 @@ def problem(error: Exception) -> Response:
 
 
 def _field(location: tuple[int | str, ...]) -> str:
-    """``limits.steps``, ``tools[0]``; ``body`` where there is no JSON at all."""
+    """``limits.steps``, ``tools[0]``; ``body`` if the body is not JSON."""
     kind, *path = location
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-    # A number directly behind the kind is an offset in text that is no JSON.
+    # A number directly after the kind is an offset in a text that is not JSON.
     return text if text and not text.startswith("[") else str(kind)

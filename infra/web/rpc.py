@@ -1,8 +1,7 @@
-"""Calls between services: gRPC with deadlines, retries where they are safe, trace, and the caller's identity.
+"""Calls between services: gRPC with deadlines, retries of safe methods, traces, and the caller's identity.
 
-A call carries its deadline, the trace context and a token that says which service calls; a server refuses a call
-that lacks the first or the last. Errors of `infra.errors` cross the wire: what a servicer raises, the code that
-called it gets.
+A call carries its deadline, the trace context and a token that names the calling service. A server refuses a call
+without deadline or token. Errors of `infra.errors` cross the wire: the caller gets the error that the servicer raised.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ DRAIN_SECONDS = 10.0
 
 _TOKEN = "authorization"
 _TENANT = "claw-tenant"
-# An InvalidMessage's field; the details are for people. Binary, because metadata has no characters beyond ASCII.
+# The field of an InvalidMessage; the status details are for people. Binary, because text metadata is ASCII only.
 _FIELD = "claw-field-bin"
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     WrongType: Code.INVALID_ARGUMENT,
@@ -58,43 +57,43 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     RetryLater: Code.UNAVAILABLE,
     Transient: Code.UNAVAILABLE,
 }
-# The server's fault, by the semantic conventions; other codes are answers.
+# Faults of the server by the semantic conventions; other codes are answers.
 _FAULTS = frozenset((Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS))
-# Both sides ask quiet connections for a sign of life: a peer that vanished is noticed within a minute.
+# Both sides ping quiet connections, so that a lost peer is noticed within a minute.
 _KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
 _caller: ContextVar[str] = ContextVar("caller")
-# Of the call that is being served, on the monotonic clock.
+# The deadline of the call being served, on the monotonic clock.
 _deadline: ContextVar[float] = ContextVar("deadline")
 _tenant: ContextVar[str] = ContextVar("tenant")
 
 
 def caller() -> str:
-    """The service whose call is being served. Raises LookupError outside of one."""
+    """The service whose call is being served. Raises LookupError outside a call."""
     return _caller.get()
 
 
 def tenant() -> str:
-    """The tenant that the call being served is for. Raises InvalidMessage where the caller names none."""
+    """The tenant of the call being served. Raises InvalidMessage if the caller does not name one."""
     if not (tenant_id := _tenant.get("")):
         raise InvalidMessage(f"metadata {_TENANT}", "missing")
     return tenant_id
 
 
 def tenant_if_any() -> str | None:
-    """The tenant that the call being served is for; None: it is for the platform."""
+    """The tenant of the call being served; None if the call is for the platform."""
     return _tenant.get("") or None
 
 
 def tenant_metadata(tenant_id: str) -> grpc.aio.Metadata:
-    """The ``metadata`` argument of a call that is for a tenant."""
+    """The ``metadata`` argument of a call for a tenant."""
     return grpc.aio.Metadata((_TENANT, tenant_id))
 
 
 class Server:
-    """A service's gRPC server: add servicers to `grpc`, then start. Serves gRPC health besides.
+    """A service's gRPC server: add servicers to `grpc`, then start. It also serves gRPC health.
 
-    Streamed answers are async generators.
+    A servicer's streamed answer is an async generator.
     """
 
     def __init__(self, service: str, callers: Callers, metrics: Metrics) -> None:
@@ -105,16 +104,16 @@ class Server:
             options=[
                 *_KEEPALIVE,
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                # Else a second process binds the same port and takes half of the calls.
+                # Otherwise a second process could bind the same port and take half of the calls.
                 ("grpc.so_reuseport", 0),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
 
     async def start(self, port: int | None, host: str = "127.0.0.1") -> int:
-        """Serves, and returns the bound port; 0 takes a free one. Raises OSError where it cannot be bound."""
+        """Starts to serve and returns the bound port; 0 takes a free port. Raises OSError if it cannot be bound."""
         if port is None:
-            raise OSError(f"CLAW_GRPC_PORT: missing, and {self._service} serves gRPC")
+            raise OSError(f"CLAW_GRPC_PORT: missing; {self._service} needs it to serve gRPC")
         try:
             bound: int = self.grpc.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
@@ -123,13 +122,13 @@ class Server:
         return bound
 
     async def stop(self) -> None:
-        """Says that it no longer serves, lets calls under way finish for ten seconds, then cuts them off."""
+        """Reports that it no longer serves, gives running calls ten seconds to finish, then cancels them."""
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(DRAIN_SECONDS)
 
 
 class _Incoming(grpc.aio.ServerInterceptor):
-    """Around every call: deadline, caller, trace, metrics, and errors as status codes."""
+    """Around every call: deadline, caller, span, metrics, and errors as status codes."""
 
     def __init__(self, service: str, callers: Callers, metrics: Metrics) -> None:
         self._service = service
@@ -147,7 +146,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
         return self._handlers[details.method]
 
     def _around(self, method: str, handler: Any) -> Any:
-        # Whoever watches health has no token, and watches without an end.
+        # A health watch has no token and no end.
         if handler is None or method.startswith("/grpc.health.v1.Health/"):
             return handler
         kinds = [
@@ -160,7 +159,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
                 return await behavior(request, context)
 
         async def many(request: Any, context: Any) -> None:
-            # Written, not yielded: an abandoned generator would leave the span's context in another task.
+            # Written, not yielded: an abandoned generator would reset the span's context in another task.
             async with self._serving(method, context), aclosing(behavior(request, context)) as responses:
                 async for response in responses:
                     await context.write(response)
@@ -177,7 +176,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
         method = path.removeprefix("/")
         headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         began = time.perf_counter()
-        code = Code.CANCELLED  # what a CancelledError leaves here
+        code = Code.CANCELLED  # stays if a CancelledError is raised
         failure: tuple[grpc.StatusCode, str] | None = None
         try:
             parent = telemetry.extract(headers)
@@ -207,7 +206,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
     def _deadline(self, context: Any) -> float:
         remaining: float | None = context.time_remaining()
         if remaining is None:
-            raise InvalidMessage("deadline", "none; a call without one can wait for ever, set its timeout")
+            raise InvalidMessage("deadline", "missing; set the call's timeout, or it could wait without a limit")
         return time.monotonic() + remaining
 
     def _caller(self, headers: dict[str, str]) -> str:
@@ -223,11 +222,11 @@ class _Incoming(grpc.aio.ServerInterceptor):
             return _CODES[type(error)], str(error)
         telemetry.fail(span, error)
         if is_transient(error):
-            self._log.warning("call failed, the caller may try again", exc_info=error)
-            return Code.UNAVAILABLE, "something this service depends on does not answer"
+            self._log.warning("call failed; the caller may retry", exc_info=error)
+            return Code.UNAVAILABLE, "a dependency of this service does not answer"
         self._log.error("call failed", exc_info=error)
         trace_id = span.get_span_context().trace_id
-        return Code.INTERNAL, f"an error inside {self._service}, not in the request (trace {trace_id:032x})"
+        return Code.INTERNAL, f"an error inside {self._service}; the request is not the cause (trace {trace_id:032x})"
 
 
 class Channels:
@@ -240,10 +239,10 @@ class Channels:
     def to(self, target: str, service: str, *, safe: Sequence[str] = ()) -> grpc.aio.Channel:
         """The channel to `service` at `target` (host:port), for unary calls.
 
-        A call has five seconds unless it is given a timeout, and never more than what is left of the call being
-        served. Methods in `safe` (``memory.v1.Memory/Retrieve``) may be repeated, and are, when the service is
-        unavailable. Raises from a call: what the servicer raised; `Transient` when the service did not answer in
-        time or at all; AioRpcError for an error inside it.
+        A call has five seconds unless it has a timeout of its own, and never more than the remaining time of the call
+        being served. safe: methods (``memory.v1.Memory/Retrieve``) that are repeated while the service is unavailable.
+        A call raises the error that the servicer raised; `Transient` if the service does not answer in time;
+        AioRpcError for an error inside the service.
         """
         key = target, service, tuple(safe)
         if key not in self._open:
@@ -253,7 +252,7 @@ class Channels:
                 options=[
                     *_KEEPALIVE,
                     ("grpc.service_config", _service_config(safe)),
-                    # A service that was restarted is found again in seconds, not after the default's two minutes.
+                    # Reconnects to a restarted service in seconds; the default is up to two minutes.
                     ("grpc.initial_reconnect_backoff_ms", 100),
                     ("grpc.max_reconnect_backoff_ms", 3_000),
                 ],
@@ -279,7 +278,7 @@ def _service_config(safe: Sequence[str]) -> str:
 
 
 class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):
-    """Gives a call its deadline, trace and token, and turns status codes back into errors."""
+    """Adds deadline, trace context and token to a call, and turns status codes back into errors."""
 
     def __init__(self, callers: Callers, target: str, service: str) -> None:
         self._callers = callers
@@ -318,7 +317,7 @@ class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):
             case Code.INVALID_ARGUMENT:
                 field = dict(error.trailing_metadata() or ()).get(_FIELD, b"request").decode()
                 return InvalidMessage(field, details.removeprefix(f"{field}: "))
-            # CANCELLED comes from the other side, which is shutting down; one's own cancelling is a CancelledError.
+            # CANCELLED comes from a server that is shutting down; a cancelled caller gets a CancelledError.
             case Code.UNAVAILABLE | Code.DEADLINE_EXCEEDED | Code.CANCELLED:
                 return Transient(f"{self._service} at {self._target}: {details}")
         by_code = {code: type_ for type_, code in _CODES.items()}

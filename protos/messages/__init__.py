@@ -1,7 +1,7 @@
 """Public facts and commands, one module per owning service.
 
-A message's version rises when its shape changes so that a reader could break. Its old struct then moves to
-``protos/messages/v<old>/<owner>.py`` and stays, as do its schema and example: records of it are retained.
+A message gets a new version if a change of its shape could break a reader. The old struct then moves to
+``protos/messages/v<old>/<owner>.py`` and stays there with its schema and example, because its records are retained.
 """
 
 from datetime import datetime
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-# RFC 3339 with its offset: a time without one would be read differently in another zone.
 Timestamp = Annotated[datetime, msgspec.Meta(tz=True)]
-# Below zero it would give money back.
+"""RFC 3339 with an offset; without one, readers in two time zones would read two different times."""
 Count = Annotated[int, msgspec.Meta(ge=0)]
+"""Never below zero; a negative quantity would give money back."""

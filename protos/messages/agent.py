@@ -1,7 +1,7 @@
-"""Agent's public facts: the life of a run.
+"""Agent: public facts about the life of a run.
 
-`session_key` is opaque: one per channel and conversation. The tenant is in the envelope. `n` counts the facts of
-a run from 1 without a gap, so a reader knows what it has missed; 0 in records from before it was there.
+`session_key` is opaque: one per channel and conversation. The tenant is in the envelope. `n` counts the facts of a run
+from 1 without a gap, so that a reader notices missing facts; it is 0 in records from before this field was added.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from protos.messages import Count
 
 
 class RunRequested(Message, frozen=True, kw_only=True):
-    """A hint that a session has work. Whoever takes it claims the next fair session, maybe another one."""
+    """A hint that a session has work. The worker that reads it claims the next fair session, maybe another one."""
 
     run_id: UUID
     session_key: str
 
 
 class RunStarted(Message, frozen=True, kw_only=True):
-    """A worker has begun a run. Said again, with a higher `attempt`, by the worker that resumes it."""
+    """A worker has begun a run. A worker that resumes the run publishes it again with a higher `attempt`."""
 
     run_id: UUID
     session_key: str
@@ -33,7 +33,7 @@ class RunStarted(Message, frozen=True, kw_only=True):
 
 
 class StepStarted(Message, frozen=True, kw_only=True):
-    """A step of a run is begun, or begun again with a higher `attempt` (from 1). Fields as in `StepCompleted`."""
+    """A step of a run has begun. Fields as in `StepCompleted`."""
 
     run_id: UUID
     session_key: str
@@ -42,10 +42,11 @@ class StepStarted(Message, frozen=True, kw_only=True):
     kind: Literal["retrieve", "model", "tool"]
     name: str
     attempt: int
+    """From 1; higher if the step has begun again."""
 
 
 class StepRetried(Message, frozen=True, kw_only=True):
-    """An attempt of a step came to nothing; `StepStarted` tells of the next one."""
+    """An attempt of a step has failed; `StepStarted` announces the next one."""
 
     run_id: UUID
     session_key: str
@@ -55,27 +56,25 @@ class StepRetried(Message, frozen=True, kw_only=True):
 
 
 class StepCompleted(Message, frozen=True, kw_only=True):
-    """One step of a run has ended.
-
-    step: from 1, gapless within the run.
-    name: of the model or the tool; empty for a retrieval.
-    attempts: how often it was begun, at least 1.
-    duration_ms: of the last attempt, milliseconds.
-    """
+    """One step of a run has ended."""
 
     run_id: UUID
     session_key: str
     step: int
+    """From 1 without a gap within the run."""
     kind: Literal["retrieve", "model", "tool"]
     name: str
+    """The name of the model or the tool; empty for a retrieval."""
     status: Literal["completed", "failed"]
     attempts: int
+    """How often the step has begun, at least 1."""
     duration_ms: int
+    """Milliseconds of the last attempt."""
     n: Count = 0
 
 
 class RunForked(Message, frozen=True, kw_only=True):
-    """A run takes up another one that is over, from one of its steps on; the steps before are told as its own."""
+    """A run continues a finished run from one of its steps; the facts about earlier steps are published for it too."""
 
     run_id: UUID
     session_key: str
@@ -84,17 +83,19 @@ class RunForked(Message, frozen=True, kw_only=True):
 
 
 class MessagesTaken(Message, frozen=True, kw_only=True):
-    """A run under way answers further messages. messages: how many in all, from step `step` on."""
+    """A running run will answer further messages."""
 
     run_id: UUID
     session_key: str
     n: Count
     step: int
+    """The first step that sees them."""
     messages: Count
+    """The number of all messages of the run from this step on."""
 
 
 class RunWaiting(Message, frozen=True, kw_only=True):
-    """A run waits: for a person to say whether step `step` may call the tool `tool`, or for the agent it calls so."""
+    """A run waits: for a person to approve step `step`, which calls the tool `tool`, or for the agent that it calls."""
 
     run_id: UUID
     session_key: str
@@ -104,49 +105,46 @@ class RunWaiting(Message, frozen=True, kw_only=True):
 
 
 class StepSettled(Message, frozen=True, kw_only=True):
-    """What a run waited for is decided, and it goes on.
-
-    approve, deny: whether the tool may be called. retry, skip: a step of which nobody knows whether it took effect.
-    answer: the other agent has answered.
-    """
+    """The decision for which a run waited; the run goes on."""
 
     run_id: UUID
     session_key: str
     n: Count
     step: int
     decision: Literal["approve", "deny", "retry", "skip", "answer"]
+    """approve, deny: whether the tool may be called. retry, skip: for a step that may or may not have taken effect.
+    answer: the other agent has answered."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a tool that is not the platform's. `arguments`: as the model wrote them, personal content."""
+    """A call of a tool that the platform does not have."""
 
     id: str
     name: str
     arguments: str
+    """As the model wrote them; personal content."""
 
 
 class RunCompleted(Message, frozen=True, kw_only=True):
-    """A run has answered. `reply` is the whole text, personal content.
-
-    tool_calls: of tools of whoever asked, who is to make them and ask again; then the reply is what the model wrote
-    before them, or empty.
-    """
+    """A run has answered."""
 
     run_id: UUID
     session_key: str
     reply: str
+    """The whole text; personal content."""
     n: Count = 0
     tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of the client's own tools: the client makes them and asks again. Then the reply is the text that the model
+    wrote before them, or empty."""
 
 
 class RunFailed(Message, frozen=True, kw_only=True):
-    """A run has ended without an answer. `error` is what an operator reads; it holds no personal content.
-
-    indeterminate: it has not ended for good; an operator decides about the step that may have taken effect.
-    """
+    """A run has ended without an answer."""
 
     run_id: UUID
     session_key: str
     status: Literal["failed", "cancelled", "refused", "indeterminate"]
+    """indeterminate: the run has not ended for good; an operator decides about the step that may have taken effect."""
     error: str
+    """A text for operators, without personal content."""
     n: Count = 0

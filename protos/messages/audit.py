@@ -1,4 +1,4 @@
-"""Audited acts. Every service publishes them; the log aggregator chains them by hash."""
+"""Audit: acts that must be accounted for. Every service publishes them; the log aggregator chains them by hash."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from protos.messages import Timestamp
 
 
 class ActAudited(Message, frozen=True, kw_only=True):
-    """Somebody did, or tried to do, something that must be accounted for.
-
-    tenant_id: whose chain it belongs to; null: the system's own. In the body, for it is read in batches.
-    actor: who acted, such as ``user:<id>``, ``api_key:<id>``, ``operator`` or ``service:<name>``.
-    action: what was done, such as ``dead_letter.redrive``.
-    object_kind, object_id: what it was done to.
-    details: what else helps; no secret and no personal content, for it is kept 90 days.
-    """
+    """An actor did, or tried to do, something that must be accounted for."""
 
     tenant_id: str | None
+    """The owner of the chain; null for the chain of the system. In the body, because acts are read in batches."""
     at: Timestamp
     actor: str
+    """``user:<id>``, ``api_key:<id>``, ``operator`` or ``service:<name>``."""
     action: str
+    """The act, such as ``dead_letter.redrive``."""
     object_kind: str
+    """The kind of the object that the act changed, such as ``dead_letter``."""
     object_id: str
     outcome: Literal["done", "denied", "failed"]
     details: dict[str, str] = msgspec.field(default_factory=dict)
+    """Further facts; no secret and no personal content, because the record is kept 90 days."""

@@ -1,4 +1,4 @@
-"""Channel: messages of people coming in, replies going out.
+"""Channel: messages that people send, and replies to them.
 
 `session_key` is opaque: one per channel and conversation (and thread). `text` is personal content. The tenant
 is in the envelope.
@@ -14,57 +14,55 @@ from protos.messages import Count, Timestamp
 
 
 class MessageReceived(Message, frozen=True, kw_only=True):
-    """A person wrote; the vendor's webhook has been verified and stored. As work it starts or joins a run.
-
-    channel_type: ``telegram``, ``slack``, …; open, for channels are added.
-    conversation_id: the vendor's, to be given back in `SendMessage`.
-    subject_id: our id of the person whose content this is; never the vendor's.
-    vendor_message_id: what a reply may refer to.
-    position: in the conversation, from 1 without a gap, by which whoever gets them out of order puts them right; 0 in
-    messages from before it was there.
-    """
+    """A person wrote a message; the vendor's webhook is verified and stored. As work it starts or joins a run."""
 
     channel_id: UUID
     channel_type: str
+    """``telegram``, ``slack``, …; an open set, because channel types are added."""
     agent_id: UUID
     session_key: str
     conversation_id: str
+    """The vendor's id; `SendMessage` returns it."""
     subject_id: str
+    """Our id of the person who owns this content; never the vendor's id."""
     vendor_message_id: str
+    """The vendor's id, to which a reply may refer."""
     text: str
     received_at: Timestamp
     position: Count = 0
+    """Position in the conversation, from 1 without a gap: a receiver restores the order with it. 0 in messages from
+    before this field was added."""
 
 
 class SendMessage(Message, frozen=True, kw_only=True):
-    """Send a text to a conversation, once. delivery_id: the vendor's idempotency field is made from it.
-
-    reply_to: vendor_message_id of the message that is answered. position: of what is sent to the session, as in
-    `MessageReceived`.
-    """
+    """Send a text to a conversation, once."""
 
     delivery_id: UUID
+    """The vendor's idempotency field is made from it."""
     channel_id: UUID
     session_key: str
     conversation_id: str
     text: str
     run_id: UUID | None = None
     reply_to: str | None = None
+    """The vendor_message_id of the message that this one answers."""
     position: Count = 0
+    """Position among the messages sent to the session, as in `MessageReceived`."""
 
 
 class MessageDelivered(Message, frozen=True, kw_only=True):
-    """The vendor has accepted a message. vendor_message_id: null where the vendor returns none."""
+    """The vendor has accepted a message."""
 
     delivery_id: UUID
     channel_id: UUID
     session_key: str
     run_id: UUID | None
     vendor_message_id: str | None
+    """Null if the vendor does not return an id."""
 
 
 class MessageUndelivered(Message, frozen=True, kw_only=True):
-    """A message was refused for good, or nobody can know whether the vendor took it (`unknown`)."""
+    """A message was refused for good (`failed`), or the vendor may or may not have taken it (`unknown`)."""
 
     delivery_id: UUID
     channel_id: UUID
@@ -75,7 +73,7 @@ class MessageUndelivered(Message, frozen=True, kw_only=True):
 
 
 class AccountBroken(Message, frozen=True, kw_only=True):
-    """A channel account no longer works until somebody repairs it, such as after its token was revoked."""
+    """A channel account does not work until a person repairs it, for example after its token was revoked."""
 
     channel_id: UUID
     channel_type: str

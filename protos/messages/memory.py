@@ -1,4 +1,4 @@
-"""Memory's own work."""
+"""Memory: the work that it sends to itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from protos.envelope import Message
 
 
 class IndexDocument(Message, frozen=True, kw_only=True):
-    """Parse, chunk and embed a stored document. Where its bytes lie is memory's own knowledge."""
+    """Parse, chunk and embed a stored document. Memory knows the place of its bytes."""
 
     document_id: UUID

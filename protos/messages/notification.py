@@ -1,4 +1,4 @@
-"""What other services ask notification to send. The tenant is in the envelope."""
+"""Notification: messages that other services ask it to send. The tenant is in the envelope."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from protos.envelope import Message
 
 
 class SendEmail(Message, frozen=True, kw_only=True):
-    """Send one e-mail in plain text. to: one address; empty: the tenant's owners, whom notification looks up."""
+    """Send one e-mail in plain text."""
 
     to: str
+    """One address; empty for the tenant's owners, whose addresses notification looks up."""
     subject: str
     text: str
 

@@ -1,4 +1,4 @@
-"""Plugin's public facts."""
+"""Plugin: its public facts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from protos.envelope import Message
 
 
 class PluginChanged(Message, frozen=True, kw_only=True):
-    """A tenant's plugin was enabled, disabled or set up anew; whoever caches its tools forgets them.
-
-    tenant_id: null: it changed for all tenants.
-    """
+    """A tenant's plugin was enabled, disabled or updated; a process that caches its tools must drop them."""
 
     tenant_id: str | None
+    """Null if it changed for all tenants."""
     plugin: str
     change: Literal["enabled", "disabled", "updated"]

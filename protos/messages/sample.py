@@ -1,6 +1,6 @@
-"""The kernel's sample: notes handed in at the front, written down at the desk, totalled in the ledger.
+"""The kernel's sample: the front takes notes, the desk stores them, the ledger counts them.
 
-Not part of the product: demo, crash tests and benches run on it.
+Not part of the product: crash tests and benches use it.
 """
 
 from __future__ import annotations

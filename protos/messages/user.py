@@ -1,4 +1,4 @@
-"""User's public facts: tenants and people. Kept 30 days, so they hold ids and no personal content."""
+"""User: facts about tenants and people. They are kept 30 days, so they hold ids and no personal content."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from protos.envelope import Message
 
 
 class TenantCreated(Message, frozen=True, kw_only=True):
-    """A customer organisation exists.
-
-    currency: ISO 4217.
-    credit_nanos: what it may spend, in 10⁻⁹ of the currency; null: without limit.
-    """
+    """A customer organisation exists."""
 
     tenant_id: str
     name: str
     currency: str
+    """ISO 4217."""
     credit_nanos: int | None
+    """The amount that it may spend, in 10⁻⁹ of the currency; null for no limit."""
 
 
 class SubjectErased(Message, frozen=True, kw_only=True):
-    """A person's key was destroyed. Whoever keeps anything of that subject erases it."""
+    """A person's key was destroyed. Each service that keeps content of that subject erases it."""
 
     tenant_id: str
     subject_id: str

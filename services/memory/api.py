@@ -21,7 +21,8 @@ from infra.security.audit import audit
 from infra.service.api import Paging, Reader, Writer, api, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from infra.stores.objects import DOCUMENT, DOWNLOAD_LIFE, document_path
+from infra.stores import filetypes
+from infra.stores.objects import DOWNLOAD_LIFE, Kind, safe_name
 from infra.web.http import allow_body
 from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
@@ -33,6 +34,12 @@ from services.memory.retrieval import Query, Scored
 # What multipart adds around a file.
 _FORM_BYTES = 65_536
 _MAX_NAME = 255
+# Not the Office formats before 2007: encrypted files of today look like them, and nothing here reads them.
+DOCUMENT = Kind(
+    "document",
+    100 * 1024 * 1024,
+    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.TEXT, filetypes.MARKDOWN, filetypes.HTML)),
+)
 _FILE_FORM = {
     "requestBody": {
         "required": True,
@@ -134,7 +141,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
                 _chunks(file),
                 name=name,
                 user_id=user_id,
-                path=lambda _: document_path(user_id, str(id_), name),
+                path=lambda _: f"{user_id}/documents/{id_}_{safe_name(name)}",
             )
 
         async def work(tx: Tx) -> tuple[int, DocumentView]:

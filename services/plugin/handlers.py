@@ -5,9 +5,12 @@ from __future__ import annotations
 import msgspec
 
 from infra.postgres.tx import Tx
-from infra.stores.cache import CONFIG_CHANGED, Cache
+from infra.stores.cache import Cache
 from protos.catalog import PLUGIN_EVENT
 from protos.messages.plugin import PluginChanged
+
+CONFIG_CHANGED = "openclaw:config:changed"
+"""The Redis channel on which plugin tells each process that a tenant's plugins have changed."""
 
 
 @PLUGIN_EVENT.worker(prefetch=50)

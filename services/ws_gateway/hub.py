@@ -12,10 +12,9 @@ import msgspec
 
 from infra.observe.logs import get_logger
 from infra.stores.cache import Cache
+from protos.pubsub import RUN_DELTAS
 from services.ws_gateway.domain import Delta, Fact
 
-# The agent publishes the text of a run, while it is written, to this and the run's id.
-CHANNEL = "claw:run:"
 # A client that is so far behind is dropped; it comes again and goes on from its last event.
 MAX_WAITING = 1_000
 
@@ -115,7 +114,7 @@ class Hub:
             live.put(Missed())
 
     async def _deltas(self) -> None:
-        async with aclosing(self._cache.listen(f"{CHANNEL}*")) as messages:
+        async with aclosing(self._cache.listen(f"{RUN_DELTAS}*")) as messages:
             async for message in messages:
                 if asyncio.current_task() not in self._tasks:
                     # Another one has taken over, while redis-py took the cancelling of this one for a lost connection.
@@ -123,7 +122,7 @@ class Hub:
                 if message is None:
                     continue
                 channel, data = message
-                if streams := self._streams.get(channel.removeprefix(CHANNEL)):
+                if streams := self._streams.get(channel.removeprefix(RUN_DELTAS)):
                     try:
                         delta = msgspec.json.decode(data, type=Delta)
                     except msgspec.DecodeError as error:

@@ -36,8 +36,8 @@ from infra.security.auth import Callers
 from infra.web import rpc
 from infra.web.http import Health, create_app, serve_http
 from protos.user.v1 import user_pb2, user_pb2_grpc
+from protos.pubsub import RUN_DELTAS
 from services.ws_gateway.domain import Delta
-from services.ws_gateway.hub import CHANNEL
 from services.ws_gateway.protocol import RunEvent
 from tooling.bench.fanout_ends import frame
 from tooling.bench.fixture import Ground, child, running_platform_on
@@ -146,7 +146,7 @@ class Fanout:
     async def listening(self) -> None:
         """Returns when Redis tells the gateway what is published."""
         async with asyncio.timeout(WAIT_SECONDS):
-            while not await self.redis.publish(f"{CHANNEL}{uuid7()}", b""):  # noqa: ASYNC110  # Redis cannot be waited for
+            while not await self.redis.publish(f"{RUN_DELTAS}{uuid7()}", b""):  # noqa: ASYNC110  # Redis cannot be waited for
                 await asyncio.sleep(0.05)
 
     async def _slice(self, crowd: Crowd, tell: Callable[[range], Awaitable[None]]) -> Slice:
@@ -167,7 +167,7 @@ class Fanout:
         pipeline = self.redis.pipeline(transaction=False)
         for run in batch:
             self.published += 1
-            pipeline.publish(f"{CHANNEL}{self.runs[run]}", msgspec.json.encode(_delta(self.published)))
+            pipeline.publish(f"{RUN_DELTAS}{self.runs[run]}", msgspec.json.encode(_delta(self.published)))
         await pipeline.execute()
 
     async def _write(self, batch: range) -> None:

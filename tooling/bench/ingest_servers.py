@@ -31,7 +31,7 @@ from infra.postgres.db import create_engine
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
-from infra.service.service import spare_what_is_loaded
+from infra.service.service import freeze_loaded_modules
 from infra.web import http
 from services.channel.accounts import Accounts, Secrets
 from services.channel.ingest import Ingest
@@ -105,6 +105,6 @@ async def serve_orm(port: int, engine: AsyncEngine) -> None:
 
 
 if __name__ == "__main__":
-    spare_what_is_loaded()
+    freeze_loaded_modules()
     which, number, url = sys.argv[1:]
     uvloop.run((serve_ours if which == "ours" else serve_orm)(int(number), create_engine(url)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from statistics import median
 
-from infra.service.service import spare_what_is_loaded
+from infra.service.service import freeze_loaded_modules
 from tooling.bench import bill, consume, fanout, ingest, overhead, relay, runs
 from tooling.bench.fixture import Ground, ground
 from tooling.bench.protocol import PAIRS, Anchor, Figure, run_pairs
@@ -91,6 +91,6 @@ ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Figure]:
     """Runs one bench on engines that run already. Raises ValueError where what a slice did is not what it said."""
-    spare_what_is_loaded()  # as every service does; the anchors have it too
+    freeze_loaded_modules()  # as every service does; the anchors have it too
     async with ground(stack, [*consume.TOPICS, *bill.TOPICS]) as place:
         return await BENCHES[name](place, progress, pairs)

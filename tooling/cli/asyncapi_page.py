@@ -51,7 +51,7 @@ def _message(message: Json) -> str:
     required = schema.get("required", [])
     rows = "\n".join(
         f"<tr><td><code>{escape(field)}</code></td><td>{escape(_type(of))}</td>"
-        f"<td>{'required' if field in required else ''}</td></tr>"
+        f"<td>{'required' if field in required else ''}</td><td>{escape(of.get('description', ''))}</td></tr>"
         for field, of in schema["properties"].items()
     )
     description = escape(schema["description"]).replace("\n", "<br>")

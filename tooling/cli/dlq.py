@@ -119,7 +119,7 @@ async def find(url: str, id_: UUID) -> DeadLetterView:
             letter = await dead_letters.get_dead_letter(connection, name, id_)
         if letter:
             return letter
-    raise NotFound(f"dead letter {id_}: there is none. See: ./claw dlq list")
+    raise NotFound(f"dead letter {id_}: does not exist; see: ./claw dlq list")
 
 
 async def redrive_many(url: str, ids: Iterable[UUID], service: str = "", *, force: bool = False) -> int:

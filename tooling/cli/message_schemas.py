@@ -13,6 +13,7 @@ during a roll-out records of newer writers are read by older readers. So:
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -37,12 +38,24 @@ def messages() -> dict[str, type[Message]]:
 
 
 def schema(message: type[Message]) -> Json:
-    """The message's JSON Schema (2020-12), its docstring as description."""
+    """The message's JSON Schema (2020-12), with the docstrings of structs and fields as descriptions."""
     document = msgspec.json.schema(message)
-    for definition in document["$defs"].values():
+    module = ast.parse(inspect.getsource(inspect.getmodule(message) or protos.messages))
+    structs = {node.name: node.body for node in module.body if isinstance(node, ast.ClassDef)}
+    for name, definition in document["$defs"].items():
         if "description" in definition:
             definition["description"] = inspect.cleandoc(definition["description"])
+        for field, text in zip(structs[name], structs[name][1:], strict=False):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=id_)), ast.Expr(value=ast.Constant(value=str(words))):
+                    wire = next(f.encode_name for f in msgspec.structs.fields(_struct(message, name)) if f.name == id_)
+                    definition["properties"][wire]["description"] = inspect.cleandoc(words)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
+
+
+def _struct(message: type[Message], name: str) -> type[msgspec.Struct]:
+    found: type[msgspec.Struct] = getattr(inspect.getmodule(message), name)
+    return found
 
 
 def inlined(document: Json) -> Json:

@@ -50,9 +50,9 @@ class ReserveRequest(_message.Message):
     hold_id: _builtins.str
     """UUID, made by the caller; the usage record that closes the hold names it."""
     resource: _builtins.str
-    """What the price book knows it by, such as openai/gpt-4o-mini."""
+    """The name in the price book, such as openai/gpt-4o-mini."""
     expires_in_ms: _builtins.int
-    """The hold ends by itself after this time."""
+    """The hold expires after this time."""
     @_builtins.property
     def quantities(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Unit → the most that may be used; units as in billing.v1.UsageRecorded."""
@@ -82,10 +82,10 @@ class ReserveReply(_message.Message):
     AVAILABLE_NANOS_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
     granted: _builtins.bool
-    """False: the credit does not suffice, and nothing is held."""
+    """False: the credit is too low, and nothing is held."""
     held_nanos: _builtins.int
     available_nanos: _builtins.int
-    """What is left to hold; absent: without limit."""
+    """The remaining credit; absent: no limit."""
     currency: _builtins.str
     def __init__(
         self,
@@ -220,7 +220,7 @@ class Charge(_message.Message):
     amount_nanos: _builtins.int
     """Absent while it is held for review."""
     span_id: _builtins.str
-    """Of the span in which it was charged, in the run's trace; hexadecimal."""
+    """The id of the span in which it was charged, in the run's trace; hexadecimal."""
     @_builtins.property
     def occurred_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property

@@ -55,21 +55,21 @@ class BillingServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Reserve(self, request, context):
-        """Holds credit for what is about to be used. The same hold_id returns the first answer.
+        """Holds credit before it is used. The same hold_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Gives an unused hold back. A hold that is closed, expired or unknown is left as it is.
+        """Releases an unused hold. A closed, expired or unknown hold is not changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Charges(self, request, context):
-        """What has become of a run's usage records so far, in the order of their arrival.
+        """The verdicts on a run's usage records so far, in the order of their arrival.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -15,11 +15,11 @@ GRPC_VERSION: str
 class BillingStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Reserve: _aio.UnaryUnaryMultiCallable[_billing_pb2.ReserveRequest, _billing_pb2.ReserveReply]
-    """Holds credit for what is about to be used. The same hold_id returns the first answer."""
+    """Holds credit before it is used. The same hold_id returns the first answer."""
     Release: _aio.UnaryUnaryMultiCallable[_billing_pb2.ReleaseRequest, _billing_pb2.ReleaseReply]
-    """Gives an unused hold back. A hold that is closed, expired or unknown is left as it is."""
+    """Releases an unused hold. A closed, expired or unknown hold is not changed."""
     Charges: _aio.UnaryUnaryMultiCallable[_billing_pb2.ChargesRequest, _billing_pb2.ChargesReply]
-    """What has become of a run's usage records so far, in the order of their arrival."""
+    """The verdicts on a run's usage records so far, in the order of their arrival."""
 
 class BillingServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -28,7 +28,7 @@ class BillingServicer(metaclass=_abc_1.ABCMeta):
         request: _billing_pb2.ReserveRequest,
         context: _aio.ServicerContext[_billing_pb2.ReserveRequest, _abc.Awaitable[_billing_pb2.ReserveReply]],
     ) -> _abc.Awaitable[_billing_pb2.ReserveReply]:
-        """Holds credit for what is about to be used. The same hold_id returns the first answer."""
+        """Holds credit before it is used. The same hold_id returns the first answer."""
 
     @_abc_1.abstractmethod
     def Release(
@@ -36,7 +36,7 @@ class BillingServicer(metaclass=_abc_1.ABCMeta):
         request: _billing_pb2.ReleaseRequest,
         context: _aio.ServicerContext[_billing_pb2.ReleaseRequest, _abc.Awaitable[_billing_pb2.ReleaseReply]],
     ) -> _abc.Awaitable[_billing_pb2.ReleaseReply]:
-        """Gives an unused hold back. A hold that is closed, expired or unknown is left as it is."""
+        """Releases an unused hold. A closed, expired or unknown hold is not changed."""
 
     @_abc_1.abstractmethod
     def Charges(
@@ -44,6 +44,6 @@ class BillingServicer(metaclass=_abc_1.ABCMeta):
         request: _billing_pb2.ChargesRequest,
         context: _aio.ServicerContext[_billing_pb2.ChargesRequest, _abc.Awaitable[_billing_pb2.ChargesReply]],
     ) -> _abc.Awaitable[_billing_pb2.ChargesReply]:
-        """What has become of a run's usage records so far, in the order of their arrival."""
+        """The verdicts on a run's usage records so far, in the order of their arrival."""
 
 def add_BillingServicer_to_server(servicer: BillingServicer, server: _aio.Server) -> None: ...

@@ -1,1 +1,1 @@
-"""Generated from the .proto file beside it; `claw contracts --write` writes it anew."""
+"""Generated from the .proto file beside it; `claw contracts --write` generates it again."""

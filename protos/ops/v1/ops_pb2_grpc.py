@@ -72,7 +72,7 @@ class OperationsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetDeadLetter(self, request, context):
-        """NOT_FOUND if it is not there.
+        """NOT_FOUND if it does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,21 +80,21 @@ class OperationsServicer:
 
     def RedriveDeadLetters(self, request, context):
         """Marks dead letters to be handled again by the consumer that failed.
-        FAILED_PRECONDITION beyond the horizon within which a repeat is recognised, unless forced.
+        ABORTED if it is too old for a repeat to be recognised, unless forced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DiscardDeadLetter(self, request, context):
-        """Gives one up for good; what waits behind it in its key goes on. NOT_FOUND if it is not open.
+        """Gives one up for good; the records that wait behind it in its key go on. ABORTED if it is not open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CountOutbox(self, request, context):
-        """How many rows the outbox holds for a topic.
+        """The number of messages that the outbox holds for a topic.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -71,20 +71,20 @@ class Tool(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         EFFECT_UNSPECIFIED: Tool._Effect.ValueType  # 0
         EFFECT_REPEATABLE: Tool._Effect.ValueType  # 1
-        """It may be run again: it only reads."""
+        """It only reads, so it may run again."""
         EFFECT_KEYED: Tool._Effect.ValueType  # 2
         """The other side recognises our key."""
         EFFECT_ONCE: Tool._Effect.ValueType  # 3
-        """Run at most once."""
+        """It must run at most once."""
 
     class Effect(_Effect, metaclass=_EffectEnumTypeWrapper): ...
     EFFECT_UNSPECIFIED: Tool.Effect.ValueType  # 0
     EFFECT_REPEATABLE: Tool.Effect.ValueType  # 1
-    """It may be run again: it only reads."""
+    """It only reads, so it may run again."""
     EFFECT_KEYED: Tool.Effect.ValueType  # 2
     """The other side recognises our key."""
     EFFECT_ONCE: Tool.Effect.ValueType  # 3
-    """Run at most once."""
+    """It must run at most once."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
@@ -152,14 +152,14 @@ class CallReply(_message.Message):
         OUTCOME_SUCCEEDED: CallReply._Outcome.ValueType  # 1
         OUTCOME_FAILED: CallReply._Outcome.ValueType  # 2
         OUTCOME_UNKNOWN: CallReply._Outcome.ValueType  # 3
-        """It was begun, and nobody can know whether it took effect."""
+        """It was started, and may or may not have taken effect."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
     OUTCOME_UNSPECIFIED: CallReply.Outcome.ValueType  # 0
     OUTCOME_SUCCEEDED: CallReply.Outcome.ValueType  # 1
     OUTCOME_FAILED: CallReply.Outcome.ValueType  # 2
     OUTCOME_UNKNOWN: CallReply.Outcome.ValueType  # 3
-    """It was begun, and nobody can know whether it took effect."""
+    """It was started, and may or may not have taken effect."""
 
     OUTCOME_FIELD_NUMBER: _builtins.int
     RESULT_JSON_FIELD_NUMBER: _builtins.int
@@ -168,7 +168,7 @@ class CallReply(_message.Message):
     result_json: _builtins.str
     """The tool's result, JSON; empty unless it succeeded."""
     error: _builtins.str
-    """What to tell model and operator; empty if it succeeded."""
+    """A text for the model and the operator; empty if it succeeded."""
     def __init__(
         self,
         *,

@@ -50,7 +50,7 @@ class PluginServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Tools(self, request, context):
-        """The tools that the tenant may use, of those named; a name that is missing in the answer cannot be used now.
+        """Those of the named tools that the tenant may use now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

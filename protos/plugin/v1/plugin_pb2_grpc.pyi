@@ -15,7 +15,7 @@ GRPC_VERSION: str
 class PluginStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Tools: _aio.UnaryUnaryMultiCallable[_plugin_pb2.ToolsRequest, _plugin_pb2.ToolsReply]
-    """The tools that the tenant may use, of those named; a name that is missing in the answer cannot be used now."""
+    """Those of the named tools that the tenant may use now."""
     Call: _aio.UnaryUnaryMultiCallable[_plugin_pb2.CallRequest, _plugin_pb2.CallReply]
     """Runs a tool once per idempotency key: the same key returns the saved result.
     NOT_FOUND if the tenant has no such tool, INVALID_ARGUMENT if the arguments do not fit its schema.
@@ -28,7 +28,7 @@ class PluginServicer(metaclass=_abc_1.ABCMeta):
         request: _plugin_pb2.ToolsRequest,
         context: _aio.ServicerContext[_plugin_pb2.ToolsRequest, _abc.Awaitable[_plugin_pb2.ToolsReply]],
     ) -> _abc.Awaitable[_plugin_pb2.ToolsReply]:
-        """The tools that the tenant may use, of those named; a name that is missing in the answer cannot be used now."""
+        """Those of the named tools that the tenant may use now."""
 
     @_abc_1.abstractmethod
     def Call(

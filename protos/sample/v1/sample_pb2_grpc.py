@@ -45,7 +45,7 @@ class SampleServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Seen(self, request, context):
-        """Tells that something with this key has taken effect.
+        """Reports that the note with this key was counted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

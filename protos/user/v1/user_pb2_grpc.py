@@ -45,7 +45,7 @@ class DirectoryServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Owners(self, request, context):
-        """The e-mail addresses of a tenant's owners; none is an empty list.
+        """The e-mail addresses of a tenant's owners; an empty list if there are none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,7 +118,7 @@ class KeysServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Scopes(self, request, context):
-        """What one of the tenant's API keys may do at this moment, for whoever was let in by it long ago.
+        """The scopes that one of the tenant's API keys has now. A service with long connections asks again with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

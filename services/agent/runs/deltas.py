@@ -7,10 +7,11 @@ from uuid import UUID
 import msgspec
 
 from infra.stores.cache import Cache
+from protos.pubsub import RUN_DELTAS
 
 
 def channel(run_id: UUID) -> str:
-    return f"claw:run:{run_id}"
+    return f"{RUN_DELTAS}{run_id}"
 
 
 class Deltas:

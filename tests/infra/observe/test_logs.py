@@ -213,7 +213,7 @@ async def test_lines_without_room_are_counted_and_said(
     for n in range(100):
         get_logger("x").info("flood", n=n)
     assert 80 < dropped(metrics) < 100
-    said = "log lines were dropped, they are on stdout only"
+    said = "log lines were dropped; they are on stdout only"
     try:
         await records(stack, topic, said)
     finally:

@@ -116,5 +116,5 @@ async def test_the_outbox_is_counted_by_message_published_or_not_and_by_tenant(
 
 
 async def test_an_id_that_is_none_is_named(stub: ops_pb2_grpc.OperationsStub) -> None:
-    with pytest.raises(InvalidMessage, match="id: is not a UUID"):
+    with pytest.raises(InvalidMessage, match="id: must be a UUID"):
         await stub.GetDeadLetter(ops_pb2.GetDeadLetterRequest(id="7"))

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from infra.clock import uuid7
+from protos.pubsub import RUN_DELTAS
 from services.ws_gateway.domain import Delta
-from services.ws_gateway.hub import CHANNEL, Client, Hub
+from services.ws_gateway.hub import Client, Hub
 
 
 class Stubborn:
@@ -53,8 +54,8 @@ async def test_a_listener_that_lingers_hands_nothing_on_a_second_time() -> None:
     async with hub.listen(run_id, Client()) as live:
         while len(cache.listeners) < 2:
             await asyncio.sleep(0)
-        cache.publish(f"{CHANNEL}{run_id}", Delta(1, 1, 1, "once"))
+        cache.publish(f"{RUN_DELTAS}{run_id}", Delta(1, 1, 1, "once"))
         assert await live.next(5) == Delta(1, 1, 1, "once")
         await leaving
-        cache.publish(f"{CHANNEL}{run_id}", Delta(1, 1, 2, "after it"))
+        cache.publish(f"{RUN_DELTAS}{run_id}", Delta(1, 1, 2, "after it"))
         assert await live.next(5) == Delta(1, 1, 2, "after it")

@@ -188,7 +188,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
     first, waiting = dead("sample_ledger", "k", "failed", "waiting")
     unknown = str(uuid7())
     for command in ("show", "redrive", "discard"):
-        assert refused(dlq.app, command, unknown).startswith(f"dead letter {unknown}: there is none")
+        assert refused(dlq.app, command, unknown).startswith(f"dead letter {unknown}: does not exist")
     assert "waits behind a failed one of its key" in refused(dlq.app, "redrive", first, waiting)
     assert state(first) == "failed"
     assert refused(dlq.app, "list", "--service", "sample_lodger") == (
@@ -198,7 +198,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
     for words in ([], ["--all"], ["--service", "sample_ledger"], [first, "--all", "--service", "sample_ledger"]):
         assert "name dead letters by their ids, or all of one service" in refused(dlq.app, "redrive", *words)
     told(dlq.app, "redrive", first)
-    assert "it is redriving; only a failed one" in refused(dlq.app, "redrive", first)
+    assert "is redriving; must be failed to be redriven" in refused(dlq.app, "redrive", first)
     assert audited("sample_ledger", waiting) == []
 
 
@@ -293,7 +293,7 @@ def test_a_projection_is_rebuilt_compared_and_switched() -> None:
         (["count_notes"], "name it as <service>.<handler>"),
         (["nobody.count"], "service nobody: No module named"),
         ([f"{LEDGER}.count"], "has no handler 'count' (sample_ledger.count_notes)"),
-        ([f"{DESK}.take_note"], "sample_desk.take_note is no projection"),
+        ([f"{DESK}.take_note"], "sample_desk.take_note is not a projection"),
         ([f"{LEDGER}.count_notes", "--from-events", "nobody"], "service nobody: No module named"),
         ([f"{LEDGER}.count_notes"], "topic sample.events does not exist"),
     ],

@@ -163,7 +163,7 @@ async def test_an_answer_without_an_end_is_given_up(
 ) -> None:
     monkeypatch.setattr("infra.outgoing.client.MAX_CLIENT_BYTES", 100_000)
     server.script("gpt-4o-mini", Says("Again and again. ", endless=True))
-    with pytest.raises(ModelFailed, match="answer: more than the 100000 bytes that this takes") as failed:
+    with pytest.raises(ModelFailed, match="answer: larger than the limit of 100000 bytes") as failed:
         await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
     assert not failed.value.passing
 
