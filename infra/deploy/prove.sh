@@ -1,6 +1,6 @@
 #!/bin/sh
-# Proves the image where no registry can be reached: makes a base with debootstrap, builds the Dockerfile on it with
-# podman, runs one service as compose.yml would, asks for its health and stops it. As root, on Debian; takes minutes.
+# Proves the image without access to a registry: makes a base with debootstrap, builds the Dockerfile on it with podman,
+# runs one service as compose.yml would, checks its health and stops it. Needs root on Debian; takes minutes.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -20,7 +20,7 @@ image=localhost/clawbus:proof
 name=clawbus-proof-$$
 work=$(mktemp -d)
 trap 'podman rm --force --volumes $name >/dev/null 2>&1 || true; rm -rf "$work"' EXIT
-# A sandbox may not raise limits.
+# In a sandbox, podman may not raise resource limits.
 printf '[containers]\ndefault_ulimits = []\n' >"$work/containers.conf"
 export CONTAINERS_CONF="$work/containers.conf"
 
@@ -34,7 +34,7 @@ if ! podman image exists $base; then
 fi
 
 say 'building'
-# This machine's way to the package index is mounted, so that nothing of it stays in the image.
+# This machine's access to the package index is mounted, so that the image keeps nothing of it.
 set --
 for file in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
     [ ! -f $file ] || set -- "$@" --volume "$file:$file:ro"
@@ -44,7 +44,7 @@ nice podman build --quiet --network host --build-arg PYTHON=$base "$@" --tag $im
 say "built, $(podman image inspect --format '{{.Size}}' $image) bytes with its base"
 podman run --rm --network none $image sh -c 'test ! -s /etc/pip.conf' || fail 'the image holds a pip.conf'
 podman run --rm --network none --read-only --volume /gateway $image sh -c ': >/gateway/nginx.conf' ||
-    fail "a new volume for the gateway's configuration cannot be written"
+    fail "the user cannot write to a new volume for the gateway's configuration"
 
 say 'starting the user service, without any store'
 secret() { head -c 32 /dev/urandom | base64 -w 0; }
@@ -63,8 +63,8 @@ until podman exec $name python -c "$ask" 2>/dev/null; do
     [ $tries -lt 60 ] || fail "no answer: $(podman logs $name 2>&1 | tail)"
     sleep 1
 done
-[ "$(podman exec $name id -u)" = 10001 ] || fail 'it runs as somebody else'
-! podman exec $name touch /app/file 2>/dev/null || fail 'it can write into the image'
+[ "$(podman exec $name id -u)" = 10001 ] || fail 'the service does not run as user 10001'
+! podman exec $name touch /app/file 2>/dev/null || fail 'the service can write into the image'
 podman stop --time 30 $name >/dev/null
-[ "$(podman inspect --format '{{.State.ExitCode}}' $name)" = 0 ] || fail "did not stop well: $(podman logs $name | tail)"
-say 'it was healthy as an ordinary user, wrote nowhere, and stopped well'
+[ "$(podman inspect --format '{{.State.ExitCode}}' $name)" = 0 ] || fail "exit code not 0: $(podman logs $name | tail)"
+say 'the service was healthy as an ordinary user, wrote nowhere, and stopped with exit code 0'

@@ -1,4 +1,4 @@
-"""The committed AsyncAPI document is well formed, whole, and agrees with the catalog."""
+"""The committed AsyncAPI document is well formed, complete, and agrees with the catalog."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tooling.cli.contracts import ROOT
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "protos" / "asyncapi.json").read_text(encoding="utf-8"))
 
 _REFERENCE = {"type": "object", "required": ["$ref"], "properties": {"$ref": {"type": "string", "pattern": "^#/"}}}
-# The part of AsyncAPI 3.0 that the document uses; the full schema lies on the net.
+# The part of AsyncAPI 3.0 that the document uses; the full schema is on the internet.
 SHAPE = {
     "type": "object",
     "required": ["asyncapi", "info", "channels", "operations", "components"],
@@ -96,7 +96,7 @@ def test_every_payload_is_a_json_schema() -> None:
         jsonschema.Draft202012Validator.check_schema(message["payload"]["schema"])
 
 
-def test_it_has_every_topic_and_queue_and_who_is_at_their_ends() -> None:
+def test_it_has_every_topic_and_queue_with_producers_and_consumers() -> None:
     assert DOCUMENT["channels"].keys() == {
         *(topic.name for topic in CATALOG.topics),
         *(queue.name for queue in CATALOG.queues),

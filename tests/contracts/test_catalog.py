@@ -1,4 +1,4 @@
-"""The catalog holds what was agreed, and the services read exactly what it says."""
+"""The catalog has the agreed topics and queues, and the services subscribe exactly to them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_queues_have_the_agreed_names_exchanges_and_consumers() -> None:
 
 
 @pytest.mark.parametrize("name", ["notification.email", "notification.push"])
-def test_a_notification_is_tried_again_three_times_and_expires_after_a_day(name: str) -> None:
+def test_a_notification_is_retried_three_times_and_expires_after_a_day(name: str) -> None:
     queue = CATALOG.queue(name)
     assert [delay.total_seconds() for delay in queue.retries] == [10, 60, 600]
     assert queue.expires == timedelta(days=1)
@@ -70,8 +70,8 @@ def test_every_message_of_the_catalog_has_a_schema() -> None:
     assert used <= set(messages().values())
 
 
-def test_services_subscribe_to_what_the_catalog_says_and_name_nothing_else() -> None:
-    """Of services that exist; the sample's three are held to their own catalog, so this never runs on nothing."""
+def test_services_subscribe_to_the_topics_and_queues_of_the_catalog_and_to_no_others() -> None:
+    """The sample's services are checked too, against their own catalog, so that the test never checks nothing."""
     sample = {f"sample_{name}": f"tooling.testing.sample.{name}" for name in ("front", "desk", "ledger")}
     for catalog, packages in ((CATALOG, existing_services()), (SAMPLE, sample)):
         for flow in flows(catalog, packages):

@@ -74,7 +74,7 @@ def test_a_log_line_has_exactly_the_agreed_keys() -> None:
         (LogLine, "level", "warning"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(message: type[Message], field: str, value: object) -> None:
+def test_a_value_that_does_not_fit_is_refused_with_its_field(message: type[Message], field: str, value: object) -> None:
     golden = json.loads((SCHEMAS / "golden" / f"{message.wire_name()}.json").read_text(encoding="utf-8"))
     with pytest.raises(msgspec.ValidationError, match=field):
         msgspec.convert({**golden, field: value}, message)

@@ -1,6 +1,6 @@
-"""compose.yml agrees with its specification, and with what the services read and the catalog names.
+"""compose.yml agrees with its specification, with the settings of the services, and with the catalog.
 
-The images cannot be pulled where this runs; what is asserted is what can be known without them.
+The images cannot be pulled here, so the tests check only the facts that do not need them.
 `compose-spec.json` is the specification's own schema (compose-spec/compose-spec, Apache-2.0), unchanged.
 """
 
@@ -57,12 +57,12 @@ def test_a_service_gets_its_ports_and_every_variable_that_it_must_have_and_none_
         for field, info in settings.model_fields.items()
     }
     assert {variable for variable, needed in read.items() if needed} - set(environment) == set()
-    # Also the passwords of stores: only who uses one has it.
+    # Passwords of stores too: only the services that use one have it.
     assert set(environment) - set(read) == set()
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_services_find_each_other_where_they_are(name: str) -> None:
+def test_services_have_the_addresses_of_each_other(name: str) -> None:
     for variable, value in CONTAINERS[name]["environment"].items():
         for other, port in re.findall(r"(?:^|[=/,])([a-z_]+):(\d+)", str(value)):
             if other in SERVICES:
@@ -80,7 +80,7 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
     assert networks["backend"]["internal"]
 
 
-def test_every_container_has_a_memory_limit_and_services_are_no_root_and_write_nowhere() -> None:
+def test_every_container_has_a_memory_limit_and_services_do_not_run_as_root_and_cannot_write() -> None:
     assert [name for name, container in CONTAINERS.items() if "mem_limit" not in container] == []
     for name in SERVICES:
         assert CONTAINERS[name]["read_only"]
@@ -88,7 +88,7 @@ def test_every_container_has_a_memory_limit_and_services_are_no_root_and_write_n
     assert re.search(r"^USER (?!root)\w+", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE)
 
 
-def test_no_secret_stands_in_the_file() -> None:
+def test_the_file_holds_no_secret() -> None:
     for name, container in CONTAINERS.items():
         for variable, value in container.get("environment", {}).items():
             if re.search(r"PASS|SECRET|TOKEN|AUTH|KEY$", variable) and "PATH" not in variable:
@@ -116,7 +116,7 @@ def test_init_makes_every_value_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     secrets = [value for name, value in values.items() if "PASSWORD" in name or "SECRET" in name]
     assert len(set(secrets)) == len(secrets) > 30
     assert ((tmp_path / ".env").stat().st_mode & 0o777) == 0o600
-    # What a person wrote stays, comments too; what is missing is added.
+    # Values and comments of a person stay; missing values are added.
     kept = first.replace(f"GATEWAY_PORT={values['GATEWAY_PORT']}\n", "# ours\nGATEWAY_PORT=9999\n")
     lacking = re.sub(r"^REDIS_PASSWORD=.*\n", "", kept, flags=re.MULTILINE)
     (tmp_path / ".env").write_text(lacking)
@@ -141,7 +141,7 @@ async def test_topics_and_queues_are_the_catalogs(monkeypatch: pytest.MonkeyPatc
     assert asked.value.args == (CATALOG,)
 
 
-def test_what_provisions_gets_all_that_it_reads() -> None:
+def test_the_provisioning_container_gets_every_variable_that_it_reads() -> None:
     source = Path(str(compose.__file__)).read_text()
     needed = set(re.findall(r'env\["(CLAW_\w+)"\]', source))
     needed |= {

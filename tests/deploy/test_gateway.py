@@ -1,4 +1,4 @@
-"""The containers' gateway, run by a real nginx: only its folder, ports and name server are others than there."""
+"""The containers' gateway in a real nginx. Only its folder, ports and name server differ from the container's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAIT_SECONDS = 30.0
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """Knows the addresses in `known`; of any other name it says that there is none (RFC 1035)."""
+    """A name server that knows the addresses in `known` and answers NXDOMAIN for other names (RFC 1035)."""
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
@@ -63,7 +63,7 @@ async def user_service(address: str, port: int) -> AsyncIterator[None]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    # Directly under /tmp: started by root, nginx's workers belong to somebody who may not go into TMPDIR.
+    # Directly under /tmp: if root starts nginx, its workers run as another user, who may not enter TMPDIR.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="claw-gateway-") as path:
         (Path(path) / "temp").mkdir()
         yield Path(path)
@@ -135,5 +135,5 @@ async def until(client: httpx.AsyncClient, path: str, expected: str) -> None:
                     return
             except httpx.TransportError:
                 pass  # It does not listen yet.
-            # Under the limit of requests per second.
+            # Stays below the limit of requests per second.
             await asyncio.sleep(0.2)

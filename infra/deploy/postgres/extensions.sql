@@ -1,3 +1,3 @@
--- Run once, by the image, when the database is made: only a superuser may do this.
+-- The image runs this once when it makes the database: only a superuser may add extensions.
 CREATE EXTENSION vector;
 CREATE EXTENSION pg_trgm;

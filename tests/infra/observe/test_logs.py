@@ -1,4 +1,4 @@
-"""Log lines: their shape, who writes them, and the way to Kafka."""
+"""Log lines: their shape, their sources, and the way to Kafka."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_line_has_exactly_the_required_shape(printed: Printed) -> None:
 def test_levels_have_the_required_names(printed: Printed, method: str, level: str) -> None:
     getattr(get_logger("x"), method)("ours")
     getattr(logging.getLogger("library"), method)("theirs")
-    # Libraries' debug lines show message contents: never printed.
+    # Debug lines of libraries show message contents, so they are never printed.
     assert [line["level"] for line in printed()] == [level] * (1 if level == "debug" else 2)
 
 
@@ -108,13 +108,13 @@ def test_an_exception_is_in_the_data(printed: Printed, given: str) -> None:
         assert "hunter2" not in exception["stack"]
 
 
-def test_a_library_that_formats_wrongly_is_printed_all_the_same(printed: Printed) -> None:
+def test_a_line_that_a_library_cannot_format_is_still_printed(printed: Printed) -> None:
     record = logging.LogRecord("library", logging.WARNING, "x.py", 1, "%d of %s", ("x",), None)
     logs._Libraries().handle(record)
     assert one(printed)["message"] == "%d of %s ('x',)"
 
 
-def test_a_library_that_repeats_itself_is_held_back_and_the_number_said(printed: Printed) -> None:
+def test_repeated_lines_of_a_library_are_suppressed_and_counted(printed: Printed) -> None:
     def outage(at: float, lines: int) -> None:
         for n in range(lines):
             record = logging.LogRecord("aiokafka.conn", logging.ERROR, "conn.py", 7, "no broker %s", (n,), None)
@@ -129,7 +129,9 @@ def test_a_library_that_repeats_itself_is_held_back_and_the_number_said(printed:
     assert one(printed)["message"] == "another place"
 
 
-def test_a_full_disk_fails_no_work_and_is_said_later(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_fail_the_work_and_is_reported_later(
+    printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_: str) -> int:
         raise OSError(28, "No space left on device")
 
@@ -144,7 +146,7 @@ def test_a_full_disk_fails_no_work_and_is_said_later(printed: Printed, monkeypat
     assert "lines_not_printed" not in later["data"]
 
 
-def test_a_line_too_long_for_a_record_loses_its_data(printed: Printed) -> None:
+def test_a_line_too_long_for_a_record_is_sent_without_its_data(printed: Printed) -> None:
     get_logger("x").info("wide", data=[{str(n): "x" * 8000 for n in range(100)}])
     line = one(printed)
     assert (line["message"], list(line["data"])) == ("wide", ["left_out_bytes"])
@@ -204,7 +206,7 @@ async def test_lines_reach_kafka_as_messages_of_the_catalog(
     assert dropped(metrics) == 0
 
 
-async def test_lines_without_room_are_counted_and_said(
+async def test_dropped_lines_are_counted_and_reported(
     stack: Stack, topic: str, metrics: Metrics, printed: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(KafkaLogSink, "MAX_QUEUED_BYTES", 2_000)

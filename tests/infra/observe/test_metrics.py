@@ -1,4 +1,4 @@
-"""The metrics' one place."""
+"""All metrics in one place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_several_processes_in_one_test_do_not_share_their_figures() -> None:
     assert 'claw_retries_total{consumer="billing' not in generate_latest(other.registry).decode()
 
 
-def test_every_name_says_whose_it_is() -> None:
+def test_every_name_has_the_product_s_prefix() -> None:
     names = {metric.name for metric in Metrics(CollectorRegistry()).registry.collect()}
     assert {name for name in names if not name.startswith("claw_")} <= {
         "process_virtual_memory_bytes",

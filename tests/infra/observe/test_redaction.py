@@ -1,4 +1,4 @@
-"""What a log line shows of what it is given."""
+"""Secrets and large values in a log line."""
 
 from __future__ import annotations
 

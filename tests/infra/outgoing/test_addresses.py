@@ -1,4 +1,4 @@
-"""Public, private, and neither."""
+"""Which addresses are public, private, or neither."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_private_addresses_are_known_in_every_wrapping(address: str) -> None:
         "2002:a9fe:a9fe::",
     ],
 )
-def test_what_no_tenant_has_a_host_at_is_neither_public_nor_private(address: str) -> None:
+def test_special_addresses_are_neither_public_nor_private(address: str) -> None:
     assert not is_public(ip_address(address))
     assert not is_private(ip_address(address))
 

@@ -1,4 +1,4 @@
-"""Requests to outside: which addresses, how much, what is told to whom, and what a failure means."""
+"""Outgoing requests: allowed addresses, limits, spans and logs without secrets, and the meaning of a failure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 class Server:
-    """Answers each request with `answer`, or by what `answer` does; keeps the heads of all requests."""
+    """A server that answers each request with `answer`, or by calling it, and keeps the heads of all requests."""
 
     def __init__(self, answer: bytes | Callable[[asyncio.StreamWriter], Awaitable[None]], host: str) -> None:
         self.answer = answer
@@ -82,7 +82,7 @@ async def outgoing(*, allow_private: bool = True) -> AsyncIterator[Outgoing]:
 
 
 class Resolver:
-    """What names resolve to, one list after the other; the last one stays."""
+    """A resolver that returns one list of addresses after the other, and then the last one again."""
 
     def __init__(self) -> None:
         self.answers: dict[str, list[list[str]]] = {}
@@ -116,7 +116,7 @@ def spans() -> Iterator[InMemorySpanExporter]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]"])
-async def test_inside_nothing_is_reached(host: str) -> None:
+async def test_addresses_of_the_inner_network_are_refused(host: str) -> None:
     async with serving() as server, outgoing(allow_private=False) as http:
         url = f"http://{host}:{server.port}/"
         for call in (lambda: http.request("GET", url), lambda: http.check(url), lambda: http.client().get(url)):
@@ -126,7 +126,7 @@ async def test_inside_nothing_is_reached(host: str) -> None:
         assert server.heads == []
 
 
-async def test_a_providers_library_cannot_reach_inside_either() -> None:
+async def test_the_library_of_a_provider_cannot_reach_the_inner_network() -> None:
     async with serving() as server, outgoing(allow_private=False) as http:
         client = openai.AsyncOpenAI(api_key="k", base_url=f"{server.url}/v1", http_client=http.client(), max_retries=0)
         with pytest.raises(InvalidMessage):
@@ -134,7 +134,7 @@ async def test_a_providers_library_cannot_reach_inside_either() -> None:
         assert server.heads == []
 
 
-async def test_where_private_targets_are_allowed_the_clouds_metadata_are_not() -> None:
+async def test_allowed_private_targets_do_not_include_the_clouds_metadata() -> None:
     async with serving() as server, outgoing(allow_private=True) as http:
         assert (await http.request("GET", server.url)).body == b"ok"
         with pytest.raises(InvalidMessage):
@@ -159,7 +159,7 @@ async def test_a_name_with_one_private_address_among_public_ones_is_refused(reso
         assert server.heads == []
 
 
-async def test_the_next_address_is_tried_where_the_first_does_not_answer(resolver: Resolver) -> None:
+async def test_the_next_address_is_tried_if_the_first_does_not_answer(resolver: Resolver) -> None:
     async with serving() as server, outgoing() as http:
         resolver.answers["vendor.example"] = [["127.0.0.3", "127.0.0.1"]]
         assert (await http.request("GET", f"http://vendor.example:{server.port}/")).status == 200
@@ -266,7 +266,7 @@ async def test_failures_say_whether_the_request_may_have_arrived() -> None:
 @pytest.mark.parametrize(
     "url", ["", "vendor.example", "ftp://vendor.example/", "file:///etc/passwd", "http://", "http://[::1"]
 )
-async def test_what_is_no_web_address_is_refused(url: str) -> None:
+async def test_a_text_that_is_not_a_web_address_is_refused(url: str) -> None:
     async with outgoing() as http:
         with pytest.raises(InvalidMessage) as refused:
             await http.request("GET", url)
@@ -290,7 +290,7 @@ async def test_a_header_that_is_not_allowed_is_refused_and_not_shown(value: str)
         assert server.heads == []
 
 
-async def test_a_span_tells_of_the_request_and_holds_no_secret(spans: InMemorySpanExporter) -> None:
+async def test_a_span_describes_the_request_and_holds_no_secret(spans: InMemorySpanExporter) -> None:
     async with serving() as server, outgoing() as http:
         with telemetry.span("deliver"):
             await http.request(
@@ -342,7 +342,7 @@ async def test_nothing_of_a_request_is_logged(caplog: pytest.LogCaptureFixture) 
     assert "hunter2" not in caplog.text
 
 
-async def test_a_library_that_closes_its_client_closes_nobody_elses_connections() -> None:
+async def test_a_library_that_closes_its_client_does_not_close_shared_connections() -> None:
     async with serving() as server, outgoing() as http:
         async with http.client() as client:
             await client.get(server.url)
@@ -350,7 +350,7 @@ async def test_a_library_that_closes_its_client_closes_nobody_elses_connections(
 
 
 def certified(name: str, folder: Path) -> ssl.SSLContext:
-    """A server's TLS for `name`, by an authority whose certificate is put at ``ca.pem``."""
+    """TLS of a server for `name`, signed by an authority whose certificate is written to ``ca.pem``."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     certificate = (

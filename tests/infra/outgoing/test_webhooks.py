@@ -1,4 +1,4 @@
-"""Standard Webhooks, judged by the specification's own package."""
+"""Standard Webhooks, checked with the specification's own package."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_another_body_is_refused() -> None:
 
 
 @pytest.mark.parametrize("sign_of_time", [1, -1])
-def test_what_was_signed_more_than_five_minutes_away_is_refused(sign_of_time: int) -> None:
+def test_a_signature_more_than_five_minutes_old_or_early_is_refused(sign_of_time: int) -> None:
     assert verify(SECRET, HEADERS, BODY, AT + sign_of_time * timedelta(seconds=300)) == ID
     with pytest.raises(Unauthenticated, match="webhook-timestamp"):
         verify(SECRET, HEADERS, BODY, AT + sign_of_time * timedelta(seconds=301))

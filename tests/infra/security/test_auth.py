@@ -17,7 +17,7 @@ agent, billing = Callers(SECRET, "agent"), Callers(SECRET, "billing")
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The makers' clock; the verifier has the real one."""
+    """The clock of the process that makes tokens; the verifier has the real clock."""
     now = [time.time()]
     monkeypatch.setattr(time, "time", lambda: now[0])
     return now
@@ -50,7 +50,7 @@ def test_an_old_token_is_refused(clock: list[float]) -> None:
         billing.verify(Callers(SECRET, "agent").token("billing"))
 
 
-def test_a_token_that_was_good_is_not_read_again_until_it_runs_out(
+def test_a_verified_token_is_not_verified_again_before_it_expires(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callers = Callers(SECRET, "billing")
@@ -67,7 +67,7 @@ def test_a_token_that_was_good_is_not_read_again_until_it_runs_out(
         callers.verify(token)
 
 
-def test_tokens_that_have_run_out_do_not_pile_up(clock: list[float]) -> None:
+def test_expired_tokens_do_not_accumulate(clock: list[float]) -> None:
     callers = Callers(SECRET, "billing")
     for _ in range(250):
         clock[0] += 0.001
@@ -88,7 +88,7 @@ def test_a_token_is_kept_for_half_its_life_and_not_over_a_jump_of_the_clock(cloc
     assert callers.token("billing") != second
 
 
-def test_an_identity_is_told_with_its_key_and_one_of_an_older_version_without() -> None:
+def test_an_identity_has_its_key_and_one_of_an_older_version_has_none() -> None:
     identities = Identities(SECRET)
     who = Identity("member:m1", "t1", frozenset(("read",)), "k1")
     assert identities.verify(identities.token(who)) == who

@@ -1,4 +1,4 @@
-"""What is sealed opens only where it belongs."""
+"""A sealed value opens only for its own purpose and context."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_another_process_with_the_same_key_opens_it(cipher: Cipher) -> None:
         ("idempotency", "tenant", "channel"),
     ],
 )
-def test_for_anything_else_it_does_not_open(cipher: Cipher, context: tuple[str, ...]) -> None:
+def test_it_does_not_open_for_another_purpose_or_context(cipher: Cipher, context: tuple[str, ...]) -> None:
     sealed = cipher.seal("secret", "credentials", "tenant", "channel")
     with pytest.raises(InvalidMessage, match="sealed"):
         cipher.open(sealed, *context)
@@ -51,14 +51,14 @@ def test_no_byte_of_it_can_be_changed(cipher: Cipher) -> None:
             cipher.open(short, "credentials")
 
 
-def test_a_former_master_key_is_told_from_a_change(cipher: Cipher) -> None:
+def test_another_master_key_is_distinguished_from_a_changed_value(cipher: Cipher) -> None:
     sealed = Cipher(base64.b64encode(os.urandom(32)).decode()).seal("secret", "credentials")
     with pytest.raises(RuntimeError, match="another master key"):
         cipher.open(sealed, "credentials")
 
 
 @pytest.mark.parametrize("text", ["", "short", base64.b64encode(b"x" * 31).decode(), "!" * 44, "ü" * 44])
-def test_a_master_key_of_another_form_is_refused_and_not_shown(text: str) -> None:
+def test_a_malformed_master_key_is_refused_and_not_shown(text: str) -> None:
     with pytest.raises(ValueError, match="base64 of 32 bytes") as refused:
         read_key(text)
     assert not text or text not in str(refused.value)

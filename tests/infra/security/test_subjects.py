@@ -1,4 +1,4 @@
-"""A person's content goes with that person's key."""
+"""A person's content is erased with that person's key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def erase(database: Database, tenant_id: str, subject_id: str) -> None:
         await erasure("sample_desk").handler(SubjectErased(tenant_id=tenant_id, subject_id=subject_id), tx)
 
 
-async def test_the_key_is_the_same_each_time_and_another_for_everybody(desk: Database, keys: SubjectKeys) -> None:
+async def test_each_subject_has_one_key_of_its_own(desk: Database, keys: SubjectKeys) -> None:
     subject = uuid4().hex
     async with desk.begin() as tx:
         sealed = (await keys.key(tx, "t1", subject)).seal("hello", "event-1")
@@ -51,7 +51,7 @@ async def test_transactions_at_once_make_one_key(desk: Database, keys: SubjectKe
         assert [key.open(one) for one in sealed] == [str(n) for n in range(8)]
 
 
-async def test_a_key_lies_in_the_database_sealed_for_its_subject(desk: Database, keys: SubjectKeys) -> None:
+async def test_a_key_is_stored_sealed_for_its_subject(desk: Database, keys: SubjectKeys) -> None:
     mine, other = uuid4().hex, uuid4().hex
     async with desk.begin() as tx:
         await keys.key(tx, "t1", mine)

@@ -1,4 +1,4 @@
-"""The sample's history, and its ledger live in the test's own process: what a replay builds anew."""
+"""The sample's history, and its live ledger in the test's own process, which a replay rebuilds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tooling.testing.sample.ledger.handlers import count_notes
 
 class _Front:
     async def Seen(self, request: object) -> None:
-        """What the ledger tells the front is of no interest here."""
+        """The front, which these tests ignore."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Ledger:
 
 @dataclass
 class History:
-    """Facts written by the desk, what the ledger made of them, and the means to replay it."""
+    """Facts written by the desk, the ledger's tables made from them, and functions to replay them."""
 
     admin: AsyncEngine
     desk: Database
@@ -62,12 +62,12 @@ class History:
             return await sql(connection, statement, *arguments)
 
     async def caught_up(self) -> None:
-        """Waits until the ledger has handled, or set aside, all that the desk has written."""
+        """Waits until each fact of the desk is handled by the ledger or is its dead letter."""
 
         async def nothing_left() -> bool:
             [(written,)] = await self.sql("SELECT count(*) FROM sample_desk.event")
             [(handled,)] = await self.sql("SELECT count(*) FROM inbox WHERE consumer = 'sample_ledger'")
-            # What is discarded is in the inbox too.
+            # A discarded message is in the inbox too.
             [(aside,)] = await self.sql(
                 "SELECT count(*) FROM dead_letter WHERE state IN ('failed', 'waiting') AND source = 'kafka'"
             )
@@ -76,7 +76,7 @@ class History:
         await until(nothing_left)
 
     async def effects(self, book: str) -> list[tuple[int, int]]:
-        """(number of the note, how many the ledger had counted with it), in the order of counting."""
+        """(number of the note, the ledger's count after it), in the order of counting."""
         rows = await self.sql("SELECT number, nth FROM effect WHERE notebook = $1 ORDER BY nth", book)
         return [(number, nth) for number, nth in rows]
 

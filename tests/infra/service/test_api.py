@@ -1,4 +1,4 @@
-"""The base of administrative HTTP: who may what, errors that name the field, pages, and one answer per key."""
+"""The base of administrative HTTP: scopes, errors that name the field, pages, and one answer per idempotency key."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Thing(BaseModel):
 
 @dataclass
 class Parts:
-    """What of the runtime these routes use."""
+    """The parts of the runtime that these routes use."""
 
     identities: Identities
     cipher: Cipher
@@ -132,7 +132,7 @@ async def test_a_client_without_the_scope_is_refused_and_told_which_one_is_missi
     assert (await client.request(method, path, headers=identity("t1", scope), **cast(Any, body))).status_code < 300
 
 
-async def test_only_the_operator_may_what_is_the_platforms_and_nothing_that_is_a_tenants(
+async def test_operator_routes_refuse_tenants_and_tenant_routes_refuse_the_operator(
     client: httpx.AsyncClient,
 ) -> None:
     assert (await client.get("/operator")).status_code == 403
@@ -141,7 +141,7 @@ async def test_only_the_operator_may_what_is_the_platforms_and_nothing_that_is_a
     assert (await client.get("/anyone", headers=identity(""))).status_code == 200
 
 
-async def test_without_an_identity_or_with_a_forged_one_nobody_is_let_in(client: httpx.AsyncClient) -> None:
+async def test_a_missing_or_forged_identity_is_refused(client: httpx.AsyncClient) -> None:
     del client.headers[IDENTITY_HEADER]
     assert (await client.get("/anyone")).status_code == 401
     forged = identity(secret="another secret, of 32 characters or more")
@@ -169,7 +169,7 @@ async def test_a_wrong_body_is_a_problem_that_names_the_field(client: httpx.Asyn
     assert [error["field"] for error in answer.json()["errors"]] == [field]
 
 
-async def test_a_body_of_another_type_than_json_is_refused_as_that(client: httpx.AsyncClient) -> None:
+async def test_a_body_of_another_type_than_json_is_refused_as_such(client: httpx.AsyncClient) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         answer = await client.post("/things", content='{"name": "a"}', headers={"content-type": kind})
         assert (answer.status_code, answer.json()["detail"]) == (415, "content-type: must be application/json"), kind
@@ -215,7 +215,7 @@ async def test_a_key_with_another_body_is_refused_and_other_tenants_keys_are_oth
         assert (await client.post("/things", json={"name": "a"}, headers={"Idempotency-Key": wrong})).status_code == 422
 
 
-async def test_what_failed_is_not_remembered(client: httpx.AsyncClient, made: Made) -> None:
+async def test_a_failed_answer_is_not_remembered(client: httpx.AsyncClient, made: Made) -> None:
     key = {"Idempotency-Key": "k-3"}
     made.fail = True
     assert (await client.post("/things", json={"name": "a"}, headers=key)).status_code == 409

@@ -53,7 +53,7 @@ async def failed(desk: Database, tenant: str | None) -> str:
     return str(id_)
 
 
-async def test_a_dead_letter_is_listed_read_and_discarded_and_the_act_names_who_asked(
+async def test_a_dead_letter_is_listed_read_and_discarded_and_the_audit_names_the_operator(
     stub: ops_pb2_grpc.OperationsStub, desk: Database
 ) -> None:
     id_ = await failed(desk, "t1")
@@ -73,7 +73,7 @@ async def test_a_dead_letter_is_listed_read_and_discarded_and_the_act_names_who_
     assert id_ not in [letter.id for letter in (await stub.ListDeadLetters(ops_pb2.ListDeadLettersRequest())).items]
 
 
-async def test_a_tenant_neither_sees_nor_touches_what_is_anothers(
+async def test_a_tenant_neither_sees_nor_changes_another_tenants_dead_letters(
     stub: ops_pb2_grpc.OperationsStub, desk: Database
 ) -> None:
     mine, other, platforms = await failed(desk, "t1"), await failed(desk, "t2"), await failed(desk, None)
@@ -87,7 +87,7 @@ async def test_a_tenant_neither_sees_nor_touches_what_is_anothers(
             await stub.DiscardDeadLetter(ops_pb2.DiscardDeadLetterRequest(id=id_), metadata=as_t1)
         with pytest.raises(NotFound):
             await stub.RedriveDeadLetters(ops_pb2.RedriveDeadLettersRequest(ids=[id_]), metadata=as_t1)
-    # Without ids: all that are open, of this tenant.
+    # Without ids it means all failed dead letters of this tenant.
     reply = await stub.RedriveDeadLetters(ops_pb2.RedriveDeadLettersRequest(), metadata=as_t1)
     assert reply.redriven == 1
     states = {
@@ -115,6 +115,6 @@ async def test_the_outbox_is_counted_by_message_published_or_not_and_by_tenant(
     assert (await stub.CountOutbox(request, metadata=rpc.tenant_metadata("t2"))).produced == 2
 
 
-async def test_an_id_that_is_none_is_named(stub: ops_pb2_grpc.OperationsStub) -> None:
+async def test_a_malformed_id_is_named(stub: ops_pb2_grpc.OperationsStub) -> None:
     with pytest.raises(InvalidMessage, match="id: must be a UUID"):
         await stub.GetDeadLetter(ops_pb2.GetDeadLetterRequest(id="7"))

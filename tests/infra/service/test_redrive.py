@@ -1,4 +1,4 @@
-"""The drainer beside operators and other drainers: the head of a key first, whoever else looks at it."""
+"""The drainer beside operators and other drainers: the head of a key is always handled first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUP = "sample_ledger"
 
 
 class Ledger:
-    """Notes what it was given; fails as it is told to."""
+    """A handler that records its messages and raises the given errors."""
 
     def __init__(self) -> None:
         self.got: list[tuple[str, int]] = []
@@ -89,7 +89,7 @@ async def waits_for_a_lock(database: Database) -> None:
         await until(lambda: sql(connection, "SELECT 1 FROM pg_locks WHERE NOT granted"), seconds=30)
 
 
-async def test_a_head_that_somebody_has_locked_is_waited_for_and_not_passed_over(
+async def test_a_locked_head_is_waited_for_and_not_skipped(
     ledger_database: Database, ledger: Ledger, drainer: Drainer
 ) -> None:
     await parked(ledger_database, "locked", "redriving", "waiting")
@@ -107,9 +107,7 @@ async def test_a_head_that_somebody_has_locked_is_waited_for_and_not_passed_over
     assert ledger.got == [("locked", 1), ("locked", 2)]
 
 
-async def test_a_key_whose_last_letter_somebody_has_locked_stays_parked(
-    ledger_database: Database, drainer: Drainer
-) -> None:
+async def test_a_key_with_a_locked_last_letter_stays_parked(ledger_database: Database, drainer: Drainer) -> None:
     await parked(ledger_database, "last", "waiting")
     async with ledger_database.begin() as operator:
         await operator.sql("SELECT FROM dead_letter WHERE key = 'last' FOR UPDATE")
@@ -124,10 +122,10 @@ async def test_a_key_whose_last_letter_somebody_has_locked_stays_parked(
         pass
 
 
-async def test_a_failure_does_not_undo_what_another_drainer_did_meanwhile(
+async def test_a_failure_does_not_undo_the_success_of_another_drainer(
     ledger_database: Database, ledger: Ledger, drainer: Drainer
 ) -> None:
-    """Between its rollback and its note of the failure the letter is anybody's."""
+    """Between the rollback and the recorded failure, another drainer may handle the dead letter."""
     await parked(ledger_database, "raced", "waiting")
     letter = {"id": None, "consumer": GROUP, "state": "waiting"}
     async with ledger_database.begin() as tx:
@@ -159,16 +157,16 @@ async def test_two_drainers_keep_the_order_of_every_key(
         assert not await tx.sql("SELECT key FROM parked_key")
 
 
-async def test_keys_whose_letters_are_through_are_unparked_without_a_pause(
+async def test_keys_without_open_letters_are_unparked_without_a_pause(
     ledger_database: Database, drainer: Drainer
 ) -> None:
-    """`step` says that there was something to do, so `run` does not go to sleep between two keys."""
+    """`step` returns True for an unparked key, so that `run` does not pause between two keys."""
     for n in range(3):
         await parked(ledger_database, f"done {n}")
     assert [await drainer.step() for _ in range(4)] == [True, True, True, False]
 
 
-async def test_what_could_not_be_published_goes_out_again_from_a_service_that_consumes_nothing(
+async def test_a_dead_letter_of_the_outbox_is_redriven_in_a_service_without_subscriptions(
     ledger_database: Database,
 ) -> None:
     id_ = uuid7()

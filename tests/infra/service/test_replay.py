@@ -1,4 +1,4 @@
-"""A projection rebuilt from Kafka beside the live one, compared with it and put in its place, while messages come."""
+"""A projection is rebuilt from Kafka beside the live one, compared with it and switched, while messages arrive."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def book(name: str) -> str:
     return f"{name} {uuid4().hex[:8]}"
 
 
-async def test_what_is_rebuilt_equals_what_is_live_and_takes_its_place(
+async def test_the_rebuilt_tables_equal_the_live_ones_and_replace_them(
     history: History, sample: SampleDatabase
 ) -> None:
     for statement in (
@@ -84,7 +84,7 @@ async def test_what_is_rebuilt_equals_what_is_live_and_takes_its_place(
         async with engine.connect() as connection:
             await sql(connection, "SELECT * FROM total")
     await engine.dispose()
-    # The live consumer goes on in the new tables, where the old ones ended.
+    # The live consumer continues in the new tables at the end of the old ones.
     await history.write(one, "e")
     await history.caught_up()
     assert await history.effects(one) == [(1, 1), (2, 2), (3, 3), (4, 4)]
@@ -117,7 +117,7 @@ async def test_the_live_consumer_neither_doubles_nor_skips_while_a_replay_runs(h
         assert await history.effects(name) == [(n, n) for n in range(1, rounds + 1)]
 
 
-async def test_a_table_that_was_tampered_with_is_different_and_stays_unless_one_insists(history: History) -> None:
+async def test_a_changed_table_is_different_and_stays_unless_the_switch_is_forced(history: History) -> None:
     name = book("tampered")
     await history.write(name, "four")
     await history.caught_up()
@@ -128,7 +128,7 @@ async def test_a_table_that_was_tampered_with_is_different_and_stays_unless_one_
     assert equal(rebuilt) == {"total": False, "effect": True}
     assert not rebuilt.switched
     assert await history.sql(letters, name) == [(40,)]
-    # What was rebuilt is there to be looked at.
+    # The rebuilt table stays for inspection.
     assert await history.sql(letters.replace("total", "sample_ledger_rebuild.total"), name) == [(4,)]
 
     assert (await history.from_kafka(switch_unequal=True)).switched
@@ -157,7 +157,7 @@ async def test_repeats_in_the_log_change_nothing(history: History) -> None:
     assert await history.effects(name) == [(1, 1), (2, 2), (3, 3)]
 
 
-async def test_what_is_parked_or_discarded_is_not_applied(history: History) -> None:
+async def test_parked_and_discarded_records_are_not_applied(history: History) -> None:
     name, bad = book("parked"), uuid4().hex
     history.ledger.refused.add(bad)
     await history.write(name, "good", bad, "behind")
@@ -178,7 +178,7 @@ async def _counted(history: History, name: str, number: int) -> bool:
     return any(n == number for n, _ in await history.effects(name))
 
 
-async def test_what_is_redriven_while_the_replay_runs_is_applied_in_its_order(history: History) -> None:
+async def test_records_redriven_during_the_replay_are_applied_in_order(history: History) -> None:
     name, bad = book("redriven"), uuid4().hex
     history.ledger.refused.add(bad)
     await history.write(name, bad, "behind")
@@ -203,7 +203,7 @@ async def test_nothing_is_redriven_between_comparison_and_switch(history: Histor
     class Watched(Replay):
         async def _finish(self, *arguments: Any) -> Rebuilt:
             for table in ("parked_key", "dead_letter"):
-                # As the drainer's and the operator's SELECT … FOR UPDATE would.
+                # As SELECT … FOR UPDATE of the drainer and the operator does.
                 with pytest.raises(DBAPIError) as refused:
                     await history.sql(f"LOCK TABLE {table} IN ROW SHARE MODE NOWAIT")
                 assert isinstance(refused.value.orig, BaseException)
@@ -215,7 +215,7 @@ async def test_nothing_is_redriven_between_comparison_and_switch(history: Histor
     assert held == ["parked_key", "dead_letter"]
 
 
-async def test_two_replays_of_a_service_do_not_meet(history: History) -> None:
+async def test_a_second_replay_of_a_service_is_refused(history: History) -> None:
     class Interrupted(Replay):
         async def _hold(self, *arguments: Any) -> Any:
             with pytest.raises(Conflict, match="another replay of sample_ledger is running"):
@@ -225,7 +225,7 @@ async def test_two_replays_of_a_service_do_not_meet(history: History) -> None:
     assert equal(await history.from_kafka(history.new(Interrupted))) == {"total": True, "effect": True}
 
 
-async def test_progress_is_told(history: History) -> None:
+async def test_progress_is_reported(history: History) -> None:
     await history.write(book("progress"), "a", "b")
     await history.caught_up()
     told: list[tuple[int, int]] = []
@@ -282,14 +282,14 @@ async def test_a_handler_publishes_calls_and_appends_nothing(history: History) -
     assert calls == []
 
 
-async def test_what_is_no_projection_is_refused(history: History) -> None:
+async def test_a_subscription_that_is_not_a_projection_is_refused(history: History) -> None:
     with pytest.raises(Conflict, match="is not a projection"):
         history.new(subscription=SAMPLE_EVENTS.batch(group="sample_ledger")(history.ledger.count))
     with pytest.raises(Conflict, match="is not a projection"):
         history.new(subscription=SAMPLE_WORK.worker(prefetch=1)(history.ledger.count))
 
 
-async def test_a_table_with_what_the_switch_would_lose_is_refused(history: History) -> None:
+async def test_a_table_with_attachments_is_refused(history: History) -> None:
     await history.sql("CREATE VIEW long_books AS SELECT notebook FROM total WHERE notes > 10")
     try:
         with pytest.raises(Conflict, match=r"total cannot be switched.*view long_books"):
@@ -298,6 +298,6 @@ async def test_a_table_with_what_the_switch_would_lose_is_refused(history: Histo
         await history.sql("DROP VIEW long_books")
 
 
-async def test_a_topic_that_is_not_there_is_said_so(history: History) -> None:
+async def test_a_missing_topic_is_reported(history: History) -> None:
     with pytest.raises(Conflict, match=r"elsewhere\.sample\.events does not exist"):
         await history.new().from_kafka(history.buses.kafka, prefix="elsewhere.")

@@ -1,4 +1,4 @@
-"""A projection rebuilt from the owner's event store, also where Kafka no longer has its beginning."""
+"""A projection is rebuilt from the owner's event store, even if Kafka has lost its first records."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def test_it_equals_the_live_tables_though_the_topic_lost_its_beginning(his
     assert await history.effects(name) == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
-async def test_what_the_live_consumer_set_aside_is_not_applied(history: History) -> None:
+async def test_dead_letters_of_the_live_consumer_are_not_applied(history: History) -> None:
     name, bad = book("set aside"), uuid4().hex
     history.ledger.refused.add(bad)
     await history.write(name, bad, "behind")
@@ -63,7 +63,7 @@ async def test_what_the_live_consumer_set_aside_is_not_applied(history: History)
 
 async def test_facts_that_the_live_consumer_has_not_seen_are_left_to_it(history: History) -> None:
     name = book("unseen")
-    # In the store, but never sent: as it is while the relay or the consumer is behind.
+    # In the store but never sent, as while the relay or the consumer is behind.
     async with history.desk.begin() as tx:
         unseen = NewEvent(NOTEBOOK.stream(name), uuid7(), NoteWritten(1, "unseen"), None)
         await append(await tx.connection(), [unseen], {})
@@ -74,14 +74,14 @@ async def test_facts_that_the_live_consumer_has_not_seen_are_left_to_it(history:
         await history.sql("DELETE FROM sample_desk.event WHERE stream_id = $1", f"notebook:{name}")
 
 
-async def test_what_is_older_than_the_inbox_remembers_counts_as_handled(history: History) -> None:
+async def test_a_fact_older_than_the_inbox_keeps_ids_counts_as_handled(history: History) -> None:
     name = book("ancient")
     then = utcnow() - timedelta(days=200)
     id_ = UUID(int=int(then.timestamp() * 1000) << 80 | uuid7().int & (1 << 80) - 1)
     async with history.desk.begin() as tx:
         tx.append(NOTEBOOK.stream(name), NoteWritten(1, "ancient"), event_id=id_)
     await until(lambda: history.effects(name))
-    # What maintenance does with a month that ended 120 days ago.
+    # Maintenance does this with a month that ended 120 days ago.
     floor = "sample_ledger.uuid7_floor(now() - interval '199 days')"
     try:
         forgotten = await history.sql(f"DELETE FROM inbox WHERE message_id < {floor} RETURNING message_id")

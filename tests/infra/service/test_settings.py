@@ -1,4 +1,4 @@
-"""What a service says about an environment that it cannot use."""
+"""The errors of a service about an environment that it cannot use."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_complete_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings.retention_days == 30
 
 
-def test_every_wrong_variable_is_named_with_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLAW_KAFKA_BOOTSTRAP_SERVERS")
     monkeypatch.setenv("CLAW_REDIS_URL", "")
     monkeypatch.setenv("CLAW_HTTP_PORT", "eighty")

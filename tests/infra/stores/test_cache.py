@@ -1,4 +1,4 @@
-"""The cache as its users see it, also while it is away."""
+"""Rate limits and pub/sub over Redis, also while Redis is away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from infra.stores.cache import Cache
 from tooling.testing.proxy import FaultProxy
 from tooling.testing.stack import Stack
 
-# As the local stack gives them to a service.
+# The rights of a service's account in the local stack.
 RIGHTS = ("~*", "&*", "+@all", "-@admin", "-@dangerous")
 
 
@@ -51,7 +51,7 @@ def here(redis: Redis) -> Cache:
     return Cache(redis)
 
 
-async def test_a_limit_binds_each_by_itself_and_says_when_to_come_again(here: Cache, redis: Redis) -> None:
+async def test_each_limit_is_counted_alone_and_tells_the_time_to_wait(here: Cache, redis: Redis) -> None:
     address = uuid4().hex
     for _ in range(3):
         await here.limit(address, "login", times=3, seconds=60)
@@ -112,7 +112,7 @@ async def test_a_listener_hears_again_after_the_connection_was_lost(here: Cache,
         assert await again == (f"other:{name}", b"\xff")
 
 
-async def test_a_listener_notices_a_connection_that_died_without_a_word(
+async def test_a_listener_notices_a_connection_that_was_lost_without_notice(
     here: Cache, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "SILENCE_SECONDS", 0.2)

@@ -89,7 +89,7 @@ async def test_the_path_may_be_made_of_the_checksum(objects: Objects) -> None:
     await objects.delete(stored.path)
 
 
-async def test_anybody_can_download_by_the_url_as_a_file_and_not_as_a_page(objects: Objects) -> None:
+async def test_anyone_can_download_with_the_url_as_a_file_and_not_as_a_page(objects: Objects) -> None:
     path = f"u1/documents/{uuid4().hex}_{safe_name('页 &.html')}"
     await objects.upload(DOCUMENT, pieces(b"<html>x</html>"), name="x", user_id="u1", path=lambda _: path)
     url = await objects.download_url(path)
@@ -112,7 +112,7 @@ async def test_a_changed_object_is_not_given_out(objects: Objects, judge: Minio)
     await objects.delete(stored.path)
 
 
-async def test_what_is_too_large_is_refused_while_it_comes_in(objects: Objects) -> None:
+async def test_a_file_that_is_too_large_is_refused_while_it_is_received(objects: Objects) -> None:
     taken = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -150,7 +150,7 @@ async def test_a_damaged_archive_is_refused(objects: Objects) -> None:
         (PACKAGE, b"%PDF-1.7", "package.zip"),
     ],
 )
-async def test_the_type_is_judged_by_the_content_whatever_the_name_says(
+async def test_the_type_comes_from_the_content_and_not_from_the_name(
     objects: Objects, kind: Kind, content: bytes, name: str
 ) -> None:
     with pytest.raises(WrongType):
@@ -178,7 +178,7 @@ async def test_the_type_is_judged_by_the_content_whatever_the_name_says(
         (PACKAGE, archive("me.json"), "application/zip"),
     ],
 )
-async def test_what_a_kind_takes_is_stored_with_its_type(
+async def test_an_allowed_file_is_stored_with_its_type(
     objects: Objects, kind: Kind, content: bytes, type_: str
 ) -> None:
     stored = await upload(objects, kind, content)

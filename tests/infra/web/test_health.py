@@ -19,7 +19,7 @@ READY = ("/readyz", "/api/health/dependencies")
 
 
 class Dependency:
-    """Something that can be up, down or silent, and counts how often it was asked."""
+    """A dependency that can be up, down or silent, and counts its checks."""
 
     def __init__(self) -> None:
         self.state = "up"
@@ -70,7 +70,7 @@ async def test_dependencies_have_exactly_the_required_shape(client: httpx.AsyncC
 
 
 @pytest.mark.parametrize("state", ["down", "silent"])
-async def test_a_dependency_that_fails_makes_it_unready_and_not_dead(
+async def test_a_failed_dependency_makes_the_process_unready_and_not_dead(
     client: httpx.AsyncClient, health: Health, state: str
 ) -> None:
     postgres = Dependency()
@@ -116,14 +116,14 @@ async def test_many_probes_ask_a_dependency_once(
     assert postgres.asked == 1
 
 
-async def test_a_drain_makes_it_unready_and_not_dead(client: httpx.AsyncClient, health: Health) -> None:
+async def test_a_drain_makes_the_process_unready_and_not_dead(client: httpx.AsyncClient, health: Health) -> None:
     health.drain()
     assert (await client.get("/readyz")).json()["status"] == "draining"
     assert await statuses(client, READY) == {503}
     assert await statuses(client, ALIVE) == {200}
 
 
-async def test_a_part_that_is_stuck_makes_it_dead_and_is_named(client: httpx.AsyncClient, health: Health) -> None:
+async def test_a_stuck_part_makes_the_process_dead_and_is_named(client: httpx.AsyncClient, health: Health) -> None:
     moving = [True]
     health.add_probe("consumer billing", lambda: moving[0])
     assert (await client.get("/api/health")).json() == {"status": "ok", "version": "1.2.3", "uptime": 0}

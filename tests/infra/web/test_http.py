@@ -71,7 +71,7 @@ ERRORS: dict[str, tuple[Exception, int]] = {
 
 
 class App:
-    """A served application that can be told to wait."""
+    """A served application whose route can be made to wait."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
@@ -120,7 +120,7 @@ class App:
 
 
 class Exporter(InMemorySpanExporter):
-    """Says when a span has arrived."""
+    """An exporter that signals each span."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ async def test_only_json_is_taken(client: httpx.AsyncClient, content_type: str |
 
 
 async def raw(server: HttpServer, request: bytes) -> tuple[int, bytes]:
-    """Sends bytes as they are, and reads the answer to its end."""
+    """Sends raw bytes, and reads the answer to its end."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(request)
     await writer.drain()
@@ -315,7 +315,7 @@ async def test_a_mounted_route_is_named_in_full(client: httpx.AsyncClient, expor
     assert span.name == "GET /mounted/{x}"
 
 
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(
+async def test_a_broken_off_answer_is_not_taken_for_a_complete_one(
     client: httpx.AsyncClient, app: App, exporter: Exporter
 ) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
@@ -326,7 +326,7 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(
     assert span.status.status_code is StatusCode.ERROR
 
 
-async def test_a_client_that_leaves_is_no_error(server: HttpServer, app: App, exporter: Exporter) -> None:
+async def test_a_client_that_leaves_is_not_an_error(server: HttpServer, app: App, exporter: Exporter) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(b"POST /orders/1 HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{")
     await writer.drain()
@@ -359,7 +359,7 @@ async def test_stopping_lets_requests_finish_and_takes_no_more(
     await stopping
 
 
-async def test_what_does_not_finish_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_does_not_finish_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "DRAIN_SECONDS", 0.1)
     server = await serve_http(create_app(app.routes(), app.health, app.metrics), 0)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
@@ -405,7 +405,7 @@ async def closed(client: ClientConnection) -> int | None:
 
 
 @pytest.mark.parametrize("how", ERRORS)
-async def test_until_it_is_accepted_a_sockets_errors_are_problems(
+async def test_errors_before_a_socket_is_accepted_are_problems(
     server: HttpServer, app: App, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     status = ERRORS[how][1]
@@ -422,7 +422,7 @@ async def test_until_it_is_accepted_a_sockets_errors_are_problems(
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/slow", "/health"])
-async def test_a_socket_where_there_is_none_is_not_found(server: HttpServer, path: str) -> None:
+async def test_a_socket_on_an_unknown_path_is_not_found(server: HttpServer, path: str) -> None:
     with pytest.raises(InvalidStatus) as refused:
         async with opened(server, path):
             pass
@@ -456,7 +456,7 @@ async def test_a_message_may_be_as_large_as_a_body_and_no_larger(server: HttpSer
         assert await closed(client) == 1009
 
 
-async def test_a_socket_that_gives_no_sign_of_life_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_socket_that_does_not_answer_pings_is_closed(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "PING_SECONDS", 0.1)
     monkeypatch.setattr(http, "PONG_SECONDS", 0.2)
     server = await serve_http(create_app(app.routes(), app.health, app.metrics), 0)
@@ -474,12 +474,12 @@ async def test_a_socket_that_gives_no_sign_of_life_is_cut_off(app: App, monkeypa
         assert frames[6] == 0x88
         assert int.from_bytes(frames[8:10]) == 1011
         writer.close()
-        # The other answers by itself.
+        # The other one answers by itself.
         assert await echoes(other)
     await server.stop()
 
 
-async def test_a_stop_closes_sockets_so_that_clients_come_again(app: App) -> None:
+async def test_a_stop_closes_sockets_so_that_clients_reconnect(app: App) -> None:
     server = await serve_http(create_app(app.routes(), app.health, app.metrics), 0)
     async with opened(server) as client:
         assert await echoes(client)

@@ -1,4 +1,4 @@
-"""Errors as a client sees them."""
+"""Problem documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infra.errors import TooManyRequests, WrongType
 from infra.web.problems import problem
 
 
-def test_who_is_over_the_limit_is_told_when_to_come_again() -> None:
+def test_a_client_over_the_limit_learns_the_time_to_wait() -> None:
     response = problem(TooManyRequests(timedelta(seconds=7), "more than 3 in 60 s"))
     assert (response.status_code, response.headers["retry-after"]) == (429, "7")
 

@@ -52,7 +52,7 @@ ERRORS: dict[str, Exception] = {
 
 
 class Service:
-    """A servicer of bytes: what it was asked, and how it answers."""
+    """A servicer of bytes that records requests and answers as the test asks."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -148,7 +148,7 @@ async def channel(channels: Channels, port: int) -> grpc.aio.Channel:
 
 @pytest.fixture
 async def bare(port: int) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel of a stranger."""
+    """A channel without our interceptors."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
 
@@ -177,7 +177,7 @@ async def test_a_call_without_a_deadline_is_refused(bare: grpc.aio.Channel, serv
 
 
 @pytest.mark.parametrize("token", ["", "stranger", "for another"])
-async def test_a_call_by_nobody_known_is_refused(bare: grpc.aio.Channel, service: Service, token: str) -> None:
+async def test_a_call_without_a_valid_token_is_refused(bare: grpc.aio.Channel, service: Service, token: str) -> None:
     made = Callers(SECRET, "agent").token("billing") if token == "for another" else token
     given = metadata(made) if made else None
     with pytest.raises(grpc.aio.AioRpcError, match="caller token") as caught:
@@ -186,13 +186,11 @@ async def test_a_call_by_nobody_known_is_refused(bare: grpc.aio.Channel, service
     assert service.asked == []
 
 
-async def test_a_call_within_a_call_has_no_longer_than_what_is_left(
-    channel: grpc.aio.Channel, service: Service
-) -> None:
+async def test_a_call_within_a_call_has_only_the_remaining_time(channel: grpc.aio.Channel, service: Service) -> None:
     service.next = channel
     assert await call(channel, b"forward", timeout=3) == b"forwarded"
     assert service.asked == ["forward", "forwarded"]
-    # Without the limit, the inner call's own sixty seconds.
+    # Without the limit it would be the inner call's own sixty seconds.
     assert service.left < 4
 
 
@@ -206,13 +204,13 @@ async def test_an_error_crosses_the_wire(channel: grpc.aio.Channel, how: str) ->
 
 
 @pytest.mark.parametrize("how", ["transient", "later", "database"])
-async def test_what_passes_by_itself_is_transient_to_the_caller(channel: grpc.aio.Channel, how: str) -> None:
+async def test_a_transient_error_is_transient_to_the_caller(channel: grpc.aio.Channel, how: str) -> None:
     with pytest.raises(Transient, match="memory at 127") as caught:
         await call(channel, how.encode())
     assert "hunter2" not in str(caught.value)
 
 
-async def test_an_inner_error_tells_its_trace_and_nothing_else(
+async def test_an_inner_error_shows_its_trace_and_nothing_else(
     channel: grpc.aio.Channel, exporter: InMemorySpanExporter
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -235,7 +233,7 @@ async def test_a_call_that_takes_too_long_is_transient(channel: grpc.aio.Channel
         await call(channel, b"wait", timeout=0.2)
 
 
-async def test_a_service_that_is_not_there_is_transient(channels: Channels) -> None:
+async def test_a_missing_service_is_transient(channels: Channels) -> None:
     with pytest.raises(Transient, match="memory at 127"):
         await call(channels.to("127.0.0.1:1", "memory"), b"x")
 
