@@ -35,8 +35,8 @@ from infra.observe.metrics import Metrics
 from infra.security.auth import Callers
 from infra.web import rpc
 from infra.web.http import Health, create_app, serve_http
-from protos.user.v1 import user_pb2, user_pb2_grpc
 from protos.pubsub import RUN_DELTAS
+from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.ws_gateway.domain import Delta
 from services.ws_gateway.protocol import RunEvent
 from tooling.bench.fanout_ends import frame
