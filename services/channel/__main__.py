@@ -4,7 +4,7 @@ from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
 from services.channel import api, handlers
 from services.channel.publishing import CONVERSATION, DELIVERY
-from services.channel.sending import sender
+from services.channel.sender import sender
 from services.channel.settings import ChannelSettings
 
 service = Service("channel", ChannelSettings)

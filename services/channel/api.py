@@ -23,9 +23,9 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.http import decode_json
 from protos.catalog import CHANNEL_TYPES
-from services.channel import deliveries, webhooks
+from services.channel import delivery_api, webhooks
 from services.channel.accounts import Accounts, Secrets, new_pseudonyms, new_token, token_hash
-from services.channel.agents import Agents
+from services.channel.agent_client import Agents
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Vendor
 
@@ -81,7 +81,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     administration = _router(runtime, secrets, accounts)
     return [
         *webhooks.routes(runtime, accounts),
-        *api("channel", runtime, administration, deliveries.router(runtime)),
+        *api("channel", runtime, administration, delivery_api.router(runtime)),
     ]
 
 
@@ -123,7 +123,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(
                 f"SELECT {_COLUMNS} FROM account WHERE seq > $1 ORDER BY seq LIMIT $2",
-                deliveries.position(paging.after, start=0),
+                delivery_api.position(paging.after, start=0),
                 paging.limit + 1,
             )
         found = page(rows, paging, key=lambda row: str(row[-1]))

@@ -22,7 +22,7 @@ from services.channel import projections
 from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown, Queue
 from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, Words
 from services.channel.publishing import DELIVERY
-from services.channel.sending import NotSendable, Sender, Sent, break_account
+from services.channel.sender import NotSendable, Sender, Sent, break_account
 from services.channel.vendors.base import AccountRefused, Outbound
 
 _log = get_logger("channel.deliveries")

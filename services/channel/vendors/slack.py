@@ -33,7 +33,7 @@ from services.channel.vendors.base import (
     refuse_passing,
     same,
 )
-from services.channel.vendors.text import split
+from services.channel.vendors.splitting import split
 
 # Characters. Slack cuts at 40,000 and asks for no more than this.
 MAX_TEXT = 4_000

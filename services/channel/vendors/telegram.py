@@ -25,7 +25,7 @@ from services.channel.vendors.base import (
     refuse_passing,
     same,
 )
-from services.channel.vendors.text import split, utf16_length
+from services.channel.vendors.splitting import split, utf16_length
 
 _TEMPLATE = "/bot{token}/sendMessage"
 # UTF-16 units.

@@ -27,7 +27,7 @@ from services.channel.vendors.base import (
     Vendor,
     refuse_passing,
 )
-from services.channel.vendors.text import split
+from services.channel.vendors.splitting import split
 
 # Characters; only so that one message stays within what the other side's HTTP server takes.
 MAX_TEXT = 100_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.channel.vendors.text import split, utf16_length
+from services.channel.vendors.splitting import split, utf16_length
 
 
 @given(

@@ -15,7 +15,7 @@ from infra.security.subjects import SubjectKeys
 from infra.stores.cache import Cache
 from services.channel.accounts import Account, Secrets
 from services.channel.domain import Pseudonyms
-from services.channel.sending import Sender
+from services.channel.sender import Sender
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Outbound
 from tooling.testing.platform import MASTER_KEY
