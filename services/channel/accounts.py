@@ -1,4 +1,4 @@
-"""Channel accounts as they are stored and used: found by id or by their webhook's token, secrets opened."""
+"""Channel accounts: their stored form, their secrets, and a cache of accounts by webhook token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from services.channel.domain import Pseudonyms
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Vendor
 
-# How long a process goes on with what it read of an account. What another process changed counts after that.
+# A process may use its cached copy of an account for this long. A change by another process takes effect after it.
 CACHE_SECONDS = 3.0
 CACHE_SIZE = 10_000
 TOKEN_BYTES = 24
@@ -26,7 +26,7 @@ _COLUMNS = "id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, en
 
 
 class Account(NamedTuple):
-    """A channel account with its secrets open. `origin`: where the vendor's API is."""
+    """A channel account with its secrets decrypted."""
 
     id: UUID
     tenant_id: str
@@ -35,12 +35,13 @@ class Account(NamedTuple):
     credentials: Any
     pseudonyms: Pseudonyms
     origin: str
+    """The origin of the vendor's API, such as ``https://slack.com``."""
     enabled: bool
     broken_reason: str | None
 
 
 class Secrets:
-    """Seals and opens what is secret of an account, each value for its account and field."""
+    """Encrypts and decrypts the secret fields of accounts. A value is bound to its account and field."""
 
     def __init__(self, cipher: Cipher) -> None:
         self._cipher = cipher
@@ -68,7 +69,7 @@ class Secrets:
 
 
 def new_token() -> str:
-    """For the path of a webhook; who knows it may try to prove to be the vendor."""
+    """A random token for a webhook path. It hides the path; the signature proves the vendor."""
     return secrets.token_urlsafe(TOKEN_BYTES)
 
 
@@ -81,13 +82,13 @@ def token_hash(token: str) -> bytes:
 
 
 async def read(tx: Tx, secrets_: Secrets, account_id: UUID) -> Account | None:
-    """The account as it is now; None where it was deleted."""
+    """The current account; None if it was deleted."""
     rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE id = $1", account_id)
     return secrets_.account(rows[0]) if rows else None
 
 
 class Accounts:
-    """Accounts by their webhook's path, remembered for seconds. What is not found is asked for again each time."""
+    """Accounts by webhook token, cached for `CACHE_SECONDS`. An unknown token is looked up again each time."""
 
     def __init__(self, database: Database, secrets_: Secrets) -> None:
         self._database = database
@@ -99,7 +100,8 @@ class Accounts:
         now = time.monotonic()
         until, account = self._known.get(hashed, (0.0, None))
         if account is not None and until < now:
-            # One asks; whoever comes meanwhile goes on with what is known, instead of all asking at once.
+            # This request refreshes the entry. Concurrent requests keep the cached account, so that not all of them
+            # query the database at once.
             self._known[hashed] = now + CACHE_SECONDS, account
         if until < now:
             account = await self._read(hashed)
@@ -118,7 +120,7 @@ class Accounts:
         return account
 
     def forget(self, account_id: UUID) -> None:
-        """What was changed here counts here at once."""
+        """Drops the cached account, so that a change made by this process takes effect here at once."""
         for hashed, (_, account) in list(self._known.items()):
             if account.id == account_id:
                 del self._known[hashed]

@@ -1,4 +1,4 @@
-"""What the channel service asks of the agent: whether a tenant has an agent of that id."""
+"""Client of the agent service: checks that a tenant has an agent with a given id."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ TIMEOUT_SECONDS = 3.0
 
 
 class Agents:
-    """`url`: the agent's base."""
+    """`url`: the base URL of the agent service."""
 
     def __init__(self, url: str, identities: Identities) -> None:
         self._url = url
         self._identities = identities
 
     async def check(self, agent_id: UUID, who: Identity) -> None:
-        """Raises InvalidMessage where the tenant has no such agent.
+        """Raises InvalidMessage if the tenant has no such agent.
 
-        While the agent service does not answer any will do: what is written to one that is not there is refused, and
+        If the agent service does not answer, any id is accepted: a message to a missing agent is refused later, and
         its run says why.
         """
         scope = Identity(who.actor, who.tenant_id, frozenset(("read",)))
@@ -33,7 +33,9 @@ class Agents:
             async with httpx.AsyncClient(base_url=self._url, trust_env=False, timeout=TIMEOUT_SECONDS) as http:
                 answer = await http.get(f"/api/v1/agents/{agent_id}", headers=headers)
         except httpx.TransportError as error:
-            get_logger("channel.agents").warning("a channel's agent cannot be checked now", error=describe(error))
+            get_logger("channel.agents").warning(
+                "could not check the agent of a channel; the id is accepted unchecked", error=describe(error)
+            )
             return
         if answer.status_code == 404:
-            raise InvalidMessage("agent_id", "there is no such agent")
+            raise InvalidMessage("agent_id", "is not the id of an agent of this tenant")

@@ -1,4 +1,4 @@
-"""HTTP of channel accounts, and of everything else that channel serves."""
+"""HTTP API of channel accounts, and the list of all routes of the service."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from services.channel.vendors.base import Vendor
 
 _COLUMNS = "id, type, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, seq"
 
-Credentials = Annotated[dict[str, str], Field(description="By type; shown to nobody afterwards.")]
+Credentials = Annotated[
+    dict[str, str], Field(description="The fields depend on the channel type. They are never shown again.")
+]
 
 
 class NewChannel(BaseModel):
-    """`api_base`: an origin that stands in for the vendor's own."""
+    """The body of ``POST /api/v1/channels``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,10 +45,12 @@ class NewChannel(BaseModel):
     agent_id: UUID
     credentials: Credentials
     api_base: str | None = None
+    """An origin that replaces the origin of the vendor's API."""
 
 
 class ChannelChange(BaseModel):
-    """What is not named stays. New credentials, or being enabled again, also repair a broken channel."""
+    """The body of ``PATCH``. Absent fields stay as they are. New credentials or ``enabled: true`` also repair a broken
+    channel."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,7 +60,7 @@ class ChannelChange(BaseModel):
 
 
 class Channel(BaseModel):
-    """`state` is broken where the vendor refuses the account, `broken_reason` says how; nothing is sent meanwhile."""
+    """A channel account as the API shows it."""
 
     id: UUID
     type: str
@@ -65,6 +69,7 @@ class Channel(BaseModel):
     api_base: str | None
     enabled: bool
     state: Literal["active", "broken"]
+    """``broken``: the vendor refuses the account. Nothing is sent until the channel is repaired."""
     broken_reason: str | None
     created_at: datetime
     updated_at: datetime
@@ -91,7 +96,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
 
     @router.post("", status_code=201, response_model=Channel)
     async def create_channel(body: NewChannel, who: Writer, request: Request) -> Response:
-        """Connects an account of a vendor to an agent. The vendor is to call ``webhook_path`` at this address."""
+        """Connects a vendor account to an agent. The vendor must be told to call ``webhook_path`` on this host."""
         vendor = _vendor(body.type)
         credentials = await _checked(runtime.outgoing, vendor, body.credentials)
         api_base = await _origin(runtime.outgoing, vendor, body.api_base)
@@ -119,7 +124,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
 
     @router.get("")
     async def list_channels(who: Reader, paging: Paging) -> ChannelPage:
-        """The tenant's channels, the oldest first."""
+        """The channels of the tenant, oldest first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(
                 f"SELECT {_COLUMNS} FROM account WHERE seq > $1 ORDER BY seq LIMIT $2",
@@ -163,10 +168,10 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
 
     @router.delete("/{channel_id}", status_code=204)
     async def delete_channel(channel_id: UUID, who: Writer) -> None:
-        """Its webhook is gone at once, and what waits to be sent is not sent any more."""
+        """Deletes a channel. Its webhook answers 404 at once. Its queued deliveries fail."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             if not await tx.sql("DELETE FROM account WHERE id = $1 RETURNING id", channel_id):
-                raise NotFound("there is no such channel")
+                raise NotFound("the tenant has no channel with this id")
             audit(tx, who.actor, "channel.delete", "channel", str(channel_id))
         accounts.forget(channel_id)
 
@@ -176,7 +181,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
 async def _get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
     rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE id = $1", channel_id)
     if not rows:
-        raise NotFound("there is no such channel")
+        raise NotFound("the tenant has no channel with this id")
     return _channel(secrets, rows[0])
 
 
@@ -199,14 +204,14 @@ def _channel(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
 
 def _vendor(type_: str) -> Vendor[Any]:
     if type_ not in CHANNEL_TYPES:
-        raise InvalidMessage("type", f"is none of {', '.join(CHANNEL_TYPES)}")
+        raise InvalidMessage("type", f"must be one of {', '.join(CHANNEL_TYPES)}")
     if type_ not in VENDORS:
-        raise InvalidMessage("type", "not available yet")
+        raise InvalidMessage("type", "is not available yet")
     return VENDORS[type_]
 
 
 async def _checked(outgoing: Outgoing, vendor: Vendor[Any], given: dict[str, str]) -> bytes:
-    """The credentials as they are sealed. Raises InvalidMessage naming the field."""
+    """The credentials as JSON, validated for the vendor. Raises InvalidMessage that names the field."""
     try:
         credentials: msgspec.Struct = decode_json(msgspec.json.encode(given), vendor.credentials)
     except InvalidMessage as error:
@@ -220,10 +225,12 @@ async def _origin(outgoing: Outgoing, vendor: Vendor[Any], api_base: str | None)
     if api_base is None:
         return None
     if not vendor.origin:
-        raise InvalidMessage("api_base", f"a {vendor.name} has none; its credentials say where to send")
+        raise InvalidMessage(
+            "api_base", f"does not apply to a {vendor.name} channel; its credentials contain the address"
+        )
     url = urlsplit(api_base)
     if url.path not in ("", "/") or url.query or url.fragment:
-        raise InvalidMessage("api_base", "must be an origin, such as https://host:port, without a path")
+        raise InvalidMessage("api_base", "must be an origin without a path, such as https://host:port")
     await _reachable(outgoing, "api_base", api_base)
     return api_base.removesuffix("/")
 

@@ -1,4 +1,4 @@
-"""HTTP of deliveries: what became of each message that was to be sent."""
+"""HTTP API of deliveries: the state of each outbound message."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ _COLUMNS = "id, channel_id, session_key, run_id, state, reason, vendor_message_i
 
 
 class DeliveryView(BaseModel):
-    """`reason`: of failed and unknown. `unknown`: it was sent, and nobody can know whether the vendor has taken it."""
+    """A delivery as the API shows it."""
 
     id: UUID
     channel_id: UUID
     session_key: str
     run_id: UUID | None
     state: State
+    """``unknown``: the message was sent, but the vendor did not confirm it."""
     reason: str | None
+    """Why the state is ``failed`` or ``unknown``; else null."""
     vendor_message_id: str | None
     created_at: datetime
     updated_at: datetime
@@ -47,7 +49,7 @@ def router(runtime: Runtime) -> APIRouter:
         channel_id: Annotated[UUID | None, Query()] = None,
         state: Annotated[State | None, Query()] = None,
     ) -> DeliveryPage:
-        """The newest first."""
+        """The deliveries of the tenant, newest first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(
                 f"SELECT {_COLUMNS} FROM delivery WHERE seq < $1 AND ($2::uuid IS NULL OR run_id = $2) "
@@ -67,18 +69,18 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(f"SELECT {_COLUMNS} FROM delivery WHERE id = $1", delivery_id)
         if not rows:
-            raise NotFound("there is no such delivery")
+            raise NotFound("the tenant has no delivery with this id")
         return _view(rows[0])
 
     return router
 
 
 def position(cursor: str | None, *, start: int) -> int:
-    """The number of the row behind which a page begins; `start` for the first page."""
+    """The number of the row after which a page begins; `start` for the first page. Raises InvalidMessage."""
     if cursor is None:
         return start
     if not (cursor.isascii() and cursor.isdecimal() and len(cursor) < 19):
-        raise InvalidMessage("cursor", "is none that a list gave")
+        raise InvalidMessage("cursor", "is not a valid cursor")
     return int(cursor)
 
 

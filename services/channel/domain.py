@@ -1,4 +1,4 @@
-"""Conversations and deliveries: pure."""
+"""The pure rules of conversations and deliveries, and the pseudonyms of an account."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ State = Literal["queued", "sent", "delivered", "read", "failed", "unknown"]
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """`queued` is what was asked; None before that. `state` as people are shown it."""
+    """The state of one delivery."""
 
     queued: DeliveryQueued | None = None
+    """The request; None before it was queued."""
     state: State = "queued"
 
 
@@ -51,10 +52,10 @@ Command = Queue | MarkSent | MarkFailed | MarkUnknown
 def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
     asked = delivery.queued
     if isinstance(command, Queue):
-        # Asked again: the first one stands.
+        # A repeated request changes nothing: the first one counts.
         return [] if asked else [command.asked]
     if asked is None or delivery.state != "queued":
-        # Settled is settled: an expiry that comes late does not undo what was sent.
+        # The delivery has already ended: a late expiry must not undo a sent message.
         return []
     about = asked.channel_id, asked.session_key, asked.run_id
     match command:
@@ -83,14 +84,15 @@ def evolve(delivery: Delivery, event: DeliveryEvent) -> Delivery:
 
 
 def count(messages: int, event: MessageTaken) -> int:
-    """A conversation's state: how many messages it has."""
+    """The state of a conversation is the number of its messages."""
     return messages + 1
 
 
 class Pseudonyms:
-    """Our names for a vendor's conversations, people and limits, the same each time and telling nothing without `key`.
+    """Our ids for a vendor's conversations, people and limits: HMAC-SHA256 of the vendor's id.
 
-    `key` is the account's own, so the same person on two accounts is two subjects.
+    They are stable, and they reveal nothing without `key`. Each account has its own key, so the same person on two
+    accounts is two subjects.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -109,6 +111,6 @@ class Pseudonyms:
         return hmac.digest(self._key, f"{kind}\0{vendor_id}".encode(), hashlib.sha256).hex()[:32]
 
 
-def seen_as(channel_id: UUID, vendor_id: str) -> bytes:
-    """What a vendor's id is remembered by: SHA-256, for the id itself may tell of a person."""
+def dedupe_hash(channel_id: UUID, vendor_id: str) -> bytes:
+    """The key under which a vendor's id is deduplicated: SHA-256, because the id itself may identify a person."""
     return hashlib.sha256(channel_id.bytes + vendor_id.encode()).digest()

@@ -1,7 +1,7 @@
-"""The facts that channel stores.
+"""The facts that the channel service stores.
 
-`content` is personal: JSON of `Heard` or of `Words`, sealed with the subject's key for (the event's or the delivery's
-id, ``content``). All else names nobody.
+A field `content` is personal: JSON of `InboundContent` or `OutboundContent`, encrypted with the subject's key. The
+associated data are the id of the event or the delivery, and ``content``. No other field identifies a person.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from uuid import UUID
 import msgspec
 
 
-class Heard(msgspec.Struct, frozen=True):
-    """What a person wrote, with the vendor's ids of conversation, person and message."""
+class InboundContent(msgspec.Struct, frozen=True):
+    """The text of a person's message, with the vendor's ids of the conversation, the person and the message."""
 
     conversation: str
     person: str
@@ -21,8 +21,8 @@ class Heard(msgspec.Struct, frozen=True):
     text: str
 
 
-class Words(msgspec.Struct, frozen=True):
-    """What is to be sent, and where: the vendor's ids of the conversation and of the message that it answers."""
+class OutboundContent(msgspec.Struct, frozen=True):
+    """The text to send, with the vendor's ids of the conversation and of the message that it answers."""
 
     conversation: str
     text: str
@@ -30,7 +30,7 @@ class Words(msgspec.Struct, frozen=True):
 
 
 class MessageTaken(msgspec.Struct, frozen=True):
-    """A message of a conversation, verified and taken. Stream: the conversation, named by its session key."""
+    """A verified message was accepted into its conversation. Stream: the conversation, named by its session key."""
 
     channel_id: UUID
     channel_type: str
@@ -41,7 +41,7 @@ class MessageTaken(msgspec.Struct, frozen=True):
 
 
 class DeliveryQueued(msgspec.Struct, frozen=True):
-    """A message waits to be sent. Stream: the delivery."""
+    """A message was queued for sending. Stream: the delivery."""
 
     channel_id: UUID
     session_key: str
@@ -51,16 +51,17 @@ class DeliveryQueued(msgspec.Struct, frozen=True):
 
 
 class DeliverySent(msgspec.Struct, frozen=True):
-    """The vendor has taken it. vendor_message_id: of its last part, null where the vendor names none."""
+    """The vendor accepted the message."""
 
     channel_id: UUID
     session_key: str
     run_id: UUID | None
     vendor_message_id: str | None
+    """The vendor's id of the last part; null if the vendor gives none."""
 
 
 class DeliveryFailed(msgspec.Struct, frozen=True):
-    """It was refused for good, or not sent at all."""
+    """The vendor refused the message permanently, or it was not sent at all."""
 
     channel_id: UUID
     session_key: str
@@ -69,7 +70,7 @@ class DeliveryFailed(msgspec.Struct, frozen=True):
 
 
 class DeliveryUnknown(msgspec.Struct, frozen=True):
-    """It was sent, and nobody can know whether the vendor has taken it."""
+    """The message was sent, but the vendor did not confirm it."""
 
     channel_id: UUID
     session_key: str

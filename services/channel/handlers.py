@@ -1,4 +1,4 @@
-"""What channel receives, and what its lane of deliveries does."""
+"""Handlers of the messages that the channel service receives, and of its delivery lane."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from services.channel import projections
 from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown, Queue
-from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, Words
+from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, OutboundContent
 from services.channel.publishing import DELIVERY
 from services.channel.sender import NotSendable, Sender, Sent, break_account
 from services.channel.vendors.base import AccountRefused, Outbound
 
 _log = get_logger("channel.deliveries")
 
-# An answer that comes a day late answers nothing any more.
+# A reply that is a day late is of no use.
 EXPIRES = timedelta(hours=24)
 
 
 class DueDelivery(msgspec.Struct, frozen=True):
-    """A delivery's turn in its conversation."""
+    """The item of the delivery lane: it is this delivery's turn in its conversation."""
 
     delivery_id: UUID
 
 
-# One lane a conversation. Only faults of ours use up `retries`: a vendor that is away is waited for.
+# One lane per conversation. Only our own faults count against `retries`: an unavailable vendor is waited for.
 DELIVERIES = Lane("deliveries", DueDelivery)
 
-# What is to be sent and did not come, by conversation.
+# The missing messages of each conversation's outbound sequence.
 GAPS = Lane("delivery gaps", Gap)
 _IN_ORDER = Ordered(GAPS)
 
@@ -48,7 +48,7 @@ erase_subject = erasure("channel")
 
 
 class _Turn(msgspec.Struct, frozen=True):
-    """A delivery that is to stand in its conversation's lane."""
+    """A delivery on its way into the lane of its conversation."""
 
     session_key: str
     delivery_id: UUID
@@ -65,24 +65,24 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
         tx.tenant_id,
     )
     if not rows:
-        raise InvalidMessage("session_key", "is of no conversation of this channel")
+        raise InvalidMessage("session_key", "is not a conversation of this channel")
     [(subject_id,)] = rows
-    words = Words(message.conversation_id, message.text, message.reply_to)
+    words = OutboundContent(message.conversation_id, message.text, message.reply_to)
     try:
         key = await subjects.key(tx, str(tx.tenant_id), subject_id)
         content = key.seal(msgspec.json.encode(words).decode(), str(message.delivery_id), "content")
     except Erased:
-        # Nothing of it may be stored; its turn will find that there is nobody to send it to.
+        # The person was erased, so the text must not be stored. The delivery fails when its turn comes.
         content = b""
     asked = DeliveryQueued(message.channel_id, message.session_key, message.run_id, subject_id, content)
     await _decide(tx, message.delivery_id, Queue(asked))
-    # Since it was asked for: a bus that was away must not make an old answer new.
+    # Counted from the request, so that a broker outage does not extend the life of an old reply.
     turn = _Turn(message.session_key, message.delivery_id, tx.cause.time + EXPIRES)
     await _IN_ORDER.take(tx, message.session_key, message.position, msgspec.json.encode(turn), partial(_line_up, tx))
 
 
 async def _line_up(tx: Tx, parcel: bytes) -> None:
-    """Puts the delivery at the end of its conversation's lane."""
+    """Appends the delivery to the lane of its conversation."""
     turn = msgspec.json.decode(parcel, type=_Turn)
     tx.enqueue(
         DELIVERIES,
@@ -106,7 +106,7 @@ async def expire_delivery(due: DueDelivery, tx: Tx) -> None:
 async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) -> None:
     try:
         async with effects.begin() as first:
-            account, parts = await sender.open(first, due.delivery_id)
+            account, parts = await sender.load(first, due.delivery_id)
     except NotSendable as reason:
         await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
         return
@@ -134,7 +134,7 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
 
 async def _decide(tx: Tx, delivery_id: UUID, command: Command) -> None:
     for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
-        await projections.show(tx, delivery_id, event)
+        await projections.project(tx, delivery_id, event)
         match event:
             case DeliverySent():
                 _log.info("reply delivered", delivery_id=str(delivery_id))

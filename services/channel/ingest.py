@@ -1,7 +1,7 @@
-"""What verified webhooks brought, stored: seen, fact, and what the agent is told.
+"""Stores the items of verified webhook calls: the dedupe row, the fact, and the messages to the agent.
 
-Calls that are under way at the same time share a transaction: while one group commits the next one gathers. Alone, a
-call is a group of one and waits for nobody.
+Concurrent calls share a transaction: while one group commits, the next one gathers. A single call is a group of one
+and does not wait.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from infra.security.subjects import SubjectKeys
 from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.messages.channel import MessageReceived
 from services.channel.accounts import Account
-from services.channel.domain import seen_as
-from services.channel.events import Heard, MessageTaken
+from services.channel.domain import dedupe_hash
+from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
 from services.channel.vendors.base import Ignored, Inbound
 
 # Calls in one transaction.
 MAX_GROUP = 200
-# Longer than any vendor goes on trying: WhatsApp, the longest, does so for seven days.
+# Longer than the retry horizon of every vendor. WhatsApp has the longest: seven days.
 KEEP_SEEN = timedelta(days=30)
-# Little and often: one call waits for it.
+# Few rows at a time, because one call waits for the deletion.
 CLEANING_SECONDS = 1.0
 CLEANING_ROWS = 2_000
 
@@ -42,15 +42,15 @@ _log = get_logger("channel.ingest")
 
 
 class _Arrival(NamedTuple):
-    """One item of a call, under the hashes by which it is known."""
+    """One item of a call, with its dedupe hashes."""
 
     account: Account
     item: Inbound | Ignored
     hashes: list[bytes]
 
 
-class _Heard(NamedTuple):
-    """A person's message that is new."""
+class _NewMessage(NamedTuple):
+    """A person's message that is not a repeat."""
 
     account: Account
     item: Inbound
@@ -61,14 +61,14 @@ class _Heard(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One webhook call; `context` is that of its request, with its trace."""
+    """One webhook call. `context`: the context of its request, with its trace."""
 
     arrivals: list[_Arrival]
     context: Context
 
 
 class Ingest:
-    """Takes what webhooks brought."""
+    """Accepts the items of webhook calls."""
 
     def __init__(self, database: Database, subjects: SubjectKeys) -> None:
         self._database = database
@@ -77,13 +77,14 @@ class Ingest:
         self._commits = GroupCommit(self._commit, largest=MAX_GROUP)
         self._cleaned_at = time.monotonic()
 
-    async def take(self, account: Account, items: Sequence[Inbound | Ignored]) -> None:
-        """Returns once all of it is committed; what was seen before changes nothing.
+    async def accept(self, account: Account, items: Sequence[Inbound | Ignored]) -> None:
+        """Returns once all items are committed. Repeats change nothing.
 
-        Raises what the database raises: then nothing is stored, and the vendor has to send it again.
+        Raises the error of the database; then nothing is stored, and the vendor has to send the call again.
         """
         arrivals = [
-            _Arrival(account, _checked(account, item), [seen_as(account.id, id_) for id_ in item.ids]) for item in items
+            _Arrival(account, _checked(account, item), [dedupe_hash(account.id, id_) for id_ in item.ids])
+            for item in items
         ]
         await self._commits.write(_Call(arrivals, copy_context()))
         if time.monotonic() - self._cleaned_at > CLEANING_SECONDS:
@@ -98,11 +99,11 @@ class Ingest:
         return {}
 
     async def _store(self, tx: Tx, group: Sequence[_Call]) -> None:
-        """Each kind of row in one statement, and each sorted: groups of several processes wait for each other in one
-        order, never in a circle."""
+        """Writes each kind of row in one sorted statement, so that groups of several processes lock rows in the same
+        order and cannot deadlock."""
         new = await self._note(tx, [arrival for call in group for arrival in call.arrivals])
-        heard = [
-            _Heard(
+        messages = [
+            _NewMessage(
                 arrival.account,
                 arrival.item,
                 arrival.hashes,
@@ -114,22 +115,22 @@ class Ingest:
             for arrival in call.arrivals
             if id(arrival) in new and isinstance(arrival.item, Inbound)
         ]
-        if not heard:
+        if not messages:
             return
-        keys = await self._subjects.keys(tx, {one.subject for one in heard})
-        if erased := [one for one in heard if keys[one.subject] is None]:
+        keys = await self._subjects.keys(tx, {one.subject for one in messages})
+        if erased := [one for one in messages if keys[one.subject] is None]:
             await tx.sql(
-                "UPDATE inbound_seen SET ignored = 'of an erased person' WHERE hash = ANY($1::bytea[])",
+                "UPDATE inbound_seen SET ignored = 'the author was erased' WHERE hash = ANY($1::bytea[])",
                 [hash_ for one in erased for hash_ in one.hashes],
             )
-        kept = [(one, key) for one in heard if (key := keys[one.subject])]
+        kept = [(one, key) for one in messages if (key := keys[one.subject])]
         positions = await _note_conversations(tx, [one for one, _ in kept])
         for one, key in kept:
             one.context.run(_record, tx, one, key, next(positions[one.session_key]))
 
     async def _note(self, tx: Tx, arrivals: Sequence[_Arrival]) -> set[int]:
-        """Notes what is seen for the first time; returns which of the arrivals are (by identity). Waits for another
-        transaction that notes the same."""
+        """Inserts the dedupe rows and returns the identities of the arrivals that are new. Waits for another
+        transaction that inserts the same rows."""
         rows = {
             hash_: (arrival.account, arrival.item.reason if isinstance(arrival.item, Ignored) else None)
             for arrival in reversed(arrivals)
@@ -152,7 +153,7 @@ class Ingest:
         for arrival in arrivals:
             if fresh.issuperset(arrival.hashes):
                 new.add(id(arrival))
-            # Under any of its names it is a repeat from here on, in this very group too.
+            # From here on it is a repeat under each of its ids, also within this group.
             fresh.difference_update(arrival.hashes)
         return new
 
@@ -166,14 +167,14 @@ class Ingest:
                     CLEANING_ROWS,
                 )
         except Exception as error:
-            _log.warning("what was seen long ago is not cleared now", error=describe(error))
+            _log.warning(f"could not prune inbound_seen; will retry in {CLEANING_SECONDS:g} s", error=describe(error))
 
 
-async def _note_conversations(tx: Tx, heard: Sequence[_Heard]) -> dict[str, Iterator[int]]:
-    """Counts the messages. Returns by session which positions these have; nobody else gets them or later ones before
-    the transaction ends."""
-    last = {one.session_key: one for one in heard}
-    counts = Counter(one.session_key for one in heard)
+async def _note_conversations(tx: Tx, messages: Sequence[_NewMessage]) -> dict[str, Iterator[int]]:
+    """Assigns positions to the messages and returns them by session. The rows stay locked until the transaction ends,
+    so no other transaction gets these or later positions before."""
+    last = {one.session_key: one for one in messages}
+    counts = Counter(one.session_key for one in messages)
     sessions = sorted(last)
     rows = await tx.sql(
         "INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id, position) "
@@ -189,19 +190,19 @@ async def _note_conversations(tx: Tx, heard: Sequence[_Heard]) -> dict[str, Iter
     return {session: iter(range(position - counts[session] + 1, position + 1)) for session, position in rows}
 
 
-def _record(tx: Tx, heard: _Heard, key: DataKey, position: int) -> None:
-    """The fact and what is told of it, for its own tenant and in its own trace."""
-    account, item = heard.account, heard.item
+def _record(tx: Tx, new: _NewMessage, key: DataKey, position: int) -> None:
+    """Appends the fact and publishes its new, for the tenant and in the trace of the message."""
+    account, item = new.account, new.item
     tx.tenant_id = account.tenant_id
     event_id, received_at = uuid7(), utcnow()
-    content = msgspec.json.encode(Heard(item.conversation, item.person, item.message, item.text)).decode()
+    content = msgspec.json.encode(InboundContent(item.conversation, item.person, item.message, item.text)).decode()
     tx.append(
-        CONVERSATION.stream(heard.session_key),
+        CONVERSATION.stream(new.session_key),
         MessageTaken(
             account.id,
             account.vendor.name,
             account.agent_id,
-            heard.subject[1],
+            new.subject[1],
             key.seal(content, str(event_id), "content"),
             received_at,
         ),
@@ -211,23 +212,23 @@ def _record(tx: Tx, heard: _Heard, key: DataKey, position: int) -> None:
         channel_id=account.id,
         channel_type=account.vendor.name,
         agent_id=account.agent_id,
-        session_key=heard.session_key,
+        session_key=new.session_key,
         conversation_id=item.conversation,
-        subject_id=heard.subject[1],
+        subject_id=new.subject[1],
         vendor_message_id=item.message,
         text=item.text,
         received_at=received_at,
         position=position,
     )
-    tx.publish(CHANNEL_EVENTS, message, key=heard.session_key)
+    tx.publish(CHANNEL_EVENTS, message, key=new.session_key)
     tx.send(CHANNEL_INBOUND[account.vendor.name], message)
 
 
 def _checked(account: Account, item: Inbound | Ignored) -> Inbound | Ignored:
-    """What this account takes of it. NUL has no meaning in a text and is left out, for stores refuse it."""
+    """Ignores items of a disabled account and empty texts. Removes NUL, which databases refuse."""
     if isinstance(item, Ignored):
         return item
     if not account.enabled:
         return Ignored(item.ids, "the channel is disabled")
     text = item.text.replace("\0", "")
-    return item._replace(text=text) if text.strip() else Ignored(item.ids, "an empty text")
+    return item._replace(text=text) if text.strip() else Ignored(item.ids, "the text is empty")

@@ -1,4 +1,4 @@
-"""Read models: the list of deliveries."""
+"""Read model: the list of deliveries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from infra.postgres.tx import Tx
 from services.channel.events import DeliveryEvent, DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown
 
 
-async def show(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
-    """Brings the delivery's row up to date, in the transaction that appends the event."""
+async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
+    """Updates the row of the delivery in the transaction that appends the event."""
     match event:
         case DeliveryQueued():
             await tx.sql(

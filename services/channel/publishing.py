@@ -1,7 +1,7 @@
-"""Stored fact → public message.
+"""Maps each stored fact to its public messages.
 
-`MessageReceived` is not among them: it carries the text, which the stored fact has only sealed. It is published along
-with the fact, in `services.channel.ingest`.
+`MessageReceived` is not mapped here: it carries the plain text, and the stored fact has only the encrypted text. It is
+published together with the fact in `services.channel.ingest`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,6 @@ CONVERSATION = Aggregate(
     events=EventTypes(MessageTaken),
     initial=int,
     evolve=domain.count,
-    # A vendor has said so: there is nothing to decide.
+    # The vendor states this fact; there is nothing to decide.
     decide=lambda event, _: [event],
 )

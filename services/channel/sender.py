@@ -1,4 +1,4 @@
-"""The way out: what a delivery needs to be sent, and what follows where a vendor refuses the whole account."""
+"""Sends deliveries to vendors, and marks an account as broken when its vendor refuses it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from protos.messages.notification import SendEmail
 from services.channel import accounts
 from services.channel.accounts import Account, Secrets
 from services.channel.domain import Delivery
-from services.channel.events import DeliveryQueued, Words
+from services.channel.events import DeliveryQueued, OutboundContent
 from services.channel.publishing import DELIVERY
 from services.channel.vendors.base import AccountRefused, Outbound
 
@@ -29,19 +29,19 @@ class Sent(msgspec.Struct, frozen=True):
     vendor_message_id: str | None
 
 
-class Letter(NamedTuple):
-    """A delivery with all that is needed to send it, in the parts that the vendor takes."""
+class SendableDelivery(NamedTuple):
+    """A loaded delivery: the account, and the text in parts that the vendor accepts."""
 
     account: Account
     parts: list[Outbound]
 
 
 class NotSendable(Exception):
-    """It will not be sent, and the vendor is not asked. The text is the reason that people are shown."""
+    """The delivery is not sent and the vendor is not called. The text is the reason that users see."""
 
 
 class Sender:
-    """Opens and sends deliveries."""
+    """Loads and sends deliveries."""
 
     def __init__(self, secrets: Secrets, subjects: SubjectKeys, outgoing: Outgoing, cache: Cache) -> None:
         self._secrets = secrets
@@ -49,13 +49,13 @@ class Sender:
         self._outgoing = outgoing
         self._cache = cache
 
-    async def open(self, tx: Tx, delivery_id: UUID) -> Letter:
-        """Raises NotSendable saying why."""
+    async def load(self, tx: Tx, delivery_id: UUID) -> SendableDelivery:
+        """Loads a delivery. Raises NotSendable with the reason."""
         delivery: Delivery = await tx.load(DELIVERY.stream(str(delivery_id)))
-        assert delivery.queued is not None, "stored in the transaction that put it into the lane"
+        assert delivery.queued is not None, "DeliveryQueued is stored in the transaction that enqueues the item"
         if delivery.state != "queued":
-            # Asked for again when lanes and effects have forgotten it; what came of it is not forgotten.
-            raise NotSendable("it was settled before")
+            # A repeated request after the lane and its effects were pruned. The stored delivery knows the outcome.
+            raise NotSendable("the delivery has already ended")
         account = await accounts.read(tx, self._secrets, delivery.queued.channel_id)
         if account is None or account.tenant_id != tx.tenant_id:
             raise NotSendable("the channel was deleted")
@@ -63,7 +63,7 @@ class Sender:
             raise NotSendable("the channel is disabled")
         if account.broken_reason:
             raise NotSendable(f"the channel is broken: {account.broken_reason}")
-        words = await self._words(tx, account, delivery_id, delivery.queued)
+        words = await self._content(tx, account, delivery_id, delivery.queued)
         texts = account.vendor.split(words.text)
         if not texts:
             raise NotSendable("the text is empty")
@@ -77,31 +77,31 @@ class Sender:
             )
             for n, text in enumerate(texts, 1)
         ]
-        return Letter(account, parts)
+        return SendableDelivery(account, parts)
 
     async def send(self, account: Account, part: Outbound) -> Sent:
-        """Raises as `Vendor.send` does, and RetryLater where the vendor would find it too much at once."""
+        """Raises as `Vendor.send` does, and TooManyRequests if the vendor's rate limit is used up."""
         for limit in account.vendor.limits(part.conversation):
             scope = account.pseudonyms.limit(limit.scope)
             await self._cache.limit(str(account.id), scope, times=limit.times, seconds=limit.seconds)
         try:
             sent = await account.vendor.send(self._outgoing, account.origin, account.credentials, part)
         except InvalidMessage as error:
-            # An address that leads to inside: it was not called.
+            # The address is private: it was not called.
             raise EffectFailed(str(error)) from error
         except Unanswered as error:
             if account.vendor.effect == "keyed":
-                # Whether it has arrived or not, it may be sent again, until it is too old.
+                # The vendor drops repeats by our key, so the message may be sent again until it expires.
                 raise Transient(str(error)) from error
             raise
         return Sent(sent)
 
-    async def _words(self, tx: Tx, account: Account, delivery_id: UUID, queued: DeliveryQueued) -> Words:
+    async def _content(self, tx: Tx, account: Account, delivery_id: UUID, queued: DeliveryQueued) -> OutboundContent:
         try:
             key = await self._subjects.key(tx, account.tenant_id, queued.subject_id)
         except Erased as error:
             raise NotSendable("the person was erased") from error
-        return msgspec.json.decode(key.open(queued.content, str(delivery_id), "content"), type=Words)
+        return msgspec.json.decode(key.open(queued.content, str(delivery_id), "content"), type=OutboundContent)
 
 
 def sender(runtime: Runtime) -> Sender:
@@ -109,7 +109,7 @@ def sender(runtime: Runtime) -> Sender:
 
 
 async def break_account(tx: Tx, account: Account, error: str) -> None:
-    """Notes that the vendor refuses the account; the owners are told once, however many deliveries find out."""
+    """Marks the account as broken. The owners get one e-mail, however many deliveries fail."""
     reason = error.removeprefix(AccountRefused.PREFIX)
     if not await tx.sql(
         "UPDATE account SET broken_reason = $2, updated_at = clock_timestamp() "
@@ -123,7 +123,7 @@ async def break_account(tx: Tx, account: Account, error: str) -> None:
     tx.publish(CHANNEL_EVENTS, broken, key=str(account.id))
     text = (
         f"The vendor refuses your {type_} channel {account.id}: {reason}.\n\n"
-        "Messages that come in are still taken, but no reply is sent until the channel has working credentials "
+        "Inbound messages are still accepted, but no reply is sent until the channel has working credentials "
         f"(PATCH /api/v1/channels/{account.id}).\n"
     )
     tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject=f"Your {type_} channel no longer works", text=text))

@@ -1,8 +1,8 @@
-"""What the channel service reads from the environment."""
+"""Settings of the channel service."""
 
 from infra.service.settings import Settings
 
 
 class ChannelSettings(Settings):
     agent_url: str
-    """The agent's base URL, inside."""
+    """The internal base URL of the agent service."""

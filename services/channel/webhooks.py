@@ -1,4 +1,4 @@
-"""``ANY /webhooks/<type>/<token>``: what vendors send."""
+"""The route ``ANY /webhooks/<type>/<token>``, which vendors call."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PATH = "/webhooks/{type}/{token}"
 
 
 class Webhooks:
-    """200 once it is stored or known; 401 where it does not verify, 400 where it cannot be read, 503 while the
-    database is away, so that the vendor sends it again."""
+    """Answers 200 once the messages are stored or known to be repeats; 401 if the call does not verify; 400 if it
+    verifies but is malformed; 503 while the database is unavailable, so that the vendor sends it again."""
 
     def __init__(self, accounts: Accounts, ingest: Ingest) -> None:
         self._accounts = accounts
@@ -37,7 +37,7 @@ class Webhooks:
     async def _answer(self, request: Request) -> Response:
         account = await self._accounts.by_token(request.path_params["type"], request.path_params["token"])
         if account is None:
-            raise NotFound("no channel has this webhook")
+            raise NotFound("no channel has this webhook path")
         webhook = base.Request(
             request.method, request.scope["query_string"].decode("latin-1"), request.headers, await request.body()
         )
@@ -46,11 +46,11 @@ class Webhooks:
         except InvalidMessage as error:
             raise HTTPException(400, str(error)) from error
         if received.items:
-            await self._ingest.take(account, received.items)
+            await self._ingest.accept(account, received.items)
         return Response(received.ack.body, media_type=received.ack.media_type)
 
 
 def routes(runtime: Runtime, accounts: Accounts) -> Sequence[BaseRoute]:
     ingest = Ingest(runtime.worker, SubjectKeys(runtime.cipher))
-    # An object, not a function: Starlette then lets every method through.
+    # An object and not a function, because Starlette then accepts every method.
     return [Route(PATH, Webhooks(accounts, ingest))]

@@ -1,1 +1,1 @@
-"""Agents as they are set up: each change is a new version, and a run keeps to the one it began with."""
+"""Definitions of agents. Each change is a new version, and a run keeps the version it began with."""

@@ -1,4 +1,4 @@
-"""HTTP of agents."""
+"""HTTP API of agents."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ def router(runtime: Runtime) -> APIRouter:
             except InvalidMessage as error:
                 raise InvalidMessage(f"{field}.base_url", error.reason) from error
             except Transient:
-                pass  # a name that does not resolve now may later
+                pass  # the name does not resolve now; it may later
 
     async def check(tenant_id: str, definition: NewAgent, keys: store.Keys) -> None:
-        """Raises InvalidMessage for what cannot work: no key, an address inside, a tool that is not there."""
+        """Raises InvalidMessage for a definition that cannot work: no key, a private address, an unknown tool."""
         await reachable("provider", definition.model, definition.provider, keys.own)
         if fallback := definition.fallback:
             if fallback.provider is None and fallback.model.partition("/")[0] != definition.model.partition("/")[0]:
-                raise InvalidMessage("fallback.provider", "is missing: the agent's own is of another family")
+                raise InvalidMessage(
+                    "fallback.provider", "is missing; the agent's own provider serves another family of models"
+                )
             if fallback.provider:
                 await reachable("fallback.provider", fallback.model, fallback.provider, keys.fallback)
         if definition.output_schema is not None:
@@ -57,23 +59,23 @@ def router(runtime: Runtime) -> APIRouter:
                 try:
                     await store.load(tx, colleague.agent_id)
                 except NotFound as error:
-                    raise InvalidMessage(f"agents[{n}].agent_id", f"there is no {error}") from error
+                    raise InvalidMessage(f"agents[{n}].agent_id", f"is not the id of an agent: {error}") from error
         for n, name in enumerate(definition.approval):
             if name not in names:
-                raise InvalidMessage(f"approval[{n}]", f"{name} is none of the agent's tools")
+                raise InvalidMessage(f"approval[{n}]", f"{name} is not one of the agent's tools")
         if definition.tools:
             request = plugin_pb2.ToolsRequest(names=definition.tools)
             try:
                 reply = await plugin.Tools(request, metadata=rpc.tenant_metadata(tenant_id))
             except Transient:
-                return  # a run says so, too
+                return  # the plugin service is unavailable; a run reports a missing tool
             found = {tool.name for tool in reply.tools}
             for n, name in enumerate(definition.tools):
                 if name not in found:
-                    raise InvalidMessage(f"tools[{n}]", f"there is no tool {name} that this tenant may use")
+                    raise InvalidMessage(f"tools[{n}]", f"{name} is not a tool that this tenant may use")
 
     def sealed(tenant_id: str, agent_id: UUID, body: NewAgent) -> store.Keys:
-        """The keys that the body gives."""
+        """The API keys in the body, encrypted."""
         providers = body.provider, body.fallback.provider if body.fallback else None
         given = (provider.api_key if provider else None for provider in providers)
         return store.Keys(
@@ -85,7 +87,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.post("", status_code=201, response_model=AgentView)
     async def create_agent(body: NewAgent, who: Writer, request: Request) -> Response:
-        """Makes an agent. A provider's api_key is stored sealed and never shown."""
+        """Creates an agent. A provider's api_key is stored encrypted and never shown."""
         agent_id = uuid7()
         keys = sealed(who.tenant_id, agent_id, body)
         await check(who.tenant_id, body, keys)
@@ -103,7 +105,7 @@ def router(runtime: Runtime) -> APIRouter:
             try:
                 after = UUID(paging.after) if paging.after else None
             except ValueError:
-                raise InvalidMessage("cursor", "is none that this list gave") from None
+                raise InvalidMessage("cursor", "is not a valid cursor") from None
             agents = await store.listed(tx, after, paging.limit + 1)
         return page([agent.view() for agent in agents], paging, lambda agent: str(agent.id))
 
@@ -114,7 +116,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.patch("/{agent_id}")
     async def change_agent(agent_id: UUID, body: AgentChange, who: Writer) -> AgentView:
-        """Changes what is given. Runs under way keep to the version that they began with."""
+        """Changes the given fields. Active runs keep the version that they began with."""
         new = sealed(who.tenant_id, agent_id, body)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             before = await store.load(tx, agent_id)
@@ -142,7 +144,7 @@ def _merged(agent: store.StoredAgent, change: AgentChange) -> NewAgent:
 
 
 def _keys(agent: store.StoredAgent, change: AgentChange, new: store.Keys) -> store.Keys:
-    """A key goes on only to the address that it was given for: a new one could be anybody's."""
+    """A key stays only with the address that it was given for: a new address may belong to someone else."""
     before, after = agent.definition, _merged(agent, change)
     own, fallback = agent.keys
     if _base_url(before.provider) != _base_url(after.provider) or after.provider is None:

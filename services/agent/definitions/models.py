@@ -1,4 +1,4 @@
-"""An agent as HTTP shows it and takes it."""
+"""The bodies of the HTTP API of agents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _base_url(url: str) -> str:
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
-        raise ValueError("a tool is named twice")
+        raise ValueError("must not name a tool twice")
     return names
 
 
@@ -48,7 +48,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 ModelName = Annotated[str, Field(max_length=200), AfterValidator(_model)]
 
 
-# As models' providers take it.
+# The names that model providers accept.
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 ToolNames = Annotated[tuple[str, ...], Field(max_length=50), AfterValidator(_distinct)]
 
@@ -61,56 +61,53 @@ class _Body(BaseModel):
 
 
 class Budget(_Body):
-    """What an agent may spend per period (UTC), in 10⁻⁹ of the tenant's currency."""
+    """The budget of an agent per period (UTC)."""
 
     nanos: int = Field(ge=0, le=MAX_NANOS)
+    """In 10⁻⁹ of the tenant's currency."""
     period: Literal["day", "month"]
 
 
 class RunLimits(_Body):
-    """What one run may take at most. tokens: input and output of all its model calls; null: as many as it needs.
-
-    seconds: without the time in which it waits for a person. nanos: what its model calls may cost, 10⁻⁹ of the
-    tenant's currency.
-    """
+    """The limits of one run."""
 
     steps: int = Field(default=20, ge=1, le=100)
     seconds: int = Field(default=300, ge=1, le=3600)
+    """Without the time in which the run waits for a person."""
     tokens: int | None = Field(default=None, ge=1)
+    """Input and output of all its model calls; null: no limit."""
     nanos: int | None = Field(default=None, ge=1, le=MAX_NANOS)
+    """The cost of its model calls, in 10⁻⁹ of the tenant's currency; null: no limit."""
 
 
 class Provider(_Body):
-    """Where the model is asked. base_url: as the provider writes it, mostly ending in ``/v1``."""
+    """The server of a model."""
 
     base_url: Annotated[str, AfterValidator(_base_url)] | None = None
+    """As the provider documents it, usually ending in ``/v1``."""
     api_key: SecretStr | None = Field(default=None, min_length=1, max_length=1000)
 
 
 class Fallback(_Body):
-    """A model that is asked where the agent's own gives no answer. provider: null is the agent's own."""
+    """A model that is called if the agent's own model gives no answer."""
 
     model: ModelName
     provider: Provider | None = None
+    """Null: the agent's own provider."""
 
 
 class Colleague(_Body):
-    """Another agent of the tenant that this one may ask. name: what its model calls it by; description: for what."""
+    """Another agent of the tenant that this agent may call like a tool."""
 
     agent_id: UUID
     name: ToolName
+    """The name under which the model calls it."""
     description: str = Field(min_length=1, max_length=2000)
+    """Tells the model when to call it."""
 
 
 class NewAgent(_Body):
-    """The body of ``POST /api/v1/agents``, and what is stored of an agent, without the providers' keys.
-
-    approval: those of the tools that a person has to allow, call by call. output_schema: JSON Schema of an object that
-    every reply has to be, as JSON text, unless who asks gives another. agents: which others it may ask, as if they were
-    tools.
-    concurrency: how many of its runs may go on at once; model_concurrency: how many of all runs of the tenant that have
-    its model at its provider; null: all.
-    """
+    """The body of ``POST /api/v1/agents``, and the stored form of an agent without the providers' keys."""
 
     name: Name
     model: ModelName
@@ -118,28 +115,32 @@ class NewAgent(_Body):
     system_prompt: str = Field(default="", max_length=100_000)
     tools: ToolNames = ()
     approval: ToolNames = ()
+    """The tools whose calls need the approval of a person."""
     fallback: Fallback | None = None
     output_schema: dict[str, Any] | None = None
+    """JSON Schema of an object that every reply must match, as JSON text, unless the caller gives another schema."""
     agents: Annotated[tuple[Colleague, ...], Field(max_length=20)] = ()
+    """The other agents that it may call like tools."""
     knowledge: bool = False
     queue_mode: QueueMode = "collect"
     budget: Budget | None = None
     limits: RunLimits = RunLimits()
     concurrency: Concurrency = None
+    """How many runs of this agent may be active at once; null: no limit."""
     model_concurrency: Concurrency = None
+    """How many runs of the tenant with the same model and provider may be active at once; null: no limit."""
     enabled: bool = True
 
     @property
     def tool_names(self) -> frozenset[str]:
-        """What its model calls tools by, other agents among them."""
+        """The names under which the model calls tools and other agents."""
         return frozenset((*self.tools, *(other.name for other in self.agents)))
 
 
 class AgentChange(NewAgent):
-    """The body of ``PATCH /api/v1/agents/{id}``: what is given is changed, all else stays.
+    """The body of ``PATCH /api/v1/agents/{id}``. Absent fields stay as they are.
 
-    A provider given without its api_key keeps the key that is stored, unless the base_url changes; so does that of the
-    fallback.
+    A provider without an api_key keeps the stored key, unless the base_url changes. The same holds for the fallback.
     """
 
     name: Name = ""
@@ -160,10 +161,11 @@ class FallbackView(BaseModel):
 
 
 class AgentView(BaseModel):
-    """An agent as it is now. `version` counts its changes from 1."""
+    """The current version of an agent."""
 
     id: UUID
     version: int
+    """Counts from 1."""
     name: str
     model: str
     provider: ProviderView | None

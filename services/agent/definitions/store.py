@@ -1,4 +1,4 @@
-"""Agents and their versions in the tables ``agent`` and ``agent_version``; a provider's key is stored sealed."""
+"""The tables ``agent`` and ``agent_version``. Providers' keys are stored encrypted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = (
 
 
 class Keys(NamedTuple):
-    """Keys of an agent's provider and of its fallback's."""
+    """The encrypted keys of an agent's provider and of its fallback's provider."""
 
     own: bytes | None = None
     fallback: bytes | None = None
@@ -31,7 +31,7 @@ class Keys(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredAgent:
-    """One version of an agent. keys: sealed. updated_at: when the version was made."""
+    """One version of an agent."""
 
     id: UUID
     tenant_id: str
@@ -41,9 +41,10 @@ class StoredAgent:
     keys: Keys
     created_at: datetime
     updated_at: datetime
+    """The time when this version was created."""
 
     def models(self, cipher: Cipher) -> list[tuple[str, Endpoint]]:
-        """The models to be asked, one after the other, and where, with the keys in the open."""
+        """The models to call in this order, with their endpoints and decrypted keys."""
         definition = self.definition
         own = definition.model, self._endpoint(cipher, definition.provider, self.keys.own)
         if definition.fallback is None:
@@ -92,7 +93,7 @@ async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: Keys, creat
 
 
 async def change(tx: Tx, agent: StoredAgent, definition: NewAgent, keys: Keys, changed_by: str) -> StoredAgent:
-    """Makes the next version, unless only `enabled` differs. The agent's row is locked by `lock`."""
+    """Creates the next version, unless only `enabled` differs. The caller has locked the agent by `lock`."""
     if (definition.model_copy(update={"enabled": True}), keys) != (
         agent.definition.model_copy(update={"enabled": True}),
         agent.keys,
@@ -121,7 +122,7 @@ async def _insert_version(
 
 
 async def load(tx: Tx, agent_id: UUID, version: int | None = None) -> StoredAgent:
-    """That version of the agent, or the newest. Raises NotFound, also for another tenant's."""
+    """The given version of the agent, or the newest. Raises NotFound, also for another tenant's agent."""
     rows = await tx.sql(
         f"SELECT {_COLUMNS} AND v.version = coalesce($2, a.version) WHERE a.id = $1 AND a.tenant_id = $3",
         agent_id,
@@ -134,13 +135,13 @@ async def load(tx: Tx, agent_id: UUID, version: int | None = None) -> StoredAgen
 
 
 async def lock(tx: Tx, agent_id: UUID) -> StoredAgent:
-    """As `load`, and nobody else changes it meanwhile."""
+    """Locks the agent's row against other changes, then loads it."""
     await tx.sql("SELECT FROM agent WHERE id = $1 FOR UPDATE", agent_id)
     return await load(tx, agent_id)
 
 
 async def listed(tx: Tx, after: UUID | None, limit: int) -> Sequence[StoredAgent]:
-    """The tenant's agents in the order of their making."""
+    """The tenant's agents in the order of their creation."""
     rows = await tx.sql(
         f"SELECT {_COLUMNS} AND v.version = a.version WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2) "
         "ORDER BY a.id LIMIT $3",
@@ -152,7 +153,7 @@ async def listed(tx: Tx, after: UUID | None, limit: int) -> Sequence[StoredAgent
 
 
 async def queue_mode(tx: Tx, agent_id: UUID) -> QueueMode:
-    """How messages to the agent queue up; one that does not exist answers each with a refusal."""
+    """The queue mode of the agent. For a missing agent it is ``followup``, so that each message gets a refusal."""
     try:
         return (await load(tx, agent_id)).definition.queue_mode
     except NotFound:

@@ -1,1 +1,1 @@
-"""Language models: what they are asked and what they answer, those of providers, and one that needs none."""
+"""Language models: the contract of a request and an answer, the models of providers, and an offline model."""

@@ -1,4 +1,4 @@
-"""A circuit breaker: a provider that has failed again and again is left alone for a while."""
+"""A circuit breaker: an endpoint that fails repeatedly is not called for a while."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from datetime import timedelta
 
 from services.agent.models.contract import Answer, Model, ModelFailed, OnText, Prompt
 
-# So many failures in a row open it, for so long; then one call is let through to see.
+# This many failures in a row open the circuit for this long. Then one call is let through as a trial.
 FAILURES = 5
 OPEN_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class Circuit:
-    """The state of one endpoint: pure, by a clock of seconds that the caller has."""
+    """The state of one endpoint. It is pure; the caller passes the time in seconds."""
 
     failures: int = 0
     open_until: float = 0.0
 
     def wait(self, now: float) -> float:
-        """For how many seconds nothing is to be sent; 0: it may be."""
+        """The number of seconds until a call is allowed; 0: it is allowed now."""
         return max(0.0, self.open_until - now)
 
     def tried(self, now: float) -> Circuit:
-        """A call goes out: while it has not come back, an endpoint that was left alone is so further on."""
+        """A call begins. If the circuit was open, it stays open for other calls until this one ends."""
         return replace(self, open_until=now + OPEN_SECONDS) if self.failures >= FAILURES else self
 
     def ended(self, now: float, *, well: bool) -> Circuit:
@@ -46,7 +46,7 @@ class Breaker:
     async def answer(self, endpoint: object, model: Model, prompt: Prompt, on_text: OnText) -> Answer:
         circuit = self._circuits.get(endpoint, Circuit())
         if wait := circuit.wait(time.monotonic()):
-            reason = "the provider has failed again and again and is left alone for a while"
+            reason = "the provider failed repeatedly; calls to it are suspended for a while"
             raise ModelFailed(reason, passing=True, after=timedelta(seconds=wait))
         self._circuits[endpoint] = circuit.tried(time.monotonic())
         well: bool | None = None
@@ -55,11 +55,11 @@ class Breaker:
             well = True
             return answer
         except ModelFailed as error:
-            # What it refuses it has understood; and one that is only busy says when to come again.
+            # A refused request was understood, and a busy provider names a delay. Neither is a failure of the endpoint.
             well = not error.passing or error.after is not None
             raise
         finally:
-            # One that was broken off on this side tells nothing.
+            # A call that this side cancelled says nothing about the endpoint.
             self._circuits[endpoint] = circuit if well is None else circuit.ended(time.monotonic(), well=well)
 
 

@@ -1,4 +1,4 @@
-"""What a model is asked and what it answers, the same for all providers. Pure, and stored in the journal of a run."""
+"""The request to a model and its answer, the same for all providers. Both are stored in the events of a run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any, Protocol
 import msgspec
 
 OnText = Callable[[str], Awaitable[None]]
-"""Is given each further piece of the answer's text as it arrives."""
+"""Called with each further piece of the answer's text as it arrives."""
 
 FAMILIES = ("openai", "anthropic", "google", "scripted")
-"""What the part of a model's name before the slash may be."""
+"""The values of the part of a model's name before the slash."""
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A tool that the model may call. `schema`: JSON Schema of its arguments, an object. strict: they have to fit."""
+    """A tool that the model may call."""
 
     name: str
     description: str
     schema: dict[str, Any]
+    """JSON Schema of the arguments, an object."""
     strict: bool = False
+    """The arguments must match the schema."""
 
 
 class Passage(msgspec.Struct, frozen=True):
-    """A piece of the tenant's knowledge, and where it is from. `page` counts from 1."""
+    """A piece of the tenant's knowledge, with its source."""
 
     text: str
     score: float
@@ -33,6 +35,7 @@ class Passage(msgspec.Struct, frozen=True):
     name: str
     section: str | None = None
     page: int | None = None
+    """Counts from 1."""
 
     @property
     def place(self) -> str:
@@ -41,28 +44,29 @@ class Passage(msgspec.Struct, frozen=True):
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """`arguments`: as the model wrote them; a JSON object, if it did well."""
+    """A call of a tool by the model."""
 
     id: str
     name: str
     arguments: str
+    """The arguments as the model wrote them: a JSON object, unless the model made a mistake."""
 
 
 class Said(msgspec.Struct, frozen=True, tag="user"):
-    """A person's words, verbatim."""
+    """A message of a person, verbatim."""
 
     text: str
 
 
 class Answered(msgspec.Struct, frozen=True, tag="assistant"):
-    """The model's words, and the tools it asked for."""
+    """A message of the model, and the tool calls it asked for."""
 
     text: str
     calls: tuple[ToolCall, ...] = ()
 
 
 class Returned(msgspec.Struct, frozen=True, tag="tool"):
-    """What a tool gave back, or why it gave nothing."""
+    """The result of a tool call, or the reason why there is none."""
 
     call: ToolCall
     content: str
@@ -72,27 +76,27 @@ Turn = Said | Answered | Returned
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One request. `turns`: the conversation, oldest first; its last `Said` is what is to be answered.
-
-    max_output_tokens: the most that the answer may have; None: as the provider sees fit. output_schema: JSON Schema of
-    what the answer has to be, as JSON; None: any text. must_call: a tool has to be called; parallel: several at once
-    may be.
-    """
+    """One request to a model."""
 
     system: str
     turns: tuple[Turn, ...]
+    """The conversation, oldest turn first. Its last `Said` is the message to answer."""
     passages: tuple[Passage, ...] = ()
     tools: tuple[Tool, ...] = ()
     max_output_tokens: int | None = None
+    """The limit of the answer; None: the provider's default."""
     output_schema: dict[str, Any] | None = None
+    """JSON Schema that the answer must match, as JSON; None: any text."""
     must_call: bool = False
+    """The model must call a tool."""
     parallel: bool = True
+    """The model may call several tools at once."""
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens as the provider reports them: cached ones, read or written, are part of the input.
+    """Tokens as the provider reports them. Cached tokens, read or written, are part of the input.
 
-    None: not reported, which is not zero.
+    None: not reported, which is different from zero.
     """
 
     input_tokens: int | None = None
@@ -103,26 +107,28 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """`model`: the one that answered, by the provider's own word."""
+    """The answer of a model."""
 
     text: str
     calls: tuple[ToolCall, ...]
     usage: Usage
     model: str
+    """The name of the model that answered, as the provider states it."""
     finish_reason: str
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where a model is asked. base_url: None is the provider's own."""
+    """The address of a model server and the key for it."""
 
     base_url: str | None = None
+    """None: the provider's default."""
     api_key: str | None = None
 
 
 class ModelFailed(Exception):
-    """A model gave no answer. `reason` is for the operator: no secret, nothing that a person wrote.
+    """A model gave no answer. `reason` is for the operator; it contains no secret and no text of a person.
 
-    passing: asking again may help, no sooner than `after`, if the provider named a time.
+    passing: the failure is transient, so a retry may help, but not before `after` if the provider named a delay.
     """
 
     def __init__(self, reason: str, *, passing: bool, after: timedelta | None = None) -> None:

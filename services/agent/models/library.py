@@ -1,4 +1,4 @@
-"""All models by name."""
+"""The models by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.agent.models.providers import Providers
 
 
 class Models:
-    """``<family>/<model>`` → what answers. `transport`: of outgoing calls."""
+    """Finds the model for a name ``<family>/<model>``. `transport`: the transport of outgoing calls."""
 
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
         self._providers = Providers(transport)
@@ -21,6 +21,6 @@ class Models:
     def model(self, name: str, endpoint: Endpoint) -> Model:
         if name == scripted.NAME:
             return self._scripted
-        # By the key, too: what one tenant's is refused for says nothing of another's.
+        # The key is part of the circuit: a refusal of one tenant's key says nothing about another's.
         circuit = name.partition("/")[0], endpoint
         return self._breaker.guard(circuit, self._providers.model(name, endpoint))

@@ -1,7 +1,7 @@
-"""``scripted/answer``: no language model, but rules. For work offline; asked the same, it answers the same.
+"""``scripted/answer``: a deterministic model made of rules, for work offline.
 
-It answers with the sentences of the passages that share most with the question, and says where they are from; it lets
-a calculator tool work out a sum. Its answers say that no model was asked.
+It answers with the sentences of the passages that share most words with the question, and names their sources. It
+calls a calculator tool for a sum. Its answers say that no language model was called.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from services.agent.models.contract import (
 
 NAME = "scripted/answer"
 LABEL = "(Offline demonstration: quoted by rules, no language model was asked.)"
-# Best sentences of one answer, and the least share of the question's weight that a sentence must have.
+# The number of sentences in an answer, and the smallest share of the question's weight that a sentence must have.
 SENTENCES = 2
 ENOUGH = 0.25
 
@@ -38,21 +38,22 @@ _WORD = re.compile(r"[^\W_]+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？；])|\n+")
 _SUM = re.compile(r"[(\d][\d\s.()]*(?:[-+*×/÷^][\d\s.()]+)+")
-# Without one of these it may be a date or a telephone number.
+# Without one of these the text may be a date or a telephone number.
 _SURELY = re.compile(r"[+*×÷^]|\s[-/]\s")
 _COMMON_WORDS = (
-    "a an and any are as at be but by can could did do does for from had has have how i if in into is it its me my no "
-    "not of on or our please shall should so tell than that the their them then there these they this to us was we "
-    "were what when where which who whom why will with would you your about"
+    "a, an, and, any, are, as, at, be, but, by, can, could, did, do, does, for, from, had, has, have, how, i, if, "
+    "in, into, is, it, its, me, my, no, not, of, on, or, our, please, shall, should, so, tell, than, that, the, "
+    "their, them, then, there, these, they, this, to, us, was, we, were, what, when, where, which, who, whom, why, "
+    "will, with, would, you, your, about"
 )
-_COMMON = frozenset(_COMMON_WORDS.split())
+_COMMON = frozenset(_COMMON_WORDS.split(", "))
 
 
 class Scripted:
-    """The one scripted model."""
+    """The scripted model."""
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
-        """Raises ModelFailed where nothing was asked."""
+        """Raises ModelFailed if there is no message to answer."""
         asked = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, Said)]
         if not asked:
             raise ModelFailed(f"{NAME}: there is no message to answer", passing=False)
@@ -96,7 +97,7 @@ def _reply(question: str, results: Sequence[Returned], passages: Sequence[Passag
 
 
 def _plain(content: str) -> str:
-    """The ``result`` of a tool whose answer is an object that has one; else the answer as it is."""
+    """The field ``result`` if the tool's answer is an object with one; else the whole answer."""
     try:
         answer = msgspec.json.decode(content)
     except msgspec.DecodeError:
@@ -105,7 +106,7 @@ def _plain(content: str) -> str:
 
 
 def _best_sentences(question: str, passages: Sequence[Passage]) -> list[tuple[str, Passage]]:
-    """The sentences that share most with the question, a rare term counting more than one that is everywhere."""
+    """The sentences that share most terms with the question. A rare term counts more than a frequent one."""
     wanted = _terms(question)
     sentences = [
         (sentence.strip(), passage)
@@ -120,13 +121,13 @@ def _best_sentences(question: str, passages: Sequence[Passage]) -> list[tuple[st
     def score(found: tuple[str, Passage]) -> float:
         return sum(weight[term] for term in _terms(found[0]) & wanted) / total
 
-    # The order of passages decides between equals: the best one comes first.
+    # Among equal scores the order of the passages decides: the best passage comes first.
     best = sorted(sentences, key=score, reverse=True)[:SENTENCES] if total else []
     return [found for n, found in enumerate(best) if score(found) >= (ENOUGH if n == 0 else 2 * ENOUGH)]
 
 
 def _terms(text: str) -> set[str]:
-    """Words cut to their stems, roughly, and pairs of ideographs, for those have no spaces between words."""
+    """Rough stems of words, and pairs of ideographs, because ideographic text has no spaces between words."""
     words = {_stem(word) for word in _WORD.findall(_IDEOGRAPHS.sub(" ", text).lower()) if word not in _COMMON}
     return words | {run[n : n + 2] for run in _IDEOGRAPHS.findall(text) for n in range(max(1, len(run) - 1))}
 
@@ -156,7 +157,7 @@ def _everything(prompt: Prompt) -> Iterable[str]:
 
 
 def _tokens(texts: Iterable[str]) -> int:
-    """As many as a tokenizer would make, roughly: one per ideograph, and one per four characters of a word begun."""
+    """A rough count of tokens: one per ideograph, and one per four characters of a word, rounded up."""
     return sum(
         sum(-(-len(word) // 4) for word in _WORD.findall(_IDEOGRAPHS.sub(" ", text)))
         + sum(len(run) for run in _IDEOGRAPHS.findall(text))

@@ -1,4 +1,4 @@
-"""Endpoints that take ``stream: true`` and answer in one piece all the same."""
+"""Support for endpoints that ignore ``stream: true`` and answer in one piece."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infra.web.http import media_type
 
 
 class Streaming(httpx2.AsyncBaseTransport):
-    """Turns such an answer into the stream that was asked for; all else passes through."""
+    """Converts an answer in one piece into a stream. Other answers pass through unchanged."""
 
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self._inner = inner
@@ -31,7 +31,7 @@ class Streaming(httpx2.AsyncBaseTransport):
 
 
 def _events(body: bytes) -> bytes:
-    """A ``chat.completion`` as ``chat.completion.chunk`` events. What is none of that goes on as it is."""
+    """A ``chat.completion`` as ``chat.completion.chunk`` events. Any other body becomes one event, unchanged."""
     try:
         completion: dict[str, Any] = msgspec.json.decode(body)
         choices = [_chunk(choice) for choice in completion["choices"]]
@@ -47,6 +47,6 @@ def _chunk(choice: dict[str, Any]) -> dict[str, Any]:
     return {
         "index": choice.get("index", 0),
         "delta": message | ({"tool_calls": calls} if calls else {}),
-        # It is whole, whether it says so or not.
+        # The answer is complete, even if it has no finish reason.
         "finish_reason": choice.get("finish_reason") or "stop",
     }

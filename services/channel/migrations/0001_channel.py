@@ -1,4 +1,4 @@
-"""Accounts, conversations, what was seen, deliveries."""
+"""Tables: account, conversation, inbound_seen, delivery."""
 
 from alembic import op
 
@@ -9,9 +9,9 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # token: of the webhook's path, found by its SHA-256. pseudonyms: the key of this account's session keys and
-    # subject ids. Both and the credentials are sealed. broken_reason: why the vendor refuses the account; null: it
-    # works.
+    # token: of the webhook path, looked up by its SHA-256. pseudonyms: the key from which this account's session keys
+    # and subject ids are derived. Both, and the credentials, are encrypted. broken_reason: why the vendor refuses the
+    # account; null: the account works.
     op.execute(
         "CREATE TABLE account (id uuid PRIMARY KEY, seq bigint GENERATED ALWAYS AS IDENTITY, tenant_id text NOT NULL, "
         "type text NOT NULL, agent_id uuid NOT NULL, token_hash bytea NOT NULL UNIQUE, token bytea NOT NULL, "
@@ -20,12 +20,12 @@ def upgrade() -> None:
         "updated_at timestamptz NOT NULL DEFAULT clock_timestamp())"
     )
     op.execute("CREATE INDEX account_tenant ON account (tenant_id, seq)")
-    # subject_id: who wrote last, whose key seals what is sent there.
+    # subject_id: the last person who wrote; replies are encrypted with that person's key.
     op.execute(
         "CREATE TABLE conversation (session_key text PRIMARY KEY, tenant_id text NOT NULL, channel_id uuid NOT NULL, "
         "subject_id text NOT NULL)"
     )
-    # Vendors' ids by hash, each under all its names. ignored: why it started nothing.
+    # Hashes of vendors' ids; a message is stored under each of its ids. ignored: why it started no run.
     op.execute(
         "CREATE TABLE inbound_seen (hash bytea PRIMARY KEY, tenant_id text NOT NULL, channel_id uuid NOT NULL, "
         "ignored text, seen_at timestamptz NOT NULL DEFAULT clock_timestamp())"

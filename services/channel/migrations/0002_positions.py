@@ -1,4 +1,4 @@
-"""How many messages a conversation has had."""
+"""Column conversation.position: the number of messages that the conversation has had."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""The vendors' adapters by channel type."""
+"""The vendor adapters by channel type."""
 
 from __future__ import annotations
 

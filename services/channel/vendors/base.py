@@ -1,7 +1,7 @@
-"""What every vendor's adapter is: verify and read what comes in, cut and send what goes out.
+"""The interface of a vendor adapter: it verifies and parses webhooks, and splits and sends messages.
 
-An adapter knows the vendor's wire and nothing of ours: no database, no lanes, no buses. Sources of each rule are the
-vendor's own documents, named in its module.
+An adapter knows the vendor's protocol and nothing of ours: no database, no lanes, no buses. The source of each rule is
+the vendor's documentation, which the adapter's module names.
 """
 
 from __future__ import annotations
@@ -21,61 +21,65 @@ from infra.outgoing.client import Answer, Outgoing
 
 C = TypeVar("C", bound=msgspec.Struct)
 
-# How far a signed time may lie from ours, in either direction.
-FRESH = timedelta(seconds=300)
-# Where a vendor says "later" and not how much later.
+# The largest accepted difference between a signed time and our clock, in either direction.
+MAX_CLOCK_DIFFERENCE = timedelta(seconds=300)
+# The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
 
 
 class Request(NamedTuple):
-    """A webhook as it came: names of `headers` in lower case, `query` undecoded, `body` untouched."""
+    """A webhook call as it arrived."""
 
     method: str
     query: str
+    """Not decoded."""
     headers: Mapping[str, str]
+    """Names in lower case."""
     body: bytes
+    """The raw bytes."""
 
 
 class Inbound(NamedTuple):
-    """A person's message.
-
-    ids: all names under which the vendor may bring it; known under one of them, it is a repeat.
-    conversation: the vendor's id of the conversation, the thread included where there is one; `send` is given it back.
-    person: the vendor's id of who wrote. message: the vendor's id of the message, for replies.
-    """
+    """A person's message."""
 
     ids: tuple[str, ...]
+    """All ids under which the vendor may send this message. If one of them is known, the message is a repeat."""
     conversation: str
+    """The vendor's id of the conversation, including the thread if there is one. `send` gets it back."""
     person: str
+    """The vendor's id of the author."""
     message: str
+    """The vendor's id of the message, for replies."""
     text: str
 
 
 class Ignored(NamedTuple):
-    """Something genuine that starts no run. `reason` is shown to operators: what it was, never what it said."""
+    """A genuine event that starts no run."""
 
     ids: tuple[str, ...]
     reason: str
+    """Shown to operators: the kind of the event, never its content."""
 
 
 class Ack(NamedTuple):
-    """The answer to a webhook, given once all of it is stored."""
+    """The answer to a webhook call, sent after all its items are stored."""
 
     body: bytes = b""
     media_type: str = "text/plain"
 
 
 class Received(NamedTuple):
-    """What one webhook brought, in its order."""
+    """The items of one webhook call, in its order."""
 
     items: Sequence[Inbound | Ignored]
     ack: Ack = Ack()
 
 
 class Outbound(NamedTuple):
-    """One message to send. key: the same for each attempt at the same message; a UUID, and a number for a part."""
+    """One message to send."""
 
     key: str
+    """The idempotency key, the same for each attempt: the delivery's UUID, with ``-<n>`` for part n of several."""
     conversation: str
     text: str
     reply_to: str | None = None
@@ -83,7 +87,7 @@ class Outbound(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """At most `times` messages in `seconds` for whatever shares `scope` within the account."""
+    """At most `times` messages in `seconds`, counted over all sends of the account with the same `scope`."""
 
     scope: str
     times: int
@@ -91,7 +95,7 @@ class Limit(NamedTuple):
 
 
 class AccountRefused(EffectFailed):
-    """The vendor does not take this account any more, whatever is sent. Its reason tells it from other failures."""
+    """The vendor refuses the account, so every other message would fail too. The prefix of the reason marks it."""
 
     PREFIX: ClassVar[str] = "account refused: "
 
@@ -100,63 +104,64 @@ class AccountRefused(EffectFailed):
 
 
 class Vendor(ABC, Generic[C]):
-    """One vendor. `name` is the channel type.
-
-    origin: where its API lives; empty where the credentials say so, in those of its fields that `addresses` names.
-    effect: ``keyed`` where the vendor takes our key and drops repeats, else ``once``.
-    """
+    """One vendor."""
 
     name: ClassVar[str]
+    """The channel type."""
     credentials: ClassVar[type[msgspec.Struct]]
     origin: ClassVar[str]
+    """The origin of the vendor's API; empty if the credentials contain the address."""
     addresses: ClassVar[tuple[str, ...]]
+    """The fields of the credentials that are addresses."""
     effect: ClassVar[Kind]
+    """``keyed`` if the vendor accepts our key and drops repeats, else ``once``."""
 
     @abstractmethod
     def receive(self, request: Request, credentials: C, now: datetime) -> Received:
-        """Verifies the raw bytes and only then reads them.
+        """Verifies the raw bytes first, then parses them.
 
-        Raises Unauthenticated where it is not proven to come from the vendor, InvalidMessage where it is and still
-        cannot be read.
+        Raises Unauthenticated if the call is not proven to come from the vendor, InvalidMessage if it is proven but
+        malformed.
         """
 
     @abstractmethod
     def split(self, text: str) -> Sequence[str]:
-        """`text` in messages that the vendor takes."""
+        """Splits `text` into messages that the vendor accepts."""
 
     @abstractmethod
     def limits(self, conversation: str) -> Sequence[Limit]:
-        """How fast the vendor lets an account send to this conversation."""
+        """The vendor's rate limits that apply to a message to this conversation."""
 
     @abstractmethod
     async def send(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> str | None:
-        """Sends and returns the vendor's id of the message, None where it has none.
+        """Sends one message and returns the vendor's id of it, or None if the vendor gives none.
 
-        Raises EffectFailed where it is refused for good (AccountRefused: so would be every other), Transient or
-        RetryLater where it certainly was not sent and may be later, Unanswered where nobody knows.
+        Raises EffectFailed if the vendor refuses it permanently (AccountRefused: it refuses the whole account),
+        Transient or RetryLater if it certainly was not sent and may be sent later, Unanswered if the outcome is
+        unknown.
         """
 
 
-def same(given: str, expected: str) -> bool:
-    """Whether two texts are equal, in a time that does not tell how far they are."""
+def constant_time_equals(given: str, expected: str) -> bool:
+    """Compares two secrets in constant time."""
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
-def fresh(timestamp: str, now: datetime) -> bool:
-    """Whether `timestamp` (Unix seconds in decimal digits) lies within FRESH of `now`."""
-    # More digits would be no time of today, and int() takes its time over many.
+def is_recent(timestamp: str, now: datetime) -> bool:
+    """True if `timestamp` (Unix seconds in decimal digits) is within MAX_CLOCK_DIFFERENCE of `now`."""
+    # More digits cannot be a current time, and int() is slow for very long input.
     if not (timestamp.isascii() and timestamp.isdecimal() and len(timestamp) <= 12):
         return False
-    return abs(now.timestamp() - int(timestamp)) <= FRESH.total_seconds()
+    return abs(now.timestamp() - int(timestamp)) <= MAX_CLOCK_DIFFERENCE.total_seconds()
 
 
-def refuse_passing(answer: Answer, asked_seconds: float | None = None) -> None:
-    """Raises what the statuses mean that say nothing of the message itself: 429 and 5xx.
+def raise_for_transient(answer: Answer, asked_seconds: float | None = None) -> None:
+    """Raises for the statuses that say nothing about the message itself: 429 and 5xx.
 
-    `asked_seconds`: how long the body asks to wait; else the header Retry-After counts.
+    `asked_seconds`: the delay that the body asks for; without it the header Retry-After counts.
     """
     if answer.status == 504:
-        # A gateway got no answer from behind it, where the message may have been taken.
+        # A gateway timed out. The server behind it may have accepted the message.
         raise Unanswered("HTTP 504")
     if answer.status == 429 or answer.status == 503:
         asked = asked_seconds if asked_seconds is not None else _seconds(answer.headers.get("retry-after", ""))

@@ -1,4 +1,4 @@
-"""Slack apps, Events API and chat.postMessage.
+"""Adapter for Slack apps: Events API and chat.postMessage.
 
 https://docs.slack.dev/authentication/verifying-requests-from-slack, https://docs.slack.dev/apis/events-api,
 https://docs.slack.dev/reference/methods/chat.postMessage, https://docs.slack.dev/apis/web-api/rate-limits
@@ -29,15 +29,15 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
-    fresh,
-    refuse_passing,
-    same,
+    constant_time_equals,
+    is_recent,
+    raise_for_transient,
 )
 from services.channel.vendors.splitting import split
 
-# Characters. Slack cuts at 40,000 and asks for no more than this.
+# Characters. Slack truncates at 40,000 and recommends at most this many.
 MAX_TEXT = 4_000
-# A message event with another subtype is about a message, or about the channel.
+# The subtypes of a message that a person wrote. Others report changes to a message or a channel.
 _SPOKEN = (None, "file_share", "thread_broadcast", "me_message")
 _ACCOUNT = frozenset(
     (
@@ -53,7 +53,7 @@ _ACCOUNT = frozenset(
         "not_allowed_token_type",
     )
 )
-_PASSING = frozenset(("internal_error", "fatal_error", "service_unavailable", "request_timeout"))
+_TRANSIENT = frozenset(("internal_error", "fatal_error", "service_unavailable", "request_timeout"))
 
 
 class SlackCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,7 +83,7 @@ class _Kind(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """A message. `text` has ``& < >`` as entities."""
+    """A message event. In `text`, ``& < >`` are entities."""
 
     channel: str
     ts: str
@@ -99,7 +99,7 @@ class _Response(msgspec.Struct):
 
 
 class Slack(Vendor[SlackCredentials]):
-    """Takes no key of ours: an unanswered send stays unknown."""
+    """Slack accepts no idempotency key: an unanswered send stays unknown."""
 
     name: ClassVar[str] = "slack"
     credentials: ClassVar[type[msgspec.Struct]] = SlackCredentials
@@ -109,10 +109,12 @@ class Slack(Vendor[SlackCredentials]):
 
     def receive(self, request: Request, credentials: SlackCredentials, now: datetime) -> Received:
         timestamp = request.headers.get("x-slack-request-timestamp", "")
-        if not fresh(timestamp, now):
-            raise Unauthenticated("X-Slack-Request-Timestamp is missing or not of now")
-        if not same(request.headers.get("x-slack-signature", ""), sign(credentials, timestamp, request.body)):
-            raise Unauthenticated("X-Slack-Signature does not fit")
+        if not is_recent(timestamp, now):
+            raise Unauthenticated("X-Slack-Request-Timestamp is missing or more than 5 minutes from our clock")
+        if not constant_time_equals(
+            request.headers.get("x-slack-signature", ""), sign(credentials, timestamp, request.body)
+        ):
+            raise Unauthenticated("X-Slack-Signature does not match")
         unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
         if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
             return Received([Ignored(unnamed, "a command or an interaction")])
@@ -165,7 +167,7 @@ def _event(payload: _Payload) -> Inbound | Ignored:
         return Ignored(ids, "a bot's message")
     thread = f"/{event.thread_ts}" if event.thread_ts else ""
     return Inbound(
-        # A mention in a channel comes as app_mention and as message, two events of one text.
+        # A mention in a channel arrives as two events, app_mention and message, with one text.
         ids=(*ids, f"message/{payload.team_id}/{event.channel}/{event.ts}"),
         conversation=f"{event.channel}{thread}",
         person=event.user,
@@ -175,24 +177,24 @@ def _event(payload: _Payload) -> Inbound | Ignored:
 
 
 def _escape(text: str) -> str:
-    """Nothing in the text is a mention, a link or a call to everybody: ``<!channel>`` would ring all telephones."""
+    """Escapes the text so that nothing in it is a mention or a link: ``<!channel>`` would notify everybody."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _read(answer: Answer) -> _Response:
-    refuse_passing(answer)
+    raise_for_transient(answer)
     if answer.status >= 400:
         raise EffectFailed(f"HTTP {answer.status}")
     try:
         response = msgspec.json.decode(answer.body, type=_Response)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Unanswered(f"HTTP {answer.status} with a body that cannot be read") from error
+        raise Unanswered(f"HTTP {answer.status} with a malformed body") from error
     if response.ok:
         return response
     if response.error in _ACCOUNT:
         raise AccountRefused(response.error)
     if response.error == "ratelimited":
         raise RetryLater(DEFAULT_RETRY, response.error)
-    if response.error in _PASSING:
+    if response.error in _TRANSIENT:
         raise Transient(response.error)
     raise EffectFailed(response.error[:200])

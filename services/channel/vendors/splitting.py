@@ -1,4 +1,4 @@
-"""Cutting a long text where a reader would."""
+"""Splits a long text between paragraphs, lines, sentences or words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-# Best first: paragraph, line, sentence (also without a blank after it, as in Chinese and Japanese), word.
+# Best first: paragraph, line, sentence (also without a space after it, as in Chinese and Japanese), word.
 _PLACES = (
     re.compile(r"\n\s*\n"),
     re.compile(r"\n"),
@@ -14,19 +14,20 @@ _PLACES = (
     re.compile(r"\s"),
 )
 _JOINER = "\N{ZERO WIDTH JOINER}"
-# What is longer is no writing, and may be torn.
+# A longer cluster is not real text and may be split.
 _LONGEST_CLUSTER = 64
 
 
 def utf16_length(text: str) -> int:
-    """In UTF-16 units, as Telegram counts."""
+    """The length in UTF-16 units, as Telegram counts."""
     return len(text) + sum(character > "\uffff" for character in text)
 
 
 def split(text: str, limit: int, length: Callable[[str], int] = len) -> list[str]:
-    """`text` in parts of at most `limit` by `length`; nothing but blanks at the cuts is lost. None for a blank text.
+    """Splits `text` into parts of at most `limit`, measured by `length`. An empty text has no parts.
 
-    A place in the first half of a part is passed over for a worse one later: parts should not be many.
+    Only white space at the cuts is lost. A good place in the first half of a part is skipped in favour of a worse one
+    later, so that there are few parts.
     """
     parts = []
     rest = text.replace("\0", "").strip()
@@ -39,7 +40,7 @@ def split(text: str, limit: int, length: Callable[[str], int] = len) -> list[str
 
 
 def _fitting(text: str, limit: int, length: Callable[[str], int]) -> int:
-    """How many characters fit. A character is one unit or more, so the answer lies at or below `limit`."""
+    """The number of characters that fit. A character has at least one unit, so it is at most `limit`."""
     end = limit
     while (over := length(text[:end]) - limit) > 0:
         end -= max(1, over // 2)
@@ -48,7 +49,7 @@ def _fitting(text: str, limit: int, length: Callable[[str], int]) -> int:
 
 def _place(text: str, end: int) -> int:
     for place in _PLACES:
-        # One character further: a blank right behind what fits is a place too.
+        # One character further, because white space directly after the part is a place too.
         if found := [match.end() for match in place.finditer(text, end // 2, end + 1)]:
             return min(found[-1], end)
     for at in range(end, max(end - _LONGEST_CLUSTER, 0), -1):
@@ -58,7 +59,7 @@ def _place(text: str, end: int) -> int:
 
 
 def _belongs_to_former(text: str, at: int) -> bool:
-    """Whether a cut before `at` would tear what is seen as one character: accents, joined or coloured emoji."""
+    """True if a cut before `at` would split one visible character: accents, joined or coloured emoji."""
     return (
         unicodedata.category(text[at]) in ("Mn", "Me", "Mc")
         or _JOINER in (text[at], text[at - 1])

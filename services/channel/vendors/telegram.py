@@ -1,4 +1,7 @@
-"""Telegram bots: https://core.telegram.org/bots/api (setWebhook, Update, sendMessage, ResponseParameters)."""
+"""Adapter for Telegram bots: https://core.telegram.org/bots/api
+
+See setWebhook, Update, sendMessage and ResponseParameters there.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
-    refuse_passing,
-    same,
+    constant_time_equals,
+    raise_for_transient,
 )
 from services.channel.vendors.splitting import split, utf16_length
 
@@ -34,9 +37,9 @@ MAX_TEXT = 4096
 
 class TelegramCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bot_token: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9:_-]{1,256}$")]
-    """As BotFather gives it, ``<bot id>:<secret>``. Part of each call's path, hence the pattern."""
+    """``<bot id>:<secret>`` from BotFather. It is part of the path of each call, hence the pattern."""
     secret_token: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,256}$")]
-    """What setWebhook was given as ``secret_token``."""
+    """The ``secret_token`` that was passed to setWebhook."""
 
 
 class _User(msgspec.Struct):
@@ -72,7 +75,7 @@ class _Sent(msgspec.Struct):
 
 
 class _Response(msgspec.Struct):
-    """`error_code` says the same as the HTTP status. `result` is not needed to know that a message was taken."""
+    """`error_code` repeats the HTTP status. `result` stays raw: `ok` alone says that the message was accepted."""
 
     ok: bool
     error_code: int | None = None
@@ -82,7 +85,8 @@ class _Response(msgspec.Struct):
 
 
 class Telegram(Vendor[TelegramCredentials]):
-    """Updates are proven by a shared token and not signed. Takes no key of ours: an unanswered send stays unknown."""
+    """Updates carry a shared token and no signature. Telegram accepts no idempotency key: an unanswered send stays
+    unknown."""
 
     name: ClassVar[str] = "telegram"
     credentials: ClassVar[type[msgspec.Struct]] = TelegramCredentials
@@ -92,7 +96,7 @@ class Telegram(Vendor[TelegramCredentials]):
 
     def receive(self, request: Request, credentials: TelegramCredentials, now: datetime) -> Received:
         given = request.headers.get("x-telegram-bot-api-secret-token", "")
-        if not same(given, credentials.secret_token):
+        if not constant_time_equals(given, credentials.secret_token):
             raise Unauthenticated("X-Telegram-Bot-Api-Secret-Token is not this channel's secret_token")
         update = decode_json(request.body, _Update)
         ids = (f"update/{update.update_id}",)
@@ -130,17 +134,17 @@ class Telegram(Vendor[TelegramCredentials]):
         self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
     ) -> str | None:
         chat, _, topic = message.conversation.partition("/")
-        # No parse_mode: the text is shown as it is, whatever looks like markup in it.
+        # No parse_mode: the text is shown as it is, even if it contains markup.
         body: dict[str, object] = {"chat_id": _chat_id(chat), "text": message.text}
         if topic:
             body["message_thread_id"] = int(topic)
         if message.reply_to is not None and message.reply_to.isdecimal():
-            # The message may have been deleted since; the answer goes out all the same.
+            # The message may have been deleted meanwhile; the reply is sent anyway.
             body["reply_parameters"] = {"message_id": int(message.reply_to), "allow_sending_without_reply": True}
         url = f"{origin}/bot{credentials.bot_token}/sendMessage"
         response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
         if response.parameters.migrate_to_chat_id is not None:
-            # The group became a supergroup and nothing was sent; its new id works at once.
+            # The group became a supergroup and nothing was sent. Its new id is used at once.
             body["chat_id"] = response.parameters.migrate_to_chat_id
             body.pop("reply_parameters", None)
             response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
@@ -157,18 +161,18 @@ def _chat_id(chat: str) -> int | str:
 
 
 def _read(answer: Answer) -> _Response:
-    """What Telegram says of this message; raises for what it says of the account and of all messages."""
+    """Parses the answer to one message. Raises if it is about the account or about all messages."""
     try:
         response = msgspec.json.decode(answer.body, type=_Response)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # No words of Telegram's: its status counts, and a good one alone proves nothing.
-        refuse_passing(answer)
+        # The body is not Telegram's: only the status counts, and 200 alone does not prove that it was accepted.
+        raise_for_transient(answer)
         if answer.status < 400:
-            raise Unanswered(f"HTTP {answer.status} with a body that cannot be read") from None
+            raise Unanswered(f"HTTP {answer.status} with a malformed body") from None
         response = _Response(ok=False, description=f"HTTP {answer.status}")
     status = answer.status if response.ok or response.error_code is None else response.error_code
-    refuse_passing(replace(answer, status=status), response.parameters.retry_after)
+    raise_for_transient(replace(answer, status=status), response.parameters.retry_after)
     if status in (401, 404):
-        # 404 is for a token that never was one.
+        # 404: the token never existed.
         raise AccountRefused(f"HTTP {status}")
     return response

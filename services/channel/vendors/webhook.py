@@ -1,4 +1,4 @@
-"""Any program, by Standard Webhooks both ways.
+"""Adapter for any program, by Standard Webhooks in both directions.
 
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
 """
@@ -25,19 +25,19 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
-    refuse_passing,
+    raise_for_transient,
 )
 from services.channel.vendors.splitting import split
 
-# Characters; only so that one message stays within what the other side's HTTP server takes.
+# Characters. It keeps one message below the usual body limits of HTTP servers.
 MAX_TEXT = 100_000
-# Any text but with NUL, which stores and programs on the way would not take.
+# Any text without NUL, which databases refuse.
 _Id = Annotated[str, msgspec.Meta(pattern="^[^\\x00]{1,500}$")]
 
 
 class WebhookCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secret: str
-    """``whsec_`` and base64 of 24 to 64 bytes; signs both directions."""
+    """``whsec_`` and base64 of 24 to 64 bytes. It signs both directions."""
     reply_url: Annotated[str, msgspec.Meta(max_length=2_000)]
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class _Message(msgspec.Struct):
 
 
 class Webhook(Vendor[WebhookCredentials]):
-    """Our key is the ``webhook-id``, by which the receiver drops repeats."""
+    """The idempotency key is the ``webhook-id``, by which the receiver drops repeats."""
 
     name: ClassVar[str] = "webhook"
     credentials: ClassVar[type[msgspec.Struct]] = WebhookCredentials
@@ -90,8 +90,8 @@ class Webhook(Vendor[WebhookCredentials]):
         headers = {"content-type": "application/json", **signed}
         answer = await outgoing.request("POST", credentials.reply_url, headers=headers, content=body)
         if answer.status == 410:
-            raise AccountRefused("HTTP 410, the receiver wants no more")
-        refuse_passing(answer)
+            raise AccountRefused("HTTP 410: the receiver is gone")
+        raise_for_transient(answer)
         if not 200 <= answer.status < 300:
             raise EffectFailed(f"HTTP {answer.status}")
         return None

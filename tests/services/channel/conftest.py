@@ -1,4 +1,4 @@
-"""The channel service as a process, and what tests do with it."""
+"""The channel service as a process, and a tenant's view of it for tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Desk:
         return self.platform.client("channel", self.tenant_id)
 
     async def connect(self, type_: str, credentials: dict[str, str], api_base: str | None = None) -> dict[str, Any]:
-        """A new channel, as its creator is told of it."""
+        """A new channel, x."""
         body = {"type": type_, "agent_id": str(uuid7()), "credentials": credentials, "api_base": api_base}
         async with self.client() as http:
             response = await http.post("/api/v1/channels", json=body)
@@ -43,18 +43,18 @@ class Desk:
         return found
 
     async def call(self, channel: dict[str, Any], call: Call, method: str = "POST", **headers: str) -> httpx.Response:
-        """What the vendor would get for this webhook call."""
+        """Makes a webhook call as the vendor and returns the answer."""
         body, given = call
         async with httpx.AsyncClient(base_url=self.platform.url("channel"), trust_env=False, timeout=30) as http:
             return await http.request(method, channel["webhook_path"], content=body, headers=given | headers)
 
     async def received(self, channel: dict[str, Any]) -> list[dict[str, Any]]:
-        """What the agent was told of this channel, in order."""
+        """The messages that were sent to the agent for this channel, in order."""
         rows = await self.platform.outbox("channel", "channel.inbound")
         return [body for _, body in rows if body["channel_id"] == channel["id"]]
 
-    async def told(self, channel: dict[str, Any], type_: str) -> list[dict[str, Any]]:
-        """The public facts of one type about this channel, in order."""
+    async def published(self, channel: dict[str, Any], type_: str) -> list[dict[str, Any]]:
+        """The published facts of one type about this channel, in order."""
         rows = await self.platform.outbox("channel", "channel.events")
         return [
             body
@@ -71,17 +71,17 @@ class Desk:
         return [reason for (reason,) in rows]
 
     async def reply(
-        self, heard: dict[str, Any], text: str, *, delivery_id: UUID | None = None, position: int = 0
+        self, inbound: dict[str, Any], text: str, *, delivery_id: UUID | None = None, position: int = 0
     ) -> UUID:
-        """Answers a received message, as the agent would. Returns the delivery's id."""
+        """Replies to an inbound message, as the agent would. Returns the id of the delivery."""
         message = SendMessage(
             delivery_id=delivery_id or uuid7(),
-            channel_id=UUID(heard["channel_id"]),
-            session_key=heard["session_key"],
-            conversation_id=heard["conversation_id"],
+            channel_id=UUID(inbound["channel_id"]),
+            session_key=inbound["session_key"],
+            conversation_id=inbound["conversation_id"],
             text=text,
             run_id=uuid7(),
-            reply_to=heard["vendor_message_id"],
+            reply_to=inbound["vendor_message_id"],
             position=position,
         )
         await self.platform.send(CHANNEL_OUTBOUND, message, tenant_id=self.tenant_id)
@@ -102,7 +102,7 @@ class Desk:
         await self.platform.until(ask)
 
     async def settled(self, id_: UUID, *, seconds: float = 30) -> dict[str, Any]:
-        """The delivery once it has come to an end."""
+        """Returns the delivery once it has ended."""
 
         async def ask() -> dict[str, Any] | None:
             found = await self.delivery(id_)
@@ -123,5 +123,5 @@ async def service(platform: Platform) -> Platform:
 
 @pytest.fixture
 def desk(service: Platform) -> Desk:
-    """A tenant of its own for each test."""
+    """A new tenant for each test."""
     return Desk(service, str(uuid.uuid4()))

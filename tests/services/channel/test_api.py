@@ -1,4 +1,4 @@
-"""Channel accounts over HTTP."""
+"""The HTTP API of channel accounts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TELEGRAM = {"bot_token": "1:abc", "secret_token": "s3cret"}
 WEBHOOK = {"secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "reply_url": "http://127.0.0.1:9/replies"}
 
 
-async def test_a_channel_is_made_shown_changed_and_deleted_and_never_shows_its_credentials(desk: Desk) -> None:
+async def test_a_channel_is_created_shown_changed_and_deleted_and_never_shows_its_credentials(desk: Desk) -> None:
     made = await desk.connect("telegram", TELEGRAM, "http://127.0.0.1:9")
     assert made["webhook_path"].startswith("/webhooks/telegram/")
     assert len(made["webhook_path"].rpartition("/")[2]) >= 22, "at least 128 bits"
@@ -69,7 +69,7 @@ async def test_a_channel_is_made_shown_changed_and_deleted_and_never_shows_its_c
         ({"type": "telegram", "credentials": TELEGRAM, "name": "x"}, "name"),
     ],
 )
-async def test_what_is_wrong_is_named(desk: Desk, body: dict[str, Any], field: str) -> None:
+async def test_an_invalid_field_is_named(desk: Desk, body: dict[str, Any], field: str) -> None:
     async with desk.client() as http:
         response = await http.post("/api/v1/channels", json={"agent_id": str(uuid7()), **body})
     assert response.status_code == 422, response.text
@@ -77,7 +77,7 @@ async def test_what_is_wrong_is_named(desk: Desk, body: dict[str, Any], field: s
     assert "1:abc" not in response.text
 
 
-async def test_a_channel_leads_to_an_agent_of_its_tenant(desk: Desk) -> None:
+async def test_a_channel_needs_an_agent_of_its_tenant(desk: Desk) -> None:
     own = str(uuid7())
 
     async def find(request: Request) -> Response:
@@ -103,7 +103,7 @@ async def test_a_channel_leads_to_an_agent_of_its_tenant(desk: Desk) -> None:
         await agent.stop()
 
 
-async def test_another_tenants_channel_is_not_there(desk: Desk) -> None:
+async def test_another_tenants_channel_is_404(desk: Desk) -> None:
     made = await desk.connect("telegram", TELEGRAM)
     other = Desk(desk.platform, "another")
     async with other.client() as http:
@@ -113,14 +113,14 @@ async def test_another_tenants_channel_is_not_there(desk: Desk) -> None:
     assert (await desk.channel(made["id"]))["id"] == made["id"]
 
 
-async def test_reading_does_not_allow_writing(desk: Desk) -> None:
+async def test_the_read_scope_does_not_allow_writing(desk: Desk) -> None:
     async with desk.platform.client("channel", desk.tenant_id, scopes=("read",)) as http:
         body = {"type": "telegram", "agent_id": str(uuid7()), "credentials": TELEGRAM}
         assert (await http.post("/api/v1/channels", json=body)).status_code == 403
         assert (await http.get("/api/v1/channels")).status_code == 200
 
 
-async def test_a_repeated_request_makes_one_channel(desk: Desk) -> None:
+async def test_a_repeated_request_creates_one_channel(desk: Desk) -> None:
     body = {"type": "telegram", "agent_id": str(uuid7()), "credentials": TELEGRAM}
     async with desk.client() as http:
         answers = [
@@ -144,7 +144,7 @@ async def test_lists_come_in_pages(desk: Desk) -> None:
     assert found == made
 
 
-async def test_new_credentials_count_at_once(desk: Desk) -> None:
+async def test_new_credentials_take_effect_at_once(desk: Desk) -> None:
     async with TelegramStandIn() as old, TelegramStandIn() as new:
         made = await desk.connect("telegram", old.credentials)
         assert (await desk.call(made, old.update("hi"))).status_code == 200
@@ -154,7 +154,7 @@ async def test_new_credentials_count_at_once(desk: Desk) -> None:
         assert (await desk.call(made, new.update("hi"))).status_code == 200
 
 
-async def test_a_deleted_channels_webhook_is_gone(desk: Desk) -> None:
+async def test_the_webhook_of_a_deleted_channel_is_404(desk: Desk) -> None:
     async with WebhookStandIn() as vendor:
         made = await desk.connect("webhook", vendor.credentials)
         assert (await desk.call(made, vendor.message("hi"))).status_code == 200

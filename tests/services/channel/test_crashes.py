@@ -1,4 +1,4 @@
-"""SIGKILL at every boundary: nothing that was accepted is lost, nothing is said twice, what nobody knows is said so."""
+"""SIGKILL at every boundary: no accepted message is lost, no reply is sent twice, unknown outcomes are reported."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.services.channel.conftest import Desk
 from tooling.testing.platform import Platform
 from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
 
-# How a delivery by a vendor without a key may end, and how many messages a person then sees.
+# How a delivery may end if the vendor has no idempotency key, and how many messages a person then sees.
 UNKNOWN_UNSENT, UNKNOWN_SENT, SENT = ("unknown", 0), ("unknown", 1), ("sent", 1)
 
 
 @pytest.fixture
 async def fragile(platform: Platform, tmp_path: Path) -> AsyncIterator[Any]:
-    """Starts the service so that it dies at the failpoint of that name once the marker is there."""
+    """Starts the service so that it dies at the named failpoint once the marker file exists."""
     marker = tmp_path / "armed"
 
     async def start(failpoint: str) -> Path:
@@ -34,13 +34,13 @@ async def fragile(platform: Platform, tmp_path: Path) -> AsyncIterator[Any]:
 
 
 async def died_and_back(platform: Platform) -> None:
-    # In a thread: the stand-in answers in this loop.
+    # In a thread, because the fake answers in this event loop.
     assert await asyncio.to_thread(platform.processes["channel"].wait, 30) == -signal.SIGKILL
     await platform.start("channel")
 
 
 @pytest.mark.parametrize("failpoint", ["after_append", "before_commit", "after_commit"])
-async def test_a_webhook_cut_off_by_a_crash_and_sent_again_is_taken_once(
+async def test_a_webhook_interrupted_by_a_crash_and_sent_again_is_accepted_once(
     platform: Platform, fragile: Any, failpoint: str
 ) -> None:
     marker = await fragile(failpoint)
@@ -53,7 +53,7 @@ async def test_a_webhook_cut_off_by_a_crash_and_sent_again_is_taken_once(
         await desk.call(channel, call)
     await died_and_back(platform)
     assert (await desk.call(channel, call)).status_code == 200
-    assert [heard["text"] for heard in await desk.received(channel)] == ["hi"]
+    assert [inbound["text"] for inbound in await desk.received(channel)] == ["hi"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ async def test_a_webhook_cut_off_by_a_crash_and_sent_again_is_taken_once(
         ("after_lane_commit", SENT),
     ],
 )
-async def test_without_a_key_a_crash_leaves_one_message_or_an_unknown_one(
+async def test_without_a_key_a_crash_leaves_one_message_or_an_unknown_delivery(
     platform: Platform, fragile: Any, failpoint: str, end: tuple[str, int]
 ) -> None:
     marker = await fragile(failpoint)
@@ -74,15 +74,15 @@ async def test_without_a_key_a_crash_leaves_one_message_or_an_unknown_one(
     async with TelegramStandIn() as vendor:
         channel = await desk.connect("telegram", vendor.credentials, vendor.url)
         await desk.call(channel, vendor.update("question"))
-        [heard] = await desk.received(channel)
+        [inbound] = await desk.received(channel)
         marker.touch()
-        id_ = await desk.reply(heard, "answer")
+        id_ = await desk.reply(inbound, "answer")
         await died_and_back(platform)
         delivery = await desk.settled(id_)
         assert (delivery["state"], len(vendor.ledger)) == end
-        assert (await desk.settled(await desk.reply(heard, "next")))["state"] == "sent"
-    told = await desk.told(channel, "MessageUndelivered") + await desk.told(channel, "MessageDelivered")
-    assert [one["delivery_id"] for one in told if one["delivery_id"] == str(id_)] == [str(id_)]
+        assert (await desk.settled(await desk.reply(inbound, "next")))["state"] == "sent"
+    published = await desk.published(channel, "MessageUndelivered") + await desk.published(channel, "MessageDelivered")
+    assert [one["delivery_id"] for one in published if one["delivery_id"] == str(id_)] == [str(id_)]
 
 
 @pytest.mark.parametrize("failpoint", ["after_effect_started", "after_effect_call"])
@@ -92,21 +92,21 @@ async def test_with_a_key_a_crash_leaves_one_message(platform: Platform, fragile
     async with WebhookStandIn() as vendor:
         channel = await desk.connect("webhook", vendor.credentials)
         await desk.call(channel, vendor.message("question"))
-        [heard] = await desk.received(channel)
+        [inbound] = await desk.received(channel)
         marker.touch()
-        id_ = await desk.reply(heard, "answer")
+        id_ = await desk.reply(inbound, "answer")
         await died_and_back(platform)
         assert (await desk.settled(id_))["state"] == "sent"
         assert vendor.texts() == ["answer"]
 
 
-async def test_without_redis_messages_are_taken_and_sent(platform: Platform) -> None:
+async def test_without_redis_messages_are_accepted_and_sent(platform: Platform) -> None:
     await platform.prepare("channel")
     await platform.start("channel", CLAW_REDIS_URL="redis://127.0.0.1:1")
     desk = Desk(platform, "tenant")
     async with TelegramStandIn() as vendor:
         channel = await desk.connect("telegram", vendor.credentials, vendor.url)
         await desk.call(channel, vendor.update("question"))
-        [heard] = await desk.received(channel)
-        assert (await desk.settled(await desk.reply(heard, "answer")))["state"] == "sent"
+        [inbound] = await desk.received(channel)
+        assert (await desk.settled(await desk.reply(inbound, "answer")))["state"] == "sent"
     platform.stop("channel")

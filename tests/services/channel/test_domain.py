@@ -1,4 +1,4 @@
-"""Deliveries and names: pure."""
+"""The pure rules of deliveries and pseudonyms."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from services.channel.domain import (
     Pseudonyms,
     Queue,
     decide,
+    dedupe_hash,
     evolve,
-    seen_as,
 )
 from services.channel.events import DeliveryEvent, DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown
 
@@ -50,23 +50,23 @@ def test_a_queued_delivery_ends_in_one_way(command: Command, event: DeliveryEven
 
 @pytest.mark.parametrize("settled", [SENT, FAILED, UNKNOWN])
 @pytest.mark.parametrize("command", [Queue(QUEUED), MarkSent("8"), MarkFailed("expired"), MarkUnknown("no answer")])
-def test_what_is_settled_stays_as_it_is(command: Command, settled: DeliveryEvent) -> None:
+def test_an_ended_delivery_does_not_change(command: Command, settled: DeliveryEvent) -> None:
     assert decide(command, after(QUEUED, settled)) == []
 
 
-def test_the_same_is_queued_once_and_nothing_ends_that_was_not_queued() -> None:
+def test_a_delivery_is_queued_once_and_cannot_end_before_it_was_queued() -> None:
     nothing: Sequence[DeliveryEvent] = []
     assert decide(Queue(QUEUED), after()) == [QUEUED]
     assert decide(Queue(QUEUED), after(QUEUED)) == nothing
     assert decide(MarkSent("7"), after()) == nothing
 
 
-def test_names_are_the_same_each_time_and_differ_by_account_kind_and_id() -> None:
+def test_pseudonyms_are_stable_and_differ_by_account_kind_and_id() -> None:
     one, other = Pseudonyms(b"1" * 32), Pseudonyms(b"2" * 32)
     names = [one.session("42"), one.subject("42"), one.session("43"), other.session("42"), other.subject("42")]
     assert len(set(names)) == len(names)
     assert one.session("42") == Pseudonyms(b"1" * 32).session("42")
 
 
-def test_a_vendors_id_is_another_on_another_channel() -> None:
-    assert seen_as(CHANNEL, "update/1") != seen_as(RUN, "update/1")
+def test_a_vendors_id_has_a_different_dedupe_hash_on_each_channel() -> None:
+    assert dedupe_hash(CHANNEL, "update/1") != dedupe_hash(RUN, "update/1")

@@ -1,4 +1,4 @@
-"""From a vendor's webhook to what the agent is told, against the running service."""
+"""From a vendor's webhook to the message that the agent gets, against the running service."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tooling.testing.vendors.server import StandIn
 TEXT = "größer \u202eesrever\u202c 😀 'quoted' \\ line\nline"
 
 
-async def test_a_message_reaches_the_agents_queue_once_however_often_it_is_sent(desk: Desk) -> None:
+async def test_a_repeated_message_reaches_the_agents_queue_once(desk: Desk) -> None:
     vendor = TelegramStandIn()
     channel = await desk.connect("telegram", vendor.credentials)
     call = vendor.update(TEXT, chat=42, person=43, message_id=7)
     statuses = [(await desk.call(channel, call)).status_code for _ in range(3)]
     assert statuses == [200, 200, 200]
-    [heard] = await desk.received(channel)
-    assert {name: heard[name] for name in ("channel_type", "agent_id", "conversation_id", "vendor_message_id")} == {
+    [inbound] = await desk.received(channel)
+    assert {name: inbound[name] for name in ("channel_type", "agent_id", "conversation_id", "vendor_message_id")} == {
         "channel_type": "telegram",
         "agent_id": channel["agent_id"],
         "conversation_id": "42",
         "vendor_message_id": "7",
     }
-    assert heard["text"] == TEXT
-    assert not {"42", "43"} & {heard["session_key"], heard["subject_id"]}
-    assert await desk.told(channel, "MessageReceived") == [heard]
+    assert inbound["text"] == TEXT
+    assert not {"42", "43"} & {inbound["session_key"], inbound["subject_id"]}
+    assert await desk.published(channel, "MessageReceived") == [inbound]
 
     connection = await aio_pika.connect(desk.platform.rabbitmq_url)
     async with connection:
@@ -45,13 +45,13 @@ async def test_a_message_reaches_the_agents_queue_once_however_often_it_is_sent(
         async with queue.iterator(timeout=30) as messages:
             async for message in messages:
                 await message.ack()
-                if json.loads(message.body) == heard:
+                if json.loads(message.body) == inbound:
                     assert message.headers["ce_type"] == "channel.v1.MessageReceived"
                     assert message.headers["tenant_id"] == desk.tenant_id
                     break
 
 
-async def test_the_same_at_the_same_time_is_taken_once(desk: Desk) -> None:
+async def test_concurrent_repeats_are_accepted_once(desk: Desk) -> None:
     vendor = TelegramStandIn()
     channel = await desk.connect("telegram", vendor.credentials)
     call = vendor.update("hi")
@@ -77,19 +77,19 @@ async def test_a_conversation_keeps_its_session_and_its_order(desk: Desk) -> Non
     for n in range(5):
         await desk.call(channel, vendor.update(f"{n}", chat=-100, person=n + 1))
     await desk.call(channel, vendor.update("topic", chat=-100, topic=5))
-    heard = await desk.received(channel)
-    assert [message["text"] for message in heard] == ["0", "1", "2", "3", "4", "topic"]
-    assert len({message["session_key"] for message in heard[:5]}) == 1
-    assert len({message["subject_id"] for message in heard[:5]}) == 5
-    assert heard[5]["session_key"] != heard[0]["session_key"]
+    inbound = await desk.received(channel)
+    assert [message["text"] for message in inbound] == ["0", "1", "2", "3", "4", "topic"]
+    assert len({message["session_key"] for message in inbound[:5]}) == 1
+    assert len({message["subject_id"] for message in inbound[:5]}) == 5
+    assert inbound[5]["session_key"] != inbound[0]["session_key"]
 
 
-async def test_nothing_personal_is_stored_in_the_open(desk: Desk) -> None:
+async def test_no_personal_content_is_stored_unencrypted(desk: Desk) -> None:
     async with WebhookStandIn() as vendor:
         channel = await desk.connect("webhook", vendor.credentials)
         await desk.call(channel, vendor.message("my secret", conversation="conv-4711", user="ada-4711"))
-        [heard] = await desk.received(channel)
-        await desk.settled(await desk.reply(heard, "your secret"))
+        [inbound] = await desk.received(channel)
+        await desk.settled(await desk.reply(inbound, "your secret"))
     async with desk.platform.database("channel").begin() as tx:
         pattern = b"%" + channel["id"].encode() + b"%"
         events = [json.loads(data) for (data,) in await tx.sql("SELECT data FROM event WHERE data LIKE $1", pattern)]
@@ -106,14 +106,14 @@ async def test_nothing_personal_is_stored_in_the_open(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PROPFIND"])
-async def test_an_unknown_webhook_is_not_there_by_any_method(desk: Desk, method: str) -> None:
+async def test_an_unknown_webhook_path_is_404_for_every_method(desk: Desk, method: str) -> None:
     channel = await desk.connect("telegram", TelegramStandIn().credentials)
     for path in ("/webhooks/telegram/unknown", channel["webhook_path"].replace("telegram", "slack")):
         assert (await desk.call({"webhook_path": path}, (b"{}", {}), method)).status_code == 404
     assert (await desk.call(channel, (b"{}", {}), method)).status_code == 401
 
 
-async def test_what_does_not_verify_or_cannot_be_read_leaves_nothing_behind(desk: Desk) -> None:
+async def test_a_forged_or_malformed_call_stores_nothing(desk: Desk) -> None:
     telegram, slack, webhook = TelegramStandIn(), SlackStandIn(), WebhookStandIn()
     channels: dict[StandIn, dict[str, Any]] = {
         vendor: await desk.connect(type_, vendor.credentials | extra)
@@ -154,18 +154,18 @@ async def test_the_handshake_of_slack_is_answered(desk: Desk) -> None:
     assert (response.status_code, response.text) == (200, "abc")
 
 
-async def test_slacks_mention_and_message_of_one_text_are_one_message_also_as_a_retry(desk: Desk) -> None:
+async def test_slacks_mention_and_message_events_of_one_text_are_one_message_also_as_a_retry(desk: Desk) -> None:
     vendor = SlackStandIn()
     channel = await desk.connect("slack", vendor.credentials)
     mention = vendor.event("<@U0BOT> hi", kind="app_mention", ts="1700000000.000777")
     for call in (mention, vendor.event("<@U0BOT> hi", ts="1700000000.000777"), mention):
         answer = await desk.call(channel, call, **{"x-slack-retry-num": "1", "x-slack-retry-reason": "http_timeout"})
         assert answer.status_code == 200
-    [heard] = await desk.received(channel)
-    assert heard["text"] == "<@U0BOT> hi"
+    [inbound] = await desk.received(channel)
+    assert inbound["text"] == "<@U0BOT> hi"
 
 
-async def test_what_starts_nothing_is_answered_well_and_remembered_with_its_reason(desk: Desk) -> None:
+async def test_an_ignored_event_is_answered_200_and_stored_with_its_reason(desk: Desk) -> None:
     vendor = TelegramStandIn()
     channel = await desk.connect("telegram", vendor.credentials)
     edited = {"update_id": 5, "edited_message": {"message_id": 1, "date": 1, "chat": {"id": 1}, "text": "x"}}
@@ -177,13 +177,13 @@ async def test_what_starts_nothing_is_answered_well_and_remembered_with_its_reas
     assert await desk.received(channel) == []
     assert await desk.ignored(channel) == [
         "not a message",
-        "an empty text",
-        "an empty text",
+        "the text is empty",
+        "the text is empty",
         "the channel is disabled",
     ]
 
 
-async def test_nul_is_left_out_and_a_very_long_text_is_taken_whole(desk: Desk) -> None:
+async def test_nul_is_removed_and_a_very_long_text_is_kept_whole(desk: Desk) -> None:
     async with WebhookStandIn() as vendor:
         channel = await desk.connect("webhook", vendor.credentials)
     long = "界" * 200_000
@@ -192,28 +192,28 @@ async def test_nul_is_left_out_and_a_very_long_text_is_taken_whole(desk: Desk) -
     assert [message["text"] for message in await desk.received(channel)] == ["ab", long]
 
 
-async def test_an_erased_persons_message_is_not_kept(desk: Desk) -> None:
+async def test_the_message_of_an_erased_person_is_not_stored(desk: Desk) -> None:
     vendor = TelegramStandIn()
     channel = await desk.connect("telegram", vendor.credentials)
     await desk.call(channel, vendor.update("before"))
-    [heard] = await desk.received(channel)
-    erased = SubjectErased(tenant_id=desk.tenant_id, subject_id=heard["subject_id"])
+    [inbound] = await desk.received(channel)
+    erased = SubjectErased(tenant_id=desk.tenant_id, subject_id=inbound["subject_id"])
     await desk.platform.produce(PLATFORM_EVENTS, erased, key=desk.tenant_id, tenant_id=desk.tenant_id)
 
     async def destroyed() -> bool:
         async with desk.platform.database("channel").begin() as tx:
-            rows = await tx.sql("SELECT destroyed_at FROM subject_key WHERE subject_id = $1", heard["subject_id"])
+            rows = await tx.sql("SELECT destroyed_at FROM subject_key WHERE subject_id = $1", inbound["subject_id"])
         return rows[0][0] is not None
 
     await desk.platform.until(destroyed)
     assert (await desk.call(channel, vendor.update("after"))).status_code == 200
-    assert await desk.received(channel) == [heard]
-    assert await desk.ignored(channel) == ["of an erased person"]
-    delivery = await desk.settled(await desk.reply(heard, "an answer that comes too late"))
+    assert await desk.received(channel) == [inbound]
+    assert await desk.ignored(channel) == ["the author was erased"]
+    delivery = await desk.settled(await desk.reply(inbound, "an answer that comes too late"))
     assert (delivery["state"], delivery["reason"]) == ("failed", "the person was erased")
 
 
-async def test_what_was_seen_is_remembered_for_thirty_days(desk: Desk) -> None:
+async def test_dedupe_rows_are_kept_for_thirty_days(desk: Desk) -> None:
     vendor = TelegramStandIn()
     channel = await desk.connect("telegram", vendor.credentials)
     database = desk.platform.database("channel")
@@ -243,7 +243,7 @@ async def test_what_was_seen_is_remembered_for_thirty_days(desk: Desk) -> None:
     await desk.platform.until(cleared)
 
 
-async def test_many_at_once_of_many_tenants_are_each_taken_once_in_their_own_name(desk: Desk) -> None:
+async def test_concurrent_messages_of_several_tenants_are_each_accepted_once_for_their_own_tenant(desk: Desk) -> None:
     desks = [desk, *(Desk(desk.platform, f"{desk.tenant_id}-{n}") for n in range(3))]
     vendor = SlackStandIn()
     channels = [await each.connect("slack", vendor.credentials) for each in desks]
@@ -275,12 +275,12 @@ async def test_many_at_once_of_many_tenants_are_each_taken_once_in_their_own_nam
     assert len(stored) == len(calls)
     for event_headers, data in stored:
         assert json.loads(event_headers)["tenant_id"] == by_channel[json.loads(data)["channel_id"]]
-    told = {body["text"]: headers["traceparent"].split("-")[1] for headers, body in rows if body["text"] in texts}
+    published = {body["text"]: headers["traceparent"].split("-")[1] for headers, body in rows if body["text"] in texts}
     sent = {f"{each.tenant_id} {n // 4}": traces[n] for n, (each, _, _) in enumerate(calls)}
-    assert told == sent
+    assert published == sent
 
 
-async def test_a_message_that_cannot_be_stored_does_not_take_others_with_it(desk: Desk) -> None:
+async def test_a_message_that_cannot_be_stored_does_not_fail_others(desk: Desk) -> None:
     vendor = TelegramStandIn()
     good, bad = [await desk.connect("telegram", vendor.credentials) for _ in range(2)]
     administrator = await asyncpg.connect(desk.platform.database_url)
@@ -297,7 +297,7 @@ async def test_a_message_that_cannot_be_stored_does_not_take_others_with_it(desk
     assert len(await desk.received(good)) == 40
 
 
-async def test_the_database_away_is_said_so_that_the_vendor_tries_again_and_no_secret_gets_into_the_log(
+async def test_a_database_outage_is_answered_503_and_no_secret_is_logged(
     desk: Desk,
 ) -> None:
     vendor = TelegramStandIn()
@@ -306,7 +306,7 @@ async def test_the_database_away_is_said_so_that_the_vendor_tries_again_and_no_s
     await desk.call(channel, (b"{}", {}))
     await desk.call({"webhook_path": "/webhooks/telegram/mistaken"}, call)
     async with desk.platform.database("channel").begin() as tx:
-        # Whoever wants to note a message waits for this lock, and gives up as with a database that hangs.
+        # A request that stores a message waits for this lock and fails, as with a database that hangs.
         await tx.sql("LOCK TABLE inbound_seen")
         waiting = asyncio.create_task(desk.call(channel, call))
 

@@ -1,4 +1,4 @@
-"""What a vendor's silence means, by what the vendor is."""
+"""How a missing answer of a vendor is classified, with and without an idempotency key."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def send(cache: Cache, to: Account, *, allow_private: bool = True) -> None
         await outgoing.close()
 
 
-async def test_silence_of_a_vendor_that_knows_our_key_passes_and_another_ones_stays_unknown(cache: Cache) -> None:
+async def test_a_missing_answer_is_transient_with_a_key_and_unknown_without(cache: Cache) -> None:
     async with WebhookStandIn() as keyed, TelegramStandIn() as once:
         for vendor, error in ((keyed, Transient), (once, Unanswered)):
             vendor.faults.append(cut(accept=True))
@@ -55,14 +55,14 @@ async def test_silence_of_a_vendor_that_knows_our_key_passes_and_another_ones_st
                 await send(cache, account(vendor))
 
 
-async def test_an_address_inside_is_not_called_and_that_is_a_failure(cache: Cache) -> None:
+async def test_a_private_address_is_not_called_and_fails(cache: Cache) -> None:
     async with WebhookStandIn() as vendor:
         with pytest.raises(EffectFailed):
             await send(cache, account(vendor), allow_private=False)
         assert vendor.calls == 0
 
 
-async def test_what_would_be_too_fast_for_the_vendor_waits_before_it_is_sent(cache: Cache) -> None:
+async def test_a_message_over_the_vendors_rate_limit_waits_before_it_is_sent(cache: Cache) -> None:
     async with TelegramStandIn() as vendor:
         to = account(vendor)
         await send(cache, to)

@@ -46,7 +46,7 @@ async def test_the_model_s_own_time_is_taken_off(bench: Overhead) -> None:
 
 async def test_a_reply_too_many_is_no_figure(bench: Overhead) -> None:
     await bench.answer(1, 10)
-    bench.vendor.accepted("1", f"You said: message {bench.sent - 1}", "0", {})
+    bench.vendor.record("1", f"You said: message {bench.sent - 1}", "0", {})
     with pytest.raises(ValueError, match="the counts of one slice differ"):
         await bench.answer(0, 10)
     del bench.vendor.ledger[[reply.id for reply in bench.vendor.ledger].index("0")]

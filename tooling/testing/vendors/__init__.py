@@ -1,5 +1,7 @@
-"""Local stand-ins for vendors: real HTTP servers that refuse what the vendor would refuse, break down when told to,
-and keep a ledger of what they accepted. For tests and for the demo; no vendor is ever called.
+"""Strict fakes of the vendors' APIs, for tests and the demo. No vendor is ever called.
+
+Each is a real HTTP server on the loopback interface. It refuses the requests that the vendor would refuse, injects
+faults on demand, and keeps a ledger of the messages it accepted.
 """
 
 from tooling.testing.vendors.server import Accepted, Fault, answer, cut, hang, hold

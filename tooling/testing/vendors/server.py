@@ -1,4 +1,4 @@
-"""The HTTP server behind every stand-in. Written on sockets, because a framework would not cut its own answer off."""
+"""The HTTP server behind every fake. It uses sockets directly, because a framework cannot cut its own answer off."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ import msgspec
 
 
 class Call(NamedTuple):
-    """A request as it came; names of `headers` in lower case."""
+    """A request as it arrived."""
 
     method: str
     path: str
     headers: Mapping[str, str]
+    """Names in lower case."""
     body: bytes
 
 
 class Accepted(NamedTuple):
-    """A message that the vendor took: to whom, the text as it would be shown, its id, all that was sent, and when
-    (Unix seconds)."""
+    """A message that the vendor accepted."""
 
     to: str
+    """The conversation, with its thread."""
     text: str
+    """The text as a person sees it."""
     id: str
     fields: Mapping[str, Any]
+    """The whole request."""
     at: float
+    """Unix seconds."""
 
 
 class Reply(NamedTuple):
@@ -41,21 +45,20 @@ class Reply(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What happens to one request instead of an answer, or instead of the right one.
-
-    accept: the message is taken first, and whoever sent it does not hear of it.
-    wait: before anything is answered.
-    late: after that it is handled as ever.
-    """
+    """A fault that one request meets."""
 
     reply: Reply | None = None
+    """The answer; None cuts the connection."""
     accept: bool = False
+    """The message is accepted first, but the sender does not get the confirmation."""
     wait: asyncio.Event | None = None
+    """The answer waits for this event."""
     late: bool = False
+    """After the wait the request is handled normally."""
 
 
 class Refused(Exception):
-    """The vendor does not take this request; `reply` says so in the vendor's words."""
+    """The vendor refuses this request. `reply` is the vendor's answer."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.body)
@@ -63,50 +66,49 @@ class Refused(Exception):
 
 
 def answer(status: int, body: Any = None, **headers: str) -> Fault:
-    """This status instead of taking the message. `headers`: ``retry_after="2"`` is ``Retry-After: 2``."""
+    """Answers with this status and accepts nothing. `headers`: ``retry_after="2"`` is ``Retry-After: 2``."""
     return Fault(Reply(status, body, {name.replace("_", "-"): value for name, value in headers.items()}))
 
 
 def cut(*, accept: bool) -> Fault:
-    """The connection is closed without an answer."""
+    """Closes the connection without an answer."""
     return Fault(accept=accept)
 
 
 def hang(*, accept: bool) -> Fault:
-    """No answer, and the connection stays open until the stand-in is closed."""
+    """Sends no answer and keeps the connection open until the fake is closed."""
     return Fault(accept=accept, wait=asyncio.Event())
 
 
 def hold(until: asyncio.Event) -> Fault:
-    """Nothing happens until the event is set; then it is handled as ever."""
+    """Waits for the event, then handles the request normally."""
     return Fault(wait=until, late=True)
 
 
 class StandIn(ABC):
-    """One vendor account. ``async with`` serves it at `url`, a free port of the loopback interface.
-
-    ledger: what was accepted, in order. refusals: what was not, and why; a correct client leaves it empty but for
-    what a test provokes. faults: what happens to the next requests, each to one.
-    """
+    """One vendor account. ``async with`` serves it at `url`, a free port of the loopback interface."""
 
     def __init__(self) -> None:
         self.ledger: list[Accepted] = []
+        """The accepted messages, in order."""
         self.refusals: list[str] = []
+        """The refused requests and the reasons. A correct client causes only those that a test provokes."""
         self.faults: deque[Fault] = deque()
+        """The faults of the next requests, one for each."""
         self.calls = 0
         self.url = ""
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
     @abstractmethod
-    def take(self, call: Call) -> Reply:
-        """Accepts a message into the ledger. Raises Refused."""
+    def handle(self, call: Call) -> Reply:
+        """Handles one request and records an accepted message. Raises Refused."""
 
-    def accepted(self, to: str, text: str, id_: str, fields: Mapping[str, Any]) -> None:
+    def record(self, to: str, text: str, id_: str, fields: Mapping[str, Any]) -> None:
         self.ledger.append(Accepted(to, text, id_, fields, time.time()))
 
     def texts(self, to: str | None = None) -> list[str]:
-        """What a person would see, in order; of one conversation, or of all."""
+        """The texts that a person would see, in order; of one conversation, or of all."""
         return [message.text for message in self.ledger if to in (None, message.to)]
 
     async def __aenter__(self) -> Self:
@@ -123,7 +125,7 @@ class StandIn(ABC):
         await self.stop()
 
     async def stop(self) -> None:
-        """Closes all connections; hanging ones too."""
+        """Closes all connections, hanging ones included."""
         assert self._server is not None
         self._server.close()
         for connection in list(self._connections):
@@ -136,29 +138,29 @@ class StandIn(ABC):
         assert task is not None
         self._connections.add(task)
         try:
-            while (call := await _read(reader)) and (reply := await self._handle(call)):
+            while (call := await _read(reader)) and (reply := await self._respond(call)):
                 writer.write(_bytes(reply))
                 await writer.drain()
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            # The other side is gone, or this one is being closed.
+            # The client has disconnected, or this server is closing.
             pass
         finally:
             self._connections.discard(task)
             writer.close()
 
-    async def _handle(self, call: Call) -> Reply | None:
-        """The answer; None cuts the connection off."""
+    async def _respond(self, call: Call) -> Reply | None:
+        """The answer; None cuts the connection."""
         self.calls += 1
         fault = self.faults.popleft() if self.faults else Fault(late=True)
         if fault.accept:
-            self._take(call)
+            self._handle_or_refuse(call)
         if fault.wait:
             await fault.wait.wait()
-        return self._take(call) if fault.late else fault.reply
+        return self._handle_or_refuse(call) if fault.late else fault.reply
 
-    def _take(self, call: Call) -> Reply:
+    def _handle_or_refuse(self, call: Call) -> Reply:
         try:
-            return self.take(call)
+            return self.handle(call)
         except Refused as refused:
             self.refusals.append(f"{refused.reply.status} {refused.reply.body}")
             return refused.reply

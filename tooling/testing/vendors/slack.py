@@ -1,4 +1,4 @@
-"""A stand-in for slack.com, and events as Slack sends them (https://docs.slack.dev/apis/events-api)."""
+"""A fake of slack.com, and events as Slack sends them (https://docs.slack.dev/apis/events-api)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _PostMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SlackStandIn(StandIn):
-    """One app in one workspace. `unknown`: channels that are not there; `revoked`: its token is no longer good."""
+    """One app in one workspace. `unknown`: channels that do not exist; `revoked`: the token is no longer valid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class SlackStandIn(StandIn):
         )
 
     def signed(self, payload: object, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
-        """Any payload, as JSON signed `age` seconds ago."""
+        """Body and headers of a call with any payload, as JSON signed `age` seconds ago."""
         body = msgspec.json.encode(payload)
         timestamp = str(int(time.time()) - age)
         digest = hmac.new(self.signing_secret.encode(), f"v0:{timestamp}:".encode() + body, hashlib.sha256)
@@ -68,7 +68,7 @@ class SlackStandIn(StandIn):
             "x-slack-signature": f"v0={digest.hexdigest()}",
         }
 
-    def take(self, call: Call) -> Reply:
+    def handle(self, call: Call) -> Reply:
         if (call.method, call.path) != ("POST", "/api/chat.postMessage"):
             raise Refused(Reply(404, {"ok": False, "error": "unknown_method"}))
         if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
@@ -84,5 +84,5 @@ class SlackStandIn(StandIn):
         ts = f"{int(time.time())}.{len(self.ledger):06}"
         shown = message.text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         to = message.channel + (f"/{message.thread_ts}" if message.thread_ts else "")
-        self.accepted(to, shown, ts, msgspec.to_builtins(message))
+        self.record(to, shown, ts, msgspec.to_builtins(message))
         return Reply(200, {"ok": True, "channel": message.channel, "ts": ts, "message": {"text": message.text}})

@@ -1,4 +1,4 @@
-"""A stand-in for api.telegram.org, and updates as Telegram sends them (https://core.telegram.org/bots/api)."""
+"""A fake of api.telegram.org, and updates as Telegram sends them (https://core.telegram.org/bots/api)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class _SendMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class TelegramStandIn(StandIn):
-    """One bot. `blocked`: chats whose person has blocked it; `unknown`: chats that are not there; `moved`: groups that
-    became supergroups, with their new id; `revoked`: its token is no longer good.
+    """One bot. `blocked`: chats whose person blocked the bot; `unknown`: chats that do not exist; `moved`: groups that
+    became supergroups, with their new id; `revoked`: the token is no longer valid.
     """
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class TelegramStandIn(StandIn):
         return self.signed({"update_id": update_id or next(self._updates), "message": message})
 
     def signed(self, update: object) -> tuple[bytes, dict[str, str]]:
-        """Any update, as JSON with the proof that Telegram adds."""
+        """Body and headers of a call with any update, with the secret token that Telegram adds."""
         headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": self.secret_token}
         return msgspec.json.encode(update), headers
 
-    def take(self, call: Call) -> Reply:
+    def handle(self, call: Call) -> Reply:
         if self.revoked or call.path != f"/bot{self.bot_token}/sendMessage":
             _refuse(401, "Unauthorized")
         if call.method != "POST" or not call.headers.get("content-type", "").startswith("application/json"):
@@ -84,7 +84,7 @@ class TelegramStandIn(StandIn):
         self._check(message)
         id_ = str(next(self._messages))
         chat = str(message.chat_id) + (f"/{message.message_thread_id}" if message.message_thread_id else "")
-        self.accepted(chat, message.text, id_, msgspec.to_builtins(message))
+        self.record(chat, message.text, id_, msgspec.to_builtins(message))
         result = {
             "message_id": int(id_),
             "date": int(time.time()),

@@ -1,4 +1,4 @@
-"""A stand-in for a program that talks to a channel of type ``webhook``, by Standard Webhooks both ways."""
+"""A fake of a program that talks to a channel of type ``webhook``, by Standard Webhooks in both directions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Reply(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class WebhookStandIn(StandIn):
-    """Takes each ``webhook-id`` once: a repeat is answered as the first was and is not in the ledger again."""
+    """Accepts each ``webhook-id`` once. A repeat gets the same answer and is not recorded again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class WebhookStandIn(StandIn):
         return self.signed({"conversation_id": conversation, "user_id": user, "text": text}, id_=id_, age=age)
 
     def signed(self, payload: Any, *, id_: str | None = None, age: int = 0) -> tuple[bytes, dict[str, str]]:
-        """Any payload: bytes as they are, all else as JSON."""
+        """Body and headers of a call with any payload: bytes as they are, any other value as JSON."""
         body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
         id_ = id_ or f"msg_{secrets.token_hex(12)}"
         timestamp = str(int(time.time()) - age)
@@ -52,7 +52,7 @@ class WebhookStandIn(StandIn):
             "webhook-signature": self._signature(id_, timestamp, body),
         }
 
-    def take(self, call: Call) -> Reply:
+    def handle(self, call: Call) -> Reply:
         if self.gone:
             raise Refused(Reply(410, None))
         id_, timestamp = call.headers.get("webhook-id", ""), call.headers.get("webhook-timestamp", "")
@@ -72,7 +72,7 @@ class WebhookStandIn(StandIn):
         except msgspec.DecodeError as error:
             raise Refused(Reply(400, {"error": str(error)})) from error
         self._seen[id_] = call.body
-        self.accepted(reply.conversation_id, reply.text, id_, msgspec.to_builtins(reply))
+        self.record(reply.conversation_id, reply.text, id_, msgspec.to_builtins(reply))
         return Reply(200, None)
 
     def _signature(self, id_: str, timestamp: str, body: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Agents over HTTP: what is taken, what is shown, and that each change is a version."""
+"""The HTTP API of agents: validation, views, and a version for each change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"a
         ({"provider": None}, "provider.api_key"),
         ({"provider": {"base_url": "ftp://x/v1"}}, "provider.base_url"),
         ({"provider": {"base_url": "http://user:pw@x/v1"}}, "provider.base_url"),
-        # Also where private addresses are allowed: clouds tell their machines' secrets there.
+        # Refused even if private addresses are allowed: clouds serve their machines' secrets there.
         ({"provider": {"base_url": "http://169.254.169.254/v1"}}, "provider.base_url"),
         ({"tools": ["calculator", "nonsense"]}, "tools[1]"),
         ({"tools": ["calculator", "calculator"]}, "tools"),
@@ -37,14 +37,14 @@ GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"a
         ({"colour": "red"}, "colour"),
     ],
 )
-async def test_what_cannot_work_is_refused_with_its_field(
+async def test_an_invalid_definition_is_refused_with_its_field(
     world: World, tenant: Tenant, change: dict[str, Any], field: str
 ) -> None:
     problem = await tenant.call("POST", "/api/v1/agents", json=GOOD | change, expect=422)
     assert [error["field"] for error in problem["errors"]] == [field]
 
 
-async def test_each_change_is_a_version_and_the_key_is_never_shown(world: World, tenant: Tenant) -> None:
+async def test_each_change_creates_a_version_and_the_key_is_never_shown(world: World, tenant: Tenant) -> None:
     made = await tenant.call("POST", "/api/v1/agents", json=GOOD)
     path = f"/api/v1/agents/{made['id']}"
     assert (made["version"], made["enabled"], made["provider"]) == (1, True, {"base_url": None})
@@ -82,7 +82,7 @@ async def test_a_key_does_not_follow_to_another_address(world: World, tenant: Te
     assert (await tenant.over(await tenant.say(agent, "Hi")))["status"] == "completed"
 
 
-async def test_scopes_are_needed(world: World, tenant: Tenant) -> None:
+async def test_scopes_are_required(world: World, tenant: Tenant) -> None:
     for method, path, scope in (("POST", "/api/v1/agents", "read"), ("GET", "/api/v1/agents", "write")):
         async with world.platform.client("agent", tenant.id, scopes=(scope,)) as client:
             assert (await client.request(method, path, json=GOOD)).status_code == 403
@@ -91,7 +91,7 @@ async def test_scopes_are_needed(world: World, tenant: Tenant) -> None:
         assert (await client.get("/api/v1/agents")).status_code == 401
 
 
-async def test_asked_twice_with_one_key_one_agent_is_made(world: World, tenant: Tenant) -> None:
+async def test_two_requests_with_one_key_create_one_agent(world: World, tenant: Tenant) -> None:
     answers = [
         await tenant.call("POST", "/api/v1/agents", json=GOOD, headers={"Idempotency-Key": "k"}) for _ in range(2)
     ]

@@ -1,4 +1,4 @@
-"""A provider that fails again and again is left alone for a while."""
+"""An endpoint that fails repeatedly is not called for a while."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def failing(times: int, now: float = 0.0) -> Circuit:
     return circuit
 
 
-def test_it_opens_after_failures_in_a_row_and_closes_by_one_success() -> None:
+def test_a_circuit_opens_after_failures_in_a_row_and_closes_after_one_success() -> None:
     assert failing(FAILURES - 1).wait(0) == 0
     assert failing(FAILURES - 1).ended(0, well=True) == Circuit()
     open_ = failing(FAILURES)
     assert (open_.wait(0), open_.wait(OPEN_SECONDS)) == (OPEN_SECONDS, 0)
 
 
-def test_after_a_while_one_call_goes_out_to_see() -> None:
+def test_after_a_while_one_trial_call_goes_out() -> None:
     trying = failing(FAILURES).tried(OPEN_SECONDS)
     assert trying.wait(OPEN_SECONDS) == OPEN_SECONDS
     assert trying.ended(OPEN_SECONDS + 1, well=False).wait(OPEN_SECONDS + 1) == OPEN_SECONDS
@@ -50,14 +50,14 @@ async def nobody(text: str) -> None:
     raise AssertionError(text)
 
 
-async def test_an_open_circuit_asks_nobody_and_is_its_endpoints_alone() -> None:
+async def test_an_open_circuit_calls_no_provider_and_belongs_to_one_endpoint() -> None:
     breaker, provider = Breaker(), Provider()
     one, other = breaker.guard("one", provider), breaker.guard("other", provider)
     provider.errors = [ModelFailed("HTTP 500", passing=True) for _ in range(FAILURES)]
     for _ in range(FAILURES):
         with pytest.raises(ModelFailed, match="HTTP 500"):
             await one.answer(PROMPT, nobody)
-    with pytest.raises(ModelFailed, match="left alone") as refused:
+    with pytest.raises(ModelFailed, match="calls to it are suspended") as refused:
         await one.answer(PROMPT, nobody)
     assert refused.value.passing
     assert refused.value.after
@@ -68,7 +68,7 @@ async def test_an_open_circuit_asks_nobody_and_is_its_endpoints_alone() -> None:
 @pytest.mark.parametrize(
     "error", [ModelFailed("HTTP 400", passing=False), KeyboardInterrupt(), ModelFailed("no answer", passing=True)]
 )
-async def test_only_what_fails_on_the_other_side_counts(error: BaseException) -> None:
+async def test_only_failures_of_the_provider_count(error: BaseException) -> None:
     breaker, provider = Breaker(), Provider()
     model = breaker.guard("one", provider)
     for _ in range(2 * FAILURES):

@@ -1,4 +1,4 @@
-"""Provider models against the strict fake server: what goes out, what comes back, and what an error becomes."""
+"""Provider models against the strict fake server: requests, answers, and the classification of errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPENAI = "openai/gpt-4o-mini"
 ANTHROPIC = "anthropic/claude-haiku-5-5"
 BOTH = pytest.mark.parametrize("name", [OPENAI, ANTHROPIC])
 WEATHER = Tool("weather.now", "The weather.", {"type": "object", "properties": {"city": {"type": "string"}}})
-# What must arrive unchanged: a zero byte, an emoji of four bytes, a right-to-left mark, a chat template's token.
+# Must arrive unchanged: a zero byte, an emoji of four bytes, a right-to-left mark, a chat template's token.
 STRANGE = "a\x00b 🦀 \u200f<|im_start|> c\n "
 
 
@@ -61,7 +61,7 @@ async def ask(server: ModelServer, providers: Providers, name: str, prompt: Prom
 
 
 @BOTH
-async def test_the_last_user_message_is_the_persons_words_and_passages_go_elsewhere(
+async def test_the_last_user_message_is_the_persons_text_and_passages_go_into_the_system_message(
     name: str, server: ModelServer, providers: Providers
 ) -> None:
     passage = Passage("Returns take 30 days.", 0.9, "d1", "handbook.md", "Returns", 2)
@@ -83,7 +83,7 @@ async def test_a_tool_is_called_and_its_result_is_given_back(
     prompt = Prompt("", (Said("Weather in Bern?"),), tools=(WEATHER,))
     first = await ask(server, providers, name, prompt)
     [call] = first.calls
-    # Under the tool's own name, though the provider's wire allows no dot.
+    # Under the tool's own name, although the provider allows no dot in names.
     assert (call.name, call.arguments) == ("weather.now", '{"city":"Bern"}')
     turns = (*prompt.turns, Answered(first.text, first.calls), Returned(call, '"rain"'))
     second = await ask(server, providers, name, Prompt("", turns, tools=(WEATHER,)))
@@ -108,7 +108,7 @@ async def test_usage_that_is_not_reported_is_not_zero(server: ModelServer, provi
 
 
 @BOTH
-async def test_an_error_is_told_apart_by_whether_it_passes(
+async def test_transient_and_permanent_errors_are_distinguished(
     name: str, server: ModelServer, providers: Providers
 ) -> None:
     server.script(name.partition("/")[2], Fails(429, retry_after=7), Fails(500), Fails(400), Fails(404))
@@ -121,7 +121,7 @@ async def test_an_error_is_told_apart_by_whether_it_passes(
 
 
 @BOTH
-async def test_a_long_text_arrives_unchanged_whatever_its_packets_cut_through(
+async def test_a_long_text_arrives_unchanged_for_every_packet_size(
     name: str, server: ModelServer, providers: Providers
 ) -> None:
     text = "Zürich 🦀 漢字 \u200f. " * 2_000
@@ -132,7 +132,7 @@ async def test_a_long_text_arrives_unchanged_whatever_its_packets_cut_through(
 
 
 @pytest.mark.parametrize("answer", [Says(comments=True), Says("A long text", stalls_after=0)])
-async def test_an_answer_that_does_not_begin_is_not_waited_for_for_ever(
+async def test_an_answer_that_does_not_begin_times_out(
     answer: Says, server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.agent.models.providers.FIRST_TOKEN_SECONDS", 0.3)
@@ -145,11 +145,11 @@ async def test_an_answer_that_does_not_begin_is_not_waited_for_for_ever(
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (Says("A long text", usage=None, closed_after=2), "the answer broke off"),
+        (Says("A long text", usage=None, closed_after=2), "the answer was cut off"),
         (Says("A long text", cut_after=2), "ModelConnectionError"),
     ],
 )
-async def test_an_answer_that_breaks_off_is_none(
+async def test_an_answer_that_is_cut_off_is_a_failure(
     answer: Says, reason: str, server: ModelServer, providers: Providers
 ) -> None:
     server.script("gpt-4o-mini", answer)
@@ -158,7 +158,7 @@ async def test_an_answer_that_breaks_off_is_none(
     assert (failed.value.passing, failed.value.reason) == (True, f"{OPENAI}: {reason}")
 
 
-async def test_an_answer_without_an_end_is_given_up(
+async def test_an_endless_answer_is_a_failure(
     server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("infra.outgoing.client.MAX_CLIENT_BYTES", 100_000)
@@ -168,7 +168,7 @@ async def test_an_answer_without_an_end_is_given_up(
     assert not failed.value.passing
 
 
-async def test_a_wrong_key_is_final_and_is_not_repeated_in_the_reason(
+async def test_a_wrong_key_is_a_permanent_failure_and_is_not_shown_in_the_reason(
     server: ModelServer, providers: Providers
 ) -> None:
     with pytest.raises(ModelFailed, match=r"HTTP 401 \(is the provider's api_key right\?\)") as failed:
@@ -178,7 +178,7 @@ async def test_a_wrong_key_is_final_and_is_not_repeated_in_the_reason(
     server.refused.clear()
 
 
-async def test_a_provider_that_is_not_there_passes(providers: Providers) -> None:
+async def test_an_unreachable_provider_is_a_transient_failure(providers: Providers) -> None:
     async def hear(text: str) -> None:
         raise AssertionError("nothing answers there")
 
@@ -189,7 +189,7 @@ async def test_a_provider_that_is_not_there_passes(providers: Providers) -> None
 
 
 @BOTH
-async def test_an_address_inside_is_refused_for_good(name: str, server: ModelServer) -> None:
+async def test_a_private_address_is_a_permanent_failure(name: str, server: ModelServer) -> None:
     guarded = Outgoing(allow_private=False)
     providers = Providers(guarded.transport())
     with pytest.raises(ModelFailed, match="not on the public internet") as failed:
@@ -201,7 +201,7 @@ async def test_an_address_inside_is_refused_for_good(name: str, server: ModelSer
 
 
 @pytest.mark.parametrize("calls", [(), (("weather_now", '{"city":"Bern"}'), ("weather_now", '{"city":"Genf"}'))])
-async def test_an_endpoint_that_ignores_streaming_is_understood(
+async def test_an_endpoint_that_ignores_streaming_is_supported(
     calls: tuple[tuple[str, str], ...], server: ModelServer, providers: Providers
 ) -> None:
     server.script("gpt-4o-mini", Says("In one piece.", calls=calls, whole=True))
@@ -219,13 +219,13 @@ async def test_the_limit_of_the_answer_is_passed_on(name: str, server: ModelServ
     assert asked.body.get("max_completion_tokens", asked.body.get("max_tokens")) == 64
 
 
-async def test_names_of_calls_that_no_tool_has_are_kept(server: ModelServer, providers: Providers) -> None:
+async def test_a_call_of_an_unknown_tool_keeps_its_name(server: ModelServer, providers: Providers) -> None:
     server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
     answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),), tools=(WEATHER,)))
     assert answer.calls == (ToolCall("call_0", "made_up", "{}"),)
 
 
-async def test_what_a_schema_leaves_open_stays_open(server: ModelServer, providers: Providers) -> None:
+async def test_an_open_schema_is_sent_unchanged(server: ModelServer, providers: Providers) -> None:
     open_ = {"type": "object", "properties": {}}
     closed = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
     for schema, strict in (
@@ -239,7 +239,7 @@ async def test_what_a_schema_leaves_open_stays_open(server: ModelServer, provide
 
 
 @BOTH
-async def test_a_tool_has_to_be_called_and_one_at_a_time_where_it_is_said(
+async def test_a_required_call_and_single_calls_are_sent_as_options(
     name: str, server: ModelServer, providers: Providers
 ) -> None:
     prompt = Prompt("", (Said("Hi"),), tools=(WEATHER,))
@@ -254,6 +254,6 @@ async def test_a_tool_has_to_be_called_and_one_at_a_time_where_it_is_said(
             {"type": "auto"},
             {"type": "any", "disable_parallel_tool_use": True},
         )
-    # Without tools nothing is said of them, for some refuse that.
+    # Without tools the options for tools are absent, because some servers refuse them.
     await ask(server, providers, name, Prompt("", (Said("Hi"),), must_call=True, parallel=False))
     assert {"tool_choice", "parallel_tool_calls"}.isdisjoint(server.requests[-1].body)

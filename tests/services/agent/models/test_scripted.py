@@ -1,4 +1,4 @@
-"""The offline model: rules, and always the same."""
+"""The offline model is deterministic."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_it_quotes_the_sentence_that_fits_with_its_source(question: str, s
 
 
 @pytest.mark.parametrize("passages", [(), HANDBOOK])
-async def test_it_says_when_it_has_found_nothing(passages: tuple[Passage, ...]) -> None:
+async def test_it_says_that_it_found_nothing(passages: tuple[Passage, ...]) -> None:
     answer = await ask("Who won the chess championship?", passages=passages)
     assert answer.text == f"I have found nothing about this in the documents that I know.\n\n{LABEL}"
 
@@ -94,7 +94,7 @@ async def test_it_counts_tokens() -> None:
     assert short.usage.output_tokens
 
 
-async def test_there_must_be_a_message() -> None:
+async def test_without_a_message_it_fails() -> None:
     with pytest.raises(ModelFailed):
         await Scripted().answer(Prompt("", ()), _ignore)
 

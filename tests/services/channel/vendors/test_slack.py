@@ -1,4 +1,4 @@
-"""Slack's adapter: its own verifier is the judge of signatures."""
+"""The Slack adapter. Slack's own SDK judges the signatures."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_mention_and_message_of_one_text_share_a_name(vendor: SlackStandIn
     assert len(set(message.ids) & set(mention.ids)) == 1
 
 
-async def test_the_handshake_is_answered_with_its_challenge_and_only_if_signed(vendor: SlackStandIn) -> None:
+async def test_the_handshake_is_answered_only_if_it_is_signed(vendor: SlackStandIn) -> None:
     call = vendor.signed({"type": "url_verification", "token": "t", "challenge": "abc"})
     assert receive(vendor, call).ack.body == b"abc"
     with pytest.raises(Unauthenticated):
@@ -134,7 +134,7 @@ async def test_a_notice_of_slacks_limit_is_ignored(vendor: SlackStandIn) -> None
     assert isinstance(one(receive(vendor, vendor.signed(notice))), Ignored)
 
 
-async def test_what_is_signed_and_cannot_be_read_is_said_to_be_invalid(vendor: SlackStandIn) -> None:
+async def test_a_signed_but_malformed_call_is_invalid(vendor: SlackStandIn) -> None:
     for payload in ({"no": "type"}, {"type": "event_callback", "event": {"type": "message"}}, "text"):
         with pytest.raises(InvalidMessage):
             receive(vendor, vendor.signed(payload))
@@ -145,7 +145,7 @@ async def send(vendor: SlackStandIn, outgoing: Outgoing, text: str = "hello", ch
     return await Slack().send(outgoing, vendor.url, credentials, Outbound("key", channel, text))
 
 
-async def test_a_reply_goes_to_its_thread_and_cannot_ring_everybody(vendor: SlackStandIn, outgoing: Outgoing) -> None:
+async def test_a_reply_goes_to_its_thread_and_cannot_notify_everybody(vendor: SlackStandIn, outgoing: Outgoing) -> None:
     sent = await send(vendor, outgoing, "<!channel> 1 & 2", "C1/1700000000.000100")
     [message] = vendor.ledger
     assert sent == message.id
@@ -169,7 +169,7 @@ async def test_a_reply_goes_to_its_thread_and_cannot_ring_everybody(vendor: Slac
         (cut(accept=True), Unanswered),
     ],
 )
-async def test_permanent_passing_and_unknown_are_told_apart(
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
     vendor: SlackStandIn, outgoing: Outgoing, fault: Fault, error: type[Exception]
 ) -> None:
     vendor.faults.append(fault)
@@ -178,7 +178,7 @@ async def test_permanent_passing_and_unknown_are_told_apart(
     assert type(raised.value) is error
 
 
-async def test_slack_is_left_alone_for_as_long_as_it_says(vendor: SlackStandIn, outgoing: Outgoing) -> None:
+async def test_the_delay_that_slack_asks_for_is_kept(vendor: SlackStandIn, outgoing: Outgoing) -> None:
     vendor.faults.append(answer(429, {"ok": False, "error": "ratelimited"}, retry_after="30"))
     with pytest.raises(RetryLater) as raised:
         await send(vendor, outgoing)

@@ -1,4 +1,4 @@
-"""Cutting long texts."""
+"""Splitting long texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.channel.vendors.splitting import split, utf16_length
     st.text(st.sampled_from("ab \n.。é😀👍🏽\u200d\u0301\u202e\0"), max_size=300),
     st.integers(min_value=2, max_value=40),
 )
-def test_nothing_but_blanks_is_lost_and_every_part_fits(text: str, limit: int) -> None:
+def test_only_white_space_is_lost_and_every_part_fits(text: str, limit: int) -> None:
     parts = split(text, limit, utf16_length)
     assert all(part.strip() and utf16_length(part) <= limit for part in parts)
     assert "".join("".join(parts).split()) == "".join(text.replace("\0", "").split())
@@ -31,11 +31,11 @@ def test_the_cut_is_at_the_best_place() -> None:
     assert split("one two three four", 9) == ["one two", "three", "four"]
 
 
-def test_a_place_too_early_is_passed_over() -> None:
+def test_a_place_in_the_first_half_is_skipped() -> None:
     assert split("a. " + "b" * 8 + " " + "c" * 8, 15) == ["a. bbbbbbbb", "cccccccc"]
 
 
-def test_what_is_seen_as_one_character_stays_one() -> None:
+def test_a_visible_character_is_not_split() -> None:
     family = "👨\u200d👩\u200d👧"
     assert split("ab" + family, 6) == ["ab", family]
     assert split("abc" + "e\u0301", 4) == ["abc", "e\u0301"]

@@ -1,4 +1,4 @@
-"""Telegram's adapter against a strict stand-in; shapes are those of https://core.telegram.org/bots/api."""
+"""The Telegram adapter against its fake. The shapes are those of https://core.telegram.org/bots/api."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.channel.vendors.telegram import Telegram, TelegramCredentials
 from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
 
 CREDENTIALS = TelegramCredentials("1:token", "secret-token")
-# As in the vendor's documents, spaces included.
+# As in the vendor's documentation, spaces included.
 UPDATE = (
     b'{"update_id":10001, "message":{"message_id":7,"date":1700000000,"chat":{"id":42,"type":"private"},'
     b'"from":{"id":43,"is_bot":false,"first_name":"A","language_code":"en"},"text":"hi"}}'
@@ -39,7 +39,7 @@ def test_a_message_is_read_with_what_a_reply_needs() -> None:
     assert receive(UPDATE) == Inbound(("update/10001",), "42", "43", "7", "hi")
 
 
-def test_a_topic_of_a_group_is_a_conversation_of_its_own() -> None:
+def test_a_topic_of_a_group_is_a_separate_conversation() -> None:
     topic = message(chat={"id": -100, "type": "supergroup"}, message_thread_id=5, is_topic_message=True)
     reply_chain = message(chat={"id": -100, "type": "supergroup"}, message_thread_id=5)
     assert isinstance(topic, Inbound)
@@ -54,7 +54,7 @@ def test_an_update_without_the_secret_token_is_refused_before_it_is_read(token: 
 
 
 @pytest.mark.parametrize("body", [b"", UPDATE[:-9], UPDATE.replace(b"hi", b"\xff\xfe"), b'{"update_id":"x"}', b"[]"])
-def test_what_is_verified_and_no_update_is_said_to_be_invalid(body: bytes) -> None:
+def test_a_verified_but_malformed_update_is_invalid(body: bytes) -> None:
     with pytest.raises(InvalidMessage):
         receive(body)
 
@@ -69,7 +69,7 @@ def test_what_is_verified_and_no_update_is_said_to_be_invalid(body: bytes) -> No
         message(**{"from": None}),
     ],
 )
-def test_what_is_no_persons_text_is_ignored_and_not_refused(item: Inbound | Ignored) -> None:
+def test_an_update_without_a_persons_text_is_ignored(item: Inbound | Ignored) -> None:
     assert isinstance(item, Ignored)
 
 
@@ -124,7 +124,7 @@ async def test_a_group_that_became_a_supergroup_gets_it_under_its_new_id(
         (cut(accept=True), Unanswered),
     ],
 )
-async def test_permanent_passing_and_unknown_are_told_apart(
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
     vendor: TelegramStandIn, outgoing: Outgoing, fault: Fault, error: type[Exception]
 ) -> None:
     vendor.faults.append(fault)
@@ -133,7 +133,7 @@ async def test_permanent_passing_and_unknown_are_told_apart(
     assert type(raised.value) is error
 
 
-async def test_a_flood_is_waited_out_for_as_long_as_telegram_says(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
+async def test_the_delay_that_telegram_asks_for_is_kept(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
     body = {"ok": False, "error_code": 429, "description": "Too Many Requests", "parameters": {"retry_after": 35}}
     vendor.faults.append(answer(429, body))
     with pytest.raises(RetryLater) as raised:
@@ -142,14 +142,14 @@ async def test_a_flood_is_waited_out_for_as_long_as_telegram_says(vendor: Telegr
 
 
 @pytest.mark.parametrize("result", [{}, {"result": True}, {"result": {"message_id": 8, "more": 1}}])
-async def test_taken_is_what_telegram_says_is_ok(
+async def test_a_message_is_accepted_if_telegram_says_ok(
     vendor: TelegramStandIn, outgoing: Outgoing, result: dict[str, object]
 ) -> None:
     vendor.faults.append(answer(200, {"ok": True, **result}))
     assert await send(vendor, outgoing) in (None, "8")
 
 
-async def test_a_vendor_that_cannot_be_reached_has_taken_nothing(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
+async def test_an_unreachable_vendor_is_transient(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
     await vendor.stop()
     with pytest.raises(Transient):
         await send(vendor, outgoing)

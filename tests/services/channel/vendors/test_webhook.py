@@ -1,4 +1,4 @@
-"""Type ``webhook``: the library of Standard Webhooks is the judge of both directions."""
+"""The ``webhook`` adapter. The library of Standard Webhooks judges both directions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def receive(id_: str, at: datetime, signature: str, body: str = BODY) -> Inbound
     return item
 
 
-def test_what_the_judge_signs_is_taken_among_other_signatures() -> None:
+def test_the_judges_signature_is_accepted_among_others() -> None:
     now = datetime.now(UTC)
     signature = Judge(CREDENTIALS.secret).sign("msg_1", now, BODY)
     item = receive("msg_1", now, f"v1,AAAA v1a,BBBB {signature}")
@@ -66,25 +66,25 @@ def test_another_id_body_or_key_is_refused() -> None:
         ("{", "body"),
     ],
 )
-def test_what_is_signed_and_not_of_our_shape_is_said_by_field(body: str, field: str) -> None:
+def test_a_signed_body_of_another_shape_is_refused_with_its_field(body: str, field: str) -> None:
     now = datetime.now(UTC)
     with pytest.raises(InvalidMessage) as raised:
         receive("msg_1", now, Judge(CREDENTIALS.secret).sign("msg_1", now, body), body)
     assert raised.value.field == field
 
 
-def test_a_secret_too_short_to_be_one_is_refused() -> None:
+def test_a_short_secret_is_refused() -> None:
     with pytest.raises(InvalidMessage) as raised:
         WebhookCredentials("whsec_c2hvcnQ=", "https://example.com")
     assert raised.value.field == "secret"
 
 
 class Judged(WebhookStandIn):
-    """Has the library verify what we send."""
+    """Verifies each reply with the library."""
 
-    def take(self, call: Call) -> Reply:
+    def handle(self, call: Call) -> Reply:
         Judge(self.credentials["secret"]).verify(call.body.decode(), dict(call.headers))
-        return super().take(call)
+        return super().handle(call)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ async def test_a_reply_is_signed_and_sent_again_under_the_same_id(vendor: Judged
         (cut(accept=True), Unanswered),
     ],
 )
-async def test_permanent_passing_and_unknown_are_told_apart(
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
     vendor: Judged, outgoing: Outgoing, fault: Fault, error: type[Exception]
 ) -> None:
     vendor.faults.append(fault)
