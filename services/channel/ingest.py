@@ -191,7 +191,7 @@ async def _note_conversations(tx: Tx, messages: Sequence[_NewMessage]) -> dict[s
 
 
 def _record(tx: Tx, new: _NewMessage, key: DataKey, position: int) -> None:
-    """Appends the fact and publishes its new, for the tenant and in the trace of the message."""
+    """Appends the fact and publishes its messages, for the tenant and in the trace of the message."""
     account, item = new.account, new.item
     tx.tenant_id = account.tenant_id
     event_id, received_at = uuid7(), utcnow()

@@ -276,7 +276,7 @@ async def test_a_delivery_to_an_unknown_conversation_becomes_a_dead_letter(
             return list(await tx.sql("SELECT error FROM dead_letter WHERE payload LIKE $1", pattern))
 
     [(error,)] = await desk.platform.until(dead_lettered)
-    assert "session_key: is of no conversation of this channel" in error
+    assert "session_key: is not a conversation of this channel" in error
     assert telegram.calls == 0
 
 
