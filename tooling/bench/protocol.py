@@ -1,7 +1,7 @@
-"""How a figure is made that counts: paired slices in random order, a median ratio with its interval, a verdict.
+"""The measuring protocol of the benches: paired slices in random order, a median ratio with its interval, a verdict.
 
-Machines drift: another process, a warmer chip, a checkpoint. A slice of ours is therefore compared only with the
-slice of the anchor (the work it is measured against) that ran next to it.
+Machines drift: another process starts, a chip warms up, a checkpoint runs. A slice of our code is therefore compared
+only with the slice of the anchor (the work that it is measured against) that ran next to it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import msgspec
 
 SLICE_SECONDS = 2.0
 PAIRS = 11
-# Where the anchor itself changes by more than this factor, something else than the code was measured.
+# If the anchor itself changes by more than this factor, the run measured the machine and not the code.
 MAX_DRIFT = 3.0
 RESAMPLES = 10_000
 
 
 class Slice(NamedTuple):
-    """What one slice got done: durable and verified work only."""
+    """The work of one slice. Only durable and verified work counts."""
 
     done: int
     seconds: float
@@ -37,32 +37,37 @@ Contender = Callable[[], Awaitable[Slice]]
 
 @dataclass(frozen=True)
 class Anchor:
-    """What ours is measured against. `goal`: the least ratio of our rate to its rate that is good enough."""
+    """The work that ours is measured against."""
 
     name: str
     goal: float
+    """The smallest ratio of our rate to the anchor's rate that meets the goal."""
     contender: Contender
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """`ratio`: the median of our rate divided by the anchor's, `low` to `high` its 95 % interval; rates are medians
-    per second. A void run says nothing, so it meets no goal."""
+    """A ratio of two rates."""
 
     bench: str
     anchor: str
     ratio: float
+    """The median over the pairs of our rate divided by the anchor's rate."""
     low: float
+    """With `high` the 95 % interval of `ratio`."""
     high: float
     goal: float
     met: bool
     pairs: int
     anchor_rate: float
+    """Median, per second."""
     our_rate: float
+    """Median, per second."""
     void: bool
+    """The anchor drifted by more than MAX_DRIFT: the ratio says nothing, so no goal is met."""
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds from the intended moment, in an open loop of `rate` per second."""
+    """Milliseconds from the moment at which a request was due to its answer, in an open loop of `rate` per second."""
 
     bench: str
     measure: str
@@ -75,15 +80,20 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Units(msgspec.Struct, frozen=True, kw_only=True):
-    """`value` of some `unit`, of which `goal` is the most that is good enough; `made_of`: the figures behind it."""
+    """An amount of `unit` that should be small."""
 
     bench: str
     measure: str
     value: float
     unit: str
     goal: float
+    """The largest value that meets the goal."""
     met: bool
+    low: float | None = None
+    """With `high` the 95 % interval of `value`; None if it was measured once only."""
+    high: float | None = None
     made_of: dict[str, float]
+    """The figures from which `value` was calculated, and others that explain it."""
 
 
 Figure = Result | Latency | Units
@@ -97,9 +107,9 @@ async def run_pairs(
     *,
     pairs: int = PAIRS,
 ) -> list[Result]:
-    """Runs a slice of ours and of each anchor, in random order, `pairs` times after a first time that is not counted.
+    """Runs a slice of ours and of each anchor, in random order, `pairs` times after a first round that is not counted.
 
-    `progress` is called with how many slices are done, and of how many.
+    `progress` is called with the number of slices that are done and the number of all slices.
     """
     contenders: dict[str, Contender] = {"ours": ours, **{anchor.name: anchor.contender for anchor in anchors}}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
@@ -115,7 +125,7 @@ async def run_pairs(
 
 
 def verdict(bench: str, anchor: str, goal: float, anchor_rates: Sequence[float], our_rates: Sequence[float]) -> Result:
-    """What the rates of the pairs (same index, same pair) say."""
+    """The result of these rates; rates with the same index are a pair."""
     ratios = [our / theirs for our, theirs in zip(our_rates, anchor_rates, strict=True)]
     low, high = interval(ratios)
     ratio = median(ratios)
@@ -136,14 +146,14 @@ def verdict(bench: str, anchor: str, goal: float, anchor_rates: Sequence[float],
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median of `values`, by the percentile bootstrap (Efron); equal for equal values."""
+    """The 95 % interval of the median of `values`, by the percentile bootstrap (Efron); no chance is in it."""
     generator = random.Random(0)
     medians = sorted(median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return medians[int(RESAMPLES * 0.025)], medians[int(RESAMPLES * 0.975)]
 
 
 def latency(bench: str, measure: str, goal_ms: float, rate: float, seconds: Sequence[float]) -> Latency:
-    """What the single latencies say; the p99 decides."""
+    """The result of these latencies, in seconds. The p99 decides."""
     ordered = sorted(seconds)
     p99 = percentile(ordered, 0.99) * 1000
     return Latency(
@@ -159,16 +169,24 @@ def latency(bench: str, measure: str, goal_ms: float, rate: float, seconds: Sequ
 
 
 def units(bench: str, measure: str, goal: float, value: float, unit: str, **made_of: float) -> Units:
+    """An amount that was measured once."""
     return Units(bench=bench, measure=measure, value=value, unit=unit, goal=goal, met=value <= goal, made_of=made_of)
 
 
+def median_units(bench: str, measure: str, goal: float, values: Sequence[float], unit: str, **made_of: float) -> Units:
+    """The median of `values`, each of a slice of its own, with its interval."""
+    low, high = interval(values)
+    found = units(bench, measure, goal, median(values), unit, **made_of)
+    return msgspec.structs.replace(found, low=low, high=high)
+
+
 def percentile(ordered: Sequence[float], part: float) -> float:
-    """The smallest of the sorted values that at least this part of them does not exceed (nearest rank)."""
+    """The nearest-rank percentile of sorted values: the smallest value that at least `part` of them do not exceed."""
     return ordered[max(0, -int(-part * len(ordered) // 1) - 1)]
 
 
 def check(what: str, expected: Mapping[str, int]) -> None:
-    """All counts of the same work must be equal. Raises ValueError naming them: such a slice measured nothing."""
+    """Compares counts of the same work, which must be equal. Raises ValueError with all of them if they differ."""
     if len(set(expected.values())) != 1:
         counts = ", ".join(f"{name} {count}" for name, count in expected.items())
-        raise ValueError(f"{what}: the counts of one slice differ ({counts}); nothing is reported")
+        raise ValueError(f"{what}: the counts of one slice differ ({counts}); no figure is reported")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from infra.observe import logs
 from tooling.bench.protocol import Figure, Latency, Result
+from tooling.bench.record import machine, record
 from tooling.bench.run import BENCHES, ENGINES, run
 from tooling.stack.engines.base import EngineError
 from tooling.testing.stack import running_stack
@@ -22,8 +24,9 @@ from tooling.testing.stack import running_stack
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(BENCHES)}; all, if none.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one line a result.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Record the figures in BENCHMARKS.md.")] = False,
 ) -> None:
-    """Measure throughput and latency against anchors. Exit code 1 where a goal is missed; takes minutes."""
+    """Measure throughput and latency against anchors. Exit code 1 if a goal is missed; takes minutes."""
     chosen = names or list(BENCHES)
     if unknown := [name for name in chosen if name not in BENCHES]:
         raise EngineError(f"bench {', '.join(unknown)}: there is none ({', '.join(BENCHES)})")
@@ -36,7 +39,8 @@ def bench(
         console=Console(stderr=True),
         transient=True,
     )
-    results: list[Figure] = []
+    where = machine()
+    found: dict[str, Sequence[Figure]] = {}
     with progress:
         starting = progress.add_task("starting engines", total=None)
         with running_stack(ENGINES) as stack:
@@ -44,8 +48,11 @@ def bench(
             for name in chosen:
                 task = progress.add_task(f"{name}: preparing", total=None)
                 show = partial(_show, progress, task, name)
-                results += uvloop.run(run(name, stack, show))
+                found[name] = uvloop.run(run(name, stack, show))
                 progress.remove_task(task)
+    if write:
+        record(found, " ".join(["./claw bench", *(names or []), "--write"]), where)
+    results = [figure for figures in found.values() for figure in figures]
     if json:
         for result in results:
             print(msgspec.json.encode(result).decode())  # noqa: T201
@@ -93,7 +100,7 @@ def render(results: list[Figure]) -> Table:
                 result.bench,
                 result.measure,
                 f"{result.value:.1f} {result.unit}",
-                "",
+                "" if result.low is None else f"{result.low:.1f}–{result.high:.1f}",
                 f"≤ {result.goal:g} {result.unit}",
                 ", ".join(f"{name} {round(figure, 2):,}" for name, figure in result.made_of.items()),
                 verdict,

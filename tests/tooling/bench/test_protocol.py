@@ -6,7 +6,18 @@ import random
 
 import pytest
 
-from tooling.bench.protocol import Anchor, Slice, check, interval, latency, percentile, run_pairs, units, verdict
+from tooling.bench.protocol import (
+    Anchor,
+    Slice,
+    check,
+    interval,
+    latency,
+    median_units,
+    percentile,
+    run_pairs,
+    units,
+    verdict,
+)
 
 
 def test_the_ratio_is_the_median_of_the_pairs_and_not_of_the_rates() -> None:
@@ -93,3 +104,11 @@ async def test_slices_are_paired_and_the_first_round_is_not_counted() -> None:
     # In random order: each goes first at least once, which fails by chance once in a million runs.
     assert {asked[n] for n in range(0, 42, 2)} == {"ours", "theirs"}
     assert shown[-1] == (42, 42)
+
+
+def test_the_median_of_several_slices_has_its_interval() -> None:
+    found = median_units("b", "m", 50, [48.0, 49, 50, 51, 90], "ms", slices=5)
+    assert (found.value, found.met, found.made_of) == (50, True, {"slices": 5})
+    assert found.low is not None
+    assert found.high is not None
+    assert 48 <= found.low <= 50 <= found.high <= 90

@@ -1,0 +1,43 @@
+"""The files at the top level name commands and files that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tooling.cli.app import COMMANDS
+
+CHECKOUT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "BENCHMARKS.md")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_links_only_to_files_that_exist(name: str) -> None:
+    text = (CHECKOUT / name).read_text()
+    targets = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in target]
+    assert [target for target in targets if not (CHECKOUT / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_names_only_commands_that_exist(name: str) -> None:
+    commands = set(re.findall(r"\./claw ([a-z]+)", (CHECKOUT / name).read_text()))
+    assert commands <= set(COMMANDS)
+
+
+def test_the_workflow_and_the_hook_run_the_commands_of_this_repository() -> None:
+    workflow = yaml.safe_load((CHECKOUT / ".github" / "workflows" / "ci.yml").read_text())
+    runs = [step["run"] for step in workflow["jobs"]["run"]["steps"] if "run" in step]
+    assert runs == [".ci/run"]
+    assert os.access(CHECKOUT / ".ci" / "run", os.X_OK)
+    hooks = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text())
+    [[hook]] = [repo["hooks"] for repo in hooks["repos"]]
+    assert hook["entry"] == "./claw check"
+    assert not hook["pass_filenames"]
+
+
+def test_the_readme_takes_two_screens() -> None:
+    assert len((CHECKOUT / "README.md").read_text().splitlines()) <= 100
