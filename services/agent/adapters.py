@@ -9,11 +9,11 @@ from infra.stores.cache import Cache
 from protos.billing.v1 import billing_pb2_grpc
 from protos.memory.v1 import memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2_grpc
+from services.agent.execution.agent_loop import Peers
+from services.agent.execution.executor import Executor
+from services.agent.execution.watch import Watch
 from services.agent.models.library import Models
-from services.agent.runs.answering import Peers
-from services.agent.runs.executor import Executor
 from services.agent.runs.projections import CANCELLED
-from services.agent.runs.watch import Watch
 
 
 def memory(runtime: Runtime) -> memory_pb2_grpc.MemoryStub:

@@ -14,10 +14,10 @@ from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.messages.agent import RunRequested
 from protos.messages.channel import MessageDelivered, MessageReceived, MessageUndelivered
 from protos.topology import Subscription
+from services.agent.execution.executor import Executor
 from services.agent.lanes import RUNS, RunItem
 from services.agent.runs import projections
-from services.agent.runs.executor import Executor
-from services.agent.sessions import parcels
+from services.agent.sessions import sealed_arrivals
 from services.agent.sessions.intake import Arrival, Origin
 
 # One lane a conversation, for messages that did not come.
@@ -39,10 +39,12 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
     )
     try:
-        parcel = await parcels.seal(tx, subjects, arrival)
+        parcel = await sealed_arrivals.seal(tx, subjects, arrival)
     except Erased:
-        parcel = parcels.NOTHING
-    await _IN_ORDER.take(tx, message.session_key, message.position, parcel, partial(parcels.take_in, tx, subjects))
+        parcel = sealed_arrivals.NOTHING
+    await _IN_ORDER.take(
+        tx, message.session_key, message.position, parcel, partial(sealed_arrivals.take_in, tx, subjects)
+    )
 
 
 # One queue per type of channel, and the same handler for all. No more at once than there are connections: those that
@@ -54,7 +56,7 @@ TAKE_MESSAGE: tuple[Subscription, ...] = tuple(
 
 @GAPS.runner(concurrency=8)
 async def close_gap(gap: Gap, effects: Effects, tx: Tx, subjects: SubjectKeys) -> None:
-    await _IN_ORDER.close_gap(tx, gap, partial(parcels.take_in, tx, subjects))
+    await _IN_ORDER.close_gap(tx, gap, partial(sealed_arrivals.take_in, tx, subjects))
 
 
 @AGENT_TASKS.each(RunRequested, group="agent")

@@ -17,12 +17,13 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
-from services.agent.runs import conversation, queries, steps
+from services.agent.execution import conversation, steps
+from services.agent.runs import queries
 from services.agent.runs.cancelling import cancel, give_up
-from services.agent.runs.ending import CANCELLED
+from services.agent.runs.decisions import settle, suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.forking import fork
-from services.agent.runs.settling import settle, suspension
+from services.agent.runs.notices import CANCELLED
 from services.agent.runs.timeline import timeline
 from services.agent.runs.views import Approval, Facts, ForkFrom, Resolution, RunView, Status, Timeline
 

@@ -10,10 +10,10 @@ from infra.lanes import lane as lanes
 from infra.postgres.tx import Tx
 from services.agent.lanes import RUNS
 from services.agent.runs import projections
+from services.agent.runs.decisions import tell_parent
 from services.agent.runs.domain import Fail, Suspension
 from services.agent.runs.events import Ending
 from services.agent.runs.publishing import stream
-from services.agent.runs.settling import tell_parent
 
 
 async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:

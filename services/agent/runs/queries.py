@@ -15,9 +15,9 @@ from infra.postgres.tx import Tx
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
 from protos.billing.v1 import billing_pb2
 from protos.messages import agent as public
+from services.agent.execution.children import child_id
+from services.agent.execution.conversation import Reader
 from services.agent.models.contract import ToolCall
-from services.agent.runs.children import child_id
-from services.agent.runs.conversation import Reader
 from services.agent.runs.events import RunCompleted
 from services.agent.runs.projections import STOPPABLE, SUSPENDED
 from services.agent.runs.publishing import RUN, publish, published, stream

@@ -12,9 +12,9 @@ import msgspec
 from infra.postgres.tx import Tx
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
 from protos.billing.v1 import billing_pb2
+from services.agent.execution.conversation import Reader
 from services.agent.models.contract import Passage, ToolCall
 from services.agent.runs import queries
-from services.agent.runs.conversation import Reader
 from services.agent.runs.publishing import stream
 from services.agent.runs.views import Timeline, TimelineItem
 

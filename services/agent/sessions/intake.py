@@ -25,11 +25,11 @@ from services.agent.lanes import RUNS, RunItem
 from services.agent.models.contract import Answered, Returned, Tool, Turn
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
+from services.agent.runs.decisions import decision_in, settle, suspension
 from services.agent.runs.domain import Fail
-from services.agent.runs.ending import BUSY, INTERRUPTED
+from services.agent.runs.notices import BUSY, INTERRUPTED
 from services.agent.runs.publishing import stream as run_stream
-from services.agent.runs.saying import say
-from services.agent.runs.settling import decision_in, settle, suspension
+from services.agent.runs.replies import say
 from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
 from services.agent.sessions.publishing import stream
 

@@ -16,12 +16,12 @@ from protos.billing.v1 import billing_pb2
 from protos.plugin.v1 import plugin_pb2
 from services.agent import adapters
 from services.agent.__main__ import service
+from services.agent.execution.agent_loop import Peers
+from services.agent.execution.executor import Executor
+from services.agent.execution.watch import Watch
 from services.agent.models.contract import Answer, Endpoint, OnText, Prompt, Returned, ToolCall, Usage
 from services.agent.models.library import Models
-from services.agent.runs.answering import Peers
-from services.agent.runs.executor import Executor
 from services.agent.runs.projections import CANCELLED
-from services.agent.runs.watch import Watch
 from tooling.bench.runs_agent import TOOL
 
 TOOL_CALLS = 2

@@ -23,20 +23,21 @@ from protos.catalog import AGENT_EVENTS
 from protos.messages import agent as public
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
+from services.agent.execution import children, conversation
+from services.agent.execution.agent_loop import Answering, Peers, Reply
+from services.agent.execution.budget import Spending
+from services.agent.execution.concurrency import model_of, take_place
+from services.agent.execution.conversation import Asked
+from services.agent.execution.steps import Journal, Scope
+from services.agent.execution.watch import Watch
 from services.agent.models.library import Models
-from services.agent.runs import children, conversation, projections
-from services.agent.runs.answering import Answering, Peers, Reply
-from services.agent.runs.budget import Spending
+from services.agent.runs import projections
 from services.agent.runs.cancelling import fail
-from services.agent.runs.concurrency import model_of, take_place
-from services.agent.runs.conversation import Asked
+from services.agent.runs.decisions import tell_parent
 from services.agent.runs.domain import Complete, Limits, Mismatch, Run, Start, messages_at, remaining
-from services.agent.runs.ending import FAILED, Ended, Suspended
+from services.agent.runs.notices import FAILED, Ended, Suspended
 from services.agent.runs.publishing import published, stream
-from services.agent.runs.saying import say
-from services.agent.runs.settling import tell_parent
-from services.agent.runs.steps import Journal, Scope
-from services.agent.runs.watch import Watch
+from services.agent.runs.replies import say
 
 _log = get_logger("agent.runs")
 

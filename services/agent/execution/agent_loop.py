@@ -26,6 +26,11 @@ from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.agent.definitions.models import Colleague, NewAgent
+from services.agent.execution.budget import Spending
+from services.agent.execution.children import MAX_DEPTH, QUESTION, Question, State
+from services.agent.execution.conversation import Asked, Summary
+from services.agent.execution.deltas import Deltas
+from services.agent.execution.steps import Journal, Metered, Scope, Step, StepFailed, ToolResult, digest
 from services.agent.models.contract import (
     Answer,
     Answered,
@@ -39,13 +44,8 @@ from services.agent.models.contract import (
     Turn,
     Usage,
 )
-from services.agent.runs.budget import Spending
-from services.agent.runs.children import MAX_DEPTH, QUESTION, Question, State
-from services.agent.runs.conversation import Asked, Summary
-from services.agent.runs.deltas import Deltas
 from services.agent.runs.domain import Suspend, messages_at
-from services.agent.runs.ending import FAILED, NO_CREDIT, UNCERTAIN, Child, Ended, Suspended
-from services.agent.runs.steps import Journal, Metered, Scope, Step, StepFailed, ToolResult, digest
+from services.agent.runs.notices import FAILED, NO_CREDIT, UNCERTAIN, Child, Ended, Suspended
 
 MODEL_ATTEMPTS = 5
 # Of a model that has a fallback.

@@ -22,19 +22,19 @@ from infra.lanes.runner import MAX_RECOVERIES
 from infra.postgres.tx import Tx
 from protos.messages.agent import RunCompleted
 from protos.messages.channel import SendMessage
+from services.agent.execution import steps
 from services.agent.lanes import RUNS, RunItem
-from services.agent.runs import steps
 from services.agent.runs.cancelling import cancel, give_up
-from services.agent.runs.ending import CANCELLED
+from services.agent.runs.decisions import settle, suspension
 from services.agent.runs.events import Decision
+from services.agent.runs.notices import CANCELLED
 from services.agent.runs.publishing import RUN
-from services.agent.runs.settling import settle, suspension
 from services.agent.sessions.domain import Busy, QueueMode, Session, evolve
 from services.agent.sessions.publishing import SESSION as SESSIONS
 from tests.infra.lanes.lane_fixture import log_lines
 from tests.machines import patient, run_machine
-from tests.services.agent.runs.session_model import OPEN, Model, check_reply, in_order
-from tests.services.agent.runs.session_world import DOUBT, LOOK, PERSON, SEND, Worker, World
+from tests.services.agent.execution.session_driver import DOUBT, LOOK, PERSON, SEND, Worker, World
+from tests.services.agent.execution.session_model import OPEN, Model, check_reply, in_order
 
 WORKERS = st.integers(0, 1)
 MODES = st.sampled_from(("steer", "collect", "followup", "steer", "interrupt", "reject"))
@@ -400,7 +400,7 @@ class Sessions(RuleBasedStateMachine):
 @pytest.fixture
 def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     # Neither looking for cancels nor the end of a pause is left to time.
-    monkeypatch.setattr("services.agent.runs.watch.POLL_SECONDS", 3600)
+    monkeypatch.setattr("services.agent.execution.watch.POLL_SECONDS", 3600)
     monkeypatch.setattr("services.agent.sessions.domain.DEBOUNCE", timedelta(hours=1))
     with log_lines():
         world = World(database)

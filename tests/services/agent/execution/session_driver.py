@@ -36,6 +36,9 @@ from protos.envelope import Envelope
 from protos.plugin.v1 import plugin_pb2
 from services.agent.definitions import store
 from services.agent.definitions.models import NewAgent, RunLimits
+from services.agent.execution.agent_loop import Peers
+from services.agent.execution.executor import Executor
+from services.agent.execution.watch import Watch
 from services.agent.lanes import RUNS, RunItem
 from services.agent.models.contract import (
     Answer,
@@ -48,10 +51,7 @@ from services.agent.models.contract import (
     ToolCall,
     Usage,
 )
-from services.agent.runs.answering import Peers
-from services.agent.runs.executor import Executor
 from services.agent.runs.projections import CANCELLED
-from services.agent.runs.watch import Watch
 from services.agent.sessions.domain import QueueMode
 from services.agent.sessions.intake import Arrival, Origin, take_in
 from tests.conftest import execute

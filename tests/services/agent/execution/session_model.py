@@ -38,7 +38,7 @@ from services.agent.runs.events import (
     StepStarted,
 )
 from services.agent.sessions.domain import CAP, QueueMode
-from tests.services.agent.runs.session_world import Call
+from tests.services.agent.execution.session_driver import Call
 
 GIVEN_UP = f"InvalidMessage: item: its process died, or lost it, {MAX_RECOVERIES} times"
 OPEN = ("queued", "running", "waiting")

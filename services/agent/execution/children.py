@@ -10,9 +10,9 @@ import msgspec
 from infra.clock import utcnow
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import SubjectKeys
+from services.agent.execution.conversation import Reader
 from services.agent.runs import projections
-from services.agent.runs.conversation import Reader
-from services.agent.runs.ending import Child
+from services.agent.runs.notices import Child
 from services.agent.sessions.intake import Arrival, take_in
 
 # Agents that ask agents that ask agents; more is a circle.

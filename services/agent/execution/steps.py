@@ -31,6 +31,7 @@ from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
+from services.agent.execution.watch import CancelRequested, Watch
 from services.agent.models.contract import ModelFailed, Usage
 from services.agent.runs import projections
 from services.agent.runs.domain import (
@@ -48,10 +49,9 @@ from services.agent.runs.domain import (
     exceeded,
     remaining,
 )
-from services.agent.runs.ending import CANCELLED, FAILED, Ended, Suspended, approval_notice
 from services.agent.runs.events import StepKind
+from services.agent.runs.notices import CANCELLED, FAILED, Ended, Suspended, approval_notice
 from services.agent.runs.publishing import stream
-from services.agent.runs.watch import CancelRequested, Watch
 
 T = TypeVar("T")
 
