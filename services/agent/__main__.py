@@ -1,8 +1,9 @@
-"""Agent: answers what people write to it."""
+"""Agent: answers messages of people."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.agent import adapters, api, handlers
+from services.agent.execution import wiring
 from services.agent.runs.publishing import REPLAYED
 from services.agent.sessions.publishing import SESSION
 from services.agent.settings import Settings
@@ -17,7 +18,7 @@ service.consume(handlers.on_message_delivered)
 service.consume(handlers.on_message_undelivered)
 service.consume(erasure("agent"))
 service.work(handlers.close_gap, subjects=adapters.subjects)
-service.work(handlers.execute_run, executor=adapters.executor)
+service.work(handlers.execute_run, executor=wiring.executor)
 
 if __name__ == "__main__":
     service.run()

@@ -1,4 +1,4 @@
-"""Every message the agent receives, and the work in its lanes."""
+"""Handlers of all messages that the agent receives, and of the items in its lanes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from services.agent.runs import projections
 from services.agent.sessions import sealed_arrivals
 from services.agent.sessions.intake import Arrival, Origin
 
-# One lane a conversation, for messages that did not come.
+# One lane per conversation, for its missing messages.
 GAPS = Lane("message gaps", Gap)
 _IN_ORDER = Ordered(GAPS)
 
 
 async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) -> None:
-    """A person's message from a channel: stored with the run that will answer it, behind those written before it."""
+    """Stores a person's message from a channel, in the order of its conversation, with the run that answers it."""
     if tx.tenant_id is None or tx.cause is None:
         raise InvalidMessage("header tenant_id", "missing")
     arrival = Arrival(
@@ -39,16 +39,16 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
     )
     try:
-        parcel = await sealed_arrivals.seal(tx, subjects, arrival)
+        sealed = await sealed_arrivals.seal(tx, subjects, arrival)
     except Erased:
-        parcel = sealed_arrivals.NOTHING
+        sealed = sealed_arrivals.ERASED
     await _IN_ORDER.take(
-        tx, message.session_key, message.position, parcel, partial(sealed_arrivals.take_in, tx, subjects)
+        tx, message.session_key, message.position, sealed, partial(sealed_arrivals.take_in, tx, subjects)
     )
 
 
-# One queue per type of channel, and the same handler for all. No more at once than there are connections: those that
-# wait for one too long would have to be tried again, behind later messages.
+# One queue per type of channel, all with the same handler. Not more messages at once than database connections: a
+# message that waits too long for a connection fails, and is tried again behind later messages.
 TAKE_MESSAGE: tuple[Subscription, ...] = tuple(
     queue.worker(prefetch=10)(take_message) for queue in CHANNEL_INBOUND.values()
 )
@@ -61,12 +61,12 @@ async def close_gap(gap: Gap, effects: Effects, tx: Tx, subjects: SubjectKeys) -
 
 @AGENT_TASKS.each(RunRequested, group="agent")
 async def wake(hint: RunRequested, tx: Tx) -> None:
-    """Some process has queued a run: this one looks whether it can take any."""
+    """A process has queued a run. This process looks whether it can claim a lane."""
     tx.woken.add(RUNS.name)
 
 
 async def give_up_run(item: RunItem, error: str, tx: Tx, executor: Executor) -> None:
-    """Whoever wrote is told, and the run is over; its dead letter says why."""
+    """Ends the run and tells the person. The dead letter of the item holds the error."""
     await executor.give_up(item.run_id, error, tx)
 
 

@@ -1,18 +1,33 @@
-"""The lanes of the agent: one per session, in which its runs are executed one after the other."""
+"""The agent's lane, one per session: it executes the session's runs one after the other."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from uuid import UUID
 
 import msgspec
 
 from infra.lanes.lane import Lane
+from infra.postgres.tx import Tx
+from protos.catalog import AGENT_TASKS
+from protos.messages.agent import RunRequested
 
 
 class RunItem(msgspec.Struct, frozen=True):
-    """Execute this run. Its id is that of its first item, too; it has another when a person has let it go on."""
+    """Execute this run. The first item of a run has the run's id; later ones, after a suspension, have other ids."""
 
     run_id: UUID
 
 
 RUNS = Lane("runs", RunItem)
+
+
+def queue_run(
+    tx: Tx, run_id: UUID, session_key: str, *, item_id: UUID | None = None, not_before: datetime | None = None
+) -> None:
+    """Puts the run at the end of its session's lane and announces it to all workers. `item_id`: the run's id if None.
+
+    The announcement is only a hint: a worker that does not receive it finds the lane later by itself.
+    """
+    tx.enqueue(RUNS, lane=session_key, item=RunItem(run_id), item_id=item_id or run_id, not_before=not_before)
+    tx.publish(AGENT_TASKS, RunRequested(run_id=run_id, session_key=session_key), key=session_key)

@@ -1,4 +1,4 @@
-"""What the agent reads from the environment."""
+"""Settings that the agent reads from the environment."""
 
 from infra.service.settings import Settings as Base
 

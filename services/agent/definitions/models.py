@@ -9,9 +9,9 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
+from services.agent.definitions.queue_modes import QueueMode
 from services.agent.models import scripted
 from services.agent.models.contract import FAMILIES
-from services.agent.sessions.domain import QueueMode
 
 MAX_NANOS = 10**18
 

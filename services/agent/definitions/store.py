@@ -12,8 +12,8 @@ from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from services.agent.definitions.models import AgentView, FallbackView, NewAgent, Provider, ProviderView
+from services.agent.definitions.queue_modes import QueueMode
 from services.agent.models.contract import Endpoint
-from services.agent.sessions.domain import QueueMode
 
 _PURPOSE = "model provider key"
 _COLUMNS = (

@@ -1,6 +1,6 @@
-"""What an agent may spend in a period. Reckoned like billing's holds: the estimate counts until the charge is known.
+"""The budget of an agent for a day or a month. Like billing's holds, an estimate counts until the charge is known.
 
-Only where the estimates of runs that are over would not leave enough are their true costs asked for.
+The true costs of finished runs are fetched from billing only if their estimates leave too little.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.agent.definitions.models import Budget
 
-# So many runs are settled at a time.
+# Most runs whose true costs are fetched at a time.
 SETTLED_AT_ONCE = 100
 
 
 class Spending:
-    """One agent's spending, as one of its runs adds to it."""
+    """Counts the spending of one run against its agent's budget."""
 
     def __init__(
         self, effects: Effects, billing: billing_pb2_grpc.BillingStub, *, tenant_id: str, agent_id: UUID, run_id: UUID
@@ -34,7 +34,7 @@ class Spending:
         self._run_id = run_id
 
     async def add(self, budget: Budget, step: int, nanos: int) -> bool:
-        """Counts `nanos` for a step, once however often it is asked. False where the budget does not have them."""
+        """Counts `nanos` for a step, only once however often it is called. False if the budget has too little left."""
         since = begin_of_period(budget, utcnow())
         if await self._count(budget, since, step, nanos):
             return True
@@ -43,7 +43,7 @@ class Spending:
 
     async def _count(self, budget: Budget, since: datetime, step: int, nanos: int) -> bool:
         async with self._effects.begin() as tx:
-            # One at a time: two runs must not both take what is left.
+            # Locks the agent's row: two runs must not both take the last of the budget.
             await tx.sql("SELECT FROM agent WHERE id = $1 FOR UPDATE", self._agent_id)
             [(counted,)] = await tx.sql("SELECT budget_step >= $2 FROM run WHERE id = $1", self._run_id, step)
             if counted:
@@ -55,7 +55,7 @@ class Spending:
                 self._agent_id,
                 since,
             )
-            # Nothing left is also too little for what has no price.
+            # An empty budget does not allow even a call without a price.
             if spent >= budget.nanos or spent + nanos > budget.nanos:
                 return False
             await tx.sql(
@@ -84,7 +84,7 @@ class Spending:
                     await _settled(tx, run_id, cost)
 
     async def _cost(self, run_id: UUID, used: int) -> int | None:
-        """What the run has cost; None as long as billing has not rated all that it used."""
+        """The cost of the run; None until billing has rated all its usage."""
         metadata: grpc.aio.Metadata = rpc.tenant_metadata(self._tenant_id)
         reply = await self._billing.Charges(billing_pb2.ChargesRequest(run_id=str(run_id)), metadata=metadata)
         rated = [charge for charge in reply.charges if charge.verdict in ("counted", "rejected")]
@@ -96,6 +96,6 @@ async def _settled(tx: Tx, run_id: UUID, cost: int) -> None:
 
 
 def begin_of_period(budget: Budget, now: datetime) -> datetime:
-    """When the period began that `now` is in, by UTC."""
+    """The beginning of the period that contains `now`, in UTC."""
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     return day if budget.period == "day" else day.replace(day=1)

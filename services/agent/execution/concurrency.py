@@ -1,4 +1,4 @@
-"""How many runs go on at once: of an agent, and with a model at its provider."""
+"""Limits on how many runs are executed at the same time: per agent, and per model at its provider."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SHORTEST_PAUSE, LONGEST_PAUSE = timedelta(seconds=0.5), timedelta(seconds=30)
 
 
 def model_of(definition: NewAgent) -> str:
-    """What runs are counted by: the model at its provider."""
+    """The name under which runs with this model at this provider are counted."""
     provider = definition.provider
     return f"{definition.model} {(provider.base_url if provider else None) or ''}".rstrip()
 
 
 async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent) -> None:
-    """Of a run that is about to begin, whose row is locked. Raises NotYet where as many go on as may."""
+    """Takes a place for a run that is about to start; its row is locked. Raises NotYet if all places are taken."""
     limits = {
         ("agent_id", str(agent_id)): definition.concurrency,
         ("model", model_of(definition)): definition.model_concurrency,
@@ -27,7 +27,7 @@ async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent)
     for (column, value), most in limits.items():
         if most is None:
             continue
-        # Whoever counts sees all that have counted before: two must not take the same place.
+        # One transaction counts at a time, so that two runs cannot take the same place.
         await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"run {tx.tenant_id} {column} {value}")
         [(under_way,)] = await tx.sql(
             f"SELECT count(*) FROM run WHERE tenant_id = $1 AND status = 'running' AND {column}::text = $2",
@@ -35,14 +35,20 @@ async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent)
             value,
         )
         if under_way >= most:
-            raise NotYet(await _pause(tx, run_id, most), f"{under_way} runs go on already, and no more may at once")
+            raise NotYet(
+                await _pause(tx, run_id, most), f"{under_way} runs are running, and no more may run at the same time"
+            )
 
 
 async def _pause(tx: Tx, run_id: UUID, places: int) -> timedelta:
-    """The longer, the more wait before it: however many wait, only the next ones look every moment."""
+    """Longer the more runs wait before it: of many waiting runs only the next ones look often."""
     [(ahead,)] = await tx.sql(
-        "SELECT count(*) FROM run r JOIN run o ON o.tenant_id = r.tenant_id AND o.status = 'queued' "
-        "AND o.created_at < r.created_at WHERE r.id = $1",
+        """
+        SELECT count(*)
+        FROM run r JOIN run o
+            ON o.tenant_id = r.tenant_id AND o.status = 'queued' AND o.created_at < r.created_at
+        WHERE r.id = $1
+        """,
         run_id,
     )
     return min(max(timedelta(seconds=ahead / places), SHORTEST_PAUSE), LONGEST_PAUSE)

@@ -1,4 +1,4 @@
-"""The text of an answer while the model writes it, for whoever watches. Not kept: the reply comes by the run's end."""
+"""Live text of an answer while the model writes it. It is not stored: the run's last event has the whole reply."""
 
 from __future__ import annotations
 

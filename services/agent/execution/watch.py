@@ -1,4 +1,4 @@
-"""Calls that end early: because the run is cancelled, or because its time is over."""
+"""Stops the calls of a run when the run is cancelled or its time is over."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ POLL_SECONDS = 0.5
 
 
 class CancelRequested(Exception):
-    """Somebody wants the run to stop."""
+    """The run is to be cancelled."""
 
 
 class Watch:
-    """Looks, in one query for all runs that this process executes, for those that are to be cancelled."""
+    """Finds the runs of this process that are to be cancelled, with one query for all of them."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -38,7 +38,7 @@ class Watch:
         task = asyncio.create_task(call)
         self._calls.setdefault(run_id, set()).add(task)
         if self._poll is None:
-            self._poll = asyncio.create_task(self._keep_looking())
+            self._poll = asyncio.create_task(self._look_repeatedly())
         try:
             async with asyncio.timeout(seconds):
                 return await task
@@ -53,7 +53,7 @@ class Watch:
                 self._cancelled.discard(run_id)
 
     async def look(self) -> None:
-        """Ends the calls of those that are to be cancelled."""
+        """Cancels the calls of the runs that are to be cancelled."""
         async with self._database.begin() as tx:
             rows = await tx.sql(
                 "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_reason IS NOT NULL", list(self._calls)
@@ -63,13 +63,13 @@ class Watch:
                 self._cancelled.add(run_id)
                 task.cancel()
 
-    async def _keep_looking(self) -> None:
+    async def _look_repeatedly(self) -> None:
         while self._calls:
             await asyncio.sleep(POLL_SECONDS)
             try:
                 await self.look()
             except Exception as error:
                 get_logger("agent.watch").warning(
-                    "cannot look for cancelled runs now", exc_info=None if is_transient(error) else error
+                    "could not look for cancelled runs; will retry", exc_info=None if is_transient(error) else error
                 )
         self._poll = None

@@ -59,7 +59,7 @@ def upgrade() -> None:
             input_tokens bigint,        -- null: not reported
             cached_tokens bigint,
             output_tokens bigint,
-            budget_nanos bigint NOT NULL DEFAULT 0,     -- what it holds of its agent's budget, then what it has cost
+            budget_nanos bigint NOT NULL DEFAULT 0,     -- held of its agent's budget, later its true cost
             budget_step int NOT NULL DEFAULT 0,         -- the last step for which it holds some
             budget_settled boolean NOT NULL DEFAULT false,
             created_at timestamptz NOT NULL DEFAULT clock_timestamp(),

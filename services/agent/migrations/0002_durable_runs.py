@@ -15,12 +15,12 @@ def upgrade() -> None:
     op.execute("ALTER TABLE message ADD COLUMN decides boolean NOT NULL DEFAULT false")
     # Sealed: the key of the fallback's provider.
     op.execute("ALTER TABLE agent_version ADD COLUMN fallback_key bytea")
-    # What was said in the session up to a message, in short: sealed under the key of one person, and about several.
+    # A summary of the session up to a message, sealed with the key of one person; it may be about several persons.
     op.execute("ALTER TABLE session ADD COLUMN summary bytea")
     op.execute("ALTER TABLE session ADD COLUMN summary_subject text")
     op.execute("ALTER TABLE session ADD COLUMN summary_about text[] NOT NULL DEFAULT '{}'")
     op.execute("ALTER TABLE session ADD COLUMN summary_seq bigint NOT NULL DEFAULT 0")
-    # Of a run that another run has asked for: which one, at which of its steps, how deep, and what it may cost.
+    # The run that asked for this one, the step that asked, the depth of the chain, and the limit of its cost.
     op.execute("ALTER TABLE run ADD COLUMN parent_run_id uuid REFERENCES run")
     op.execute("ALTER TABLE run ADD COLUMN parent_step int")
     op.execute("ALTER TABLE run ADD COLUMN depth int NOT NULL DEFAULT 0")

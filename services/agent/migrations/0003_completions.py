@@ -1,4 +1,4 @@
-"""What a caller gives along with a message, instead of a session's past."""
+"""The context that a caller gives with a message in place of the session's history."""
 
 from alembic import op
 

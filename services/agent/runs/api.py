@@ -17,9 +17,9 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
-from services.agent.execution import conversation, steps
 from services.agent.runs import queries
 from services.agent.runs.cancelling import cancel, give_up
+from services.agent.runs.content import Unsealer, seal_result
 from services.agent.runs.decisions import settle, suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.forking import fork
@@ -34,7 +34,7 @@ def router(runtime: Runtime) -> APIRouter:
     billing = adapters.billing(runtime)
 
     async def charges(tenant_id: str, run_id: UUID) -> billing_pb2.ChargesReply | None:
-        """None while billing does not answer: the run is shown all the same."""
+        """None if billing does not answer. The run is shown without its cost then."""
         request = billing_pb2.ChargesRequest(run_id=str(run_id))
         try:
             return await billing.Charges(request, metadata=rpc.tenant_metadata(tenant_id), timeout=2)
@@ -45,10 +45,10 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.request.begin(tenant_id=tenant_id) as tx:
             runs = await read(tx)
             made = await queries.steps(tx, runs)
-            reader = conversation.Reader(tx, subjects)
-            replies = [await queries.reply(reader, run) for run in runs]
-            calls = [await queries.calls(reader, run) for run in runs]
-            waits = [await queries.waiting(tx, reader, run) for run in runs]
+            unsealer = Unsealer(tx, subjects)
+            replies = [await queries.reply(unsealer, run) for run in runs]
+            calls = [await queries.calls(unsealer, run) for run in runs]
+            waits = [await queries.waiting(tx, unsealer, run) for run in runs]
         charged = await asyncio.gather(*(charges(tenant_id, run.id) for run in runs))
         return [
             queries.view(run, reply, called, made[run.id], found, waiting)
@@ -90,21 +90,21 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.get("/api/v1/runs/{run_id}/timeline")
     async def get_timeline(run_id: UUID, who: Reader) -> Timeline:
-        """All that happened in the run, in the order of time, whichever service it was."""
+        """Everything that happened in the run in all services, in the order of time."""
         found = await charges(who.tenant_id, run_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             return await timeline(tx, subjects, run_id, found)
 
     @routes.post("/api/v1/runs/{run_id}/cancel", status_code=202)
     async def cancel_run(run_id: UUID, who: Runner) -> RunView:
-        """One that has not begun is cancelled at once, one under way within a second."""
+        """A queued or waiting run is cancelled at once, a running one within a second."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await cancel(tx, run_id, CANCELLED)
         return await one(who.tenant_id, run_id)
 
     @routes.post("/api/v1/runs/{run_id}/approval", status_code=202)
     async def approve_call(run_id: UUID, body: Approval, who: Runner) -> RunView:
-        """Lets the tool be called for which the run waits, or does not. 409 where it waits for no approval."""
+        """Approves or denies the tool call that the run waits for. 409 if it waits for no approval."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             waits = await suspension(tx, run_id)
             decision: Decision = "approve" if body.approved else "deny"
@@ -114,8 +114,8 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.post("/api/v1/runs/{run_id}/resolution", status_code=202)
     async def resolve_run(run_id: UUID, body: Resolution, who: Writer) -> RunView:
-        """Decides about an indeterminate run, in which nobody knows whether a tool took effect: call it again, go on
-        with the result given, or let the run fail. 409 where it is not indeterminate."""
+        """Decides about an indeterminate run, in which it is not known whether a tool took effect: call the tool again,
+        go on with the given result, or let the run fail. 409 if the run is not indeterminate."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             waits = await suspension(tx, run_id)
             if body.action == "fail":
@@ -123,15 +123,15 @@ def router(runtime: Runtime) -> APIRouter:
             else:
                 content = None
                 if body.action == "skip":
-                    content = await steps.seal_result(tx, subjects, run_id, waits.step, body.result)
+                    content = await seal_result(tx, subjects, run_id, waits.step, body.result)
                 await settle(tx, run_id, waits.step, body.action, who.actor, content)
             audit(tx, who.actor, f"run.{body.action}", "run", str(run_id), step=str(waits.step), tool=waits.name)
         return await one(who.tenant_id, run_id)
 
     @routes.post("/api/v1/runs/{run_id}/fork", status_code=202)
     async def fork_run(run_id: UUID, body: ForkFrom, who: Runner) -> RunView:
-        """Takes up a run that is over: another run has its first steps without making them again, and answers its
-        messages. 409 where the run is not over, or was taken up before."""
+        """Forks a run that is over: a new run takes its first steps without making them again, and answers its
+        messages. 409 if the run is not over or was forked before."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             new = await fork(tx, subjects, run_id, body.step)
             audit(tx, who.actor, "run.fork", "run", str(run_id), new_run=str(new))
@@ -139,7 +139,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.get("/internal/runs/{run_id}/events", include_in_schema=False)
     async def get_facts(run_id: UUID, who: Reader, after: Annotated[int, Query(ge=0)] = 0) -> Facts:
-        """For the gateway of live streams: what it has missed. The proxy in front does not pass this on."""
+        """For the gateway of live streams: the events that it has missed. nginx does not pass this path on."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             return Facts(items=await queries.facts(tx, subjects, run_id, after))
 

@@ -1,4 +1,4 @@
-"""Ends runs without an answer: on request, because a newer message is more important, or because they failed."""
+"""Ends runs without an answer: cancelled on request, interrupted by a newer message, or failed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from infra.lanes import lane as lanes
 from infra.postgres.tx import Tx
 from services.agent.lanes import RUNS
 from services.agent.runs import projections
-from services.agent.runs.decisions import tell_parent
+from services.agent.runs.decisions import resume_parent
 from services.agent.runs.domain import Fail, Suspension
 from services.agent.runs.events import Ending
 from services.agent.runs.publishing import stream
 
 
 async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
-    """One that nobody executes is over at once, another within a second; one that is cancelled already stays so.
+    """Cancels the run: at once if no worker executes it, otherwise within a second. Repeating it changes nothing.
 
-    Raises NotFound, Conflict where the run is over.
+    Raises NotFound, Conflict if the run is over.
     """
     rows = await tx.sql(
-        "SELECT status, session_key, coalesce(item_id, id) FROM run WHERE id = $1 AND tenant_id = $2 FOR UPDATE",
+        """
+        SELECT status, session_key, coalesce(item_id, id)
+        FROM run
+        WHERE id = $1 AND tenant_id = $2
+        FOR UPDATE
+        """,
         run_id,
         tx.tenant_id,
     )
@@ -39,12 +44,12 @@ async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
         await fail(tx, run_id, session_key, "cancelled", reason)
         return
     await tx.sql("UPDATE run SET cancel_reason = $2 WHERE id = $1", run_id, reason)
-    # One that waits to try again need not wait on.
+    # A run that pauses before its next attempt ends without the rest of the pause.
     await lanes.postpone(tx, RUNS, session_key, UUID(str(item_id)), utcnow())
 
 
 async def give_up(tx: Tx, run_id: UUID, waits: Suspension) -> None:
-    """The run fails by the decision of an operator. Raises Conflict where it waits for an approval."""
+    """An operator lets the run fail. Raises Conflict if it waits for an approval."""
     if waits.reason != "indeterminate":
         raise Conflict(f"run {run_id} waits for an approval: deny it, or cancel the run")
     [(session_key,)] = await tx.sql("SELECT session_key FROM run WHERE id = $1", run_id)
@@ -52,11 +57,11 @@ async def give_up(tx: Tx, run_id: UUID, waits: Suspension) -> None:
 
 
 async def fail(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: str) -> None:
-    """The run ends without an answer, and with it those that it has asked for and that are not over."""
+    """Ends the run without an answer, and with it those of its children that are not over."""
     await tx.decide(stream(run_id), Fail(session_key, status, error))
     await projections.failed(tx, run_id, status, error)
-    await tell_parent(tx, run_id)
+    await resume_parent(tx, run_id)
     for (child,) in await tx.sql(
         "SELECT id FROM run WHERE parent_run_id = $1 AND status = ANY($2::text[])", run_id, [*projections.STOPPABLE]
     ):
-        await cancel(tx, UUID(str(child)), f"the run that asked for it is over: {status}")
+        await cancel(tx, UUID(str(child)), f"the run that asked for this one is over: {status}")

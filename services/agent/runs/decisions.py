@@ -1,4 +1,4 @@
-"""What a person decides about a run that waits, and how it goes on."""
+"""Decisions about a run that waits, and how the run goes on after them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from uuid import UUID
 
 from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx, derived_id
-from protos.catalog import AGENT_TASKS
-from protos.messages.agent import RunRequested
-from services.agent.lanes import RUNS, RunItem
+from services.agent.lanes import queue_run
 from services.agent.runs import projections
 from services.agent.runs.domain import NotWaiting, Settle, Suspension
 from services.agent.runs.events import Decision
@@ -21,15 +19,15 @@ _YES, _NO = frozenset(_YES_WORDS.split()), frozenset(_NO_WORDS.split())
 
 
 def decision_in(text: str) -> Decision | None:
-    """What a person's message decides, if it is nothing but a yes or a no."""
+    """The decision in a person's message; None if the message is anything else than a yes or a no."""
     word = re.sub(r"[\s.!?。！？,，/]+", "", text).casefold()
     return "approve" if word in _YES else "deny" if word in _NO else None
 
 
 async def settle(tx: Tx, run_id: UUID, step: int, decision: Decision, by: str, content: bytes | None = None) -> None:
-    """The run goes on, behind what its session has in its lane.
+    """Records the decision and puts the run at the end of its session's lane. The run's row is locked.
 
-    Its row is locked. content: of the step that is skipped, sealed. Raises Conflict where it does not wait for this.
+    `content`: of a step that is skipped, sealed. Raises Conflict if the run does not wait for this decision.
     """
     [(session_key,)] = await tx.sql("SELECT session_key FROM run WHERE id = $1", run_id)
     try:
@@ -39,26 +37,30 @@ async def settle(tx: Tx, run_id: UUID, step: int, decision: Decision, by: str, c
     if not events:
         raise Conflict(f"run {run_id} is over")
     item_id = derived_id(run_id, "item", events[0].n)
-    await projections.goes_on(tx, run_id, item_id)
-    tx.enqueue(RUNS, lane=session_key, item=RunItem(run_id), item_id=item_id)
-    tx.publish(AGENT_TASKS, RunRequested(run_id=run_id, session_key=session_key), key=session_key)
+    await projections.resumed(tx, run_id, item_id)
+    queue_run(tx, run_id, session_key, item_id=item_id)
 
 
 async def suspension(tx: Tx, run_id: UUID) -> Suspension:
-    """What the run waits for. Raises NotFound, Conflict where it waits for nobody."""
+    """The decision that the run waits for; locks the run's row. Raises NotFound, Conflict if it waits for none."""
     rows = await tx.sql("SELECT status FROM run WHERE id = $1 AND tenant_id = $2 FOR UPDATE", run_id, tx.tenant_id)
     if not rows:
         raise NotFound(f"run {run_id}")
     waits = (await tx.load(stream(run_id))).suspended
     if waits is None:
-        raise Conflict(f"the run is {rows[0][0]} and waits for nobody's decision")
+        raise Conflict(f"the run is {rows[0][0]} and waits for no decision")
     return waits
 
 
-async def tell_parent(tx: Tx, run_id: UUID) -> None:
-    """A run is over: the one that waits for it, if any, goes on and looks."""
+async def resume_parent(tx: Tx, run_id: UUID) -> None:
+    """A run is over: the parent goes on if it waits for this run. Locks the parent's row."""
     rows = await tx.sql(
-        "SELECT p.id, c.parent_step FROM run c JOIN run p ON p.id = c.parent_run_id WHERE c.id = $1 FOR UPDATE OF p",
+        """
+        SELECT p.id, c.parent_step
+        FROM run c JOIN run p ON p.id = c.parent_run_id
+        WHERE c.id = $1
+        FOR UPDATE OF p
+        """,
         run_id,
     )
     for parent_id, step in rows:

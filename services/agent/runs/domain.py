@@ -1,4 +1,4 @@
-"""A run: pure. What may be written into its journal, and when it has had enough."""
+"""The rules of a run: which events may follow in its journal, and which limits end it. Pure."""
 
 from __future__ import annotations
 
@@ -30,33 +30,36 @@ from services.agent.runs.events import (
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What one run may take at most. seconds: from its first start, without the time in which it waited for a person.
-    tokens: input and output of all model calls. nanos: what its model calls may cost.
-    """
+    """The limits of one run."""
 
     steps: int = 20
     seconds: int = 300
+    """Counted from the first start, without the time in which the run waited for a decision."""
     tokens: int | None = None
+    """Input and output of all model calls."""
     nanos: int | None = None
+    """The most that the model calls may cost."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step as the journal has it. content: sealed. digest: of what went into it; empty: not known.
-
-    settled: how often a person had it made again. failed_attempt: its last attempt is known to have come to nothing.
-    """
+    """A step in the journal."""
 
     kind: StepKind
     name: str
     status: Literal["started", "completed", "failed"] = "started"
     content: bytes | None = None
+    """Sealed."""
     error: str | None = None
     attempt: int = 1
     digest: str = ""
+    """Of the step's input; empty in older events."""
     code: str = ""
+    """The version that began the step; empty in older events."""
     settled: int = 0
+    """How often a person had the step made again."""
     failed_attempt: bool = False
+    """The last attempt failed and its end is recorded."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}" + (f" of {self.digest}" if self.digest else "")
@@ -64,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Suspension:
-    """What the run waits for a person to decide. arguments: of the tool, sealed."""
+    """The decision that the run waits for."""
 
     reason: Reason
     step: int
@@ -72,28 +75,31 @@ class Suspension:
     text: str
     at: datetime
     arguments: bytes | None = None
+    """Of the tool, sealed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's state. `n`: facts so far. `steps`: by number, from 1; tools that are called together begin in any order.
-
-    messages: how many it began with; None: all. taken: step → how many of the run's messages it has from there on.
-    decisions: step → whether a person lets the tool be called. reserved: (step, attempt) → nanos, for a model call.
-    """
+    """A run's state, folded from its journal."""
 
     n: int = 0
+    """Number of events so far."""
     started_at: datetime | None = None
     agent_version: int | None = None
     attempts: int = 0
     tokens: int = 0
     messages: int | None = None
+    """How many messages the run started with; None: all."""
     taken: Mapping[int, int] = field(default_factory=dict)
+    """Step → how many of its messages the run answers from that step on."""
     steps: Mapping[int, Step] = field(default_factory=dict)
+    """By number, from 1. Tools that are called at the same time begin in any order."""
     suspended: Suspension | None = None
     waited_since: datetime | None = None
     decisions: Mapping[int, Decision] = field(default_factory=dict)
+    """Step → the decision of a person about its tool call."""
     reserved: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """(step, attempt) of a model call → nano-units reserved for it."""
     over: bool = False
 
 
@@ -116,7 +122,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class TakeMessages:
-    """`messages` of the run are there now."""
+    """From `step` on the run answers its first `messages` messages."""
 
     session_key: str
     step: int
@@ -198,17 +204,17 @@ FITTING: Mapping[Reason, tuple[Decision, ...]] = {
 
 
 class Mismatch(Exception):
-    """The journal tells of another step than the code would now make: going on would be a guess."""
+    """The journal has another step than the one to be made, so the run cannot go on safely."""
 
 
 class NotWaiting(Exception):
-    """The run does not wait for that decision."""
+    """The run does not wait for this decision."""
 
 
 def decide(command: Command, run: Run) -> list[Event]:
-    """Raises Mismatch where the command contradicts the journal, NotWaiting where nobody asked for the decision.
+    """The events that follow from the command; none if the run is over.
 
-    Of a run that is over nothing more is written.
+    Raises Mismatch if the command contradicts the journal, NotWaiting if the run does not wait for the decision.
     """
     if run.over:
         return []
@@ -226,7 +232,7 @@ def decide(command: Command, run: Run) -> list[Event]:
             if known := run.steps.get(step):
                 check(run, step, kind, name, digest, code)
                 if known.status != "started":
-                    raise Mismatch(f"step {step} is {known.status} and would be made again")
+                    raise Mismatch(f"step {step} is {known.status} already and must not begin again")
             return [
                 StepStarted(
                     n=n, session_key=key, step=step, kind=kind, name=name, attempt=attempt, digest=digest, code=code
@@ -277,9 +283,9 @@ def _start(command: Start, run: Run) -> RunStarted:
 def _end_step(command: EndStep, run: Run) -> StepCompleted:
     step = run.steps.get(command.step)
     if step is None:
-        raise Mismatch(f"step {command.step} ends, and was never begun")
+        raise Mismatch(f"step {command.step} has not begun and cannot end")
     if step.status != "started":
-        raise Mismatch(f"step {command.step} is {step.status} and would end again")
+        raise Mismatch(f"step {command.step} is {step.status} already and cannot end again")
     return StepCompleted(
         n=run.n + 1,
         session_key=command.session_key,
@@ -302,7 +308,7 @@ def evolve(run: Run, event: Event) -> Run:
         case RunStarted():
             started_at = run.started_at or event.at
             if run.waited_since:
-                # The time in which it waited for a person is not its own.
+                # The time in which the run waited for a decision does not count.
                 started_at += event.at - run.waited_since
             return replace(
                 run,
@@ -349,7 +355,7 @@ def _settled(run: Run, event: StepSettled) -> Run:
             again = replace(step, status="started", content=None, error=None, settled=step.settled + 1)
             return _with(run, event.step, again)
         case "answer":
-            return run  # the step ends as soon as the run goes on
+            return run  # The step ends when a worker goes on with the run.
         case "skip":
             return _with(run, event.step, replace(run.steps[event.step], status="completed", content=event.content))
         case _:
@@ -361,12 +367,12 @@ def _with(run: Run, n: int, step: Step) -> Run:
 
 
 def messages_at(run: Run, step: int) -> int:
-    """How many of the run's messages it has when step `step` is made."""
+    """How many of its messages the run answers at step `step`."""
     return max([run.messages or 0, *(messages for taken, messages in run.taken.items() if taken <= step)])
 
 
 def check(run: Run, step: int, kind: StepKind, name: str, digest: str = "", code: str = "") -> None:
-    """Raises Mismatch, with both sides, where the journal has another step here than the one to be made."""
+    """Raises Mismatch, naming both steps, if the journal has another step at this place than the one to be made."""
     known, now = run.steps[step], Step(kind, name, digest=digest)
     if (known.kind, known.name) != (kind, name) or (known.digest and digest and known.digest != digest):
         raise Mismatch(
@@ -380,7 +386,7 @@ def _by(code: str) -> str:
 
 
 def exceeded(run: Run, limits: Limits, step: int, now: datetime) -> str | None:
-    """Which limit forbids the step; None: it may be made."""
+    """The limit that forbids the step; None if the step may be made."""
     if step > limits.steps:
         return f"the limit of {limits.steps} steps is reached"
     if limits.tokens is not None and run.tokens >= limits.tokens:
@@ -391,6 +397,6 @@ def exceeded(run: Run, limits: Limits, step: int, now: datetime) -> str | None:
 
 
 def remaining(run: Run, limits: Limits, now: datetime) -> float:
-    """Seconds that are left of the run's time."""
+    """Seconds until the run's time limit."""
     assert run.started_at is not None
     return (run.started_at + timedelta(seconds=limits.seconds) - now).total_seconds()

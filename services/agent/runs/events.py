@@ -1,5 +1,6 @@
-"""The journal of a run, one stream each. `n` counts its facts from 1 without a gap; what a person or a model said is
-sealed under the key of the run's subject.
+"""Events of a run. Each run is a stream, its journal.
+
+`n` counts a run's events from 1 without a gap. Texts of persons and models are sealed with the subject's key.
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ Decision = Literal["approve", "deny", "retry", "skip", "answer"]
 
 
 class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker has begun, or goes on with, the run. The agent's version is that of the first start.
-
-    messages: how many of the run's messages it then had; None, in older facts: all of them.
-    """
+    """A worker has started the run or goes on with it. `agent_version` is that of the first start."""
 
     n: int
     session_key: str
@@ -29,10 +27,11 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     at: datetime
     messages: int | None = None
+    """How many messages the run had at its first start; None in older events: all."""
 
 
 class RunForked(msgspec.Struct, frozen=True, kw_only=True):
-    """The run takes up another one: what follows, before it starts, are the other's first steps, taken over."""
+    """The run is a fork of `origin`. The events before its start are copies of the origin's first steps."""
 
     n: int
     session_key: str
@@ -42,7 +41,7 @@ class RunForked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MessagesTaken(msgspec.Struct, frozen=True, kw_only=True):
-    """What came meanwhile is answered too: from `step` on the run has the first `messages` of its messages."""
+    """Messages came during the run: from `step` on the run answers its first `messages` messages."""
 
     n: int
     session_key: str
@@ -51,10 +50,7 @@ class MessagesTaken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepStarted(msgspec.Struct, frozen=True, kw_only=True):
-    """A step is begun, or begun again with a higher `attempt`.
-
-    digest: of what goes into it; code: the version that began it. Both empty in older facts.
-    """
+    """A step has begun, or has begun again with a higher `attempt`."""
 
     n: int
     session_key: str
@@ -63,25 +59,24 @@ class StepStarted(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     attempt: int
     digest: str = ""
+    """Of the step's input; empty in older events."""
     code: str = ""
+    """The version that began the step; empty in older events."""
 
 
 class AttemptFailed(msgspec.Struct, frozen=True, kw_only=True):
-    """An attempt of a step came to nothing, and another will be made. error: for the operator."""
+    """An attempt of a step has failed, and another one follows."""
 
     n: int
     session_key: str
     step: int
     attempt: int
     error: str
+    """For the operator."""
 
 
 class StepCompleted(msgspec.Struct, frozen=True, kw_only=True):
-    """A step has ended for good; it is never made again.
-
-    content: what came out, sealed; None where it failed. error: for the operator. tokens: used, as reported.
-    nanos: what was reserved for it.
-    """
+    """A step has ended. It is never made again."""
 
     n: int
     session_key: str
@@ -92,17 +87,21 @@ class StepCompleted(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int
     duration_ms: int
     content: bytes | None
+    """The result, sealed; None if the step failed."""
     error: str | None = None
+    """For the operator."""
     tokens: int = 0
+    """Tokens used, as the model reported them."""
     nanos: int = 0
+    """Nano-units that were reserved for the step."""
 
 
 class RunSuspended(msgspec.Struct, frozen=True, kw_only=True):
-    """The run waits for a person or another agent, and holds nothing meanwhile.
+    """The run waits for a person or another agent. It has no lane item meanwhile.
 
-    approval: whether step `step`, not begun yet, may call the tool `name`. indeterminate: nobody knows whether that
-    step took effect. agent: for the run that answers what the step has asked. text: for the operator. arguments: what
-    the tool is to be called with, sealed.
+    The reasons: approval: a person has to decide whether step `step`, not begun yet, may call the tool `name`.
+    indeterminate: it is not known whether that step took effect, and an operator has to decide. agent: another run has
+    to answer the step.
     """
 
     n: int
@@ -111,12 +110,14 @@ class RunSuspended(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     name: str
     text: str
+    """For the operator."""
     at: datetime
     arguments: bytes | None = None
+    """Of the tool, sealed."""
 
 
 class StepSettled(msgspec.Struct, frozen=True, kw_only=True):
-    """What the run waited for is decided. content: of the step that is skipped, sealed."""
+    """The decision that the run waited for."""
 
     n: int
     session_key: str
@@ -124,24 +125,28 @@ class StepSettled(msgspec.Struct, frozen=True, kw_only=True):
     decision: Decision
     by: str
     content: bytes | None = None
+    """Of a step that is skipped, sealed."""
 
 
 class RunCompleted(msgspec.Struct, frozen=True, kw_only=True):
-    """The run has answered. `reply` is sealed, and so are `calls`, of tools of the caller; None: there are none."""
+    """The run has answered."""
 
     n: int
     session_key: str
     reply: bytes
+    """Sealed."""
     calls: bytes | None = None
+    """Calls of the caller's tools, sealed; None if there are none."""
 
 
 class RunFailed(msgspec.Struct, frozen=True, kw_only=True):
-    """The run has ended without an answer. `error`: for the operator, nothing that a person wrote."""
+    """The run has ended without an answer."""
 
     n: int
     session_key: str
     status: Ending
     error: str
+    """For the operator. It contains no text of a person."""
 
 
 Event = (

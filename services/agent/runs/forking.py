@@ -1,4 +1,4 @@
-"""A run that is over is taken up again, from one of its steps on, by another run."""
+"""Forks a run that is over: a new run takes its first steps and goes on from there."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
-from protos.catalog import AGENT_TASKS
-from protos.messages.agent import RunRequested
-from services.agent.lanes import RUNS, RunItem
+from services.agent.lanes import queue_run
 from services.agent.runs import projections
 from services.agent.runs.domain import BeginStep, EndStep, Fork, Run, TakeMessages
 from services.agent.runs.publishing import stream
 
 
 async def fork(tx: Tx, subjects: SubjectKeys, run_id: UUID, step: int | None) -> UUID:
-    """Opens a run that has the first steps of this one, up to `step`, and goes on by itself; None: all that were
-    completed. The messages are its own from now on. Returns its id.
+    """Opens a run with this run's steps up to `step` (None: all steps completed in a row). Returns its id.
 
-    Raises NotFound, Conflict where the run is not over or another one has taken it up, InvalidMessage (``step``).
+    This run's messages belong to the new run from now on. Raises NotFound, Conflict if the run is not over or was
+    forked before, InvalidMessage (``step``).
     """
     rows = await tx.sql(
-        "SELECT session_key, agent_id, subject_id, channel_id, status FROM run "
-        "WHERE id = $1 AND tenant_id = $2 FOR UPDATE",
+        """
+        SELECT session_key, agent_id, subject_id, channel_id, status
+        FROM run
+        WHERE id = $1 AND tenant_id = $2
+        FOR UPDATE
+        """,
         run_id,
         tx.tenant_id,
     )
@@ -44,8 +46,10 @@ async def fork(tx: Tx, subjects: SubjectKeys, run_id: UUID, step: int | None) ->
         raise Conflict("the person was erased") from error
     new = uuid7()
     await tx.sql(
-        "INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id, forked_from) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        """
+        INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id, forked_from)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        """,
         new,
         tx.tenant_id,
         session_key,
@@ -56,25 +60,27 @@ async def fork(tx: Tx, subjects: SubjectKeys, run_id: UUID, step: int | None) ->
         run_id,
     )
     if not await tx.sql("UPDATE message SET run_id = $2 WHERE run_id = $1 RETURNING 1", run_id, new):
-        raise Conflict("another run has taken up its messages")
-    journal = await tx.load(stream(run_id))
-    completed = _completed(journal)
+        raise Conflict("another run has been forked from it and has its messages")
+    state = await tx.load(stream(run_id))
+    completed = _completed(state)
     last = completed if step is None else step
     if not 0 <= last <= completed:
         raise InvalidMessage("step", f"must be at most {completed}, the last of the steps that were completed in a row")
-    await _copy(tx, key, tx.tenant_id, subject_id, run_id, new, session_key, journal, last)
-    tx.enqueue(RUNS, lane=session_key, item=RunItem(new), item_id=new)
-    tx.publish(AGENT_TASKS, RunRequested(run_id=new, session_key=session_key), key=session_key)
+    await _copy(tx, key, tx.tenant_id, subject_id, run_id, new, session_key, state, last)
+    queue_run(tx, new, session_key)
     return new
 
 
-def _completed(journal: Run) -> int:
-    """How many of the first steps are over in a row. A tool that failed has told the model so, which is an outcome; a
-    model that failed at the end is what the fork is to try again."""
+def _completed(state: Run) -> int:
+    """How many of the first steps have ended in a row.
+
+    A failed tool call counts, for the model has read its error. A failed model call at the end does not count: the
+    fork makes it again.
+    """
     n = 0
-    while (step := journal.steps.get(n + 1)) and step.status != "started":
+    while (step := state.steps.get(n + 1)) and step.status != "started":
         n += 1
-    while n and journal.steps[n].status == "failed" and journal.steps[n].kind != "tool":
+    while n and state.steps[n].status == "failed" and state.steps[n].kind != "tool":
         n -= 1
     return n
 
@@ -87,7 +93,7 @@ async def _copy(
     old: UUID,
     new: UUID,
     session_key: str,
-    journal: Run,
+    state: Run,
     last: int,
 ) -> None:
     target = stream(new)
@@ -95,11 +101,11 @@ async def _copy(
     async def write(command: Any) -> None:
         await tx.decide(target, command)
 
-    await write(Fork(session_key, old, journal.messages, journal.agent_version))
+    await write(Fork(session_key, old, state.messages, state.agent_version))
     for n in range(1, last + 1):
-        step = journal.steps[n]
-        if n in journal.taken:
-            await write(TakeMessages(session_key, n, journal.taken[n]))
+        step = state.steps[n]
+        if n in state.taken:
+            await write(TakeMessages(session_key, n, state.taken[n]))
         content = step.content
         if content is not None:
             opened = key.open(content, tenant_id, subject_id, f"{old}/{n}", "content")

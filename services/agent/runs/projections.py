@@ -1,4 +1,4 @@
-"""Runs, steps and usage as tables, written in the transaction of the fact. Read by `api` and `timeline`."""
+"""Tables of runs, steps and usage, written in the transaction of the event. Read by `api` and `timeline`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from services.agent.models.contract import Usage
 from services.agent.runs.events import Ending, Reason, StepKind
 
 OPEN = ("queued", "running", "waiting")
-# Waiting for a person; no lane holds them.
+# These wait for a decision. They have no item in a lane.
 SUSPENDED = ("waiting", "indeterminate")
 STOPPABLE = ("queued", "running", *SUSPENDED)
 
 
-# The guard of what runs write: a step of one that is to be cancelled is not begun.
+# Locks the runs in the order of their ids. A step of a run that is to be cancelled is not begun.
 CANCELLED = "SELECT id, cancel_reason IS NOT NULL FROM run WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE"
 
 
@@ -75,7 +75,7 @@ def step_not_made(
     attempts: int,
     error: str | None,
 ) -> None:
-    """One that is over as soon as it is there: refused, or taken over from another run."""
+    """A step that has already ended when it is stored: refused, or copied from another run."""
     tx.buffer(
         "INSERT INTO run_step (tenant_id, run_id, n, kind, name, status, attempts, started_at, duration_ms, error) "
         "SELECT tenant_id, run_id, n, kind, name, status, attempts, clock_timestamp(), 0, error "
@@ -93,7 +93,7 @@ def step_not_made(
 
 
 def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
-    """Adds to the run's sums; a figure that was never reported stays null."""
+    """Adds to the run's sums. A figure that was never reported stays null."""
     tx.buffer(
         "INSERT INTO run_usage (tenant_id, run_id, usage_id, resource, quantities, estimated, occurred_at) "
         "SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::bool[], "
@@ -110,7 +110,7 @@ def used(tx: Tx, record: UsageRecorded, usage: Usage) -> None:
         "UPDATE run SET input_tokens = coalesce(run.input_tokens + coalesce(u.input, 0), u.input), "
         "cached_tokens = coalesce(run.cached_tokens + coalesce(u.cached, 0), u.cached), "
         "output_tokens = coalesce(run.output_tokens + coalesce(u.output, 0), u.output) "
-        # Of one run there may be more than one record: an attempt that was lost, and its end.
+        # One run may have two records here: the estimate of a lost attempt, and the usage of the next one.
         "FROM (SELECT id, sum(input)::bigint AS input, sum(cached)::bigint AS cached, sum(output)::bigint AS output "
         "FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[]) AS n(id, input, cached, output) "
         "GROUP BY id) u WHERE run.id = u.id",
@@ -126,8 +126,8 @@ async def suspended(tx: Tx, run_id: UUID, reason: Reason, text: str) -> None:
     await tx.sql("UPDATE run SET status = $2, error = $3 WHERE id = $1", run_id, status, error)
 
 
-async def goes_on(tx: Tx, run_id: UUID, item_id: UUID) -> None:
-    """A person has decided; the lane item `item_id` executes it further."""
+async def resumed(tx: Tx, run_id: UUID, item_id: UUID) -> None:
+    """The run goes on after a decision. The lane item `item_id` executes it."""
     await tx.sql("UPDATE run SET status = 'queued', error = NULL, item_id = $2 WHERE id = $1", run_id, item_id)
 
 
@@ -157,7 +157,7 @@ async def delivery_asked(tx: Tx, run_id: UUID, delivery_id: UUID) -> None:
 
 
 async def delivery_ended(tx: Tx, delivery_id: UUID, state: str, reason: str | None, at: datetime) -> None:
-    """Nothing for a delivery that is no run's."""
+    """Does nothing for a delivery that belongs to no run."""
     await tx.sql(
         "UPDATE delivery SET state = $3, reason = $4, ended_at = $5 WHERE tenant_id = $1 AND delivery_id = $2",
         tx.tenant_id,

@@ -1,4 +1,4 @@
-"""Stored fact of a run → public message."""
+"""Turns the stored events of a run into public messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.agent.runs.domain import Run, decide, evolve
 
 
 def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
-    """All but `RunCompleted`: its text is sealed in the store, so who completes a run publishes it in the open."""
+    """All events but `RunCompleted`: its text is stored sealed, so the code that completes the run publishes it."""
     id_ = UUID(run_id)
     key = event.session_key
     match event:
@@ -72,7 +72,7 @@ def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
 
 
 def publish_again(run_id: str, event: events.Event) -> Iterable[Publication]:
-    """As `publish`, for what is older than the topic keeps: by then a reply has left it, and stays out."""
+    """As `publish`, for events beyond the retention of the topic. Replies have expired there and are left out."""
     if isinstance(event, events.RunCompleted):
         message = public.RunCompleted(run_id=UUID(run_id), session_key=event.session_key, reply="", n=event.n)
         yield Publication(AGENT_EVENTS, event.session_key, message)

@@ -1,4 +1,4 @@
-"""Reading runs: one, a list, its public facts."""
+"""Queries for one run, for lists of runs, and for the public events of a run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from infra.postgres.tx import Tx
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
 from protos.billing.v1 import billing_pb2
 from protos.messages import agent as public
-from services.agent.execution.children import child_id
-from services.agent.execution.conversation import Reader
 from services.agent.models.contract import ToolCall
+from services.agent.runs.content import Unsealer
 from services.agent.runs.events import RunCompleted
+from services.agent.runs.family import child_id
 from services.agent.runs.projections import STOPPABLE, SUSPENDED
 from services.agent.runs.publishing import RUN, publish, published, stream
 from services.agent.runs.views import Fact, RunView, Status, StepView, ToolCallView, UsageView, Waiting
@@ -26,7 +26,7 @@ from services.agent.runs.views import Fact, RunView, Status, StepView, ToolCallV
 
 @dataclass(frozen=True)
 class Row:
-    """A run's row. reply, calls: sealed. used: how many usage records it has made."""
+    """A run's row."""
 
     id: UUID
     session_key: str
@@ -35,7 +35,9 @@ class Row:
     channel_id: UUID | None
     status: Status
     reply: bytes | None
+    """Sealed."""
     calls: bytes | None
+    """Sealed."""
     error: str | None
     trace_id: str | None
     input_tokens: int | None
@@ -47,6 +49,7 @@ class Row:
     parent_run_id: UUID | None
     forked_from: UUID | None
     used: int
+    """How many usage records the run has."""
 
 
 _COLUMNS = (
@@ -64,29 +67,29 @@ async def load(tx: Tx, run_id: UUID) -> Row:
     return Row(*rows[0])
 
 
-async def reply(reader: Reader, run: Row) -> str | None:
-    """The reply in the open; None where there is none."""
+async def reply(unsealer: Unsealer, run: Row) -> str | None:
+    """The reply in plain; None if there is none."""
     if run.reply is None:
         return None
-    found = await reader.open(run.reply, run.subject_id, str(run.id), "reply")
+    found = await unsealer.open(run.reply, run.subject_id, str(run.id), "reply")
     return ERASED_TEXT if found is None else found
 
 
-async def calls(reader: Reader, run: Row) -> tuple[ToolCall, ...]:
-    """Of the caller's tools, in the open; none where the person was erased."""
-    found = await reader.open(run.calls, run.subject_id, str(run.id), "calls") if run.calls else None
+async def calls(unsealer: Unsealer, run: Row) -> tuple[ToolCall, ...]:
+    """The calls of the caller's tools in plain; none if the person was erased."""
+    found = await unsealer.open(run.calls, run.subject_id, str(run.id), "calls") if run.calls else None
     return msgspec.json.decode(found, type=tuple[ToolCall, ...]) if found else ()
 
 
-async def waiting(tx: Tx, reader: Reader, run: Row) -> Waiting | None:
-    """What a person has to decide about the run."""
+async def waiting(tx: Tx, unsealer: Unsealer, run: Row) -> Waiting | None:
+    """The decision that the run waits for; None if it waits for none."""
     if run.status not in SUSPENDED:
         return None
     waits = (await tx.load(stream(run.id))).suspended
     assert waits
     arguments = None
     if waits.arguments:
-        arguments = await reader.open(waits.arguments, run.subject_id, f"{run.id}/{waits.step}", "arguments")
+        arguments = await unsealer.open(waits.arguments, run.subject_id, f"{run.id}/{waits.step}", "arguments")
     asked = child_id(run.id, waits.step) if waits.reason == "agent" else None
     return Waiting(
         reason=waits.reason, step=waits.step, tool=waits.name, arguments=arguments, run_id=asked, since=waits.at
@@ -109,7 +112,7 @@ async def steps(tx: Tx, runs: Sequence[Row]) -> dict[UUID, list[StepView]]:
 async def listed(
     tx: Tx, *, session_key: str | None, agent_id: UUID | None, status: Status | None, after: str | None, limit: int
 ) -> Sequence[Row]:
-    """The tenant's runs that fit, the newest first."""
+    """The tenant's runs that match, the newest first."""
     created_at, id_ = _position(after) if after else (None, None)
     rows = await tx.sql(
         f"SELECT {_COLUMNS} WHERE tenant_id = $1 AND ($2::text IS NULL OR session_key = $2) "
@@ -127,7 +130,7 @@ async def listed(
 
 
 def position(run: RunView) -> str:
-    """What the cursor behind this run holds."""
+    """The cursor of a page that ends with this run."""
     return f"{run.created_at.isoformat()}|{run.id}"
 
 
@@ -139,9 +142,9 @@ def view(
     charges: billing_pb2.ChargesReply | None,
     waiting: Waiting | None,
 ) -> RunView:
-    """`charges`: what billing knows of the run; None: it did not answer."""
+    """`charges`: billing's charges of the run; None if billing did not answer."""
     rated = [charge for charge in charges.charges if charge.verdict in ("counted", "rejected")] if charges else []
-    # Held for review, or still on its way: then nobody can say yet what it costs.
+    # Usage that is held for review or still on its way has no price yet, so the cost is not known.
     complete = charges is not None and len(rated) == run.used and run.status not in STOPPABLE
     return RunView(
         id=run.id,
@@ -172,11 +175,11 @@ def _position(text: str) -> tuple[datetime, UUID]:
     try:
         return datetime.fromisoformat(created_at), UUID(id_)
     except ValueError:
-        raise InvalidMessage("cursor", "is none that this list gave") from None
+        raise InvalidMessage("cursor", "is not a valid cursor") from None
 
 
 async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list[Fact]:
-    """The run's public facts with an `n` above `after`. Raises NotFound."""
+    """The run's public events with an `n` above `after`. Raises NotFound."""
     run = await load(tx, run_id)
     rows = await tx.sql(
         "SELECT type, schema_version, data, recorded_at FROM event WHERE stream_id = $1 ORDER BY version",
@@ -188,13 +191,13 @@ async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list
         if event.n <= after:
             continue
         if isinstance(event, RunCompleted):
-            reader = Reader(tx, subjects)
+            unsealer = Unsealer(tx, subjects)
             message: Any = public.RunCompleted(
                 run_id=run_id,
                 session_key=event.session_key,
-                reply=await reply(reader, run) or "",
+                reply=await reply(unsealer, run) or "",
                 n=event.n,
-                tool_calls=published(await calls(reader, run)),
+                tool_calls=published(await calls(unsealer, run)),
             )
         else:
             [(_, _, message)] = publish(str(run_id), event)

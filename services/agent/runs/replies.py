@@ -1,4 +1,4 @@
-"""What a run says in the conversation of its channel."""
+"""Messages that a run sends to the conversation of its channel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.agent.runs import projections
 from services.agent.runs.publishing import stream
 
 
-async def say(
+async def send_reply(
     tx: Tx,
     run_id: UUID,
     text: str,
@@ -22,7 +22,7 @@ async def say(
     conversation_id: str,
     reply_to: str | None,
 ) -> None:
-    """Sends `text` on its way, once for what the run's journal says now: a run that stops and goes on says more."""
+    """Sends `text` once for the present length of the run's journal. A run that waits and goes on sends several."""
     n = (await tx.load(stream(run_id))).n
     delivery_id = derived_id(run_id, "delivery", n)
     message = SendMessage(

@@ -1,4 +1,4 @@
-"""A run's story in the order of time: message, waiting, steps, reply, delivery, usage, charge."""
+"""The timeline of a run: message, waiting, steps, reply, delivery, usage, charge."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import msgspec
 from infra.postgres.tx import Tx
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
 from protos.billing.v1 import billing_pb2
-from services.agent.execution.conversation import Reader
 from services.agent.models.contract import Passage, ToolCall
 from services.agent.runs import queries
+from services.agent.runs.content import Unsealer
 from services.agent.runs.publishing import stream
 from services.agent.runs.views import Timeline, TimelineItem
 
 _WHO = {"retrieve": "memory", "model": "agent", "tool": "plugin"}
-# What happens at one moment is told in this order.
+# Order of items that have the same time.
 _ORDER = ("inbound", "queued", "retrieve", "model", "tool", "reply", "usage", "charge", "delivery")
 
 
 async def timeline(tx: Tx, subjects: SubjectKeys, run_id: UUID, charges: billing_pb2.ChargesReply | None) -> Timeline:
-    """`charges`: what billing knows of the run; None: it did not answer. Raises NotFound."""
+    """`charges`: billing's charges of the run; None if billing did not answer. Raises NotFound."""
     run = await queries.load(tx, run_id)
-    reader = Reader(tx, subjects)
+    unsealer = Unsealer(tx, subjects)
     items = [
-        *[item async for item in _messages(tx, reader, run)],
+        *[item async for item in _messages(tx, unsealer, run)],
         *_queued(run),
-        *[item async for item in _steps(tx, reader, run)],
-        *_reply(run, await queries.reply(reader, run), await queries.calls(reader, run)),
+        *[item async for item in _steps(tx, unsealer, run)],
+        *_reply(run, await queries.reply(unsealer, run), await queries.calls(unsealer, run)),
         *[item async for item in _deliveries(tx, run_id)],
         *[item async for item in _usage(tx, run_id)],
         *(_charges(charges) if charges else ()),
@@ -39,9 +39,9 @@ async def timeline(tx: Tx, subjects: SubjectKeys, run_id: UUID, charges: billing
     return Timeline(items=sorted(items, key=lambda item: (item.at, _ORDER.index(item.kind))))
 
 
-async def _messages(tx: Tx, reader: Reader, run: queries.Row) -> AsyncIterator[TimelineItem]:
+async def _messages(tx: Tx, unsealer: Unsealer, run: queries.Row) -> AsyncIterator[TimelineItem]:
     rows = await tx.sql(
-        # A fork takes the messages over, and is the next whom they belong to. What came later was for the fork alone.
+        # A fork takes over the messages of its origin. Messages after the end of the origin belong to the fork only.
         "WITH RECURSIVE owner AS (SELECT $1::uuid AS id UNION ALL SELECT r.id FROM run r JOIN owner o "
         "ON r.forked_from = o.id WHERE r.tenant_id = $2 AND r.session_key = $3) "
         "SELECT message_id, subject_id, text, received_at FROM message WHERE run_id IN (SELECT id FROM owner) "
@@ -52,7 +52,7 @@ async def _messages(tx: Tx, reader: Reader, run: queries.Row) -> AsyncIterator[T
         run.finished_at,
     )
     for message_id, subject_id, sealed, at in rows:
-        text = await reader.open(sealed, subject_id, str(message_id), "text")
+        text = await unsealer.open(sealed, subject_id, str(message_id), "text")
         yield TimelineItem(
             at=at,
             ms=None,
@@ -75,7 +75,7 @@ def _queued(run: queries.Row) -> Iterator[TimelineItem]:
     )
 
 
-async def _steps(tx: Tx, reader: Reader, run: queries.Row) -> AsyncIterator[TimelineItem]:
+async def _steps(tx: Tx, unsealer: Unsealer, run: queries.Row) -> AsyncIterator[TimelineItem]:
     journal = await tx.load(stream(run.id))
     rows = await tx.sql(
         "SELECT n, kind, name, status, attempts, started_at, duration_ms, error, span_id FROM run_step "
@@ -86,7 +86,7 @@ async def _steps(tx: Tx, reader: Reader, run: queries.Row) -> AsyncIterator[Time
         what = {"retrieve": "knowledge looked up", "model": f"model {name}", "tool": f"tool {name}"}[kind]
         data: dict[str, Any] = {"n": n, "name": name, "status": status, "attempts": attempts}
         if kind == "retrieve" and (sealed := journal.steps[n].content):
-            data["passages"] = _passages(await reader.open(sealed, run.subject_id, f"{run.id}/{n}", "content"))
+            data["passages"] = _passages(await unsealer.open(sealed, run.subject_id, f"{run.id}/{n}", "content"))
         yield TimelineItem(
             at=at,
             ms=ms,
@@ -99,7 +99,7 @@ async def _steps(tx: Tx, reader: Reader, run: queries.Row) -> AsyncIterator[Time
 
 
 def _passages(found: str | None) -> list[dict[str, Any]]:
-    """What was found, in the shape of memory's own search; nothing where the person was erased."""
+    """The passages in the shape of memory's own search; none if the person was erased."""
     return [
         {
             "text": passage.text,

@@ -1,4 +1,4 @@
-"""Runs as HTTP shows them."""
+"""Runs in HTTP requests and responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Status = Literal["queued", "running", "waiting", "completed", "failed", "cancell
 
 
 class UsageView(BaseModel):
-    """Sums over the run's model calls; cached tokens are part of the input; null: not reported."""
+    """Sums over the run's model calls. Cached tokens are part of the input. Null: not reported."""
 
     input_tokens: int | None
     cached_tokens: int | None
@@ -22,7 +22,7 @@ class UsageView(BaseModel):
 
 
 class StepView(BaseModel):
-    """A step. `ms`: of its last attempt; null while it is under way."""
+    """A step. `ms`: duration of its last attempt, null while it is running."""
 
     n: int
     kind: Literal["retrieve", "model", "tool"]
@@ -34,18 +34,19 @@ class StepView(BaseModel):
 
 
 class Waiting(BaseModel):
-    """What the run waits for: a person who decides whether step `step` may call `tool`, or what has become of it, or
-    another agent, which is called as `tool`.
+    """The decision or answer that the run waits for.
 
-    arguments: what it is to be called with, as the model wrote them; null where they cannot be read.
-    run_id: of the other agent's run.
+    approval: a person decides whether step `step` may call `tool`. indeterminate: an operator decides about a call
+    whose effect is not known. agent: the other agent `tool` answers.
     """
 
     reason: Reason
     step: int
     tool: str
     arguments: str | None
+    """Of the call, as the model wrote them; null if they cannot be read."""
     run_id: UUID | None
+    """The other agent's run."""
     since: datetime
 
 
@@ -58,60 +59,64 @@ class Approval(BaseModel):
 
 
 class Resolution(BaseModel):
-    """The body of ``POST /api/v1/runs/{id}/resolution``. result: of the tool, where the step is skipped; any JSON."""
+    """The body of ``POST /api/v1/runs/{id}/resolution``."""
 
     model_config = ConfigDict(extra="forbid")
 
     action: Literal["retry", "skip", "fail"]
     result: Any = None
+    """The tool's result if the step is skipped; any JSON."""
 
 
 class ForkFrom(BaseModel):
-    """The body of ``POST /api/v1/runs/{id}/fork``. step: the last to be taken over; null: all that were completed."""
+    """The body of ``POST /api/v1/runs/{id}/fork``."""
 
     model_config = ConfigDict(extra="forbid")
 
     step: int | None = None
+    """The last step to be copied; null: all steps completed in a row."""
 
 
 class ToolCallView(BaseModel):
-    """A call of one of the caller's tools. arguments: as the model wrote them; a JSON object, if it did well."""
+    """A call of one of the caller's tools."""
 
     id: str
     name: str
     arguments: str
+    """As the model wrote them, normally a JSON object."""
 
 
 class RunView(BaseModel):
-    """A run. cost_nanos: what was charged for it, 10⁻⁹ of `currency`; null until all that it used is charged.
-
-    tool_calls: of tools of whoever asked, who is to come again with what they gave back; then the reply is what the
-    model wrote before them, or empty. waiting: null where it waits for nobody. parent_run_id: of the run that asked,
-    where another agent did. forked_from: the run that it has taken up.
-    """
+    """A run."""
 
     id: UUID
     session_key: str
     agent_id: UUID
     status: Status
     reply: str | None
+    """With `tool_calls`: the text that the model wrote before the calls, or empty."""
     tool_calls: list[ToolCallView]
+    """Calls of the caller's tools. The caller makes them and sends their results with its next request."""
     error: str | None
     trace_id: str | None
     usage: UsageView
     cost_nanos: int | None
+    """Charged for the run, in 10⁻⁹ of `currency`; null until all its usage is charged."""
     currency: str | None
     steps: list[StepView]
     waiting: Waiting | None
+    """Null if the run waits for no decision."""
     parent_run_id: UUID | None
+    """The run of another agent that asked for this run."""
     forked_from: UUID | None
+    """The run that this one is a fork of."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
 
 
 class TimelineItem(BaseModel):
-    """Something that happened in a run. `ms`: how long it took; null: a moment."""
+    """An event in the timeline. `ms`: its duration; null: none."""
 
     at: datetime
     ms: int | None
@@ -127,7 +132,7 @@ class Timeline(BaseModel):
 
 
 class Fact(BaseModel):
-    """A public fact of a run, as on the topic ``agent.events``. `n` counts them from 1."""
+    """A public event of a run, as on the topic ``agent.events``. `n` counts them from 1."""
 
     n: int
     type: str

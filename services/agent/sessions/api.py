@@ -1,4 +1,4 @@
-"""HTTP of sessions: messages that come by the API."""
+"""HTTP of sessions: messages by the API."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from services.agent.sessions.intake import Arrival, Context, take_in
 MAX_TEXT = 100_000
 MAX_HISTORY = 1_000
 MAX_TOOLS = 128
-# Of one tenant; what its channels bring is taken in all the same, for it is accepted already.
+# Most queued runs of one tenant. Messages from channels are accepted already and are not limited.
 MAX_QUEUED = 1_000
 RETRY_AFTER = timedelta(seconds=5)
 
 
 class NewMessage(BaseModel):
-    """A message to an agent. idempotency_key: as the header Idempotency-Key, which wins."""
+    """A message to an agent."""
 
     model_config = ConfigDict(extra="forbid")
 
     text: str = Field(min_length=1, max_length=MAX_TEXT)
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=255)
+    """Same as the header Idempotency-Key, which takes precedence."""
 
 
 class _Part(BaseModel):
@@ -52,7 +53,7 @@ class FromUser(_Part):
 
 
 class Call(_Part):
-    """Of one of the caller's tools, as the model made it."""
+    """A call of one of the caller's tools, as the model made it."""
 
     id: str = Field(min_length=1)
     name: ToolName
@@ -71,39 +72,42 @@ class FromTool(_Part):
     call: Call
 
 
-# Messages of a conversation that the caller keeps.
+# Messages of the conversation that the caller has stored.
 Earlier = Annotated[FromUser | FromAssistant | FromTool, Field(discriminator="role")]
 Since = Annotated[FromAssistant | FromTool, Field(discriminator="role")]
 
 
 class CallersTool(_Part):
-    """A tool that the caller has. parameters: JSON Schema of an object; strict: the arguments have to fit it."""
+    """A tool of the caller."""
 
     name: ToolName
     description: str
     parameters: dict[str, Any]
+    """JSON Schema of an object."""
     strict: bool = False
+    """The arguments have to fit the schema."""
 
 
 class NewCompletion(_Part):
-    """A message with all that was said before it. system: added to the agent's own system prompt.
-
-    output_schema: as the agent's own, in whose place it stands for this message. tools: whose calls are the run's
-    outcome; must_call: it has to be one; parallel: it may be several. since: such calls and what came of them, where
-    the message is not answered yet.
-    """
+    """A message with the conversation before it."""
 
     text: str = Field(min_length=1, max_length=MAX_TEXT)
     history: list[Earlier] = Field(default=[], max_length=MAX_HISTORY)
     system: str | None = Field(default=None, min_length=1)
+    """Added to the agent's own system prompt."""
     output_schema: dict[str, Any] | None = None
+    """Replaces the agent's own schema for this message."""
     tools: list[CallersTool] = Field(default=[], max_length=MAX_TOOLS)
+    """The caller's tools. The run ends with the calls that the model makes of them."""
     must_call: bool = False
+    """The model has to call one of the tools."""
     parallel: bool = True
+    """The model may call several of the tools at once."""
     since: list[Since] = Field(default=[], max_length=MAX_HISTORY)
+    """Calls of the tools that were made for this message already, and their results."""
 
     def check(self) -> None:
-        """Raises InvalidMessage for a schema that is none."""
+        """Raises InvalidMessage for an invalid JSON Schema."""
         if self.output_schema is not None:
             check_schema("output_schema", self.output_schema)
         for n, tool in enumerate(self.tools):
@@ -122,7 +126,7 @@ class NewCompletion(_Part):
 
 
 class Accepted(BaseModel):
-    """The run that will answer the message; messages that are answered together share one."""
+    """The run that answers the message. Messages that are answered together share one run."""
 
     run_id: UUID
     session_key: str
@@ -140,10 +144,10 @@ def router(runtime: Runtime) -> APIRouter:
         who: Runner,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
     ) -> Accepted:
-        """Writes to the agent in the session `key`, which is yours to choose. The answer comes by the run.
+        """Sends a message to the agent in the session `key`, which the caller chooses. The run holds the answer.
 
-        409 where the agent's queue_mode is reject and the session is busy. While a run waits for an approval, a
-        plain yes or no in its session decides it.
+        409 if the agent's queue_mode is reject and the session is busy. While a run waits for an approval, a plain
+        yes or no in its session decides it.
         """
         arrival = Arrival(
             message_id=uuid7(),
@@ -166,11 +170,11 @@ def router(runtime: Runtime) -> APIRouter:
         who: Runner,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
     ) -> Accepted:
-        """For the gateway: a message in a session of its own. The proxy in front does not pass this on.
+        """For the gateway: a message in a session of its own. nginx does not pass this path on.
 
-        The same idempotency key is the same session, and so the same run.
+        Requests with the same idempotency key share a session, and so a run.
         """
-        # Not on the loop: large schemas take a while.
+        # In a thread: a large schema would block the event loop for a while.
         await asyncio.to_thread(body.check)
         arrival = Arrival(
             message_id=uuid7(),
@@ -188,23 +192,23 @@ def router(runtime: Runtime) -> APIRouter:
                 raise Forbidden("the agent is disabled")
             for tool in body.tools:
                 if tool.name in agent.definition.tool_names:
-                    raise InvalidMessage("tools", f"{tool.name} is a tool of the agent's own")
+                    raise InvalidMessage("tools", f"{tool.name} is the name of one of the agent's own tools")
             return await accept(tx, arrival)
 
     async def accept(tx: Tx, arrival: Arrival) -> Accepted:
-        # Before anything is accepted: what waits for hours helps nobody.
+        # Refused before it is accepted: an answer after hours in the queue would be useless.
         if await tx.sql(
             "SELECT 1 FROM run WHERE tenant_id = $1 AND status = 'queued' OFFSET $2 LIMIT 1",
             tx.tenant_id,
             MAX_QUEUED - 1,
         ):
-            raise TooManyRequests(RETRY_AFTER, f"{MAX_QUEUED} runs of this tenant wait for their turn already")
+            raise TooManyRequests(RETRY_AFTER, f"{MAX_QUEUED} runs of this tenant are queued already")
         try:
             return Accepted(run_id=await take_in(tx, arrival, subjects), session_key=arrival.session_key)
         except Erased as error:
             raise Forbidden(str(error)) from error
         except Busy as error:
-            raise Conflict("the session is busy, and this agent rejects messages then") from error
+            raise Conflict("the session is busy and its agent rejects messages meanwhile") from error
 
     return routes
 

@@ -1,58 +1,55 @@
-"""Which run answers a message: pure."""
+"""Decides which run answers a message. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, get_args
 from uuid import UUID
 
+from services.agent.definitions.queue_modes import QueueMode
 from services.agent.sessions.events import Event, MessageAccepted
 
-QueueMode = Literal["collect", "followup", "steer", "interrupt", "reject"]
-"""What happens with a message that comes while a run of the session is busy.
-
-collect: all of them are answered together by the next run. followup: each has its own run. steer: the run under way
-answers it too. interrupt: that run is cancelled, and the next one begins. reject: it is refused.
-"""
-
-QUEUE_MODES: tuple[str, ...] = get_args(QueueMode)
-# So many messages one run answers together, and so long it waits for the next of them.
+# The most messages that one run answers together, and how long it waits for the next of them.
 CAP = 20
 DEBOUNCE = timedelta(milliseconds=500)
 
 
 @dataclass(frozen=True)
 class Session:
-    """The last run that was opened, how many messages it answers, and whether it waits for more."""
+    """A session's state."""
 
     run_id: UUID | None = None
+    """The last run that was opened."""
     messages: int = 0
+    """How many messages that run answers."""
     waits: bool = False
+    """That run starts a moment later because more messages may come."""
 
 
 @dataclass(frozen=True)
 class Accept:
-    """A message has come. text: sealed.
-
-    new_run_id: of the run, if it needs one. joinable: the session's last run has not begun. steerable: it has, and is
-    not over. busy: some run of the session is to be executed. decides: the run that waits for this yes or no.
-    """
+    """A message has come."""
 
     message_id: UUID
     subject_id: str
     text: bytes
+    """Sealed."""
     at: datetime
     mode: QueueMode
     new_run_id: UUID
+    """Id of the run that is opened if the message needs a run of its own."""
     joinable: bool
+    """The session's last run has not started."""
     steerable: bool
+    """The session's last run has started and is not over."""
     busy: bool
+    """At least one run of the session is queued or running."""
     decides: UUID | None = None
+    """The run that waits for this yes or no."""
 
 
 class Busy(Exception):
-    """The session takes no message now."""
+    """The session is busy and its agent rejects messages meanwhile."""
 
 
 def decide(command: Accept, session: Session) -> list[Event]:
@@ -84,5 +81,5 @@ def evolve(session: Session, event: Event) -> Session:
 
 
 def begins_at(session: Session, now: datetime) -> datetime:
-    """When the session's last run may begin: when nothing more has come for a moment, or when it is full."""
+    """The time from which the session's last run may start: a moment after its last message, or now if it is full."""
     return now + DEBOUNCE if session.waits and session.messages < CAP else now

@@ -1,4 +1,4 @@
-"""What a session remembers, one stream each."""
+"""Events of a session. Each session is a stream."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import msgspec
 
 
 class MessageAccepted(msgspec.Struct, frozen=True, kw_only=True):
-    """A person's message was stored, and the run that will answer it is settled.
-
-    opens: that run is new. waits: it begins a moment later, for more may come. text: sealed under the subject's key.
-    decides: it lets the run, which waited for that, go on, and is no question.
-    """
+    """A person's message was stored and assigned to a run."""
 
     message_id: UUID
     run_id: UUID
     opens: bool
+    """The run is new."""
     waits: bool
+    """The run starts a moment later because more messages may come."""
     subject_id: str
     text: bytes
+    """Sealed under the subject's key."""
     at: datetime
     decides: bool = False
+    """The message is a yes or no for which the run waited. The run does not answer it."""
 
 
 Event = MessageAccepted

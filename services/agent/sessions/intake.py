@@ -1,6 +1,6 @@
-"""A message comes in, from a channel or by the API: one transaction settles which run answers it, and queues that run.
+"""Intake of a message from a channel or the API: one transaction assigns it to a run and queues that run.
 
-Rows are locked in one order, session, run, lane; the executor locks run before lane, too.
+Rows are locked in one order: session, run, lane. The executor also locks the run before the lane.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from infra.errors import InvalidMessage
 from infra.lanes import lane as lanes
 from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
-from protos.catalog import AGENT_TASKS
-from protos.messages.agent import RunRequested
 from services.agent.definitions.store import queue_mode
-from services.agent.lanes import RUNS, RunItem
+from services.agent.lanes import RUNS, queue_run
 from services.agent.models.contract import Answered, Returned, Tool, Turn
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
@@ -29,14 +27,14 @@ from services.agent.runs.decisions import decision_in, settle, suspension
 from services.agent.runs.domain import Fail
 from services.agent.runs.notices import BUSY, INTERRUPTED
 from services.agent.runs.publishing import stream as run_stream
-from services.agent.runs.replies import say
+from services.agent.runs.replies import send_reply
 from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
 from services.agent.sessions.publishing import stream
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where in a channel a message is from, so that the reply finds its way back."""
+    """The place in a channel that a message comes from and that its reply goes to."""
 
     channel_id: UUID
     conversation_id: str
@@ -44,29 +42,27 @@ class Origin:
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What was said before, by the caller's word: it stands for the session's own past. system: what the caller adds to
-    the agent's own system prompt. output_schema: JSON Schema of what the answer has to be.
-
-    tools: the caller's own, which the model may call; must_call: it has to call one of them; parallel: several at once
-    may be. since: what the model has called of them for the message, and what they gave back.
-    """
+    """The context that a caller of the API gives with a message. It replaces the session's own history."""
 
     history: tuple[Turn, ...]
+    """The conversation before the message."""
     system: str | None = None
+    """Instructions that are added to the agent's own system prompt."""
     output_schema: dict[str, Any] | None = None
+    """JSON Schema of the answer."""
     tools: tuple[Tool, ...] = ()
+    """The caller's own tools, which the model may call."""
     must_call: bool = False
+    """The model has to call one of these tools."""
     parallel: bool = True
+    """The model may call several of them at once."""
     since: tuple[Answered | Returned, ...] = ()
+    """The calls of these tools that the model has already made for the message, and their results."""
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A message that came in. origin: None where it came by the API, which may give an idempotency_key.
-
-    new_run_id: of the run that it opens, if that is settled. context: None where the session's past is to be shown to
-    the model.
-    """
+    """A message that came in."""
 
     message_id: UUID
     agent_id: UUID
@@ -75,16 +71,20 @@ class Arrival:
     text: str
     received_at: datetime
     origin: Origin | None = None
+    """None if the message came by the API."""
     idempotency_key: str | None = None
+    """Of the API's caller."""
     new_run_id: UUID | None = None
+    """Id of the run that the message opens; None: a new id."""
     context: Context | None = None
+    """None: the model is shown the session's own history."""
 
 
 async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
-    """Stores a message and returns the run that will answer it; for a known idempotency_key the run it made before.
+    """Stores a message and returns the run that answers it. A known idempotency_key returns the run of its first use.
 
-    Raises InvalidMessage where that key came with another text or context, Erased where the person's key was destroyed,
-    Busy where the session takes none now.
+    Raises InvalidMessage if that key came with another text or context before, Erased if the person was erased, Busy
+    if the session is busy and its agent rejects messages meanwhile.
     """
     assert tx.tenant_id
     total, session = await _lock_session(tx, tx.tenant_id, arrival.session_key)
@@ -94,7 +94,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     context = tx.tenant_id, arrival.subject_id, str(arrival.message_id)
     text = key.seal(arrival.text, *context, "text")
     mode = await queue_mode(tx, arrival.agent_id)
-    open_runs = await _open_runs(tx, arrival.session_key, session.run_id, everyone=mode == "interrupt")
+    open_runs = await _open_runs(tx, arrival.session_key, session.run_id, every_run=mode == "interrupt")
     last = open_runs.get(session.run_id) if session.run_id else None
     decision = decision_in(arrival.text)
     asking = next((id_ for id_, run in open_runs.items() if run.status == "waiting"), None) if decision else None
@@ -116,7 +116,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     except Busy:
         if arrival.origin is None:
             raise
-        # A person in a chat is told.
+        # A person in a chat gets a notice. The message is stored with a run that is refused.
         busy = True
         [event] = decide(replace(command, mode="followup"), session)
     session = evolve(session, event)
@@ -125,9 +125,11 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         await _open_run(tx, arrival, event.run_id)
     origin = arrival.origin
     await tx.sql(
-        "INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation, "
-        "vendor_message_id, idempotency_key, received_at, decides, context) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        """
+        INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation,
+                             vendor_message_id, idempotency_key, received_at, decides, context)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+        """,
         tx.tenant_id,
         arrival.message_id,
         arrival.session_key,
@@ -143,8 +145,11 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         key.seal(msgspec.json.encode(arrival.context).decode(), *context, "context") if arrival.context else None,
     )
     await tx.sql(
-        "UPDATE session SET messages = messages + 1, run_id = $3, run_messages = $4, run_waits = $5 "
-        "WHERE tenant_id = $1 AND session_key = $2",
+        """
+        UPDATE session
+        SET messages = messages + 1, run_id = $3, run_messages = $4, run_waits = $5
+        WHERE tenant_id = $1 AND session_key = $2
+        """,
         tx.tenant_id,
         arrival.session_key,
         session.run_id,
@@ -163,24 +168,25 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         if mode == "interrupt":
             for run_id in open_runs:
                 await cancel(tx, run_id, INTERRUPTED)
-        item = RunItem(event.run_id)
-        tx.enqueue(RUNS, lane=arrival.session_key, item=item, item_id=event.run_id, not_before=not_before)
-        hint = RunRequested(run_id=event.run_id, session_key=arrival.session_key)
-        tx.publish(AGENT_TASKS, hint, key=arrival.session_key)
+        queue_run(tx, event.run_id, arrival.session_key, not_before=not_before)
     elif session.waits:
-        # Too late is as well: then a worker has the item and waits for the run's row, which this transaction holds.
+        # If a worker already has the item, it waits for the run's row, which this transaction has locked.
         await lanes.postpone(tx, RUNS, arrival.session_key, event.run_id, not_before)
     return event.run_id
 
 
 async def _lock_session(tx: Tx, tenant_id: str, session_key: str) -> tuple[int, Session]:
-    """Takes the turn of this session. Returns how many messages it has had, and its state."""
+    """Locks the session, so that its messages take turns. Returns how many messages it has, and its state."""
     await tx.sql(
         "INSERT INTO session (tenant_id, session_key) VALUES ($1, $2) ON CONFLICT DO NOTHING", tenant_id, session_key
     )
     [(total, run_id, messages, waits)] = await tx.sql(
-        "SELECT messages, run_id, run_messages, run_waits FROM session "
-        "WHERE tenant_id = $1 AND session_key = $2 FOR UPDATE",
+        """
+        SELECT messages, run_id, run_messages, run_waits
+        FROM session
+        WHERE tenant_id = $1 AND session_key = $2
+        FOR UPDATE
+        """,
         tenant_id,
         session_key,
     )
@@ -189,8 +195,11 @@ async def _lock_session(tx: Tx, tenant_id: str, session_key: str) -> tuple[int, 
 
 async def _known(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID | None:
     rows = await tx.sql(
-        "SELECT message_id, run_id, subject_id, text, context FROM message "
-        "WHERE tenant_id = $1 AND session_key = $2 AND idempotency_key = $3",
+        """
+        SELECT message_id, run_id, subject_id, text, context
+        FROM message
+        WHERE tenant_id = $1 AND session_key = $2 AND idempotency_key = $3
+        """,
         tx.tenant_id,
         arrival.session_key,
         arrival.idempotency_key,
@@ -207,31 +216,38 @@ async def _known(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID | None
             msgspec.json.decode(known, type=Context) if known else None
         )
     except Erased:
-        same = True  # nobody can tell any more, and it must not be answered twice
+        same = True  # The text cannot be compared any more, and the message must not be answered twice.
     if not same:
         raise InvalidMessage("idempotency_key", "was used before with another body")
     return UUID(str(run_id))
 
 
 class _Open(NamedTuple):
-    """A run that is not over."""
+    """An unfinished run of the session."""
 
     status: str
     agent_id: UUID
     cancelled: bool
 
 
-async def _open_runs(tx: Tx, session_key: str, last: UUID | None, *, everyone: bool) -> dict[UUID, _Open]:
-    """Of the session's runs that are not over the last, those that wait, or all; locked, so that none begins or ends
-    without this message."""
+async def _open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: bool) -> dict[UUID, _Open]:
+    """The session's unfinished runs: the last one and those that wait, or all. Locks their rows in the order of ids.
+
+    The locks keep these runs from starting or ending without this message.
+    """
     rows = await tx.sql(
-        "SELECT id, status, agent_id, cancel_reason IS NOT NULL FROM run WHERE tenant_id = $1 AND session_key = $2 "
-        "AND status IN ('queued', 'running', 'waiting') AND ($4 OR status = 'waiting' OR id = $3) "
-        "ORDER BY id FOR UPDATE",
+        """
+        SELECT id, status, agent_id, cancel_reason IS NOT NULL
+        FROM run
+        WHERE tenant_id = $1 AND session_key = $2 AND status IN ('queued', 'running', 'waiting')
+            AND ($4 OR status = 'waiting' OR id = $3)
+        ORDER BY id
+        FOR UPDATE
+        """,
         tx.tenant_id,
         session_key,
         last,
-        everyone,
+        every_run,
     )
     return {UUID(str(id_)): _Open(status, UUID(str(agent_id)), cancelled) for id_, status, agent_id, cancelled in rows}
 
@@ -239,7 +255,12 @@ async def _open_runs(tx: Tx, session_key: str, last: UUID | None, *, everyone: b
 async def _is_busy(tx: Tx, session_key: str) -> bool:
     return bool(
         await tx.sql(
-            "SELECT 1 FROM run WHERE tenant_id = $1 AND session_key = $2 AND status IN ('queued', 'running') LIMIT 1",
+            """
+            SELECT 1
+            FROM run
+            WHERE tenant_id = $1 AND session_key = $2 AND status IN ('queued', 'running')
+            LIMIT 1
+            """,
             tx.tenant_id,
             session_key,
         )
@@ -247,11 +268,11 @@ async def _is_busy(tx: Tx, session_key: str) -> bool:
 
 
 async def _refuse(tx: Tx, arrival: Arrival, run_id: UUID) -> None:
-    error = "the session is busy, and its agent rejects messages then"
+    error = "the session is busy and its agent rejects messages meanwhile"
     assert arrival.origin
     await tx.decide(run_stream(run_id), Fail(arrival.session_key, "refused", error))
     await projections.failed(tx, run_id, "refused", error)
-    await say(
+    await send_reply(
         tx,
         run_id,
         BUSY,
@@ -265,8 +286,10 @@ async def _refuse(tx: Tx, arrival: Arrival, run_id: UUID) -> None:
 async def _open_run(tx: Tx, arrival: Arrival, run_id: UUID) -> None:
     context = trace.get_current_span().get_span_context()
     await tx.sql(
-        "INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        """
+        INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        """,
         run_id,
         tx.tenant_id,
         arrival.session_key,

@@ -1,4 +1,4 @@
-"""The stream of a session. Nothing of it is published: channel tells the world of messages, the run of the answer."""
+"""The stream of a session. It is not published: channel publishes the messages, and the run publishes the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A channel's message on its way into its session, sealed: it may have to wait for those before it."""
+"""A channel's message in sealed form, which may have to wait for the messages before it."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from infra.security.subjects import Erased, SubjectKeys
 from services.agent.sessions import intake
 from services.agent.sessions.intake import Arrival
 
-# Of a person that was erased.
-NOTHING = b""
+# In place of a message of an erased person.
+ERASED = b""
 
-_log = get_logger("agent.parcels")
+_log = get_logger("agent.intake")
 
 
-class _Parcel(msgspec.Struct, frozen=True):
+class _SealedArrival(msgspec.Struct, frozen=True):
     message_id: UUID
     subject_id: str
     arrival: bytes
 
 
 async def seal(tx: Tx, subjects: SubjectKeys, arrival: Arrival) -> bytes:
-    """Raises Erased where the person's key was destroyed."""
+    """Raises Erased if the person was erased."""
     assert tx.tenant_id
     key = await subjects.key(tx, tx.tenant_id, arrival.subject_id)
     content = msgspec.json.encode(arrival).decode()
-    sealed = key.seal(content, tx.tenant_id, arrival.subject_id, str(arrival.message_id), "early")
-    return msgspec.json.encode(_Parcel(arrival.message_id, arrival.subject_id, sealed))
+    content_bytes = key.seal(content, tx.tenant_id, arrival.subject_id, str(arrival.message_id), "early")
+    return msgspec.json.encode(_SealedArrival(arrival.message_id, arrival.subject_id, content_bytes))
 
 
-async def take_in(tx: Tx, subjects: SubjectKeys, parcel: bytes) -> None:
-    """Stores the message with the run that will answer it; one of an erased person is left out."""
+async def take_in(tx: Tx, subjects: SubjectKeys, sealed: bytes) -> None:
+    """Stores the message with the run that answers it. Ignores a message of an erased person."""
     assert tx.tenant_id
-    if parcel == NOTHING:
-        _log.info("message of an erased person left out")
+    if sealed == ERASED:
+        _log.info("message of an erased person ignored")
         return
-    sealed = msgspec.json.decode(parcel, type=_Parcel)
+    found = msgspec.json.decode(sealed, type=_SealedArrival)
     try:
-        key = await subjects.key(tx, tx.tenant_id, sealed.subject_id)
-        content = key.open(sealed.arrival, tx.tenant_id, sealed.subject_id, str(sealed.message_id), "early")
+        key = await subjects.key(tx, tx.tenant_id, found.subject_id)
+        content = key.open(found.arrival, tx.tenant_id, found.subject_id, str(found.message_id), "early")
         await intake.take_in(tx, msgspec.json.decode(content, type=Arrival), subjects)
     except Erased:
-        _log.info("message of an erased person left out", message_id=str(sealed.message_id))
+        _log.info("message of an erased person ignored", message_id=str(found.message_id))

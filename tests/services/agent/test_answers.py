@@ -192,7 +192,7 @@ async def test_an_answer_that_does_not_fit_the_schema_is_asked_for_again(world: 
     assert (run["status"], run["reply"]) == ("completed", fits)
     first, second, third = world.models.requests[-3:]
     assert first.body["response_format"]["json_schema"]["schema"]["required"] == ["city", "people"]
-    assert "it is no JSON" in second.system
+    assert "not JSON" in second.system
     assert "answer.people: missing" in third.system
     # The person's words are the last ones all the same.
     assert third.last_user_text == "Bern?"

@@ -39,7 +39,7 @@ async def test_the_model_sees_the_callers_conversation_in_whole(world: World, te
     run = await tenant.over(await complete(tenant, agent, "Hi 🦀", history=history, system="In French."))
     assert (run["status"], run["reply"]) == ("completed", "You said: Hi 🦀")
     system, *turns = shown(world)
-    assert system[1] == "Be kind.\n\nWhoever asks through the API adds these instructions:\n\nIn French."
+    assert system[1] == "Be kind.\n\nThe caller of the API adds these instructions:\n\nIn French."
     assert turns == [*((turn["role"], turn["text"]) for turn in history), ("user", "Hi 🦀")]
 
 
@@ -50,7 +50,7 @@ async def test_of_other_completions_and_sessions_nothing_is_seen(world: World, t
     await tenant.over(await complete(tenant, agent, "Second"))
     assert shown(world) == [("user", "Second")]
     await tenant.over(await complete(tenant, agent, "Third", system="In French."))
-    assert shown(world)[0][1] == "Whoever asks through the API adds these instructions:\n\nIn French."
+    assert shown(world)[0][1] == "The caller of the API adds these instructions:\n\nIn French."
     await tenant.over(await tenant.say(agent, "On"))
     assert [text for _, text in shown(world)] == ["In a session", "You said: In a session", "On"]
 
@@ -147,7 +147,7 @@ async def test_what_is_asked_of_the_calls_holds(world: World, tenant: Tenant) ->
     run = await tenant.over(await complete(tenant, agent, "Where?", tools=[strict]))
     assert ([call["arguments"] for call in run["tool_calls"]], len(run["steps"])) == ([HERE[1]], 3)
     refusals = [request.system for request in world.models.requests[-2:]]
-    assert ["arguments.city: missing" in refusals[0], "it is no JSON" in refusals[1]] == [True, True]
+    assert ["arguments.city: missing" in refusals[0], "not JSON" in refusals[1]] == [True, True]
     assert world.models.requests[-1].body["tools"][0]["function"]["strict"] is True
     world.models.script(MODEL, Says(calls=(("place", "{}"),)))
     run = await tenant.over(await complete(tenant, agent, "Where?", tools=[PLACE]))
@@ -164,7 +164,9 @@ async def test_tools_of_one_name_are_refused(world: World, tenant: Tenant) -> No
         path = f"/internal/agents/{await tenant.agent(**own)}/completions"
         body = {"text": "Hi", "tools": [PLACE | {"name": name}]}
         problem = await tenant.call("POST", path, expect=422, json=body)
-        assert problem["errors"] == [{"field": "tools", "message": f"{name} is a tool of the agent's own"}]
+        assert problem["errors"] == [
+            {"field": "tools", "message": f"{name} is the name of one of the agent's own tools"}
+        ]
     assert (await tenant.call("GET", "/api/v1/runs"))["items"] == []
 
 

@@ -131,7 +131,7 @@ async def test_a_person_in_a_chat_is_told_that_the_session_is_busy(world: World,
     [refused] = await tenant.runs(1)
     assert (refused["status"], refused["error"]) == (
         "refused",
-        "the session is busy, and its agent rejects messages then",
+        "the session is busy and its agent rejects messages meanwhile",
     )
     [send] = await tenant.sent("channel.outbound")
     assert (send["text"].startswith("I am still busy"), send["run_id"]) == (True, refused["id"])

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from infra.lanes.group import Group
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
 from protos.billing.v1 import billing_pb2
 from protos.plugin.v1 import plugin_pb2
 from services.agent import adapters
 from services.agent.__main__ import service
-from services.agent.execution.agent_loop import Peers
+from services.agent.execution import wiring
+from services.agent.execution.context import Services
 from services.agent.execution.executor import Executor
-from services.agent.execution.watch import Watch
 from services.agent.models.contract import Answer, Endpoint, OnText, Prompt, Returned, ToolCall, Usage
 from services.agent.models.library import Models
-from services.agent.runs.projections import CANCELLED
 from tooling.bench.runs_agent import TOOL
 
 TOOL_CALLS = 2
@@ -66,15 +64,9 @@ class Tools:
 
 
 def executor(runtime: Runtime) -> Executor:
-    """As the service's own, but for those who answer at once."""
-    return Executor(
-        runtime.worker,
-        AtOnce(),
-        Peers(adapters.memory(runtime), cast(Any, Credit()), cast(Any, Tools()), Cache(runtime.cache)),
-        Group(runtime.worker, CANCELLED),
-        Watch(runtime.worker),
-        runtime.cipher,
-    )
+    """The service's own executor with models and services that answer at once."""
+    services = Services(adapters.memory(runtime), cast(Any, Credit()), cast(Any, Tools()), Cache(runtime.cache))
+    return wiring.executor_with(runtime, AtOnce(), services)
 
 
 service.works = [

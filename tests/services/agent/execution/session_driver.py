@@ -36,7 +36,8 @@ from protos.envelope import Envelope
 from protos.plugin.v1 import plugin_pb2
 from services.agent.definitions import store
 from services.agent.definitions.models import NewAgent, RunLimits
-from services.agent.execution.agent_loop import Peers
+from services.agent.definitions.queue_modes import QueueMode
+from services.agent.execution.context import Services
 from services.agent.execution.executor import Executor
 from services.agent.execution.watch import Watch
 from services.agent.lanes import RUNS, RunItem
@@ -52,7 +53,6 @@ from services.agent.models.contract import (
     Usage,
 )
 from services.agent.runs.projections import CANCELLED
-from services.agent.sessions.domain import QueueMode
 from services.agent.sessions.intake import Arrival, Origin, take_in
 from tests.conftest import execute
 from tests.infra.conftest import PASSWORDS
@@ -236,8 +236,10 @@ class Worker:
         self.calls: list[Call] = []
         self._group = Group(self._database, CANCELLED)
         self._watch = Watch(self._watching)
-        peers = Peers(*(cast(Any, peer) for peer in (None, Billing(), self, Cache())))
-        self._executor = Executor(self._database, cast(Any, self), peers, self._group, self._watch, self._world.cipher)
+        services = Services(*(cast(Any, service) for service in (None, Billing(), self, Cache())))
+        self._executor = Executor(
+            self._database, cast(Any, self), services, self._group, self._watch, self._world.cipher
+        )
 
     async def _execute(self, item: RunItem, effects: Effects, tx: Tx) -> None:
         self._run_id = item.run_id

@@ -8,6 +8,7 @@ from typing import Any, assert_never
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 from infra.lanes.runner import MAX_RECOVERIES
+from services.agent.definitions.queue_modes import QueueMode
 from services.agent.runs.domain import (
     BeginStep,
     Command,
@@ -37,7 +38,7 @@ from services.agent.runs.events import (
     StepSettled,
     StepStarted,
 )
-from services.agent.sessions.domain import CAP, QueueMode
+from services.agent.sessions.domain import CAP
 from tests.services.agent.execution.session_driver import Call
 
 GIVEN_UP = f"InvalidMessage: item: its process died, or lost it, {MAX_RECOVERIES} times"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from services.agent.definitions.models import Colleague, NewAgent
-from services.agent.execution.children import child_id
 from services.agent.models.contract import Answer, Prompt, Returned, ToolCall, Usage
+from services.agent.runs.family import child_id
 from tests.services.agent.execution.session_driver import PERSON, Outside, World
 
 

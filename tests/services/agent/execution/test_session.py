@@ -22,14 +22,15 @@ from infra.lanes.runner import MAX_RECOVERIES
 from infra.postgres.tx import Tx
 from protos.messages.agent import RunCompleted
 from protos.messages.channel import SendMessage
-from services.agent.execution import steps
+from services.agent.definitions.queue_modes import QueueMode
 from services.agent.lanes import RUNS, RunItem
 from services.agent.runs.cancelling import cancel, give_up
+from services.agent.runs.content import seal_result
 from services.agent.runs.decisions import settle, suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.notices import CANCELLED
 from services.agent.runs.publishing import RUN
-from services.agent.sessions.domain import Busy, QueueMode, Session, evolve
+from services.agent.sessions.domain import Busy, Session, evolve
 from services.agent.sessions.publishing import SESSION as SESSIONS
 from tests.infra.lanes.lane_fixture import log_lines
 from tests.machines import patient, run_machine
@@ -208,7 +209,7 @@ class Sessions(RuleBasedStateMachine):
             step = (await suspension(tx, run_id)).step
             content = None
             if decision == "skip":
-                content = await steps.seal_result(tx, self.world.subjects, run_id, step, "skipped")
+                content = await seal_result(tx, self.world.subjects, run_id, step, "skipped")
             await settle(tx, run_id, step, decision, PERSON, content)
 
         self.world.ask(work)

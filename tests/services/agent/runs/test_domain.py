@@ -1,4 +1,4 @@
-"""What may be written into a run's journal."""
+"""The events that may follow in a run's journal."""
 
 from __future__ import annotations
 
@@ -127,9 +127,9 @@ def test_a_step_that_did_not_end_is_begun_again() -> None:
 @pytest.mark.parametrize("content", [b"x", None])
 def test_a_step_that_has_ended_is_never_made_again(content: bytes | None) -> None:
     over = given(started(), begun(2), ended(3, content=content))
-    with pytest.raises(Mismatch, match="would be made again"):
+    with pytest.raises(Mismatch, match="must not begin again"):
         over.when(BeginStep("s", 1, "model", "m", 2))
-    with pytest.raises(Mismatch, match="would end again"):
+    with pytest.raises(Mismatch, match="cannot end again"):
         over.when(EndStep("s", 1, 1, 5, b"y"))
 
 
@@ -139,7 +139,7 @@ def test_a_step_is_what_it_was_in_the_journal() -> None:
         one.when(BeginStep("s", 1, "tool", "t", 1))
     with pytest.raises(Mismatch, match=r"model 'm' of aa in .* and model 'm' of bb now \(version 2.0\)"):
         one.when(BeginStep("s", 1, "model", "m", 1, "bb", "2.0"))
-    with pytest.raises(Mismatch, match="step 2 ends, and was never begun"):
+    with pytest.raises(Mismatch, match="step 2 has not begun and cannot end"):
         one.when(EndStep("s", 2, 1, 5, b"x"))
     check(one.run, 1, "model", "m", "aa", "2.0")
     # Older journals have no digest.

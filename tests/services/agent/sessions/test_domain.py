@@ -8,7 +8,8 @@ from uuid import UUID
 
 import pytest
 
-from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, Busy, QueueMode, Session, begins_at, decide, evolve
+from services.agent.definitions.queue_modes import QueueMode
+from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, Busy, Session, begins_at, decide, evolve
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 OLD, NEW = UUID(int=1), UUID(int=2)

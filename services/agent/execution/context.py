@@ -1,0 +1,75 @@
+"""The run under execution, and the services that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import grpc.aio
+
+from infra.postgres.tx import Database
+from infra.security.crypto import DataKey
+from infra.security.subjects import SubjectKeys
+from infra.stores.cache import Cache
+from infra.web import rpc
+from protos.billing.v1 import billing_pb2_grpc
+from protos.memory.v1 import memory_pb2_grpc
+from protos.plugin.v1 import plugin_pb2_grpc
+from services.agent.execution import conversation
+from services.agent.runs import family
+from services.agent.runs.domain import Limits, Run
+from services.agent.runs.family import ChildState, child_id
+
+
+@dataclass(frozen=True)
+class Services:
+    """The other services that a run calls, and the cache that carries live text."""
+
+    memory: memory_pb2_grpc.MemoryStub
+    billing: billing_pb2_grpc.BillingStub
+    plugin: plugin_pb2_grpc.PluginStub
+    cache: Cache
+
+
+@dataclass
+class RunContext:
+    """One run in one worker, and the reads from the database that it needs meanwhile."""
+
+    database: Database
+    subjects: SubjectKeys
+    run_id: UUID
+    tenant_id: str
+    session_key: str
+    agent_id: UUID
+    subject_id: str
+    key: DataKey
+    """The subject's. All content of the run is sealed with it."""
+    limits: Limits
+    depth: int
+    """How many runs asked for each other before this one."""
+    state: Run
+    """Folded from the journal when the worker began, then kept up to date."""
+    last_step: int = 0
+    """Number of the last step that was made or taken from the journal in this execution."""
+
+    @property
+    def metadata(self) -> grpc.aio.Metadata:
+        return rpc.tenant_metadata(self.tenant_id)
+
+    # Nothing is written by these reads, so they need no fence.
+
+    async def later_messages(self, skip: int) -> Sequence[str]:
+        """The texts of the run's messages that exist now, without the first `skip`."""
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
+            return await conversation.later_messages(tx, self.subjects, self.run_id, skip)
+
+    async def child(self, step: int) -> ChildState | None:
+        """The run that answers the step; None if there is none yet."""
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
+            return await family.child_state(tx, self.subjects, child_id(self.run_id, step))
+
+    async def family(self) -> Sequence[UUID]:
+        """This run and all runs that it has asked for, directly or not."""
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
+            return await family.family(tx, self.run_id)

@@ -1,0 +1,99 @@
+"""Credit of a run: a hold at billing before each model call, inside the run's limit and the agent's budget."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from infra.errors import Transient
+from infra.postgres.tx import derived_id
+from protos.billing.v1 import billing_pb2, billing_pb2_grpc
+from services.agent.definitions.models import Budget
+from services.agent.execution.budget import Spending
+from services.agent.execution.context import RunContext
+from services.agent.execution.outcome import Ended
+from services.agent.execution.steps import usage_id
+from services.agent.models.contract import Prompt
+from services.agent.runs.notices import FAILED, NO_CREDIT
+
+# Assumed size of an answer if the agent sets no limit.
+OUTPUT_TOKENS = 1_024
+# A hold must still exist when the usage is counted, so it lives longer than the run may.
+HOLD_MARGIN = timedelta(minutes=5)
+
+
+class Hold(NamedTuple):
+    """A reservation for one model call. `nanos` is the amount that it holds."""
+
+    id: UUID
+    nanos: int
+
+
+class Credit:
+    """Reserves and releases credit for the model calls of one run."""
+
+    def __init__(
+        self, context: RunContext, billing: billing_pb2_grpc.BillingStub, budget: Budget | None, spending: Spending
+    ) -> None:
+        self._context = context
+        self._billing = billing
+        self._budget = budget
+        self._spending = spending
+
+    async def reserve(self, model: str, prompt: Prompt) -> Hold:
+        """The hold for the next step, the same one however often it is reserved.
+
+        Raises Ended if the credit, the run's limit or the agent's budget is too small for the call.
+        """
+        context = self._context
+        quantities = {"input_tokens": _input_tokens(prompt), "output_tokens": prompt.max_output_tokens or OUTPUT_TOKENS}
+        step = context.last_step + 1
+        hold_id = derived_id(context.run_id, "hold", step, *quantities.values())
+        expires = timedelta(seconds=context.limits.seconds) + HOLD_MARGIN
+        request = billing_pb2.ReserveRequest(
+            hold_id=str(hold_id),
+            resource=model,
+            quantities=quantities,
+            expires_in_ms=int(expires / timedelta(milliseconds=1)),
+        )
+        reply = await self._billing.Reserve(request, metadata=context.metadata)
+        if not reply.granted:
+            raise Ended("refused", "the tenant's credit does not suffice for a model call", NO_CREDIT)
+        hold = Hold(hold_id, reply.held_nanos)
+        limit = context.limits.nanos
+        if limit is not None and await self.spent() + hold.nanos > limit:
+            await self.release(hold)
+            raise Ended("failed", f"the limit of {limit} nano-units would be passed by another model call", FAILED)
+        if self._budget and not await self._spending.add(self._budget, step, hold.nanos):
+            await self.release(hold)
+            raise Ended("refused", f"the agent's budget of this {self._budget.period} is used up", NO_CREDIT)
+        return hold
+
+    async def spent(self) -> int:
+        """The cost of the run and its children in nano-units. A call that is not rated yet counts as reserved."""
+        context = self._context
+        spent = {usage_id(context.run_id, n, attempt): nanos for (n, attempt), nanos in context.state.reserved.items()}
+        for run_id in await context.family():
+            request = billing_pb2.ChargesRequest(run_id=str(run_id))
+            reply = await self._billing.Charges(request, metadata=context.metadata)
+            spent |= {
+                charge.usage_id: charge.amount_nanos for charge in reply.charges if charge.HasField("amount_nanos")
+            }
+        return sum(spent.values())
+
+    async def release(self, hold: Hold | None) -> None:
+        """Gives an unused hold back. If billing does not answer, the hold expires by itself."""
+        if hold is None:
+            return
+        with suppress(Transient):
+            request = billing_pb2.ReleaseRequest(hold_id=str(hold.id))
+            await self._billing.Release(request, metadata=self._context.metadata)
+
+
+def _input_tokens(prompt: Prompt) -> int:
+    """An upper bound: no tokenizer makes more than about one token from three bytes."""
+    return len(msgspec.json.encode(prompt)) // 3 + 1

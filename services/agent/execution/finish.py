@@ -1,0 +1,136 @@
+"""Writes the outcome of an execution: the run's last events, its published result, and the reply to the person."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import UUID
+
+import msgspec
+
+from infra.errors import NotYet
+from infra.observe.logs import get_logger
+from infra.postgres.tx import Tx, derived_id
+from infra.security.subjects import Erased, SubjectKeys
+from protos.catalog import AGENT_EVENTS
+from protos.messages import agent as public
+from services.agent.execution import conversation
+from services.agent.execution.children import open_child
+from services.agent.execution.context import RunContext
+from services.agent.execution.conversation import Conversation
+from services.agent.execution.outcome import Ended, Reply, Suspended
+from services.agent.execution.start import RunRow, StartedRun, lock
+from services.agent.runs import projections
+from services.agent.runs.cancelling import fail
+from services.agent.runs.content import Unsealer
+from services.agent.runs.decisions import resume_parent
+from services.agent.runs.domain import Complete, Run, messages_at
+from services.agent.runs.family import child_id, child_state
+from services.agent.runs.notices import FAILED
+from services.agent.runs.publishing import published, stream
+from services.agent.runs.replies import send_reply
+
+_log = get_logger("agent.runs")
+
+
+async def finish(
+    tx: Tx, subjects: SubjectKeys, run_id: UUID, started: StartedRun | None, outcome: Reply | Ended | Suspended
+) -> None:
+    """Writes the outcome in the transaction that ends the lane's item. `started`: None if the run did not start.
+
+    Raises NotYet if the run has to go on instead: a message or another agent's answer has come meanwhile.
+    """
+    row = await lock(tx, run_id)
+    if row.is_over:
+        return
+    if row.cancel_reason:
+        outcome = Ended("cancelled", row.cancel_reason)
+    loaded = started.conversation if started else None
+    match outcome:
+        case Reply():
+            assert started
+            await _complete(tx, row, started.context, outcome)
+            await _send(tx, row, loaded, outcome.text)
+        case Suspended():
+            await _suspend(tx, subjects, row, outcome)
+            await _send(tx, row, loaded, outcome.notice)
+        case Ended():
+            await _fail(tx, row, loaded, outcome)
+
+
+async def give_up(tx: Tx, subjects: SubjectKeys, run_id: UUID, error: str) -> None:
+    """Ends a run that no worker can execute. The person is told; the dead letter of the item holds the reason."""
+    row = await lock(tx, run_id)
+    if row.is_over:
+        return
+    try:
+        messages = await conversation.count_messages(tx, run_id)
+        unsealer = Unsealer(tx, subjects)
+        loaded: Conversation | None = await conversation.load(tx, unsealer, run_id, row.session_key, messages)
+    except Erased:
+        loaded = None
+    await _fail(tx, row, loaded, Ended("failed", error, FAILED))
+
+
+async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> None:
+    if await conversation.count_messages(tx, row.id) > _answered_messages(await tx.load(stream(row.id))):
+        # This run has to answer the new message, too. A later one cannot join: joining needs the row, locked here.
+        raise NotYet(timedelta(0), "a message came as the run was about to end")
+    key, sealing = context.key, (row.tenant_id, row.subject_id, str(row.id))
+    sealed = key.seal(reply.text, *sealing, "reply")
+    calls = key.seal(msgspec.json.encode(reply.calls).decode(), *sealing, "calls") if reply.calls else None
+    events = await tx.decide(stream(row.id), Complete(row.session_key, sealed, calls))
+    message = public.RunCompleted(
+        run_id=row.id,
+        session_key=row.session_key,
+        reply=reply.text,
+        n=events[0].n,
+        tool_calls=published(reply.calls),
+    )
+    tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=derived_id(row.id, "RunCompleted"))
+    await projections.completed(tx, row.id, sealed, calls)
+    if reply.summary:
+        await conversation.keep_summary(tx, key, row.subject_id, row.session_key, reply.summary)
+    if row.parent_run_id:
+        await resume_parent(tx, row.id)
+    _log.info("run completed", run_id=str(row.id))
+
+
+async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspended) -> None:
+    command = suspended.command
+    if command.reason == "agent":
+        child = await child_state(tx, subjects, child_id(row.id, command.step))
+        if child and child.is_over:
+            # When the child ended, this run did not wait yet, so the child did not resume it. A child that ends from
+            # now on waits for the lock on this run's row.
+            raise NotYet(timedelta(0), "another agent answered as the run was about to wait for it")
+    await tx.decide(stream(row.id), command)
+    await projections.suspended(tx, row.id, command.reason, command.text)
+    _log.info("run waits", run_id=str(row.id), reason=command.text)
+    for child_run in suspended.children:
+        await open_child(tx, subjects, row.id, child_run)
+
+
+async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended) -> None:
+    await fail(tx, row.id, row.session_key, outcome.status, outcome.error)
+    level = _log.info if outcome.status == "cancelled" else _log.warning
+    level(f"run {outcome.status}", run_id=str(row.id), error=outcome.error)
+    await _send(tx, row, loaded, outcome.notice)
+
+
+async def _send(tx: Tx, row: RunRow, loaded: Conversation | None, text: str | None) -> None:
+    """Sends the text to the person if the run came from a channel."""
+    if text and loaded and row.channel_id and loaded.conversation_id is not None:
+        await send_reply(
+            tx,
+            row.id,
+            text,
+            session_key=row.session_key,
+            channel_id=row.channel_id,
+            conversation_id=loaded.conversation_id,
+            reply_to=loaded.reply_to,
+        )
+
+
+def _answered_messages(state: Run) -> int:
+    """How many of its messages the run has been shown."""
+    return max(messages_at(state, 0), *state.taken.values(), 0)

@@ -1,0 +1,117 @@
+"""Model calls of a run: each is a step, with credit reserved before it and its text shown while it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import msgspec
+from opentelemetry.trace import Span, SpanKind
+
+from infra.observe import telemetry
+from infra.stores.cache import Cache
+from services.agent.execution.context import RunContext
+from services.agent.execution.credit import Credit
+from services.agent.execution.deltas import Deltas
+from services.agent.execution.outcome import Ended
+from services.agent.execution.steps import Metered, StepFailed, Steps, StepSpec
+from services.agent.models.contract import Answer, Model, Prompt, Usage
+from services.agent.runs.notices import FAILED
+
+ATTEMPTS = 5
+# Attempts and longest pause of a model that has a fallback.
+ATTEMPTS_BEFORE_FALLBACK = 2
+PAUSE_BEFORE_FALLBACK = timedelta(seconds=2)
+# Rough average over texts and tokenizers.
+BYTES_PER_TOKEN = 4
+
+_PROVIDERS = {"google": "gcp.gemini"}
+
+
+@dataclass(frozen=True)
+class ModelCalls:
+    """Asks the agent's models for one run."""
+
+    context: RunContext
+    steps: Steps
+    credit: Credit
+    models: Sequence[tuple[str, Model]]
+    """By name. Each is asked if the one before gives no answer."""
+    cache: Cache
+
+    async def ask(self, prompt: Prompt, digest: str) -> Answer:
+        """The answer of the first model that gives one. Raises Ended if none does."""
+        *others, (last, model) = self.models
+        for name, other in others:
+            # If there is a fallback, the run does not wait long for this model.
+            with suppress(StepFailed):
+                spec = StepSpec("model", name, digest, ATTEMPTS_BEFORE_FALLBACK, max_pause=PAUSE_BEFORE_FALLBACK)
+                return await self._ask_one(name, other, prompt, spec)
+        try:
+            return await self._ask_one(last, model, prompt, StepSpec("model", last, digest, ATTEMPTS))
+        except StepFailed as error:
+            raise Ended("failed", str(error), FAILED) from error
+
+    async def _ask_one(self, name: str, model: Model, prompt: Prompt, spec: StepSpec) -> Answer:
+        context = self.context
+        hold = None if self.steps.next_has_ended() else await self.credit.reserve(name, prompt)
+        family, _, own_name = name.partition("/")
+        attributes: dict[str, telemetry.Value] = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": _PROVIDERS.get(family, family),
+            "gen_ai.request.model": own_name,
+            "gen_ai.conversation.id": context.session_key,
+        }
+
+        with telemetry.span(f"chat {own_name}", SpanKind.CLIENT, attributes=attributes) as span:
+            written_bytes = 0
+
+            async def call(_: str, attempt: int) -> tuple[Answer, Metered]:
+                deltas = Deltas(self.cache, context.run_id, context.last_step, attempt)
+
+                async def on_text(text: str) -> None:
+                    nonlocal written_bytes
+                    written_bytes += len(text.encode())
+                    # Text that may still be refused is not shown: a client cannot take it back.
+                    if prompt.output_schema is None and not prompt.must_call:
+                        await deltas(text)
+
+                answer = await model.answer(prompt, on_text)
+                _set_usage(span, answer)
+                assert hold
+                return answer, Metered(name, answer.usage, hold.id, hold.nanos)
+
+            def lost(in_other_process: bool) -> Metered | None:
+                """Providers charge an answer that they have begun. A call of a dead process may have begun one."""
+                if not written_bytes and not in_other_process:
+                    return None
+                usage = Usage(
+                    input_tokens=_tokens(len(msgspec.json.encode(prompt))), output_tokens=_tokens(written_bytes)
+                )
+                return Metered(name, usage, None)
+
+            try:
+                return await self.steps.make(replace(spec, lost=lost), call, Answer)
+            except (StepFailed, Ended):
+                await self.credit.release(hold)
+                raise
+
+
+def _tokens(size: int) -> int:
+    """Estimate for a text of `size` bytes whose tokens were not counted."""
+    return math.ceil(size / BYTES_PER_TOKEN)
+
+
+def _set_usage(span: Span, answer: Answer) -> None:
+    span.set_attribute("gen_ai.response.model", answer.model)
+    span.set_attribute("gen_ai.response.finish_reasons", [answer.finish_reason])
+    usage = {
+        "gen_ai.usage.input_tokens": answer.usage.input_tokens,
+        "gen_ai.usage.cache_read.input_tokens": answer.usage.cached_tokens,
+        "gen_ai.usage.output_tokens": answer.usage.output_tokens,
+        "gen_ai.usage.reasoning.output_tokens": answer.usage.reasoning_tokens,
+    }
+    span.set_attributes({name: count for name, count in usage.items() if count is not None})

@@ -1,0 +1,168 @@
+"""Tools of a run: the plugin service's tools and other agents, which are called in the same way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from infra.clock import utcnow
+from infra.errors import EffectFailed, NotFound
+from infra.observe import telemetry
+from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
+from services.agent.definitions.models import Colleague, NewAgent
+from services.agent.execution.children import MAX_DEPTH, QUESTION, Question
+from services.agent.execution.context import RunContext
+from services.agent.execution.credit import Credit
+from services.agent.execution.outcome import ChildRun, Ended, Suspended
+from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
+from services.agent.models.contract import Returned, Tool, ToolCall
+from services.agent.runs.content import ToolResult
+from services.agent.runs.domain import Suspend
+from services.agent.runs.notices import UNCERTAIN
+
+ATTEMPTS = 3
+TIMEOUT_SECONDS = 60.0
+# A longer result is cut before the model reads it.
+RESULT_CHARACTERS = 50_000
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Offers the agent's tools to the model and makes the calls that the model asks for."""
+
+    context: RunContext
+    agent: NewAgent
+    steps: Steps
+    credit: Credit
+    plugin: plugin_pb2_grpc.PluginStub
+
+    async def offered(self) -> tuple[Tool, ...]:
+        """The agent's tools that work now. Each attempt of the run asks again; the journal does not depend on it."""
+        agents = tuple(Tool(other.name, other.description, QUESTION) for other in self.agent.agents)
+        if not self.agent.tools:
+            return agents
+        request = plugin_pb2.ToolsRequest(names=self.agent.tools)
+        reply = await self.plugin.Tools(request, metadata=self.context.metadata)
+        tools = (Tool(tool.name, tool.description, msgspec.json.decode(tool.schema_json)) for tool in reply.tools)
+        return (*tools, *agents)
+
+    async def call_all(self, calls: Sequence[ToolCall]) -> list[Returned]:
+        """Makes the calls at the same time and returns their results in order.
+
+        Raises Suspended before the first call if a person has to approve one of them.
+        """
+        denied = set()
+        for n, call in enumerate(calls, 1):
+            if call.name in self.agent.approval:
+                decision = self.steps.decision_on_next(n)
+                if decision is None:
+                    raise self.steps.ask_for_approval(n, call.name, call.arguments)
+                if decision == "deny":
+                    denied.add(n)
+        agent_calls = sum(self._agent_named(call.name) is not None for call in calls)
+        # Each coroutine takes its step number at its first turn, so the order of this list is the order of the steps.
+        made = [self._deny(call) if n in denied else self._call(call, agent_calls) for n, call in enumerate(calls, 1)]
+        # All calls run to their end: an error in one must not leave the effect of another one unrecorded.
+        results = await asyncio.gather(*made, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if waits := [error for error in errors if isinstance(error, Suspended)]:
+            # The run waits for the first child. The other children start now, too.
+            waits[0].children = [child for each in waits for child in each.children]
+        for kind in (asyncio.CancelledError, Ended, Suspended, BaseException):
+            for error in errors:
+                if isinstance(error, kind):
+                    raise error
+        return [Returned(call, str(result)) for call, result in zip(calls, results, strict=True)]
+
+    async def _deny(self, call: ToolCall) -> str:
+        await self.steps.refuse(_spec(call), "a person has refused this call")
+        return "Error: a person has refused this call"
+
+    async def _call(self, call: ToolCall, agent_calls: int) -> str:
+        """The text that the model reads: the tool's result or its error.
+
+        `agent_calls`: how many of the calls that are made together go to other agents.
+        """
+        if other := self._agent_named(call.name):
+            return await self._ask_agent(call, other, agent_calls)
+        n = self.context.last_step + 1
+
+        async def send(idempotency_key: str, _: int) -> tuple[ToolResult, None]:
+            if call.name not in self.agent.tools:
+                # Also if the tenant has the tool: the agent's definition decides which tools it may use.
+                raise NotFound(f"there is no tool {call.name}")
+            request = plugin_pb2.CallRequest(
+                tool=call.name, arguments_json=call.arguments or "{}", idempotency_key=idempotency_key
+            )
+            reply = await self.plugin.Call(request, metadata=self.context.metadata, timeout=TIMEOUT_SECONDS)
+            return _result(reply), None
+
+        attributes: dict[str, telemetry.Value] = {
+            "gen_ai.operation.name": "execute_tool",
+            "gen_ai.tool.name": call.name,
+            "gen_ai.tool.call.id": call.id,
+        }
+        with telemetry.span(f"execute_tool {call.name}", attributes=attributes):
+            try:
+                returned = await self.steps.make(_spec(call), send, ToolResult)
+            except StepFailed as error:
+                return f"Error: {error}"
+            if returned.unknown is not None:
+                text = f"{call.name}: {returned.unknown}"
+                suspend = Suspend(self.context.session_key, "indeterminate", n, call.name, text, utcnow())
+                raise Suspended(suspend, UNCERTAIN)
+            return returned.result
+
+    async def _ask_agent(self, call: ToolCall, other: Colleague, agent_calls: int) -> str:
+        context, spec = self.context, _spec(call)
+        n = context.last_step + 1
+        try:
+            question = msgspec.json.decode(call.arguments, type=Question).message
+        except msgspec.DecodeError as error:
+            await self.steps.refuse(spec, f"arguments: {error}")
+            return f"Error: arguments: {error}"
+        if context.depth >= MAX_DEPTH:
+            reason = "agents have asked each other too often"
+            await self.steps.refuse(spec, reason)
+            return f"Error: {reason}"
+        try:
+            if (known := await self.steps.begin_for_child(spec)) is not None:
+                return known.result
+        except StepFailed as error:
+            return f"Error: {error}"
+        child = await context.child(n)
+        if child and child.is_over:
+            await self.steps.end_for_child(n, child.reply, child.error)
+            return child.reply if child.reply is not None else f"Error: {child.error}"
+        text = f"step {n}: waits for the agent {other.name}"
+        suspend = Suspend(context.session_key, "agent", n, other.name, text, utcnow())
+        if child:
+            raise Suspended(suspend, None)
+        limit = context.limits.nanos
+        # The children together must not spend more than this run has left.
+        left = None if limit is None else max(0, limit - await self.credit.spent()) // agent_calls
+        raise Suspended(suspend, None, [ChildRun(n, other.agent_id, question, left)])
+
+    def _agent_named(self, name: str) -> Colleague | None:
+        return next((other for other in self.agent.agents if other.name == name), None)
+
+
+def _spec(call: ToolCall) -> StepSpec:
+    return StepSpec("tool", call.name, digest(call.name, call.arguments), ATTEMPTS)
+
+
+def _result(reply: plugin_pb2.CallReply) -> ToolResult:
+    """Raises EffectFailed if the tool failed."""
+    match reply.outcome:
+        case plugin_pb2.CallReply.OUTCOME_SUCCEEDED:
+            result = reply.result_json
+            return ToolResult(
+                result if len(result) <= RESULT_CHARACTERS else f"{result[:RESULT_CHARACTERS]}… (cut off)"
+            )
+        case plugin_pb2.CallReply.OUTCOME_UNKNOWN:
+            return ToolResult("", unknown=reply.error or "it is not known whether the call took effect")
+        case _:
+            raise EffectFailed(reply.error or "the tool failed")

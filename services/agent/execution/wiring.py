@@ -1,0 +1,27 @@
+"""Builds the executor of a process."""
+
+from __future__ import annotations
+
+from infra.lanes.group import Group
+from infra.service.service import Runtime
+from infra.stores.cache import Cache
+from services.agent import adapters
+from services.agent.execution.context import Services
+from services.agent.execution.executor import Executor
+from services.agent.execution.watch import Watch
+from services.agent.models.library import Models
+from services.agent.runs.projections import CANCELLED
+
+
+def services(runtime: Runtime) -> Services:
+    return Services(adapters.memory(runtime), adapters.billing(runtime), adapters.plugin(runtime), Cache(runtime.cache))
+
+
+def executor(runtime: Runtime) -> Executor:
+    return executor_with(runtime, Models(runtime.outgoing.transport()), services(runtime))
+
+
+def executor_with(runtime: Runtime, models: Models, called: Services) -> Executor:
+    """As `executor`, with other models and services."""
+    worker = runtime.worker
+    return Executor(worker, models, called, Group(worker, CANCELLED), Watch(worker), runtime.cipher)

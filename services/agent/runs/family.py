@@ -1,0 +1,50 @@
+"""A run and its children: the runs of other agents that answer steps of this run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from uuid import UUID
+
+from infra.postgres.tx import Tx, derived_id
+from infra.security.subjects import SubjectKeys
+from services.agent.runs import projections
+from services.agent.runs.content import Unsealer
+
+
+class ChildState(NamedTuple):
+    """The progress of a child run."""
+
+    is_over: bool
+    reply: str | None
+    """None if it has not answered, or not yet."""
+    error: str | None
+
+
+def child_id(run_id: UUID, step: int) -> UUID:
+    return derived_id(run_id, "child", step)
+
+
+async def child_state(tx: Tx, subjects: SubjectKeys, id_: UUID) -> ChildState | None:
+    """None if there is no such child yet."""
+    rows = await tx.sql("SELECT status, subject_id, reply, error FROM run WHERE id = $1", id_)
+    if not rows:
+        return None
+    [(status, subject_id, sealed, error)] = rows
+    reply = await Unsealer(tx, subjects).open(sealed, subject_id, str(id_), "reply") if sealed else None
+    return ChildState(status not in projections.STOPPABLE, reply, error)
+
+
+async def family(tx: Tx, run_id: UUID) -> list[UUID]:
+    """The run, its children, their children, and so on."""
+    rows = await tx.sql(
+        """
+        WITH RECURSIVE family AS (
+            SELECT $1::uuid AS id
+            UNION ALL
+            SELECT r.id FROM run r JOIN family f ON r.parent_run_id = f.id
+        )
+        SELECT id FROM family
+        """,
+        run_id,
+    )
+    return [UUID(str(id_)) for (id_,) in rows]
