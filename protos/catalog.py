@@ -50,6 +50,7 @@ AGENT_EVENTS = Topic(
         agent.StepRetried,
         agent.StepCompleted,
         agent.RunWaiting,
+        agent.RunIndeterminate,
         agent.StepSettled,
         agent.RunCompleted,
         agent.RunFailed,

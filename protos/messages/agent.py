@@ -104,6 +104,21 @@ class RunWaiting(Message, frozen=True, kw_only=True):
     tool: str
 
 
+class RunIndeterminate(Message, frozen=True, kw_only=True):
+    """A run waits for an operator: it is not known whether step `step`, a call of `tool`, took effect.
+
+    The run goes on or ends by the operator's decision.
+    """
+
+    run_id: UUID
+    session_key: str
+    n: Count
+    step: int
+    tool: str
+    error: str
+    """A text for operators, without personal content."""
+
+
 class StepSettled(Message, frozen=True, kw_only=True):
     """The decision for which a run waited; the run goes on."""
 
@@ -144,7 +159,7 @@ class RunFailed(Message, frozen=True, kw_only=True):
     run_id: UUID
     session_key: str
     status: Literal["failed", "cancelled", "refused", "indeterminate"]
-    """indeterminate: the run has not ended for good; an operator decides about the step that may have taken effect."""
+    """`indeterminate` stands only in older messages: `RunIndeterminate` has replaced it."""
     error: str
     """A text for operators, without personal content."""
     n: Count = 0

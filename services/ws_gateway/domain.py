@@ -12,9 +12,10 @@ _EVENTS = {
     "agent.v1.StepStarted": "step.started",
     "agent.v1.StepCompleted": "step.completed",
     "agent.v1.RunWaiting": "run.waiting",
+    "agent.v1.RunIndeterminate": "run.indeterminate",
     "agent.v1.RunCompleted": "run.completed",
 }
-# Besides, `RunFailed` has its status in its name. An indeterminate run may go on.
+# The event's name of a `RunFailed` is its status, in older messages also `indeterminate`. Such a run may go on.
 ENDINGS = frozenset(("run.completed", "run.failed", "run.cancelled", "run.refused"))
 
 

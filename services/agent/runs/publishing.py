@@ -59,7 +59,9 @@ def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
         case events.RunSuspended(reason="approval" | "agent"):
             message = public.RunWaiting(run_id=id_, session_key=key, n=event.n, step=event.step, tool=event.name)
         case events.RunSuspended():
-            message = public.RunFailed(run_id=id_, session_key=key, status="indeterminate", error=event.text, n=event.n)
+            message = public.RunIndeterminate(
+                run_id=id_, session_key=key, n=event.n, step=event.step, tool=event.name, error=event.text
+            )
         case events.StepSettled():
             message = public.StepSettled(
                 run_id=id_, session_key=key, n=event.n, step=event.step, decision=event.decision

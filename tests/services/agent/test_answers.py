@@ -104,6 +104,10 @@ async def test_a_tool_whose_effect_nobody_knows_makes_the_run_indeterminate(worl
     world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)))
     run = await tenant.over(await tenant.say(agent, "Weather?"))
     assert (run["status"], run["error"]) == ("indeterminate", "weather: it did not answer")
+    facts = (await tenant.call("GET", f"/internal/runs/{run['id']}/events"))["items"]
+    assert facts[-1]["type"] == "agent.v1.RunIndeterminate"
+    assert facts[-1]["data"] == (await tenant.sent("agent.events"))[-1]
+    assert (facts[-1]["data"]["step"], facts[-1]["data"]["tool"]) == (2, WEATHER)
 
 
 async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_asked(

@@ -7,9 +7,9 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import uuid7
-from protos.messages.agent import RunCompleted, ToolCall
+from protos.messages.agent import RunCompleted, RunIndeterminate, ToolCall
 from services.ws_gateway.domain import Delta, Fact, Follow
-from tests.services.ws_gateway.agent import failed, story
+from tests.services.ws_gateway.agent import SESSION, failed, story
 
 
 def facts(run_id: UUID) -> list[Fact]:
@@ -74,6 +74,19 @@ def test_an_indeterminate_run_may_go_on_and_the_other_ends_do_not() -> None:
         follow = Follow(0)
         assert names(follow, Fact(1, fact.wire_name(), "", msgspec.to_builtins(fact))) == [(f"run.{status}", 1)]
         assert follow.ended is ends
+
+
+def test_an_indeterminate_run_is_told_alike_by_its_own_message_and_by_the_older_one() -> None:
+    run_id = uuid7()
+    message = RunIndeterminate(run_id=run_id, session_key=SESSION, n=1, step=1, tool="x", error="out of quota")
+    follow = Follow(0)
+    fact = Fact(1, message.wire_name(), "", msgspec.to_builtins(message))
+    assert names(follow, fact) == [("run.indeterminate", 1)]
+    assert not follow.ended
+    older = msgspec.to_builtins(failed(run_id, 1, "indeterminate"))
+    assert {name: fact.data[name] for name in older if name != "status"} == {
+        name: value for name, value in older.items() if name != "status"
+    }
 
 
 def test_pieces_of_an_attempt_that_was_given_up_are_dropped() -> None:
