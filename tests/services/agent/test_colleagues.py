@@ -130,7 +130,7 @@ async def test_who_is_cancelled_takes_along_whom_it_has_asked(world: World, tena
     await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", expect=409, json={"approved": True})
     await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
     child = await tenant.over(waits["run_id"])
-    assert (child["status"], child["error"]) == ("cancelled", "the run that asked for it is over: cancelled")
+    assert (child["status"], child["error"]) == ("cancelled", "the run that asked for this one is over: cancelled")
     assert (await tenant.run(run_id))["status"] == "cancelled"
 
 
