@@ -1,7 +1,8 @@
-"""Time and ids."""
+"""Time, ids, and waiting for an event at most so long."""
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -9,21 +10,31 @@ from uuid_utils import compat
 
 
 def uuid7() -> UUID:
-    """A new UUIDv7. Ids order nothing: after a clock jumped back they are smaller, and still never repeat."""
+    """A new UUIDv7. Do not order by it: after the clock was set back, new ids are smaller. They still never repeat."""
     id_: UUID = compat.uuid7()
     return id_
 
 
 def utcnow() -> datetime:
-    """Now, in UTC and aware."""
+    """The current time in UTC, with its time zone."""
     return datetime.now(UTC)
 
 
 def uuid7_time(id_: UUID) -> datetime | None:
-    """The millisecond in a UUIDv7; None for another version, or a time beyond the calendar."""
+    """The time inside a UUIDv7, to the millisecond. None for another UUID version, or for a time beyond year 9999."""
     if id_.version != 7:
         return None
     try:
         return datetime.fromtimestamp((id_.int >> 80) / 1000, UTC)
     except (ValueError, OverflowError):
         return None
+
+
+async def wait_at_most(seconds: float, event: asyncio.Event) -> bool:
+    """Waits until `event` is set, but not longer than `seconds`. Returns whether it is set."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

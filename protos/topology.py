@@ -33,8 +33,8 @@ class Subscription:
     """The tables that a replay may rebuild with this handler; None if a replay must not run it."""
     tail: Handler | None = None
     """Set if every process gets each new record, see `Topic.tail`."""
-    outside: bool = False
-    """The effect is not in PostgreSQL, see `Topic.outside`."""
+    at_least_once: bool = False
+    """The effect is not in PostgreSQL, see `Topic.at_least_once`."""
 
     @property
     def name(self) -> str:
@@ -66,13 +66,13 @@ class Topic:
         """The handler takes ``(message, tx)``; it does not get records of other types on the topic."""
         return lambda handler: Subscription(self, group, handler, message=message)
 
-    def outside(self, *, group: str) -> Callable[[Handler], Subscription]:
+    def at_least_once(self, *, group: str) -> Callable[[Handler], Subscription]:
         """An at-least-once subscription, for an effect that is not in PostgreSQL.
 
         The handler takes ``(records)``, a list of messages with id and headers, outside any transaction. A record that
         it refuses with InvalidMessage becomes a dead letter; the others go on.
         """
-        return lambda handler: Subscription(self, group, handler, batch=True, outside=True)
+        return lambda handler: Subscription(self, group, handler, batch=True, at_least_once=True)
 
     def tail(self, *, group: str, begins: Handler) -> Callable[[Handler], Subscription]:
         """The handler takes ``(message, headers)``: each new record once, in every process of `group`, outside any

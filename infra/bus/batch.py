@@ -1,6 +1,6 @@
-"""A partition's batches: effect, inbox and offset in one transaction; what fails is parked with its key.
+"""The batches of a partition: effect, inbox rows and offset in one transaction. A record that fails parks its key.
 
-The transactional half of the Kafka reader. It knows records, not the broker.
+This is the transactional half of the Kafka reader. It knows records, not the broker.
 """
 
 from __future__ import annotations
@@ -14,49 +14,50 @@ from uuid import UUID
 
 from infra.bus.dispatch import Decoded, decode, handle
 from infra.bus.kafka import headers_json, printable_headers
-from infra.errors import InvalidMessage, RetryLater, Transient, describe
+from infra.errors import InvalidMessage, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
-from infra.postgres.db import is_transient
+from infra.postgres.db import is_transient, storable
 from infra.postgres.dead_letters import DeadLetter, lock_parked, park, store_dead_letters
 from infra.postgres.inbox import mark_batch
 from infra.postgres.tx import Database, Tx
 from protos.topology import Subscription, Topic
 
-# What is neither invalid nor passing is tried this often before it becomes a dead letter.
+# A record whose error is neither invalid input nor transient becomes a dead letter after so many attempts.
 ATTEMPTS = 3
 PAUSE_SECONDS = (0.1, 0.5)
 
 
-class OutsideLog(Exception):
-    """The stored offset is not in the log: records are gone that were never read. Never skipped by itself."""
+class OffsetNotInLog(Exception):
+    """The stored offset is not in the log: records are gone that were never read. The reader never skips them."""
 
 
 class Fenced(Exception):
-    """The batch does not begin at the stored position: another owner went on, or the records are stale."""
+    """The batch does not begin at the stored position: another process has gone on, or the records are stale."""
 
 
 class Item(NamedTuple):
-    """A record, read or not."""
+    """A record."""
 
     offset: int
     key: str | None
     headers: dict[str, str]
     body: bytes | None
     result: Decoded | InvalidMessage
+    """The message, or the reason why the record cannot be read."""
 
 
 class Position(NamedTuple):
-    """Where a partition is read from next, as the database has it."""
+    """The place in a partition from which it is read next, as stored in the database."""
 
-    incarnation: UUID
+    topic_id: UUID
     next_offset: int
 
 
 class Batches:
-    """One partition for one consumer group, by the offset row in the database."""
+    """One partition, as one consumer group reads it."""
 
     def __init__(
         self,
@@ -77,48 +78,56 @@ class Batches:
         self._log = get_logger("infra.bus.batch")
         self.position: Position | None = None
 
-    async def find_position(self, incarnation: UUID, begin: int, end: int) -> int:
-        """The offset to read next, of a log that holds `begin` to `end`. Made if there is none; begun anew where
-        the topic was.
+    async def find_position(self, topic_id: UUID, begin: int, end: int) -> int:
+        """The offset to read next, in a log that holds the offsets `begin` to `end`.
 
-        Raises OutsideLog where the stored offset is not in the log.
+        The first time, and if the topic was deleted and created again, that is `begin`. Raises OffsetNotInLog if the
+        log does not hold the stored offset.
         """
         async with self._database.begin() as tx:
             rows = await tx.sql(
-                "INSERT INTO consumer_offset AS c (consumer, topic, partition, incarnation, next_offset) "
-                "VALUES ($1, $2, $3, $4, $5) ON CONFLICT (consumer, topic, partition) DO UPDATE SET "
-                # The same topic: stays where it is. Made anew: from its beginning; repeats are dropped by id.
-                "next_offset = CASE WHEN c.incarnation = excluded.incarnation THEN c.next_offset "
-                "ELSE excluded.next_offset END, incarnation = excluded.incarnation RETURNING next_offset",
+                # Locks the offset row. A topic that was created again has another id: it is read from its beginning,
+                # and the inbox drops the messages that were handled before.
+                """
+                INSERT INTO consumer_offset AS c (consumer, topic, partition, topic_id, next_offset)
+                VALUES ($1, $2, $3, $4, $5)
+                ON CONFLICT (consumer, topic, partition) DO UPDATE
+                SET next_offset = CASE
+                        WHEN c.topic_id = excluded.topic_id THEN c.next_offset
+                        ELSE excluded.next_offset
+                    END,
+                    topic_id = excluded.topic_id
+                RETURNING next_offset
+                """,
                 self._group,
                 self._topic.name,
                 self._partition,
-                incarnation,
+                topic_id,
                 begin,
             )
         next_offset: int = rows[0][0]
         if not begin <= next_offset <= end:
-            raise OutsideLog(
-                f"the next offset to read is {next_offset}, the log holds {begin} to {end}: records are gone that were "
-                "never read. Send them again (claw outbox resend) or rebuild (claw replay), then set the offset."
+            raise OffsetNotInLog(
+                f"the next offset to read is {next_offset}, but the log holds {begin} to {end}: records are gone that "
+                "were never read. Send them again (claw outbox resend) or rebuild (claw replay), then set the offset."
             )
         self._metrics.partition_stopped.labels(self._group, self._topic.name, str(self._partition)).set(0)
-        self.position = Position(incarnation, next_offset)
+        self.position = Position(topic_id, next_offset)
         return next_offset
 
-    async def process(self, incarnation: UUID | None, records: Sequence[Any]) -> None:
-        """Handles records of the log `incarnation`, in order, and moves the position behind them.
+    async def process(self, topic_id: UUID | None, records: Sequence[Any]) -> None:
+        """Handles records from the log of the topic `topic_id`, in order, and moves the position behind them.
 
-        Raises Fenced where they do not begin at the stored position, and what passes by itself (`Transient`, the
-        database being away): then nothing of the failing transaction was kept and they are to be read again.
+        Raises Fenced if they do not begin at the stored position, and transient errors. Then nothing of the
+        transaction that failed was kept, and the records must be read again.
         """
         assert self.position is not None
         first = records[0].offset
-        if incarnation != self.position.incarnation or first < self.position.next_offset:
+        if topic_id != self.position.topic_id or first < self.position.next_offset:
             raise Fenced
         if first > self.position.next_offset and first != self._gap_before:
-            # Fetched before the last seek, or the log was cut under us, or a gap that is really there (a
-            # transaction's marker). Looked up once more: only the last of these comes back the same.
+            # The records were fetched before the last seek, or the log was cut meanwhile, or the log has a gap there
+            # (the marker of a transaction). They are read once more: only a real gap looks the same again.
             self._gap_before = first
             raise Fenced
         items = [self._read(record) for record in records]
@@ -134,21 +143,21 @@ class Batches:
             try:
                 await self._commit(items, {})
             except Exception as error:
-                if _passing(error) or isinstance(error, Fenced):
+                if is_transient(error) or isinstance(error, Fenced):
                     raise
                 await self._one_by_one(items)
         self._metrics.processed.labels(self._group, "handled").inc(len(items))
         self._metrics.processing_seconds.labels(self._group).observe(time.perf_counter() - began)
 
     async def _one_by_one(self, items: Sequence[Item]) -> None:
-        """Finds out which record of a failed batch it was; the others are not held up by it."""
+        """Finds the record at fault in a batch that failed, so that it does not hold up the others."""
         for item in items:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     await self._commit([item], {})
                     break
                 except Exception as error:
-                    if _passing(error) or isinstance(error, Fenced):
+                    if is_transient(error) or isinstance(error, Fenced):
                         raise
                     if attempt == ATTEMPTS or isinstance(error, InvalidMessage):
                         await self._commit([item], {item.offset: _failure(error, attempt)})
@@ -158,8 +167,7 @@ class Batches:
 
     def _read(self, record: Any) -> Item:
         headers, bad = printable_headers(record.headers)
-        # PostgreSQL's text has no NUL, and the key is looked up there.
-        key = None if record.key is None else record.key.decode(errors="backslashreplace").replace("\x00", "\\x00")
+        key = None if record.key is None else storable(record.key.decode(errors="backslashreplace"))
         result: Decoded | InvalidMessage
         try:
             if bad is not None:
@@ -170,28 +178,32 @@ class Batches:
         return Item(record.offset, key, headers, record.value, result)
 
     async def _commit(self, items: Sequence[Item], failed: dict[int, tuple[str, int]]) -> None:
-        """Handles `items` in one transaction; those in `failed` (offset → error, attempts) become dead letters."""
+        """Handles `items` in one transaction. Those in `failed` (offset → error, attempts) become dead letters."""
         assert self.position is not None
         next_offset = items[-1].offset + 1
         async with self._database.begin() as tx:
             moved = await tx.sql(
-                "UPDATE consumer_offset SET next_offset = $5, updated_at = clock_timestamp() WHERE consumer = $1 "
-                "AND topic = $2 AND partition = $3 AND incarnation = $6 AND next_offset = $4 "
-                "RETURNING EXISTS (SELECT FROM parked_key WHERE consumer = $1 AND topic = $2)",
+                # Locks the offset row, before all other rows of the batch.
+                """
+                UPDATE consumer_offset
+                SET next_offset = $5, updated_at = clock_timestamp()
+                WHERE consumer = $1 AND topic = $2 AND partition = $3 AND topic_id = $6 AND next_offset = $4
+                RETURNING EXISTS (SELECT FROM parked_key WHERE consumer = $1 AND topic = $2)
+                """,
                 self._group,
                 self._topic.name,
                 self._partition,
                 self.position.next_offset,
                 next_offset,
-                self.position.incarnation,
+                self.position.topic_id,
             )
             if not moved:
                 raise Fenced
             [(any_parked,)] = moved
-            good = await self._set_aside(tx, items, failed, any_parked)
+            good = await self._store_dead_letters(tx, items, failed, any_parked)
             by_id: dict[UUID, Decoded] = {}
             for item in good:
-                by_id.setdefault(item.id, item)  # of a repeat within the batch the first one stands
+                by_id.setdefault(item.id, item)  # a message that the batch holds twice is handled once
             for id_ in await mark_batch(await tx.connection(), self._group, by_id) if by_id else ():
                 del by_id[id_]
             if by_id:
@@ -204,15 +216,15 @@ class Batches:
                 )
             failpoint("after_effect_before_commit")
         failpoint("after_commit_of_batch")
-        self.position = Position(self.position.incarnation, next_offset)
+        self.position = Position(self.position.topic_id, next_offset)
 
-    async def _set_aside(
+    async def _store_dead_letters(
         self, tx: Tx, items: Sequence[Item], failed: dict[int, tuple[str, int]], any_parked: bool
     ) -> list[Decoded]:
-        """Stores what cannot be handled, or waits behind such a record of its key; returns the rest.
+        """Stores the records that cannot be handled, and those whose key is parked. Returns the others.
 
-        `any_parked`: the topic has parked keys. Only who holds the partition's offset row, as this transaction does,
-        parks keys of the partition, so the answer holds until the commit.
+        `any_parked`: the topic has parked keys. This stays true until the commit: only a transaction that holds the
+        partition's offset row, as this one does, parks a key of the partition.
         """
         connection = await tx.connection()
         keys = {item.key for item in items if item.key is not None} if self._topic.ordered else set()
@@ -222,7 +234,8 @@ class Batches:
         failed = failed | {i.offset: _failure(i.result, 1) for i in items if isinstance(i.result, InvalidMessage)}
         if not parked and not failed:
             return [item.result for item in items if isinstance(item.result, Decoded)]
-        # A repeat of what was handled or discarded (sent again after a wipe) is no dead letter, and parks nothing.
+        # A message that was handled or discarded before (and is sent again after a wipe) does not become a dead letter
+        # and does not park its key.
         handled = await self._handled(tx, items)
         letters: list[DeadLetter] = []
         good: list[Decoded] = []
@@ -248,7 +261,7 @@ class Batches:
             self._metrics.dead_letters.labels(self._group).inc(len(letters))
             first = letters[0]
             self._log.error(
-                "records set aside as dead letters; see claw dlq list",
+                "records stored as dead letters; see claw dlq list",
                 group=self._group,
                 topic=self._topic.name,
                 partition=self._partition,
@@ -262,7 +275,10 @@ class Batches:
     async def _handled(self, tx: Tx, items: Sequence[Item]) -> set[str]:
         ids = [readable_id(item.headers, item.body) for item in items]
         rows = await tx.sql(
-            "SELECT message_id FROM inbox WHERE consumer = $1 AND message_id = ANY($2::uuid[])",
+            """
+            SELECT message_id FROM inbox
+            WHERE consumer = $1 AND message_id = ANY($2::uuid[])
+            """,
             self._group,
             [UUID(id_) for id_ in ids if not id_.startswith("sha256:")],
         )
@@ -272,7 +288,7 @@ class Batches:
         assert self.position is not None
         return DeadLetter(
             destination=self._topic.name,
-            place=f"{self.position.incarnation}/{self._partition}/{item.offset}",
+            place=f"{self.position.topic_id}/{self._partition}/{item.offset}",
             message_id=readable_id(item.headers, item.body),
             key=item.key,
             tenant_id=item.headers.get("tenant_id"),
@@ -285,15 +301,11 @@ class Batches:
 
 
 def readable_id(headers: dict[str, str], body: bytes | None) -> str:
-    """The message's id, or a digest of the message where it has none that can be read."""
+    """The message's id. A digest of the message if it has no id that can be read."""
     try:
         return str(UUID(headers["ce_id"]))
     except (KeyError, ValueError):
         return "sha256:" + hashlib.sha256(repr(sorted(headers.items())).encode() + (body or b"")).hexdigest()
-
-
-def _passing(error: BaseException) -> bool:
-    return isinstance(error, (Transient, RetryLater)) or is_transient(error)
 
 
 def _failure(error: Exception, attempts: int) -> tuple[str, int]:

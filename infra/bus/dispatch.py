@@ -1,4 +1,4 @@
-"""From the bytes of a message to its handlers, the same for a first delivery and for a redrive."""
+"""Decodes a message and calls its handlers, in the same way for a first delivery and for a redrive."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from protos.topology import Subscription
 
 
 class Decoded(NamedTuple):
-    """A message that could be read."""
+    """A message that was decoded."""
 
     id: UUID
     message: Message
     headers: Mapping[str, str]
 
     def envelope(self) -> Envelope:
-        """All attributes. Raises InvalidMessage where one is malformed."""
+        """All attributes. Raises InvalidMessage if one is malformed."""
         try:
             return read_headers(dict(self.headers))
         except ValueError as error:
@@ -44,14 +44,14 @@ def _by_wire_name(messages: tuple[type[Message], ...]) -> dict[str, type[Message
 
 
 def decode(headers: Mapping[str, str], body: bytes | None, messages: tuple[type[Message], ...]) -> Decoded:
-    """Reads a message of one of the types `messages`.
+    """Decodes a message of one of the types `messages`.
 
-    Raises InvalidMessage naming the header or the field: id missing or no UUID, a type or version unknown here (a
-    newer writer may have sent it, so it is kept until a reader that knows it redrives it), a tombstone, a body
-    that does not fit.
+    Raises InvalidMessage with the name of the header or field, if the id is missing or not a UUID, if the type or
+    version is unknown here (a newer writer may have sent it: it is kept until a reader that knows it redrives it), if
+    the body is missing (a tombstone), and if the body does not fit the type.
     """
     try:
-        # asyncpg's UUID is one like any other, read, compared and sent to the database in a tenth of the time.
+        # asyncpg's subclass of UUID: it is parsed, compared and sent to the database in a tenth of the time.
         id_: UUID = FastUUID(headers["ce_id"])
     except KeyError:
         raise InvalidMessage("header ce_id", "missing") from None
@@ -63,7 +63,7 @@ def decode(headers: Mapping[str, str], body: bytes | None, messages: tuple[type[
         known = ", ".join(sorted(_by_wire_name(messages)))
         raise InvalidMessage("header ce_type", f"{wire_name!r} is not known here (known: {known})")
     if body is None:
-        raise InvalidMessage("body", "a tombstone; this topic carries facts, which are never deleted by key")
+        raise InvalidMessage("body", "a tombstone (no body); this topic carries facts, which are never deleted by key")
     try:
         return Decoded(id_, _decoder(message).decode(body), headers)
     except msgspec.DecodeError as error:
@@ -71,9 +71,9 @@ def decode(headers: Mapping[str, str], body: bytes | None, messages: tuple[type[
 
 
 async def handle(subscriptions: Sequence[Subscription], items: Sequence[Decoded], tx: Tx, **where: Any) -> None:
-    """Calls every handler with the messages it takes, in order."""
+    """Calls every handler with the messages of its types, in order."""
     for subscription in subscriptions:
-        if subscription.outside:
+        if subscription.at_least_once:
             await subscription.handler(list(items))
             continue
         if subscription.batch:

@@ -1,4 +1,4 @@
-"""Kafka's client side: the relay's publisher, and the broker's identity of a topic."""
+"""Kafka's client side: the relay's publisher, the broker's ids of topics, and headers as strings."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from aiokafka.protocol.types import (
     TaggedFields,
 )
 
-from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable, by_destination
+from infra.bus.outbox import HeldBack, Outcome, Pending, Unpublishable, by_destination
 from infra.errors import describe
 
-# One record; what is larger belongs in the object store, with a reference in the message.
+# One record. Larger content belongs in the object store, with a reference in the message.
 MAX_RECORD_BYTES = 1_000_000
 
 
 class KafkaPublisher:
-    """Publishes outbox rows by one idempotent producer: per partition nothing is lost, doubled or reordered by it.
+    """Publishes outbox rows by one idempotent producer, which loses, repeats and reorders nothing within a partition.
 
-    A send is never timed out and sent again: the producer's own retry keeps the order, a second send would not.
+    There is no time-out after which a message is sent again: the producer's own retry keeps the order, a second send
+    does not.
     """
 
     bus = "kafka"
@@ -45,8 +46,9 @@ class KafkaPublisher:
         self._starting = asyncio.Lock()
 
     async def start(self) -> AIOKafkaProducer:
-        """Connects, if it has not yet. Raises KafkaConnectionError while no broker answers."""
-        async with self._starting:  # the relay and a health check may ask at once; a second producer would be forgotten
+        """Connects if it is not connected yet. Raises KafkaConnectionError while no broker answers."""
+        # The relay and a health check may call at the same time. A second producer would never be stopped.
+        async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
                     bootstrap_servers=self._bootstrap,
@@ -77,17 +79,17 @@ class KafkaPublisher:
         for destination, indexes in by_destination(rows).items():
             topic = self._prefix + destination
             try:
-                # A send to a topic that is not there would hold all others back until its time-out.
+                # A send to a topic that does not exist would hold back all others until its time-out.
                 await asyncio.wait_for(producer.partitions_for(topic), 1)
             except (TimeoutError, UnknownTopicOrPartitionError) as error:
                 for index in indexes:
-                    outcomes[index] = SetAside(f"topic {topic}: {type(error).__name__}, is it provisioned?")
+                    outcomes[index] = HeldBack(f"topic {topic}: {type(error).__name__}; is the topic provisioned?")
                 continue
             for index in indexes:
                 row = rows[index]
                 if len(row.body) > MAX_RECORD_BYTES:
                     outcomes[index] = Unpublishable(
-                        f"body: {len(row.body)} bytes, a record may have {MAX_RECORD_BYTES}"
+                        f"body: must have at most {MAX_RECORD_BYTES} bytes, not {len(row.body)}"
                     )
                     continue
                 headers = [(name, value.encode()) for name, value in row.headers.items()]
@@ -96,14 +98,14 @@ class KafkaPublisher:
                 except MessageSizeTooLargeError as error:
                     outcomes[index] = Unpublishable(f"record: {error}")
         results = await asyncio.gather(*sent.values(), return_exceptions=True)
-        failed: dict[str, SetAside] = {}
+        failed: dict[str, HeldBack] = {}
         for index, result in zip(sent, results, strict=True):
             destination = rows[index].destination
-            # Behind a failure everything of the destination counts as unsent: sent again in order it stays in order.
+            # All messages of the destination behind a failure count as not sent. They are sent again in their order.
             if isinstance(result, BaseException) and destination not in failed:
                 if not isinstance(result, KafkaError):
                     raise result
-                failed[destination] = SetAside(describe(result))
+                failed[destination] = HeldBack(describe(result))
             if destination in failed:
                 outcomes[index] = failed[destination]
         return outcomes
@@ -170,7 +172,7 @@ class _MetadataResponse(Response):  # type: ignore[misc]  # aiokafka is untyped
 
 
 class _MetadataRequestV10(RequestStruct):  # type: ignore[misc]  # aiokafka is untyped
-    """Metadata version 10, the first that tells a topic's id; aiokafka itself speaks version 5."""
+    """Metadata version 10, the first with topic ids. aiokafka itself uses version 5."""
 
     API_KEY = 3
     API_VERSION = 10
@@ -198,8 +200,8 @@ class _MetadataRequest(Request[_MetadataRequestV10]):  # type: ignore[misc]  # a
         return request_struct_class([(UUID(int=0), topic, {}) for topic in self._topics], False, False, False, {})
 
 
-async def topic_incarnations(client: Any, topics: Sequence[str]) -> dict[str, UUID]:
-    """The broker's ids of those `topics` that exist. A topic made anew under its old name has another id.
+async def topic_ids(client: Any, topics: Sequence[str]) -> dict[str, UUID]:
+    """The broker's ids of those `topics` that exist. A topic that was deleted and created again has another id.
 
     `client` is the AIOKafkaClient of a started consumer. Raises KafkaError while no broker answers.
     """
@@ -208,7 +210,7 @@ async def topic_incarnations(client: Any, topics: Sequence[str]) -> dict[str, UU
 
 
 def printable_headers(headers: Sequence[tuple[str, bytes | None]]) -> tuple[dict[str, str], str | None]:
-    """A record's headers as strings, and the name of the first that is not UTF-8 (its bytes shown escaped)."""
+    """A record's headers as strings, and the name of the first that is not UTF-8 (its bytes are escaped)."""
     try:
         return {name: value.decode() if value else "" for name, value in headers}, None
     except UnicodeDecodeError as error:
@@ -217,5 +219,5 @@ def printable_headers(headers: Sequence[tuple[str, bytes | None]]) -> tuple[dict
 
 
 def headers_json(headers: dict[str, str]) -> str:
-    # ensure_ascii turns NUL into an escape that PostgreSQL's text can hold.
+    # ensure_ascii turns NUL into an escape that PostgreSQL can store.
     return json.dumps(headers)

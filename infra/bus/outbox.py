@@ -1,7 +1,7 @@
-"""The relay: takes messages from the outbox to their bus, in position order, and marks what the bus confirmed.
+"""The relay: publishes the messages of the outbox to their bus, in position order, and marks the confirmed ones.
 
-It may repeat a message (a crash between confirm and mark, a paused relay that wakes); it never reorders the first
-occurrences of a key. Each process relays the key-hash buckets whose leases it holds.
+It may repeat a message (after a crash between confirm and mark, or when a paused relay wakes up). It never reorders the
+first occurrences of a key. Each process relays the key-hash buckets whose leases it holds.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from infra.postgres.leases import LEASE_SECONDS, Leases
 from infra.postgres.tx import BUCKETS
 
 WINDOW = 500
-# What wakes the relay is a commit in this process; the poll finds what other processes and crashes left behind.
+# A commit in this process wakes the relay. The poll finds the rows of other processes, and those left after a crash.
 POLL_SECONDS = 0.25
-SET_ASIDE_SECONDS = (1, 2, 5, 15, 60)
+HELD_BACK_SECONDS = (1, 2, 5, 15, 60)
 
 
 class Pending(NamedTuple):
@@ -43,23 +43,24 @@ class Pending(NamedTuple):
     body: bytes
 
 
-class SetAside(NamedTuple):
-    """This row and all of its destination (and, on Kafka, key) wait: the destination refuses for now."""
+class HeldBack(NamedTuple):
+    """The destination refuses messages now. All of its rows wait, with RabbitMQ only those of the same routing key."""
 
     error: str
 
 
 class Unpublishable(NamedTuple):
-    """No attempt will ever succeed: it becomes a dead letter."""
+    """No attempt can succeed. The row becomes a dead letter."""
 
     error: str
 
 
-Outcome = SetAside | Unpublishable | None
+Outcome = HeldBack | Unpublishable | None
+"""None: the bus has confirmed the message."""
 
 
 class Publisher(Protocol):
-    """Takes rows to a bus; returns an outcome for each, None meaning confirmed. Raises when the bus is away."""
+    """Publishes rows to a bus and returns an outcome for each. Raises if the bus is away."""
 
     bus: str
 
@@ -79,7 +80,7 @@ class Relay:
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._engine = engine
-        # For what is one statement: it needs no BEGIN and no COMMIT.
+        # For single statements: they need no BEGIN and no COMMIT.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._service = service
         self._publisher = publisher
@@ -90,12 +91,12 @@ class Relay:
         self._log = get_logger("infra.bus.outbox")
 
     def wake(self, bus: str) -> None:
-        """There are messages for that bus."""
+        """Tells the relay that the outbox has new messages for `bus`."""
         if bus == self._publisher.bus:
             self._wake.set()
 
     async def stop(self) -> None:
-        """Lets the window under way finish; `run` then returns."""
+        """Finishes the window that is being published. Then `run` returns."""
         self._stopping = True
         self._wake.set()
 
@@ -107,14 +108,14 @@ class Relay:
                 full = await self.step() == WINDOW
                 failures = 0
             except Exception as error:
-                # Whatever it was, the rows stay and are tried again: there is nobody to hand the error to.
+                # After any error: the rows stay in the outbox and are tried again. No caller waits for the error.
                 failures += 1
                 self._metrics.outbox_failures.labels(self._publisher.bus).inc()
                 self._log.warning(
-                    "outbox relay failed, its messages stay and are tried again",
+                    "could not relay messages from the outbox; will retry",
                     bus=self._publisher.bus,
                     error=describe(error),
-                    passing=is_transient(error),
+                    transient=is_transient(error),
                     exc_info=not is_transient(error),
                 )
                 full = False
@@ -125,23 +126,31 @@ class Relay:
                 except TimeoutError:
                     continue
                 if failures:
-                    await asyncio.sleep(POLL_SECONDS)  # a commit wakes it, but must not make it spin on a dead bus
+                    await asyncio.sleep(POLL_SECONDS)  # a commit wakes the relay, but must not make it spin
         if self.leases.held:
             await self.leases.release()
 
     async def step(self) -> int:
-        """Relays one window of the buckets that this relay holds now. Returns how many rows it took."""
+        """Relays one window of the buckets that this relay holds now. Returns the number of rows."""
         await self.leases.refresh()
         if not self.leases.held:
             return 0
         async with self._single.connect() as connection:
             rows = await sql(
                 connection,
-                "SELECT position, message_id, destination, routing_key, key, headers, body FROM outbox o "
-                "WHERE bus = $1 AND published_at IS NULL AND bucket = ANY($2::smallint[]) AND NOT EXISTS "
-                "(SELECT FROM outbox_set_aside s WHERE s.bus = o.bus AND s.destination = o.destination "
-                " AND s.key IN ('', o.key, o.routing_key) AND s.retry_at > clock_timestamp()) "
-                "ORDER BY position LIMIT $3",
+                # Locks nothing: the leases decide which process relays a bucket.
+                """
+                SELECT position, message_id, destination, routing_key, key, headers, body
+                FROM outbox o
+                WHERE bus = $1 AND published_at IS NULL AND bucket = ANY($2::smallint[])
+                    AND NOT EXISTS (
+                        SELECT FROM outbox_held_back h
+                        WHERE h.bus = o.bus AND h.destination = o.destination
+                            AND h.key IN ('', o.key, o.routing_key) AND h.retry_at > clock_timestamp()
+                    )
+                ORDER BY position
+                LIMIT $3
+                """,
                 self._publisher.bus,
                 list(self.leases.held),
                 WINDOW,
@@ -158,83 +167,97 @@ class Relay:
     async def _mark(self, pending: Sequence[Pending], outcomes: Sequence[Outcome]) -> None:
         bus = self._publisher.bus
         done: list[int] = []
-        taken: list[Pending] = []
+        confirmed: list[Pending] = []
         dead: list[DeadLetter] = []
-        aside: dict[tuple[str, str], str] = {}
+        held_back: dict[tuple[str, str], str] = {}
         for row, outcome in zip(pending, outcomes, strict=True):
             match outcome:
                 case None:
                     done.append(row.position)
-                    taken.append(row)
+                    confirmed.append(row)
                 case Unpublishable(error):
                     done.append(row.position)
                     dead.append(_dead_letter(row, error))
-                case SetAside(error):
-                    aside[row.destination, row.routing_key if bus == "rabbit" else ""] = error
-        async with self._engine.begin() if dead or aside else self._single.connect() as connection:
-            if done and not await self._mark_published(connection, done, taken):
+                case HeldBack(error):
+                    held_back[row.destination, row.routing_key if bus == "rabbit" else ""] = error
+        async with self._engine.begin() if dead or held_back else self._single.connect() as connection:
+            if done and not await self._mark_published(connection, done, confirmed):
                 return
             if dead:
                 await store_dead_letters(connection, self._service, "outbox", dead)
-            for (destination, key), error in aside.items():
-                await self._set_aside(connection, destination, key, error)
+            for (destination, key), error in sorted(held_back.items()):
+                await self._hold_back(connection, destination, key, error)
         self._metrics.outbox_published.labels(bus).inc(len(done) - len(dead))
 
     async def _mark_published(
-        self, connection: AsyncConnection, positions: list[int], taken: Sequence[Pending]
+        self, connection: AsyncConnection, positions: list[int], confirmed: Sequence[Pending]
     ) -> bool:
-        """`taken`: by the bus, so that what was set aside beside them need not wait any longer."""
+        """`confirmed`: the rows that the bus has taken, so that their destinations are not held back any longer."""
         held = self.leases.held
         marked = await sql(
             connection,
-            # Only under the epoch that read them: a relay that slept must not speak for its successor. The leases
-            # stay locked, so that a `resend` comes before this mark or after it, not in between. The mark does not
-            # wait for the disk: a database that crashes before it is written has the messages sent again.
-            "WITH own AS MATERIALIZED (SELECT l.name, set_config('synchronous_commit', 'off', true) FROM lease l "
-            "JOIN unnest($2::text[], $3::bigint[]) AS h(name, epoch) USING (name, epoch) WHERE l.owner = $4 "
-            "ORDER BY l.name FOR SHARE OF l), "
-            "tried_again AS (DELETE FROM outbox_set_aside s WHERE s.bus = $6 AND s.destination = ANY($7::text[]) "
-            "AND s.retry_at < clock_timestamp() AND s.key = ANY($8::text[])) "
-            "UPDATE outbox o SET published_at = clock_timestamp() FROM unnest($1::bigint[]) AS p(position) "
-            "WHERE o.position = p.position AND EXISTS (SELECT FROM own WHERE own.name = $5 || ':' || o.bucket) "
-            "RETURNING o.position",
+            # Locks the leases, in the order of their names, so that a `resend` comes before or after this mark and not
+            # in between; then the rows. Only under the epoch under which the rows were read: a relay that was paused
+            # must not mark rows for its successor. The mark does not wait for the disk: if the database crashes before
+            # it is written, the messages are sent again.
+            """
+            WITH own AS MATERIALIZED (
+                SELECT l.name, set_config('synchronous_commit', 'off', true)
+                FROM lease l
+                JOIN unnest($2::text[], $3::bigint[]) AS h(name, epoch) USING (name, epoch)
+                WHERE l.owner = $4
+                ORDER BY l.name
+                FOR SHARE OF l
+            ), tried_again AS (
+                DELETE FROM outbox_held_back h
+                WHERE h.bus = $6 AND h.destination = ANY($7::text[]) AND h.key = ANY($8::text[])
+                    AND h.retry_at < clock_timestamp()
+            )
+            UPDATE outbox o SET published_at = clock_timestamp()
+            FROM unnest($1::bigint[]) AS p(position)
+            WHERE o.position = p.position AND EXISTS (SELECT FROM own WHERE own.name = $5 || ':' || o.bucket)
+            RETURNING o.position
+            """,
             positions,
             [f"outbox-{self._publisher.bus}:{bucket}" for bucket in held],
             list(held.values()),
             self.leases.owner,
             f"outbox-{self._publisher.bus}",
             self._publisher.bus,
-            list({row.destination for row in taken}),
-            list({row.routing_key for row in taken}),
+            list({row.destination for row in confirmed}),
+            list({row.routing_key for row in confirmed}),
         )
         if len(marked) != len(positions):
             self.leases.due = 0.0
             self._log.warning(
-                "outbox relay lost leases while it published; the next holder repeats those messages",
+                "the relay lost leases while it published; their next owner sends these messages again",
                 bus=self._publisher.bus,
                 published=len(positions),
                 marked=len(marked),
             )
         return bool(marked)
 
-    async def _set_aside(self, connection: AsyncConnection, destination: str, key: str, error: str) -> None:
+    async def _hold_back(self, connection: AsyncConnection, destination: str, key: str, error: str) -> None:
         self._metrics.outbox_failures.labels(self._publisher.bus).inc()
         [(attempts,)] = await sql(
             connection,
-            "INSERT INTO outbox_set_aside AS s "
-            "VALUES ($1, $2, $3, 1, clock_timestamp() + make_interval(secs => $4), $5) "
-            "ON CONFLICT (bus, destination, key) DO UPDATE SET attempts = s.attempts + 1, error = excluded.error, "
-            "retry_at = clock_timestamp() + make_interval(secs => ($6::int[])[least(s.attempts + 1, 5)]) "
-            "RETURNING attempts",
+            """
+            INSERT INTO outbox_held_back AS h
+            VALUES ($1, $2, $3, 1, clock_timestamp() + make_interval(secs => $4), $5)
+            ON CONFLICT (bus, destination, key) DO UPDATE
+            SET attempts = h.attempts + 1, error = excluded.error,
+                retry_at = clock_timestamp() + make_interval(secs => ($6::int[])[least(h.attempts + 1, 5)])
+            RETURNING attempts
+            """,
             self._publisher.bus,
             destination,
             key,
-            float(SET_ASIDE_SECONDS[0]),
+            float(HELD_BACK_SECONDS[0]),
             error,
-            list(SET_ASIDE_SECONDS),
+            list(HELD_BACK_SECONDS),
         )
         self._log.warning(
-            "messages set aside, the destination refuses them for now",
+            "messages held back: the destination refuses them now; will retry",
             bus=self._publisher.bus,
             destination=destination,
             key=key,
@@ -258,26 +281,41 @@ def _dead_letter(row: Pending, error: str) -> DeadLetter:
 
 
 async def pending_by_destination(connection: AsyncConnection) -> dict[tuple[str, str], tuple[int, float]]:
-    """(bus, destination) → how many messages wait and the age of the oldest in seconds."""
+    """(bus, destination) → the number of messages that wait, and the age of the oldest in seconds."""
     rows = await sql(
         connection,
-        "SELECT bus, destination, count(*), extract(epoch FROM clock_timestamp() - min(created_at))::float8 "
-        "FROM outbox WHERE published_at IS NULL GROUP BY bus, destination",
+        """
+        SELECT bus, destination, count(*), extract(epoch FROM clock_timestamp() - min(created_at))::float8
+        FROM outbox
+        WHERE published_at IS NULL
+        GROUP BY bus, destination
+        """,
     )
     return {(bus, destination): (count, age) for bus, destination, count, age in rows}
 
 
 async def resend(connection: AsyncConnection, destination: str, *, since: Any = None) -> int:
-    """Marks what was published to `destination` (since a time, if given) as pending again. Returns how many.
+    """Marks the messages published to `destination` (if `since` is given: since then) as pending. Returns their number.
 
-    Consumers drop what they have handled: ids stay. Only what is still kept can be sent again. A relay that has
-    published and not marked yet is refused: what it sent may have gone with the bus that was wiped.
+    Consumers drop those that they have handled, because ids do not change. Only messages that are still kept can be
+    sent again. A relay that has published messages and not marked them yet can no longer mark them: those messages may
+    be lost with the bus that was wiped.
     """
-    await sql(connection, "UPDATE lease SET epoch = epoch + 1 WHERE starts_with(name, 'outbox-')")
+    await sql(
+        connection,
+        # Locks the leases in the order of their names, as the relay's mark does.
+        """
+        UPDATE lease SET epoch = epoch + 1
+        WHERE name IN (SELECT name FROM lease WHERE starts_with(name, 'outbox-') ORDER BY name FOR UPDATE)
+        """,
+    )
     rows = await sql(
         connection,
-        "UPDATE outbox SET published_at = NULL WHERE destination = $1 AND published_at IS NOT NULL "
-        "AND ($2::timestamptz IS NULL OR created_at >= $2) RETURNING 1",
+        """
+        UPDATE outbox SET published_at = NULL
+        WHERE destination = $1 AND published_at IS NOT NULL AND ($2::timestamptz IS NULL OR created_at >= $2)
+        RETURNING 1
+        """,
         destination,
         since,
     )
@@ -285,7 +323,7 @@ async def resend(connection: AsyncConnection, destination: str, *, since: Any = 
 
 
 def by_destination(rows: Sequence[Pending]) -> dict[str, list[int]]:
-    """Indexes of `rows` by destination, order kept."""
+    """The indexes of `rows` by destination, in their order."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         groups[row.destination].append(index)

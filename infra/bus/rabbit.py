@@ -1,8 +1,8 @@
-"""RabbitMQ: the relay's publisher, and the workers that take jobs off the queues.
+"""RabbitMQ: the relay's publisher, and the workers that take messages off the queues.
 
-A worker's handler is quick: it stores the work in one transaction; the ack follows the commit, and a crash between
-the two redelivers a copy that the inbox drops. Attempts are counted in a header of our own: the broker's counter also
-counts messages that were merely prefetched when a process stopped.
+A worker's handler is quick: it stores the work in one transaction. The acknowledgement follows the commit. After a
+crash between the two the broker delivers the message again, and the inbox drops it. Attempts are counted in a header of
+our own, because the broker also counts messages that were only prefetched when a process stopped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 from infra.bus.batch import readable_id
 from infra.bus.dispatch import decode
 from infra.bus.kafka import headers_json
-from infra.bus.outbox import Outcome, Pending, SetAside, Unpublishable
+from infra.bus.outbox import HeldBack, Outcome, Pending, Unpublishable
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, RetryLater, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
-from infra.postgres.db import is_transient
+from infra.postgres.db import is_of_database, is_transient
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Database, Tx
@@ -37,7 +37,7 @@ from protos.topology import Queue, Subscription
 ATTEMPT = "x-claw-attempt"
 CONFIRMS_IN_FLIGHT = 100
 MAX_MESSAGE_BYTES = 1_000_000
-# The broker gives a silent client up after two heartbeats, and its messages to others; the usual 60 s are long.
+# After two heartbeats without a sign of a client, the broker gives its messages to others. The default of 60 s is long.
 HEARTBEAT_SECONDS = 10
 
 
@@ -58,8 +58,9 @@ class RabbitPublisher:
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Connects, if it has not yet."""
-        async with self._starting:  # two callers at once would each connect, and one connection be forgotten
+        """Connects if it is not connected yet."""
+        # Two callers at the same time would both connect. One of the connections would never be closed.
+        async with self._starting:
             if self._connection is None:
                 connection = await aio_pika.connect_robust(self._url, timeout=10, reconnect_interval=1)
                 try:
@@ -83,21 +84,22 @@ class RabbitPublisher:
 
     async def _outcome(self, row: Pending) -> Outcome:
         if len(row.body) > MAX_MESSAGE_BYTES:
-            return Unpublishable(f"body: {len(row.body)} bytes, a message may have {MAX_MESSAGE_BYTES}")
+            return Unpublishable(f"body: must have at most {MAX_MESSAGE_BYTES} bytes, not {len(row.body)}")
         try:
             await self.send(row.destination, row.routing_key, row.body, row.headers, str(row.message_id))
         except PublishError:
-            return SetAside(f"exchange {row.destination}: no queue takes routing key {row.routing_key!r}")
+            return HeldBack(f"exchange {row.destination}: no queue is bound to routing key {row.routing_key!r}")
         except DeliveryError:
-            return SetAside(f"exchange {row.destination}: the queue behind {row.routing_key!r} refuses, it is full")
+            return HeldBack(f"exchange {row.destination}: the queue of routing key {row.routing_key!r} is full")
         return None
 
     async def send(
         self, exchange: str, routing_key: str, body: bytes, headers: Mapping[str, Any], message_id: str
     ) -> None:
-        """Returns once the broker has confirmed.
+        """Returns when the broker has confirmed the message.
 
-        Raises PublishError (no queue), DeliveryError (refused), AMQPError or OSError while the broker is away.
+        Raises PublishError if no queue is bound, DeliveryError if the queue refuses, and AMQPError or OSError while the
+        broker is away.
         """
         await self.start()
         assert self._channel is not None
@@ -115,14 +117,16 @@ class RabbitPublisher:
             try:
                 await target.publish(message, routing_key, mandatory=True)
             except ChannelInvalidStateError as error:
-                raise ConnectionError("RabbitMQ: the connection is gone, and not there again yet") from error
+                raise ConnectionError("RabbitMQ: not connected; it is connecting again") from error
             except asyncio.CancelledError as error:
-                # So the library ends a publish whose connection it gives up. Passed on it would end the relay, and a
-                # worker's message would stay with a consumer that does nothing more for it.
+                # The library cancels a publish when it closes the connection. If this error went on, it would end the
+                # relay, and a worker would keep its message without ever processing it.
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                raise ConnectionError("RabbitMQ: it was silent for too long, the connection is given up") from error
+                raise ConnectionError(
+                    "RabbitMQ: connection closed because the broker did not answer in time"
+                ) from error
 
 
 class Workers:
@@ -139,7 +143,7 @@ class Workers:
         self._metrics = metrics
         self._publisher = RabbitPublisher(url)
         self._log = get_logger("infra.bus.rabbit")
-        # Typed injection and FastStream's own acknowledgement are off: bytes come in, this module acknowledges.
+        # FastStream's typed injection and acknowledgement are off: handlers get bytes, and this module acknowledges.
         self._broker = RabbitBroker(
             _with_heartbeat(url),
             apply_types=False,
@@ -163,7 +167,7 @@ class Workers:
         )(handler)
 
     async def start(self) -> None:
-        """Raises AMQPError or OSError while the broker is away, and where a queue is not provisioned."""
+        """Raises AMQPError or OSError while the broker is away, and if a queue is not provisioned."""
         await self._publisher.start()
         await self._broker.start()
 
@@ -171,7 +175,7 @@ class Workers:
         return await self._broker.ping(timeout=2.0)
 
     async def stop(self) -> None:
-        """Stops taking, waits for the handlers under way."""
+        """Takes no more messages, and waits for the handlers that are running."""
         await self._broker.stop()
         await self._publisher.stop()
 
@@ -192,7 +196,7 @@ class Workers:
             await store_dead_letters(await tx.connection(), queue.name, "rabbit", [letter])
         self._metrics.dead_letters.labels(queue.name).inc()
         self._log.error(
-            "message set aside as a dead letter; see claw dlq list",
+            "message stored as a dead letter; see claw dlq list",
             queue=queue.name,
             message_id=letter.message_id,
             attempts=attempts,
@@ -200,7 +204,7 @@ class Workers:
         )
 
     async def retry(self, queue: Queue, message: RabbitMessage, attempt: int, delay: timedelta) -> None:
-        """Puts a copy into the wait queue and acks. A crash between the two leaves two copies; the inbox drops one."""
+        """Sends a copy to the wait queue, then acks. A crash in between leaves two copies: the inbox drops one."""
         headers = {**message.headers, ATTEMPT: attempt}
         await self._publisher.send("", queue.retry_queue(delay), message.body, headers, str(message.message_id))
         failpoint("after_retry_before_ack")
@@ -213,7 +217,7 @@ async def _undecoded(message: RabbitMessage) -> RabbitMessage:
 
 
 class _Worker:
-    """One queue's handler with its transaction, ladder and dead letter."""
+    """The handler of one queue, with its transaction, retries and dead letters."""
 
     def __init__(self, workers: Workers, subscription: Subscription, queue: Queue) -> None:
         self._workers = workers
@@ -241,7 +245,7 @@ class _Worker:
         decoded = decode(headers, body, (self._queue.message,))
         envelope = decoded.envelope()
         if self._queue.expires is not None and envelope.time + self._queue.expires < utcnow():
-            raise InvalidMessage("header ce_time", f"older than {self._queue.expires}, too late to be of use")
+            raise InvalidMessage("header ce_time", f"must not be older than {self._queue.expires}")
 
         async def work(tx: Tx) -> None:
             if await mark_handled(await tx.connection(), self._queue.name, [decoded.id]):
@@ -254,7 +258,7 @@ class _Worker:
         queue = self._queue
         workers = self._workers
         workers._log.warning(
-            "message not handled",
+            "could not process a message",
             queue=queue.name,
             message_id=message.message_id,
             attempt=attempt,
@@ -262,8 +266,8 @@ class _Worker:
             exc_info=not isinstance(error, InvalidMessage) and not is_transient(error),
         )
         try:
-            if is_transient(error):
-                # The database is away. That is no fault of the message, so the attempt does not count.
+            if is_of_database(error):
+                # The database is away. This is not the message's fault, so the attempt does not count.
                 await workers.retry(queue, message, attempt, queue.retries[0])
             elif isinstance(error, InvalidMessage) or attempt > len(queue.retries):
                 await workers.dead_letter(queue, message, describe(error), attempt)
@@ -275,19 +279,20 @@ class _Worker:
                     rung = next((delay for delay in queue.retries if delay >= error.after), queue.retries[-1])
                 await workers.retry(queue, message, attempt + 1, rung)
         except Exception as second:
-            # Neither parked nor delayed: it goes back to the queue, where the broker keeps it.
+            # Neither a dead letter nor delayed: it goes back to its queue, and the broker keeps it.
             workers._log.error(
-                "message returned to its queue",
+                "could not store or delay a failed message; returned it to its queue",
                 queue=queue.name,
                 message_id=message.message_id,
                 error=describe(second),
             )
-            await asyncio.sleep(1)  # without it an outage would redeliver as fast as it can, up to the delivery limit
+            # Without this pause the broker would deliver it again at once, and soon reach its delivery limit.
+            await asyncio.sleep(1)
             await message.nack(requeue=True)
 
 
 class _Collector:
-    """Moves what the broker itself dead-lettered (a crash loop, expiry, overflow) into the table."""
+    """Moves the messages that the broker dead-lettered (crash loop, expiry, overflow) into the table."""
 
     def __init__(self, workers: Workers, queue: Queue) -> None:
         self._workers = workers
@@ -298,9 +303,11 @@ class _Collector:
         reason = str(message.headers.get("x-first-death-reason", "rejected"))
         attempts = int(message.headers.get(ATTEMPT, 1))
         try:
-            await self._workers.dead_letter(self._queue, message, f"the broker gave it up: {reason}", attempts)
+            await self._workers.dead_letter(self._queue, message, f"dead-lettered by the broker: {reason}", attempts)
         except Exception as error:
-            self._workers._log.warning("dead letter stays in its queue", queue=self._queue.name, error=str(error))
+            self._workers._log.warning(
+                "could not store a dead letter; it stays in its queue", queue=self._queue.name, error=describe(error)
+            )
             await asyncio.sleep(1)
             await message.nack(requeue=True)
             return

@@ -21,7 +21,7 @@ from infra.failpoint import failpoint
 from infra.lanes.claims import Lease
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
-from infra.postgres.db import is_transient
+from infra.postgres.db import is_transient, storable
 from infra.postgres.tx import CONFLICT_ATTEMPTS, Database, Tx
 
 R = TypeVar("R")
@@ -210,4 +210,4 @@ class Effects:
 
 def _text(error: str) -> str:
     text: str = redacted(error)
-    return text.replace("\x00", "\\x00")[:4000]
+    return storable(text, 4000)

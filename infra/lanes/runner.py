@@ -28,7 +28,7 @@ from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
-from infra.postgres.db import is_transient
+from infra.postgres.db import is_transient, storable
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.tx import Database, Tx
 
@@ -285,7 +285,7 @@ class LaneRunner:
                     lease.lane_id,
                     head.seq,
                     0 if passing else 1,
-                    text.replace("\x00", "\\x00")[:4000],
+                    storable(text, 4000),
                     _pause(error, head.attempts) if passing else lane.retries[head.faults],
                 )
                 await tx.sql("SELECT lane_release($1)", lease.lane_id)

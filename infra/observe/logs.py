@@ -66,9 +66,12 @@ def setup(service: str, level: str = "info") -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def get_logger(name: str) -> FilteringBoundLogger:
-    """A logger: ``log.info("a sentence", key=value, …)``; `exc_info=True` adds the exception being handled."""
-    logger: FilteringBoundLogger = structlog.get_logger(component=name)
+def get_logger(name: str, **fields: Any) -> FilteringBoundLogger:
+    """A logger: ``log.info("a sentence", key=value, …)``; `exc_info=True` adds the exception being handled.
+
+    `fields` are added to each line.
+    """
+    logger: FilteringBoundLogger = structlog.get_logger(component=name, **fields)
     return logger
 
 

@@ -10,6 +10,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from infra.errors import Transient
+
 # Left idle inside a transaction for longer, the server ends the session. A consumer stopped in mid-transaction holds
 # its offset row; without this the next owner of the partition waits for it as long as the process stays stopped.
 IDLE_IN_TRANSACTION_MS = 5_000
@@ -115,7 +117,12 @@ def _as_sqlalchemy(connection: AsyncConnection, statement: str, error: Exception
 
 
 def is_transient(error: BaseException) -> bool:
-    """True for what passes by itself: the connection went, a deadlock, a fail-over, a time-out at the database."""
+    """True for an error that passes by itself: `Transient`, or one of the database (see `is_of_database`)."""
+    return isinstance(error, Transient) or is_of_database(error)
+
+
+def is_of_database(error: BaseException) -> bool:
+    """True for a transient error of the database: connection lost, deadlock, fail-over, time-out."""
     if isinstance(error, DBAPIError):
         if error.connection_invalidated:
             return True
@@ -123,3 +130,8 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, asyncpg.PostgresError):
         return str(getattr(error, "sqlstate", "")).startswith(_TRANSIENT_STATES)
     return isinstance(error, (OSError, TimeoutError, asyncpg.InterfaceError))
+
+
+def storable(text: str, limit: int | None = None) -> str:
+    """`text` as PostgreSQL can store it: NUL is escaped, and at most `limit` characters are kept."""
+    return text.replace("\x00", "\\x00")[:limit]

@@ -16,7 +16,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.clock import uuid7
-from infra.postgres.db import sql
+from infra.postgres.db import sql, storable
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,18 +71,14 @@ async def store_dead_letters(
         [letter.place for letter in letters],
         [letter.message_id for letter in letters],
         # PostgreSQL's text has no NUL; whatever a foreign producer sends must be storable.
-        [None if letter.key is None else _text(letter.key) for letter in letters],
-        [letter.tenant_id and _text(letter.tenant_id) for letter in letters],
+        [None if letter.key is None else storable(letter.key) for letter in letters],
+        [letter.tenant_id and storable(letter.tenant_id) for letter in letters],
         [letter.state for letter in letters],
         [letter.attempts for letter in letters],
-        [_text(letter.error)[:4000] for letter in letters],
+        [storable(letter.error, 4000) for letter in letters],
         [letter.headers for letter in letters],
         [letter.payload for letter in letters],
     )
-
-
-def _text(value: str) -> str:
-    return value.replace("\x00", "\\x00")
 
 
 async def lock_parked(connection: AsyncConnection, consumer: str, topic: str, keys: Sequence[str]) -> set[str]:

@@ -21,7 +21,7 @@ from infra.errors import Conflict, NotFound, describe
 from infra.lanes.lane import KEEP_EFFECTS, restore
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
-from infra.postgres.db import is_transient
+from infra.postgres.db import is_of_database, is_transient, storable
 from infra.postgres.inbox import mark_handled
 from infra.postgres.lane_items import NewItem
 from infra.postgres.tx import Database, OutboxRow, Tx, insert_outbox
@@ -144,7 +144,7 @@ class Drainer:
                     letter["id"],
                 )
         except Exception as error:
-            if letter is None or is_transient(error):
+            if letter is None or is_of_database(error):
                 raise
             await self._failed(letter, error)
             return True
@@ -260,7 +260,7 @@ class Drainer:
                 WHERE id = $1 AND state = $3
                 """,
                 letter["id"],
-                describe(error)[:4000].replace("\x00", "\\x00"),
+                storable(describe(error), 4000),
                 letter["state"],
             )
         self._metrics.dead_letters.labels(letter["consumer"]).inc()

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from infra.bus.batch import readable_id
 from infra.bus.dispatch import Decoded, decode, handle
-from infra.bus.kafka import printable_headers, topic_incarnations
+from infra.bus.kafka import printable_headers, topic_ids
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.db import sql
 from infra.postgres.event_store import Aggregate, Stream, read_all
@@ -90,8 +90,8 @@ class Replay:
         consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="none")
         try:
             await consumer.start()
-            incarnation = (await topic_incarnations(consumer._client, [topic])).get(topic)
-            if incarnation is None:
+            topic_id = (await topic_ids(consumer._client, [topic])).get(topic)
+            if topic_id is None:
                 raise Conflict(f"topic {topic} does not exist at the broker; {INSTEAD}")
             partitions = [TopicPartition(topic, n) for n in range(self._topic.partitions)]
             consumer.assign(partitions)
@@ -104,9 +104,9 @@ class Replay:
                 await self._make_shadow()
                 reached = dict.fromkeys(partitions, 0)
                 # Most records are read while the live consumers run; for the rest they are held.
-                await self._read_to(consumer, reached, await self._live_offsets(topic, incarnation))
+                await self._read_to(consumer, reached, await self._live_offsets(topic, topic_id))
                 async with self._engine.connect() as held:
-                    targets = await self._hold(held, topic, incarnation)
+                    targets = await self._hold(held, topic, topic_id)
                     await self._read_to(consumer, reached, targets)
                     return await self._finish(held, switch_unequal)
         except OffsetOutOfRangeError as error:
@@ -164,12 +164,12 @@ class Replay:
             finally:
                 await sql(connection, "SELECT pg_advisory_unlock(hashtextextended($1, 0))", lock)
 
-    async def _hold(self, held: AsyncConnection, topic: str, incarnation: UUID | None) -> dict[TopicPartition, int]:
+    async def _hold(self, held: AsyncConnection, topic: str, topic_id: UUID | None) -> dict[TopicPartition, int]:
         """Holds the live consumer at its offsets, and stops redrives of dead letters into the live tables."""
         await sql(held, "SET LOCAL idle_in_transaction_session_timeout = 0")
         await sql(held, "SET LOCAL statement_timeout = 0")
         await sql(held, "SET LOCAL transaction_timeout = 0")
-        targets = await self._live_offsets(topic, incarnation, lock=held)
+        targets = await self._live_offsets(topic, topic_id, lock=held)
         # In the order in which consumer and drainer lock these tables. An EXCLUSIVE lock blocks FOR UPDATE too, so a
         # drainer stops before it locks the live tables, which the switch needs.
         for table in ("parked_key", "dead_letter"):
@@ -181,11 +181,11 @@ class Replay:
             await self._shadow.make(connection)
 
     async def _live_offsets(
-        self, topic: str, incarnation: UUID | None, *, lock: AsyncConnection | None = None
+        self, topic: str, topic_id: UUID | None, *, lock: AsyncConnection | None = None
     ) -> dict[TopicPartition, int]:
         """The live consumer's offsets. With `lock`, it cannot advance until that transaction ends."""
         statement = (
-            f'SELECT partition, incarnation, next_offset FROM "{self._service}".consumer_offset '
+            f'SELECT partition, topic_id, next_offset FROM "{self._service}".consumer_offset '
             "WHERE consumer = $1 AND topic = $2 ORDER BY partition"
         )
         if lock is not None:
@@ -193,7 +193,7 @@ class Replay:
         else:
             async with self._engine.connect() as connection:
                 rows = await sql(connection, statement, self._subscription.group, self._topic.name)
-        if incarnation is not None and any(UUID(str(row[1])) != incarnation for row in rows):
+        if topic_id is not None and any(UUID(str(row[1])) != topic_id for row in rows):
             raise Conflict(f"topic {topic} was made again, and the live consumer has not switched to it yet; try later")
         return {TopicPartition(topic, partition): offset for partition, _, offset in rows}
 

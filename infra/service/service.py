@@ -18,12 +18,12 @@ from redis.asyncio import Redis
 from starlette.routing import BaseRoute
 
 from infra import VERSION
-from infra.bus.at_least_once import OutsideReader
+from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Relay
 from infra.bus.rabbit import RabbitPublisher, Workers
-from infra.bus.reader import Reader
 from infra.bus.tail import Tail
+from infra.bus.transactional import TransactionalReader
 from infra.errors import describe
 from infra.lanes.lane import Work
 from infra.lanes.runner import LaneRunner
@@ -270,10 +270,10 @@ class Service:
         # Needed even without subscriptions: a message that could not be published is a dead letter too.
         drainer = Drainer(runtime.worker, subscribed, runtime.metrics)
         running.add("redrive", drainer.run, drainer.stop)
-        by_group: dict[tuple[type[Reader | OutsideReader], str], list[Subscription]] = {}
+        by_group: dict[tuple[type[TransactionalReader | AtLeastOnceReader], str], list[Subscription]] = {}
         for subscription in subscribed:
             if isinstance(subscription.source, Topic):
-                kind = OutsideReader if subscription.outside else Reader
+                kind = AtLeastOnceReader if subscription.at_least_once else TransactionalReader
                 by_group.setdefault((kind, subscription.group), []).append(subscription)
         for (kind, group), subscriptions in by_group.items():
             reader = kind(
@@ -307,7 +307,7 @@ class Service:
         return replace(subscription, handler=partial(subscription.handler, **built), tail=tail)
 
 
-def _makes_progress(reader: Reader | OutsideReader) -> bool:
+def _makes_progress(reader: TransactionalReader | AtLeastOnceReader) -> bool:
     return reader.stuck_for() < STUCK_SECONDS
 
 

@@ -22,16 +22,16 @@ async def chain_acts(acts: list[ActAudited], tx: Tx) -> None:
     await audit.append(tx, chains)
 
 
-@SERVICE_LOGS.outside(group=_INDEX)
+@SERVICE_LOGS.at_least_once(group=_INDEX)
 async def index_lines(lines: list[Decoded], index: Index) -> None:
     await index.store("logs", [documents.line(line) for line in lines])
 
 
-@AGENT_EVENTS.outside(group=_INDEX)
+@AGENT_EVENTS.at_least_once(group=_INDEX)
 async def index_agent_events(events: list[Decoded], index: Index) -> None:
     await index.store("events", [documents.event(event) for event in events])
 
 
-@CHANNEL_EVENTS.outside(group=_INDEX)
+@CHANNEL_EVENTS.at_least_once(group=_INDEX)
 async def index_channel_events(events: list[Decoded], index: Index) -> None:
     await index.store("events", [documents.event(event) for event in events])

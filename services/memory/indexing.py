@@ -65,7 +65,7 @@ class Indexing:
         except (_Deleted, NotFound):
             _log.info("document was deleted before it was indexed", document_id=str(id_))
         except Exception as error:
-            if not isinstance(error, (Transient, LaneLost)) and not is_transient(error):
+            if not isinstance(error, LaneLost) and not is_transient(error):
                 # Otherwise whoever waits for the document would wait for ever once it is a dead letter.
                 async with effects.begin() as failed:
                     await documents.advance(failed, id_, "failed", 1.0, "An error inside the platform.")

@@ -118,7 +118,7 @@ class Kernel(RuleBasedStateMachine):
             return  # what it took before the wipe reaches the new log before its predecessors do
         self.world.resend()
         self.model.pending = self.model.notes
-        self.world.broker.incarnation, self.world.broker.log = uuid7(), [[] for _ in range(PARTITIONS)]
+        self.world.broker.topic_id, self.world.broker.log = uuid7(), [[] for _ in range(PARTITIONS)]
         for p in range(PARTITIONS):
             self._rejoin(p, 0)
         self.model.positions = [0] * PARTITIONS
@@ -134,7 +134,7 @@ class Kernel(RuleBasedStateMachine):
     )
     def consume(self, p: int, n: int, size: int, fate: str, after: int) -> None:
         member, handler = self.world.members[p][n], self.world.handler
-        current = Position(self.world.broker.incarnation, self.model.positions[p])
+        current = Position(self.world.broker.topic_id, self.model.positions[p])
         begun = member.position
         handler.fate, handler.after = fate, after
         outcome = self.world.run(self.world.consume(member, p, size))
@@ -146,7 +146,7 @@ class Kernel(RuleBasedStateMachine):
         assert len(records) <= size
         assert not (outcome == "fenced" and records)
         if outcome == "done":
-            assert member.position == Position(self.world.broker.incarnation, self.model.positions[p])
+            assert member.position == Position(self.world.broker.topic_id, self.model.positions[p])
         if outcome == "crashed":
             self.world.members[p][n] = self.world.new_member(p)
 

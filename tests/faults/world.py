@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import DBAPIError
 
 from infra.bus.batch import Batches, Fenced
-from infra.bus.outbox import Outcome, Pending, Relay, SetAside, resend
+from infra.bus.outbox import HeldBack, Outcome, Pending, Relay, resend
 from infra.errors import InvalidMessage
 from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine, is_transient
@@ -75,7 +75,7 @@ class Broker:
     """One topic."""
 
     def __init__(self) -> None:
-        self.incarnation = uuid4()
+        self.topic_id = uuid4()
         self.log: list[list[Record]] = [[] for _ in range(PARTITIONS)]
 
     def append(self, key: str, value: bytes, headers: Sequence[tuple[str, bytes]]) -> None:
@@ -113,7 +113,7 @@ class RelayProcess:
             raise Crash
         if self._fate == "paused before mark":
             await self._pause()
-        return [None if n < count else SetAside("refused") for n in range(len(rows))]
+        return [None if n < count else HeldBack("refused") for n in range(len(rows))]
 
     async def _pause(self) -> None:
         self._stopped.set()
@@ -186,7 +186,7 @@ class World:
         return self.loop.run_until_complete(work)
 
     def begin_again(self) -> None:
-        for table in ("event", "stream", "outbox", "outbox_set_aside", "lease", "lease_member"):
+        for table in ("event", "stream", "outbox", "outbox_held_back", "lease", "lease_member"):
             self.rows(self.desk, f"DELETE FROM {table}")
         for table in ("inbox", "consumer_offset", "dead_letter", "parked_key", "effect", "outbox"):
             self.rows(self.ledger, f"DELETE FROM {table}")
@@ -218,7 +218,7 @@ class World:
         return member
 
     def find_position(self, member: Batches, p: int) -> None:
-        self.run(member.find_position(self.broker.incarnation, 0, len(self.broker.log[p])))
+        self.run(member.find_position(self.broker.topic_id, 0, len(self.broker.log[p])))
 
     async def append(self, key: str, *, crashes: bool = False) -> int:
         async def work(tx: Tx) -> int:
@@ -238,7 +238,7 @@ class World:
         records = self.broker.log[p][begin : begin + size]
         if not records:
             return "nothing to do"
-        return await _outcome(member.process(member.position.incarnation, records))
+        return await _outcome(member.process(member.position.topic_id, records))
 
     async def drain(self) -> str:
         """One step of the drainer; how that ended."""
@@ -248,7 +248,7 @@ class World:
         """Longer than any lease and any pause of a destination."""
         self.rows(self.desk, "UPDATE lease SET expires_at = clock_timestamp() - interval '1 hour'")
         self.rows(self.desk, "UPDATE lease_member SET seen_at = clock_timestamp() - interval '1 hour'")
-        self.rows(self.desk, "UPDATE outbox_set_aside SET retry_at = clock_timestamp() - interval '1 hour'")
+        self.rows(self.desk, "UPDATE outbox_held_back SET retry_at = clock_timestamp() - interval '1 hour'")
 
     def resend(self) -> None:
         async def again() -> None:

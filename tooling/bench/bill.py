@@ -23,7 +23,7 @@ from aiokafka import AIOKafkaProducer
 from prometheus_client import CollectorRegistry
 
 import services.billing
-from infra.bus.reader import BATCH, Reader
+from infra.bus.transactional import BATCH, TransactionalReader
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine
@@ -224,7 +224,7 @@ class Bill:
     async def _reading(self, group: str) -> AsyncIterator[Any]:
         engine = create_engine(self._worker_url())
         metrics = Metrics(CollectorRegistry())
-        reader = Reader(
+        reader = TransactionalReader(
             Database(engine, SERVICE),
             group,
             [handlers.count_usage],

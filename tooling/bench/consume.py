@@ -20,7 +20,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from faststream.kafka import KafkaBroker, KafkaMessage
 from prometheus_client import CollectorRegistry
 
-from infra.bus.reader import BATCH, Reader
+from infra.bus.transactional import BATCH, TransactionalReader
 from infra.clock import utcnow, uuid7
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
@@ -148,7 +148,7 @@ class Consume:
         engine = create_engine(self.ground.url)
         metrics = Metrics(CollectorRegistry())
         # A group that was never there: nothing to wait for when it joins.
-        reader = Reader(
+        reader = TransactionalReader(
             Database(engine, SERVICE),
             f"{SERVICE}-{secrets.token_hex(4)}",
             [store_notes],

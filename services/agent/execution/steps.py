@@ -26,6 +26,7 @@ from infra.failpoint import failpoint
 from infra.lanes.effects import Effects
 from infra.lanes.group import ForbiddenByGuard, Group
 from infra.observe.redaction import redacted
+from infra.postgres.db import storable
 from infra.postgres.tx import Tx
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
@@ -283,7 +284,7 @@ class Steps:
         metered = made.metered if made else None
         usage = metered.usage if metered else Usage()
         tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0)
-        error = None if error is None else redacted(error).replace("\x00", "\\x00")[:4000]
+        error = None if error is None else storable(redacted(error), 4000)
 
         def also(tx: Tx) -> None:
             projections.step_ended(tx, context.run_id, n, "completed" if made else "failed", ms, error)

@@ -15,7 +15,7 @@ from infra.bus import provisioning
 from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Publisher, Relay
 from infra.bus.rabbit import RabbitPublisher
-from infra.bus.reader import Reader
+from infra.bus.transactional import TransactionalReader
 from infra.observe.metrics import Metrics
 from infra.postgres.tx import Database
 from infra.service.redrive import Drainer
@@ -56,9 +56,9 @@ class Buses:
             await own.stop()  # type: ignore[attr-defined]
 
     @asynccontextmanager
-    async def reader(self, database: Database, *subscriptions: Subscription) -> AsyncIterator[Reader]:
+    async def reader(self, database: Database, *subscriptions: Subscription) -> AsyncIterator[TransactionalReader]:
         group = subscriptions[0].group
-        reader = Reader(
+        reader = TransactionalReader(
             database,
             group,
             subscriptions,

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 
 from infra.bus import provisioning
-from infra.bus.at_least_once import OutsideReader
+from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.dispatch import Decoded
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, Transient
@@ -66,11 +66,11 @@ async def no_dead_letters(ledger_database: Database) -> None:
 
 
 @asynccontextmanager
-async def reading(buses: Buses, database: Database, store: Store) -> AsyncIterator[OutsideReader]:
-    reader = OutsideReader(
+async def reading(buses: Buses, database: Database, store: Store) -> AsyncIterator[AtLeastOnceReader]:
+    reader = AtLeastOnceReader(
         database,
         GROUP,
-        [SAMPLE_EVENTS.outside(group=GROUP)(store.take)],
+        [SAMPLE_EVENTS.at_least_once(group=GROUP)(store.take)],
         bootstrap=buses.kafka,
         metrics=buses.metrics,
         prefix=buses.prefix,
@@ -159,7 +159,7 @@ async def test_one_that_is_refused_or_unreadable_is_set_aside_alone_and_redriven
     assert by_text == {"c3": ("failed", 1), "c6": ("failed", 3)}
     assert not store.has("c3")
     store.refused = set()
-    subscription = SAMPLE_EVENTS.outside(group=GROUP)(store.take)
+    subscription = SAMPLE_EVENTS.at_least_once(group=GROUP)(store.take)
     drainer = Drainer(ledger_database, [subscription], buses.metrics)
     async with ledger_database.begin() as tx:
         [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE error LIKE '%c3%'")

@@ -79,13 +79,13 @@ def is_published(desk: Database, *ids: UUID) -> Callable[[], Awaitable[bool]]:
 
 async def set_aside(desk: Database, destination: str) -> list[str]:
     async with desk.begin() as tx:
-        rows = await tx.sql("SELECT error FROM outbox_set_aside WHERE destination = $1", destination)
+        rows = await tx.sql("SELECT error FROM outbox_held_back WHERE destination = $1", destination)
     return [error for (error,) in rows]
 
 
 async def ask_again_now(desk: Database) -> None:
     async with desk.begin() as tx:
-        await tx.sql("UPDATE outbox_set_aside SET retry_at = clock_timestamp() - interval '1 hour'")
+        await tx.sql("UPDATE outbox_held_back SET retry_at = clock_timestamp() - interval '1 hour'")
 
 
 async def test_two_relays_keep_the_order_of_every_key(buses: Buses, desk: Database) -> None:
@@ -130,7 +130,7 @@ async def test_a_message_that_is_too_large_is_a_dead_letter_and_its_key_goes_on(
     async with desk.engine.connect() as connection:
         [letter] = [x for x in await list_dead_letters(connection, "sample_desk") if x.message_id == str(ids[1])]
     assert (letter.source, letter.key, letter.state) == ("outbox:sample.events", "large", "failed")
-    assert f"a record may have {MAX_RECORD_BYTES}" in letter.error
+    assert f"must have at most {MAX_RECORD_BYTES} bytes" in letter.error
 
 
 async def test_a_topic_that_is_not_there_holds_up_only_itself(buses: Buses, desk: Database, stack: Stack) -> None:
@@ -166,7 +166,7 @@ async def test_a_message_that_no_queue_takes_holds_up_only_its_routing_key(
     async with buses.relay(desk, publisher):
         await until(is_published(desk, routed))
         [error] = await until(lambda: set_aside(desk, "sample"))
-        assert error == "exchange sample: no queue takes routing key 'sample.unrouted'"
+        assert error == "exchange sample: no queue is bound to routing key 'sample.unrouted'"
         assert not await is_published(desk, unrouted)()
         await provisioning.apply(
             Catalog(topics=(SAMPLE_EVENTS, AUDIT_LOGS), queues=(SAMPLE_WORK, UNROUTED)),
@@ -247,5 +247,5 @@ async def test_a_relay_that_lost_its_leases_while_it_published_marks_nothing(bus
 async def nothing_left_over(desk: Database) -> None:
     """Of the other tests: what is pending there, and leases that have not run out."""
     async with desk.begin() as tx:
-        for table in ("outbox", "outbox_set_aside", "lease", "lease_member"):
+        for table in ("outbox", "outbox_held_back", "lease", "lease_member"):
             await tx.sql(f"DELETE FROM {table}")

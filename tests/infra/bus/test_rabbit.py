@@ -145,7 +145,7 @@ async def test_what_the_broker_gives_up_is_a_dead_letter_too(working: Database, 
     )
     await publisher.stop()
     found = await until(lambda: letter(working, id_))
-    assert found.error == "the broker gave it up: delivery_limit"
+    assert found.error == "dead-lettered by the broker: delivery_limit"
 
 
 async def test_a_message_that_nobody_acknowledged_comes_again_to_the_next_process(

@@ -249,7 +249,7 @@ async def test_while_opensearch_refuses_nothing_is_lost(aggregator: Platform, se
         await log(aggregator, line("meanwhile", tenant=tenant))
 
         async def said_so() -> bool:
-            return "batch not taken" in aggregator.log("log_aggregator")
+            return "could not process a batch" in aggregator.log("log_aggregator")
 
         await aggregator.until(said_so)
         assert await dead_letters(aggregator) == letters

@@ -12,8 +12,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError
 
-from infra.bus import reader as reader_module
-from infra.bus.kafka import topic_incarnations
+from infra.bus import transactional
+from infra.bus.kafka import topic_ids
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.dead_letters import list_dead_letters
@@ -292,10 +292,10 @@ async def test_a_library_that_cancels_itself_while_it_stops_does_not_end_the_rea
         lookups += 1
         if lookups == 5:  # after the four partitions have found their position
             raise KafkaConnectionError("the broker is gone")
-        return await topic_incarnations(client, topics)
+        return await topic_ids(client, topics)
 
     monkeypatch.setattr(AIOKafkaConsumer, "stop", cancelled)
-    monkeypatch.setattr(reader_module, "topic_incarnations", first_fails)
+    monkeypatch.setattr(transactional, "topic_ids", first_fails)
     subscription = SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)
     async with buses.reader(ledger_database, subscription):
         await send(producer, buses, note("stopping", 1))

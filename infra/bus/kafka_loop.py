@@ -1,0 +1,126 @@
+"""The loop that all Kafka readers share: connect, read until stopped, and connect again after a failure."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from aiokafka.errors import KafkaError
+
+from infra.clock import wait_at_most
+from infra.errors import describe
+from infra.observe.logs import get_logger
+
+BACKOFF_SECONDS = (0.1, 0.5, 2.0, 5.0)
+# A fetch returns after this time at the latest, so that the loop notices a stop.
+FETCH_MS = 200
+# The longest time that a transaction may take while its partition is taken away, plus a heartbeat.
+DRAIN_MS = 60_000
+# Within this time a consumer notices that a topic has more partitions, or that it was deleted and created again.
+METADATA_MS = 5_000
+
+
+class KafkaLoop(ABC):
+    """Reads Kafka with one consumer until stopped. After a failure it goes on with a new consumer.
+
+    `about`: fields of each log line, such as the consumer group.
+    """
+
+    def __init__(self, module: str, *, bootstrap: str, client_id: str, **about: str) -> None:
+        self.stopping = asyncio.Event()
+        self._log = get_logger(module, **about)
+        self._settings = {
+            "bootstrap_servers": bootstrap,
+            "client_id": client_id,
+            "enable_auto_commit": False,
+            "fetch_max_wait_ms": 50,
+            "metadata_max_age_ms": METADATA_MS,
+        }
+        self._failures = 0
+
+    @abstractmethod
+    def _new_consumer(self) -> AIOKafkaConsumer:
+        """A consumer that is not started yet."""
+
+    @abstractmethod
+    async def _read(self, consumer: AIOKafkaConsumer) -> None:
+        """Reads until `stopping` is set. Raises KafkaError or OSError if the broker is away."""
+
+    async def _leave(self) -> None:  # noqa: B027 (optional)
+        """Called after `_read`, before its consumer is stopped."""
+
+    async def run(self) -> None:
+        while not self.stopping.is_set():
+            try:
+                await self._connect_and_read()
+            except (KafkaError, OSError) as error:
+                self._failures += 1
+                await self.back_off("could not read from Kafka; will connect again", error, self._failures)
+
+    async def _connect_and_read(self) -> None:
+        consumer = self._new_consumer()
+        try:
+            await consumer.start()
+            await self._read(consumer)
+        finally:
+            await self._leave()
+            await _stop(consumer)
+
+    async def stop(self) -> None:
+        """Finishes the batch that is being processed. Then `run` leaves the group and returns."""
+        self.stopping.set()
+
+    async def fetch(self, consumer: AIOKafkaConsumer, records: int) -> dict[TopicPartition, list[Any]]:
+        """At most so many records, by partition. Empty if none came within a fifth of a second."""
+        batches: dict[TopicPartition, list[Any]] = await consumer.getmany(timeout_ms=FETCH_MS, max_records=records)
+        if batches:
+            self._failures = 0
+        return batches
+
+    async def back_off(self, text: str, error: Exception, failures: int) -> None:
+        """Logs the failure and waits, longer after each failure in a row. Returns at once if the loop is stopped."""
+        self._log.warning(text, error=describe(error), failures=failures)
+        await wait_at_most(backoff(failures), self.stopping)
+
+    def _group_consumer(
+        self,
+        group: str,
+        topics: Sequence[str],
+        session_ms: int,
+        listener: ConsumerRebalanceListener | None = None,
+    ) -> AIOKafkaConsumer:
+        """A consumer that shares the partitions of `topics` with the others of its group."""
+        consumer = AIOKafkaConsumer(
+            **self._settings,
+            group_id=group,
+            auto_offset_reset="earliest",
+            partition_assignment_strategy=[StickyPartitionAssignor],
+            session_timeout_ms=session_ms,
+            heartbeat_interval_ms=session_ms // 10,
+            rebalance_timeout_ms=DRAIN_MS,
+            max_poll_interval_ms=300_000,
+        )
+        consumer.subscribe(topics, listener=listener)
+        return consumer
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait after so many failures in a row (from 1)."""
+    return BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]
+
+
+async def _stop(consumer: AIOKafkaConsumer) -> None:
+    """Leaves the group. While a fetch waits for its retry, aiokafka raises a CancelledError of its own here.
+
+    If that error went on, it would end the reader without a log line, as if the task had been cancelled.
+    """
+    try:
+        await consumer.stop()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
