@@ -1,1 +1,1 @@
-"""The services: one folder is one process, one consumer group and one database schema. None imports another."""
+"""The services. One folder is one process, one consumer group, one database schema. No service imports another one."""

@@ -1,4 +1,4 @@
-"""Billing: usage becomes money, exactly once."""
+"""Billing: counts each usage record exactly once and debits its cost."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Service

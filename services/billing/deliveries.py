@@ -1,4 +1,4 @@
-"""Delivered messages, counted per tenant, day (UTC) and channel; shown as usage, not priced."""
+"""Counts of delivered messages by tenant, day (UTC) and channel. They are shown as usage and have no price."""
 
 from __future__ import annotations
 

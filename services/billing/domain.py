@@ -1,6 +1,6 @@
-"""What usage costs, and what becomes of a usage record: pure.
+"""Rating: the cost of usage, the verdict on a usage record, and the state of an account. Pure.
 
-Money is integer nano-units (10⁻⁹) of a currency. A price is an exact decimal of nano-units per unit used; a record is
+Money is integer nano-units (10⁻⁹) of a currency. A price is an exact decimal of nano-units per unit used. A record is
 rated in exact decimals and rounded once, half to even.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 
 from protos.messages.billing import UsageRecorded
 
-# A part of another unit: it has its own price where the price book gives one, and the whole is charged without it.
+# Part → whole. If the price book has a price for the part, the part is charged by it and the whole without the part.
 PART_OF = {
     "cached_tokens": "input_tokens",
     "cache_write_tokens": "input_tokens",
@@ -22,13 +22,13 @@ PART_OF = {
 }
 UNITS = frozenset(("input_tokens", "output_tokens", "calls", "bytes", *PART_OF))
 
-# Beyond these a record tells of a fault at its producer, not of use. The second is a million of any currency.
+# Values above these limits come from a fault in the producer, not from use. The second is one million currency units.
 MAX_QUANTITY = 10**12
 MAX_AMOUNT_NANOS = 10**15
-# A clock may be a little fast; more is no time at which something was used.
+# A producer's clock may be a little fast.
 MAX_AHEAD = timedelta(hours=1)
 
-# Sums and products of what is allowed here are never inexact; if one were, it would raise and not round.
+# Sums and products of values within the limits fit into 200 digits. An inexact one raises instead of being rounded.
 _EXACT = Context(prec=200, traps=[Inexact, InvalidOperation, Overflow, DivisionByZero])
 
 Kind = Literal["counted", "duplicate", "rejected", "held"]
@@ -36,7 +36,7 @@ Kind = Literal["counted", "duplicate", "rejected", "held"]
 
 @dataclass(frozen=True)
 class Tier:
-    """Prices of a request with more than `above` input tokens; all of its units go by them."""
+    """Prices for a request with more than `above` input tokens. They apply to all units of the request."""
 
     above: int
     nanos: Mapping[str, Decimal]
@@ -44,48 +44,47 @@ class Tier:
 
 @dataclass(frozen=True)
 class Price:
-    """One version of a resource's price. Never changes; rating takes the one valid when the use occurred.
-
-    nanos: unit → nano-units of `currency` per one. A unit that is not in it costs nothing of its own.
-    tiers: by `above`, rising.
-    """
+    """One version of a resource's price. It never changes. Rating uses the version valid at the time of the use."""
 
     resource: str
     version: int
     currency: str
     valid_from: datetime
     nanos: Mapping[str, Decimal]
+    """Unit → nano-units of `currency` per one unit. A unit without an entry has no price of its own."""
     tiers: tuple[Tier, ...] = ()
+    """In ascending order of `above`."""
 
     @property
     def name(self) -> str:
-        """What a charge names it by: ``openai/gpt-4o-mini@1``."""
+        """The name that a charge refers to: ``openai/gpt-4o-mini@1``."""
         return f"{self.resource}@{self.version}"
 
     def at(self, input_tokens: int) -> Mapping[str, Decimal]:
-        """The prices per unit of a request of that size."""
+        """Returns the prices per unit for a request with that many input tokens."""
         return next((tier.nanos for tier in reversed(self.tiers) if input_tokens > tier.above), self.nanos)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a record. amount_nanos: what was debited, in the account's currency; None while it is held."""
+    """The decision on a usage record."""
 
     kind: Kind
     reason: str = ""
     amount_nanos: int | None = 0
+    """The debit in the account's currency. None while the record is held."""
     price_version: str | None = None
 
 
 class NotReported(Exception):
-    """The price needs a unit of which the record says nothing; the text is the unit."""
+    """The price needs a unit that the record does not report. The text is the unit."""
 
 
 def cost(price: Price, quantities: Mapping[str, int]) -> int:
-    """What `quantities` cost, in nano-units, rounded half to even.
+    """Returns the cost of `quantities` in nano-units, rounded half to even.
 
-    A part that is not reported is charged as the rest of its whole. Raises NotReported where the price has a unit
-    that is no part, costs something, and is missing.
+    A part that is not reported is charged at the price of its whole. Raises NotReported if a whole unit has a price
+    above zero and is not reported.
     """
     nanos = price.at(quantities.get("input_tokens", 0))
     total = Decimal(0)
@@ -104,9 +103,9 @@ def cost(price: Price, quantities: Mapping[str, int]) -> int:
 
 
 def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, int], now: datetime) -> int | None:
-    """What `quantities` would cost now, those that are missing being zero; None where there is no price.
+    """Returns the cost of `quantities` at the current price; missing units count as zero. None if there is no price.
 
-    Raises ValueError for quantities that no record could have.
+    Raises ValueError for implausible quantities.
     """
     asked = dict.fromkeys(UNITS - PART_OF.keys(), 0) | dict(quantities)
     if fault := _implausible(asked):
@@ -121,15 +120,16 @@ def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, in
 
 
 def valid_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price | None:
-    """Of the versions in `currency`, the one that began last before `moment`; of two that began together the newer."""
+    """Returns the latest version in `currency` that is valid at `moment`. Of two with the same start, the newer one."""
     begun = [price for price in prices if price.currency == currency and price.valid_from <= moment]
     return max(begun, key=lambda price: (price.valid_from, price.version), default=None)
 
 
 def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], now: datetime) -> Verdict:
-    """What becomes of a record that is the first with its usage_id.
+    """Returns the verdict on the first record with its usage_id.
 
-    currency: the account's; None while there is no account. prices: all versions of the record's resource.
+    currency: the account's currency; None while the tenant has no account. prices: all versions of the resource's
+    price.
     """
     if fault := _implausible(record.quantities):
         return Verdict("rejected", f"implausible: {fault}")
@@ -151,7 +151,7 @@ def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], 
     return Verdict("counted", "", amount, price.name)
 
 
-# Records can overtake the fact that their tenant exists; they are rated as soon as it comes.
+# A record can overtake the event that its tenant was created. It is rated when that event arrives.
 NO_ACCOUNT = "the tenant has no account yet"
 
 
@@ -160,7 +160,7 @@ def _held(reason: str) -> Verdict:
 
 
 def _implausible(quantities: Mapping[str, int]) -> str:
-    """What is wrong with them; empty: nothing."""
+    """Returns the fault of the quantities, or an empty text if they are plausible."""
     for unit, count in quantities.items():
         if not 0 <= count <= MAX_QUANTITY:
             return f"quantities.{unit} is {count}"
@@ -181,34 +181,37 @@ def _no_price(record: UsageRecorded, currency: str, prices: Sequence[Price]) -> 
 
 
 @dataclass(frozen=True)
-class Use:
-    """What makes two records with one usage_id the same: resource, and unit → count."""
+class UsageContent:
+    """The content by which two records with one usage_id are compared."""
 
     resource: str
     quantities: Mapping[str, int]
 
 
-def repeated(record: UsageRecorded, first: Use) -> Verdict:
-    """The verdict on a record whose usage_id was there before, in `first`, which stands."""
-    if first == Use(record.resource, record.quantities):
+def repeated(record: UsageRecorded, first: UsageContent) -> Verdict:
+    """Returns the verdict on a record whose usage_id is known already. `first` is the content that counts."""
+    if first == UsageContent(record.resource, record.quantities):
         return Verdict("duplicate", "reported before")
-    return Verdict("duplicate", "another record with this usage_id came first, with other content; the first stands")
+    return Verdict("duplicate", "an earlier record with this usage_id has other content; the earlier record counts")
 
 
 def settle(
     records: Iterable[UsageRecorded],
-    seen: MutableMapping[tuple[str, str], Use],
+    seen: MutableMapping[tuple[str, str], UsageContent],
     currencies: Mapping[str, str],
     prices: Mapping[str, Sequence[Price]],
     now: datetime,
 ) -> list[Verdict]:
-    """One verdict per record, in order. `seen`: the first use by tenant and usage_id; those of `records` are added."""
+    """Returns one verdict per record, in order.
+
+    seen: (tenant, usage_id) → content of the first record. The new ones of `records` are added to it.
+    """
     verdicts = []
     for record in records:
         key = record.tenant_id, record.usage_id
         first = seen.get(key)
         if first is None:
-            seen[key] = Use(record.resource, record.quantities)
+            seen[key] = UsageContent(record.resource, record.quantities)
             verdict = judge(record, currencies.get(record.tenant_id), prices.get(record.resource, ()), now)
         else:
             verdict = repeated(record, first)
@@ -216,25 +219,28 @@ def settle(
     return verdicts
 
 
-Mark = Literal["nearly_spent", "exhausted"]
+CreditThreshold = Literal["nearly_spent", "exhausted"]
+"""nearly_spent: 90 % of the credit is used. exhausted: no credit is left."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """credit_nanos: all that was ever granted; None: without limit. debited_nanos: all charges less corrections."""
+    """The money of one tenant."""
 
     credit_nanos: int | None
+    """The sum of all credit ever granted. None: no limit."""
     debited_nanos: int
+    """All charges minus corrections."""
 
     @property
     def balance_nanos(self) -> int | None:
-        """What is left; below zero after late usage. None: without limit."""
+        """The remaining credit. Below zero after late usage. None: no limit."""
         return None if self.credit_nanos is None else self.credit_nanos - self.debited_nanos
 
-    def debit(self, amount_nanos: int) -> tuple[Account, list[Mark]]:
-        """The account afterwards, and which marks this debit has passed: 90 % of the credit used, nothing left."""
+    def debit(self, amount_nanos: int) -> tuple[Account, list[CreditThreshold]]:
+        """Returns the account after the debit, and the thresholds that this debit has passed."""
         after = Account(self.credit_nanos, self.debited_nanos + amount_nanos)
-        passed: list[Mark] = []
+        passed: list[CreditThreshold] = []
         if self.credit_nanos is not None and self.credit_nanos > 0:
             if self.debited_nanos * 10 < self.credit_nanos * 9 <= after.debited_nanos * 10:
                 passed.append("nearly_spent")

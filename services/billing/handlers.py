@@ -1,4 +1,4 @@
-"""What billing receives."""
+"""Handlers of the messages that billing receives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.billing.usage import Judged
 
 @USAGE_RECORDS.batch(group="billing")
 async def count_usage(records: list[UsageRecorded], tx: Tx) -> None:
-    """Verdict, debit, ledger entry and the end of the hold commit together with the offset."""
+    """Commits verdict, debit, ledger entry and the end of the hold in one transaction with the offset."""
     verdicts = await usage.verdicts(tx, records)
     await usage.record(tx, [_judged(record, verdict, tx) for record, verdict in zip(records, verdicts, strict=True)])
 
@@ -28,7 +28,7 @@ def _judged(record: UsageRecorded, verdict: Verdict, tx: Tx) -> Judged:
 
 
 def _follow(record: UsageRecorded, verdict: Verdict, tx: Tx) -> str:
-    """A span in the trace of whatever used it; its id, empty where nothing is recorded."""
+    """Records a span in the trace of the run or call that used it. Returns the span's id, empty if not recorded."""
     if not trace.get_current_span().is_recording():
         return ""
     with tx.follow(record, "charge") as span:
@@ -45,13 +45,13 @@ def _follow(record: UsageRecorded, verdict: Verdict, tx: Tx) -> str:
 @PLATFORM_EVENTS.each(TenantCreated, group="billing")
 async def open_account(event: TenantCreated, tx: Tx) -> None:
     if await accounts.open_account(tx, event.tenant_id, event.currency, event.credit_nanos):
-        # Usage that came before its tenant was held, for it could not be known in what currency to rate it.
+        # Usage that arrived before its tenant was held, because the currency of the account was not known.
         await usage.rate_again(tx, await usage.held(tx, event.tenant_id, reason=NO_ACCOUNT))
 
 
 @CHANNEL_EVENTS.each(MessageReceived, group="billing")
 async def learn_channel_type(event: MessageReceived, tx: Tx) -> None:
-    """A delivery does not say of what type its channel is."""
+    """Stores the channel's type, which MessageDelivered does not carry."""
     if tx.tenant_id:
         await deliveries.learn(tx, tx.tenant_id, event.channel_id, event.channel_type)
 

@@ -1,7 +1,7 @@
-"""Holds: credit that is set aside for what is about to be used, in the table ``hold``.
+"""Holds: credit that is reserved for a use that is about to happen, in the table ``hold``.
 
-A hold counts while it has not ended and its time has not run out, so nobody has to give an expired one back. Holds
-of one tenant are made and ended only under the lock of its account.
+A hold reserves credit until it ends or expires. An expired hold needs no release. Holds of a tenant are made and ended
+only under the lock of the tenant's account.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ from services.billing.domain import UNITS, estimate
 MAX_EXPIRY = timedelta(days=1)
 
 
-class Request(msgspec.Struct, frozen=True):
-    """What a hold is asked for. quantities: unit → the most that may be used."""
+class HoldRequest(msgspec.Struct, frozen=True):
+    """The use that a hold is requested for."""
 
     resource: str
     quantities: dict[str, int]
+    """Unit → the largest quantity that may be used."""
     expires_in_ms: int
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """available_nanos: what is left to hold afterwards; None: without limit."""
+    """The answer to a request for a hold."""
 
     granted: bool
     held_nanos: int
     available_nanos: int | None
+    """Credit that can still be held after this hold. None: no limit."""
     currency: str
 
 
-async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: Request) -> Reservation:
-    """Holds what `request` may cost, if the credit has it; asked again, the first answer.
+async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -> Reservation:
+    """Reserves the largest possible cost of `request` if enough credit is available.
 
-    A resource without a price (its use will be held for review) holds nothing, and is granted while there is
-    anything left. Raises Transient where the tenant has no account yet: it is neither granted nor refused. Raises
-    InvalidMessage for a hold_id that came with another request, and for quantities that cannot be.
+    A repeated request with the same hold_id gets the first answer. A resource without a price (its usage will be held)
+    reserves nothing, and is granted while any credit is available. Raises Transient if the tenant has no account yet.
+    Raises InvalidMessage if the hold_id was used with another request, and for implausible quantities.
     """
     _check(request)
     try:
@@ -88,7 +90,7 @@ async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: Request) -> Re
 
 
 async def open_nanos(tx: Tx, tenant_id: str) -> int:
-    """What the tenant's holds keep from being spent now."""
+    """Returns the credit that the tenant's open holds reserve now."""
     [(held,)] = await tx.sql(
         "SELECT coalesce(sum(held_nanos), 0)::bigint FROM hold "
         "WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()",
@@ -98,7 +100,7 @@ async def open_nanos(tx: Tx, tenant_id: str) -> int:
 
 
 async def release(tx: Tx, tenant_id: str, hold_id: UUID) -> None:
-    """Gives an unused hold back; one that has ended or is not known stays as it is."""
+    """Ends an unused hold. A hold that has ended or is not known stays unchanged."""
     await accounts.lock(tx, [tenant_id])
     await tx.sql(
         "UPDATE hold SET ended_at = clock_timestamp(), outcome = 'released' "
@@ -109,7 +111,7 @@ async def release(tx: Tx, tenant_id: str, hold_id: UUID) -> None:
 
 
 async def close(tx: Tx, holds: Sequence[tuple[str, UUID]]) -> None:
-    """Ends the holds (tenant, hold) whose use was charged. Their accounts are locked."""
+    """Ends the holds (tenant, hold) whose usage was charged. The caller has locked their accounts."""
     await tx.sql(
         "UPDATE hold AS h SET ended_at = clock_timestamp(), outcome = 'charged' "
         "FROM unnest($1::text[], $2::uuid[]) AS n(tenant_id, hold_id) "
@@ -119,10 +121,10 @@ async def close(tx: Tx, holds: Sequence[tuple[str, UUID]]) -> None:
     )
 
 
-def _check(request: Request) -> None:
+def _check(request: HoldRequest) -> None:
     if not request.resource or "\x00" in request.resource:
-        raise InvalidMessage("resource", "is missing")
+        raise InvalidMessage("resource", "must not be empty or contain a NUL")
     if not 0 < request.expires_in_ms <= MAX_EXPIRY / timedelta(milliseconds=1):
-        raise InvalidMessage("expires_in_ms", "must be from 1 millisecond to one day")
+        raise InvalidMessage("expires_in_ms", "must be from 1 to 86400000 (one day)")
     if unknown := sorted(request.quantities.keys() - UNITS):
-        raise InvalidMessage(f"quantities.{unknown[0]}", "is no unit")
+        raise InvalidMessage(f"quantities.{unknown[0]}", f"is not a unit; must be one of {', '.join(sorted(UNITS))}")

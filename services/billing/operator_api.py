@@ -1,4 +1,4 @@
-"""HTTP of billing for the operator: credit, corrections, and what is held for review."""
+"""HTTP of billing for the operator: credit, corrections, and held usage records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from infra.service.service import Runtime
 from services.billing import accounts, reports, usage
 from services.billing.accounts import MAX_CREDIT_NANOS, Entry
 from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITY, Verdict
-from services.billing.reports import Balance, VerdictOf
+from services.billing.reports import Balance, UsageVerdict
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
 
@@ -34,20 +34,19 @@ class Credit(_Body):
 
 
 class Correction(_Body):
-    """amount_nanos: above zero is given back to the tenant, below zero is charged."""
-
     tenant_id: Text
     amount_nanos: int = Field(ge=-MAX_AMOUNT_NANOS, le=MAX_AMOUNT_NANOS)
+    """Above zero: given back to the tenant. Below zero: charged."""
     reason: Text
     usage_id: str | None = None
 
 
 class Resolution(_Body):
-    """quantities: units that were not reported, now known. reject: why it will never be charged."""
-
     tenant_id: Text
     quantities: dict[str, Annotated[int, Field(ge=0, le=MAX_QUANTITY)]] = {}
+    """Quantities of the units that the record did not report."""
     reject: Text | None = None
+    """The reason why the record will never be charged. Null: rate it again."""
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -67,7 +66,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/corrections", status_code=201, response_model=Balance)
     async def correct(body: Correction, who: Operator, request: Request) -> Response:
-        """Puts a wrong charge right by a further entry of the ledger; the charge stays as it was."""
+        """Corrects a wrong charge with a new ledger entry. The charge itself never changes."""
 
         async def work(tx: Tx) -> tuple[int, Balance]:
             tx.tenant_id = body.tenant_id
@@ -94,21 +93,21 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.get("/held")
     async def get_held(who: Anyone, paging: Paging, tenant_id: Annotated[str | None, Query()] = None) -> dict[str, Any]:
-        """What waits for review; a tenant sees its own."""
+        """Lists the held records. A tenant sees its own records."""
         try:
             after = msgspec.json.decode(paging.after or '["",""]', type=tuple[str, str])
         except msgspec.DecodeError:
-            raise InvalidMessage("cursor", "is none that this list gave") from None
+            raise InvalidMessage("cursor", "is not a valid cursor") from None
         database = runtime.request if who.tenant_id else runtime.worker
         async with database.begin(tenant_id=who.tenant_id or None) as tx:
             found = await reports.held(tx, who.tenant_id or tenant_id, after=after, limit=paging.limit + 1)
         return page(found, paging, lambda item: msgspec.json.encode((item.tenant_id, item.usage_id)).decode())
 
-    @router.post("/held/{usage_id:path}/resolve", response_model=VerdictOf)
+    @router.post("/held/{usage_id:path}/resolve", response_model=UsageVerdict)
     async def resolve(usage_id: str, body: Resolution, who: Operator, request: Request) -> Response:
-        """Rates a held record again: after a price was added, with quantities completed; or rejects it for good."""
+        """Rates a held record again, with the prices of now and the quantities that are given, or rejects it."""
 
-        async def work(tx: Tx) -> tuple[int, VerdictOf]:
+        async def work(tx: Tx) -> tuple[int, UsageVerdict]:
             tx.tenant_id = body.tenant_id
             await _resolve(tx, usage_id, body)
             found = await reports.verdict(tx, body.tenant_id, usage_id)
@@ -124,13 +123,13 @@ async def _resolve(tx: Tx, usage_id: str, body: Resolution) -> None:
     held = await usage.held(tx, body.tenant_id, usage_id=usage_id)
     if not held:
         found = await reports.verdict(tx, body.tenant_id, usage_id)
-        raise Conflict(f"usage {usage_id} is {found.verdict}, nothing is left to decide")
+        raise Conflict(f"usage {usage_id} is {found.verdict}; only a held record can be resolved")
     [record] = held
     if body.reject is not None:
         await usage.decide(tx, record, Verdict("rejected", body.reject))
         return
     if known := sorted(record.quantities.keys() & body.quantities.keys()):
-        raise InvalidMessage(f"quantities.{known[0]}", "was reported, and what was reported stands")
+        raise InvalidMessage(f"quantities.{known[0]}", "was reported; a reported quantity cannot be replaced")
     if body.quantities:
         record = msgspec.structs.replace(record, quantities=record.quantities | body.quantities, estimated=True)
     await usage.rate_again(tx, [record])

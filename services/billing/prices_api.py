@@ -19,12 +19,12 @@ from infra.service.service import Runtime
 from services.billing import price_book
 from services.billing.domain import UNITS, Price, Tier
 
-# A string, for a JSON number passes through binary fractions on its way.
+# A string, because clients parse a JSON number as a binary fraction, which is not exact.
 Nanos = Annotated[str, Field(pattern=r"^\d{1,12}(\.\d{1,18})?$", examples=["150", "0.5"])]
 
 
 class PriceTier(BaseModel):
-    """Prices of a request with more input tokens than that; all of its units go by them."""
+    """Prices for a request with more than `above_input_tokens` input tokens. They apply to all units of the request."""
 
     model_config = ConfigDict(extra="forbid")
     above_input_tokens: int = Field(ge=0)
@@ -32,17 +32,16 @@ class PriceTier(BaseModel):
 
 
 class NewPrice(BaseModel):
-    """A further version. nanos_per_unit: unit → nano-units (10⁻⁹) of `currency` per one, as a decimal string.
-
-    valid_from: null: from the beginning if it is the resource's first in this currency, else from now on.
-    """
+    """A new version of a resource's price."""
 
     model_config = ConfigDict(extra="forbid")
     resource: str = Field(min_length=3, max_length=200, pattern=r"^[^/\s]+/\S+$")
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
     nanos_per_unit: dict[str, Nanos] = Field(min_length=1)
+    """Unit → nano-units (10⁻⁹) of `currency` per one unit, as a decimal string."""
     tiers: list[PriceTier] = []
     valid_from: AwareDatetime | None = None
+    """Null: since 1970 if it is the resource's first version in this currency, otherwise from now on."""
 
 
 class PriceVersion(BaseModel):
@@ -65,13 +64,13 @@ def router(runtime: Runtime) -> APIRouter:
         who: Anyone,
         paging: Paging,
         resource: Annotated[
-            str | None, Query(description="all versions of this one, or of what it is a name of")
+            str | None, Query(description="all versions of this resource, or of the resource that it is an alias of")
         ] = None,
     ) -> dict[str, Any]:
-        """The price book: every version there ever was."""
+        """Lists every version of every price, the replaced ones included."""
         name, _, version = (paging.after or "@0").rpartition("@")
         if not version.isdecimal():
-            raise InvalidMessage("cursor", "is none that this list gave")
+            raise InvalidMessage("cursor", "is not a valid cursor")
         async with runtime.worker.begin() as tx:
             names = None if resource is None else await price_book.name_in_book(tx, resource)
             rows = await tx.sql(
@@ -88,7 +87,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("", status_code=201, response_model=PriceVersion)
     async def add_price(body: NewPrice, who: Operator, request: Request) -> Response:
-        """Adds a version; what was rated before stays as it was."""
+        """Adds a version. Usage that was rated before keeps its amount."""
         nanos = _read(body.nanos_per_unit, "nanos_per_unit")
         tiers = tuple(
             Tier(tier.above_input_tokens, _read(tier.nanos_per_unit, f"tiers.{n}.nanos_per_unit"))
@@ -109,7 +108,7 @@ def router(runtime: Runtime) -> APIRouter:
 
 def _read(nanos: dict[str, str], field: str) -> dict[str, Decimal]:
     if unknown := sorted(nanos.keys() - UNITS):
-        raise InvalidMessage(f"{field}.{unknown[0]}", f"is no unit; there are {', '.join(sorted(UNITS))}")
+        raise InvalidMessage(f"{field}.{unknown[0]}", f"is not a unit; must be one of {', '.join(sorted(UNITS))}")
     return {unit: Decimal(text) for unit, text in nanos.items()}
 
 

@@ -1,4 +1,4 @@
-"""Is every usage record that a service committed accounted for? Asked of the producers, and counted here."""
+"""Reconciliation: compares the usage records that services committed with the verdicts that billing stored."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from services.billing.settings import addresses
 
 _GROUP = "billing"
 _SAFE = ["clawbus.ops.v1.Operations/CountOutbox"]
-# The numbers are read one after the other while records go on arriving: asked again until they agree.
+# The figures are read one after the other while records arrive, so they are read again until they agree.
 _TRIES = 5
 _PAUSE_SECONDS = 0.2
 
 
-# Outboxes forget what is older than the topic, so both sides count by the time in the message's id, and a day less.
+# Outboxes delete rows that are older than the topic's retention. Both sides count by the time in the message's id, and
+# leave out the last day before that limit.
 _WINDOW = USAGE_RECORDS.retention - timedelta(days=1)
 
 
 class Reconciliation(BaseModel):
-    """Records of usage of the last 29 days. produced: committed by their producers.
-
-    pending: not told yet, for they wait in an outbox, in the log, or here as dead letters. difference: what nobody can
-    account for; anything but 0 is a fault.
-    """
+    """Numbers of usage records of the last 29 days."""
 
     produced: int
+    """Records that their producers committed."""
     counted: int
     duplicate: int
     rejected: int
     held: int
     pending: int
+    """Records without a verdict yet: in an outbox, in the topic, or here as open dead letters."""
     difference: int
+    """Records that are missing or superfluous. Any value but 0 is a fault."""
 
 
 class _Verdicts(NamedTuple):
@@ -54,7 +54,10 @@ class _Verdicts(NamedTuple):
 
 
 async def reconcile(runtime: Runtime, tenant_id: str | None) -> Reconciliation:
-    """Of a tenant; None: of all. Raises Transient where a producer does not answer: a part would look like a loss."""
+    """Reconciles the records of a tenant, or of all tenants (None).
+
+    Raises Transient if a producer does not answer, because figures without it would look like a loss.
+    """
     for attempt in range(1, _TRIES + 1):
         found = await _once(runtime, tenant_id)
         if found.difference == 0 or attempt == _TRIES:
@@ -65,7 +68,8 @@ async def reconcile(runtime: Runtime, tenant_id: str | None) -> Reconciliation:
 
 async def _once(runtime: Runtime, tenant_id: str | None) -> Reconciliation:
     since = utcnow() - _WINDOW
-    # In this order: what is decided between the two questions is then missing here and not there.
+    # Verdicts first. A record that is decided between the two reads is then missing here, which the retry corrects; in
+    # the other order it would look superfluous.
     async with _database(runtime, tenant_id).begin(tenant_id=tenant_id) as tx:
         verdicts = await _verdicts(tx, tenant_id, since)
     answers = await asyncio.gather(*(_ask(runtime, name, tenant_id, since) for name in USAGE_RECORDS.producers))
@@ -93,7 +97,7 @@ async def _verdicts(tx: Tx, tenant_id: str | None, since: datetime) -> _Verdicts
         tenant_id,
         since,
     )
-    # A record that could not be read, and that an operator gave up, is rejected too.
+    # A record that could not be read and that an operator discarded counts as rejected.
     discarded = await _dead_letters(tx, tenant_id, "discarded")
     return _Verdicts(counted, rejected + discarded, held, duplicate)
 
@@ -119,11 +123,11 @@ async def _ask(runtime: Runtime, service: str, tenant_id: str | None, since: dat
     try:
         return await stub.CountOutbox(request, metadata=rpc.tenant_metadata(tenant_id) if tenant_id else None)
     except Transient as error:
-        raise Transient(f"{service} does not say what it produced: {error}") from error
+        raise Transient(f"could not read the number of produced records of {service}: {error}") from error
 
 
 async def _unread(runtime: Runtime) -> int:
-    """Records in the log that were not read yet, of all tenants."""
+    """Returns the number of records of all tenants in the topic that billing has not read yet."""
     topic = runtime.settings.topic_prefix + USAGE_RECORDS.name
     consumer = AIOKafkaConsumer(bootstrap_servers=runtime.settings.kafka_bootstrap_servers)
     await consumer.start()

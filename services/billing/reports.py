@@ -1,4 +1,4 @@
-"""What a tenant may ask about its money: balance, usage, ledger, verdicts."""
+"""Reports to a tenant about its money: balance, usage, ledger, verdicts."""
 
 from __future__ import annotations
 
@@ -24,69 +24,71 @@ _WHERE = (
 )
 
 Grouping = Literal["resource", "day", "run"]
-# What is added to the resource to make a group.
+# Grouping → SQL expression by which records are grouped in addition to their resource.
 _GROUPS = {"resource": "NULL::text", "day": "(occurred_at AT TIME ZONE 'UTC')::date::text", "run": "run_id::text"}
 
 
 class Balance(BaseModel):
-    """Nano-units (10⁻⁹) of `currency`. credit_nanos, balance_nanos and available_nanos are null without a limit.
-
-    credit_nanos: all that was ever granted. balance_nanos: credit less what was debited. available_nanos: balance less
-    what is held for work under way.
-    """
+    """Amounts in nano-units (10⁻⁹) of `currency`."""
 
     tenant_id: str
     currency: str
     credit_nanos: int | None
+    """The sum of all credit ever granted. Null: no limit."""
     debited_nanos: int
     balance_nanos: int | None
+    """Credit minus debits. Null: no limit."""
     held_nanos: int
+    """Credit that is reserved for work in progress."""
     available_nanos: int | None
+    """Balance minus holds. Null: no limit."""
 
 
-class Used(BaseModel):
-    """What was used of a resource. group: the day (UTC) or the run; null where it is by resource alone.
-
-    units: unit → count, of counted records. records: all but duplicates. held: of them, waiting for review.
-    """
+class UsageSum(BaseModel):
+    """The usage of a resource, or of one group of its records."""
 
     resource: str
     group: str | None
+    """The day (UTC) or the run. Null if grouped by resource alone."""
     records: int
+    """Number of records without duplicates."""
     held: int
     units: dict[str, int]
+    """Unit → quantity of the counted records."""
     amount_nanos: int
 
 
 class Messages(BaseModel):
-    """Messages that a type of channel delivered; they have no price. channel_type: ``unknown`` where none was told."""
+    """Number of messages that channels of one type delivered. They have no price."""
 
     channel_type: str
+    """``unknown`` if no message of the channel has arrived yet."""
     delivered: int
 
 
 class Summary(BaseModel):
     currency: str | None
     amount_nanos: int
-    items: list[Used]
+    items: list[UsageSum]
     messages: list[Messages]
 
 
 class LedgerEntry(BaseModel):
-    """amount_nanos: above zero in the tenant's favour. An entry never changes; a mistake gets a further one."""
+    """An entry never changes. A mistake is corrected by a new entry."""
 
     id: str
     at: datetime
     kind: Literal["credit", "charge", "correction"]
     amount_nanos: int
+    """Above zero: in the tenant's favour."""
     usage_id: str | None
     price_version: str | None
     reason: str
     actor: str
 
 
-class VerdictOf(BaseModel):
-    """What became of a usage_id. amount_nanos: null while it is held. duplicates: how often it was reported again."""
+class UsageVerdict(BaseModel):
+    """The verdict on the first usage record with a usage_id."""
 
     tenant_id: str
     usage_id: str
@@ -94,6 +96,7 @@ class VerdictOf(BaseModel):
     reason: str
     price_version: str | None
     amount_nanos: int | None
+    """Null while the record is held."""
     resource: str
     quantities: dict[str, int]
     estimated: bool
@@ -101,15 +104,16 @@ class VerdictOf(BaseModel):
     occurred_at: datetime
     rated_at: datetime
     duplicates: int
+    """Number of further records with the same usage_id."""
 
 
 class UsageList(BaseModel):
-    items: list[VerdictOf]
+    items: list[UsageVerdict]
     next: str | None
 
 
-class Where(NamedTuple):
-    """Which usage: from `since` (inclusive) until `until` (exclusive), by the time of use."""
+class UsageFilter(NamedTuple):
+    """Selects usage records that occurred from `since` (inclusive) until `until` (exclusive)."""
 
     tenant_id: str
     since: datetime | None
@@ -119,7 +123,7 @@ class Where(NamedTuple):
 
 
 async def balance(tx: Tx, tenant_id: str) -> Balance:
-    """Raises NotFound without an account."""
+    """Raises NotFound if the tenant has no account."""
     currency, account = await accounts.lock_one(tx, tenant_id)
     held = await holds.open_nanos(tx, tenant_id)
     left = account.balance_nanos
@@ -134,36 +138,36 @@ async def balance(tx: Tx, tenant_id: str) -> Balance:
     )
 
 
-async def usage(tx: Tx, where: Where, *, after: tuple[datetime, str] | None, limit: int) -> list[VerdictOf]:
-    """The records behind `after`, by the time of use and their id."""
+async def usage(tx: Tx, wanted: UsageFilter, *, after: tuple[datetime, str] | None, limit: int) -> list[UsageVerdict]:
+    """Returns the records after the position `after`, by time of use and id."""
     rows = await tx.sql(
         f"{_VERDICT}{_WHERE} AND ($6::timestamptz IS NULL OR (occurred_at, usage_id) > ($6, $7)) "
         "ORDER BY occurred_at, usage_id LIMIT $8",
-        *where,
+        *wanted,
         *(after or (None, None)),
         limit,
     )
     return [_verdict(row) for row in rows]
 
 
-async def summary(tx: Tx, where: Where, group: Grouping) -> Summary:
+async def summary(tx: Tx, wanted: UsageFilter, group: Grouping) -> Summary:
     by = f"resource, {_GROUPS[group]} AS part"
     units: dict[tuple[str, str | None], dict[str, int]] = {}
     for name, part, unit, count in await tx.sql(
         f"SELECT resource, part, unit, sum(n::numeric) FROM (SELECT {by}, q.key AS unit, q.value AS n "
         f"FROM usage AS u, jsonb_each_text(quantities) AS q {_WHERE} AND verdict = 'counted') AS found "
         "GROUP BY resource, part, unit",
-        *where,
+        *wanted,
     ):
         units.setdefault((name, part), {})[unit] = int(count)
     rows = await tx.sql(
         "SELECT resource, part, count(*), count(*) FILTER (WHERE verdict = 'held'), coalesce(sum(amount_nanos), 0) "
         f"FROM (SELECT {by}, verdict, amount_nanos FROM usage AS u {_WHERE}) AS found GROUP BY resource, part "
         "ORDER BY resource, part",
-        *where,
+        *wanted,
     )
     items = [
-        Used(
+        UsageSum(
             resource=name,
             group=part,
             records=records,
@@ -174,20 +178,20 @@ async def summary(tx: Tx, where: Where, group: Grouping) -> Summary:
         for name, part, records, held, amount in rows
     ]
     return Summary(
-        currency=await accounts.currency(tx, where.tenant_id),
+        currency=await accounts.currency(tx, wanted.tenant_id),
         amount_nanos=sum(item.amount_nanos for item in items),
         items=items,
-        messages=await _messages(tx, where),
+        messages=await _messages(tx, wanted),
     )
 
 
-async def _messages(tx: Tx, where: Where) -> list[Messages]:
+async def _messages(tx: Tx, wanted: UsageFilter) -> list[Messages]:
     rows = await tx.sql(
         "SELECT coalesce(c.type, 'unknown') AS type, sum(d.messages) FROM delivered AS d "
         "LEFT JOIN channel AS c USING (channel_id) WHERE d.tenant_id = $1 "
         "AND ($2::timestamptz IS NULL OR d.day >= ($2 AT TIME ZONE 'UTC')::date) "
         "AND ($3::timestamptz IS NULL OR d.day < ($3 AT TIME ZONE 'UTC')) GROUP BY 1 ORDER BY 1",
-        *where[:3],
+        *wanted[:3],
     )
     return [Messages(channel_type=type_, delivered=int(count)) for type_, count in rows]
 
@@ -195,7 +199,7 @@ async def _messages(tx: Tx, where: Where) -> list[Messages]:
 async def ledger(tx: Tx, tenant_id: str, *, after: int, limit: int) -> list[LedgerEntry]:
     rows = await tx.sql(
         "SELECT entry::text, made_at, kind, amount_nanos, usage_id, price_version, reason, actor FROM ledger_entry "
-        # By the number, not by its text of the same name.
+        # By the column, which is a number. The name alone would mean the text column of the result.
         "WHERE tenant_id = $1 AND entry > $2 ORDER BY ledger_entry.entry LIMIT $3",
         tenant_id,
         after,
@@ -205,16 +209,16 @@ async def ledger(tx: Tx, tenant_id: str, *, after: int, limit: int) -> list[Ledg
     return [LedgerEntry(**dict(zip(names, row, strict=True))) for row in rows]
 
 
-async def verdict(tx: Tx, tenant_id: str, usage_id: str) -> VerdictOf:
-    """Raises NotFound where no record with that id has arrived."""
+async def verdict(tx: Tx, tenant_id: str, usage_id: str) -> UsageVerdict:
+    """Raises NotFound if no record with that id has arrived."""
     rows = await tx.sql(f"{_VERDICT}WHERE tenant_id = $1 AND usage_id = $2", tenant_id, usage_id)
     if not rows:
-        raise NotFound(f"usage {usage_id}: no record with this id has arrived")
+        raise NotFound(f"usage {usage_id}: not found")
     return _verdict(rows[0])
 
 
-async def held(tx: Tx, tenant_id: str | None, *, after: tuple[str, str], limit: int) -> list[VerdictOf]:
-    """What waits for review, of a tenant or of all, behind `after` (tenant, usage_id)."""
+async def held(tx: Tx, tenant_id: str | None, *, after: tuple[str, str], limit: int) -> list[UsageVerdict]:
+    """Returns the held records of a tenant, or of all tenants, after the position `after` (tenant, usage_id)."""
     rows = await tx.sql(
         f"{_VERDICT}WHERE verdict = 'held' AND ($1::text IS NULL OR tenant_id = $1) "
         "AND (tenant_id, usage_id) > ($2, $3) ORDER BY tenant_id, usage_id LIMIT $4",
@@ -225,5 +229,5 @@ async def held(tx: Tx, tenant_id: str | None, *, after: tuple[str, str], limit: 
     return [_verdict(row) for row in rows]
 
 
-def _verdict(row: tuple[Any, ...]) -> VerdictOf:
-    return VerdictOf(**dict(zip(VerdictOf.model_fields, row, strict=True)))
+def _verdict(row: tuple[Any, ...]) -> UsageVerdict:
+    return UsageVerdict(**dict(zip(UsageVerdict.model_fields, row, strict=True)))

@@ -1,4 +1,4 @@
-"""gRPC of billing: reservations, and what became of a run's usage."""
+"""gRPC of billing: holds, and the charges of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Billing(billing_pb2_grpc.BillingServicer):
 
     async def Reserve(self, request: billing_pb2.ReserveRequest, context: Any) -> billing_pb2.ReserveReply:
         tenant_id = rpc.tenant()
-        asked = holds.Request(request.resource, dict(request.quantities), request.expires_in_ms)
+        asked = holds.HoldRequest(request.resource, dict(request.quantities), request.expires_in_ms)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             found = await holds.reserve(tx, tenant_id, _uuid("hold_id", request.hold_id), asked)
         return billing_pb2.ReserveReply(
@@ -71,7 +71,7 @@ def _charge(
         resource=resource,
         verdict=verdict,
         amount_nanos=amount_nanos,
-        # What a rejected record claimed may be beyond the wire's integers.
+        # A rejected record may claim a quantity that does not fit into the wire's 64-bit integer.
         quantities={u: min(n, 2**63 - 1) for u, n in quantities.items()},
         span_id=span_id,
     )

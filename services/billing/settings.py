@@ -1,4 +1,4 @@
-"""What billing reads from the environment."""
+"""Settings of billing, read from the environment."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from protos.catalog import USAGE_RECORDS
 
 
 def _targets(value: str) -> str:
-    """Raises ValueError where a producer of usage has no address."""
+    """Raises ValueError if a service that produces usage has no address."""
     found = addresses(value)
     if missing := [name for name in USAGE_RECORDS.producers if name not in found]:
-        raise ValueError(f"no address of {', '.join(missing)}; expected name=host:port, separated by commas")
+        raise ValueError(f"the address of {', '.join(missing)} is missing; expected name=host:port,name=host:port")
     return value
 
 
 def addresses(value: str) -> dict[str, str]:
-    """``host:port`` by service."""
+    """Returns service → ``host:port``."""
     return {name.strip(): target.strip() for name, _, target in (part.partition("=") for part in value.split(","))}
 
 
 class Settings(Base):
     operations: Annotated[str, AfterValidator(_targets)]
-    """Where each service serves its operations by gRPC: ``user=host:port,agent=host:port,…``."""
+    """Addresses of the services' operations gRPC: ``user=host:port,agent=host:port,…``."""

@@ -1,4 +1,4 @@
-"""Usage: one row per usage_id with its verdict in ``usage``, what was reported again in ``duplicate``."""
+"""Usage records: the first record of each usage_id with its verdict in ``usage``, repeated ones in ``duplicate``."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
 from services.billing import accounts, holds, price_book
 from services.billing.accounts import Entry
-from services.billing.domain import Use, Verdict, judge, settle
+from services.billing.domain import UsageContent, Verdict, judge, settle
 
 _encoder = msgspec.json.Encoder(order="sorted")
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A record, its verdict, the id of its message, and of the span in which it was rated (empty: not traced)."""
+    """A record with its verdict."""
 
     record: UsageRecorded
     verdict: Verdict
     message_id: UUID
     span_id: str
+    """The span in which the record was rated. Empty: not traced."""
 
 
 async def verdicts(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
-    """Rates records that arrived, against what arrived before. Raises InvalidMessage for ids that cannot be stored."""
+    """Rates new records, and finds the ones whose usage_id was recorded before.
+
+    Raises InvalidMessage for ids that cannot be stored.
+    """
     for record in records:
         for name in ("tenant_id", "usage_id", "resource"):
-            # A NUL has no place in PostgreSQL's text, and nobody can ask about what has no id.
+            # PostgreSQL's text cannot hold a NUL, and a record without an id could not be looked up.
             if not (value := getattr(record, name)) or "\x00" in value:
-                raise InvalidMessage(name, "is empty or holds a NUL")
+                raise InvalidMessage(name, "must not be empty or contain a NUL")
     currencies = await accounts.currencies(tx, (record.tenant_id for record in records))
     prices = await price_book.versions(tx, (record.resource for record in records))
     rows = await tx.sql(
@@ -45,19 +49,19 @@ async def verdicts(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
         [record.tenant_id for record in records],
         [record.usage_id for record in records],
     )
-    seen = {(tenant_id, id_): Use(resource, counts) for tenant_id, id_, resource, counts in rows}
+    seen = {(tenant_id, id_): UsageContent(resource, counts) for tenant_id, id_, resource, counts in rows}
     return settle(records, seen, currencies, prices, utcnow())
 
 
 async def record(tx: Tx, judged: Sequence[Judged]) -> None:
-    """Stores records with their verdicts, debits what was counted and closes the holds it names."""
+    """Stores records with their verdicts, debits the counted ones and closes the holds that they name."""
     fresh = [item for item in judged if item.verdict.kind != "duplicate"]
     repeats = [item for item in judged if item.verdict.kind == "duplicate"]
     if fresh:
         try:
             await _insert(tx, fresh)
         except IntegrityError as error:
-            raise Transient("another transaction recorded one of these usage_ids meanwhile") from error
+            raise Transient("another transaction recorded one of these usage_ids at the same time") from error
     if repeats:
         await _insert_duplicates(tx, repeats)
     await _charge(
@@ -110,7 +114,7 @@ async def _insert_duplicates(tx: Tx, judged: Sequence[Judged]) -> None:
 
 
 async def _charge(tx: Tx, rated: Sequence[tuple[str, str, UUID | None, Verdict]]) -> None:
-    """Debits the counted ones of (tenant, usage_id, hold, verdict), and closes their holds."""
+    """Debits the counted ones of (tenant, usage_id, hold, verdict) and closes their holds."""
     counted = [item for item in rated if item[3].kind == "counted"]
     if not counted:
         return
@@ -126,7 +130,7 @@ async def _charge(tx: Tx, rated: Sequence[tuple[str, str, UUID | None, Verdict]]
 async def held(
     tx: Tx, tenant_id: str, *, reason: str | None = None, usage_id: str | None = None
 ) -> list[UsageRecorded]:
-    """The tenant's records that wait for review, all or those of a reason or id; locked until the transaction ends."""
+    """Locks and returns the tenant's held records: all of them, or the ones with a reason or an id."""
     rows = await tx.sql(
         "SELECT usage_id, resource, quantities, occurred_at, estimated, run_id, hold_id FROM usage "
         "WHERE tenant_id = $1 AND verdict = 'held' AND ($2::text IS NULL OR reason = $2) "
@@ -151,7 +155,7 @@ async def held(
 
 
 async def rate_again(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
-    """Judges held records anew, by the prices and quantities that are there now; what is decided is charged."""
+    """Rates held records again with the current prices and quantities, and charges the ones that are counted now."""
     currencies = await accounts.currencies(tx, (record.tenant_id for record in records))
     prices = await price_book.versions(tx, (record.resource for record in records))
     now = utcnow()
@@ -162,7 +166,7 @@ async def rate_again(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
 
 
 async def decide(tx: Tx, record: UsageRecorded, verdict: Verdict) -> None:
-    """Gives a held record its verdict, and charges it if it is counted now."""
+    """Stores a new verdict on a held record, and charges the record if it is counted."""
     await tx.sql(
         "UPDATE usage SET quantities = $3::text::jsonb, estimated = $4, verdict = $5, reason = $6, amount_nanos = $7, "
         "price_version = $8, rated_at = $9 WHERE tenant_id = $1 AND usage_id = $2",

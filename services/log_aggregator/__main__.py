@@ -1,4 +1,4 @@
-"""Log aggregator: who did what, what happened when, and what could not be done."""
+"""Log aggregator: audit chains, searchable logs and traces, and the dead letters of all services."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Service

@@ -1,4 +1,4 @@
-"""Who may see what here: a tenant its own, with the scope for it; the operator everything."""
+"""Access rules: a tenant may see its own data with the right scope, the operator may see everything."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from infra.service.api import Anyone
 def _having(scope: str) -> Callable[[Identity], Identity]:
     def check(who: Anyone) -> Identity:
         if who.tenant_id and scope not in who.scopes:
-            raise Forbidden(f"the scope {scope} is missing")
+            raise Forbidden(f"the key needs the scope {scope}")
         return who
 
     return check
 
 
-Seer = Annotated[Identity, Depends(_having("read"))]
-Mender = Annotated[Identity, Depends(_having("write"))]
+Viewer = Annotated[Identity, Depends(_having("read"))]
+Editor = Annotated[Identity, Depends(_having("write"))]
 
 
-def _tenant(who: Seer, tenant_id: Annotated[str | None, Query(max_length=200)] = None) -> str | None:
-    """Whose it is about; only the operator may ask for somebody else's."""
+def _tenant(who: Viewer, tenant_id: Annotated[str | None, Query(max_length=200)] = None) -> str | None:
+    """Raises Forbidden if a tenant asks for another tenant's data."""
     if who.tenant_id and tenant_id not in (None, who.tenant_id):
-        raise Forbidden("tenant_id: another tenant's is the operator's to see")
+        raise Forbidden("tenant_id: only the operator may ask for another tenant")
     if tenant_id and "\x00" in tenant_id:
-        raise InvalidMessage("tenant_id", "is none")
+        raise InvalidMessage("tenant_id", "must not contain a NUL")
     return who.tenant_id or tenant_id
 
 
-# The tenant that an answer is about; None: the operator asked for no tenant in particular.
-AskedTenant = Annotated[str | None, Depends(_tenant)]
+RequestedTenant = Annotated[str | None, Depends(_tenant)]
+"""The tenant whose data is requested. None: the operator named no tenant."""

@@ -1,4 +1,4 @@
-"""What the log aggregator calls."""
+"""Clients of the engines that the log aggregator uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit chains in PostgreSQL: one per tenant, and the system's, whose tenant is empty."""
+"""The audit chains in PostgreSQL: one per tenant, and the system's chain, whose tenant id is empty."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from protos.messages.audit import ActAudited
 from services.log_aggregator import domain
 from services.log_aggregator.domain import EMPTY, Head, Link
 
-# Records that are read and recomputed at a time.
+# Number of records that are read and verified at a time.
 BATCH = 1000
 
 
-class Verdict(NamedTuple):
-    """records: how many were found good. broken_at: the seq where the chain breaks, None where it holds."""
+class Verification(NamedTuple):
+    """The result of verifying a chain."""
 
     records: int
+    """Number of valid records before the break, or of all records."""
     head: bytes
     broken_at: int | None
+    """The seq of the first changed or missing record. None if the chain is intact."""
 
 
 def record(act: ActAudited, headers: Mapping[str, str]) -> str:
-    """An act as it is chained, with the id and the sender of its message."""
+    """Returns the record of an act for the chain, with the id and the sender of its message."""
     fields = {
         "id": headers["ce_id"],
         "service": headers.get("ce_source", ""),
@@ -42,8 +44,8 @@ def record(act: ActAudited, headers: Mapping[str, str]) -> str:
 
 
 async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
-    """Adds records to the ends of their chains (tenant id → records). The chains stay locked until the commit."""
-    # Sorted: two transactions with chains in common wait for each other in one order, never in a circle.
+    """Appends records to their chains (tenant id → records). The heads of the chains stay locked until the commit."""
+    # Heads are locked in the order of their key. Two transactions that share chains would otherwise deadlock.
     tenants = sorted(chains)
     rows = await tx.sql(
         "INSERT INTO audit_head AS h (tenant_id, seq, hash) SELECT t, 0, $2 FROM unnest($1::text[]) AS n(t) ORDER BY t "
@@ -76,10 +78,10 @@ async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
     )
 
 
-async def verify(database: Database, tenant_id: str) -> Verdict:
-    """Recomputes a chain from its first record to the head that it has now."""
+async def verify(database: Database, tenant_id: str) -> Verification:
+    """Recomputes the hashes of a chain from its first record to its current head."""
     async with database.begin(tenant_id=tenant_id or None) as tx:
-        # In one statement: what is added meanwhile must not look like records beyond the head.
+        # In one statement, so that a record that is added meanwhile does not look like a record beyond the head.
         [(seq, hash_, last)] = await tx.sql(
             "SELECT coalesce(max(h.seq), 0), (array_agg(h.hash))[1], "
             "(SELECT coalesce(max(r.seq), 0) FROM audit_record r WHERE r.tenant_id = $1) "
@@ -100,18 +102,18 @@ async def verify(database: Database, tenant_id: str) -> Verdict:
             )
         links = [Link(*row[:3]) for row in rows]
         broken = domain.first_break(good, links)
-        # What is only beside the record must say the same, or a search would not find what happened.
+        # The columns for the search must agree with the record, or a search would not find the record.
         sound = [row for row in rows if broken is None or row[0] < broken]
-        untrue = next((row[0] for row in sound if _searched(row[1]) != row[3:]), None)
-        if breaks := [seq for seq in (broken, untrue, None if rows else good.seq + 1) if seq]:
-            return Verdict(min(breaks) - 1, head.hash, min(breaks))
+        mismatch = next((row[0] for row in sound if _searched(row[1]) != row[3:]), None)
+        if breaks := [seq for seq in (broken, mismatch, None if rows else good.seq + 1) if seq]:
+            return Verification(min(breaks) - 1, head.hash, min(breaks))
         good = Head(links[-1].seq, links[-1].hash)
     if good != head:
-        # The head was changed, or the last record with its hash.
-        return Verdict(good.seq - 1, head.hash, good.seq)
+        # The head was changed, or the last record together with its hash.
+        return Verification(good.seq - 1, head.hash, good.seq)
     if last > head.seq:
-        return Verdict(head.seq, head.hash, head.seq + 1)
-    return Verdict(good.seq, head.hash, None)
+        return Verification(head.seq, head.hash, head.seq + 1)
+    return Verification(good.seq, head.hash, None)
 
 
 async def listed(
@@ -122,7 +124,7 @@ async def listed(
     before: int | None,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """The records of a chain, newest first, whose action, actor and object_id are as `wanted`."""
+    """Returns the records of a chain, newest first, whose action, actor and object_id match `wanted`."""
     async with database.begin(tenant_id=tenant_id or None) as tx:
         rows = await tx.sql(
             "SELECT seq, record, hash FROM audit_record WHERE tenant_id = $1 "

@@ -1,4 +1,4 @@
-"""HTTP: the audit chains."""
+"""HTTP of the audit chains."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from infra.errors import InvalidMessage
 from infra.service.api import Paging, page
 from infra.service.service import Runtime
 from services.log_aggregator import audit
-from services.log_aggregator.access import AskedTenant
+from services.log_aggregator.access import RequestedTenant
 
-# PostgreSQL takes no NUL.
+# PostgreSQL's text cannot hold a NUL.
 _Text = Annotated[str | None, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
 
 
 class Verified(BaseModel):
-    """records: how many are good. head: hash of the last record, hexadecimal. broken_at: where not `ok`, the first
-    record that is changed or missing.
-    """
+    """The result of verifying a chain."""
 
     records: int
+    """Number of valid records before the break, or of all records."""
     ok: bool
     head: str
+    """Hash of the last record, hexadecimal."""
     broken_at: int | None
+    """The seq of the first changed or missing record, if not `ok`."""
 
 
 class AuditRecord(BaseModel):
-    """seq: place in the chain, from 1. hash: of the hash before it and the record's canonical JSON (all fields but
-    seq and hash, keys sorted, no spaces, ASCII), SHA-256, hexadecimal.
-    """
+    """A record of a chain."""
 
     seq: int
+    """Position in the chain, from 1."""
     id: str
     service: str
     tenant_id: str | None
@@ -46,6 +46,8 @@ class AuditRecord(BaseModel):
     outcome: Literal["done", "denied", "failed"]
     details: dict[str, str]
     hash: str
+    """SHA-256, hexadecimal, of the previous hash and the record's canonical JSON (all fields except seq and hash, keys
+    sorted, no spaces, ASCII)."""
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -53,14 +55,14 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.get("/api/v1/audit")
     async def list_acts(
-        tenant: AskedTenant,
+        tenant: RequestedTenant,
         paging: Paging,
         action: _Text = None,
         object_id: _Text = None,
         actor: _Text = None,
         since: AwareDatetime | None = None,
     ) -> dict[str, Any]:
-        """Newest first. The operator sees the system's chain, or with `tenant_id` that tenant's."""
+        """Lists audit records, newest first. The operator gets the system's chain, or with `tenant_id` a tenant's."""
         wanted = {"action": action, "object_id": object_id, "actor": actor}
         found = await audit.listed(
             runtime.request if tenant else runtime.worker,
@@ -73,14 +75,14 @@ def router(runtime: Runtime) -> APIRouter:
         return page([AuditRecord(**record) for record in found], paging, lambda record: str(record.seq))
 
     @routes.get("/api/v1/audit/verify")
-    async def verify(tenant: AskedTenant) -> Verified:
+    async def verify(tenant: RequestedTenant) -> Verified:
         """Recomputes every hash of the chain."""
-        verdict = await audit.verify(runtime.request if tenant else runtime.worker, tenant or "")
+        found = await audit.verify(runtime.request if tenant else runtime.worker, tenant or "")
         return Verified(
-            records=verdict.records,
-            ok=verdict.broken_at is None,
-            head=verdict.head.hex(),
-            broken_at=verdict.broken_at,
+            records=found.records,
+            ok=found.broken_at is None,
+            head=found.head.hex(),
+            broken_at=found.broken_at,
         )
 
     return routes
@@ -88,5 +90,5 @@ def router(runtime: Runtime) -> APIRouter:
 
 def _seq(cursor: str | None) -> int | None:
     if cursor is not None and not (cursor.isdecimal() and len(cursor) < 19):
-        raise InvalidMessage("cursor", "is none that a list gave")
+        raise InvalidMessage("cursor", "is not a valid cursor")
     return int(cursor) if cursor else None

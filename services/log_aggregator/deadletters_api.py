@@ -1,4 +1,4 @@
-"""HTTP: the dead letters of all services, each asked by gRPC for its own."""
+"""HTTP of the dead letters of all services. Each service is asked for its own by gRPC."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infra.service.api import Paging, page
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
-from services.log_aggregator.access import Mender, Seer
+from services.log_aggregator.access import Editor, Viewer
 from services.log_aggregator.settings import operations
 
 _SAFE = ["clawbus.ops.v1.Operations/ListDeadLetters", "clawbus.ops.v1.Operations/GetDeadLetter"]
@@ -25,31 +25,34 @@ _PLAIN = ("id", "service", "consumer", "source", "message_id", "state", "attempt
 
 
 class DeadLetter(BaseModel):
-    """source: ``kafka:<topic>``, ``rabbit:<queue>``, ``outbox:<destination>`` or ``lane:…``. state: failed, waiting
-    (behind a failed one of its key), redriving, redriven or discarded. headers, payload: not in lists.
-    """
+    """A message that a service could not process."""
 
     id: str
     service: str
     consumer: str
     source: str
+    """``kafka:<topic>``, ``rabbit:<queue>``, ``outbox:<destination>`` or ``lane:…``."""
     message_id: str
     key: str | None
     tenant_id: str | None
     state: str
+    """failed, waiting (behind a failed message with the same key), redriving, redriven or discarded."""
     attempts: int
     error: str
     first_failed_at: datetime
     last_failed_at: datetime
     headers: dict[str, str] | None = None
+    """Not in lists."""
     payload: str | None = None
+    """Not in lists."""
 
 
 class Redrive(BaseModel):
-    """force: also what is too old to be told from a repeat."""
+    """Options of a redrive."""
 
     model_config = ConfigDict(extra="forbid")
     force: bool = False
+    """Also redrive a message that is older than the inbox, so that a repeat of it could not be detected."""
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -57,27 +60,27 @@ def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(tags=["dead letters"])
 
     @routes.get("/api/v1/deadletters")
-    async def list_dead_letters(who: Seer, paging: Paging) -> dict[str, Any]:
-        """What is open: service by service, oldest first. `unavailable`: services that do not answer now."""
+    async def list_dead_letters(who: Viewer, paging: Paging) -> dict[str, Any]:
+        """Lists the open dead letters by service, oldest first. `unavailable`: services that do not answer now."""
         found, unavailable = await services.listed(who, paging.after, paging.limit + 1)
         return page(found, paging, lambda letter: f"{letter.service} {letter.id}") | {"unavailable": unavailable}
 
     @routes.get("/api/v1/deadletters/{id}")
-    async def get_dead_letter(id: UUID, who: Seer) -> DeadLetter:
+    async def get_dead_letter(id: UUID, who: Viewer) -> DeadLetter:
         _, letter = await services.find(who, id)
         return letter
 
     @routes.post("/api/v1/deadletters/{id}/redrive", status_code=202)
-    async def redrive(id: UUID, who: Mender, body: Redrive | None = None) -> DeadLetter:
-        """The service handles it again as soon as it can."""
+    async def redrive(id: UUID, who: Editor, body: Redrive | None = None) -> DeadLetter:
+        """Lets the service process the message again as soon as it can."""
         service, _ = await services.find(who, id)
         request = ops_pb2.RedriveDeadLettersRequest(ids=[str(id)], actor=who.actor, force=bool(body and body.force))
         await service.RedriveDeadLetters(request, metadata=_metadata(who))
         return _shown(await service.GetDeadLetter(ops_pb2.GetDeadLetterRequest(id=str(id)), metadata=_metadata(who)))
 
     @routes.delete("/api/v1/deadletters/{id}", status_code=204)
-    async def discard(id: UUID, who: Mender) -> None:
-        """Given up for good; what waits behind it goes on."""
+    async def discard(id: UUID, who: Editor) -> None:
+        """Discards the message. The messages that wait behind it continue."""
         service, _ = await services.find(who, id)
         request = ops_pb2.DiscardDeadLetterRequest(id=str(id), actor=who.actor)
         await service.DiscardDeadLetter(request, metadata=_metadata(who))
@@ -93,10 +96,10 @@ class _Services:
         }
 
     async def listed(self, who: Identity, after: str | None, limit: int) -> tuple[list[DeadLetter], list[str]]:
-        """Up to `limit` letters behind the one `after` names (``service id``), and the services that do not answer."""
+        """Returns up to `limit` letters after the position `after` (``service id``), and the silent services."""
         first, _, id_ = (after or "").partition(" ")
         if after and (first not in self._stubs or not _is_uuid(id_)):
-            raise InvalidMessage("cursor", "is none that a list gave")
+            raise InvalidMessage("cursor", "is not a valid cursor")
         names = [name for name in self._stubs if name >= first]
         requests = [
             ops_pb2.ListDeadLettersRequest(limit=limit, after=id_ if name == first and id_ else None) for name in names
@@ -120,7 +123,10 @@ class _Services:
         return letters[:limit], unavailable
 
     async def find(self, who: Identity, id_: UUID) -> tuple[Any, DeadLetter]:
-        """The letter, and the service that has it. Raises NotFound; Transient where one that may have it is away."""
+        """Returns the client of the service that has the letter, and the letter.
+
+        Raises NotFound if no service has it, and Transient if a service that may have it does not answer.
+        """
         request = ops_pb2.GetDeadLetterRequest(id=str(id_))
         replies = await asyncio.gather(
             *(stub.GetDeadLetter(request, metadata=_metadata(who)) for stub in self._stubs.values()),
@@ -135,8 +141,8 @@ class _Services:
             elif not isinstance(reply, NotFound):
                 raise reply
         if away:
-            raise Transient(f"dead letter {id_}: {', '.join(away)} may have it and does not answer")
-        raise NotFound(f"dead letter {id_}: there is none")
+            raise Transient(f"dead letter {id_}: not found, but {', '.join(away)} did not answer")
+        raise NotFound(f"dead letter {id_}: not found")
 
 
 def _metadata(who: Identity) -> Any:

@@ -1,4 +1,4 @@
-"""What becomes of a message in the search index. Pure."""
+"""Documents of the search index, made from messages. Pure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from infra.bus.dispatch import Decoded
 from infra.observe.telemetry import extract
 from protos.messages.logs import LogLine
 
-# The fields of events that are searched and shown. A list of what may, not of what must not: the text of people,
-# vendors' names for them, and whatever a later version adds, stay out.
+# The fields of events that are searched and shown. This is a list of allowed fields, so that people's text, vendors'
+# ids of people, and fields of later versions stay out of the index.
 _OPEN_FIELDS = frozenset(
     (
         *("run_id", "session_key", "agent_id", "attempt", "attempts", "n", "step", "kind", "name", "status"),
@@ -23,15 +23,17 @@ _OPEN_FIELDS = frozenset(
 
 
 class Document(NamedTuple):
-    """id: the same for the same message, so that a repeat overwrites. at: decides which day's index it is in."""
+    """A document for the index of one day."""
 
     id: str
+    """Derived from the message, so that a repeated message overwrites its document."""
     at: datetime
+    """Selects the index by its day (UTC)."""
     body: dict[str, Any]
 
 
 def line(decoded: Decoded) -> Document:
-    """A log line; `text` is what a search looks through, `tenant` whose line it is."""
+    """Returns the document of a log line. Its field ``text`` is searched, its field ``tenant`` limits access."""
     message = decoded.message
     assert isinstance(message, LogLine)
     body = msgspec.to_builtins(message)
@@ -45,7 +47,7 @@ def line(decoded: Decoded) -> Document:
 
 
 def event(decoded: Decoded) -> Document:
-    """A fact of an agent or a channel, without personal content."""
+    """Returns the document of an event of an agent or a channel, without personal content."""
     envelope = decoded.envelope()
     context = extract(decoded.headers)
     fields = msgspec.to_builtins(decoded.message)

@@ -1,4 +1,4 @@
-"""A chain of audit records: each hash covers the one before it, so a record that is changed or missing shows. Pure."""
+"""A chain of audit records. Each hash covers the hash before it, so a changed or missing record is detected. Pure."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-# What the first record of a chain follows.
+# The hash before the first record of a chain.
 GENESIS = bytes(32)
 
 
 class Link(NamedTuple):
-    """A record in its chain. seq: from 1, without gaps. record: its canonical JSON."""
+    """A record in its chain."""
 
     seq: int
+    """From 1, without gaps."""
     record: str
+    """Canonical JSON."""
     hash: bytes
 
 
 class Head(NamedTuple):
-    """The end of a chain: how many records it has, and the hash of the last."""
+    """The end of a chain: the number of its records and the hash of the last one."""
 
     seq: int
     hash: bytes
@@ -30,12 +32,12 @@ EMPTY = Head(0, GENESIS)
 
 
 def canonical(record: Mapping[str, Any]) -> str:
-    """JSON that is the same whoever writes it: keys sorted, no spaces, ASCII."""
+    """Returns canonical JSON: keys sorted, no spaces, ASCII."""
     return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
 
 def chained(head: Head, records: Iterable[str]) -> Iterator[Link]:
-    """The links that `records` become behind `head`. A hash is SHA-256 of the hash before it and the record's JSON."""
+    """Yields the links of `records` after `head`. A hash is SHA-256 of the previous hash and the record's JSON."""
     seq, previous = head
     for record in records:
         seq, previous = seq + 1, hashlib.sha256(previous + record.encode()).digest()
@@ -43,7 +45,7 @@ def chained(head: Head, records: Iterable[str]) -> Iterator[Link]:
 
 
 def first_break(head: Head, links: Iterable[Link]) -> int | None:
-    """The seq of the first of `links` that does not follow from `head` and those before it."""
+    """Returns the seq of the first link that does not follow from `head` and the links before it. None: all follow."""
     for link in links:
         [expected] = chained(head, [link.record])
         if link != expected:

@@ -1,4 +1,4 @@
-"""What the log aggregator receives."""
+"""Handlers of the messages that the log aggregator receives."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from protos.messages.audit import ActAudited
 from services.log_aggregator import audit, documents
 from services.log_aggregator.index import Index
 
-# Of the readers into the search index: where they are in the log has nothing to do with the chains' place in it.
+# The consumer group of the search index. Its offsets are independent of the audit chains' offsets.
 _INDEX = "log_aggregator_index"
 
 
 @AUDIT_LOGS.batch(group="log_aggregator")
 async def chain_acts(acts: list[ActAudited], tx: Tx) -> None:
-    """In the order of their arrival."""
+    """Appends the acts to their chains in the order of their arrival."""
     chains: dict[str, list[str]] = {}
     for act in acts:
         chains.setdefault(act.tenant_id or "", []).append(audit.record(act, tx.origins[id(act)]))

@@ -1,6 +1,7 @@
-"""The search index in OpenSearch: one index a day and kind, made from a template, given up when it is old enough.
+"""The search index in OpenSearch: one index per day and kind, made from a template and deleted after its retention.
 
-Not by the client for the outside world: the index is on a private network, and its own spans would be spans to store.
+It does not use the client for outgoing HTTP: the index is on a private network, and that client's spans would be
+stored in the index, which would make further spans.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ KEEP: Final[dict[Kind, timedelta]] = {
     "events": timedelta(days=30),
     "spans": timedelta(days=14),
 }
-# Of one request. OpenSearch takes 100 MB and does best with a few.
+# Size of one request. OpenSearch accepts 100 MB and is fastest with a few.
 MAX_BULK_BYTES = 5_000_000
 
 _SEARCH_PAUSES = (0.1, 0.2, 0.5, 0.0)
@@ -50,7 +51,10 @@ _FIELDS: Final[dict[Kind, dict[str, Any]]] = {
 
 
 class Index:
-    """`prefix`: keeps several systems in one OpenSearch apart. Raises Transient while OpenSearch is away or refuses."""
+    """The client of the index. Every method raises Transient while OpenSearch does not answer or refuses requests.
+
+    prefix: separates several systems in one OpenSearch.
+    """
 
     def __init__(self, url: str, prefix: str) -> None:
         self._http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=30)
@@ -61,9 +65,9 @@ class Index:
         await self._ask("GET", "/")
 
     async def store(self, kind: Kind, documents: Sequence[Document]) -> None:
-        """Stores documents; one that is there already is overwritten.
+        """Stores documents. A document with a known id is overwritten.
 
-        Raises InvalidMessage (field ``document``) where OpenSearch refuses one for what is in it.
+        Raises InvalidMessage (field ``document``) if OpenSearch refuses a document because of its content.
         """
         for name in sorted({self._name(kind, document.at) for document in documents}):
             await self._prepare(kind, name)
@@ -80,7 +84,7 @@ class Index:
         size: int,
         after: Sequence[Any] | None = None,
     ) -> list[dict[str, Any]]:
-        """The documents for which all of `must` (OpenSearch's queries) hold. after: the sort values of the last one."""
+        """Returns the documents that match all queries in `must`. after: the sort values of the previous page's end."""
         body = {
             "query": {"bool": {"filter": list(must)}},
             "sort": list(sort),
@@ -88,14 +92,14 @@ class Index:
             "track_total_hits": False,
             **({"search_after": list(after)} if after else {}),
         }
-        # Before the first document there is no index, which is no error.
+        # Before the first document there is no index. That is not an error.
         params = {"ignore_unavailable": "true", "allow_no_indices": "true"}
         path = f"/{self._prefix}{kind}-*/_search"
         for pause in _SEARCH_PAUSES:
             answer = await self._send("POST", path, json=body, params=params)
             if answer.status_code != 503:
                 break
-            # The index of a new day, or all after a start, has no shard for a moment.
+            # A new index, or every index after a start of OpenSearch, has no shard for a moment.
             await asyncio.sleep(pause)
         found = _content(answer)
         return [hit["_source"] for hit in found["hits"]["hits"]]
@@ -104,7 +108,7 @@ class Index:
         return f"{self._prefix}{kind}-{at.astimezone(UTC):%Y.%m.%d}"
 
     async def _prepare(self, kind: Kind, name: str) -> None:
-        """Sees to it that an index that is not there yet is made right: also after all of OpenSearch was wiped."""
+        """Stores the index template if the index does not exist yet. This also works after OpenSearch was wiped."""
         if (await self._send("HEAD", f"/{name}")).status_code == 200:
             return
         template = {
@@ -112,25 +116,25 @@ class Index:
             "template": {
                 "settings": {"number_of_shards": 1, "auto_expand_replicas": "0-1"},
                 "mappings": {
-                    # What has no type here is kept and not searched: no line can make fields, or clash with others.
+                    # Fields without a type here are stored but not searched, so that a log line cannot create fields.
                     "dynamic": False,
-                    # Only to be searched; what it was made from is there.
+                    # These fields are only searched. The fields that they are made from are stored.
                     "_source": {"excludes": ["text", "linked"]},
                     "properties": _FIELDS[kind],
                 },
             },
         }
         await self._ask("PUT", f"/_index_template/{self._prefix}{kind}", json=template)
-        await self._give_up_old(kind)
+        await self._delete_old(kind)
 
-    async def _give_up_old(self, kind: Kind) -> None:
+    async def _delete_old(self, kind: Kind) -> None:
         oldest = self._name(kind, utcnow() - KEEP[kind])
         found = await self._ask("GET", f"/_cat/indices/{self._prefix}{kind}-*", params={"h": "index", "format": "json"})
         for name in sorted(index["index"] for index in found):
             # A name ends with its day, year first.
             if name < oldest:
                 await self._ask("DELETE", f"/{name}")
-                self._log.info("old index given up", index=name)
+                self._log.info("deleted an index after its retention", index=name)
 
     def _bulks(self, kind: Kind, documents: Sequence[Document]) -> Iterator[bytes]:
         lines: list[bytes] = []
@@ -164,7 +168,7 @@ def _content(answer: httpx.Response) -> Any:
 
 
 def _raise(items: Sequence[Mapping[str, Any]]) -> None:
-    """What a refused item means: 400 is for what it is, all else (too busy, disk full, no leader) passes."""
+    """Raises the error for refused items: InvalidMessage for status 400, Transient for all others (busy, disk full)."""
     refused = [item["index"] for item in items if item["index"]["status"] >= 300]
     for item in refused:
         if item["status"] != 400:

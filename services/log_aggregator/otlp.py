@@ -1,6 +1,6 @@
-"""Receives spans as an OpenTelemetry collector does: OTLP over HTTP, protobuf.
+"""Receives spans like an OpenTelemetry collector: OTLP over HTTP, protobuf.
 
-On a port of its own, and outside of what traces requests: the receipt of a span must not be a span to be received.
+It has its own port and is not traced. Otherwise each received span would make another span.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from services.log_aggregator import adapters
 from services.log_aggregator.documents import Document
 from services.log_aggregator.index import Index
 
-# Of one request, decompressed. The SDK sends 512 spans at once; one of a batch may have 500 links of 60 bytes.
+# Size of one request, decompressed. The SDK sends 512 spans at once, and a batch span may have 500 links of 60 bytes.
 MAX_BYTES = 32 * 1024 * 1024
 PROTOBUF = "application/x-protobuf"
 
@@ -43,7 +43,7 @@ def receiver(runtime: Runtime) -> Receiver:
 
 
 class Receiver:
-    """Answers only after OpenSearch has the spans; while it is away, a 503 that the sender tries again."""
+    """Answers after OpenSearch has stored the spans. While OpenSearch is away it answers 503: the sender retries."""
 
     def __init__(self, index: Index, port: int, host: str) -> None:
         self._index = index
@@ -63,37 +63,37 @@ class Receiver:
 
     async def _take(self, request: Request) -> Response:
         if request.headers.get("content-type") != PROTOBUF:
-            return Response(f"this takes {PROTOBUF}", 415)
+            return Response(f"content-type: must be {PROTOBUF}", 415)
         try:
             body = await _body(request)
             documents = list(spans(ExportTraceServiceRequest.FromString(body)))
         except (DecodeError, zlib.error, ValueError) as error:
-            return Response(f"no spans: {error}", 400)
+            return Response(f"body: is not a valid export request: {error}", 400)
         try:
             await self._index.store("spans", documents)
         except InvalidMessage as error:
-            # Sent again it would be refused again; the others of the request are stored.
-            return Response(f"no spans: {error}", 400)
+            # A retry would be refused again. The other spans of the request are stored.
+            return Response(f"body: a span was refused: {error}", 400)
         except Transient as error:
-            self._log.warning("spans cannot be stored now", error=str(error), spans=len(documents))
-            return Response("try again", 503, {"Retry-After": "1"})
+            self._log.warning("could not store spans; the sender will retry", error=str(error), spans=len(documents))
+            return Response("the index does not answer; try again", 503, {"Retry-After": "1"})
         return Response(ExportTraceServiceResponse().SerializeToString(), media_type=PROTOBUF)
 
 
 async def _body(request: Request) -> bytes:
-    """The body, decompressed. Raises ValueError where it is larger than MAX_BYTES."""
+    """Returns the decompressed body. Raises ValueError if it is larger than MAX_BYTES."""
     compressed = request.headers.get("content-encoding") == "gzip"
     inflate = zlib.decompressobj(wbits=31) if compressed else None
     body = bytearray()
     async for part in request.stream():
         body += inflate.decompress(part, MAX_BYTES + 1 - len(body)) if inflate else part
         if len(body) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
+            raise ValueError(f"must be at most {MAX_BYTES} bytes")
     return bytes(body)
 
 
 def spans(message: ExportTraceServiceRequest) -> Iterator[Document]:
-    """Each span as a document; ids are lower-case hexadecimal, names the specification's without their prefix."""
+    """Yields each span as a document. Ids are lower-case hexadecimal. Enum values have no prefix."""
     for resource in message.resource_spans:
         service = str(_attributes(resource.resource.attributes).get("service.name", ""))
         for scope in resource.scope_spans:

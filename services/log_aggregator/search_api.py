@@ -1,4 +1,4 @@
-"""HTTP: log lines and traces, from the search index."""
+"""HTTP of log lines and traces, from the search index."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from infra.errors import InvalidMessage
 from infra.service.api import Paging, page
 from infra.service.service import Runtime
 from services.log_aggregator import adapters
-from services.log_aggregator.access import AskedTenant, Seer
+from services.log_aggregator.access import RequestedTenant, Viewer
 
-# As many as OpenSearch gives at once.
+# OpenSearch returns at most this many documents at once.
 MAX_SPANS = 10_000
 _LINE = ("timestamp", "level", "service", "traceId", "spanId", "message", "data")
 _TRACE_ID = r"^[0-9a-f]{32}$"
@@ -27,14 +27,14 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.get("/api/v1/logs")
     async def search_lines(
-        tenant: AskedTenant,
+        tenant: RequestedTenant,
         paging: Paging,
         q: Annotated[str | None, Query(min_length=1, max_length=500)] = None,
         trace_id: Annotated[str | None, Query(pattern=_TRACE_ID)] = None,
         service: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
         since: AwareDatetime | None = None,
     ) -> dict[str, Any]:
-        """Log lines, newest first. q: words that must be in it, "phrases", -without. A tenant sees its own."""
+        """Lists log lines, newest first. A tenant sees its own. q: required words, "phrases", and -excluded words."""
         must: list[dict[str, Any]] = [
             {"term": {field: value}}
             for field, value in (("tenant", tenant), ("traceId", trace_id), ("service", service))
@@ -51,11 +51,11 @@ def router(runtime: Runtime) -> APIRouter:
         return lines | {"items": [{name: line[name] for name in _LINE} for line in lines["items"]]}
 
     @routes.get("/api/v1/traces/{trace_id}")
-    async def trace(trace_id: Annotated[str, Path(pattern=_TRACE_ID)], who: Seer) -> dict[str, Any]:
-        """The spans of a trace in the order of their start, and those of batches that are linked to it.
+    async def trace(trace_id: Annotated[str, Path(pattern=_TRACE_ID)], who: Viewer) -> dict[str, Any]:
+        """Lists the spans of a trace by start time, and the spans of batches that are linked to it.
 
-        A tenant's trace is one that has an event of that tenant; of others, and of traces that have not arrived yet,
-        there are no spans.
+        A tenant sees a trace that has an event of that tenant. The list is empty for other traces, and for traces that
+        have not arrived yet.
         """
         if who.tenant_id:
             own = [{"term": {"tenant": who.tenant_id}}, {"term": {"trace_id": trace_id}}]
@@ -63,7 +63,7 @@ def router(runtime: Runtime) -> APIRouter:
                 return {"items": [], "next": None}
         wanted = [{"term": {"trace_id": trace_id}}, {"term": {"linked": trace_id}}]
         found = await index.search("spans", [{"bool": {"should": wanted}}], [{"start_ns": "asc"}], MAX_SPANS)
-        # What else a batch is linked to may be somebody else's.
+        # A batch may also be linked to traces of other tenants.
         spans = [
             span | {"links": [link for link in span["links"] if trace_id in (link[0], span["trace_id"])]}
             for span in found
@@ -80,5 +80,5 @@ def _after(cursor: str | None) -> list[str] | None:
         timestamp, id_ = map(str, json.loads(cursor))
         datetime.fromisoformat(timestamp)
     except (TypeError, ValueError):
-        raise InvalidMessage("cursor", "is none that a list gave") from None
+        raise InvalidMessage("cursor", "is not a valid cursor") from None
     return [timestamp, id_]

@@ -1,4 +1,4 @@
-"""What the log aggregator reads from the environment."""
+"""Settings of the log aggregator, read from the environment."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from infra.service.settings import Settings
 
 def _targets(value: str) -> str:
     if not all(name and target for name, target in operations(value).items()):
-        raise ValueError("not of the form name=host:port,name=host:port")
+        raise ValueError("must have the form name=host:port,name=host:port")
     return value
 
 
 def operations(value: str) -> dict[str, str]:
-    """``host:port`` by service."""
+    """Returns service → ``host:port``."""
     return {name.strip(): target.strip() for name, _, target in (part.partition("=") for part in value.split(","))}
 
 
 class LogAggregatorSettings(Settings):
     opensearch_url: SecretStr
-    """With user and password in it, where there are any."""
+    """With user and password, if the engine asks for them."""
     otlp_port: int = Field(ge=0, le=65535)
-    """Where spans are received (OTLP over HTTP)."""
+    """The port that receives spans (OTLP over HTTP)."""
     operations: Annotated[str, AfterValidator(_targets)]
-    """Where each service serves its operations by gRPC: ``user=host:port,agent=host:port,…``."""
+    """Addresses of the services' operations gRPC: ``user=host:port,agent=host:port,…``."""

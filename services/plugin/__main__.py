@@ -1,4 +1,4 @@
-"""Plugin: tools that agents may use, and their calls, each once."""
+"""Plugin: the tools that agents may use. Runs each call once."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Runtime, Service

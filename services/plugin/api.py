@@ -1,4 +1,4 @@
-"""HTTP of plugin: what a tenant sets up, and what its agents may use."""
+"""HTTP of plugin: a tenant's plugins, and the tools that its agents may use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.plugin import registry
 from services.plugin.domain import Tool
-from services.plugin.manifest import Access, adopted, check_config, check_plugin, declared, new_secret
+from services.plugin.manifest import Access, adapted_tools, check_config, check_plugin, declared_tools, new_secret
 from services.plugin.models import NewPlugin, PluginChange, PluginList, PluginView, ToolList, ToolView
 from services.plugin.publishing import changed
 from services.plugin.tools import mcp
@@ -31,7 +31,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.get("/api/v1/tools")
     async def list_tools(who: Reader, paging: Paging) -> ToolList:
-        """What the tenant's agents may use now."""
+        """Lists the tools that the tenant's agents may use now."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             found = await registry.offered(tx)
         views = [_tool(offer.tool, offer.plugin_name) for offer in found if offer.tool.name > (paging.after or "")]
@@ -39,12 +39,15 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.post("/api/v1/plugins", status_code=201, response_model=PluginView)
     async def register(new: NewPlugin, who: Writer, request: Request) -> Response:
-        """Sets up a tool server. Tools of an MCP server are asked of it; a tool's name that is taken is refused (409),
-        of an MCP server it gets the plugin's name in front."""
+        """Registers a tool server. An MCP server is asked for its tools.
+
+        If the name of a tool is taken, a tool of kind http is refused (409), and a tool of an MCP server gets the
+        plugin's name as a prefix.
+        """
         check_plugin(new)
         await runtime.outgoing.check(new.url)
-        tools = declared(new)
-        # Before the transaction: no connection is held while somebody else's server thinks.
+        tools = declared_tools(new)
+        # Before the transaction, so that no database connection is held while the tenant's server works.
         found = await mcp.discover(runtime.outgoing, new.url, new.headers) if new.kind == "mcp" else []
         made = new_secret() if new.kind == "http" and new.secret is None else None
         access = Access(made or new.secret or "", new.headers)
@@ -65,11 +68,11 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             )
             await registry.lock_names(tx)
             await registry.add_plugin(tx, plugin)
-            taken = await registry.taken(tx)
-            named, left_out = adopted(found, new.name, taken, {}) if new.kind == "mcp" else (tools, [])
+            taken = await registry.taken_names(tx)
+            named, left_out = adapted_tools(found, new.name, taken, {}) if new.kind == "mcp" else (tools, [])
             for n, (tool, _) in enumerate(named):
                 if tool.name in taken:
-                    raise Conflict(f"tools[{n}].name: there is a tool {tool.name} already")
+                    raise Conflict(f"tools[{n}].name: a tool {tool.name} exists already")
             await registry.set_tools(tx, id_, named)
             changed(tx, new.name, "enabled")
             audit(tx, who.actor, "plugin.register", "plugin", str(id_), name=new.name, kind=new.kind)
@@ -96,7 +99,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.patch("/api/v1/plugins/{plugin_id}")
     async def change(plugin_id: str, body: PluginChange, who: Writer) -> PluginView:
-        """Switches a plugin on or off, a built-in one included (its id is its name), or gives it another config."""
+        """Enables or disables a plugin, or replaces its config. The id of a built-in plugin is its name."""
 
         async def work(tx: Tx) -> PluginView:
             await (_switch if plugin_id in BUILTIN else _change)(tx, plugin_id, body, who)
@@ -116,11 +119,11 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.post("/api/v1/plugins/{plugin_id}/refresh")
     async def refresh(plugin_id: str, who: Writer) -> PluginView:
-        """Asks an MCP server anew which tools it has."""
+        """Asks an MCP server for its tools again."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             plugin = await registry.plugin(tx, _id(plugin_id))
         if plugin.kind != "mcp":
-            raise Conflict("only an MCP server tells its tools; delete this plugin and register it anew")
+            raise Conflict("only an MCP server lists its tools; to change the tools, delete and register this plugin")
         access = Access.open(plugin.access, runtime.cipher, who.tenant_id, plugin_id)
         found = await mcp.discover(runtime.outgoing, plugin.url, access.headers)
 
@@ -129,7 +132,8 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             current = await registry.plugin(tx, plugin.id, lock=True)
             tools = (await registry.tools_of(tx, [plugin.id]))[plugin.id]
             known = {remote_name: tool.name for tool, remote_name in tools}
-            named, left_out = adopted(found, plugin.name, await registry.taken(tx, but=plugin.id), known)
+            taken = await registry.taken_names(tx, without=plugin.id)
+            named, left_out = adapted_tools(found, plugin.name, taken, known)
             await registry.set_tools(tx, plugin.id, named)
             changed(tx, plugin.name, "updated")
             audit(tx, who.actor, "plugin.refresh", "plugin", plugin_id, tools=str(len(named)))
@@ -143,31 +147,31 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
 async def _switch(tx: Tx, name: str, body: PluginChange, who: Identity) -> None:
     if body.config is not None:
-        raise InvalidMessage("config", "a built-in plugin has none")
+        raise InvalidMessage("config", "is not allowed for a built-in plugin")
     if body.enabled is None:
         return
     if body.enabled:
         await tx.sql("DELETE FROM builtin_off WHERE name = $1", name)
     else:
         await tx.sql("INSERT INTO builtin_off VALUES ($1, $2) ON CONFLICT DO NOTHING", tx.tenant_id, name)
-    _tell(tx, who, name, name, body.enabled)
+    _record_switch(tx, who, name, name, body.enabled)
 
 
 async def _change(tx: Tx, plugin_id: str, body: PluginChange, who: Identity) -> None:
     plugin = await registry.plugin(tx, _id(plugin_id), lock=True)
     if body.config is not None:
         if plugin.kind != "http":
-            raise InvalidMessage("config", "only kind http has it")
+            raise InvalidMessage("config", "is allowed only for kind http")
         check_config(body.config, plugin.config_schema)
         await registry.set_config(tx, plugin.id, body.config)
         changed(tx, plugin.name, "updated")
         audit(tx, who.actor, "plugin.configure", "plugin", plugin_id, name=plugin.name)
     if body.enabled is not None:
         await tx.sql("UPDATE plugin SET enabled = $2 WHERE id = $1", plugin.id, body.enabled)
-        _tell(tx, who, plugin_id, plugin.name, body.enabled)
+        _record_switch(tx, who, plugin_id, plugin.name, body.enabled)
 
 
-def _tell(tx: Tx, who: Identity, plugin_id: str, name: str, enabled: bool) -> None:
+def _record_switch(tx: Tx, who: Identity, plugin_id: str, name: str, enabled: bool) -> None:
     changed(tx, name, "enabled" if enabled else "disabled")
     audit(tx, who.actor, "plugin.enable" if enabled else "plugin.disable", "plugin", plugin_id, name=name)
 
@@ -182,11 +186,11 @@ async def _shown(tx: Tx, plugin_id: str) -> PluginView:
 
 def _id(plugin_id: str) -> UUID:
     if plugin_id in BUILTIN:
-        raise Conflict(f"{plugin_id} is built in; it can only be switched off")
+        raise Conflict(f"{plugin_id} is built in; it can only be enabled or disabled")
     try:
         return UUID(plugin_id)
     except ValueError:
-        raise NotFound(f"plugin {plugin_id}: there is none") from None
+        raise NotFound(f"plugin {plugin_id}: not found") from None
 
 
 def _view(plugin: registry.Plugin, tools: Sequence[Tool]) -> PluginView:

@@ -1,8 +1,8 @@
-"""Calls of tools, each run once per key: the ledger says what came of it, to whoever asks again.
+"""Calls of tools. Each call runs once per key; a repeated request gets the outcome from the ledger.
 
-*Started* is committed before the tool is called, the outcome after it. Whoever runs a call renews a lease on it; a
-call whose lease ran out was left by a process that died, and what then is right depends on the tool's effect. The
-ledger is synchronous, the caller waits for the answer; so it is not a lane.
+*Started* is committed before the tool is called, the outcome after it. The process that runs a call renews a lease on
+it. If the lease expires, that process has died, and the tool's effect decides how the call continues. The caller waits
+for the answer, so the ledger is not a lane.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from infra.web.json_schema import check
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from services.plugin import registry
-from services.plugin.domain import MAX_RESULT_BYTES, Call, Outcome, Recorded, next_step, without_answer
+from services.plugin.domain import MAX_RESULT_BYTES, Call, LedgerEntry, Outcome, next_action, without_answer
 from services.plugin.registry import Offered
-from services.plugin.tools.running import Tools
+from services.plugin.runner import Tools
 
 POLL_SECONDS = 0.2
-# Before a tool that could not be reached, or cut its answer off, is called again.
+# Pauses before the retries of a tool that could not be reached or whose answer was cut off.
 PAUSES = (0.2, 1.0)
-# Longer than anybody asks again, and no longer: what a tool has answered may be personal.
+# Longer than any caller repeats a request. Not longer, because the answer of a tool may contain personal data.
 KEEP = timedelta(days=7)
 
 _log = get_logger("plugin.calls")
 
 
-class Begun(NamedTuple):
-    """This process runs the call, as its attempt number `attempt`."""
+class StartedCall(NamedTuple):
+    """A call that this process runs, as attempt number `attempt`."""
 
     offer: Offered
     attempt: int
 
 
 class Calls:
-    """`database`: the request role's. `lease`: a call that nobody renews for so long was left."""
+    """Runs calls, with the database of the request role. A call whose lease is not renewed for `lease` is abandoned."""
 
     def __init__(self, database: Database, cipher: Cipher, tools: Tools, lease: timedelta) -> None:
         self._database = database
@@ -59,11 +59,11 @@ class Calls:
         self._running: set[asyncio.Task[Outcome]] = set()
 
     async def call(self, call: Call) -> Outcome:
-        """The call's outcome: of the tool, or saved from before.
+        """Returns the call's outcome, from the tool or from the ledger.
 
-        It goes on where the caller goes away: asked again, it has its outcome. Raises NotFound where the tenant has no
-        such tool, InvalidMessage where the arguments do not fit or the key was used for another call, Transient where
-        the same call is still running when the time is over.
+        If the caller disconnects, the call continues, and a repeated request gets its outcome. Raises NotFound if the
+        tenant does not have the tool, InvalidMessage if the arguments do not match the schema or the key was used for
+        another call, and Transient if the same call is still running at the end of the caller's time.
         """
         task = asyncio.create_task(self._call(call))
         self._running.add(task)
@@ -72,7 +72,7 @@ class Calls:
 
     def _forget(self, task: asyncio.Task[Outcome]) -> None:
         self._running.discard(task)
-        # Or asyncio complains of what nobody was there to hear.
+        # Otherwise asyncio logs an error that was never retrieved, if the caller has disconnected.
         if not task.cancelled():
             task.exception()
 
@@ -80,17 +80,17 @@ class Calls:
         deadline = time.monotonic() + call.seconds
         while True:
             async with self._database.begin(tenant_id=call.tenant_id) as tx:
-                step = await self._begin(tx, call)
-            if isinstance(step, Outcome):
-                return step
-            if isinstance(step, Begun):
-                return await self._run(call, step, deadline)
+                begun = await self._begin(tx, call)
+            if isinstance(begun, Outcome):
+                return begun
+            if isinstance(begun, StartedCall):
+                return await self._run(call, begun, deadline)
             if time.monotonic() > deadline:
                 raise Transient("the same call is still running")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _begin(self, tx: Tx, call: Call) -> Outcome | Begun | None:
-        """The outcome where there is one; None where somebody else is at it."""
+    async def _begin(self, tx: Tx, call: Call) -> Outcome | StartedCall | None:
+        """Returns the recorded outcome, or the call that this process has started. None: another process runs it."""
         digest = _digest(call)
         rows = await tx.sql(
             "SELECT request_hash, state, attempt, leased_until < clock_timestamp(), outcome FROM tool_call "
@@ -98,16 +98,16 @@ class Calls:
             call.tenant_id,
             call.key,
         )
-        recorded = Recorded(*rows[0][1:4]) if rows else None
+        recorded = LedgerEntry(*rows[0][1:4]) if rows else None
         if rows and rows[0][0] != digest:
             raise InvalidMessage("idempotency_key", "was used before with another tool or other arguments")
         if recorded and recorded.state != "started":
             return self._open(rows[0][4], call)
         found = await registry.offered(tx, [call.tool])
         if not found:
-            raise NotFound(f"tool {call.tool}: there is none")
+            raise NotFound(f"tool {call.tool}: not found")
         [offer] = found
-        match next_step(recorded, offer.tool.effect):
+        match next_action(recorded, offer.tool.effect):
             case "wait":
                 return None
             case "give up":
@@ -119,11 +119,11 @@ class Calls:
                 return await self._start(tx, call, digest, offer, recorded)
 
     async def _start(
-        self, tx: Tx, call: Call, digest: bytes, offer: Offered, recorded: Recorded | None
-    ) -> Begun | None:
+        self, tx: Tx, call: Call, digest: bytes, offer: Offered, recorded: LedgerEntry | None
+    ) -> StartedCall | None:
         if recorded:
-            # The attempt that was left may have reached the tool.
-            _use(tx, call, recorded.attempt)
+            # The abandoned attempt may have reached the tool.
+            _publish_usage(tx, call, recorded.attempt)
             await tx.sql(
                 "UPDATE tool_call SET attempt = attempt + 1, leased_until = clock_timestamp() + $3 "
                 "WHERE tenant_id = $1 AND key = $2",
@@ -131,8 +131,8 @@ class Calls:
                 call.key,
                 self._lease,
             )
-            return Begun(offer, recorded.attempt + 1)
-        # Old ones go a few at a time, with those that come.
+            return StartedCall(offer, recorded.attempt + 1)
+        # Each new call deletes a few old ones, so that no separate job is needed.
         await tx.sql(
             "DELETE FROM tool_call WHERE tenant_id = $1 AND key IN (SELECT key FROM tool_call WHERE tenant_id = $1 "
             "AND created_at < clock_timestamp() - $2::interval ORDER BY created_at LIMIT 10 FOR UPDATE SKIP LOCKED)",
@@ -148,9 +148,9 @@ class Calls:
             call.tool,
             self._lease,
         )
-        return Begun(offer, 1) if inserted else None
+        return StartedCall(offer, 1) if inserted else None
 
-    async def _run(self, call: Call, begun: Begun, deadline: float) -> Outcome:
+    async def _run(self, call: Call, begun: StartedCall, deadline: float) -> Outcome:
         async with self._leased(call, begun.attempt):
             left = call._replace(seconds=max(0.0, deadline - time.monotonic()))
             outcome = await run_tool(self._tools, begun.offer, left)
@@ -169,9 +169,9 @@ class Calls:
             self._cipher.seal(msgspec.json.encode(outcome), "tool outcome", call.tenant_id, call.key),
         )
         if not ended:
-            # This process was stopped for longer than its lease.
-            raise Transient("somebody else has taken the call over")
-        _use(tx, call, attempt)
+            # This process was suspended for longer than its lease.
+            raise Transient("another process has taken over the call")
+        _publish_usage(tx, call, attempt)
 
     def _open(self, sealed: bytes, call: Call) -> Outcome:
         content = self._cipher.open(bytes(sealed), "tool outcome", call.tenant_id, call.key)
@@ -193,8 +193,12 @@ class Calls:
                             self._lease,
                         )
                 except Exception as error:
-                    # The next one may come through in time; if not, the call is taken over, and `_end` says so.
-                    _log.warning("lease not renewed", error=type(error).__name__, exc_info=not is_transient(error))
+                    # The next renewal may be in time. If not, another process takes the call over, and `_end` raises.
+                    _log.warning(
+                        "could not renew the lease of a tool call; will retry",
+                        error=type(error).__name__,
+                        exc_info=not is_transient(error),
+                    )
 
         task = asyncio.create_task(renew())
         try:
@@ -204,7 +208,7 @@ class Calls:
 
 
 async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
-    """Runs the tool, again where that does no harm, until `call.seconds` are over. Whatever happens is an outcome."""
+    """Runs the tool until `call.seconds` are over, and retries if a repeat is harmless. Every error is an outcome."""
     effect = offer.tool.effect
     deadline = time.monotonic() + call.seconds
     try:
@@ -220,7 +224,8 @@ async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
                         raise
                     after = error.after.total_seconds() if isinstance(error, RetryLater) else pause
                     if time.monotonic() + after > deadline:
-                        raise  # and not in the pause, as if the tool had not answered
+                        # Otherwise the time would end in the pause, and look as if the tool had not answered.
+                        raise
                     await asyncio.sleep(after)
                 except Unanswered:
                     if pause is None or effect == "once":
@@ -238,13 +243,13 @@ async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
     except TimeoutError:
         return without_answer(effect, f"no answer within {call.seconds:.1f} s")
     except Exception as error:
-        # Where, and not what it says: a library's error repeats what the tool has answered.
+        # Only the position is logged. The message of a library's error may repeat the answer of the tool.
         where = traceback.format_tb(error.__traceback__)[-5:]
-        _log.error("tool failed by an error of ours", tool=call.tool, error=type(error).__name__, where=where)
-        return without_answer(effect, "an error inside the plugin service")
+        _log.error("tool call failed by an internal error", tool=call.tool, error=type(error).__name__, where=where)
+        return without_answer(effect, "internal error of the plugin service")
 
 
-def _use(tx: Tx, call: Call, attempt: int) -> None:
+def _publish_usage(tx: Tx, call: Call, attempt: int) -> None:
     record = UsageRecorded(
         tenant_id=call.tenant_id,
         usage_id=f"{call.key}/tool/{attempt}",

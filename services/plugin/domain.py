@@ -1,4 +1,4 @@
-"""A tool, a call of it, and what is to be done with a call that was seen before. Pure."""
+"""Tools, their calls, and the decision on a call that is in the ledger already. Pure."""
 
 from __future__ import annotations
 
@@ -8,55 +8,61 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-# repeatable: it only reads. keyed: the other side drops repeats by our key. once: it must not be run twice.
 Effect = Literal["repeatable", "keyed", "once"]
+"""repeatable: the tool only reads. keyed: its server drops repeats by our key. once: it must not run twice."""
 
 TOOL_NAME = re.compile(r"[a-z0-9_]{1,64}")
-# Of a result, as JSON.
+# Size of a result as JSON.
 MAX_RESULT_BYTES = 256 * 1024
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """What a model is told of a tool. `schema`: JSON Schema of the arguments, an object."""
+    """The description of a tool for a model."""
 
     name: str
     description: str
     schema: Mapping[str, Any]
+    """JSON Schema of the arguments, an object."""
     effect: Effect
 
 
 class Call(NamedTuple):
-    """One use of a tool. `key`: the same for the same call, however often it is asked. `seconds`: it may take."""
+    """One call of a tool."""
 
     tenant_id: str
     tool: str
     arguments: dict[str, Any]
     key: str
+    """The idempotency key: the same for every repeat of the call."""
     seconds: float
+    """The time that the call may take."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a call has ended. `result`: JSON, empty unless it succeeded. `error`: for model and operator."""
+    """The end of a call."""
 
     state: Literal["succeeded", "failed", "unknown"]
     result: str = ""
+    """JSON. Empty unless the call succeeded."""
     error: str = ""
+    """The reason, for the model and the operator."""
 
 
-class Recorded(NamedTuple):
-    """What the ledger says of a call. `abandoned`: whoever ran it last has stopped renewing its lease."""
+class LedgerEntry(NamedTuple):
+    """A call as the ledger holds it."""
 
     state: Literal["started", "succeeded", "failed", "unknown"]
     attempt: int
     abandoned: bool
+    """The lease has expired: the process that ran the call has stopped renewing it."""
 
 
-Step = Literal["run", "wait", "answer", "give up"]
+Action = Literal["run", "wait", "answer", "give up"]
 
 
-def next_step(recorded: Recorded | None, effect: Effect) -> Step:
-    """What to do about a call: run it (again), wait for whoever runs it, answer what is recorded, or record that
-    nobody can know what came of it."""
+def next_action(recorded: LedgerEntry | None, effect: Effect) -> Action:
+    """Decides on a call: run it (again), wait for the process that runs it, answer with the recorded outcome, or
+    record that the outcome cannot be known."""
     if recorded is None:
         return "run"
     if recorded.state != "started":
@@ -67,12 +73,12 @@ def next_step(recorded: Recorded | None, effect: Effect) -> Step:
 
 
 def without_answer(effect: Effect, reason: str) -> Outcome:
-    """The outcome of a call that was sent and not answered in its time."""
+    """Returns the outcome of a call that was sent and not answered in time."""
     if effect == "repeatable":
         return Outcome("failed", error=reason)
-    return Outcome("unknown", error=f"{reason}; it may have happened all the same")
+    return Outcome("unknown", error=f"{reason}; the call may have taken effect")
 
 
 def plain_name(name: str) -> str:
-    """The nearest name that a tool may have: MCP servers allow more (``Get-Weather`` becomes ``get_weather``)."""
+    """Converts the name of an MCP tool to a valid tool name: ``Get-Weather`` becomes ``get_weather``."""
     return re.sub(r"[^a-z0-9_]", "_", name.lower())[:64]

@@ -1,4 +1,4 @@
-"""What plugin receives."""
+"""Handlers of the messages that plugin receives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CONFIG_CHANGED = "openclaw:config:changed"
 
 @PLUGIN_EVENT.worker(prefetch=50)
 async def pass_on(event: PluginChanged, tx: Tx, cache: Cache) -> None:
-    """One instance takes the broadcast, and wakes all processes that keep tools at hand by the cache's pub/sub.
+    """Forwards the change by the cache's pub/sub to all processes that cache tools.
 
-    Plugin itself keeps none: what a tenant has switched off is off at once, in every instance.
+    Plugin itself does not cache tools: a tool that a tenant disables is disabled at once in every instance.
     """
 
-    async def tell() -> None:
+    async def publish() -> None:
         await cache.publish(CONFIG_CHANGED, msgspec.json.encode(event))
 
-    tx.after_commit(tell)
+    tx.after_commit(publish)

@@ -1,4 +1,4 @@
-"""From what a tenant or an MCP server says of its tools to tools that can be offered."""
+"""Checks the description of a plugin, and converts the tools of a tenant or an MCP server to tools for models."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from services.plugin.models import LeftOut, NewPlugin
 MAX_CONFIG_BYTES = 16 * 1024
 MAX_DESCRIPTION = 4_000
 
-Named = tuple[Tool, str]
-"""A tool, and how its server calls it."""
+NamedTool = tuple[Tool, str]
+"""A tool, and its name on its server."""
 
-# What is between us and the server is ours to say.
-_OURS = ("host", "content-length", "content-type", "transfer-encoding", "connection", "accept")
+# Headers of the connection, which the client sets itself.
+_RESERVED_HEADERS = ("host", "content-length", "content-type", "transfer-encoding", "connection", "accept")
 
 
 class Access(msgspec.Struct, frozen=True):
-    """What only plugin may see of a plugin. `secret`: of Standard Webhooks; empty for an MCP server."""
+    """The credentials of a plugin."""
 
     secret: str
+    """Standard Webhooks secret. Empty for an MCP server."""
     headers: dict[str, str]
 
     def seal(self, cipher: Cipher, tenant_id: str, plugin_id: str) -> bytes:
@@ -43,17 +44,17 @@ class Access(msgspec.Struct, frozen=True):
 
 
 def check_plugin(new: NewPlugin) -> None:
-    """What its types do not say. Raises InvalidMessage naming the field."""
+    """Checks the rules that the types do not express. Raises InvalidMessage with the field."""
     for header in new.headers:
-        if header.lower() in _OURS or header.lower().startswith("webhook-"):
+        if header.lower() in _RESERVED_HEADERS or header.lower().startswith("webhook-"):
             raise InvalidMessage(f"headers.{header}", "cannot be set")
     if new.kind == "mcp":
         for field in ("secret", "tools", "config", "config_schema"):
             if field in new.model_fields_set:
-                raise InvalidMessage(field, "only kind http has it")
+                raise InvalidMessage(field, "is allowed only for kind http")
         return
     if not new.tools:
-        raise InvalidMessage("tools", "kind http needs at least one")
+        raise InvalidMessage("tools", "must have at least one tool for kind http")
     if new.secret is not None:
         read_secret(new.secret)
     check_schema("config_schema", new.config_schema)
@@ -61,9 +62,9 @@ def check_plugin(new: NewPlugin) -> None:
 
 
 def check_config(config: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
-    """Raises InvalidMessage naming the field."""
+    """Raises InvalidMessage with the field."""
     if len(msgspec.json.encode(config)) > MAX_CONFIG_BYTES:
-        raise InvalidMessage("config", f"larger than {MAX_CONFIG_BYTES} bytes")
+        raise InvalidMessage("config", f"must be at most {MAX_CONFIG_BYTES} bytes")
     check("config", schema, config)
 
 
@@ -71,35 +72,35 @@ def new_secret() -> str:
     return f"whsec_{base64.b64encode(os.urandom(32)).decode()}"
 
 
-def declared(new: NewPlugin) -> list[Named]:
-    """The tools of kind http. Raises InvalidMessage for a schema that is none, and a name that comes twice."""
+def declared_tools(new: NewPlugin) -> list[NamedTool]:
+    """Returns the tools of kind http. Raises InvalidMessage for an invalid schema and for a repeated name."""
     seen: set[str] = set()
     for n, tool in enumerate(new.tools):
         if tool.name in seen:
-            raise InvalidMessage(f"tools[{n}].name", "comes twice")
+            raise InvalidMessage(f"tools[{n}].name", "must be unique")
         seen.add(tool.name)
         check_schema(f"tools[{n}].schema", tool.schema_)
     return [(Tool(tool.name, tool.description, tool.schema_, tool.effect), tool.name) for tool in new.tools]
 
 
-def adopted(
+def adapted_tools(
     found: Sequence[mcp_types.Tool], plugin: str, taken: Collection[str], known: Mapping[str, str]
-) -> tuple[list[Named], list[LeftOut]]:
-    """The tools of an MCP server under names that nobody has in `taken`, and those that cannot be offered.
+) -> tuple[list[NamedTool], list[LeftOut]]:
+    """Returns the tools of an MCP server under names that are not in `taken`, and the tools that cannot be offered.
 
-    A tool that was there before (`known`: its own name → ours) keeps its name; a new one whose name is taken gets the
-    plugin's in front.
+    A known tool (`known`: its name on the server → our name) keeps its name. A new tool whose name is taken gets the
+    plugin's name as a prefix.
     """
-    tools: list[Named] = []
+    tools: list[NamedTool] = []
     left_out: list[LeftOut] = []
     names = {*taken}
-    # Those that have a name already come first, so that a new one does not take it.
+    # Known tools come first, so that a new tool does not take one of their names.
     for offer in sorted(found, key=lambda offer: offer.name not in known):
         choices = (known.get(offer.name), plain_name(offer.name), plain_name(f"{plugin}_{offer.name}"))
         name = next((choice for choice in choices if choice and choice not in names), None)
         try:
             if name is None or "\x00" in offer.name:
-                raise InvalidMessage("name", "is taken, and so is the one with the plugin's name in front")
+                raise InvalidMessage("name", "is taken, with and without the plugin's name as a prefix")
             check_schema("schema", offer.input_schema)
         except InvalidMessage as error:
             left_out.append(LeftOut(name=offer.name, reason=str(error)))

@@ -1,4 +1,4 @@
-"""What others are told of a plugin."""
+"""Messages about changes of a plugin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from protos.messages.plugin import PluginChanged
 
 
 def changed(tx: Tx, plugin: str, change: Literal["enabled", "disabled", "updated"]) -> None:
-    """The fact for the log, and the broadcast for whoever keeps tools at hand."""
+    """Publishes the change as a fact, and sends it to the processes that cache tools."""
     fact = PluginChanged(tenant_id=tx.tenant_id, plugin=plugin, change=change)
     tx.publish(PLATFORM_EVENTS, fact, key=tx.tenant_id or "")
     tx.send(PLUGIN_EVENT, fact)

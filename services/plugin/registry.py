@@ -1,4 +1,4 @@
-"""Plugins and tools as they are stored: what a tenant has set up, beside what is built in."""
+"""The stored plugins and tools of tenants, together with the built-in ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ MAX_PLUGINS = 100
 
 
 class Plugin(NamedTuple):
-    """A plugin of a tenant, without its tools. `access`: secret and headers, sealed."""
+    """A plugin of a tenant, without its tools."""
 
     id: UUID
     name: str
     kind: Literal["http", "mcp"]
     url: str
     access: bytes
+    """Secret and headers, sealed."""
     header_names: list[str]
     config: Mapping[str, Any]
     config_schema: Mapping[str, Any]
@@ -33,11 +34,13 @@ class Plugin(NamedTuple):
 
 
 class Offered(NamedTuple):
-    """A tool that a tenant may use. `plugin`: None where it is built in; `remote_name`: how its server calls it."""
+    """A tool that a tenant may use."""
 
     tool: Tool
     plugin: Plugin | None
+    """None for a built-in tool."""
     remote_name: str
+    """The tool's name on its server."""
 
     @property
     def plugin_name(self) -> str:
@@ -49,20 +52,20 @@ _TOOL = "t.name, t.description, t.schema, t.effect, t.remote_name"
 
 
 async def plugins(tx: Tx) -> list[Plugin]:
-    """All of the tenant's, by name."""
+    """Returns all plugins of the tenant, by name."""
     return [_plugin(row) for row in await tx.sql(f"SELECT {_PLUGIN} FROM plugin p ORDER BY name")]
 
 
 async def plugin(tx: Tx, id_: UUID, *, lock: bool = False) -> Plugin:
-    """Raises NotFound. `lock`: nobody else changes it until the transaction ends."""
+    """Raises NotFound. lock: locks the row until the transaction ends."""
     rows = await tx.sql(f"SELECT {_PLUGIN} FROM plugin p WHERE id = $1{' FOR UPDATE' if lock else ''}", id_)
     if not rows:
-        raise NotFound(f"plugin {id_}: there is none")
+        raise NotFound(f"plugin {id_}: not found")
     return _plugin(rows[0])
 
 
 async def tools_of(tx: Tx, ids: Sequence[UUID]) -> dict[UUID, list[tuple[Tool, str]]]:
-    """The tools of each plugin with their remote names, by name."""
+    """Returns plugin id → its tools with their remote names, by name."""
     found: dict[UUID, list[tuple[Tool, str]]] = {id_: [] for id_ in ids}
     for row in await tx.sql(
         f"SELECT {_TOOL}, plugin_id FROM tool t WHERE plugin_id = ANY($1::uuid[]) ORDER BY name", list(ids)
@@ -72,12 +75,12 @@ async def tools_of(tx: Tx, ids: Sequence[UUID]) -> dict[UUID, list[tuple[Tool, s
 
 
 async def builtin_off(tx: Tx) -> set[str]:
-    """The built-in plugins that the tenant has switched off."""
+    """Returns the built-in plugins that the tenant has disabled."""
     return {name for (name,) in await tx.sql("SELECT name FROM builtin_off")}
 
 
 async def offered(tx: Tx, names: Iterable[str] | None = None) -> list[Offered]:
-    """The tools that the tenant may use now, by name; only those in `names`, where given."""
+    """Returns the tools that the tenant may use now, by name. names: only these tools; None: all."""
     wanted = None if names is None else list(names)
     off = await builtin_off(tx)
     found = [
@@ -96,17 +99,20 @@ async def offered(tx: Tx, names: Iterable[str] | None = None) -> list[Offered]:
 
 
 async def lock_names(tx: Tx) -> None:
-    """Changes of what a tenant's plugins and tools are called take turns until the transaction ends."""
+    """Locks the names of the tenant's plugins and tools until the transaction ends."""
     await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"plugins of {tx.tenant_id}")
 
 
 async def add_plugin(tx: Tx, new: Plugin) -> None:
-    """Raises Conflict where the name is taken, or the tenant has as many as it may. After `lock_names`."""
+    """Stores a plugin. The caller has called `lock_names`.
+
+    Raises Conflict if the name is taken, or if the tenant has MAX_PLUGINS plugins.
+    """
     [(count,)] = await tx.sql("SELECT count(*) FROM plugin")
     if count >= MAX_PLUGINS:
-        raise Conflict(f"there are {MAX_PLUGINS} plugins already; delete one first")
+        raise Conflict(f"a tenant may have {MAX_PLUGINS} plugins; delete one first")
     if new.name in BUILTIN or await tx.sql("SELECT 1 FROM plugin WHERE name = $1", new.name):
-        raise Conflict(f"name: there is a plugin {new.name} already")
+        raise Conflict(f"name: a plugin {new.name} exists already")
     await tx.sql(
         "INSERT INTO plugin (id, tenant_id, name, kind, url, access, header_names, config, config_schema, enabled, "
         "created_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
@@ -125,10 +131,12 @@ async def add_plugin(tx: Tx, new: Plugin) -> None:
 
 
 async def set_tools(tx: Tx, plugin_id: UUID, tools: Sequence[tuple[Tool, str]]) -> None:
-    """Gives the plugin these tools, each with its remote name, in place of those it had.
+    """Replaces the plugin's tools with these, each with its remote name.
 
-    After `lock_names`, and none of the names may be in `taken`.
+    The caller has called `lock_names`, and has checked that no name is in `taken_names`.
     """
+    # In the order of the key, as every write of several rows.
+    tools = sorted(tools, key=lambda named: named[0].name)
     await tx.sql("DELETE FROM tool WHERE plugin_id = $1", plugin_id)
     await tx.sql(
         "INSERT INTO tool (tenant_id, plugin_id, name, remote_name, description, schema, effect) "
@@ -147,9 +155,9 @@ async def set_config(tx: Tx, plugin_id: UUID, config: Mapping[str, Any]) -> None
     await tx.sql("UPDATE plugin SET config = $2 WHERE id = $1", plugin_id, _json(config))
 
 
-async def taken(tx: Tx, *, but: UUID | None = None) -> set[str]:
-    """The names of the tenant's tools, built-in ones included, without those of the plugin `but`."""
-    rows = await tx.sql("SELECT name FROM tool WHERE plugin_id IS DISTINCT FROM $1", but)
+async def taken_names(tx: Tx, *, without: UUID | None = None) -> set[str]:
+    """Returns the names of the tenant's tools and of the built-in ones, without the tools of the plugin `without`."""
+    rows = await tx.sql("SELECT name FROM tool WHERE plugin_id IS DISTINCT FROM $1", without)
     return {*BUILTIN, *(name for (name,) in rows)}
 
 

@@ -1,4 +1,4 @@
-"""gRPC of plugin: which tools there are, and running one."""
+"""gRPC of plugin: lists the tools of a tenant and runs one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.plugin import registry
 from services.plugin.calls import Calls
 from services.plugin.domain import Call
-from services.plugin.tools.running import tools
+from services.plugin.runner import tools
 
 MAX_ARGUMENT_BYTES = 256 * 1024
 MAX_SECONDS = 300.0
-# Of the caller's time, for writing down the outcome and for the way back.
+# Part of the caller's time that is reserved for recording the outcome and returning it.
 MARGIN_SECONDS = 1.0
-# It becomes a header, and an id of Standard Webhooks, which has no full stop in it.
+# The key becomes a header and the id of a Standard Webhook. Such an id must not contain a full stop.
 _KEY = re.compile(r"[A-Za-z0-9_:/-]{1,200}")
 
 _EFFECTS = {
@@ -65,7 +65,7 @@ class Plugin(plugin_pb2_grpc.PluginServicer):
         self, request: plugin_pb2.CallRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> plugin_pb2.CallReply:
         if not _KEY.fullmatch(request.idempotency_key):
-            raise InvalidMessage("idempotency_key", "must have 1 to 200 letters, digits, or _ : / -")
+            raise InvalidMessage("idempotency_key", "must be 1 to 200 characters out of letters, digits, _ : / -")
         remaining = context.time_remaining() or 0.0
         call = Call(
             rpc.tenant(),
@@ -80,7 +80,7 @@ class Plugin(plugin_pb2_grpc.PluginServicer):
 
 def _arguments(text: str) -> dict[str, Any]:
     if len(text) > MAX_ARGUMENT_BYTES:
-        raise InvalidMessage("arguments", f"larger than {MAX_ARGUMENT_BYTES} bytes")
+        raise InvalidMessage("arguments", f"must be at most {MAX_ARGUMENT_BYTES} bytes")
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError):

@@ -1,8 +1,8 @@
-"""What plugin reads from the environment."""
+"""Settings of plugin, read from the environment."""
 
 from infra.service.settings import Settings
 
 
 class PluginSettings(Settings):
     memory_grpc: str
-    """``host:port``, for the tool knowledge_search."""
+    """``host:port`` of memory's gRPC, for the tool knowledge_search."""

@@ -16,8 +16,8 @@ def upgrade() -> None:
         CREATE TABLE account (
             tenant_id text PRIMARY KEY,
             currency text NOT NULL,
-            credit_nanos bigint,                        -- all that was ever granted; null: without limit
-            debited_nanos bigint NOT NULL DEFAULT 0,    -- all charges less corrections
+            credit_nanos bigint,                        -- sum of all credit ever granted; null: no limit
+            debited_nanos bigint NOT NULL DEFAULT 0,    -- all charges minus corrections
             opened_at timestamptz NOT NULL DEFAULT clock_timestamp()
         )
     """)
@@ -25,10 +25,10 @@ def upgrade() -> None:
         CREATE TABLE hold (
             tenant_id text NOT NULL,
             hold_id uuid NOT NULL,
-            request text NOT NULL,          -- resource, quantities and expiry as asked, JSON
+            request text NOT NULL,          -- the request: resource, quantities and expiry, JSON
             granted boolean NOT NULL,
             held_nanos bigint NOT NULL,
-            available_nanos bigint,         -- as it was answered; null: without limit
+            available_nanos bigint,         -- as in the answer; null: no limit
             expires_at timestamptz NOT NULL,
             ended_at timestamptz,
             outcome text CHECK (outcome IN ('refused', 'charged', 'released')),
@@ -37,7 +37,7 @@ def upgrade() -> None:
         )
     """)
     op.execute("CREATE INDEX hold_open ON hold (tenant_id, expires_at) INCLUDE (held_nanos) WHERE ended_at IS NULL")
-    # In the order of arrival, over both tables.
+    # Numbers the records of both tables in the order of their arrival.
     op.execute("CREATE SEQUENCE arrival CACHE 1")
     op.execute("""
         CREATE TABLE usage (
@@ -64,7 +64,7 @@ def upgrade() -> None:
     op.execute("CREATE INDEX usage_time ON usage (tenant_id, occurred_at)")
     op.execute("CREATE INDEX usage_run ON usage (run_id) WHERE run_id IS NOT NULL")
     op.execute("CREATE INDEX usage_held ON usage (tenant_id, usage_id) WHERE verdict = 'held'")
-    # Further records with a usage_id that was there before.
+    # Repeated records: their usage_id was recorded before.
     op.execute("""
         CREATE TABLE duplicate (
             tenant_id text NOT NULL,
@@ -107,7 +107,7 @@ def upgrade() -> None:
             PRIMARY KEY (resource, version)
         )
     """)
-    # What channels delivered, per day (UTC); of what type a channel is, as its messages told.
+    # Messages that channels delivered, per day (UTC). The type of a channel is known from its messages.
     op.execute("""
         CREATE TABLE delivered (
             tenant_id text NOT NULL,
@@ -118,7 +118,7 @@ def upgrade() -> None:
         )
     """)
     op.execute("CREATE TABLE channel (channel_id uuid PRIMARY KEY, tenant_id text NOT NULL, type text NOT NULL)")
-    # What is written there stays as it is: a mistake is put right by a further entry or version.
+    # Rows of these tables never change. A mistake is corrected by a new entry or version.
     for table in ("ledger_entry", "price"):
         op.execute(f"REVOKE UPDATE, DELETE ON {table} FROM billing_request, billing_worker")
     op.execute("REVOKE INSERT ON price FROM billing_request")

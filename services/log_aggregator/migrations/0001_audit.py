@@ -9,8 +9,8 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # tenant_id: whose chain; empty for the system's. record: canonical JSON, what the hash covers. The other columns
-    # are for searching and are compared with it when the chain is verified.
+    # tenant_id: the tenant of the chain, empty for the system's chain. record: canonical JSON, covered by the hash. The
+    # other columns are for the search. A verification compares them with the record.
     op.execute("""
         CREATE TABLE audit_record (
             tenant_id text NOT NULL,

@@ -1,4 +1,4 @@
-"""Registered plugins and their tools, what is switched off, and the ledger of calls."""
+"""Registered plugins and their tools, disabled built-in plugins, and the ledger of calls."""
 
 from alembic import op
 
@@ -33,7 +33,7 @@ def upgrade() -> None:
             tenant_id text NOT NULL,
             name text NOT NULL,
             plugin_id uuid NOT NULL REFERENCES plugin ON DELETE CASCADE,
-            remote_name text NOT NULL,     -- how its server calls it
+            remote_name text NOT NULL,     -- the tool's name on its server
             description text NOT NULL,
             schema text NOT NULL,
             effect text NOT NULL CHECK (effect IN ('repeatable', 'keyed', 'once')),
@@ -42,17 +42,17 @@ def upgrade() -> None:
         """
     )
     op.execute("CREATE INDEX tool_plugin ON tool (plugin_id)")
-    # A built-in plugin is on unless it stands here.
+    # A built-in plugin is enabled unless it has a row here.
     op.execute("CREATE TABLE builtin_off (tenant_id text NOT NULL, name text NOT NULL, PRIMARY KEY (tenant_id, name))")
     op.execute(
         """
         CREATE TABLE tool_call (
             tenant_id text NOT NULL,
             key text NOT NULL,
-            request_hash bytea NOT NULL,   -- of tool and arguments
+            request_hash bytea NOT NULL,   -- hash of tool and arguments
             tool text NOT NULL,
             state text NOT NULL CHECK (state IN ('started', 'succeeded', 'failed', 'unknown')),
-            attempt int NOT NULL,          -- from 1; whoever runs another one fences the former
+            attempt int NOT NULL,          -- from 1; a new attempt fences the one before it
             leased_until timestamptz NOT NULL,
             outcome bytea,                 -- result and error, sealed
             created_at timestamptz NOT NULL DEFAULT clock_timestamp(),

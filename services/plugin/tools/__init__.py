@@ -1,1 +1,1 @@
-"""The kinds of tools: built in, a tenant's own over HTTP, and those of MCP servers."""
+"""The kinds of tools: built in, a tenant's own over HTTP, and tools of MCP servers."""

@@ -1,4 +1,4 @@
-"""The tools that every tenant has: time, calculator, http_fetch, knowledge_search. All of them only read."""
+"""The tools of every tenant: time, calculator, http_fetch, knowledge_search. All of them only read."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ _TEXTS = ("text/", "application/json", "application/xml", "application/xhtml+xml
 
 
 @dataclass(frozen=True)
-class Outside:
-    """What the built-in tools call."""
+class Backends:
+    """The clients that the built-in tools call."""
 
     outgoing: Outgoing
     memory: memory_pb2_grpc.MemoryStub
 
 
-async def time(call: Call, _: Outside) -> Any:
+async def time(call: Call, _: Backends) -> Any:
     zone = call.arguments.get("timezone", "UTC")
     try:
         now = utcnow().astimezone(ZoneInfo(zone))
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise EffectFailed(f"timezone: {zone!r} is no name of the IANA database, such as Europe/Berlin") from None
+        raise EffectFailed(
+            f"timezone: {zone!r} is not a name of the IANA database; use one like Europe/Berlin"
+        ) from None
     return {
         "timezone": zone,
         "iso": now.isoformat(timespec="seconds"),
@@ -47,7 +49,7 @@ async def time(call: Call, _: Outside) -> Any:
     }
 
 
-async def calculator(call: Call, _: Outside) -> Any:
+async def calculator(call: Call, _: Backends) -> Any:
     try:
         answer = calculate(call.arguments["expression"])
     except CannotCalculate as error:
@@ -55,18 +57,20 @@ async def calculator(call: Call, _: Outside) -> Any:
     return {"result": answer.value, "exact": answer.exact, **({"fraction": answer.fraction} if answer.fraction else {})}
 
 
-async def http_fetch(call: Call, outside: Outside) -> Any:
+async def http_fetch(call: Call, backends: Backends) -> Any:
     url = call.arguments["url"]
-    answer = await outside.outgoing.request("GET", url, timeout=call.seconds, max_bytes=MAX_PAGE_BYTES)
+    answer = await backends.outgoing.request("GET", url, timeout=call.seconds, max_bytes=MAX_PAGE_BYTES)
     if 300 <= answer.status < 400:
-        raise EffectFailed(f"HTTP {answer.status}: it is at {answer.headers.get('location', 'another address')} now")
+        raise EffectFailed(
+            f"HTTP {answer.status}: the page moved to {answer.headers.get('location', 'another address')}"
+        )
     if answer.status >= 400:
         raise EffectFailed(f"HTTP {answer.status}")
     kind, _, parameters = answer.headers.get("content-type", "text/plain").lower().partition(";")
     kind = kind.strip()
     if not kind.startswith(_TEXTS):
         raise EffectFailed(f"{kind}: only text can be read")
-    # In a thread: a large page takes seconds.
+    # In a thread, because parsing a large page takes seconds.
     title, text = await asyncio.to_thread(_read, kind, answer.body, _charset(parameters))
     return {
         "url": url,
@@ -78,10 +82,10 @@ async def http_fetch(call: Call, outside: Outside) -> Any:
 
 
 def _read(kind: str, body: bytes, charset: str | None) -> tuple[str, str]:
-    """Title and text."""
+    """Returns title and text."""
     if kind not in ("text/html", "application/xhtml+xml"):
         return "", _decoded(body, charset)
-    # The page itself may say how it is encoded, so it gets the bytes.
+    # The parser gets the bytes, because the page itself may name its encoding.
     page = BeautifulSoup(body, "html.parser", from_encoding=charset)
     title = page.title.get_text(" ", strip=True)[:300] if page.title else ""
     for unseen in page(["script", "style", "noscript", "template", "svg", "head"]):
@@ -89,9 +93,9 @@ def _read(kind: str, body: bytes, charset: str | None) -> tuple[str, str]:
     return title, "\n".join(page.stripped_strings)
 
 
-async def knowledge_search(call: Call, outside: Outside) -> Any:
+async def knowledge_search(call: Call, backends: Backends) -> Any:
     request = memory_pb2.RetrieveRequest(query=call.arguments["query"], limit=call.arguments.get("limit", 0))
-    reply = await outside.memory.Retrieve(request, timeout=call.seconds, metadata=rpc.tenant_metadata(call.tenant_id))
+    reply = await backends.memory.Retrieve(request, timeout=call.seconds, metadata=rpc.tenant_metadata(call.tenant_id))
     return {
         "passages": [
             {
@@ -129,7 +133,7 @@ def _tool(name: str, description: str, required: list[str], **properties: Any) -
     return Tool(name, description, schema, "repeatable")
 
 
-Run = Callable[[Call, Outside], Awaitable[Any]]
+Run = Callable[[Call, Backends], Awaitable[Any]]
 
 BUILTIN: dict[str, tuple[Tool, Run]] = {
     tool.name: (tool, run)
@@ -172,7 +176,7 @@ BUILTIN: dict[str, tuple[Tool, Run]] = {
         (
             _tool(
                 "time",
-                "Tells the date, the time and the weekday of now.",
+                "Tells the current date, time and weekday.",
                 [],
                 timezone={"type": "string", "maxLength": 64, "description": "IANA name, such as Asia/Shanghai; UTC"},
             ),

@@ -1,7 +1,7 @@
-"""Arithmetic for a model that cannot count: exact fractions, and decimals only where a root leaves no other way.
+"""Exact arithmetic for models: fractions, and decimals only if a root or a power is irrational.
 
-The grammar is Python's, read by ``ast`` and evaluated here: numbers, ``+ - * / // % **``, brackets and a few
-functions. Every step is limited, so that no expression takes long or much memory.
+The grammar is a part of Python's: numbers, ``+ - * / // % **``, brackets and a few functions. ``ast`` parses it, this
+module evaluates it. Every step is limited, so that no expression takes much time or memory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 MAX_CHARACTERS = 1_000
 MAX_DEPTH = 64
-# Of numerator and denominator: numbers of some 3,000 digits.
+# Limit of numerator and denominator: numbers of about 3,000 digits.
 MAX_BITS = 10_000
 DIGITS = 28
-# An exact value with more than these is rounded: the reader pays by the token.
+# An exact value with more digits is rounded, because the reader pays by the token.
 MAX_DIGITS = 1_000
 
 _INEXACT = decimal.Context(
@@ -27,7 +27,7 @@ _INEXACT = decimal.Context(
     Emin=-4_000,
     traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow],
 )
-# What people type where a keyboard or a book has another sign.
+# Signs that people use instead of Python's operators.
 _SIGNS = str.maketrans({"^": "**", "×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 _CONSTANTS = {
     "pi": Fraction("3.14159265358979323846264338327950288420"),
@@ -36,52 +36,52 @@ _CONSTANTS = {
 
 
 class CannotCalculate(Exception):
-    """The expression is none, has no value, or is larger than the limits. The text says which."""
+    """The expression is invalid, has no value, or exceeds a limit. The text gives the reason."""
 
 
 class Answer(NamedTuple):
-    """`value`: decimal digits, all of them if `exact`, else 28 significant ones, as ``1.5E+40`` far from 1.
-
-    fraction: ``1/3``, where that is the exact value and the digits are not; empty otherwise.
-    """
+    """The value of an expression."""
 
     value: str
+    """Decimal digits: all of them if `exact`, otherwise 28 significant ones, such as ``1.5E+40``."""
     exact: bool
     fraction: str
+    """The exact value, such as ``1/3``, if `value` is rounded and the fraction is short. Otherwise empty."""
 
 
 def calculate(expression: str) -> Answer:
-    """The value of `expression`. Raises CannotCalculate."""
+    """Returns the value of `expression`. Raises CannotCalculate."""
     if len(expression) > MAX_CHARACTERS:
-        raise CannotCalculate(f"an expression may have {MAX_CHARACTERS} characters")
+        raise CannotCalculate(f"an expression must have at most {MAX_CHARACTERS} characters")
     source = expression.translate(_SIGNS).strip()
     try:
         tree = ast.parse(source, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise CannotCalculate("this is no arithmetic expression") from None
+        raise CannotCalculate("is not an arithmetic expression") from None
     evaluation = _Evaluation(source)
     try:
         value = evaluation.of(tree.body, 0)
     except ZeroDivisionError:
         raise CannotCalculate("division by zero") from None
     except decimal.DecimalException:
-        raise CannotCalculate("this has no value, or one beyond the limits") from None
+        raise CannotCalculate("has no value, or its value exceeds the limits") from None
     return _answer(value, rational=evaluation.rational)
 
 
 class _Evaluation:
-    """`rational`: nothing irrational was needed so far."""
+    """Evaluates the nodes of one expression."""
 
     def __init__(self, source: str) -> None:
         self._source = source
         self.rational = True
+        """All values so far are exact."""
 
     def of(self, node: ast.expr, depth: int) -> Fraction:
         if depth > MAX_DEPTH:
-            raise CannotCalculate(f"more than {MAX_DEPTH} levels deep")
+            raise CannotCalculate(f"must be at most {MAX_DEPTH} levels deep")
         match node:
             case ast.Constant(value=bool() | str() | bytes() | complex() | None):
-                raise CannotCalculate("only numbers can be calculated with")
+                raise CannotCalculate("only numbers are supported")
             case ast.Constant():
                 return self._number(node)
             case ast.Name(id=name) if name in _CONSTANTS:
@@ -96,18 +96,18 @@ class _Evaluation:
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
                 return _limited(self._call(name, [self.of(argument, depth + 1) for argument in arguments]))
             case ast.Call(func=ast.Name(id=name)) | ast.Name(id=name):
-                raise CannotCalculate(f"{name} is unknown; there are {', '.join([*_FUNCTIONS, *_CONSTANTS])}")
+                raise CannotCalculate(f"{name} is unknown; use one of {', '.join([*_FUNCTIONS, *_CONSTANTS])}")
             case _:
-                raise CannotCalculate("only numbers, + - * / // % **, brackets and functions are understood")
+                raise CannotCalculate("only numbers, + - * / // % **, brackets and functions are supported")
 
     def _number(self, node: ast.Constant) -> Fraction:
-        # From the text: the tree has a binary float, which is not the number that was written.
+        # From the text, because the tree holds a binary float, which differs from the number in the text.
         text = (ast.get_source_segment(self._source, node) or "").replace("_", "")
         if isinstance(node.value, int):
             return _limited(Fraction(node.value))
         number = decimal.Decimal(text)
         if abs(number.adjusted()) > _INEXACT.Emax:
-            raise CannotCalculate("a number is beyond the limits")
+            raise CannotCalculate("a number exceeds the limits")
         return _limited(Fraction(number))
 
     def _apply(self, operator: ast.operator, left: Fraction, right: Fraction) -> Fraction:
@@ -127,13 +127,13 @@ class _Evaluation:
             case ast.Pow():
                 return self.power(left, right)
             case _:
-                raise CannotCalculate("of operators there are + - * / // % **")
+                raise CannotCalculate("the operators are + - * / // % **")
 
     def power(self, base: Fraction, exponent: Fraction) -> Fraction:
         if exponent.denominator == 1:
-            # Before it is computed: afterwards would be too late.
+            # The size is checked before the power is computed, because computing it could take all memory.
             if _bits(base) * abs(exponent.numerator) > MAX_BITS and abs(base) != 1:
-                raise CannotCalculate("the power is beyond the limits")
+                raise CannotCalculate("the power exceeds the limits")
             return base**exponent.numerator
         if exponent == Fraction(1, 2):
             return self.root(base)
@@ -151,20 +151,20 @@ class _Evaluation:
     def _call(self, name: str, arguments: Sequence[Fraction]) -> Fraction:
         fewest, most, function = _FUNCTIONS[name]
         if not fewest <= len(arguments) <= most:
-            raise CannotCalculate(f"{name} takes another number of arguments")
+            raise CannotCalculate(f"{name} takes {fewest if fewest == most else f'{fewest} to {most}'} arguments")
         return function(self, *arguments)
 
 
 def _round(_: _Evaluation, number: Fraction, places: Fraction = Fraction(0)) -> Fraction:
     if places.denominator != 1 or abs(places) > DIGITS:
-        raise CannotCalculate(f"round takes whole places up to {DIGITS}")
-    # Halves away from zero, as people round; Python's own would go to the even one.
+        raise CannotCalculate(f"round takes an integer number of places up to {DIGITS}")
+    # Halves are rounded away from zero, as people do. Python's round goes to the even number.
     factor = Fraction(10) ** places.numerator
     rounded = math.floor(abs(number) * factor + Fraction(1, 2)) / factor
     return rounded if number >= 0 else -rounded
 
 
-# Name → fewest and most arguments, and what it does.
+# Name → lowest and highest number of arguments, and the function.
 _FUNCTIONS: dict[str, tuple[int, int, Callable[..., Fraction]]] = {
     "abs": (1, 1, lambda _, number: abs(number)),
     "sqrt": (1, 1, _Evaluation.root),
@@ -183,7 +183,7 @@ def _bits(number: Fraction) -> int:
 
 def _limited(number: Fraction) -> Fraction:
     if _bits(number) > MAX_BITS:
-        raise CannotCalculate("a number is beyond the limits")
+        raise CannotCalculate("a number exceeds the limits")
     return number
 
 
@@ -204,7 +204,7 @@ def _answer(value: Fraction, *, rational: bool) -> Answer:
 
 
 def _places(denominator: int) -> int | None:
-    """How many decimal places a fraction with this denominator has; None: they never end."""
+    """Returns the number of decimal places of a fraction with this denominator. None: infinitely many."""
     twos = fives = 0
     while denominator % 2 == 0:
         denominator, twos = denominator // 2, twos + 1

@@ -17,21 +17,21 @@ from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unan
 from infra.outgoing.client import Outgoing
 from services.plugin.domain import MAX_RESULT_BYTES, Call
 
-# A result is wrapped, and where it is structured the server sends it as text besides.
+# A result comes in an envelope. A server sends a structured result a second time, as text.
 MAX_ANSWER_BYTES = 4 * MAX_RESULT_BYTES
 MAX_TOOLS = 200
 DISCOVERY_SECONDS = 15.0
-# In the request's ``_meta``, for servers that drop repeats; the protocol has no field of its own for it.
+# In the request's ``_meta``, for servers that drop repeats. The protocol itself has no field for an idempotency key.
 KEY_META = "clawbus/idempotency-key"
 
-# It tells session ids, and at debug the contents.
+# The library logs session ids, and at level DEBUG the contents of messages.
 logging.getLogger("mcp").setLevel(logging.WARNING)
 
 
 async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> list[mcp_types.Tool]:
-    """The tools that the server at `url` offers, 200 at most.
+    """Returns the tools that the server at `url` offers, at most 200.
 
-    Raises InvalidMessage (field ``url``) where no MCP server answers there, Transient where nothing does.
+    Raises InvalidMessage (field ``url``) if the answer is not from an MCP server, and Transient if there is no answer.
     """
     tools: list[mcp_types.Tool] = []
     try:
@@ -43,15 +43,15 @@ async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> 
                 if not (cursor := listed.next_cursor):
                     break
     except EffectFailed as error:
-        raise InvalidMessage("url", f"is no MCP server that answers us: {error.reason}") from error
+        raise InvalidMessage("url", f"must be the address of an MCP server; it answered: {error.reason}") from error
     return tools[:MAX_TOOLS]
 
 
 async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: str, call: Call) -> Any:
-    """What the server's tool `name` answers: its structured content, else its text, else its blocks.
+    """Calls the server's tool `name`. Returns its structured content, else its text, else its blocks.
 
-    Raises EffectFailed with the tool's own words, Transient where it was not asked, Unanswered where it did not
-    answer, TooLarge.
+    Raises EffectFailed with the tool's own message, Transient if the request was not sent, Unanswered if the server
+    did not answer, and TooLarge if the answer is too large.
     """
     async with _connected(outgoing, url, headers, call.seconds) as (client, progress):
         progress.sent = True
@@ -59,7 +59,7 @@ async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: s
         result = await client.call_tool(name, call.arguments, meta=meta)
         texts = [block.text for block in result.content if isinstance(block, mcp_types.TextContent)]
         if result.is_error:
-            raise EffectFailed("\n".join(texts)[:2000] or "the tool failed and did not say why")
+            raise EffectFailed("\n".join(texts)[:2000] or "the tool failed without a message")
         if result.structured_content is not None:
             return result.structured_content
         if len(texts) == len(result.content):
@@ -68,12 +68,14 @@ async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: s
 
 
 class _Progress(httpx2.AsyncBaseTransport):
-    """Limits the answers. `sent`: the tool may have been asked. `status`: of the last answer, 0 before the first."""
+    """Limits the size of answers, and keeps the state that decides how an error is classified."""
 
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
         self._transport = transport
         self.sent = False
+        """The tool may have received the call."""
         self.status = 0
+        """HTTP status of the last answer. 0 before the first one."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         request.extensions["max_bytes"] = MAX_ANSWER_BYTES
@@ -86,7 +88,7 @@ class _Progress(httpx2.AsyncBaseTransport):
 async def _connected(
     outgoing: Outgoing, url: str, headers: Mapping[str, str], seconds: float
 ) -> AsyncIterator[tuple[Client, _Progress]]:
-    """A session with the server, and its errors as ours: the library raises them in groups, wrapped once or twice."""
+    """Opens a session with the server. Converts the library's errors, which come in nested groups, to ours."""
     progress = _Progress(outgoing.transport())
     http = httpx2.AsyncClient(transport=progress, headers=dict(headers), timeout=seconds, trust_env=False)
     try:
@@ -101,10 +103,10 @@ async def _connected(
         ):
             yield client, progress
     except Exception as error:
-        raise _ours(error, progress) from error
+        raise _converted(error, progress) from error
 
 
-def _ours(error: BaseException, progress: _Progress) -> Exception:
+def _converted(error: BaseException, progress: _Progress) -> Exception:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     match error:

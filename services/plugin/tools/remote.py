@@ -1,7 +1,7 @@
 """A tenant's own tool over HTTP, signed by Standard Webhooks (https://www.standardwebhooks.com).
 
-POST ``{"tool", "arguments", "config"}``; ``webhook-id`` is the call's idempotency key, the same when it is sent again.
-Any 2xx with JSON is the result, 429 and 503 ask to be called later, other statuses are the tool's failure.
+Sends POST ``{"tool", "arguments", "config"}``. ``webhook-id`` is the call's idempotency key, the same for each repeat.
+A status 2xx with JSON is the result. 429 and 503 mean: call again later. Every other status is a failure of the tool.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from services.plugin.domain import MAX_RESULT_BYTES, Call
 async def call(
     outgoing: Outgoing, url: str, headers: Mapping[str, str], secret: str, config: Mapping[str, Any], call: Call
 ) -> Any:
-    """The JSON that the tool answers; None for an empty answer.
+    """Returns the JSON that the tool answers, None for an empty answer.
 
-    Raises EffectFailed, RetryLater, and what `Outgoing.request` raises.
+    Raises EffectFailed, RetryLater, and the errors of `Outgoing.request`.
     """
     body = msgspec.json.encode({"tool": call.tool, "arguments": call.arguments, "config": config})
     signature = sign(secret, call.key, utcnow(), body)
@@ -39,7 +39,7 @@ async def call(
     if answer.status in (429, 503):
         raise RetryLater(_retry_after(answer), f"HTTP {answer.status}")
     if answer.status in (502, 504):
-        # A gateway's word: the tool behind it may have been at work.
+        # These statuses come from a gateway. The tool behind it may have done its work.
         raise Unanswered(f"HTTP {answer.status}")
     if not 200 <= answer.status < 300:
         text = answer.body[:500].decode(errors="replace").strip()
@@ -49,7 +49,7 @@ async def call(
     try:
         return msgspec.json.decode(answer.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise EffectFailed("the answer is no JSON") from None
+        raise EffectFailed("the answer is not JSON") from None
 
 
 def _retry_after(answer: Answer) -> timedelta:

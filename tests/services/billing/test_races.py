@@ -1,4 +1,4 @@
-"""Two transactions at once on what only one may decide, and the trace of a charge."""
+"""Concurrent transactions on the same usage or account, and the trace of a charge."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def record(tenant_id: str, usage_id: str = "run/1/1", run_id: UUID | None = None
 
 
 async def count(tx: Tx, *records: UsageRecorded, **headers: str) -> None:
-    """What the reader does with a batch."""
+    """Handles a batch as the Kafka reader does."""
     tx.origins.update({id(item): {"ce_id": str(uuid7()), **headers} for item in records})
     await handlers.count_usage.handler(list(records), tx)
 
@@ -60,7 +60,7 @@ async def open_account(store: Database, tenant_id: str) -> None:
 
 
 async def waits_for_a_lock(store: Database) -> None:
-    """Until some transaction of this database waits for another."""
+    """Returns as soon as a transaction of this database waits for another one."""
     async with asyncio.timeout(20):
         while True:
             async with store.begin() as tx:
@@ -85,7 +85,7 @@ async def test_two_batches_with_one_usage_id_at_once_charge_it_once(store: Datab
         await count(tx, record(tenant_id))
         other = asyncio.create_task(second())
         await waits_for_a_lock(store)
-    with pytest.raises(Transient, match="meanwhile"):
+    with pytest.raises(Transient, match="at the same time"):
         await other
     await second()
     async with store.begin() as tx:
@@ -93,7 +93,7 @@ async def test_two_batches_with_one_usage_id_at_once_charge_it_once(store: Datab
         assert await tx.sql("SELECT count(*) FROM duplicate WHERE tenant_id = $1", tenant_id) == [(1,)]
 
 
-async def test_an_account_opened_while_its_usage_is_judged_leaves_none_of_it_held(store: Database) -> None:
+async def test_an_account_opened_while_its_usage_is_rated_leaves_no_record_held(store: Database) -> None:
     tenant_id = str(uuid7())
     async with store.begin() as tx:
         await count(tx, record(tenant_id))
@@ -131,7 +131,7 @@ async def test_a_charge_has_a_span_in_the_trace_of_the_run_that_caused_it(
 async def test_every_table_with_a_tenant_is_bound_to_the_tenant_of_the_request(
     store: Database, platform: Platform
 ) -> None:
-    # A schema that has the kernel's tables only, which are not bound.
+    # A schema that has only the kernel's tables, which have no row-level security.
     await prepare_database(platform.database_url, {"agent": PASSWORDS})
     async with store.begin() as tx:
         tables = await tx.sql(

@@ -1,4 +1,4 @@
-"""Whatever a service committed is accounted for, or it is said what is missing."""
+"""Every usage record that a service committed has a verdict, or the reconciliation shows that it is missing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tooling.testing.platform import INTERNAL_SECRET, PASSWORDS, Platform
 
 @pytest.fixture(scope="module")
 async def producers(platform: Platform) -> AsyncIterator[None]:
-    """The other services, as far as reconciliation sees them: their outboxes and what counts them."""
+    """The parts of the other services that a reconciliation needs: their outboxes and their operations gRPC."""
     others = [name for name in SERVICES if name != "billing"]
     await prepare_database(platform.database_url, {name: PASSWORDS for name in others})
     servers = []
@@ -55,7 +55,9 @@ async def relay(platform: Platform, database: Database) -> AsyncIterator[None]:
     await publisher.stop()
 
 
-async def test_every_record_of_every_producer_is_told_and_a_lost_one_shows(billing: Billing, producers: None) -> None:
+async def test_every_record_of_every_producer_gets_a_verdict_and_a_lost_one_is_reported(
+    billing: Billing, producers: None
+) -> None:
     platform = billing.platform
     ours, theirs = await billing.tenant(), await billing.tenant()
 
@@ -96,14 +98,14 @@ async def test_every_record_of_every_producer_is_told_and_a_lost_one_shows(billi
     ):
         await platform.until(done)
     told = {"produced": 6, "counted": 2, "duplicate": 1, "rejected": 1, "held": 1}
-    # The record without a usage_id lies among the dead letters: it is not told, and not lost either.
+    # The record without a usage_id is a dead letter: it has no verdict, but it is not lost.
     assert await numbers(ours) == told | {"pending": 1, "difference": 0}
     assert await numbers(theirs) == nothing | {"produced": 1, "counted": 1, "pending": 0, "difference": 0}
     assert (await numbers())["produced"] == 7
     await theirs.sql("UPDATE dead_letter SET state = 'discarded' WHERE key = $1", ours.id)
     assert await numbers(ours) == told | {"rejected": 2, "pending": 0, "difference": 0}
 
-    # What the outboxes are about to forget is left out on both sides: by the time in the message's id.
+    # Records that the outboxes will delete soon are left out on both sides, by the time in the message's id.
     long_ago = UUID(int=uuid7().int - (int(timedelta(days=40) / timedelta(milliseconds=1)) << 80))
     await theirs.use("old", message_id=long_ago, input_tokens=1, output_tokens=1)
     await theirs.verdict("old")

@@ -1,4 +1,4 @@
-"""Reservations: what is not there is never promised, and nothing stays set aside for ever."""
+"""Holds: they never exceed the credit, and none of them lasts forever."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protos.billing.v1 import billing_pb2
 from tests.services.billing.conftest import Billing, Tenant
 
 TOKEN = 150
-"""What an input token costs."""
+"""The price of an input token."""
 
 
 async def available(tenant: Tenant) -> int:
@@ -35,7 +35,7 @@ async def test_a_hold_takes_from_what_is_available_and_its_release_gives_it_back
     assert (await tenant.reserve(input_tokens=100)).granted
 
 
-async def test_a_hundred_at_once_never_get_more_than_there_is(billing: Billing) -> None:
+async def test_a_hundred_concurrent_holds_never_exceed_the_credit(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=37 * TOKEN)
     replies = await asyncio.gather(*(tenant.reserve(input_tokens=1) for _ in range(100)))
     assert sum(reply.granted for reply in replies) == 37
@@ -43,7 +43,7 @@ async def test_a_hundred_at_once_never_get_more_than_there_is(billing: Billing) 
     assert await available(tenant) == 0
 
 
-async def test_asked_again_a_hold_gets_its_first_answer(billing: Billing) -> None:
+async def test_a_repeated_request_for_a_hold_gets_the_first_answer(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=100 * TOKEN)
     hold_id = uuid7()
     replies = await asyncio.gather(*(tenant.reserve(hold_id=hold_id, input_tokens=60) for _ in range(5)))
@@ -76,7 +76,7 @@ async def test_only_counted_usage_debits_and_it_closes_its_hold(billing: Billing
     await tenant.reserve(hold_id=other, input_tokens=100)
     await tenant.use("unknown", "acme/unheard-of", hold_id=hold_id, input_tokens=1)
     await tenant.verdict("unknown")
-    assert await available(tenant) == 300 * TOKEN, "what is held for review leaves its hold alone"
+    assert await available(tenant) == 300 * TOKEN, "a held record must not end its hold"
     await tenant.use("run/1/1", hold_id=hold_id, input_tokens=50, output_tokens=0)
     await tenant.verdict("run/1/1")
     assert await available(tenant) == 850 * TOKEN
@@ -113,7 +113,7 @@ async def test_a_hold_of_another_tenant_is_neither_seen_nor_closed(billing: Bill
     assert await available(ours) == 0
 
 
-async def test_without_a_limit_everything_is_granted_and_nothing_is_said_to_be_left(billing: Billing) -> None:
+async def test_without_a_limit_every_hold_is_granted_and_no_remaining_credit_is_reported(billing: Billing) -> None:
     tenant = await billing.tenant()
     reply = await tenant.reserve(input_tokens=10**12)
     assert reply.granted
@@ -121,7 +121,7 @@ async def test_without_a_limit_everything_is_granted_and_nothing_is_said_to_be_l
     assert (await tenant.reserve(resource="acme/unheard-of", input_tokens=5)).granted
 
 
-async def test_a_resource_without_a_price_holds_nothing_and_needs_something_left(billing: Billing) -> None:
+async def test_a_resource_without_a_price_holds_nothing_and_needs_some_remaining_credit(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=1)
     reply = await tenant.reserve(resource="acme/unheard-of", input_tokens=10**6)
     assert (reply.granted, reply.held_nanos, reply.available_nanos) == (True, 0, 1)
@@ -129,7 +129,7 @@ async def test_a_resource_without_a_price_holds_nothing_and_needs_something_left
     assert not (await spent.reserve(resource="acme/unheard-of", input_tokens=1)).granted
 
 
-async def test_a_tenant_that_is_not_known_yet_is_neither_granted_nor_refused(billing: Billing) -> None:
+async def test_a_tenant_without_an_account_is_neither_granted_nor_refused(billing: Billing) -> None:
     tenant = billing.known(str(uuid7()))
     with pytest.raises(Transient, match="has no account yet"):
         await tenant.reserve(input_tokens=1)
@@ -147,7 +147,7 @@ async def test_a_tenant_that_is_not_known_yet_is_neither_granted_nor_refused(bil
         ("quantities", {"quantities": {"cached_tokens": 1}}),
     ],
 )
-async def test_a_request_that_cannot_be_is_refused_by_field(
+async def test_an_invalid_request_is_refused_with_its_field(
     billing: Billing, field: str, request_: dict[str, object]
 ) -> None:
     tenant = await billing.tenant(credit_nanos=1000)

@@ -1,4 +1,4 @@
-"""Usage becomes money exactly once, whatever arrives, how often, and in which order."""
+"""Each use is charged exactly once, for any content, order and number of repeats of its records."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def test_a_thousand_records_with_repeats_over_many_batches_and_a_rewind_ad
     rng = random.Random(4)
     sent: list[tuple[str, UUID, int]] = []
     for n in range(1000):
-        # A tenth is reported again: under a new message, or the very same message once more.
+        # One in ten is reported again: in a new message, or in the same message a second time.
         if n % 10 == 9:
             usage_id, message_id, tokens = rng.choice(sent)
             sent.append((usage_id, message_id if n % 20 == 9 else uuid7(), tokens))
@@ -57,7 +57,7 @@ async def test_a_thousand_records_with_repeats_over_many_batches_and_a_rewind_ad
     await tenant.platform.until(told)
     before = await tenant.get("balance")
 
-    # Rewound to the beginning of the log, everything is read once more, and nothing is counted again.
+    # After a rewind to the beginning of the topic everything is read again, and nothing is counted again.
     async def position() -> int:
         [(read,)] = await tenant.sql(
             "SELECT sum(next_offset)::bigint FROM consumer_offset WHERE topic = 'usage.records'"
@@ -85,7 +85,7 @@ async def test_a_thousand_records_with_repeats_over_many_batches_and_a_rewind_ad
     assert item["records"] == len(firsts)
     assert item["units"] == {"input_tokens": sum(firsts.values()), "output_tokens": 7 * len(firsts)}
     assert used["amount_nanos"] == item["amount_nanos"] == due
-    # The message that the inbox had forgotten was known by its usage_id.
+    # The message that was deleted from the inbox was recognised by its usage_id.
     assert (await tenant.verdict(sent[0][0]))["duplicates"] >= 1
 
 
@@ -102,7 +102,7 @@ async def test_another_record_under_a_known_usage_id_does_not_change_the_first(b
     verdict = await tenant.verdict("run/1/1")
     assert (verdict["verdict"], verdict["amount_nanos"]) == ("counted", 150)
     [(reason,)] = await tenant.sql("SELECT reason FROM duplicate WHERE tenant_id = $1", tenant.id)
-    assert "with other content" in reason
+    assert "has other content" in reason
 
 
 async def test_an_unknown_model_waits_for_its_price_and_is_charged_once_it_has_one(billing: Billing) -> None:
@@ -129,7 +129,7 @@ async def test_an_unknown_model_waits_for_its_price_and_is_charged_once_it_has_o
     assert (await tenant.get("balance"))["debited_nanos"] == 32
 
 
-async def test_what_was_not_reported_is_held_until_an_operator_completes_or_rejects_it(billing: Billing) -> None:
+async def test_an_incomplete_record_is_held_until_an_operator_completes_or_rejects_it(billing: Billing) -> None:
     tenant = await billing.tenant()
     await tenant.use("run/1/1", input_tokens=10)
     await tenant.use("run/1/2", input_tokens=10)
@@ -153,7 +153,7 @@ async def test_usage_that_overtakes_its_tenant_is_charged_when_the_tenant_is_kno
     tenant = billing.known(str(uuid7()))
     await tenant.use("run/1/1", input_tokens=1, output_tokens=1)
     assert (await tenant.verdict("run/1/1"))["reason"] == "the tenant has no account yet"
-    await billing.announce(tenant, 1000)
+    await billing.publish_created(tenant, 1000)
 
     async def counted() -> bool:
         return bool((await tenant.verdict("run/1/1"))["verdict"] == "counted")
@@ -162,9 +162,9 @@ async def test_usage_that_overtakes_its_tenant_is_charged_when_the_tenant_is_kno
     assert (await tenant.get("balance"))["balance_nanos"] == 250
 
 
-async def test_an_account_is_opened_once_however_often_its_tenant_is_announced(billing: Billing) -> None:
+async def test_an_account_is_opened_once_if_the_creation_of_its_tenant_is_repeated(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=1000)
-    await billing.announce(tenant, 5000)
+    await billing.publish_created(tenant, 5000)
     await tenant.use("run/1/1", input_tokens=1, output_tokens=0)
     await tenant.verdict("run/1/1")
     await billing.tenant()
@@ -198,7 +198,7 @@ async def test_late_usage_goes_by_the_price_of_its_time(billing: Billing) -> Non
     assert (await tenant.verdict("now"))["amount_nanos"] == 100
 
 
-async def test_marks_are_told_once_when_the_credit_runs_out(billing: Billing) -> None:
+async def test_each_threshold_of_the_credit_is_notified_once(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=100 * 150)
     platform = tenant.platform
     for n, tokens in enumerate([89, 1, 9, 1, 50]):

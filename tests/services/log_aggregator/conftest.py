@@ -12,7 +12,7 @@ from tooling.testing.platform import Platform
 
 @pytest.fixture(scope="module")
 async def aggregator(platform: Platform) -> AsyncIterator[Platform]:
-    """Running; its indices are deleted after the module."""
+    """Starts the service. Its indices are deleted after the module."""
     await platform.prepare("log_aggregator")
     await platform.start("log_aggregator")
     yield platform

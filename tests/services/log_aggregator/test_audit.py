@@ -1,4 +1,4 @@
-"""Acts from Kafka into the chains: each once, by tenant, and a hand on them shows."""
+"""Acts from Kafka are appended to the chains once, by tenant, and a change of a chain is detected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def verified(client: httpx.AsyncClient, **params: str) -> dict[str, Any]:
 
 
 async def chained(aggregator: Platform, tenant_id: str, records: int) -> dict[str, Any]:
-    """The verdict, once the chain has so many records."""
+    """Waits until the chain has that many records. Returns the verification."""
     async with aggregator.client("log_aggregator", tenant_id) as client:
 
         async def ask() -> dict[str, Any] | None:
@@ -64,7 +64,7 @@ def tenant() -> str:
     return str(uuid4())
 
 
-async def test_acts_are_chained_in_their_order_and_can_be_recomputed_by_anybody(
+async def test_acts_are_chained_in_their_order_and_a_client_can_recompute_the_hashes(
     aggregator: Platform, tenant: str
 ) -> None:
     acts = [act(tenant, n, details={"text": f"ümlaut \x00 {n}"}) for n in range(7)]
@@ -93,7 +93,7 @@ async def test_acts_are_chained_in_their_order_and_can_be_recomputed_by_anybody(
     assert verdict == {"records": 7, "ok": True, "head": previous.hex(), "broken_at": None}
 
 
-async def test_a_message_that_comes_twice_is_one_record(aggregator: Platform, tenant: str) -> None:
+async def test_a_repeated_message_is_one_record(aggregator: Platform, tenant: str) -> None:
     id_ = uuid7()
     for _ in range(3):
         await aggregator.produce(AUDIT_LOGS, act(tenant, 1), key=tenant, tenant_id=tenant, message_id=id_)
@@ -119,7 +119,7 @@ async def test_killed_in_the_middle_it_chains_every_act_once(aggregator: Platfor
         assert numbers == sorted(numbers, reverse=True)
 
 
-async def test_the_list_is_filtered_by_what_is_asked(aggregator: Platform, tenant: str) -> None:
+async def test_the_list_is_filtered_by_the_query(aggregator: Platform, tenant: str) -> None:
     old = utcnow() - timedelta(days=2)
     await publish(
         aggregator,
@@ -177,7 +177,7 @@ async def test_each_tenant_sees_its_chain_and_the_operator_the_systems_and_all(
         assert (await verified(operator, tenant_id=other))["records"] == 1
 
 
-async def test_an_empty_chain_holds(aggregator: Platform, tenant: str) -> None:
+async def test_an_empty_chain_is_intact(aggregator: Platform, tenant: str) -> None:
     async with aggregator.client("log_aggregator", tenant) as client:
         assert await verified(client) == {"records": 0, "ok": True, "head": "00" * 32, "broken_at": None}
         assert (await client.get("/api/v1/audit")).json() == {"items": [], "next": None}
@@ -201,7 +201,7 @@ async def test_an_empty_chain_holds(aggregator: Platform, tenant: str) -> None:
         ("UPDATE audit_head SET hash = decode(repeat('ab', 32), 'hex') WHERE tenant_id = $1", 5),
     ],
 )
-async def test_a_hand_on_the_chain_shows_and_where(
+async def test_a_change_of_the_chain_is_detected_with_its_position(
     aggregator: Platform, tenant: str, change: str, broken_at: int
 ) -> None:
     await publish(aggregator, *(act(tenant, n) for n in range(5)))
@@ -216,7 +216,7 @@ async def test_a_hand_on_the_chain_shows_and_where(
     assert (verdict["ok"], verdict["records"], verdict["broken_at"]) == (False, broken_at - 1, broken_at)
 
 
-async def test_the_service_itself_cannot_change_what_is_chained(aggregator: Platform, tenant: str) -> None:
+async def test_the_service_itself_cannot_change_a_record(aggregator: Platform, tenant: str) -> None:
     await publish(aggregator, act(tenant, 1))
     await chained(aggregator, tenant, 1)
     for change in ("UPDATE audit_record SET actor = 'x'", "DELETE FROM audit_record", "TRUNCATE audit_record"):
@@ -225,7 +225,7 @@ async def test_the_service_itself_cannot_change_what_is_chained(aggregator: Plat
                 await tx.sql(change)
 
 
-async def test_an_act_that_cannot_be_stored_holds_nobody_up(aggregator: Platform, tenant: str) -> None:
+async def test_an_act_that_cannot_be_stored_does_not_block_other_acts(aggregator: Platform, tenant: str) -> None:
     await publish(aggregator, act(tenant, 1), act(tenant, 2, object_id="a\x00b"), act(tenant, 3))
     assert (await chained(aggregator, tenant, 2))["ok"]
 

@@ -1,4 +1,4 @@
-"""The dead letters of several services in one place, each service asked for its own."""
+"""The dead letters of several services in one list. Each service is asked for its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tooling.testing.platform import Platform
 
 @pytest.fixture(scope="module")
 async def services(aggregator: Platform) -> AsyncIterator[Platform]:
-    """The user service runs beside, the others do not."""
+    """Starts the user service too. The other services do not run."""
     await aggregator.prepare("user")
     await aggregator.start("user")
     yield aggregator
@@ -32,7 +32,7 @@ def tenant() -> str:
 
 
 async def fail(services: Platform, service: str, tenant_id: str, subject: str = "s") -> str:
-    """A dead letter of this service that would succeed now; its id."""
+    """Stores a dead letter of this service that a redrive would process. Returns its id."""
     message = SubjectErased(tenant_id=tenant_id, subject_id=subject)
     envelope = Envelope(
         id=uuid7(), source="user", type=message.wire_name(), time=utcnow(), subject=tenant_id, tenant_id=tenant_id
@@ -74,7 +74,7 @@ async def test_a_tenant_finds_its_own_of_all_services_in_pages(services: Platfor
             answer = await client.get("/api/v1/deadletters", params={"limit": "1", **cursor})
             assert answer.status_code == 200, answer.text
             body = answer.json()
-            # Those that do not run here; a page that begins behind a service does not ask it.
+            # The services that do not run here. A page that begins after a service does not ask it.
             assert set(body["unavailable"]) <= {
                 "agent",
                 "billing",
@@ -99,11 +99,13 @@ async def test_a_tenant_finds_its_own_of_all_services_in_pages(services: Platfor
     assert seen[1]["payload"] is None
 
 
-async def test_anothers_is_not_there_and_the_operator_sees_all(services: Platform, tenant: str) -> None:
+async def test_a_dead_letter_of_another_tenant_is_not_found_and_the_operator_sees_all(
+    services: Platform, tenant: str
+) -> None:
     id_ = await fail(services, "user", tenant)
     for other, status in ((str(uuid4()), 503), ("", 200)):
         async with services.client("log_aggregator", other) as client:
-            # Some services do not answer here: that none has it cannot be said.
+            # Some services do not answer here, so it is not known that no service has it.
             assert (await client.get(f"/api/v1/deadletters/{id_}")).status_code == status
     async with services.client("log_aggregator", str(uuid4())) as client:
         assert (await client.post(f"/api/v1/deadletters/{id_}/redrive")).status_code == 503
@@ -114,7 +116,7 @@ async def test_anothers_is_not_there_and_the_operator_sees_all(services: Platfor
     assert await state(services, "user", id_) == "failed"
 
 
-async def test_one_that_is_redriven_is_handled_and_audited(services: Platform, tenant: str) -> None:
+async def test_a_redriven_dead_letter_is_processed_and_audited(services: Platform, tenant: str) -> None:
     subject = str(uuid4())
     id_ = await fail(services, "user", tenant, subject)
     async with services.client("log_aggregator", tenant, actor="member:m") as client:
@@ -134,7 +136,7 @@ async def test_one_that_is_redriven_is_handled_and_audited(services: Platform, t
     ]
 
 
-async def test_one_that_is_discarded_is_gone_from_the_list(services: Platform, tenant: str) -> None:
+async def test_a_discarded_dead_letter_is_not_listed(services: Platform, tenant: str) -> None:
     id_ = await fail(services, "log_aggregator", tenant)
     async with services.client("log_aggregator", tenant) as client:
         assert (await client.delete(f"/api/v1/deadletters/{id_}")).status_code == 204
@@ -143,7 +145,7 @@ async def test_one_that_is_discarded_is_gone_from_the_list(services: Platform, t
 
 
 async def test_a_line_that_could_not_be_indexed_is_indexed_by_a_redrive(services: Platform) -> None:
-    """What is read for the search index has dead letters like any other."""
+    """The readers of the search index have dead letters like all other readers."""
     word = f"word{uuid4().hex}"
     envelope = Envelope(id=uuid7(), source="agent", type="logs.v1.LogLine", time=utcnow())
     line: dict[str, Any] = {

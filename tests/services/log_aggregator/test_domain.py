@@ -26,11 +26,11 @@ def test_records_added_in_two_goes_make_the_same_chain() -> None:
     assert first + list(chained(Head(2, first[-1].hash), RECORDS[2:])) == chain()
 
 
-def test_canonical_json_depends_on_nothing_but_the_content() -> None:
+def test_canonical_json_depends_only_on_the_content() -> None:
     assert canonical({"b": "é\x00", "a": {"d": 1, "c": None}}) == '{"a":{"c":null,"d":1},"b":"\\u00e9\\u0000"}'
 
 
-def test_an_unbroken_chain_has_no_break_wherever_one_begins() -> None:
+def test_an_intact_chain_has_no_break_from_any_start() -> None:
     links = chain()
     assert first_break(EMPTY, links) is None
     assert first_break(Head(2, links[1].hash), links[2:]) is None
@@ -50,7 +50,7 @@ def test_a_missing_a_doubled_and_a_swapped_record_are_found() -> None:
     assert first_break(EMPTY, [b, a]) == 1
 
 
-def test_a_record_changed_with_its_own_hash_breaks_the_chain_behind_it() -> None:
+def test_a_record_changed_together_with_its_hash_breaks_the_next_link() -> None:
     links = chain()
     [links[1]] = chained(Head(1, links[0].hash), ['{"n":9}'])
     assert first_break(EMPTY, links) == 3

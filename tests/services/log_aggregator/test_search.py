@@ -1,4 +1,4 @@
-"""Log lines, events and spans in a real OpenSearch, judged by its own client."""
+"""Log lines, events and spans in a real OpenSearch, checked with its official client."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tooling.testing.platform import Platform
 
 @pytest.fixture
 def search(aggregator: Platform) -> Iterator[OpenSearch]:
-    """OpenSearch's own client."""
+    """OpenSearch's official client."""
     url = urlsplit(aggregator.stack.engines["opensearch"]["url"])
     client = OpenSearch([{"host": url.hostname, "port": url.port}])
     yield client
@@ -61,7 +61,7 @@ async def log(aggregator: Platform, *lines: LogLine) -> None:
 
 
 async def found(aggregator: Platform, tenant: str, count: int, **params: str) -> list[dict[str, Any]]:
-    """The lines found, once there are so many."""
+    """Waits until the search finds that many lines. Returns them."""
     async with aggregator.client("log_aggregator", tenant) as client:
 
         async def ask() -> list[dict[str, Any]] | None:
@@ -84,13 +84,13 @@ async def raw(
 
 
 async def dead_letters(aggregator: Platform) -> set[tuple[Any, ...]]:
-    """Message id and state of what could not be indexed."""
+    """Returns message id and state of the messages that could not be indexed."""
     async with aggregator.database("log_aggregator").begin() as tx:
         return set(await tx.sql("SELECT message_id, state FROM dead_letter WHERE destination = 'service.logs'"))
 
 
 async def event(aggregator: Platform, topic: Topic, message: Message, tenant_id: str, trace_id: str) -> None:
-    """A fact with its trace, as the relay sends it."""
+    """Sends an event with its trace, like the relay."""
     envelope = Envelope(
         id=uuid7(),
         source=topic.producers[0],
@@ -124,7 +124,7 @@ async def test_a_line_is_found_as_it_was_written(aggregator: Platform, tenant: s
 
 async def test_lines_come_newest_first_in_pages_and_since_a_time(aggregator: Platform, tenant: str) -> None:
     now = utcnow()
-    # Two in the same millisecond, and some of other days' indices.
+    # Two lines in the same millisecond, and some in the indices of other days.
     times = [now - timedelta(days=2), now - timedelta(days=1), now - timedelta(seconds=5), now, now]
     await log(aggregator, *(line(f"n{n}", tenant=tenant, at=at) for n, at in enumerate(times)))
     await found(aggregator, tenant, 5)
@@ -155,7 +155,7 @@ async def test_a_tenant_sees_its_own_lines_and_the_operator_all(aggregator: Plat
 
 
 async def test_the_services_own_lines_arrive(aggregator: Platform) -> None:
-    # Again: another test may have wiped the index since the first time.
+    # Again, because another test may have wiped the index since the first time.
     aggregator.stop("log_aggregator")
     await aggregator.start("log_aggregator")
     items = await found(aggregator, "", 1, q='"service is up"', service="log_aggregator")
@@ -173,7 +173,7 @@ async def test_the_services_own_lines_arrive(aggregator: Platform) -> None:
         ({"limit": "0"}, "limit"),
     ],
 )
-async def test_a_question_that_is_none_is_refused(
+async def test_an_invalid_query_is_refused(
     aggregator: Platform, tenant: str, params: dict[str, str], field: str
 ) -> None:
     async with aggregator.client("log_aggregator", tenant) as client:
@@ -188,7 +188,7 @@ async def test_no_search_text_is_an_error(aggregator: Platform, tenant: str, q: 
         assert (await client.get("/api/v1/logs", params={"q": q})).status_code == 200
 
 
-async def test_events_are_indexed_without_what_people_wrote(
+async def test_events_are_indexed_without_the_text_of_people(
     aggregator: Platform, search: OpenSearch, tenant: str
 ) -> None:
     trace_id, run_id, channel_id = uuid4().hex, uuid4(), uuid4()
@@ -213,7 +213,7 @@ async def test_events_are_indexed_without_what_people_wrote(
         try:
             answer = search.search(index=index, body=query, params={"ignore_unavailable": "true"})
         except TransportError:
-            # An index that was made this moment.
+            # The index is new and has no shard yet.
             return None
         hits = [hit["_source"] for hit in answer["hits"]["hits"]]
         return hits if len(hits) == 2 else None
@@ -239,7 +239,7 @@ async def test_the_same_message_twice_is_one_document(aggregator: Platform, sear
 
 
 async def test_while_opensearch_refuses_nothing_is_lost(aggregator: Platform, search: OpenSearch, tenant: str) -> None:
-    """Writes are blocked, as OpenSearch itself does it when the disk is full."""
+    """Blocks writes in the same way as OpenSearch does if the disk is full."""
     await log(aggregator, line("before", tenant=tenant))
     await found(aggregator, tenant, 1)
     letters = await dead_letters(aggregator)
@@ -258,7 +258,7 @@ async def test_while_opensearch_refuses_nothing_is_lost(aggregator: Platform, se
     await found(aggregator, tenant, 1, q="meanwhile")
 
 
-async def test_an_index_that_was_wiped_is_made_right_again(
+async def test_a_wiped_index_is_made_again_from_its_template(
     aggregator: Platform, search: OpenSearch, tenant: str
 ) -> None:
     await log(aggregator, line("before", tenant=tenant))
@@ -272,9 +272,9 @@ async def test_an_index_that_was_wiped_is_made_right_again(
     assert fields["dynamic"] == "false"
 
 
-async def test_an_old_index_is_given_up_when_a_new_day_begins(aggregator: Platform, search: OpenSearch) -> None:
+async def test_an_old_index_is_deleted_when_a_new_day_begins(aggregator: Platform, search: OpenSearch) -> None:
     name = f"{aggregator.prefix}clawbus-spans-"
-    # As before the first span of the day, whatever other tests have sent.
+    # The state before the first span of the day. Other tests may have sent spans.
     search.indices.delete(index=f"{name}*", params={"ignore_unavailable": "true"})
     for day in (utcnow() - timedelta(days=40), utcnow() - timedelta(days=3)):
         search.indices.create(index=f"{name}{day:%Y.%m.%d}")
@@ -286,7 +286,7 @@ async def test_an_old_index_is_given_up_when_a_new_day_begins(aggregator: Platfo
     assert names == {f"{name}{day:%Y.%m.%d}" for day in (utcnow() - timedelta(days=3), utcnow())}
 
 
-async def test_a_record_that_is_no_line_is_set_aside_alone(aggregator: Platform, tenant: str) -> None:
+async def test_a_record_that_is_not_a_log_line_is_the_only_dead_letter(aggregator: Platform, tenant: str) -> None:
     letters = await dead_letters(aggregator)
     good = Envelope(id=uuid7(), source="agent", type=LogLine.wire_name(), time=utcnow())
     await raw(aggregator, SERVICE_LOGS, b"{not json", good.headers())
@@ -304,13 +304,11 @@ async def test_a_record_that_is_no_line_is_set_aside_alone(aggregator: Platform,
 
 
 def exporter(aggregator: Platform) -> OTLPSpanExporter:
-    """OpenTelemetry's own."""
+    """Returns the exporter of the OpenTelemetry SDK."""
     return OTLPSpanExporter(f"http://127.0.0.1:{aggregator.ports['otlp']}/v1/traces", timeout=10)
 
 
-async def test_a_trace_is_shown_to_its_tenant_and_the_operator_and_nobody_else(
-    aggregator: Platform, tenant: str
-) -> None:
+async def test_a_trace_is_shown_only_to_its_tenant_and_the_operator(aggregator: Platform, tenant: str) -> None:
     provider = TracerProvider(resource=Resource.create({"service.name": "channel"}))
     provider.add_span_processor(SimpleSpanProcessor(exporter(aggregator)))
     tracer = provider.get_tracer("test")
@@ -355,7 +353,7 @@ async def test_a_trace_is_shown_to_its_tenant_and_the_operator_and_nobody_else(
     assert await shown(str(uuid4())) == []
 
 
-async def test_what_is_no_span_is_refused_and_a_compressed_one_taken(aggregator: Platform) -> None:
+async def test_a_body_without_spans_is_refused_and_a_compressed_one_accepted(aggregator: Platform) -> None:
     url = f"http://127.0.0.1:{aggregator.ports['otlp']}/v1/traces"
     protobuf = {"content-type": "application/x-protobuf"}
     async with httpx.AsyncClient(trust_env=False) as client:
@@ -372,7 +370,7 @@ async def test_a_span_that_opensearch_refuses_is_not_asked_for_again(aggregator:
     good, bad = uuid4(), uuid4()
     spans = [
         Span(trace_id=good.bytes, span_id=b"1" * 8, name="good", start_time_unix_nano=time.time_ns()),
-        # Beyond 64 bits with a sign, which is what can be searched.
+        # The index cannot hold a number beyond signed 64 bits.
         Span(trace_id=bad.bytes, span_id=b"1" * 8, name="bad", start_time_unix_nano=2**64 - 1),
     ]
     request = ExportTraceServiceRequest(resource_spans=[ResourceSpans(scope_spans=[ScopeSpans(spans=spans)])])

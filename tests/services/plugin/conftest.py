@@ -1,4 +1,4 @@
-"""The plugin service as a process, with a tenant's tool server beside it."""
+"""The plugin service as a process, and a tenant's tool server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tool(name: str, effect: str = "keyed", **properties: Any) -> dict[str, Any]:
 
 
 async def register(platform: Platform, tenant: str, server: ToolServer, *tools: dict[str, Any], **more: Any) -> Any:
-    """Sets up the tool server for a tenant. Returns the plugin."""
+    """Registers the tool server for a tenant. Returns the plugin."""
     body = {"name": "shop", "kind": "http", "url": server.url, "secret": server.secret, "tools": tools, **more}
     async with platform.client("plugin", tenant) as client:
         answer = await client.post("/api/v1/plugins", json=body)

@@ -1,6 +1,6 @@
 """A real MCP server, made with the official package: ``python -m tests.services.plugin.mcp_server PORT [NAME]``.
 
-NAME: of one more tool.
+NAME: the name of an additional tool.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The calculator is exact, whatever it is given, and nothing makes it slow."""
+"""The calculator is exact for every expression, and no expression makes it slow."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_agrees_with_fractions(term: Term) -> None:
     answer = calculate(text)
     if answer.exact or answer.fraction:
         assert value(answer) == expected
-    # Where all digits do not fit, those that are shown are right.
+    # If the value is rounded, the digits that are shown are right.
     assert abs(Fraction(answer.value) - expected) <= abs(expected) / 10**27
     assert answer.exact == (Fraction(answer.value) == expected)
 

@@ -1,4 +1,4 @@
-"""A tool is called once per key, by the real process, and whatever the tool does there is an outcome."""
+"""The real process calls a tool once per key, and every behaviour of the tool leads to an outcome."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_a_call_is_signed_run_once_and_billed_once(shop: Platform, server:
     assert server.ids("order").count("run-1/3") == 1
     assert server.headers[-1]["x-shop"] == "north"
     assert await usage(shop, "run-1/3") == ["run-1/3/tool/1"]
-    # What a tool answers may be personal: it lies sealed.
+    # The answer of a tool may contain personal data, so it is stored sealed.
     async with shop.database("plugin").begin() as tx:
         [(stored,)] = await tx.sql("SELECT outcome FROM tool_call WHERE key = 'run-1/3'")
     assert b"lamp" not in stored
@@ -91,7 +91,9 @@ async def test_of_calls_at_once_with_one_key_one_runs_and_all_have_its_answer(
     assert server.ids("slow").count("at-once") == 1
 
 
-async def test_who_waits_too_long_for_the_same_call_is_told_to_come_again(shop: Platform, server: ToolServer) -> None:
+async def test_a_caller_that_waits_too_long_for_the_same_call_gets_a_transient_error(
+    shop: Platform, server: ToolServer
+) -> None:
     server.hold.clear()
     first = asyncio.create_task(call(shop, "acme", "slow", key="waiting"))
     await server.arrived("waiting")
@@ -130,16 +132,16 @@ async def test_a_tool_that_never_answers_has_an_outcome_before_the_caller_gives_
     bought = await call(shop, "acme", "slow_once", key="silent-once", timeout=3)
     server.hold.set()
     assert bought.outcome == CallReply.OUTCOME_UNKNOWN
-    # It stays so: asked again the tool is not.
+    # The outcome is final: a repeated request does not call the tool again.
     assert await call(shop, "acme", "slow_once", key="silent-once") == bought
     assert server.ids("slow_once").count("silent-once") == 1
 
 
-async def test_a_refusal_and_nonsense_are_failures_with_a_reason(shop: Platform) -> None:
+async def test_a_refusal_and_an_invalid_answer_are_failures_with_a_reason(shop: Platform) -> None:
     refused = await call(shop, "acme", "refusing", key="refusing")
     assert (refused.outcome, refused.error) == (CallReply.OUTCOME_FAILED, "HTTP 404: no such customer")
     nonsense = await call(shop, "acme", "talkative", key="talkative")
-    assert (nonsense.outcome, nonsense.error) == (CallReply.OUTCOME_FAILED, "the answer is no JSON")
+    assert (nonsense.outcome, nonsense.error) == (CallReply.OUTCOME_FAILED, "the answer is not JSON")
 
 
 async def test_a_busy_tool_is_asked_again_with_the_same_key(shop: Platform, server: ToolServer) -> None:
@@ -149,15 +151,13 @@ async def test_a_busy_tool_is_asked_again_with_the_same_key(shop: Platform, serv
     assert server.ids("busy") == ["busy", "busy"]
 
 
-async def test_a_tool_that_is_not_there_is_not_found_for_other_tenants_too(shop: Platform) -> None:
+async def test_an_unknown_tool_and_a_tool_of_another_tenant_are_not_found(shop: Platform) -> None:
     for tenant, name in (("acme", "nothing"), ("other", "order")):
         with pytest.raises(NotFound):
             await call(shop, tenant, name, key="nothing")
 
 
-async def test_a_killed_process_repeats_what_is_keyed_and_never_what_is_once(
-    shop: Platform, server: ToolServer
-) -> None:
+async def test_after_a_kill_a_keyed_call_is_repeated_and_a_once_call_is_not(shop: Platform, server: ToolServer) -> None:
     server.hold.clear()
     asked = [asyncio.create_task(call(shop, "acme", name, key=f"killed-{name}")) for name in ("slow", "slow_once")]
     await server.arrived("killed-slow")
@@ -174,7 +174,7 @@ async def test_a_killed_process_repeats_what_is_keyed_and_never_what_is_once(
     once = await call(shop, "acme", "slow_once", key="killed-slow_once")
     assert once.outcome == CallReply.OUTCOME_UNKNOWN
     assert server.ids("slow_once").count("killed-slow_once") == 1
-    # Both attempts may have cost something; what was saved is not billed again.
+    # Both attempts may have had a cost. A call whose outcome was recorded is not billed again.
     assert await usage(shop, "killed-slow/") == ["killed-slow/tool/1", "killed-slow/tool/2"]
     assert await usage(shop, "killed-slow_once/") == ["killed-slow_once/tool/1"]
     assert await call(shop, "acme", "order", key="before-the-kill") == saved

@@ -1,4 +1,4 @@
-"""The ledger of calls, in this process: what another process, or time, does to a call."""
+"""The ledger of calls, in this process: take-over by another process, expired leases, retries, and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Do = Callable[[int], Awaitable[Any]]
 
 
 class Tools:
-    """A tool that does as it is told; `count`: how often it was run."""
+    """A tool that runs the given function. `count`: the number of its runs."""
 
     def __init__(self, do: Do) -> None:
         self._do = do
@@ -53,14 +53,14 @@ def calculator(key: str, seconds: float = 10) -> Call:
 
 
 async def run(do: Do, effect: Effect = "repeatable", *, seconds: float = 10) -> tuple[Outcome, int]:
-    """The outcome, and how often the tool was run."""
+    """Returns the outcome and the number of the tool's runs."""
     tools = Tools(do)
     offer = Offered(Tool("x", "", {"type": "object"}, effect), None, "x")
     outcome = await run_tool(tools, offer, Call("acme", "x", {}, "k", seconds))  # type: ignore[arg-type]
     return outcome, tools.count
 
 
-async def test_who_was_stopped_for_too_long_does_not_overwrite_who_took_over(
+async def test_a_process_that_lost_its_lease_does_not_overwrite_the_outcome_of_its_successor(
     platform: Platform, engine: AsyncEngine
 ) -> None:
     begun, released = asyncio.Event(), asyncio.Event()
@@ -101,14 +101,14 @@ async def test_a_lease_is_renewed_for_as_long_as_the_tool_takes(engine: AsyncEng
 
     first = asyncio.create_task(calls(engine, long, lease=lease).call(calculator("long")))
     await begun.wait()
-    # Several leases long somebody else asks for the same call.
+    # Another caller asks for the same call, for the length of several leases.
     with pytest.raises(Transient, match="still running"):
         await calls(engine, never).call(calculator("long", seconds=5 * lease))
     released.set()
     assert await first == Outcome("succeeded", '"done"')
 
 
-async def test_calls_of_long_ago_are_forgotten(platform: Platform, engine: AsyncEngine) -> None:
+async def test_old_calls_are_deleted(platform: Platform, engine: AsyncEngine) -> None:
     async def work(count: int) -> int:
         return count
 
@@ -123,7 +123,7 @@ async def test_calls_of_long_ago_are_forgotten(platform: Platform, engine: Async
     assert "old" not in keys
 
 
-async def test_what_did_not_arrive_is_sent_again_a_few_times() -> None:
+async def test_a_request_that_did_not_arrive_is_sent_again_a_few_times() -> None:
     async def twice_away(count: int) -> int:
         if count < 3:
             raise Transient("connection refused")
@@ -138,11 +138,11 @@ async def test_what_did_not_arrive_is_sent_again_a_few_times() -> None:
     for effect in ("repeatable", "keyed", "once"):
         assert await run(twice_away, effect) == (Outcome("succeeded", "3"), 3)
         assert await run(away, effect) == (Outcome("failed", error="connection refused"), 3)
-        # Nobody waits for longer than there is time, to be told the same.
+        # The caller does not wait if the pause would exceed its time.
         assert await run(later, effect, seconds=1800) == (Outcome("failed", error="HTTP 503"), 1)
 
 
-async def test_what_may_have_arrived_is_sent_again_only_where_that_is_harmless() -> None:
+async def test_a_request_that_may_have_arrived_is_sent_again_only_if_a_repeat_is_harmless() -> None:
     async def cut_off(_: int) -> None:
         raise Unanswered("connection lost")
 
@@ -175,7 +175,7 @@ async def test_errors_and_results_that_are_too_large_are_outcomes() -> None:
         return "x" * (MAX_RESULT_BYTES - 1)
 
     assert await run(refusing) == (Outcome("failed", error="no such customer"), 1)
-    assert await run(broken) == (Outcome("failed", error="an error inside the plugin service"), 1)
+    assert await run(broken) == (Outcome("failed", error="internal error of the plugin service"), 1)
     assert (await run(just_fits))[0].state == "succeeded"
     outcome, _ = await run(too_large)
     assert (outcome.state, outcome.result) == ("failed", "")

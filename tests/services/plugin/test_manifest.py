@@ -1,4 +1,4 @@
-"""How tools of MCP servers become ours."""
+"""Conversion of the tools of MCP servers to tools for models."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 import mcp_types
 
-from services.plugin.manifest import adopted
+from services.plugin.manifest import adapted_tools
 
 
 def offer(name: str, schema: dict[str, Any] | None = None, **more: Any) -> mcp_types.Tool:
     return mcp_types.Tool(name=name, input_schema=schema or {"type": "object"}, **more)
 
 
-def test_names_that_are_taken_get_the_plugins_in_front_and_known_ones_stay() -> None:
+def test_a_taken_name_gets_the_plugins_name_as_a_prefix_and_a_known_name_stays() -> None:
     found = [offer("Search"), offer("search"), offer("time"), offer("Send-Mail")]
-    tools, left_out = adopted(found, "My Office", {"time"}, {"search": "search"})
+    tools, left_out = adapted_tools(found, "My Office", {"time"}, {"search": "search"})
     assert {remote: tool.name for tool, remote in tools} == {
         "search": "search",
         "Search": "my_office_search",
@@ -25,13 +25,13 @@ def test_names_that_are_taken_get_the_plugins_in_front_and_known_ones_stay() -> 
     assert left_out == []
 
 
-def test_what_cannot_be_offered_is_left_out_and_told() -> None:
+def test_a_tool_that_cannot_be_offered_is_left_out_with_a_reason() -> None:
     found = [
         offer("fine"),
         offer("a", {"type": "object", "properties": {"x": {"$ref": "http://127.0.0.1/"}}}),
         offer("b"),
     ]
-    tools, left_out = adopted(found, "p", {"b", "p_b"}, {})
+    tools, left_out = adapted_tools(found, "p", {"b", "p_b"}, {})
     assert [tool.name for tool, _ in tools] == ["fine"]
     assert {gone.name: gone.reason.partition(":")[0] for gone in left_out} == {
         "a": "schema.properties.x.$ref",
@@ -39,7 +39,7 @@ def test_what_cannot_be_offered_is_left_out_and_told() -> None:
     }
 
 
-def test_only_what_says_that_it_may_be_repeated_is() -> None:
+def test_only_a_tool_with_a_hint_for_it_is_repeatable() -> None:
     hints = mcp_types.ToolAnnotations
     found = [
         offer("reads", annotations=hints(read_only_hint=True)),
@@ -47,7 +47,7 @@ def test_only_what_says_that_it_may_be_repeated_is() -> None:
         offer("sends", annotations=hints(destructive_hint=False)),
         offer("silent"),
     ]
-    tools, _ = adopted(found, "p", (), {})
+    tools, _ = adapted_tools(found, "p", (), {})
     assert {tool.name: tool.effect for tool, _ in tools} == {
         "reads": "repeatable",
         "sets": "repeatable",

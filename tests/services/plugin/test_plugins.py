@@ -1,4 +1,4 @@
-"""A tenant sets up plugins: what is checked, what is told, and what nobody sees again."""
+"""Registration of plugins by a tenant: checks, events, and secrets that are never shown again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_a_plugin_is_registered_listed_changed_and_deleted(plugin: Platfor
     assert broadcast == facts
 
 
-async def test_whoever_keeps_tools_at_hand_hears_of_a_change(plugin: Platform) -> None:
+async def test_a_process_that_caches_tools_is_notified_of_a_change(plugin: Platform) -> None:
     heard: list[bytes] = []
 
     async def listen(cache: Cache) -> None:
@@ -84,7 +84,7 @@ async def test_whoever_keeps_tools_at_hand_hears_of_a_change(plugin: Platform) -
             return b"" in heard
 
         async def hears() -> bool:
-            # Others may be at work on this Redis.
+            # Other tests may use this Redis at the same time.
             return any(b'"told"' in message for message in heard)
 
         await plugin.until(listens)
@@ -111,7 +111,7 @@ async def test_secrets_are_sealed_and_never_shown(plugin: Platform, server: Tool
         assert "shop-token" not in text
 
 
-async def test_a_secret_that_nobody_gave_is_made_and_shown_once(plugin: Platform, server: ToolServer) -> None:
+async def test_a_missing_secret_is_made_and_shown_once(plugin: Platform, server: ToolServer) -> None:
     body = shop(url=server.url)
     async with plugin.client("plugin", "lazy") as client:
         made = (await client.post("/api/v1/plugins", json=body, headers={"Idempotency-Key": "k"})).json()
@@ -147,14 +147,14 @@ async def test_a_secret_that_nobody_gave_is_made_and_shown_once(plugin: Platform
         ({"name": "office", "kind": "mcp", "url": URL, "tools": [tool("order")]}, "tools"),
     ],
 )
-async def test_what_is_wrong_is_named(plugin: Platform, body: dict[str, Any], field: str) -> None:
+async def test_an_invalid_field_is_named(plugin: Platform, body: dict[str, Any], field: str) -> None:
     async with plugin.client("plugin", "clumsy") as client:
         answer = await client.post("/api/v1/plugins", json=body)
     assert answer.status_code == 422, answer.text
     assert [error["field"] for error in answer.json()["errors"]] == [field]
 
 
-async def test_a_server_that_speaks_no_mcp_is_refused(plugin: Platform, server: ToolServer) -> None:
+async def test_a_server_that_does_not_speak_mcp_is_refused(plugin: Platform, server: ToolServer) -> None:
     body = {"name": "office", "kind": "mcp", "url": server.url}
     async with plugin.client("plugin", "clumsy") as client:
         answer = await client.post("/api/v1/plugins", json=body)
@@ -170,14 +170,14 @@ async def test_names_are_unique_within_a_tenant_and_only_there(plugin: Platform,
             assert (await client.post("/api/v1/plugins", json=body)).status_code == 409, body
 
 
-async def test_of_two_that_want_a_name_at_once_one_gets_it(plugin: Platform) -> None:
+async def test_one_of_several_concurrent_registrations_gets_a_name(plugin: Platform) -> None:
     bodies = [shop(name="one"), shop(name="two"), shop(name="three"), shop(name="three")]
     async with plugin.client("plugin", "hasty") as client:
         answers = await asyncio.gather(*(client.post("/api/v1/plugins", json=body) for body in bodies))
     assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409]
 
 
-async def test_another_tenants_plugin_is_not_there(plugin: Platform, server: ToolServer) -> None:
+async def test_a_plugin_of_another_tenant_is_not_found(plugin: Platform, server: ToolServer) -> None:
     made = await register(plugin, "owner", server, tool("order"))
     path = f"/api/v1/plugins/{made['id']}"
     async with plugin.client("plugin", "stranger") as client:
@@ -187,7 +187,7 @@ async def test_another_tenants_plugin_is_not_there(plugin: Platform, server: Too
         assert (await client.post(f"{path}/refresh")).status_code == 404
     async with plugin.client("plugin", "owner", scopes=("read",)) as client:
         assert (await client.delete(path)).status_code == 403
-    # The database says so too, and not only the queries.
+    # Row-level security of the database holds too, not only the queries.
     engine = create_engine(role_url(plugin.database_url, "plugin", "request", PASSWORDS.request), pool_size=1)
     request = Database(engine, "plugin", tenanted=True)
     for table in ("plugin", "tool", "tool_call", "builtin_off"):
@@ -199,7 +199,7 @@ async def test_another_tenants_plugin_is_not_there(plugin: Platform, server: Too
     await engine.dispose()
 
 
-async def test_what_is_built_in_can_only_be_switched_off(plugin: Platform) -> None:
+async def test_a_built_in_plugin_can_only_be_enabled_or_disabled(plugin: Platform) -> None:
     async with plugin.client("plugin", "acme") as client:
         assert (await client.delete("/api/v1/plugins/time")).status_code == 409
         assert (await client.post("/api/v1/plugins/time/refresh")).status_code == 409
@@ -207,7 +207,9 @@ async def test_what_is_built_in_can_only_be_switched_off(plugin: Platform) -> No
         assert (await client.get("/api/v1/plugins/none")).status_code == 404
 
 
-async def test_where_private_addresses_are_not_allowed_nothing_goes_there(plugin: Platform, server: ToolServer) -> None:
+async def test_without_permission_for_private_addresses_no_request_goes_there(
+    plugin: Platform, server: ToolServer
+) -> None:
     await register(plugin, "guarded", server, tool("order"))
     plugin.stop("plugin")
     await plugin.start("plugin", CLAW_ALLOW_PRIVATE_TARGETS="0")

@@ -1,4 +1,4 @@
-"""Built-in tools, and those of a real MCP server, called through the real process."""
+"""Built-in tools and tools of a real MCP server, called through the real process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAGE = """<html><head><title>Lamp &amp; Co</title><script>track()</script></head
 
 
 class Memory(memory_pb2_grpc.MemoryServicer):
-    """Stands in for memory: tells what it was asked."""
+    """A stand-in for memory. Its passage repeats the request."""
 
     async def Retrieve(self, request: Any, context: Any) -> memory_pb2.RetrieveReply:
         source = memory_pb2.Source(document_id="d1", name="handbook.md", section="Returns")
@@ -51,7 +51,7 @@ async def memory(platform: Platform) -> AsyncIterator[None]:
 
 @pytest.fixture(scope="module")
 async def web() -> AsyncIterator[str]:
-    """The base URL of a web site."""
+    """Starts a web site. Returns its base URL."""
 
     async def page(request: Request) -> Response:
         match request.path_params["page"]:
@@ -122,7 +122,7 @@ async def failure(platform: Platform, tool: str, arguments: dict[str, Any]) -> s
     return reply.error
 
 
-async def test_the_built_in_tools_are_everybodys_and_work(plugin: Platform, memory: None) -> None:
+async def test_every_tenant_has_the_built_in_tools(plugin: Platform, memory: None) -> None:
     assert await result(plugin, "calculator", {"expression": "0.1 + 0.2"}) == {"result": "0.3", "exact": True}
     assert "division by zero" in await failure(plugin, "calculator", {"expression": "1/0"})
     now = await result(plugin, "time", {"timezone": "Asia/Kolkata"})
@@ -145,7 +145,7 @@ async def test_a_page_is_read_as_its_text(plugin: Platform, web: str) -> None:
     assert (await result(plugin, "http_fetch", {"url": f"{web}/long"}))["truncated"] is True
     assert await failure(plugin, "http_fetch", {"url": f"{web}/image"}) == "image/png: only text can be read"
     assert await failure(plugin, "http_fetch", {"url": f"{web}/none"}) == "HTTP 404"
-    # Where it leads is told to the model and not followed.
+    # The model is told the new address. The tool does not follow it.
     assert "HTTP 302" in await failure(plugin, "http_fetch", {"url": f"{web}/moved"})
 
 
@@ -155,7 +155,7 @@ async def test_tools_of_an_mcp_server_are_found_offered_and_called(plugin: Platf
         assert answer.status_code == 201, answer.text
         offered = (await client.get("/api/v1/tools")).json()["items"]
     assert answer.json()["left_out"] == []
-    # Names become ours; one that is taken gets the plugin's in front. Only what says that it reads may be repeated.
+    # Names are converted. A taken name gets the plugin's name as a prefix. Only a tool with a hint is repeatable.
     assert {tool["name"]: tool["effect"] for tool in offered if tool["plugin"] == "office"} == {
         "room": "repeatable",
         "send_mail": "once",
@@ -183,7 +183,7 @@ async def test_a_refresh_finds_new_tools_and_leaves_names_as_they_are(plugin: Pl
         office.stop()
         assert (await client.post(f"/api/v1/plugins/{made['id']}/refresh")).status_code == 503
     assert answer.json() == shown
-    # `room` was there before `ROOM`.
+    # `room` was known before `ROOM`, so it keeps its name.
     assert [tool["name"] for tool in shown["tools"]] == ["office_room", "office_time", "room", "send_mail"]
     away = await call(plugin, "growing", "room", '{"floor": 1}', key="away")
     assert away.outcome == CallReply.OUTCOME_FAILED
@@ -193,7 +193,7 @@ async def test_a_refresh_finds_new_tools_and_leaves_names_as_they_are(plugin: Pl
     assert await result(plugin, "room", {"floor": 2}, tenant="growing") == {"room": "A201"}
 
 
-async def test_a_tool_that_is_switched_off_is_neither_listed_nor_called(plugin: Platform) -> None:
+async def test_a_disabled_tool_is_neither_listed_nor_called(plugin: Platform) -> None:
     stub = plugin_pb2_grpc.PluginStub(plugin.channels().to(plugin.grpc("plugin"), "plugin"))
 
     async def names() -> list[str]:

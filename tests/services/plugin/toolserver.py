@@ -1,7 +1,7 @@
-"""A tenant's tool server that is strict about what it is sent, and keeps a ledger of it.
+"""A tenant's tool server that checks each request strictly and keeps a ledger of requests.
 
-It drops repeats by ``webhook-id``, as Standard Webhooks tells a receiver to, so `effects` counts what has really
-happened and `received` what came.
+It drops repeats by ``webhook-id``, as Standard Webhooks requires of a receiver. `effects` holds the effects, `received`
+all requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 class ToolServer:
-    """`hold`: while it is clear, the tool ``slow`` does not answer."""
+    """The server. While `hold` is clear, the tool ``slow`` does not answer."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -78,14 +78,14 @@ class ToolServer:
         for _ in range(50):
             yield b"x" * 1_000_000
             self.megabytes += 1
-            # Slow enough to notice that nobody takes it any more.
+            # Slow enough to notice that the client has disconnected.
             await asyncio.sleep(0.05)
         yield b'"'
 
 
 @asynccontextmanager
 async def tool_server() -> AsyncIterator[ToolServer]:
-    """A running one."""
+    """Starts a server."""
     server = ToolServer()
     app = create_app(
         [Route("/tools", server.handle, methods=["POST"])], Health("tools", "1"), Metrics(CollectorRegistry())

@@ -1,4 +1,4 @@
-"""Runs a tool of any kind."""
+"""Runs a tool by its kind: built in, over HTTP, or of an MCP server."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from services.plugin.domain import Call
 from services.plugin.manifest import Access
 from services.plugin.registry import Offered
 from services.plugin.tools import mcp, remote
-from services.plugin.tools.builtin import BUILTIN, Outside
+from services.plugin.tools.builtin import BUILTIN, Backends
 
 
 class Tools:
-    def __init__(self, cipher: Cipher, outside: Outside) -> None:
+    def __init__(self, cipher: Cipher, backends: Backends) -> None:
         self._cipher = cipher
-        self._outside = outside
+        self._backends = backends
 
     async def run(self, offer: Offered, call: Call) -> Any:
-        """The tool's result, a JSON value.
+        """Returns the tool's result, a JSON value.
 
-        Raises EffectFailed where the tool refused, InvalidMessage where its address may not be called, TooLarge,
-        Transient where nothing was sent, Unanswered where something was and no answer came.
+        Raises EffectFailed if the tool refused, InvalidMessage if its address must not be called, TooLarge if the
+        answer is too large, Transient if nothing was sent, and Unanswered if a request was sent and no answer came.
         """
         plugin = offer.plugin
         if plugin is None:
             _, run = BUILTIN[offer.tool.name]
-            return await run(call, self._outside)
+            return await run(call, self._backends)
         access = Access.open(plugin.access, self._cipher, call.tenant_id, str(plugin.id))
-        outgoing: Outgoing = self._outside.outgoing
+        outgoing: Outgoing = self._backends.outgoing
         if plugin.kind == "mcp":
             return await mcp.call(outgoing, plugin.url, access.headers, offer.remote_name, call)
         return await remote.call(outgoing, plugin.url, access.headers, access.secret, plugin.config, call)
@@ -39,4 +39,4 @@ class Tools:
 
 def tools(runtime: Runtime) -> Tools:
     channel = runtime.channels.to(runtime.settings.memory_grpc, "memory", safe=["clawbus.memory.v1.Memory/Retrieve"])
-    return Tools(runtime.cipher, Outside(runtime.outgoing, memory_pb2_grpc.MemoryStub(channel)))
+    return Tools(runtime.cipher, Backends(runtime.outgoing, memory_pb2_grpc.MemoryStub(channel)))
