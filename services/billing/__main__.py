@@ -9,9 +9,8 @@ service = Service("billing", Settings)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.count_usage)
-service.consume(handlers.open_account)
-service.consume(handlers.learn_channel_type)
-service.consume(handlers.count_delivery)
+service.consume(handlers.open_accounts)
+service.consume(handlers.count_messages)
 service.consume(erasure("billing"))
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import UTC, date, datetime
 from uuid import UUID
 
 from opentelemetry import trace
 
+from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
 from protos.catalog import CHANNEL_EVENTS, PLATFORM_EVENTS, USAGE_RECORDS
+from protos.envelope import Message
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
@@ -42,21 +46,36 @@ def _follow(record: UsageRecorded, verdict: Verdict, tx: Tx) -> str:
         return f"{span.get_span_context().span_id:016x}"
 
 
-@PLATFORM_EVENTS.each(TenantCreated, group="billing")
-async def open_account(event: TenantCreated, tx: Tx) -> None:
-    if await accounts.open_account(tx, event.tenant_id, event.currency, event.credit_nanos):
-        # Usage that arrived before its tenant was held, because the currency of the account was not known.
-        await usage.rate_again(tx, await usage.held(tx, event.tenant_id, reason=NO_ACCOUNT))
+@PLATFORM_EVENTS.batch(group="billing")
+async def open_accounts(events: list[Message], tx: Tx) -> None:
+    """Opens the accounts of new tenants, and rates the usage that arrived before them."""
+    created = {event.tenant_id: event for event in reversed(events) if isinstance(event, TenantCreated)}
+    # Accounts are locked in the order of their key. A batch of usage with the same tenants would otherwise deadlock.
+    for tenant_id, event in sorted(created.items()):
+        if await accounts.open_account(tx, tenant_id, event.currency, event.credit_nanos):
+            await usage.rate_again(tx, await usage.held(tx, tenant_id, reason=NO_ACCOUNT))
 
 
-@CHANNEL_EVENTS.each(MessageReceived, group="billing")
-async def learn_channel_type(event: MessageReceived, tx: Tx) -> None:
-    """Stores the channel's type, which MessageDelivered does not carry."""
-    if tx.tenant_id:
-        await deliveries.learn(tx, tx.tenant_id, event.channel_id, event.channel_type)
+@CHANNEL_EVENTS.batch(group="billing")
+async def count_messages(events: list[Message], tx: Tx) -> None:
+    """Counts delivered messages, and stores the types of channels, which MessageDelivered does not carry."""
+    received: list[tuple[UUID, str, str]] = []
+    delivered: list[tuple[str, date, UUID]] = []
+    for event in events:
+        headers = tx.origins[id(event)]
+        if not (tenant_id := headers.get("tenant_id")):
+            continue
+        match event:
+            case MessageReceived():
+                received.append((event.channel_id, tenant_id, event.channel_type))
+            case MessageDelivered():
+                delivered.append((tenant_id, _day(headers), event.channel_id))
+    await deliveries.store_channel_types(tx, received)
+    await deliveries.count(tx, delivered)
 
 
-@CHANNEL_EVENTS.each(MessageDelivered, group="billing")
-async def count_delivery(event: MessageDelivered, tx: Tx) -> None:
-    if tx.tenant_id and tx.cause:
-        await deliveries.count(tx, tx.tenant_id, event.channel_id, tx.cause.time)
+def _day(headers: Mapping[str, str]) -> date:
+    try:
+        return datetime.fromisoformat(headers["ce_time"]).astimezone(UTC).date()
+    except (KeyError, ValueError):
+        raise InvalidMessage("header ce_time", "must be an RFC 3339 time") from None

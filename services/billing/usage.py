@@ -71,13 +71,21 @@ async def record(tx: Tx, judged: Sequence[Judged]) -> None:
 
 async def _insert(tx: Tx, judged: Sequence[Judged]) -> None:
     now = utcnow()
+    # Rows are inserted in the order of their key. Two transactions with the same new keys would otherwise deadlock. The
+    # arrival numbers are drawn before that, in the order of the records.
     await tx.sql(
-        "INSERT INTO usage (tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id, "
-        "hold_id, verdict, reason, amount_nanos, price_version, span_id, rated_at) "
-        "SELECT t, u, m, r, q::jsonb, o, e, run, hold, v, why, a, p, s, $15 FROM unnest($1::text[], $2::text[], "
-        "$3::uuid[], $4::text[], $5::text[], $6::timestamptz[], $7::bool[], $8::uuid[], $9::uuid[], $10::text[], "
-        "$11::text[], $12::bigint[], $13::text[], $14::text[]) "
-        "AS n(t, u, m, r, q, o, e, run, hold, v, why, a, p, s)",
+        """
+        INSERT INTO usage (tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id,
+                           hold_id, verdict, reason, amount_nanos, price_version, span_id, rated_at, arrival)
+        SELECT t, u, m, r, q::jsonb, o, e, run, hold, v, why, a, p, s, $15, arrival
+        FROM (
+            SELECT *, nextval('arrival') AS arrival
+            FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::text[], $6::timestamptz[], $7::bool[],
+                        $8::uuid[], $9::uuid[], $10::text[], $11::text[], $12::bigint[], $13::text[], $14::text[])
+                AS n(t, u, m, r, q, o, e, run, hold, v, why, a, p, s)
+        ) AS arrived
+        ORDER BY t, u
+        """,
         [item.record.tenant_id for item in judged],
         [item.record.usage_id for item in judged],
         [item.message_id for item in judged],

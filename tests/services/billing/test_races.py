@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -15,8 +17,11 @@ from infra.errors import Transient
 from infra.observe import telemetry
 from infra.postgres.schema import prepare_database
 from infra.postgres.tx import Database, Tx
+from protos.envelope import Message
 from protos.messages.billing import UsageRecorded
+from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
+from protos.topology import Subscription
 from services.billing import handlers
 from tooling.testing.platform import PASSWORDS, Platform
 
@@ -56,7 +61,7 @@ async def count(tx: Tx, *records: UsageRecorded, **headers: str) -> None:
 async def open_account(store: Database, tenant_id: str) -> None:
     event = TenantCreated(tenant_id=tenant_id, name="Acme", currency="USD", credit_nanos=1000)
     async with store.begin(tenant_id=tenant_id) as tx:
-        await handlers.open_account.handler(event, tx)
+        await handlers.open_accounts.handler([event], tx)
 
 
 async def waits_for_a_lock(store: Database) -> None:
@@ -91,6 +96,66 @@ async def test_two_batches_with_one_usage_id_at_once_charge_it_once(store: Datab
     async with store.begin() as tx:
         assert await tx.sql("SELECT debited_nanos FROM account WHERE tenant_id = $1", tenant_id) == [(150,)]
         assert await tx.sql("SELECT count(*) FROM duplicate WHERE tenant_id = $1", tenant_id) == [(1,)]
+
+
+async def test_batches_of_parallel_partitions_over_the_same_keys_never_deadlock(store: Database) -> None:
+    """Every batch handler runs in concurrent transactions over shared keys, in random orders."""
+    tenants, channels = [str(uuid7()) for _ in range(40)], [uuid7() for _ in range(40)]
+    rng = random.Random(1)
+
+    async def handle(subscription: Subscription, messages: list[Message]) -> None:
+        async with store.begin() as tx:
+            tx.origins.update(
+                (id(m), {"ce_id": str(uuid7()), "tenant_id": "t", "ce_time": utcnow().isoformat()}) for m in messages
+            )
+            await subscription.handler(messages, tx)
+
+    def received(channel_id: UUID) -> Message:
+        return MessageReceived(
+            channel_id=channel_id,
+            channel_type="telegram",
+            agent_id=uuid7(),
+            session_key="s",
+            conversation_id="c",
+            subject_id="p",
+            vendor_message_id="1",
+            text="hello",
+            received_at=utcnow(),
+        )
+
+    def delivered(channel_id: UUID) -> Message:
+        return MessageDelivered(
+            delivery_id=uuid7(), channel_id=channel_id, session_key="s", run_id=None, vendor_message_id=None
+        )
+
+    def created(tenant_id: str) -> Message:
+        return TenantCreated(tenant_id=tenant_id, name="Acme", currency="USD", credit_nanos=None)
+
+    def shuffled(make: Callable[[Any], Message], keys: list[Any]) -> list[Message]:
+        return [make(key) for key in rng.sample(keys, len(keys))]
+
+    batches: list[tuple[Subscription, Callable[[Any], Message], list[Any]]] = [
+        (handlers.count_messages, received, channels),
+        (handlers.count_messages, delivered, channels),
+        (handlers.count_usage, record, tenants),
+        (handlers.open_accounts, created, tenants),
+        (handlers.count_usage, lambda key: record(key, str(uuid7())), tenants),
+    ]
+    for _ in range(3):
+        results = await asyncio.gather(
+            *(handle(subscription, shuffled(make, keys)) for subscription, make, keys in batches * 2),
+            return_exceptions=True,
+        )
+        # A usage_id that another transaction recorded at the same time is read again. That is not a deadlock.
+        assert [error for error in results if error and "at the same time" not in str(error)] == []
+    for tenant_id in tenants:
+        async with store.begin() as tx:
+            [(open_, held)] = await tx.sql(
+                "SELECT (SELECT count(*) FROM account WHERE tenant_id = $1), "
+                "(SELECT count(*) FROM usage WHERE tenant_id = $1 AND verdict = 'held')",
+                tenant_id,
+            )
+        assert (open_, held) == (1, 0)
 
 
 async def test_an_account_opened_while_its_usage_is_rated_leaves_no_record_held(store: Database) -> None:
