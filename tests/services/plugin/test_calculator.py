@@ -77,7 +77,7 @@ def test_powers_and_roots_of_squares_are_exact(base: Fraction, exponent: int) ->
         ("2 ** 0.5 * 2 ** 0.5 - sqrt(4)", "0"),
     ],
 )
-def test_what_people_ask(expression: str, shown: str) -> None:
+def test_common_expressions(expression: str, shown: str) -> None:
     answer = calculate(expression)
     assert answer.value == shown or abs(Fraction(answer.value) - Fraction(shown)) < Fraction(1, 10**27)
 
@@ -85,31 +85,31 @@ def test_what_people_ask(expression: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("expression", "reason"),
     [
-        ("9**9**9", "beyond the limits"),
-        ("1e999999", "beyond the limits"),
-        ("1e2999 * 1e2999", "beyond the limits"),
-        ("10**3000 * 10**3000", "beyond the limits"),
+        ("9**9**9", "exceeds the limits"),
+        ("1e999999", "exceeds the limits"),
+        ("1e2999 * 1e2999", "exceeds the limits"),
+        ("10**3000 * 10**3000", "exceeds the limits"),
         ("1/0", "division by zero"),
         ("0 ** -1", "division by zero"),
         ("sqrt(-1)", "no value"),
         ("(-8) ** (1/3)", "no value"),
         ("-" * 500 + "1", "levels deep"),
-        ("(" * 300 + "1" + ")" * 300, "no arithmetic"),
+        ("(" * 300 + "1" + ")" * 300, "not an arithmetic expression"),
         ("__import__('os').system('true')", "only numbers"),
         ("().__class__", "only numbers"),
         ("[x for x in (1,)]", "only numbers"),
         ("'a' * 9", "only numbers"),
         ("True + 1", "only numbers"),
         ("1j", "only numbers"),
-        ("1 << 9", "of operators"),
+        ("1 << 9", "the operators are"),
         ("x + 1", "x is unknown"),
-        ("min()", "number of arguments"),
-        ("", "no arithmetic"),
-        ("\x00", "no arithmetic"),
+        ("min()", "takes 1 to 100 arguments"),
+        ("", "not an arithmetic expression"),
+        ("\x00", "not an arithmetic expression"),
         ("1" * 1001, "1000 characters"),
     ],
 )
-def test_what_it_refuses(expression: str, reason: str) -> None:
+def test_an_invalid_expression_is_refused_with_its_reason(expression: str, reason: str) -> None:
     with pytest.raises(CannotCalculate, match=reason):
         calculate(expression)
 
