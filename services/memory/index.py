@@ -1,8 +1,8 @@
-"""The index of vectors in Milvus. PostgreSQL has the truth; this lags, may repeat itself, and can be filled again.
+"""The vector index in Milvus. PostgreSQL is the source of truth; the index lags, may hold copies, and can be rebuilt.
 
-Never upsert: with a partition key Milvus 2.3 writes rows into the wrong partition, where a search by tenant misses
-them and a delete by tenant leaves them. Nor is a row's key ever used again: of an id that was deleted and inserted
-several times between two flushes, 2.3 has shown some and counted all. What a text is called with us is a field.
+Never upsert: with a partition key, Milvus 2.3 writes upserted rows into the wrong partition. A search by tenant misses
+them and a delete by tenant leaves them. Never use a primary key twice: if an id was deleted and inserted several times
+between two flushes, 2.3 shows some of the rows and counts all of them. The id of the text is a field of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from infra.clock import uuid7
 from infra.errors import Transient
 
 TIMEOUT_SECONDS = 3.0
-# Making a collection takes some seconds, loading a large one longer.
+# Creating a collection takes some seconds; loading a large one takes longer.
 OPEN_SECONDS = 60.0
-# Beyond the 64 that HNSW is built with: a middling tenant's rows among all others are found with .96 instead of .93.
+# Above the 64 of the HNSW build: for a tenant of median size this raises the recall from .93 to .96.
 SEARCH_EF = 128
 PARTITIONS = 16
 INSERT_ROWS = 500
@@ -38,21 +38,20 @@ class Row(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """`score`: cosine."""
-
     id: UUID
     score: float
+    """The cosine similarity."""
 
 
 class Index:
-    """Connects at first use. One collection per embedding model and dimension, made where it is missing.
+    """Connects on first use. Has one collection per embedding model and dimension, created if it is missing.
 
-    `refill` is awaited before a missing collection is made: it puts everything on the list of what must be indexed.
-    Every call raises Transient where Milvus does not answer.
+    `refill` is awaited before a missing collection is created: it enqueues everything that must be indexed.
+    Every call raises Transient if Milvus does not answer.
     """
 
     def __init__(self, url: str, prefix: str, model: str, refill: Callable[[], Awaitable[None]]) -> None:
-        # It writes a stack trace for each error that it raises.
+        # The client logs a stack trace for each error that it raises.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         self._url = url
         self._prefix = _name(prefix, "vectors_")
@@ -63,7 +62,7 @@ class Index:
         self._opening = asyncio.Lock()
 
     async def search(self, vector: list[float], tenant_id: str, scope: str, limit: int) -> list[Hit]:
-        """The `limit` nearest of the tenant's in `scope`, best first; PostgreSQL may have some of them no more."""
+        """The tenant's `limit` nearest rows in `scope`, best first. PostgreSQL may have deleted some of them."""
         name = await self._ready(len(vector))
         async with self._calling(name) as client:
             [found] = await client.search(
@@ -76,14 +75,14 @@ class Index:
                 consistency_level="Bounded",
                 timeout=TIMEOUT_SECONDS,
             )
-        # An id may be there twice: inserted again by somebody who had lost the document's lane without knowing.
+        # An id may be there twice: a process that had lost the document's lane may have inserted it again.
         best: dict[UUID, float] = {}
         for hit in found:
             best.setdefault(UUID(hit["entity"]["text_id"]), float(hit["distance"]))
         return [Hit(id_, score) for id_, score in best.items()]
 
     async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[Row]]) -> None:
-        """Puts exactly these rows there for their owner, and returns once every search finds them."""
+        """Replaces the owner's rows by these rows, and returns once every search finds them."""
         name, count, insertion = "", 0, str(uuid7())
         async for rows in batches:
             if not name:
@@ -107,10 +106,10 @@ class Index:
         if not name:
             return
         async with self._calling(name) as client:
-            # Strong waits until all that was written before is applied; after that weaker reads see it as well.
+            # Strong waits until all earlier writes are applied. After that, weaker reads see them as well.
             [answer] = await client.query(
                 name,
-                # Of these rows alone: those of an attempt before may go later than these come.
+                # Only the rows of this attempt: the rows of an earlier attempt may disappear later.
                 filter=f'{_owned(tenant_id, owner_id)} and insertion == "{insertion}"',
                 output_fields=["count(*)"],
                 consistency_level="Strong",
@@ -120,14 +119,14 @@ class Index:
             raise Transient(f"Milvus shows {answer['count(*)']} of the {count} rows that were inserted")
 
     async def remove(self, tenant_id: str, owner_id: UUID) -> None:
-        """Removes an owner's rows, from the collections of former models too."""
+        """Removes the owner's rows from all collections, including those of former models."""
         async with self._calling("") as client:
             names = [name for name in await client.list_collections() if name.startswith(self._prefix)]
         for name in names:
             await self._delete(name, tenant_id, owner_id)
 
     async def check(self) -> None:
-        """A round trip."""
+        """Makes one round trip to Milvus."""
         async with self._calling("") as client:
             await client.list_collections(timeout=TIMEOUT_SECONDS)
 
@@ -136,7 +135,7 @@ class Index:
             await client.delete(name, filter=_owned(tenant_id, owner_id), timeout=TIMEOUT_SECONDS * 5)
 
     async def _ready(self, dimension: int) -> str:
-        """The name of the collection, which is there and loaded."""
+        """The name of the collection, after it was created and loaded."""
         name = _name(self._prefix, self._model, f"_{dimension}")
         if name in self._open:
             return name
@@ -160,7 +159,7 @@ class Index:
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
         params = MilvusClient.prepare_index_params()
         params.add_index("vector", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 64})
-        # Also where another process has made it by now: the same again is no error.
+        # If another process has created it by now, Milvus accepts the same collection again.
         await client.create_collection(
             name,
             schema=schema,
@@ -178,7 +177,7 @@ class Index:
             yield self._client
         except MilvusException as error:
             if error.code in (_NOT_FOUND, _NOT_LOADED):
-                # It was wiped, or restarted: made or loaded again at the next call.
+                # Milvus was wiped or restarted. The next call creates or loads the collection again.
                 self._open.discard(name)
             raise Transient(f"Milvus: {error.message}") from error
         except (grpc.RpcError, OSError, TimeoutError) as error:
@@ -190,6 +189,6 @@ def _owned(tenant_id: str, owner_id: UUID) -> str:
 
 
 def _name(*parts: str) -> str:
-    """Milvus takes letters, digits and underscores, and none but a letter or underscore at the front."""
+    """Milvus accepts letters, digits and underscores; the first character must not be a digit."""
     name = re.sub(r"[^A-Za-z0-9_]", "_", "".join(parts))
     return name if name[:1].isalpha() else f"_{name}"

@@ -1,6 +1,6 @@
-"""The work on one document: parse, cut into passages, embed, index; or remove what is left of it.
+"""Processes one document: parses it, cuts it into passages, embeds and indexes them; or removes the document.
 
-Each stage commits what it has made, so a process that dies leaves the next one less to do and nothing twice.
+Each stage commits its results. After a crash the next process continues with the stage that was not committed.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from services.memory.usage import record_usage
 
 PARSE_SECONDS = 600.0
 _STORE_ROWS = 500
-# How much of the whole the stages are.
+# The progress of the document at the end of each stage.
 _PARSED, _CHUNKED, _EMBEDDED = 0.1, 0.2, 0.9
 _ROOT = Path(infra.__file__).parent.parent
 _log = get_logger("memory.indexing")
 
 
 class _Deleted(Exception):
-    """Somebody deleted the document meanwhile: nothing more is to be done."""
+    """The document was deleted meanwhile. No work is left."""
 
 
 class _Refused(Exception):
-    """The document cannot be indexed; the message is for the person who uploaded it."""
+    """The document cannot be indexed. The message is written for the person who uploaded it."""
 
 
 class Indexing:
@@ -57,7 +57,7 @@ class Indexing:
         self._index = index
 
     async def index(self, id_: UUID, effects: Effects, tx: Tx) -> None:
-        """Takes the document as far as it is not yet. A document that cannot be read ends as failed."""
+        """Runs the stages that the document has not passed yet. An unreadable document ends as failed."""
         try:
             await self._index_stages(id_, effects)
         except _Refused as error:
@@ -66,9 +66,9 @@ class Indexing:
             _log.info("document was deleted before it was indexed", document_id=str(id_))
         except Exception as error:
             if not isinstance(error, LaneLost) and not is_transient(error):
-                # Otherwise whoever waits for the document would wait for ever once it is a dead letter.
+                # Otherwise the document would stay unfinished forever once its item is a dead letter.
                 async with effects.begin() as failed:
-                    await documents.advance(failed, id_, "failed", 1.0, "An error inside the platform.")
+                    await documents.advance(failed, id_, "failed", 1.0, "The platform had an internal error.")
             raise
         else:
             await documents.advance(tx, id_, "indexed", 1.0)
@@ -84,7 +84,7 @@ class Indexing:
         await self._fill_index(id_, effects)
 
     async def remove(self, id_: UUID, effects: Effects, tx: Tx) -> None:
-        """Removes the bytes, the vectors and the rows of a deleted document."""
+        """Removes the file, the vectors and the rows of a deleted document."""
         async with effects.begin() as begun:
             path = await documents.path_of(begun, id_)
             tenant_id = _tenant(begun)
@@ -92,11 +92,11 @@ class Indexing:
             return
         await self._objects.delete(path)
         await self._index.remove(tenant_id, id_)
-        await documents.forget(tx, id_)
+        await documents.purge(tx, id_)
 
     async def _parse(self, document: Document, effects: Effects) -> None:
         async with effects.begin() as tx:
-            # Of an attempt that ended half-way.
+            # An earlier attempt may have stored some of the passages.
             await documents.drop_passages(tx, document.id)
         count = 0
         async with self._local_file(document) as path, aclosing(_parsed(path, document.content_type)) as parsed:
@@ -118,7 +118,7 @@ class Indexing:
                     file.flush()
                     yield file.name
         except NotFound as error:
-            raise _Refused("The stored file is no longer there. Upload it again.") from error
+            raise _Refused("The stored file no longer exists. Upload the document again.") from error
 
     async def _embed(self, id_: UUID, effects: Effects) -> None:
         async with effects.begin() as tx:
@@ -147,7 +147,7 @@ class Indexing:
             try:
                 vectors, tokens = await self._embedder.passages(texts)
             except Unanswered as error:
-                # It may have been done, and is paid for then. Doing it again harms nobody.
+                # The endpoint may have done the work and may charge for it. A repetition does no harm.
                 async with effects.begin() as tx:
                     tokens = sum(map(count_tokens, texts))
                     record_usage(tx, self._embedder.model, f"{id_}/{first}/{begun}", tokens, estimated=True)
@@ -163,7 +163,7 @@ class Indexing:
             await documents.set_vectors(tx, self._embedder.model, passages, vectors)
             record_usage(tx, self._embedder.model, f"{id_}/{first}/{outcome.attempt}", outcome.result)
 
-        # By the item too: a passage is embedded again where the platform comes back to a former model.
+        # The item is part of the key: if the platform returns to a former model, the passage is embedded again.
         key = f"embed/{effects.item_id}/{passages[0].id}/{self._embedder.model}"
         outcome = await effects.run(key, call, kind="repeatable", result=int, before=begin, after=keep)
         if not alive:
@@ -187,12 +187,12 @@ class Indexing:
         await self._index.replace(tenant_id, id_, "document", batches())
 
 
-class _BrokeDown(Exception):
-    """The parser ended before the document did."""
+class _ParserDied(Exception):
+    """The parser process ended before the end of the document."""
 
 
 async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
-    """The file's passages, some at a time. Raises _Refused."""
+    """The file's passages in batches. Raises _Refused."""
     for is_last in (False, True):
         given = False
         try:
@@ -201,14 +201,14 @@ async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
                     yield chunks
                     given = True
             return
-        except _BrokeDown:
-            # A process can die of other things than its file: that is the file's fault when it happens again.
+        except _ParserDied:
+            # A process can die for reasons other than its file. A second death is blamed on the file.
             if is_last or given:
-                raise _Refused("The file cannot be read: its parser breaks down over it.") from None
+                raise _Refused("The file cannot be read: the parser crashes on it.") from None
 
 
 async def _parsed_once(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
-    """From a process that may die of the file. Raises _Refused, _BrokeDown."""
+    """The file's passages from one parser process. Raises _Refused, _ParserDied."""
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -220,7 +220,7 @@ async def _parsed_once(path: str, type_: str) -> AsyncGenerator[list[Chunk], Non
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
             cwd=_ROOT,
-            # Nothing of ours: a parser that is taken over by a file finds no secrets.
+            # Without the service's variables: a file that takes over the parser must not find secrets there.
             env={"PYTHONUTF8": "1"},
             limit=2**22,
         )
@@ -240,7 +240,7 @@ async def _parsed_once(path: str, type_: str) -> AsyncGenerator[list[Chunk], Non
                     yield chunks
                     chunks = []
         except TimeoutError as error:
-            raise _Refused(f"The file was not read within {PARSE_SECONDS / 60:g} minutes.") from error
+            raise _Refused(f"The file could not be read within {PARSE_SECONDS / 60:g} minutes.") from error
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -248,8 +248,8 @@ async def _parsed_once(path: str, type_: str) -> AsyncGenerator[list[Chunk], Non
         if not complete:
             errors.seek(0)
             output = errors.read()[-2000:].decode(errors="replace")
-            _log.error("the parser ended before the document did", code=process.returncode, output=output)
-            raise _BrokeDown
+            _log.error("parser process died", code=process.returncode, output=output)
+            raise _ParserDied
         yield chunks
 
 

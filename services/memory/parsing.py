@@ -1,7 +1,7 @@
-"""A document's file into passages, in a process of its own: ``python -m services.memory.parsing FILE TYPE``.
+"""Parses a document's file into passages, in its own process: ``python -m services.memory.parsing FILE TYPE``.
 
-A file can be made so that its parser dies, eats memory or never ends. Here it takes only this process with it, which
-has neither the service's environment nor its loop. Printed is one JSON object per line: ``{"error"}``, or
+A hostile file can crash its parser, exhaust memory or never end. It affects only this process, which has neither the
+service's environment nor its event loop. The output is one JSON object per line: ``{"error"}``, or
 ``{"parsed": true}``, then ``{"text","section","page","tokens"}`` for each passage, then ``{"chunks": n}``.
 """
 
@@ -29,7 +29,7 @@ _SLIDE = re.compile(r"<!-- Slide number: (\d+) -->")
 
 
 class Unreadable(Exception):
-    """The file cannot be indexed, whoever tries; the message says why, for the person who uploaded it."""
+    """The file cannot be read. The message gives the reason to the person who uploaded it."""
 
 
 def read(path: str, type_: str) -> Iterator[Block]:
@@ -40,7 +40,7 @@ def read(path: str, type_: str) -> Iterator[Block]:
         text = _decoded(path)
         yield from sections(text) if type_ == types.MARKDOWN else [Block(text)]
     elif type_ == types.PPTX:
-        # "before the first slide", number, text, number, text …
+        # [text before the first slide, number, text, number, text …]
         _, *slides = _SLIDE.split(_converted(path, type_))
         for number, text in zip(slides[::2], slides[1::2], strict=True):
             for block in sections(text):
@@ -58,7 +58,7 @@ def _converted(path: str, type_: str) -> str:
 
 
 def _pdf(path: str) -> Iterator[Block]:
-    # Page by page, which markitdown does not tell.
+    # markitdown does not give page numbers.
     from pypdfium2 import PdfDocument, PdfiumError  # type: ignore[import-untyped]
 
     try:
@@ -82,7 +82,7 @@ def _decoded(path: str) -> str:
         content = file.read()
     with suppress(UnicodeDecodeError):
         return _clean(content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"))
-    # A sample tells as much as the whole, and the whole may be large.
+    # A sample is enough for the guess, and the file may be large.
     guess = from_bytes(content[:65_536]).best()
     return _clean(content.decode(guess.encoding if guess else "latin-1", errors="replace"))
 
@@ -93,7 +93,7 @@ def _clean(text: str) -> str:
 
 
 def passages(path: str, type_: str) -> Iterator[Chunk]:
-    """Raises Unreadable where there is nothing to read."""
+    """The file's passages. Raises Unreadable, also if the file has no text."""
     try:
         yield from _some(chunk(read(path, type_)))
     except (Unreadable, ImportError):
@@ -111,7 +111,7 @@ def _some(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         empty = False
         yield each
     if empty:
-        raise Unreadable("The file holds no text, or is damaged. Pictures of text, such as scans, are not read.")
+        raise Unreadable("The file has no text, or is damaged. Text in images, such as scans, is not read.")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Search: the passages nearest in meaning to a query, of what the tenant has now."""
+"""Search: the tenant's passages that are nearest to a query in meaning."""
 
 from __future__ import annotations
 
@@ -23,33 +23,30 @@ from services.memory.usage import record_usage
 DEFAULT_LIMIT = 10
 MAX_LIMIT = 100
 DOCUMENT, CONVERSATION = TYPES = ("document", "conversation")
-# The index may still have what PostgreSQL has no more, so more is asked for than is wanted, and where that is not
-# enough four times as much, up to this.
+# The index may still have rows that PostgreSQL has deleted, so a search asks for more hits than it needs. If they are
+# not enough, it asks for four times as many, up to this number.
 MAX_HITS = 2000
 
 
 class Query(NamedTuple):
-    """What is searched for, among what. `types`: empty means documents; of conversations only those of `session_key`.
-
-    min_similarity: cosine; None: the default of the embedding model.
-    """
-
     text: str
     limit: int | None = None
     min_similarity: float | None = None
+    """A cosine. None is the default of the embedding model."""
     types: Sequence[str] = ()
+    """Empty means documents."""
     session_key: str | None = None
+    """The session whose conversation is searched."""
 
 
 class Scored(NamedTuple):
-    """`score`: cosine similarity."""
-
     passage: Found
     score: float
+    """The cosine similarity."""
 
 
 class Retrieval:
-    """`database`: the request role's, so that nothing of another tenant can be read whatever the index says."""
+    """`database` must be the request role's: row-level security then hides other tenants' rows from a wrong index."""
 
     def __init__(self, database: Database, embedder: Embedder, index: Index, conversations: Conversations) -> None:
         self._database = database
@@ -58,10 +55,10 @@ class Retrieval:
         self._conversations = conversations
 
     async def search(self, tenant_id: str, query: Query) -> list[Scored]:
-        """Up to `limit` passages (10), best first: by cosine, which is at least `min_similarity`, and where the query
-        has codes (E04) those first that have them too, for an embedding hardly tells one code from another.
+        """Up to `limit` passages (10) with a cosine of at least `min_similarity`, best first. If the query has codes
+        (E04), passages with the same codes come first, because an embedding hardly distinguishes two codes.
 
-        Raises InvalidMessage naming what is wrong, Transient where the index or the embedding endpoint is away.
+        Raises InvalidMessage naming the wrong field, Transient if the index or the embedding endpoint is unavailable.
         """
         floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
@@ -86,25 +83,26 @@ class Retrieval:
         try:
             return await self._embedder.query(text)
         except EffectFailed as error:
-            raise InvalidMessage("query", f"cannot be embedded: {error.reason}") from error
+            raise InvalidMessage("query", f"could not be embedded: {error.reason}") from error
         except Unanswered as error:
             raise Transient(str(error)) from error
 
     async def _nearest(
         self, tenant_id: str, vector: NDArray[np.float32], session_key: str | None, limit: int, floor: float
     ) -> dict[UUID, Scored]:
-        """At least the `limit` best that are still there, if there are so many."""
-        where = DOCUMENT if session_key is None else scope(session_key)
+        """At least the `limit` best hits that PostgreSQL still has, if it has that many."""
+        index_scope = DOCUMENT if session_key is None else scope(session_key)
         wanted = 2 * limit + 10
         while True:
-            hits = await self._index.search(vector.tolist(), tenant_id, where, wanted)
+            hits = await self._index.search(vector.tolist(), tenant_id, index_scope, wanted)
             near = [hit for hit in hits if hit.score >= floor]
-            there = await self._those_there(tenant_id, [hit.id for hit in near], session_key)
-            if len(there) >= limit or len(near) < wanted or wanted == MAX_HITS:
-                return {hit.id: Scored(there[hit.id], hit.score) for hit in near if hit.id in there}
+            stored = await self._stored(tenant_id, [hit.id for hit in near], session_key)
+            if len(stored) >= limit or len(near) < wanted or wanted == MAX_HITS:
+                return {hit.id: Scored(stored[hit.id], hit.score) for hit in near if hit.id in stored}
             wanted = min(4 * wanted, MAX_HITS)
 
-    async def _those_there(self, tenant_id: str, ids: Sequence[UUID], session_key: str | None) -> Mapping[UUID, Found]:
+    async def _stored(self, tenant_id: str, ids: Sequence[UUID], session_key: str | None) -> Mapping[UUID, Found]:
+        """The texts that PostgreSQL has for these ids."""
         if not ids:
             return {}
         async with self._database.begin(tenant_id=tenant_id) as tx:
@@ -115,12 +113,12 @@ class Retrieval:
     async def _with_codes(
         self, tenant_id: str, vector: NDArray[np.float32], wanted: Sequence[str], floor: float
     ) -> dict[UUID, Scored]:
-        """Those with the most of the codes first, and of these the nearest."""
+        """The passages with the most of the codes first; among equals the nearest first."""
         async with self._database.begin(tenant_id=tenant_id) as tx:
             rows = await documents.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT)
-            there = await documents.found(tx, [id_ for id_, _, _ in rows])
-        ranked = sorted(((-count, -_cosine(vector, other), id_) for id_, count, other in rows if id_ in there))
-        return {id_: Scored(there[id_], -score) for _, score, id_ in ranked if -score >= floor}
+            stored = await documents.found(tx, [id_ for id_, _, _ in rows])
+        ranked = sorted(((-count, -_cosine(vector, other), id_) for id_, count, other in rows if id_ in stored))
+        return {id_: Scored(stored[id_], -score) for _, score, id_ in ranked if -score >= floor}
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
@@ -128,17 +126,17 @@ def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 def _checked(query: Query, limit: int, floor: float) -> Sequence[str]:
-    """The types asked for, each once."""
+    """The query's types without duplicates. Raises InvalidMessage."""
     if not query.text.strip():
-        raise InvalidMessage("query", "is empty")
+        raise InvalidMessage("query", "must not be empty")
     if not 1 <= limit <= MAX_LIMIT:
         raise InvalidMessage("limit", f"must be from 1 to {MAX_LIMIT}")
-    # NaN is in no range.
+    # This form of the comparison also refuses NaN.
     if not -1 <= floor <= 1:
-        raise InvalidMessage("min_similarity", "is a cosine, from -1 to 1")
+        raise InvalidMessage("min_similarity", "must be a cosine, from -1 to 1")
     for n, type_ in enumerate(query.types):
         if type_ not in TYPES:
-            raise InvalidMessage(f"types[{n}]", f"is none of {', '.join(TYPES)}")
+            raise InvalidMessage(f"types[{n}]", f"must be one of {', '.join(TYPES)}")
     if CONVERSATION in query.types and not query.session_key:
-        raise InvalidMessage("session_key", "missing: a conversation is found by its own session only")
+        raise InvalidMessage("session_key", "missing: must name the session whose conversation is searched")
     return list(dict.fromkeys(query.types)) or [DOCUMENT]

@@ -1,4 +1,4 @@
-"""gRPC of memory: retrieval for agents and tools."""
+"""The gRPC service of memory: retrieval for agents and tools."""
 
 from __future__ import annotations
 

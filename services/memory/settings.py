@@ -1,4 +1,4 @@
-"""What memory reads from the environment."""
+"""The settings of memory, read from the environment."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class MemorySettings(Settings):
     s3_secret_key: SecretStr
 
     embedding_base_url: str | None = None
-    """Of an OpenAI-shaped endpoint (ends in ``/v1``); without it embeddings are made in the process, offline."""
+    """URL of an OpenAI-shaped endpoint (ends in ``/v1``). Without it the process computes embeddings offline."""
     embedding_model: str | None = None
     embedding_api_key: SecretStr | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.embedding_base_url and not self.embedding_model:
-            raise ValueError("CLAW_EMBEDDING_MODEL: missing, and CLAW_EMBEDDING_BASE_URL is set")
+            raise ValueError("CLAW_EMBEDDING_MODEL: must be set if CLAW_EMBEDDING_BASE_URL is set")
         return self

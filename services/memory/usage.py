@@ -1,4 +1,4 @@
-"""Embedding costs: every call is reported to billing."""
+"""Reports the tokens of every embedding call to billing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from protos.messages.billing import UsageRecorded
 
 
 def record_usage(tx: Tx, model: str, usage_id: str, tokens: int, *, estimated: bool = False) -> None:
-    """Says that the tenant of `tx` had `tokens` embedded by `model`; `usage_id` holds the attempt."""
+    """Records that the tenant of `tx` had `tokens` embedded by `model`. `usage_id` is unique per attempt."""
     tenant_id = tx.tenant_id
     assert tenant_id is not None
     record = UsageRecorded(

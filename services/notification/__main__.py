@@ -1,4 +1,4 @@
-"""Notification: tells people by e-mail what they must know."""
+"""Starts notification: sends e-mails to people."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
@@ -7,8 +7,8 @@ from services.notification.settings import NotificationSettings
 
 service = Service("notification", NotificationSettings)
 service.serve_http(api.routes)
-service.consume(handlers.take_email, notifications=adapters.notifications)
-service.consume(handlers.take_push)
+service.consume(handlers.queue_email, notifications=adapters.notifications)
+service.consume(handlers.record_push)
 service.consume(erasure("notification"))
 service.work(handlers.send_email, notifications=adapters.notifications, owners=adapters.owners, mailer=adapters.mailer)
 

@@ -1,4 +1,4 @@
-"""What notification calls."""
+"""Builds the mailer, the table and the client of the user service for notification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP of notification: what became of what was to be told."""
+"""The HTTP routes of notification: the state of each notification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What notification receives, and the lane in which it sends."""
+"""The messages that notification handles, and the lane in which it sends e-mails."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from services.notification.notifications import Email, Notifications, fail_push,
 
 
 class QueuedEmail(msgspec.Struct, frozen=True):
-    """An e-mail to be sent; what it says is in its row."""
+    """An e-mail to send. Its row has the content."""
 
     id: UUID
 
 
-# A lane for each e-mail: one that waits holds up no other. Tried for longer than it lives: one that cannot be sent
-# expires, which its tenant sees, and does not end among the dead letters, still queued as it seems.
+# One lane per e-mail, so that a waiting e-mail delays no other. The retries last longer than the e-mail's life: an
+# e-mail that cannot be sent expires, which its tenant sees. As a dead letter it would look queued forever.
 EMAILS = Lane(
     "emails",
     QueuedEmail,
@@ -39,14 +39,14 @@ EMAILS = Lane(
 
 
 @NOTIFICATION_EMAIL.worker(prefetch=20)
-async def take_email(message: SendEmail, tx: Tx, notifications: Notifications) -> None:
+async def queue_email(message: SendEmail, tx: Tx, notifications: Notifications) -> None:
     envelope = _envelope(tx)
     if message.to and not is_address(message.to):
-        raise InvalidMessage("to", "is not one e-mail address")
+        raise InvalidMessage("to", "must be one e-mail address")
     if not is_one_line(message.subject) or len(message.subject) > MAX_SUBJECT:
         raise InvalidMessage("subject", f"must be one line of up to {MAX_SUBJECT} characters")
     await notifications.queue(tx, envelope.id, Email(message.to, message.subject, message.text, envelope.time))
-    # From when it was asked for: one that lay in a dead-letter queue meanwhile is not sent.
+    # The life begins with the request: an old e-mail from a dead-letter queue is not sent.
     life = envelope.time + LIFE - utcnow()
     tx.enqueue(EMAILS, lane=str(envelope.id), item=QueuedEmail(envelope.id), item_id=envelope.id, expires_in=life)
 
@@ -65,7 +65,7 @@ async def send_email(
     recipients = [address for address in dict.fromkeys(known) if is_address(address)]
     errors = []
     for recipient in recipients:
-        # One effect each: after a crash those who have it are not written to again.
+        # One effect per recipient: after a crash, recipients that have the e-mail do not get it again.
         outcome = await effects.run(
             f"{item.id}/{hashlib.sha256(recipient.encode()).hexdigest()[:16]}",
             partial(mailer.send, to=recipient, subject=email.subject, text=email.text, at=email.at),
@@ -76,8 +76,8 @@ async def send_email(
 
 
 @NOTIFICATION_PUSH.worker(prefetch=20)
-async def take_push(message: SendPush, tx: Tx) -> None:
-    # Nobody can register a device yet, so there is none to show it.
+async def record_push(message: SendPush, tx: Tx) -> None:
+    # Devices cannot be registered yet, so every push notification fails.
     await fail_push(tx, _envelope(tx).id, "undeliverable: the user has no device")
 
 

@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 class Mailer:
-    """The mail server at `url` (``smtp://user:password@host:port``), and the address that all mail is from."""
+    """Sends by the mail server at `url` (``smtp://user:password@host:port``), from the address `sender`."""
 
     def __init__(self, url: str, sender: str) -> None:
         self._url = urlsplit(url)
@@ -26,10 +26,10 @@ class Mailer:
         self._domain = sender.rpartition("@")[2]
 
     async def send(self, key: str, to: str, subject: str, text: str, at: datetime) -> None:
-        """Hands a mail over. Its Message-ID is made from `key`, by which mailboxes know one that comes twice.
+        """Sends one e-mail. Its Message-ID is made from `key`, so that mailboxes recognise a copy.
 
-        Raises EffectFailed where the server refuses it for good, Transient where it refuses it for now or cannot be
-        reached, Unanswered where nobody knows whether it took it.
+        Raises EffectFailed if the server refuses it permanently, Transient if the server refuses it for now or cannot
+        be reached, Unanswered if the server may have accepted it.
         """
         message = EmailMessage()
         message["From"] = self._sender
@@ -37,9 +37,9 @@ class Mailer:
         message["Subject"] = subject
         message["Date"] = format_datetime(at)
         message["Message-ID"] = f"<{key}@{self._domain}>"
-        # RFC 3834: out-of-office replies to it are not wanted.
+        # RFC 3834: suppresses out-of-office replies.
         message["Auto-Submitted"] = "auto-generated"
-        # SMTP has no NUL.
+        # SMTP does not allow NUL.
         message.set_content(text.replace("\x00", ""))
         host, port = self._url.hostname or "", self._url.port
         attributes: dict[str, telemetry.Value] = {"server.address": host}
@@ -52,12 +52,12 @@ class Mailer:
                     username=unquote(self._url.username) if self._url.username else None,
                     password=unquote(self._url.password) if self._url.password else None,
                     use_tls=self._url.scheme == "smtps",
-                    # The name by which we greet; the library would look one up.
+                    # The name in our greeting. Without it the library would make a DNS lookup.
                     local_hostname=self._domain,
                     timeout=TIMEOUT_SECONDS,
                 )
             except (aiosmtplib.SMTPException, OSError) as error:
-                # Without the cause: its text holds the address.
+                # Without the cause, because its text contains the address.
                 raise _error(error) from None
 
 
@@ -68,9 +68,9 @@ def _error(error: Exception) -> Exception:
         reason = refusal(error.code, error.message)
         return EffectFailed(reason) if 500 <= error.code < 600 else Transient(reason)
     if isinstance(error, aiosmtplib.SMTPNotSupported):
-        return EffectFailed("the mail server cannot take an address like this")
+        return EffectFailed("the mail server does not support this form of address")
     if isinstance(error, aiosmtplib.SMTPResponseException):
-        # Of the greeting, the login or the sender: not of this mail, and put right by an operator.
+        # An error of the greeting, the login or the sender concerns every e-mail. An operator must correct it.
         return Transient(refusal(error.code, error.message))
     if isinstance(error, (aiosmtplib.SMTPReadTimeoutError, aiosmtplib.SMTPServerDisconnected)):
         return Unanswered(f"mail server: {type(error).__name__}")

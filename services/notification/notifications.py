@@ -1,4 +1,4 @@
-"""The table of notifications. What an e-mail says is there, sealed, only until it is sent."""
+"""The table of notifications. It holds the sealed content of an e-mail until the e-mail is sent."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ _PURPOSE = "notification"
 
 
 class Email(msgspec.Struct, frozen=True):
-    """to: empty: the tenant's owners."""
-
     to: str
+    """An address. Empty means the tenant's owners."""
     subject: str
     text: str
     at: datetime
 
 
 class Notification(BaseModel):
-    """`to`: masked addresses, known once it was sent. `reason`: what went wrong, else empty."""
-
     id: UUID
     kind: Literal["email", "push"]
     state: Literal["queued", "sent", "failed"]
     reason: str
+    """The error; empty if there was none."""
     to: list[str]
+    """The masked addresses; empty until the e-mail is sent."""
     created_at: datetime
     finished_at: datetime | None
 
@@ -43,13 +42,13 @@ class Notification(BaseModel):
 
 
 class Notifications:
-    """Rows by the id of the message that asked for them."""
+    """The rows of e-mails, by the id of the message that requested them."""
 
     def __init__(self, cipher: Cipher) -> None:
         self._cipher = cipher
 
     async def queue(self, tx: Tx, id_: UUID, email: Email) -> None:
-        """Stores an e-mail, and forgets those of the tenant that are too old to be asked for."""
+        """Stores an e-mail, and deletes the tenant's notifications that are older than 90 days."""
         tenant_id = tx.tenant_id or ""
         await tx.sql(
             "DELETE FROM notification WHERE tenant_id = $1 AND created_at < now() - $2::interval", tenant_id, KEEP
@@ -62,7 +61,7 @@ class Notifications:
         )
 
     async def read(self, tx: Tx, id_: UUID) -> Email:
-        """What a queued e-mail says."""
+        """The content of a queued e-mail."""
         [(content,)] = await tx.sql(
             "SELECT content FROM notification WHERE tenant_id = $1 AND id = $2", tx.tenant_id, id_
         )
@@ -70,7 +69,7 @@ class Notifications:
 
 
 async def fail_push(tx: Tx, id_: UUID, reason: str) -> None:
-    """Stores that a push notification could not be shown; nothing of what it said."""
+    """Stores the failure of a push notification, without its content."""
     await tx.sql(
         "INSERT INTO notification (tenant_id, id, kind, state, reason, finished_at) "
         "VALUES ($1, $2, 'push', 'failed', $3, clock_timestamp())",
@@ -81,7 +80,7 @@ async def fail_push(tx: Tx, id_: UUID, reason: str) -> None:
 
 
 async def finish(tx: Tx, id_: UUID, result: Result, recipients: Sequence[str] = ()) -> None:
-    """Stores how an e-mail ended, and deletes what it said."""
+    """Stores the result of an e-mail, and deletes its content."""
     await tx.sql(
         "UPDATE notification SET state = $3, reason = $4, recipients = $5, content = NULL, "
         "finished_at = clock_timestamp() WHERE tenant_id = $1 AND id = $2",
@@ -94,7 +93,7 @@ async def finish(tx: Tx, id_: UUID, result: Result, recipients: Sequence[str] = 
 
 
 async def listed(tx: Tx, tenant_id: str, *, before: tuple[datetime, UUID] | None, limit: int) -> list[Notification]:
-    """The tenant's, newest first, from the one before `before` on."""
+    """The tenant's notifications, newest first, that are older than `before`."""
     rows = await tx.sql(
         "SELECT id, kind, state, reason, recipients, created_at, finished_at FROM notification WHERE tenant_id = $1 "
         "AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3::uuid)) ORDER BY created_at DESC, id DESC LIMIT $4",

@@ -1,4 +1,4 @@
-"""What notification reads from the environment."""
+"""The settings of notification, read from the environment."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def _smtp_url(value: SecretStr) -> SecretStr:
     except ValueError:
         usable = False
     if not usable:
-        raise ValueError("not a URL of the form smtp://host:port or smtps://user:password@host:port")
+        raise ValueError("must be a URL such as smtp://host:port or smtps://user:password@host:port")
     return value
 
 
 def _address(value: str) -> str:
     if not is_address(value):
-        raise ValueError("not an e-mail address")
+        raise ValueError("must be an e-mail address")
     return value
 
 
 class NotificationSettings(Settings):
     user_grpc: str
-    """``host:port``, asked for the addresses of a tenant's owners."""
+    """``host:port`` of the user service, which knows the addresses of a tenant's owners."""
     smtp_url: Annotated[SecretStr, AfterValidator(_smtp_url)]
-    """``smtp://``, which goes over to TLS where the server offers it, or ``smtps://``; with user and password."""
+    """``smtp://``, which uses STARTTLS if the server offers it, or ``smtps://``; with user and password."""
     mail_from: Annotated[str, AfterValidator(_address)] = "clawbus@localhost.localdomain"

@@ -1,2 +1,2 @@
-"""User. Owns: tenants, members, API keys. Publishes: TenantCreated, SubjectErased. Serves: Directory, Keys; tells who
-calls."""
+"""User. Owns: tenants, members, API keys. Publishes: TenantCreated, SubjectErased. Serves: gRPC ``Directory`` and
+``Keys``; authentication for the gateway."""

@@ -1,4 +1,4 @@
-"""User: tenants, their members and API keys; tells the gateway who calls."""
+"""Starts the user service: tenants, their members and API keys; authentication for the gateway."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Service

@@ -1,4 +1,4 @@
-"""HTTP of the user service."""
+"""The HTTP routes of the user service."""
 
 from __future__ import annotations
 

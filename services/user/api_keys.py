@@ -1,4 +1,4 @@
-"""API keys: random, shown once, stored as a hash; of the tenant, or of one of its members."""
+"""API keys of tenants and members: random, shown once, stored as a hash."""
 
 from __future__ import annotations
 
@@ -26,34 +26,30 @@ _RANDOM_BYTES = 32
 
 
 class NewApiKey(Body):
-    """scopes: all that whoever makes it has (and the member's role has), if none are named.
-
-    member_id: whose key it is: it can never do more than the member's role, and goes with the member.
-    """
-
     name: Name
     scopes: list[Scope] | None = Field(default=None, min_length=1)
+    """By default all scopes that both the creator and the member's role have."""
     expires_at: AwareDatetime | None = None
     member_id: UUID | None = None
+    """The member who owns the key. The key never has more scopes than the member's role, and is deleted with the
+    member."""
 
 
-class MadeApiKey(BaseModel):
-    """api_key: the plaintext, shown this once."""
-
+class CreatedApiKey(BaseModel):
     id: UUID
     api_key: str
+    """The plaintext. It is shown only in this answer."""
     prefix: str
 
 
 class ApiKey(BaseModel):
-    """created_by: who made it, such as ``operator`` or ``api_key:<id>``."""
-
     id: UUID
     name: str
     prefix: str
     scopes: list[Scope]
     member_id: UUID | None
     created_by: str
+    """The actor that created the key, such as ``operator`` or ``api_key:<id>``."""
     created_at: datetime
     expires_at: datetime | None
 
@@ -61,9 +57,9 @@ class ApiKey(BaseModel):
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(tags=["API keys"])
 
-    @routes.post("/api/v1/api-keys", status_code=201, response_model=MadeApiKey)
+    @routes.post("/api/v1/api-keys", status_code=201, response_model=CreatedApiKey)
     async def create_api_key(body: NewApiKey, who: Admin, request: Request) -> Response:
-        async def work(tx: Tx) -> tuple[int, MadeApiKey]:
+        async def work(tx: Tx) -> tuple[int, CreatedApiKey]:
             return 201, await create(tx, who.tenant_id, body, who.scopes, who.actor)
 
         return await once(request, runtime, who, work)
@@ -83,35 +79,35 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.delete("/api/v1/api-keys/{id}", status_code=204)
     async def revoke_api_key(id: UUID, who: Admin) -> None:
-        """Whoever uses it is refused within seconds."""
+        """Requests with the key are refused within seconds."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             if not await tx.sql("DELETE FROM api_key WHERE tenant_id = $1 AND id = $2 RETURNING id", who.tenant_id, id):
-                raise NotFound(f"API key {id}: there is none")
+                raise NotFound(f"API key {id}: does not exist")
             audit(tx, who.actor, "api_key.revoke", "api_key", str(id))
 
     return routes
 
 
-async def create(tx: Tx, tenant_id: str, new: NewApiKey, creators: Collection[str], actor: str) -> MadeApiKey:
-    """Makes a key. `creators`: the scopes of whoever makes it, of which the key may have some or all.
+async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collection[str], actor: str) -> CreatedApiKey:
+    """Creates a key. It may have some or all of the creator's scopes.
 
-    Raises Forbidden for a scope beyond those or the member's role, InvalidMessage for a time that is past and a
-    member who is not there.
+    Raises Forbidden for a scope that the creator or the member's role lacks, InvalidMessage for an expiry in the past
+    and for an unknown member.
     """
     if new.expires_at and new.expires_at <= utcnow():
-        raise InvalidMessage("expires_at", "is past")
-    allowed = domain.EVERYTHING & set(creators)
+        raise InvalidMessage("expires_at", "must be in the future")
+    allowed = domain.EVERYTHING & set(creator_scopes)
     if new.member_id:
-        # Locked: who is removed at this moment shall not leave a key behind.
+        # FOR SHARE: a member that is removed at the same time must not leave a key behind.
         member = await tx.sql(
             "SELECT role FROM member WHERE tenant_id = $1 AND id = $2 FOR SHARE", tenant_id, new.member_id
         )
         if not member:
-            raise InvalidMessage("member_id", "there is no such member")
+            raise InvalidMessage("member_id", "must be a member of the tenant")
         allowed &= domain.ROLE_SCOPES[member[0][0]]
     scopes = allowed if new.scopes is None else set(new.scopes)
     if beyond := scopes - allowed:
-        raise Forbidden(f"a key cannot be given scopes that its maker or member lacks: {', '.join(sorted(beyond))}")
+        raise Forbidden(f"scopes: the creator or the member does not have {', '.join(sorted(beyond))}")
     id_, plaintext = uuid7(), domain.api_key(secrets.token_urlsafe(_RANDOM_BYTES))
     await tx.sql(
         "INSERT INTO api_key (id, tenant_id, member_id, name, prefix, hash, scopes, created_by, expires_at) "
@@ -127,11 +123,11 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creators: Collection[st
         new.expires_at,
     )
     audit(tx, actor, "api_key.create", "api_key", str(id_), scopes=" ".join(sorted(scopes)))
-    return MadeApiKey(id=id_, api_key=plaintext, prefix=domain.prefix(plaintext))
+    return CreatedApiKey(id=id_, api_key=plaintext, prefix=domain.prefix(plaintext))
 
 
 async def scopes(tx: Tx, tenant_id: str, key_id: UUID) -> frozenset[Scope]:
-    """What the key may do now; nothing where the tenant has no such key, or it has expired."""
+    """The scopes that the key has now; empty if the tenant has no such key, or if it has expired."""
     rows = await tx.sql(
         "SELECT k.scopes, m.role FROM api_key k LEFT JOIN member m ON m.id = k.member_id "
         "WHERE k.tenant_id = $1 AND k.id = $2 AND (k.expires_at IS NULL OR k.expires_at > now())",

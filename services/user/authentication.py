@@ -1,4 +1,4 @@
-"""Who calls: asked by the gateway before it lets a request through."""
+"""Authentication: the gateway asks for the caller's identity before it forwards a request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.service.service import Runtime
 from services.user import domain
 
-# With the operator's token: for which tenant it acts.
+# With the operator's token, this header names the tenant for which the operator acts.
 TENANT_HEADER = "x-claw-tenant"
 _OPERATOR = Identity("operator", "", domain.EVERYTHING)
 
@@ -23,16 +23,16 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     admin_token_hash = domain.key_hash(runtime.settings.admin_token.get_secret_value())
 
     async def authenticate(request: Request) -> Response:
-        """200 with the identity's token as a header, or a problem 401. The gateway alone may reach this.
+        """200 with the identity's token as a header, or a problem 401. Only the gateway can reach this route.
 
-        Nothing is kept here: the gateway keeps the answer for two seconds, and a second cache would only double the
+        There is no cache here: the gateway caches the answer for two seconds, and a second cache would double the
         time in which a revoked key still works.
         """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated("Authorization: missing; send `Bearer` and an API key")
+            raise Unauthenticated("Authorization: must be `Bearer` and an API key")
         hashed = domain.key_hash(token)
-        # Of the hashes: they have one length, and their first difference tells nothing about the token.
+        # Hashes have a fixed length, and the place of their first difference reveals nothing about the token.
         if hmac.compare_digest(hashed, admin_token_hash):
             identity = await _operator(runtime, request.headers.get(TENANT_HEADER, ""))
         else:
@@ -43,12 +43,12 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
 
 async def _operator(runtime: Runtime, tenant_id: str) -> Identity:
-    """The operator for the platform, or in the place of the tenant that the request names."""
+    """The operator's identity, for the platform or for the tenant that the request names."""
     if not tenant_id:
         return _OPERATOR
     async with runtime.worker.begin() as tx:
         if not await tx.sql("SELECT 1 FROM tenant WHERE tenant_id = $1", tenant_id):
-            raise Unauthenticated(f"{TENANT_HEADER}: there is no such tenant")
+            raise Unauthenticated(f"{TENANT_HEADER}: this tenant does not exist")
     return Identity("operator", tenant_id, domain.EVERYTHING)
 
 
@@ -61,7 +61,7 @@ async def _key_holder(runtime: Runtime, hashed: bytes) -> Identity:
             hashed,
         )
     if not rows:
-        raise Unauthenticated("Authorization: no such API key, or one that was revoked or has expired")
+        raise Unauthenticated("Authorization: the API key is unknown, revoked or expired")
     [(id_, tenant_id, scopes, member_id, role)] = rows
     actor = f"member:{member_id}" if member_id else f"api_key:{id_}"
     return Identity(actor, tenant_id, domain.scopes_in_force(scopes, role), str(id_))

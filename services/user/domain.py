@@ -1,4 +1,4 @@
-"""Roles, scopes, and what an API key is: pure."""
+"""Roles, scopes, and the form of API keys. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLE_SCOPES: Final[dict[Role, frozenset[Scope]]] = {
 }
 
 KEY_START = "claw_"
-# What is shown of a key, so that its owner knows it again: seven of its 43 random characters.
+# The shown part of a key has seven of its 43 random characters, so that its owner can recognise it.
 _PREFIX_LENGTH = len(KEY_START) + 7
 
 
@@ -33,15 +33,15 @@ def prefix(key: str) -> str:
 
 
 def key_hash(key: str) -> bytes:
-    """What is stored of a key. No salt and no slow hash: nobody can guess 256 random bits."""
+    """The stored form of a key. It needs no salt and no slow hash, because 256 random bits cannot be guessed."""
     return hashlib.sha256(key.encode()).digest()
 
 
 def scopes_in_force(given: Collection[Scope], role: Role | None) -> frozenset[Scope]:
-    """What a key may do now; `role`: of the member whose key it is, which may be another than when it was made."""
+    """The scopes that a key has now. `role` is the present role of the key's member, None for a tenant's key."""
     return frozenset(given) & (EVERYTHING if role is None else ROLE_SCOPES[role])
 
 
 def may_become(owners: Collection[str], member_id: str, role: Role | None) -> bool:
-    """May this member get `role`, or leave (None)? Not where it is the last one of `owners`."""
+    """True if this member may get `role`, or leave (None): the last of the `owners` must stay an owner."""
     return role == "owner" or set(owners) != {member_id}

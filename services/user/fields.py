@@ -1,4 +1,4 @@
-"""Field types of the HTTP surface."""
+"""The field types of the HTTP routes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 from infra.errors import InvalidMessage
 from infra.service.api import Paging
 
-# No control characters: PostgreSQL takes no NUL, and a line break in a name forges lines of a mail or a log.
+# No control characters: PostgreSQL refuses NUL, and a line break in a name could forge lines of a mail or a log.
 Name = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")
 ]
-# Whether it exists is known when a mail arrives; this keeps out what could be more than one address, or a header.
+# Only a delivered mail proves that an address exists. The pattern refuses lists of addresses and header lines.
 Email = Annotated[
     str,
     StringConstraints(
@@ -28,8 +28,8 @@ class Body(BaseModel):
 
 
 def after(paging: Paging) -> UUID | None:
-    """The id that a page begins behind. Raises InvalidMessage for a cursor that is none."""
+    """The id after which a page begins. Raises InvalidMessage for an invalid cursor."""
     try:
         return UUID(paging.after) if paging.after else None
     except ValueError:
-        raise InvalidMessage("cursor", "is none that a list gave") from None
+        raise InvalidMessage("cursor", "is not a valid cursor") from None

@@ -1,4 +1,4 @@
-"""Members: people of a tenant, with a role. Their address and name are sealed with a key of their own."""
+"""Members: people of a tenant, with a role. Each member's address and name are sealed with the member's own key."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.patch("/api/v1/members/{id}")
     async def change_role(id: UUID, body: NewRole, who: Admin) -> Member:
-        """What the member's API keys may do changes with it, within seconds."""
+        """Changes the member's role. The scopes of the member's API keys follow within seconds."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await _check_owners(tx, who.tenant_id, str(id), body.role)
             rows = await tx.sql(
@@ -88,7 +88,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.delete("/api/v1/members/{id}", status_code=204)
     async def remove_member(id: UUID, who: Admin) -> None:
-        """The member's API keys go, too."""
+        """Removes the member and the member's API keys."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             if not await _delete(tx, who.tenant_id, str(id)):
                 raise _none(id)
@@ -96,7 +96,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.post("/api/v1/members/{id}/erase", status_code=204)
     async def erase_member(id: UUID, who: Admin) -> None:
-        """Removes the member, also one removed before, and makes what is stored of the person unreadable for good."""
+        """Removes the member and makes all stored data of the person unreadable forever. Also works after a removal."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             if not await tx.sql(
                 "SELECT 1 FROM subject_key WHERE tenant_id = $1 AND subject_id = $2", who.tenant_id, str(id)
@@ -106,7 +106,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.post("/api/v1/subjects/{id}/erase", status_code=204)
     async def erase_subject(id: _SubjectId, who: Admin) -> None:
-        """The same for a person who wrote on a channel, by the subject_id that goes with what is stored of them."""
+        """Makes all stored data of a person from a channel unreadable forever. `id` is the person's subject_id."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await _erase(tx, who.tenant_id, id, who.actor)
 
@@ -114,7 +114,7 @@ def router(runtime: Runtime) -> APIRouter:
 
 
 async def add(tx: Tx, subjects: SubjectKeys, tenant_id: str, new: NewMember, actor: str) -> Member:
-    """Adds a member and their key."""
+    """Adds a member and the member's subject key."""
     id_ = uuid7()
     key = await subjects.key(tx, tenant_id, str(id_))
     [row] = await tx.sql(
@@ -130,7 +130,7 @@ async def add(tx: Tx, subjects: SubjectKeys, tenant_id: str, new: NewMember, act
 
 
 async def owners_emails(tx: Tx, subjects: SubjectKeys, tenant_id: str) -> list[str]:
-    """The addresses of a tenant's owners."""
+    """The e-mail addresses of a tenant's owners."""
     rows = await tx.sql(f"SELECT {_COLUMNS} FROM member WHERE tenant_id = $1 AND role = 'owner' ORDER BY id", tenant_id)
     return [(await _opened(tx, subjects, tenant_id, row)).email for row in rows]
 
@@ -148,16 +148,16 @@ async def _opened(tx: Tx, subjects: SubjectKeys, tenant_id: str, row: tuple[Any,
 
 
 async def _check_owners(tx: Tx, tenant_id: str, member_id: str, role: Role | None) -> None:
-    """Raises Conflict where the tenant would have no owner any more."""
-    # Two owners removing each other take turns at the tenant's row; else both would see the other still there.
+    """Raises Conflict if the tenant would lose its last owner."""
+    # Locks the tenant's row: without the lock, two owners could remove each other at the same time.
     await tx.sql("SELECT FROM tenant WHERE tenant_id = $1 FOR UPDATE", tenant_id)
     owners = await tx.sql("SELECT id FROM member WHERE tenant_id = $1 AND role = 'owner'", tenant_id)
     if not domain.may_become([str(id_) for (id_,) in owners], member_id, role):
-        raise Conflict(f"member {member_id} is the last owner; make somebody else an owner first")
+        raise Conflict(f"member {member_id}: is the last owner; make another member an owner first")
 
 
 async def _delete(tx: Tx, tenant_id: str, member_id: str) -> bool:
-    """Was there such a member? Raises Conflict for the last owner."""
+    """Returns False if the member does not exist. Raises Conflict for the last owner."""
     await _check_owners(tx, tenant_id, member_id, None)
     return bool(
         await tx.sql("DELETE FROM member WHERE tenant_id = $1 AND id::text = $2 RETURNING id", tenant_id, member_id)
@@ -172,4 +172,4 @@ async def _erase(tx: Tx, tenant_id: str, subject_id: str, actor: str) -> None:
 
 
 def _none(member_id: UUID) -> NotFound:
-    return NotFound(f"member {member_id}: there is none")
+    return NotFound(f"member {member_id}: does not exist")

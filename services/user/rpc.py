@@ -1,4 +1,4 @@
-"""gRPC of the user service: whom to tell, and what a key may do."""
+"""The gRPC services of the user service: the owners' addresses, and the scopes of a key."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Keys(user_pb2_grpc.KeysServicer):
         try:
             key_id = UUID(request.key_id)
         except ValueError:
-            raise InvalidMessage("key_id", "is not a UUID") from None
+            raise InvalidMessage("key_id", "must be a UUID") from None
         tenant_id = rpc.tenant()
         async with self._runtime.request.begin(tenant_id=tenant_id) as tx:
             return user_pb2.ScopesReply(scopes=sorted(await api_keys.scopes(tx, tenant_id, key_id)))

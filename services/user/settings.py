@@ -1,4 +1,4 @@
-"""What the user service reads from the environment."""
+"""The settings of the user service, read from the environment."""
 
 from pydantic import Field, SecretStr
 
@@ -7,4 +7,4 @@ from infra.service.settings import Settings
 
 class UserSettings(Settings):
     admin_token: SecretStr = Field(min_length=24)
-    """The operator's of the platform: makes tenants."""
+    """The token of the platform's operator, who creates tenants."""

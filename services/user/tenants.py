@@ -1,4 +1,4 @@
-"""Tenants: customer organisations, made by the operator of the platform."""
+"""Tenants: customer organisations, created by the operator of the platform."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from services.user import api_keys, members
 from services.user.domain import EVERYTHING
 from services.user.fields import Body, Email, Name, after
 
-# What PostgreSQL's bigint and billing's accounts hold.
+# The largest value of PostgreSQL's bigint and of billing's accounts.
 MAX_NANOS = 2**63 - 1
 _COLUMNS = "tenant_id, name, currency, created_at"
 
 
 class NewTenant(Body):
-    """currency: ISO 4217. credit_nanos: what it may spend, 10⁻⁹ of the currency; null: without limit."""
-
     name: Name
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+    """ISO 4217."""
     credit_nanos: Annotated[int, Field(ge=0, le=MAX_NANOS, strict=True)] | None = None
+    """The amount that the tenant may spend, in 10⁻⁹ of the currency. null means no limit."""
     owner_email: Email | None = None
 
 
-class MadeTenant(BaseModel):
-    """api_key: the tenant's first, with every scope; shown this once."""
-
+class CreatedTenant(BaseModel):
     id: str
     name: str
     api_key: str
+    """The tenant's first key, with every scope. It is shown only in this answer."""
 
 
 class Tenant(BaseModel):
@@ -55,9 +54,9 @@ def router(runtime: Runtime) -> APIRouter:
     subjects = SubjectKeys(runtime.cipher)
     routes = APIRouter(tags=["tenants"])
 
-    @routes.post("/api/v1/tenants", status_code=201, response_model=MadeTenant)
+    @routes.post("/api/v1/tenants", status_code=201, response_model=CreatedTenant)
     async def create_tenant(body: NewTenant, who: Operator, request: Request) -> Response:
-        async def work(tx: Tx) -> tuple[int, MadeTenant]:
+        async def work(tx: Tx) -> tuple[int, CreatedTenant]:
             return 201, await _create(tx, subjects, body, who.actor)
 
         return await once(request, runtime, who, work)
@@ -77,14 +76,14 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(f"SELECT {_COLUMNS} FROM tenant WHERE tenant_id = $1", who.tenant_id)
         if not rows:
-            raise NotFound(f"tenant {who.tenant_id}: there is none")
+            raise NotFound(f"tenant {who.tenant_id}: does not exist")
         return _tenant(rows[0])
 
     return routes
 
 
-async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, actor: str) -> MadeTenant:
-    # From here on the operator's transaction is about this tenant: what it publishes says so.
+async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, actor: str) -> CreatedTenant:
+    # From here on the operator's transaction belongs to this tenant: its messages carry the tenant's id.
     tx.tenant_id = tenant_id = str(uuid7())
     await tx.sql(
         "INSERT INTO tenant (tenant_id, name, currency) VALUES ($1, $2, $3)", tenant_id, new.name, new.currency
@@ -99,7 +98,7 @@ async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, actor: str) -> 
         await members.add(tx, subjects, tenant_id, members.NewMember(email=new.owner_email, role="owner"), actor)
     first = api_keys.NewApiKey(name="first", scopes=sorted(EVERYTHING))
     key = await api_keys.create(tx, tenant_id, first, EVERYTHING, actor)
-    return MadeTenant(id=tenant_id, name=new.name, api_key=key.api_key)
+    return CreatedTenant(id=tenant_id, name=new.name, api_key=key.api_key)
 
 
 def _tenant(row: tuple[Any, ...]) -> Tenant:

@@ -1,4 +1,4 @@
-"""Gateway of live streams: what happens in a run, to whoever watches."""
+"""Starts the gateway of live streams: it sends the events of runs to the clients that follow them."""
 
 from functools import lru_cache
 
@@ -12,13 +12,13 @@ from services.ws_gateway.settings import GatewaySettings
 
 @lru_cache(maxsize=1)
 def hub(runtime: Runtime) -> Hub:
-    """One for the process: what the tail hears reaches the streams."""
+    """The hub of the process: it passes the tail's facts to the streams."""
     return Hub(Cache(runtime.cache), runtime.stopping)
 
 
 service = Service("ws_gateway", GatewaySettings)
 service.serve_http(api.routes(hub))
-service.consume(handlers.show, hub=hub)
+service.consume(handlers.pass_on, hub=hub)
 service.consume(erasure("ws_gateway"))
 
 if __name__ == "__main__":

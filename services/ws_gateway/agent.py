@@ -1,4 +1,4 @@
-"""The agent's HTTP, as the gateway uses it."""
+"""The client of the agent's HTTP routes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.ws_gateway.domain import Fact
 from services.ws_gateway.protocol import Message
 
 TIMEOUT_SECONDS = 10.0
-# After a break all streams read at once.
+# After a gap in the tail all streams read at the same time.
 CONCURRENT_READS = 50
 
 
@@ -32,12 +32,12 @@ class _Accepted(msgspec.Struct):
 
 
 def accepted_run(answer: httpx.Response) -> UUID:
-    """The run of a message that was accepted."""
+    """The run that will answer an accepted message."""
     return msgspec.json.decode(answer.content, type=_Accepted).run_id
 
 
 class Refused(Exception):
-    """The agent's answer was a problem. `body`: the problem, as JSON."""
+    """The agent answered with a problem. `body` is the problem as JSON."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(f"agent: HTTP {status}")
@@ -46,7 +46,7 @@ class Refused(Exception):
 
 
 class Agent:
-    """`url`: its base."""
+    """`url` is the agent's base URL."""
 
     def __init__(self, url: str, identities: Identities) -> None:
         self._identities = identities
@@ -54,14 +54,14 @@ class Agent:
         self._reading = asyncio.Semaphore(CONCURRENT_READS)
 
     async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
-        """The run's facts with a higher n than `after`, in order. Raises NotFound, for another tenant's run too, and
+        """The run's facts with an n above `after`, in order. Raises NotFound, also for another tenant's run, and
         Transient."""
         async with self._reading:
             answer = await self.ask(
                 who, "read", "GET", f"/internal/runs/{run_id}/events?after={after}", "/internal/runs/{run_id}/events"
             )
         if answer.status_code == 404:
-            raise NotFound(f"run {run_id}: there is none")
+            raise NotFound(f"run {run_id}: does not exist")
         if answer.status_code != 200:
             raise Transient(f"agent: HTTP {answer.status_code}")
         return msgspec.json.decode(answer.content, type=_Facts).items
@@ -77,20 +77,20 @@ class Agent:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        """Whatever the agent answers to a client that has this scope; `template`: the path's, for traces. Raises
+        """The agent's answer to a request with this scope. `template` is the path's template for traces. Raises
         Transient."""
-        # Made anew: the client's own token lasts a minute, its stream may last longer. And who may start a run may
-        # see it run.
+        # A new token: the client's own token lasts one minute, and its stream may last longer. The scope is narrowed
+        # to the call: a client that may start a run may also read its events.
         token = self._identities.token(replace(who, scopes=frozenset((scope,))))
         return await self._ask(method, path, template, {**(headers or {}), IDENTITY_HEADER: token}, body)
 
     async def post_message(self, path: str, headers: Mapping[str, str], body: bytes) -> httpx.Response:
-        """Hands a posted message on as it is. Raises Transient."""
+        """Forwards a posted message unchanged. Raises Transient."""
         return await self._ask("POST", path, "/api/v1/agents/{agent_id}/sessions/{key}/messages", headers, body)
 
     async def write(self, message: Message, who: Identity) -> UUID:
-        """The run that will answer. Raises Refused and Transient."""
-        # A dot as well: two of them would be a step back in the path.
+        """Sends a message to an agent. Returns the run that will answer. Raises Refused and Transient."""
+        # Dots are escaped too: two dots would lead to the parent path.
         session = quote(message.session, safe="").replace(".", "%2E")
         path = f"/api/v1/agents/{message.agent_id}/sessions/{session}/messages"
         template = "/api/v1/agents/{agent_id}/sessions/{key}/messages"
@@ -99,7 +99,7 @@ class Agent:
         return accepted_run(_accepted(await self.ask(who, "run", "POST", path, template, body=body, headers=headers)))
 
     async def cancel(self, run_id: UUID, who: Identity) -> None:
-        """Raises Refused and Transient."""
+        """Requests the cancellation of a run. Raises Refused and Transient."""
         template = "/api/v1/runs/{run_id}/cancel"
         _accepted(await self.ask(who, "run", "POST", f"/api/v1/runs/{run_id}/cancel", template))
 
@@ -125,6 +125,6 @@ def _accepted(answer: httpx.Response) -> httpx.Response:
     if answer.status_code == 202:
         return answer
     if "json" not in answer.headers.get("content-type", ""):
-        # Of something between us and the agent, or of its server.
+        # The answer of a proxy, or of the agent's HTTP server.
         raise Transient(f"agent: HTTP {answer.status_code}")
     raise Refused(answer.status_code, answer.content)

@@ -1,4 +1,4 @@
-"""HTTP of the gateway: streams of runs, the WebSocket, and agents in OpenAI's shapes."""
+"""The HTTP routes of the gateway: streams of runs, the WebSocket, and agents in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def websocket(hub: Hub, agent: Agent, keys: Keys, identities: Identities) -> Bas
         who = of_a_tenant(identity(websocket, identities))
         await Socket(hub, agent, keys, who, websocket).serve()
 
-    # Without FastAPI, whose layers would add a quarter to the memory of each socket.
+    # Not a FastAPI route: its layers would add a quarter to the memory of each socket.
     return WebSocketRoute("/ws", serve)
 
 
@@ -60,14 +60,14 @@ def _router(hub: Hub, agent: Agent) -> APIRouter:
 
     @router.get("/api/v1/runs/{run_id}/events", response_class=Response, responses=_STREAM)
     async def run_events(run_id: UUID, who: Reader, last_event_id: Annotated[str | None, Header()] = None) -> Response:
-        """A run as server-sent events: from the first, or behind `Last-Event-ID`, until the run ends."""
+        """The events of a run as server-sent events: from the first, or after `Last-Event-ID`, until the run ends."""
         return RunStream(hub, agent, who, run_id, _after(last_event_id))
 
     @router.post("/api/v1/agents/{agent_id}/sessions/{key:path}/messages", response_class=Response, responses=_STREAM)
     async def post_message(agent_id: str, key: str, who: Runner, request: Request) -> Response:
-        """Hands the message to the agent and shows the run that will answer it."""
+        """Sends the message to the agent and streams the events of the run that answers it."""
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
-        # As it came: a session's key may hold escaped slashes.
+        # The raw path: a session's key may contain escaped slashes.
         answer = await agent.post_message(request.scope["raw_path"].decode(), headers, await request.body())
         if answer.status_code != 202:
             back = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
@@ -76,12 +76,12 @@ def _router(hub: Hub, agent: Agent) -> APIRouter:
 
     @router.get("/ws", status_code=426, response_class=Response, responses=_UPGRADE)
     async def no_socket() -> None:
-        """The WebSocket form of the streams: one socket follows many runs, writes to agents and cancels runs. The
-        messages of both sides are described by the [JSON Schema](ws-schema.json).
+        """The WebSocket form of the streams: one socket follows many runs, sends messages to agents and cancels runs.
+        The [JSON Schema](ws-schema.json) describes the messages of both sides.
 
-        The server pings every 30 seconds and drops who gives no sign of life for 90. It closes with 1009 after a
-        message of more than 1 MiB, with 1012 and 1013 where the client should come again and subscribe from the last
-        ids that it has, and with 4401 once the API key was revoked or has expired.
+        The server sends a ping every 30 seconds and closes a socket that stays silent for 90 seconds. It closes with
+        1009 after a message of more than 1 MiB, with 1012 and 1013 if the client should connect again and subscribe
+        after the last ids that it has, and with 4401 if the API key was revoked or has expired.
         """
         raise HTTPException(426, "this is a WebSocket", {"Upgrade": "websocket"})
 
@@ -96,5 +96,5 @@ def _after(last_event_id: str | None) -> int:
     if last_event_id is None:
         return 0
     if not (last_event_id.isascii() and last_event_id.isdecimal()) or len(last_event_id) > 10:
-        raise InvalidMessage("header Last-Event-ID", "is none that this stream gave")
+        raise InvalidMessage("header Last-Event-ID", "is not an id of this stream")
     return int(last_event_id)

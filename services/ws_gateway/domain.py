@@ -1,4 +1,4 @@
-"""One run as one client sees it: facts in their order, each once, and the text that is being written. Pure."""
+"""A run's events in order, each once: the facts of the run and the deltas of its text. Pure."""
 
 from __future__ import annotations
 
@@ -15,41 +15,47 @@ _EVENTS = {
     "agent.v1.RunIndeterminate": "run.indeterminate",
     "agent.v1.RunCompleted": "run.completed",
 }
-# The event's name of a `RunFailed` is its status, in older messages also `indeterminate`. Such a run may go on.
+# A `RunFailed` becomes `run.<status>`; in older messages the status may be `indeterminate`. Such a run may continue, so
+# that event is not an ending.
 ENDINGS = frozenset(("run.completed", "run.failed", "run.cancelled", "run.refused"))
 
 
 class Fact(msgspec.Struct, frozen=True):
-    """A public fact of a run. `n` counts them from 1; `type`: the message's wire name; `data`: its body."""
+    """A public fact of a run."""
 
     n: int
+    """Counts the facts of the run from 1."""
     type: str
+    """The wire name of the message."""
     time: str
     data: dict[str, Any]
+    """The body of the message."""
 
     @property
     def event(self) -> str | None:
-        """What it is called in a stream; None for one that this version does not know."""
+        """The name of the event in a stream; None if this version does not know the fact."""
         if self.type == "agent.v1.RunFailed":
             return f"run.{self.data['status']}"
         return _EVENTS.get(self.type)
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """A piece of the text that a step's model writes; `n` counts those of the attempt from 1."""
+    """A piece of the text that the model of a step writes."""
 
     step: int
     attempt: int
     n: int
+    """Counts the pieces of the attempt from 1."""
     text: str
 
 
 class Event(NamedTuple):
-    """What the client gets. `id`: from where a stream goes on; None for a delta, which is told once."""
+    """An event for the client."""
 
     name: str
     data: Any
     id: int | None
+    """A stream can resume after this id. None for a delta, which is sent only once."""
 
     def encoded(self) -> bytes:
         id_ = b"" if self.id is None else b"id: %d\n" % self.id
@@ -57,10 +63,10 @@ class Event(NamedTuple):
 
 
 class Follow:
-    """Where one stream is. `last`: the id of the last event that the client has; `ended`: nothing more will come.
+    """The position of a stream in a run. `last` is the id of the last event sent. After `ended` no event follows.
 
-    An event's id is the n of its fact. The end of a run that has answered is one fact and two events: the reply has its
-    n, and the end, behind which nothing comes, the number after it.
+    An event has the n of its fact as its id. The end of a run with a reply is one fact and two events: the reply has
+    the n of the fact, and `run.completed` has the next number.
     """
 
     def __init__(self, last: int) -> None:
@@ -69,25 +75,25 @@ class Follow:
         self._attempts: dict[int, int] = {}
 
     def has_end(self, facts: Iterable[Fact]) -> bool:
-        """True where one of these is the run's end, and the client has it."""
+        """True if the run has ended and the client has its last event."""
         return any(_last_id(fact) <= self.last and fact.event in ENDINGS for fact in facts)
 
     def is_known(self, facts: Iterable[Fact]) -> bool:
-        """False where no event of these facts has the id of the client's last one."""
+        """False if no event of these facts has the id of the client's last event."""
         return self.last == 0 or any(fact.n <= self.last <= _last_id(fact) for fact in facts)
 
     @property
     def read_from(self) -> int:
-        """After which n the facts are to be read, so that the client's last event is among them: it may have been the
-        run's end."""
+        """The n after which to read the facts, so that they include the client's last event: it may be the run's
+        end."""
         return max(self.last - 2, 0)
 
     def misses(self, fact: Fact) -> bool:
-        """True where a fact between the last one and this one is not here."""
+        """True if facts between the last fact and this one are missing."""
         return fact.n > self.last + 1
 
     def fact(self, fact: Fact) -> list[Event]:
-        """The events of the next fact; none for one that the client has, and after the end."""
+        """The events of a fact; empty for a fact that was sent already, and after the end."""
         if _last_id(fact) <= self.last or self.ended:
             return []
         has_reply = fact.n <= self.last
@@ -108,13 +114,13 @@ class Follow:
         return [Event("reply", reply, fact.n), event]
 
     def delta(self, delta: Delta) -> list[Event]:
-        """The piece, unless it is of an attempt that has been given up."""
+        """The event of a delta; empty if its attempt has been replaced by a later attempt."""
         if self.ended or not self._attempt(delta.step, delta.attempt):
             return []
         return [Event("delta", delta, None)]
 
     def _attempt(self, step: int, attempt: int) -> bool:
-        """Notes it. False where a later one is known."""
+        """Records the attempt. Returns False if a later attempt of the step is known."""
         latest = max(attempt, self._attempts.get(step, 0))
         self._attempts[step] = latest
         return attempt == latest

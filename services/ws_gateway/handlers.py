@@ -1,4 +1,4 @@
-"""What the gateway hears."""
+"""Reads agent.events from its end, and passes the facts to the hub."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
 
 
-async def begins(hub: Hub) -> None:
+async def note_gap(hub: Hub) -> None:
+    """The tail begins, or begins again: facts before it may be missing."""
     hub.missed()
 
 
-@AGENT_EVENTS.tail(group="ws_gateway", begins=begins)
-async def show(message: Message, headers: Mapping[str, str], hub: Hub) -> None:
+@AGENT_EVENTS.tail(group="ws_gateway", begins=note_gap)
+async def pass_on(message: Message, headers: Mapping[str, str], hub: Hub) -> None:
     data = msgspec.to_builtins(message)
     hub.fact(Fact(data["n"], message.wire_name(), headers["ce_time"], data))

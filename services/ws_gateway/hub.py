@@ -1,4 +1,4 @@
-"""What is live in this process: facts from the tail, deltas from Redis, and the streams that wait for them."""
+"""Passes live facts (from the tail) and deltas (from Redis) to the streams of this process."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from infra.stores.cache import Cache
 from protos.pubsub import RUN_DELTAS
 from services.ws_gateway.domain import Delta, Fact
 
-# A client that is so far behind is dropped; it comes again and goes on from its last event.
+# A client with more waiting items is dropped. It can connect again and resume after its last event.
 MAX_WAITING = 1_000
 
 _log = get_logger("ws_gateway.hub")
 
 
 class Missed:
-    """Something may have been missed: read again."""
+    """Facts may be missing: read the run again."""
 
 
 class Client:
-    """Whoever watches runs: one, or many. `room`: how much more may wait for it."""
+    """A connection that follows one or more runs. `room` is the number of items that may still wait for it."""
 
     def __init__(self) -> None:
         self.room = MAX_WAITING
         self.dropped = False
-        # Called when it is to go before its runs end.
+        # Called to end the connection before its runs have ended.
         self.end: Callable[[], object] = lambda: None
 
 
 class Live:
-    """A client's end of the hub, for one run."""
+    """The queue of live items of one run for one client."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self._waiting: deque[Fact | Delta | Missed] = deque()
         self._came = asyncio.Event()
-        # All its runs may miss something at the same moment, however many there are.
+        # One place for `Missed`: after a gap in the tail, all runs of the client get one at the same moment.
         client.room += 1
 
     async def next(self, seconds: float) -> Fact | Delta | Missed | None:
-        """None: nothing came in that time."""
+        """The next item; None if none arrived within this time."""
         if not self._waiting:
             self._came.clear()
-            # Not `asyncio.timeout` around a queue, which takes longer than all else that a delta needs here.
+            # `asyncio.timeout` around a queue would take longer than everything else that is done for a delta.
             late = asyncio.get_running_loop().call_later(seconds, self._came.set)
             try:
                 await self._came.wait()
@@ -60,12 +60,12 @@ class Live:
         self.client.room += 1
         return self._waiting.popleft()
 
-    def put(self, item: Fact | Delta | Missed) -> None:
+    def push(self, item: Fact | Delta | Missed) -> None:
         if self.client.dropped:
             return
         if self.client.room <= 0:
             self.client.dropped = True
-            _log.info("a client that does not keep up is dropped")
+            _log.info("client does not keep up; the connection is dropped")
             self.client.end()
             return
         self.client.room -= 1
@@ -77,7 +77,7 @@ class Live:
 
 
 class Hub:
-    """`stopping`: set when the process is to end; all streams end then, and their clients go elsewhere."""
+    """`stopping` is set when the process ends. All streams end then, and their clients connect elsewhere."""
 
     def __init__(self, cache: Cache, stopping: asyncio.Event) -> None:
         self._cache = cache
@@ -87,7 +87,7 @@ class Hub:
 
     @asynccontextmanager
     async def listen(self, run_id: UUID, client: Client) -> AsyncIterator[Live]:
-        """Everything of the run that comes during the block."""
+        """All live items of the run during the block."""
         if not self._streams:
             self._tasks = [asyncio.create_task(self._deltas()), asyncio.create_task(self._end_all())]
         live = Live(client)
@@ -101,23 +101,23 @@ class Hub:
             if not streams:
                 del self._streams[str(run_id)]
             if not self._streams:
-                # Nobody is left: Redis need not tell us anything.
+                # No stream is left, so Redis does not need to send us anything.
                 await asyncio.gather(*(_cancelled(task) for task in self._tasks))
 
     def fact(self, fact: Fact) -> None:
         for live in [*self._streams.get(str(fact.data["run_id"]), ())]:
-            live.put(fact)
+            live.push(fact)
 
     def missed(self) -> None:
-        """To all: facts may have been missed."""
+        """Tells all streams that facts may be missing."""
         for live in self._all():
-            live.put(Missed())
+            live.push(Missed())
 
     async def _deltas(self) -> None:
         async with aclosing(self._cache.listen(f"{RUN_DELTAS}*")) as messages:
             async for message in messages:
                 if asyncio.current_task() not in self._tasks:
-                    # Another one has taken over, while redis-py took the cancelling of this one for a lost connection.
+                    # Another task has taken over: redis-py mistook the cancellation of this one for a lost connection.
                     return
                 if message is None:
                     continue
@@ -126,10 +126,10 @@ class Hub:
                     try:
                         delta = msgspec.json.decode(data, type=Delta)
                     except msgspec.DecodeError as error:
-                        _log.warning("delta not understood", error=str(error))
+                        _log.warning("delta is invalid; it is skipped", error=str(error))
                         continue
                     for live in [*streams]:
-                        live.put(delta)
+                        live.push(delta)
 
     async def _end_all(self) -> None:
         await self.stopping.wait()
@@ -141,8 +141,8 @@ class Hub:
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
-    """Ends it. Once is not enough: redis-py takes a cancelling while it connects for a lost connection, and goes on;
-    what was left running would hand each delta on a second time."""
+    """Cancels the task until it ends. One cancellation is not enough: while redis-py connects, it mistakes the
+    cancellation for a lost connection and continues. The task would pass each delta on a second time."""
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=0.5)

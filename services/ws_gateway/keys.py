@@ -1,4 +1,4 @@
-"""Whether a client that was let in may stay, as the user service says."""
+"""Asks the user service for the present scopes of a client's key."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SAFE = ("clawbus.user.v1.Keys/Scopes",)
 
 
 class Keys:
-    """`channel`: to the user service."""
+    """`channel` leads to the user service."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._keys = user_pb2_grpc.KeysStub(channel)
 
     async def scopes(self, who: Identity) -> frozenset[str]:
-        """What the client may do now; nothing where its key was revoked or has expired. Raises Transient."""
+        """The client's present scopes; empty if its key was revoked or has expired. Raises Transient."""
         if who.actor == "operator":
             return who.scopes
         request = user_pb2.ScopesRequest(key_id=who.key_id)

@@ -1,4 +1,4 @@
-"""The messages of the WebSocket, both ways; the JSON Schema that clients get is made from these."""
+"""The messages of the WebSocket in both directions. The JSON Schema for clients is generated from these types."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from msgspec import Meta, Struct
 
 
 class _FromClient(Struct, kw_only=True, tag_field="type", forbid_unknown_fields=True):
-    ref: Annotated[str, Meta(description="Yours to choose: the answer to this message has it, too.")] | None = None
+    ref: Annotated[str, Meta(description="Chosen by the client. The answer to this message repeats it.")] | None = None
 
 
 class Subscribe(_FromClient, tag="subscribe"):
-    """Asks for a run's events: `accepted`, then what has happened, then what happens, until the run ends. Of a run that
-    is followed already they come again from `after`."""
+    """Follows a run: the server sends `accepted`, then the past events, then each new event until the run ends. If the
+    socket follows the run already, the events after `after` are sent again."""
 
     run_id: UUID
-    after: Annotated[int, Meta(ge=0, lt=2**31, description="The last id of the run that you have.")] = 0
+    after: Annotated[int, Meta(ge=0, lt=2**31, description="The last event id of the run that the client has.")] = 0
 
 
 class Unsubscribe(_FromClient, tag="unsubscribe"):
-    """Behind its `accepted` no event of the run comes any more."""
+    """Stops following a run. After the `accepted`, the server sends no more events of the run."""
 
     run_id: UUID
 
 
 class Message(_FromClient, tag="message"):
-    """Writes to an agent as POST /api/v1/agents/{agent_id}/sessions/{session}/messages does: `accepted` with the run
-    that will answer, then that run's events."""
+    """Sends a message to an agent, as POST /api/v1/agents/{agent_id}/sessions/{session}/messages does. The server sends
+    `accepted` with the run that will answer, then the events of that run."""
 
     agent_id: UUID
     session: Annotated[str, Meta(min_length=1, max_length=200)]
     text: str
-    idempotency_key: Annotated[str, Meta(description="Who sends it again with the same gets the same run.")] | None = (
-        None
-    )
+    idempotency_key: (
+        Annotated[str, Meta(description="A second message with the same key gets the same run.")] | None
+    ) = None
 
 
 class Cancel(_FromClient, tag="cancel"):
-    """Asks for a run's end; that it has ended is said by its event, to whoever follows it."""
+    """Requests the cancellation of a run. Clients that follow the run get an event when it has ended."""
 
     run_id: UUID
 
 
 class Ping(_FromClient, tag="ping"):
-    """Answered with `pong`. None is needed: the server pings by WebSocket's own frames."""
+    """Answered with `pong`. It is optional, because the server sends ping frames itself."""
 
 
 ClientMessage = Subscribe | Unsubscribe | Message | Cancel | Ping
@@ -58,14 +58,14 @@ class _FromServer(Struct, kw_only=True, tag_field="type"):
 
 
 class RunEvent(_FromServer, tag="event"):
-    """What happened in a run, as GET /api/v1/runs/{run_id}/events tells it."""
+    """An event of a run, as in GET /api/v1/runs/{run_id}/events."""
 
     run_id: UUID
     event: Annotated[
         str,
         Meta(
-            description="`run.completed`, `run.failed`, `run.cancelled` and `run.refused` are a run's last. Ignore "
-            "what you do not know.",
+            description="`run.completed`, `run.failed`, `run.cancelled` and `run.refused` are the last event of a run. "
+            "Ignore unknown events.",
             examples=[
                 "run.started",
                 "step.started",
@@ -80,18 +80,18 @@ class RunEvent(_FromServer, tag="event"):
             ],
         ),
     ]
-    id: Annotated[int, Meta(description="What to give as `after`.")] | None
+    id: Annotated[int, Meta(description="The value for `after` when the client subscribes again.")] | None
     data: Annotated[
         dict[str, Any],
         Meta(
-            description="Of a `delta`: step, attempt, n (from 1 in each attempt), text; a higher attempt of the step, "
-            "or the `reply`, takes the place of what came before."
+            description="The data of a `delta` has step, attempt, n (from 1 in each attempt) and text. A higher "
+            "attempt of the step, and the `reply`, replace the earlier deltas."
         ),
     ]
 
 
 class Accepted(_FromServer, tag="accepted"):
-    """The answer to all but `ping`, where it is not an error."""
+    """The answer to every message except `ping`, if the message was not refused."""
 
     run_id: UUID
     ref: str | None
@@ -103,9 +103,9 @@ class FieldError(Struct, frozen=True):
 
 
 class Error(_FromServer, tag="error"):
-    """A message was refused, and the socket goes on: a problem (RFC 9457) without what is only for HTTP.
+    """The server refused a message. The socket stays open. The fields are those of a problem (RFC 9457).
 
-    Also where a run that is followed is there no more: with the `ref` of its `subscribe`."""
+    The server also sends it if a followed run no longer exists, with the `ref` of the `subscribe`."""
 
     status: int
     detail: str
@@ -125,7 +125,7 @@ class _Ref(Struct):
 
 
 def ref_of(text: str) -> str | None:
-    """The ref of a message that is not understood, where it has one."""
+    """The ref of a message that cannot be decoded, if it has one."""
     try:
         return msgspec.json.decode(text, type=_Ref).ref
     except (msgspec.DecodeError, RecursionError):
@@ -133,7 +133,7 @@ def ref_of(text: str) -> str | None:
 
 
 def schema() -> str:
-    """JSON Schema (2020-12) of both ways, as text: ``ClientMessage`` and ``ServerMessage`` in its ``$defs``."""
+    """The JSON Schema (2020-12) of both directions: ``ClientMessage`` and ``ServerMessage`` in its ``$defs``."""
     both = (ClientMessage, ServerMessage)
     (client, server), definitions = msgspec.json.schema_components(both, ref_template="#/$defs/{name}")
     for definition in definitions.values():

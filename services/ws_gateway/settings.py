@@ -1,10 +1,10 @@
-"""What the gateway reads from the environment."""
+"""The settings of the gateway, read from the environment."""
 
 from infra.service.settings import Settings
 
 
 class GatewaySettings(Settings):
     agent_url: str
-    """The agent's base URL, inside."""
+    """The agent's internal base URL."""
     user_grpc: str
-    """The user service's gRPC, host:port, inside."""
+    """The internal ``host:port`` of the user service's gRPC."""

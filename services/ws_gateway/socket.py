@@ -1,4 +1,4 @@
-"""The WebSocket: one client follows many runs, and writes to agents. What is said is in `protocol`."""
+"""The WebSocket: one client follows many runs and sends messages to agents. `protocol` has the messages."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ from services.ws_gateway.protocol import (
     Unsubscribe,
     ref_of,
 )
-from services.ws_gateway.telling import SEND_SECONDS, happenings, persistently
+from services.ws_gateway.run_events import SEND_SECONDS, read_until_available, run_events
 
 MAX_RUNS = 1_000
-# An identity lasts a minute, a socket may last for days.
+# An identity is valid for a minute, but a socket may last for days. So its key is checked this often.
 CHECK_SECONDS = 60.0
-# While nobody says whether it may, a client stays no longer than this.
+# A socket is closed if its key could not be checked for this long.
 UNCHECKED_SECONDS = 300.0
 
-# How a socket is closed (RFC 6455 §7.4.1, the registry there); 4401 is ours, after HTTP's 401.
-FAILED = 1011, "an error inside this service"
-RESTARTING = 1012, "the service restarts: come again"
-TOO_SLOW = 1013, "you do not keep up: come again"
-UNCHECKED = 1013, "whether you may stay cannot be told now: come again"
+# The close codes (RFC 6455 §7.4.1 and its registry). 4401 is our own, after HTTP's 401.
+FAILED = 1011, "internal error"
+RESTARTING = 1012, "the service restarts: connect again"
+TOO_SLOW = 1013, "the client does not keep up: connect again"
+UNCHECKED = 1013, "the API key cannot be checked now: connect again"
 NOT_ALLOWED = 4401, "the API key was revoked or has expired"
 
 _log = get_logger("ws_gateway.socket")
@@ -66,11 +66,11 @@ class _Problem(msgspec.Struct):
 
 
 class Socket:
-    """A client's WebSocket from its acceptance to its end. `who`: who it is by what came with the handshake; that is
-    asked again every minute.
+    """A client's WebSocket from the handshake to its end. `who` is the identity of the handshake; its scopes are
+    checked again every minute.
 
-    Messages are taken one after the other: the next when the one before was answered, `subscribe` excepted, whose
-    answer comes when its run is found.
+    Messages are handled in order: the next one after the answer to the one before. Only `subscribe` is answered later,
+    when its run was read.
     """
 
     def __init__(self, hub: Hub, agent: Agent, keys: Keys, who: Identity, websocket: WebSocket) -> None:
@@ -83,13 +83,13 @@ class Socket:
         self._client.end = lambda: self._end(RESTARTING if hub.stopping.is_set() else TOO_SLOW)
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: dict[UUID, asyncio.Task[None]] = {}
-        # How to close it; None: it is closed already.
+        # The close code and reason; None if the connection is closed already.
         self._over: asyncio.Future[tuple[int, str] | None] = asyncio.get_running_loop().create_future()
 
     async def serve(self) -> None:
         await self._websocket.accept()
-        self._start(self._hear())
-        self._start(self._watch())
+        self._start(self._receive())
+        self._start(self._check_key())
         try:
             how = await self._over
         finally:
@@ -98,18 +98,18 @@ class Socket:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         if how:
-            # One that takes nothing is left without a proper end.
+            # A client that does not read does not get a proper end.
             with suppress(TimeoutError, WebSocketDisconnect, RuntimeError):
                 async with asyncio.timeout(1):
                     await self._websocket.close(*how)
 
-    async def _hear(self) -> None:
+    async def _receive(self) -> None:
         while (message := await self._websocket.receive())["type"] == "websocket.receive":
             await self._answer(message.get("text"))
         self._end(None)
 
-    async def _watch(self) -> None:
-        """Until the process is to end, or the client may not stay."""
+    async def _check_key(self) -> None:
+        """Returns when the process ends or the key is not valid any more."""
         checked = time.monotonic()
         while True:
             with suppress(TimeoutError):
@@ -121,12 +121,12 @@ class Socket:
                 scopes = await self._keys.scopes(self._who)
             except Transient as error:
                 if time.monotonic() - checked > UNCHECKED_SECONDS:
-                    _log.warning("a client's key cannot be checked, its socket is closed", error=str(error))
+                    _log.warning("could not check a client's key; its socket is closed", error=str(error))
                     self._end(UNCHECKED)
                     return
                 continue
             if not scopes:
-                _log.info("a client may not stay", actor=self._who.actor)
+                _log.info("API key was revoked or has expired; its socket is closed", actor=self._who.actor)
                 self._end(NOT_ALLOWED)
                 return
             self._who = replace(self._who, scopes=scopes)
@@ -136,11 +136,11 @@ class Socket:
         asked: ClientMessage | None = None
         try:
             if text is None:
-                raise WrongType("body", "binary; this takes JSON as text")
+                raise WrongType("body", "must be a text frame with JSON, not a binary frame")
             asked = decode_json(text.encode(), _FROM_CLIENT)
             await self._do(asked)
         except WebSocketDisconnect:
-            # The client's, not the message's.
+            # The connection has ended, so the message needs no answer.
             raise
         except Exception as error:
             await self._refuse(error, asked.ref if asked else ref_of(text or ""))
@@ -149,27 +149,27 @@ class Socket:
         match asked:
             case Subscribe(run_id=run_id):
                 self._need("read")
-                await self._forget(run_id)
+                await self._unfollow(run_id)
                 self._check_room()
-                self._runs[run_id] = self._start(self._tell(run_id, asked.after, asked))
+                self._runs[run_id] = self._start(self._follow(run_id, asked.after, asked))
             case Unsubscribe(run_id=run_id):
-                await self._forget(run_id)
-                await self._put(Accepted(run_id=run_id, ref=asked.ref))
+                await self._unfollow(run_id)
+                await self._send(Accepted(run_id=run_id, ref=asked.ref))
             case Message():
                 self._need("run")
                 self._check_room()
                 with telemetry.span("ws message", SpanKind.SERVER):
                     run_id = await self._agent.write(asked, self._who)
-                await self._put(Accepted(run_id=run_id, ref=asked.ref))
+                await self._send(Accepted(run_id=run_id, ref=asked.ref))
                 # Messages that are answered together share a run.
                 if run_id not in self._runs:
-                    self._runs[run_id] = self._start(self._tell(run_id, 0, None))
+                    self._runs[run_id] = self._start(self._follow(run_id, 0, None))
             case Cancel(run_id=run_id):
                 self._need("run")
                 await self._agent.cancel(run_id, self._who)
-                await self._put(Accepted(run_id=run_id, ref=asked.ref))
+                await self._send(Accepted(run_id=run_id, ref=asked.ref))
             case Ping():
-                await self._put(Pong(ref=asked.ref))
+                await self._send(Pong(ref=asked.ref))
             case _:
                 assert_never(asked)
 
@@ -179,31 +179,31 @@ class Socket:
 
     def _check_room(self) -> None:
         if len(self._runs) >= MAX_RUNS:
-            raise Conflict(f"a socket follows {MAX_RUNS} runs at most: unsubscribe from one, or open another")
+            raise Conflict(f"a socket can follow at most {MAX_RUNS} runs: unsubscribe from one, or open another socket")
 
-    async def _tell(self, run_id: UUID, after: int, asked: Subscribe | None) -> None:
-        """Follows a run to its end; `asked`: what is still to be answered."""
+    async def _follow(self, run_id: UUID, after: int, asked: Subscribe | None) -> None:
+        """Sends the events of a run until its end. `asked` is the subscription that still needs its answer."""
         async with self._hub.listen(run_id, self._client) as live:
             follow, read = Follow(after), partial(self._read, run_id)
             try:
-                facts = await persistently(read, follow.read_from)
+                facts = await read_until_available(read, follow.read_from)
                 if not follow.is_known(facts):
-                    raise InvalidMessage("after", "is none that this run's events had")
+                    raise InvalidMessage("after", "is not the id of an event of this run")
                 if asked:
-                    await self._put(Accepted(run_id=run_id, ref=asked.ref))
+                    await self._send(Accepted(run_id=run_id, ref=asked.ref))
                 if not follow.has_end(facts):
-                    async with aclosing(happenings(read, live, follow, facts)) as happening:
-                        async for events in happening:
-                            await self._put_events(run_id, events)
+                    async with aclosing(run_events(read, live, follow, facts)) as batches:
+                        async for events in batches:
+                            await self._send_events(run_id, events)
             except (NotFound, InvalidMessage) as error:
                 await self._refuse(error, asked.ref if asked else None)
 
     async def _read(self, run_id: UUID, after: int) -> list[Fact]:
         return await self._agent.facts(run_id, after, self._who)
 
-    async def _put_events(self, run_id: UUID, events: list[Event]) -> None:
+    async def _send_events(self, run_id: UUID, events: list[Event]) -> None:
         for event in events:
-            await self._put(RunEvent(run_id=run_id, event=event.name, id=event.id, data=event.data))
+            await self._send(RunEvent(run_id=run_id, event=event.name, id=event.id, data=event.data))
 
     async def _refuse(self, error: Exception, ref: str | None) -> None:
         if isinstance(error, Refused):
@@ -212,27 +212,27 @@ class Socket:
             response = problem(error)
             status, body = response.status_code, bytes(response.body)
             if status >= 500:
-                _log.error("a message could not be answered", exc_info=error)
+                _log.error("could not handle a client's message; the client gets an error", exc_info=error)
         said = msgspec.json.decode(body, type=_Problem)
-        await self._put(Error(status=status, detail=said.detail, errors=said.errors, ref=ref))
+        await self._send(Error(status=status, detail=said.detail, errors=said.errors, ref=ref))
 
-    async def _put(self, message: ServerMessage) -> None:
-        """Raises WebSocketDisconnect where the client is gone. One that takes nothing is dropped."""
+    async def _send(self, message: ServerMessage) -> None:
+        """Raises WebSocketDisconnect if the client is gone. A client that does not read is dropped."""
         text = _encoder.encode(message).decode()
         late = asyncio.get_running_loop().call_later(SEND_SECONDS, self._drop)
         try:
             await self._websocket.send_text(text)
         except RuntimeError as error:
-            # What uvicorn and Starlette say where the socket is being closed already.
+            # uvicorn and Starlette raise RuntimeError if the socket is being closed.
             raise WebSocketDisconnect(1006) from error
         finally:
             late.cancel()
 
     def _drop(self) -> None:
-        _log.info("a client that takes nothing is dropped")
+        _log.info("client does not read its socket; the connection is dropped")
         self._end(TOO_SLOW)
 
-    async def _forget(self, run_id: UUID) -> None:
+    async def _unfollow(self, run_id: UUID) -> None:
         if task := self._runs.pop(run_id, None):
             task.cancel()
             await asyncio.wait({task})
@@ -253,7 +253,7 @@ class Socket:
             case WebSocketDisconnect():
                 self._end(None)
             case error:
-                _log.error("a socket failed", exc_info=error)
+                _log.error("socket failed; it is closed", exc_info=error)
                 self._end(FAILED)
 
     def _end(self, how: tuple[int, str] | None) -> None:

@@ -14,7 +14,7 @@ from tooling.testing.stack import Stack
 async def platform(
     stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Platform]:
-    """A module names what it needs with ``await platform.prepare(…)`` and ``await platform.start(…)``."""
+    """A module prepares and starts its services with ``await platform.prepare(…)`` and ``await platform.start(…)``."""
     folder = tmp_path_factory.mktemp("platform")
     async with running_platform(stack, database, vhost, topic_prefix, folder) as running:
         yield running

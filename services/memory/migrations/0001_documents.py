@@ -1,4 +1,4 @@
-"""Documents and their passages. The index of the passages' vectors is in Milvus, one collection per model."""
+"""Tables of documents and their passages. Milvus holds the index of the vectors, one collection per model."""
 
 from alembic import op
 
@@ -17,12 +17,12 @@ def upgrade() -> None:
             content_type text NOT NULL,
             size bigint NOT NULL,
             sha256 text NOT NULL,
-            path text NOT NULL,                 -- in the object store
+            path text NOT NULL,                 -- the key in the object store
             status text NOT NULL CHECK (status IN ('stored', 'parsed', 'chunked', 'embedded', 'indexed', 'failed')),
             progress real NOT NULL DEFAULT 0,   -- 0 to 1
             error text,
             created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-            deleted_at timestamptz              -- no longer there for anybody; its removal is under way
+            deleted_at timestamptz              -- hidden from everyone; a lane item removes the rest
         )
     """)
     op.execute("CREATE INDEX document_list ON document (tenant_id, created_at, id) WHERE deleted_at IS NULL")
@@ -35,8 +35,8 @@ def upgrade() -> None:
             text text NOT NULL,
             section text,
             page int,
-            model text,                         -- that made the vector
-            vector bytea,                       -- little-endian float32; the index is filled from here
+            model text,                         -- the embedding model of the vector
+            vector bytea,                       -- little-endian float32; the source for the index
             UNIQUE (document_id, n),
             CHECK ((model IS NULL) = (vector IS NULL))
         )

@@ -1,4 +1,4 @@
-"""Codes in passages, found as they are written; and what agents have said, per session."""
+"""Codes in passages, for exact matches; and the agents' replies per session."""
 
 from alembic import op
 
@@ -17,7 +17,7 @@ def upgrade() -> None:
             tenant_id text NOT NULL,
             session_key text NOT NULL,
             sealed bytea NOT NULL,              -- the text
-            model text,                         -- that made the vector
+            model text,                         -- the embedding model of the vector
             vector bytea,                       -- little-endian float32
             expires_at timestamptz NOT NULL,
             CHECK ((model IS NULL) = (vector IS NULL))

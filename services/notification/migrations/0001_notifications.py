@@ -1,4 +1,4 @@
-"""What was to be told to whom, and what became of it."""
+"""Table of notifications: the recipients, the sealed content, and the result."""
 
 from alembic import op
 
@@ -12,12 +12,12 @@ def upgrade() -> None:
     op.execute("""
         CREATE TABLE notification (
             tenant_id text NOT NULL,
-            id uuid NOT NULL,               -- of the message that asked for it
+            id uuid NOT NULL,               -- of the message that requested it
             kind text NOT NULL CHECK (kind IN ('email', 'push')),
             state text NOT NULL CHECK (state IN ('queued', 'sent', 'failed')),
             reason text NOT NULL DEFAULT '',
             recipients text[] NOT NULL DEFAULT '{}',    -- masked
-            content bytea,                  -- sealed; null once it is over
+            content bytea,                  -- sealed; null after the notification has ended
             created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
             finished_at timestamptz,
             PRIMARY KEY (tenant_id, id),

@@ -1,4 +1,4 @@
-"""Tenants, members, API keys."""
+"""Tables of tenants, members and API keys."""
 
 from alembic import op
 
@@ -29,7 +29,7 @@ def upgrade() -> None:
         )
     """)
     op.execute("CREATE INDEX member_tenant ON member (tenant_id, id)")
-    # hash: SHA-256 of the plaintext, which is nowhere. A member's keys go with the member.
+    # hash: SHA-256 of the plaintext, which is not stored. A member's keys are deleted with the member.
     op.execute("""
         CREATE TABLE api_key (
             id uuid PRIMARY KEY,

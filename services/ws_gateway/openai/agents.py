@@ -1,4 +1,4 @@
-"""What the agent is asked: for its agents, to begin a run and to end it, and what a run has used."""
+"""The calls to the agent service: list agents, start and cancel a run, read a run's usage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = get_logger("ws_gateway.openai")
 
 
 class AgentView(msgspec.Struct):
-    """An agent, as far as a client of this surface sees it."""
+    """The fields of an agent that a client sees."""
 
     id: UUID
     name: str
@@ -42,8 +42,8 @@ class _Run(msgspec.Struct):
     usage: Usage
 
 
-async def listed(agent: Agent, who: Identity) -> list[AgentView]:
-    """All of the tenant's. Raises Failure, Transient."""
+async def list_all(agent: Agent, who: Identity) -> list[AgentView]:
+    """All agents of the tenant. Raises Failure, Transient."""
     found: list[AgentView] = []
     cursor = ""
     while True:
@@ -57,8 +57,8 @@ async def listed(agent: Agent, who: Identity) -> list[AgentView]:
         cursor = f"&cursor={quote(page.next)}"
 
 
-async def begin(agent: Agent, who: Identity, model: str, conversation: Conversation, key: str | None) -> UUID:
-    """The run that answers; for the same idempotency key the same one. Raises Failure, Transient."""
+async def start_run(agent: Agent, who: Identity, model: str, conversation: Conversation, key: str | None) -> UUID:
+    """Starts the run that answers. The same idempotency key gets the same run. Raises Failure, Transient."""
     try:
         agent_id = UUID(model)
     except ValueError:
@@ -77,27 +77,29 @@ async def begin(agent: Agent, who: Identity, model: str, conversation: Conversat
     if answer.status_code != 202:
         failure = of_problem(answer.status_code, answer.headers, answer.content)
         if failure.error["param"] == "tools":
-            failure.status = 400  # that a name is taken only the agent can tell
+            failure.status = 400  # only the agent knows the names of its own tools
         raise failure
     return msgspec.json.decode(answer.content, type=_Accepted).run_id
 
 
 async def usage(agent: Agent, who: Identity, run_id: UUID) -> Usage:
-    """Of a run that is over. Where it cannot be read now it counts as not reported, for the answer is there."""
+    """The usage of an ended run. If it cannot be read, it counts as not reported: the answer must not fail for it."""
     try:
         answer = await agent.ask(who, "read", "GET", f"/api/v1/runs/{run_id}", "/api/v1/runs/{run_id}")
     except Transient as error:
-        _log.warning("usage cannot be read now", run_id=str(run_id), error=str(error))
+        _log.warning("could not read the usage of a run; the answer has none", run_id=str(run_id), error=str(error))
         return UNREPORTED
     if answer.status_code != 200:
-        _log.warning("usage cannot be read now", run_id=str(run_id), status=answer.status_code)
+        _log.warning(
+            "could not read the usage of a run; the answer has none", run_id=str(run_id), status=answer.status_code
+        )
         return UNREPORTED
     return msgspec.json.decode(answer.content, type=_Run).usage
 
 
 async def cancel(agent: Agent, who: Identity, run_id: UUID) -> None:
-    """Nobody waits for it any more. Where it cannot be cancelled now, it ends by itself."""
+    """Cancels a run whose client has gone. If that fails, the run finishes without a reader."""
     try:
         await agent.ask(who, "run", "POST", f"/api/v1/runs/{run_id}/cancel", "/api/v1/runs/{run_id}/cancel")
     except Transient as error:
-        _log.warning("a run that nobody waits for goes on", run_id=str(run_id), error=str(error))
+        _log.warning("could not cancel an abandoned run; it will finish", run_id=str(run_id), error=str(error))

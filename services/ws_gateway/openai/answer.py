@@ -1,4 +1,4 @@
-"""The answer to a completion: its run is followed to the end, and told whole or as it comes."""
+"""The answer to a completion: follows the run to its end, and sends the reply whole or as a stream."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 from services.ws_gateway.openai.errors import Failure
 from services.ws_gateway.openai.requests import Call
 from services.ws_gateway.openai.shapes import UNREPORTED, Reply, Shape, Usage
-from services.ws_gateway.stream import HEADERS, HEARTBEAT, put, while_there
-from services.ws_gateway.telling import happenings
+from services.ws_gateway.run_events import run_events
+from services.ws_gateway.stream import HEADERS, HEARTBEAT, send_part, until_disconnect
 
 _log = get_logger("ws_gateway.openai")
 
 
 class Answer(Response):
-    """`kept`: who asks has the run's idempotency key and may come again for it. Any other run that is not over when its
-    client goes, or cannot be told any more, is cancelled.
+    """`kept` is True if the client gave an idempotency key and can fetch the answer later. A run without one is
+    cancelled if it has not ended when its client goes or when its answer cannot be sent.
     """
 
     def __init__(
@@ -47,63 +47,63 @@ class Answer(Response):
         self._over = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        teller = _Teller(scope, receive, send, self._shape, self._run_id)
+        writer = _Writer(scope, receive, send, self._shape, self._run_id)
         try:
             client = Client()
             async with self._hub.listen(self._run_id, client) as live:
-                # So that what has happened already is read first.
-                live.put(Missed())
-                is_there = await while_there(self._tell(live, teller), client, receive)
+                # Makes the reader fetch the past facts first.
+                live.push(Missed())
+                connected = await until_disconnect(self._write(live, writer), client, receive)
         finally:
             if not (self._over or self._kept):
                 await agents.cancel(self._agent, self._who, self._run_id)
-        if is_there and not teller.ended:
+        if connected and not writer.ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):
-                    await teller.fail(errors.cut_off())
+                    await writer.fail(errors.cut_off())
 
-    async def _tell(self, live: Live, teller: _Teller) -> None:
+    async def _write(self, live: Live, writer: _Writer) -> None:
         try:
             try:
-                await (self._tell_parts if self._stream else self._tell_whole)(live, teller)
+                await (self._write_parts if self._stream else self._write_whole)(live, writer)
             except Failure as failure:
-                await teller.fail(failure)
+                await writer.fail(failure)
         except TimeoutError:
-            _log.info("a client that takes nothing is dropped")
+            _log.info("client does not read its answer; the connection is dropped")
 
-    async def _tell_whole(self, live: Live, teller: _Teller) -> None:
+    async def _write_whole(self, live: Live, writer: _Writer) -> None:
         reply = Reply("")
-        async with aclosing(self._events(live)) as happening:
-            async for events in happening:
+        async with aclosing(self._events(live)) as batches:
+            async for events in batches:
                 for event in events:
                     if event.name == "reply":
                         reply = _reply(event)
-        await teller.whole(reply, await self._usage())
+        await writer.whole(reply, await self._usage())
 
-    async def _tell_parts(self, live: Live, teller: _Teller) -> None:
+    async def _write_parts(self, live: Live, writer: _Writer) -> None:
         transcript = Transcript()
-        async with aclosing(self._events(live)) as happening:
-            async for events in happening:
+        async with aclosing(self._events(live)) as batches:
+            async for events in batches:
                 if not events:
-                    await teller.silence()
+                    await writer.heartbeat()
                 for event in events:
                     try:
                         piece = _piece(transcript, event)
                     except TakenBack:
                         raise errors.taken_back() from None
                     if piece and piece.text:
-                        await teller.text(piece)
+                        await writer.text(piece)
                     if event.name == "reply" and (calls := _reply(event).calls):
-                        await teller.calls(calls)
-        await teller.end(await self._usage() if self._shape.wants_usage else UNREPORTED)
+                        await writer.calls(calls)
+        await writer.end(await self._usage() if self._shape.wants_usage else UNREPORTED)
 
     async def _events(self, live: Live) -> AsyncGenerator[list[Event]]:
-        """What happens until the run has its reply. Raises Failure where it gets none."""
+        """The run's events until its reply. Raises Failure if the run ends without a reply."""
         try:
-            async with aclosing(happenings(self._read, live, Follow(0))) as happening:
-                async for events in happening:
+            async with aclosing(run_events(self._read, live, Follow(0))) as batches:
+                async for events in batches:
                     for event in events:
-                        if failure := errors.ending(event):
+                        if failure := errors.no_reply(event):
                             self._over = True
                             raise failure
                     yield events
@@ -119,9 +119,9 @@ class Answer(Response):
         return await agents.usage(self._agent, self._who, self._run_id)
 
 
-class _Teller:
-    """Sends one answer; TimeoutError where the client takes nothing any more. The status of a stream is sent with its
-    first text, or when nothing has come for a while: until then a failure has a status of its own.
+class _Writer:
+    """Sends one answer. Raises TimeoutError if the client does not read. The status of a stream is sent with its first
+    text or heartbeat: until then a failure can still have its own status.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, shape: Shape, run_id: UUID) -> None:
@@ -136,17 +136,17 @@ class _Teller:
         body = msgspec.json.encode(self._shape.whole(reply, usage))
         await self._respond(Response(body, 200, self._headers, media_type="application/json"))
 
-    async def silence(self) -> None:
+    async def heartbeat(self) -> None:
         await self._begin()
-        await put(self._send, HEARTBEAT)
+        await send_part(self._send, HEARTBEAT)
 
     async def text(self, piece: Piece) -> None:
         await self._begin()
-        await put(self._send, self._shape.text(piece))
+        await send_part(self._send, self._shape.text(piece))
 
     async def calls(self, calls: Sequence[Call]) -> None:
         await self._begin()
-        await put(self._send, self._shape.calls(calls))
+        await send_part(self._send, self._shape.calls(calls))
 
     async def end(self, usage: Usage) -> None:
         await self._begin()
@@ -163,10 +163,10 @@ class _Teller:
             self._begun = True
             own = [(name.encode(), value.encode()) for name, value in self._headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *own]})
-            await put(self._send, self._shape.begin())
+            await send_part(self._send, self._shape.begin())
 
     async def _last(self, body: bytes) -> None:
-        await put(self._send, body)
+        await send_part(self._send, body)
         self.ended = True
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -180,7 +180,7 @@ def _reply(event: Event) -> Reply:
 
 
 def _piece(transcript: Transcript, event: Event) -> Piece | None:
-    """What the event adds to the text. Raises TakenBack."""
+    """The text that the event adds to the answer. Raises TakenBack."""
     match event.name:
         case "step.started":
             transcript.began(event.data["step"], event.data["kind"], event.data["attempt"])

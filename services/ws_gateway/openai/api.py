@@ -1,4 +1,4 @@
-"""HTTP in OpenAI's shapes."""
+"""The HTTP routes in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _log = get_logger("ws_gateway.openai")
 
 
 class _Route(APIRoute):
-    """Errors in OpenAI's shape, those of the framework too."""
+    """Answers all errors in OpenAI's shape, including those of the framework."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handled(request: Request) -> Response:
             try:
-                # The framework would take a body that is too large for one that is no JSON.
+                # Read here first: the framework would report a body that is too large as invalid JSON.
                 await request.body()
                 return await handle(request)
             except ClientDisconnect:
@@ -58,35 +58,35 @@ def router(hub: Hub, agent: Agent) -> APIRouter:
 
     @routes.get("/models")
     async def list_models(who: Reader) -> dict[str, Any]:
-        """The tenant's agents that are enabled, as models; `name` is the agent's."""
-        found = await agents.listed(agent, who)
+        """The tenant's enabled agents as models. `name` is the name of the agent."""
+        found = await agents.list_all(agent, who)
         return {"object": "list", "data": [_model(view, who) for view in found if view.enabled]}
 
     @routes.get("/models/{model}")
     async def get_model(model: str, who: Reader) -> dict[str, Any]:
-        for view in await agents.listed(agent, who):
+        for view in await agents.list_all(agent, who):
             if view.enabled and str(view.id) == model:
                 return _model(view, who)
         raise errors.no_model(model)
 
-    async def begin(body: ChatRequest | ResponsesRequest, who: Identity, key: str | None) -> UUID:
-        # Not on the loop: large schemas take a while.
-        asked = await asyncio.to_thread(body.asked)
-        return await agents.begin(agent, who, body.model, asked, key)
+    async def start(body: ChatRequest | ResponsesRequest, who: Identity, key: str | None) -> UUID:
+        # In a thread: the check of large schemas would block the event loop.
+        conversation = await asyncio.to_thread(body.to_conversation)
+        return await agents.start_run(agent, who, body.model, conversation, key)
 
     @routes.post("/chat/completions", response_class=Response, responses=_ANSWER)
     async def complete(body: ChatRequest, who: Runner, idempotency_key: _Key = None) -> Response:
-        """Has the agent answer the last message. The same Idempotency-Key gets the same run's answer."""
-        run_id = await begin(body, who, idempotency_key)
+        """Lets the agent answer the last message. The same Idempotency-Key gets the answer of the same run."""
+        run_id = await start(body, who, idempotency_key)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         shape = Chat(run_id, body.model, include_usage=include_usage)
         return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
 
     @routes.post("/responses", response_class=Response, responses=_ANSWER)
     async def respond(body: ResponsesRequest, who: Runner, idempotency_key: _Key = None) -> Response:
-        """Has the agent answer the last message. The same Idempotency-Key gets the same run's answer."""
-        run_id = await begin(body, who, idempotency_key)
-        shape = Responses(run_id, body.model, body.repeated())
+        """Lets the agent answer the last message. The same Idempotency-Key gets the answer of the same run."""
+        run_id = await start(body, who, idempotency_key)
+        shape = Responses(run_id, body.model, body.echoed())
         return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
 
     return routes

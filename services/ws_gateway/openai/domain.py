@@ -1,4 +1,4 @@
-"""The text of a run for a stream that can take nothing back. Pure."""
+"""The text of a run for a stream that cannot take text back. Pure."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from services.ws_gateway.domain import Delta
 
 
 class Piece(NamedTuple):
-    """Text to send; that of one step follows that of the one before."""
+    """Text to send. The text of a step follows the text of the step before."""
 
     step: int
     text: str
 
 
 class TakenBack(Exception):
-    """What was sent is no part of the answer any more."""
+    """The answer no longer contains text that was sent."""
 
 
 class Transcript:
-    """What of one run was sent. Of a step that lacks a piece no more is sent: the rest comes with the reply."""
+    """The text of one run that was sent. If a piece of a step is missing, its later pieces are not sent: the rest comes
+    with the reply."""
 
     def __init__(self) -> None:
         self._at = (0, 0)  # step and attempt of the text that was sent last
         self._n = 0
         self._text = ""
-        self._last_step = 0  # in which a model was asked
+        self._last_step = 0  # the last model step
 
     def began(self, step: int, kind: str, attempt: int) -> None:
-        """A step has begun. Raises TakenBack where it is made again and some of its text was sent."""
+        """Records the start of a step. Raises TakenBack if the step is repeated and some of its text was sent."""
         self._check(step, attempt)
         if kind == "model":
             self._last_step = step
 
     def delta(self, delta: Delta) -> Piece | None:
-        """The piece, if it continues what was sent. Raises TakenBack as `began`."""
+        """The piece, if it continues the sent text. Raises TakenBack like `began`."""
         self._check(delta.step, delta.attempt)
         at = delta.step, delta.attempt
         if at > self._at and delta.n == 1:
@@ -46,7 +47,8 @@ class Transcript:
         return Piece(delta.step, delta.text)
 
     def reply(self, text: str) -> Piece:
-        """What is left to send of the run's reply, which is the text of its last model step. Raises TakenBack."""
+        """The part of the reply that was not sent yet. The reply is the text of the last model step. Raises
+        TakenBack."""
         if self._at[0] != self._last_step:
             return Piece(self._last_step, text)
         if not text.startswith(self._text):

@@ -12,7 +12,7 @@ from infra.web.problems import problem
 from services.ws_gateway.domain import Event
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# The official clients obey this header: they would ask again after any 409, 429 or 5xx.
+# The official clients retry after any 409, 429 or 5xx unless this header says otherwise.
 _ONCE = {"x-should-retry": "false"}
 
 
@@ -27,7 +27,7 @@ class _Problem(msgspec.Struct):
 
 
 class Failure(Exception):
-    """What a client gets instead of an answer. `param`: the field of the request; `code`: for programs to tell by."""
+    """The error that a client gets instead of an answer. `param` names the request's field, `code` is for programs."""
 
     def __init__(
         self,
@@ -51,28 +51,30 @@ class Failure(Exception):
 
 
 def unfit(field: str, reason: str) -> Failure:
-    """A field of the request that cannot be taken."""
+    """A 400 that names the invalid field of the request."""
     return Failure(400, f"{field}: {reason}", param=field)
 
 
 def no_model(id_: str) -> Failure:
-    return Failure(404, f"There is no model {id_} for you.", param="model", code="model_not_found")
+    return Failure(404, f"The model {id_} does not exist.", param="model", code="model_not_found")
 
 
 def cut_off() -> Failure:
-    return Failure(503, "The answer cannot be told to its end here; ask again.", headers={"retry-after": "1"})
+    return Failure(503, "The server restarts; send the request again.", headers={"retry-after": "1"})
 
 
 def taken_back() -> Failure:
-    return Failure(502, "The text had to be written anew, which a stream cannot show.", code="stream_interrupted")
+    return Failure(
+        502, "The model wrote the text again, and a stream cannot replace sent text.", code="stream_interrupted"
+    )
 
 
 def gone() -> Failure:
-    return Failure(502, "The run is not there any more.", code="run_gone", headers=_ONCE)
+    return Failure(502, "The run no longer exists.", code="run_gone", headers=_ONCE)
 
 
-def ending(event: Event) -> Failure | None:
-    """Why a run has no reply; None for an event that does not say so."""
+def no_reply(event: Event) -> Failure | None:
+    """The reason why a run has no reply; None if the event is not such an end."""
     match event.name:
         case "run.refused":
             code = "insufficient_quota"
@@ -86,7 +88,7 @@ def ending(event: Event) -> Failure | None:
 
 
 def of(error: Exception) -> Failure:
-    """As a problem would say it. A field that is not as it must be is a 400 here."""
+    """The failure for any error, by its RFC 9457 problem. An invalid field is a 400 here."""
     if isinstance(error, Failure):
         return error
     answer = problem(error)
@@ -95,7 +97,7 @@ def of(error: Exception) -> Failure:
 
 
 def of_problem(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
-    """An RFC 9457 problem in OpenAI's shape; the first field that it names is the `param`."""
+    """An RFC 9457 problem in OpenAI's shape. The first named field becomes the `param`."""
     found = msgspec.json.decode(body, type=_Problem)
     kept = {name: headers[name] for name in ("retry-after", "www-authenticate") if name in headers}
     if found.errors:

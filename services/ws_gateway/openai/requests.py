@@ -1,4 +1,4 @@
-"""Requests in OpenAI's shapes, and the conversation that they carry."""
+"""Requests in OpenAI's shapes, and their conversion into a conversation for the agent."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from services.ws_gateway.openai.errors import unfit
 MAX_MESSAGES = 1_000
 MAX_TEXT = 100_000
 MAX_TOOLS = 128
-# Bytes of all tools' parameters: to look at them takes its time.
+# The most bytes of all tools' parameters together: the check of the schemas takes time.
 MAX_PARAMETERS = 128 * 1024
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
-# Parts of a content that are text, and where it is.
+# The text parts of a content, and the field that has the text.
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _OLD = "is not supported: use tools"
 
@@ -39,7 +39,7 @@ class _StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of ``POST /v1/chat/completions``. What is not named here is ignored."""
+    """The body of ``POST /v1/chat/completions``. Other fields are ignored."""
 
     model: str = Field(description="An agent's id.")
     messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -59,16 +59,16 @@ class ChatRequest(BaseModel):
     stop: Any = None
     web_search_options: Any = None
 
-    def asked(self) -> Conversation:
-        """Raises Failure naming the field that cannot be taken."""
+    def to_conversation(self) -> Conversation:
+        """Raises Failure naming the invalid field."""
         _refuse(self, "functions function_call", _OLD)
         _refuse(self, "logprobs top_logprobs audio stop web_search_options", "is not supported")
-        _only(self.n in (None, 1), "n", "only 1 is supported")
-        _only(self.modalities in (None, [], ["text"]), "modalities", "only text is supported")
+        _check(self.n in (None, 1), "n", "only 1 is supported")
+        _check(self.modalities in (None, [], ["text"]), "modalities", "only text is supported")
         turns = []
         for n, message in enumerate(self.messages):
             where = f"messages[{n}]"
-            _only(not message.function_call, f"{where}.function_call", _OLD)
+            _check(not message.function_call, f"{where}.function_call", _OLD)
             calls = _list(message.tool_calls, f"{where}.tool_calls")
             turns.append(
                 _Turn(
@@ -79,16 +79,16 @@ class ChatRequest(BaseModel):
                     answers=message.tool_call_id,
                 )
             )
-        asked = _Asked(
+        constraints = _Constraints(
             _output_schema(self.response_format, "response_format", nested="json_schema"),
             *_tools(self.tools, self.tool_choice, nested="function"),
             parallel=self.parallel_tool_calls is not False,
         )
-        return _conversation("messages", turns, asked)
+        return _conversation("messages", turns, constraints)
 
 
 class ResponsesRequest(BaseModel):
-    """The body of ``POST /v1/responses``. What is not named here is ignored."""
+    """The body of ``POST /v1/responses``. Other fields are ignored."""
 
     model: str = Field(description="An agent's id.")
     input: Any = Field(description="Text, or a list of messages.")
@@ -104,34 +104,34 @@ class ResponsesRequest(BaseModel):
     prompt: Any = None
     background: Any = None
 
-    def asked(self) -> Conversation:
-        """Raises Failure naming the field that cannot be taken."""
+    def to_conversation(self) -> Conversation:
+        """Raises Failure naming the invalid field."""
         _refuse(self, "previous_response_id conversation", "is not supported: send the whole conversation")
         _refuse(self, "prompt background top_logprobs", "is not supported")
-        _only(self.text is None or isinstance(self.text, dict), "text", "must be an object")
+        _check(self.text is None or isinstance(self.text, dict), "text", "must be an object")
         turns = [_Turn("instructions", "system", self.instructions, field="")]
         if isinstance(self.input, str):
             turns.append(_Turn("input", "user", self.input, field=""))
         else:
-            _only(isinstance(self.input, list), "input", "must be text or a list of messages")
-            _only(0 < len(self.input) <= MAX_MESSAGES, "input", f"must have 1 to {MAX_MESSAGES} items")
+            _check(isinstance(self.input, list), "input", "must be text or a list of messages")
+            _check(0 < len(self.input) <= MAX_MESSAGES, "input", f"must have 1 to {MAX_MESSAGES} items")
             for n, item in enumerate(self.input):
-                _only(isinstance(item, dict), f"input[{n}]", "must be a message")
+                _check(isinstance(item, dict), f"input[{n}]", "must be a message")
                 turn = _item(item, f"input[{n}]")
                 if turn.calls and turns[-1].role == "assistant":
-                    # Calls of one turn, and what was said before them, are items of their own here.
+                    # In this API, the calls of one turn and the text before them are separate items.
                     turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, *turn.calls))
                 else:
                     turns.append(turn)
-        asked = _Asked(
+        constraints = _Constraints(
             _output_schema(self._format(), "text.format"),
             *_tools(self.tools, self.tool_choice),
             parallel=self.parallel_tool_calls is not False,
         )
-        return _conversation("input", turns, asked)
+        return _conversation("input", turns, constraints)
 
-    def repeated(self) -> dict[str, Any]:
-        """What the answer says again."""
+    def echoed(self) -> dict[str, Any]:
+        """The fields of the request that the answer repeats."""
         return {
             "instructions": self.instructions,
             "text": {"format": self._format() or {"type": "text"}},
@@ -145,7 +145,7 @@ class ResponsesRequest(BaseModel):
 
 
 class Call(msgspec.Struct, frozen=True):
-    """Of a tool of the client, as the model made it."""
+    """The model's call of a client's function."""
 
     id: str
     name: str
@@ -153,56 +153,62 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Earlier(msgspec.Struct, frozen=True, omit_defaults=True):
-    """calls: that the assistant has made; call: the one that a tool's text answers."""
+    """A message before the message to answer."""
 
     role: Literal["user", "assistant", "tool"]
     text: str
     calls: tuple[Call, ...] = ()
+    """The calls of an assistant's message."""
     call: Call | None = None
+    """The call that a tool's message answers."""
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """parameters: JSON Schema of an object."""
-
     name: str
     description: str
     parameters: dict[str, Any]
+    """The JSON Schema of an object."""
     strict: bool = False
 
 
 class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
-    """As the agent takes it. text: what is to be answered. system: what the caller adds to the agent's own.
-    output_schema: of what the answer has to be. tools: of the client; must_call: one of them has to be called;
-    parallel: several at once may be. since: what was called of them for the text, and what they gave back.
-    """
+    """The body of the agent's route for completions."""
 
     text: str
+    """The message to answer."""
     history: list[Earlier]
     system: str | None
+    """Added to the agent's own system prompt."""
     output_schema: dict[str, Any] | None = None
     tools: tuple[Tool, ...] = ()
+    """The client's functions."""
     must_call: bool = False
+    """True if the answer must be a call of a client's function."""
     parallel: bool = True
+    """True if the answer may have several calls."""
     since: tuple[Earlier, ...] = ()
+    """The calls and their results after the message to answer."""
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """A message; `where` it is in the request, `field`: its content's name there. calls: that it makes; answers: the id
-    of the one whose result it is, `answers_field`: its name.
-    """
+    """A message of the request."""
 
     where: str
+    """The field of the message in the request."""
     role: Any
     content: Any
     field: str = ".content"
+    """The name of the content's field."""
     calls: tuple[Call, ...] = ()
     answers: Any = None
+    """The id of the call whose result this is."""
     answers_field: str = ".tool_call_id"
+    """The name of the field `answers`."""
 
 
-class _Asked(NamedTuple):
-    """What is asked of the answer, as `Conversation` has it."""
+class _Constraints(NamedTuple):
+    """The client's constraints on the answer; the fields of `Conversation`."""
 
     output_schema: dict[str, Any] | None
     tools: tuple[Tool, ...]
@@ -210,24 +216,24 @@ class _Asked(NamedTuple):
     parallel: bool
 
 
-def _conversation(field: str, turns: Iterable[_Turn], asked: _Asked) -> Conversation:
+def _conversation(field: str, turns: Iterable[_Turn], constraints: _Constraints) -> Conversation:
     said: list[Earlier] = []
     system: list[str] = []
-    # Calls that were made last, by their ids, and have no result yet.
+    # The calls of the last turn without a result yet, by id.
     open_: dict[str, Call] = {}
     for turn in turns:
         content = _text(turn.content, turn.where + turn.field)
-        _only(not open_ or turn.role not in ("user", "assistant"), turn.where, _unanswered(open_))
+        _check(not open_ or turn.role not in ("user", "assistant"), turn.where, _unanswered(open_))
         match turn.role:
             case "system" | "developer":
                 system += [content] if content else []
             case "user":
-                _only(bool(content.strip()), turn.where + turn.field, "must not be empty")
+                _check(bool(content.strip()), turn.where + turn.field, "must not be empty")
                 said.append(Earlier("user", content))
             case "assistant":
                 open_ = {call.id: call for call in turn.calls}
-                _only(len(open_) == len(turn.calls), turn.where, "has two calls of one id")
-                # An empty one is an answer that was stopped before it began.
+                _check(len(open_) == len(turn.calls), turn.where, "has two calls of one id")
+                # An empty message is an answer that was stopped before its first word.
                 said += [Earlier("assistant", content, turn.calls)] if content or turn.calls else []
             case "tool":
                 call = open_.pop(turn.answers, None) if isinstance(turn.answers, str) else None
@@ -238,15 +244,15 @@ def _conversation(field: str, turns: Iterable[_Turn], asked: _Asked) -> Conversa
                 raise unfit(f"{turn.where}.role", _OLD)
             case _:
                 raise unfit(f"{turn.where}.role", "must be system, developer, user, assistant or tool")
-    _only(not open_, field, _unanswered(open_))
+    _check(not open_, field, _unanswered(open_))
     asks = [n for n, turn in enumerate(said) if turn.role == "user"]
-    _only(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
+    _check(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
     last = asks[-1]
     return Conversation(
         said[last].text,
         said[:last],
         "\n\n".join(system) or None,
-        **asked._asdict(),
+        **constraints._asdict(),
         since=tuple(said[last + 1 :]),
     )
 
@@ -258,7 +264,7 @@ def _unanswered(open_: Mapping[str, Call]) -> str:
 def _text(content: Any, where: str) -> str:
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{where}[{n}]") for n, part in enumerate(content))
-    _only(content is None or isinstance(content, str), where, "must be text or a list of parts")
+    _check(content is None or isinstance(content, str), where, "must be text or a list of parts")
     return _string(content or "", where)
 
 
@@ -268,8 +274,8 @@ def _string(text: Any, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise unfit(where, "is no Unicode text") from None
-    _only(len(text) <= MAX_TEXT, where, f"must have {MAX_TEXT} characters at most")
+        raise unfit(where, "must be valid Unicode text") from None
+    _check(len(text) <= MAX_TEXT, where, f"must have {MAX_TEXT} characters at most")
     return text
 
 
@@ -285,24 +291,24 @@ def _part(part: Any, where: str) -> str:
 
 
 def _tools(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ...], bool]:
-    """Those that are to be offered, and whether one of them has to be called."""
+    """The functions to offer, and whether one of them must be called."""
     tools = _list(given, "tools")
-    _only(len(tools) <= MAX_TOOLS, "tools", f"must be {MAX_TOOLS} at most")
+    _check(len(tools) <= MAX_TOOLS, "tools", f"must be {MAX_TOOLS} at most")
     found: dict[str, Tool] = {}
     size = 0
     for n, each in enumerate(tools):
         function, where = _function(each, f"tools[{n}]", nested)
         _check_name(function.get("name"), f"{where}.name")
-        _only(function["name"] not in found, f"{where}.name", "is there twice")
+        _check(function["name"] not in found, f"{where}.name", "is there twice")
         strict = function.get("strict") or False
-        _only(isinstance(strict, bool), f"{where}.strict", "must be true or false")
+        _check(isinstance(strict, bool), f"{where}.strict", "must be true or false")
         parameters = function.get("parameters")
         if parameters is None:
             parameters = {"type": "object", "properties": {}}
         description = _string(function.get("description") or "", f"{where}.description")
         tool = Tool(function["name"], description, _schema(parameters, f"{where}.parameters"), strict)
         size += len(msgspec.json.encode(tool.parameters))
-        _only(size <= MAX_PARAMETERS, "tools", f"must have {MAX_PARAMETERS} bytes of parameters at most")
+        _check(size <= MAX_PARAMETERS, "tools", f"must have {MAX_PARAMETERS} bytes of parameters at most")
         found[tool.name] = tool
     match choice:
         case None | "auto":
@@ -310,21 +316,21 @@ def _tools(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ..
         case "none":
             return (), False
         case "required":
-            _only(bool(found), "tool_choice", "there are no tools")
+            _check(bool(found), "tool_choice", "there are no tools")
             return tuple(found.values()), True
         case dict():
             function, where = _function(choice, "tool_choice", nested)
             chosen = [tool for tool in found.values() if tool.name == function.get("name")]
-            _only(bool(chosen), f"{where}.name", "is none of the tools")
-            # The others are not offered: so it is this one that is called.
+            _check(bool(chosen), f"{where}.name", "is none of the tools")
+            # Only the chosen function is offered, so the model must call it.
             return tuple(chosen), True
     raise unfit("tool_choice", "must be none, auto, required or a function")
 
 
 def _function(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]:
-    """A function's fields, and where they are."""
-    _only(isinstance(given, dict), where, "must be an object")
-    _only(given.get("type") == "function", f"{where}.type", "only function is supported")
+    """The fields of a function, and their place in the request."""
+    _check(isinstance(given, dict), where, "must be an object")
+    _check(given.get("type") == "function", f"{where}.type", "only function is supported")
     if not nested:
         return given, where
     fields = given.get(nested)
@@ -334,7 +340,7 @@ def _function(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]
 
 
 def _item(item: Mapping[str, Any], where: str) -> _Turn:
-    """One of a response's input."""
+    """An item of the input of a response."""
     match item.get("type", "message"):
         case "message":
             return _Turn(where, item.get("role"), item.get("content"))
@@ -353,26 +359,26 @@ def _chat_call(given: Any, where: str) -> Call:
 
 
 def _call(id_: Any, where_id: str, function: Mapping[str, Any], where: str) -> Call:
-    _only(bool(_string(id_, where_id)), where_id, "must not be empty")
+    _check(bool(_string(id_, where_id)), where_id, "must not be empty")
     _check_name(function.get("name"), f"{where}.name")
     return Call(id_, function["name"], _string(function.get("arguments"), f"{where}.arguments"))
 
 
 def _list(given: Any, where: str) -> list[Any]:
-    _only(given is None or isinstance(given, list), where, "must be a list")
+    _check(given is None or isinstance(given, list), where, "must be a list")
     return given or []
 
 
 def _refuse(body: BaseModel, names: str, reason: str) -> None:
     for name in names.split():
-        _only(not getattr(body, name), name, reason)
+        _check(not getattr(body, name), name, reason)
 
 
 def _output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, Any] | None:
-    """What the format asks for; None: any text. nested: the field in which a json_schema has its own fields."""
+    """The schema that the format requires; None for any text. `nested` is the field that has the json_schema."""
     if format_ is None:
         return None
-    _only(isinstance(format_, dict), where, "must be an object")
+    _check(isinstance(format_, dict), where, "must be an object")
     match format_.get("type"):
         case "text":
             return None
@@ -382,14 +388,14 @@ def _output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, A
             given = format_
             if nested:
                 given, where = format_.get(nested), f"{where}.{nested}"
-                _only(isinstance(given, dict), where, "must be an object")
+                _check(isinstance(given, dict), where, "must be an object")
             _check_name(given.get("name"), f"{where}.name")
             return _schema(given.get("schema"), f"{where}.schema")
     raise unfit(f"{where}.type", "must be text, json_object or json_schema")
 
 
 def _schema(schema: Any, where: str) -> dict[str, Any]:
-    _only(isinstance(schema, dict), where, "must be a JSON Schema of an object")
+    _check(isinstance(schema, dict), where, "must be a JSON Schema of an object")
     try:
         check_schema(where, schema)
     except InvalidMessage as error:
@@ -398,9 +404,9 @@ def _schema(schema: Any, where: str) -> dict[str, Any]:
 
 
 def _check_name(name: Any, where: str) -> None:
-    _only(isinstance(name, str) and bool(_NAME.fullmatch(name)), where, f"must fit ^{_NAME.pattern}$")
+    _check(isinstance(name, str) and bool(_NAME.fullmatch(name)), where, f"must fit ^{_NAME.pattern}$")
 
 
-def _only(holds: bool, field: str, reason: str) -> None:
+def _check(holds: bool, field: str, reason: str) -> None:
     if not holds:
         raise unfit(field, reason)

@@ -1,4 +1,4 @@
-"""What clients get, in OpenAI's shapes. Pure but for the clock."""
+"""The answers in OpenAI's shapes. Pure, except for the clock."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from services.ws_gateway.openai.requests import Call
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a run's model calls; cached ones are part of the input. None: not reported."""
+    """The tokens of a run's model calls. None means not reported."""
 
     input_tokens: int | None
     cached_tokens: int | None
+    """Part of the input tokens."""
     output_tokens: int | None
 
 
@@ -26,19 +27,19 @@ UNREPORTED = Usage(None, None, None)
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What the run answers. calls: of the client's tools; then the text is what was said before them, or empty."""
+    """The reply of a run."""
 
     text: str
+    """If there are calls, the text before them; may be empty then."""
     calls: tuple[Call, ...] = msgspec.field(default=(), name="tool_calls")
+    """Calls of the client's functions."""
 
 
 class Shape(Protocol):
-    """One answer, whole or as the parts of a stream; each part is server-sent events.
-
-    wants_usage: a stream of it does.
-    """
+    """An answer, whole or as parts of a stream. Each part consists of server-sent events."""
 
     wants_usage: bool
+    """True if a stream ends with the usage."""
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]: ...
     def begin(self) -> bytes: ...
@@ -75,7 +76,7 @@ class Chat:
         return self._chunk({"content": apart + piece.text})
 
     def calls(self, calls: Sequence[Call]) -> bytes:
-        """Each in one piece: the run has ended with them, so none is taken back."""
+        """Sends each call in one piece: the run has ended with the calls, so they are final."""
         self._finish = "tool_calls"
         return b"".join(self._chunk({"tool_calls": [{"index": n} | _tool_call(call)]}) for n, call in enumerate(calls))
 
@@ -97,12 +98,12 @@ class Chat:
 
 
 class Responses:
-    """https://platform.openai.com/docs/api-reference/responses. Each step's text is an output item."""
+    """https://platform.openai.com/docs/api-reference/responses. The text of each step is an output item."""
 
     wants_usage = True
 
     def __init__(self, run_id: UUID, model: str, given: Mapping[str, Any]) -> None:
-        """given: fields of the request that the answer repeats."""
+        """`given` has the fields of the request that the answer repeats."""
         self._run_id = run_id
         self._base = {
             "id": f"resp_{run_id}",
@@ -119,7 +120,7 @@ class Responses:
         }
         self._sequence = 0
         self._done: list[dict[str, Any]] = []
-        self._step = 0  # of the item that is open, if one is
+        self._step = 0  # the step of the open item; 0 if no item is open
         self._text = ""
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class Responses:
         return last + self._event("response.completed", response=response)
 
     def failed(self, failure: Failure) -> bytes:
-        # The standard has few codes, and a client may know no other.
+        # The standard has few codes, and a client may not know any other.
         code = "rate_limit_exceeded" if failure.status == 429 else "server_error"
         items = [*self._done, *([self._item("incomplete", self._text)] if self._step else [])]
         return self._event(
@@ -169,7 +170,7 @@ class Responses:
         )
 
     def _close(self) -> bytes:
-        """Ends the item that is open."""
+        """Ends the open item."""
         if not self._step:
             return b""
         item = self._item("completed", self._text)
@@ -235,7 +236,7 @@ def _data(data: dict[str, Any]) -> bytes:
 
 
 def _usage(usage: Usage, read: str, written: str) -> dict[str, Any] | None:
-    """None where the model has not reported it."""
+    """The usage in OpenAI's shape; None if the model has not reported it."""
     if usage.input_tokens is None or usage.output_tokens is None:
         return None
     found: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The memory service as a process, and what its tests ask of it."""
+"""Fixtures: the memory service as a process, and helpers to upload documents and read Milvus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Client:
         self.platform = platform
         self.tenant_id = tenant_id
         self.http = platform.client("memory", tenant_id)
-        # An identity lasts a minute; indexing on a busy machine longer.
+        # A new client each time: an identity is valid for one minute, and indexing may take longer on a busy machine.
         self.http.event_hooks = {"request": [self._identify]}
         self._memory = memory_pb2_grpc.MemoryStub(platform.channels().to(platform.grpc("memory"), "memory"))
 
@@ -32,13 +32,13 @@ class Client:
             request.headers.update(self.platform.headers(self.tenant_id))
 
     async def upload(self, name: str, content: bytes, **headers: str) -> str:
-        """The new document's id."""
+        """Uploads a file. Returns the id of the new document."""
         answer = await self.http.post("/api/v1/documents", files={"file": (name, content)}, headers=headers)
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
     async def done(self, document_id: str) -> dict[str, Any]:
-        """The document once it is indexed or failed."""
+        """Waits until the document is indexed or failed, and returns it."""
 
         async def ended() -> dict[str, Any] | None:
             answer = await self.http.get(f"/api/v1/documents/{document_id}")
@@ -50,7 +50,7 @@ class Client:
         return found
 
     async def indexed(self, name: str, content: bytes) -> str:
-        """Uploads, waits, and returns the id."""
+        """Uploads a file, waits until it is indexed, and returns its id."""
         document_id = await self.upload(name, content)
         document = await self.done(document_id)
         assert (document["status"], document["progress"], document["error"]) == ("indexed", 1.0, None)
@@ -63,7 +63,7 @@ class Client:
 
 
 class Vectors:
-    """What Milvus holds of this module, asked by its own client."""
+    """Milvus's rows of this test module, read with the client of Milvus."""
 
     def __init__(self, url: str, prefix: str) -> None:
         self._client = MilvusClient(url)
@@ -73,7 +73,7 @@ class Vectors:
         return [name for name in self._client.list_collections() if name.startswith(self._prefix)]
 
     def ids(self, document_id: str) -> list[str]:
-        """The rows of a document, repeated ones repeated."""
+        """The rows of a document, including copies."""
         found: list[str] = []
         for name in self.collections():
             rows = self._client.query(

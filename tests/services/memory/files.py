@@ -1,4 +1,4 @@
-"""Small real files, made by libraries where there is one, and by hand where there is none."""
+"""Small real files, made by libraries if one exists, else by hand."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def xlsx(sheet: str, rows: Sequence[Sequence[object]]) -> bytes:
 
 
 def damaged(office: bytes, part: str) -> bytes:
-    """An Office file of which one part's XML ends in the middle."""
+    """An Office file with one part whose XML is cut off."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(office)) as whole, zipfile.ZipFile(out, "w") as archive:
         for name in whole.namelist():

@@ -1,4 +1,4 @@
-"""What an agent has said is remembered for its session, and for nobody else."""
+"""An agent's reply is remembered for its session only."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_a_reply_is_found_in_its_own_session_when_it_is_asked_for(memory: 
             "'session-b')"
         )
     assert len(stored) == 2
-    # By the platform's own model, which nobody is paid for.
+    # The platform's own model costs nothing.
     reported = [body["usage_id"] for _, body in await memory.outbox("memory", "usage.records")]
     assert not [usage_id for usage_id in reported if usage_id.startswith("conversation/")]
     assert all(b"roastery" not in sealed and expires for sealed, expires in stored)

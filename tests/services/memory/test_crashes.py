@@ -1,4 +1,4 @@
-"""The process is killed in the middle of a document's way; the next one takes it on, and nothing is there twice."""
+"""The process is killed while it indexes a document; the next process continues, and no passage exists twice."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 
-# Of more passages than are embedded at a time.
+# A text with more passages than one embedding batch.
 TEXT = files.handbook("en")[:5000]
 
 
 @pytest.mark.parametrize(
     "boundary",
     [
-        "after_passages",  # stored, and not said to be all
-        "after_effect_commit",  # some have their vectors
-        "before_lane_commit",  # all is in Milvus, and PostgreSQL does not know
+        "after_passages",  # The passages are stored; the status does not say so yet.
+        "after_effect_commit",  # Some passages have their vectors.
+        "before_lane_commit",  # Milvus has all rows; PostgreSQL does not know it yet.
     ],
 )
 async def test_a_document_is_indexed_once_whenever_the_process_dies(
@@ -52,7 +52,7 @@ async def test_a_document_is_indexed_once_whenever_the_process_dies(
     assert await asyncio.to_thread(vectors.ids, document_id) == sorted(id_ for id_, _ in passages)
     found = await client.retrieve("Which error means a leak under the boilers?", limit=100, min_similarity=-1)
     assert sorted(passage.text for passage in found) == sorted(expected)
-    # Each batch is paid for once, though the last one before the death may have been made twice.
+    # Each batch is billed once, although the last batch before the kill may have been embedded twice.
     records = [body for _, body in await platform.outbox("memory", "usage.records")]
     paid = [record["usage_id"] for record in records if record["usage_id"].startswith(document_id)]
     assert sorted(paid) == sorted(f"{document_id}/{first}/1" for first in range(0, len(expected), 8))

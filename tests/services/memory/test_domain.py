@@ -1,4 +1,4 @@
-"""Passages: nothing is lost, none is too large, each knows where it stands."""
+"""Passages: no text is lost, no passage is too large, each has its section and page."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_letter_is_in_a_passage_and_none_is_too_large(blocks: list[Block])
 
 
 def covered(whole: str, position: int, text: str) -> int:
-    """How far the text is there, with a passage that repeats something and goes on at `position`."""
+    """The position in the text after a passage that repeats some text and continues at `position`."""
     for repeated in range(len(text)):
         if whole.startswith(text[repeated:], position):
             return position + len(text) - repeated

@@ -1,4 +1,4 @@
-"""Embeddings in the process, and by an OpenAI-shaped endpoint that is strict about what it is sent."""
+"""Embeddings in the process, and by an OpenAI-shaped endpoint that checks its requests strictly."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Endpoint:
         data = [
             {"object": "embedding", "index": n, "embedding": self.vector(text)} for n, text in enumerate(body["input"])
         ]
-        # In no order: `index` is what counts.
+        # In any order: only `index` counts.
         return JSONResponse({"data": data[::-1], "usage": {"prompt_tokens": len(body["input"]), "total_tokens": 0}})
 
     @staticmethod
@@ -135,7 +135,7 @@ async def test_another_model_takes_over_what_was_embedded_before(
     refused = await client.done(await client.upload("other.txt", b"something"))
     assert (refused["status"], refused["error"]) == (
         "failed",
-        "The text could not be embedded: the embedding endpoint answers 400.",
+        "The text could not be embedded: embedding endpoint: HTTP 400.",
     )
     said = RunCompleted(run_id=uuid7(), session_key="s", reply="The ferry waits.")
     await platform.produce(AGENT_EVENTS, said, key="s", tenant_id=client.tenant_id)

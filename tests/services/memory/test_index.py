@@ -1,4 +1,4 @@
-"""Milvus goes, comes back, or comes back empty."""
+"""Milvus stops, returns, or returns empty."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_while_milvus_is_away_searches_say_so_and_documents_wait(platform:
         assert document["status"] == "indexed", document
 
         async def found() -> list[str] | None:
-            # A connection that was cut takes its time to come back.
+            # A connection needs some time after it was cut.
             try:
                 return [passage.source.document_id for passage in await client.retrieve(QUESTION)]
             except Transient:

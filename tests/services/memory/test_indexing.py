@@ -1,4 +1,4 @@
-"""The parser's process may die: of the file, or of something else."""
+"""The parser process may die because of its file or for another reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHUNK = Chunk("text", None, None, 1)
 
 
 async def parts(monkeypatch: pytest.MonkeyPatch, *deaths: int | None) -> tuple[list[Chunk], int]:
-    """What is read where the processes die after so many parts, one after the other, and how many there were."""
+    """The passages read, and the number of processes, if the processes die one after the other after so many parts."""
     begun = 0
 
     async def once(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
@@ -22,7 +22,7 @@ async def parts(monkeypatch: pytest.MonkeyPatch, *deaths: int | None) -> tuple[l
         begun += 1
         for n in range(2):
             if n == death:
-                raise indexing._BrokeDown
+                raise indexing._ParserDied
             yield [CHUNK]
 
     monkeypatch.setattr(indexing, "_parsed_once", once)
@@ -39,5 +39,5 @@ async def test_a_parser_that_died_of_something_else_is_started_again(monkeypatch
 async def test_one_that_dies_again_or_half_way_refuses_the_file(
     monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...]
 ) -> None:
-    with pytest.raises(indexing._Refused, match="breaks down"):
+    with pytest.raises(indexing._Refused, match="parser crashes"):
         await parts(monkeypatch, *deaths)

@@ -1,4 +1,4 @@
-"""Every type of file that is taken, read in the parser's own process as the service does."""
+"""Every accepted type of file, read in the parser's own process like in the service."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tooling.stack.home import CHECKOUT
 
 
 def read(folder: Path, content: bytes, type_: str) -> tuple[list[dict[str, Any]], str | None]:
-    """The passages, and the reason where there are none."""
+    """The passages, or the reason why there are none."""
     path = folder / "file"
     path.write_bytes(content)
     done = subprocess.run(
@@ -98,10 +98,10 @@ def test_every_passage_of_a_long_table_has_the_header(tmp_path: Path) -> None:
     [
         (files.pdf(["secret"], encrypted=True), types.PDF, "encrypted"),
         (files.pdf(["cut"])[:300], types.PDF, "PDF; it may be damaged"),
-        (files.pdf([""]), types.PDF, "holds no text"),
-        (files.damaged(files.docx("a", "b"), "word/document.xml"), types.DOCX, "holds no text, or is damaged"),
+        (files.pdf([""]), types.PDF, "has no text"),
+        (files.damaged(files.docx("a", "b"), "word/document.xml"), types.DOCX, "has no text, or is damaged"),
         (files.damaged(files.xlsx("a", [["b"]]), "xl/workbook.xml"), types.XLSX, "spreadsheet; it may be damaged"),
-        (b" \n\n\t ", types.TEXT, "holds no text"),
+        (b" \n\n\t ", types.TEXT, "has no text"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_the_reason(tmp_path: Path, content: bytes, type_: str, reason: str) -> None:

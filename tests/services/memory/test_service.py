@@ -1,4 +1,4 @@
-"""A document on its way: uploaded, indexed, found with its source, deleted."""
+"""The life of a document: uploaded, indexed, found with its source, deleted."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ async def test_a_document_deleted_on_its_way_ends_without_a_trace(
     ("name", "content", "reason"),
     [
         ("secret.pdf", files.pdf(["secret"], encrypted=True), "The PDF is encrypted. Upload it without a password."),
-        ("blank.txt", b" \n ", "The file holds no text, or is damaged."),
+        ("blank.txt", b" \n ", "The file has no text, or is damaged."),
         (
             "broken.xlsx",
             files.damaged(files.xlsx("a", [["b"]]), "xl/workbook.xml"),
@@ -196,7 +196,7 @@ async def test_more_than_a_hundred_megabytes_is_refused_while_it_streams(norrlan
     headers = {"content-type": "multipart/form-data; boundary=edge"}
     unsaid = await norrland.http.post("/api/v1/documents", content=form(), headers=headers)
     assert unsaid.status_code == 413
-    # By the length that it says, before anything of it is sent.
+    # Refused by its content-length, before the body is sent.
     reader, writer = await asyncio.open_connection("127.0.0.1", norrland.http.base_url.port)
     lines = {**headers, **norrland.platform.headers(norrland.tenant_id), "host": "x", "content-length": str(10**9)}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -233,7 +233,7 @@ async def test_an_upload_with_a_key_is_stored_once(norrland: Client) -> None:
 
 
 def stored(platform: Platform, name: str) -> list[str]:
-    """The ids of the files of this name in the object store, asked by its own client."""
+    """The ids of the files with this name, read with the client of the object store."""
     s3 = platform.stack.engines["s3"]
     client = Minio(urlsplit(s3["endpoint"]).netloc, s3["access_key"], s3["secret_key"], secure=False)
     paths = [item.object_name or "" for item in client.list_objects(BUCKET, prefix="test/documents/")]

@@ -1,4 +1,4 @@
-"""Addresses, subjects, and what may be told of a mail."""
+"""Addresses, subjects, and the shown parts of an e-mail."""
 
 from __future__ import annotations
 

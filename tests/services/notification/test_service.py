@@ -1,4 +1,4 @@
-"""Notification as a real process, with a mail server and a directory of the test's own."""
+"""Notification as a real process, with a test mail server and a test directory."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from tooling.testing.sample.run import free_port
 
 
 class Inbox:
-    """A mail server: refuses ``gone-…`` for good and ``busy-…`` the first time, and keeps the rest.
+    """A mail server: refuses ``gone-…`` permanently and ``busy-…`` the first time, and keeps the rest.
 
-    `refused`: the Message-ID of what it refused, by recipient.
+    `refused` has the Message-ID of each refused e-mail, by recipient.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Inbox:
 
 
 class Directory(user_pb2_grpc.DirectoryServicer):
-    """Owners by tenant."""
+    """The owners' addresses by tenant."""
 
     def __init__(self) -> None:
         self.owners: dict[str, list[str]] = {}
@@ -89,7 +89,7 @@ class Directory(user_pb2_grpc.DirectoryServicer):
 
 
 class World:
-    """One running notification service and what stands around it."""
+    """A running notification service with its mail server and directory."""
 
     def __init__(self, platform: Platform, inbox: Inbox, directory: Directory) -> None:
         self.platform = platform
@@ -110,7 +110,7 @@ class World:
         return response.json()
 
     async def ended(self, tenant_id: str, id_: UUID, seconds: float = 60) -> dict[str, Any]:
-        """The notification as the API shows it once it is no longer queued."""
+        """Waits until the notification is no longer queued, and returns it as the API shows it."""
 
         async def found() -> dict[str, Any] | None:
             items = (await self.listed(tenant_id))["items"]
@@ -259,7 +259,7 @@ async def test_what_was_asked_for_more_than_a_day_ago_is_not_sent(world: World) 
     )
     async with world.platform.database("notification").begin(tenant_id=tenant_id, cause=asked) as tx:
         message = SendEmail(to=to, subject="Hello", text="Text")
-        await handlers.take_email.handler(message, tx, Notifications(Cipher(MASTER_KEY)))
+        await handlers.queue_email.handler(message, tx, Notifications(Cipher(MASTER_KEY)))
     ended = await world.ended(tenant_id, asked.id)
     assert (ended["state"], ended["reason"]) == ("failed", "could not be sent within a day")
     assert world.inbox.of(to) == []

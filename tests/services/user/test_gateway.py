@@ -1,4 +1,4 @@
-"""The gateway before the real user service: keys that work and keys that do not."""
+"""nginx before the real user service: valid and invalid keys."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_from_the_operators_token_to_a_tenants_revoked_key(
     first = bearer(made.json()["api_key"])
     own = await gateway.get("/api/v1/tenant", headers=first)
     assert (own.status_code, own.json()["id"]) == (200, made.json()["id"])
-    # Another tenant's identity, signed and valid, does not count from outside.
+    # A signed and valid identity of another tenant must not count if it comes from outside.
     forged = platform.headers("another-tenant")
     assert (await gateway.get("/api/v1/tenant", headers=first | forged)).json() == own.json()
     assert (await gateway.get("/api/v1/tenant", headers=forged)).status_code == 401

@@ -1,4 +1,4 @@
-"""The real process on real engines: tenants, keys, members, and who is let in."""
+"""The real process on real engines: tenants, keys, members, and authentication."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def tenant(user: Platform, operator: httpx.AsyncClient) -> AsyncIterator[h
 
 
 async def who_is(user: Platform, token: str, scheme: str = "Bearer", tenant: str = "") -> Identity | None:
-    """What the gateway would learn about this bearer."""
+    """The identity that the gateway gets for this bearer."""
     headers = {"Authorization": f"{scheme} {token}", **({"X-Claw-Tenant": tenant} if tenant else {})}
     async with httpx.AsyncClient(base_url=user.url("user"), trust_env=False) as client:
         answer = await client.get("/internal/auth", headers=headers)
@@ -272,7 +272,7 @@ async def test_an_erased_person_is_gone_from_table_key_and_answers(user: Platfor
     before = await stored()
     assert "erika@" not in before
     assert "Erika" not in before
-    # Removed first and erased then, as it goes.
+    # A member may be removed first and erased later.
     assert (await tenant.delete(f"/api/v1/members/{id_}")).status_code == 204
     assert (await tenant.post(f"/api/v1/members/{id_}/erase")).status_code == 204
     async with user.database("user").begin() as tx:
@@ -312,7 +312,7 @@ async def test_what_another_tenant_has_is_not_there(
         assert (await client.post(f"/api/v1/members/{member}/erase")).status_code == 404
         body = {"name": "x", "member_id": member}
         assert fields(await client.post("/api/v1/api-keys", json=body)) == ["member_id"]
-    # Also a statement that forgets the tenant sees its own rows only.
+    # A statement without a tenant filter still sees only the tenant's own rows.
     engine = create_engine(role_url(user.database_url, "user", "request", PASSWORDS.request), pool_size=1)
     async with engine.begin() as connection:
         await connection.exec_driver_sql(f"SELECT set_config('claw.tenant', '{other}', true)")

@@ -1,4 +1,4 @@
-"""Stands in for the agent: the routes that the gateway uses, and what it has committed."""
+"""A stand-in for the agent: the routes that the gateway uses, and the committed facts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tooling.testing.platform import INTERNAL_SECRET, Platform
 SESSION = "telegram:1:42"
 
 
-def story(run_id: UUID) -> list[Any]:
+def run_facts(run_id: UUID) -> list[Any]:
     """A run's facts, from its start to its reply."""
     where: dict[str, Any] = {"run_id": run_id, "session_key": SESSION}
     step: dict[str, Any] = {"step": 1, "kind": "model", "name": "scripted/answer"}
@@ -45,7 +45,7 @@ def failed(run_id: UUID, n: int, status: Any) -> RunFailed:
 
 @dataclass(frozen=True)
 class Completion:
-    """One that was asked for, and its run."""
+    """A requested completion and its run."""
 
     run_id: UUID
     agent_id: UUID
@@ -54,9 +54,9 @@ class Completion:
 
 
 class Agent:
-    """`committed`: of each run, what the store has; `reads`: the `after` of each read. While `hold` is clear, its
-    answers, already made, are kept back. `agents`: of each tenant. `completions`: that nobody has looked at yet;
-    `cancelled`: runs that were to be."""
+    """`committed` has the facts of each run, `reads` the `after` of each read. While `hold` is clear, answers to reads
+    are delayed. `agents` has the agents of each tenant, `completions` the requests that no test has read yet,
+    `cancelled` the runs with a cancellation."""
 
     def __init__(self) -> None:
         self.tenants: dict[UUID, str] = {}
@@ -122,7 +122,7 @@ class Agent:
         return JSONResponse(body, status, {"retry-after": "3"} if status == 503 else None)
 
     async def list_agents(self, request: Request) -> Response:
-        """One a page, as if the limit were that."""
+        """One agent a page, as if the limit were one."""
         who = self._who(request)
         assert "read" in who.scopes
         n = int(request.query_params.get("cursor", "0"))
@@ -183,7 +183,7 @@ async def stand_in(port: int) -> AsyncIterator[Agent]:
 
 
 async def happen(platform: Platform, agent: Agent, *facts: Any, heard: bool = True) -> None:
-    """Commits the facts and tells of them, as the agent and its relay do; `heard`: they reach Kafka."""
+    """Commits the facts and publishes them, as the agent and its relay do; unless `heard`, they do not reach Kafka."""
     for fact in facts:
         agent.committed[fact.run_id].append(fact)
         if heard:

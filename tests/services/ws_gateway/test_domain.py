@@ -1,4 +1,4 @@
-"""What of a run a client gets, in which order, and what not again."""
+"""The events of a run for a client: their order, and each of them once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import msgspec
 from infra.clock import uuid7
 from protos.messages.agent import RunCompleted, RunIndeterminate, ToolCall
 from services.ws_gateway.domain import Delta, Fact, Follow
-from tests.services.ws_gateway.agent import SESSION, failed, story
+from tests.services.ws_gateway.agent import SESSION, failed, run_facts
 
 
 def facts(run_id: UUID) -> list[Fact]:
     return [
-        Fact(fact.n, fact.wire_name(), "2026-01-01T00:00:00.000Z", msgspec.to_builtins(fact)) for fact in story(run_id)
+        Fact(fact.n, fact.wire_name(), "2026-01-01T00:00:00.000Z", msgspec.to_builtins(fact))
+        for fact in run_facts(run_id)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What is live reaches each stream once, however streams come and go."""
+"""Live items reach each stream once while streams begin and end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.ws_gateway.hub import Client, Hub
 
 
 class Stubborn:
-    """A Redis whose listeners do not end when they are first cancelled."""
+    """A Redis whose listeners end only at the second cancellation."""
 
     def __init__(self) -> None:
         self.listeners: list[asyncio.Queue[Any]] = []
@@ -50,7 +50,7 @@ async def test_a_listener_that_lingers_hands_nothing_on_a_second_time() -> None:
     leaving = asyncio.create_task(first())
     while not cache.listeners or hub._streams:
         await asyncio.sleep(0)
-    # The first stream is on its way out, and its listener does not go at once; the second one begins.
+    # The first stream ends, but its listener does not end at once. The second stream begins.
     async with hub.listen(run_id, Client()) as live:
         while len(cache.listeners) < 2:
             await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""A stream on which nothing happens: it stays alive, and looks after its run now and then."""
+"""A stream without events: it gets heartbeats, and its run is read again from time to time."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from redis.asyncio import Redis
 from infra.clock import uuid7
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
-from services.ws_gateway import stream, telling
+from services.ws_gateway import run_events, stream
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
-from tests.services.ws_gateway.agent import story
+from tests.services.ws_gateway.agent import run_facts
 from tooling.testing.stack import Stack
 
 WHO = Identity("api_key:test", "acme", frozenset(("read",)))
 
 
 class Agent:
-    """Its run completes after it was read this often."""
+    """Its run completes after this number of reads."""
 
     def __init__(self, reads: int) -> None:
         self.left = reads
 
     async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
         self.left -= 1
-        told = [Fact(fact.n, fact.wire_name(), "", msgspec.to_builtins(fact)) for fact in story(run_id)]
+        told = [Fact(fact.n, fact.wire_name(), "", msgspec.to_builtins(fact)) for fact in run_facts(run_id)]
         return [fact for fact in (told if self.left < 0 else told[:1]) if fact.n > after]
 
 
@@ -45,8 +45,8 @@ async def listeners(redis: Redis) -> int:
 async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telling, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(telling, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(run_events, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(run_events, "REREAD_SECONDS", 0.1)
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -57,7 +57,7 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
         shown = stream.RunStream(hub, Agent(3), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
-            # Where nobody watches, nothing is left running.
+            # Without a stream, no listener is left running.
             while await listeners(redis):
                 await asyncio.sleep(0.02)
     body = b"".join(message.get("body", b"") for message in sent)

@@ -33,7 +33,7 @@ from services.ws_gateway.agent import Agent as Caller
 from services.ws_gateway.domain import Delta
 from services.ws_gateway.hub import MAX_WAITING, Client, Hub, Live
 from services.ws_gateway.keys import SAFE, Keys
-from tests.services.ws_gateway.agent import Agent, failed, happen, story
+from tests.services.ws_gateway.agent import Agent, failed, happen, run_facts
 from tooling.testing.gateway import running_gateway
 from tooling.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
 
@@ -65,7 +65,7 @@ async def say(socket: ClientConnection, type_: str, **fields: Any) -> None:
     await socket.send(json.dumps({"type": type_, **fields}, default=str))
 
 
-async def take(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
+async def receive(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
     async with asyncio.timeout(30):
         taken = [json.loads(await socket.recv()) for _ in range(count)]
     for message in taken:
@@ -74,9 +74,9 @@ async def take(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
 
 
 async def ask(socket: ClientConnection, type_: str, **fields: Any) -> dict[str, Any]:
-    """The one message that comes next."""
+    """Sends a message and returns the next one from the server."""
     await say(socket, type_, **fields)
-    [answer] = await take(socket, 1)
+    [answer] = await receive(socket, 1)
     return answer
 
 
@@ -99,7 +99,7 @@ async def closed(socket: ClientConnection) -> int:
 
 
 async def is_quiet(socket: ClientConnection) -> None:
-    """Nothing else is under way to the client."""
+    """Checks that no other message is on its way to the client."""
     assert await ask(socket, "ping") == {"type": "pong", "ref": None}
 
 
@@ -113,13 +113,13 @@ def names(messages: list[dict[str, Any]], run_id: UUID) -> list[tuple[str, int |
 
 async def test_a_run_is_told_from_what_was_before_to_its_end(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, *facts[:2])
     async with connected(gateway) as socket:
         assert await ask(socket, "subscribe", run_id=run_id, ref="mine") == accepted(run_id, "mine")
-        told = await take(socket, 2)
+        told = await receive(socket, 2)
         await happen(gateway, agent, *facts[2:])
-        told += await take(socket, 3)
+        told += await receive(socket, 3)
         await is_quiet(socket)
     assert names(told, run_id) == WHOLE
     data = {message["event"]: message["data"] for message in told}
@@ -130,12 +130,12 @@ async def test_a_run_is_told_from_what_was_before_to_its_end(gateway: Platform, 
 
 async def test_a_client_that_comes_again_gets_what_it_has_not(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    await happen(gateway, agent, *story(run_id))
+    await happen(gateway, agent, *run_facts(run_id))
     async with connected(gateway) as socket:
         await follow(socket, run_id, after=2)
-        assert names(await take(socket, 3), run_id) == WHOLE[2:]
+        assert names(await receive(socket, 3), run_id) == WHOLE[2:]
     async with connected(gateway) as socket:
-        # With the end it has all.
+        # With the last event the client has everything.
         await follow(socket, run_id, after=5)
         await is_quiet(socket)
         answer = await ask(socket, "subscribe", run_id=run_id, after=6, ref="r")
@@ -148,11 +148,11 @@ async def test_one_socket_follows_many_runs_and_leaves_one(gateway: Platform, ag
     async with connected(gateway) as socket:
         for run_id in runs:
             await follow(socket, run_id)
-        await happen(gateway, agent, *(story(run_id)[0] for run_id in runs))
-        told = await take(socket, len(runs))
+        await happen(gateway, agent, *(run_facts(run_id)[0] for run_id in runs))
+        told = await receive(socket, len(runs))
         assert await ask(socket, "unsubscribe", run_id=left, ref="u") == accepted(left, "u")
-        await happen(gateway, agent, *(fact for run_id in runs for fact in story(run_id)[1:]))
-        told += await take(socket, 4 * len(others))
+        await happen(gateway, agent, *(fact for run_id in runs for fact in run_facts(run_id)[1:]))
+        told += await receive(socket, 4 * len(others))
         await is_quiet(socket)
     assert names(told, left) == WHOLE[:1]
     for run_id in others:
@@ -161,38 +161,38 @@ async def test_one_socket_follows_many_runs_and_leaves_one(gateway: Platform, ag
 
 async def test_who_subscribes_again_gets_it_from_there_again(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, *facts[:2])
     async with connected(gateway) as socket:
         for _ in range(2):
             await follow(socket, run_id, after=1)
-            assert names(await take(socket, 1), run_id) == WHOLE[1:2]
+            assert names(await receive(socket, 1), run_id) == WHOLE[1:2]
         await happen(gateway, agent, facts[2])
-        assert names(await take(socket, 1), run_id) == WHOLE[2:3]
+        assert names(await receive(socket, 1), run_id) == WHOLE[2:3]
         await is_quiet(socket)
 
 
 async def test_what_did_not_arrive_is_fetched_before_what_did(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, facts[0])
     async with connected(gateway) as socket:
         await follow(socket, run_id)
-        await take(socket, 1)
+        await receive(socket, 1)
         await happen(gateway, agent, facts[1], facts[2], heard=False)
         await happen(gateway, agent, facts[3])
-        assert names(await take(socket, 4), run_id) == WHOLE[1:]
+        assert names(await receive(socket, 4), run_id) == WHOLE[1:]
 
 
 async def test_a_subscription_waits_for_an_agent_that_is_away(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    await happen(gateway, agent, *story(run_id))
+    await happen(gateway, agent, *run_facts(run_id))
     agent.away = True
     async with connected(gateway) as socket:
         await say(socket, "subscribe", run_id=run_id)
         await agent.was_read(run_id, 2)
         agent.away = False
-        answer, *told = await take(socket, 6)
+        answer, *told = await receive(socket, 6)
     assert answer == accepted(run_id)
     assert names(told, run_id) == WHOLE
 
@@ -216,7 +216,7 @@ async def test_text_comes_while_it_is_written_and_not_of_an_attempt_that_was_giv
 
     async def listen(socket: ClientConnection) -> None:
         while True:
-            told.extend(await take(socket, 1))
+            told.extend(await receive(socket, 1))
 
     async with connected(gateway) as socket:
         await follow(socket, run_id)
@@ -230,13 +230,13 @@ async def test_text_comes_while_it_is_written_and_not_of_an_attempt_that_was_giv
             return any(message["data"].get("text") == " day" for message in told)
 
         await gateway.until(is_written)
-        await happen(gateway, agent, *story(run_id))
+        await happen(gateway, agent, *run_facts(run_id))
         await gateway.until(is_told)
         listening.cancel()
         await asyncio.wait({listening})
     assert [event for event in names(told, run_id) if event[0] != "delta"] == WHOLE
     pieces = [message["data"] for message in told if (message["event"], message["id"]) == ("delta", None)]
-    # The first was said until somebody heard it.
+    # The first delta was published until the gateway listened.
     assert list({data["text"]: data for data in pieces}.values()) == [
         {"step": 1, "attempt": 1, "n": 1, "text": "Hel"},
         {"step": 1, "attempt": 2, "n": 1, "text": "Good"},
@@ -252,7 +252,7 @@ async def test_a_run_without_a_reply_ends_too_and_the_socket_goes_on(
     async with connected(gateway) as socket:
         await follow(socket, run_id)
         await happen(gateway, agent, failed(run_id, 1, status))
-        [told] = await take(socket, 1)
+        [told] = await receive(socket, 1)
         await is_quiet(socket)
     assert (told["event"], told["id"], told["data"]["error"]) == (f"run.{status}", 1, "out of quota")
 
@@ -263,7 +263,7 @@ async def test_another_tenants_run_is_not_there(gateway: Platform, agent: Agent)
         for type_, run in (("subscribe", run_id), ("subscribe", uuid7()), ("cancel", run_id)):
             answer = await ask(socket, type_, run_id=run, ref="r")
             assert (answer["type"], answer["status"], answer["ref"]) == ("error", 404, "r")
-        await happen(gateway, agent, *story(run_id))
+        await happen(gateway, agent, *run_facts(run_id))
         await is_quiet(socket)
 
 
@@ -296,7 +296,7 @@ async def test_bad_input_is_refused_and_the_socket_goes_on(
 ) -> None:
     async with connected(gateway) as socket:
         await socket.send(sent)
-        [answer] = await take(socket, 1)
+        [answer] = await receive(socket, 1)
         assert (answer["type"], answer["status"], answer["ref"]) == ("error", status, ref)
         assert [error["field"] for error in answer["errors"]] == [field]
         await is_quiet(socket)
@@ -305,7 +305,7 @@ async def test_bad_input_is_refused_and_the_socket_goes_on(
 async def test_a_message_that_is_too_large_ends_its_socket(gateway: Platform) -> None:
     async with connected(gateway) as socket:
         await say(socket, "ping", ref="x" * 1_048_000)
-        await take(socket, 1)
+        await receive(socket, 1)
         await say(socket, "ping", ref="x" * 1_048_576)
         assert await closed(socket) == 1009
 
@@ -316,10 +316,10 @@ async def test_a_posted_message_is_handed_on_and_its_run_is_followed(gateway: Pl
     async with connected(gateway, scopes=("run",)) as socket:
         message = {"agent_id": agent_id, "session": "../a?b", "text": "tell no log", "idempotency_key": "k1"}
         assert await ask(socket, "message", **message, ref="m") == accepted(run_id, "m")
-        # Answered together with the first: the same run, which is told once.
+        # Answered together with the first message: the same run, whose events are sent once.
         assert await ask(socket, "message", **message, ref="n") == accepted(run_id, "n")
-        await happen(gateway, agent, *story(run_id))
-        assert names(await take(socket, 5), run_id) == WHOLE
+        await happen(gateway, agent, *run_facts(run_id))
+        assert names(await receive(socket, 5), run_id) == WHOLE
         await is_quiet(socket)
     path = f"/api/v1/agents/{agent_id}/sessions/%2E%2E%2Fa%3Fb/messages"
     sent = [(headers, json.loads(body)) for posted, headers, body in agent.posted if posted == path]
@@ -344,7 +344,7 @@ async def test_what_the_agent_refuses_is_told_as_it_said(gateway: Platform, agen
 
 async def test_a_run_is_cancelled_unless_it_is_over(gateway: Platform, agent: Agent) -> None:
     run_id, over = agent.new_run("acme"), agent.new_run("acme")
-    await happen(gateway, agent, *story(over))
+    await happen(gateway, agent, *run_facts(over))
     async with connected(gateway) as socket:
         assert await ask(socket, "cancel", run_id=run_id, ref="c") == accepted(run_id, "c")
         assert run_id in agent.cancelled
@@ -424,7 +424,7 @@ async def test_a_client_that_takes_nothing_is_dropped_alone(gateway: Platform, a
         await follow(socket, run_id)
         other = asyncio.create_task(told(socket))
         await gateway.until(is_dropped)
-        await happen(gateway, agent, *story(run_id))
+        await happen(gateway, agent, *run_facts(run_id))
         async with asyncio.timeout(30):
             assert await other == WHOLE
         async with asyncio.timeout(30):
@@ -436,11 +436,11 @@ async def test_a_client_that_takes_nothing_is_dropped_alone(gateway: Platform, a
 
 async def test_a_gateway_that_is_stopped_says_so_and_the_next_one_goes_on(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, *facts[:2])
     async with connected(gateway) as idle, connected(gateway) as socket:
         await follow(socket, run_id)
-        last = (await take(socket, 2))[-1]["id"]
+        last = (await receive(socket, 2))[-1]["id"]
         stopping = asyncio.create_task(asyncio.to_thread(gateway.stop, "ws_gateway"))
         assert await closed(socket) == 1012
         assert await closed(idle) == 1012
@@ -449,9 +449,9 @@ async def test_a_gateway_that_is_stopped_says_so_and_the_next_one_goes_on(gatewa
     await gateway.start("ws_gateway")
     async with connected(gateway) as socket:
         await follow(socket, run_id, after=last)
-        await take(socket, 1)
+        await receive(socket, 1)
         await happen(gateway, agent, facts[3])
-        assert names(await take(socket, 2), run_id) == WHOLE[3:]
+        assert names(await receive(socket, 2), run_id) == WHOLE[3:]
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +463,7 @@ async def user(platform: Platform) -> Platform:
 
 @pytest.fixture
 async def tenant(user: Platform) -> AsyncIterator[httpx.AsyncClient]:
-    """A fresh tenant's client of the user service; as its header the tenant's first key."""
+    """A client of the user service with the first key of a new tenant."""
     async with user.client("user") as operator:
         made = (await operator.post("/api/v1/tenants", json={"name": "Acme"})).json()
     async with user.client("user", made["id"]) as client:
@@ -472,14 +472,14 @@ async def tenant(user: Platform) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def identity(tenant: httpx.AsyncClient, key: str) -> dict[str, str]:
-    """What the gateway adds to a request with this key."""
+    """The header that the gateway adds to a request with this key."""
     answer = await tenant.get("/internal/auth", headers={"authorization": key})
     return {"x-claw-identity": answer.headers["x-claw-identity"]}
 
 
 @asynccontextmanager
 async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[str]:
-    """The URL of a gateway whose seconds a test can change."""
+    """The URL of a gateway in this process, so that a test can change its intervals."""
     identities = Identities(INTERNAL_SECRET)
     async with Redis.from_url(platform.stack.redis_url) as redis:
         hub = Hub(Cache(redis), asyncio.Event())
@@ -496,11 +496,11 @@ async def test_through_the_real_gateway_a_key_opens_a_socket(
     gateway: Platform, agent: Agent, tenant: httpx.AsyncClient
 ) -> None:
     run_id = agent.new_run((await tenant.get("/api/v1/tenant")).json()["id"])
-    await happen(gateway, agent, *story(run_id))
+    await happen(gateway, agent, *run_facts(run_id))
     async with running_gateway(gateway.ports) as url:
         async with opened(url, {"Authorization": tenant.headers["authorization"]}) as socket:
             await follow(socket, run_id)
-            assert names(await take(socket, 5), run_id) == WHOLE
+            assert names(await receive(socket, 5), run_id) == WHOLE
         with pytest.raises(InvalidStatus) as refused:
             async with opened(url, {"Authorization": "Bearer claw_unknown"}):
                 pass
@@ -558,7 +558,7 @@ async def test_the_operator_in_a_tenants_place_has_no_key_and_stays(
         await is_quiet(operator)
         async with opened(url, lost) as later:
             await tenant.delete(f"/api/v1/api-keys/{made['id']}")
-            # When a socket that came later is looked at, the first has been.
+            # The first socket was checked before the later one.
             assert await closed(later) == 4401
         await is_quiet(operator)
 
@@ -579,7 +579,7 @@ async def test_a_client_of_whom_nobody_knows_whether_it_may_stay_is_sent_away_in
         return len(asked) > 2
 
     monkeypatch.setattr(Keys, "scopes", counted)
-    # There is no billing.
+    # The billing service does not run.
     async with in_this_process(user, user.grpc("billing")) as url, opened(url, headers) as patient:
         await user.until(are_two)
         await is_quiet(patient)
@@ -592,7 +592,7 @@ async def test_a_socket_follows_so_many_runs_and_no_more(
 ) -> None:
     monkeypatch.setattr(socket, "MAX_RUNS", 2)
     first, second, third, over = (agent.new_run("acme") for _ in range(4))
-    agent.committed[over] = story(over)
+    agent.committed[over] = run_facts(over)
     agent.answer = 202, {"run_id": str(third)}
     message = {"agent_id": uuid7(), "session": "full", "text": "x"}
     async with in_this_process(platform, "") as url, opened(url, platform.headers("acme")) as socket_:
@@ -602,9 +602,9 @@ async def test_a_socket_follows_so_many_runs_and_no_more(
         async def has_room() -> bool:
             return bool((await ask(socket_, "subscribe", run_id=second))["type"] == "accepted")
 
-        # Where there is nothing left to tell nothing is followed.
+        # A run without further events takes no place.
         await platform.until(has_room)
-        # One of them again is not one more.
+        # A second subscription to the same run takes no second place.
         await follow(socket_, second)
         assert (await ask(socket_, "subscribe", run_id=third))["status"] == 409
         assert (await ask(socket_, "message", **message))["status"] == 409
@@ -631,7 +631,7 @@ async def test_a_posted_message_has_a_trace_of_its_own_and_the_socket_has_none(
     assert [(span.kind, span.parent) for span in posted] == [(SpanKind.SERVER, None)] * 2
     for span in posted:
         below = [other for other in spans if other.context and other.context.trace_id == span.context.trace_id]
-        # Ours, the call, and the agent that is called.
+        # Our span, the call, and the span of the agent.
         assert [other.kind for other in below].count(SpanKind.SERVER) == 2
         assert [other.kind for other in below].count(SpanKind.CLIENT) == 1
     assert "/ws" not in {(span.attributes or {}).get("url.path") for span in spans}
@@ -703,7 +703,7 @@ async def test_a_socket_that_cannot_go_on_is_closed_with_the_reason(
     async with asyncio.timeout(30):
         await shown.serve()
     assert connection.closed == codes
-    assert capsys.readouterr().out.count("a socket failed") == errors
+    assert capsys.readouterr().out.count("socket failed") == errors
 
 
 @pytest.mark.parametrize(("stopping", "code"), [(False, 1013), (True, 1012)])
@@ -724,15 +724,15 @@ def test_what_waits_for_a_client_is_bounded_over_all_its_runs_and_given_back() -
     one, other = Live(client), Live(client)
     piece = Delta(1, 1, 1, "x")
     for _ in range(3):
-        one.put(piece)
+        one.push(piece)
     one.close()
-    other.put(piece)
+    other.push(piece)
     other.close()
     assert client.room == MAX_WAITING
     one, other = Live(client), Live(client)
     for live in (one, other) * (MAX_WAITING // 2 + 1):
-        live.put(piece)
+        live.push(piece)
     assert ended == []
-    one.put(piece)
-    other.put(piece)
+    one.push(piece)
+    other.push(piece)
     assert ended == [True]

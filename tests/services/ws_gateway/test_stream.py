@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 
 from infra.clock import uuid7
 from protos.catalog import AGENT_EVENTS
-from tests.services.ws_gateway.agent import Agent, failed, happen, story
+from tests.services.ws_gateway.agent import Agent, failed, happen, run_facts
 from tooling.testing.platform import Platform
 
 Events = AsyncIterator[tuple[str, str | None, Any]]
@@ -49,7 +49,7 @@ async def events(answer: httpx.Response) -> Events:
             fields = {}
 
 
-async def take(events: Events, count: int) -> list[tuple[str, str | None, Any]]:
+async def receive(events: Events, count: int) -> list[tuple[str, str | None, Any]]:
     async with asyncio.timeout(30):
         return [await anext(events) for _ in range(count)]
 
@@ -74,10 +74,10 @@ WHOLE = [
 
 async def test_a_run_is_told_from_what_was_before_to_its_end(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, *facts[:2])
     async with watching(gateway, run_id) as stream:
-        before = await take(stream, 2)
+        before = await receive(stream, 2)
         await happen(gateway, agent, *facts[2:])
         told = before + await rest(stream)
     assert names(told) == WHOLE
@@ -89,10 +89,10 @@ async def test_a_run_is_told_from_what_was_before_to_its_end(gateway: Platform, 
 
 async def test_a_client_that_comes_again_gets_what_it_has_not(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    await happen(gateway, agent, *story(run_id))
+    await happen(gateway, agent, *run_facts(run_id))
     async with watching(gateway, run_id, after="2") as stream:
         assert names(await rest(stream)) == WHOLE[2:]
-    # With the end it has all: a browser stops asking at a 204.
+    # With the last event the client has everything: a browser does not reconnect after a 204.
     async with gateway.client("ws_gateway", "acme") as client:
         done = await client.get(f"/api/v1/runs/{run_id}/events", headers={"Last-Event-ID": "5"})
     assert done.status_code == 204
@@ -100,10 +100,10 @@ async def test_a_client_that_comes_again_gets_what_it_has_not(gateway: Platform,
 
 async def test_what_did_not_arrive_is_fetched_before_what_did(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, facts[0])
     async with watching(gateway, run_id) as stream:
-        await take(stream, 1)
+        await receive(stream, 1)
         await happen(gateway, agent, facts[1], facts[2], heard=False)
         await happen(gateway, agent, facts[3])
         assert names(await rest(stream)) == WHOLE[1:]
@@ -111,10 +111,10 @@ async def test_what_did_not_arrive_is_fetched_before_what_did(gateway: Platform,
 
 async def test_a_stream_waits_for_an_agent_that_is_away(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, facts[0])
     async with watching(gateway, run_id) as stream:
-        await take(stream, 1)
+        await receive(stream, 1)
         reads = len(agent.reads)
         agent.away = True
         await happen(gateway, agent, facts[1], heard=False)
@@ -128,15 +128,15 @@ async def test_a_stream_waits_for_an_agent_that_is_away(gateway: Platform, agent
 
 async def test_what_happens_while_the_past_is_read_is_not_lost(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, *facts[:3])
     async with watching(gateway, run_id) as other:
-        await take(other, 3)
+        await receive(other, 3)
         agent.hold.clear()
         async with gateway.client("ws_gateway", "acme") as client:
             asked = asyncio.create_task(client.get(f"/api/v1/runs/{run_id}/events"))
             await agent.was_read(run_id, 2)
-            # The answer is made and under way when the last fact comes, and nothing comes after it.
+            # The answer is already made when the last fact arrives, and no fact follows.
             await happen(gateway, agent, facts[3])
             await rest(other)
             agent.hold.set()
@@ -147,12 +147,12 @@ async def test_what_happens_while_the_past_is_read_is_not_lost(gateway: Platform
 
 async def test_what_a_broken_tail_has_missed_is_fetched(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, facts[0])
     async with watching(gateway, run_id) as stream:
-        await take(stream, 1)
+        await receive(stream, 1)
         await happen(gateway, agent, *facts[1:], heard=False)
-        # The tail begins anew where its topic has changed.
+        # The tail begins again if its topic was replaced.
         admin = AIOKafkaAdminClient(bootstrap_servers=gateway.stack.kafka_bootstrap_servers)
         await admin.start()
         await admin.create_partitions({gateway.prefix + AGENT_EVENTS.name: NewPartitions(AGENT_EVENTS.partitions + 1)})
@@ -199,11 +199,11 @@ async def test_text_comes_while_it_is_written_and_not_of_an_attempt_that_was_giv
             return any(name == "delta" and data["text"] == " day" for name, _, data in told)
 
         await gateway.until(is_written)
-        await happen(gateway, agent, *story(run_id))
+        await happen(gateway, agent, *run_facts(run_id))
         await listening
     assert [event for event in names(told) if event[0] != "delta"] == WHOLE
     pieces = [data for name, id_, data in told if (name, id_) == ("delta", None)]
-    # The first was said until somebody heard it.
+    # The first delta was published until the gateway listened.
     assert list({data["text"]: data for data in pieces}.values()) == [
         {"step": 1, "attempt": 1, "n": 1, "text": "Hel"},
         {"step": 1, "attempt": 2, "n": 1, "text": "Good"},
@@ -242,7 +242,7 @@ async def test_a_posted_message_is_handed_on_and_its_run_is_shown(gateway: Platf
         headers["content-type"] = "application/json"
         async with client.stream("POST", path, headers=headers, content=body) as answer:
             assert answer.status_code == 200
-            await happen(gateway, agent, *story(run_id))
+            await happen(gateway, agent, *run_facts(run_id))
             assert names(await rest(events(answer))) == WHOLE
         [(posted, sent, content)] = agent.posted
         assert (posted, sent["idempotency-key"], content) == (path, "k1", body)
@@ -270,7 +270,7 @@ async def test_a_client_that_takes_nothing_is_dropped_alone(gateway: Platform, a
     async with watching(gateway, run_id) as stream:
         other = asyncio.create_task(rest(stream))
         await gateway.until(is_dropped)
-        await happen(gateway, agent, *story(run_id))
+        await happen(gateway, agent, *run_facts(run_id))
         assert names(await other)[-5:] == WHOLE
     assert gateway.log("ws_gateway").count("does not keep up") == 1
     writer.close()
@@ -280,28 +280,28 @@ async def test_a_gateway_that_is_stopped_ends_its_streams_and_the_next_one_goes_
     gateway: Platform, agent: Agent
 ) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, *facts[:2])
     async with watching(gateway, run_id) as stream:
-        last = (await take(stream, 2))[-1][1]
+        last = (await receive(stream, 2))[-1][1]
         stopping = asyncio.create_task(asyncio.to_thread(gateway.stop, "ws_gateway"))
         assert await rest(stream) == []
     assert await stopping == 0
     await happen(gateway, agent, facts[2])
     await gateway.start("ws_gateway")
     async with watching(gateway, run_id, after=last) as stream:
-        await take(stream, 1)
+        await receive(stream, 1)
         await happen(gateway, agent, facts[3])
         assert names(await rest(stream)) == WHOLE[3:]
 
 
 async def test_one_that_is_killed_loses_nothing_either(gateway: Platform, agent: Agent) -> None:
     run_id = agent.new_run("acme")
-    facts = story(run_id)
+    facts = run_facts(run_id)
     await happen(gateway, agent, *facts[:2])
     with pytest.raises(httpx.RemoteProtocolError):
         async with watching(gateway, run_id) as stream:
-            await take(stream, 2)
+            await receive(stream, 2)
             gateway.kill("ws_gateway")
             await rest(stream)
     await happen(gateway, agent, *facts[2:])

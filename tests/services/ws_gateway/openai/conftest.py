@@ -26,7 +26,7 @@ WAIT_SECONDS = 30
 
 @dataclass
 class Run:
-    """A run as it happens: facts are committed and told of on Kafka, text is published on Redis."""
+    """A run in progress: its facts are committed and published on Kafka, its deltas are published on Redis."""
 
     world: World
     asked: Completion
@@ -58,7 +58,7 @@ class Run:
         await self.world.redis.publish(f"claw:run:{self.id}", json.dumps(piece))
 
     async def answers(self, text: str, **usage: int | None) -> None:
-        """All of it, from its start to the reply."""
+        """All facts, from the start to the reply."""
         names = ("input_tokens", "cached_tokens", "output_tokens")
         self.world.agent.usage[self.id] = {name: usage.get(name) for name in names}
         await self.begins()
@@ -80,7 +80,7 @@ class World:
     redis: Redis
 
     async def run(self) -> Run:
-        """The next one that is asked for."""
+        """The next requested completion."""
         async with asyncio.timeout(WAIT_SECONDS):
             return Run(self, await self.agent.completions.get())
 
@@ -91,7 +91,7 @@ class World:
 
     @asynccontextmanager
     async def client(self, tenant: str = "acme", **options: Any) -> AsyncIterator[AsyncOpenAI]:
-        """OpenAI's own, with all its retries."""
+        """OpenAI's own client, with all its retries."""
         async with AsyncOpenAI(
             base_url=f"{self.platform.url('ws_gateway')}/v1",
             api_key="what the proxy in front looks at",
@@ -128,12 +128,12 @@ def nobody() -> str:
 
 
 class Hearing:
-    """A stream that is read in the background. `text`: what has come of it."""
+    """A stream that is read in the background. `text` has the text received so far."""
 
     text: str
 
     async def hears(self, run: Run, text: str, *, step: int = 1) -> None:
-        """The first piece of a step, said until it is heard, for at first nobody listens."""
+        """Publishes the first piece of a step until the stream has it: at first the gateway does not listen yet."""
         before = self.text
         async with asyncio.timeout(WAIT_SECONDS):
             while self.text == before:

@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
 PATH = "/v1/chat/completions"
-CUT_OFF = "The answer cannot be told to its end here; ask again."
+CUT_OFF = "The server restarts; send the request again."
 
 
 @asynccontextmanager
 async def answering(asked: Awaitable[T]) -> AsyncIterator[asyncio.Future[T]]:
-    """Asks in the background; the block may await the answer."""
+    """Sends the request in the background; the block may await the answer."""
     task = asyncio.ensure_future(asked)
     try:
         async with asyncio.timeout(WAIT_SECONDS):
@@ -39,7 +39,7 @@ async def answering(asked: Awaitable[T]) -> AsyncIterator[asyncio.Future[T]]:
 
 
 class Reading(Hearing):
-    """A stream that is read in the background. `text`: so far; `chunks`: all; `error`: that ended it."""
+    """A stream that is read in the background. `text` is the text so far, `error` the error that ended it."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -171,7 +171,7 @@ async def test_a_stream_begins_with_the_role_and_ends_with_done(world: World, mo
     assert '"delta":{"content":"Good day"}' in text
     assert '"finish_reason":"stop"' in last
     assert (done, end) == ("data: [DONE]", "")
-    # Asked for by nobody.
+    # No client requested it.
     assert "usage" not in answer.text
 
 
@@ -377,7 +377,7 @@ async def test_a_client_that_goes_cancels_the_run_unless_it_can_come_again(
         await run.replies("Good day")
         assert (await answer).choices[0].message.content == "Good day"
     assert run.id not in world.agent.cancelled
-    # What has been said already is answered as well.
+    # The text sent so far is an answer as well.
     found = await client.chat.completions.create(model=model, messages=HI, extra_headers=headers)
     assert (found.id, found.choices[0].message.content) == (f"chatcmpl-{run.id}", "Good day")
     assert (await world.run()).id == run.id

@@ -62,11 +62,11 @@ def both(client: AsyncOpenAI, model: str) -> list[Model]:
 
 @asynccontextmanager
 async def heard(world: World, tenant: Tenant, gate: asyncio.Event) -> AsyncIterator[None]:
-    """The block's stream hears all that the model writes behind the gate, which opens once it listens."""
+    """The stream of the block gets all deltas after the gate, which opens when the stream listens."""
 
     async def listens() -> bool:
         runs = (await tenant.call("GET", "/api/v1/runs", params={"status": "running"}))["items"]
-        # It listens before it reads.
+        # The gateway listens before it reads.
         return any(f"/internal/runs/{run['id']}/events" in world.platform.log("agent") for run in runs)
 
     async def open_() -> None:
@@ -130,7 +130,7 @@ async def test_pydantic_ai_has_its_class_by_the_format(world: World, tenant: Ten
 
 
 class Where(BaseModel):
-    """Where the person is."""
+    """Returns the place of the person."""
 
     city: str
 
@@ -214,7 +214,7 @@ async def test_pydantic_ai_has_its_class_by_a_tool(world: World, tenant: Tenant,
     for model in both(client, await tenant.agent(tools=[WEATHER])):
         agent = Agent(model, output_type=City)
         weather, answer = (WEATHER, '{"city":"Bern"}'), ("final_result", FITS)
-        # One without a tool is asked for again.
+        # An answer without a call makes the agent ask the model again.
         world.models.script(MODEL, Says("Bern."), Says(calls=(weather,)), Says("Well.", calls=(answer,)))
         first = await agent.run("Hi")
         assert first.output == City(name="Bern", people=146348)
@@ -233,7 +233,7 @@ async def test_pydantic_ai_uses_a_tool_of_its_own(world: World, tenant: Tenant, 
 
         @agent.tool_plain
         def place(of: str) -> str:
-            """Where somebody is."""
+            """Returns the place of a person."""
             asked.append(of)  # noqa: B023
             return f"{of} in Bern"
 
@@ -242,7 +242,7 @@ async def test_pydantic_ai_uses_a_tool_of_its_own(world: World, tenant: Tenant, 
         world.models.script(MODEL, Says("Let me see.", calls=(call, call)), *script)
         first = await agent.run("Weather?")
         assert (first.output, asked) == ("Wet.", ["me", "me"])
-        # Here text in front would be its result.
+        # With this model, text in front would be the result.
         world.models.script(MODEL, Says(calls=(call, call)), *script)
         async with agent.run_stream("And now?", message_history=first.all_messages()) as stream:
             assert await stream.get_output() == "Wet."

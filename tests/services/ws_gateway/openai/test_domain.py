@@ -1,4 +1,4 @@
-"""What of a run's text is sent, where nothing can be taken back."""
+"""The text of a run in a stream that cannot take text back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 
 
 def told(*deltas: tuple[int, int, int, str]) -> Transcript:
-    """`deltas`: step, attempt, n and text."""
+    """Each of the `deltas` has step, attempt, n and text."""
     transcript = Transcript()
     transcript.began(1, "model", 1)
     for delta in deltas:
@@ -47,7 +47,7 @@ def test_another_attempt_is_no_matter_where_nothing_was_sent() -> None:
     transcript = told((1, 1, 2, " day"))
     transcript.began(1, "model", 2)
     assert transcript.delta(Delta(1, 2, 1, "Hi")) == Piece(1, "Hi")
-    # Told late, after its text.
+    # This fact arrives late, after the text.
     transcript.began(1, "model", 2)
     assert transcript.reply("Hi") == Piece(1, "")
 
@@ -60,7 +60,7 @@ def test_a_reply_that_differs_from_what_was_sent_takes_it_back() -> None:
 def test_text_before_a_tool_call_is_of_a_step_of_its_own() -> None:
     transcript = told((1, 1, 1, "Let me see."))
     transcript.began(2, "tool", 1)
-    # Its first text may be heard before that it has begun.
+    # The first text may arrive before the start of the step.
     assert transcript.delta(Delta(3, 1, 1, "Wet")) == Piece(3, "Wet")
     assert transcript.delta(Delta(1, 1, 2, " So.")) is None
     transcript.began(3, "model", 1)

@@ -1,4 +1,4 @@
-"""A completion on which nothing happens, and what the agent is asked for it."""
+"""A completion without events: heartbeats, and the requests to the agent."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from infra.clock import uuid7
 from infra.errors import NotFound
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
-from services.ws_gateway import telling
+from services.ws_gateway import run_events
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai.answer import Answer
 from services.ws_gateway.openai.shapes import Chat
-from tests.services.ws_gateway.agent import failed, story
+from tests.services.ws_gateway.agent import failed, run_facts
 from tooling.testing.stack import Stack
 
 WHO = Identity("api_key:test", "acme", frozenset(("run",)))
 
 
 class Agent:
-    """Its run ends, or is gone, after it was read this often. `asked`: for what else."""
+    """Its run ends, or no longer exists, after this number of reads. `asked` has the other requests."""
 
     def __init__(self, reads: int, end: str) -> None:
         self.left = reads
@@ -40,7 +40,7 @@ class Agent:
             return []
         if self.end == "gone":
             raise NotFound("run")
-        facts = [failed(run_id, 1, "failed")] if self.end == "failed" else story(run_id)
+        facts = [failed(run_id, 1, "failed")] if self.end == "failed" else run_facts(run_id)
         return [Fact(fact.n, fact.wire_name(), "", msgspec.to_builtins(fact)) for fact in facts]
 
     async def ask(self, who: Identity, scope: str, method: str, path: str, template: str) -> httpx.Response:
@@ -72,8 +72,8 @@ async def told(stack: Stack, agent: Agent, *, include_usage: bool = True) -> tup
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(telling, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(run_events, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(run_events, "REREAD_SECONDS", 0.1)
 
 
 async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(stack: Stack) -> None:
@@ -85,7 +85,7 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(stack: S
     assert '"role":"assistant"' in first
     assert heartbeat == ":"
     assert '"content":"Grüße\\nfrom two lines"' in text
-    # What it has used could not be read.
+    # The usage could not be read.
     assert '"finish_reason":"stop"' in end
     assert done == "data: [DONE]"
 

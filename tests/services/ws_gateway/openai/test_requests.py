@@ -1,4 +1,4 @@
-"""The conversation that a request carries, and what is refused."""
+"""The conversation of a request, and refused requests."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TOOL = function(name="f")
 
 
 def chat(*messages: Any, **fields: Any) -> Conversation:
-    return ChatRequest.model_validate({"model": "m", "messages": messages or [HI], **fields}).asked()
+    return ChatRequest.model_validate({"model": "m", "messages": messages or [HI], **fields}).to_conversation()
 
 
 def responses(input_: Any = "Hi", **fields: Any) -> Conversation:
-    return ResponsesRequest.model_validate({"model": "m", "input": input_, **fields}).asked()
+    return ResponsesRequest.model_validate({"model": "m", "input": input_, **fields}).to_conversation()
 
 
 def test_the_last_message_is_asked_what_was_before_is_history_and_system_messages_are_together() -> None:
@@ -288,7 +288,7 @@ def test_calls_and_their_results_are_told_each_with_its_call() -> None:
         "Bye", [Earlier("user", "Hi"), called, result], None
     )
     other = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "x"}}
-    # In any order, and with what the model wrote before.
+    # In any order, and with the text that the model wrote before.
     assert chat(
         HI,
         {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, other]},

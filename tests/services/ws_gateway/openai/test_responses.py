@@ -54,7 +54,7 @@ async def test_a_response_has_the_reply(world: World, client: AsyncOpenAI, model
     assert found.usage
     assert (found.usage.input_tokens, found.usage.output_tokens, found.usage.total_tokens) == (100, 9, 109)
     assert found.usage.input_tokens_details.cached_tokens == 60
-    # Its output is the next one's input.
+    # The output of one response is the input of the next.
     both: Any = [{"role": "user", "content": "Hi"}, *found.output, {"role": "user", "content": "Bye"}]
     asked = client.responses.create(model=model, input=both)
     async with answering(asked) as answer:

@@ -1,4 +1,4 @@
-"""A run told to one client: what the agent has, then what the hub hears, and from the agent again what was missed."""
+"""The events of a run for one client: past facts from the agent, live facts from the hub, and gaps filled again."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from services.ws_gateway.domain import Delta, Event, Fact, Follow
 from services.ws_gateway.hub import Live
 
 HEARTBEAT_SECONDS = 20.0
-# Without a sign of the run it is looked after: the last fact may have been the one that was missed.
-LOOK_SECONDS = 60.0
-# A client that takes nothing for so long is gone.
+# After this time without news, the run is read again: its last fact may have been lost on the way.
+REREAD_SECONDS = 60.0
+# A client that does not read for this long is dropped.
 SEND_SECONDS = 30.0
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0)
-_log = get_logger("ws_gateway.telling")
+_log = get_logger("ws_gateway.run_events")
 
 Read = Callable[[int], Awaitable[list[Fact]]]
-"""Gives a run's facts after an n. Raises NotFound, Transient."""
+"""Reads a run's facts after an n. Raises NotFound, Transient."""
 
 
-async def happenings(
+async def run_events(
     read: Read, live: Live, follow: Follow, facts: Sequence[Fact] = ()
 ) -> AsyncGenerator[list[Event], None]:
-    """What happens in a run until it ends, in its order and each once; an empty list where nothing does for a while.
+    """The run's events until its end, in order and each once. An empty list is due for a heartbeat.
 
-    facts: those that were read already. Raises NotFound where the run is gone.
+    `facts` were read already. Raises NotFound if the run no longer exists.
     """
-    found: Sequence[Fact] | None = facts
-    looked = time.monotonic()
+    pending: Sequence[Fact] = facts
+    read_at = time.monotonic()
     while True:
-        for fact in found or ():
+        for fact in pending:
             if events := follow.fact(fact):
                 yield events
         if follow.ended:
             return
-        found = None
+        pending = ()
         item = await live.next(HEARTBEAT_SECONDS)
         if isinstance(item, Delta):
             if events := follow.delta(item):
@@ -48,25 +48,25 @@ async def happenings(
         if item is None:
             yield []
         if isinstance(item, Fact) and not follow.misses(item):
-            found = [item]
-            looked = time.monotonic()
-        elif item is not None or time.monotonic() - looked > LOOK_SECONDS:
-            reading = asyncio.create_task(persistently(read, follow.last))
+            pending = [item]
+            read_at = time.monotonic()
+        elif item is not None or time.monotonic() - read_at > REREAD_SECONDS:
+            reading = asyncio.create_task(read_until_available(read, follow.last))
             try:
                 while not (await asyncio.wait({reading}, timeout=HEARTBEAT_SECONDS))[0]:
                     yield []
-                found = reading.result()
+                pending = reading.result()
             finally:
                 reading.cancel()
-            looked = time.monotonic()
+            read_at = time.monotonic()
 
 
-async def persistently(read: Read, after: int) -> list[Fact]:
-    """The run's facts after an n, as soon as the agent gives them. Raises NotFound."""
+async def read_until_available(read: Read, after: int) -> list[Fact]:
+    """The run's facts after an n. Retries until the agent answers. Raises NotFound."""
     for pause in chain(_BACKOFF_SECONDS, repeat(_BACKOFF_SECONDS[-1])):
         try:
             return await read(after)
         except Transient as error:
-            _log.warning("facts cannot be read now", error=str(error))
+            _log.warning(f"could not read a run's facts; will retry in {pause:g} s", error=str(error))
             await asyncio.sleep(pause)
-    raise AssertionError("without an end")
+    raise AssertionError("unreachable: the loop has no end")
