@@ -6,9 +6,10 @@ import asyncio
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 import uvicorn
@@ -21,8 +22,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe import telemetry
@@ -36,16 +38,14 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 1_048_576
 DRAIN_SECONDS = 10
-PING_SECONDS = 30.0
-"""A WebSocket gets a ping this often."""
-PONG_SECONDS = 60.0
-"""A WebSocket that does not answer a ping in this time is closed."""
 
 # Probes ask these every few seconds: no span, no metric, no log line.
 _WATCHED = frozenset(("/health", "/healthz", "/readyz", "/api/health", "/api/health/dependencies", "/metrics"))
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 # The key of a request's `_Exchange` in its scope.
 _EXCHANGE = "claw.exchange"
+# The extension of a WebSocket's scope by which its transport is handed over.
+_HAND_OVER = "claw.hand_over"
 _log = get_logger("infra.web.http")
 
 
@@ -264,6 +264,44 @@ class _Exchange:
         return TooLarge(f"body: larger than the limit of {self.max_body} bytes")
 
 
+class Upgraded(Protocol):
+    """The protocol of an accepted WebSocket, which takes the transport over from uvicorn."""
+
+    def take_over(self, transport: asyncio.Transport, released: Callable[[], object]) -> None:
+        """Must make itself the protocol of the transport, and call `released` when the connection has ended."""
+
+    def shutdown(self) -> None:
+        """The server stops: must close the connection."""
+
+
+def hand_over(websocket: WebSocket, protocol: Upgraded) -> None:
+    """Ends uvicorn's part in an accepted WebSocket. The ASGI application must return at once."""
+    websocket.scope["extensions"][_HAND_OVER](protocol)
+
+
+class _WebSocketHandshake(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, which can be handed over. uvicorn would keep a task, queues and timers for each socket."""
+
+    async def run_asgi(self) -> None:
+        extensions: dict[str, Any] = self.scope["extensions"]
+        extensions[_HAND_OVER] = self._hand_over
+        await super().run_asgi()
+        # Without this reference cycle, the memory is free at once.
+        del extensions[_HAND_OVER]
+
+    def _hand_over(self, protocol: Upgraded) -> None:
+        self.connections.discard(self)
+        self.connections.add(cast(Any, protocol))
+        protocol.take_over(self.transport, partial(self.connections.discard, cast(Any, protocol)))
+        # uvicorn closes its transport when the application returns.
+        self.transport = cast(asyncio.Transport, _NoTransport())
+
+
+class _NoTransport:
+    def close(self) -> None:
+        pass
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which belong to the process, and with an event for its start."""
 
@@ -313,12 +351,10 @@ async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpSe
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
-        ws="websockets-sansio",
-        # A message has the same limit as a body; a larger one closes its socket (1009).
-        ws_max_size=MAX_BODY_BYTES,
-        ws_ping_interval=PING_SECONDS,
-        ws_ping_timeout=PONG_SECONDS,
-        # Compression would need more memory than all other parts of a socket, and our messages are small.
+        ws=_WebSocketHandshake,
+        # Sockets are handed over after the handshake, so their limits and pings are not set here.
+        ws_ping_interval=None,
+        # Compression would need more memory than everything else in a socket, and our messages are small.
         ws_per_message_deflate=False,
     )
     server = _Server(config)

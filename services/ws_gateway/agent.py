@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from itertools import chain, repeat
 from urllib.parse import quote
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from infra.errors import NotFound, Transient
 from infra.observe import telemetry
+from infra.observe.logs import get_logger
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.protocol import Message
@@ -21,6 +23,24 @@ from services.ws_gateway.protocol import Message
 TIMEOUT_SECONDS = 10.0
 # After a gap in the tail all streams read at the same time.
 CONCURRENT_READS = 50
+
+
+_RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+_log = get_logger("ws_gateway.agent")
+
+Read = Callable[[int], Awaitable[list[Fact]]]
+"""Reads a run's facts after an n. Raises NotFound, Transient."""
+
+
+async def read_until_available(read: Read, after: int) -> list[Fact]:
+    """The run's facts after an n. Retries until the agent answers. Raises NotFound."""
+    for pause in chain(_RETRY_SECONDS, repeat(_RETRY_SECONDS[-1])):
+        try:
+            return await read(after)
+        except Transient as error:
+            _log.warning(f"could not read a run's facts; will retry in {pause:g} s", error=str(error))
+            await asyncio.sleep(pause)
+    raise AssertionError("unreachable: the loop has no end")
 
 
 class _Facts(msgspec.Struct):

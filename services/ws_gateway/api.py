@@ -16,9 +16,9 @@ from infra.errors import InvalidMessage
 from infra.security.auth import IDENTITY_HEADER, Identities
 from infra.service.api import Reader, Runner, api, identity, of_a_tenant
 from infra.service.service import Runtime
+from infra.web.http import hand_over
 from services.ws_gateway.agent import Agent, accepted_run
 from services.ws_gateway.hub import Hub
-from services.ws_gateway.keys import SAFE, Keys
 from services.ws_gateway.openai import api as openai
 from services.ws_gateway.protocol import schema
 from services.ws_gateway.socket import Socket
@@ -38,20 +38,19 @@ _PASSED_BACK = ("content-type", "retry-after")
 def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRoute]]:
     def build(runtime: Runtime) -> Sequence[BaseRoute]:
         agent = Agent(runtime.settings.agent_url, runtime.identities)
-        keys = Keys(runtime.channels.to(runtime.settings.user_grpc, "user", safe=SAFE))
         shared = hub(runtime)
-        sockets = websocket(shared, agent, keys, runtime.identities)
+        sockets = websocket(shared, agent, runtime.identities)
         return [sockets, *api("ws_gateway", runtime, _router(shared, agent), openai.router(shared, agent))]
 
     return build
 
 
-def websocket(hub: Hub, agent: Agent, keys: Keys, identities: Identities) -> BaseRoute:
+def websocket(hub: Hub, agent: Agent, identities: Identities) -> BaseRoute:
     async def serve(websocket: WebSocket) -> None:
         who = of_a_tenant(identity(websocket, identities))
-        await Socket(hub, agent, keys, who, websocket).serve()
+        await websocket.accept()
+        hand_over(websocket, Socket(hub, agent, who))
 
-    # Not a FastAPI route: its layers would add a quarter to the memory of each socket.
     return WebSocketRoute("/ws", serve)
 
 

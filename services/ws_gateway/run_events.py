@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from itertools import chain, repeat
+from collections.abc import AsyncGenerator, Sequence
 
-from infra.errors import Transient
-from infra.observe.logs import get_logger
+from services.ws_gateway.agent import Read, read_until_available
 from services.ws_gateway.domain import Delta, Event, Fact, Follow
-from services.ws_gateway.hub import Live
+from services.ws_gateway.feed import REREAD_SECONDS, Live
 
 HEARTBEAT_SECONDS = 20.0
-# After this time without news, the run is read again: its last fact may have been lost on the way.
-REREAD_SECONDS = 60.0
-# A client that does not read for this long is dropped.
-SEND_SECONDS = 30.0
-_BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0)
-_log = get_logger("ws_gateway.run_events")
-
-Read = Callable[[int], Awaitable[list[Fact]]]
-"""Reads a run's facts after an n. Raises NotFound, Transient."""
 
 
 async def run_events(
@@ -59,14 +48,3 @@ async def run_events(
             finally:
                 reading.cancel()
             read_at = time.monotonic()
-
-
-async def read_until_available(read: Read, after: int) -> list[Fact]:
-    """The run's facts after an n. Retries until the agent answers. Raises NotFound."""
-    for pause in chain(_BACKOFF_SECONDS, repeat(_BACKOFF_SECONDS[-1])):
-        try:
-            return await read(after)
-        except Transient as error:
-            _log.warning(f"could not read a run's facts; will retry in {pause:g} s", error=str(error))
-            await asyncio.sleep(pause)
-    raise AssertionError("unreachable: the loop has no end")

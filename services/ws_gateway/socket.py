@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections import deque
 from collections.abc import Coroutine
-from contextlib import aclosing, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, assert_never, cast
 from uuid import UUID
 
 import msgspec
 from opentelemetry.trace import SpanKind
-from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound, Transient, WrongType
+from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound, WrongType
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from infra.web.http import decode_json
 from infra.web.problems import problem
-from services.ws_gateway.agent import Agent, Refused
-from services.ws_gateway.domain import Event, Fact, Follow
-from services.ws_gateway.hub import Client, Hub
-from services.ws_gateway.keys import Keys
+from services.ws_gateway.agent import Agent, Refused, read_until_available
+from services.ws_gateway.clients import End
+from services.ws_gateway.connection import Connection, text_frame
+from services.ws_gateway.domain import Delta, Event, Fact, Follow
+from services.ws_gateway.feed import Feed, Live, Missed, Room, event_frame
+from services.ws_gateway.hub import Hub
 from services.ws_gateway.protocol import (
     Accepted,
     Cancel,
@@ -34,26 +33,15 @@ from services.ws_gateway.protocol import (
     Message,
     Ping,
     Pong,
-    RunEvent,
     ServerMessage,
     Subscribe,
     Unsubscribe,
     ref_of,
 )
-from services.ws_gateway.run_events import SEND_SECONDS, read_until_available, run_events
 
 MAX_RUNS = 1_000
-# An identity is valid for a minute, but a socket may last for days. So its key is checked this often.
-CHECK_SECONDS = 60.0
-# A socket is closed if its key could not be checked for this long.
-UNCHECKED_SECONDS = 300.0
-
-# The close codes (RFC 6455 §7.4.1 and its registry). 4401 is our own, after HTTP's 401.
-FAILED = 1011, "internal error"
-RESTARTING = 1012, "the service restarts: connect again"
-TOO_SLOW = 1013, "the client does not keep up: connect again"
-UNCHECKED = 1013, "the API key cannot be checked now: connect again"
-NOT_ALLOWED = 4401, "the API key was revoked or has expired"
+# With more unanswered messages, nothing more is read from the client.
+MAX_UNANSWERED = 16
 
 _log = get_logger("ws_gateway.socket")
 _FROM_CLIENT = cast("type[ClientMessage]", ClientMessage)
@@ -65,147 +53,193 @@ class _Problem(msgspec.Struct):
     errors: list[FieldError] = []
 
 
-class Socket:
-    """A client's WebSocket from the handshake to its end. `who` is the identity of the handshake; its scopes are
-    checked again every minute.
+class Socket(Connection):
+    """A client's WebSocket. `who` is the identity of the handshake; its scopes are checked again every few seconds.
 
     Messages are handled in order: the next one after the answer to the one before. Only `subscribe` is answered later,
-    when its run was read.
+    when its run was read. The socket has a task only while it answers messages or catches up with a run.
     """
 
-    def __init__(self, hub: Hub, agent: Agent, keys: Keys, who: Identity, websocket: WebSocket) -> None:
+    __slots__ = ("__weakref__", "_agent", "_hub", "_room", "_runs", "_tasks", "_unanswered", "who")
+
+    def __init__(self, hub: Hub, agent: Agent, who: Identity) -> None:
+        super().__init__()
+        self.who = who
         self._hub = hub
         self._agent = agent
-        self._keys = keys
-        self._who = who
-        self._websocket = websocket
-        self._client = Client()
-        self._client.end = lambda: self._end(RESTARTING if hub.stopping.is_set() else TOO_SLOW)
+        self._room: Room | None = None
+        # The task while the socket catches up with a run, its feed after that.
+        self._runs: dict[UUID, asyncio.Task[None] | Feed] = {}
+        # None if no message waits for its answer.
+        self._unanswered: deque[str | None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._runs: dict[UUID, asyncio.Task[None]] = {}
-        # The close code and reason; None if the connection is closed already.
-        self._over: asyncio.Future[tuple[int, str] | None] = asyncio.get_running_loop().create_future()
 
-    async def serve(self) -> None:
-        await self._websocket.accept()
-        self._start(self._receive())
-        self._start(self._check_key())
-        try:
-            how = await self._over
-        finally:
-            tasks = [*self._tasks]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        if how:
-            # A client that does not read does not get a proper end.
-            with suppress(TimeoutError, WebSocketDisconnect, RuntimeError):
-                async with asyncio.timeout(1):
-                    await self._websocket.close(*how)
+    def on_open(self) -> None:
+        self._hub.clients.enter(self)
 
-    async def _receive(self) -> None:
-        while (message := await self._websocket.receive())["type"] == "websocket.receive":
-            await self._answer(message.get("text"))
-        self._end(None)
+    def end(self, reason: End) -> None:
+        self.close(*reason.value)
 
-    async def _check_key(self) -> None:
-        """Returns when the process ends or the key is not valid any more."""
-        checked = time.monotonic()
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CHECK_SECONDS):
-                    await self._hub.stopping.wait()
-                self._end(RESTARTING)
-                return
-            try:
-                scopes = await self._keys.scopes(self._who)
-            except Transient as error:
-                if time.monotonic() - checked > UNCHECKED_SECONDS:
-                    _log.warning("could not check a client's key; its socket is closed", error=str(error))
-                    self._end(UNCHECKED)
-                    return
-                continue
-            if not scopes:
-                _log.info("API key was revoked or has expired; its socket is closed", actor=self._who.actor)
-                self._end(NOT_ALLOWED)
-                return
-            self._who = replace(self._who, scopes=scopes)
-            checked = time.monotonic()
+    def on_slow(self) -> None:
+        if self.is_open:
+            _log.info("client does not keep up; its socket is closed")
+            self.end(End.TOO_SLOW)
+
+    def on_shutdown(self) -> None:
+        self.end(End.RESTARTING)
+
+    def on_end(self) -> None:
+        self._hub.clients.leave(self)
+        for task in self._tasks:
+            task.cancel()
+        for feed in self._runs.values():
+            if isinstance(feed, Feed):
+                self._leave(feed)
+        self._runs.clear()
+
+    def on_message(self, text: str | None) -> None:
+        if self._unanswered is not None:
+            self._unanswered.append(text)
+            if len(self._unanswered) == MAX_UNANSWERED:
+                self.transport.pause_reading()
+            return
+        self._unanswered = deque((text,))
+        self._start(self._answer_all(self._unanswered))
+
+    async def read(self, run_id: UUID, after: int) -> list[Fact]:
+        return await self._agent.facts(run_id, after, self.who)
+
+    def run_ended(self, run_id: UUID) -> None:
+        if isinstance(feed := self._runs.pop(run_id, None), Feed):
+            self._hub.release(feed)
+
+    def run_failed(self, run_id: UUID, error: Exception) -> None:
+        self.run_ended(run_id)
+        self._refuse(error, None)
+
+    async def _answer_all(self, messages: deque[str | None]) -> None:
+        while messages and self.is_open:
+            # A client that does not read its answers gets no new ones.
+            await self.drained()
+            await self._answer(messages.popleft())
+            if len(messages) == MAX_UNANSWERED - 1 and self.is_open:
+                self.transport.resume_reading()
+        self._unanswered = None
 
     async def _answer(self, text: str | None) -> None:
-        asked: ClientMessage | None = None
+        message: ClientMessage | None = None
         try:
             if text is None:
                 raise WrongType("body", "must be a text frame with JSON, not a binary frame")
-            asked = decode_json(text.encode(), _FROM_CLIENT)
-            await self._do(asked)
-        except WebSocketDisconnect:
-            # The connection has ended, so the message needs no answer.
-            raise
+            message = decode_json(text.encode(), _FROM_CLIENT)
+            await self._handle(message)
         except Exception as error:
-            await self._refuse(error, asked.ref if asked else ref_of(text or ""))
+            self._refuse(error, message.ref if message else ref_of(text or ""))
 
-    async def _do(self, asked: ClientMessage) -> None:
-        match asked:
+    async def _handle(self, message: ClientMessage) -> None:
+        match message:
             case Subscribe(run_id=run_id):
                 self._need("read")
                 await self._unfollow(run_id)
                 self._check_room()
-                self._runs[run_id] = self._start(self._follow(run_id, asked.after, asked))
+                self._follow(run_id, message.after, message)
             case Unsubscribe(run_id=run_id):
                 await self._unfollow(run_id)
-                await self._send(Accepted(run_id=run_id, ref=asked.ref))
+                self._send(Accepted(run_id=run_id, ref=message.ref))
             case Message():
                 self._need("run")
                 self._check_room()
                 with telemetry.span("ws message", SpanKind.SERVER):
-                    run_id = await self._agent.write(asked, self._who)
-                await self._send(Accepted(run_id=run_id, ref=asked.ref))
+                    run_id = await self._agent.write(message, self.who)
+                self._send(Accepted(run_id=run_id, ref=message.ref))
                 # Messages that are answered together share a run.
                 if run_id not in self._runs:
-                    self._runs[run_id] = self._start(self._follow(run_id, 0, None))
+                    self._follow(run_id, 0, None)
             case Cancel(run_id=run_id):
                 self._need("run")
-                await self._agent.cancel(run_id, self._who)
-                await self._send(Accepted(run_id=run_id, ref=asked.ref))
+                await self._agent.cancel(run_id, self.who)
+                self._send(Accepted(run_id=run_id, ref=message.ref))
             case Ping():
-                await self._send(Pong(ref=asked.ref))
+                self._send(Pong(ref=message.ref))
             case _:
-                assert_never(asked)
+                assert_never(message)
 
     def _need(self, scope: str) -> None:
-        if scope not in self._who.scopes:
+        if scope not in self.who.scopes:
             raise Forbidden(f"the scope {scope} is missing")
 
     def _check_room(self) -> None:
         if len(self._runs) >= MAX_RUNS:
             raise Conflict(f"a socket can follow at most {MAX_RUNS} runs: unsubscribe from one, or open another socket")
 
-    async def _follow(self, run_id: UUID, after: int, asked: Subscribe | None) -> None:
-        """Sends the events of a run until its end. `asked` is the subscription that still needs its answer."""
-        async with self._hub.listen(run_id, self._client) as live:
-            follow, read = Follow(after), partial(self._read, run_id)
+    def _follow(self, run_id: UUID, after: int, subscribe: Subscribe | None) -> None:
+        task = self._start(self._catch_up(run_id, after, subscribe))
+        self._runs[run_id] = task
+        task.add_done_callback(partial(self._caught_up, run_id))
+
+    def _caught_up(self, run_id: UUID, task: asyncio.Task[None]) -> None:
+        # The socket may follow the run again by now, in another task.
+        if self._runs.get(run_id) is task:
+            del self._runs[run_id]
+
+    async def _unfollow(self, run_id: UUID) -> None:
+        match self._runs.pop(run_id, None):
+            case asyncio.Task() as task:
+                task.cancel()
+                await asyncio.wait({task})
+            case Feed() as feed:
+                self._leave(feed)
+
+    def _leave(self, feed: Feed) -> None:
+        feed.leave(self)
+        self._hub.release(feed)
+
+    async def _catch_up(self, run_id: UUID, after: int, subscribe: Subscribe | None) -> None:
+        """Sends the past events of a run, then joins its feed. `subscribe` is the message that needs an answer."""
+        self._room = self._room or Room(self.on_slow)
+        follow, read, ref = Follow(after), partial(self.read, run_id), subscribe.ref if subscribe else None
+        with self._hub.listen(run_id, self._room) as live:
             try:
                 facts = await read_until_available(read, follow.read_from)
                 if not follow.is_known(facts):
                     raise InvalidMessage("after", "is not the id of an event of this run")
-                if asked:
-                    await self._send(Accepted(run_id=run_id, ref=asked.ref))
-                if not follow.has_end(facts):
-                    async with aclosing(run_events(read, live, follow, facts)) as batches:
-                        async for events in batches:
-                            await self._send_events(run_id, events)
+                if subscribe:
+                    self._send(Accepted(run_id=run_id, ref=ref))
+                if follow.has_end(facts):
+                    return
+                while not await self._join(run_id, follow, facts, live):
+                    facts = await read_until_available(read, follow.last)
             except (NotFound, InvalidMessage) as error:
-                await self._refuse(error, asked.ref if asked else None)
+                self._refuse(error, ref)
 
-    async def _read(self, run_id: UUID, after: int) -> list[Fact]:
-        return await self._agent.facts(run_id, after, self._who)
+    async def _join(self, run_id: UUID, follow: Follow, facts: list[Fact], live: Live) -> bool:
+        """Sends the events of `facts` and of the live items. Returns False if facts are missing then."""
+        feed = self._hub.feed(run_id)
+        for fact in facts:
+            await self._send_events(run_id, follow.fact(fact))
+        while not follow.ended:
+            match live.next_nowait():
+                case Delta() as delta:
+                    await self._send_events(run_id, follow.delta(delta))
+                case Fact() as fact if not follow.misses(fact):
+                    await self._send_events(run_id, follow.fact(fact))
+                case None:
+                    # Nothing is awaited from here on: no item can come between the queue and the feed.
+                    if feed.join(self, follow, facts):
+                        self._runs[run_id] = feed
+                        return True
+                    await feed.settled()
+                    return False
+                case Fact() | Missed():
+                    return False
+        return True
 
     async def _send_events(self, run_id: UUID, events: list[Event]) -> None:
         for event in events:
-            await self._send(RunEvent(run_id=run_id, event=event.name, id=event.id, data=event.data))
+            await self.drained()
+            self.write(event_frame(run_id, event))
 
-    async def _refuse(self, error: Exception, ref: str | None) -> None:
+    def _refuse(self, error: Exception, ref: str | None) -> None:
         if isinstance(error, Refused):
             status, body = error.status, error.body
         else:
@@ -214,28 +248,10 @@ class Socket:
             if status >= 500:
                 _log.error("could not handle a client's message; the client gets an error", exc_info=error)
         said = msgspec.json.decode(body, type=_Problem)
-        await self._send(Error(status=status, detail=said.detail, errors=said.errors, ref=ref))
+        self._send(Error(status=status, detail=said.detail, errors=said.errors, ref=ref))
 
-    async def _send(self, message: ServerMessage) -> None:
-        """Raises WebSocketDisconnect if the client is gone. A client that does not read is dropped."""
-        text = _encoder.encode(message).decode()
-        late = asyncio.get_running_loop().call_later(SEND_SECONDS, self._drop)
-        try:
-            await self._websocket.send_text(text)
-        except RuntimeError as error:
-            # uvicorn and Starlette raise RuntimeError if the socket is being closed.
-            raise WebSocketDisconnect(1006) from error
-        finally:
-            late.cancel()
-
-    def _drop(self) -> None:
-        _log.info("client does not read its socket; the connection is dropped")
-        self._end(TOO_SLOW)
-
-    async def _unfollow(self, run_id: UUID) -> None:
-        if task := self._runs.pop(run_id, None):
-            task.cancel()
-            await asyncio.wait({task})
+    def _send(self, message: ServerMessage) -> None:
+        self.write(text_frame(_encoder.encode(message)))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -245,17 +261,6 @@ class Socket:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        for run_id in [run_id for run_id, found in self._runs.items() if found is task]:
-            del self._runs[run_id]
-        match None if task.cancelled() else task.exception():
-            case None:
-                pass
-            case WebSocketDisconnect():
-                self._end(None)
-            case error:
-                _log.error("socket failed; it is closed", exc_info=error)
-                self._end(FAILED)
-
-    def _end(self, how: tuple[int, str] | None) -> None:
-        if not self._over.done():
-            self._over.set_result(how)
+        if not task.cancelled() and (error := task.exception()):
+            _log.error("socket failed; it is closed", exc_info=error)
+            self.end(End.FAILED)

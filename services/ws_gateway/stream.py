@@ -11,13 +11,16 @@ from uuid import UUID
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from infra.errors import NotFound
+from infra.errors import InvalidMessage, NotFound
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
-from services.ws_gateway.domain import Event, Fact, Follow
-from services.ws_gateway.hub import Client, Hub
-from services.ws_gateway.run_events import SEND_SECONDS, run_events
+from services.ws_gateway.clients import Clients, End
+from services.ws_gateway.connection import SEND_SECONDS
+from services.ws_gateway.domain import ENDINGS, Event, Fact, Follow
+from services.ws_gateway.feed import Room
+from services.ws_gateway.hub import Hub
+from services.ws_gateway.run_events import run_events
 
 HEARTBEAT = b":\n\n"
 HEADERS = [
@@ -33,7 +36,8 @@ class RunStream(Response):
     """Streams the events of a run after the id `after`, past and new, until the run ends.
 
     An error before the first byte is a problem (404: the run does not exist or belongs to another tenant). The status
-    is 204 if the client has the run's end already, which tells a browser not to reconnect.
+    is 204 if the client has the run's end already, which tells a browser not to reconnect. That includes any id behind
+    the end; an id that a running run does not have is an error.
     """
 
     def __init__(self, hub: Hub, agent: Agent, who: Identity, run_id: UUID, after: int) -> None:
@@ -46,15 +50,20 @@ class RunStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Listens before it reads: events during the read are not lost, and duplicates are dropped.
-        client, follow = Client(), Follow(self._after)
-        async with self._hub.listen(self._run_id, client) as live:
+        client, follow = StreamClient(self._who), Follow(self._after)
+        with self._hub.listen(self._run_id, client.room) as live:
             facts = await self._read(follow.read_from)
+            if not follow.is_known(facts):
+                # A foreign id. Waiting for a later event of an ended run would never end.
+                facts = await self._read(0)
+                if not any(fact.event in ENDINGS for fact in facts):
+                    raise InvalidMessage("header Last-Event-ID", "is not an id of this stream")
             if follow.has_end(facts):
                 await Response(status_code=204)(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             batches = run_events(self._read, live, follow, facts)
-            if await until_disconnect(_write(batches, send), client, receive):
+            if await until_disconnect(_write(batches, send), self._hub.clients, client, receive):
                 # A client that does not read does not get a proper end.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(1):
@@ -76,16 +85,46 @@ async def _write(batches: AsyncGenerator[list[Event]], send: Send) -> None:
         _log.info("client does not read its stream; the connection is dropped")
 
 
-async def until_disconnect(work: Coroutine[Any, Any, None], client: Client, receive: Receive) -> bool:
-    """Runs `work` until it is done, the client disconnects, or the hub ends the stream. Returns False if the client has
+class StreamClient:
+    """The client of one stream. `stop` ends the stream."""
+
+    def __init__(self, who: Identity) -> None:
+        self.who = who
+        self.room = Room(self._stop)
+        self._ended = False
+        self._stream: asyncio.Task[None] | None = None
+
+    def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        self._stream = asyncio.create_task(work)
+        if self._ended:
+            self._stream.cancel()
+        return self._stream
+
+    def end(self, reason: End) -> None:
+        self._stop()
+
+    def tick(self, now: float) -> None:
+        pass
+
+    def _stop(self) -> None:
+        self._ended = True
+        if self._stream:
+            self._stream.cancel()
+
+
+async def until_disconnect(
+    work: Coroutine[Any, Any, None], clients: Clients, client: StreamClient, receive: Receive
+) -> bool:
+    """Runs `work` until it is done, the client disconnects, or the stream is ended. Returns False if the client has
     disconnected."""
-    working = asyncio.create_task(work)
+    working = client.run(work)
     leaving = asyncio.create_task(_disconnected(receive))
-    client.end = working.cancel
+    clients.enter(client)
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         connected = not leaving.done()
     finally:
+        clients.leave(client)
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)

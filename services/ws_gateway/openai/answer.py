@@ -16,14 +16,15 @@ from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.domain import Event, Fact, Follow
-from services.ws_gateway.hub import Client, Hub, Live, Missed
+from services.ws_gateway.feed import Live, Missed
+from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors
 from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 from services.ws_gateway.openai.errors import Failure
 from services.ws_gateway.openai.requests import Call
 from services.ws_gateway.openai.shapes import UNREPORTED, Reply, Shape, Usage
 from services.ws_gateway.run_events import run_events
-from services.ws_gateway.stream import HEADERS, HEARTBEAT, send_part, until_disconnect
+from services.ws_gateway.stream import HEADERS, HEARTBEAT, StreamClient, send_part, until_disconnect
 
 _log = get_logger("ws_gateway.openai")
 
@@ -49,11 +50,11 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = _Writer(scope, receive, send, self._shape, self._run_id)
         try:
-            client = Client()
-            async with self._hub.listen(self._run_id, client) as live:
+            client = StreamClient(self._who)
+            with self._hub.listen(self._run_id, client.room) as live:
                 # Makes the reader fetch the past facts first.
                 live.push(Missed())
-                connected = await until_disconnect(self._write(live, writer), client, receive)
+                connected = await until_disconnect(self._write(live, writer), self._hub.clients, client, receive)
         finally:
             if not (self._over or self._kept):
                 await agents.cancel(self._agent, self._who, self._run_id)

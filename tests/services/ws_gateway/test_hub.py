@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from infra.clock import uuid7
+from infra.stores.cache import Cache
 from protos.pubsub import RUN_DELTAS
+from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Delta
-from services.ws_gateway.hub import Client, Hub
+from services.ws_gateway.feed import Room
+from services.ws_gateway.hub import Hub
+
+ROOM = Room(lambda: None)
 
 
 class Stubborn:
@@ -39,19 +44,19 @@ class Stubborn:
 
 async def test_a_listener_that_lingers_hands_nothing_on_a_second_time() -> None:
     cache = Stubborn()
-    hub = Hub(cache, asyncio.Event())  # type: ignore[arg-type]
+    hub = Hub(cast(Cache, cache), cast(Clients, None))
     run_id, other = uuid7(), uuid7()
 
     async def first() -> None:
-        async with hub.listen(other, Client()):
+        with hub.listen(other, ROOM):
             while not cache.listeners:
                 await asyncio.sleep(0)
 
     leaving = asyncio.create_task(first())
-    while not cache.listeners or hub._streams:
+    while not cache.listeners or hub._feeds:
         await asyncio.sleep(0)
     # The first stream ends, but its listener does not end at once. The second stream begins.
-    async with hub.listen(run_id, Client()) as live:
+    with hub.listen(run_id, ROOM) as live:
         while len(cache.listeners) < 2:
             await asyncio.sleep(0)
         cache.publish(f"{RUN_DELTAS}{run_id}", Delta(1, 1, 1, "once"))

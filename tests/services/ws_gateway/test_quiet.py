@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import msgspec
@@ -14,8 +14,10 @@ from infra.clock import uuid7
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
 from services.ws_gateway import run_events, stream
+from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
+from services.ws_gateway.keys import Keys
 from tests.services.ws_gateway.agent import run_facts
 from tooling.testing.stack import Stack
 
@@ -53,7 +55,7 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
         sent.append(message)
 
     async with Redis.from_url(stack.redis_url, client_name="quiet") as redis:
-        hub = Hub(Cache(redis), asyncio.Event())
+        hub = Hub(Cache(redis), Clients(cast(Keys, None), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(3), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
@@ -77,7 +79,7 @@ async def test_a_client_whose_connection_takes_nothing_is_given_up(
             await never()
 
     async with Redis.from_url(stack.redis_url) as redis:
-        hub = Hub(Cache(redis), asyncio.Event())
+        hub = Hub(Cache(redis), Clients(cast(Keys, None), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)

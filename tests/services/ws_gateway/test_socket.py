@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -18,7 +18,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
-from starlette.websockets import WebSocket
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -28,10 +27,12 @@ from infra.observe.metrics import Metrics
 from infra.security.auth import Identities, Identity
 from infra.stores.cache import Cache
 from infra.web.http import Health, create_app, serve_http
-from services.ws_gateway import api, socket
+from services.ws_gateway import api, clients, connection, socket
 from services.ws_gateway.agent import Agent as Caller
+from services.ws_gateway.clients import Clients, End
 from services.ws_gateway.domain import Delta
-from services.ws_gateway.hub import MAX_WAITING, Client, Hub, Live
+from services.ws_gateway.feed import MAX_WAITING, Live, Room
+from services.ws_gateway.hub import Hub
 from services.ws_gateway.keys import SAFE, Keys
 from tests.services.ws_gateway.agent import Agent, failed, happen, run_facts
 from tooling.testing.gateway import running_gateway
@@ -182,6 +183,24 @@ async def test_what_did_not_arrive_is_fetched_before_what_did(gateway: Platform,
         await happen(gateway, agent, facts[1], facts[2], heard=False)
         await happen(gateway, agent, facts[3])
         assert names(await receive(socket, 4), run_id) == WHOLE[1:]
+
+
+async def test_sockets_that_have_caught_up_share_one_read_of_a_gap(gateway: Platform, agent: Agent) -> None:
+    run_id = agent.new_run("acme")
+    facts = run_facts(run_id)
+    await happen(gateway, agent, facts[0])
+    async with AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(connected(gateway)) for _ in range(5)]
+        for socket in sockets:
+            await follow(socket, run_id)
+            await receive(socket, 1)
+        reads = len([read for read, _ in agent.reads if read == run_id])
+        await happen(gateway, agent, facts[1], facts[2], heard=False)
+        await happen(gateway, agent, facts[3])
+        for socket in sockets:
+            assert names(await receive(socket, 4), run_id) == WHOLE[1:]
+            await is_quiet(socket)
+    assert len([read for read, _ in agent.reads if read == run_id]) == reads + 1
 
 
 async def test_a_subscription_waits_for_an_agent_that_is_away(gateway: Platform, agent: Agent) -> None:
@@ -482,10 +501,10 @@ async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[s
     """The URL of a gateway in this process, so that a test can change its intervals."""
     identities = Identities(INTERNAL_SECRET)
     async with Redis.from_url(platform.stack.redis_url) as redis:
-        hub = Hub(Cache(redis), asyncio.Event())
-        caller = Caller(platform.url("agent"), identities)
         keys = Keys(platform.channels().to(user_grpc, "user", safe=SAFE))
-        route = api.websocket(hub, caller, keys, identities)
+        hub = Hub(Cache(redis), Clients(keys, asyncio.Event()))
+        caller = Caller(platform.url("agent"), identities)
+        route = api.websocket(hub, caller, identities)
         server = await serve_http(create_app([route], Health("ws_gateway", "1"), Metrics(CollectorRegistry())), 0)
         yield f"http://127.0.0.1:{server.port}"
         await server.stop()
@@ -512,7 +531,7 @@ async def test_through_the_real_gateway_a_key_opens_a_socket(
 async def test_a_revoked_key_closes_its_sockets_and_no_others(
     agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(clients, "CHECK_SECONDS", 0.05)
     made = (await tenant.post("/api/v1/api-keys", json={"name": "lost"})).json()
     mine = await identity(tenant, tenant.headers["authorization"])
     lost = await identity(tenant, f"Bearer {made['api_key']}")
@@ -526,7 +545,7 @@ async def test_a_revoked_key_closes_its_sockets_and_no_others(
 async def test_a_member_may_do_what_the_role_allows_now(
     agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(clients, "CHECK_SECONDS", 0.05)
     member = (await tenant.post("/api/v1/members", json={"email": "o@acme.example", "role": "operator"})).json()["id"]
     key = (await tenant.post("/api/v1/api-keys", json={"name": "laptop", "member_id": member})).json()["api_key"]
     headers = await identity(tenant, f"Bearer {key}")
@@ -549,7 +568,7 @@ async def test_a_member_may_do_what_the_role_allows_now(
 async def test_the_operator_in_a_tenants_place_has_no_key_and_stays(
     agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(clients, "CHECK_SECONDS", 0.05)
     tenant.headers["x-claw-tenant"] = (await tenant.get("/api/v1/tenant")).json()["id"]
     headers = await identity(tenant, f"Bearer {ADMIN_TOKEN}")
     made = (await tenant.post("/api/v1/api-keys", json={"name": "lost"})).json()
@@ -566,7 +585,7 @@ async def test_the_operator_in_a_tenants_place_has_no_key_and_stays(
 async def test_a_client_of_whom_nobody_knows_whether_it_may_stay_is_sent_away_in_the_end(
     agent: Agent, user: Platform, tenant: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(clients, "CHECK_SECONDS", 0.01)
     headers = await identity(tenant, tenant.headers["authorization"])
     asked: list[str] = []
     scopes = Keys.scopes
@@ -583,7 +602,7 @@ async def test_a_client_of_whom_nobody_knows_whether_it_may_stay_is_sent_away_in
     async with in_this_process(user, user.grpc("billing")) as url, opened(url, headers) as patient:
         await user.until(are_two)
         await is_quiet(patient)
-        monkeypatch.setattr(socket, "UNCHECKED_SECONDS", 0.1)
+        monkeypatch.setattr(clients, "UNCHECKED_SECONDS", 0.1)
         assert await closed(patient) == 1013
 
 
@@ -640,96 +659,130 @@ async def test_a_posted_message_has_a_trace_of_its_own_and_the_socket_has_none(
 WHO = Identity("api_key:test", "acme", frozenset(("read",)))
 
 
-class Broken:
-    """Stands in for a connection. `send`: what happens when something is sent; `receive`: when more is asked for than
-    one ping."""
+class Transport:
+    """Stands in for the transport of a socket. `unsent` is the size of its write buffer."""
 
-    def __init__(self, send: Callable[[], Awaitable[None]], receive: Callable[[], Awaitable[None]]) -> None:
-        self.sent = 0
-        self.closed: list[int] = []
-        self._send = send
-        self._receive = receive
-        self._pings = 1
+    def __init__(self) -> None:
+        self.sent = b""
+        self.unsent = 0
+        self.ended = ""
 
-    async def accept(self) -> None:
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         pass
 
-    async def receive(self) -> dict[str, Any]:
-        if not self._pings:
-            await self._receive()
-        self._pings -= 1
-        return {"type": "websocket.receive", "text": '{"type":"ping"}'}
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
 
-    async def send_text(self, text: str) -> None:
-        await self._send()
-        self.sent += 1
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
 
-    async def close(self, code: int, reason: str) -> None:
-        self.closed.append(code)
+    def write(self, data: bytes) -> None:
+        self.sent += data
 
+    def close(self) -> None:
+        self.ended = self.ended or "closed"
 
-async def nothing() -> None:
-    pass
+    def abort(self) -> None:
+        self.ended = self.ended or "aborted"
 
-
-async def never() -> None:
-    await asyncio.Event().wait()
-
-
-async def closing() -> None:
-    raise RuntimeError("Unexpected ASGI message 'websocket.send', after sending 'websocket.close'.")
+    @property
+    def code(self) -> int:
+        """The code of the close frame, the last frame that was sent."""
+        at = self.sent.index(0x88)
+        return int.from_bytes(self.sent[at + 2 : at + 4], "big")
 
 
-async def bug() -> None:
-    raise ValueError("a bug")
+def opened_on(transport: Transport, stopping: asyncio.Event | None = None) -> socket.Socket:
+    hub = Hub(cast(Cache, None), Clients(cast(Keys, None), stopping or asyncio.Event()))
+    shown = socket.Socket(hub, cast(Caller, None), WHO)
+    shown.take_over(cast(asyncio.Transport, transport), lambda: None)
+    return shown
 
 
-@pytest.mark.parametrize(
-    ("send", "receive", "codes", "errors"),
-    [(closing, never, [], 0), (never, never, [1013], 0), (nothing, bug, [1011], 1)],
-    ids=["closed by the server", "takes nothing", "fails"],
-)
-async def test_a_socket_that_cannot_go_on_is_closed_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    send: Callable[[], Awaitable[None]],
-    receive: Callable[[], Awaitable[None]],
-    codes: list[int],
-    errors: int,
-) -> None:
-    monkeypatch.setattr(socket, "SEND_SECONDS", 0.05)
-    hub, connection = Hub(cast(Cache, None), asyncio.Event()), Broken(send, receive)
-    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), WHO, cast(WebSocket, connection))
-    async with asyncio.timeout(30):
-        await shown.serve()
-    assert connection.closed == codes
-    assert capsys.readouterr().out.count("socket failed") == errors
+async def test_a_socket_that_cannot_go_on_is_closed_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    transport = Transport()
+    shown = opened_on(transport)
+
+    async def bug() -> None:
+        raise ValueError("a bug")
+
+    await asyncio.wait({shown._start(bug())})
+    await asyncio.sleep(0)
+    assert transport.code == 1011
+    assert capsys.readouterr().out.count("socket failed") == 1
 
 
-@pytest.mark.parametrize(("stopping", "code"), [(False, 1013), (True, 1012)])
-async def test_a_socket_that_the_hub_ends_is_told_why(stopping: bool, code: int) -> None:
-    hub, connection = Hub(cast(Cache, None), asyncio.Event()), Broken(nothing, never)
-    shown = socket.Socket(hub, cast(Caller, None), cast(Keys, None), WHO, cast(WebSocket, connection))
+async def test_a_client_that_does_not_read_is_dropped_by_bytes_or_by_time() -> None:
+    full, late = Transport(), Transport()
+    for transport, now in ((full, 0.0), (late, 1e9)):
+        shown = opened_on(transport)
+        shown._heard_at = now
+        shown.pause_writing()
+        transport.unsent = connection.MAX_UNSENT_BYTES
+        shown.write(b"x")
+        assert shown.is_open
+        if transport is full:
+            transport.unsent += 1
+            shown.write(b"y")
+        else:
+            shown.tick(shown._paused_at + connection.SEND_SECONDS)
+            assert shown.is_open
+            shown.tick(shown._paused_at + connection.SEND_SECONDS + 1)
+        assert not shown.is_open
+        assert transport.code == 1013
+        sent = len(transport.sent)
+        shown.write(b"after the close frame")
+        assert len(transport.sent) == sent
+
+
+async def test_a_silent_client_gets_pings_and_is_cut_off_in_the_end() -> None:
+    transport = Transport()
+    shown = opened_on(transport)
+    began = shown._heard_at
+    shown.tick(began + connection.PING_SECONDS - 1)
+    assert transport.sent == b""
+    shown.tick(began + connection.PING_SECONDS + 1)
+    assert transport.sent == bytes((0x89, 0))
+    shown.tick(began + connection.PING_SECONDS + connection.PONG_SECONDS)
+    assert transport.ended == ""
+    shown.tick(began + connection.PING_SECONDS + connection.PONG_SECONDS + 1)
+    assert transport.ended == "aborted"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(b"\x81\x82\0\0\0\0\xff\xff", 1007), (b"\x81\x02hi", 1002)])
+async def test_invalid_frames_end_the_socket(sent: bytes, code: int) -> None:
+    """Text that is not UTF-8, and a frame without a mask (RFC 6455 §5.1, §8.1)."""
+    transport = Transport()
+    shown = opened_on(transport)
+    shown.data_received(sent)
+    assert transport.code == code
+    assert not shown.is_open
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+async def test_a_socket_that_opens_while_the_process_stops_is_sent_away(stopping: bool) -> None:
+    transport, stop = Transport(), asyncio.Event()
     if stopping:
-        hub.stopping.set()
-    shown._client.end()
-    async with asyncio.timeout(30):
-        await shown.serve()
-    assert connection.closed == [code]
+        stop.set()
+    shown = opened_on(transport, stop)
+    if not stopping:
+        assert shown.is_open
+        shown.shutdown()
+    assert transport.code == End.RESTARTING.value[0]
 
 
 def test_what_waits_for_a_client_is_bounded_over_all_its_runs_and_given_back() -> None:
-    client, ended = Client(), []
-    client.end = lambda: ended.append(True)
-    one, other = Live(client), Live(client)
+    ended: list[bool] = []
+    room = Room(lambda: ended.append(True))
+    one, other = Live(room), Live(room)
     piece = Delta(1, 1, 1, "x")
     for _ in range(3):
         one.push(piece)
     one.close()
     other.push(piece)
     other.close()
-    assert client.room == MAX_WAITING
-    one, other = Live(client), Live(client)
+    assert room.left == MAX_WAITING
+    one, other = Live(room), Live(room)
     for live in (one, other) * (MAX_WAITING // 2 + 1):
         live.push(piece)
     assert ended == []

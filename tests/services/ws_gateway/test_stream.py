@@ -95,7 +95,14 @@ async def test_a_client_that_comes_again_gets_what_it_has_not(gateway: Platform,
     # With the last event the client has everything: a browser does not reconnect after a 204.
     async with gateway.client("ws_gateway", "acme") as client:
         done = await client.get(f"/api/v1/runs/{run_id}/events", headers={"Last-Event-ID": "5"})
-    assert done.status_code == 204
+        assert done.status_code == 204
+        # An id behind the end of the run: nothing would ever follow.
+        behind = await client.get(f"/api/v1/runs/{run_id}/events", headers={"Last-Event-ID": "999"})
+        assert behind.status_code == 204
+        running = agent.new_run("acme")
+        await happen(gateway, agent, run_facts(running)[0])
+        foreign = await client.get(f"/api/v1/runs/{running}/events", headers={"Last-Event-ID": "999"})
+    assert (foreign.status_code, foreign.json()["errors"][0]["field"]) == (422, "header Last-Event-ID")
 
 
 async def test_what_did_not_arrive_is_fetched_before_what_did(gateway: Platform, agent: Agent) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import httpx
@@ -16,8 +16,10 @@ from infra.errors import NotFound
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
 from services.ws_gateway import run_events
+from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
+from services.ws_gateway.keys import Keys
 from services.ws_gateway.openai.answer import Answer
 from services.ws_gateway.openai.shapes import Chat
 from tests.services.ws_gateway.agent import failed, run_facts
@@ -62,7 +64,7 @@ async def told(stack: Stack, agent: Agent, *, include_usage: bool = True) -> tup
     run_id = uuid7()
     async with Redis.from_url(stack.redis_url) as redis:
         shape = Chat(run_id, "m", include_usage=include_usage)
-        hub = Hub(Cache(redis), asyncio.Event())
+        hub = Hub(Cache(redis), Clients(cast(Keys, None), asyncio.Event()))
         answer = Answer(hub, agent, WHO, run_id, shape, stream=True, kept=False)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await answer({"type": "http"}, never, send)
