@@ -17,7 +17,6 @@ from services.ws_gateway.clients import TICK_SECONDS, Clients
 from services.ws_gateway.domain import Delta, Fact
 from services.ws_gateway.feed import Feed, Live, Missed, Room
 
-
 _delta = msgspec.json.Decoder(Delta)
 _log = get_logger("ws_gateway.hub")
 
