@@ -38,6 +38,10 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 1_048_576
 DRAIN_SECONDS = 10
+PING_SECONDS = 30.0
+"""A WebSocket gets a ping this often."""
+PONG_SECONDS = 60.0
+"""A WebSocket that does not answer a ping in this time is closed."""
 
 # Probes ask these every few seconds: no span, no metric, no log line.
 _WATCHED = frozenset(("/health", "/healthz", "/readyz", "/api/health", "/api/health/dependencies", "/metrics"))
@@ -290,6 +294,7 @@ class _WebSocketHandshake(WebSocketsSansIOProtocol):
         del extensions[_HAND_OVER]
 
     def _hand_over(self, protocol: Upgraded) -> None:
+        self.stop_keepalive()
         self.connections.discard(self)
         self.connections.add(cast(Any, protocol))
         protocol.take_over(self.transport, partial(self.connections.discard, cast(Any, protocol)))
@@ -352,9 +357,11 @@ async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpSe
         access_log=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         ws=_WebSocketHandshake,
-        # Sockets are handed over after the handshake, so their limits and pings are not set here.
-        ws_ping_interval=None,
-        # Compression would need more memory than everything else in a socket, and our messages are small.
+        # A message has the same limit as a body; a larger one closes its socket (1009).
+        ws_max_size=MAX_BODY_BYTES,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PONG_SECONDS,
+        # Compression would need more memory than all other parts of a socket, and our messages are small.
         ws_per_message_deflate=False,
     )
     server = _Server(config)

@@ -15,11 +15,8 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
-from infra.web.http import MAX_BODY_BYTES
+from infra.web.http import MAX_BODY_BYTES, PING_SECONDS, PONG_SECONDS
 
-# A socket gets a ping this often. It is cut off after this much silence in addition.
-PING_SECONDS = 30.0
-PONG_SECONDS = 60.0
 # A client that does not read for this long is dropped.
 SEND_SECONDS = 30.0
 # The time for the client's side of the closing handshake.

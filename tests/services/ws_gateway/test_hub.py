@@ -64,3 +64,5 @@ async def test_a_listener_that_lingers_hands_nothing_on_a_second_time() -> None:
         await leaving
         cache.publish(f"{RUN_DELTAS}{run_id}", Delta(1, 1, 2, "after it"))
         assert await live.next(5) == Delta(1, 1, 2, "after it")
+    while hub._ending:
+        await asyncio.wait(hub._ending)

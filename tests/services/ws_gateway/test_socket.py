@@ -26,7 +26,7 @@ from infra.observe import telemetry
 from infra.observe.metrics import Metrics
 from infra.security.auth import Identities, Identity
 from infra.stores.cache import Cache
-from infra.web.http import Health, create_app, serve_http
+from infra.web.http import PING_SECONDS, PONG_SECONDS, Health, create_app, serve_http
 from services.ws_gateway import api, clients, connection, socket
 from services.ws_gateway.agent import Agent as Caller
 from services.ws_gateway.clients import Clients, End
@@ -739,13 +739,13 @@ async def test_a_silent_client_gets_pings_and_is_cut_off_in_the_end() -> None:
     transport = Transport()
     shown = opened_on(transport)
     began = shown._heard_at
-    shown.tick(began + connection.PING_SECONDS - 1)
+    shown.tick(began + PING_SECONDS - 1)
     assert transport.sent == b""
-    shown.tick(began + connection.PING_SECONDS + 1)
+    shown.tick(began + PING_SECONDS + 1)
     assert transport.sent == bytes((0x89, 0))
-    shown.tick(began + connection.PING_SECONDS + connection.PONG_SECONDS)
+    shown.tick(began + PING_SECONDS + PONG_SECONDS)
     assert transport.ended == ""
-    shown.tick(began + connection.PING_SECONDS + connection.PONG_SECONDS + 1)
+    shown.tick(began + PING_SECONDS + PONG_SECONDS + 1)
     assert transport.ended == "aborted"
 
 
