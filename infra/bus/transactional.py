@@ -101,8 +101,9 @@ class TransactionalReader(KafkaLoop, ConsumerRebalanceListener):  # type: ignore
                 await self._commit_for_monitoring(consumer)
 
     async def _leave(self) -> None:
-        await self.on_partitions_revoked(list(self._partitions))
+        # First: a rebalance during the drain must not add partitions, which would outlive their consumer.
         self._consumer = None
+        await self.on_partitions_revoked(list(self._partitions))
 
     async def _commit_for_monitoring(self, consumer: AIOKafkaConsumer) -> None:
         offsets = {tp: p.position.next_offset for tp, p in self._partitions.items() if p.position}
@@ -120,7 +121,8 @@ class TransactionalReader(KafkaLoop, ConsumerRebalanceListener):  # type: ignore
         self._metrics.assigned_partitions.labels(self.group).set(len(self._partitions))
 
     async def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
-        assert self._consumer is not None
+        if self._consumer is None:
+            return
         # First, before the first await: otherwise the consumer hands out records from a stale position meanwhile.
         self._consumer.pause(*assigned)
         self._metrics.rebalances.labels(self.group).inc()

@@ -1,13 +1,13 @@
-"""A process's hold on lanes: claims, renewals and wake-ups, by the database's clock.
+"""How a process claims lanes, renews its claims, and wakes other processes. All times are by the database's clock.
 
-On a connection of its own: handlers that fill the pool must not keep the leases from being renewed.
+This happens on a connection of its own: if the handlers use the whole pool, the leases are renewed nevertheless.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,8 +20,9 @@ from infra.clock import uuid7
 from infra.postgres.db import sql
 from infra.postgres.tx import Tx
 
-# Walks the tenants that have anything in lanes of the kind, from one on, until enough of them have a lane to take: a
-# tenant with ten thousand ready lanes is one step, and has as many turns as the others.
+# Walks over the tenants that have lanes of the kind, from one tenant on, until enough of them have a ready lane. A
+# tenant with ten thousand ready lanes is one step, and has as many turns as the others. Locks the lanes that it claims;
+# skips lanes that are locked.
 _CLAIM = """
 WITH RECURSIVE walk AS (
     (SELECT tenant_id, ready_at, (ready_at <= now())::int AS found FROM lane
@@ -50,12 +51,12 @@ SELECT walked.*, claimed.* FROM (
 
 
 class LaneLost(Exception):
-    """The lane's lease ran out and another process may have it: whatever is under way for it must stop."""
+    """The lane's lease ran out, and another process may hold the lane: all work for it must stop."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Lease:
-    """A lane that this process has. `until`: how long at least, by the monotonic clock."""
+    """One claim of a lane by this process."""
 
     kind: str
     tenant_id: str
@@ -63,17 +64,21 @@ class Lease:
     lane_id: int
     epoch: int
     until: float
+    """The lease runs out at this time of the monotonic clock, or later."""
+    given_back: bool = False
+    """The transaction that gives the lane back is about to commit, or has committed. Then the lease needs no renewal,
+    and a later claim of the same lane is not a loss."""
 
     def check(self) -> None:
-        """Raises LaneLost where the lease may have run out, as in a process that was stopped and woke up."""
+        """Raises LaneLost if the lease may have run out, for example because the process was paused."""
         if time.monotonic() > self.until:
             raise LaneLost(f"lane {self.kind}: its lease ran out")
 
     async def fence(self, tx: Tx) -> None:
-        """Locks the lane for the rest of the transaction. Raises LaneLost where it is in other hands."""
+        """Locks the lane until the transaction ends. Raises LaneLost if another process holds it."""
         held = await tx.sql("SELECT 1 FROM lane WHERE lane_id = $1 AND epoch = $2 FOR UPDATE", self.lane_id, self.epoch)
         if not held:
-            raise LaneLost(f"lane {self.kind}: another process has it")
+            raise LaneLost(f"lane {self.kind}: another process holds it")
 
 
 class Head(NamedTuple):
@@ -93,15 +98,17 @@ class Head(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """What a claim found. `tenants`: with something to take; `due`: seconds until there is more, if known."""
+    """The result of a claim."""
 
     lanes: list[tuple[Lease, Head | None]]
     tenants: int
+    """The number of tenants that have a lane which is ready."""
     due: float | None
+    """Seconds until the next lane is ready, if known."""
 
 
 class Claims:
-    """Claims lanes for this process. `wake` is called with the kind when another process has more than it can take."""
+    """Claims lanes for this process. `wake` is called with the kind if another process has more lanes than slots."""
 
     def __init__(self, engine: AsyncEngine, service: str, wake: Callable[[str], None], *, lease_seconds: float) -> None:
         self._engine = engine
@@ -121,7 +128,7 @@ class Claims:
             try:
                 yield connection
             except BaseException:
-                # Also a cancellation: what the connection is in the middle of is not known.
+                # Also after a cancellation: the connection may be in the middle of a statement.
                 self._connection = None
                 await connection.invalidate()
                 await connection.close()
@@ -143,9 +150,9 @@ class Claims:
                 self._connection = None
 
     async def claim(self, kind: str, start: str, wanted: int, per_tenant: int, taken: Mapping[str, int]) -> Claimed:
-        """Takes up to `wanted` lanes, tenants in turn, beginning with the first one from `start` on.
+        """Claims up to `wanted` lanes, from the tenants in turn, beginning at the tenant id `start`.
 
-        per_tenant: so many at most of each, with those that it has, `taken`.
+        per_tenant: the most lanes that a tenant may have, those included that it has already (`taken`).
         """
         until = time.monotonic() + self._lease_seconds
         async with self._use() as connection:
@@ -177,8 +184,8 @@ class Claims:
                 )
             heads: dict[int, Head] = {}
             if leases:
-                # A statement of its own: the one that claimed began before it had the locks, and may have seen a
-                # head that the former owner finished meanwhile.
+                # A statement of its own: the claiming statement began before it had the locks, and may have seen a head
+                # that the last owner finished meanwhile.
                 heads = {
                     row[0]: Head(*row[1:])
                     for row in await sql(
@@ -190,38 +197,47 @@ class Claims:
         return Claimed([(lease, heads.get(id_)) for id_, lease in leases.items()], tenants or 0, due)
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
-        """Renews; returns those that another process has meanwhile."""
-        by_id = {lease.lane_id: lease for lease in leases}
+        """Renews the leases. Returns those whose lane was claimed by another process."""
+        # By claim: a lane that was given back and claimed again can be among the leases twice for a moment.
+        by_claim = {(lease.lane_id, lease.epoch): lease for lease in leases}
         until = time.monotonic() + self._lease_seconds
-        held = [list(by_id), [lease.epoch for lease in by_id.values()]]
         async with self._use() as connection:
             renewed = await sql(
                 connection,
-                # Passing over rows that are locked: one long transaction must not cost all the other leases. And
-                # only what has an owner: a lane given back meanwhile is to stay as it is.
-                "WITH mine AS (SELECT lane_id FROM lane l JOIN unnest($1::bigint[], $2::bigint[]) AS h(lane_id, epoch) "
-                "USING (lane_id, epoch) WHERE l.owner = $3 FOR UPDATE OF l SKIP LOCKED) "
-                "UPDATE lane l SET ready_at = clock_timestamp() + make_interval(secs => $4) FROM mine "
-                "WHERE l.lane_id = mine.lane_id RETURNING l.lane_id",
-                *held,
+                # Locks the lanes of this process. Skips those that are locked: one long transaction must not cost all
+                # other leases. Skips those without an owner: a lane that was given back meanwhile must stay as it is.
+                """
+                WITH mine AS (
+                    SELECT lane_id FROM lane l
+                    JOIN unnest($1::bigint[], $2::bigint[]) AS h(lane_id, epoch) USING (lane_id, epoch)
+                    WHERE l.owner = $3
+                    FOR UPDATE OF l SKIP LOCKED
+                )
+                UPDATE lane l SET ready_at = clock_timestamp() + make_interval(secs => $4)
+                FROM mine
+                WHERE l.lane_id = mine.lane_id
+                RETURNING l.lane_id, l.epoch
+                """,
+                *_columns(by_claim),
                 self._owner,
                 self._lease_seconds,
             )
-            for (lane_id,) in renewed:
-                by_id.pop(lane_id).until = until
-            if not by_id:
+            for claim in renewed:
+                by_claim.pop(claim).until = until
+            if not by_claim:
                 return []
             same = await sql(
                 connection,
-                "SELECT lane_id FROM lane JOIN unnest($1::bigint[], $2::bigint[]) AS h(lane_id, epoch) "
-                "USING (lane_id, epoch)",
-                list(by_id),
-                [lease.epoch for lease in by_id.values()],
+                """
+                SELECT lane_id, epoch FROM lane
+                JOIN unnest($1::bigint[], $2::bigint[]) AS h(lane_id, epoch) USING (lane_id, epoch)
+                """,
+                *_columns(by_claim),
             )
-        return [lease for id_, lease in by_id.items() if (id_,) not in same]
+        return [lease for claim, lease in by_claim.items() if claim not in same]
 
     async def give_back(self, leases: Sequence[Lease]) -> None:
-        """Lets others take these lanes at once."""
+        """Gives the lanes back, so that other processes can claim them at once."""
         async with self._use() as connection:
             for lease in leases:
                 await sql(
@@ -234,11 +250,16 @@ class Claims:
                 )
 
     async def call_others(self, kind: str) -> None:
-        """Wakes the other processes: there is more than this one can take. They may not hear it."""
+        """Wakes the other processes: there are more lanes than this one can take. They may miss it."""
         async with self._use() as connection:
             await sql(connection, "SELECT pg_notify($1, $2)", self._channel, kind)
 
 
 def after(tenant_id: str) -> str:
-    """The first tenant id behind `tenant_id`, by bytes: where the next claim starts."""
+    """The first tenant id behind `tenant_id`, in the order of bytes: the next claim begins there."""
     return tenant_id + "\x01"
+
+
+def _columns(claims: Collection[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """The lane ids and epochs, as two columns in one order."""
+    return [lane_id for lane_id, _ in claims], [epoch for _, epoch in claims]

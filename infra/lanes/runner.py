@@ -1,12 +1,13 @@
-"""Works off lanes: claims them, gives their heads to the handlers, and takes care of what fails.
+"""Processes lanes: claims them, calls the handlers with their first items, and retries or dead-letters failed items.
 
-What is lost here costs a pause and nothing else: a lane whose process dies is taken by another once its lease has run
-out, a wake-up that nobody hears is found by the next sweep.
+A failure here costs a pause and nothing else: if a process dies, another one claims its lanes after their leases have
+run out. If a wake-up is missed, the next sweep finds the lane.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import Any
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from infra.errors import InvalidMessage, NotYet, RetryLater, Transient, describe
+from infra.errors import InvalidMessage, NotYet, RetryLater, describe
 from infra.failpoint import failpoint
 from infra.lanes.claims import Claims, Head, LaneLost, Lease, after
 from infra.lanes.effects import Effects
@@ -33,32 +34,33 @@ from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.tx import Database, Tx
 
 SWEEP_SECONDS = 1.0
-# So many items of a lane before others have their turn.
+# After so many items in a row, a lane is given back so that other lanes have their turn.
 IN_A_ROW = 10
-# An item over which its process has died so often is what kills it.
+# An item becomes a dead letter if its process died, or lost the lane, so many times while it handled the item.
 MAX_RECOVERIES = 10
-# At a stop the handlers have so long to finish; then other processes take their lanes.
+# After a stop the handlers have this long to finish. Then their lanes are given to other processes.
 DRAIN_SECONDS = 20.0
-# Other processes are called at most so often: each hears it once and then looks for itself.
+# Other processes are called at most once in this time: each of them then claims until it finds no more.
 CALL_SECONDS = 0.1
 
 
 class _Kind:
-    """A kind of lane and what this process has of it."""
+    """A kind of lane, and the lanes of it that this process holds."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.name = work.lane.name
         self.decoder = msgspec.json.Decoder(work.lane.item)
-        self.running: dict[int, tuple[Lease, asyncio.Task[None]]] = {}
-        # The tenant whose turn is next.
+        self.running: dict[Lease, asyncio.Task[None]] = {}
+        """By the claim and not by the lane: a lane can be claimed again before the task of its last claim has ended."""
         self.turn = ""
+        """The tenant whose turn is next."""
         self.full = False
         self.called_at = 0.0
 
 
 class LaneRunner:
-    """Works off lanes until stopped. `control`: an engine of its own, of one connection."""
+    """Processes lanes until stopped. `control`: an engine of its own with one connection."""
 
     def __init__(
         self, database: Database, works: Sequence[Work], control: AsyncEngine, metrics: Metrics, *, lease_seconds: float
@@ -74,13 +76,13 @@ class LaneRunner:
         self._log = get_logger("infra.lanes.runner")
 
     def wake(self, kind: str) -> None:
-        """There may be something to do in lanes of this kind."""
+        """Tells the runner that lanes of this kind may be ready."""
         if kind in self._kinds:
             self._woken.add(kind)
             self._event.set()
 
     async def stop(self) -> None:
-        """Takes nothing more; `run` returns once the handlers have finished."""
+        """Claims no more lanes. `run` returns when the handlers have finished."""
         self._stopping = True
         self._event.set()
 
@@ -108,7 +110,7 @@ class LaneRunner:
                     due = await self._fill(kind)
                 except Exception as error:
                     self._log.warning(
-                        "lanes cannot be claimed now, trying again",
+                        "could not claim lanes; will retry",
                         kind=kind.name,
                         error=describe(error),
                         exc_info=not is_transient(error),
@@ -120,19 +122,19 @@ class LaneRunner:
                 await asyncio.wait_for(self._event.wait(), max(0.0, sweep_at - time.monotonic()))
 
     async def _fill(self, kind: _Kind) -> float | None:
-        """Claims lanes until all slots are taken or none is ready. Returns when there is more, in seconds."""
+        """Claims lanes until all slots are in use or none is ready. Returns seconds until the next one, if known."""
         while (wanted := kind.work.concurrency - len(kind.running)) > 0 and not self._stopping:
-            taken = Counter(lease.tenant_id for lease, _ in kind.running.values())
+            taken = Counter(lease.tenant_id for lease in kind.running)
             claimed = await self._claims.claim(kind.name, kind.turn, wanted, kind.work.per_tenant, taken)
             failpoint("after_lane_claim")
             for lease, head in claimed.lanes:
-                task = asyncio.create_task(self._work_off(kind, lease, head), name=f"lane {kind.name}")
-                kind.running[lease.lane_id] = lease, task
+                task = asyncio.create_task(self._process(kind, lease, head), name=f"lane {kind.name}")
+                kind.running[lease] = task
                 task.add_done_callback(partial(self._ended, kind, lease))
             if len(claimed.lanes) == wanted:
                 kind.turn = after(claimed.lanes[-1][0].tenant_id)
             elif kind.turn:
-                kind.turn = ""  # the tenants behind it had their turn, round again
+                kind.turn = ""  # the tenants behind it had their turn: begin with the first one again
             elif claimed.tenants <= 1 or not claimed.lanes:
                 return claimed.due
         kind.full = True
@@ -142,14 +144,14 @@ class LaneRunner:
         return None
 
     def _ended(self, kind: _Kind, lease: Lease, task: asyncio.Task[None]) -> None:
-        taken = sum(held.tenant_id == lease.tenant_id for held, _ in kind.running.values())
-        del kind.running[lease.lane_id]
+        taken = sum(held.tenant_id == lease.tenant_id for held in kind.running)
+        del kind.running[lease]
         if kind.full or taken == kind.work.per_tenant:
             kind.full = False
             self.wake(kind.name)
 
     def _leases(self) -> list[Lease]:
-        return [lease for kind in self._kinds.values() for lease, _ in kind.running.values()]
+        return [lease for kind in self._kinds.values() for lease in kind.running if not lease.given_back]
 
     async def _keep_leases(self) -> None:
         while True:
@@ -161,25 +163,25 @@ class LaneRunner:
                 lost = await self._claims.renew(leases)
             except Exception as error:
                 self._log.warning(
-                    "leases of lanes cannot be renewed now",
+                    "could not renew the leases of lanes; will retry",
                     error=describe(error),
                     exc_info=not is_transient(error),
                 )
             now = time.monotonic()
             lost += [lease for lease in leases if lease.until < now and lease not in lost]
             for lease in lost:
-                held, task = self._kinds[lease.kind].running.get(lease.lane_id, (None, None))
-                # Once: a second cancellation would break off the cleaning up after the first.
-                if task and held is lease and not task.cancelling():
+                task = self._kinds[lease.kind].running.get(lease)
+                # Once: a second cancellation would interrupt the handler while it cleans up after the first one.
+                if task and not task.cancelling():
                     task.cancel()
                     self._lost(lease)
 
     def _lost(self, lease: Lease) -> None:
         self._metrics.lane_items.labels(lease.kind, "lost").inc()
-        self._log.warning("lane lost to another process, its handler is stopped", kind=lease.kind)
+        self._log.warning("lane lost to another process; its handler is stopped", kind=lease.kind)
 
     async def _drain(self) -> None:
-        tasks = [task for kind in self._kinds.values() for _, task in kind.running.values()]
+        tasks = [task for kind in self._kinds.values() for task in kind.running.values()]
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=DRAIN_SECONDS)
@@ -191,10 +193,11 @@ class LaneRunner:
         await asyncio.wait(late)
         await self._claims.give_back(leases)
 
-    async def _work_off(self, kind: _Kind, lease: Lease, head: Head | None) -> None:
-        """The lane's items one by one, until there is none that is due or others have their turn."""
+    async def _process(self, kind: _Kind, lease: Lease, head: Head | None) -> None:
+        """Handles the lane's items one by one, until none is due or other lanes have their turn."""
         try:
             if head is None or not (head.due or head.expired):
+                lease.given_back = True
                 async with self._database.begin() as tx:
                     await lease.fence(tx)
                     await tx.sql("SELECT lane_release($1)", lease.lane_id)
@@ -207,14 +210,14 @@ class LaneRunner:
             self._lost(lease)
         except Exception as error:
             self._log.warning(
-                "lane left, it is taken again when its lease has run out",
+                "lane dropped after an error; it is claimed again when its lease has run out",
                 kind=kind.name,
                 error=describe(error),
                 exc_info=not is_transient(error),
             )
 
     async def _step(self, kind: _Kind, lease: Lease, head: Head, may_go_on: bool) -> Head | None:
-        """Does the head. Returns the next one; None where the lane was given back."""
+        """Handles the head. Returns the next one, or None if the lane was given back."""
         carrier = msgspec.json.decode(head.headers, type=dict[str, str])
         started = time.perf_counter()
         try:
@@ -232,6 +235,7 @@ class LaneRunner:
         except LaneLost:
             raise
         except Exception as error:
+            lease.given_back = False  # the transaction was rolled back
             return await self._failed(kind, lease, head, error, may_go_on)
         failpoint("after_lane_commit")
         self._metrics.lane_items.labels(kind.name, "expired" if head.expired else "done").inc()
@@ -240,7 +244,7 @@ class LaneRunner:
 
     async def _do(self, kind: _Kind, lease: Lease, head: Head, may_go_on: bool, tx: Tx) -> Head | None:
         if head.recoveries >= MAX_RECOVERIES:
-            raise InvalidMessage("item", f"its process died, or lost it, {head.recoveries} times")
+            raise InvalidMessage("item", f"its process died, or lost the lane, {head.recoveries} times")
         try:
             item = kind.decoder.decode(head.body)
         except msgspec.DecodeError as error:
@@ -258,17 +262,17 @@ class LaneRunner:
 
     async def _failed(self, kind: _Kind, lease: Lease, head: Head, error: Exception, may_go_on: bool) -> Head | None:
         lane = kind.work.lane
-        passing = isinstance(error, Transient) or is_transient(error)
-        dead = isinstance(error, InvalidMessage) or (not passing and head.faults >= len(lane.retries))
+        transient = is_transient(error)
+        dead = isinstance(error, InvalidMessage) or (not transient and head.faults >= len(lane.retries))
         text = redacted(describe(error))
         self._log.log(
-            40 if dead else 10 if isinstance(error, NotYet) else 30,
-            "item set aside as a dead letter; see claw dlq list" if dead else "item not done, it is tried again",
+            logging.ERROR if dead else logging.DEBUG if isinstance(error, NotYet) else logging.WARNING,
+            "item stored as a dead letter; see claw dlq list" if dead else "could not process an item; will retry",
             kind=kind.name,
             item_id=str(head.item_id),
             attempt=head.attempts + 1,
             error=text,
-            exc_info=error if not passing and not isinstance(error, InvalidMessage) else None,
+            exc_info=error if not transient and not isinstance(error, InvalidMessage) else None,
         )
         result = None
         async with self._database.begin(tenant_id=lease.tenant_id or None) as tx:
@@ -280,23 +284,28 @@ class LaneRunner:
             else:
                 await lease.fence(tx)
                 await tx.sql(
-                    "UPDATE lane_item SET attempts = attempts + 1, faults = faults + $3::int, error = $4, "
-                    "not_before = clock_timestamp() + $5::interval WHERE lane_id = $1 AND seq = $2",
+                    """
+                    UPDATE lane_item
+                    SET attempts = attempts + 1, faults = faults + $3::int, error = $4,
+                        not_before = clock_timestamp() + $5::interval
+                    WHERE lane_id = $1 AND seq = $2
+                    """,
                     lease.lane_id,
                     head.seq,
-                    0 if passing else 1,
+                    0 if transient else 1,
                     storable(text, 4000),
-                    _pause(error, head.attempts) if passing else lane.retries[head.faults],
+                    _pause(error, head.attempts) if transient else lane.retries[head.faults],
                 )
+                lease.given_back = True
                 await tx.sql("SELECT lane_release($1)", lease.lane_id)
-        self._metrics.lane_items.labels(kind.name, "dead" if dead else "waiting" if passing else "retried").inc()
+        self._metrics.lane_items.labels(kind.name, "dead" if dead else "waiting" if transient else "retried").inc()
         if dead:
             self._metrics.dead_letters.labels(kind.name).inc()
-        self.wake(kind.name)  # so that it is known when the lane is due
+        self.wake(kind.name)  # so that the next claim tells when the lane is due
         return result
 
     async def _finish(self, tx: Tx, lease: Lease, head: Head, state: str, may_go_on: bool) -> Head | None:
-        """Ends the head. Returns the next one, if it may be done at once; else the lane is given back."""
+        """Ends the head. Returns the next one if it may be handled at once. Otherwise the lane is given back."""
         [(held, *following)] = await tx.sql(
             "SELECT * FROM lane_finish($1, $2, $3, $4, $5)",
             lease.lane_id,
@@ -306,12 +315,15 @@ class LaneRunner:
             may_go_on and not self._stopping,
         )
         if not held:
-            raise LaneLost(f"lane {lease.kind}: another process has it")
-        return None if following[0] is None else Head(*following)
+            raise LaneLost(f"lane {lease.kind}: another process holds it")
+        if following[0] is None:
+            lease.given_back = True
+            return None
+        return Head(*following)
 
 
 def _readable(kind: _Kind, head: Head) -> Any:
-    """The item; None where it is none that can be decoded."""
+    """The item, or None if it cannot be decoded."""
     try:
         return kind.decoder.decode(head.body)
     except msgspec.DecodeError:
@@ -319,7 +331,7 @@ def _readable(kind: _Kind, head: Head) -> Any:
 
 
 def _pause(error: Exception, attempts: int) -> timedelta:
-    """What passes by itself is asked again after 1 s, 2 s, 4 s … 64 s, or when it said."""
+    """After a transient error an item is retried after 1 s, 2 s, 4 s … 64 s, or after the time that the error names."""
     if isinstance(error, RetryLater):
         return error.after
     return timedelta(seconds=2 ** min(attempts, 6)) * random.uniform(0.75, 1.0)

@@ -48,7 +48,8 @@ class Breaker:
         if wait := circuit.wait(time.monotonic()):
             reason = "the provider failed repeatedly; calls to it are suspended for a while"
             raise ModelFailed(reason, passing=True, after=timedelta(seconds=wait))
-        self._circuits[endpoint] = circuit.tried(time.monotonic())
+        trial = circuit.tried(time.monotonic())
+        self._circuits[endpoint] = trial
         well: bool | None = None
         try:
             answer = await model.answer(prompt, on_text)
@@ -59,8 +60,13 @@ class Breaker:
             well = not error.passing or error.after is not None
             raise
         finally:
-            # A call that this side cancelled says nothing about the endpoint.
-            self._circuits[endpoint] = circuit if well is None else circuit.ended(time.monotonic(), well=well)
+            # By the state of now: other calls have ended since this one began.
+            current = self._circuits[endpoint]
+            if well is not None:
+                self._circuits[endpoint] = current.ended(time.monotonic(), well=well)
+            elif current is trial:
+                # A call that this side cancelled says nothing about the endpoint. The next call may be the trial.
+                self._circuits[endpoint] = circuit
 
 
 class _Guarded:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaConnectionError
 
 from infra.bus import transactional
@@ -301,3 +301,19 @@ async def test_a_library_that_cancels_itself_while_it_stops_does_not_end_the_rea
         await send(producer, buses, note("stopping", 1))
         await until(lambda: _reaches(ledger_database, "stopping", 1))
     assert lookups > 5
+
+
+async def test_a_partition_assigned_while_the_reader_leaves_is_not_kept_for_its_next_consumer(
+    buses: Buses, ledger_database: Database, ledger: Ledger
+) -> None:
+    """Otherwise the next consumer would not read the partition: it would find it in the hands of the last one."""
+    subscription = SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)
+    partition = TopicPartition(buses.prefix + SAMPLE_EVENTS.name, 0)
+
+    async def assign() -> None:
+        await reader.on_partitions_assigned([partition])
+
+    async with buses.reader(ledger_database, subscription) as reader:
+        await until(lambda: asyncio.sleep(0, len(reader._partitions) == SAMPLE_EVENTS.partitions))
+        await asyncio.gather(reader._leave(), assign())
+        assert reader._partitions == {}

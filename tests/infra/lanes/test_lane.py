@@ -390,6 +390,52 @@ async def test_a_lease_is_renewed_for_as_long_as_the_handler_runs(world: World, 
     assert (notes.numbers, other.numbers) == ([1], [])
 
 
+async def test_a_lane_that_is_claimed_again_before_the_task_of_its_last_claim_has_ended_is_renewed(
+    world: World, notes: Notes
+) -> None:
+    kind = new_lane()
+    given_back, may_end = asyncio.Event(), asyncio.Event()
+
+    @kind.runner(concurrency=2)
+    async def work(parcel: Parcel, effects: Effects, tx: Tx) -> None:
+        async def linger() -> None:
+            given_back.set()
+            await may_end.wait()
+
+        if parcel.number == 1:
+            tx.after_commit(linger)
+        else:
+            await notes.hold(parcel, effects, tx)
+
+    def tasks() -> int:
+        return sum(task.get_name() == f"lane {kind.name}" for task in asyncio.all_tasks())
+
+    async with world.process(work, lease_seconds=0.6) as database:
+        await put(database, kind, "a", 1)
+        await given_back.wait()
+        await put(database, kind, "a", 2)
+        await notes.begun.wait()
+        assert tasks() == 2
+        await renewals(database, kind, 2)  # the first claim is not taken for one that was lost
+        may_end.set()
+        await until(lambda: asyncio.sleep(0, tasks() == 1), seconds=30)
+        await renewals(database, kind, 3)
+        notes.go_on.set()
+        await all_over(database, kind)
+        assert await items(database, kind, "i.attempts", "i.recoveries", "epoch") == [(1, 0, 2), (1, 0, 2)]
+    assert notes.numbers == [2]
+    assert 'outcome="lost"' not in metrics_of(world)
+
+
+async def renewals(database: Database, kind: lanes.Lane[Parcel], count: int) -> None:
+    """Waits until the lease of the kind's only lane was set so many times more."""
+    async with asyncio.timeout(30):
+        for _ in range(count):
+            before = await sql(database, "SELECT ready_at FROM lane WHERE kind = $1", kind.name)
+            while before == await sql(database, "SELECT ready_at FROM lane WHERE kind = $1", kind.name):
+                await asyncio.sleep(0.02)
+
+
 async def test_a_renewal_leaves_a_lane_alone_that_was_given_back_meanwhile(claims: Claims, desk: Database) -> None:
     """Otherwise what is enqueued next would wait for the end of a lease that nobody has."""
     kind = new_lane()

@@ -278,7 +278,7 @@ class Worker:
     async def claim(self) -> bool:
         """Takes the session's lane, if it is to be had, and comes to where it first stands."""
         await self._runner._fill(self._kind)
-        for lease, _ in self._kind.running.values():
+        for lease in self._kind.running:
             self.epoch = lease.epoch
         await self._settle()
         return self.has_lane
@@ -306,13 +306,13 @@ class Worker:
     async def hear_of_loss(self) -> None:
         """As when a renewal says that somebody else has the lane; what was handed to the group is written all the same,
         if it may be."""
-        for _, task in self._kind.running.values():
+        for task in self._kind.running.values():
             task.cancel()
         await self._settle()
 
     async def die(self) -> None:
         """What it has committed is all that is left of it, and its lease."""
-        tasks = [task for _, task in self._kind.running.values()]
+        tasks: list[asyncio.Task[None]] = [*self._kind.running.values()]
         tasks += [task for task in (self._group._commits.working, self._watch._poll) if task]
         for task in tasks:
             task.cancel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from services.agent.models.breaker import FAILURES, OPEN_SECONDS, Breaker, Circuit
@@ -76,3 +78,28 @@ async def test_only_failures_of_the_provider_count(error: BaseException) -> None
         with pytest.raises(type(error)):
             await model.answer(PROMPT, nobody)
     assert provider.asked == (FAILURES if isinstance(error, ModelFailed) and error.passing else 2 * FAILURES)
+
+
+class Waiting:
+    """A provider whose calls wait, and then fail."""
+
+    def __init__(self) -> None:
+        self.may_fail = asyncio.Event()
+
+    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+        await self.may_fail.wait()
+        raise ModelFailed("HTTP 500", passing=True)
+
+
+async def test_calls_at_the_same_time_count_together_and_one_that_is_cancelled_closes_nothing() -> None:
+    breaker, provider = Breaker(), Waiting()
+    model = breaker.guard("one", provider)
+    cancelled = asyncio.create_task(breaker.guard("one", Waiting()).answer(PROMPT, nobody))
+    calls = [asyncio.create_task(model.answer(PROMPT, nobody)) for _ in range(FAILURES)]
+    await asyncio.sleep(0)
+    provider.may_fail.set()
+    await asyncio.gather(*calls, return_exceptions=True)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    with pytest.raises(ModelFailed, match="calls to it are suspended"):
+        await model.answer(PROMPT, nobody)
