@@ -21,6 +21,9 @@ from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Tx
 from infra.service.replay import Rebuilt
 from tests.infra.conftest import SampleDatabase
+from tests.infra.conftest import desk as desk
+from tests.infra.conftest import ledger_database as ledger_database
+from tests.infra.conftest import sample as sample
 from tooling.cli import app as cli
 from tooling.cli import dlq, outbox, replay
 from tooling.stack import operator
