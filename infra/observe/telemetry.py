@@ -230,6 +230,17 @@ def span(
 
 
 @contextmanager
+def continued(traceparent: str | None) -> Iterator[None]:
+    """Continues the trace of `traceparent` in the block, without a span: new messages name its span as their origin."""
+    context = extract({"traceparent": traceparent}) if traceparent else None
+    token = otel_context.attach(_child_of(context))
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
+
+
+@contextmanager
 def _batch(
     kind: SpanKind,
     operation: str,

@@ -369,6 +369,11 @@ class Database:
         finally:
             await tx.close(commit=False)
 
+    async def autocommit(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+        """Runs one statement that is its own transaction: one round trip, without BEGIN and COMMIT."""
+        async with self._reading.connect() as connection:
+            return await db.sql(connection, statement, *arguments)
+
     async def run(
         self,
         work: Callable[[Tx], Awaitable[T]],

@@ -239,7 +239,7 @@ class Service:
             await server.start(runtime.settings.grpc_port, runtime.settings.listen_host)
             stack.push_async_callback(server.stop)
         routes = [route for factory in self._routes for route in factory(runtime)]
-        app = http.create_app(routes, health, runtime.metrics)
+        app = http.in_front(routes, http.create_app(routes, health, runtime.metrics))
         web = await http.serve_http(app, runtime.settings.http_port, runtime.settings.listen_host)
         stack.push_async_callback(web.stop)
 

@@ -1,27 +1,35 @@
-"""Stores the items of verified webhook calls: the dedupe row, the fact, and the messages to the agent.
+"""Accepts the items of verified webhook calls, and stores messages in their conversations.
 
-Concurrent calls share a transaction: while one group commits, the next one gathers. A single call is a group of one
-and does not wait.
+A call is accepted by one statement: dedupe rows, and a row in the table ``accepted`` for each new message. The answer
+200 follows its commit. The drainer moves accepted messages, oldest first, into their conversations: position, fact and
+outbox rows, in the transaction that deletes the accepted rows. While few calls arrive and no accepted row waits, a call
+is stored in its conversation directly, so that a message needs one commit. Decision 13 has the reasons.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import Context, copy_context
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import cache
 from typing import NamedTuple
+from uuid import UUID
 
 import msgspec
 
 from infra.clock import utcnow, uuid7
-from infra.errors import describe
+from infra.errors import Transient, describe
+from infra.failpoint import failpoint
+from infra.observe import telemetry
 from infra.observe.logs import get_logger
+from infra.postgres.db import is_transient
 from infra.postgres.group_commit import GroupCommit
 from infra.postgres.tx import Database, Tx
-from infra.security.crypto import DataKey
+from infra.security.crypto import Cipher, DataKey
 from infra.security.subjects import SubjectKeys
+from infra.service.service import Runtime
 from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.messages.channel import MessageReceived
 from services.channel.accounts import Account
@@ -30,8 +38,20 @@ from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
 from services.channel.vendors.base import Ignored, Inbound
 
-# Calls in one transaction.
-MAX_GROUP = 200
+# The most calls in one statement.
+MAX_GROUP = 500
+# Up to this many calls are stored directly. More at once mean load, and under load acceptance comes first.
+MAX_DIRECT = 8
+# More waiting calls than this are refused with 503, so that memory stays bounded while the database is slow.
+MAX_WAITING = 10_000
+# The most messages in one transaction of the drainer.
+DRAIN_ROWS = 500
+# The pause between two transactions of the drainer while calls arrive: they get the larger share of the processor.
+DRAIN_PAUSE_SECONDS = 0.2
+# The drainer looks this often for rows that another process accepted before it died.
+DRAIN_POLL_SECONDS = 5.0
+# The delay before a message is drained again that could not be drained.
+RETRY_DELAY = timedelta(minutes=1)
 # Longer than the retry horizon of every vendor. WhatsApp has the longest: seven days.
 KEEP_SEEN = timedelta(days=30)
 # Few rows at a time, because one call waits for the deletion.
@@ -40,6 +60,85 @@ CLEANING_ROWS = 2_000
 
 _log = get_logger("channel.ingest")
 
+# Inserts dedupe rows in the order of their hashes, so that concurrent transactions wait for each other in one order,
+# and waits for a transaction that inserts the same hash. It inserts nothing while accepted rows wait: a message stored
+# directly would overtake them. Rows that a drainer is deleting still count, until it has committed.
+_NOTE = """
+    WITH idle AS (
+        SELECT NOT EXISTS (SELECT FROM accepted WHERE retry_at IS NULL) AS idle
+    ), fresh AS (
+        INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored)
+        SELECT n.* FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[]) AS n, idle WHERE idle.idle
+        ON CONFLICT DO NOTHING
+        RETURNING hash
+    )
+    SELECT idle.idle, fresh.hash FROM idle LEFT JOIN fresh ON true
+"""
+
+# Inserts dedupe rows as above, and an accepted row for each message that has all its hashes for itself. Positions are
+# drawn in the order of the messages.
+_ACCEPT = """
+    WITH n AS (
+        SELECT * FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::int[])
+            AS n(hash, tenant_id, channel_id, ignored, message)
+    ), fresh AS (
+        INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored)
+        SELECT hash, tenant_id, channel_id, ignored FROM n
+        ON CONFLICT DO NOTHING
+        RETURNING hash
+    ), new AS (
+        SELECT message FROM n LEFT JOIN fresh USING (hash) GROUP BY message HAVING count(*) = count(fresh.hash)
+    )
+    INSERT INTO accepted (tenant_id, channel_id, hash, sealed, traceparent)
+    SELECT tenant_id, channel_id, hash, sealed, traceparent
+    FROM unnest($6::int[], $7::text[], $8::uuid[], $9::bytea[], $10::bytea[], $11::text[])
+        AS m(message, tenant_id, channel_id, hash, sealed, traceparent)
+    JOIN new USING (message)
+    ORDER BY message
+"""
+
+# Locks from the oldest row on. A second drainer waits for that row, and so for the end of the first one's transaction:
+# messages enter a conversation in the order in which they were accepted.
+_DRAIN = """
+    DELETE FROM accepted WHERE position IN (
+        SELECT position FROM accepted WHERE retry_at IS NULL OR retry_at < clock_timestamp()
+        ORDER BY position LIMIT $1 FOR UPDATE
+    )
+    RETURNING position, hash, sealed, traceparent
+"""
+
+# Counts the messages of each conversation. The rows stay locked until the transaction ends, so no other transaction
+# gets these or later positions before. Sorted by session key, as every transaction locks them.
+_COUNT = """
+    INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id, position)
+    SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::bigint[])
+    ON CONFLICT (session_key) DO UPDATE
+    SET subject_id = excluded.subject_id, position = c.position + excluded.position
+    RETURNING session_key, position
+"""
+
+
+class AcceptedMessage(msgspec.Struct, frozen=True):
+    """A person's message with everything that its conversation needs: the sealed form in the table ``accepted``."""
+
+    tenant_id: str
+    channel_id: UUID
+    channel_type: str
+    agent_id: UUID
+    session_key: str
+    subject_id: str
+    content: InboundContent
+    received_at: datetime
+
+
+class _New(NamedTuple):
+    """A message that is not a repeat."""
+
+    message: AcceptedMessage
+    hash: bytes
+    """The first of its dedupe hashes."""
+    traceparent: str | None
+
 
 class _Arrival(NamedTuple):
     """One item of a call, with its dedupe hashes."""
@@ -47,181 +146,227 @@ class _Arrival(NamedTuple):
     account: Account
     item: Inbound | Ignored
     hashes: list[bytes]
-
-
-class _NewMessage(NamedTuple):
-    """A person's message that is not a repeat."""
-
-    account: Account
-    item: Inbound
-    hashes: list[bytes]
-    context: Context
-    session_key: str
-    subject: tuple[str, str]
-
-
-class _Call(NamedTuple):
-    """One webhook call. `context`: the context of its request, with its trace."""
-
-    arrivals: list[_Arrival]
-    context: Context
+    traceparent: str | None
 
 
 class Ingest:
-    """Accepts the items of webhook calls."""
+    """The intake of one process."""
 
-    def __init__(self, database: Database, subjects: SubjectKeys) -> None:
+    def __init__(self, database: Database, cipher: Cipher, subjects: SubjectKeys) -> None:
         self._database = database
+        self._cipher = cipher
         self._subjects = subjects
         # One group after the other: messages of a conversation are stored in the order of their arrival.
         self._commits = GroupCommit(self._commit, largest=MAX_GROUP)
+        self._waiting = 0
         self._cleaned_at = time.monotonic()
+        self.accepted = asyncio.Event()
+        """Set after accepted rows were written, so that the drainer looks for them."""
+
+    @property
+    def is_busy(self) -> bool:
+        return self._waiting > MAX_DIRECT
 
     async def accept(self, account: Account, items: Sequence[Inbound | Ignored]) -> None:
         """Returns once all items are committed. Repeats change nothing.
 
         Raises the error of the database; then nothing is stored, and the vendor has to send the call again.
         """
+        if self._waiting >= MAX_WAITING:
+            raise Transient("too many webhook calls wait to be stored")
+        traceparent = telemetry.carrier().get("traceparent")
         arrivals = [
-            _Arrival(account, _checked(account, item), [dedupe_hash(account.id, id_) for id_ in item.ids])
+            _Arrival(account, _checked(account, item), [dedupe_hash(account.id, id_) for id_ in item.ids], traceparent)
             for item in items
         ]
-        await self._commits.write(_Call(arrivals, copy_context()))
+        self._waiting += 1
+        try:
+            await self._commits.write(arrivals)
+        finally:
+            self._waiting -= 1
         if time.monotonic() - self._cleaned_at > CLEANING_SECONDS:
             self._cleaned_at = time.monotonic()
             await self._clean()
 
-    async def _commit(self, group: Sequence[_Call]) -> Mapping[int, Exception]:
-        async def work(tx: Tx) -> None:
-            await self._store(tx, group)
-
-        await self._database.run(work)
+    async def _commit(self, group: Sequence[list[_Arrival]]) -> Mapping[int, Exception]:
+        arrivals = [arrival for call in group for arrival in call]
+        if len(group) > MAX_DIRECT or not await self._store_directly(arrivals):
+            await self._accept(arrivals)
         return {}
 
-    async def _store(self, tx: Tx, group: Sequence[_Call]) -> None:
-        """Writes each kind of row in one sorted statement, so that groups of several processes lock rows in the same
-        order and cannot deadlock."""
-        new = await self._note(tx, [arrival for call in group for arrival in call.arrivals])
-        messages = [
-            _NewMessage(
-                arrival.account,
-                arrival.item,
-                arrival.hashes,
-                call.context,
-                arrival.account.pseudonyms.session(arrival.item.conversation),
-                (arrival.account.tenant_id, arrival.account.pseudonyms.subject(arrival.item.person)),
+    async def _store_directly(self, arrivals: Sequence[_Arrival]) -> bool:
+        """Stores the messages in their conversations. Returns False, and stores nothing, while accepted rows wait."""
+        owners = _owners(arrivals)
+        hashes = sorted(owners)
+
+        async def work(tx: Tx) -> bool:
+            rows = await tx.sql(_NOTE, hashes, *_seen_columns(owners, hashes))
+            if not rows[0][0]:
+                return False
+            fresh = {bytes(hash_) for _, hash_ in rows if hash_ is not None}
+            await self._store(tx, [_new(one) for one in _first(arrivals, owners) if fresh.issuperset(one.hashes)])
+            return True
+
+        return await self._database.run(work)
+
+    async def _accept(self, arrivals: Sequence[_Arrival]) -> None:
+        owners = _owners(arrivals)
+        hashes = sorted(owners)
+        first = _first(arrivals, owners)
+        messages = [_new(arrival) for arrival in first]
+        numbers = {id(arrival): number for number, arrival in enumerate(first)}
+        failpoint("before_accept")
+        await self._database.autocommit(
+            _ACCEPT,
+            hashes,
+            *_seen_columns(owners, hashes),
+            # Only a message with all its hashes for itself has a number. Hashes without one are stored all the same.
+            [numbers.get(id(owners[hash_])) for hash_ in hashes],
+            list(range(len(messages))),
+            [new.message.tenant_id for new in messages],
+            [new.message.channel_id for new in messages],
+            [new.hash for new in messages],
+            [self._cipher.seal(msgspec.json.encode(new.message), "accepted", new.hash.hex()) for new in messages],
+            [new.traceparent for new in messages],
+        )
+        failpoint("after_accept")
+        self.accepted.set()
+
+    async def drain(self) -> int:
+        """Moves the oldest accepted messages into their conversations. Returns their number."""
+        try:
+            return await self._drain(DRAIN_ROWS)
+        except Exception as error:
+            if is_transient(error):
+                raise
+            # One of the messages is at fault. Each alone: the others must not wait for it.
+            _log.warning("could not drain accepted messages together; draining them one by one", error=describe(error))
+        drained = 0
+        while drained < DRAIN_ROWS and await self._drain_one():
+            drained += 1
+        return drained
+
+    async def _drain(self, limit: int) -> int:
+        failpoint("before_drain")
+
+        async def work(tx: Tx) -> int:
+            rows = sorted(await tx.sql(_DRAIN, limit))
+            await self._store(tx, [self._open(bytes(hash_), sealed, trace) for _, hash_, sealed, trace in rows])
+            failpoint("before_drain_commit")
+            return len(rows)
+
+        drained = await self._database.run(work)
+        failpoint("after_drain")
+        return drained
+
+    async def _drain_one(self) -> int:
+        try:
+            return await self._drain(1)
+        except Exception as error:
+            if is_transient(error):
+                raise
+            rows = await self._database.autocommit(
+                """
+                UPDATE accepted SET attempts = attempts + 1, retry_at = clock_timestamp() + $1::interval
+                WHERE position = (
+                    SELECT position FROM accepted WHERE retry_at IS NULL OR retry_at < clock_timestamp()
+                    ORDER BY position LIMIT 1 FOR UPDATE
+                )
+                RETURNING channel_id, attempts
+                """,
+                RETRY_DELAY,
             )
-            for call in group
-            for arrival in call.arrivals
-            if id(arrival) in new and isinstance(arrival.item, Inbound)
-        ]
+            for channel_id, attempts in rows:
+                _log.error(
+                    f"could not drain an accepted message; will retry in {RETRY_DELAY.total_seconds():g} s",
+                    channel_id=str(channel_id),
+                    attempts=attempts,
+                    exc_info=True,
+                )
+            return len(rows)
+
+    def _open(self, hash_: bytes, sealed: bytes, traceparent: str | None) -> _New:
+        content = self._cipher.open(sealed, "accepted", hash_.hex())
+        return _New(msgspec.json.decode(content, type=AcceptedMessage), hash_, traceparent)
+
+    async def _store(self, tx: Tx, messages: Sequence[_New]) -> None:
+        """Stores messages in their conversations. Messages of erased persons are dropped here.
+
+        Locks, each kind in the order of its keys: subject keys, conversations, streams.
+        """
         if not messages:
             return
-        keys = await self._subjects.keys(tx, {one.subject for one in messages})
-        if erased := [one for one in messages if keys[one.subject] is None]:
+        keys = await self._subjects.keys(tx, {(new.message.tenant_id, new.message.subject_id) for new in messages})
+        kept = [(new, key) for new in messages if (key := keys[new.message.tenant_id, new.message.subject_id])]
+        if len(kept) < len(messages):
             await tx.sql(
                 "UPDATE inbound_seen SET ignored = 'the author was erased' WHERE hash = ANY($1::bytea[])",
-                [hash_ for one in erased for hash_ in one.hashes],
+                sorted({new.hash for new in messages} - {new.hash for new, _ in kept}),
             )
-        kept = [(one, key) for one in messages if (key := keys[one.subject])]
-        positions = await _note_conversations(tx, [one for one, _ in kept])
-        for one, key in kept:
-            one.context.run(_record, tx, one, key, next(positions[one.session_key]))
-
-    async def _note(self, tx: Tx, arrivals: Sequence[_Arrival]) -> set[int]:
-        """Inserts the dedupe rows and returns the identities of the arrivals that are new. Waits for another
-        transaction that inserts the same rows."""
-        rows = {
-            hash_: (arrival.account, arrival.item.reason if isinstance(arrival.item, Ignored) else None)
-            for arrival in reversed(arrivals)
-            for hash_ in arrival.hashes
-        }
-        hashes = sorted(rows)
-        fresh = {
-            bytes(hash_)
-            for (hash_,) in await tx.sql(
-                "INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored) "
-                "SELECT * FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[]) "
-                "ON CONFLICT DO NOTHING RETURNING hash",
-                hashes,
-                [rows[hash_][0].tenant_id for hash_ in hashes],
-                [rows[hash_][0].id for hash_ in hashes],
-                [rows[hash_][1] for hash_ in hashes],
-            )
-        }
-        new = set()
-        for arrival in arrivals:
-            if fresh.issuperset(arrival.hashes):
-                new.add(id(arrival))
-            # From here on it is a repeat under each of its ids, also within this group.
-            fresh.difference_update(arrival.hashes)
-        return new
+        positions = await _draw_positions(tx, [new.message for new, _ in kept])
+        for new, key in kept:
+            # In the trace of the webhook call.
+            with telemetry.continued(new.traceparent):
+                _record(tx, new.message, key, next(positions[new.message.session_key]))
 
     async def _clean(self) -> None:
         try:
-            async with self._database.begin() as tx:
-                await tx.sql(
-                    "DELETE FROM inbound_seen WHERE hash IN "
-                    "(SELECT hash FROM inbound_seen WHERE seen_at < now() - $1::interval LIMIT $2)",
-                    KEEP_SEEN,
-                    CLEANING_ROWS,
+            await self._database.autocommit(
+                """
+                DELETE FROM inbound_seen WHERE hash IN (
+                    SELECT hash FROM inbound_seen WHERE seen_at < now() - $1::interval LIMIT $2
                 )
+                """,
+                KEEP_SEEN,
+                CLEANING_ROWS,
+            )
         except Exception as error:
-            _log.warning(f"could not prune inbound_seen; will retry in {CLEANING_SECONDS:g} s", error=describe(error))
+            _log.warning(
+                f"could not prune inbound_seen; will retry in {CLEANING_SECONDS:g} s or later", error=describe(error)
+            )
 
 
-async def _note_conversations(tx: Tx, messages: Sequence[_NewMessage]) -> dict[str, Iterator[int]]:
-    """Assigns positions to the messages and returns them by session. The rows stay locked until the transaction ends,
-    so no other transaction gets these or later positions before."""
-    last = {one.session_key: one for one in messages}
-    counts = Counter(one.session_key for one in messages)
-    sessions = sorted(last)
-    rows = await tx.sql(
-        "INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id, position) "
-        "SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::bigint[]) "
-        "ON CONFLICT (session_key) DO UPDATE SET subject_id = excluded.subject_id, "
-        "position = c.position + excluded.position RETURNING session_key, position",
-        sessions,
-        [last[session].account.tenant_id for session in sessions],
-        [last[session].account.id for session in sessions],
-        [last[session].subject[1] for session in sessions],
-        [counts[session] for session in sessions],
-    )
-    return {session: iter(range(position - counts[session] + 1, position + 1)) for session, position in rows}
+class Drainer:
+    """Drains the messages that this process or a dead one has accepted."""
+
+    def __init__(self, ingest: Ingest) -> None:
+        self._ingest = ingest
+        self._stopping = False
+
+    async def run(self) -> None:
+        while not self._stopping:
+            self._ingest.accepted.clear()
+            try:
+                drained = await self._ingest.drain()
+            except Exception as error:
+                _log.warning("could not drain accepted messages; will retry in 1 s", error=describe(error))
+                await self._wait(1.0)
+                continue
+            if drained == 0:
+                await self._wait(DRAIN_POLL_SECONDS)
+            elif self._ingest.is_busy:
+                await asyncio.sleep(DRAIN_PAUSE_SECONDS)
+
+    async def stop(self) -> None:
+        self._stopping = True
+        self._ingest.accepted.set()
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ingest.accepted.wait()
+        except TimeoutError:
+            pass
 
 
-def _record(tx: Tx, new: _NewMessage, key: DataKey, position: int) -> None:
-    """Appends the fact and publishes its messages, for the tenant and in the trace of the message."""
-    account, item = new.account, new.item
-    tx.tenant_id = account.tenant_id
-    event_id, received_at = uuid7(), utcnow()
-    content = msgspec.json.encode(InboundContent(item.conversation, item.person, item.message, item.text)).decode()
-    tx.append(
-        CONVERSATION.stream(new.session_key),
-        MessageTaken(
-            account.id,
-            account.vendor.name,
-            account.agent_id,
-            new.subject[1],
-            key.seal(content, str(event_id), "content"),
-            received_at,
-        ),
-        event_id=event_id,
-    )
-    message = MessageReceived(
-        channel_id=account.id,
-        channel_type=account.vendor.name,
-        agent_id=account.agent_id,
-        session_key=new.session_key,
-        conversation_id=item.conversation,
-        subject_id=new.subject[1],
-        vendor_message_id=item.message,
-        text=item.text,
-        received_at=received_at,
-        position=position,
-    )
-    tx.publish(CHANNEL_EVENTS, message, key=new.session_key)
-    tx.send(CHANNEL_INBOUND[account.vendor.name], message)
+def ingest(runtime: Runtime) -> Ingest:
+    """The intake of this process: the webhooks and the drainer share it."""
+    return _ingest(runtime.worker, runtime.cipher)
+
+
+@cache
+def _ingest(database: Database, cipher: Cipher) -> Ingest:
+    return Ingest(database, cipher, SubjectKeys(cipher))
 
 
 def _checked(account: Account, item: Inbound | Ignored) -> Inbound | Ignored:
@@ -232,3 +377,85 @@ def _checked(account: Account, item: Inbound | Ignored) -> Inbound | Ignored:
         return Ignored(item.ids, "the channel is disabled")
     text = item.text.replace("\0", "")
     return item._replace(text=text) if text.strip() else Ignored(item.ids, "the text is empty")
+
+
+def _owners(arrivals: Sequence[_Arrival]) -> dict[bytes, _Arrival]:
+    """The first arrival of the group with each hash; later ones are repeats."""
+    return {hash_: arrival for arrival in reversed(arrivals) for hash_ in arrival.hashes}
+
+
+def _first(arrivals: Sequence[_Arrival], owners: Mapping[bytes, _Arrival]) -> list[_Arrival]:
+    """The messages that repeat no earlier arrival of the group under any of their hashes."""
+    return [
+        arrival
+        for arrival in arrivals
+        if isinstance(arrival.item, Inbound) and all(owners[hash_] is arrival for hash_ in arrival.hashes)
+    ]
+
+
+def _seen_columns(
+    owners: Mapping[bytes, _Arrival], hashes: Sequence[bytes]
+) -> tuple[list[str], list[UUID], list[str | None]]:
+    arrivals = [owners[hash_] for hash_ in hashes]
+    return (
+        [arrival.account.tenant_id for arrival in arrivals],
+        [arrival.account.id for arrival in arrivals],
+        [arrival.item.reason if isinstance(arrival.item, Ignored) else None for arrival in arrivals],
+    )
+
+
+def _new(arrival: _Arrival) -> _New:
+    account, item = arrival.account, arrival.item
+    assert isinstance(item, Inbound)
+    message = AcceptedMessage(
+        account.tenant_id,
+        account.id,
+        account.vendor.name,
+        account.agent_id,
+        account.pseudonyms.session(item.conversation),
+        account.pseudonyms.subject(item.person),
+        InboundContent(item.conversation, item.person, item.message, item.text),
+        utcnow(),
+    )
+    return _New(message, arrival.hashes[0], arrival.traceparent)
+
+
+async def _draw_positions(tx: Tx, messages: Sequence[AcceptedMessage]) -> dict[str, Iterator[int]]:
+    """The positions of the messages in their conversations, by session key."""
+    last = {message.session_key: message for message in messages}
+    counts = Counter(message.session_key for message in messages)
+    sessions = sorted(last)
+    rows = await tx.sql(
+        _COUNT,
+        sessions,
+        [last[session].tenant_id for session in sessions],
+        [last[session].channel_id for session in sessions],
+        [last[session].subject_id for session in sessions],
+        [counts[session] for session in sessions],
+    )
+    return {session: iter(range(position - counts[session] + 1, position + 1)) for session, position in rows}
+
+
+def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> None:
+    """Appends the fact and publishes its messages, for the tenant of the message."""
+    tx.tenant_id = message.tenant_id
+    event_id = uuid7()
+    content = key.seal(msgspec.json.encode(message.content).decode(), str(event_id), "content")
+    fact = MessageTaken(
+        message.channel_id, message.channel_type, message.agent_id, message.subject_id, content, message.received_at
+    )
+    tx.append(CONVERSATION.stream(message.session_key), fact, event_id=event_id)
+    public = MessageReceived(
+        channel_id=message.channel_id,
+        channel_type=message.channel_type,
+        agent_id=message.agent_id,
+        session_key=message.session_key,
+        conversation_id=message.content.conversation,
+        subject_id=message.subject_id,
+        vendor_message_id=message.content.message,
+        text=message.content.text,
+        received_at=message.received_at,
+        position=position,
+    )
+    tx.publish(CHANNEL_EVENTS, public, key=message.session_key)
+    tx.send(CHANNEL_INBOUND[message.channel_type], public)

@@ -1,56 +1,122 @@
-"""The route ``ANY /webhooks/<type>/<token>``, which vendors call."""
+"""The route ``ANY /webhooks/<type>/<token>``, which vendors call.
+
+It stands in front of the framework: a call costs what verification and acceptance cost, and little more.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
+from opentelemetry.trace import SpanKind
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from infra.clock import utcnow
-from infra.errors import InvalidMessage, NotFound
-from infra.security.subjects import SubjectKeys
+from infra.errors import InvalidMessage, NotFound, TooLarge
+from infra.observe import telemetry
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
 from infra.service.service import Runtime
+from infra.web.http import MAX_BODY_BYTES, METHODS, RawRoute
+from infra.web.problems import problem
 from services.channel.accounts import Accounts
-from services.channel.ingest import Ingest
-from services.channel.vendors import base
+from services.channel.ingest import Ingest, ingest
+from services.channel.vendors.base import Ack, Request
 
-PATH = "/webhooks/{type}/{token}"
+PREFIX = "/webhooks"
+PATH = PREFIX + "/{type}/{token}"
+
+_log = get_logger("channel.webhooks")
+_EMPTY = Ack()
+
+
+class _Disconnected(Exception):
+    """The vendor closed the connection before its call was complete."""
 
 
 class Webhooks:
     """Answers 200 once the messages are stored or known to be repeats; 401 if the call does not verify; 400 if it
     verifies but is malformed; 503 while the database is unavailable, so that the vendor sends it again."""
 
-    def __init__(self, accounts: Accounts, ingest: Ingest) -> None:
+    def __init__(self, accounts: Accounts, ingest: Ingest, metrics: Metrics) -> None:
         self._accounts = accounts
         self._ingest = ingest
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        response = await self._answer(request)
-        await response(scope, receive, send)
+        began = time.perf_counter()
+        method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        attributes = {"http.request.method": method, "url.scheme": scope["scheme"], "http.route": PATH}
+        parent = telemetry.extract(headers) if "traceparent" in headers else None
+        with telemetry.span(f"{method} {PATH}", SpanKind.SERVER, parent=parent, attributes=attributes) as span:
+            try:
+                ack = await self._answer(scope, headers, receive)
+                response = None if ack == _EMPTY else Response(ack.body, media_type=ack.media_type)
+                status = 200
+            except _Disconnected:
+                return
+            except Exception as error:
+                response = problem(error)
+                status = response.status_code
+                if status >= 500:
+                    telemetry.fail(span, error)
+                    _log.error("request failed", method=method, path=PATH, status=status, exc_info=True)
+            span.set_attribute("http.response.status_code", status)
+            if status >= 400:
+                _log.info("webhook call refused", method=method, path=PATH, status=status)
+        if response is None:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body"})
+        else:
+            await response(scope, receive, send)
+        self._metrics.http_seconds.labels(method, PATH, str(status)).observe(time.perf_counter() - began)
 
-    async def _answer(self, request: Request) -> Response:
-        account = await self._accounts.by_token(request.path_params["type"], request.path_params["token"])
+    async def _answer(self, scope: Scope, headers: dict[str, str], receive: Receive) -> Ack:
+        type_, _, token = scope["path"].removeprefix(f"{PREFIX}/").partition("/")
+        account = await self._accounts.by_token(type_, token)
         if account is None:
             raise NotFound("no channel has this webhook path")
-        webhook = base.Request(
-            request.method, request.scope["query_string"].decode("latin-1"), request.headers, await request.body()
-        )
+        body = await _body(headers, receive)
+        request = Request(scope["method"], scope["query_string"].decode("latin-1"), headers, body)
         try:
-            received = account.vendor.receive(webhook, account.credentials, utcnow())
+            received = account.vendor.receive(request, account.credentials, utcnow())
         except InvalidMessage as error:
             raise HTTPException(400, str(error)) from error
         if received.items:
             await self._ingest.accept(account, received.items)
-        return Response(received.ack.body, media_type=received.ack.media_type)
+        return received.ack
 
 
 def routes(runtime: Runtime, accounts: Accounts) -> Sequence[BaseRoute]:
-    ingest = Ingest(runtime.worker, SubjectKeys(runtime.cipher))
-    # An object and not a function, because Starlette then accepts every method.
-    return [Route(PATH, Webhooks(accounts, ingest))]
+    return [RawRoute(PREFIX, Webhooks(accounts, ingest(runtime), runtime.metrics))]
+
+
+async def _body(headers: dict[str, str], receive: Receive) -> bytes:
+    """Raises TooLarge, if the length is declared before anything is read."""
+    if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
+        raise _too_large()
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        return body
+    parts = []
+    length = 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise _Disconnected
+        part = message.get("body", b"")
+        length += len(part)
+        if length > MAX_BODY_BYTES:
+            raise _too_large()
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+def _too_large() -> TooLarge:
+    return TooLarge(f"body: must have at most {MAX_BODY_BYTES} bytes")

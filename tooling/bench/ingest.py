@@ -100,6 +100,7 @@ class IngestBench:
         before = await self._rows()
         done, seconds = await closed_loop(self.ports["ours"], requests, SLICE_SECONDS)
         taken = len(set(ids[:done]))
+        await self._drained()
         seen, events, messages = (now - then for now, then in zip(await self._rows(), before, strict=True))
         check("ingest", {"acknowledged": taken, "seen": seen, "facts": events, "messages": messages // 2})
         return Slice(done, seconds)
@@ -142,6 +143,13 @@ class IngestBench:
             requests.append(request(path or self.paths[n % TENANTS], headers, body))
             ids.append(id_)
         return requests, ids
+
+    async def _drained(self) -> None:
+        """Returns once no accepted message waits. The drainer of our server works in the slice and after it."""
+        while True:
+            if not await self.ground.admin.fetchval("SELECT count(*) FROM accepted"):
+                return
+            await asyncio.sleep(0.1)
 
     async def _rows(self) -> tuple[int, int, int]:
         row = await self.ground.admin.fetchrow(

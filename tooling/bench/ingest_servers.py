@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -21,7 +20,6 @@ from sqlalchemy import func
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from starlette.routing import Route
 
 from infra.clock import utcnow
 from infra.observe import logs
@@ -34,8 +32,8 @@ from infra.security.subjects import SubjectKeys
 from infra.service.service import freeze_loaded_modules
 from infra.web import http
 from services.channel.accounts import Accounts, Secrets
-from services.channel.ingest import Ingest
-from services.channel.webhooks import PATH, Webhooks
+from services.channel.ingest import Drainer, Ingest
+from services.channel.webhooks import PREFIX, Webhooks
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -53,10 +51,12 @@ async def serve_ours(port: int, engine: AsyncEngine) -> None:
     logs.setup("channel", "info")
     cipher = Cipher(os.environ["CLAW_MASTER_KEY"])
     database = Database(engine, "channel")
-    webhook = Webhooks(Accounts(database, Secrets(cipher)), Ingest(database, SubjectKeys(cipher)))
-    app = http.create_app([Route(PATH, webhook)], http.Health("channel", "0"), Metrics(CollectorRegistry()))
+    metrics = Metrics(CollectorRegistry())
+    ingest = Ingest(database, cipher, SubjectKeys(cipher))
+    routes = [http.RawRoute(PREFIX, Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics))]
+    app = http.in_front(routes, http.create_app(routes, http.Health("channel", "0"), metrics))
     await http.serve_http(app, port)
-    await asyncio.Event().wait()
+    await Drainer(ingest).run()
 
 
 class _Base(DeclarativeBase):

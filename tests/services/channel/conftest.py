@@ -48,13 +48,24 @@ class Desk:
         async with httpx.AsyncClient(base_url=self.platform.url("channel"), trust_env=False, timeout=30) as http:
             return await http.request(method, channel["webhook_path"], content=body, headers=given | headers)
 
+    async def drained(self) -> None:
+        """Returns once no accepted message waits for the drainer."""
+
+        async def ask() -> bool:
+            async with self.platform.database("channel").begin() as tx:
+                return not await tx.sql("SELECT 1 FROM accepted")
+
+        await self.platform.until(ask)
+
     async def received(self, channel: dict[str, Any]) -> list[dict[str, Any]]:
         """The messages that were sent to the agent for this channel, in order."""
+        await self.drained()
         rows = await self.platform.outbox("channel", "channel.inbound")
         return [body for _, body in rows if body["channel_id"] == channel["id"]]
 
     async def published(self, channel: dict[str, Any], type_: str) -> list[dict[str, Any]]:
         """The published facts of one type about this channel, in order."""
+        await self.drained()
         rows = await self.platform.outbox("channel", "channel.events")
         return [
             body

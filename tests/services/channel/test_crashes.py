@@ -57,6 +57,36 @@ async def test_a_webhook_interrupted_by_a_crash_and_sent_again_is_accepted_once(
 
 
 @pytest.mark.parametrize(
+    "failpoint", ["before_accept", "after_accept", "before_drain", "before_drain_commit", "after_drain", "after_append"]
+)
+async def test_a_burst_interrupted_by_a_crash_and_sent_again_is_accepted_once_and_in_order(
+    platform: Platform, fragile: Any, failpoint: str
+) -> None:
+    marker = await fragile(failpoint)
+    desk = Desk(platform, "tenant")
+    vendor = WebhookStandIn()
+    channel = await desk.connect("webhook", vendor.credentials | {"reply_url": "http://127.0.0.1:9/"})
+    calls = [vendor.message(f"{n}", conversation=f"c{n}") for n in range(40)]
+    marker.touch()
+    answers = await asyncio.gather(*(desk.call(channel, call) for call in calls), return_exceptions=True)
+    acknowledged = [call for call, answer in zip(calls, answers, strict=True) if isinstance(answer, httpx.Response)]
+    await died_and_back(platform)
+    # The vendor repeats only the calls that were not answered.
+    for call in calls:
+        if call not in acknowledged:
+            assert (await desk.call(channel, call)).status_code == 200
+    for n in range(40):
+        assert (await desk.call(channel, vendor.message(f"{n} again", conversation=f"c{n}"))).status_code == 200
+    received = await desk.received(channel)
+    assert sorted(inbound["text"] for inbound in received) == sorted(
+        text for n in range(40) for text in (f"{n}", f"{n} again")
+    )
+    for n in range(40):
+        conversation = [inbound for inbound in received if inbound["conversation_id"] == f"c{n}"]
+        assert [(one["text"], one["position"]) for one in conversation] == [(f"{n}", 1), (f"{n} again", 2)]
+
+
+@pytest.mark.parametrize(
     ("failpoint", "end"),
     [
         ("after_effect_started", UNKNOWN_UNSENT),

@@ -1,0 +1,205 @@
+"""The intake against PostgreSQL: accepted rows, the drainer, and the direct way. No service runs here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from infra.clock import uuid7
+from infra.errors import Transient
+from infra.observe import telemetry
+from infra.postgres.tx import Database
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys, destroy
+from services.channel import ingest as module
+from services.channel.accounts import Account
+from services.channel.domain import Pseudonyms, dedupe_hash
+from services.channel.ingest import MAX_DIRECT, Ingest
+from services.channel.vendors import VENDORS
+from services.channel.vendors.base import Ignored, Inbound
+from tooling.testing.platform import MASTER_KEY, Platform
+
+
+def message(n: object, *, conversation: str = "c", ids: tuple[str, ...] | None = None, person: str = "ada") -> Inbound:
+    return Inbound(ids or (f"id/{n}",), conversation, person, str(n), f"text {n}")
+
+
+class Intake:
+    """An `Ingest` of one channel, and the rows that it wrote."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+        self.database: Database = platform.database("channel")
+        self.account = Account(
+            uuid7(), str(uuid7()), VENDORS["webhook"], uuid7(), None, Pseudonyms(os.urandom(32)), "", True, None
+        )
+        self.ingest = self.another()
+
+    def another(self) -> Ingest:
+        """As another process has it."""
+        cipher = Cipher(MASTER_KEY)
+        return Ingest(self.database, cipher, SubjectKeys(cipher))
+
+    async def accept(self, *items: Inbound | Ignored) -> None:
+        await self.ingest.accept(self.account, items)
+
+    async def burst(self, items: Sequence[Inbound]) -> None:
+        """Calls at the same moment, so many that they are accepted and not stored directly."""
+        assert len(items) > MAX_DIRECT
+        await asyncio.gather(*(self.accept(item) for item in items))
+
+    async def rows(self, statement: str) -> list[tuple[Any, ...]]:
+        async with self.database.begin() as tx:
+            return list(await tx.sql(statement, self.account.id))
+
+    async def accepted(self) -> int:
+        [(count,)] = await self.rows("SELECT count(*) FROM accepted WHERE channel_id = $1")
+        return int(count)
+
+    async def ignored(self) -> list[str]:
+        statement = "SELECT ignored FROM inbound_seen WHERE channel_id = $1 AND ignored IS NOT NULL"
+        return [reason for (reason,) in await self.rows(statement)]
+
+    async def sent(self) -> list[dict[str, Any]]:
+        """The messages to the agent, in the order of the outbox, with their headers."""
+        rows = await self.platform.outbox("channel", "channel.inbound")
+        return [body | {"headers": head} for head, body in rows if body["channel_id"] == str(self.account.id)]
+
+    async def texts(self) -> list[str]:
+        return [body["text"] for body in await self.sent()]
+
+
+@pytest.fixture(scope="module")
+async def prepared(platform: Platform) -> Platform:
+    await platform.prepare("channel")
+    return platform
+
+
+@pytest.fixture
+async def intake(prepared: Platform) -> AsyncIterator[Intake]:
+    intake = Intake(prepared)
+    yield intake
+    async with intake.database.begin() as tx:
+        await tx.sql("DELETE FROM accepted")
+
+
+async def test_a_single_call_is_stored_in_its_conversation_directly(intake: Intake) -> None:
+    await intake.accept(message(1), message(2), Ignored(("id/3",), "not a message"))
+    assert await intake.texts() == ["text 1", "text 2"]
+    assert (await intake.accepted(), await intake.ignored()) == (0, ["not a message"])
+
+
+async def test_a_burst_is_accepted_first_and_drained_in_order_with_gapless_positions(intake: Intake) -> None:
+    await intake.burst([message(n, conversation=f"c{n % 3}") for n in range(30)])
+    assert (await intake.texts(), await intake.accepted()) == ([], 30)
+    assert await intake.ingest.drain() == 30
+    assert (await intake.ingest.drain(), await intake.accepted()) == (0, 0)
+    for conversation in range(3):
+        sent = [body for body in await intake.sent() if body["conversation_id"] == f"c{conversation}"]
+        assert [body["text"] for body in sent] == [f"text {n}" for n in range(conversation, 30, 3)]
+        assert [body["position"] for body in sent] == list(range(1, 11))
+    facts = await intake.rows("SELECT 1 FROM event WHERE convert_from(data, 'UTF8') LIKE '%' || $1::uuid::text || '%'")
+    assert len(facts) == 30
+
+
+async def test_a_call_does_not_overtake_accepted_messages(intake: Intake) -> None:
+    await intake.burst([message(n) for n in range(20)])
+    await intake.accept(message("late"))
+    assert await intake.accepted() == 21
+    await intake.ingest.drain()
+    assert await intake.texts() == [*(f"text {n}" for n in range(20)), "text late"]
+
+
+async def test_a_repeat_changes_nothing_before_and_after_the_drain(intake: Intake) -> None:
+    items = [message(n) for n in range(15)]
+    await intake.burst([*items, *items])
+    await intake.burst(items)
+    assert await intake.accepted() == 15
+    await intake.ingest.drain()
+    await intake.burst(items)
+    await intake.accept(items[3])
+    assert await intake.accepted() == 0
+    assert sorted(await intake.texts()) == sorted(item.text for item in items)
+
+
+async def test_a_message_is_a_repeat_under_each_of_its_ids(intake: Intake) -> None:
+    items = [message(n, ids=(f"event/{n}", f"message/{n // 2}")) for n in range(24)]
+    await intake.burst(items)
+    # Its own id is new, its other id is known, and the row of the own id is stored.
+    await intake.accept(message("again", ids=("event/100", "message/5")), message("other", ids=("event/100", "x")))
+    await intake.ingest.drain()
+    assert await intake.texts() == [f"text {n}" for n in range(0, 24, 2)]
+
+
+async def test_two_drainers_keep_the_order_and_store_each_message_once(intake: Intake) -> None:
+    texts = [f"text {n}" for n in range(900)]
+    await intake.burst([message(n) for n in range(900)])
+    other = intake.another()
+    drained = await asyncio.gather(intake.ingest.drain(), other.drain(), other.drain(), intake.ingest.drain())
+    while await intake.accepted():
+        await other.drain()
+    assert sum(drained) <= 900
+    sent = await intake.sent()
+    assert [body["text"] for body in sent] == texts
+    assert [body["position"] for body in sent] == list(range(1, 901))
+
+
+async def test_the_accepted_messages_of_an_erased_person_are_dropped_by_the_drainer(intake: Intake) -> None:
+    await intake.burst([message(n, person=f"p{n % 2}") for n in range(20)])
+    async with intake.database.begin() as tx:
+        await destroy(tx, intake.account.tenant_id, intake.account.pseudonyms.subject("p1"))
+    await intake.ingest.drain()
+    assert await intake.texts() == [f"text {n}" for n in range(0, 20, 2)]
+    assert await intake.ignored() == ["the author was erased"] * 10
+    assert [body["position"] for body in await intake.sent()] == list(range(1, 11))
+
+
+async def test_a_message_that_cannot_be_drained_lets_the_others_pass_and_is_tried_again(intake: Intake) -> None:
+    await intake.burst([message(n) for n in range(20)])
+    hash_ = dedupe_hash(intake.account.id, "id/7")
+    async with intake.database.begin() as tx:
+        [(sealed,)] = await tx.sql("SELECT sealed FROM accepted WHERE hash = $1", hash_)
+        await tx.sql("UPDATE accepted SET sealed = 'damaged' WHERE hash = $1", hash_)
+    await intake.ingest.drain()
+    assert await intake.texts() == [f"text {n}" for n in range(20) if n != 7]
+    [(attempts, waits)] = await intake.rows("SELECT attempts, retry_at > now() FROM accepted WHERE channel_id = $1")
+    assert (attempts, waits) == (1, True)
+    # It does not block the direct way either.
+    await intake.accept(message("late"))
+    assert (await intake.texts())[-1] == "text late"
+    async with intake.database.begin() as tx:
+        await tx.sql(
+            "UPDATE accepted SET sealed = $2, retry_at = now() - interval '1 s' WHERE hash = $1", hash_, sealed
+        )
+    assert await intake.ingest.drain() == 1
+    assert (await intake.texts())[-1] == "text 7"
+
+
+async def test_a_message_carries_the_trace_of_its_call_through_the_accepted_row(intake: Intake) -> None:
+    async def call(n: int) -> None:
+        with telemetry.continued(f"00-{n + 1:032x}-{n + 1:016x}-01"):
+            await intake.accept(message(n))
+
+    await asyncio.gather(*(call(n) for n in range(20)))
+    await intake.ingest.drain()
+    for body in await intake.sent():
+        n = int(body["vendor_message_id"])
+        assert body["headers"]["traceparent"] == f"00-{n + 1:032x}-{n + 1:016x}-01"
+
+
+async def test_accepted_rows_show_no_personal_content(intake: Intake) -> None:
+    await intake.burst([message(f"secret {n}", conversation="secret", person="secret") for n in range(20)])
+    rows = await intake.rows("SELECT accepted::text, sealed FROM accepted WHERE channel_id = $1")
+    assert len(rows) == 20
+    assert not [row for row, sealed in rows if "secret" in row or b"secret" in sealed]
+
+
+async def test_more_waiting_calls_than_the_limit_are_refused(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 5)
+    outcomes = await asyncio.gather(*(intake.accept(message(n)) for n in range(9)), return_exceptions=True)
+    assert [isinstance(outcome, Transient) for outcome in outcomes] == [False] * 5 + [True] * 4
+    assert await intake.texts() == [f"text {n}" for n in range(5)]
