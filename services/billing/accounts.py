@@ -134,9 +134,14 @@ async def debit(tx: Tx, entries: Sequence[Entry]) -> None:
     await write_entries(tx, entries)
     for tenant_id, amount in due.items():
         code, before = locked[tenant_id]
-        after, passed = before.debit(amount)
-        for threshold in passed:
-            _notify_tenant(tx, tenant_id, code, after, exhausted=threshold == "exhausted")
+        notify(tx, tenant_id, code, before, amount)
+
+
+def notify(tx: Tx, tenant_id: str, code: str, before: Account, amount_nanos: int) -> None:
+    """Notifies a tenant if a debit of its account (`before` the debit) passes a threshold of its credit."""
+    after, passed = before.debit(amount_nanos)
+    for threshold in passed:
+        _notify_tenant(tx, tenant_id, code, after, exhausted=threshold == "exhausted")
 
 
 async def write_entries(tx: Tx, entries: Sequence[Entry]) -> None:

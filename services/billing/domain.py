@@ -6,11 +6,13 @@ rated in exact decimals and rounded once, half to even.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from decimal import ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow
-from typing import Literal
+from decimal import Decimal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from protos.messages.billing import UsageRecorded
 
@@ -20,6 +22,7 @@ PART_OF = {
     "cache_write_tokens": "input_tokens",
     "reasoning_tokens": "output_tokens",
 }
+_PARTS = {whole: [part for part in PART_OF if PART_OF[part] == whole] for whole in sorted(set(PART_OF.values()))}
 UNITS = frozenset(("input_tokens", "output_tokens", "calls", "bytes", *PART_OF))
 
 # Values above these limits come from a fault in the producer, not from use. The second is one million currency units.
@@ -28,8 +31,6 @@ MAX_AMOUNT_NANOS = 10**15
 # A producer's clock may be a little fast.
 MAX_AHEAD = timedelta(hours=1)
 
-# Sums and products of values within the limits fit into 200 digits. An inexact one raises instead of being rounded.
-_EXACT = Context(prec=200, traps=[Inexact, InvalidOperation, Overflow, DivisionByZero])
 
 Kind = Literal["counted", "duplicate", "rejected", "held"]
 
@@ -60,13 +61,26 @@ class Price:
         """The name that a charge refers to: ``openai/gpt-4o-mini@1``."""
         return f"{self.resource}@{self.version}"
 
-    def at(self, input_tokens: int) -> Mapping[str, Decimal]:
-        """Returns the prices per unit for a request with that many input tokens."""
-        return next((tier.nanos for tier in reversed(self.tiers) if input_tokens > tier.above), self.nanos)
+    @cached_property
+    def scaled(self) -> tuple[tuple[int, ScaledPrices], ...]:
+        """The tiers in ascending order of `above`, the base prices first, as integers."""
+        return tuple((tier.above, _scaled(tier.nanos)) for tier in (Tier(-1, self.nanos), *self.tiers))
 
 
-@dataclass(frozen=True)
-class Verdict:
+class ScaledPrices(NamedTuple):
+    """Prices as integers: `nanos` divided by `divisor` is the exact price. Integers rate faster than decimals."""
+
+    nanos: Mapping[str, int]
+    divisor: int
+
+
+def _scaled(nanos: Mapping[str, Decimal]) -> ScaledPrices:
+    ratios = {unit: price.as_integer_ratio() for unit, price in nanos.items()}
+    divisor = math.lcm(*(denominator for _, denominator in ratios.values()))
+    return ScaledPrices({unit: n * (divisor // d) for unit, (n, d) in ratios.items()}, divisor)
+
+
+class Verdict(NamedTuple):
     """The decision on a usage record."""
 
     kind: Kind
@@ -86,20 +100,25 @@ def cost(price: Price, quantities: Mapping[str, int]) -> int:
     A part that is not reported is charged at the price of its whole. Raises NotReported if a whole unit has a price
     above zero and is not reported.
     """
-    nanos = price.at(quantities.get("input_tokens", 0))
-    total = Decimal(0)
-    parts: dict[str, int] = {}
-    for unit, whole in PART_OF.items():
-        if unit in nanos and unit in quantities:
-            parts[whole] = parts.get(whole, 0) + quantities[unit]
-            total = _EXACT.fma(nanos[unit], Decimal(quantities[unit]), total)
-    for unit, per_unit in nanos.items():
-        if unit in PART_OF or not per_unit:
-            continue
-        if unit not in quantities:
-            raise NotReported(unit)
-        total = _EXACT.fma(per_unit, Decimal(quantities[unit] - parts.get(unit, 0)), total)
-    return int(total.to_integral_value(ROUND_HALF_EVEN))
+    size = quantities.get("input_tokens", 0)
+    prices = next(prices for above, prices in reversed(price.scaled) if size > above)
+    total = 0
+    for unit, nanos in prices.nanos.items():
+        whole = PART_OF.get(unit)
+        if whole is None:
+            if nanos and unit not in quantities:
+                raise NotReported(unit)
+            total += nanos * quantities.get(unit, 0)
+        elif unit in quantities:
+            # A part is charged at its own price instead of the price of its whole.
+            total += (nanos - prices.nanos.get(whole, 0)) * quantities[unit]
+    return _half_even(total, prices.divisor)
+
+
+def _half_even(numerator: int, divisor: int) -> int:
+    """Divides and rounds to the nearest integer, halves to the even one."""
+    quotient, rest = divmod(numerator, divisor)
+    return quotient + (2 * rest + (quotient & 1) > divisor)
 
 
 def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, int], now: datetime) -> int | None:
@@ -121,8 +140,15 @@ def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, in
 
 def valid_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price | None:
     """Returns the latest version in `currency` that is valid at `moment`. Of two with the same start, the newer one."""
-    begun = [price for price in prices if price.currency == currency and price.valid_from <= moment]
-    return max(begun, key=lambda price: (price.valid_from, price.version), default=None)
+    found = None
+    for price in prices:
+        if (
+            price.currency == currency
+            and price.valid_from <= moment
+            and (found is None or (price.valid_from, price.version) > (found.valid_from, found.version))
+        ):
+            found = price
+    return found
 
 
 def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], now: datetime) -> Verdict:
@@ -135,8 +161,8 @@ def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], 
         return Verdict("rejected", f"implausible: {fault}")
     if record.occurred_at > now + MAX_AHEAD:
         return Verdict("rejected", "implausible: occurred_at is in the future")
-    if unknown := sorted(record.quantities.keys() - UNITS):
-        return _held(f"no price has a unit {unknown[0]!r}")
+    if not UNITS.issuperset(record.quantities):
+        return _held(f"no price has a unit {min(record.quantities.keys() - UNITS)!r}")
     if currency is None:
         return _held(NO_ACCOUNT)
     price = valid_at(prices, currency, record.occurred_at)
@@ -164,9 +190,9 @@ def _implausible(quantities: Mapping[str, int]) -> str:
     for unit, count in quantities.items():
         if not 0 <= count <= MAX_QUANTITY:
             return f"quantities.{unit} is {count}"
-    for whole in sorted(set(PART_OF.values())):
-        parts = [unit for unit in PART_OF if PART_OF[unit] == whole and unit in quantities]
-        if whole in quantities and sum(quantities[unit] for unit in parts) > quantities[whole]:
+    for whole, known_parts in _PARTS.items():
+        parts = [unit for unit in known_parts if unit in quantities]
+        if parts and whole in quantities and sum(quantities[unit] for unit in parts) > quantities[whole]:
             return f"quantities.{whole} is less than its {' and '.join(parts)}"
     return ""
 
@@ -180,8 +206,7 @@ def _no_price(record: UsageRecorded, currency: str, prices: Sequence[Price]) -> 
     return f"{record.resource} had no price yet at {record.occurred_at.isoformat()}"
 
 
-@dataclass(frozen=True)
-class UsageContent:
+class UsageContent(NamedTuple):
     """The content by which two records with one usage_id are compared."""
 
     resource: str

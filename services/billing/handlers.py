@@ -17,24 +17,21 @@ from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
 from services.billing import accounts, deliveries, usage
 from services.billing.domain import NO_ACCOUNT, Verdict
-from services.billing.usage import Judged
 
 
 @USAGE_RECORDS.batch(group="billing")
 async def count_usage(records: list[UsageRecorded], tx: Tx) -> None:
     """Commits verdict, debit, ledger entry and the end of the hold in one transaction with the offset."""
-    verdicts = await usage.verdicts(tx, records)
-    await usage.record(tx, [_judged(record, verdict, tx) for record, verdict in zip(records, verdicts, strict=True)])
-
-
-def _judged(record: UsageRecorded, verdict: Verdict, tx: Tx) -> Judged:
-    return Judged(record, verdict, UUID(tx.origins[id(record)]["ce_id"]), _follow(record, verdict, tx))
+    verdicts = await usage.rate(tx, records)
+    if trace.get_current_span().is_recording():
+        span_ids = [_follow(record, verdict, tx) for record, verdict in zip(records, verdicts, strict=True)]
+    else:
+        span_ids = [""] * len(records)
+    await usage.record(tx, records, verdicts, span_ids)
 
 
 def _follow(record: UsageRecorded, verdict: Verdict, tx: Tx) -> str:
     """Records a span in the trace of the run or call that used it. Returns the span's id, empty if not recorded."""
-    if not trace.get_current_span().is_recording():
-        return ""
     with tx.follow(record, "charge") as span:
         if not span.is_recording():
             return ""

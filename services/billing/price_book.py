@@ -123,6 +123,7 @@ async def add(
     return price, made_at
 
 
+@lru_cache(4096)
 def read(resource: str, version: int, currency: str, valid_from: datetime, prices: str) -> Price:
     """Reads a row of the table ``price``."""
     stored = msgspec.json.decode(prices, type=Prices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from uuid import UUID
 
 import msgspec
@@ -15,110 +15,76 @@ from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
 from services.billing import accounts, holds, price_book
 from services.billing.accounts import Entry
-from services.billing.domain import UsageContent, Verdict, judge, settle
+from services.billing.domain import Account, UsageContent, Verdict, judge, settle
 
+_RECORD = Path(__file__).with_name("record_usage.sql").read_text()
+# Separates the values of a column in a parameter. JSON text never contains it unescaped.
+_SEPARATOR = "\x1f"
+_UNSTORABLE = str.maketrans({"\x00": "\\x00", _SEPARATOR: "\\x1f"})
 _encoder = msgspec.json.Encoder(order="sorted")
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A record with its verdict."""
-
-    record: UsageRecorded
-    verdict: Verdict
-    message_id: UUID
-    span_id: str
-    """The span in which the record was rated. Empty: not traced."""
-
-
-async def verdicts(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
+async def rate(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
     """Rates new records, and finds the ones whose usage_id was recorded before.
 
     Raises InvalidMessage for ids that cannot be stored.
     """
-    for record in records:
-        for name in ("tenant_id", "usage_id", "resource"):
-            # PostgreSQL's text cannot hold a NUL, and a record without an id could not be looked up.
-            if not (value := getattr(record, name)) or "\x00" in value:
-                raise InvalidMessage(name, "must not be empty or contain a NUL")
-    currencies = await accounts.currencies(tx, (record.tenant_id for record in records))
-    prices = await price_book.versions(tx, (record.resource for record in records))
+    tenant_ids = _column("tenant_id", [record.tenant_id for record in records])
+    usage_ids = _column("usage_id", [record.usage_id for record in records])
+    _column("resource", [record.resource for record in records])
+    currencies = await accounts.currencies(tx, {record.tenant_id for record in records})
+    prices = await price_book.versions(tx, {record.resource for record in records})
     rows = await tx.sql(
-        "SELECT u.tenant_id, u.usage_id, u.resource, u.quantities FROM usage AS u "
-        "JOIN unnest($1::text[], $2::text[]) AS n(tenant_id, usage_id) USING (tenant_id, usage_id)",
-        [record.tenant_id for record in records],
-        [record.usage_id for record in records],
+        """
+        SELECT u.tenant_id, u.usage_id, u.resource, u.quantities
+        FROM unnest(string_to_array($1, E'\x1f'), string_to_array($2, E'\x1f')) AS n(tenant_id, usage_id)
+        JOIN usage AS u USING (tenant_id, usage_id)
+        """,
+        tenant_ids,
+        usage_ids,
     )
     seen = {(tenant_id, id_): UsageContent(resource, counts) for tenant_id, id_, resource, counts in rows}
     return settle(records, seen, currencies, prices, utcnow())
 
 
-async def record(tx: Tx, judged: Sequence[Judged]) -> None:
-    """Stores records with their verdicts, debits the counted ones and closes the holds that they name."""
-    fresh = [item for item in judged if item.verdict.kind != "duplicate"]
-    repeats = [item for item in judged if item.verdict.kind == "duplicate"]
-    if fresh:
-        try:
-            await _insert(tx, fresh)
-        except IntegrityError as error:
-            raise Transient("another transaction recorded one of these usage_ids at the same time") from error
-    if repeats:
-        await _insert_duplicates(tx, repeats)
-    await _charge(
-        tx, [(item.record.tenant_id, item.record.usage_id, item.record.hold_id, item.verdict) for item in fresh]
+async def record(
+    tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[Verdict], span_ids: Sequence[str]
+) -> None:
+    """Stores records with their verdicts, debits the counted ones and closes the holds that they name.
+
+    span_ids: the spans in which the records were rated. Empty: not traced.
+    """
+    columns: tuple[Sequence[str], ...] = (
+        [item.tenant_id for item in records],
+        [item.usage_id for item in records],
+        [tx.origins[id(item)]["ce_id"] for item in records],
+        [item.resource for item in records],
+        [_encoder.encode(item.quantities).decode() for item in records],
+        [item.occurred_at.isoformat() for item in records],
+        ["t" if item.estimated else "f" for item in records],
+        [item.run_id.hex if item.run_id else "" for item in records],
+        [item.hold_id.hex if item.hold_id else "" for item in records],
+        [verdict.kind for verdict in verdicts],
+        [verdict.reason and verdict.reason.translate(_UNSTORABLE) for verdict in verdicts],
+        ["" if verdict.amount_nanos is None else str(verdict.amount_nanos) for verdict in verdicts],
+        [verdict.price_version or "" for verdict in verdicts],
+        span_ids,
     )
+    try:
+        debited = await tx.sql(_RECORD, *map(_SEPARATOR.join, columns), utcnow())
+    except IntegrityError as error:
+        raise Transient("another transaction recorded one of these usage_ids at the same time") from error
+    for tenant_id, currency, credit_nanos, debited_nanos, amount_nanos in debited:
+        accounts.notify(tx, tenant_id, currency, Account(credit_nanos, debited_nanos - amount_nanos), amount_nanos)
 
 
-async def _insert(tx: Tx, judged: Sequence[Judged]) -> None:
-    now = utcnow()
-    # Rows are inserted in the order of their key. Two transactions with the same new keys would otherwise deadlock. The
-    # arrival numbers are drawn before that, in the order of the records.
-    await tx.sql(
-        """
-        INSERT INTO usage (tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id,
-                           hold_id, verdict, reason, amount_nanos, price_version, span_id, rated_at, arrival)
-        SELECT t, u, m, r, q::jsonb, o, e, run, hold, v, why, a, p, s, $15, arrival
-        FROM (
-            SELECT *, nextval('arrival') AS arrival
-            FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::text[], $6::timestamptz[], $7::bool[],
-                        $8::uuid[], $9::uuid[], $10::text[], $11::text[], $12::bigint[], $13::text[], $14::text[])
-                AS n(t, u, m, r, q, o, e, run, hold, v, why, a, p, s)
-        ) AS arrived
-        ORDER BY t, u
-        """,
-        [item.record.tenant_id for item in judged],
-        [item.record.usage_id for item in judged],
-        [item.message_id for item in judged],
-        [item.record.resource for item in judged],
-        [_encoder.encode(item.record.quantities).decode() for item in judged],
-        [item.record.occurred_at for item in judged],
-        [item.record.estimated for item in judged],
-        [item.record.run_id for item in judged],
-        [item.record.hold_id for item in judged],
-        [item.verdict.kind for item in judged],
-        [item.verdict.reason for item in judged],
-        [item.verdict.amount_nanos for item in judged],
-        [item.verdict.price_version for item in judged],
-        [item.span_id for item in judged],
-        now,
-    )
-
-
-async def _insert_duplicates(tx: Tx, judged: Sequence[Judged]) -> None:
-    await tx.sql(
-        "INSERT INTO duplicate (tenant_id, usage_id, message_id, resource, quantities, occurred_at, run_id, reason, "
-        "rated_at) SELECT t, u, m, r, q::jsonb, o, run, why, $9 FROM unnest($1::text[], $2::text[], $3::uuid[], "
-        "$4::text[], $5::text[], $6::timestamptz[], $7::uuid[], $8::text[]) AS n(t, u, m, r, q, o, run, why)",
-        [item.record.tenant_id for item in judged],
-        [item.record.usage_id for item in judged],
-        [item.message_id for item in judged],
-        [item.record.resource for item in judged],
-        [_encoder.encode(item.record.quantities).decode() for item in judged],
-        [item.record.occurred_at for item in judged],
-        [item.record.run_id for item in judged],
-        [item.verdict.reason for item in judged],
-        utcnow(),
-    )
+def _column(name: str, values: Sequence[str]) -> str:
+    """Joins the values of an id to the parameter of a statement. Raises InvalidMessage if one cannot be stored."""
+    column = _SEPARATOR.join(values)
+    # PostgreSQL's text cannot hold a NUL, and a record without an id could not be looked up.
+    if not all(values) or "\x00" in column or column.count(_SEPARATOR) != len(values) - 1:
+        raise InvalidMessage(name, "must not be empty or contain the characters U+0000 or U+001F")
+    return column
 
 
 async def _charge(tx: Tx, rated: Sequence[tuple[str, str, UUID | None, Verdict]]) -> None:
