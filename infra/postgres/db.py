@@ -1,4 +1,4 @@
-"""PostgreSQL: one pool per role, and what counts as a passing failure of the database."""
+"""PostgreSQL: a pool of connections per role, statements, and the database's transient errors."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from infra.errors import Transient
 
-# Left idle inside a transaction for longer, the server ends the session. A consumer stopped in mid-transaction holds
-# its offset row; without this the next owner of the partition waits for it as long as the process stays stopped.
+# The server ends a session that is idle in a transaction for longer. A consumer that is stopped in the middle of a
+# transaction holds its offset row. Without this limit the next owner of the partition would wait for that row for as
+# long as the process stays stopped.
 IDLE_IN_TRANSACTION_MS = 5_000
-# Also while a statement is half sent, which counts neither as idle nor as running. Without this a process stopped
-# between asking how its statement is to be executed and executing it holds its row locks as long as it stays stopped.
+# This limit also covers a statement that is prepared and not executed yet, which counts neither as idle nor as running:
+# a process that is stopped there would keep its row locks.
 TRANSACTION_TIMEOUT_MS = 45_000
-# No statement of the kernel runs for long; one that does holds locks that others wait for.
+# No statement of the kernel runs for long. One that does would hold locks that others wait for.
 STATEMENT_TIMEOUT_MS = 30_000
+# So long a transaction waits for a free connection of the pool.
+POOL_TIMEOUT_SECONDS = 10.0
 
 _TRANSIENT_STATES = (
     "08",  # connection
@@ -35,20 +40,20 @@ _TRANSIENT_STATES = (
 
 
 def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schema: str | None = None) -> AsyncEngine:
-    """A pool on `url` (``postgresql://user:password@host:port/database``). Connects at first use, not here.
+    """A pool of connections to `url` (``postgresql://user:password@host:port/database``). It connects at first use.
 
-    `schema`: where names are looked up, for a role that has none of its own (an administrator).
+    `schema`: the search path, for a role that has none of its own (an administrator).
     """
-    return create_async_engine(
+    engine = create_async_engine(
         make_url(url).set(drivername="postgresql+asyncpg"),
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=10,
-        # Errors are logged, and parameters hold people's texts.
+        pool_timeout=POOL_TIMEOUT_SECONDS,
+        # Errors are logged, and parameters can hold personal texts.
         hide_parameters=True,
         connect_args={
             "timeout": 10,
-            # More than a service has statements, so that each is prepared once per connection.
+            # More than the statements of a service, so that each is prepared once per connection.
             "statement_cache_size": 400,
             "server_settings": {
                 "application_name": name,
@@ -60,13 +65,22 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
             },
         },
     )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    return engine
+
+
+def _refuse_closed(connection: Any, _record: Any, _fairy: Any) -> None:
+    """Makes the pool replace a connection that the server has closed (a restart), before anything is sent on it."""
+    if connection.driver_connection.is_closed():
+        raise DisconnectionError("closed by the server")
 
 
 async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
-    """Runs one statement with PostgreSQL's own ``$1`` parameters and returns its rows, if it yields any.
+    """Runs one statement with PostgreSQL's own ``$1`` parameters and returns its rows.
 
-    The first one of a transaction goes through SQLAlchemy, which begins it. All others go straight to the driver: what
-    SQLAlchemy does around a statement takes three times as long as the statement. Raises DBAPIError in both cases.
+    The first statement of a transaction goes through SQLAlchemy, which begins the transaction. All others go straight
+    to the driver, because SQLAlchemy's own work takes three times as long as the statement. Raises DBAPIError in both
+    cases.
     """
     driver = _driver(connection)
     if driver is None:
@@ -81,13 +95,13 @@ async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> S
             await connection.invalidate(error)
         raise failure from error
     except BaseException:
-        # A cancellation: what the connection is in the middle of is not known.
+        # After a cancellation the connection may be in the middle of a statement.
         await connection.invalidate()
         raise
 
 
 def _driver(connection: AsyncConnection) -> Any:
-    """The driver's connection (asyncpg's), where a transaction is under way on it or none is to be; else None."""
+    """asyncpg's connection, if it is in a transaction or commits each statement. Otherwise None."""
     inner = connection.sync_connection
     if inner is None or inner.closed or inner.invalidated:
         return None
@@ -97,7 +111,7 @@ def _driver(connection: AsyncConnection) -> Any:
 
 
 def _as_sqlalchemy(connection: AsyncConnection, statement: str, error: Exception, lost: bool) -> Exception:
-    """As it comes from the first statement, too: without the details, for these hold people's texts."""
+    """The same error as SQLAlchemy raises, without PostgreSQL's details, which can hold personal texts."""
     dbapi: Any = connection.dialect.dbapi
     for kind in type(error).__mro__:
         if make := dbapi._asyncpg_error_translate.get(kind):
@@ -122,7 +136,9 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_of_database(error: BaseException) -> bool:
-    """True for a transient error of the database: connection lost, deadlock, fail-over, time-out."""
+    """True for a transient error of the database: a lost connection, a deadlock, a time-out, a full pool …"""
+    if isinstance(error, PoolTimeoutError):
+        return True
     if isinstance(error, DBAPIError):
         if error.connection_invalidated:
             return True

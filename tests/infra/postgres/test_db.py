@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.postgres import db
@@ -65,6 +65,37 @@ async def test_a_lost_connection_is_passing_and_replaced(engine: AsyncEngine, be
     assert lost.value.connection_invalidated
     assert db.is_transient(lost.value)
     assert await _pid(engine) != pid
+
+
+async def test_a_connection_that_the_server_has_closed_is_replaced_at_its_next_use(
+    engine: AsyncEngine, sample: SampleDatabase
+) -> None:
+    """As after a restart of PostgreSQL, for each connection of the pool."""
+    async with engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+    assert driver
+    pid = driver.get_server_pid()
+    other = db.create_engine(sample.url("desk", "worker"), pool_size=1)
+    async with other.begin() as connection:
+        await db.sql(connection, "SELECT pg_terminate_backend($1::int)", pid)
+    await other.dispose()
+    async with asyncio.timeout(30):
+        while not driver.is_closed():
+            await asyncio.sleep(0.01)
+    assert await _pid(engine) != pid
+
+
+async def test_a_pool_without_a_free_connection_is_a_transient_error(
+    sample: SampleDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "POOL_TIMEOUT_SECONDS", 0.05)
+    engine = db.create_engine(sample.url("desk", "worker"), pool_size=1)
+    async with engine.connect():
+        with pytest.raises(TimeoutError) as full:
+            async with engine.connect():
+                raise AssertionError("a second connection of one")
+    await engine.dispose()
+    assert db.is_of_database(full.value)
 
 
 async def test_a_connection_that_is_cancelled_in_the_middle_is_not_used_again(engine: AsyncEngine) -> None:
