@@ -151,6 +151,8 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls of the client's own tools: the client makes them and asks again. Then the reply is the text that the model
     wrote before them, or empty."""
+    finish_reason: Literal["stop", "length"] = "stop"
+    """length: the model reached its token limit, so the reply is cut off."""
 
 
 class RunFailed(Message, frozen=True, kw_only=True):

@@ -111,6 +111,8 @@ class Follow:
         reply = {"run_id": fact.data["run_id"], "text": fact.data["reply"]}
         if calls := fact.data.get("tool_calls"):
             reply["tool_calls"] = calls
+        if fact.data.get("finish_reason") == "length":
+            reply["finish_reason"] = "length"
         return [Event("reply", reply, fact.n), event]
 
     def delta(self, delta: Delta) -> list[Event]:

@@ -96,7 +96,7 @@ class AgentLoop:
                 continue  # This answer would not cover the new messages.
             misfit = self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
             if misfit is None:
-                return Reply(answer.text, summary, calls)
+                return Reply(answer.text, summary, calls, "length" if answer.finish_reason == "length" else "stop")
             misfits += 1
             if misfits == STRUCTURE_ATTEMPTS:
                 raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)

@@ -78,13 +78,14 @@ async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> N
     key, sealing = context.key, (row.tenant_id, row.subject_id, str(row.id))
     sealed = key.seal(reply.text, *sealing, "reply")
     calls = key.seal(msgspec.json.encode(reply.calls).decode(), *sealing, "calls") if reply.calls else None
-    events = await tx.decide(stream(row.id), Complete(row.session_key, sealed, calls))
+    events = await tx.decide(stream(row.id), Complete(row.session_key, sealed, calls, reply.finish_reason))
     message = public.RunCompleted(
         run_id=row.id,
         session_key=row.session_key,
         reply=reply.text,
         n=events[0].n,
         tool_calls=published(reply.calls),
+        finish_reason=reply.finish_reason,
     )
     tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=derived_id(row.id, "RunCompleted"))
     await projections.completed(tx, row.id, sealed, calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 from uuid import UUID
 
 from services.agent.execution.conversation import Summary
@@ -21,6 +22,8 @@ class Reply:
     """Of the older part of the conversation, made by this run for later runs."""
     calls: tuple[ToolCall, ...] = ()
     """Calls of the caller's own tools. The caller makes them and sends the results with its next request."""
+    finish_reason: Literal["stop", "length"] = "stop"
+    """length: the text is cut off at the model's token limit."""
 
 
 class Ended(Exception):

@@ -137,6 +137,8 @@ class RunCompleted(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed."""
     calls: bytes | None = None
     """Calls of the caller's tools, sealed; None if there are none."""
+    finish_reason: Literal["stop", "length"] = "stop"
+    """length: the reply is cut off at the token limit."""
 
 
 class RunFailed(msgspec.Struct, frozen=True, kw_only=True):

@@ -198,6 +198,7 @@ async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list
                 reply=await reply(unsealer, run) or "",
                 n=event.n,
                 tool_calls=published(await calls(unsealer, run)),
+                finish_reason=event.finish_reason,
             )
         else:
             [(_, _, message)] = publish(str(run_id), event)

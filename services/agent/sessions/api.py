@@ -111,7 +111,12 @@ class NewCompletion(_Part):
         if self.output_schema is not None:
             check_schema("output_schema", self.output_schema)
         for n, tool in enumerate(self.tools):
-            check_schema(f"tools[{n}].parameters", tool.parameters)
+            # Arguments are checked only for strict tools. Any other schema goes to the model as it is: clients send
+            # older drafts, and keywords that the check does not support.
+            if tool.strict:
+                check_schema(f"tools[{n}].parameters", tool.parameters)
+            elif tool.parameters.get("type") != "object":
+                raise InvalidMessage(f"tools[{n}].parameters.type", "must be object")
 
     def context(self) -> Context:
         return Context(

@@ -83,6 +83,7 @@ class Answer(Response):
 
     async def _write_parts(self, live: Live, writer: _Writer) -> None:
         transcript = Transcript()
+        is_cut = False
         async with aclosing(self._events(live)) as batches:
             async for events in batches:
                 if not events:
@@ -94,9 +95,12 @@ class Answer(Response):
                         raise errors.taken_back() from None
                     if piece and piece.text:
                         await writer.text(piece)
-                    if event.name == "reply" and (calls := _reply(event).calls):
-                        await writer.calls(calls)
-        await writer.end(await self._usage() if self._shape.wants_usage else UNREPORTED)
+                    if event.name == "reply":
+                        reply = _reply(event)
+                        is_cut = reply.finish_reason == "length" and not reply.calls
+                        if reply.calls:
+                            await writer.calls(reply.calls)
+        await writer.end(await self._usage() if self._shape.wants_usage else UNREPORTED, is_cut=is_cut)
 
     async def _events(self, live: Live) -> AsyncGenerator[list[Event]]:
         """The run's events until its reply. Raises Failure if the run ends without a reply."""
@@ -149,9 +153,9 @@ class _Writer:
         await self._begin()
         await send_part(self._send, self._shape.calls(calls))
 
-    async def end(self, usage: Usage) -> None:
+    async def end(self, usage: Usage, *, is_cut: bool) -> None:
         await self._begin()
-        await self._last(self._shape.end(usage))
+        await self._last(self._shape.end(usage, is_cut=is_cut))
 
     async def fail(self, failure: Failure) -> None:
         if self._begun:

@@ -302,11 +302,11 @@ def _tools(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ..
         _check(function["name"] not in found, f"{where}.name", "is there twice")
         strict = function.get("strict") or False
         _check(isinstance(strict, bool), f"{where}.strict", "must be true or false")
-        parameters = function.get("parameters")
-        if parameters is None:
-            parameters = {"type": "object", "properties": {}}
+        parameters = _parameters(function.get("parameters"), f"{where}.parameters")
+        if strict:
+            parameters = _schema(parameters, f"{where}.parameters")
         description = _string(function.get("description") or "", f"{where}.description")
-        tool = Tool(function["name"], description, _schema(parameters, f"{where}.parameters"), strict)
+        tool = Tool(function["name"], description, parameters, strict)
         size += len(msgspec.json.encode(tool.parameters))
         _check(size <= MAX_PARAMETERS, "tools", f"must have {MAX_PARAMETERS} bytes of parameters at most")
         found[tool.name] = tool
@@ -325,6 +325,26 @@ def _tools(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ..
             # Only the chosen function is offered, so the model must call it.
             return tuple(chosen), True
     raise unfit("tool_choice", "must be none, auto, required or a function")
+
+
+def _parameters(given: Any, where: str) -> dict[str, Any]:
+    """The schema of a function's arguments. Clients write a function without parameters in many ways.
+
+    Unless the function is strict, its schema goes to the model as it is: clients send older drafts of JSON Schema, and
+    any keyword.
+    """
+    given = {} if given is None else given
+    _check(isinstance(given, dict), where, "must be a JSON Schema of an object")
+    parameters = {name: value for name, value in given.items() if value is not None}
+    _check(parameters.setdefault("type", "object") == "object", f"{where}.type", "must be object")
+    parameters.setdefault("properties", {})
+    try:
+        msgspec.json.encode(parameters)
+    except RecursionError:
+        raise unfit(where, "must not be nested so deeply") from None
+    except UnicodeEncodeError:
+        raise unfit(where, "must be valid Unicode text") from None
+    return parameters
 
 
 def _function(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from uuid import UUID
 
 import msgspec
@@ -33,6 +33,8 @@ class Reply(msgspec.Struct, frozen=True):
     """If there are calls, the text before them; may be empty then."""
     calls: tuple[Call, ...] = msgspec.field(default=(), name="tool_calls")
     """Calls of the client's functions."""
+    finish_reason: Literal["stop", "length"] = "stop"
+    """length: the text is cut off at the model's token limit."""
 
 
 class Shape(Protocol):
@@ -45,7 +47,9 @@ class Shape(Protocol):
     def begin(self) -> bytes: ...
     def text(self, piece: Piece) -> bytes: ...
     def calls(self, calls: Sequence[Call]) -> bytes: ...
-    def end(self, usage: Usage) -> bytes: ...
+    def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
+        """`is_cut`: the text was cut off at the model's token limit."""
+
     def failed(self, failure: Failure) -> bytes: ...
 
 
@@ -60,6 +64,8 @@ class Chat:
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+        if reply.finish_reason == "length":
+            self._finish = "length"
         if reply.calls:
             self._finish = "tool_calls"
             message |= {"content": reply.text or None, "tool_calls": list(map(_tool_call, reply.calls))}
@@ -80,10 +86,11 @@ class Chat:
         self._finish = "tool_calls"
         return b"".join(self._chunk({"tool_calls": [{"index": n} | _tool_call(call)]}) for n, call in enumerate(calls))
 
-    def end(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
         found = _usage(usage, "prompt_tokens", "completion_tokens") if self.wants_usage else None
         last = _data(self._with_usage([], found)) if found else b""
-        return self._chunk({}, self._finish) + last + b"data: [DONE]\n\n"
+        finish = "length" if is_cut and self._finish == "stop" else self._finish
+        return self._chunk({}, finish) + last + b"data: [DONE]\n\n"
 
     def failed(self, failure: Failure) -> bytes:
         return _data({"error": failure.error})
@@ -124,9 +131,11 @@ class Responses:
         self._text = ""
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
-        said = [self._item("completed", reply.text)] if reply.text or not reply.calls else []
+        is_cut = reply.finish_reason == "length" and not reply.calls
+        status = "incomplete" if is_cut else "completed"
+        said = [self._item(status, reply.text)] if reply.text or not reply.calls else []
         called = [self._call(n, call) for n, call in enumerate(reply.calls)]
-        return self._response("completed", [*said, *called], usage=_usage(usage, "input_tokens", "output_tokens"))
+        return self._response(status, [*said, *called], usage=_usage(usage, "input_tokens", "output_tokens"))
 
     def begin(self) -> bytes:
         names = ("response.created", "response.in_progress")
@@ -156,10 +165,11 @@ class Responses:
             self._done.append(item)
         return told
 
-    def end(self, usage: Usage) -> bytes:
-        last = self._close()
-        response = self._response("completed", self._done, usage=_usage(usage, "input_tokens", "output_tokens"))
-        return last + self._event("response.completed", response=response)
+    def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
+        status = "incomplete" if is_cut else "completed"
+        last = self._close(status)
+        response = self._response(status, self._done, usage=_usage(usage, "input_tokens", "output_tokens"))
+        return last + self._event(f"response.{status}", response=response)
 
     def failed(self, failure: Failure) -> bytes:
         # The standard has few codes, and a client may not know any other.
@@ -169,11 +179,11 @@ class Responses:
             "response.failed", response=self._response("failed", items, error=failure.error | {"code": code})
         )
 
-    def _close(self) -> bytes:
+    def _close(self, status: str = "completed") -> bytes:
         """Ends the open item."""
         if not self._step:
             return b""
-        item = self._item("completed", self._text)
+        item = self._item(status, self._text)
         ended = (
             self._part_event("output_text.done", text=self._text, logprobs=[])
             + self._part_event("content_part.done", part=_part(self._text))
@@ -191,7 +201,8 @@ class Responses:
         usage: dict[str, Any] | None = None,
         error: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        return {**self._base, "status": status, "output": output, "usage": usage, "error": error}
+        details = {"incomplete_details": {"reason": "max_output_tokens"}} if status == "incomplete" else {}
+        return {**self._base, **details, "status": status, "output": output, "usage": usage, "error": error}
 
     def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
         content = [] if text is None else [_part(text)]

@@ -185,7 +185,7 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
         ("instructions", "x" * 100_001, "instructions"),
         ("tools", [{"type": "web_search"}], "tools[0].type"),
         ("tools", [TOOL], "tools[0].name"),
-        ("tools", [{"type": "function", "name": "f", "parameters": {}}], "tools[0].parameters.type"),
+        ("tools", [{"type": "function", "name": "f", "parameters": {"type": "array"}}], "tools[0].parameters.type"),
         ("tool_choice", {"type": "function", "name": "f"}, "tool_choice.name"),
         ("text", "json", "text"),
         ("previous_response_id", "resp_1", "previous_response_id"),
@@ -365,3 +365,41 @@ def test_tools_that_cannot_be_offered_are_named(fields: dict[str, Any], param: s
     with pytest.raises(Failure) as refused:
         chat(**fields)
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
+
+
+EMPTY = {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize(
+    "function_",
+    [
+        {"name": "now"},
+        {"name": "now", "parameters": None},
+        {"name": "now", "parameters": {}},
+        {"name": "now", "parameters": {"properties": {}}},
+        {"name": "now", "parameters": {"type": "object", "required": None}},
+        {"name": "now", "parameters": {"type": None}, "strict": None},
+    ],
+)
+def test_a_function_without_parameters_takes_an_empty_object(function_: dict[str, Any]) -> None:
+    asked = chat(tools=[{"type": "function", "function": function_}])
+    assert [tool.parameters for tool in asked.tools] == [EMPTY]
+    asked = responses(tools=[{"type": "function", **function_}])
+    assert [tool.parameters for tool in asked.tools] == [EMPTY]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"pair": {"type": "array", "items": [{"type": "string"}, {"type": "number"}]}}},
+        {"properties": {"n": {"type": "number", "minimum": 0, "exclusiveMinimum": True}}},
+        {"properties": {"a": {"$ref": "#/definitions/A"}}, "definitions": {"A": {"type": "string"}}},
+        {"patternProperties": {"^x-": {"type": "string"}}},
+        {"properties": {"name": {"type": "string", "pattern": r"^\p{L}+$"}}},
+        {"properties": {"one": {"enum": [f"value number {n}" for n in range(2_000)]}}},
+    ],
+    ids=["tuple", "boolean exclusiveMinimum", "definitions", "patternProperties", "Unicode class", "40 KB"],
+)
+def test_a_function_may_have_any_schema_unless_it_is_strict(schema: dict[str, Any]) -> None:
+    [tool] = chat(tools=[function(name="f", parameters=schema)]).tools
+    assert tool.parameters == {"properties": {}} | schema | {"type": "object"}
