@@ -23,10 +23,11 @@ _SENTENCE_ENDS = re.compile(
     r"(?<=\n)|(?<=[.!?])(?=\s)|(?<=[。！？；…])(?![。！？；…”’」』）])|(?<=[。！？；…][”’」』）])"
 )
 _WHOLE = re.compile(r"[.!?:。！？；：…][”’」』）\"')\s]*$")
-_HEADING = re.compile(r"(#{1,6})[ \t]+(.*?)[ \t]*#*$")
+_HEADING = re.compile(r"(#{1,6})[ \t]+(.+)")
+# A longer heading is text: each passage below a heading repeats it.
+MAX_HEADING = 200
 _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_TABLE_RULE = re.compile(r"\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$")
 
 
 class Block(NamedTuple):
@@ -66,11 +67,15 @@ def count_tokens(text: str) -> int:
 def _weigh(text: str) -> float:
     total = 0.0
     for unit in _UNITS.findall(text):
-        if unit.isascii():
-            total += 1 + len(unit) // (6 if unit.isalpha() else 3)
-        else:
-            total += 0.8
+        total += _unit_weight(unit[0], len(unit))
     return total
+
+
+def _unit_weight(first: str, length: int) -> float:
+    """The tokens of a unit, by its first character and its length."""
+    if first.isascii():
+        return 1 + length // (6 if first.isalpha() else 3)
+    return 0.8
 
 
 def sections(markdown: str) -> Iterator[Block]:
@@ -90,8 +95,9 @@ def sections(markdown: str) -> Iterator[Block]:
         opened = _FENCE.match(line)
         if opened and (not fence or opened[1].startswith(fence)):
             fence = "" if fence else opened[1]
-        heading = None if fence else _HEADING.match(line.rstrip("\r\n"))
-        if heading is None or not heading[2]:
+        heading = None if fence or len(line) > MAX_HEADING else _HEADING.match(line)
+        title = heading[2].strip().rstrip("#").rstrip() if heading else ""
+        if heading is None or not title:
             lines.append(line)
             titled = titled and not line.strip()
             continue
@@ -100,7 +106,7 @@ def sections(markdown: str) -> Iterator[Block]:
             # A heading without text below it becomes text itself.
             lines.append(path[-1][1])
         yield from block()
-        path = [(above, title) for above, title in path if above < level] + [(level, heading[2])]
+        path = [(above, name) for above, name in path if above < level] + [(level, title)]
         titled = True
     if titled:
         lines.append(path[-1][1])
@@ -179,7 +185,7 @@ def _pieces(text: str) -> list[_Piece]:
     for n, line in enumerate(lines):
         if "|" not in line:
             head = ""
-        elif n + 1 < len(lines) and not head and _TABLE_RULE.match(lines[n + 1]):
+        elif n + 1 < len(lines) and not head and _is_table_rule(lines[n + 1]):
             # A header is repeated only if it leaves room for rows.
             both = line + lines[n + 1]
             head = both if _weigh(both) <= TARGET_TOKENS // 2 else ""
@@ -189,20 +195,33 @@ def _pieces(text: str) -> list[_Piece]:
     return pieces
 
 
+def _is_table_rule(line: str) -> bool:
+    """``|---|:-:|``: the line between the header and the rows of a table."""
+    return "-" in line and "|" in line and not line.strip(" \t\r\n:|-")
+
+
 def _cut(sentence: str, head: str) -> Iterator[_Piece]:
-    """`sentence` in parts that fit into a passage, cut at white space or a comma if possible."""
+    """`sentence` in parts that fit into a passage, cut at white space or a comma if possible. In linear time."""
     room = TARGET_TOKENS - _weigh(head)
-    while (weight := _weigh(sentence)) > room:
-        # A unit has at least one character and weighs at most one, so this many characters always fit.
-        at = int(room)
-        while at < len(sentence) and _weigh(sentence[: at + 20]) <= room:
-            at += 20
-        border = max(sentence.rfind(mark, at // 2, at) for mark in " \t，、,")
-        at = border + 1 or at
-        yield _Piece(sentence[:at], _weigh(sentence[:at]), head)
-        sentence = sentence[at:]
-    if sentence:
-        yield _Piece(sentence, weight, head)
+    begin, weight = 0, 0.0
+    for unit in _UNITS.finditer(sentence):
+        if weight + (more := _unit_weight(unit[0][0], len(unit[0]))) > room:
+            # The part ends before this unit, or at the last mark in its second half.
+            end = unit.start()
+            end = max(sentence.rfind(mark, (begin + end) // 2, end) for mark in " \t，、,") + 1 or end
+            if end > begin:
+                yield _Piece(sentence[begin:end], _weigh(sentence[begin:end]), head)
+            begin, weight = end, _weigh(sentence[end : unit.start()])
+        # A word or number that fills a part alone is cut after so many characters.
+        step = int(room) * 3
+        while more > room:
+            end = unit.start() + step if begin < unit.start() else begin + step
+            yield _Piece(sentence[begin:end], _weigh(sentence[begin:end]), head)
+            begin, weight = end, 0.0
+            more = _unit_weight(unit[0][0], unit.end() - begin)
+        weight += more
+    if begin < len(sentence):
+        yield _Piece(sentence[begin:], _weigh(sentence[begin:]), head)
 
 
 def ends(text: str, tokens: int) -> str:
