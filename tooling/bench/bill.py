@@ -35,7 +35,7 @@ from protos.messages.billing import UsageRecorded
 from services.billing import accounts, handlers
 from services.billing.domain import cost
 from services.billing.price_book import seed
-from tooling.bench.fixture import PARTITIONS, Ground
+from tooling.bench.fixture import PARTITIONS, Fixture
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Slice, check
 from tooling.testing.platform import PASSWORDS
 
@@ -64,7 +64,7 @@ class Sent(NamedTuple):
 class Bill:
     """The contenders on one ground; `prepare` comes first."""
 
-    ground: Ground
+    fixture: Fixture
     _log: dict[int, list[Sent]] = field(default_factory=lambda: {n: [] for n in range(PARTITIONS)})
     _rows: dict[str, list[list[tuple[Any, ...]]]] = field(default_factory=dict)
 
@@ -73,9 +73,9 @@ class Bill:
 
     async def prepare(self) -> None:
         """The service's schema, its tenants, and the log; then what it leaves behind, for the anchor."""
-        await prepare_database(self.ground.admin_url, {SERVICE: PASSWORDS})
-        await migrate(self.ground.admin_url, SERVICE, Path(str(services.billing.__file__)).parent / "migrations")
-        await self.ground.admin.execute(f"SET search_path = {SERVICE}")
+        await prepare_database(self.fixture.admin_url, {SERVICE: PASSWORDS})
+        await migrate(self.fixture.admin_url, SERVICE, Path(str(services.billing.__file__)).parent / "migrations")
+        await self.fixture.admin.execute(f"SET search_path = {SERVICE}")
         await self._fill()
         async with self._reading(_group()) as count:
             while count() < RECORDS // 4:  # noqa: ASYNC110  # the reader tells nobody how far it is
@@ -98,7 +98,7 @@ class Bill:
         return Slice(done, seconds)
 
     async def _read_again(self, group: str) -> None:
-        admin = self.ground.admin
+        admin = self.fixture.admin
         before = await admin.fetch("SELECT partition, next_offset FROM consumer_offset")
         await admin.execute("UPDATE consumer_offset SET next_offset = greatest(0, next_offset - $1)", REWIND)
         async with self._reading(group), asyncio.timeout(60):
@@ -111,7 +111,7 @@ class Bill:
 
     async def _verify(self) -> None:
         """Raises ValueError where any sum is not, to the last nano-unit, what the records read so far cost."""
-        admin = self.ground.admin
+        admin = self.fixture.admin
         read = [
             sent
             for partition, next_offset in await admin.fetch("SELECT partition, next_offset FROM consumer_offset")
@@ -146,7 +146,7 @@ class Bill:
 
     async def _copy(self) -> Slice:
         await self._clear()
-        admin, done = self.ground.admin, 0
+        admin, done = self.fixture.admin, 0
         began = perf_counter()
         for rows in zip(*(self._rows[table] for table in _TABLES), strict=True):
             if perf_counter() - began > SLICE_SECONDS:
@@ -161,13 +161,13 @@ class Bill:
         return Slice(done, seconds)
 
     async def _clear(self) -> None:
-        await self.ground.admin.execute(
+        await self.fixture.admin.execute(
             f"TRUNCATE {', '.join(_TABLES)}, inbox, consumer_offset; UPDATE account SET debited_nanos = 0"
         )
 
     async def _take_rows(self) -> None:
         """The rows that ours left, cut into the transactions of the anchor."""
-        admin = self.ground.admin
+        admin = self.fixture.admin
         uses, repeats = await admin.fetchrow("SELECT (SELECT count(*) FROM usage), (SELECT count(*) FROM duplicate)")
         share = uses * BATCH // (uses + repeats)
         for table, size in zip(_TABLES, (share, BATCH - share, share), strict=True):
@@ -190,7 +190,7 @@ class Bill:
         price = next(price for price in seed() if price.resource == RESOURCE)
         made: list[tuple[str, bytes, list[tuple[str, bytes]], Sent]] = []
         async with AIOKafkaProducer(
-            bootstrap_servers=self.ground.bootstrap, linger_ms=5, max_batch_size=128 * 1024, compression_type="lz4"
+            bootstrap_servers=self.fixture.bootstrap, linger_ms=5, max_batch_size=128 * 1024, compression_type="lz4"
         ) as producer:
             futures = []
             for number in range(RECORDS):
@@ -214,7 +214,7 @@ class Bill:
                     headers = _headers(tenant_id, message_id)
                     sent = Sent(record.usage_id, message_id, cost(price, quantities))
                     made.append((tenant_id, body, headers, sent))
-                topic = self.ground.prefix + USAGE_RECORDS.name
+                topic = self.fixture.prefix + USAGE_RECORDS.name
                 futures.append((await producer.send(topic, body, key=tenant_id.encode(), headers=headers), sent))
             placed = [(await future, sent) for future, sent in futures]
         for place, sent in sorted(placed, key=lambda item: item[0].offset):
@@ -228,9 +228,9 @@ class Bill:
             Database(engine, SERVICE),
             group,
             [handlers.count_usage],
-            bootstrap=self.ground.bootstrap,
+            bootstrap=self.fixture.bootstrap,
             metrics=metrics,
-            prefix=self.ground.prefix,
+            prefix=self.fixture.prefix,
         )
         labels = {"consumer": reader.group, "outcome": "handled"}
         task = asyncio.create_task(reader.run())
@@ -240,7 +240,7 @@ class Bill:
         await engine.dispose()
 
     def _worker_url(self) -> str:
-        return role_url(self.ground.admin_url, SERVICE, "worker", PASSWORDS.worker)
+        return role_url(self.fixture.admin_url, SERVICE, "worker", PASSWORDS.worker)
 
 
 def _group() -> str:

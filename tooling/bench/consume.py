@@ -28,7 +28,7 @@ from infra.postgres.db import create_engine
 from infra.postgres.tx import Database, Tx
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
-from tooling.bench.fixture import PARTITIONS, SERVICE, Ground, connections
+from tooling.bench.fixture import PARTITIONS, SERVICE, Fixture, connections
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Slice, check
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
@@ -71,7 +71,7 @@ class Note(pydantic.BaseModel):
 class Consume:
     """The contenders on one ground; `prepare` comes first."""
 
-    ground: Ground
+    fixture: Fixture
 
     def anchors(self) -> list[Anchor]:
         return [
@@ -81,19 +81,19 @@ class Consume:
 
     async def traced(self) -> Slice:
         """Ours, every message of it in a recorded trace; the export of the slice's spans is part of its time."""
-        return await self._kernel(self.ground.otlp)
+        return await self._kernel(self.fixture.otlp)
 
     async def untraced(self) -> Slice:
         return await self._kernel(None)
 
     async def prepare(self) -> None:
-        await self.ground.admin.execute(
+        await self.fixture.admin.execute(
             f"SET ROLE {SERVICE}_owner; CREATE TABLE effect (notebook text NOT NULL, number bigint NOT NULL, "
             "text text NOT NULL); RESET ROLE"
         )
-        topic = self.ground.prefix + SAMPLE_EVENTS.name
+        topic = self.fixture.prefix + SAMPLE_EVENTS.name
         async with AIOKafkaProducer(
-            bootstrap_servers=self.ground.bootstrap, linger_ms=5, max_batch_size=128 * 1024, compression_type="lz4"
+            bootstrap_servers=self.fixture.bootstrap, linger_ms=5, max_batch_size=128 * 1024, compression_type="lz4"
         ) as producer:
             sent = []
             for number in range(RECORDS):
@@ -122,7 +122,7 @@ class Consume:
             await asyncio.to_thread(traces.shutdown)
 
     async def _slice(self, contender: Contender, flush: Callable[[], Awaitable[None]] = _nothing) -> Slice:
-        admin = self.ground.admin
+        admin = self.fixture.admin
         await admin.execute("TRUNCATE effect, inbox, consumer_offset")
         async with contender() as count:
             async with asyncio.timeout(60):
@@ -145,16 +145,16 @@ class Consume:
 
     @asynccontextmanager
     async def _reader(self) -> AsyncIterator[Callable[[], int]]:
-        engine = create_engine(self.ground.url)
+        engine = create_engine(self.fixture.url)
         metrics = Metrics(CollectorRegistry())
         # A group that was never there: nothing to wait for when it joins.
         reader = TransactionalReader(
             Database(engine, SERVICE),
             f"{SERVICE}-{secrets.token_hex(4)}",
             [store_notes],
-            bootstrap=self.ground.bootstrap,
+            bootstrap=self.fixture.bootstrap,
             metrics=metrics,
-            prefix=self.ground.prefix,
+            prefix=self.fixture.prefix,
         )
         labels = {"consumer": reader.group, "outcome": "handled"}
         task = asyncio.create_task(reader.run())
@@ -165,10 +165,10 @@ class Consume:
 
     @asynccontextmanager
     async def _by_hand(self) -> AsyncIterator[Callable[[], int]]:
-        pool = await connections(self.ground.url, PARTITIONS)
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.ground.bootstrap, fetch_max_wait_ms=50)
+        pool = await connections(self.fixture.url, PARTITIONS)
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.fixture.bootstrap, fetch_max_wait_ms=50)
         await consumer.start()
-        places = [TopicPartition(self.ground.prefix + SAMPLE_EVENTS.name, n) for n in range(PARTITIONS)]
+        places = [TopicPartition(self.fixture.prefix + SAMPLE_EVENTS.name, n) for n in range(PARTITIONS)]
         consumer.assign(places)
         decoder = msgspec.json.Decoder(NoteTaken)
         handled = 0
@@ -207,15 +207,15 @@ class Consume:
 
     @asynccontextmanager
     async def _faststream(self) -> AsyncIterator[Callable[[], int]]:
-        pool = await connections(self.ground.url, PARTITIONS)
+        pool = await connections(self.fixture.url, PARTITIONS)
         for partition in range(PARTITIONS):
             await pool.execute(_START, partition)
-        broker = KafkaBroker(self.ground.bootstrap, logger=None)
+        broker = KafkaBroker(self.fixture.bootstrap, logger=None)
         handled = 0
 
         @broker.subscriber(
-            self.ground.prefix + SAMPLE_EVENTS.name,
-            group_id=f"{self.ground.prefix}{secrets.token_hex(4)}",
+            self.fixture.prefix + SAMPLE_EVENTS.name,
+            group_id=f"{self.fixture.prefix}{secrets.token_hex(4)}",
             auto_offset_reset="earliest",
         )
         async def store(note: Note, message: KafkaMessage) -> None:

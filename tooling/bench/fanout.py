@@ -39,8 +39,8 @@ from protos.pubsub import RUN_DELTAS
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.ws_gateway.domain import Delta
 from services.ws_gateway.protocol import RunEvent
-from tooling.bench.fanout_ends import frame
-from tooling.bench.fixture import Ground, child, running_platform_on
+from tooling.bench.fanout_processes import frame
+from tooling.bench.fixture import Fixture, child, running_platform_on
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Slice, Units, units
 from tooling.testing.platform import INTERNAL_SECRET, Platform
 
@@ -176,7 +176,7 @@ class Fanout:
 
 
 @asynccontextmanager
-async def running(place: Ground) -> AsyncIterator[Fanout]:
+async def running(place: Fixture) -> AsyncIterator[Fanout]:
     """The gateway and the writer, with as many sockets each as this process may have files."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -202,7 +202,7 @@ async def running(place: Ground) -> AsyncIterator[Fanout]:
 
 
 @asynccontextmanager
-async def _gateway(place: Ground) -> AsyncIterator[Platform]:
+async def _gateway(place: Fixture) -> AsyncIterator[Platform]:
     """With those whom it asks."""
     keys = rpc.Server("user", Callers(INTERNAL_SECRET, "user"), Metrics(CollectorRegistry()))
     user_pb2_grpc.add_KeysServicer_to_server(_Keys(), keys.grpc)
@@ -233,7 +233,7 @@ async def _crowd(kind: str, port: int, length: int, each: int, runs: list[str]) 
 
 
 def _end(*arguments: str) -> AbstractAsyncContextManager[Process]:
-    return child(sys.executable, "-m", "tooling.bench.fanout_ends", *arguments)
+    return child(sys.executable, "-m", "tooling.bench.fanout_processes", *arguments)
 
 
 def _delta(number: int) -> Delta:

@@ -28,7 +28,7 @@ PARTITIONS = 4
 
 
 @dataclass(frozen=True)
-class Ground:
+class Fixture:
     """On the engines of `stack`. `admin` is the administrator's connection with the bench's schema first in its path;
     `url` the worker's."""
 
@@ -58,14 +58,14 @@ class Ground:
 
 
 @asynccontextmanager
-async def ground(stack: Stack, topics: list[str]) -> AsyncIterator[Ground]:
+async def bench_fixture(stack: Stack, topics: list[str]) -> AsyncIterator[Fixture]:
     """Makes the database, its kernel tables, these topics and a receiver of spans; removes them at the end."""
     name = f"bench_{secrets.token_hex(6)}"
     admin = await asyncpg.connect(stack.postgres_url)
     kafka = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_bootstrap_servers)
     await kafka.start()
     sink = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tooling.bench.sink", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        sys.executable, "-m", "tooling.bench.span_sink", stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         await admin.execute(f"CREATE DATABASE {name}")
@@ -77,7 +77,7 @@ async def ground(stack: Stack, topics: list[str]) -> AsyncIterator[Ground]:
         endpoint = (await sink.stdout.readline()).decode().strip()
         worker = role_url(url, SERVICE, "worker", passwords.worker)
         inside = await asyncpg.connect(url, server_settings={"search_path": SERVICE})
-        yield Ground(stack, url, stack.kafka_bootstrap_servers, f"{name}.", worker, inside, endpoint)
+        yield Fixture(stack, url, stack.kafka_bootstrap_servers, f"{name}.", worker, inside, endpoint)
         await inside.close()
     finally:
         sink.terminate()
@@ -89,7 +89,7 @@ async def ground(stack: Stack, topics: list[str]) -> AsyncIterator[Ground]:
 
 
 @asynccontextmanager
-async def running_platform_on(place: Ground) -> AsyncIterator[Platform]:
+async def running_platform_on(place: Fixture) -> AsyncIterator[Platform]:
     """The product's services in the ground's database, with topics and a virtual host of their own; they end with the
     block."""
     name = place.prefix.removesuffix(".")

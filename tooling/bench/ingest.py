@@ -29,7 +29,7 @@ from infra.outgoing import webhooks
 from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.security.crypto import Cipher
 from services.channel.accounts import Secrets, new_pseudonyms, new_token, token_hash
-from tooling.bench.fixture import Ground
+from tooling.bench.fixture import Fixture
 from tooling.bench.http_load import closed_loop, open_loop, request
 from tooling.bench.ingest_servers import SECRET
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Latency, Slice, check, latency, percentile
@@ -52,7 +52,7 @@ TAIL_ROUNDS = 5
 class IngestBench:
     """The contenders on one ground, with their servers running inside of `running`."""
 
-    ground: Ground
+    fixture: Fixture
     paths: list[str] = field(default_factory=list)
     ports: dict[str, int] = field(default_factory=dict)
 
@@ -65,15 +65,15 @@ class IngestBench:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Makes the service's schema and its channels, and runs the three servers."""
-        await prepare_database(self.ground.admin_url, {SERVICE: PASSWORDS})
-        await migrate(self.ground.admin_url, SERVICE, Path(str(services.channel.__file__)).parent / "migrations")
-        await self.ground.admin.execute(f"SET search_path = {SERVICE}")
+        await prepare_database(self.fixture.admin_url, {SERVICE: PASSWORDS})
+        await migrate(self.fixture.admin_url, SERVICE, Path(str(services.channel.__file__)).parent / "migrations")
+        await self.fixture.admin.execute(f"SET search_path = {SERVICE}")
         for _ in range(TENANTS):
             await self._connect()
         here = "tooling.bench.ingest_servers"
         urls = {
-            "ours": role_url(self.ground.admin_url, SERVICE, "worker", PASSWORDS.worker),
-            "orm": self.ground.admin_url,
+            "ours": role_url(self.fixture.admin_url, SERVICE, "worker", PASSWORDS.worker),
+            "orm": self.fixture.admin_url,
         }
         self.ports = {name: free_port() for name in ("ours", "orm", "empty")}
         commands = {name: ["-m", here, name, str(self.ports[name]), url] for name, url in urls.items()}
@@ -152,7 +152,7 @@ class IngestBench:
             await asyncio.sleep(0.1)
 
     async def _rows(self) -> tuple[int, int, int]:
-        row = await self.ground.admin.fetchrow(
+        row = await self.fixture.admin.fetchrow(
             "SELECT (SELECT count(*) FROM inbound_seen), (SELECT count(*) FROM event), (SELECT count(*) FROM outbox)"
         )
         return tuple(row)
@@ -161,7 +161,7 @@ class IngestBench:
         secrets_ = Secrets(Cipher(MASTER_KEY))
         id_, token = uuid7(), new_token()
         credentials = msgspec.json.encode({"secret": SECRET, "reply_url": "http://127.0.0.1/"})
-        await self.ground.admin.execute(
+        await self.fixture.admin.execute(
             "INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms) "
             "VALUES ($1, $2, 'webhook', $1, $3, $4, $5, $6)",
             id_,

@@ -21,7 +21,7 @@ from typing import Any
 from infra.clock import uuid7
 from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.user import TenantCreated
-from tooling.bench.fixture import Ground, running_platform_on
+from tooling.bench.fixture import Fixture, running_platform_on
 from tooling.bench.http_load import open_loop, request
 from tooling.bench.protocol import Units, check, percentile, units
 from tooling.testing.model_server import KEY, ModelServer, model_server
@@ -44,7 +44,7 @@ CREDIT_NANOS = 10**15
 class Overhead:
     """The running system with one tenant, whose channel is at `path`; `sent`: webhooks until now."""
 
-    ground: Ground
+    fixture: Fixture
     platform: Platform
     models: ModelServer
     vendor: TelegramStandIn
@@ -53,11 +53,11 @@ class Overhead:
     tenant_id: str = field(default_factory=lambda: str(uuid7()))
 
     async def prepare(self) -> None:
-        await self.ground.check_durable()
-        await self.ground.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
+        await self.fixture.check_durable()
+        await self.fixture.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
         await self.platform.prepare(*SERVICES)
         # That of production: tests have a shorter lease, and a run that loses its own asks the model again.
-        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.ground.otlp, CLAW_LEASE_SECONDS="9")
+        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.fixture.otlp, CLAW_LEASE_SECONDS="9")
         tenant = TenantCreated(tenant_id=self.tenant_id, name="Bench", currency="USD", credit_nanos=CREDIT_NANOS)
         await self.platform.produce(PLATFORM_EVENTS, tenant, key=self.tenant_id, tenant_id=self.tenant_id)
         await self.platform.until(self._has_account)
@@ -118,12 +118,14 @@ class Overhead:
 
     async def _check(self) -> None:
         check("overhead", await self._counts())
-        dead = [await self.ground.admin.fetchval(f"SELECT count(*) FROM {service}.dead_letter") for service in SERVICES]
+        dead = [
+            await self.fixture.admin.fetchval(f"SELECT count(*) FROM {service}.dead_letter") for service in SERVICES
+        ]
         if any(dead) or self.vendor.refusals or self.models.refused:
             raise ValueError(f"overhead: {dead} dead letters, refused {self.vendor.refusals} {self.models.refused}")
 
     async def _counts(self) -> dict[str, int]:
-        produced, counted, usage = await self.ground.admin.fetchrow(
+        produced, counted, usage = await self.fixture.admin.fetchrow(
             "SELECT (SELECT count(*) FROM agent.outbox WHERE destination = $1), "
             "(SELECT count(*) FROM billing.usage WHERE verdict = 'counted'), "
             "(SELECT count(*) FROM billing.usage) + (SELECT count(*) FROM billing.duplicate)",
@@ -143,7 +145,7 @@ class Overhead:
         took = []
         for _ in range(COMMITS):
             began = perf_counter()
-            await self.ground.admin.execute("INSERT INTO single VALUES (1)")
+            await self.fixture.admin.execute("INSERT INTO single VALUES (1)")
             took.append(perf_counter() - began)
         return took
 
@@ -158,7 +160,7 @@ class Overhead:
 
 
 @asynccontextmanager
-async def running(place: Ground) -> AsyncIterator[Overhead]:
+async def running(place: Fixture) -> AsyncIterator[Overhead]:
     async with model_server() as models, TelegramStandIn() as vendor, running_platform_on(place) as platform:
         bench = Overhead(place, platform, models, vendor)
         await bench.prepare()

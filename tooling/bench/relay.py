@@ -26,7 +26,7 @@ from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine
 from infra.postgres.tx import Database
 from protos.messages.sample import NoteTaken
-from tooling.bench.fixture import SERVICE, Ground
+from tooling.bench.fixture import SERVICE, Fixture
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Latency, Slice, check, latency
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
@@ -54,7 +54,7 @@ FROM (SELECT n, uuidv7() AS i, 'notebook-' || n % 2000 AS k FROM generate_series
 class RelayBench:
     """The contenders on one ground."""
 
-    ground: Ground
+    fixture: Fixture
 
     def anchors(self) -> list[Anchor]:
         return [Anchor("by hand, 500 at a time", 0.8, partial(self._slice, self._by_hand))]
@@ -64,13 +64,13 @@ class RelayBench:
         return await self._slice(self._kernel)
 
     async def _slice(self, contender: Callable[[], Awaitable[Slice]]) -> Slice:
-        admin = self.ground.admin
+        admin = self.fixture.admin
         await admin.execute("TRUNCATE outbox, lease, lease_member")
         await admin.execute(_FILL, SAMPLE_EVENTS.name, ROWS)
         await admin.execute("VACUUM (ANALYZE) outbox")
-        before = await self.ground.end_offsets(SAMPLE_EVENTS.name)
+        before = await self.fixture.end_offsets(SAMPLE_EVENTS.name)
         slice_ = await contender()
-        published = await self.ground.end_offsets(SAMPLE_EVENTS.name) - before
+        published = await self.fixture.end_offsets(SAMPLE_EVENTS.name) - before
         marked = await admin.fetchval("SELECT count(*) FROM outbox WHERE published_at IS NOT NULL")
         # The first window, which connects, is relayed before the slice begins.
         check("relay", {"records": published, "marked": marked, "acknowledged": slice_.done + WINDOW})
@@ -79,9 +79,9 @@ class RelayBench:
         return slice_
 
     async def _kernel(self) -> Slice:
-        traces = telemetry.setup(SERVICE, "0", self.ground.otlp)
-        engine = create_engine(self.ground.url)
-        publisher = KafkaPublisher(self.ground.bootstrap, prefix=self.ground.prefix)
+        traces = telemetry.setup(SERVICE, "0", self.fixture.otlp)
+        engine = create_engine(self.fixture.url)
+        publisher = KafkaPublisher(self.fixture.bootstrap, prefix=self.fixture.prefix)
         relay = Relay(engine, SERVICE, publisher, Metrics(CollectorRegistry()))
         try:
             await relay.step()
@@ -92,8 +92,8 @@ class RelayBench:
             await asyncio.to_thread(traces.shutdown)
 
     async def _by_hand(self) -> Slice:
-        topic = self.ground.prefix + SAMPLE_EVENTS.name
-        connection = await asyncpg.connect(self.ground.url)
+        topic = self.fixture.prefix + SAMPLE_EVENTS.name
+        connection = await asyncpg.connect(self.fixture.url)
 
         async def step() -> int:
             rows = await connection.fetch(
@@ -118,7 +118,7 @@ class RelayBench:
             return len(rows)
 
         async with AIOKafkaProducer(
-            bootstrap_servers=self.ground.bootstrap,
+            bootstrap_servers=self.fixture.bootstrap,
             enable_idempotence=True,
             acks="all",
             linger_ms=2,
@@ -132,16 +132,16 @@ class RelayBench:
 
     async def latency(self) -> Latency:
         """Open loop at half of what the publishers can commit, one message a transaction."""
-        await self.ground.admin.execute("TRUNCATE outbox, lease, lease_member")
-        traces = telemetry.setup(SERVICE, "0", self.ground.otlp)
-        engine = create_engine(self.ground.url)
+        await self.fixture.admin.execute("TRUNCATE outbox, lease, lease_member")
+        traces = telemetry.setup(SERVICE, "0", self.fixture.otlp)
+        engine = create_engine(self.fixture.url)
         database = Database(engine, SERVICE)
-        publisher = KafkaPublisher(self.ground.bootstrap, prefix=self.ground.prefix)
+        publisher = KafkaPublisher(self.fixture.bootstrap, prefix=self.fixture.prefix)
         relay = Relay(engine, SERVICE, publisher, Metrics(CollectorRegistry()))
         database.on_messages(relay.wake)
         consumer = AIOKafkaConsumer(
-            self.ground.prefix + SAMPLE_EVENTS.name,
-            bootstrap_servers=self.ground.bootstrap,
+            self.fixture.prefix + SAMPLE_EVENTS.name,
+            bootstrap_servers=self.fixture.bootstrap,
             auto_offset_reset="latest",
             fetch_max_wait_ms=50,
         )
@@ -154,7 +154,7 @@ class RelayBench:
         try:
             rate = await _capacity(partial(_publish, database)) / 2
             async with asyncio.timeout(60):
-                while await self.ground.admin.fetchval("SELECT count(*) FROM outbox WHERE published_at IS NULL"):  # noqa: ASYNC110
+                while await self.fixture.admin.fetchval("SELECT count(*) FROM outbox WHERE published_at IS NULL"):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             count = int(rate * LATENCY_SECONDS)
             intended: dict[int, float] = {}

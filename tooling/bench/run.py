@@ -7,7 +7,7 @@ from statistics import median
 
 from infra.service.service import freeze_loaded_modules
 from tooling.bench import bill, consume, fanout, ingest, overhead, relay, runs
-from tooling.bench.fixture import Ground, ground
+from tooling.bench.fixture import Fixture, bench_fixture
 from tooling.bench.protocol import PAIRS, Anchor, Figure, run_pairs
 from tooling.testing.stack import Stack
 
@@ -15,13 +15,13 @@ from tooling.testing.stack import Stack
 Progress = Callable[[int, int], None]
 
 
-async def run_consume(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_consume(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = consume.Consume(place)
     await bench.prepare()
     return await run_pairs("consume", bench.traced, bench.anchors(), progress, pairs=pairs)
 
 
-async def run_telemetry(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_telemetry(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     """The work of ``consume`` by the kernel's reader: every message in a recorded trace, and none recorded."""
     bench = consume.Consume(place)
     await bench.prepare()
@@ -29,25 +29,25 @@ async def run_telemetry(place: Ground, progress: Progress, pairs: int) -> Sequen
     return await run_pairs("telemetry", bench.traced, [off], progress, pairs=pairs)
 
 
-async def run_relay(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_relay(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = relay.RelayBench(place)
     results = await run_pairs("relay", bench.ours, bench.anchors(), progress, pairs=pairs)
     return [*results, await bench.latency()]
 
 
-async def run_bill(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_bill(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = bill.Bill(place)
     await bench.prepare()
     return await run_pairs("bill", bench.ours, bench.anchors(), progress, pairs=pairs)
 
 
-async def run_ingest(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_ingest(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = ingest.IngestBench(place)
     async with bench.running():
         return await run_pairs("ingest", bench.ours, bench.anchors(), progress, pairs=pairs)
 
 
-async def run_ingest_tail(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_ingest_tail(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = ingest.IngestBench(place)
     async with bench.running():
         rates = []
@@ -57,25 +57,25 @@ async def run_ingest_tail(place: Ground, progress: Progress, pairs: int) -> Sequ
         return [await bench.tail(median(rates))]
 
 
-async def run_runs(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_runs(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with runs.running(place) as bench, runs.others(place) as others:
         anchors = [Anchor("steps: single-row commits, 8 connections", 1.5, bench.commits), *others]
         commits, *results = await run_pairs("runs", bench.ours, anchors, progress, pairs=pairs)
         return [commits, *map(runs.in_runs, results)]
 
 
-async def run_overhead(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_overhead(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with overhead.running(place) as bench:
         return [await bench.measure(progress, pairs)]
 
 
-async def run_fanout(place: Ground, progress: Progress, pairs: int) -> Sequence[Figure]:
+async def run_fanout(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with fanout.running(place) as bench:
         results = await run_pairs("fanout", bench.ours, bench.anchors(), progress, pairs=pairs)
         return [*results, bench.memory()]
 
 
-BENCHES: dict[str, Callable[[Ground, Progress, int], Awaitable[Sequence[Figure]]]] = {
+BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]]]] = {
     "consume": run_consume,
     "relay": run_relay,
     "telemetry": run_telemetry,
@@ -92,5 +92,5 @@ ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Figure]:
     """Runs one bench on engines that run already. Raises ValueError where what a slice did is not what it said."""
     freeze_loaded_modules()  # as every service does; the anchors have it too
-    async with ground(stack, [*consume.TOPICS, *bill.TOPICS]) as place:
+    async with bench_fixture(stack, [*consume.TOPICS, *bill.TOPICS]) as place:
         return await BENCHES[name](place, progress, pairs)

@@ -30,8 +30,8 @@ from services.agent.lanes import RUNS
 from services.agent.models import scripted
 from services.agent.sessions.intake import Arrival, take_in
 from tooling.bench import runs_anchors
-from tooling.bench.environment import environment
-from tooling.bench.fixture import Ground, child, connections, running_platform_on
+from tooling.bench.anchor_environment import environment
+from tooling.bench.fixture import Fixture, child, connections, running_platform_on
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Result, Slice, check
 from tooling.bench.runs_agent import TOOL
 from tooling.bench.runs_anchors import STEPS
@@ -75,18 +75,18 @@ _ROWS = {
 class Runs:
     """The running service with an agent for each tenant. queued: runs until now."""
 
-    ground: Ground
+    fixture: Fixture
     platform: Platform
     agents: dict[str, UUID] = field(default_factory=dict)
     queued: int = 0
 
     async def prepare(self) -> None:
-        await self.ground.check_durable()
-        await self.ground.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
+        await self.fixture.check_durable()
+        await self.fixture.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
         await self.platform.prepare(SERVICE)
         variables = {
             **self.platform.environment(SERVICE),
-            "OTEL_EXPORTER_OTLP_ENDPOINT": self.ground.otlp,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.fixture.otlp,
             # That of production: tests have a shorter one, so that they need not wait for it to run out.
             "CLAW_LEASE_SECONDS": "9",
         }
@@ -113,7 +113,7 @@ class Runs:
 
     async def commits(self) -> Slice:
         """Rows, each committed by itself."""
-        pool = await connections(self.ground.admin_url, CONNECTIONS)
+        pool = await connections(self.fixture.admin_url, CONNECTIONS)
         numbers, until = count(), perf_counter() + SLICE_SECONDS
 
         async def insert() -> None:
@@ -121,12 +121,12 @@ class Runs:
                 while perf_counter() < until:
                     await connection.execute("INSERT INTO bench.single VALUES ($1)", next(numbers))
 
-        await self.ground.admin.execute("TRUNCATE single")
+        await self.fixture.admin.execute("TRUNCATE single")
         began = perf_counter()
         await asyncio.gather(*(insert() for _ in range(CONNECTIONS)))
         seconds = perf_counter() - began
         await pool.close()
-        done = await self.ground.admin.fetchval("SELECT count(*) FROM single")
+        done = await self.fixture.admin.fetchval("SELECT count(*) FROM single")
         check("commits", {"rows": done, "inserted": next(numbers)})
         return Slice(done, seconds)
 
@@ -151,17 +151,17 @@ class Runs:
         self.queued += SESSIONS
 
     async def _none(self, counted: str) -> bool:
-        return not await self.ground.admin.fetchval(counted)
+        return not await self.fixture.admin.fetchval(counted)
 
     async def _rows(self) -> dict[str, int]:
-        return dict(await self.ground.admin.fetchrow(_STEPS, STEPS))
+        return dict(await self.fixture.admin.fetchrow(_STEPS, STEPS))
 
 
 @dataclass
 class Other:
     """LangGraph or DBOS, waiting in its process."""
 
-    ground: Ground
+    fixture: Fixture
     which: str
     process: Process
 
@@ -187,7 +187,7 @@ class Other:
         return line
 
     async def _rows(self) -> tuple[int, int]:
-        return tuple(await self.ground.admin.fetchrow(_ROWS[self.which], STEPS))
+        return tuple(await self.fixture.admin.fetchrow(_ROWS[self.which], STEPS))
 
 
 def in_runs(result: Result) -> Result:
@@ -197,7 +197,7 @@ def in_runs(result: Result) -> Result:
 
 
 @asynccontextmanager
-async def running(place: Ground) -> AsyncIterator[Runs]:
+async def running(place: Fixture) -> AsyncIterator[Runs]:
     async with running_platform_on(place) as platform:
         bench = Runs(place, platform)
         await bench.prepare()
@@ -205,7 +205,7 @@ async def running(place: Ground) -> AsyncIterator[Runs]:
 
 
 @asynccontextmanager
-async def others(place: Ground) -> AsyncIterator[list[Anchor]]:
+async def others(place: Fixture) -> AsyncIterator[list[Anchor]]:
     """LangGraph and DBOS, ready. The first time their packages are installed."""
     python = await environment()
     async with AsyncExitStack() as stack:

@@ -16,8 +16,8 @@ from infra.clock import utcnow, uuid7
 from protos.catalog import CHANNEL_INBOUND
 from protos.messages.channel import MessageReceived
 from tooling.testing.model_server import KEY, ModelServer, model_server
-from tooling.testing.peers import Peers, running_peers
 from tooling.testing.platform import Platform
+from tooling.testing.service_fakes import ServiceFakes, running_service_fakes
 
 MODEL = "gpt-4o-mini"
 OVER = ("completed", "failed", "cancelled", "refused", "indeterminate")
@@ -29,7 +29,7 @@ class World:
 
     platform: Platform
     models: ModelServer
-    peers: Peers
+    peers: ServiceFakes
 
     def tenant(self) -> Tenant:
         """A tenant that nobody else has."""
@@ -136,7 +136,7 @@ class Tenant:
 async def running_agent(platform: Platform, *others: str, **environment: str) -> AsyncIterator[World]:
     """The agent service, started, and `others` beside it."""
     await platform.prepare("agent", *others)
-    async with model_server() as models, running_peers(platform) as peers:
+    async with model_server() as models, running_service_fakes(platform) as peers:
         await platform.start("agent", *others, **environment)
         yield World(platform, models, peers)
         # Before the servers that it calls.

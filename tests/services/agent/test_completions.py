@@ -12,7 +12,7 @@ from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
-from tooling.testing.peers import WEATHER
+from tooling.testing.service_fakes import WEATHER
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOWN = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}

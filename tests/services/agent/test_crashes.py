@@ -11,7 +11,7 @@ import pytest
 
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
-from tooling.testing.peers import WEATHER
+from tooling.testing.service_fakes import WEATHER
 
 Moment = Literal["before", "in model 1", "in tool", "in model 2"]
 # When the worker is armed decides at which step it comes to the place: 1 is a model call, 2 a tool, 3 a model call.

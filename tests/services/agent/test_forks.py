@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Fails, Says
-from tooling.testing.peers import WEATHER
+from tooling.testing.service_fakes import WEATHER
 
 BERN = (WEATHER, '{"city":"Bern"}')
 

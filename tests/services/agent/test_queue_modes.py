@@ -6,7 +6,7 @@ import asyncio
 
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
-from tooling.testing.peers import WEATHER
+from tooling.testing.service_fakes import WEATHER
 
 
 async def asked(world: World, tenant: Tenant, count: int) -> None:

@@ -19,7 +19,7 @@ from protos.messages.channel import MessageDelivered, MessageUndelivered
 from protos.messages.user import SubjectErased
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Fails, Says
-from tooling.testing.peers import WEATHER
+from tooling.testing.service_fakes import WEATHER
 
 
 async def test_the_text_can_be_watched_while_it_is_written(world: World, tenant: Tenant) -> None:

@@ -20,8 +20,8 @@ import pytest
 
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Asked, Says
-from tooling.testing.peers import WEATHER
 from tooling.testing.processes import Process
+from tooling.testing.service_fakes import WEATHER
 from tooling.testing.stack import free_ports
 
 WORKERS = 4

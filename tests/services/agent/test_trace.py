@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tests.services.agent.conftest import MODEL, World
 from tooling.testing.model_server import Says
 from tooling.testing.otlp import OtlpReceiver, ReceivedSpan
-from tooling.testing.peers import WEATHER
+from tooling.testing.service_fakes import WEATHER
 
 WANTED = ("invoke_agent Helper", "retrieval", f"chat {MODEL}", f"execute_tool {WEATHER}")
 

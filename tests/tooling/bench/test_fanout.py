@@ -10,8 +10,8 @@ import pytest
 from tooling.bench import fanout
 from tooling.bench.consume import TOPICS
 from tooling.bench.fanout import Fanout, running
-from tooling.bench.fanout_ends import Socket, Watch, frame
-from tooling.bench.fixture import ground
+from tooling.bench.fanout_processes import Socket, Watch, frame
+from tooling.bench.fixture import bench_fixture
 from tooling.bench.protocol import run_pairs
 from tooling.testing.stack import Stack
 
@@ -21,7 +21,7 @@ async def bench(stack: Stack) -> AsyncIterator[Fanout]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fanout, "SOCKETS", 40)
         patch.setattr(fanout, "RUNS", 20)
-        async with ground(stack, TOPICS) as place, running(place) as found:
+        async with bench_fixture(stack, TOPICS) as place, running(place) as found:
             yield found
 
 

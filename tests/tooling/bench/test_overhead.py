@@ -10,7 +10,7 @@ import pytest
 
 from tooling.bench import overhead
 from tooling.bench.consume import TOPICS
-from tooling.bench.fixture import ground
+from tooling.bench.fixture import bench_fixture
 from tooling.bench.overhead import Overhead, running
 from tooling.testing.model_server import Says
 from tooling.testing.stack import Stack
@@ -21,7 +21,7 @@ async def bench(stack: Stack) -> AsyncIterator[Overhead]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overhead, "WARM", 2)
         patch.setattr(overhead, "BURST", 20)
-        async with ground(stack, TOPICS) as place, running(place) as found:
+        async with bench_fixture(stack, TOPICS) as place, running(place) as found:
             yield found
 
 
@@ -60,7 +60,7 @@ async def test_what_the_vendor_refused_is_no_figure(bench: Overhead) -> None:
 
 
 async def test_a_dead_letter_is_no_figure(bench: Overhead) -> None:
-    admin = bench.ground.admin
+    admin = bench.fixture.admin
     await admin.execute(
         "INSERT INTO billing.dead_letter (id, consumer, source, destination, place, message_id, state, attempts, "
         "error, headers, payload) VALUES (uuidv7(), 'c', 'kafka', 't', '0', 'm', 'failed', 1, 'e', '{}', '')"

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tooling.bench import runs
-from tooling.bench.fixture import ground
+from tooling.bench.fixture import bench_fixture
 from tooling.bench.protocol import verdict
 from tooling.bench.runs import Runs, in_runs, running
 from tooling.testing.stack import Stack
@@ -20,7 +20,7 @@ async def bench(stack: Stack) -> AsyncIterator[Runs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "SESSIONS", SESSIONS)
         patch.setattr(runs, "TENANTS", TENANTS)
-        async with ground(stack, []) as place, running(place) as found:
+        async with bench_fixture(stack, []) as place, running(place) as found:
             yield found
 
 
@@ -43,7 +43,7 @@ async def test_rows_that_are_each_committed_are_counted(bench: Runs) -> None:
 )
 async def test_a_step_that_is_not_on_record_makes_no_figure(bench: Runs, table: str, column: str, value: str) -> None:
     await bench.ours()
-    admin = bench.ground.admin
+    admin = bench.fixture.admin
     await admin.execute(f"UPDATE agent.{table} SET {column} = 'lost' WHERE {column} = '{value}'")
     with pytest.raises(ValueError, match="the counts of one slice differ"):
         await bench.ours()
@@ -57,7 +57,7 @@ def test_what_is_counted_in_steps_is_shown_in_runs() -> None:
 
 
 async def steps_of_runs(bench: Runs) -> list[list[str]]:
-    rows = await bench.ground.admin.fetch(
+    rows = await bench.fixture.admin.fetch(
         "SELECT array_agg(s.kind ORDER BY s.n) FROM agent.run r JOIN agent.run_step s ON s.run_id = r.id "
         "GROUP BY r.created_at, r.id ORDER BY r.created_at, r.id"
     )

@@ -20,8 +20,8 @@ from pydantic_ai.providers.openai import OpenAIProvider
 from tests.services.agent.conftest import MODEL, Tenant, World, running_agent
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS
 from tooling.testing.model_server import Says
-from tooling.testing.peers import WEATHER
 from tooling.testing.platform import Platform
+from tooling.testing.service_fakes import WEATHER
 
 HI: Any = [{"role": "user", "content": "Hi"}]
 FITS = '{"name":"Bern","people":146348}'

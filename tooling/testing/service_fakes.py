@@ -151,7 +151,7 @@ class FakePlugin(plugin_pb2_grpc.PluginServicer):
         return plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_SUCCEEDED, result_json=result)
 
 
-class Peers:
+class ServiceFakes:
     """The three stand-ins, running."""
 
     def __init__(self) -> None:
@@ -161,9 +161,9 @@ class Peers:
 
 
 @asynccontextmanager
-async def running_peers(platform: Platform) -> AsyncIterator[Peers]:
+async def running_service_fakes(platform: Platform) -> AsyncIterator[ServiceFakes]:
     """Serves them where the platform's services look for the real ones."""
-    peers = Peers()
+    peers = ServiceFakes()
     servicers: dict[str, tuple[Callable[[Any, Any], None], Any]] = {
         "memory": (memory_pb2_grpc.add_MemoryServicer_to_server, peers.memory),
         "billing": (billing_pb2_grpc.add_BillingServicer_to_server, peers.billing),
