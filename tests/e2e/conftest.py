@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass
 class System:
-    """A running system: its state folder, its gateway, and the operator's token."""
+    """A running system: its state folder, the URL of its gateway and the operator's token."""
 
     home: Path
     base_url: str
@@ -32,7 +32,7 @@ class System:
         return httpx.AsyncClient(base_url=self.base_url, headers=headers, trust_env=False, timeout=30)
 
     async def tenant(self, name: str, **more: Any) -> str:
-        """Makes a tenant; its API key."""
+        """Makes a tenant and returns its API key."""
         async with self.client(self.admin_token) as operator:
             answer = await operator.post("/api/v1/tenants", json={"name": name, **more})
         assert answer.status_code == 201, answer.text
@@ -41,7 +41,7 @@ class System:
 
 @pytest.fixture(scope="package")
 def system() -> Iterator[System]:
-    """All engines and services on free ports, with their own state; gone afterwards."""
+    """All engines and services on free ports with their own state, removed afterwards."""
     with private_home() as home:
         run_claw(home, "up")
         credentials = json.loads((home / "credentials.json").read_text())
@@ -55,7 +55,7 @@ async def models() -> AsyncIterator[ModelServer]:
 
 
 async def until(ask: Callable[[], Awaitable[T | None]], *, seconds: float = 60) -> T:
-    """Asks until the answer is true. Raises TimeoutError with the last one."""
+    """Calls `ask` until its answer is true and returns it. Raises TimeoutError with the last answer."""
     deadline = time.monotonic() + seconds
     while not (answer := await ask()):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""``./claw demo`` as a program sees it, on a system of its own."""
+"""``./claw demo --json`` on the running system."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ TERMINAL = {"completed", "failed", "cancelled", "refused"}
 
 @dataclass
 class Company:
-    """A tenant with a client of its key."""
+    """A tenant, with a client that has its API key."""
 
     api: httpx.AsyncClient
 
@@ -36,7 +36,7 @@ class Company:
         return str((await self.make("/api/v1/agents", {**body, **more}))["id"])
 
     async def channel(self, type_: str, agent: str, vendor: Vendor) -> str:
-        """The webhook's path."""
+        """Makes a channel and returns its webhook path."""
         body: dict[str, Any] = {"type": type_, "agent_id": agent, "credentials": vendor.credentials}
         if type_ != "webhook":
             body["api_base"] = vendor.url
@@ -69,7 +69,7 @@ class Company:
         return items
 
     async def ended(self, agent: str, count: int = 1, *, seconds: float = 60) -> list[dict[str, Any]]:
-        """The agent's runs, once so many have ended."""
+        """The agent's runs, after `count` of them have ended."""
 
         async def enough() -> list[dict[str, Any]] | None:
             found = await self.runs(agent)
@@ -78,7 +78,7 @@ class Company:
         return await until(enough, seconds=seconds)
 
     async def billed(self, run_id: str) -> dict[str, Any]:
-        """The run, once it has its cost."""
+        """The run, after its cost is known."""
 
         async def cost() -> dict[str, Any] | None:
             run: dict[str, Any] = (await self.api.get(f"/api/v1/runs/{run_id}")).json()
@@ -87,7 +87,7 @@ class Company:
         return await until(cost)
 
     async def balanced(self) -> dict[str, Any]:
-        """The reconciliation, once all that was produced is counted."""
+        """The reconciliation, after every produced record has a verdict."""
 
         async def found() -> dict[str, Any] | None:
             answer: dict[str, Any] = (await self.api.get("/api/v1/billing/reconciliation")).json()
@@ -168,7 +168,7 @@ async def test_the_same_webhook_twice_is_one_run_one_reply_and_one_charge(system
         assert set(await asyncio.gather(*(sent(system, path, update) for _ in range(5)))) == {200}
         [run] = await company.ended(agent)
         await company.billed(run["id"])
-        # A later message of the same conversation: when it is answered, nothing of the repeats can still be on the way.
+        # A later message of the same conversation: after its answer no repeat can be in flight.
         assert await sent(system, path, vendor.update("And hello?")) == 200
         await until(lambda: _has(vendor, 2))
         assert len(await company.runs(agent)) == 2
@@ -285,7 +285,7 @@ async def test_one_trace_shows_the_way_from_the_webhook_to_the_vendor_and_the_ch
         wanted = {("channel", "server"), ("agent", "consumer"), ("memory", "server"), ("billing", "server")}
         charged = any(span["service"] == "billing" and "charge" in span["name"] for span in mine)
         vendor_called = any(span["service"] == "channel" and span["kind"] == "client" for span in mine)
-        # A service sends its spans when it has some together: parents may come after their children.
+        # A service exports its spans in batches, so a parent can arrive after its children.
         complete = len(roots(mine)) == 1
         return mine if wanted <= present and charged and vendor_called and complete else None
 
@@ -334,7 +334,7 @@ async def test_fifty_conversations_of_five_tenants_hear_only_their_own_and_in_or
 
 
 def roots(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose parent is not among them."""
+    """Spans whose parent is not in `spans`."""
     ids = {span["span_id"] for span in spans}
     return [span for span in spans if span["parent_id"] not in ids]
 
@@ -345,12 +345,12 @@ async def _has(vendor: StandIn, count: int) -> bool:
 
 async def _audited(company: Company) -> dict[str, Any] | None:
     found: dict[str, Any] = (await company.api.get("/api/v1/audit/verify")).json()
-    # The agent, the channel and the document at least.
+    # At least the agent, the channel and the document.
     return found if found["records"] >= 3 else None
 
 
 async def watched(api: httpx.AsyncClient, run_id: str, after: int | None = None) -> tuple[list[str], list[int]]:
-    """Names of all events but deltas, and the ids, to the end of the stream."""
+    """Names of all events except deltas, and the ids, to the end of the stream."""
     names, ids = [], []
     headers = {"accept": "text/event-stream", **({"last-event-id": str(after)} if after is not None else {})}
     async with api.stream("GET", f"/api/v1/runs/{run_id}/events", headers=headers, timeout=60) as stream:

@@ -1,4 +1,4 @@
-"""An agent as a model of OpenAI's own client, through the gateway."""
+"""OpenAI's own client uses an agent as a model, through the gateway."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tooling.testing.model_server import KEY, ModelServer, Says
 MODEL = "gpt-4o-mini"
 
 
-def speaking(system: System, key: str) -> AsyncOpenAI:
+def openai_client(system: System, key: str) -> AsyncOpenAI:
     http = httpx2.AsyncClient(trust_env=False, timeout=60)
     return AsyncOpenAI(base_url=f"{system.base_url}/v1", api_key=key, http_client=http)
 
@@ -38,7 +38,7 @@ async def run_of(system: System, key: str, agent: str) -> dict[str, Any] | None:
 async def test_a_conversation_is_answered_whole_and_in_parts(system: System, models: ModelServer) -> None:
     key = await system.tenant("Speakers")
     agent = await agent_of(system, key, models)
-    async with speaking(system, key) as client:
+    async with openai_client(system, key) as client:
         assert [model.id for model in (await client.models.list()).data] == [agent]
         models.script(MODEL, Says("Good day.", usage=(12, 2, 5, 0)))
         whole = await client.chat.completions.create(
@@ -65,11 +65,11 @@ async def test_a_conversation_is_answered_whole_and_in_parts(system: System, mod
             assert (await response.get_final_response()).output_text == text
 
 
-async def test_a_client_that_goes_stops_the_model(system: System, models: ModelServer) -> None:
+async def test_a_client_that_disconnects_cancels_the_run(system: System, models: ModelServer) -> None:
     key = await system.tenant("Leavers")
     agent = await agent_of(system, key, models)
     models.script(MODEL, Says("A long text", stalls_after=1))
-    async with speaking(system, key) as client:
+    async with openai_client(system, key) as client:
         stream = await client.chat.completions.create(
             model=agent, messages=[{"role": "user", "content": "Hi"}], stream=True
         )
@@ -83,16 +83,16 @@ async def test_a_client_that_goes_stops_the_model(system: System, models: ModelS
     await until(cancelled)
 
 
-async def test_who_may_not_or_cannot_pay_gets_the_clients_own_errors(system: System, models: ModelServer) -> None:
+async def test_refusals_are_errors_of_the_clients_own_types(system: System, models: ModelServer) -> None:
     key = await system.tenant("Poor", credit_nanos=1)
     agent = await agent_of(system, key, models)
-    async with speaking(system, key) as client:
+    async with openai_client(system, key) as client:
         with pytest.raises(openai.RateLimitError) as refused:
             await client.chat.completions.create(model=agent, messages=[{"role": "user", "content": "Hi"}])
         assert refused.value.code == "insufficient_quota"
-    async with speaking(system, await system.tenant("Other")) as client:
+    async with openai_client(system, await system.tenant("Other")) as client:
         with pytest.raises(openai.NotFoundError):
             await client.chat.completions.create(model=agent, messages=[{"role": "user", "content": "Hi"}])
-    async with speaking(system, "claw_none") as client:
+    async with openai_client(system, "claw_none") as client:
         with pytest.raises(openai.AuthenticationError):
             await client.models.list()

@@ -1,4 +1,4 @@
-"""The handler that the README shows, run as it stands there: a process of its own on the real engines."""
+"""Runs the handler of the README unchanged, as a process on the real engines."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_the_readmes_handler_counts_each_note_once(
 
 
 async def send(stack: Stack, prefix: str, *, repeats: int) -> None:
-    """Three notes, each `repeats` times."""
+    """Sends three notes, each `repeats` times."""
     producer = AIOKafkaProducer(bootstrap_servers=stack.kafka_bootstrap_servers)
     await producer.start()
     for number in range(1, 4):
@@ -92,7 +92,7 @@ async def send(stack: Stack, prefix: str, *, repeats: int) -> None:
 
 
 async def tally(url: str) -> list[tuple[str, int]]:
-    """The rows, once all three notes are counted; a fourth would be a repeat that was counted too."""
+    """The rows of notebooks with at least three notes. A fourth would be a repeat that was counted."""
     engine = create_engine(url.replace("+asyncpg", ""), pool_size=1)
     try:
         async with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""One story is one trace, over HTTP, RabbitMQ, Kafka and gRPC; batches have their own and link to it."""
+"""One note is one trace over HTTP, RabbitMQ, Kafka and gRPC. Batches have traces of their own that link to it."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ async def front(
         async with httpx.AsyncClient(base_url=services.base_url("front"), timeout=30) as client:
             yield client
     finally:
-        await asyncio.to_thread(services.stop)  # not in this loop: the receiver takes the last spans in it
+        await asyncio.to_thread(services.stop)  # in a thread: the receiver needs the loop for the last spans
 
 
 @contextmanager
 def shown(receiver: OtlpReceiver) -> Iterator[None]:
-    """Prints every trace as a tree where the block fails."""
+    """Prints every trace as a tree if the block fails."""
     try:
         yield
     except (AssertionError, TimeoutError):
@@ -118,7 +118,7 @@ async def test_a_note_is_one_trace_from_the_request_to_the_last_call(
             assert child.parent_id == parent.span_id, f"{child.name} is not below {parent.name}"
         assert process_work.links == ((create_work.trace_id, create_work.span_id),)
 
-        # What handles or sends many messages has a trace of its own, and links to the creation of each.
+        # A span over many messages has a trace of its own and links to the creation of each message.
         [send_work] = [s for s in links_to(create_work, receiver.spans) if s is not process_work]
         [send_event] = [s for s in links_to(create_event, receiver.spans) if s.kind == "client"]
         [batch] = [s for s in links_to(create_event, receiver.spans) if s.kind == "consumer"]

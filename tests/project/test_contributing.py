@@ -1,4 +1,4 @@
-"""Follows each recipe of CONTRIBUTING.md in a copy of the repository, and then uses what the recipe has made.
+"""Follows each recipe of CONTRIBUTING.md in a copy of the repository, and then runs the new code.
 
 A recipe names files in its text. Code under ``New file `path`:`` becomes that file. A diff under a text that ends with
 ``In `path`:`` (or ``…, in `path`:``) changes that file: lines with a blank or a minus in front must be there, once and

@@ -161,5 +161,5 @@ def _has_notice(name: str) -> bool:
         files = distribution(name).files or ()
     except PackageNotFoundError:
         return False
-    # Only a package's own notice: what lies inside of a package folder belongs to code that it took over.
+    # Only a package's own notice: one inside a package folder belongs to code that the package has copied.
     return any(file.name in ("NOTICE", "NOTICE.txt") and ".dist-info" in file.parts[0] for file in files)

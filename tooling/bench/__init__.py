@@ -1,4 +1,4 @@
-"""Benches: what the kernel does, as a ratio to the same durable work done by hand, on real engines.
+"""Benches (``./claw bench``): our rate as a ratio to the rate of the same durable work done by hand, on real engines.
 
-``./claw bench``. Absolute figures depend on the machine; the ratios of paired slices do not, much.
+Absolute figures depend on the machine. The ratios of paired slices hardly do.
 """

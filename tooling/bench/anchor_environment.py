@@ -1,4 +1,4 @@
-"""Where the anchors run whose packages the project does not need: a Python environment of their own."""
+"""A Python environment for anchors whose packages the project itself does not need (.venv-bench)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ FOLDER = CHECKOUT / ".venv-bench"
 
 
 async def environment() -> Path:
-    """Its Python. Made at the first time, and where the pins have changed since; says so. Raises EngineError."""
+    """Path of its Python. Makes the environment if it is missing or its pins have changed, and says so on stderr.
+
+    Raises EngineError if the packages cannot be installed.
+    """
     python, done = FOLDER / "bin" / "python", FOLDER / "installed"
     pins = sha256(PINS.read_bytes()).hexdigest()
     if not done.exists() or done.read_text() != pins:
@@ -37,7 +40,7 @@ async def _run(*command: str | Path) -> None:
         if lines[-1].startswith("Collecting") and sum(line.startswith("Collecting") for line in lines) % 20 == 0:
             _say("  20 more packages collected")
     if await process.wait():
-        raise EngineError(f"the anchors' packages cannot be installed:\n{''.join(lines[-20:])}")
+        raise EngineError(f"could not install the packages of {PINS.name}:\n{''.join(lines[-20:])}")
 
 
 def _say(text: str) -> None:

@@ -1,9 +1,9 @@
-"""``bill``: usage records become debits, exactly. Ours: the billing service's handler behind the kernel's reader.
+"""``bill``: usage records become debits, exactly. Ours is the billing service's handler behind the kernel's reader.
 
-A tenth of the records repeat a usage_id, half of these as the very same message. The anchor writes, without reading
-or rating anything, the rows that such records leave behind: usage, duplicates and ledger, into the same tables with
-the same keys, by one connection's COPY of 500 records a transaction. Nothing is traced on either side. After each of
-our slices the offsets are set back and the records read again; then every sum must be what the records cost.
+A tenth of the records repeat a usage_id; half of these repeat the whole message. The anchor reads and rates nothing. It
+writes the rows that such records leave behind (usage, duplicates, ledger) into the same tables with the same keys: one
+connection, COPY of 500 records per transaction. Neither side is traced. After each of our slices the offsets are set
+back and the records are read again; then every sum must equal the price of the records.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from tooling.testing.platform import PASSWORDS
 
 TOPICS = [USAGE_RECORDS.name]
 SERVICE = "billing"
-# More than is counted in a slice; read from the beginning in each.
+# More records than a slice can read. Each slice begins with the first record.
 RECORDS = 200_000
 TENANTS = 200
 RESOURCE = "openai/gpt-4o-mini"
 WARM_SECONDS = 0.5
-# So many records of each partition are read again after a slice.
+# Records of each partition that are read again after a slice.
 REWIND = 2_000
 
 _TABLES = ("usage", "duplicate", "ledger_entry")
 
 
 class Sent(NamedTuple):
-    """A record in the log: which use it reports, and what it is worth."""
+    """A record in the log: the usage that it reports, its message id and its price."""
 
     usage_id: str
     message_id: str
@@ -62,7 +62,7 @@ class Sent(NamedTuple):
 
 @dataclass
 class Bill:
-    """The contenders on one ground; `prepare` comes first."""
+    """Both contenders. `prepare` must be called first."""
 
     fixture: Fixture
     _log: dict[int, list[Sent]] = field(default_factory=lambda: {n: [] for n in range(PARTITIONS)})
@@ -72,13 +72,13 @@ class Bill:
         return [Anchor("COPY of the same rows", 0.5, self._copy)]
 
     async def prepare(self) -> None:
-        """The service's schema, its tenants, and the log; then what it leaves behind, for the anchor."""
+        """Makes the service's schema, its tenants and the log, and collects the rows that the anchor will write."""
         await prepare_database(self.fixture.admin_url, {SERVICE: PASSWORDS})
         await migrate(self.fixture.admin_url, SERVICE, Path(str(services.billing.__file__)).parent / "migrations")
         await self.fixture.admin.execute(f"SET search_path = {SERVICE}")
         await self._fill()
         async with self._reading(_group()) as count:
-            while count() < RECORDS // 4:  # noqa: ASYNC110  # the reader tells nobody how far it is
+            while count() < RECORDS // 4:  # noqa: ASYNC110  # the reader has no signal for its progress
                 await asyncio.sleep(0.05)
         await self._take_rows()
 
@@ -110,7 +110,7 @@ class Bill:
                     await asyncio.sleep(0.05)
 
     async def _verify(self) -> None:
-        """Raises ValueError where any sum is not, to the last nano-unit, what the records read so far cost."""
+        """Raises ValueError if a sum differs by a nano-unit from the price of the records that were read so far."""
         admin = self.fixture.admin
         read = [
             sent
@@ -118,7 +118,7 @@ class Bill:
             for sent in self._log[partition][:next_offset]
         ]
         if len(read) > RECORDS * 0.95:
-            raise ValueError(f"bill: a slice came to the end of its {RECORDS} records; it needs more of them")
+            raise ValueError(f"bill: a slice read all of its {RECORDS} records; raise RECORDS")
         firsts = {sent.usage_id: sent.amount_nanos for sent in reversed(read)}
         messages = len({sent.message_id for sent in read})
         due = sum(firsts.values())
@@ -166,7 +166,7 @@ class Bill:
         )
 
     async def _take_rows(self) -> None:
-        """The rows that ours left, cut into the transactions of the anchor."""
+        """Takes the rows that our side wrote, divided into the transactions of the anchor."""
         admin = self.fixture.admin
         uses, repeats = await admin.fetchrow("SELECT (SELECT count(*) FROM usage), (SELECT count(*) FROM duplicate)")
         share = uses * BATCH // (uses + repeats)
@@ -244,7 +244,7 @@ class Bill:
 
 
 def _group() -> str:
-    """A group that was never there: nothing to wait for when it joins."""
+    """A new consumer group: joining it does not wait for old members."""
     return f"{SERVICE}-{secrets.token_hex(4)}"
 
 

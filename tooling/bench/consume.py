@@ -1,7 +1,7 @@
-"""``consume``: records of a topic become rows, exactly once. Ours: the kernel's reader with inbox and traces.
+"""``consume``: records of a topic become rows, exactly once. Ours is the kernel's reader with inbox and traces.
 
-Everybody stores each record of the same 513 B or so as a row of ``effect``, and where it stands as an offset row in
-the same transaction, from the same four partitions.
+Each contender reads the same four partitions with records of about 513 B. It stores each record as a row of ``effect``
+and its offset in the same transaction.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from tooling.bench.protocol import SLICE_SECONDS, Anchor, Slice, check
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
 TOPICS = [SAMPLE_EVENTS.name]
-# More than the fastest contender reads in a slice; it reads them from the beginning in each.
+# More records than the fastest contender reads in a slice. Each slice begins with the first record.
 RECORDS = 240_000
 NOTEBOOKS = 2_000
-# A slice is counted from here on: what was fetched ahead while a contender started is not in it.
+# A slice begins after this time: records that were fetched while a contender started do not count.
 WARM_SECONDS = 0.5
 
 _INSERT = "INSERT INTO effect SELECT * FROM unnest($1::text[], $2::bigint[], $3::text[])"
@@ -60,7 +60,7 @@ async def store_notes(notes: list[NoteTaken], tx: Tx) -> None:
 
 
 class Note(pydantic.BaseModel):
-    """What FastStream's handler declares."""
+    """The message type of FastStream's handler."""
 
     notebook: str
     number: int
@@ -69,7 +69,7 @@ class Note(pydantic.BaseModel):
 
 @dataclass
 class Consume:
-    """The contenders on one ground; `prepare` comes first."""
+    """All contenders. `prepare` must be called first."""
 
     fixture: Fixture
 
@@ -80,7 +80,7 @@ class Consume:
         ]
 
     async def traced(self) -> Slice:
-        """Ours, every message of it in a recorded trace; the export of the slice's spans is part of its time."""
+        """Our side with every message in a recorded trace. The time of a slice includes the export of its spans."""
         return await self._kernel(self.fixture.otlp)
 
     async def untraced(self) -> Slice:
@@ -126,7 +126,7 @@ class Consume:
         await admin.execute("TRUNCATE effect, inbox, consumer_offset")
         async with contender() as count:
             async with asyncio.timeout(60):
-                while not count():  # noqa: ASYNC110  # contenders of three kinds: nothing they all could signal
+                while not count():  # noqa: ASYNC110  # the three kinds of contenders have no signal in common
                     await asyncio.sleep(0.01)
             await asyncio.sleep(WARM_SECONDS)
             await flush()
@@ -140,14 +140,14 @@ class Consume:
         )
         check("consume", {"rows": rows, "different rows": different, "offsets": moved, "acknowledged": count()})
         if rows > RECORDS * 0.95:
-            raise ValueError(f"consume: a slice came to the end of its {RECORDS} records; it needs more of them")
+            raise ValueError(f"consume: a slice read all of its {RECORDS} records; raise RECORDS")
         return Slice(done, seconds)
 
     @asynccontextmanager
     async def _reader(self) -> AsyncIterator[Callable[[], int]]:
         engine = create_engine(self.fixture.url)
         metrics = Metrics(CollectorRegistry())
-        # A group that was never there: nothing to wait for when it joins.
+        # A new consumer group: joining it does not wait for old members.
         reader = TransactionalReader(
             Database(engine, SERVICE),
             f"{SERVICE}-{secrets.token_hex(4)}",
@@ -187,7 +187,7 @@ class Consume:
                 async with pool.acquire() as connection, connection.transaction():
                     last = records[-1].offset + 1
                     if await connection.execute(_MOVE, place.partition, last, next_offset) != "UPDATE 1":
-                        raise RuntimeError("somebody else moved the offset")
+                        raise RuntimeError("another reader moved the offset")
                     await connection.execute(
                         _INSERT,
                         [note.notebook for note in notes],

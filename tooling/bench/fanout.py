@@ -1,11 +1,11 @@
-"""``fanout``: what is published of runs on Redis reaches everybody who watches them by WebSocket.
+"""``fanout``: deltas of runs that are published on Redis reach all WebSockets that follow these runs.
 
-The gateway is one real process on real Redis and Kafka, beside stand-ins for the agent and the user service, which it
-asks about each socket. Against it stands one process that writes frames made beforehand, of the same length, to as many
-plain TCP sockets. Those who watch are a process for each of the two, which only counts; after each slice every socket
-must have had what was published for its run, once. Deliveries are counted, and the time until the last has arrived.
+The gateway is one real process on real Redis and Kafka, with fakes of the agent and the user service, which it asks
+about each socket. The anchor is one process that writes prepared frames of the same length to as many TCP sockets. On
+the other side of each contender is one process that only counts. After each slice every socket must have received
+each delta of its run once. A slice counts deliveries and ends when the last one has arrived.
 
-Its second result is the memory of a socket: how much the gateway has grown from its start to after the last slice.
+The second figure is the memory of a socket: the growth of the gateway from its start to the end of the last slice.
 """
 
 from __future__ import annotations
@@ -47,40 +47,43 @@ from tooling.testing.platform import INTERNAL_SECRET, Platform
 SERVICE = "ws_gateway"
 SOCKETS = 10_000
 RUNS = 100
-# Each process has other files than its sockets.
+# Files of a process besides its sockets.
 FILES = 500
-# Runs whose deltas are published together, and how many such batches are under way at most.
+# Runs whose deltas are published together, and the largest number of such batches in flight.
 BATCH = 10
 AHEAD = 4
 WAIT_SECONDS = 120.0
-SOCKET_GOAL_KIB = 25.0
+SOCKET_GOAL_KIB = 12.0
 _TEXT = "a piece of an answer as it comes"
-# Deltas are numbered from here on, so that all have the same length.
+# The first delta has this number, so that all deltas have the same length.
 _FIRST = 100_000
 
 
 class _Keys(user_pb2_grpc.KeysServicer):
-    """Lets everybody stay."""
+    """Grants every key the scope to read."""
 
     async def Scopes(self, request: user_pb2.ScopesRequest, context: Any) -> user_pb2.ScopesReply:
         return user_pb2.ScopesReply(scopes=["read"])
 
 
 async def _no_facts(request: Request) -> JSONResponse:
-    """The agent's answer about a run that has just begun."""
+    """The agent's answer about a run without facts."""
     return JSONResponse({"items": []})
 
 
 @dataclass
 class Crowd:
-    """A process that watches by so many sockets for `each` run. `sent`: by run, what these are to have had; that makes
-    `due` deltas, of which `heard` have arrived."""
+    """A process whose sockets follow all runs."""
 
     process: Process
     each: int
+    """Sockets per run."""
     sent: list[int]
+    """For each run, the number of deltas that each of its sockets should have received."""
     due: int = 0
+    """Deliveries that should arrive."""
     heard: int = 0
+    """Deliveries that the process has reported."""
 
     def expect(self, batch: range) -> None:
         for run in batch:
@@ -88,7 +91,7 @@ class Crowd:
         self.due += len(batch) * self.each
 
     async def hear(self, most_missing: int) -> None:
-        """Returns when no more than so many deltas are missing."""
+        """Returns when at most `most_missing` deliveries are missing."""
         while self.due - self.heard > most_missing:
             self.heard = int(await self.line())
 
@@ -97,24 +100,26 @@ class Crowd:
         self.process.stdin.write(b"?\n")
         found = json.loads(await self.line())
         if found != [[count, count] for count in self.sent]:
-            raise ValueError(f"fanout: sockets of the runs had (least, most) {found} deltas of {self.sent}")
+            raise ValueError(
+                f"fanout: sockets received (least, most) {found} deltas per run; {self.sent} were published"
+            )
 
     async def line(self) -> str:
-        """What it says next. Raises ValueError where that takes too long, and where it has ended."""
+        """The next line that the process prints. Raises ValueError after WAIT_SECONDS, and if the process has ended."""
         assert self.process.stdout is not None
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 line = (await self.process.stdout.readline()).decode().strip()
         except TimeoutError:
-            raise ValueError(f"fanout: {self.due - self.heard} deltas did not arrive") from None
+            raise ValueError(f"fanout: {self.due - self.heard} deliveries did not arrive") from None
         if not line:
-            raise ValueError("fanout: who watches has ended; what it printed says why")
+            raise ValueError("fanout: the process of the sockets has ended; see its output above")
         return line
 
 
 @dataclass
 class Fanout:
-    """Both sides with their crowds. `before`: bytes of the gateway when nobody was there."""
+    """Both contenders with their sockets."""
 
     gateway: psutil.Process
     redis: Redis
@@ -123,6 +128,7 @@ class Fanout:
     reading: Crowd
     runs: list[str]
     before: int
+    """Resident bytes of the gateway before the first socket."""
     published: int = 0
     turn: int = 0
 
@@ -132,7 +138,7 @@ class Fanout:
 
     def anchors(self) -> list[Anchor]:
         name = f"bare writes to {self.sockets:,} sockets"
-        return [Anchor(name, 0.7, partial(self._slice, self.reading, self._write))]
+        return [Anchor(name, 0.75, partial(self._slice, self.reading, self._write))]
 
     async def ours(self) -> Slice:
         return await self._slice(self.watching, self._publish)
@@ -144,9 +150,9 @@ class Fanout:
         return units("fanout", "memory of a socket", SOCKET_GOAL_KIB, kib, "KiB", **made_of)
 
     async def listening(self) -> None:
-        """Returns when Redis tells the gateway what is published."""
+        """Returns when the gateway has subscribed at Redis."""
         async with asyncio.timeout(WAIT_SECONDS):
-            while not await self.redis.publish(f"{RUN_DELTAS}{uuid7()}", b""):  # noqa: ASYNC110  # Redis cannot be waited for
+            while not await self.redis.publish(f"{RUN_DELTAS}{uuid7()}", b""):  # noqa: ASYNC110  # Redis has no signal for it
                 await asyncio.sleep(0.05)
 
     async def _slice(self, crowd: Crowd, tell: Callable[[range], Awaitable[None]]) -> Slice:
@@ -177,7 +183,7 @@ class Fanout:
 
 @asynccontextmanager
 async def running(place: Fixture) -> AsyncIterator[Fanout]:
-    """The gateway and the writer, with as many sockets each as this process may have files."""
+    """The gateway and the writer. Each has SOCKETS sockets, or fewer if this process may not open so many files."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     each = min(SOCKETS, most - FILES) // RUNS
@@ -203,7 +209,7 @@ async def running(place: Fixture) -> AsyncIterator[Fanout]:
 
 @asynccontextmanager
 async def _gateway(place: Fixture) -> AsyncIterator[Platform]:
-    """With those whom it asks."""
+    """The gateway's process, with the fakes of the services that it asks."""
     keys = rpc.Server("user", Callers(INTERNAL_SECRET, "user"), Metrics(CollectorRegistry()))
     user_pb2_grpc.add_KeysServicer_to_server(_Keys(), keys.grpc)
     agent = create_app(
@@ -224,7 +230,7 @@ async def _gateway(place: Fixture) -> AsyncIterator[Platform]:
 
 @asynccontextmanager
 async def _crowd(kind: str, port: int, length: int, each: int, runs: list[str]) -> AsyncIterator[Crowd]:
-    """Once all its sockets are open and follow their runs."""
+    """Starts the process, and yields when all its sockets are open and follow their runs."""
     numbers = (str(number) for number in (port, length, each, each * BATCH))
     async with _end("watch", kind, *numbers, *runs) as process:
         crowd = Crowd(process, each, [0] * len(runs))

@@ -1,10 +1,11 @@
-"""The two ends around ``fanout``, each a process of its own.
+"""The processes of ``fanout`` besides the gateway.
 
-``watch ws|plain <port> <bytes> <sockets of a run> <deltas of a report> <run>…`` opens the sockets, by WebSocket to the
-gateway or by TCP to the writer, says ``ready``, and counts text frames of so many bytes: their number is printed at
-each multiple of a report's, and what the sockets of each run have had, least and most, when it is asked by a line.
+``watch ws|plain <port> <bytes> <sockets per run> <deliveries per report> <run>…`` opens the sockets, by WebSocket to
+the gateway or by TCP to the writer, and prints ``ready``. It counts text frames of that many bytes and prints their
+number at each multiple of a report. For each line on stdin it prints the least and the most frames of a socket per
+run.
 
-``write <frame in hexadecimal>`` prints its port; for each line ``<from> <to>`` it writes the frame to all sockets of
+``write <frame in hexadecimal>`` prints its port. For each line ``<from> <to>`` it writes the frame to all sockets of
 these runs.
 """
 
@@ -42,12 +43,12 @@ def frame(body: bytes) -> bytes:
 
 
 def _from_client(opcode: int, body: bytes) -> bytes:
-    """Under a mask of zeros, which changes nothing; less than 126 bytes."""
+    """A frame as a client sends it, of less than 126 bytes. Its mask is zero, so it leaves the bytes as they are."""
     return bytes((opcode, 0x80 | len(body), 0, 0, 0, 0)) + body
 
 
 class Watch:
-    """All sockets of the process. `had`: by run, what each of its sockets has had."""
+    """All sockets of the process, and the frames that each has received."""
 
     def __init__(self, length: int, report: int, runs: Sequence[str]) -> None:
         self.length = length
@@ -63,14 +64,14 @@ class Watch:
             _say(str(self.total))
 
     def ask(self) -> None:
-        """A line came, or the other side has gone."""
+        """Handles a line on stdin. End of file ends the process."""
         if not os.read(0, 100):
             os._exit(0)
         _say(json.dumps([[min(had), max(had)] for had in self.had]))
 
 
 class Socket(asyncio.Protocol):
-    """One that follows one run. `ready`: done when it is answered that it does."""
+    """A socket that follows one run. The future `ready` is done after the server has confirmed it."""
 
     def __init__(self, watch: Watch, run: int, identities: Identities | None) -> None:
         self._watch = watch
@@ -95,7 +96,7 @@ class Socket(asyncio.Protocol):
         if not self._upgraded:
             head, found, data = data.partition(b"\r\n\r\n")
             if not found or not head.startswith(b"HTTP/1.1 101"):
-                raise SystemExit(f"no WebSocket: {head!r}")
+                raise SystemExit(f"the gateway refused the WebSocket: {head!r}")
             self._upgraded = True
             subscribe = json.dumps({"type": "subscribe", "run_id": self._watch.runs[self._run]})
             self._transport.write(_from_client(_TEXT, subscribe.encode()))
@@ -139,7 +140,7 @@ async def watch(kind: str, port: int, length: int, each: int, report: int, runs:
 
 
 class _Reader(asyncio.Protocol):
-    """What the writer has of a socket: it tells its run, and is told that it is known."""
+    """The writer's side of a socket. The socket names its run, and the writer confirms it."""
 
     def __init__(self, runs: dict[int, list[asyncio.Transport]]) -> None:
         self._runs = runs

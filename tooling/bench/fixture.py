@@ -1,4 +1,4 @@
-"""Where benches run: a database of their own, topics of their own, and somewhere for the spans to go."""
+"""A fresh database, fresh topics and a receiver of spans for one bench."""
 
 from __future__ import annotations
 
@@ -29,25 +29,30 @@ PARTITIONS = 4
 
 @dataclass(frozen=True)
 class Fixture:
-    """On the engines of `stack`. `admin` is the administrator's connection with the bench's schema first in its path;
-    `url` the worker's."""
+    """Everything that a bench uses on the engines of `stack`."""
 
     stack: Stack
     admin_url: str
+    """The administrator's URL of the fresh database."""
     bootstrap: str
+    """Kafka's bootstrap servers."""
     prefix: str
+    """Prefix of the names of the topics."""
     url: str
+    """The database URL of the bench's worker role."""
     admin: asyncpg.Connection
+    """The administrator's connection; the bench's schema is first in its search path."""
     otlp: str
+    """Base URL of the receiver of spans."""
 
     async def check_durable(self) -> None:
-        """Raises ValueError where a commit would not be one."""
+        """Raises ValueError if a commit does not wait for the disk."""
         settings = "SELECT current_setting('fsync') || current_setting('synchronous_commit')"
         if await self.admin.fetchval(settings) != "onon":
-            raise ValueError("PostgreSQL does not wait for the disk; nothing is reported")
+            raise ValueError("fsync and synchronous_commit of PostgreSQL: must be on; no figure is reported")
 
     async def end_offsets(self, topic: str) -> int:
-        """How many records the topic has had."""
+        """Number of records that were ever written to the topic."""
         consumer = AIOKafkaConsumer(bootstrap_servers=self.bootstrap)
         await consumer.start()
         try:
@@ -59,7 +64,7 @@ class Fixture:
 
 @asynccontextmanager
 async def bench_fixture(stack: Stack, topics: list[str]) -> AsyncIterator[Fixture]:
-    """Makes the database, its kernel tables, these topics and a receiver of spans; removes them at the end."""
+    """Makes the database, its kernel tables, these topics and a receiver of spans, and removes them at the end."""
     name = f"bench_{secrets.token_hex(6)}"
     admin = await asyncpg.connect(stack.postgres_url)
     kafka = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_bootstrap_servers)
@@ -90,7 +95,7 @@ async def bench_fixture(stack: Stack, topics: list[str]) -> AsyncIterator[Fixtur
 
 @asynccontextmanager
 async def running_platform_on(place: Fixture) -> AsyncIterator[Platform]:
-    """The product's services in the ground's database, with topics and a virtual host of their own; they end with the
+    """The product's services in the fixture's database, with topics and a virtual host of their own. They end with the
     block."""
     name = place.prefix.removesuffix(".")
     url = urlsplit(place.stack.rabbitmq_management_url)
@@ -106,7 +111,7 @@ async def running_platform_on(place: Fixture) -> AsyncIterator[Platform]:
         try:
             (await management.put(f"/permissions/{name}/{url.username}", json=everything)).raise_for_status()
             with tempfile.TemporaryDirectory() as folder:
-                # The benches' own topics have the same names with the ground's prefix, and other settings.
+                # The benches' own topics have the same names behind the fixture's prefix, with other settings.
                 prefix = f"{place.prefix}platform."
                 async with running_platform(place.stack, place.admin_url, vhost, prefix, Path(folder)) as platform:
                     yield platform
@@ -115,13 +120,13 @@ async def running_platform_on(place: Fixture) -> AsyncIterator[Platform]:
 
 
 async def connections(url: str, count: int) -> Any:
-    """A pool of asyncpg itself, for the anchors."""
+    """A pool of plain asyncpg connections, for the anchors."""
     return await asyncpg.create_pool(url, min_size=count, max_size=count)
 
 
 @asynccontextmanager
 async def child(*command: str | Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that is spoken to by lines; it ends with the block."""
+    """A process that takes lines on stdin and prints lines on stdout. It is killed at the end of the block."""
     process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield process

@@ -1,6 +1,6 @@
-"""A client that sends ready-made HTTP requests as fast as it is answered, or at a fixed rate, and knows what was taken.
+"""An HTTP client for load: sends prepared requests in a closed loop or at a fixed rate, and counts the answers.
 
-Not a library: one of those takes longer for a request than the server that it measures.
+A library would need more time for a request than the server that is measured.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def request(path: str, headers: Mapping[str, str], body: bytes) -> bytes:
 
 
 async def closed_loop(port: int, requests: Iterable[bytes], seconds: float) -> tuple[int, float]:
-    """Sends the requests in turn for so long, on each connection the next one once the last is answered.
+    """Sends the requests in their order for `seconds`. Each connection sends its next request after the last answer.
 
-    Returns how many were answered 200, the first so many of `requests`, and in how many seconds. Raises ValueError
-    for another answer, and where the requests run out.
+    Returns the number of answers 200, which belong to the first requests, and the seconds that passed. Raises
+    ValueError for another answer, and if the requests run out.
     """
     left = iter(requests)
     began = perf_counter()
@@ -44,10 +44,11 @@ async def closed_loop(port: int, requests: Iterable[bytes], seconds: float) -> t
 
 
 async def open_loop(port: int, requests: Sequence[bytes], rate: float, *, began: float | None = None) -> list[float]:
-    """Sends each request at its moment, `rate` per second, whatever became of those before it. `began`: the first's
-    moment by `perf_counter`; as soon as there are connections, if None.
+    """Sends each request when it is due, `rate` per second, even if earlier ones are not answered yet.
 
-    Returns for each the seconds from its moment to its answer, what it waited for a connection included.
+    `began`: the moment of the first request by `perf_counter`; None begins as soon as the connections are open.
+    Returns for each request the seconds from the moment at which it was due to its answer. The wait for a connection is
+    part of that time.
     """
     idle = deque([await _Connection.to(port) for _ in range(CONNECTIONS)])
     began = perf_counter() if began is None else began
@@ -74,11 +75,11 @@ def _next(requests: Iterator[bytes]) -> bytes:
     try:
         return next(requests)
     except StopIteration:
-        raise ValueError("the server is faster than requests were made for it; make more") from None
+        raise ValueError("the requests ran out before the time was over; prepare more of them") from None
 
 
 class _Connection(asyncio.Protocol):
-    """One at a time: a request, then its answer."""
+    """One connection. It sends a request only after the answer to the one before."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None

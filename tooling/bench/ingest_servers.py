@@ -1,6 +1,6 @@
-"""The servers of the ingest bench, each a process of its own: ``python -m … ours|orm <port> <database url>``.
+"""The servers of the ingest bench, each a process: ``python -m … ours|orm <port> <database url> <OTLP endpoint>``.
 
-`empty` is for granian and for uvicorn: an ASGI application that takes a POST and says 200.
+`empty` is an ASGI application for granian that reads a POST and answers 200.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from infra.clock import utcnow
-from infra.observe import logs
+from infra.observe import logs, telemetry
 from infra.observe.metrics import Metrics
 from infra.outgoing import webhooks
 from infra.postgres.db import create_engine
@@ -46,9 +46,10 @@ async def empty(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callabl
     await send({"type": "http.response.body", "body": b""})
 
 
-async def serve_ours(port: int, engine: AsyncEngine) -> None:
-    """The channel's own route in the kernel's own application; only the relays run elsewhere."""
+async def serve_ours(port: int, engine: AsyncEngine, otlp: str) -> None:
+    """The channel's route in the kernel's application, traced as in production. Only the relays are missing."""
     logs.setup("channel", "info")
+    telemetry.setup("channel", "0", otlp)
     cipher = Cipher(os.environ["CLAW_MASTER_KEY"])
     database = Database(engine, "channel")
     metrics = Metrics(CollectorRegistry())
@@ -64,7 +65,7 @@ class _Base(DeclarativeBase):
 
 
 class Taken(_Base):
-    """One row is all that is written, so the anchor has the least work that is durable at all."""
+    """The one row that the anchor writes: the smallest amount of durable work."""
 
     __tablename__ = "taken"
 
@@ -81,8 +82,8 @@ class Message(pydantic.BaseModel):
     text: str
 
 
-async def serve_orm(port: int, engine: AsyncEngine) -> None:
-    """As it is written first: FastAPI, a model, a session and a commit for each request."""
+async def serve_orm(port: int, engine: AsyncEngine, _: str) -> None:
+    """The usual first version of such a server: FastAPI, a model, a session and a commit for each request."""
     async with engine.begin() as connection:
         await connection.run_sync(_Base.metadata.create_all)
     app = FastAPI()
@@ -106,5 +107,5 @@ async def serve_orm(port: int, engine: AsyncEngine) -> None:
 
 if __name__ == "__main__":
     freeze_loaded_modules()
-    which, number, url = sys.argv[1:]
-    uvloop.run((serve_ours if which == "ours" else serve_orm)(int(number), create_engine(url)))
+    which, number, url, endpoint = sys.argv[1:]
+    uvloop.run((serve_ours if which == "ours" else serve_orm)(int(number), create_engine(url), endpoint))

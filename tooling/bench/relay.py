@@ -1,8 +1,8 @@
-"""``relay``: committed outbox rows become records. Ours: the kernel's relay with its traces, on leases.
+"""``relay``: committed outbox rows become Kafka records. Ours is the kernel's relay with leases and traces.
 
-Everybody takes the same rows from the same kind of table to the same kind of topic, by a producer with the same
-settings, 500 at a time. The latency is that of a running service: from the moment a message was to be committed
-until a consumer has it.
+Both contenders publish the same rows from the same kind of table to the same kind of topic, with the same producer
+settings, 500 at a time. The latency is that of a running service: from the moment at which a message was due to be
+committed until a consumer has it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tooling.bench.protocol import SLICE_SECONDS, Anchor, Latency, Slice, check,
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
 TOPICS = [SAMPLE_EVENTS.name]
-# More than the fastest contender relays in a slice.
+# More rows than the fastest contender publishes in a slice.
 ROWS = 80_000
 LATENCY_GOAL_MS = 100.0
 LATENCY_SECONDS = 15
 PUBLISHERS = 8
 
-# Rows as `Tx.publish` leaves them: body of about 513 B, the kernel's headers, buckets by key.
+# Rows as `Tx.publish` writes them: a body of about 513 B, the kernel's headers, the bucket of the key.
 _FILL = """
 INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until)
 SELECT 'kafka', crc32(k::bytea) % 16, i, $1, '', k,
@@ -52,7 +52,7 @@ FROM (SELECT n, uuidv7() AS i, 'notebook-' || n % 2000 AS k FROM generate_series
 
 @dataclass
 class RelayBench:
-    """The contenders on one ground."""
+    """Both contenders."""
 
     fixture: Fixture
 
@@ -60,7 +60,7 @@ class RelayBench:
         return [Anchor("by hand, 500 at a time", 0.8, partial(self._slice, self._by_hand))]
 
     async def ours(self) -> Slice:
-        """The export of the slice's spans is part of its time."""
+        """The time of a slice includes the export of its spans."""
         return await self._slice(self._kernel)
 
     async def _slice(self, contender: Callable[[], Awaitable[Slice]]) -> Slice:
@@ -72,10 +72,10 @@ class RelayBench:
         slice_ = await contender()
         published = await self.fixture.end_offsets(SAMPLE_EVENTS.name) - before
         marked = await admin.fetchval("SELECT count(*) FROM outbox WHERE published_at IS NOT NULL")
-        # The first window, which connects, is relayed before the slice begins.
+        # The first window opens connections; it is published before the slice begins.
         check("relay", {"records": published, "marked": marked, "acknowledged": slice_.done + WINDOW})
         if marked == ROWS:
-            raise ValueError(f"relay: a slice came to the end of its {ROWS} rows; it needs more of them")
+            raise ValueError(f"relay: a slice published all of its {ROWS} rows; raise ROWS")
         return slice_
 
     async def _kernel(self) -> Slice:
@@ -131,7 +131,7 @@ class RelayBench:
         return slice_
 
     async def latency(self) -> Latency:
-        """Open loop at half of what the publishers can commit, one message a transaction."""
+        """Open loop at half of the rate at which the publishers can commit, one message per transaction."""
         await self.fixture.admin.execute("TRUNCATE outbox, lease, lease_member")
         traces = telemetry.setup(SERVICE, "0", self.fixture.otlp)
         engine = create_engine(self.fixture.url)
@@ -149,7 +149,7 @@ class RelayBench:
         await consumer.seek_to_end()
         relaying = asyncio.create_task(relay.run())
         visible: dict[int, float] = {}
-        # Negative numbers: what only finds out the capacity.
+        # Messages with negative numbers only measure the capacity.
         reading = asyncio.create_task(_note_arrivals(consumer, visible))
         try:
             rate = await _capacity(partial(_publish, database)) / 2
@@ -165,7 +165,7 @@ class RelayBench:
                     await asyncio.sleep(max(0.0, intended[number] - perf_counter()))
                     tasks.create_task(_publish(database, number))
             async with asyncio.timeout(60):
-                while len(visible) < count:  # noqa: ASYNC110  # two loops of one process: nothing to wait on
+                while len(visible) < count:  # noqa: ASYNC110  # the reading task has no signal
                     await asyncio.sleep(0.01)
         finally:
             reading.cancel()
@@ -199,7 +199,7 @@ async def _publish(database: Database, number: int) -> None:
 
 
 async def _capacity(publish: Callable[[int], Awaitable[None]]) -> float:
-    """How many messages a second are committed, one a transaction, by a handful of tasks that do nothing else."""
+    """Messages per second that PUBLISHERS tasks commit, one per transaction, while they do nothing else."""
     until, done = time.monotonic() + SLICE_SECONDS, 0
 
     async def one() -> None:

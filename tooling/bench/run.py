@@ -1,4 +1,4 @@
-"""The benches by name."""
+"""All benches by name, and how each is run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tooling.bench.fixture import Fixture, bench_fixture
 from tooling.bench.protocol import PAIRS, Anchor, Figure, run_pairs
 from tooling.testing.stack import Stack
 
-# Called with how many slices are done, and of how many.
+# Called with the number of slices that are done and the number of all slices.
 Progress = Callable[[int, int], None]
 
 
@@ -22,10 +22,10 @@ async def run_consume(place: Fixture, progress: Progress, pairs: int) -> Sequenc
 
 
 async def run_telemetry(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
-    """The work of ``consume`` by the kernel's reader: every message in a recorded trace, and none recorded."""
+    """The work of ``consume`` by the kernel's reader, with every message in a recorded trace and with tracing off."""
     bench = consume.Consume(place)
     await bench.prepare()
-    off = Anchor("tracing off", 0.95, bench.untraced)
+    off = Anchor("tracing off", 0.97, bench.untraced)
     return await run_pairs("telemetry", bench.traced, [off], progress, pairs=pairs)
 
 
@@ -59,14 +59,14 @@ async def run_ingest_tail(place: Fixture, progress: Progress, pairs: int) -> Seq
 
 async def run_runs(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with runs.running(place) as bench, runs.others(place) as others:
-        anchors = [Anchor("steps: single-row commits, 8 connections", 1.5, bench.commits), *others]
+        anchors = [Anchor("steps: single-row commits, 8 connections", 0.2, bench.commits), *others]
         commits, *results = await run_pairs("runs", bench.ours, anchors, progress, pairs=pairs)
         return [commits, *map(runs.in_runs, results)]
 
 
 async def run_overhead(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with overhead.running(place) as bench:
-        return [await bench.measure(progress, pairs)]
+        return await bench.measure(progress, pairs)
 
 
 async def run_fanout(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
@@ -90,7 +90,7 @@ ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 
 async def run(name: str, stack: Stack, progress: Progress, *, pairs: int = PAIRS) -> Sequence[Figure]:
-    """Runs one bench on engines that run already. Raises ValueError where what a slice did is not what it said."""
-    freeze_loaded_modules()  # as every service does; the anchors have it too
+    """Runs one bench on running engines. Raises ValueError if the rows of a slice are not those that it reported."""
+    freeze_loaded_modules()  # as every service does; the anchors do it too
     async with bench_fixture(stack, [*consume.TOPICS, *bill.TOPICS]) as place:
         return await BENCHES[name](place, progress, pairs)

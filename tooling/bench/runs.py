@@ -1,12 +1,12 @@
-"""``runs``: runs of five steps that survive whatever ends their process; a thousand sessions at once.
+"""``runs``: durable runs of five steps, in a thousand sessions at once.
 
-Ours is the real agent service: lanes, journal, projections, outbox and relays on real engines, traces exported, commits
-shared. Model, tools and billing answer at once inside of its process (``runs_agent``), for what is measured is that
-nothing gets lost. A slice begins when one commit has queued a run in each session, and lasts until the last run has
-ended; then the durable rows are counted, each step begun and ended in the journal.
+Ours is the real agent service: lanes, events, projections, outbox and relays on real engines, with traces exported and
+shared commits. Model, tools and billing answer immediately inside its process (``runs_agent``), because the bench
+measures the cost of durability. A slice begins when one commit has queued a run in each session and ends with the last
+run. Then the durable rows are counted: each step started and completed in the event store.
 
-Against it stand rows that are each committed by itself, by 8 connections; and runs of five steps that do nothing, by
-LangGraph and by DBOS, in an environment of their own. These have slices of 2 s, and as many runs at once as suits them.
+One anchor is single-row commits over 8 connections. The others are runs of five empty steps by LangGraph and by DBOS,
+in an environment of their own, with slices of 2 s and the number of parallel runs that suits each best.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONNECTIONS = 8
 WAIT_SECONDS = 300.0
 ANCHOR_SECONDS = 120.0
 
-# Rows of the whole bench, each kind as many as there are steps.
+# Counts over the whole bench; all of them must equal the number of steps.
 _STEPS = """
 SELECT (SELECT count(*) FROM agent.run WHERE status = 'completed') * $1 AS "of completed runs",
     (SELECT count(*) FROM agent.run) * $1 AS "of all runs",
@@ -57,10 +57,10 @@ SELECT (SELECT count(*) FROM agent.run WHERE status = 'completed') * $1 AS "of c
 """
 _OPEN = "SELECT count(*) FROM agent.run WHERE status IN ('queued', 'running', 'waiting')"
 _UNSENT = "SELECT count(*) FROM agent.outbox WHERE published_at IS NULL"
-# The rows of an anchor: runs, then steps.
+# Counts of an anchor: runs, then steps.
 _ROWS = {
     "langgraph": (
-        # The first checkpoints are that of the input and that before the first node.
+        # The first two checkpoints are the input and the state before the first node.
         "SELECT count(*) FILTER (WHERE (metadata->>'step')::int = $1), "
         "count(*) FILTER (WHERE (metadata->>'step')::int > 0) FROM public.checkpoints"
     ),
@@ -73,12 +73,14 @@ _ROWS = {
 
 @dataclass
 class Runs:
-    """The running service with an agent for each tenant. queued: runs until now."""
+    """The running service with an agent for each tenant."""
 
     fixture: Fixture
     platform: Platform
     agents: dict[str, UUID] = field(default_factory=dict)
+    """Tenant → its agent."""
     queued: int = 0
+    """Runs that were queued so far."""
 
     async def prepare(self) -> None:
         await self.fixture.check_durable()
@@ -87,7 +89,7 @@ class Runs:
         variables = {
             **self.platform.environment(SERVICE),
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.fixture.otlp,
-            # That of production: tests have a shorter one, so that they need not wait for it to run out.
+            # The lease of production. Tests have a shorter one, because they wait until it expires.
             "CLAW_LEASE_SECONDS": "9",
         }
         log = self.platform.folder / f"{SERVICE}.log"
@@ -101,18 +103,18 @@ class Runs:
             self.agents[tenant_id] = UUID(made["id"])
 
     async def ours(self) -> Slice:
-        """Steps. Raises ValueError where not all of them are on record."""
+        """Counts steps. Raises ValueError if one of them is not on record."""
         await self._queue()
         began = perf_counter()
         await self.platform.until(partial(self._none, _OPEN), seconds=WAIT_SECONDS)
         seconds = perf_counter() - began
         check("runs", {"of queued runs": self.queued * STEPS, **await self._rows()})
-        # The next slice is not to share the machine with what this one has left to the relays.
+        # Otherwise the relays would publish this slice's rows during the next slice.
         await self.platform.until(partial(self._none, _UNSENT), seconds=WAIT_SECONDS)
         return Slice(SESSIONS * STEPS, seconds)
 
     async def commits(self) -> Slice:
-        """Rows, each committed by itself."""
+        """Counts rows that 8 connections insert, each in its own commit."""
         pool = await connections(self.fixture.admin_url, CONNECTIONS)
         numbers, until = count(), perf_counter() + SLICE_SECONDS
 
@@ -131,7 +133,7 @@ class Runs:
         return Slice(done, seconds)
 
     async def _queue(self) -> None:
-        """A message in each of so many new sessions, all by one commit: so they are all there at once."""
+        """Takes in one message in each of SESSIONS new sessions, in one commit, so that all are there at once."""
         subjects = SubjectKeys(Cipher(MASTER_KEY))
         async with self.platform.database(SERVICE).begin() as tx:
             for n in range(self.queued, self.queued + SESSIONS):
@@ -146,7 +148,7 @@ class Runs:
                     received_at=utcnow(),
                 )
                 await take_in(tx, arrival, subjects)
-            # As another process of the service calls: there is more than it can take.
+            # The wake-up that another process of the service would send.
             await tx.sql("SELECT pg_notify($1, $2)", f"claw_lanes_{SERVICE}", RUNS.name)
         self.queued += SESSIONS
 
@@ -159,14 +161,14 @@ class Runs:
 
 @dataclass
 class Other:
-    """LangGraph or DBOS, waiting in its process."""
+    """LangGraph or DBOS in its process."""
 
     fixture: Fixture
     which: str
     process: Process
 
     async def slice(self) -> Slice:
-        """Steps. Raises ValueError where not all of them are on record."""
+        """Counts steps. Raises ValueError if one of them is not on record."""
         assert self.process.stdin is not None
         runs, steps = await self._rows()
         began = perf_counter()
@@ -178,12 +180,12 @@ class Other:
         return Slice(done * STEPS, seconds)
 
     async def line(self) -> str:
-        """What it says next. Raises ValueError where it has ended."""
+        """The next line that the process prints. Raises ValueError if it has ended."""
         assert self.process.stdout is not None
         async with asyncio.timeout(ANCHOR_SECONDS):
             line = (await self.process.stdout.readline()).decode().strip()
         if not line:
-            raise ValueError(f"runs: {self.which} has ended; what it printed says why")
+            raise ValueError(f"runs: the process of {self.which} has ended; see its output above")
         return line
 
     async def _rows(self) -> tuple[int, int]:
@@ -191,7 +193,7 @@ class Other:
 
 
 def in_runs(result: Result) -> Result:
-    """The same, its rates those of runs."""
+    """The same result with rates of runs in place of steps."""
     rates = {"our_rate": result.our_rate / STEPS, "anchor_rate": result.anchor_rate / STEPS}
     return msgspec.structs.replace(result, **rates)
 
@@ -206,12 +208,12 @@ async def running(place: Fixture) -> AsyncIterator[Runs]:
 
 @asynccontextmanager
 async def others(place: Fixture) -> AsyncIterator[list[Anchor]]:
-    """LangGraph and DBOS, ready. The first time their packages are installed."""
+    """LangGraph and DBOS, ready to run. Installs their packages the first time."""
     python = await environment()
     async with AsyncExitStack() as stack:
         found = []
-        for which, name, goal in (("langgraph", "LangGraph, sync", 8), ("dbos", "DBOS", 10)):
-            # -I: the modules beside the program are not to be found in the place of packages.
+        for which, name, goal in (("langgraph", "LangGraph, sync", 6), ("dbos", "DBOS", 5)):
+            # -I: otherwise modules beside the program would hide packages of the same name.
             command = python, "-I", str(runs_anchors.__file__), which, place.admin_url
             process = await stack.enter_async_context(child(*command))
             other = Other(place, which, process)

@@ -1,7 +1,7 @@
 """The anchors of the runs bench, each a process of its own: ``python -I runs_anchors.py langgraph|dbos <database>``.
 
-They run where ``requirements-bench.txt`` is installed, and nothing of ours is. After ``ready`` each line that comes
-says for how many seconds to run, and each line that goes how many runs have ended meanwhile.
+They run in an environment with ``requirements-bench.txt`` and without our code. After ``ready``, each line on stdin is
+a number of seconds to run, and each line on stdout is the number of runs that ended in that time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TypedDict
 from uuid import uuid4
 
 STEPS = 5
-# At once. More were not faster.
+# Parallel runs. More were not faster.
 TASKS = 8
 THREADS = 20
 
 
 def said(text: str) -> str:
-    """What a step does: next to nothing, as in the bench's own runs."""
+    """The work of a step: almost none, as in our own runs."""
     return text + "."
 
 
@@ -38,8 +38,8 @@ class State(TypedDict):
 async def langgraph(url: str) -> None:
     """A graph of five nodes in a row; each checkpoint is committed before the next node begins.
 
-    Saver and pool are as the documents have them. A saver takes one checkpoint at a time, however large its pool is:
-    where each task has a saver of its own, which no document advises, they make about 1.6 times as many.
+    Saver and pool are as in LangGraph's documents. A saver takes one checkpoint at a time, even if its pool is large.
+    With a saver per task, which no document advises, it makes about 1.6 times as many runs.
     """
     from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
     from langgraph.graph import END, START, StateGraph
@@ -75,7 +75,7 @@ async def langgraph(url: str) -> None:
 
 
 def dbos(url: str) -> None:
-    """A workflow of five steps, by threads with a connection each: coroutines make fewer."""
+    """A workflow of five steps in threads with a connection each. Coroutines make fewer runs."""
     from dbos import DBOS
 
     DBOS(config={"name": "bench", "system_database_url": url, "sys_db_pool_size": THREADS, "log_level": "WARNING"})

@@ -1,6 +1,6 @@
-"""A process that takes spans as a collector does and throws them away; prints its base URL.
+"""A process that receives spans as a collector does and discards them. It prints its base URL.
 
-In a process of its own, as a collector is: what the sender pays is measured, what the receiver pays is not ours.
+It is a process of its own, as a collector is, so that the benches measure the sender's cost only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class _Sink(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing: a line per export would end in the bench's output."""
+        """Prints nothing: a line per export would end in the output of the bench."""
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What tests and benches stand on."""
+"""Support for tests and benches: private stacks of engines, running services, fakes of vendors, models and services."""

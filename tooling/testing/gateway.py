@@ -1,4 +1,4 @@
-"""Runs the gateway alone, before services or stand-ins of them."""
+"""Runs nginx, the gateway, alone in front of services or fakes of them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ READY_SECONDS = 30.0
 
 @asynccontextmanager
 async def running_gateway(ports: Mapping[str, int], limits: Limits = LOCAL_LIMITS) -> AsyncIterator[str]:
-    """Its base URL. `ports`: each service's HTTP port."""
-    # Directly under /tmp: started by root, its workers belong to somebody who may not go into TMPDIR.
+    """Yields the gateway's base URL. `ports`: HTTP port of each service."""
+    # Directly under /tmp: if root starts nginx, its workers run as a user who may not enter TMPDIR.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="claw-nginx-") as folder:
         place = Place(Path(folder), {**ports, "nginx": free_port()}, Secrets(Path(folder) / "secrets.json"), SERVICES)
         nginx.prepare(place, limits)
@@ -31,7 +31,7 @@ async def running_gateway(ports: Mapping[str, int], limits: Limits = LOCAL_LIMIT
         process = await asyncio.create_subprocess_exec(*nginx.program(place).command, *as_root)
         try:
             async with asyncio.timeout(READY_SECONDS):
-                while not await _answers(place):  # noqa: ASYNC110 - another process is asked, nothing here can be set
+                while not await _answers(place):  # noqa: ASYNC110 - another process has no signal for it
                     await asyncio.sleep(0.05)
             yield nginx.access(place)["url"]
         finally:

@@ -1,7 +1,8 @@
-"""A stand-in for providers of language models: OpenAI's ``/v1/chat/completions`` and Anthropic's ``/v1/messages``.
+"""A fake of model providers: OpenAI's ``/v1/chat/completions`` and Anthropic's ``/v1/messages``.
 
-It is strict about what it is sent (authorisation, shape, order of messages, tools), answers what the test has scripted
-for a model and otherwise echoes the last user message, streams where it is asked to, and keeps a ledger.
+It refuses every request that the provider would refuse (authorisation, shape, order of messages, tools). It gives the
+scripted answers of a model in their order, and otherwise echoes the last user message. It streams if the request says
+so, and it keeps a ledger.
 """
 
 from __future__ import annotations
@@ -30,34 +31,36 @@ KEY = "a model key made up for tests"
 
 @dataclass(frozen=True)
 class Says:
-    """An answer. `calls`: tools to call, each its name and its arguments as JSON text.
-
-    usage: input (cached included), cached, output (reasoning included), reasoning; None: not reported.
-    stalls_after: after so many pieces of the text nothing more comes. cut_after: after so many the connection breaks.
-    closed_after: after so many the response ends in good order, though the answer does not.
-    whole: in one piece, though a stream was asked for. waits: nothing comes before it is set.
-    comments: nothing comes but comments. endless: the text again and again. packet: bytes that are sent at a time,
-    whatever they cut through.
-    """
+    """An answer with its faults."""
 
     text: str = ""
     calls: tuple[tuple[str, str], ...] = ()
+    """Tool calls: name, and arguments as JSON text."""
     usage: tuple[int, int, int, int] | None = (12, 0, 5, 0)
+    """Tokens: input (cached ones included), cached, output (reasoning included), reasoning. None: not reported."""
     stalls_after: int | None = None
+    """After this number of pieces of the text the response stays open and silent."""
     cut_after: int | None = None
+    """After this number of pieces the connection breaks."""
     closed_after: int | None = None
+    """After this number of pieces the response ends properly, although the answer is not complete."""
     whole: bool = False
+    """The answer comes in one piece, although the request asked for a stream."""
     waits: asyncio.Event | None = None
+    """The answer comes only after this event is set."""
     comments: bool = False
+    """Only comments come, until `release`."""
     endless: bool = False
+    """The text is repeated without end."""
     packet: int | None = None
+    """The stream is sent in pieces of this number of bytes, also through the middle of events and characters."""
 
     @property
     def pieces(self) -> list[str]:
         return [self.text[n : n + 4] for n in range(0, len(self.text), 4)]
 
     def has(self, event: str) -> bool:
-        """Whether a piece of the text is in this event of a stream."""
+        """Whether this event of a stream contains a piece of the text."""
         return any(json.dumps(piece, ensure_ascii=False) in event for piece in self.pieces)
 
 
@@ -71,13 +74,13 @@ class Fails:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that was well-formed, and when it came (`perf_counter`). `system` and `turns` as the provider's shape
-    has them."""
+    """A well-formed request."""
 
     path: str
     model: str
     body: dict[str, Any]
     at: float = field(default_factory=perf_counter)
+    """When it came, by `perf_counter`."""
 
     @property
     def last_user_text(self) -> str:
@@ -93,40 +96,41 @@ class Asked:
 
 
 class ModelServer:
-    """What it is asked and what it has answered. `url` ends in ``/v1``.
-
-    rules: model → what it answers to a request where nothing is scripted.
-    requests: all that were well-formed. refused: why others were not. tokens: model → input and output as reported.
-    took: what was answered to its end, and in how many seconds.
-    """
+    """The fake with its scripts and its ledger."""
 
     def __init__(self) -> None:
         self.url = ""
+        """Base URL; it ends in ``/v1``."""
         self.rules: dict[str, Callable[[Asked], Says]] = {}
+        """Model → how it answers a request if nothing is scripted."""
         self.requests: list[Asked] = []
+        """All well-formed requests."""
         self.refused: list[str] = []
+        """Why each malformed request was refused."""
         self.tokens: dict[str, Counter[str]] = defaultdict(Counter)
+        """Model → input and output tokens as reported."""
         self.took: list[tuple[Asked, float]] = []
+        """Requests that were answered completely, each with the seconds that the answer took."""
         self._scripts: dict[str, deque[Says | Fails]] = defaultdict(deque)
         self._closing = asyncio.Event()
 
     def script(self, model: str, *answers: Says | Fails) -> None:
-        """The next answers to requests for `model` (the provider's name of it), in order."""
+        """Adds answers to the next requests for `model` (the provider's name of it), in their order."""
         self._scripts[model].extend(answers)
 
     def scripted(self, model: str) -> deque[Says | Fails]:
-        """What is scripted for `model` and not yet asked for, to be changed."""
+        """The scripted answers of `model` that are not used yet. The caller may change them."""
         return self._scripts[model]
 
     def forget(self, model: str) -> None:
-        """What was scripted for `model` and not asked for is not answered any more."""
+        """Removes the scripted answers of `model` that are not used yet."""
         self._scripts[model].clear()
 
     def asked(self, model: str) -> list[Asked]:
         return [request for request in self.requests if request.model == model]
 
     def release(self) -> None:
-        """Ends all answers that stall."""
+        """Ends all answers that stall or do not end."""
         self._closing.set()
 
     async def handle(self, request: Request) -> Response:
@@ -166,7 +170,7 @@ class ModelServer:
             for event in shape.events(asked.model, answer.pieces, (), None):
                 if answer.has(event):
                     yield event
-            # To a client that has gone a server sends without waiting: somebody has to be let tell it.
+            # Sending to a closed connection does not wait, so without this the loop would never learn of it.
             await asyncio.sleep(0)
         for most in (answer.stalls_after, answer.cut_after, answer.closed_after):
             if most is None:
@@ -204,7 +208,7 @@ def _echo(asked: Asked) -> Says:
 
 @asynccontextmanager
 async def model_server() -> AsyncIterator[ModelServer]:
-    """A running server on a free port of the loopback interface."""
+    """The server, running on a free port of the loopback interface."""
     server = ModelServer()
     routes = [
         Route("/v1/chat/completions", server.handle, methods=["POST"]),

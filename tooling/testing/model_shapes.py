@@ -1,6 +1,6 @@
-"""The shapes of OpenAI's chat completions and Anthropic's messages, as the fake model server checks and makes them.
+"""Checks requests and makes answers in the shapes of OpenAI's chat completions and Anthropic's messages.
 
-By https://platform.openai.com/docs/api-reference/chat and https://docs.anthropic.com/en/api/messages.
+Sources: https://platform.openai.com/docs/api-reference/chat and https://docs.anthropic.com/en/api/messages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ANTHROPIC_FIELDS = "model messages system max_tokens stream tools tool_choice t
 
 
 class Refused(Exception):
-    """The request is not as the provider's documents say."""
+    """The request does not follow the provider's documents."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 class Shape(Protocol):
-    """What is particular to one provider's wire."""
+    """The wire format of one provider."""
 
     def check(self, headers: Mapping[str, str], body: Any, key: str) -> None: ...
     def reports_usage(self, body: Mapping[str, Any]) -> bool: ...
@@ -46,7 +46,7 @@ def _need(holds: object, reason: str, status: int = 400) -> None:
 
 def _check_tool(name: object, schema: object) -> None:
     _need(isinstance(name, str) and _NAME.fullmatch(name), f"tool name {name!r}")
-    _need(isinstance(schema, dict) and schema.get("type") == "object", f"schema of {name} is no object")
+    _need(isinstance(schema, dict) and schema.get("type") == "object", f"schema of {name}: must be of type object")
 
 
 def _check_calls_answered(open_calls: set[str]) -> None:
@@ -111,7 +111,7 @@ class _OpenAI:
             arguments = made["function"]["arguments"]
             begun = made | {"index": n, "function": made["function"] | {"arguments": ""}}
             yield chunk(choice({"tool_calls": [begun]}))
-            # In two parts, as the real one does not keep JSON whole.
+            # In two parts: the real provider cuts the JSON anywhere.
             for part in (arguments[: len(arguments) // 2], arguments[len(arguments) // 2 :]):
                 yield chunk(choice({"tool_calls": [{"index": n, "function": {"arguments": part}}]}))
         yield chunk(choice({}, "tool_calls" if calls else "stop"))
@@ -202,7 +202,7 @@ def _tool_use(n: int, call: tuple[str, str]) -> dict[str, Any]:
 
 def _anthropic_usage(usage: tuple[int, int, int, int]) -> dict[str, Any]:
     prompt, cached, completion, _ = usage
-    # Here cached tokens are not part of the input.
+    # Anthropic does not count cached tokens as input.
     return {
         "input_tokens": prompt - cached,
         "cache_read_input_tokens": cached,

@@ -1,4 +1,4 @@
-"""Receives spans as an OpenTelemetry collector does (OTLP over HTTP), keeps them, and shows a trace as a tree."""
+"""A receiver of spans by OTLP over HTTP that keeps them, and a view of a trace as a tree."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ Value = str | int | float | bool | bytes | None
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """A finished span. Ids are hexadecimal, `parent_id` is empty for a root, `links` are (trace id, span id).
-
-    `kind` and `status` are the names of the specification, in lower case: server, producer…; unset, ok, error.
-    """
+    """A finished span. Ids are hexadecimal."""
 
     trace_id: str
     span_id: str
     parent_id: str
+    """Empty for a root."""
     name: str
     kind: str
+    """As in the specification, in lower case: server, client, producer, consumer, internal."""
     service: str
     start_ns: int
     end_ns: int
     attributes: dict[str, Value]
     links: tuple[tuple[str, str], ...]
+    """Trace id and span id of each linked span."""
     status: str
+    """unset, ok or error."""
 
     @property
     def ms(self) -> float:
@@ -49,7 +50,7 @@ class ReceivedSpan:
 
 
 class OtlpReceiver:
-    """``async with OtlpReceiver() as receiver``: listens on a free loopback port, `receiver.endpoint` names it."""
+    """``async with OtlpReceiver() as receiver`` listens on loopback. Its base URL is `receiver.endpoint`."""
 
     def __init__(self) -> None:
         self.spans: list[ReceivedSpan] = []
@@ -74,13 +75,13 @@ class OtlpReceiver:
         return sorted((s for s in self.spans if s.trace_id == trace_id), key=lambda span: span.start_ns)
 
     async def wait_for(self, complete: Callable[[Sequence[ReceivedSpan]], bool], seconds: float = 15) -> None:
-        """Returns when `complete` is true of the spans received. Raises TimeoutError naming those that came."""
+        """Returns when `complete` is true of the received spans. Raises TimeoutError naming those that came."""
         try:
             async with asyncio.timeout(seconds), self._arrived:
                 await self._arrived.wait_for(lambda: complete(self.spans))
         except TimeoutError:
             came = ", ".join(f"{span.service}: {span.name}" for span in self.spans) or "none"
-            raise TimeoutError(f"the spans awaited did not come in {seconds:g} s; these came: {came}") from None
+            raise TimeoutError(f"the expected spans did not arrive within {seconds:g} s; these came: {came}") from None
 
     async def _take(self, request: Request) -> Response:
         message = ExportTraceServiceRequest.FromString(await request.body())
@@ -123,7 +124,7 @@ def _value(value: AnyValue) -> Value:
 def render_trace(spans: Sequence[ReceivedSpan], trace_id: str) -> Table:
     """One trace as a tree of 80 columns: span, service, milliseconds.
 
-    What has its own trace and is only linked to a span of this one (a batch) stands below it, marked ``⇢``.
+    A span of another trace that links to a span of this one (a batch) stands below it, marked ``⇢``.
     """
     table = Table(box=None, width=80, padding=(0, 1), header_style="bold")
     table.add_column("span", no_wrap=True, overflow="ellipsis", ratio=1)

@@ -1,4 +1,4 @@
-"""Runs the product's services as real processes in a corner of a test stack: own database, vhost and topics."""
+"""Runs the services as real processes on a test stack, with a database, a virtual host and topics of their own."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from tooling.testing.stack import Stack, free_ports
 
 T = TypeVar("T")
 
-# Roles are the whole server's, so every module that shares a stack has to use the same.
+# Roles belong to the whole PostgreSQL server, so all modules that share a stack must use the same passwords.
 PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
 INTERNAL_SECRET = "an internal secret made up for tests"
 MASTER_KEY = base64.b64encode(b"a master key of 32 bytes, for me").decode()
 ADMIN_TOKEN = "an operator's token made up for tests"
 READY_SECONDS = 90.0
-# Engines besides those that every test stack has.
+# Engines that a service needs besides those of every test stack.
 _NEEDED = {"memory": ("milvus", "s3"), "log_aggregator": ("opensearch",), "notification": ("mailbox",)}
 
 
 class Platform:
-    """Services by name, as in the catalog. Ports are free ones; `folder` takes the logs."""
+    """Service processes by their names in the catalog, on free ports. Logs go to `folder`."""
 
     def __init__(self, stack: Stack, database: str, vhost: str, prefix: str, folder: Path) -> None:
         self.stack = stack
@@ -64,7 +64,7 @@ class Platform:
         self._producer: AIOKafkaProducer | None = None
 
     async def prepare(self, *names: str) -> None:
-        """Engines, roles, schemas and tables that these services need; all topics and queues."""
+        """Makes the engines, roles, schemas and tables that these services need, and all topics and queues."""
         self.stack.need(*(engine for name in names for engine in _NEEDED.get(name, ())))
         await prepare_database(self.database_url, {name: PASSWORDS for name in names})
         for name in names:
@@ -80,14 +80,14 @@ class Platform:
         )
 
     async def start(self, *names: str, **environment: str) -> None:
-        """Starts these services and waits until they are ready; `environment` is added to theirs."""
+        """Starts these services and waits until they are ready. `environment` is added to the variables of each."""
         for name in names:
             self.spawn(name, **environment)
         for name in names:
             await self.ready(name)
 
     def spawn(self, name: str, **environment: str) -> None:
-        """Starts one without waiting. One that runs still, left by a test that failed, is stopped first."""
+        """Starts one service without waiting. If it still runs because a test failed, it is stopped first."""
         if name in self.processes and self.processes[name].poll() is None:
             self.stop(name)
         log = self.folder / f"{name}.log"
@@ -130,7 +130,7 @@ class Platform:
         return found
 
     async def ready(self, name: str) -> None:
-        """Raises RuntimeError with the end of its log where the service does not become ready."""
+        """Waits until the service is ready. Raises RuntimeError with the end of its log if it does not become ready."""
         deadline = time.monotonic() + READY_SECONDS
         answer = ""
         async with httpx.AsyncClient(base_url=self.url(name), trust_env=False) as client:
@@ -160,17 +160,17 @@ class Platform:
     def headers(
         self, tenant_id: str, *, scopes: tuple[str, ...] = SCOPES, actor: str = "api_key:test"
     ) -> dict[str, str]:
-        """What the gateway adds to a request of this tenant; an empty tenant is the operator."""
+        """The headers that the gateway adds to a request of this tenant. An empty tenant is the operator."""
         identity = Identity(actor if tenant_id else "operator", tenant_id, frozenset(scopes))
         return {IDENTITY_HEADER: self._identities.token(identity)}
 
     def client(self, name: str, tenant_id: str = "", **kwargs: Any) -> httpx.AsyncClient:
-        """An HTTP client of one service, as this tenant or as the operator."""
+        """An HTTP client of one service for this tenant, or for the operator."""
         headers = self.headers(tenant_id, **kwargs)
         return httpx.AsyncClient(base_url=self.url(name), headers=headers, trust_env=False, timeout=30)
 
     def database(self, name: str) -> Database:
-        """The worker role's, in this process."""
+        """A `Database` of the service's worker role in this process."""
         if name not in self._databases:
             url = role_url(self.database_url, name, "worker", PASSWORDS.worker)
             self._databases[name] = Database(create_engine(url, pool_size=5), name)
@@ -179,7 +179,7 @@ class Platform:
     async def produce(
         self, topic: Topic, message: Message, *, key: str, tenant_id: str | None = None, message_id: UUID | None = None
     ) -> UUID:
-        """Puts a fact on Kafka, as its producer's relay would. Returns the message's id."""
+        """Writes a fact to Kafka as its producer's relay does. Returns the message's id."""
         if self._producer is None:
             self._producer = AIOKafkaProducer(bootstrap_servers=self.stack.kafka_bootstrap_servers, acks="all")
             await self._producer.start()
@@ -201,7 +201,7 @@ class Platform:
         message_id: UUID | None = None,
         traceparent: str | None = None,
     ) -> UUID:
-        """Puts work on RabbitMQ, as its producer's relay would. Returns the message's id."""
+        """Publishes work to RabbitMQ as its producer's relay does. Returns the message's id."""
         envelope = _envelope(queue.producers[0], message, None, tenant_id, message_id, traceparent)
         connection = await aio_pika.connect(self.rabbitmq_url)
         async with connection:
@@ -220,7 +220,7 @@ class Platform:
         return envelope.id
 
     async def outbox(self, name: str, destination: str) -> list[tuple[dict[str, str], dict[str, Any]]]:
-        """Headers and body of what a service has written for a topic or an exchange, in order."""
+        """Headers and bodies of the outbox rows of a service for a topic or an exchange, in order."""
         async with self.database(name).begin() as tx:
             rows = await tx.sql(
                 "SELECT headers, body FROM outbox WHERE destination = $1 ORDER BY position", destination
@@ -228,7 +228,7 @@ class Platform:
         return [(json.loads(headers), json.loads(body)) for headers, body in rows]
 
     async def until(self, ask: Callable[[], Awaitable[T | None]], *, seconds: float = 60) -> T:
-        """Asks until the answer is true. Raises TimeoutError with the last answer."""
+        """Calls `ask` until its answer is true and returns it. Raises TimeoutError with the last answer."""
         deadline = time.monotonic() + seconds
         while not (answer := await ask()):
             if time.monotonic() > deadline:
@@ -242,7 +242,7 @@ class Platform:
             self.processes[name].wait()
 
     def stop(self, name: str) -> int:
-        """Asks the process to end and waits; its exit code."""
+        """Sends SIGTERM, waits, and returns the exit code."""
         process = self.processes[name]
         process.send_signal(signal.SIGCONT)
         process.terminate()
@@ -270,7 +270,7 @@ class Platform:
 async def running_platform(
     stack: Stack, database: str, vhost: str, prefix: str, folder: Path
 ) -> AsyncIterator[Platform]:
-    """A platform whose processes end with the block."""
+    """A platform. Its processes end with the block."""
     platform = Platform(stack, database, vhost, prefix, folder)
     try:
         yield platform

@@ -1,5 +1,5 @@
-"""Service processes for tests: forks of a process that has the code loaded, so that a start takes what the service does
-and not what Python loads."""
+"""Service processes for tests. They are forks of a process that has imported all code, so a start does not wait for
+imports."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def _server() -> ForkServerContext:
 
 
 class Process:
-    """A service that runs. To its owner it is as a `subprocess.Popen`.
+    """A running service with the methods of a `subprocess.Popen`.
 
-    `module`: its package, whose ``__main__`` has the `service`; `environment`: all that it sees; `log`: takes what it
-    prints, behind what is there.
+    `module`: the package whose ``__main__`` defines `service`. `environment`: all variables of the process. `log`: the
+    file to which its output is appended.
     """
 
     def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
         log.touch()
-        # A daemon: one that its owner forgot ends with the tests.
+        # A daemon: if its owner forgets it, it ends with the tests.
         self._process = _server().Process(target=_run, args=(module, dict(environment), log), daemon=True)
         self._process.start()
         assert self._process.pid
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """The exit code (negative for a signal), or None while the process runs."""
         return self._process.exitcode
 
     def wait(self, seconds: float | None = None) -> int:
-        """Raises subprocess.TimeoutExpired."""
+        """Waits for the end and returns the exit code. Raises subprocess.TimeoutExpired."""
         self._process.join(seconds)
         code = self._process.exitcode
         if code is None:
@@ -67,7 +67,7 @@ class Process:
 
 
 def _run(module: str, environment: dict[str, str], log: Path) -> None:
-    # Ctrl-C is for whoever runs it, and who then stops it in good order.
+    # Ctrl-C reaches the test run only, which then stops its services with SIGTERM.
     os.setsid()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)

@@ -1,4 +1,4 @@
-"""A TCP proxy with faults, between a client and a real server."""
+"""A TCP proxy between a client and a real server that can delay, hold, reset or half-close connections."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import suppress
 
 
 class FaultProxy:
-    """``async with FaultProxy(host, port) as proxy``: listens on loopback at `proxy.port`, forwards to the target.
+    """``async with FaultProxy(host, port) as proxy`` listens on loopback at `proxy.port` and forwards to the target.
 
-    `latency` is the delay in seconds of every piece in either direction.
+    `latency`: seconds by which each piece of data is delayed, in both directions.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -37,15 +37,15 @@ class FaultProxy:
         await self._server.wait_closed()
 
     def blackhole(self) -> None:
-        """Nothing passes any more, and nobody is told, as when packets are lost."""
+        """Holds all data. Neither side notices, as if packets were lost."""
         self._flowing.clear()
 
     def heal(self) -> None:
-        """What a blackhole held passes now, as after TCP's retransmission."""
+        """Forwards the data that `blackhole` has held, as TCP does after a retransmission."""
         self._flowing.set()
 
     def reset(self) -> None:
-        """Both ends of every connection get a reset (RST)."""
+        """Resets (RST) both ends of every connection."""
         for writers in self._connections:
             for writer in writers:
                 with suppress(OSError):
@@ -55,7 +55,7 @@ class FaultProxy:
         self._connections.clear()
 
     def half_close(self) -> None:
-        """The clients read the end of the stream, and may go on to write."""
+        """The clients read the end of the stream and may still write."""
         for client, _ in self._connections:
             client.write_eof()
 
@@ -72,7 +72,7 @@ class FaultProxy:
             pump.add_done_callback(self._pumps.discard)
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        # A reset, ours or theirs, ends the pump: there is nothing left to forward.
+        # A reset of either side ends the pump: there is no data left to forward.
         with suppress(OSError, RuntimeError):
             while piece := await source.read(65536):
                 await asyncio.sleep(self.latency)

@@ -1,4 +1,4 @@
-"""Stand-ins for the services that the agent calls by gRPC: memory, billing and plugin; strict, each with a ledger."""
+"""Fakes of the services that the agent calls by gRPC (memory, billing, plugin). They are strict and keep a ledger."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ _SCHEMA = {
 
 
 class FakeMemory(memory_pb2_grpc.MemoryServicer):
-    """`passages`: (tenant, text, document's name); found by whoever asks of that tenant. `away`: fails so often."""
+    """Returns all passages of the tenant for every query."""
 
     def __init__(self) -> None:
         self.passages: list[tuple[str, str, str]] = []
+        """Tenant, text and the document's name."""
         self.queries: list[str] = []
         self.away = 0
+        """The next calls, this many of them, fail with a transient error."""
 
     async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
         tenant = rpc.tenant()
@@ -43,7 +45,7 @@ class FakeMemory(memory_pb2_grpc.MemoryServicer):
             raise InvalidMessage("query", "is empty")
         if self.away:
             self.away -= 1
-            raise Transient("memory is away")
+            raise Transient("memory is not available")
         self.queries.append(request.query)
         found = [(text, name) for owner, text, name in self.passages if owner == tenant]
         return memory_pb2.RetrieveReply(
@@ -57,17 +59,21 @@ class FakeMemory(memory_pb2_grpc.MemoryServicer):
 
 
 class FakeBilling(billing_pb2_grpc.BillingServicer):
-    """`broke`: tenants without credit. `holds`: by id, with what they are for. `prices`: nanos per token."""
+    """Grants every hold to a tenant with credit."""
 
     def __init__(self) -> None:
         self.broke: set[str] = set()
+        """Tenants without credit."""
         self.holds: dict[str, billing_pb2.ReserveRequest] = {}
+        """Hold id → the request that made it."""
         self.released: list[str] = []
+        """Ids of the holds that were given back."""
         self.charges: dict[str, list[billing_pb2.Charge]] = {}
+        """Run id → its charges."""
         self.nanos_per_token = 10
 
     def charge(self, run_id: str, usage_id: str, *, amount_nanos: int) -> None:
-        """From now on this usage has been counted."""
+        """Adds a counted charge to the run."""
         charge = billing_pb2.Charge(usage_id=usage_id, resource="r", verdict="counted", amount_nanos=amount_nanos)
         charge.occurred_at.GetCurrentTime()
         charge.rated_at.GetCurrentTime()
@@ -77,7 +83,7 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
         tenant = rpc.tenant()
         UUID(request.hold_id)
         if request.expires_in_ms <= 0 or not request.resource or not request.quantities:
-            raise InvalidMessage("reserve", "is not whole")
+            raise InvalidMessage("reserve", "needs expires_in_ms above 0, resource and quantities")
         if self.holds.setdefault(request.hold_id, request) != request:
             raise InvalidMessage("hold_id", "was used before with another request")
         granted = tenant not in self.broke
@@ -96,18 +102,19 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
 
 
 class FakePlugin(plugin_pb2_grpc.PluginServicer):
-    """Two tools, which answer what they were asked. `calls`: key → tool and arguments, each key once.
-
-    effects: how often each key really took effect. outcomes: what the next calls of a tool end as.
-    waits: no call goes on before it is set; `reached` is set when one has come.
-    """
+    """Two tools that answer with their arguments."""
 
     def __init__(self) -> None:
         self.calls: dict[str, tuple[str, str]] = {}
+        """Idempotency key → tool and arguments."""
         self.effects: Counter[str] = Counter()
+        """Idempotency key → number of times that the call took effect."""
         self.outcomes: dict[str, list[plugin_pb2.CallReply]] = {}
+        """Tool → replies to its next calls, in order."""
         self.waits: asyncio.Event | None = None
+        """If present, calls continue only after it is set."""
         self.reached = asyncio.Event()
+        """Set when a call has arrived."""
 
     async def Tools(self, request: plugin_pb2.ToolsRequest, context: Any) -> plugin_pb2.ToolsReply:
         rpc.tenant()
@@ -131,7 +138,7 @@ class FakePlugin(plugin_pb2_grpc.PluginServicer):
         try:
             arguments = json.loads(request.arguments_json)
         except ValueError:
-            raise InvalidMessage("arguments", "are no JSON") from None
+            raise InvalidMessage("arguments", "must be JSON") from None
         if set(arguments) != set(_SCHEMA[request.tool]["properties"]):
             raise InvalidMessage("arguments", "do not fit the schema")
         if not request.idempotency_key:
@@ -152,7 +159,7 @@ class FakePlugin(plugin_pb2_grpc.PluginServicer):
 
 
 class ServiceFakes:
-    """The three stand-ins, running."""
+    """The three fakes."""
 
     def __init__(self) -> None:
         self.memory = FakeMemory()
@@ -162,7 +169,7 @@ class ServiceFakes:
 
 @asynccontextmanager
 async def running_service_fakes(platform: Platform) -> AsyncIterator[ServiceFakes]:
-    """Serves them where the platform's services look for the real ones."""
+    """Serves the fakes on the ports at which the platform's services expect the real ones."""
     peers = ServiceFakes()
     servicers: dict[str, tuple[Callable[[Any, Any], None], Any]] = {
         "memory": (memory_pb2_grpc.add_MemoryServicer_to_server, peers.memory),

@@ -1,7 +1,7 @@
-"""A private stack of real engines for tests and benches: own state folder, own free ports, gone at the end.
+"""A private stack of real engines for tests and benches, with its own state folder and free ports, removed at the end.
 
-``python -m tooling.testing.stack`` keeps one running in the foreground, and prints what to put into CLAW_TEST_STACK:
-test runs that find this variable use that stack instead of starting one, so several developers can share it.
+``python -m tooling.testing.stack`` keeps one running in the foreground and prints the value for CLAW_TEST_STACK. Test
+runs with this variable use that stack and start none of their own, so several developers can share one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DEFAULT_ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 
 class Stack:
-    """A running stack: administrators' access to each engine, and the means to hurt it.
+    """A running stack: administrators' access to each engine, and methods that kill, pause and stop it.
 
-    Engine names are those of ``./claw status``. All methods that change an engine act on its whole process tree.
+    Engine names are those of ``./claw status``. Each method that changes an engine acts on its whole process tree.
     """
 
     def __init__(self, home: Path) -> None:
@@ -44,14 +44,14 @@ class Stack:
         self.engines = json.loads((self.home / "credentials.json").read_text())["engines"]
 
     def need(self, *names: str) -> None:
-        """Starts these engines too, if they do not run yet."""
+        """Starts these engines if they do not run yet."""
         if names:
             run_claw(self.home, "up", "--only", ",".join(names))
             self._read_credentials()
 
     @property
     def postgres_url(self) -> str:
-        """The administrator's, on the database that `up` makes; tests use the fixture `database` instead."""
+        """The administrator's URL of the database that `up` makes. Tests use the fixture `database` instead."""
         return str(self.engines["postgres"]["url"])
 
     @property
@@ -64,20 +64,20 @@ class Stack:
 
     @property
     def rabbitmq_url(self) -> str:
-        """The administrator's, on the default virtual host; tests use the fixture `vhost` instead."""
+        """The administrator's URL of the default virtual host. Tests use the fixture `vhost` instead."""
         return str(self.engines["rabbitmq"]["url"])
 
     @property
     def rabbitmq_management_url(self) -> str:
-        """With user and password in it."""
+        """The URL of the management API, with user and password."""
         return str(self.engines["rabbitmq"]["management_url"])
 
     def pid(self, name: str) -> int:
-        """The process that the supervisor started; 0 if it is down."""
+        """Process id of the program that the supervisor started, 0 if it is down."""
         return self._supervisor.processes()[name].pid
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """Sends the signal to the engine and all of its children. A killed one is started again at once."""
+        """Sends the signal to the engine and all of its children. The supervisor restarts a killed engine."""
         for process in self._tree(name):
             try:
                 process.send_signal(number)
@@ -85,18 +85,18 @@ class Stack:
                 continue
 
     def pause(self, name: str) -> None:
-        """Stops the engine in its tracks: its ports accept, nothing answers. End it with `cont`."""
+        """Sends SIGSTOP: its ports accept connections and nothing answers. `cont` ends it."""
         self.kill(name, signal.SIGSTOP)
 
     def cont(self, name: str) -> None:
         self.kill(name, signal.SIGCONT)
 
     def stop(self, name: str) -> None:
-        """Stops the engine in good order; it stays down until `start`."""
+        """Stops the engine properly. It stays down until `start`."""
         self._supervisor.stop(name)
 
     def start(self, name: str) -> None:
-        """Starts what was stopped, and waits until it works."""
+        """Starts a stopped engine and waits until it works."""
         run_claw(self.home, "up", "--only", name)
 
     def restart(self, name: str) -> None:
@@ -104,7 +104,7 @@ class Stack:
         self.start(name)
 
     def wait_ready(self, name: str) -> None:
-        """Waits until the engine answers its clients again, up to five minutes."""
+        """Waits until the engine answers its clients again, for at most five minutes."""
         self.start(name)
 
     def _tree(self, name: str) -> list[psutil.Process]:
@@ -117,7 +117,7 @@ class Stack:
 
 @contextmanager
 def running_stack(engines: Iterable[str] = DEFAULT_ENGINES) -> Iterator[Stack]:
-    """Starts these engines for the length of the block, or lends the stack that CLAW_TEST_STACK names."""
+    """Starts these engines for the block, or uses the stack that CLAW_TEST_STACK names."""
     if shared := os.environ.get("CLAW_TEST_STACK"):
         run_claw(Path(shared), "up", "--only", ",".join(engines))
         yield Stack(Path(shared))
@@ -129,9 +129,9 @@ def running_stack(engines: Iterable[str] = DEFAULT_ENGINES) -> Iterator[Stack]:
 
 @contextmanager
 def private_home() -> Iterator[Path]:
-    """A state folder with free ports. What was started in it ends with the block, and also if this process is
-    killed: a guard process watches."""
-    # Directly under /tmp: TMPDIR may lie where the stack's own user cannot go.
+    """A state folder with free ports. A guard process ends everything that was started in it, at the end of the block
+    and also if this process is killed."""
+    # Directly under /tmp: the stack's own user may not be able to enter TMPDIR.
     folder = Path(tempfile.mkdtemp(prefix="claw-test-", dir="/tmp"))
     folder.chmod(0o755)
     home = folder / "stack"
@@ -150,7 +150,7 @@ def private_home() -> Iterator[Path]:
 
 
 def run_claw(home: Path, *arguments: str) -> str:
-    """Runs a command of the CLI on this stack; what it printed. Raises RuntimeError with all it said if it failed."""
+    """Runs a CLI command on this stack and returns its output. Raises RuntimeError with the output if it fails."""
     command = [sys.executable, "-m", "tooling.cli", *arguments]
     done = subprocess.run(command, env=_environment(home), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -159,7 +159,7 @@ def run_claw(home: Path, *arguments: str) -> str:
 
 
 def free_ports(names: Sequence[str]) -> dict[str, int]:
-    """A block of ports that nobody has, below those that the system gives to outgoing connections."""
+    """A block of free ports below those that the system gives to outgoing connections."""
     while True:
         first = random.randrange(12_000, 31_000)
         ports = range(first, first + len(names))
@@ -174,7 +174,7 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def _guard(folder: Path) -> None:
-    """Waits until the other end of standard input is gone, however it went; then ends the stack."""
+    """Ends the stack after the end of standard input: the parent has closed it or has died."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()

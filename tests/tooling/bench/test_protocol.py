@@ -1,4 +1,4 @@
-"""How a bench's figure is made."""
+"""The measuring protocol of the benches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tooling.bench.protocol import (
 
 
 def test_the_ratio_is_the_median_of_the_pairs_and_not_of_the_rates() -> None:
-    # The machine slows down for good: each pair still says that ours is half as fast.
+    # The machine becomes slower and slower, but in each pair ours is half as fast.
     anchor = [1000.0, 900, 800, 700, 600, 500, 400]
     result = verdict("b", "a", 0.5, anchor, [rate / 2 for rate in anchor])
     assert (result.ratio, result.low, result.high) == (0.5, 0.5, 0.5)
@@ -101,7 +101,7 @@ async def test_slices_are_paired_and_the_first_round_is_not_counted() -> None:
     assert result.ratio == result.low == 0.8
     assert result.pairs == 20
     assert all(set(asked[n : n + 2]) == {"ours", "theirs"} for n in range(0, 42, 2))
-    # In random order: each goes first at least once, which fails by chance once in a million runs.
+    # Random order: each goes first at least once. By chance that fails once in a million runs.
     assert {asked[n] for n in range(0, 42, 2)} == {"ours", "theirs"}
     assert shown[-1] == (42, 42)
 

@@ -1,4 +1,4 @@
-"""Runs: the real service, with a model that answers at once; steps that are not all on record make no figure."""
+"""Runs: the real service with a model that answers immediately. A step that is not on record gives an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_a_slice_is_as_many_runs_as_there_are_sessions_each_of_five_steps(
     assert ran == [["model", "tool", "model", "tool", "model"]] * SESSIONS
 
 
-async def test_rows_that_are_each_committed_are_counted(bench: Runs) -> None:
+async def test_single_row_commits_are_counted(bench: Runs) -> None:
     assert (await bench.commits()).done > 0
 
 
@@ -41,7 +41,7 @@ async def test_rows_that_are_each_committed_are_counted(bench: Runs) -> None:
     ("table", "column", "value"),
     [("run", "status", "completed"), ("run_step", "status", "completed"), ("event", "type", "StepStarted")],
 )
-async def test_a_step_that_is_not_on_record_makes_no_figure(bench: Runs, table: str, column: str, value: str) -> None:
+async def test_a_step_that_is_not_on_record_is_an_error(bench: Runs, table: str, column: str, value: str) -> None:
     await bench.ours()
     admin = bench.fixture.admin
     await admin.execute(f"UPDATE agent.{table} SET {column} = 'lost' WHERE {column} = '{value}'")
@@ -51,8 +51,8 @@ async def test_a_step_that_is_not_on_record_makes_no_figure(bench: Runs, table: 
     assert (await bench.ours()).done > 0
 
 
-def test_what_is_counted_in_steps_is_shown_in_runs() -> None:
-    result = in_runs(verdict("runs", "LangGraph", 8, [500.0] * 3, [5000.0] * 3))
+def test_rates_of_steps_are_shown_as_rates_of_runs() -> None:
+    result = in_runs(verdict("runs", "LangGraph", 6, [500.0] * 3, [5000.0] * 3))
     assert (result.our_rate, result.anchor_rate, result.ratio, result.met) == (1000, 100, 10, True)
 
 

@@ -1,4 +1,4 @@
-"""Spans over real OTLP/HTTP, and how a trace looks."""
+"""The receiver of spans, over real OTLP/HTTP, and the view of a trace."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ async def test_the_links_of_a_batch_arrive_where_the_other_end_was_recorded() ->
     assert later.links == ((trace, f"{1:016x}"),)
 
 
-async def test_spans_that_do_not_come_are_said_with_those_that_came() -> None:
+async def test_a_timeout_names_the_spans_that_came() -> None:
     async with OtlpReceiver() as receiver:
         with pytest.raises(TimeoutError, match="these came: none"):
             await receiver.wait_for(lambda spans: len(spans) > 0, seconds=0.01)
 
 
-def test_a_collector_that_is_away_stops_nobody() -> None:
+def test_a_collector_that_does_not_answer_stops_no_service() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         running = telemetry.setup("billing", "1", f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -101,7 +101,7 @@ def test_a_trace_is_a_tree_of_80_columns_with_links_marked() -> None:
         span("SELECT", "a", "9", trace="batch"),
         span("tell front", "b", "2", status="error"),
         span("a very long name of a span " * 5, "c", "1", service="a-very-long-name-of-a-service"),
-        span("of another story", "d", trace="other"),
+        span("of another trace", "d", trace="other"),
     ]
     out = io.StringIO()
     Console(file=out, width=80).print(render_trace(spans, "t"))
@@ -120,7 +120,7 @@ def test_a_trace_is_a_tree_of_80_columns_with_links_marked() -> None:
     assert len(lines) == 7
 
 
-def test_links_in_a_circle_end() -> None:
+def test_a_circle_of_links_ends() -> None:
     spans = [span("a", "1", links=1), span("b", "2", trace="u", links=0)]
     spans[1] = ReceivedSpan(**{**spans[1].__dict__, "links": (("t", "1"),)})
     spans[0] = ReceivedSpan(**{**spans[0].__dict__, "links": (("u", "2"),)})

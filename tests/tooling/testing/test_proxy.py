@@ -1,4 +1,4 @@
-"""The proxy's faults, as a client of a real server sees them."""
+"""The faults of the proxy, seen by a client of a real server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tooling.testing.proxy import FaultProxy
 
 @pytest.fixture
 async def proxy() -> AsyncIterator[FaultProxy]:
-    """In front of a server that sends back what it reads, and says when its client has ended."""
+    """A proxy in front of an echo server, which sends ``bye`` after the end of its client."""
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
@@ -56,7 +56,7 @@ async def test_latency_delays_every_piece(proxy: FaultProxy) -> None:
     writer.close()
 
 
-async def test_a_blackhole_says_nothing_and_loses_nothing(proxy: FaultProxy) -> None:
+async def test_a_blackhole_holds_data_and_loses_none(proxy: FaultProxy) -> None:
     reader, writer = await connect(proxy)
     proxy.blackhole()
     writer.write(b"x")
@@ -86,7 +86,7 @@ async def test_a_half_closed_client_reads_the_end_and_may_write(proxy: FaultProx
     writer.close()
 
 
-async def test_a_server_that_is_away_closes_the_connection() -> None:
+async def test_without_a_server_the_connection_is_closed() -> None:
     async with FaultProxy("127.0.0.1", 1) as proxy:
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
         assert await reader.read() == b""

@@ -1,8 +1,7 @@
-"""The real agent service, but whom its runs would wait for answers at once and in this process: what is left of a run
-is what makes it durable.
+"""The real agent service with a model, tools and billing that answer immediately in this process.
 
-No model, no tool and no credit is behind the answers. The model asks for a tool twice and then has its say, so each run
-has five steps: model, tool, model, tool, model.
+The rest of a run's cost is durability. The model asks for a tool twice and then answers, so each run has five steps:
+model, tool, model, tool, model.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _TOOL = plugin_pb2.Tool(name=TOOL, description="Works out a sum.", schema_json='
 
 
 class AtOnce(Models):
-    """The one model, by whatever name it is asked for."""
+    """The only model, under every name."""
 
     def __init__(self) -> None:
         pass
@@ -47,14 +46,14 @@ class AtOnce(Models):
 
 
 class Credit:
-    """Billing, as its stub is called."""
+    """Stands in for billing's stub."""
 
     async def Reserve(self, request: billing_pb2.ReserveRequest, **_: Any) -> billing_pb2.ReserveReply:
         return billing_pb2.ReserveReply(granted=True, held_nanos=1, currency="USD")
 
 
 class Tools:
-    """The plugin service, as its stub is called."""
+    """Stands in for the plugin service's stub."""
 
     async def Tools(self, request: plugin_pb2.ToolsRequest, **_: Any) -> plugin_pb2.ToolsReply:
         return plugin_pb2.ToolsReply(tools=[_TOOL])

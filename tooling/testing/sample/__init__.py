@@ -1,4 +1,4 @@
-"""Three small services that use all of the kernel: front (HTTP, gRPC), desk (RabbitMQ → stream), ledger (Kafka).
+"""Services that use all of the kernel: front (HTTP, gRPC), desk (RabbitMQ → stream), ledger (Kafka), courier (lane).
 
-Demo, crash tests and benches run on them. They are real processes on real engines, but not part of the product.
+Crash tests and benches run them as real processes on real engines. They are not part of the product.
 """

@@ -1,4 +1,4 @@
-"""Runs the sample's processes on given engines: for the demo, the crash tests and the benches."""
+"""Runs the processes of the sample on given engines, for crash tests and benches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ READY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Engines:
-    """Administrators' access. `postgres` names the database, `rabbitmq` the vhost that the sample may use."""
+    """Administrators' URLs. `postgres` includes the database and `rabbitmq` the virtual host of the sample."""
 
     postgres: str
     kafka: str
@@ -40,7 +40,7 @@ class Engines:
 
 
 class SampleServices:
-    """Prepares the engines and keeps the three processes; `folder` takes their logs."""
+    """The engines' preparation and the three processes. Their logs go to `folder`."""
 
     def __init__(
         self, engines: Engines, folder: Path, passwords: Passwords, *, prefix: str = "", otlp: str | None = None
@@ -73,7 +73,7 @@ class SampleServices:
         await self.provision()
 
     async def provision(self) -> None:
-        """Topics and queues; what they have lost, if they are made anew, is sent again."""
+        """Makes topics and queues. If they were missing, outbox rows that they have lost are published again."""
         await provision_brokers(
             Catalog(topics=(*SAMPLE.topics, AUDIT_LOGS, SERVICE_LOGS), queues=SAMPLE.queues),
             self.engines.postgres,
@@ -84,11 +84,11 @@ class SampleServices:
         )
 
     def url(self, service: str, role: str = "worker") -> str:
-        """The database URL of one of the services."""
+        """The database URL of a service for one of its roles."""
         return role_url(self.engines.postgres, f"sample_{service}", role, getattr(self._passwords, role))
 
     def start(self, instance: str, **environment: str) -> None:
-        """Starts a process of one of the services, with variables of its own. `instance`: ``desk``, or ``desk-2``."""
+        """Starts a process of a service with additional variables. `instance`: such as ``desk`` or ``desk-2``."""
         name = instance.partition("-")[0]
         grpc = self._environment["CLAW_FRONT_GRPC"].rpartition(":")[2] if name == "front" else ""
         self.ports.setdefault(instance, free_port())
@@ -104,7 +104,7 @@ class SampleServices:
         self.processes[instance] = Process(f"tooling.testing.sample.{name}", environment, log)
 
     async def ready(self, name: str) -> dict[str, Any]:
-        """Waits until the service says that it is ready. Raises RuntimeError with the end of its log."""
+        """Waits until the service is ready and returns its answer. Raises RuntimeError with the end of its log."""
         deadline = time.monotonic() + READY_SECONDS
         answer = ""
         async with httpx.AsyncClient(base_url=self.base_url(name)) as client:
@@ -121,7 +121,7 @@ class SampleServices:
         raise RuntimeError(f"{name} did not become ready ({answer}); {self.last_words(name)}")
 
     def last_words(self, name: str) -> str:
-        """The process's exit code, if it has ended, and the end of its log."""
+        """The exit code of the process (None while it runs) and the end of its log."""
         log = (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
         return f"{name}: exit code {self.processes[name].poll()}; its log ends with\n{log}"
 
@@ -135,11 +135,11 @@ class SampleServices:
         return f"http://127.0.0.1:{self.ports[name]}"
 
     def wait(self, name: str, seconds: float = 30) -> int:
-        """Waits for the process to end; its exit code, negative for a signal."""
+        """Waits for the end of the process and returns the exit code, negative for a signal."""
         return self.processes[name].wait(seconds)
 
     def stop(self) -> None:
-        """Ends what runs: asks first, then kills."""
+        """Ends all processes: SIGTERM first, then SIGKILL."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -153,7 +153,7 @@ class SampleServices:
 
 
 def free_port() -> int:
-    """A port that nobody has now, below those that the system gives to outgoing connections: it stays free for long."""
+    """A free port below those that the system gives to outgoing connections, so it is likely to stay free."""
     while not is_free(port := random.randrange(12_000, 31_000)):
         continue
     return port

@@ -30,7 +30,9 @@ class SlackStandIn(StandIn):
         self.signing_secret = secrets.token_hex(16)
         self.bot_token = f"xoxb-{secrets.token_hex(20)}"
         self.unknown: set[str] = set()
+        """Channels that do not exist."""
         self.revoked = False
+        """The token is not valid any more."""
         self._events = itertools.count(1)
 
     @property
@@ -40,7 +42,7 @@ class SlackStandIn(StandIn):
     def event(
         self, text: str, *, channel: str = "C1", user: str = "U1", kind: str = "message", **fields: object
     ) -> tuple[bytes, dict[str, str]]:
-        """Body and headers of a webhook call for a message; `fields` are added to the event."""
+        """Body and headers of a webhook call for a message. `fields` are added to the event."""
         n = next(self._events)
         ts = f"1700000000.{n:06}"
         event = {"type": kind, "channel": channel, "user": user, "text": text, "ts": ts, "event_ts": ts, **fields}

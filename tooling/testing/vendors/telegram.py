@@ -35,9 +35,13 @@ class TelegramStandIn(StandIn):
         self.bot_token = f"{secrets.randbelow(10**9) + 10**9}:{secrets.token_urlsafe(26)}"
         self.secret_token = secrets.token_urlsafe(24)
         self.blocked: set[int] = set()
+        """Chats whose person has blocked the bot."""
         self.unknown: set[int] = set()
+        """Chats that do not exist."""
         self.moved: dict[int, int] = {}
+        """Groups that became supergroups → their new id."""
         self.revoked = False
+        """The token is not valid any more."""
         self._updates = itertools.count(secrets.randbelow(10**8) + 10**8)
         self._messages = itertools.count(1)
 

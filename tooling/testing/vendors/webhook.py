@@ -37,7 +37,7 @@ class WebhookStandIn(StandIn):
     def message(
         self, text: str, *, conversation: str = "c1", user: str = "u1", id_: str | None = None, age: int = 0
     ) -> tuple[bytes, dict[str, str]]:
-        """Body and headers of a call for a message, signed `age` seconds ago."""
+        """Body and headers of a call for a message that was signed `age` seconds ago."""
         return self.signed({"conversation_id": conversation, "user_id": user, "text": text}, id_=id_, age=age)
 
     def signed(self, payload: Any, *, id_: str | None = None, age: int = 0) -> tuple[bytes, dict[str, str]]:

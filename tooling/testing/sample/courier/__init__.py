@@ -1,1 +1,1 @@
-"""Courier of the sample. Owns: deliveries. Works off: parcels, a lane per street. Calls: the office's HTTP."""
+"""Courier of the sample. Owns: deliveries. Works on: parcels, one lane per street. Calls: the office's HTTP."""

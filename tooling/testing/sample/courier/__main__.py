@@ -1,4 +1,4 @@
-"""Courier of the sample: takes parcels to an office outside, in the order of their street."""
+"""Courier of the sample: delivers the parcels of each street in order, by calls to an external office."""
 
 from infra.service.service import Service
 from tooling.testing.sample.courier import adapters, handlers

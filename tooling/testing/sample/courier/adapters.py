@@ -1,4 +1,4 @@
-"""The office, which lies outside."""
+"""The external office."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from infra.service.service import Runtime
 
 @dataclass(frozen=True)
 class Office:
-    """Takes parcels by HTTP, and an idempotency key with each."""
+    """Takes parcels by HTTP, each with an idempotency key."""
 
     outgoing: Outgoing
     url: str
 
     async def hand_in(self, street: str, number: int, key: str) -> int:
-        """Returns the receipt's number. Raises EffectFailed where the office refuses the parcel."""
+        """Returns the receipt's number. Raises EffectFailed if the office refuses the parcel."""
         answer = await self.outgoing.request(
             "POST", self.url, headers={"idempotency-key": key}, json={"street": street, "number": number}
         )

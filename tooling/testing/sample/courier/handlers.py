@@ -1,4 +1,4 @@
-"""What the courier works off."""
+"""The courier's lane and its runner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tooling.testing.sample.courier.adapters import Office
 
 
 class Parcel(msgspec.Struct, frozen=True):
-    """The nth parcel of a street, and what kind of effect its delivery is."""
+    """The parcel with this number in its street, and the kind of effect of its delivery."""
 
     street: str
     number: int

@@ -1,4 +1,4 @@
-"""What the courier reads from the environment."""
+"""Settings of the courier."""
 
 from infra.service.settings import Settings
 

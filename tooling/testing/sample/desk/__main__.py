@@ -1,4 +1,4 @@
-"""Desk of the sample: each note handed in becomes an event of its notebook's stream."""
+"""Desk of the sample: each note becomes an event of its notebook's stream."""
 
 from infra.service.service import Service
 from tooling.testing.sample.desk import handlers

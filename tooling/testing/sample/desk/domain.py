@@ -1,4 +1,4 @@
-"""A notebook: pure."""
+"""State and decisions of a notebook, pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class NoteWritten(msgspec.Struct, frozen=True):
-    """`number` counts the notebook's notes from 1. Version 1 called `text` ``note``."""
+    """A note was written. `number` counts the notebook's notes from 1. Version 1 had `text` under the name ``note``."""
 
     SCHEMA_VERSION: ClassVar[int] = 2
     number: int

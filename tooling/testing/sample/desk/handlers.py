@@ -1,4 +1,4 @@
-"""What the desk receives."""
+"""Every message that the desk receives."""
 
 from __future__ import annotations
 

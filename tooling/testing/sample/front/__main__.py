@@ -1,4 +1,4 @@
-"""Front of the sample: accepts a note, and hears how far the ledger is."""
+"""Front of the sample: accepts notes, and the ledger reports its counts to it."""
 
 from infra.service.service import Service
 from tooling.testing.sample.front import api, rpc

@@ -20,7 +20,7 @@ from tooling.testing.sample.catalog import SAMPLE_WORK
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     async def take_note(request: Request) -> JSONResponse:
         note = await read_json(request, TakeNote)
-        # The caller's key is the message's id: whatever is asked again is dropped by the desk's inbox.
+        # The caller's key is the message's id, so the desk's inbox drops a repeated request.
         key = request.headers.get("idempotency-key")
         try:
             message_id = UUID(key) if key else uuid7()

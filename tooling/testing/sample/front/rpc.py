@@ -1,4 +1,4 @@
-"""gRPC of the front: the ledger says what it has seen."""
+"""gRPC of the front: the ledger reports the notes that it has counted."""
 
 from __future__ import annotations
 

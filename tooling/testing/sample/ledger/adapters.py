@@ -1,4 +1,4 @@
-"""What the ledger calls."""
+"""The gRPC client of the front."""
 
 from __future__ import annotations
 

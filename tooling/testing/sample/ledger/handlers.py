@@ -1,4 +1,4 @@
-"""What the ledger receives."""
+"""Every message that the ledger receives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ledger reads from the environment."""
+"""Settings of the ledger."""
 
 from infra.service.settings import Settings
 

@@ -1,4 +1,4 @@
-"""Every delivery as a row of its own."""
+"""One row for each delivery."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # No key forbids a second row: what was delivered twice, or out of order, would show.
+    # There is no primary key, so that a parcel that was delivered twice leaves two rows.
     op.execute(
         "CREATE TABLE delivery (nth bigint GENERATED ALWAYS AS IDENTITY, street text NOT NULL, "
         "number bigint NOT NULL, state text NOT NULL)"

@@ -1,4 +1,4 @@
-"""Totals per notebook, and every effect as a row of its own."""
+"""Totals per notebook, and one row for each effect."""
 
 from alembic import op
 
@@ -8,6 +8,6 @@ down_revision = None
 
 def upgrade() -> None:
     op.execute("CREATE TABLE total (notebook text PRIMARY KEY, notes bigint NOT NULL, letters bigint NOT NULL)")
-    # nth: how many notes of the notebook were counted when this one was. Counted once and in order, nth = number;
-    # no key forbids a second row, so an effect that happened twice would show.
+    # nth: the count of the notebook's notes including this one. If each is counted once and in order, nth = number.
+    # There is no primary key, so that an effect that happened twice leaves two rows.
     op.execute("CREATE TABLE effect (notebook text NOT NULL, number bigint NOT NULL, nth bigint NOT NULL)")
