@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from uuid import uuid4
 
 import pytest
 
 from tooling.testing.platform import Platform, running_platform
 from tooling.testing.stack import Stack
+
+
+@pytest.fixture
+def tenant() -> str:
+    """The id of a new tenant. Services that give a tenant more than an id have a fixture of this name of their own."""
+    return str(uuid4())
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ class IngestBench:
     async def _drained(self) -> None:
         """Returns once no accepted message waits. The drainer of our server works in the slice and after it."""
         while True:
-            if not await self.ground.admin.fetchval("SELECT count(*) FROM accepted"):
+            if not await self.fixture.admin.fetchval("SELECT count(*) FROM accepted"):
                 return
             await asyncio.sleep(0.1)
 

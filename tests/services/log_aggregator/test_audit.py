@@ -59,11 +59,6 @@ async def chained(aggregator: Platform, tenant_id: str, records: int) -> dict[st
     return found
 
 
-@pytest.fixture
-def tenant() -> str:
-    return str(uuid4())
-
-
 async def test_acts_are_chained_in_their_order_and_a_client_can_recompute_the_hashes(
     aggregator: Platform, tenant: str
 ) -> None:

@@ -26,11 +26,6 @@ async def services(aggregator: Platform) -> AsyncIterator[Platform]:
     aggregator.stop("user")
 
 
-@pytest.fixture
-def tenant() -> str:
-    return str(uuid4())
-
-
 async def fail(services: Platform, service: str, tenant_id: str, subject: str = "s") -> str:
     """Stores a dead letter of this service that a redrive would process. Returns its id."""
     message = SubjectErased(tenant_id=tenant_id, subject_id=subject)

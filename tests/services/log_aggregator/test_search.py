@@ -43,11 +43,6 @@ def search(aggregator: Platform) -> Iterator[OpenSearch]:
     client.close()
 
 
-@pytest.fixture
-def tenant() -> str:
-    return str(uuid4())
-
-
 def line(message: str, *, tenant: str | None = None, at: datetime | None = None, **fields: Any) -> LogLine:
     timestamp = (at or utcnow()).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     data = {"tenant": tenant} if tenant else {}
