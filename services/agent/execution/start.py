@@ -1,4 +1,4 @@
-"""Starts a run, or goes on with one: locks its row, checks whether it may be executed, and loads what it needs."""
+"""Starts a run or goes on with one: locks its row, checks it, and loads its agent, conversation and limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An agent service as a real process, with stand-ins for its peers and for the models' providers."""
+"""An agent service as a real process, with stand-ins for the services and the model providers that it calls."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OVER = ("completed", "failed", "cancelled", "refused", "indeterminate")
 
 @dataclass
 class World:
-    """The agent service and all that it talks to."""
+    """The agent service and everything that it calls."""
 
     platform: Platform
     models: ModelServer
     peers: ServiceFakes
 
     def tenant(self) -> Tenant:
-        """A tenant that nobody else has."""
+        """A tenant of its own."""
         return Tenant(self, f"t-{uuid7()}")
 
 
@@ -44,7 +44,7 @@ class Tenant:
     id: str
 
     async def call(self, method: str, path: str, *, expect: int | None = None, **kwargs: Any) -> Any:
-        """The JSON answer; an AssertionError where the status is not as expected (any below 300)."""
+        """The JSON answer; raises AssertionError unless the status is `expect` (default: below 300)."""
         async with self.world.platform.client("agent", self.id) as client:
             answer: httpx.Response = await client.request(method, path, **kwargs)
         ok = answer.status_code == expect if expect else answer.status_code < 300

@@ -1,4 +1,4 @@
-"""The whole way inside the agent: a message comes in, a run answers it, the reply goes out, what it used is told."""
+"""The whole way inside the agent: a message comes in, a run answers it, the reply goes out, its usage is reported."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_as
     assert "credit" in send["text"]
     assert len(world.models.requests) == asked
     assert await tenant.sent("usage.records") == []
-    # Nothing is lost: once there is credit again, the model sees what was asked.
+    # Nothing is lost: when there is credit again, the model sees the earlier question.
     world.peers.billing.broke.clear()
     await tenant.receive(agent, "Again")
     await tenant.runs(2)
@@ -198,7 +198,7 @@ async def test_an_answer_that_does_not_fit_the_schema_is_asked_for_again(world: 
     assert first.body["response_format"]["json_schema"]["schema"]["required"] == ["city", "people"]
     assert "not JSON" in second.system
     assert "answer.people: missing" in third.system
-    # The person's words are the last ones all the same.
+    # The person's words are still the last ones.
     assert third.last_user_text == "Bern?"
 
 

@@ -1,4 +1,4 @@
-"""A run that waits for a person: whether a tool may be called, or what has become of a call."""
+"""A run that waits for a person: approval of a tool call, or a decision about a call with an unknown effect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BERN = (WEATHER, '{"city":"Bern"}')
 
 
 async def careful(tenant: Tenant, **more: Any) -> str:
-    """An agent that asks before it looks at the weather."""
+    """An agent that needs approval before it calls the weather tool."""
     return await tenant.agent(tools=[WEATHER, CALCULATOR], approval=[WEATHER], **more)
 
 
@@ -34,7 +34,7 @@ async def waiting(tenant: Tenant) -> dict[str, Any]:
 
 
 def told(world: World) -> str:
-    """What the model was last told of a tool."""
+    """The last tool result that the model was sent."""
     return str(world.models.requests[-1].body["messages"][-1]["content"])
 
 
@@ -56,7 +56,7 @@ async def test_a_call_waits_for_its_approval_and_holds_nothing(world: World, ten
     async with world.platform.database("agent").begin() as tx:
         [(state,)] = await tx.sql("SELECT state FROM lane_item WHERE item_id = $1", run_id)
     assert state == "done"
-    # Its session goes on meanwhile.
+    # Other runs of its session are executed meanwhile.
     other = await tenant.over(await tenant.say(agent, "hello"))
     assert other["reply"] == "You said: hello"
 
@@ -103,7 +103,7 @@ async def test_the_person_in_the_chat_decides(world: World, tenant: Tenant, answ
     assert over["id"] == run["id"]
     assert over["steps"][1]["status"] == status
     assert [send["text"] for send in await tenant.sent("channel.outbound")] == [question["text"], "Done."]
-    # The decision was no question: the next run does not hear of it.
+    # The decision was not a question: the next run does not see it.
     await tenant.receive(agent, "Next")
     await tenant.runs(2)
     turns = [message["content"] for message in world.models.requests[-1].body["messages"][1:]]

@@ -15,7 +15,7 @@ ASK = ("ask_librarian", '{"message":"Where is Bern?"}')
 
 
 async def pair(tenant: Tenant, *, child: dict[str, Any] | None = None, **parent: Any) -> tuple[str, str]:
-    """An agent that may ask another one; both."""
+    """Returns an agent that may ask another one, and that other agent."""
     other = await tenant.agent(model=f"openai/{CHILDS}", **(child or {}))
     colleague = {"agent_id": other, "name": "ask_librarian", "description": "Knows places."}
     return await tenant.agent(agents=[colleague], **parent), other
@@ -60,7 +60,7 @@ async def test_a_colleague_that_gives_no_answer_is_a_tool_that_failed(world: Wor
 
 
 async def test_colleagues_are_asked_together(world: World, tenant: Tenant) -> None:
-    """The first answers when the second has answered."""
+    """The first agent answers when the second has answered."""
     agent, _ = await pair(tenant)
     second = await tenant.agent(model=f"openai/{OTHER_CHILDS}")
     [first] = (await tenant.call("GET", f"/api/v1/agents/{agent}"))["agents"]
@@ -135,7 +135,7 @@ async def test_who_is_cancelled_takes_along_whom_it_has_asked(world: World, tena
 
 
 async def test_a_child_spends_no_more_than_its_parent_has_left(world: World, tenant: Tenant) -> None:
-    # Each call is reckoned to cost more than a thousand tokens, of ten nanos.
+    # Each call is estimated at more than a thousand tokens, each of ten nano-units.
     agent, other = await pair(tenant, limits={"nanos": 15_000})
     world.models.script(MODEL, Says(calls=(ASK,)))
     asked = len(world.models.asked(CHILDS))

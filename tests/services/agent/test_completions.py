@@ -1,4 +1,4 @@
-"""Completions as the gateway asks for them: the caller's conversation stands for the session's past."""
+"""Completions for the gateway: the caller's conversation replaces the session's history."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ async def complete(tenant: Tenant, agent: str, text: str, *, key: str | None = N
 
 
 def shown(world: World) -> list[tuple[str, str]]:
-    """What the model was asked last."""
+    """The messages of the last model call."""
     return [(message["role"], message["content"]) for message in world.models.requests[-1].body["messages"]]
 
 
 async def test_the_model_sees_the_callers_conversation_in_whole(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent()
-    # More than of a session's past, and longer.
+    # More messages than a session's history may have, and longer ones.
     history = [{"role": role, "text": f"{n} {'x' * 2_000}"} for n in range(30) for role in ("user", "assistant")]
     run = await tenant.over(await complete(tenant, agent, "Hi 🦀", history=history, system="In French."))
     assert (run["status"], run["reply"]) == ("completed", "You said: Hi 🦀")
@@ -70,7 +70,7 @@ async def test_what_the_caller_asks_for_stands_for_the_agents_own_schema(world: 
         (None, CITY, town, '{"city":"Bern"}'),
         (TOWN, CITY, town, '{"city":"Bern"}'),
         (None, any_object, "Bern", '{"a":1}'),
-        # The agent's own is an object, too.
+        # The agent's own schema asks for an object, too.
         (TOWN, any_object, '{"a":1}', town),
         (TOWN, None, '{"a":1}', town),
     ):
@@ -129,7 +129,7 @@ async def test_the_agents_own_tools_are_used_on_the_way_but_not_beside_the_calle
     assert [(call["name"], call["arguments"]) for call in run["tool_calls"]] == [HERE]
     assert [step["kind"] for step in run["steps"]] == ["model", "tool", "model"]
     assert len(world.peers.plugin.calls) == called + 1
-    # Of no tools that are the caller's the agent is left alone.
+    # Without tools of the caller the agent's own tools work as usual.
     world.models.script(MODEL, Says(calls=(HERE,)), Says("I cannot."))
     assert (await tenant.over(await complete(tenant, agent, "Weather?")))["reply"] == "I cannot."
 
@@ -276,6 +276,6 @@ async def test_what_was_said_before_is_stored_sealed_and_erased_with_its_person(
 
     await world.platform.until(gone)
     assert (await tenant.run(run))["tool_calls"] == []
-    # Nothing more of that person is stored, or answered.
+    # No further message of that person is stored or answered.
     path = f"/internal/agents/{agent}/completions"
     await tenant.call("POST", path, expect=403, json={"text": "Hi"}, headers={"Idempotency-Key": "k"})

@@ -1,4 +1,4 @@
-"""As many runs at once as an agent, or a model at its provider, may have; the others wait for their turn."""
+"""Limits on runs at the same time, per agent and per model at its provider; other runs wait."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ async def test_no_more_runs_go_on_at_once_than_may(world: World, tenant: Tenant,
     await world.platform.until(all_have_tried)
     statuses = sorted([(await tenant.run(run))["status"] for run in runs])
     assert statuses == ["queued"] * 4 + ["running"] * 2
-    # Another tenant's do not count.
+    # Runs of another tenant do not count.
     other = world.tenant()
     world.models.scripted(MODEL).appendleft(Says("Hello."))
     assert (await other.over(await other.say(await other.agent(**{limit: 2}), "Hi")))["reply"] == "Hello."
     go.set()
     assert [(await tenant.over(run))["reply"] for run in runs] == ["Done."] * 6
-    # Waiting for one's turn is no failure, and nothing to warn of.
+    # A run that waits for a place is logged without a warning.
     assert "runs go on already" not in world.platform.log("agent")
 
 

@@ -1,4 +1,4 @@
-"""A worker dies by SIGKILL at each boundary of each step: another goes on, and no completed step is made again."""
+"""A worker is killed at each boundary of each step: another one goes on, and no completed step is made again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tooling.testing.model_server import Says
 from tooling.testing.service_fakes import WEATHER
 
 Moment = Literal["before", "in model 1", "in tool", "in model 2"]
-# When the worker is armed decides at which step it comes to the place: 1 is a model call, 2 a tool, 3 a model call.
+# The moment of arming decides at which step the worker reaches the place: 1 and 3 are model calls, 2 is a tool.
 ARMED: dict[str, dict[Moment, int]] = {
     "after_effect_started": {"before": 1, "in model 1": 2, "in tool": 3},
     "after_effect_call": {"in model 1": 1, "in tool": 2, "in model 2": 3},
@@ -27,7 +27,7 @@ ARMED: dict[str, dict[Moment, int]] = {
 @pytest.mark.parametrize("place", ARMED)
 async def test_a_killed_worker_is_replaced_and_the_run_ends_once(world: World, tmp_path: Path, place: str) -> None:
     platform, marker = world.platform, tmp_path / "armed"
-    # A short lease: what a dead worker had is taken over soon.
+    # A short lease, so that the lanes of a dead worker are taken over soon.
     failpoint = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "1"}
     await asyncio.to_thread(platform.stop, "agent")
     await platform.start("agent", **failpoint)
@@ -40,7 +40,7 @@ async def test_a_killed_worker_is_replaced_and_the_run_ends_once(world: World, t
 
 
 async def _die(world: World, tenant: Tenant, agent: str, marker: Path, moment: Moment) -> None:
-    """Has the agent asked something, and arms its worker at that moment of the answer."""
+    """Sends a question and arms the failpoint at that moment of the answer."""
     models, plugin = world.models, world.peers.plugin
     models.forget(MODEL)
     models.requests.clear()
@@ -83,7 +83,7 @@ def _arm(marker: Path) -> None:
 
 
 async def _check(world: World, tenant: Tenant, place: str, step: int) -> None:
-    # What was called and not on record is called again; then the model answers as it did.
+    # A call that is not recorded is made again; the model then answers as before.
     again = place == "after_effect_call" and step in (1, 3)
     if again and step == 1:
         scripted = world.models.scripted(MODEL)
@@ -101,7 +101,7 @@ async def _check(world: World, tenant: Tenant, place: str, step: int) -> None:
     assert [fact["reply"] for fact in facts if "reply" in fact] == ["Rain."]
     assert len(await tenant.sent("channel.outbound")) == 1
     usage = await tenant.sent("usage.records")
-    # A model call of which nobody knows how it ended is paid for by estimate.
+    # A model call with an unknown end is billed by estimate.
     known = {record["usage_id"] for record in usage if not record["estimated"]}
     assert known == {f"{run['id']}/{n}/{1 + (n == begun_twice)}" for n in (1, 3)}
     lost = {record["usage_id"] for record in usage if record["estimated"]}

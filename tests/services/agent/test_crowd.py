@@ -1,5 +1,5 @@
-"""Two hundred conversations of twenty tenants at once: each hears only its own and in its order, and none waits for a
-tenant that has more to say than all others."""
+"""Two hundred conversations of twenty tenants at once: each gets only its own replies in order, and none waits for the
+tenant with most messages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tooling.testing.model_server import Asked, Says
 
 MODEL = "gpt-4.1-nano"
 TENANTS, SESSIONS, ROUNDS = 20, 10, 2
-# As many sessions as all the others have together.
+# As many sessions as all other tenants together.
 GREEDY_SESSIONS = TENANTS * SESSIONS
 
 
 def answers(asked: Asked) -> Says:
-    """With the tenant's word, which is in the system prompt and in the passages."""
+    """An answer with the tenant's word from the system prompt and the passages."""
     return Says(f"{asked.last_user_text} / {' '.join(sorted(set(re.findall(r'word-[0-9a-f-]+', asked.system))))}")
 
 

@@ -1,4 +1,4 @@
-"""Models that give no answer, and what an attempt has cost that came to none."""
+"""Models that give no answer, and the cost of attempts without an answer."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ async def test_a_fallback_elsewhere_has_a_key_of_its_own(world: World, tenant: T
     refused = len(world.models.refused)
     run = await tenant.over(await tenant.say(agent, "Hi"))
     assert run["reply"] == "From the other one."
-    # What was refused for good is not tried again.
+    # A permanent refusal is not retried.
     assert run["steps"][0]["attempts"] == 1
     assert len(world.models.refused) == refused + 1
     del world.models.refused[refused:]
     shown = await tenant.call("GET", f"/api/v1/agents/{agent}")
     assert shown["fallback"] == {"model": f"anthropic/{OTHER}", "provider": {"base_url": world.models.url}}
-    # The key stays while the address does.
+    # The key is kept as long as the address stays the same.
     await tenant.call("PATCH", f"/api/v1/agents/{agent}", json={"system_prompt": "Be brief."})
     world.models.script(OTHER, Says("Again."))
     assert (await tenant.over(await tenant.say(agent, "Hi")))["reply"] == "Again."

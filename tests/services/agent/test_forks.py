@@ -1,4 +1,4 @@
-"""A run that is over is taken up again by another one, from a step on."""
+"""A run that is over is forked: another run goes on from one of its steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def test_a_fork_goes_on_where_the_run_has_failed(world: World, tenant: Ten
     run_id = await failed(world, tenant)
     calls = dict(world.peers.plugin.calls)
     world.models.script(MODEL, Says("It rains."))
-    # The step that failed is not taken over.
+    # The failed step is not copied.
     made = await tenant.call("POST", f"/api/v1/runs/{run_id}/fork", json={})
     assert made["forked_from"] == run_id
     run = await tenant.over(made["id"])
@@ -38,7 +38,7 @@ async def test_a_fork_goes_on_where_the_run_has_failed(world: World, tenant: Ten
     facts = [fact for fact in await tenant.sent("agent.events") if fact["run_id"] == run["id"]]
     assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
     assert [send["text"] for send in await tenant.sent("channel.outbound")][-1] == "It rains."
-    # What was used before is not paid for again, and the answer is part of the conversation.
+    # Earlier usage is not billed again, and the answer is part of the conversation.
     assert [usage["run_id"] for usage in await tenant.sent("usage.records")] == [run_id, run["id"]]
     assert (await tenant.run(run_id))["status"] == "failed"
     for each in (run_id, run["id"]):

@@ -1,4 +1,4 @@
-"""A channel's messages are answered as they were written, whatever order they come in."""
+"""A channel's messages are answered in the order in which they were written, not in the order of arrival."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.services.agent.conftest import Tenant, World
 
 
 async def parked(world: World, tenant: Tenant, count: int) -> None:
-    """Waits until so many of the tenant's messages wait for those before them."""
+    """Waits until `count` of the tenant's messages wait for earlier ones."""
 
     async def so_many() -> bool:
         async with world.platform.database("agent").begin() as tx:
@@ -32,7 +32,7 @@ async def test_messages_that_come_too_early_wait_for_those_before_them(world: Wo
     assert not any(b"three" in bytes(sealed) for (sealed,) in stored)
     await tenant.receive(agent, "one", position=1)
     assert await answered(tenant, 3) == ["You said: one", "You said: two", "You said: three"]
-    # What goes out carries positions of its own, for the way back keeps no order either.
+    # Replies carry positions of their own, because the queue to the channel keeps no order.
     assert [send["position"] for send in await tenant.sent("channel.outbound")] == [1, 2, 3]
     await tenant.receive(agent, "four", position=4)
     assert (await answered(tenant, 4))[3:] == ["You said: four"]
@@ -45,7 +45,7 @@ async def test_what_never_comes_is_not_waited_for_for_ever(world: World, tenant:
     await tenant.receive(agent, "four", position=4)
     await parked(world, tenant, 2)
     async with world.platform.database("agent").begin() as tx:
-        # As if they had waited for long enough.
+        # As if the grace period were over.
         await tx.sql(
             "UPDATE lane_item SET not_before = now() "
             "WHERE kind = 'message gaps' AND state = 'waiting' AND tenant_id = $1",
@@ -53,7 +53,7 @@ async def test_what_never_comes_is_not_waited_for_for_ever(world: World, tenant:
         )
         await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'message gaps' AND tenant_id = $1", tenant.id)
     assert await answered(tenant, 2) == ["You said: three", "You said: four"]
-    # Late, but not lost.
+    # The late message is not lost.
     await tenant.receive(agent, "one", position=1)
     assert (await answered(tenant, 3))[2:] == ["You said: one"]
     await tenant.receive(agent, "five", position=5)

@@ -1,4 +1,4 @@
-"""What happens with a message that comes while a run of its session is busy."""
+"""Messages that come while a run of their session is queued or running."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tooling.testing.service_fakes import WEATHER
 
 
 async def asked(world: World, tenant: Tenant, count: int) -> None:
-    """Waits until the model was asked so often by this tenant's agent."""
+    """Waits until this tenant's agent has asked the model `count` times."""
 
     async def enough() -> bool:
         return len(of(world, tenant)) >= count
@@ -19,7 +19,7 @@ async def asked(world: World, tenant: Tenant, count: int) -> None:
 
 
 def of(world: World, tenant: Tenant) -> list[list[str]]:
-    """What the model was told each time, without the system prompt; the tenant's id is in the prompt."""
+    """The messages of each model call without the system prompt, which holds the tenant's id."""
     return [
         [message["content"] for message in request.body["messages"][1:] if message["content"]]
         for request in world.models.asked(MODEL)
@@ -39,7 +39,7 @@ async def test_steering_reaches_the_run_before_its_next_step(world: World, tenan
     go.set()
     run = await tenant.over(first)
     assert (run["status"], run["reply"]) == ("completed", "Rain in Bern, sun in Rome.")
-    # In the place where it came, and the sender's words verbatim as the last ones.
+    # At the place at which it came, with the sender's words verbatim at the end.
     assert of(world, tenant)[1][0] == "Bern?"
     assert of(world, tenant)[1][-1] == "And Rome?"
     facts = await tenant.sent("agent.events")
@@ -66,7 +66,7 @@ async def test_a_draft_that_does_not_answer_all_is_written_anew(world: World, te
     assert run["reply"] == "One and two."
     assert of(world, tenant) == [["a"], ["a", "b"]]
     assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["One and two."]
-    # Both model calls were made, and are paid for.
+    # Both model calls were made and are billed.
     assert len(await tenant.sent("usage.records")) == 2
 
 
@@ -74,7 +74,7 @@ async def test_no_steered_message_is_left_unanswered(world: World, tenant: Tenan
     agent = await tenant.agent(queue_mode="steer", system_prompt=tenant.id)
 
     async def burst(n: int) -> None:
-        # At different moments of the runs before: while they are queued, begin, run, end.
+        # At different moments of the earlier runs: while they are queued, start, run, end.
         await asyncio.sleep(0.02 * (n % 15))
         await tenant.say(agent, f"<{n}>")
 
@@ -101,7 +101,7 @@ async def test_an_interruption_cancels_what_is_under_way_and_queued(world: World
     assert (run["status"], run["reply"]) == ("completed", "You said: b")
     run = await tenant.over(first)
     assert (run["status"], run["error"]) == ("cancelled", "interrupted by a newer message")
-    # What was not answered is not forgotten.
+    # The unanswered message stays in the conversation.
     assert of(world, tenant)[-1] == ["a", "b"]
 
 
@@ -116,7 +116,7 @@ async def test_a_busy_session_rejects_and_an_idle_one_answers(world: World, tena
     assert "busy" in problem["detail"]
     go.set()
     await tenant.over(first)
-    # Nothing was kept of it: the same key may try again.
+    # The refused message was not stored: a retry with the same key is possible.
     again = await tenant.over(await tenant.say(agent, "b", idempotency_key="k"))
     assert again["reply"] == "You said: b"
 

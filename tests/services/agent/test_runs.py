@@ -1,4 +1,4 @@
-"""Runs as others see them: live, afterwards, and when they are stopped."""
+"""Runs as clients see them: live, afterwards, and when they are cancelled."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_the_text_can_be_watched_while_it_is_written(world: World, tenant:
                 break
     await redis.aclose()
     assert [piece["n"] for piece in heard] == list(range(1, len(heard) + 1))
-    # The first attempt said nothing.
+    # The first attempt wrote no text.
     assert {(piece["step"], piece["attempt"]) for piece in heard} == {(1, 2)}
     assert len(heard) > 1
 
@@ -54,7 +54,7 @@ async def test_a_run_that_waits_its_turn_is_cancelled_at_once(world: World, tena
     second = await tenant.say(agent, "b")
     answer = await tenant.call("POST", f"/api/v1/runs/{second}/cancel")
     assert answer["status"] == "cancelled"
-    # Asked again, nothing changes; what comes now needs a run of its own.
+    # A second cancellation changes nothing. The next message needs a run of its own.
     assert (await tenant.call("POST", f"/api/v1/runs/{second}/cancel"))["status"] == "cancelled"
     third = await tenant.say(agent, "c")
     assert third not in (first, second)
@@ -167,7 +167,7 @@ async def test_what_a_live_stream_has_missed_can_be_read(world: World, tenant: T
     path = f"/internal/runs/{run_id}/events"
     items = (await tenant.call("GET", path))["items"]
     published = await tenant.sent("agent.events")
-    # As on the topic, and in its order.
+    # The same events in the same order as on the topic.
     assert [item["data"] for item in items] == published
     assert [item["type"] for item in items] == [
         "agent.v1.RunStarted",

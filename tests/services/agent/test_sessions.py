@@ -1,4 +1,4 @@
-"""Sessions: who answers what, in which order, once."""
+"""Sessions: each message is answered once, by the right run, in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def test_the_same_idempotency_key_is_the_same_run(world: World, tenant: Te
     path = f"/api/v1/agents/{agent}/sessions/s/messages"
     problem = await tenant.call("POST", path, expect=422, json={"text": "Ho", "idempotency_key": "k1"})
     assert problem["errors"] == [{"field": "idempotency_key", "message": "was used before with another body"}]
-    # The header wins over the body.
+    # The header takes precedence over the body.
     answer = await tenant.call(
         "POST", path, json={"text": "Hi", "idempotency_key": "k2"}, headers={"Idempotency-Key": "k1"}
     )
@@ -50,7 +50,7 @@ async def test_what_comes_during_a_run_is_answered_together_by_the_next(world: W
         async with world.platform.database("agent").begin() as tx:
             [(not_before,)] = await tx.sql("SELECT not_before FROM lane_item WHERE item_id = $1", others[-1])
         begins.append(not_before)
-    # Each moves the moment at which nothing more has come for a while.
+    # Each message postpones the start of the run.
     assert begins == sorted(set(begins))
     assert len(set(others)) == 1
     assert others[0] != first
@@ -79,7 +79,7 @@ async def test_no_message_is_left_unanswered_and_none_is_answered_twice(world: W
     agent = await tenant.agent()
 
     async def burst(n: int) -> None:
-        # At different moments of the runs before: while they are queued, begin, run, end.
+        # At different moments of the earlier runs: while they are queued, start, run, end.
         await asyncio.sleep(0.02 * (n % 15))
         await tenant.say(agent, f"<{n}>")
 
@@ -94,7 +94,7 @@ async def test_no_message_is_left_unanswered_and_none_is_answered_twice(world: W
     asked = [request.last_user_text for request in world.models.requests[before:]]
     answered = [text for joined in asked for text in joined.split("\n")]
     assert sorted(answered) == sorted(f"<{n}>" for n in range(30))
-    # One run at a time: each has seen all replies before it.
+    # One run at a time: each run has seen all replies before it.
     history = [len(request.body["messages"]) for request in world.models.requests[before:]]
     assert history == [2 + 2 * n for n in range(len(asked))]
 
@@ -122,7 +122,7 @@ async def test_what_would_wait_for_hours_is_refused_before_it_is_accepted(world:
     assert "1000 runs" in problem["detail"]
     async with world.platform.database("agent").begin() as tx:
         assert await tx.sql("SELECT 1 FROM message WHERE tenant_id = $1", tenant.id) == []
-    # What a channel brings was accepted by the vendor's webhook already.
+    # The webhook has accepted a channel's message already.
     await tenant.receive(agent, "Hi")
     await tenant.runs(1, status="completed")
 

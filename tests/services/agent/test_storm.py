@@ -1,4 +1,4 @@
-"""Workers die, and are stopped beyond their leases, at every boundary of every step while runs go on.
+"""Workers are killed, or stopped beyond their leases, at every boundary of every step while runs go on.
 
 Each run ends once, says one thing, makes no completed step again, and its usage is counted to the attempt. Some of the
 points here; all with ``CLAW_ALL_POINTS=1 ./claw test tests/services/agent/test_storm.py``.
@@ -41,7 +41,7 @@ PLACES = {
     "after_lane_commit": 8,
     "after_commit_before_ack": 4,
 }
-# Where a stopped worker holds no transaction: else the database would first have to end it, after 45 s.
+# Places at which a stopped worker holds no transaction: otherwise the database would have to end it, after 45 s.
 STOPPED = {"after_effect_started": 14, "after_effect_call": 14, "after_effect_commit": 14, "after_commit": 6}
 
 
@@ -59,7 +59,7 @@ IN_CI = POINTS[::5]
 
 
 def answers(asked: Asked) -> Says:
-    """The same to the same, as a person would who has nothing but the messages."""
+    """The same answer to the same messages."""
     messages = asked.body["messages"]
     last = max(n for n, message in enumerate(messages) if message["role"] == "user")
     match sum(message["role"] == "tool" for message in messages[last:]):
@@ -72,7 +72,7 @@ def answers(asked: Asked) -> Says:
 
 
 class Storm:
-    """Workers, each ended at one of the points, and as many runs as are needed for all of them to be reached."""
+    """Workers that each end at one of the points, and as many runs as it takes to reach all points."""
 
     def __init__(self, world: World, points: Sequence[Point], folder: Path) -> None:
         self.world = world
@@ -91,7 +91,7 @@ class Storm:
         await asyncio.to_thread(self.world.platform.stop, "agent")
         try:
             async with asyncio.TaskGroup() as tasks:
-                # Not all of them can be stopped at once: somebody has to go on with what they had.
+                # Not all workers can be stopped at once: the others have to take over their lanes.
                 killed = deque(point for point in self._points if point.signal == signal.SIGKILL)
                 stopped = deque(point for point in self._points if point.signal == signal.SIGSTOP)
                 keepers = [
@@ -108,7 +108,7 @@ class Storm:
         await self.world.platform.start("agent")
 
     async def _keep(self, slot: int, points: deque[Point]) -> None:
-        """Worker after worker, until all points were reached; then one that nothing ends."""
+        """One worker after the other until all points are reached; then one that runs to the end."""
         while points:
             point = points.popleft()
             process = self._start(slot, point)
@@ -136,7 +136,7 @@ class Storm:
         return process
 
     async def _stopped(self, process: Process) -> None:
-        """Once it has stopped, others take what it had; then it goes on, and must not write."""
+        """When it has stopped, others claim its lanes. Then it goes on, and must not write."""
         platform = self.world.platform
 
         async def still() -> bool:
@@ -155,7 +155,7 @@ class Storm:
         assert await asyncio.to_thread(process.wait, 60) == 0
 
     async def _ask(self, agent: str, chat: str) -> None:
-        """Question after question, the next when the last one has its answer."""
+        """Sends questions, the next one when the last one has its answer."""
         while not self._quiet.is_set():
             self.asked += 1
             question = f"Question {self.asked}"
@@ -209,7 +209,7 @@ async def test_whatever_workers_die_of_each_run_ends_once(world: World, tmp_path
         for attempt in range(step["attempts"])
     }
     assert sorted(usage) == sorted(attempts)
-    # Not more calls than attempts: what is on record was not asked for again.
+    # Not more calls than attempts: recorded answers were not asked for again.
     assert len(world.models.requests) <= len(attempts)
     tools = [key for key, (tool, _) in world.peers.plugin.calls.items() if tool == WEATHER]
     assert len(tools) == 2 * len(parents)

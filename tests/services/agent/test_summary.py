@@ -1,4 +1,4 @@
-"""A conversation that is too long for the model is put in short, once."""
+"""A conversation that is too long for the model is summarised, once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONG = "x" * 15_000
 
 
 async def talk(world: World, tenant: Tenant, agent: str, *texts: str) -> None:
-    """Has the texts answered, one after the other, as answer 0, answer 1, …"""
+    """Sends the texts one after the other; the model answers answer 0, answer 1, …"""
     for n, text in enumerate(texts):
         world.models.script(MODEL, Says(f"answer {n}"))
         await tenant.over(await tenant.say(agent, text))
@@ -32,7 +32,7 @@ async def test_what_is_too_old_is_put_in_short_and_kept_so(world: World, tenant:
     assert "They said first." in answered.system
     turns = [message["content"] for message in answered.body["messages"][1:]]
     assert turns == [f"third {LONG}", "answer 2", "Do you remember?"]
-    # The next run has it ready.
+    # The next run uses the stored summary.
     run = await tenant.over(await tenant.say(agent, "And now?"))
     assert len(run["steps"]) == 1
     assert "They said first." in world.models.requests[-1].system

@@ -1,7 +1,7 @@
-"""An agent in one process, to be driven step by step: real PostgreSQL, two workers, a model and tools that are rules.
+"""Drives an agent step by step in one process: real PostgreSQL, two workers, a model and tools that follow rules.
 
-A worker stands before each of its transactions and in each of its calls until it is let go on. Nothing waits for time:
-leases run out and pauses are over because the database's rows are moved into the past.
+A worker stops before each of its transactions and in each of its calls until the test lets it go on. Nothing waits for
+time: leases and pauses end because the driver moves the rows in the database into the past.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ T = TypeVar("T")
 SESSION = "s"
 PERSON = "person-1"
 LOOK, SEND, DOUBT = "look", "send", "doubt"
-# Of coroutines that wait for nothing outside, far more than they need to come to where they stand.
+# Turns of the event loop, far more than coroutines need to reach their next stop if they wait for nothing outside.
 TURNS = 50
 
 
 class Gate:
-    """Where the coroutines of one worker stand. inside: how many of them hold a connection meanwhile."""
+    """The stops of the coroutines of one worker. inside: how many of them hold a connection meanwhile."""
 
     def __init__(self) -> None:
         self.standing: list[tuple[str, asyncio.Future[None]]] = []
         self.inside = 0
-        # Whether they stop within a transaction, too: all is written, and nothing is fenced yet.
+        # They also stop within a transaction, after its writes and before its fence.
         self.midway = False
 
     async def pass_(self, place: str) -> None:
@@ -90,7 +90,7 @@ class Gate:
 
 
 class GatedDatabase(Database):
-    """Stops before each transaction's first statement."""
+    """A database that stops before the first statement of each transaction."""
 
     gate: Gate
     _place = "before"
@@ -98,7 +98,7 @@ class GatedDatabase(Database):
     async def run(
         self, work: Callable[[Tx], Awaitable[T]], *, tenant_id: str | None = None, cause: Envelope | None = None
     ) -> T:
-        """The item's own transaction: in use when the run is about to end, or to wait."""
+        """The item's own transaction. It is used first when the run is about to end or to wait."""
         self._place = "end"
         return await super().run(work, tenant_id=tenant_id, cause=cause)
 
@@ -120,7 +120,7 @@ class GatedDatabase(Database):
             self._stop_before(tx, place)
             tx.__dict__["flush"] = stop_midway
             yield tx
-            # The last flush comes behind the fence: whoever stood there would have the lane's row locked.
+            # The last flush comes after the fence. A coroutine that stopped there would keep the lane's row locked.
             del tx.__dict__["flush"]
 
     @asynccontextmanager
@@ -151,17 +151,17 @@ class Billing:
 
 
 class Cache:
-    """Nobody watches."""
+    """A cache without listeners."""
 
     async def publish(self, channel: str, message: bytes) -> None:
         pass
 
 
 class Outside:
-    """The model and the tools, as all workers see them.
+    """The model and the tools, shared by all workers.
 
-    The same prompt gets the same answer. keys: key → the arguments that it came with. effects: arguments → how often
-    the tool took effect for them; each call of a step has arguments of its own. flaked: what failed once for a while.
+    The same prompt gets the same answer. keys: idempotency key → arguments. effects: the arguments of each effect; each
+    call of a step has arguments of its own. flaked: the calls that failed once with a transient error.
     """
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class Outside:
         self.flaked: set[str] = set()
 
     def answer(self, prompt: Prompt) -> Answer:
-        """By the plan that the last message has behind its number, one word for each time the model is asked."""
+        """Follows the plan after the number in the last message: one word for each time that the model is asked."""
         said = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, Said)]
         texts = [turn.text for turn in prompt.turns if isinstance(turn, Said)]
         number, *plan = texts[-1].split("\n")[-1].split()
@@ -195,7 +195,7 @@ class Outside:
         return Answer(text, calls, Usage(input_tokens=1, output_tokens=1), "m", "stop")
 
     def call(self, request: plugin_pb2.CallRequest) -> plugin_pb2.CallReply:
-        """What is asked with a key that is known has its first answer, and no effect."""
+        """A known key gets its first answer again, without another effect."""
         key, arguments = request.idempotency_key, request.arguments_json
         assert self.keys.setdefault(key, arguments) == arguments
         if key not in self.replies:
@@ -208,14 +208,14 @@ class Outside:
 
 
 class Call(NamedTuple):
-    """That a run asked the model, or a tool. key: empty for a model."""
+    """A call of the model or of a tool. key: empty for the model."""
 
     run_id: UUID
     key: str
 
 
 class Worker:
-    """One process that executes runs. epoch: of the last lease it got; 0: none yet. calls: made, and not looked at."""
+    """One process that executes runs. epoch: of its last lease; 0: none yet. calls: made and not checked yet."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -248,7 +248,7 @@ class Worker:
     async def _give_up(self, item: RunItem, error: str, tx: Tx) -> None:
         await self._executor.give_up(item.run_id, error, tx)
 
-    # As the models and the plugin service are to the executor
+    # The interfaces of the models and of the plugin service
 
     def model(self, name: str, endpoint: Endpoint) -> Worker:
         return self
@@ -272,11 +272,11 @@ class Worker:
 
     @property
     def has_lane(self) -> bool:
-        """By its own belief."""
+        """True if the worker believes so."""
         return bool(self._kind.running)
 
     async def claim(self) -> bool:
-        """Takes the session's lane, if it is to be had, and comes to where it first stands."""
+        """Claims the session's lane if it is free, and runs to the first stop."""
         await self._runner._fill(self._kind)
         for lease in self._kind.running:
             self.epoch = lease.epoch
@@ -284,7 +284,7 @@ class Worker:
         return self.has_lane
 
     async def move(self, index: int) -> str:
-        """One coroutine goes on to where it stands next. Returns where it stood."""
+        """One coroutine goes on to its next stop. Returns the name of the stop that it left."""
         place = self.gate.open(index)
         await self._settle()
         return place
@@ -299,19 +299,19 @@ class Worker:
             await asyncio.sleep(0.0005 if busy else 0)
 
     async def look(self) -> None:
-        """Whether a run is to be cancelled, as it does every half second."""
+        """Looks for cancelled runs, as a worker does every half second."""
         await self._watch.look()
         await self._settle()
 
     async def hear_of_loss(self) -> None:
-        """As when a renewal says that somebody else has the lane; what was handed to the group is written all the same,
-        if it may be."""
+        """As if a renewal reports that another process has the lane. The group still tries to commit the writes that it
+        has."""
         for task in self._kind.running.values():
             task.cancel()
         await self._settle()
 
     async def die(self) -> None:
-        """What it has committed is all that is left of it, and its lease."""
+        """The process dies: only its commits and its lease remain."""
         tasks: list[asyncio.Task[None]] = [*self._kind.running.values()]
         tasks += [task for task in (self._group._commits.working, self._watch._poll) if task]
         for task in tasks:
@@ -328,14 +328,14 @@ class Worker:
 
 
 class World:
-    """One session of one tenant at a time, and how to look at what the database has of it."""
+    """One session of one tenant at a time, and reads of its rows."""
 
     def __init__(self, database: str) -> None:
         self.loop = asyncio.new_event_loop()
         self._admin_url = database
         self.run(prepare_database(database, {"agent": PASSWORDS}))
         self.run(migrate(database, "agent", Path(str(services.agent.__file__)).parent / "migrations"))
-        # Nobody pulls the plug: what is committed is there, also where it is not yet on the disk.
+        # The machine does not lose power in this test, so commits need not wait for the disk.
         name = urlsplit(database).path[1:]
         execute(database, f'ALTER DATABASE "{name}" SET synchronous_commit = off')
         self.cipher = Cipher("A" * 43 + "=")
@@ -367,7 +367,7 @@ class World:
         self._first_id, self._said = UUID(int=uuid7().int & ~(0xFFF << 64)), 0
         self.outside = Outside()
         self._mode: QueueMode = "collect"
-        # Nobody takes what an example that failed has left behind.
+        # No worker may claim lanes that a failed example has left behind.
         self.rows("UPDATE lane SET ready_at = NULL, epoch = epoch + 1")
 
         async def insert(tx: Tx) -> None:
@@ -386,7 +386,7 @@ class World:
         )
 
     async def in_tenant(self, work: Any) -> Any:
-        """What `work` returns, done in a transaction of the request role."""
+        """Runs `work` in a transaction of the request role and returns its result."""
         return await self._request.run(work, tenant_id=self.tenant_id)
 
     def ask(self, work: Any) -> Any:
@@ -414,7 +414,7 @@ class World:
             received_at=utcnow(),
             origin=Origin(UUID(int=7), "chat", "m") if by_channel else None,
             idempotency_key=key,
-            # Ids within a millisecond are in no order; these are, so that the same example is the same again.
+            # New ids within one millisecond have no order. These are ordered, so that examples repeat exactly.
             new_run_id=UUID(int=self._first_id.int + (self._said << 64)),
         )
         run_id: UUID = await self.in_tenant(lambda tx: take_in(tx, arrival, self.subjects))
@@ -430,5 +430,5 @@ class World:
         )
 
     def rows(self, statement: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        """By a connection of its own, each statement for itself."""
+        """Runs the statement on a connection of its own, without a transaction."""
         return [tuple(row) for row in self.run(self._looking.fetch(statement, *arguments))]

@@ -1,4 +1,4 @@
-"""What a session promises, in memory: its messages, the runs that answer them, and the facts of their journals."""
+"""The promises of a session as a model in memory: its messages, the runs that answer them, and their events."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ OPEN = ("queued", "running", "waiting")
 
 @dataclass
 class RunModel:
-    """What is known of a run: from the messages that were accepted, and from the facts that were stored.
+    """The expected state of a run, from the accepted messages and the stored events.
 
-    can_fail: one of its messages asks for that, or an operator has decided so. given_up: too many workers have lost it.
-    never_waited: for a person, so that its turn is that of its first message. began_at: step → the epoch under which
+    can_fail: one of its messages or an operator asks for it. given_up: too many workers have lost it. never_waited: it
+    did not wait for a person, so it answers in the order of its first message. began_at: step → the epoch under which
     its last attempt began.
     """
 
@@ -69,7 +69,7 @@ class Model:
 
     def __init__(self, tenant_id: str) -> None:
         self.runs: dict[UUID, RunModel] = {}
-        # As they were accepted: which run, and whether the message was only a yes or a no.
+        # In the order of acceptance: the run, and whether the message was only a yes or a no.
         self.accepted: list[tuple[UUID, bool]] = []
         self.last: UUID | None = None
         self.epoch = 0
@@ -78,11 +78,11 @@ class Model:
         self._executed: UUID | None = None
 
     def in_status(self, *statuses: str) -> list[UUID]:
-        """By id, the order in which the one is looked for that a yes or no is meant for."""
+        """Ordered by id: a yes or no goes to the first one."""
         return sorted(id_ for id_, run in self.runs.items() if run.status in statuses)
 
     def who_answers(self, mode: QueueMode) -> UUID | None:
-        """The run that a message joins; None: one of its own. It is no yes or no."""
+        """The run that a message joins, if it is not a yes or no; None: a run of its own."""
         last = self.runs[self.last] if self.last else None
         if last is None or last.cancelled:
             return None
@@ -103,10 +103,10 @@ class Model:
     # Facts
 
     def add(self, run_id: UUID, event: Event, epoch: int | None) -> None:
-        """A fact was stored. epoch: of the lease of the worker that moved; None: no worker did."""
+        """An event was stored. epoch: of the lease of the worker that moved; None: no worker moved."""
         run = self.runs.setdefault(run_id, RunModel())
         before = run.journal
-        assert list(decide(_command(event), before)) == [event], f"nobody may decide this: {event}, after {before}"
+        assert list(decide(_command(event), before)) == [event], f"the rules do not allow {event} after {before}"
         run.journal = evolve(before, event)
         if not _is_of_people(event, epoch):
             assert epoch == self.epoch, f"{event} under epoch {epoch}, and the lane is at {self.epoch}"
@@ -142,8 +142,8 @@ class Model:
             self._executed = None
 
     def _take_turn(self, run_id: UUID, event: Event) -> None:
-        """From a run's start until it ends or waits, nobody writes into another one's journal."""
-        # One that is cancelled before its start ends without it.
+        """From a run's start until it ends or waits, no event is written for another run of the session."""
+        # A run that is cancelled before its start ends without one.
         may_be_first = isinstance(event, (RunStarted, RunFailed))
         assert self._executed == run_id or (may_be_first and self._executed is None), (
             f"{event} of {run_id}, and {self._executed} is executed"
@@ -151,7 +151,7 @@ class Model:
         self._executed = run_id
 
     def check_calls(self, calls: Sequence[Call], *, is_current: bool) -> None:
-        """Nothing is called but what a begun step calls. One who has lost its lane cannot know how far the other is."""
+        """Only begun steps make calls. A worker that has lost its lane does not know the progress of the other one."""
         for run_id, key in calls:
             journal = self.runs[run_id].journal
             kind = "tool" if key else "model"
@@ -163,8 +163,7 @@ class Model:
                 assert self.keys(run_id)[key] in begun, f"a step that was made is made again: {journal}"
 
     def keys(self, run_id: UUID) -> dict[str, int]:
-        """Idempotency key → step, for each call that the run's tools may have got: another one only by a retry that a
-        person decided."""
+        """Idempotency key → step, for each call of a tool. Only a retry that a person decided has another key."""
         return {
             str(uuid5(NAMESPACE_OID, f"agent/{self._tenant_id}/{run_id}/{n}" + (f"/{again}" if again else ""))): n
             for n, step in self.runs[run_id].journal.steps.items()
@@ -173,8 +172,7 @@ class Model:
         }
 
     def steps(self) -> dict[tuple[UUID, int], tuple[str, str, str, int]]:
-        """Of each step kind, name, status and attempts, but of those that a person has had made again, before they
-        are."""
+        """Kind, name, status and attempts of each step."""
         names = {"started": "running"}
         return {
             (id_, n): (step.kind, step.name, names.get(step.status, step.status), step.attempt)
@@ -184,14 +182,14 @@ class Model:
 
 
 def _is_of_people(event: Event, epoch: int | None) -> bool:
-    """It comes from a message, a cancel or a decision."""
+    """True if the event comes from a message, a cancellation or a decision."""
     if isinstance(event, RunFailed):
         return epoch is None or event.status == "refused"
     return isinstance(event, StepSettled)
 
 
 def _command(event: Event) -> Command:
-    """What must have been decided for this fact."""
+    """The command that leads to this event."""
     key = event.session_key
     match event:
         case RunStarted():
@@ -229,7 +227,7 @@ def _command(event: Event) -> Command:
 
 
 def check_reply(reply: str, own: Sequence[str], all_labels: Sequence[str]) -> None:
-    """The reply is to all messages of the run, in their order, and what it was told before came before."""
+    """The reply answers all messages of the run in their order, and its history has only earlier messages."""
     told = reply.split()
     before, answered = told[: -len(own)], told[-len(own) :]
     assert answered == list(own), f"{reply} to {own}"

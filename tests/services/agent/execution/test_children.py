@@ -1,4 +1,4 @@
-"""What another agent answers at the very moment at which the run that asked for it begins to wait."""
+"""Another agent answers at the moment at which the run that asked it begins to wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.services.agent.execution.session_driver import PERSON, Outside, World
 
 
 class Asking(Outside):
-    """A model that asks another agent, and answers with what it is told."""
+    """A model that asks another agent and answers with its reply."""
 
     def answer(self, prompt: Prompt) -> Answer:
         last = prompt.turns[-1]
@@ -43,7 +43,7 @@ def test_an_answer_that_comes_before_the_run_waits_for_it_is_heard(world: Asking
     world.run(worker.claim())
     while worker.gate.standing[0][0] != "end":
         world.run(worker.move(0))
-    # It has looked and found no answer. Now there is one, of which nobody tells it: it does not wait yet.
+    # The run has looked and found no answer. Now there is one, but it does not resume the run, which does not wait yet.
     world.rows(
         "INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, status, error, parent_run_id, parent_step) "
         "SELECT $2, tenant_id, 'other', agent_id, $3, 'failed', 'in Switzerland', id, 2 FROM run WHERE id = $1",

@@ -1,6 +1,6 @@
-"""One session against a plain model, under any order of messages, cancels, decisions, crashes and lost lanes.
+"""One session against a simple model, with messages, cancellations, decisions, crashes and lost lanes in any order.
 
-The same examples each time. CLAW_MODEL_EXAMPLES=<how many> tries that many others instead.
+The examples are the same each time. CLAW_MODEL_EXAMPLES=<number> tries that many random ones instead.
 """
 
 from __future__ import annotations
@@ -39,17 +39,15 @@ from tests.services.agent.execution.session_model import OPEN, Model, check_repl
 
 WORKERS = st.integers(0, 1)
 MODES = st.sampled_from(("steer", "collect", "followup", "steer", "interrupt", "reject"))
-# What the model does with a message, one word each time it is asked; then it answers.
+# The model's behaviour for a message, one word for each time that it is asked; then it answers.
 PLANS = st.sampled_from(("", "", LOOK, SEND, SEND, DOUBT, f"{LOOK} {SEND}", f"{SEND} {LOOK}", "flaky", "broken"))
-# Of what stands at the same time, which goes on.
+# Chooses one of several stops.
 INDEX = st.integers(0, 1)
 MOVES = st.sampled_from((2, 0, 6, 4, 0, 8, 1, 5, 3, 7, 13))
 
 
 class Turn(NamedTuple):
-    """Worker `n` makes so many moves, and goes on to that place. Where there would be nothing to do, somebody writes
-    before.
-    """
+    """Worker `n` makes `moves` moves and then goes on to `place`. If there is nothing to do, a person writes first."""
 
     n: int
     moves: int
@@ -84,7 +82,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(mode=MODES, plans=st.lists(PLANS, min_size=1, max_size=2), again=st.booleans(), turn=TURNS)
     def say(self, mode: QueueMode, plans: list[str], again: bool, turn: Turn) -> None:
-        """again: a client that has not heard the answer sends its last message once more."""
+        """again: a client that has not received the answer repeats its last message."""
         for plan in plans:
             self._say(mode, plan)
         self.world.set_mode(mode)
@@ -95,7 +93,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(turn=TURNS, plan=PLANS)
     def steer_at_the_end(self, turn: Turn, plan: str) -> None:
-        """A message joins a run that has looked for the last time whether there is one."""
+        """A message joins a run that has already looked for new messages for the last time."""
         self._work(turn._replace(place="end"))
         self._say("steer", plan)
 
@@ -122,7 +120,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(mode=MODES.filter(lambda mode: mode != "interrupt"), turn=TURNS)
     def say_while_it_works(self, mode: QueueMode, turn: Turn) -> None:
-        """Two transactions at once; whichever is first."""
+        """Two transactions at the same time, in either order."""
         self._work(turn)
         worker = self.world.workers[turn.n]
         if not worker.gate.standing:
@@ -155,11 +153,11 @@ class Sessions(RuleBasedStateMachine):
         self.plans[label] = plan
         return await self.world.say(f"{label} {plan}", by_channel=self.by_channel, key=label)
 
-    # What people decide
+    # Decisions of people
 
     @rule(turn=TURNS, index=st.integers(0, 3), noticed=st.booleans())
     def cancel(self, turn: Turn, index: int, noticed: bool) -> None:
-        """noticed: at once, by who is in a call."""
+        """noticed: workers that are in a call look for cancellations at once."""
         self._work(turn)
         # The newest first.
         run_id = sorted(self.model.runs)[-1 - index % len(self.model.runs)]
@@ -177,7 +175,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(turn=TURNS, decision=st.sampled_from(("approve", "Yes!", "deny", "no")), action=ACTIONS)
     def decide(self, turn: Turn, decision: str, action: Action) -> None:
-        """All that waits is decided."""
+        """Decides everything that waits."""
         self._work(turn)
         self._decide(turn.mode, decision, action)
 
@@ -231,7 +229,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(turn=TURNS, fate=st.sampled_from(FATES), expires=st.booleans(), then=MOVES)
     def lose(self, turn: Turn, fate: str, expires: bool, then: int) -> None:
-        """The worker dies, or hears that it has lost its lane (expires: its lease runs out, too), or is overtaken."""
+        """The worker dies, is told that it has lost its lane (expires: its lease runs out, too), or is overtaken."""
         worker, other = self.world.workers[turn.n], self.world.workers[1 - turn.n]
         if fate in ("overtaken", "overtaken midway"):
             self.world.run(other.die())
@@ -250,9 +248,9 @@ class Sessions(RuleBasedStateMachine):
             self._leases_run_out()
 
     def _overtake(self, worker: Worker, other: Worker, *, midway: bool) -> None:
-        """The other worker has the lane from now on, and this one does not know.
+        """The other worker has the lane from now on, and this worker does not know it.
 
-        midway: it has written in a transaction, and commits when the other one has the lane.
+        midway: this worker has written in a transaction, and commits after the other one has claimed the lane.
         """
         worker.gate.midway = midway
         for _ in range(3 * midway):
@@ -287,7 +285,7 @@ class Sessions(RuleBasedStateMachine):
             moves -= 1
 
     def _catch_up(self, epoch: int | None) -> None:
-        """The model reads what was stored meanwhile."""
+        """The model reads the events that were stored meanwhile."""
         for position, stream, type_, version, data in self.world.rows(
             "SELECT position, stream_id, type, schema_version, data FROM event WHERE position > $1 ORDER BY position",
             self.read,
@@ -299,7 +297,7 @@ class Sessions(RuleBasedStateMachine):
                 self.session = evolve(self.session, SESSIONS.events.decode(type_, version, data))
             self.read = position
 
-    # What holds at any time
+    # Invariants
 
     @invariant()
     def the_database_says_what_the_model_says(self) -> None:
@@ -323,10 +321,10 @@ class Sessions(RuleBasedStateMachine):
         stored, folded = {(row[0], row[1]): row[2:] for row in rows}, self.model.steps()
         assert stored.keys() == folded.keys()
         for (id_, n), step in folded.items():
-            # What a person has had made again is shown as it was until it is.
+            # A step that a person wants made again is shown with its old state until it begins again.
             if not self.model.runs[id_].journal.steps[n].settled:
                 assert stored[id_, n] == step
-        # A tool takes effect once for each step, and once more only where a person says so.
+        # A tool takes effect once for each step, and once more only if a person decided so.
         steps_of: dict[str, set[tuple[UUID, int]]] = {}
         keys = {key: (id_, n) for id_ in self.model.runs for key, n in self.model.keys(id_).items()}
         for key, arguments in self.world.outside.keys.items():
@@ -337,7 +335,7 @@ class Sessions(RuleBasedStateMachine):
         assert all(len(found) == 1 for found in steps_of.values()), steps_of
 
     def _check_lane(self) -> None:
-        """Items are done one after the other, and only what is to be executed has one that waits."""
+        """Items are done one after the other. Only runs that are to be executed have a waiting item."""
         rows = self.world.rows(
             "SELECT item_id, state, body, recoveries, finished_at FROM lane_item WHERE kind = $1 AND tenant_id = $2 "
             "ORDER BY seq",
@@ -368,13 +366,13 @@ class Sessions(RuleBasedStateMachine):
         replies = [(reply.run_id, reply.reply) for reply in completed]
         said = [(send.run_id, send.text) for send in sends]
         assert [pair for pair in said if pair in replies] == (replies if self.by_channel else [])
-        # In the order of their messages, but for those that have waited for a person meanwhile.
+        # In the order of their messages, except the runs that have waited for a person.
         first = {run_id: n for n, (run_id, _) in reversed(list(enumerate(self.model.accepted)))}
         direct = [reply.run_id for reply in completed if self.model.runs[reply.run_id].never_waited]
         assert in_order([first[run_id] for run_id in direct])
 
     def teardown(self) -> None:
-        """People decide what is to be decided, and a worker that nothing happens to works it all off."""
+        """People decide everything, and a worker without faults finishes all runs."""
         if sys.exception() is None:
             self._work_off()
         for worker in self.world.workers:
@@ -400,7 +398,7 @@ class Sessions(RuleBasedStateMachine):
 
 @pytest.fixture
 def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    # Neither looking for cancels nor the end of a pause is left to time.
+    # The test controls the look for cancellations and the end of pauses; time does not.
     monkeypatch.setattr("services.agent.execution.watch.POLL_SECONDS", 3600)
     monkeypatch.setattr("services.agent.sessions.domain.DEBOUNCE", timedelta(hours=1))
     with log_lines():
@@ -414,7 +412,7 @@ def test_a_session_does_what_the_model_does(world: World) -> None:
     run_machine(Sessions, world, examples=15, steps=15)
 
 
-def test_what_comes_between_a_draft_and_the_next_one_is_told_alike_to_who_goes_on(world: World) -> None:
+def test_a_worker_that_resumes_a_run_takes_messages_between_two_drafts_at_the_same_steps(world: World) -> None:
     world.begin_again()
     world.set_mode("steer")
     worker = world.workers[0]
@@ -426,10 +424,10 @@ def test_what_comes_between_a_draft_and_the_next_one_is_told_alike_to_who_goes_o
     world.run(worker.claim())
     while world.run(worker.move(0)) != "model":
         pass
-    world.run(worker.move(0))  # the draft is stored; before it is sent, it is looked for more
+    world.run(worker.move(0))  # The draft is stored. Before it is sent, the worker looks for more messages.
     say("m2")
     world.run(worker.move(0))
-    world.run(worker.move(0))  # that m2 is taken is stored
+    world.run(worker.move(0))  # The worker stores that it has taken m2.
     say("m3")
     while worker.gate.standing[0][0] != "model":
         world.run(worker.move(0))
