@@ -28,6 +28,7 @@ from services.agent.runs.family import child_id, child_state
 from services.agent.runs.notices import FAILED
 from services.agent.runs.publishing import published, stream
 from services.agent.runs.replies import send_reply
+from services.agent.sessions.requeue import lock_session, requeue_later_messages
 
 _log = get_logger("agent.runs")
 
@@ -39,6 +40,8 @@ async def finish(
 
     Raises NotYet if the run has to go on instead: a message or another agent's answer has come meanwhile.
     """
+    if isinstance(outcome, Ended):
+        await lock_session(tx, run_id)
     row = await lock(tx, run_id)
     if row.is_over:
         return
@@ -59,6 +62,7 @@ async def finish(
 
 async def give_up(tx: Tx, subjects: SubjectKeys, run_id: UUID, error: str) -> None:
     """Ends a run that no worker can execute. The person is told; the dead letter of the item holds the reason."""
+    await lock_session(tx, run_id)
     row = await lock(tx, run_id)
     if row.is_over:
         return
@@ -112,7 +116,11 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
 
 
 async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended) -> None:
+    state = await tx.load(stream(row.id))
     await fail(tx, row.id, row.session_key, outcome.status, outcome.error)
+    if outcome.status == "failed" and state.messages:
+        # Otherwise no run would answer the messages that came after its start.
+        await requeue_later_messages(tx, row.id, state.messages)
     level = _log.info if outcome.status == "cancelled" else _log.warning
     level(f"run {outcome.status}", run_id=str(row.id), error=outcome.error)
     await _send(tx, row, loaded, outcome.notice)

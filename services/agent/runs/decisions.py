@@ -16,12 +16,29 @@ from services.agent.runs.publishing import stream
 _YES_WORDS = "y yes ok okay approve approved allow ja oui si sí 好 好的 是 是的 可以 同意 批准"
 _NO_WORDS = "n no deny denied refuse stop nein non 不 不行 不可以 不要 不同意 否 拒绝"
 _YES, _NO = frozenset(_YES_WORDS.split()), frozenset(_NO_WORDS.split())
+# In a group the person has to name the bot: "@bot yes", "<@U0123> yes".
+_MENTION = re.compile(r"<@[^>\s]+>|(?<!\S)@\S+")
+_PUNCTUATION = re.compile(r"[.!?。！？,，/]+")
+# A longer text with a yes or a no in it is taken as an ordinary message.
+_UNCLEAR_WORDS = 4
 
 
 def decision_in(text: str) -> Decision | None:
-    """The decision in a person's message; None if the message is anything else than a yes or a no."""
-    word = re.sub(r"[\s.!?。！？,，/]+", "", text).casefold()
+    """The decision in a person's message; None if it says anything else than a yes or a no, besides mentions."""
+    word = "".join(_words(text))
     return "approve" if word in _YES else "deny" if word in _NO else None
+
+
+def is_unclear(text: str) -> bool:
+    """True for a text that seems to decide but does not do so clearly: "yes please", "👍"."""
+    words = _words(text)
+    if not words or len(words) > _UNCLEAR_WORDS or decision_in(text):
+        return False
+    return not any(letter.isalnum() for word in words for letter in word) or any(word in _YES | _NO for word in words)
+
+
+def _words(text: str) -> list[str]:
+    return _PUNCTUATION.sub(" ", _MENTION.sub(" ", text)).casefold().split()
 
 
 async def settle(tx: Tx, run_id: UUID, step: int, decision: Decision, by: str, content: bytes | None = None) -> None:

@@ -16,3 +16,9 @@ INTERRUPTED = "interrupted by a newer message"
 def approval_question(tool: str, arguments: str) -> str:
     """The question to the person in the chat."""
     return f"May I use {tool} with {arguments}? Please answer yes or no."
+
+
+def question_repeated(tool: str, arguments: str | None) -> str:
+    """The same question after an unclear answer. `arguments`: None if they cannot be read any more."""
+    with_arguments = "" if arguments is None else f" with {arguments}"
+    return f"I did not understand that. May I use {tool}{with_arguments}? Please answer only yes or no."

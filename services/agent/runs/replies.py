@@ -21,10 +21,15 @@ async def send_reply(
     channel_id: UUID,
     conversation_id: str,
     reply_to: str | None,
+    answers: UUID | None = None,
 ) -> None:
-    """Sends `text` once for the present length of the run's journal. A run that waits and goes on sends several."""
+    """Sends `text` once for the present length of the run's journal. A run that waits and goes on sends several.
+
+    `answers`: the message that this text answers, if the journal does not change with it.
+    """
     n = (await tx.load(stream(run_id))).n
-    delivery_id = derived_id(run_id, "delivery", n)
+    occasion = (n,) if answers is None else (n, answers)
+    delivery_id = derived_id(run_id, "delivery", *occasion)
     message = SendMessage(
         delivery_id=delivery_id,
         channel_id=channel_id,
@@ -35,5 +40,5 @@ async def send_reply(
         reply_to=reply_to,
         position=await next_position(tx, "sent", session_key),
     )
-    tx.send(CHANNEL_OUTBOUND, message, message_id=derived_id(run_id, "SendMessage", n))
+    tx.send(CHANNEL_OUTBOUND, message, message_id=derived_id(run_id, "SendMessage", *occasion))
     await projections.delivery_asked(tx, run_id, delivery_id)

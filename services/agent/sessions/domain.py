@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from services.agent.definitions.queue_modes import QueueMode
-from services.agent.sessions.events import Event, MessageAccepted
+from services.agent.sessions.events import Event, MessageAccepted, MessagesRequeued
 
 # The most messages that one run answers together, and how long it waits for the next of them.
 CAP = 20
@@ -45,14 +45,14 @@ class Accept:
     busy: bool
     """At least one run of the session is queued or running."""
     decides: UUID | None = None
-    """The run that waits for this yes or no."""
+    """The run that waits for the decision that this message is about."""
 
 
 class Busy(Exception):
     """The session is busy and its agent rejects messages meanwhile."""
 
 
-def decide(command: Accept, session: Session) -> list[Event]:
+def decide(command: Accept, session: Session) -> list[MessageAccepted]:
     """Raises Busy."""
     mode = command.mode
     if command.decides is None and mode == "reject" and command.busy:
@@ -75,6 +75,8 @@ def decide(command: Accept, session: Session) -> list[Event]:
 
 
 def evolve(session: Session, event: Event) -> Session:
+    if isinstance(event, MessagesRequeued):
+        return Session(event.run_id, event.messages)
     if event.decides:
         return session
     return Session(event.run_id, 1 if event.opens else session.messages + 1, event.waits)

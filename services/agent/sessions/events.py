@@ -22,7 +22,15 @@ class MessageAccepted(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed under the subject's key."""
     at: datetime
     decides: bool = False
-    """The message is a yes or no for which the run waited. The run does not answer it."""
+    """The message is about the decision that the run waits for. The run does not answer it."""
 
 
-Event = MessageAccepted
+class MessagesRequeued(msgspec.Struct, frozen=True, kw_only=True):
+    """A run failed that other messages had joined after its start. A new run answers those messages."""
+
+    failed_run_id: UUID
+    run_id: UUID
+    messages: int
+
+
+Event = MessageAccepted | MessagesRequeued

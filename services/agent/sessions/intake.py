@@ -5,6 +5,7 @@ Rows are locked in one order: session, run, lane. The executor also locks the ru
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -23,9 +24,10 @@ from services.agent.lanes import RUNS, queue_run
 from services.agent.models.contract import Answered, Returned, Tool, Turn
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
-from services.agent.runs.decisions import decision_in, settle, suspension
-from services.agent.runs.domain import Fail
-from services.agent.runs.notices import BUSY, INTERRUPTED
+from services.agent.runs.content import Unsealer
+from services.agent.runs.decisions import decision_in, is_unclear, settle, suspension
+from services.agent.runs.domain import Fail, Suspension
+from services.agent.runs.notices import BUSY, INTERRUPTED, question_repeated
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
@@ -97,7 +99,9 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     open_runs = await _open_runs(tx, arrival.session_key, session.run_id, every_run=mode == "interrupt")
     last = open_runs.get(session.run_id) if session.run_id else None
     decision = decision_in(arrival.text)
-    asking = next((id_ for id_, run in open_runs.items() if run.status == "waiting"), None) if decision else None
+    # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
+    unclear = arrival.origin is not None and is_unclear(arrival.text)
+    asking = await _asking(tx, open_runs) if decision or unclear else None
     command = Accept(
         message_id=arrival.message_id,
         subject_id=arrival.subject_id,
@@ -157,9 +161,11 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         session.waits,
     )
     if event.decides:
-        assert decision
         waits = await suspension(tx, event.run_id)
-        await settle(tx, event.run_id, waits.step, decision, arrival.subject_id)
+        if decision:
+            await settle(tx, event.run_id, waits.step, decision, arrival.subject_id)
+        else:
+            await _ask_again(tx, arrival, subjects, event.run_id, waits)
         return event.run_id
     not_before = begins_at(session, utcnow())
     if busy:
@@ -250,6 +256,36 @@ async def _open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: 
         every_run,
     )
     return {UUID(str(id_)): _Open(status, UUID(str(agent_id)), cancelled) for id_, status, agent_id, cancelled in rows}
+
+
+async def _asking(tx: Tx, open_runs: Mapping[UUID, _Open]) -> UUID | None:
+    """The first run that waits for an approval, not for another agent; None if there is none."""
+    for run_id, run in open_runs.items():
+        if run.status == "waiting":
+            waits = (await tx.load(run_stream(run_id))).suspended
+            if waits and waits.reason == "approval":
+                return run_id
+    return None
+
+
+async def _ask_again(tx: Tx, arrival: Arrival, subjects: SubjectKeys, run_id: UUID, waits: Suspension) -> None:
+    """The answer was unclear: the person is asked the same question again, and the run goes on waiting."""
+    assert arrival.origin
+    [(subject_id,)] = await tx.sql("SELECT subject_id FROM run WHERE id = $1", run_id)
+    arguments = None
+    if waits.arguments:
+        unsealer = Unsealer(tx, subjects)
+        arguments = await unsealer.open(waits.arguments, subject_id, f"{run_id}/{waits.step}", "arguments")
+    await send_reply(
+        tx,
+        run_id,
+        question_repeated(waits.name, arguments),
+        session_key=arrival.session_key,
+        channel_id=arrival.origin.channel_id,
+        conversation_id=arrival.origin.conversation_id,
+        reply_to=arrival.origin.vendor_message_id,
+        answers=arrival.message_id,
+    )
 
 
 async def _is_busy(tx: Tx, session_key: str) -> bool:

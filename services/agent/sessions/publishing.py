@@ -5,9 +5,11 @@ from __future__ import annotations
 from infra.postgres.event_store import Aggregate, Stream
 from infra.postgres.upcasting import EventTypes
 from services.agent.sessions.domain import Session, decide, evolve
-from services.agent.sessions.events import MessageAccepted
+from services.agent.sessions.events import MessageAccepted, MessagesRequeued
 
-SESSION = Aggregate(name="session", events=EventTypes(MessageAccepted), initial=Session, evolve=evolve, decide=decide)
+SESSION = Aggregate(
+    name="session", events=EventTypes(MessageAccepted, MessagesRequeued), initial=Session, evolve=evolve, decide=decide
+)
 
 
 def stream(tenant_id: str, session_key: str) -> Stream[Session]:

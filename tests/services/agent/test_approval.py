@@ -90,7 +90,10 @@ async def test_a_call_that_is_denied_is_not_made(world: World, tenant: Tenant) -
     assert world.peers.plugin.calls == calls
 
 
-@pytest.mark.parametrize(("answer", "status"), [("Yes!", "completed"), ("不行。", "failed")])
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [("Yes!", "completed"), ("不行。", "failed"), ("@bot yes", "completed"), ("<@U0123ABC> no.", "failed")],
+)
 async def test_the_person_in_the_chat_decides(world: World, tenant: Tenant, answer: str, status: str) -> None:
     agent = await careful(tenant)
     world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
@@ -108,6 +111,45 @@ async def test_the_person_in_the_chat_decides(world: World, tenant: Tenant, answ
     await tenant.runs(2)
     turns = [message["content"] for message in world.models.requests[-1].body["messages"][1:]]
     assert turns == ["Weather?", "Done.", "Next"]
+
+
+async def test_an_unclear_answer_is_asked_back_and_starts_no_run(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    await tenant.receive(agent, "Weather?")
+    run = await waiting(tenant)
+    for count, answer in enumerate(("yes please", "👍"), 2):
+        await tenant.receive(agent, answer)
+
+        async def asked_again(count: int = count) -> bool:
+            return len(await tenant.sent("channel.outbound")) == count
+
+        await world.platform.until(asked_again)
+    assert [item["id"] for item in (await tenant.call("GET", "/api/v1/runs"))["items"]] == [run["id"]]
+    assert (await tenant.run(run["id"]))["status"] == "waiting"
+    question, *repeated = await tenant.sent("channel.outbound")
+    again = f"I did not understand that. May I use {WEATHER} with {BERN[1]}? Please answer only yes or no."
+    assert [send["text"] for send in repeated] == [again, again]
+    assert [send["position"] for send in repeated] == [question["position"] + 1, question["position"] + 2]
+    await tenant.receive(agent, "yes")
+    [over] = await tenant.runs(1)
+    assert (over["id"], over["reply"]) == (run["id"], "Done.")
+
+
+async def test_a_yes_decides_nothing_while_the_run_waits_for_another_agent(world: World, tenant: Tenant) -> None:
+    other = await tenant.agent(tools=[WEATHER], approval=[WEATHER])
+    agent = await tenant.agent(agents=[{"agent_id": other, "name": "ask", "description": "Knows."}])
+    world.models.script(MODEL, Says(calls=(("ask", '{"message":"Bern?"}'),)), Says(calls=(BERN,)), Says("You agree."))
+    await tenant.receive(agent, "Weather?")
+
+    async def both_wait() -> bool:
+        items = (await tenant.call("GET", "/api/v1/runs"))["items"]
+        return [item["status"] for item in items] == ["waiting", "waiting"]
+
+    await world.platform.until(both_wait)
+    await tenant.receive(agent, "Yes.")
+    [over] = await tenant.runs(1)
+    assert (over["status"], over["reply"]) == ("completed", "You agree.")
 
 
 async def test_of_calls_made_together_none_is_made_before_all_may_be(world: World, tenant: Tenant) -> None:

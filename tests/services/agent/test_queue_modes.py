@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from services.agent.runs.notices import FAILED
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
 from tooling.testing.service_fakes import WEATHER
@@ -45,6 +46,35 @@ async def test_steering_reaches_the_run_before_its_next_step(world: World, tenan
     facts = await tenant.sent("agent.events")
     assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
     assert [(fact["step"], fact["messages"]) for fact in facts if "messages" in fact] == [(3, 2)]
+
+
+async def test_messages_that_joined_a_run_that_fails_are_answered_by_the_next_run(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="steer", tools=[WEATHER], system_prompt=tenant.id)
+    go = asyncio.Event()
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),), waits=go), Says(""), Says("Two and three."))
+    await tenant.receive(agent, "one")
+    await asked(world, tenant, 1)
+    await tenant.receive(agent, "two")
+    await tenant.receive(agent, "three")
+
+    async def joined() -> bool:
+        async with world.platform.database("agent").begin() as tx:
+            rows = await tx.sql("SELECT count(*), count(DISTINCT run_id) FROM message WHERE tenant_id = $1", tenant.id)
+        return rows == [(3, 1)]
+
+    await world.platform.until(joined)
+    go.set()
+    failed, answered = await tenant.runs(2)
+    assert (failed["status"], answered["status"]) == ("failed", "completed")
+    # The failed run was shown all three. The next one answers the two that had joined.
+    assert of(world, tenant)[1][-1] == "two\nthree"
+    assert of(world, tenant)[2] == ["one", "two\nthree"]
+    assert [send["text"] for send in await tenant.sent("channel.outbound")] == [FAILED, "Two and three."]
+    async with world.platform.database("agent").begin() as tx:
+        events = await tx.sql(
+            "SELECT type FROM event WHERE stream_id = $1 ORDER BY version", f"session:{tenant.id}/{tenant.id}-c"
+        )
+    assert events == [("MessageAccepted",)] * 3 + [("MessagesRequeued",)]
 
 
 async def test_a_draft_that_does_not_answer_all_is_written_anew(world: World, tenant: Tenant) -> None:

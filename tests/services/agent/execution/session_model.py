@@ -100,6 +100,17 @@ class Model:
         self.accepted.append((run_id, False))
         return run
 
+    def requeue(self, failed: UUID, new: UUID, count: int, *, can_fail: bool) -> None:
+        """A run failed, and another one answers its last `count` messages."""
+        labels = self.runs[failed].labels
+        # It is queued behind runs of later messages, so its turn is not that of its first message.
+        self.runs[new] = RunModel(labels=labels[-count:], can_fail=can_fail, never_waited=False)
+        del labels[-count:]
+        joined = [n for n, entry in enumerate(self.accepted) if entry == (failed, False)][-count:]
+        for n in joined:
+            self.accepted[n] = (new, False)
+        self.last = new
+
     # Facts
 
     def add(self, run_id: UUID, event: Event, epoch: int | None) -> None:

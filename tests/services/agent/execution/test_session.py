@@ -31,6 +31,7 @@ from services.agent.runs.events import Decision
 from services.agent.runs.notices import CANCELLED
 from services.agent.runs.publishing import RUN
 from services.agent.sessions.domain import Busy, Session, evolve
+from services.agent.sessions.events import MessagesRequeued
 from services.agent.sessions.publishing import SESSION as SESSIONS
 from tests.infra.lanes.lane_fixture import log_lines
 from tests.machines import patient, run_machine
@@ -294,7 +295,12 @@ class Sessions(RuleBasedStateMachine):
             if kind == "run":
                 self.model.add(UUID(id_), RUN.events.decode(type_, version, data), epoch)
             else:
-                self.session = evolve(self.session, SESSIONS.events.decode(type_, version, data))
+                event = SESSIONS.events.decode(type_, version, data)
+                self.session = evolve(self.session, event)
+                if isinstance(event, MessagesRequeued):
+                    labels = self.model.runs[event.failed_run_id].labels[-event.messages :]
+                    can_fail = any("broken" in self.plans[label] for label in labels)
+                    self.model.requeue(event.failed_run_id, event.run_id, event.messages, can_fail=can_fail)
             self.read = position
 
     # Invariants

@@ -1,0 +1,81 @@
+"""Gives a failed run's later messages, which had joined it after its start, to a new run."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from opentelemetry import trace
+
+from infra.clock import uuid7
+from infra.postgres.tx import Tx
+from services.agent.lanes import queue_run
+from services.agent.sessions.events import MessagesRequeued
+from services.agent.sessions.publishing import stream
+
+
+async def lock_session(tx: Tx, run_id: UUID) -> None:
+    """Locks the session of the run. Intake locks the session before the run, so this comes before the run's lock."""
+    await tx.sql(
+        """
+        SELECT FROM session s JOIN run r ON r.tenant_id = s.tenant_id AND r.session_key = s.session_key
+        WHERE r.id = $1
+        FOR UPDATE OF s
+        """,
+        run_id,
+    )
+
+
+async def requeue_later_messages(tx: Tx, run_id: UUID, first: int) -> UUID | None:
+    """Opens and queues a run for the messages of the failed run after its first `first`. Returns the new run's id.
+
+    None if there are no such messages. The session and the failed run are locked.
+    """
+    assert tx.tenant_id
+    later = await tx.sql(
+        """
+        SELECT message_id, subject_id
+        FROM message
+        WHERE run_id = $1 AND NOT decides
+        ORDER BY seq
+        OFFSET $2
+        """,
+        run_id,
+        first,
+    )
+    if not later:
+        return None
+    new, context = uuid7(), trace.get_current_span().get_span_context()
+    [(session_key,)] = await tx.sql(
+        """
+        INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
+        SELECT $2, tenant_id, session_key, agent_id, $3, channel_id, $4
+        FROM run
+        WHERE id = $1
+        RETURNING session_key
+        """,
+        run_id,
+        new,
+        later[0][1],
+        f"{context.trace_id:032x}" if context.is_valid else None,
+    )
+    await tx.sql(
+        "UPDATE message SET run_id = $3 WHERE tenant_id = $1 AND message_id = ANY($2::uuid[])",
+        tx.tenant_id,
+        [message_id for message_id, _ in later],
+        new,
+    )
+    requeued = MessagesRequeued(failed_run_id=run_id, run_id=new, messages=len(later))
+    tx.append(stream(tx.tenant_id, session_key), requeued)
+    await tx.sql(
+        """
+        UPDATE session
+        SET run_id = $3, run_messages = $4, run_waits = false
+        WHERE tenant_id = $1 AND session_key = $2
+        """,
+        tx.tenant_id,
+        session_key,
+        new,
+        len(later),
+    )
+    queue_run(tx, new, session_key)
+    return new
