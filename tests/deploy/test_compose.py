@@ -22,7 +22,8 @@ from protos.catalog import CATALOG
 from protos.topology import Catalog
 from tooling.cli import compose
 from tooling.stack import provision
-from tooling.stack.home import CHECKOUT, SERVICE_PORTS, SERVICES
+from tooling.stack.checkout import CHECKOUT
+from tooling.stack.home import SERVICE_PORTS, SERVICES
 
 DEPLOY = CHECKOUT / "infra" / "deploy"
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from tooling.cli import compose
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import package_folder
-from tooling.stack.home import CHECKOUT
 from tooling.testing.sample.run import free_port
 
 CONTAINER = yaml.safe_load((CHECKOUT / "compose.yml").read_text())["services"]["nginx"]

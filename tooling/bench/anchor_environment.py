@@ -8,8 +8,8 @@ from asyncio.subprocess import PIPE, STDOUT
 from hashlib import sha256
 from pathlib import Path
 
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
-from tooling.stack.home import CHECKOUT
 
 PINS = CHECKOUT / "requirements-bench.txt"
 FOLDER = CHECKOUT / ".venv-bench"

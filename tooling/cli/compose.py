@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 
 from infra.postgres.schema import Passwords
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import nginx
 from tooling.stack.engines.base import EngineError, write_atomically
-from tooling.stack.home import CHECKOUT, SERVICE_PORTS, SERVICES
+from tooling.stack.home import SERVICE_PORTS, SERVICES
 from tooling.stack.provision import bring_up_to_date
 
 app = typer.Typer(no_args_is_help=True, help="Run the system in containers (compose.yml).")

@@ -11,9 +11,10 @@ import psutil
 import typer
 from rich.console import Console
 
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError, Place
-from tooling.stack.home import CHECKOUT, Home, home_folder
-from tooling.stack.machine import LEAST_DISK_MB, LEAST_MEMORY_MB, available_memory_mb
+from tooling.stack.home import Home, home_folder
+from tooling.stack.machine import LEAST_DISK_MB, LEAST_MEMORY_MB, available_memory_mb, check_access
 from tooling.stack.ports import holder, is_free
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor, orphans
@@ -49,9 +50,11 @@ def examine(home: Home) -> list[Finding]:
     """Looks at everything; a damaged state folder is a finding too."""
     findings = [_disk(home), _memory()]
     try:
+        check_access(home.path)
         place = home.place()
     except EngineError as error:
         return [*findings, Finding("problem", str(error))]
+    findings.append(Finding("ok", "the engines' user can read the code and write the state"))
     supervisor = Supervisor(home.path)
     processes = supervisor.processes()
     for name, part in parts().items():

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from tooling.stack.home import CHECKOUT
+from tooling.stack.checkout import CHECKOUT
 
 # Every word is pytest's.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -18,7 +18,7 @@ from rich.console import Console
 from tooling.stack.engines import CREDENTIALS, ENGINES
 from tooling.stack.engines.base import Engine, EngineError, Place
 from tooling.stack.home import Home, home_folder
-from tooling.stack.machine import check_machine
+from tooling.stack.machine import check_access, check_machine
 from tooling.stack.ports import check_ports
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor
@@ -37,6 +37,7 @@ def up(only: Annotated[str, typer.Option(help="Only these, separated by commas."
         if name not in known:
             raise EngineError(f"--only: {name!r} is none of {', '.join(known)}")
     home = Home(home_folder())
+    check_access(home.path)
     place = home.place()
     # The clients would tell of every refused connection, the ordinary thing while an engine starts.
     logging.disable()

@@ -1,4 +1,4 @@
-"""The state folder of a stack: where it is, which ports it has, which passwords, who its users are."""
+"""The state folder of a stack: its path, and its ports, passwords and users."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import infra
+from tooling.stack.checkout import CHECKOUT, closed_name, is_closed
 from tooling.stack.engines import ENGINES
 from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomically
 
-CHECKOUT = Path(infra.__file__).parent.parent
-# Services and the ports they have, and the consoles'.
+# The state folders of root's stacks whose checkouts are closed to other users.
+STATE = Path("/var/lib/clawbus")
+# The usual port of each listener of each service.
 SERVICE_PORTS = {
     "user": 8001,
     "user_grpc": 9001,
@@ -41,8 +42,10 @@ _USUAL_OFFSETS = (0, 400, 2000, 5000)
 
 
 def home_folder() -> Path:
-    """CLAW_HOME, or .claw in the checkout."""
-    return Path(os.environ.get("CLAW_HOME") or CHECKOUT / ".claw").absolute()
+    """CLAW_HOME, or .claw in the checkout; for root in a closed checkout, a folder below /var/lib/clawbus."""
+    if named := os.environ.get("CLAW_HOME"):
+        return Path(named).absolute()
+    return STATE / closed_name() if is_closed() else CHECKOUT / ".claw"
 
 
 def usual_ports() -> dict[str, int]:

@@ -11,9 +11,10 @@ from infra.bus import provisioning
 from infra.postgres.schema import Passwords, migrate, prepare_database
 from protos.catalog import CATALOG
 from protos.topology import Catalog, Queue
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import ENGINES
 from tooling.stack.engines.base import EngineError, Place
-from tooling.stack.home import CHECKOUT, SERVICES
+from tooling.stack.home import SERVICES
 from tooling.stack.operator import resend_everywhere
 from tooling.stack.services import passwords
 

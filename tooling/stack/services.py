@@ -6,9 +6,10 @@ import sys
 from typing import Any
 from urllib.parse import urlsplit
 
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import ENGINES
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program
-from tooling.stack.home import CHECKOUT, SERVICE_PORTS, SERVICES
+from tooling.stack.home import SERVICE_PORTS, SERVICES
 
 
 class LocalService:

@@ -29,7 +29,8 @@ from infra.web import rpc
 from protos.catalog import CATALOG
 from protos.envelope import Envelope, Message
 from protos.topology import Queue, Topic
-from tooling.stack.home import CHECKOUT, SERVICE_PORTS
+from tooling.stack.checkout import CHECKOUT
+from tooling.stack.home import SERVICE_PORTS
 from tooling.stack.home import SERVICES as ALL
 from tooling.stack.provision import provision_brokers
 from tooling.testing.processes import Process

@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from tooling.stack.home import CHECKOUT, usual_ports
+from tooling.stack.checkout import CHECKOUT
+from tooling.stack.home import usual_ports
 from tooling.stack.ports import is_free
 from tooling.stack.supervisor import Supervisor
 

@@ -12,7 +12,7 @@ import pytest
 
 from infra.stores import filetypes as types
 from tests.services.memory import files
-from tooling.stack.home import CHECKOUT
+from tooling.stack.checkout import CHECKOUT
 
 
 def read(folder: Path, content: bytes, type_: str) -> tuple[list[dict[str, Any]], str | None]:

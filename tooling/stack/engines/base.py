@@ -102,10 +102,14 @@ class Engine(Protocol):
         """What an administrator's client needs, as in credentials.json."""
 
 
+def cache_path() -> Path:
+    """The folder of the downloaded and unpacked programs, which all stacks of one user share."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clawbus"
+
+
 def cache_folder() -> Path:
-    """What several stacks of one user share: downloaded and unpacked programs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "clawbus"
+    """The same folder, made if it is missing."""
+    path = cache_path()
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -12,7 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, cache_folder, package_folder, write_atomically
+from tooling.stack.engines.base import (
+    ANSWER_SECONDS,
+    EngineError,
+    Place,
+    Program,
+    cache_folder,
+    package_folder,
+    write_atomically,
+)
 
 NAME = "milvus"
 PORTS = {
@@ -30,6 +38,11 @@ PORTS = {
     "milvus_metrics": 19540,
 }
 _VERSION = "2.3.5"
+# The server keeps its process files in a folder that is fixed in its program: the first of these, or the second if it
+# cannot make the first. The first user of a machine to start Milvus would shut out every other. Ours is as long, and
+# relative to the server's working directory, so that each stack has its own.
+_FIXED_RUN_FOLDERS = b"/run/milvus/tmp/milvus"
+_OWN_RUN_FOLDER = b"run/process"
 
 
 def install() -> None:
@@ -83,7 +96,6 @@ def program(place: Place) -> Program:
         "DEPLOY_MODE": "STANDALONE",
         "ETCD_CONFIG_PATH": str(folder / "etcd.yaml"),
         "METRICS_PORT": str(place.ports["milvus_metrics"]),
-        "MILVUS_RUN_DIR": str(folder / "run"),
         "MILVUSCONF": str(folder / "configs"),
         "LD_LIBRARY_PATH": str(programs),
     }
@@ -107,7 +119,7 @@ def access(place: Place) -> dict[str, Any]:
 
 def _unpacked() -> Path:
     """The wheel's compressed programs, unpacked once for all stacks of this user."""
-    folder = cache_folder() / f"milvus-{_VERSION}"
+    folder = cache_folder() / f"milvus-{_VERSION}-own-run-folder"
     if folder.exists():
         return folder
     fresh = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -116,6 +128,10 @@ def _unpacked() -> Path:
             with lzma.open(packed) as source, (fresh / packed.stem).open("wb") as target:
                 shutil.copyfileobj(source, target)
             (fresh / packed.stem).chmod(0o755)
+        server = (fresh / "milvus").read_bytes()
+        if server.count(_FIXED_RUN_FOLDERS) != 1:
+            raise EngineError("the package milvus has another server than the pinned one: reinstall it from the pins")
+        (fresh / "milvus").write_bytes(server.replace(_FIXED_RUN_FOLDERS, 2 * _OWN_RUN_FOLDER))
         fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
