@@ -1,5 +1,5 @@
 from tooling.cli.app import main
 
-# Benches start processes that import whatever started them.
+# The benches start processes, and each such process imports this module again.
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from infra.errors import Conflict, InvalidMessage, NotFound
 from tooling.stack.engines.base import EngineError
 from tooling.stack.privileges import leave_root
 
-# Each is the function of that name in the module of that name, or the module's `app`, a group of commands.
+# Each command is the function of its name in the module of its name. A group of commands is the module's `app`.
 COMMANDS = (
     "up",
     "down",
@@ -31,14 +31,14 @@ COMMANDS = (
     "run",
     "bench",
 )
-# These act on processes and files of the stack, which are not root's.
+# These commands act on processes and files of the stack, which belong to the user `clawbus` if root starts it.
 _OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo")
 
 
 def build(names: tuple[str, ...]) -> typer.Typer:
-    """The command line with these commands."""
+    """The command line that has these commands."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-    # Makes a group even of one command.
+    # With a callback the command line expects a command's name, also if it has one command only.
     app.callback()(lambda: None)
     for name in names:
         module = import_module(f"tooling.cli.{name}")
@@ -51,13 +51,17 @@ def build(names: tuple[str, ...]) -> typer.Typer:
 
 
 def main() -> None:
-    """Runs the command; what a person can mend is said in plain words, with exit code 1."""
+    """Runs the command. An error that a person can correct is printed in one sentence, and the exit code is 1."""
     wanted = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
         if wanted in _OF_THE_STACK and "--help" not in sys.argv:
             leave_root()
-        # Only the wanted one: what the others import takes seconds.
+        # Only the command that is called: the imports of all commands take seconds.
         build((wanted,) if wanted in COMMANDS else COMMANDS)(prog_name="./claw")
     except (EngineError, NotFound, Conflict, InvalidMessage) as error:
         print(f"claw: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    except PermissionError as error:
+        reason = f"this user may not use {error.filename}. Run ./claw as the user who started the stack, or as root"
+        print(f"claw: {reason}", file=sys.stderr)  # noqa: T201
         sys.exit(1)

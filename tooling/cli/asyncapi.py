@@ -1,4 +1,4 @@
-"""The AsyncAPI 3.0 document of all topics and queues, generated from the catalog. It documents and offers no calls."""
+"""The AsyncAPI 3.0 document of all topics and queues, generated from the catalog, for reading only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HEADERS: Json = {
 
 
 def asyncapi(catalog: Catalog, version: str) -> Json:
-    """The document: a channel per topic and queue, an operation per service that sends or receives there."""
+    """The document. Each topic or queue is a channel; each service that sends or receives there is an operation."""
     channels: Json = {}
     operations: Json = {}
     messages: dict[str, type[Message]] = {}

@@ -1,4 +1,4 @@
-"""The AsyncAPI document as one static page: no script, nothing fetched from elsewhere, nothing to try out."""
+"""The AsyncAPI document as one static HTML page, without scripts and without resources from other places."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ td { vertical-align: top; border-top: 1px solid #eaeef2 } nav a { margin-right: 
 
 
 def page(document: Json) -> str:
-    """The page of an AsyncAPI 3.0 `document` as `asyncapi` makes it."""
+    """The HTML page of an AsyncAPI 3.0 document that `asyncapi` has made."""
     info = document["info"]
     channels = document["channels"]
     links = " ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in channels)

@@ -1,4 +1,4 @@
-"""``./claw bench``: how fast the kernel is, as ratios to the same work by hand, on engines of its own."""
+"""``./claw bench``: measures the kernel on engines of its own, as ratios to hand-written code for the same work."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tooling.testing.stack import running_stack
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(BENCHES)}; all, if none.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, one line a result.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help=f"The benches: {', '.join(BENCHES)}. Default: all.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each result.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Record the figures in BENCHMARKS.md.")] = False,
 ) -> None:
-    """Measure throughput and latency against anchors. Exit code 1 if a goal is missed; takes minutes."""
+    """Measure throughput and latency. Takes minutes. Exit code 1 if a goal is missed."""
     chosen = names or list(BENCHES)
     if unknown := [name for name in chosen if name not in BENCHES]:
-        raise EngineError(f"bench {', '.join(unknown)}: there is none ({', '.join(BENCHES)})")
-    # Stand-ins serve in this process: the lines of their requests would end among the results.
+        raise EngineError(f"bench {', '.join(unknown)}: unknown, must be one of {', '.join(BENCHES)}")
+    # Stand-ins serve in this process. Otherwise a log line for each of their requests would mix with the results.
     logs.setup("bench", "error")
     progress = Progress(
         TextColumn("{task.description}"),
@@ -67,7 +67,7 @@ def _show(progress: Progress, task: int, name: str, done: int, total: int) -> No
 
 
 def render(results: list[Figure]) -> Table:
-    """The results for a person, at 80 columns."""
+    """The results as a table of 80 columns."""
     table = Table(
         "bench", "against", "ours", "95 %", "goal", "rates per second", "", box=None, pad_edge=False, width=80
     )

@@ -22,15 +22,15 @@ console = Console(highlight=False)
 
 
 def chat(
-    agent: Annotated[str, typer.Option(help="The agent's id; without it the demo's.")] = "",
-    key: Annotated[str, typer.Option(envvar="CLAW_API_KEY", help="A tenant's API key; without it the demo's.")] = "",
+    agent: Annotated[str, typer.Option(help="The agent's id. Default: the demo's agent.")] = "",
+    key: Annotated[str, typer.Option(envvar="CLAW_API_KEY", help="A tenant's API key. Default: the demo's.")] = "",
 ) -> None:
-    """Talk to an agent. Ctrl-C cancels the answer under way; at the prompt it ends, as Ctrl-D does."""
+    """Talk to an agent. Ctrl-C cancels a running answer. Ctrl-C or Ctrl-D at the prompt ends the chat."""
     home = Home(home_folder())
     demo = home.demo()
     agent, key = agent or demo.get("agent_id", ""), key or demo.get("api_key", "")
     if not agent or not key:
-        raise EngineError("there is no agent to talk to: run ./claw demo first, or give --agent and --key")
+        raise EngineError("no agent to talk to: run ./claw demo first, or give --agent and --key")
     try:
         asyncio.run(_talk(home.credentials()["base_url"], key, agent))
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def chat(
 
 async def _talk(base_url: str, key: str, agent: str) -> None:
     session = f"terminal-{uuid4().hex[:8]}"
-    console.print("Talk to the agent; Ctrl-D ends.", style="dim")
+    console.print("Type a message. Ctrl-C cancels an answer, Ctrl-D ends the chat.", style="dim")
     async with gateway(base_url, key) as api:
         while True:
             line = await _ask("you    > ")
@@ -50,7 +50,7 @@ async def _talk(base_url: str, key: str, agent: str) -> None:
 
 
 async def _ask(prompt: str) -> str | None:
-    """A line from the terminal; None at its end. In a thread that nobody waits for: Ctrl-C leaves it behind."""
+    """A line from the terminal; None at its end. A daemon thread reads it, so that Ctrl-C need not wait for input."""
     loop = asyncio.get_running_loop()
     line: asyncio.Future[str | None] = loop.create_future()
 
@@ -63,7 +63,7 @@ async def _ask(prompt: str) -> str | None:
             found: str | None = input(prompt)
         except EOFError:
             found = None
-        with suppress(RuntimeError):  # the loop is closed, nobody wants it any more
+        with suppress(RuntimeError):  # the loop is closed: the chat has ended
             loop.call_soon_threadsafe(give, found)
 
     threading.Thread(target=read, daemon=True).start()
@@ -71,7 +71,7 @@ async def _ask(prompt: str) -> str | None:
 
 
 async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
-    """Shows one answer as it comes, and asks for what it waits for."""
+    """Shows one answer as it arrives. Asks the person for an approval if the run waits for one."""
     run_id = ""
     shown = _Shown()
     path = f"/api/v1/agents/{agent}/sessions/{session}/messages"
@@ -89,7 +89,8 @@ async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
                 case "run.waiting":
                     await _decide(api, run_id)
                 case "run.indeterminate":
-                    console.print(f"\n{printable(data['error'])}: an operator has to decide", style="yellow")
+                    reason = f"{printable(data['error'])}. The run is indeterminate: an operator must resolve it"
+                    console.print(f"\n{reason}", style="yellow")
                     break
                 case "run.failed" | "run.cancelled" | "run.refused":
                     console.print(f"\n{event.name}: {printable(data.get('error', ''))}", style="red")
@@ -104,17 +105,17 @@ async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
 
 
 async def _decide(api: Gateway, run_id: str) -> None:
-    """Asks whether the run may call its tool. A run that waits for another agent is waited for."""
+    """Asks whether the run may call its tool. Returns at once if the run waits for another agent."""
     waits = (await api.get(f"/api/v1/runs/{run_id}"))["waiting"]
     if not waits or waits["reason"] != "approval":
         return
     call = printable(f"{waits['tool']} {waits['arguments'] or ''}")
-    answer = await _ask(f"\n         may it use {call}? [y/N] ")
+    answer = await _ask(f"\n         may the agent call {call}? [y/N] ")
     await api.post(f"/api/v1/runs/{run_id}/approval", {"approved": (answer or "").strip().lower() in ("y", "yes")})
 
 
 class _Shown:
-    """What of an answer is on the screen. What a later attempt, or the reply, replaces is written anew below."""
+    """The part of an answer that is on the screen. If a later attempt or the reply differs, it is printed below."""
 
     def __init__(self) -> None:
         self._of: tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""`claw check`: everything about the source that can be said without running an engine, in the order of its cost."""
+"""`claw check`: all checks of the source that need no engine, the quickest first."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tooling.cli.grpc_stubs import ProtoError
 
 ROOT = Path(__file__).parents[2]
 
-# Not looked for in tests: theirs are made up, and the stack that they use generates its own.
+# Not searched in tests: their passwords are invented, and their stack generates its own.
 _IN_URL = "a password in a URL"
-# What must not be committed, by what it looks like. It finds the careless case, not the clever one.
+# Patterns of text that must not be committed. They find careless cases, not deliberately hidden ones.
 _FORBIDDEN = {
     "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
     "a vendor's token": re.compile(
@@ -33,21 +33,22 @@ _FORBIDDEN = {
     ),
     "a machine's path": re.compile(r"(?<![\w.}/-])/(?:home|Users|root|work|workspace)/[\w.-]+"),
 }
-# A value that stands for a secret where one must be shown, such as amqp://user:password@host.
+# Example values that are not secrets, such as amqp://user:password@host.
 _PLACEHOLDERS = re.compile(r"://(?:user|name|guest)[^:]*:(?:password|pw|secret|guest)@")
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One check. output: what a person needs to mend it, empty if it is ok."""
+    """The result of one check."""
 
     check: str
     ok: bool
     seconds: float
     output: str = ""
+    """The problems, as the tool prints them; empty if the check is ok."""
 
 
-def check(json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
-    """Check format, lint, types, layers, contracts, and that nothing secret is committed."""
+def check(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Check format, lint, secrets, layers, contracts and types."""
     results = []
     for name, run in _checks().items():
         typer.echo(f"{name} … ", nl=False, err=json)
@@ -72,7 +73,7 @@ def _checks() -> dict[str, Callable[[], str]]:
     return {
         "format": lambda: _tool("ruff", "format", "--check", "."),
         "lint": lambda: _tool("ruff", "check", "."),
-        "nothing secret": lambda: "\n".join(unwanted(committed_files(ROOT))),
+        "no secrets": lambda: "\n".join(unwanted(committed_files(ROOT))),
         "layers": lambda: _tool("lint-imports"),
         "generated code": _generated_code,
         "compatibility": _compatibility,
@@ -81,7 +82,7 @@ def _checks() -> dict[str, Callable[[], str]]:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """Runs a tool of this environment; its output if it fails, otherwise nothing."""
+    """Runs a tool of this environment. Returns its output if it fails, otherwise an empty text."""
     command = [str(Path(sys.executable).with_name(name)), *arguments]
     result = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
@@ -105,7 +106,7 @@ def _compatibility() -> str:
 
 
 def committed_files(root: Path) -> dict[str, str]:
-    """Text of every file that git knows and that is text, by path."""
+    """Path → content of every text file that git tracks."""
     listed = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, encoding="utf-8", check=True
     ).stdout
@@ -118,7 +119,7 @@ def committed_files(root: Path) -> dict[str, str]:
 
 
 def unwanted(texts: dict[str, str]) -> list[str]:
-    """Lines that look like a secret, an index address or a path of somebody's machine, without showing the value."""
+    """``path:line: looks like …`` for each line that matches a forbidden pattern. Does not show the value."""
     return [
         f"{path}:{number}: looks like {what}"
         for path, text in texts.items()

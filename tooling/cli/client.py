@@ -1,4 +1,4 @@
-"""The gateway as the commands use it: JSON calls and event streams, errors in plain words."""
+"""A client of the gateway for the commands: JSON calls and event streams."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ TIMEOUT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a stream; `id` is empty where the stream gives none."""
+    """One event of a stream."""
 
     name: str
     id: str
+    """Empty if the event has no id."""
     data: dict[str, Any]
 
 
 class Gateway:
-    """A client with one key. Raises EngineError saying what the gateway answered, and for which call."""
+    """A client with one key. Raises EngineError with the call and the gateway's answer if the call fails."""
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
@@ -45,7 +46,7 @@ class Gateway:
         return answer.json() if answer.content else None
 
     async def events(self, method: str, path: str, **more: Any) -> AsyncIterator[Event]:
-        """The events of a stream (text/event-stream, WHATWG HTML §9.2), until it ends."""
+        """The events of a stream (text/event-stream, WHATWG HTML §9.2) until its end."""
         headers = {"accept": "text/event-stream"}
         async with self._client.stream(method, path, headers=headers, timeout=None, **more) as answer:
             if answer.status_code >= 400:
@@ -68,7 +69,7 @@ class Gateway:
 
 @asynccontextmanager
 async def gateway(base_url: str, key: str, *, tenant_id: str = "") -> AsyncIterator[Gateway]:
-    """`key` is an API key or the operator's token; the operator may act for a tenant."""
+    """`key`: an API key, or the operator's token. With the token, `tenant_id` names the tenant to act for."""
     headers = {"authorization": f"Bearer {key}", **({"x-claw-tenant": tenant_id} if tenant_id else {})}
     timeout = httpx.Timeout(TIMEOUT_SECONDS)
     async with httpx.AsyncClient(base_url=base_url, headers=headers, trust_env=False, timeout=timeout) as client:

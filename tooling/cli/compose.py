@@ -1,4 +1,4 @@
-"""``./claw compose``: the secrets of the containers, and what has to be done in them before the services start."""
+"""``./claw compose``: makes the containers' secrets, and prepares database, brokers and gateway in containers."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from tooling.stack.provision import bring_up_to_date
 app = typer.Typer(no_args_is_help=True, help="Run the system in containers (compose.yml).")
 console = Console(stderr=True, highlight=False)
 
-# What a person may want to change; everything else that compose.yml cannot do without is a secret.
+# Values that a person may change. All other values that compose.yml requires are generated secrets.
 _CHOSEN = {
     "CLAW_MAIL_FROM": "clawbus@example.com",
     "CLAW_SMTP_URL": "smtp://mail.example.com:587",
     "GATEWAY_PORT": "8080",
     "MINIO_ROOT_USER": "clawbus",
 }
-# Ten a second are far more than one client needs; a vendor sends what many people wrote.
+# Ten a second are far more than one client needs. A vendor sends the messages of many people, so it gets more.
 _LIMITS = nginx.Limits(rate=10, burst=40, channel_rate=100, channel_burst=400)
 _NEEDED = re.compile(r"\$\{([A-Z0-9_]+):\?\}")
 
 
 @app.command()
 def init() -> None:
-    """Write `.env` for compose.yml: a new secret for each that is missing; what is there stays as it is."""
+    """Write `.env` for compose.yml. Adds a new secret for each missing value and changes no other value."""
     path = CHECKOUT / ".env"
     there = path.read_text().splitlines() if path.exists() else []
     known = {line.partition("=")[0] for line in there}
     wanted = set(_NEEDED.findall((CHECKOUT / "compose.yml").read_text()))
     added = [f"{name}={_new(name)}" for name in sorted(wanted - known)]
     write_atomically(path, "".join(f"{line}\n" for line in there + added))
-    console.print(f"{path}: {len(added)} values added, readable by you alone.", soft_wrap=True)
+    console.print(f"{path}: {len(added)} values added. Only you can read the file.", soft_wrap=True)
     console.print("Set CLAW_SMTP_URL and CLAW_MAIL_FROM in it. Then: docker compose up --build -d", soft_wrap=True)
 
 
@@ -65,9 +65,9 @@ def provision() -> None:
         }
         gateway = Path(env["CLAW_GATEWAY_CONFIG"])
     except KeyError as error:
-        raise EngineError(f"{error.args[0]}: missing in the environment") from None
+        raise EngineError(f"{error.args[0]}: must be set in the environment") from None
     asyncio.run(bring_up_to_date(roles, accounts, **urls))
-    # Nothing in it is secret, and the gateway is another user.
+    # Readable by all, because the gateway runs as another user. The file contains no secret.
     write_atomically(gateway, gateway_configuration(), mode=0o644)
     console.print(f"Database and brokers are up to date, and so is {gateway}.")
 
@@ -75,8 +75,8 @@ def provision() -> None:
 def gateway_configuration() -> str:
     """The nginx.conf of the containers' gateway.
 
-    It asks Docker's name server for a service's address again and again: the gateway starts before the services are
-    there, and finds one that was replaced.
+    The gateway starts before the services, and services are replaced while it runs. So it asks Docker's name server
+    repeatedly for their addresses.
     """
     return nginx.configuration(
         listen="8080",

@@ -1,13 +1,14 @@
-"""`claw contracts`: what services know of each other is generated, complete, and breaks nobody.
+"""`claw contracts`: checks that the generated contracts are complete, current and compatible with the committed ones.
 
-Generated and committed: JSON Schema per message and version, the AsyncAPI document, the WebSocket's messages, the gRPC
-stubs and their descriptors. Written by hand and then never changed: one golden example per message and version.
+Generated and committed: the JSON Schema of each message and version, the AsyncAPI document, the WebSocket's messages,
+the gRPC stubs and their descriptors. Written by hand and then never changed: one golden example of each message and
+version.
 
-What may change is measured against what others already have: the merge base with the main branch, or HEAD if there
-is none (on the main branch it is the same), or, where git knows no commit, the files as they lie. In a clean clone
-of a change that has already been merged this says nothing, so the history is in the tree as well: the committed
-schema must equal the generated one, `--write` refuses to overwrite one by a schema that breaks, and a version that
-rises leaves the old version's schema, example and struct where they are.
+A change is compatible if readers of the base can live with it. The base is the merge base with the main branch, or
+HEAD if no main branch exists, or the files themselves if git has no commit. If the change is already merged, the base
+is equal to it and shows no difference. Therefore the tree keeps the history too: the committed schema must equal the
+generated one, `--write` refuses to overwrite a schema by an incompatible one, and the schema, example and struct of an
+old version stay when a message gets a new version.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _GRPC = f"{_SCHEMAS}/grpc.json"
 
 
 def contracts(write: bool = False) -> None:
-    """Checks the contracts and ends with 1 if something is wrong; with `write` generates anew what may be."""
+    """Check the contracts. With --write, first write all generated files if the change is compatible."""
     try:
         generated = generate(ROOT)
     except ProtoError as error:
@@ -52,11 +53,11 @@ def contracts(write: bool = False) -> None:
         typer.echo(problem, err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{len(messages())} messages, {len(generated)} generated files: as they should be")
+    typer.echo(f"{len(messages())} messages and {len(generated)} generated files are current and compatible")
 
 
 def generate(root: Path) -> dict[str, str]:
-    """All generated files: text by path relative to `root`."""
+    """All generated files: path relative to `root` → text."""
     stubs, descriptors = compile_protos(root)
     schemas = {f"{_SCHEMAS}/{name}.json": _text(schema(message)) for name, message in messages().items()}
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -70,7 +71,7 @@ def generate(root: Path) -> dict[str, str]:
 
 
 def broken(base: dict[str, str], generated: dict[str, str]) -> list[str]:
-    """What `generated` takes from those who have `base`; both are texts by path."""
+    """The incompatible changes from `base` to `generated`; both are path → text."""
     problems = []
     for path, text in base.items():
         name = path.removeprefix(f"{_SCHEMAS}/").removesuffix(".json")
@@ -78,39 +79,42 @@ def broken(base: dict[str, str], generated: dict[str, str]) -> list[str]:
             continue
         if path == _GRPC:
             found = breaking_protos(msgspec.json.decode(text), msgspec.json.decode(generated[_GRPC]))
-            problems += [f"gRPC {problem}; put the change into the package's next version" for problem in found]
+            problems += [f"gRPC {problem}: make the change in a new version of the package" for problem in found]
         elif path not in generated:
-            problems.append(f"{name}: the message is gone; keep its struct, retained records may need it")
+            problems.append(f"{name}: the message was removed: keep its struct, because retained records need it")
         else:
             found = breaking(msgspec.json.decode(text), msgspec.json.decode(generated[path]))
-            problems += [f"{name}{problem}; raise VERSION and keep the old struct" for problem in found]
+            problems += [f"{name}{problem}: raise VERSION and keep the old struct" for problem in found]
     return problems
 
 
 def outdated(root: Path, generated: dict[str, str]) -> list[str]:
-    """Generated files that are missing, differ from what is generated now, or are generated no more."""
+    """Committed files that are missing, differ from the generated text, or are no longer generated."""
     differing = [path for path, text in generated.items() if _read(root / path) != text]
-    return [f"{path}: not as generated; run claw contracts --write" for path in (*differing, *_stale(root, generated))]
+    return [
+        f"{path}: differs from the generated file: run ./claw contracts --write"
+        for path in (*differing, *_stale(root, generated))
+    ]
 
 
 def bad_examples(root: Path) -> list[str]:
-    """Golden examples that are missing, were changed, or are not read and written again by their struct."""
+    """Golden examples that are missing, were changed, or lose something when their struct reads and writes them."""
     base = committed(root)
     problems = []
     for name, message in messages().items():
         path = f"{_GOLDEN}/{name}.json"
         text = _read(root / path)
         if text is None:
-            problems.append(f"{path}: missing; write one example of the message by hand")
+            problems.append(f"{path}: missing: write one example of the message by hand")
         elif base.get(path, text) != text:
-            problems.append(f"{path}: changed; it stands for records that exist, so it stays")
+            problems.append(f"{path}: changed: restore it, because records of this form exist")
         elif wrong := reads_back(message, text.encode()):
             problems.append(f"{path}: {wrong}")
     return problems
 
 
 def committed(root: Path) -> dict[str, str]:
-    """Schemas and examples that others already have, by path; see the module's docstring."""
+    """The schemas and examples of the base (see the module's docstring): path → text."""
     for main in ("origin/main", "main", "HEAD"):
         if base := _git(root, "merge-base", "HEAD", main):
             commit = base.strip()

@@ -1,4 +1,4 @@
-"""``./claw demo``: a company's chat channel, from nothing to an answered, delivered and billed message."""
+"""``./claw demo``: starts the stack, and has a message on a chat channel answered, delivered and billed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tooling.cli.demo_steps import Model, Story
+from tooling.cli.demo_steps import Demo, Model
 from tooling.cli.up import up
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home, home_folder
 
 SCRIPTED = Model("scripted/answer", None)
-# The first whose key is in the environment is used.
+# The demo uses the first provider whose API key is in the environment.
 _PROVIDERS = (
     ("OPENAI_API_KEY", "OPENAI_BASE_URL", "openai/gpt-4o-mini", "https://api.openai.com/v1"),
     ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "anthropic/claude-haiku-4-5", "https://api.anthropic.com"),
@@ -25,35 +25,38 @@ _PROVIDERS = (
 
 
 def demo(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs; what happens goes to standard error.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document. The steps go to standard error.")
+    ] = False,
 ) -> None:
-    """Connect a channel, send a message, watch it answered, delivered, billed and traced; then send it again."""
+    """Start the stack; have a message answered, delivered, billed and traced; then send the same message again."""
     began = time.monotonic()
     console = Console(stderr=as_json, highlight=False)
     model = choose_model(os.environ)
     console.print(
         "[bold]Clawbus demo[/]: a message on a chat channel is answered, delivered and billed.\n"
-        "Engines and services are the real ones. Two things stand in for others:\n"
-        "  · the vendor is a [yellow]local stand-in for Telegram[/], which checks what it is sent\n"
+        "All engines and services are real.\n"
+        "  vendor: a [yellow]local stand-in for Telegram[/], which checks each call that it gets\n"
         + (
-            "  · the model is [yellow]scripted/answer[/]: rules that quote the handbook, no model"
+            "  model:  [yellow]scripted/answer[/], a local stand-in that quotes the handbook by rules"
             if model is SCRIPTED
-            else f"  · nothing else: the model is [green]{model.name}[/], by the key in your environment"
+            else f"  model:  [green]{model.name}[/], with the API key from your environment"
         )
     )
     up()
-    home = Home(home_folder())
-    story = Story(home, model, console, began)
     try:
-        result: dict[str, Any] = asyncio.run(story.tell())
+        result: dict[str, Any] = asyncio.run(Demo(Home(home_folder()), model, console, began).run())
     except asyncio.CancelledError:
-        raise EngineError("the demo was ended; the stack still runs") from None
+        raise EngineError("the demo was interrupted. The stack still runs; ./claw down stops it") from None
     if as_json:
         print(json.dumps(result))  # noqa: T201
 
 
 def choose_model(environment: Any) -> Model:
-    """The real model whose key is in the environment, else the scripted one. CLAW_DEMO_MODEL names another."""
+    """The model of the first provider whose API key is in the environment, else the scripted model.
+
+    CLAW_DEMO_MODEL names another model of that provider.
+    """
     for key, base, name, usual in _PROVIDERS:
         if environment.get(key):
             wanted = environment.get("CLAW_DEMO_MODEL") or name

@@ -1,4 +1,4 @@
-"""The demo in its order. Every claim is awaited or checked before it is printed; what fails to hold ends it."""
+"""The steps of the demo. Each printed line was checked before; the first check that fails ends the demo."""
 
 from __future__ import annotations
 
@@ -23,33 +23,30 @@ from tooling.testing.otlp import ReceivedSpan, render_trace
 from tooling.testing.vendors import TelegramStandIn
 
 T = TypeVar("T")
-Update = tuple[bytes, dict[str, str]]
+# The body and headers of a webhook.
+Webhook = tuple[bytes, dict[str, str]]
 
 HANDBOOK = Path(tooling.testing.__file__).parent / "handbook"
 QUESTION = "How many months is the warranty for households?"
-# Whose spans a complete story has.
+# The services that must have spans in the trace of the message.
 SERVICES = {"channel", "agent", "memory", "billing"}
 DEADLINE_SECONDS = 60
-# How long nothing may follow from the repeated webhook.
+# The time in which the repeated webhook must not cause a run or a reply.
 WATCH_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Model:
-    """`provider`: base_url and api_key; None for the scripted one."""
+    """The model of the demo's agent."""
 
     name: str
     provider: dict[str, str] | None
+    """base_url and api_key; None for the scripted model."""
 
 
-@dataclass
-class _Setup:
-    tenant_id: str
-    agent_id: str
-    webhook: str
+class Demo:
+    """One demo, from a new tenant to an audit record."""
 
-
-class Story:
     def __init__(self, home: Home, model: Model, console: Console, began: float) -> None:
         access = home.credentials()
         self._home = home
@@ -60,8 +57,8 @@ class Story:
         self._began = began
         self._sent_at = 0.0
 
-    async def tell(self) -> dict[str, Any]:
-        """What ``--json`` prints. Raises EngineError where a part of the story does not hold."""
+    async def run(self) -> dict[str, Any]:
+        """Runs all steps. Returns the document that ``--json`` prints. Raises EngineError if a check fails."""
         async with gateway(self._base_url, self._admin_token) as operator:
             tenant = await operator.post(
                 "/api/v1/tenants", {"name": "Norrland Kaffeteknik (demo)", "credit_nanos": 5_000_000_000}
@@ -70,14 +67,14 @@ class Story:
             gateway(self._base_url, tenant["api_key"]) as api,
             TelegramStandIn() as vendor,
         ):
-            setup = await self._set_up(api, vendor, tenant)
+            agent_id, path = await self._set_up(api, vendor, tenant)
             seconds = {"setup": round(time.monotonic() - self._began, 1)}
-            update = vendor.update(QUESTION)
-            run, seconds["answer"] = await self._one_message(api, vendor, setup, update)
-            result = await self._look_back(api, run)
-            duplicates = await self._again(api, vendor, setup, update)
-            audit = await self._audit(api)
-        self._what_next()
+            webhook = vendor.update(QUESTION)
+            run, seconds["answer"] = await self._send_message(api, vendor, agent_id, path, webhook)
+            result = await self._show_records(api, run)
+            duplicates = await self._repeat_webhook(api, vendor, agent_id, path, webhook)
+            audit = await self._verify_audit(api)
+        self._print_next_commands()
         return {
             "reply": run["reply"],
             "delivered": True,
@@ -91,9 +88,10 @@ class Story:
             "seconds": seconds,
         }
 
-    async def _set_up(self, api: Gateway, vendor: TelegramStandIn, tenant: dict[str, Any]) -> _Setup:
-        self._title(1, "Setting up")
-        self._line("tenant", f"{tenant['name']}, 5.00 USD of credit")
+    async def _set_up(self, api: Gateway, vendor: TelegramStandIn, tenant: dict[str, Any]) -> tuple[str, str]:
+        """Makes agent, channel and documents. Returns the agent's id and the path of the channel's webhook."""
+        self._title(1, "Set up a tenant")
+        self._line("tenant", f"{tenant['name']}, with 5.00 USD of credit")
         provider = {"provider": self._model.provider} if self._model.provider else {}
         agent = await api.post(
             "/api/v1/agents",
@@ -109,7 +107,7 @@ class Story:
         self._home.write_demo(
             {"tenant_id": tenant["id"], "api_key": tenant["api_key"], "agent_id": agent["id"]},
         )
-        self._line("agent", f"{agent['name']}, model {self._model.name}, may use the calculator")
+        self._line("agent", f"{agent['name']}, with model {self._model.name} and tool calculator")
         channel = await api.post(
             "/api/v1/channels",
             {
@@ -119,10 +117,10 @@ class Story:
                 "api_base": vendor.url,
             },
         )
-        self._line("channel", f"telegram, its vendor the local stand-in at {vendor.url}")
+        self._line("channel", f"telegram, with the stand-in at {vendor.url} as its vendor")
         for path in sorted(HANDBOOK.glob("*.md")):
             await self._upload(api, path)
-        return _Setup(tenant["id"], agent["id"], channel["webhook_path"])
+        return agent["id"], channel["webhook_path"]
 
     async def _upload(self, api: Gateway, path: Path) -> None:
         began = time.monotonic()
@@ -132,76 +130,83 @@ class Story:
         async def indexed() -> bool:
             found = await api.get(f"/api/v1/documents/{document['id']}")
             if found["status"] == "failed":
-                raise EngineError(f"{path.name} could not be indexed: {found['error']}")
+                raise EngineError(f"the demo failed: could not index {path.name}: {found['error']}")
             return bool(found["status"] == "indexed")
 
-        await self._until(f"{path.name} to be indexed", indexed)
+        await self._wait_for(f"the index of {path.name}", indexed)
         self._line("document", f"{path.name}, indexed in {time.monotonic() - began:.1f} s")
 
-    async def _one_message(
-        self, api: Gateway, vendor: TelegramStandIn, setup: _Setup, update: Update
+    async def _send_message(
+        self, api: Gateway, vendor: TelegramStandIn, agent_id: str, path: str, webhook: Webhook
     ) -> tuple[dict[str, Any], float]:
-        self._title(2, "One message on its way")
+        """Sends the webhook. Returns the finished run, and the seconds until the vendor had the reply."""
+        self._title(2, "Send one message")
+        self._console.print(f"   The customer asks: {QUESTION}")
         self._sent_at = time.monotonic()
-        await self._webhook(setup, update)
-        self._hop("channel", f"has the webhook, verified and stored: “{QUESTION}”")
+        await self._post_webhook(path, webhook)
+        self._event("channel", "has verified and stored the webhook")
 
         async def found() -> list[dict[str, Any]]:
-            items: list[dict[str, Any]] = (await api.get("/api/v1/runs", agent_id=setup.agent_id))["items"]
+            items: list[dict[str, Any]] = (await api.get("/api/v1/runs", agent_id=agent_id))["items"]
             return items
 
-        [run] = await self._until("the run", found)
-        self._hop("agent", f"starts run {run['id']}")
+        [run] = await self._wait_for("the run", found)
+        self._event("agent", f"has started run {run['id']}")
         await self._follow(api, run["id"])
 
         async def delivered() -> bool:
             return bool(vendor.ledger)
 
-        await self._until("the reply at the vendor", delivered)
+        await self._wait_for("the reply at the vendor", delivered)
         answer = round(time.monotonic() - self._sent_at, 3)
-        self._hop("vendor", "has the reply (local stand-in)")
+        self._event("vendor", "has received the reply (the local stand-in)")
 
         async def billed() -> dict[str, Any] | None:
             whole: dict[str, Any] = await api.get(f"/api/v1/runs/{run['id']}")
             return whole if whole["status"] == "completed" and whole["cost_nanos"] is not None else None
 
-        run = await self._until("the charge", billed)
-        self._hop("billing", f"has charged {money(run['cost_nanos'], run['currency'])}")
-        self._must(vendor.texts() == [run["reply"]], f"the vendor was sent {vendor.texts()!r}, not the run's reply")
-        self._console.print()
+        run = await self._wait_for("the charge", billed)
+        self._event("billing", f"has charged {money(run['cost_nanos'], run['currency'])}")
+        self._require(
+            vendor.texts() == [run["reply"]], f"the vendor received {vendor.texts()!r} instead of the run's reply"
+        )
+        self._console.print("\n   The reply:")
         for line in run["reply"].split("\n"):
             self._console.print(Text(f"   │ {printable(line)}", "green"), soft_wrap=True)
         return run, answer
 
     async def _follow(self, api: Gateway, run_id: str) -> None:
-        """Prints the run's events as they come, to its end."""
+        """Prints the steps of the run until its end."""
         async for event in api.events("GET", f"/api/v1/runs/{run_id}/events"):
             data = event.data
             if event.name == "step.completed":
                 name = f" {printable(data['name'])}" if data["name"] else ""
-                self._hop("agent", f"step {data['step']}: {data['kind']}{name}, {data['duration_ms']} ms")
+                self._event(
+                    "agent", f"has completed step {data['step']}: {data['kind']}{name}, in {data['duration_ms']} ms"
+                )
             elif event.name in ("run.failed", "run.refused", "run.cancelled"):
-                raise EngineError(f"the run ended as {event.name}: {data.get('error')}")
+                raise EngineError(f"the demo failed: the run ended with {event.name}: {data.get('error')}")
 
-    async def _look_back(self, api: Gateway, run: dict[str, Any]) -> dict[str, Any]:
-        self._title(3, "What is on record of it")
+    async def _show_records(self, api: Gateway, run: dict[str, Any]) -> dict[str, Any]:
+        """Prints the timeline and the trace of the run. Returns sources, trace and usage."""
+        self._title(3, "Read the records of the run")
         timeline = (await api.get(f"/api/v1/runs/{run['id']}/timeline"))["items"]
         draw(self._console, run, timeline)
         sources = [
             passage["source"] for item in timeline if item["kind"] == "retrieve" for passage in item["data"]["passages"]
         ]
-        self._must(bool(sources), "the answer has no source")
+        self._require(bool(sources), "the answer has no source")
         charges = [item for item in timeline if item["kind"] == "charge"]
-        self._must(bool(charges), "nothing was charged")
+        self._require(bool(charges), "the run was not charged")
 
         async def complete() -> list[ReceivedSpan] | None:
             spans = [_span(span) for span in (await api.get(f"/api/v1/traces/{run['trace_id']}"))["items"]]
             return spans if {span.service for span in spans} >= SERVICES else None
 
-        spans = await self._until(f"the trace of {', '.join(sorted(SERVICES))}", complete)
-        self._console.print(f"\n   One trace, {run['trace_id']}:")
+        spans = await self._wait_for(f"spans of {', '.join(sorted(SERVICES))} in the trace", complete)
+        self._console.print(f"\n   trace {run['trace_id']}, in all services:")
         self._console.print(render_trace(spans, run["trace_id"]))
-        reconciliation = await self._until("the books to balance", lambda: self._balanced(api))
+        reconciliation = await self._wait_for("equal amounts in usage and charges", lambda: self._balanced(api))
         return {
             "sources": sources,
             "trace": {"services": sorted({span.service for span in spans}), "spans": len(spans)},
@@ -217,76 +222,84 @@ class Story:
         found: dict[str, Any] = await api.get("/api/v1/billing/reconciliation")
         return found if found["difference"] == 0 and found["counted"] == found["produced"] else None
 
-    async def _again(self, api: Gateway, vendor: TelegramStandIn, setup: _Setup, update: Update) -> dict[str, int]:
-        self._title(4, "The same webhook once more")
-        await self._webhook(setup, update)
-        self._line("channel", "answers 200: it has that update already")
+    async def _repeat_webhook(
+        self, api: Gateway, vendor: TelegramStandIn, agent_id: str, path: str, webhook: Webhook
+    ) -> dict[str, int]:
+        """Sends the same webhook again, and checks for a while that no second run or reply follows."""
+        self._title(4, "Send the same webhook again")
+        await self._post_webhook(path, webhook)
+        self._line("channel", "has answered 200 and ignored the webhook, which it had stored before")
         deadline = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < deadline:
-            runs = (await api.get("/api/v1/runs", agent_id=setup.agent_id))["items"]
-            self._must(
+            runs = (await api.get("/api/v1/runs", agent_id=agent_id))["items"]
+            self._require(
                 len(runs) == 1 and len(vendor.ledger) == 1,
-                f"{len(runs)} runs and {len(vendor.ledger)} replies after it",
+                f"the repeated webhook led to {len(runs)} runs and {len(vendor.ledger)} replies",
             )
             await asyncio.sleep(0.2)
-        self._line("", f"watched for {WATCH_SECONDS:.0f} s: 1 run, 1 reply, as before")
+        self._line("", f"after {WATCH_SECONDS:.0f} s there is still 1 run and 1 reply")
         return {"sent": 1, "runs": len(runs), "replies": len(vendor.ledger)}
 
-    async def _audit(self, api: Gateway) -> dict[str, Any]:
+    async def _verify_audit(self, api: Gateway) -> dict[str, Any]:
         async def chained() -> dict[str, Any] | None:
             found: dict[str, Any] = await api.get("/api/v1/audit/verify")
             return found if found["records"] else None
 
-        audit = await self._until("the audit chain", chained)
-        self._must(audit["ok"], f"the audit chain is broken: {audit}")
-        self._line("audit", f"{audit['records']} acts in an unbroken chain of hashes")
+        audit = await self._wait_for("the audit records", chained)
+        self._require(audit["ok"], f"the chain of audit records is broken: {audit}")
+        self._line("audit", f"{audit['records']} records of administrative acts, in an unbroken chain of hashes")
         return {"records": audit["records"], "chain_ok": audit["ok"]}
 
-    def _what_next(self) -> None:
+    def _print_next_commands(self) -> None:
         key = (
             ""
             if self._model.provider
-            else "\n  OPENAI_API_KEY=… ./claw demo   with a real model (or ANTHROPIC_API_KEY)"
+            else "  OPENAI_API_KEY=… ./claw demo   use a real model (or ANTHROPIC_API_KEY=…)\n"
         )
         self._console.print(
-            f"\nThe stack still runs. Next:\n"
-            f"  ./claw chat                    talk to this agent in the terminal{key}\n"
-            f"  ./claw run show ID             any run's timeline\n"
-            f"  {self._base_url}/docs/    every call, to try\n"
-            "  a real bot: POST /api/v1/channels with its bot_token and a secret_token of\n"
-            "  yours, without api_base; then Telegram's setWebhook to your public URL and\n"
-            "  the webhook_path of the answer, with the same secret_token\n"
-            "  ./claw status, ./claw logs, ./claw dlq list, ./claw down",
+            "\nThe stack still runs. You can now:\n"
+            "  ./claw chat                    talk to this agent in the terminal\n"
+            f"{key}"
+            "  ./claw run show ID             show the timeline of a run\n"
+            "  ./claw status                  show the state of all engines and services\n"
+            "  ./claw down                    stop the stack\n"
+            f"  {self._base_url}/docs/    read and try the HTTP API\n"
+            "\nTo connect a real Telegram bot:\n"
+            "  1. POST /api/v1/channels without api_base, with the bot's bot_token and a\n"
+            "     secret_token of your choice.\n"
+            "  2. Call Telegram's setWebhook with the same secret_token. The URL is your\n"
+            "     public address, followed by the webhook_path from the answer.",
             soft_wrap=True,
         )
 
-    async def _webhook(self, setup: _Setup, update: Update) -> None:
-        """As the vendor sends it: these bytes, with the secret that was agreed in a header."""
-        body, headers = update
+    async def _post_webhook(self, path: str, webhook: Webhook) -> None:
+        """Sends the webhook as the vendor does: exactly these bytes, with the secret in a header."""
+        body, headers = webhook
         async with httpx.AsyncClient(base_url=self._base_url, trust_env=False, timeout=30) as client:
-            answer = await client.post(setup.webhook, content=body, headers=headers)
-        self._must(answer.status_code == 200, f"the webhook was answered {answer.status_code}: {answer.text}")
+            answer = await client.post(path, content=body, headers=headers)
+        self._require(answer.status_code == 200, f"the webhook was answered {answer.status_code}: {answer.text}")
 
-    async def _until(self, what: str, ask: Callable[[], Awaitable[T | None]]) -> T:
+    async def _wait_for(self, thing: str, ask: Callable[[], Awaitable[T | None]]) -> T:
         deadline = time.monotonic() + DEADLINE_SECONDS
         while not (answer := await ask()):
             if time.monotonic() > deadline:
-                raise EngineError(f"the demo waited {DEADLINE_SECONDS} s in vain for {what}")
+                raise EngineError(f"the demo failed: {thing} did not appear within {DEADLINE_SECONDS} s")
             await asyncio.sleep(0.05)
         return answer
 
-    def _must(self, holds: bool, otherwise: str) -> None:
-        if not holds:
-            raise EngineError(f"the demo failed: {otherwise}")
+    def _require(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise EngineError(f"the demo failed: {problem}")
 
     def _title(self, number: int, text: str) -> None:
         self._console.print(f"\n[bold]{number}  {text}[/]")
 
-    def _line(self, who: str, what: str) -> None:
-        self._console.print(f"   {who:<9} {what}", soft_wrap=True)
+    def _line(self, label: str, text: str) -> None:
+        self._console.print(f"   {label:<9} {text}", soft_wrap=True)
 
-    def _hop(self, who: str, what: str) -> None:
-        self._line(f"+{(time.monotonic() - self._sent_at) * 1000:5.0f} ms", f"{who:<8} {printable(what)}")
+    def _event(self, service: str, text: str) -> None:
+        """Prints a line with the time since the webhook was sent."""
+        self._line(f"+{(time.monotonic() - self._sent_at) * 1000:5.0f} ms", f"{service:<8} {printable(text)}")
 
 
 def _span(document: dict[str, Any]) -> ReceivedSpan:

@@ -1,4 +1,4 @@
-"""``./claw dlq``: the dead letters of every service in one place."""
+"""``./claw dlq``: the dead letters of all services."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from infra.service import redrive
 from tooling.stack import operator
 from tooling.stack.operator import printable
 
-app = typer.Typer(no_args_is_help=True, help="List, read, redrive and discard what could not be processed.")
+app = typer.Typer(no_args_is_help=True, help="List, show, redrive and discard messages that could not be processed.")
 out = Console(highlight=False)
-# No service has more open at once that an operator would want in one answer.
+# The most dead letters of one service that `redrive --all` handles in one call.
 ALL = 10_000
 
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Id = Annotated[UUID, typer.Argument(help="The dead letter's id, from `./claw dlq list`.")]
 
 
 @app.command("list")
 def list_(
     service: Annotated[str, typer.Option(help="Only those of this service.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="The most that are listed.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """Show what is open, oldest first."""
+    """List the open dead letters, the oldest first."""
     letters = operator.run(find_all(_database(), service, limit))
     if as_json:
         print(msgspec.json.encode(letters).decode())  # noqa: T201
@@ -44,14 +44,20 @@ def list_(
         return
     for letter in letters:
         when = f"{letter.first_failed_at:%Y-%m-%d %H:%M} UTC"
-        _line(f"{letter.id}  {letter.state:<9}  {letter.attempts} tries  {when}", "bold")
-        _line(f"  {letter.consumer} could not handle {letter.source}" + (f", key {letter.key}" if letter.key else ""))
+        tries = "1 attempt" if letter.attempts == 1 else f"{letter.attempts} attempts"
+        _line(f"{letter.id}  {letter.state:<9}  {tries}, first {when}", "bold")
+        key = f", key {letter.key}" if letter.key else ""
+        _line(f"  {letter.consumer} could not handle a message of {letter.source}{key}")
         _line(f"  {letter.error}")
     states = Counter(letter.state for letter in letters)
     out.print(", ".join(f"{count} {state}" for state, count in states.items()), style="bold")
     if len(letters) == limit:
-        out.print(f"There may be more than these {limit}: ./claw dlq list --limit {limit * 10}")
-    out.print("Read one: ./claw dlq show ID. Handle it again: redrive ID. Give it up: discard ID.")
+        out.print(f"There may be more than {limit}. To list more: ./claw dlq list --limit {limit * 10}")
+    out.print(
+        "\n./claw dlq show ID       show headers and payload\n"
+        "./claw dlq redrive ID    let the service handle the message again\n"
+        "./claw dlq discard ID    never handle the message again"
+    )
 
 
 @app.command()
@@ -68,43 +74,46 @@ def show(id: Id, as_json: Json = False) -> None:
         for nth, line in enumerate(lines):
             label = Text("" if nth else name, "bold")
             label.pad_right(width - len(label))
-            # Not broken at 80 columns: what is read here is also copied from here.
+            # Not wrapped at 80 columns, so that it can be copied.
             out.print(label.append(printable(line), "not bold"), soft_wrap=True)
 
 
 @app.command("redrive")
 def redrive_(
-    ids: Annotated[list[UUID] | None, typer.Argument(help="Which, from `./claw dlq list`.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every failed one of --service.")] = False,
+    ids: Annotated[list[UUID] | None, typer.Argument(help="The ids, from `./claw dlq list`.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All failed dead letters of --service.")] = False,
     service: Annotated[str, typer.Option(help="With --all: the service.")] = "",
-    force: Annotated[bool, typer.Option(help="Also what is older than repeats are remembered.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Also messages that are too old for the service to know if it has handled them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Have the service handle dead letters again; what waits behind them follows in order."""
+    """Let the service handle dead letters again, and then the messages that wait behind them, in order."""
     if all_ == bool(ids) or all_ != bool(service):
-        raise Conflict("name dead letters by their ids, or all of one service: --all --service NAME")
+        raise Conflict("give the ids of dead letters, or --all --service NAME for all failed ones of a service")
     count = operator.run(redrive_many(_database(), ids or [], service, force=force))
     if as_json:
         print(msgspec.json.encode({"redriving": count}).decode())  # noqa: T201
     else:
-        out.print(f"{count} to be redriven; the service does so while it runs. See how: ./claw dlq list")
+        letters = "1 dead letter is" if count == 1 else f"{count} dead letters are"
+        out.print(f"{letters} marked for redrive. The running service handles them: see ./claw dlq list")
 
 
 @app.command()
 def discard(id: Id, as_json: Json = False) -> None:
-    """Give a dead letter up for good; what waits behind it follows."""
+    """Never handle a dead letter again. The messages that wait behind it are handled."""
     operator.run(discard_one(_database(), id))
     if as_json:
         print(msgspec.json.encode({"discarded": id}).decode())  # noqa: T201
     else:
-        out.print(f"{id} is discarded: kept for the record, never handled again.")
+        out.print(f"{id} is discarded: its row stays, but the message is never handled again.")
 
 
 async def find_all(url: str, service: str, limit: int) -> list[DeadLetterView]:
-    """What is open in all services, or in one. Raises NotFound for a service that is not there."""
+    """The open dead letters of all services, or of one. Raises NotFound if the service has no tables."""
     names = await operator.services(url)
     if service and service not in names:
-        raise NotFound(f"service {service}: not in this stack ({', '.join(names) or 'which has none yet'})")
+        raise NotFound(f"service {service}: not in this stack, which has {', '.join(names) or 'no services yet'}")
     found: list[DeadLetterView] = []
     for name in [service] if service else names:
         async with operator.database(url, name) as database, database.engine.connect() as connection:
@@ -113,7 +122,7 @@ async def find_all(url: str, service: str, limit: int) -> list[DeadLetterView]:
 
 
 async def find(url: str, id_: UUID) -> DeadLetterView:
-    """Raises NotFound."""
+    """The dead letter with this id, in any service. Raises NotFound."""
     for name in await operator.services(url):
         async with operator.database(url, name) as database, database.engine.connect() as connection:
             letter = await dead_letters.get_dead_letter(connection, name, id_)
@@ -123,9 +132,10 @@ async def find(url: str, id_: UUID) -> DeadLetterView:
 
 
 async def redrive_many(url: str, ids: Iterable[UUID], service: str = "", *, force: bool = False) -> int:
-    """Requests the redrive of `ids`, or without any of every failed one of `service`. Returns how many.
+    """Marks the dead letters `ids` for redrive, or all failed ones of `service` if `ids` is empty.
 
-    Of one service all or none. Raises NotFound, and Conflict for one that cannot be redriven.
+    Returns the number of dead letters. All of one service are marked in one transaction. Raises NotFound, and Conflict
+    if one cannot be redriven.
     """
     letters = [await find(url, id_) for id_ in dict.fromkeys(ids)]
     if not letters:
@@ -138,7 +148,7 @@ async def redrive_many(url: str, ids: Iterable[UUID], service: str = "", *, forc
 
 
 async def discard_one(url: str, id_: UUID) -> None:
-    """Raises NotFound, and Conflict where it is not open."""
+    """Discards the dead letter. Raises NotFound, and Conflict if it is not open."""
     letter = await find(url, id_)
     async with operator.database(url, letter.service) as database, database.begin() as tx:
         await redrive.discard(tx, id_, actor=operator.actor())
@@ -149,5 +159,5 @@ def _database() -> str:
 
 
 def _line(text: str, style: str = "") -> None:
-    """One line, cut at the terminal's width."""
+    """Prints one line, cut at the terminal's width."""
     out.print(Text(printable(text), style), no_wrap=True, overflow="ellipsis")

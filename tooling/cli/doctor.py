@@ -1,8 +1,9 @@
-"""``./claw doctor``: what is wrong with this machine or this stack, and what to do."""
+"""``./claw doctor``: finds the problems of this machine and this stack, and says what to do."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -14,7 +15,7 @@ from rich.console import Console
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError, Place
 from tooling.stack.home import Home, home_folder
-from tooling.stack.machine import LEAST_DISK_MB, LEAST_MEMORY_MB, available_memory_mb, check_access
+from tooling.stack.machine import LEAST_DISK_MB, LEAST_MEMORY_MB, available_memory_mb, check_access, user_name
 from tooling.stack.ports import holder, is_free
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor, orphans
@@ -24,37 +25,40 @@ _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `level`: ok, warning (works, but) or problem (does not)."""
+    """The result of one examination."""
 
     level: str
+    """ok, warning (the stack works) or problem (it does not)."""
     what: str
     advice: str = ""
+    """The action for the person to take; empty for ok."""
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Look for what keeps the stack from working, and say what to do. Exit code 1 if there is a problem."""
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Find problems of this machine and this stack, and say what to do. Exit code 1 if there is a problem."""
     home = Home(home_folder())
     findings = examine(home)
     console = Console(highlight=False)
     if as_json:
         console.print_json(json.dumps([asdict(finding) for finding in findings]))
     for finding in () if as_json else findings:
-        console.print(f"{_MARKS[finding.level]} {finding.what}")
+        console.print(f"{_MARKS[finding.level]} {finding.what}", soft_wrap=True)
         if finding.advice:
-            console.print(f"    {finding.advice}", style="dim")
+            console.print(f"  → {finding.advice}", soft_wrap=True)
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)
 
 
 def examine(home: Home) -> list[Finding]:
-    """Looks at everything; a damaged state folder is a finding too."""
+    """Makes all examinations. A damaged state folder is a finding, not an error."""
     findings = [_disk(home), _memory()]
     try:
         check_access(home.path)
         place = home.place()
     except EngineError as error:
         return [*findings, Finding("problem", str(error))]
-    findings.append(Finding("ok", "the engines' user can read the code and write the state"))
+    text = f"access: the user {user_name(os.getuid())} can read the code and write {home.path}"
+    findings.append(Finding("ok", text))
     supervisor = Supervisor(home.path)
     processes = supervisor.processes()
     for name, part in parts().items():
@@ -67,37 +71,39 @@ def examine(home: Home) -> list[Finding]:
             findings += [
                 Finding(
                     "problem",
-                    f"port {place.ports[port]} ({port}) is taken by {holder(place.ports[port])}",
-                    "Stop it, or run this stack elsewhere: CLAW_PORT_OFFSET=400 ./claw up",
+                    f"{name} needs port {place.ports[port]} ({port}), which {holder(place.ports[port])} holds",
+                    "Stop that process, or run this stack on other ports: CLAW_PORT_OFFSET=400 ./claw up",
                 )
                 for port in part.PORTS
                 if not is_free(place.ports[port])
             ]
         elif processes[name].restarts > 3:
             count = processes[name].restarts
-            findings.append(Finding("warning", f"{name} was restarted {count} times", f"See ./claw logs {name}"))
+            advice = f"Read its log: ./claw logs {name}"
+            findings.append(Finding("warning", f"{name} has ended unexpectedly {count} times", advice))
     if not processes and (left := orphans(home.path)):
         names = ", ".join(f"{process.name()} ({process.pid})" for process in left)
-        findings.append(Finding("problem", f"left behind by a stack that was killed: {names}", "Run ./claw down"))
+        text = f"processes of a killed stack still run: {names}"
+        findings.append(Finding("problem", text, "Stop them: ./claw down"))
     return [*findings, *_exposed(place, home)]
 
 
 def _disk(home: Home) -> Finding:
     free = shutil.disk_usage(home.path if home.path.exists() else CHECKOUT).free // 1_000_000
     if free < LEAST_DISK_MB:
-        return Finding("problem", f"{free} MB of disk are free", f"Make room: {LEAST_DISK_MB} MB are needed")
-    return Finding("ok", f"{free} MB of disk are free")
+        return Finding("problem", f"disk: {free} MB are free", f"Delete something: {LEAST_DISK_MB} MB are needed")
+    return Finding("ok", f"disk: {free} MB are free")
 
 
 def _memory() -> Finding:
     free = available_memory_mb()
     if free < LEAST_MEMORY_MB:
-        return Finding("warning", f"{free} MB of memory are free", f"All engines together take {LEAST_MEMORY_MB} MB")
-    return Finding("ok", f"{free} MB of memory are free")
+        return Finding("warning", f"memory: {free} MB are free", f"All engines together need {LEAST_MEMORY_MB} MB")
+    return Finding("ok", f"memory: {free} MB are free")
 
 
 def _exposed(place: Place, home: Home) -> list[Finding]:
-    """Listeners of this stack that others on the network can reach."""
+    """The listeners of this stack that other machines on the network can reach."""
     names = {port: name for name, port in place.ports.items()}
     open_ports = set()
     for process in orphans(home.path):
@@ -109,7 +115,10 @@ def _exposed(place: Place, home: Home) -> list[Finding]:
         except psutil.Error:
             continue
     if not open_ports:
-        return [Finding("ok", "everything listens on loopback only")]
-    listed = ", ".join(f"{port} ({names.get(port, 'not ours to choose')})" for port in sorted(open_ports))
-    advice = "Close these ports in the firewall if the network is not yours: the engine cannot be told to."
+        return [Finding("ok", "network: all processes listen on loopback only")]
+    listed = ", ".join(f"{port} ({names.get(port, 'a port that its engine chose')})" for port in sorted(open_ports))
+    advice = (
+        "Block these ports in the firewall if you do not trust every machine on the network: the engine has no\n"
+        "    setting for that, and asks for no password."
+    )
     return [Finding("warning", f"reachable from the network: {listed}", advice)]

@@ -1,4 +1,4 @@
-"""``./claw down``: stops all, leaves no process."""
+"""``./claw down``: stops the stack and leaves no process."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from tooling.stack.home import SERVICES, home_folder
 from tooling.stack.supervisor import Supervisor
 
 
-def down(wipe: Annotated[bool, typer.Option("--wipe", help="Forget all data and passwords too.")] = False) -> None:
-    """Stop the stack; with --wipe, forget everything it stored."""
+def down(wipe: Annotated[bool, typer.Option("--wipe", help="Delete all data and passwords too.")] = False) -> None:
+    """Stop the stack. With --wipe, also delete everything it has stored."""
     home = home_folder()
     if not home.exists():
-        console.print(f"Nothing to stop: there is no {home}.")
+        console.print(f"Nothing to stop: {home} does not exist.", soft_wrap=True)
         return
     with alone(home):
-        # The services first, while all that they finish their work with is still there.
+        # The services first: they need the engines to finish their work.
         Supervisor(home).shutdown(SERVICES, kill=wipe)
         if wipe:
             for path in home.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    console.print("Stopped, and all data forgotten." if wipe else f"Stopped. The data stays in {home}.")
+    text = f"Stopped. All data in {home} is deleted." if wipe else f"Stopped. The data stays in {home}."
+    console.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Stubs of the .proto files, and what may not change in them while their package keeps its version."""
+"""Compiles the .proto files, and finds changes in them that are incompatible within one version of their package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Json = dict[str, Any]
 
 
 class ProtoError(Exception):
-    """A .proto file does not compile; the compiler has said why on standard error."""
+    """A .proto file does not compile. The compiler has printed the reason to standard error."""
 
 
 def compile_protos(root: Path) -> tuple[dict[str, str], Json]:
     """Compiles every .proto below ``root/protos``.
 
-    Returns the stubs by path relative to `root`, and the descriptor set as JSON. Needs the test requirements.
+    Returns path relative to `root` → stub, and the descriptor set as JSON. Needs the test requirements.
     """
     from google.protobuf import json_format
     from google.protobuf.descriptor_pb2 import FileDescriptorSet
@@ -51,11 +51,11 @@ def compile_protos(root: Path) -> tuple[dict[str, str], Json]:
 
 
 def breaking_protos(old: Json, new: Json) -> list[str]:
-    """What `new` takes away from callers and servers built from `old`; empty: nothing.
+    """The changes from `old` to `new` that break callers or servers built from `old`.
 
-    A field is known by its number on the wire and by its name in code, so both stay, and so does its type. A field
-    may go if its number becomes reserved, and stays so: bytes of an old caller must never be read as another field.
-    A method, a message or an enum's value may not go.
+    A field keeps its number, its name and its type: the wire uses the number, and code uses the name. A field may be
+    removed if its number becomes reserved and stays reserved: the bytes of an old caller must never be read as another
+    field. A method, a message or a value of an enum may not be removed.
     """
     now = dict(_elements(new))
     problems = []
@@ -76,7 +76,7 @@ def _is_reserved(name: str, now: dict[str, str]) -> bool:
 
 
 def _elements(document: Json) -> Iterator[tuple[str, str]]:
-    """Everything that a caller relies on, as name → what it is."""
+    """(name, description) of each element that a caller depends on."""
     for file in document.get("file", []):
         package = file["package"]
         for message in file.get("messageType", []):

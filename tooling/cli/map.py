@@ -1,7 +1,7 @@
-"""`claw map`: who publishes and who consumes what, from the catalog and from the code that exists.
+"""`claw map`: the producers and consumers of each topic and queue, from the catalog and from the code.
 
-A consumer is a subscription of the service's ``__main__``. A producer is a service whose code names the topic or
-queue elsewhere than in a decorator; what the kernel itself names, every service produces.
+A consumer is a service whose ``__main__`` subscribes to the topic or queue. A producer is a service whose code names
+the topic or queue outside of decorators. Every service produces to the topics and queues that the kernel names.
 """
 
 from __future__ import annotations
@@ -25,21 +25,18 @@ from protos.topology import Catalog, Queue, Topic
 
 
 class Party(msgspec.Struct, frozen=True):
-    """A service at one end of a topic or queue.
-
-    code: catalog and code agree; declared: the catalog says so, there is no such code yet; undeclared: the code does
-    it and the catalog does not say so.
-    """
+    """A service that sends to or receives from a topic or queue."""
 
     service: str
     state: Literal["code", "declared", "undeclared"]
+    """code: in catalog and code; declared: in the catalog only; undeclared: in the code only."""
 
     def __str__(self) -> str:
         return self.service + {"code": "", "declared": "*", "undeclared": "!"}[self.state]
 
 
 class Flow(msgspec.Struct, frozen=True):
-    """A topic or queue and who is at its ends. kind: ``topic`` or ``queue``."""
+    """A topic or queue with its producers and consumers."""
 
     name: str
     kind: Literal["topic", "queue"]
@@ -49,10 +46,10 @@ class Flow(msgspec.Struct, frozen=True):
 
 
 def map(
-    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
-    mermaid: Annotated[bool, typer.Option("--mermaid", help="A Mermaid flow chart.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flow chart.")] = False,
 ) -> None:
-    """Show who publishes and who consumes what."""
+    """Show the producers and consumers of each topic and queue."""
     found = flows(CATALOG, existing_services())
     if json:
         typer.echo(msgspec.json.encode(found))
@@ -61,14 +58,14 @@ def map(
 
 
 def existing_services() -> dict[str, str]:
-    """Service → its package, for every folder of services with a ``__main__``."""
+    """Service → its package, for each folder in `services` that has a ``__main__``."""
     folders = [Path(folder) for folder in services.__path__]
     mains = sorted(path for folder in folders for path in folder.glob("*/__main__.py"))
     return {path.parent.name: f"services.{path.parent.name}" for path in mains}
 
 
 def flows(catalog: Catalog, packages: Mapping[str, str]) -> list[Flow]:
-    """Every topic and queue of `catalog` with its ends; `packages`: the services that exist, with their packages."""
+    """Every topic and queue of `catalog` with its producers and consumers. `packages`: service → its package."""
     consumed = {name: subscribed(package) for name, package in packages.items()}
     kernel = named(infra)
     produced = {name: named(importlib.import_module(package)) | kernel for name, package in packages.items()}
@@ -76,7 +73,7 @@ def flows(catalog: Catalog, packages: Mapping[str, str]) -> list[Flow]:
     sources: list[Topic | Queue] = [*catalog.topics, *catalog.queues]
     for source in sources:
         consumers = source.consumers if isinstance(source, Topic) else (source.consumer,)
-        # A consumer may name what it reads outside of a decorator, as in a loop over a family of queues.
+        # A consumer may name its source outside of a decorator, such as in a loop over several queues.
         senders = [
             name
             for name in packages
@@ -95,13 +92,13 @@ def flows(catalog: Catalog, packages: Mapping[str, str]) -> list[Flow]:
 
 
 def subscribed(package: str) -> set[str]:
-    """Names of the topics and queues that the service's ``__main__`` subscribes to."""
+    """The names of the topics and queues that the service's ``__main__`` subscribes to."""
     service = importlib.import_module(f"{package}.__main__").service
     return {subscription.source.name for subscription in service.subscriptions}
 
 
 def named(package: ModuleType) -> set[str]:
-    """Names of the topics and queues that the code of `package` uses by their constants, decorators left out."""
+    """The names of the topics and queues whose constants the code of `package` uses outside of decorators."""
     found: set[str] = set()
     for module in _modules(package):
         tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
@@ -147,7 +144,7 @@ def _about(source: Topic | Queue) -> str:
 
 
 def as_text(found: list[Flow]) -> str:
-    """For a terminal of 80 columns."""
+    """The map as text of 80 columns."""
     lines = []
     for title, kind in (("Kafka topics", "topic"), ("RabbitMQ queues", "queue")):
         lines.append(title)
@@ -157,11 +154,11 @@ def as_text(found: list[Flow]) -> str:
                 text = ", ".join(str(party) for party in parties)
                 lines += textwrap.wrap(text, 80, initial_indent=f"    {label:<5}", subsequent_indent=" " * 9)
         lines.append("")
-    return "\n".join([*lines, "* declared in the catalog, no such code yet", "! in the code, not in the catalog"])
+    return "\n".join([*lines, "* in the catalog, but not in the code", "! in the code, but not in the catalog"])
 
 
 def as_mermaid(found: list[Flow]) -> str:
-    """A flow chart; dotted arrows stand for what is only declared."""
+    """A flow chart. A dotted arrow is in the catalog, but not in the code."""
     lines = ["flowchart LR"]
     for flow in found:
         node = flow.name.replace(".", "_")

@@ -1,14 +1,14 @@
-"""JSON Schema of the messages, and what may not change in one while its version stays.
+"""The JSON Schemas of the messages, and the changes in them that are incompatible within one version.
 
-Within a version old and new must read each other, in both directions: retained records are read by newer readers, and
-during a roll-out records of newer writers are read by older readers. So:
+Within a version, old and new code must read each other's records: new readers read retained records, and during a
+roll-out old readers read the records of new writers. Therefore:
 
-- a field that is removed breaks older readers, which require it, or silently take its default;
-- a new required field breaks newer readers on retained records; a new field with a default breaks nobody, for a
-  reader ignores what it does not know;
-- a type that is narrowed, such as an enum that loses a value, breaks newer readers on retained records;
-- a type that is widened, such as an enum that gains a value, breaks older readers on new records;
-- another default changes what retained records mean.
+- A removed field breaks old readers: they require it, or silently use its default.
+- A new required field breaks new readers on retained records. A new field with a default is compatible, because a
+  reader ignores unknown fields.
+- A narrower type, such as an enum without one of its values, breaks new readers on retained records.
+- A wider type, such as an enum with one more value, breaks old readers on new records.
+- A different default changes the meaning of retained records.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 
 def messages() -> dict[str, type[Message]]:
-    """All messages by wire name, those of old versions included."""
+    """All messages by wire name, including those of old versions."""
     found: dict[str, type[Message]] = {}
     for module in pkgutil.walk_packages(protos.messages.__path__, "protos.messages."):
         for _, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
@@ -59,7 +59,7 @@ def _struct(message: type[Message], name: str) -> type[msgspec.Struct]:
 
 
 def inlined(document: Json) -> Json:
-    """The schema of the message itself, every reference replaced by what it refers to."""
+    """The schema of the message, with every reference replaced by its target."""
 
     def inline(node: Any) -> Any:
         if isinstance(node, list):
@@ -75,7 +75,7 @@ def inlined(document: Json) -> Json:
 
 
 def breaking(old: Json, new: Json) -> list[str]:
-    """What in `new` breaks a reader of `old` or of its records, each with the field's path; empty: nothing."""
+    """The incompatible changes from `old` to `new`, each with the path of its field."""
     return _compare("", inlined(old), inlined(new))
 
 
@@ -114,16 +114,16 @@ def _short(value: Any) -> str:
 
 
 def reads_back(message: type[Message], example: bytes) -> str | None:
-    """None if `message` decodes `example` and writes all of it again, otherwise what is wrong.
+    """None if `message` decodes `example` and writes all of its fields again, otherwise the problem.
 
-    What it writes besides are fields that are younger than the example.
+    The message may write more fields: those that were added after the example was written.
     """
     try:
         written = msgspec.json.decode(msgspec.json.encode(msgspec.json.decode(example, type=message)))
     except msgspec.MsgspecError as error:
         return str(error)
     lost = _lost("", msgspec.json.decode(example), written)
-    return f"{lost} is not written again as it was read" if lost else None
+    return f"{lost} is lost or changed when the message is decoded and encoded again" if lost else None
 
 
 def _lost(path: str, example: Any, written: Any) -> str | None:

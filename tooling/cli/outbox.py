@@ -1,4 +1,4 @@
-"""``./claw outbox resend``: sends again what a wiped bus has lost."""
+"""``./claw outbox resend``: sends the messages again that a wiped broker has lost."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from rich.console import Console
 from infra.errors import NotFound
 from tooling.stack import operator
 
-app = typer.Typer(no_args_is_help=True, help="What services have sent, kept until no consumer can need it again.")
+app = typer.Typer(no_args_is_help=True, help="The sent messages, which each service keeps for a while.")
 out = Console(highlight=False)
 
 
 @app.callback()
 def outbox_() -> None:
-    """A group with one command keeps its name in the command line."""
+    """Without this function, a group with one command would lose the command's name."""
 
 
 @app.command()
 def resend(
-    destination: Annotated[str, typer.Argument(help="Topic or exchange, as in `./claw map`.")],
-    since: Annotated[datetime | None, typer.Option(help="Only what was sent from then on (local time).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    destination: Annotated[str, typer.Argument(help="The topic or exchange, see `./claw map`.")],
+    since: Annotated[datetime | None, typer.Option(help="Only messages sent since then (local time).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Send again, to a topic or exchange, everything that is kept; consumers drop what they have handled."""
+    """Send all kept messages of a topic or exchange again. Consumers ignore those that they have handled."""
     url = operator.engines_access()["postgres"]["url"]
     counts = operator.run(operator.resend_everywhere(url, destination, since and since.astimezone()))
     if not counts:
-        raise NotFound(f"nothing that was sent to {destination!r} is kept. Is the name right? See: ./claw map")
+        raise NotFound(f"no kept messages to {destination!r}. ./claw map shows the names of topics and queues")
     if as_json:
         print(msgspec.json.encode(counts).decode())  # noqa: T201
         return
     for service, count in counts.items():
-        out.print(f"{service}: {count} messages to {destination} are sent again by the service's relay")
+        out.print(f"{service}: its relay will send {count} messages to {destination} again")

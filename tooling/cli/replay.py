@@ -1,4 +1,4 @@
-"""``./claw replay``: builds a projection anew, compares it with the live one, puts it in its place."""
+"""``./claw replay``: rebuilds a projection, compares it with the live one, and replaces the live one."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ out = Console(highlight=False)
 
 
 def replay(
-    projection: Annotated[str, typer.Argument(help="<service>.<handler>, such as agent.count_runs.")],
+    projection: Annotated[str, typer.Argument(help="<service>.<handler>, for example agent.count_runs.")],
     from_events: Annotated[
-        str, typer.Option(help="Rebuild from this service's event store; the consumer waits meanwhile.")
+        str, typer.Option(help="Rebuild from this service's event store. The consumer waits until the end.")
     ] = "",
-    switch: Annotated[bool, typer.Option(help="Take the rebuilt tables although they differ.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    switch: Annotated[bool, typer.Option(help="Use the rebuilt tables even if they differ.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Rebuild a projection in shadow tables, compare, and switch when they are equal. Exit code 1 if they stay."""
+    """Rebuild a projection in shadow tables, and switch to them if they are equal. Exit code 1 if not switched."""
     access = operator.engines_access()
     service, subscription = find(projection)
     owner = load(from_events) if from_events else None
@@ -62,14 +62,15 @@ def _tell(service: str, rebuilt: Rebuilt) -> None:
         verdict = "[green]equal[/]" if table.equal else "[red]different[/]"
         out.print(f"{table.table}: {verdict}, live {table.live_rows} rows, rebuilt {table.rebuilt_rows}")
     if rebuilt.switched:
-        out.print(f"Switched, after {rebuilt.records} records. The old tables: schema {service}_retired.")
+        out.print(f"Switched after {rebuilt.records} records. The old tables are in schema {service}_retired.")
     else:
-        out.print(f"The live tables stay. Those rebuilt from {rebuilt.records} records: schema {service}_rebuild.")
-        out.print("A log that was wiped and sent again is not whole: then --from-events. To take them: --switch.")
+        out.print(f"The live tables stay. Schema {service}_rebuild has those rebuilt from {rebuilt.records} records.")
+        out.print("If the topic was wiped, it may lack records: rebuild with --from-events SERVICE.")
+        out.print("To use the rebuilt tables although they differ: --switch.")
 
 
 def load(name: str) -> Service:
-    """The declaration of a service: ``services.<name>``, or a module path. Raises NotFound."""
+    """The declaration of a service. `name`: a service, or the path of its package. Raises NotFound."""
     path = name if "." in name else f"services.{name}"
     try:
         service = importlib.import_module(f"{path}.__main__").service
@@ -80,14 +81,14 @@ def load(name: str) -> Service:
 
 
 def find(projection: str) -> tuple[Service, Subscription]:
-    """Raises NotFound where the service has no such handler."""
+    """The service and the subscription of a projection. Raises NotFound if the service has no such handler."""
     name, _, handler = projection.rpartition(".")
     if not name:
-        raise NotFound(f"projection {projection!r}: name it as <service>.<handler>")
+        raise NotFound(f"projection {projection!r}: must have the form <service>.<handler>")
     service = load(name)
     for subscription in service.subscriptions:
         if subscription.name.endswith(f".{handler}"):
-            # Adapters are for side effects, which are off: a handler that uses one in a replay fails at once.
+            # A replay has no side effects and therefore no adapters: a handler that uses one fails at once.
             nothing = dict.fromkeys(service.adapters[subscription.name])
             return service, replace(subscription, handler=partial(subscription.handler, **nothing))
     raise NotFound(f"{name} has no handler {handler!r} ({', '.join(s.name for s in service.subscriptions)})")
@@ -103,7 +104,7 @@ async def rebuild(
     from_events: Service | None = None,
     switch: bool = False,
 ) -> Rebuilt:
-    """Rebuilds from Kafka, or from the event store of `from_events`. A switch is audited."""
+    """Rebuilds from Kafka, or from the event store of `from_events`. Writes an audit record for a switch."""
     async with operator.database(url, service) as database:
         rebuild = Replay(database.engine, service, subscription, progress)
         if from_events is not None:

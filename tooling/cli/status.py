@@ -1,4 +1,4 @@
-"""``./claw status``: what runs, and whether it works."""
+"""``./claw status``: asks each engine and service whether it works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import psutil
@@ -20,8 +20,9 @@ from tooling.stack.home import Home, home_folder
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Process, Supervisor
 
-# A part that does not answer this long after its start has failed.
+# A part that does not answer is starting in the first seconds after its start, and has failed later.
 _STARTING_SECONDS = 60
+_TICK_SECONDS = 0.25
 _COLOURS = {"ready": "green", "starting": "yellow", "failed": "red", "stopped": "dim"}
 
 
@@ -40,8 +41,8 @@ class Status:
     restarts: int
 
 
-def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Show every engine and service: state, version, address, memory, restarts. Exit code 1 if not all are ready."""
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Show the state, version, address and memory of each part. Exit code 1 if not all are ready."""
     home = Home(home_folder())
     logging.disable()
     statuses = asyncio.run(collect(home.place(), Supervisor(home.path)))
@@ -55,42 +56,63 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 
 
 async def collect(place: Place, supervisor: Supervisor) -> list[Status]:
-    """Asks every part, all at once; then those that answered once more, alone, for the time that it takes."""
-    processes = supervisor.processes()
-    asked = await asyncio.gather(*(_ask(part, place, processes.get(name)) for name, part in parts().items()))
-    return [replace(one, latency_ms=await _latency(one.name, place)) if one.state == "ready" else one for one in asked]
+    """The state of each part of the stack."""
+    processes = {
+        name: process
+        for name, process in supervisor.processes().items()
+        if process.state not in ("STOPPED", "STOPPING")
+    }
+    running = [part for name, part in parts().items() if name in processes]
+    # All at once, for a first answer. Then one after the other: this measures the time of an answer, and it is a second
+    # attempt for a part that did not answer while this process imported all clients on a busy machine.
+    versions = dict(
+        zip((part.NAME for part in running), await asyncio.gather(*(ask(part, place) for part in running)), strict=True)
+    )
+    latencies = {}
+    for part in running:
+        began = time.perf_counter()
+        if version := await ask(part, place):
+            versions[part.NAME] = version
+            latencies[part.NAME] = round((time.perf_counter() - began) * 1000, 1)
+    return [
+        _status(part, place, processes.get(name), versions.get(name), latencies.get(name))
+        for name, part in parts().items()
+    ]
 
 
-async def _latency(name: str, place: Place) -> float | None:
-    began = time.perf_counter()
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            await parts()[name].ready(place)
-    except Exception:
-        return None
-    return round((time.perf_counter() - began) * 1000, 1)
+async def ask(part: Engine, place: Place) -> str | None:
+    """The version of the part if it answers a client; None if it does not.
+
+    The part may be silent for ANSWER_SECONDS. Only the time in which this process listens counts: while it imports
+    clients, or while the machine does not run it, an answer may have arrived that it has not read yet.
+    """
+    question = asyncio.ensure_future(part.ready(place))
+    for _ in range(round(ANSWER_SECONDS / _TICK_SECONDS)):
+        await asyncio.wait({question}, timeout=_TICK_SECONDS)
+        if question.done():
+            break
+    question.cancel()
+    [answer] = await asyncio.gather(question, return_exceptions=True)
+    # Any exception of a client means that the part does not work.
+    return None if isinstance(answer, BaseException) else answer
 
 
-async def _ask(part: Engine, place: Place, process: Process | None) -> Status:
-    version = None
-    if process is None or process.state in ("STOPPED", "STOPPING"):
+def _status(
+    part: Engine, place: Place, process: Process | None, version: str | None, latency_ms: float | None
+) -> Status:
+    if process is None:
         state = "stopped"
+    elif version:
+        state = "ready"
     else:
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                version = await part.ready(place)
-            state = "ready"
-        except Exception:
-            # Whatever its client raises, the part does not work.
-            young = process.uptime_s < _STARTING_SECONDS and process.state != "FATAL"
-            state = "starting" if young else "failed"
+        state = "starting" if process.uptime_s < _STARTING_SECONDS and process.state != "FATAL" else "failed"
     return Status(
         part.NAME,
         "engine" if part.NAME in ENGINES else "service",
         state,
         version,
         f"127.0.0.1:{place.ports[part.NAME]}",
-        None,
+        latency_ms,
         _memory_mb(process.pid) if process else 0,
         process.uptime_s if process else 0,
         process.restarts if process else 0,
@@ -98,13 +120,14 @@ async def _ask(part: Engine, place: Place, process: Process | None) -> Status:
 
 
 def _memory_mb(pid: int) -> int:
-    """Resident memory of the process and all below it."""
+    """The memory of the process and all below it. Memory that they share, as those of PostgreSQL do, counts once."""
     try:
         process = psutil.Process(pid)
-        tree = [process, *process.children(recursive=True)] if pid else []
-        return int(sum(one.memory_info().rss for one in tree)) // 1_000_000
+        tree = [one.memory_info() for one in [process, *process.children(recursive=True)]] if pid else []
     except psutil.Error:
         return 0
+    shared = [getattr(info, "shared", 0) for info in tree]
+    return int(sum(info.rss for info in tree) - sum(shared) + max(shared, default=0)) // 1_000_000
 
 
 def _table(statuses: list[Status]) -> Table:

@@ -9,14 +9,14 @@ import typer
 
 from tooling.stack.checkout import CHECKOUT
 
-# Every word is pytest's.
+# All arguments belong to pytest.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def test(context: typer.Context) -> None:
-    """Run the tests; every argument goes to pytest. The engines they need are started and stopped by themselves."""
+    """Run the tests, which start and stop the engines that they need. All arguments go to pytest."""
     os.chdir(CHECKOUT)
-    # All of them wait for leases and retries for half of the time: two processes, each with engines of its own, are
-    # sooner done on the same two cores.
+    # Half of the tests' time is waiting for leases and retries. Two processes, each with engines of its own, finish
+    # earlier on two cores.
     arguments = context.args or ["-n", "2", "--no-loadscope-reorder"]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])

@@ -1,4 +1,4 @@
-"""``./claw up``: starts what is not running, waits until each part really works."""
+"""``./claw up``: starts the engines and services that do not run, and waits until each of them works."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from infra.errors import describe
 from tooling.stack.engines import CREDENTIALS, ENGINES
 from tooling.stack.engines.base import Engine, EngineError, Place
 from tooling.stack.home import Home, home_folder
@@ -23,23 +24,24 @@ from tooling.stack.ports import check_ports
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor
 
-# A busy machine may take minutes to load nine services at once; what has ended again and again is given up before.
+# A busy machine may take minutes to load nine services at once. A part that ends repeatedly fails earlier.
 _READY_SECONDS = 300
+_MOST_RESTARTS = 3
 _STILL_WAITING_SECONDS = 30
 console = Console(stderr=True, highlight=False)
 
 
-def up(only: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "") -> None:
-    """Start the stack, or what is missing of it; return when everything is ready."""
+def up(only: Annotated[str, typer.Option(help="The parts to start, separated by commas. Default: all.")] = "") -> None:
+    """Start all engines and services that do not run. Return when all of them are ready."""
     known = parts()
     names = only.split(",") if only else list(known)
     for name in names:
         if name not in known:
-            raise EngineError(f"--only: {name!r} is none of {', '.join(known)}")
+            raise EngineError(f"--only: {name!r} must be one of {', '.join(known)}")
     home = Home(home_folder())
     check_access(home.path)
     place = home.place()
-    # The clients would tell of every refused connection, the ordinary thing while an engine starts.
+    # The clients would log every refused connection, which is normal while an engine starts.
     logging.disable()
     with alone(home.path):
         asyncio.run(_start_all(home, place, [known[name] for name in names]))
@@ -47,7 +49,6 @@ def up(only: Annotated[str, typer.Option(help="Only these, separated by commas."
 
 async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
     began = time.monotonic()
-    console.print(f"Starting {', '.join(part.NAME for part in wanted)}. State: {home.path}")
     check_machine(home.path)
     supervisor = Supervisor(home.path)
     supervisor.start()
@@ -55,10 +56,11 @@ async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
     check_ports(place, [part for part in wanted if part.NAME not in running])
     engines = [part for part in wanted if part.NAME in ENGINES]
     services = [part for part in wanted if part.NAME not in ENGINES]
+    console.print(f"Starting {len(engines)} engines and {len(services)} services. State: {home.path}", soft_wrap=True)
     await _start_together(supervisor, place, engines)
     home.write_credentials(place, {CREDENTIALS[engine.NAME]: engine.access(place) for engine in engines})
     if len(engines) == len(ENGINES):
-        # Here, not at the top: it imports what the engines need no second of.
+        # Imported here: the imports take time, which the start of engines need not wait for.
         from tooling.stack.provision import provision
 
         await provision(place)
@@ -67,9 +69,15 @@ async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
 
 
 async def _start_together(supervisor: Supervisor, place: Place, wanted: list[Engine]) -> None:
-    """Starts all of them, also when some fail; raises EngineError with every failure."""
-    outcomes = await asyncio.gather(*(_start(supervisor, place, part) for part in wanted), return_exceptions=True)
-    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    """Starts all of them at the same time. Raises EngineError with every failure, after all have started or failed."""
+    tasks = {asyncio.create_task(_start(supervisor, place, part), name=part.NAME) for part in wanted}
+    waiting, began = tasks, time.monotonic()
+    while waiting:
+        _, waiting = await asyncio.wait(waiting, timeout=_STILL_WAITING_SECONDS)
+        names = ", ".join(sorted(task.get_name() for task in waiting))
+        if names and time.monotonic() - began >= _STILL_WAITING_SECONDS:
+            console.print(f"  after {time.monotonic() - began:.0f} s still waiting for {names}", soft_wrap=True)
+    failures = [error for task in tasks if (error := task.exception())]
     for failure in failures:
         if not isinstance(failure, EngineError):
             raise failure
@@ -85,38 +93,39 @@ async def _start(supervisor: Supervisor, place: Place, engine: Engine) -> None:
         place.folder(engine.NAME)
         supervisor.add(engine.NAME, engine.program(place))
     version = await wait_ready(supervisor, place, engine)
-    took = "was running" if already else f"ready in {time.monotonic() - began:.1f} s"
-    console.print(f"[green]✓[/] {engine.NAME:<11} {version:<9} 127.0.0.1:{place.ports[engine.NAME]:<6} {took}")
+    took = "already running" if already else f"ready after {time.monotonic() - began:.1f} s"
+    console.print(f"[green]✓[/] {engine.NAME:<14} {version:<8} 127.0.0.1:{place.ports[engine.NAME]:<5}  {took}")
 
 
 async def wait_ready(supervisor: Supervisor, place: Place, engine: Engine) -> str:
-    """Waits until the engine answers and returns its version.
+    """Waits until the engine answers, and returns its version.
 
-    Raises EngineError, with the end of its log, if it gave up or does not answer in five minutes.
+    Raises EngineError with the end of its log if the engine ends repeatedly or does not answer within five minutes.
     """
     port = place.ports[engine.NAME]
-    began = told_at = time.monotonic()
+    began = time.monotonic()
     restarts_before = supervisor.processes()[engine.NAME].restarts
     while True:
         try:
-            # A closed port costs next to nothing; a client of the engine costs what the engine needs to start.
+            # A connection to a closed port costs almost nothing. A client would take CPU time from the starting engine.
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             async with asyncio.timeout(10):
                 return await engine.ready(place)
         except Exception as error:
             restarts = supervisor.processes()[engine.NAME].restarts - restarts_before
-            if restarts > 3 or time.monotonic() - began > _READY_SECONDS:
-                reason = "ends again and again" if restarts > 3 else f"does not answer ({error!r})"
+            if restarts > _MOST_RESTARTS or time.monotonic() - began > _READY_SECONDS:
+                reason = (
+                    f"ended {restarts} times after its start"
+                    if restarts > _MOST_RESTARTS
+                    else f"did not answer within {_READY_SECONDS} s ({describe(error)})"
+                )
                 tail = last_lines(supervisor.log(engine.NAME), 8)
-                raise EngineError(f"{engine.NAME} {reason}. `./claw logs {engine.NAME}` ends with:\n{tail}") from error
-        if time.monotonic() - told_at > _STILL_WAITING_SECONDS:
-            told_at = time.monotonic()
-            console.print(f"still waiting for {engine.NAME}, for {told_at - began:.0f} s now")
+                raise EngineError(f"{engine.NAME} {reason}. Its log (./claw logs) ends with:\n{tail}") from error
         await asyncio.sleep(0.2)
 
 
 def last_lines(path: Path, count: int) -> str:
-    """The end of a text file; empty if there is none."""
+    """The last lines of a text file; empty if the file does not exist."""
     if not path.exists():
         return ""
     with path.open("rb") as file:
@@ -131,11 +140,11 @@ def _is_running(supervisor: Supervisor, name: str) -> bool:
 
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """Two commands that start or stop the same stack take turns. A killed one leaves no lock behind."""
+    """A lock, so that only one command at a time starts or stops this stack. The lock ends with its process."""
     with (home / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print("Waiting for another `./claw up` or `down` of this stack.")
+            console.print("Waiting for another `./claw up` or `./claw down` of this stack to end.")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

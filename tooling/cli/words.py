@@ -1,4 +1,4 @@
-"""Phrases that a hurried reader stumbles over, and the search for them in every text of the repository.
+"""Phrases that are hard to read, and the search for them in every text of the repository.
 
 A text is a comment, a docstring, any other string (a log message, an error, an output line), or a line of
 Markdown, HTML, YAML, SQL or shell. In tests only comments and docstrings count: their strings are data.

@@ -37,7 +37,7 @@ SERVICE_PORTS = {
     "ws_gateway_grpc": 9081,
 }
 SERVICES = tuple(name for name in SERVICE_PORTS if not name.endswith(("_grpc", "otlp")))
-# Offsets that stacks side by side are known to use; any other must not meet their ports.
+# The offsets that stacks on one machine usually have. No other offset may lead to one of their ports.
 _USUAL_OFFSETS = (0, 400, 2000, 5000)
 
 
@@ -59,7 +59,7 @@ def usual_ports() -> dict[str, int]:
 def ports_at(offset: int) -> dict[str, int]:
     """Every listener's port at this offset.
 
-    Raises EngineError if some would meet those of a stack at a usual offset, or are no ports.
+    Raises EngineError if a stack at a usual offset has one of these ports, or if one is outside 1024 to 65535.
     """
     usual = usual_ports()
     ports = {name: port + offset for name, port in usual.items()}
@@ -68,40 +68,42 @@ def ports_at(offset: int) -> dict[str, int]:
         for name, port in ports.items():
             if other != offset and port in taken:
                 raise EngineError(
-                    f"CLAW_PORT_OFFSET: {offset} puts {name} on port {port}, where a stack at offset {other} has its "
-                    f"{taken[port]}; take 0, 400, 2000 or 5000"
+                    f"CLAW_PORT_OFFSET: {offset} gives {name} the port {port}, which {taken[port]} has in a stack at "
+                    f"offset {other}: must be 0, 400, 2000 or 5000"
                 )
     if not all(1024 <= port <= 65535 for port in ports.values()):
-        raise EngineError(f"CLAW_PORT_OFFSET: {offset} leaves the range of ports 1024 to 65535")
+        raise EngineError(
+            f"CLAW_PORT_OFFSET: {offset} leads to ports outside 1024 to 65535: must be 0, 400, 2000 or 5000"
+        )
     return ports
 
 
 class Home:
-    """A stack's state folder. Files are written whole or not at all."""
+    """The state folder of a stack. Each file is written whole or not at all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def place(self) -> Place:
-        """The stack's ports and passwords, made and stored if it has none yet.
+        """The stack's ports and passwords. Makes and stores those that are missing.
 
-        CLAW_PORT_OFFSET, where set, wins over what is stored. Raises EngineError for an offset that cannot be.
+        CLAW_PORT_OFFSET has precedence over the stored ports. Raises EngineError for an offset that is not usable.
         """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         stored = self._read("ports.json")
         ports = stored or ports_at(0)
         if text := os.environ.get("CLAW_PORT_OFFSET"):
             if not text.isdecimal():
-                raise EngineError(f"CLAW_PORT_OFFSET: {text!r} is not a whole number, 0 or more")
+                raise EngineError(f"CLAW_PORT_OFFSET: {text!r} is not a whole number from 0")
             ports = ports_at(int(text))
-        # A stack from before a listener was added gets its port beside the others.
+        # The stored ports of an older stack lack the listeners that were added since.
         ports = {**{name: port for name, port in ports_at(0).items() if name not in ports}, **ports}
         if ports != stored:
             write_atomically(self.path / "ports.json", json.dumps(ports, indent=1))
         return Place(self.path, ports, Secrets(self.path / "secrets.json"), SERVICES)
 
     def write_credentials(self, place: Place, engines: Mapping[str, object]) -> None:
-        """Writes credentials.json: administrators' access to these engines and those it has already."""
+        """Writes credentials.json: the administrator's access to these engines. Keeps the access to other engines."""
         known = self._read("credentials.json").get("engines", {})
         credentials = {
             "base_url": f"http://127.0.0.1:{place.ports['nginx']}",
@@ -111,17 +113,17 @@ class Home:
         write_atomically(self.path / "credentials.json", json.dumps(credentials, indent=1))
 
     def credentials(self) -> dict[str, Any]:
-        """What `write_credentials` wrote. Raises EngineError where no stack was ever started."""
+        """The content of credentials.json. Raises EngineError if no stack was ever started here."""
         if not (found := self._read("credentials.json")):
-            raise EngineError(f"{self.path} has no credentials: no stack was started here. Start it with ./claw up")
+            raise EngineError(f"{self.path}: no stack was started here. Start one with ./claw up")
         return found
 
     def write_demo(self, demo: Mapping[str, str]) -> None:
-        """Keeps what the demo has made (tenant_id, api_key, agent_id), for `./claw chat`."""
+        """Keeps the demo's tenant_id, api_key and agent_id for `./claw chat`."""
         write_atomically(self.path / "demo.json", json.dumps(demo, indent=1))
 
     def demo(self) -> dict[str, Any]:
-        """What the demo has made last; empty if it never ran."""
+        """The tenant_id, api_key and agent_id of the last demo; empty if no demo ran."""
         return self._read("demo.json")
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -131,6 +133,7 @@ class Home:
             return {}
         except ValueError as error:
             raise EngineError(
-                f"{self.path / name} is damaged ({error}): restore it, or forget the stack with `./claw down --wipe`"
+                f"{self.path / name} is damaged ({error}): restore the file, or delete the stack with all its data: "
+                "./claw down --wipe"
             ) from error
         return content

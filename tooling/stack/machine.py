@@ -24,7 +24,7 @@ LEAST_MEMORY_MB = 2_500
 
 def check_access(home: Path) -> None:
     """Raises EngineError if this process's user, who runs the engines, may not read or write something they need."""
-    user = _name(os.getuid())
+    user = user_name(os.getuid())
     if closed := unreadable():
         raise EngineError(
             f"the user {user}, who runs the engines, cannot read {closed}: open it to this user (chmod a+rX), or run "
@@ -33,7 +33,7 @@ def check_access(home: Path) -> None:
     inside = list(home.iterdir()) if os.access(home, os.R_OK | os.X_OK) else []
     for path in (home, *inside):
         if not _is_writable(path):
-            owner = _name(_existing(path).stat().st_uid)
+            owner = user_name(_existing(path).stat().st_uid)
             other = "as root" if owner == USER else f"as the user {owner}"
             advice = f"run ./claw {other}, or set CLAW_HOME to a folder of your own"
             raise EngineError(f"the user {user}, who runs the engines, cannot write {path}: {advice}")
@@ -55,7 +55,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _name(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """The user's name, or `number …` for a user without a name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -1,4 +1,4 @@
-"""What the operator's commands share: the databases of the services, by the administrator's access."""
+"""Functions for the operator's commands: they open the services' databases as the administrator."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ T = TypeVar("T")
 
 
 def actor() -> str:
-    """Who acts, for the audit record."""
+    """The name of the person who runs the command, for the audit record."""
     return f"cli:{os.environ.get('SUDO_USER') or os.environ.get('USER') or os.getuid()}"
 
 
 def engines_access() -> dict[str, dict[str, str]]:
-    """The administrator's access to each engine. Raises EngineError where no stack was ever started."""
+    """The administrator's access to each engine. Raises EngineError if no stack was ever started."""
     access: dict[str, dict[str, str]] = Home(home_folder()).credentials()["engines"]
     return access
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a command's work. Raises EngineError where an engine does not answer."""
-    # It would tell of every refused connection beside the one error that says what to do.
+    """Runs the work of a command. Raises EngineError if an engine does not answer."""
+    # aiokafka would log every refused connection. The one error below says what to do.
     kafka = logging.getLogger("aiokafka")
     level = kafka.level
     kafka.setLevel(logging.CRITICAL)
@@ -46,18 +46,18 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         if not is_transient(error) and not isinstance(error, KafkaError):
             raise
         reason = f"an engine does not answer ({describe(error)})"
-        raise EngineError(f"{reason}. See which: ./claw status. Start it: ./claw up") from error
+        raise EngineError(f"{reason}. ./claw status shows which; ./claw up starts it") from error
     finally:
         kafka.setLevel(level)
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with what could move a terminal's cursor or colour shown escaped: strangers wrote it."""
+    """`text` on one line. Control characters are escaped, because text from outside could steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 async def services(url: str) -> list[str]:
-    """The services that have their kernel tables in this database."""
+    """The names of the services whose tables are in this database."""
     engine = create_engine(url, pool_size=1, name="claw")
     try:
         async with engine.connect() as connection:
@@ -72,7 +72,7 @@ async def services(url: str) -> list[str]:
 
 @asynccontextmanager
 async def database(url: str, service: str) -> AsyncIterator[Database]:
-    """The database of one service, as an administrator."""
+    """The database of one service, opened as the administrator."""
     engine = create_engine(url, pool_size=4, name="claw", schema=service)
     try:
         yield Database(engine, service)
@@ -81,7 +81,7 @@ async def database(url: str, service: str) -> AsyncIterator[Database]:
 
 
 async def resend_everywhere(url: str, destination: str, since: datetime | None = None) -> dict[str, int]:
-    """Service → how many messages are sent again; services that kept none are left out."""
+    """Marks the messages to `destination` for sending. Returns service → their number, if it is not 0."""
     counts = {}
     for name in await services(url):
         async with database(url, name) as service_database, service_database.begin() as tx:

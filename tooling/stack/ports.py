@@ -1,4 +1,4 @@
-"""Is a port free, and if not, who has it?"""
+"""Checks that ports are free, and names the process that holds one that is not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 from tooling.stack.engines.base import Engine, EngineError, Place
 from tooling.stack.supervisor import orphans
 
-# What a client of each says first, and how the server's answer begins.
+# The first bytes of a client of each protocol, and the beginnings of a server's answer.
 _GREETINGS = (
     ("PostgreSQL", b"\x00\x00\x00\x08\x04\xd2\x16\x2f", (b"S", b"N")),
     ("Redis or Valkey", b"PING\r\n", (b"+PONG", b"-NOAUTH", b"-DENIED")),
@@ -21,17 +21,17 @@ _GREETINGS = (
 
 
 def check_ports(place: Place, engines: Iterable[Engine]) -> None:
-    """Raises EngineError naming every port that these engines need and somebody else has."""
-    # A helper of an engine may outlive it: RabbitMQ's port mapper does. It serves the engine's next start.
+    """Raises EngineError with every port that these engines need and that another process holds."""
+    # RabbitMQ's port mapper outlives RabbitMQ and serves its next start, so this stack's own processes do not count.
     own = {connection.laddr.port for process in orphans(place.home) for connection in _listening(process)}
     busy = [
-        f"port {place.ports[name]}, which {engine.NAME} needs, is taken by {holder(place.ports[name])}"
+        f"{engine.NAME} needs port {place.ports[name]}, which {holder(place.ports[name])} holds"
         for engine in engines
         for name in engine.PORTS
         if not is_free(place.ports[name]) and place.ports[name] not in own
     ]
     if busy:
-        advice = "Stop it, or run this stack elsewhere: CLAW_PORT_OFFSET=400 ./claw up"
+        advice = "Stop that process, or run this stack on other ports: CLAW_PORT_OFFSET=400 ./claw up"
         raise EngineError("\n".join([*busy, advice]))
 
 
@@ -43,7 +43,7 @@ def _listening(process: psutil.Process) -> list[Any]:
 
 
 def is_free(port: int) -> bool:
-    """Whether one can listen on this port of the loopback interface."""
+    """True if a program can listen on this port of the loopback interface."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -54,13 +54,13 @@ def is_free(port: int) -> bool:
 
 
 def holder(port: int) -> str:
-    """Who listens there, as far as this user may know, and what it speaks."""
-    speaks = f", which speaks {protocol}" if (protocol := _protocol(port)) else ""
+    """The process that listens on the port, as far as this user can see it, and its protocol."""
+    speaks = f" (it speaks {protocol})" if (protocol := _protocol(port)) else ""
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
             process = psutil.Process(connection.pid)
-            return f"{process.name()} (process {process.pid} of {process.username()}){speaks}"
-    return f"another user's process{speaks}"
+            return f"process {process.pid} of user {process.username()}, {process.name()}{speaks},"
+    return f"a process of another user{speaks}"
 
 
 def _protocol(port: int) -> str | None:

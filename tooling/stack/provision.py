@@ -1,4 +1,4 @@
-"""What services find when they start: roles, schemas, tables, topics, queues, permissions."""
+"""Makes the roles, schemas, tables, topics, queues and permissions that the services need at their start."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tooling.stack.services import passwords
 
 
 async def provision(place: Place) -> None:
-    """Makes roles, schemas and tables, topics, exchanges and queues, and gives each RabbitMQ user its permissions.
+    """Makes roles, schemas, tables, topics, exchanges and queues, and gives each RabbitMQ user its permissions.
 
-    Raises EngineError where a broker has something that differs from the catalog and cannot be changed safely.
+    Raises EngineError if a topic or queue differs from the catalog and cannot be changed safely.
     """
     rabbitmq = ENGINES["rabbitmq"].access(place)
     await bring_up_to_date(
@@ -44,7 +44,7 @@ async def bring_up_to_date(
     rabbit_url: str,
     management_url: str,
 ) -> None:
-    """As `provision`, on engines wherever they are: all URLs are administrators'."""
+    """As `provision`, on any engines. All URLs are the administrator's."""
     await prepare_database(database, database_passwords)
     for name in SERVICES:
         if (revisions := CHECKOUT / "services" / name / "migrations").exists():
@@ -66,10 +66,10 @@ async def bring_up_to_date(
 
 
 async def provision_brokers(catalog: Catalog, url: str, **brokers: str) -> dict[str, int]:
-    """Brings the brokers to the catalog; `brokers` as of `provisioning.plan`. Returns what is sent again.
+    """Makes the brokers agree with the catalog; `brokers` as in `provisioning.plan`.
 
-    What a topic or queue that is made anew has held before, because its broker was wiped, is marked to be sent again
-    first: made first, the topic would take newer messages of a key before the older ones.
+    If a topic or queue is missing, its broker was wiped. Its messages are marked to be sent again before it is made:
+    otherwise newer messages of a key could arrive before the older ones. Returns destination → number of such messages.
     """
     made = [drift.subject for drift in await provisioning.plan(catalog, **brokers) if drift.found == "-"]
     destinations = {topic.name for topic in catalog.topics if f"topic {brokers.get('prefix', '')}{topic.name}" in made}
@@ -83,9 +83,9 @@ async def provision_brokers(catalog: Catalog, url: str, **brokers: str) -> dict[
 
 
 def permissions(service: str) -> dict[str, str]:
-    """What the service may do in RabbitMQ: publish to the exchanges it sends to, read its own queues.
+    """The service's permissions in RabbitMQ: it publishes to its exchanges and reads its own queues.
 
-    A consumer also publishes through the default exchange: to its retry queues, and a redriven message.
+    A consumer also publishes through the default exchange, to its retry queues and when it redrives a message.
     """
     own = [queue for queue in CATALOG.queues if queue.consumer == service]
     exchanges = {queue.exchange.name for queue in CATALOG.queues if service in queue.producers}
@@ -100,5 +100,5 @@ def _queues(queue: Queue) -> set[str]:
 
 
 def _one_of(names: set[str]) -> str:
-    """A pattern for exactly these names."""
+    """A pattern that matches exactly these names."""
     return f"^({'|'.join(name.replace('.', '[.]') for name in sorted(names))})$"

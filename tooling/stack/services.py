@@ -1,4 +1,4 @@
-"""The services as parts of the local stack: what must be there before them, how they are started and asked."""
+"""The services as parts of the local stack: their commands, environments and health checks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tooling.stack.home import SERVICE_PORTS, SERVICES
 
 
 class LocalService:
-    """A service with the face of an engine."""
+    """A service behind the same protocol as an engine."""
 
     def __init__(self, name: str) -> None:
         self.NAME = name
         self.PORTS = {key: SERVICE_PORTS[key] for key in (name, f"{name}_grpc") if key in SERVICE_PORTS}
 
     def install(self) -> None:
-        """Nothing: it is in the checkout."""
+        """Does nothing: the code is in the checkout."""
 
     def prepare(self, place: Place) -> None:
         place.folder(self.NAME)
@@ -71,7 +71,7 @@ def parts() -> dict[str, Engine]:
 
 
 def addresses(place: Place) -> dict[str, str]:
-    """Where every service and store of the stack is; a service reads those that its settings name."""
+    """The addresses of all services and stores of the stack. A service reads those that its settings name."""
     local = "127.0.0.1"
     grpc = {name: f"{local}:{place.ports[f'{name}_grpc']}" for name in SERVICES if f"{name}_grpc" in place.ports}
     s3 = ENGINES["s3"].access(place)
@@ -97,6 +97,6 @@ def passwords(place: Place, service: str) -> dict[str, str]:
 
 
 def _login(url: str, user: str, password: str) -> str:
-    """The administrator's URL as another user's."""
+    """The administrator's URL with another user and password."""
     parts = urlsplit(url)
     return parts._replace(netloc=f"{user}:{password}@{parts.hostname}:{parts.port}").geturl()

@@ -1,4 +1,4 @@
-"""Keeps a stack's processes running: supervisord, one per state folder, spoken to over a socket in that folder."""
+"""Keeps the processes of a stack running by supervisord: one per state folder, with a socket in that folder."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from tooling.stack.engines.base import EngineError, Program, write_atomically
 
-# Every process below a supervisor has this in its environment, however it may have left the process tree.
+# The environment of every process of a stack holds this variable, also if the process left the supervisor's tree.
 MARK = "CLAW_STACK"
 _STOP_SECONDS = 30
 
 
 @dataclass(frozen=True)
 class Process:
-    """What the supervisor knows of a program. `state` is its word: RUNNING, STARTING, BACKOFF, FATAL, STOPPED …"""
+    """The state of a program."""
 
     state: str
+    """As supervisord names it: RUNNING, STARTING, BACKOFF, FATAL, STOPPED or STOPPING."""
     pid: int
+    """0 if the program does not run."""
     uptime_s: int
     restarts: int
 
@@ -43,7 +45,9 @@ class Supervisor:
         self._socket = home / "supervisor.sock"
         # The system's limit for a socket's path is 108 bytes, on macOS 104.
         if len(str(self._socket).encode()) > 100:
-            raise EngineError(f"CLAW_HOME: {home} is too long a path for a socket: at most 80 characters")
+            raise EngineError(
+                f"CLAW_HOME: {home} is too long for the path of a socket: must have at most 80 characters"
+            )
 
     def running(self) -> bool:
         try:
@@ -53,7 +57,7 @@ class Supervisor:
         return True
 
     def start(self) -> None:
-        """Starts the supervisor, with no program yet. Ends first what a killed supervisor has left behind."""
+        """Starts the supervisor without programs. First ends all processes that a killed supervisor has left."""
         if self.running():
             return
         end_all(self._home)
@@ -86,11 +90,11 @@ class Supervisor:
         deadline = time.monotonic() + 10
         while not self.running():
             if done.returncode or time.monotonic() > deadline:
-                raise EngineError(f"the supervisor does not start: {done.stderr or done.stdout}")
+                raise EngineError(f"could not start supervisord: {(done.stderr or done.stdout).strip()}")
             time.sleep(0.05)
 
     def add(self, name: str, program: Program) -> None:
-        """Starts the program and keeps it running from now on. Does nothing if it runs already."""
+        """Starts the program and keeps it running. Does nothing if it runs already."""
         if name in self.processes():
             if self.processes()[name].state not in ("RUNNING", "STARTING", "BACKOFF"):
                 self._call("startProcess", name, False)
@@ -123,7 +127,7 @@ class Supervisor:
         self._call("addProcessGroup", name)
 
     def processes(self) -> dict[str, Process]:
-        """Every program by name; empty if the supervisor does not run."""
+        """All programs by name; empty if the supervisor does not run."""
         if not self.running():
             return {}
         return {
@@ -137,21 +141,21 @@ class Supervisor:
         }
 
     def stop(self, name: str) -> None:
-        """Stops the program and waits until it has ended; it stays down."""
+        """Stops the program, waits for its end, and does not start it again."""
         self._call("stopProcess", name)
 
     def shutdown(self, first: Sequence[str] = (), kill: bool = False) -> None:
-        """Stops the programs `first`, then all others, the supervisor, and what is left; returns when no process is.
+        """Stops the programs `first`, then all others, then the supervisor. Returns when no process is left.
 
-        `kill`: at once and in no good order, for a stack whose data nobody wants.
+        With `kill` all processes are killed at once, in any order: only for a stack whose data is to be deleted.
         """
         if self.running():
             pid = self._call("getPID")
             if not kill:
                 self._stop_together(first)
-                # All at once: the supervisor's own shutdown would wait for one after the other.
+                # All at the same time: supervisord's own shutdown waits for one program after the other.
                 self._call("stopAllProcesses")
-            # Nothing is left to lose, and its own shutdown takes two seconds more.
+            # It has no programs left, and its own shutdown would take two more seconds.
             psutil.Process(pid).kill()
             self._socket.unlink(missing_ok=True)
         end_all(self._home, kill)
@@ -164,7 +168,7 @@ class Supervisor:
             time.sleep(0.1)
 
     def log(self, name: str) -> Path:
-        """The program's log file, rotated at 10 MB, three files in all."""
+        """The program's log file. It is rotated at 10 MB; three files are kept."""
         return self._home / "log" / f"{name}.log"
 
     def _restarts(self, name: str) -> int:
@@ -178,13 +182,15 @@ class Supervisor:
 
 
 def orphans(home: Path) -> list[psutil.Process]:
-    """Processes of this stack that run although their supervisor may not."""
+    """All processes of this stack, also if its supervisor does not run."""
     return [process for process in psutil.process_iter() if _belongs(process, home)]
 
 
 def end_all(home: Path, kill: bool = False) -> None:
-    """Ends every process of this stack. Looks again afterwards: one may have started another before its end came, as
-    nginx does with its workers."""
+    """Ends every process of this stack.
+
+    Searches again afterwards: a process such as nginx may have started another one just before its end.
+    """
     for _ in range(5):
         if not (left := orphans(home)):
             return
@@ -192,7 +198,7 @@ def end_all(home: Path, kill: bool = False) -> None:
 
 
 def end(processes: list[psutil.Process], kill: bool = False) -> None:
-    """Ends the processes, with force those that do not go, or all with `kill`."""
+    """Ends the processes. Kills those that still run after ten seconds, or all at once with `kill`."""
     if not kill:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -210,7 +216,7 @@ def _belongs(process: psutil.Process, home: Path) -> bool:
             return False
         if process.environ().get(MARK) == str(home):
             return True
-        # These two write their title over their environment. Not every process that is there: a person's shell may be.
+        # These two overwrite their environment with their title. A folder alone is not enough: a shell may be in it.
         return process.name() in ("postgres", "nginx") and Path(process.cwd()).is_relative_to(home)
     except psutil.Error:
         return False

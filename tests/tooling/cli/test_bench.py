@@ -1,4 +1,4 @@
-"""How results of benches are shown."""
+"""Tests of the table of the benches' results."""
 
 from __future__ import annotations
 

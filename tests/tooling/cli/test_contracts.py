@@ -1,4 +1,4 @@
-"""The contracts command finds what is stale, missing or breaking, and writes only what breaks nobody."""
+"""Tests of `claw contracts`: it finds stale, missing and incompatible contracts, and writes compatible ones only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ USAGE = "protos/schemas/billing.v1.UsageRecorded.json"
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the contracts that git knows nothing of, for the command to work on."""
+    """A copy of the contracts, outside of any git repository, on which the command works."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(contracts.ROOT / "protos", tmp_path / "protos", ignore=ignored)
     shutil.copy(contracts.ROOT / "pyproject.toml", tmp_path)
     monkeypatch.setattr(contracts, "ROOT", tmp_path)
-    # Not the checkout's repository, should the temporary folder lie inside of one.
+    # Otherwise git would find the checkout's repository if the temporary folder is inside the checkout.
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     return tmp_path
 
 
 def add_field(path: Path, name: str) -> None:
-    """As if the schema had been generated from a struct that had this field too."""
+    """Adds a field to the schema, as if the struct had had one more field."""
     schema = json.loads(path.read_text(encoding="utf-8"))
     schema["$defs"]["UsageRecorded"]["properties"][name] = {"type": "string", "default": ""}
     path.write_text(json.dumps(schema), encoding="utf-8")
@@ -46,9 +46,9 @@ def problems_of(write: bool, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_what_is_committed_is_what_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_committed_files_equal_the_generated_ones(capsys: pytest.CaptureFixture[str]) -> None:
     contracts.contracts()
-    assert "as they should be" in capsys.readouterr().out
+    assert "are current and compatible" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -59,17 +59,17 @@ def test_a_generated_file_that_is_missing_or_differs_is_named_and_written(
 ) -> None:
     good = (tree / path).read_text(encoding="utf-8")
     (tree / path).write_text(good + "\n", encoding="utf-8")
-    assert f"{path}: not as generated" in problems_of(False, capsys)
+    assert f"{path}: differs from the generated file" in problems_of(False, capsys)
     (tree / path).unlink()
-    assert f"{path}: not as generated" in problems_of(False, capsys)
+    assert f"{path}: differs from the generated file" in problems_of(False, capsys)
     contracts.contracts(write=True)
     assert (tree / path).read_text(encoding="utf-8") == good
 
 
-def test_stubs_of_a_proto_that_is_gone_are_named_and_removed(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stubs_of_a_removed_proto_are_named_and_removed(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stale = tree / "protos/sample/v1/old_pb2.py"
     stale.write_text("")
-    assert "protos/sample/v1/old_pb2.py: not as generated" in problems_of(False, capsys)
+    assert "protos/sample/v1/old_pb2.py: differs from the generated file" in problems_of(False, capsys)
     contracts.contracts(write=True)
     assert not stale.exists()
 
@@ -82,7 +82,7 @@ def test_a_breaking_schema_is_not_written(tree: Path, capsys: pytest.CaptureFixt
     assert (tree / USAGE).read_text(encoding="utf-8") == before
 
 
-def test_with_git_a_schema_is_held_against_the_commit_and_not_against_the_file(
+def test_with_git_a_schema_is_compared_with_the_commit_and_not_with_the_file(
     tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = (tree / USAGE).read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def test_with_git_a_schema_is_held_against_the_commit_and_not_against_the_file(
     assert "billing.v1.UsageRecorded.colour: removed" in problems_of(False, capsys)
 
 
-def test_on_a_branch_a_schema_is_held_against_the_main_branch(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_branch_a_schema_is_compared_with_the_main_branch(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = (tree / USAGE).read_text(encoding="utf-8")
     add_field(tree / USAGE, "colour")
     git(tree, "init")
@@ -106,7 +106,7 @@ def test_on_a_branch_a_schema_is_held_against_the_main_branch(tree: Path, capsys
     assert "billing.v1.UsageRecorded.colour: removed" in problems_of(False, capsys)
 
 
-def test_a_message_that_is_gone_is_named(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_message_is_named(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(tree / USAGE, tree / "protos/schemas/billing.v1.Forgotten.json")
     assert "billing.v1.Forgotten: the message is gone; keep its struct" in problems_of(True, capsys)
     assert (tree / "protos/schemas/billing.v1.Forgotten.json").exists()
@@ -119,7 +119,7 @@ def test_a_breaking_proto_is_not_written(tree: Path, capsys: pytest.CaptureFixtu
     assert "note" in (tree / "protos/sample/v1/sample_pb2.pyi").read_text()
 
 
-def test_a_proto_that_does_not_compile_is_said(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_proto_that_does_not_compile_is_named(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tree / "protos/sample/v1/sample.proto").write_text("message {")
     assert "do not compile" in problems_of(False, capfd)
 

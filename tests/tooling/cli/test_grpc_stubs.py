@@ -1,4 +1,4 @@
-"""Which change of a .proto file breaks a caller, and which does not."""
+"""Tests of the changes of a .proto file that break callers, and of those that do not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_stubs_import_by_their_package(tmp_path: Path) -> None:
     ],
     ids=["new field", "new method", "new value", "reserved", "reserved range", "comment"],
 )
-def test_a_change_that_breaks_nobody_passes(tmp_path: Path, was: str, becomes: str) -> None:
+def test_a_compatible_change_passes(tmp_path: Path, was: str, becomes: str) -> None:
     assert was in PROTO
     assert breaking_protos(compiled(tmp_path, PROTO), compiled(tmp_path, PROTO.replace(was, becomes))) == []
 
@@ -71,7 +71,7 @@ def test_a_change_that_breaks_a_caller_is_named(tmp_path: Path, was: str, become
     assert any(found.startswith(problem) for found in problems), problems
 
 
-def test_a_number_that_was_reserved_stays_so(tmp_path: Path) -> None:
+def test_a_reserved_number_must_stay_reserved(tmp_path: Path) -> None:
     reserved = PROTO.replace("int64 price_nanos = 2;", "reserved 2;")
     reused = PROTO.replace("int64 price_nanos = 2;", "string colour = 2;")
     assert breaking_protos(compiled(tmp_path, reserved), compiled(tmp_path, reused)) == [

@@ -1,4 +1,4 @@
-"""The map tells what catalog and code agree on, and shows where they do not."""
+"""Tests of `claw map`: it shows producers and consumers, and differences between catalog and code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_consumer_and_a_producer_that_the_catalog_does_not_name_are_shown() ->
     ]
 
 
-def test_a_consumer_that_subscribes_to_a_family_in_a_loop_is_no_producer(
+def test_a_consumer_that_subscribes_to_several_queues_in_a_loop_is_not_a_producer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "loopy").mkdir()
@@ -78,12 +78,12 @@ def test_a_consumer_that_subscribes_to_a_family_in_a_loop_is_no_producer(
 FLOW = Flow("a.b", "topic", "2 partitions", [Party("x", "code")], [Party("y", "declared"), Party("z", "undeclared")])
 
 
-def test_text_marks_what_is_only_declared_and_what_is_not_declared() -> None:
+def test_the_text_marks_declared_and_undeclared_parties() -> None:
     lines = as_text([FLOW]).splitlines()
     assert lines[:4] == ["Kafka topics", "  a.b  (2 partitions)", "    from x", "    to   y*, z!"]
 
 
-def test_mermaid_dots_what_is_only_declared() -> None:
+def test_the_arrows_of_declared_parties_are_dotted() -> None:
     assert as_mermaid([FLOW]).splitlines() == [
         "flowchart LR",
         '  a_b[("a.b")]',

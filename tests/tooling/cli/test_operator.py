@@ -1,4 +1,4 @@
-"""The operator's commands on real engines: what they print for people and programs, and what they leave behind."""
+"""Tests of the operator's commands on real engines: their output for people and programs, and their effects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DESK, LEDGER = "tooling.testing.sample.desk", "tooling.testing.sample.ledger"
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: Stack, sample: SampleDatabase) -> Path:
-    """A state folder whose stack is the suite's, with the module's database."""
+    """A state folder with access to the suite's engines and to the module's database."""
     engines = {"postgres": {"url": sample.admin_url}, "kafka": {"bootstrap_servers": stack.kafka_bootstrap_servers}}
     (tmp_path / "credentials.json").write_text(json.dumps({"engines": engines}))
     monkeypatch.setenv("CLAW_HOME", str(tmp_path))
@@ -52,14 +52,14 @@ def claw(command: typer.Typer, *arguments: str) -> Result:
 
 
 def told(command: typer.Typer, *arguments: str) -> str:
-    """What the command prints; it must succeed."""
+    """The output of the command, which must succeed."""
     result = claw(command, *arguments)
     assert result.exit_code == 0, result.output + repr(result.exception)
     return str(result.stdout)
 
 
 def refused(command: typer.Typer, *arguments: str) -> str:
-    """The error that `main` shows in plain words."""
+    """The text of the error that `main` would print."""
     result = claw(command, *arguments)
     assert isinstance(result.exception, (NotFound, Conflict, EngineError)), result.output
     return str(result.exception)
@@ -88,7 +88,7 @@ def audited(service: str, object_id: str) -> list[tuple[str, str]]:
 
 
 def dead(service: str, key: str, *states: str, error: str = "ValueError: will not do") -> list[str]:
-    """Dead letters of one key in these states, in order; their ids."""
+    """Stores dead letters of one key in these states, in order. Returns their ids."""
 
     async def store(tx: Tx) -> list[str]:
         letters = [
@@ -136,10 +136,10 @@ def test_the_list_shows_every_service_on_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text
     assert all(id_ in text for id_ in (failed, waiting, other))
-    assert "sample_ledger could not handle kafka:sample.events, key a key that is" in text
+    assert "sample_ledger could not handle a message of kafka:sample.events, key a key" in text
     assert "2 failed, 1 waiting" in text
     assert other not in told(dlq.app, "list", "--service", "sample_ledger")
-    assert "more than these 1" in told(dlq.app, "list", "--limit", "1")
+    assert "There may be more than 1." in told(dlq.app, "list", "--limit", "1")
 
 
 def test_the_list_is_json_for_programs() -> None:
@@ -151,7 +151,7 @@ def test_the_list_is_json_for_programs() -> None:
     assert letter["payload"] == '{"notebook": "b",\n "text": "\x1b[2J"}'
 
 
-def test_one_is_shown_whole_and_cannot_move_the_cursor() -> None:
+def test_a_dead_letter_is_shown_whole_with_control_characters_escaped() -> None:
     [id_] = dead("sample_ledger", "k", "failed", error="ValueError: " + "long " * 40 + "end")
     text = told(dlq.app, "show", id_)
     assert "\x1b" not in text
@@ -163,13 +163,13 @@ def test_one_is_shown_whole_and_cannot_move_the_cursor() -> None:
 def test_a_redrive_is_requested_and_audited() -> None:
     first, waiting = dead("sample_ledger", "k", "failed", "waiting")
     [second] = dead("sample_ledger", "other", "failed")
-    assert "2 to be redriven" in told(dlq.app, "redrive", first, first, second)
+    assert "2 dead letters are marked for redrive" in told(dlq.app, "redrive", first, first, second)
     assert (state(first), state(waiting), state(second)) == ("redriving", "waiting", "redriving")
     for id_ in (first, second):
         assert audited("sample_ledger", id_) == [("dead_letter.redrive", operator.actor())]
 
 
-def test_all_failed_ones_of_one_service_are_redriven() -> None:
+def test_all_failed_dead_letters_of_one_service_are_redriven() -> None:
     first, waiting = dead("sample_ledger", "k", "failed", "waiting")
     [second] = dead("sample_ledger", "other", "failed")
     [elsewhere] = dead("sample_desk", "k", "failed")
@@ -187,7 +187,7 @@ def test_a_discard_is_done_and_audited() -> None:
     assert audited("sample_ledger", first) == [("dead_letter.discard", operator.actor())]
 
 
-def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
+def test_a_refused_command_says_why_and_changes_nothing() -> None:
     first, waiting = dead("sample_ledger", "k", "failed", "waiting")
     unknown = str(uuid7())
     for command in ("show", "redrive", "discard"):
@@ -195,17 +195,17 @@ def test_what_cannot_be_done_is_said_and_changes_nothing() -> None:
     assert "waits behind a failed one of its key" in refused(dlq.app, "redrive", first, waiting)
     assert state(first) == "failed"
     assert refused(dlq.app, "list", "--service", "sample_lodger") == (
-        "service sample_lodger: not in this stack (sample_desk, sample_front, sample_ledger)"
+        "service sample_lodger: not in this stack, which has sample_desk, sample_front, sample_ledger"
     )
     assert "sample_lodger: not in this stack" in refused(dlq.app, "redrive", "--all", "--service", "sample_lodger")
     for words in ([], ["--all"], ["--service", "sample_ledger"], [first, "--all", "--service", "sample_ledger"]):
-        assert "name dead letters by their ids, or all of one service" in refused(dlq.app, "redrive", *words)
+        assert "give the ids of dead letters, or --all --service NAME" in refused(dlq.app, "redrive", *words)
     told(dlq.app, "redrive", first)
     assert "is redriving; must be failed to be redriven" in refused(dlq.app, "redrive", first)
     assert audited("sample_ledger", waiting) == []
 
 
-def test_without_a_stack_the_way_to_start_one_is_named(home: Path) -> None:
+def test_without_a_stack_each_command_names_the_command_that_starts_one(home: Path) -> None:
     commands = [
         (dlq.app, ["list"]),
         (outbox.app, ["resend", "x"]),
@@ -218,7 +218,7 @@ def test_without_a_stack_the_way_to_start_one_is_named(home: Path) -> None:
         assert "./claw up" in refused(command, *words)
     (home / "credentials.json").unlink()
     for command, words in commands:
-        assert "no stack was started here. Start it with ./claw up" in refused(command, *words)
+        assert "no stack was started here. Start one with ./claw up" in refused(command, *words)
 
 
 def only(function: Callable[..., None]) -> typer.Typer:
@@ -229,7 +229,7 @@ def only(function: Callable[..., None]) -> typer.Typer:
 
 
 def write_history(book: str) -> None:
-    """Two notes that desk and ledger have handled, as far as their tables tell."""
+    """Writes the rows of two notes that desk and ledger have handled."""
 
     async def write(tx: Tx) -> None:
         await tx.decide(NOTEBOOK.stream(book), WriteNote("abc"))
@@ -247,7 +247,7 @@ def write_history(book: str) -> None:
     within("sample_ledger", count)
 
 
-def test_what_was_sent_is_sent_again_and_audited() -> None:
+def test_kept_messages_are_sent_again_and_the_act_is_audited() -> None:
     write_history("resent")
     pending = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND destination = 'sample.events'"
     [(before,)] = query("sample_desk", pending)
@@ -259,12 +259,12 @@ def test_what_was_sent_is_sent_again_and_audited() -> None:
     assert audited("sample_desk", SAMPLE_EVENTS.name)[-1] == ("outbox.resend", operator.actor())
     query("sample_desk", "UPDATE outbox SET published_at = now()")
     text = told(outbox.app, "resend", SAMPLE_EVENTS.name, "--since", "2020-01-01")
-    assert text == f"sample_desk: {after} messages to sample.events are sent again by the service's relay\n"
+    assert text == f"sample_desk: its relay will send {after} messages to sample.events again\n"
     query("sample_desk", "UPDATE outbox SET published_at = now()")
-    assert "nothing that was sent to 'sample.events' is kept" in refused(
+    assert "no kept messages to 'sample.events'" in refused(
         outbox.app, "resend", SAMPLE_EVENTS.name, "--since", "2100-01-01"
     )
-    assert "nothing that was sent to 'sample.event' is kept" in refused(outbox.app, "resend", "sample.event")
+    assert "no kept messages to 'sample.event'." in refused(outbox.app, "resend", "sample.event")
 
 
 def test_a_projection_is_rebuilt_compared_and_switched() -> None:
@@ -293,7 +293,7 @@ def test_a_projection_is_rebuilt_compared_and_switched() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["count_notes"], "name it as <service>.<handler>"),
+        (["count_notes"], "must have the form <service>.<handler>"),
         (["nobody.count"], "service nobody: No module named"),
         ([f"{LEDGER}.count"], "has no handler 'count' (sample_ledger.count_notes)"),
         ([f"{DESK}.take_note"], "sample_desk.take_note is not a projection"),
@@ -301,15 +301,15 @@ def test_a_projection_is_rebuilt_compared_and_switched() -> None:
         ([f"{LEDGER}.count_notes"], "topic sample.events does not exist"),
     ],
 )
-def test_a_replay_that_cannot_be_is_said_so(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_that_is_not_possible_says_why(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLAW_TOPIC_PREFIX", "")
     assert said in refused(only(replay.replay), *words)
 
 
 @pytest.mark.parametrize(
-    "error", [NotFound("dead letter 1: there is none"), Conflict("it waits"), InvalidMessage("id", "is not a UUID")]
+    "error", [NotFound("dead letter 1: does not exist"), Conflict("it waits"), InvalidMessage("id", "is not a UUID")]
 )
-def test_what_a_person_can_mend_is_said_in_plain_words(
+def test_an_error_that_a_person_can_correct_is_one_sentence_and_exit_code_1(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:

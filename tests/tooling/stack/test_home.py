@@ -12,18 +12,18 @@ from tooling.stack.provision import permissions
 from tooling.stack.supervisor import Supervisor
 
 
-def test_stacks_at_the_usual_offsets_do_not_meet() -> None:
+def test_stacks_at_the_usual_offsets_have_different_ports() -> None:
     ports = [port for offset in (0, 400, 2000, 5000) for port in ports_at(offset).values()]
     assert len(set(ports)) == len(ports) == 4 * len(usual_ports())
 
 
 @pytest.mark.parametrize("offset", [1, 1000, 3000, 40000])
-def test_an_offset_that_would_meet_another_stack_is_refused(offset: int) -> None:
+def test_an_offset_that_leads_to_another_stacks_port_is_refused(offset: int) -> None:
     with pytest.raises(EngineError, match="CLAW_PORT_OFFSET"):
         ports_at(offset)
 
 
-def test_an_offset_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offset_that_is_not_a_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLAW_PORT_OFFSET", "many")
     with pytest.raises(EngineError, match="CLAW_PORT_OFFSET: 'many'"):
         Home(tmp_path).place()
@@ -43,14 +43,14 @@ def test_a_password_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_full_disk_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "LEAST_DISK_MB", 10**9)
     with pytest.raises(EngineError, match=r"only \d+ MB are free"):
         machine.check_machine(tmp_path)
 
 
-def test_a_path_too_long_for_a_socket_is_said() -> None:
-    with pytest.raises(EngineError, match=r"CLAW_HOME: .* too long"):
+def test_a_path_that_is_too_long_for_a_socket_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"CLAW_HOME: .* is too long for the path of a socket"):
         Supervisor(Path("/" + "x" * 100))
 
 
@@ -59,7 +59,7 @@ def test_the_services_are_those_of_the_catalog() -> None:
     assert {name.removesuffix("_grpc") for name in SERVICE_PORTS} == {*SERVICES, "otlp"}
 
 
-def test_a_service_may_use_its_own_queues_only() -> None:
+def test_a_service_may_read_only_its_own_queues() -> None:
     channel = permissions("channel")
     assert channel["configure"] == "^$"
     assert "channel[.]outbound" in channel["read"]

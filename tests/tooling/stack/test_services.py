@@ -1,4 +1,4 @@
-"""What a service finds when `up` starts it: its own user in each engine, with no more than it needs."""
+"""Tests of the accounts that `up` makes: each service has its own user in each engine, with the least rights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tooling.testing.stack import private_home, run_claw
 
 @pytest.fixture(scope="module")
 async def place() -> AsyncIterator[Place]:
-    """A provisioned stack of its own: topics, queues and users are those of the catalog, not of a test."""
+    """A stack of its own, provisioned with the topics, queues and users of the catalog."""
     with private_home() as home:
         run_claw(home, "up", "--only", "postgres,valkey,kafka,rabbitmq")
         place = Place(home, Home(home).place().ports, Secrets(home / "secrets.json"), SERVICES)
@@ -31,7 +31,7 @@ async def place() -> AsyncIterator[Place]:
 
 @pytest.fixture
 def settings(place: Place, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the agent reads from the environment that `up` gives it."""
+    """The settings that the agent service reads when `up` starts it."""
     for name, value in LocalService("agent").program(place).environment.items():
         monkeypatch.setenv(name, value)
     return Settings.load()

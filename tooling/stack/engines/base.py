@@ -1,4 +1,4 @@
-"""What every engine of the local stack has in common: where it lives, how it is started, how one knows it works."""
+"""The protocol of the engines of the local stack, and the folders, passwords and programs that they share."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-# How long whoever asks an engine whether it works waits for its answer. On a busy machine the client libraries alone,
-# loaded at the first question, take some seconds.
+# The time that a client waits for an engine's answer. On a busy machine the import of the client alone takes seconds.
 ANSWER_SECONDS = 20
 
 
 class EngineError(Exception):
-    """An engine cannot be set up or started; the text tells a person what is wrong and what to do."""
+    """A command cannot do its work. The text names the problem and the action for the person to take."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A process to keep running. `environment` is added to the supervisor's own."""
+    """A process to keep running."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to the environment of the supervisor."""
     stop_signal: str = "TERM"
 
 
 class Secrets:
-    """The stack's passwords: made at first use, kept in one file that only its owner reads."""
+    """The stack's passwords. Each is made at its first use; all are in one file that only its owner can read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
 
     def __call__(self, name: str) -> str:
-        """The password called `name`, letters and digits of any URL."""
+        """The password called `name`. It needs no escaping in a URL."""
         return self._kept(name, lambda: secrets.token_urlsafe(24))
 
     def bytes32(self, name: str) -> str:
@@ -60,46 +60,46 @@ class Secrets:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one stack lives: its state folder, the port of every listener by name, its passwords, its users.
-
-    `users` get an account of their own in the engines that have accounts.
-    """
+    """The state folder, ports, passwords and users of one stack."""
 
     home: Path
     ports: Mapping[str, int]
+    """The port of every listener, by the listener's name."""
     secret: Secrets
     users: tuple[str, ...] = ()
+    """Each gets its own account in the engines that have accounts."""
 
     def folder(self, engine: str) -> Path:
-        """The engine's own folder, made if missing. It is the working directory of its process."""
+        """The engine's own folder, made if it is missing. It is the working directory of the engine's process."""
         path = self.home / engine
         path.mkdir(mode=0o700, exist_ok=True)
         return path
 
 
 class Engine(Protocol):
-    """The face of each module in this package. `PORTS` has the usual port of every listener, the main one first."""
+    """The interface of each module in this package."""
 
     NAME: str
     PORTS: dict[str, int]
+    """The usual port of every listener, the main listener first."""
 
     def install(self) -> None:
-        """Gets what is not in the Python packages. Raises EngineError with the command that a person can run."""
+        """Gets the programs that are not in Python packages. Raises EngineError with the command to run instead."""
 
     def prepare(self, place: Place) -> None:
-        """Makes data folder and configuration. What it cannot finish it makes again the next time."""
+        """Makes the data folder and the configuration. If it is interrupted, the next call starts over."""
 
     def program(self, place: Place) -> Program:
-        """How to start it."""
+        """The process to start."""
 
     async def ready(self, place: Place) -> str:
-        """Makes one real round trip as a client does and returns the server's version; raises while it cannot.
+        """Makes one round trip as a client, and returns the server's version. Raises if the engine does not work.
 
-        It imports its client itself: all clients together take seconds that a command without engines has no use for.
+        Each engine imports its client here: the imports of all clients take seconds, which other commands do not need.
         """
 
     def access(self, place: Place) -> dict[str, Any]:
-        """What an administrator's client needs, as in credentials.json."""
+        """The administrator's access, as in credentials.json."""
 
 
 def cache_path() -> Path:
@@ -115,15 +115,15 @@ def cache_folder() -> Path:
 
 
 def package_folder(name: str) -> Path:
-    """Where a Python package lies, without importing it: its code may be slow to import, or complain."""
+    """The folder of a Python package. Does not import it: an import may be slow or print warnings."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise EngineError(f"the Python package {name} is missing: there is none for this kind of machine")
+        raise EngineError(f"the Python package {name} is missing: it does not exist for this kind of machine")
     return Path(spec.origin).parent
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
-    """Writes the file whole or not at all: a process killed in the middle leaves the old one."""
+    """Writes the file whole or not at all: if the process is killed in the middle, the old file stays."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "w") as file:
@@ -134,9 +134,10 @@ def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def fresh_folder(data: Path) -> Path:
-    """An empty folder beside `data`, to be filled and renamed: what is killed in between is never taken for data.
+    """An empty folder beside `data`. The caller fills it and renames it to `data`, so that `data` is always complete.
 
-    Each time another one: a program of a killed `up` may still write to the last. Those are removed.
+    Each call makes a folder with a new name, because a program of a killed `up` may still write to the last one.
+    Removes the old ones.
     """
     for old in data.parent.glob(f"{data.name}.new.*"):
         shutil.rmtree(old, ignore_errors=True)
@@ -144,5 +145,5 @@ def fresh_folder(data: Path) -> Path:
 
 
 def sha256(text: str) -> str:
-    """Hexadecimal digest of a text."""
+    """The SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()

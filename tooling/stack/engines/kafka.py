@@ -1,11 +1,11 @@
-"""Apache Kafka, one node in KRaft mode, without authentication and therefore on loopback only."""
+"""Apache Kafka: one node in KRaft mode, without authentication, and therefore on loopback only."""
 
 from __future__ import annotations
 
 import subprocess
 from typing import Any
 
-from tooling.stack.engines.base import EngineError, Place, Program, fresh_folder, write_atomically
+from tooling.stack.engines.base import ANSWER_SECONDS, EngineError, Place, Program, fresh_folder, write_atomically
 from tooling.stack.engines.jars import JAVA, install_jars
 
 NAME = "kafka"
@@ -30,7 +30,9 @@ def prepare(place: Place) -> None:
             [*command, "-t", _CLUSTER_ID, "-c", configuration], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise EngineError(f"formatting Kafka's folder failed: {done.stderr.strip() or done.stdout.strip()}")
+            raise EngineError(
+                f"could not format the data folder of Kafka: {done.stderr.strip() or done.stdout.strip()}"
+            )
         fresh.rename(data)
     _configure(place, str(data))
 
@@ -42,12 +44,12 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
-    """A record goes in and comes out again, through a topic of its own."""
+    """Writes a record to a topic of its own and reads it back."""
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
     from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
     servers = access(place)["bootstrap_servers"]
-    admin = AIOKafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=5000)
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=ANSWER_SECONDS * 1000)
     try:
         await admin.start()
         if _READY_TOPIC not in await admin.list_topics():
@@ -55,9 +57,9 @@ async def ready(place: Place) -> str:
             await admin.create_topics([NewTopic(_READY_TOPIC, 1, 1, topic_configs=limits)])
     finally:
         await admin.close()
-    async with AIOKafkaProducer(bootstrap_servers=servers, request_timeout_ms=5000) as producer:
+    async with AIOKafkaProducer(bootstrap_servers=servers, request_timeout_ms=ANSWER_SECONDS * 1000) as producer:
         sent = await producer.send_and_wait(_READY_TOPIC, b"ready", partition=0)
-    async with AIOKafkaConsumer(bootstrap_servers=servers, request_timeout_ms=5000) as consumer:
+    async with AIOKafkaConsumer(bootstrap_servers=servers, request_timeout_ms=ANSWER_SECONDS * 1000) as consumer:
         partition = TopicPartition(_READY_TOPIC, 0)
         consumer.assign([partition])
         consumer.seek(partition, sent.offset)
@@ -74,7 +76,7 @@ def _java(*options: str) -> tuple[str, ...]:
 
 
 def _configure(place: Place, data: str) -> str:
-    """Writes the configuration and returns its path. Flushing is left to Kafka's defaults."""
+    """Writes the configuration and returns its path. Kafka's defaults decide when it flushes."""
     broker, controller = place.ports["kafka"], place.ports["kafka_controller"]
     settings = {
         "process.roles": "broker,controller",
@@ -85,7 +87,7 @@ def _configure(place: Place, data: str) -> str:
         "controller.listener.names": "CONTROLLER",
         "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
         "log.dirs": data,
-        # A misspelt topic must be an error, not a new topic with one partition.
+        # Otherwise a misspelt topic would become a new topic with one partition, instead of an error.
         "auto.create.topics.enable": "false",
         "offsets.topic.num.partitions": "8",
         "offsets.topic.replication.factor": "1",

@@ -1,4 +1,4 @@
-"""A mailbox for development: takes every mail and keeps it as a file; sends nothing on."""
+"""A mail server for development: it accepts every mail, keeps it as a file, and sends nothing on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PORTS = {"mailbox": 1025}
 
 
 def install() -> None:
-    """Nothing: it is a Python package."""
+    """Does nothing: it is a Python package."""
 
 
 def prepare(place: Place) -> None:
@@ -39,10 +39,10 @@ async def ready(place: Place) -> str:
         writer.close()
         await writer.wait_closed()
     if not (greeting.startswith(b"220") and answer.startswith(b"250")):
-        raise ConnectionError(f"the mailbox greets with {greeting!r} and answers {answer!r}")
+        raise ConnectionError(f"the mailbox greeted with {greeting!r} and answered {answer!r}")
     return version("aiosmtpd")
 
 
 def access(place: Place) -> dict[str, Any]:
-    """`maildir`: the folder (in Maildir form) in which the mails arrive."""
+    """`maildir`: the folder of the received mails, in the Maildir format."""
     return {"url": f"smtp://127.0.0.1:{place.ports['mailbox']}", "maildir": str(place.folder(NAME) / "mails")}

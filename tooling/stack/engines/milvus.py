@@ -1,6 +1,6 @@
-"""Milvus standalone, the real server, from the wheel that has it for 64-bit Linux on Intel.
+"""Milvus standalone: the real server, from a wheel that exists for 64-bit Linux on Intel only.
 
-It listens on every interface and cannot be told otherwise; ``./claw doctor`` says so.
+It listens on every interface and has no setting against that; ``./claw doctor`` warns of it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ PORTS = {
     "milvus_metrics": 19540,
 }
 _VERSION = "2.3.5"
-# The server keeps its process files in a folder that is fixed in its program: the first of these, or the second if it
-# cannot make the first. The first user of a machine to start Milvus would shut out every other. Ours is as long, and
-# relative to the server's working directory, so that each stack has its own.
+# The path of the run-time folder is fixed in the program: the first of these two, or the second if the first cannot be
+# made. The first user of a machine who starts Milvus owns that folder, and the Milvus of every other user would fail.
+# The replacement has the same length and is relative to the working directory, so that each stack has its own folder.
 _FIXED_RUN_FOLDERS = b"/run/milvus/tmp/milvus"
 _OWN_RUN_FOLDER = b"run/process"
 
@@ -60,7 +60,7 @@ def prepare(place: Place) -> None:
         "etcd_log_level": "error",
         "local_storage_dir": data,
         "rocksmq_data_dir": data / "rocksmq",
-        # Empty: the log goes to standard output, where it is rotated with all others.
+        # Empty: the log goes to standard output, so that the supervisor rotates it as it does all others.
         "system_log_path": "",
     }
     template = (package_folder("milvus") / "data" / "config.yaml.template").read_text()
@@ -70,7 +70,7 @@ def prepare(place: Place) -> None:
         lambda found: str(values.get(found[1], found[2] or "")),
         template,
     )
-    # Otherwise its parts call each other at the machine's first address, which may be another one tomorrow.
+    # Otherwise its parts call each other at the machine's first address, which may change.
     settings = re.sub(r"(?m)^  ip:.*", "  ip: 127.0.0.1", settings)
     settings = re.sub(r"(?m)^log:\n  level: \w+", "log:\n  level: warn", settings)
     write_atomically(folder / "configs" / "milvus.yaml", settings)
@@ -103,13 +103,13 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
-    """Asks the proxy for the collections, which it asks the root coordinator for."""
+    """Lists the collections, through the proxy and the root coordinator."""
     import httpx
 
     async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
         answer = await client.get(f"{access(place)['url']}/v1/vector/collections")
     if answer.status_code != 200 or answer.json().get("code") != 200:
-        raise ConnectionError(f"milvus answers {answer.text}")
+        raise ConnectionError(f"milvus answered {answer.text}")
     return _VERSION
 
 
@@ -118,7 +118,7 @@ def access(place: Place) -> dict[str, Any]:
 
 
 def _unpacked() -> Path:
-    """The wheel's compressed programs, unpacked once for all stacks of this user."""
+    """The folder of the wheel's programs. They are unpacked once for all stacks of this user."""
     folder = cache_folder() / f"milvus-{_VERSION}-own-run-folder"
     if folder.exists():
         return folder

@@ -1,4 +1,4 @@
-"""nginx: the one door to all HTTP of the stack."""
+"""nginx: the gateway for all HTTP requests from outside."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ NAME = "nginx"
 PORTS = {"nginx": 8080}
 
 _TEMPLATE = Path(infra.__file__).parent / "deploy" / "nginx" / "nginx.conf"
-# What nginx itself answers, and what it then says. It has statuses of its own: 494 is a header that is too large, 500
-# comes from the question who calls, which nobody could answer.
+# The errors that nginx itself answers → the status and text that the client gets. 494 is nginx's own status for a
+# header that is too large. nginx answers 500 if the user service does not answer its question about the caller.
 _PROBLEMS = {
-    (400,): (400, "The request is no HTTP that can be understood."),
-    (401,): (401, "No key, or one that is wrong, revoked or expired: send `Authorization: Bearer <API key>`."),
-    (404,): (404, "There is nothing at this path."),
-    (405,): (405, "This method is not for this path."),
+    (400,): (400, "The request is not valid HTTP."),
+    (401,): (401, "The API key is missing, wrong, revoked or expired: send `Authorization: Bearer <API key>`."),
+    (404,): (404, "This path does not exist."),
+    (405,): (405, "This path does not accept this method."),
     (408,): (408, "The request did not arrive in time."),
-    (413,): (413, "The body is larger than this path takes."),
+    (413,): (413, "The body is too large for this path."),
     (414,): (414, "The path is too long."),
-    (429,): (429, "Too many requests; try again after the seconds in Retry-After."),
+    (429,): (429, "Too many requests: try again after the number of seconds in Retry-After."),
     (431, 494): (431, "The headers are too large."),
-    (500, 502, 503, 504): (503, "A part of the platform does not answer; try again."),
+    (500, 502, 503, 504): (503, "A part of the platform does not answer: try again."),
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Requests per second and how many more may come at once: per key and per address, and per channel."""
+    """The limits on requests."""
 
     rate: int
+    """Requests a second, for each API key and for each address."""
     burst: int
+    """Requests above `rate` that are accepted at once."""
     channel_rate: int
+    """Requests a second, for each channel's webhook."""
     channel_burst: int
+    """Requests above `channel_rate` that are accepted at once."""
 
 
-# Everything on this machine has one address.
+# All clients on this machine have the same address.
 LOCAL_LIMITS = Limits(rate=1000, burst=2000, channel_rate=1000, channel_burst=2000)
 
 
@@ -53,9 +57,9 @@ def configuration(
 ) -> str:
     """The gateway's nginx.conf.
 
-    listen: port, or address:port. folder: where it may write; ``temp`` must be there. services: each service's HTTP
-    address (host:port). resolver: the name server that hosts are looked up at again and again; without one they must
-    be addresses.
+    listen: port, or address:port. folder: the folder that nginx may write; it must contain ``temp``. services:
+    service → its HTTP address (host:port). resolver: the name server that nginx asks repeatedly for the hosts of
+    `services`; without it the hosts must be IP addresses.
     """
     values = {
         "listen": listen,
@@ -88,7 +92,7 @@ def _problem(codes: tuple[int, ...], status: int, detail: str) -> str:
 
 
 def install() -> None:
-    """Nothing: the wheel has it."""
+    """Does nothing: the server is in the wheel."""
 
 
 def prepare(place: Place, limits: Limits = LOCAL_LIMITS) -> None:

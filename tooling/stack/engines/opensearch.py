@@ -1,4 +1,4 @@
-"""OpenSearch, one node, without the security plugin and therefore on loopback only."""
+"""OpenSearch: one node, without the security plugin, and therefore on loopback only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tooling.stack.engines.jars import JAVA, install_jars
 NAME = "opensearch"
 PORTS = {"opensearch": 9200, "opensearch_transport": 9300}
 _READY = "claw-ready"
-# The runner's usual modules, without those we have no use for, and without analysis-common: the wheel's Java lacks
-# the data of the Thai language, and no index could be made. The standard analyzer is in the core.
+# The runner's usual modules, without those that Clawbus does not use, and without analysis-common: with it no index can
+# be made, because the wheel's Java lacks the data of the Thai language. The standard analyzer is in the core.
 _MODULES = (
     "org.opensearch.transport.Netty4ModulePlugin",
     "org.opensearch.index.mapper.MapperExtrasModulePlugin",
@@ -31,7 +31,7 @@ def prepare(place: Place) -> None:
         "network.host": "127.0.0.1",
         "transport.port": place.ports["opensearch_transport"],
         "discovery.type": "single-node",
-        # Near the default marks it would refuse to write; how much disk is left is the doctor's care.
+        # With the default thresholds it refuses to write on a nearly full disk. `./claw doctor` checks the disk.
         "cluster.routing.allocation.disk.threshold_enabled": "false",
     }
     text = "".join(f"{name}: {value}\n" for name, value in settings.items())
@@ -45,13 +45,13 @@ def prepare(place: Place) -> None:
         "-basePath": place.folder(NAME),
         "-clusterName": "claw",
         "-numOfNode": 1,
-        # The runner adds the node's number, 1.
+        # The runner adds the number of the node, 1.
         "-baseHttpPort": place.ports["opensearch"] - 1,
         "-moduleTypes": ",".join(_MODULES),
     }
     words = ", ".join(json.dumps(str(word)) for pair in arguments.items() for word in pair)
-    # In BeanShell, because the runner's own main refuses ports above 9299 and has no argument for that. Its
-    # threads do not keep the process alive.
+    # In BeanShell, because the runner's own main refuses ports above 9299 and has no argument for that. The script
+    # waits at its end, because the runner's threads do not keep the process alive.
     script = f"""import org.codelibs.opensearch.runner.OpenSearchRunner;
 runner = new OpenSearchRunner();
 runner.setMaxHttpPort(-1);
@@ -67,7 +67,7 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
-    """A document goes in and is found."""
+    """Stores a document and finds it."""
     import httpx
 
     async with httpx.AsyncClient(base_url=access(place)["url"], trust_env=False, timeout=ANSWER_SECONDS) as client:
@@ -76,7 +76,7 @@ async def ready(place: Place) -> str:
         stored.raise_for_status()
         found = await client.get(f"/{_READY}/_search", params={"q": "ready:true"})
         if found.raise_for_status().json()["hits"]["total"]["value"] != 1:
-            raise ConnectionError("opensearch does not find what was stored")
+            raise ConnectionError("opensearch did not find the stored document")
         return str((await client.get("/")).json()["version"]["number"])
 
 

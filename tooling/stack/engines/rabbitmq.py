@@ -1,4 +1,4 @@
-"""RabbitMQ from Debian's package, as a private node that listens on loopback only."""
+"""RabbitMQ: Debian's package, as a node of this stack only, on loopback only."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ VHOST = "/"
 def install() -> None:
     if not _server().exists():
         raise EngineError(
-            "RabbitMQ is not installed and may not be installed by this user: run "
-            "`apt-get install --no-install-recommends rabbitmq-server` as root, or your system's own command"
+            "RabbitMQ is not installed, and this user may not install it. Run as root: "
+            "apt-get install --no-install-recommends rabbitmq-server (on Debian or Ubuntu)"
         )
 
 
@@ -43,7 +43,7 @@ def prepare(place: Place) -> None:
         "prometheus.tcp.port": str(place.ports["rabbitmq_prometheus"]),
         "definitions.import_backend": "local_filesystem",
         "definitions.local.path": str(folder / "definitions.json"),
-        # Otherwise each start would take back what the provisioning has changed since.
+        # Otherwise each start would undo the changes that the provisioning has made since.
         "definitions.skip_if_unchanged": "true",
         "log.console": "true",
         "log.console.level": "warning",
@@ -66,9 +66,9 @@ def program(place: Place) -> Program:
         "RABBITMQ_LOG_BASE": str(folder / "log"),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
         "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
-        # The second: its schedulers sleep at once instead of spinning, others need the cores.
+        # +sbwt none: an idle scheduler sleeps at once, instead of spinning on a core that other processes need.
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none",
-        # The server in the foreground, without the shell around it that would have to pass signals on.
+        # Makes the script replace itself by the server, which then gets the supervisor's signals directly.
         "RUNNING_UNDER_SYSTEMD": "true",
         "ERL_EPMD_ADDRESS": "127.0.0.1",
         "ERL_EPMD_PORT": str(place.ports["rabbitmq_epmd"]),
@@ -77,7 +77,7 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
-    """A message goes in and comes out again."""
+    """Publishes a message to a queue of its own and reads it back."""
     import aiormq
 
     connection = await aiormq.connect(access(place)["url"])
@@ -87,7 +87,7 @@ async def ready(place: Place) -> str:
         await channel.basic_publish(b"ready", routing_key=queue, mandatory=True)
         message = await channel.basic_get(queue, no_ack=True)
         if message.body != b"ready":
-            raise ConnectionError("rabbitmq does not give back what was published")
+            raise ConnectionError("rabbitmq did not return the published message")
         return str(connection.server_properties["version"])
     finally:
         await connection.close()
@@ -102,7 +102,7 @@ def access(place: Place) -> dict[str, Any]:
 
 
 def _server() -> Path:
-    # Not what is in the PATH: Debian's wrapper there wants to be root or the user rabbitmq.
+    # Debian's wrapper, which is in the PATH, runs as root or as the user rabbitmq only.
     for path in ("/usr/lib/rabbitmq/bin/rabbitmq-server", shutil.which("rabbitmq-server") or ""):
         if path and Path(path).exists():
             return Path(path)
@@ -110,7 +110,7 @@ def _server() -> Path:
 
 
 def _definitions(place: Place) -> dict[str, Any]:
-    """The virtual host, the administrator, and a user per service with no permission until it is given some."""
+    """The virtual host, the administrator, and one user for each service. The provisioning adds the permissions."""
     accounts = [("admin", "administrator"), *((user, "") for user in place.users)]
     return {
         "vhosts": [{"name": VHOST}],
@@ -130,7 +130,9 @@ def _definitions(place: Place) -> dict[str, Any]:
 
 
 def _hash(password: str, user: str) -> str:
-    """RabbitMQ's salted SHA-256 (its page "Credentials and Passwords"). The salt is fixed by the user's name, so
-    that the same passwords make the same file, which the server then skips."""
+    """RabbitMQ's salted SHA-256 (its page "Credentials and Passwords").
+
+    The salt depends on the user's name only: equal passwords make an equal file, which the server then skips.
+    """
     salt = hashlib.sha256(user.encode()).digest()[:4]
     return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""An S3 server: S3Proxy over a plain folder. It has one identity."""
+"""An S3 server: S3Proxy on a plain folder. It has one account."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def program(place: Place) -> Program:
 
 
 async def ready(place: Place) -> str:
-    """An object goes in and comes out again."""
+    """Stores an object and reads it back."""
     await asyncio.to_thread(_round_trip, place)
     return _VERSION
 

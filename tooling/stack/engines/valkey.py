@@ -1,4 +1,4 @@
-"""Valkey, the open-source Redis: cache and wire, never the truth."""
+"""Valkey, the open-source Redis, for caches and live messages. No data depends on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PORTS = {"valkey": 6379}
 
 
 def install() -> None:
-    """Nothing: the wheel has it."""
+    """Does nothing: the server is in the wheel."""
 
 
 def prepare(place: Place) -> None:
@@ -28,7 +28,7 @@ def prepare(place: Place) -> None:
         f"port {place.ports['valkey']}",
         f'dir "{folder}"',
         f'aclfile "{folder}/users.acl"',
-        # The title would be written over the environment, by which a stack knows its processes.
+        # A title would overwrite the environment, by which a stack recognises its processes.
         "set-proc-title no",
         "appendonly yes",
         "appendfsync everysec",
@@ -51,7 +51,7 @@ async def ready(place: Place) -> str:
     try:
         await client.set("claw:ready", "1", ex=60)
         if await client.get("claw:ready") != b"1":
-            raise ConnectionError("valkey does not give back what was set")
+            raise ConnectionError("valkey did not return the stored value")
         return str((await client.info("server"))["valkey_version"])
     finally:
         await client.aclose()

@@ -25,7 +25,7 @@ def pin(tmp_path: Path, path: str, content: bytes) -> None:
     (tmp_path / "thing.jars").write_text(f"{path} {hashlib.sha256(content).hexdigest()}\n")
 
 
-def test_what_was_pinned_is_downloaded_once(repository: Path, tmp_path: Path) -> None:
+def test_pinned_files_are_downloaded_once(repository: Path, tmp_path: Path) -> None:
     pin(tmp_path, "a.jar", b"jar")
     folder = jars.install_jars("thing")
     assert (folder / "a.jar").read_bytes() == b"jar"
@@ -40,7 +40,7 @@ def test_another_file_than_the_pinned_one_is_refused_and_not_kept(repository: Pa
     assert list((tmp_path / "clawbus" / "jars").iterdir()) == []
 
 
-def test_a_file_that_cannot_be_had_is_named(repository: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_downloaded_is_named(repository: Path, tmp_path: Path) -> None:
     pin(tmp_path, "group/b.jar", b"")
     with pytest.raises(EngineError, match=r"cannot download b\.jar"):
         jars.install_jars("thing")

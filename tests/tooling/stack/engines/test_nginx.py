@@ -1,4 +1,4 @@
-"""A real nginx before stand-ins of the services: who gets in, what goes through, where it goes, what is too much."""
+"""Tests of a real nginx in front of stand-ins of the services: authentication, routes, limits and headers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 class StandIns:
-    """Every service answers with what reached it; the user service knows the keys in `keys`."""
+    """Each service answers with the request that it received. The user service accepts the keys in `keys`."""
 
     def __init__(self) -> None:
         self.keys = {KEY}
@@ -86,7 +86,7 @@ class StandIns:
 
 @pytest.fixture(scope="module")
 async def services() -> AsyncIterator[StandIns]:
-    """All services but billing, which is down."""
+    """All services except billing, which does not run."""
     standins = StandIns()
     servers = []
     for name in SERVICES:
@@ -104,7 +104,7 @@ async def services() -> AsyncIterator[StandIns]:
 
 @asynccontextmanager
 async def running(services: StandIns, limits: Limits = LOCAL_LIMITS) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with a good key at a gateway of its own."""
+    """A client with a valid key, and a gateway of its own."""
     headers = {"Authorization": f"Bearer {KEY}"}
     async with (
         running_gateway(services.ports, limits) as url,
@@ -126,7 +126,7 @@ async def client(services: StandIns) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def raw(client: httpx.AsyncClient, *lines: str) -> str:
-    """The whole answer to a request that the client library would not send; with a good key."""
+    """The answer to a request with a valid key that the client library would not send."""
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     head = (*lines, "Host: x", f"Authorization: Bearer {KEY}", "Connection: close", "", "")
     writer.write("\r\n".join(head).encode())
@@ -194,28 +194,28 @@ async def test_a_path_leads_to_its_service_unchanged(
         "/metrics",
     ],
 )
-async def test_what_is_not_a_path_of_the_surface_is_not_there(client: httpx.AsyncClient, path: str) -> None:
-    # As it stands: the client library would tidy the path up before it sends it.
+async def test_an_unknown_path_is_not_found(client: httpx.AsyncClient, path: str) -> None:
+    # Sent as raw bytes: the client library would normalise the path.
     answer = await raw(client, f"GET {path} HTTP/1.1")
     assert answer.startswith("HTTP/1.1 404 "), answer
     assert '"status": 404' in answer
 
 
-async def test_an_answer_is_kept_for_the_tenant_it_was_given_for(client: httpx.AsyncClient, services: StandIns) -> None:
+async def test_an_answer_is_cached_for_its_own_tenant_only(client: httpx.AsyncClient, services: StandIns) -> None:
     for tenant in ("t1", "t2"):
         headers = {"Authorization": f"Bearer {KEY}", "X-Claw-Tenant": tenant}
         assert (await client.get("/api/v1/agents", headers=headers)).status_code == 200
     assert {headers.get("x-claw-tenant") for headers in services.auth_headers} >= {"t1", "t2"}
 
 
-async def test_without_a_good_key_nobody_gets_in(client: httpx.AsyncClient) -> None:
+async def test_a_request_without_a_valid_key_is_refused(client: httpx.AsyncClient) -> None:
     for authorization in ("", "Bearer claw_bad", f"Basic {KEY}"):
         answer = await client.get("/api/v1/agents", headers={"Authorization": authorization})
         problem(answer, 401)
         assert answer.headers.get_list("www-authenticate") == ["Bearer"]
 
 
-async def test_openais_client_understands_that_its_key_is_refused(client: httpx.AsyncClient) -> None:
+async def test_the_openai_client_reports_a_refused_key(client: httpx.AsyncClient) -> None:
     url = str(client.base_url.join("/v1"))
     http = httpx2.AsyncClient(trust_env=False)
     async with openai.AsyncOpenAI(base_url=url, api_key="claw_bad", http_client=http) as stranger:
@@ -223,7 +223,7 @@ async def test_openais_client_understands_that_its_key_is_refused(client: httpx.
             await stranger.models.list()
 
 
-async def test_the_service_learns_who_calls_from_the_gateway_alone(client: httpx.AsyncClient) -> None:
+async def test_only_the_gateway_tells_the_service_the_callers_identity(client: httpx.AsyncClient) -> None:
     forged = {
         "X-Claw-Identity": "forged",
         "traceparent": "00-11111111111111111111111111111111-2222222222222222-01",
@@ -243,7 +243,7 @@ async def test_the_service_learns_who_calls_from_the_gateway_alone(client: httpx
     assert not open_.keys() & {"x-claw-identity", "authorization", "traceparent", "tracestate"}
 
 
-async def test_who_calls_is_asked_once_in_a_while_and_a_revoked_key_ends_soon(
+async def test_the_callers_identity_is_cached_and_a_revoked_key_expires_soon(
     client: httpx.AsyncClient, services: StandIns
 ) -> None:
     services.keys.add("claw_short")
@@ -289,7 +289,7 @@ async def test_a_service_that_is_down_is_a_503_and_its_own_answers_pass(client: 
     assert (missing.status_code, missing.json()["service"]) == (404, "agent")
 
 
-async def test_a_body_may_be_as_large_as_its_path_says(client: httpx.AsyncClient) -> None:
+async def test_the_largest_body_depends_on_the_path(client: httpx.AsyncClient) -> None:
     async def post(path: str, size: int) -> httpx.Response:
         return await client.post(path, content=b"x" * size)
 
@@ -303,7 +303,7 @@ async def test_a_body_may_be_as_large_as_its_path_says(client: httpx.AsyncClient
     assert too_large.startswith("HTTP/1.1 413 ")
 
 
-async def test_a_document_is_passed_on_while_it_comes(client: httpx.AsyncClient, services: StandIns) -> None:
+async def test_a_document_is_forwarded_while_it_arrives(client: httpx.AsyncClient, services: StandIns) -> None:
     services.body_begun.clear()
 
     async def document() -> AsyncIterator[bytes]:
@@ -315,7 +315,7 @@ async def test_a_document_is_passed_on_while_it_comes(client: httpx.AsyncClient,
     assert (await client.post("/api/v1/documents", content=document())).json()["bytes"] == 2000
 
 
-async def test_events_come_as_they_happen(client: httpx.AsyncClient, services: StandIns) -> None:
+async def test_events_are_forwarded_at_once(client: httpx.AsyncClient, services: StandIns) -> None:
     event_stream = {"Accept": "text/event-stream"}
     for method, path, headers in (
         ("GET", "/api/v1/runs/1/events", {}),
@@ -368,13 +368,13 @@ async def test_every_answer_has_the_security_headers_once(client: httpx.AsyncCli
     assert tls["strict-transport-security"] == "max-age=31536000; includeSubDomains"
 
 
-async def test_a_flood_of_one_key_address_or_channel_is_cut_off_and_the_others_go_on(services: StandIns) -> None:
+async def test_a_flood_from_one_key_address_or_channel_is_refused_and_others_are_not(services: StandIns) -> None:
     services.keys |= {"claw_first", "claw_second"}
-    # Refilled that slowly, the burst is all there is.
+    # With such a low rate, only the burst is accepted during the test.
     async with running(services, Limits(rate=1, burst=20, channel_rate=1, channel_burst=20)) as client:
 
         async def post(count: int, path: str, key: str, address: str) -> set[int]:
-            """The statuses of so many requests."""
+            """The statuses of this number of requests."""
             transport = httpx.AsyncHTTPTransport(local_address=address)
             headers = {"Authorization": f"Bearer {key}"}
             async with httpx.AsyncClient(transport=transport, base_url=client.base_url, headers=headers) as caller:
@@ -390,6 +390,6 @@ async def test_a_flood_of_one_key_address_or_channel_is_cut_off_and_the_others_g
         assert 429 in await post(10, "/api/v1/agents", "claw_first", elsewhere)
         assert await post(5, "/api/v1/agents", "claw_second", elsewhere) == {200}
         assert 429 in await post(10, "/api/v1/agents", "claw_second", here)
-        # Vendors have few addresses: theirs do not count.
+        # The limit for addresses does not apply to webhooks, because a vendor sends from few addresses.
         assert await post(60, "/webhooks/slack/1", "x", here) == {200, 429}
         assert await post(5, "/webhooks/slack/2", "x", here) == {200}
