@@ -84,7 +84,7 @@ def test_an_example_without_the_newer_fields_is_still_read() -> None:
 @pytest.mark.parametrize(
     ("example", "wrong"),
     [
-        (b'{"id":"1","gone":2}', ".gone is not written again"),
+        (b'{"id":"1","gone":2}', ".gone is lost or changed"),
         (b'{"id":1}', "Expected `str`"),
         (b"{}", "missing required field `id`"),
         (b"{", "truncated"),
