@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import pkgutil
 from typing import Any
 
@@ -45,7 +46,7 @@ def schema(message: type[Message]) -> Json:
     for name, definition in document["$defs"].items():
         if "description" in definition:
             definition["description"] = inspect.cleandoc(definition["description"])
-        for field, text in zip(structs[name], structs[name][1:], strict=False):
+        for field, text in itertools.pairwise(structs.get(name, ())):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=id_)), ast.Expr(value=ast.Constant(value=str(words))):
                     wire = next(f.encode_name for f in msgspec.structs.fields(_struct(message, name)) if f.name == id_)

@@ -78,7 +78,7 @@ def test_a_breaking_schema_is_not_written(tree: Path, capsys: pytest.CaptureFixt
     add_field(tree / USAGE, "colour")
     before = (tree / USAGE).read_text(encoding="utf-8")
     problems = problems_of(True, capsys)
-    assert "billing.v1.UsageRecorded.colour: removed; raise VERSION and keep the old struct" in problems
+    assert "billing.v1.UsageRecorded.colour: removed: raise VERSION and keep the old struct" in problems
     assert (tree / USAGE).read_text(encoding="utf-8") == before
 
 
@@ -108,7 +108,7 @@ def test_on_a_branch_a_schema_is_compared_with_the_main_branch(tree: Path, capsy
 
 def test_a_removed_message_is_named(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(tree / USAGE, tree / "protos/schemas/billing.v1.Forgotten.json")
-    assert "billing.v1.Forgotten: the message is gone; keep its struct" in problems_of(True, capsys)
+    assert "billing.v1.Forgotten: the message was removed: keep its struct" in problems_of(True, capsys)
     assert (tree / "protos/schemas/billing.v1.Forgotten.json").exists()
 
 
@@ -130,7 +130,7 @@ def test_a_golden_example_must_be_there_and_stay_readable(tree: Path, capsys: py
     golden.write_text('{"document_id": "7"}')
     assert "IndexDocument.json: Invalid UUID" in problems_of(False, capsys)
     golden.unlink()
-    assert "IndexDocument.json: missing; write one example" in problems_of(True, capsys)
+    assert "IndexDocument.json: missing: write one example" in problems_of(True, capsys)
     golden.write_text(good)
     contracts.contracts()
 
@@ -141,4 +141,4 @@ def test_a_golden_example_that_was_committed_is_never_changed(tree: Path, capsys
     git(tree, "commit", "-m", "all")
     golden = tree / "protos/schemas/golden/memory.v1.IndexDocument.json"
     golden.write_text(golden.read_text().replace("9999", "8888"))
-    assert "IndexDocument.json: changed; it stands for records that exist" in problems_of(False, capsys)
+    assert "IndexDocument.json: changed: restore it, because records of this form exist" in problems_of(False, capsys)

@@ -273,7 +273,7 @@ def test_a_projection_is_rebuilt_compared_and_switched() -> None:
     name = "sample_ledger.count_notes"
     text = told(only(replay.replay), *arguments)
     assert "total: equal, live" in text
-    assert "Switched, after" in text
+    assert "Switched after" in text
     assert max(map(len, text.splitlines())) <= 80
     assert audited("sample_ledger", name) == [("projection.switch", operator.actor())]
 
