@@ -13,7 +13,7 @@ import psutil
 
 from infra.clock import utcnow
 from tooling.bench.protocol import Figure, Latency, Result
-from tooling.stack.home import CHECKOUT
+from tooling.stack.checkout import CHECKOUT
 
 FILE = CHECKOUT / "BENCHMARKS.md"
 
