@@ -1,4 +1,4 @@
-"""What `claw check` refuses, and that it says so."""
+"""Tests of the checks that `claw check` makes, and of its output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from tooling.cli import check
 
 
-# Put together here, so that this file does not hold what it looks for.
+# Each value is put together here, so that this file itself contains no forbidden line.
 @pytest.mark.parametrize(
     ("line", "what"),
     [
@@ -48,7 +48,7 @@ def test_an_innocent_line_passes(line: str) -> None:
     assert check.unwanted({"a.py": line}) == []
 
 
-def test_what_git_knows_is_read_and_nothing_else(tmp_path: Path) -> None:
+def test_only_files_that_git_tracks_are_read(tmp_path: Path) -> None:
     subprocess.run(["git", "init", str(tmp_path)], check=True, capture_output=True)
     (tmp_path / "known.py").write_text("x")
     (tmp_path / "picture.png").write_bytes(b"\0")
@@ -77,7 +77,7 @@ def test_all_checks_run_and_a_failure_ends_with_1(
     assert all(row["seconds"] >= 0 for row in rows)
 
 
-def test_a_tool_s_complaint_is_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_a_failed_tool_is_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "ROOT", tmp_path)
     (tmp_path / "a.py").write_text("import os\n")
     assert "F401" in check._tool("ruff", "check", ".")
