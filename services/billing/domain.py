@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -30,6 +30,8 @@ MAX_QUANTITY = 10**12
 MAX_AMOUNT_NANOS = 10**15
 # A producer's clock may be a little fast.
 MAX_AHEAD = timedelta(hours=1)
+# Usage may arrive as late as the topic keeps it (30 days), plus the outage of a producer.
+MAX_AGE = timedelta(days=45)
 
 
 Kind = Literal["counted", "duplicate", "rejected", "held"]
@@ -60,6 +62,11 @@ class Price:
     def name(self) -> str:
         """The name that a charge refers to: ``openai/gpt-4o-mini@1``."""
         return f"{self.resource}@{self.version}"
+
+    @cached_property
+    def costs_something(self) -> bool:
+        """At least one unit has a price above zero."""
+        return any(self.nanos.values())
 
     @cached_property
     def scaled(self) -> tuple[tuple[int, ScaledPrices], ...]:
@@ -127,7 +134,7 @@ def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, in
     Raises ValueError for implausible quantities.
     """
     asked = dict.fromkeys(UNITS - PART_OF.keys(), 0) | dict(quantities)
-    if fault := _implausible(asked):
+    if fault := implausible(asked):
         raise ValueError(fault)
     price = valid_at(prices, currency, now)
     if price is None:
@@ -136,6 +143,14 @@ def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, in
     if amount > MAX_AMOUNT_NANOS:
         raise ValueError(f"would cost {amount} nano-units by {price.name}")
     return amount
+
+
+def provisional(quantities: Mapping[str, int]) -> int:
+    """Returns the amount to reserve for `quantities` of a resource without a price. It is high on purpose.
+
+    The use will be held for review, and its hold stays open. So the credit ends even if the price is unknown.
+    """
+    return cost(_UNPRICED, dict.fromkeys(UNITS, 0) | dict(quantities))
 
 
 def valid_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price | None:
@@ -155,12 +170,15 @@ def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], 
     """Returns the verdict on the first record with its usage_id.
 
     currency: the account's currency; None while the tenant has no account. prices: all versions of the resource's
-    price.
+    price. now: the time at which the record arrived.
     """
-    if fault := _implausible(record.quantities):
-        return Verdict("rejected", f"implausible: {fault}")
+    # A record that cannot be true is held, not rejected: something was used, and rejected usage is free.
+    if fault := implausible(record.quantities):
+        return _held(f"implausible: {fault}")
     if record.occurred_at > now + MAX_AHEAD:
-        return Verdict("rejected", "implausible: occurred_at is in the future")
+        return _held("implausible: occurred_at is in the future")
+    if record.occurred_at < now - MAX_AGE:
+        return _held(f"implausible: occurred_at is more than {MAX_AGE.days} days ago")
     if not UNITS.issuperset(record.quantities):
         return _held(f"no price has a unit {min(record.quantities.keys() - UNITS)!r}")
     if currency is None:
@@ -173,7 +191,9 @@ def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], 
     except NotReported as unit:
         return _held(f"{unit} was not reported, and {price.name} needs it")
     if amount > MAX_AMOUNT_NANOS:
-        return Verdict("rejected", f"implausible: it would cost {amount} nano-units by {price.name}")
+        return _held(f"implausible: it would cost {amount} nano-units by {price.name}")
+    if not amount and not any(record.quantities.values()) and price.costs_something:
+        return _held(f"no use was reported: all quantities are 0, and {price.name} has a price")
     return Verdict("counted", "", amount, price.name)
 
 
@@ -185,7 +205,7 @@ def _held(reason: str) -> Verdict:
     return Verdict("held", reason, None)
 
 
-def _implausible(quantities: Mapping[str, int]) -> str:
+def implausible(quantities: Mapping[str, int]) -> str:
     """Returns the fault of the quantities, or an empty text if they are plausible."""
     for unit, count in quantities.items():
         if not 0 <= count <= MAX_QUANTITY:
@@ -246,6 +266,20 @@ def settle(
 
 CreditThreshold = Literal["nearly_spent", "exhausted"]
 """nearly_spent: 90 % of the credit is used. exhausted: no credit is left."""
+
+
+_UNPRICED = Price(
+    "a resource without a price",
+    1,
+    "",
+    datetime.min.replace(tzinfo=UTC),
+    {
+        "input_tokens": Decimal(200_000),
+        "output_tokens": Decimal(200_000),
+        "calls": Decimal(100_000_000),
+        "bytes": Decimal(1_000),
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.postgres.tx import Tx
 from services.billing import accounts, price_book
-from services.billing.domain import UNITS, estimate
+from services.billing.domain import MAX_AMOUNT_NANOS, UNITS, estimate, provisional
 
 MAX_EXPIRY = timedelta(days=1)
 
@@ -45,9 +45,11 @@ class Reservation:
 async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -> Reservation:
     """Reserves the largest possible cost of `request` if enough credit is available.
 
-    A repeated request with the same hold_id gets the first answer. A resource without a price (its usage will be held)
-    reserves nothing, and is granted while any credit is available. Raises Transient if the tenant has no account yet.
-    Raises InvalidMessage if the hold_id was used with another request, and for implausible quantities.
+    A repeated request with the same hold_id gets the first answer. For a resource without a price it reserves a high
+    provisional amount, at most the available credit, and is granted while any credit is available. The usage of such a
+    resource is held for review and keeps its hold open, so unpriced use ends with the credit. Raises Transient if the
+    tenant has no account yet. Raises InvalidMessage if the hold_id was used with another request, and for implausible
+    quantities.
     """
     _check(request)
     try:
@@ -66,11 +68,15 @@ async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -
         return Reservation(granted, held, available, currency)
     prices = await price_book.versions(tx, [request.resource])
     try:
-        amount = estimate(prices.get(request.resource, ()), currency, request.quantities, utcnow()) or 0
+        amount = estimate(prices.get(request.resource, ()), currency, request.quantities, utcnow())
     except ValueError as error:
         raise InvalidMessage("quantities", str(error)) from error
     balance = account.balance_nanos
     available = None if balance is None else balance - await open_nanos(tx, tenant_id)
+    if amount is None:
+        amount = min(provisional(request.quantities), MAX_AMOUNT_NANOS)
+        if available is not None:
+            amount = min(amount, max(available, 0))
     granted = available is None or (available > 0 and available >= amount)
     held = amount if granted else 0
     left = None if available is None else available - held

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from infra.errors import Conflict, InvalidMessage
@@ -17,7 +17,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import accounts, reports, usage
 from services.billing.accounts import MAX_CREDIT_NANOS, Entry
-from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITY, Verdict
+from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITY, Verdict, implausible
 from services.billing.reports import Balance, UsageVerdict
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
@@ -44,7 +44,10 @@ class Correction(_Body):
 class Resolution(_Body):
     tenant_id: Text
     quantities: dict[str, Annotated[int, Field(ge=0, le=MAX_QUANTITY)]] = {}
-    """Quantities of the units that the record did not report."""
+    """Quantities of the units that the record did not report. If the reported quantities are implausible or all 0, they
+    may be replaced."""
+    occurred_at: AwareDatetime | None = None
+    """Replaces an implausible time of use."""
     reject: Text | None = None
     """The reason why the record will never be charged. Null: rate it again."""
 
@@ -105,7 +108,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/held/{usage_id:path}/resolve", response_model=UsageVerdict)
     async def resolve(usage_id: str, body: Resolution, who: Operator, request: Request) -> Response:
-        """Rates a held record again, with the prices of now and the quantities that are given, or rejects it."""
+        """Rates a held record again with the current prices and the values of the body, or rejects it."""
 
         async def work(tx: Tx) -> tuple[int, UsageVerdict]:
             tx.tenant_id = body.tenant_id
@@ -121,15 +124,20 @@ def router(runtime: Runtime) -> APIRouter:
 
 async def _resolve(tx: Tx, usage_id: str, body: Resolution) -> None:
     held = await usage.held(tx, body.tenant_id, usage_id=usage_id)
+    found = await reports.verdict(tx, body.tenant_id, usage_id)
     if not held:
-        found = await reports.verdict(tx, body.tenant_id, usage_id)
         raise Conflict(f"usage {usage_id} is {found.verdict}; only a held record can be resolved")
     [record] = held
     if body.reject is not None:
         await usage.decide(tx, record, Verdict("rejected", body.reject))
         return
-    if known := sorted(record.quantities.keys() & body.quantities.keys()):
-        raise InvalidMessage(f"quantities.{known[0]}", "was reported; a reported quantity cannot be replaced")
+    known = sorted(record.quantities.keys() & body.quantities.keys())
+    if known and any(record.quantities.values()) and not implausible(record.quantities):
+        raise InvalidMessage(f"quantities.{known[0]}", "was reported; a plausible quantity cannot be replaced")
     if body.quantities:
         record = msgspec.structs.replace(record, quantities=record.quantities | body.quantities, estimated=True)
+    if body.occurred_at:
+        if not found.reason.startswith("implausible: occurred_at"):
+            raise InvalidMessage("occurred_at", "was reported; a plausible time cannot be replaced")
+        record = msgspec.structs.replace(record, occurred_at=body.occurred_at)
     await usage.rate_again(tx, [record])

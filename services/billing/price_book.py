@@ -2,7 +2,9 @@
 
 A resource is ``<provider>/<model>``. The package also knows aliases (a dated release, a fine-tuned model). An alias is
 priced as its model, unless the book has a price under the alias itself. ``<provider>/*`` is the price of every
-resource of that provider that has no price of its own.
+resource of that provider that has no price of its own. Agents address many vendors through an OpenAI-shaped endpoint,
+so the model's own name decides: ``openai/openai/gpt-4o``, ``openai/gpt-4o:free`` and ``openai/deepseek-chat`` have the
+prices of ``openai/gpt-4o`` and ``deepseek/deepseek-chat``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from services.billing.domain import Price, Tier
 
 # Start of a resource's first version: earlier than any possible use.
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+
+# A longer name is not an alias.
+MAX_NAME = 200
 
 # The package's name of a price → our name of the unit, and the number of units per price as a power of ten.
 _UNITS = {
@@ -149,12 +154,23 @@ def _names(resource: str) -> list[str]:
 def _canonical(resource: str) -> str | None:
     provider_id, _, model_name = resource.partition("/")
     providers = {provider.id: provider for provider in data_snapshot.get_snapshot().providers}
-    if provider_id not in providers or not model_name:
+    if provider_id not in providers or not model_name or len(resource) > MAX_NAME:
         return None
     # Some providers offer the models of other providers.
     for id_ in (provider_id, *(providers[provider_id].fallback_model_providers or ())):
         if model := providers[id_].find_model(model_name):
             return f"{id_}/{model.id}"
+    # A name with a vendor or a folder in front, or with a variant behind a colon, means the model without it.
+    vendor, _, rest = model_name.partition("/")
+    if rest:
+        return _canonical(model_name if vendor in providers else f"{provider_id}/{rest}")
+    name, _, variant = model_name.partition(":")
+    if variant:
+        return _canonical(f"{provider_id}/{name}")
+    for provider in providers.values():
+        if provider.model_match and provider.model_match.is_match(model_name):
+            model = provider.find_model(model_name)
+            return f"{provider.id}/{model.id}" if model else None
     return None
 
 

@@ -1,4 +1,5 @@
--- Stores a batch of rated usage records, debits the counted ones and closes the holds that they name.
+-- Stores a batch of rated usage records, debits the counted ones and closes the holds that they name. A held record
+-- keeps its hold open until it is resolved, so that its cost stays reserved.
 --
 -- Each parameter is a column: its values joined by U+001F, in the order of the records. An empty value is null. (An array
 -- parameter would be faster here, but the driver examines each of its elements in Python.)
@@ -26,9 +27,9 @@ WITH record AS MATERIALIZED (
            reason, amount_nanos, price_version, span_id)
 ),
 due AS (
-    SELECT tenant_id, sum(amount_nanos)::bigint AS nanos
+    SELECT tenant_id, coalesce(sum(amount_nanos), 0)::bigint AS nanos
     FROM record
-    WHERE verdict = 'counted'
+    WHERE verdict = 'counted' OR verdict = 'held' AND hold_id IS NOT NULL
     GROUP BY tenant_id
 ),
 locked AS MATERIALIZED (
@@ -41,7 +42,7 @@ debited AS (
     UPDATE account AS a
     SET debited_nanos = a.debited_nanos + locked.nanos
     FROM locked
-    WHERE a.tenant_id = locked.tenant_id
+    WHERE a.tenant_id = locked.tenant_id AND locked.nanos <> 0
     RETURNING a.tenant_id, a.currency, a.credit_nanos, a.debited_nanos, locked.nanos
 ),
 closed AS (
@@ -49,6 +50,12 @@ closed AS (
     SET ended_at = clock_timestamp(), outcome = 'charged'
     FROM record AS r JOIN locked USING (tenant_id)
     WHERE r.verdict = 'counted' AND h.tenant_id = r.tenant_id AND h.hold_id = r.hold_id AND h.ended_at IS NULL
+),
+kept AS (
+    UPDATE hold AS h
+    SET expires_at = 'infinity'
+    FROM record AS r JOIN locked USING (tenant_id)
+    WHERE r.verdict = 'held' AND h.tenant_id = r.tenant_id AND h.hold_id = r.hold_id AND h.ended_at IS NULL
 ),
 booked AS (
     INSERT INTO ledger_entry (tenant_id, kind, amount_nanos, usage_id, price_version, reason, actor)

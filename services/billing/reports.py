@@ -39,7 +39,7 @@ class Balance(BaseModel):
     balance_nanos: int | None
     """Credit minus debits. Null: no limit."""
     held_nanos: int
-    """Credit that is reserved for work in progress."""
+    """Credit that is reserved for work in progress and for held records."""
     available_nanos: int | None
     """Balance minus holds. Null: no limit."""
 

@@ -71,8 +71,8 @@ def _charge(
         resource=resource,
         verdict=verdict,
         amount_nanos=amount_nanos,
-        # A rejected record may claim a quantity that does not fit into the wire's 64-bit integer.
-        quantities={u: min(n, 2**63 - 1) for u, n in quantities.items()},
+        # An implausible record may claim a quantity that does not fit into the wire's 64-bit integer.
+        quantities={u: max(-(2**63), min(n, 2**63 - 1)) for u, n in quantities.items()},
         span_id=span_id,
     )
     charge.occurred_at.FromDatetime(occurred_at)

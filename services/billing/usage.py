@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -132,18 +133,39 @@ async def rate_again(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
     """Rates held records again with the current prices and quantities, and charges the ones that are counted now."""
     currencies = await accounts.currencies(tx, (record.tenant_id for record in records))
     prices = await price_book.versions(tx, (record.resource for record in records))
-    now = utcnow()
-    found = [judge(r, currencies.get(r.tenant_id), prices.get(r.resource, ()), now) for r in records]
+    # Their age counts at their arrival. A record that waited for review is not late.
+    arrived = await _arrivals(tx, records)
+    found = [
+        judge(r, currencies.get(r.tenant_id), prices.get(r.resource, ()), arrived[r.tenant_id, r.usage_id])
+        for r in records
+    ]
     for record, verdict in zip(records, found, strict=True):
         await decide(tx, record, verdict)
     return found
 
 
+async def _arrivals(tx: Tx, records: Sequence[UsageRecorded]) -> dict[tuple[str, str], datetime]:
+    rows = await tx.sql(
+        """
+        SELECT u.tenant_id, u.usage_id, u.rated_at
+        FROM unnest($1::text[], $2::text[]) AS n(tenant_id, usage_id)
+        JOIN usage AS u USING (tenant_id, usage_id)
+        """,
+        [record.tenant_id for record in records],
+        [record.usage_id for record in records],
+    )
+    return {(tenant_id, usage_id): rated_at for tenant_id, usage_id, rated_at in rows}
+
+
 async def decide(tx: Tx, record: UsageRecorded, verdict: Verdict) -> None:
-    """Stores a new verdict on a held record, and charges the record if it is counted."""
+    """Stores a new verdict on a held record. Charges the record if it is counted, gives its hold back if rejected."""
     await tx.sql(
-        "UPDATE usage SET quantities = $3::text::jsonb, estimated = $4, verdict = $5, reason = $6, amount_nanos = $7, "
-        "price_version = $8, rated_at = $9 WHERE tenant_id = $1 AND usage_id = $2",
+        """
+        UPDATE usage
+        SET quantities = $3::text::jsonb, estimated = $4, verdict = $5, reason = $6, amount_nanos = $7,
+            price_version = $8, rated_at = CASE WHEN $5 = 'held' THEN rated_at ELSE $9 END, occurred_at = $10
+        WHERE tenant_id = $1 AND usage_id = $2
+        """,
         record.tenant_id,
         record.usage_id,
         _encoder.encode(record.quantities).decode(),
@@ -153,5 +175,8 @@ async def decide(tx: Tx, record: UsageRecorded, verdict: Verdict) -> None:
         verdict.amount_nanos,
         verdict.price_version,
         utcnow(),
+        record.occurred_at,
     )
+    if verdict.kind == "rejected" and record.hold_id:
+        await holds.release(tx, record.tenant_id, record.hold_id)
     await _charge(tx, [(record.tenant_id, record.usage_id, record.hold_id, verdict)])

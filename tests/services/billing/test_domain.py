@@ -23,6 +23,7 @@ from services.billing.domain import (
     cost,
     estimate,
     judge,
+    provisional,
     settle,
 )
 
@@ -131,13 +132,37 @@ def test_without_an_exchange_rate_a_foreign_account_is_held_unless_the_book_has_
             "implausible: quantities.output_tokens is less than its reasoning_tokens",
         ),
         (
-            used(occurred_at=NOW + timedelta(days=1), input_tokens=1, output_tokens=1),
+            used(occurred_at=NOW + timedelta(hours=2), input_tokens=1, output_tokens=1),
             "implausible: occurred_at is in the future",
+        ),
+        (
+            used(occurred_at=NOW - timedelta(days=365), input_tokens=1, output_tokens=1),
+            "implausible: occurred_at is more than 45 days ago",
+        ),
+        (
+            used(input_tokens=0, output_tokens=0),
+            "no use was reported: all quantities are 0, and openai/m@1 has a price",
         ),
     ],
 )
-def test_an_implausible_record_is_rejected_with_the_reason(record: UsageRecorded, reason: str) -> None:
-    assert verdict_on(record) == Verdict("rejected", reason)
+def test_an_implausible_record_is_held_with_the_reason(record: UsageRecorded, reason: str) -> None:
+    assert verdict_on(record) == Verdict("held", reason, None)
+
+
+def test_a_cost_beyond_the_limit_is_held() -> None:
+    held = verdict_on(used(calls=10**10), price(calls="1000000"))
+    assert held == Verdict("held", f"implausible: it would cost {10**16} nano-units by openai/m@1", None)
+
+
+def test_a_resource_without_cost_may_report_zero() -> None:
+    assert verdict_on(used(input_tokens=0), price(input_tokens="0")) == Verdict("counted", "", 0, "openai/m@1")
+
+
+def test_the_provisional_amount_of_an_unpriced_resource_is_high() -> None:
+    quantities = {"input_tokens": 1000, "output_tokens": 1000}
+    assert provisional(quantities) == 400_000_000
+    assert provisional(quantities) > 500 * cost(CHAT, quantities)
+    assert provisional({"calls": 1}) == 100_000_000
 
 
 def test_the_version_counts_that_was_valid_when_the_use_occurred() -> None:

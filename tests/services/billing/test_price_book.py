@@ -55,8 +55,23 @@ def test_we_charge_what_the_package_computes(model: str, tokens: tuple[int, int,
 def test_a_model_is_found_under_the_aliases_of_its_provider() -> None:
     assert canonical("openai/gpt-4o-mini-2024-07-18") == "openai/gpt-4o-mini"
     assert canonical("azure/gpt-4o") == "openai/gpt-4o", "Azure sells the models of OpenAI"
-    for unknown in ("openai/nobody-knows", "nobody/gpt-4o", "openai", "", "/"):
+    for unknown in ("openai/nobody-knows", "nobody/gpt-4o", "openai", "", "/", "openai/:", "openai" + "/a" * 5000):
         assert canonical(unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("resource", "model"),
+    [
+        ("openai/openai/gpt-4o", "openai/gpt-4o"),
+        ("openai/gpt-4o:free", "openai/gpt-4o"),
+        ("openai/anthropic/claude-sonnet-4-5", "anthropic/claude-sonnet-4-5"),
+        ("google/models/gemini-2.5-flash", "google/gemini-2.5-flash"),
+        ("openai/deepseek-chat", "deepseek/deepseek-chat"),
+    ],
+)
+def test_a_model_behind_another_vendors_endpoint_has_the_price_of_its_own_name(resource: str, model: str) -> None:
+    assert canonical(resource) == model
+    assert f"{model}@1" in BOOK
 
 
 def test_a_stored_price_comes_back_as_it_was() -> None:

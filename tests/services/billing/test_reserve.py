@@ -86,6 +86,41 @@ async def test_only_counted_usage_debits_and_it_closes_its_hold(billing: Billing
     assert ended == [("charged",)]
 
 
+async def test_unpriced_use_ends_with_the_credit_until_it_is_resolved(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=1_000_000)
+    model = f"acme/{uuid7()}"
+    hold_id = uuid7()
+    assert (await tenant.reserve(hold_id=hold_id, resource=model, expires_in_ms=1, input_tokens=500)).granted
+
+    async def expired() -> bool:
+        return await available(tenant) == 1_000_000
+
+    await tenant.platform.until(expired)
+    await tenant.use("run/1/1", model, hold_id=hold_id, input_tokens=500, output_tokens=100)
+    assert (await tenant.verdict("run/1/1"))["verdict"] == "held"
+    assert await available(tenant) == 0, "the held record keeps its hold open after the expiry"
+    assert not (await tenant.reserve(resource=model, input_tokens=500)).granted
+    assert not (await tenant.reserve(input_tokens=1)).granted
+    new = {"resource": model, "nanos_per_unit": {"input_tokens": "10", "output_tokens": "20"}}
+    assert (await billing.operator.post("/api/v1/prices", json=new)).status_code == 201
+    resolve = "/api/v1/billing/held/run/1/1/resolve"
+    assert (await billing.operator.post(resolve, json={"tenant_id": tenant.id})).json()["amount_nanos"] == 7_000
+    assert await available(tenant) == 993_000
+
+
+async def test_a_rejected_record_gives_its_hold_back(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10**6)
+    hold_id = uuid7()
+    await tenant.reserve(hold_id=hold_id, resource="acme/unheard-of", input_tokens=1)
+    await tenant.use("run/1/1", "acme/unheard-of", hold_id=hold_id, input_tokens=1)
+    await tenant.verdict("run/1/1")
+    assert await available(tenant) == 800_000
+    resolve = "/api/v1/billing/held/run/1/1/resolve"
+    body = {"tenant_id": tenant.id, "reject": "a test run"}
+    assert (await billing.operator.post(resolve, json=body)).json()["verdict"] == "rejected"
+    assert await available(tenant) == 10**6
+
+
 async def test_late_usage_of_an_expired_hold_still_debits_even_below_zero(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=10 * TOKEN)
     hold_id = uuid7()
@@ -121,10 +156,13 @@ async def test_without_a_limit_every_hold_is_granted_and_no_remaining_credit_is_
     assert (await tenant.reserve(resource="acme/unheard-of", input_tokens=5)).granted
 
 
-async def test_a_resource_without_a_price_holds_nothing_and_needs_some_remaining_credit(billing: Billing) -> None:
-    tenant = await billing.tenant(credit_nanos=1)
+async def test_a_resource_without_a_price_holds_a_provisional_amount_and_at_most_the_credit(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10**9)
+    reply = await tenant.reserve(resource="acme/unheard-of", input_tokens=1000)
+    assert (reply.granted, reply.held_nanos, reply.available_nanos) == (True, 200_000_000, 800_000_000)
     reply = await tenant.reserve(resource="acme/unheard-of", input_tokens=10**6)
-    assert (reply.granted, reply.held_nanos, reply.available_nanos) == (True, 0, 1)
+    assert (reply.granted, reply.held_nanos, reply.available_nanos) == (True, 800_000_000, 0)
+    assert not (await tenant.reserve(resource="acme/unheard-of", input_tokens=1)).granted
     spent = await billing.tenant(credit_nanos=0)
     assert not (await spent.reserve(resource="acme/unheard-of", input_tokens=1)).granted
 

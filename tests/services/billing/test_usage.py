@@ -149,6 +149,36 @@ async def test_an_incomplete_record_is_held_until_an_operator_completes_or_rejec
     assert (rejected["verdict"], rejected["reason"], rejected["amount_nanos"]) == ("rejected", "a test run", 0)
 
 
+async def test_an_implausible_record_is_held_and_an_operator_may_replace_its_values(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10**9)
+    await tenant.use("cached", input_tokens=100, cached_tokens=190, output_tokens=5)
+    await tenant.use("zero", input_tokens=0, output_tokens=0)
+    await tenant.use("old", occurred_at=utcnow() - timedelta(days=365), input_tokens=1, output_tokens=1)
+    await tenant.use("ahead", occurred_at=utcnow() + timedelta(hours=2), input_tokens=1, output_tokens=1)
+    reasons = {id_: (await tenant.verdict(id_))["reason"] for id_ in ("cached", "zero", "old", "ahead")}
+    assert reasons == {
+        "cached": "implausible: quantities.input_tokens is less than its cached_tokens",
+        "zero": "no use was reported: all quantities are 0, and openai/gpt-4o-mini@1 has a price",
+        "old": "implausible: occurred_at is more than 45 days ago",
+        "ahead": "implausible: occurred_at is in the future",
+    }
+    assert (await tenant.get("balance"))["debited_nanos"] == 0
+    assert {item["usage_id"] for item in (await tenant.get("held"))["items"]} == reasons.keys()
+
+    async def resolve(usage_id: str, **values: object) -> dict[str, object]:
+        path = f"/api/v1/billing/held/{usage_id}/resolve"
+        answer = await billing.operator.post(path, json={"tenant_id": tenant.id, **values})
+        found: dict[str, object] = answer.json()
+        return found
+
+    assert (await resolve("cached", quantities={"cached_tokens": 90}))["amount_nanos"] == 10 * 150 + 90 * 75 + 5 * 600
+    assert (await resolve("zero", quantities={"input_tokens": 3}))["amount_nanos"] == 450
+    assert (await resolve("old"))["verdict"] == "held"
+    assert (await resolve("old", occurred_at=utcnow().isoformat()))["amount_nanos"] == 750
+    assert (await resolve("ahead", occurred_at=utcnow().isoformat()))["amount_nanos"] == 750
+    assert (await tenant.get("held"))["items"] == []
+
+
 async def test_usage_that_overtakes_its_tenant_is_charged_when_the_tenant_is_known(billing: Billing) -> None:
     tenant = billing.known(str(uuid7()))
     await tenant.use("run/1/1", input_tokens=1, output_tokens=1)
@@ -180,7 +210,7 @@ async def test_a_record_that_no_database_can_hold_does_not_stop_the_others(billi
     await tenant.use("run/1/1", input_tokens=1, output_tokens=1)
     assert (await tenant.verdict("run/1/1"))["verdict"] == "counted"
     huge = await tenant.verdict("run/huge")
-    assert (huge["verdict"], huge["reason"]) == ("rejected", f"implausible: quantities.input_tokens is {10**30}")
+    assert (huge["verdict"], huge["reason"]) == ("held", f"implausible: quantities.input_tokens is {10**30}")
     dead = await tenant.sql("SELECT error FROM dead_letter WHERE key = $1", tenant.id)
     assert len(dead) == 2
     assert all("usage_id" in error for (error,) in dead)
