@@ -36,6 +36,9 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     time: datetime
     subject: str | None = None
+    """The key of the message."""
+    sequence: int | None = None
+    """The message's position among those of its key, from 1, if the receiver must keep their order."""
     tenant_id: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
@@ -44,6 +47,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         """The header table. Only UTF-8 strings, which Kafka and RabbitMQ clients of any language can read."""
         optional = {
             "ce_subject": self.subject,
+            "ce_sequence": None if self.sequence is None else str(self.sequence),
             "tenant_id": self.tenant_id,
             "traceparent": self.traceparent,
             "tracestate": self.tracestate,
@@ -84,12 +88,16 @@ def read_headers(headers: dict[str, Any]) -> Envelope:
         time = datetime.fromisoformat(required("ce_time"))
     except ValueError as error:
         raise ValueError(f"header ce_time: {error}") from error
+    sequence = optional("ce_sequence")
+    if sequence is not None and not (sequence.isascii() and sequence.isdigit()):
+        raise ValueError(f"header ce_sequence: {sequence!r} is not a number")
     return Envelope(
         id=message_id,
         source=required("ce_source"),
         type=required("ce_type"),
         time=time,
         subject=optional("ce_subject"),
+        sequence=None if sequence is None else int(sequence),
         tenant_id=optional("tenant_id"),
         traceparent=optional("traceparent"),
         tracestate=optional("tracestate"),

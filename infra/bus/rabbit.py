@@ -8,6 +8,7 @@ our own, because the broker also counts messages that were only prefetched when 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -76,11 +77,26 @@ class RabbitPublisher:
 
     async def publish(self, rows: Sequence[Pending]) -> list[Outcome]:
         await self.start()
-        outcomes = await asyncio.gather(*(self._outcome(row) for row in rows), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        by_key: dict[str, list[Pending]] = defaultdict(list)
+        for row in rows:
+            by_key[row.key].append(row)
+        outcomes: dict[int, Outcome] = {}
+        ended = await asyncio.gather(
+            *(self._publish_in_order(of_key, outcomes) for of_key in by_key.values()), return_exceptions=True
+        )
+        for error in ended:
+            if error is not None:
+                raise error
+        return [outcomes[row.position] for row in rows]
+
+    async def _publish_in_order(self, rows: Sequence[Pending], outcomes: dict[int, Outcome]) -> None:
+        """Publishes the rows of one key. Behind a row that the broker refuses the others are not sent: the broker could
+        take them, and then they would overtake it."""
+        outcome: Outcome = None
+        for row in rows:
+            if not isinstance(outcome, HeldBack):
+                outcome = await self._outcome(row)
+            outcomes[row.position] = outcome
 
     async def _outcome(self, row: Pending) -> Outcome:
         if len(row.body) > MAX_MESSAGE_BYTES:
@@ -185,7 +201,7 @@ class Workers:
             destination=queue.name,
             place=queue.routing_key,
             message_id=readable_id(headers, message.body),
-            key=None,
+            key=headers.get("ce_subject"),
             tenant_id=headers.get("tenant_id"),
             attempts=attempts,
             error=error,

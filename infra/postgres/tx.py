@@ -199,21 +199,32 @@ class Tx:
         self._rows.append(OutboxRow("kafka", id_, topic.name, "", key, headers, body, topic.retention))
         return id_
 
-    def send(self, queue: Queue, message: Message, *, message_id: UUID | None = None) -> UUID:
-        """Sends work to a RabbitMQ queue once the transaction commits. Returns the message's id."""
+    def send(
+        self,
+        queue: Queue,
+        message: Message,
+        *,
+        key: str | None = None,
+        position: int | None = None,
+        message_id: UUID | None = None,
+    ) -> UUID:
+        """Sends work to a RabbitMQ queue after the transaction commits. Returns the message's id.
+
+        Messages of one `key` are published in the order of their commits. RabbitMQ does not keep this order while it
+        retries them: a receiver that needs it uses a resequencer, which also needs the `position`, from 1 per key.
+        """
         if not isinstance(message, queue.message):
             raise ValueError(f"{type(message).__name__} is not the message of queue {queue.name}")
         id_ = message_id or uuid7()
         destination = f"{queue.exchange.name}:{queue.routing_key}"
-        headers = self._headers(id_, message, None, telemetry.creation("rabbitmq", destination, str(id_)))
+        headers = self._headers(id_, message, key, telemetry.creation("rabbitmq", destination, str(id_)), position)
         body = msgspec.json.encode(message)
-        # Keyed by its own id: no order is expected of a queue, so the load spreads over all buckets.
         row = OutboxRow(
             "rabbit",
             id_,
             queue.exchange.name,
             queue.routing_key,
-            str(id_),
+            key or str(id_),
             headers,
             body,
             queue.expires or QUEUE_HORIZON,
@@ -253,13 +264,16 @@ class Tx:
         self._items.setdefault((lane_kind.name, id_), new)
         return id_
 
-    def _headers(self, id_: UUID, message: Message, subject: str | None, carrier: dict[str, str]) -> str:
+    def _headers(
+        self, id_: UUID, message: Message, subject: str | None, carrier: dict[str, str], sequence: int | None = None
+    ) -> str:
         envelope = Envelope(
             id=id_,
             source=self._service,
             type=message.wire_name(),
             time=utcnow(),
             subject=subject,
+            sequence=sequence,
             tenant_id=self.tenant_id,
             traceparent=carrier.get("traceparent"),
             tracestate=carrier.get("tracestate"),

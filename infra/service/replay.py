@@ -54,7 +54,15 @@ class _ShadowTx(Tx):
     def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
         return message_id or UUID(int=0)
 
-    def send(self, queue: Queue, message: Message, *, message_id: UUID | None = None) -> UUID:
+    def send(
+        self,
+        queue: Queue,
+        message: Message,
+        *,
+        key: str | None = None,
+        position: int | None = None,
+        message_id: UUID | None = None,
+    ) -> UUID:
         return message_id or UUID(int=0)
 
     def after_commit(self, call: Callable[[], Awaitable[None]]) -> None:

@@ -17,7 +17,7 @@ service.consume(handlers.wake)
 service.consume(handlers.on_message_delivered)
 service.consume(handlers.on_message_undelivered)
 service.consume(erasure("agent"))
-service.work(handlers.close_gap, subjects=adapters.subjects)
+service.work(handlers.skip_gap, subjects=adapters.subjects)
 service.work(handlers.execute_run, executor=wiring.executor)
 
 if __name__ == "__main__":

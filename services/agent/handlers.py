@@ -7,7 +7,7 @@ from functools import partial
 from infra.errors import InvalidMessage
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
-from infra.lanes.resequencer import Gap, Ordered
+from infra.lanes.resequencer import MissingMessages, Resequencer
 from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
@@ -21,8 +21,8 @@ from services.agent.sessions import sealed_arrivals
 from services.agent.sessions.intake import Arrival, Origin
 
 # One lane per conversation, for its missing messages.
-GAPS = Lane("message gaps", Gap)
-_IN_ORDER = Ordered(GAPS)
+GAPS = Lane("message gaps", MissingMessages)
+_RESEQUENCER = Resequencer(GAPS)
 
 
 async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) -> None:
@@ -42,7 +42,7 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
         sealed = await sealed_arrivals.seal(tx, subjects, arrival)
     except Erased:
         sealed = sealed_arrivals.ERASED
-    await _IN_ORDER.take(
+    await _RESEQUENCER.accept(
         tx, message.session_key, message.position, sealed, partial(sealed_arrivals.take_in, tx, subjects)
     )
 
@@ -55,8 +55,8 @@ TAKE_MESSAGE: tuple[Subscription, ...] = tuple(
 
 
 @GAPS.runner(concurrency=8)
-async def close_gap(gap: Gap, effects: Effects, tx: Tx, subjects: SubjectKeys) -> None:
-    await _IN_ORDER.close_gap(tx, gap, partial(sealed_arrivals.take_in, tx, subjects))
+async def skip_gap(gap: MissingMessages, effects: Effects, tx: Tx, subjects: SubjectKeys) -> None:
+    await _RESEQUENCER.skip_gap(tx, gap, partial(sealed_arrivals.take_in, tx, subjects))
 
 
 @AGENT_TASKS.each(RunRequested, group="agent")

@@ -14,7 +14,7 @@ service.serve_http(api.routes)
 service.beside("drainer", lambda runtime: Drainer(ingest(runtime)))
 service.consume(handlers.enqueue_delivery, subjects=lambda runtime: SubjectKeys(runtime.cipher))
 service.consume(handlers.erase_subject)
-service.work(handlers.close_gap)
+service.work(handlers.skip_gap)
 service.work(handlers.deliver, sender=sender)
 
 if __name__ == "__main__":

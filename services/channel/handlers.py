@@ -12,7 +12,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
-from infra.lanes.resequencer import Gap, Ordered
+from infra.lanes.resequencer import MissingMessages, Resequencer
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys, erasure
@@ -41,8 +41,8 @@ class DueDelivery(msgspec.Struct, frozen=True):
 DELIVERIES = Lane("deliveries", DueDelivery)
 
 # The missing messages of each conversation's outbound sequence.
-GAPS = Lane("delivery gaps", Gap)
-_IN_ORDER = Ordered(GAPS)
+GAPS = Lane("delivery gaps", MissingMessages)
+_RESEQUENCER = Resequencer(GAPS)
 
 erase_subject = erasure("channel")
 
@@ -78,7 +78,9 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
     await _decide(tx, message.delivery_id, Queue(asked))
     # Counted from the request, so that a broker outage does not extend the life of an old reply.
     turn = _Turn(message.session_key, message.delivery_id, tx.cause.time + EXPIRES)
-    await _IN_ORDER.take(tx, message.session_key, message.position, msgspec.json.encode(turn), partial(_line_up, tx))
+    await _RESEQUENCER.accept(
+        tx, message.session_key, message.position, msgspec.json.encode(turn), partial(_line_up, tx)
+    )
 
 
 async def _line_up(tx: Tx, parcel: bytes) -> None:
@@ -94,8 +96,8 @@ async def _line_up(tx: Tx, parcel: bytes) -> None:
 
 
 @GAPS.runner(concurrency=8)
-async def close_gap(gap: Gap, effects: Effects, tx: Tx) -> None:
-    await _IN_ORDER.close_gap(tx, gap, partial(_line_up, tx))
+async def skip_gap(gap: MissingMessages, effects: Effects, tx: Tx) -> None:
+    await _RESEQUENCER.skip_gap(tx, gap, partial(_line_up, tx))
 
 
 async def expire_delivery(due: DueDelivery, tx: Tx) -> None:

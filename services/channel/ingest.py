@@ -458,4 +458,4 @@ def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> No
         position=position,
     )
     tx.publish(CHANNEL_EVENTS, public, key=message.session_key)
-    tx.send(CHANNEL_INBOUND[message.channel_type], public)
+    tx.send(CHANNEL_INBOUND[message.channel_type], public, key=message.session_key, position=position)

@@ -40,5 +40,6 @@ async def send_reply(
         reply_to=reply_to,
         position=await next_position(tx, "sent", session_key),
     )
-    tx.send(CHANNEL_OUTBOUND, message, message_id=derived_id(run_id, "SendMessage", *occasion))
+    message_id = derived_id(run_id, "SendMessage", *occasion)
+    tx.send(CHANNEL_OUTBOUND, message, key=session_key, position=message.position, message_id=message_id)
     await projections.delivery_asked(tx, run_id, delivery_id)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
 import msgspec
 import pytest
-from aio_pika.exceptions import AMQPError
+from aio_pika.exceptions import AMQPError, DeliveryError
 
 from infra.bus import rabbit
-from infra.bus.rabbit import Workers
+from infra.bus.outbox import Pending
+from infra.bus.rabbit import RabbitPublisher, Workers
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, RetryLater, Transient
+from infra.lanes.lane import Lane
+from infra.lanes.resequencer import MissingMessages, Resequencer
 from infra.postgres.dead_letters import DeadLetterView, list_dead_letters
 from infra.postgres.tx import Database, Tx
 from infra.service.redrive import request_redrive
@@ -134,6 +138,45 @@ async def test_what_is_invalid_is_a_dead_letter_at_once(working: Database, buses
     found = await until(lambda: letter(working, unreadable))
     assert found.error.startswith("InvalidMessage: body: ")
     assert found.payload == "\\xff\x00 no json"
+
+
+async def test_the_resequencer_knows_a_dead_letter_by_its_key_and_position(
+    working: Database, buses: Buses, handler: Desk
+) -> None:
+    handler.failures["dead seventh"] = [InvalidMessage("notebook", "is closed")]
+    async with working.begin(tenant_id="t") as tx:
+        id_ = tx.send(SAMPLE_WORK, TakeNote(notebook="b", text="dead seventh"), key="conversation", position=7)
+        other = tx.send(SAMPLE_WORK, TakeNote(notebook="b", text="done"), key="conversation", position=8)
+    found = await until(lambda: letter(working, id_))
+    assert found.key == "conversation"
+    await until(lambda: effects(working, "done"))
+    async with working.begin(tenant_id="t") as tx:
+        assert await Resequencer(Lane("gaps", MissingMessages))._dead(tx, "conversation") == {7}
+        buckets = await tx.sql("SELECT DISTINCT bucket FROM outbox WHERE message_id = ANY($1::uuid[])", [id_, other])
+    assert len(buckets) == 1
+
+
+async def test_a_message_that_the_broker_refuses_is_not_overtaken_by_another_one_of_its_key() -> None:
+    sent: list[str] = []
+
+    class Broker(RabbitPublisher):
+        async def start(self) -> None: ...
+
+        async def send(
+            self, exchange: str, routing_key: str, body: bytes, headers: Mapping[str, Any], message_id: str
+        ) -> None:
+            sent.append(body.decode())
+            await asyncio.sleep(0)
+            if body == b"a2":
+                raise DeliveryError(None, None)  # type: ignore[arg-type]
+
+    rows = [
+        Pending(n, uuid7(), "exchange", "key", body[:1], {}, body.encode())
+        for n, body in enumerate(["a1", "b1", "a2", "a3", "b2", "a4"])
+    ]
+    outcomes = await Broker("amqp://unused").publish(rows)
+    assert sorted(sent) == ["a1", "a2", "b1", "b2"]
+    assert [row.body.decode() for row, outcome in zip(rows, outcomes, strict=True) if outcome] == ["a2", "a3", "a4"]
 
 
 async def test_what_the_broker_gives_up_is_a_dead_letter_too(working: Database, buses: Buses, handler: Desk) -> None:

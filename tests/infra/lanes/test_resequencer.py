@@ -1,17 +1,22 @@
-"""Messages are handled by their position, whatever order they come in."""
+"""The resequencer: messages are handled in the order of their positions, and only dead ones are skipped."""
 
 from __future__ import annotations
 
+import json
+from datetime import timedelta
 from functools import partial
 from uuid import uuid4
 
 import pytest
 
+from infra.clock import utcnow
+from infra.errors import NotYet
 from infra.lanes.lane import Lane
-from infra.lanes.resequencer import Gap, Ordered, next_position
+from infra.lanes.resequencer import LOST_AFTER, MissingMessages, Resequencer, next_position
+from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.tx import Database, Tx
 
-ORDERED = Ordered(Lane("test gaps", Gap))
+RESEQUENCER = Resequencer(Lane("test gaps", MissingMessages))
 
 
 class Desk:
@@ -24,11 +29,32 @@ class Desk:
 
     async def take(self, position: int) -> None:
         async with self._database.begin(tenant_id="t") as tx:
-            await ORDERED.take(tx, self.key, position, b"%d" % position, partial(self._handle, tx))
+            await RESEQUENCER.accept(tx, self.key, position, b"%d" % position, partial(self._handle, tx))
 
-    async def close(self, position: int) -> None:
+    async def skip(self, position: int, *, after: timedelta = timedelta(0)) -> None:
+        gap = MissingMessages(self.key, position, utcnow() - after)
         async with self._database.begin(tenant_id="t") as tx:
-            await ORDERED.close_gap(tx, Gap(self.key, position), partial(self._handle, tx))
+            await RESEQUENCER.skip_gap(tx, gap, partial(self._handle, tx))
+
+    async def die(self, *positions: int, state: str = "failed", tenant_id: str = "t") -> None:
+        """The messages become dead letters, as a queue's worker stores them."""
+        letters = [
+            DeadLetter(
+                destination="queue",
+                place="",
+                message_id=f"{uuid4()}",
+                key=self.key,
+                tenant_id=tenant_id,
+                attempts=5,
+                error="",
+                headers=json.dumps({"ce_subject": self.key, "ce_sequence": str(position)}),
+                payload=b"",
+                state=state,
+            )
+            for position in positions
+        ]
+        async with self._database.begin() as tx:
+            await store_dead_letters(await tx.connection(), "queue", "rabbit", letters)
 
     async def gaps(self) -> list[int]:
         """The positions for which somebody will look whether they still wait."""
@@ -71,28 +97,51 @@ async def test_what_has_no_position_waits_for_nobody(messages: Desk) -> None:
     assert messages.handled == [0, 0]
 
 
-async def test_a_gap_is_left_behind_and_what_was_late_is_handled_all_the_same(messages: Desk) -> None:
+async def test_dead_messages_are_skipped_and_handled_all_the_same_if_they_come_later(messages: Desk) -> None:
     for position in (1, 4, 5, 7):
         await messages.take(position)
-    await messages.close(4)
+    await messages.die(2, 3)
+    await messages.skip(4)
     assert messages.handled == [1, 4, 5]
     # Asked again, nothing more happens.
-    await messages.close(5)
+    await messages.skip(5)
     assert messages.handled == [1, 4, 5]
     await messages.take(2)
     await messages.take(6)
     assert messages.handled == [1, 4, 5, 2, 6, 7]
 
 
-async def test_what_came_behind_the_message_of_a_gap_and_is_before_it_is_not_passed_over(messages: Desk) -> None:
+async def test_a_message_that_is_not_known_to_be_dead_is_waited_for_however_long_it_takes(messages: Desk) -> None:
+    for position in (1, 4):
+        await messages.take(position)
+    await messages.die(2)
+    await messages.die(3, state="redriving")  # it is on its way again
+    await messages.die(3, tenant_id="another tenant")
+    for after in (timedelta(minutes=10), LOST_AFTER / 2):
+        with pytest.raises(NotYet):
+            await messages.skip(4, after=after)
+    assert messages.handled == [1]
+    await messages.take(3)
+    await messages.skip(4)
+    assert messages.handled == [1, 3, 4]
+
+
+async def test_a_message_that_its_sender_no_longer_keeps_is_not_waited_for(messages: Desk) -> None:
+    await messages.take(2)
+    await messages.skip(2, after=LOST_AFTER * 2)
+    assert messages.handled == [2]
+
+
+async def test_a_message_that_came_behind_the_message_of_a_gap_and_is_before_it_is_not_skipped(messages: Desk) -> None:
     for position in (5, 3, 2, 7):
         await messages.take(position)
-    await messages.close(5)
+    await messages.die(1, 4, 6)
+    await messages.skip(5)
     assert messages.handled == [2, 3, 5]
     # The others of them have nothing left to do.
     for position in (3, 2):
-        await messages.close(position)
-    await messages.close(7)
+        await messages.skip(position)
+    await messages.skip(7)
     assert messages.handled == [2, 3, 5, 7]
 
 

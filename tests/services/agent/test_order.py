@@ -39,12 +39,23 @@ async def test_messages_that_come_too_early_wait_for_those_before_them(world: Wo
     await parked(world, tenant, 0)
 
 
-async def test_what_never_comes_is_not_waited_for_for_ever(world: World, tenant: Tenant) -> None:
+async def test_messages_that_are_dead_letters_are_not_waited_for(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(queue_mode="followup")
     await tenant.receive(agent, "three", position=3)
     await tenant.receive(agent, "four", position=4)
     await parked(world, tenant, 2)
     async with world.platform.database("agent").begin() as tx:
+        await tx.sql(
+            """
+            INSERT INTO dead_letter (id, consumer, source, destination, place, message_id, key, tenant_id, state,
+                attempts, error, headers, payload)
+            SELECT gen_random_uuid(), 'q', 'rabbit', 'q', '', n::text, $2, $1, 'failed', 5, '',
+                json_build_object('ce_sequence', n::text)::text, ''
+            FROM generate_series(1, 2) n
+            """,
+            tenant.id,
+            f"{tenant.id}-c",
+        )
         # As if the grace period were over.
         await tx.sql(
             "UPDATE lane_item SET not_before = now() "
