@@ -1,7 +1,8 @@
-"""Settings of a service process: read from the environment and checked before anything starts."""
+"""Settings of a service process: read from environment and secret files, and checked before anything starts."""
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -37,7 +38,12 @@ def _key(value: SecretStr) -> SecretStr:
 
 
 class Settings(BaseSettings):
-    """The variables that every service has, prefix ``CLAW_``. A service with more variables has a subclass."""
+    """The variables that every service has, prefix ``CLAW_``. A service with more variables has a subclass.
+
+    If CLAW_SECRETS_FOLDER names a folder, a variable that is not in the environment is read from the folder's file of
+    that name. Child processes inherit the environment, and other processes of the user can read it; so it should hold
+    no secret.
+    """
 
     # hide_input_in_errors: an error about a malformed secret must not show the secret.
     model_config = SettingsConfigDict(
@@ -75,9 +81,10 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls) -> Self:
-        """Reads the environment. Raises SettingsError naming each variable that is missing or wrong."""
+        """Reads the variables. Raises SettingsError naming each variable that is missing or wrong."""
         try:
-            return cls()  # type: ignore[call-arg]  # the values come from the environment
+            # The values come from the environment and from the folder.
+            return cls(_secrets_dir=os.environ.get("CLAW_SECRETS_FOLDER"))  # type: ignore[call-arg]
         except ValidationError as error:
             lines = [f"  {cls._variable(e['loc'])}: {_reason(e['type'], e['msg'])}" for e in error.errors()]
             raise SettingsError("\n".join(["the environment of this process is not usable:", *lines])) from None

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import ENGINES
-from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program
+from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program, write_atomically
 from tooling.stack.home import SERVICE_PORTS, SERVICES
+
+# The variables that a service reads from files: other programs can see the environment of a process.
+SECRETS = frozenset(
+    f"CLAW_{name}"
+    for name in (
+        "DATABASE_URL",
+        "REQUEST_DATABASE_URL",
+        "RABBITMQ_URL",
+        "REDIS_URL",
+        "INTERNAL_SECRET",
+        "MASTER_KEY",
+        "ADMIN_TOKEN",
+        "S3_SECRET_KEY",
+        "OPENSEARCH_URL",
+        "SMTP_URL",
+    )
+)
 
 
 class LocalService:
@@ -23,9 +41,22 @@ class LocalService:
         """Does nothing: the code is in the checkout."""
 
     def prepare(self, place: Place) -> None:
-        place.folder(self.NAME)
+        folder = self._secrets_folder(place)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for name, value in self._variables(place).items():
+            if name in SECRETS:
+                write_atomically(folder / name, value)
 
     def program(self, place: Place) -> Program:
+        environment = {name: value for name, value in self._variables(place).items() if name not in SECRETS}
+        environment["CLAW_SECRETS_FOLDER"] = str(self._secrets_folder(place))
+        return Program((sys.executable, "-m", f"services.{self.NAME}"), environment)
+
+    def _secrets_folder(self, place: Place) -> Path:
+        return place.folder(self.NAME) / "secrets"
+
+    def _variables(self, place: Place) -> dict[str, str]:
+        """All settings of the service by the names of their variables."""
         login = passwords(place, self.NAME)
         accounts = {
             "worker": ("postgres", f"{self.NAME}_worker", login["worker"]),
@@ -51,7 +82,7 @@ class LocalService:
             environment["CLAW_ADMIN_TOKEN"] = place.secret("admin_token")
         if f"{self.NAME}_grpc" in self.PORTS:
             environment["CLAW_GRPC_PORT"] = str(place.ports[f"{self.NAME}_grpc"])
-        return Program((sys.executable, "-m", f"services.{self.NAME}"), environment)
+        return environment
 
     async def ready(self, place: Place) -> str:
         import httpx

@@ -65,8 +65,6 @@ class Supervisor:
             old.unlink()
         for name in ("log", "programs"):
             (self._home / name).mkdir(mode=0o700, exist_ok=True)
-        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = 65536 if most_files == resource.RLIM_INFINITY else min(most_files, 65536)
         write_atomically(
             self._home / "supervisord.conf",
             _section("unix_http_server", file=self._socket, chmod="0700")
@@ -77,14 +75,15 @@ class Supervisor:
                 logfile_backups=2,
                 pidfile=self._home / "supervisord.pid",
                 directory=self._home,
-                minfds=limit,
+                # Each start of a program closes this number of descriptors in a Python loop.
+                minfds=min(_most_files(), 1024),
                 umask="077",
             )
             + "[rpcinterface:supervisor]\n"
             + "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
             + _section("include", files=self._home / "programs" / "*.conf"),
         )
-        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self._home / "supervisord.conf")]
+        command = [sys.executable, "-m", "tooling.stack.supervisord", "-c", str(self._home / "supervisord.conf")]
         environment = {**os.environ, MARK: str(self._home)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         deadline = time.monotonic() + 10
@@ -103,7 +102,8 @@ class Supervisor:
         starts = folder / f"{name}.starts"
         starts.unlink(missing_ok=True)
         exports = [f"export {key}={shlex.quote(value)}" for key, value in program.environment.items()]
-        lines = [*exports, f"echo >>{shlex.quote(str(starts))}", f"exec {shlex.join(program.command)}"]
+        limit = f"ulimit -n {_most_files()}"
+        lines = [limit, *exports, f"echo >>{shlex.quote(str(starts))}", f"exec {shlex.join(program.command)}"]
         write_atomically(folder / f"{name}.sh", "\n".join(lines) + "\n")
         write_atomically(
             folder / f"{name}.conf",
@@ -220,6 +220,12 @@ def _belongs(process: psutil.Process, home: Path) -> bool:
         return process.name() in ("postgres", "nginx") and Path(process.cwd()).is_relative_to(home)
     except psutil.Error:
         return False
+
+
+def _most_files() -> int:
+    """The number of open files that a program of the stack may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
 
 
 def _section(name: str, **settings: object) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import AsyncIterator
 
 import aiormq
 import asyncpg
 import pytest
 import redis.asyncio
+from pydantic import SecretStr
 from redis.exceptions import NoPermissionError
 
 from infra.service.settings import Settings
@@ -32,6 +34,7 @@ async def place() -> AsyncIterator[Place]:
 @pytest.fixture
 def settings(place: Place, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The settings that the agent service reads when `up` starts it."""
+    LocalService("agent").prepare(place)
     for name, value in LocalService("agent").program(place).environment.items():
         monkeypatch.setenv(name, value)
     return Settings.load()
@@ -76,3 +79,21 @@ async def test_the_redis_user_works_but_does_not_administer(settings: Settings) 
     with pytest.raises(NoPermissionError):
         await client.flushall()
     await client.aclose()
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_no_secret_is_in_the_environment_of_a_service(
+    service: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = LocalService(service)
+    part.prepare(place)
+    environment = part.program(place).environment
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = importlib.import_module(f"services.{service}.__main__").service.settings.load()
+    secrets = [getattr(settings, field) for field in type(settings).model_fields]
+    values = {secret.get_secret_value() for secret in secrets if isinstance(secret, SecretStr)}
+    assert len(values) >= 6
+    assert not [name for name, value in environment.items() if value in values]
+    folder = place.home / service / "secrets"
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())} == {0o700, 0o600}
