@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tests.e2e.conftest import System
 from tooling.testing.stack import run_claw
+from tooling.testing.system import System
 
 
 def test_the_demo_holds_and_prints_one_object_on_one_line(system: System) -> None:

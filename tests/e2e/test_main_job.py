@@ -7,15 +7,15 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import System, until
 from tooling.testing.model_server import KEY, Fails, ModelServer, Says
+from tooling.testing.system import Company as AnyCompany
+from tooling.testing.system import System, until
 from tooling.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
 from tooling.testing.vendors.server import StandIn
 
@@ -23,11 +23,8 @@ Vendor = SlackStandIn | TelegramStandIn | WebhookStandIn
 TERMINAL = {"completed", "failed", "cancelled", "refused"}
 
 
-@dataclass
-class Company:
-    """A tenant, with a client that has its API key."""
-
-    api: httpx.AsyncClient
+class Company(AnyCompany):
+    """A tenant with the calls of these tests."""
 
     async def agent(self, models: ModelServer | None = None, **more: Any) -> str:
         body: dict[str, Any] = {"name": "helper", "model": "scripted/answer", "system_prompt": "Be brief."}
@@ -55,12 +52,6 @@ class Company:
 
         await until(indexed)
         return id_
-
-    async def make(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self.api.post(path, json=body)
-        assert answer.status_code == 201, answer.text
-        made: dict[str, Any] = answer.json()
-        return made
 
     async def runs(self, agent: str) -> list[dict[str, Any]]:
         answer = await self.api.get("/api/v1/runs", params={"agent_id": agent, "limit": 200})

@@ -9,8 +9,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.e2e.conftest import System, until
 from tooling.testing.model_server import KEY, ModelServer, Says
+from tooling.testing.system import System, until
 
 MODEL = "gpt-4o-mini"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from services.agent.definitions.models import NewAgent
 from tooling.cli.app import COMMANDS
 
 CHECKOUT = Path(__file__).parents[2]
@@ -41,3 +42,19 @@ def test_the_workflow_and_the_hook_run_the_commands_of_this_repository() -> None
 
 def test_the_readme_takes_two_screens() -> None:
     assert len((CHECKOUT / "README.md").read_text().splitlines()) <= 100
+
+
+def test_the_operations_page_lists_every_command() -> None:
+    listed = set(re.findall(r"`\./claw ([a-z]+)", (CHECKOUT / "docs" / "operations.md").read_text()))
+    assert listed == set(COMMANDS)
+
+
+def test_the_page_about_agents_lists_every_field_of_an_agent() -> None:
+    text = (CHECKOUT / "docs" / "agents.md").read_text()
+    listed = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| (`[^|]*)\|", text, re.MULTILINE))))
+    fields = {
+        name
+        for name, field in NewAgent.model_fields.items()
+        if name not in ("name", "model", "provider", "system_prompt")
+    }
+    assert listed == fields

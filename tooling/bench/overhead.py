@@ -21,7 +21,7 @@ from typing import Any
 from infra.clock import uuid7
 from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.user import TenantCreated
-from tooling.bench.fixture import Fixture, running_platform_on
+from tooling.bench.fixture import PRODUCTION, Fixture, running_platform_on
 from tooling.bench.http_load import open_loop, request
 from tooling.bench.protocol import Units, check, percentile, units
 from tooling.testing.model_server import KEY, ModelServer, model_server
@@ -58,8 +58,8 @@ class Overhead:
         await self.fixture.check_durable()
         await self.fixture.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
         await self.platform.prepare(*SERVICES)
-        # The lease of production. With the shorter one of tests a run can lose its lease and ask the model again.
-        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.fixture.otlp, CLAW_LEASE_SECONDS="9")
+        # With the shorter lease of tests a run can lose its lease and ask the model again.
+        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.fixture.otlp, **PRODUCTION)
         tenant = TenantCreated(tenant_id=self.tenant_id, name="Bench", currency="USD", credit_nanos=CREDIT_NANOS)
         await self.platform.produce(PLATFORM_EVENTS, tenant, key=self.tenant_id, tenant_id=self.tenant_id)
         await self.platform.until(self._has_account)

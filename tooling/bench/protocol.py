@@ -86,8 +86,8 @@ class Units(msgspec.Struct, frozen=True, kw_only=True):
     measure: str
     value: float
     unit: str
-    goal: float
-    """The largest value that meets the goal."""
+    goal: float | None
+    """The largest value that meets the goal; None if the figure is only recorded."""
     met: bool
     low: float | None = None
     """With `high` the 95 % interval of `value`; None if it was measured once only."""
@@ -168,12 +168,15 @@ def latency(bench: str, measure: str, goal_ms: float, rate: float, seconds: Sequ
     )
 
 
-def units(bench: str, measure: str, goal: float, value: float, unit: str, **made_of: float) -> Units:
+def units(bench: str, measure: str, goal: float | None, value: float, unit: str, **made_of: float) -> Units:
     """An amount that was measured once."""
-    return Units(bench=bench, measure=measure, value=value, unit=unit, goal=goal, met=value <= goal, made_of=made_of)
+    met = goal is None or value <= goal
+    return Units(bench=bench, measure=measure, value=value, unit=unit, goal=goal, met=met, made_of=made_of)
 
 
-def median_units(bench: str, measure: str, goal: float, values: Sequence[float], unit: str, **made_of: float) -> Units:
+def median_units(
+    bench: str, measure: str, goal: float | None, values: Sequence[float], unit: str, **made_of: float
+) -> Units:
     """The median of `values`, each of a slice of its own, with its interval."""
     low, high = interval(values)
     found = units(bench, measure, goal, median(values), unit, **made_of)

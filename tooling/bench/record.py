@@ -82,8 +82,8 @@ def cells(figure: Figure) -> tuple[str, ...]:
         )
     interval = "" if figure.low is None else f"{figure.low:.2f}–{figure.high:.2f}"
     behind = ", ".join(f"{name} {round(amount, 2):,}" for name, amount in figure.made_of.items())
-    goal = f"≤ {figure.goal:g} {figure.unit}"
-    return figure.measure, f"{figure.value:.2f} {figure.unit}", interval, goal, verdict, behind
+    goal = "" if figure.goal is None else f"≤ {figure.goal:g} {figure.unit}"
+    return figure.measure, f"{figure.value:.2f} {figure.unit}", interval, goal, verdict if goal else "", behind
 
 
 def _commit() -> str:

@@ -6,7 +6,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from statistics import median
 
 from infra.service.service import freeze_loaded_modules
-from tooling.bench import bill, consume, fanout, ingest, overhead, relay, runs
+from tooling.bench import (
+    bill,
+    consume,
+    fanout,
+    growth,
+    idle,
+    ingest,
+    intake,
+    message,
+    overhead,
+    recover,
+    relay,
+    runs,
+)
 from tooling.bench.fixture import Fixture, bench_fixture
 from tooling.bench.protocol import PAIRS, Anchor, Figure, run_pairs
 from tooling.testing.stack import Stack
@@ -69,6 +82,29 @@ async def run_overhead(place: Fixture, progress: Progress, pairs: int) -> Sequen
         return await bench.measure(progress, pairs)
 
 
+async def run_message(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
+    async with overhead.running(place) as bench:
+        return await message.measure(bench, progress, pairs)
+
+
+async def run_intake(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
+    async with intake.running(place) as bench:
+        return await bench.measure(progress, pairs)
+
+
+async def run_idle(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
+    return await idle.measure(place, progress)
+
+
+async def run_recover(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
+    async with recover.running(place.stack) as bench:
+        return await bench.measure(progress, pairs)
+
+
+async def run_growth(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
+    return await growth.measure(place, progress, pairs)
+
+
 async def run_fanout(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with fanout.running(place) as bench:
         results = await run_pairs("fanout", bench.ours, bench.anchors(), progress, pairs=pairs)
@@ -85,7 +121,14 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "runs": run_runs,
     "overhead": run_overhead,
     "fanout": run_fanout,
+    "message": run_message,
+    "intake": run_intake,
+    "idle": run_idle,
+    "recover": run_recover,
+    "growth": run_growth,
 }
+# These run only if they are named: `growth` takes very long, the others start all services of the stack.
+ON_DEMAND = ("growth", "idle", "recover")
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 

@@ -31,7 +31,7 @@ from services.agent.models import scripted
 from services.agent.sessions.intake import Arrival, take_in
 from tooling.bench import runs_anchors
 from tooling.bench.anchor_environment import environment
-from tooling.bench.fixture import Fixture, child, connections, running_platform_on
+from tooling.bench.fixture import PRODUCTION, Fixture, child, connections, running_platform_on
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Result, Slice, check
 from tooling.bench.runs_agent import TOOL
 from tooling.bench.runs_anchors import STEPS
@@ -81,6 +81,11 @@ class Runs:
     """Tenant → its agent."""
     queued: int = 0
     """Runs that were queued so far."""
+    tenants: int = field(default_factory=lambda: TENANTS)
+    sessions: int = field(default_factory=lambda: SESSIONS)
+    """New sessions of a slice, each with one run."""
+    workers: int = 1
+    """Processes of the service."""
 
     async def prepare(self) -> None:
         await self.fixture.check_durable()
@@ -88,19 +93,24 @@ class Runs:
         await self.platform.prepare(SERVICE)
         variables = {
             **self.platform.environment(SERVICE),
+            **PRODUCTION,
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.fixture.otlp,
-            # The lease of production. Tests have a shorter one, because they wait until it expires.
-            "CLAW_LEASE_SECONDS": "9",
         }
-        log = self.platform.folder / f"{SERVICE}.log"
-        self.platform.processes[SERVICE] = Service("tooling.bench.runs_agent", variables, log)
+        self._start(SERVICE, variables)
         await self.platform.ready(SERVICE)
+        for n in range(2, self.workers + 1):
+            # Only the first one serves HTTP and gRPC on the ports of the service.
+            self._start(f"{SERVICE}-{n}", {**variables, "CLAW_HTTP_PORT": "0", "CLAW_GRPC_PORT": "0"})
         body = {"name": "Helper", "model": scripted.NAME, "system_prompt": "Be kind.", "tools": [TOOL]}
-        for _ in range(TENANTS):
+        for _ in range(self.tenants):
             tenant_id = str(uuid7())
             async with self.platform.client(SERVICE, tenant_id) as http:
                 made = (await http.post("/api/v1/agents", json=body)).raise_for_status().json()
             self.agents[tenant_id] = UUID(made["id"])
+
+    def _start(self, name: str, variables: dict[str, str]) -> None:
+        log = self.platform.folder / f"{name}.log"
+        self.platform.processes[name] = Service("tooling.bench.runs_agent", variables, log)
 
     async def ours(self) -> Slice:
         """Counts steps. Raises ValueError if one of them is not on record."""
@@ -111,7 +121,7 @@ class Runs:
         check("runs", {"of queued runs": self.queued * STEPS, **await self._rows()})
         # Otherwise the relays would publish this slice's rows during the next slice.
         await self.platform.until(partial(self._none, _UNSENT), seconds=WAIT_SECONDS)
-        return Slice(SESSIONS * STEPS, seconds)
+        return Slice(self.sessions * STEPS, seconds)
 
     async def commits(self) -> Slice:
         """Counts rows that 8 connections insert, each in its own commit."""
@@ -133,24 +143,24 @@ class Runs:
         return Slice(done, seconds)
 
     async def _queue(self) -> None:
-        """Takes in one message in each of SESSIONS new sessions, in one commit, so that all are there at once."""
+        """Takes in one message in each of `sessions` new sessions, in one commit, so that all are there at once."""
         subjects = SubjectKeys(Cipher(MASTER_KEY))
         async with self.platform.database(SERVICE).begin() as tx:
-            for n in range(self.queued, self.queued + SESSIONS):
+            for n in range(self.queued, self.queued + self.sessions):
                 # The worker's role is not bound to one tenant.
-                tx.tenant_id = list(self.agents)[n % TENANTS]
+                tx.tenant_id = list(self.agents)[n % self.tenants]
                 arrival = Arrival(
                     message_id=uuid7(),
                     agent_id=self.agents[tx.tenant_id],
                     session_key=f"session-{n}",
-                    subject_id=f"person-{n % SESSIONS}",
+                    subject_id=f"person-{n % self.sessions}",
                     text="How much is one and one?",
                     received_at=utcnow(),
                 )
                 await take_in(tx, arrival, subjects)
             # The wake-up that another process of the service would send.
             await tx.sql("SELECT pg_notify($1, $2)", f"claw_lanes_{SERVICE}", RUNS.name)
-        self.queued += SESSIONS
+        self.queued += self.sessions
 
     async def _none(self, counted: str) -> bool:
         return not await self.fixture.admin.fetchval(counted)

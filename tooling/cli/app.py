@@ -30,6 +30,7 @@ COMMANDS = (
     "chat",
     "run",
     "bench",
+    "prove",
 )
 # These commands act on processes and files of the stack, which belong to the user `clawbus` if root starts it.
 _OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo")

@@ -16,18 +16,21 @@ from rich.table import Table
 from infra.observe import logs
 from tooling.bench.protocol import Figure, Latency, Result
 from tooling.bench.record import machine, record
-from tooling.bench.run import BENCHES, ENGINES, run
+from tooling.bench.run import BENCHES, ENGINES, ON_DEMAND, run
 from tooling.stack.engines.base import EngineError
 from tooling.testing.stack import running_stack
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help=f"The benches: {', '.join(BENCHES)}. Default: all.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"The benches: {', '.join(BENCHES)}. Default: all except {', '.join(ON_DEMAND)}."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each result.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Record the figures in BENCHMARKS.md.")] = False,
 ) -> None:
     """Measure throughput and latency. Takes minutes. Exit code 1 if a goal is missed."""
-    chosen = names or list(BENCHES)
+    chosen = names or [name for name in BENCHES if name not in ON_DEMAND]
     if unknown := [name for name in chosen if name not in BENCHES]:
         raise EngineError(f"bench {', '.join(unknown)}: unknown, must be one of {', '.join(BENCHES)}")
     # Stand-ins serve in this process. Otherwise a log line for each of their requests would mix with the results.
@@ -101,7 +104,7 @@ def render(results: list[Figure]) -> Table:
                 result.measure,
                 f"{result.value:.1f} {result.unit}",
                 "" if result.low is None else f"{result.low:.1f}–{result.high:.1f}",
-                f"≤ {result.goal:g} {result.unit}",
+                "" if result.goal is None else f"≤ {result.goal:g} {result.unit}",
                 ", ".join(f"{name} {round(figure, 2):,}" for name, figure in result.made_of.items()),
                 verdict,
             )

@@ -77,6 +77,10 @@ class Stack:
         """Process id of the program that the supervisor started, 0 if it is down."""
         return self._supervisor.processes()[name].pid
 
+    def pids(self) -> dict[str, int]:
+        """Process ids of all running programs of the stack by name."""
+        return {name: process.pid for name, process in self._supervisor.processes().items() if process.pid}
+
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends the signal to the engine and all of its children. The supervisor restarts a killed engine."""
         for process in self._tree(name):

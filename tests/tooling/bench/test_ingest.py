@@ -1,0 +1,56 @@
+"""Ingest: the channel's route, traced as in production; rows that are missing give an error."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from tooling.bench import ingest
+from tooling.bench.fixture import bench_fixture
+from tooling.bench.ingest import IngestBench
+from tooling.testing.otlp import OtlpReceiver
+from tooling.testing.stack import Stack
+
+
+@pytest.fixture(scope="module")
+async def receiver() -> AsyncIterator[OtlpReceiver]:
+    async with OtlpReceiver() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def bench(stack: Stack, receiver: OtlpReceiver) -> AsyncIterator[IngestBench]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "SLICE_SECONDS", 0.3)
+        patch.setattr(ingest, "REQUESTS", 5_000)
+        async with bench_fixture(stack, []) as place:
+            found = IngestBench(replace(place, otlp=receiver.endpoint))
+            async with found.running():
+                yield found
+
+
+async def test_acknowledged_webhooks_are_stored_and_traced(bench: IngestBench, receiver: OtlpReceiver) -> None:
+    assert (await bench.ours()).done > 0
+    await receiver.wait_for(lambda spans: any(s.service == "channel" and s.kind == "server" for s in spans))
+
+
+async def test_the_anchors_answer(bench: IngestBench) -> None:
+    assert [anchor.goal for anchor in bench.anchors()] == [0.4, 15]
+    for anchor in bench.anchors():
+        assert (await anchor.contender()).done > 0
+
+
+async def test_a_fact_that_is_missing_is_an_error(bench: IngestBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, calls = bench._rows, 0
+
+    async def one_fact_less_after_the_slice() -> tuple[int, int, int]:
+        nonlocal calls
+        calls += 1
+        seen, facts, messages = await rows()
+        return seen, facts - (calls > 1), messages
+
+    monkeypatch.setattr(bench, "_rows", one_fact_less_after_the_slice)
+    with pytest.raises(ValueError, match="the counts of one slice differ"):
+        await bench.ours()

@@ -1,0 +1,1 @@
+"""The agent service of the intake bench."""
