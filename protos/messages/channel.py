@@ -32,6 +32,9 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     position: Count = 0
     """Position in the conversation, from 1 without a gap: a receiver restores the order with it. 0 in messages from
     before this field was added."""
+    parent_session_key: str = ""
+    """The session of the conversation that this one branched off from, such as the channel of a thread; empty if there
+    is none."""
 
 
 class SendMessage(Message, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
         text=message.text,
         received_at=message.received_at,
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
+        parent=message.parent_session_key,
     )
     try:
         sealed = await sealed_arrivals.seal(tx, subjects, arrival)

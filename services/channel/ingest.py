@@ -18,6 +18,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Transient, describe
@@ -36,7 +37,7 @@ from services.channel.accounts import Account
 from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
-from services.channel.vendors.base import Ignored, Inbound
+from services.channel.vendors.base import Ignored, Inbound, Moved
 
 # The most calls in one statement.
 MAX_GROUP = 500
@@ -129,6 +130,8 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     subject_id: str
     content: InboundContent
     received_at: datetime
+    parent_session_key: str = ""
+    """The session of the conversation that this one branched off from; empty if there is none."""
 
 
 class _New(NamedTuple):
@@ -167,7 +170,7 @@ class Ingest:
     def is_busy(self) -> bool:
         return self._waiting > MAX_DIRECT
 
-    async def accept(self, account: Account, items: Sequence[Inbound | Ignored]) -> None:
+    async def accept(self, account: Account, items: Sequence[Inbound | Ignored | Moved]) -> None:
         """Returns once all items are committed. Repeats change nothing.
 
         Raises the error of the database; then nothing is stored, and the vendor has to send the call again.
@@ -175,10 +178,12 @@ class Ingest:
         if self._waiting >= MAX_WAITING:
             raise Transient("too many webhook calls wait to be stored")
         traceparent = telemetry.carrier().get("traceparent")
-        arrivals = [
-            _Arrival(account, _checked(account, item), [dedupe_hash(account.id, id_) for id_ in item.ids], traceparent)
-            for item in items
-        ]
+        arrivals = []
+        for item in items:
+            if isinstance(item, Moved):
+                await self._move(account, item)
+            hashes = [dedupe_hash(account.id, id_) for id_ in item.ids]
+            arrivals.append(_Arrival(account, _checked(account, item), hashes, traceparent))
         self._waiting += 1
         try:
             await self._commits.write(arrivals)
@@ -187,6 +192,19 @@ class Ingest:
         if time.monotonic() - self._cleaned_at > CLEANING_SECONDS:
             self._cleaned_at = time.monotonic()
             await self._clean()
+
+    async def _move(self, account: Account, moved: Moved) -> None:
+        """From now on, messages with the new id enter the session of the old one. A repeat changes nothing."""
+        await self._database.autocommit(
+            """
+            INSERT INTO session_alias (session_key, tenant_id, target)
+            SELECT $1, $2, coalesce((SELECT target FROM session_alias WHERE session_key = $3), $3)
+            ON CONFLICT DO NOTHING
+            """,
+            account.pseudonyms.session(moved.new),
+            account.tenant_id,
+            account.pseudonyms.session(moved.old),
+        )
 
     async def _commit(self, group: Sequence[list[_Arrival]]) -> Mapping[int, Exception]:
         arrivals = [arrival for call in group for arrival in call]
@@ -296,6 +314,7 @@ class Ingest:
         """
         if not messages:
             return
+        messages = await _with_aliases(tx, messages)
         keys = await self._subjects.keys(tx, {(new.message.tenant_id, new.message.subject_id) for new in messages})
         kept = [(new, key) for new in messages if (key := keys[new.message.tenant_id, new.message.subject_id])]
         if len(kept) < len(messages):
@@ -369,10 +388,12 @@ def _ingest(database: Database, cipher: Cipher) -> Ingest:
     return Ingest(database, cipher, SubjectKeys(cipher))
 
 
-def _checked(account: Account, item: Inbound | Ignored) -> Inbound | Ignored:
+def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ignored:
     """Ignores items of a disabled account and empty texts. Removes NUL, which databases refuse."""
     if isinstance(item, Ignored):
         return item
+    if isinstance(item, Moved):
+        return Ignored(item.ids, "the conversation got another id")
     if not account.enabled:
         return Ignored(item.ids, "the channel is disabled")
     text = item.text.replace("\0", "")
@@ -416,8 +437,24 @@ def _new(arrival: _Arrival) -> _New:
         account.pseudonyms.subject(item.person),
         InboundContent(item.conversation, item.person, item.message, item.text),
         utcnow(),
+        account.pseudonyms.session(item.parent) if item.parent else "",
     )
     return _New(message, arrival.hashes[0], arrival.traceparent)
+
+
+async def _with_aliases(tx: Tx, messages: Sequence[_New]) -> Sequence[_New]:
+    """The messages with the sessions that their conversations had under former ids."""
+    keys = sorted({new.message.session_key for new in messages})
+    rows = await tx.sql("SELECT session_key, target FROM session_alias WHERE session_key = ANY($1::text[])", keys)
+    if not rows:
+        return messages
+    target = dict(rows)
+    return [
+        new._replace(
+            message=replace(new.message, session_key=target.get(new.message.session_key, new.message.session_key))
+        )
+        for new in messages
+    ]
 
 
 async def _draw_positions(tx: Tx, messages: Sequence[AcceptedMessage]) -> dict[str, Iterator[int]]:
@@ -456,6 +493,7 @@ def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> No
         text=message.content.text,
         received_at=message.received_at,
         position=position,
+        parent_session_key=message.parent_session_key,
     )
     tx.publish(CHANNEL_EVENTS, public, key=message.session_key)
     tx.send(CHANNEL_INBOUND[message.channel_type], public, key=message.session_key, position=position)

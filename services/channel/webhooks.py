@@ -5,6 +5,7 @@ It stands in front of the framework: a call costs what verification and acceptan
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ from infra.web.http import MAX_BODY_BYTES, METHODS, RawRoute
 from infra.web.problems import problem
 from services.channel.accounts import Accounts
 from services.channel.ingest import Ingest, ingest
-from services.channel.vendors.base import Ack, Request
+from services.channel.vendors.base import Ack, Ignored, Received, Request, Unreadable
 
 PREFIX = "/webhooks"
 PATH = PREFIX + "/{type}/{token}"
@@ -86,6 +87,10 @@ class Webhooks:
             received = account.vendor.receive(request, account.credentials, utcnow())
         except InvalidMessage as error:
             raise HTTPException(400, str(error)) from error
+        except Unreadable as error:
+            _log.warning("webhook event ignored: unexpected shape", channel_id=str(account.id), error=str(error))
+            digest = hashlib.sha256(request.body).hexdigest()
+            received = Received([Ignored((f"body/{digest}",), f"unexpected shape: {error}"[:200])])
         if received.items:
             await self._ingest.accept(account, received.items)
         return received.ack

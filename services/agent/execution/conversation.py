@@ -23,6 +23,8 @@ HISTORY_MESSAGES = 40
 HISTORY_CHARACTERS = 40_000
 # How many of the newest messages are read.
 MOST_MESSAGES = 400
+# How many of the parent's newest messages a branched conversation is shown before its own.
+PARENT_MESSAGES = 6
 
 NOTHING = Context(())
 
@@ -135,9 +137,13 @@ async def load(tx: Tx, unsealer: Unsealer, run_id: UUID, session_key: str, first
         [] if context else await _exchanges(tx, unsealer, session_key, summary.seq if summary else 0, rows[0][0])
     )
     older, newer = divided(exchanges)
+    # Only a conversation in a channel has a parent.
+    parent = await _parent_exchanges(tx, unsealer, session_key) if conversation and not context else []
     return Conversation(
         text="\n".join(readable),
-        history=context.history if context else tuple(turn for exchange in newer for turn in exchange.turns),
+        history=context.history
+        if context
+        else tuple(turn for exchange in (*parent, *newer) for turn in exchange.turns),
         summary=summary,
         older=tuple(older),
         conversation_id=await unsealer.open(conversation, subject_id, str(message_id), "conversation")
@@ -215,6 +221,27 @@ async def _exchanges(tx: Tx, unsealer: Unsealer, session_key: str, after: int, b
         after,
         before,
         MOST_MESSAGES,
+    )
+    return [
+        await _exchange(unsealer, list(messages)) for _, messages in groupby(reversed(rows), key=lambda row: row[0])
+    ]
+
+
+async def _parent_exchanges(tx: Tx, unsealer: Unsealer, session_key: str) -> list[Exchange]:
+    """The last exchanges of the parent session before this one branched off, the oldest first."""
+    rows = await tx.sql(
+        """
+        SELECT m.run_id, m.seq, m.message_id, m.subject_id, m.text, r.subject_id, r.reply
+        FROM session s
+        JOIN message m ON m.tenant_id = s.tenant_id AND m.session_key = s.parent_key AND m.seq <= s.parent_seq
+        JOIN run r ON r.id = m.run_id
+        WHERE s.tenant_id = $1 AND s.session_key = $2 AND NOT m.decides
+        ORDER BY m.seq DESC
+        LIMIT $3
+        """,
+        tx.tenant_id,
+        session_key,
+        PARENT_MESSAGES,
     )
     return [
         await _exchange(unsealer, list(messages)) for _, messages in groupby(reversed(rows), key=lambda row: row[0])

@@ -80,6 +80,8 @@ class Arrival:
     """Id of the run that the message opens; None: a new id."""
     context: Context | None = None
     """None: the model is shown the session's own history."""
+    parent: str = ""
+    """The session that this one branched off from, such as a channel's for a thread; empty if there is none."""
 
 
 async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
@@ -89,7 +91,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     if the session is busy and its agent rejects messages meanwhile.
     """
     assert tx.tenant_id
-    total, session = await _lock_session(tx, tx.tenant_id, arrival.session_key)
+    total, session = await _lock_session(tx, tx.tenant_id, arrival.session_key, arrival.parent)
     key = await subjects.key(tx, tx.tenant_id, arrival.subject_id)
     if arrival.idempotency_key is not None and (known := await _known(tx, arrival, subjects)):
         return known
@@ -181,10 +183,20 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     return event.run_id
 
 
-async def _lock_session(tx: Tx, tenant_id: str, session_key: str) -> tuple[int, Session]:
-    """Locks the session, so that its messages take turns. Returns how many messages it has, and its state."""
+async def _lock_session(tx: Tx, tenant_id: str, session_key: str, parent: str) -> tuple[int, Session]:
+    """Locks the session, so that its messages take turns. Returns how many messages it has, and its state.
+
+    A new session with a parent remembers how far the parent was when it branched off.
+    """
     await tx.sql(
-        "INSERT INTO session (tenant_id, session_key) VALUES ($1, $2) ON CONFLICT DO NOTHING", tenant_id, session_key
+        """
+        INSERT INTO session (tenant_id, session_key, parent_key, parent_seq)
+        SELECT $1, $2, nullif($3, ''), (SELECT messages FROM session WHERE tenant_id = $1 AND session_key = $3)
+        ON CONFLICT DO NOTHING
+        """,
+        tenant_id,
+        session_key,
+        parent,
     )
     [(total, run_id, messages, waits)] = await tx.sql(
         """

@@ -10,4 +10,10 @@ from services.channel.vendors.slack import Slack
 from services.channel.vendors.telegram import Telegram
 from services.channel.vendors.webhook import Webhook
 
-VENDORS: Mapping[str, Vendor[Any]] = {vendor.name: vendor for vendor in (Telegram(), Slack(), Webhook())}
+_ALL: tuple[Vendor[Any], ...] = (
+    Slack(),
+    Telegram(),
+    Webhook(),
+)
+
+VENDORS: Mapping[str, Vendor[Any]] = {vendor.name: vendor for vendor in _ALL}

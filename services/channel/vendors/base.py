@@ -15,11 +15,12 @@ from uuid import UUID
 
 import msgspec
 
-from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 
 C = TypeVar("C", bound=msgspec.Struct)
+T = TypeVar("T")
 
 # The largest accepted difference between a signed time and our clock, in either direction.
 MAX_CLOCK_DIFFERENCE = timedelta(seconds=300)
@@ -51,6 +52,16 @@ class Inbound(NamedTuple):
     message: str
     """The vendor's id of the message, for replies."""
     text: str
+    parent: str | None = None
+    """The conversation that this one branched off from, such as the channel of a thread."""
+
+
+class Moved(NamedTuple):
+    """A conversation got another id. It goes on with its history."""
+
+    ids: tuple[str, ...]
+    old: str
+    new: str
 
 
 class Ignored(NamedTuple):
@@ -71,7 +82,7 @@ class Ack(NamedTuple):
 class Received(NamedTuple):
     """The items of one webhook call, in its order."""
 
-    items: Sequence[Inbound | Ignored]
+    items: Sequence[Inbound | Ignored | Moved]
     ack: Ack = Ack()
 
 
@@ -92,6 +103,11 @@ class Limit(NamedTuple):
     scope: str
     times: int
     seconds: int
+
+
+class Unreadable(Exception):
+    """A genuine call whose JSON does not have the documented shape. It is answered 200: vendors repeat an event that is
+    refused, and switch off the webhook in the end."""
 
 
 class AccountRefused(EffectFailed):
@@ -121,7 +137,7 @@ class Vendor(ABC, Generic[C]):
         """Verifies the raw bytes first, then parses them.
 
         Raises Unauthenticated if the call is not proven to come from the vendor, InvalidMessage if it is proven but
-        malformed.
+        malformed, Unreadable if it is JSON of an unexpected shape.
         """
 
     @abstractmethod
@@ -140,6 +156,22 @@ class Vendor(ABC, Generic[C]):
         Transient or RetryLater if it certainly was not sent and may be sent later, Unanswered if the outcome is
         unknown.
         """
+
+
+def decode(body: bytes | msgspec.Raw, type_: type[T]) -> T:
+    """JSON of a vendor as `type_`. Raises InvalidMessage if it is not JSON, Unreadable if it has another shape."""
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.ValidationError as error:
+        raise Unreadable(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidMessage("body", str(error)) from error
+
+
+def placeholder(kind: str, *names: str) -> str:
+    """The text of a message that has none, so that the agent can say that it cannot read the attachment."""
+    named = ", ".join(filter(None, names))
+    return f"[The person sent {kind}{f' ({named})' if named else ''} without text. Its content cannot be read here.]"
 
 
 def constant_time_equals(given: str, expected: str) -> bool:

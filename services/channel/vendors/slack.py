@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from infra.web.http import decode_json
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -30,9 +29,12 @@ from services.channel.vendors.base import (
     Request,
     Vendor,
     constant_time_equals,
+    decode,
     is_recent,
+    placeholder,
     raise_for_transient,
 )
+from services.channel.vendors.markdown import Dialect, fenced, quoted_lines, render
 from services.channel.vendors.splitting import split
 
 # Characters. Slack truncates at 40,000 and recommends at most this many.
@@ -69,17 +71,30 @@ class _Authorization(msgspec.Struct):
 
 class _Payload(msgspec.Struct):
     type: str
-    challenge: str = ""
-    team_id: str = ""
-    event_id: str = ""
+    challenge: str | None = None
+    team_id: str | None = None
+    event_id: str | None = None
     event: msgspec.Raw = msgspec.Raw(b"{}")
-    authorizations: list[_Authorization] = []
+    authorizations: list[_Authorization] | None = None
 
 
 class _Kind(msgspec.Struct):
     type: str = ""
     subtype: str | None = None
     bot_id: str | None = None
+    user: str | msgspec.Raw | None = None
+
+
+class _File(msgspec.Struct):
+    name: str | None = None
+    title: str | None = None
+
+
+class _Attachment(msgspec.Struct):
+    """A forwarded message, or a preview."""
+
+    text: str | None = None
+    fallback: str | None = None
 
 
 class _Event(msgspec.Struct):
@@ -88,8 +103,11 @@ class _Event(msgspec.Struct):
     channel: str
     ts: str
     user: str
-    text: str = ""
+    text: str | None = None
     thread_ts: str | None = None
+    files: list[_File] | None = None
+    attachments: list[_Attachment] | None = None
+    blocks: list[Any] | None = None
 
 
 class _Response(msgspec.Struct):
@@ -118,15 +136,15 @@ class Slack(Vendor[SlackCredentials]):
         unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
         if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
             return Received([Ignored(unnamed, "a command or an interaction")])
-        payload = decode_json(request.body, _Payload)
+        payload = decode(request.body, _Payload)
         if payload.type == "url_verification":
-            return Received([], Ack(payload.challenge.encode()))
+            return Received([], Ack((payload.challenge or "").encode()))
         if payload.type != "event_callback":
             return Received([Ignored(unnamed, f"of type {payload.type[:40]}")])
         return Received([_event(payload)])
 
     def split(self, text: str) -> Sequence[str]:
-        return split(text, MAX_TEXT)
+        return split(text, MAX_TEXT, lambda part: len(render(part, MRKDWN)))
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         return [Limit(f"channel {conversation.partition('/')[0]}", 1, 1)]
@@ -135,7 +153,7 @@ class Slack(Vendor[SlackCredentials]):
         self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, message: Outbound
     ) -> str | None:
         channel, _, thread = message.conversation.partition("/")
-        body = {"channel": channel, "text": _escape(message.text)}
+        body = {"channel": channel, "text": render(message.text, MRKDWN)}
         if thread:
             body["thread_ts"] = thread
         answer = await outgoing.request(
@@ -154,7 +172,7 @@ def sign(credentials: SlackCredentials, timestamp: str, body: bytes) -> str:
 
 
 def _event(payload: _Payload) -> Inbound | Ignored:
-    kind = decode_json(payload.event, _Kind)
+    kind = decode(payload.event, _Kind)
     ids = (f"event/{payload.event_id}",)
     if kind.type not in ("message", "app_mention"):
         return Ignored(ids, f"an event {kind.type[:40]}")
@@ -162,8 +180,10 @@ def _event(payload: _Payload) -> Inbound | Ignored:
         return Ignored(ids, "a bot's message")
     if kind.subtype not in _SPOKEN:
         return Ignored(ids, f"a message of subtype {str(kind.subtype)[:40]}")
-    event = decode_json(payload.event, _Event)
-    if any(bot.is_bot and bot.user_id == event.user for bot in payload.authorizations):
+    if not kind.user:
+        return Ignored(ids, "a message without an author")
+    event = decode(payload.event, _Event)
+    if any(bot.is_bot and bot.user_id == event.user for bot in payload.authorizations or ()):
         return Ignored(ids, "a bot's message")
     thread = f"/{event.thread_ts}" if event.thread_ts else ""
     return Inbound(
@@ -172,13 +192,59 @@ def _event(payload: _Payload) -> Inbound | Ignored:
         conversation=f"{event.channel}{thread}",
         person=event.user,
         message=event.ts,
-        text=event.text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+        text=_text(event).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+        # A thread begins with a message of the channel, or with the bot's answer there.
+        parent=event.channel if thread else None,
     )
+
+
+def _text(event: _Event) -> str:
+    """The text of the message. It may stand in attachments or blocks instead, or there are only files."""
+    if event.text and event.text.strip():
+        return event.text
+    quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
+    if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
+        return text
+    if event.files:
+        return placeholder("a file", *(file.name or file.title or "" for file in event.files))
+    return ""
+
+
+def _block_texts(node: Any) -> Iterator[str]:
+    """The texts in blocks, in their order."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _block_texts(child)
+    elif isinstance(node, dict):
+        if isinstance(text := node.get("text"), str):
+            yield text
+        else:
+            yield from _block_texts(text)
+        yield from _block_texts(node.get("elements"))
+        yield "\n" if node.get("type") in ("section", "rich_text_section", "header") else ""
+
+
+def _link(label: str, url: str) -> str:
+    url = _escape(url).replace("|", "%7C")
+    return f"<{url}>" if label in (url, _escape(url)) else f"<{url}|{label}>"
 
 
 def _escape(text: str) -> str:
     """Escapes the text so that nothing in it is a mention or a link: ``<!channel>`` would notify everybody."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+# https://docs.slack.dev/messaging/formatting-message-text
+MRKDWN = Dialect(
+    bold=("*", "*"),
+    italic=("_", "_"),
+    strike=("~", "~"),
+    code=("`", "`"),
+    fence=fenced,
+    quote=quoted_lines,
+    link=_link,
+    escape=_escape,
+)
 
 
 def _read(answer: Answer) -> _Response:

@@ -1,4 +1,4 @@
-"""Splits a long text between paragraphs, lines, sentences or words."""
+"""Splits a long text between paragraphs, lines, sentences or words, and keeps code blocks whole or fenced."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ _PLACES = (
     re.compile(r"(?<=[.!?…])\s|(?<=[。！？])"),
     re.compile(r"\s"),
 )
+_LINE_END = re.compile(r"\n")
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 _JOINER = "\N{ZERO WIDTH JOINER}"
 # A longer cluster is not real text and may be split.
 _LONGEST_CLUSTER = 64
+# Below this limit code blocks are split as any text: the fences alone would fill the parts.
+_LEAST_FOR_FENCES = 200
 
 
 def utf16_length(text: str) -> int:
@@ -23,45 +27,92 @@ def utf16_length(text: str) -> int:
     return len(text) + sum(character > "\uffff" for character in text)
 
 
+def utf8_length(text: str) -> int:
+    """The length in bytes of UTF-8."""
+    return len(text.encode())
+
+
 def split(text: str, limit: int, length: Callable[[str], int] = len) -> list[str]:
     """Splits `text` into parts of at most `limit`, measured by `length`. An empty text has no parts.
 
     Only white space at the cuts is lost. A good place in the first half of a part is skipped in favour of a worse one
-    later, so that there are few parts.
+    later, so that there are few parts. A cut inside a fenced code block is between two lines; the block is closed
+    there and opened again in the next part.
     """
     parts = []
     rest = text.replace("\0", "").strip()
     while length(rest) > limit:
-        end = _fitting(rest, limit, length)
-        cut = _place(rest, end)
-        parts.append(rest[:cut].rstrip())
-        rest = rest[cut:].lstrip()
+        cut = _place(rest, _fitting(rest, limit, length), _PLACES)
+        fence = _open_fence(rest[:cut]) if limit >= _LEAST_FOR_FENCES else None
+        if fence is None:
+            parts.append(rest[:cut].rstrip())
+            rest = rest[cut:].lstrip()
+            continue
+        start, opening, mark = fence
+        # A block that begins late in the part moves to the next one, if there is something before it.
+        if start > cut // 2 and rest[:start].strip():
+            parts.append(rest[:start].rstrip())
+            rest = rest[start:]
+            continue
+        room = limit - length(f"\n{mark}")
+        cut = _place(rest, _fitting(rest, room, length), (_LINE_END,))
+        if cut <= start + len(opening) + 1:
+            # The first line of the block is longer than a part.
+            cut = _fitting(rest, room, length)
+        parts.append(f"{rest[:cut].rstrip(chr(10))}\n{mark}")
+        left = rest[cut:].removeprefix("\n")
+        # Perhaps only the closing fence of the block is left of it.
+        closed = left.lstrip().startswith(mark)
+        rest = left.lstrip().removeprefix(mark).lstrip() if closed else f"{opening}\n{left}"
     return [*parts, rest] if rest else parts
+
+
+def _open_fence(text: str) -> tuple[int, str, str] | None:
+    """The code block that is open at the end of `text`: its start, its opening line, and its mark."""
+    found: tuple[int, str, str] | None = None
+    for match in _FENCE.finditer(text):
+        mark, info = match[1], match[2]
+        if found is None:
+            found = match.start(), match[0].strip(), mark
+        elif mark[0] == found[2][0] and len(mark) >= len(found[2]) and not info.strip():
+            found = None
+    return found
 
 
 def _fitting(text: str, limit: int, length: Callable[[str], int]) -> int:
     """The number of characters that fit. A character has at least one unit, so it is at most `limit`."""
-    end = limit
+    end = min(limit, len(text))
     while (over := length(text[:end]) - limit) > 0:
         end -= max(1, over // 2)
-    return end
+    return max(end, 1)
 
 
-def _place(text: str, end: int) -> int:
-    for place in _PLACES:
+def _place(text: str, end: int, places: tuple[re.Pattern[str], ...]) -> int:
+    for place in places:
         # One character further, because white space directly after the part is a place too.
         if found := [match.end() for match in place.finditer(text, end // 2, end + 1)]:
             return min(found[-1], end)
     for at in range(end, max(end - _LONGEST_CLUSTER, 0), -1):
-        if not _belongs_to_former(text, at):
+        if at == len(text) or not _belongs_to_former(text, at):
             return at
     return end
 
 
 def _belongs_to_former(text: str, at: int) -> bool:
-    """True if a cut before `at` would split one visible character: accents, joined or coloured emoji."""
+    """True if a cut before `at` would split one visible character: accents, joined or coloured emoji, flags."""
     return (
         unicodedata.category(text[at]) in ("Mn", "Me", "Mc")
         or _JOINER in (text[at], text[at - 1])
         or "\U0001f3fb" <= text[at] <= "\U0001f3ff"
+        or _flag_letters_before(text, at) % 2 == 1
     )
+
+
+def _flag_letters_before(text: str, at: int) -> int:
+    """The number of regional indicators directly before `at`, if one stands at `at` too; two of them are a flag."""
+    if not "\U0001f1e6" <= text[at] <= "\U0001f1ff":
+        return 0
+    start = at
+    while start > 0 and "\U0001f1e6" <= text[start - 1] <= "\U0001f1ff":
+        start -= 1
+    return at - start

@@ -1,38 +1,84 @@
 """Adapter for Telegram bots: https://core.telegram.org/bots/api
 
-See setWebhook, Update, sendMessage and ResponseParameters there.
+See setWebhook, Update, sendMessage, ResponseParameters and the section on HTML style there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Annotated, ClassVar
+from html import escape
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
 from infra.errors import EffectFailed, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from infra.web.http import decode_json
 from services.channel.vendors.base import (
     AccountRefused,
     Ignored,
     Inbound,
     Limit,
+    Moved,
     Outbound,
     Received,
     Request,
     Vendor,
     constant_time_equals,
+    decode,
+    placeholder,
     raise_for_transient,
 )
+from services.channel.vendors.markdown import PLAIN, Dialect, render
 from services.channel.vendors.splitting import split, utf16_length
 
 _TEMPLATE = "/bot{token}/sendMessage"
 # UTF-16 units.
 MAX_TEXT = 4096
+# The attachments that a person sends on purpose, by the field of the message that holds them.
+_ATTACHMENTS = {
+    "photo": "a photo",
+    "video": "a video",
+    "video_note": "a video message",
+    "voice": "a voice message",
+    "audio": "an audio file",
+    "document": "a file",
+    "animation": "an animation",
+    "sticker": "a sticker",
+    "location": "a location",
+    "contact": "a contact",
+}
+# An answer is sent again at most this often with something corrected: chat, topic, markup.
+_CORRECTIONS = 3
+
+
+def _tag(name: str) -> tuple[str, str]:
+    return f"<{name}>", f"</{name}>"
+
+
+def _fence(text: str, language: str) -> str:
+    if not language:
+        return f"<pre>{text}</pre>"
+    return f'<pre><code class="language-{escape(language)}">{text}</code></pre>'
+
+
+def _quote(text: str) -> str:
+    # A quotation in a quotation is not allowed.
+    return f"<blockquote>{text.replace('<blockquote>', '').replace('</blockquote>', '')}</blockquote>"
+
+
+HTML = Dialect(
+    bold=_tag("b"),
+    italic=_tag("i"),
+    strike=_tag("s"),
+    code=_tag("code"),
+    fence=_fence,
+    quote=_quote,
+    link=lambda label, url: f'<a href="{escape(url)}">{label}</a>',
+    escape=lambda text: escape(text, quote=False),
+)
 
 
 class TelegramCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,14 +101,15 @@ class _Message(msgspec.Struct):
     message_id: int
     chat: _Chat
     from_: _User | None = msgspec.field(name="from", default=None)
+    sender_chat: _Chat | None = None
+    """The chat in whose name the message was written: an anonymous administrator, or a channel."""
     text: str | None = None
+    caption: str | None = None
     message_thread_id: int | None = None
-    is_topic_message: bool = False
-
-
-class _Update(msgspec.Struct):
-    update_id: int
-    message: _Message | None = None
+    is_topic_message: bool | None = None
+    is_automatic_forward: bool | None = None
+    migrate_to_chat_id: int | None = None
+    migrate_from_chat_id: int | None = None
 
 
 class _Parameters(msgspec.Struct, frozen=True):
@@ -98,30 +145,15 @@ class Telegram(Vendor[TelegramCredentials]):
         given = request.headers.get("x-telegram-bot-api-secret-token", "")
         if not constant_time_equals(given, credentials.secret_token):
             raise Unauthenticated("X-Telegram-Bot-Api-Secret-Token is not this channel's secret_token")
-        update = decode_json(request.body, _Update)
-        ids = (f"update/{update.update_id}",)
-        message = update.message
-        if message is None:
-            return Received([Ignored(ids, "not a message")])
-        if message.from_ is None or message.from_.is_bot:
-            return Received([Ignored(ids, "a bot's message")])
-        if message.text is None:
-            return Received([Ignored(ids, "a message without text")])
-        topic = f"/{message.message_thread_id}" if message.is_topic_message else ""
-        return Received(
-            [
-                Inbound(
-                    ids=ids,
-                    conversation=f"{message.chat.id}{topic}",
-                    person=str(message.from_.id),
-                    message=str(message.message_id),
-                    text=message.text,
-                )
-            ]
-        )
+        update = decode(request.body, dict[str, msgspec.Raw])
+        ids = (f"update/{decode(update.pop('update_id', msgspec.Raw(b'null')), int)}",)
+        if "message" not in update:
+            return Received([Ignored(ids, f"an update {', '.join(sorted(update))[:80]}")])
+        fields = decode(update["message"], dict[str, msgspec.Raw])
+        return Received([_item(ids, decode(update["message"], _Message), fields)])
 
     def split(self, text: str) -> Sequence[str]:
-        return split(text, MAX_TEXT, utf16_length)
+        return split(text, MAX_TEXT, lambda part: utf16_length(render(part, HTML)))
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this"""
@@ -134,26 +166,79 @@ class Telegram(Vendor[TelegramCredentials]):
         self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
     ) -> str | None:
         chat, _, topic = message.conversation.partition("/")
-        # No parse_mode: the text is shown as it is, even if it contains markup.
-        body: dict[str, object] = {"chat_id": _chat_id(chat), "text": message.text}
+        body: dict[str, Any] = {"chat_id": _chat_id(chat), **_marked(message.text)}
         if topic:
             body["message_thread_id"] = int(topic)
         if message.reply_to is not None and message.reply_to.isdecimal():
             # The message may have been deleted meanwhile; the reply is sent anyway.
             body["reply_parameters"] = {"message_id": int(message.reply_to), "allow_sending_without_reply": True}
         url = f"{origin}/bot{credentials.bot_token}/sendMessage"
-        response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
-        if response.parameters.migrate_to_chat_id is not None:
-            # The group became a supergroup and nothing was sent. Its new id is used at once.
-            body["chat_id"] = response.parameters.migrate_to_chat_id
-            body.pop("reply_parameters", None)
+        for _ in range(_CORRECTIONS):
             response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
+            if response.ok or not _correct(body, message.text, response):
+                break
         if not response.ok:
             raise EffectFailed(response.description[:200])
         try:
             return str(msgspec.json.decode(response.result, type=_Sent).message_id)
         except msgspec.DecodeError:
             return None
+
+
+def _item(ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw]) -> Inbound | Ignored | Moved:
+    chat = message.chat.id
+    # A group became a supergroup. Telegram says so in both chats.
+    if message.migrate_to_chat_id is not None:
+        return Moved(ids, str(chat), str(message.migrate_to_chat_id))
+    if message.migrate_from_chat_id is not None:
+        return Moved(ids, str(message.migrate_from_chat_id), str(chat))
+    if message.is_automatic_forward:
+        return Ignored(ids, "a channel's post, forwarded to its group automatically")
+    # In the name of a chat, `from` is one of Telegram's own bots.
+    if message.sender_chat is not None:
+        person = f"chat/{message.sender_chat.id}"
+    elif message.from_ is None:
+        return Ignored(ids, "a message without an author")
+    elif message.from_.is_bot:
+        return Ignored(ids, "a bot's message")
+    else:
+        person = str(message.from_.id)
+    text = message.text if message.text is not None else message.caption
+    if text is None:
+        kind = next((name for field, name in _ATTACHMENTS.items() if field in fields), None)
+        if kind is None:
+            return Ignored(ids, "a message without text")
+        text = placeholder(kind)
+    topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
+    return Inbound(ids=ids, conversation=f"{chat}{topic}", person=person, message=str(message.message_id), text=text)
+
+
+def _marked(text: str) -> dict[str, str]:
+    """The text as HTML, or as it is if it has no marks."""
+    marked = render(text, HTML)
+    if marked == escape(text, quote=False):
+        return {"text": text}
+    return {"text": marked, "parse_mode": "HTML"}
+
+
+def _correct(body: dict[str, Any], text: str, response: _Response) -> bool:
+    """Corrects the request if Telegram refused it for a reason other than its content. Nothing was sent."""
+    description = response.description.lower()
+    if (chat := response.parameters.migrate_to_chat_id) is not None and body["chat_id"] != chat:
+        # The group became a supergroup. Its new id works at once; the ids of topics and messages do not.
+        body["chat_id"] = chat
+        body.pop("reply_parameters", None)
+        body.pop("message_thread_id", None)
+        return True
+    if "message_thread_id" in body and ("thread not found" in description or "topic" in description):
+        # The topic was closed or deleted. The person finds the answer in the group.
+        del body["message_thread_id"]
+        return True
+    if "parse_mode" in body and "parse entities" in description:
+        del body["parse_mode"]
+        body["text"] = render(text, PLAIN)
+        return True
+    return False
 
 
 def _chat_id(chat: str) -> int | str:

@@ -76,6 +76,7 @@ class Tenant:
         person: str = "person-1",
         position: int = 0,
         trace_id: str | None = None,
+        parent: str | None = None,
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it."""
         message = MessageReceived(
@@ -89,6 +90,7 @@ class Tenant:
             text=text,
             received_at=utcnow(),
             position=position,
+            parent_session_key=f"{self.id}-{parent}" if parent else "",
         )
         queue = CHANNEL_INBOUND["telegram"]
         traceparent = f"00-{trace_id}-{'1' * 16}-01" if trace_id else None

@@ -38,6 +38,26 @@ async def test_a_message_that_is_delivered_twice_is_answered_once(world: World, 
     assert len(await tenant.sent("channel.outbound")) == 2
 
 
+async def test_a_branched_conversation_begins_with_the_last_exchange_of_its_parent(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says("Step one, step two."), Says("One, two."), Says("Later."), Says("1, 2."))
+    for chat, text, parent in (("c", "Draft a plan", None), ("c/1", "Shorter", "c"), ("c", "Other", None)):
+        await tenant.receive(agent, text, chat=chat, parent=parent)
+        await tenant.runs({"c/1": 2}.get(chat, 1 if text == "Draft a plan" else 3))
+    await tenant.receive(agent, "Even shorter", chat="c/1", parent="c")
+    await tenant.runs(4)
+    asked = [
+        [message["content"] for message in request.body["messages"] if message["role"] != "system"]
+        for request in world.models.requests[-4:]
+    ]
+    assert asked[1] == ["Draft a plan", "Step one, step two.", "Shorter"]
+    # The channel does not see the thread, and the thread does not see what the channel said later.
+    assert asked[2] == ["Draft a plan", "Step one, step two.", "Other"]
+    assert asked[3] == ["Draft a plan", "Step one, step two.", "Shorter", "One, two.", "Even shorter"]
+
+
 async def test_what_comes_during_a_run_is_answered_together_by_the_next(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent()
     go = asyncio.Event()

@@ -236,6 +236,22 @@ async def test_a_receiver_that_is_gone_for_good_breaks_its_channel(desk: Desk, w
     assert (await desk.channel(channel["id"]))["state"] == "broken"
 
 
+async def test_a_late_reply_and_new_messages_follow_a_group_that_became_a_supergroup(
+    desk: Desk, telegram: TelegramStandIn
+) -> None:
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    inbound = await receive(desk, channel, telegram, -500)
+    telegram.moved[-500] = -100500
+    for fields in ({"migrate_to_chat_id": -100500}, {"migrate_from_chat_id": -500}):
+        chat = -500 if "migrate_to_chat_id" in fields else -100500
+        await desk.call(channel, telegram.update(None, chat=chat, **fields))
+    later = await receive(desk, channel, telegram, -100500)
+    assert (later["session_key"], later["conversation_id"]) == (inbound["session_key"], "-100500")
+    for message in (inbound, later):
+        assert (await desk.settled(await desk.reply(message, "answer")))["state"] == "sent"
+    assert [message.to for message in telegram.ledger] == ["-100500", "-100500"]
+
+
 async def test_a_disabled_and_a_deleted_channel_send_nothing(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await desk.connect("telegram", telegram.credentials, telegram.url)
     inbound = await receive(desk, channel, telegram)

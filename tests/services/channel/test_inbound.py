@@ -183,6 +183,25 @@ async def test_an_ignored_event_is_answered_200_and_stored_with_its_reason(desk:
     ]
 
 
+async def test_an_event_of_an_unexpected_shape_is_answered_200_and_stored_with_its_reason(desk: Desk) -> None:
+    telegram, slack = TelegramStandIn(), SlackStandIn()
+    bot = await desk.connect("telegram", telegram.credentials)
+    app = await desk.connect("slack", slack.credentials)
+    for channel, call in (
+        (bot, telegram.signed({"update_id": 5, "message": {"message_id": "x"}})),
+        (bot, telegram.signed({"update_id": "x"})),
+        (app, slack.event("hi", user=None)),
+        (app, slack.signed({"type": "event_callback", "event": {"type": "message", "user": "U1"}})),
+    ):
+        assert (await desk.call(channel, call)).status_code == 200
+    assert (await desk.call(bot, telegram.update("read"))).status_code == 200
+    assert (await desk.call(app, slack.event("read"))).status_code == 200
+    for channel, count in ((bot, 2), (app, 1)):
+        assert [inbound["text"] for inbound in await desk.received(channel)] == ["read"]
+        shapes = [reason for reason in await desk.ignored(channel) if reason.startswith("unexpected shape: ")]
+        assert len(shapes) == count
+
+
 async def test_nul_is_removed_and_a_very_long_text_is_kept_whole(desk: Desk) -> None:
     async with WebhookStandIn() as vendor:
         channel = await desk.connect("webhook", vendor.credentials)

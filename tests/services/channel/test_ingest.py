@@ -20,7 +20,7 @@ from services.channel.accounts import Account
 from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.ingest import MAX_DIRECT, Ingest
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Ignored, Inbound
+from services.channel.vendors.base import Ignored, Inbound, Moved
 from tooling.testing.platform import MASTER_KEY, Platform
 
 
@@ -44,7 +44,7 @@ class Intake:
         cipher = Cipher(MASTER_KEY)
         return Ingest(self.database, cipher, SubjectKeys(cipher))
 
-    async def accept(self, *items: Inbound | Ignored) -> None:
+    async def accept(self, *items: Inbound | Ignored | Moved) -> None:
         await self.ingest.accept(self.account, items)
 
     async def burst(self, items: Sequence[Inbound]) -> None:
@@ -203,3 +203,25 @@ async def test_more_waiting_calls_than_the_limit_are_refused(intake: Intake, mon
     outcomes = await asyncio.gather(*(intake.accept(message(n)) for n in range(9)), return_exceptions=True)
     assert [isinstance(outcome, Transient) for outcome in outcomes] == [False] * 5 + [True] * 4
     assert await intake.texts() == [f"text {n}" for n in range(5)]
+
+
+async def test_a_conversation_that_got_another_id_keeps_its_session(intake: Intake) -> None:
+    await intake.accept(message(1, conversation="-500"))
+    moved = Moved(("id/m",), "-500", "-100500")
+    for ids in (("id/m",), ("id/n",)):
+        await intake.accept(moved._replace(ids=ids))
+    await intake.burst([message(n, conversation="-100500") for n in range(2, 22)])
+    await intake.ingest.drain()
+    await intake.accept(message(22, conversation="-100500"))
+    sent = await intake.sent()
+    assert len({body["session_key"] for body in sent}) == 1
+    assert [body["position"] for body in sent] == list(range(1, 23))
+    assert {body["conversation_id"] for body in sent[1:]} == {"-100500"}
+    assert await intake.ignored() == ["the conversation got another id"] * 2
+
+
+async def test_a_thread_names_the_session_of_its_channel(intake: Intake) -> None:
+    await intake.accept(message(1, conversation="C"), message(2, conversation="C/1")._replace(parent="C"))
+    channel, thread = await intake.sent()
+    assert thread["parent_session_key"] == channel["session_key"] != thread["session_key"]
+    assert channel["parent_session_key"] == ""

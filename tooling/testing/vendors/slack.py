@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import itertools
+import re
 import secrets
 import time
 from typing import Annotated
@@ -61,7 +62,10 @@ class SlackStandIn(StandIn):
 
     def signed(self, payload: object, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call with any payload, as JSON signed `age` seconds ago."""
-        body = msgspec.json.encode(payload)
+        return self.signed_bytes(msgspec.json.encode(payload), age=age)
+
+    def signed_bytes(self, body: bytes, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of a call with any body, signed `age` seconds ago."""
         timestamp = str(int(time.time()) - age)
         digest = hmac.new(self.signing_secret.encode(), f"v0:{timestamp}:".encode() + body, hashlib.sha256)
         return body, {
@@ -84,6 +88,8 @@ class SlackStandIn(StandIn):
         if message.channel in self.unknown:
             raise Refused(Reply(200, {"ok": False, "error": "channel_not_found"}))
         ts = f"{int(time.time())}.{len(self.ledger):06}"
+        if re.search(r"<(?!https?://|mailto:)", message.text):
+            raise Refused(Reply(200, {"ok": False, "error": "mention_or_broken_link"}))
         shown = message.text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         to = message.channel + (f"/{message.thread_ts}" if message.thread_ts else "")
         self.record(to, shown, ts, msgspec.to_builtins(message))

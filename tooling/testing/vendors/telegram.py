@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
+from html.parser import HTMLParser
 from typing import Annotated, NoReturn
 
 import msgspec
@@ -39,7 +40,12 @@ class TelegramStandIn(StandIn):
         self.unknown: set[int] = set()
         """Chats that do not exist."""
         self.moved: dict[int, int] = {}
+<<<<<<< HEAD
         """Groups that became supergroups → their new id."""
+=======
+        self.topics: set[int] = set()
+        """The topics that exist. A message to another one is refused."""
+>>>>>>> 9e5e101 (Telegram and Slack: Markdown in their dialects, captions, senders in the name of a chat, moved groups, lost topics, threads)
         self.revoked = False
         """The token is not valid any more."""
         self._updates = itertools.count(secrets.randbelow(10**8) + 10**8)
@@ -51,15 +57,16 @@ class TelegramStandIn(StandIn):
 
     def update(
         self,
-        text: str,
+        text: str | None,
         *,
         chat: int = 42,
         person: int = 42,
         update_id: int | None = None,
         message_id: int | None = None,
         topic: int | None = None,
+        **fields: object,
     ) -> tuple[bytes, dict[str, str]]:
-        """Body and headers of a webhook call for a message."""
+        """Body and headers of a webhook call for a message; `fields` are added to it, null ones are left out."""
         message: dict[str, object] = {
             "message_id": message_id or next(self._messages),
             "from": {"id": person, "is_bot": False, "first_name": "Ada", "language_code": "en"},
@@ -69,6 +76,7 @@ class TelegramStandIn(StandIn):
         }
         if topic is not None:
             message |= {"message_thread_id": topic, "is_topic_message": True}
+        message = {name: value for name, value in (message | fields).items() if value is not None}
         return self.signed({"update_id": update_id or next(self._updates), "message": message})
 
     def signed(self, update: object) -> tuple[bytes, dict[str, str]]:
@@ -88,7 +96,8 @@ class TelegramStandIn(StandIn):
         self._check(message)
         id_ = str(next(self._messages))
         chat = str(message.chat_id) + (f"/{message.message_thread_id}" if message.message_thread_id else "")
-        self.record(chat, message.text, id_, msgspec.to_builtins(message))
+        shown = _shown(message.text) if message.parse_mode else message.text
+        self.record(chat, shown, id_, msgspec.to_builtins(message))
         result = {
             "message_id": int(id_),
             "date": int(time.time()),
@@ -104,12 +113,46 @@ class TelegramStandIn(StandIn):
             _refuse(400, "Bad Request: message text is empty")
         if message.parse_mode not in (None, "HTML"):
             _refuse(400, "Bad Request: unsupported parse_mode")
+        if message.parse_mode:
+            _shown(message.text)
+        if message.message_thread_id is not None and message.message_thread_id not in self.topics:
+            _refuse(400, "Bad Request: message thread not found")
         if message.chat_id in self.blocked:
             _refuse(403, "Forbidden: bot was blocked by the user")
         if message.chat_id in self.unknown:
             _refuse(400, "Bad Request: chat not found")
         if isinstance(message.chat_id, int) and (new := self.moved.get(message.chat_id)):
             _refuse(400, "Bad Request: group chat was upgraded to a supergroup chat", migrate_to_chat_id=new)
+
+
+class _Html(HTMLParser):
+    """The text of a message in Telegram's HTML. Refuses tags that Telegram does not know or that are not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("b", "i", "s", "u", "code", "pre", "a", "blockquote"):
+            _refuse(400, f"Bad Request: can't parse entities: unsupported start tag {tag}")
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            _refuse(400, f"Bad Request: can't parse entities: unexpected end tag {tag}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _shown(text: str) -> str:
+    parser = _Html()
+    parser.feed(text)
+    parser.close()
+    if parser.open:
+        _refuse(400, f"Bad Request: can't parse entities: {parser.open[-1]} is not closed")
+    return parser.text
 
 
 def _refuse(code: int, description: str, **parameters: int) -> NoReturn:

@@ -6,14 +6,25 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from slack_sdk.signature import SignatureVerifier
 
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Outbound, Received, Request
-from services.channel.vendors.slack import Slack, SlackCredentials, sign
+from services.channel.vendors.base import (
+    AccountRefused,
+    Ignored,
+    Inbound,
+    Moved,
+    Outbound,
+    Received,
+    Request,
+    Unreadable,
+)
+from services.channel.vendors.markdown import render
+from services.channel.vendors.slack import MRKDWN, Slack, SlackCredentials, sign
 from tooling.testing.vendors import Fault, SlackStandIn, answer, cut
 
 # The example of https://docs.slack.dev/authentication/verifying-requests-from-slack
@@ -39,7 +50,7 @@ def receive(vendor: SlackStandIn, call: tuple[bytes, dict[str, str]], **headers:
     return Slack().receive(request, SlackCredentials(**vendor.credentials), utcnow())
 
 
-def one(received: Received) -> Inbound | Ignored:
+def one(received: Received) -> Inbound | Ignored | Moved:
     [item] = received.items
     return item
 
@@ -97,6 +108,7 @@ async def test_a_message_is_read_with_its_thread_and_as_it_was_written(vendor: S
         "U1",
         "1700000000.000001",
         "1 < 2 && &lt;",
+        "C1",
     )
 
 
@@ -122,6 +134,8 @@ async def test_the_handshake_is_answered_only_if_it_is_signed(vendor: SlackStand
         {"subtype": "message_changed", "message": {"text": "new"}},
         {"subtype": "message_deleted"},
         {"subtype": "channel_join"},
+        {"user": None},
+        {"user": None, "subtype": "file_share"},
         {"kind": "reaction_added", "channel": {"id": "C1"}},
     ],
 )
@@ -134,10 +148,91 @@ async def test_a_notice_of_slacks_limit_is_ignored(vendor: SlackStandIn) -> None
     assert isinstance(one(receive(vendor, vendor.signed(notice))), Ignored)
 
 
-async def test_a_signed_but_malformed_call_is_invalid(vendor: SlackStandIn) -> None:
-    for payload in ({"no": "type"}, {"type": "event_callback", "event": {"type": "message"}}, "text"):
-        with pytest.raises(InvalidMessage):
+async def test_a_signed_event_of_another_shape_is_unreadable(vendor: SlackStandIn) -> None:
+    for payload in (
+        {"no": "type"},
+        {"type": "event_callback", "event": {"type": "message", "user": "U1"}},
+        {"type": "event_callback", "event": {"type": "message", "user": "U1", "channel": 7, "ts": "1.1"}},
+        "text",
+    ):
+        with pytest.raises(Unreadable):
             receive(vendor, vendor.signed(payload))
+
+
+async def test_a_signed_call_that_is_not_json_is_invalid(vendor: SlackStandIn) -> None:
+    for body in (b"", b"{", b"\xff"):
+        with pytest.raises(InvalidMessage):
+            receive(vendor, vendor.signed_bytes(body))
+
+
+async def test_null_fields_do_not_make_a_message_unreadable(vendor: SlackStandIn) -> None:
+    call = vendor.event("hi", thread_ts=None, files=None, attachments=None, blocks=None, subtype=None, bot_id=None)
+    payload = msgspec.json.decode(call[0])
+    item = one(receive(vendor, vendor.signed(payload | {"authorizations": None})))
+    assert isinstance(item, Inbound)
+    assert item.text == "hi"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"files": [{"id": "F1", "name": "plan.pdf"}, {"title": None}]}, "plan.pdf"),
+        ({"attachments": [{"text": "forwarded &amp; old"}, {"fallback": "preview"}]}, "forwarded & old\npreview"),
+        (
+            {"blocks": [{"type": "section", "text": {"type": "mrkdwn", "text": "in a block"}}]},
+            "in a block",
+        ),
+        (
+            {
+                "blocks": [
+                    {
+                        "type": "rich_text",
+                        "elements": [
+                            {"type": "rich_text_section", "elements": [{"type": "text", "text": "rich "}]},
+                            {"type": "rich_text_section", "elements": [{"type": "text", "text": "text"}]},
+                        ],
+                    }
+                ]
+            },
+            "rich \ntext",
+        ),
+    ],
+)
+async def test_a_text_outside_of_the_field_text_is_found(
+    vendor: SlackStandIn, fields: dict[str, Any], text: str
+) -> None:
+    item = one(receive(vendor, vendor.event("", **fields)))
+    assert isinstance(item, Inbound)
+    assert text in item.text
+
+
+async def test_markdown_becomes_slacks_markup(vendor: SlackStandIn, outgoing: Outgoing) -> None:
+    text = (
+        "# Plan\n\n**Done**: see [the page](https://e.example/a?x=1&y=2), *now* ~~not~~ `a<b`.\n\n"
+        "<!channel> <@U1> a < b && c\n\n- one\n- two\n\n> quoted\n\n```py\nx = '<!here>'\n```\n\n"
+        "| a | b |\n|---|---|\n| 1 | 2 |"
+    )
+    await send(vendor, outgoing, text)
+    [message] = vendor.ledger
+    assert message.fields["text"] == (
+        "*Plan*\n\n*Done*: see <https://e.example/a?x=1&amp;y=2|the page>, _now_ ~not~ `a&lt;b`.\n\n"
+        "&lt;!channel&gt; &lt;@U1&gt; a &lt; b &amp;&amp; c\n\n• one\n• two\n\n&gt; quoted\n\n"
+        "```\nx = '&lt;!here&gt;'\n```\n\n```\na  b\n-  -\n1  2\n```"
+    ).replace("&gt; quoted", "> quoted")
+
+
+def test_a_cut_code_block_is_closed_and_opened_again() -> None:
+    lines = [f"{' ' * (n % 9)}line_{n} = call({n}) if a < b else '{'x' * 40}'" for n in range(220)]
+    parts = Slack().split("Look:\n\n```python\n" + "\n".join(lines) + "\n```\n\nDone.")
+    assert len(parts) > 3
+    for part in parts:
+        shown = render(part, MRKDWN)
+        assert len(shown) <= 4_000
+        assert shown.count("```") % 2 == 0
+    code = [line for part in parts for line in part.split("\n") if "line_" in line]
+    assert code == lines
+    assert parts[0].startswith("Look:")
+    assert parts[-1].endswith("Done.")
 
 
 async def send(vendor: SlackStandIn, outgoing: Outgoing, text: str = "hello", channel: str = "C1") -> str | None:

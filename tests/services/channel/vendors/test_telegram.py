@@ -11,7 +11,7 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Outbound, Request
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Moved, Outbound, Request, Unreadable
 from services.channel.vendors.telegram import Telegram, TelegramCredentials
 from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
 
@@ -23,13 +23,13 @@ UPDATE = (
 )
 
 
-def receive(body: bytes, token: str = "secret-token") -> Inbound | Ignored:
+def receive(body: bytes, token: str = "secret-token") -> Inbound | Ignored | Moved:
     headers = {"x-telegram-bot-api-secret-token": token}
     [item] = Telegram().receive(Request("POST", "", headers, body), CREDENTIALS, utcnow()).items
     return item
 
 
-def message(**fields: object) -> Inbound | Ignored:
+def message(**fields: object) -> Inbound | Ignored | Moved:
     update = msgspec.json.decode(UPDATE)
     update["message"] |= fields
     return receive(msgspec.json.encode(update))
@@ -53,10 +53,45 @@ def test_an_update_without_the_secret_token_is_refused_before_it_is_read(token: 
         receive(b"{not even JSON", token)
 
 
-@pytest.mark.parametrize("body", [b"", UPDATE[:-9], UPDATE.replace(b"hi", b"\xff\xfe"), b'{"update_id":"x"}', b"[]"])
-def test_a_verified_but_malformed_update_is_invalid(body: bytes) -> None:
+@pytest.mark.parametrize("body", [b"", UPDATE[:-9], UPDATE.replace(b"hi", b"\xff\xfe")])
+def test_a_verified_call_that_is_not_json_is_invalid(body: bytes) -> None:
     with pytest.raises(InvalidMessage):
         receive(body)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"update_id":"x"}', b"[]", b"{}", b'{"update_id":1,"message":7}', UPDATE.replace(b"42", b'"x"')]
+)
+def test_a_verified_update_of_another_shape_is_unreadable(body: bytes) -> None:
+    with pytest.raises(Unreadable):
+        receive(body)
+
+
+@pytest.mark.parametrize("attachment", ["photo", "document", "video", "voice"])
+def test_a_caption_is_the_text_and_an_attachment_without_one_is_named(attachment: str) -> None:
+    item = message(text=None, caption="what is this?", **{attachment: [{"file_id": "f"}]})
+    assert isinstance(item, Inbound)
+    assert item.text == "what is this?"
+    item = message(text=None, **{attachment: [{"file_id": "f"}]})
+    assert isinstance(item, Inbound)
+    assert item.text.startswith("[The person sent a ")
+
+
+def test_a_channels_post_in_its_group_is_ignored_and_people_there_are_not() -> None:
+    service_bot = {"from": {"id": 777000, "is_bot": False, "first_name": "Telegram"}}
+    post = message(is_automatic_forward=True, sender_chat={"id": -1001, "type": "channel"}, **service_bot)
+    assert post == Ignored(("update/10001",), "a channel's post, forwarded to its group automatically")
+    # An anonymous administrator and a person who writes as a channel have one of Telegram's bots as their author.
+    for chat in (-100, -1001):
+        item = message(sender_chat={"id": chat}, **{"from": {"id": 1087968824, "is_bot": True}})
+        assert isinstance(item, Inbound)
+        assert item.person == f"chat/{chat}"
+
+
+def test_both_notices_of_a_move_name_the_old_and_the_new_chat() -> None:
+    old = message(text=None, chat={"id": -500}, migrate_to_chat_id=-100500)
+    new = message(text=None, chat={"id": -100500}, migrate_from_chat_id=-500)
+    assert old == new == Moved(("update/10001",), "-500", "-100500")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +99,8 @@ def test_a_verified_but_malformed_update_is_invalid(body: bytes) -> None:
     [
         receive(b'{"update_id":1,"edited_message":{"message_id":7,"chat":{"id":42},"text":"hi"}}'),
         receive(b'{"update_id":1,"my_chat_member":{"chat":{"id":42}}}'),
-        message(text=None, sticker={"file_id": "f"}),
+        message(text=None, new_chat_title="x"),
+        message(text=None, dice={"emoji": "🎲", "value": 1}),
         message(**{"from": {"id": 1, "is_bot": True}}),
         message(**{"from": None}),
     ],
@@ -87,6 +123,7 @@ async def send(vendor: TelegramStandIn, outgoing: Outgoing, text: str = "hello",
 async def test_a_reply_is_one_plain_message_that_survives_the_deletion_of_its_question(
     vendor: TelegramStandIn, outgoing: Outgoing
 ) -> None:
+    vendor.topics.add(5)
     sent = await send(vendor, outgoing, "<b>1 & 2</b>", "-100/5")
     [message] = vendor.ledger
     assert sent == message.id
@@ -97,6 +134,43 @@ async def test_a_reply_is_one_plain_message_that_survives_the_deletion_of_its_qu
         "message_thread_id": 5,
         "reply_parameters": {"message_id": 7, "allow_sending_without_reply": True},
     }
+
+
+async def test_markdown_is_sent_as_html_and_plain_if_telegram_refuses_it(
+    vendor: TelegramStandIn, outgoing: Outgoing
+) -> None:
+    text = "**Done** & [page](https://e.example/?a=1&b=2)\n\n```python\nif a < b:\n    pass\n```\n\n- one\n- _two_"
+    await send(vendor, outgoing, text)
+    refusal = {"ok": False, "error_code": 400, "description": "Bad Request: can't parse entities: ..."}
+    vendor.faults.append(answer(400, refusal))
+    await send(vendor, outgoing, text)
+    html, plain = (message.fields for message in vendor.ledger)
+    assert (html["parse_mode"], html["text"]) == (
+        "HTML",
+        '<b>Done</b> &amp; <a href="https://e.example/?a=1&amp;b=2">page</a>\n\n'
+        '<pre><code class="language-python">if a &lt; b:\n    pass</code></pre>\n\n• one\n• <i>two</i>',
+    )
+    assert (plain["parse_mode"], plain["text"]) == (
+        None,
+        "Done & page (https://e.example/?a=1&b=2)\n\nif a < b:\n    pass\n\n• one\n• two",
+    )
+
+
+@pytest.mark.parametrize("problem", ["message thread not found", "TOPIC_CLOSED", "TOPIC_DELETED"])
+async def test_the_answer_to_a_topic_that_is_gone_goes_to_its_group_once(
+    vendor: TelegramStandIn, outgoing: Outgoing, problem: str
+) -> None:
+    vendor.faults.append(answer(400, {"ok": False, "error_code": 400, "description": f"Bad Request: {problem}"}))
+    await send(vendor, outgoing, chat="-100/55")
+    assert [message.to for message in vendor.ledger] == ["-100"]
+
+
+async def test_a_refusal_after_every_correction_is_a_failure(vendor: TelegramStandIn, outgoing: Outgoing) -> None:
+    refusal = {"ok": False, "error_code": 400, "description": "Bad Request: message thread not found"}
+    vendor.faults += [answer(400, refusal)] * 2
+    with pytest.raises(EffectFailed, match="thread not found"):
+        await send(vendor, outgoing, chat="-100/55")
+    assert vendor.ledger == []
 
 
 async def test_a_group_that_became_a_supergroup_gets_it_under_its_new_id(

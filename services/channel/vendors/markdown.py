@@ -1,0 +1,186 @@
+"""Renders Markdown, as models write it, in the dialects of vendors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The marks of one dialect. A pair stands before and after its text."""
+
+    bold: Pair
+    italic: Pair
+    strike: Pair
+    code: Pair
+    fence: Callable[[str, str], str]
+    """Renders a code block from its escaped text and its language."""
+    quote: Callable[[str], str]
+    """Renders a quotation from its rendered text."""
+    link: Callable[[str, str], str]
+    """Renders a link from its rendered label and its URL."""
+    escape: Callable[[str], str]
+    """Escapes plain text so that no character of it is a mark or a mention."""
+    heading: Pair | None = None
+    """None: as bold text."""
+
+
+def plain_link(label: str, url: str) -> str:
+    """A link for dialects without links: the label and the URL in parentheses."""
+    return url if label in (url, url.removeprefix("mailto:")) else f"{label} ({url})"
+
+
+def quoted_lines(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
+
+
+def fenced(text: str, language: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def unchanged(text: str) -> str:
+    return text
+
+
+PLAIN = Dialect(
+    bold=("", ""),
+    italic=("", ""),
+    strike=("", ""),
+    code=("", ""),
+    fence=lambda text, language: text,
+    quote=unchanged,
+    link=plain_link,
+    escape=unchanged,
+)
+"""Text without any marks."""
+
+
+def render(text: str, dialect: Dialect) -> str:
+    """`text` in the dialect. Blocks are separated as in the source; HTML in it is shown as text."""
+    return _Renderer(dialect).blocks(list(_parse(text)), 0).strip("\n")
+
+
+@lru_cache(maxsize=64)
+def _parse(text: str) -> tuple[Token, ...]:
+    # Cached, because the same text is measured and then sent.
+    parser = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
+    return tuple(parser.parse(text))
+
+
+class _Renderer:
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+
+    def blocks(self, tokens: Sequence[Token], depth: int) -> str:
+        """Renders sibling blocks, with one empty line between two that have one in Markdown."""
+        rendered: list[str] = []
+        at = 0
+        while at < len(tokens):
+            token = tokens[at]
+            end = _end(tokens, at)
+            rendered.append(self._block(token, tokens[at + 1 : end], depth))
+            at = end + 1
+        return "\n\n".join(block for block in rendered if block)
+
+    def _block(self, token: Token, inner: Sequence[Token], depth: int) -> str:
+        dialect = self._dialect
+        match token.type:
+            case "paragraph_open":
+                return self._inline(inner[0])
+            case "heading_open":
+                before, after = dialect.heading or dialect.bold
+                text = self._inline(inner[0], within=frozenset(("strong",)) if dialect.heading is None else frozenset())
+                return f"{before}{text}{after}" if text else ""
+            case "fence" | "code_block":
+                language = token.info.strip().split(" ")[0] if token.info else ""
+                return dialect.fence(dialect.escape(token.content.rstrip("\n")), language)
+            case "blockquote_open":
+                return dialect.quote(self.blocks(inner, depth))
+            case "bullet_list_open" | "ordered_list_open":
+                return self._list(token, inner, depth)
+            case "table_open":
+                return dialect.fence(dialect.escape(_table(inner)), "")
+            case "hr":
+                return "———"
+        return dialect.escape(token.content)
+
+    def _list(self, token: Token, inner: Sequence[Token], depth: int) -> str:
+        number = int(token.attrGet("start") or 1) if token.type == "ordered_list_open" else None
+        tight = any(child.hidden for child in inner if child.type == "paragraph_open")
+        items: list[str] = []
+        at = 0
+        while at < len(inner):
+            end = _end(inner, at)
+            text = self.blocks(inner[at + 1 : end], depth + 1)
+            if tight:
+                text = text.replace("\n\n", "\n")
+            mark = "• " if number is None else f"{number}. "
+            indent = "    "
+            items.append(mark + text.replace("\n", f"\n{indent}"))
+            number = None if number is None else number + 1
+            at = end + 1
+        return "\n".join(items)
+
+    def _inline(self, token: Token, within: frozenset[str] = frozenset()) -> str:
+        dialect = self._dialect
+        # The rendered text of each open span, the outermost first.
+        stack: list[list[str]] = [[]]
+        links: list[str] = []
+        pairs = {"strong": dialect.bold, "em": dialect.italic, "s": dialect.strike}
+        for child in token.children or ():
+            kind = child.type.removesuffix("_open").removesuffix("_close")
+            if child.type == "text":
+                stack[-1].append(dialect.escape(child.content))
+            elif child.type in ("softbreak", "hardbreak"):
+                stack[-1].append("\n")
+            elif child.type == "code_inline":
+                before, after = dialect.code
+                stack[-1].append(f"{before}{dialect.escape(child.content)}{after}")
+            elif child.type == "image":
+                stack[-1].append(dialect.link(dialect.escape(child.content), str(child.attrGet("src") or "")))
+            elif child.nesting == 1:
+                stack.append([])
+                if kind == "link":
+                    links.append(str(child.attrGet("href") or ""))
+            elif child.nesting == -1:
+                text = "".join(stack.pop())
+                if kind == "link":
+                    url = links.pop()
+                    text = dialect.link(text, url) if text else ""
+                elif kind in pairs and kind not in within and text:
+                    before, after = pairs[kind]
+                    text = f"{before}{text}{after}"
+                stack[-1].append(text)
+            else:
+                stack[-1].append(dialect.escape(child.content))
+        return "".join(stack[0])
+
+
+def _end(tokens: Sequence[Token], at: int) -> int:
+    """The index of the token that closes the block at `at`; `at` itself if the block is a single token."""
+    depth = 0
+    for index in range(at, len(tokens)):
+        depth += tokens[index].nesting
+        if depth == 0:
+            return index
+    return len(tokens) - 1
+
+
+def _table(tokens: Sequence[Token]) -> str:
+    """A table with columns of equal width."""
+    rows: list[list[str]] = []
+    for token in tokens:
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type == "inline":
+            rows[-1].append(_Renderer(PLAIN)._inline(token))
+    widths = [max(len(row[n]) for row in rows if n < len(row)) for n in range(max(map(len, rows)))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
