@@ -148,7 +148,7 @@ class Telegram(Vendor[TelegramCredentials]):
         update = decode(request.body, dict[str, msgspec.Raw])
         ids = (f"update/{decode(update.pop('update_id', msgspec.Raw(b'null')), int)}",)
         if "message" not in update:
-            return Received([Ignored(ids, f"an update {', '.join(sorted(update))[:80]}")])
+            return Received([Ignored(ids, f"an update of kind {', '.join(sorted(update))[:80]}")])
         fields = decode(update["message"], dict[str, msgspec.Raw])
         return Received([_item(ids, decode(update["message"], _Message), fields)])
 

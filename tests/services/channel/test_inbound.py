@@ -176,7 +176,7 @@ async def test_an_ignored_event_is_answered_200_and_stored_with_its_reason(desk:
     assert (await desk.call(channel, vendor.update("hi"))).status_code == 200
     assert await desk.received(channel) == []
     assert await desk.ignored(channel) == [
-        "not a message",
+        "an update of kind edited_message",
         "the text is empty",
         "the text is empty",
         "the channel is disabled",

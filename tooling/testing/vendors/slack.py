@@ -41,7 +41,7 @@ class SlackStandIn(StandIn):
         return {"signing_secret": self.signing_secret, "bot_token": self.bot_token}
 
     def event(
-        self, text: str, *, channel: str = "C1", user: str = "U1", kind: str = "message", **fields: object
+        self, text: str, *, channel: str = "C1", user: str | None = "U1", kind: str = "message", **fields: object
     ) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a webhook call for a message. `fields` are added to the event."""
         n = next(self._events)
