@@ -73,6 +73,23 @@ class Fails:
 
 
 @dataclass(frozen=True)
+class Streams:
+    """An answer in the bytes of a server that has the shape of OpenAI and not its details."""
+
+    chunks: tuple[dict[str, Any], ...]
+    done: bool = True
+    """The stream ends with ``[DONE]``."""
+
+
+@dataclass(frozen=True)
+class Refuses:
+    """An HTTP error with this body."""
+
+    status: int
+    body: Any
+
+
+@dataclass(frozen=True)
 class Asked:
     """A well-formed request."""
 
@@ -111,14 +128,14 @@ class ModelServer:
         """Model → input and output tokens as reported."""
         self.took: list[tuple[Asked, float]] = []
         """Requests that were answered completely, each with the seconds that the answer took."""
-        self._scripts: dict[str, deque[Says | Fails]] = defaultdict(deque)
+        self._scripts: dict[str, deque[Says | Fails | Streams | Refuses]] = defaultdict(deque)
         self._closing = asyncio.Event()
 
-    def script(self, model: str, *answers: Says | Fails) -> None:
+    def script(self, model: str, *answers: Says | Fails | Streams | Refuses) -> None:
         """Adds answers to the next requests for `model` (the provider's name of it), in their order."""
         self._scripts[model].extend(answers)
 
-    def scripted(self, model: str) -> deque[Says | Fails]:
+    def scripted(self, model: str) -> deque[Says | Fails | Streams | Refuses]:
         """The scripted answers of `model` that are not used yet. The caller may change them."""
         return self._scripts[model]
 
@@ -145,6 +162,11 @@ class ModelServer:
         self.requests.append(asked)
         script = self._scripts[asked.model]
         answer = script.popleft() if script else self.rules.get(asked.model, _echo)(asked)
+        if isinstance(answer, Refuses):
+            return JSONResponse(answer.body, answer.status)
+        if isinstance(answer, Streams):
+            lines = [json.dumps(chunk) for chunk in answer.chunks] + ["[DONE]"] * answer.done
+            return Response("".join(f"data: {line}\n\n" for line in lines), media_type="text/event-stream")
         if isinstance(answer, Fails):
             headers = {} if answer.retry_after is None else {"retry-after": str(answer.retry_after)}
             return JSONResponse(shape.error(answer.status, "scripted"), answer.status, headers)

@@ -29,6 +29,8 @@ RETRIEVE_SECONDS = 10.0
 # A longer question is cut before the search.
 QUERY_CHARACTERS = 2_000
 
+CUT = "the answer reached the limit of tokens, so this call may be cut and was not made; ask again with less"
+
 # The newest part of the older conversation goes into the summary.
 SUMMARISED_CHARACTERS = 160_000
 SUMMARISE = (
@@ -88,8 +90,12 @@ class AgentLoop:
             calls = tuple(call for call in answer.calls if call.name in callers_tools)
             calls = calls if given.parallel else calls[:1]
             if answer.calls and not calls:
-                turns.append(Answered(answer.text, answer.calls))
-                turns += await self.tools.call_all(answer.calls)
+                turns.append(Answered(answer.text, answer.calls, answer.reasoning))
+                if answer.finish_reason == "length":
+                    # The last call may be cut, even if its arguments are JSON by chance.
+                    turns += await self.tools.refuse_all(answer.calls, CUT)
+                else:
+                    turns += await self.tools.call_all(answer.calls)
                 await self._take_messages(turns)
                 continue
             if await self._take_messages(turns):

@@ -77,6 +77,12 @@ class Tools:
                     raise error
         return [Returned(call, str(result)) for call, result in zip(calls, results, strict=True)]
 
+    async def refuse_all(self, calls: Sequence[ToolCall], reason: str) -> list[Returned]:
+        """Makes none of the calls. The model reads the reason, and the steps show it."""
+        for call in calls:
+            await self.steps.refuse(_spec(call), reason)
+        return [Returned(call, f"Error: {reason}") for call in calls]
+
     async def _deny(self, call: ToolCall) -> str:
         await self.steps.refuse(_spec(call), "a person has refused this call")
         return "Error: a person has refused this call"

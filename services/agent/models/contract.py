@@ -58,11 +58,21 @@ class Said(msgspec.Struct, frozen=True, tag="user"):
     text: str
 
 
+class Reasoning(msgspec.Struct, frozen=True):
+    """Thoughts that came with tool calls. Some servers refuse a later request without them."""
+
+    field: str
+    """The field of the message in which the server sends them."""
+    text: str
+
+
 class Answered(msgspec.Struct, frozen=True, tag="assistant"):
     """A message of the model, and the tool calls it asked for."""
 
     text: str
     calls: tuple[ToolCall, ...] = ()
+    reasoning: Reasoning | None = None
+    """Shown only to the same model, with the results of these calls."""
 
 
 class Returned(msgspec.Struct, frozen=True, tag="tool"):
@@ -115,6 +125,9 @@ class Answer(msgspec.Struct, frozen=True):
     model: str
     """The name of the model that answered, as the provider states it."""
     finish_reason: str
+    """``stop``, ``length`` (cut off by the limit of tokens), ``tool_call`` or ``content_filter``."""
+    reasoning: Reasoning | None = None
+    """Only of an answer with tool calls."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -40,6 +40,7 @@ from pydantic_ai.usage import RequestUsage
 
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
+from services.agent.models.completions import Completions, without_thoughts
 from services.agent.models.contract import (
     Answer,
     Answered,
@@ -48,13 +49,13 @@ from services.agent.models.contract import (
     OnText,
     Passage,
     Prompt,
+    Reasoning,
     Returned,
     Said,
     ToolCall,
     Turn,
     Usage,
 )
-from services.agent.models.unstreamed import Streaming
 
 # After this long without a byte the connection is considered dead.
 SILENCE_SECONDS = 60.0
@@ -90,7 +91,7 @@ class Providers:
 
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
         self._client = httpx2.AsyncClient(
-            transport=Streaming(transport),
+            transport=Completions(transport),
             timeout=httpx2.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS),
             trust_env=False,
             # No cookies are kept, because tenants share the client.
@@ -162,7 +163,10 @@ class ProviderModel:
             async with (
                 asyncio.timeout(FIRST_TOKEN_SECONDS) as waiting,
                 model_request_stream(
-                    self._model, _messages(prompt), model_settings=settings, model_request_parameters=parameters
+                    self._model,
+                    _messages(prompt, self._model.system),
+                    model_settings=settings,
+                    model_request_parameters=parameters,
                 ) as stream,
             ):
                 async for event in stream:
@@ -172,13 +176,15 @@ class ProviderModel:
                 response = stream.get()
         if response.finish_reason == "content_filter" and not response.parts:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", passing=False)
+        calls = tuple(
+            ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), _arguments(part))
+            for part in response.parts
+            if isinstance(part, wire.ToolCallPart)
+        )
         return Answer(
-            text="".join(part.content for part in response.parts if isinstance(part, wire.TextPart)),
-            calls=tuple(
-                ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), _arguments(part))
-                for part in response.parts
-                if isinstance(part, wire.ToolCallPart)
-            ),
+            text=without_thoughts("".join(part.content for part in response.parts if isinstance(part, wire.TextPart))),
+            calls=calls,
+            reasoning=_reasoning(response) if calls and isinstance(self._model, OpenAIChatModel) else None,
             usage=_usage(response.usage),
             model=response.model_name or self._name,
             finish_reason=response.finish_reason or "",
@@ -194,22 +200,37 @@ def _output_object(schema: dict[str, Any]) -> OutputObjectDefinition:
     return OutputObjectDefinition(schema, name="answer", strict=transformer.is_strict_compatible)
 
 
-def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
+def _reasoning(response: wire.ModelResponse) -> Reasoning | None:
+    """The thoughts that the server sent in a field of their own."""
+    parts = [part for part in response.parts if isinstance(part, wire.ThinkingPart) and part.id and part.content]
+    if not parts:
+        return None
+    field = str(parts[0].id)
+    return Reasoning(field, "".join(part.content for part in parts if part.id == field))
+
+
+def _messages(prompt: Prompt, system: str) -> list[wire.ModelMessage]:
+    """`system`: the library's name of the provider, without which it does not send thoughts back."""
     messages: list[wire.ModelMessage] = []
-    if system := _system(prompt):
-        messages.append(wire.ModelRequest(parts=[wire.SystemPromptPart(system)]))
-    messages += [_message(turn) for turn in prompt.turns]
+    if text := _system(prompt):
+        messages.append(wire.ModelRequest(parts=[wire.SystemPromptPart(text)]))
+    messages += [_message(turn, system) for turn in prompt.turns]
     return messages
 
 
-def _message(turn: Turn) -> wire.ModelMessage:
+def _message(turn: Turn, system: str) -> wire.ModelMessage:
     match turn:
         case Said(text):
             return wire.ModelRequest(parts=[wire.UserPromptPart(text)])
-        case Answered(text, calls):
-            parts: list[wire.ModelResponsePart] = [wire.TextPart(text)] if text else []
+        case Answered(text, calls, reasoning):
+            parts: list[wire.ModelResponsePart] = []
+            if reasoning:
+                parts.append(wire.ThinkingPart(reasoning.text, id=reasoning.field, provider_name=system))
+            if text:
+                parts.append(wire.TextPart(text))
             parts += [
-                wire.ToolCallPart(_UNFIT.sub("_", call.name), call.arguments, tool_call_id=call.id) for call in calls
+                wire.ToolCallPart(_UNFIT.sub("_", call.name), _valid(call.arguments), tool_call_id=call.id)
+                for call in calls
             ]
             return wire.ModelResponse(parts=parts)
         case Returned(call, content):
@@ -245,6 +266,14 @@ def _text(event: object) -> str:
         case wire.PartDeltaEvent(delta=wire.TextPartDelta(content_delta=text)):
             return text
     return ""
+
+
+def _valid(arguments: str) -> str:
+    """The arguments of an earlier call. Servers refuse a conversation with arguments that are not JSON."""
+    try:
+        return arguments if isinstance(msgspec.json.decode(arguments), dict) else "{}"
+    except msgspec.DecodeError:
+        return "{}"
 
 
 def _arguments(call: wire.ToolCallPart) -> str:

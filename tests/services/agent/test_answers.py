@@ -263,3 +263,24 @@ async def test_the_offline_model_answers_from_the_documents_and_calculates(world
     run = await tenant.over(await tenant.say(agent, "What is 17 * (2 + 3)?"))
     assert [step["kind"] for step in run["steps"]] == ["retrieve", "model", "tool", "model"]
     assert "calculator of 17 * (2 + 3)" in run["reply"]
+
+
+@pytest.mark.parametrize("arguments", ['{"city":"Bern"}', '{"ci', "{}"])
+async def test_a_call_in_an_answer_that_reached_the_limit_of_tokens_is_not_made(
+    world: World, tenant: Tenant, arguments: str
+) -> None:
+    call = {"index": 0, "id": "a", "type": "function", "function": {"name": WEATHER, "arguments": arguments}}
+    chunks = (
+        {"choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]},
+    )
+    base = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    world.models.script(MODEL, Streams(tuple(base | chunk for chunk in chunks)), Says("I cannot."))
+    before = dict(world.peers.plugin.calls)
+    run = await tenant.over(await tenant.say(await tenant.agent(tools=[WEATHER]), "Weather?"))
+    assert (run["status"], run["reply"]) == ("completed", "I cannot.")
+    assert world.peers.plugin.calls == before
+    assert [(step["kind"], step["status"]) for step in run["steps"] if step["kind"] == "tool"] == [("tool", "failed")]
+    told = world.models.requests[-1].body["messages"][-1]
+    assert told["role"] == "tool"
+    assert "reached the limit of tokens" in told["content"]

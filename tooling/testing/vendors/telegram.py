@@ -40,12 +40,9 @@ class TelegramStandIn(StandIn):
         self.unknown: set[int] = set()
         """Chats that do not exist."""
         self.moved: dict[int, int] = {}
-<<<<<<< HEAD
         """Groups that became supergroups → their new id."""
-=======
         self.topics: set[int] = set()
         """The topics that exist. A message to another one is refused."""
->>>>>>> 9e5e101 (Telegram and Slack: Markdown in their dialects, captions, senders in the name of a chat, moved groups, lost topics, threads)
         self.revoked = False
         """The token is not valid any more."""
         self._updates = itertools.count(secrets.randbelow(10**8) + 10**8)

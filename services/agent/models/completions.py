@@ -1,0 +1,446 @@
+"""Repairs the traffic with OpenAI-shaped servers, so that the client library sees what OpenAI itself would send.
+
+Many servers have the shape and not the details: they answer in one piece, repeat running totals of the usage, omit the
+finish reason, give two calls one index or id, send thoughts as text, or refuse an option. A stream that is well formed
+passes through with the same content.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+import httpx2
+import msgspec
+
+from infra.web.http import media_type
+
+# Options of a request without which an answer is still useful.
+_OPTIONS = (
+    "stream_options",
+    "parallel_tool_calls",
+    "max_completion_tokens",
+    "max_tokens",
+    "tool_choice",
+    "response_format",
+    "seed",
+    "user",
+)
+# At most this many options are left out one after the other.
+_MOST_OPTIONS = 4
+# Servers of the providers themselves send thoughts in a field of their own.
+_OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")
+# The number of characters that are held back at the start of an answer, because its thoughts may end without a tag
+# that opened them.
+_HELD = 80
+
+Chunk = dict[str, Any]
+
+
+class Completions(httpx2.AsyncBaseTransport):
+    """A transport that repairs chat completions. Other requests pass through."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
+        self._inner = inner
+        self._refused: dict[object, set[str]] = {}
+        """The options that each endpoint refused."""
+        self._thinks_aloud: set[object] = set()
+        """The endpoints and models whose thoughts end with a tag but do not begin with one."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if not request.url.path.endswith("/chat/completions"):
+            return await self._inner.handle_async_request(request)
+        endpoint = str(request.url), request.headers.get("authorization")
+        body: dict[str, Any] = msgspec.json.decode(await request.aread())
+        refused = self._refused.get(endpoint, set())
+        response = await self._inner.handle_async_request(_without(request, body, refused))
+        for _ in range(_MOST_OPTIONS):
+            if response.status_code not in (400, 422):
+                break
+            answer = await response.aread()
+            await response.aclose()
+            option = _refused_option(answer, body, refused)
+            if option is None:
+                return _copy(response, answer, request)
+            refused = self._refused.setdefault(endpoint, set())
+            refused.add(option)
+            response = await self._inner.handle_async_request(_without(request, body, refused))
+        if response.status_code != 200:
+            return response
+        kind = media_type(response.headers)
+        model = endpoint[0], body.get("model")
+        held = 0 if request.url.host in _OWN_SERVERS else _HELD
+        repair = _Repair(_Thoughts(None if model in self._thinks_aloud else held))
+        if kind == "application/json":
+            answer = await response.aread()
+            await response.aclose()
+            stream = _once(_events(answer))
+        elif kind == "text/event-stream":
+            stream = response.aiter_bytes()
+        else:
+            return response
+
+        def remember() -> None:
+            if repair.thoughts.ended_without_beginning:
+                self._thinks_aloud.add(model)
+
+        headers = {name: response.headers[name] for name in ("x-request-id",) if name in response.headers}
+        return httpx2.Response(
+            200,
+            headers={"content-type": "text/event-stream", **headers},
+            stream=_Repaired(repair.lines(stream), response, remember),
+            request=request,
+        )
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Repaired(httpx2.AsyncByteStream):
+    def __init__(self, events: AsyncIterator[bytes], response: httpx2.Response, ended: Callable[[], None]) -> None:
+        self._events = events
+        self._response = response
+        self._ended = ended
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for event in self._events:
+            yield event
+
+    async def aclose(self) -> None:
+        self._ended()
+        await self._response.aclose()
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+def _without(request: httpx2.Request, body: Mapping[str, Any], refused: set[str]) -> httpx2.Request:
+    """The request without refused options. The limit of the answer goes by its older name first."""
+    if not refused & body.keys():
+        return request
+    kept = {name: value for name, value in body.items() if name not in refused}
+    if "max_completion_tokens" in refused & body.keys() and "max_tokens" not in refused:
+        kept["max_tokens"] = body["max_completion_tokens"]
+    headers = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}
+    return httpx2.Request(
+        request.method,
+        request.url,
+        headers=headers,
+        content=msgspec.json.encode(kept),
+        extensions=request.extensions,
+    )
+
+
+def _refused_option(answer: bytes, body: Mapping[str, Any], refused: set[str]) -> str | None:
+    """The option of the request that the refusal names."""
+    text = answer.decode(errors="replace")
+    sent = set(body) | ({"max_tokens"} if "max_completion_tokens" in refused else set())
+    found = [option for option in _OPTIONS if option in sent - refused and re.search(rf"\b{option}\b", text)]
+    return found[0] if found else None
+
+
+def _copy(response: httpx2.Response, content: bytes, request: httpx2.Request) -> httpx2.Response:
+    kept = [(n, v) for n, v in response.headers.items() if n not in ("content-length", "content-encoding")]
+    return httpx2.Response(response.status_code, headers=kept, content=content, request=request)
+
+
+def _events(body: bytes) -> bytes:
+    """A ``chat.completion`` as ``chat.completion.chunk`` events. Any other body becomes one event, unchanged."""
+    try:
+        completion: dict[str, Any] = msgspec.json.decode(body)
+        choices = [_delta(choice) for choice in completion["choices"]]
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+        return b"data: " + body.replace(b"\n", b" ") + b"\n\n"
+    chunk = completion | {"object": "chat.completion.chunk", "choices": choices}
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\ndata: [DONE]\n\n"
+
+
+def _delta(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice["message"]
+    calls = [{"index": n} | call for n, call in enumerate(message.get("tool_calls") or ())]
+    return {
+        "index": choice.get("index", 0),
+        "delta": message | ({"tool_calls": calls} if calls else {}),
+        # The answer is complete, even if it has no finish reason.
+        "finish_reason": choice.get("finish_reason") or "stop",
+    }
+
+
+class _Repair:
+    """Repairs one stream of chunks."""
+
+    def __init__(self, thoughts: _Thoughts) -> None:
+        self.thoughts = thoughts
+        self._calls = _Calls()
+        self._usage: Chunk | None = None
+        self._base: Chunk = {}
+        self._finish: str | None = None
+        self._is_complete = False
+        self._has_content = False
+
+    async def lines(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        buffer = b""
+        async for piece in stream:
+            buffer += piece
+            *complete, buffer = buffer.split(b"\n")
+            for line in complete:
+                for event in self._line(line.rstrip(b"\r")):
+                    yield event
+        for event in self._line(buffer.rstrip(b"\r")):
+            yield event
+        if self._finish is not None and not self._is_complete:
+            for chunk in self._end():
+                yield _event(chunk)
+
+    def _line(self, line: bytes) -> Iterator[bytes]:
+        if not line.startswith(b"data:"):
+            if line.startswith(b":"):
+                yield line + b"\n\n"
+            return
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            self._is_complete = True
+            yield from map(_event, self._end())
+            yield b"data: [DONE]\n\n"
+            return
+        try:
+            chunk = msgspec.json.decode(data)
+        except msgspec.DecodeError:
+            chunk = None
+        if not isinstance(chunk, dict) or chunk.get("error") or not isinstance(chunk.get("choices", []), list | None):
+            yield b"data: " + data + b"\n\n"
+            return
+        self._repair(chunk)
+        yield _event(chunk)
+
+    def _repair(self, chunk: Chunk) -> None:
+        self._base = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
+        # A later total replaces an earlier one. They are never added.
+        self._usage = usage(chunk.pop("usage", None)) or self._usage
+        chunk["choices"] = [choice for choice in chunk.get("choices") or () if isinstance(choice, dict)]
+        for choice in chunk["choices"]:
+            delta = choice["delta"] = choice.get("delta") or {}
+            choice.setdefault("index", 0)
+            choice["finish_reason"] = choice.get("finish_reason") or None
+            self._finish = choice["finish_reason"] or self._finish
+            content = delta.get("content")
+            if isinstance(content, str):
+                delta["content"] = self.thoughts.feed(content)
+            if choice["finish_reason"]:
+                delta["content"] = (delta.get("content") or "") + self.thoughts.flush()
+            if calls := delta.get("tool_calls"):
+                delta["tool_calls"] = self._calls.feed(calls)
+            self._has_content = self._has_content or bool(content or calls)
+
+    def _end(self) -> Iterator[Chunk]:
+        """The chunks that are missing before the end of a complete answer."""
+        if self._finish is None and self._has_content:
+            finish = "tool_calls" if self._calls.count else "stop"
+            delta = {"content": self.thoughts.flush()}
+            yield self._base | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+        if self._usage:
+            yield self._base | {"choices": [], "usage": self._usage}
+
+
+def _event(chunk: Chunk) -> bytes:
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
+class _Call:
+    def __init__(self, index: int, given_id: str | None, id_: str) -> None:
+        self.index = index
+        self.given_id = given_id
+        self.id = id_
+        self.arguments = ""
+
+    @property
+    def is_complete(self) -> bool:
+        try:
+            return isinstance(msgspec.json.decode(self.arguments), dict)
+        except msgspec.DecodeError:
+            return False
+
+
+class _Calls:
+    """Gives each tool call an index and an id of its own.
+
+    A piece with a name begins a call, unless the server repeats the name in each piece. A piece without one continues
+    the call with its index, else with its id, else the last one.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._by_index: dict[int, _Call] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._calls)
+
+    def feed(self, pieces: list[Any]) -> list[Chunk]:
+        return [self._piece(piece) for piece in pieces if isinstance(piece, dict)]
+
+    def _piece(self, piece: Chunk) -> Chunk:
+        index, given_id = piece.get("index"), piece.get("id") or None
+        function = piece.get("function") or {}
+        name, arguments = function.get("name") or None, function.get("arguments")
+        if arguments is None:
+            arguments = ""
+        elif not isinstance(arguments, str):
+            arguments = msgspec.json.encode(arguments).decode()
+        call = self._found(index, given_id)
+        if call is None and name is None and self._calls:
+            call = self._calls[-1]
+        if call is None or (name and self._begins(call, given_id, arguments)):
+            call = self._new(given_id)
+        else:
+            name = None
+        if isinstance(index, int):
+            self._by_index[index] = call
+        is_first = not call.arguments and name is not None
+        call.arguments += arguments
+        sent: Chunk = {"index": call.index, "function": {"arguments": arguments}}
+        if is_first:
+            sent |= {"id": call.id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        return sent
+
+    def _found(self, index: object, given_id: str | None) -> _Call | None:
+        if isinstance(index, int):
+            return self._by_index.get(index)
+        if given_id and (same := [call for call in self._calls if call.given_id == given_id]):
+            return same[-1]
+        return self._calls[-1] if self._calls and not given_id else None
+
+    def _begins(self, call: _Call, given_id: str | None, arguments: str) -> bool:
+        if given_id and call.given_id and given_id != call.given_id:
+            return True
+        return call.is_complete and bool(arguments.strip())
+
+    def _new(self, given_id: str | None) -> _Call:
+        index = len(self._calls)
+        taken = {call.id for call in self._calls}
+        id_ = given_id or f"call_{index}"
+        call = _Call(index, given_id, id_ if id_ not in taken else f"{id_}_{index}")
+        self._calls.append(call)
+        return call
+
+
+_OPENING = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
+_TAGS = ("<think>", "<thinking>", "<thought>", "<reasoning>")
+# A closing tag ends thoughts if it does not stand in a sentence about tags.
+_CLOSING = re.compile(r"(?<![ \t`'\"(\[>])</(think|thinking|thought|reasoning)>")
+_LONGEST_TAG = len("</reasoning>")
+
+
+class _Thoughts:
+    """Removes thoughts between tags from the start of an answer.
+
+    `held`: how many characters may wait for a closing tag without an opening one; None: all of the answer.
+    """
+
+    def __init__(self, held: int | None) -> None:
+        self._held = held
+        self._buffer = ""
+        self._inside: str | None = None
+        self._decided = False
+        self._after_thoughts = False
+        self._shown = ""
+        self.ended_without_beginning = False
+
+    def feed(self, text: str) -> str:
+        """The part of the text that is known to be the answer."""
+        if self._decided:
+            return self._show(text)
+        self._buffer += text
+        return self._advance(is_last=False)
+
+    def flush(self) -> str:
+        """The held part, when no more text follows."""
+        return "" if self._decided else self._advance(is_last=True)
+
+    def _advance(self, *, is_last: bool) -> str:
+        while True:
+            if self._inside:
+                before, found, after = self._buffer.partition(f"</{self._inside}>")
+                if not found:
+                    # Only the tail may hold a part of the tag.
+                    self._buffer = before[-_LONGEST_TAG:]
+                    return ""
+                self._inside, self._buffer, self._after_thoughts = None, after, True
+            if self._after_thoughts:
+                self._buffer = self._buffer.lstrip()
+            if opening := _OPENING.match(self._buffer):
+                self._inside, self._buffer = opening[1], self._buffer[opening.end() :]
+                continue
+            start = self._buffer.lstrip()
+            if not is_last and any(tag.startswith(start) for tag in _TAGS):
+                return ""
+            if not self._after_thoughts and self._held != 0:
+                if closing := _CLOSING.search(self._buffer):
+                    self.ended_without_beginning = self._after_thoughts = True
+                    self._buffer = self._buffer[closing.end() :]
+                    continue
+                if not is_last and (self._held is None or len(self._buffer) < self._held):
+                    return ""
+            self._decided = True
+            buffer, self._buffer = self._buffer, ""
+            return self._show(buffer)
+
+    def _show(self, text: str) -> str:
+        if self._held != 0 and not self._after_thoughts and not self.ended_without_beginning:
+            self._shown += text
+            if "</" in self._shown[-len(text) - _LONGEST_TAG :] and _CLOSING.search(self._shown):
+                # Too late for this stream; the next answers of this model are held back.
+                self.ended_without_beginning = True
+        return text
+
+
+def without_thoughts(text: str) -> str:
+    """A whole answer without the thoughts that its stream has shown before their closing tag came."""
+    if _OPENING.search(text) is None and (closing := _CLOSING.search(text)):
+        return text[closing.end() :].lstrip()
+    return text
+
+
+def usage(given: Any) -> Chunk | None:
+    """The usage in OpenAI's shape; None if it is not reported.
+
+    A usage without plausible counts counts as not reported: it must not become zero tokens. The prompt is never empty.
+    """
+    if not isinstance(given, dict):
+        return None
+    prompt = _first_count(given.get("prompt_tokens"), given.get("input_tokens"))
+    completion = _first_count(given.get("completion_tokens"), given.get("output_tokens"))
+    if not prompt or completion is None:
+        return None
+    details = _mapping(given.get("prompt_tokens_details")), _mapping(given.get("input_tokens_details"))
+    cached = _first_count(
+        *(detail.get("cached_tokens") for detail in details),
+        given.get("prompt_cache_hit_tokens"),
+        given.get("cached_tokens"),
+        given.get("cache_read_input_tokens"),
+    )
+    completion_details = _mapping(given.get("completion_tokens_details"))
+    reasoning = _first_count(completion_details.get("reasoning_tokens"), given.get("reasoning_tokens"))
+    found: Chunk = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    # More cached tokens than tokens: charged as input.
+    if cached is not None and cached <= prompt:
+        found["prompt_tokens_details"] = {"cached_tokens": cached}
+    if reasoning is not None and reasoning <= completion:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _first_count(*values: Any) -> int | None:
+    """The first of the values that is a count. A number may be a string; it may not be negative or a fraction."""
+    for value in values:
+        if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 16:
+            return int(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e15 and value == int(value):
+            return int(value)
+    return None

@@ -1,0 +1,373 @@
+"""Servers that have the shape of OpenAI and not its details."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from infra.outgoing.client import Outgoing
+from services.agent.models.completions import _Thoughts, usage, without_thoughts
+from services.agent.models.contract import (
+    Answer,
+    Answered,
+    Endpoint,
+    ModelFailed,
+    Prompt,
+    Reasoning,
+    Returned,
+    Said,
+    Tool,
+    ToolCall,
+    Turn,
+    Usage,
+)
+from services.agent.models.providers import Providers
+from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
+
+MODEL = "gpt-4o-mini"
+PROMPT = Prompt("", (Said("?"),), tools=(Tool("add", "", {"type": "object", "properties": {}}),))
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ModelServer]:
+    async with model_server() as running:
+        yield running
+        assert running.refused == []
+
+
+@pytest.fixture
+async def providers() -> AsyncIterator[Providers]:
+    outgoing = Outgoing(allow_private=True)
+    found = Providers(outgoing.transport())
+    yield found
+    await found.close()
+    await outgoing.close()
+
+
+def chunk(delta: dict[str, Any] | None = None, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    base = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    return base | {"choices": [{"index": 0, "delta": delta or {}, "finish_reason": finish}]} | more
+
+
+def text(*pieces: str, finish: str | None = "stop", **more: Any) -> Streams:
+    ends = (chunk(finish=finish),) if finish else ()
+    return Streams((*(chunk({"content": piece}, **more) for piece in pieces), *ends))
+
+
+def call(index: int | None, id_: str | None, name: str | None, arguments: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if index is not None:
+        made["index"] = index
+    if id_ is not None:
+        made["id"] = id_
+    return made
+
+
+async def ask(
+    server: ModelServer, providers: Providers, prompt: Prompt = PROMPT, streamed: list[str] | None = None
+) -> Answer:
+    async def receive(piece: str) -> None:
+        if streamed is not None:
+            streamed.append(piece)
+
+    return await providers.model(f"openai/{MODEL}", Endpoint(server.url, KEY)).answer(prompt, receive)
+
+
+def total(prompt: Any, completion: Any, **more: Any) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, **more}
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        Streams(
+            (
+                *(chunk({"content": "a"}, usage=total(10, n)) for n in (1, 2, 3)),
+                chunk(finish="stop", usage=total(10, 3)),
+            )
+        ),
+        Streams(
+            (
+                chunk({"content": "aaa"}),
+                chunk(finish="stop", usage=total(10, 3)),
+                chunk(usage=total(10, 3)) | {"choices": []},
+            )
+        ),
+        Streams((chunk({"content": "aaa"}), chunk(finish="stop"), {"usage": total("10", "3")})),
+        # A later null does not take back what was reported.
+        Streams((chunk({"content": "aaa"}, usage=total(10, 3)), chunk(finish="stop", usage=None))),
+        Streams((chunk({"content": "aaa"}), chunk(finish="stop", usage=total(10, 3))), done=False),
+    ],
+)
+async def test_running_totals_of_the_usage_count_once(
+    server: ModelServer, providers: Providers, stream: Streams
+) -> None:
+    server.script(MODEL, stream)
+    answer = await ask(server, providers)
+    assert (answer.text, answer.usage.input_tokens, answer.usage.output_tokens) == ("aaa", 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "cached"),
+    [
+        (total(100, 5, prompt_cache_hit_tokens=90, prompt_cache_miss_tokens=10), 90),
+        (total(100, 5, cached_tokens=90), 90),
+        (total(100, 5, prompt_tokens_details={"cached_tokens": 90}, cached_tokens=7), 90),
+        (total(100, 5, prompt_tokens_details=None, cache_read_input_tokens=0), 0),
+        (total(100, 5, prompt_tokens_details={"cached_tokens": None}), None),
+        # More cached tokens than tokens: all are charged as input.
+        (total(100, 5, cached_tokens=190), None),
+        ({"input_tokens": 100, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 90}}, 90),
+    ],
+)
+async def test_cached_tokens_are_found_in_the_fields_of_vendors(
+    server: ModelServer, providers: Providers, given: dict[str, Any], cached: int | None
+) -> None:
+    server.script(MODEL, Streams((chunk({"content": "a"}), chunk(finish="stop", usage=given))))
+    answer = await ask(server, providers)
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (100, 5)
+    assert answer.usage.cached_tokens == cached
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        {},
+        [],
+        total(10, None),
+        {"prompt_tokens": 10},
+        total(-1, 5),
+        total(10, -5),
+        total(0, 0),
+        total(0, 5),
+        total(1.5, 5),
+        total(True, 5),
+        total("ten", 5),
+        total(None, None, total_tokens=7),
+        {"usage": total(10, 5)},
+        {"total": total(10, 5)},
+    ],
+)
+async def test_an_implausible_usage_is_not_reported_and_never_zero(
+    server: ModelServer, providers: Providers, given: Any
+) -> None:
+    server.script(MODEL, Streams((chunk({"content": "a"}), chunk(finish="stop", usage=given))))
+    assert (await ask(server, providers)).usage == Usage()
+    assert usage(given) is None
+
+
+def two(first: dict[str, Any], second: dict[str, Any], finish: str | None = "tool_calls") -> Streams:
+    return Streams(
+        (chunk({"tool_calls": [first]}), chunk({"tool_calls": [second]}), *((chunk(finish=finish),) if finish else ()))
+    )
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        two(call(0, "a", "add", '{"n":1}'), call(0, "b", "add", '{"n":2}')),
+        two(call(0, "a", "add", '{"n":1}'), call(1, "a", "add", '{"n":2}')),
+        two(call(0, "a", "add", '{"n":1}'), call(0, "a", "add", '{"n":2}')),
+        two(call(None, "a", "add", '{"n":1}'), call(None, "b", "add", '{"n":2}')),
+        two(call(None, None, "add", '{"n":1}'), call(None, None, "add", '{"n":2}')),
+        two(call(0, "a", "add", {"n": 1}), call(0, "b", "add", {"n": 2})),
+        two(call(0, "a", "add", '{"n":1}'), call(0, "b", "add", '{"n":2}'), finish=None),
+        Streams((chunk({"tool_calls": [call(0, "a", "add", '{"n":1}'), call(0, "b", "add", '{"n":2}')]}, "stop"),)),
+    ],
+)
+async def test_two_calls_that_share_an_index_or_an_id_are_two_calls(
+    server: ModelServer, providers: Providers, stream: Streams
+) -> None:
+    server.script(MODEL, stream, Says("Done."))
+    answer = await ask(server, providers)
+    assert [(made.name, msgspec.json.decode(made.arguments)) for made in answer.calls] == [
+        ("add", {"n": 1}),
+        ("add", {"n": 2}),
+    ]
+    assert len({made.id for made in answer.calls}) == 2
+    # The next request is one that a strict server takes.
+    turns: tuple[Turn, ...] = (
+        Said("?"),
+        Answered("", answer.calls),
+        *(Returned(made, "1") for made in answer.calls),
+    )
+    assert (await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))).text == "Done."
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [call(0, "a", "add", ""), call(0, None, None, '{"n"'), call(0, "", None, ":1}")],
+        [call(None, "a", "add", '{"n"'), call(None, None, None, ":1}")],
+        # The name and the id in each piece.
+        [call(0, "a", "add", '{"n"'), call(0, "a", "add", ":1"), call(0, "a", "add", "}"), call(0, "a", "add", "")],
+        # Each piece with an index of its own.
+        [call(0, "a", "add", '{"n"'), call(1, None, None, ":1"), call(2, "", None, "}")],
+    ],
+)
+async def test_the_pieces_of_one_call_are_one_call(
+    server: ModelServer, providers: Providers, pieces: list[dict[str, Any]]
+) -> None:
+    server.script(MODEL, Streams((*(chunk({"tool_calls": [piece]}) for piece in pieces), chunk(finish="tool_calls"))))
+    answer = await ask(server, providers)
+    assert [(made.id, made.name, made.arguments) for made in answer.calls] == [("a", "add", '{"n":1}')]
+
+
+@pytest.mark.parametrize("finish", [None, ""])
+async def test_a_complete_answer_without_a_finish_reason_is_complete(
+    server: ModelServer, providers: Providers, finish: str | None
+) -> None:
+    chunks = (chunk({"content": "All "}, finish), chunk({"content": "of it."}, finish))
+    server.script(MODEL, Streams((*chunks, chunk(usage=total(10, 3)) | {"choices": []})))
+    answer = await ask(server, providers)
+    assert (answer.text, answer.usage.output_tokens, answer.finish_reason) == ("All of it.", 3, "stop")
+    # Without the end of the stream it was cut off.
+    server.script(MODEL, Streams(chunks, done=False))
+    with pytest.raises(ModelFailed) as failed:
+        await ask(server, providers)
+    assert failed.value.passing
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
+    server: ModelServer, providers: Providers, field: str
+) -> None:
+    thoughts = (chunk({field: "They want "}), chunk({field: "a sum."}))
+    calls = (chunk({"tool_calls": [call(0, "a", "add", "{}")]}), chunk(finish="tool_calls"))
+    server.script(MODEL, Streams((*thoughts, *calls)), Says("3"), Streams((*thoughts, *text("Hi").chunks)))
+    streamed: list[str] = []
+    answer = await ask(server, providers, streamed=streamed)
+    assert (answer.text, streamed, answer.reasoning) == ("", [], Reasoning(field, "They want a sum."))
+    turns = (Said("?"), Answered("", answer.calls, answer.reasoning), Returned(answer.calls[0], "3"))
+    await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))
+    sent = server.requests[-1].body["messages"][1]
+    assert (sent["role"], sent[field], sent["tool_calls"][0]["id"]) == ("assistant", "They want a sum.", "a")
+    plain = await ask(server, providers)
+    assert (plain.text, plain.reasoning) == ("Hi", None)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["<think>they are angry</think>Hello"],
+        ["<think>they", " are ang", "ry</thi", "nk>Hello"],
+        list("<think>they are angry</think>\n\nHello"),
+        ["they are angry</think>Hello"],
+        ["they are angry", "\n</think>\n", "\nHello"],
+        ["\n<thinking>\nthey are angry\n</thinking>\n\nHello"],
+        ["<think></think>Hel", "lo"],
+        ["<think>a</think>\n<think>b</think>Hello"],
+    ],
+)
+async def test_thoughts_in_tags_are_neither_streamed_nor_in_the_answer(
+    server: ModelServer, providers: Providers, pieces: list[str]
+) -> None:
+    server.script(MODEL, text(*pieces))
+    streamed: list[str] = []
+    answer = await ask(server, providers, streamed=streamed)
+    assert ("".join(streamed), answer.text) == ("Hello", "Hello")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "The tag <think> is no HTML, and </think> neither.",
+        "Write `</think>` to close it.",
+        "a <thinker> thinks",
+        "<b>bold</b> and </p>",
+        "<",
+        "<thin",
+        "",
+        "Long " * 100,
+    ],
+)
+async def test_tags_in_a_sentence_stay(server: ModelServer, providers: Providers, words: str) -> None:
+    server.script(MODEL, text(words), text(*words) if words else text(""))
+    for _ in range(2):
+        streamed: list[str] = []
+        answer = await ask(server, providers, streamed=streamed)
+        assert ("".join(streamed), answer.text) == (words, words)
+
+
+async def test_long_thoughts_without_an_opening_tag_are_removed_and_next_time_held_back(
+    server: ModelServer, providers: Providers
+) -> None:
+    pieces = [*(f"thought {n} " for n in range(30)), "end.</think>", "Hello"]
+    server.script(MODEL, text(*pieces), text(*pieces), text("No thoughts here, just words. " * 10))
+    assert (await ask(server, providers)).text == "Hello"
+    streamed: list[str] = []
+    assert (await ask(server, providers, streamed=streamed)).text == "Hello"
+    assert streamed == ["Hello"]
+    assert (await ask(server, providers)).text == "No thoughts here, just words. " * 10
+
+
+def test_without_a_hold_nothing_is_held_back_but_an_opening_tag() -> None:
+    thoughts = _Thoughts(0)
+    assert [thoughts.feed(piece) for piece in ("<", "th", "e")] == ["", "", "<the"]
+    assert without_thoughts("they think</think> so") == "so"
+    assert without_thoughts("<think> in a sentence</think> stays") == "<think> in a sentence</think> stays"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted"}]},
+        {"error": {"message": "Unrecognized request argument supplied: stream_options"}},
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422])
+async def test_an_option_that_is_refused_is_left_out_and_stays_out(
+    server: ModelServer, providers: Providers, status: int, body: Any
+) -> None:
+    server.script(MODEL, Refuses(status, body), text("One"), text("Two"))
+    answers = [await ask(server, providers) for _ in range(2)]
+    assert [(answer.text, answer.usage) for answer in answers] == [("One", Usage()), ("Two", Usage())]
+    assert ["stream_options" in request.body for request in server.requests] == [True, False, False]
+
+
+async def test_several_refused_options_are_left_out_and_a_limit_gets_its_older_name(
+    server: ModelServer, providers: Providers
+) -> None:
+    server.script(
+        MODEL,
+        Refuses(400, {"error": "max_completion_tokens is not supported"}),
+        Refuses(400, {"error": "parallel_tool_calls: unknown field"}),
+        text("Yes"),
+    )
+    prompt = msgspec.structs.replace(PROMPT, max_output_tokens=7, parallel=False)
+    assert (await ask(server, providers, prompt)).text == "Yes"
+    body = server.requests[-1].body
+    assert (body["max_tokens"], "parallel_tool_calls" in body, "max_completion_tokens" in body) == (7, False, False)
+
+
+@pytest.mark.parametrize("body", [{"error": {"message": "context too long"}}, {"error": {"message": "seed is fine"}}])
+async def test_another_refusal_is_final(server: ModelServer, providers: Providers, body: Any) -> None:
+    server.script(MODEL, Refuses(400, body), text("Never"))
+    with pytest.raises(ModelFailed, match="HTTP 400") as failed:
+        await ask(server, providers)
+    assert not failed.value.passing
+    assert len(server.requests) == 1
+
+
+async def test_invalid_arguments_of_an_earlier_call_are_sent_as_an_empty_object(
+    server: ModelServer, providers: Providers
+) -> None:
+    cut = ToolCall("a", "add", '{"n":')
+    await ask(
+        server,
+        providers,
+        Prompt("", (Said("?"), Answered("", (cut,)), Returned(cut, "Error: cut")), tools=PROMPT.tools),
+    )
+    assert server.requests[-1].body["messages"][1]["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+async def test_an_error_inside_the_stream_is_a_failure(server: ModelServer, providers: Providers) -> None:
+    server.script(MODEL, Streams((chunk({"content": "Half"}), {"error": {"message": "busy", "code": 503}})))
+    with pytest.raises(ModelFailed):
+        await ask(server, providers)
+    server.script(MODEL, text("Whole", error=None))
+    assert (await ask(server, providers)).text == "Whole"
