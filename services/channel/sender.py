@@ -74,6 +74,8 @@ class Sender:
                 text=text,
                 reply_to=words.reply_to if n == 1 else None,
                 run_id=delivery.queued.run_id,
+                answers=words.reply_to,
+                part=n,
             )
             for n, text in enumerate(texts, 1)
         ]
@@ -90,7 +92,7 @@ class Sender:
             # The address is private: it was not called.
             raise EffectFailed(str(error)) from error
         except Unanswered as error:
-            if account.vendor.effect == "keyed":
+            if account.vendor.effect_of(part) == "keyed":
                 # The vendor drops repeats by our key, so the message may be sent again until it expires.
                 raise Transient(str(error)) from error
             raise

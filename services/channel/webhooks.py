@@ -21,7 +21,7 @@ from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.service.service import Runtime
-from infra.web.http import MAX_BODY_BYTES, METHODS, RawRoute
+from infra.web.http import METHODS, RawRoute
 from infra.web.problems import problem
 from services.channel.accounts import Accounts
 from services.channel.ingest import Ingest, ingest
@@ -42,10 +42,11 @@ class Webhooks:
     """Answers 200 once the messages are stored or known to be repeats; 401 if the call does not verify; 400 if it
     verifies but is malformed; 503 while the database is unavailable, so that the vendor sends it again."""
 
-    def __init__(self, accounts: Accounts, ingest: Ingest, metrics: Metrics) -> None:
+    def __init__(self, accounts: Accounts, ingest: Ingest, metrics: Metrics, public_url: str) -> None:
         self._accounts = accounts
         self._ingest = ingest
         self._metrics = metrics
+        self._public_url = public_url.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
@@ -56,8 +57,8 @@ class Webhooks:
         with telemetry.span(f"{method} {PATH}", SpanKind.SERVER, parent=parent, attributes=attributes) as span:
             try:
                 ack = await self._answer(scope, headers, receive)
-                response = None if ack == _EMPTY else Response(ack.body, media_type=ack.media_type)
-                status = 200
+                response = None if ack == _EMPTY else Response(ack.body, ack.status, media_type=ack.media_type)
+                status = ack.status
             except _Disconnected:
                 return
             except Exception as error:
@@ -81,8 +82,10 @@ class Webhooks:
         account = await self._accounts.by_token(type_, token)
         if account is None:
             raise NotFound("no channel has this webhook path")
-        body = await _body(headers, receive)
-        request = Request(scope["method"], scope["query_string"].decode("latin-1"), headers, body)
+        body = await _body(headers, receive, account.vendor.max_body)
+        query = scope["query_string"].decode("latin-1")
+        url = f"{self._public_url}{scope['path']}{f'?{query}' if query else ''}"
+        request = Request(scope["method"], query, headers, body, url)
         try:
             received = account.vendor.receive(request, account.credentials, utcnow())
         except InvalidMessage as error:
@@ -97,13 +100,13 @@ class Webhooks:
 
 
 def routes(runtime: Runtime, accounts: Accounts) -> Sequence[BaseRoute]:
-    return [RawRoute(PREFIX, Webhooks(accounts, ingest(runtime), runtime.metrics))]
+    return [RawRoute(PREFIX, Webhooks(accounts, ingest(runtime), runtime.metrics, runtime.settings.public_url))]
 
 
-async def _body(headers: dict[str, str], receive: Receive) -> bytes:
+async def _body(headers: dict[str, str], receive: Receive, most: int) -> bytes:
     """Raises TooLarge, if the length is declared before anything is read."""
-    if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
-        raise _too_large()
+    if int(headers.get("content-length", 0)) > most:
+        raise _too_large(most)
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body"):
         body: bytes = message.get("body", b"")
@@ -115,13 +118,13 @@ async def _body(headers: dict[str, str], receive: Receive) -> bytes:
             raise _Disconnected
         part = message.get("body", b"")
         length += len(part)
-        if length > MAX_BODY_BYTES:
-            raise _too_large()
+        if length > most:
+            raise _too_large(most)
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)
         message = await receive()
 
 
-def _too_large() -> TooLarge:
-    return TooLarge(f"body: must have at most {MAX_BODY_BYTES} bytes")
+def _too_large(most: int) -> TooLarge:
+    return TooLarge(f"body: must have at most {most} bytes")

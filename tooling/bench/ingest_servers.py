@@ -54,7 +54,7 @@ async def serve_ours(port: int, engine: AsyncEngine, otlp: str) -> None:
     database = Database(engine, "channel")
     metrics = Metrics(CollectorRegistry())
     ingest = Ingest(database, cipher, SubjectKeys(cipher))
-    routes = [http.RawRoute(PREFIX, Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics))]
+    routes = [http.RawRoute(PREFIX, Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics, ""))]
     app = http.in_front(routes, http.create_app(routes, http.Health("channel", "0"), metrics))
     await http.serve_http(app, port)
     await Drainer(ingest).run()

@@ -6,9 +6,11 @@ the vendor's documentation, which the adapter's module names.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 from uuid import UUID
@@ -18,6 +20,7 @@ import msgspec
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
+from infra.web.http import MAX_BODY_BYTES
 
 C = TypeVar("C", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -38,6 +41,8 @@ class Request(NamedTuple):
     """Names in lower case."""
     body: bytes
     """The raw bytes."""
+    url: str = ""
+    """The public URL that the vendor called, with its query. Some vendors sign it."""
 
 
 class Inbound(NamedTuple):
@@ -77,6 +82,7 @@ class Ack(NamedTuple):
 
     body: bytes = b""
     media_type: str = "text/plain"
+    status: int = 200
 
 
 class Received(NamedTuple):
@@ -94,7 +100,12 @@ class Outbound(NamedTuple):
     conversation: str
     text: str
     reply_to: str | None = None
+    """The vendor's id of the message that this part quotes. Only the first part has one."""
     run_id: UUID | None = None
+    answers: str | None = None
+    """The vendor's id of the message that the delivery answers, the same for each part."""
+    part: int = 1
+    """The number of this part, from 1."""
 
 
 class Limit(NamedTuple):
@@ -131,6 +142,8 @@ class Vendor(ABC, Generic[C]):
     """The fields of the credentials that are addresses."""
     effect: ClassVar[Kind]
     """``keyed`` if the vendor accepts our key and drops repeats, else ``once``."""
+    max_body: ClassVar[int] = MAX_BODY_BYTES
+    """The largest webhook body that the vendor sends, in bytes."""
 
     @abstractmethod
     def receive(self, request: Request, credentials: C, now: datetime) -> Received:
@@ -148,6 +161,10 @@ class Vendor(ABC, Generic[C]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         """The vendor's rate limits that apply to a message to this conversation."""
 
+    def effect_of(self, message: Outbound) -> Kind:
+        """The kind of effect of sending this part, if a vendor has several ways of sending."""
+        return self.effect
+
     @abstractmethod
     async def send(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> str | None:
         """Sends one message and returns the vendor's id of it, or None if the vendor gives none.
@@ -156,6 +173,42 @@ class Vendor(ABC, Generic[C]):
         Transient or RetryLater if it certainly was not sent and may be sent later, Unanswered if the outcome is
         unknown.
         """
+
+
+class Tokens:
+    """Access tokens of this process, by the credentials that they were fetched for."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[object, tuple[float, str]] = {}
+        self._locks: dict[object, asyncio.Lock] = {}
+
+    async def get(self, account: object, fetch: Callable[[], Awaitable[tuple[str, float]]]) -> str:
+        """The token of the account. `fetch` returns a new one and the seconds that it is valid; one call at a time."""
+        async with self._locks.setdefault(account, asyncio.Lock()):
+            until, token = self._tokens.get(account, (0.0, ""))
+            if until < time.monotonic():
+                token, seconds = await fetch()
+                # It is replaced a little early, so that it does not run out on its way.
+                self._tokens[account] = time.monotonic() + seconds * 0.9, token
+            return token
+
+    def drop(self, account: object, token: str) -> None:
+        """Forgets a token that the vendor refused, unless it was replaced already."""
+        if self._tokens.get(account, (0.0, ""))[1] == token:
+            del self._tokens[account]
+
+
+def read_json(answer: Answer, type_: type[T]) -> T:
+    """The vendor's answer to a send. Raises as `raise_for_transient`, and Unanswered if a good answer is malformed."""
+    raise_for_transient(answer)
+    try:
+        return msgspec.json.decode(answer.body, type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if answer.status == 401:
+            raise AccountRefused("HTTP 401") from error
+        if answer.status >= 400:
+            raise EffectFailed(f"HTTP {answer.status}") from error
+        raise Unanswered(f"HTTP {answer.status} with a malformed body") from error
 
 
 def decode(body: bytes | msgspec.Raw, type_: type[T]) -> T:
