@@ -6,14 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from services.channel.vendors.base import Vendor
+from services.channel.vendors.discord import Discord
+from services.channel.vendors.line import Line
 from services.channel.vendors.slack import Slack
 from services.channel.vendors.telegram import Telegram
+from services.channel.vendors.twilio import Twilio
 from services.channel.vendors.webhook import Webhook
+from services.channel.vendors.whatsapp import WhatsApp
 
 _ALL: tuple[Vendor[Any], ...] = (
+    Discord(),
+    Line(),
     Slack(),
     Telegram(),
+    Twilio(),
     Webhook(),
+    WhatsApp(),
 )
 
 VENDORS: Mapping[str, Vendor[Any]] = {vendor.name: vendor for vendor in _ALL}

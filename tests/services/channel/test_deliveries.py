@@ -18,7 +18,18 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import Envelope
 from protos.messages.channel import SendMessage
 from tests.services.channel.conftest import Desk
-from tooling.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn, answer, cut, hold
+from tooling.testing.vendors import (
+    DiscordStandIn,
+    LineStandIn,
+    SlackStandIn,
+    TelegramStandIn,
+    TwilioStandIn,
+    WebhookStandIn,
+    WhatsAppStandIn,
+    answer,
+    cut,
+    hold,
+)
 
 
 @pytest.fixture
@@ -93,6 +104,32 @@ async def test_slack_and_webhook_get_their_replies(desk: Desk, webhook: WebhookS
     assert (sent["state"], sent["vendor_message_id"]) == ("sent", None)
     [message] = webhook.ledger
     assert (message.id, message.fields["run_id"]) == (str(id_), sent["run_id"])
+
+
+async def test_discord_line_twilio_and_whatsapp_get_their_replies(desk: Desk) -> None:
+    async with DiscordStandIn() as discord, LineStandIn() as line, TwilioStandIn() as twilio, WhatsAppStandIn() as meta:
+        fakes: dict[str, Any] = {"discord": discord, "line": line, "twilio": twilio, "whatsapp": meta}
+        channels = {name: await desk.connect(name, fake.credentials, fake.url) for name, fake in fakes.items()}
+        calls = {
+            "discord": discord.signed(discord.command("question", channel="77")),
+            "line": line.call(line.event("question")),
+            "twilio": twilio.message(f"http://127.0.0.1:8080{channels['twilio']['webhook_path']}", "question"),
+            "whatsapp": meta.call(meta.message("question")),
+        }
+        for name, call in calls.items():
+            for _ in range(2):
+                assert (await desk.call(channels[name], call)).status_code == 200
+            [inbound] = await desk.received(channels[name])
+            assert inbound["text"] == "question"
+            delivery = await desk.settled(await desk.reply(inbound, "**answer**\n\n" + "x" * 5_000))
+            assert (delivery["state"], fakes[name].refusals) == ("sent", [])
+            texts = fakes[name].texts()
+            assert texts[0].replace("*", "").startswith("answer")
+            assert sum(text.count("x") for text in texts) == 5_000
+        challenge = f"{channels['whatsapp']['webhook_path']}?hub.mode=subscribe&hub.challenge=12&hub.verify_token="
+        for token, status in ((meta.verify_token, 200), ("wrong", 401)):
+            answered = await desk.call({"webhook_path": challenge + token}, (b"", {}), "GET")
+            assert answered.status_code == status
 
 
 async def test_a_repeated_delivery_is_sent_once_even_after_the_lane_was_pruned(

@@ -4,9 +4,27 @@ Each is a real HTTP server on the loopback interface. It refuses the requests th
 faults on demand, and keeps a ledger of the messages it accepted.
 """
 
+from tooling.testing.vendors.discord import DiscordStandIn
+from tooling.testing.vendors.line import LineStandIn
 from tooling.testing.vendors.server import Accepted, Fault, answer, cut, hang, hold
 from tooling.testing.vendors.slack import SlackStandIn
 from tooling.testing.vendors.telegram import TelegramStandIn
+from tooling.testing.vendors.twilio import TwilioStandIn
 from tooling.testing.vendors.webhook import WebhookStandIn
+from tooling.testing.vendors.whatsapp import WhatsAppStandIn
 
-__all__ = ("Accepted", "Fault", "SlackStandIn", "TelegramStandIn", "WebhookStandIn", "answer", "cut", "hang", "hold")
+__all__ = (
+    "Accepted",
+    "DiscordStandIn",
+    "Fault",
+    "LineStandIn",
+    "SlackStandIn",
+    "TelegramStandIn",
+    "TwilioStandIn",
+    "WebhookStandIn",
+    "WhatsAppStandIn",
+    "answer",
+    "cut",
+    "hang",
+    "hold",
+)

@@ -1,0 +1,201 @@
+"""Adapter for Discord apps, by interactions over HTTP.
+
+https://discord.com/developers/docs/interactions/overview, https://discord.com/developers/docs/resources/webhook,
+https://discord.com/developers/docs/resources/message, https://discord.com/developers/docs/topics/rate-limits
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from infra.errors import EffectFailed, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Answer, Outgoing
+from services.channel.vendors.base import (
+    AccountRefused,
+    Ack,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Vendor,
+    decode,
+    is_recent,
+    raise_for_transient,
+    read_json,
+)
+from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged
+from services.channel.vendors.splitting import split
+
+# Characters.
+MAX_TEXT = 2_000
+_NONCE_LENGTH = 25
+_PING, _COMMAND, _COMPONENT, _AUTOCOMPLETE = 1, 2, 3, 4
+_STRING_OPTION = 3
+# Answers to an interaction: a pong, "is thinking", nothing, no choices.
+_PONG, _DEFERRED, _UNCHANGED = ({"type": kind} for kind in (1, 5, 6))
+_NO_CHOICES = {"type": 8, "data": {"choices": []}}
+# The token of the interaction is no longer valid: unknown webhook, invalid webhook token, unknown message.
+_EXPIRED = (10008, 10015, 50027)
+
+# Discord shows Markdown itself, but no tables and no images.
+DIALECT = Dialect(
+    bold=("**", "**"),
+    italic=("*", "*"),
+    strike=("~~", "~~"),
+    code=("`", "`"),
+    fence=lambda text, language: f"```{language}\n{text}\n```",
+    quote=quoted_lines,
+    link=lambda label, url: url if label == url else f"[{label}]({url})",
+    escape=unchanged,
+)
+
+
+class DiscordCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    application_id: Annotated[str, msgspec.Meta(pattern="^[0-9]{1,32}$")]
+    public_key: Annotated[str, msgspec.Meta(pattern="^[0-9a-fA-F]{64}$")]
+    bot_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,256}$")]
+
+
+class _User(msgspec.Struct):
+    id: str
+
+
+class _Member(msgspec.Struct):
+    user: _User | None = None
+
+
+class _Data(msgspec.Struct):
+    name: str = ""
+    options: list[dict[str, Any]] | None = None
+
+
+class _Interaction(msgspec.Struct):
+    type: int
+    id: str = ""
+    token: str = ""
+    channel_id: str | None = None
+    member: _Member | None = None
+    user: _User | None = None
+    data: _Data | None = None
+    event: dict[str, Any] | None = None
+    """Only of a webhook event, which is no interaction."""
+
+
+class _Message(msgspec.Struct):
+    id: str | None = None
+    code: int = 0
+    message: str = ""
+    retry_after: float | None = None
+
+
+class Discord(Vendor[DiscordCredentials]):
+    """The text is the string option of a command. It is answered at once with "is thinking"; the reply replaces that.
+
+    Further parts, and replies after the fifteen minutes of the interaction, are messages of the bot with a nonce.
+    """
+
+    name: ClassVar[str] = "discord"
+    credentials: ClassVar[type[msgspec.Struct]] = DiscordCredentials
+    origin: ClassVar[str] = "https://discord.com"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    # The first part replaces the same message again; the others carry a nonce.
+    effect: ClassVar[Kind] = "keyed"
+
+    def receive(self, request: Request, credentials: DiscordCredentials, now: datetime) -> Received:
+        timestamp = request.headers.get("x-signature-timestamp", "")
+        if not is_recent(timestamp, now):
+            raise Unauthenticated("X-Signature-Timestamp is missing or more than 5 minutes from our clock")
+        try:
+            signature = bytes.fromhex(request.headers.get("x-signature-ed25519", ""))
+            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(credentials.public_key))
+            key.verify(signature, timestamp.encode() + request.body)
+        except (InvalidSignature, ValueError) as error:
+            raise Unauthenticated("X-Signature-Ed25519 does not match") from error
+        unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
+        interaction = decode(request.body, _Interaction)
+        if interaction.event is not None or interaction.type == 0:
+            ignored = [] if interaction.type == 0 else [Ignored(unnamed, "a webhook event")]
+            return Received(ignored, Ack(status=204))
+        if interaction.type == _PING:
+            return Received([], _ack(_PONG))
+        ids = (f"interaction/{interaction.id}",) if interaction.id else unnamed
+        if interaction.type != _COMMAND:
+            ack = {_COMPONENT: _ack(_UNCHANGED), _AUTOCOMPLETE: _ack(_NO_CHOICES)}.get(interaction.type, Ack())
+            return Received([Ignored(ids, f"an interaction of type {interaction.type}")], ack)
+        author = (interaction.member and interaction.member.user) or interaction.user
+        if author is None or interaction.channel_id is None:
+            return Received([Ignored(ids, "a command without a channel or an author")], _ack(_DEFERRED))
+        data = interaction.data or _Data()
+        text = next(_strings(data.options), None) or f"/{data.name}"
+        item = Inbound(ids, interaction.channel_id, author.id, interaction.token, text)
+        return Received([item], _ack(_DEFERRED))
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, lambda part: len(render(part, DIALECT)))
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        return [Limit("app", 50, 1), Limit(f"channel {conversation}", 5, 5)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound
+    ) -> str | None:
+        # Without this, @everyone in an answer would notify everybody.
+        body: dict[str, Any] = {"content": render(message.text, DIALECT), "allowed_mentions": {"parse": []}}
+        if message.part == 1 and message.answers:
+            path = f"/api/v10/webhooks/{credentials.application_id}/{message.answers}/messages/@original"
+            answer = await outgoing.request(
+                "PATCH", f"{origin}{path}", json=body, template="/api/v10/webhooks/{id}/{token}/messages/@original"
+            )
+            response = _read(answer)
+            if answer.status < 400:
+                return response.id
+            if response.code not in _EXPIRED and answer.status != 404:
+                raise EffectFailed(f"{response.code}: {response.message}"[:200])
+        nonce = hashlib.sha256(message.key.encode()).hexdigest()[:_NONCE_LENGTH]
+        answer = await outgoing.request(
+            "POST",
+            f"{origin}/api/v10/channels/{message.conversation}/messages",
+            headers={"authorization": f"Bot {credentials.bot_token}"},
+            json=body | {"nonce": nonce, "enforce_nonce": True},
+        )
+        response = _read(answer)
+        if answer.status == 401:
+            raise AccountRefused("HTTP 401")
+        if answer.status >= 400:
+            raise EffectFailed(f"{response.code}: {response.message}"[:200])
+        return response.id
+
+
+def _ack(answer: dict[str, Any]) -> Ack:
+    return Ack(msgspec.json.encode(answer), "application/json")
+
+
+def _strings(options: Sequence[Any] | None) -> Iterator[str]:
+    """The values of string options, also those of subcommands."""
+    for option in options or ():
+        if isinstance(option, dict):
+            if option.get("type") == _STRING_OPTION and isinstance(option.get("value"), str):
+                yield option["value"]
+            if isinstance(nested := option.get("options"), list):
+                yield from _strings(nested)
+
+
+def _read(answer: Answer) -> _Message:
+    if answer.status == 429:
+        try:
+            asked = msgspec.json.decode(answer.body, type=_Message).retry_after
+        except msgspec.DecodeError:
+            asked = None
+        # Rounded up, so that the next attempt is not too early.
+        raise_for_transient(answer, None if asked is None else asked + 0.1)
+    return read_json(answer, _Message)

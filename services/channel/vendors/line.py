@@ -1,0 +1,151 @@
+"""Adapter for LINE bots, Messaging API: https://developers.line.biz/en/reference/messaging-api/"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, ClassVar
+from uuid import UUID, uuid5
+
+import msgspec
+
+from infra.errors import EffectFailed, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import (
+    AccountRefused,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Vendor,
+    constant_time_equals,
+    decode,
+    placeholder,
+    read_json,
+)
+from services.channel.vendors.markdown import PLAIN, render
+from services.channel.vendors.splitting import split, utf16_length
+
+# UTF-16 units.
+MAX_TEXT = 5_000
+# Part n of a delivery has a key that is not a UUID, as the retry key must be.
+_KEYS = UUID("7f6ad0c2-4f0a-4c11-9a0e-2b8a6f0f6a11")
+_ATTACHMENTS = {
+    "image": "a photo",
+    "video": "a video",
+    "audio": "a voice message",
+    "file": "a file",
+    "location": "a location",
+    "sticker": "a sticker",
+}
+
+
+class LineCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    channel_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    channel_access_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,1000}$")]
+
+
+class _Source(msgspec.Struct):
+    userId: str | None = None
+    groupId: str | None = None
+    roomId: str | None = None
+
+
+class _Message(msgspec.Struct):
+    id: str
+    type: str
+    text: str | None = None
+    fileName: str | None = None
+
+
+class _Event(msgspec.Struct):
+    type: str
+    webhookEventId: str
+    mode: str | None = None
+    source: _Source | None = None
+    message: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Webhook(msgspec.Struct):
+    events: list[_Event]
+
+
+class _SentMessage(msgspec.Struct):
+    id: str | None = None
+
+
+class _Response(msgspec.Struct):
+    message: str = ""
+    sentMessages: list[_SentMessage] = []
+
+
+class Line(Vendor[LineCredentials]):
+    """Messages are pushed, because a reply token is valid for a minute and once. The key is the X-Line-Retry-Key."""
+
+    name: ClassVar[str] = "line"
+    credentials: ClassVar[type[msgspec.Struct]] = LineCredentials
+    origin: ClassVar[str] = "https://api.line.me"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "keyed"
+
+    def receive(self, request: Request, credentials: LineCredentials, now: datetime) -> Received:
+        digest = hmac.digest(credentials.channel_secret.encode(), request.body, hashlib.sha256)
+        if not constant_time_equals(request.headers.get("x-line-signature", ""), base64.b64encode(digest).decode()):
+            raise Unauthenticated("X-Line-Signature does not match")
+        # The console sends no events when it verifies the webhook.
+        return Received([_item(event) for event in decode(request.body, _Webhook).events])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, lambda part: utf16_length(render(part, PLAIN)))
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """https://developers.line.biz/en/reference/messaging-api/#rate-limits"""
+        return [Limit("channel", 2_000, 1)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: LineCredentials, message: Outbound
+    ) -> str | None:
+        answer = await outgoing.request(
+            "POST",
+            f"{origin}/v2/bot/message/push",
+            headers={
+                "authorization": f"Bearer {credentials.channel_access_token}",
+                "x-line-retry-key": str(uuid5(_KEYS, message.key)),
+            },
+            json={"to": message.conversation, "messages": [{"type": "text", "text": render(message.text, PLAIN)}]},
+        )
+        response = read_json(answer, _Response)
+        if answer.status in (401, 403):
+            raise AccountRefused(f"HTTP {answer.status}")
+        # 409: the retry key is known, so an earlier attempt was accepted.
+        if answer.status >= 400 and answer.status != 409:
+            raise EffectFailed(response.message[:200] or f"HTTP {answer.status}")
+        return response.sentMessages[0].id if response.sentMessages else None
+
+
+def _item(event: _Event) -> Inbound | Ignored:
+    ids: tuple[str, ...] = (f"event/{event.webhookEventId}",)
+    if event.mode == "standby":
+        return Ignored(ids, "an event for another module of the channel")
+    if event.type != "message":
+        return Ignored(ids, f"an event {event.type[:40]}")
+    source = event.source or _Source()
+    conversation = source.groupId or source.roomId or source.userId
+    if not conversation:
+        return Ignored(ids, "a message without a source")
+    message = decode(event.message, _Message)
+    ids = (*ids, f"message/{message.id}")
+    text = message.text
+    if text is None:
+        kind = _ATTACHMENTS.get(message.type)
+        if kind is None:
+            return Ignored(ids, f"a message of type {message.type[:40]}")
+        text = placeholder(kind, message.fileName or "")
+    # In a group, a person who has not agreed to it has no id.
+    return Inbound(ids, conversation, source.userId or f"unknown/{conversation}", message.id, text)

@@ -1,0 +1,126 @@
+"""Adapter for Twilio SMS: https://www.twilio.com/docs/usage/security and https://www.twilio.com/docs/messaging/api"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, ClassVar
+from urllib.parse import parse_qs, parse_qsl, urlencode
+
+import msgspec
+
+from infra.errors import EffectFailed, InvalidMessage, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import (
+    AccountRefused,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Vendor,
+    constant_time_equals,
+    placeholder,
+    read_json,
+)
+from services.channel.vendors.markdown import PLAIN, render
+from services.channel.vendors.splitting import split
+
+# Characters.
+MAX_TEXT = 1_600
+# https://www.twilio.com/docs/api/errors: authentication, a suspended account, a number that is not the account's.
+_ACCOUNT = frozenset((20003, 20005, 21606, 21659, 21660))
+
+
+class TwilioCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    account_sid: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z]{1,64}$")]
+    auth_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,256}$")]
+    from_number: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    """A number such as ``+15550001``, or a messaging service (``MG…``)."""
+
+
+class _Response(msgspec.Struct):
+    sid: str | None = None
+    code: int = 0
+    message: str = ""
+
+
+class Twilio(Vendor[TwilioCredentials]):
+    """The signature covers the public URL and the parameters. Twilio accepts no idempotency key: an unanswered send
+    stays unknown. Replies are sent by REST."""
+
+    name: ClassVar[str] = "twilio"
+    credentials: ClassVar[type[msgspec.Struct]] = TwilioCredentials
+    origin: ClassVar[str] = "https://api.twilio.com"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "once"
+
+    def receive(self, request: Request, credentials: TwilioCredentials, now: datetime) -> Received:
+        try:
+            text = request.body.decode()
+        except UnicodeDecodeError as error:
+            raise Unauthenticated("the body is not UTF-8") from error
+        parameters = parse_qsl(text, keep_blank_values=True)
+        if body_hash := parse_qs(request.query).get("bodySHA256"):
+            # Any other body than a form is signed by its hash, which is part of the URL.
+            if not constant_time_equals(body_hash[0], hashlib.sha256(request.body).hexdigest()):
+                raise Unauthenticated("bodySHA256 does not match")
+            parameters = []
+        if not constant_time_equals(
+            request.headers.get("x-twilio-signature", ""), sign(credentials, request.url, parameters)
+        ):
+            raise Unauthenticated("X-Twilio-Signature does not match")
+        if body_hash:
+            return Received([Ignored((f"body/{body_hash[0]}",), "not a message")])
+        fields = dict(parameters)
+        sid = fields.get("MessageSid") or fields.get("SmsSid")
+        if not sid:
+            raise InvalidMessage("MessageSid", "is missing")
+        if "Body" not in fields or "From" not in fields:
+            state = fields.get("MessageStatus", "")
+            return Received([Ignored((f"status/{sid}/{state}",), f"a status {state[:40]}")])
+        ids = (f"message/{sid}",)
+        if fields.get("AccountSid", credentials.account_sid) != credentials.account_sid:
+            return Received([Ignored(ids, "a message to another account")])
+        body = fields["Body"]
+        if not body.strip() and fields.get("NumMedia", "0") not in ("", "0"):
+            body = placeholder("a file", fields.get("MediaContentType0", ""))
+        return Received([Inbound(ids, fields["From"], fields["From"], sid, body)])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, lambda part: len(render(part, PLAIN)))
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """A long code sends one segment in a second: https://www.twilio.com/docs/messaging/guides/rate-limits"""
+        return [Limit("number", 1, 1)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: TwilioCredentials, message: Outbound
+    ) -> str | None:
+        sender = "MessagingServiceSid" if credentials.from_number.startswith("MG") else "From"
+        form = {"To": message.conversation, sender: credentials.from_number, "Body": render(message.text, PLAIN)}
+        login = base64.b64encode(f"{credentials.account_sid}:{credentials.auth_token}".encode()).decode()
+        answer = await outgoing.request(
+            "POST",
+            f"{origin}/2010-04-01/Accounts/{credentials.account_sid}/Messages.json",
+            headers={"authorization": f"Basic {login}", "content-type": "application/x-www-form-urlencoded"},
+            content=urlencode(form).encode(),
+            template="/2010-04-01/Accounts/{account_sid}/Messages.json",
+        )
+        response = read_json(answer, _Response)
+        if answer.status == 401 or response.code in _ACCOUNT:
+            raise AccountRefused(f"{response.code or answer.status}: {response.message}"[:200])
+        if answer.status >= 400:
+            raise EffectFailed(f"{response.code}: {response.message}"[:200])
+        return response.sid
+
+
+def sign(credentials: TwilioCredentials, url: str, parameters: Sequence[tuple[str, str]]) -> str:
+    # A name that comes twice counts with each of its different values, in order.
+    signed = url + "".join(name + value for name, value in sorted(set(parameters)))
+    return base64.b64encode(hmac.digest(credentials.auth_token.encode(), signed.encode(), hashlib.sha1)).decode()

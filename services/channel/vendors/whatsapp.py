@@ -1,0 +1,254 @@
+"""Adapter for the WhatsApp Cloud API: https://developers.facebook.com/docs/whatsapp/cloud-api"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Annotated, ClassVar
+from urllib.parse import parse_qs
+
+import msgspec
+
+from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import (
+    DEFAULT_RETRY,
+    AccountRefused,
+    Ack,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Vendor,
+    constant_time_equals,
+    decode,
+    placeholder,
+    read_json,
+)
+from services.channel.vendors.markdown import Dialect, fenced, plain_link, quoted_lines, render, unchanged
+from services.channel.vendors.splitting import split
+
+# Characters.
+MAX_TEXT = 4_096
+VERSION = "v21.0"
+_ATTACHMENTS = {
+    "image": "a photo",
+    "video": "a video",
+    "audio": "a voice message",
+    "document": "a file",
+    "sticker": "a sticker",
+    "location": "a location",
+    "contacts": "a contact",
+}
+# https://developers.facebook.com/docs/whatsapp/cloud-api/support/error-codes
+_ACCOUNT = frozenset((10, 190, 368, 131005, 131031, 131042, 131045, 133010))
+_LATER = frozenset((4, 80007, 130429, 131048, 131056))
+_TRANSIENT = frozenset((1, 2, 131000, 131016, 131057))
+# At most one message in six seconds to one person, over a longer time.
+_PAIR_DELAY = timedelta(seconds=6)
+
+# https://faq.whatsapp.com/539178204879377
+DIALECT = Dialect(
+    bold=("*", "*"),
+    italic=("_", "_"),
+    strike=("~", "~"),
+    code=("`", "`"),
+    fence=fenced,
+    quote=quoted_lines,
+    link=plain_link,
+    escape=unchanged,
+)
+
+
+class WhatsAppCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    phone_number_id: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z_-]{1,64}$")]
+    access_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,1000}$")]
+    app_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    verify_token: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class _Text(msgspec.Struct):
+    body: str = ""
+
+
+class _Caption(msgspec.Struct):
+    caption: str | None = None
+    filename: str | None = None
+
+
+class _Title(msgspec.Struct):
+    title: str = ""
+
+
+class _Interactive(msgspec.Struct):
+    button_reply: _Title | None = None
+    list_reply: _Title | None = None
+
+
+class _Button(msgspec.Struct):
+    text: str = ""
+
+
+class _Message(msgspec.Struct):
+    id: str
+    type: str
+    from_: str = msgspec.field(name="from")
+    text: _Text | None = None
+    image: _Caption | None = None
+    video: _Caption | None = None
+    document: _Caption | None = None
+    button: _Button | None = None
+    interactive: _Interactive | None = None
+
+
+class _Status(msgspec.Struct):
+    id: str
+    status: str = ""
+
+
+class _Metadata(msgspec.Struct):
+    phone_number_id: str = ""
+
+
+class _Value(msgspec.Struct):
+    metadata: _Metadata | None = None
+    messages: list[_Message] | None = None
+    statuses: list[_Status] | None = None
+
+
+class _Change(msgspec.Struct):
+    field: str
+    value: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Entry(msgspec.Struct):
+    changes: list[_Change] | None = None
+
+
+class _Webhook(msgspec.Struct):
+    entry: list[_Entry] | None = None
+
+
+class _Error(msgspec.Struct):
+    code: int = 0
+    message: str = ""
+
+
+class _SentMessage(msgspec.Struct):
+    id: str | None = None
+
+
+class _Response(msgspec.Struct):
+    messages: list[_SentMessage] = []
+    error: _Error | None = None
+
+
+class WhatsApp(Vendor[WhatsAppCredentials]):
+    """WhatsApp accepts no idempotency key: an unanswered send stays unknown."""
+
+    name: ClassVar[str] = "whatsapp"
+    credentials: ClassVar[type[msgspec.Struct]] = WhatsAppCredentials
+    origin: ClassVar[str] = "https://graph.facebook.com"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "once"
+    max_body: ClassVar[int] = 3 * 1_048_576
+
+    def receive(self, request: Request, credentials: WhatsAppCredentials, now: datetime) -> Received:
+        if request.method == "GET":
+            # The handshake is not signed. It proves itself by the verify token.
+            query = parse_qs(request.query)
+            given = query.get("hub.verify_token", [""])[0]
+            if query.get("hub.mode") != ["subscribe"] or not constant_time_equals(given, credentials.verify_token):
+                raise Unauthenticated("hub.verify_token is not this channel's verify_token")
+            return Received([], Ack(query.get("hub.challenge", [""])[0].encode()))
+        digest = hmac.digest(credentials.app_secret.encode(), request.body, hashlib.sha256)
+        if not constant_time_equals(request.headers.get("x-hub-signature-256", ""), f"sha256={digest.hex()}"):
+            raise Unauthenticated("X-Hub-Signature-256 does not match")
+        webhook = decode(request.body, _Webhook)
+        changes = [change for entry in webhook.entry or () for change in entry.changes or ()]
+        items = [item for change in changes for item in _items(change, credentials.phone_number_id)]
+        return Received(items or [Ignored((f"body/{digest.hex()}",), "no messages")])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, lambda part: len(render(part, DIALECT)))
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """https://developers.facebook.com/docs/whatsapp/cloud-api/overview#throughput"""
+        return [Limit("number", 80, 1), Limit(f"pair {conversation}", 45, 270)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, message: Outbound
+    ) -> str | None:
+        body = {
+            "messaging_product": "whatsapp",
+            "recipient_type": "individual",
+            "to": message.conversation,
+            "type": "text",
+            "text": {"body": render(message.text, DIALECT), "preview_url": False},
+        }
+        if message.reply_to:
+            body["context"] = {"message_id": message.reply_to}
+        answer = await outgoing.request(
+            "POST",
+            f"{origin}/{VERSION}/{credentials.phone_number_id}/messages",
+            headers={"authorization": f"Bearer {credentials.access_token}"},
+            json=body,
+        )
+        response = read_json(answer, _Response)
+        if error := response.error:
+            _refuse(error)
+        if answer.status >= 400:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return response.messages[0].id if response.messages else None
+
+
+def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored]:
+    if change.field != "messages":
+        yield Ignored(
+            (f"change/{hashlib.sha256(bytes(change.value)).hexdigest()}",), f"a change of {change.field[:40]}"
+        )
+        return
+    value = decode(change.value, _Value)
+    for status in value.statuses or ():
+        yield Ignored((f"status/{status.id}/{status.status}",), f"a status {status.status[:40]}")
+    for message in value.messages or ():
+        ids = (f"message/{message.id}",)
+        text = _text(message)
+        if value.metadata is None or value.metadata.phone_number_id != number:
+            yield Ignored(ids, "a message to another number")
+        elif text is None:
+            yield Ignored(ids, f"a message of type {message.type[:40]}")
+        else:
+            yield Inbound(ids, message.from_, message.from_, message.id, text)
+
+
+def _text(message: _Message) -> str | None:
+    if message.text:
+        return message.text.body
+    if message.button:
+        return message.button.text
+    if message.interactive:
+        chosen = message.interactive.button_reply or message.interactive.list_reply
+        return chosen.title if chosen else None
+    media = message.image or message.video or message.document
+    if media and media.caption:
+        return media.caption
+    kind = _ATTACHMENTS.get(message.type)
+    return placeholder(kind, (media.filename or "") if media else "") if kind else None
+
+
+def _refuse(error: _Error) -> None:
+    reason = f"{error.code}: {error.message}"[:200]
+    if error.code in _ACCOUNT or 200 <= error.code < 300:
+        raise AccountRefused(reason)
+    if error.code in _LATER:
+        raise RetryLater(_PAIR_DELAY if error.code == 131056 else DEFAULT_RETRY, reason)
+    if error.code in _TRANSIENT:
+        raise Transient(reason)
+    # Among them 131047: more than 24 hours after the person's last message only templates are allowed.
+    raise EffectFailed(reason)

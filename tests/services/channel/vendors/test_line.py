@@ -1,0 +1,110 @@
+"""The LINE adapter against its fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from services.channel.vendors.splitting import utf16_length
+from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
+from tooling.testing.vendors import Fault, LineStandIn, answer, cut
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[LineStandIn]:
+    async with LineStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def line(fake: LineStandIn, outgoing: Outgoing) -> Adapter:
+    return Adapter("line", fake, outgoing)
+
+
+async def test_each_event_of_a_batch_is_read(fake: LineStandIn, line: Adapter) -> None:
+    group = {"type": "group", "groupId": "C9", "userId": "U2"}
+    items = line.receive(fake.call(fake.event("größer 😀"), fake.event("two", source=group))).items
+    assert items == [
+        Inbound(("event/01H1", "message/1"), "U1", "U1", "1", "größer 😀"),
+        Inbound(("event/01H2", "message/2"), "C9", "U2", "2", "two"),
+    ]
+    assert len(line.receive(fake.call(*(fake.event() for _ in range(1_000)))).items) == 1_000
+
+
+async def test_the_consoles_check_has_no_events(fake: LineStandIn, line: Adapter) -> None:
+    assert line.receive(fake.call()).items == []
+
+
+async def test_a_changed_call_is_refused(fake: LineStandIn, line: Adapter) -> None:
+    assert_every_change_is_refused(fake.call(fake.event()), ("x-line-signature",), line.receive)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "follow"},
+        {"type": "unsend", "unsend": {"messageId": "1"}},
+        {"type": "postback", "postback": {"data": "x"}},
+        {"mode": "standby"},
+        {"source": {"type": "user"}},
+        {"message": {"type": "unknown", "id": "1"}},
+    ],
+)
+async def test_other_events_are_ignored(fake: LineStandIn, line: Adapter, fields: dict[str, object]) -> None:
+    assert isinstance(line.one(fake.call(fake.event() | fields)), Ignored)
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio", "file", "location", "sticker"])
+async def test_an_attachment_is_named(fake: LineStandIn, line: Adapter, kind: str) -> None:
+    item = line.one(fake.call(fake.event(message={"type": kind, "id": "7", "fileName": "a.pdf"})))
+    assert isinstance(item, Inbound)
+    assert item.text.startswith("[The person sent ")
+
+
+async def test_a_genuine_call_of_another_shape_is_told_apart_from_one_that_is_not_json(
+    fake: LineStandIn, line: Adapter
+) -> None:
+    with pytest.raises(Unreadable):
+        line.receive(fake.signed(b'{"events":7}'))
+    with pytest.raises(InvalidMessage):
+        line.receive(fake.signed(b"{"))
+
+
+async def test_a_push_is_repeated_under_its_key_and_accepted_once(fake: LineStandIn, line: Adapter) -> None:
+    ids = [await line.send("**hi** [x](https://e.example)", "U1", "d1") for _ in range(2)]
+    other = await line.send("hi", "U1", "d1-2")
+    assert [(message.to, message.text) for message in fake.ledger] == [("U1", "hi x (https://e.example)"), ("U1", "hi")]
+    assert (ids, fake.repeats, fake.refusals) == ([fake.ledger[0].id] * 2, 1, [])
+    assert other == fake.ledger[1].id
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(400, {"message": "The property, 'to', is invalid"}), EffectFailed),
+        (answer(401, {"message": "Authentication failed"}), AccountRefused),
+        (answer(401), AccountRefused),
+        (answer(403, {"message": "Not available"}), AccountRefused),
+        (answer(429, {"message": "limit"}), RetryLater),
+        (answer(500, {"message": "x"}), Transient),
+        (answer(200, "?"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
+    fake: LineStandIn, line: Adapter, fault: Fault, error: type[Exception]
+) -> None:
+    fake.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await line.send(to="U1")
+    assert type(raised.value) is error
+
+
+def test_a_long_text_is_split_in_utf_16_units(line: Adapter) -> None:
+    parts = line.vendor.split("😀" * 6_000)
+    assert "".join(parts) == "😀" * 6_000
+    assert [utf16_length(part) for part in parts] == [5_000, 5_000, 2_000]

@@ -1,0 +1,153 @@
+"""The WhatsApp adapter against its fake. The signature's example is Meta's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from infra.clock import utcnow
+from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Request
+from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
+from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
+from tooling.testing.vendors import Fault, WhatsAppStandIn, answer, cut
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[WhatsAppStandIn]:
+    async with WhatsAppStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def whatsapp(fake: WhatsAppStandIn, outgoing: Outgoing) -> Adapter:
+    return Adapter("whatsapp", fake, outgoing)
+
+
+def test_the_example_verifies() -> None:
+    credentials = WhatsAppCredentials("1", "t", "app_secret", "v")
+    signature = "sha256=c236c758c9b2bd40b388a550eeca09eaca72384dd0aa5e7c31d19cddac5bba46"
+    body = b'{"object":"whatsapp_business_account","entry":[]}'
+    request = Request("POST", "", {"x-hub-signature-256": signature}, body)
+    [item] = WhatsApp().receive(request, credentials, utcnow()).items
+    assert isinstance(item, Ignored)
+
+
+async def test_every_message_of_every_change_is_read(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    body, _ = fake.call(fake.message("one"), fake.message("größer 😀", person="492"))
+    payload = msgspec.json.decode(body)
+    payload["entry"][0]["changes"] *= 2
+    payload["entry"] *= 2
+    items = whatsapp.receive(fake.signed(msgspec.json.encode(payload))).items
+    assert len(items) == 8
+    assert items[:2] == [
+        Inbound(("message/wamid.1",), "491", "491", "wamid.1", "one"),
+        Inbound(("message/wamid.2",), "492", "492", "wamid.2", "größer 😀"),
+    ]
+
+
+async def test_a_changed_call_is_refused(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    assert_every_change_is_refused(fake.call(fake.message()), ("x-hub-signature-256",), whatsapp.receive)
+
+
+async def test_the_handshake_is_answered_only_with_the_verify_token(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    query = f"hub.mode=subscribe&hub.verify_token={fake.verify_token}&hub.challenge=123"
+    received = whatsapp.receive((b"", {}), method="GET", query=query)
+    assert (received.items, received.ack.body, received.ack.status) == ([], b"123", 200)
+    for wrong in (query.replace(fake.verify_token, "x"), "", "hub.mode=subscribe", query.replace("subscribe", "x")):
+        with pytest.raises(Unauthenticated):
+            whatsapp.receive((b"", {}), method="GET", query=wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"type": "image", "image": {"id": "1", "caption": "what is this?"}}, "what is this?"),
+        ({"type": "button", "button": {"text": "Yes", "payload": "y"}}, "Yes"),
+        ({"type": "interactive", "interactive": {"button_reply": {"id": "1", "title": "No"}}}, "No"),
+        ({"type": "interactive", "interactive": {"list_reply": {"id": "1", "title": "B"}}}, "B"),
+        ({"type": "document", "document": {"id": "1", "filename": "a.pdf"}}, "a.pdf"),
+        ({"type": "audio", "audio": {"id": "1", "voice": True}}, "a voice message"),
+        ({"type": "location", "location": {"latitude": 1, "longitude": 2}}, "a location"),
+    ],
+)
+async def test_a_text_outside_of_the_field_text_is_found(
+    fake: WhatsAppStandIn, whatsapp: Adapter, fields: dict[str, Any], text: str
+) -> None:
+    item = whatsapp.one(fake.call(fake.message(None, **fields)))
+    assert isinstance(item, Inbound)
+    assert text in item.text
+
+
+async def test_statuses_reactions_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    reaction = fake.message(None, type="reaction", reaction={"message_id": "wamid.0", "emoji": "👍"})
+    status = {"id": "wamid.9", "status": "read", "timestamp": "1", "recipient_id": "491"}
+    for call in (
+        fake.call(reaction),
+        fake.call(statuses=[status]),
+        fake.call(fake.message(), metadata={"phone_number_id": "other"}),
+        fake.signed(b'{"entry":[{"changes":[{"field":"account_update","value":{"event":"x"}}]}]}'),
+        fake.signed(b'{"object":"x"}'),
+    ):
+        assert isinstance(whatsapp.one(call), Ignored)
+
+
+async def test_a_reply_quotes_its_message_in_whatsapps_markup(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    sent = await whatsapp.send("# Plan\n\n**Done**: [page](https://e.example) ~~no~~", "491", reply_to="wamid.1")
+    [message] = fake.ledger
+    assert (sent, message.to, message.text) == (
+        message.id,
+        "491",
+        "*Plan*\n\n*Done*: page (https://e.example) ~no~",
+    )
+    assert message.fields["context"] == {"message_id": "wamid.1"}
+
+
+async def test_outside_of_24_hours_a_reply_fails(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    fake.closed.add("491")
+    with pytest.raises(EffectFailed, match="131047: Re-engagement message"):
+        await whatsapp.send(to="491")
+
+
+def refused(status: int, code: int) -> Fault:
+    return answer(status, {"error": {"message": "m", "code": code}})
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (refused(400, 131026), EffectFailed),
+        (refused(401, 190), AccountRefused),
+        (refused(403, 200), AccountRefused),
+        (refused(400, 131031), AccountRefused),
+        (refused(400, 130429), RetryLater),
+        (refused(429, 80007), RetryLater),
+        (refused(400, 131000), Transient),
+        (refused(500, 2), Transient),
+        (answer(200, "?"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
+    fake: WhatsAppStandIn, whatsapp: Adapter, fault: Fault, error: type[Exception]
+) -> None:
+    fake.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await whatsapp.send(to="491")
+    assert type(raised.value) is error
+
+
+async def test_the_limit_of_a_pair_is_waited_for(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    fake.faults.append(refused(400, 131056))
+    with pytest.raises(RetryLater) as raised:
+        await whatsapp.send(to="491")
+    assert raised.value.after == timedelta(seconds=6)
+
+
+def test_a_long_text_is_split_by_characters(whatsapp: Adapter) -> None:
+    assert [len(part) for part in whatsapp.vendor.split("x" * 9_000)] == [4_096, 4_096, 808]

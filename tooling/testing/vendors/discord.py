@@ -1,0 +1,118 @@
+"""A fake of discord.com, and interactions as Discord sends them (https://discord.com/developers/docs)."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from typing import Annotated, Any
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+
+
+class _Mentions(msgspec.Struct, forbid_unknown_fields=True):
+    parse: Annotated[list[str], msgspec.Meta(max_length=0)]
+
+
+class _Edit(msgspec.Struct, forbid_unknown_fields=True):
+    content: Annotated[str, msgspec.Meta(min_length=1, max_length=2_000)]
+    allowed_mentions: _Mentions
+
+
+class _Create(_Edit, forbid_unknown_fields=True, kw_only=True):
+    nonce: Annotated[str, msgspec.Meta(min_length=1, max_length=25)]
+    enforce_nonce: bool
+
+
+class DiscordStandIn(StandIn):
+    """One app. `expired`: tokens of interactions that are over; `missing`: channels without access."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.application = str(secrets.randbelow(10**18) + 10**17)
+        self.token = secrets.token_urlsafe(40)
+        self.expired: set[str] = set()
+        self.missing: set[str] = set()
+        self.repeats = 0
+        self._key = Ed25519PrivateKey.generate()
+        self._originals: dict[str, str] = {}
+        self._nonces: dict[tuple[str, str], str] = {}
+        self._channels: dict[str, str] = {}
+        self._ids = itertools.count(10**17)
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        public = self._key.public_key().public_bytes_raw().hex()
+        return {"application_id": self.application, "public_key": public, "bot_token": self.token}
+
+    def command(
+        self, text: str | None = "hi", *, channel: str = "77", person: str = "42", **fields: Any
+    ) -> dict[str, Any]:
+        """An interaction; its token belongs to the channel."""
+        token = secrets.token_urlsafe(60)
+        self._channels[token] = channel
+        options = [] if text is None else [{"name": "question", "type": 3, "value": text}]
+        return {
+            "version": 1,
+            "type": 2,
+            "id": str(next(self._ids)),
+            "application_id": self.application,
+            "token": token,
+            "channel_id": channel,
+            "member": {"user": {"id": person}},
+            "data": {"id": "1", "name": "ask", "options": options},
+            **fields,
+        }
+
+    def signed(self, payload: Any, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of a call, signed `age` seconds ago: bytes as they are, any other value as JSON."""
+        body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+        timestamp = str(int(time.time()) - age)
+        return body, {
+            "content-type": "application/json",
+            "x-signature-timestamp": timestamp,
+            "x-signature-ed25519": self._key.sign(timestamp.encode() + body).hex(),
+        }
+
+    def handle(self, call: Call) -> Reply:
+        match call.method, call.path.strip("/").split("/"):
+            case "PATCH", ["api", "v10", "webhooks", self.application, token, "messages", "@original"]:
+                return self._edit(token, call)
+            case "POST", ["api", "v10", "channels", channel, "messages"]:
+                return self._create(channel, call)
+        raise Refused(Reply(404, {"code": 0, "message": "404: Not Found"}))
+
+    def _edit(self, token: str, call: Call) -> Reply:
+        channel = self._channels.get(token)
+        if channel is None or token in self.expired:
+            raise Refused(Reply(404, {"code": 10015, "message": "Unknown Webhook"}))
+        edit = _decode(call, _Edit)
+        if token in self._originals:
+            self.repeats += 1
+        else:
+            self._originals[token] = str(next(self._ids))
+            self.record(channel, edit.content, self._originals[token], msgspec.to_builtins(edit))
+        return Reply(200, {"id": self._originals[token], "channel_id": channel, "content": edit.content})
+
+    def _create(self, channel: str, call: Call) -> Reply:
+        if call.headers.get("authorization") != f"Bot {self.token}":
+            raise Refused(Reply(401, {"code": 0, "message": "401: Unauthorized"}))
+        if channel in self.missing:
+            raise Refused(Reply(403, {"code": 50001, "message": "Missing Access"}))
+        create = _decode(call, _Create)
+        if (channel, create.nonce) in self._nonces:
+            self.repeats += 1
+        else:
+            self._nonces[channel, create.nonce] = str(next(self._ids))
+            self.record(channel, create.content, self._nonces[channel, create.nonce], msgspec.to_builtins(create))
+        return Reply(200, {"id": self._nonces[channel, create.nonce], "channel_id": channel, "nonce": create.nonce})
+
+
+def _decode(call: Call, type_: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(call.body, type=type_)
+    except msgspec.DecodeError as error:
+        raise Refused(Reply(400, {"code": 50035, "message": f"Invalid Form Body: {error}"})) from error

@@ -1,0 +1,108 @@
+"""A fake of graph.facebook.com, and webhooks as WhatsApp sends them.
+
+https://developers.facebook.com/docs/whatsapp/cloud-api
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import itertools
+import secrets
+from typing import Annotated, Literal
+
+import msgspec
+
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+
+
+class _Text(msgspec.Struct, forbid_unknown_fields=True):
+    body: Annotated[str, msgspec.Meta(min_length=1, max_length=4_096)]
+    preview_url: bool = False
+
+
+class _Context(msgspec.Struct, forbid_unknown_fields=True):
+    message_id: Annotated[str, msgspec.Meta(pattern=r"^wamid\.")]
+
+
+class _Send(msgspec.Struct, forbid_unknown_fields=True):
+    messaging_product: Literal["whatsapp"]
+    to: Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
+    text: _Text
+    type: Literal["text"]
+    recipient_type: Literal["individual"] = "individual"
+    context: _Context | None = None
+
+
+class WhatsAppStandIn(StandIn):
+    """One number. `closed`: people whose last message is more than 24 hours old."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = "".join(secrets.choice("0123456789") for _ in range(15))
+        self.token = f"EAA{secrets.token_hex(40)}"
+        self.secret = secrets.token_hex(16)
+        self.verify_token = secrets.token_urlsafe(12)
+        self.closed: set[str] = set()
+        self._ids = itertools.count(1)
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        return {
+            "phone_number_id": self.number,
+            "access_token": self.token,
+            "app_secret": self.secret,
+            "verify_token": self.verify_token,
+        }
+
+    def message(self, text: str | None = "hi", *, person: str = "491", **fields: object) -> dict[str, object]:
+        message: dict[str, object] = {
+            "from": person,
+            "id": f"wamid.{next(self._ids)}",
+            "timestamp": "1700000000",
+            "type": "text",
+            "text": None if text is None else {"body": text},
+        }
+        return {name: value for name, value in (message | fields).items() if value is not None}
+
+    def call(self, *messages: dict[str, object], **value: object) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of a webhook call; `value` is added to the value of its change."""
+        content = {
+            "messaging_product": "whatsapp",
+            "metadata": {"display_phone_number": "1555", "phone_number_id": self.number},
+            "contacts": [{"profile": {"name": "A"}, "wa_id": "491"}],
+            "messages": messages,
+            **value,
+        }
+        entry = {"id": "WABA", "changes": [{"field": "messages", "value": content}]}
+        return self.signed(msgspec.json.encode({"object": "whatsapp_business_account", "entry": [entry]}))
+
+    def signed(self, body: bytes) -> tuple[bytes, dict[str, str]]:
+        digest = hmac.new(self.secret.encode(), body, hashlib.sha256).hexdigest()
+        return body, {"content-type": "application/json", "x-hub-signature-256": f"sha256={digest}"}
+
+    def handle(self, call: Call) -> Reply:
+        if call.headers.get("authorization") != f"Bearer {self.token}":
+            raise Refused(_error(401, 190, "Invalid OAuth access token"))
+        if (call.method, call.path) != ("POST", f"/v21.0/{self.number}/messages"):
+            raise Refused(_error(404, 100, "Unsupported post request"))
+        try:
+            send = msgspec.json.decode(call.body, type=_Send)
+        except msgspec.DecodeError as error:
+            raise Refused(_error(400, 100, f"Invalid parameter: {error}")) from error
+        if send.to in self.closed:
+            raise Refused(_error(400, 131047, "Re-engagement message"))
+        id_ = f"wamid.{next(self._ids)}"
+        self.record(send.to, send.text.body, id_, msgspec.to_builtins(send))
+        return Reply(
+            200,
+            {
+                "messaging_product": "whatsapp",
+                "contacts": [{"input": send.to, "wa_id": send.to}],
+                "messages": [{"id": id_}],
+            },
+        )
+
+
+def _error(status: int, code: int, message: str) -> Reply:
+    return Reply(status, {"error": {"message": message, "type": "OAuthException", "code": code, "fbtrace_id": "x"}})
