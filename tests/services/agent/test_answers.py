@@ -10,7 +10,7 @@ from infra.clock import uuid7
 from protos.plugin.v1 import plugin_pb2
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Fails, Says, Streams
-from tooling.testing.peers import CALCULATOR, WEATHER
+from tooling.testing.service_fakes import CALCULATOR, WEATHER
 
 UNKNOWN = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_UNKNOWN, error="it did not answer")
 FAILED = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_FAILED, error="no such city")
