@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import textwrap
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -171,8 +172,9 @@ class Demo:
             vendor.texts() == [run["reply"]], f"the vendor received {vendor.texts()!r} instead of the run's reply"
         )
         self._console.print("\n   The reply:")
-        for line in run["reply"].split("\n"):
-            self._console.print(Text(f"   │ {printable(line)}", "green"), soft_wrap=True)
+        for paragraph in run["reply"].split("\n"):
+            for line in textwrap.wrap(printable(paragraph), min(80, self._console.width) - 5) or [""]:
+                self._console.print(Text(f"   │ {line}", "green"))
         return run, answer
 
     async def _follow(self, api: Gateway, run_id: str) -> None:
@@ -199,9 +201,16 @@ class Demo:
         charges = [item for item in timeline if item["kind"] == "charge"]
         self._require(bool(charges), "the run was not charged")
 
+        known: list[ReceivedSpan] = []
+
         async def complete() -> list[ReceivedSpan] | None:
-            spans = [_span(span) for span in (await api.get(f"/api/v1/traces/{run['trace_id']}"))["items"]]
-            return spans if {span.service for span in spans} >= SERVICES else None
+            """The spans, if all services have sent theirs and no span arrived in the last second."""
+            before = len(known)
+            known[:] = [_span(span) for span in (await api.get(f"/api/v1/traces/{run['trace_id']}"))["items"]]
+            if {span.service for span in known} >= SERVICES and len(known) == before:
+                return known
+            await asyncio.sleep(1)
+            return None
 
         spans = await self._wait_for(f"spans of {', '.join(sorted(SERVICES))} in the trace", complete)
         self._console.print(f"\n   trace {run['trace_id']}, in all services:")

@@ -15,6 +15,7 @@ from rich.console import Console
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError, Place
 from tooling.stack.home import Home, home_folder
+from tooling.stack.isolated import is_isolated
 from tooling.stack.machine import LEAST_DISK_MB, LEAST_MEMORY_MB, available_memory_mb, check_access, user_name
 from tooling.stack.ports import holder, is_free
 from tooling.stack.services import parts
@@ -107,6 +108,8 @@ def _exposed(place: Place, home: Home) -> list[Finding]:
     names = {port: name for name, port in place.ports.items()}
     open_ports = set()
     for process in orphans(home.path):
+        if is_isolated(process.pid):
+            continue
         try:
             for connection in process.net_connections("tcp"):
                 local = connection.status == psutil.CONN_LISTEN and connection.laddr.ip.removeprefix("::ffff:")
@@ -118,7 +121,7 @@ def _exposed(place: Place, home: Home) -> list[Finding]:
         return [Finding("ok", "network: all processes listen on loopback only")]
     listed = ", ".join(f"{port} ({names.get(port, 'a port that its engine chose')})" for port in sorted(open_ports))
     advice = (
-        "Block these ports in the firewall if you do not trust every machine on the network: the engine has no\n"
-        "    setting for that, and asks for no password."
+        "This machine allows no network namespace, so other machines can use these ports without a password. "
+        "Block them in the firewall."
     )
     return [Finding("warning", f"reachable from the network: {listed}", advice)]

@@ -56,7 +56,12 @@ async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
     check_ports(place, [part for part in wanted if part.NAME not in running])
     engines = [part for part in wanted if part.NAME in ENGINES]
     services = [part for part in wanted if part.NAME not in ENGINES]
-    console.print(f"Starting {len(engines)} engines and {len(services)} services. State: {home.path}", soft_wrap=True)
+    old = [part for part in wanted if part.NAME in running]
+    if old:
+        console.print(f"{_count(old)} already running.", soft_wrap=True)
+    if len(old) < len(wanted):
+        new = [part for part in wanted if part not in old]
+        console.print(f"Starting {_count(new)}. State: {home.path}", soft_wrap=True)
     await _start_together(supervisor, place, engines)
     home.write_credentials(place, {CREDENTIALS[engine.NAME]: engine.access(place) for engine in engines})
     if len(engines) == len(ENGINES):
@@ -66,6 +71,12 @@ async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
         await provision(place)
     await _start_together(supervisor, place, services)
     console.print(f"Ready after {time.monotonic() - began:.1f} s.")
+
+
+def _count(some: list[Engine]) -> str:
+    engines = sum(part.NAME in ENGINES for part in some)
+    counts = ((engines, "engine"), (len(some) - engines, "service"))
+    return " and ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts if count)
 
 
 async def _start_together(supervisor: Supervisor, place: Place, wanted: list[Engine]) -> None:
@@ -93,8 +104,9 @@ async def _start(supervisor: Supervisor, place: Place, engine: Engine) -> None:
         place.folder(engine.NAME)
         supervisor.add(engine.NAME, engine.program(place))
     version = await wait_ready(supervisor, place, engine)
-    took = "already running" if already else f"ready after {time.monotonic() - began:.1f} s"
-    console.print(f"[green]✓[/] {engine.NAME:<14} {version:<8} 127.0.0.1:{place.ports[engine.NAME]:<5}  {took}")
+    if not already:
+        took = f"ready after {time.monotonic() - began:.1f} s"
+        console.print(f"[green]✓[/] {engine.NAME:<14} {version:<8} 127.0.0.1:{place.ports[engine.NAME]:<5}  {took}")
 
 
 async def wait_ready(supervisor: Supervisor, place: Place, engine: Engine) -> str:

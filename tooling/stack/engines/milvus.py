@@ -1,6 +1,7 @@
 """Milvus standalone: the real server, from a wheel that exists for 64-bit Linux on Intel only.
 
-It listens on every interface and has no setting against that; ``./claw doctor`` warns of it.
+It listens on every interface, without a password, and has no setting against that. So it runs in a network namespace of
+its own if the machine allows one; otherwise ``./claw doctor`` warns.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import lzma
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -97,9 +99,11 @@ def program(place: Place) -> Program:
         "ETCD_CONFIG_PATH": str(folder / "etcd.yaml"),
         "METRICS_PORT": str(place.ports["milvus_metrics"]),
         "MILVUSCONF": str(folder / "configs"),
-        "LD_LIBRARY_PATH": str(programs),
     }
-    return Program((str(programs / "milvus"), "run", "standalone"), environment)
+    # `env`: the libraries are for the server only, and not for the Python program before it.
+    server = ("env", f"LD_LIBRARY_PATH={programs}", str(programs / "milvus"), "run", "standalone")
+    isolated = (sys.executable, "-m", "tooling.stack.isolated", str(place.ports["milvus"]))
+    return Program((*isolated, *server), environment)
 
 
 async def ready(place: Place) -> str:

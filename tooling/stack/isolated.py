@@ -1,0 +1,116 @@
+"""Runs a server in a network namespace of its own, and forwards one port of loopback to it.
+
+For a server that listens on every interface and asks for no password: only this machine can reach the forwarded port,
+and no other process can reach the server's other ports. ``python -m tooling.stack.isolated PORT COMMAND…``
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import struct
+import sys
+from functools import partial
+from pathlib import Path
+
+import uvloop
+
+from infra.errors import describe
+
+# From linux/sched.h, linux/prctl.h, linux/sockios.h and linux/if.h.
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
+_PR_SET_PDEATHSIG = 1
+_SIOCSIFFLAGS = 0x8914
+_IFF_UP = 1
+_CHUNK_BYTES = 65_536
+
+
+def main(port: int, command: list[str]) -> int:
+    """Runs the command until it ends. Returns its exit code.
+
+    If the machine allows no namespace, runs the command in place of this process: `./claw doctor` then warns.
+    """
+    # A socket stays in the namespace in which it was made.
+    listener = socket.create_server(("127.0.0.1", port))
+    if not _is_possible():
+        listener.close()
+        os.execvp(command[0], command)
+    _enter_namespace()
+    return uvloop.run(_run(listener, port, command))
+
+
+def is_isolated(pid: int) -> bool:
+    """True if the process is in another network namespace than this one."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    except OSError:
+        return False
+
+
+def _is_possible() -> bool:
+    """Tries it in a child process: on some machines only a later step fails, and no process can return."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1] == 0
+    try:
+        _enter_namespace()
+    except OSError as error:
+        print(f"could not make a network namespace: {describe(error)}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1)
+    os._exit(0)
+
+
+def _enter_namespace() -> None:
+    """Moves this process to a new user namespace and a new network namespace. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        Path("/proc/self", name).write_text(text)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
+
+
+async def _run(listener: socket.socket, port: int, command: list[str]) -> int:
+    # Otherwise the server would go on alone if this process is killed, and its data would be in use at the next start.
+    process = await asyncio.create_subprocess_exec(*command, preexec_fn=_die_with_parent)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, process.send_signal, number)
+    async with await asyncio.start_server(partial(_forward, port), sock=listener):
+        code = await process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+async def _forward(port: int, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+    try:
+        server, to_server = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        # The server does not listen yet, or no longer.
+        to_client.transport.abort()
+        return
+    await asyncio.gather(_copy(client, to_server), _copy(server, to_client))
+    for writer in (to_client, to_server):
+        writer.close()
+
+
+async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await source.read(_CHUNK_BYTES):
+            target.write(data)
+            await target.drain()
+    with contextlib.suppress(OSError, RuntimeError):
+        target.write_eof()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
