@@ -7,13 +7,14 @@ refer is limited, and its patterns run in time linear in the text; a pattern tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Annotated, Any
 
 import msgspec
-from jsonschema import Draft202012Validator, SchemaError, ValidationError
+from jsonschema import Draft202012Validator, FormatChecker, SchemaError, ValidationError
 from jsonschema.validators import extend
 from pydantic import StringConstraints, TypeAdapter
 from pydantic_core import SchemaError as PatternError
@@ -54,7 +55,7 @@ def _check_schema(field: str, encoded: bytes) -> None:
     schema = msgspec.json.decode(encoded)
     if schema.get("type") != "object":
         raise InvalidMessage(f"{field}.type", "must be object")
-    Draft202012Validator.check_schema(schema)
+    Draft202012Validator.check_schema(schema, format_checker=_FORMATS)
     for path, keyword, value in _keywords(schema, field):
         if keyword in _REFUSED:
             raise InvalidMessage(path, "is not supported")
@@ -124,6 +125,21 @@ def _matcher(pattern: str) -> TypeAdapter[str] | None:
         return TypeAdapter(Annotated[str, StringConstraints(pattern=pattern)])
     except PatternError:
         return None
+
+
+_FORMATS = FormatChecker(formats=())
+
+
+@_FORMATS.checks("regex")  # type: ignore[untyped-decorator]
+def _is_pattern(pattern: object) -> bool:
+    """Valid is a pattern of Rust's or of Python's matcher: ``\\p{L}`` is one only of Rust's."""
+    if not isinstance(pattern, str) or _matcher(pattern):
+        return True
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 _Validator = extend(Draft202012Validator, {"$ref": _ref, "pattern": _pattern})

@@ -19,7 +19,15 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.plugin import registry
 from services.plugin.domain import Tool
-from services.plugin.manifest import Access, adapted_tools, check_config, check_plugin, declared_tools, new_secret
+from services.plugin.manifest import (
+    Access,
+    adapted_tools,
+    check_config,
+    check_plugin,
+    checked_schema,
+    declared_tools,
+    new_secret,
+)
 from services.plugin.models import NewPlugin, PluginChange, PluginList, PluginView, ToolList, ToolView
 from services.plugin.publishing import changed
 from services.plugin.tools import mcp
@@ -62,7 +70,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
                 access.seal(runtime.cipher, who.tenant_id, str(id_)),
                 sorted(new.headers),
                 new.config,
-                new.config_schema if new.kind == "http" else {},
+                checked_schema("config_schema", new.config_schema) if new.kind == "http" else {},
                 True,
                 utcnow(),
             )

@@ -26,6 +26,16 @@ class Tool(msgspec.Struct, frozen=True):
     effect: Effect
 
 
+class McpTool(NamedTuple):
+    """A tool as an MCP server describes it, not checked yet."""
+
+    name: str
+    description: str
+    schema: Any
+    repeatable: bool
+    """The server says that the tool only reads or may be called again."""
+
+
 class Call(NamedTuple):
     """One call of a tool."""
 
@@ -77,6 +87,28 @@ def without_answer(effect: Effect, reason: str) -> Outcome:
     if effect == "repeatable":
         return Outcome("failed", error=reason)
     return Outcome("unknown", error=f"{reason}; the call may have taken effect")
+
+
+# A run of so many characters, as in a picture or a data URL: no word of a text is as long. Or many full lines of MIME's
+# base64. Both search in linear time: a match can begin only at the start of a run or of a line.
+_BASE64 = re.compile(
+    r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{1000,}={0,2}"
+    r"|^(?:[A-Za-z0-9+/]{60,76}\r?\n){12,}(?:[A-Za-z0-9+/]{1,76}={0,2})?",
+    re.MULTILINE,
+)
+
+
+def without_base64(value: Any) -> Any:
+    """Replaces long base64 texts in a JSON value with a note, because they would fill the model's window."""
+    match value:
+        case str():
+            return _BASE64.sub(lambda found: f"[base64 data left out: {len(found[0])} characters]", value)
+        case dict():
+            return {key: without_base64(part) for key, part in value.items()}
+        case list():
+            return [without_base64(part) for part in value]
+        case _:
+            return value
 
 
 def plain_name(name: str) -> str:

@@ -7,15 +7,15 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import mcp_types
 import msgspec
 
 from infra.errors import InvalidMessage
 from infra.outgoing.webhooks import read_secret
 from infra.security.crypto import Cipher
 from infra.web.json_schema import check, check_schema
-from services.plugin.domain import Tool, plain_name
+from services.plugin.domain import McpTool, Tool, plain_name
 from services.plugin.models import LeftOut, NewPlugin
+from services.plugin.schemas import adapted, check_depth
 
 MAX_CONFIG_BYTES = 16 * 1024
 MAX_DESCRIPTION = 4_000
@@ -57,12 +57,19 @@ def check_plugin(new: NewPlugin) -> None:
         raise InvalidMessage("tools", "must have at least one tool for kind http")
     if new.secret is not None:
         read_secret(new.secret)
-    check_schema("config_schema", new.config_schema)
-    check_config(new.config, new.config_schema)
+    check_config(new.config, checked_schema("config_schema", new.config_schema))
+
+
+def checked_schema(field: str, schema: Any) -> dict[str, Any]:
+    """Returns a schema of an older draft in draft 2020-12. Raises InvalidMessage if it is invalid or too large."""
+    new = adapted(field, schema)
+    check_schema(field, new)
+    return new
 
 
 def check_config(config: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
     """Raises InvalidMessage with the field."""
+    check_depth("config", config)
     if len(msgspec.json.encode(config)) > MAX_CONFIG_BYTES:
         raise InvalidMessage("config", f"must be at most {MAX_CONFIG_BYTES} bytes")
     check("config", schema, config)
@@ -74,17 +81,17 @@ def new_secret() -> str:
 
 def declared_tools(new: NewPlugin) -> list[NamedTool]:
     """Returns the tools of kind http. Raises InvalidMessage for an invalid schema and for a repeated name."""
-    seen: set[str] = set()
+    tools: dict[str, NamedTool] = {}
     for n, tool in enumerate(new.tools):
-        if tool.name in seen:
+        if tool.name in tools:
             raise InvalidMessage(f"tools[{n}].name", "must be unique")
-        seen.add(tool.name)
-        check_schema(f"tools[{n}].schema", tool.schema_)
-    return [(Tool(tool.name, tool.description, tool.schema_, tool.effect), tool.name) for tool in new.tools]
+        schema = checked_schema(f"tools[{n}].schema", tool.schema_)
+        tools[tool.name] = Tool(tool.name, tool.description, schema, tool.effect), tool.name
+    return list(tools.values())
 
 
 def adapted_tools(
-    found: Sequence[mcp_types.Tool], plugin: str, taken: Collection[str], known: Mapping[str, str]
+    found: Sequence[McpTool], plugin: str, taken: Collection[str], known: Mapping[str, str]
 ) -> tuple[list[NamedTool], list[LeftOut]]:
     """Returns the tools of an MCP server under names that are not in `taken`, and the tools that cannot be offered.
 
@@ -99,15 +106,15 @@ def adapted_tools(
         choices = (known.get(offer.name), plain_name(offer.name), plain_name(f"{plugin}_{offer.name}"))
         name = next((choice for choice in choices if choice and choice not in names), None)
         try:
-            if name is None or "\x00" in offer.name:
+            if not offer.name or "\x00" in offer.name:
+                raise InvalidMessage("name", "must be a text without NUL that is not empty")
+            if name is None:
                 raise InvalidMessage("name", "is taken, with and without the plugin's name as a prefix")
-            check_schema("schema", offer.input_schema)
+            schema = checked_schema("schema", offer.schema)
         except InvalidMessage as error:
             left_out.append(LeftOut(name=offer.name, reason=str(error)))
             continue
         names.add(name)
-        hints = offer.annotations
-        reads = hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
-        description = (offer.description or offer.title or "").replace("\x00", "")[:MAX_DESCRIPTION]
-        tools.append((Tool(name, description, offer.input_schema, "repeatable" if reads else "once"), offer.name))
+        description = offer.description.replace("\x00", "")[:MAX_DESCRIPTION]
+        tools.append((Tool(name, description, schema, "repeatable" if offer.repeatable else "once"), offer.name))
     return sorted(tools, key=lambda named: named[0].name), left_out

@@ -8,7 +8,7 @@ from infra.outgoing.client import Outgoing
 from infra.security.crypto import Cipher
 from infra.service.service import Runtime
 from protos.memory.v1 import memory_pb2_grpc
-from services.plugin.domain import Call
+from services.plugin.domain import Call, without_base64
 from services.plugin.manifest import Access
 from services.plugin.registry import Offered
 from services.plugin.tools import mcp, remote
@@ -33,8 +33,10 @@ class Tools:
         access = Access.open(plugin.access, self._cipher, call.tenant_id, str(plugin.id))
         outgoing: Outgoing = self._backends.outgoing
         if plugin.kind == "mcp":
-            return await mcp.call(outgoing, plugin.url, access.headers, offer.remote_name, call)
-        return await remote.call(outgoing, plugin.url, access.headers, access.secret, plugin.config, call)
+            result = await mcp.call(outgoing, plugin.url, access.headers, offer.remote_name, call)
+        else:
+            result = await remote.call(outgoing, plugin.url, access.headers, access.secret, plugin.config, call)
+        return without_base64(result)
 
 
 def tools(runtime: Runtime) -> Tools:

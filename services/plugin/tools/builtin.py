@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from bs4 import BeautifulSoup
-
 from infra.clock import utcnow
 from infra.errors import EffectFailed
 from infra.outgoing.client import Outgoing
@@ -17,6 +15,7 @@ from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.plugin.domain import Call, Tool
 from services.plugin.tools.calculator import MAX_CHARACTERS, CannotCalculate, calculate
+from services.plugin.tools.pages import read_page
 
 MAX_PAGE_BYTES = 2 * 1024 * 1024
 MAX_PAGE_TEXT = 20_000
@@ -70,8 +69,8 @@ async def http_fetch(call: Call, backends: Backends) -> Any:
     kind = kind.strip()
     if not kind.startswith(_TEXTS):
         raise EffectFailed(f"{kind}: only text can be read")
-    # In a thread, because parsing a large page takes seconds.
-    title, text = await asyncio.to_thread(_read, kind, answer.body, _charset(parameters))
+    # In a thread, because a page of 2 MB takes up to a second. Its time is linear in the size of the page.
+    title, text = await asyncio.to_thread(read_page, kind, answer.body, _charset(parameters), MAX_PAGE_TEXT)
     return {
         "url": url,
         "content_type": kind,
@@ -79,18 +78,6 @@ async def http_fetch(call: Call, backends: Backends) -> Any:
         "text": text[:MAX_PAGE_TEXT],
         "truncated": len(text) > MAX_PAGE_TEXT,
     }
-
-
-def _read(kind: str, body: bytes, charset: str | None) -> tuple[str, str]:
-    """Returns title and text."""
-    if kind not in ("text/html", "application/xhtml+xml"):
-        return "", _decoded(body, charset)
-    # The parser gets the bytes, because the page itself may name its encoding.
-    page = BeautifulSoup(body, "html.parser", from_encoding=charset)
-    title = page.title.get_text(" ", strip=True)[:300] if page.title else ""
-    for unseen in page(["script", "style", "noscript", "template", "svg", "head"]):
-        unseen.decompose()
-    return title, "\n".join(page.stripped_strings)
 
 
 async def knowledge_search(call: Call, backends: Backends) -> Any:
@@ -119,13 +106,6 @@ def _charset(parameters: str) -> str | None:
         if name == "charset":
             return value.strip("\"'")
     return None
-
-
-def _decoded(body: bytes, charset: str | None) -> str:
-    try:
-        return body.decode(charset or "utf-8", errors="replace")
-    except LookupError:
-        return body.decode(errors="replace")
 
 
 def _tool(name: str, description: str, required: list[str], **properties: Any) -> Tool:

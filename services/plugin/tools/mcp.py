@@ -9,18 +9,20 @@ from typing import Any
 
 import httpx2
 import mcp_types
-from mcp import Client, MCPError
+from mcp import Client, ClientSession, MCPError
 from mcp.client.streamable_http import streamable_http_client
+from pydantic import ValidationError
 
 from infra import VERSION
 from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
-from services.plugin.domain import MAX_RESULT_BYTES, Call
+from services.plugin.domain import Call, McpTool
 
-# A result comes in an envelope. A server sends a structured result a second time, as text.
-MAX_ANSWER_BYTES = 4 * MAX_RESULT_BYTES
+# A picture of some megabytes is left out of the result, and the text beside it is kept.
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
 MAX_TOOLS = 200
 DISCOVERY_SECONDS = 15.0
+
 # In the request's ``_meta``, for servers that drop repeats. The protocol itself has no field for an idempotency key.
 KEY_META = "clawbus/idempotency-key"
 
@@ -28,23 +30,44 @@ KEY_META = "clawbus/idempotency-key"
 logging.getLogger("mcp").setLevel(logging.WARNING)
 
 
-async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> list[mcp_types.Tool]:
+async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> list[McpTool]:
     """Returns the tools that the server at `url` offers, at most 200.
 
     Raises InvalidMessage (field ``url``) if the answer is not from an MCP server, and Transient if there is no answer.
     """
-    tools: list[mcp_types.Tool] = []
+    tools: list[McpTool] = []
     try:
         async with _connected(outgoing, url, headers, DISCOVERY_SECONDS) as (client, _):
             cursor = None
             while len(tools) < MAX_TOOLS:
-                listed = await client.list_tools(cursor=cursor)
-                tools += listed.tools
-                if not (cursor := listed.next_cursor):
+                listed = await _list_tools(client.session, cursor)
+                found = listed.get("tools")
+                tools += map(_mcp_tool, found if isinstance(found, list) else ())
+                if not isinstance(cursor := listed.get("nextCursor"), str):
                     break
     except EffectFailed as error:
         raise InvalidMessage("url", f"must be the address of an MCP server; it answered: {error.reason}") from error
     return tools[:MAX_TOOLS]
+
+
+async def _list_tools(session: ClientSession, cursor: str | None) -> dict[str, Any]:
+    """Lists tools without the library's check, which refuses the whole list if one tool is malformed."""
+    request: dict[str, Any] = {"method": "tools/list", "params": {"cursor": cursor} if cursor else {}}
+    options: Any = {"timeout": DISCOVERY_SECONDS}
+    session._stamp(request, options)
+    return await session._dispatcher.send_raw_request("tools/list", request["params"], options)
+
+
+def _mcp_tool(raw: Any) -> McpTool:
+    """Reads a listed tool. A tool without a valid name or schema is left out later, with the reason."""
+    fields: dict[str, Any] = raw if isinstance(raw, dict) else {"inputSchema": "not an object"}
+    texts = [text for key in ("description", "title") if isinstance(text := fields.get(key), str) and text]
+    hints = fields.get("annotations")
+    repeatable = isinstance(hints, dict) and (hints.get("readOnlyHint") is True or hints.get("idempotentHint") is True)
+    name = fields.get("name")
+    return McpTool(
+        name if isinstance(name, str) else "", texts[0] if texts else "", fields.get("inputSchema"), repeatable
+    )
 
 
 async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: str, call: Call) -> Any:
@@ -56,15 +79,45 @@ async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: s
     async with _connected(outgoing, url, headers, call.seconds) as (client, progress):
         progress.sent = True
         meta: Any = {KEY_META: call.key}
-        result = await client.call_tool(name, call.arguments, meta=meta)
-        texts = [block.text for block in result.content if isinstance(block, mcp_types.TextContent)]
-        if result.is_error:
-            raise EffectFailed("\n".join(texts)[:2000] or "the tool failed without a message")
-        if result.structured_content is not None:
-            return result.structured_content
-        if len(texts) == len(result.content):
-            return "\n".join(texts)
-        return [block.model_dump(mode="json", by_alias=True, exclude_none=True) for block in result.content]
+        params = mcp_types.CallToolRequestParams(name=name, arguments=call.arguments, _meta=meta)
+        # Not by `call_tool`: it lists all tools after each call, and applies the server's schema for the result on the
+        # event loop, which may take any time.
+        result = await client.session.send_request(mcp_types.CallToolRequest(params=params), mcp_types.CallToolResult)
+        return result_value(result)
+
+
+def result_value(result: mcp_types.CallToolResult) -> Any:
+    """Returns the content of a result for the model, without binary data. Raises EffectFailed for a failed call."""
+    texts = [_block_text(block) for block in result.content]
+    if result.is_error:
+        raise EffectFailed("\n".join(texts)[:2000] or "the tool failed without a message")
+    if result.structured_content is None:
+        return "\n".join(texts)
+    # The protocol repeats the structured content as text. Blocks of other kinds are only in the list.
+    notes = [
+        text for block, text in zip(result.content, texts, strict=True) if not isinstance(block, mcp_types.TextContent)
+    ]
+    return {"result": result.structured_content, "left_out": notes} if notes else result.structured_content
+
+
+def _block_text(block: Any) -> str:
+    match block:
+        case mcp_types.TextContent():
+            return block.text
+        case mcp_types.ImageContent() | mcp_types.AudioContent():
+            return _note(block.type, block.mime_type, block.data)
+        case mcp_types.EmbeddedResource(resource=mcp_types.TextResourceContents() as resource):
+            return resource.text
+        case mcp_types.EmbeddedResource(resource=mcp_types.BlobResourceContents() as resource):
+            return _note(f"file {resource.uri}", resource.mime_type or "unknown type", resource.blob)
+        case mcp_types.ResourceLink():
+            return f"[link to {block.uri}{f': {block.description}' if block.description else ''}]"
+        case _:
+            return f"[{type(block).__name__} left out]"
+
+
+def _note(what: str, mime_type: str, base64: str) -> str:
+    return f"[{what} left out: {mime_type}, {len(base64) * 3 // 4} bytes]"
 
 
 class _Progress(httpx2.AsyncBaseTransport):
@@ -117,6 +170,9 @@ def _converted(error: BaseException, progress: _Progress) -> Exception:
         case MCPError() if error.code not in (mcp_types.REQUEST_TIMEOUT, mcp_types.CONNECTION_CLOSED):
             status = f" (HTTP {progress.status})" if progress.status >= 400 else ""
             return EffectFailed(f"{error.message[:500]}{status}")
+        case ValidationError() as invalid:
+            fields = ", ".join(".".join(map(str, e["loc"])) or e["msg"] for e in invalid.errors()[:3])
+            return EffectFailed(f"the answer of the MCP server does not follow the protocol: {fields}"[:500])
         case MCPError() | httpx2.TransportError():
             reason = f"the MCP server did not answer ({type(error).__name__})"
             return Unanswered(reason) if progress.sent else Transient(reason)

@@ -25,6 +25,7 @@ OBJECT: dict[str, Any] = {"type": "object"}
         ),
         ({"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"enum": [1]}}}, {"a": 2}, "arguments.a"),
         ({"properties": {"code": {"pattern": "^[A-Z]{3}$"}}}, {"code": "abc"}, "arguments.code"),
+        ({"properties": {"name": {"pattern": "^\\p{L}+$"}}}, {"name": "a1"}, "arguments.name"),
     ],
 )
 def test_what_does_not_fit_is_named(schema: dict[str, Any], arguments: dict[str, Any], field: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import mcp_types
-
+from services.plugin.domain import McpTool
 from services.plugin.manifest import adapted_tools
 
 
-def offer(name: str, schema: dict[str, Any] | None = None, **more: Any) -> mcp_types.Tool:
-    return mcp_types.Tool(name=name, input_schema=schema or {"type": "object"}, **more)
+def offer(name: str, schema: Any = None, *, repeatable: bool = False) -> McpTool:
+    return McpTool(name, "", schema, repeatable)
 
 
 def test_a_taken_name_gets_the_plugins_name_as_a_prefix_and_a_known_name_stays() -> None:
@@ -30,27 +29,21 @@ def test_a_tool_that_cannot_be_offered_is_left_out_with_a_reason() -> None:
         offer("fine"),
         offer("a", {"type": "object", "properties": {"x": {"$ref": "http://127.0.0.1/"}}}),
         offer("b"),
+        offer(""),
+        offer("c", {"type": "string"}),
+        offer("d", {"type": "object", "description": "x" * 40_000}),
     ]
     tools, left_out = adapted_tools(found, "p", {"b", "p_b"}, {})
     assert [tool.name for tool, _ in tools] == ["fine"]
     assert {gone.name: gone.reason.partition(":")[0] for gone in left_out} == {
         "a": "schema.properties.x.$ref",
         "b": "name",
+        "": "name",
+        "c": "schema.type",
+        "d": "schema",
     }
 
 
 def test_only_a_tool_with_a_hint_for_it_is_repeatable() -> None:
-    hints = mcp_types.ToolAnnotations
-    found = [
-        offer("reads", annotations=hints(read_only_hint=True)),
-        offer("sets", annotations=hints(idempotent_hint=True)),
-        offer("sends", annotations=hints(destructive_hint=False)),
-        offer("silent"),
-    ]
-    tools, _ = adapted_tools(found, "p", (), {})
-    assert {tool.name: tool.effect for tool, _ in tools} == {
-        "reads": "repeatable",
-        "sets": "repeatable",
-        "sends": "once",
-        "silent": "once",
-    }
+    tools, _ = adapted_tools([offer("reads", repeatable=True), offer("sends")], "p", (), {})
+    assert {tool.name: tool.effect for tool, _ in tools} == {"reads": "repeatable", "sends": "once"}

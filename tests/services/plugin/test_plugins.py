@@ -234,3 +234,37 @@ async def test_without_permission_for_private_addresses_no_request_goes_there(
         assert answer.status_code == 422
         assert answer.json()["errors"][0]["field"] == "url"
     assert len(server.received) == before
+
+
+async def test_a_plugin_of_kind_http_may_describe_its_tools_by_an_older_draft(plugin: Platform) -> None:
+    schema = {
+        "$schema": "http://json-schema.org/draft-04/schema#",
+        "properties": {"price": {"type": "number", "minimum": 0, "exclusiveMinimum": True}},
+    }
+    body = shop(tools=[{"name": "sell", "description": "", "schema": schema}], config_schema={}, config={"a": 1})
+    async with plugin.client("plugin", "vintage") as client:
+        answer = await client.post("/api/v1/plugins", json=body)
+    assert answer.status_code == 201, answer.text
+    [sell] = answer.json()["tools"]
+    assert sell["schema"] == {"type": "object", "properties": {"price": {"type": "number", "exclusiveMinimum": 0}}}
+
+
+def deep(levels: int) -> str:
+    return '{"a":' * levels + "{}" + "}" * levels
+
+
+@pytest.mark.parametrize("levels", [100, 500, 900, 2_000, 100_000])
+@pytest.mark.parametrize("field", ["config", "config_schema", "schema", "headers"])
+async def test_a_deeply_nested_body_is_refused(plugin: Platform, field: str, levels: int) -> None:
+    fields = {"config": "{}", "config_schema": '{"type": "object"}', "schema": '{"type": "object"}', "headers": "{}"}
+    fields[field] = deep(levels)
+    body = (
+        f'{{"name": "deep", "kind": "http", "url": "{URL}", "config": {fields["config"]}, '
+        f'"config_schema": {fields["config_schema"]}, "headers": {fields["headers"]}, '
+        f'"tools": [{{"name": "a", "description": "", "schema": {fields["schema"]}}}]}}'
+    )
+    async with plugin.client("plugin", "deep") as client:
+        answer = await client.post(
+            "/api/v1/plugins", content=body.encode(), headers={"content-type": "application/json"}
+        )
+    assert answer.status_code in (400, 413, 422), answer.text[:500]

@@ -1,0 +1,88 @@
+"""Reads the title and the text of a web page, in time linear in its size."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+from lxml import etree, html  # type: ignore[import-untyped]
+
+HTML = ("text/html", "application/xhtml+xml")
+_UNSEEN = frozenset(("head", "script", "style", "noscript", "template", "svg"))
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_DECLARED = re.compile(rb"<meta[^>]{0,200}charset|<\?xml[^>]{0,200}encoding", re.IGNORECASE)
+_PRESCANNED_BYTES = 4_096
+_XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]{0,200}>")
+
+
+def read_page(kind: str, body: bytes, charset: str | None, limit: int) -> tuple[str, str]:
+    """Returns the title and the text of a page, and stops after `limit` characters of text.
+
+    kind: the media type. charset: as the HTTP header names it; without it the page's own declaration counts.
+    """
+    if kind not in HTML:
+        return "", _decoded(body, charset)
+    root = _parsed(body, charset)
+    if root is None:
+        return "", ""
+    title = next(root.iter("title"), None)
+    return " ".join("".join(title.itertext()).split())[:300] if title is not None else "", _text(root, limit)
+
+
+def _parsed(body: bytes, charset: str | None) -> etree._Element | None:
+    """Returns the root element. None for an empty page."""
+    charset = charset or next((name for bom, name in _BOMS if body.startswith(bom)), None)
+    encoding = None
+    if charset:
+        # The parser would follow an XML declaration of another encoding.
+        body = _XML_DECLARATION.sub("", _decoded(body, charset), count=1).encode("utf-8", "replace")
+        encoding = "utf-8"
+    elif not _DECLARED.search(body, 0, _PRESCANNED_BYTES) and _is_utf8(body):
+        encoding = "utf-8"
+    # libxml2 parses in linear time, unlike html.parser. huge_tree: without it, deeply nested parts are lost.
+    parser = html.HTMLParser(encoding=encoding, huge_tree=True, remove_comments=True, remove_pis=True, no_network=True)
+    try:
+        # A NUL would end the page for the parser.
+        return html.document_fromstring(body.replace(b"\0", b" "), parser=parser)
+    except etree.ParserError:
+        return None
+
+
+def _text(root: etree._Element, limit: int) -> str:
+    """Returns the visible pieces of text, one a line. Walks without recursion: a page may be nested without a limit."""
+    pieces: list[str] = []
+    length = 0
+    walk = etree.iterwalk(root, events=("start", "end"))
+    for event, element in walk:
+        if event == "end":
+            piece = element.tail
+        elif element.tag in _UNSEEN:
+            walk.skip_subtree()
+            continue
+        else:
+            piece = element.text
+        if piece and (piece := piece.strip()):
+            pieces.append(piece)
+            length += len(piece) + 1
+            if length > limit:
+                break
+    return "\n".join(pieces)
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decoded(body: bytes, charset: str | None) -> str:
+    try:
+        return body.decode(charset or "utf-8", errors="replace")
+    except LookupError:
+        return body.decode(errors="replace")

@@ -1,0 +1,57 @@
+"""An MCP server that answers with the given JSON, without the checks of the official package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from infra.observe.metrics import Metrics
+from infra.web.http import Health, create_app, serve_http
+
+
+class RawMcp:
+    def __init__(self) -> None:
+        self.url = ""
+        self.tools: list[Any] = []
+        self.results: dict[str, Any] = {}
+        """Tool → result of its call."""
+        self.methods: list[str] = []
+
+    async def handle(self, request: Request) -> Response:
+        message = json.loads(await request.body())
+        self.methods.append(message["method"])
+        match message["method"]:
+            case "initialize":
+                result: Any = {
+                    "protocolVersion": message["params"]["protocolVersion"],
+                    "capabilities": {"tools": {}},
+                    "serverInfo": {"name": "raw", "version": "1"},
+                }
+            case "tools/list":
+                result = {"tools": self.tools}
+            case "tools/call":
+                result = self.results[message["params"]["name"]]
+            case _ if "id" not in message:
+                return Response(status_code=202)
+            case method:
+                error = {"code": -32601, "message": f"unknown method {method}"}
+                return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "error": error})
+        return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "result": result})
+
+
+@asynccontextmanager
+async def raw_mcp_server() -> AsyncIterator[RawMcp]:
+    """Starts a server."""
+    server = RawMcp()
+    app = create_app([Route("/mcp", server.handle, methods=["POST"])], Health("mcp", "1"), Metrics(CollectorRegistry()))
+    http = await serve_http(app, 0)
+    server.url = f"http://127.0.0.1:{http.port}/mcp"
+    yield server
+    await http.stop()

@@ -1,0 +1,123 @@
+"""MCP servers as they are: tools with older or malformed schemas, and results with pictures."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from infra.errors import InvalidMessage
+from tests.services.plugin.conftest import CallReply, call
+from tests.services.plugin.raw_mcp import RawMcp, raw_mcp_server
+from tooling.testing.platform import Platform
+
+BIG = {"type": "object", "description": "x" * 40_000}
+
+
+@pytest.fixture
+async def raw() -> AsyncIterator[RawMcp]:
+    async with raw_mcp_server() as server:
+        yield server
+
+
+async def register(plugin: Platform, tenant: str, server: RawMcp) -> dict[str, Any]:
+    async with plugin.client("plugin", tenant) as client:
+        answer = await client.post("/api/v1/plugins", json={"name": "raw", "kind": "mcp", "url": server.url})
+    assert answer.status_code == 201, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def test_tools_of_older_drafts_are_adapted_and_malformed_ones_left_out_by_name(
+    plugin: Platform, raw: RawMcp
+) -> None:
+    pair = {"type": "array", "items": [{"type": "string"}, {"type": "integer"}]}
+    raw.tools = [
+        {"name": "tuple", "inputSchema": {"type": "object", "properties": {"pair": pair}}},
+        {"name": "limit", "inputSchema": {"properties": {"n": {"minimum": 0, "exclusiveMinimum": True}}}},
+        {"name": "named", "inputSchema": {"type": "object", "patternProperties": {"^x": {}}}},
+        {"name": "letters", "inputSchema": {"type": "object", "properties": {"a": {"pattern": "^\\p{L}+$"}}}},
+        {
+            "name": "refers",
+            "inputSchema": {
+                "type": "object",
+                "properties": {"a": {"$ref": "#/definitions/a"}},
+                "definitions": {"a": {"type": "string"}},
+            },
+        },
+        {"name": "untyped", "inputSchema": {}},
+        {"name": "without"},
+        {"name": "big", "inputSchema": BIG},
+        {"name": "wrong", "inputSchema": {"type": "object", "properties": {"a": {"type": "strin"}}}},
+        {"name": "text", "inputSchema": {"type": "string"}},
+        {"name": 7, "inputSchema": {"type": "object"}},
+        "not a tool",
+    ]
+    made = await register(plugin, "older", raw)
+    schemas = {tool["name"]: tool["schema"] for tool in made["tools"]}
+    assert set(schemas) == {"tuple", "limit", "named", "letters", "refers", "untyped", "without"}
+    assert schemas["tuple"]["properties"]["pair"]["prefixItems"] == pair["items"]
+    assert schemas["limit"] == {"type": "object", "properties": {"n": {"exclusiveMinimum": 0}}}
+    assert schemas["untyped"] == schemas["without"] == schemas["named"] == {"type": "object"}
+    assert sorted((gone["name"], gone["reason"].partition(":")[0]) for gone in made["left_out"]) == [
+        ("", "name"),
+        ("", "name"),
+        ("big", "schema"),
+        ("text", "schema.type"),
+        ("wrong", "schema.properties.a.type"),
+    ]
+    raw.results["limit"] = {"content": [{"type": "text", "text": "done"}]}
+    reply = await call(plugin, "older", "limit", '{"n": 1}', key="limit-1")
+    assert (reply.outcome, json.loads(reply.result_json)) == (CallReply.OUTCOME_SUCCEEDED, "done")
+    assert raw.methods[-1] == "tools/call", "the tools are not listed again after each call"
+    for tool, arguments, field in (
+        ("limit", '{"n": 0}', "arguments.n"),
+        ("tuple", '{"pair": ["a", "b"]}', "arguments.pair[1]"),
+        ("letters", '{"a": "1"}', "arguments.a"),
+    ):
+        with pytest.raises(InvalidMessage) as refused:
+            await call(plugin, "older", tool, arguments, key="bad")
+        assert refused.value.field == field
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_000, 3_000_000])
+async def test_pictures_are_left_out_of_the_result_with_a_note_and_the_text_is_kept(
+    plugin: Platform, raw: RawMcp, size: int
+) -> None:
+    data = base64.b64encode(os.urandom(size)).decode()
+    raw.tools = [{"name": "draw", "inputSchema": {"type": "object"}}]
+    await register(plugin, f"painter-{size}", raw)
+    text = {"type": "text", "text": "Sales rose."}
+    picture = {"type": "image", "data": data, "mimeType": "image/png"}
+    resource = {"uri": "file:///a.bin", "mimeType": "application/pdf", "blob": data[:1000]}
+    raw.results["draw"] = {"content": [text, picture, {"type": "resource", "resource": resource}]}
+    reply = await call(plugin, f"painter-{size}", "draw", key=f"blocks-{size}")
+    assert reply.outcome == CallReply.OUTCOME_SUCCEEDED, reply.error
+    assert json.loads(reply.result_json).splitlines() == [
+        "Sales rose.",
+        f"[image left out: image/png, {len(data) * 3 // 4} bytes]",
+        "[file file:///a.bin left out: application/pdf, 750 bytes]",
+    ]
+    structured = {"text": "Sales rose.", "picture": data}
+    raw.results["draw"] = {"content": [text, picture], "structuredContent": structured}
+    reply = await call(plugin, f"painter-{size}", "draw", key=f"structured-{size}")
+    result = json.loads(reply.result_json)
+    assert result["result"]["text"] == "Sales rose."
+    assert "base64 data left out" in result["result"]["picture"]
+    assert "image left out" in result["left_out"][0]
+    assert len(reply.result_json) < 1_000
+
+
+async def test_an_answer_that_does_not_follow_the_protocol_is_a_failure_with_a_reason(
+    plugin: Platform, raw: RawMcp
+) -> None:
+    raw.tools = [{"name": "odd", "inputSchema": {"type": "object"}}]
+    await register(plugin, "odd", raw)
+    raw.results["odd"] = {"content": "text"}
+    reply = await call(plugin, "odd", "odd", key="odd")
+    assert reply.outcome == CallReply.OUTCOME_FAILED
+    assert "does not follow the protocol: " in reply.error

@@ -1,0 +1,50 @@
+"""The text of web pages: encodings, hidden parts, and pages made to cost time."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.plugin.tools.builtin import MAX_PAGE_BYTES
+from services.plugin.tools.pages import read_page
+
+LIMIT = 20_000
+
+
+@pytest.mark.parametrize(
+    ("body", "charset", "found"),
+    [
+        ("<title>A</title><p>Zürich</p>".encode(), None, ("A", "Zürich")),
+        ("<meta charset=utf-8><p>Zürich</p>".encode(), None, ("", "Zürich")),
+        ("<meta charset=gbk><p>退货</p>".encode("gbk"), None, ("", "退货")),
+        ("<meta charset=gbk><p>退货</p>".encode(), "utf-8", ("", "退货")),
+        ("\ufeff<p>退货</p>".encode("utf-16"), None, ("", "退货")),
+        ('<?xml version="1.0" encoding="iso-8859-1"?><p>é</p>'.encode(), "utf-8", ("", "é")),
+        (b"<p>caf\xe9</p>", "nonsense", ("", "caf\ufffd")),
+        (b"<p>a\0b</p>", None, ("", "a b")),
+        (b"", None, ("", "")),
+        (b"   ", None, ("", "")),
+        (b"<!-- only a comment -->", None, ("", "")),
+        (b"just text & more", None, ("", "just text & more")),
+        (b"<p>a<b>b</b>c</p><svg><text>no</text></svg>tail", None, ("", "a\nb\nc\ntail")),
+        (b"<body><noscript>no</noscript><template>no</template>yes", None, ("", "yes")),
+    ],
+)
+def test_a_page_is_read(body: bytes, charset: str | None, found: tuple[str, str]) -> None:
+    assert read_page("text/html", body, charset, LIMIT) == found
+
+
+def test_reading_stops_at_the_limit() -> None:
+    _, text = read_page("text/html", b"<p>" + b"word <b>x</b>" * 100_000, None, LIMIT)
+    assert LIMIT < len(text) < LIMIT + 100
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *(b"<a ", b"<!", b"<", b"</", b"&", b"&#1", b"<a b=", b"<a b='", b"<!--", b"<![CDATA[", b"<?", b"<div>"),
+        *(b"<p>", b"<table>", b"<b><i></b>", b"<select><option>", b"<font><p>", b"</p>", b"<script>", b"<svg>"),
+    ],
+)
+def test_a_page_made_to_cost_time_is_read(piece: bytes) -> None:
+    """A parser of quadratic time needs hours for one of these pages, and this test would reach its time-out."""
+    read_page("text/html", piece * (MAX_PAGE_BYTES // len(piece)), None, LIMIT)
