@@ -4,18 +4,21 @@ The system is that of ``overhead``: channel, agent and billing as real processes
 fakes of vendor and model, whose CPU is not counted. A slice is a burst of webhooks, and ends when every reply is at the
 vendor and every usage record is counted. The CPU of a slice is all that the processes use in it, so their polling is
 part of it; at half load a message therefore costs more.
+
+``message-telemetry``: messages per CPU second of the services with tracing on, against the same system without it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 
 from tooling.bench import cpu
 from tooling.bench.overhead import AT_ONCE, BURST, SERVICES, SLICE_SECONDS, WARM, WARM_RATE, Overhead
-from tooling.bench.protocol import Units, median_units
+from tooling.bench.protocol import Anchor, Contender, Slice, Units, median_units
 
 GOAL_MS = 30.0
 
@@ -42,6 +45,16 @@ async def measure(bench: Overhead, progress: Callable[[int, int], None], slices:
         median_units("message", "CPU of the services, half load", None, at_half, "ms", **_each(half)),
         median_units("message", "CPU of the engines, half load", None, engines_at_half, "ms"),
     ]
+
+
+def telemetry(traced: Overhead, untraced: Overhead) -> tuple[Contender, Anchor]:
+    """Messages per CPU second of the services with tracing on, and the anchor with tracing off."""
+
+    async def slice_of(bench: Overhead) -> Slice:
+        used = await _slice(bench, BURST, AT_ONCE)
+        return Slice(BURST, sum(used[name] for name in SERVICES) * BURST / 1000)
+
+    return partial(slice_of, traced), Anchor("CPU of a message, tracing off", 0.97, partial(slice_of, untraced))
 
 
 async def _slice(bench: Overhead, count: int, rate: float) -> dict[str, float]:

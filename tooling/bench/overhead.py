@@ -48,6 +48,8 @@ class Overhead:
     platform: Platform
     models: ModelServer
     vendor: TelegramStandIn
+    traced: bool = True
+    """Spans are exported, as in production."""
     path: str = ""
     """The channel's webhook path."""
     sent: int = 0
@@ -59,7 +61,8 @@ class Overhead:
         await self.fixture.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
         await self.platform.prepare(*SERVICES)
         # With the shorter lease of tests a run can lose its lease and ask the model again.
-        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=self.fixture.otlp, **PRODUCTION)
+        endpoint = self.fixture.otlp if self.traced else ""
+        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **PRODUCTION)
         tenant = TenantCreated(tenant_id=self.tenant_id, name="Bench", currency="USD", credit_nanos=CREDIT_NANOS)
         await self.platform.produce(PLATFORM_EVENTS, tenant, key=self.tenant_id, tenant_id=self.tenant_id)
         await self.platform.until(self._has_account)
@@ -168,8 +171,8 @@ class Overhead:
 
 
 @asynccontextmanager
-async def running(place: Fixture) -> AsyncIterator[Overhead]:
+async def running(place: Fixture, *, traced: bool = True) -> AsyncIterator[Overhead]:
     async with model_server() as models, TelegramStandIn() as vendor, running_platform_on(place) as platform:
-        bench = Overhead(place, platform, models, vendor)
+        bench = Overhead(place, platform, models, vendor, traced=traced)
         await bench.prepare()
         yield bench

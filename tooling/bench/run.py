@@ -87,6 +87,16 @@ async def run_message(place: Fixture, progress: Progress, pairs: int) -> Sequenc
         return await message.measure(bench, progress, pairs)
 
 
+async def run_message_telemetry(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
+    async with (
+        bench_fixture(place.stack, []) as other,
+        overhead.running(place) as traced,
+        overhead.running(other, traced=False) as untraced,
+    ):
+        ours, anchor = message.telemetry(traced, untraced)
+        return await run_pairs("message-telemetry", ours, [anchor], progress, pairs=pairs)
+
+
 async def run_intake(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with intake.running(place) as bench:
         return await bench.measure(progress, pairs)
@@ -122,6 +132,7 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "overhead": run_overhead,
     "fanout": run_fanout,
     "message": run_message,
+    "message-telemetry": run_message_telemetry,
     "intake": run_intake,
     "idle": run_idle,
     "recover": run_recover,

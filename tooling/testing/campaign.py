@@ -70,7 +70,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     unexpected: list[str]
     """Replies that answer no message, such as an apology for a failed run."""
     bill: list[str]
-    """What is wrong with the bill."""
+    """Faults of the bill, in words."""
 
     @property
     def held(self) -> bool:

@@ -10,6 +10,7 @@ from tooling.bench import message, overhead
 from tooling.bench.consume import TOPICS
 from tooling.bench.fixture import bench_fixture
 from tooling.bench.overhead import Overhead, running
+from tooling.bench.protocol import run_pairs
 from tooling.testing.stack import Stack
 
 
@@ -36,3 +37,12 @@ async def test_the_cpu_of_a_message_is_the_sum_of_its_services(bench: Overhead) 
     assert (engines.goal, engines.met) == (None, True)
     assert half.value > 0
     assert shown == [(1, 1)]
+
+
+async def test_tracing_on_is_paired_with_tracing_off(bench: Overhead, stack: Stack) -> None:
+    async with bench_fixture(stack, TOPICS) as place, running(place, traced=False) as untraced:
+        ours, anchor = message.telemetry(bench, untraced)
+        [result] = await run_pairs("message-telemetry", ours, [anchor], lambda *_: None, pairs=1)
+    assert (result.anchor, result.goal) == ("CPU of a message, tracing off", 0.97)
+    assert result.our_rate > 0
+    assert result.anchor_rate > 0
