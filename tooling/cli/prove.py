@@ -48,11 +48,10 @@ async def _prove(system: System, kills: int, seed: int, console: Console) -> Rep
 
 def show(found: Report) -> None:
     """Prints the result for a person."""
-    out.print(
-        f"{len(found.kills)} kills in {found.seconds:.0f} s (seed {found.seed}), {found.accepted} messages accepted in "
-        f"{found.attempts} calls, slowest reply after {found.slowest_seconds:.0f} s, "
-        f"{found.extra_model_calls} extra calls of the model."
-    )
+    out.print(f"{len(found.kills)} kills in {found.seconds:.0f} s, seed {found.seed}")
+    failed = ", ".join(f"{reason} {times}" for reason, times in found.failed_attempts.items()) or "none"
+    out.print(f"{found.accepted} messages accepted in {found.attempts} webhook calls; failed calls: {failed}")
+    out.print(f"slowest reply after {found.slowest_seconds:.0f} s, {found.extra_model_calls} extra calls of the model")
     for name, faults in (
         ("lost", found.lost),
         ("answered twice", found.answered_twice),

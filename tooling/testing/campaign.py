@@ -56,6 +56,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Messages that were answered 200."""
     attempts: int
     """Webhook calls, with the repeats of those that failed."""
+    failed_attempts: dict[str, int]
+    """HTTP status, or the kind of transport error → number of webhook calls that ended so."""
     repeated_replies: int
     """Replies that came again under the same id, which the vendor dropped."""
     model_calls: int
@@ -100,6 +102,7 @@ class Campaign:
         self._random = random.Random(seed)
         self._conversations = [Conversation(f"conversation-{n}") for n in range(conversations)]
         self._attempts = 0
+        self._failed: Counter[str] = Counter()
         self._asked_before = 0
         self._kills: list[Kill] = []
         self._stopping = asyncio.Event()
@@ -162,12 +165,13 @@ class Campaign:
             self._attempts += 1
             try:
                 answer = await client.post(path, content=body, headers=headers)
-            except httpx.TransportError:
-                await asyncio.sleep(0.3)
-                continue
-            if answer.status_code == 200:
-                return
-            assert answer.status_code in (429, 500, 502, 503, 504), answer.text
+            except httpx.TransportError as error:
+                self._failed[type(error).__name__] += 1
+            else:
+                if answer.status_code == 200:
+                    return
+                assert answer.status_code in (429, 500, 502, 503, 504), answer.text
+                self._failed[str(answer.status_code)] += 1
             await asyncio.sleep(0.3)
 
     async def _kill(self, count: int, targets: tuple[str, ...], began: float, tell: Callable[[str], None]) -> None:
@@ -244,6 +248,7 @@ class Campaign:
             kills=self._kills,
             accepted=accepted,
             attempts=self._attempts,
+            failed_attempts=dict(self._failed),
             repeated_replies=self._vendor.repeats,
             model_calls=self._model_calls,
             extra_model_calls=self._model_calls - accepted,

@@ -43,6 +43,6 @@ def test_a_report_with_a_fault_does_not_hold(fault: str) -> None:
         ("seed", "seconds", "accepted", "attempts", "repeated_replies", "model_calls", "extra_model_calls"), 1
     )
     lists: dict[str, Any] = {"kills": [], "lost": [], "answered_twice": [], "out_of_order": [], "unexpected": []}
-    good = Report(**numbers, **lists, slowest_seconds=1, bill=[])
+    good = Report(**numbers, **lists, failed_attempts={}, slowest_seconds=1, bill=[])
     assert good.held
     assert not msgspec.structs.replace(good, **{fault: ["x"]}).held
