@@ -16,6 +16,11 @@ from infra.postgres.group_commit import GroupCommit
 from infra.postgres.tx import CONFLICT_ATTEMPTS, Database, Tx
 
 LARGEST_GROUP = 500
+# In the order in which lanes are locked everywhere.
+_LOCK = """
+    ORDER BY lane.kind COLLATE "C", lane.tenant_id, lane.lane COLLATE "C"
+    FOR UPDATE OF lane
+"""
 
 
 class ForbiddenByGuard(Exception):
@@ -92,7 +97,7 @@ class Group:
             written = [write for index, write in enumerate(group) if index not in refused]
             await tx.merge([write.tx for write in written])
             await tx.flush()
-            if await self._held(connection, written, "ORDER BY lane_id FOR UPDATE OF lane") != {
+            if await self._held(connection, written, _LOCK) != {
                 (write.lease.lane_id, write.lease.epoch) for write in written
             }:
                 raise _Lost
@@ -101,8 +106,12 @@ class Group:
     async def _held(self, connection: AsyncConnection, group: Sequence[_Write], lock: str) -> set[tuple[int, int]]:
         rows = await sql(
             connection,
-            "SELECT lane_id, epoch FROM lane JOIN unnest($1::bigint[], $2::bigint[]) AS h(lane_id, epoch) "
-            f"USING (lane_id, epoch) {lock}",
+            f"""
+            SELECT lane_id, epoch
+            FROM lane
+            JOIN unnest($1::bigint[], $2::bigint[]) AS h(lane_id, epoch) USING (lane_id, epoch)
+            {lock}
+            """,
             [write.lease.lane_id for write in group],
             [write.lease.epoch for write in group],
         )

@@ -1,7 +1,7 @@
-"""Lanes: work that is long, ordered or delayed. One item of a lane at a time, head first, across all processes.
+"""Lanes: work that is long, ordered or delayed. All processes together handle one item of a lane at a time, in order.
 
-A lane is a row in PostgreSQL under a lease with an epoch; its items are rows behind it. Here is how a service
-declares a lane and puts items into it; `infra.lanes.runner` works them off.
+A lane is a row in PostgreSQL under a lease with an epoch. Its items are rows that refer to it. With this module a
+service declares its lanes and changes their items; `infra.lanes.runner` processes them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ Expired = Callable[[Any, Tx], Awaitable[None]]
 Dead = Callable[..., Awaitable[None]]
 
 RETRIES = tuple(timedelta(seconds=seconds) for seconds in (1, 5, 30, 120))
-# How long an item that is over keeps its id, so that the same id is not enqueued again.
+# An item that has ended keeps its row for this time, so that the same id is not enqueued again.
 KEEP_ITEMS = timedelta(days=7)
-# How long the ledger of effects remembers. A dead letter of a lane is not redriven later: it could repeat one.
+# The ledger keeps an effect for this time. An older dead letter of a lane is not redriven: it could repeat an effect.
 KEEP_EFFECTS = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Lane(Generic[Item]):
-    """A kind of lane, and the type of its items.
-
-    `retries`: the delay before each further attempt of an item whose handler failed by a fault; then it is a dead
-    letter. What passes by itself (`Transient`, `RetryLater`, the database away) is tried until the item expires.
-    """
+    """A kind of lane, and the type of its items."""
 
     name: str
     item: type[Item]
     retries: tuple[timedelta, ...] = RETRIES
+    """The delay before each further attempt after a fault of the handler. After the last one the item becomes a dead
+    letter. After a transient error (`Transient`, `RetryLater`, the database is away) it is retried until it expires."""
 
     def runner(
         self,
@@ -48,17 +46,17 @@ class Lane(Generic[Item]):
     ) -> Callable[[Handler], Work]:
         """The handler takes ``(item, effects, tx)``; `tx` commits together with the item's completion.
 
-        `concurrency`: lanes at a time per process; `per_tenant`: of them of one tenant, so that what is long does not
-        keep all others waiting. `expired`: takes ``(item, tx)`` for an item that came too late,
-        instead of the handler. `dead`: takes ``(item, error, tx)``, which commits together with the dead letter that
-        the item becomes.
+        `concurrency`: the most lanes that a process handles at the same time. `per_tenant`: the most of one tenant, so
+        that its long items do not keep the others waiting. `expired`: called with ``(item, tx)`` in place of the
+        handler if the item has expired. `dead`: called with ``(item, error, tx)``; its transaction also stores the
+        dead letter.
         """
         return lambda handler: Work(self, handler, concurrency, per_tenant or concurrency, expired, dead)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Who works off a kind of lane. Passed to ``service.work``."""
+    """The handler of a kind of lane, and its limits. Passed to ``service.work``."""
 
     lane: Lane[Any]
     handler: Handler
@@ -69,18 +67,22 @@ class Work:
 
 
 async def postpone(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID, not_before: datetime) -> bool:
-    """Moves the time from which a waiting item may be done. False where it has begun or is over: too late."""
+    """Changes the time from which a waiting item may be handled. False if it has begun or ended: too late."""
     return await _change(tx, kind, lane, item_id, "not_before = $3", not_before)
 
 
 async def cancel(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID) -> bool:
-    """Takes a waiting item out of its lane. False where it has begun or is over: too late."""
+    """Removes a waiting item from its lane. False if it has begun or ended: too late."""
     return await _change(tx, kind, lane, item_id, "state = 'cancelled', body = NULL, finished_at = clock_timestamp()")
 
 
 async def _change(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID, change: str, *arguments: Any) -> bool:
     locked = await tx.sql(
-        "SELECT lane_id FROM lane WHERE kind = $1 AND tenant_id = $2 AND lane = $3 FOR UPDATE",
+        """
+        SELECT lane_id FROM lane
+        WHERE kind = $1 AND tenant_id = $2 AND lane = $3
+        FOR UPDATE
+        """,
         kind.name,
         tx.tenant_id or "",
         lane,
@@ -89,8 +91,13 @@ async def _change(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID, change: str
         return False
     [(lane_id,)] = locked
     changed = await tx.sql(
-        f"UPDATE lane_item i SET {change} FROM lane l WHERE l.lane_id = $1 AND i.lane_id = $1 AND i.item_id = $2 "
-        "AND i.state = 'waiting' AND (l.owner IS NULL OR i.seq > (SELECT seq FROM lane_head($1))) RETURNING l.owner",
+        f"""
+        UPDATE lane_item i SET {change}
+        FROM lane l
+        WHERE l.lane_id = $1 AND i.lane_id = $1 AND i.item_id = $2 AND i.state = 'waiting'
+            AND (l.owner IS NULL OR i.seq > (SELECT seq FROM lane_head($1)))
+        RETURNING l.owner
+        """,
         lane_id,
         item_id,
         *arguments,
@@ -102,9 +109,12 @@ async def _change(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID, change: str
 
 
 async def restore(tx: Tx, item: NewItem) -> None:
-    """Puts an item that was set aside as a dead letter at the end of its lane, to be done again."""
+    """Appends an item that became a dead letter to its lane, so that it is handled again."""
     await tx.sql(
-        "DELETE FROM lane_item WHERE kind = $1 AND tenant_id = $2 AND item_id = $3 AND state <> 'waiting'",
+        """
+        DELETE FROM lane_item
+        WHERE kind = $1 AND tenant_id = $2 AND item_id = $3 AND state <> 'waiting'
+        """,
         item.kind,
         item.tenant_id,
         item.item_id,
@@ -114,29 +124,60 @@ async def restore(tx: Tx, item: NewItem) -> None:
 
 
 async def waiting(tx: Tx) -> dict[str, tuple[int, float]]:
-    """Kind → how many items are not done, and for how many seconds the oldest has been due."""
+    """Kind → the number of items that wait, and for how many seconds the oldest one has been due."""
     rows = await tx.sql(
-        "SELECT kind, count(*), greatest(extract(epoch FROM clock_timestamp() - min(not_before)), 0)::float8 "
-        "FROM lane_item WHERE state = 'waiting' GROUP BY kind"
+        """
+        SELECT kind, count(*), greatest(extract(epoch FROM clock_timestamp() - min(not_before)), 0)::float8
+        FROM lane_item
+        WHERE state = 'waiting'
+        GROUP BY kind
+        """
     )
     return {kind: (count, oldest) for kind, count, oldest in rows}
 
 
 async def forget(tx: Tx) -> None:
-    """Deletes what has been over for long enough: items, the lanes they leave empty, effects. A part at a time."""
+    """Deletes items that ended long ago, the lanes that are then empty, and old effects. At most 10,000 of each."""
     gone = await tx.sql(
-        "DELETE FROM lane_item WHERE (lane_id, seq) IN (SELECT lane_id, seq FROM lane_item WHERE finished_at < "
-        "clock_timestamp() - $1::interval ORDER BY finished_at LIMIT 10000 FOR UPDATE SKIP LOCKED) RETURNING lane_id",
+        """
+        DELETE FROM lane_item
+        WHERE (lane_id, seq) IN (
+            SELECT lane_id, seq FROM lane_item
+            WHERE finished_at < clock_timestamp() - $1::interval
+            ORDER BY finished_at
+            LIMIT 10000
+            FOR UPDATE SKIP LOCKED
+        )
+        RETURNING lane_id
+        """,
         KEEP_ITEMS,
     )
     await tx.sql(
-        # One that gets an item at this moment has a time in ready_at when the lock is granted, and stays.
-        "DELETE FROM lane l WHERE lane_id = ANY($1::bigint[]) AND ready_at IS NULL "
-        "AND NOT EXISTS (SELECT FROM lane_item i WHERE i.lane_id = l.lane_id)",
+        # Locks the lanes in the order in which they are locked everywhere. A lane that gets an item at this moment has
+        # a time in ready_at when the lock is granted, and stays.
+        """
+        WITH idle AS MATERIALIZED (
+            SELECT lane_id FROM lane
+            WHERE lane_id = ANY($1::bigint[]) AND ready_at IS NULL
+            ORDER BY kind COLLATE "C", tenant_id, lane COLLATE "C"
+            FOR UPDATE
+        )
+        DELETE FROM lane l USING idle
+        WHERE l.lane_id = idle.lane_id AND l.ready_at IS NULL
+            AND NOT EXISTS (SELECT FROM lane_item i WHERE i.lane_id = l.lane_id)
+        """,
         list({lane_id for (lane_id,) in gone}),
     )
     await tx.sql(
-        "DELETE FROM lane_effect WHERE (tenant_id, key) IN (SELECT tenant_id, key FROM lane_effect "
-        "WHERE started_at < clock_timestamp() - $1::interval ORDER BY started_at LIMIT 10000 FOR UPDATE SKIP LOCKED)",
+        """
+        DELETE FROM lane_effect
+        WHERE (tenant_id, key) IN (
+            SELECT tenant_id, key FROM lane_effect
+            WHERE started_at < clock_timestamp() - $1::interval
+            ORDER BY started_at
+            LIMIT 10000
+            FOR UPDATE SKIP LOCKED
+        )
+        """,
         KEEP_EFFECTS,
     )

@@ -154,7 +154,10 @@ class Tx:
         self._events += [NewEvent(stream, uuid7(), event, version, self.tenant_id) for event in events]
 
     def buffer(self, statement: str, *row: Any) -> None:
-        """A row for a statement over ``unnest($1, $2, …)``, which runs once for all rows, before the commit."""
+        """Adds a row to a statement over ``unnest($1, $2, …)``. It runs once for all rows, before the commit.
+
+        Rows are written in the order of these calls: only for rows that no other transaction writes at the same time.
+        """
         self._buffered.setdefault(statement, []).append(row)
 
     def publish_now(self) -> None:
