@@ -63,7 +63,7 @@ async def test_a_channel_is_created_shown_changed_and_deleted_and_never_shows_it
         ({"type": "telegram", "credentials": TELEGRAM, "api_base": "http://169.254.169.254"}, "api_base"),
         ({"type": "telegram", "credentials": TELEGRAM, "api_base": "http://127.0.0.1:9/api"}, "api_base"),
         ({"type": "telegram", "credentials": TELEGRAM, "api_base": "no URL"}, "api_base"),
-        ({"type": "feishu", "credentials": {}}, "type"),
+        ({"type": "feishu", "credentials": {}}, "credentials.app_id"),
         ({"type": "carrier pigeon", "credentials": {}}, "type"),
         ({"type": "telegram", "credentials": TELEGRAM, "agent_id": "x"}, "agent_id"),
         ({"type": "telegram", "credentials": TELEGRAM, "name": "x"}, "name"),

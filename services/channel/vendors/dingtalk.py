@@ -1,0 +1,228 @@
+"""Adapter for DingTalk robots in HTTP mode: https://open.dingtalk.com/document/orgapp/receive-message"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import (
+    DEFAULT_RETRY,
+    AccountRefused,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Tokens,
+    Vendor,
+    constant_time_equals,
+    decode,
+    placeholder,
+    read_json,
+)
+from services.channel.vendors.splitting import split, utf8_length
+
+# Bytes.
+MAX_TEXT = 15_000
+# The signature's time is in milliseconds and valid for an hour.
+_VALID_MS = 3_600_000
+_API_ORIGIN = "https://api.dingtalk.com"
+_TITLE = "Reply"
+_ATTACHMENTS = {"picture": "a photo", "audio": "a voice message", "video": "a video", "file": "a file"}
+_LATER = frozenset((130101, 130102, 88, 90018))
+_TRANSIENT = frozenset((-1,))
+# The session of the webhook is over or unknown.
+_EXPIRED = frozenset((300001, 310000, 400102, 310001))
+
+
+class DingTalkCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    app_key: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    app_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    robot_code: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+
+
+class _Text(msgspec.Struct):
+    content: str = ""
+
+
+class _Content(msgspec.Struct):
+    richText: list[dict[str, Any]] | None = None
+    recognition: str | None = None
+    fileName: str | None = None
+
+
+class _Message(msgspec.Struct):
+    msgId: str
+    conversationId: str
+    msgtype: str
+    conversationType: str = "1"
+    senderStaffId: str | None = None
+    senderId: str | None = None
+    chatbotUserId: str | None = None
+    robotCode: str | None = None
+    sessionWebhook: str | None = None
+    text: _Text | None = None
+    content: _Content | None = None
+
+
+class _Token(msgspec.Struct):
+    accessToken: str = ""
+    expireIn: float = 7_200
+    code: str = ""
+    message: str = ""
+
+
+class _Response(msgspec.Struct):
+    errcode: int = 0
+    errmsg: str = ""
+
+
+class _Sent(msgspec.Struct):
+    processQueryKey: str | None = None
+    code: str = ""
+    message: str = ""
+
+
+class DingTalk(Vendor[DingTalkCredentials]):
+    """The signature does not cover the body; the secret in the webhook's path makes up for that. DingTalk accepts no
+    idempotency key: an unanswered send stays unknown."""
+
+    name: ClassVar[str] = "dingtalk"
+    credentials: ClassVar[type[msgspec.Struct]] = DingTalkCredentials
+    origin: ClassVar[str] = "https://oapi.dingtalk.com"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "once"
+
+    def __init__(self) -> None:
+        self._tokens = Tokens()
+
+    def receive(self, request: Request, credentials: DingTalkCredentials, now: datetime) -> Received:
+        timestamp = request.headers.get("timestamp", "")
+        digits = timestamp.isascii() and timestamp.isdecimal() and len(timestamp) <= 15
+        if not digits or abs(now.timestamp() * 1_000 - int(timestamp)) > _VALID_MS:
+            raise Unauthenticated("timestamp is missing or more than an hour from our clock")
+        if not constant_time_equals(request.headers.get("sign", ""), sign(credentials, timestamp)):
+            raise Unauthenticated("sign does not match")
+        return Received([_item(decode(request.body, _Message), credentials)])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, utf8_length)
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """https://open.dingtalk.com/document/orgapp/robot-message-types-and-data-format"""
+        return [Limit(f"conversation {conversation}", 20, 60)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials, message: Outbound
+    ) -> str | None:
+        if message.answers and message.answers.startswith("/"):
+            # Only path and query of the session's webhook are kept, so it cannot lead to another host.
+            body = {"msgtype": "markdown", "markdown": {"title": _TITLE, "text": message.text}}
+            answer = await outgoing.request(
+                "POST", f"{origin}{message.answers}", json=body, template=urlsplit(message.answers).path
+            )
+            response = read_json(answer, _Response)
+            if not response.errcode:
+                if answer.status >= 400:
+                    raise EffectFailed(f"HTTP {answer.status}")
+                return None
+            if response.errcode not in _EXPIRED:
+                _refuse(response.errcode, response.errmsg)
+        return await self._send_proactively(outgoing, origin, credentials, message)
+
+    async def _send_proactively(
+        self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials, message: Outbound
+    ) -> str | None:
+        host = _API_ORIGIN if origin == self.origin else origin
+        account = origin, credentials
+
+        async def fetch() -> tuple[str, float]:
+            secret = {"appKey": credentials.app_key, "appSecret": credentials.app_secret}
+            answer = await outgoing.request("POST", f"{host}/v1.0/oauth2/accessToken", json=secret)
+            token = read_json(answer, _Token)
+            if not token.accessToken:
+                raise AccountRefused(f"{token.code}: {token.message}"[:200])
+            return token.accessToken, token.expireIn
+
+        kind, _, id_ = message.conversation.partition("/")
+        body: dict[str, Any] = {
+            "robotCode": credentials.robot_code,
+            "msgKey": "sampleMarkdown",
+            "msgParam": msgspec.json.encode({"title": _TITLE, "text": message.text}).decode(),
+        }
+        if kind == "user":
+            path, body["userIds"] = "/v1.0/robot/oToMessages/batchSend", [id_]
+        else:
+            path, body["openConversationId"] = "/v1.0/robot/groupMessages/send", id_
+        for is_last in (False, True):
+            token = await self._tokens.get(account, fetch)
+            answer = await outgoing.request(
+                "POST", f"{host}{path}", headers={"x-acs-dingtalk-access-token": token}, json=body
+            )
+            sent = read_json(answer, _Sent)
+            if answer.status == 401 or sent.code == "InvalidAuthentication":
+                self._tokens.drop(account, token)
+                if is_last:
+                    raise AccountRefused(f"{sent.code}: {sent.message}"[:200])
+                continue
+            break
+        if sent.code.startswith("Forbidden.AccessDenied"):
+            raise AccountRefused(f"{sent.code}: {sent.message}"[:200])
+        if "Throttling" in sent.code or "QpsLimit" in sent.code:
+            raise RetryLater(DEFAULT_RETRY, sent.code[:200])
+        if answer.status >= 400:
+            raise EffectFailed(f"{sent.code}: {sent.message}"[:200])
+        return sent.processQueryKey
+
+
+def sign(credentials: DingTalkCredentials, timestamp: str) -> str:
+    secret = credentials.app_secret.encode()
+    return base64.b64encode(hmac.digest(secret, timestamp.encode() + b"\n" + secret, hashlib.sha256)).decode()
+
+
+def _item(message: _Message, credentials: DingTalkCredentials) -> Inbound | Ignored:
+    ids = (f"message/{message.msgId}",)
+    person = message.senderStaffId or message.senderId
+    if message.robotCode not in (None, "normal", credentials.robot_code):
+        return Ignored(ids, "a message to another robot")
+    if not person or (message.senderId is not None and message.senderId == message.chatbotUserId):
+        return Ignored(ids, "a message that no person wrote")
+    text = _text(message)
+    if text is None:
+        return Ignored(ids, f"a message of type {message.msgtype[:40]}")
+    conversation = f"user/{person}" if message.conversationType == "1" else f"group/{message.conversationId}"
+    webhook = urlsplit(message.sessionWebhook or "")
+    path = f"{webhook.path}?{webhook.query}" if webhook.path.startswith("/") else message.msgId
+    return Inbound(ids, conversation, person, path, text)
+
+
+def _text(message: _Message) -> str | None:
+    content = message.content or _Content()
+    if message.text is not None:
+        return message.text.content.strip()
+    if content.richText is not None:
+        return "".join(str(part.get("text") or "") for part in content.richText).strip() or placeholder("a photo")
+    if content.recognition:
+        return content.recognition
+    kind = _ATTACHMENTS.get(message.msgtype)
+    return placeholder(kind, content.fileName or "") if kind else None
+
+
+def _refuse(code: int, message: str) -> None:
+    reason = f"{code}: {message}"[:200]
+    if code in _LATER:
+        raise RetryLater(DEFAULT_RETRY, reason)
+    if code in _TRANSIENT:
+        raise Transient(reason)
+    raise EffectFailed(reason)

@@ -1,0 +1,325 @@
+"""Adapter for Feishu apps (Lark with another origin): https://open.feishu.cn/document/
+
+See the pages on event subscription (encryption, signature), on sending messages (im/v1/messages) and on access tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.padding import PKCS7
+
+from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import (
+    DEFAULT_RETRY,
+    AccountRefused,
+    Ack,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Tokens,
+    Unreadable,
+    Vendor,
+    constant_time_equals,
+    decode,
+    is_recent,
+    placeholder,
+    read_json,
+)
+from services.channel.vendors.markdown import PLAIN, render
+from services.channel.vendors.splitting import split, utf8_length
+
+# Bytes of a rich text, which is what Markdown is sent as.
+MAX_TEXT = 28_000
+_ATTACHMENTS = {
+    "image": "a photo",
+    "media": "a video",
+    "audio": "a voice message",
+    "file": "a file",
+    "sticker": "a sticker",
+    "location": "a location",
+    "share_chat": "a contact",
+    "share_user": "a contact",
+    "folder": "a folder",
+    "interactive": "a card",
+}
+_TOKEN_REFUSED = frozenset((99991661, 99991663, 99991664, 99991665, 99991668, 99991671, 99991677))
+_LATER = frozenset((230020, 99991400, 11232, 11233, 11247))
+_TRANSIENT = frozenset((2200, 5000, 230049, 99991672))
+# A wrong app id or secret, an app that is switched off or has no bot.
+_ACCOUNT = frozenset((10003, 10012, 10014, 10015, 230006, 99991401, 99991662, 99991543))
+
+
+class FeishuCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    app_id: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,64}$")]
+    app_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    encrypt_key: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    verification_token: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class _Encrypted(msgspec.Struct):
+    encrypt: str | None = None
+
+
+class _Header(msgspec.Struct):
+    event_id: str
+    event_type: str
+    token: str = ""
+
+
+class _Payload(msgspec.Struct):
+    type: str | None = None
+    token: str | None = None
+    """Only of a handshake, and of an event of the old schema."""
+    challenge: str | None = None
+    uuid: str | None = None
+    header: _Header | None = None
+    event: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _PersonId(msgspec.Struct):
+    open_id: str | None = None
+    user_id: str | None = None
+    union_id: str | None = None
+
+
+class _Sender(msgspec.Struct):
+    sender_id: _PersonId | None = None
+    sender_type: str = ""
+
+
+class _Mention(msgspec.Struct):
+    key: str
+    name: str = ""
+
+
+class _Message(msgspec.Struct):
+    message_id: str
+    chat_id: str
+    message_type: str
+    content: str = "{}"
+    thread_id: str | None = None
+    root_id: str | None = None
+    mentions: list[_Mention] | None = None
+
+
+class _Event(msgspec.Struct):
+    sender: _Sender
+    message: _Message
+
+
+class _Token(msgspec.Struct):
+    code: int = 0
+    msg: str = ""
+    tenant_access_token: str = ""
+    expire: float = 7_200
+
+
+class _Sent(msgspec.Struct):
+    message_id: str | None = None
+
+
+class _Response(msgspec.Struct):
+    code: int = 0
+    msg: str = ""
+    data: _Sent | None = None
+
+
+class Feishu(Vendor[FeishuCredentials]):
+    """Bodies are encrypted and signed. A message carries a ``uuid``, by which Feishu drops repeats for an hour."""
+
+    name: ClassVar[str] = "feishu"
+    credentials: ClassVar[type[msgspec.Struct]] = FeishuCredentials
+    origin: ClassVar[str] = "https://open.feishu.cn"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "keyed"
+
+    def __init__(self) -> None:
+        self._tokens = Tokens()
+
+    def receive(self, request: Request, credentials: FeishuCredentials, now: datetime) -> Received:
+        # The handshake is encrypted but not signed. So a signature is asked for after the decryption, and nothing of
+        # any other body is used before it.
+        encrypted = decode(request.body, _Encrypted).encrypt
+        if encrypted is None:
+            raise Unauthenticated("the body is not encrypted, although the channel has an encrypt_key")
+        payload = decode(decrypt(credentials, encrypted), _Payload)
+        token = payload.header.token if payload.header else payload.token or ""
+        if not constant_time_equals(token, credentials.verification_token):
+            raise Unauthenticated("the token is not this channel's verification_token")
+        if payload.type == "url_verification":
+            answer = msgspec.json.encode({"challenge": payload.challenge or ""})
+            return Received([], Ack(answer, "application/json"))
+        timestamp = request.headers.get("x-lark-request-timestamp", "")
+        nonce = request.headers.get("x-lark-request-nonce", "")
+        if not is_recent(timestamp, now):
+            raise Unauthenticated("X-Lark-Request-Timestamp is missing or more than 5 minutes from our clock")
+        expected = sign(credentials, timestamp, nonce, request.body)
+        if not constant_time_equals(request.headers.get("x-lark-signature", ""), expected):
+            raise Unauthenticated("X-Lark-Signature does not match")
+        if payload.header is None:
+            return Received([Ignored((f"event/{payload.uuid}",), "an event of the old schema")])
+        ids = (f"event/{payload.header.event_id}",)
+        if payload.header.event_type != "im.message.receive_v1":
+            return Received([Ignored(ids, f"an event {payload.header.event_type[:60]}")])
+        return Received([_item(ids, decode(payload.event, _Event))])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, utf8_length)
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """https://open.feishu.cn/document/server-docs/im-v1/message/create"""
+        return [
+            Limit("app", 50, 1),
+            Limit("app minute", 1_000, 60),
+            Limit(f"chat {conversation.partition('/')[0]}", 5, 1),
+        ]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, message: Outbound
+    ) -> str | None:
+        chat, _, root = message.conversation.partition("/")
+        body: dict[str, Any] = {**_content(message.text), "uuid": message.key[:50]}
+        if root:
+            url = f"{origin}/open-apis/im/v1/messages/{root}/reply"
+            body["reply_in_thread"] = True
+        else:
+            url = f"{origin}/open-apis/im/v1/messages?receive_id_type=chat_id"
+            body["receive_id"] = chat
+        response = await self._post(outgoing, origin, credentials, url, body)
+        if response.code in _TOKEN_REFUSED:
+            # The token was replaced meanwhile. A new one is fetched once.
+            response = await self._post(outgoing, origin, credentials, url, body)
+        if response.code:
+            _refuse(response.code, response.msg)
+        return response.data.message_id if response.data else None
+
+    async def _post(
+        self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, url: str, body: dict[str, Any]
+    ) -> _Response:
+        account = origin, credentials
+
+        async def fetch() -> tuple[str, float]:
+            path = "/open-apis/auth/v3/tenant_access_token/internal"
+            secret = {"app_id": credentials.app_id, "app_secret": credentials.app_secret}
+            token = read_json(await outgoing.request("POST", f"{origin}{path}", json=secret), _Token)
+            if token.code or not token.tenant_access_token:
+                _refuse(token.code, token.msg)
+            return token.tenant_access_token, token.expire
+
+        token = await self._tokens.get(account, fetch)
+        answer = await outgoing.request("POST", url, headers={"authorization": f"Bearer {token}"}, json=body)
+        response = read_json(answer, _Response)
+        if response.code in _TOKEN_REFUSED:
+            self._tokens.drop(account, token)
+        elif answer.status >= 400 and not response.code:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return response
+
+
+def sign(credentials: FeishuCredentials, timestamp: str, nonce: str, body: bytes) -> str:
+    return hashlib.sha256(f"{timestamp}{nonce}{credentials.encrypt_key}".encode() + body).hexdigest()
+
+
+def decrypt(credentials: FeishuCredentials, encrypted: str) -> bytes:
+    """Raises Unauthenticated if it was not encrypted with the channel's key."""
+    try:
+        blob = base64.b64decode(encrypted, validate=True)
+        key = hashlib.sha256(credentials.encrypt_key.encode()).digest()
+        opener = Cipher(algorithms.AES(key), modes.CBC(blob[:16])).decryptor()
+        padded = opener.update(blob[16:]) + opener.finalize()
+        unpadder = PKCS7(128).unpadder()
+        return unpadder.update(padded) + unpadder.finalize()
+    except ValueError as error:
+        raise Unauthenticated("the body is not encrypted with this channel's encrypt_key") from error
+
+
+def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
+    message = event.message
+    ids = (*ids, f"message/{message.message_id}")
+    person = event.sender.sender_id or _PersonId()
+    author = person.open_id or person.union_id or person.user_id
+    if event.sender.sender_type != "user" or author is None:
+        return Ignored(ids, "a message that no person wrote")
+    thread = f"/{message.root_id or message.message_id}" if message.thread_id else ""
+    text = _text(message)
+    if text is None:
+        return Ignored(ids, f"a message of type {message.message_type[:40]}")
+    return Inbound(
+        ids,
+        f"{message.chat_id}{thread}",
+        author,
+        message.message_id,
+        text,
+        parent=message.chat_id if thread else None,
+    )
+
+
+def _text(message: _Message) -> str | None:
+    try:
+        content = msgspec.json.decode(message.content)
+    except msgspec.DecodeError as error:
+        raise Unreadable(f"content: {error}") from error
+    if not isinstance(content, dict):
+        return None
+    if message.message_type == "text":
+        text = str(content.get("text") or "")
+    elif message.message_type == "post":
+        text = "".join(_post_texts(content)).strip()
+    elif kind := _ATTACHMENTS.get(message.message_type):
+        return placeholder(kind, str(content.get("file_name") or ""))
+    else:
+        return None
+    for mention in message.mentions or ():
+        text = text.replace(mention.key, f"@{mention.name}")
+    return text
+
+
+def _post_texts(node: Any) -> Iterator[str]:
+    """The texts of a rich text, in their order, a line for each paragraph."""
+    if isinstance(node, dict):
+        if isinstance(title := node.get("title"), str) and title:
+            yield f"{title}\n"
+        if isinstance(text := node.get("text"), str):
+            yield text
+        elif node.get("tag") == "at":
+            yield str(node.get("user_id") or f"@{node.get('user_name', '')}")
+        for value in node.values():
+            if isinstance(value, list | dict):
+                yield from _post_texts(value)
+    elif isinstance(node, list):
+        for child in node:
+            yield from _post_texts(child)
+            if isinstance(child, list):
+                yield "\n"
+
+
+def _content(text: str) -> dict[str, str]:
+    """A text without marks, else a rich text that Feishu renders from Markdown."""
+    if render(text, PLAIN) == text:
+        content: dict[str, Any] = {"text": text.replace("<at ", "&lt;at ")}
+        return {"msg_type": "text", "content": msgspec.json.encode(content).decode()}
+    paragraph = {"tag": "md", "text": text.replace("<at ", "&lt;at ")}
+    return {"msg_type": "post", "content": msgspec.json.encode({"zh_cn": {"content": [[paragraph]]}}).decode()}
+
+
+def _refuse(code: int, message: str) -> None:
+    reason = f"{code}: {message}"[:200]
+    if code in _ACCOUNT or code in _TOKEN_REFUSED:
+        raise AccountRefused(reason)
+    if code in _LATER:
+        raise RetryLater(DEFAULT_RETRY, reason)
+    if code in _TRANSIENT:
+        raise Transient(reason)
+    raise EffectFailed(reason)

@@ -1,0 +1,212 @@
+"""Adapter for QQ bots: https://bot.q.qq.com/wiki/develop/api-v2/
+
+See the pages on webhooks (signature), on sending messages (v2/users, v2/groups) and on access tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from infra.errors import EffectFailed, RetryLater, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import (
+    DEFAULT_RETRY,
+    AccountRefused,
+    Ack,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Tokens,
+    Vendor,
+    decode,
+    is_recent,
+    placeholder,
+    read_json,
+)
+from services.channel.vendors.markdown import PLAIN, render
+from services.channel.vendors.splitting import split
+
+# Characters of a part. A message may be answered by five parts, so parts of a very long answer are longer.
+PART_TEXT = 1_500
+MAX_PARTS = 5
+_TOKEN_ORIGIN = "https://bots.qq.com"
+_DISPATCH, _HEARTBEAT_ACK, _VALIDATION = 0, 12, 13
+# Where the messages of each event are answered, and the fields with the conversation's and the author's id.
+_EVENTS = {
+    "C2C_MESSAGE_CREATE": "users",
+    "GROUP_AT_MESSAGE_CREATE": "groups",
+    "GROUP_MESSAGE_CREATE": "groups",
+}
+# The message with this msg_id and msg_seq was accepted before.
+_REPEATED = frozenset((40054005, 304027))
+_TOKEN_REFUSED = frozenset((11241, 11242, 11243, 11244, 11251, 11252, 11253, 11281))
+_LATER = frozenset((22009, 20028, 304045, 304046, 304047, 304048, 304049, 304050))
+
+
+class QQCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    app_id: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z]{1,64}$")]
+    secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class _Author(msgspec.Struct):
+    user_openid: str | None = None
+    member_openid: str | None = None
+    id: str | None = None
+
+
+class _Message(msgspec.Struct):
+    id: str
+    author: _Author
+    content: str | None = None
+    group_openid: str | None = None
+    attachments: list[dict[str, Any]] | None = None
+
+
+class _Validation(msgspec.Struct):
+    plain_token: str
+    event_ts: str
+
+
+class _Payload(msgspec.Struct):
+    op: int
+    t: str | None = None
+    id: str | None = None
+    d: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Token(msgspec.Struct):
+    access_token: str = ""
+    expires_in: str | float = 7_200
+    code: int = 0
+    message: str = ""
+
+
+class _Response(msgspec.Struct):
+    id: str | None = None
+    code: int = 0
+    message: str = ""
+
+
+class QQ(Vendor[QQCredentials]):
+    """Replies are passive: they name the message that they answer, and a number by which QQ drops repeats."""
+
+    name: ClassVar[str] = "qq"
+    credentials: ClassVar[type[msgspec.Struct]] = QQCredentials
+    origin: ClassVar[str] = "https://api.sgroup.qq.com"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "keyed"
+
+    def __init__(self) -> None:
+        self._tokens = Tokens()
+
+    def receive(self, request: Request, credentials: QQCredentials, now: datetime) -> Received:
+        timestamp = request.headers.get("x-signature-timestamp", "")
+        if not is_recent(timestamp, now):
+            raise Unauthenticated("X-Signature-Timestamp is missing or more than 5 minutes from our clock")
+        key = signing_key(credentials)
+        try:
+            signature = bytes.fromhex(request.headers.get("x-signature-ed25519", ""))
+            key.public_key().verify(signature, timestamp.encode() + request.body)
+        except (InvalidSignature, ValueError) as error:
+            raise Unauthenticated("X-Signature-Ed25519 does not match") from error
+        payload = decode(request.body, _Payload)
+        if payload.op == _VALIDATION:
+            asked = decode(payload.d, _Validation)
+            signed = key.sign(f"{asked.event_ts}{asked.plain_token}".encode()).hex()
+            return Received([], _ack({"plain_token": asked.plain_token, "signature": signed}))
+        ack = _ack({"op": _HEARTBEAT_ACK})
+        if payload.op != _DISPATCH or payload.t not in _EVENTS:
+            return Received([Ignored((f"event/{payload.id}",), f"an event {payload.t or payload.op}"[:60])], ack)
+        return Received([_item(_EVENTS[payload.t], decode(payload.d, _Message))], ack)
+
+    def split(self, text: str) -> Sequence[str]:
+        limit = PART_TEXT
+        while len(parts := split(text, limit, lambda part: len(render(part, PLAIN)))) > MAX_PARTS:
+            limit = limit * 5 // 4
+        return parts
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        return [Limit(f"conversation {conversation}", 5, 1)]
+
+    async def send(self, outgoing: Outgoing, origin: str, credentials: QQCredentials, message: Outbound) -> str | None:
+        body: dict[str, Any] = {"content": render(message.text, PLAIN), "msg_type": 0, "msg_seq": message.part}
+        if message.answers:
+            body["msg_id"] = message.answers
+        url = f"{origin}/v2/{message.conversation}/messages"
+        response = await self._post(outgoing, origin, credentials, url, body)
+        if response.code in _TOKEN_REFUSED:
+            # The token was replaced meanwhile. A new one is fetched once.
+            response = await self._post(outgoing, origin, credentials, url, body)
+        if response.code in _REPEATED:
+            return None
+        if response.code:
+            _refuse(response.code, response.message)
+        return response.id
+
+    async def _post(
+        self, outgoing: Outgoing, origin: str, credentials: QQCredentials, url: str, body: dict[str, Any]
+    ) -> _Response:
+        account = origin, credentials
+
+        async def fetch() -> tuple[str, float]:
+            host = _TOKEN_ORIGIN if origin == self.origin else origin
+            secret = {"appId": credentials.app_id, "clientSecret": credentials.secret}
+            token = read_json(await outgoing.request("POST", f"{host}/app/getAppAccessToken", json=secret), _Token)
+            if not token.access_token:
+                raise AccountRefused(f"{token.code}: {token.message}"[:200])
+            return token.access_token, float(token.expires_in)
+
+        token = await self._tokens.get(account, fetch)
+        answer = await outgoing.request(
+            "POST", url, headers={"authorization": f"QQBot {token}"}, json=body, template="/v2/{kind}/{id}/messages"
+        )
+        response = read_json(answer, _Response)
+        if response.code in _TOKEN_REFUSED or (answer.status == 401 and response.code not in _REPEATED):
+            self._tokens.drop(account, token)
+            return msgspec.structs.replace(response, code=response.code or 11244)
+        if answer.status >= 400 and not response.code:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return response
+
+
+def signing_key(credentials: QQCredentials) -> Ed25519PrivateKey:
+    """The key pair that both sides derive from the secret: the secret, repeated and cut to 32 bytes, is its seed."""
+    secret = credentials.secret.encode()
+    seed = (secret * (32 // len(secret) + 1))[:32]
+    return Ed25519PrivateKey.from_private_bytes(seed)
+
+
+def _ack(answer: dict[str, Any]) -> Ack:
+    return Ack(msgspec.json.encode(answer), "application/json")
+
+
+def _item(kind: str, message: _Message) -> Inbound | Ignored:
+    ids = (f"message/{message.id}",)
+    person = message.author.user_openid or message.author.member_openid or message.author.id
+    place = message.group_openid if kind == "groups" else person
+    if not person or not place:
+        return Ignored(ids, "a message without an author")
+    text = (message.content or "").strip()
+    if not text and message.attachments:
+        text = placeholder("a file", *(str(one.get("filename") or "") for one in message.attachments))
+    return Inbound(ids, f"{kind}/{place}", person, message.id, text)
+
+
+def _refuse(code: int, message: str) -> None:
+    reason = f"{code}: {message}"[:200]
+    if code in _TOKEN_REFUSED:
+        raise AccountRefused(reason)
+    if code in _LATER:
+        raise RetryLater(DEFAULT_RETRY, reason)
+    # Among them: the message that it answers is too old, or was answered five times.
+    raise EffectFailed(reason)

@@ -1,0 +1,224 @@
+"""Adapter for WeCom apps: https://developer.work.weixin.qq.com/document/
+
+See the pages on receiving messages (encryption) and on sending application messages (cgi-bin/message/send).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import struct
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar
+from urllib.parse import parse_qsl
+from xml.etree import ElementTree
+
+import msgspec
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import (
+    DEFAULT_RETRY,
+    AccountRefused,
+    Ack,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Tokens,
+    Vendor,
+    constant_time_equals,
+    is_recent,
+    placeholder,
+    read_json,
+)
+from services.channel.vendors.markdown import PLAIN, render
+from services.channel.vendors.splitting import split, utf8_length
+
+# Bytes.
+MAX_TEXT = 2_048
+_DUPLICATE_SECONDS = 1_800
+_BLOCK = 32
+_ATTACHMENTS = {
+    "image": "a photo",
+    "voice": "a voice message",
+    "video": "a video",
+    "shortvideo": "a video",
+    "location": "a location",
+    "link": "a link",
+    "file": "a file",
+}
+# https://developer.work.weixin.qq.com/document/path/90313
+_TOKEN_REFUSED = frozenset((40014, 41001, 42001))
+_ACCOUNT = frozenset((40001, 40013, 40056, 41002, 41004, 48002, 60011, 60020, 301002))
+_LATER = frozenset((45009, 45033, 45011))
+_TRANSIENT = frozenset((-1, 50001, 90211))
+
+
+class WeComCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    corp_id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    agent_id: Annotated[str, msgspec.Meta(pattern="^[0-9]{1,18}$")]
+    secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    token: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    encoding_aes_key: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z+/]{43}$")]
+
+
+class _Token(msgspec.Struct):
+    errcode: int = 0
+    errmsg: str = ""
+    access_token: str = ""
+    expires_in: float = 7_200
+
+
+class _Response(msgspec.Struct):
+    errcode: int = 0
+    errmsg: str = ""
+    msgid: str | None = None
+    invaliduser: str | None = None
+
+
+class WeCom(Vendor[WeComCredentials]):
+    """Bodies are encrypted and signed. WeCom drops a repeat of the same text to the same person within half an hour."""
+
+    name: ClassVar[str] = "wecom"
+    credentials: ClassVar[type[msgspec.Struct]] = WeComCredentials
+    origin: ClassVar[str] = "https://qyapi.weixin.qq.com"
+    addresses: ClassVar[tuple[str, ...]] = ()
+    effect: ClassVar[Kind] = "keyed"
+
+    def __init__(self) -> None:
+        self._tokens = Tokens()
+
+    def receive(self, request: Request, credentials: WeComCredentials, now: datetime) -> Received:
+        query = dict(parse_qsl(request.query, keep_blank_values=True))
+        is_handshake = request.method == "GET"
+        encrypted = query.get("echostr", "") if is_handshake else _fields(request.body).get("Encrypt", "")
+        timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
+        if not constant_time_equals(query.get("msg_signature", ""), sign(credentials, timestamp, nonce, encrypted)):
+            raise Unauthenticated("msg_signature does not match")
+        if not is_recent(timestamp, now):
+            raise Unauthenticated("timestamp is missing or more than 5 minutes from our clock")
+        content = decrypt(credentials, encrypted)
+        if is_handshake:
+            return Received([], Ack(content))
+        return Received([_item(_fields(content), credentials)])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, lambda part: utf8_length(render(part, PLAIN)))
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """https://developer.work.weixin.qq.com/document/path/90312"""
+        return [Limit(f"member {conversation}", 30, 60), Limit(f"member {conversation} hour", 1_000, 3_600)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: WeComCredentials, message: Outbound
+    ) -> str | None:
+        body = {
+            "touser": message.conversation,
+            "msgtype": "text",
+            "agentid": int(credentials.agent_id),
+            "text": {"content": render(message.text, PLAIN)},
+            "enable_duplicate_check": 1,
+            "duplicate_check_interval": _DUPLICATE_SECONDS,
+        }
+        response = await self._post(outgoing, origin, credentials, body)
+        if response.errcode in _TOKEN_REFUSED:
+            # The token was replaced meanwhile. A new one is fetched once.
+            response = await self._post(outgoing, origin, credentials, body)
+        if response.errcode:
+            _refuse(response.errcode, response.errmsg)
+        if response.invaliduser:
+            raise EffectFailed("the person is not a user of this app")
+        return response.msgid
+
+    async def _post(
+        self, outgoing: Outgoing, origin: str, credentials: WeComCredentials, body: dict[str, Any]
+    ) -> _Response:
+        account = origin, credentials
+
+        async def fetch() -> tuple[str, float]:
+            query = f"corpid={credentials.corp_id}&corpsecret={credentials.secret}"
+            url = f"{origin}/cgi-bin/gettoken?{query}"
+            token = read_json(await outgoing.request("GET", url, template="/cgi-bin/gettoken"), _Token)
+            if token.errcode or not token.access_token:
+                _refuse(token.errcode, token.errmsg)
+            return token.access_token, token.expires_in
+
+        token = await self._tokens.get(account, fetch)
+        url = f"{origin}/cgi-bin/message/send?access_token={token}"
+        answer = await outgoing.request("POST", url, json=body, template="/cgi-bin/message/send")
+        response = read_json(answer, _Response)
+        if response.errcode in _TOKEN_REFUSED:
+            self._tokens.drop(account, token)
+        elif answer.status >= 400 and not response.errcode:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return response
+
+
+def sign(credentials: WeComCredentials, timestamp: str, nonce: str, encrypted: str) -> str:
+    parts = "".join(sorted((credentials.token, timestamp, nonce, encrypted)))
+    return hashlib.sha1(parts.encode()).hexdigest()
+
+
+def decrypt(credentials: WeComCredentials, encrypted: str) -> bytes:
+    """Raises Unauthenticated if it was not encrypted with the channel's key, or for another company."""
+    try:
+        key = base64.b64decode(f"{credentials.encoding_aes_key}=")
+        opener = Cipher(algorithms.AES(key), modes.CBC(key[:16])).decryptor()
+        padded = opener.update(base64.b64decode(encrypted, validate=True)) + opener.finalize()
+        padding = padded[-1]
+        if not 1 <= padding <= _BLOCK:
+            raise ValueError("padding")
+        content = padded[16:-padding]
+        (length,) = struct.unpack(">I", content[:4])
+        message, receiver = content[4 : 4 + length], content[4 + length :]
+    except (ValueError, IndexError, struct.error) as error:
+        raise Unauthenticated("the message is not encrypted with this channel's encoding_aes_key") from error
+    if not constant_time_equals(receiver.decode("latin-1"), credentials.corp_id):
+        raise Unauthenticated("the message is for another company")
+    return message
+
+
+def _fields(body: bytes) -> dict[str, str]:
+    """The elements of the XML, by name. Raises InvalidMessage, also for XML that declares types or entities."""
+    if re.search(rb"<!(?!\[CDATA\[)", body):
+        raise InvalidMessage("body", "must be XML without declarations")
+    try:
+        root = ElementTree.fromstring(body)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise InvalidMessage("body", f"is not XML: {error}") from error
+    return {child.tag: child.text or "" for child in root}
+
+
+def _item(fields: dict[str, str], credentials: WeComCredentials) -> Inbound | Ignored:
+    kind, person, id_ = fields.get("MsgType", ""), fields.get("FromUserName", ""), fields.get("MsgId", "")
+    if kind == "event" or not person or not id_:
+        name = "/".join(fields.get(field, "") for field in ("FromUserName", "CreateTime", "Event", "EventKey"))
+        return Ignored((f"event/{name}",), f"an event {fields.get('Event', '')[:40]}")
+    ids = (f"message/{id_}",)
+    if fields.get("AgentID", credentials.agent_id) != credentials.agent_id:
+        return Ignored(ids, "a message to another app")
+    if kind == "text":
+        text = fields.get("Content", "")
+    elif kind in _ATTACHMENTS:
+        text = placeholder(_ATTACHMENTS[kind], fields.get("Title", "") or fields.get("Label", ""))
+    else:
+        return Ignored(ids, f"a message of type {kind[:40]}")
+    return Inbound(ids, person, person, id_, text)
+
+
+def _refuse(code: int, message: str) -> None:
+    reason = f"{code}: {message}"[:200]
+    if code in _ACCOUNT or code in _TOKEN_REFUSED:
+        raise AccountRefused(reason)
+    if code in _LATER:
+        raise RetryLater(DEFAULT_RETRY, reason)
+    if code in _TRANSIENT:
+        raise Transient(reason)
+    raise EffectFailed(reason)

@@ -1,0 +1,141 @@
+"""The DingTalk adapter against its fake. The signature's example is made by DingTalk's rules."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from services.channel.vendors.dingtalk import DingTalkCredentials, sign
+from tests.services.channel.vendors.conftest import Adapter
+from tooling.testing.vendors import DingTalkStandIn, Fault, answer, cut
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[DingTalkStandIn]:
+    async with DingTalkStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def dingtalk(fake: DingTalkStandIn, outgoing: Outgoing) -> Adapter:
+    return Adapter("dingtalk", fake, outgoing)
+
+
+def test_the_example_is_signed() -> None:
+    credentials = DingTalkCredentials("k", "this is secret", "r")
+    assert sign(credentials, "1577262236757") == "hmPWwU+7lVdm3ZZz0r9tSfx0L4Q26jWOZr9+Gs6EZQM="
+
+
+async def test_messages_of_people_and_groups_are_read(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
+    message = fake.message(" größer 😀")
+    path = message["sessionWebhook"].removeprefix("https://oapi.dingtalk.com")
+    assert dingtalk.one(fake.signed(message)) == Inbound(("message/msg1",), "user/s1", "s1", path, "größer 😀")
+    group = dingtalk.one(fake.signed(fake.message(group="cid9")))
+    assert isinstance(group, Inbound)
+    assert group.conversation == "group/cid9"
+
+
+async def test_a_changed_or_old_signature_is_refused(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
+    body, headers = fake.signed(fake.message())
+    for name in ("timestamp", "sign"):
+        for wrong in ("", headers[name][:-1], headers[name] + "0", f"\xfc{headers[name]}", "9" * 20):
+            with pytest.raises(Unauthenticated):
+                dingtalk.receive((body, headers | {name: wrong}))
+    for age in (3_601, -3_601):
+        with pytest.raises(Unauthenticated):
+            dingtalk.receive(fake.signed(fake.message(), age=age))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {
+                "msgtype": "richText",
+                "content": {"richText": [{"text": "rich "}, {"downloadCode": "x"}, {"text": "text"}]},
+            },
+            "rich text",
+        ),
+        ({"msgtype": "audio", "content": {"recognition": "spoken words", "downloadCode": "x"}}, "spoken words"),
+        ({"msgtype": "picture", "content": {"downloadCode": "x"}}, "a photo"),
+        ({"msgtype": "file", "content": {"fileName": "a.pdf"}}, "a.pdf"),
+    ],
+)
+async def test_a_text_outside_of_the_field_text_is_found(
+    fake: DingTalkStandIn, dingtalk: Adapter, fields: dict[str, Any], text: str
+) -> None:
+    item = dingtalk.one(fake.signed(fake.message(None, **fields)))
+    assert isinstance(item, Inbound)
+    assert text in item.text
+
+
+async def test_the_robot_itself_and_unknown_kinds_are_ignored(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
+    for fields in ({"senderId": "$:bot"}, {"robotCode": "another"}):
+        assert isinstance(dingtalk.one(fake.signed(fake.message(**fields))), Ignored)
+    assert isinstance(dingtalk.one(fake.signed(fake.message(None, msgtype="unknown"))), Ignored)
+    with pytest.raises(Unreadable):
+        dingtalk.receive(fake.signed({"msgId": 7}))
+    with pytest.raises(InvalidMessage):
+        dingtalk.receive(fake.signed(b"{"))
+
+
+async def test_a_reply_goes_to_the_session_of_its_message_on_the_vendors_host_only(
+    fake: DingTalkStandIn, dingtalk: Adapter
+) -> None:
+    evil = fake.message()
+    evil["sessionWebhook"] = evil["sessionWebhook"].replace("oapi.dingtalk.com", "evil.example")
+    item = dingtalk.one(fake.signed(evil))
+    assert isinstance(item, Inbound)
+    assert item.message.startswith("/robot/")
+    await dingtalk.send("**Done**", item.conversation, answers=item.message)
+    assert [(message.to, message.text) for message in fake.ledger] == [("s1", "**Done**")]
+    assert fake.tokens == set()
+
+
+@pytest.mark.parametrize("group", [None, "cid9"])
+async def test_after_the_session_a_reply_is_sent_proactively(
+    fake: DingTalkStandIn, dingtalk: Adapter, group: str | None
+) -> None:
+    message = fake.message(group=group)
+    fake.expired.add(message["sessionWebhook"].rpartition("=")[2])
+    item = dingtalk.one(fake.signed(message))
+    assert isinstance(item, Inbound)
+    for _ in range(2):
+        await dingtalk.send("late", item.conversation, answers=item.message)
+        # A token that ran out is fetched again once.
+        fake.tokens.clear()
+    assert [(sent.to, sent.text) for sent in fake.ledger] == [(group or "s1", "late")] * 2
+    fake.app_secret = "rotated"
+    with pytest.raises(AccountRefused):
+        await dingtalk.send("later", item.conversation, answers=item.message)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(200, {"errcode": 400013, "errmsg": "group was deleted"}), EffectFailed),
+        (answer(200, {"errcode": 130101, "errmsg": "send too fast"}), RetryLater),
+        (answer(200, {"errcode": -1, "errmsg": "system busy"}), Transient),
+        (answer(502), Transient),
+        (answer(200, "?"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
+    fake: DingTalkStandIn, dingtalk: Adapter, fault: Fault, error: type[Exception]
+) -> None:
+    fake.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await dingtalk.send("hello", "user/s1", answers="/robot/sendBySession?session=x")
+    assert type(raised.value) is error
+
+
+def test_a_long_text_is_split_by_bytes(dingtalk: Adapter) -> None:
+    parts = dingtalk.vendor.split("界" * 12_000)
+    assert all(len(part.encode()) <= 15_000 for part in parts)
+    assert "".join(parts) == "界" * 12_000

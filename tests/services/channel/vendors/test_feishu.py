@@ -1,0 +1,177 @@
+"""The Feishu adapter against its fake. The example of encryption and signature is made by Feishu's rules."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from services.channel.vendors.feishu import FeishuCredentials, decrypt, sign
+from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
+from tooling.testing.vendors import Fault, FeishuStandIn, answer, cut
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FeishuStandIn]:
+    async with FeishuStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def feishu(fake: FeishuStandIn, outgoing: Outgoing) -> Adapter:
+    return Adapter("feishu", fake, outgoing)
+
+
+def test_the_example_is_decrypted_and_signed() -> None:
+    credentials = FeishuCredentials("cli", "s", "test key", "v")
+    encrypted = "P37w+VZImNgPEO1RBhJ6RtKl7n6zymIbEG1pReEzghk="
+    assert decrypt(credentials, encrypted) == b"hello world"
+    body = f'{{"encrypt":"{encrypted}"}}'.encode()
+    signature = "669e3ed5328644f71370e3249f96af0fd17e5ed4d7b178c44f11f7997339e344"
+    assert sign(credentials, "1700000000", "nonce123", body) == signature
+
+
+async def test_a_message_is_read_with_its_mentions(fake: FeishuStandIn, feishu: Adapter) -> None:
+    event = fake.event("@_user_1 größer 😀", mentions=[{"key": "@_user_1", "name": "Bot"}], thread_id="")
+    assert feishu.receive(fake.call(event)).items == [
+        Inbound(("event/e1", "message/om_1"), "oc_1", "ou_1", "om_1", "@Bot größer 😀"),
+    ]
+
+
+async def test_a_thread_is_a_conversation_with_its_chat_as_parent(fake: FeishuStandIn, feishu: Adapter) -> None:
+    item = feishu.one(fake.call(fake.event(thread_id="omt_1", root_id="om_root")))
+    assert isinstance(item, Inbound)
+    assert (item.conversation, item.parent) == ("oc_1/om_root", "oc_1")
+
+
+async def test_a_changed_call_is_refused(fake: FeishuStandIn, feishu: Adapter) -> None:
+    proofs = ("x-lark-request-timestamp", "x-lark-request-nonce", "x-lark-signature")
+    body, headers = fake.call(fake.event())
+    assert_every_change_is_refused((body, headers), proofs, _as_forged(feishu))
+    for age in (301, -301):
+        with pytest.raises(Unauthenticated):
+            feishu.receive(fake.call(fake.event(), age=age))
+
+
+def _as_forged(feishu: Adapter) -> Any:
+    """A change may also make the body another shape or no JSON; then it is refused without being read."""
+
+    def receive(call: Any) -> object:
+        try:
+            return feishu.receive(call)
+        except Exception as error:
+            if type(error).__name__ in ("Unreadable", "InvalidMessage"):
+                raise Unauthenticated(str(error)) from error
+            raise
+
+    return receive
+
+
+async def test_a_plain_body_and_another_token_are_refused(fake: FeishuStandIn, feishu: Adapter) -> None:
+    _, headers = fake.call(fake.event())
+    with pytest.raises(Unauthenticated):
+        feishu.receive((msgspec.json.encode(fake.event()), headers))
+    wrong = fake.event()
+    wrong["header"]["token"] = "x"
+    payloads: list[Any] = [wrong, {"type": "url_verification", "challenge": "c", "token": "x"}, {"event": {}}]
+    for payload in payloads:
+        with pytest.raises(Unauthenticated):
+            feishu.receive(fake.call(payload))
+
+
+async def test_the_handshake_is_answered_by_its_token_without_a_signature(fake: FeishuStandIn, feishu: Adapter) -> None:
+    payload = {"type": "url_verification", "challenge": "abc", "token": fake.verification_token}
+    received = feishu.receive((fake.encrypted(payload), {}))
+    assert (received.items, msgspec.json.decode(received.ack.body)) == ([], {"challenge": "abc"})
+    with pytest.raises(Unauthenticated):
+        feishu.receive((fake.encrypted(fake.event()), {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "text"),
+    [
+        ("post", {"title": "T", "content": [[{"tag": "text", "text": "a "}, {"tag": "a", "text": "b"}]]}, "T\na b"),
+        (
+            "post",
+            {"zh_cn": {"title": "", "content": [[{"tag": "text", "text": "一"}], [{"tag": "md", "text": "二"}]]}},
+            "一\n二",
+        ),
+        ("image", {"image_key": "k"}, "a photo"),
+        ("file", {"file_key": "k", "file_name": "a.pdf"}, "a.pdf"),
+        ("audio", {"file_key": "k", "duration": 1}, "a voice message"),
+    ],
+)
+async def test_a_text_outside_of_the_field_text_is_found(
+    fake: FeishuStandIn, feishu: Adapter, kind: str, content: object, text: str
+) -> None:
+    item = feishu.one(fake.call(fake.event(kind=kind, content=content)))
+    assert isinstance(item, Inbound)
+    assert text in item.text
+
+
+async def test_bots_and_other_events_are_ignored(fake: FeishuStandIn, feishu: Adapter) -> None:
+    bot, other = fake.event(), fake.event()
+    bot["event"]["sender"]["sender_type"] = "app"
+    other["header"]["event_type"] = "im.message.reaction.created_v1"
+    old = {"uuid": "1", "token": fake.verification_token, "type": "event_callback", "event": {}}
+    for payload in (bot, other, old, fake.event(kind="todo")):
+        assert isinstance(feishu.one(fake.call(payload)), Ignored)
+    broken = fake.event()
+    broken["event"] = {"message": 7}
+    with pytest.raises(Unreadable):
+        feishu.receive(fake.call(broken))
+
+
+async def test_a_reply_is_rich_text_and_repeated_under_its_uuid(fake: FeishuStandIn, feishu: Adapter) -> None:
+    for _ in range(2):
+        await feishu.send('**Done** <at user_id="all"></at>', "oc_1", "d1")
+    await feishu.send("plain", "oc_1/om_9", "d2")
+    assert [(message.to, message.text, message.fields["msg_type"]) for message in fake.ledger] == [
+        ("oc_1", '**Done** &lt;at user_id="all"></at>', "post"),
+        ("om_9", "plain", "text"),
+    ]
+    assert (fake.repeats, fake.refusals, len(fake.tokens)) == (1, [], 1)
+
+
+async def test_a_token_that_ran_out_is_fetched_again_once(fake: FeishuStandIn, feishu: Adapter) -> None:
+    await feishu.send("one", "oc_1", "d1")
+    fake.tokens.clear()
+    await feishu.send("two", "oc_1", "d2")
+    assert (fake.texts(), len(fake.tokens)) == (["one", "two"], 1)
+    fake.app_secret = "rotated"
+    fake.tokens.clear()
+    with pytest.raises(AccountRefused):
+        await feishu.send("three", "oc_1", "d3")
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(400, {"code": 230002, "msg": "Bot/User can NOT be out of the chat."}), EffectFailed),
+        (answer(400, {"code": 230006, "msg": "Bot ability is not activated"}), AccountRefused),
+        (answer(400, {"code": 230020, "msg": "This operation triggers the frequency limit."}), RetryLater),
+        (answer(429), RetryLater),
+        (answer(500), Transient),
+        (answer(200, "?"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
+    fake: FeishuStandIn, feishu: Adapter, fault: Fault, error: type[Exception]
+) -> None:
+    await feishu.send("first", "oc_1", "d0")
+    fake.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await feishu.send("hello", "oc_1")
+    assert type(raised.value) is error
+
+
+def test_a_long_text_is_split_by_bytes(feishu: Adapter) -> None:
+    parts = feishu.vendor.split("界" * 20_000)
+    assert all(len(part.encode()) <= 28_000 for part in parts)
+    assert "".join(parts) == "界" * 20_000

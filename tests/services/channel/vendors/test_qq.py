@@ -1,0 +1,118 @@
+"""The QQ adapter against its fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
+from tooling.testing.vendors import Fault, QQStandIn, answer, cut
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[QQStandIn]:
+    async with QQStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def qq(fake: QQStandIn, outgoing: Outgoing) -> Adapter:
+    return Adapter("qq", fake, outgoing)
+
+
+async def test_messages_of_people_and_groups_are_read(fake: QQStandIn, qq: Adapter) -> None:
+    received = qq.receive(fake.signed(fake.event(" größer 😀 ")))
+    assert received.items == [Inbound(("message/msg1",), "users/u1", "u1", "msg1", "größer 😀")]
+    assert msgspec.json.decode(received.ack.body) == {"op": 12}
+    group = qq.one(fake.signed(fake.event("hi", group="g1")))
+    assert group == Inbound(("message/msg2",), "groups/g1", "m1", "msg2", "hi")
+    picture = qq.one(fake.signed(fake.event("", attachments=[{"filename": "a.png"}])))
+    assert isinstance(picture, Inbound)
+    assert "a.png" in picture.text
+
+
+async def test_a_changed_call_is_refused(fake: QQStandIn, qq: Adapter) -> None:
+    body, headers = fake.signed(fake.event())
+    assert_every_change_is_refused((body, headers), ("x-signature-timestamp",), qq.receive)
+    for wrong in ("", "00" * 64, headers["x-signature-ed25519"][:-2], "zz" * 64, "\xfc" * 128):
+        with pytest.raises(Unauthenticated):
+            qq.receive((body, headers | {"x-signature-ed25519": wrong}))
+    for age in (301, -301):
+        with pytest.raises(Unauthenticated):
+            qq.receive(fake.signed(fake.event(), age=age))
+
+
+async def test_the_validation_is_signed_with_the_key_of_the_secret(fake: QQStandIn, qq: Adapter) -> None:
+    payload = {"op": 13, "d": {"plain_token": "Arq0D5A61EgUu4OxUvOp", "event_ts": "1725442341"}}
+    received = qq.receive(fake.signed(payload))
+    signed = msgspec.json.decode(received.ack.body)
+    assert (received.items, signed["plain_token"]) == ([], "Arq0D5A61EgUu4OxUvOp")
+    fake.key.public_key().verify(bytes.fromhex(signed["signature"]), b"1725442341Arq0D5A61EgUu4OxUvOp")
+
+
+async def test_other_events_are_ignored_and_other_shapes_are_told_apart(fake: QQStandIn, qq: Adapter) -> None:
+    for payload in ({"op": 0, "t": "FRIEND_ADD", "id": "e", "d": {}}, {"op": 1, "d": 7}, fake.event(author={})):
+        assert isinstance(qq.one(fake.signed(payload)), Ignored)
+    with pytest.raises(Unreadable):
+        qq.receive(fake.signed({"op": 0, "t": "C2C_MESSAGE_CREATE", "d": 7}))
+    with pytest.raises(InvalidMessage):
+        qq.receive(fake.signed(b"{"))
+
+
+async def test_parts_are_numbered_and_a_repeat_is_accepted_once(fake: QQStandIn, qq: Adapter) -> None:
+    for _ in range(2):
+        for part in (1, 2):
+            await qq.send(f"**part {part}**", "users/u1", f"d-{part}", answers="msg1", part=part)
+    assert [(message.to, message.text, message.fields["msg_seq"]) for message in fake.ledger] == [
+        ("users/u1", "part 1", 1),
+        ("users/u1", "part 2", 2),
+    ]
+    assert (fake.repeats, fake.refusals, len(fake.tokens)) == (2, [], 1)
+
+
+async def test_a_token_that_ran_out_is_fetched_again_once(fake: QQStandIn, qq: Adapter) -> None:
+    await qq.send("one", "groups/g1", answers="m1")
+    fake.tokens.clear()
+    await qq.send("two", "groups/g1", answers="m2")
+    assert (fake.texts(), len(fake.tokens)) == (["one", "two"], 1)
+    fake.secret = "rotated"
+    fake.tokens.clear()
+    with pytest.raises(AccountRefused):
+        await qq.send("three", "groups/g1", answers="m3")
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(400, {"code": 304027, "message": "known"}), None),
+        (answer(400, {"code": 304023, "message": "too old"}), EffectFailed),
+        (answer(400, {"code": 22009, "message": "too many"}), RetryLater),
+        (answer(429), RetryLater),
+        (answer(500), Transient),
+        (answer(200, "?"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
+    fake: QQStandIn, qq: Adapter, fault: Fault, error: type[Exception] | None
+) -> None:
+    await qq.send("first", "users/u1", answers="m0")
+    fake.faults.append(fault)
+    if error is None:
+        assert await qq.send("hello", "users/u1", answers="m1") is None
+        return
+    with pytest.raises(error) as raised:
+        await qq.send("hello", "users/u1", answers="m1")
+    assert type(raised.value) is error
+
+
+def test_a_long_text_fills_at_most_five_parts(qq: Adapter) -> None:
+    assert [len(part) for part in qq.vendor.split("x" * 4_000)] == [1_500, 1_500, 1_000]
+    parts = qq.vendor.split("x" * 30_000)
+    assert len(parts) <= 5
+    assert "".join(parts) == "x" * 30_000

@@ -1,0 +1,149 @@
+"""The WeCom adapter against its fake. The handshake's example is WeCom's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
+
+import pytest
+
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing.client import Outgoing
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Request
+from services.channel.vendors.wecom import WeCom, WeComCredentials
+from tests.services.channel.vendors.conftest import Adapter
+from tooling.testing.vendors import Fault, WeComStandIn, answer, cut
+
+EXAMPLE = WeComCredentials("wx5823bf96d3bd56c7", "1", "s", "QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C")
+EXAMPLE_ECHO = "P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ=="
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[WeComStandIn]:
+    async with WeComStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def wecom(fake: WeComStandIn, outgoing: Outgoing) -> Adapter:
+    return Adapter("wecom", fake, outgoing)
+
+
+def test_the_vendors_own_handshake_is_answered_with_the_decrypted_echo() -> None:
+    query = (
+        "msg_signature=5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3&timestamp=1409659589&nonce=263014780"
+        f"&echostr={quote(EXAMPLE_ECHO, safe='')}"
+    )
+    now = datetime.fromtimestamp(1409659589, UTC)
+    received = WeCom().receive(Request("GET", query, {}, b""), EXAMPLE, now)
+    assert (received.items, received.ack.body) == ([], b"1616140317555161061")
+    for late in (301, -301):
+        with pytest.raises(Unauthenticated):
+            WeCom().receive(Request("GET", query, {}, b""), EXAMPLE, now + timedelta(seconds=late))
+
+
+async def test_a_message_is_read(fake: WeComStandIn, wecom: Adapter) -> None:
+    body, query = fake.call(fake.message("größer 😀 <b>&", person="ada"))
+    assert wecom.receive((body, {}), query=query).items == [
+        Inbound(("message/1",), "ada", "ada", "1", "größer 😀 <b>&"),
+    ]
+
+
+async def test_a_changed_call_is_refused(fake: WeComStandIn, wecom: Adapter) -> None:
+    body, query = fake.call(fake.message())
+    start = body.index(b"<Encrypt><![CDATA[") + len(b"<Encrypt><![CDATA[")
+    for at in range(start, body.index(b"]]></Encrypt>")):
+        changed = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        with pytest.raises((Unauthenticated, InvalidMessage)):
+            wecom.receive((changed, {}), query=query)
+    parts = query.split("&")
+    for n in range(3):
+        for wrong in (parts[:n] + parts[n + 1 :], [*parts[:n], parts[n] + "0", *parts[n + 1 :]]):
+            with pytest.raises(Unauthenticated):
+                wecom.receive((body, {}), query="&".join(wrong))
+    for age in (301, -301):
+        body, query = fake.call(fake.message(), age=age)
+        with pytest.raises(Unauthenticated):
+            wecom.receive((body, {}), query=query)
+    body, query = fake.call(fake.message(), receiver="another")
+    with pytest.raises(Unauthenticated):
+        wecom.receive((body, {}), query=query)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<xml>",
+        b'<!DOCTYPE x [<!ENTITY a "b">]><xml><Encrypt>&a;</Encrypt></xml>',
+        b'<?xml version="1.0" encoding="nonsense"?><xml/>',
+        b"\xff\xfe",
+    ],
+)
+async def test_a_body_that_is_not_plain_xml_is_refused(fake: WeComStandIn, wecom: Adapter, body: bytes) -> None:
+    with pytest.raises((InvalidMessage, Unauthenticated)):
+        wecom.receive((body, {}), query=fake.query(""))
+
+
+async def test_attachments_events_and_other_apps(fake: WeComStandIn, wecom: Adapter) -> None:
+    body, query = fake.call(fake.message(MsgType="image", PicUrl="http://x"))
+    item = wecom.one((body, {}), query=query)
+    assert isinstance(item, Inbound)
+    assert "a photo" in item.text
+    for fields in (
+        {"MsgType": "event", "Event": "enter_agent"},
+        {"AgentID": "7"},
+        {"MsgType": "unknown"},
+        {"MsgId": ""},
+    ):
+        body, query = fake.call(fake.message(**fields))
+        assert isinstance(wecom.one((body, {}), query=query), Ignored)
+
+
+async def test_a_reply_is_plain_text_with_the_duplicate_check(fake: WeComStandIn, wecom: Adapter) -> None:
+    ids = [await wecom.send("**Done** [page](https://e.example)", "ada") for _ in range(2)]
+    [message] = fake.ledger
+    assert (ids, message.to, message.text) == ([message.id] * 2, "ada", "Done page (https://e.example)")
+    assert (message.fields["agentid"], message.fields["enable_duplicate_check"]) == (1_000_002, 1)
+    assert (fake.repeats, fake.refusals, len(fake.tokens)) == (1, [], 1)
+
+
+async def test_a_token_that_ran_out_is_fetched_again_once(fake: WeComStandIn, wecom: Adapter) -> None:
+    await wecom.send("one", "ada")
+    fake.tokens.clear()
+    await wecom.send("two", "ada")
+    assert (fake.texts(), len(fake.tokens)) == (["one", "two"], 1)
+    fake.secret = "rotated"
+    fake.tokens.clear()
+    with pytest.raises(AccountRefused):
+        await wecom.send("three", "ada")
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(200, {"errcode": 81013, "errmsg": "invalid user"}), EffectFailed),
+        (answer(200, {"errcode": 0, "errmsg": "ok", "invaliduser": "ada"}), EffectFailed),
+        (answer(200, {"errcode": 60020, "errmsg": "not allow to access from your ip"}), AccountRefused),
+        (answer(200, {"errcode": 45009, "errmsg": "reach max api daily quota limit"}), RetryLater),
+        (answer(200, {"errcode": -1, "errmsg": "system busy"}), Transient),
+        (answer(502), Transient),
+        (answer(200, "?"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
+    fake: WeComStandIn, wecom: Adapter, fault: Fault, error: type[Exception]
+) -> None:
+    await wecom.send("first", "ada")
+    fake.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await wecom.send("hello", "ada")
+    assert type(raised.value) is error
+
+
+def test_a_long_text_is_split_by_bytes(wecom: Adapter) -> None:
+    parts = wecom.vendor.split("界" * 2_000)
+    assert all(len(part.encode()) <= 2_048 for part in parts)
+    assert "".join(parts) == "界" * 2_000
