@@ -34,6 +34,7 @@ CHANNEL_TYPES = (
     "line",
     "qq",
     "twilio",
+    "teams",
     "webhook",
 )
 

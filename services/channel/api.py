@@ -217,7 +217,9 @@ async def _checked(outgoing: Outgoing, vendor: Vendor[Any], given: dict[str, str
     except InvalidMessage as error:
         raise InvalidMessage(f"credentials.{error.field}", error.reason) from None
     for field in vendor.addresses:
-        await _reachable(outgoing, f"credentials.{field}", getattr(credentials, field))
+        # An optional one may be empty.
+        if address := getattr(credentials, field):
+            await _reachable(outgoing, f"credentials.{field}", address)
     return msgspec.json.encode(credentials)
 
 

@@ -20,6 +20,7 @@ from infra.errors import InvalidMessage, NotFound, TooLarge
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
+from infra.outgoing.client import Outgoing
 from infra.service.service import Runtime
 from infra.web.http import METHODS, RawRoute
 from infra.web.problems import problem
@@ -42,10 +43,13 @@ class Webhooks:
     """Answers 200 once the messages are stored or known to be repeats; 401 if the call does not verify; 400 if it
     verifies but is malformed; 503 while the database is unavailable, so that the vendor sends it again."""
 
-    def __init__(self, accounts: Accounts, ingest: Ingest, metrics: Metrics, public_url: str) -> None:
+    def __init__(
+        self, accounts: Accounts, ingest: Ingest, metrics: Metrics, outgoing: Outgoing, public_url: str
+    ) -> None:
         self._accounts = accounts
         self._ingest = ingest
         self._metrics = metrics
+        self._outgoing = outgoing
         self._public_url = public_url.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,6 +90,8 @@ class Webhooks:
         query = scope["query_string"].decode("latin-1")
         url = f"{self._public_url}{scope['path']}{f'?{query}' if query else ''}"
         request = Request(scope["method"], query, headers, body, url)
+        keys = await account.vendor.keys(self._outgoing, account.origin, account.credentials, request)
+        request = request._replace(keys=keys)
         try:
             received = account.vendor.receive(request, account.credentials, utcnow())
         except InvalidMessage as error:
@@ -100,7 +106,11 @@ class Webhooks:
 
 
 def routes(runtime: Runtime, accounts: Accounts) -> Sequence[BaseRoute]:
-    return [RawRoute(PREFIX, Webhooks(accounts, ingest(runtime), runtime.metrics, runtime.settings.public_url))]
+    return [
+        RawRoute(
+            PREFIX, Webhooks(accounts, ingest(runtime), runtime.metrics, runtime.outgoing, runtime.settings.public_url)
+        )
+    ]
 
 
 async def _body(headers: dict[str, str], receive: Receive, most: int) -> bytes:

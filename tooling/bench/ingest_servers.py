@@ -25,6 +25,7 @@ from infra.clock import utcnow
 from infra.observe import logs, telemetry
 from infra.observe.metrics import Metrics
 from infra.outgoing import webhooks
+from infra.outgoing.client import Outgoing
 from infra.postgres.db import create_engine
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
@@ -54,7 +55,11 @@ async def serve_ours(port: int, engine: AsyncEngine, otlp: str) -> None:
     database = Database(engine, "channel")
     metrics = Metrics(CollectorRegistry())
     ingest = Ingest(database, cipher, SubjectKeys(cipher))
-    routes = [http.RawRoute(PREFIX, Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics, ""))]
+    routes = [
+        http.RawRoute(
+            PREFIX, Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics, Outgoing(allow_private=False), "")
+        )
+    ]
     app = http.in_front(routes, http.create_app(routes, http.Health("channel", "0"), metrics))
     await http.serve_http(app, port)
     await Drainer(ingest).run()

@@ -12,6 +12,7 @@ from services.channel.vendors.feishu import Feishu
 from services.channel.vendors.line import Line
 from services.channel.vendors.qq import QQ
 from services.channel.vendors.slack import Slack
+from services.channel.vendors.teams import Teams
 from services.channel.vendors.telegram import Telegram
 from services.channel.vendors.twilio import Twilio
 from services.channel.vendors.webhook import Webhook
@@ -25,6 +26,7 @@ _ALL: tuple[Vendor[Any], ...] = (
     Line(),
     QQ(),
     Slack(),
+    Teams(),
     Telegram(),
     Twilio(),
     WeCom(),

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -43,6 +43,8 @@ class Request(NamedTuple):
     """The raw bytes."""
     url: str = ""
     """The public URL that the vendor called, with its query. Some vendors sign it."""
+    keys: Mapping[str, Any] = {}
+    """The keys that the vendor publishes, by id, if it signs with such keys."""
 
 
 class Inbound(NamedTuple):
@@ -144,6 +146,10 @@ class Vendor(ABC, Generic[C]):
     """``keyed`` if the vendor accepts our key and drops repeats, else ``once``."""
     max_body: ClassVar[int] = MAX_BODY_BYTES
     """The largest webhook body that the vendor sends, in bytes."""
+
+    async def keys(self, outgoing: Outgoing, origin: str, credentials: C, request: Request) -> Mapping[str, Any]:
+        """The published keys with which `receive` verifies this call. Raises Transient if they cannot be read now."""
+        return {}
 
     @abstractmethod
     def receive(self, request: Request, credentials: C, now: datetime) -> Received:

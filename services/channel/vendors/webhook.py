@@ -38,7 +38,7 @@ _Id = Annotated[str, msgspec.Meta(pattern="^[^\\x00]{1,500}$")]
 class WebhookCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secret: str
     """``whsec_`` and base64 of 24 to 64 bytes. It signs both directions."""
-    reply_url: Annotated[str, msgspec.Meta(max_length=2_000)]
+    reply_url: Annotated[str, msgspec.Meta(min_length=1, max_length=2_000)]
 
     def __post_init__(self) -> None:
         webhooks.read_secret(self.secret)

@@ -19,12 +19,17 @@ from protos.envelope import Envelope
 from protos.messages.channel import SendMessage
 from tests.services.channel.conftest import Desk
 from tooling.testing.vendors import (
+    DingTalkStandIn,
     DiscordStandIn,
+    FeishuStandIn,
     LineStandIn,
+    QQStandIn,
     SlackStandIn,
+    TeamsStandIn,
     TelegramStandIn,
     TwilioStandIn,
     WebhookStandIn,
+    WeComStandIn,
     WhatsAppStandIn,
     answer,
     cut,
@@ -130,6 +135,38 @@ async def test_discord_line_twilio_and_whatsapp_get_their_replies(desk: Desk) ->
         for token, status in ((meta.verify_token, 200), ("wrong", 401)):
             answered = await desk.call({"webhook_path": challenge + token}, (b"", {}), "GET")
             assert answered.status_code == status
+
+
+async def test_dingtalk_feishu_qq_teams_and_wecom_get_their_replies(desk: Desk) -> None:
+    async with (
+        DingTalkStandIn() as dingtalk,
+        FeishuStandIn() as feishu,
+        QQStandIn() as qq,
+        TeamsStandIn() as teams,
+        WeComStandIn() as wecom,
+    ):
+        xml, query = wecom.call(wecom.message("question"))
+        fakes: dict[str, tuple[Any, tuple[bytes, dict[str, str]]]] = {
+            "dingtalk": (dingtalk, dingtalk.signed(dingtalk.message("question"))),
+            "feishu": (feishu, feishu.call(feishu.event("question"))),
+            "qq": (qq, qq.signed(qq.event("question"))),
+            "teams": (teams, teams.signed(teams.activity("question"))),
+            "wecom": (wecom, (xml, {"content-type": "text/xml"})),
+        }
+        for name, (fake, call) in fakes.items():
+            channel = await desk.connect(name, fake.credentials, fake.url)
+            path = channel["webhook_path"] + (f"?{query}" if name == "wecom" else "")
+            for _ in range(2):
+                assert (await desk.call({"webhook_path": path}, call)).status_code == 200
+            [inbound] = await desk.received(channel)
+            assert inbound["text"] == "question"
+            delivery = await desk.settled(await desk.reply(inbound, "**answer**\n\n" + "x" * 5_000))
+            assert (delivery["state"], delivery["reason"], fake.refusals) == ("sent", None, [])
+            texts = fake.texts()
+            assert texts[0].replace("*", "").startswith("answer")
+            assert sum(text.count("x") for text in texts) == 5_000
+            forged = call[0], {}
+            assert (await desk.call(channel, forged)).status_code in (401, 403)
 
 
 async def test_a_repeated_delivery_is_sent_once_even_after_the_lane_was_pruned(

@@ -11,6 +11,7 @@ from tooling.testing.vendors.line import LineStandIn
 from tooling.testing.vendors.qq import QQStandIn
 from tooling.testing.vendors.server import Accepted, Fault, answer, cut, hang, hold
 from tooling.testing.vendors.slack import SlackStandIn
+from tooling.testing.vendors.teams import TeamsStandIn
 from tooling.testing.vendors.telegram import TelegramStandIn
 from tooling.testing.vendors.twilio import TwilioStandIn
 from tooling.testing.vendors.webhook import WebhookStandIn
@@ -26,6 +27,7 @@ __all__ = (
     "LineStandIn",
     "QQStandIn",
     "SlackStandIn",
+    "TeamsStandIn",
     "TelegramStandIn",
     "TwilioStandIn",
     "WeComStandIn",

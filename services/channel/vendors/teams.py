@@ -1,0 +1,309 @@
+"""Adapter for Microsoft Teams bots, by the Bot Framework's connector.
+
+https://learn.microsoft.com/azure/bot-service/rest-api/bot-framework-rest-connector-authentication
+https://learn.microsoft.com/azure/bot-service/rest-api/bot-framework-rest-connector-api-reference
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, ClassVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import jwt
+import msgspec
+
+from infra.errors import EffectFailed, Transient, Unauthenticated
+from infra.lanes.effects import Kind
+from infra.outgoing.client import Answer, Outgoing
+from services.channel.vendors.base import (
+    MAX_CLOCK_DIFFERENCE,
+    AccountRefused,
+    Ignored,
+    Inbound,
+    Limit,
+    Outbound,
+    Received,
+    Request,
+    Tokens,
+    Unreadable,
+    Vendor,
+    decode,
+    placeholder,
+    raise_for_transient,
+    read_json,
+)
+from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged
+from services.channel.vendors.splitting import split, utf8_length
+
+# Bytes. A message may have about 100 KB with everything around its text.
+MAX_TEXT = 28_000
+ISSUER = "https://api.botframework.com"
+# A published key is read again after a day; for an unknown key after five minutes, so that forged ids cost nothing.
+_KEYS_SECONDS = 86_400.0
+_UNKNOWN_SECONDS = 300.0
+_METADATA_PATH = "/v1/.well-known/openidconfiguration"
+_TOKEN_ORIGIN = "https://login.microsoftonline.com"
+_SCOPE = "https://api.botframework.com/.default"
+_DEFAULT_SERVICE = "https://smba.trafficmanager.net/teams/"
+_MENTION = re.compile(r"<at[^>]*>.*?</at>\s*", re.DOTALL)
+
+# Teams shows most of Markdown, but no tables.
+DIALECT = Dialect(
+    bold=("**", "**"),
+    italic=("_", "_"),
+    strike=("~~", "~~"),
+    code=("`", "`"),
+    fence=lambda text, language: f"```{language}\n{text}\n```",
+    quote=quoted_lines,
+    link=lambda label, url: f"[{label}]({url})",
+    escape=unchanged,
+)
+
+
+class TeamsCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    app_id: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z-]{1,64}$")]
+    app_password: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    tenant_id: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.-]{0,64}$")] = ""
+    """Only messages of this tenant are accepted; empty: of every tenant."""
+    openid_metadata_url: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    """The address of the keys' metadata; empty: the Bot Framework's."""
+
+
+class _Account(msgspec.Struct):
+    id: str
+    role: str | None = None
+
+
+class _Conversation(msgspec.Struct):
+    id: str
+    tenantId: str | None = None
+
+
+class _Attachment(msgspec.Struct):
+    contentType: str = ""
+    name: str | None = None
+
+
+class _Activity(msgspec.Struct):
+    type: str
+    id: str = ""
+    serviceUrl: str = ""
+    channelId: str = ""
+    text: str | None = None
+    from_: _Account | None = msgspec.field(name="from", default=None)
+    recipient: _Account | None = None
+    conversation: _Conversation | None = None
+    attachments: list[_Attachment] | None = None
+
+
+class _Metadata(msgspec.Struct):
+    jwks_uri: str
+
+
+class _Keys(msgspec.Struct):
+    keys: list[dict[str, Any]]
+
+
+class _Token(msgspec.Struct):
+    access_token: str = ""
+    expires_in: float = 3_600
+    error: str = ""
+
+
+class _Problem(msgspec.Struct):
+    code: str = ""
+    message: str = ""
+
+
+class _Sent(msgspec.Struct):
+    id: str | None = None
+    error: _Problem | None = None
+
+
+class _Published(msgspec.Struct):
+    """The keys of one metadata address, by key id."""
+
+    keys: dict[str, dict[str, Any]]
+    read_at: float
+
+
+class Teams(Vendor[TeamsCredentials]):
+    """A call carries a token of the Bot Framework, which is verified with the keys that it publishes. The connector
+    accepts no idempotency key: an unanswered send stays unknown."""
+
+    name: ClassVar[str] = "teams"
+    credentials: ClassVar[type[msgspec.Struct]] = TeamsCredentials
+    origin: ClassVar[str] = "https://login.botframework.com"
+    addresses: ClassVar[tuple[str, ...]] = ("openid_metadata_url",)
+    effect: ClassVar[Kind] = "once"
+
+    def __init__(self) -> None:
+        self._tokens = Tokens()
+        self._published: dict[str, _Published] = {}
+
+    async def keys(
+        self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, request: Request
+    ) -> Mapping[str, Any]:
+        """The published keys by id. They are read again if the key of this call's token is not among them."""
+        url = credentials.openid_metadata_url or f"{origin}{_METADATA_PATH}"
+        known, now = self._published.get(url), time.monotonic()
+        key_id = _header(_bearer(request)).get("kid")
+        age = now - known.read_at if known else _KEYS_SECONDS
+        if known and (age < _UNKNOWN_SECONDS or (age < _KEYS_SECONDS and key_id in known.keys)):
+            return known.keys
+        metadata = await _get(outgoing, url, _Metadata)
+        jwks = metadata.jwks_uri
+        if origin != self.origin:
+            jwks = _at(origin, jwks)
+        keys = (await _get(outgoing, jwks, _Keys)).keys
+        self._published[url] = found = _Published({str(key.get("kid")): key for key in keys}, now)
+        return found.keys
+
+    def receive(self, request: Request, credentials: TeamsCredentials, now: datetime) -> Received:
+        token = _bearer(request)
+        key = request.keys.get(str(_header(token).get("kid")))
+        if key is None:
+            raise Unauthenticated("the bearer token is signed with an unknown key")
+        claims = _verified(token, key, credentials.app_id)
+        activity = decode(request.body, _Activity)
+        if not activity.serviceUrl or claims.get("serviceurl", claims.get("serviceUrl")) != activity.serviceUrl:
+            raise Unauthenticated("the token is for another serviceUrl")
+        return Received([_item(activity, credentials)])
+
+    def split(self, text: str) -> Sequence[str]:
+        return split(text, MAX_TEXT, lambda part: utf8_length(render(part, DIALECT)))
+
+    def limits(self, conversation: str) -> Sequence[Limit]:
+        """https://learn.microsoft.com/microsoftteams/platform/bots/how-to/rate-limit"""
+        return [Limit(f"conversation {conversation}", 7, 1), Limit(f"conversation {conversation} minute", 60, 30)]
+
+    async def send(
+        self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, message: Outbound
+    ) -> str | None:
+        activity, _, service = (message.answers or "").partition(" ")
+        service = service or _DEFAULT_SERVICE
+        if origin != self.origin:
+            service = _at(origin, service)
+        path = f"v3/conversations/{quote(message.conversation, safe='')}/activities"
+        body: dict[str, Any] = {"type": "message", "text": render(message.text, DIALECT), "textFormat": "markdown"}
+        if message.reply_to and activity:
+            path += f"/{quote(activity, safe='')}"
+            body["replyToId"] = activity
+        url = f"{service.removesuffix('/')}/{path}"
+        for is_last in (False, True):
+            token = await self._token(outgoing, origin, credentials)
+            headers = {"authorization": f"Bearer {token}"}
+            answer = await outgoing.request(
+                "POST", url, headers=headers, json=body, template="/v3/conversations/{id}/activities"
+            )
+            if answer.status != 401:
+                break
+            self._tokens.drop((origin, credentials), token)
+            if is_last:
+                raise AccountRefused("HTTP 401")
+        if answer.status == 412:
+            raise Transient("HTTP 412")
+        sent = read_json(answer, _Sent)
+        if answer.status >= 400:
+            problem = sent.error or _Problem()
+            raise EffectFailed(f"{problem.code or f'HTTP {answer.status}'}: {problem.message}"[:200])
+        return sent.id
+
+    async def _token(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials) -> str:
+        async def fetch() -> tuple[str, float]:
+            host = _TOKEN_ORIGIN if origin == self.origin else origin
+            form = {
+                "grant_type": "client_credentials",
+                "client_id": credentials.app_id,
+                "client_secret": credentials.app_password,
+                "scope": _SCOPE,
+            }
+            answer = await outgoing.request(
+                "POST",
+                f"{host}/{credentials.tenant_id or 'botframework.com'}/oauth2/v2.0/token",
+                headers={"content-type": "application/x-www-form-urlencoded"},
+                content=urlencode(form).encode(),
+            )
+            token = read_json(answer, _Token)
+            if not token.access_token:
+                raise AccountRefused(f"{token.error or f'HTTP {answer.status}'}"[:200])
+            return token.access_token, token.expires_in
+
+        return await self._tokens.get((origin, credentials), fetch)
+
+
+def _at(origin: str, url: str) -> str:
+    """The URL at another origin: its path and query are kept."""
+    parts = urlsplit(url)
+    return f"{origin}{parts.path}{f'?{parts.query}' if parts.query else ''}"
+
+
+async def _get(outgoing: Outgoing, url: str, type_: type[Any]) -> Any:
+    """Raises Transient if the document cannot be read now: the vendor sends the call again."""
+    answer: Answer = await outgoing.request("GET", url)
+    raise_for_transient(answer)
+    try:
+        return msgspec.json.decode(answer.body, type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Transient(f"the keys of the Bot Framework: HTTP {answer.status}") from error
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated("the authorization has no bearer token")
+    return token
+
+
+def _header(token: str) -> dict[str, Any]:
+    try:
+        return jwt.get_unverified_header(token)
+    except jwt.PyJWTError as error:
+        raise Unauthenticated("the bearer token is malformed") from error
+
+
+def _verified(token: str, key: dict[str, Any], app_id: str) -> dict[str, Any]:
+    """The claims of the token. Raises Unauthenticated if any part of it does not hold."""
+    try:
+        claims: dict[str, Any] = jwt.decode(
+            token,
+            jwt.PyJWK(key, algorithm="RS256").key,
+            algorithms=["RS256"],
+            audience=app_id,
+            issuer=ISSUER,
+            leeway=MAX_CLOCK_DIFFERENCE,
+            options={"require": ["exp", "iss", "aud"]},
+        )
+    except jwt.PyJWTError as error:
+        raise Unauthenticated(f"the bearer token does not verify: {type(error).__name__}") from error
+    if "endorsements" in key and "msteams" not in key["endorsements"]:
+        raise Unauthenticated("the key of the bearer token is not endorsed for Teams")
+    return claims
+
+
+def _item(activity: _Activity, credentials: TeamsCredentials) -> Inbound | Ignored:
+    ids = (f"activity/{activity.id}",)
+    if activity.type != "message":
+        return Ignored(ids, f"an activity {activity.type[:40]}")
+    if not activity.id or activity.from_ is None or activity.conversation is None:
+        raise Unreadable("a message without id, author or conversation")
+    if activity.from_.role == "bot" or (activity.recipient and activity.from_.id == activity.recipient.id):
+        return Ignored(ids, "a bot's message")
+    if credentials.tenant_id and activity.conversation.tenantId != credentials.tenant_id:
+        return Ignored(ids, "a message of another tenant")
+    text = _MENTION.sub("", activity.text or "").strip()
+    # A copy of the text as HTML is an attachment, too.
+    files = [one.name or "" for one in activity.attachments or () if one.contentType != "text/html"]
+    if not text and files:
+        text = placeholder("a file", *files)
+    return Inbound(
+        (f"activity/{activity.conversation.id}/{activity.id}",),
+        activity.conversation.id,
+        activity.from_.id,
+        f"{activity.id} {activity.serviceUrl}",
+        text,
+    )

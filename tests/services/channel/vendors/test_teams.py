@@ -1,0 +1,199 @@
+"""The Teams adapter against its fake."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from infra.clock import utcnow
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.outgoing.client import Outgoing
+from services.channel.vendors import teams as module
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Received, Request, Unreadable
+from tests.services.channel.vendors.conftest import Adapter, Call
+from tooling.testing.vendors import Fault, TeamsStandIn, answer, cut
+from tooling.testing.vendors.teams import SERVICE
+
+CONVERSATION = "19:c@thread.tacv2;messageid=1"
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[TeamsStandIn]:
+    async with TeamsStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def teams(fake: TeamsStandIn, outgoing: Outgoing) -> Adapter:
+    return Adapter("teams", fake, outgoing)
+
+
+async def receive(teams: Adapter, call: Call) -> Received:
+    body, headers = call
+    request = Request("POST", "", headers, body)
+    keys = await teams.vendor.keys(teams.outgoing, teams.fake.url, teams.credentials, request)
+    return teams.vendor.receive(request._replace(keys=keys), teams.credentials, utcnow())
+
+
+async def test_a_message_is_read_without_its_mention(fake: TeamsStandIn, teams: Adapter) -> None:
+    for n in (1, 2):
+        received = await receive(teams, fake.signed(fake.activity("<at>Bot</at> größer 😀")))
+        [item] = received.items
+        assert item == Inbound((f"activity/{CONVERSATION}/a{n}",), CONVERSATION, "29:1", f"a{n} {SERVICE}", "größer 😀")
+    # The keys are cached.
+    assert fake.reads == 1
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"iss": "https://evil.example"},
+        {"iss": None},
+        {"aud": "another app"},
+        {"aud": None},
+        {"exp": int(time.time()) - 400},
+        {"exp": None},
+        {"nbf": int(time.time()) + 4_000},
+        {"serviceurl": "https://evil.example/"},
+        {"serviceurl": None},
+    ],
+)
+async def test_a_token_with_another_claim_is_refused(
+    fake: TeamsStandIn, teams: Adapter, claims: dict[str, object]
+) -> None:
+    with pytest.raises(Unauthenticated):
+        await receive(teams, fake.signed(fake.activity(), **claims))
+
+
+async def test_a_changed_missing_or_unsigned_token_is_refused(fake: TeamsStandIn, teams: Adapter) -> None:
+    body, headers = fake.signed(fake.activity())
+    head, claims, signature = headers["authorization"].removeprefix("Bearer ").split(".")
+    unsigned = base64.urlsafe_b64encode(b'{"alg":"none","typ":"JWT"}').rstrip(b"=").decode()
+    other = TeamsStandIn()
+    for wrong in (
+        "",
+        "Bearer",
+        "Bearer x",
+        f"Basic {head}.{claims}.{signature}",
+        f"Bearer {unsigned}.{claims}.",
+        f"Bearer {head}.{claims}.{signature[:-8]}AAAAAAAA",
+        f"Bearer {head}.{claims}A.{signature}",
+        other.signed(fake.activity(), aud=fake.app_id)[1]["authorization"],
+    ):
+        with pytest.raises(Unauthenticated):
+            await receive(teams, (body, headers | {"authorization": wrong}))
+    with pytest.raises(Unauthenticated):
+        await receive(teams, (body.replace(b"emea", b"evil"), headers))
+
+
+async def test_a_rotated_key_is_read_again_but_not_for_each_forged_call(
+    fake: TeamsStandIn, teams: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await receive(teams, fake.signed(fake.activity()))
+    fake.rotate()
+    for _ in range(3):
+        with pytest.raises(Unauthenticated):
+            await receive(teams, fake.signed(fake.activity()))
+    assert fake.reads == 1
+    monkeypatch.setattr(module, "_UNKNOWN_SECONDS", 0.0)
+    assert len((await receive(teams, fake.signed(fake.activity()))).items) == 1
+    assert fake.reads == 2
+
+
+async def test_unreadable_keys_are_transient(fake: TeamsStandIn, teams: Adapter) -> None:
+    for fault in (answer(500), answer(404, "x"), answer(200, "x")):
+        fake.faults.append(fault)
+        with pytest.raises(Transient):
+            await receive(teams, fake.signed(fake.activity()))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "conversationUpdate"},
+        {"type": "messageReaction"},
+        {"type": "messageUpdate"},
+        {"from": {"id": "28:x", "role": "bot"}},
+    ],
+)
+async def test_bots_and_other_activities_are_ignored(
+    fake: TeamsStandIn, teams: Adapter, fields: dict[str, Any]
+) -> None:
+    [item] = (await receive(teams, fake.signed(fake.activity(**fields)))).items
+    assert isinstance(item, Ignored)
+
+
+async def test_only_the_tenant_of_the_credentials_is_accepted(fake: TeamsStandIn, teams: Adapter) -> None:
+    for tenant, kind in (("t1", Inbound), ("t2", Ignored)):
+        teams.credentials = msgspec.structs.replace(teams.credentials, tenant_id=tenant)
+        [item] = (await receive(teams, fake.signed(fake.activity()))).items
+        assert isinstance(item, kind)
+
+
+async def test_files_are_named_and_other_shapes_are_told_apart(fake: TeamsStandIn, teams: Adapter) -> None:
+    files = [{"contentType": "text/html", "content": "x"}, {"contentType": "image/png", "name": "a.png"}]
+    [item] = (await receive(teams, fake.signed(fake.activity("", attachments=files)))).items
+    assert isinstance(item, Inbound)
+    assert "(a.png)" in item.text
+    with pytest.raises(Unreadable):
+        await receive(teams, fake.signed({"type": 7}))
+    with pytest.raises(Unreadable):
+        await receive(teams, fake.signed(fake.activity(conversation=None)))
+    with pytest.raises(InvalidMessage):
+        await receive(teams, fake.signed(b"{"))
+
+
+async def test_a_reply_quotes_its_message_at_the_service_of_the_call(fake: TeamsStandIn, teams: Adapter) -> None:
+    answers = f"a1 {SERVICE}"
+    await teams.send("**Done**", CONVERSATION, answers=answers, reply_to=answers)
+    fake.tokens.clear()
+    sent = await teams.send("more", CONVERSATION, answers=answers)
+    assert [(message.to, message.text, message.fields["replyToId"]) for message in fake.ledger] == [
+        (CONVERSATION, "**Done**", "a1"),
+        (CONVERSATION, "more", None),
+    ]
+    assert (sent, len(fake.tokens)) == (fake.ledger[1].id, 1)
+
+
+async def test_a_conversation_without_the_bot_fails_and_a_wrong_password_breaks_the_account(
+    fake: TeamsStandIn, teams: Adapter
+) -> None:
+    fake.gone.add(CONVERSATION)
+    with pytest.raises(EffectFailed, match="BotNotInConversationRoster"):
+        await teams.send("x", CONVERSATION, answers=f"a1 {SERVICE}")
+    fake.password = "rotated"
+    fake.tokens.clear()
+    with pytest.raises(AccountRefused):
+        await teams.send("x", CONVERSATION, answers=f"a1 {SERVICE}")
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (answer(404, {"error": {"code": "ConversationNotFound", "message": "m"}}), EffectFailed),
+        (answer(412, {"error": {"code": "PreconditionFailed", "message": "m"}}), Transient),
+        (answer(429, retry_after="3"), RetryLater),
+        (answer(502), Transient),
+        (answer(201, "?"), Unanswered),
+        (cut(accept=True), Unanswered),
+    ],
+)
+async def test_permanent_transient_and_unknown_errors_are_distinguished(
+    fake: TeamsStandIn, teams: Adapter, fault: Fault, error: type[Exception]
+) -> None:
+    await teams.send("first", CONVERSATION, answers=f"a1 {SERVICE}")
+    fake.faults.append(fault)
+    with pytest.raises(error) as raised:
+        await teams.send("x", CONVERSATION, answers=f"a1 {SERVICE}")
+    assert type(raised.value) is error
+
+
+def test_a_long_text_is_split_by_bytes(teams: Adapter) -> None:
+    parts = teams.vendor.split("界" * 20_000)
+    assert all(len(part.encode()) <= 28_000 for part in parts)
+    assert "".join(parts) == "界" * 20_000
