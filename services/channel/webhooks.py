@@ -1,6 +1,6 @@
 """The route ``ANY /webhooks/<type>/<token>``, which vendors call.
 
-It stands in front of the framework: a call costs what verification and acceptance cost, and little more.
+It stands in front of the framework, so that a call costs little more than its verification and acceptance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Repairs the traffic with OpenAI-shaped servers, so that the client library sees what OpenAI itself would send.
+"""Repairs the traffic with OpenAI-shaped servers, so that the client library reads the format of OpenAI itself.
 
 Many servers have the shape and not the details: they answer in one piece, repeat running totals of the usage, omit the
 finish reason, give two calls one index or id, send thoughts as text, or refuse an option. A stream that is well formed

@@ -88,7 +88,7 @@ class _Interaction(msgspec.Struct):
     user: _User | None = None
     data: _Data | None = None
     event: dict[str, Any] | None = None
-    """Only of a webhook event, which is no interaction."""
+    """Only webhook events have it; interactions do not."""
 
 
 class _Message(msgspec.Struct):

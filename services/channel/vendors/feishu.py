@@ -40,7 +40,7 @@ from services.channel.vendors.base import (
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split, utf8_length
 
-# Bytes of a rich text, which is what Markdown is sent as.
+# Bytes of a rich text. Markdown is sent as rich text.
 MAX_TEXT = 28_000
 _ATTACHMENTS = {
     "image": "a photo",

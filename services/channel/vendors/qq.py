@@ -41,7 +41,7 @@ PART_TEXT = 1_500
 MAX_PARTS = 5
 _TOKEN_ORIGIN = "https://bots.qq.com"
 _DISPATCH, _HEARTBEAT_ACK, _VALIDATION = 0, 12, 13
-# Where the messages of each event are answered, and the fields with the conversation's and the author's id.
+# The kind of conversation of each event, as it stands in the path of a send.
 _EVENTS = {
     "C2C_MESSAGE_CREATE": "users",
     "GROUP_AT_MESSAGE_CREATE": "groups",

@@ -165,8 +165,7 @@ async def test_dingtalk_feishu_qq_teams_and_wecom_get_their_replies(desk: Desk) 
             texts = fake.texts()
             assert texts[0].replace("*", "").startswith("answer")
             assert sum(text.count("x") for text in texts) == 5_000
-            forged = call[0], {}
-            assert (await desk.call(channel, forged)).status_code in (401, 403)
+            assert (await desk.call(channel, (call[0], {}))).status_code == 401
 
 
 async def test_a_repeated_delivery_is_sent_once_even_after_the_lane_was_pruned(

@@ -97,7 +97,7 @@ def total(prompt: Any, completion: Any, **more: Any) -> dict[str, Any]:
             )
         ),
         Streams((chunk({"content": "aaa"}), chunk(finish="stop"), {"usage": total("10", "3")})),
-        # A later null does not take back what was reported.
+        # A later null does not take back the reported usage.
         Streams((chunk({"content": "aaa"}, usage=total(10, 3)), chunk(finish="stop", usage=None))),
         Streams((chunk({"content": "aaa"}), chunk(finish="stop", usage=total(10, 3))), done=False),
     ],
