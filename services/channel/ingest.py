@@ -396,6 +396,8 @@ def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ign
         return Ignored(item.ids, "the conversation got another id")
     if not account.enabled:
         return Ignored(item.ids, "the channel is disabled")
+    if not item.conversation or not item.person:
+        return Ignored(item.ids, "without a conversation or an author")
     text = item.text.replace("\0", "")
     return item._replace(text=text) if text.strip() else Ignored(item.ids, "the text is empty")
 

@@ -120,6 +120,11 @@ class TeamsStandIn(StandIn):
         return Reply(201, {"id": id_})
 
 
+def published(fake: TeamsStandIn) -> dict[str, dict[str, object]]:
+    """The published keys by their id."""
+    return {key_id: _public(key_id, key) for key_id, key in fake._keys.items()}
+
+
 def _public(key_id: str, key: RSAPrivateKey) -> dict[str, object]:
     numbers = key.public_key().public_numbers()
 
