@@ -97,7 +97,7 @@ async def test_a_tool_that_fails_is_told_to_the_model(world: World, tenant: Tena
     run = await tenant.over(await tenant.say(agent, "Weather?"))
     assert (run["status"], run["reply"]) == ("completed", "I cannot.")
     told = [message["content"] for message in world.models.requests[-1].body["messages"][-2:]]
-    assert told == ["Error: no such city", "Error: arguments: are no JSON"]
+    assert told == ["Error: no such city", "Error: arguments: must be JSON"]
 
 
 async def test_a_tool_whose_effect_nobody_knows_makes_the_run_indeterminate(world: World, tenant: Tenant) -> None:
