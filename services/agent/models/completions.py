@@ -240,7 +240,8 @@ class _Repair:
             finish = "tool_calls" if self._calls.count else "stop"
             delta = {"content": self.thoughts.flush()}
             yield self._base | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-        if self._usage:
+        # An answer with content has output. Zero would make it free.
+        if self._usage and not (self._has_content and self._usage["completion_tokens"] == 0):
             yield self._base | {"choices": [], "usage": self._usage}
 
 

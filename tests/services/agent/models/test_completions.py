@@ -160,6 +160,13 @@ async def test_an_implausible_usage_is_not_reported_and_never_zero(
     assert usage(given) is None
 
 
+async def test_zero_output_of_an_answer_with_content_is_not_reported(server: ModelServer, providers: Providers) -> None:
+    server.script(MODEL, Streams((chunk({"content": "a"}), chunk(finish="stop", usage=total(10, 0)))))
+    assert (await ask(server, providers)).usage == Usage()
+    server.script(MODEL, Streams((chunk({"content": ""}), chunk(finish="stop", usage=total(10, 0)))))
+    assert (await ask(server, providers)).usage.output_tokens == 0
+
+
 def two(first: dict[str, Any], second: dict[str, Any], finish: str | None = "tool_calls") -> Streams:
     return Streams(
         (chunk({"tool_calls": [first]}), chunk({"tool_calls": [second]}), *((chunk(finish=finish),) if finish else ()))
