@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import secrets
 import time
+from contextvars import Context
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -94,6 +96,7 @@ class Accounts:
         self._database = database
         self._secrets = secrets_
         self._known: dict[bytes, tuple[float, Account]] = {}
+        self._reading: dict[bytes, asyncio.Task[Account | None]] = {}
 
     async def by_token(self, type_: str, token: str) -> Account | None:
         hashed = token_hash(token)
@@ -104,8 +107,17 @@ class Accounts:
             # query the database at once.
             self._known[hashed] = now + CACHE_SECONDS, account
         if until < now:
-            account = await self._read(hashed)
+            account = await self._read_once(hashed)
         return account if account and account.vendor.name == type_ else None
+
+    async def _read_once(self, hashed: bytes) -> Account | None:
+        """One query for all requests that ask at the same moment, such as those after a restart."""
+        reading = self._reading.get(hashed)
+        if reading is None:
+            reading = self._reading[hashed] = asyncio.create_task(self._read(hashed), context=Context())
+            reading.add_done_callback(lambda _: self._reading.pop(hashed))
+        # A request that goes away must not cancel the query of the others.
+        return await asyncio.shield(reading)
 
     async def _read(self, hashed: bytes) -> Account | None:
         async with self._database.begin() as tx:

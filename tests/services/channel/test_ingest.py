@@ -16,7 +16,7 @@ from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from services.channel import ingest as module
-from services.channel.accounts import Account
+from services.channel.accounts import Account, Accounts, Secrets
 from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.ingest import MAX_DIRECT, Ingest
 from services.channel.vendors import VENDORS
@@ -225,3 +225,22 @@ async def test_a_thread_names_the_session_of_its_channel(intake: Intake) -> None
     channel, thread = await intake.sent()
     assert thread["parent_session_key"] == channel["session_key"] != thread["session_key"]
     assert channel["parent_session_key"] == ""
+
+
+async def test_requests_at_the_same_moment_share_one_query_of_their_account(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accounts = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
+    reads = 0
+    begin = intake.database.begin
+
+    def counted(**kwargs: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return begin(**kwargs)
+
+    monkeypatch.setattr(intake.database, "begin", counted)
+    found = await asyncio.gather(*(accounts.by_token("webhook", "unknown") for _ in range(50)))
+    assert (found, reads) == ([None] * 50, 1)
+    assert await accounts.by_token("webhook", "unknown") is None
+    assert reads == 2
