@@ -2,5 +2,6 @@
 
 Handles: channel.v1.SendMessage, user.v1.SubjectErased.
 Publishes: channel.v1.MessageReceived, MessageDelivered, MessageUndelivered, AccountBroken. Sends: MessageReceived to
-the agent, notification.v1.SendEmail. Serves: ``/webhooks/…``, ``/api/v1/channels``, ``/api/v1/deliveries``.
+the agent, notification.v1.SendEmail. Serves: ``/webhooks/…``, ``/api/v1/channels``,
+``/api/v1/channel-types``, ``/api/v1/deliveries``.
 """

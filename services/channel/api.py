@@ -80,14 +80,57 @@ class ChannelPage(BaseModel):
     next: str | None
 
 
+class ChannelType(BaseModel):
+    """A type of channel, with everything that is needed to connect one."""
+
+    type: str
+    credentials: dict[str, Any]
+    """JSON Schema of the credentials."""
+    is_idempotent: bool
+    """The vendor drops repeats of a message, so an unanswered send is repeated and not left unknown."""
+    steps: list[str]
+
+
+class ChannelTypes(BaseModel):
+    items: list[ChannelType]
+    next: None = None
+
+
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     secrets = Secrets(runtime.cipher)
     accounts = Accounts(runtime.worker, secrets)
     administration = _router(runtime, secrets, accounts)
     return [
         *webhooks.routes(runtime, accounts),
-        *api("channel", runtime, administration, delivery_api.router(runtime)),
+        *api("channel", runtime, administration, _types_router(), delivery_api.router(runtime)),
     ]
+
+
+def _types_router() -> APIRouter:
+    router = APIRouter(prefix="/api/v1/channel-types", tags=["channels"])
+
+    @router.get("")
+    async def list_channel_types(who: Reader) -> ChannelTypes:
+        """The types of channels, with the schema of their credentials and the steps to connect one."""
+        return ChannelTypes(
+            items=[
+                ChannelType(
+                    type=name,
+                    credentials=_schema(vendor),
+                    is_idempotent=vendor.effect == "keyed",
+                    steps=list(vendor.steps),
+                )
+                for name, vendor in sorted(VENDORS.items())
+            ]
+        )
+
+    return router
+
+
+def _schema(vendor: Vendor[Any]) -> dict[str, Any]:
+    schema = msgspec.json.schema(vendor.credentials)
+    found: dict[str, Any] = schema["$defs"][schema["$ref"].rpartition("/")[2]]
+    return found
 
 
 def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:

@@ -167,6 +167,9 @@ class Vendor(ABC, Generic[C]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         """The vendor's rate limits that apply to a message to this conversation."""
 
+    steps: ClassVar[tuple[str, ...]] = ()
+    """How a tenant connects an account, in the order of the steps."""
+
     def effect_of(self, message: Outbound) -> Kind:
         """The kind of effect of sending this part, if a vendor has several ways of sending."""
         return self.effect

@@ -103,6 +103,10 @@ class DingTalk(Vendor[DingTalkCredentials]):
     origin: ClassVar[str] = "https://oapi.dingtalk.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create an app with a robot in HTTP mode; copy the app key, the app secret and the robot code.",
+        "Enter the webhook's public URL as message receiving URL.",
+    )
 
     def __init__(self) -> None:
         self._tokens = Tokens()

@@ -110,6 +110,11 @@ class Discord(Vendor[DiscordCredentials]):
     addresses: ClassVar[tuple[str, ...]] = ()
     # The first part replaces the same message again; the others carry a nonce.
     effect: ClassVar[Kind] = "keyed"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create an application; copy its id, its public key and the token of its bot.",
+        "Register a command with one string option.",
+        "Enter the webhook's public URL as Interactions Endpoint URL.",
+    )
 
     def receive(self, request: Request, credentials: DiscordCredentials, now: datetime) -> Received:
         timestamp = request.headers.get("x-signature-timestamp", "")

@@ -144,6 +144,11 @@ class Feishu(Vendor[FeishuCredentials]):
     origin: ClassVar[str] = "https://open.feishu.cn"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create an app with a bot; copy the app id and the app secret.",
+        "Set an Encrypt Key and copy it and the Verification Token.",
+        "Enter the webhook's public URL as request URL, and subscribe to im.message.receive_v1.",
+    )
 
     def __init__(self) -> None:
         self._tokens = Tokens()

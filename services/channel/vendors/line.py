@@ -93,6 +93,11 @@ class Line(Vendor[LineCredentials]):
     origin: ClassVar[str] = "https://api.line.me"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create a Messaging API channel; copy the channel secret and a long-lived channel access token.",
+        "Enter the webhook's public URL and enable Use webhook.",
+        "Switch off the automatic replies of the console.",
+    )
 
     def receive(self, request: Request, credentials: LineCredentials, now: datetime) -> Received:
         digest = hmac.digest(credentials.channel_secret.encode(), request.body, hashlib.sha256)

@@ -105,6 +105,11 @@ class QQ(Vendor[QQCredentials]):
     origin: ClassVar[str] = "https://api.sgroup.qq.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create a bot; copy the app id and the secret.",
+        "Enter the webhook's public URL as callback URL.",
+        "Enable C2C_MESSAGE_CREATE and GROUP_AT_MESSAGE_CREATE.",
+    )
 
     def __init__(self) -> None:
         self._tokens = Tokens()

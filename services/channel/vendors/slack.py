@@ -124,6 +124,11 @@ class Slack(Vendor[SlackCredentials]):
     origin: ClassVar[str] = "https://slack.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create an app; copy the Signing Secret and the bot token (xoxb-…).",
+        "Give the bot the scopes chat:write, im:history and app_mentions:read, and install it.",
+        "Enable Event Subscriptions with the webhook's public URL, and subscribe to message.im and app_mention.",
+    )
 
     def receive(self, request: Request, credentials: SlackCredentials, now: datetime) -> Received:
         timestamp = request.headers.get("x-slack-request-timestamp", "")

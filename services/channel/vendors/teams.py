@@ -140,6 +140,11 @@ class Teams(Vendor[TeamsCredentials]):
     origin: ClassVar[str] = "https://login.botframework.com"
     addresses: ClassVar[tuple[str, ...]] = ("openid_metadata_url",)
     effect: ClassVar[Kind] = "once"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create an Azure Bot; copy its app id and a client secret.",
+        "Enter the webhook's public URL as messaging endpoint.",
+        "Enable the channel Microsoft Teams and install the app.",
+    )
 
     def __init__(self) -> None:
         self._tokens = Tokens()

@@ -140,6 +140,11 @@ class Telegram(Vendor[TelegramCredentials]):
     origin: ClassVar[str] = "https://api.telegram.org"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create a bot with BotFather and copy its token into bot_token.",
+        "Choose a secret_token of letters, digits, _ and -.",
+        "Call setWebhook with the webhook's public URL and the same secret_token.",
+    )
 
     def receive(self, request: Request, credentials: TelegramCredentials, now: datetime) -> Received:
         given = request.headers.get("x-telegram-bot-api-secret-token", "")

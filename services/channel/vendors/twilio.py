@@ -59,6 +59,11 @@ class Twilio(Vendor[TwilioCredentials]):
     origin: ClassVar[str] = "https://api.twilio.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Copy the account SID and the auth token, and a number or a messaging service.",
+        "Enter the webhook's public URL under A message comes in, with POST.",
+        "Set CLAW_PUBLIC_URL to the address that Twilio calls, because Twilio signs it.",
+    )
 
     def receive(self, request: Request, credentials: TwilioCredentials, now: datetime) -> Received:
         try:

@@ -58,6 +58,11 @@ class Webhook(Vendor[WebhookCredentials]):
     origin: ClassVar[str] = ""
     addresses: ClassVar[tuple[str, ...]] = ("reply_url",)
     effect: ClassVar[Kind] = "keyed"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Generate a secret: whsec_ and the base64 of 24 to 64 random bytes.",
+        "Sign each message by Standard Webhooks and post it to the webhook's public URL.",
+        "Verify the replies that arrive at reply_url with the same secret.",
+    )
 
     def receive(self, request: Request, credentials: WebhookCredentials, now: datetime) -> Received:
         id_ = webhooks.verify(credentials.secret, request.headers, request.body, now)

@@ -91,6 +91,11 @@ class WeCom(Vendor[WeComCredentials]):
     origin: ClassVar[str] = "https://qyapi.weixin.qq.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create an app; copy the corp id, the agent id and the secret.",
+        "Under Receive messages, generate a token and an EncodingAESKey.",
+        "Enter the webhook's public URL there and save.",
+    )
 
     def __init__(self) -> None:
         self._tokens = Tokens()

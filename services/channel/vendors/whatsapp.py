@@ -157,6 +157,11 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
     max_body: ClassVar[int] = 3 * 1_048_576
+    steps: ClassVar[tuple[str, ...]] = (
+        "Create an app with WhatsApp; copy the phone number id, a permanent access token and the app secret.",
+        "Choose a verify_token.",
+        "Enter the webhook's public URL and the verify_token under Webhooks, and subscribe to messages.",
+    )
 
     def receive(self, request: Request, credentials: WhatsAppCredentials, now: datetime) -> Received:
         if request.method == "GET":

@@ -15,6 +15,7 @@ from infra.observe.metrics import Metrics
 from infra.security.auth import IDENTITY_HEADER, Identities
 from infra.web.health import Health
 from infra.web.http import create_app, serve_http
+from protos.catalog import CHANNEL_TYPES
 from tests.services.channel.conftest import Desk
 from tooling.testing.platform import INTERNAL_SECRET
 from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
@@ -75,6 +76,26 @@ async def test_an_invalid_field_is_named(desk: Desk, body: dict[str, Any], field
     assert response.status_code == 422, response.text
     assert [error["field"] for error in response.json()["errors"]] == [field]
     assert "1:abc" not in response.text
+
+
+async def test_each_type_says_how_to_connect_one(desk: Desk) -> None:
+    async with desk.client() as http:
+        types = {item["type"]: item for item in (await http.get("/api/v1/channel-types")).json()["items"]}
+    assert set(types) == set(CHANNEL_TYPES)
+    for name, item in types.items():
+        assert item["steps"], name
+        assert item["credentials"]["type"] == "object"
+        assert not item["credentials"]["additionalProperties"]
+    assert types["telegram"]["credentials"]["required"] == ["bot_token", "secret_token"]
+    assert types["teams"]["credentials"]["required"] == ["app_id", "app_password"]
+    assert [name for name, item in sorted(types.items()) if item["is_idempotent"]] == [
+        "discord",
+        "feishu",
+        "line",
+        "qq",
+        "webhook",
+        "wecom",
+    ]
 
 
 async def test_a_channel_needs_an_agent_of_its_tenant(desk: Desk) -> None:
