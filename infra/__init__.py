@@ -9,7 +9,7 @@ VERSION = "0.1.0"
 # crash that child before it does: a document's parser ended with a segmentation fault.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-# Garbage cycles are looked for after 50,000 new objects instead of 700. Loading its libraries is a quarter of the time
-# faster for a process so; and a batch of records is thousands of objects that live for a moment, of whose time the
-# collector took a third.
+# The collector searches for garbage cycles after 50,000 new objects instead of 700. A process then loads its libraries
+# in three quarters of the time. A batch of records makes thousands of short-lived objects, and the collector took a
+# third of the batch's time.
 gc.set_threshold(50_000, 20, 50)

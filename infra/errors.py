@@ -1,6 +1,6 @@
-"""What the kernel and a service may raise; everything else is a fault: retried, then a dead letter.
+"""The errors that kernel and services raise on purpose. Every other error is a fault: retried, then a dead letter.
 
-A handler never catches these to hide them: the bus, HTTP and gRPC each turn them into their own answer.
+A handler never catches these errors to hide them: the bus, HTTP and gRPC each turn them into their own answer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datetime import timedelta
 class InvalidMessage(Exception):
     """The input can never be processed: a message is dead-lettered at once, a request answered 422.
 
-    `field` is the path of what is wrong (``amount_nanos``, ``header ce_id``, ``body``).
+    `field` is the path of the wrong value (``amount_nanos``, ``header ce_id``, ``body``).
     """
 
     def __init__(self, field: str, reason: str) -> None:
@@ -21,11 +21,11 @@ class InvalidMessage(Exception):
 
 
 class WrongType(InvalidMessage):
-    """What was sent is of a type that is not taken here. HTTP 415; elsewhere as `InvalidMessage`."""
+    """The content has a type that is not accepted. HTTP 415; elsewhere as `InvalidMessage`."""
 
 
 class Unauthenticated(Exception):
-    """Who calls is not known: no credentials, or none that verify. HTTP 401, gRPC UNAUTHENTICATED."""
+    """The caller is not known: the credentials are missing or not valid. HTTP 401, gRPC UNAUTHENTICATED."""
 
 
 class Forbidden(Exception):
@@ -33,26 +33,26 @@ class Forbidden(Exception):
 
 
 class NotFound(Exception):
-    """There is no such thing, or it belongs to another tenant. HTTP 404, gRPC NOT_FOUND."""
+    """The thing does not exist, or it belongs to another tenant. HTTP 404, gRPC NOT_FOUND."""
 
 
 class Conflict(Exception):
-    """Somebody else was first: the kernel loads again and decides again, a bounded number of times.
+    """Another transaction was first. The kernel loads and decides again, a bounded number of times.
 
-    Reaching a caller it is HTTP 409, gRPC ABORTED.
+    If the error reaches a caller: HTTP 409, gRPC ABORTED.
     """
 
 
 class TooLarge(Exception):
-    """What was sent is larger than the limit the message names. HTTP 413, gRPC RESOURCE_EXHAUSTED."""
+    """The content is larger than the limit that the message names. HTTP 413, gRPC RESOURCE_EXHAUSTED."""
 
 
 class Transient(Exception):
-    """It passes by itself: retried with backoff. HTTP 503, gRPC UNAVAILABLE."""
+    """The cause passes by itself: retried with backoff. HTTP 503, gRPC UNAVAILABLE."""
 
 
 class RetryLater(Transient):
-    """As `Transient`, and tried again no sooner than `after`. HTTP 503 with Retry-After, gRPC UNAVAILABLE."""
+    """As `Transient`, and not retried before `after`. HTTP 503 with Retry-After, gRPC UNAVAILABLE."""
 
     def __init__(self, after: timedelta, reason: str = "asked to try again later") -> None:
         super().__init__(reason)
@@ -60,7 +60,7 @@ class RetryLater(Transient):
 
 
 class NotYet(RetryLater):
-    """Nothing has failed: its turn has not come. It is tried again, and nobody need be told."""
+    """Nothing has failed: the message must wait for its turn. It is retried without a warning."""
 
 
 class TooManyRequests(RetryLater):
@@ -68,14 +68,14 @@ class TooManyRequests(RetryLater):
 
 
 class Unanswered(Exception):
-    """It was sent and no answer came: nobody knows whether it happened. Tried again only where that is harmless.
+    """A request was sent and no answer came: it may or may not have had its effect. Retried only if that is harmless.
 
     Not a `Transient`, which says that nothing has happened.
     """
 
 
 class EffectFailed(Exception):
-    """The other side refused for good; trying again changes nothing. `reason` is stored and shown to operators."""
+    """The other side refused permanently: a retry changes nothing. `reason` is stored and shown to operators."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

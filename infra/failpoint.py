@@ -1,4 +1,4 @@
-"""Named places where a process can be made to die, so that crash tests hit every boundary and not a random one."""
+"""Named points at which a test can kill a process, so that crash tests hit every boundary and not a random one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _passed: Counter[str] = Counter()
 
 
 def failpoint(name: str) -> None:
-    """Kills this process by SIGKILL where CLAW_FAILPOINT names this place; otherwise does nothing.
+    """Kills this process by SIGKILL if CLAW_FAILPOINT is `name`; otherwise does nothing.
 
-    With CLAW_FAILPOINT_ONCE naming a file that exists, the file is removed first and without it nothing
-    happens, so a restarted process passes. With CLAW_FAILPOINT_PASS the process passes so many times less one.
+    CLAW_FAILPOINT_ONCE names a file: the process is killed only if the file exists, and the file is removed before, so
+    that a restarted process passes. CLAW_FAILPOINT_PASS = n kills the process when it passes for the n-th time.
     CLAW_FAILPOINT_SIGNAL names another signal: SIGSTOP.
     """
     if os.environ.get("CLAW_FAILPOINT") != name:

@@ -18,21 +18,22 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tooling.testing.stack import Stack, running_stack
 
-# Python's own. As rarely as our processes look for garbage, what a test leaves open would be found in another one.
+# Python's default. With the rare collections of our processes, an object that a test leaves open would be found in
+# another test.
 gc.set_threshold(700, 10, 10)
 
 
-# What uses the whole system.
+# The tests that use the whole system.
 E2E = "tests/e2e/"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses the whole system comes first: it takes longest, and no process has to wait for it at the end."""
+    """Tests of the whole system come first: they take longest, and no process then waits for them at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(E2E))
 
 
 class ByWhatIsShared(LoadScopeScheduling):  # type: ignore[misc]
-    """A module's tests run in one process, and so do all that use the whole system: what they share is started once."""
+    """A module's tests run in one process, and so do all tests of the whole system: their fixtures are made once."""
 
     def _split_scope(self, nodeid: str) -> str:
         return E2E if nodeid.startswith(E2E) else nodeid.split("::")[0]

@@ -1,7 +1,7 @@
 """The transactional Kafka reader, for consumers whose effect is in PostgreSQL.
 
-A partition's batch is one transaction: effect, inbox rows and offset commit together. The offset row decides where
-reading goes on, and it is the fence: a consumer that was paused and wakes up finds that the row has moved. The offsets
+A partition's batch is one transaction: effect, inbox rows and offset commit together. Reading goes on at the
+offset row. The row is also the fence: a consumer that was paused and wakes up finds that the row has moved. The offsets
 that Kafka keeps for the group serve monitoring only.
 """
 

@@ -1,4 +1,4 @@
-"""The resequencer: handles messages in the order of their positions, in whatever order a bus delivers them.
+"""The resequencer: handles messages in the order of their positions, although a bus delivers them in any order.
 
 The sender counts the messages of a key (`next_position`). A message that comes too early waits for those before it. A
 missing message is skipped only if it is known to be dead, or too old to come: until then it may be in the sender's

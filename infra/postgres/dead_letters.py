@@ -1,4 +1,4 @@
-"""Dead letters: one table in every service's schema for what could not be processed.
+"""Dead letters: one table in every service's schema for the messages that could not be processed.
 
 On an ordered topic a failed record parks its key: later records of the key wait behind it, in the same table. The
 head is redriven by the service itself (`Drainer`), so that a redrive is the same code in the same transaction as the
@@ -20,7 +20,7 @@ from infra.postgres.db import sql, storable
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of a message that could not be processed; `headers` is JSON."""
+    """A message that could not be processed; `headers` is JSON."""
 
     destination: str
     place: str
@@ -70,7 +70,7 @@ async def store_dead_letters(
         [letter.destination for letter in letters],
         [letter.place for letter in letters],
         [letter.message_id for letter in letters],
-        # PostgreSQL's text has no NUL; whatever a foreign producer sends must be storable.
+        # PostgreSQL's text has no NUL, but another system's messages may contain one.
         [None if letter.key is None else storable(letter.key) for letter in letters],
         [letter.tenant_id and storable(letter.tenant_id) for letter in letters],
         [letter.state for letter in letters],
@@ -134,7 +134,7 @@ async def list_dead_letters(
     after: UUID | None = None,
     tenant_id: str | None = None,
 ) -> list[DeadLetterView]:
-    """What is open, oldest first; with `tenant_id` only that tenant's."""
+    """The open dead letters, the oldest first; with `tenant_id` only those of that tenant."""
     rows = await sql(
         connection,
         _VIEW + "WHERE state IN ('failed', 'waiting', 'redriving') AND ($1::uuid IS NULL OR id > $1) "

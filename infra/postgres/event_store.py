@@ -33,18 +33,18 @@ class Publication(NamedTuple):
 
 @dataclass(frozen=True)
 class Aggregate(Generic[State]):
-    """A kind of stream: how its state is folded, what a command does to it, what the world hears of it.
-
-    `decide` and `evolve` are pure. `publish` is given the stream's own id and the event; replay beyond the topic's
-    retention calls the same function.
-    """
+    """A kind of stream: its events, its state, its commands and its messages."""
 
     name: str
     events: EventTypes
     initial: Callable[[], State]
     evolve: Callable[[State, Any], State]
+    """The state after an event. Pure."""
     decide: Callable[[Any, State], Sequence[Any]]
+    """The events that a command leads to. Pure."""
     publish: Callable[[str, Any], Iterable[Publication]] = lambda stream_id, event: ()
+    """The messages that others get of an event; the arguments are the stream's own id and the event. A replay beyond
+    the topic's retention calls the same function."""
 
     def stream(self, stream_id: str) -> Stream[State]:
         return Stream(self, stream_id)
@@ -89,9 +89,9 @@ class StoredEvent(NamedTuple):
 async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: Mapping[str, str]) -> list[NewEvent]:
     """Stores the events of one transaction and returns those that are new.
 
-    A stream whose events are all stored already (same ids) is left as it is: the earlier append stands.
-    Raises Conflict where a stream has moved on from the expected version, and where only a part of a stream's
-    events is stored already.
+    A stream is not changed if all its events are stored already (same ids): the earlier append stands.
+    Raises Conflict if a stream is not at the expected version any more, or if only a part of a stream's events is
+    stored already.
     """
     by_stream: dict[str, list[NewEvent]] = {}
     for event in new:

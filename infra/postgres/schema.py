@@ -89,7 +89,7 @@ async def _become_owner(connection: AsyncConnection, service: str) -> None:
 async def _prepare_roles(connection: AsyncConnection, admin_url: str, service: str, passwords: Passwords) -> None:
     for role, password in vars(passwords).items():
         name = f"{service}_{role}"
-        # Roles are the whole server's: writing to one that is right already can fail where another database of the
+        # A role belongs to the whole server. To write a role that is right already can fail if another database of the
         # server is prepared at the same moment.
         if await _works(role_url(admin_url, service, role, password)):
             continue

@@ -13,7 +13,7 @@ Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 class EventTypes:
     """The event classes of one kind of stream, and how each older form becomes the current one.
 
-    A class carries ``SCHEMA_VERSION`` (1 where absent). `upcasters` maps (class name, older version) to a function
+    A class carries ``SCHEMA_VERSION`` (1 if absent). `upcasters` maps (class name, older version) to a function
     from that version's fields to the next one's; the chain up to the current version must be complete.
 
     Raises ValueError for a chain with a gap, at once: found on the first old event it would stop a service.

@@ -1,4 +1,4 @@
-"""The sample's three processes on the suite's engines, to be killed, paused and starved; and what must hold after."""
+"""The sample's three processes on the suite's engines, to be killed, paused and starved; and the checks after it."""
 
 from __future__ import annotations
 
@@ -125,5 +125,5 @@ async def services(
 
 @pytest.fixture(scope="module")
 def load(services: SampleServices) -> Load:
-    """One for the module: each test adds to what must hold, and checks all of it again."""
+    """One for the module: each test adds conditions that must hold, and checks all of them again."""
     return Load(services)

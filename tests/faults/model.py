@@ -1,4 +1,4 @@
-"""What the kernel promises, in memory: messages, dead letters and effects without a database, a broker or a crash."""
+"""A model of the kernel's promises in memory: messages, dead letters and effects, without database, broker or crash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ KEYS = ("a", "b", "c", "d")
 
 
 class Model:
-    """What the database must say. `letters` holds the parked keys, each with its open dead letters in order."""
+    """The state that the database must have. `letters`: parked key → its open dead letters in order."""
 
     def __init__(self, refused: set[Note]) -> None:
         self.written = dict.fromkeys(KEYS, 0)
@@ -40,7 +40,7 @@ class Model:
         return note in self.refused or note.number < 0
 
     def drain(self, *, stopped: bool) -> bool:
-        """One step of the drainer. True where it was about to have an effect and was `stopped` there."""
+        """One step of the drainer. True if it was `stopped` just before an effect."""
         for key, letters in list(self.letters.items()):
             if not letters:
                 del self.letters[key]

@@ -39,7 +39,7 @@ BOUNDARIES = (
 
 
 class Office:
-    """The other side. Keeps a ledger of what it did; a key that it knows gets the first answer and nothing is done."""
+    """The other side. Keeps a ledger of its acts. A known key gets the first answer again, without a new act."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, str]] = []
@@ -99,7 +99,7 @@ def office_url(office: Office) -> Iterator[str]:
 
 @dataclass
 class Couriers:
-    """The courier's processes, and what they have done with the parcels of this test."""
+    """The courier's processes, and the states of the parcels of this test."""
 
     services: SampleServices
     database: Database
@@ -159,7 +159,7 @@ class Couriers:
         return 'claw_lane_items_total{kind="parcels",outcome="lost"} 1.0' in text
 
     async def fates(self) -> None:
-        """What the office has seen fits the states that were recorded, by the kind of effect."""
+        """Checks that the office's calls fit the recorded states, by the kind of effect."""
         for street in STREETS:
             for number, state in await self.delivered(street):
                 calls = self.calls(street)[number]
@@ -169,7 +169,7 @@ class Couriers:
                     assert calls == 1
                 else:
                     assert (state, calls <= 1) == ("unknown", True)
-        # However often it was called: what takes a key was done under one key, so once.
+        # The office may have been called often, but an act with a key was done under one key, so once.
         done = Counter(what for what in self.office.done.values() if what[0].endswith(" keyed"))
         assert set(done.values()) <= {1}
 

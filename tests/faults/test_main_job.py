@@ -19,8 +19,8 @@ from tooling.testing.stack import Stack
 from tooling.testing.vendors import TelegramStandIn
 
 SERVICES = ("channel", "agent", "billing", "plugin")
-# What a person sees: one message; or, where the vendor takes no key and the process died during the call, one or none,
-# and a delivery that says so.
+# A person sees one message. If the vendor takes no key and the process died during the call, the person sees one or
+# none, and the delivery says so.
 ONCE, UNKNOWN = "once", "unknown"
 # Each service's own tests have all of its boundaries; here are those at which the way passes from one to the next.
 POINTS = (
@@ -145,7 +145,7 @@ async def delivered(platform: Platform, tenant: str, run_id: str) -> dict[str, A
 
 
 async def billed(platform: Platform, tenant: str, run_id: str) -> None:
-    """What was produced for the run is counted, all of it and nothing else, and the run's cost is their sum."""
+    """All usage records of the run are counted, no others are, and the run's cost is their sum."""
 
     def of_run(bodies: list[tuple[dict[str, str], dict[str, Any]]]) -> set[str]:
         return {body["usage_id"] for _, body in bodies if body.get("run_id") == run_id}

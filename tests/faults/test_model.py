@@ -95,7 +95,7 @@ class Kernel(RuleBasedStateMachine):
             return
         kept = self.world.leases_of(process.relay)
         self.world.run(process.wake())
-        # Only for the buckets that nobody took meanwhile may it say that its messages are published.
+        # It may mark its messages as published only in buckets that no other process has taken meanwhile.
         self.model.pending -= {note for note in process.taken if bucket(note.key) in kept}
 
     @rule(n=st.integers(0, 1))
@@ -115,7 +115,7 @@ class Kernel(RuleBasedStateMachine):
     @rule()
     def wipe_broker_and_resend(self) -> None:
         if any(process.paused for process in self.world.relays):
-            return  # what it took before the wipe reaches the new log before its predecessors do
+            return  # the messages that it took before the wipe would reach the new log before their predecessors
         self.world.resend()
         self.model.pending = self.model.notes
         self.world.broker.topic_id, self.world.broker.log = uuid7(), [[] for _ in range(PARTITIONS)]
@@ -165,8 +165,8 @@ class Kernel(RuleBasedStateMachine):
 
     @rule()
     def relay_and_consume_all(self) -> None:
-        """What goes on while nothing is wrong."""
-        for _ in range(2):  # the second round hands over what the first one had to leave to the other relay
+        """The normal operation without faults."""
+        for _ in range(2):  # the second round sends the messages that the first one had to leave to the other relay
             self.time_passes()
             for n in range(2):
                 self.relay(n, "", 0)
@@ -197,7 +197,7 @@ class Kernel(RuleBasedStateMachine):
         return self.world.members[p][n]
 
     def _catch_up(self, p: int) -> list[Record]:
-        """The model reads what the stored position says was read: the position and the effects are one."""
+        """The model reads all records before the stored position: position and effects are written together."""
         before, after = self.model.positions[p], self.world.position(p)
         records = self.world.broker.log[p][before:after]
         for record in records:
@@ -256,7 +256,7 @@ class Kernel(RuleBasedStateMachine):
             self.world.handler.fate = ""
             assert self.model.drain(stopped=bool(fate)) == (outcome != "done")
 
-    # What holds at any time
+    # Conditions that hold at any time
 
     @invariant()
     def the_database_says_what_the_model_says(self) -> None:

@@ -1,7 +1,7 @@
 """A kernel in one process, to be driven step by step: real PostgreSQL, a broker that is a list per partition.
 
-Nothing here waits for time: leases run out and set-aside destinations come back because `pass_time` moves what the
-database has written down into the past.
+Nothing here waits for time: `pass_time` moves the times in the database into the past, so that leases expire and
+destinations that were held back return.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Crash(BaseException):
 
 
 class Note(NamedTuple):
-    """What the tests call a message by. A negative number is a record that nobody can read."""
+    """The tests' name of a message. A negative number is a record that cannot be decoded."""
 
     key: str
     number: int
@@ -88,7 +88,7 @@ class Broker:
 
 
 class RelayProcess:
-    """A process with a relay in it. `taken` is what its publisher was given last."""
+    """A process with a relay in it. `taken`: the messages that its publisher was given last."""
 
     bus = "kafka"
 
@@ -120,7 +120,7 @@ class RelayProcess:
         await self._go.wait()
 
     async def step(self, fate: str, limit: int) -> None:
-        """One window. Where it is paused it stays `paused`, until `wake`. Raises Crash where that is its fate."""
+        """One window. If its fate is a pause, it stays `paused` until `wake`. Raises Crash if its fate is a crash."""
         self.taken, self._fate, self._limit = [], fate, limit
         self.relay.leases.due = 0.0
         task = asyncio.create_task(self.relay.step())
@@ -172,7 +172,7 @@ class Handler:
 
 
 class World:
-    """All processes, and how to look at what the database has."""
+    """All processes, and functions that read the database."""
 
     def __init__(self, database: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -232,7 +232,7 @@ class World:
         return await self.desk.run(work)
 
     async def consume(self, member: Batches, p: int, size: int) -> str:
-        """Hands `member` the records from where it believes to be; how that ended."""
+        """Hands `member` the records from its own position on. Returns the outcome."""
         assert member.position is not None
         begin = member.position.next_offset
         records = self.broker.log[p][begin : begin + size]
@@ -241,7 +241,7 @@ class World:
         return await _outcome(member.process(member.position.topic_id, records))
 
     async def drain(self) -> str:
-        """One step of the drainer; how that ended."""
+        """One step of the drainer. Returns the outcome."""
         return await _outcome(self.drainer.step())
 
     def pass_time(self) -> None:

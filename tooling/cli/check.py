@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from tooling.cli import contracts
+from tooling.cli import contracts, words
 from tooling.cli.grpc_stubs import ProtoError
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 def check(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
-    """Check format, lint, secrets, layers, contracts and types."""
+    """Check format, lint, secrets, words, layers, contracts and types."""
     results = []
     for name, run in _checks().items():
         typer.echo(f"{name} … ", nl=False, err=json)
@@ -74,6 +74,7 @@ def _checks() -> dict[str, Callable[[], str]]:
         "format": lambda: _tool("ruff", "format", "--check", "."),
         "lint": lambda: _tool("ruff", "check", "."),
         "no secrets": lambda: "\n".join(unwanted(committed_files(ROOT))),
+        "plain words": lambda: "\n".join(words.stumbles(committed_files(ROOT))),
         "layers": lambda: _tool("lint-imports"),
         "generated code": _generated_code,
         "compatibility": _compatibility,

@@ -1,6 +1,6 @@
-"""Brings the brokers to what the catalog says: reports the difference, mends what is safe, refuses the rest.
+"""Makes the brokers agree with the catalog: reports each difference, makes safe changes, and refuses all others.
 
-Kafka through its admin protocol, RabbitMQ through its management API, which can also read what is there.
+It uses Kafka's admin protocol, and RabbitMQ's management API, which can also list existing queues.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _SETTLE_SECONDS = 15.0
 
 
 async def plan(catalog: Catalog, *, kafka: str, rabbit_url: str, management_url: str, prefix: str = "") -> list[Drift]:
-    """What differs between `catalog` and the brokers; empty: nothing.
+    """The differences between `catalog` and the brokers.
 
     kafka: bootstrap servers. prefix: stands before every topic's name.
-    rabbit_url: ``amqp://…/vhost``, of which only the virtual host counts here.
+    rabbit_url: ``amqp://…/vhost``; only the virtual host is used.
     management_url: ``http://user:password@host:port``; the user needs all permissions in the virtual host.
     """
     async with _brokers(kafka, rabbit_url, management_url, prefix) as (topics, queues):
@@ -36,7 +36,7 @@ async def plan(catalog: Catalog, *, kafka: str, rabbit_url: str, management_url:
 
 
 async def apply(catalog: Catalog, *, kafka: str, rabbit_url: str, management_url: str, prefix: str = "") -> list[Drift]:
-    """Brings the brokers to `catalog` and returns what was changed. Arguments as of `plan`.
+    """Makes the brokers agree with `catalog`. Returns the differences that it removed. Arguments as of `plan`.
 
     Raises DriftRefused, before the first change, if something differs that cannot be changed safely, and
     ProvisioningError if a broker refuses a change or does not show it afterwards.

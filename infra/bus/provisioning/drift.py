@@ -1,4 +1,4 @@
-"""What differs between the catalog and a broker, and how it is said."""
+"""A difference between the catalog and a broker, and its text."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ class ProvisioningError(Exception):
 
 
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
-    """One difference between catalog and broker.
-
-    subject: such as ``topic agent.events`` or ``queue channel.outbound``; what: such as ``partitions``.
-    wanted, found: ``-`` where there should be, or is, nothing.
-    fixable: `apply` changes it; otherwise `reason` says why not and what to do.
-    extra: the catalog does not know it. It is left alone and does not hinder `apply`.
-    """
+    """One difference between catalog and broker."""
 
     subject: str
+    """Such as ``topic agent.events`` or ``queue channel.outbound``."""
     what: str
+    """Such as ``partitions``."""
     wanted: str
+    """The catalog's value; ``-`` if the thing must not exist."""
     found: str
+    """The broker's value; ``-`` if the thing does not exist."""
     fixable: bool
+    """True if `apply` removes the difference. Otherwise `reason` says why not, and what to do."""
     reason: str
     extra: bool = False
+    """True if the thing is not in the catalog. `apply` ignores it."""
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.what} wanted {self.wanted}, found {self.found}: {self.reason}"
 
 
 class DriftRefused(ProvisioningError):
-    """`apply` met what cannot be changed safely, and has changed nothing."""
+    """`apply` found a difference that cannot be removed safely, and has changed nothing."""
 
     def __init__(self, drifts: list[Drift]) -> None:
         super().__init__("nothing was changed:\n" + "\n".join(f"- {drift}" for drift in drifts))
@@ -47,5 +47,5 @@ def refused(subject: str, what: str, *, wanted: object, found: object, reason: s
 
 
 def extra(subject: str, what: str) -> Drift:
-    reason = "not in the catalog; delete it by hand if nobody uses it"
+    reason = "not in the catalog; delete it by hand if it is not used"
     return Drift(subject=subject, what=what, wanted="-", found="there", fixable=False, reason=reason, extra=True)

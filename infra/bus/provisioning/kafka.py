@@ -1,4 +1,4 @@
-"""Topics: what they should be, what they are, and how they are brought there."""
+"""Topics: the differences between catalog and broker, and the changes that remove them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from infra.bus.provisioning.drift import Drift, ProvisioningError, extra, fixabl
 from protos.topology import Topic
 
 _PARTITIONS = (
-    "another number moves keys to other partitions and breaks their order; drain the topic's consumers, then make "
-    "it anew or add partitions by hand"
+    "another number moves keys to other partitions and breaks their order; drain the topic's consumers, then delete "
+    "and create the topic, or add partitions by hand"
 )
 _SET_ON_TOPIC = 1
 _TOPIC_EXISTS = 36
 
 
 def topic_config(topic: Topic, brokers: int) -> dict[str, str]:
-    """The settings of a topic that may differ from what a broker has by itself."""
+    """The settings of a topic that may differ from the broker's defaults."""
     retention_ms = int(topic.retention.total_seconds() * 1000)
     return {
         "cleanup.policy": "delete",
         "retention.ms": str(retention_ms),
-        # Records go with the last one of their segment: with an eighth, an eighth late at most.
+        # A record is deleted with the last one of its segment: at most an eighth of the retention time too late.
         "segment.ms": str(retention_ms // 8),
-        # The broker's clock: time lag and retention must not follow the clock of whichever process produced.
-        # When a thing happened is in the record's own ce_time.
+        # The broker's clock: time lag and retention must not depend on the clocks of the producers. The record's
+        # ce_time has the time of the event.
         "message.timestamp.type": "LogAppendTime",
-        # One record with its headers; what is larger belongs in the object store.
+        # One record with its headers. Larger content belongs in the object store.
         "max.message.bytes": str(MAX_RECORD_BYTES + 64 * 1024),
-        # acks=all waits for this many copies; with one, a broker that dies takes what it acknowledged with it.
+        # acks=all waits for this number of copies. With one copy, acknowledged records are lost with their broker.
         "min.insync.replicas": "2" if brokers >= 3 else "1",
     }
 
@@ -80,7 +80,7 @@ class Topics:
             if topic.name not in found
         ]
         if missing:
-            # Does not raise what fails for one topic. If another process was quicker, what it made is read back.
+            # The call does not raise if one topic fails. If another process was quicker, its topic is read back.
             response = await self._admin.create_topics(missing)
             for name, code, message in response.topic_errors:
                 if code not in (0, _TOPIC_EXISTS):
@@ -88,7 +88,7 @@ class Topics:
         altered = [topic for topic in drifted if topic.name in found]
         others = await self._config((topic.name for topic in altered), source=_SET_ON_TOPIC)
         for topic in altered:
-            # The request replaces all settings of the topic: what somebody else set must be sent again.
+            # The request replaces all settings of the topic, so it must repeat those that other programs have set.
             values = others[topic.name] | topic_config(topic, brokers)
             resource = ConfigResource(ConfigResourceType.TOPIC, self._prefix + topic.name, values)
             for response in await self._admin.alter_configs([resource]):

@@ -1,4 +1,4 @@
-"""Exchanges, queues and bindings: what they should be, what they are, and how they are brought there."""
+"""Exchanges, queues and bindings: the differences between catalog and broker, and the changes that remove them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import httpx
 from infra.bus.provisioning.drift import Drift, ProvisioningError, extra, fixable, refused
 from protos.topology import Queue
 
-# A message on which its worker crashes is delivered again without counting an attempt; this ends the loop. It is
-# no retry counter: what was only prefetched by a worker that left counts as well.
+# A message that crashes its worker is delivered again, and no attempt is counted; this limit ends the loop. It is not
+# a retry counter: a message that a worker has only prefetched before it left counts as well.
 _DELIVERY_LIMIT = 20
-# From RabbitMQ 4 on a queue without a limit has 20; what passes it in a queue of dead letters would be lost.
+# From RabbitMQ 4 on, a queue without a limit has 20. In a queue of dead letters, a message above it would be lost.
 _NO_DELIVERY_LIMIT = 2**31 - 1
 
 
@@ -23,7 +23,7 @@ def queue_arguments(queue: Queue) -> dict[str, dict[str, Any]]:
 
     Retries and dead letters go through the default exchange, which needs no binding that could be missing. A
     message waits in a queue whose time to live is the delay, and goes back by itself. *at-least-once* with
-    *reject-publish* keeps it where it is until the next queue has confirmed it.
+    *reject-publish* keeps it in its queue until the next queue has confirmed it.
     """
     hand_over = {
         "x-queue-type": "quorum",

@@ -155,7 +155,7 @@ async def test_one_that_is_refused_or_unreadable_is_set_aside_alone_and_redriven
         letters = {payload: (state, attempts) for payload, state, attempts in await until(three)}
     assert letters.pop("{no json") == ("failed", 1)
     by_text = {msgspec.json.decode(payload)["text"]: found for payload, found in letters.items()}
-    # What is refused will be refused again; a fault might pass.
+    # A refused message would be refused again; a fault might pass.
     assert by_text == {"c3": ("failed", 1), "c6": ("failed", 3)}
     assert not store.has("c3")
     store.refused = set()

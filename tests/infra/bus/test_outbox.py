@@ -1,4 +1,4 @@
-"""The relay on the real brokers: order per key, what a bus refuses, sending again, and leases that change hands."""
+"""Tests of the relay on real brokers: order per key, refused messages, sending again, and leases that change owner."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sent(NamedTuple):
 
 
 async def log_of(buses: Buses, topic: Topic, key: str | None = None) -> list[Sent]:
-    """What lies in the topic now, per partition in order."""
+    """The messages that are in the topic now, in order within each partition."""
     name = buses.prefix + topic.name
     consumer = AIOKafkaConsumer(bootstrap_servers=buses.kafka, auto_offset_reset="earliest", enable_auto_commit=False)
     await consumer.start()
@@ -195,7 +195,7 @@ async def test_what_is_sent_again_has_the_same_ids_and_order(buses: Buses, desk:
             assert await resend(await tx.connection(), SAMPLE_EVENTS.name, since=since) == 3
         await until(is_published(desk, *ids))
     sent = [message.id for message in await log_of(buses, SAMPLE_EVENTS, "again")]
-    # More than twice where the relay was under way: its mark is refused, and it sends them once more.
+    # More than twice if the relay was sending at that time: its mark is refused, and it sends them once more.
     assert len(sent) >= 2 * len(ids)
     assert sent == ids * (len(sent) // len(ids))
 
@@ -245,7 +245,7 @@ async def test_a_relay_that_lost_its_leases_while_it_published_marks_nothing(bus
 
 @pytest.fixture(autouse=True)
 async def nothing_left_over(desk: Database) -> None:
-    """Of the other tests: what is pending there, and leases that have not run out."""
+    """Deletes the pending messages and the leases of the other tests."""
     async with desk.begin() as tx:
         for table in ("outbox", "outbox_held_back", "lease", "lease_member"):
             await tx.sql(f"DELETE FROM {table}")

@@ -1,4 +1,4 @@
-"""Provisioning against real brokers: what it makes, what it mends, and what it refuses to touch."""
+"""Tests of provisioning on real brokers: the things that it makes, changes, and refuses to change."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ async def workers(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[
     await running.start()
     async with buses.drainer(desk, subscription), buses.relay(desk, publisher):
         yield
-    # A connection that is forgotten outlives the loop, and fails whatever test comes then.
+    # A connection that stays open outlives the loop, and the next test would fail.
     await publisher.stop()
     await running.stop()
 
@@ -194,7 +194,7 @@ async def test_what_the_broker_gives_up_is_a_dead_letter_too(working: Database, 
 async def test_a_message_that_nobody_acknowledged_comes_again_to_the_next_process(
     buses: Buses, desk: Database, handler: Desk
 ) -> None:
-    """The stop drains: what was prefetched and not handled goes back and is not lost."""
+    """The stop drains: messages that were prefetched and not handled go back to the queue."""
     async with workers(buses, desk, handler):
         for n in range(30):
             await send(buses, f"many {n}")

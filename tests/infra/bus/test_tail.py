@@ -1,4 +1,4 @@
-"""The tail: every process hears what comes from now on, and knows when it may have missed something."""
+"""Tests of the tail: every process gets all new messages, and is told when it may have missed some."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tooling.testing.stack import Stack
 
 @dataclass
 class Listener:
-    """What one process hears."""
+    """The messages that one process gets."""
 
     texts: list[str] = field(default_factory=list)
     begun: int = 0

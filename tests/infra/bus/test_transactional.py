@@ -1,4 +1,4 @@
-"""The transactional reader: effects once, in order, with their offset; what fails is parked with its key."""
+"""Tests of the transactional reader: effects once, in order, with their offset; a failed message parks its key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Header = tuple[str, bytes]
 
 
 class Ledger:
-    """A handler that writes effects, and refuses what it is told to."""
+    """A handler that writes effects, and refuses the messages that a test names."""
 
     def __init__(self) -> None:
         self.refused: dict[str, Exception] = {}

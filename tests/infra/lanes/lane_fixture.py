@@ -29,7 +29,7 @@ TENANT = "tenant-1"
 
 
 class Parcel(msgspec.Struct, frozen=True):
-    """What the lanes of the tests carry."""
+    """The item of the tests' lanes."""
 
     number: int
 
@@ -42,7 +42,7 @@ def new_lane(**options: Any) -> Lane[Parcel]:
 
 @dataclass
 class Notes:
-    """What a handler was given, in order; fails as it is told to."""
+    """The items that a handler was given, in order. It fails with the errors that a test gives."""
 
     got: list[tuple[str, int]] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
@@ -135,7 +135,7 @@ async def all_over(database: Database, kind: Lane[Parcel]) -> None:
 
 
 async def steal(database: Database, kind: Lane[Parcel], *, seconds: float = 60.0) -> None:
-    """What another process does that finds the leases of the kind run out."""
+    """Claims all lanes of the kind, as another process does after their leases have expired."""
     async with database.begin() as tx:
         await tx.sql(
             "UPDATE lane SET owner = gen_random_uuid(), epoch = epoch + 1, "

@@ -1,4 +1,4 @@
-"""Effects: what is on record before, during and after a call, and what follows from it when the process went away."""
+"""Tests of effects: the records before, during and after a call, and the recovery after the process has ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS: list[Kind] = ["repeatable", "keyed", "once"]
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What the other side answers."""
+    """The answer of the other side."""
 
     number: int
 

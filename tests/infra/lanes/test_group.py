@@ -1,4 +1,4 @@
-"""Group commit: what is written at once shares a transaction, and each alone has its own end."""
+"""Tests of group commit: writes at the same time share a transaction, and each has its own outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lanes: order and exclusion within one, fairness among them, and what becomes of items that fail, wait or expire."""
+"""Tests of lanes: order and exclusion within one, fairness among them, and items that fail, wait or expire."""
 
 from __future__ import annotations
 
@@ -437,7 +437,7 @@ async def renewals(database: Database, kind: lanes.Lane[Parcel], count: int) -> 
 
 
 async def test_a_renewal_leaves_a_lane_alone_that_was_given_back_meanwhile(claims: Claims, desk: Database) -> None:
-    """Otherwise what is enqueued next would wait for the end of a lease that nobody has."""
+    """Otherwise the next item would wait for the end of a lease that no process has."""
     kind = new_lane()
     await put(desk, kind, "a", 1)
     [(lease, _)] = (await claims.claim(kind.name, "", 1, 1, {})).lanes
@@ -538,7 +538,7 @@ async def test_a_handler_that_cleans_up_after_its_lane_was_lost_is_left_to_it(wo
 
 
 async def test_nothing_is_written_for_a_lane_in_other_hands(world: World, notes: Notes) -> None:
-    """The lease is long, so nobody is cancelled: only the epoch stands in the way."""
+    """The lease is long, so no handler is cancelled: only the epoch prevents the write."""
     kind, after = new_lane(), new_lane()
 
     @kind.runner(concurrency=1)

@@ -1,4 +1,4 @@
-"""What the database does with sessions whose process does nothing more."""
+"""Tests of database sessions whose process does nothing more."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_a_lost_connection_is_passing_and_replaced(engine: AsyncEngine, be
             for _ in range(before):
                 await db.sql(connection, "SELECT 1")
             await db.sql(connection, "SELECT pg_terminate_backend(pg_backend_pid())")
-    # The statement's own error, and not that of the attempt to roll back what is gone.
+    # The statement's own error, and not the error of the rollback on the lost connection.
     assert lost.value.statement == "SELECT pg_terminate_backend(pg_backend_pid())"
     assert lost.value.connection_invalidated
     assert db.is_transient(lost.value)

@@ -71,7 +71,7 @@ async def test_leases_that_ran_out_are_taken_over_under_a_higher_epoch(desk: Dat
     await run_out(desk, dead)
     await refresh(heir)
     assert heir.held == dict.fromkeys(range(COUNT), 2)
-    # It was only asleep: what it believes to hold is gone, and it starts again with its share.
+    # It was only asleep: it has lost its leases, and starts again with its share.
     await refresh(dead, heir, dead)
     assert set(dead.held.values()) == {3}
     assert dead.held.keys().isdisjoint(heir.held)

@@ -1,4 +1,4 @@
-"""Roles and row-level security: what a role may see and do."""
+"""Tests of roles and row-level security: the rights of each role."""
 
 from __future__ import annotations
 

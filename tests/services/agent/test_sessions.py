@@ -53,7 +53,7 @@ async def test_a_branched_conversation_begins_with_the_last_exchange_of_its_pare
         for request in world.models.requests[-4:]
     ]
     assert asked[1] == ["Draft a plan", "Step one, step two.", "Shorter"]
-    # The channel does not see the thread, and the thread does not see what the channel said later.
+    # The channel does not see the thread, and the thread does not see the channel's later messages.
     assert asked[2] == ["Draft a plan", "Step one, step two.", "Other"]
     assert asked[3] == ["Draft a plan", "Step one, step two.", "Shorter", "One, two.", "Even shorter"]
 

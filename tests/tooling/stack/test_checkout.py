@@ -121,7 +121,7 @@ def test_root_is_told_that_the_engines_cannot_enter_a_state_folder(tmp_path: Pat
 
 
 def as_other(expression: str, **variables: str) -> str:
-    """The result of a check for a user without rights: if root runs the test, the user nobody."""
+    """The result of a check for a user without rights. If root runs the test, it is the user with number 65534."""
     program = f"""
 from pathlib import Path
 from tooling.stack import checkout, machine
