@@ -38,7 +38,7 @@ _LEFT_OUT = re.compile(
     r"_pb2|^infra/postgres/kernel/\d{4}_|^protos/(asyncapi|ws-schema|schemas/)|^tooling/testing/handbook/|^tests/.*\.(json|html|md)$"
     r"|^tooling/cli/words\.py$|^requirements|^LICENSE|^NOTICE"
     # Not rewritten yet.
-    r"|^infra/lanes/(effects|group|lane)\.py|^infra/observe/telemetry\.py|^infra/outgoing/addresses\.py"
+    r"|^infra/lanes/(effects|group)\.py|^infra/observe/telemetry\.py|^infra/outgoing/addresses\.py"
     r"|^infra/postgres/tx\.py|^infra/service/idempotency\.py|^infra/web/json_schema\.py"
 )
 
