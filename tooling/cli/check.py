@@ -14,9 +14,8 @@ import msgspec
 import typer
 
 from tooling.cli import contracts, words
+from tooling.cli.committed import ROOT, committed_files
 from tooling.cli.grpc_stubs import ProtoError
-
-ROOT = Path(__file__).parents[2]
 
 # Not searched in tests: their passwords are invented, and their stack generates its own.
 _IN_URL = "a password in a URL"
@@ -104,19 +103,6 @@ def _compatibility() -> str:
     except ProtoError as error:
         return str(error)
     return "\n".join(contracts.broken(contracts.committed(ROOT), generated) + contracts.bad_examples(ROOT))
-
-
-def committed_files(root: Path) -> dict[str, str]:
-    """Path → content of every text file that git tracks."""
-    listed = subprocess.run(
-        ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, encoding="utf-8", check=True
-    ).stdout
-    texts = {}
-    for path in filter(None, listed.split("\0")):
-        content = (root / path).read_bytes() if (root / path).is_file() else b""
-        if b"\0" not in content:
-            texts[path] = content.decode("utf-8", errors="replace")
-    return texts
 
 
 def unwanted(texts: dict[str, str]) -> list[str]:

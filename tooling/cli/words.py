@@ -98,7 +98,7 @@ def python_texts(source: str, *, with_strings: bool) -> Iterator[Text]:
 if __name__ == "__main__":
     import sys
 
-    from tooling.cli.check import ROOT, committed_files
+    from tooling.cli.committed import ROOT, committed_files
 
     chosen = {
         path: text for path, text in committed_files(ROOT).items() if path.startswith(tuple(sys.argv[1:] or ("",)))

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from tooling.cli import check
+from tooling.cli.committed import ROOT, committed_files
 
 
 # Each value is put together here, so that this file itself contains no forbidden line.
@@ -54,7 +55,7 @@ def test_only_files_that_git_tracks_are_read(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\0")
     subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True, capture_output=True)
     (tmp_path / "unknown.py").write_text("y")
-    assert check.committed_files(tmp_path) == {"known.py": "x"}
+    assert committed_files(tmp_path) == {"known.py": "x"}
 
 
 def test_all_checks_run_and_a_failure_ends_with_1(
@@ -140,7 +141,7 @@ def test_layers_are_kept_by_the_project_s_own_rules(tmp_path: Path) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     result = subprocess.run(
-        [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--config", check.ROOT / "pyproject.toml"],
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--config", ROOT / "pyproject.toml"],
         cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
