@@ -8,7 +8,7 @@ first attempt was. An operator only marks a row: ``redriving`` or ``discarded``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.clock import uuid7
 from infra.postgres.db import sql, storable
+
+# Longer than any message can be delivered again.
+CLOSED_FOR = timedelta(days=45)
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +107,39 @@ async def park(connection: AsyncConnection, consumer: str, topic: str, key: str)
         consumer,
         topic,
         key,
+    )
+
+
+async def erase(connection: AsyncConnection, tenant_id: str, subject_id: str) -> None:
+    """Deletes the payload of every dead letter of the tenant that names the subject. A redrive of it then fails."""
+    await sql(
+        connection,
+        """
+        UPDATE dead_letter
+        SET payload = '', error = error || ' (the payload was erased with its subject)'
+        WHERE tenant_id = $1 AND position(convert_to($2, 'UTF8') IN payload) > 0
+        """,
+        tenant_id,
+        subject_id,
+    )
+
+
+async def prune(connection: AsyncConnection) -> None:
+    """Deletes dead letters that were redriven and are older than CLOSED_FOR.
+
+    Discarded ones stay, without a payload: a replay must skip their messages.
+    """
+    await sql(
+        connection,
+        """
+        DELETE FROM dead_letter
+        WHERE id IN (
+            SELECT id FROM dead_letter
+            WHERE state = 'redriven' AND last_failed_at < clock_timestamp() - $1::interval
+            LIMIT 10000
+        )
+        """,
+        CLOSED_FOR,
     )
 
 

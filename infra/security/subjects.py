@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
+from infra.postgres import dead_letters
 from infra.postgres.tx import Tx
 from infra.security.crypto import KEY_BYTES, Cipher, DataKey
 from protos.catalog import PLATFORM_EVENTS
@@ -96,10 +97,14 @@ async def destroy(tx: Tx, tenant_id: str, subject_id: str) -> None:
 
 
 def erasure(service: str) -> Subscription:
-    """The subscription that destroys the keys of erased subjects. Every service that keeps personal content has it."""
+    """The subscription that destroys the keys of erased subjects, and the payloads of their dead letters.
+
+    Every service that keeps personal content has it.
+    """
 
     @PLATFORM_EVENTS.each(SubjectErased, group=service)
     async def erase_subject(event: SubjectErased, tx: Tx) -> None:
         await destroy(tx, event.tenant_id, event.subject_id)
+        await dead_letters.erase(await tx.connection(), event.tenant_id, event.subject_id)
 
     return erase_subject

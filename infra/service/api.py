@@ -105,6 +105,16 @@ def _having(scope: str) -> Callable[[Request], Identity]:
     return check
 
 
+def _operator_or_having(scope: str) -> Callable[[Request], Identity]:
+    def check(request: Request) -> Identity:
+        identity = _identity(request)
+        if identity.tenant_id and scope not in identity.scopes:
+            raise Forbidden(f"the scope {scope} is missing")
+        return identity
+
+    return check
+
+
 def _operator(request: Request) -> Identity:
     identity = _identity(request)
     if identity.tenant_id:
@@ -112,13 +122,16 @@ def _operator(request: Request) -> Identity:
     return identity
 
 
-# Arguments of a handler. All except the last two belong to a tenant.
+# Arguments of a handler. All except the last four belong to a tenant.
 Reader = Annotated[Identity, Depends(_having("read"))]
 Runner = Annotated[Identity, Depends(_having("run"))]
 Writer = Annotated[Identity, Depends(_having("write"))]
 Admin = Annotated[Identity, Depends(_having("admin"))]
 Operator = Annotated[Identity, Depends(_operator)]
 Anyone = Annotated[Identity, Depends(_identity)]
+# The operator, or a tenant's key with the scope.
+Viewer = Annotated[Identity, Depends(_operator_or_having("read"))]
+Editor = Annotated[Identity, Depends(_operator_or_having("write"))]
 
 
 @dataclass(frozen=True)

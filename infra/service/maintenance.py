@@ -37,6 +37,8 @@ class Maintenance:
                     async with self._database.begin() as tx:
                         await inbox.maintain(await tx.connection())
                     async with self._database.begin() as tx:
+                        await dead_letters.prune(await tx.connection())
+                    async with self._database.begin() as tx:
                         await lane.forget(tx)
             except Exception as error:
                 get_logger("infra.service.maintenance").warning("maintenance failed; will retry", error=describe(error))

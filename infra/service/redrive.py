@@ -68,14 +68,16 @@ async def request_redrive(tx: Tx, ids: Sequence[UUID], *, actor: str, force: boo
 
 
 async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
-    """Gives up a dead letter for good. The row stays, and a later copy of its message is dropped as handled.
+    """Gives up a dead letter for good, and deletes its payload, which may contain people's text.
+
+    The row stays, and a later copy of its message is dropped as handled.
 
     Raises NotFound, and Conflict for a dead letter that is not open.
     """
     state, message_id, consumer, *_ = await _locked(tx, id_)
     if state not in ("failed", "waiting"):
         raise Conflict(f"dead letter {id_}: is {state}; must be failed or waiting to be discarded")
-    await tx.sql("UPDATE dead_letter SET state = 'discarded' WHERE id = $1", id_)
+    await tx.sql("UPDATE dead_letter SET state = 'discarded', payload = '' WHERE id = $1", id_)
     if not message_id.startswith("sha256:"):
         await mark_handled(await tx.connection(), consumer, [UUID(message_id)])
     audit(tx, actor, "dead_letter.discard", "dead_letter", str(id_), consumer=consumer)

@@ -12,7 +12,7 @@ from pydantic import AwareDatetime
 from starlette.routing import BaseRoute
 
 from infra.errors import InvalidMessage, NotFound, RetryLater
-from infra.service.api import Anyone, Paging, Reader, api, page
+from infra.service.api import Paging, Reader, Viewer, api, page
 from infra.service.service import Runtime
 from services.billing import operator_api, prices_api, reports
 from services.billing.reconciliation import Reconciliation, reconcile
@@ -84,7 +84,7 @@ def _tenants(runtime: Runtime) -> APIRouter:
             return await reports.verdict(tx, who.tenant_id, usage_id)
 
     @router.get("/reconciliation")
-    async def get_reconciliation(who: Anyone) -> Reconciliation:
+    async def get_reconciliation(who: Viewer) -> Reconciliation:
         """Compares the usage that services produced with the verdicts. The operator gets the figures of all tenants."""
         return await reconcile(runtime, who.tenant_id or None)
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Anyone, Operator, Paging, page
+from infra.service.api import Operator, Paging, Viewer, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import accounts, reports, usage
@@ -95,7 +95,7 @@ def router(runtime: Runtime) -> APIRouter:
         return await once(request, runtime, who, work)
 
     @router.get("/held")
-    async def get_held(who: Anyone, paging: Paging, tenant_id: Annotated[str | None, Query()] = None) -> dict[str, Any]:
+    async def get_held(who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query()] = None) -> dict[str, Any]:
         """Lists the held records. A tenant sees its own records."""
         try:
             after = msgspec.json.decode(paging.after or '["",""]', type=tuple[str, str])

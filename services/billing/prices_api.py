@@ -13,7 +13,7 @@ from starlette.responses import Response
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Anyone, Operator, Paging, page
+from infra.service.api import Operator, Paging, Viewer, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import price_book
@@ -61,7 +61,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.get("")
     async def get_prices(
-        who: Anyone,
+        who: Viewer,
         paging: Paging,
         resource: Annotated[
             str | None, Query(description="all versions of this resource, or of the resource that it is an alias of")

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Depends, Query
 
 from infra.errors import Forbidden, InvalidMessage
-from infra.security.auth import Identity
-from infra.service.api import Anyone
-
-
-def _having(scope: str) -> Callable[[Identity], Identity]:
-    def check(who: Anyone) -> Identity:
-        if who.tenant_id and scope not in who.scopes:
-            raise Forbidden(f"the key needs the scope {scope}")
-        return who
-
-    return check
-
-
-Viewer = Annotated[Identity, Depends(_having("read"))]
-Editor = Annotated[Identity, Depends(_having("write"))]
+from infra.service.api import Viewer
 
 
 def _tenant(who: Viewer, tenant_id: Annotated[str | None, Query(max_length=200)] = None) -> str | None:

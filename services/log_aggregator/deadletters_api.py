@@ -12,12 +12,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
 from infra.errors import InvalidMessage, NotFound, Transient
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
 from infra.security.auth import Identity
-from infra.service.api import Paging, page
+from infra.service.api import Editor, Paging, Viewer, page
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
-from services.log_aggregator.access import Editor, Viewer
 from services.log_aggregator.settings import operations
 
 _SAFE = ["clawbus.ops.v1.Operations/ListDeadLetters", "clawbus.ops.v1.Operations/GetDeadLetter"]
@@ -68,6 +69,13 @@ def router(runtime: Runtime) -> APIRouter:
     @routes.get("/api/v1/deadletters/{id}")
     async def get_dead_letter(id: UUID, who: Viewer) -> DeadLetter:
         _, letter = await services.find(who, id)
+
+        async def work(tx: Tx) -> None:
+            # The payload may contain people's text.
+            audit(tx, who.actor, "dead_letter.read", "dead_letter", str(id), service=letter.service)
+
+        database = runtime.request if who.tenant_id else runtime.worker
+        await database.run(work, tenant_id=who.tenant_id or None)
         return letter
 
     @routes.post("/api/v1/deadletters/{id}/redrive", status_code=202)

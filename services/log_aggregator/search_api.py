@@ -10,10 +10,10 @@ from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
 
 from infra.errors import InvalidMessage
-from infra.service.api import Paging, page
+from infra.service.api import Paging, Viewer, page
 from infra.service.service import Runtime
 from services.log_aggregator import adapters
-from services.log_aggregator.access import RequestedTenant, Viewer
+from services.log_aggregator.access import RequestedTenant
 
 # OpenSearch returns at most this many documents at once.
 MAX_SPANS = 10_000

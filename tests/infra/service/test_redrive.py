@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -11,10 +12,11 @@ from prometheus_client import CollectorRegistry
 
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
+from infra.postgres import dead_letters
 from infra.postgres.db import sql
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Database, Tx
-from infra.service.redrive import Drainer, request_redrive
+from infra.service.redrive import Drainer, discard, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from tests.infra.bus.conftest import until
@@ -200,3 +202,59 @@ async def test_a_failed_head_stays_the_head(ledger_database: Database, ledger: L
     assert await drainer.step()
     assert not await drainer.step()
     assert await states(ledger_database, "failing") == ["failed", "waiting"]
+
+
+async def store(database: Database, tenant_id: str, payload: bytes, state: str = "failed") -> UUID:
+    letter = DeadLetter(
+        destination="t",
+        place="",
+        message_id=str(uuid7()),
+        key=None,
+        tenant_id=tenant_id,
+        attempts=1,
+        error="ValueError",
+        headers="{}",
+        payload=payload,
+        state=state,
+    )
+    async with database.begin() as tx:
+        await store_dead_letters(await tx.connection(), GROUP, "kafka", [letter])
+        [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE message_id = $1", letter.message_id)
+    return UUID(str(id_))
+
+
+async def payloads(database: Database, *ids: UUID) -> list[bytes]:
+    async with database.begin() as tx:
+        rows = {UUID(str(id_)): payload for id_, payload in await tx.sql("SELECT id, payload FROM dead_letter")}
+    return [rows[id_] for id_ in ids]
+
+
+async def test_a_discarded_dead_letter_keeps_no_payload(ledger_database: Database) -> None:
+    id_ = await store(ledger_database, "t1", b"hello canary")
+    async with ledger_database.begin() as tx:
+        await discard(tx, id_, actor="operator")
+    assert await payloads(ledger_database, id_) == [b""]
+
+
+async def test_the_erasure_of_a_subject_reaches_its_dead_letters(ledger_database: Database) -> None:
+    ours = await store(ledger_database, "t1", b'{"subject_id":"person-7","text":"canary"}')
+    other = await store(ledger_database, "t1", b'{"subject_id":"person-8","text":"stays"}')
+    theirs = await store(ledger_database, "t2", b'{"subject_id":"person-7","text":"stays"}')
+    async with ledger_database.begin() as tx:
+        await dead_letters.erase(await tx.connection(), "t1", "person-7")
+    found = await payloads(ledger_database, ours, other, theirs)
+    assert found[0] == b""
+    assert all(b"stays" in payload for payload in found[1:])
+
+
+async def test_old_redriven_dead_letters_are_deleted_and_open_ones_stay(ledger_database: Database) -> None:
+    redriven, failed = [await store(ledger_database, "t1", b"x", state) for state in ("redriven", "failed")]
+    young = await store(ledger_database, "t1", b"x", "redriven")
+    async with ledger_database.begin() as tx:
+        await tx.sql(
+            "UPDATE dead_letter SET last_failed_at = now() - interval '46 days' WHERE id = ANY($1::uuid[])",
+            [redriven, failed],
+        )
+        await dead_letters.prune(await tx.connection())
+        left = {UUID(str(id_)) for (id_,) in await tx.sql("SELECT id FROM dead_letter")}
+    assert left == {failed, young}

@@ -171,7 +171,9 @@ async def test_no_tenant_sees_the_records_of_another_tenant(billing: Billing) ->
     assert (await theirs.get("held", tenant_id=ours.id))["items"] == []
     assert len((await theirs.get("ledger"))["items"]) == 1
     reader = billing.platform.client("billing", ours.id, scopes=("run",))
-    assert (await reader.get("/api/v1/billing/balance")).status_code == 403
+    for path in ("balance", "usage", "usage/summary", "ledger", "verdicts/run/1/1", "held", "reconciliation"):
+        assert (await reader.get(f"/api/v1/billing/{path}")).status_code == 403, path
+    assert (await reader.get("/api/v1/prices")).status_code == 403
     await reader.aclose()
     held = (await billing.operator.get("/api/v1/billing/held", params={"tenant_id": ours.id})).json()["items"]
     assert [(item["tenant_id"], item["usage_id"]) for item in held] == [(ours.id, "run/1/2")]

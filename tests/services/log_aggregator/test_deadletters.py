@@ -131,6 +131,19 @@ async def test_a_redriven_dead_letter_is_processed_and_audited(services: Platfor
     ]
 
 
+async def test_reading_a_dead_letter_is_audited(services: Platform, tenant: str) -> None:
+    id_ = await fail(services, "user", tenant)
+    async with services.client("log_aggregator", tenant, actor="member:m") as client:
+        assert (await client.get(f"/api/v1/deadletters/{id_}")).status_code == 200
+    async with services.client("log_aggregator", "") as client:
+        assert (await client.get(f"/api/v1/deadletters/{id_}")).status_code == 200
+    acts = [act for _, act in await services.outbox("log_aggregator", "audit.logs") if act["object_id"] == id_]
+    assert [(act["actor"], act["action"], act["tenant_id"], act["details"]) for act in acts] == [
+        ("member:m", "dead_letter.read", tenant, {"service": "user"}),
+        ("operator", "dead_letter.read", None, {"service": "user"}),
+    ]
+
+
 async def test_a_discarded_dead_letter_is_not_listed(services: Platform, tenant: str) -> None:
     id_ = await fail(services, "log_aggregator", tenant)
     async with services.client("log_aggregator", tenant) as client:
