@@ -69,6 +69,12 @@ class DocumentView(BaseModel):
     error: str | None
     """The reason if the status is failed."""
     created_at: datetime
+    pages: int | None
+    """The number of pages or slides; null if the type has none, or the document was not read yet."""
+    pages_without_text: list[int]
+    """The numbers of the pages without text, for example scans: search does not find their content."""
+    warnings: list[str]
+    """Remarks about parts of the file that could not be read as they are."""
 
 
 class DocumentList(BaseModel):

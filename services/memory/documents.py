@@ -16,7 +16,10 @@ from infra.postgres.tx import Tx
 from infra.stores.objects import Stored
 from services.memory.domain import Chunk, codes
 
-_COLUMNS = "id, name, content_type, size, path, status, round(progress::numeric, 4)::float8, error, created_at"
+_COLUMNS = (
+    "id, name, content_type, size, path, status, round(progress::numeric, 4)::float8, error, created_at, "
+    "pages, pages_without_text, warnings"
+)
 
 
 class Document(NamedTuple):
@@ -32,6 +35,9 @@ class Document(NamedTuple):
     """From 0 to 1."""
     error: str | None
     created_at: datetime
+    pages: int | None
+    pages_without_text: list[int]
+    warnings: list[str]
 
 
 class Passage(NamedTuple):
@@ -118,6 +124,19 @@ async def advance(tx: Tx, id_: UUID, status: str, progress: float, error: str | 
             progress,
             error,
         )
+    )
+
+
+async def set_findings(
+    tx: Tx, id_: UUID, pages: int | None, pages_without_text: Sequence[int], warnings: Sequence[str]
+) -> None:
+    """Stores the remarks of the parser about the document."""
+    await tx.sql(
+        "UPDATE document SET pages = $2, pages_without_text = $3, warnings = $4 WHERE id = $1",
+        id_,
+        pages,
+        list(pages_without_text),
+        list(warnings),
     )
 
 

@@ -47,8 +47,9 @@ async def remember_reply(event: RunCompleted, tx: Tx, conversations: Conversatio
         _enqueue_utterance(tx, event.run_id, "forget", utcnow() + KEEP)
 
 
-# Parsing and embedding use all processors: more documents at once would only make each of them slower.
-@DOCUMENTS.runner(concurrency=2)
+# One document per tenant at a time, so that a tenant's large or hostile files keep no other tenant waiting. Parsing and
+# embedding use all processors: more documents at once would only make each of them slower.
+@DOCUMENTS.runner(concurrency=3, per_tenant=1)
 async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing) -> None:
     match item.act:
         case "index":

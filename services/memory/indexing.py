@@ -6,20 +6,24 @@ Each stage commits its results. After a crash the next process continues with th
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import UUID
 
 import msgspec
 
 import infra
-from infra.errors import NotFound, Transient, Unanswered
+from infra.errors import NotFound, NotYet, Transient, Unanswered
 from infra.failpoint import failpoint
 from infra.lanes.claims import LaneLost
 from infra.lanes.effects import Effects, Outcome
@@ -27,7 +31,7 @@ from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.tx import Tx
 from infra.stores.objects import Objects
-from services.memory import documents
+from services.memory import confinement, documents
 from services.memory.documents import Document, Passage
 from services.memory.domain import Chunk, count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
@@ -35,6 +39,10 @@ from services.memory.index import INSERT_ROWS, Index, Row
 from services.memory.usage import record_usage
 
 PARSE_SECONDS = 600.0
+# A parser without output is stopped within this time after its document was deleted.
+CHECK_SECONDS = 2.0
+# After this time a document gives its place to other documents.
+TURN_SECONDS = 10.0
 _STORE_ROWS = 500
 # The progress of the document at the end of each stage.
 _PARSED, _CHUNKED, _EMBEDDED = 0.1, 0.2, 0.9
@@ -99,7 +107,16 @@ class Indexing:
             # An earlier attempt may have stored some of the passages.
             await documents.drop_passages(tx, document.id)
         count = 0
-        async with self._local_file(document) as path, aclosing(_parsed(path, document.content_type)) as parsed:
+        findings = Findings()
+
+        async def check() -> None:
+            async with effects.begin() as tx:
+                await documents.get(tx, document.id)
+
+        async with (
+            self._local_file(document) as file,
+            aclosing(_parsed(file, document.content_type, findings, check)) as parsed,
+        ):
             async for chunks in parsed:
                 async with effects.begin() as tx:
                     await _advance(tx, document.id, "parsed", _PARSED)
@@ -108,21 +125,26 @@ class Indexing:
         failpoint("after_passages")
         async with effects.begin() as tx:
             await _advance(tx, document.id, "chunked", _CHUNKED)
+            await documents.set_findings(
+                tx, document.id, findings.pages, findings.pages_without_text, findings.warnings
+            )
 
     @asynccontextmanager
-    async def _local_file(self, document: Document) -> AsyncIterator[str]:
+    async def _local_file(self, document: Document) -> AsyncIterator[IO[bytes]]:
         try:
             async with self._objects.fetch(document.path) as stored:
-                with tempfile.NamedTemporaryFile() as file:
+                # Without a name: only the process that gets the open file can read it.
+                with tempfile.TemporaryFile() as file:
                     await asyncio.to_thread(shutil.copyfileobj, stored, file)
                     file.flush()
-                    yield file.name
+                    yield file
         except NotFound as error:
             raise _Refused("The stored file no longer exists. Upload the document again.") from error
 
     async def _embed(self, id_: UUID, effects: Effects) -> None:
         async with effects.begin() as tx:
             total = await documents.passage_count(tx, id_)
+        began = time.monotonic()
         while True:
             async with effects.begin() as tx:
                 passages = await documents.without_vector(tx, id_, self._embedder.model, BATCH)
@@ -130,6 +152,9 @@ class Indexing:
                     await _advance(tx, id_, "embedded", _EMBEDDED)
                     return
             await self._embed_batch(id_, passages, total, effects)
+            if time.monotonic() - began > TURN_SECONDS:
+                # A large document takes hours. The vectors made so far are stored.
+                raise NotYet(timedelta(0), "the other documents have their turn")
 
     async def _embed_batch(self, id_: UUID, passages: Sequence[Passage], total: int, effects: Effects) -> None:
         first = passages[0].n
@@ -191,12 +216,25 @@ class _ParserDied(Exception):
     """The parser process ended before the end of the document."""
 
 
-async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
-    """The file's passages in batches. Raises _Refused."""
+@dataclass
+class Findings:
+    """The remarks of the parser about a document, complete after its last passage."""
+
+    pages: int | None = None
+    pages_without_text: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+Check = Callable[[], Awaitable[None]]
+"""Raises NotFound if the document was deleted meanwhile."""
+
+
+async def _parsed(file: IO[bytes], type_: str, findings: Findings, check: Check) -> AsyncGenerator[list[Chunk], None]:
+    """The file's passages in batches. Fills `findings`. Raises _Refused and NotFound."""
     for is_last in (False, True):
         given = False
         try:
-            async with aclosing(_parsed_once(path, type_)) as parts:
+            async with aclosing(_parsed_once(file, type_, findings, check)) as parts:
                 async for chunks in parts:
                     yield chunks
                     given = True
@@ -207,50 +245,77 @@ async def _parsed(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
                 raise _Refused("The file cannot be read: the parser crashes on it.") from None
 
 
-async def _parsed_once(path: str, type_: str) -> AsyncGenerator[list[Chunk], None]:
-    """The file's passages from one parser process. Raises _Refused, _ParserDied."""
+async def _parsed_once(
+    file: IO[bytes], type_: str, findings: Findings, check: Check
+) -> AsyncGenerator[list[Chunk], None]:
+    """The file's passages from one parser process. Raises _Refused, _ParserDied and NotFound."""
+    # A parser that a file has taken over must not find the service's secrets in its memory.
+    confinement.hide_memory()
+    file.seek(0)
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "services.memory.parsing",
-            path,
             type_,
-            stdin=asyncio.subprocess.DEVNULL,
+            str(os.getpid()),
+            stdin=file,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
             cwd=_ROOT,
-            # Without the service's variables: a file that takes over the parser must not find secrets there.
+            # Without the service's variables, for the same reason.
             env={"PYTHONUTF8": "1"},
             limit=2**22,
         )
-        assert process.stdout is not None
-        deadline = time.monotonic() + PARSE_SECONDS
         chunks: list[Chunk] = []
         complete = False
         try:
-            while line := await asyncio.wait_for(process.stdout.readline(), deadline - time.monotonic()):
-                said = msgspec.json.decode(line)
-                if "error" in said:
-                    raise _Refused(said["error"])
-                if "text" in said:
-                    chunks.append(Chunk(**said))
-                complete = "chunks" in said
-                if len(chunks) == _STORE_ROWS:
-                    yield chunks
-                    chunks = []
-        except TimeoutError as error:
-            raise _Refused(f"The file could not be read within {PARSE_SECONDS / 60:g} minutes.") from error
+            async with aclosing(_lines(process, check)) as lines:
+                async for line in lines:
+                    said = msgspec.json.decode(line)
+                    if "error" in said:
+                        raise _Refused(said["error"])
+                    if "unconfined" in said:
+                        _log.warning("parser process is not fully confined", missing=said["unconfined"])
+                    if "text" in said:
+                        chunks.append(Chunk(**said))
+                    if complete := "chunks" in said:
+                        findings.pages = said["pages"]
+                        findings.pages_without_text = said["pages_without_text"]
+                        findings.warnings = said["warnings"]
+                    if len(chunks) == _STORE_ROWS:
+                        yield chunks
+                        chunks = []
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
         if not complete:
+            if process.returncode == -signal.SIGXCPU:
+                raise _Refused(f"The file could not be read within {confinement.MAX_CPU_SECONDS} s of processor time.")
             errors.seek(0)
             output = errors.read()[-2000:].decode(errors="replace")
             _log.error("parser process died", code=process.returncode, output=output)
             raise _ParserDied
         yield chunks
+
+
+async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGenerator[bytes, None]:
+    """The lines of a parser process. Raises _Refused after PARSE_SECONDS, and NotFound."""
+    assert process.stdout is not None
+    deadline = time.monotonic() + PARSE_SECONDS
+    while True:
+        reading = asyncio.ensure_future(process.stdout.readline())
+        try:
+            while not (await asyncio.wait({reading}, timeout=CHECK_SECONDS))[0]:
+                if time.monotonic() > deadline:
+                    raise _Refused(f"The file could not be read within {PARSE_SECONDS / 60:g} minutes.")
+                await check()
+        finally:
+            reading.cancel()
+        if not (line := reading.result()):
+            return
+        yield line
 
 
 async def _advance(tx: Tx, id_: UUID, status: str, progress: float) -> None:

@@ -1,90 +1,155 @@
-"""Parses a document's file into passages, in its own process: ``python -m services.memory.parsing FILE TYPE``.
+"""Parses a document into passages, in its own process: ``python -m services.memory.parsing TYPE PARENT < FILE``.
 
-A hostile file can crash its parser, exhaust memory or never end. It affects only this process, which has neither the
-service's environment nor its event loop. The output is one JSON object per line: ``{"error"}``, or
-``{"parsed": true}``, then ``{"text","section","page","tokens"}`` for each passage, then ``{"chunks": n}``.
+A hostile file can crash its parser, exhaust memory, never end, or take the parser over. It affects only this process,
+which `confinement` has cut off from the machine. The output is one JSON object per line: ``{"error"}``, or
+``{"parsed": true}``, then ``{"text","section","page","tokens"}`` for each passage, then
+``{"chunks": n, "pages", "pages_without_text", "warnings"}``. A first line ``{"unconfined": […]}`` names the
+protections that the machine does not allow.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
 import re
-import resource
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from typing import IO, Any, Protocol
 
 import msgspec
 
 from infra.stores import filetypes as types
+from services.memory import charsets, confinement, markup, spreadsheets
 from services.memory.domain import Block, Chunk, chunk, sections
 
-MAX_MEMORY_BYTES = 3 * 1024**3
+# A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
+MAX_UNPACKED_BYTES = 512 * 1024**2
+
 _KINDS = {types.PDF: "PDF", types.DOCX: "Word document", types.XLSX: "spreadsheet", types.PPTX: "presentation"}
-_ENDINGS = {types.DOCX: ".docx", types.XLSX: ".xlsx", types.PPTX: ".pptx", types.HTML: ".html"}
+_LIBRARIES = {types.PDF: "pypdfium2", types.DOCX: "mammoth", types.XLSX: "openpyxl", types.PPTX: "pptx"}
+_ARCHIVES = (types.DOCX, types.XLSX, types.PPTX)
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
-_SPACES = re.compile(r"[ \t\u00a0]{9,}")
+_SPACES = re.compile(r"[^\S\n]{9,}")
 _EMPTY_LINES = re.compile(r"\n\s*\n\s*\n")
-_SLIDE = re.compile(r"<!-- Slide number: (\d+) -->")
 
 
 class Unreadable(Exception):
     """The file cannot be read. The message gives the reason to the person who uploaded it."""
 
 
-def read(path: str, type_: str) -> Iterator[Block]:
-    """The text of a file of this MIME type. Raises Unreadable."""
-    if type_ == types.PDF:
-        yield from _pdf(path)
-    elif type_ in (types.TEXT, types.MARKDOWN):
-        text = _decoded(path)
-        yield from sections(text) if type_ == types.MARKDOWN else [Block(text)]
-    elif type_ == types.PPTX:
-        # [text before the first slide, number, text, number, text …]
-        _, *slides = _SLIDE.split(_converted(path, type_))
-        for number, text in zip(slides[::2], slides[1::2], strict=True):
-            for block in sections(text):
-                yield block._replace(page=int(number))
-    else:
-        yield from sections(_converted(path, type_))
+class Decoder(Protocol):
+    def __call__(self, content: bytes, /) -> tuple[str, str]: ...
 
 
-def _converted(path: str, type_: str) -> str:
-    from markitdown import MarkItDown, StreamInfo
+class Reader:
+    """Reads one file of a MIME type. `pages`, `pages_without_text` and `warnings` are complete after the last block."""
 
-    info = StreamInfo(mimetype=type_, extension=_ENDINGS[type_])
-    with open(path, "rb") as file:
-        return _clean(MarkItDown(enable_plugins=False).convert_stream(file, stream_info=info).markdown)
+    def __init__(self, file: IO[bytes], type_: str) -> None:
+        self._file = file
+        self._type = type_
+        self.pages: int | None = None
+        self.pages_without_text: list[int] = []
+        self.warnings: list[str] = []
+
+    def blocks(self) -> Iterator[Block]:
+        """The text of the file. Raises Unreadable."""
+        if self._type in _ARCHIVES:
+            self._check_size()
+        match self._type:
+            case types.PDF:
+                yield from self._page_blocks(self._pdf())
+            case types.PPTX:
+                yield from self._page_blocks(self._slides())
+            case types.XLSX:
+                yield from spreadsheets.sheets(self._file)
+            case types.DOCX:
+                yield from sections(_clean(markup.markdown(self._word())))
+            case types.HTML:
+                yield from sections(_clean(self._decoded(markup.html_markdown)))
+            case types.MARKDOWN:
+                yield from sections(_clean(self._decoded(charsets.decode)))
+            case _:
+                yield Block(_clean(self._decoded(charsets.decode)))
+        if self.pages_without_text:
+            shown = ", ".join(map(str, self.pages_without_text[:20])) + (
+                ", …" if len(self.pages_without_text) > 20 else ""
+            )
+            self.warnings.append(f"Pages without text: {shown}. Text in images, such as scans, is not read.")
+
+    def _check_size(self) -> None:
+        with zipfile.ZipFile(self._file) as archive:
+            # The sizes that the directory states: the unpacker does not go beyond them.
+            if sum(part.file_size for part in archive.infolist()) > MAX_UNPACKED_BYTES:
+                raise Unreadable(f"The file is larger than {MAX_UNPACKED_BYTES // 1024**2} MiB when it is unpacked.")
+        self._file.seek(0)
+
+    def _page_blocks(self, pages: Iterator[list[Block]]) -> Iterator[Block]:
+        """The blocks of all pages with their page's number."""
+        self.pages = 0
+        for blocks in pages:
+            self.pages += 1
+            if not any(block.text.strip() for block in blocks):
+                self.pages_without_text.append(self.pages)
+            for block in blocks:
+                yield block._replace(page=self.pages)
+
+    def _pdf(self) -> Iterator[list[Block]]:
+        from pypdfium2 import PdfDocument, PdfiumError  # type: ignore[import-untyped]
+
+        try:
+            document = PdfDocument(self._file)
+        except PdfiumError as error:
+            if "password" in str(error).lower():
+                raise Unreadable("The PDF is encrypted. Upload it without a password.") from error
+            raise
+        for number in range(len(document)):
+            page = document[number]
+            words = page.get_textpage()
+            yield [Block(_clean(words.get_text_bounded()))]
+            words.close()
+            page.close()
+
+    def _slides(self) -> Iterator[list[Block]]:
+        from pptx import Presentation
+
+        for slide in Presentation(self._file).slides:
+            title = slide.shapes.title
+            shown = title is not None and title.text.strip()
+            lines = [f"# {' '.join(title.text.split())}"] if shown else []
+            others = [shape for shape in slide.shapes if not (shown and shape.shape_id == title.shape_id)]
+            lines += [text for shape in others for text in _shape_texts(shape)]
+            if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+                lines.append(slide.notes_slide.notes_text_frame.text)
+            yield list(sections(_clean("\n\n".join(lines))))
+
+    def _word(self) -> str:
+        import mammoth  # type: ignore[import-untyped]
+
+        # Pictures are left out: in the text they would be long numbers.
+        no_picture = mammoth.images.img_element(lambda image: {})
+        return str(mammoth.convert_to_html(self._file, convert_image=no_picture).value)
+
+    def _decoded(self, decode: Decoder) -> str:
+        try:
+            text, encoding = decode(self._file.read())
+        except charsets.UnknownEncoding:
+            raise Unreadable("The character encoding of the text is not recognised. Save the file as UTF-8.") from None
+        if encoding not in ("utf-8", "utf-16"):
+            self.warnings.append(f"The text was read in the character encoding {encoding}.")
+        return text
 
 
-def _pdf(path: str) -> Iterator[Block]:
-    # markitdown does not give page numbers.
-    from pypdfium2 import PdfDocument, PdfiumError  # type: ignore[import-untyped]
-
-    try:
-        document = PdfDocument(path)
-    except PdfiumError as error:
-        if "password" in str(error).lower():
-            raise Unreadable("The PDF is encrypted. Upload it without a password.") from error
-        raise
-    for number in range(len(document)):
-        page = document[number]
-        words = page.get_textpage()
-        yield Block(_clean(words.get_text_bounded()), None, number + 1)
-        words.close()
-        page.close()
-
-
-def _decoded(path: str) -> str:
-    from charset_normalizer import from_bytes
-
-    with open(path, "rb") as file:
-        content = file.read()
-    with suppress(UnicodeDecodeError):
-        return _clean(content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"))
-    # A sample is enough for the guess, and the file may be large.
-    guess = from_bytes(content[:65_536]).best()
-    return _clean(content.decode(guess.encoding if guess else "latin-1", errors="replace"))
+def _shape_texts(shape: Any) -> Iterator[str]:
+    """The texts of a shape of a slide: of its text, its table, or the shapes of its group."""
+    waiting = [shape]
+    while waiting:
+        shape = waiting.pop()
+        if hasattr(shape, "shapes"):
+            waiting += reversed(list(shape.shapes))
+        elif getattr(shape, "has_table", False) and shape.has_table:
+            yield spreadsheets.table([[cell.text for cell in row.cells] for row in shape.table.rows])
+        elif shape.has_text_frame:
+            yield shape.text_frame.text
 
 
 def _clean(text: str) -> str:
@@ -92,10 +157,10 @@ def _clean(text: str) -> str:
     return _EMPTY_LINES.sub("\n\n", _SPACES.sub(" " * 8, text))
 
 
-def passages(path: str, type_: str) -> Iterator[Chunk]:
+def passages(reader: Reader, type_: str) -> Iterator[Chunk]:
     """The file's passages. Raises Unreadable, also if the file has no text."""
     try:
-        yield from _some(chunk(read(path, type_)))
+        yield from _some(chunk(reader.blocks()))
     except (Unreadable, ImportError):
         raise
     except MemoryError as error:
@@ -114,25 +179,39 @@ def _some(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         raise Unreadable("The file has no text, or is damaged. Text in images, such as scans, is not read.")
 
 
-def main() -> None:
-    os.nice(10)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+def main(type_: str, parent: str) -> None:
+    confinement.limit()
+    # Everything is imported now: the confined process may be unable to read Python's files.
+    charsets.preload()
+    if library := _LIBRARIES.get(type_):
+        importlib.import_module(library)
+    missing = confinement.confine(int(parent))
     encoder = msgspec.json.Encoder()
 
     def say(line: object) -> None:
         sys.stdout.buffer.write(encoder.encode(line) + b"\n")
 
+    if missing:
+        say({"unconfined": missing})
     count = 0
+    reader = Reader(sys.stdin.buffer, type_)
     try:
-        for count, found in enumerate(passages(*sys.argv[1:]), 1):
+        for count, found in enumerate(passages(reader, type_), 1):
             if count == 1:
                 say({"parsed": True})
             say(found._asdict())
-        say({"chunks": count})
+        say(
+            {
+                "chunks": count,
+                "pages": reader.pages,
+                "pages_without_text": reader.pages_without_text,
+                "warnings": reader.warnings,
+            }
+        )
     except Unreadable as error:
         say({"error": str(error)})
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

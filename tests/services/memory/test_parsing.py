@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +18,30 @@ from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
 
-def read(folder: Path, content: bytes, type_: str) -> tuple[list[dict[str, Any]], str | None]:
-    """The passages, or the reason why there are none."""
+def parse(folder: Path, content: bytes, type_: str) -> list[dict[str, Any]]:
+    """The lines of the parser."""
     path = folder / "file"
     path.write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, "-m", "services.memory.parsing", str(path), type_],
-        cwd=CHECKOUT,
-        env={"PYTHONUTF8": "1"},
-        capture_output=True,
-        check=True,
-        timeout=60,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    with path.open("rb") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "services.memory.parsing", type_, str(os.getpid())],
+            stdin=file,
+            cwd=CHECKOUT,
+            env={"PYTHONUTF8": "1"},
+            capture_output=True,
+            check=False,
+            timeout=150,
+        )
+    assert done.returncode == 0, done.stderr.decode()
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def read(folder: Path, content: bytes, type_: str) -> tuple[list[dict[str, Any]], str | None]:
+    """The passages, or the reason why there are none."""
+    lines = parse(folder, content, type_)
     passages = [line for line in lines if "text" in line]
     error = next((line["error"] for line in lines if "error" in line), None)
-    assert error or lines[-1] == {"chunks": len(passages)}
+    assert error or lines[-1]["chunks"] == len(passages)
     return passages, error
 
 
@@ -99,7 +110,7 @@ def test_every_passage_of_a_long_table_has_the_header(tmp_path: Path) -> None:
         (files.pdf(["secret"], encrypted=True), types.PDF, "encrypted"),
         (files.pdf(["cut"])[:300], types.PDF, "PDF; it may be damaged"),
         (files.pdf([""]), types.PDF, "has no text"),
-        (files.damaged(files.docx("a", "b"), "word/document.xml"), types.DOCX, "has no text, or is damaged"),
+        (files.damaged(files.docx("a", "b"), "word/document.xml"), types.DOCX, "Word document; it may be damaged"),
         (files.damaged(files.xlsx("a", [["b"]]), "xl/workbook.xml"), types.XLSX, "spreadsheet; it may be damaged"),
         (b" \n\n\t ", types.TEXT, "has no text"),
     ],
@@ -109,3 +120,145 @@ def test_what_cannot_be_read_is_told_with_the_reason(tmp_path: Path, content: by
     assert passages == []
     assert error is not None
     assert reason in error
+
+
+TEXTS = [
+    ("gbk", "机器需要除垢"),
+    ("gbk", "退货请在四十五天之内联系客服。"),
+    ("gbk", "订单号 7710 已发货"),
+    (
+        "gbk",
+        "Thank you for your order of 3 March. 我们将在两天内发货。 Best regards, Norrland. " + "More words. " * 300,
+    ),
+    ("big5", "機器需要每月除垢，退貨請聯繫客服"),
+    ("shift_jis", "保証期間は三十か月です。"),
+    ("euc_kr", "보증 기간은 30개월입니다."),
+    ("cp1251", "Гарантия тридцать месяцев"),
+    ("cp1252", "Grüße aus Köln – „na so was“"),
+    ("cp1250", "Příliš žluťoučký kůň úpěl ďábelské ódy"),
+]
+
+
+@pytest.mark.parametrize(("encoding", "text"), TEXTS)
+def test_short_texts_are_read_in_their_encoding(tmp_path: Path, encoding: str, text: str) -> None:
+    passages, _ = read(tmp_path, text.encode(encoding), types.TEXT)
+    assert text.strip().startswith(passages[0]["text"][:200].strip())
+    assert parse(tmp_path, text.encode(encoding), types.TEXT)[-1]["warnings"]
+
+
+def test_a_text_in_no_known_encoding_is_refused(tmp_path: Path) -> None:
+    passages, error = read(tmp_path, bytes([0x81, 0x8D, 0x8F, 0x90, 0x9D]) * 4, types.TEXT)
+    assert passages == []
+    assert error == "The character encoding of the text is not recognised. Save the file as UTF-8."
+
+
+@pytest.mark.parametrize(
+    ("encoding", "head"),
+    [
+        ("gbk", '<meta charset="gbk">'),
+        ("gbk", ""),
+        ("shift_jis", '<meta http-equiv="Content-Type" content="text/html; charset=Shift_JIS">'),
+        ("gbk", '<meta charset="utf-8">'),
+    ],
+)
+def test_a_page_is_read_in_its_encoding_without_its_hidden_parts(tmp_path: Path, encoding: str, head: str) -> None:
+    words = "保証期間は三十か月です。" if encoding == "shift_jis" else "保修期为三十个月，退货请联系客服。"
+    page = (
+        f"<html><head>{head}<title>t</title><style>p{{}}</style></head><body><h1>{words}</h1><p>{words} &amp; more</p>"
+        "<script>secret1</script><noscript>secret2</noscript><template><p>secret3</p></template>"
+        '<div hidden>secret4</div><p style="color: red; display:none">secret5</p>'
+        '<span aria-hidden="true">secret6</span>'
+        "<!-- secret7 --><p>after</p></body></html>"
+    )
+    passages, _ = read(tmp_path, page.encode(encoding), types.HTML)
+    text = "".join(passage["text"] for passage in passages)
+    assert (text, passages[0]["section"]) == (f"{words} & more\n\nafter", words)
+
+
+def test_html_keeps_tables_lists_and_nested_parts(tmp_path: Path) -> None:
+    page = (
+        "<html><body>in front<ul><li>one</li><li>two<ul><li>three</li></ul></li></ul>"
+        "<table><caption>Errors</caption><tr><th>Code</th><th>Meaning</th></tr>"
+        "<tr><td>E04</td><td><p>no</p><p>water | tank</p></td></tr></table>"
+        "<pre>a  b\n  c</pre>last<br>line</body></html>"
+    )
+    passages, _ = read(tmp_path, page.encode(), types.HTML)
+    text = "\n".join(passage["text"] for passage in passages)
+    for line in ("in front", "- one", "- three", "Errors", "| Code | Meaning |", "a  b\n  c", "last\nline"):
+        assert line in text
+    assert "| E04 | no water \\| tank |" in text
+
+
+def test_cells_are_read_as_they_are_shown(tmp_path: Path) -> None:
+    rows: list[list[object]] = [
+        ["region", "status", "qty", None, "share"],
+        ["NA", "NULL", 12, None, 0.5],
+        ["EU", "None", None, None, 0.1 + 0.2],
+        ["0012", "n/a", 7.0, None, None],
+    ]
+    passages, _ = read(tmp_path, files.xlsx("Stock", rows), types.XLSX)
+    assert [passage["text"] for passage in passages] == [
+        "| region | status | qty | share |\n| --- | --- | --- | --- |\n| NA | NULL | 12 | 0.5 |\n"
+        "| EU | None |  | 0.3 |\n| 0012 | n/a | 7 |  |"
+    ]
+
+
+def test_one_far_cell_makes_one_row(tmp_path: Path) -> None:
+    from openpyxl import Workbook  # type: ignore[import-untyped]
+
+    book = Workbook()
+    book.active["A1"], book.active["B1"] = "near", "x"
+    book.active["XFD1048576"] = "far away"
+    out = io.BytesIO()
+    book.save(out)
+    passages, _ = read(tmp_path, out.getvalue(), types.XLSX)
+    assert [passage["text"] for passage in passages] == ["| near | x |  |\n| --- | --- | --- |\n|  |  | far away |"]
+
+
+def test_pages_without_text_are_named(tmp_path: Path) -> None:
+    lines = parse(tmp_path, files.pdf(["one", "", "", "four"]), types.PDF)
+    assert lines[-1] == {
+        "chunks": 2,
+        "pages": 4,
+        "pages_without_text": [2, 3],
+        "warnings": ["Pages without text: 2, 3. Text in images, such as scans, is not read."],
+    }
+
+
+def bomb(part: str) -> bytes:
+    """An Office file of a few megabytes whose part is 3 GB."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+        with archive.open(part, "w", force_zip64=True) as file:
+            for _ in range(3 * 1024):
+                file.write(b"<a>" + b" " * (1024**2 - 3))
+    return out.getvalue()
+
+
+def table_bomb(rows: int) -> bytes:
+    """A workbook that repeats one shared string of a megabyte in each of its rows."""
+    return files.xlsx("Bomb", [["x" * 32_000] * 50] * rows)
+
+
+ATTACKS = {
+    "html declarations": (b"<html><body>" + b"<!" * 500_000, types.HTML),
+    "html tags": (b"<html><body>" + b"<a " * 500_000, types.HTML),
+    "html depth": (b"<html><body>" + b"<div>" * 200_000 + b"x", types.HTML),
+    "html tables": (b"<html><body>" + b"<table><tr><td>" * 20_000 + b"x", types.HTML),
+    "one line of Markdown": (b"word " * 1_000_000, types.MARKDOWN),
+    "one word": (b"x" * 5_000_000, types.MARKDOWN),
+    "a table rule": (b"a|b\n" + b"-" * 2_000_000, types.MARKDOWN),
+    "a heading": (b"# " + b"# " * 1_000_000 + b"\n\ntext\n" * 1000, types.MARKDOWN),
+    "white space": ("\u2003".encode() * 1_000_000 + b"end", types.MARKDOWN),
+    "docx bomb": (bomb("word/document.xml"), types.DOCX),
+    "xlsx bomb": (bomb("xl/worksheets/sheet1.xml"), types.XLSX),
+    "xlsx cells": (table_bomb(2_000), types.XLSX),
+}
+
+
+@pytest.mark.parametrize(("content", "type_"), ATTACKS.values(), ids=ATTACKS)
+def test_a_hostile_file_is_read_or_refused_within_the_limits(tmp_path: Path, content: bytes, type_: str) -> None:
+    """The parser is not killed by its limits of processor time and memory, which `parse` would show."""
+    lines = parse(tmp_path, content, type_)
+    assert "chunks" in lines[-1] or "error" in lines[-1]

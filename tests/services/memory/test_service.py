@@ -67,6 +67,8 @@ async def test_a_code_is_found_as_it_is_written(
 async def test_a_page_is_named_and_search_by_http_says_the_same(norrland: Client) -> None:
     content = files.pdf(["Nothing of interest stands here.", "The grille of the Fjord oven bears 12 kilograms."])
     document_id = await norrland.indexed("oven.pdf", content)
+    document = (await norrland.http.get(f"/api/v1/documents/{document_id}")).json()
+    assert (document["pages"], document["pages_without_text"], document["warnings"]) == (2, [], [])
     query = "How much weight does the oven's grille bear?"
     answer = await norrland.http.post("/api/v1/memory/search", json={"query": query, "limit": 1})
     [passage] = await norrland.retrieve(query, limit=1)

@@ -1,0 +1,165 @@
+"""Decodes text in an unknown character encoding. Pure.
+
+A short Chinese text in GBK is also valid Korean, Cyrillic and Western text. So every encoding that can decode the bytes
+is judged by the same question: are its letters the common ones of its language? Common letters make up more than half
+of a real text, and a tenth of one in the wrong encoding.
+"""
+
+from __future__ import annotations
+
+import codecs
+
+# At least this share of the letters must be common; half of it is enough if no other encoding comes near.
+MIN_SHARE = 0.4
+# With fewer letters beyond ASCII, a statistical guess is not better than chance.
+MIN_GUESSED_LETTERS = 200
+# A sample is enough for the judgement, and a file may be large.
+_SAMPLE_LETTERS = 4_000
+
+_PUNCTUATION = "、。，！？：；“”‘’（）《》「」『』【】—…·～％＋－／　０１２３４５６７８９"
+_SIMPLIFIED = """
+的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事成
+方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日军者意无力它与长把机十民第公此已工使
+情明性知全三又关点正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产或新己制身果加西斯月话合回特代内信表化老
+给世位次度门任常先海通教儿原东声提立及比员解水名真论处走义各入几口认条平系气题活尔更别打女变四神总何电数安少报才结反受目
+太量再感建务做接必场件计管期市直德资命山金指克许统区保至队形社便空决治展马科司五基眼书非则听白却界达光放强即像难且权思王
+象完设式色路记南品住告类求据程北边死张该交规万取拉格望觉术领共确传师观清今切院让识候带导争运笔
+价退款订单客户服务配送发票修质说明换货周请联系账号密码登录支付费免快递地址邮箱电话公司部门合同功能问题答案
+机器除垢故障电源按键温度冷热安全使用须知北京上海广州深圳中文编码测试文档内容句您吗呢吧啊哪谁每
+早晚午饭茶咖啡店元角块钱买卖租房车票站楼层室号
+"""
+_TRADITIONAL = """
+的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你對生能而子那得於著下自之年過發後作裡用道行所然家種事成
+方多經麼去法學如都同現當沒動面起看定天分還進好小部其些主樣理心她本前開但因只從想實日軍者意無力它與長把機十民第公此已工使
+情明性知全三又關點正業外將兩高間由問很最重並物手應戰向頭文體政美相見被利什二等產或新己制身果加西斯月話合回特代內信表化老
+給世位次度門任常先海通教兒原東聲提立及比員解水名真論處走義各入幾口認條平系氣題活爾更別打女變四神總何電數安少報才結反受目
+太量再感建務做接必場件計管期市直德資命山金指克許統區保至隊形社便空決治展馬科司五基眼書非則聽白卻界達光放強即像難且權思王
+器需每月除垢溫度冷熱電源按鍵清潔價退款訂單客戶服務配送發票修質說明換貨請聯繫帳號密碼登錄支付費免快遞地址郵箱電話公司部門台灣香港您嗎呢吧
+"""
+_KANJI = """
+日本人年大国会出中時行見月後前生五間上東四今金九入学高円子外八六下来気小七山話女北午百書先名川千水半男西電校語土木聞食車
+何南万毎白天母火右読友左休父雨一二三十分方者事合回自社発部定長新場員立開手力問代明動京目通言理体田主題意不作用度強公持野
+以思家世多正安院心界教文元重近考画海売知道集別物使品計死特私始朝運終台広住無真有口少町料工建空急止送切転研足究楽起着店病質
+待試族銀早映親験英医仕去味写字答夜音注帰古歌買悪図週室歩風紙黒花春赤青館屋色走秋夏習駅洋旅服夕借曜飲肉貸堂鳥飯勉冬昼茶弟
+牛魚兄犬妹姉漢保証返品期間修理交換
+"""
+_KANA = "".join(map(chr, range(0x3041, 0x3097))) + "".join(map(chr, range(0x30A1, 0x30FD)))
+_HANGUL = """
+이다는을의에가고하은를한로지도사기서해어자과인리일대시그나제보수정아니장들으라부있주게전여면만것상성스국용습요안공동세경원유
+적비우관화발오중신물내생방모소무연행법실계선개체구조회합등위했었였음업와않할될된더때말년월없같받교명영간데거려러치트드미통학
+재단분결당운필품작반표출점예식마바저너네요까불달터입격환증문의매상담직배송금액
+"""
+_CYRILLIC = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщ"
+_WESTERN = "éèàçêîôûëïüùäöüßñáíóúãõåæøœÄÖÜÉ“”‘’–—…«»€°§·¡¿®©™"
+_CENTRAL = "ąćęłńóśźżáčďéěíňřšťúůýžőűöüăâîđľĺŁŚŻČŠŽ“”„’–—…"
+
+# Encoding → its common letters. The order decides between equals.
+_COMMON: dict[str, frozenset[str]] = {
+    "gb18030": frozenset(_SIMPLIFIED + _PUNCTUATION),
+    "big5": frozenset(_TRADITIONAL + _PUNCTUATION),
+    "cp932": frozenset(_KANA + _KANJI + _PUNCTUATION),
+    "euc_jp": frozenset(_KANA + _KANJI + _PUNCTUATION),
+    "cp949": frozenset(_HANGUL + _PUNCTUATION),
+    "cp1252": frozenset(_WESTERN),
+    "cp1250": frozenset(_CENTRAL),
+    "cp1251": frozenset(_CYRILLIC),
+    "koi8_r": frozenset(_CYRILLIC),
+    "mac_roman": frozenset(_WESTERN),
+}
+_LATIN = ("cp1252", "cp1250", "mac_roman")
+# The last lead byte of the more common half of the characters.
+_LESS_COMMON = {"gb18030": b"\xd7", "big5": b"\xc6"}
+_LESS_COMMON_SHARE = 0.3
+
+# Browsers read these names as the larger encoding (https://encoding.spec.whatwg.org/).
+_LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "iso8859-1": "cp1252"}
+
+
+class UnknownEncoding(Exception):
+    """The bytes are not text in an encoding that is recognised."""
+
+
+def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
+    """The text and its encoding. `declared` is the name that the file states. Raises UnknownEncoding."""
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return content.decode("utf-16", errors="replace"), "utf-16"
+    try:
+        return content.decode("utf-8-sig"), "utf-8"
+    except UnicodeDecodeError:
+        pass
+    if name := _known(declared):
+        try:
+            return content.decode(name), name
+        except UnicodeDecodeError:
+            # The statement is wrong, as it is in many files.
+            pass
+    shares = {encoding: _share(content, encoding, common) for encoding, common in _COMMON.items()}
+    best, second = sorted(shares, key=lambda encoding: -shares[encoding])[:2]
+    if shares[best] >= MIN_SHARE or shares[best] >= MIN_SHARE / 2 > 2 * shares[second]:
+        return content.decode(best, errors="replace"), best
+    return _guess(content)
+
+
+def preload() -> None:
+    """Loads all codecs now. Later the process may not read their files any more."""
+    from charset_normalizer import from_bytes
+
+    for encoding in _COMMON:
+        codecs.lookup(encoding)
+    from_bytes("Grüße und Küsse aus Zürich".encode("cp1250")).best()
+
+
+def _known(declared: str | None) -> str | None:
+    try:
+        name = codecs.lookup(declared or "").name
+    except (LookupError, ValueError):
+        return None
+    return _LARGER.get(name, name)
+
+
+def _share(content: bytes, encoding: str, common: frozenset[str]) -> float:
+    """The share of common letters among the letters beyond ASCII; 0 if the bytes are not valid in this encoding."""
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        # A file may end in the middle of a letter.
+        if error.start < len(content) - 3:
+            return 0.0
+        text = content[: error.start].decode(encoding)
+    count, score = 0, 0.0
+    for n, letter in enumerate(text):
+        if not letter.isascii():
+            count += 1
+            if _is_odd(encoding, letter, text[max(0, n - 4) : n]):
+                score -= 1
+            elif letter in common:
+                score += 1
+            elif b"\xb0" <= letter.encode(encoding, "ignore")[:1] <= _LESS_COMMON.get(encoding, b""):
+                score += _LESS_COMMON_SHARE
+            if count == _SAMPLE_LETTERS:
+                break
+    return score / count if count else 0.0
+
+
+def _is_odd(encoding: str, letter: str, before: str) -> bool:
+    """True for a letter in a place that real texts do not have."""
+    if encoding in _LATIN:
+        # More than two letters with accents are seldom neighbours, and no word begins in the middle of another.
+        neighbours = 4 if encoding == "cp1250" else 2
+        is_run = len(before) >= neighbours and not any(each.isascii() for each in before[-neighbours:])
+        return is_run or (letter in "¡¿" and before[-1:].isalpha())
+    if encoding in ("cp1251", "koi8_r"):
+        last = before[-1:]
+        return not letter.isalpha() or (letter.isupper() and last.islower()) or (last.isascii() and last.isalpha())
+    return False
+
+
+def _guess(content: bytes) -> tuple[str, str]:
+    """For other languages, with a library that needs more text."""
+    from charset_normalizer import from_bytes
+
+    sample = content[:262_144]
+    guess = from_bytes(sample).best() if sum(byte > 127 for byte in sample) >= MIN_GUESSED_LETTERS else None
+    if guess is None:
+        raise UnknownEncoding
+    return content.decode(guess.encoding, errors="replace"), guess.encoding

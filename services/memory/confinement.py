@@ -1,0 +1,144 @@
+"""Confines the parser process: limits of CPU and memory, no network, no other programs, and death with its parent.
+
+``python -m services.memory.confinement`` prints the protections that this machine does not allow, one a line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+# Three parsers and the service itself fit into the container (4 GiB).
+MAX_MEMORY_BYTES = 768 * 1024**2
+MAX_CPU_SECONDS = 120
+# For the text of an error.
+_MAX_FILE_BYTES = 1024**2
+_NOBODY = 65_534
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SECCOMP_MODE_FILTER = 2
+# Of linux/audit.h, with the numbers of the calls that are refused: socket, socketpair, connect, execve, execveat,
+# ptrace, process_vm_readv, process_vm_writev, kill, tkill, tgkill, pidfd_open, io_uring_setup, bpf, unshare, mount.
+_CALLS = {
+    "x86_64": (0xC000003E, (41, 53, 42, 59, 322, 101, 310, 311, 62, 200, 234, 434, 425, 321, 272, 165)),
+    "aarch64": (0xC00000B7, (198, 199, 203, 221, 281, 117, 270, 271, 129, 130, 131, 434, 425, 280, 97, 40)),
+}
+# Of linux/landlock.h: the calls, the first thirteen kinds of access to files, and those of reading.
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_ALL_ACCESS, _READ_ACCESS = 0x1FFF, 0x4 | 0x8
+_PATH_BENEATH = 1
+# Of linux/bpf_common.h and linux/seccomp.h.
+_LOAD, _JUMP_EQUAL, _JUMP_GREATER, _RETURN = 0x20, 0x15, 0x35, 0x06
+_KILL, _REFUSE, _ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
+# Calls of the x32 interface have this bit, and would pass by their other numbers.
+_X32 = 0x40000000
+
+
+def limit() -> None:
+    """Sets the limits of CPU, memory and files."""
+    os.nice(10)
+    for what, most in (
+        (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (most, most))
+    # At the first limit the kernel sends SIGXCPU, which tells the service the reason; at the second SIGKILL.
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 5))
+
+
+def confine(parent: int) -> list[str]:
+    """Gives up everything that the parser does not need. Returns the protections that the machine does not allow.
+
+    `parent` is the process id of the service: the process ends if the service has ended already. All modules must be
+    imported before: the user of the process may be unable to read their files afterwards.
+    """
+    missing = []
+    if os.getuid() == 0:
+        # The superuser could read the memory and the environment of every process.
+        try:
+            os.setgroups([])
+            os.setgid(_NOBODY)
+            os.setuid(_NOBODY)
+        except OSError as error:
+            missing.append(f"a user without rights ({error.strerror})")
+    if not _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        missing.append("end with the service")
+    if os.getppid() != parent:
+        sys.exit("the service has ended")
+    # The files of other parsers and of the service are behind their entries in /proc.
+    hide_memory()
+    if not _refuse_files():
+        missing.append("no files but its own (Landlock)")
+    if not _refuse_calls():
+        missing.append("no network and no other programs (seccomp)")
+    return missing
+
+
+def hide_memory() -> None:
+    """Hides the environment and the memory of this process from other processes of its user."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _refuse_files() -> bool:
+    """Lets the kernel refuse every file but Python's own (Landlock). Open files stay open."""
+    ruleset = _call(_CREATE_RULESET, struct.pack("Q", _ALL_ACCESS), 8, 0)
+    if ruleset < 0:
+        return False
+    for path in {sys.prefix, sys.base_prefix + "/lib", os.path.dirname(os.__file__), "/usr/share/zoneinfo"}:
+        if os.path.isdir(path):
+            folder = os.open(path, os.O_PATH)
+            _call(_ADD_RULE, ruleset, _PATH_BENEATH, struct.pack("=Qi", _READ_ACCESS, folder), 0)
+            os.close(folder)
+    done = _prctl(_PR_SET_NO_NEW_PRIVS, 1) and _call(_RESTRICT_SELF, ruleset, 0) == 0
+    os.close(ruleset)
+    return done
+
+
+def _refuse_calls() -> bool:
+    """Lets the kernel refuse the calls of the list with EPERM (seccomp)."""
+    if platform.machine() not in _CALLS:
+        return False
+    arch, refused = _CALLS[platform.machine()]
+    count = len(refused)
+    program = [
+        (_LOAD, 0, 0, 4),
+        (_JUMP_EQUAL, 1, 0, arch),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, 0),
+        (_JUMP_GREATER, count + 1, 0, _X32),
+        *((_JUMP_EQUAL, count - n, 0, call) for n, call in enumerate(refused)),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _REFUSE),
+    ]
+    code = b"".join(struct.pack("HBBI", *line) for line in program)
+    filter_ = ctypes.create_string_buffer(code, len(code))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(filter_)))
+    return _prctl(_PR_SET_NO_NEW_PRIVS, 1) and _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))
+
+
+def _prctl(option: int, *arguments: int) -> bool:
+    """Returns False if the kernel refuses, or is not Linux."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).prctl
+    except AttributeError:
+        return False
+    values = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
+    return bool(call(ctypes.c_int(option), *values) == 0)
+
+
+def _call(number: int, *arguments: int | bytes) -> int:
+    """A system call that the C library does not have. Negative if the kernel refuses it."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    values = [value if isinstance(value, bytes) else ctypes.c_long(value) for value in arguments]
+    return int(call(ctypes.c_long(number), *values))
+
+
+if __name__ == "__main__":
+    for protection in confine(os.getppid()):
+        print(protection)  # noqa: T201

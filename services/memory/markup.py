@@ -1,0 +1,169 @@
+"""Turns HTML into Markdown: headings, paragraphs, lists and tables. Hidden parts are left out. In linear time."""
+
+from __future__ import annotations
+
+import re
+
+from lxml import etree, html  # type: ignore[import-untyped]
+
+from services.memory.charsets import decode
+
+# Not shown to a reader of the page.
+_SKIPPED = frozenset(
+    (
+        "head",
+        "script",
+        "style",
+        "noscript",
+        "template",
+        "svg",
+        "iframe",
+        "object",
+        "audio",
+        "video",
+        "select",
+        "textarea",
+    )
+)
+_HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+_HEADINGS = {f"h{n}": n for n in range(1, 7)}
+_BLOCKS = frozenset(
+    "address article aside blockquote body center dd details dialog div dl dt fieldset figcaption figure footer form "  # noqa: SIM905
+    "header hr li main nav ol p pre section summary table tbody tfoot thead tr ul".split()
+)
+_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{1,40})", re.IGNORECASE)
+_PRESCANNED_BYTES = 4_096
+_WHITE = re.compile(r"\s+")
+
+
+def html_markdown(content: bytes) -> tuple[str, str]:
+    """The text of an HTML page as Markdown, and the page's encoding. Raises UnknownEncoding."""
+    declared = _CHARSET.search(content[:_PRESCANNED_BYTES])
+    text, encoding = decode(content, declared[1].decode("ascii") if declared else None)
+    return markdown(text), encoding
+
+
+def markdown(page: str) -> str:
+    """An HTML page as Markdown."""
+    # A NUL would end the text for the parser. The parser refuses a declaration of an encoding in a decoded text.
+    page = re.sub(r"^\s*<\?xml[^>]*>", "", page.replace("\0", " "), count=1)
+    if not page.strip():
+        return ""
+    # huge_tree: without it, parts that are nested deeply are lost.
+    root = html.document_fromstring(page, parser=html.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True))
+    return _Writer().write(root)
+
+
+class _Writer:
+    """Walks the tree without recursion: a page may be nested as deeply as it likes."""
+
+    def __init__(self) -> None:
+        self._out: list[str] = []
+        # The line that is being written, and for each open cell the line outside it.
+        self._line: list[str] = []
+        self._outside: list[list[str]] = []
+        self._prefix = ""
+        self._pre = 0
+        # The cells of the row, and whether the table has its rule already, for each open table.
+        self._rows: list[list[str]] = []
+        self._ruled: list[bool] = []
+
+    def write(self, root: etree._Element) -> str:
+        walk = etree.iterwalk(root, events=("start", "end"))
+        for event, element in walk:
+            if event == "start":
+                if _is_hidden(element):
+                    walk.skip_subtree()
+                    continue
+                self._begin(element)
+                self._text(element.text)
+            else:
+                if not _is_hidden(element):
+                    self._end(element)
+                if element is not root:
+                    self._text(element.tail)
+        self._break()
+        return "".join(self._out)
+
+    def _begin(self, element: etree._Element) -> None:
+        tag = element.tag
+        if tag in _BLOCKS or tag in _HEADINGS:
+            self._break()
+        if tag in _HEADINGS:
+            self._out.append("\n")
+            self._prefix = "#" * _HEADINGS[tag] + " "
+        elif tag == "li":
+            self._prefix = "- "
+        elif tag == "table":
+            self._rows.append([])
+            self._ruled.append(False)
+        elif tag == "tr" and self._rows:
+            self._rows[-1] = []
+        elif tag in ("td", "th") and self._rows:
+            self._break()
+            self._outside.append(self._line)
+            self._line = []
+        elif tag == "pre" and not self._outside:
+            self._pre += 1
+            self._out.append("\n```\n")
+        elif tag == "br":
+            self._break()
+        elif tag == "img":
+            self._text(element.get("alt"))
+        elif tag == "p" and not self._outside:
+            self._out.append("\n")
+
+    def _end(self, element: etree._Element) -> None:
+        tag = element.tag
+        if tag in ("td", "th") and self._rows and self._outside:
+            self._rows[-1].append(_WHITE.sub(" ", "".join(self._line)).strip().replace("|", "\\|"))
+            self._line = self._outside.pop()
+        elif tag == "tr" and self._rows:
+            self._row()
+        elif tag == "table" and self._rows:
+            self._rows.pop()
+            self._ruled.pop()
+            self._out.append("\n")
+        elif tag == "pre" and self._pre:
+            self._break()
+            self._pre -= 1
+            self._out.append("```\n")
+        elif tag in _BLOCKS or tag in _HEADINGS:
+            self._break()
+            self._prefix = ""
+
+    def _row(self) -> None:
+        cells, self._rows[-1] = self._rows[-1], []
+        if not any(cells):
+            return
+        self._out.append(f"| {' | '.join(cells)} |\n")
+        if not self._ruled[-1]:
+            self._ruled[-1] = True
+            self._out.append("|" + " --- |" * len(cells) + "\n")
+
+    def _text(self, text: str | None) -> None:
+        if text:
+            self._line.append(text)
+
+    def _break(self) -> None:
+        """Ends the line, unless it belongs to a cell of a table."""
+        if self._outside:
+            self._line.append(" ")
+            return
+        text = "".join(self._line)
+        self._line = []
+        if self._pre:
+            self._out.append(text.rstrip() + "\n" if text.strip() else "")
+        elif text := _WHITE.sub(" ", text).strip():
+            self._out.append(f"{self._prefix}{text}\n")
+            self._prefix = ""
+
+
+def _is_hidden(element: etree._Element) -> bool:
+    return (
+        not isinstance(element.tag, str)
+        or element.tag in _SKIPPED
+        or element.get("hidden") is not None
+        or element.get("aria-hidden") == "true"
+        or _HIDDEN_STYLE.search(element.get("style", "")) is not None
+    )

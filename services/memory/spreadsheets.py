@@ -1,0 +1,82 @@
+"""Reads a workbook: one table per sheet, each cell as a reader of the sheet sees it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from services.memory.domain import Block
+
+# Rows of one block. A large sheet must not be in memory as one text.
+BLOCK_ROWS = 1_000
+_WHITE = re.compile(r"\s+")
+
+
+def sheets(file: IO[bytes]) -> Iterator[Block]:
+    """The sheets of an ``.xlsx`` file as Markdown tables. Empty rows and columns are left out."""
+    from openpyxl import load_workbook  # type: ignore[import-untyped]
+
+    book = load_workbook(file, read_only=True, data_only=True)
+    for sheet in book.worksheets:
+        # The stated dimensions may be wrong, and may be a million rows.
+        sheet.reset_dimensions()
+        used: set[int] = set()
+        for row in sheet.iter_rows(values_only=True):
+            used.update(n for n, value in enumerate(row) if _has_text(value))
+        columns = sorted(used)
+        header: list[str] = []
+        lines: list[str] = []
+        blocks = 0
+        for row in sheet.iter_rows():
+            cells = [_text(row[n]) if n < len(row) else "" for n in columns]
+            if not any(cells):
+                continue
+            if not header:
+                header = cells
+                continue
+            lines.append(_line(cells))
+            if len(lines) == BLOCK_ROWS:
+                yield _block(sheet.title, header, lines)
+                lines, blocks = [], blocks + 1
+        # A sheet with a single row has only a header.
+        if lines or (header and not blocks):
+            yield _block(sheet.title, header, lines)
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table. The first row is the header."""
+    return _table(rows[0], [_line(row) for row in rows[1:]]) if rows else ""
+
+
+def _block(title: str, header: list[str], lines: list[str]) -> Block:
+    return Block(_table(header, lines), title)
+
+
+def _table(header: list[str], lines: list[str]) -> str:
+    rule = "|" + " --- |" * len(header)
+    return "\n".join([_line(header), rule, *lines]) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    escaped = (_WHITE.sub(" ", cell).strip().replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _has_text(value: Any) -> bool:
+    return value is not None and str(value).strip() != ""
+
+
+def _text(cell: Any) -> str:
+    value = cell.value
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, int | float):
+        if str(cell.number_format).endswith("%"):
+            return f"{value * 100:.15g}%"
+        # 12.0 is 12, and 0.1 + 0.2 is 0.3, as the sheet shows them.
+        return str(value) if isinstance(value, int) else f"{value:.15g}"
+    if isinstance(value, dt.datetime):
+        return value.isoformat(sep=" ").removesuffix(" 00:00:00")
+    return "" if value is None else str(value)
