@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Request
@@ -101,6 +101,8 @@ class Search(BaseModel):
     types: list[str] = []
     """document (the default), conversation (the agents' replies in `session_key`)."""
     session_key: str | None = None
+    mode: Literal["hybrid", "dense", "keyword"] = "hybrid"
+    """dense: by meaning. keyword: documents by their words. hybrid: both rankings fused by reciprocal rank."""
 
 
 class Source(BaseModel):
@@ -112,15 +114,27 @@ class Source(BaseModel):
     page: int | None
 
 
+class Scores(BaseModel):
+    dense: float | None
+    """The cosine similarity; null if the query has no vector."""
+    keyword: float | None
+    """The share of the query's words in the passage, weighted by their rarity, from 0 to 1; null if it has none."""
+
+
 class Passage(BaseModel):
     text: str
     score: float
-    """The cosine similarity."""
+    """The cosine similarity, or the rank by words if there is none."""
+    scores: Scores
+    match: list[str]
+    """Why the passage was found: meaning, words, codes."""
     source: Source
 
 
 class Passages(BaseModel):
     items: list[Passage]
+    degraded: bool
+    """True if the passages were found by their words only, because the search by meaning is unavailable."""
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
@@ -197,10 +211,10 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.post("/api/v1/memory/search")
     async def search(body: Search, who: Reader) -> Passages:
-        """The passages that are nearest to the query in meaning, best first."""
-        query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key)
-        found = await retrieval.search(who.tenant_id, query)
-        return Passages(items=[_passage(each) for each in found])
+        """The passages that are nearest to the query in meaning or have its words, best first."""
+        query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key, body.mode)
+        answer = await retrieval.search(who.tenant_id, query)
+        return Passages(items=[_passage(each) for each in answer.items], degraded=answer.degraded)
 
     return api("memory", runtime, router)
 
@@ -236,4 +250,10 @@ def _view(document: Document) -> DocumentView:
 def _passage(scored: Scored) -> Passage:
     found = scored.passage
     source = Source(document_id=found.document_id, name=found.name, section=found.section, page=found.page)
-    return Passage(text=found.text, score=scored.score, source=source)
+    return Passage(
+        text=found.text,
+        score=scored.score,
+        scores=Scores(dense=scored.dense, keyword=scored.keyword),
+        match=list(scored.match),
+        source=source,
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from math import log
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -207,6 +209,58 @@ async def found(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
         list(ids),
     )
     return {id_: Found(*rest) for id_, *rest in rows}
+
+
+# `joint` is ' & ' for passages with all words, ' | ' for those with any. The tenant's word is no part of the rank.
+_WITH_WORDS = """
+    SELECT p.id, p.vector, p.model, ARRAY(
+        SELECT unnest(tsvector_to_array(p.words))
+        INTERSECT SELECT unnest(tsvector_to_array(keyword_vector('', $1)))
+    ) AS shared
+    FROM keyword_query($1, $2) AS query (words), passage p
+    JOIN document d ON d.id = p.document_id
+    WHERE numnode(query.words) > 0
+        AND p.words @@ (query.words && quote_literal(keyword_tenant($3))::tsquery)
+        AND p.tenant_id = $3
+        AND d.status = 'indexed'
+        AND d.deleted_at IS NULL
+    ORDER BY ts_rank(p.words, query.words) DESC, p.id
+    LIMIT $4
+"""
+# Passages with any of the words that are ranked by the rarity of their words.
+_CANDIDATES = 300
+
+
+class Worded(NamedTuple):
+    """A passage that has words of a query."""
+
+    id: UUID
+    rank: float
+    """The share of the query's words that it has, weighted by their rarity: from 0 to 1."""
+    vector: NDArray[np.float32] | None
+    model: str | None
+
+
+async def with_words(tx: Tx, text: str, limit: int) -> list[Worded]:
+    """The passages with all words of the text, and if they are fewer than `limit`, those with any of them, best
+    first."""
+    rows = await tx.sql(_WITH_WORDS, text, " & ", tx.tenant_id, limit)
+    found = {row[0]: _worded(row, 1.0) for row in rows}
+    if len(found) < limit:
+        rows = await tx.sql(_WITH_WORDS, text, " | ", tx.tenant_id, _CANDIDATES)
+        counts = Counter(word for row in rows for word in row[3])
+        # The inverse document frequency of BM25, over the candidates.
+        weights = {word: log(1 + (len(rows) - count + 0.5) / (count + 0.5)) for word, count in counts.items()}
+        total = sum(weights.values())
+        ranked = [_worded(row, sum(weights[word] for word in row[3]) / total) for row in rows]
+        for each in sorted(ranked, key=lambda each: -each.rank):
+            found.setdefault(each.id, each)
+    return list(found.values())[:limit]
+
+
+def _worded(row: Sequence[Any], rank: float) -> Worded:
+    id_, vector, model, _ = row
+    return Worded(id_, rank, None if vector is None else np.frombuffer(vector, dtype="<f4"), model)
 
 
 async def with_codes(

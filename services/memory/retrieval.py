@@ -1,4 +1,4 @@
-"""Search: the tenant's passages that are nearest to a query in meaning."""
+"""Search: the tenant's passages that are nearest to a query in meaning, or have its words."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
+from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
 from services.memory import documents
 from services.memory.conversations import Conversations, scope
 from services.memory.documents import Found
-from services.memory.domain import codes, fuse
+from services.memory.domain import codes, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Index
 from services.memory.usage import record_usage
@@ -23,26 +24,52 @@ from services.memory.usage import record_usage
 DEFAULT_LIMIT = 10
 MAX_LIMIT = 100
 DOCUMENT, CONVERSATION = TYPES = ("document", "conversation")
+HYBRID, DENSE, KEYWORD = MODES = ("hybrid", "dense", "keyword")
+# A longer query is searched by the words of its beginning and its end.
+MAX_QUERY_TOKENS = 480
 # The index may still have rows that PostgreSQL has deleted, so a search asks for more hits than it needs. If they are
 # not enough, it asks for four times as many, up to this number.
 MAX_HITS = 2000
+
+_log = get_logger("memory.retrieval")
 
 
 class Query(NamedTuple):
     text: str
     limit: int | None = None
     min_similarity: float | None = None
-    """A cosine. None is the default of the embedding model."""
+    """A cosine. None is the default of the embedding model, which applies to dense hits only."""
     types: Sequence[str] = ()
     """Empty means documents."""
     session_key: str | None = None
     """The session whose conversation is searched."""
+    mode: str = HYBRID
 
 
 class Scored(NamedTuple):
     passage: Found
     score: float
+    """The cosine similarity, or the rank by words if the query has no vector."""
+    dense: float | None
     """The cosine similarity."""
+    keyword: float | None
+    """The share of the query's words in the passage, weighted by their rarity."""
+    match: tuple[str, ...]
+    """Why the passage was found: meaning, words, codes."""
+
+
+class Answer(NamedTuple):
+    items: list[Scored]
+    degraded: bool
+    """True if the index or the embedding endpoint is unavailable, so the passages were found by their words only."""
+
+
+class Ranked(NamedTuple):
+    """A passage in one ranking."""
+
+    passage: Found
+    dense: float | None
+    keyword: float | None = None
 
 
 class Retrieval:
@@ -54,30 +81,48 @@ class Retrieval:
         self._index = index
         self._conversations = conversations
 
-    async def search(self, tenant_id: str, query: Query) -> list[Scored]:
-        """Up to `limit` passages (10) with a cosine of at least `min_similarity`, best first. If the query has codes
-        (E04), passages with the same codes come first, because an embedding hardly distinguishes two codes.
+    async def search(self, tenant_id: str, query: Query) -> Answer:
+        """Up to `limit` passages (10), best first.
 
-        Raises InvalidMessage naming the wrong field, Transient if the index or the embedding endpoint is unavailable.
+        dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
+        hybrid: both rankings and the one by codes (E04) are fused, because an embedding hardly distinguishes two codes.
+
+        Raises InvalidMessage naming the wrong field. Raises Transient if the index or the embedding endpoint is
+        unavailable, but not in the mode hybrid: its answer is degraded then.
         """
         floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
         types = _checked(query, limit, floor)
-        embedded = await self._embed(query.text)
+        vector: NDArray[np.float32] | None = None
+        near: dict[UUID, Ranked] = {}
+        degraded = False
+        if query.mode != KEYWORD:
+            try:
+                vector = await self._vector(tenant_id, query.text)
+                for type_ in types:
+                    session_key = query.session_key if type_ == CONVERSATION else None
+                    near |= await self._nearest(tenant_id, vector, session_key, limit, floor)
+            except Transient as error:
+                if query.mode == DENSE or DOCUMENT not in types:
+                    raise
+                _log.warning("index or embedding endpoint is unavailable; the search is by words", error=str(error))
+                degraded = True
+        worded: dict[UUID, Ranked] = {}
+        coded: dict[UUID, Ranked] = {}
+        if query.mode != DENSE and DOCUMENT in types:
+            worded = await self._with_words(tenant_id, query.text, vector, query.min_similarity, limit)
+            if vector is not None and (wanted := codes(query.text)):
+                coded = await self._with_codes(tenant_id, vector, wanted, floor)
+        by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
+        ranked = fuse(by_cosine, list(worded), list(coded))[:limit]
+        return Answer([_scored(near.get(id_), worded.get(id_), coded.get(id_)) for id_ in ranked], degraded)
+
+    async def _vector(self, tenant_id: str, text: str) -> NDArray[np.float32]:
+        embedded = await self._embed(text)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             record_usage(tx, self._embedder.model, f"query/{uuid7()}/1", embedded.tokens)
-        vector = embedded.vectors[0]
-        scored: dict[UUID, Scored] = {}
-        for type_ in types:
-            session_key = query.session_key if type_ == CONVERSATION else None
-            scored |= await self._nearest(tenant_id, vector, session_key, limit, floor)
-        by_cosine = sorted(scored, key=lambda id_: -scored[id_].score)
-        by_codes: list[UUID] = []
-        if DOCUMENT in types and (wanted := codes(query.text)):
-            coded = await self._with_codes(tenant_id, vector, wanted, floor)
-            scored |= coded
-            by_codes = list(coded)
-        return [scored[id_] for id_ in fuse(by_cosine, by_codes)[:limit]]
+        vector: NDArray[np.float32] = embedded.vectors[0]
+        return vector
 
     async def _embed(self, text: str) -> Embedded:
         try:
@@ -89,7 +134,7 @@ class Retrieval:
 
     async def _nearest(
         self, tenant_id: str, vector: NDArray[np.float32], session_key: str | None, limit: int, floor: float
-    ) -> dict[UUID, Scored]:
+    ) -> dict[UUID, Ranked]:
         """At least the `limit` best hits that PostgreSQL still has, if it has that many."""
         index_scope = DOCUMENT if session_key is None else scope(session_key)
         wanted = 2 * limit + 10
@@ -98,7 +143,7 @@ class Retrieval:
             near = [hit for hit in hits if hit.score >= floor]
             stored = await self._stored(tenant_id, [hit.id for hit in near], session_key)
             if len(stored) >= limit or len(near) < wanted or wanted == MAX_HITS:
-                return {hit.id: Scored(stored[hit.id], hit.score) for hit in near if hit.id in stored}
+                return {hit.id: Ranked(stored[hit.id], hit.score) for hit in near if hit.id in stored}
             wanted = min(4 * wanted, MAX_HITS)
 
     async def _stored(self, tenant_id: str, ids: Sequence[UUID], session_key: str | None) -> Mapping[UUID, Found]:
@@ -110,15 +155,46 @@ class Retrieval:
                 return await documents.found(tx, ids)
             return await self._conversations.found(tx, ids, session_key)
 
+    async def _with_words(
+        self,
+        tenant_id: str,
+        text: str,
+        vector: NDArray[np.float32] | None,
+        floor: float | None,
+        limit: int,
+    ) -> dict[UUID, Ranked]:
+        """The passages with the words of the query, best first."""
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            rows = await documents.with_words(tx, ends(text, MAX_QUERY_TOKENS).replace("\0", " "), 2 * limit + 10)
+            stored = await documents.found(tx, [row.id for row in rows])
+        hits = {}
+        for row in rows:
+            cosine = None
+            if vector is not None and row.vector is not None and row.model == self._embedder.model:
+                cosine = _cosine(vector, row.vector)
+            # Only a floor that the caller has set applies: a word may be right where the meaning is far away.
+            if row.id in stored and (floor is None or cosine is None or cosine >= floor):
+                hits[row.id] = Ranked(stored[row.id], cosine, row.rank)
+        return hits
+
     async def _with_codes(
         self, tenant_id: str, vector: NDArray[np.float32], wanted: Sequence[str], floor: float
-    ) -> dict[UUID, Scored]:
+    ) -> dict[UUID, Ranked]:
         """The passages with the most of the codes first; among equals the nearest first."""
         async with self._database.begin(tenant_id=tenant_id) as tx:
             rows = await documents.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT)
             stored = await documents.found(tx, [id_ for id_, _, _ in rows])
         ranked = sorted(((-count, -_cosine(vector, other), id_) for id_, count, other in rows if id_ in stored))
-        return {id_: Scored(stored[id_], -score) for _, score, id_ in ranked if -score >= floor}
+        return {id_: Ranked(stored[id_], -score) for _, score, id_ in ranked if -score >= floor}
+
+
+def _scored(near: Ranked | None, worded: Ranked | None, coded: Ranked | None) -> Scored:
+    reasons = {"meaning": near, "words": worded, "codes": coded}
+    hits = [hit for hit in reasons.values() if hit]
+    dense = next((hit.dense for hit in hits if hit.dense is not None), None)
+    keyword = worded.keyword if worded else None
+    score = dense if dense is not None else keyword or 0.0
+    return Scored(hits[0].passage, score, dense, keyword, tuple(reason for reason, hit in reasons.items() if hit))
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
@@ -134,6 +210,8 @@ def _checked(query: Query, limit: int, floor: float) -> Sequence[str]:
     # This form of the comparison also refuses NaN.
     if not -1 <= floor <= 1:
         raise InvalidMessage("min_similarity", "must be a cosine, from -1 to 1")
+    if query.mode not in MODES:
+        raise InvalidMessage("mode", f"must be one of {', '.join(MODES)}")
     for n, type_ in enumerate(query.types):
         if type_ not in TYPES:
             raise InvalidMessage(f"types[{n}]", f"must be one of {', '.join(TYPES)}")

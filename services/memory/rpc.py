@@ -9,7 +9,7 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.memory.adapters import retrieval
-from services.memory.retrieval import Query, Retrieval, Scored
+from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 
 
 class Memory(memory_pb2_grpc.MemoryServicer):
@@ -23,9 +23,10 @@ class Memory(memory_pb2_grpc.MemoryServicer):
             min_similarity=request.min_similarity if request.HasField("min_similarity") else None,
             types=request.types,
             session_key=request.session_key or None,
+            mode=request.mode or HYBRID,
         )
-        found = await self._retrieval.search(rpc.tenant(), query)
-        return memory_pb2.RetrieveReply(passages=[_passage(each) for each in found])
+        answer = await self._retrieval.search(rpc.tenant(), query)
+        return memory_pb2.RetrieveReply(passages=[_passage(each) for each in answer.items], degraded=answer.degraded)
 
 
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Memory]:
@@ -37,4 +38,11 @@ def _passage(scored: Scored) -> memory_pb2.Passage:
     source = memory_pb2.Source(
         document_id=str(passage.document_id or ""), name=passage.name, section=passage.section, page=passage.page
     )
-    return memory_pb2.Passage(text=passage.text, score=scored.score, source=source)
+    return memory_pb2.Passage(
+        text=passage.text,
+        score=scored.score,
+        source=source,
+        dense=scored.dense,
+        keyword=scored.keyword,
+        match=scored.match,
+    )

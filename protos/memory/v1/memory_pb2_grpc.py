@@ -45,7 +45,7 @@ class MemoryServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Retrieve(self, request, context):
-        """The passages nearest in meaning, best first. An empty list if there is none.
+        """The passages that are nearest in meaning or have the words of the query, best first. May be empty.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -15,7 +15,7 @@ GRPC_VERSION: str
 class MemoryStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Retrieve: _aio.UnaryUnaryMultiCallable[_memory_pb2.RetrieveRequest, _memory_pb2.RetrieveReply]
-    """The passages nearest in meaning, best first. An empty list if there is none."""
+    """The passages that are nearest in meaning or have the words of the query, best first. May be empty."""
 
 class MemoryServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -24,6 +24,6 @@ class MemoryServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_pb2.RetrieveRequest,
         context: _aio.ServicerContext[_memory_pb2.RetrieveRequest, _abc.Awaitable[_memory_pb2.RetrieveReply]],
     ) -> _abc.Awaitable[_memory_pb2.RetrieveReply]:
-        """The passages nearest in meaning, best first. An empty list if there is none."""
+        """The passages that are nearest in meaning or have the words of the query, best first. May be empty."""
 
 def add_MemoryServicer_to_server(servicer: MemoryServicer, server: _aio.Server) -> None: ...

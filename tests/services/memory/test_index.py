@@ -19,7 +19,9 @@ TEXT = b"The ferry to the island of Hven leaves at twenty past nine."
 QUESTION = "When does the ferry leave?"
 
 
-async def test_while_milvus_is_away_searches_say_so_and_documents_wait(platform: Platform, vectors: Vectors) -> None:
+async def test_while_milvus_is_away_searches_are_by_words_and_documents_wait(
+    platform: Platform, vectors: Vectors
+) -> None:
     await platform.prepare("memory")
     url = urlsplit(platform.stack.engines["milvus"]["url"])
     async with FaultProxy(str(url.hostname), url.port or 0) as proxy:
@@ -29,9 +31,12 @@ async def test_while_milvus_is_away_searches_say_so_and_documents_wait(platform:
 
         proxy.blackhole()
         with pytest.raises(Transient):
-            await client.retrieve(QUESTION)
-        answer = await client.http.post("/api/v1/memory/search", json={"query": QUESTION})
+            await client.retrieve(QUESTION, mode="dense")
+        answer = await client.http.post("/api/v1/memory/search", json={"query": QUESTION, "mode": "dense"})
         assert answer.status_code == 503
+        degraded = (await client.http.post("/api/v1/memory/search", json={"query": QUESTION})).json()
+        assert degraded["degraded"] is True
+        assert [(item["source"]["document_id"], item["match"]) for item in degraded["items"]] == [(ferry, ["words"])]
         health = await client.http.get("/readyz")
         assert (health.status_code, health.json()["status"]) == (200, "degraded")
         assert health.json()["dependencies"]["milvus"]["status"] == "down"
@@ -46,7 +51,7 @@ async def test_while_milvus_is_away_searches_say_so_and_documents_wait(platform:
         async def found() -> list[str] | None:
             # A connection needs some time after it was cut.
             try:
-                return [passage.source.document_id for passage in await client.retrieve(QUESTION)]
+                return [passage.source.document_id for passage in await client.retrieve(QUESTION, mode="dense")]
             except Transient:
                 return None
 
@@ -72,7 +77,7 @@ async def test_an_index_that_was_wiped_is_filled_again(platform: Platform, vecto
 
         async def found(client: Client = client) -> bool:
             try:
-                return TEXT.decode() in [passage.text for passage in await client.retrieve(QUESTION)]
+                return TEXT.decode() in [passage.text for passage in await client.retrieve(QUESTION, mode="dense")]
             except Transient:
                 return False
 

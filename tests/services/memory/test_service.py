@@ -42,7 +42,8 @@ async def handbooks(norrland: Client) -> dict[str, str]:
 async def test_a_question_finds_its_passage_with_the_source(
     norrland: Client, handbooks: dict[str, str], language: str, query: str, answer: str, section: str
 ) -> None:
-    best, *others = await norrland.retrieve(query)
+    assert answer in " ".join(passage.text for passage in (await norrland.retrieve(query))[:2])
+    best, *others = await norrland.retrieve(query, mode="dense")
     assert answer in best.text
     assert best.source.document_id == handbooks[language]
     assert best.source.name == f"handbook.{language}.md"
@@ -52,6 +53,7 @@ async def test_a_question_finds_its_passage_with_the_source(
     scores = [best.score, *(passage.score for passage in others)]
     assert scores == sorted(scores, reverse=True)
     assert 0.75 <= scores[-1] <= scores[0] <= 1
+    assert {tuple(passage.match) for passage in (best, *others)} == {("meaning",)}
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,28 @@ async def test_a_page_is_named_and_search_by_http_says_the_same(norrland: Client
             {
                 "text": "The grille of the Fjord oven bears 12 kilograms.",
                 "score": passage.score,
+                "scores": {"dense": passage.score, "keyword": passage.keyword},
+                "match": ["meaning", "words"],
                 "source": {"document_id": document_id, "name": "oven.pdf", "section": None, "page": 2},
             }
-        ]
+        ],
+        "degraded": False,
     }
+    assert 0 < passage.keyword <= 1
     assert passage.source.page == 2
+
+
+async def test_words_alone_are_searched_without_an_embedding(norrland: Client, memory: Platform) -> None:
+    document_id = await norrland.indexed("word.txt", b"The Zwicky catalogue lists galaxies.")
+    before = len(await memory.outbox("memory", "usage.records"))
+    body = {"query": "zwicky galaxy", "mode": "keyword"}
+    answer = (await norrland.http.post("/api/v1/memory/search", json=body)).json()
+    [item] = answer["items"]
+    assert item["source"]["document_id"] == document_id
+    assert (item["match"], item["scores"], item["score"]) == (["words"], {"dense": None, "keyword": 1.0}, 1.0)
+    assert len(await memory.outbox("memory", "usage.records")) == before
+    refused = await norrland.http.post("/api/v1/memory/search", json={"query": "x", "mode": "other"})
+    assert refused.status_code == 422
 
 
 async def test_a_tenant_finds_only_its_own_even_of_the_same_text(norrland: Client, stranger: Client) -> None:
@@ -269,6 +288,7 @@ async def test_odd_queries_are_answered_or_refused_with_the_field(norrland: Clie
         "limit": {"query": "x", "limit": 101},
         "min_similarity": {"query": "x", "min_similarity": float("nan")},
         "types[1]": {"query": "x", "types": ["document", "dream"]},
+        "mode": {"query": "x", "mode": "other"},
     }
     for field, request in bad.items():
         with pytest.raises(InvalidMessage) as refused:

@@ -1,0 +1,91 @@
+"""Keyword search in PostgreSQL: English and Chinese words, codes, and other tenants."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import pytest
+
+from infra.clock import uuid7
+from infra.postgres.tx import Database
+from infra.stores.objects import Stored
+from services.memory import documents
+from services.memory.domain import Block, chunk, sections
+from tests.services.memory import files
+from tooling.testing.platform import Platform
+
+
+@pytest.fixture(scope="module")
+async def memory_database(platform: Platform) -> Database:
+    await platform.prepare("memory")
+    return platform.database("memory")
+
+
+async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexed: bool = True) -> UUID:
+    id_ = uuid7()
+    async with database.begin(tenant_id=tenant_id) as tx:
+        await documents.add(tx, id_, "text", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
+        await documents.add_passages(tx, id_, 0, list(chunk(blocks)))
+        if indexed:
+            await documents.advance(tx, id_, "indexed", 1.0)
+    return id_
+
+
+async def found(database: Database, tenant_id: str, text: str, limit: int = 10) -> list[str]:
+    async with database.begin(tenant_id=tenant_id) as tx:
+        rows = await documents.with_words(tx, text, limit)
+        texts = await documents.found(tx, [row.id for row in rows])
+    return [texts[row.id].text for row in rows]
+
+
+@pytest.fixture(scope="module")
+async def handbooks(memory_database: Database) -> Database:
+    for language in ("en", "zh"):
+        await add(memory_database, "norrland", list(sections(files.handbook(language).decode())))
+    return memory_database
+
+
+@pytest.mark.parametrize(
+    ("query", "answer"),
+    [
+        ("order number 7710", "7710"),
+        ("E07", "E07"),
+        ("household warranties", "30 months"),
+        ("descaled with vinegar", "vinegar and citric acid damage"),
+        ("家用保修多久？", "30 个月"),
+        ("可以用醋除垢吗", "醋和柠檬酸会损坏密封圈"),
+        ("清洁片", "清洁片"),
+    ],
+)
+async def test_words_of_both_languages_find_their_passage(handbooks: Database, query: str, answer: str) -> None:
+    """Also in another form (``warranties``), and in Chinese, which has no spaces between words."""
+    assert answer in " ".join((await found(handbooks, "norrland", query))[:3])
+
+
+async def test_passages_with_all_words_come_before_those_with_any(memory_database: Database) -> None:
+    texts = ["The blue kettle leaks.", "The kettle is new.", "A blue door.", "Nothing else."]
+    await add(memory_database, "order", [Block(text, str(n)) for n, text in enumerate(texts)])
+    hits = await found(memory_database, "order", "blue kettles")
+    assert hits[0] == texts[0]
+    assert sorted(hits[1:]) == sorted(texts[1:3])
+    assert await found(memory_database, "order", "blue kettle", limit=1) == texts[:1]
+
+
+async def test_only_the_tenants_own_indexed_and_present_documents_are_found(memory_database: Database) -> None:
+    tenants = ("tenant-a", "tenant 'b'\\ & | !")
+    for tenant in tenants:
+        await add(memory_database, tenant, [Block(f"The canary of {tenant} sings.")])
+        await add(memory_database, tenant, [Block("An unfinished canary.")], indexed=False)
+        gone = await add(memory_database, tenant, [Block("A deleted canary.")])
+        async with memory_database.begin(tenant_id=tenant) as tx:
+            await documents.delete(tx, gone)
+    for tenant in tenants:
+        assert await found(memory_database, tenant, "canary") == [f"The canary of {tenant} sings."]
+
+
+QUERIES = ["", " ", "the of and", "'", "\\", "a & b | !c", "'''::", "😀", "<->", "水", "x" * 5000, "保\u3000'"]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+async def test_any_text_is_a_query(handbooks: Database, query: str) -> None:
+    await found(handbooks, "norrland", query)
