@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -154,24 +155,32 @@ async def test_a_file_that_needs_too_much_processor_time_is_refused_once(monkeyp
 
 
 def test_a_parser_ends_with_its_service(tmp_path: Path) -> None:
-    """The service is a process that starts a parser on an open pipe and is killed."""
+    """The service is a process that starts a parser and is killed. This process keeps the parser's file open."""
     program = (
         "import os, subprocess, sys, time\n"
-        "read, write = os.pipe()\n"
         "parser = subprocess.Popen([sys.executable, '-m', 'services.memory.parsing', 'text/plain', str(os.getpid())],"
-        " stdin=read, env={'PYTHONUTF8': '1'})\n"
+        " stdin=int(sys.argv[1]), env={'PYTHONUTF8': '1'})\n"
         "print(parser.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    service = subprocess.Popen([sys.executable, "-c", program], cwd=CHECKOUT, stdout=subprocess.PIPE)
+    read, write = os.pipe()
+    service = subprocess.Popen(
+        [sys.executable, "-c", program, str(read)], cwd=CHECKOUT, stdout=subprocess.PIPE, pass_fds=[read]
+    )
     assert service.stdout is not None
     parser = int(service.stdout.readline())
-    # It reads its file, so it has confined itself.
-    wait_until(lambda: "pipe_read" in Path(f"/proc/{parser}/wchan").read_text() or seccomp(parser) == "2")
-    service.kill()
-    service.wait()
-    service.stdout.close()
-    wait_until(lambda: not Path(f"/proc/{parser}").exists() or state(parser) in "ZX")
+    try:
+        # It has confined itself, and reads its file from now on.
+        wait_until(lambda: seccomp(parser) == "2")
+        service.kill()
+        wait_until(lambda: state(parser) in "ZX")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(parser, signal.SIGKILL)
+        service.wait()
+        service.stdout.close()
+        os.close(read)
+        os.close(write)
 
 
 def seccomp(pid: int) -> str:

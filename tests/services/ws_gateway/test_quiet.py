@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from infra.clock import uuid7
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
-from services.ws_gateway import run_events, stream
+from services.ws_gateway import clients, run_events, stream
 from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
@@ -83,3 +83,23 @@ async def test_a_client_whose_connection_takes_nothing_is_given_up(
         shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
+
+
+async def test_a_stream_whose_key_was_revoked_ends(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Revoked:
+        async def scopes(self, who: Identity) -> frozenset[str]:
+            return frozenset()
+
+    monkeypatch.setattr(clients, "CHECK_SECONDS", 0.02)
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with Redis.from_url(stack.redis_url) as redis:
+        hub = Hub(Cache(redis), Clients(cast(Keys, Revoked()), asyncio.Event()))
+        shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
+        async with asyncio.timeout(30):
+            await shown({"type": "http"}, never, send)
+    assert sent[-1]["more_body"] is False
+    assert not any(b"run.completed" in message.get("body", b"") for message in sent)
