@@ -56,7 +56,13 @@ _FILE_FORM = {
 }
 
 
-class DocumentView(BaseModel):
+class _View(BaseModel):
+    """The comments under the fields stand on the page of the API."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class DocumentView(_View):
     id: UUID
     name: str
     content_type: str
@@ -77,12 +83,12 @@ class DocumentView(BaseModel):
     """Remarks about parts of the file that could not be read as they are."""
 
 
-class DocumentList(BaseModel):
+class DocumentList(_View):
     items: list[DocumentView]
     next: str | None
 
 
-class ContentLink(BaseModel):
+class ContentLink(_View):
     url: str
     """Downloads the file without further authentication."""
     expires_in: int
@@ -105,7 +111,7 @@ class Search(BaseModel):
     """dense: by meaning. keyword: documents by their words. hybrid: both rankings fused by reciprocal rank."""
 
 
-class Source(BaseModel):
+class Source(_View):
     document_id: UUID | None
     """null for a reply in a conversation."""
     name: str
@@ -114,14 +120,14 @@ class Source(BaseModel):
     page: int | None
 
 
-class Scores(BaseModel):
+class Scores(_View):
     dense: float | None
     """The cosine similarity; null if the query has no vector."""
     keyword: float | None
     """The share of the query's words in the passage, weighted by their rarity, from 0 to 1; null if it has none."""
 
 
-class Passage(BaseModel):
+class Passage(_View):
     text: str
     score: float
     """The cosine similarity, or the rank by words if there is none."""
@@ -131,7 +137,7 @@ class Passage(BaseModel):
     source: Source
 
 
-class Passages(BaseModel):
+class Passages(_View):
     items: list[Passage]
     degraded: bool
     """True if the passages were found by their words only, because the search by meaning is unavailable."""

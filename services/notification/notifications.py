@@ -8,7 +8,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
@@ -27,6 +27,8 @@ class Email(msgspec.Struct, frozen=True):
 
 
 class Notification(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: UUID
     kind: Literal["email", "push"]
     state: Literal["queued", "sent", "failed"]

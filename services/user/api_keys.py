@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import AwareDatetime, Field
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Forbidden, InvalidMessage, NotFound
@@ -20,7 +20,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.user import domain
 from services.user.domain import Scope
-from services.user.fields import Body, Name, after
+from services.user.fields import Body, Name, View, after
 
 _RANDOM_BYTES = 32
 
@@ -35,14 +35,14 @@ class NewApiKey(Body):
     member."""
 
 
-class CreatedApiKey(BaseModel):
+class CreatedApiKey(View):
     id: UUID
     api_key: str
     """The plaintext. It is shown only in this answer."""
     prefix: str
 
 
-class ApiKey(BaseModel):
+class ApiKey(View):
     id: UUID
     name: str
     prefix: str

@@ -24,7 +24,13 @@ Email = Annotated[
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class View(BaseModel):
+    """The comments under the fields stand on the page of the API."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 def after(paging: Paging) -> UUID | None:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel
 
 from infra.clock import uuid7
 from infra.errors import Conflict, NotFound
@@ -22,7 +21,7 @@ from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from services.user import domain
 from services.user.domain import Role
-from services.user.fields import Body, Email, Name, after
+from services.user.fields import Body, Email, Name, View, after
 
 _COLUMNS = "id, role, email, name, created_at"
 _SubjectId = Annotated[str, Path(pattern=r"^[!-~]{1,200}$")]
@@ -38,7 +37,7 @@ class NewRole(Body):
     role: Role
 
 
-class Member(BaseModel):
+class Member(View):
     id: UUID
     email: str
     role: Role

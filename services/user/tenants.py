@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from infra.clock import uuid7
 from infra.errors import NotFound
@@ -20,7 +20,7 @@ from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantCreated
 from services.user import api_keys, members
 from services.user.domain import EVERYTHING
-from services.user.fields import Body, Email, Name, after
+from services.user.fields import Body, Email, Name, View, after
 
 # The largest value of PostgreSQL's bigint and of billing's accounts.
 MAX_NANOS = 2**63 - 1
@@ -36,14 +36,14 @@ class NewTenant(Body):
     owner_email: Email | None = None
 
 
-class CreatedTenant(BaseModel):
+class CreatedTenant(View):
     id: str
     name: str
     api_key: str
     """The tenant's first key, with every scope. It is shown only in this answer."""
 
 
-class Tenant(BaseModel):
+class Tenant(View):
     id: str
     name: str
     currency: str
