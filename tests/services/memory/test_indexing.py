@@ -11,16 +11,19 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pytest
 
-from infra.errors import NotFound
+from infra.clock import uuid7
+from infra.errors import NotFound, NotYet
 from infra.stores import filetypes as types
-from services.memory import confinement, indexing
+from services.memory import confinement, documents, indexing
+from services.memory.documents import Passage
 from services.memory.domain import Chunk
+from services.memory.embeddings import LocalEmbedder
 from services.memory.indexing import Findings
 from tests.services.memory import files
 from tooling.stack.home import CHECKOUT
@@ -242,3 +245,31 @@ def test_memory_beyond_the_limit_is_refused() -> None:
     program = f"from services.memory import confinement as c; c.limit(); bytearray({confinement.MAX_MEMORY_BYTES})"
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert "MemoryError" in done.stderr
+
+
+async def test_a_large_document_gives_its_place_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded = 0
+
+    class NoTransaction:
+        @asynccontextmanager
+        async def begin(self) -> AsyncGenerator[None, None]:
+            yield
+
+    async def count(*_: Any) -> int:
+        return 100
+
+    async def next_passages(*_: Any) -> list[Passage]:
+        return [Passage(uuid7(), 0, "text", None)]
+
+    async def embed(*_: Any) -> None:
+        nonlocal embedded
+        embedded += 1
+
+    monkeypatch.setattr(indexing, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(documents, "passage_count", count)
+    monkeypatch.setattr(documents, "without_vector", next_passages)
+    large = indexing.Indexing(cast(Any, None), LocalEmbedder(), cast(Any, None))
+    monkeypatch.setattr(large, "_embed_batch", embed)
+    with pytest.raises(NotYet):
+        await large._embed(uuid7(), cast(Any, NoTransaction()))
+    assert embedded == 1
