@@ -26,7 +26,7 @@ from services.memory.domain import Chunk
 from services.memory.embeddings import LocalEmbedder
 from services.memory.indexing import Findings
 from tests.services.memory import files
-from tooling.stack.home import CHECKOUT
+from tooling.stack.checkout import CHECKOUT
 
 CHUNK = Chunk("text", None, None, 1)
 
