@@ -211,7 +211,7 @@ async def found(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
     return {id_: Found(*rest) for id_, *rest in rows}
 
 
-# `joint` is ' & ' for passages with all words, ' | ' for those with any. The tenant's word is no part of the rank.
+# `joint` is ' & ' for passages with all words, ' | ' for those with any. The tenant's word does not count for the rank.
 _WITH_WORDS = """
     SELECT p.id, p.vector, p.model, ARRAY(
         SELECT unnest(tsvector_to_array(p.words))
