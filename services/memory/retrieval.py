@@ -172,7 +172,7 @@ class Retrieval:
             cosine = None
             if vector is not None and row.vector is not None and row.model == self._embedder.model:
                 cosine = _cosine(vector, row.vector)
-            # Only a floor that the caller has set applies: a passage with the word may be right although its meaning is far away.
+            # Only a floor of the caller applies: a passage with the word may be right although its cosine is low.
             if row.id in stored and (floor is None or cosine is None or cosine >= floor):
                 hits[row.id] = Ranked(stored[row.id], cosine, row.rank)
         return hits
