@@ -11,14 +11,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 import msgspec
 
 from infra.errors import Conflict, EffectFailed, Transient, describe
 from infra.failpoint import failpoint
-from infra.lanes.claims import Lease
+from infra.lanes.claims import Head, Lease
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
 from infra.postgres.db import is_transient, storable
@@ -46,14 +46,31 @@ class Outcome(Generic[R]):
     saved: bool
 
 
+class ItemEnded(NamedTuple):
+    """A handler returns this if it has ended its item by the SQL function `lane_finish` in a transaction of its own."""
+
+    next: Head | None
+    """The next item of the lane, if it is to be done at once; None if the lane was given back."""
+
+
 class Effects:
     """What the handler of an item uses to act outside of the database.
 
-    `attempt`: which one of the item this is, from 1.
+    `attempt`: which one of the item this is, from 1. `seq` and `may_go_on` are for a handler that ends its item itself:
+    the item's place in its lane, and whether the next item may follow at once.
     """
 
     def __init__(
-        self, database: Database, lease: Lease, tx: Tx, metrics: Metrics, *, item_id: UUID, attempt: int
+        self,
+        database: Database,
+        lease: Lease,
+        tx: Tx,
+        metrics: Metrics,
+        *,
+        item_id: UUID,
+        attempt: int,
+        seq: int,
+        may_go_on: bool,
     ) -> None:
         self._database = database
         self._lease = lease
@@ -61,6 +78,8 @@ class Effects:
         self._metrics = metrics
         self.item_id = item_id
         self.attempt = attempt
+        self.seq = seq
+        self.may_go_on = may_go_on
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[Tx]:

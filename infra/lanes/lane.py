@@ -12,10 +12,11 @@ from datetime import datetime, timedelta
 from typing import Any, Generic
 from uuid import UUID
 
+from infra.lanes.effects import ItemEnded
 from infra.postgres.lane_items import Item, NewItem, insert_items
 from infra.postgres.tx import Tx
 
-Handler = Callable[..., Awaitable[None]]
+Handler = Callable[..., Awaitable[ItemEnded | None]]
 Expired = Callable[[Any, Tx], Awaitable[None]]
 Dead = Callable[..., Awaitable[None]]
 
@@ -44,7 +45,8 @@ class Lane(Generic[Item]):
         expired: Expired | None = None,
         dead: Dead | None = None,
     ) -> Callable[[Handler], Work]:
-        """The handler takes ``(item, effects, tx)``; `tx` commits together with the item's completion.
+        """The handler takes ``(item, effects, tx)``; `tx` commits together with the item's completion. A handler
+        that has ended its item by itself returns `ItemEnded`.
 
         `concurrency`: the most lanes that a process handles at the same time. `per_tenant`: the most of one tenant, so
         that its long items do not keep the others waiting. `expired`: called with ``(item, tx)`` in place of the

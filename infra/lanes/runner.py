@@ -251,8 +251,19 @@ class LaneRunner:
             raise InvalidMessage("item", str(error)) from error
         work = kind.work
         if not head.expired:
-            effects = Effects(self._database, lease, tx, self._metrics, item_id=head.item_id, attempt=head.attempts + 1)
-            await work.handler(item, effects, tx)
+            effects = Effects(
+                self._database,
+                lease,
+                tx,
+                self._metrics,
+                item_id=head.item_id,
+                attempt=head.attempts + 1,
+                seq=head.seq,
+                may_go_on=may_go_on and not self._stopping,
+            )
+            ended = await work.handler(item, effects, tx)
+            if ended is not None:
+                return ended.next
         elif work.expired:
             await work.expired(item, tx)
         await tx.flush()

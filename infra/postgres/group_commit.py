@@ -40,16 +40,23 @@ class GroupCommit(Generic[W]):
 
         A write whose caller was cancelled is committed all the same.
         """
-        done = asyncio.get_running_loop().create_future()
+        await self.submit(write)
+
+    def submit(self, write: W) -> asyncio.Future[None]:
+        """Adds the write behind those that wait. The result becomes done after the commit, as `write` returns."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Pending(write, done))
         if self.working is None:
             # An empty context: the task works for many callers and belongs to the trace of none.
             self.working = asyncio.create_task(self._work(), name="group commit", context=Context())
-        await done
+        return done
 
     async def _work(self) -> None:
         try:
             while self._waiting:
+                # Writes that are submitted in the same turn of the event loop come along, above all the next write of a
+                # caller that does not await its first one.
+                await asyncio.sleep(0)
                 await self._end([self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))])
         finally:
             self.working = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -78,7 +78,6 @@ class Tx:
         self._rows: list[OutboxRow] = []
         self._items: dict[tuple[str, UUID], NewItem] = {}
         self._buffered: dict[str, list[tuple[Any, ...]]] = {}
-        self._published: set[UUID] = set()
         self._loaded: dict[str, tuple[Any, int]] = {}
         self._after: list[Callable[[], Awaitable[None]]] = []
         self.tenant_id = tenant_id
@@ -149,10 +148,6 @@ class Tx:
         is_new = event_id is None
         self._events.append(NewEvent(stream, event_id or uuid7(), event, None, self.tenant_id, is_new))
 
-    def append_at(self, stream: Stream[Any], events: Sequence[Any], version: int) -> None:
-        """Appends to a stream that has this version, by the caller's own count; another one is a Conflict."""
-        self._events += [NewEvent(stream, uuid7(), event, version, self.tenant_id) for event in events]
-
     def buffer(self, statement: str, *row: Any) -> None:
         """Adds a row to a statement over ``unnest($1, $2, …)``. It runs once for all rows, before the commit.
 
@@ -160,34 +155,16 @@ class Tx:
         """
         self._buffered.setdefault(statement, []).append(row)
 
-    def publish_now(self) -> None:
-        """Writes now, in the trace of now, what the events appended so far tell the world."""
-        for new in self._events:
-            if new.event_id not in self._published:
-                self._published.add(new.event_id)
-                self._publish(new)
+    @property
+    def messages(self) -> Sequence[OutboxRow]:
+        """The messages collected so far, in their order."""
+        return self._rows
 
     def _publish(self, new: NewEvent) -> None:
         own, self.tenant_id = self.tenant_id, new.tenant_id
         for id_, (topic, key, message) in publications(new.stream.aggregate, new.stream.id, new.event_id, new.event):
             self.publish(topic, message, key=key, message_id=id_)
         self.tenant_id = own
-
-    async def merge(self, others: Sequence[Tx]) -> None:
-        """Takes over what the others have collected; nothing of one whose events are stored already: it was committed
-        before, and nobody heard of it."""
-        events = [new for other in others for new in other._events]
-        fresh = (
-            {new.event_id for new in await event_store.append(await self.connection(), events, {})} if events else set()
-        )
-        failpoint("after_append")
-        for other in others:
-            if other._events and other._events[0].event_id not in fresh:
-                continue
-            self._rows += other._rows
-            self._items |= other._items
-            for statement, rows in other._buffered.items():
-                self._buffered.setdefault(statement, []).extend(rows)
 
     def publish(self, topic: Topic, message: Message, *, key: str, message_id: UUID | None = None) -> UUID:
         """Sends a fact to a Kafka topic once the transaction commits. Returns the message's id.
@@ -290,8 +267,7 @@ class Tx:
             self._events.clear()
             failpoint("after_append")
             for new in fresh:
-                if new.event_id not in self._published:
-                    self._publish(new)
+                self._publish(new)
         for statement, rows in self._buffered.items():
             await self.sql(statement, *map(list, zip(*rows, strict=True)))
         self._buffered.clear()
@@ -368,13 +344,26 @@ class Database:
                 await tx.close(commit=False)
         if tx.buses:
             failpoint("after_commit")
-        for bus in tx.buses:
+        self.wake(tx.buses, tx.woken)
+        await tx.run_after_commit()
+
+    def wake(self, buses: Iterable[str], kinds: Iterable[str] = ()) -> None:
+        """A commit has left messages for these buses, and items in lanes of these kinds."""
+        for bus in buses:
             for wake in self._listeners:
                 wake(bus)
-        for kind in tx.woken:
+        for kind in kinds:
             for wake_lane in self._lane_listeners:
                 wake_lane(kind)
-        await tx.run_after_commit()
+
+    def buffer(self, tenant_id: str) -> Tx:
+        """A transaction that only collects messages; it is never written itself."""
+        return Tx(self.engine, self.service, tenant_id=tenant_id or None, cause=None)
+
+    async def call(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+        """Runs one statement that is a transaction of its own, such as a call of a function, and returns its rows."""
+        async with self._reading.connect() as connection:
+            return await db.sql(connection, statement, *arguments)
 
     @asynccontextmanager
     async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
