@@ -123,6 +123,15 @@ class Queue:
         """The handler takes ``(message, tx)`` and must be quick: it stores the work; the ack follows the commit."""
         return lambda handler: Subscription(self, self.consumer, handler, message=self.message, prefetch=prefetch)
 
+    def batch_worker(self, *, most: int) -> Callable[[Handler], Subscription]:
+        """The handler takes ``(messages: list[M], tx)``: up to `most` waiting messages in one transaction.
+
+        If a group fails, each of its messages is handled alone, so that one bad message fails alone.
+        """
+        return lambda handler: Subscription(
+            self, self.consumer, handler, message=self.message, batch=True, prefetch=2 * most
+        )
+
 
 @dataclass(frozen=True)
 class Catalog:

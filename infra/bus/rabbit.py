@@ -8,10 +8,12 @@ our own, because the broker also counts messages that were only prefetched when 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
+from uuid import UUID
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractRobustConnection
@@ -20,7 +22,7 @@ from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
 from infra.bus.batch import readable_id
-from infra.bus.dispatch import decode
+from infra.bus.dispatch import Decoded, decode
 from infra.bus.kafka import headers_json
 from infra.bus.outbox import HeldBack, Outcome, Pending, Unpublishable
 from infra.clock import utcnow
@@ -33,6 +35,7 @@ from infra.postgres.db import is_of_database, is_transient
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Database, Tx
+from protos.envelope import Envelope
 from protos.topology import Queue, Subscription
 
 ATTEMPT = "x-claw-attempt"
@@ -170,7 +173,8 @@ class Workers:
         for subscription in subscriptions:
             queue = subscription.source
             assert isinstance(queue, Queue)
-            self._subscribe(queue.name, subscription.prefetch, _Worker(self, subscription, queue))
+            kind = _BatchWorker if subscription.batch else _Worker
+            self._subscribe(queue.name, subscription.prefetch, kind(self, subscription, queue))
             self._subscribe(queue.dead_letter_queue, 20, _Collector(self, queue))
 
     def _subscribe(self, name: str, prefetch: int, handler: Any) -> None:
@@ -257,18 +261,26 @@ class _Worker:
         await message.ack()
         workers._metrics.processed.labels(queue.name, "handled").inc()
 
-    async def _handle(self, body: bytes, headers: Mapping[str, str]) -> None:
+    def _decode(self, body: bytes, headers: Mapping[str, str]) -> tuple[Decoded, Envelope]:
         decoded = decode(headers, body, (self._queue.message,))
         envelope = decoded.envelope()
         if self._queue.expires is not None and envelope.time + self._queue.expires < utcnow():
             raise InvalidMessage("header ce_time", f"must not be older than {self._queue.expires}")
+        return decoded, envelope
+
+    async def _handle(self, body: bytes, headers: Mapping[str, str]) -> None:
+        decoded, envelope = self._decode(body, headers)
 
         async def work(tx: Tx) -> None:
             if await mark_handled(await tx.connection(), self._queue.name, [decoded.id]):
-                await self._subscription.handler(decoded.message, tx)
+                await self._call(tx, [decoded])
                 failpoint("after_effect_before_commit")
 
         await self._workers._database.run(work, tenant_id=envelope.tenant_id, cause=envelope)
+
+    async def _call(self, tx: Tx, decoded: Sequence[Decoded]) -> None:
+        for each in decoded:
+            await self._subscription.handler(each.message, tx)
 
     async def _failed(self, message: RabbitMessage, attempt: int, error: Exception) -> None:
         queue = self._queue
@@ -305,6 +317,83 @@ class _Worker:
             # Without this pause the broker would deliver it again at once, and soon reach its delivery limit.
             await asyncio.sleep(1)
             await message.nack(requeue=True)
+
+
+class _BatchWorker(_Worker):
+    """The handler of one queue for groups of messages: one transaction and one acknowledgement for all that wait.
+
+    While one group is handled, the next one gathers. If a group fails, its messages are handled one by one.
+    """
+
+    def __init__(self, workers: Workers, subscription: Subscription, queue: Queue) -> None:
+        super().__init__(workers, subscription, queue)
+        self._largest = subscription.prefetch // 2
+        self._waiting: deque[tuple[RabbitMessage, asyncio.Future[None]]] = deque()
+        self._working: asyncio.Task[None] | None = None
+
+    async def __call__(self, message: RabbitMessage) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((message, done))
+        if self._working is None:
+            self._working = asyncio.create_task(self._work(), name=f"group of {self._queue.name}")
+        # Shielded: when the service stops, the group that is being handled is finished and acknowledged.
+        await asyncio.shield(done)
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                group = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))]
+                try:
+                    await self._process([message for message, _ in group])
+                finally:
+                    for _, done in group:
+                        if not done.done():
+                            done.set_result(None)
+                await asyncio.sleep(0)
+        finally:
+            self._working = None
+
+    async def _process(self, group: Sequence[RabbitMessage]) -> None:
+        """Every message of the group is acknowledged, delayed or stored as a dead letter when this returns."""
+        queue, workers = self._queue, self._workers
+        if len(group) == 1:
+            # Handled as in a worker for single messages: in its own trace.
+            await super().__call__(group[0])
+            return
+        try:
+            decoded = {each.id: each for message in group for each, _ in [self._decoded(message)]}
+            with telemetry.process_batch(
+                "rabbitmq", f"{queue.exchange.name}:{queue.routing_key}", [each.headers for each in decoded.values()]
+            ):
+                await workers._database.run(partial(self._group, decoded))
+        except Exception as error:
+            if not isinstance(error, InvalidMessage):
+                workers._log.warning(
+                    "could not process a group of messages; will process them one by one",
+                    queue=queue.name,
+                    messages=len(group),
+                    error=describe(error),
+                )
+            for message in group:
+                await super().__call__(message)
+            return
+        failpoint("after_commit_before_ack")
+        # Groups are handled in the order of delivery, so all messages before the last one of this group are settled.
+        await group[-1].ack(multiple=True)
+        workers._metrics.processed.labels(queue.name, "handled").inc(len(group))
+
+    def _decoded(self, message: RabbitMessage) -> tuple[Decoded, Envelope]:
+        return self._decode(message.body, {str(name): str(value) for name, value in message.headers.items()})
+
+    async def _group(self, decoded: Mapping[UUID, Decoded], tx: Tx) -> None:
+        fresh = await mark_handled(await tx.connection(), self._queue.name, list(decoded))
+        if fresh:
+            await self._call(tx, [each for id_, each in decoded.items() if UUID(int=id_.int) in fresh])
+            failpoint("after_effect_before_commit")
+
+    async def _call(self, tx: Tx, decoded: Sequence[Decoded]) -> None:
+        tx.origins.update((id(each.message), each.headers) for each in decoded)
+        await self._subscription.handler([each.message for each in decoded], tx)
 
 
 class _Collector:

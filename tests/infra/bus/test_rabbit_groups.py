@@ -1,0 +1,133 @@
+"""Workers for groups: all waiting messages in one transaction, and a bad message fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from infra.bus.rabbit import Workers
+from infra.clock import uuid7
+from infra.errors import InvalidMessage
+from infra.postgres.tx import Database, Tx
+from protos.messages.sample import TakeNote
+from tests.infra.bus.conftest import Buses, until
+from tests.infra.bus.test_rabbit import effects, letter, send
+from tooling.testing.sample.catalog import SAMPLE_WORK
+
+
+class Desk:
+    """A handler that writes an effect per message. While `gate` is closed, it keeps its group."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[str]] = []
+        self.gate = asyncio.Event()
+        self.bad: set[str] = set()
+
+    async def take(self, messages: list[TakeNote], tx: Tx) -> None:
+        self.groups.append([message.text for message in messages])
+        await self.gate.wait()
+        for message in messages:
+            assert tx.origins[id(message)]["ce_type"] == "sample.v1.TakeNote"
+            await tx.sql("INSERT INTO stream VALUES ($1, 1)", f"effect {message.text} {uuid7()}")
+            if message.text in self.bad:
+                raise InvalidMessage("text", "is bad")
+
+
+@pytest.fixture
+def handler() -> Desk:
+    return Desk()
+
+
+@asynccontextmanager
+async def working(buses: Buses, desk: Database, handler: Desk, most: int = 20) -> AsyncIterator[Database]:
+    running = Workers(desk, [SAMPLE_WORK.batch_worker(most=most)(handler.take)], buses.rabbitmq, buses.metrics)
+    await running.start()
+    yield desk
+    await running.stop()
+
+
+async def gathered(buses: Buses, handler: Desk, texts: list[str]) -> None:
+    """The handler has the first message, and the others wait at the worker."""
+    handler.groups.clear()
+    handler.gate.clear()
+    first = f"first of {texts[0]}"
+    await send(buses, first)
+
+    async def taken() -> bool:
+        return handler.groups == [[first]]
+
+    await until(taken)
+    for text in texts:
+        await send(buses, text)
+    # The broker delivers in order: once this message is here, the others are, too.
+    async with asyncio.timeout(30):
+        while await ready(buses):
+            await asyncio.sleep(0.05)
+    handler.gate.set()
+
+
+async def ready(buses: Buses) -> int:
+    """How many messages are in the queue and not delivered to a worker."""
+    publisher = buses.rabbit()
+    await publisher.start()
+    assert publisher._channel
+    queue = await publisher._channel.declare_queue(SAMPLE_WORK.name, passive=True)
+    await publisher.stop()
+    return int(queue.declaration_result.message_count or 0)
+
+
+async def test_waiting_messages_are_one_group_in_order_and_are_acknowledged(
+    buses: Buses, desk: Database, handler: Desk
+) -> None:
+    texts = [f"together {n}" for n in range(5)]
+    async with working(buses, desk, handler):
+        await gathered(buses, handler, texts)
+        await until(lambda: effects(desk, texts[-1]))
+    assert handler.groups[1:] == [texts]
+    # A new worker gets nothing again: all were acknowledged.
+    handler.groups.clear()
+    async with working(buses, desk, handler):
+        await send(buses, "later")
+        await until(lambda: effects(desk, "later"))
+    assert handler.groups == [["later"]]
+    assert [await effects(desk, text) for text in texts] == [1] * 5
+
+
+async def test_a_bad_message_fails_alone(buses: Buses, desk: Database, handler: Desk) -> None:
+    texts = ["fine 1", "bad", "fine 2"]
+    handler.bad.add("bad")
+    async with working(buses, desk, handler):
+        await gathered(buses, handler, texts)
+        await until(lambda: effects(desk, "fine 2"))
+        bad = uuid7()
+        await send(buses, "bad", id_=bad)
+        found = await until(lambda: letter(desk, bad))
+    assert found.error == "InvalidMessage: text: is bad"
+    assert handler.groups[1] == texts
+    assert handler.groups[2:5] == [["fine 1"], ["bad"], ["fine 2"]]
+    assert [await effects(desk, text) for text in texts] == [1, 0, 1]
+
+
+async def test_a_repeat_in_one_group_has_one_effect(buses: Buses, desk: Database, handler: Desk) -> None:
+    id_ = uuid7()
+    handler.gate.clear()
+    async with working(buses, desk, handler):
+        await send(buses, "before")
+        await until(lambda: _nonempty(handler))
+        await send(buses, "repeated", id_=id_)
+        await send(buses, "repeated", id_=id_)
+        async with asyncio.timeout(30):
+            while await ready(buses):
+                await asyncio.sleep(0.05)
+        handler.gate.set()
+        await until(lambda: effects(desk, "repeated"))
+        await send(buses, "after")
+        await until(lambda: effects(desk, "after"))
+    assert await effects(desk, "repeated") == 1
+
+
+async def _nonempty(handler: Desk) -> bool:
+    return bool(handler.groups)
