@@ -11,7 +11,7 @@ from services.agent.settings import Settings
 service = Service("agent", Settings)
 service.own(SESSION, REPLAYED)
 service.serve_http(api.routes)
-for subscription in handlers.TAKE_MESSAGE:
+for subscription in handlers.TAKE_MESSAGES:
     service.consume(subscription, subjects=adapters.subjects)
 service.consume(handlers.wake)
 service.consume(handlers.on_message_delivered)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from infra.errors import InvalidMessage
-from infra.lanes.effects import Effects
+from infra.lanes.effects import Effects, ItemEnded
 from infra.lanes.lane import Lane
 from infra.lanes.resequencer import MissingMessages, Resequencer
 from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
+from protos.envelope import read_headers
 from protos.messages.agent import RunRequested
 from protos.messages.channel import MessageDelivered, MessageReceived, MessageUndelivered
 from protos.topology import Subscription
@@ -18,6 +19,7 @@ from services.agent.execution.executor import Executor
 from services.agent.lanes import RUNS, RunItem
 from services.agent.runs import projections
 from services.agent.sessions import sealed_arrivals
+from services.agent.sessions.group_intake import Incoming, take_group
 from services.agent.sessions.intake import Arrival, Origin
 
 # One lane per conversation, for its missing messages.
@@ -25,12 +27,21 @@ GAPS = Lane("message gaps", MissingMessages)
 _RESEQUENCER = Resequencer(GAPS)
 
 
-async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) -> None:
-    """Stores a person's message from a channel, in the order of its conversation, with the run that answers it."""
-    if tx.tenant_id is None or tx.cause is None:
+async def take_messages(messages: list[MessageReceived], tx: Tx, subjects: SubjectKeys) -> None:
+    """Stores persons' messages from channels, in the order of their conversations, with the runs that answer them."""
+    group = [_incoming(message, tx) for message in messages]
+    if len(group) == 1:
+        await _take_one(tx, subjects, group[0])
+    else:
+        await take_group(tx, subjects, GAPS.name, group, partial(_take_one, tx, subjects))
+
+
+def _incoming(message: MessageReceived, tx: Tx) -> Incoming:
+    envelope = read_headers(dict(tx.origins[id(message)]))
+    if envelope.tenant_id is None:
         raise InvalidMessage("header tenant_id", "missing")
     arrival = Arrival(
-        message_id=tx.cause.id,
+        message_id=envelope.id,
         agent_id=message.agent_id,
         session_key=message.session_key,
         subject_id=message.subject_id,
@@ -39,19 +50,22 @@ async def take_message(message: MessageReceived, tx: Tx, subjects: SubjectKeys) 
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
         parent=message.parent_session_key,
     )
+    return Incoming(envelope.tenant_id, message.position, arrival, partial(tx.follow, message, "take message"))
+
+
+async def _take_one(tx: Tx, subjects: SubjectKeys, one: Incoming) -> None:
+    tx.tenant_id = one.tenant_id
     try:
-        sealed = await sealed_arrivals.seal(tx, subjects, arrival)
+        sealed = await sealed_arrivals.seal(tx, subjects, one.arrival)
     except Erased:
         sealed = sealed_arrivals.ERASED
-    await _RESEQUENCER.accept(
-        tx, message.session_key, message.position, sealed, partial(sealed_arrivals.take_in, tx, subjects)
-    )
+    key, handle = one.arrival.session_key, partial(sealed_arrivals.take_in, tx, subjects)
+    await _RESEQUENCER.accept(tx, key, one.position, sealed, handle)
 
 
-# One queue per type of channel, all with the same handler. Not more messages at once than database connections: a
-# message that waits too long for a connection fails, and is tried again behind later messages.
-TAKE_MESSAGE: tuple[Subscription, ...] = tuple(
-    queue.worker(prefetch=10)(take_message) for queue in CHANNEL_INBOUND.values()
+# One queue per type of channel, all with the same handler.
+TAKE_MESSAGES: tuple[Subscription, ...] = tuple(
+    queue.batch_worker(most=200)(take_messages) for queue in CHANNEL_INBOUND.values()
 )
 
 
@@ -72,8 +86,8 @@ async def give_up_run(item: RunItem, error: str, tx: Tx, executor: Executor) -> 
 
 
 @RUNS.runner(concurrency=64, per_tenant=48, dead=give_up_run)
-async def execute_run(item: RunItem, effects: Effects, tx: Tx, executor: Executor) -> None:
-    await executor.execute(item.run_id, effects, tx)
+async def execute_run(item: RunItem, effects: Effects, tx: Tx, executor: Executor) -> ItemEnded | None:
+    return await executor.execute(item.run_id, effects, tx)
 
 
 @CHANNEL_EVENTS.each(MessageDelivered, group="agent")

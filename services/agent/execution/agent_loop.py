@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,14 @@ import msgspec
 from opentelemetry.trace import SpanKind
 
 from infra.errors import InvalidMessage, NotFound
+from infra.lanes.effects import ItemEnded
 from infra.observe import telemetry
 from infra.web.json_schema import check
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.agent.definitions.models import NewAgent
 from services.agent.execution.context import RunContext
 from services.agent.execution.conversation import Conversation, Summary
+from services.agent.execution.group_write import MessagesArrived
 from services.agent.execution.model_calls import ModelCalls
 from services.agent.execution.outcome import Ended, Reply
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
@@ -53,14 +56,21 @@ class AgentLoop:
     models: ModelCalls
     tools: Tools
     memory: memory_pb2_grpc.MemoryStub
+    complete: Callable[[Reply, int], Awaitable[ItemEnded | Reply]]
+    """Ends the run with the reply. Raises MessagesArrived if the run has another number of messages."""
     _messages: int = field(init=False)
     """How many of the run's messages the model has been shown."""
+    _taken_before: int = 0
+    """The step before which messages were taken last."""
 
     def __post_init__(self) -> None:
         self._messages = messages_at(self.context.state, 0)
 
-    async def answer(self, conversation: Conversation) -> Reply:
-        """Raises Ended if there is no answer, Suspended if the run has to wait, Transient if it goes on later."""
+    async def answer(self, conversation: Conversation) -> ItemEnded | Reply:
+        """Returns the result of `complete`.
+
+        Raises Ended if there is no answer, Suspended if the run has to wait, Transient if it goes on later.
+        """
         given = conversation.given
         callers_tools = {tool.name: tool for tool in given.tools}
         if both := self.agent.tool_names & callers_tools.keys():
@@ -76,15 +86,20 @@ class AgentLoop:
         )
         schema = conversation.output_schema(self.agent.output_schema)
         system, misfits = instructions, 0
-        # Only once before each step. Messages that were taken in twice before one step would be a single turn for the
-        # worker that resumes the run, and its step would have another digest.
+        if not given.since:
+            # A message that joined the run as it started is one turn with the others.
+            self._taken_before = 1
         await self._take_messages(turns)
         while True:
             prompt = Prompt(
                 system, tuple(turns), passages, tools, self._output_limit(), schema, given.must_call, given.parallel
             )
-            new_turns = turns[len(conversation.history) :]
-            answer = await self.models.ask(prompt, digest(new_turns, passages, misfits))
+            input_digest = digest(turns[len(conversation.history) :], passages, misfits)
+            try:
+                answer = await self.models.ask(prompt, input_digest, self._messages)
+            except MessagesArrived:
+                await self._take_messages(turns)
+                continue
             # If the model calls tools of both kinds at once, the agent's own are dropped: the caller could not report
             # their results in its next request, and the model would call them again.
             calls = tuple(call for call in answer.calls if call.name in callers_tools)
@@ -102,7 +117,12 @@ class AgentLoop:
                 continue  # This answer would not cover the new messages.
             misfit = self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
             if misfit is None:
-                return Reply(answer.text, summary, calls, "length" if answer.finish_reason == "length" else "stop")
+                reply = Reply(answer.text, summary, calls, "length" if answer.finish_reason == "length" else "stop")
+                try:
+                    return await self.complete(reply, self._messages)
+                except MessagesArrived:
+                    await self._take_messages(turns)
+                    continue
             misfits += 1
             if misfits == STRUCTURE_ATTEMPTS:
                 raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)
@@ -135,15 +155,25 @@ class AgentLoop:
         The journal keeps the place: a worker that resumes the run takes the same messages at the same step.
         """
         if not self.steps.next_has_begun():
-            texts = await self.context.later_messages(self._messages)
+            texts: Sequence[str] = ()
+            if self.context.messages > self._messages:
+                texts = await self.context.later_messages(self._messages)
             if texts:
                 await self.steps.record_messages(self._messages + len(texts))
         else:
             known = messages_at(self.context.state, self.context.last_step + 1) - self._messages
             texts = (await self.context.later_messages(self._messages))[:known] if known else ()
         self._messages += len(texts)
-        if text := "\n".join(filter(None, texts)):
+        text = "\n".join(filter(None, texts))
+        step = self.context.last_step + 1
+        if text and self._taken_before == step:
+            # One turn for each step: a worker that resumes the run takes all messages of a step at once.
+            earlier = turns.pop()
+            assert isinstance(earlier, Said)
+            text = f"{earlier.text}\n{text}"
+        if text:
             turns.append(Said(text))
+            self._taken_before = step
         return bool(text)
 
     async def _retrieve(self, text: str) -> tuple[Passage, ...]:

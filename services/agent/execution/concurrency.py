@@ -18,6 +18,11 @@ def model_of(definition: NewAgent) -> str:
     return f"{definition.model} {(provider.base_url if provider else None) or ''}".rstrip()
 
 
+def has_limits(definition: NewAgent) -> bool:
+    """True if a run of this agent may have to wait for a place."""
+    return definition.concurrency is not None or definition.model_concurrency is not None
+
+
 async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent) -> None:
     """Takes a place for a run that is about to start; its row is locked. Raises NotYet if all places are taken."""
     limits = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 import grpc.aio
+import msgspec
 
 from infra.postgres.tx import Database
 from infra.security.crypto import DataKey
@@ -15,11 +16,14 @@ from infra.stores.cache import Cache
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2_grpc
 from protos.memory.v1 import memory_pb2_grpc
+from protos.messages import agent as public
 from protos.plugin.v1 import plugin_pb2_grpc
 from services.agent.execution import conversation
+from services.agent.execution.outcome import Reply
 from services.agent.runs import family
-from services.agent.runs.domain import Limits, Run
+from services.agent.runs.domain import Complete, Limits, Run
 from services.agent.runs.family import ChildState, child_id
+from services.agent.runs.publishing import published
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,32 @@ class RunContext:
     """How many runs asked for each other before this one."""
     state: Run
     """Folded from the journal when the worker began, then kept up to date."""
+    messages: int
+    """How many messages the run has, as of the last load or commit."""
     last_step: int = 0
     """Number of the last step that was made or taken from the journal in this execution."""
 
     @property
     def metadata(self) -> grpc.aio.Metadata:
         return rpc.tenant_metadata(self.tenant_id)
+
+    def completion(self, reply: Reply) -> Complete:
+        """The command that ends the run with the reply, whose texts are sealed."""
+        sealing = self.tenant_id, self.subject_id, str(self.run_id)
+        sealed = self.key.seal(reply.text, *sealing, "reply")
+        calls = self.key.seal(msgspec.json.encode(reply.calls).decode(), *sealing, "calls") if reply.calls else None
+        return Complete(self.session_key, sealed, calls, reply.finish_reason)
+
+    def completed(self, n: int, reply: Reply) -> public.RunCompleted:
+        """The public message of the event `n`, which ended the run. The event itself is sealed."""
+        return public.RunCompleted(
+            run_id=self.run_id,
+            session_key=self.session_key,
+            reply=reply.text,
+            n=n,
+            tool_calls=published(reply.calls),
+            finish_reason=reply.finish_reason,
+        )
 
     # Nothing is written by these reads, so they need no fence.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -21,8 +21,6 @@ from services.agent.sessions.intake import Context
 # older part is summarised.
 HISTORY_MESSAGES = 40
 HISTORY_CHARACTERS = 40_000
-# How many of the newest messages are read.
-MOST_MESSAGES = 400
 # How many of the parent's newest messages a branched conversation is shown before its own.
 PARENT_MESSAGES = 6
 
@@ -87,12 +85,6 @@ class Conversation:
         return own if asked is None or (asked == {"type": "object"} and own is not None) else asked
 
 
-async def count_messages(tx: Tx, run_id: UUID) -> int:
-    """How many messages the run has to answer."""
-    [(messages,)] = await tx.sql("SELECT count(*) FROM message WHERE run_id = $1 AND NOT decides", run_id)
-    return int(messages)
-
-
 async def later_messages(tx: Tx, subjects: SubjectKeys, run_id: UUID, skip: int) -> list[str]:
     """The texts of the run's messages after the first `skip`. The text of an erased person is empty."""
     unsealer = Unsealer(tx, subjects)
@@ -110,48 +102,113 @@ async def later_messages(tx: Tx, subjects: SubjectKeys, run_id: UUID, skip: int)
     return [await unsealer.open(text, subject, str(id_), "text") or "" for id_, subject, text in rows]
 
 
-async def load(tx: Tx, unsealer: Unsealer, run_id: UUID, session_key: str, first: int) -> Conversation:
-    """The conversation with the first `first` messages of the run. Raises Erased if all their authors were erased."""
-    rows = await tx.sql(
-        """
-        SELECT seq, message_id, subject_id, text, conversation, vendor_message_id, context
-        FROM message
-        WHERE run_id = $1 AND NOT decides
-        ORDER BY seq
-        LIMIT $2
-        """,
-        run_id,
-        first,
-    )
-    texts = [await unsealer.open(text, subject, str(id_), "text") for _, id_, subject, text, *_ in rows]
+class MessageRow(NamedTuple):
+    """A stored message of a run. Its contents are sealed."""
+
+    seq: int
+    id: UUID
+    subject_id: str
+    text: bytes
+    conversation: bytes | None
+    vendor_message_id: str | None
+    context: bytes | None
+
+
+class ExchangeRow(NamedTuple):
+    """A message of an earlier run, with that run's reply. The texts are sealed."""
+
+    run_id: UUID
+    seq: int
+    message_id: UUID
+    subject_id: str
+    text: bytes
+    reply_subject_id: str
+    reply: bytes | None
+
+
+class SummaryRow(NamedTuple):
+    """The stored summary of a session."""
+
+    sealed: bytes
+    subject_id: str
+    about: Sequence[str]
+    seq: int
+
+
+class Keys:
+    """The keys of the subjects of one tenant."""
+
+    def __init__(self, tenant_id: str, keys: Mapping[tuple[str, str], DataKey | None]) -> None:
+        self._tenant_id = tenant_id
+        self._keys = keys
+
+    def get(self, subject_id: str) -> DataKey | None:
+        """None if the subject was erased."""
+        return self._keys[self._tenant_id, subject_id]
+
+    def open(self, sealed: bytes, subject_id: str, *context: str) -> str | None:
+        """The text in plain; None if the subject was erased."""
+        key = self.get(subject_id)
+        return key.open(sealed, self._tenant_id, subject_id, *context) if key else None
+
+
+def assemble(
+    messages: Sequence[MessageRow],
+    summary: Summary | None,
+    earlier: Sequence[ExchangeRow],
+    of_parent: Sequence[ExchangeRow],
+    keys: Keys,
+) -> Conversation:
+    """`earlier`: the messages after the summary, oldest first. `of_parent`: the last ones of the parent session.
+
+    Raises Erased if all authors of `messages` were erased.
+    """
+    texts = [keys.open(message.text, message.subject_id, str(message.id), "text") for message in messages]
     readable = [text for text in texts if text is not None]
     if not readable:
-        raise Erased(f"run {run_id}: the authors of all its messages were erased")
-    _, message_id, subject_id, _, conversation, vendor_message_id, sealed = next(
-        row for row, text in zip(reversed(rows), reversed(texts), strict=True) if text is not None
-    )
-    given = await unsealer.open(sealed, subject_id, str(message_id), "context") if sealed else None
+        raise Erased("the authors of all messages of the run were erased")
+    last = next(message for message, text in zip(reversed(messages), reversed(texts), strict=True) if text is not None)
+    given = keys.open(last.context, last.subject_id, str(last.id), "context") if last.context else None
     context = msgspec.json.decode(given, type=Context) if given else None
-    summary = None if context else await _summary(tx, unsealer, session_key, rows[0][0])
-    exchanges = (
-        [] if context else await _exchanges(tx, unsealer, session_key, summary.seq if summary else 0, rows[0][0])
-    )
-    older, newer = divided(exchanges)
-    # Only a conversation in a channel has a parent.
-    parent = await _parent_exchanges(tx, unsealer, session_key) if conversation and not context else []
+    older, newer = divided([] if context else _exchanges(keys, earlier))
+    parent = _exchanges(keys, of_parent)
     return Conversation(
         text="\n".join(readable),
         history=context.history
         if context
         else tuple(turn for exchange in (*parent, *newer) for turn in exchange.turns),
-        summary=summary,
+        summary=None if context else summary,
         older=tuple(older),
-        conversation_id=await unsealer.open(conversation, subject_id, str(message_id), "conversation")
-        if conversation
+        conversation_id=keys.open(last.conversation, last.subject_id, str(last.id), "conversation")
+        if last.conversation
         else None,
-        reply_to=vendor_message_id,
+        reply_to=last.vendor_message_id,
         given=context or NOTHING,
     )
+
+
+def open_summary(row: SummaryRow, session_key: str, keys: Keys) -> Summary | None:
+    """None if one of the persons whose words it contains was erased."""
+    if any(keys.get(subject) is None for subject in row.about):
+        return None
+    text = keys.open(row.sealed, row.subject_id, f"{session_key}/{row.seq}", "summary")
+    return Summary(text, row.seq, frozenset(row.about)) if text else None
+
+
+def _exchanges(keys: Keys, rows: Sequence[ExchangeRow]) -> list[Exchange]:
+    return [_exchange(keys, list(of_run)) for _, of_run in groupby(rows, lambda row: row.run_id)]
+
+
+def _exchange(keys: Keys, rows: Sequence[ExchangeRow]) -> Exchange:
+    """Without the words of erased persons."""
+    texts = [keys.open(row.text, row.subject_id, str(row.message_id), "text") for row in rows]
+    last = rows[-1]
+    turns: list[Said | Answered] = []
+    if said := "\n".join(text for text in texts if text is not None):
+        turns.append(Said(said))
+    if last.reply and (reply := keys.open(last.reply, last.reply_subject_id, str(last.run_id), "reply")):
+        turns.append(Answered(reply))
+    return Exchange(tuple(turns), last.seq, frozenset(row.subject_id for row in rows) | {last.reply_subject_id})
 
 
 def divided(exchanges: Sequence[Exchange]) -> tuple[Sequence[Exchange], Sequence[Exchange]]:
@@ -165,27 +222,6 @@ def divided(exchanges: Sequence[Exchange]) -> tuple[Sequence[Exchange], Sequence
         if turns > HISTORY_MESSAGES // 2 or size > HISTORY_CHARACTERS // 2:
             return exchanges[: len(exchanges) - n], exchanges[len(exchanges) - n :]
     return (), exchanges
-
-
-async def _summary(tx: Tx, unsealer: Unsealer, session_key: str, before: int) -> Summary | None:
-    rows = await tx.sql(
-        """
-        SELECT summary, summary_subject, summary_about, summary_seq
-        FROM session
-        WHERE tenant_id = $1 AND session_key = $2 AND summary IS NOT NULL AND summary_seq < $3
-        """,
-        tx.tenant_id,
-        session_key,
-        before,
-    )
-    if not rows:
-        return None
-    [(sealed, subject_id, about, seq)] = rows
-    # A summary that contains the words of an erased person is gone, too.
-    if not all([await unsealer.has_key(subject) for subject in about]):
-        return None
-    text = await unsealer.open(sealed, subject_id, f"{session_key}/{seq}", "summary")
-    return Summary(text, seq, frozenset(about)) if text else None
 
 
 async def keep_summary(tx: Tx, key: DataKey, subject_id: str, session_key: str, summary: Summary) -> None:
@@ -204,57 +240,3 @@ async def keep_summary(tx: Tx, key: DataKey, subject_id: str, session_key: str, 
         sorted(summary.about | {subject_id}),
         summary.seq,
     )
-
-
-async def _exchanges(tx: Tx, unsealer: Unsealer, session_key: str, after: int, before: int) -> list[Exchange]:
-    """The exchanges between two messages, the oldest first."""
-    rows = await tx.sql(
-        """
-        SELECT m.run_id, m.seq, m.message_id, m.subject_id, m.text, r.subject_id, r.reply
-        FROM message m JOIN run r ON r.id = m.run_id
-        WHERE m.tenant_id = $1 AND m.session_key = $2 AND m.seq > $3 AND m.seq < $4 AND NOT m.decides
-        ORDER BY m.seq DESC
-        LIMIT $5
-        """,
-        tx.tenant_id,
-        session_key,
-        after,
-        before,
-        MOST_MESSAGES,
-    )
-    return [
-        await _exchange(unsealer, list(messages)) for _, messages in groupby(reversed(rows), key=lambda row: row[0])
-    ]
-
-
-async def _parent_exchanges(tx: Tx, unsealer: Unsealer, session_key: str) -> list[Exchange]:
-    """The last exchanges of the parent session before this one branched off, the oldest first."""
-    rows = await tx.sql(
-        """
-        SELECT m.run_id, m.seq, m.message_id, m.subject_id, m.text, r.subject_id, r.reply
-        FROM session s
-        JOIN message m ON m.tenant_id = s.tenant_id AND m.session_key = s.parent_key AND m.seq <= s.parent_seq
-        JOIN run r ON r.id = m.run_id
-        WHERE s.tenant_id = $1 AND s.session_key = $2 AND NOT m.decides
-        ORDER BY m.seq DESC
-        LIMIT $3
-        """,
-        tx.tenant_id,
-        session_key,
-        PARENT_MESSAGES,
-    )
-    return [
-        await _exchange(unsealer, list(messages)) for _, messages in groupby(reversed(rows), key=lambda row: row[0])
-    ]
-
-
-async def _exchange(unsealer: Unsealer, messages: Sequence[tuple[Any, ...]]) -> Exchange:
-    """Without the words of erased persons."""
-    texts = [await unsealer.open(text, subject, str(id_), "text") for _, _, id_, subject, text, _, _ in messages]
-    run_id, seq, _, _, _, subject_id, sealed = messages[-1]
-    turns: list[Said | Answered] = []
-    if said := "\n".join(text for text in texts if text is not None):
-        turns.append(Said(said))
-    if sealed and (reply := await unsealer.open(sealed, subject_id, str(run_id), "reply")):
-        turns.append(Answered(reply))
-    return Exchange(tuple(turns), seq, frozenset(row[3] for row in messages) | {subject_id})

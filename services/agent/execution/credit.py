@@ -16,7 +16,7 @@ from services.agent.definitions.models import Budget
 from services.agent.execution.budget import Spending
 from services.agent.execution.context import RunContext
 from services.agent.execution.outcome import Ended
-from services.agent.execution.steps import usage_id
+from services.agent.execution.usage import usage_id
 from services.agent.models.contract import Prompt
 from services.agent.runs.notices import FAILED, NO_CREDIT
 

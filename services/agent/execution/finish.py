@@ -5,28 +5,24 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import UUID
 
-import msgspec
-
 from infra.errors import NotYet
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_EVENTS
-from protos.messages import agent as public
-from services.agent.execution import conversation
 from services.agent.execution.children import open_child
 from services.agent.execution.context import RunContext
-from services.agent.execution.conversation import Conversation
+from services.agent.execution.conversation import Conversation, keep_summary
+from services.agent.execution.load import RunRow, load_runs
 from services.agent.execution.outcome import Ended, Reply, Suspended
-from services.agent.execution.start import RunRow, StartedRun, lock
+from services.agent.execution.start import StartedRun, lock
 from services.agent.runs import projections
 from services.agent.runs.cancelling import fail
-from services.agent.runs.content import Unsealer
 from services.agent.runs.decisions import resume_parent
-from services.agent.runs.domain import Complete, Run, messages_at
+from services.agent.runs.domain import Run, messages_at
 from services.agent.runs.family import child_id, child_state
 from services.agent.runs.notices import FAILED
-from services.agent.runs.publishing import published, stream
+from services.agent.runs.publishing import stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.requeue import lock_session, requeue_later_messages
 
@@ -66,35 +62,26 @@ async def give_up(tx: Tx, subjects: SubjectKeys, run_id: UUID, error: str) -> No
     row = await lock(tx, run_id)
     if row.is_over:
         return
+    loaded = (await load_runs(tx, subjects, [run_id]))[run_id]
     try:
-        messages = await conversation.count_messages(tx, run_id)
-        unsealer = Unsealer(tx, subjects)
-        loaded: Conversation | None = await conversation.load(tx, unsealer, run_id, row.session_key, messages)
+        conversation: Conversation | None = loaded.conversation(len(loaded.messages))
     except Erased:
-        loaded = None
-    await _fail(tx, row, loaded, Ended("failed", error, FAILED))
+        conversation = None
+    await _fail(tx, row, conversation, Ended("failed", error, FAILED))
 
 
 async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> None:
-    if await conversation.count_messages(tx, row.id) > _answered_messages(await tx.load(stream(row.id))):
+    [(messages,)] = await tx.sql("SELECT count(*) FROM message WHERE run_id = $1 AND NOT decides", row.id)
+    if messages > _answered_messages(await tx.load(stream(row.id))):
         # This run has to answer the new message, too. A later one cannot join: joining needs the row, locked here.
         raise NotYet(timedelta(0), "a message came as the run was about to end")
-    key, sealing = context.key, (row.tenant_id, row.subject_id, str(row.id))
-    sealed = key.seal(reply.text, *sealing, "reply")
-    calls = key.seal(msgspec.json.encode(reply.calls).decode(), *sealing, "calls") if reply.calls else None
-    events = await tx.decide(stream(row.id), Complete(row.session_key, sealed, calls, reply.finish_reason))
-    message = public.RunCompleted(
-        run_id=row.id,
-        session_key=row.session_key,
-        reply=reply.text,
-        n=events[0].n,
-        tool_calls=published(reply.calls),
-        finish_reason=reply.finish_reason,
-    )
+    command = context.completion(reply)
+    events = await tx.decide(stream(row.id), command)
+    message = context.completed(events[0].n, reply)
     tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=derived_id(row.id, "RunCompleted"))
-    await projections.completed(tx, row.id, sealed, calls)
+    await projections.completed(tx, row.id, command.reply, command.calls)
     if reply.summary:
-        await conversation.keep_summary(tx, key, row.subject_id, row.session_key, reply.summary)
+        await keep_summary(tx, context.key, row.subject_id, row.session_key, reply.summary)
     if row.parent_run_id:
         await resume_parent(tx, row.id)
     _log.info("run completed", run_id=str(row.id))

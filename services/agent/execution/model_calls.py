@@ -16,8 +16,10 @@ from infra.stores.cache import Cache
 from services.agent.execution.context import RunContext
 from services.agent.execution.credit import Credit
 from services.agent.execution.deltas import Deltas
+from services.agent.execution.group_write import MessagesArrived
 from services.agent.execution.outcome import Ended
-from services.agent.execution.steps import Metered, StepFailed, Steps, StepSpec
+from services.agent.execution.steps import StepFailed, Steps, StepSpec
+from services.agent.execution.usage import Metered
 from services.agent.models.contract import Answer, Model, Prompt, Usage
 from services.agent.runs.notices import FAILED
 
@@ -42,20 +44,26 @@ class ModelCalls:
     """By name. Each is asked if the one before gives no answer."""
     cache: Cache
 
-    async def ask(self, prompt: Prompt, digest: str) -> Answer:
-        """The answer of the first model that gives one. Raises Ended if none does."""
+    async def ask(self, prompt: Prompt, digest: str, expected_messages: int | None = None) -> Answer:
+        """The answer of the first model that gives one. Raises Ended if none does.
+
+        Raises MessagesArrived instead of a call if the run has other than the expected messages (None: any).
+        """
         *others, (last, model) = self.models
         for name, other in others:
             # If there is a fallback, the run does not wait long for this model.
             with suppress(StepFailed):
                 spec = StepSpec("model", name, digest, ATTEMPTS_BEFORE_FALLBACK, max_pause=PAUSE_BEFORE_FALLBACK)
-                return await self._ask_one(name, other, prompt, spec)
+                return await self._ask_one(name, other, prompt, spec, expected_messages)
+        spec = StepSpec("model", last, digest, ATTEMPTS)
         try:
-            return await self._ask_one(last, model, prompt, StepSpec("model", last, digest, ATTEMPTS))
+            return await self._ask_one(last, model, prompt, spec, expected_messages)
         except StepFailed as error:
             raise Ended("failed", str(error), FAILED) from error
 
-    async def _ask_one(self, name: str, model: Model, prompt: Prompt, spec: StepSpec) -> Answer:
+    async def _ask_one(
+        self, name: str, model: Model, prompt: Prompt, spec: StepSpec, expected_messages: int | None
+    ) -> Answer:
         context = self.context
         hold = None if self.steps.next_has_ended() else await self.credit.reserve(name, prompt)
         family, _, own_name = name.partition("/")
@@ -94,8 +102,10 @@ class ModelCalls:
                 return Metered(name, usage, None)
 
             try:
-                return await self.steps.make(replace(spec, lost=lost), call, Answer)
-            except (StepFailed, Ended):
+                return await self.steps.make(
+                    replace(spec, lost=lost), call, Answer, expected_messages=expected_messages
+                )
+            except (StepFailed, Ended, MessagesArrived):
                 await self.credit.release(hold)
                 raise
 

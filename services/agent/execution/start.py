@@ -1,4 +1,4 @@
-"""Starts a run or goes on with one: locks its row, checks it, and loads its agent, conversation and limits."""
+"""Starts a run, or goes on with one: checks whether it may be executed and records its start."""
 
 from __future__ import annotations
 
@@ -8,85 +8,65 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import utcnow
-from infra.errors import NotFound
+from infra.lanes.effects import Effects
 from infra.postgres.tx import Database, Tx
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
-from services.agent.execution import conversation
-from services.agent.execution.concurrency import model_of, take_place
+from services.agent.execution.concurrency import has_limits, model_of, take_place
 from services.agent.execution.context import RunContext
 from services.agent.execution.conversation import Conversation
+from services.agent.execution.group_write import GroupWriter
+from services.agent.execution.journal import Journal
+from services.agent.execution.load import LoadedRun, RunRow
 from services.agent.execution.outcome import Ended
 from services.agent.runs import projections
-from services.agent.runs.content import Unsealer
-from services.agent.runs.domain import Limits, Start, messages_at
+from services.agent.runs.domain import Limits, Run, Start, messages_at
 from services.agent.runs.publishing import stream
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """The row of a run under execution, locked in the current transaction."""
-
-    id: UUID
-    tenant_id: str
-    session_key: str
-    agent_id: UUID
-    subject_id: str
-    channel_id: UUID | None
-    """None if the run came by the API."""
-    status: str
-    cancel_reason: str | None
-    depth: int
-    limit_nanos: int | None
-    parent_run_id: UUID | None
-
-    @property
-    def is_over(self) -> bool:
-        return self.status not in projections.STOPPABLE
 
 
 @dataclass(frozen=True)
 class StartedRun:
     """A run that is executed now, with everything that the agent loop needs."""
 
+    row: RunRow
     agent: StoredAgent
     conversation: Conversation
     context: RunContext
+    journal: Journal
 
 
-async def start(tx: Tx, database: Database, subjects: SubjectKeys, run_id: UUID) -> StartedRun | None:
+async def start(
+    loaded: LoadedRun, database: Database, subjects: SubjectKeys, effects: Effects, writer: GroupWriter
+) -> StartedRun | None:
     """None if the run is over or waits. Raises Ended if it cannot start, NotYet if too many others are running."""
-    row = await lock(tx, run_id)
+    row, state = loaded.row, loaded.state
     if row.is_over:
         return None
     if row.cancel_reason:
         raise Ended("cancelled", row.cancel_reason)
-    state = await tx.load(stream(run_id))
     if state.suspended:
         return None
-    try:
-        agent = await store.load(tx, row.agent_id, state.agent_version)
-    except NotFound as error:
-        raise Ended("refused", f"there is no {error}") from error
+    agent = loaded.agent
+    if agent is None:
+        raise Ended("refused", f"there is no agent {row.agent_id}")
+    if state.agent_version not in (None, agent.version):
+        async with database.read_only(tenant_id=row.tenant_id) as tx:
+            agent = await store.load(tx, row.agent_id, state.agent_version)
     if not agent.enabled and state.started_at is None:
         raise Ended("refused", "the agent is disabled")
-    if row.status != "running":
-        await take_place(tx, run_id, agent.id, agent.definition)
+    key = loaded.keys.get(row.subject_id)
+    messages = len(loaded.messages)
     try:
-        unsealer = Unsealer(tx, subjects)
-        key = await unsealer.key(row.subject_id)
-        messages = await conversation.count_messages(tx, run_id)
-        shown = messages_at(state, 0) or messages
-        loaded = await conversation.load(tx, unsealer, run_id, row.session_key, shown)
+        if key is None:
+            raise Erased(row.subject_id)
+        conversation = loaded.conversation(messages_at(state, 0) or messages)
     except Erased as error:
         raise Ended("cancelled", "the person was erased") from error
-    await tx.decide(stream(run_id), Start(row.session_key, row.agent_id, agent.version, utcnow(), messages))
-    await projections.started(tx, run_id, model_of(agent.definition))
     context = RunContext(
         database=database,
         subjects=subjects,
-        run_id=run_id,
+        run_id=row.id,
         tenant_id=row.tenant_id,
         session_key=row.session_key,
         agent_id=agent.id,
@@ -94,9 +74,28 @@ async def start(tx: Tx, database: Database, subjects: SubjectKeys, run_id: UUID)
         key=key,
         limits=_limits(agent, row.limit_nanos),
         depth=row.depth,
-        state=await tx.load(stream(run_id)),
+        state=state,
+        messages=messages,
     )
-    return StartedRun(agent, loaded, context)
+    journal = Journal(context, effects, writer)
+    command = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)
+    if row.status == "running" or not has_limits(agent.definition):
+        journal.start(command, model_of(agent.definition))
+    else:
+        async with effects.begin() as tx:
+            context.state = await _start_in_place(tx, row.id, agent, command)
+    return StartedRun(row, agent, conversation, context, journal)
+
+
+async def _start_in_place(tx: Tx, run_id: UUID, agent: StoredAgent, command: Start) -> Run:
+    """Starts a run whose agent limits how many run at the same time. Raises NotYet if all places are taken."""
+    row = await lock(tx, run_id)
+    if row.cancel_reason or row.is_over:
+        raise Ended("cancelled", row.cancel_reason or "")
+    await take_place(tx, run_id, agent.id, agent.definition)
+    await tx.decide(stream(run_id), command)
+    await projections.started(tx, run_id, model_of(agent.definition))
+    return await tx.load(stream(run_id))
 
 
 def _limits(agent: StoredAgent, granted_nanos: int | None) -> Limits:

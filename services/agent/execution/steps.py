@@ -5,7 +5,6 @@ A step's start is committed before its call. Its end is committed right after th
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import random
 import time
@@ -24,35 +23,29 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, NotFound, RetryLater, TooLarge, Transient
 from infra.failpoint import failpoint
 from infra.lanes.effects import Effects
-from infra.lanes.group import ForbiddenByGuard, Group
 from infra.observe.redaction import redacted
 from infra.postgres.db import storable
-from infra.postgres.tx import Tx
-from protos.catalog import USAGE_RECORDS
-from protos.messages.billing import UsageRecorded
 from services.agent.execution.context import RunContext
+from services.agent.execution.group_write import MessagesArrived, RunStopped
+from services.agent.execution.journal import Journal
 from services.agent.execution.outcome import Ended, Suspended
+from services.agent.execution.usage import Metered
 from services.agent.execution.watch import CancelRequested, Watch
 from services.agent.models.contract import ModelFailed, Usage
-from services.agent.runs import projections
 from services.agent.runs.content import ToolResult
 from services.agent.runs.domain import (
     BeginStep,
-    Command,
     EndStep,
     FailAttempt,
     Step,
     Suspend,
     TakeMessages,
     check,
-    decide,
-    evolve,
     exceeded,
     remaining,
 )
 from services.agent.runs.events import StepKind
 from services.agent.runs.notices import CANCELLED, FAILED, approval_question
-from services.agent.runs.publishing import stream
 
 T = TypeVar("T")
 
@@ -64,23 +57,39 @@ class StepFailed(Exception):
     """The step has failed for good, and the journal says so. The text is for the operator."""
 
 
-class Metered(msgspec.Struct, frozen=True):
-    """The usage of a step."""
-
-    resource: str
-    usage: Usage
-    hold_id: UUID | None
-    """The hold that the usage record closes; None: the hold stays for another attempt."""
-    nanos: int = 0
-    """The amount of the hold."""
-
-
 class _Result(NamedTuple):
     """The result of a step's call."""
 
     content: bytes
     """Sealed."""
     metered: Metered | None
+    ms: int = 0
+    """Duration of the call."""
+
+
+class UnrecordedResults:
+    """Results of this process's calls whose end is not recorded yet, by run, step, attempt and retries.
+
+    While the database is away a result cannot be recorded, and the lane is lost. If this process claims the lane again
+    and the journal still has the same attempt open, the result is recorded then and the call is not made again.
+    """
+
+    MOST = 1_000
+    """If there are more, the oldest is dropped, and its call would be made again."""
+
+    def __init__(self) -> None:
+        self._results: dict[tuple[UUID, int, int, int], _Result] = {}
+
+    def keep(self, key: tuple[UUID, int, int, int], result: _Result) -> None:
+        self._results[key] = result
+        if len(self._results) > self.MOST:
+            del self._results[next(iter(self._results))]
+
+    def get(self, key: tuple[UUID, int, int, int]) -> _Result | None:
+        return self._results.get(key)
+
+    def drop(self, key: tuple[UUID, int, int, int]) -> None:
+        self._results.pop(key, None)
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,14 @@ class Steps:
     may happen twice, or the called service knows its idempotency key.
     """
 
-    def __init__(self, context: RunContext, effects: Effects, group: Group, watch: Watch) -> None:
+    def __init__(
+        self, context: RunContext, effects: Effects, journal: Journal, watch: Watch, unrecorded: UnrecordedResults
+    ) -> None:
         self._context = context
         self._effects = effects
-        self._group = group
+        self._journal = journal
         self._watch = watch
-        # Steps that are made at the same time write one after the other: each write continues the version before.
-        self._turn = asyncio.Lock()
+        self._unrecorded = unrecorded
 
     def next_has_begun(self) -> bool:
         """True if the journal has the next step, ended or not."""
@@ -135,14 +145,16 @@ class Steps:
     def _next(self) -> Step | None:
         return self._context.state.steps.get(self._context.last_step + 1)
 
-    async def make(self, spec: StepSpec, call: Call[T], type_: type[T]) -> T:
+    async def make(self, spec: StepSpec, call: Call[T], type_: type[T], *, expected_messages: int | None = None) -> T:
         """The content of the next step. Steps at the same time are numbered in the order of these calls.
 
         Raises StepFailed; Ended if a limit or a cancellation forbids the step; Transient if it is to be tried again;
-        Mismatch if the journal has another step at this place.
+        Mismatch if the journal has another step at this place; MessagesArrived if a new step would begin and the run
+        has other than the expected messages.
         """
+        expected = None if self.next_has_begun() else expected_messages
         n, known = self._enter(spec)
-        content = known.content if known else await self._make(n, spec, call)
+        content = known.content if known else await self._make(n, spec, call, expected)
         if content is None:
             assert known
             raise StepFailed(known.error or "")
@@ -165,11 +177,13 @@ class Steps:
 
     async def end_for_child(self, n: int, result: str | None, error: str | None) -> None:
         """Records the answer of the other run as the end of step `n`. `result` is None if that run failed."""
-        made = None
+        content = None
         if result is not None:
-            content = msgspec.json.encode(ToolResult(result)).decode()
-            made = _Result(self._context.key.seal(content, *self._sealing(n)), None)
-        await self._end(n, 1, 0, made, error)
+            tool_result = msgspec.json.encode(ToolResult(result)).decode()
+            content = self._context.key.seal(tool_result, *self._sealing(n))
+        await self._journal.end(
+            EndStep(self._context.session_key, n, 1, 0, content, _stored(error)), None, estimated=False
+        )
 
     async def refuse(self, spec: StepSpec, reason: str) -> None:
         """Records that the next step is not made."""
@@ -180,16 +194,13 @@ class Steps:
         if has_ended:
             check(context.state, n, spec.kind, spec.name, spec.digest, VERSION)
             return
-        await self._write(
-            lambda tx: projections.step_not_made(tx, context.run_id, n, spec.kind, spec.name, "failed", 1, reason),
-            BeginStep(key, n, spec.kind, spec.name, 1, spec.digest, VERSION),
-            EndStep(key, n, 1, 0, None, reason),
-        )
+        begin = BeginStep(key, n, spec.kind, spec.name, 1, spec.digest, VERSION)
+        await self._journal.refuse(begin, EndStep(key, n, 1, 0, None, reason))
 
     async def record_messages(self, count: int) -> None:
         """From the next step on the run answers its first `count` messages."""
         context = self._context
-        await self._write(lambda tx: None, TakeMessages(context.session_key, context.last_step + 1, count))
+        await self._journal.take_messages(TakeMessages(context.session_key, context.last_step + 1, count))
 
     def decision_on_next(self, offset: int) -> str | None:
         """The decision of a person about the step that comes `offset` steps after the last one."""
@@ -218,99 +229,76 @@ class Steps:
             raise Ended("failed", reason, FAILED)
         return n, None
 
-    async def _make(self, n: int, spec: StepSpec, call: Call[T]) -> bytes:
+    async def _make(self, n: int, spec: StepSpec, call: Call[T], expected_messages: int | None) -> bytes:
         """The step's content, sealed. Raises StepFailed, Ended, RetryLater, and the other errors of the call."""
         context = self._context
         known = context.state.steps.get(n)
+        retries = known.settled if known else 0
+        if known and (kept := self._unrecorded.get((context.run_id, n, known.attempt, retries))):
+            return await self._record((context.run_id, n, known.attempt, retries), kept)
         attempt = known.attempt + 1 if known else 1
         # The process of the attempt before is gone, so it is not known how that attempt ended.
         lost = spec.lost(True) if known and not known.failed_attempt else None
-        await self._begin(n, spec, attempt, lost)
+        await self._begin(n, spec, attempt, lost, expected_messages)
         failpoint("after_effect_started")
         self._effects.lease.check()
         began = time.monotonic()
         # A step that a person wants made again is a new call, with a new key.
-        retries = known.settled if known else 0
         key = self._effects.idempotency_key(f"{context.run_id}/{n}" + (f"/{retries}" if retries else ""))
         made: _Result | None = None
         error: str | None = None
         cancelled = False
         try:
             value, metered = await self._try(spec, attempt, call(key, attempt))
-            made = _Result(context.key.seal(msgspec.json.encode(value).decode(), *self._sealing(n)), metered)
+            content = context.key.seal(msgspec.json.encode(value).decode(), *self._sealing(n))
+            made = _Result(content, metered, round((time.monotonic() - began) * 1000))
         except EffectFailed as failure:
             error = failure.reason
         except CancelRequested:
             error, cancelled = CANCELLED, True
         except RetryLater as later:
-            await self._attempt_failed(n, attempt, str(later), spec.lost(False))
+            command = FailAttempt(context.session_key, n, attempt, redacted(str(later)))
+            await self._journal.fail_attempt(command, spec.lost(False))
             raise
         failpoint("after_effect_call")
+        if made:
+            return await self._record((context.run_id, n, attempt, retries), made)
         ms = round((time.monotonic() - began) * 1000)
-        await self._end(n, attempt, ms, made, error, spec.lost(False) if made is None else None)
-        failpoint("after_effect_commit")
+        end = EndStep(context.session_key, n, attempt, ms, None, _stored(error))
+        await self._journal.end(end, spec.lost(False), estimated=True)
         if cancelled:
             raise Ended("cancelled", CANCELLED)
-        if made is None:
-            raise StepFailed(error or "")
-        return made.content
+        raise StepFailed(error or "")
 
-    async def _begin(self, n: int, spec: StepSpec, attempt: int, lost: Metered | None = None) -> None:
-        """`lost` is the estimated usage of the attempt before."""
-        context, span_id = self._context, _span_id()
-
-        def also(tx: Tx) -> None:
-            projections.step_started(tx, context.run_id, n, spec.kind, spec.name, attempt, span_id)
-            if lost:
-                self._used(tx, n, attempt - 1, lost, estimated=True)
-
-        command = BeginStep(context.session_key, n, spec.kind, spec.name, attempt, spec.digest, VERSION)
-        try:
-            await self._write(also, command, may_be_forbidden=True)
-        except ForbiddenByGuard:
-            raise Ended("cancelled", CANCELLED) from None
-
-    async def _attempt_failed(self, n: int, attempt: int, error: str, lost: Metered | None) -> None:
-        def also(tx: Tx) -> None:
-            if lost:
-                self._used(tx, n, attempt, lost, estimated=True)
-
-        await self._write(also, FailAttempt(self._context.session_key, n, attempt, redacted(error)))
-
-    async def _end(
-        self, n: int, attempt: int, ms: int, made: _Result | None, error: str | None, lost: Metered | None = None
-    ) -> None:
-        context = self._context
-        metered = made.metered if made else None
+    async def _record(self, key: tuple[UUID, int, int, int], made: _Result) -> bytes:
+        """Submits the result as the step's end, and keeps it in memory until that is committed."""
+        _, n, attempt, _ = key
+        metered = made.metered
         usage = metered.usage if metered else Usage()
         tokens = (usage.input_tokens or 0) + (usage.output_tokens or 0)
-        error = None if error is None else storable(redacted(error), 4000)
+        nanos = metered.nanos if metered else 0
+        end = EndStep(self._context.session_key, n, attempt, made.ms, made.content, None, tokens, nanos)
+        self._unrecorded.keep(key, made)
+        await self._journal.end(end, metered, estimated=False, recorded=lambda: self._unrecorded.drop(key))
+        return made.content
 
-        def also(tx: Tx) -> None:
-            projections.step_ended(tx, context.run_id, n, "completed" if made else "failed", ms, error)
-            if metered:
-                self._used(tx, n, attempt, metered)
-            elif lost:
-                self._used(tx, n, attempt, lost, estimated=True)
-
-        content, nanos = made.content if made else None, metered.nanos if metered else 0
-        await self._write(also, EndStep(context.session_key, n, attempt, ms, content, error, tokens, nanos))
-
-    async def _write(self, also: Callable[[Tx], None], *commands: Command, may_be_forbidden: bool = False) -> None:
-        """Commits the events of the commands and the rows that `also` adds, together with other runs' writes."""
-        context = self._context
-        async with self._turn:
-            state = context.state
-            tx = self._group.buffered(context.tenant_id)
-            for command in commands:
-                events = decide(command, state)
-                # The stream's version is the number of its events: no other worker writes while this one has the run.
-                tx.append_at(stream(context.run_id), events, context.state.n)
-                for event in events:
-                    state = evolve(state, event)
-            also(tx)
-            await self._group.write(self._effects.lease, tx, context.run_id, may_be_forbidden=may_be_forbidden)
-            context.state = state
+    async def _begin(
+        self,
+        n: int,
+        spec: StepSpec,
+        attempt: int,
+        lost: Metered | None = None,
+        expected_messages: int | None = None,
+    ) -> None:
+        """Commits the step's start. `lost` is the estimated usage of the attempt before."""
+        command = BeginStep(self._context.session_key, n, spec.kind, spec.name, attempt, spec.digest, VERSION)
+        try:
+            await self._journal.begin(command, _span_id(), lost, expected_messages)
+        except RunStopped:
+            raise Ended("cancelled", CANCELLED) from None
+        except MessagesArrived:
+            self._context.last_step -= 1
+            raise
 
     async def _try(self, spec: StepSpec, attempt: int, call: Coroutine[Any, Any, T]) -> T:
         context = self._context
@@ -338,11 +326,6 @@ class Steps:
             raise EffectFailed(f"{reason} (the run has no time left for another attempt)")
         raise RetryLater(pause, reason)
 
-    def _used(self, tx: Tx, n: int, attempt: int, metered: Metered, *, estimated: bool = False) -> None:
-        record = _usage_record(self._context, n, attempt, metered, estimated)
-        tx.publish(USAGE_RECORDS, record, key=self._context.tenant_id)
-        projections.used(tx, record, metered.usage)
-
     def _sealing(self, n: int) -> tuple[str, ...]:
         return self._context.tenant_id, self._context.subject_id, f"{self._context.run_id}/{n}", "content"
 
@@ -355,23 +338,8 @@ def digest(*parts: object) -> str:
     return hashlib.blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
 
 
-def _usage_record(context: RunContext, n: int, attempt: int, metered: Metered, estimated: bool) -> UsageRecorded:
-    usage = msgspec.structs.asdict(metered.usage)
-    return UsageRecorded(
-        tenant_id=context.tenant_id,
-        usage_id=usage_id(context.run_id, n, attempt),
-        resource=metered.resource,
-        # A call without reported usage still counts as a call, for a person to review. Figures are not invented here.
-        quantities={unit: count for unit, count in usage.items() if count is not None} or {"calls": 1},
-        occurred_at=utcnow(),
-        estimated=estimated,
-        run_id=context.run_id,
-        hold_id=metered.hold_id,
-    )
-
-
-def usage_id(run_id: UUID, n: int, attempt: int) -> str:
-    return f"{run_id}/{n}/{attempt}"
+def _stored(error: str | None) -> str | None:
+    return None if error is None else storable(redacted(error))[:4000]
 
 
 def _span_id() -> str | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from infra.lanes.group import Group
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
 from services.agent import adapters
 from services.agent.execution.context import Services
 from services.agent.execution.executor import Executor
+from services.agent.execution.group_write import GroupWriter
 from services.agent.execution.watch import Watch
 from services.agent.models.library import Models
-from services.agent.runs.projections import CANCELLED
 
 
 def services(runtime: Runtime) -> Services:
@@ -24,4 +23,4 @@ def executor(runtime: Runtime) -> Executor:
 def executor_with(runtime: Runtime, models: Models, called: Services) -> Executor:
     """As `executor`, with other models and services."""
     worker = runtime.worker
-    return Executor(worker, models, called, Group(worker, CANCELLED), Watch(worker), runtime.cipher)
+    return Executor(worker, models, called, GroupWriter(worker), Watch(worker), runtime.cipher)

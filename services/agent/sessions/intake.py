@@ -18,6 +18,7 @@ from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage
 from infra.lanes import lane as lanes
 from infra.postgres.tx import Tx
+from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.definitions.store import queue_mode
 from services.agent.lanes import RUNS, queue_run
@@ -31,6 +32,7 @@ from services.agent.runs.notices import BUSY, INTERRUPTED, question_repeated
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
+from services.agent.sessions.events import MessageAccepted
 from services.agent.sessions.publishing import stream
 
 
@@ -84,6 +86,62 @@ class Arrival:
     """The session that this one branched off from, such as a channel's for a thread; empty if there is none."""
 
 
+# Rows of messages that were decided, as columns: one call writes those of many messages.
+INSERT_RUNS = """
+INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
+SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::text[], $6::uuid[], $7::text[])
+"""
+INSERT_MESSAGES = """
+INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation,
+                     vendor_message_id, idempotency_key, received_at, decides, context)
+SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::bigint[], $5::uuid[], $6::text[], $7::bytea[],
+                     $8::bytea[], $9::text[], $10::text[], $11::timestamptz[], $12::boolean[], $13::bytea[])
+"""
+# The rows are locked already, by `_lock_session` or for the whole group.
+UPDATE_SESSIONS = """
+UPDATE session
+SET messages = n.messages, run_id = n.run_id, run_messages = n.run_messages, run_waits = n.run_waits
+FROM unnest($1::text[], $2::text[], $3::bigint[], $4::uuid[], $5::int[], $6::boolean[])
+    AS n(tenant_id, session_key, messages, run_id, run_messages, run_waits)
+WHERE session.tenant_id = n.tenant_id AND session.session_key = n.session_key
+"""
+
+
+def run_row(tenant_id: str, arrival: Arrival, run_id: UUID) -> tuple[Any, ...]:
+    """A row for `INSERT_RUNS`, in the trace of now."""
+    context = trace.get_current_span().get_span_context()
+    return (
+        run_id,
+        tenant_id,
+        arrival.session_key,
+        arrival.agent_id,
+        arrival.subject_id,
+        arrival.origin.channel_id if arrival.origin else None,
+        f"{context.trace_id:032x}" if context.is_valid else None,
+    )
+
+
+def message_row(tenant_id: str, arrival: Arrival, event: MessageAccepted, seq: int, key: DataKey) -> tuple[Any, ...]:
+    """A row for `INSERT_MESSAGES`."""
+    origin, context = arrival.origin, (tenant_id, arrival.subject_id, str(arrival.message_id))
+    given = msgspec.json.encode(arrival.context).decode() if arrival.context else None
+    return (
+        tenant_id,
+        arrival.message_id,
+        arrival.session_key,
+        seq,
+        event.run_id,
+        arrival.subject_id,
+        event.text,
+        key.seal(origin.conversation_id, *context, "conversation") if origin else None,
+        origin.vendor_message_id if origin else None,
+        arrival.idempotency_key,
+        arrival.received_at,
+        event.decides,
+        key.seal(given, *context, "context") if given else None,
+    )
+
+
 async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     """Stores a message and returns the run that answers it. A known idempotency_key returns the run of its first use.
 
@@ -95,8 +153,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     key = await subjects.key(tx, tx.tenant_id, arrival.subject_id)
     if arrival.idempotency_key is not None and (known := await _known(tx, arrival, subjects)):
         return known
-    context = tx.tenant_id, arrival.subject_id, str(arrival.message_id)
-    text = key.seal(arrival.text, *context, "text")
+    text = key.seal(arrival.text, tx.tenant_id, arrival.subject_id, str(arrival.message_id), "text")
     mode = await queue_mode(tx, arrival.agent_id)
     open_runs = await _open_runs(tx, arrival.session_key, session.run_id, every_run=mode == "interrupt")
     last = open_runs.get(session.run_id) if session.run_id else None
@@ -104,6 +161,9 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
     unclear = arrival.origin is not None and is_unclear(arrival.text)
     asking = await _asking(tx, open_runs) if decision or unclear else None
+    if (decision or unclear) and asking is None and arrival.parent:
+        # The question stands in the parent session, and the person answers it in a thread.
+        asking = await _asking(tx, await _open_runs(tx, arrival.parent, None, every_run=False))
     command = Accept(
         message_id=arrival.message_id,
         subject_id=arrival.subject_id,
@@ -128,40 +188,10 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     session = evolve(session, event)
     tx.append(stream(tx.tenant_id, arrival.session_key), event, event_id=arrival.message_id)
     if event.opens:
-        await _open_run(tx, arrival, event.run_id)
-    origin = arrival.origin
-    await tx.sql(
-        """
-        INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation,
-                             vendor_message_id, idempotency_key, received_at, decides, context)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
-        """,
-        tx.tenant_id,
-        arrival.message_id,
-        arrival.session_key,
-        total + 1,
-        event.run_id,
-        arrival.subject_id,
-        text,
-        key.seal(origin.conversation_id, *context, "conversation") if origin else None,
-        origin.vendor_message_id if origin else None,
-        arrival.idempotency_key,
-        arrival.received_at,
-        event.decides,
-        key.seal(msgspec.json.encode(arrival.context).decode(), *context, "context") if arrival.context else None,
-    )
-    await tx.sql(
-        """
-        UPDATE session
-        SET messages = messages + 1, run_id = $3, run_messages = $4, run_waits = $5
-        WHERE tenant_id = $1 AND session_key = $2
-        """,
-        tx.tenant_id,
-        arrival.session_key,
-        session.run_id,
-        session.messages,
-        session.waits,
-    )
+        await _write(tx, INSERT_RUNS, run_row(tx.tenant_id, arrival, event.run_id))
+    await _write(tx, INSERT_MESSAGES, message_row(tx.tenant_id, arrival, event, total + 1, key))
+    of_session = tx.tenant_id, arrival.session_key, total + 1, session.run_id, session.messages, session.waits
+    await _write(tx, UPDATE_SESSIONS, of_session)
     if event.decides:
         waits = await suspension(tx, event.run_id)
         if decision:
@@ -331,18 +361,5 @@ async def _refuse(tx: Tx, arrival: Arrival, run_id: UUID) -> None:
     )
 
 
-async def _open_run(tx: Tx, arrival: Arrival, run_id: UUID) -> None:
-    context = trace.get_current_span().get_span_context()
-    await tx.sql(
-        """
-        INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
-        VALUES ($1, $2, $3, $4, $5, $6, $7)
-        """,
-        run_id,
-        tx.tenant_id,
-        arrival.session_key,
-        arrival.agent_id,
-        arrival.subject_id,
-        arrival.origin.channel_id if arrival.origin else None,
-        f"{context.trace_id:032x}" if context.is_valid else None,
-    )
+async def _write(tx: Tx, statement: str, row: tuple[Any, ...]) -> None:
+    await tx.sql(statement, *([value] for value in row))

@@ -136,6 +136,17 @@ async def test_an_unclear_answer_is_asked_back_and_starts_no_run(world: World, t
     assert (over["id"], over["reply"]) == (run["id"], "Done.")
 
 
+async def test_a_yes_in_the_thread_of_the_question_decides(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    await tenant.receive(agent, "Weather?", chat="c")
+    run = await waiting(tenant)
+    await tenant.receive(agent, "yes", chat="c/thread", parent="c")
+    [over] = await tenant.runs(1)
+    assert (over["id"], over["reply"]) == (run["id"], "Done.")
+    assert len((await tenant.call("GET", "/api/v1/runs"))["items"]) == 1
+
+
 async def test_a_yes_decides_nothing_while_the_run_waits_for_another_agent(world: World, tenant: Tenant) -> None:
     other = await tenant.agent(tools=[WEATHER], approval=[WEATHER])
     agent = await tenant.agent(agents=[{"agent_id": other, "name": "ask", "description": "Knows."}])

@@ -7,7 +7,7 @@ time: leases and pauses end because the driver moves the rows in the database in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -22,8 +22,7 @@ from sqlalchemy.pool import QueuePool
 
 import services.agent
 from infra.clock import utcnow, uuid7
-from infra.lanes.effects import Effects
-from infra.lanes.group import Group
+from infra.lanes.effects import Effects, ItemEnded
 from infra.lanes.runner import LaneRunner
 from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine
@@ -39,6 +38,7 @@ from services.agent.definitions.models import NewAgent, RunLimits
 from services.agent.definitions.queue_modes import QueueMode
 from services.agent.execution.context import Services
 from services.agent.execution.executor import Executor
+from services.agent.execution.group_write import GroupWriter, RunWrite
 from services.agent.execution.watch import Watch
 from services.agent.lanes import RUNS, RunItem
 from services.agent.models.contract import (
@@ -52,7 +52,6 @@ from services.agent.models.contract import (
     ToolCall,
     Usage,
 )
-from services.agent.runs.projections import CANCELLED
 from services.agent.sessions.intake import Arrival, Origin, take_in
 from tests.conftest import execute
 from tests.infra.conftest import PASSWORDS
@@ -93,6 +92,8 @@ class GatedDatabase(Database):
     """A database that stops before the first statement of each transaction."""
 
     gate: Gate
+    is_away = False
+    """Transactions fail before their first statement, as if the server were away."""
     _place = "before"
 
     async def run(
@@ -123,6 +124,11 @@ class GatedDatabase(Database):
             # The last flush comes after the fence. A coroutine that stopped there would keep the lane's row locked.
             del tx.__dict__["flush"]
 
+    async def call(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+        if self.is_away:
+            raise ConnectionRefusedError("the database is away")
+        return await super().call(statement, *arguments)
+
     @asynccontextmanager
     async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
         async with super().read_only(tenant_id=tenant_id) as tx:
@@ -135,9 +141,21 @@ class GatedDatabase(Database):
         async def stop() -> AsyncConnection:
             tx.__dict__.pop("connection", None)
             await self.gate.pass_(place)
+            if self.is_away:
+                raise ConnectionRefusedError("the database is away")
             return await connection()
 
         tx.__dict__["connection"] = stop
+
+
+class GatedWriter(GroupWriter):
+    """Stops before each group write. The place is "end" if the write ends a run."""
+
+    gate: Gate
+
+    async def _call(self, group: Sequence[RunWrite], *, repeated: bool) -> Sequence[tuple[Any, ...]]:
+        await self.gate.pass_("end" if any(write.completion for write in group) else "before")
+        return await super()._call(group, repeated=repeated)
 
 
 class Billing:
@@ -234,16 +252,17 @@ class Worker:
         self.gate = self._database.gate = Gate()
         self.epoch = 0
         self.calls: list[Call] = []
-        self._group = Group(self._database, CANCELLED)
+        self._writer = GatedWriter(self._database)
+        self._writer.gate = self.gate
         self._watch = Watch(self._watching)
         services = Services(*(cast(Any, service) for service in (None, Billing(), self, Cache())))
         self._executor = Executor(
-            self._database, cast(Any, self), services, self._group, self._watch, self._world.cipher
+            self._database, cast(Any, self), services, self._writer, self._watch, self._world.cipher
         )
 
-    async def _execute(self, item: RunItem, effects: Effects, tx: Tx) -> None:
+    async def _execute(self, item: RunItem, effects: Effects, tx: Tx) -> ItemEnded | None:
         self._run_id = item.run_id
-        await self._executor.execute(item.run_id, effects, tx)
+        return await self._executor.execute(item.run_id, effects, tx)
 
     async def _give_up(self, item: RunItem, error: str, tx: Tx) -> None:
         await self._executor.give_up(item.run_id, error, tx)
@@ -303,6 +322,12 @@ class Worker:
         await self._watch.look()
         await self._settle()
 
+    def lose_database(self) -> None:
+        self._database.is_away = True
+
+    def find_database(self) -> None:
+        self._database.is_away = False
+
     async def hear_of_loss(self) -> None:
         """As if a renewal reports that another process has the lane. The group still tries to commit the writes that it
         has."""
@@ -313,7 +338,8 @@ class Worker:
     async def die(self) -> None:
         """The process dies: only its commits and its lease remain."""
         tasks: list[asyncio.Task[None]] = [*self._kind.running.values()]
-        tasks += [task for task in (self._group._commits.working, self._watch._poll) if task]
+        others = self._writer.commits.working, self._executor._loader.working, self._watch._poll
+        tasks += [task for task in others if task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -368,7 +394,7 @@ class World:
         self.outside = Outside()
         self._mode: QueueMode = "collect"
         # No worker may claim lanes that a failed example has left behind.
-        self.rows("UPDATE lane SET ready_at = NULL, epoch = epoch + 1")
+        self.rows("UPDATE lane SET owner = NULL, ready_at = NULL, epoch = epoch + 1")
 
         async def insert(tx: Tx) -> None:
             await store.insert(tx, self.agent_id, self._definition(), store.Keys(), "test")

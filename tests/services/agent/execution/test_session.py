@@ -430,10 +430,12 @@ def test_a_worker_that_resumes_a_run_takes_messages_between_two_drafts_at_the_sa
     world.run(worker.claim())
     while world.run(worker.move(0)) != "model":
         pass
-    world.run(worker.move(0))  # The draft is stored. Before it is sent, the worker looks for more messages.
+    # The draft is to be stored together with the end of the run. The end is refused, because there is m2.
+    assert [place for place, _ in worker.gate.standing] == ["end"]
     say("m2")
     world.run(worker.move(0))
-    world.run(worker.move(0))  # The worker stores that it has taken m2.
+    world.run(worker.move(0))
+    # The worker has read m2, and is to begin the next step with it. That is refused, because there is m3.
     say("m3")
     while worker.gate.standing[0][0] != "model":
         world.run(worker.move(0))

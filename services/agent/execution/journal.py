@@ -1,0 +1,227 @@
+"""The journal of a run under execution: turns commands into events and hands them to the group write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from infra.clock import utcnow, uuid7
+from infra.lanes.effects import Effects, ItemEnded
+from infra.postgres.tx import derived_id, publications
+from protos.catalog import AGENT_EVENTS, CHANNEL_OUTBOUND, USAGE_RECORDS
+from protos.messages.billing import UsageRecorded
+from protos.messages.channel import SendMessage
+from services.agent.execution.context import RunContext
+from services.agent.execution.conversation import Conversation
+from services.agent.execution.group_write import (
+    Begun,
+    Completion,
+    EndedStep,
+    GroupWriter,
+    MessagesArrived,
+    ReplyMessage,
+    RunStopped,
+    RunWrite,
+    Used,
+)
+from services.agent.execution.load import RunRow
+from services.agent.execution.outcome import Reply
+from services.agent.execution.usage import Metered, usage_id
+from services.agent.runs.domain import (
+    BeginStep,
+    Command,
+    EndStep,
+    FailAttempt,
+    Start,
+    TakeMessages,
+    decide,
+    evolve,
+)
+from services.agent.runs.publishing import RUN
+
+
+class Journal:
+    """Records one run. Writes that only report a past fact are submitted and not awaited; they are committed in order,
+    often in one group with the next write. Writes that begin something are awaited, and with them all before.
+    """
+
+    def __init__(self, context: RunContext, effects: Effects, writer: GroupWriter) -> None:
+        self._context = context
+        self._effects = effects
+        self._writer = writer
+        self._submitted: list[tuple[asyncio.Future[None], RunWrite]] = []
+        # A write that may be refused blocks the others: they would continue a version that never comes to be.
+        self._turn = asyncio.Lock()
+
+    async def settle(self) -> None:
+        """Returns after the commit of all submitted writes. Raises the error of the first that failed."""
+        while self._submitted:
+            future, write = self._submitted[0]
+            try:
+                # Shielded: steps at the same time may await the same write.
+                await asyncio.shield(future)
+            finally:
+                if future.done() and self._submitted and self._submitted[0][0] is future:
+                    del self._submitted[0]
+            self._context.messages = write.messages
+
+    def start(self, command: Start, model: str) -> None:
+        """The run starts. If it is to be cancelled, the next awaited write raises RunStopped."""
+        write = self._write(command, begins=True)
+        write.started_model = model
+        self._submit(write)
+
+    async def begin(
+        self, command: BeginStep, span_id: str | None, lost: Metered | None, expected_messages: int | None
+    ) -> None:
+        """Commits the start of a step, and the estimated usage of the attempt before if that one was `lost`.
+
+        Raises RunStopped, and MessagesArrived if the run has other than the expected messages.
+        """
+
+        def fill(write: RunWrite) -> None:
+            write.begun.append(Begun(command.step, command.kind, command.name, command.attempt, span_id))
+            if lost:
+                self._use(write, command.step, command.attempt - 1, lost, estimated=True)
+
+        await self._write_or_restore(command, fill, expected_messages)
+
+    async def end(
+        self, command: EndStep, metered: Metered | None, *, estimated: bool, recorded: Callable[[], None] | None = None
+    ) -> None:
+        """Submits the end of a step with its usage. `recorded` is called after its commit."""
+        async with self._turn:
+            write = self._write(command)
+            status: Literal["completed", "failed"] = "failed" if command.content is None else "completed"
+            write.ended.append(EndedStep(command.step, status, command.duration_ms, command.error))
+            if metered:
+                self._use(write, command.step, command.attempts, metered, estimated=estimated)
+            future = self._submit(write)
+            if recorded:
+                future.add_done_callback(
+                    lambda done: None if done.cancelled() or done.exception() is not None else recorded()
+                )
+
+    async def fail_attempt(self, command: FailAttempt, lost: Metered | None) -> None:
+        """Commits the end of an attempt that another one will follow."""
+        async with self._turn:
+            write = self._write(command)
+            if lost:
+                self._use(write, command.step, command.attempt, lost, estimated=True)
+            self._submit(write)
+        await self.settle()
+
+    async def refuse(self, begin: BeginStep, end: EndStep) -> None:
+        """Submits a step that is not made."""
+        async with self._turn:
+            write = self._write(begin, end)
+            write.begun.append(Begun(begin.step, begin.kind, begin.name, begin.attempt, None))
+            write.ended.append(EndedStep(end.step, "failed", end.duration_ms, end.error))
+            self._submit(write)
+
+    async def take_messages(self, command: TakeMessages) -> None:
+        async with self._turn:
+            self._submit(self._write(command))
+
+    async def complete(
+        self, row: RunRow, conversation: Conversation, reply: Reply, expected_messages: int
+    ) -> ItemEnded:
+        """Commits the end of the run with its reply, and the end of the lane's item.
+
+        Raises RunStopped, and MessagesArrived if the run has other than the expected messages.
+        """
+        context, command = self._context, self._context.completion(reply)
+        completed: list[RunWrite] = []
+
+        def fill(write: RunWrite) -> None:
+            message = context.completed(context.state.n, reply)
+            message_id = derived_id(context.run_id, "RunCompleted")
+            write.out.publish(AGENT_EVENTS, message, key=context.session_key, message_id=message_id)
+            to_person = self._reply_message(row, conversation, reply.text)
+            write.completion = Completion(
+                self._effects.seq, self._effects.may_go_on, command.reply, command.calls, to_person
+            )
+            completed.append(write)
+
+        await self._write_or_restore(command, fill, expected_messages)
+        return ItemEnded(completed[0].next)
+
+    def _reply_message(self, row: RunRow, conversation: Conversation, text: str) -> ReplyMessage | None:
+        if not text or row.channel_id is None or conversation.conversation_id is None:
+            return None
+        run_id, n = self._context.run_id, self._context.state.n
+        delivery_id = derived_id(run_id, "delivery", n)
+        message = SendMessage(
+            delivery_id=delivery_id,
+            channel_id=row.channel_id,
+            session_key=row.session_key,
+            conversation_id=conversation.conversation_id,
+            text=text,
+            run_id=run_id,
+            reply_to=conversation.reply_to,
+        )
+        buffer = self._context.database.buffer(row.tenant_id)
+        # The group write draws the position, and puts it in place of the 0 in header and body.
+        message_id = derived_id(run_id, "SendMessage", n)
+        buffer.send(CHANNEL_OUTBOUND, message, key=row.session_key, position=0, message_id=message_id)
+        return ReplyMessage(delivery_id, row.session_key, buffer.messages[0])
+
+    async def _write_or_restore(
+        self, command: Command, fill: Callable[[RunWrite], None], expected_messages: int | None
+    ) -> None:
+        async with self._turn:
+            before = self._context.state
+            write = self._write(command, begins=True, expected_messages=expected_messages)
+            fill(write)
+            self._submit(write)
+            try:
+                await self.settle()
+            except (RunStopped, MessagesArrived):
+                self._context.state = before
+                self._context.messages = write.messages
+                raise
+
+    def _write(self, *commands: Command, begins: bool = False, expected_messages: int | None = None) -> RunWrite:
+        """A write with the events of the commands and the messages that they publish. Moves the state on."""
+        context = self._context
+        write = RunWrite(
+            lease=self._effects.lease,
+            run_id=context.run_id,
+            tenant_id=context.tenant_id,
+            version=context.state.n,
+            out=context.database.buffer(context.tenant_id),
+            begins=begins,
+            expected_messages=expected_messages,
+        )
+        for command in commands:
+            for event in decide(command, context.state):
+                event_id = uuid7()
+                write.events.append((event_id, event))
+                for id_, (topic, key, message) in publications(RUN, str(context.run_id), event_id, event):
+                    write.out.publish(topic, message, key=key, message_id=id_)
+                context.state = evolve(context.state, event)
+        return write
+
+    def _submit(self, write: RunWrite) -> asyncio.Future[None]:
+        future = self._writer.submit(write)
+        self._submitted.append((future, write))
+        return future
+
+    def _use(self, write: RunWrite, step: int, attempt: int, metered: Metered, *, estimated: bool) -> None:
+        usage = msgspec.structs.asdict(metered.usage)
+        record = UsageRecorded(
+            tenant_id=self._context.tenant_id,
+            usage_id=usage_id(self._context.run_id, step, attempt),
+            resource=metered.resource,
+            # A call without reported usage still counts as a call, for a person to review. Figures are not invented.
+            quantities={unit: count for unit, count in usage.items() if count is not None} or {"calls": 1},
+            occurred_at=utcnow(),
+            estimated=estimated,
+            run_id=self._context.run_id,
+            hold_id=metered.hold_id,
+        )
+        write.out.publish(USAGE_RECORDS, record, key=self._context.tenant_id)
+        write.used.append(Used(record, metered.usage))
