@@ -84,10 +84,15 @@ async def lock(tx: Tx, tenant_ids: Iterable[str]) -> dict[str, tuple[str, Accoun
 
     Returns tenant → (currency, account), for the tenants that have an account.
     """
+    # Rows are locked in the order of their key. Two batches that share tenants would otherwise deadlock.
     rows = await tx.sql(
-        # Rows are locked in the order of their key. Two batches that share tenants would otherwise deadlock.
-        "SELECT tenant_id, currency, credit_nanos, debited_nanos FROM account WHERE tenant_id = ANY($1::text[]) "
-        "ORDER BY tenant_id FOR UPDATE",
+        """
+        SELECT tenant_id, currency, credit_nanos, debited_nanos
+        FROM account
+        WHERE tenant_id = ANY($1::text[])
+        ORDER BY tenant_id
+        FOR UPDATE
+        """,
         sorted(set(tenant_ids)),
     )
     return {tenant_id: (code, Account(credit, debited)) for tenant_id, code, credit, debited in rows}
@@ -126,8 +131,12 @@ async def debit(tx: Tx, entries: Sequence[Entry]) -> None:
         due[entry.tenant_id] = due.get(entry.tenant_id, 0) - entry.amount_nanos
     locked = await lock(tx, due)
     await tx.sql(
-        "UPDATE account AS a SET debited_nanos = a.debited_nanos + n.amount "
-        "FROM unnest($1::text[], $2::bigint[]) AS n(tenant_id, amount) WHERE a.tenant_id = n.tenant_id",
+        """
+        UPDATE account AS a
+        SET debited_nanos = a.debited_nanos + n.amount
+        FROM unnest($1::text[], $2::bigint[]) AS n(tenant_id, amount)
+        WHERE a.tenant_id = n.tenant_id
+        """,
         list(due),
         list(due.values()),
     )
@@ -146,8 +155,10 @@ def notify(tx: Tx, tenant_id: str, code: str, before: Account, amount_nanos: int
 
 async def write_entries(tx: Tx, entries: Sequence[Entry]) -> None:
     await tx.sql(
-        "INSERT INTO ledger_entry (tenant_id, kind, amount_nanos, usage_id, price_version, reason, actor) "
-        "SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[])",
+        """
+        INSERT INTO ledger_entry (tenant_id, kind, amount_nanos, usage_id, price_version, reason, actor)
+        SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[])
+        """,
         [entry.tenant_id for entry in entries],
         [entry.kind for entry in entries],
         [entry.amount_nanos for entry in entries],

@@ -81,9 +81,12 @@ async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -
     held = amount if granted else 0
     left = None if available is None else available - held
     await tx.sql(
-        "INSERT INTO hold (tenant_id, hold_id, request, granted, held_nanos, available_nanos, expires_at, ended_at, "
-        "outcome) VALUES ($1, $2, $3, $4, $5, $6, clock_timestamp() + $7, "
-        "CASE WHEN NOT $4 THEN clock_timestamp() END, CASE WHEN NOT $4 THEN 'refused' END)",
+        """
+        INSERT INTO hold (tenant_id, hold_id, request, granted, held_nanos, available_nanos, expires_at, ended_at,
+                          outcome)
+        VALUES ($1, $2, $3, $4, $5, $6, clock_timestamp() + $7, CASE WHEN NOT $4 THEN clock_timestamp() END,
+                CASE WHEN NOT $4 THEN 'refused' END)
+        """,
         tenant_id,
         hold_id,
         asked,
@@ -98,8 +101,11 @@ async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -
 async def open_nanos(tx: Tx, tenant_id: str) -> int:
     """Returns the credit that the tenant's open holds reserve now."""
     [(held,)] = await tx.sql(
-        "SELECT coalesce(sum(held_nanos), 0)::bigint FROM hold "
-        "WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()",
+        """
+        SELECT coalesce(sum(held_nanos), 0)::bigint
+        FROM hold
+        WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()
+        """,
         tenant_id,
     )
     return int(held)
@@ -109,8 +115,11 @@ async def release(tx: Tx, tenant_id: str, hold_id: UUID) -> None:
     """Ends an unused hold. A hold that has ended or is not known stays unchanged."""
     await accounts.lock(tx, [tenant_id])
     await tx.sql(
-        "UPDATE hold SET ended_at = clock_timestamp(), outcome = 'released' "
-        "WHERE tenant_id = $1 AND hold_id = $2 AND ended_at IS NULL",
+        """
+        UPDATE hold
+        SET ended_at = clock_timestamp(), outcome = 'released'
+        WHERE tenant_id = $1 AND hold_id = $2 AND ended_at IS NULL
+        """,
         tenant_id,
         hold_id,
     )
@@ -119,9 +128,12 @@ async def release(tx: Tx, tenant_id: str, hold_id: UUID) -> None:
 async def close(tx: Tx, holds: Sequence[tuple[str, UUID]]) -> None:
     """Ends the holds (tenant, hold) whose usage was charged. The caller has locked their accounts."""
     await tx.sql(
-        "UPDATE hold AS h SET ended_at = clock_timestamp(), outcome = 'charged' "
-        "FROM unnest($1::text[], $2::uuid[]) AS n(tenant_id, hold_id) "
-        "WHERE h.tenant_id = n.tenant_id AND h.hold_id = n.hold_id AND h.ended_at IS NULL",
+        """
+        UPDATE hold AS h
+        SET ended_at = clock_timestamp(), outcome = 'charged'
+        FROM unnest($1::text[], $2::uuid[]) AS n(tenant_id, hold_id)
+        WHERE h.tenant_id = n.tenant_id AND h.hold_id = n.hold_id AND h.ended_at IS NULL
+        """,
         [tenant_id for tenant_id, _ in holds],
         [hold_id for _, hold_id in holds],
     )

@@ -107,9 +107,14 @@ async def held(
 ) -> list[UsageRecorded]:
     """Locks and returns the tenant's held records: all of them, or the ones with a reason or an id."""
     rows = await tx.sql(
-        "SELECT usage_id, resource, quantities, occurred_at, estimated, run_id, hold_id FROM usage "
-        "WHERE tenant_id = $1 AND verdict = 'held' AND ($2::text IS NULL OR reason = $2) "
-        "AND ($3::text IS NULL OR usage_id = $3) ORDER BY arrival FOR UPDATE",
+        """
+        SELECT usage_id, resource, quantities, occurred_at, estimated, run_id, hold_id
+        FROM usage
+        WHERE tenant_id = $1 AND verdict = 'held' AND ($2::text IS NULL OR reason = $2)
+          AND ($3::text IS NULL OR usage_id = $3)
+        ORDER BY arrival
+        FOR UPDATE
+        """,
         tenant_id,
         reason,
         usage_id,
