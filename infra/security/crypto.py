@@ -50,7 +50,7 @@ class Cipher:
         """
         header = sealed[:_HEADER_BYTES]
         if header != self._header and len(header) == _HEADER_BYTES and header.startswith(_VERSION):
-            raise RuntimeError("value was sealed under another key than the CLAW_MASTER_KEY of this process")
+            raise RuntimeError("value was sealed under another master key than CLAW_MASTER_KEY of this process")
         return _open(self._keys(purpose), sealed[_HEADER_BYTES:], header, purpose, *context)
 
     def _derived(self, info: str) -> bytes:
