@@ -90,5 +90,7 @@ class Metrics:
         self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")
         self.grpc_seconds = histogram("claw_grpc_request_seconds", "gRPC calls served", "method", "code")
 
+        # The queue was full, or the collector did not take them.
+        self.spans_dropped = counter("claw_spans_dropped_total", "Spans not sent to the collector")
         # Lines that did not reach the log topic; they are on stdout.
         self.log_lines_dropped = counter("claw_log_lines_dropped_total", "Log lines not sent to Kafka")

@@ -1,8 +1,9 @@
-"""Traces: one through every hop. Our own small code, because FastStream's middleware loses the context.
+"""Traces: one trace through every hop of a message. FastStream's own middleware loses the context.
 
-A message carries the context of the span that created it, stored with it in the outbox. A consumer of one
-message is a child of that context, and linked to it; a batch, whose messages come from many traces, has its
-own trace and a link to each. Names and attributes follow OpenTelemetry's semantic conventions for messaging.
+A message carries the context of the span that produced it, stored with it in the outbox. The consumer of a single
+message continues that trace with a child span, which also has a link to the producer's span. A batch, whose messages
+come from many traces, has a trace of its own and a link to each producer's span. Names and attributes follow
+OpenTelemetry's semantic conventions for messaging.
 
 `system` is ``kafka`` or ``rabbitmq``. A destination is a topic, or for RabbitMQ ``exchange:routing_key``.
 """
@@ -12,33 +13,34 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace import Span as RecordedSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, StatusCode, TraceFlags
 from opentelemetry.trace.span import TraceState
 
+from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
+from infra.observe.span_export import SpanExporter
+from infra.observe.spans import EncodedLinks, RecordedSpan, new_span_id, new_trace_id
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
 
 Value = str | int | float | bool
 
-# A message older than this belongs to a story that is over: its trace is linked, not continued.
 PARENT_AGE = timedelta(minutes=15)
-# Ids that are all zero are invalid, and only a later version than 00 has anything behind the flags.
+"""A consumer does not continue the trace of an older message, which is finished; it links to it."""
+# Ids that are all zero are invalid, and only versions after 00 have further fields behind the flags.
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:(?<!00.{53})-.*)?"
 )
-# What the bus code says in short, in the conventions' names. Other names are used as they are.
+# Short names of the bus code and the names of the semantic conventions. Other names are used unchanged.
 _ATTRIBUTES = {
     "message_id": "messaging.message.id",
     "partition": "messaging.destination.partition.id",
@@ -48,61 +50,99 @@ _ATTRIBUTES = {
     "routing_key": "messaging.rabbitmq.destination.routing_key",
     "attempt": "claw.lane.attempt",
 }
+_SCOPE = "clawbus"
+_TRACE_ID_BITS = 2**64 - 1
 
 
 class Telemetry:
-    """This process's tracing; `shutdown` sends what is still queued."""
+    """The tracing of this process. Without `exporter` and `processor`, trace ids travel but nothing is recorded."""
 
-    def __init__(self, provider: TracerProvider) -> None:
-        self._provider = provider
+    def __init__(self, ratio: float, exporter: SpanExporter | None, processor: SpanProcessor | None) -> None:
+        self._exporter = exporter
+        self._processor = processor
+        self.recording = exporter is not None or processor is not None
+        # As the SDK's TraceIdRatioBased, so that all services choose the same traces.
+        self._bound = round(ratio * 2**64)
+
+    def samples(self, trace_id: int) -> bool:
+        """Whether a new trace with this id is recorded."""
+        return self.recording and trace_id & _TRACE_ID_BITS < self._bound
+
+    def ended(self, span: RecordedSpan) -> None:
+        if self._exporter:
+            self._exporter.add(span)
+        if self._processor:
+            # RecordedSpan has the attributes that the SDK's exporters read.
+            self._processor.on_end(cast("Any", span))
 
     def flush(self) -> None:
-        """Sends what is queued now. Blocks for up to the exporter's time limit."""
-        self._provider.force_flush()
+        """Sends the queued spans now. Blocks until the collector has answered or was given up."""
+        if self._exporter:
+            self._exporter.flush()
 
     def shutdown(self) -> None:
-        """Sends what is queued and ends tracing. Blocks as `flush` does: call it in a thread."""
-        global _tracer
-        _tracer = trace.NoOpTracer()
-        self._provider.shutdown()
+        """Sends the queued spans and ends tracing. Blocks for up to ten seconds: call it in a thread."""
+        global _running
+        _running = None
+        if self._exporter:
+            self._exporter.stop()
+        if self._processor:
+            self._processor.shutdown()
 
 
-_tracer: trace.Tracer = trace.NoOpTracer()
+_running: Telemetry | None = None
 
 
-def setup(service: str, version: str, endpoint: str | None, *, processor: SpanProcessor | None = None) -> Telemetry:
+def setup(
+    service: str,
+    version: str,
+    endpoint: str | None,
+    *,
+    ratio: float = 1.0,
+    metrics: Metrics | None = None,
+    processor: SpanProcessor | None = None,
+) -> Telemetry:
     """Starts tracing in this process: spans go to the OTLP/HTTP collector at the base URL `endpoint`.
 
-    Without one, nothing is recorded, and trace ids still travel: log lines of one story keep one id.
-    `processor` takes the spans instead (tests).
+    Without an endpoint nothing is recorded, and trace ids still travel, so that log lines of one trace have one id.
+    ratio: the part of new traces that is recorded, 0 to 1; a trace that another process began is recorded if that
+    process records it. metrics: counts dropped spans. processor: takes the spans instead (tests).
     """
-    global _tracer
+    global _running
+    exporter = None
     if endpoint and processor is None:
-        processor = BatchSpanProcessor(_Exporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=5))
-    provider = TracerProvider(
-        # The default follows the parent, and records what has none.
-        sampler=None if processor else ALWAYS_OFF,
-        resource=Resource.create({SERVICE_NAME: service, SERVICE_VERSION: version}),
-        shutdown_on_exit=False,
-    )
-    if processor:
-        provider.add_span_processor(processor)
-    _tracer = provider.get_tracer("clawbus")
-    return Telemetry(provider)
+        resource = {"telemetry.sdk.language": "python", "telemetry.sdk.name": _SCOPE, "telemetry.sdk.version": version}
+        exporter = SpanExporter(
+            f"{endpoint.rstrip('/')}/v1/traces",
+            {**resource, "service.name": service, "service.version": version},
+            _SCOPE,
+            metrics.spans_dropped.inc if metrics else lambda _: None,
+        )
+    _running = Telemetry(ratio, exporter, processor)
+    return _running
 
 
-def tracer() -> trace.Tracer:
-    """The tracer of this process; one that does nothing before `setup` and after `shutdown`."""
-    return _tracer
+def start_span(
+    name: str,
+    kind: SpanKind = SpanKind.INTERNAL,
+    *,
+    attributes: Mapping[str, Value] | None = None,
+) -> Span:
+    """A span under the current one. The caller ends it; it does not become the current span."""
+    return _start(name, kind, _current(), attributes)
 
 
 def carrier() -> dict[str, str]:
-    """The current context as headers ``traceparent`` and ``tracestate``; empty where there is none."""
-    return _inject(trace.get_current_span().get_span_context())
+    """The current context as headers ``traceparent`` and ``tracestate``; empty if there is none.
+
+    They are stored with a message: its consumer continues the trace, or links to it.
+    """
+    span = trace.get_current_span()
+    return _inject(span if isinstance(span, RecordedSpan) else span.get_span_context())
 
 
-def _inject(context: SpanContext) -> dict[str, str]:
-    if not context.is_valid:
+def _inject(context: RecordedSpan | SpanContext) -> dict[str, str]:
+    if not context.span_id:
         return {}
     headers = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
     if context.trace_state:
@@ -111,7 +151,7 @@ def _inject(context: SpanContext) -> dict[str, str]:
 
 
 def extract(headers: Mapping[str, str]) -> SpanContext | None:
-    """The context that `headers` carry (W3C trace context); None where there is none or it is malformed."""
+    """The context in `headers` (W3C trace context); None if it is missing or malformed."""
     match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     if match is None:
         return None
@@ -126,30 +166,6 @@ def extract(headers: Mapping[str, str]) -> SpanContext | None:
     )
 
 
-def creation(system: str, destination: str, message_id: str) -> dict[str, str]:
-    """The headers to store with a new message: a short span ``create <destination>`` under the current one.
-
-    Where nothing is recorded there is no span: the current context travels as it is.
-    """
-    current = trace.get_current_span()
-    if not current.is_recording():
-        return _inject(current.get_span_context())
-    span = _tracer.start_span(
-        f"create {destination}",
-        kind=SpanKind.PRODUCER,
-        attributes={
-            "messaging.system": system,
-            "messaging.operation.name": "create",
-            "messaging.operation.type": "create",
-            "messaging.destination.name": destination,
-            "messaging.message.id": message_id,
-        },
-    )
-    span.end()
-    return _inject(span.get_span_context())
-
-
-@contextmanager
 def process(
     system: str,
     destination: str,
@@ -158,89 +174,77 @@ def process(
     queue: str | None = None,
     age: timedelta = timedelta(0),
     **attributes: Value,
-) -> Iterator[Span]:
-    """A span for the processing of one message, in the message's trace and linked to its creation.
+) -> AbstractContextManager[Span]:
+    """A span for the processing of one message, in the message's trace and linked to its producer's span.
 
-    It has its own trace where the message is older than 15 minutes (still linked), and where the headers carry
-    no readable context. `queue` is RabbitMQ's. What the block raises is recorded and raised.
+    It has a trace of its own if the message is older than 15 minutes (still linked), or if the headers have no readable
+    context. queue: the name of the RabbitMQ queue. An exception of the block is recorded and raised.
     """
     context = extract(carrier)
     if context and not context.trace_flags.sampled:
-        with _active(NonRecordingSpan(context)) as span:
-            yield span
-        return
+        return _Active(NonRecordingSpan(context))
     if queue and not destination.endswith(f":{queue}"):
         destination = f"{destination}:{queue}"
-    span = _tracer.start_span(
-        f"process {destination}",
-        context=_child_of(context if age < PARENT_AGE else None),
-        kind=SpanKind.CONSUMER,
-        attributes=_attributes(system, "process", destination, carrier, attributes),
-        links=[Link(context)] if context else None,
+    return _Active(
+        _start(
+            f"process {destination}",
+            SpanKind.CONSUMER,
+            context if age < PARENT_AGE else None,
+            _attributes(system, "process", destination, carrier, attributes),
+            (Link(context),) if context else (),
+        )
     )
-    with _active(span):
-        yield span
 
 
-@contextmanager
 def process_batch(
     system: str, destination: str, carriers: Sequence[Mapping[str, str]], **attributes: Value
-) -> Iterator[Span]:
-    """A span for the processing of a batch, in its own trace, with a link to each message's creation."""
-    with _batch(SpanKind.CONSUMER, "process", system, destination, carriers, attributes) as span:
-        yield span
+) -> AbstractContextManager[Span]:
+    """A span for the processing of a batch, in a trace of its own, with a link to each message's producer."""
+    return _batch(SpanKind.CONSUMER, "process", system, destination, carriers, attributes)
 
 
-@contextmanager
 def publish_batch(
     system: str, carriers: Sequence[Mapping[str, str]], destination: str | None = None, **attributes: Value
-) -> Iterator[Span]:
-    """A span for the sending of stored messages, in its own trace, with a link to each message's creation."""
-    with _batch(SpanKind.CLIENT, "send", system, destination, carriers, attributes) as span:
-        yield span
+) -> AbstractContextManager[Span]:
+    """A span for the sending of stored messages, in a trace of its own, with a link to each message's producer."""
+    return _batch(SpanKind.CLIENT, "send", system, destination, carriers, attributes)
 
 
-@contextmanager
-def record(carrier: Mapping[str, str], name: str, **attributes: Value) -> Iterator[Span]:
-    """A span in the trace of one record of a batch, linked to it: for an effect a person follows."""
+def record(carrier: Mapping[str, str], name: str, **attributes: Value) -> AbstractContextManager[Span]:
+    """A span in the trace of one record of a batch, linked to the batch: for an effect that a person follows."""
     context = extract(carrier)
     if context and not context.trace_flags.sampled:
-        with _active(NonRecordingSpan(context)) as span:
-            yield span
-        return
+        return _Active(NonRecordingSpan(context))
     batch = trace.get_current_span().get_span_context()
-    links = [Link(batch)] if batch.is_valid else None
-    span = _tracer.start_span(name, context=_child_of(context), attributes=attributes, links=links)
-    with _active(span):
-        yield span
+    return _Active(_start(name, SpanKind.INTERNAL, context, attributes, (Link(batch),) if batch.is_valid else ()))
 
 
-@contextmanager
 def span(
     name: str,
     kind: SpanKind = SpanKind.INTERNAL,
     *,
     parent: SpanContext | None = None,
     attributes: Mapping[str, Value] | None = None,
-) -> Iterator[Span]:
+) -> AbstractContextManager[Span]:
     """A span around the block, under the current one, or under the remote `parent`."""
-    context = _child_of(parent) if parent else None
-    with _active(_tracer.start_span(name, context=context, kind=kind, attributes=attributes)) as active:
-        yield active
+    return _Active(_start(name, kind, parent or _current(), attributes))
 
 
 @contextmanager
 def continued(traceparent: str | None) -> Iterator[None]:
-    """Continues the trace of `traceparent` in the block, without a span: new messages name its span as their origin."""
+    """Continues the trace of `traceparent` in the block, without a span: messages of the block name its span as their
+    producer's."""
     context = extract({"traceparent": traceparent}) if traceparent else None
-    token = otel_context.attach(_child_of(context))
+    only_this = Context()
+    token = otel_context.attach(
+        trace.set_span_in_context(NonRecordingSpan(context), only_this) if context else only_this
+    )
     try:
         yield
     finally:
         otel_context.detach(token)
 
 
-@contextmanager
 def _batch(
     kind: SpanKind,
     operation: str,
@@ -248,27 +252,46 @@ def _batch(
     destination: str | None,
     carriers: Sequence[Mapping[str, str]],
     attributes: Mapping[str, Value],
-) -> Iterator[Span]:
-    span = _tracer.start_span(
-        f"{operation} {destination}" if destination else operation,
-        context=Context(),
-        kind=kind,
-        attributes={
-            **_attributes(system, operation, destination, {}, attributes),
-            "messaging.batch.message_count": len(carriers),
-        },
-    )
-    if isinstance(span, RecordedSpan):
-        span._links = _Links(carriers)  # type: ignore[assignment]  # read again only by `links` and our exporter
-    with _active(span):
-        yield span
+) -> AbstractContextManager[Span]:
+    all_attributes = _attributes(system, operation, destination, {}, attributes)
+    all_attributes["messaging.batch.message_count"] = len(carriers)
+    name = f"{operation} {destination}" if destination else operation
+    return _Active(_start(name, kind, None, all_attributes, _Links(carriers)))
+
+
+def _start(
+    name: str,
+    kind: SpanKind,
+    parent: RecordedSpan | SpanContext | None,
+    attributes: Mapping[str, Value] | None,
+    links: Sequence[Link] | EncodedLinks = (),
+) -> Span:
+    """A recorded span if this process records and the parent, or for a root the ratio, says so."""
+    if parent is not None:
+        if _running and _running.recording and parent.trace_flags & TraceFlags.SAMPLED:
+            return RecordedSpan(name, kind, parent, attributes, links, _running.ended)
+        # The ids travel on unchanged: a later span finds its parent among the recorded ones.
+        return NonRecordingSpan(parent.get_span_context() if isinstance(parent, RecordedSpan) else parent)
+    if not _running:
+        return trace.INVALID_SPAN
+    trace_id = new_trace_id()
+    if _running.samples(trace_id):
+        return RecordedSpan(name, kind, None, attributes, links, _running.ended, trace_id)
+    return NonRecordingSpan(SpanContext(trace_id, new_span_id(), is_remote=False))
+
+
+def _current() -> RecordedSpan | SpanContext | None:
+    current = trace.get_current_span()
+    if isinstance(current, RecordedSpan):
+        return current
+    context = current.get_span_context()
+    return context if context.is_valid else None
 
 
 class _Links:
-    """The links of a batch, to each message's creation; two messages of one trace are two links.
+    """The links of a batch, one to each message's producer; two messages of one producer are two links.
 
-    Put together when they are read, and for the exporter in their final bytes: as objects of the SDK 500 of them
-    cost as much as the rest of the batch.
+    They stay texts until they are read or encoded: 500 link objects would cost as much as the rest of the batch.
     """
 
     def __init__(self, carriers: Sequence[Mapping[str, str]]) -> None:
@@ -280,59 +303,45 @@ class _Links:
             yield Link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=flags))
 
     def encoded(self) -> bytes:
-        """Field 13 of OTLP's Span, repeated: trace id, span id, flags (it is known whether remote, and it is)."""
+        """Field 13 of OTLP's Span, repeated: trace id, span id, flags (remote)."""
         return bytes.fromhex("".join(f"6a210a10{trace}1208{span}3500030000" for trace, span in self._sampled()))
 
     def _sampled(self) -> Iterator[tuple[str, str]]:
         for traceparent in self._traceparents:
-            # A link says something only where the other end was recorded.
+            # A link to a span that was not recorded is of no use.
             if (match := _TRACEPARENT.fullmatch(traceparent)) and match[3][1] in "13579bdf":
                 yield match[1], match[2]
 
 
-class _Exporter(OTLPSpanExporter):
-    """The SDK's exporter, with the links of batches."""
+class _Active(AbstractContextManager[Span]):
+    """Makes a span current in the block, records an exception of the block, and ends the span."""
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        links: dict[bytes, bytes] = {}
-        for span in spans:
-            if isinstance(span._links, _Links) and span.context:
-                links[span.context.span_id.to_bytes(8)] = span._links.encoded()
-                span._links = ()
-        request = encode_spans(spans)
-        for encoded in request.resource_spans[0].scope_spans[0].spans:
-            encoded.MergeFromString(links.get(encoded.span_id, b""))
-        sent = self._client.export(request.SerializeToString())
-        return SpanExportResult.SUCCESS if sent.success else SpanExportResult.FAILURE
+    __slots__ = ("_span", "_token")
 
+    def __init__(self, span: Span) -> None:
+        self._span = span
 
-@contextmanager
-def _active(span: Span) -> Iterator[Span]:
-    """Makes `span` current in the block, and ends it."""
-    token = otel_context.attach(trace.set_span_in_context(span))
-    try:
-        yield span
-    except Exception as error:
-        fail(span, error)
-        raise
-    finally:
-        otel_context.detach(token)
-        span.end()
+    def __enter__(self) -> Span:
+        self._token = otel_context.attach(trace.set_span_in_context(self._span))
+        return self._span
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            fail(self._span, error)
+        otel_context.detach(self._token)
+        self._span.end()
 
 
 def fail(span: Span, error: Exception) -> None:
-    """Records `error` on `span`, without the secrets that its text may have."""
+    """Records `error` on `span`, with secrets removed from its text."""
     if span.is_recording():
         text = redacted(str(error))
         stack = redacted("".join(traceback.format_exception(error)))
         span.record_exception(error, {"exception.message": text, "exception.stacktrace": stack})
         span.set_attribute("error.type", type(error).__qualname__)
         span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {text}")
-
-
-def _child_of(parent: SpanContext | None) -> Context:
-    """A context with only `parent` in it: what is current here is not the message's story."""
-    return trace.set_span_in_context(NonRecordingSpan(parent), Context()) if parent else Context()
 
 
 def _attributes(

@@ -288,7 +288,7 @@ def _span(request: httpx2.Request) -> Span:
     if template:
         attributes["url.template"] = template
     name = f"{request.method} {template}" if template else request.method
-    return telemetry.tracer().start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
+    return telemetry.start_span(name, SpanKind.CLIENT, attributes=attributes)
 
 
 def _fail(span: Span, error: BaseException) -> None:

@@ -174,7 +174,7 @@ class Tx:
         if type(message) not in topic.messages:
             raise ValueError(f"{type(message).__name__} is not a message of topic {topic.name}")
         id_ = message_id or uuid7()
-        headers = self._headers(id_, message, key, telemetry.creation("kafka", topic.name, str(id_)))
+        headers = self._headers(id_, message, key, telemetry.carrier())
         body = msgspec.json.encode(message)
         self._rows.append(OutboxRow("kafka", id_, topic.name, "", key, headers, body, topic.retention))
         return id_
@@ -196,8 +196,7 @@ class Tx:
         if not isinstance(message, queue.message):
             raise ValueError(f"{type(message).__name__} is not the message of queue {queue.name}")
         id_ = message_id or uuid7()
-        destination = f"{queue.exchange.name}:{queue.routing_key}"
-        headers = self._headers(id_, message, key, telemetry.creation("rabbitmq", destination, str(id_)), position)
+        headers = self._headers(id_, message, key, telemetry.carrier(), position)
         body = msgspec.json.encode(message)
         row = OutboxRow(
             "rabbit",

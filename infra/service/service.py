@@ -155,7 +155,9 @@ class Service:
     async def _start(self, settings: Settings, stack: AsyncExitStack, running: _Running) -> None:
         metrics = Metrics(CollectorRegistry())
         logs.setup(self.name, settings.log_level)
-        traces = telemetry.setup(self.name, VERSION, settings.otlp_endpoint)
+        traces = telemetry.setup(
+            self.name, VERSION, settings.otlp_endpoint, ratio=settings.trace_ratio, metrics=metrics
+        )
         stack.push_async_callback(asyncio.to_thread, traces.shutdown)
         sink = logs.KafkaLogSink(settings.kafka_bootstrap_servers, settings.topic_prefix + SERVICE_LOGS.name, metrics)
         await sink.start()

@@ -72,6 +72,8 @@ class Settings(BaseSettings):
     """Allows vendors, models and tools on private addresses; for the local stack."""
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
     """The collector's base URL (``http://host:4318``); without it, no spans are sent."""
+    trace_ratio: float = Field(default=1.0, ge=0, le=1, validation_alias="OTEL_TRACES_SAMPLER_ARG")
+    """The part of new traces that is recorded, 0 to 1. A trace that another process began follows that process."""
 
     log_level: Literal["debug", "info", "warn", "error"] = "info"
     kafka_session_ms: int = Field(default=10_000, ge=2_000)
