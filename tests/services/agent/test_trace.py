@@ -17,7 +17,7 @@ async def test_a_run_is_one_story_in_one_trace(world: World) -> None:
     platform = world.platform
     async with OtlpReceiver() as receiver:
         await asyncio.to_thread(platform.stop, "agent")
-        await platform.start("agent", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint, OTEL_BSP_SCHEDULE_DELAY="100")
+        await platform.start("agent", OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
         tenant = world.tenant()
         agent = await tenant.agent(tools=[WEATHER], knowledge=True)
         answer = Says("Rain.", usage=(100, 60, 9, 4))
