@@ -24,9 +24,10 @@ from aiokafka.protocol.types import (
 
 from infra.bus.outbox import HeldBack, Outcome, Pending, Unpublishable, by_destination
 from infra.errors import describe
+from infra.postgres.tx import MAX_MESSAGE_BYTES
 
 # One record. Larger content belongs in the object store, with a reference in the message.
-MAX_RECORD_BYTES = 1_000_000
+MAX_RECORD_BYTES = MAX_MESSAGE_BYTES
 
 
 class KafkaPublisher:

@@ -34,13 +34,12 @@ from infra.observe.metrics import Metrics
 from infra.postgres.db import is_of_database, is_transient
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.inbox import mark_handled
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import MAX_MESSAGE_BYTES, Database, Tx
 from protos.envelope import Envelope
 from protos.topology import Queue, Subscription
 
 ATTEMPT = "x-claw-attempt"
 CONFIRMS_IN_FLIGHT = 100
-MAX_MESSAGE_BYTES = 1_000_000
 # After two heartbeats without a sign of a client, the broker gives its messages to others. The default of 60 s is long.
 HEARTBEAT_SECONDS = 10
 

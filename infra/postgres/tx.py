@@ -20,7 +20,7 @@ from opentelemetry.trace import Span
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Conflict, describe
+from infra.errors import Conflict, TooLarge, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
@@ -39,6 +39,8 @@ BUCKETS = 16
 QUEUE_HORIZON = timedelta(hours=24)
 # A transaction decided on a state that somebody else has moved on is decided again this often.
 CONFLICT_ATTEMPTS = 5
+MAX_MESSAGE_BYTES = 1_000_000
+"""Of a body. Larger content belongs in the object store, with a reference in the message."""
 
 
 class OutboxRow(NamedTuple):
@@ -175,7 +177,7 @@ class Tx:
             raise ValueError(f"{type(message).__name__} is not a message of topic {topic.name}")
         id_ = message_id or uuid7()
         headers = self._headers(id_, message, key, telemetry.carrier())
-        body = msgspec.json.encode(message)
+        body = _encoded(message)
         self._rows.append(OutboxRow("kafka", id_, topic.name, "", key, headers, body, topic.retention))
         return id_
 
@@ -197,7 +199,7 @@ class Tx:
             raise ValueError(f"{type(message).__name__} is not the message of queue {queue.name}")
         id_ = message_id or uuid7()
         headers = self._headers(id_, message, key, telemetry.carrier(), position)
-        body = msgspec.json.encode(message)
+        body = _encoded(message)
         row = OutboxRow(
             "rabbit",
             id_,
@@ -419,6 +421,15 @@ def publications(
         (derived_id(event_id, "publication", n), publication)
         for n, publication in enumerate(aggregate.publish(stream_id, event))
     ]
+
+
+def _encoded(message: Message) -> bytes:
+    """The body of a message. Raises TooLarge if a bus cannot carry it: the transaction of a message that could never
+    be published must not commit, and the sender of the request must learn it."""
+    body = msgspec.json.encode(message)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise TooLarge(f"{message.wire_name()}: has {len(body)} bytes; a message may have {MAX_MESSAGE_BYTES}")
+    return body
 
 
 async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:

@@ -10,7 +10,7 @@ from infra.lanes import lane
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres import dead_letters, inbox
-from infra.postgres.tx import Database
+from infra.postgres.tx import Database, Tx
 
 OBSERVE_SECONDS = 5.0
 OBSERVATIONS_PER_MAINTENANCE = 12
@@ -40,6 +40,8 @@ class Maintenance:
                         await dead_letters.prune(await tx.connection())
                     async with self._database.begin() as tx:
                         await lane.forget(tx)
+                    async with self._database.begin() as tx:
+                        await prune_answers(tx)
             except Exception as error:
                 get_logger("infra.service.maintenance").warning("maintenance failed; will retry", error=describe(error))
             ticks += 1
@@ -67,3 +69,19 @@ class Maintenance:
             metrics.outbox_oldest_seconds.labels(*labels).set(oldest)
         for labels, count in parked.items():
             metrics.parked_keys.labels(*labels).set(count)
+
+
+async def prune_answers(tx: Tx) -> None:
+    """Deletes answers of `infra.service.idempotency` that are older than a day."""
+    await tx.sql(
+        """
+        DELETE FROM idempotency
+        WHERE (tenant_id, route, key) IN (
+            SELECT tenant_id, route, key
+            FROM idempotency
+            WHERE created_at < clock_timestamp() - interval '1 day'
+            LIMIT 10000
+            FOR UPDATE SKIP LOCKED
+        )
+        """
+    )

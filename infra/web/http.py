@@ -50,6 +50,8 @@ METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _EXCHANGE = "claw.exchange"
 # The extension of a WebSocket's scope by which its transport is handed over.
 _HAND_OVER = "claw.hand_over"
+# Stands for the pattern of a path that has no route.
+_UNMATCHED = "unmatched"
 _log = get_logger("infra.web.http")
 
 
@@ -170,7 +172,7 @@ class _Observed:
             if name in (b"traceparent", b"tracestate")
         }
         method = scope["method"] if scope["method"] in METHODS else "_OTHER"
-        attributes = {"http.request.method": method, "url.scheme": scope["scheme"], "url.path": scope["path"]}
+        attributes = {"http.request.method": method, "url.scheme": scope["scheme"]}
         with telemetry.span(method, SpanKind.SERVER, parent=telemetry.extract(headers), attributes=attributes) as span:
             try:
                 await self._answer(scope, exchange)
@@ -249,12 +251,18 @@ class _Observed:
 def _pattern(scope: Scope) -> str:
     """The pattern of the route, never the path: span names and metric labels must be few."""
     route = scope.get("route")
-    return scope.get("root_path", "") + route.path if isinstance(route, Route | WebSocketRoute) else "unmatched"
+    return scope.get("root_path", "") + route.path if isinstance(route, Route | WebSocketRoute) else _UNMATCHED
 
 
 def _shown_path(scope: Scope) -> str:
-    """The path, with parameters masked if their names in the route say that they are secret."""
+    """The path for logs and spans, with parameters masked if their names in the route say that they are secret.
+
+    Of a path without a route only the first part is shown: the rest may be a secret in a wrong place.
+    """
     path: str = scope["path"]
+    if _pattern(scope) == _UNMATCHED:
+        first, _, rest = path.removeprefix("/").partition("/")
+        return f"/{first[:40]}/{MASK}" if rest else f"/{first[:40]}"
     for name, value in scope.get("path_params", {}).items():
         if secret_name(name):
             path = path.replace(str(value), MASK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +16,7 @@ from infra.errors import Forbidden, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.service.api import Admin, Paging, page
-from infra.service.idempotency import once
+from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
 from services.user import domain
 from services.user.domain import Scope
@@ -37,7 +37,7 @@ class NewApiKey(Body):
 
 class CreatedApiKey(View):
     id: UUID
-    api_key: str
+    api_key: Annotated[str, ShownOnce(domain.prefix)]
     """The plaintext. It is shown only in this answer."""
     prefix: str
 

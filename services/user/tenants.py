@@ -14,12 +14,12 @@ from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.subjects import SubjectKeys
 from infra.service.api import Operator, Paging, Reader, page
-from infra.service.idempotency import once
+from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantCreated
 from services.user import api_keys, members
-from services.user.domain import EVERYTHING
+from services.user.domain import EVERYTHING, prefix
 from services.user.fields import Body, Email, Name, View, after
 
 # The largest value of PostgreSQL's bigint and of billing's accounts.
@@ -39,7 +39,7 @@ class NewTenant(Body):
 class CreatedTenant(View):
     id: str
     name: str
-    api_key: str
+    api_key: Annotated[str, ShownOnce(prefix)]
     """The tenant's first key, with every scope. It is shown only in this answer."""
 
 

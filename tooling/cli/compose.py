@@ -29,8 +29,8 @@ _CHOSEN = {
     "GATEWAY_PORT": "8080",
     "MINIO_ROOT_USER": "clawbus",
 }
-# Ten a second are far more than one client needs. A vendor sends the messages of many people, so it gets more.
-_LIMITS = nginx.Limits(rate=10, burst=40, channel_rate=100, channel_burst=400)
+# One client needs far less than ten a second. A vendor sends the messages of many people, for many channels.
+_LIMITS = nginx.Limits(rate=10, burst=40, channel_rate=100, channel_burst=400, webhook_rate=1000, webhook_burst=2000)
 _NEEDED = re.compile(r"\$\{([A-Z0-9_]+):\?\}")
 
 

@@ -19,7 +19,8 @@ from infra.postgres.tx import Database, Tx
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.security.crypto import Cipher
 from infra.service.api import Admin, Anyone, Operator, Paging, Reader, Runner, Writer, api, page
-from infra.service.idempotency import once
+from infra.service.idempotency import ShownOnce, once
+from infra.service.maintenance import prune_answers
 from infra.service.service import Runtime
 from infra.web import http
 from infra.web.http import create_app
@@ -42,6 +43,7 @@ class NewThing(BaseModel):
 class Thing(BaseModel):
     name: str
     number: int
+    key: Annotated[str, ShownOnce(lambda key: key[:4])] = "plaintext-of-a-key"
 
 
 @dataclass
@@ -197,9 +199,42 @@ async def test_the_same_key_gets_the_first_answer_and_nothing_is_made_again(
 ) -> None:
     sent = [client.post("/things", json={"name": "a"}, headers={"Idempotency-Key": "k-1"}) for _ in range(5)]
     answers = await asyncio.gather(*sent)
-    assert {(answer.status_code, answer.text) for answer in answers} == {(201, '{"name":"a","number":1}')}
+    assert {(answer.status_code, answer.json()["name"], answer.json()["number"]) for answer in answers} == {
+        (201, "a", 1)
+    }
     assert made.count == 1
     assert sum("idempotent-replayed" in answer.headers for answer in answers) == 4
+
+
+async def test_a_secret_is_in_the_first_answer_only_and_is_not_stored(
+    client: httpx.AsyncClient, desk: Database
+) -> None:
+    headers = {"Idempotency-Key": "k-5"}
+    first, again = [await client.post("/things", json={"name": "a"}, headers=headers) for _ in range(2)]
+    assert first.json()["key"] == "plaintext-of-a-key"
+    assert again.json() == {**first.json(), "key": "plai… (shown only in the first answer)"}
+    async with desk.begin() as tx:
+        [(sealed,)] = await tx.sql("SELECT answer FROM idempotency WHERE key = 'k-5'")
+    assert b"plaintext" not in Cipher(KEY).open(sealed, "idempotency", "t1", "POST /things", "k-5")
+
+
+async def test_an_answer_expires_after_a_day(client: httpx.AsyncClient, made: Made, desk: Database) -> None:
+    keys = [{"Idempotency-Key": "fresh"}, {"Idempotency-Key": "old"}]
+    for key in keys:
+        await client.post("/things", json={"name": "a"}, headers=key)
+    async with desk.begin() as tx:
+        await tx.sql("UPDATE idempotency SET created_at = created_at - interval '1 day' WHERE key = 'old'")
+    again = [await client.post("/things", json={"name": "a"}, headers=key) for key in keys]
+    assert ["idempotent-replayed" in answer.headers for answer in again] == [True, False]
+    assert made.count == 3
+    # A new answer under the old key counts from its own time.
+    assert (await client.post("/things", json={"name": "b"}, headers=keys[1])).status_code == 422
+    async with desk.begin() as tx:
+        await tx.sql("UPDATE idempotency SET created_at = created_at - interval '1 day' WHERE key = 'old'")
+    async with desk.begin() as tx:
+        await prune_answers(tx)
+        left = await tx.sql("SELECT key FROM idempotency WHERE key IN ('fresh', 'old')")
+    assert left == [("fresh",)]
 
 
 async def test_a_key_with_another_body_is_refused_and_other_tenants_keys_are_others(

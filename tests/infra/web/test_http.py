@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
+from structlog.testing import capture_logs
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -39,6 +40,7 @@ from infra.errors import (
 )
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
+from infra.observe.spans import encode
 from infra.web import http
 from infra.web.http import HttpServer, create_app, read_json, serve_http
 
@@ -85,6 +87,7 @@ class App:
             WebSocketRoute("/socket/{how}", self.echo),
             Route("/orders/{id}", self.order, methods=["POST"]),
             Route("/fail/{how}", self.fail),
+            Route("/hooks/{type}/{token}", self.order, methods=["POST"]),
             Route("/slow", self.slow),
             Route("/broken-stream", self.broken_stream),
             Mount("/mounted", routes=[Route("/{x}", self.fail)]),
@@ -307,6 +310,28 @@ async def test_names_and_labels_stay_few(client: httpx.AsyncClient, app: App, ex
         "POST /orders/{id}",
         "_OTHER /slow",
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "shown"),
+    [
+        ("/hooks/slack/s3cret", 1, "/hooks/slack/***"),
+        ("/hooks/slack/s3cret", 2000, "/hooks/slack/***"),
+        ("/hooks/slack/s3cret/more", 1, "/hooks/***"),
+        ("/hook/slack/s3cret", 1, "/hook/***"),
+        ("/hooks", 1, "/hooks"),
+    ],
+)
+async def test_a_token_in_a_path_is_neither_in_the_span_nor_in_the_log(
+    client: httpx.AsyncClient, exporter: Exporter, path: str, size: int, shown: str
+) -> None:
+    with capture_logs() as lines:
+        await client.post(path, content=b"x" * size)
+    [span] = exporter.get_finished_spans()
+    assert span.attributes is not None
+    assert span.attributes["url.path"] == shown
+    assert b"s3cret" not in encode(cast("Any", span))
+    assert [line["path"] for line in lines] == [shown]
 
 
 async def test_a_mounted_route_is_named_in_full(client: httpx.AsyncClient, exporter: Exporter) -> None:

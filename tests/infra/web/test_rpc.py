@@ -218,7 +218,7 @@ async def test_an_inner_error_shows_its_trace_and_nothing_else(
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     details = caught.value.details() or ""
     trace_id = spans(exporter)[0].context.trace_id
-    assert details == f"an error inside memory, not in the request (trace {trace_id:032x})"
+    assert details == f"an error inside memory; the request is not the cause (trace {trace_id:032x})"
 
 
 async def test_a_code_that_a_servicer_chose_itself_stays(channel: grpc.aio.Channel, metrics: Metrics) -> None:

@@ -113,6 +113,17 @@ async def test_an_unknown_webhook_path_is_404_for_every_method(desk: Desk, metho
     assert (await desk.call(channel, (b"{}", {}), method)).status_code == 401
 
 
+async def test_a_message_that_the_buses_cannot_carry_is_refused_before_it_is_accepted(desk: Desk) -> None:
+    async with WebhookStandIn() as vendor:
+        channel = await desk.connect("webhook", vendor.credentials)
+        refused = await desk.call(channel, vendor.message("x" * 1_020_000, conversation="c", user="u"))
+        assert refused.status_code == 413
+        taken = await desk.call(channel, vendor.message("x" * 990_000, conversation="c", user="u"))
+        assert taken.status_code == 200
+        [inbound] = await desk.received(channel)
+    assert (len(inbound["text"]), inbound["position"]) == (990_000, 1)
+
+
 async def test_a_forged_or_malformed_call_stores_nothing(desk: Desk) -> None:
     telegram, slack, webhook = TelegramStandIn(), SlackStandIn(), WebhookStandIn()
     channels: dict[StandIn, dict[str, Any]] = {

@@ -18,17 +18,17 @@ NAME = "nginx"
 PORTS = {"nginx": 8080}
 
 _TEMPLATE = Path(infra.__file__).parent / "deploy" / "nginx" / "nginx.conf"
-# The errors that nginx itself answers → the status and text that the client gets. 494 is nginx's own status for a
-# header that is too large. nginx answers 500 if the user service does not answer its question about the caller.
+# Statuses of nginx itself, and the problem that it answers instead. 494 is a header that is too large, 501 an unknown
+# Transfer-Encoding, 505 an unknown version of HTTP; 500 means that the user service did not answer `/internal/auth`.
 _PROBLEMS = {
-    (400,): (400, "The request is not valid HTTP."),
+    (400, 501, 505): (400, "The request is not valid HTTP, or its path is not valid."),
     (401,): (401, "The API key is missing, wrong, revoked or expired: send `Authorization: Bearer <API key>`."),
     (404,): (404, "This path does not exist."),
-    (405,): (405, "This path does not accept this method."),
+    (405,): (405, "This path does not support this method."),
     (408,): (408, "The request did not arrive in time."),
-    (413,): (413, "The body is too large for this path."),
-    (414,): (414, "The path is too long."),
-    (429,): (429, "Too many requests: try again after the number of seconds in Retry-After."),
+    (413,): (413, "The body is larger than the limit of this path."),
+    (414,): (414, "The path and query are too long."),
+    (429,): (429, "Too many requests; try again after the seconds in Retry-After."),
     (431, 494): (431, "The headers are too large."),
     (500, 502, 503, 504): (503, "A part of the platform does not answer: try again."),
 }
@@ -36,20 +36,23 @@ _PROBLEMS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits on requests."""
+    """Requests per second, and how many more may come at once."""
 
     rate: int
-    """Requests a second, for each API key and for each address."""
+    """Per second, for each API key and for each address."""
     burst: int
-    """Requests above `rate` that are accepted at once."""
     channel_rate: int
-    """Requests a second, for each channel's webhook."""
+    """Per second, for each channel's webhook."""
     channel_burst: int
-    """Requests above `channel_rate` that are accepted at once."""
+    webhook_rate: int
+    """Per second, for the webhooks from each address. Vendors call for many channels from a few addresses."""
+    webhook_burst: int
 
 
-# All clients on this machine have the same address.
-LOCAL_LIMITS = Limits(rate=1000, burst=2000, channel_rate=1000, channel_burst=2000)
+# Everything on this machine has one address.
+LOCAL_LIMITS = Limits(
+    rate=1000, burst=2000, channel_rate=1000, channel_burst=2000, webhook_rate=1000, webhook_burst=2000
+)
 
 
 def configuration(
@@ -84,10 +87,12 @@ def _upstream(name: str, address: str, resolver: str | None) -> str:
 
 def _problem(codes: tuple[int, ...], status: int, detail: str) -> str:
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, "errors": []}
-    place = f"@problem_{status}"
+    # A path and not a named location: nginx cannot go to one from a request whose own path it could not read.
+    place = f"/_problem/{status}"
+    answer = f"auth_request off; default_type application/problem+json; return {status} '{json.dumps(body)}';"
     return (
-        f"        error_page {' '.join(map(str, codes))} = {place};\n"
-        f"        location {place} {{ default_type application/problem+json; return {status} '{json.dumps(body)}'; }}"
+        f"        error_page {' '.join(map(str, codes))} ={status} {place};\n"
+        f"        location = {place} {{ internal; {answer} }}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -370,15 +371,16 @@ async def test_every_answer_has_the_security_headers_once(client: httpx.AsyncCli
 
 async def test_a_flood_from_one_key_address_or_channel_is_refused_and_others_are_not(services: StandIns) -> None:
     services.keys |= {"claw_first", "claw_second"}
-    # With such a low rate, only the burst is accepted during the test.
-    async with running(services, Limits(rate=1, burst=20, channel_rate=1, channel_burst=20)) as client:
+    # Refilled that slowly, the burst is all there is.
+    limits = Limits(rate=1, burst=20, channel_rate=1, channel_burst=20, webhook_rate=1, webhook_burst=50)
+    async with running(services, limits) as client:
 
         async def post(count: int, path: str, key: str, address: str) -> set[int]:
             """The statuses of this number of requests."""
             transport = httpx.AsyncHTTPTransport(local_address=address)
             headers = {"Authorization": f"Bearer {key}"}
             async with httpx.AsyncClient(transport=transport, base_url=client.base_url, headers=headers) as caller:
-                answers = [await caller.post(path) for _ in range(count)]
+                answers = [await caller.post(path.format(n)) for n in range(count)]
             for answer in answers:
                 if answer.status_code == 429:
                     problem(answer, 429)
@@ -390,6 +392,43 @@ async def test_a_flood_from_one_key_address_or_channel_is_refused_and_others_are
         assert 429 in await post(10, "/api/v1/agents", "claw_first", elsewhere)
         assert await post(5, "/api/v1/agents", "claw_second", elsewhere) == {200}
         assert 429 in await post(10, "/api/v1/agents", "claw_second", here)
-        # The limit for addresses does not apply to webhooks, because a vendor sends from few addresses.
+        # Vendors have few addresses: for webhooks an address has a higher limit.
         assert await post(60, "/webhooks/slack/1", "x", here) == {200, 429}
         assert await post(5, "/webhooks/slack/2", "x", here) == {200}
+        # Invented tokens, each of them once.
+        assert 429 in await post(60, "/webhooks/slack/invented-{}", "x", here)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /api/v1/agents/%00 HTTP/1.1", 400),
+        ("GET /../etc/passwd HTTP/1.1", 400),
+        ("GET /api/v1/%zz HTTP/1.1", 400),
+        ("GET /api/v1/agents?q=" + "x" * 100_000 + " HTTP/1.1", 414),
+        ("GET / HTTP/9.9", 400),
+        ("NONSENSE", 400),
+        ("GET / HTTP/1.1\r\nTransfer-Encoding: gzip", 400),
+        ("GET / HTTP/1.1\r\nTransfer-Encoding: chunked, chunked", 400),
+        ("GET / HTTP/1.1\r\nContent-Length: x", 400),
+        ("GET / HTTP/1.1\r\nX-Long: " + "x" * 100_000, 431),
+    ],
+)
+async def test_a_request_that_nginx_refuses_itself_gets_a_problem(
+    client: httpx.AsyncClient, request_line: str, status: int
+) -> None:
+    head, _, body = (await raw(client, request_line)).partition("\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} "), head
+    assert "Content-Type: application/problem+json" in head
+    assert json.loads(body)["status"] == status
+
+
+async def test_the_error_log_holds_no_webhook_token(services: StandIns, capfd: pytest.CaptureFixture[str]) -> None:
+    async with running(services) as client:
+        too_large = await raw(client, "POST /webhooks/slack/my-token HTTP/1.1", f"Content-Length: {2**30}")
+        assert too_large.startswith("HTTP/1.1 413 ")
+        elsewhere = await raw(client, "POST /api/v1/agents HTTP/1.1", f"Content-Length: {2**30}")
+        assert elsewhere.startswith("HTTP/1.1 413 ")
+    log = capfd.readouterr().err
+    assert "/api/v1/agents" in log
+    assert "my-token" not in log
