@@ -21,13 +21,13 @@ import msgspec
 from msgspec.structs import replace
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Transient, describe
+from infra.errors import TooLarge, Transient, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.group_commit import GroupCommit
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import MAX_MESSAGE_BYTES, Database, Tx
 from infra.security.crypto import Cipher, DataKey
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
@@ -39,6 +39,8 @@ from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
 from services.channel.vendors.base import Ignored, Inbound, Moved
 
+OTHER_FIELDS_BYTES = 2_000
+"""Of a MessageReceived, apart from the texts of the vendor: ids, times and names of fields."""
 # The most calls in one statement.
 MAX_GROUP = 500
 # Up to this many calls are stored directly. More at once mean load, and under load acceptance comes first.
@@ -389,7 +391,10 @@ def _ingest(database: Database, cipher: Cipher) -> Ingest:
 
 
 def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ignored:
-    """Ignores items of a disabled account and empty texts. Removes NUL, which databases refuse."""
+    """Ignores items of a disabled account and empty texts. Removes NUL, which databases refuse.
+
+    Raises TooLarge if the buses could not carry the message: the vendor must not get a 200 for it.
+    """
     if isinstance(item, Ignored):
         return item
     if isinstance(item, Moved):
@@ -399,6 +404,9 @@ def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ign
     if not item.conversation or not item.person:
         return Ignored(item.ids, "without a conversation or an author")
     text = item.text.replace("\0", "")
+    size = len(msgspec.json.encode((text, item.conversation, item.message)))
+    if size > MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES:
+        raise TooLarge(f"message: has {size} bytes; must have at most {MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES}")
     return item._replace(text=text) if text.strip() else Ignored(item.ids, "the text is empty")
 
 
