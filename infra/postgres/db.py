@@ -148,6 +148,16 @@ def is_of_database(error: BaseException) -> bool:
     return isinstance(error, (OSError, TimeoutError, asyncpg.InterfaceError))
 
 
+def is_bad_data(error: BaseException) -> bool:
+    """True if PostgreSQL or its driver refused a value: NUL in a text, a number or a time out of range …"""
+    if isinstance(error, DBAPIError) and error.orig:
+        error = error.orig.__cause__ or error.orig
+    if isinstance(error, asyncpg.PostgresError):
+        # Class 22 of SQLSTATE: data exceptions.
+        return str(getattr(error, "sqlstate", "")).startswith("22")
+    return isinstance(error, asyncpg.DataError)
+
+
 def storable(text: str, limit: int | None = None) -> str:
     """`text` as PostgreSQL can store it: NUL is escaped, and at most `limit` characters are kept."""
     return text.replace("\x00", "\\x00")[:limit]

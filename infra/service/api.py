@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,17 +13,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
 from infra.errors import Forbidden, InvalidMessage, Unauthenticated, WrongType
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.service.service import Runtime
 from infra.web.http import media_type
+from infra.web.json_text import check_json
 
 T = TypeVar("T")
 Id = TypeVar("Id")
@@ -64,6 +65,8 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         # FastAPI's own layers are left out: they would answer errors before ours, which answers with problems.
         scope["app"] = app
+        if scope["type"] == "http":
+            receive = await _checked(scope, receive)
         try:
             await inner(scope, receive, send)
         except RequestValidationError as error:
@@ -74,6 +77,25 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
             raise
 
     return [Mount("", serve)]
+
+
+async def _checked(scope: Scope, receive: Receive) -> Receive:
+    """Raises InvalidMessage for a query or a JSON body that no code behind this can handle. Returns `receive`, with the
+    body that was read for the check."""
+    if b"%00" in scope["query_string"]:
+        raise InvalidMessage("query", "must not contain NUL")
+    if "\0" in scope["path"]:
+        raise HTTPException(404)
+    if media_type(Headers(scope=scope)) != JSON:
+        return receive
+    body = await Request(scope, receive).body()
+    check_json(body)
+    replay: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return replay.pop() if replay else await receive()
+
+    return replayed
 
 
 def identity(connection: HTTPConnection, identities: Identities) -> Identity:
@@ -152,7 +174,11 @@ class _Paging:
             return None
         at, _, id_ = self.after.partition(" ")
         try:
-            return datetime.fromisoformat(at), id_type(id_)
+            time = datetime.fromisoformat(at)
+            # In any other year or without a zone, PostgreSQL's driver could not send it.
+            if time.tzinfo is None or not 1970 <= time.year <= 9998:
+                raise ValueError
+            return time, id_type(id_)
         except ValueError:
             raise bad_cursor() from None
 
@@ -168,8 +194,12 @@ def _paging(
     if cursor is None:
         return _Paging(limit, None)
     try:
-        return _Paging(limit, base64.b64decode(cursor, altchars=b"-_", validate=True).decode())
-    except (binascii.Error, UnicodeError):
+        after = base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
+        if "\0" in after:
+            raise ValueError
+        return _Paging(limit, after)
+    except ValueError:
+        # Not base64, not ASCII, or not UTF-8.
         raise bad_cursor() from None
 
 

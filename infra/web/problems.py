@@ -22,7 +22,7 @@ from infra.errors import (
     Unauthenticated,
     WrongType,
 )
-from infra.postgres.db import is_transient
+from infra.postgres.db import is_bad_data, is_transient
 
 _STATUS: dict[type[Exception], int] = {
     InvalidMessage: 422,
@@ -53,6 +53,8 @@ def problem(error: Exception) -> Response:
         headers.update(error.headers or {})
     elif type(error) in _STATUS:
         status, detail = _STATUS[type(error)], str(error)
+    elif is_bad_data(error) or isinstance(error, UnicodeEncodeError):
+        status, detail = 422, "A value of the request is out of range, or a text has characters that cannot be stored."
     elif is_transient(error):
         status, detail = 503, "A dependency of this service does not answer; try again."
     else:

@@ -69,8 +69,19 @@ def sdk_span(name: str, kind: SpanKind, parent: SpanContext | None, given: Any, 
 
 
 def decoded(body: bytes) -> Any:
-    """The request as a dictionary: NaN is equal to NaN there."""
-    return MessageToDict(ExportTraceServiceRequest.FromString(body))
+    """The request as a dictionary, in which NaN equals NaN; attributes sorted, because they are a map."""
+    return _in_order(MessageToDict(ExportTraceServiceRequest.FromString(body)))
+
+
+def _in_order(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_in_order(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    done = {name: _in_order(item) for name, item in node.items()}
+    if "attributes" in done:
+        done["attributes"].sort(key=lambda item: item.get("key", ""))
+    return done
 
 
 @settings(deadline=None, max_examples=300)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+import ipaddress
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 import pytest
 
-from infra.outgoing.addresses import is_private, is_public
+from infra.outgoing.addresses import SPECIAL_PURPOSE, is_private, is_public
 
 
 @pytest.mark.parametrize(
@@ -55,10 +56,39 @@ def test_special_addresses_are_neither_public_nor_private(address: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["192.0.2.1", "198.18.0.1", "240.0.0.1", "2001:db8::1", "fec0::1", "64:ff9b:1::1", "::127.0.0.1", "100::1"],
+    [
+        *("192.0.0.9", "192.0.2.1", "192.31.196.1", "192.52.193.1", "192.88.99.1", "192.175.48.1", "198.18.0.1"),
+        *("198.51.100.1", "203.0.113.1", "240.0.0.1", "2001::1", "2001:1::1", "2001:20::1", "2001:db8::1"),
+        *("2002:101:101::", "2620:4f:8000::1", "3fff::1", "3fff:fff::1", "5f00::1", "fec0::1", "64:ff9b:1::1"),
+        *(
+            "::127.0.0.1",
+            "::1.1.1.1",
+            "100::1",
+            "100:0:0:1::1",
+            "::ffff:192.88.99.1",
+            "64:ff9b::203.0.113.1",
+            "4000::1",
+        ),
+    ],
 )
 def test_reserved_addresses_are_not_public(address: str) -> None:
     assert not is_public(ip_address(address))
+
+
+def test_the_list_has_all_blocks_that_python_knows_as_not_global() -> None:
+    for block in SPECIAL_PURPOSE:
+        for address in (block[0], block[-1]):
+            assert not is_public(address)
+    known = [*_constants("_IPv4Constants"), *_constants("_IPv6Constants")]
+    assert len(known) > 20
+    for network in known:
+        for address in (network[0], network[-1]):
+            assert not is_public(address) or address in ip_network("::ffff:0:0/96"), address
+
+
+def _constants(name: str) -> list[IPv4Network | IPv6Network]:
+    found: list[IPv4Network | IPv6Network] = getattr(ipaddress, name)._private_networks
+    return found
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -107,6 +109,16 @@ async def client(desk: Database, made: Made) -> AsyncIterator[httpx.AsyncClient]
         found = list(range(int(paging.after or 0) + step, 8, step))[: paging.limit + 1]
         return page(found, paging, str)
 
+    @router.get("/times")
+    async def times(who: Reader, paging: Paging) -> str:
+        return str(paging.after_time(int))
+
+    @router.get("/cast")
+    async def cast_(who: Reader, request: Request) -> str:
+        value = bytes.fromhex(request.query_params["hex"]).decode()
+        async with desk.begin() as tx:
+            return str(await tx.sql(f"SELECT $1::text::{request.query_params['type']}", value))
+
     app = create_app(api("test", parts, router), http.Health("test", "1"), Metrics(CollectorRegistry()))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=identity()) as running:
@@ -177,6 +189,68 @@ async def test_a_body_of_another_type_than_json_is_refused_as_such(client: httpx
         assert (answer.status_code, answer.json()["detail"]) == (415, "content-type: must be application/json"), kind
     suffixed = {"content-type": "application/JSON; charset=utf-8"}
     assert (await client.post("/things", content='{"name": "a"}', headers=suffixed)).status_code == 201
+
+
+NESTED = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"name": "a\\u0000b"}', "name"),
+        ('{"name": "\\ud800"}', "name"),
+        ('{"name": "\\uDFFFx"}', "name"),
+        ('{"a\\u0000": 1}', "body"),
+        ('{"name": "a", "limits": {"steps": "\\u0000"}}', "limits.steps"),
+        (f'{{"name": {NESTED}}}', "body"),
+        (f'{{"name": {NESTED * 100}}}', "body"),
+        ("[" * 100_000, "body"),
+    ],
+)
+async def test_a_body_that_no_store_can_hold_is_refused_with_its_field(
+    client: httpx.AsyncClient, body: str, field: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    answer = await client.post("/things", content=body.encode("latin-1"), headers=headers)
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"][0]["field"] == field
+
+
+async def test_escapes_that_are_text_are_not_mistaken_for_nul_or_surrogates(client: httpx.AsyncClient) -> None:
+    body = r'{"name": "\\u0000 \ud83d\ude00 \\ud800"}'
+    answer = await client.post("/things", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["name"]) == (201, r"\u0000 😀 \ud800")
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    ["é", "%C3%A9", "AAAA", "/w==", "a", "%00", base64.urlsafe_b64encode(b"9" * 5_000).decode(), "\udcff"],
+)
+async def test_a_cursor_that_no_page_gave_is_refused(client: httpx.AsyncClient, cursor: str) -> None:
+    answer = await client.get(f"/times?cursor={quote(cursor, errors='surrogateescape')}")
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"][0]["field"] in ("cursor", "query")
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "2026-01-01T00:00:00", "x"])
+async def test_a_cursor_with_a_time_out_of_range_is_refused(client: httpx.AsyncClient, time: str) -> None:
+    cursor = base64.urlsafe_b64encode(f"{time} 1".encode()).decode()
+    answer = await client.get("/times", params={"cursor": cursor})
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "cursor")
+
+
+@pytest.mark.parametrize("value", ["\0", "9" * 30, "2026-01-01 00:00:00+99999"])
+@pytest.mark.parametrize("type_", ["text", "bigint", "timestamptz"])
+async def test_a_value_that_the_database_refuses_is_not_an_error_inside(
+    client: httpx.AsyncClient, value: str, type_: str
+) -> None:
+    answer = await client.get("/cast", params={"type": type_, "hex": value.encode().hex()})
+    assert answer.status_code == (200 if type_ == "text" and "\0" not in value else 422), answer.text
+
+
+async def test_nul_in_a_query_or_path_is_refused(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/read?q=a%00b")).status_code == 422
+    assert (await client.get("/read%00")).status_code == 404
 
 
 async def test_a_list_is_read_page_by_page(client: httpx.AsyncClient) -> None:

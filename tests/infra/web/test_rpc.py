@@ -170,7 +170,7 @@ async def test_a_call_carries_its_caller_and_a_deadline(channel: grpc.aio.Channe
 
 async def test_a_call_without_a_deadline_is_refused(bare: grpc.aio.Channel, service: Service) -> None:
     token = Callers(SECRET, "agent").token("memory")
-    with pytest.raises(grpc.aio.AioRpcError, match="deadline: none") as caught:
+    with pytest.raises(grpc.aio.AioRpcError, match="deadline: missing") as caught:
         await unary(bare)(b"x", metadata=metadata(token))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert service.asked == []

@@ -1,0 +1,60 @@
+"""Checks of JSON that comes from outside: depth, and text that stores and encoders refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from infra.errors import InvalidMessage
+
+MAX_DEPTH = 100
+"""Of nested arrays and objects. Recursive code of any library survives this depth."""
+# Escapes of NUL and of surrogates; unescaped, JSON and UTF-8 do not allow them.
+_SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def check_json(body: bytes) -> None:
+    """Raises InvalidMessage (field: the path of the value) if `body` is nested too deeply, or if one of its texts has
+    NUL or a lone surrogate. A body that is not JSON passes: the code that decodes it reports that.
+    """
+    if not _SUSPICIOUS.search(body) and body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return
+    try:
+        value = json.loads(body)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:
+        return
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while waiting:
+        path, value = waiting.pop()
+        if len(path) > MAX_DEPTH:
+            raise _too_deep()
+        match value:
+            case str():
+                check_text(_name(path), value)
+            case dict():
+                for key, item in value.items():
+                    check_text(_name(path), key)
+                    waiting.append(((*path, key), item))
+            case list():
+                waiting += (((*path, n), item) for n, item in enumerate(value))
+
+
+def check_text(field: str, text: str) -> None:
+    """Raises InvalidMessage if `text` has NUL, which PostgreSQL refuses, or a lone surrogate, which UTF-8 refuses."""
+    if "\0" in text:
+        raise InvalidMessage(field, "must not contain NUL")
+    if _SURROGATE.search(text):
+        raise InvalidMessage(field, "must be Unicode text, without lone surrogates")
+
+
+def _too_deep() -> InvalidMessage:
+    return InvalidMessage("body", f"must have at most {MAX_DEPTH} nested arrays and objects")
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    return _SURROGATE.sub("?", text) or "body"
