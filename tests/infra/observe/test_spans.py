@@ -107,7 +107,7 @@ def test_the_same_calls_give_the_same_bytes_as_the_sdk(
         span.end(end)
     by_sdk = decoded(encode_spans([theirs]).SerializeToString())
     assert decoded(encode_request(RESOURCE, "clawbus", [encode(ours)])) == by_sdk
-    # What the SDK's own exporters read of our span.
+    # The SDK's own exporters can read our span too.
     readable: Any = ours
     readable.resource, readable.instrumentation_scope = theirs.resource, theirs.instrumentation_scope
     assert decoded(encode_spans([readable]).SerializeToString()) == by_sdk
