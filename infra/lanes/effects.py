@@ -1,8 +1,8 @@
-"""Effects in the outside world: what was begun is on record before the call, and how it ended right after it.
+"""Effects in the outside world: their start is recorded before the call, and their end right after it.
 
-*started* is committed, the call is made outside of any transaction, its end is committed at once; the item's own
-transaction comes later and uses what is recorded. A process that dies in between leaves *started* behind, and the
-kind of the effect says what that means for the next one.
+*started* is committed, the call is made outside of any transaction, and its end is committed at once. The item's own
+transaction comes later and uses the recorded end. A process that dies in between leaves *started*, and the kind of the
+effect decides if the next attempt may call again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ once. once: neither, so a call whose end is not known is not made again.
 """
 
 Before = Callable[[Tx, int, bool], Awaitable[None]]
-"""Takes the attempt, from 1, and whether the one before was begun and nobody knows how it ended."""
+"""Takes the attempt, from 1, and True if the end of the attempt before is not known."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,16 @@ class Effects:
     ) -> Outcome[R]:
         """Calls `call` with an idempotency key, the same at every attempt, unless the effect named `key` has ended.
 
-        `key` is unique among the tenant's effects in this service. What `call` returns is stored as JSON and read
-        again as `result`; personal content in it must be sealed. `before` commits with the start of each attempt,
-        `after` (with the outcome) with its end; `after` may be called again where its commit met another one.
+        `key` is unique among the tenant's effects in this service. The result of `call` is stored as JSON and read
+        again as `result`; personal content in it must be sealed. `before` commits with the start of each attempt, and
+        `after` (with the outcome) with its end. `after` is called again if its commit conflicts with another one.
 
-        `call` raises `EffectFailed`: refused for good, the outcome is ``failed``. `Transient`: nothing happened; it is
-        raised, and the next attempt of the item calls again. Anything else, `Unanswered` above all: nobody knows;
-        of the kind once, the outcome is ``unknown``, of the others it is raised and called again.
+        If `call` raises `EffectFailed`, it was refused permanently: the outcome is ``failed``. `Transient` means that
+        nothing happened: the error is raised, and the next attempt of the item calls again. After any other error, such
+        as `Unanswered`, the end is not known: with kind once the outcome is ``unknown``; with the other kinds the error
+        is raised, and the next attempt calls again.
 
-        Raises RuntimeError once the item's tx is in use, LaneLost where another process has the lane.
+        Raises RuntimeError if the item's tx is in use already, and LaneLost if another process has the lane.
         """
         name = str(key)
         begun = await self._start(name, kind, result, before, after)
@@ -149,7 +150,7 @@ class Effects:
         return self._lease
 
     def idempotency_key(self, name: str) -> str:
-        """What the other side is given for the effect `name`: the same at every attempt."""
+        """The key that the other side gets for the effect `name`: the same at every attempt."""
         return str(uuid5(NAMESPACE_OID, f"{self._database.service}/{self._lease.tenant_id}/{name}"))
 
     async def _start(
@@ -160,7 +161,7 @@ class Effects:
         before: Before | None,
         after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None,
     ) -> int | Outcome[R]:
-        """Commits the start of an attempt and returns its number; where there is none to make, how it ended."""
+        """Commits the start of an attempt and returns its number, or the outcome if the effect has ended already."""
         async with self.begin() as tx:
             rows = await tx.sql(
                 "SELECT state, kind, attempt, result, error FROM lane_effect "
@@ -202,7 +203,7 @@ class Effects:
         error: str | None,
         after: Callable[[Tx], Awaitable[None]] | None,
     ) -> None:
-        """Commits how the call ended. Tries for a while: what is not recorded now is not known later."""
+        """Commits the end of the call. Retries for a while: an end that is not recorded now is not known later."""
         for attempt in range(CONFLICT_ATTEMPTS):
             try:
                 async with self.begin() as tx:

@@ -1,8 +1,8 @@
 """The unit of work: one message, one transaction.
 
-What a handler appends, publishes and sends is collected and written together with its other changes; the kernel
-commits, application code never does. The connection is taken at first use, so a handler that calls another service
-before it touches the database holds none meanwhile.
+The events, messages and items of a handler are collected and written together with its other changes. The kernel
+commits; application code never does. The connection is taken at first use: a handler that first calls another service
+holds no connection during the call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from protos.topology import Queue, Topic
 T = TypeVar("T")
 State = TypeVar("State")
 
-# Fixed for ever: a key's bucket must not change while rows of it are pending.
+# This must never change: rows of a key may be pending, and its bucket must stay the same.
 BUCKETS = 16
 # How long queue messages stay in the outbox so that a wiped broker can be filled again.
 QUEUE_HORIZON = timedelta(hours=24)
@@ -123,14 +123,14 @@ class Tx:
         return await db.sql(await self.connection(), statement, *arguments)
 
     async def load(self, stream: Stream[State]) -> State:
-        """The stream's state, what this transaction has appended to it included."""
+        """The stream's state, including the events that this transaction has appended."""
         if stream.row not in self._loaded:
             self._loaded[stream.row] = await event_store.load(await self.connection(), stream)
         state: State = self._loaded[stream.row][0]
         return state
 
     async def decide(self, stream: Stream[State], command: Any) -> Sequence[Any]:
-        """Loads the stream, decides, and appends what was decided if nobody else appends first.
+        """Loads the stream, decides, and appends the decided events if no other transaction appends first.
 
         Decisions on one stream take turns: its row is locked until the transaction ends, so that a busy stream
         costs waiting and not conflicts. Only the first decisions on a new stream can still meet.
@@ -226,7 +226,7 @@ class Tx:
         """Puts work at the end of a lane once the transaction commits. Returns the item's id.
 
         A lane is one tenant's: that of this transaction. With an `item_id` that its kind has had already, nothing
-        is enqueued. `expires_in`: what has not begun by then is not done any more.
+        is enqueued. `expires_in`: an item that has not begun by then is not done any more.
         """
         if type(item) is not lane_kind.item:
             raise ValueError(f"{type(item).__name__} is not the item of lane {lane_kind.name}")
@@ -262,7 +262,7 @@ class Tx:
         return msgspec.json.encode(envelope.headers()).decode()
 
     async def flush(self) -> None:
-        """Writes what was collected. The kernel calls it before the commit."""
+        """Writes the collected events, messages and items. The kernel calls it before the commit."""
         if self._events:
             fresh = await event_store.append(await self.connection(), self._events, {})
             self._events.clear()
@@ -277,7 +277,7 @@ class Tx:
             self.buses |= {row.bus for row in self._rows}
             self._rows.clear()
         if self._items:
-            # Last: the rows of the lanes stay locked until the commit, and whoever else enqueues there waits.
+            # Last: the rows of the lanes stay locked until the commit, and other transactions that enqueue there wait.
             await insert_items(await self.connection(), list(self._items.values()))
             self.woken |= {kind for kind, _ in self._items}
             self._items.clear()
@@ -287,7 +287,7 @@ class Tx:
             try:
                 await call()
             except Exception as error:
-                get_logger("infra.postgres.tx").warning("what should follow a commit failed", error=describe(error))
+                get_logger("infra.postgres.tx").warning("could not run a call after a commit", error=describe(error))
 
     async def close(self, *, commit: bool) -> None:
         if self._connection is None:
@@ -296,7 +296,7 @@ class Tx:
             if commit:
                 await self._connection.commit()
         finally:
-            # Closing rolls back what was not committed and gives the connection back.
+            # Closing rolls back uncommitted changes and gives the connection back.
             await self._connection.close()
             self._connection = None
 
@@ -327,7 +327,7 @@ class Database:
     async def begin(self, *, tenant_id: str | None = None, cause: Envelope | None = None) -> AsyncIterator[Tx]:
         """One transaction: committed when the block ends, rolled back when it raises.
 
-        Raises ValueError where the role needs a tenant and none is given.
+        Raises ValueError if the role needs a tenant and none is given.
         """
         if self._tenanted and not tenant_id:
             raise ValueError("tenant_id: the request role works for one tenant, and none was given")
@@ -369,7 +369,7 @@ class Database:
     @asynccontextmanager
     async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
         """Reads by the worker role, each statement for itself: BEGIN and COMMIT would take longer than one statement
-        between them. What is collected in it is never written."""
+        between them. Collected events and messages are never written."""
         tx = Tx(self._reading, self.service, tenant_id=tenant_id, cause=None)
         try:
             yield tx
@@ -388,9 +388,9 @@ class Database:
         tenant_id: str | None = None,
         cause: Envelope | None = None,
     ) -> T:
-        """Runs `work` in a transaction, anew where somebody else appended to one of its streams first.
+        """Runs `work` in a transaction, and again if another transaction appended to one of its streams first.
 
-        Raises Conflict when that happened CONFLICT_ATTEMPTS times in a row.
+        Raises Conflict if that happened CONFLICT_ATTEMPTS times in a row.
         """
         for attempt in range(1, CONFLICT_ATTEMPTS + 1):
             try:
