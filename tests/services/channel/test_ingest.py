@@ -18,7 +18,7 @@ from infra.security.subjects import SubjectKeys, destroy
 from services.channel import ingest as module
 from services.channel.accounts import Account, Accounts, Secrets
 from services.channel.domain import Pseudonyms, dedupe_hash
-from services.channel.ingest import MAX_DIRECT, Ingest
+from services.channel.ingest import MAX_DIRECT, Drainer, Ingest
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Ignored, Inbound, Moved
 from tooling.testing.platform import MASTER_KEY, Platform
@@ -146,6 +146,21 @@ async def test_two_drainers_keep_the_order_and_store_each_message_once(intake: I
     sent = await intake.sent()
     assert [body["text"] for body in sent] == texts
     assert [body["position"] for body in sent] == list(range(1, 901))
+
+
+async def test_the_drainer_runs_until_it_is_stopped(intake: Intake) -> None:
+    drainer = Drainer(intake.ingest)
+    running = asyncio.create_task(drainer.run())
+
+    async def drained() -> bool:
+        return await intake.accepted() == 0
+
+    for start in (0, 700):
+        await intake.burst([message(n) for n in range(start, start + 700)])
+        await intake.platform.until(drained)
+    await drainer.stop()
+    await running
+    assert await intake.texts() == [f"text {n}" for n in range(1_400)]
 
 
 async def test_the_accepted_messages_of_an_erased_person_are_dropped_by_the_drainer(intake: Intake) -> None:
