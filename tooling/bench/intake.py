@@ -30,7 +30,7 @@ from tooling.testing.processes import Process
 SERVICE = "agent"
 QUEUE = CHANNEL_INBOUND["telegram"]
 TENANTS = 20
-MESSAGES = 1_000
+MESSAGES = 400
 AT_ONCE = 200
 WAIT_SECONDS = 120.0
 # An eighth of the 21 ms that one transaction per message cost before messages were taken in groups.
