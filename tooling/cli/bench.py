@@ -98,7 +98,7 @@ def render(results: list[Figure]) -> Table:
                 verdict,
             )
         else:
-            verdict = "[green]met[/]" if result.met else "[red]missed[/]"
+            verdict = "" if result.goal is None else "[green]met[/]" if result.met else "[red]missed[/]"
             table.add_row(
                 result.bench,
                 result.measure,

@@ -3,13 +3,16 @@ imports."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -19,6 +22,8 @@ _LOADED = (
     *(f"services.{name}.__main__" for name in SERVICES),
     *(f"tooling.testing.sample.{name}.__main__" for name in ("front", "desk", "ledger", "courier")),
 )
+# From <linux/prctl.h>.
+_PR_SET_PDEATHSIG = 1
 
 
 @cache
@@ -69,6 +74,11 @@ class Process:
 def _run(module: str, environment: dict[str, str], log: Path) -> None:
     # Ctrl-C reaches the test run only, which then stops its services with SIGTERM.
     os.setsid()
+    if sys.platform == "linux":
+        # A killed test run ends the fork server, and that ends this process; otherwise it would run forever. The fork
+        # server ends when the last writer of its pipe has ended, so this process must not be one.
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
