@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
@@ -57,6 +58,7 @@ from tests.conftest import execute
 from tests.infra.conftest import PASSWORDS
 
 T = TypeVar("T")
+_PROCESSES = count(1)
 SESSION = "s"
 PERSON = "person-1"
 LOOK, SEND, DOUBT = "look", "send", "doubt"
@@ -233,7 +235,8 @@ class Call(NamedTuple):
 
 
 class Worker:
-    """One process that executes runs. epoch: of its last lease; 0: none yet. calls: made and not checked yet."""
+    """One process that executes runs. epoch: of its last lease; 0: none yet. calls: made and not checked yet. process:
+    another number after each death."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -249,6 +252,7 @@ class Worker:
         self.begin_again()
 
     def begin_again(self) -> None:
+        self.process = next(_PROCESSES)
         self.gate = self._database.gate = Gate()
         self.epoch = 0
         self.calls: list[Call] = []

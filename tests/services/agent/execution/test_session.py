@@ -276,6 +276,7 @@ class Sessions(RuleBasedStateMachine):
             assert not held or self.model.ran_out, "claimed, and another one has it"
             assert worker.epoch > self.model.epoch
             self.model.epoch, self.model.ran_out = worker.epoch, False
+            self.model.process_of[worker.epoch] = worker.process
 
     def _move_on(self, worker: Worker, moves: int, index: int) -> None:
         while worker.gate.standing and moves:

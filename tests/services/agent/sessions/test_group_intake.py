@@ -130,7 +130,7 @@ async def test_a_group_leaves_what_single_messages_leave(database_: Database, se
 async def test_messages_of_new_sessions_take_a_fixed_number_of_statements(
     database_: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [agent_id, *_] = await agents(database_, "t")
+    [agent_id, *_] = await agents(database_, "counted")
     statements: list[str] = []
     original = Tx.sql
 
@@ -143,18 +143,18 @@ async def test_messages_of_new_sessions_take_a_fixed_number_of_statements(
     counts = []
     for size in (2, 100):
         statements.clear()
-        group = [incoming("t", agent_id, f"{size} {n}", 1, f"p{size} {n}") for n in range(size)]
+        group = [incoming("counted", agent_id, f"{size} {n}", 1, f"p{size} {n}") for n in range(size)]
         await take(database_, group, together=True)
         counts.append(len(statements))
     assert counts[0] == counts[1], statements
-    assert len(await rows(database_, "t")) == 102
+    assert len(await rows(database_, "counted")) == 102
 
 
 async def test_groups_over_the_same_sessions_in_opposite_orders_do_not_deadlock(database_: Database) -> None:
-    [agent_id, *_] = await agents(database_, "t")
+    [agent_id, *_] = await agents(database_, "crossing")
     for round_ in range(5):
         names = [f"{round_} {n}" for n in range(20)]
-        ahead = [incoming("t", agent_id, name, 0) for name in names]
-        behind = [incoming("t", agent_id, name, 0) for name in reversed(names)]
+        ahead = [incoming("crossing", agent_id, name, 0) for name in names]
+        behind = [incoming("crossing", agent_id, name, 0) for name in reversed(names)]
         await asyncio.gather(take(database_, ahead, together=True), take(database_, behind, together=True))
-    assert len(await rows(database_, "t")) == 200
+    assert len(await rows(database_, "crossing")) == 200
