@@ -17,7 +17,10 @@ from infra.observe.logs import get_logger
 
 BACKOFF_SECONDS = (0.1, 0.5, 2.0, 5.0)
 # A fetch returns after this time at the latest, so that the loop notices a stop.
-FETCH_MS = 200
+FETCH_MS = 500
+# The broker answers a fetch at once if it has records, otherwise after this time. Each answer costs CPU here and there.
+# Not longer: a partition that was paused is fetched again only after the fetch in flight for the others returns.
+BROKER_WAIT_MS = 250
 # The longest time that a transaction may take while its partition is taken away, plus a heartbeat.
 DRAIN_MS = 60_000
 # Within this time a consumer notices that a topic has more partitions, or that it was deleted and created again.
@@ -37,7 +40,7 @@ class KafkaLoop(ABC):
             "bootstrap_servers": bootstrap,
             "client_id": client_id,
             "enable_auto_commit": False,
-            "fetch_max_wait_ms": 50,
+            "fetch_max_wait_ms": BROKER_WAIT_MS,
             "metadata_max_age_ms": METADATA_MS,
         }
         self._failures = 0
@@ -75,7 +78,7 @@ class KafkaLoop(ABC):
         self.stopping.set()
 
     async def fetch(self, consumer: AIOKafkaConsumer, records: int) -> dict[TopicPartition, list[Any]]:
-        """At most so many records, by partition. Empty if none came within a fifth of a second."""
+        """At most so many records, by partition. Empty if none came within half a second."""
         batches: dict[TopicPartition, list[Any]] = await consumer.getmany(timeout_ms=FETCH_MS, max_records=records)
         if batches:
             self._failures = 0

@@ -26,8 +26,10 @@ from infra.postgres.leases import LEASE_SECONDS, Leases
 from infra.postgres.tx import BUCKETS
 
 WINDOW = 500
-# A commit in this process wakes the relay. The poll finds the rows of other processes, and those left after a crash.
+# A commit in this process wakes the relay. The poll finds rows of other processes, and those left after a crash.
+# A relay that holds all buckets is the only one of its service: it polls seldom.
 POLL_SECONDS = 0.25
+POLL_SECONDS_ALONE = 2.0
 HELD_BACK_SECONDS = (1, 2, 5, 15, 60)
 
 
@@ -86,6 +88,8 @@ class Relay:
         self._publisher = publisher
         self._metrics = metrics
         self.leases = Leases(engine, f"outbox-{publisher.bus}", BUCKETS, seconds=lease_seconds)
+        # The leases are renewed between two polls.
+        self._poll_seconds_alone = min(POLL_SECONDS_ALONE, lease_seconds / 3)
         self._wake = asyncio.Event()
         self._stopping = False
         self._log = get_logger("infra.bus.outbox")
@@ -120,7 +124,8 @@ class Relay:
                 )
                 full = False
             if not full and not self._stopping:
-                pause = min(POLL_SECONDS * 2**failures, 5.0)
+                alone = len(self.leases.held) == BUCKETS and not failures
+                pause = self._poll_seconds_alone if alone else min(POLL_SECONDS * 2**failures, 5.0)
                 try:
                     await asyncio.wait_for(self._wake.wait(), pause)
                 except TimeoutError:

@@ -42,6 +42,9 @@ ATTEMPT = "x-claw-attempt"
 CONFIRMS_IN_FLIGHT = 100
 # After two heartbeats without a sign of a client, the broker gives its messages to others. The default of 60 s is long.
 HEARTBEAT_SECONDS = 10
+# One attempt to connect. A broker that starts can accept a connection long before it answers on it.
+CONNECT_SECONDS = 5.0
+RECONNECT_SECONDS = 1.0
 
 
 def _with_heartbeat(url: str) -> str:
@@ -65,7 +68,9 @@ class RabbitPublisher:
         # Two callers at the same time would both connect. One of the connections would never be closed.
         async with self._starting:
             if self._connection is None:
-                connection = await aio_pika.connect_robust(self._url, timeout=10, reconnect_interval=1)
+                connection = await aio_pika.connect_robust(
+                    self._url, timeout=CONNECT_SECONDS, reconnect_interval=RECONNECT_SECONDS
+                )
                 try:
                     self._channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
                 except BaseException:
@@ -167,7 +172,8 @@ class Workers:
             apply_types=False,
             graceful_timeout=30.0,
             logger=None,
-            reconnect_interval=1.0,
+            timeout=CONNECT_SECONDS,
+            reconnect_interval=RECONNECT_SECONDS,
         )
         for subscription in subscriptions:
             queue = subscription.source

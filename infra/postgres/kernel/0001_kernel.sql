@@ -15,7 +15,7 @@ CREATE TABLE event (
     type text NOT NULL,
     schema_version int NOT NULL,
     data bytea NOT NULL,
-    headers text NOT NULL,  -- what goes out with the messages made from it: tenant, trace; JSON
+    headers text NOT NULL,  -- of the messages made from it: tenant, trace; JSON
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (stream_id, version)
 );
@@ -53,7 +53,7 @@ CREATE TABLE outbox_set_aside (
     PRIMARY KEY (bus, destination, key)
 );
 
--- Leases: the epoch rises with each new holder and fences what the former one still tries.
+-- Leases: the epoch rises with each new owner, and fences the writes of the last one.
 CREATE TABLE lease (
     name text PRIMARY KEY,
     owner uuid NOT NULL,
@@ -110,8 +110,8 @@ CREATE FUNCTION uuid7_floor(moment timestamptz) RETURNS uuid LANGUAGE sql IMMUTA
     SELECT rpad(lpad(to_hex((extract(epoch FROM moment) * 1000)::bigint), 12, '0'), 32, '0')::uuid
 $$;
 
--- Where a consumer stands in a partition. In the transaction of the effect; the incarnation is the topic's id at the
--- broker, so a topic made anew starts at its beginning instead of at an offset of its predecessor.
+-- The position of a consumer in a partition, written in the transaction of the effect. The second uuid is the topic's
+-- id at the broker (renamed in 0005): a topic that was created again is read from its beginning.
 CREATE TABLE consumer_offset (
     consumer text NOT NULL,
     topic text NOT NULL,
@@ -122,15 +122,15 @@ CREATE TABLE consumer_offset (
     PRIMARY KEY (consumer, topic, partition)
 );
 
--- Dead letters: what could not be processed, or waits behind such a message of its key.
+-- Dead letters: messages that could not be processed, and those of the same key that wait behind them.
 CREATE TABLE dead_letter (
     id uuid PRIMARY KEY,
     seq bigint GENERATED ALWAYS AS IDENTITY,
     consumer text NOT NULL,
     source text NOT NULL,       -- kafka, rabbit or outbox
-    destination text NOT NULL,  -- topic, queue, or what the outbox row was for
-    place text NOT NULL,        -- incarnation/partition/offset, or the outbox row's routing key
-    message_id text NOT NULL,   -- sha256:… of the payload where it could not be read
+    destination text NOT NULL,  -- topic or queue
+    place text NOT NULL,        -- topic id/partition/offset, or the routing key
+    message_id text NOT NULL,   -- sha256:… of the payload if it has no readable id
     key text,
     tenant_id text,
     state text NOT NULL CHECK (state IN ('failed', 'waiting', 'redriving', 'redriven', 'discarded')),
@@ -138,7 +138,7 @@ CREATE TABLE dead_letter (
     error text NOT NULL,
     first_failed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     last_failed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    headers text NOT NULL,      -- JSON; what was not UTF-8 is shown with its bytes escaped
+    headers text NOT NULL,      -- JSON; bytes that are not UTF-8 are escaped
     payload bytea NOT NULL
 );
 -- A message that is delivered again while it lies here is one dead letter, not two.

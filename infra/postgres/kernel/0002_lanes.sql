@@ -1,15 +1,15 @@
--- Lanes: what is long, ordered or delayed, one item of a lane at a time. None has row-level security.
+-- Lanes: work that is long, ordered or delayed, one item of a lane at a time. None has row-level security.
 
 CREATE TABLE lane (
     lane_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     kind text NOT NULL,
-    tenant_id text COLLATE "C" NOT NULL,  -- empty: nobody's
+    tenant_id text COLLATE "C" NOT NULL,  -- empty: of no tenant
     lane text NOT NULL,
     last_seq bigint NOT NULL DEFAULT 0,
     -- When somebody may take the lane: its head is due, or the lease of who has it runs out. Null: nothing to do.
     ready_at timestamptz,
-    owner uuid,                           -- null: nobody has it
-    epoch bigint NOT NULL DEFAULT 0,      -- rises with each claim and fences what the former owner still tries
+    owner uuid,                           -- null: not claimed
+    epoch bigint NOT NULL DEFAULT 0,      -- rises with each claim, and fences the writes of the last owner
     UNIQUE (kind, tenant_id, lane)
 ) WITH (fillfactor = 70);
 CREATE INDEX lane_ready ON lane (kind, tenant_id, ready_at) WHERE ready_at IS NOT NULL;
@@ -37,9 +37,9 @@ CREATE TABLE lane_item (
 CREATE INDEX lane_item_waiting ON lane_item (lane_id, seq) WHERE state = 'waiting';
 CREATE INDEX lane_item_finished ON lane_item (finished_at) WHERE finished_at IS NOT NULL;
 
--- Gives a lane back. The caller has its row locked already: an update that waits for the lock would look for the head
--- as it was before, and leave lying what was enqueued meanwhile. Behind the others that are ready: they are taken by
--- the time since which they are.
+-- Gives a lane back. The caller has locked its row already: an update that waits for the lock would read the head as it
+-- was before, and miss items that were enqueued meanwhile. The lane stands behind the other lanes that are ready, because
+-- lanes are claimed by the time since which they are ready.
 CREATE FUNCTION lane_release(_lane_id bigint) RETURNS void LANGUAGE sql AS $$
     UPDATE lane SET owner = NULL, ready_at = (
         SELECT greatest(least(not_before, expires_at), clock_timestamp()) FROM lane_item i
@@ -58,8 +58,8 @@ CREATE FUNCTION lane_head(_lane_id bigint) RETURNS TABLE (
     FROM lane_item i WHERE i.lane_id = _lane_id AND i.state = 'waiting' ORDER BY seq LIMIT 1
 $$;
 
--- Ends the head under the epoch of its claim: the first column is false, and nothing happened, where the lane is in
--- other hands. Returns the next head, if it is due and `_go_on`; otherwise the lane is given back.
+-- Locks the lane and ends its head, under the epoch of the claim. If another process holds the lane, the first column is
+-- false and nothing has changed. Returns the next head if it is due and `_go_on` is true. Otherwise gives the lane back.
 CREATE FUNCTION lane_finish(_lane_id bigint, _epoch bigint, _seq bigint, _state text, _go_on boolean) RETURNS TABLE (
     held boolean,
     seq bigint, item_id uuid, body bytea, headers text, attempts int, faults int, recoveries int,

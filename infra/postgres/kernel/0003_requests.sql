@@ -1,4 +1,4 @@
--- What requests leave behind in every service's schema. None has row-level security: each row is found by its tenant.
+-- Rows that requests leave in every service's schema. None has row-level security: each row is found by its tenant.
 
 -- Answers to requests that carried an Idempotency-Key, sealed, for a day. `answer` is null while the first one runs.
 CREATE TABLE idempotency (

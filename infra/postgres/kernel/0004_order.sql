@@ -15,7 +15,7 @@ CREATE TABLE early_message (
     name text NOT NULL,
     key text NOT NULL,
     position bigint NOT NULL,
-    parcel bytea NOT NULL,   -- what its service needs to handle it; personal content in it is sealed
+    parcel bytea NOT NULL,   -- for its handler; personal content in it is sealed
     headers text NOT NULL,   -- the trace in which it came; JSON
     PRIMARY KEY (tenant_id, name, key, position)
 );

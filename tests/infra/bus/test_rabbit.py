@@ -232,3 +232,24 @@ async def test_a_broker_that_falls_silent_is_an_error_and_not_a_cancellation(
             await until(publishes)
         finally:
             await publisher.stop()
+
+
+async def test_a_worker_that_gets_no_answer_while_it_connects_tries_again(
+    buses: Buses, desk: Database, handler: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a broker that starts accepts connections and does not answer yet."""
+    monkeypatch.setattr(rabbit, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(rabbit, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(rabbit, "RECONNECT_SECONDS", 0.1)
+    broker = urlsplit(buses.rabbitmq)
+    async with FaultProxy(broker.hostname or "", broker.port or 0) as proxy:
+        url = buses.rabbitmq.replace(f":{broker.port}/", f":{proxy.port}/")
+        running = Workers(desk, [SAMPLE_WORK.worker(prefetch=5)(handler.take)], url, buses.metrics)
+        await running._broker.start()
+        try:
+            first = set(proxy._connections)
+            proxy.blackhole()
+            await until(lambda: asyncio.sleep(0, len(proxy._connections - first) >= 3), seconds=30)
+        finally:
+            proxy.heal()
+            await running.stop()
