@@ -54,7 +54,7 @@ class ItemEnded(NamedTuple):
 
 
 class Effects:
-    """What the handler of an item uses to act outside of the database.
+    """The means of an item's handler to act outside of the database.
 
     `attempt`: which one of the item this is, from 1. `seq` and `may_go_on` are for a handler that ends its item itself:
     the item's place in its lane, and whether the next item may follow at once.

@@ -60,7 +60,7 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def is_private(address: IPv4Address | IPv6Address) -> bool:
-    """True for loopback and private networks; not for link-local ones, where clouds give secrets to machines."""
+    """True for loopback and private networks; not for link-local ones, which clouds use to give secrets to machines."""
     inner = _wrapped(address) if isinstance(address, IPv6Address) else None
     return any((inner or address) in network for network in _PRIVATE)
 

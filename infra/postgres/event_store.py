@@ -96,7 +96,7 @@ async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: 
     by_stream: dict[str, list[NewEvent]] = {}
     for event in new:
         by_stream.setdefault(event.stream.row, []).append(event)
-    # In one order for everybody: two transactions with the same streams wait for each other, never in a circle.
+    # All transactions lock streams in this order: two with the same streams wait for each other and never deadlock.
     names = sorted(by_stream)
     versions = {
         name: version

@@ -114,7 +114,7 @@ async def _prepare_roles(connection: AsyncConnection, admin_url: str, service: s
 
 
 async def _works(url: str) -> bool:
-    """Can somebody log in like this?"""
+    """True if the server accepts this login."""
     try:
         connection = await asyncpg.connect(url)
     except asyncpg.InvalidAuthorizationSpecificationError:

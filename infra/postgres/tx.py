@@ -37,7 +37,7 @@ State = TypeVar("State")
 BUCKETS = 16
 # How long queue messages stay in the outbox so that a wiped broker can be filled again.
 QUEUE_HORIZON = timedelta(hours=24)
-# A transaction decided on a state that somebody else has moved on is decided again this often.
+# A transaction whose stream another transaction has changed meanwhile decides again, up to so many times.
 CONFLICT_ATTEMPTS = 5
 MAX_MESSAGE_BYTES = 1_000_000
 """Of a body. Larger content belongs in the object store, with a reference in the message."""
@@ -146,7 +146,7 @@ class Tx:
         return events
 
     def append(self, stream: Stream[Any], event: Any, *, event_id: UUID | None = None) -> None:
-        """Appends whatever the stream's version is; with an `event_id` that is stored already, nothing."""
+        """Appends at any version of the stream. Does nothing if an event with this `event_id` is stored already."""
         is_new = event_id is None
         self._events.append(NewEvent(stream, event_id or uuid7(), event, None, self.tenant_id, is_new))
 

@@ -57,7 +57,7 @@ async def finish(
 
 
 async def give_up(tx: Tx, subjects: SubjectKeys, run_id: UUID, error: str) -> None:
-    """Ends a run that no worker can execute. The person is told; the dead letter of the item holds the reason."""
+    """Ends a run that no worker can execute. The person gets a notice; the dead letter of the item holds the reason."""
     await lock_session(tx, run_id)
     row = await lock(tx, run_id)
     if row.is_over:

@@ -5,7 +5,9 @@ from __future__ import annotations
 # For the people in a chat. The operator finds the reason on the run.
 FAILED = "Sorry, something went wrong and I could not answer. Please try again in a while."
 NO_CREDIT = "Sorry, I cannot answer at the moment: the credit for this assistant is used up. Please try again later."
-UNCERTAIN = "Sorry, I could not finish: it is not certain whether a step took effect. Somebody has to look at it first."
+UNCERTAIN = (
+    "Sorry, I could not finish: it is not certain whether a step took effect. An operator has to look at it first."
+)
 BUSY = "I am still busy with your last message. Please write again when I have answered it."
 
 # For the operator.

@@ -57,7 +57,7 @@ class Desk:
             await store_dead_letters(await tx.connection(), "queue", "rabbit", letters)
 
     async def gaps(self) -> list[int]:
-        """The positions for which somebody will look whether they still wait."""
+        """The positions that a check of missing messages is scheduled for."""
         async with self._database.begin() as tx:
             rows = await tx.sql(
                 "SELECT (convert_from(body, 'UTF8')::json ->> 'position')::int FROM lane_item "
