@@ -263,6 +263,7 @@ class LaneRunner:
             )
             ended = await work.handler(item, effects, tx)
             if ended is not None:
+                lease.given_back = ended.next is None
                 return ended.next
         elif work.expired:
             await work.expired(item, tx)
