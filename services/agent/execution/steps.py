@@ -311,7 +311,7 @@ class Steps:
         except (InvalidMessage, NotFound, TooLarge) as error:
             raise EffectFailed(str(error)) from error
         except ModelFailed as error:
-            if not error.passing:
+            if not error.transient:
                 raise EffectFailed(error.reason) from error
             after, reason = error.after, error.reason
         except (Transient, grpc.aio.AioRpcError) as error:

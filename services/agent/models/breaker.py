@@ -47,7 +47,7 @@ class Breaker:
         circuit = self._circuits.get(endpoint, Circuit())
         if wait := circuit.wait(time.monotonic()):
             reason = "the provider failed repeatedly; calls to it are suspended for a while"
-            raise ModelFailed(reason, passing=True, after=timedelta(seconds=wait))
+            raise ModelFailed(reason, transient=True, after=timedelta(seconds=wait))
         trial = circuit.tried(time.monotonic())
         self._circuits[endpoint] = trial
         well: bool | None = None
@@ -57,7 +57,7 @@ class Breaker:
             return answer
         except ModelFailed as error:
             # A refused request was understood, and a busy provider names a delay. Neither is a failure of the endpoint.
-            well = not error.passing or error.after is not None
+            well = not error.transient or error.after is not None
             raise
         finally:
             # By the state of now: other calls have ended since this one began.

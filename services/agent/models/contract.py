@@ -141,13 +141,13 @@ class Endpoint(msgspec.Struct, frozen=True):
 class ModelFailed(Exception):
     """A model gave no answer. `reason` is for the operator; it contains no secret and no text of a person.
 
-    passing: the failure is transient, so a retry may help, but not before `after` if the provider named a delay.
+    transient: the failure is transient, so a retry may help, but not before `after` if the provider named a delay.
     """
 
-    def __init__(self, reason: str, *, passing: bool, after: timedelta | None = None) -> None:
+    def __init__(self, reason: str, *, transient: bool, after: timedelta | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.passing = passing
+        self.transient = transient
         self.after = after
 
 

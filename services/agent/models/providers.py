@@ -65,14 +65,14 @@ CONNECT_SECONDS = 10.0
 # Google's Gemini API in OpenAI's shape: https://ai.google.dev/gemini-api/docs/openai
 GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai"
 
-_PASSING = (
+_TRANSIENT = (
     ModelRateLimitError,
     ModelUnavailableError,
     ModelServerError,
     ModelConnectionError,
     ModelRequestTimeout,
 )
-_PASSING_STATUS = (408, 409, 425, 429)
+_TRANSIENT_STATUS = (408, 409, 425, 429)
 # The names that OpenAI and Anthropic take.
 _UNFIT = re.compile(r"[^a-zA-Z0-9_-]")
 # Without this the library inserts a joiner into text that looks like a chat template's token. A person's text must
@@ -175,7 +175,7 @@ class ProviderModel:
                         await on_text(text)
                 response = stream.get()
         if response.finish_reason == "content_filter" and not response.parts:
-            raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", passing=False)
+            raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
         calls = tuple(
             ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), _arguments(part))
             for part in response.parts
@@ -301,7 +301,7 @@ def _failures(name: str) -> Iterator[None]:
         yield
     except TimeoutError as error:
         reason = f"{name}: no answer began within {FIRST_TOKEN_SECONDS:g} seconds"
-        raise ModelFailed(reason, passing=True) from error
+        raise ModelFailed(reason, transient=True) from error
     except (AgentRunError, InvalidMessage, TooLarge) as error:
         raise _failure(name, error) from error
 
@@ -312,20 +312,20 @@ def _failure(name: str, error: Exception) -> ModelFailed:
         # The guard of outgoing calls refused the address, or the answer is too large. One library passes these errors
         # on, another reports them as a failed connection.
         if isinstance(cause, (InvalidMessage, TooLarge)):
-            return ModelFailed(f"{name}: {cause}", passing=False)
+            return ModelFailed(f"{name}: {cause}", transient=False)
         cause = cause.__cause__
     if isinstance(error, ModelHTTPError):
-        passing = error.status_code >= 500 or error.status_code in _PASSING_STATUS
-        passing = passing and not isinstance(error, ModelQuotaExceededError)
+        transient = error.status_code >= 500 or error.status_code in _TRANSIENT_STATUS
+        transient = transient and not isinstance(error, ModelQuotaExceededError)
         after = timedelta(seconds=error.retry_after) if error.retry_after is not None else None
         reason = f"{name}: HTTP {error.status_code}{_detail(error)}"
-        return ModelFailed(reason, passing=passing, after=after)
+        return ModelFailed(reason, transient=transient, after=after)
     if isinstance(error, ModelAPIError):
         if "without a `finish_reason`" in error.message:
-            return ModelFailed(f"{name}: the answer was cut off", passing=True)
+            return ModelFailed(f"{name}: the answer was cut off", transient=True)
         # For an error inside a stream only its kind is known.
-        return ModelFailed(f"{name}: {type(error).__name__}", passing=isinstance(error, _PASSING))
-    return ModelFailed(f"{name}: the answer is malformed", passing=True)
+        return ModelFailed(f"{name}: {type(error).__name__}", transient=isinstance(error, _TRANSIENT))
+    return ModelFailed(f"{name}: the answer is malformed", transient=True)
 
 
 def _detail(error: ModelHTTPError) -> str:

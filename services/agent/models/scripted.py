@@ -56,7 +56,7 @@ class Scripted:
         """Raises ModelFailed if there is no message to answer."""
         asked = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, Said)]
         if not asked:
-            raise ModelFailed(f"{NAME}: there is no message to answer", passing=False)
+            raise ModelFailed(f"{NAME}: there is no message to answer", transient=False)
         last = prompt.turns[asked[-1]]
         assert isinstance(last, Said)
         results = [turn for turn in prompt.turns[asked[-1] :] if isinstance(turn, Returned)]

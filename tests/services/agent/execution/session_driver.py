@@ -201,11 +201,11 @@ class Outside:
         word = words[returned] if returned < len(words) else ""
         asked = f"{number}/{returned}"
         if word == "broken":
-            raise ModelFailed("broken", passing=False)
+            raise ModelFailed("broken", transient=False)
         if word == "flaky":
             if asked not in self.flaked:
                 self.flaked.add(asked)
-                raise ModelFailed("busy", passing=True)
+                raise ModelFailed("busy", transient=True)
             word = ""
         calls = tuple(
             ToolCall(f"c{n}", word, msgspec.json.encode(f"{asked}/{n}").decode())

@@ -55,20 +55,20 @@ async def nobody(text: str) -> None:
 async def test_an_open_circuit_calls_no_provider_and_belongs_to_one_endpoint() -> None:
     breaker, provider = Breaker(), Provider()
     one, other = breaker.guard("one", provider), breaker.guard("other", provider)
-    provider.errors = [ModelFailed("HTTP 500", passing=True) for _ in range(FAILURES)]
+    provider.errors = [ModelFailed("HTTP 500", transient=True) for _ in range(FAILURES)]
     for _ in range(FAILURES):
         with pytest.raises(ModelFailed, match="HTTP 500"):
             await one.answer(PROMPT, nobody)
     with pytest.raises(ModelFailed, match="calls to it are suspended") as refused:
         await one.answer(PROMPT, nobody)
-    assert refused.value.passing
+    assert refused.value.transient
     assert refused.value.after
     assert provider.asked == FAILURES
     assert await other.answer(PROMPT, nobody) == WELL
 
 
 @pytest.mark.parametrize(
-    "error", [ModelFailed("HTTP 400", passing=False), KeyboardInterrupt(), ModelFailed("no answer", passing=True)]
+    "error", [ModelFailed("HTTP 400", transient=False), KeyboardInterrupt(), ModelFailed("no answer", transient=True)]
 )
 async def test_only_failures_of_the_provider_count(error: BaseException) -> None:
     breaker, provider = Breaker(), Provider()
@@ -77,7 +77,7 @@ async def test_only_failures_of_the_provider_count(error: BaseException) -> None
         provider.errors = [error]  # type: ignore[list-item]
         with pytest.raises(type(error)):
             await model.answer(PROMPT, nobody)
-    assert provider.asked == (FAILURES if isinstance(error, ModelFailed) and error.passing else 2 * FAILURES)
+    assert provider.asked == (FAILURES if isinstance(error, ModelFailed) and error.transient else 2 * FAILURES)
 
 
 class Waiting:
@@ -88,7 +88,7 @@ class Waiting:
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
         await self.may_fail.wait()
-        raise ModelFailed("HTTP 500", passing=True)
+        raise ModelFailed("HTTP 500", transient=True)
 
 
 async def test_calls_at_the_same_time_count_together_and_one_that_is_cancelled_closes_nothing() -> None:

@@ -236,7 +236,7 @@ async def test_a_complete_answer_without_a_finish_reason_is_complete(
     server.script(MODEL, Streams(chunks, done=False))
     with pytest.raises(ModelFailed) as failed:
         await ask(server, providers)
-    assert failed.value.passing
+    assert failed.value.transient
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
@@ -356,7 +356,7 @@ async def test_another_refusal_is_final(server: ModelServer, providers: Provider
     server.script(MODEL, Refuses(400, body), text("Never"))
     with pytest.raises(ModelFailed, match="HTTP 400") as failed:
         await ask(server, providers)
-    assert not failed.value.passing
+    assert not failed.value.transient
     assert len(server.requests) == 1
 
 

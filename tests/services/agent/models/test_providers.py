@@ -116,7 +116,7 @@ async def test_transient_and_permanent_errors_are_distinguished(
     for _ in range(4):
         with pytest.raises(ModelFailed) as failed:
             await ask(server, providers, name, Prompt("", (Said("?"),)))
-        found.append((failed.value.passing, failed.value.after))
+        found.append((failed.value.transient, failed.value.after))
     assert found == [(True, timedelta(seconds=7)), (True, None), (False, None), (False, None)]
 
 
@@ -139,7 +139,7 @@ async def test_an_answer_that_does_not_begin_times_out(
     server.script("gpt-4o-mini", answer)
     with pytest.raises(ModelFailed, match=r"no answer began within 0\.3 seconds") as failed:
         await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
-    assert failed.value.passing
+    assert failed.value.transient
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_an_answer_that_is_cut_off_is_a_failure(
     server.script("gpt-4o-mini", answer)
     with pytest.raises(ModelFailed) as failed:
         await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
-    assert (failed.value.passing, failed.value.reason) == (True, f"{OPENAI}: {reason}")
+    assert (failed.value.transient, failed.value.reason) == (True, f"{OPENAI}: {reason}")
 
 
 async def test_an_endless_answer_is_a_failure(
@@ -165,7 +165,7 @@ async def test_an_endless_answer_is_a_failure(
     server.script("gpt-4o-mini", Says("Again and again. ", endless=True))
     with pytest.raises(ModelFailed, match="answer: larger than the limit of 100000 bytes") as failed:
         await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
-    assert not failed.value.passing
+    assert not failed.value.transient
 
 
 async def test_a_wrong_key_is_a_permanent_failure_and_is_not_shown_in_the_reason(
@@ -173,7 +173,7 @@ async def test_a_wrong_key_is_a_permanent_failure_and_is_not_shown_in_the_reason
 ) -> None:
     with pytest.raises(ModelFailed, match=r"HTTP 401 \(is the provider's api_key right\?\)") as failed:
         await ask(server, providers, OPENAI, Prompt("", (Said("?"),)), key="sk-wrong")
-    assert not failed.value.passing
+    assert not failed.value.transient
     assert "sk-wrong" not in failed.value.reason
     server.refused.clear()
 
@@ -185,7 +185,7 @@ async def test_an_unreachable_provider_is_a_transient_failure(providers: Provide
     nowhere = providers.model(OPENAI, Endpoint("http://127.0.0.1:1/v1", KEY))
     with pytest.raises(ModelFailed) as failed:
         await nowhere.answer(Prompt("", (Said("?"),)), hear)
-    assert failed.value.passing
+    assert failed.value.transient
 
 
 @BOTH
@@ -194,7 +194,7 @@ async def test_a_private_address_is_a_permanent_failure(name: str, server: Model
     providers = Providers(guarded.transport())
     with pytest.raises(ModelFailed, match="not on the public internet") as failed:
         await ask(server, providers, name, Prompt("", (Said("?"),)))
-    assert not failed.value.passing
+    assert not failed.value.transient
     assert server.requests == []
     await providers.close()
     await guarded.close()
