@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
-from infra.errors import Forbidden, InvalidMessage, Unauthenticated, WrongType
+from infra.errors import Forbidden, InvalidMessage, TooLarge, Unauthenticated, WrongType
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.service.service import Runtime
 from infra.web.http import media_type
@@ -34,11 +35,12 @@ MAX_PAGE = 200
 JSON = "application/json"
 
 
-def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRoute]:
+def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies: bool = False) -> Sequence[BaseRoute]:
     """The routes of an application with `routers`, and its OpenAPI page at ``/docs/``.
 
     All links of that page are relative, so the gateway can show it at ``/docs/<service>/``. These routes match every
-    path: list other routes before them.
+    path: list other routes before them. `routes_read_bodies`: each route reads the body itself, so an error of the body
+    is raised inside the route, which can answer it in a shape of its own.
     """
     app = FastAPI(
         title=f"Clawbus {service}", version=VERSION, openapi_url="/docs/openapi.json", docs_url=None, redoc_url=None
@@ -66,7 +68,7 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
         # FastAPI's own layers are left out: they would answer errors before ours, which answers with problems.
         scope["app"] = app
         if scope["type"] == "http":
-            receive = await _checked(scope, receive)
+            receive = await _checked(scope, receive, raise_later=routes_read_bodies)
         try:
             await inner(scope, receive, send)
         except RequestValidationError as error:
@@ -79,17 +81,28 @@ def api(service: str, runtime: Runtime, *routers: APIRouter) -> Sequence[BaseRou
     return [Mount("", serve)]
 
 
-async def _checked(scope: Scope, receive: Receive) -> Receive:
+async def _checked(scope: Scope, receive: Receive, *, raise_later: bool) -> Receive:
     """Raises InvalidMessage for a query or a JSON body that no code behind this can handle. Returns `receive`, with the
     body that was read for the check."""
-    if b"%00" in scope["query_string"]:
-        raise InvalidMessage("query", "must not contain NUL")
+    for name, value in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        if "\0" in name + value:
+            raise InvalidMessage(name if "\0" not in name else "query", "must not contain NUL")
     if "\0" in scope["path"]:
         raise HTTPException(404)
     if media_type(Headers(scope=scope)) != JSON:
         return receive
-    body = await Request(scope, receive).body()
-    check_json(body)
+    try:
+        body = await Request(scope, receive).body()
+        check_json(body)
+    except (InvalidMessage, TooLarge) as error:
+        if not raise_later:
+            raise
+        failure = error
+
+        async def failing() -> Message:
+            raise failure
+
+        return failing
     replay: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

@@ -40,7 +40,8 @@ def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRo
         agent = Agent(runtime.settings.agent_url, runtime.identities)
         shared = hub(runtime)
         sockets = websocket(shared, agent, runtime.identities)
-        return [sockets, *api("ws_gateway", runtime, _router(shared, agent), openai.router(shared, agent))]
+        routers = (_router(shared, agent), openai.router(shared, agent))
+        return [sockets, *api("ws_gateway", runtime, *routers, routes_read_bodies=True)]
 
     return build
 

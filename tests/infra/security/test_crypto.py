@@ -53,7 +53,7 @@ def test_no_byte_of_it_can_be_changed(cipher: Cipher) -> None:
 
 def test_another_master_key_is_distinguished_from_a_changed_value(cipher: Cipher) -> None:
     sealed = Cipher(base64.b64encode(os.urandom(32)).decode()).seal("secret", "credentials")
-    with pytest.raises(RuntimeError, match="sealed under another key"):
+    with pytest.raises(RuntimeError, match="sealed under another master key"):
         cipher.open(sealed, "credentials")
 
 

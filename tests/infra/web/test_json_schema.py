@@ -247,12 +247,14 @@ schemas = st.recursive(st.booleans() | keywords(st.booleans()), keywords, max_le
 @given(schemas, schemas, st.dictionaries(names, values, max_size=3))
 def test_a_value_fits_if_it_fits_by_the_reference(schema: Any, x: Any, value: dict[str, Any]) -> None:
     whole = {"allOf": [schema], "$defs": {"x": _without_references(x), "y": {"type": "object"}}}
-    expected = next(jsonschema.Draft202012Validator(whole).iter_errors(value), None)
+    failures = list(jsonschema.Draft202012Validator(whole).iter_errors(value))
+    expected = failures[0] if failures else None
     failure = json_schema._Check("value", whole).first_failure(whole, value, ())
     assert (failure is None) == (expected is None)
     # The reference loses a part of the path if the schema there is `false`, and below unevaluatedProperties.
     if failure and expected and expected.schema is not False and "unevaluated" not in str(expected.validator):
-        assert list(failure.path) == list(expected.absolute_path)
+        # The reference reports the members of an object in no fixed order.
+        assert list(failure.path) in [list(error.absolute_path) for error in failures]
 
 
 def _without_references(schema: Any) -> Any:

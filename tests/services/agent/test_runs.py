@@ -24,7 +24,8 @@ from tooling.testing.service_fakes import WEATHER
 
 async def test_the_text_can_be_watched_while_it_is_written(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent()
-    text = "Ein Satz, 一句话, and a crab 🦀 at the end."
+    # Longer than the beginning that is held back until it is clear that it is not a thought of the model.
+    text = "Ein Satz, 一句话, and a crab 🦀 at the end. " * 4
     heard: list[dict[str, Any]] = []
     redis = Redis.from_url(world.platform.stack.redis_url)
     async with aclosing(Cache(redis).listen("claw:run:*")) as messages:

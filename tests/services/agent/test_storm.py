@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
@@ -56,6 +57,9 @@ POINTS = [
     *(Point(place, n + 1, signal.SIGSTOP) for place, count in STOPPED.items() for n in range(count)),
 ]
 IN_CI = POINTS[::5]
+# Mixed, the same each time: the early passes of one place, one after the other, would leave no run time for a step, and
+# an item whose process dies 10 times becomes a dead letter.
+ALL = random.Random(1).sample(POINTS, len(POINTS))
 
 
 def answers(asked: Asked) -> Says:
@@ -179,7 +183,7 @@ class Storm:
 @pytest.mark.timeout(1800)
 async def test_whatever_workers_die_of_each_run_ends_once(world: World, tmp_path: Path) -> None:
     world.models.rules |= {MODEL: answers, CHILDS: lambda asked: Says("Somewhere.")}
-    storm = Storm(world, POINTS if os.environ.get("CLAW_ALL_POINTS") else IN_CI, tmp_path)
+    storm = Storm(world, ALL if os.environ.get("CLAW_ALL_POINTS") else IN_CI, tmp_path)
     await storm.rage()
     tenant = storm.tenant
     runs = await all_runs(tenant)

@@ -166,6 +166,7 @@ async def test_the_services_own_lines_arrive(aggregator: Platform) -> None:
         ({"cursor": "WzFd"}, "cursor"),
         ({"cursor": "WyJ4IiwieCJd"}, "cursor"),
         ({"limit": "0"}, "limit"),
+        ({"q": "\x00"}, "q"),
     ],
 )
 async def test_an_invalid_query_is_refused(
@@ -177,7 +178,7 @@ async def test_an_invalid_query_is_refused(
     assert [error["field"] for error in answer.json()["errors"]] == [field]
 
 
-@pytest.mark.parametrize("q", ['"', "(", "a AND", "*", "~", "-", "\\", "/x/", "a:b", "[a TO b]", "🙂", "\x00"])
+@pytest.mark.parametrize("q", ['"', "(", "a AND", "*", "~", "-", "\\", "/x/", "a:b", "[a TO b]", "🙂"])
 async def test_no_search_text_is_an_error(aggregator: Platform, tenant: str, q: str) -> None:
     async with aggregator.client("log_aggregator", tenant) as client:
         assert (await client.get("/api/v1/logs", params={"q": q})).status_code == 200

@@ -23,6 +23,9 @@ EXAMPLES = (
     "the upkeep of tables",
     "lanes change hands too fast",
     "called so that it is no JSON",
+    "waits for somebody",
+    "built afresh",
+    "without a sign of life",
 )
 
 
