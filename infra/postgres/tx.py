@@ -357,7 +357,7 @@ class Database:
             for wake_lane in self._lane_listeners:
                 wake_lane(kind)
 
-    def buffer(self, tenant_id: str) -> Tx:
+    def collector(self, tenant_id: str) -> Tx:
         """A transaction that only collects messages; it is never written itself."""
         return Tx(self.engine, self.service, tenant_id=tenant_id or None, cause=None)
 

@@ -163,7 +163,7 @@ class Journal:
             run_id=run_id,
             reply_to=conversation.reply_to,
         )
-        buffer = self._context.database.buffer(row.tenant_id)
+        buffer = self._context.database.collector(row.tenant_id)
         # The group write draws the position, and puts it in place of the 0 in header and body.
         message_id = derived_id(run_id, "SendMessage", n)
         buffer.send(CHANNEL_OUTBOUND, message, key=row.session_key, position=0, message_id=message_id)
@@ -192,7 +192,7 @@ class Journal:
             run_id=context.run_id,
             tenant_id=context.tenant_id,
             version=context.state.n,
-            out=context.database.buffer(context.tenant_id),
+            out=context.database.collector(context.tenant_id),
             begins=begins,
             expected_messages=expected_messages,
         )

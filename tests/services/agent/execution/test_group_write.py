@@ -76,7 +76,7 @@ class Runs:
 
     def write(self, run_id: UUID, lease: Lease, *, version: int = 0, events: int = 1, **more: object) -> RunWrite:
         """A write with so many events, each with one message for the outbox."""
-        out = self.database.buffer(TENANT)
+        out = self.database.collector(TENANT)
         write = RunWrite(lease, run_id, TENANT, version, out, **more)  # type: ignore[arg-type]
         for n in range(version + 1, version + events + 1):
             write.events.append((uuid7(), MessagesTaken(n=n, session_key=lease.lane, step=n, messages=1)))
