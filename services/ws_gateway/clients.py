@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
@@ -70,7 +71,7 @@ class Clients:
     def enter(self, client: Client) -> None:
         """Watches the client until `leave`."""
         if not self._by_key:
-            self._tasks = {asyncio.create_task(work) for work in (self._check(), self._tick(), self._stop())}
+            self._tasks = {asyncio.create_task(self._run(work)) for work in (self._check, self._tick, self._stop)}
         who = client.who
         key = self._by_key.setdefault(_name(who), _Key(who, time.monotonic()))
         key.clients.add(client)
@@ -88,6 +89,15 @@ class Clients:
             for task in self._tasks:
                 task.cancel()
 
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Ends all connections if the work fails: otherwise a revoked key would keep its connections."""
+        try:
+            await work()
+        except Exception:
+            _log.exception("could not watch the connections; all are closed")
+            for client in self._all():
+                client.end(End.FAILED)
+
     async def _check(self) -> None:
         """Asks for each key once in a round, however many clients have it."""
         limit = asyncio.Semaphore(CONCURRENT_CHECKS)
@@ -103,7 +113,10 @@ class Clients:
     async def _check_key(self, key: _Key) -> None:
         try:
             scopes = await self._keys.scopes(key.who)
-        except Transient as error:
+        except Exception as error:
+            # One key that cannot be checked must not stop the checks of all others.
+            if not isinstance(error, Transient):
+                _log.exception("could not check an API key; will retry")
             if time.monotonic() - key.checked_at > UNCHECKED_SECONDS:
                 _log.warning("could not check an API key; its connections are closed", error=str(error))
                 _end(key, End.UNCHECKED)

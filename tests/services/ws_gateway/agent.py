@@ -188,3 +188,10 @@ async def happen(platform: Platform, agent: Agent, *facts: Any, heard: bool = Tr
         agent.committed[fact.run_id].append(fact)
         if heard:
             await platform.produce(AGENT_EVENTS, fact, key=SESSION, tenant_id="acme")
+
+
+class ValidKeys:
+    """Keys that stay valid: each client keeps its scopes."""
+
+    async def scopes(self, who: Identity) -> frozenset[str]:
+        return who.scopes

@@ -24,7 +24,7 @@ from services.ws_gateway.hub import Hub
 from services.ws_gateway.keys import Keys
 from services.ws_gateway.protocol import Subscribe
 from services.ws_gateway.socket import Socket
-from tests.services.ws_gateway.agent import failed, run_facts
+from tests.services.ws_gateway.agent import ValidKeys, failed, run_facts
 
 WHO = Identity("api_key:test", "acme", frozenset(("read",)))
 
@@ -98,7 +98,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def new_hub() -> Hub:
-    return Hub(cast(Cache, NoRedis()), Clients(cast(Keys, None), asyncio.Event()))
+    return Hub(cast(Cache, NoRedis()), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
 
 
 def new_socket(hub: Hub, store: Store) -> tuple[Socket, Screen]:

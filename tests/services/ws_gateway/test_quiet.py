@@ -18,7 +18,7 @@ from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.keys import Keys
-from tests.services.ws_gateway.agent import run_facts
+from tests.services.ws_gateway.agent import ValidKeys, run_facts
 from tooling.testing.stack import Stack
 
 WHO = Identity("api_key:test", "acme", frozenset(("read",)))
@@ -55,7 +55,7 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
         sent.append(message)
 
     async with Redis.from_url(stack.redis_url, client_name="quiet") as redis:
-        hub = Hub(Cache(redis), Clients(cast(Keys, None), asyncio.Event()))
+        hub = Hub(Cache(redis), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(3), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
@@ -79,7 +79,7 @@ async def test_a_client_whose_connection_takes_nothing_is_given_up(
             await never()
 
     async with Redis.from_url(stack.redis_url) as redis:
-        hub = Hub(Cache(redis), Clients(cast(Keys, None), asyncio.Event()))
+        hub = Hub(Cache(redis), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
@@ -103,3 +103,49 @@ async def test_a_stream_whose_key_was_revoked_ends(stack: Stack, monkeypatch: py
             await shown({"type": "http"}, never, send)
     assert sent[-1]["more_body"] is False
     assert not any(b"run.completed" in message.get("body", b"") for message in sent)
+
+
+async def test_a_key_whose_check_fails_does_not_stop_the_checks(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        checks = 0
+
+        async def scopes(self, who: Identity) -> frozenset[str]:
+            self.checks += 1
+            if self.checks < 3:
+                raise ValueError("a fault of the user service")
+            return frozenset()
+
+    monkeypatch.setattr(clients, "CHECK_SECONDS", 0.02)
+    keys = Broken()
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with Redis.from_url(stack.redis_url) as redis:
+        hub = Hub(Cache(redis), Clients(cast(Keys, keys), asyncio.Event()))
+        shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
+        async with asyncio.timeout(30):
+            await shown({"type": "http"}, never, send)
+    assert sent[-1]["more_body"] is False
+    assert keys.checks == 3
+
+
+async def test_connections_end_if_nothing_checks_their_keys_any_more(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Clients):
+        async def _tick(self) -> None:
+            raise ValueError("a fault of this program")
+
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with Redis.from_url(stack.redis_url) as redis:
+        hub = Hub(Cache(redis), Broken(cast(Keys, ValidKeys()), asyncio.Event()))
+        shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
+        async with asyncio.timeout(30):
+            await shown({"type": "http"}, never, send)
+    assert sent[-1]["more_body"] is False

@@ -34,7 +34,7 @@ from services.ws_gateway.domain import Delta
 from services.ws_gateway.feed import MAX_WAITING, Live, Room
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.keys import SAFE, Keys
-from tests.services.ws_gateway.agent import Agent, failed, happen, run_facts
+from tests.services.ws_gateway.agent import Agent, ValidKeys, failed, happen, run_facts
 from tooling.testing.gateway import running_gateway
 from tooling.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
 
@@ -693,7 +693,7 @@ class Transport:
 
 
 def opened_on(transport: Transport, stopping: asyncio.Event | None = None) -> socket.Socket:
-    hub = Hub(cast(Cache, None), Clients(cast(Keys, None), stopping or asyncio.Event()))
+    hub = Hub(cast(Cache, None), Clients(cast(Keys, ValidKeys()), stopping or asyncio.Event()))
     shown = socket.Socket(hub, cast(Caller, None), WHO)
     shown.take_over(cast(asyncio.Transport, transport), lambda: None)
     return shown

@@ -22,7 +22,7 @@ from services.ws_gateway.hub import Hub
 from services.ws_gateway.keys import Keys
 from services.ws_gateway.openai.answer import Answer
 from services.ws_gateway.openai.shapes import Chat
-from tests.services.ws_gateway.agent import failed, run_facts
+from tests.services.ws_gateway.agent import ValidKeys, failed, run_facts
 from tooling.testing.stack import Stack
 
 WHO = Identity("api_key:test", "acme", frozenset(("run",)))
@@ -64,7 +64,7 @@ async def told(stack: Stack, agent: Agent, *, include_usage: bool = True) -> tup
     run_id = uuid7()
     async with Redis.from_url(stack.redis_url) as redis:
         shape = Chat(run_id, "m", include_usage=include_usage)
-        hub = Hub(Cache(redis), Clients(cast(Keys, None), asyncio.Event()))
+        hub = Hub(Cache(redis), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
         answer = Answer(hub, agent, WHO, run_id, shape, stream=True, kept=False)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await answer({"type": "http"}, never, send)
