@@ -50,6 +50,12 @@ SELECT walked.*, claimed.* FROM (
 """
 
 
+# The head of a lane is a suspect after so many recoveries: it may be the one that ends its processes.
+SUSPECT_RECOVERIES = 3
+# A lane that was claimed and not started is ready again after this time.
+PASSED_ON_SECONDS = 1.0
+
+
 class LaneLost(Exception):
     """The lane's lease ran out, and another process may hold the lane: all work for it must stop."""
 
@@ -105,6 +111,8 @@ class Claimed(NamedTuple):
     """The number of tenants that have a lane which is ready."""
     due: float | None
     """Seconds until the next lane is ready, if known."""
+    suspect: bool
+    """The only lane is one whose head is a suspect."""
 
 
 class Claims:
@@ -149,10 +157,14 @@ class Claims:
                 await self._connection.close()
                 self._connection = None
 
-    async def claim(self, kind: str, start: str, wanted: int, per_tenant: int, taken: Mapping[str, int]) -> Claimed:
+    async def claim(
+        self, kind: str, start: str, wanted: int, per_tenant: int, taken: Mapping[str, int], *, suspects: bool = True
+    ) -> Claimed:
         """Claims up to `wanted` lanes, from the tenants in turn, beginning at the tenant id `start`.
 
-        per_tenant: the most lanes that a tenant may have, those included that it has already (`taken`).
+        per_tenant: the most lanes that a tenant may have, those included that it has already (`taken`). A suspect comes
+        alone, the one with the fewest recoveries, or not at all if this process has one already (`suspects` is false).
+        If one item ends all its processes, the items beside it are suspects with it, and soon no other goes down.
         """
         until = time.monotonic() + self._lease_seconds
         async with self._use() as connection:
@@ -194,7 +206,33 @@ class Claims:
                         list(leases),
                     )
                 }
-        return Claimed([(lease, heads.get(id_)) for id_, lease in leases.items()], tenants or 0, due)
+            found = [id_ for id_, head in heads.items() if head.recoveries >= SUSPECT_RECOVERIES]
+            alone = min(found, key=lambda id_: heads[id_].recoveries) if found and suspects else None
+            passed_on = set(found) if alone is None else leases.keys() - {alone}
+            if passed_on:
+                await self._pass_on(connection, [leases.pop(id_) for id_ in passed_on])
+        claimed = [(lease, heads.get(id_)) for id_, lease in leases.items()]
+        return Claimed(claimed, tenants or 0, due, alone is not None)
+
+    async def _pass_on(self, connection: AsyncConnection, leases: Sequence[Lease]) -> None:
+        """Gives back lanes that were claimed and not started, so that their heads are not recovered later."""
+        await sql(
+            connection,
+            # Locks the lanes in the order in which they are locked everywhere.
+            """
+            WITH mine AS MATERIALIZED (
+                SELECT lane_id FROM lane l
+                JOIN unnest($1::bigint[], $2::bigint[]) AS h(lane_id, epoch) USING (lane_id, epoch)
+                ORDER BY kind COLLATE "C", tenant_id, lane COLLATE "C"
+                FOR UPDATE OF l
+            )
+            UPDATE lane l SET owner = NULL, ready_at = clock_timestamp() + make_interval(secs => $3)
+            FROM mine
+            WHERE l.lane_id = mine.lane_id
+            """,
+            *_columns([(lease.lane_id, lease.epoch) for lease in leases]),
+            PASSED_ON_SECONDS,
+        )
 
     async def renew(self, leases: Sequence[Lease]) -> list[Lease]:
         """Renews the leases. Returns those whose lane was claimed by another process."""

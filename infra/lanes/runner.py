@@ -38,6 +38,10 @@ SWEEP_SECONDS = 1.0
 IN_A_ROW = 10
 # An item becomes a dead letter if its process died, or lost the lane, so many times while it handled the item.
 MAX_RECOVERIES = 10
+# Nothing else is started in the process in the first seconds of an item that may be the one that ends its processes.
+ALONE_SECONDS = 5.0
+# After such an item other items have their turn for this time.
+BETWEEN_SUSPECTS_SECONDS = 1.0
 # After a stop the handlers have this long to finish. Then their lanes are given to other processes.
 DRAIN_SECONDS = 20.0
 # Other processes are called at most once in this time: each of them then claims until it finds no more.
@@ -73,6 +77,10 @@ class LaneRunner:
         self._woken: set[str] = set()
         self._event = asyncio.Event()
         self._stopping = False
+        self._suspect: Lease | None = None
+        """The claim of the only item of this process that may be the one that ends its processes."""
+        self._alone_until = 0.0
+        self._next_suspect_at = 0.0
         self._log = get_logger("infra.lanes.runner")
 
     def wake(self, kind: str) -> None:
@@ -124,9 +132,17 @@ class LaneRunner:
     async def _fill(self, kind: _Kind) -> float | None:
         """Claims lanes until all slots are in use or none is ready. Returns seconds until the next one, if known."""
         while (wanted := kind.work.concurrency - len(kind.running)) > 0 and not self._stopping:
+            if self._suspect and (alone := self._alone_until - time.monotonic()) > 0:
+                return alone
             taken = Counter(lease.tenant_id for lease in kind.running)
-            claimed = await self._claims.claim(kind.name, kind.turn, wanted, kind.work.per_tenant, taken)
+            suspects = self._suspect is None and time.monotonic() >= self._next_suspect_at
+            claimed = await self._claims.claim(
+                kind.name, kind.turn, wanted, kind.work.per_tenant, taken, suspects=suspects
+            )
             failpoint("after_lane_claim")
+            if claimed.suspect:
+                [(self._suspect, _)] = claimed.lanes
+                self._alone_until = time.monotonic() + ALONE_SECONDS
             for lease, head in claimed.lanes:
                 task = asyncio.create_task(self._process(kind, lease, head), name=f"lane {kind.name}")
                 kind.running[lease] = task
@@ -146,6 +162,11 @@ class LaneRunner:
     def _ended(self, kind: _Kind, lease: Lease, task: asyncio.Task[None]) -> None:
         taken = sum(held.tenant_id == lease.tenant_id for held in kind.running)
         del kind.running[lease]
+        if lease is self._suspect:
+            self._suspect = None
+            self._next_suspect_at = time.monotonic() + BETWEEN_SUSPECTS_SECONDS
+            for name in self._kinds:
+                self.wake(name)
         if kind.full or taken == kind.work.per_tenant:
             kind.full = False
             self.wake(kind.name)

@@ -12,15 +12,18 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, RetryLater, Transient
+from infra.lanes import claims as claiming
 from infra.lanes import lane as lanes
 from infra.lanes import runner as lane_runner
-from infra.lanes.claims import Claims
+from infra.lanes.claims import SUSPECT_RECOVERIES, Claims
 from infra.lanes.effects import Effects
+from infra.lanes.runner import LaneRunner
 from infra.observe import telemetry
+from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine
 from infra.postgres.tx import Database, Tx
 from infra.service.maintenance import Maintenance
@@ -575,6 +578,76 @@ async def test_an_item_that_takes_its_process_down_again_and_again_is_a_dead_let
         await all_over(database, kind)
         assert notes.numbers == [2]
         assert await items(database, kind, "state", "recoveries") == [("dead", 10), ("done", 0)]
+
+
+async def test_one_item_that_ends_its_processes_takes_no_other_along(desk: Database, sample: SampleDatabase) -> None:
+    """Each round is a process: it starts all lanes that it gets, and dies with them if one is the poisoned one."""
+    kind, poisoned = new_lane(), 3
+    for number in range(6):
+        await put(desk, kind, f"lane {number}", number)
+    for _ in range(100):
+        engine = create_engine(sample.url("desk", "worker"), pool_size=1)
+        process = Claims(engine, "sample_desk", lambda kind: None, lease_seconds=60)
+        lanes = (await process.claim(kind.name, "", 10, 10, {})).lanes
+        heads = {lease: head for lease, head in lanes if head}
+        if all(head.recoveries >= lane_runner.MAX_RECOVERIES for head in heads.values()):
+            break
+        if f"lane {poisoned}" not in {lease.lane for lease in heads}:
+            for lease, head in heads.items():
+                await sql(desk, "SELECT lane_finish($1, $2, $3, 'done', false)", lease.lane_id, lease.epoch, head.seq)
+        await process.close()
+        await engine.dispose()
+        # The leases of the dead process and the pause of the lanes that it passed on run out.
+        await sql(desk, "UPDATE lane SET ready_at = now() WHERE kind = $1 AND ready_at IS NOT NULL", kind.name)
+    await process.close()
+    await engine.dispose()
+    assert [lease.lane for lease in heads] == [f"lane {poisoned}"]
+    states = dict(await items(desk, kind, "lane", "state"))
+    assert states.pop(f"lane {poisoned}") == "waiting"
+    assert set(states.values()) == {"done"}
+    recoveries = dict(await items(desk, kind, "lane", "recoveries"))
+    assert recoveries.pop(f"lane {poisoned}") == lane_runner.MAX_RECOVERIES
+    assert set(recoveries.values()) == {SUSPECT_RECOVERIES}
+
+
+async def test_nothing_is_started_beside_a_suspect_until_it_has_ended_or_has_run_for_a_while(
+    desk: Database, sample: SampleDatabase, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_runner, "ALONE_SECONDS", 3600.0)
+    monkeypatch.setattr(lane_runner, "BETWEEN_SUSPECTS_SECONDS", 3600.0)
+    monkeypatch.setattr(claiming, "PASSED_ON_SECONDS", 0.0)
+    kind = new_lane()
+    for number in (1, 2, 3):
+        await put(desk, kind, f"lane {number}", number)
+    await sql(desk, "UPDATE lane_item SET recoveries = $2 WHERE kind = $1 AND seq = 1", kind.name, SUSPECT_RECOVERIES)
+    await put(desk, kind, "new", 4)
+    engine = create_engine(sample.url("desk", "worker"), pool_size=1)
+    work = kind.runner(concurrency=8)(notes.hold)
+    runner = LaneRunner(desk, [work], engine, Metrics(CollectorRegistry()), lease_seconds=60)
+    [held] = runner._kinds.values()
+
+    async def started() -> list[int]:
+        await runner._fill(held)
+        # The handlers begin in the turns of the event loop that follow the claim.
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return notes.numbers
+
+    [suspect] = await started()
+    assert suspect in (1, 2, 3)
+    assert await started() == [suspect]
+    # Its time alone is over: an item that is not a suspect starts beside it.
+    runner._alone_until = 0.0
+    assert await started() == [suspect, 4]
+    notes.go_on.set()
+    await asyncio.wait(held.running.values())
+    # A suspect has ended: others have their turn before the next one.
+    assert await started() == [suspect, 4]
+    runner._next_suspect_at = 0.0
+    assert len(await started()) == 3
+    await asyncio.wait(held.running.values())
+    await runner._claims.close()
+    await engine.dispose()
 
 
 async def test_a_stop_waits_for_the_handlers_and_takes_nothing_more(world: World, notes: Notes) -> None:
