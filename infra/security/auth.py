@@ -87,6 +87,8 @@ class Identity:
     scopes: frozenset[str]
     key_id: str = ""
     """The id of the API key that the client presented; empty for the operator."""
+    groups: frozenset[str] = frozenset()
+    """The names of the member's groups."""
 
 
 class Identities:
@@ -104,6 +106,7 @@ class Identities:
             "tenant": identity.tenant_id,
             "scopes": sorted(identity.scopes),
             "key": identity.key_id,
+            "groups": sorted(identity.groups),
             "iat": now,
             "exp": now + LIFETIME_SECONDS,
         }
@@ -125,7 +128,13 @@ class Identities:
             )
         except jwt.InvalidTokenError as error:
             raise Unauthenticated(f"identity: {error}") from error
-        identity = Identity(claims["sub"], claims["tenant"], frozenset(claims["scopes"]), claims.get("key", ""))
+        identity = Identity(
+            claims["sub"],
+            claims["tenant"],
+            frozenset(claims["scopes"]),
+            claims.get("key", ""),
+            frozenset(claims.get("groups", ())),
+        )
         if len(self._verified) >= 1000:
             self._verified.clear()
         self._verified[token] = float(claims["exp"]), identity

@@ -8,9 +8,10 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
+import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
-from starlette.datastructures import UploadFile
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
@@ -26,7 +27,7 @@ from infra.stores.objects import DOWNLOAD_LIFE, Kind, safe_name
 from infra.web.http import allow_body
 from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
-from services.memory import adapters, documents
+from services.memory import adapters, documents, rights
 from services.memory.documents import Document
 from services.memory.handlers import enqueue
 from services.memory.retrieval import Query, Scored
@@ -40,6 +41,7 @@ DOCUMENT = Kind(
     100 * 1024 * 1024,
     frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.TEXT, filetypes.MARKDOWN, filetypes.HTML)),
 )
+_NAMES = {"type": "array", "items": {"type": "string"}}
 _FILE_FORM = {
     "requestBody": {
         "required": True,
@@ -48,8 +50,16 @@ _FILE_FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "audience": _NAMES | {"description": "Who may read it; see the field of the answer."},
+                        "tags": _NAMES,
+                    },
+                },
+                "encoding": {
+                    "audience": {"style": "form", "explode": True},
+                    "tags": {"style": "form", "explode": True},
+                },
             }
         },
     }
@@ -81,11 +91,38 @@ class DocumentView(_View):
     """The numbers of the pages without text, for example scans: search does not find their content."""
     warnings: list[str]
     """Remarks about parts of the file that could not be read as they are."""
+    audience: list[str]
+    """Who may read it: all, or agent:<id>, member:<id> and group:<name>. Search shows its passages only to these. The
+    client that uploaded it and clients with the scope admin see it in lists and views, too."""
+    tags: list[str]
 
 
 class DocumentList(_View):
     items: list[DocumentView]
     next: str | None
+
+
+class DocumentChange(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra={"examples": [{"audience": ["agent:0199c1d2-0000-7000-8000-000000000001", "group:sales"]}]},
+    )
+
+    audience: list[str] | None = None
+    """Replaces the readers; null leaves them."""
+    tags: list[str] | None = None
+    """Replaces the tags; null leaves them."""
+
+
+class SearchFilters(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    document_ids: list[UUID] | None = Field(default=None, max_length=1000)
+    tags: list[str] | None = None
+    """The documents that have all of these tags."""
+    since: AwareDatetime | None = None
+    """The documents that were uploaded then or later."""
 
 
 class ContentLink(_View):
@@ -109,6 +146,8 @@ class Search(BaseModel):
     session_key: str | None = None
     mode: Literal["hybrid", "dense", "keyword"] = "hybrid"
     """dense: by meaning. keyword: documents by their words. hybrid: both rankings fused by reciprocal rank."""
+    filters: SearchFilters = SearchFilters()
+    """Narrow the search to some of the documents that the caller may read."""
 
 
 class Source(_View):
@@ -156,11 +195,13 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             raise WrongType("content-type", "must be multipart/form-data")
         id_ = uuid7()
         user_id = who.actor.partition(":")[2]
-        async with request.form(max_files=1, max_fields=10) as form:
+        async with request.form(max_files=1, max_fields=2 * rights.MAX_NAMES) as form:
             file = form.get("file")
             if not isinstance(file, UploadFile):
                 raise InvalidMessage("file", "missing: must be a multipart field of this name")
             name = _name(file.filename)
+            audience = rights.checked_audience(_texts(form, "audience") or [rights.ALL])
+            tags = rights.checked_tags(_texts(form, "tags"))
             stored = await objects.upload(
                 DOCUMENT,
                 _chunks(file),
@@ -170,14 +211,25 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             )
 
         async def work(tx: Tx) -> tuple[int, DocumentView]:
-            document = await documents.add(tx, id_, name, stored)
+            document = await documents.add(tx, id_, name, stored, audience=audience, tags=tags, created_by=who.actor)
             tx.send(DOCUMENT_INDEX, IndexDocument(document_id=id_))
-            audit(tx, who.actor, "document.upload", "document", str(id_), content_type=stored.content_type)
+            audit(
+                tx,
+                who.actor,
+                "document.upload",
+                "document",
+                str(id_),
+                content_type=stored.content_type,
+                audience=" ".join(audience),
+            )
             return 202, _view(document)
 
         try:
-            # Compares the file and its name: the form around them differs in each request.
-            response = await once(request, runtime, who, work, body=f"{stored.sha256} {name}".encode())
+            # Compares the parts of the form: the text around them differs in each request.
+            compared = f"{stored.sha256} {name}"
+            if tags or audience != [rights.ALL]:
+                compared += f" {audience} {tags}"
+            response = await once(request, runtime, who, work, body=compared.encode())
         except InvalidMessage:
             await objects.delete(stored.path)
             raise
@@ -187,22 +239,35 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.get("/api/v1/documents")
     async def list_documents(who: Reader, paging: Paging) -> DocumentList:
-        """The tenant's documents, newest first."""
+        """The documents that the caller may see, newest first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            found = await documents.newest(tx, paging.limit + 1, paging.after_time(UUID))
+            found = await documents.newest(tx, paging.limit + 1, paging.after_time(UUID), rights.view_names(who))
         listed = page(found, paging, key=lambda document: f"{document.created_at.isoformat()} {document.id}")
         return DocumentList(items=[_view(document) for document in listed["items"]], next=listed["next"])
 
     @router.get("/api/v1/documents/{document_id}")
     async def show(document_id: str, who: Reader) -> DocumentView:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            return _view(await documents.get(tx, _id(document_id)))
+            return _view(await documents.get(tx, _id(document_id), rights.view_names(who)))
+
+    @router.patch("/api/v1/documents/{document_id}")
+    async def change(document_id: str, body: DocumentChange, who: Writer) -> DocumentView:
+        """Changes who may read the document, and its tags. Searches follow at once."""
+        id_ = _id(document_id)
+        audience = None if body.audience is None else rights.checked_audience(body.audience)
+        tags = None if body.tags is None else rights.checked_tags(body.tags)
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await documents.get(tx, id_, rights.view_names(who))
+            document = await documents.change(tx, id_, audience, tags)
+            if audience is not None:
+                audit(tx, who.actor, "document.share", "document", str(id_), audience=" ".join(audience))
+        return _view(document)
 
     @router.get("/api/v1/documents/{document_id}/content")
     async def content(document_id: str, who: Reader) -> ContentLink:
         """A link to the uploaded file."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            document = await documents.get(tx, _id(document_id))
+            document = await documents.get(tx, _id(document_id), rights.view_names(who))
         url = await objects.download_url(document.path)
         return ContentLink(url=url, expires_in=int(DOWNLOAD_LIFE.total_seconds()))
 
@@ -211,15 +276,25 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         """Hides the document at once. Its file and vectors are removed soon after."""
         id_ = _id(document_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await documents.get(tx, id_, rights.view_names(who))
             await documents.delete(tx, id_)
             enqueue(tx, id_, "remove")
             audit(tx, who.actor, "document.delete", "document", str(id_))
 
     @router.post("/api/v1/memory/search")
     async def search(body: Search, who: Reader) -> Passages:
-        """The passages that are nearest to the query in meaning or have its words, best first."""
-        query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key, body.mode)
-        answer = await retrieval.search(who.tenant_id, query)
+        """The passages that are nearest to the query in meaning or have its words, best first.
+
+        Only of documents whose audience names the caller.
+        """
+        tags = body.filters.tags
+        filters = rights.Filters(
+            body.filters.document_ids,
+            None if tags is None else rights.checked_tags(tags, "filters.tags"),
+            body.filters.since,
+        )
+        query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key, body.mode, filters)
+        answer = await retrieval.search(rights.of_identity(who), query)
         return Passages(items=[_passage(each) for each in answer.items], degraded=answer.degraded)
 
     return api("memory", runtime, router)
@@ -228,6 +303,20 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
     while piece := await file.read(1024 * 1024):
         yield piece
+
+
+def _texts(form: FormData, field: str) -> list[str]:
+    """The texts of a field that is repeated, or given once as a JSON array."""
+    given = form.getlist(field)
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
+        raise InvalidMessage(field, "must be a text, not a file")
+    if len(texts) == 1 and texts[0].startswith("["):
+        try:
+            return msgspec.json.decode(texts[0], type=list[str])
+        except msgspec.DecodeError:
+            raise InvalidMessage(field, "must be a JSON array of texts") from None
+    return texts
 
 
 def _name(given: str | None) -> str:

@@ -23,7 +23,7 @@ KEEP = timedelta(days=30)
 _PURPOSE = "conversation memory"
 
 
-def scope(session_key: str) -> str:
+def session_scope(session_key: str) -> str:
     """The index's scope for the replies of a session."""
     return f"conversation {session_key}"
 
@@ -61,7 +61,7 @@ class Conversations:
             vector = await self._vector(run_id, text, effects)
         if vector is not None:
             row = Row(run_id, np.frombuffer(vector, dtype="<f4").tolist())
-            await self._index.replace(tenant_id, run_id, scope(session_key), _one(row))
+            await self._index.replace(tenant_id, run_id, session_scope(session_key), _one(row))
 
     async def _vector(self, run_id: UUID, text: str, effects: Effects) -> bytes | None:
         """Returns None if the embedding endpoint refuses the text."""

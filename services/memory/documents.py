@@ -17,10 +17,11 @@ from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.stores.objects import Stored
 from services.memory.domain import Chunk, codes
+from services.memory.rights import ALL, NO_FILTERS, Filters, Owners
 
 _COLUMNS = (
     "id, name, content_type, size, path, status, round(progress::numeric, 4)::float8, error, created_at, "
-    "pages, pages_without_text, warnings"
+    "pages, pages_without_text, warnings, audience, tags"
 )
 
 
@@ -40,6 +41,8 @@ class Document(NamedTuple):
     pages: int | None
     pages_without_text: list[int]
     warnings: list[str]
+    audience: list[str]
+    tags: list[str]
 
 
 class Passage(NamedTuple):
@@ -60,10 +63,23 @@ class Found(NamedTuple):
     page: int | None
 
 
-async def add(tx: Tx, id_: UUID, name: str, stored: Stored) -> Document:
+async def add(
+    tx: Tx,
+    id_: UUID,
+    name: str,
+    stored: Stored,
+    *,
+    audience: Sequence[str] = (ALL,),
+    tags: Sequence[str] = (),
+    created_by: str = "",
+) -> Document:
     [row] = await tx.sql(
-        "INSERT INTO document (id, tenant_id, name, content_type, size, sha256, path, status) "
-        f"VALUES ($1, $2, $3, $4, $5, $6, $7, 'stored') RETURNING {_COLUMNS}",
+        f"""
+        INSERT INTO document
+            (id, tenant_id, name, content_type, size, sha256, path, status, audience, tags, created_by)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, 'stored', $8, $9, $10)
+        RETURNING {_COLUMNS}
+        """,
         id_,
         tx.tenant_id,
         name,
@@ -71,29 +87,63 @@ async def add(tx: Tx, id_: UUID, name: str, stored: Stored) -> Document:
         stored.size,
         stored.sha256,
         stored.path,
+        list(audience),
+        list(tags),
+        created_by,
     )
     return Document(*row)
 
 
-async def get(tx: Tx, id_: UUID) -> Document:
-    """Raises NotFound, also for a deleted document and for one of another tenant."""
-    rows = await tx.sql(f"SELECT {_COLUMNS} FROM document WHERE id = $1 AND deleted_at IS NULL", id_)
+# $1: the names of the client, or NULL for an administrator.
+_VISIBLE = "deleted_at IS NULL AND ($1::text[] IS NULL OR audience && $1 OR created_by = ANY($1))"
+
+
+async def get(tx: Tx, id_: UUID, names: Sequence[str] | None = None) -> Document:
+    """Raises NotFound, also for a deleted document, for another tenant's, and for one that no one of these names may
+    see. names: None for an administrator and for the service's own work."""
+    rows = await tx.sql(f"SELECT {_COLUMNS} FROM document WHERE {_VISIBLE} AND id = $2", _array(names), id_)
     if not rows:
         raise NotFound(f"document {id_}: does not exist")
     return Document(*rows[0])
 
 
-async def newest(tx: Tx, limit: int, before: tuple[datetime, UUID] | None) -> list[Document]:
-    """The newest documents first, after the document that `before` names by time and id."""
+async def newest(
+    tx: Tx, limit: int, before: tuple[datetime, UUID] | None, names: Sequence[str] | None
+) -> list[Document]:
+    """The newest documents that these names may see first, after the one that `before` names by time and id."""
     at, id_ = before or (None, None)
     rows = await tx.sql(
-        f"SELECT {_COLUMNS} FROM document WHERE deleted_at IS NULL AND ($2::timestamptz IS NULL OR "
-        "(created_at, id) < ($2, $3::uuid)) ORDER BY created_at DESC, id DESC LIMIT $1",
+        f"""
+        SELECT {_COLUMNS}
+        FROM document
+        WHERE {_VISIBLE} AND ($3::timestamptz IS NULL OR (created_at, id) < ($3, $4::uuid))
+        ORDER BY created_at DESC, id DESC
+        LIMIT $2
+        """,
+        _array(names),
         limit,
         at,
         id_,
     )
     return [Document(*row) for row in rows]
+
+
+async def change(tx: Tx, id_: UUID, audience: Sequence[str] | None, tags: Sequence[str] | None) -> Document:
+    """Changes the readers and tags that are given; searches see the change from the commit on. Raises NotFound."""
+    rows = await tx.sql(
+        f"""
+        UPDATE document
+        SET audience = coalesce($2, audience), tags = coalesce($3, tags)
+        WHERE id = $1 AND deleted_at IS NULL
+        RETURNING {_COLUMNS}
+        """,
+        id_,
+        _array(audience),
+        _array(tags),
+    )
+    if not rows:
+        raise NotFound(f"document {id_}: does not exist")
+    return Document(*rows[0])
 
 
 async def delete(tx: Tx, id_: UUID) -> None:
@@ -201,31 +251,86 @@ async def vectors(tx: Tx, document_id: UUID, after: int, limit: int) -> list[tup
     return [(id_, n, np.frombuffer(vector, dtype="<f4").tolist()) for id_, n, vector in rows]
 
 
-async def found(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
-    """The passages with these ids that belong to the tenant and to an indexed, not deleted document."""
+# The documents `d` that a search reads. Every text of a passage passes this condition: the index may be wrong about
+# rights, deletion and versions. $1 to $4 are `Scope.parameters`.
+_READABLE = """
+        d.status = 'indexed'
+        AND d.deleted_at IS NULL
+        AND d.audience && $1::text[]
+        AND ($2::uuid[] IS NULL OR d.id = ANY($2))
+        AND ($3::text[] IS NULL OR d.tags @> $3)
+        AND ($4::timestamptz IS NULL OR d.created_at >= $4)
+"""
+# Of so many documents the index is told the ids. With more, it is asked for more hits instead.
+MAX_OWNERS = 1000
+
+
+class Scope(NamedTuple):
+    """The documents that a search reads."""
+
+    names: Sequence[str]
+    """Of the caller."""
+    filters: Filters = NO_FILTERS
+
+    @property
+    def parameters(self) -> tuple[Any, ...]:
+        ids, tags, since = self.filters
+        return list(self.names), _array(ids), _array(tags), since
+
+
+async def found(tx: Tx, ids: Sequence[UUID], scope: Scope) -> Mapping[UUID, Found]:
+    """The passages with these ids that the caller may read and the filters let pass."""
     rows = await tx.sql(
-        "SELECT p.id, p.text, d.id, d.name, p.section, p.page FROM passage p JOIN document d ON d.id = p.document_id "
-        "WHERE p.id = ANY($1::uuid[]) AND d.status = 'indexed' AND d.deleted_at IS NULL",
+        f"""
+        SELECT p.id, p.text, d.id, d.name, p.section, p.page
+        FROM passage p
+        JOIN document d ON d.id = p.document_id
+        WHERE {_READABLE} AND p.id = ANY($5::uuid[])
+        """,
+        *scope.parameters,
         list(ids),
     )
     return {id_: Found(*rest) for id_, *rest in rows}
 
 
+async def owners(tx: Tx, scope: Scope) -> Owners:
+    """The documents to which a search in the index is narrowed. It only saves hits that `found` would drop."""
+    if scope.filters == NO_FILTERS:
+        rows = await tx.sql(
+            """
+            SELECT id
+            FROM document
+            WHERE tenant_id = $1 AND audience <> '{all}' AND NOT audience && $2::text[] AND deleted_at IS NULL
+            LIMIT $3
+            """,
+            tx.tenant_id,
+            list(scope.names),
+            MAX_OWNERS + 1,
+        )
+        return Owners(without=tuple(id_ for (id_,) in rows) if len(rows) <= MAX_OWNERS else ())
+    rows = await tx.sql(
+        f"SELECT d.id FROM document d WHERE {_READABLE} AND d.tenant_id = $5 LIMIT $6",
+        *scope.parameters,
+        tx.tenant_id,
+        MAX_OWNERS + 1,
+    )
+    return Owners(only=tuple(id_ for (id_,) in rows) if len(rows) <= MAX_OWNERS else None)
+
+
 # `joint` is ' & ' for passages with all words, ' | ' for those with any. The tenant's word does not count for the rank.
-_WITH_WORDS = """
+_WITH_WORDS = f"""
     SELECT p.id, p.vector, p.model, ARRAY(
         SELECT unnest(tsvector_to_array(p.words))
-        INTERSECT SELECT unnest(tsvector_to_array(keyword_vector('', $1)))
+        INTERSECT SELECT unnest(tsvector_to_array(keyword_vector('', $5)))
     ) AS shared
-    FROM keyword_query($1, $2) AS query (words), passage p
+    FROM keyword_query($5, $6) AS query (words), passage p
     JOIN document d ON d.id = p.document_id
-    WHERE numnode(query.words) > 0
-        AND p.words @@ (query.words && quote_literal(keyword_tenant($3))::tsquery)
-        AND p.tenant_id = $3
-        AND d.status = 'indexed'
-        AND d.deleted_at IS NULL
+    WHERE {_READABLE}
+        AND numnode(query.words) > 0
+        AND p.words @@ (query.words && quote_literal(keyword_tenant($7))::tsquery)
+        AND p.tenant_id = $7
     ORDER BY ts_rank(p.words, query.words) DESC, p.id
-    LIMIT $4
+    LIMIT $8
 """
 # Passages with any of the words that are ranked by the rarity of their words.
 _CANDIDATES = 300
@@ -241,13 +346,13 @@ class Worded(NamedTuple):
     model: str | None
 
 
-async def with_words(tx: Tx, text: str, limit: int) -> list[Worded]:
+async def with_words(tx: Tx, text: str, limit: int, scope: Scope) -> list[Worded]:
     """The passages with all words of the text, and if they are fewer than `limit`, those with any of them, best
     first."""
-    rows = await tx.sql(_WITH_WORDS, text, " & ", tx.tenant_id, limit)
+    rows = await tx.sql(_WITH_WORDS, *scope.parameters, text, " & ", tx.tenant_id, limit)
     found = {row[0]: _worded(row, 1.0) for row in rows}
     if len(found) < limit:
-        rows = await tx.sql(_WITH_WORDS, text, " | ", tx.tenant_id, _CANDIDATES)
+        rows = await tx.sql(_WITH_WORDS, *scope.parameters, text, " | ", tx.tenant_id, _CANDIDATES)
         counts = Counter(word for row in rows for word in row[3])
         # The inverse document frequency of BM25, over the candidates.
         weights = {word: log(1 + (len(rows) - count + 0.5) / (count + 0.5)) for word, count in counts.items()}
@@ -264,15 +369,25 @@ def _worded(row: Sequence[Any], rank: float) -> Worded:
 
 
 async def with_codes(
-    tx: Tx, wanted: Sequence[str], model: str, limit: int
+    tx: Tx, wanted: Sequence[str], model: str, limit: int, scope: Scope
 ) -> list[tuple[UUID, int, NDArray[np.float32]]]:
     """(id, number of matching codes, vector) of the passages with the most of these codes, in indexed documents."""
     rows = await tx.sql(
-        "SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($1::text[]))) AS n, p.vector "
-        "FROM passage p JOIN document d ON d.id = p.document_id WHERE p.codes && $1::text[] AND p.model = $2 "
-        "AND d.status = 'indexed' AND d.deleted_at IS NULL ORDER BY n DESC, p.id LIMIT $3",
+        f"""
+        SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($5::text[]))) AS n, p.vector
+        FROM passage p
+        JOIN document d ON d.id = p.document_id
+        WHERE {_READABLE} AND p.codes && $5::text[] AND p.model = $6
+        ORDER BY n DESC, p.id
+        LIMIT $7
+        """,
+        *scope.parameters,
         list(wanted),
         model,
         limit,
     )
     return [(id_, n, np.frombuffer(vector, dtype="<f4")) for id_, n, vector in rows]
+
+
+def _array(values: Sequence[Any] | None) -> list[Any] | None:
+    return None if values is None else list(values)

@@ -21,6 +21,7 @@ from pymilvus import AsyncMilvusClient, DataType, MilvusClient, MilvusException
 
 from infra.clock import uuid7
 from infra.errors import Transient
+from services.memory.rights import EVERY, Owners
 
 TIMEOUT_SECONDS = 3.0
 # Creating a collection takes some seconds; loading a large one takes longer.
@@ -61,14 +62,16 @@ class Index:
         self._open: set[str] = set()
         self._opening = asyncio.Lock()
 
-    async def search(self, vector: list[float], tenant_id: str, scope: str, limit: int) -> list[Hit]:
+    async def search(
+        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+    ) -> list[Hit]:
         """The tenant's `limit` nearest rows in `scope`, best first. PostgreSQL may have deleted some of them."""
         name = await self._ready(len(vector))
         async with self._calling(name) as client:
             [found] = await client.search(
                 name,
                 [vector],
-                filter=f"tenant_id == {json.dumps(tenant_id)} and scope == {json.dumps(scope)}",
+                filter=f"tenant_id == {json.dumps(tenant_id)} and scope == {json.dumps(scope)}{_narrowed(owners)}",
                 limit=limit,
                 output_fields=["text_id"],
                 search_params={"metric_type": "COSINE", "params": {"ef": max(SEARCH_EF, limit)}},
@@ -182,6 +185,12 @@ class Index:
             raise Transient(f"Milvus: {error.message}") from error
         except (grpc.RpcError, OSError, TimeoutError) as error:
             raise Transient(f"Milvus: {type(error).__name__}") from error
+
+
+def _narrowed(owners: Owners) -> str:
+    if owners.only is not None:
+        return f" and owner_id in {json.dumps([str(id_) for id_ in owners.only])}"
+    return f" and owner_id not in {json.dumps([str(id_) for id_ in owners.without])}" if owners.without else ""
 
 
 def _owned(tenant_id: str, owner_id: UUID) -> str:

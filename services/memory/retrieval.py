@@ -14,11 +14,12 @@ from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
 from services.memory import documents
-from services.memory.conversations import Conversations, scope
-from services.memory.documents import Found
+from services.memory.conversations import Conversations, session_scope
+from services.memory.documents import Found, Scope
 from services.memory.domain import codes, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Index
+from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters
 from services.memory.usage import record_usage
 
 DEFAULT_LIMIT = 10
@@ -44,6 +45,7 @@ class Query(NamedTuple):
     session_key: str | None = None
     """The session whose conversation is searched."""
     mode: str = HYBRID
+    filters: Filters = NO_FILTERS
 
 
 class Scored(NamedTuple):
@@ -81,8 +83,8 @@ class Retrieval:
         self._index = index
         self._conversations = conversations
 
-    async def search(self, tenant_id: str, query: Query) -> Answer:
-        """Up to `limit` passages (10), best first.
+    async def search(self, caller: Caller, query: Query) -> Answer:
+        """Up to `limit` passages (10) that the caller may read, best first.
 
         dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
         hybrid: both rankings and the one by codes (E04) are fused, because an embedding hardly distinguishes two codes.
@@ -93,6 +95,7 @@ class Retrieval:
         floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
         types = _checked(query, limit, floor)
+        tenant_id, scope = caller.tenant_id, Scope(caller.names, query.filters)
         vector: NDArray[np.float32] | None = None
         near: dict[UUID, Ranked] = {}
         degraded = False
@@ -101,7 +104,7 @@ class Retrieval:
                 vector = await self._vector(tenant_id, query.text)
                 for type_ in types:
                     session_key = query.session_key if type_ == CONVERSATION else None
-                    near |= await self._nearest(tenant_id, vector, session_key, limit, floor)
+                    near |= await self._nearest(tenant_id, vector, session_key, limit, floor, scope)
             except Transient as error:
                 if query.mode == DENSE or DOCUMENT not in types:
                     raise
@@ -110,9 +113,9 @@ class Retrieval:
         worded: dict[UUID, Ranked] = {}
         coded: dict[UUID, Ranked] = {}
         if query.mode != DENSE and DOCUMENT in types:
-            worded = await self._with_words(tenant_id, query.text, vector, query.min_similarity, limit)
+            worded = await self._with_words(tenant_id, query.text, vector, query.min_similarity, limit, scope)
             if vector is not None and (wanted := codes(query.text)):
-                coded = await self._with_codes(tenant_id, vector, wanted, floor)
+                coded = await self._with_codes(tenant_id, vector, wanted, floor, scope)
         by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
         ranked = fuse(by_cosine, list(worded), list(coded))[:limit]
         return Answer([_scored(near.get(id_), worded.get(id_), coded.get(id_)) for id_ in ranked], degraded)
@@ -133,26 +136,40 @@ class Retrieval:
             raise Transient(str(error)) from error
 
     async def _nearest(
-        self, tenant_id: str, vector: NDArray[np.float32], session_key: str | None, limit: int, floor: float
+        self,
+        tenant_id: str,
+        vector: NDArray[np.float32],
+        session_key: str | None,
+        limit: int,
+        floor: float,
+        scope: Scope,
     ) -> dict[UUID, Ranked]:
         """At least the `limit` best hits that PostgreSQL still has, if it has that many."""
-        index_scope = DOCUMENT if session_key is None else scope(session_key)
+        narrowed = EVERY
+        if session_key is None:
+            async with self._database.begin(tenant_id=tenant_id) as tx:
+                narrowed = await documents.owners(tx, scope)
+            if narrowed.only == ():
+                return {}
+        index_scope = DOCUMENT if session_key is None else session_scope(session_key)
         wanted = 2 * limit + 10
         while True:
-            hits = await self._index.search(vector.tolist(), tenant_id, index_scope, wanted)
+            hits = await self._index.search(vector.tolist(), tenant_id, index_scope, wanted, narrowed)
             near = [hit for hit in hits if hit.score >= floor]
-            stored = await self._stored(tenant_id, [hit.id for hit in near], session_key)
+            stored = await self._stored(tenant_id, [hit.id for hit in near], session_key, scope)
             if len(stored) >= limit or len(near) < wanted or wanted == MAX_HITS:
                 return {hit.id: Ranked(stored[hit.id], hit.score) for hit in near if hit.id in stored}
             wanted = min(4 * wanted, MAX_HITS)
 
-    async def _stored(self, tenant_id: str, ids: Sequence[UUID], session_key: str | None) -> Mapping[UUID, Found]:
+    async def _stored(
+        self, tenant_id: str, ids: Sequence[UUID], session_key: str | None, scope: Scope
+    ) -> Mapping[UUID, Found]:
         """The texts that PostgreSQL has for these ids."""
         if not ids:
             return {}
         async with self._database.begin(tenant_id=tenant_id) as tx:
             if session_key is None:
-                return await documents.found(tx, ids)
+                return await documents.found(tx, ids, scope)
             return await self._conversations.found(tx, ids, session_key)
 
     async def _with_words(
@@ -162,11 +179,14 @@ class Retrieval:
         vector: NDArray[np.float32] | None,
         floor: float | None,
         limit: int,
+        scope: Scope,
     ) -> dict[UUID, Ranked]:
         """The passages with the words of the query, best first."""
         async with self._database.begin(tenant_id=tenant_id) as tx:
-            rows = await documents.with_words(tx, ends(text, MAX_QUERY_TOKENS).replace("\0", " "), 2 * limit + 10)
-            stored = await documents.found(tx, [row.id for row in rows])
+            rows = await documents.with_words(
+                tx, ends(text, MAX_QUERY_TOKENS).replace("\0", " "), 2 * limit + 10, scope
+            )
+            stored = await documents.found(tx, [row.id for row in rows], scope)
         hits = {}
         for row in rows:
             cosine = None
@@ -178,12 +198,12 @@ class Retrieval:
         return hits
 
     async def _with_codes(
-        self, tenant_id: str, vector: NDArray[np.float32], wanted: Sequence[str], floor: float
+        self, tenant_id: str, vector: NDArray[np.float32], wanted: Sequence[str], floor: float, scope: Scope
     ) -> dict[UUID, Ranked]:
         """The passages with the most of the codes first; among equals the nearest first."""
         async with self._database.begin(tenant_id=tenant_id) as tx:
-            rows = await documents.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT)
-            stored = await documents.found(tx, [id_ for id_, _, _ in rows])
+            rows = await documents.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT, scope)
+            stored = await documents.found(tx, [id_ for id_, _, _ in rows], scope)
         ranked = sorted(((-count, -_cosine(vector, other), id_) for id_, count, other in rows if id_ in stored))
         return {id_: Ranked(stored[id_], -score) for _, score, id_ in ranked if -score >= floor}
 

@@ -8,6 +8,7 @@ from typing import Any
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
+from services.memory import rights
 from services.memory.adapters import retrieval
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 
@@ -25,7 +26,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
             session_key=request.session_key or None,
             mode=request.mode or HYBRID,
         )
-        answer = await self._retrieval.search(rpc.tenant(), query)
+        answer = await self._retrieval.search(rights.of_agent(rpc.tenant(), request.agent_id), query)
         return memory_pb2.RetrieveReply(passages=[_passage(each) for each in answer.items], degraded=answer.degraded)
 
 

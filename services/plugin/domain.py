@@ -46,6 +46,8 @@ class Call(NamedTuple):
     """The idempotency key: the same for every repeat of the call."""
     seconds: float
     """The time that the call may take."""
+    agent_id: str = ""
+    """The agent that calls."""
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -159,10 +159,15 @@ class Platform:
         return self._channels
 
     def headers(
-        self, tenant_id: str, *, scopes: tuple[str, ...] = SCOPES, actor: str = "api_key:test"
+        self,
+        tenant_id: str,
+        *,
+        scopes: tuple[str, ...] = SCOPES,
+        actor: str = "api_key:test",
+        groups: tuple[str, ...] = (),
     ) -> dict[str, str]:
         """The headers that the gateway adds to a request of this tenant. An empty tenant is the operator."""
-        identity = Identity(actor if tenant_id else "operator", tenant_id, frozenset(scopes))
+        identity = Identity(actor if tenant_id else "operator", tenant_id, frozenset(scopes), groups=frozenset(groups))
         return {IDENTITY_HEADER: self._identities.token(identity)}
 
     def client(self, name: str, tenant_id: str = "", **kwargs: Any) -> httpx.AsyncClient:

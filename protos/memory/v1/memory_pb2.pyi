@@ -28,6 +28,7 @@ class RetrieveRequest(_message.Message):
     TYPES_FIELD_NUMBER: _builtins.int
     SESSION_KEY_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    AGENT_ID_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     limit: _builtins.int
     """0 means ten."""
@@ -37,6 +38,8 @@ class RetrieveRequest(_message.Message):
     """The session to search, if types contains conversation."""
     mode: _builtins.str
     """hybrid, dense, keyword. Empty: hybrid."""
+    agent_id: _builtins.str
+    """The agent that asks. It finds documents for all and documents for this agent. Empty: only documents for all."""
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """document, conversation. Empty: documents."""
@@ -50,10 +53,11 @@ class RetrieveRequest(_message.Message):
         types: _abc.Iterable[_builtins.str] | None = ...,
         session_key: _builtins.str = ...,
         mode: _builtins.str = ...,
+        agent_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "limit", b"limit", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "agent_id", b"agent_id", "limit", b"limit", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
     _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015

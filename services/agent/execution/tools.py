@@ -101,7 +101,10 @@ class Tools:
                 # Also if the tenant has the tool: the agent's definition decides which tools it may use.
                 raise NotFound(f"there is no tool {call.name}")
             request = plugin_pb2.CallRequest(
-                tool=call.name, arguments_json=call.arguments or "{}", idempotency_key=idempotency_key
+                tool=call.name,
+                arguments_json=call.arguments or "{}",
+                idempotency_key=idempotency_key,
+                agent_id=str(self.context.agent_id),
             )
             reply = await self.plugin.Call(request, metadata=self.context.metadata, timeout=TIMEOUT_SECONDS)
             return _result(reply), None

@@ -81,7 +81,9 @@ async def http_fetch(call: Call, backends: Backends) -> Any:
 
 
 async def knowledge_search(call: Call, backends: Backends) -> Any:
-    request = memory_pb2.RetrieveRequest(query=call.arguments["query"], limit=call.arguments.get("limit", 0))
+    request = memory_pb2.RetrieveRequest(
+        query=call.arguments["query"], limit=call.arguments.get("limit", 0), agent_id=call.agent_id
+    )
     reply = await backends.memory.Retrieve(request, timeout=call.seconds, metadata=rpc.tenant_metadata(call.tenant_id))
     return {
         "passages": [

@@ -90,7 +90,7 @@ def test_a_token_is_kept_for_half_its_life_and_not_over_a_jump_of_the_clock(cloc
 
 def test_an_identity_has_its_key_and_one_of_an_older_version_has_none() -> None:
     identities = Identities(SECRET)
-    who = Identity("member:m1", "t1", frozenset(("read",)), "k1")
+    who = Identity("member:m1", "t1", frozenset(("read",)), "k1", frozenset(("sales",)))
     assert identities.verify(identities.token(who)) == who
     claims = {"aud": "clawbus", "sub": "member:m1", "tenant": "t1", "scopes": ["read"], "exp": int(time.time()) + 60}
     older = identities.verify(jwt.encode(claims, SECRET, algorithm="HS256"))

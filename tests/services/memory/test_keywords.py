@@ -14,6 +14,8 @@ from services.memory.domain import Block, chunk, sections
 from tests.services.memory import files
 from tooling.testing.platform import Platform
 
+EVERYONE = documents.Scope(("all",))
+
 
 @pytest.fixture(scope="module")
 async def memory_database(platform: Platform) -> Database:
@@ -33,8 +35,8 @@ async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexe
 
 async def found(database: Database, tenant_id: str, text: str, limit: int = 10) -> list[str]:
     async with database.begin(tenant_id=tenant_id) as tx:
-        rows = await documents.with_words(tx, text, limit)
-        texts = await documents.found(tx, [row.id for row in rows])
+        rows = await documents.with_words(tx, text, limit, EVERYONE)
+        texts = await documents.found(tx, [row.id for row in rows], EVERYONE)
     return [texts[row.id].text for row in rows]
 
 

@@ -36,7 +36,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
 
     async def Retrieve(self, request: Any, context: Any) -> memory_pb2.RetrieveReply:
         source = memory_pb2.Source(document_id="d1", name="handbook.md", section="Returns")
-        text = f"{rpc.tenant()} asked for {request.query}, {request.limit}"
+        text = f"{rpc.tenant()} asked for {request.query}, {request.limit}{request.agent_id}"
         return memory_pb2.RetrieveReply(passages=[memory_pb2.Passage(text=text, score=0.75, source=source)])
 
 
