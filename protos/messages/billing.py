@@ -19,13 +19,21 @@ class UsageRecorded(Message, frozen=True, kw_only=True):
     """The name in the price book, such as ``openai/gpt-4o-mini`` or ``embedding/e5``."""
     quantities: dict[str, Count]
     """Unit → count: ``input_tokens`` (cached ones included), ``cached_tokens``, ``output_tokens`` (reasoning included),
-    ``reasoning_tokens``, ``calls``, ``bytes``. A missing unit was not reported, which is not the same as zero."""
+    ``reasoning_tokens``, ``calls``, ``bytes``, ``messages``, ``documents``, ``storage_byte_hours``, ``run_seconds``.
+    A missing unit was not reported, which is not the same as zero."""
     occurred_at: Timestamp
     estimated: bool = False
     """True if the provider's figure was lost and these counts are our estimate."""
     run_id: UUID | None = None
     hold_id: UUID | None = None
     """The reservation that this record closes."""
+    agent_id: UUID | None = None
+    """The agent that used it. This and the next three are the groups of reports, and the scopes of budgets."""
+    channel_id: UUID | None = None
+    """The channel whose message led to the use."""
+    session_key: str | None = None
+    api_key_id: str | None = None
+    """The API key whose request led to the use."""
 
 
 class QuotaExhausted(Message, frozen=True, kw_only=True):

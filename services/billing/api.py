@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
+import msgspec
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, BaseModel
 from starlette.routing import BaseRoute
 
+from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, RetryLater
-from infra.service.api import Paging, Reader, Viewer, api, page
+from infra.security.audit import audit
+from infra.service.api import Operator, Paging, Reader, Viewer, api, bad_cursor, page
 from infra.service.service import Runtime
-from services.billing import operator_api, prices_api, reports
+from services.billing import accounts, aggregates, operator_api, prices_api, reports
+from services.billing.aggregates import GROUPS, METERS, Meter, Rebuilt, Sum, Window, full_hour
 from services.billing.reconciliation import Reconciliation, reconcile
 from services.billing.reports import Balance, Grouping, Summary, UsageFilter, UsageList, UsageVerdict
 
 Since = Annotated[AwareDatetime | None, Query(description="only usage that occurred at or after this time")]
+From = Annotated[AwareDatetime | None, Query(alias="from", description="with group_by: first hour")]
+To = Annotated[AwareDatetime | None, Query(description="with group_by: the hour after the last one")]
 Until = Annotated[AwareDatetime | None, Query(description="only usage that occurred before this time")]
 
 
+class UsageSums(BaseModel):
+    items: list[Sum]
+    next: str | None
+
+
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
-    return api("billing", runtime, _tenants(runtime), operator_api.router(runtime), prices_api.router(runtime))
+    return api(
+        "billing", runtime, _tenants(runtime), _meters(), operator_api.router(runtime), prices_api.router(runtime)
+    )
 
 
 def _tenants(runtime: Runtime) -> APIRouter:
@@ -47,8 +60,19 @@ def _tenants(runtime: Runtime) -> APIRouter:
         until: Until = None,
         resource: Annotated[str | None, Query()] = None,
         run_id: Annotated[UUID | None, Query()] = None,
-    ) -> UsageList:
-        """Lists usage records with their verdicts, by time of use. A repeated record is listed once."""
+        group_by: Annotated[
+            str | None,
+            Query(description=f"sums in place of records; of {', '.join(GROUPS)}", examples=["meter,model,day"]),
+        ] = None,
+        from_: From = None,
+        to: To = None,
+    ) -> UsageList | UsageSums:
+        """Lists usage records with their verdicts, by time of use. A repeated record is listed once.
+
+        With `group_by` it lists the sums of counted usage from hour `from` until hour `to` (default: this month).
+        """
+        if group_by is not None:
+            return await _sums(runtime, who.tenant_id, paging, group_by, from_, to)
         wanted = UsageFilter(who.tenant_id, since, until, resource, run_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             found = await reports.usage(tx, wanted, after=paging.after_time(str), limit=paging.limit + 1)
@@ -66,6 +90,15 @@ def _tenants(runtime: Runtime) -> APIRouter:
         """Returns sums by resource and unit, and the number of delivered messages by type of channel."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             return await reports.summary(tx, UsageFilter(who.tenant_id, since, until, resource), group)
+
+    @router.post("/usage/rebuild")
+    async def rebuild_usage(tenant_id: Annotated[str, Query()], who: Operator) -> Rebuilt:
+        """Computes the sums of a tenant's usage again from its records, and compares them with the stored ones."""
+        async with runtime.worker.begin(tenant_id=tenant_id) as tx:
+            await accounts.lock_one(tx, tenant_id)
+            found = await aggregates.rebuild(tx, tenant_id)
+            audit(tx, who.actor, "billing.rebuild", "account", tenant_id, equal=str(found.equal))
+        return found
 
     @router.get("/ledger")
     async def get_ledger(who: Reader, paging: Paging) -> dict[str, Any]:
@@ -89,3 +122,37 @@ def _tenants(runtime: Runtime) -> APIRouter:
         return await reconcile(runtime, who.tenant_id or None)
 
     return router
+
+
+def _meters() -> APIRouter:
+    router = APIRouter(prefix="/api/v1/meters", tags=["billing"])
+
+    @router.get("")
+    async def list_meters(who: Viewer, paging: Paging) -> dict[str, Any]:
+        """Lists everything that is measured."""
+        names = [name for name in METERS if paging.after is None or name > paging.after]
+        found = [Meter(name=name, description=METERS[name]) for name in sorted(names)]
+        return page(found[: paging.limit + 1], paging, lambda meter: meter.name)
+
+    return router
+
+
+async def _sums(
+    runtime: Runtime, tenant_id: str, paging: Any, group_by: str, since: datetime | None, until: datetime | None
+) -> UsageSums:
+    groups = aggregates.read_groups(group_by)
+    hour = utcnow().replace(minute=0, second=0, microsecond=0)
+    window = Window(
+        tenant_id,
+        full_hour("from", since or hour.replace(day=1, hour=0)),
+        full_hour("to", until or hour + timedelta(hours=1)),
+    )
+    try:
+        after = msgspec.json.decode(paging.after or "[]", type=list[str])
+    except msgspec.DecodeError:
+        raise bad_cursor() from None
+    if after and len(after) != len(groups):
+        raise bad_cursor()
+    async with runtime.request.begin(tenant_id=tenant_id) as tx:
+        found = await aggregates.sums(tx, window, groups, after=after, limit=paging.limit + 1)
+    return UsageSums(**page(found, paging, lambda item: msgspec.json.encode(list(item.group.values())).decode()))

@@ -23,7 +23,24 @@ PART_OF = {
     "reasoning_tokens": "output_tokens",
 }
 _PARTS = {whole: [part for part in PART_OF if PART_OF[part] == whole] for whole in sorted(set(PART_OF.values()))}
-UNITS = frozenset(("input_tokens", "output_tokens", "calls", "bytes", *PART_OF))
+UNITS = (
+    frozenset(
+        (
+            "input_tokens",
+            "output_tokens",
+            "calls",
+            "bytes",
+            "messages",
+            "documents",
+            "storage_byte_hours",
+            "run_seconds",
+        )
+    )
+    | PART_OF.keys()
+)
+
+# The resource of delivered messages. Billing makes these records itself, from channel.events.
+MESSAGE = "channel/message"
 
 # Values above these limits come from a fault in the producer, not from use. The second is one million currency units.
 MAX_QUANTITY = 10**12
@@ -145,12 +162,16 @@ def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, in
     return amount
 
 
-def provisional(quantities: Mapping[str, int]) -> int:
+def provisional(quantities: Mapping[str, int], currency: str) -> int:
     """Returns the amount to reserve for `quantities` of a resource without a price. It is high on purpose.
 
-    The use will be held for review, and its hold stays open. So the credit ends even if the price is unknown.
+    The use will be held for review, and its hold stays open. So the credit ends even if the price is unknown. In a
+    currency of unknown worth it is the largest amount, so that one such use holds all of the credit.
     """
-    return cost(_UNPRICED, dict.fromkeys(UNITS, 0) | dict(quantities))
+    if currency not in _UNITS_PER_DOLLAR:
+        return MAX_AMOUNT_NANOS
+    nanos = cost(_UNPRICED, dict.fromkeys(UNITS, 0) | dict(quantities)) * _UNITS_PER_DOLLAR[currency]
+    return min(nanos, MAX_AMOUNT_NANOS)
 
 
 def valid_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price | None:
@@ -268,10 +289,18 @@ CreditThreshold = Literal["nearly_spent", "exhausted"]
 """nearly_spent: 90 % of the credit is used. exhausted: no credit is left."""
 
 
+# At least as many units as a dollar is worth. Only provisional amounts depend on it.
+_UNITS_PER_DOLLAR = {
+    **dict.fromkeys(("USD", "EUR", "GBP", "CHF"), 1),
+    **dict.fromkeys(("AUD", "CAD", "NZD", "SGD"), 2),
+    **dict.fromkeys(("BRL", "CNY", "DKK", "HKD", "ILS", "MYR", "PLN", "SAR", "AED"), 10),
+    **dict.fromkeys(("CZK", "INR", "MXN", "NOK", "PHP", "SEK", "THB", "TRY", "TWD", "ZAR"), 150),
+    **dict.fromkeys(("JPY", "KRW"), 3_000),
+}
 _UNPRICED = Price(
     "a resource without a price",
     1,
-    "",
+    "USD",
     datetime.min.replace(tzinfo=UTC),
     {
         "input_tokens": Decimal(200_000),

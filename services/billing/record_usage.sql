@@ -22,9 +22,13 @@ WITH record AS MATERIALIZED (
         string_to_array($11, E'\x1f'),
         string_to_array($12, E'\x1f', '')::bigint[],
         string_to_array($13, E'\x1f', ''),
-        string_to_array($14, E'\x1f')
+        string_to_array($14, E'\x1f'),
+        string_to_array($15, E'\x1f'),
+        string_to_array($16, E'\x1f'),
+        string_to_array($17, E'\x1f'),
+        string_to_array($18, E'\x1f')
     ) AS r(tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id, hold_id, verdict,
-           reason, amount_nanos, price_version, span_id)
+           reason, amount_nanos, price_version, span_id, agent_id, channel_id, session_key, api_key_id)
 ),
 due AS (
     SELECT tenant_id, coalesce(sum(amount_nanos), 0)::bigint AS nanos
@@ -66,9 +70,11 @@ booked AS (
 ),
 stored AS (
     INSERT INTO usage (tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id, hold_id,
-                       verdict, reason, amount_nanos, price_version, span_id, rated_at, arrival)
+                       verdict, reason, amount_nanos, price_version, span_id, agent_id, channel_id, session_key,
+                       api_key_id, rated_at, arrival)
     SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, estimated, run_id, hold_id,
-           verdict, coalesce(reason, ''), amount_nanos, price_version, coalesce(span_id, ''), $15, arrival
+           verdict, coalesce(reason, ''), amount_nanos, price_version, coalesce(span_id, ''), coalesce(agent_id, ''),
+           coalesce(channel_id, ''), coalesce(session_key, ''), coalesce(api_key_id, ''), $19, arrival
     FROM record
     WHERE verdict <> 'duplicate'
     ORDER BY tenant_id, usage_id
@@ -76,7 +82,7 @@ stored AS (
 repeated AS (
     INSERT INTO duplicate (tenant_id, usage_id, message_id, resource, quantities, occurred_at, run_id, reason, rated_at,
                            arrival)
-    SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, run_id, coalesce(reason, ''), $15,
+    SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, run_id, coalesce(reason, ''), $19,
            arrival
     FROM record
     WHERE verdict = 'duplicate'

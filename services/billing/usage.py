@@ -14,7 +14,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient
 from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
-from services.billing import accounts, holds, price_book
+from services.billing import accounts, aggregates, holds, price_book
 from services.billing.accounts import Entry
 from services.billing.domain import Account, UsageContent, Verdict, judge, settle
 
@@ -70,6 +70,10 @@ async def record(
         ["" if verdict.amount_nanos is None else str(verdict.amount_nanos) for verdict in verdicts],
         [verdict.price_version or "" for verdict in verdicts],
         span_ids,
+        ["" if item.agent_id is None else str(item.agent_id) for item in records],
+        ["" if item.channel_id is None else str(item.channel_id) for item in records],
+        [(item.session_key or "").translate(_UNSTORABLE) for item in records],
+        [(item.api_key_id or "").translate(_UNSTORABLE) for item in records],
     )
     try:
         debited = await tx.sql(_RECORD, *map(_SEPARATOR.join, columns), utcnow())
@@ -77,6 +81,12 @@ async def record(
         raise Transient("another transaction recorded one of these usage_ids at the same time") from error
     for tenant_id, currency, credit_nanos, debited_nanos, amount_nanos in debited:
         accounts.notify(tx, tenant_id, currency, Account(credit_nanos, debited_nanos - amount_nanos), amount_nanos)
+    if counted := [
+        (item.tenant_id, item.usage_id)
+        for item, verdict in zip(records, verdicts, strict=True)
+        if verdict.kind == "counted"
+    ]:
+        await aggregates.add(tx, counted)
 
 
 def _column(name: str, values: Sequence[str]) -> str:
@@ -98,6 +108,7 @@ async def _charge(tx: Tx, rated: Sequence[tuple[str, str, UUID | None, Verdict]]
         assert verdict.amount_nanos is not None
         entries.append(Entry(tenant_id, "charge", -verdict.amount_nanos, usage_id, verdict.price_version))
     await accounts.debit(tx, entries)
+    await aggregates.add(tx, [(tenant_id, usage_id) for tenant_id, usage_id, _, _ in counted])
     if named := [(tenant_id, hold_id) for tenant_id, _, hold_id, _ in counted if hold_id is not None]:
         await holds.close(tx, named)
 

@@ -58,6 +58,8 @@ class RunContext:
     """How many messages the run has, as of the last load or commit."""
     last_step: int = 0
     """Number of the last step that was made or taken from the journal in this execution."""
+    channel_id: UUID | None = None
+    """None: the run came by the API."""
 
     @property
     def metadata(self) -> grpc.aio.Metadata:

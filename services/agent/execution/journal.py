@@ -222,6 +222,9 @@ class Journal:
             estimated=estimated,
             run_id=self._context.run_id,
             hold_id=metered.hold_id,
+            agent_id=self._context.agent_id,
+            channel_id=self._context.channel_id,
+            session_key=self._context.session_key,
         )
         write.out.publish(USAGE_RECORDS, record, key=self._context.tenant_id)
         write.used.append(Used(record, metered.usage))

@@ -76,6 +76,7 @@ async def start(
         depth=row.depth,
         state=state,
         messages=messages,
+        channel_id=row.channel_id,
     )
     journal = Journal(context, effects, writer)
     command = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)

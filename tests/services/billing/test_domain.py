@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from protos.messages.billing import UsageRecorded
 from services.billing.domain import (
+    MAX_AMOUNT_NANOS,
     MAX_QUANTITY,
     NO_ACCOUNT,
     Account,
@@ -160,9 +161,11 @@ def test_a_resource_without_cost_may_report_zero() -> None:
 
 def test_the_provisional_amount_of_an_unpriced_resource_is_high() -> None:
     quantities = {"input_tokens": 1000, "output_tokens": 1000}
-    assert provisional(quantities) == 400_000_000
-    assert provisional(quantities) > 500 * cost(CHAT, quantities)
-    assert provisional({"calls": 1}) == 100_000_000
+    assert provisional(quantities, "USD") == 400_000_000
+    assert provisional(quantities, "JPY") == 400_000_000 * 3_000
+    assert provisional(quantities, "XAU") == MAX_AMOUNT_NANOS
+    assert provisional(quantities, "USD") > 500 * cost(CHAT, quantities)
+    assert provisional({"calls": 1}, "USD") == 100_000_000
 
 
 def test_the_version_counts_that_was_valid_when_the_use_occurred() -> None:

@@ -1,0 +1,187 @@
+"""Sums of counted usage by hour, in the table ``usage_bucket``.
+
+A bucket is one meter of one resource, agent, channel and price version in one hour (UTC) of one period. It keeps the
+number of its records, their sum, the range of their arrival numbers and a hash, so it can be compared with its records,
+and rebuilt from them. The meter ``cost_nanos`` is the cost of the records. A reader of buckets never reads records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from infra.errors import InvalidMessage
+from infra.postgres.tx import Tx
+
+METERS = {
+    "input_tokens": "tokens that a model read, cached ones included",
+    "cached_tokens": "the part of input_tokens that the provider had in its cache",
+    "cache_write_tokens": "the part of input_tokens that the provider put into its cache",
+    "output_tokens": "tokens that a model wrote, reasoning included",
+    "reasoning_tokens": "the part of output_tokens that is reasoning",
+    "embedding_tokens": "tokens that were embedded",
+    "calls": "calls of a model",
+    "messages": "messages that channels delivered",
+    "tool_calls": "calls of tools",
+    "documents": "documents that were indexed",
+    "bytes": "bytes that were transferred",
+    "storage_byte_hours": "stored bytes times hours",
+    "run_seconds": "duration of runs in seconds",
+    "cost_nanos": "the price of the usage by the price book, in nano-units of the account's currency",
+}
+# Group → SQL expression over a bucket.
+GROUPS = {
+    "meter": "meter",
+    "model": "resource",
+    "agent": "agent_id",
+    "channel": "channel_id",
+    "price_version": "price_version",
+    "day": "to_char(hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+    "hour": "to_char(hour AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')",
+}
+_KEY = "tenant_id, period, hour, meter, resource, agent_id, channel_id, price_version, late"
+
+
+class Meter(BaseModel):
+    name: str
+    description: str
+
+
+class Sum(BaseModel):
+    """The sum of a meter over one group of buckets."""
+
+    group: dict[str, str]
+    """Group → value. An empty value: the records do not name it."""
+    quantity: int
+    records: int
+    first_arrival: int
+    last_arrival: int
+    hash: str
+    """The digests of the records, combined by exclusive or; 16 hexadecimal digits. It finds faults, not forgery."""
+
+
+class Window(NamedTuple):
+    """The buckets of a tenant from hour `since` (inclusive) until hour `until` (exclusive)."""
+
+    tenant_id: str
+    since: datetime
+    until: datetime
+
+
+async def add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
+    """Adds counted records (tenant, usage_id) to their buckets. The caller has locked the tenants' accounts, so no
+    other transaction changes these buckets."""
+    await tx.sql(
+        f"""
+        INSERT INTO usage_bucket AS b
+        SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
+        FROM unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant_id, usage_id)
+        JOIN measure USING (tenant_id, usage_id)
+        GROUP BY {_KEY}
+        ORDER BY {_KEY}
+        ON CONFLICT ({_KEY}) DO UPDATE
+        SET records = b.records + excluded.records,
+            quantity = b.quantity + excluded.quantity,
+            first_arrival = least(b.first_arrival, excluded.first_arrival),
+            last_arrival = greatest(b.last_arrival, excluded.last_arrival),
+            hash = b.hash # excluded.hash
+        """,
+        "\x1f".join(tenant_id for tenant_id, _ in keys),
+        "\x1f".join(usage_id for _, usage_id in keys),
+    )
+
+
+async def sums(tx: Tx, window: Window, groups: Sequence[str], *, after: Sequence[str], limit: int) -> list[Sum]:
+    """Returns the sums by `groups` after the group `after`, in the order of their groups."""
+    parts = ", ".join(GROUPS[group] for group in groups)
+    rows = await tx.sql(
+        f"""
+        SELECT ARRAY[{parts}], sum(quantity)::text, sum(records)::bigint, min(first_arrival), max(last_arrival),
+               bit_xor(hash)
+        FROM usage_bucket
+        WHERE tenant_id = $1 AND hour >= $2 AND hour < $3
+        GROUP BY {parts}
+        HAVING $4::text[] IS NULL OR ARRAY[{parts}] > $4
+        ORDER BY 1
+        LIMIT $5
+        """,
+        *window,
+        list(after) or None,
+        limit,
+    )
+    return [
+        Sum(
+            group=dict(zip(groups, values, strict=True)),
+            quantity=int(quantity),
+            records=records,
+            first_arrival=first,
+            last_arrival=last,
+            hash=shown(hash_),
+        )
+        for values, quantity, records, first, last, hash_ in rows
+    ]
+
+
+def shown(hash_: int) -> str:
+    """A hash as 16 hexadecimal digits."""
+    return f"{hash_ & (2**64 - 1):016x}"
+
+
+def read_groups(text: str) -> list[str]:
+    """Reads ``meter,model,day``. The meter is always a group, because quantities of two meters cannot be added."""
+    wanted = list(dict.fromkeys(["meter", *text.split(",")]))
+    if unknown := [name for name in wanted if name not in GROUPS]:
+        raise InvalidMessage("group_by", f"{unknown[0]} is not a group; must be one of {', '.join(GROUPS)}")
+    return wanted
+
+
+def full_hour(field: str, moment: datetime) -> datetime:
+    """Returns `moment`. Raises InvalidMessage if it is not a full hour."""
+    if moment.minute or moment.second or moment.microsecond:
+        raise InvalidMessage(field, "must be a full hour, such as 2026-03-01T00:00:00Z; usage is summed by hour")
+    return moment
+
+
+class Rebuilt(BaseModel):
+    """The result of a rebuild. The buckets were replaced only if they were not equal."""
+
+    buckets: int
+    hash_before: str
+    hash_after: str
+    equal: bool
+
+
+async def rebuild(tx: Tx, tenant_id: str) -> Rebuilt:
+    """Computes the tenant's buckets again from its records and replaces them. The caller has locked the account."""
+    before = await _fingerprint(tx, tenant_id)
+    await tx.sql("DELETE FROM usage_bucket WHERE tenant_id = $1", tenant_id)
+    await tx.sql(
+        f"""
+        INSERT INTO usage_bucket
+        SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
+        FROM measure
+        WHERE tenant_id = $1
+        GROUP BY {_KEY}
+        """,
+        tenant_id,
+    )
+    after = await _fingerprint(tx, tenant_id)
+    return Rebuilt(buckets=after[0], hash_before=before[1], hash_after=after[1], equal=before == after)
+
+
+async def _fingerprint(tx: Tx, tenant_id: str) -> tuple[int, str]:
+    """Returns the number of the tenant's buckets and a hash over all their columns."""
+    rows: Any = await tx.sql(
+        """
+        SELECT count(*), encode(sha256(convert_to(coalesce(string_agg(b::text, E'\\n' ORDER BY b::text), ''), 'UTF8')),
+                                'hex')
+        FROM usage_bucket AS b
+        WHERE tenant_id = $1
+        """,
+        tenant_id,
+    )
+    [(count, digest)] = rows
+    return count, digest

@@ -1,0 +1,156 @@
+"""Sums of usage by hour: equal to the records, page by page, and rebuilt to the same hash."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+
+from infra.clock import utcnow, uuid7
+from protos.catalog import CHANNEL_EVENTS, USAGE_RECORDS
+from protos.messages.billing import UsageRecorded
+from protos.messages.channel import MessageDelivered
+from tests.services.billing.conftest import Billing, Tenant
+
+YESTERDAY = (utcnow() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+async def use(tenant: Tenant, usage_id: str, agent_id: UUID, at: datetime, **quantities: int) -> None:
+    record = UsageRecorded(
+        tenant_id=tenant.id,
+        usage_id=usage_id,
+        resource="openai/gpt-4o-mini",
+        quantities=quantities,
+        occurred_at=at,
+        agent_id=agent_id,
+        session_key="s",
+    )
+    await tenant.platform.produce(USAGE_RECORDS, record, key=tenant.id)
+
+
+async def window(tenant: Tenant, group_by: str, **params: str) -> list[dict[str, object]]:
+    times = {"from": YESTERDAY.isoformat(), "to": (YESTERDAY + timedelta(days=2)).isoformat()}
+    found: list[dict[str, object]] = []
+    more: dict[str, object] = {"group_by": group_by, **times, **params}
+    while True:
+        page = await tenant.get("usage", **more)
+        found += page["items"]
+        if page["next"] is None:
+            return found
+        more["cursor"] = page["next"]
+
+
+async def test_sums_equal_the_records_in_every_group_and_on_every_page(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    rng = random.Random(7)
+    agents = [uuid7(), uuid7()]
+    expected: dict[tuple[str, str], list[int]] = {}
+    for n in range(60):
+        at = YESTERDAY + timedelta(minutes=rng.randrange(2 * 24 * 60 - 1))
+        at = min(at, utcnow())
+        agent, tokens = rng.choice(agents), rng.randrange(1, 1000)
+        for _ in range(1 + n % 2):
+            await use(tenant, f"r/{n}", agent, at, input_tokens=tokens, output_tokens=3)
+        for meter, count in (("input_tokens", tokens), ("output_tokens", 3), ("cost_nanos", tokens * 150 + 3 * 600)):
+            sums = expected.setdefault((meter, str(agent)), [0, 0])
+            sums[0] += count
+            sums[1] += 1
+    for n in range(60):
+        await tenant.verdict(f"r/{n}")
+
+    found = await window(tenant, "agent", limit="1")
+    groups = {(i["group"]["meter"], i["group"]["agent"]): [i["quantity"], i["records"]] for i in found}  # type: ignore[index]
+    assert groups == expected
+    by_day = await window(tenant, "meter,day")
+    assert sum(int(str(item["records"])) for item in by_day) == 180
+    whole = await window(tenant, "meter")
+    assert len({item["hash"] for item in whole}) == 1, "each record is in all three meters"
+    assert [item["group"] for item in whole] == [
+        {"meter": "cost_nanos"},
+        {"meter": "input_tokens"},
+        {"meter": "output_tokens"},
+    ]
+
+
+async def test_buckets_are_rebuilt_to_the_same_hash_and_a_wrong_one_is_found(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    for n in range(5):
+        await use(tenant, f"r/{n}", uuid7(), utcnow(), input_tokens=n, output_tokens=1)
+    for n in range(5):
+        await tenant.verdict(f"r/{n}")
+
+    async def rebuild() -> dict[str, object]:
+        answer = await billing.operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, object] = answer.json()
+        return found
+
+    sound = await rebuild()
+    assert sound["equal"]
+    assert sound["hash_before"] == sound["hash_after"]
+    await tenant.sql("UPDATE usage_bucket SET quantity = quantity + 1 WHERE tenant_id = $1", tenant.id)
+    broken = await rebuild()
+    assert not broken["equal"]
+    assert broken["hash_after"] == sound["hash_after"]
+    assert (await rebuild())["equal"]
+
+
+async def test_a_record_that_waited_for_review_is_summed_once_it_is_counted(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    await use(tenant, "held", uuid7(), utcnow(), input_tokens=10)
+    await tenant.verdict("held")
+    assert await window(tenant, "meter", to=(utcnow() + timedelta(days=1)).strftime("%Y-%m-%dT%H:00:00Z")) == []
+    body = {"tenant_id": tenant.id, "quantities": {"output_tokens": 2}}
+    await billing.operator.post("/api/v1/billing/held/held/resolve", json=body)
+    found = await window(tenant, "meter")
+    assert {item["group"]["meter"]: item["quantity"] for item in found} == {  # type: ignore[index]
+        "cost_nanos": 2700,
+        "input_tokens": 10,
+        "output_tokens": 2,
+    }
+
+
+async def test_a_delivered_message_is_metered_once(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    event = MessageDelivered(
+        delivery_id=uuid7(), channel_id=uuid7(), session_key="s", run_id=uuid7(), vendor_message_id=None
+    )
+    for _ in range(2):
+        await billing.platform.produce(CHANNEL_EVENTS, event, key="s", tenant_id=tenant.id)
+
+    async def duplicate() -> bool:
+        answer = await tenant.http.get(f"/api/v1/billing/verdicts/message/{event.delivery_id}")
+        return answer.status_code == 200 and bool(answer.json()["duplicates"])
+
+    await tenant.platform.until(duplicate)
+    found = await window(tenant, "channel")
+    assert {(i["group"]["meter"], i["group"]["channel"], i["quantity"]) for i in found} == {  # type: ignore[index]
+        ("messages", str(event.channel_id), 1),
+        ("cost_nanos", str(event.channel_id), 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"group_by": "colour"}, "group_by"),
+        ({"group_by": "day", "from": "2026-01-01T00:30:00Z"}, "from"),
+        ({"group_by": "day", "cursor": "WyJ4Il0="}, "cursor"),
+    ],
+)
+async def test_a_wrong_query_is_refused_with_its_field(billing: Billing, params: dict[str, str], field: str) -> None:
+    tenant = await billing.tenant()
+    answer = await tenant.http.get("/api/v1/billing/usage", params=params)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == field
+
+
+async def test_meters_are_listed_and_another_tenants_sums_are_not(billing: Billing) -> None:
+    ours, theirs = await billing.tenant(), await billing.tenant()
+    await use(theirs, "x", uuid7(), datetime.now(UTC), input_tokens=1, output_tokens=1)
+    await theirs.verdict("x")
+    assert await window(ours, "meter") == []
+    names = [item["name"] for item in (await ours.http.get("/api/v1/meters")).json()["items"]]
+    assert {"input_tokens", "messages", "tool_calls", "storage_byte_hours"} <= set(names)
