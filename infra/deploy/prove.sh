@@ -19,7 +19,7 @@ base=localhost/clawbus-base
 image=localhost/clawbus:proof
 name=clawbus-proof-$$
 work=$(mktemp -d)
-trap 'podman rm --force --volumes $name >/dev/null 2>&1 || true; rm -rf "$work"' EXIT
+trap 'podman rm --force --volumes $name >/dev/null 2>&1 || true; podman volume rm $name-own $name-public >/dev/null 2>&1 || true; rm -rf "$work"' EXIT
 # In a sandbox, podman may not raise resource limits.
 printf '[containers]\ndefault_ulimits = []\n' >"$work/containers.conf"
 export CONTAINERS_CONF="$work/containers.conf"
@@ -46,6 +46,9 @@ podman run --rm --network none $image sh -c 'test ! -s /etc/pip.conf' || fail 't
 podman run --rm --network none --read-only --volume /gateway $image sh -c ': >/gateway/nginx.conf' ||
     fail "the user cannot write to a new volume for the gateway's configuration"
 
+podman run --rm --network none --read-only --volume $name-own:/keys/user --volume $name-public:/keys/public $image \
+    python -c 'from pathlib import Path; from tooling.stack.keys import make_keys; make_keys(Path("/keys"), ["user"])' ||
+    fail 'the user cannot make its keys in new volumes'
 say 'starting the user service, without any store'
 secret() { head -c 32 /dev/urandom | base64 -w 0; }
 podman run --detach --name $name --network none --init --read-only --tmpfs /tmp --cap-drop ALL \
@@ -54,7 +57,9 @@ podman run --detach --name $name --network none --init --read-only --tmpfs /tmp 
     --env CLAW_REQUEST_DATABASE_URL=postgresql://user_request@postgres/claw \
     --env CLAW_KAFKA_BOOTSTRAP_SERVERS=kafka:9092 --env CLAW_RABBITMQ_URL=amqp://rabbitmq \
     --env CLAW_REDIS_URL=redis://redis --env CLAW_HTTP_PORT=8001 --env CLAW_GRPC_PORT=9001 \
-    --env CLAW_INTERNAL_SECRET="$(secret)" --env CLAW_MASTER_KEY="$(secret)" --env CLAW_ADMIN_TOKEN="$(secret)" \
+    --volume $name-own:/keys/user --volume $name-public:/keys/public \
+    --env CLAW_PRIVATE_KEY_FILE=/keys/user/private.pem --env CLAW_PUBLIC_KEYS_FILE=/keys/public/keys.json \
+    --env CLAW_MASTER_KEY="$(secret)" --env CLAW_ADMIN_TOKEN="$(secret)" \
     $image python -m services.user >/dev/null
 ask='import urllib.request as u; print(u.urlopen("http://127.0.0.1:8001/healthz", timeout=4).read().decode())'
 tries=0

@@ -1,79 +1,63 @@
-"""Short-lived signed tokens (JWT, HS256, RFC 7519) that tell who calls.
+"""Short-lived signed tokens that tell who calls.
 
-`Callers`: the service that calls another one by gRPC. `Identities`: the client for which the gateway forwards a
-request; the user service makes these tokens, and every service verifies them by itself.
+`Callers`: the service that calls another one by gRPC, and the tenant for which it calls. `Identities`: the client of an
+HTTP request. The user service makes the tokens of clients, each for one service. Another service may act for a client
+only on the routes that `protos.calls` lists.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Generic, TypeVar
 
-import jwt
+from infra.errors import Forbidden, Unauthenticated
+from infra.security.keys import LIFETIME_SECONDS, Keyring
+from protos.calls import ROUTES, Route
 
-from infra.errors import Unauthenticated
+T = TypeVar("T")
 
-LIFETIME_SECONDS = 60
-LEEWAY_SECONDS = 5
-"""The largest difference between the clocks of two machines."""
+_KEPT = 10_000
+"""The most tokens that are kept; each has about 500 bytes. A token that is not kept is made or verified again."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The other side of a gRPC call."""
+
+    service: str
+    tenant_id: str
+    """The tenant for which it calls; empty if it calls for the operator of the platform."""
 
 
 class Callers:
-    """Makes this service's tokens and verifies those of others. `secret` is the same in all services."""
+    """Makes this service's tokens for gRPC calls, and verifies those of its callers."""
 
-    def __init__(self, secret: str, service: str) -> None:
-        self._secret = secret
-        self._service = service
-        self._tokens: dict[str, tuple[float, str]] = {}
-        self._verified: dict[str, tuple[float, str]] = {}
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._made = _Made()
+        self._verified: _Verified[Caller] = _Verified(keyring)
 
-    def token(self, for_: str) -> str:
+    def token(self, for_: str, tenant_id: str = "") -> str:
         """A token for calls to the service `for_`, replaced after half of its minute."""
-        now = time.time()
-        made, token = self._tokens.get(for_, (0.0, ""))
-        # The lower bound replaces a token from the future after the clock was set back.
-        if not 0 <= now - made < LIFETIME_SECONDS / 2:
-            claims = {"iss": self._service, "aud": for_, "iat": int(now), "exp": int(now) + LIFETIME_SECONDS}
-            token = jwt.encode(claims, self._secret, algorithm="HS256")
-            self._tokens[for_] = (now, token)
-        return token
+        return self._made.get((for_, tenant_id), lambda: self._keyring.sign(for_, tenant=tenant_id))
 
-    def verify(self, token: str) -> str:
-        """The name of the calling service. Raises Unauthenticated with the token's fault."""
-        now = time.time()
-        expires, caller = self._verified.get(token, (0.0, ""))
-        if expires > now:
-            return caller
-        try:
-            claims: dict[str, Any] = jwt.decode(
-                token,
-                self._secret,
-                algorithms=["HS256"],
-                audience=self._service,
-                leeway=LEEWAY_SECONDS,
-                options={"require": ["iss", "aud", "iat", "exp"]},
-            )
-        except jwt.ExpiredSignatureError as error:
-            raise Unauthenticated("caller token: expired; check that the clocks of both machines agree") from error
-        except jwt.InvalidAudienceError as error:
-            raise Unauthenticated(f"caller token: made for another service than {self._service}") from error
-        except jwt.InvalidSignatureError as error:
-            reason = "caller token: bad signature; CLAW_INTERNAL_SECRET must be the same in both services"
-            raise Unauthenticated(reason) from error
-        except jwt.InvalidTokenError as error:
-            raise Unauthenticated(f"caller token: {error}") from error
-        if len(self._verified) >= 100:
-            # A caller makes two tokens a minute; expired ones must not accumulate.
-            self._verified.clear()
-        self._verified[token] = float(claims["exp"]), str(claims["iss"])
-        return str(claims["iss"])
+    def verify(self, token: str) -> Caller:
+        """The calling service and its tenant. Raises Unauthenticated with the token's fault."""
+        return self._verified.get(token, self._caller)
+
+    def _caller(self, token: str) -> tuple[float, Caller]:
+        claims = self._keyring.verify(token, self._keyring.service)
+        return claims["exp"], Caller(claims["iss"], _text(claims.get("tenant", ""), "tenant"))
 
 
 SCOPES = ("read", "run", "write", "admin")
 """The rights of a client. run: talk to agents; write: set things up; admin: keys and members."""
 IDENTITY_HEADER = "x-claw-identity"
-_CLIENTS = "clawbus"
+_ISSUER = "user"
 
 
 @dataclass(frozen=True)
@@ -92,50 +76,107 @@ class Identity:
 
 
 class Identities:
-    """Makes and verifies identity tokens. `secret` is the same in all services."""
+    """Makes and verifies the tokens of clients."""
 
-    def __init__(self, secret: str) -> None:
-        self._secret = secret
-        self._verified: dict[str, tuple[float, Identity]] = {}
+    def __init__(self, keyring: Keyring, routes: Sequence[Route] = ROUTES) -> None:
+        self._keyring = keyring
+        self._routes = routes
+        self._made = _Made()
+        self._verified: _Verified[tuple[str, Identity]] = _Verified(keyring)
 
-    def token(self, identity: Identity) -> str:
-        now = int(time.time())
-        claims = {
-            "aud": _CLIENTS,
-            "sub": identity.actor,
-            "tenant": identity.tenant_id,
-            "scopes": sorted(identity.scopes),
-            "key": identity.key_id,
-            "groups": sorted(identity.groups),
-            "iat": now,
-            "exp": now + LIFETIME_SECONDS,
-        }
-        return jwt.encode(claims, self._secret, algorithm="HS256")
+    def token(self, identity: Identity, service: str) -> str:
+        """A token for requests of this client to `service`. Others accept it only from the user service."""
+        return self._signed(identity, service, scopes=sorted(identity.scopes))
 
-    def verify(self, token: str) -> Identity:
-        """The client that the token names. Raises Unauthenticated for a bad signature or an expired token."""
-        expires, identity = self._verified.get(token, (0.0, None))
-        if identity and expires > time.time():
+    def on_behalf(self, identity: Identity, service: str) -> str:
+        """A token of this service for requests to `service` in the name of a client."""
+        return self._made.get((service, identity), lambda: self._signed(identity, service))
+
+    def verify(self, token: str, method: str, path: str) -> Identity:
+        """The client that the token of a request names.
+
+        Raises Unauthenticated for a bad token, and Forbidden if a service acts for a client on a route that it may not
+        use. A service that acts for a client has the scope of the route and no other.
+        """
+        service, identity = self._verified.get(token, self._identity)
+        if service == _ISSUER:
             return identity
-        try:
-            claims: dict[str, Any] = jwt.decode(
-                token,
-                self._secret,
-                algorithms=["HS256"],
-                audience=_CLIENTS,
-                leeway=LEEWAY_SECONDS,
-                options={"require": ["sub", "aud", "exp"]},
-            )
-        except jwt.InvalidTokenError as error:
-            raise Unauthenticated(f"identity: {error}") from error
-        identity = Identity(
-            claims["sub"],
-            claims["tenant"],
-            frozenset(claims["scopes"]),
-            claims.get("key", ""),
-            frozenset(claims.get("groups", ())),
+        if not identity.tenant_id:
+            raise Forbidden(f"{service}: must not act for the operator")
+        for route in self._routes:
+            if (route.caller, route.callee, route.method) == (service, self._keyring.service, method) and _pattern(
+                route.path
+            ).fullmatch(path):
+                return replace(identity, scopes=frozenset((route.scope,)))
+        raise Forbidden(f"{service}: must not act for a client at {method} {path}")
+
+    def _signed(self, identity: Identity, service: str, **more: object) -> str:
+        return self._keyring.sign(
+            f"{service}/http",
+            sub=identity.actor,
+            tenant=identity.tenant_id,
+            key=identity.key_id,
+            groups=sorted(identity.groups),
+            **more,
         )
-        if len(self._verified) >= 1000:
-            self._verified.clear()
-        self._verified[token] = float(claims["exp"]), identity
-        return identity
+
+    def _identity(self, token: str) -> tuple[float, tuple[str, Identity]]:
+        claims = self._keyring.verify(token, f"{self._keyring.service}/http")
+        actor, tenant_id, key_id = (_text(claims.get(name), name) for name in ("sub", "tenant", "key"))
+        scopes, groups = (frozenset(claims.get(name, ())) for name in ("scopes", "groups"))
+        identity = Identity(actor, tenant_id, scopes, key_id, groups)
+        return claims["exp"], (claims["iss"], identity)
+
+
+def _text(value: object, claim: str) -> str:
+    if not isinstance(value, str):
+        raise Unauthenticated(f"token: the claim {claim} is missing")
+    return value
+
+
+@lru_cache(maxsize=256)
+def _pattern(template: str) -> re.Pattern[str]:
+    """The paths of a route: ``{name}`` is one segment, ``{name:path}`` one or more."""
+    literal = re.split(r"(\{\w+(?::path)?\})", template)
+    return re.compile(
+        "".join(
+            re.escape(part) if n % 2 == 0 else ".+" if part.endswith(":path}") else "[^/]+"
+            for n, part in enumerate(literal)
+        )
+    )
+
+
+class _Made:
+    """Tokens that this service has made, for half of their life."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[object, tuple[float, str]] = {}
+
+    def get(self, key: object, make: Callable[[], str]) -> str:
+        now = time.time()
+        made, token = self._tokens.get(key, (0.0, ""))
+        # The lower bound replaces a token from the future after the clock was set back.
+        if not 0 <= now - made < LIFETIME_SECONDS / 2:
+            if len(self._tokens) >= _KEPT:
+                self._tokens.clear()
+            self._tokens[key] = now, (token := make())
+        return token
+
+
+class _Verified(Generic[T]):
+    """Tokens that were verified, until they expire or the public keys change."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._version = keyring.version
+        self._tokens: dict[str, tuple[float, T]] = {}
+
+    def get(self, token: str, verify: Callable[[str], tuple[float, T]]) -> T:
+        self._keyring.look()
+        if self._version != self._keyring.version or len(self._tokens) >= _KEPT:
+            self._version = self._keyring.version
+            self._tokens.clear()
+        known = self._tokens.get(token)
+        if known is None or known[0] <= time.time():
+            known = self._tokens[token] = verify(token)
+        return known[1]

@@ -116,7 +116,7 @@ def identity(connection: HTTPConnection, identities: Identities) -> Identity:
     token = connection.headers.get(IDENTITY_HEADER)
     if not token:
         raise Unauthenticated("identity: missing; requests must come through the gateway")
-    return identities.verify(token)
+    return identities.verify(token, connection.scope.get("method", "GET"), connection.scope["path"])
 
 
 def of_a_tenant(identity: Identity) -> Identity:

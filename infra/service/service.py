@@ -36,6 +36,7 @@ from infra.postgres.event_store import Aggregate
 from infra.postgres.tx import Database
 from infra.security.auth import Callers, Identities
 from infra.security.crypto import Cipher
+from infra.security.keys import Keyring
 from infra.service import operations
 from infra.service.maintenance import Maintenance
 from infra.service.redrive import Drainer
@@ -167,7 +168,8 @@ class Service:
         stack.push_async_callback(engine.dispose)
         request_engine = db.create_engine(settings.request_database_url.get_secret_value(), name=self.name)
         stack.push_async_callback(request_engine.dispose)
-        callers = Callers(settings.internal_secret.get_secret_value(), self.name)
+        keyring = Keyring(self.name, settings.private_key_file, settings.public_keys_file)
+        callers = Callers(keyring)
         channels = rpc.Channels(callers)
         stack.push_async_callback(channels.close)
         cache = Redis.from_url(settings.redis_url.get_secret_value())
@@ -180,7 +182,7 @@ class Service:
             request=Database(request_engine, self.name, tenanted=True),
             metrics=metrics,
             channels=channels,
-            identities=Identities(settings.internal_secret.get_secret_value()),
+            identities=Identities(keyring),
             cipher=Cipher(settings.master_key.get_secret_value()),
             cache=cache,
             outgoing=outgoing,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from infra.errors import describe
 from infra.security.crypto import read_key
+from infra.security.keys import read_private, read_public
 
 
 class SettingsError(Exception):
@@ -30,6 +34,17 @@ def _url(*schemes: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _readable(read: Callable[[Path], object]) -> Callable[[Path], Path]:
+    def check(path: Path) -> Path:
+        try:
+            read(path)
+        except OSError as error:
+            raise ValueError(describe(error)) from None
+        return path
+
+    return check
 
 
 def _key(value: SecretStr) -> SecretStr:
@@ -64,8 +79,10 @@ class Settings(BaseSettings):
     http_port: int = Field(ge=0, le=65535)
     """0 takes a free port."""
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
-    internal_secret: SecretStr = Field(min_length=32)
-    """Signs the caller's identity between services; the same in all services."""
+    private_key_file: Annotated[Path, AfterValidator(_readable(read_private))]
+    """The Ed25519 key (PEM) with which this service signs its tokens; only this service may read it."""
+    public_keys_file: Annotated[Path, AfterValidator(_readable(read_public))]
+    """The public keys of all services, a JWK set."""
     master_key: Annotated[SecretStr, AfterValidator(_key)]
     """Base64 of 32 bytes. Sealed values are sealed under this key."""
     allow_private_targets: bool = False

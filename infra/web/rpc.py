@@ -1,14 +1,15 @@
 """Calls between services: gRPC with deadlines, retries of safe methods, traces, and the caller's identity.
 
-A call carries its deadline, the trace context and a token that names the calling service. A server refuses a call
-without deadline or token. Errors of `infra.errors` cross the wire: the caller gets the error that the servicer raised.
+A call carries its deadline, the trace context and a token that names the calling service and the tenant for which it
+calls. A server refuses a call without deadline or token, and one that `protos.calls` does not list. Errors of
+`infra.errors` cross the wire: the caller gets the error that the servicer raised.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -34,7 +35,8 @@ from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient
-from infra.security.auth import Callers
+from infra.security.auth import Caller, Callers
+from protos.calls import METHODS, Call
 
 Code = grpc.StatusCode
 
@@ -62,31 +64,30 @@ _FAULTS = frozenset((Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.U
 # Both sides ping quiet connections, so that a lost peer is noticed within a minute.
 _KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
-_caller: ContextVar[str] = ContextVar("caller")
+_caller: ContextVar[Caller] = ContextVar("caller")
 # The deadline of the call being served, on the monotonic clock.
 _deadline: ContextVar[float] = ContextVar("deadline")
-_tenant: ContextVar[str] = ContextVar("tenant")
 
 
 def caller() -> str:
     """The service whose call is being served. Raises LookupError outside a call."""
-    return _caller.get()
+    return _caller.get().service
 
 
 def tenant() -> str:
     """The tenant of the call being served. Raises InvalidMessage if the caller does not name one."""
-    if not (tenant_id := _tenant.get("")):
-        raise InvalidMessage(f"metadata {_TENANT}", "missing")
+    if not (tenant_id := tenant_if_any()):
+        raise InvalidMessage("tenant", "missing in the caller's token")
     return tenant_id
 
 
 def tenant_if_any() -> str | None:
     """The tenant of the call being served; None if the call is for the platform."""
-    return _tenant.get("") or None
+    return _caller.get().tenant_id or None
 
 
 def tenant_metadata(tenant_id: str) -> grpc.aio.Metadata:
-    """The ``metadata`` argument of a call for a tenant."""
+    """The ``metadata`` argument of a call for a tenant. `Channels` put the tenant into the token, not on the wire."""
     return grpc.aio.Metadata((_TENANT, tenant_id))
 
 
@@ -96,11 +97,11 @@ class Server:
     A servicer's streamed answer is an async generator.
     """
 
-    def __init__(self, service: str, callers: Callers, metrics: Metrics) -> None:
+    def __init__(self, service: str, callers: Callers, metrics: Metrics, methods: Mapping[str, Call] = METHODS) -> None:
         self._service = service
         self._health = health.aio.HealthServicer()
         self.grpc: grpc.aio.Server = grpc.aio.server(
-            interceptors=[_Incoming(service, callers, metrics)],
+            interceptors=[_Incoming(service, callers, metrics, methods)],
             options=[
                 *_KEEPALIVE,
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -130,10 +131,11 @@ class Server:
 class _Incoming(grpc.aio.ServerInterceptor):
     """Around every call: deadline, caller, span, metrics, and errors as status codes."""
 
-    def __init__(self, service: str, callers: Callers, metrics: Metrics) -> None:
+    def __init__(self, service: str, callers: Callers, metrics: Metrics, methods: Mapping[str, Call]) -> None:
         self._service = service
         self._callers = callers
         self._metrics = metrics
+        self._methods = methods
         self._handlers: dict[str, Any] = {}
         self._log = get_logger("infra.web.rpc")
 
@@ -182,14 +184,12 @@ class _Incoming(grpc.aio.ServerInterceptor):
             parent = telemetry.extract(headers)
             with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=_attributes(method)) as span:
                 try:
-                    tokens = _deadline.set(self._deadline(context)), _caller.set(self._caller(headers))
-                    tenant_token = _tenant.set(headers.get(_TENANT, ""))
+                    tokens = _deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers))
                     try:
                         yield
                     finally:
                         _deadline.reset(tokens[0])
                         _caller.reset(tokens[1])
-                        _tenant.reset(tenant_token)
                     code = context.code() or Code.OK
                 except grpc.aio.AbortError:
                     code = context.code()
@@ -209,11 +209,17 @@ class _Incoming(grpc.aio.ServerInterceptor):
             raise InvalidMessage("deadline", "missing; set the call's timeout, or it could wait without a limit")
         return time.monotonic() + remaining
 
-    def _caller(self, headers: dict[str, str]) -> str:
+    def _caller(self, method: str, headers: dict[str, str]) -> Caller:
         scheme, _, token = headers.get(_TOKEN, "").partition(" ")
         if scheme.lower() != "bearer":
-            raise Unauthenticated("caller token: missing")
-        return self._callers.verify(token)
+            raise Unauthenticated("token: missing")
+        caller = self._callers.verify(token)
+        call = self._methods.get(method)
+        if call is None or caller.service not in call.callers:
+            raise Forbidden(f"{caller.service} must not call {method}: see ./claw map")
+        if call.behalf == ("operator" if caller.tenant_id else "tenant"):
+            raise Forbidden(f"{method} must be called for {'the' if caller.tenant_id else 'a'} {call.behalf}")
+        return caller
 
     def _failure(self, error: Exception, span: Span, context: Any) -> tuple[grpc.StatusCode, str]:
         if isinstance(error, InvalidMessage):
@@ -297,11 +303,9 @@ class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):
         with telemetry.span(
             method, SpanKind.CLIENT, attributes=_attributes(method) | {"server.address": self._target}
         ) as span:
-            metadata = grpc.aio.Metadata(
-                *(details.metadata or ()),
-                *telemetry.carrier().items(),
-                (_TOKEN, f"Bearer {self._callers.token(self._service)}"),
-            )
+            given = dict(details.metadata or ())
+            token = self._callers.token(self._service, given.pop(_TENANT, ""))
+            metadata = grpc.aio.Metadata(*given.items(), *telemetry.carrier().items(), (_TOKEN, f"Bearer {token}"))
             call = await continuation(details._replace(timeout=timeout, metadata=metadata), request)
             try:
                 await call

@@ -27,8 +27,7 @@ class Agents:
         If the agent service does not answer, any id is accepted: a message to a missing agent is refused later, and
         its run says why.
         """
-        scope = Identity(who.actor, who.tenant_id, frozenset(("read",)))
-        headers = {IDENTITY_HEADER: self._identities.token(scope), **telemetry.carrier()}
+        headers = {IDENTITY_HEADER: self._identities.on_behalf(who, "agent"), **telemetry.carrier()}
         try:
             async with httpx.AsyncClient(base_url=self._url, trust_env=False, timeout=TIMEOUT_SECONDS) as http:
                 answer = await http.get(f"/api/v1/agents/{agent_id}", headers=headers)

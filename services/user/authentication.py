@@ -9,13 +9,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from infra.errors import Unauthenticated
+from infra.errors import InvalidMessage, Unauthenticated
 from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.service.service import Runtime
+from protos.catalog import SERVICES
 from services.user import domain
 
 # With the operator's token, this header names the tenant for which the operator acts.
 TENANT_HEADER = "x-claw-tenant"
+# The service that will get the request. Others refuse the token.
+SERVICE_HEADER = "x-claw-service"
 _OPERATOR = Identity("operator", "", domain.EVERYTHING)
 
 
@@ -23,7 +26,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     admin_token_hash = domain.key_hash(runtime.settings.admin_token.get_secret_value())
 
     async def authenticate(request: Request) -> Response:
-        """200 with the identity's token as a header, or a problem 401. Only the gateway can reach this route.
+        """200 with the identity's token for one service as a header, or a problem 401. Only the gateway can reach this.
 
         There is no cache here: the gateway caches the answer for two seconds, and a second cache would double the
         time in which a revoked key still works.
@@ -37,7 +40,9 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             identity = await _operator(runtime, request.headers.get(TENANT_HEADER, ""))
         else:
             identity = await _key_holder(runtime, hashed)
-        return Response(headers={IDENTITY_HEADER: runtime.identities.token(identity)})
+        if (service := request.headers.get(SERVICE_HEADER)) not in SERVICES:
+            raise InvalidMessage(SERVICE_HEADER, "must be the name of a service")
+        return Response(headers={IDENTITY_HEADER: runtime.identities.token(identity, service)})
 
     return [Route("/internal/auth", authenticate)]
 

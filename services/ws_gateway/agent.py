@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from itertools import chain, repeat
 from urllib.parse import quote
 from uuid import UUID
@@ -78,7 +77,7 @@ class Agent:
         Transient."""
         async with self._reading:
             answer = await self.ask(
-                who, "read", "GET", f"/internal/runs/{run_id}/events?after={after}", "/internal/runs/{run_id}/events"
+                who, "GET", f"/internal/runs/{run_id}/events?after={after}", "/internal/runs/{run_id}/events"
             )
         if answer.status_code == 404:
             raise NotFound(f"run {run_id}: does not exist")
@@ -89,7 +88,6 @@ class Agent:
     async def ask(
         self,
         who: Identity,
-        scope: str,
         method: str,
         path: str,
         template: str,
@@ -97,16 +95,16 @@ class Agent:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        """The agent's answer to a request with this scope. `template` is the path's template for traces. Raises
-        Transient."""
-        # A new token: the client's own token lasts one minute, and its stream may last longer. The scope is narrowed
-        # to the call: a client that may start a run may also read its events.
-        token = self._identities.token(replace(who, scopes=frozenset((scope,))))
+        """The agent's answer to a request in the client's name. `protos.calls` gives the scope of each request.
+        `template` is the path's template for traces. Raises Transient."""
+        # Not the client's own token: it is for this service only and lasts one minute, and a stream may last longer.
+        token = self._identities.on_behalf(who, "agent")
         return await self._ask(method, path, template, {**(headers or {}), IDENTITY_HEADER: token}, body)
 
-    async def post_message(self, path: str, headers: Mapping[str, str], body: bytes) -> httpx.Response:
+    async def post_message(self, who: Identity, path: str, headers: Mapping[str, str], body: bytes) -> httpx.Response:
         """Forwards a posted message unchanged. Raises Transient."""
-        return await self._ask("POST", path, "/api/v1/agents/{agent_id}/sessions/{key}/messages", headers, body)
+        template = "/api/v1/agents/{agent_id}/sessions/{key}/messages"
+        return await self.ask(who, "POST", path, template, body=body, headers=headers)
 
     async def write(self, message: Message, who: Identity) -> UUID:
         """Sends a message to an agent. Returns the run that will answer. Raises Refused and Transient."""
@@ -116,12 +114,12 @@ class Agent:
         template = "/api/v1/agents/{agent_id}/sessions/{key}/messages"
         body = msgspec.json.encode({"text": message.text, "idempotency_key": message.idempotency_key})
         headers = {"content-type": "application/json"}
-        return accepted_run(_accepted(await self.ask(who, "run", "POST", path, template, body=body, headers=headers)))
+        return accepted_run(_accepted(await self.ask(who, "POST", path, template, body=body, headers=headers)))
 
     async def cancel(self, run_id: UUID, who: Identity) -> None:
         """Requests the cancellation of a run. Raises Refused and Transient."""
         template = "/api/v1/runs/{run_id}/cancel"
-        _accepted(await self.ask(who, "run", "POST", f"/api/v1/runs/{run_id}/cancel", template))
+        _accepted(await self.ask(who, "POST", f"/api/v1/runs/{run_id}/cancel", template))
 
     async def _ask(
         self, method: str, path: str, template: str, headers: Mapping[str, str], body: bytes

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from infra.errors import InvalidMessage
-from infra.security.auth import IDENTITY_HEADER, Identities
+from infra.security.auth import Identities
 from infra.service.api import Reader, Runner, api, identity, of_a_tenant
 from infra.service.service import Runtime
 from infra.web.http import hand_over
@@ -31,7 +31,7 @@ _UPGRADE: dict[int | str, dict[str, Any]] = {
     101: {"description": "The socket is open"},
     426: {"description": "The handshake's headers are missing"},
 }
-_PASSED_ON = (IDENTITY_HEADER, "content-type", "idempotency-key")
+_PASSED_ON = ("content-type", "idempotency-key")
 _PASSED_BACK = ("content-type", "retry-after")
 
 
@@ -68,7 +68,7 @@ def _router(hub: Hub, agent: Agent) -> APIRouter:
         """Sends the message to the agent and streams the events of the run that answers it."""
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         # The raw path: a session's key may contain escaped slashes.
-        answer = await agent.post_message(request.scope["raw_path"].decode(), headers, await request.body())
+        answer = await agent.post_message(who, request.scope["raw_path"].decode(), headers, await request.body())
         if answer.status_code != 202:
             back = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
             return Response(answer.content, answer.status_code, back)

@@ -24,6 +24,7 @@ from tooling.cli import compose
 from tooling.stack import provision
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.home import SERVICE_PORTS, SERVICES
+from tooling.stack.keys import private_file, public_file
 
 DEPLOY = CHECKOUT / "infra" / "deploy"
 
@@ -105,6 +106,21 @@ def test_volumes_that_are_used_are_named_and_named_ones_are_used() -> None:
         if not volume.startswith(".")
     }
     assert used == set(document()["volumes"])
+
+
+def test_a_service_has_its_own_private_key_only() -> None:
+    environment = CONTAINERS["provision"]["environment"]
+    for name in SERVICES:
+        assert CONTAINERS[name]["volumes"][:2] == ["keys_public:/keys/public:ro", f"keys_{name}:/keys/own:ro"]
+        assert (
+            f"keys_{name}:{private_file(Path(environment['CLAW_KEYS_FOLDER']), name).parent}"
+            in (CONTAINERS["provision"]["volumes"])
+        )
+        own = CONTAINERS[name]["environment"]
+        assert own["CLAW_PRIVATE_KEY_FILE"] == str(private_file(Path("/keys"), "own"))
+        assert own["CLAW_PUBLIC_KEYS_FILE"] == str(public_file(Path("/keys")))
+    others = [name for name in CONTAINERS if name not in (*SERVICES, "provision")]
+    assert not [name for name in others if "keys_" in json.dumps(CONTAINERS[name].get("volumes", []))]
 
 
 def test_init_makes_every_value_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from protos.topology import Catalog
 from tests.infra.conftest import PASSWORDS
+from tooling.testing import keys
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 from tooling.testing.stack import Stack
 
@@ -55,7 +56,7 @@ async def test_the_readmes_handler_counts_each_note_once(
         "CLAW_RABBITMQ_URL": vhost,
         "CLAW_REDIS_URL": stack.redis_url,
         "CLAW_HTTP_PORT": "0",
-        "CLAW_INTERNAL_SECRET": "made up for this test, 32 characters",
+        **keys.environment("tally"),
         "CLAW_MASTER_KEY": base64.b64encode(bytes(32)).decode(),
     }
     await send(stack, topic_prefix, repeats=2)

@@ -32,7 +32,6 @@ from starlette.routing import Route
 
 from infra.clock import uuid7
 from infra.observe.metrics import Metrics
-from infra.security.auth import Callers
 from infra.web import rpc
 from infra.web.http import Health, create_app, serve_http
 from protos.pubsub import RUN_DELTAS
@@ -42,7 +41,8 @@ from services.ws_gateway.protocol import RunEvent
 from tooling.bench.fanout_processes import frame
 from tooling.bench.fixture import Fixture, child, running_platform_on
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Slice, Units, units
-from tooling.testing.platform import INTERNAL_SECRET, Platform
+from tooling.testing import keys
+from tooling.testing.platform import Platform
 
 SERVICE = "ws_gateway"
 SOCKETS = 10_000
@@ -210,13 +210,13 @@ async def running(place: Fixture) -> AsyncIterator[Fanout]:
 @asynccontextmanager
 async def _gateway(place: Fixture) -> AsyncIterator[Platform]:
     """The gateway's process, with the fakes of the services that it asks."""
-    keys = rpc.Server("user", Callers(INTERNAL_SECRET, "user"), Metrics(CollectorRegistry()))
-    user_pb2_grpc.add_KeysServicer_to_server(_Keys(), keys.grpc)
+    user = rpc.Server("user", keys.callers("user"), Metrics(CollectorRegistry()))
+    user_pb2_grpc.add_KeysServicer_to_server(_Keys(), user.grpc)
     agent = create_app(
         [Route("/internal/runs/{id}/events", _no_facts)], Health("agent", "0"), Metrics(CollectorRegistry())
     )
     async with running_platform_on(place) as platform:
-        await keys.start(platform.ports["user_grpc"])
+        await user.start(platform.ports["user_grpc"])
         server = await serve_http(agent, platform.ports["agent"])
         try:
             await platform.prepare(SERVICE)
@@ -225,7 +225,7 @@ async def _gateway(place: Fixture) -> AsyncIterator[Platform]:
             await asyncio.to_thread(platform.stop, SERVICE)
         finally:
             await server.stop()
-            await keys.stop()
+            await user.stop()
 
 
 @asynccontextmanager

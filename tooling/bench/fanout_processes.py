@@ -22,8 +22,8 @@ from typing import cast
 
 import uvloop
 
-from infra.security.auth import IDENTITY_HEADER, Identities, Identity
-from tooling.testing.platform import INTERNAL_SECRET
+from infra.security.auth import IDENTITY_HEADER, Identity
+from tooling.testing.keys import identity_token
 
 OPENING = 100
 WHO = Identity("api_key:bench", "bench", frozenset({"read"}), "bench")
@@ -73,20 +73,20 @@ class Watch:
 class Socket(asyncio.Protocol):
     """A socket that follows one run. The future `ready` is done after the server has confirmed it."""
 
-    def __init__(self, watch: Watch, run: int, identities: Identities | None) -> None:
+    def __init__(self, watch: Watch, run: int, *, ws: bool) -> None:
         self._watch = watch
         self._run = run
-        self._identities = identities
+        self._ws = ws
         self._number = len(watch.had[run])
         watch.had[run].append(0)
         self._left = b""
-        self._upgraded = identities is None
+        self._upgraded = not ws
         self.ready = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self._identities:
-            self._transport.write(_HANDSHAKE.format(IDENTITY_HEADER, self._identities.token(WHO)).encode())
+        if self._ws:
+            self._transport.write(_HANDSHAKE.format(IDENTITY_HEADER, identity_token(WHO)).encode())
         else:
             self._transport.write(b"%d\n" % self._run)
 
@@ -123,12 +123,11 @@ class Socket(asyncio.Protocol):
 
 async def watch(kind: str, port: int, length: int, each: int, report: int, runs: Sequence[str]) -> None:
     sockets = Watch(length, report, runs)
-    identities = Identities(INTERNAL_SECRET) if kind == "ws" else None
     left = iter([run for run in range(len(runs)) for _ in range(each)])
 
     async def one_after_the_other() -> None:
         for run in left:
-            socket = partial(Socket, sockets, run, identities)
+            socket = partial(Socket, sockets, run, ws=kind == "ws")
             _, opened = await loop.create_connection(socket, "127.0.0.1", port)
             await opened.ready
 

@@ -17,6 +17,7 @@ from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import nginx
 from tooling.stack.engines.base import EngineError, write_atomically
 from tooling.stack.home import SERVICE_PORTS, SERVICES
+from tooling.stack.keys import make_keys
 from tooling.stack.provision import bring_up_to_date
 
 app = typer.Typer(no_args_is_help=True, help="Run the system in containers (compose.yml).")
@@ -49,7 +50,7 @@ def init() -> None:
 
 @app.command()
 def provision() -> None:
-    """Bring database, brokers and the gateway's configuration up to date, from compose.yml's first container."""
+    """Bring keys, database, brokers and the gateway's configuration up to date, from compose.yml's first container."""
     env = os.environ
     try:
         roles = {
@@ -64,8 +65,10 @@ def provision() -> None:
             "management_url": env["CLAW_RABBITMQ_MANAGEMENT_URL"],
         }
         gateway = Path(env["CLAW_GATEWAY_CONFIG"])
+        keys = Path(env["CLAW_KEYS_FOLDER"])
     except KeyError as error:
         raise EngineError(f"{error.args[0]}: must be set in the environment") from None
+    make_keys(keys, SERVICES)
     asyncio.run(bring_up_to_date(roles, accounts, **urls))
     # Readable by all, because the gateway runs as another user. The file contains no secret.
     write_atomically(gateway, gateway_configuration(), mode=0o644)

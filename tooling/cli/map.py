@@ -1,4 +1,4 @@
-"""`claw map`: the producers and consumers of each topic and queue, from the catalog and from the code.
+"""`claw map`: the producers and consumers of each topic and queue, from the catalog and from the code; and the calls.
 
 A consumer is a service whose ``__main__`` subscribes to the topic or queue. A producer is a service whose code names
 the topic or queue outside of decorators. Every service produces to the topics and queues that the kernel names.
@@ -20,8 +20,11 @@ import typer
 
 import infra
 import services
+from protos.calls import METHODS, ROUTES
 from protos.catalog import CATALOG
 from protos.topology import Catalog, Queue, Topic
+
+_FOR = {"tenant": "a tenant", "operator": "the operator", "either": "a tenant or the operator"}
 
 
 class Party(msgspec.Struct, frozen=True):
@@ -49,12 +52,12 @@ def map(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flow chart.")] = False,
 ) -> None:
-    """Show the producers and consumers of each topic and queue."""
+    """Show the producers and consumers of each topic and queue, and which service may call which method."""
     found = flows(CATALOG, existing_services())
     if json:
         typer.echo(msgspec.json.encode(found))
     else:
-        typer.echo(as_mermaid(found) if mermaid else as_text(found))
+        typer.echo(as_mermaid(found) if mermaid else f"{as_text(found)}\n\n{calls_as_text()}")
 
 
 def existing_services() -> dict[str, str]:
@@ -155,6 +158,19 @@ def as_text(found: list[Flow]) -> str:
                 lines += textwrap.wrap(text, 80, initial_indent=f"    {label:<5}", subsequent_indent=" " * 9)
         lines.append("")
     return "\n".join([*lines, "* in the catalog, but not in the code", "! in the code, but not in the catalog"])
+
+
+def calls_as_text() -> str:
+    """The calls between services as text of 80 columns."""
+    lines = ["gRPC methods: who may call them, and for whom"]
+    for method, call in METHODS.items():
+        lines.append(f"  {method.removeprefix('clawbus.')}")
+        lines.append(f"    from {', '.join(call.callers)} for {_FOR[call.behalf]}")
+    lines += ["", "HTTP routes: who may act on them for a client of a tenant, with which scope"]
+    for route in ROUTES:
+        lines.append(f"  {route.method} {route.path}")
+        lines.append(f"    from {route.caller} to {route.callee}, {route.scope}")
+    return "\n".join(lines)
 
 
 def as_mermaid(found: list[Flow]) -> str:

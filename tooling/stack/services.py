@@ -11,6 +11,7 @@ from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import ENGINES
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program, write_atomically
 from tooling.stack.home import SERVICE_PORTS, SERVICES
+from tooling.stack.keys import make_keys, private_file, public_file
 
 # The variables that a service reads from files: other programs can see the environment of a process.
 SECRETS = frozenset(
@@ -20,7 +21,6 @@ SECRETS = frozenset(
         "REQUEST_DATABASE_URL",
         "RABBITMQ_URL",
         "REDIS_URL",
-        "INTERNAL_SECRET",
         "MASTER_KEY",
         "ADMIN_TOKEN",
         "S3_SECRET_KEY",
@@ -41,6 +41,7 @@ class LocalService:
         """Does nothing: the code is in the checkout."""
 
     def prepare(self, place: Place) -> None:
+        make_keys(keys_folder(place), SERVICES)
         folder = self._secrets_folder(place)
         folder.mkdir(mode=0o700, exist_ok=True)
         for name, value in self._variables(place).items():
@@ -73,7 +74,8 @@ class LocalService:
             "CLAW_RABBITMQ_URL": url["rabbitmq"],
             "CLAW_REDIS_URL": url["redis"],
             "CLAW_HTTP_PORT": str(place.ports[self.NAME]),
-            "CLAW_INTERNAL_SECRET": place.secret("internal"),
+            "CLAW_PRIVATE_KEY_FILE": str(private_file(keys_folder(place), self.NAME)),
+            "CLAW_PUBLIC_KEYS_FILE": str(public_file(keys_folder(place))),
             "CLAW_ALLOW_PRIVATE_TARGETS": "1",
             "CLAW_MASTER_KEY": place.secret.bytes32("master_key"),
             **addresses(place),
@@ -93,6 +95,11 @@ class LocalService:
 
     def access(self, place: Place) -> dict[str, Any]:
         return {"url": f"http://127.0.0.1:{place.ports[self.NAME]}"}
+
+
+def keys_folder(place: Place) -> Path:
+    """The folder of the services' key pairs."""
+    return place.home / "keys"
 
 
 def parts() -> dict[str, Engine]:

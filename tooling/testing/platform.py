@@ -24,7 +24,7 @@ from infra.clock import utcnow, uuid7
 from infra.postgres.db import create_engine
 from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
 from infra.postgres.tx import Database
-from infra.security.auth import IDENTITY_HEADER, SCOPES, Callers, Identities, Identity
+from infra.security.auth import IDENTITY_HEADER, SCOPES, Identity
 from infra.web import rpc
 from protos.catalog import CATALOG
 from protos.envelope import Envelope, Message
@@ -33,6 +33,7 @@ from tooling.stack.checkout import CHECKOUT
 from tooling.stack.home import SERVICE_PORTS
 from tooling.stack.home import SERVICES as ALL
 from tooling.stack.provision import provision_brokers
+from tooling.testing import keys
 from tooling.testing.processes import Process
 from tooling.testing.stack import Stack, free_ports
 
@@ -40,7 +41,6 @@ T = TypeVar("T")
 
 # Roles belong to the whole PostgreSQL server, so all modules that share a stack must use the same passwords.
 PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
-INTERNAL_SECRET = "an internal secret made up for tests"
 MASTER_KEY = base64.b64encode(b"a master key of 32 bytes, for me").decode()
 ADMIN_TOKEN = "an operator's token made up for tests"
 READY_SECONDS = 90.0
@@ -60,8 +60,7 @@ class Platform:
         self.processes: dict[str, Process] = {}
         self.folder = folder
         self._databases: dict[str, Database] = {}
-        self._channels = rpc.Channels(Callers(INTERNAL_SECRET, "test"))
-        self._identities = Identities(INTERNAL_SECRET)
+        self._channels: dict[str, rpc.Channels] = {}
         self._producer: AIOKafkaProducer | None = None
 
     async def prepare(self, *names: str) -> None:
@@ -108,7 +107,7 @@ class Platform:
             "CLAW_REDIS_URL": self.stack.redis_url,
             "CLAW_HTTP_PORT": str(self.ports[name]),
             "CLAW_GRPC_PORT": str(self.ports[f"{name}_grpc"]),
-            "CLAW_INTERNAL_SECRET": INTERNAL_SECRET,
+            **keys.environment(name),
             "CLAW_MASTER_KEY": MASTER_KEY,
             "CLAW_ADMIN_TOKEN": ADMIN_TOKEN,
             "CLAW_ALLOW_PRIVATE_TARGETS": "1",
@@ -155,8 +154,11 @@ class Platform:
     def grpc(self, name: str) -> str:
         return f"127.0.0.1:{self.ports[f'{name}_grpc']}"
 
-    def channels(self) -> rpc.Channels:
-        return self._channels
+    def channels(self, caller: str) -> rpc.Channels:
+        """The gRPC connections of the service `caller`: a method refuses callers that `protos.calls` does not list."""
+        if caller not in self._channels:
+            self._channels[caller] = rpc.Channels(keys.callers(caller))
+        return self._channels[caller]
 
     def headers(
         self,
@@ -168,7 +170,7 @@ class Platform:
     ) -> dict[str, str]:
         """The headers that the gateway adds to a request of this tenant. An empty tenant is the operator."""
         identity = Identity(actor if tenant_id else "operator", tenant_id, frozenset(scopes), groups=frozenset(groups))
-        return {IDENTITY_HEADER: self._identities.token(identity)}
+        return {IDENTITY_HEADER: keys.identity_token(identity)}
 
     def client(self, name: str, tenant_id: str = "", **kwargs: Any) -> httpx.AsyncClient:
         """An HTTP client of one service for this tenant, or for the operator."""
@@ -267,7 +269,8 @@ class Platform:
             await asyncio.to_thread(self.stop, name)
         if self._producer:
             await self._producer.stop()
-        await self._channels.close()
+        for channels in self._channels.values():
+            await channels.close()
         for database in self._databases.values():
             await database.engine.dispose()
 

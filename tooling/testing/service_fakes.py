@@ -14,12 +14,12 @@ from prometheus_client import CollectorRegistry
 
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.observe.metrics import Metrics
-from infra.security.auth import Callers
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
-from tooling.testing.platform import INTERNAL_SECRET, Platform
+from tooling.testing import keys
+from tooling.testing.platform import Platform
 
 CALCULATOR = "calculator"
 WEATHER = "weather"
@@ -178,7 +178,7 @@ async def running_service_fakes(platform: Platform) -> AsyncIterator[ServiceFake
     }
     async with AsyncExitStack() as stack:
         for name, (add, servicer) in servicers.items():
-            server = rpc.Server(name, Callers(INTERNAL_SECRET, name), Metrics(CollectorRegistry()))
+            server = rpc.Server(name, keys.callers(name), Metrics(CollectorRegistry()))
             add(servicer, server.grpc)
             await server.start(platform.ports[f"{name}_grpc"])
             stack.push_async_callback(server.stop)

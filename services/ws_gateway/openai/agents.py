@@ -47,7 +47,7 @@ async def list_all(agent: Agent, who: Identity) -> list[AgentView]:
     found: list[AgentView] = []
     cursor = ""
     while True:
-        answer = await agent.ask(who, "read", "GET", f"/api/v1/agents?limit={_PAGE}{cursor}", "/api/v1/agents")
+        answer = await agent.ask(who, "GET", f"/api/v1/agents?limit={_PAGE}{cursor}", "/api/v1/agents")
         if answer.status_code != 200:
             raise of_problem(answer.status_code, answer.headers, answer.content)
         page = msgspec.json.decode(answer.content, type=_Page)
@@ -65,7 +65,6 @@ async def start_run(agent: Agent, who: Identity, model: str, conversation: Conve
         raise no_model(model) from None
     answer = await agent.ask(
         who,
-        "run",
         "POST",
         f"/internal/agents/{agent_id}/completions",
         "/internal/agents/{agent_id}/completions",
@@ -85,7 +84,7 @@ async def start_run(agent: Agent, who: Identity, model: str, conversation: Conve
 async def usage(agent: Agent, who: Identity, run_id: UUID) -> Usage:
     """The usage of an ended run. If it cannot be read, it counts as not reported: the answer must not fail for it."""
     try:
-        answer = await agent.ask(who, "read", "GET", f"/api/v1/runs/{run_id}", "/api/v1/runs/{run_id}")
+        answer = await agent.ask(who, "GET", f"/api/v1/runs/{run_id}", "/api/v1/runs/{run_id}")
     except Transient as error:
         _log.warning("could not read the usage of a run; the answer has none", run_id=str(run_id), error=str(error))
         return UNREPORTED
@@ -100,6 +99,6 @@ async def usage(agent: Agent, who: Identity, run_id: UUID) -> Usage:
 async def cancel(agent: Agent, who: Identity, run_id: UUID) -> None:
     """Cancels a run whose client has gone. If that fails, the run finishes without a reader."""
     try:
-        await agent.ask(who, "run", "POST", f"/api/v1/runs/{run_id}/cancel", "/api/v1/runs/{run_id}/cancel")
+        await agent.ask(who, "POST", f"/api/v1/runs/{run_id}/cancel", "/api/v1/runs/{run_id}/cancel")
     except Transient as error:
         _log.warning("could not cancel an abandoned run; it will finish", run_id=str(run_id), error=str(error))

@@ -26,8 +26,8 @@ from infra.service.maintenance import prune_answers
 from infra.service.service import Runtime
 from infra.web import http
 from infra.web.http import create_app
+from tooling.testing import keys
 
-SECRET = "an-internal-secret-of-32-characters-or-more"
 KEY = "bWFkZSB1cCwgMzIgYnl0ZXMgb2Yga2V5IG1hdGVyaWE="
 
 
@@ -71,7 +71,7 @@ def made() -> Made:
 
 @pytest.fixture
 async def client(desk: Database, made: Made) -> AsyncIterator[httpx.AsyncClient]:
-    parts = cast(Runtime, Parts(Identities(SECRET), Cipher(KEY), desk, desk))
+    parts = cast(Runtime, Parts(keys.identities("agent"), Cipher(KEY), desk, desk))
     router = APIRouter()
 
     @router.post("/things", status_code=201, response_model=Thing)
@@ -125,11 +125,11 @@ async def client(desk: Database, made: Made) -> AsyncIterator[httpx.AsyncClient]
         yield running
 
 
-def identity(tenant: str = "t1", *scopes: str, secret: str = SECRET) -> dict[str, str]:
+def identity(tenant: str = "t1", *scopes: str) -> dict[str, str]:
     who = Identity(
         "api_key:k1" if tenant else "operator", tenant, frozenset(scopes or ("read", "run", "write", "admin"))
     )
-    return {IDENTITY_HEADER: Identities(secret).token(who)}
+    return {IDENTITY_HEADER: keys.identity_token(who)}
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,13 @@ async def test_operator_routes_refuse_tenants_and_tenant_routes_refuse_the_opera
 async def test_a_missing_or_forged_identity_is_refused(client: httpx.AsyncClient) -> None:
     del client.headers[IDENTITY_HEADER]
     assert (await client.get("/anyone")).status_code == 401
-    forged = identity(secret="another secret, of 32 characters or more")
+    who = Identity("api_key:k1", "t1", frozenset(("read",)))
+    forged = {IDENTITY_HEADER: keys.identities("user").token(who, "billing")}
     answer = await client.get("/anyone", headers=forged)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert (await client.get("/anyone", headers={IDENTITY_HEADER: "nonsense"})).status_code == 401
+    another = {IDENTITY_HEADER: keys.identities("ws_gateway").on_behalf(who, "agent")}
+    assert (await client.get("/anyone", headers=another)).status_code == 403
 
 
 @pytest.mark.parametrize(

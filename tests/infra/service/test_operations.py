@@ -8,30 +8,33 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from infra.clock import uuid7
-from infra.errors import InvalidMessage, NotFound
+from infra.errors import Forbidden, InvalidMessage, NotFound
 from infra.observe.metrics import Metrics
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.tx import Database
-from infra.security.auth import Callers
 from infra.service import operations
 from infra.web import rpc
 from protos.messages.sample import NoteTaken
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
+from tooling.testing import keys
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
-
-SECRET = "an-internal-secret-of-32-characters-or-more"
 
 
 @pytest.fixture
-async def stub(desk: Database) -> AsyncIterator[ops_pb2_grpc.OperationsStub]:
-    server = rpc.Server("desk", Callers(SECRET, "desk"), Metrics(CollectorRegistry()))
+async def address(desk: Database) -> AsyncIterator[str]:
+    server = rpc.Server("desk", keys.callers("desk"), Metrics(CollectorRegistry()))
     add, servicer = operations.servicer(desk)
     add(servicer, server.grpc)
     port = await server.start(0)
-    channels = rpc.Channels(Callers(SECRET, "log_aggregator"))
-    yield ops_pb2_grpc.OperationsStub(channels.to(f"127.0.0.1:{port}", "desk"))
-    await channels.close()
+    yield f"127.0.0.1:{port}"
     await server.stop()
+
+
+@pytest.fixture
+async def stub(address: str) -> AsyncIterator[ops_pb2_grpc.OperationsStub]:
+    channels = rpc.Channels(keys.callers("log_aggregator"))
+    yield ops_pb2_grpc.OperationsStub(channels.to(address, "desk"))
+    await channels.close()
 
 
 async def failed(desk: Database, tenant: str | None) -> str:
@@ -96,9 +99,7 @@ async def test_a_tenant_neither_sees_nor_changes_another_tenants_dead_letters(
     assert (states[mine], states[other], states[platforms]) == ("redriving", "failed", "failed")
 
 
-async def test_the_outbox_is_counted_by_message_published_or_not_and_by_tenant(
-    stub: ops_pb2_grpc.OperationsStub, desk: Database
-) -> None:
+async def test_the_outbox_is_counted_by_message_published_or_not_and_by_tenant(address: str, desk: Database) -> None:
     for key, notes in (("t1", 3), ("t2", 2)):
         async with desk.begin(tenant_id=key) as tx:
             for n in range(notes):
@@ -110,9 +111,14 @@ async def test_the_outbox_is_counted_by_message_published_or_not_and_by_tenant(
             SAMPLE_EVENTS.name,
         )
     request = ops_pb2.CountOutboxRequest(topic=SAMPLE_EVENTS.name)
+    channels = rpc.Channels(keys.callers("billing"))
+    stub = ops_pb2_grpc.OperationsStub(channels.to(address, "desk"))
     everything = await stub.CountOutbox(request)
     assert (everything.produced, everything.published, everything.pending) == (5, 1, 4)
     assert (await stub.CountOutbox(request, metadata=rpc.tenant_metadata("t2"))).produced == 2
+    with pytest.raises(Forbidden, match="billing must not call"):
+        await stub.GetDeadLetter(ops_pb2.GetDeadLetterRequest(id=str(uuid7())))
+    await channels.close()
 
 
 async def test_a_malformed_id_is_named(stub: ops_pb2_grpc.OperationsStub) -> None:

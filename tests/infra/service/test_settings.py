@@ -7,6 +7,7 @@ import traceback
 import pytest
 
 from infra.service.settings import Settings, SettingsError
+from tooling.testing import keys
 
 GOOD = {
     "CLAW_DATABASE_URL": "postgresql://w:db-pw@127.0.0.1:5432/claw",
@@ -15,7 +16,7 @@ GOOD = {
     "CLAW_RABBITMQ_URL": "amqp://u:mq-pw@127.0.0.1:5672/v",
     "CLAW_REDIS_URL": "redis://u:re-pw@127.0.0.1:6379/0",
     "CLAW_HTTP_PORT": "8001",
-    "CLAW_INTERNAL_SECRET": "an-internal-secret-of-32-characters-or-more",
+    **keys.environment("user"),
     "CLAW_MASTER_KEY": "bWFkZSB1cCwgMzIgYnl0ZXMgb2Yga2V5IG1hdGVyaWE=",
 }
 
@@ -54,7 +55,8 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CLAW_HTTP_PORT", "eighty")
     monkeypatch.setenv("CLAW_GRPC_PORT", "70000")
     monkeypatch.setenv("CLAW_RABBITMQ_URL", "http://127.0.0.1")
-    monkeypatch.setenv("CLAW_INTERNAL_SECRET", "short")
+    monkeypatch.setenv("CLAW_PRIVATE_KEY_FILE", "/nowhere/private.pem")
+    monkeypatch.setenv("CLAW_PUBLIC_KEYS_FILE", __file__)
     lines = dict(line.strip().split(": ", 1) for line in str(error_of(WithOwn)).splitlines()[1:])
     assert lines.keys() == {
         "CLAW_KAFKA_BOOTSTRAP_SERVERS",
@@ -62,7 +64,8 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
         "CLAW_HTTP_PORT",
         "CLAW_GRPC_PORT",
         "CLAW_RABBITMQ_URL",
-        "CLAW_INTERNAL_SECRET",
+        "CLAW_PRIVATE_KEY_FILE",
+        "CLAW_PUBLIC_KEYS_FILE",
         "CLAW_RETENTION_DAYS",
     }
     assert lines["CLAW_KAFKA_BOOTSTRAP_SERVERS"] == lines["CLAW_RETENTION_DAYS"] == "missing"
@@ -70,7 +73,8 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
     assert "integer" in lines["CLAW_HTTP_PORT"]
     assert "65535" in lines["CLAW_GRPC_PORT"]
     assert "amqp://" in lines["CLAW_RABBITMQ_URL"]
-    assert "32" in lines["CLAW_INTERNAL_SECRET"]
+    assert "/nowhere/private.pem" in lines["CLAW_PRIVATE_KEY_FILE"]
+    assert "JWK set" in lines["CLAW_PUBLIC_KEYS_FILE"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,6 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
         ("CLAW_DATABASE_URL", "mysql://w:hunter2@127.0.0.1/claw"),
         ("CLAW_DATABASE_URL", "postgresql://w:hunter2@[127/claw"),
         ("CLAW_DATABASE_URL", "postgresql://w@host:hunter2/claw"),
-        ("CLAW_INTERNAL_SECRET", "hunter2"),
         ("CLAW_MASTER_KEY", "hunter2"),
     ],
 )
@@ -93,5 +96,5 @@ def test_no_error_shows_a_secret(monkeypatch: pytest.MonkeyPatch, variable: str,
 
 def test_printed_settings_show_no_secret() -> None:
     text = repr(Settings.load())
-    for secret in ("db-pw", "mq-pw", "re-pw", GOOD["CLAW_INTERNAL_SECRET"]):
+    for secret in ("db-pw", "mq-pw", "re-pw"):
         assert secret not in text

@@ -30,13 +30,20 @@ from infra.errors import (
 )
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
-from infra.security.auth import Callers
 from infra.web import rpc
 from infra.web.rpc import Channels, Server
+from protos.calls import Call
+from tooling.testing import keys
 from tooling.testing.proxy import FaultProxy
 
-SECRET = "an-internal-secret-of-32-characters-or-more"
 SERVICE = "clawbus.test.v1.Test"
+METHODS = {
+    f"{SERVICE}/Echo": Call(("agent",), "either"),
+    f"{SERVICE}/Repeat": Call(("agent",), "either"),
+    f"{SERVICE}/Count": Call(("agent",), "either"),
+    f"{SERVICE}/OfTenant": Call(("agent", "plugin"), "tenant"),
+    f"{SERVICE}/OfOperator": Call(("agent",), "operator"),
+}
 ERRORS: dict[str, Exception] = {
     "invalid": InvalidMessage("prix.montant_é", "negative"),
     "unauthenticated": Unauthenticated("no key"),
@@ -57,6 +64,7 @@ class Service:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.caller = ""
+        self.tenant: str | None = None
         self.left = 0.0
         self.carrier: dict[str, str] = {}
         self.fail_times = 0
@@ -66,6 +74,7 @@ class Service:
 
     async def echo(self, request: bytes, context: Any) -> bytes:
         self.asked.append(request.decode())
+        self.tenant = rpc.tenant_if_any()
         self.caller, self.left, self.carrier = rpc.caller(), context.time_remaining(), telemetry.carrier()
         if self.fail_times:
             self.fail_times -= 1
@@ -91,7 +100,9 @@ class Service:
     def add_to(self, server: grpc.aio.Server) -> None:
         handlers: dict[str, Any] = {
             "Echo": grpc.unary_unary_rpc_method_handler(self.echo),
-            "Repeat": grpc.unary_unary_rpc_method_handler(self.echo),
+            **dict.fromkeys(
+                ("Repeat", "OfTenant", "OfOperator", "NotListed"), grpc.unary_unary_rpc_method_handler(self.echo)
+            ),
             "Count": grpc.unary_stream_rpc_method_handler(self.count),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -127,7 +138,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 async def port(service: Service, metrics: Metrics) -> AsyncIterator[int]:
-    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    server = Server("memory", keys.callers("memory"), metrics, METHODS)
     service.add_to(server.grpc)
     yield await server.start(0)
     service.go.set()
@@ -136,7 +147,7 @@ async def port(service: Service, metrics: Metrics) -> AsyncIterator[int]:
 
 @pytest.fixture
 async def channels() -> AsyncIterator[Channels]:
-    channels = Channels(Callers(SECRET, "agent"))
+    channels = Channels(keys.callers("agent"))
     yield channels
     await channels.close()
 
@@ -169,7 +180,7 @@ async def test_a_call_carries_its_caller_and_a_deadline(channel: grpc.aio.Channe
 
 
 async def test_a_call_without_a_deadline_is_refused(bare: grpc.aio.Channel, service: Service) -> None:
-    token = Callers(SECRET, "agent").token("memory")
+    token = keys.callers("agent").token("memory")
     with pytest.raises(grpc.aio.AioRpcError, match="deadline: missing") as caught:
         await unary(bare)(b"x", metadata=metadata(token))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -178,12 +189,45 @@ async def test_a_call_without_a_deadline_is_refused(bare: grpc.aio.Channel, serv
 
 @pytest.mark.parametrize("token", ["", "stranger", "for another"])
 async def test_a_call_without_a_valid_token_is_refused(bare: grpc.aio.Channel, service: Service, token: str) -> None:
-    made = Callers(SECRET, "agent").token("billing") if token == "for another" else token
+    made = keys.callers("agent").token("billing") if token == "for another" else token
     given = metadata(made) if made else None
-    with pytest.raises(grpc.aio.AioRpcError, match="caller token") as caught:
+    with pytest.raises(grpc.aio.AioRpcError, match="token") as caught:
         await unary(bare)(b"x", timeout=5, metadata=given)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert service.asked == []
+
+
+async def test_a_method_is_called_by_its_callers_for_a_tenant_or_the_operator_as_the_table_says(
+    channels: Channels, port: int, service: Service
+) -> None:
+    plugin, user = Channels(keys.callers("plugin")), Channels(keys.callers("user"))
+    one, other, third = (c.to(f"127.0.0.1:{port}", "memory") for c in (channels, plugin, user))
+    t1 = rpc.tenant_metadata("t1")
+    for channel in (one, other):
+        assert await unary(channel, "OfTenant")(b"x", metadata=t1) == b"x"
+        assert service.tenant == "t1"
+    assert await unary(one, "OfOperator")(b"x") == b"x"
+    assert service.tenant is None
+    service.asked.clear()
+    for channel, method, metadata_, reason in (
+        (third, "OfTenant", t1, "user must not call clawbus.test.v1.Test/OfTenant"),
+        (other, "OfOperator", None, "plugin must not call"),
+        (one, "NotListed", None, "agent must not call"),
+        (one, "OfTenant", None, "must be called for a tenant"),
+        (one, "OfOperator", t1, "must be called for the operator"),
+    ):
+        with pytest.raises(Forbidden, match=reason):
+            await unary(channel, method)(b"x", metadata=metadata_)
+    assert service.asked == []
+    await plugin.close()
+    await user.close()
+
+
+async def test_the_tenant_is_the_tokens_and_not_a_headers(bare: grpc.aio.Channel, service: Service) -> None:
+    token = keys.callers("agent").token("memory", "t1")
+    given = (*metadata(token), ("claw-tenant", "t2"))
+    await unary(bare, "OfTenant")(b"x", timeout=5, metadata=given)
+    assert service.tenant == "t1"
 
 
 async def test_a_call_within_a_call_has_only_the_remaining_time(channel: grpc.aio.Channel, service: Service) -> None:
@@ -257,10 +301,10 @@ async def test_repeating_ends(channel: grpc.aio.Channel, service: Service) -> No
 
 async def test_a_stream_is_served_under_the_same_rules(bare: grpc.aio.Channel, service: Service) -> None:
     count: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = bare.unary_stream(f"/{SERVICE}/Count")
-    given = metadata(Callers(SECRET, "agent").token("memory"))
+    given = metadata(keys.callers("agent").token("memory"))
     assert [n async for n in count(b"3", timeout=5, metadata=given)] == [b"0", b"1", b"2"]
     assert service.caller == "agent"
-    with pytest.raises(grpc.aio.AioRpcError, match="caller token: missing"):
+    with pytest.raises(grpc.aio.AioRpcError, match="token: missing"):
         _ = [n async for n in count(b"3", timeout=5)]
     broken = count(b"2", timeout=5, metadata=given)
     assert [await broken.read(), await broken.read()] == [b"0", b"1"]
@@ -326,7 +370,7 @@ async def test_one_channel_per_target_is_reused(channels: Channels) -> None:
 
 
 async def test_health_is_open_to_all_and_ends_with_the_drain(service: Service, metrics: Metrics) -> None:
-    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    server = Server("memory", keys.callers("memory"), metrics, METHODS)
     service.add_to(server.grpc)
     port = await server.start(0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as bare:
@@ -341,7 +385,7 @@ async def test_health_is_open_to_all_and_ends_with_the_drain(service: Service, m
 async def test_stopping_lets_calls_finish_and_takes_no_more(
     service: Service, metrics: Metrics, channels: Channels
 ) -> None:
-    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    server = Server("memory", keys.callers("memory"), metrics, METHODS)
     service.add_to(server.grpc)
     channel = channels.to(f"127.0.0.1:{await server.start(0)}", "memory")
     under_way = asyncio.create_task(call(channel, b"wait", timeout=30))
@@ -362,7 +406,7 @@ async def test_stopping_lets_calls_finish_and_takes_no_more(
 
 
 async def test_a_taken_port_is_named(port: int, metrics: Metrics) -> None:
-    server = Server("memory", Callers(SECRET, "memory"), metrics)
+    server = Server("memory", keys.callers("memory"), metrics, METHODS)
     with pytest.raises(OSError, match=f"gRPC on 127.0.0.1:{port}"):
         await server.start(port)
     with pytest.raises(OSError, match="CLAW_GRPC_PORT: missing"):

@@ -70,7 +70,7 @@ class Tenant:
         return found
 
     def stub(self) -> billing_pb2_grpc.BillingStub:
-        channel = self.platform.channels().to(self.platform.grpc("billing"), "billing")
+        channel = self.platform.channels("agent").to(self.platform.grpc("billing"), "billing")
         return billing_pb2_grpc.BillingStub(channel)
 
     async def reserve(

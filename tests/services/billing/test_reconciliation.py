@@ -18,13 +18,13 @@ from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
 from infra.postgres.schema import prepare_database
 from infra.postgres.tx import Database
-from infra.security.auth import Callers
 from infra.service import operations
 from infra.web.rpc import Server
 from protos.catalog import SERVICES, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from tests.services.billing.conftest import Billing
-from tooling.testing.platform import INTERNAL_SECRET, PASSWORDS, Platform
+from tooling.testing import keys
+from tooling.testing.platform import PASSWORDS, Platform
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ async def producers(platform: Platform) -> AsyncIterator[None]:
     await prepare_database(platform.database_url, {name: PASSWORDS for name in others})
     servers = []
     for name in others:
-        server = Server(name, Callers(INTERNAL_SECRET, name), Metrics(CollectorRegistry()))
+        server = Server(name, keys.callers(name), Metrics(CollectorRegistry()))
         add, servicer = operations.servicer(platform.database(name))
         add(servicer, server.grpc)
         await server.start(int(platform.grpc(name).rpartition(":")[2]))

@@ -12,12 +12,12 @@ from starlette.routing import Route
 
 from infra.clock import uuid7
 from infra.observe.metrics import Metrics
-from infra.security.auth import IDENTITY_HEADER, Identities
+from infra.security.auth import IDENTITY_HEADER
 from infra.web.health import Health
 from infra.web.http import create_app, serve_http
 from protos.catalog import CHANNEL_TYPES
 from tests.services.channel.conftest import Desk
-from tooling.testing.platform import INTERNAL_SECRET
+from tooling.testing import keys
 from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
 
 TELEGRAM = {"bot_token": "1:abc", "secret_token": "s3cret"}
@@ -99,10 +99,11 @@ async def test_each_type_says_how_to_connect_one(desk: Desk) -> None:
 
 
 async def test_a_channel_needs_an_agent_of_its_tenant(desk: Desk) -> None:
-    own = str(uuid7())
+    own, agents = str(uuid7()), keys.identities("agent")
 
     async def find(request: Request) -> Response:
-        identity = Identities(INTERNAL_SECRET).verify(request.headers[IDENTITY_HEADER])
+        identity = agents.verify(request.headers[IDENTITY_HEADER], request.method, request.url.path)
+        assert identity.scopes == {"read"}
         is_there = (identity.tenant_id, request.path_params["id"]) == (desk.tenant_id, own)
         return JSONResponse({}, 200 if is_there else 404)
 

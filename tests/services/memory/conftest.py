@@ -25,7 +25,7 @@ class Client:
         self.http = platform.client("memory", tenant_id)
         # A new client each time: an identity is valid for one minute, and indexing may take longer on a busy machine.
         self.http.event_hooks = {"request": [self._identify]}
-        self._memory = memory_pb2_grpc.MemoryStub(platform.channels().to(platform.grpc("memory"), "memory"))
+        self._memory = memory_pb2_grpc.MemoryStub(platform.channels("agent").to(platform.grpc("memory"), "memory"))
 
     async def _identify(self, request: httpx.Request) -> None:
         if request.url.host == self.http.base_url.host and request.url.port == self.http.base_url.port:

@@ -23,7 +23,6 @@ from infra.errors import EffectFailed
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
 from infra.observe.spans import encode
-from infra.security.auth import Callers
 from infra.security.crypto import Cipher
 from infra.web import rpc
 from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH, PLATFORM_EVENTS
@@ -34,7 +33,8 @@ from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.notification import handlers
 from services.notification.mailer import Mailer
 from services.notification.notifications import Notifications
-from tooling.testing.platform import INTERNAL_SECRET, MASTER_KEY, Platform
+from tooling.testing import keys
+from tooling.testing.platform import MASTER_KEY, Platform
 from tooling.testing.sample.run import free_port
 
 
@@ -131,7 +131,7 @@ async def world(platform: Platform) -> AsyncIterator[World]:
     await platform.prepare("notification")
     inbox, directory = Inbox(), Directory()
     inbox.start()
-    server = rpc.Server("user", Callers(INTERNAL_SECRET, "user"), Metrics(CollectorRegistry()))
+    server = rpc.Server("user", keys.callers("user"), Metrics(CollectorRegistry()))
     user_pb2_grpc.add_DirectoryServicer_to_server(directory, server.grpc)
     await server.start(platform.ports["user_grpc"])
     world = World(platform, inbox, directory)

@@ -45,7 +45,7 @@ async def register(platform: Platform, tenant: str, server: ToolServer, *tools: 
 async def call(
     platform: Platform, tenant: str, tool: str, arguments: str = "{}", *, key: str, timeout: float = 20
 ) -> plugin_pb2.CallReply:
-    stub = plugin_pb2_grpc.PluginStub(platform.channels().to(platform.grpc("plugin"), "plugin"))
+    stub = plugin_pb2_grpc.PluginStub(platform.channels("agent").to(platform.grpc("plugin"), "plugin"))
     request = plugin_pb2.CallRequest(tool=tool, arguments_json=arguments, idempotency_key=key)
     reply: plugin_pb2.CallReply = await stub.Call(request, timeout=timeout, metadata=rpc.tenant_metadata(tenant))
     return reply

@@ -18,13 +18,13 @@ from starlette.routing import Route
 
 from infra.errors import InvalidMessage, NotFound
 from infra.observe.metrics import Metrics
-from infra.security.auth import Callers
 from infra.web import rpc
 from infra.web.http import Health, create_app, serve_http
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from tests.services.plugin.conftest import CallReply, call
-from tooling.testing.platform import INTERNAL_SECRET, Platform
+from tooling.testing import keys
+from tooling.testing.platform import Platform
 from tooling.testing.sample.run import free_port
 
 PAGE = """<html><head><title>Lamp &amp; Co</title><script>track()</script></head>
@@ -42,7 +42,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
 
 @pytest.fixture(scope="module")
 async def memory(platform: Platform) -> AsyncIterator[None]:
-    server = rpc.Server("memory", Callers(INTERNAL_SECRET, "memory"), Metrics(CollectorRegistry()))
+    server = rpc.Server("memory", keys.callers("memory"), Metrics(CollectorRegistry()))
     memory_pb2_grpc.add_MemoryServicer_to_server(Memory(), server.grpc)
     await server.start(platform.ports["memory_grpc"])
     yield
@@ -194,7 +194,7 @@ async def test_a_refresh_finds_new_tools_and_leaves_names_as_they_are(plugin: Pl
 
 
 async def test_a_disabled_tool_is_neither_listed_nor_called(plugin: Platform) -> None:
-    stub = plugin_pb2_grpc.PluginStub(plugin.channels().to(plugin.grpc("plugin"), "plugin"))
+    stub = plugin_pb2_grpc.PluginStub(plugin.channels("agent").to(plugin.grpc("plugin"), "plugin"))
 
     async def names() -> list[str]:
         request = plugin_pb2.ToolsRequest(names=["time", "calculator", "nothing"])

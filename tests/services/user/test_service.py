@@ -16,10 +16,11 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
-from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
-from tooling.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, PASSWORDS, Platform
+from tooling.testing import keys
+from tooling.testing.platform import ADMIN_TOKEN, PASSWORDS, Platform
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,11 @@ async def tenant(user: Platform, operator: httpx.AsyncClient) -> AsyncIterator[h
 
 async def who_is(user: Platform, token: str, scheme: str = "Bearer", tenant: str = "") -> Identity | None:
     """The identity that the gateway gets for this bearer."""
-    headers = {"Authorization": f"{scheme} {token}", **({"X-Claw-Tenant": tenant} if tenant else {})}
+    headers = {
+        "Authorization": f"{scheme} {token}",
+        "X-Claw-Service": "agent",
+        **({"X-Claw-Tenant": tenant} if tenant else {}),
+    }
     async with httpx.AsyncClient(base_url=user.url("user"), trust_env=False) as client:
         answer = await client.get("/internal/auth", headers=headers)
     if answer.status_code == 401:
@@ -53,7 +58,7 @@ async def who_is(user: Platform, token: str, scheme: str = "Bearer", tenant: str
         assert answer.headers["www-authenticate"] == "Bearer"
         return None
     assert (answer.status_code, answer.content) == (200, b"")
-    return Identities(INTERNAL_SECRET).verify(answer.headers[IDENTITY_HEADER])
+    return keys.identities("agent").verify(answer.headers[IDENTITY_HEADER], "GET", "/")
 
 
 def fields(answer: httpx.Response) -> list[str]:
@@ -355,7 +360,7 @@ async def test_the_directory_tells_the_owners_addresses(
     tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
     for email, role in (("o@acme.example", "owner"), ("a@acme.example", "admin"), ("p@acme.example", "owner")):
         await tenant.post("/api/v1/members", json={"email": email, "role": role})
-    directory = user_pb2_grpc.DirectoryStub(user.channels().to(user.grpc("user"), "user"))
+    directory = user_pb2_grpc.DirectoryStub(user.channels("notification").to(user.grpc("user"), "user"))
     reply = await directory.Owners(user_pb2.OwnersRequest(), metadata=rpc.tenant_metadata(tenant_id))
     assert list(reply.emails) == ["o@acme.example", "p@acme.example"]
     nobody = await directory.Owners(user_pb2.OwnersRequest(), metadata=rpc.tenant_metadata(str(uuid4())))
@@ -366,7 +371,7 @@ async def test_the_directory_tells_the_owners_addresses(
 
 async def test_what_a_key_may_do_is_told_as_long_as_it_is_one(user: Platform, tenant: httpx.AsyncClient) -> None:
     tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
-    keys = user_pb2_grpc.KeysStub(user.channels().to(user.grpc("user"), "user"))
+    keys = user_pb2_grpc.KeysStub(user.channels("ws_gateway").to(user.grpc("user"), "user"))
 
     async def scopes(key_id: str, of: str = tenant_id) -> list[str]:
         reply = await keys.Scopes(user_pb2.ScopesRequest(key_id=key_id), metadata=rpc.tenant_metadata(of))

@@ -18,11 +18,12 @@ from starlette.routing import Route
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound, Transient
 from infra.observe.metrics import Metrics
-from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.web.http import Health, create_app, serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
-from tooling.testing.platform import INTERNAL_SECRET, Platform
+from tooling.testing import keys
+from tooling.testing.platform import Platform
 
 SESSION = "telegram:1:42"
 
@@ -60,6 +61,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.tenants: dict[UUID, str] = {}
+        self._identities = keys.identities("agent")
         self.committed: dict[UUID, list[Any]] = {}
         self.reads: list[tuple[UUID, int]] = []
         self.posted: list[tuple[str, dict[str, str], bytes]] = []
@@ -91,7 +93,7 @@ class Agent:
                 await asyncio.sleep(0.02)
 
     def _who(self, request: Request) -> Identity:
-        return Identities(INTERNAL_SECRET).verify(request.headers[IDENTITY_HEADER])
+        return self._identities.verify(request.headers[IDENTITY_HEADER], request.method, request.url.path)
 
     async def facts(self, request: Request) -> Response:
         run_id = UUID(request.path_params["id"])

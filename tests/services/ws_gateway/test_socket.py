@@ -24,7 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from infra.clock import uuid7
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
-from infra.security.auth import Identities, Identity
+from infra.security.auth import Identity
 from infra.stores.cache import Cache
 from infra.web.http import PING_SECONDS, PONG_SECONDS, Health, create_app, serve_http
 from services.ws_gateway import api, clients, connection, socket
@@ -35,8 +35,9 @@ from services.ws_gateway.feed import MAX_WAITING, Live, Room
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.keys import SAFE, Keys
 from tests.services.ws_gateway.agent import Agent, ValidKeys, failed, happen, run_facts
+from tooling.testing import keys as key_pairs
 from tooling.testing.gateway import running_gateway
-from tooling.testing.platform import ADMIN_TOKEN, INTERNAL_SECRET, Platform
+from tooling.testing.platform import ADMIN_TOKEN, Platform
 
 SCHEMA = json.loads((Path(__file__).parents[3] / "protos" / "ws-schema.json").read_text())
 FITS = jsonschema.Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": "#/$defs/ServerMessage"}]})
@@ -492,16 +493,16 @@ async def tenant(user: Platform) -> AsyncIterator[httpx.AsyncClient]:
 
 async def identity(tenant: httpx.AsyncClient, key: str) -> dict[str, str]:
     """The header that the gateway adds to a request with this key."""
-    answer = await tenant.get("/internal/auth", headers={"authorization": key})
+    answer = await tenant.get("/internal/auth", headers={"authorization": key, "x-claw-service": "ws_gateway"})
     return {"x-claw-identity": answer.headers["x-claw-identity"]}
 
 
 @asynccontextmanager
 async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[str]:
     """The URL of a gateway in this process, so that a test can change its intervals."""
-    identities = Identities(INTERNAL_SECRET)
+    identities = key_pairs.identities("ws_gateway")
     async with Redis.from_url(platform.stack.redis_url) as redis:
-        keys = Keys(platform.channels().to(user_grpc, "user", safe=SAFE))
+        keys = Keys(platform.channels("ws_gateway").to(user_grpc, "user", safe=SAFE))
         hub = Hub(Cache(redis), Clients(keys, asyncio.Event()))
         caller = Caller(platform.url("agent"), identities)
         route = api.websocket(hub, caller, identities)

@@ -55,7 +55,7 @@ class _Sent(asyncio.Transport):
 @pytest.mark.parametrize("size", [1, 3, 1000])
 async def test_frames_are_counted_however_they_are_cut(size: int) -> None:
     watch = Watch(200, 1_000, ["run"])
-    socket, transport = Socket(watch, 0, None), _Sent()
+    socket, transport = Socket(watch, 0, ws=False), _Sent()
     socket.connection_made(transport)
     ping = b"\x89\x02hi"
     data = frame(b"{}") + frame(b"x" * 200) + ping + frame(b"x" * 200) + frame(b"x" * 199)

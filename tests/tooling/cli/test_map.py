@@ -101,3 +101,10 @@ def test_the_system_s_map_fits_80_columns_and_comes_as_json(capsys: pytest.Captu
     assert {flow.name for flow in found} >= {"usage.records", "channel.outbound"}
     command.map(mermaid=True)
     assert capsys.readouterr().out.startswith("flowchart LR")
+
+
+def test_the_calls_are_shown_with_their_callers() -> None:
+    text = command.calls_as_text()
+    assert "  memory.v1.Memory/Retrieve\n    from agent, plugin for a tenant\n" in text
+    assert "  ops.v1.Operations/CountOutbox\n    from billing for a tenant or the operator\n" in text
+    assert "  POST /api/v1/runs/{run_id}/cancel\n    from ws_gateway to agent, run" in text

@@ -21,6 +21,7 @@ from protos.catalog import AUDIT_LOGS, SERVICE_LOGS
 from protos.topology import Catalog
 from tooling.stack.ports import is_free
 from tooling.stack.provision import provision_brokers
+from tooling.testing import keys
 from tooling.testing.processes import Process
 from tooling.testing.sample.catalog import SAMPLE
 
@@ -57,7 +58,6 @@ class SampleServices:
             "CLAW_TOPIC_PREFIX": prefix,
             "CLAW_RABBITMQ_URL": engines.rabbitmq,
             "CLAW_REDIS_URL": engines.redis,
-            "CLAW_INTERNAL_SECRET": secrets.token_urlsafe(32),
             "CLAW_MASTER_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
             "CLAW_KAFKA_SESSION_MS": "6000",
             "CLAW_LEASE_SECONDS": "3",
@@ -94,6 +94,7 @@ class SampleServices:
         self.ports.setdefault(instance, free_port())
         environment = {
             **self._environment,
+            **keys.environment(f"sample_{name}"),
             "CLAW_DATABASE_URL": self.url(name),
             "CLAW_REQUEST_DATABASE_URL": self.url(name, "request"),
             "CLAW_HTTP_PORT": str(self.ports[instance]),

@@ -64,7 +64,8 @@ class StandIns:
             self.asked[key] += 1
             self.auth_headers.append(dict(request.headers))
             if key in self.keys:
-                return Response(headers={"X-Claw-Identity": f"identity of {key}"})
+                service = request.headers["x-claw-service"]
+                return Response(headers={"X-Claw-Identity": f"identity of {key} for {service}"})
             return Response("{}", 401, {"WWW-Authenticate": "Bearer"}, media_type="application/problem+json")
 
         return Starlette(routes=[Route("/internal/auth", auth), Route("/{path:path}", echo, methods=METHODS)])
@@ -177,6 +178,7 @@ async def test_a_path_leads_to_its_service_unchanged(
 ) -> None:
     answer = (await client.request(method, f"{path}?q=a%20b%26c&cursor=x")).json()
     assert (answer["service"], answer["path"], answer["query"]) == (service, path, "q=a%20b%26c&cursor=x")
+    assert answer["headers"]["x-claw-identity"] == f"identity of {KEY} for {service}"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ async def test_only_the_gateway_tells_the_service_the_callers_identity(client: h
     }
     answer = await client.get("/api/v1/agents", headers=forged)
     headers = answer.json()["headers"]
-    assert headers["x-claw-identity"] == f"identity of {KEY}"
+    assert headers["x-claw-identity"] == f"identity of {KEY} for agent"
     assert headers["x-forwarded-for"] == "127.0.0.1"
     assert headers["x-request-id"] == answer.headers["x-request-id"] != "mine"
     assert not headers.keys() & {"authorization", "traceparent", "tracestate", "baggage", "forwarded"}
@@ -251,7 +253,7 @@ async def test_the_callers_identity_is_cached_and_a_revoked_key_expires_soon(
     bearer = {"Authorization": "Bearer claw_short", "X-Claw-Identity": "forged", "Cookie": "a=b"}
     for _ in range(50):
         answer = await client.post("/api/v1/agents", headers=bearer, content=b"x" * 1000)
-        assert answer.json()["headers"]["x-claw-identity"] == "identity of claw_short"
+        assert answer.json()["headers"]["x-claw-identity"] == "identity of claw_short for agent"
     assert 1 <= services.asked["claw_short"] < 50
     for headers in services.auth_headers:
         assert not headers.keys() & {"x-claw-identity", "cookie", "content-length", "transfer-encoding"}
