@@ -1,4 +1,7 @@
-"""Which IP addresses may be hosts on the internet, and which belong to inner networks."""
+"""Which IP addresses may be hosts on the internet, and which belong to inner networks.
+
+The blocks are those of IANA's registries on 2026-07-18; `tests/infra/outgoing/test_addresses.py` has all their rows.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ SPECIAL_PURPOSE = tuple(
         "192.0.2.0/24",  # documentation
         "192.31.196.0/24",  # AS112
         "192.52.193.0/24",  # AMT
-        "192.88.99.0/24",  # 6to4 relay anycast, deprecated
+        #         "192.88.99.0/24",  # 6to4 relay anycast, deprecated
         "192.168.0.0/16",  # private use
         "192.175.48.0/24",  # AS112, direct delegation
         "198.18.0.0/15",  # benchmarking

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import secrets
 import time
 from contextvars import Context
@@ -21,8 +22,10 @@ from services.channel.vendors.base import Vendor
 
 # A process may use its cached copy of an account for this long. A change by another process takes effect after it.
 CACHE_SECONDS = 3.0
+UNKNOWN_SECONDS = 5.0
 CACHE_SIZE = 10_000
 TOKEN_BYTES = 24
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 
 _COLUMNS = "id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason"
 
@@ -90,17 +93,23 @@ async def read(tx: Tx, secrets_: Secrets, account_id: UUID) -> Account | None:
 
 
 class Accounts:
-    """Accounts by webhook token, cached for `CACHE_SECONDS`. An unknown token is looked up again each time."""
+    """Accounts by webhook token, cached for `CACHE_SECONDS`; unknown tokens for `UNKNOWN_SECONDS`: tokens are random, so
+    nobody asks for one before it is made."""
 
     def __init__(self, database: Database, secrets_: Secrets) -> None:
         self._database = database
         self._secrets = secrets_
         self._known: dict[bytes, tuple[float, Account]] = {}
+        self._unknown: dict[bytes, float] = {}
         self._reading: dict[bytes, asyncio.Task[Account | None]] = {}
 
     async def by_token(self, type_: str, token: str) -> Account | None:
+        if not _TOKEN.fullmatch(token):
+            return None
         hashed = token_hash(token)
         now = time.monotonic()
+        if self._unknown.get(hashed, 0.0) > now:
+            return None
         until, account = self._known.get(hashed, (0.0, None))
         if account is not None and until < now:
             # This request refreshes the entry. Concurrent requests keep the cached account, so that not all of them
@@ -124,6 +133,9 @@ class Accounts:
             rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE token_hash = $1", hashed)
         if not rows:
             self._known.pop(hashed, None)
+            if len(self._unknown) >= CACHE_SIZE:
+                self._unknown.clear()
+            self._unknown[hashed] = time.monotonic() + UNKNOWN_SECONDS
             return None
         account = self._secrets.account(rows[0])
         if len(self._known) >= CACHE_SIZE:

@@ -75,6 +75,30 @@ def test_reserved_addresses_are_not_public(address: str) -> None:
     assert not is_public(ip_address(address))
 
 
+# The address blocks of all rows of iana-ipv4-special-registry-1.csv and iana-ipv6-special-registry-1.csv, as published
+# by IANA on 2026-07-18.
+REGISTRIES = """
+0.0.0.0/8 0.0.0.0/32 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.0.0/29
+192.0.0.8/32 192.0.0.9/32 192.0.0.10/32 192.0.0.170/32 192.0.0.171/32 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24
+192.88.99.0/24 192.88.99.2/32 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4
+255.255.255.255/32
+::1/128 ::/128 ::ffff:0:0/96 64:ff9b::/96 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/23 2001::/32 2001:1::1/128
+2001:1::2/128 2001:1::3/128 2001:2::/48 2001:3::/32 2001:4:112::/48 2001:10::/28 2001:20::/28 2001:30::/28 2001:db8::/32
+2002::/16 2620:4f:8000::/48 3fff::/20 5f00::/16 fc00::/7 fe80::/10
+"""
+# Addresses of these blocks lead to IPv4 addresses, which are judged.
+WRAPPING = {ip_network("::ffff:0:0/96"), ip_network("64:ff9b::/96")}
+
+
+def test_the_list_is_ianas() -> None:
+    registered = {ip_network(block) for block in REGISTRIES.split()} - WRAPPING
+    for block in registered:
+        assert not is_public(block[0]), block
+        assert not is_public(block[-1]), block
+    multicast = {ip_network("224.0.0.0/4")}
+    assert set(SPECIAL_PURPOSE) - registered == multicast
+
+
 def test_the_list_has_all_blocks_that_python_knows_as_not_global() -> None:
     for block in SPECIAL_PURPOSE:
         for address in (block[0], block[-1]):

@@ -15,8 +15,9 @@ from infra.observe import telemetry
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
+from services.channel import accounts
 from services.channel import ingest as module
-from services.channel.accounts import Account, Accounts, Secrets
+from services.channel.accounts import Account, Accounts, Secrets, new_token
 from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.ingest import MAX_DIRECT, Drainer, Ingest
 from services.channel.vendors import VENDORS
@@ -245,7 +246,7 @@ async def test_a_thread_names_the_session_of_its_channel(intake: Intake) -> None
 async def test_requests_at_the_same_moment_share_one_query_of_their_account(
     intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accounts = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
+    stored = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
     reads = 0
     begin = intake.database.begin
 
@@ -255,7 +256,35 @@ async def test_requests_at_the_same_moment_share_one_query_of_their_account(
         return begin(**kwargs)
 
     monkeypatch.setattr(intake.database, "begin", counted)
-    found = await asyncio.gather(*(accounts.by_token("webhook", "unknown") for _ in range(50)))
+    token = new_token()
+    found = await asyncio.gather(*(stored.by_token("webhook", token) for _ in range(50)))
     assert (found, reads) == ([None] * 50, 1)
-    assert await accounts.by_token("webhook", "unknown") is None
-    assert reads == 2
+
+
+async def test_an_unknown_token_costs_one_query_in_seconds_and_text_that_is_no_token_none(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
+    reads: list[bytes] = []
+    read = stored._read
+
+    async def counted(hashed: bytes) -> Account | None:
+        reads.append(hashed)
+        return await read(hashed)
+
+    monkeypatch.setattr(stored, "_read", counted)
+    token = new_token()
+    for _ in range(20):
+        assert await stored.by_token("webhook", token) is None
+    for text in ("", "unknown", token + "x", token[:-1] + "é", token + "\n"):
+        assert await stored.by_token("webhook", text) is None
+    assert len(reads) == 1
+    monkeypatch.setattr(accounts, "CACHE_SIZE", 5)
+    for _ in range(20):
+        assert await stored.by_token("webhook", new_token()) is None
+    assert len(reads) == 21
+    assert len(stored._unknown) <= 5
+    monkeypatch.setattr(accounts, "UNKNOWN_SECONDS", -1.0)
+    for _ in range(2):
+        assert await stored.by_token("webhook", token) is None
+    assert len(reads) == 23
