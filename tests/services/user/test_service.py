@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from infra.clock import utcnow
-from infra.errors import InvalidMessage
+from infra.errors import Forbidden, InvalidMessage
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.security.auth import IDENTITY_HEADER, Identity
@@ -365,7 +365,7 @@ async def test_the_directory_tells_the_owners_addresses(
     assert list(reply.emails) == ["o@acme.example", "p@acme.example"]
     nobody = await directory.Owners(user_pb2.OwnersRequest(), metadata=rpc.tenant_metadata(str(uuid4())))
     assert list(nobody.emails) == []
-    with pytest.raises(InvalidMessage):
+    with pytest.raises(Forbidden, match="must be called for a tenant"):
         await directory.Owners(user_pb2.OwnersRequest())
 
 

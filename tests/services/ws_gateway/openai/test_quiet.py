@@ -45,7 +45,7 @@ class Agent:
         facts = [failed(run_id, 1, "failed")] if self.end == "failed" else run_facts(run_id)
         return [Fact(fact.n, fact.wire_name(), "", msgspec.to_builtins(fact)) for fact in facts]
 
-    async def ask(self, who: Identity, scope: str, method: str, path: str, template: str) -> httpx.Response:
+    async def ask(self, who: Identity, method: str, path: str, template: str) -> httpx.Response:
         self.asked.append(f"{method} {template}")
         return httpx.Response(503)
 
