@@ -93,7 +93,7 @@ async def read(tx: Tx, secrets_: Secrets, account_id: UUID) -> Account | None:
 
 
 class Accounts:
-    """Accounts by webhook token, cached for `CACHE_SECONDS`. Unknown tokens are cached for `UNKNOWN_SECONDS`: a token is
+    """Accounts by webhook token, cached for `CACHE_SECONDS`. An unknown token is cached for `UNKNOWN_SECONDS`: it is
     random, so nobody asks for it before it is made."""
 
     def __init__(self, database: Database, secrets_: Secrets) -> None:
