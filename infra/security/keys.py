@@ -100,7 +100,7 @@ class Keyring:
         self._public = _Watched(public, read_public)
         self._looked = time.monotonic()
         self.version = 0
-        """Grows with each change of the public keys: what was verified with the old ones may no longer be valid."""
+        """Grows with each change of the public keys: a token that the old ones verified may no longer be valid."""
 
     def sign(self, audience: str | list[str], **claims: Any) -> str:
         """A token of this service for `audience`, valid for a minute."""

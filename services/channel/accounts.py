@@ -93,8 +93,8 @@ async def read(tx: Tx, secrets_: Secrets, account_id: UUID) -> Account | None:
 
 
 class Accounts:
-    """Accounts by webhook token, cached for `CACHE_SECONDS`. An unknown token is cached for `UNKNOWN_SECONDS`: it is
-    random, so nobody asks for it before it is made."""
+    """Accounts by webhook token, cached for `CACHE_SECONDS`. An unknown token is cached for `UNKNOWN_SECONDS`: tokens
+    are random, so no vendor sends one before it is made."""
 
     def __init__(self, database: Database, secrets_: Secrets) -> None:
         self._database = database

@@ -31,7 +31,7 @@ def keyring(folder: Path, service: str) -> Keyring:
 
 
 def token(folder: Path, service: str = "agent", *, kid: str | None = None, **claims: object) -> str:
-    """A token with these claims that `service` signs, whatever its own code would sign."""
+    """A token of `service` with these claims."""
     key = read_private(stack_keys.private_file(folder, service))
     now = int(time.time())
     content = {"iss": service, "aud": "billing", "iat": now, "exp": now + 30, **claims}
