@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from infra.bus import outbox
 from infra.errors import describe
@@ -14,6 +15,8 @@ from infra.postgres.tx import Database, Tx
 
 OBSERVE_SECONDS = 5.0
 OBSERVATIONS_PER_MAINTENANCE = 12
+
+_log = get_logger("infra.service.maintenance")
 
 
 class Maintenance:
@@ -31,30 +34,24 @@ class Maintenance:
     async def run(self) -> None:
         ticks = 0
         while not self._stopping.is_set():
-            try:
-                await self._observe()
-                if ticks % OBSERVATIONS_PER_MAINTENANCE == 0:
+            works = [self._observe, *PRUNING] if ticks % OBSERVATIONS_PER_MAINTENANCE == 0 else [self._observe]
+            for work in works:
+                # Each has a transaction of its own: one table that cannot be pruned must not keep the others from it.
+                try:
                     async with self._database.begin() as tx:
-                        await inbox.maintain(await tx.connection())
-                    async with self._database.begin() as tx:
-                        await dead_letters.prune(await tx.connection())
-                    async with self._database.begin() as tx:
-                        await lane.forget(tx)
-                    async with self._database.begin() as tx:
-                        await prune_answers(tx)
-            except Exception as error:
-                get_logger("infra.service.maintenance").warning("maintenance failed; will retry", error=describe(error))
+                        await work(tx)
+                except Exception as error:
+                    _log.warning("maintenance failed; will retry", work=work.__name__, error=describe(error))
             ticks += 1
             try:
                 await asyncio.wait_for(self._stopping.wait(), OBSERVE_SECONDS)
             except TimeoutError:
                 continue
 
-    async def _observe(self) -> None:
-        async with self._database.begin() as tx:
-            pending = await outbox.pending_by_destination(await tx.connection())
-            parked = await dead_letters.count_parked(await tx.connection())
-            waiting = await lane.waiting(tx)
+    async def _observe(self, tx: Tx) -> None:
+        pending = await outbox.pending_by_destination(await tx.connection())
+        parked = await dead_letters.count_parked(await tx.connection())
+        waiting = await lane.waiting(tx)
         metrics = self._metrics
         for gauge in (metrics.outbox_depth, metrics.outbox_oldest_seconds, metrics.parked_keys):
             gauge.clear()
@@ -71,6 +68,14 @@ class Maintenance:
             metrics.parked_keys.labels(*labels).set(count)
 
 
+async def prune_inbox(tx: Tx) -> None:
+    await inbox.maintain(await tx.connection())
+
+
+async def prune_dead_letters(tx: Tx) -> None:
+    await dead_letters.prune(await tx.connection())
+
+
 async def prune_answers(tx: Tx) -> None:
     """Deletes answers of `infra.service.idempotency` that are older than a day."""
     await tx.sql(
@@ -85,3 +90,6 @@ async def prune_answers(tx: Tx) -> None:
         )
         """
     )
+
+
+PRUNING: tuple[Callable[[Tx], Awaitable[None]], ...] = (prune_inbox, prune_dead_letters, lane.forget, prune_answers)

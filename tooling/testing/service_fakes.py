@@ -170,11 +170,11 @@ class ServiceFakes:
 @asynccontextmanager
 async def running_service_fakes(platform: Platform) -> AsyncIterator[ServiceFakes]:
     """Serves the fakes on the ports at which the platform's services expect the real ones."""
-    peers = ServiceFakes()
+    fakes = ServiceFakes()
     servicers: dict[str, tuple[Callable[[Any, Any], None], Any]] = {
-        "memory": (memory_pb2_grpc.add_MemoryServicer_to_server, peers.memory),
-        "billing": (billing_pb2_grpc.add_BillingServicer_to_server, peers.billing),
-        "plugin": (plugin_pb2_grpc.add_PluginServicer_to_server, peers.plugin),
+        "memory": (memory_pb2_grpc.add_MemoryServicer_to_server, fakes.memory),
+        "billing": (billing_pb2_grpc.add_BillingServicer_to_server, fakes.billing),
+        "plugin": (plugin_pb2_grpc.add_PluginServicer_to_server, fakes.plugin),
     }
     async with AsyncExitStack() as stack:
         for name, (add, servicer) in servicers.items():
@@ -182,4 +182,4 @@ async def running_service_fakes(platform: Platform) -> AsyncIterator[ServiceFake
             add(servicer, server.grpc)
             await server.start(platform.ports[f"{name}_grpc"])
             stack.push_async_callback(server.stop)
-        yield peers
+        yield fakes

@@ -12,7 +12,7 @@ from infra.errors import Transient
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
-from services.ws_gateway.openai.errors import no_model, of_problem
+from services.ws_gateway.openai.errors import of_problem, unknown_model
 from services.ws_gateway.openai.requests import Conversation
 from services.ws_gateway.openai.shapes import UNREPORTED, Usage
 
@@ -62,7 +62,7 @@ async def start_run(agent: Agent, who: Identity, model: str, conversation: Conve
     try:
         agent_id = UUID(model)
     except ValueError:
-        raise no_model(model) from None
+        raise unknown_model(model) from None
     answer = await agent.ask(
         who,
         "POST",
@@ -72,7 +72,7 @@ async def start_run(agent: Agent, who: Identity, model: str, conversation: Conve
         headers={"content-type": "application/json"} | ({"idempotency-key": key} if key else {}),
     )
     if answer.status_code == 404:
-        raise no_model(model)
+        raise unknown_model(model)
     if answer.status_code != 202:
         failure = of_problem(answer.status_code, answer.headers, answer.content)
         if failure.error["param"] == "tools":

@@ -61,7 +61,7 @@ class Answer(Response):
         if connected and not writer.ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):
-                    await writer.fail(errors.cut_off())
+                    await writer.fail(errors.restarting())
 
     async def _write(self, live: Live, writer: _Writer) -> None:
         try:
@@ -92,7 +92,7 @@ class Answer(Response):
                     try:
                         piece = _piece(transcript, event)
                     except TakenBack:
-                        raise errors.taken_back() from None
+                        raise errors.rewritten() from None
                     if piece and piece.text:
                         await writer.text(piece)
                     if event.name == "reply":
@@ -108,14 +108,14 @@ class Answer(Response):
             async with aclosing(run_events(self._read, live, Follow(0))) as batches:
                 async for events in batches:
                     for event in events:
-                        if failure := errors.no_reply(event):
+                        if failure := errors.ended_without_reply(event):
                             self._over = True
                             raise failure
                     yield events
             self._over = True
         except NotFound:
             self._over = True
-            raise errors.gone() from None
+            raise errors.run_gone() from None
 
     async def _read(self, after: int) -> list[Fact]:
         return await self._agent.facts(self._run_id, after, self._who)

@@ -67,7 +67,7 @@ def router(hub: Hub, agent: Agent) -> APIRouter:
         for view in await agents.list_all(agent, who):
             if view.enabled and str(view.id) == model:
                 return _model(view, who)
-        raise errors.no_model(model)
+        raise errors.unknown_model(model)
 
     async def start(body: ChatRequest | ResponsesRequest, who: Identity, key: str | None) -> UUID:
         # In a thread: the check of large schemas would block the event loop.

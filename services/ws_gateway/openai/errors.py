@@ -50,30 +50,30 @@ class Failure(Exception):
         return Response(body, self.status, {**self.headers, **(headers or {})}, media_type="application/json")
 
 
-def unfit(field: str, reason: str) -> Failure:
+def invalid_field(field: str, reason: str) -> Failure:
     """A 400 that names the invalid field of the request."""
     return Failure(400, f"{field}: {reason}", param=field)
 
 
-def no_model(id_: str) -> Failure:
+def unknown_model(id_: str) -> Failure:
     return Failure(404, f"The model {id_} does not exist.", param="model", code="model_not_found")
 
 
-def cut_off() -> Failure:
+def restarting() -> Failure:
     return Failure(503, "The server restarts; send the request again.", headers={"retry-after": "1"})
 
 
-def taken_back() -> Failure:
+def rewritten() -> Failure:
     return Failure(
         502, "The model wrote the text again, and a stream cannot replace sent text.", code="stream_interrupted"
     )
 
 
-def gone() -> Failure:
+def run_gone() -> Failure:
     return Failure(502, "The run no longer exists.", code="run_gone", headers=_ONCE)
 
 
-def no_reply(event: Event) -> Failure | None:
+def ended_without_reply(event: Event) -> Failure | None:
     """The reason why a run has no reply; None if the event is not such an end."""
     match event.name:
         case "run.refused":

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from infra.errors import InvalidMessage
 from infra.web.json_schema import check_schema
-from services.ws_gateway.openai.errors import unfit
+from services.ws_gateway.openai.errors import invalid_field
 
 MAX_MESSAGES = 1_000
 MAX_TEXT = 100_000
@@ -238,12 +238,12 @@ def _conversation(field: str, turns: Iterable[_Turn], constraints: _Constraints)
             case "tool":
                 call = open_.pop(turn.answers, None) if isinstance(turn.answers, str) else None
                 if call is None:
-                    raise unfit(turn.where + turn.answers_field, "must be the id of a call just before")
+                    raise invalid_field(turn.where + turn.answers_field, "must be the id of a call just before")
                 said.append(Earlier("tool", content, call=call))
             case "function":
-                raise unfit(f"{turn.where}.role", _OLD)
+                raise invalid_field(f"{turn.where}.role", _OLD)
             case _:
-                raise unfit(f"{turn.where}.role", "must be system, developer, user, assistant or tool")
+                raise invalid_field(f"{turn.where}.role", "must be system, developer, user, assistant or tool")
     _check(not open_, field, _unanswered(open_))
     asks = [n for n, turn in enumerate(said) if turn.role == "user"]
     _check(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
@@ -270,11 +270,11 @@ def _text(content: Any, where: str) -> str:
 
 def _string(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise unfit(where, "must be text")
+        raise invalid_field(where, "must be text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise unfit(where, "must be valid Unicode text") from None
+        raise invalid_field(where, "must be valid Unicode text") from None
     _check(len(text) <= MAX_TEXT, where, f"must have {MAX_TEXT} characters at most")
     return text
 
@@ -283,10 +283,10 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     name = _TEXTS.get(kind) if isinstance(kind, str) else None
     if name is None:
-        raise unfit(f"{where}.type", "only text is supported")
+        raise invalid_field(f"{where}.type", "only text is supported")
     text = part.get(name)
     if not isinstance(text, str):
-        raise unfit(f"{where}.{name}", "must be text")
+        raise invalid_field(f"{where}.{name}", "must be text")
     return text
 
 
@@ -324,7 +324,7 @@ def _tools(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ..
             _check(bool(chosen), f"{where}.name", "is none of the tools")
             # Only the chosen function is offered, so the model must call it.
             return tuple(chosen), True
-    raise unfit("tool_choice", "must be none, auto, required or a function")
+    raise invalid_field("tool_choice", "must be none, auto, required or a function")
 
 
 def _parameters(given: Any, where: str) -> dict[str, Any]:
@@ -341,9 +341,9 @@ def _parameters(given: Any, where: str) -> dict[str, Any]:
     try:
         msgspec.json.encode(parameters)
     except RecursionError:
-        raise unfit(where, "must not be nested so deeply") from None
+        raise invalid_field(where, "must not be nested so deeply") from None
     except UnicodeEncodeError:
-        raise unfit(where, "must be valid Unicode text") from None
+        raise invalid_field(where, "must be valid Unicode text") from None
     return parameters
 
 
@@ -355,7 +355,7 @@ def _function(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]
         return given, where
     fields = given.get(nested)
     if not isinstance(fields, dict):
-        raise unfit(f"{where}.{nested}", "must be an object")
+        raise invalid_field(f"{where}.{nested}", "must be an object")
     return fields, f"{where}.{nested}"
 
 
@@ -370,7 +370,7 @@ def _item(item: Mapping[str, Any], where: str) -> _Turn:
         case "function_call_output":
             output, id_ = item.get("output"), item.get("call_id")
             return _Turn(where, "tool", output, field=".output", answers=id_, answers_field=".call_id")
-    raise unfit(f"{where}.type", "only message, function_call and function_call_output are supported")
+    raise invalid_field(f"{where}.type", "only message, function_call and function_call_output are supported")
 
 
 def _chat_call(given: Any, where: str) -> Call:
@@ -411,7 +411,7 @@ def _output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, A
                 _check(isinstance(given, dict), where, "must be an object")
             _check_name(given.get("name"), f"{where}.name")
             return _schema(given.get("schema"), f"{where}.schema")
-    raise unfit(f"{where}.type", "must be text, json_object or json_schema")
+    raise invalid_field(f"{where}.type", "must be text, json_object or json_schema")
 
 
 def _schema(schema: Any, where: str) -> dict[str, Any]:
@@ -419,7 +419,7 @@ def _schema(schema: Any, where: str) -> dict[str, Any]:
     try:
         check_schema(where, schema)
     except InvalidMessage as error:
-        raise unfit(error.field, error.reason) from None
+        raise invalid_field(error.field, error.reason) from None
     return dict(schema)
 
 
@@ -429,4 +429,4 @@ def _check_name(name: Any, where: str) -> None:
 
 def _check(holds: bool, field: str, reason: str) -> None:
     if not holds:
-        raise unfit(field, reason)
+        raise invalid_field(field, reason)

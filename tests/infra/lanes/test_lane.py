@@ -720,7 +720,8 @@ async def test_what_is_over_is_forgotten_after_a_while_with_the_lanes_it_leaves_
         await forget(database)
         assert await sql(database, "SELECT lane, last_seq FROM lane WHERE kind = $1", kind.name) == [("half", 2)]
         assert await items(database, kind, "lane", "seq") == [("half", 2)]
-        await Maintenance(database, world.metrics)._observe()
+        async with database.begin() as tx:
+            await Maintenance(database, world.metrics)._observe(tx)
     assert f'claw_lane_depth{{kind="{kind.name}"}} 1.0' in metrics_of(world)
     assert f'claw_lane_oldest_seconds{{kind="{kind.name}"}} 0.0' in metrics_of(world)
 

@@ -20,6 +20,7 @@ from infra.observe.metrics import Metrics
 from infra.postgres.tx import Database, Tx
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.security.crypto import Cipher
+from infra.service import maintenance
 from infra.service.api import Admin, Anyone, Operator, Paging, Reader, Runner, Writer, api, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.maintenance import prune_answers
@@ -312,6 +313,29 @@ async def test_an_answer_expires_after_a_day(client: httpx.AsyncClient, made: Ma
         await prune_answers(tx)
         left = await tx.sql("SELECT key FROM idempotency WHERE key IN ('fresh', 'old')")
     assert left == [("fresh",)]
+
+
+async def test_a_table_that_cannot_be_pruned_does_not_keep_the_others_from_it(
+    client: httpx.AsyncClient, desk: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(tx: Tx) -> None:
+        await tx.sql("SELECT 1 FROM no_such_table")
+
+    async def is_kept(key: str) -> bool:
+        async with desk.begin() as tx:
+            return bool(await tx.sql("SELECT 1 FROM idempotency WHERE key = $1", key))
+
+    await client.post("/things", json={"name": "a"}, headers={"Idempotency-Key": "older"})
+    async with desk.begin() as tx:
+        await tx.sql("UPDATE idempotency SET created_at = created_at - interval '1 day' WHERE key = 'older'")
+    monkeypatch.setattr(maintenance, "PRUNING", (broken, *maintenance.PRUNING))
+    work = maintenance.Maintenance(desk, Metrics(CollectorRegistry()))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(work.run())
+        async with asyncio.timeout(30):
+            while await is_kept("older"):
+                await asyncio.sleep(0.02)
+        await work.stop()
 
 
 async def test_a_key_with_another_body_is_refused_and_other_tenants_keys_are_others(
