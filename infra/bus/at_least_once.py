@@ -151,7 +151,7 @@ class AtLeastOnceReader(KafkaLoop):
             payload=record.value or b"",
         )
         async with self._database.begin() as tx:
-            await store_dead_letters(await tx.connection(), self._group, "kafka", [letter])
+            await store_dead_letters(await tx.connection(), self._group, "kafka", [letter], self._database.sealing)
         self._metrics.dead_letters.labels(self._group).inc()
         self._log.error(
             "record stored as a dead letter; see claw dlq list",

@@ -257,7 +257,7 @@ class Batches:
                 good.append(item.result)
                 handled.add(id_)
         if letters:
-            await store_dead_letters(connection, self._group, "kafka", letters)
+            await store_dead_letters(connection, self._group, "kafka", letters, self._database.sealing)
             self._metrics.dead_letters.labels(self._group).inc(len(letters))
             first = letters[0]
             self._log.error(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
 import msgspec
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.errors import describe
 from infra.failpoint import failpoint
@@ -23,7 +23,7 @@ from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient, sql
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.leases import LEASE_SECONDS, Leases
-from infra.postgres.tx import BUCKETS
+from infra.postgres.tx import BUCKETS, Database
 
 WINDOW = 500
 # A commit in this process wakes the relay. The poll finds rows of other processes, and those left after a crash.
@@ -74,17 +74,18 @@ class Relay:
 
     def __init__(
         self,
-        engine: AsyncEngine,
-        service: str,
+        database: Database,
         publisher: Publisher,
         metrics: Metrics,
         *,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
+        engine = database.engine
         self._engine = engine
         # For single statements: they need no BEGIN and no COMMIT.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._service = service
+        self._service = database.service
+        self._sealing = database.sealing
         self._publisher = publisher
         self._metrics = metrics
         self.leases = Leases(engine, f"outbox-{publisher.bus}", BUCKETS, seconds=lease_seconds)
@@ -189,7 +190,7 @@ class Relay:
             if done and not await self._mark_published(connection, done, confirmed):
                 return
             if dead:
-                await store_dead_letters(connection, self._service, "outbox", dead)
+                await store_dead_letters(connection, self._service, "outbox", dead, self._sealing)
             for (destination, key), error in sorted(held_back.items()):
                 await self._hold_back(connection, destination, key, error)
         self._metrics.outbox_published.labels(bus).inc(len(done) - len(dead))

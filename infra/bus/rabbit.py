@@ -218,7 +218,7 @@ class Workers:
             payload=message.body,
         )
         async with self._database.begin() as tx:
-            await store_dead_letters(await tx.connection(), queue.name, "rabbit", [letter])
+            await store_dead_letters(await tx.connection(), queue.name, "rabbit", [letter], self._database.sealing)
         self._metrics.dead_letters.labels(queue.name).inc()
         self._log.error(
             "message stored as a dead letter; see claw dlq list",

@@ -313,7 +313,13 @@ class LaneRunner:
                 if kind.work.dead and (item := _readable(kind, head)) is not None:
                     await kind.work.dead(item, text, tx)
                 result = await self._finish(tx, lease, head, "dead", may_go_on)
-                await store_dead_letters(await tx.connection(), lane.name, "lane", [_dead_letter(lease, head, text)])
+                await store_dead_letters(
+                    await tx.connection(),
+                    lane.name,
+                    "lane",
+                    [_dead_letter(lease, head, text)],
+                    self._database.sealing,
+                )
             else:
                 await lease.fence(tx)
                 await tx.sql(

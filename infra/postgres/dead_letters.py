@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.clock import uuid7
+from infra.errors import Conflict
 from infra.postgres.db import sql, storable
 
 # Longer than any message can be delivered again.
 CLOSED_FOR = timedelta(days=45)
+OPEN_FOR = timedelta(days=30)
+"""An open dead letter is discarded after this time since its last failure, because it may hold words of a
+person whom it does not name."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,19 +58,50 @@ class DeadLetterView(msgspec.Struct, frozen=True, kw_only=True):
     first_failed_at: datetime
     last_failed_at: datetime
     headers: dict[str, str]
-    payload: str
+    payload: str = ""
+    """Read on its own (`read_payload`), because it may hold a person's words."""
+
+
+class SealedPayload(NamedTuple):
+    """The payload of a dead letter as it is stored. Empty: its person was erased, or the letter was discarded."""
+
+    content: bytes
+    subject_id: str | None
+    """The person under whose key it is sealed; None: it is sealed under the platform's key."""
+
+
+class Sealing(Protocol):
+    """Seals payloads; `infra.security.sealed_letters` does it in every service."""
+
+    async def seal(self, connection: AsyncConnection, letters: Sequence[DeadLetter]) -> list[SealedPayload]: ...
+
+    async def open(
+        self, connection: AsyncConnection, tenant_id: str | None, message_id: str, payload: SealedPayload
+    ) -> bytes:
+        """Raises infra.errors.Conflict if the person was erased."""
+        ...
 
 
 async def store_dead_letters(
-    connection: AsyncConnection, consumer: str, source: str, letters: Sequence[DeadLetter]
+    connection: AsyncConnection, consumer: str, source: str, letters: Sequence[DeadLetter], sealing: Sealing | None
 ) -> None:
-    """Stores dead letters; one that lies there already is left as it is."""
+    """Stores dead letters; one that lies there already is left as it is. Without `sealing` payloads stay as they are:
+    for benches and tests without personal content."""
+    payloads = (
+        await sealing.seal(connection, letters)
+        if sealing
+        else [SealedPayload(letter.payload, None) for letter in letters]
+    )
     await sql(
         connection,
-        "INSERT INTO dead_letter (id, consumer, source, destination, place, message_id, key, tenant_id, state, "
-        "attempts, error, headers, payload) SELECT i, $1::text, $2::text, d, p, m, k, t, s, a, e, h, y FROM unnest("
-        "$3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::int[], $11::text[], "
-        "$12::text[], $13::bytea[]) AS n(i, d, p, m, k, t, s, a, e, h, y) ON CONFLICT DO NOTHING",
+        """
+        INSERT INTO dead_letter (id, consumer, source, destination, place, message_id, key, tenant_id, state, attempts,
+                                 error, headers, payload, subject_id, sealed)
+        SELECT i, $1::text, $2::text, d, p, m, k, t, s, a, e, h, y, u, $15::boolean
+        FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::int[],
+                    $11::text[], $12::text[], $13::bytea[], $14::text[]) AS n(i, d, p, m, k, t, s, a, e, h, y, u)
+        ON CONFLICT DO NOTHING
+        """,
         consumer,
         source,
         [uuid7() for _ in letters],
@@ -80,7 +115,9 @@ async def store_dead_letters(
         [letter.attempts for letter in letters],
         [storable(letter.error, 4000) for letter in letters],
         [letter.headers for letter in letters],
-        [letter.payload for letter in letters],
+        [payload.content for payload in payloads],
+        [payload.subject_id for payload in payloads],
+        sealing is not None,
     )
 
 
@@ -111,13 +148,17 @@ async def park(connection: AsyncConnection, consumer: str, topic: str, key: str)
 
 
 async def erase(connection: AsyncConnection, tenant_id: str, subject_id: str) -> None:
-    """Deletes the payload of every dead letter of the tenant that names the subject. A redrive of it then fails."""
+    """Deletes the payload of every dead letter of the subject, and of those that were stored unsealed and name it.
+
+    A redrive of one then fails.
+    """
     await sql(
         connection,
         """
         UPDATE dead_letter
         SET payload = '', error = error || ' (the payload was erased with its subject)'
-        WHERE tenant_id = $1 AND position(convert_to($2, 'UTF8') IN payload) > 0
+        WHERE tenant_id = $1 AND payload <> ''
+          AND (subject_id = $2 OR (NOT sealed AND position(convert_to($2, 'UTF8') IN payload) > 0))
         """,
         tenant_id,
         subject_id,
@@ -151,15 +192,13 @@ async def count_parked(connection: AsyncConnection) -> dict[tuple[str, str], int
 
 _VIEW = (
     "SELECT id, consumer, source || ':' || destination, place, message_id, key, tenant_id, state, attempts, error, "
-    "first_failed_at, last_failed_at, headers, payload FROM dead_letter "
+    "first_failed_at, last_failed_at, headers FROM dead_letter "
 )
 
 
 def _view(service: str, row: Sequence[Any]) -> DeadLetterView:
-    fields = dict(zip(DeadLetterView.__struct_fields__[2:], row[1:], strict=True))
-    fields["headers"] = msgspec.json.decode(row[12])
-    fields["payload"] = row[13].decode("utf-8", errors="backslashreplace")
-    return DeadLetterView(id=UUID(str(row[0])), service=service, **fields)
+    fields = dict(zip(DeadLetterView.__struct_fields__[2:-2], row[1:-1], strict=True))
+    return DeadLetterView(id=UUID(str(row[0])), service=service, **fields, headers=msgspec.json.decode(row[-1]))
 
 
 async def list_dead_letters(
@@ -170,7 +209,7 @@ async def list_dead_letters(
     after: UUID | None = None,
     tenant_id: str | None = None,
 ) -> list[DeadLetterView]:
-    """The open dead letters, the oldest first; with `tenant_id` only those of that tenant."""
+    """The open dead letters without their payloads, the oldest first; with `tenant_id` only those of that tenant."""
     rows = await sql(
         connection,
         _VIEW + "WHERE state IN ('failed', 'waiting', 'redriving') AND ($1::uuid IS NULL OR id > $1) "
@@ -183,5 +222,37 @@ async def list_dead_letters(
 
 
 async def get_dead_letter(connection: AsyncConnection, service: str, id_: UUID) -> DeadLetterView | None:
+    """Without its payload."""
     rows = await sql(connection, _VIEW + "WHERE id = $1", id_)
     return _view(service, rows[0]) if rows else None
+
+
+async def read_payload(connection: AsyncConnection, id_: UUID, sealing: Sealing | None) -> str:
+    """The message of a dead letter as text: ``[erased]`` if its person was erased. The caller audits the reading."""
+    [(tenant_id, message_id, *payload, sealed)] = await sql(
+        connection,
+        "SELECT tenant_id, message_id, payload, subject_id, sealed FROM dead_letter WHERE id = $1",
+        id_,
+    )
+    try:
+        content = await open_payload(connection, sealing, tenant_id, message_id, SealedPayload(*payload), sealed=sealed)
+    except Conflict:
+        return "[erased]"
+    return content.decode("utf-8", errors="backslashreplace")
+
+
+async def open_payload(
+    connection: AsyncConnection,
+    sealing: Sealing | None,
+    tenant_id: str | None,
+    message_id: str,
+    payload: SealedPayload,
+    *,
+    sealed: bool,
+) -> bytes:
+    """The bytes of a message. Raises Conflict if its person was erased."""
+    if not sealed:
+        return payload.content
+    if sealing is None:
+        raise RuntimeError("this process has no key that opens dead letters")
+    return await sealing.open(connection, tenant_id, message_id, payload)

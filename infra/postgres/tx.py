@@ -25,6 +25,7 @@ from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.postgres import db, event_store
+from infra.postgres.dead_letters import Sealing
 from infra.postgres.event_store import Aggregate, NewEvent, Publication, Stream
 from infra.postgres.lane_items import Item, LaneKind, NewItem, insert_items
 from protos.envelope import Envelope, Message
@@ -73,7 +74,7 @@ class Tx:
         tenanted: bool = False,
     ) -> None:
         self._engine = engine
-        self._service = service
+        self.service = service
         self._tenanted = tenanted
         self._connection: AsyncConnection | None = None
         self._events: list[NewEvent] = []
@@ -250,7 +251,7 @@ class Tx:
     ) -> str:
         envelope = Envelope(
             id=id_,
-            source=self._service,
+            source=self.service,
             type=message.wire_name(),
             time=utcnow(),
             subject=subject,
@@ -304,12 +305,16 @@ class Tx:
 class Database:
     """One role's pool of one service, and the only place that commits.
 
-    `tenanted`: the role is bound by row-level security, so a transaction must name its tenant.
+    `tenanted`: the role is bound by row-level security, so a transaction must name its tenant. `sealing`: seals the
+    payloads of the service's dead letters; None only in benches and tests.
     """
 
-    def __init__(self, engine: AsyncEngine, service: str, *, tenanted: bool = False) -> None:
+    def __init__(
+        self, engine: AsyncEngine, service: str, *, tenanted: bool = False, sealing: Sealing | None = None
+    ) -> None:
         self.engine = engine
         self.service = service
+        self.sealing = sealing
         self._tenanted = tenanted
         self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._listeners: list[Callable[[str], None]] = []

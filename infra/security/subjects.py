@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from infra.postgres import dead_letters
+from infra.postgres.db import sql
 from infra.postgres.tx import Tx
 from infra.security.crypto import KEY_BYTES, Cipher, DataKey
 from protos.catalog import PLATFORM_EVENTS
@@ -48,11 +51,16 @@ class SubjectKeys:
 
     async def keys(self, tx: Tx, subjects: Iterable[Subject]) -> dict[Subject, DataKey | None]:
         """The keys of all `subjects`, made if they do not exist; None for a destroyed one."""
+        return await self.keys_of(await tx.connection(), subjects)
+
+    async def keys_of(self, connection: AsyncConnection, subjects: Iterable[Subject]) -> dict[Subject, DataKey | None]:
+        """As `keys`, for code of the kernel that has a connection and no transaction of a handler."""
         # Sorted, so that two transactions which make the same keys lock them in one order and cannot deadlock.
         wanted = sorted(set(subjects))
-        stored = await self._stored(tx, wanted)
+        stored = await _stored(connection, wanted)
         if missing := [subject for subject in wanted if subject not in stored]:
-            await tx.sql(
+            await sql(
+                connection,
                 """
                 -- Waits for another transaction that inserts one of these keys, and then keeps that transaction's key.
                 INSERT INTO subject_key (tenant_id, subject_id, wrapped)
@@ -63,23 +71,25 @@ class SubjectKeys:
                 [subject_id for _, subject_id in missing],
                 [self._cipher.seal(os.urandom(KEY_BYTES), _PURPOSE, *subject) for subject in missing],
             )
-            stored |= await self._stored(tx, missing)
+            stored |= await _stored(connection, missing)
         return {
             subject: None if wrapped is None else DataKey(self._cipher.open(wrapped, _PURPOSE, *subject))
             for subject, wrapped in stored.items()
         }
 
-    async def _stored(self, tx: Tx, subjects: Sequence[Subject]) -> dict[Subject, bytes | None]:
-        rows = await tx.sql(
-            """
-            SELECT tenant_id, subject_id, wrapped
-            FROM subject_key
-            JOIN unnest($1::text[], $2::text[]) AS n(tenant_id, subject_id) USING (tenant_id, subject_id)
-            """,
-            [tenant_id for tenant_id, _ in subjects],
-            [subject_id for _, subject_id in subjects],
-        )
-        return {(tenant_id, subject_id): wrapped for tenant_id, subject_id, wrapped in rows}
+
+async def _stored(connection: AsyncConnection, subjects: Sequence[Subject]) -> dict[Subject, bytes | None]:
+    rows = await sql(
+        connection,
+        """
+        SELECT tenant_id, subject_id, wrapped
+        FROM subject_key
+        JOIN unnest($1::text[], $2::text[]) AS n(tenant_id, subject_id) USING (tenant_id, subject_id)
+        """,
+        [tenant_id for tenant_id, _ in subjects],
+        [subject_id for _, subject_id in subjects],
+    )
+    return {(tenant_id, subject_id): wrapped for tenant_id, subject_id, wrapped in rows}
 
 
 async def destroy(tx: Tx, tenant_id: str, subject_id: str) -> None:

@@ -12,6 +12,7 @@ from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres import dead_letters, inbox
 from infra.postgres.tx import Database, Tx
+from infra.service.redrive import discard_expired
 
 OBSERVE_SECONDS = 5.0
 OBSERVATIONS_PER_MAINTENANCE = 12
@@ -92,4 +93,10 @@ async def prune_answers(tx: Tx) -> None:
     )
 
 
-PRUNING: tuple[Callable[[Tx], Awaitable[None]], ...] = (prune_inbox, prune_dead_letters, lane.forget, prune_answers)
+PRUNING: tuple[Callable[[Tx], Awaitable[None]], ...] = (
+    prune_inbox,
+    prune_dead_letters,
+    discard_expired,
+    lane.forget,
+    prune_answers,
+)

@@ -7,6 +7,8 @@ from datetime import UTC
 from typing import Any
 from uuid import UUID
 
+from msgspec.structs import replace
+
 from infra.errors import InvalidMessage, NotFound
 from infra.postgres import dead_letters
 from infra.postgres.db import sql
@@ -39,7 +41,10 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         return ops_pb2.ListDeadLettersReply(items=[_shown(letter, whole=False) for letter in letters])
 
     async def GetDeadLetter(self, request: ops_pb2.GetDeadLetterRequest, context: Any) -> ops_pb2.DeadLetter:
-        return _shown(await self._own(_uuid("id", request.id)), whole=True)
+        letter = await self._own(_uuid("id", request.id))
+        async with self._database.begin() as tx:
+            payload = await dead_letters.read_payload(await tx.connection(), letter.id, self._database.sealing)
+        return _shown(replace(letter, payload=payload), whole=True)
 
     async def RedriveDeadLetters(
         self, request: ops_pb2.RedriveDeadLettersRequest, context: Any

@@ -22,6 +22,7 @@ from infra.lanes.lane import KEEP_EFFECTS, restore
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres.db import is_of_database, is_transient, storable
+from infra.postgres.dead_letters import OPEN_FOR, SealedPayload, open_payload
 from infra.postgres.inbox import mark_handled
 from infra.postgres.lane_items import NewItem
 from infra.postgres.tx import Database, OutboxRow, Tx, insert_outbox
@@ -31,7 +32,7 @@ from protos.topology import Subscription, Topic
 POLL_SECONDS = 1.0
 _COLUMNS = (
     *("id", "consumer", "source", "destination", "place", "message_id", "key", "tenant_id", "state"),
-    *("headers", "payload"),
+    *("headers", "payload", "subject_id", "sealed"),
 )
 PER_SECOND = 100
 """The most dead letters a second: a redrive of thousands must leave room for new messages."""
@@ -81,6 +82,28 @@ async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
     if not message_id.startswith("sha256:"):
         await mark_handled(await tx.connection(), consumer, [UUID(message_id)])
     audit(tx, actor, "dead_letter.discard", "dead_letter", str(id_), consumer=consumer)
+
+
+async def discard_expired(tx: Tx) -> None:
+    """Discards open dead letters whose last failure is more than OPEN_FOR ago, 100 at a time."""
+    rows = await tx.sql(
+        """
+        -- Locks the letters; those that an operator or a drainer works on are left for the next time.
+        SELECT id, tenant_id
+        FROM dead_letter
+        WHERE state IN ('failed', 'waiting') AND last_failed_at < clock_timestamp() - $1::interval
+        ORDER BY id
+        LIMIT 100
+        FOR UPDATE SKIP LOCKED
+        """,
+        OPEN_FOR,
+    )
+    for id_, tenant_id in rows:
+        # Recorded in the chain of its tenant.
+        tx.tenant_id = tenant_id
+        await discard(tx, id_, actor=f"service:{tx.service}")
+    if rows:
+        get_logger("infra.service.redrive").error("open dead letters discarded after their time", count=len(rows))
 
 
 async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, str, timedelta]:
@@ -217,12 +240,20 @@ class Drainer:
         return dict(zip(_COLUMNS, rows[0], strict=True)) if rows else None
 
     async def _handle(self, tx: Tx, letter: Mapping[str, Any]) -> None:
+        payload = await open_payload(
+            await tx.connection(),
+            self._database.sealing,
+            letter["tenant_id"],
+            letter["message_id"],
+            SealedPayload(letter["payload"], letter["subject_id"]),
+            sealed=letter["sealed"],
+        )
         headers = msgspec.json.decode(letter["headers"], type=dict[str, str])
         if letter["source"] == "kafka":
             handlers = self._handlers[letter["consumer"], letter["destination"]]
             topic = handlers[0].source
             assert isinstance(topic, Topic)
-            decoded = decode(headers, letter["payload"], topic.messages)
+            decoded = decode(headers, payload, topic.messages)
             if await mark_handled(await tx.connection(), letter["consumer"], [decoded.id]):
                 await handle(handlers, [decoded], tx, group=letter["consumer"])
             return
@@ -234,7 +265,7 @@ class Drainer:
                     letter["tenant_id"] or "",
                     letter["key"],
                     UUID(letter["message_id"]),
-                    letter["payload"],
+                    payload,
                     letter["headers"],
                 ),
             )
@@ -247,7 +278,7 @@ class Drainer:
             letter["destination"] if letter["source"] == "rabbit" else letter["place"],
             letter["key"] or letter["message_id"],
             msgspec.json.encode({k: v for k, v in headers.items() if not k.startswith("x-")}).decode(),
-            letter["payload"],
+            payload,
             timedelta(hours=24),
         )
         await insert_outbox(await tx.connection(), [row])

@@ -37,6 +37,7 @@ from infra.postgres.tx import Database
 from infra.security.auth import Callers, Identities
 from infra.security.crypto import Cipher
 from infra.security.keys import Keyring
+from infra.security.sealed_letters import SealedLetters
 from infra.service import operations
 from infra.service.maintenance import Maintenance
 from infra.service.redrive import Drainer
@@ -176,14 +177,15 @@ class Service:
         stack.push_async_callback(cache.aclose)
         outgoing = Outgoing(allow_private=settings.allow_private_targets)
         stack.push_async_callback(outgoing.close)
+        cipher = Cipher(settings.master_key.get_secret_value())
         runtime = Runtime(
             settings=settings,
-            worker=Database(engine, self.name),
+            worker=Database(engine, self.name, sealing=SealedLetters(cipher)),
             request=Database(request_engine, self.name, tenanted=True),
             metrics=metrics,
             channels=channels,
             identities=Identities(keyring),
-            cipher=Cipher(settings.master_key.get_secret_value()),
+            cipher=cipher,
             cache=cache,
             outgoing=outgoing,
             stopping=running.stopping,
@@ -221,9 +223,7 @@ class Service:
         health.add_check("kafka", brokers, needed=False)
         for publisher in (kafka, rabbit):
             stack.push_async_callback(publisher.stop)
-            relay = Relay(
-                runtime.worker.engine, self.name, publisher, runtime.metrics, lease_seconds=settings.lease_seconds
-            )
+            relay = Relay(runtime.worker, publisher, runtime.metrics, lease_seconds=settings.lease_seconds)
             runtime.worker.on_messages(relay.wake)
             runtime.request.on_messages(relay.wake)
             running.add(f"relay to {publisher.bus}", relay.run, relay.stop)

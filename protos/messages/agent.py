@@ -153,6 +153,9 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     wrote before them, or empty."""
     finish_reason: Literal["stop", "length"] = "stop"
     """length: the model reached its token limit, so the reply is cut off."""
+    subject_id: str = ""
+    """The person whose run this is, and with whom the reply is erased; empty in messages from before this field was
+    added."""
 
 
 class RunFailed(Message, frozen=True, kw_only=True):

@@ -49,6 +49,8 @@ class SendMessage(Message, frozen=True, kw_only=True):
     run_id: UUID | None = None
     reply_to: str | None = None
     """The vendor_message_id of the message that this one answers."""
+    subject_id: str = ""
+    """The person with whom the text is erased; empty in messages from before this field was added."""
     position: Count = 0
     """Position among the messages sent to the session, as in `MessageReceived`."""
 

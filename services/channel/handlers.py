@@ -66,7 +66,8 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
     )
     if not rows:
         raise InvalidMessage("session_key", "is not a conversation of this channel")
-    [(subject_id,)] = rows
+    # The text may repeat the words of the person who asked, even if another one has written since.
+    subject_id = message.subject_id or rows[0][0]
     words = OutboundContent(message.conversation_id, message.text, message.reply_to)
     try:
         key = await subjects.key(tx, str(tx.tenant_id), subject_id)

@@ -12,6 +12,7 @@ service.serve_grpc(rpc.servicer)
 service.consume(handlers.index_document)
 service.consume(handlers.remember_reply, conversations=adapters.conversations)
 service.consume(erasure("memory"))
+service.consume(handlers.forget_replies, conversations=adapters.conversations)
 service.work(handlers.work_on_document, indexing=adapters.indexing)
 service.work(handlers.work_on_utterance, conversations=adapters.conversations)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -13,12 +14,13 @@ from infra.errors import Transient, Unanswered
 from infra.lanes.effects import Effects, Outcome
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
+from infra.security.subjects import Erased, SubjectKeys
 from services.memory.documents import Found
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Index, Row
 from services.memory.usage import record_usage
 
-# The event does not name the person, so the replies to one person cannot be erased. All replies expire.
+# Within this time a reply is erased with its person. Replies from before their events named the person only expire.
 KEEP = timedelta(days=30)
 _PURPOSE = "conversation memory"
 
@@ -31,33 +33,61 @@ def session_scope(session_key: str) -> str:
 class Conversations:
     def __init__(self, cipher: Cipher, embedder: Embedder, index: Index) -> None:
         self._cipher = cipher
+        self._subjects = SubjectKeys(cipher)
         self._embedder = embedder
         self._index = index
 
-    async def add(self, tx: Tx, run_id: UUID, session_key: str, text: str) -> bool:
-        """Returns False if the run's reply is stored already."""
+    async def add(self, tx: Tx, run_id: UUID, session_key: str, subject_id: str, text: str) -> bool:
+        """Returns False if the run's reply is stored already, or if its person was erased."""
+        tenant_id = str(tx.tenant_id)
+        if subject_id:
+            try:
+                key = await self._subjects.key(tx, tenant_id, subject_id)
+            except Erased:
+                return False
+            sealed = key.seal(text, tenant_id, subject_id, str(run_id), "reply")
+        else:
+            sealed = self._cipher.seal(text, _PURPOSE, tenant_id, str(run_id))
         return bool(
             await tx.sql(
-                "INSERT INTO utterance (run_id, tenant_id, session_key, sealed, expires_at) "
-                "VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING RETURNING run_id",
+                """
+                INSERT INTO utterance (run_id, tenant_id, session_key, subject_id, sealed, expires_at)
+                VALUES ($1, $2, $3, $4, $5, $6)
+                ON CONFLICT DO NOTHING
+                RETURNING run_id
+                """,
                 run_id,
-                tx.tenant_id,
+                tenant_id,
                 session_key,
-                self._cipher.seal(text, _PURPOSE, str(tx.tenant_id), str(run_id)),
+                subject_id,
+                sealed,
                 utcnow() + KEEP,
             )
         )
+
+    async def erase(self, tx: Tx, subject_id: str) -> list[UUID]:
+        """Deletes the replies to a person from the table. Returns their runs, whose vectors are still in the index."""
+        rows = await tx.sql(
+            "DELETE FROM utterance WHERE tenant_id = $1 AND subject_id = $2 RETURNING run_id",
+            tx.tenant_id,
+            subject_id,
+        )
+        return [run_id for (run_id,) in rows]
 
     async def embed(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
         """Embeds the reply and puts it into the index."""
         async with effects.begin() as begun:
             tenant_id = str(begun.tenant_id)
-            rows = await begun.sql("SELECT session_key, sealed, model, vector FROM utterance WHERE run_id = $1", run_id)
-        if not rows:
+            rows = await begun.sql(
+                "SELECT session_key, subject_id, sealed, model, vector FROM utterance WHERE run_id = $1", run_id
+            )
+            if not rows:
+                return
+            [(session_key, subject_id, sealed, model, vector)] = rows
+            text = (await self._texts(begun, tenant_id, [(run_id, subject_id, sealed)])).get(run_id)
+        if text is None:
             return
-        [(session_key, sealed, model, vector)] = rows
         if model != self._embedder.model:
-            text = self._cipher.open(sealed, _PURPOSE, tenant_id, str(run_id)).decode()
             vector = await self._vector(run_id, text, effects)
         if vector is not None:
             row = Row(run_id, np.frombuffer(vector, dtype="<f4").tolist())
@@ -101,21 +131,24 @@ class Conversations:
     async def found(self, tx: Tx, ids: Sequence[UUID], session_key: str) -> Mapping[UUID, Found]:
         """The replies with these ids that belong to the session and have not expired."""
         rows = await tx.sql(
-            "SELECT run_id, sealed FROM utterance WHERE run_id = ANY($1::uuid[]) AND session_key = $2 "
+            "SELECT run_id, subject_id, sealed FROM utterance WHERE run_id = ANY($1::uuid[]) AND session_key = $2 "
             "AND expires_at > clock_timestamp()",
             list(ids),
             session_key,
         )
-        return {
-            run_id: Found(
-                self._cipher.open(sealed, _PURPOSE, str(tx.tenant_id), str(run_id)).decode(),
-                None,
-                "conversation",
-                None,
-                None,
-            )
-            for run_id, sealed in rows
-        }
+        texts = await self._texts(tx, str(tx.tenant_id), rows)
+        return {run_id: Found(text, None, "conversation", None, None) for run_id, text in texts.items()}
+
+    async def _texts(self, tx: Tx, tenant_id: str, rows: Sequence[tuple[Any, ...]]) -> dict[UUID, str]:
+        """Opens rows of run id, subject id and sealed text. Leaves out those of erased persons."""
+        keys = await self._subjects.keys(tx, {(tenant_id, subject_id) for _, subject_id, _ in rows if subject_id})
+        texts: dict[UUID, str] = {}
+        for run_id, subject_id, sealed in rows:
+            if not subject_id:
+                texts[run_id] = self._cipher.open(sealed, _PURPOSE, tenant_id, str(run_id)).decode()
+            elif key := keys[tenant_id, subject_id]:
+                texts[run_id] = key.open(sealed, tenant_id, subject_id, str(run_id), "reply")
+        return texts
 
 
 async def _one(row: Row) -> AsyncIterator[Sequence[Row]]:

@@ -12,9 +12,10 @@ from infra.clock import utcnow
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.postgres.tx import Database, Tx
-from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX
+from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted
 from protos.messages.memory import IndexDocument
+from protos.messages.user import SubjectErased
 from services.memory.conversations import KEEP, Conversations
 from services.memory.indexing import Indexing
 
@@ -42,9 +43,18 @@ async def index_document(message: IndexDocument, tx: Tx) -> None:
 
 @AGENT_EVENTS.each(RunCompleted, group="memory")
 async def remember_reply(event: RunCompleted, tx: Tx, conversations: Conversations) -> None:
-    if event.reply.strip() and await conversations.add(tx, event.run_id, event.session_key, event.reply):
+    if event.reply.strip() and await conversations.add(
+        tx, event.run_id, event.session_key, event.subject_id, event.reply
+    ):
         _enqueue_utterance(tx, event.run_id, "embed")
         _enqueue_utterance(tx, event.run_id, "forget", utcnow() + KEEP)
+
+
+@PLATFORM_EVENTS.each(SubjectErased, group="memory")
+async def forget_replies(event: SubjectErased, tx: Tx, conversations: Conversations) -> None:
+    for run_id in await conversations.erase(tx, event.subject_id):
+        # Behind an embedding that may be under way, which would put the vector back.
+        tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))
 
 
 # One document per tenant at a time, so that a tenant's large or hostile files keep no other tenant waiting. Parsing and

@@ -24,6 +24,7 @@ from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.tx import Database, Tx
 from infra.security.crypto import Cipher
+from infra.security.subjects import Erased, SubjectKeys
 from infra.web.json_schema import check
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
@@ -54,6 +55,7 @@ class Calls:
     def __init__(self, database: Database, cipher: Cipher, tools: Tools, lease: timedelta) -> None:
         self._database = database
         self._cipher = cipher
+        self._subjects = SubjectKeys(cipher)
         self._tools = tools
         self._lease = lease
         self._running: set[asyncio.Task[Outcome]] = set()
@@ -93,8 +95,8 @@ class Calls:
         """Returns the recorded outcome, or the call that this process has started. None: another process runs it."""
         digest = _digest(call)
         rows = await tx.sql(
-            "SELECT request_hash, state, attempt, leased_until < clock_timestamp(), outcome FROM tool_call "
-            "WHERE tenant_id = $1 AND key = $2 FOR UPDATE",
+            "SELECT request_hash, state, attempt, leased_until < clock_timestamp(), outcome, subject_id "
+            "FROM tool_call WHERE tenant_id = $1 AND key = $2 FOR UPDATE",
             call.tenant_id,
             call.key,
         )
@@ -102,7 +104,7 @@ class Calls:
         if rows and rows[0][0] != digest:
             raise InvalidMessage("idempotency_key", "was used before with another tool or other arguments")
         if recorded and recorded.state != "started":
-            return self._open(rows[0][4], call)
+            return await self._open(tx, rows[0][4], rows[0][5], call)
         found = await registry.offered(tx, [call.tool])
         if not found:
             raise NotFound(f"tool {call.tool}: not found")
@@ -140,13 +142,14 @@ class Calls:
             KEEP,
         )
         inserted = await tx.sql(
-            "INSERT INTO tool_call (tenant_id, key, request_hash, tool, state, attempt, leased_until) "
-            "VALUES ($1, $2, $3, $4, 'started', 1, clock_timestamp() + $5) ON CONFLICT DO NOTHING RETURNING key",
+            "INSERT INTO tool_call (tenant_id, key, request_hash, tool, state, attempt, leased_until, subject_id) "
+            "VALUES ($1, $2, $3, $4, 'started', 1, clock_timestamp() + $5, $6) ON CONFLICT DO NOTHING RETURNING key",
             call.tenant_id,
             call.key,
             digest,
             call.tool,
             self._lease,
+            call.subject_id,
         )
         return StartedCall(offer, 1) if inserted else None
 
@@ -166,16 +169,37 @@ class Calls:
             call.key,
             attempt,
             outcome.state,
-            self._cipher.seal(msgspec.json.encode(outcome), "tool outcome", call.tenant_id, call.key),
+            await self._seal(tx, outcome, call),
         )
         if not ended:
             # This process was suspended for longer than its lease.
             raise Transient("another process has taken over the call")
         _publish_usage(tx, call, attempt)
 
-    def _open(self, sealed: bytes, call: Call) -> Outcome:
-        content = self._cipher.open(bytes(sealed), "tool outcome", call.tenant_id, call.key)
-        return msgspec.json.decode(content, type=Outcome)
+    async def _seal(self, tx: Tx, outcome: Outcome, call: Call) -> bytes | None:
+        """Under the key of the person of the call. None if the person was erased: the outcome is not stored."""
+        content = msgspec.json.encode(outcome)
+        if not call.subject_id:
+            return self._cipher.seal(content, "tool outcome", call.tenant_id, call.key)
+        try:
+            key = await self._subjects.key(tx, call.tenant_id, call.subject_id)
+        except Erased:
+            return None
+        return key.seal(content.decode(), call.tenant_id, call.subject_id, call.key, "tool outcome")
+
+    async def _open(self, tx: Tx, sealed: bytes | None, subject_id: str, call: Call) -> Outcome:
+        try:
+            if sealed is None:
+                raise Erased
+            if not subject_id:
+                content = self._cipher.open(sealed, "tool outcome", call.tenant_id, call.key)
+                return msgspec.json.decode(content, type=Outcome)
+            key = await self._subjects.key(tx, call.tenant_id, subject_id)
+            return msgspec.json.decode(
+                key.open(sealed, call.tenant_id, subject_id, call.key, "tool outcome"), type=Outcome
+            )
+        except Erased:
+            return Outcome("failed", error="the person of this call was erased")
 
     @asynccontextmanager
     async def _leased(self, call: Call, attempt: int) -> AsyncIterator[None]:

@@ -48,6 +48,8 @@ class Call(NamedTuple):
     """The time that the call may take."""
     agent_id: str = ""
     """The agent that calls."""
+    subject_id: str = ""
+    """The person with whom the outcome is erased; empty if the caller names none."""
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -93,7 +93,7 @@ class RelayProcess:
     bus = "kafka"
 
     def __init__(self, desk: Database, broker: Broker, metrics: Metrics) -> None:
-        self.relay = Relay(desk.engine, desk.service, self, metrics)
+        self.relay = Relay(desk, self, metrics)
         self.taken: list[Note] = []
         self.paused: asyncio.Task[int] | None = None
         self._broker = broker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from infra.postgres.db import create_engine
 from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
 from infra.postgres.tx import Database
+from infra.security.crypto import Cipher
+from infra.security.sealed_letters import SealedLetters
 from tooling.testing.sample import ledger
 
+CIPHER = Cipher(base64.b64encode(bytes(32)).decode())
 PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
 
 
@@ -40,12 +44,12 @@ async def sample(database: str) -> SampleDatabase:
 @pytest.fixture(scope="module")
 async def desk(sample: SampleDatabase) -> AsyncIterator[Database]:
     engine = create_engine(sample.url("desk", "worker"))
-    yield Database(engine, "sample_desk")
+    yield Database(engine, "sample_desk", sealing=SealedLetters(CIPHER))
     await engine.dispose()
 
 
 @pytest.fixture(scope="module")
 async def ledger_database(sample: SampleDatabase) -> AsyncIterator[Database]:
     engine = create_engine(sample.url("ledger", "worker"))
-    yield Database(engine, "sample_ledger")
+    yield Database(engine, "sample_ledger", sealing=SealedLetters(CIPHER))
     await engine.dispose()

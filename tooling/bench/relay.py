@@ -82,7 +82,7 @@ class RelayBench:
         traces = telemetry.setup(SERVICE, "0", self.fixture.otlp)
         engine = create_engine(self.fixture.url)
         publisher = KafkaPublisher(self.fixture.bootstrap, prefix=self.fixture.prefix)
-        relay = Relay(engine, SERVICE, publisher, Metrics(CollectorRegistry()))
+        relay = Relay(Database(engine, SERVICE), publisher, Metrics(CollectorRegistry()))
         try:
             await relay.step()
             return await _timed(relay.step, partial(asyncio.to_thread, traces.flush))
@@ -137,7 +137,7 @@ class RelayBench:
         engine = create_engine(self.fixture.url)
         database = Database(engine, SERVICE)
         publisher = KafkaPublisher(self.fixture.bootstrap, prefix=self.fixture.prefix)
-        relay = Relay(engine, SERVICE, publisher, Metrics(CollectorRegistry()))
+        relay = Relay(database, publisher, Metrics(CollectorRegistry()))
         database.on_messages(relay.wake)
         consumer = AIOKafkaConsumer(
             self.fixture.prefix + SAMPLE_EVENTS.name,

@@ -9,14 +9,19 @@ from uuid import UUID
 
 import msgspec
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 from rich.text import Text
 
 from infra.errors import Conflict, NotFound
 from infra.postgres import dead_letters
-from infra.postgres.dead_letters import DeadLetterView
+from infra.postgres.dead_letters import DeadLetterView, Sealing
+from infra.security.audit import audit
+from infra.security.crypto import Cipher
+from infra.security.sealed_letters import SealedLetters
 from infra.service import redrive
 from tooling.stack import operator
+from tooling.stack.home import Home, home_folder
 from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="List, show, redrive and discard messages that could not be processed.")
@@ -63,7 +68,7 @@ def list_(
 @app.command()
 def show(id: Id, as_json: Json = False) -> None:
     """Show one dead letter with its headers and payload."""
-    letter = operator.run(find(_database(), id))
+    letter = operator.run(read(_database(), id, _sealing()))
     if as_json:
         print(msgspec.json.encode(letter).decode())  # noqa: T201
         return
@@ -122,13 +127,22 @@ async def find_all(url: str, service: str, limit: int) -> list[DeadLetterView]:
 
 
 async def find(url: str, id_: UUID) -> DeadLetterView:
-    """The dead letter with this id, in any service. Raises NotFound."""
+    """The dead letter with this id, in any service, without its payload. Raises NotFound."""
     for name in await operator.services(url):
         async with operator.database(url, name) as database, database.engine.connect() as connection:
             letter = await dead_letters.get_dead_letter(connection, name, id_)
         if letter:
             return letter
     raise NotFound(f"dead letter {id_}: does not exist; see: ./claw dlq list")
+
+
+async def read(url: str, id_: UUID, sealing: Sealing) -> DeadLetterView:
+    """The dead letter with its payload. The reading is audited: the payload may hold a person's words."""
+    letter = await find(url, id_)
+    async with operator.database(url, letter.service) as database, database.begin(tenant_id=letter.tenant_id) as tx:
+        payload = await dead_letters.read_payload(await tx.connection(), id_, sealing)
+        audit(tx, operator.actor(), "dead_letter.read", "dead_letter", str(id_), service=letter.service)
+    return replace(letter, payload=payload)
 
 
 async def redrive_many(url: str, ids: Iterable[UUID], service: str = "", *, force: bool = False) -> int:
@@ -156,6 +170,10 @@ async def discard_one(url: str, id_: UUID) -> None:
 
 def _database() -> str:
     return operator.engines_access()["postgres"]["url"]
+
+
+def _sealing() -> Sealing:
+    return SealedLetters(Cipher(Home(home_folder()).place().secret.bytes32("master_key")))
 
 
 def _line(text: str, style: str = "") -> None:

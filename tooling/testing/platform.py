@@ -25,6 +25,8 @@ from infra.postgres.db import create_engine
 from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
 from infra.postgres.tx import Database
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identity
+from infra.security.crypto import Cipher
+from infra.security.sealed_letters import SealedLetters
 from infra.web import rpc
 from protos.catalog import CATALOG
 from protos.envelope import Envelope, Message
@@ -181,7 +183,9 @@ class Platform:
         """A `Database` of the service's worker role in this process."""
         if name not in self._databases:
             url = role_url(self.database_url, name, "worker", PASSWORDS.worker)
-            self._databases[name] = Database(create_engine(url, pool_size=5), name)
+            self._databases[name] = Database(
+                create_engine(url, pool_size=5), name, sealing=SealedLetters(Cipher(MASTER_KEY))
+            )
         return self._databases[name]
 
     async def produce(

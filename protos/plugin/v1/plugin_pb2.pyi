@@ -120,12 +120,15 @@ class CallRequest(_message.Message):
     ARGUMENTS_JSON_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     AGENT_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_ID_FIELD_NUMBER: _builtins.int
     tool: _builtins.str
     arguments_json: _builtins.str
     """A JSON object."""
     idempotency_key: _builtins.str
     agent_id: _builtins.str
     """The agent that calls, so that a tool reads only documents for this agent."""
+    subject_id: _builtins.str
+    """The person with whom the result is erased. Empty: it is kept under the platform's key."""
     def __init__(
         self,
         *,
@@ -133,10 +136,11 @@ class CallRequest(_message.Message):
         arguments_json: _builtins.str = ...,
         idempotency_key: _builtins.str = ...,
         agent_id: _builtins.str = ...,
+        subject_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "arguments_json", b"arguments_json", "idempotency_key", b"idempotency_key", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "arguments_json", b"arguments_json", "idempotency_key", b"idempotency_key", "subject_id", b"subject_id", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -81,6 +81,7 @@ class RunContext:
             n=n,
             tool_calls=published(reply.calls),
             finish_reason=reply.finish_reason,
+            subject_id=self.subject_id,
         )
 
     # Nothing is written by these reads, so they need no fence.

@@ -120,6 +120,7 @@ async def _send(tx: Tx, row: RunRow, loaded: Conversation | None, text: str | No
             tx,
             row.id,
             text,
+            subject_id=row.subject_id,
             session_key=row.session_key,
             channel_id=row.channel_id,
             conversation_id=loaded.conversation_id,

@@ -162,6 +162,7 @@ class Journal:
             text=text,
             run_id=run_id,
             reply_to=conversation.reply_to,
+            subject_id=row.subject_id,
         )
         buffer = self._context.database.collector(row.tenant_id)
         # The group write draws the position, and puts it in place of the 0 in header and body.

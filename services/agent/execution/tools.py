@@ -105,6 +105,7 @@ class Tools:
                 arguments_json=call.arguments or "{}",
                 idempotency_key=idempotency_key,
                 agent_id=str(self.context.agent_id),
+                subject_id=self.context.subject_id,
             )
             reply = await self.plugin.Call(request, metadata=self.context.metadata, timeout=TIMEOUT_SECONDS)
             return _result(reply), None

@@ -17,6 +17,7 @@ async def send_reply(
     run_id: UUID,
     text: str,
     *,
+    subject_id: str,
     session_key: str,
     channel_id: UUID,
     conversation_id: str,
@@ -38,6 +39,7 @@ async def send_reply(
         text=text,
         run_id=run_id,
         reply_to=reply_to,
+        subject_id=subject_id,
         position=await next_position(tx, "sent", session_key),
     )
     message_id = derived_id(run_id, "SendMessage", *occasion)

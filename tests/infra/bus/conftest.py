@@ -47,7 +47,7 @@ class Buses:
         self, database: Database, publisher: Publisher | None = None, **options: Any
     ) -> AsyncIterator[Relay]:
         own = publisher or KafkaPublisher(self.kafka, prefix=self.prefix)
-        relay = Relay(database.engine, database.service, own, self.metrics, lease_seconds=3, **options)
+        relay = Relay(database, own, self.metrics, lease_seconds=3, **options)
         database.on_messages(relay.wake)
         task = asyncio.create_task(relay.run())
         yield relay

@@ -16,6 +16,7 @@ from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.dispatch import Decoded
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, Transient
+from infra.postgres.dead_letters import read_payload
 from infra.postgres.tx import Database
 from infra.service.redrive import Drainer, request_redrive
 from protos.envelope import Envelope
@@ -101,8 +102,11 @@ async def has(store: Store, *texts: str) -> None:
 async def dead(database: Database) -> list[tuple[str, str, int]]:
     """Text, state and attempts of the dead letters."""
     async with database.begin() as tx:
-        rows = await tx.sql("SELECT payload, state, attempts FROM dead_letter WHERE consumer = $1 ORDER BY seq", GROUP)
-    return [(payload.decode(), state, attempts) for payload, state, attempts in rows]
+        rows = await tx.sql("SELECT id, state, attempts FROM dead_letter WHERE consumer = $1 ORDER BY seq", GROUP)
+        return [
+            (await read_payload(await tx.connection(), id_, database.sealing), state, attempts)
+            for id_, state, attempts in rows
+        ]
 
 
 async def test_what_came_before_is_read_and_after_a_restart_only_what_is_new(

@@ -234,7 +234,7 @@ class Robbed(KafkaPublisher):
 async def test_a_relay_that_lost_its_leases_while_it_published_marks_nothing(buses: Buses, desk: Database) -> None:
     ids = [await publish(desk, SAMPLE_EVENTS, "robbed", n) for n in (1, 2)]
     publisher = Robbed(buses, desk)
-    relay = Relay(desk.engine, desk.service, publisher, buses.metrics)
+    relay = Relay(desk, publisher, buses.metrics)
     try:
         assert await relay.step() == 2
         for id_ in ids:

@@ -13,6 +13,7 @@ from uuid import UUID
 import msgspec
 import pytest
 from aio_pika.exceptions import AMQPError, DeliveryError
+from msgspec.structs import replace
 
 from infra.bus import rabbit
 from infra.bus.outbox import Pending
@@ -21,7 +22,7 @@ from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, RetryLater, Transient
 from infra.lanes.lane import Lane
 from infra.lanes.resequencer import MissingMessages, Resequencer
-from infra.postgres.dead_letters import DeadLetterView, list_dead_letters
+from infra.postgres.dead_letters import DeadLetterView, list_dead_letters, read_payload
 from infra.postgres.tx import Database, Tx
 from infra.service.redrive import request_redrive
 from protos.envelope import Envelope
@@ -88,8 +89,10 @@ async def effects(desk: Database, text: str) -> int:
 
 async def letter(desk: Database, id_: UUID) -> DeadLetterView | None:
     async with desk.engine.connect() as connection:
-        found = await list_dead_letters(connection, "sample_desk")
-    return next((letter for letter in found if letter.message_id == str(id_)), None)
+        for found in await list_dead_letters(connection, "sample_desk"):
+            if found.message_id == str(id_):
+                return replace(found, payload=await read_payload(connection, found.id, desk.sealing))
+    return None
 
 
 async def test_a_repeat_has_no_second_effect(working: Database, buses: Buses, handler: Desk) -> None:

@@ -54,7 +54,7 @@ class Desk:
             for position in positions
         ]
         async with self._database.begin() as tx:
-            await store_dead_letters(await tx.connection(), "queue", "rabbit", letters)
+            await store_dead_letters(await tx.connection(), "queue", "rabbit", letters, None)
 
     async def gaps(self) -> list[int]:
         """The positions that a check of missing messages is scheduled for."""

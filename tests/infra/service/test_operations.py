@@ -51,7 +51,7 @@ async def failed(desk: Database, tenant: str | None) -> str:
         payload=b"\xff{}",
     )
     async with desk.begin() as tx:
-        await store_dead_letters(await tx.connection(), "sample_desk", "rabbit", [letter])
+        await store_dead_letters(await tx.connection(), "sample_desk", "rabbit", [letter], desk.sealing)
         [(id_,)] = await tx.sql("SELECT id::text FROM dead_letter WHERE message_id = $1", message_id)
     return str(id_)
 

@@ -16,7 +16,8 @@ from infra.postgres import dead_letters
 from infra.postgres.db import sql
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Database, Tx
-from infra.service.redrive import Drainer, discard, request_redrive
+from infra.security import subjects
+from infra.service.redrive import Drainer, discard, discard_expired, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from tests.infra.bus.conftest import until
@@ -77,7 +78,7 @@ async def parked(database: Database, key: str, *states: str) -> None:
         )
     async with database.begin() as tx:
         await park(await tx.connection(), GROUP, SAMPLE_EVENTS.name, key)
-        await store_dead_letters(await tx.connection(), GROUP, "kafka", letters)
+        await store_dead_letters(await tx.connection(), GROUP, "kafka", letters, database.sealing)
 
 
 async def states(database: Database, key: str) -> list[str]:
@@ -185,7 +186,7 @@ async def test_a_dead_letter_of_the_outbox_is_redriven_in_a_service_without_subs
         state="redriving",
     )
     async with ledger_database.begin() as tx:
-        await store_dead_letters(await tx.connection(), GROUP, "outbox", [letter])
+        await store_dead_letters(await tx.connection(), GROUP, "outbox", [letter], ledger_database.sealing)
     assert await Drainer(ledger_database, [], Metrics(CollectorRegistry())).step()
     async with ledger_database.begin() as tx:
         rows = await tx.sql("SELECT bus, destination, key, body FROM outbox WHERE message_id = $1", id_)
@@ -218,33 +219,103 @@ async def store(database: Database, tenant_id: str, payload: bytes, state: str =
         state=state,
     )
     async with database.begin() as tx:
-        await store_dead_letters(await tx.connection(), GROUP, "kafka", [letter])
+        await store_dead_letters(await tx.connection(), GROUP, "kafka", [letter], database.sealing)
         [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE message_id = $1", letter.message_id)
     return UUID(str(id_))
 
 
-async def payloads(database: Database, *ids: UUID) -> list[bytes]:
+async def stored(database: Database, id_: UUID) -> bytes:
     async with database.begin() as tx:
-        rows = {UUID(str(id_)): payload for id_, payload in await tx.sql("SELECT id, payload FROM dead_letter")}
-    return [rows[id_] for id_ in ids]
+        [(payload,)] = await tx.sql("SELECT payload FROM dead_letter WHERE id = $1", id_)
+    return bytes(payload)
+
+
+async def read(database: Database, id_: UUID) -> str:
+    async with database.begin() as tx:
+        return await dead_letters.read_payload(await tx.connection(), id_, database.sealing)
 
 
 async def test_a_discarded_dead_letter_keeps_no_payload(ledger_database: Database) -> None:
     id_ = await store(ledger_database, "t1", b"hello canary")
     async with ledger_database.begin() as tx:
         await discard(tx, id_, actor="operator")
-    assert await payloads(ledger_database, id_) == [b""]
+    assert await stored(ledger_database, id_) == b""
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"subject_id":"person-1","text":"canary"}',
+        b'{"text":"canary","subject_id" : "person-2"',
+        b"\xff\x00 canary",
+        b"",
+    ],
+)
+async def test_a_payload_is_stored_sealed_and_read_whole(ledger_database: Database, payload: bytes) -> None:
+    id_ = await store(ledger_database, "t1", payload)
+    assert b"canary" not in await stored(ledger_database, id_)
+    assert await read(ledger_database, id_) == payload.decode(errors="backslashreplace")
 
 
 async def test_the_erasure_of_a_subject_reaches_its_dead_letters(ledger_database: Database) -> None:
-    ours = await store(ledger_database, "t1", b'{"subject_id":"person-7","text":"canary"}')
-    other = await store(ledger_database, "t1", b'{"subject_id":"person-8","text":"stays"}')
-    theirs = await store(ledger_database, "t2", b'{"subject_id":"person-7","text":"stays"}')
+    words = b'{"subject_id":"person-7","text":"words"}'
+    ours = await store(ledger_database, "t1", words)
+    broken = await store(ledger_database, "t1", words[:-1])
+    other = await store(ledger_database, "t1", words.replace(b"7", b"8"))
+    theirs = await store(ledger_database, "t2", words)
+    async with ledger_database.begin() as tx:
+        await subjects.destroy(tx, "t1", "person-7")
+    assert await read(ledger_database, ours) == "[erased]"
     async with ledger_database.begin() as tx:
         await dead_letters.erase(await tx.connection(), "t1", "person-7")
-    found = await payloads(ledger_database, ours, other, theirs)
-    assert found[0] == b""
-    assert all(b"stays" in payload for payload in found[1:])
+    assert [await stored(ledger_database, id_) for id_ in (ours, broken)] == [b"", b""]
+    assert [await read(ledger_database, id_) for id_ in (ours, broken)] == ["[erased]"] * 2
+    assert all(["words" in await read(ledger_database, id_) for id_ in (other, theirs)])
+    late = await store(ledger_database, "t1", words)
+    assert await stored(ledger_database, late) == b"", "a message that fails after the erasure is stored without words"
+
+
+async def test_a_dead_letter_from_before_payloads_were_sealed_is_read_and_erased(ledger_database: Database) -> None:
+    plain = Database(ledger_database.engine, "sample_ledger")
+    id_ = await store(plain, "t1", b'{"subject_id":"person-9"}')
+    assert await read(ledger_database, id_) == '{"subject_id":"person-9"}'
+    async with ledger_database.begin() as tx:
+        await dead_letters.erase(await tx.connection(), "t1", "person-9")
+    assert await stored(ledger_database, id_) == b""
+
+
+async def test_a_redrive_of_an_erased_dead_letter_fails_with_the_reason(
+    ledger_database: Database, drainer: Drainer
+) -> None:
+    id_ = await store(ledger_database, "t1", b'{"subject_id":"person-5"}')
+    async with ledger_database.begin() as tx:
+        await subjects.destroy(tx, "t1", "person-5")
+        await request_redrive(tx, [id_], actor="test")
+    assert await drainer.step()
+    async with ledger_database.begin() as tx:
+        [(state, error)] = await tx.sql("SELECT state, error FROM dead_letter WHERE id = $1", id_)
+    assert state == "failed"
+    assert error == "Conflict: payload: was erased with its person; the dead letter can only be discarded"
+
+
+async def test_an_open_dead_letter_is_discarded_after_its_time_and_the_act_is_audited(
+    ledger_database: Database,
+) -> None:
+    old, waiting, young = [await store(ledger_database, "t1", b"x", s) for s in ("failed", "waiting", "failed")]
+    async with ledger_database.begin() as tx:
+        await tx.sql(
+            "UPDATE dead_letter SET last_failed_at = now() - interval '31 days' WHERE id = ANY($1::uuid[])",
+            [old, waiting],
+        )
+        await discard_expired(tx)
+    async with ledger_database.begin() as tx:
+        rows = await tx.sql("SELECT id::text, state FROM dead_letter ORDER BY seq")
+        acts = await tx.sql("SELECT body FROM outbox WHERE destination = 'audit.logs'")
+    assert rows == [(str(old), "discarded"), (str(waiting), "discarded"), (str(young), "failed")]
+    found = [act for (body,) in acts if (act := msgspec.json.decode(body))["object_id"] in (str(old), str(waiting))]
+    assert {(act["tenant_id"], act["actor"], act["action"]) for act in found} == {
+        ("t1", "service:sample_ledger", "dead_letter.discard")
+    }
 
 
 async def test_old_redriven_dead_letters_are_deleted_and_open_ones_stay(ledger_database: Database) -> None:

@@ -47,7 +47,7 @@ async def producers(platform: Platform) -> AsyncIterator[None]:
 @asynccontextmanager
 async def relay(platform: Platform, database: Database) -> AsyncIterator[None]:
     publisher = KafkaPublisher(platform.stack.kafka_bootstrap_servers, prefix=platform.prefix)
-    running = Relay(database.engine, database.service, publisher, Metrics(CollectorRegistry()), lease_seconds=3)
+    running = Relay(database, publisher, Metrics(CollectorRegistry()), lease_seconds=3)
     task = asyncio.create_task(running.run())
     yield
     await running.stop()

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from infra.clock import utcnow, uuid7
+from infra.postgres.dead_letters import read_payload
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import Envelope
 from protos.messages.channel import SendMessage
@@ -359,12 +360,17 @@ async def test_a_delivery_to_an_unknown_conversation_becomes_a_dead_letter(
     changed = {} if wrong == "tenant" else {wrong: str(uuid7())}
     id_ = await sender.reply(inbound | changed, "for somebody else")
 
-    async def dead_lettered() -> list[Any]:
-        async with desk.platform.database("channel").begin() as tx:
-            pattern = b"%" + str(id_).encode() + b"%"
-            return list(await tx.sql("SELECT error FROM dead_letter WHERE payload LIKE $1", pattern))
+    async def dead_lettered() -> list[str]:
+        database = desk.platform.database("channel")
+        async with database.begin() as tx:
+            connection = await tx.connection()
+            return [
+                error
+                for letter_id, error in await tx.sql("SELECT id, error FROM dead_letter")
+                if str(id_) in await read_payload(connection, letter_id, database.sealing)
+            ]
 
-    [(error,)] = await desk.platform.until(dead_lettered)
+    [error] = await desk.platform.until(dead_lettered)
     assert "session_key: is not a conversation of this channel" in error
     assert telegram.calls == 0
 

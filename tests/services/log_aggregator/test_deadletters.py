@@ -44,7 +44,7 @@ async def fail(services: Platform, service: str, tenant_id: str, subject: str = 
         payload=_json({"tenant_id": tenant_id, "subject_id": subject}).encode(),
     )
     async with services.database(service).begin() as tx:
-        await store_dead_letters(await tx.connection(), service, "kafka", [letter])
+        await store_dead_letters(await tx.connection(), service, "kafka", [letter], services.database(service).sealing)
         [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE message_id = $1", letter.message_id)
     return str(id_)
 
@@ -172,7 +172,13 @@ async def test_a_line_that_could_not_be_indexed_is_indexed_by_a_redrive(services
         payload=_json(line).encode(),
     )
     async with services.database("log_aggregator").begin() as tx:
-        await store_dead_letters(await tx.connection(), "log_aggregator_index", "kafka", [letter])
+        await store_dead_letters(
+            await tx.connection(),
+            "log_aggregator_index",
+            "kafka",
+            [letter],
+            services.database("log_aggregator").sealing,
+        )
         [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE message_id = $1", letter.message_id)
     async with services.client("log_aggregator") as operator:
         assert (await operator.post(f"/api/v1/deadletters/{id_}/redrive")).status_code == 202

@@ -8,8 +8,9 @@ from uuid import uuid4
 import pytest
 
 from infra.errors import InvalidMessage
-from protos.catalog import AGENT_EVENTS
+from protos.catalog import AGENT_EVENTS, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted
+from protos.messages.user import SubjectErased
 from tests.services.memory.conftest import Client
 from tooling.testing.platform import Platform
 
@@ -56,6 +57,42 @@ async def test_a_reply_is_found_in_its_own_session_when_it_is_asked_for(memory: 
     reported = [body["usage_id"] for _, body in await memory.outbox("memory", "usage.records")]
     assert not [usage_id for usage_id in reported if usage_id.startswith("conversation/")]
     assert all(b"roastery" not in sealed and expires for sealed, expires in stored)
+
+
+async def test_a_reply_is_erased_with_its_person_and_a_late_one_is_not_stored(memory: Platform, client: Client) -> None:
+    said = [
+        RunCompleted(run_id=uuid4(), session_key="session-e", reply=f"{REPLY} ({person})", subject_id=person)
+        for person in ("ann", "bob")
+    ]
+    for event in said:
+        await memory.produce(AGENT_EVENTS, event, key="session-e", tenant_id=client.tenant_id)
+
+    async def remembered() -> list[str]:
+        found = await client.retrieve(QUESTION, types=["conversation"], session_key="session-e")
+        return sorted(passage.text for passage in found)
+
+    async def both() -> bool:
+        return len(await remembered()) == 2
+
+    await memory.until(both)
+    erased = SubjectErased(tenant_id=client.tenant_id, subject_id="ann")
+    await memory.produce(PLATFORM_EVENTS, erased, key=client.tenant_id, tenant_id=client.tenant_id)
+
+    async def one() -> bool:
+        return await remembered() == [f"{REPLY} (bob)"]
+
+    await memory.until(one)
+    late = RunCompleted(run_id=uuid4(), session_key="session-e", reply=REPLY, subject_id="ann")
+    after = RunCompleted(run_id=uuid4(), session_key="session-e", reply=f"{REPLY} (after)", subject_id="bob")
+    for event in (late, after):
+        await memory.produce(AGENT_EVENTS, event, key="session-e", tenant_id=client.tenant_id)
+
+    async def came() -> bool:
+        return await remembered() == [f"{REPLY} (after)", f"{REPLY} (bob)"]
+
+    await memory.until(came)
+    async with memory.database("memory").begin() as tx:
+        assert not await tx.sql("SELECT FROM utterance WHERE subject_id = 'ann'")
 
 
 async def test_what_has_expired_is_not_found_any_more(memory: Platform, client: Client) -> None:

@@ -14,6 +14,7 @@ from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.postgres.tx import Database
+from infra.security import subjects
 from infra.security.crypto import Cipher
 from services.plugin.calls import Calls, run_tool
 from services.plugin.domain import MAX_RESULT_BYTES, Call, Effect, Outcome, Tool
@@ -180,3 +181,23 @@ async def test_errors_and_results_that_are_too_large_are_outcomes() -> None:
     outcome, _ = await run(too_large)
     assert (outcome.state, outcome.result) == ("failed", "")
     assert "too large" in outcome.error
+
+
+async def test_an_outcome_is_sealed_for_its_person_and_unreadable_after_the_erasure(
+    platform: Platform, engine: AsyncEngine
+) -> None:
+    async def answer(_: int) -> str:
+        return "canary"
+
+    ledger = calls(engine, answer)
+    call = calculator("personal")._replace(subject_id="ann")
+    assert (await ledger.call(call)).result == '"canary"'
+    assert (await ledger.call(call)).result == '"canary"', "a repeat gets the outcome of the ledger"
+    async with platform.database("plugin").begin() as tx:
+        await subjects.destroy(tx, "acme", "ann")
+    erased = await ledger.call(call)
+    assert (erased.state, erased.error) == ("failed", "the person of this call was erased")
+    late = await ledger.call(calculator("late")._replace(subject_id="ann"))
+    assert late.result == '"canary"', "the call itself succeeds; only its outcome is not stored"
+    async with platform.database("plugin").begin() as tx:
+        assert await tx.sql("SELECT outcome FROM tool_call WHERE key = 'late'") == [(None,)]

@@ -107,7 +107,7 @@ def dead(service: str, key: str, *states: str, error: str = "ValueError: will no
             for offset, state in enumerate(states)
         ]
         connection = await tx.connection()
-        await store_dead_letters(connection, service, "kafka", letters)
+        await store_dead_letters(connection, service, "kafka", letters, None)
         await park(connection, service, "sample.events", key)
         rows = await tx.sql("SELECT id FROM dead_letter WHERE key = $1 ORDER BY seq", key)
         return [str(id_) for (id_,) in rows]
@@ -147,8 +147,10 @@ def test_the_list_is_json_for_programs() -> None:
     [id_] = dead("sample_ledger", "k", "failed")
     [letter] = json.loads(told(dlq.app, "list", "--json"))
     assert (letter["id"], letter["service"], letter["key"]) == (id_, "sample_ledger", "k")
-    assert letter == json.loads(told(dlq.app, "show", id_, "--json"))
-    assert letter["payload"] == '{"notebook": "b",\n "text": "\x1b[2J"}'
+    shown = json.loads(told(dlq.app, "show", id_, "--json"))
+    assert shown == letter | {"payload": '{"notebook": "b",\n "text": "\x1b[2J"}'}
+    assert letter["payload"] == ""
+    assert audited("sample_ledger", id_) == [("dead_letter.read", operator.actor())]
 
 
 def test_a_dead_letter_is_shown_whole_with_control_characters_escaped() -> None:
