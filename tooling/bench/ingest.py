@@ -35,7 +35,7 @@ from tooling.bench.http_load import closed_loop, open_loop, request
 from tooling.bench.ingest_servers import SECRET
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Latency, Slice, check, latency, percentile
 from tooling.testing.platform import MASTER_KEY, PASSWORDS
-from tooling.testing.sample.run import free_port
+from tooling.testing.stack import free_port
 
 SERVICE = "channel"
 TENANTS = 5

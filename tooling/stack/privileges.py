@@ -26,9 +26,11 @@ def leave_root() -> None:
         return
     home = home_folder()
     user = _user()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if home.stat().st_uid != user.pw_uid:
-        subprocess.run(["chown", "-R", f"{USER}:{USER}", str(home)], check=True)
+    # The user's own folder is made again if somebody has deleted it.
+    for folder in (Path(user.pw_dir), home):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != user.pw_uid:
+            subprocess.run(["chown", "-R", f"{USER}:{USER}", str(folder)], check=True)
     code = readable_code()
     _check_reach([home, code / "infra" / "__init__.py", Path(sys.executable), Path(os.__file__)])
     command = [*_as_user(), sys.executable, "-m", "tooling.cli", *sys.argv[1:]]

@@ -15,7 +15,7 @@ from protos.catalog import SERVICES
 from tooling.stack.engines import nginx
 from tooling.stack.engines.base import Place, Secrets
 from tooling.stack.engines.nginx import LOCAL_LIMITS, Limits
-from tooling.testing.sample.run import free_port
+from tooling.testing.stack import free_port
 
 READY_SECONDS = 30.0
 

@@ -172,6 +172,11 @@ def free_ports(names: Sequence[str]) -> dict[str, int]:
             return dict(zip(names, ports, strict=True))
 
 
+def free_port() -> int:
+    [port] = free_ports([""]).values()
+    return port
+
+
 def _environment(home: Path) -> dict[str, str]:
     environment = {**os.environ, "CLAW_HOME": str(home), "PYTHONPATH": str(CHECKOUT)}
     environment.pop("CLAW_PORT_OFFSET", None)

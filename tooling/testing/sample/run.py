@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-import random
 import secrets
 import signal
 import subprocess
@@ -19,11 +18,11 @@ import httpx
 from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
 from protos.catalog import AUDIT_LOGS, SERVICE_LOGS
 from protos.topology import Catalog
-from tooling.stack.ports import is_free
 from tooling.stack.provision import provision_brokers
 from tooling.testing import keys
 from tooling.testing.processes import Process
 from tooling.testing.sample.catalog import SAMPLE
+from tooling.testing.stack import free_port
 
 SERVICES = ("front", "desk", "ledger")
 READY_SECONDS = 60.0
@@ -151,10 +150,3 @@ class SampleServices:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def free_port() -> int:
-    """A free port below those that the system gives to outgoing connections, so it is likely to stay free."""
-    while not is_free(port := random.randrange(12_000, 31_000)):
-        continue
-    return port
