@@ -19,7 +19,7 @@ import yaml
 from tooling.cli import compose
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import package_folder
-from tooling.testing.sample.run import free_port
+from tooling.testing.stack import free_port
 
 CONTAINER = yaml.safe_load((CHECKOUT / "compose.yml").read_text())["services"]["nginx"]
 WAIT_SECONDS = 30.0

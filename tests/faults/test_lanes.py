@@ -24,8 +24,8 @@ from tests.infra.bus.conftest import until
 from tests.infra.conftest import PASSWORDS
 from tooling.testing.sample import courier
 from tooling.testing.sample.courier.handlers import PARCELS, Parcel
-from tooling.testing.sample.run import Engines, SampleServices, free_port
-from tooling.testing.stack import Stack
+from tooling.testing.sample.run import Engines, SampleServices
+from tooling.testing.stack import Stack, free_port
 
 STREETS = ("repeatable", "keyed", "once")
 BOUNDARIES = (

@@ -26,7 +26,7 @@ def leave_root() -> None:
         return
     home = home_folder()
     user = _user()
-    # The user's own folder is made again if somebody has deleted it.
+    # The user's own folder is made again after a person or a program has deleted it.
     for folder in (Path(user.pw_dir), home):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != user.pw_uid:

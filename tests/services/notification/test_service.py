@@ -35,7 +35,7 @@ from services.notification.mailer import Mailer
 from services.notification.notifications import Notifications
 from tooling.testing import keys
 from tooling.testing.platform import MASTER_KEY, Platform
-from tooling.testing.sample.run import free_port
+from tooling.testing.stack import free_port
 
 
 class Inbox:

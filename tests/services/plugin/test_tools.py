@@ -25,7 +25,7 @@ from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from tests.services.plugin.conftest import CallReply, call
 from tooling.testing import keys
 from tooling.testing.platform import Platform
-from tooling.testing.sample.run import free_port
+from tooling.testing.stack import free_port
 
 PAGE = """<html><head><title>Lamp &amp; Co</title><script>track()</script></head>
 <body><style>p {}</style><h1>Lamps</h1><p>From <b>9 €</b></p></body></html>"""

@@ -22,7 +22,7 @@ from infra.web.http import serve_http
 from protos.catalog import SERVICES
 from tooling.stack.engines.nginx import LOCAL_LIMITS, Limits
 from tooling.testing.gateway import running_gateway
-from tooling.testing.sample.run import free_port
+from tooling.testing.stack import free_port
 
 KEY = "claw_good"
 WAIT_SECONDS = 20.0
