@@ -57,7 +57,7 @@ AGENT_EVENTS = Topic(
         agent.RunFailed,
     ),
     producers=("agent",),
-    consumers=("ws_gateway", "memory", "log_aggregator"),
+    consumers=("ws_gateway", "memory", "log_aggregator", "notification"),
 )
 # Not ordered: a task is a hint, and the session's next task has the same effect.
 AGENT_TASKS = Topic(
@@ -104,7 +104,7 @@ CHANNEL_EVENTS = Topic(
         channel.AccountBroken,
     ),
     producers=("channel",),
-    consumers=("agent", "billing", "log_aggregator"),
+    consumers=("agent", "billing", "log_aggregator", "notification"),
 )
 PLATFORM_EVENTS = Topic(
     "platform.events",

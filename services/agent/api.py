@@ -11,7 +11,9 @@ from infra.service.service import Runtime
 from services.agent.definitions import api as definitions
 from services.agent.runs import api as runs
 from services.agent.sessions import api as sessions
+from services.agent.sessions import takeover
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
-    return api("agent", runtime, definitions.router(runtime), sessions.router(runtime), runs.router(runtime))
+    routers = definitions.router(runtime), sessions.router(runtime), takeover.router(runtime), runs.router(runtime)
+    return api("agent", runtime, *routers)

@@ -9,16 +9,18 @@ import re
 import secrets
 import time
 from contextvars import Context
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
 
+from infra.errors import Unauthenticated
 from infra.postgres.tx import Database, Tx
 from infra.security.crypto import KEY_BYTES, Cipher
 from services.channel.domain import Pseudonyms
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Vendor
+from services.channel.vendors.base import Received, Request, Vendor
 
 # A process may use its cached copy of an account for this long. A change by another process takes effect after it.
 CACHE_SECONDS = 3.0
@@ -27,7 +29,9 @@ CACHE_SIZE = 10_000
 TOKEN_BYTES = 24
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 
-_COLUMNS = "id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason"
+_COLUMNS = """
+    id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, old_credentials, old_until
+"""
 
 
 class Account(NamedTuple):
@@ -43,6 +47,18 @@ class Account(NamedTuple):
     """The origin of the vendor's API, such as ``https://slack.com``."""
     enabled: bool
     broken_reason: str | None
+    old_credentials: Any = None
+    """Those before the last rotation. A call that they prove is accepted until `old_until`."""
+    old_until: datetime | None = None
+
+    def receive(self, request: Request, now: datetime) -> Received:
+        """As `Vendor.receive`, with the old credentials too during a rotation."""
+        try:
+            return self.vendor.receive(request, self.credentials, now)
+        except Unauthenticated:
+            if self.old_until is None or now >= self.old_until:
+                raise
+            return self.vendor.receive(request, self.old_credentials, now)
 
 
 class Secrets:
@@ -58,18 +74,24 @@ class Secrets:
         return self._cipher.open(sealed, "channel account", str(account_id), field)
 
     def account(self, row: tuple[Any, ...]) -> Account:
-        id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason = row
+        id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, old, old_until = row
         vendor = VENDORS[type_]
+
+        def opened(sealed: bytes) -> Any:
+            return msgspec.json.decode(self.open(id_, "credentials", sealed), type=vendor.credentials)
+
         return Account(
             id_,
             tenant_id,
             vendor,
             agent_id,
-            msgspec.json.decode(self.open(id_, "credentials", credentials), type=vendor.credentials),
+            opened(credentials),
             Pseudonyms(self.open(id_, "pseudonyms", pseudonyms)),
             api_base or vendor.origin,
             enabled,
             broken_reason,
+            None if old is None else opened(old),
+            old_until,
         )
 
 

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from starlette.routing import BaseRoute
 
 from infra.clock import uuid7
-from infra.errors import InvalidMessage, NotFound, Transient
-from infra.outgoing.client import Outgoing
+from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.service.api import Paging, Reader, Writer, api, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from infra.web.http import decode_json
-from protos.catalog import CHANNEL_TYPES
-from services.channel import delivery_api, webhooks
+from services.channel import connection_api, delivery_api, messages_api, webhooks
 from services.channel.accounts import Accounts, Secrets, new_pseudonyms, new_token, token_hash
 from services.channel.agent_client import Agents
+from services.channel.channels import (
+    COLUMNS,
+    Channel,
+    Credentials,
+    checked_credentials,
+    checked_origin,
+    get,
+    vendor_of,
+    view,
+)
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Vendor
-
-_COLUMNS = "id, type, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, seq"
-
-Credentials = Annotated[
-    dict[str, str], Field(description="The fields depend on the channel type. They are never shown again.")
-]
 
 
 class NewChannel(BaseModel):
@@ -57,22 +56,6 @@ class ChannelChange(BaseModel):
     agent_id: UUID | None = None
     credentials: Credentials | None = None
     enabled: bool | None = None
-
-
-class Channel(BaseModel):
-    """A channel account as the API shows it."""
-
-    id: UUID
-    type: str
-    agent_id: UUID
-    webhook_path: str
-    api_base: str | None
-    enabled: bool
-    state: Literal["active", "broken"]
-    """``broken``: the vendor refuses the account. Nothing is sent until the channel is repaired."""
-    broken_reason: str | None
-    created_at: datetime
-    updated_at: datetime
 
 
 class ChannelPage(BaseModel):
@@ -102,7 +85,15 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     administration = _router(runtime, secrets, accounts)
     return [
         *webhooks.routes(runtime, accounts),
-        *api("channel", runtime, administration, _types_router(), delivery_api.router(runtime)),
+        *api(
+            "channel",
+            runtime,
+            administration,
+            connection_api.router(runtime, secrets, accounts),
+            messages_api.router(runtime, secrets),
+            _types_router(),
+            delivery_api.router(runtime),
+        ),
     ]
 
 
@@ -140,9 +131,9 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
     @router.post("", status_code=201, response_model=Channel)
     async def create_channel(body: NewChannel, who: Writer, request: Request) -> Response:
         """Connects a vendor account to an agent. The vendor must be told to call ``webhook_path`` on this host."""
-        vendor = _vendor(body.type)
-        credentials = await _checked(runtime.outgoing, vendor, body.credentials)
-        api_base = await _origin(runtime.outgoing, vendor, body.api_base)
+        vendor = vendor_of(body.type)
+        credentials = await checked_credentials(runtime.outgoing, vendor, body.credentials)
+        api_base = await checked_origin(runtime.outgoing, vendor, body.api_base)
         await agents.check(body.agent_id, who)
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
@@ -161,7 +152,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                 api_base,
             )
             audit(tx, who.actor, "channel.create", "channel", str(id_), type=vendor.name)
-            return 201, await _get(tx, secrets, id_)
+            return 201, await get(tx, secrets, id_)
 
         return await once(request, runtime, who, work)
 
@@ -170,33 +161,40 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
         """The channels of the tenant, oldest first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(
-                f"SELECT {_COLUMNS} FROM account WHERE seq > $1 ORDER BY seq LIMIT $2",
+                f"SELECT {COLUMNS} FROM account WHERE seq > $1 ORDER BY seq LIMIT $2",
                 delivery_api.position(paging.after, start=0),
                 paging.limit + 1,
             )
         found = page(rows, paging, key=lambda row: str(row[-1]))
-        return ChannelPage(items=[_channel(secrets, row) for row in found["items"]], next=found["next"])
+        return ChannelPage(items=[view(secrets, row) for row in found["items"]], next=found["next"])
 
     @router.get("/{channel_id}")
     async def get_channel(channel_id: UUID, who: Reader) -> Channel:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            return await _get(tx, secrets, channel_id)
+            return await get(tx, secrets, channel_id)
 
     @router.patch("/{channel_id}")
     async def change_channel(channel_id: UUID, body: ChannelChange, who: Writer) -> Channel:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            before = await _get(tx, secrets, channel_id)
+            before = await get(tx, secrets, channel_id)
         if body.agent_id:
             await agents.check(body.agent_id, who)
         sealed = None
         if body.credentials is not None:
-            credentials = await _checked(runtime.outgoing, _vendor(before.type), body.credentials)
+            credentials = await checked_credentials(runtime.outgoing, vendor_of(before.type), body.credentials)
             sealed = secrets.seal(channel_id, "credentials", credentials)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await tx.sql(
-                "UPDATE account SET agent_id = coalesce($2, agent_id), credentials = coalesce($3, credentials), "
-                "enabled = coalesce($4, enabled), broken_reason = CASE WHEN $5 THEN NULL ELSE broken_reason END, "
-                "updated_at = clock_timestamp() WHERE id = $1",
+                """
+                UPDATE account
+                SET agent_id = coalesce($2, agent_id), credentials = coalesce($3, credentials),
+                    -- Without an overlap, a call with the old credentials is refused at once.
+                    old_until = CASE WHEN $3::bytea IS NULL THEN old_until END,
+                    old_credentials = CASE WHEN $3::bytea IS NULL THEN old_credentials END,
+                    enabled = coalesce($4, enabled), broken_reason = CASE WHEN $5 THEN NULL ELSE broken_reason END,
+                    updated_at = clock_timestamp()
+                WHERE id = $1
+                """,
                 channel_id,
                 body.agent_id,
                 sealed,
@@ -205,7 +203,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
             )
             changed = ", ".join(sorted(body.model_dump(exclude_none=True)))
             audit(tx, who.actor, "channel.update", "channel", str(channel_id), changed=changed)
-            after = await _get(tx, secrets, channel_id)
+            after = await get(tx, secrets, channel_id)
         accounts.forget(channel_id)
         return after
 
@@ -219,71 +217,3 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
         accounts.forget(channel_id)
 
     return router
-
-
-async def _get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
-    rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE id = $1", channel_id)
-    if not rows:
-        raise NotFound("the tenant has no channel with this id")
-    return _channel(secrets, rows[0])
-
-
-def _channel(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
-    id_, type_, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, _ = row
-    path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
-    return Channel(
-        id=id_,
-        type=type_,
-        agent_id=agent_id,
-        webhook_path=path,
-        api_base=api_base,
-        enabled=enabled,
-        state="broken" if broken_reason else "active",
-        broken_reason=broken_reason,
-        created_at=created_at,
-        updated_at=updated_at,
-    )
-
-
-def _vendor(type_: str) -> Vendor[Any]:
-    if type_ not in CHANNEL_TYPES:
-        raise InvalidMessage("type", f"must be one of {', '.join(CHANNEL_TYPES)}")
-    if type_ not in VENDORS:
-        raise InvalidMessage("type", "is not available yet")
-    return VENDORS[type_]
-
-
-async def _checked(outgoing: Outgoing, vendor: Vendor[Any], given: dict[str, str]) -> bytes:
-    """The credentials as JSON, validated for the vendor. Raises InvalidMessage that names the field."""
-    try:
-        credentials: msgspec.Struct = decode_json(msgspec.json.encode(given), vendor.credentials)
-    except InvalidMessage as error:
-        raise InvalidMessage(f"credentials.{error.field}", error.reason) from None
-    for field in vendor.addresses:
-        # An optional one may be empty.
-        if address := getattr(credentials, field):
-            await _reachable(outgoing, f"credentials.{field}", address)
-    return msgspec.json.encode(credentials)
-
-
-async def _origin(outgoing: Outgoing, vendor: Vendor[Any], api_base: str | None) -> str | None:
-    if api_base is None:
-        return None
-    if not vendor.origin:
-        raise InvalidMessage(
-            "api_base", f"does not apply to a {vendor.name} channel; its credentials contain the address"
-        )
-    url = urlsplit(api_base)
-    if url.path not in ("", "/") or url.query or url.fragment:
-        raise InvalidMessage("api_base", "must be an origin without a path, such as https://host:port")
-    await _reachable(outgoing, "api_base", api_base)
-    return api_base.removesuffix("/")
-
-
-async def _reachable(outgoing: Outgoing, field: str, url: str) -> None:
-    try:
-        await outgoing.check(url)
-    except InvalidMessage as error:
-        raise InvalidMessage(field, error.reason) from None
-    except Transient as error:
-        raise InvalidMessage(field, str(error)) from error

@@ -68,6 +68,14 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
         raise InvalidMessage("session_key", "is not a conversation of this channel")
     # The text may repeat the words of the person who asked, even if another one has written since.
     subject_id = message.subject_id or rows[0][0]
+    # Its life is counted from the request, so that a broker outage does not extend the life of an old reply.
+    await queue_delivery(tx, subjects, message, subject_id, tx.cause.time + EXPIRES)
+
+
+async def queue_delivery(
+    tx: Tx, subjects: SubjectKeys, message: SendMessage, subject_id: str, expires_at: datetime
+) -> None:
+    """Stores a delivery and puts it into the lane of its conversation. `subject_id`: whose key seals the text."""
     words = OutboundContent(message.conversation_id, message.text, message.reply_to)
     try:
         key = await subjects.key(tx, str(tx.tenant_id), subject_id)
@@ -77,8 +85,7 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
         content = b""
     asked = DeliveryQueued(message.channel_id, message.session_key, message.run_id, subject_id, content)
     await _decide(tx, message.delivery_id, Queue(asked))
-    # Counted from the request, so that a broker outage does not extend the life of an old reply.
-    turn = _Turn(message.session_key, message.delivery_id, tx.cause.time + EXPIRES)
+    turn = _Turn(message.session_key, message.delivery_id, expires_at)
     await _RESEQUENCER.accept(
         tx, message.session_key, message.position, msgspec.json.encode(turn), partial(_line_up, tx)
     )

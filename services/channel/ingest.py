@@ -114,10 +114,10 @@ _DRAIN = """
 # Counts the messages of each conversation. The rows stay locked until the transaction ends, so no other transaction
 # gets these or later positions before. Sorted by session key, as every transaction locks them.
 _COUNT = """
-    INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id, position)
-    SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::bigint[])
+    INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id, position, last_at)
+    SELECT n.*, clock_timestamp() FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::bigint[]) AS n
     ON CONFLICT (session_key) DO UPDATE
-    SET subject_id = excluded.subject_id, position = c.position + excluded.position
+    SET subject_id = excluded.subject_id, position = c.position + excluded.position, last_at = excluded.last_at
     RETURNING session_key, position
 """
 
@@ -402,7 +402,7 @@ def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ign
     if isinstance(item, Moved):
         return Ignored(item.ids, "the conversation got another id")
     if not account.enabled:
-        return Ignored(item.ids, "the channel is disabled")
+        return Ignored(item.ids, "the channel is paused")
     if not item.conversation or not item.person:
         return Ignored(item.ids, "without a conversation or an author")
     text = item.text.replace("\0", "")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
 
-from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, NotYet, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
@@ -23,6 +24,9 @@ from services.channel.domain import Delivery
 from services.channel.events import DeliveryQueued, OutboundContent
 from services.channel.publishing import DELIVERY
 from services.channel.vendors.base import AccountRefused, Outbound
+
+# A delivery of a paused channel is looked at again after this time.
+PAUSE = timedelta(seconds=5)
 
 
 class Sent(msgspec.Struct, frozen=True):
@@ -50,7 +54,7 @@ class Sender:
         self._cache = cache
 
     async def load(self, tx: Tx, delivery_id: UUID) -> SendableDelivery:
-        """Loads a delivery. Raises NotSendable with the reason."""
+        """Loads a delivery. Raises NotSendable with the reason, NotYet if the channel is paused."""
         delivery: Delivery = await tx.load(DELIVERY.stream(str(delivery_id)))
         assert delivery.queued is not None, "DeliveryQueued is stored in the transaction that enqueues the item"
         if delivery.state != "queued":
@@ -60,7 +64,8 @@ class Sender:
         if account is None or account.tenant_id != tx.tenant_id:
             raise NotSendable("the channel was deleted")
         if not account.enabled:
-            raise NotSendable("the channel is disabled")
+            # Nothing is lost by a pause: the delivery waits for the channel until it expires.
+            raise NotYet(PAUSE, "the channel is paused")
         if account.broken_reason:
             raise NotSendable(f"the channel is broken: {account.broken_reason}")
         words = await self._content(tx, account, delivery_id, delivery.queued)

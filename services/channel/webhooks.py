@@ -93,7 +93,7 @@ class Webhooks:
         keys = await account.vendor.keys(self._outgoing, account.origin, account.credentials, request)
         request = request._replace(keys=keys)
         try:
-            received = account.vendor.receive(request, account.credentials, utcnow())
+            received = account.receive(request, utcnow())
         except InvalidMessage as error:
             raise HTTPException(400, str(error)) from error
         except Unreadable as error:

@@ -1,5 +1,6 @@
-"""Notification. Owns: notifications.
+"""Notification. Owns: notifications, webhook endpoints of tenants.
 
-Handles: notification.v1.SendEmail, notification.v1.SendPush, user.v1.SubjectErased. Serves: HTTP
-``/api/v1/notifications``. Calls: the user service's gRPC ``Directory``; a mail server.
+Handles: notification.v1.SendEmail, notification.v1.SendPush, user.v1.SubjectErased, and the public facts of
+agent.events, channel.events and platform.events. Serves: HTTP ``/api/v1/notifications``,
+``/api/v1/webhook-endpoints``. Calls: the user service's gRPC ``Directory``; a mail server; tenants' endpoints.
 """

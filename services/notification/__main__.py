@@ -1,16 +1,27 @@
-"""Starts notification: sends e-mails to people."""
+"""Starts notification: sends e-mails to people, and events to tenants' webhook endpoints."""
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.notification import adapters, api, handlers
 from services.notification.settings import NotificationSettings
+from services.notification.webhooks import handlers as webhooks
+from services.notification.webhooks.endpoints import Secrets
 
 service = Service("notification", NotificationSettings)
 service.serve_http(api.routes)
 service.consume(handlers.queue_email, notifications=adapters.notifications)
 service.consume(handlers.record_push)
+service.consume(webhooks.queue_run_events)
+service.consume(webhooks.queue_channel_events)
+service.consume(webhooks.queue_platform_events)
 service.consume(erasure("notification"))
 service.work(handlers.send_email, notifications=adapters.notifications, owners=adapters.owners, mailer=adapters.mailer)
+service.work(
+    webhooks.post_webhook,
+    outgoing=lambda runtime: runtime.outgoing,
+    secrets=lambda runtime: Secrets(runtime.cipher),
+    notifications=adapters.notifications,
+)
 
 if __name__ == "__main__":
     service.run()

@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute
 from infra.service.api import Paging, Reader, api, page
 from infra.service.service import Runtime
 from services.notification.notifications import Notification, listed
+from services.notification.webhooks import api as webhooks
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
@@ -24,4 +25,4 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             found = await listed(tx, who.tenant_id, before=paging.after_time(UUID), limit=paging.limit + 1)
         return page(found, paging, Notification.cursor)
 
-    return api("notification", runtime, router)
+    return api("notification", runtime, router, webhooks.router(runtime))

@@ -13,6 +13,7 @@ BUSY = "I am still busy with your last message. Please write again when I have a
 # For the operator.
 CANCELLED = "cancelled on request"
 INTERRUPTED = "interrupted by a newer message"
+TAKEN_OVER = "a person has taken the session over"
 
 
 def approval_question(tool: str, arguments: str) -> str:

@@ -51,7 +51,7 @@ SELECT tenant_id, key, nullif(parent, ''),
 FROM unnest($1::text[], $2::text[], $3::text[]) AS n(tenant_id, key, parent)
 ORDER BY 1, 2
 ON CONFLICT (tenant_id, session_key) DO UPDATE SET messages = s.messages
-RETURNING tenant_id, session_key, messages, run_id, run_messages, run_waits
+RETURNING tenant_id, session_key, messages, run_id, run_messages, run_waits, taken_over_by IS NOT NULL
 """
 _LOCK_RUNS = """
 -- Locks the unfinished runs of the sessions, in the order of their ids, as group writes do.
@@ -179,10 +179,12 @@ async def _lock(tx: Tx, sequence: str, group: Sequence[Incoming]) -> dict[tuple[
         for tenant_id, key, last, has_early in await tx.sql(_LOCK_SEQUENCES, sequence, tenants, keys)
     }
     sessions = {}
-    for tenant_id, key, messages, run_id, run_messages, waits in await tx.sql(_LOCK_SESSIONS, tenants, keys, parents):
+    for tenant_id, key, messages, run_id, run_messages, waits, taken_over in await tx.sql(
+        _LOCK_SESSIONS, tenants, keys, parents
+    ):
         last, has_early = positions[tenant_id, key]
         sessions[tenant_id, key] = _Session(
-            messages, Session(run_id, run_messages, waits), last, is_simple=not has_early
+            messages, Session(run_id, run_messages, waits), last, is_simple=not has_early and not taken_over
         )
     for tenant_id, key in await tx.sql(_LOCK_RUNS, tenants, keys):
         sessions[tenant_id, key].is_simple = False

@@ -24,11 +24,11 @@ from services.agent.definitions.store import queue_mode
 from services.agent.lanes import RUNS, queue_run
 from services.agent.models.contract import Answered, Returned, Tool, Turn
 from services.agent.runs import projections
-from services.agent.runs.cancelling import cancel
+from services.agent.runs.cancelling import cancel, fail
 from services.agent.runs.content import Unsealer
 from services.agent.runs.decisions import decision_in, is_unclear, settle, suspension
 from services.agent.runs.domain import Fail, Suspension
-from services.agent.runs.notices import BUSY, INTERRUPTED, question_repeated
+from services.agent.runs.notices import BUSY, INTERRUPTED, TAKEN_OVER, question_repeated
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
@@ -149,21 +149,22 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     if the session is busy and its agent rejects messages meanwhile.
     """
     assert tx.tenant_id
-    total, session = await _lock_session(tx, tx.tenant_id, arrival.session_key, arrival.parent)
+    total, session, taken_over = await _lock_session(tx, tx.tenant_id, arrival.session_key, arrival.parent)
     key = await subjects.key(tx, tx.tenant_id, arrival.subject_id)
     if arrival.idempotency_key is not None and (known := await _known(tx, arrival, subjects)):
         return known
     text = key.seal(arrival.text, tx.tenant_id, arrival.subject_id, str(arrival.message_id), "text")
-    mode = await queue_mode(tx, arrival.agent_id)
-    open_runs = await _open_runs(tx, arrival.session_key, session.run_id, every_run=mode == "interrupt")
-    last = open_runs.get(session.run_id) if session.run_id else None
-    decision = decision_in(arrival.text)
+    # A message for the person who has taken the session over gets a run of its own, which is cancelled.
+    mode = "followup" if taken_over else await queue_mode(tx, arrival.agent_id)
+    unfinished = await open_runs(tx, arrival.session_key, session.run_id, every_run=mode == "interrupt")
+    last = unfinished.get(session.run_id) if session.run_id else None
+    decision = None if taken_over else decision_in(arrival.text)
     # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
-    unclear = arrival.origin is not None and is_unclear(arrival.text)
-    asking = await _asking(tx, open_runs) if decision or unclear else None
+    unclear = not taken_over and arrival.origin is not None and is_unclear(arrival.text)
+    asking = await _asking(tx, unfinished) if decision or unclear else None
     if (decision or unclear) and asking is None and arrival.parent:
         # The question stands in the parent session, and the person answers it in a thread.
-        asking = await _asking(tx, await _open_runs(tx, arrival.parent, None, every_run=False))
+        asking = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False))
     command = Accept(
         message_id=arrival.message_id,
         subject_id=arrival.subject_id,
@@ -171,8 +172,8 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         at=arrival.received_at,
         mode=mode,
         new_run_id=arrival.new_run_id or uuid7(),
-        joinable=last == _Open("queued", arrival.agent_id, False),
-        steerable=last in (_Open("running", arrival.agent_id, False), _Open("waiting", arrival.agent_id, False)),
+        joinable=last == OpenRun("queued", arrival.agent_id, False),
+        steerable=last in (OpenRun("running", arrival.agent_id, False), OpenRun("waiting", arrival.agent_id, False)),
         busy=await _is_busy(tx, arrival.session_key),
         decides=asking,
     )
@@ -200,11 +201,13 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
             await _ask_again(tx, arrival, subjects, event.run_id, waits)
         return event.run_id
     not_before = begins_at(session, utcnow())
-    if busy:
+    if taken_over:
+        await fail(tx, event.run_id, arrival.session_key, "cancelled", TAKEN_OVER)
+    elif busy:
         await _refuse(tx, arrival, event.run_id)
     elif event.opens:
         if mode == "interrupt":
-            for run_id in open_runs:
+            for run_id in unfinished:
                 await cancel(tx, run_id, INTERRUPTED)
         queue_run(tx, event.run_id, arrival.session_key, not_before=not_before)
     elif session.waits:
@@ -213,8 +216,9 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     return event.run_id
 
 
-async def _lock_session(tx: Tx, tenant_id: str, session_key: str, parent: str) -> tuple[int, Session]:
-    """Locks the session, so that its messages take turns. Returns how many messages it has, and its state.
+async def _lock_session(tx: Tx, tenant_id: str, session_key: str, parent: str) -> tuple[int, Session, bool]:
+    """Locks the session, so that its messages take turns. Returns how many messages it has, its state, and whether a
+    person has taken it over.
 
     A new session with a parent remembers how far the parent was when it branched off.
     """
@@ -228,9 +232,9 @@ async def _lock_session(tx: Tx, tenant_id: str, session_key: str, parent: str) -
         session_key,
         parent,
     )
-    [(total, run_id, messages, waits)] = await tx.sql(
+    [(total, run_id, messages, waits, taken_over)] = await tx.sql(
         """
-        SELECT messages, run_id, run_messages, run_waits
+        SELECT messages, run_id, run_messages, run_waits, taken_over_by IS NOT NULL
         FROM session
         WHERE tenant_id = $1 AND session_key = $2
         FOR UPDATE
@@ -238,7 +242,7 @@ async def _lock_session(tx: Tx, tenant_id: str, session_key: str, parent: str) -
         tenant_id,
         session_key,
     )
-    return total, Session(run_id, messages, waits)
+    return total, Session(run_id, messages, waits), taken_over
 
 
 async def _known(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID | None:
@@ -270,7 +274,7 @@ async def _known(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID | None
     return UUID(str(run_id))
 
 
-class _Open(NamedTuple):
+class OpenRun(NamedTuple):
     """An unfinished run of the session."""
 
     status: str
@@ -278,7 +282,7 @@ class _Open(NamedTuple):
     cancelled: bool
 
 
-async def _open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: bool) -> dict[UUID, _Open]:
+async def open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: bool) -> dict[UUID, OpenRun]:
     """The session's unfinished runs: the last one and those that wait, or all. Locks their rows in the order of ids.
 
     The locks keep these runs from starting or ending without this message.
@@ -297,12 +301,14 @@ async def _open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: 
         last,
         every_run,
     )
-    return {UUID(str(id_)): _Open(status, UUID(str(agent_id)), cancelled) for id_, status, agent_id, cancelled in rows}
+    return {
+        UUID(str(id_)): OpenRun(status, UUID(str(agent_id)), cancelled) for id_, status, agent_id, cancelled in rows
+    }
 
 
-async def _asking(tx: Tx, open_runs: Mapping[UUID, _Open]) -> UUID | None:
+async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun]) -> UUID | None:
     """The first run that waits for an approval, not for another agent; None if there is none."""
-    for run_id, run in open_runs.items():
+    for run_id, run in unfinished.items():
         if run.status == "waiting":
             waits = (await tx.load(run_stream(run_id))).suspended
             if waits and waits.reason == "approval":

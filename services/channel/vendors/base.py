@@ -175,6 +175,20 @@ class Vendor(ABC, Generic[C]):
         return self.effect
 
     @abstractmethod
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: C) -> str:
+        """Makes a call with the credentials that changes nothing, and returns the account's name at the vendor.
+
+        Raises as `send` does.
+        """
+
+    async def register(self, outgoing: Outgoing, origin: str, credentials: C, url: str) -> bool:
+        """Tells the vendor to call `url`. False if the vendor has no call for that: a person enters it in its console.
+
+        Raises as `send` does.
+        """
+        return False
+
+    @abstractmethod
     async def send(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> str | None:
         """Sends one message and returns the vendor's id of it, or None if the vendor gives none.
 

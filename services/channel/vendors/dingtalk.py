@@ -127,6 +127,11 @@ class DingTalk(Vendor[DingTalkCredentials]):
         """https://open.dingtalk.com/document/orgapp/robot-message-types-and-data-format"""
         return [Limit(f"conversation {conversation}", 20, 60)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials) -> str:
+        # The login is the only call that needs no conversation. It does not tell the robot's name.
+        await self._login(outgoing, origin, credentials)
+        return credentials.robot_code
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials, message: Outbound
     ) -> str | None:
@@ -148,17 +153,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
     async def _send_proactively(
         self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials, message: Outbound
     ) -> str | None:
-        host = _API_ORIGIN if origin == self.origin else origin
-        account = origin, credentials
-
-        async def fetch() -> tuple[str, float]:
-            secret = {"appKey": credentials.app_key, "appSecret": credentials.app_secret}
-            answer = await outgoing.request("POST", f"{host}/v1.0/oauth2/accessToken", json=secret)
-            token = read_json(answer, _Token)
-            if not token.accessToken:
-                raise AccountRefused(f"{token.code}: {token.message}"[:200])
-            return token.accessToken, token.expireIn
-
+        host = self._api(origin)
         kind, _, id_ = message.conversation.partition("/")
         body: dict[str, Any] = {
             "robotCode": credentials.robot_code,
@@ -170,13 +165,13 @@ class DingTalk(Vendor[DingTalkCredentials]):
         else:
             path, body["openConversationId"] = "/v1.0/robot/groupMessages/send", id_
         for is_last in (False, True):
-            token = await self._tokens.get(account, fetch)
+            token = await self._token(outgoing, origin, credentials)
             answer = await outgoing.request(
                 "POST", f"{host}{path}", headers={"x-acs-dingtalk-access-token": token}, json=body
             )
             sent = read_json(answer, _Sent)
             if answer.status == 401 or sent.code == "InvalidAuthentication":
-                self._tokens.drop(account, token)
+                self._tokens.drop((origin, credentials), token)
                 if is_last:
                     raise AccountRefused(f"{sent.code}: {sent.message}"[:200])
                 continue
@@ -188,6 +183,20 @@ class DingTalk(Vendor[DingTalkCredentials]):
         if answer.status >= 400:
             raise EffectFailed(f"{sent.code}: {sent.message}"[:200])
         return sent.processQueryKey
+
+    def _api(self, origin: str) -> str:
+        return _API_ORIGIN if origin == self.origin else origin
+
+    async def _token(self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials) -> str:
+        return await self._tokens.get((origin, credentials), lambda: self._login(outgoing, origin, credentials))
+
+    async def _login(self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials) -> tuple[str, float]:
+        secret = {"appKey": credentials.app_key, "appSecret": credentials.app_secret}
+        answer = await outgoing.request("POST", f"{self._api(origin)}/v1.0/oauth2/accessToken", json=secret)
+        token = read_json(answer, _Token)
+        if not token.accessToken:
+            raise AccountRefused(f"{token.code}: {token.message}"[:200])
+        return token.accessToken, token.expireIn
 
 
 def sign(credentials: DingTalkCredentials, timestamp: str) -> str:

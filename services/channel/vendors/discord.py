@@ -44,6 +44,12 @@ _STRING_OPTION = 3
 # Answers to an interaction: a pong, "is thinking", nothing, no choices.
 _PONG, _DEFERRED, _UNCHANGED = ({"type": kind} for kind in (1, 5, 6))
 _NO_CHOICES = {"type": 8, "data": {"choices": []}}
+# The command that people use.
+_ASK = {
+    "name": "ask",
+    "description": "Ask the assistant",
+    "options": [{"type": _STRING_OPTION, "name": "question", "description": "The question", "required": True}],
+}
 # The token of the interaction is no longer valid: unknown webhook, invalid webhook token, unknown message.
 _EXPIRED = (10008, 10015, 50027)
 
@@ -96,6 +102,7 @@ class _Message(msgspec.Struct):
     code: int = 0
     message: str = ""
     retry_after: float | None = None
+    username: str = ""
 
 
 class Discord(Vendor[DiscordCredentials]):
@@ -112,8 +119,7 @@ class Discord(Vendor[DiscordCredentials]):
     effect: ClassVar[Kind] = "keyed"
     steps: ClassVar[tuple[str, ...]] = (
         "Create an application; copy its id, its public key and the token of its bot.",
-        "Register a command with one string option.",
-        "Enter the webhook's public URL as Interactions Endpoint URL.",
+        "Register a command with one string option, and enter the webhook's public URL as Interactions Endpoint URL.",
     )
 
     def receive(self, request: Request, credentials: DiscordCredentials, now: datetime) -> Received:
@@ -151,6 +157,17 @@ class Discord(Vendor[DiscordCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         return [Limit("app", 50, 1), Limit(f"channel {conversation}", 5, 5)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials) -> str:
+        return (await _as_bot(outgoing, origin, credentials, "GET", "users/@me")).username
+
+    async def register(self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, url: str) -> bool:
+        """Also registers the command. Discord replaces a command of the same name."""
+        path = f"applications/{credentials.application_id}/commands"
+        await _as_bot(outgoing, origin, credentials, "POST", path, _ASK)
+        body = {"interactions_endpoint_url": url}
+        await _as_bot(outgoing, origin, credentials, "PATCH", "applications/@me", body)
+        return True
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound
     ) -> str | None:
@@ -167,18 +184,27 @@ class Discord(Vendor[DiscordCredentials]):
             if response.code not in _EXPIRED and answer.status != 404:
                 raise EffectFailed(f"{response.code}: {response.message}"[:200])
         nonce = hashlib.sha256(message.key.encode()).hexdigest()[:_NONCE_LENGTH]
-        answer = await outgoing.request(
-            "POST",
-            f"{origin}/api/v10/channels/{message.conversation}/messages",
-            headers={"authorization": f"Bot {credentials.bot_token}"},
-            json=body | {"nonce": nonce, "enforce_nonce": True},
-        )
-        response = _read(answer)
-        if answer.status == 401:
-            raise AccountRefused("HTTP 401")
-        if answer.status >= 400:
-            raise EffectFailed(f"{response.code}: {response.message}"[:200])
-        return response.id
+        body |= {"nonce": nonce, "enforce_nonce": True}
+        path = f"channels/{message.conversation}/messages"
+        return (await _as_bot(outgoing, origin, credentials, "POST", path, body)).id
+
+
+async def _as_bot(
+    outgoing: Outgoing,
+    origin: str,
+    credentials: DiscordCredentials,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+) -> _Message:
+    headers = {"authorization": f"Bot {credentials.bot_token}"}
+    answer = await outgoing.request(method, f"{origin}/api/v10/{path}", headers=headers, json=body)
+    response = _read(answer)
+    if answer.status == 401:
+        raise AccountRefused("HTTP 401")
+    if answer.status >= 400:
+        raise EffectFailed(f"{response.code}: {response.message}"[:200])
+    return response
 
 
 def _ack(answer: dict[str, Any]) -> Ack:

@@ -126,6 +126,10 @@ class _Token(msgspec.Struct):
     expire: float = 7_200
 
 
+class _Bot(msgspec.Struct):
+    app_name: str = ""
+
+
 class _Sent(msgspec.Struct):
     message_id: str | None = None
 
@@ -134,6 +138,7 @@ class _Response(msgspec.Struct):
     code: int = 0
     msg: str = ""
     data: _Sent | None = None
+    bot: _Bot | None = None
 
 
 class Feishu(Vendor[FeishuCredentials]):
@@ -191,6 +196,10 @@ class Feishu(Vendor[FeishuCredentials]):
             Limit(f"chat {conversation.partition('/')[0]}", 5, 1),
         ]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials) -> str:
+        response = await self._call(outgoing, origin, credentials, "GET", f"{origin}/open-apis/bot/v3/info")
+        return response.bot.app_name if response.bot else credentials.app_id
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, message: Outbound
     ) -> str | None:
@@ -202,19 +211,33 @@ class Feishu(Vendor[FeishuCredentials]):
         else:
             url = f"{origin}/open-apis/im/v1/messages?receive_id_type=chat_id"
             body["receive_id"] = chat
-        response = await self._post(outgoing, origin, credentials, url, body)
-        if response.code in _TOKEN_REFUSED:
-            # The token was replaced meanwhile. A new one is fetched once.
-            response = await self._post(outgoing, origin, credentials, url, body)
-        if response.code:
-            _refuse(response.code, response.msg)
+        response = await self._call(outgoing, origin, credentials, "POST", url, body)
         return response.data.message_id if response.data else None
 
-    async def _post(
-        self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, url: str, body: dict[str, Any]
+    async def _call(
+        self,
+        outgoing: Outgoing,
+        origin: str,
+        credentials: FeishuCredentials,
+        method: str,
+        url: str,
+        body: dict[str, Any] | None = None,
     ) -> _Response:
-        account = origin, credentials
+        for _ in range(2):
+            token = await self._token(outgoing, origin, credentials)
+            answer = await outgoing.request(method, url, headers={"authorization": f"Bearer {token}"}, json=body)
+            response = read_json(answer, _Response)
+            if response.code not in _TOKEN_REFUSED:
+                break
+            # The token was replaced meanwhile. A new one is fetched once.
+            self._tokens.drop((origin, credentials), token)
+        if response.code:
+            _refuse(response.code, response.msg)
+        if answer.status >= 400:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return response
 
+    async def _token(self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials) -> str:
         async def fetch() -> tuple[str, float]:
             path = "/open-apis/auth/v3/tenant_access_token/internal"
             secret = {"app_id": credentials.app_id, "app_secret": credentials.app_secret}
@@ -223,14 +246,7 @@ class Feishu(Vendor[FeishuCredentials]):
                 _refuse(token.code, token.msg)
             return token.tenant_access_token, token.expire
 
-        token = await self._tokens.get(account, fetch)
-        answer = await outgoing.request("POST", url, headers={"authorization": f"Bearer {token}"}, json=body)
-        response = read_json(answer, _Response)
-        if response.code in _TOKEN_REFUSED:
-            self._tokens.drop(account, token)
-        elif answer.status >= 400 and not response.code:
-            raise EffectFailed(f"HTTP {answer.status}")
-        return response
+        return await self._tokens.get((origin, credentials), fetch)
 
 
 def sign(credentials: FeishuCredentials, timestamp: str, nonce: str, body: bytes) -> str:

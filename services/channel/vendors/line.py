@@ -83,6 +83,7 @@ class _SentMessage(msgspec.Struct):
 class _Response(msgspec.Struct):
     message: str = ""
     sentMessages: list[_SentMessage] = []
+    displayName: str = ""
 
 
 class Line(Vendor[LineCredentials]):
@@ -113,6 +114,13 @@ class Line(Vendor[LineCredentials]):
         """https://developers.line.biz/en/reference/messaging-api/#rate-limits"""
         return [Limit("channel", 2_000, 1)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: LineCredentials) -> str:
+        return (await _call(outgoing, origin, credentials, "GET", "v2/bot/info")).displayName
+
+    async def register(self, outgoing: Outgoing, origin: str, credentials: LineCredentials, url: str) -> bool:
+        await _call(outgoing, origin, credentials, "PUT", "v2/bot/channel/webhook/endpoint", {"endpoint": url})
+        return True
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: LineCredentials, message: Outbound
     ) -> str | None:
@@ -132,6 +140,24 @@ class Line(Vendor[LineCredentials]):
         if answer.status >= 400 and answer.status != 409:
             raise EffectFailed(response.message[:200] or f"HTTP {answer.status}")
         return response.sentMessages[0].id if response.sentMessages else None
+
+
+async def _call(
+    outgoing: Outgoing,
+    origin: str,
+    credentials: LineCredentials,
+    method: str,
+    path: str,
+    body: dict[str, str] | None = None,
+) -> _Response:
+    headers = {"authorization": f"Bearer {credentials.channel_access_token}"}
+    answer = await outgoing.request(method, f"{origin}/{path}", headers=headers, json=body)
+    response = read_json(answer, _Response)
+    if answer.status in (401, 403):
+        raise AccountRefused(f"HTTP {answer.status}")
+    if answer.status >= 400:
+        raise EffectFailed(response.message[:200] or f"HTTP {answer.status}")
+    return response
 
 
 def _item(event: _Event) -> Inbound | Ignored:

@@ -95,6 +95,7 @@ class _Response(msgspec.Struct):
     id: str | None = None
     code: int = 0
     message: str = ""
+    username: str = ""
 
 
 class QQ(Vendor[QQCredentials]):
@@ -143,26 +144,46 @@ class QQ(Vendor[QQCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         return [Limit(f"conversation {conversation}", 5, 1)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: QQCredentials) -> str:
+        return (await self._call(outgoing, origin, credentials, "GET", "/users/@me")).username
+
     async def send(self, outgoing: Outgoing, origin: str, credentials: QQCredentials, message: Outbound) -> str | None:
         body: dict[str, Any] = {"content": render(message.text, PLAIN), "msg_type": 0, "msg_seq": message.part}
         if message.answers:
             body["msg_id"] = message.answers
-        url = f"{origin}/v2/{message.conversation}/messages"
-        response = await self._post(outgoing, origin, credentials, url, body)
-        if response.code in _TOKEN_REFUSED:
+        path = f"/v2/{message.conversation}/messages"
+        return (await self._call(outgoing, origin, credentials, "POST", path, body)).id
+
+    async def _call(
+        self,
+        outgoing: Outgoing,
+        origin: str,
+        credentials: QQCredentials,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+    ) -> _Response:
+        for _ in range(2):
+            token = await self._token(outgoing, origin, credentials)
+            headers = {"authorization": f"QQBot {token}"}
+            template = "/v2/{kind}/{id}/messages" if body else path
+            answer = await outgoing.request(method, f"{origin}{path}", headers=headers, json=body, template=template)
+            response = read_json(answer, _Response)
+            if response.code in _REPEATED:
+                return _Response()
+            if answer.status != 401 and response.code not in _TOKEN_REFUSED:
+                break
             # The token was replaced meanwhile. A new one is fetched once.
-            response = await self._post(outgoing, origin, credentials, url, body)
-        if response.code in _REPEATED:
-            return None
+            self._tokens.drop((origin, credentials), token)
+        else:
+            raise AccountRefused(f"{response.code or 'HTTP 401'}: {response.message}"[:200])
         if response.code:
             _refuse(response.code, response.message)
-        return response.id
+        if answer.status >= 400:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return response
 
-    async def _post(
-        self, outgoing: Outgoing, origin: str, credentials: QQCredentials, url: str, body: dict[str, Any]
-    ) -> _Response:
-        account = origin, credentials
-
+    async def _token(self, outgoing: Outgoing, origin: str, credentials: QQCredentials) -> str:
         async def fetch() -> tuple[str, float]:
             host = _TOKEN_ORIGIN if origin == self.origin else origin
             secret = {"appId": credentials.app_id, "clientSecret": credentials.secret}
@@ -171,17 +192,7 @@ class QQ(Vendor[QQCredentials]):
                 raise AccountRefused(f"{token.code}: {token.message}"[:200])
             return token.access_token, float(token.expires_in)
 
-        token = await self._tokens.get(account, fetch)
-        answer = await outgoing.request(
-            "POST", url, headers={"authorization": f"QQBot {token}"}, json=body, template="/v2/{kind}/{id}/messages"
-        )
-        response = read_json(answer, _Response)
-        if response.code in _TOKEN_REFUSED or (answer.status == 401 and response.code not in _REPEATED):
-            self._tokens.drop(account, token)
-            return msgspec.structs.replace(response, code=response.code or 11244)
-        if answer.status >= 400 and not response.code:
-            raise EffectFailed(f"HTTP {answer.status}")
-        return response
+        return await self._tokens.get((origin, credentials), fetch)
 
 
 def signing_key(credentials: QQCredentials) -> Ed25519PrivateKey:
@@ -209,8 +220,6 @@ def _item(kind: str, message: _Message) -> Inbound | Ignored:
 
 def _refuse(code: int, message: str) -> None:
     reason = f"{code}: {message}"[:200]
-    if code in _TOKEN_REFUSED:
-        raise AccountRefused(reason)
     if code in _LATER:
         raise RetryLater(DEFAULT_RETRY, reason)
     # Among them: the message that it answers is too old, or was answered five times.

@@ -114,6 +114,8 @@ class _Response(msgspec.Struct):
     ok: bool
     ts: str | None = None
     error: str = ""
+    user: str = ""
+    team: str = ""
 
 
 class Slack(Vendor[SlackCredentials]):
@@ -153,6 +155,13 @@ class Slack(Vendor[SlackCredentials]):
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         return [Limit(f"channel {conversation.partition('/')[0]}", 1, 1)]
+
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: SlackCredentials) -> str:
+        answer = await outgoing.request(
+            "POST", f"{origin}/api/auth.test", headers={"authorization": f"Bearer {credentials.bot_token}"}
+        )
+        response = _read(answer)
+        return f"{response.user} in {response.team}"
 
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, message: Outbound

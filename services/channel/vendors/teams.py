@@ -186,6 +186,11 @@ class Teams(Vendor[TeamsCredentials]):
         """https://learn.microsoft.com/microsoftteams/platform/bots/how-to/rate-limit"""
         return [Limit(f"conversation {conversation}", 7, 1), Limit(f"conversation {conversation} minute", 60, 30)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials) -> str:
+        # The login is the only call that needs no conversation. It does not tell the bot's name.
+        await self._login(outgoing, origin, credentials)
+        return credentials.app_id
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, message: Outbound
     ) -> str | None:
@@ -219,26 +224,26 @@ class Teams(Vendor[TeamsCredentials]):
         return sent.id
 
     async def _token(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials) -> str:
-        async def fetch() -> tuple[str, float]:
-            host = _TOKEN_ORIGIN if origin == self.origin else origin
-            form = {
-                "grant_type": "client_credentials",
-                "client_id": credentials.app_id,
-                "client_secret": credentials.app_password,
-                "scope": _SCOPE,
-            }
-            answer = await outgoing.request(
-                "POST",
-                f"{host}/{credentials.tenant_id or 'botframework.com'}/oauth2/v2.0/token",
-                headers={"content-type": "application/x-www-form-urlencoded"},
-                content=urlencode(form).encode(),
-            )
-            token = read_json(answer, _Token)
-            if not token.access_token:
-                raise AccountRefused(f"{token.error or f'HTTP {answer.status}'}"[:200])
-            return token.access_token, token.expires_in
+        return await self._tokens.get((origin, credentials), lambda: self._login(outgoing, origin, credentials))
 
-        return await self._tokens.get((origin, credentials), fetch)
+    async def _login(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials) -> tuple[str, float]:
+        host = _TOKEN_ORIGIN if origin == self.origin else origin
+        form = {
+            "grant_type": "client_credentials",
+            "client_id": credentials.app_id,
+            "client_secret": credentials.app_password,
+            "scope": _SCOPE,
+        }
+        answer = await outgoing.request(
+            "POST",
+            f"{host}/{credentials.tenant_id or 'botframework.com'}/oauth2/v2.0/token",
+            headers={"content-type": "application/x-www-form-urlencoded"},
+            content=urlencode(form).encode(),
+        )
+        token = read_json(answer, _Token)
+        if not token.access_token:
+            raise AccountRefused(f"{token.error or f'HTTP {answer.status}'}"[:200])
+        return token.access_token, token.expires_in
 
 
 def _at(origin: str, url: str) -> str:

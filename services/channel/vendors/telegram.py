@@ -34,6 +34,8 @@ from services.channel.vendors.base import (
 from services.channel.vendors.markdown import PLAIN, Dialect, render
 from services.channel.vendors.splitting import split, utf16_length
 
+# The kinds of update that are handled; Telegram sends no others.
+_UPDATES = ["message"]
 _TEMPLATE = "/bot{token}/sendMessage"
 # UTF-16 units.
 MAX_TEXT = 4096
@@ -121,6 +123,10 @@ class _Sent(msgspec.Struct):
     message_id: int
 
 
+class _Bot(msgspec.Struct):
+    username: str
+
+
 class _Response(msgspec.Struct):
     """`error_code` repeats the HTTP status. `result` stays raw: `ok` alone says that the message was accepted."""
 
@@ -167,6 +173,15 @@ class Telegram(Vendor[TelegramCredentials]):
         group = [Limit(f"group {chat}", 20, 60)] if chat.startswith("-") else []
         return [Limit("bot", 30, 1), Limit(f"chat {chat}", 1, 1), *group]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials) -> str:
+        response = await _call(outgoing, origin, credentials, "getMe", {})
+        return f"@{msgspec.json.decode(response.result, type=_Bot).username}"
+
+    async def register(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, url: str) -> bool:
+        body = {"url": url, "secret_token": credentials.secret_token, "allowed_updates": _UPDATES}
+        await _call(outgoing, origin, credentials, "setWebhook", body)
+        return True
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
     ) -> str | None:
@@ -188,6 +203,16 @@ class Telegram(Vendor[TelegramCredentials]):
             return str(msgspec.json.decode(response.result, type=_Sent).message_id)
         except msgspec.DecodeError:
             return None
+
+
+async def _call(
+    outgoing: Outgoing, origin: str, credentials: TelegramCredentials, method: str, body: dict[str, Any]
+) -> _Response:
+    url = f"{origin}/bot{credentials.bot_token}/{method}"
+    response = _read(await outgoing.request("POST", url, json=body, template=f"/bot{{token}}/{method}"))
+    if not response.ok:
+        raise EffectFailed(response.description[:200])
+    return response
 
 
 def _item(ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw]) -> Inbound | Ignored | Moved:

@@ -44,10 +44,16 @@ class TwilioCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """A number such as ``+15550001``, or a messaging service (``MG…``)."""
 
 
+class _Number(msgspec.Struct):
+    sid: str
+
+
 class _Response(msgspec.Struct):
     sid: str | None = None
     code: int = 0
     message: str = ""
+    friendly_name: str = ""
+    incoming_phone_numbers: list[_Number] = []
 
 
 class Twilio(Vendor[TwilioCredentials]):
@@ -104,25 +110,59 @@ class Twilio(Vendor[TwilioCredentials]):
         """A long code sends one segment in a second: https://www.twilio.com/docs/messaging/guides/rate-limits"""
         return [Limit("number", 1, 1)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: TwilioCredentials) -> str:
+        return (await _call(outgoing, origin, credentials, "GET", ".json")).friendly_name
+
+    async def register(self, outgoing: Outgoing, origin: str, credentials: TwilioCredentials, url: str) -> bool:
+        """Only for a number of the account. The address of a messaging service is set in the console."""
+        if credentials.from_number.startswith("MG"):
+            return False
+        query = urlencode({"PhoneNumber": credentials.from_number})
+        found = await _call(outgoing, origin, credentials, "GET", f"/IncomingPhoneNumbers.json?{query}")
+        if not found.incoming_phone_numbers:
+            raise EffectFailed("from_number is not a number of this account")
+        path = f"/IncomingPhoneNumbers/{found.incoming_phone_numbers[0].sid}.json"
+        await _call(outgoing, origin, credentials, "POST", path, {"SmsUrl": url, "SmsMethod": "POST"})
+        return True
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: TwilioCredentials, message: Outbound
     ) -> str | None:
         sender = "MessagingServiceSid" if credentials.from_number.startswith("MG") else "From"
         form = {"To": message.conversation, sender: credentials.from_number, "Body": render(message.text, PLAIN)}
-        login = base64.b64encode(f"{credentials.account_sid}:{credentials.auth_token}".encode()).decode()
-        answer = await outgoing.request(
-            "POST",
-            f"{origin}/2010-04-01/Accounts/{credentials.account_sid}/Messages.json",
-            headers={"authorization": f"Basic {login}", "content-type": "application/x-www-form-urlencoded"},
-            content=urlencode(form).encode(),
-            template="/2010-04-01/Accounts/{account_sid}/Messages.json",
-        )
-        response = read_json(answer, _Response)
-        if answer.status == 401 or response.code in _ACCOUNT:
-            raise AccountRefused(f"{response.code or answer.status}: {response.message}"[:200])
-        if answer.status >= 400:
-            raise EffectFailed(f"{response.code}: {response.message}"[:200])
-        return response.sid
+        return (await _call(outgoing, origin, credentials, "POST", "/Messages.json", form)).sid
+
+
+async def _call(
+    outgoing: Outgoing,
+    origin: str,
+    credentials: TwilioCredentials,
+    method: str,
+    path: str,
+    form: dict[str, str] | None = None,
+) -> _Response:
+    """`path` within the account."""
+    headers = {"authorization": basic(credentials)}
+    if form is not None:
+        headers["content-type"] = "application/x-www-form-urlencoded"
+    answer = await outgoing.request(
+        method,
+        f"{origin}/2010-04-01/Accounts/{credentials.account_sid}{path}",
+        headers=headers,
+        content=None if form is None else urlencode(form).encode(),
+        template=f"/2010-04-01/Accounts/{{account_sid}}{path.partition('?')[0]}",
+    )
+    response = read_json(answer, _Response)
+    if answer.status == 401 or response.code in _ACCOUNT:
+        raise AccountRefused(f"{response.code or answer.status}: {response.message}"[:200])
+    if answer.status >= 400:
+        raise EffectFailed(f"{response.code}: {response.message}"[:200])
+    return response
+
+
+def basic(credentials: TwilioCredentials) -> str:
+    login = f"{credentials.account_sid}:{credentials.auth_token}"
+    return f"Basic {base64.b64encode(login.encode()).decode()}"
 
 
 def sign(credentials: TwilioCredentials, url: str, parameters: Sequence[tuple[str, str]]) -> str:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
 
 import msgspec
 
-from infra.clock import utcnow
+from infra.clock import utcnow, uuid7
 from infra.errors import EffectFailed
 from infra.lanes.effects import Kind
 from infra.outgoing import webhooks
@@ -85,18 +86,25 @@ class Webhook(Vendor[WebhookCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         return []
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: WebhookCredentials) -> str:
+        """Sends ``{"type": "test"}``, signed as a reply is."""
+        await _post(outgoing, credentials, f"test_{uuid7()}", {"type": "test"})
+        return urlsplit(credentials.reply_url).netloc
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: WebhookCredentials, message: Outbound
     ) -> str | None:
-        body = msgspec.json.encode(
-            {"conversation_id": message.conversation, "text": message.text, "run_id": message.run_id}
-        )
-        signed = webhooks.sign(credentials.secret, message.key, utcnow(), body)
-        headers = {"content-type": "application/json", **signed}
-        answer = await outgoing.request("POST", credentials.reply_url, headers=headers, content=body)
-        if answer.status == 410:
-            raise AccountRefused("HTTP 410: the receiver is gone")
-        raise_for_transient(answer)
-        if not 200 <= answer.status < 300:
-            raise EffectFailed(f"HTTP {answer.status}")
+        body = {"conversation_id": message.conversation, "text": message.text, "run_id": message.run_id}
+        await _post(outgoing, credentials, message.key, body)
         return None
+
+
+async def _post(outgoing: Outgoing, credentials: WebhookCredentials, id_: str, body: dict[str, Any]) -> None:
+    content = msgspec.json.encode(body)
+    headers = {"content-type": "application/json", **webhooks.sign(credentials.secret, id_, utcnow(), content)}
+    answer = await outgoing.request("POST", credentials.reply_url, headers=headers, content=content)
+    if answer.status == 410:
+        raise AccountRefused("HTTP 410: the receiver is gone")
+    raise_for_transient(answer)
+    if not 200 <= answer.status < 300:
+        raise EffectFailed(f"HTTP {answer.status}")

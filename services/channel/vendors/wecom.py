@@ -81,6 +81,7 @@ class _Response(msgspec.Struct):
     errmsg: str = ""
     msgid: str | None = None
     invaliduser: str | None = None
+    name: str = ""
 
 
 class WeCom(Vendor[WeComCredentials]):
@@ -121,6 +122,11 @@ class WeCom(Vendor[WeComCredentials]):
         """https://developer.work.weixin.qq.com/document/path/90312"""
         return [Limit(f"member {conversation}", 30, 60), Limit(f"member {conversation} hour", 1_000, 3_600)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: WeComCredentials) -> str:
+        path = "/cgi-bin/agent/get"
+        query = f"agentid={credentials.agent_id}"
+        return (await self._call(outgoing, origin, credentials, "GET", path, query)).name
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: WeComCredentials, message: Outbound
     ) -> str | None:
@@ -132,21 +138,37 @@ class WeCom(Vendor[WeComCredentials]):
             "enable_duplicate_check": 1,
             "duplicate_check_interval": _DUPLICATE_SECONDS,
         }
-        response = await self._post(outgoing, origin, credentials, body)
-        if response.errcode in _TOKEN_REFUSED:
-            # The token was replaced meanwhile. A new one is fetched once.
-            response = await self._post(outgoing, origin, credentials, body)
-        if response.errcode:
-            _refuse(response.errcode, response.errmsg)
+        response = await self._call(outgoing, origin, credentials, "POST", "/cgi-bin/message/send", "", body)
         if response.invaliduser:
             raise EffectFailed("the person is not a user of this app")
         return response.msgid
 
-    async def _post(
-        self, outgoing: Outgoing, origin: str, credentials: WeComCredentials, body: dict[str, Any]
+    async def _call(
+        self,
+        outgoing: Outgoing,
+        origin: str,
+        credentials: WeComCredentials,
+        method: str,
+        path: str,
+        query: str,
+        body: dict[str, Any] | None = None,
     ) -> _Response:
-        account = origin, credentials
+        for _ in range(2):
+            token = await self._token(outgoing, origin, credentials)
+            url = f"{origin}{path}?access_token={token}{f'&{query}' if query else ''}"
+            answer = await outgoing.request(method, url, json=body, template=path)
+            response = read_json(answer, _Response)
+            if response.errcode not in _TOKEN_REFUSED:
+                break
+            # The token was replaced meanwhile. A new one is fetched once.
+            self._tokens.drop((origin, credentials), token)
+        if response.errcode:
+            _refuse(response.errcode, response.errmsg)
+        if answer.status >= 400:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return response
 
+    async def _token(self, outgoing: Outgoing, origin: str, credentials: WeComCredentials) -> str:
         async def fetch() -> tuple[str, float]:
             query = f"corpid={credentials.corp_id}&corpsecret={credentials.secret}"
             url = f"{origin}/cgi-bin/gettoken?{query}"
@@ -155,15 +177,7 @@ class WeCom(Vendor[WeComCredentials]):
                 _refuse(token.errcode, token.errmsg)
             return token.access_token, token.expires_in
 
-        token = await self._tokens.get(account, fetch)
-        url = f"{origin}/cgi-bin/message/send?access_token={token}"
-        answer = await outgoing.request("POST", url, json=body, template="/cgi-bin/message/send")
-        response = read_json(answer, _Response)
-        if response.errcode in _TOKEN_REFUSED:
-            self._tokens.drop(account, token)
-        elif answer.status >= 400 and not response.errcode:
-            raise EffectFailed(f"HTTP {answer.status}")
-        return response
+        return await self._tokens.get((origin, credentials), fetch)
 
 
 def sign(credentials: WeComCredentials, timestamp: str, nonce: str, encrypted: str) -> str:

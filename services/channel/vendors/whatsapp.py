@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 from urllib.parse import parse_qs
 
 import msgspec
@@ -146,6 +146,7 @@ class _SentMessage(msgspec.Struct):
 class _Response(msgspec.Struct):
     messages: list[_SentMessage] = []
     error: _Error | None = None
+    display_phone_number: str = ""
 
 
 class WhatsApp(Vendor[WhatsAppCredentials]):
@@ -186,6 +187,17 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
         """https://developers.facebook.com/docs/whatsapp/cloud-api/overview#throughput"""
         return [Limit("number", 80, 1), Limit(f"pair {conversation}", 45, 270)]
 
+    async def identify(self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials) -> str:
+        path = f"{credentials.phone_number_id}?fields=display_phone_number"
+        return (await _call(outgoing, origin, credentials, "GET", path)).display_phone_number
+
+    async def register(self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, url: str) -> bool:
+        """Overrides the app's address for this number (WhatsApp Cloud API, Webhooks, Overrides)."""
+        webhook = {"override_callback_uri": url, "verify_token": credentials.verify_token}
+        body = {"webhook_configuration": webhook}
+        await _call(outgoing, origin, credentials, "POST", credentials.phone_number_id, body)
+        return True
+
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, message: Outbound
     ) -> str | None:
@@ -198,18 +210,27 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
         }
         if message.reply_to:
             body["context"] = {"message_id": message.reply_to}
-        answer = await outgoing.request(
-            "POST",
-            f"{origin}/{VERSION}/{credentials.phone_number_id}/messages",
-            headers={"authorization": f"Bearer {credentials.access_token}"},
-            json=body,
-        )
-        response = read_json(answer, _Response)
-        if error := response.error:
-            _refuse(error)
-        if answer.status >= 400:
-            raise EffectFailed(f"HTTP {answer.status}")
+        path = f"{credentials.phone_number_id}/messages"
+        response = await _call(outgoing, origin, credentials, "POST", path, body)
         return response.messages[0].id if response.messages else None
+
+
+async def _call(
+    outgoing: Outgoing,
+    origin: str,
+    credentials: WhatsAppCredentials,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+) -> _Response:
+    headers = {"authorization": f"Bearer {credentials.access_token}"}
+    answer = await outgoing.request(method, f"{origin}/{VERSION}/{path}", headers=headers, json=body)
+    response = read_json(answer, _Response)
+    if error := response.error:
+        _refuse(error)
+    if answer.status >= 400:
+        raise EffectFailed(f"HTTP {answer.status}")
+    return response
 
 
 def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored]:

@@ -28,7 +28,7 @@ async def test_a_channel_is_created_shown_changed_and_deleted_and_never_shows_it
     made = await desk.connect("telegram", TELEGRAM, "http://127.0.0.1:9")
     assert made["webhook_path"].startswith("/webhooks/telegram/")
     assert len(made["webhook_path"].rpartition("/")[2]) >= 22, "at least 128 bits"
-    assert (made["state"], made["enabled"], made["api_base"]) == ("active", True, "http://127.0.0.1:9")
+    assert (made["state"], made["enabled"], made["api_base"]) == ("ok", True, "http://127.0.0.1:9")
     async with desk.client() as http:
         path = f"/api/v1/channels/{made['id']}"
         agent_id = str(uuid7())

@@ -190,7 +190,7 @@ async def test_an_ignored_event_is_answered_200_and_stored_with_its_reason(desk:
         "an update of kind edited_message",
         "the text is empty",
         "the text is empty",
-        "the channel is disabled",
+        "the channel is paused",
     ]
 
 

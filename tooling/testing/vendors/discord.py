@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -25,6 +25,23 @@ class _Edit(msgspec.Struct, forbid_unknown_fields=True):
 class _Create(_Edit, forbid_unknown_fields=True, kw_only=True):
     nonce: Annotated[str, msgspec.Meta(min_length=1, max_length=25)]
     enforce_nonce: bool
+
+
+class _Option(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal[3]
+    name: Annotated[str, msgspec.Meta(pattern="^[a-z]{1,32}$")]
+    description: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    required: bool
+
+
+class _Command(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(pattern="^[a-z]{1,32}$")]
+    description: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    options: list[_Option]
+
+
+class _Application(msgspec.Struct, forbid_unknown_fields=True):
+    interactions_endpoint_url: str
 
 
 class DiscordStandIn(StandIn):
@@ -83,6 +100,17 @@ class DiscordStandIn(StandIn):
                 return self._edit(token, call)
             case "POST", ["api", "v10", "channels", channel, "messages"]:
                 return self._create(channel, call)
+        if call.headers.get("authorization") != f"Bot {self.token}":
+            raise Refused(Reply(401, {"code": 0, "message": "401: Unauthorized"}))
+        match call.method, call.path.strip("/").split("/"):
+            case "GET", ["api", "v10", "users", "@me"]:
+                return Reply(200, {"id": self.application, "username": "ada"})
+            case "POST", ["api", "v10", "applications", self.application, "commands"]:
+                command = _decode(call, _Command)
+                return Reply(201, {"id": str(next(self._ids)), "name": command.name})
+            case "PATCH", ["api", "v10", "applications", "@me"]:
+                self.webhook = _decode(call, _Application).interactions_endpoint_url
+                return Reply(200, {"id": self.application})
         raise Refused(Reply(404, {"code": 0, "message": "404: Not Found"}))
 
     def _edit(self, token: str, call: Call) -> Reply:

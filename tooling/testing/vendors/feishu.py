@@ -114,6 +114,8 @@ class FeishuStandIn(StandIn):
             return Reply(200, {"code": 0, "msg": "ok", "tenant_access_token": token, "expire": 7200})
         if call.headers.get("authorization", "").removeprefix("Bearer ") not in self.tokens:
             raise Refused(Reply(400, {"code": 99991663, "msg": "Invalid access token"}))
+        if (call.method, path) == ("GET", "/open-apis/bot/v3/info"):
+            return Reply(200, {"code": 0, "msg": "ok", "bot": {"app_name": "Ada", "open_id": "ou_bot"}})
         try:
             send = msgspec.json.decode(call.body, type=_Send)
             content = msgspec.json.decode(send.content)

@@ -67,6 +67,11 @@ class LineStandIn(StandIn):
     def handle(self, call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {self.token}":
             raise Refused(Reply(401, {"message": "Authentication failed"}))
+        if (call.method, call.path) == ("GET", "/v2/bot/info"):
+            return Reply(200, {"userId": "Ub0", "basicId": "@ada", "displayName": "Ada"})
+        if (call.method, call.path) == ("PUT", "/v2/bot/channel/webhook/endpoint"):
+            self.webhook = msgspec.json.decode(call.body)["endpoint"]
+            return Reply(200, {})
         if (call.method, call.path) != ("POST", "/v2/bot/message/push"):
             raise Refused(Reply(404, {"message": "Not found"}))
         try:

@@ -75,12 +75,16 @@ class QQStandIn(StandIn):
             self.tokens.add(token)
             return Reply(200, {"access_token": token, "expires_in": "7200"})
         match call.method, call.path.split("/"):
+            case "GET", ["", "users", "@me"]:
+                to = ""
             case "POST", ["", "v2", ("users" | "groups") as kind, place, "messages"]:
                 to = f"{kind}/{place}"
             case _:
                 raise Refused(Reply(404, {"code": 404, "message": "not found"}))
         if call.headers.get("authorization", "").removeprefix("QQBot ") not in self.tokens:
             raise Refused(Reply(401, {"code": 11244, "message": "token not exist or expire"}))
+        if not to:
+            return Reply(200, {"id": "1", "username": "ada"})
         try:
             send = msgspec.json.decode(call.body, type=_Send)
         except msgspec.DecodeError as error:

@@ -95,6 +95,8 @@ class StandIn(ABC):
         """The refused requests and the reasons. A correct client causes only those that a test provokes."""
         self.faults: deque[Fault] = deque()
         """The faults of the next requests, one for each."""
+        self.webhook = ""
+        """The address that the account was told to call."""
         self.calls = 0
         self.url = ""
         self._server: asyncio.Server | None = None

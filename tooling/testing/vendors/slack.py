@@ -75,10 +75,12 @@ class SlackStandIn(StandIn):
         }
 
     def handle(self, call: Call) -> Reply:
-        if (call.method, call.path) != ("POST", "/api/chat.postMessage"):
+        if call.method != "POST" or call.path not in ("/api/chat.postMessage", "/api/auth.test"):
             raise Refused(Reply(404, {"ok": False, "error": "unknown_method"}))
         if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
             raise Refused(Reply(200, {"ok": False, "error": "invalid_auth"}))
+        if call.path == "/api/auth.test":
+            return Reply(200, {"ok": True, "user": "ada", "team": "Example", "user_id": BOT, "team_id": "T1"})
         if not call.headers.get("content-type", "").startswith("application/json"):
             raise Refused(Reply(200, {"ok": False, "error": "invalid_form_data"}))
         try:

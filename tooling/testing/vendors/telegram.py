@@ -26,6 +26,12 @@ class _SendMessage(msgspec.Struct, forbid_unknown_fields=True):
     reply_parameters: _ReplyParameters | None = None
 
 
+class _SetWebhook(msgspec.Struct, forbid_unknown_fields=True):
+    url: str
+    secret_token: str
+    allowed_updates: list[str]
+
+
 class TelegramStandIn(StandIn):
     """One bot. `blocked`: chats whose person blocked the bot; `unknown`: chats that do not exist; `moved`: groups that
     became supergroups, with their new id; `revoked`: the token is no longer valid.
@@ -82,8 +88,19 @@ class TelegramStandIn(StandIn):
         return msgspec.json.encode(update), headers
 
     def handle(self, call: Call) -> Reply:
-        if self.revoked or call.path != f"/bot{self.bot_token}/sendMessage":
+        token, _, method = call.path.removeprefix("/bot").partition("/")
+        if self.revoked or token != self.bot_token:
             _refuse(401, "Unauthorized")
+        if method == "getMe":
+            return Reply(200, {"ok": True, "result": {"id": 1, "is_bot": True, "username": "ada_bot"}})
+        if method == "setWebhook":
+            asked = msgspec.json.decode(call.body, type=_SetWebhook)
+            if asked.secret_token != self.secret_token:
+                _refuse(400, "Bad Request: secret token")
+            self.webhook = asked.url
+            return Reply(200, {"ok": True, "result": True, "description": "Webhook was set"})
+        if method != "sendMessage":
+            _refuse(404, "Not Found")
         if call.method != "POST" or not call.headers.get("content-type", "").startswith("application/json"):
             _refuse(400, "Bad Request: message text is empty")
         try:

@@ -46,7 +46,18 @@ class TwilioStandIn(StandIn):
         login = base64.b64encode(f"{self.sid}:{self.token}".encode()).decode()
         if call.headers.get("authorization") != f"Basic {login}":
             raise Refused(_error(401, 20003, "Authenticate"))
-        if (call.method, call.path) != ("POST", f"/2010-04-01/Accounts/{self.sid}/Messages.json"):
+        account = f"/2010-04-01/Accounts/{self.sid}"
+        if (call.method, call.path) == ("GET", f"{account}.json"):
+            return Reply(200, {"sid": self.sid, "friendly_name": "Example", "status": "active"})
+        if (call.method, call.path) == ("GET", f"{account}/IncomingPhoneNumbers.json?PhoneNumber=%2B15550001"):
+            return Reply(200, {"incoming_phone_numbers": [{"sid": "PN1", "phone_number": self.number}]})
+        if (call.method, call.path) == ("POST", f"{account}/IncomingPhoneNumbers/PN1.json"):
+            form = dict(parse_qsl(call.body.decode(), strict_parsing=True))
+            if form.get("SmsMethod") != "POST":
+                raise Refused(_error(400, 21604, "SmsMethod"))
+            self.webhook = form["SmsUrl"]
+            return Reply(200, {"sid": "PN1"})
+        if (call.method, call.path) != ("POST", f"{account}/Messages.json"):
             raise Refused(_error(404, 20404, "not found"))
         if call.headers.get("content-type") != "application/x-www-form-urlencoded":
             raise Refused(_error(400, 21604, "A 'To' phone number is required"))

@@ -101,10 +101,12 @@ class WeComStandIn(StandIn):
             token = secrets.token_urlsafe(32)
             self.tokens.add(token)
             return Reply(200, {"errcode": 0, "errmsg": "ok", "access_token": token, "expires_in": 7200})
-        if (call.method, path) != ("POST", "/cgi-bin/message/send"):
-            raise Refused(Reply(404, {"errcode": 404, "errmsg": "not found"}))
         if asked.get("access_token") not in self.tokens:
             raise Refused(Reply(200, {"errcode": 42001, "errmsg": "access_token expired"}))
+        if (call.method, path) == ("GET", "/cgi-bin/agent/get") and asked.get("agentid") == str(self.agent_id):
+            return Reply(200, {"errcode": 0, "errmsg": "ok", "agentid": self.agent_id, "name": "Ada"})
+        if (call.method, path) != ("POST", "/cgi-bin/message/send"):
+            raise Refused(Reply(404, {"errcode": 404, "errmsg": "not found"}))
         try:
             send = msgspec.json.decode(call.body, type=_Send)
         except msgspec.DecodeError as error:

@@ -84,6 +84,14 @@ class WhatsAppStandIn(StandIn):
     def handle(self, call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {self.token}":
             raise Refused(_error(401, 190, "Invalid OAuth access token"))
+        if (call.method, call.path) == ("GET", f"/v21.0/{self.number}?fields=display_phone_number"):
+            return Reply(200, {"display_phone_number": "+1 555", "id": self.number})
+        if (call.method, call.path) == ("POST", f"/v21.0/{self.number}"):
+            override = msgspec.json.decode(call.body)["webhook_configuration"]
+            if override["verify_token"] != self.verify_token:
+                raise Refused(_error(400, 100, "verify_token"))
+            self.webhook = override["override_callback_uri"]
+            return Reply(200, {"success": True})
         if (call.method, call.path) != ("POST", f"/v21.0/{self.number}/messages"):
             raise Refused(_error(404, 100, "Unsupported post request"))
         try:

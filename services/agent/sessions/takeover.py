@@ -1,0 +1,77 @@
+"""A person takes a session over: its agent is silent until the session is released.
+
+Messages that come meanwhile are stored with a run that is cancelled at once, so that the agent knows them afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, ConfigDict
+
+from infra.errors import NotFound
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.security.auth import Identity
+from infra.service.api import Writer
+from infra.service.service import Runtime
+from services.agent.runs.cancelling import cancel
+from services.agent.runs.notices import TAKEN_OVER
+from services.agent.sessions.intake import open_runs
+
+_Key = Annotated[str, Path(min_length=1, max_length=200)]
+
+
+class Takeover(BaseModel):
+    """Who answers in a session."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"session_key": "5f0c6f1e8c3b4a52", "taken_over_by": "api-key:0199c1d2"}]}
+    )
+
+    session_key: str
+    taken_over_by: str | None
+    """The member or the API key that has taken the session over; null: the agent answers."""
+
+
+def router(runtime: Runtime) -> APIRouter:
+    routes = APIRouter(prefix="/api/v1/sessions", tags=["sessions"])
+
+    @routes.post("/{session_key}/takeover")
+    async def take_over(session_key: _Key, who: Writer) -> Takeover:
+        """The agent answers nothing in this session until it is released; its unfinished runs are cancelled.
+
+        The person answers by ``POST /api/v1/channels/{id}/messages``.
+        """
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await _set(tx, session_key, who, taken_over_by=who.actor)
+            for run_id in await open_runs(tx, session_key, None, every_run=True):
+                await cancel(tx, run_id, TAKEN_OVER)
+        return Takeover(session_key=session_key, taken_over_by=who.actor)
+
+    @routes.post("/{session_key}/release")
+    async def release(session_key: _Key, who: Writer) -> Takeover:
+        """The agent answers the messages that come from now on, and knows those that came meanwhile."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await _set(tx, session_key, who, taken_over_by=None)
+        return Takeover(session_key=session_key, taken_over_by=None)
+
+    return routes
+
+
+async def _set(tx: Tx, session_key: str, who: Identity, *, taken_over_by: str | None) -> None:
+    """Locks the session before its runs, as the intake of a message does. Raises NotFound."""
+    changed = await tx.sql(
+        """
+        UPDATE session SET taken_over_by = $3
+        WHERE tenant_id = $1 AND session_key = $2
+        RETURNING session_key
+        """,
+        tx.tenant_id,
+        session_key,
+        taken_over_by,
+    )
+    if not changed:
+        raise NotFound("the tenant has no session with this key")
+    audit(tx, who.actor, f"session.{'takeover' if taken_over_by else 'release'}", "session", session_key)

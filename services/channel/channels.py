@@ -1,0 +1,111 @@
+"""Channels as the API shows them, and the checks of a tenant's input for them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import msgspec
+from pydantic import BaseModel, Field
+
+from infra.errors import InvalidMessage, NotFound, Transient
+from infra.outgoing.client import Outgoing
+from infra.postgres.tx import Tx
+from infra.web.http import decode_json
+from protos.catalog import CHANNEL_TYPES
+from services.channel import webhooks
+from services.channel.accounts import Secrets
+from services.channel.vendors import VENDORS
+from services.channel.vendors.base import Vendor
+
+COLUMNS = "id, type, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, seq"
+
+Credentials = Annotated[
+    dict[str, str], Field(description="The fields depend on the channel type. They are never shown again.")
+]
+
+
+class Channel(BaseModel):
+    """A channel account as the API shows it."""
+
+    id: UUID
+    type: str
+    agent_id: UUID
+    webhook_path: str
+    api_base: str | None
+    enabled: bool
+    state: Literal["ok", "broken"]
+    """``broken``: the vendor refuses the account. Nothing is sent until the channel is repaired."""
+    broken_reason: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+async def get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
+    rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE id = $1", channel_id)
+    if not rows:
+        raise NotFound("the tenant has no channel with this id")
+    return view(secrets, rows[0])
+
+
+def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
+    id_, type_, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, _ = row
+    path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
+    return Channel(
+        id=id_,
+        type=type_,
+        agent_id=agent_id,
+        webhook_path=path,
+        api_base=api_base,
+        enabled=enabled,
+        state="broken" if broken_reason else "ok",
+        broken_reason=broken_reason,
+        created_at=created_at,
+        updated_at=updated_at,
+    )
+
+
+def vendor_of(type_: str) -> Vendor[Any]:
+    if type_ not in CHANNEL_TYPES:
+        raise InvalidMessage("type", f"must be one of {', '.join(CHANNEL_TYPES)}")
+    if type_ not in VENDORS:
+        raise InvalidMessage("type", "is not available yet")
+    return VENDORS[type_]
+
+
+async def checked_credentials(outgoing: Outgoing, vendor: Vendor[Any], given: dict[str, str]) -> bytes:
+    """The credentials as JSON, validated for the vendor. Raises InvalidMessage that names the field."""
+    try:
+        credentials: msgspec.Struct = decode_json(msgspec.json.encode(given), vendor.credentials)
+    except InvalidMessage as error:
+        raise InvalidMessage(f"credentials.{error.field}", error.reason) from None
+    for field in vendor.addresses:
+        # An optional one may be empty.
+        if address := getattr(credentials, field):
+            await _reachable(outgoing, f"credentials.{field}", address)
+    return msgspec.json.encode(credentials)
+
+
+async def checked_origin(outgoing: Outgoing, vendor: Vendor[Any], api_base: str | None) -> str | None:
+    if api_base is None:
+        return None
+    if not vendor.origin:
+        raise InvalidMessage(
+            "api_base", f"does not apply to a {vendor.name} channel; its credentials contain the address"
+        )
+    url = urlsplit(api_base)
+    if url.path not in ("", "/") or url.query or url.fragment:
+        raise InvalidMessage("api_base", "must be an origin without a path, such as https://host:port")
+    await _reachable(outgoing, "api_base", api_base)
+    return api_base.removesuffix("/")
+
+
+async def _reachable(outgoing: Outgoing, field: str, url: str) -> None:
+    try:
+        await outgoing.check(url)
+    except InvalidMessage as error:
+        raise InvalidMessage(field, error.reason) from None
+    except Transient as error:
+        raise InvalidMessage(field, str(error)) from error

@@ -1,0 +1,240 @@
+"""HTTP API of messages: those of conversations in both directions, and sending without a run."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.clock import utcnow, uuid7
+from infra.errors import InvalidMessage, NotFound
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.security.crypto import DataKey
+from infra.security.subjects import ERASED_TEXT, SubjectKeys
+from infra.service.api import Paging, Reader, Writer, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
+from protos.messages.channel import SendMessage
+from services.channel import accounts as stored
+from services.channel.accounts import Secrets
+from services.channel.domain import State
+from services.channel.events import InboundContent, OutboundContent
+from services.channel.handlers import EXPIRES, queue_delivery
+from services.channel.publishing import CONVERSATION, DELIVERY
+
+MAX_TEXT = 100_000
+
+# Reads only. A conversation's newest messages stand at the end of its stream.
+_INBOUND = """
+SELECT m.event_id, m.recorded_at, m.type, m.schema_version, m.data, c.channel_id, c.session_key
+FROM conversation c CROSS JOIN LATERAL (
+    SELECT event_id, recorded_at, type, schema_version, data FROM event
+    WHERE stream_id = $1 || c.session_key
+        AND ($4::timestamptz IS NULL OR (recorded_at, event_id) < ($4, $5::uuid))
+    ORDER BY version DESC
+    LIMIT $6
+) m
+WHERE ($2::text IS NULL OR c.session_key = $2) AND ($3::uuid IS NULL OR c.channel_id = $3)
+ORDER BY m.recorded_at DESC, m.event_id DESC
+LIMIT $6
+"""
+# The first event of a delivery's stream holds its content.
+_OUTBOUND = """
+SELECT d.id, d.created_at, e.type, e.schema_version, e.data, d.state, d.reason, d.vendor_message_id
+FROM delivery d JOIN event e ON e.stream_id = $1 || d.id::text AND e.version = 1
+WHERE ($2::text IS NULL OR d.session_key = $2) AND ($3::uuid IS NULL OR d.channel_id = $3)
+    AND ($4::timestamptz IS NULL OR (d.created_at, d.id) < ($4, $5::uuid))
+ORDER BY d.created_at DESC, d.id DESC
+LIMIT $6
+"""
+
+
+class Message(BaseModel):
+    """A message between a person and a channel."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "0199c1d2-0000-7000-8000-000000000001",
+                    "direction": "outbound",
+                    "channel_id": "0199c1d2-0000-7000-8000-000000000002",
+                    "session_key": "5f0c6f1e8c3b4a52",
+                    "conversation_id": "42",
+                    "text": "Refunds take five days.",
+                    "state": "sent",
+                    "reason": None,
+                    "run_id": "0199c1d2-0000-7000-8000-000000000003",
+                    "vendor_message_id": "8",
+                    "created_at": "2026-01-01T12:00:04Z",
+                }
+            ]
+        }
+    )
+
+    id: UUID
+    """For an outbound message the id of its delivery."""
+    direction: Literal["inbound", "outbound"]
+    channel_id: UUID
+    session_key: str
+    conversation_id: str | None
+    """The vendor's id; null if the person was erased."""
+    text: str
+    """``[erased]`` if the person was erased."""
+    state: Literal["received"] | State
+    reason: str | None
+    """Why the state is ``failed`` or ``unknown``; else null."""
+    run_id: UUID | None
+    """The run that wrote an outbound message; null if a person wrote it."""
+    vendor_message_id: str | None
+    created_at: datetime
+
+    def cursor(self) -> str:
+        return f"{self.created_at.isoformat()} {self.id}"
+
+
+class MessagePage(BaseModel):
+    items: list[Message]
+    next: str | None
+
+
+class NewMessage(BaseModel):
+    """A message to a conversation."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"conversation_id": "42", "text": "Your parcel has left our house."}]},
+    )
+
+    conversation_id: str = Field(min_length=1, max_length=500)
+    """The vendor's id, as `GET /api/v1/messages` shows it, such as a Telegram chat or a WhatsApp number."""
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
+
+
+class Queued(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"delivery_id": "0199c1d2-0000-7000-8000-000000000001"}]})
+
+    delivery_id: UUID
+
+
+def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
+    router = APIRouter(prefix="/api/v1", tags=["messages"])
+    subjects = SubjectKeys(runtime.cipher)
+
+    @router.get("/messages")
+    async def list_messages(
+        who: Reader,
+        paging: Paging,
+        session_key: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
+        channel_id: Annotated[UUID | None, Query()] = None,
+    ) -> MessagePage:
+        """The messages of a session, of a channel, or of all channels, newest first."""
+        before = paging.after_time(UUID) or (None, None)
+        where = session_key, channel_id, *before, paging.limit + 1
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            inbound = await tx.sql(_INBOUND, CONVERSATION.stream("").row, *where)
+            outbound = await tx.sql(_OUTBOUND, DELIVERY.stream("").row, *where)
+            facts = [CONVERSATION.events.decode(*row[2:5]) for row in inbound]
+            asked = [DELIVERY.events.decode(*row[2:5]) for row in outbound]
+            people = {(who.tenant_id, fact.subject_id) for fact in (*facts, *asked)}
+            keys = await subjects.keys(tx, people) if people else {}
+        messages = []
+        for (id_, at, *_, channel, session), fact in zip(inbound, facts, strict=True):
+            words = _open(keys[who.tenant_id, fact.subject_id], fact.content, id_, InboundContent)
+            messages.append(
+                Message(
+                    id=id_,
+                    direction="inbound",
+                    channel_id=channel,
+                    session_key=session,
+                    conversation_id=words and words.conversation,
+                    text=words.text if words else ERASED_TEXT,
+                    state="received",
+                    reason=None,
+                    run_id=None,
+                    vendor_message_id=words and words.message,
+                    created_at=at,
+                )
+            )
+        for (id_, at, *_, state, reason, vendor_message_id), request in zip(outbound, asked, strict=True):
+            reply = _open(keys[who.tenant_id, request.subject_id], request.content, id_, OutboundContent)
+            messages.append(
+                Message(
+                    id=id_,
+                    direction="outbound",
+                    channel_id=request.channel_id,
+                    session_key=request.session_key,
+                    conversation_id=reply and reply.conversation,
+                    text=reply.text if reply else ERASED_TEXT,
+                    state=state,
+                    reason=reason,
+                    run_id=request.run_id,
+                    vendor_message_id=vendor_message_id,
+                    created_at=at,
+                )
+            )
+        messages.sort(key=lambda message: (message.created_at, message.id), reverse=True)
+        found = page(messages[: paging.limit + 1], paging, Message.cursor)
+        return MessagePage(**found)
+
+    @router.post("/channels/{channel_id}/messages", status_code=202, response_model=Queued)
+    async def send_message(channel_id: UUID, body: NewMessage, who: Writer, request: Request) -> Response:
+        """Sends a text to a conversation of the channel, without a run. Its delivery shows the outcome."""
+        if "\0" in body.conversation_id + body.text:
+            raise InvalidMessage("text", "must not contain NUL")
+
+        async def work(tx: Tx) -> tuple[int, BaseModel]:
+            account = await stored.read(tx, secrets, channel_id)
+            if account is None:
+                raise NotFound("the tenant has no channel with this id")
+            session_key, subject_id = await _conversation(
+                tx,
+                channel_id,
+                account.pseudonyms.session(body.conversation_id),
+                # In a chat with one person, this is most vendors' id of the person.
+                account.pseudonyms.subject(body.conversation_id),
+            )
+            message = SendMessage(
+                delivery_id=uuid7(),
+                channel_id=channel_id,
+                session_key=session_key,
+                conversation_id=body.conversation_id,
+                text=body.text,
+            )
+            await queue_delivery(tx, subjects, message, subject_id, utcnow() + EXPIRES)
+            audit(tx, who.actor, "message.send", "delivery", str(message.delivery_id), channel_id=str(channel_id))
+            return 202, Queued(delivery_id=message.delivery_id)
+
+        return await once(request, runtime, who, work)
+
+    return router
+
+
+async def _conversation(tx: Tx, channel_id: UUID, session_key: str, subject_id: str) -> tuple[str, str]:
+    """The session of the conversation and whose key seals its texts. A new conversation is stored."""
+    aliases = await tx.sql("SELECT target FROM session_alias WHERE session_key = $1", session_key)
+    if aliases:
+        [(session_key,)] = aliases
+    [(subject_id,)] = await tx.sql(
+        """
+        -- Locks the conversation's row, also if it exists already, as the intake of a message does.
+        INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id) VALUES ($1, $2, $3, $4)
+        ON CONFLICT (session_key) DO UPDATE SET subject_id = c.subject_id
+        RETURNING subject_id
+        """,
+        session_key,
+        tx.tenant_id,
+        channel_id,
+        subject_id,
+    )
+    return session_key, subject_id
+
+
+def _open(key: DataKey | None, content: bytes, id_: UUID, type_: type[Any]) -> Any:
+    """The content; None if the person was erased."""
+    return msgspec.json.decode(key.open(content, str(id_), "content"), type=type_) if key and content else None
