@@ -20,47 +20,28 @@ from aiokafka.errors import CommitFailedError, IllegalStateError
 from infra.bus.batch import ATTEMPTS, PAUSE_SECONDS, readable_id
 from infra.bus.dispatch import Decoded, decode
 from infra.bus.kafka import headers_json, printable_headers, topic_ids
-from infra.bus.kafka_loop import KafkaLoop
+from infra.bus.kafka_loop import GroupReader
 from infra.errors import InvalidMessage, describe
 from infra.observe import telemetry
-from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
-from infra.postgres.tx import Database
-from protos.topology import Subscription, Topic
+from protos.topology import Topic
 
 BATCH = 500
 
 
-class AtLeastOnceReader(KafkaLoop):
-    """Reads all topics of one group until stopped. `database` takes the dead letters."""
+class AtLeastOnceReader(GroupReader):
+    """Reads all topics of one group until stopped. Its database takes the dead letters."""
 
-    def __init__(
-        self,
-        database: Database,
-        group: str,
-        subscriptions: Sequence[Subscription],
-        *,
-        bootstrap: str,
-        metrics: Metrics,
-        prefix: str = "",
-        session_ms: int = 10_000,
-    ) -> None:
-        super().__init__("infra.bus.at_least_once", bootstrap=bootstrap, client_id=f"clawbus-{group}", group=group)
-        self._database = database
-        self._group = group
-        self._subscriptions = {prefix + s.source.name: s for s in subscriptions if isinstance(s.source, Topic)}
-        self._prefix = prefix
-        self._metrics = metrics
-        self._session_ms = session_ms
-        self._turned = time.monotonic()
+    _turned: float | None = None
+    """When the loop last went round; None while the reader is not connected."""
 
     def stuck_for(self) -> float:
         """Seconds since the loop last went round. It goes round while the store is away: a restart would not help."""
-        return time.monotonic() - self._turned
+        return 0.0 if self._turned is None else time.monotonic() - self._turned
 
-    def _new_consumer(self) -> AIOKafkaConsumer:
-        return self._group_consumer(self._prefix + self._group, list(self._subscriptions), self._session_ms)
+    async def _leave(self) -> None:
+        self._turned = None
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         failures = 0
@@ -74,7 +55,7 @@ class AtLeastOnceReader(KafkaLoop):
                 if not is_transient(error):
                     raise
                 failures += 1
-                self._metrics.retries.labels(self._group).inc()
+                self._metrics.retries.labels(self.group).inc()
                 # The consumer has moved on behind the records that it handed out.
                 for tp, records in batches.items():
                     if tp in consumer.assignment():
@@ -88,8 +69,8 @@ class AtLeastOnceReader(KafkaLoop):
             began = time.perf_counter()
             await self._take(consumer, tp, records)
             del batches[tp]
-            self._metrics.processed.labels(self._group, "handled").inc(len(records))
-            self._metrics.processing_seconds.labels(self._group).observe(time.perf_counter() - began)
+            self._metrics.processed.labels(self.group, "handled").inc(len(records))
+            self._metrics.processing_seconds.labels(self.group).observe(time.perf_counter() - began)
             try:
                 await consumer.commit({tp: records[-1].offset + 1})
             except (CommitFailedError, IllegalStateError) as error:
@@ -98,30 +79,29 @@ class AtLeastOnceReader(KafkaLoop):
             self._observe(consumer, tp, records[-1])
 
     async def _take(self, consumer: AIOKafkaConsumer, tp: TopicPartition, records: Sequence[Any]) -> None:
-        subscription = self._subscriptions[tp.topic]
-        assert isinstance(subscription.source, Topic)
+        topic, _ = self._topics[tp.topic]
         items: list[tuple[Any, Decoded]] = []
         for record in records:
             headers, bad = printable_headers(record.headers)
             try:
                 if bad is not None:
                     raise InvalidMessage(f"header {bad}", "is not UTF-8")
-                items.append((record, decode(headers, record.value, subscription.source.messages)))
+                items.append((record, decode(headers, record.value, topic.messages)))
             except InvalidMessage as error:
                 await self._dead_letter(consumer, tp, record, error, 1)
         if items:
-            with self._span(subscription.source, tp, items):
+            with self._span(topic, tp, items):
                 await self._hand_over(consumer, tp, items)
 
     async def _hand_over(
         self, consumer: AIOKafkaConsumer, tp: TopicPartition, items: Sequence[tuple[Any, Decoded]]
     ) -> None:
         """Gives `items` to the handler. If it refuses them, gives it each half, until the record at fault is found."""
-        handler = self._subscriptions[tp.topic].handler
+        _, [subscription] = self._topics[tp.topic]
         attempts = ATTEMPTS if len(items) == 1 else 1
         for attempt in range(1, attempts + 1):
             try:
-                return await handler([decoded for _, decoded in items])
+                return await subscription.handler([decoded for _, decoded in items])
             except Exception as error:
                 if is_transient(error):
                     raise
@@ -140,7 +120,7 @@ class AtLeastOnceReader(KafkaLoop):
         headers, _ = printable_headers(record.headers)
         topic_id = (await topic_ids(consumer._client, [tp.topic])).get(tp.topic)
         letter = DeadLetter(
-            destination=self._subscriptions[tp.topic].source.name,
+            destination=self._topics[tp.topic][0].name,
             place=f"{topic_id}/{tp.partition}/{record.offset}",
             message_id=readable_id(headers, record.value),
             key=None if record.key is None else record.key.decode(errors="backslashreplace"),
@@ -151,8 +131,8 @@ class AtLeastOnceReader(KafkaLoop):
             payload=record.value or b"",
         )
         async with self._database.begin() as tx:
-            await store_dead_letters(await tx.connection(), self._group, "kafka", [letter], self._database.sealing)
-        self._metrics.dead_letters.labels(self._group).inc()
+            await store_dead_letters(await tx.connection(), self.group, "kafka", [letter], self._database.sealing)
+        self._metrics.dead_letters.labels(self.group).inc()
         self._log.error(
             "record stored as a dead letter; see claw dlq list",
             topic=tp.topic,
@@ -168,12 +148,12 @@ class AtLeastOnceReader(KafkaLoop):
         if not carriers:
             return nullcontext()
         return telemetry.process_batch(
-            "kafka", topic.name, carriers, partition=tp.partition, offset=items[0][0].offset, group=self._group
+            "kafka", topic.name, carriers, partition=tp.partition, offset=items[0][0].offset, group=self.group
         )
 
     def _observe(self, consumer: AIOKafkaConsumer, tp: TopicPartition, last: Any) -> None:
         lag = max((consumer.highwater(tp) or 0) - last.offset - 1, 0) if tp in consumer.assignment() else 0
-        labels = self._group, self._subscriptions[tp.topic].source.name, str(tp.partition)
-        self._metrics.last_progress.labels(self._group).set_to_current_time()
+        labels = self.group, self._topics[tp.topic][0].name, str(tp.partition)
+        self._metrics.last_progress.labels(self.group).set_to_current_time()
         self._metrics.lag_records.labels(*labels).set(lag)
         self._metrics.lag_seconds.labels(*labels).set(max(time.time() - last.timestamp / 1000, 0) if lag else 0)

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from infra.bus.dispatch import Decoded, decode, handle
+from sqlalchemy.exc import IntegrityError
+
+from infra.bus.dispatch import Decoded, decode, decode_records, handle
 from infra.bus.kafka import headers_json, printable_headers
 from infra.errors import InvalidMessage, describe
 from infra.failpoint import failpoint
@@ -21,7 +23,7 @@ from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient, storable
 from infra.postgres.dead_letters import DeadLetter, lock_parked, park, store_dead_letters
-from infra.postgres.inbox import mark_batch
+from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Database, Tx
 from protos.topology import Subscription, Topic
 
@@ -36,6 +38,10 @@ class OffsetNotInLog(Exception):
 
 class Fenced(Exception):
     """The batch does not begin at the stored position: another process has gone on, or the records are stale."""
+
+
+class _NotPlain(Exception):
+    """The batch has a repeat, or the topic has parked keys."""
 
 
 class Item(NamedTuple):
@@ -75,6 +81,8 @@ class Batches:
         self._handlers = handlers
         self._metrics = metrics
         self._gap_before: int | None = None
+        self._careful = False
+        """The last batch had repeats, or met parked keys. The next one probably does too."""
         self._log = get_logger("infra.bus.batch")
         self.position: Position | None = None
 
@@ -130,28 +138,29 @@ class Batches:
             # (the marker of a transaction). They are read once more: only a real gap looks the same again.
             self._gap_before = first
             raise Fenced
-        items = [self._read(record) for record in records]
         began = time.perf_counter()
+        decoded = decode_records(records, self._topic.messages)
         with telemetry.process_batch(
             "kafka",
             self._topic.name,
-            [item.headers for item in items],
+            [e.headers for e in decoded] if decoded else [printable_headers(r.headers)[0] for r in records],
             partition=self._partition,
-            offset=items[0].offset,
+            offset=first,
             group=self._group,
         ):
             try:
-                await self._commit(items, {})
+                if not (decoded and await self._commit_plain(decoded, records[-1].offset + 1)):
+                    await self._commit([self._read(record) for record in records], {})
             except Exception as error:
                 if is_transient(error) or isinstance(error, Fenced):
                     raise
-                await self._one_by_one(items)
-        self._metrics.processed.labels(self._group, "handled").inc(len(items))
+                await self._one_by_one(records)
+        self._metrics.processed.labels(self._group, "handled").inc(len(records))
         self._metrics.processing_seconds.labels(self._group).observe(time.perf_counter() - began)
 
-    async def _one_by_one(self, items: Sequence[Item]) -> None:
+    async def _one_by_one(self, records: Sequence[Any]) -> None:
         """Finds the record at fault in a batch that failed, so that it does not hold up the others."""
-        for item in items:
+        for item in map(self._read, records):
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     await self._commit([item], {})
@@ -177,18 +186,56 @@ class Batches:
             result = error
         return Item(record.offset, key, headers, record.value, result)
 
+    async def _commit_plain(self, decoded: Sequence[Decoded], next_offset: int) -> bool:
+        """Handles the messages in one transaction. False, and nothing is changed, if one of them is a repeat, or if the
+        topic has parked keys."""
+        if self._careful:
+            return False
+        try:
+            async with self._database.begin() as tx:
+                if await self._move(tx, next_offset, sorted([each.id for each in decoded])):
+                    raise _NotPlain
+                await self._handle(decoded, tx)
+        except _NotPlain:
+            return False
+        self._moved(next_offset)
+        return True
+
     async def _commit(self, items: Sequence[Item], failed: dict[int, tuple[str, int]]) -> None:
         """Handles `items` in one transaction. Those in `failed` (offset → error, attempts) become dead letters."""
-        assert self.position is not None
         next_offset = items[-1].offset + 1
         async with self._database.begin() as tx:
+            any_parked = await self._move(tx, next_offset, [])
+            good = await self._store_dead_letters(tx, items, failed, any_parked)
+            by_id: dict[UUID, Decoded] = {}
+            for item in good:
+                by_id.setdefault(item.id, item)  # a message that the batch holds twice is handled once
+            fresh = await mark_handled(await tx.connection(), self._group, list(by_id)) if by_id else set()
+            await self._handle([item for id_, item in by_id.items() if id_ in fresh], tx)
+        self._careful = any_parked or len(fresh) < len(by_id)
+        self._moved(next_offset)
+
+    async def _move(self, tx: Tx, next_offset: int, ids: Sequence[UUID]) -> bool:
+        """Moves the stored position and marks the messages `ids` as handled. Returns whether the topic has parked keys.
+
+        Raises Fenced, and _NotPlain if one of the messages is marked already, or is twice in `ids`.
+        """
+        assert self.position is not None
+        try:
             moved = await tx.sql(
-                # Locks the offset row, before all other rows of the batch.
+                # Locks the offset row, before all other rows of the batch; then inserts into the inbox, in the order of
+                # the ids. It waits for a transaction that marks one of the ids, and fails if that one commits.
                 """
-                UPDATE consumer_offset
-                SET next_offset = $5, updated_at = clock_timestamp()
-                WHERE consumer = $1 AND topic = $2 AND partition = $3 AND topic_id = $6 AND next_offset = $4
-                RETURNING EXISTS (SELECT FROM parked_key WHERE consumer = $1 AND topic = $2)
+                WITH moved AS (
+                    UPDATE consumer_offset
+                    SET next_offset = $5, updated_at = clock_timestamp()
+                    WHERE consumer = $1 AND topic = $2 AND partition = $3 AND topic_id = $6 AND next_offset = $4
+                    RETURNING EXISTS (SELECT FROM parked_key WHERE consumer = $1 AND topic = $2) AS any_parked
+                ), marked AS (
+                    INSERT INTO inbox (message_id, consumer)
+                    SELECT id, $1 FROM unnest($7::uuid[]) AS n(id) WHERE EXISTS (SELECT FROM moved)
+                )
+                SELECT any_parked FROM moved
                 """,
                 self._group,
                 self._topic.name,
@@ -196,26 +243,23 @@ class Batches:
                 self.position.next_offset,
                 next_offset,
                 self.position.topic_id,
+                ids,
             )
-            if not moved:
-                raise Fenced
-            [(any_parked,)] = moved
-            good = await self._store_dead_letters(tx, items, failed, any_parked)
-            by_id: dict[UUID, Decoded] = {}
-            for item in good:
-                by_id.setdefault(item.id, item)  # a message that the batch holds twice is handled once
-            for id_ in await mark_batch(await tx.connection(), self._group, by_id) if by_id else ():
-                del by_id[id_]
-            if by_id:
-                await handle(
-                    self._handlers,
-                    list(by_id.values()),
-                    tx,
-                    partition=self._partition,
-                    group=self._group,
-                )
-            failpoint("after_effect_before_commit")
+        except IntegrityError as error:
+            raise _NotPlain from error
+        if not moved:
+            raise Fenced
+        any_parked: bool = moved[0][0]
+        return any_parked
+
+    async def _handle(self, messages: Sequence[Decoded], tx: Tx) -> None:
+        if messages:
+            await handle(self._handlers, messages, tx, partition=self._partition, group=self._group)
+        failpoint("after_effect_before_commit")
+
+    def _moved(self, next_offset: int) -> None:
         failpoint("after_commit_of_batch")
+        assert self.position is not None
         self.position = Position(self.position.topic_id, next_offset)
 
     async def _store_dead_letters(

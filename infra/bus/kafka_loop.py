@@ -14,6 +14,9 @@ from aiokafka.errors import KafkaError
 from infra.clock import wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres.tx import Database
+from protos.topology import Subscription, Topic
 
 BACKOFF_SECONDS = (0.1, 0.5, 2.0, 5.0)
 # A fetch returns after this time at the latest, so that the loop notices a stop.
@@ -89,25 +92,55 @@ class KafkaLoop(ABC):
         self._log.warning(text, error=describe(error), failures=failures)
         await wait_at_most(backoff(failures), self.stopping)
 
-    def _group_consumer(
+
+class GroupReader(KafkaLoop):
+    """Reads the topics of `subscriptions`, and shares their partitions with the other processes of `group`.
+
+    prefix: of the names of topics and groups at the broker. session_ms: after this time without a sign of a process,
+    the others get its partitions.
+    """
+
+    def __init__(
         self,
+        database: Database,
         group: str,
-        topics: Sequence[str],
-        session_ms: int,
-        listener: ConsumerRebalanceListener | None = None,
-    ) -> AIOKafkaConsumer:
-        """A consumer that shares the partitions of `topics` with the others of its group."""
+        subscriptions: Sequence[Subscription],
+        *,
+        bootstrap: str,
+        metrics: Metrics,
+        prefix: str = "",
+        session_ms: int = 10_000,
+    ) -> None:
+        super().__init__(type(self).__module__, bootstrap=bootstrap, client_id=f"clawbus-{group}", group=group)
+        self.group = group
+        self._database = database
+        self._metrics = metrics
+        self._prefix = prefix
+        self._session_ms = session_ms
+        self._topics: dict[str, tuple[Topic, list[Subscription]]] = {}
+        """By the topic's name at the broker."""
+        for subscription in subscriptions:
+            assert isinstance(subscription.source, Topic)
+            _, handlers = self._topics.setdefault(prefix + subscription.source.name, (subscription.source, []))
+            handlers.append(subscription)
+
+    @abstractmethod
+    def stuck_for(self) -> float:
+        """Seconds for which the reader has made no progress although it could. 0 if it makes progress."""
+
+    def _new_consumer(self) -> AIOKafkaConsumer:
         consumer = AIOKafkaConsumer(
             **self._settings,
-            group_id=group,
+            group_id=self._prefix + self.group,
+            # The transactional reader never relies on it: it seeks every position and looks into every gap.
             auto_offset_reset="earliest",
             partition_assignment_strategy=[StickyPartitionAssignor],
-            session_timeout_ms=session_ms,
-            heartbeat_interval_ms=session_ms // 10,
+            session_timeout_ms=self._session_ms,
+            heartbeat_interval_ms=self._session_ms // 10,
             rebalance_timeout_ms=DRAIN_MS,
             max_poll_interval_ms=300_000,
         )
-        consumer.subscribe(topics, listener=listener)
+        consumer.subscribe(list(self._topics), listener=self if isinstance(self, ConsumerRebalanceListener) else None)
         return consumer
 
 

@@ -393,7 +393,7 @@ class _BatchWorker(_Worker):
     async def _group(self, decoded: Mapping[UUID, Decoded], tx: Tx) -> None:
         fresh = await mark_handled(await tx.connection(), self._queue.name, list(decoded))
         if fresh:
-            await self._call(tx, [each for id_, each in decoded.items() if UUID(int=id_.int) in fresh])
+            await self._call(tx, [each for id_, each in decoded.items() if id_ in fresh])
             failpoint("after_effect_before_commit")
 
     async def _call(self, tx: Tx, decoded: Sequence[Decoded]) -> None:

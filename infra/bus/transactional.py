@@ -20,13 +20,11 @@ from aiokafka.errors import CommitFailedError, IllegalStateError
 
 from infra.bus.batch import Batches, Fenced, OffsetNotInLog, Position
 from infra.bus.kafka import topic_ids
-from infra.bus.kafka_loop import KafkaLoop, backoff
+from infra.bus.kafka_loop import GroupReader, backoff
 from infra.clock import wait_at_most
 from infra.errors import RetryLater, Transient, describe
 from infra.observe.logs import get_logger
-from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient
-from infra.postgres.tx import Database
 from protos.topology import Subscription, Topic
 
 BATCH = 500
@@ -46,32 +44,13 @@ class Fetched(NamedTuple):
     records: Sequence[Any]
 
 
-class TransactionalReader(KafkaLoop, ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is untyped
+class TransactionalReader(GroupReader, ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is untyped
     """Reads all topics of one group until stopped."""
 
-    def __init__(
-        self,
-        database: Database,
-        group: str,
-        subscriptions: Sequence[Subscription],
-        *,
-        bootstrap: str,
-        metrics: Metrics,
-        prefix: str = "",
-        session_ms: int = 10_000,
-    ) -> None:
-        super().__init__("infra.bus.transactional", bootstrap=bootstrap, client_id=f"clawbus-{group}", group=group)
-        self.group = group
-        self._database = database
-        self._topics: dict[str, tuple[Topic, list[Subscription]]] = {}
-        for subscription in subscriptions:
-            assert isinstance(subscription.source, Topic)
-            _, handlers = self._topics.setdefault(prefix + subscription.source.name, (subscription.source, []))
-            handlers.append(subscription)
-        self._prefix = prefix
-        self._metrics = metrics
-        self._session_ms = session_ms
-        self._consumer: AIOKafkaConsumer | None = None
+    _consumer: AIOKafkaConsumer | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._partitions: dict[TopicPartition, _Partition] = {}
 
     def stuck_for(self) -> float:
@@ -79,8 +58,7 @@ class TransactionalReader(KafkaLoop, ConsumerRebalanceListener):  # type: ignore
         return max((0.0, *(p.stuck_for() for p in self._partitions.values())))
 
     def _new_consumer(self) -> AIOKafkaConsumer:
-        # Its reset to "earliest" is never relied on: the reader seeks every position and looks into every gap.
-        self._consumer = self._group_consumer(self._prefix + self.group, list(self._topics), self._session_ms, self)
+        self._consumer = super()._new_consumer()
         return self._consumer
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:

@@ -40,6 +40,10 @@ PARENT_AGE = timedelta(minutes=15)
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:(?<!00.{53})-.*)?"
 )
+# The sampled ones among several contexts that are separated by line ends.
+_SAMPLED_TRACEPARENTS = re.compile(
+    r"^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f][13579bdf](?:(?<!00.{53})-.*)?$", re.M
+)
 # Short names of the bus code and the names of the semantic conventions. Other names are used unchanged.
 _ATTRIBUTES = {
     "message_id": "messaging.message.id",
@@ -295,7 +299,8 @@ class _Links:
     """
 
     def __init__(self, carriers: Sequence[Mapping[str, str]]) -> None:
-        self._traceparents = [headers["traceparent"] for headers in carriers if "traceparent" in headers]
+        # One expression reads all of them. A line end inside of one makes it malformed.
+        self._traceparents = "\n".join([headers.get("traceparent", "").replace("\n", " ") for headers in carriers])
 
     def __iter__(self) -> Iterator[Link]:
         for trace_id, span_id in self._sampled():
@@ -304,13 +309,12 @@ class _Links:
 
     def encoded(self) -> bytes:
         """Field 13 of OTLP's Span, repeated: trace id, span id, flags (remote)."""
-        return bytes.fromhex("".join(f"6a210a10{trace}1208{span}3500030000" for trace, span in self._sampled()))
+        return bytes.fromhex("".join([f"6a210a10{trace}1208{span}3500030000" for trace, span in self._sampled()]))
 
-    def _sampled(self) -> Iterator[tuple[str, str]]:
-        for traceparent in self._traceparents:
-            # A link to a span that was not recorded is of no use.
-            if (match := _TRACEPARENT.fullmatch(traceparent)) and match[3][1] in "13579bdf":
-                yield match[1], match[2]
+    def _sampled(self) -> list[tuple[str, str]]:
+        # A link to a span that was not recorded is of no use.
+        found: list[tuple[str, str]] = _SAMPLED_TRACEPARENTS.findall(self._traceparents)
+        return found
 
 
 class _Active(AbstractContextManager[Span]):

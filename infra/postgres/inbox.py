@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.errors import Transient
 from infra.postgres.db import sql
 
 
@@ -30,35 +28,7 @@ async def mark_handled(connection: AsyncConnection, consumer: str, ids: Sequence
         consumer,
         sorted(ids),
     )
-    return {UUID(int=id_.int) for (id_,) in rows}
-
-
-async def mark_batch(connection: AsyncConnection, consumer: str, ids: Iterable[UUID]) -> set[UUID]:
-    """Marks all `ids` as handled. Returns those that were handled before.
-
-    It takes half the time of `mark_handled`. Raises Transient if another transaction marks one of the ids at the same
-    time and commits. Then the batch must be tried again from its beginning.
-    """
-    try:
-        repeats = await sql(
-            connection,
-            """
-            WITH repeat AS MATERIALIZED (
-                SELECT message_id FROM inbox
-                WHERE consumer = $1 AND message_id = ANY($2::uuid[])
-            ), fresh AS (
-                INSERT INTO inbox (message_id, consumer)
-                SELECT id, $1::text FROM unnest($2::uuid[]) AS n(id)
-                WHERE id NOT IN (SELECT message_id FROM repeat)
-            )
-            SELECT message_id FROM repeat
-            """,
-            consumer,
-            sorted(ids),
-        )
-    except IntegrityError as error:
-        raise Transient(f"{consumer}: another transaction handled a message of the batch at the same time") from error
-    return {id_ for (id_,) in repeats}
+    return {id_ for (id_,) in rows}
 
 
 async def maintain(connection: AsyncConnection) -> None:

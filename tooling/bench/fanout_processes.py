@@ -1,9 +1,9 @@
 """The processes of ``fanout`` besides the gateway.
 
 ``watch ws|plain <port> <bytes> <sockets per run> <deliveries per report> <run>…`` opens the sockets, by WebSocket to
-the gateway or by TCP to the writer, and prints ``ready``. It counts text frames of that many bytes and prints their
-number at each multiple of a report. For each line on stdin it prints the least and the most frames of a socket per
-run.
+the gateway or by TCP to the writer, and prints their number at each hundred. It counts text frames of that many bytes
+and prints their number at each multiple of a report. For each line on stdin it prints the least and the most frames of
+a socket per run.
 
 ``write <frame in hexadecimal>`` prints its port. For each line ``<from> <to>`` it writes the frame to all sockets of
 these runs.
@@ -123,18 +123,19 @@ class Socket(asyncio.Protocol):
 
 async def watch(kind: str, port: int, length: int, each: int, report: int, runs: Sequence[str]) -> None:
     sockets = Watch(length, report, runs)
-    left = iter([run for run in range(len(runs)) for _ in range(each)])
-
-    async def one_after_the_other() -> None:
-        for run in left:
-            socket = partial(Socket, sockets, run, ws=kind == "ws")
-            _, opened = await loop.create_connection(socket, "127.0.0.1", port)
-            await opened.ready
-
     loop = asyncio.get_running_loop()
-    await asyncio.gather(*(one_after_the_other() for _ in range(OPENING)))
+
+    async def open_one(run: int) -> None:
+        socket = partial(Socket, sockets, run, ws=kind == "ws")
+        _, opened = await loop.create_connection(socket, "127.0.0.1", port)
+        await opened.ready
+
+    left = [run for run in range(len(runs)) for _ in range(each)]
+    for first in range(0, len(left), OPENING):
+        some = left[first : first + OPENING]
+        await asyncio.gather(*map(open_one, some))
+        _say(str(first + len(some)))
     loop.add_reader(0, sockets.ask)
-    _say("ready")
     await asyncio.Event().wait()
 
 
