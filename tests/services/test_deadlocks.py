@@ -25,8 +25,9 @@ from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.postgres.tx import Database
-from protos.catalog import AUDIT_LOGS, CHANNEL_EVENTS, PLATFORM_EVENTS, USAGE_RECORDS
+from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, PLATFORM_EVENTS, USAGE_RECORDS
 from protos.envelope import Envelope, Message
+from protos.messages.agent import RunCompleted
 from protos.messages.audit import ActAudited
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
@@ -117,12 +118,17 @@ def messages(key: int) -> list[Message]:
     return [received, delivered]
 
 
+def runs(key: int) -> list[Message]:
+    return [RunCompleted(run_id=uuid7(), session_key=f"s{key}", reply="r")]
+
+
 # A new batch handler needs a line here, or the test fails.
 MESSAGES: dict[str, Callable[[int], list[Message]]] = {
     USAGE_RECORDS.name: usage,
     PLATFORM_EVENTS.name: platform,
     AUDIT_LOGS.name: acts,
     CHANNEL_EVENTS.name: messages,
+    AGENT_EVENTS.name: runs,
 }
 
 
