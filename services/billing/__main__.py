@@ -3,6 +3,7 @@
 from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.billing import api, handlers, rpc
+from services.billing.clock import Clock
 from services.billing.settings import Settings
 
 service = Service("billing", Settings)
@@ -12,6 +13,7 @@ service.consume(handlers.count_usage)
 service.consume(handlers.open_accounts)
 service.consume(handlers.count_messages)
 service.consume(erasure("billing"))
+service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller_country))
 
 if __name__ == "__main__":
     service.run()

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
 
-from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from protos.catalog import NOTIFICATION_EMAIL, PLATFORM_EVENTS
 from protos.messages.billing import QuotaExhausted
 from protos.messages.notification import SendEmail
+from services.billing import grants
 from services.billing.domain import Account
+from services.billing.journal import JournalAccount
 
 # 10¹⁸ nano-units are one thousand million units. Larger sums would overflow the database's bigint.
 MAX_CREDIT_NANOS = 10**18
@@ -76,6 +80,7 @@ async def open_account(tx: Tx, tenant_id: str, code: str, credit_nanos: int | No
         return False
     if credit_nanos:
         await write_entries(tx, [Entry(tenant_id, "credit", credit_nanos, reason="first credit")])
+        await grants.add(tx, tenant_id, credit_nanos, kind="promotional", reason="first credit", actor="billing")
     return True
 
 
@@ -99,26 +104,61 @@ async def lock(tx: Tx, tenant_ids: Iterable[str]) -> dict[str, tuple[str, Accoun
 
 
 async def lock_one(tx: Tx, tenant_id: str) -> tuple[str, Account]:
-    """Locks one account as `lock` does. Raises NotFound if the tenant has no account."""
-    locked = await lock(tx, [tenant_id])
-    if tenant_id not in locked:
+    """Locks one account as `lock` does, and ends its expired grants. Raises NotFound if the tenant has no account."""
+    rows = await tx.sql(
+        """
+        SELECT currency, credit_nanos, debited_nanos, next_expiry <= clock_timestamp()
+        FROM account
+        WHERE tenant_id = $1
+        FOR UPDATE
+        """,
+        tenant_id,
+    )
+    if not rows:
         raise NotFound(f"tenant {tenant_id} has no account")
-    return locked[tenant_id]
+    [(code, credit, debited, expired)] = rows
+    if not expired:
+        return code, Account(credit, debited)
+    await grants.settle(tx, tenant_id)
+    return (await lock(tx, [tenant_id]))[tenant_id]
 
 
-async def add_credit(tx: Tx, tenant_id: str, amount_nanos: int, *, reason: str, actor: str) -> None:
-    """Adds credit to an account.
+async def add_credit(
+    tx: Tx,
+    tenant_id: str,
+    amount_nanos: int,
+    *,
+    reason: str,
+    actor: str,
+    kind: grants.Kind = "promotional",
+    priority: int = grants.DEFAULT_PRIORITY,
+    expires_at: datetime | None = None,
+    source: JournalAccount | None = None,
+) -> UUID:
+    """Adds a grant to an account and, if the account has a limit, raises the limit by it. Returns the grant's id.
 
-    Raises NotFound if there is no account, Conflict if the account has no limit, and InvalidMessage if the credit
-    would exceed MAX_CREDIT_NANOS.
+    Raises NotFound if there is no account, and InvalidMessage if the credit would exceed MAX_CREDIT_NANOS.
     """
     _, account = await lock_one(tx, tenant_id)
-    if account.credit_nanos is None:
-        raise Conflict(f"tenant {tenant_id} may spend without limit; it has no credit to add to")
-    if account.credit_nanos + amount_nanos > MAX_CREDIT_NANOS:
-        raise InvalidMessage("amount_nanos", f"the credit would exceed {MAX_CREDIT_NANOS}")
-    await tx.sql("UPDATE account SET credit_nanos = credit_nanos + $2 WHERE tenant_id = $1", tenant_id, amount_nanos)
-    await write_entries(tx, [Entry(tenant_id, "credit", amount_nanos, reason=reason, actor=actor)])
+    await grants.settle(tx, tenant_id)
+    if account.credit_nanos is not None:
+        if account.credit_nanos + amount_nanos > MAX_CREDIT_NANOS:
+            raise InvalidMessage("amount_nanos", f"the credit would exceed {MAX_CREDIT_NANOS}")
+        await tx.sql(
+            "UPDATE account SET credit_nanos = credit_nanos + $2 WHERE tenant_id = $1", tenant_id, amount_nanos
+        )
+        await write_entries(tx, [Entry(tenant_id, "credit", amount_nanos, reason=reason, actor=actor)])
+    return await grants.add(
+        tx,
+        tenant_id,
+        amount_nanos,
+        kind=kind,
+        reason=reason,
+        actor=actor,
+        priority=priority,
+        expires_at=expires_at,
+        source=source,
+    )
 
 
 async def debit(tx: Tx, entries: Sequence[Entry]) -> None:
@@ -172,17 +212,24 @@ async def write_entries(tx: Tx, entries: Sequence[Entry]) -> None:
 def _notify_tenant(tx: Tx, tenant_id: str, code: str, account: Account, *, exhausted: bool) -> None:
     balance = account.balance_nanos
     assert balance is not None
-    # A batch has records of many tenants. The message must carry the id of the tenant whose credit it reports.
-    former, tx.tenant_id = tx.tenant_id, tenant_id
     if exhausted:
+        # A batch has records of many tenants. The message must carry the id of the tenant whose credit it reports.
+        former, tx.tenant_id = tx.tenant_id, tenant_id
         event = QuotaExhausted(tenant_id=tenant_id, currency=code, balance_nanos=balance)
         tx.publish(PLATFORM_EVENTS, event, key=tenant_id)
+        tx.tenant_id = former
     else:
         text = (
             f"90 % of your credit has been used. Remaining credit: {in_units(balance)} {code}.\n\n"
             "When the credit is spent, your agents refuse new work until credit is added.\n"
         )
-        tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject="Your budget is nearly spent", text=text))
+        send_mail(tx, tenant_id, "Your budget is nearly spent", text)
+
+
+def send_mail(tx: Tx, tenant_id: str, subject: str, text: str) -> None:
+    """Sends a mail to the tenant's address. The transaction may be one of many tenants."""
+    former, tx.tenant_id = tx.tenant_id, tenant_id
+    tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject=subject, text=text))
     tx.tenant_id = former
 
 

@@ -17,7 +17,16 @@ from infra.errors import InvalidMessage, NotFound, RetryLater
 from infra.security.audit import audit
 from infra.service.api import Operator, Paging, Reader, Viewer, api, bad_cursor, page
 from infra.service.service import Runtime
-from services.billing import accounts, aggregates, operator_api, prices_api, reports
+from services.billing import (
+    accounts,
+    aggregates,
+    budgets_api,
+    invoices_api,
+    operator_api,
+    plans_api,
+    prices_api,
+    reports,
+)
 from services.billing.aggregates import GROUPS, METERS, Meter, Rebuilt, Sum, Window, full_hour
 from services.billing.reconciliation import Reconciliation, reconcile
 from services.billing.reports import Balance, Grouping, Summary, UsageFilter, UsageList, UsageVerdict
@@ -35,7 +44,15 @@ class UsageSums(BaseModel):
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     return api(
-        "billing", runtime, _tenants(runtime), _meters(), operator_api.router(runtime), prices_api.router(runtime)
+        "billing",
+        runtime,
+        _tenants(runtime),
+        _meters(),
+        operator_api.router(runtime),
+        prices_api.router(runtime),
+        plans_api.router(runtime),
+        invoices_api.router(runtime),
+        budgets_api.router(runtime),
     )
 
 

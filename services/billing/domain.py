@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from protos.messages.billing import UsageRecorded
+from services.billing.schemes import half_even
 
 # Part → whole. If the price book has a price for the part, the part is charged by it and the whole without the part.
 PART_OF = {
@@ -136,13 +137,7 @@ def cost(price: Price, quantities: Mapping[str, int]) -> int:
         elif unit in quantities:
             # A part is charged at its own price instead of the price of its whole.
             total += (nanos - prices.nanos.get(whole, 0)) * quantities[unit]
-    return _half_even(total, prices.divisor)
-
-
-def _half_even(numerator: int, divisor: int) -> int:
-    """Divides and rounds to the nearest integer, halves to the even one."""
-    quotient, rest = divmod(numerator, divisor)
-    return quotient + (2 * rest + (quotient & 1) > divisor)
+    return half_even(total, prices.divisor)
 
 
 def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, int], now: datetime) -> int | None:

@@ -61,6 +61,9 @@ def router(runtime: Runtime) -> APIRouter:
 
         async def work(tx: Tx) -> tuple[int, Balance]:
             tx.tenant_id = body.tenant_id
+            _, account = await accounts.lock_one(tx, body.tenant_id)
+            if account.credit_nanos is None:
+                raise Conflict(f"tenant {body.tenant_id} may spend without limit; it has no credit to add to")
             await accounts.add_credit(tx, body.tenant_id, body.amount_nanos, reason=body.reason, actor=who.actor)
             audit(tx, who.actor, "billing.credit", "account", body.tenant_id, amount_nanos=str(body.amount_nanos))
             return 201, await reports.balance(tx, body.tenant_id)

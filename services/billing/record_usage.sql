@@ -26,9 +26,12 @@ WITH record AS MATERIALIZED (
         string_to_array($15, E'\x1f'),
         string_to_array($16, E'\x1f'),
         string_to_array($17, E'\x1f'),
-        string_to_array($18, E'\x1f')
+        string_to_array($18, E'\x1f'),
+        string_to_array($19, E'\x1f')::bigint[],
+        string_to_array($20, E'\x1f')::boolean[]
     ) AS r(tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id, hold_id, verdict,
-           reason, amount_nanos, price_version, span_id, agent_id, channel_id, session_key, api_key_id)
+           reason, amount_nanos, price_version, span_id, agent_id, channel_id, session_key, api_key_id,
+           period, late)
 ),
 due AS (
     SELECT tenant_id, coalesce(sum(amount_nanos), 0)::bigint AS nanos
@@ -71,10 +74,11 @@ booked AS (
 stored AS (
     INSERT INTO usage (tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id, hold_id,
                        verdict, reason, amount_nanos, price_version, span_id, agent_id, channel_id, session_key,
-                       api_key_id, rated_at, arrival)
+                       api_key_id, period, late, rated_at, arrival)
     SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, estimated, run_id, hold_id,
            verdict, coalesce(reason, ''), amount_nanos, price_version, coalesce(span_id, ''), coalesce(agent_id, ''),
-           coalesce(channel_id, ''), coalesce(session_key, ''), coalesce(api_key_id, ''), $19, arrival
+           coalesce(channel_id, ''), coalesce(session_key, ''), coalesce(api_key_id, ''), period,
+           late, $21, arrival
     FROM record
     WHERE verdict <> 'duplicate'
     ORDER BY tenant_id, usage_id
@@ -82,7 +86,7 @@ stored AS (
 repeated AS (
     INSERT INTO duplicate (tenant_id, usage_id, message_id, resource, quantities, occurred_at, run_id, reason, rated_at,
                            arrival)
-    SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, run_id, coalesce(reason, ''), $19,
+    SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, run_id, coalesce(reason, ''), $21,
            arrival
     FROM record
     WHERE verdict = 'duplicate'

@@ -78,7 +78,7 @@ class LedgerEntry(BaseModel):
 
     id: str
     at: datetime
-    kind: Literal["credit", "charge", "correction"]
+    kind: Literal["credit", "charge", "correction", "expiry"]
     amount_nanos: int
     """Above zero: in the tenant's favour."""
     usage_id: str | None

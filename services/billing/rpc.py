@@ -20,7 +20,15 @@ class Billing(billing_pb2_grpc.BillingServicer):
 
     async def Reserve(self, request: billing_pb2.ReserveRequest, context: Any) -> billing_pb2.ReserveReply:
         tenant_id = rpc.tenant()
-        asked = holds.HoldRequest(request.resource, dict(request.quantities), request.expires_in_ms)
+        asked = holds.HoldRequest(
+            request.resource,
+            dict(request.quantities),
+            request.expires_in_ms,
+            request.agent_id,
+            request.channel_id,
+            request.session_key,
+            request.api_key_id,
+        )
         async with self._database.begin(tenant_id=tenant_id) as tx:
             found = await holds.reserve(tx, tenant_id, _uuid("hold_id", request.hold_id), asked)
         return billing_pb2.ReserveReply(
@@ -28,6 +36,7 @@ class Billing(billing_pb2_grpc.BillingServicer):
             held_nanos=found.held_nanos,
             available_nanos=found.available_nanos,
             currency=found.currency,
+            refused_by=found.refused_by,
         )
 
     async def Release(self, request: billing_pb2.ReleaseRequest, context: Any) -> billing_pb2.ReleaseReply:

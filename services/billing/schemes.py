@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 Scheme = Literal["flat", "per_unit", "graduated", "volume", "package"]
 
 
-class SchemeTier(NamedTuple):
+class SchemeTier(msgspec.Struct, frozen=True):
     """A range of units and their price."""
 
     up_to: int | None
@@ -58,9 +60,9 @@ def check(scheme: Scheme, tiers: Sequence[SchemeTier], package_size: int | None)
     for n, tier in enumerate(tiers):
         last = n == len(tiers) - 1
         if last and tier.up_to is not None:
-            raise Fault(f"tiers.{n}.up_to", "must be null in the last tier; units above it would have no price")
+            raise Fault(f"tiers[{n}].up_to", "must be null in the last tier; units above it would have no price")
         if not last and (tier.up_to is None or tier.up_to <= below):
-            raise Fault(f"tiers.{n}.up_to", f"must be above {below}, the end of the tier before it")
+            raise Fault(f"tiers[{n}].up_to", f"must be above {below}, the end of the tier before it")
         below = tier.up_to or 0
 
 

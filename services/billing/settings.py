@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from infra.service.settings import Settings as Base
 from protos.catalog import USAGE_RECORDS
@@ -26,3 +26,5 @@ def addresses(value: str) -> dict[str, str]:
 class Settings(Base):
     operations: Annotated[str, AfterValidator(_targets)]
     """Addresses of the services' operations gRPC: ``user=host:port,agent=host:port,…``."""
+    seller_country: Annotated[str, Field(pattern=r"^([A-Z]{2})?$")] = ""
+    """The country of the company that sends the invoices (ISO 3166). Decides about reverse charge."""

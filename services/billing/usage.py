@@ -14,14 +14,16 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient
 from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
-from services.billing import accounts, aggregates, holds, price_book
+from services.billing import accounts, aggregates, budgets, grants, holds, price_book, subscriptions
 from services.billing.accounts import Entry
 from services.billing.domain import Account, UsageContent, Verdict, judge, settle
+from services.billing.subscriptions import Place
 
 _RECORD = Path(__file__).with_name("record_usage.sql").read_text()
 # Separates the values of a column in a parameter. JSON text never contains it unescaped.
 _SEPARATOR = "\x1f"
 _UNSTORABLE = str.maketrans({"\x00": "\\x00", _SEPARATOR: "\\x1f"})
+_NOWHERE = Place(0, False)
 _encoder = msgspec.json.Encoder(order="sorted")
 
 
@@ -55,6 +57,7 @@ async def record(
 
     span_ids: the spans in which the records were rated. Empty: not traced.
     """
+    places = await _places(tx, records, verdicts)
     columns: tuple[Sequence[str], ...] = (
         [item.tenant_id for item in records],
         [item.usage_id for item in records],
@@ -74,6 +77,8 @@ async def record(
         ["" if item.channel_id is None else str(item.channel_id) for item in records],
         [(item.session_key or "").translate(_UNSTORABLE) for item in records],
         [(item.api_key_id or "").translate(_UNSTORABLE) for item in records],
+        [str(place.period) for place in places],
+        ["t" if place.late else "f" for place in places],
     )
     try:
         debited = await tx.sql(_RECORD, *map(_SEPARATOR.join, columns), utcnow())
@@ -87,6 +92,33 @@ async def record(
         if verdict.kind == "counted"
     ]:
         await aggregates.add(tx, counted)
+        await budgets.spend(tx, counted)
+
+
+async def _places(tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[Verdict]) -> Sequence[Place]:
+    """Locks the accounts of all counted records, ends expired grants, and returns the period of each record."""
+    counted = [verdict.kind == "counted" for verdict in verdicts]
+    # Before any other statement: a period that another transaction closes meanwhile must be seen as closed.
+    # Locks the accounts in the order of their key.
+    rows = await tx.sql(
+        """
+        SELECT tenant_id, next_expiry <= clock_timestamp()
+        FROM account
+        WHERE tenant_id = ANY($1::text[])
+        ORDER BY tenant_id
+        FOR UPDATE
+        """,
+        sorted({item.tenant_id for item, counts in zip(records, counted, strict=True) if counts}),
+    )
+    for tenant_id, expired in rows:
+        if expired:
+            await grants.settle(tx, tenant_id)
+    found = iter(
+        await subscriptions.place(
+            tx, [(item.tenant_id, item.occurred_at) for item, counts in zip(records, counted, strict=True) if counts]
+        )
+    )
+    return [next(found) if counts else _NOWHERE for counts in counted]
 
 
 def _column(name: str, values: Sequence[str]) -> str:
@@ -108,7 +140,9 @@ async def _charge(tx: Tx, rated: Sequence[tuple[str, str, UUID | None, Verdict]]
         assert verdict.amount_nanos is not None
         entries.append(Entry(tenant_id, "charge", -verdict.amount_nanos, usage_id, verdict.price_version))
     await accounts.debit(tx, entries)
-    await aggregates.add(tx, [(tenant_id, usage_id) for tenant_id, usage_id, _, _ in counted])
+    keys = [(tenant_id, usage_id) for tenant_id, usage_id, _, _ in counted]
+    await aggregates.add(tx, keys)
+    await budgets.spend(tx, keys)
     if named := [(tenant_id, hold_id) for tenant_id, _, hold_id, _ in counted if hold_id is not None]:
         await holds.close(tx, named)
 
@@ -175,11 +209,13 @@ async def _arrivals(tx: Tx, records: Sequence[UsageRecorded]) -> dict[tuple[str,
 
 async def decide(tx: Tx, record: UsageRecorded, verdict: Verdict) -> None:
     """Stores a new verdict on a held record. Charges the record if it is counted, gives its hold back if rejected."""
+    [place] = await _places(tx, [record], [verdict])
     await tx.sql(
         """
         UPDATE usage
         SET quantities = $3::text::jsonb, estimated = $4, verdict = $5, reason = $6, amount_nanos = $7,
-            price_version = $8, rated_at = CASE WHEN $5 = 'held' THEN rated_at ELSE $9 END, occurred_at = $10
+            price_version = $8, rated_at = CASE WHEN $5 = 'held' THEN rated_at ELSE $9 END, occurred_at = $10,
+            period = $11, late = $12
         WHERE tenant_id = $1 AND usage_id = $2
         """,
         record.tenant_id,
@@ -192,6 +228,7 @@ async def decide(tx: Tx, record: UsageRecorded, verdict: Verdict) -> None:
         verdict.price_version,
         utcnow(),
         record.occurred_at,
+        *place,
     )
     if verdict.kind == "rejected" and record.hold_id:
         await holds.release(tx, record.tenant_id, record.hold_id)

@@ -47,12 +47,21 @@ class ReserveRequest(_message.Message):
     RESOURCE_FIELD_NUMBER: _builtins.int
     QUANTITIES_FIELD_NUMBER: _builtins.int
     EXPIRES_IN_MS_FIELD_NUMBER: _builtins.int
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    SESSION_KEY_FIELD_NUMBER: _builtins.int
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """UUID, made by the caller; the usage record that closes the hold names it."""
     resource: _builtins.str
     """The name in the price book, such as openai/gpt-4o-mini."""
     expires_in_ms: _builtins.int
     """The hold expires after this time."""
+    agent_id: _builtins.str
+    """The use counts for the budgets of these. Empty: unknown."""
+    channel_id: _builtins.str
+    session_key: _builtins.str
+    api_key_id: _builtins.str
     @_builtins.property
     def quantities(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Unit → the most that may be used; units as in billing.v1.UsageRecorded."""
@@ -64,10 +73,14 @@ class ReserveRequest(_message.Message):
         resource: _builtins.str = ...,
         quantities: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         expires_in_ms: _builtins.int = ...,
+        agent_id: _builtins.str = ...,
+        channel_id: _builtins.str = ...,
+        session_key: _builtins.str = ...,
+        api_key_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_in_ms", b"expires_in_ms", "hold_id", b"hold_id", "quantities", b"quantities", "resource", b"resource"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "api_key_id", b"api_key_id", "channel_id", b"channel_id", "expires_in_ms", b"expires_in_ms", "hold_id", b"hold_id", "quantities", b"quantities", "resource", b"resource", "session_key", b"session_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -81,12 +94,15 @@ class ReserveReply(_message.Message):
     HELD_NANOS_FIELD_NUMBER: _builtins.int
     AVAILABLE_NANOS_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
+    REFUSED_BY_FIELD_NUMBER: _builtins.int
     granted: _builtins.bool
     """False: the credit is too low, and nothing is held."""
     held_nanos: _builtins.int
     available_nanos: _builtins.int
-    """The remaining credit; absent: no limit."""
+    """The remaining credit, or the rest of the smallest budget if that is less; absent: no limit."""
     currency: _builtins.str
+    refused_by: _builtins.str
+    """The budget that refuses, such as "agent, 5 USD a month"; empty: the tenant's credit."""
     def __init__(
         self,
         *,
@@ -94,10 +110,11 @@ class ReserveReply(_message.Message):
         held_nanos: _builtins.int = ...,
         available_nanos: _builtins.int | None = ...,
         currency: _builtins.str = ...,
+        refused_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos", "currency", b"currency", "granted", b"granted", "held_nanos", b"held_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos", "currency", b"currency", "granted", b"granted", "held_nanos", b"held_nanos", "refused_by", b"refused_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__available_nanos: _TypeAlias = _typing.Literal["available_nanos"]  # noqa: Y015
     _WhichOneofArgType__available_nanos: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos"]  # noqa: Y015

@@ -59,10 +59,14 @@ class Credit:
             resource=model,
             quantities=quantities,
             expires_in_ms=int(expires / timedelta(milliseconds=1)),
+            agent_id=str(context.agent_id),
+            channel_id=str(context.channel_id or ""),
+            session_key=context.session_key,
         )
         reply = await self._billing.Reserve(request, metadata=context.metadata)
         if not reply.granted:
-            raise Ended("refused", "the tenant's credit does not suffice for a model call", NO_CREDIT)
+            source = f"the budget ({reply.refused_by})" if reply.refused_by else "the tenant's credit"
+            raise Ended("refused", f"{source} does not suffice for a model call", NO_CREDIT)
         hold = Hold(hold_id, reply.held_nanos)
         limit = context.limits.nanos
         if limit is not None and await self.spent() + hold.nanos > limit:

@@ -1,0 +1,199 @@
+"""Budgets: limits of a tenant, agent, channel, session or API key by day, month or in total, in the table ``budget``.
+
+A hold is granted only if it fits into the rest of every budget that it concerns: the limit minus the spent amount minus
+the open holds. This is decided under the lock of the tenant's account, like all changes of holds and spent amounts. A
+counted record closes its hold and adds its cost in one transaction. So spending passes a budget by at most the
+difference between the cost of one step and its hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from infra.clock import uuid7
+from infra.errors import NotFound
+from infra.postgres.tx import Tx
+from services.billing import accounts
+
+Scope = Literal["tenant", "agent", "channel", "session", "key"]
+Window = Literal["day", "month", "total"]
+
+# The beginning of the running window of a budget `b`, UTC.
+_WINDOW = """
+    CASE b.period
+        WHEN 'total' THEN '1970-01-01Z'::timestamptz
+        ELSE date_trunc(b.period, clock_timestamp(), 'UTC')
+    END
+"""
+_SPENT = f"CASE WHEN b.window_starts = {_WINDOW} THEN b.spent_nanos ELSE 0 END"
+
+
+def _concerns(row: str) -> str:
+    """The condition that budget `b` concerns a hold or a record."""
+    return f"""
+        b.tenant_id = {row}.tenant_id AND b.scope_id = CASE b.scope
+            WHEN 'tenant' THEN ''
+            WHEN 'agent' THEN {row}.agent_id
+            WHEN 'channel' THEN {row}.channel_id
+            WHEN 'session' THEN {row}.session_key
+            ELSE {row}.api_key_id
+        END
+    """
+
+
+_HELD = f"""
+    coalesce((
+        SELECT sum(h.held_nanos)
+        FROM hold AS h
+        WHERE {_concerns("h")} AND h.ended_at IS NULL AND h.expires_at > clock_timestamp()
+    ), 0)::bigint
+"""
+
+
+class Budget(BaseModel):
+    id: UUID
+    scope: Scope
+    scope_id: str
+    """Empty for the tenant."""
+    period: Window
+    """Days and months begin at midnight UTC."""
+    nanos: int
+    soft_percent: list[int]
+    """At each of these parts, and at 100, the tenant gets a mail, once in each period."""
+    spent_nanos: int
+    held_nanos: int
+    made_at: datetime
+
+
+class Use(NamedTuple):
+    """Names the use that a hold is for."""
+
+    tenant_id: str
+    agent_id: str
+    channel_id: str
+    session_key: str
+    api_key_id: str
+
+
+class Rest(NamedTuple):
+    """The rest of a budget. Below zero after late usage."""
+
+    nanos: int
+    name: str
+
+
+async def rest(tx: Tx, use: Use) -> Rest | None:
+    """Returns the budget with the least rest for this use. None: no budget concerns it. The account is locked."""
+    rows = await tx.sql(
+        f"""
+        SELECT b.nanos - {_SPENT} - {_HELD} AS rest, b.scope, b.nanos, b.period
+        FROM (SELECT $1::text, $2::text, $3::text, $4::text, $5::text)
+             AS n(tenant_id, agent_id, channel_id, session_key, api_key_id)
+        JOIN budget AS b ON {_concerns("n")}
+        ORDER BY rest
+        LIMIT 1
+        """,
+        *use,
+    )
+    return Rest(rows[0][0], _name(*rows[0][1:])) if rows else None
+
+
+async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
+    """Adds the cost of counted records (tenant, usage_id) to their budgets, and notifies each tenant whose spending
+    passes a threshold. The caller has locked the accounts."""
+    rows = await tx.sql(
+        f"""
+        WITH used AS (
+            SELECT b.tenant_id, b.budget_id, sum(u.amount_nanos)::bigint AS nanos
+            FROM unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant_id, usage_id)
+            JOIN usage AS u USING (tenant_id, usage_id)
+            JOIN budget AS b ON {_concerns("u")}
+            GROUP BY b.tenant_id, b.budget_id
+        )
+        UPDATE budget AS b
+        SET spent_nanos = {_SPENT} + used.nanos, window_starts = {_WINDOW}
+        FROM used
+        WHERE b.tenant_id = used.tenant_id AND b.budget_id = used.budget_id
+        RETURNING b.tenant_id, b.scope, b.nanos, b.period, b.soft_percent, b.spent_nanos, used.nanos
+        """,
+        "\x1f".join(tenant_id for tenant_id, _ in keys),
+        "\x1f".join(usage_id for _, usage_id in keys),
+    )
+    for tenant_id, scope, nanos, period, soft, spent, used in rows:
+        # The spent amount only grows within a window, so each threshold is passed once.
+        for percent in sorted({*soft, 100}):
+            if (spent - used) * 100 < nanos * percent <= spent * 100:
+                accounts.send_mail(
+                    tx,
+                    tenant_id,
+                    f"{percent} % of a budget is spent",
+                    f"The budget ({_name(scope, nanos, period)}) is spent by {percent} %.\n",
+                )
+
+
+def _name(scope: str, nanos: int, period: str) -> str:
+    return f"{scope}, {accounts.in_units(nanos)} {'in total' if period == 'total' else f'a {period}'}"
+
+
+async def set_budget(
+    tx: Tx, tenant_id: str, scope: Scope, scope_id: str, period: Window, nanos: int, soft: Sequence[int]
+) -> Budget:
+    """Makes a budget, or changes the limit of the one with the same scope, id and period. Usage so far counts: the sum
+    of the running window is taken from the records."""
+    await accounts.lock_one(tx, tenant_id)
+    [(budget_id,)] = await tx.sql(
+        f"""
+        INSERT INTO budget AS old (tenant_id, budget_id, scope, scope_id, period, nanos, soft_percent, window_starts,
+                                   spent_nanos)
+        SELECT b.tenant_id, $2, b.scope, b.scope_id, b.period, $6, $7, {_WINDOW}, coalesce((
+            SELECT sum(u.amount_nanos)
+            FROM usage AS u
+            WHERE {_concerns("u")} AND u.verdict = 'counted' AND u.rated_at >= {_WINDOW}
+        ), 0)::bigint
+        FROM (SELECT $1::text, $3::text, $4::text, $5::text) AS b(tenant_id, scope, scope_id, period)
+        ON CONFLICT (tenant_id, scope, scope_id, period) DO UPDATE
+        SET nanos = excluded.nanos, soft_percent = excluded.soft_percent
+        RETURNING budget_id
+        """,
+        tenant_id,
+        uuid7(),
+        scope,
+        scope_id,
+        period,
+        nanos,
+        sorted(set(soft)),
+    )
+    [made] = await listed(tx, tenant_id, after=None, limit=1, budget_id=budget_id)
+    return made
+
+
+async def remove(tx: Tx, tenant_id: str, budget_id: UUID) -> None:
+    """Raises NotFound."""
+    if not await tx.sql(
+        "DELETE FROM budget WHERE tenant_id = $1 AND budget_id = $2 RETURNING budget_id", tenant_id, budget_id
+    ):
+        raise NotFound(f"budget {budget_id}: not found")
+
+
+async def listed(
+    tx: Tx, tenant_id: str, *, after: UUID | None, limit: int, budget_id: UUID | None = None
+) -> list[Budget]:
+    rows = await tx.sql(
+        f"""
+        SELECT budget_id, scope, scope_id, period, nanos, soft_percent, {_SPENT}, {_HELD}, made_at
+        FROM budget AS b
+        WHERE tenant_id = $1 AND ($2::uuid IS NULL OR budget_id > $2) AND ($4::uuid IS NULL OR budget_id = $4)
+        ORDER BY budget_id
+        LIMIT $3
+        """,
+        tenant_id,
+        after,
+        limit,
+        budget_id,
+    )
+    return [Budget(**dict(zip(Budget.model_fields, row, strict=True))) for row in rows]

@@ -1,0 +1,86 @@
+"""The loop that closes periods, finalises drafts and ends expired grants when their time has come."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+from infra.clock import utcnow
+from infra.errors import describe
+from infra.observe.logs import get_logger
+from infra.postgres.tx import Database
+from services.billing import accounts, grants, invoices
+
+TICK_SECONDS = 60.0
+# Records of a period that arrive within this time after its end are still in its invoice.
+CLOSE_AFTER = timedelta(days=2)
+# A draft can be looked at for this time.
+FINALISE_AFTER = timedelta(days=1)
+# Tenants of one tick. The others follow in the next ones.
+MOST = 100
+
+
+class Clock:
+    """Runs until stopped. Several processes may run it: each step is done once, under the lock of the account."""
+
+    def __init__(self, database: Database, seller_country: str) -> None:
+        self._database = database
+        self._seller = seller_country
+        self._stopping = asyncio.Event()
+
+    async def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await self.tick()
+            except Exception as error:
+                get_logger("services.billing.clock").warning(
+                    "could not close periods; will retry", error=describe(error)
+                )
+            try:
+                await asyncio.wait_for(self._stopping.wait(), TICK_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def tick(self) -> None:
+        """Does everything that is due, at most MOST tenants of each kind."""
+        async with self._database.begin() as tx:
+            expired = await tx.sql(
+                "SELECT tenant_id FROM account WHERE next_expiry <= clock_timestamp() ORDER BY next_expiry LIMIT $1",
+                MOST,
+            )
+            ended = await tx.sql(
+                """
+                SELECT tenant_id
+                FROM period
+                WHERE closed_at IS NULL AND ends <= $1
+                GROUP BY tenant_id
+                ORDER BY min(ends)
+                LIMIT $2
+                """,
+                utcnow() - CLOSE_AFTER,
+                MOST,
+            )
+            drafts = await tx.sql(
+                """
+                SELECT tenant_id, invoice_id
+                FROM invoice
+                WHERE status = 'draft' AND made_at <= $1
+                ORDER BY made_at
+                LIMIT $2
+                """,
+                utcnow() - FINALISE_AFTER,
+                MOST,
+            )
+        for (tenant_id,) in expired:
+            async with self._database.begin(tenant_id=tenant_id) as tx:
+                await accounts.lock_one(tx, tenant_id)
+                await grants.settle(tx, tenant_id)
+        for (tenant_id,) in ended:
+            async with self._database.begin(tenant_id=tenant_id) as tx:
+                await invoices.close(tx, tenant_id, utcnow() - CLOSE_AFTER, self._seller)
+        for tenant_id, invoice_id in drafts:
+            async with self._database.begin(tenant_id=tenant_id) as tx:
+                await invoices.finalise(tx, tenant_id, invoice_id, self._seller, "billing")

@@ -1,0 +1,207 @@
+"""Grants of credit, in the table ``credit_grant``. They are burned by priority (low numbers first), expiry, then age.
+
+A tenant without a subscription burns its grants by the price of its usage; a tenant with a subscription burns them when
+an invoice is finalised. Burning is computed lazily: between two changes of the set of grants the order of burning is
+the same, so the debits since the last change are burned together at the next one. The caller holds the account's lock.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from infra.clock import uuid7
+from infra.postgres.tx import Tx
+from services.billing import journal
+from services.billing.journal import JournalAccount
+
+Kind = Literal["prepaid", "promotional"]
+DEFAULT_PRIORITY = 100
+_OWED: dict[str, JournalAccount] = {"prepaid": "prepaid", "promotional": "promotional_credit"}
+
+
+class Grant(BaseModel):
+    id: UUID
+    tenant_id: str
+    kind: Kind
+    nanos: int
+    left_nanos: int
+    priority: int
+    expires_at: datetime | None
+    """Null: never."""
+    expired_nanos: int
+    """The part that nothing had burned when it expired."""
+    reason: str
+    actor: str
+    made_at: datetime
+
+
+async def add(
+    tx: Tx,
+    tenant_id: str,
+    nanos: int,
+    *,
+    kind: Kind,
+    reason: str,
+    actor: str,
+    priority: int = DEFAULT_PRIORITY,
+    expires_at: datetime | None = None,
+    source: JournalAccount | None = None,
+) -> UUID:
+    """Adds a grant and books it. Does not change the credit limit of the account: `accounts.add_credit` does.
+
+    `source`: the account that pays for it. None: cash for prepaid credit, our cost for promotional credit.
+    """
+    grant_id = uuid7()
+    await tx.sql(
+        """
+        INSERT INTO credit_grant (tenant_id, grant_id, kind, nanos, left_nanos, priority, expires_at, reason, actor)
+        VALUES ($1, $2, $3, $4, $4, $5, coalesce($6, 'infinity'::timestamptz), $7, $8)
+        """,
+        tenant_id,
+        grant_id,
+        kind,
+        nanos,
+        priority,
+        expires_at,
+        reason,
+        actor,
+    )
+    if expires_at:
+        await tx.sql(
+            "UPDATE account SET next_expiry = least(next_expiry, $2) WHERE tenant_id = $1", tenant_id, expires_at
+        )
+    if source is None:
+        source = "cash" if kind == "prepaid" else "promotional_cost"
+    await journal.post(
+        tx, tenant_id, "grant", str(grant_id), {source: nanos, _OWED[kind]: -nanos}, reason=reason, actor=actor
+    )
+    return grant_id
+
+
+async def burn(tx: Tx, tenant_id: str, nanos: int, *, for_: JournalAccount, reference: str) -> int:
+    """Burns up to `nanos` and books them: what the tenant was owed becomes `for_`. Returns the burned amount."""
+    rows = await tx.sql(
+        """
+        SELECT grant_id, kind, left_nanos
+        FROM credit_grant
+        WHERE tenant_id = $1 AND left_nanos > 0
+        ORDER BY priority, expires_at, number
+        -- The account's lock guards these rows; no other lock is needed.
+        """,
+        tenant_id,
+    )
+    burned: list[tuple[UUID, str, int]] = []
+    for grant_id, kind, left in rows:
+        if nanos <= 0:
+            break
+        taken = min(left, nanos)
+        nanos -= taken
+        burned.append((grant_id, kind, taken))
+    if not burned:
+        return 0
+    await tx.sql(
+        """
+        UPDATE credit_grant AS g
+        SET left_nanos = g.left_nanos - n.taken
+        FROM unnest($2::uuid[], $3::bigint[]) AS n(grant_id, taken)
+        WHERE g.tenant_id = $1 AND g.grant_id = n.grant_id
+        """,
+        tenant_id,
+        [grant_id for grant_id, _, _ in burned],
+        [taken for _, _, taken in burned],
+    )
+    total = sum(taken for _, _, taken in burned)
+    amounts: dict[JournalAccount, int] = {for_: -total}
+    for _, kind, taken in burned:
+        amounts[_OWED[kind]] = amounts.get(_OWED[kind], 0) + taken
+    await journal.post(tx, tenant_id, "burn", reference, amounts, reason="grants burned", actor="billing")
+    return total
+
+
+async def left(tx: Tx, tenant_id: str) -> int:
+    """Returns the sum of all grants that are left."""
+    [(nanos,)] = await tx.sql(
+        "SELECT coalesce(sum(left_nanos), 0)::bigint FROM credit_grant WHERE tenant_id = $1", tenant_id
+    )
+    return int(nanos)
+
+
+async def settle(tx: Tx, tenant_id: str) -> None:
+    """Burns the debits since the last settlement, and then ends and books the grants that have expired."""
+    [(due, subscribed, expired)] = await tx.sql(
+        """
+        SELECT debited_nanos - burned_nanos,
+               EXISTS (SELECT FROM period AS p WHERE p.tenant_id = $1 AND p.closed_at IS NULL),
+               next_expiry <= clock_timestamp()
+        FROM account
+        WHERE tenant_id = $1
+        """,
+        tenant_id,
+    )
+    if due and not subscribed:
+        due = await burn(tx, tenant_id, due, for_="revenue", reference="usage")
+    if due:
+        await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, due)
+    if expired:
+        await _expire(tx, tenant_id)
+
+
+async def _expire(tx: Tx, tenant_id: str) -> None:
+    rows = await tx.sql(
+        """
+        UPDATE credit_grant
+        SET expired_nanos = left_nanos, left_nanos = 0
+        WHERE tenant_id = $1 AND left_nanos > 0 AND expires_at <= clock_timestamp()
+        RETURNING grant_id, kind, expired_nanos
+        """,
+        tenant_id,
+    )
+    for grant_id, kind, nanos in rows:
+        # Credit that was paid for and not used is ours now; credit that was given never cost us anything.
+        to: JournalAccount = "revenue" if kind == "prepaid" else "promotional_cost"
+        await journal.post(
+            tx, tenant_id, "expiry", str(grant_id), {_OWED[kind]: nanos, to: -nanos}, reason="expired", actor="billing"
+        )
+        await tx.sql(
+            """
+            INSERT INTO ledger_entry (tenant_id, kind, amount_nanos, usage_id, price_version, reason, actor)
+            SELECT tenant_id, 'expiry', -$2::bigint, NULL, NULL, $3, 'billing'
+            FROM account
+            WHERE tenant_id = $1 AND credit_nanos IS NOT NULL
+            """,
+            tenant_id,
+            nanos,
+            f"grant {grant_id} expired",
+        )
+        await tx.sql("UPDATE account SET credit_nanos = credit_nanos - $2 WHERE tenant_id = $1", tenant_id, nanos)
+    await tx.sql(
+        """
+        UPDATE account
+        SET next_expiry = coalesce(
+            (SELECT min(expires_at) FROM credit_grant WHERE tenant_id = $1 AND left_nanos > 0), 'infinity'
+        )
+        WHERE tenant_id = $1
+        """,
+        tenant_id,
+    )
+
+
+async def listed(tx: Tx, tenant_id: str, *, after: UUID | None, limit: int) -> list[Grant]:
+    rows = await tx.sql(
+        """
+        SELECT grant_id, tenant_id, kind, nanos, left_nanos, priority, nullif(expires_at, 'infinity'), expired_nanos,
+               reason, actor, made_at
+        FROM credit_grant
+        WHERE tenant_id = $1 AND ($2::uuid IS NULL OR grant_id > $2)
+        ORDER BY grant_id
+        LIMIT $3
+        """,
+        tenant_id,
+        after,
+        limit,
+    )
+    return [Grant(**dict(zip(Grant.model_fields, row, strict=True))) for row in rows]

@@ -1,0 +1,319 @@
+"""HTTP of invoices, credit notes, the buyer and taxes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from infra.clock import utcnow
+from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.security.auth import Identity
+from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
+from services.billing import accounts, invoices, journal, tax
+from services.billing.currencies import DIGITS
+from services.billing.invoices import CreditNote, Invoice
+from services.billing.tax import Buyer
+
+Text = Annotated[str, Field(min_length=1, max_length=500)]
+Percent = Annotated[str, Field(pattern=r"^\d{1,2}(\.\d{1,4})?$", examples=["19", "7.7"])]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class CloseRequest(_Body):
+    tenant_id: Text
+    until: AwareDatetime | None = None
+    """Closes the periods that have ended by then. Null: by now."""
+
+
+class Drafts(BaseModel):
+    items: list[Invoice]
+
+
+class NewCreditNote(_Body):
+    amount_minor: int = Field(gt=0)
+    """Minor units (cents), tax included."""
+    reason: Text
+    refund: bool = False
+    """True: money that was paid is owed until a payment is refunded. False: it becomes a grant."""
+
+
+class Payment(_Body):
+    """A payment that arrived outside of a payment provider, such as a bank transfer."""
+
+    amount_minor: int = Field(gt=0)
+    reference: Text
+    """The bank's reference. The same one is booked once."""
+
+
+class BuyerBody(_Body):
+    name: str = Field("", max_length=200)
+    country: str = Field(pattern=r"^[A-Z]{2}$")
+    vat_id: str = Field("", max_length=20)
+
+
+class TaxRate(_Body):
+    country: str = Field(pattern=r"^[A-Z]{2}$")
+    percent: Percent
+    valid_from: AwareDatetime | None = None
+
+
+class Journal(BaseModel):
+    """Account → sum of its lines in nano-units; debits above zero."""
+
+    balances: dict[str, int]
+    difference: int
+    """The sum of all lines. Any value but 0 is a fault."""
+
+
+def router(runtime: Runtime) -> APIRouter:
+    router = APIRouter(prefix="/api/v1", tags=["invoices"])
+    seller: str = runtime.settings.seller_country
+
+    @router.post("/billing/periods/close", response_model=Drafts)
+    async def close_periods(body: CloseRequest, who: Operator, request: Request) -> Response:
+        """Closes a tenant's periods that have ended, and makes a draft of each. This also happens by itself, two days
+        after the end of a period. Usage that is counted later goes into the next invoice, marked."""
+
+        async def work(tx: Tx) -> tuple[int, Drafts]:
+            tx.tenant_id = body.tenant_id
+            made = await invoices.close(tx, body.tenant_id, body.until or utcnow(), seller)
+            for invoice in made:
+                audit(tx, who.actor, "billing.close", "invoice", str(invoice.id))
+            return 200, Drafts(items=made)
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/invoices")
+    async def list_invoices(
+        who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
+    ) -> dict[str, Any]:
+        """Lists invoices, drafts included, by the time at which they were made."""
+        try:
+            after = UUID(paging.after) if paging.after else None
+        except ValueError:
+            raise bad_cursor() from None
+        async with runtime.worker.begin() as tx:
+            found = await invoices.listed(tx, who.tenant_id or tenant_id, after=after, limit=paging.limit + 1)
+        return page(found, paging, lambda invoice: str(invoice.id))
+
+    @router.get("/invoices/{invoice_id}")
+    async def get_invoice(invoice_id: UUID, who: Viewer) -> Invoice:
+        async with runtime.worker.begin() as tx:
+            return await invoices.get(tx, await owner(tx, invoice_id, who), invoice_id)
+
+    @router.get("/invoices/{invoice_id}/lines")
+    async def list_lines(invoice_id: UUID, who: Viewer, paging: Paging) -> dict[str, Any]:
+        """Lists the lines in their order. `/api/v1/billing/lines/{id}/explain` proves one."""
+        after = paging.after or "0"
+        if not after.isdecimal() or len(after) > 9:
+            raise bad_cursor()
+        async with runtime.worker.begin() as tx:
+            tenant_id = await owner(tx, invoice_id, who)
+            found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
+        shown = page(found, paging, lambda line: str(line[0]))
+        return shown | {"items": [line for _, line in shown["items"]]}
+
+    @router.get("/invoices/{invoice_id}/csv", response_class=Response)
+    async def get_csv(invoice_id: UUID, who: Viewer) -> Response:
+        """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
+        async with runtime.worker.begin() as tx:
+            tenant_id = await owner(tx, invoice_id, who)
+            invoice = await invoices.get(tx, tenant_id, invoice_id)
+            lines = await invoices.lines(tx, tenant_id, invoice_id, after=0, limit=invoices.MAX_LINES)
+        out = io.StringIO()
+        write = csv.writer(out).writerow
+        write(("line", "description", "quantity", "amount", "currency", "from", "to"))
+        for number, line in lines:
+            amount = exact(line.amount_nanos)
+            write(
+                (
+                    number,
+                    _plain(line.description),
+                    line.quantity,
+                    amount,
+                    invoice.currency,
+                    line.from_.isoformat(),
+                    line.to.isoformat(),
+                )
+            )
+        name = f"attachment; filename={invoice.number or invoice.id}.csv"
+        return Response(out.getvalue(), media_type="text/csv; charset=utf-8", headers={"content-disposition": name})
+
+    @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)
+    async def finalise(invoice_id: UUID, who: Operator, request: Request) -> Response:
+        """Numbers a draft and books it. From now on it never changes."""
+
+        async def work(tx: Tx) -> tuple[int, Invoice]:
+            tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            made = await invoices.finalise(tx, tenant_id, invoice_id, seller, who.actor)
+            audit(tx, who.actor, "billing.finalise", "invoice", str(invoice_id), number=made.number or "")
+            return 200, made
+
+        return await once(request, runtime, who, work)
+
+    async def _end(
+        invoice_id: UUID, who: Identity, request: Request, status: Literal["void", "uncollectible"]
+    ) -> Response:
+        async def work(tx: Tx) -> tuple[int, Invoice]:
+            tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            made = await invoices.end(tx, tenant_id, invoice_id, status, who.actor)
+            audit(tx, who.actor, f"billing.{status}", "invoice", str(invoice_id))
+            return 200, made
+
+        return await once(request, runtime, who, work)
+
+    @router.post("/invoices/{invoice_id}/void", response_model=Invoice)
+    async def void(invoice_id: UUID, who: Operator, request: Request) -> Response:
+        """Takes a finalised invoice back that nothing was paid for. Its number stays used."""
+        return await _end(invoice_id, who, request, "void")
+
+    @router.post("/invoices/{invoice_id}/uncollectible", response_model=Invoice)
+    async def write_off(invoice_id: UUID, who: Operator, request: Request) -> Response:
+        """Writes the unpaid part of a finalised invoice off."""
+        return await _end(invoice_id, who, request, "uncollectible")
+
+    @router.post("/invoices/{invoice_id}/credit-notes", status_code=201, response_model=CreditNote)
+    async def add_credit_note(invoice_id: UUID, body: NewCreditNote, who: Operator, request: Request) -> Response:
+        """Takes a part of an invoice back, with its share of the tax."""
+
+        async def work(tx: Tx) -> tuple[int, CreditNote]:
+            tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            made = await invoices.credit(
+                tx, tenant_id, invoice_id, body.amount_minor, reason=body.reason, actor=who.actor, refund=body.refund
+            )
+            audit(tx, who.actor, "billing.credit_note", "invoice", str(invoice_id), number=made.number)
+            return 201, made
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/invoices/{invoice_id}/credit-notes")
+    async def list_credit_notes(invoice_id: UUID, who: Viewer, paging: Paging) -> dict[str, Any]:
+        async with runtime.worker.begin() as tx:
+            found = await invoices.credit_notes(tx, await owner(tx, invoice_id, who), invoice_id)
+        after = [note for note in found if paging.after is None or note.number > paging.after]
+        return page(after[: paging.limit + 1], paging, lambda note: note.number)
+
+    @router.post("/invoices/{invoice_id}/received", response_model=Invoice)
+    async def receive(invoice_id: UUID, body: Payment, who: Operator, request: Request) -> Response:
+        """Books money that arrived outside of a payment provider."""
+
+        async def work(tx: Tx) -> tuple[int, Invoice]:
+            tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            await accounts.lock_one(tx, tenant_id)
+            invoice = await invoices.get(tx, tenant_id, invoice_id)
+            reference = f"bank {body.reference}"
+            if not await journal.balances(tx, tenant_id, reference):
+                if invoice.status != "finalised":
+                    raise Conflict(f"the invoice is {invoice.status}; only a finalised one takes a payment")
+                if body.amount_minor > invoice.due_minor:
+                    raise InvalidMessage("amount_minor", f"must be at most {invoice.due_minor}, the amount due")
+                await invoices.receive(
+                    tx, tenant_id, invoice_id, body.amount_minor, reference=reference, actor=who.actor
+                )
+                audit(tx, who.actor, "billing.receive", "invoice", str(invoice_id), minor=str(body.amount_minor))
+            return 200, await invoices.get(tx, tenant_id, invoice_id)
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/billing/buyer")
+    async def get_buyer(who: Admin) -> Buyer:
+        """The tenant as it stands on its invoices."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            return await tax.buyer(tx, who.tenant_id)
+
+    @router.put("/billing/buyer")
+    async def set_buyer(body: BuyerBody, who: Admin) -> Buyer:
+        """Sets the tenant's name, country and VAT id. Invoices that are finalised keep their tax."""
+        buyer = Buyer(**body.model_dump())
+        tax.check(buyer)
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await tax.set_buyer(tx, who.tenant_id, buyer)
+            audit(tx, who.actor, "billing.buyer", "account", who.tenant_id, country=buyer.country)
+        return buyer
+
+    @router.post("/tax-rates", status_code=201, response_model=TaxRate)
+    async def add_tax_rate(body: TaxRate, who: Operator, request: Request) -> Response:
+        """Adds a country's rate from a time on."""
+        valid_from = body.valid_from or utcnow()
+
+        async def work(tx: Tx) -> tuple[int, TaxRate]:
+            if not await tx.sql(
+                """
+                INSERT INTO tax_rate (country, valid_from, percent, made_by)
+                VALUES ($1, $2, $3, $4)
+                ON CONFLICT DO NOTHING
+                RETURNING country
+                """,
+                body.country,
+                valid_from,
+                body.percent,
+                who.actor,
+            ):
+                raise Conflict(f"{body.country} has a rate from {valid_from.isoformat()} on")
+            audit(tx, who.actor, "billing.tax_rate", "tax_rate", body.country, percent=body.percent)
+            return 201, body.model_copy(update={"valid_from": valid_from})
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/tax-rates")
+    async def list_tax_rates(who: Viewer, paging: Paging) -> dict[str, Any]:
+        async with runtime.worker.begin() as tx:
+            rows = await tx.sql("SELECT country, percent, valid_from FROM tax_rate ORDER BY country, valid_from")
+        found = [TaxRate(country=c, percent=p, valid_from=v) for c, p, v in rows]
+        after = [rate for rate in found if paging.after is None or _rate_key(rate) > paging.after]
+        return page(after[: paging.limit + 1], paging, _rate_key)
+
+    @router.get("/billing/journal")
+    async def get_journal(
+        who: Viewer, tenant_id: Annotated[str | None, Query(description="for the operator; all tenants without")] = None
+    ) -> Journal:
+        """Returns the balances of the journal's accounts."""
+        async with runtime.worker.begin() as tx:
+            found = await journal.balances(tx, who.tenant_id or tenant_id)
+        return Journal(balances=found, difference=sum(found.values()))
+
+    return router
+
+
+async def owner(tx: Tx, invoice_id: UUID, who: Identity) -> str:
+    """Returns the tenant of an invoice. Raises NotFound if it is not the caller's."""
+    rows = await tx.sql("SELECT tenant_id FROM invoice WHERE invoice_id = $1", invoice_id)
+    if not rows or who.tenant_id not in ("", rows[0][0]):
+        raise NotFound(f"invoice {invoice_id}: not found")
+    return str(rows[0][0])
+
+
+def _rate_key(rate: TaxRate) -> str:
+    assert rate.valid_from is not None
+    return f"{rate.country} {rate.valid_from.isoformat()}"
+
+
+def exact(nanos: int) -> str:
+    """All nine digits of an amount in units: ``12.500000000``."""
+    whole, rest = divmod(abs(nanos), 10**9)
+    return f"{'-' if nanos < 0 else ''}{whole}.{rest:09}"
+
+
+def in_minor(minor: int, currency: str) -> str:
+    """Formats minor units as units of the currency: ``12.50``, ``1200`` for JPY."""
+    digits = DIGITS[currency]
+    whole, rest = divmod(abs(minor), 10**digits)
+    return f"{'-' if minor < 0 else ''}{whole}" + (f".{rest:0{digits}}" if digits else "")
+
+
+def _plain(text: str) -> str:
+    """A text that a spreadsheet does not run as a formula. Names of agents and models come from tenants."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -1,0 +1,175 @@
+"""Plans: versions of what a subscription includes and charges. A version never changes. Pure, except the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from infra.clock import uuid7
+from infra.errors import NotFound
+from infra.postgres.tx import Tx
+from services.billing.calendar import Interval
+from services.billing.schemes import Scheme, SchemeTier, amount, half_even, part
+
+
+class Included(msgspec.Struct, frozen=True):
+    meter: str
+    quantity: int
+
+
+class Charge(msgspec.Struct, frozen=True):
+    meter: str
+    scheme: Scheme
+    tiers: list[SchemeTier]
+    by: str | None = None
+    """Each model, agent or channel is charged by itself. None: all together."""
+    package_size: int | None = None
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The content of one version."""
+
+    name: str
+    currency: str
+    interval: Interval
+    base_nanos: int
+    included: list[Included] = []
+    charges: list[Charge] = []
+    usage_markup_percent: Decimal | None = None
+    """The price of all usage by the price book is charged with this markup. None: it is not charged."""
+
+
+class StoredPlan(NamedTuple):
+    id: UUID
+    version: int
+    plan: Plan
+
+
+class Metered(NamedTuple):
+    """The sum of a meter in a period for one model, agent and channel."""
+
+    meter: str
+    model: str
+    agent: str
+    channel: str
+    late: bool
+    quantity: int
+    records: int
+
+
+class Line(NamedTuple):
+    """A line of an invoice, without its ids."""
+
+    description: str
+    quantity: int
+    unit_nanos: str
+    """A decimal; empty if the units have different prices."""
+    amount_nanos: int
+    source: dict[str, str]
+    """The buckets that it sums: meter, and model, agent or channel."""
+
+
+def lines(plan: Plan, metered: Sequence[Metered], seconds: int, full_seconds: int) -> list[Line]:
+    """Returns the lines of a period that is `seconds` of a whole period of `full_seconds`.
+
+    The base fee and the included quantities are shares of the whole period. Late usage of an earlier period is charged
+    like the other usage and named in the description.
+    """
+    share = "" if seconds == full_seconds else f", {seconds} of {full_seconds} seconds"
+    found = []
+    if plan.base_nanos:
+        due = part(plan.base_nanos, seconds, full_seconds)
+        found.append(Line(f"{plan.name}: base fee{share}", 1, str(due), due, {}))
+    for charge in plan.charges:
+        left = sum(part(item.quantity, seconds, full_seconds) for item in plan.included if item.meter == charge.meter)
+        for value, items in _grouped(metered, charge.meter, charge.by):
+            quantity = sum(item.quantity for item in items)
+            free = min(left, quantity)
+            left -= free
+            found.append(
+                Line(
+                    f"{plan.name}: {charge.meter}{_named(charge.by, value)}{_free(free)}{_late(items)}",
+                    quantity,
+                    str(charge.tiers[0].unit_nanos) if charge.scheme == "per_unit" else "",
+                    amount(charge.scheme, charge.tiers, quantity, included=free, package_size=charge.package_size or 1),
+                    {"meter": charge.meter} | ({charge.by: value} if charge.by else {}),
+                )
+            )
+    if plan.usage_markup_percent is not None:
+        markup = plan.usage_markup_percent
+        for meter, text in (("cost_nanos", "usage"), ("correction_nanos", "corrections of earlier usage")):
+            for model, items in _grouped(metered, meter, "model"):
+                due = with_markup(sum(item.quantity for item in items), markup)
+                source = {"meter": meter, "model": model}
+                description = (
+                    f"{text} of {model} at the price book's prices plus {markup.normalize():f} %{_late(items)}"
+                )
+                found.append(Line(description, sum(item.records for item in items), "", due, source))
+    return found
+
+
+def with_markup(nanos: int, percent: Decimal) -> int:
+    """Adds a percentage, rounded once."""
+    numerator, denominator = (1 + percent / 100).as_integer_ratio()
+    return half_even(nanos * numerator, denominator)
+
+
+def _grouped(metered: Sequence[Metered], meter: str, by: str | None) -> list[tuple[str, list[Metered]]]:
+    groups: dict[str, list[Metered]] = {}
+    for item in metered:
+        if item.meter == meter:
+            groups.setdefault(getattr(item, by) if by else "", []).append(item)
+    return sorted(groups.items())
+
+
+def _named(by: str | None, value: str) -> str:
+    return f" of {by} {value or 'unknown'}" if by else ""
+
+
+def _free(quantity: int) -> str:
+    return f", {quantity} included" if quantity else ""
+
+
+def _late(items: Sequence[Metered]) -> str:
+    late = sum(item.records for item in items if item.late)
+    return f" ({late} records of an earlier period)" if late else ""
+
+
+async def add(tx: Tx, plan: Plan, *, made_by: str) -> StoredPlan:
+    """Adds a version of the plan with this name."""
+    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing plan {plan.name}")
+    rows = await tx.sql("SELECT plan_id, version FROM plan WHERE name = $1 ORDER BY version DESC LIMIT 1", plan.name)
+    plan_id, latest = rows[0] if rows else (uuid7(), 0)
+    await tx.sql(
+        "INSERT INTO plan (plan_id, version, name, content, made_by) VALUES ($1, $2, $3, $4, $5)",
+        plan_id,
+        latest + 1,
+        plan.name,
+        msgspec.json.encode(plan).decode(),
+        made_by,
+    )
+    return StoredPlan(plan_id, latest + 1, plan)
+
+
+async def latest(tx: Tx, plan_id: UUID) -> StoredPlan:
+    """Raises NotFound."""
+    rows = await tx.sql(
+        "SELECT plan_id, version, content FROM plan WHERE plan_id = $1 ORDER BY version DESC LIMIT 1", plan_id
+    )
+    if not rows:
+        raise NotFound(f"plan {plan_id}: not found")
+    return read(*rows[0])
+
+
+async def version(tx: Tx, plan_id: UUID, number: int) -> Plan:
+    [(content,)] = await tx.sql("SELECT content FROM plan WHERE plan_id = $1 AND version = $2", plan_id, number)
+    return read(plan_id, number, content).plan
+
+
+def read(plan_id: UUID, number: int, content: str) -> StoredPlan:
+    """Reads a row of the table ``plan``."""
+    return StoredPlan(plan_id, number, msgspec.json.decode(content, type=Plan))

@@ -1,0 +1,348 @@
+"""HTTP of plans, subscriptions and grants. The operator changes them; a tenant reads its own."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from infra.clock import utcnow
+from infra.errors import InvalidMessage, NotFound
+from infra.postgres.tx import Tx
+from infra.security.audit import audit
+from infra.service.api import Operator, Paging, Viewer, bad_cursor, page
+from infra.service.idempotency import once
+from infra.service.service import Runtime
+from services.billing import accounts, grants, plans, schemes, subscriptions
+from services.billing.accounts import MAX_CREDIT_NANOS
+from services.billing.aggregates import METERS
+from services.billing.currencies import DIGITS
+from services.billing.grants import Grant
+from services.billing.plans import Charge, Included, Plan, StoredPlan
+from services.billing.prices_api import Nanos
+from services.billing.schemes import Scheme, SchemeTier
+from services.billing.subscriptions import Subscription
+
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+When = Literal["now", "period_end"]
+MAX_TIERS = 50
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TierBody(_Body):
+    up_to: int | None = Field(None, gt=0, le=10**15)
+    """The last unit of the tier. Null: no end; only in the last tier."""
+    unit_nanos: Annotated[int, Field(ge=0, le=10**15)] | Nanos = 0
+    """Nano-units per unit, per package for the scheme package. A string may have a fraction."""
+    flat_nanos: int = Field(0, ge=0, le=10**15)
+
+
+class ChargeBody(_Body):
+    meter: str
+    by: Literal["model", "agent", "channel"] | None = None
+    scheme: Scheme
+    tiers: list[TierBody] = Field(max_length=MAX_TIERS)
+    package_size: int | None = Field(None, gt=0, le=10**12)
+
+
+class IncludedBody(_Body):
+    meter: str
+    quantity: int = Field(gt=0, le=10**15)
+
+
+class NewPlan(_Body):
+    """A new version of the plan with this name, or a new plan."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "name": "Team",
+                "currency": "USD",
+                "interval": "month",
+                "base_nanos": 49_000_000_000,
+                "included": [{"meter": "input_tokens", "quantity": 1_000_000}],
+                "charges": [
+                    {
+                        "meter": "input_tokens",
+                        "scheme": "graduated",
+                        "tiers": [{"up_to": 5_000_000, "unit_nanos": 200}, {"unit_nanos": 150}],
+                    }
+                ],
+                "usage_markup_percent": "10",
+            }
+        },
+    )
+    name: Text
+    currency: str
+    interval: Literal["month", "year"]
+    base_nanos: int = Field(ge=0, le=10**15)
+    included: list[IncludedBody] = Field([], max_length=50)
+    charges: list[ChargeBody] = Field([], max_length=50)
+    usage_markup_percent: (
+        Annotated[int, Field(ge=-100, le=1000)] | Annotated[str, Field(pattern=r"^-?\d{1,4}(\.\d{1,6})?$")] | None
+    ) = None
+    """All usage is charged at the price book's prices with this markup. Null: only `charges` are."""
+
+
+class PlanView(NewPlan):
+    id: UUID
+    version: int
+
+
+class NewSubscription(_Body):
+    tenant_id: Text
+    plan_id: UUID
+    starts_at: AwareDatetime | None = None
+    anchor_day: int | None = Field(None, ge=1, le=31)
+    """The day of the month on which periods begin, or the last day of a shorter month. Null: the day of the start."""
+    time_zone: str = Field("UTC", max_length=64)
+
+
+class SubscriptionChange(_Body):
+    plan_id: UUID
+    when: When
+
+
+class NewGrant(_Body):
+    tenant_id: Text
+    nanos: int = Field(gt=0, le=MAX_CREDIT_NANOS)
+    kind: Literal["prepaid", "promotional"] = "promotional"
+    """prepaid: the tenant has paid for it."""
+    priority: int = Field(grants.DEFAULT_PRIORITY, ge=0, le=1000)
+    """Low numbers are burned first."""
+    expires_at: AwareDatetime | None = None
+    reason: Text
+
+
+def router(runtime: Runtime) -> APIRouter:
+    router = APIRouter(prefix="/api/v1", tags=["plans"])
+
+    @router.post("/plans", status_code=201, response_model=PlanView)
+    async def add_plan(body: NewPlan, who: Operator, request: Request) -> Response:
+        """Adds a version. Subscriptions keep theirs until they are moved."""
+        plan = _read(body)
+
+        async def work(tx: Tx) -> tuple[int, PlanView]:
+            stored = await plans.add(tx, plan, made_by=who.actor)
+            audit(tx, who.actor, "billing.plan", "plan", str(stored.id), version=str(stored.version))
+            return 201, _shown(stored)
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/plans")
+    async def list_plans(who: Viewer, paging: Paging) -> dict[str, Any]:
+        """Lists every version of every plan."""
+        name, _, version = (paging.after or "@0").rpartition("@")
+        if not version.isdecimal() or len(version) > 9:
+            raise bad_cursor()
+        async with runtime.worker.begin() as tx:
+            rows = await tx.sql(
+                """
+                SELECT plan_id, version, content
+                FROM plan
+                WHERE (name, version) > ($1, $2)
+                ORDER BY name, version
+                LIMIT $3
+                """,
+                name,
+                int(version),
+                paging.limit + 1,
+            )
+        found = [_shown(plans.read(*row)) for row in rows]
+        return page(found, paging, lambda plan: f"{plan.name}@{plan.version}")
+
+    @router.post("/subscriptions", status_code=201, response_model=Subscription)
+    async def subscribe(body: NewSubscription, who: Operator, request: Request) -> Response:
+        """Subscribes a tenant to the latest version of a plan. The first period is a part of a whole one."""
+
+        async def work(tx: Tx) -> tuple[int, Subscription]:
+            tx.tenant_id = body.tenant_id
+            made = await subscriptions.subscribe(
+                tx,
+                body.tenant_id,
+                body.plan_id,
+                starts_at=body.starts_at,
+                anchor_day=body.anchor_day,
+                time_zone=body.time_zone,
+            )
+            audit(tx, who.actor, "billing.subscribe", "subscription", str(made.id), plan=str(body.plan_id))
+            return 201, made
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/subscriptions")
+    async def list_subscriptions(
+        who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
+    ) -> dict[str, Any]:
+        """Lists a tenant's subscriptions."""
+        tenant = _tenant(who.tenant_id, tenant_id)
+        async with runtime.worker.begin(tenant_id=tenant) as tx:
+            found = await subscriptions.listed(tx, tenant)
+        after = [item for item in found if paging.after is None or str(item.id) > paging.after]
+        return page(after[: paging.limit + 1], paging, lambda item: str(item.id))
+
+    @router.patch("/subscriptions/{subscription_id}", response_model=Subscription)
+    async def change_subscription(
+        subscription_id: UUID, body: SubscriptionChange, who: Operator, request: Request
+    ) -> Response:
+        """Moves a subscription to the latest version of a plan, now (prorated to the second) or at the period's end."""
+
+        async def work(tx: Tx) -> tuple[int, Subscription]:
+            tx.tenant_id = tenant = await _subscriber(tx, subscription_id)
+            changed = await subscriptions.change(tx, tenant, subscription_id, body.plan_id, body.when)
+            audit(tx, who.actor, "billing.change_plan", "subscription", str(subscription_id), when=body.when)
+            return 200, changed
+
+        return await once(request, runtime, who, work)
+
+    @router.delete("/subscriptions/{subscription_id}", response_model=Subscription)
+    async def cancel_subscription(
+        subscription_id: UUID, who: Operator, request: Request, when: Annotated[When, Query()] = "period_end"
+    ) -> Response:
+        """Ends a subscription. Usage until then is still invoiced."""
+
+        async def work(tx: Tx) -> tuple[int, Subscription]:
+            tx.tenant_id = tenant = await _subscriber(tx, subscription_id)
+            ended = await subscriptions.cancel(tx, tenant, subscription_id, when)
+            audit(tx, who.actor, "billing.unsubscribe", "subscription", str(subscription_id), when=when)
+            return 200, ended
+
+        return await once(request, runtime, who, work)
+
+    @router.post("/grants", status_code=201, response_model=Grant)
+    async def add_grant(body: NewGrant, who: Operator, request: Request) -> Response:
+        """Grants credit. Grants are burned by priority, then expiry, then age; the rest of an expired one is booked."""
+        if body.expires_at and body.expires_at <= utcnow():
+            raise InvalidMessage("expires_at", "must be in the future")
+
+        async def work(tx: Tx) -> tuple[int, Grant]:
+            tx.tenant_id = body.tenant_id
+            grant_id = await accounts.add_credit(
+                tx,
+                body.tenant_id,
+                body.nanos,
+                kind=body.kind,
+                reason=body.reason,
+                actor=who.actor,
+                priority=body.priority,
+                expires_at=body.expires_at,
+            )
+            audit(tx, who.actor, "billing.grant", "grant", str(grant_id), nanos=str(body.nanos))
+            [made] = [g for g in await grants.listed(tx, body.tenant_id, after=None, limit=10**6) if g.id == grant_id]
+            return 201, made
+
+        return await once(request, runtime, who, work)
+
+    @router.get("/grants")
+    async def list_grants(
+        who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
+    ) -> dict[str, Any]:
+        """Lists a tenant's grants with the amounts that are left."""
+        tenant = _tenant(who.tenant_id, tenant_id)
+        try:
+            after = UUID(paging.after) if paging.after else None
+        except ValueError:
+            raise bad_cursor() from None
+        async with runtime.worker.begin(tenant_id=tenant) as tx:
+            await accounts.lock_one(tx, tenant)
+            await grants.settle(tx, tenant)
+            found = await grants.listed(tx, tenant, after=after, limit=paging.limit + 1)
+        return page(found, paging, lambda grant: str(grant.id))
+
+    return router
+
+
+def _tenant(own: str, asked: str | None) -> str:
+    """The tenant that a list is about. A tenant always sees its own list."""
+    if own:
+        return own
+    if not asked:
+        raise InvalidMessage("tenant_id", "is missing")
+    return asked
+
+
+async def _subscriber(tx: Tx, subscription_id: UUID) -> str:
+    rows = await tx.sql("SELECT tenant_id FROM subscription WHERE subscription_id = $1", subscription_id)
+    if not rows:
+        raise NotFound(f"subscription {subscription_id}: not found")
+    return str(rows[0][0])
+
+
+def _read(body: NewPlan) -> Plan:
+    """Raises InvalidMessage with the field for a plan that cannot work."""
+    if body.currency not in DIGITS:
+        raise InvalidMessage("currency", "is not a currency of ISO 4217")
+    charges = []
+    for n, charge in enumerate(body.charges):
+        _known_meter(f"charges[{n}].meter", charge.meter)
+        tiers = [SchemeTier(t.up_to, Decimal(str(t.unit_nanos)), t.flat_nanos) for t in charge.tiers]
+        try:
+            schemes.check(charge.scheme, tiers, charge.package_size)
+        except schemes.Fault as fault:
+            raise InvalidMessage(f"charges[{n}].{fault.field}", fault.reason) from fault
+        charges.append(Charge(charge.meter, charge.scheme, tiers, charge.by, charge.package_size))
+    for n, item in enumerate(body.included):
+        _known_meter(f"included[{n}].meter", item.meter)
+        if item.meter not in (charge.meter for charge in charges):
+            raise InvalidMessage(f"included[{n}].meter", "has no charge, so nothing of it can be included")
+    for name in ("included", "charges"):
+        seen = [(item.meter, getattr(item, "by", None)) for item in getattr(body, name)]
+        if double := [n for n, item in enumerate(seen) if item in seen[:n]]:
+            raise InvalidMessage(f"{name}[{double[0]}].meter", "is there twice")
+    return Plan(
+        name=body.name,
+        currency=body.currency,
+        interval=body.interval,
+        base_nanos=body.base_nanos,
+        included=[Included(item.meter, item.quantity) for item in body.included],
+        charges=charges,
+        usage_markup_percent=None if body.usage_markup_percent is None else Decimal(str(body.usage_markup_percent)),
+    )
+
+
+def _known_meter(field: str, meter: str) -> None:
+    if meter not in METERS or meter == "cost_nanos":
+        raise InvalidMessage(
+            field, f"is not a meter; must be one of {', '.join(sorted(METERS.keys() - {'cost_nanos'}))}"
+        )
+
+
+def _shown(stored: StoredPlan) -> PlanView:
+    plan = stored.plan
+    return PlanView(
+        id=stored.id,
+        version=stored.version,
+        name=plan.name,
+        currency=plan.currency,
+        interval=plan.interval,
+        base_nanos=plan.base_nanos,
+        included=[IncludedBody(meter=item.meter, quantity=item.quantity) for item in plan.included],
+        charges=[
+            ChargeBody(
+                meter=charge.meter,
+                by=charge.by,  # type: ignore[arg-type]  # it was read from this model
+                scheme=charge.scheme,
+                tiers=[
+                    TierBody(
+                        up_to=tier.up_to,
+                        unit_nanos=int(tier.unit_nanos)
+                        if tier.unit_nanos == int(tier.unit_nanos)
+                        else str(tier.unit_nanos),
+                        flat_nanos=tier.flat_nanos,
+                    )
+                    for tier in charge.tiers
+                ],
+                package_size=charge.package_size,
+            )
+            for charge in plan.charges
+        ],
+        usage_markup_percent=None if plan.usage_markup_percent is None else str(plan.usage_markup_percent),
+    )

@@ -1,0 +1,295 @@
+"""Subscriptions and their periods, in the tables ``subscription`` and ``period``.
+
+Each counted record belongs to one period, chosen when it is counted under the lock of the tenant's account: the open
+period that contains its time or, if that one is closed, the oldest open one, and then the record is marked late. A
+period is closed under the same lock, once. So each record is in exactly one invoice.
+
+A subscription that goes on always has an open period. A change of the plan ends the period and begins another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple
+from uuid import UUID
+from zoneinfo import ZoneInfo, available_timezones
+
+from pydantic import BaseModel
+
+from infra.clock import utcnow, uuid7
+from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.postgres.tx import Tx
+from services.billing import accounts, grants, plans
+from services.billing.calendar import full_period
+
+# Farther in the past, usage of that time would be too old to be counted.
+MAX_DAYS_AGO = 45
+
+
+class Subscription(BaseModel):
+    id: UUID
+    tenant_id: str
+    plan_id: UUID
+    """The plan of the periods to come."""
+    plan_version: int
+    anchor_day: int
+    """The day of the month on which periods begin, or the last day of a shorter month."""
+    time_zone: str
+    starts_at: datetime
+    ends_at: datetime | None
+    """Null: it goes on."""
+
+
+class Period(NamedTuple):
+    period: int
+    subscription_id: UUID
+    plan_id: UUID
+    plan_version: int
+    begins: datetime
+    ends: datetime
+    full_begins: datetime
+    full_ends: datetime
+    closed_at: datetime | None
+
+
+class Place(NamedTuple):
+    """The period of a record. 0: none."""
+
+    period: int
+    late: bool
+
+
+class _Open(NamedTuple):
+    period: int
+    begins: datetime
+    ends: datetime
+    starts_at: datetime
+
+
+_PERIOD = "period, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends, closed_at"
+
+
+async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
+    """Returns the period of each record (tenant, time of use). The caller has locked the tenants' accounts."""
+    now = utcnow()
+    tenants = sorted({tenant_id for tenant_id, _ in records})
+    found = await _open_periods(tx, tenants)
+    for tenant_id, periods in found.items():
+        if now >= periods[-1].ends:
+            await extend(tx, tenant_id, now)
+            found[tenant_id] = (await _open_periods(tx, [tenant_id]))[tenant_id]
+    return [_place(found.get(tenant_id, ()), min(at, now)) for tenant_id, at in records]
+
+
+def _place(periods: Sequence[_Open], at: datetime) -> Place:
+    if not periods or at < periods[0].starts_at:
+        return Place(0, False)
+    for period in periods:
+        if period.begins <= at < period.ends:
+            return Place(period.period, False)
+    # Its period is closed. After the end of a subscription, its last period stays open until it is closed.
+    return Place(periods[0].period, at < periods[0].begins)
+
+
+async def _open_periods(tx: Tx, tenants: Iterable[str]) -> dict[str, list[_Open]]:
+    rows = await tx.sql(
+        """
+        SELECT p.tenant_id, p.period, p.begins, p.ends, s.starts_at
+        FROM period AS p
+        JOIN subscription AS s USING (tenant_id, subscription_id)
+        WHERE p.tenant_id = ANY($1::text[]) AND p.closed_at IS NULL
+        ORDER BY p.tenant_id, p.begins
+        """,
+        list(tenants),
+    )
+    found: dict[str, list[_Open]] = {}
+    for tenant_id, *period in rows:
+        found.setdefault(tenant_id, []).append(_Open(*period))
+    return found
+
+
+async def extend(tx: Tx, tenant_id: str, until: datetime) -> None:
+    """Adds the periods of the tenant's subscriptions that begin at or before `until`."""
+    rows = await tx.sql(
+        """
+        SELECT s.subscription_id, s.plan_id, s.plan_version, s.anchor_day, s.time_zone, s.starts_at,
+               nullif(s.ends_at, 'infinity'),
+               (SELECT max(p.ends) FROM period AS p
+                WHERE p.tenant_id = s.tenant_id AND p.subscription_id = s.subscription_id)
+        FROM subscription AS s
+        WHERE s.tenant_id = $1
+        ORDER BY s.starts_at
+        """,
+        tenant_id,
+    )
+    for subscription_id, plan_id, plan_version, day, zone, starts_at, ends_at, reached in rows:
+        begins = reached or starts_at
+        plan = await plans.version(tx, plan_id, plan_version)
+        while begins <= until and (ends_at is None or begins < ends_at):
+            full = full_period(begins, day, plan.interval, ZoneInfo(zone), starts_at.astimezone(ZoneInfo(zone)).month)
+            ends = min(full.ends, ends_at or full.ends)
+            await _insert(tx, tenant_id, subscription_id, plan_id, plan_version, begins, ends, *full)
+            begins = ends
+
+
+async def _insert(tx: Tx, tenant_id: str, *columns: object) -> None:
+    await tx.sql(
+        """
+        INSERT INTO period (tenant_id, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        """,
+        tenant_id,
+        *columns,
+    )
+
+
+async def subscribe(
+    tx: Tx,
+    tenant_id: str,
+    plan_id: UUID,
+    *,
+    starts_at: datetime | None,
+    anchor_day: int | None,
+    time_zone: str,
+) -> Subscription:
+    """Raises Conflict if the tenant has a subscription at that time or if the currencies differ, and InvalidMessage for
+    a start that is too early or has usage after it that was counted before the subscription existed."""
+    currency, _ = await accounts.lock_one(tx, tenant_id)
+    if time_zone not in available_timezones():
+        raise InvalidMessage("time_zone", "is not the name of a time zone, such as Europe/Berlin")
+    stored = await plans.latest(tx, plan_id)
+    if stored.plan.currency != currency:
+        raise Conflict(f"the plan is in {stored.plan.currency}, the account in {currency}")
+    now = utcnow()
+    begins = (starts_at or now).replace(microsecond=0)
+    if (now - begins).days > MAX_DAYS_AGO:
+        raise InvalidMessage("starts_at", f"must not be more than {MAX_DAYS_AGO} days ago")
+    if await tx.sql(
+        "SELECT 1 FROM subscription WHERE tenant_id = $1 AND ends_at > $2 AND starts_at < ends_at", tenant_id, begins
+    ):
+        raise Conflict(f"tenant {tenant_id} has a subscription at that time; change or end it first")
+    [(counted,)] = await tx.sql(
+        "SELECT max(occurred_at) FROM usage WHERE tenant_id = $1 AND verdict = 'counted' AND occurred_at >= $2",
+        tenant_id,
+        begins,
+    )
+    if starts_at and counted:
+        raise InvalidMessage(
+            "starts_at", f"usage up to {counted.isoformat()} was counted without a subscription; begin after it"
+        )
+    await grants.settle(tx, tenant_id)
+    day = anchor_day or begins.astimezone(ZoneInfo(time_zone)).day
+    subscription_id = uuid7()
+    await tx.sql(
+        """
+        INSERT INTO subscription (tenant_id, subscription_id, plan_id, plan_version, anchor_day, time_zone, starts_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        """,
+        tenant_id,
+        subscription_id,
+        plan_id,
+        stored.version,
+        day,
+        time_zone,
+        begins,
+    )
+    await extend(tx, tenant_id, max(now, begins))
+    return await get(tx, tenant_id, subscription_id)
+
+
+async def change(
+    tx: Tx, tenant_id: str, subscription_id: UUID, plan_id: UUID, when: Literal["now", "period_end"]
+) -> Subscription:
+    """Moves a subscription to the latest version of a plan. `now` ends the current period and begins another one."""
+    currency, _ = await accounts.lock_one(tx, tenant_id)
+    current = await get(tx, tenant_id, subscription_id)
+    stored = await plans.latest(tx, plan_id)
+    now = utcnow().replace(microsecond=0)
+    if current.ends_at and current.ends_at <= now:
+        raise Conflict("the subscription has ended")
+    if stored.plan.currency != currency:
+        raise Conflict(f"the plan is in {stored.plan.currency}, the account in {currency}")
+    await extend(tx, tenant_id, now)
+    await tx.sql(
+        "UPDATE subscription SET plan_id = $3, plan_version = $4 WHERE tenant_id = $1 AND subscription_id = $2",
+        tenant_id,
+        subscription_id,
+        plan_id,
+        stored.version,
+    )
+    if when == "now":
+        await _cut(tx, tenant_id, subscription_id, now)
+        await extend(tx, tenant_id, max(now, current.starts_at))
+    return await get(tx, tenant_id, subscription_id)
+
+
+async def cancel(tx: Tx, tenant_id: str, subscription_id: UUID, when: Literal["now", "period_end"]) -> Subscription:
+    """Ends a subscription. Its periods are still invoiced."""
+    await accounts.lock_one(tx, tenant_id)
+    current = await get(tx, tenant_id, subscription_id)
+    now = utcnow().replace(microsecond=0)
+    if current.ends_at and current.ends_at <= now:
+        raise Conflict("the subscription has ended")
+    await extend(tx, tenant_id, now)
+    if when == "now":
+        await _cut(tx, tenant_id, subscription_id, now)
+    [(ends,)] = await tx.sql(
+        "SELECT max(ends) FROM period WHERE tenant_id = $1 AND subscription_id = $2", tenant_id, subscription_id
+    )
+    await tx.sql(
+        "UPDATE subscription SET ends_at = $3 WHERE tenant_id = $1 AND subscription_id = $2",
+        tenant_id,
+        subscription_id,
+        ends,
+    )
+    return await get(tx, tenant_id, subscription_id)
+
+
+async def _cut(tx: Tx, tenant_id: str, subscription_id: UUID, now: datetime) -> None:
+    """Ends the running period now. Raises Conflict if it has just begun or begins later."""
+    cut = await tx.sql(
+        """
+        UPDATE period
+        SET ends = $3
+        WHERE tenant_id = $1 AND subscription_id = $2 AND begins < $3 AND ends > $3 AND closed_at IS NULL
+        RETURNING period
+        """,
+        tenant_id,
+        subscription_id,
+        now,
+    )
+    if not cut:
+        raise Conflict("no period is running that could end now; try a second later or choose period_end")
+
+
+async def get(tx: Tx, tenant_id: str, subscription_id: UUID) -> Subscription:
+    """Raises NotFound."""
+    found = [item for item in await listed(tx, tenant_id) if item.id == subscription_id]
+    if not found:
+        raise NotFound(f"subscription {subscription_id}: not found")
+    return found[0]
+
+
+async def listed(tx: Tx, tenant_id: str) -> list[Subscription]:
+    rows = await tx.sql(
+        """
+        SELECT subscription_id, tenant_id, plan_id, plan_version, anchor_day, time_zone, starts_at,
+               nullif(ends_at, 'infinity')
+        FROM subscription
+        WHERE tenant_id = $1
+        ORDER BY subscription_id
+        """,
+        tenant_id,
+    )
+    return [Subscription(**dict(zip(Subscription.model_fields, row, strict=True))) for row in rows]
+
+
+async def due(tx: Tx, tenant_id: str, until: datetime) -> list[Period]:
+    """Returns the open periods that have ended at or before `until`, oldest first."""
+    rows = await tx.sql(
+        f"SELECT {_PERIOD} FROM period WHERE tenant_id = $1 AND closed_at IS NULL AND ends <= $2 ORDER BY begins",
+        tenant_id,
+        until,
+    )
+    return [Period(*row) for row in rows]

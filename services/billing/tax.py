@@ -1,0 +1,94 @@
+"""Taxes: the rate of an invoice by the buyer's country and VAT id. Pure, except the tables.
+
+The rates are data of the operator, because they change by law. A country with other rules gets its own entry in RULES.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from infra.errors import InvalidMessage
+from infra.postgres.tx import Tx
+
+# The form only. The prefix is the country; Greece uses EL.
+_VAT_ID = re.compile(r"[A-Z]{2}[A-Z0-9+*]{2,12}")
+
+
+class Buyer(BaseModel):
+    """The tenant as it stands on an invoice."""
+
+    name: str = ""
+    country: str = ""
+    """ISO 3166, two letters. Empty: unknown, and no tax is charged."""
+    vat_id: str = ""
+
+
+class Tax(NamedTuple):
+    percent: Decimal
+    note: str
+
+
+def standard(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> Tax:
+    """The rate of the buyer's country, and none for a business in another country than the seller's."""
+    if not buyer.country:
+        return Tax(Decimal(0), "no tax: the buyer's country is not known")
+    if buyer.vat_id and buyer.country != seller_country:
+        return Tax(Decimal(0), f"reverse charge: the buyer accounts for the tax under {buyer.vat_id}")
+    if buyer.country not in rates:
+        return Tax(Decimal(0), f"no tax: no rate is known for {buyer.country}")
+    percent = rates[buyer.country]
+    return Tax(percent, f"{percent.normalize():f} % {buyer.country}")
+
+
+RULES: dict[str, Callable[[Buyer, str, Mapping[str, Decimal]], Tax]] = {}
+"""Country → its own rule. All other countries have `standard`."""
+
+
+def tax_of(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> Tax:
+    return RULES.get(buyer.country, standard)(buyer, seller_country, rates)
+
+
+def check(buyer: Buyer) -> None:
+    """Raises InvalidMessage for a VAT id that cannot be one of the country."""
+    if not buyer.vat_id:
+        return
+    prefix = "EL" if buyer.country == "GR" else buyer.country
+    if not _VAT_ID.fullmatch(buyer.vat_id) or not buyer.vat_id.startswith(prefix):
+        raise InvalidMessage("vat_id", f"must begin with {prefix} and have 4 to 14 characters")
+
+
+async def buyer(tx: Tx, tenant_id: str) -> Buyer:
+    rows = await tx.sql("SELECT name, country, vat_id FROM buyer WHERE tenant_id = $1", tenant_id)
+    return Buyer(**dict(zip(("name", "country", "vat_id"), rows[0], strict=True))) if rows else Buyer()
+
+
+async def set_buyer(tx: Tx, tenant_id: str, new: Buyer) -> None:
+    await tx.sql(
+        """
+        INSERT INTO buyer (tenant_id, name, country, vat_id)
+        VALUES ($1, $2, $3, $4)
+        ON CONFLICT (tenant_id) DO UPDATE SET name = $2, country = $3, vat_id = $4
+        """,
+        tenant_id,
+        new.name,
+        new.country,
+        new.vat_id,
+    )
+
+
+async def rates(tx: Tx) -> dict[str, Decimal]:
+    """Returns country → percent, as valid now."""
+    rows = await tx.sql(
+        """
+        SELECT DISTINCT ON (country) country, percent
+        FROM tax_rate
+        WHERE valid_from <= clock_timestamp()
+        ORDER BY country, valid_from DESC
+        """
+    )
+    return {country: Decimal(percent) for country, percent in rows}

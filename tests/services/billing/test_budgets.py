@@ -1,0 +1,190 @@
+"""Budgets hold under any concurrency, alert once, and name themselves when they refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from infra.clock import utcnow, uuid7
+from infra.web import rpc
+from protos.billing.v1 import billing_pb2
+from protos.catalog import USAGE_RECORDS
+from protos.messages.billing import UsageRecorded
+from tests.services.billing.conftest import Billing, Tenant
+
+TOKEN = 150
+
+
+async def limit(tenant: Tenant, scope: str, id_: str, nanos: int, **more: Any) -> dict[str, Any]:
+    body = {"scope": scope, "id": id_, "nanos": nanos, "period": "month", **more}
+    answer = await tenant.http.post("/api/v1/budgets", json=body)
+    assert answer.status_code == 201, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def reserve(tenant: Tenant, tokens: int, expires_in_ms: int = 60_000, **names: str) -> billing_pb2.ReserveReply:
+    request = billing_pb2.ReserveRequest(
+        hold_id=names.pop("hold_id", str(uuid7())),
+        resource="openai/gpt-4o-mini",
+        quantities={"input_tokens": tokens},
+        expires_in_ms=expires_in_ms,
+        **names,  # type: ignore[arg-type]
+    )
+    return await tenant.stub().Reserve(request, metadata=rpc.tenant_metadata(tenant.id), timeout=120)
+
+
+async def use(tenant: Tenant, usage_id: str, tokens: int, **names: Any) -> None:
+    record = UsageRecorded(
+        tenant_id=tenant.id,
+        usage_id=usage_id,
+        resource="openai/gpt-4o-mini",
+        quantities={"input_tokens": tokens, "output_tokens": 0},
+        occurred_at=utcnow(),
+        **names,
+    )
+    await tenant.platform.produce(USAGE_RECORDS, record, key=tenant.id)
+
+
+async def spent(tenant: Tenant) -> dict[str, tuple[int, int]]:
+    items = (await tenant.http.get("/api/v1/budgets")).json()["items"]
+    return {item["scope"]: (item["spent_nanos"], item["held_nanos"]) for item in items}
+
+
+@pytest.mark.parametrize(
+    ("scope", "field"),
+    [("agent", "agent_id"), ("channel", "channel_id"), ("session", "session_key"), ("key", "api_key_id")],
+)
+async def test_each_scope_is_held_and_spent_by_the_uses_that_name_it(billing: Billing, scope: str, field: str) -> None:
+    tenant = await billing.tenant()
+    id_, hold_id = uuid7(), uuid7()
+    await limit(tenant, scope, str(id_), 10 * TOKEN)
+    assert (await reserve(tenant, 11)).granted, "a use that does not name it is free"
+    refused = await reserve(tenant, 11, **{field: str(id_)})
+    assert (refused.granted, refused.available_nanos) == (False, 10 * TOKEN)
+    assert refused.refused_by == f"{scope}, 0.0000015 a month"
+    assert (await reserve(tenant, 6, hold_id=str(hold_id), **{field: str(id_)})).granted
+    assert not (await reserve(tenant, 5, **{field: str(id_)})).granted
+    name: Any = id_ if field in ("agent_id", "channel_id") else str(id_)
+    await use(tenant, "a", 2, hold_id=hold_id, **{field: name})
+    await tenant.verdict("a")
+    assert await spent(tenant) == {scope: (2 * TOKEN, 0)}
+    assert (await reserve(tenant, 8, **{field: str(id_)})).granted
+
+
+async def test_the_smallest_rest_of_the_hierarchy_decides(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=100 * TOKEN)
+    await limit(tenant, "tenant", "", 50 * TOKEN)
+    await limit(tenant, "agent", "a", 20 * TOKEN)
+    reply = await reserve(tenant, 15, agent_id="a")
+    assert (reply.granted, reply.available_nanos) == (True, 5 * TOKEN)
+    assert (await reserve(tenant, 6, agent_id="a")).refused_by.startswith("agent, ")
+    assert (await reserve(tenant, 36)).refused_by.startswith("tenant, ")
+    assert (await reserve(tenant, 35)).granted
+    assert not (await reserve(tenant, 1, agent_id="a")).granted
+
+
+async def test_64_concurrent_spenders_with_crashes_pass_a_budget_by_at_most_one_step(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    step, steps = 10, 40
+    await limit(tenant, "agent", str(agent := uuid7()), steps * step * TOKEN)
+    rng = random.Random(3)
+    counted: list[str] = []
+
+    async def spender(n: int) -> None:
+        for turn in range(3):
+            hold_id = uuid7()
+            fate = rng.random()
+            # A caller that dies leaves its hold, which expires. A repeated request is one hold.
+            expires = 1 if fate < 0.2 else 120_000
+            replies = [
+                await reserve(tenant, step, expires, hold_id=str(hold_id), agent_id=str(agent))
+                for _ in range(1 + (fate > 0.8))
+            ]
+            if not replies[0].granted or fate < 0.2:
+                continue
+            if fate < 0.3:
+                await tenant.release(hold_id)
+                continue
+            for _ in range(1 + (fate > 0.9)):
+                await use(tenant, f"s/{n}/{turn}", step, hold_id=hold_id, agent_id=agent)
+            counted.append(f"s/{n}/{turn}")
+
+    await asyncio.gather(*(spender(n) for n in range(64)))
+    for usage_id in counted:
+        await tenant.verdict(usage_id)
+
+    async def free() -> bool:
+        return (await spent(tenant))["agent"][1] == 0
+
+    await tenant.platform.until(free)
+    total, held = (await spent(tenant))["agent"]
+    assert total == len(counted) * step * TOKEN
+    assert total <= (steps + 1) * step * TOKEN
+    assert held == 0, "no hold has leaked"
+    assert (await tenant.get("balance"))["held_nanos"] == 0
+
+
+async def test_each_threshold_alerts_once_in_a_period(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    await limit(tenant, "tenant", "", 100 * TOKEN, soft_percent=[50, 80])
+    for n, tokens in enumerate((49, 1, 10, 25, 20)):
+        await use(tenant, f"a/{n}", tokens)
+        await use(tenant, f"a/{n}", tokens)
+        await tenant.verdict(f"a/{n}")
+
+    async def subjects() -> list[str]:
+        mails = await billing.platform.outbox("billing", "notification")
+        return [body["subject"] for headers, body in mails if headers.get("tenant_id") == tenant.id]
+
+    assert await subjects() == [f"{percent} % of a budget is spent" for percent in (50, 80, 100)]
+    # A new period begins with nothing spent, and may alert again.
+    await tenant.sql(
+        "UPDATE budget SET window_starts = window_starts - interval '2 months' WHERE tenant_id = $1", tenant.id
+    )
+    assert await spent(tenant) == {"tenant": (0, 0)}
+    await use(tenant, "b", 60)
+    await tenant.verdict("b")
+    assert await spent(tenant) == {"tenant": (60 * TOKEN, 0)}
+    assert (await subjects())[3:] == ["50 % of a budget is spent"]
+
+
+async def test_a_new_budget_counts_the_usage_of_its_period_so_far(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    await use(tenant, "a", 7)
+    await tenant.verdict("a")
+    assert (await limit(tenant, "tenant", "", 10 * TOKEN))["spent_nanos"] == 7 * TOKEN
+    changed = await limit(tenant, "tenant", "", 20 * TOKEN)
+    assert (changed["nanos"], changed["spent_nanos"]) == (20 * TOKEN, 7 * TOKEN)
+
+
+async def test_a_resource_without_a_price_holds_the_rest_of_a_budget(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    await limit(tenant, "tenant", "", 1000)
+    request = billing_pb2.ReserveRequest(
+        hold_id=str(uuid7()), resource="acme/unheard-of", quantities={"input_tokens": 500}, expires_in_ms=60_000
+    )
+    reply = await tenant.stub().Reserve(request, metadata=rpc.tenant_metadata(tenant.id))
+    assert (reply.granted, reply.held_nanos, reply.available_nanos) == (True, 1000, 0)
+    assert not (await reserve(tenant, 1)).granted
+
+
+async def test_budgets_are_removed_by_their_tenant_only_and_wrong_ones_refused(billing: Billing) -> None:
+    tenant, other = await billing.tenant(), await billing.tenant()
+    made = await limit(tenant, "tenant", "", 1)
+    assert (await other.http.delete(f"/api/v1/budgets/{made['id']}")).status_code == 404
+    assert (await tenant.http.delete(f"/api/v1/budgets/{made['id']}")).status_code == 204
+    assert await spent(tenant) == {}
+    for body, field in (
+        ({"scope": "agent", "nanos": 1, "period": "day"}, "id"),
+        ({"scope": "tenant", "id": "x", "nanos": 1, "period": "day"}, "id"),
+        ({"scope": "tenant", "nanos": -1, "period": "day"}, "nanos"),
+        ({"scope": "tenant", "nanos": 1, "period": "week"}, "period"),
+        ({"scope": "tenant", "nanos": 1, "period": "day", "soft_percent": [101]}, "soft_percent[0]"),
+    ):
+        answer = await tenant.http.post("/api/v1/budgets", json=body)
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["field"] == field, answer.text

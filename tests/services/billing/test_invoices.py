@@ -1,0 +1,458 @@
+"""From a plan to a paid invoice: lines, periods, numbers, taxes, credit notes, grants, and a balanced journal."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import httpx
+import pytest
+from sqlalchemy.exc import DBAPIError
+
+from infra.clock import utcnow, uuid7
+from services.billing.calendar import full_period
+from services.billing.clock import CLOSE_AFTER, FINALISE_AFTER, Clock
+from tests.services.billing.conftest import Billing, Tenant
+
+UNIT = 10**9
+
+
+def field_of(response: httpx.Response) -> str:
+    assert response.status_code == 422, response.text
+    return str(response.json()["errors"][0]["field"])
+
+
+async def post(billing: Billing, path: str, body: Any = None, *, status: int = 201) -> Any:
+    answer = await billing.operator.post(f"/api/v1/{path}", json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def plan(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": f"Team {uuid7()}",
+        "currency": "USD",
+        "interval": "month",
+        "base_nanos": 30 * UNIT,
+        "included": [{"meter": "input_tokens", "quantity": 1000}],
+        "charges": [
+            {
+                "meter": "input_tokens",
+                "scheme": "graduated",
+                "tiers": [{"up_to": 500, "unit_nanos": UNIT // 100}, {"up_to": None, "unit_nanos": UNIT // 200}],
+            },
+            {"meter": "output_tokens", "by": "model", "scheme": "per_unit", "tiers": [{"unit_nanos": 1000}]},
+        ],
+        "usage_markup_percent": 10,
+    } | changes
+
+
+# The first whole period ended at the last midnight (UTC).
+MIDNIGHT = utcnow().replace(hour=0, minute=0, second=0, microsecond=0)
+ANCHOR = {"anchor_day": MIDNIGHT.day}
+START = full_period(MIDNIGHT - timedelta(seconds=1), MIDNIGHT.day, "month", ZoneInfo("UTC")).begins
+
+
+async def subscribed(billing: Billing, **changes: Any) -> tuple[Tenant, dict[str, Any]]:
+    """A tenant whose first whole period has ended."""
+    tenant = await billing.tenant()
+    made = await post(billing, "plans", plan(**changes))
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+    return tenant, await post(billing, "subscriptions", body)
+
+
+async def draft(billing: Billing, tenant: Tenant) -> dict[str, Any]:
+    [made] = (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"]
+    return dict(made)
+
+
+async def journal(tenant: Tenant) -> dict[str, int]:
+    found = await tenant.get("journal")
+    assert found["difference"] == 0
+    return {account: nanos for account, nanos in found["balances"].items() if nanos}
+
+
+async def test_a_month_of_usage_becomes_lines_that_were_computed_by_hand(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    at = START + timedelta(days=3)
+    await tenant.use("a/1", occurred_at=at, input_tokens=1400, output_tokens=10)
+    await tenant.use("a/2", occurred_at=at, input_tokens=200, output_tokens=5)
+    await tenant.use("a/3", occurred_at=utcnow(), input_tokens=77, output_tokens=7)
+    for n in (1, 2, 3):
+        await tenant.verdict(f"a/{n}")
+
+    made = await draft(billing, tenant)
+    assert (made["status"], made["number"], made["currency"]) == ("draft", None, "USD")
+    lines = (await tenant.http.get(f"/api/v1/invoices/{made['id']}/lines")).json()["items"]
+    # 1600 tokens, 1000 included: 600 = 500 × 0.01 + 100 × 0.005. The model's list price: 150 and 600 per token, + 10 %.
+    cost = 1600 * 150 + 15 * 600
+    assert [line["amount_nanos"] for line in lines] == [
+        30 * UNIT,
+        500 * (UNIT // 100) + 100 * (UNIT // 200),
+        15 * 1000,
+        cost * 110 // 100,
+    ]
+    assert [line["quantity"] for line in lines] == [1, 1600, 15, 2]
+    assert [line["unit_nanos"] for line in lines] == [30 * UNIT, None, 1000, None]
+    assert "1000 included" in lines[1]["description"]
+    assert lines[0]["from"] == START.isoformat().replace("+00:00", "Z")
+    assert made["subtotal_nanos"] == sum(line["amount_nanos"] for line in lines)
+    assert made["total_minor"] == 3550
+
+    done = await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    assert (done["number"], done["status"], done["due_minor"]) == ("INV-000001", "finalised", 3550)
+    assert await post(billing, f"invoices/{made['id']}/finalise", status=200) == done
+    found = await journal(tenant)
+    assert found["receivable"] == 3550 * UNIT // 100
+    assert -found["revenue"] == made["subtotal_nanos"]
+    text = (await tenant.http.get(f"/api/v1/invoices/{made['id']}/csv")).text.splitlines()
+    assert len(text) == 5
+    assert text[1].split(",")[0:2] == ["1", lines[0]["description"]]
+
+
+async def test_a_closed_period_is_invoiced_once_and_late_usage_goes_into_the_next_invoice(billing: Billing) -> None:
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    await tenant.use("a/1", occurred_at=START, input_tokens=1, output_tokens=1)
+    await tenant.verdict("a/1")
+    first = await draft(billing, tenant)
+    again = await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200)
+    assert again["items"] == []
+    await tenant.use("a/2", occurred_at=START + timedelta(days=1), input_tokens=3, output_tokens=0)
+    await tenant.verdict("a/2")
+    ended = await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    assert ended.status_code == 200, ended.text
+    second = await draft(billing, tenant)
+    lines = (await tenant.http.get(f"/api/v1/invoices/{second['id']}/lines")).json()["items"]
+    assert [line["amount_nanos"] for line in lines] == [3 * 150 * 110 // 100]
+    assert "1 records of an earlier period" in lines[0]["description"]
+    assert first["subtotal_nanos"] == 750 * 110 // 100
+
+
+async def test_a_change_of_plan_now_splits_the_period_to_the_second(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    small = await post(billing, "plans", plan(base_nanos=30 * UNIT, charges=[], included=[], usage_markup_percent=None))
+    large = await post(billing, "plans", plan(base_nanos=90 * UNIT, charges=[], included=[], usage_markup_percent=None))
+    start = utcnow().replace(microsecond=0) - timedelta(days=1)
+    body = {"tenant_id": tenant.id, "plan_id": small["id"], "starts_at": start.isoformat(), "anchor_day": 31}
+    made = await post(billing, "subscriptions", body)
+    change = {"plan_id": large["id"], "when": "now"}
+    answer = await billing.operator.patch(f"/api/v1/subscriptions/{made['id']}", json=change)
+    assert answer.status_code == 200, answer.text
+    rows = await tenant.sql(
+        "SELECT begins, ends, full_begins, full_ends, plan_id::text FROM period WHERE tenant_id = $1 ORDER BY begins",
+        tenant.id,
+    )
+    assert rows[0][0] == start
+    assert rows[0][4] == small["id"]
+    assert rows[-1][4] == large["id"]
+    assert all(before[1] == after[0] for before, after in pairwise(rows))
+    closed = (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"]
+    for made, (begins, ends, full_begins, full_ends, _) in zip(closed, rows, strict=False):
+        share = (ends - begins) / (full_ends - full_begins)
+        assert abs(made["subtotal_nanos"] - 30 * UNIT * share) <= 1
+
+
+async def test_numbers_have_no_gap_under_32_concurrent_finalisations(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    # Drafts of many periods, as a long-standing tenant has them.
+    first = await draft(billing, tenant)
+    ids = [first["id"]]
+    for n in range(31):
+        [(id_,)] = await tenant.sql(
+            """
+            INSERT INTO invoice (tenant_id, invoice_id, period, status, currency, begins, ends, subtotal_nanos,
+                                 tax_nanos, tax_note, total_minor)
+            SELECT tenant_id, gen_random_uuid(), -$2::bigint, 'draft', currency, begins, ends, 1000000000, 0, '', 100
+            FROM invoice
+            WHERE tenant_id = $1
+            LIMIT 1
+            RETURNING invoice_id::text
+            """,
+            tenant.id,
+            n + 1,
+        )
+        ids.append(id_)
+
+    async def finalise(id_: str) -> None:
+        for _ in range(2):
+            with_errors = await billing.operator.post(f"/api/v1/invoices/{id_}/finalise")
+            assert with_errors.status_code in (200, 503), with_errors.text
+
+    await asyncio.gather(*(finalise(id_) for id_ in ids))
+    numbers = [(await post(billing, f"invoices/{id_}/finalise", status=200))["number"] for id_ in ids]
+    assert sorted(numbers) == [f"INV-{n:06}" for n in range(1, 33)]
+    assert (await journal(tenant))["receivable"] > 0
+
+
+async def test_a_killed_service_leaves_no_gap_and_no_invoice_twice(billing: Billing) -> None:
+    platform = billing.platform
+    tenants = [(await subscribed(billing))[0] for _ in range(3)]
+    drafts = [(tenant, (await draft(billing, tenant))["id"]) for tenant in tenants for _ in range(1)]
+
+    async def finalise(id_: str) -> None:
+        try:
+            await billing.operator.post(f"/api/v1/invoices/{id_}/finalise")
+        except httpx.HTTPError:
+            return
+
+    tasks = [asyncio.create_task(finalise(id_)) for _, id_ in drafts for _ in range(4)]
+    await asyncio.sleep(0)
+    platform.kill("billing")
+    await asyncio.gather(*tasks)
+    await platform.start("billing")
+    for tenant, id_ in drafts:
+        assert (await post(billing, f"invoices/{id_}/finalise", status=200))["number"] == "INV-000001"
+        invoiced = await tenant.sql(
+            "SELECT count(*) FROM journal_entry WHERE tenant_id = $1 AND kind = 'invoice'", tenant.id
+        )
+        assert invoiced == [(1,)]
+
+
+async def test_a_finalised_invoice_and_a_journal_line_never_change(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    made = await draft(billing, tenant)
+    await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    with pytest.raises(DBAPIError, match="never changes"):
+        await tenant.sql("UPDATE invoice SET total_minor = 1 WHERE tenant_id = $1", tenant.id)
+    for statement in (
+        "UPDATE invoice_line SET amount_nanos = 0 WHERE tenant_id = $1",
+        "DELETE FROM invoice WHERE tenant_id = $1",
+        "DELETE FROM journal_line WHERE tenant_id = $1",
+    ):
+        with pytest.raises(DBAPIError, match="permission denied"):
+            await tenant.sql(statement, tenant.id)
+
+
+async def test_the_database_refuses_an_entry_that_is_not_balanced(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    with pytest.raises(DBAPIError, match="is not balanced"):
+        await tenant.sql(
+            """
+            WITH made AS (
+                INSERT INTO journal_entry (tenant_id, kind, reference, reason, actor)
+                VALUES ($1, 'test', '', '', '')
+                RETURNING tenant_id, entry
+            )
+            INSERT INTO journal_line
+            SELECT tenant_id, entry, account, nanos
+            FROM made, (VALUES ('cash', 5), ('revenue', -4)) AS n(account, nanos)
+            """,
+            tenant.id,
+        )
+
+
+async def test_tax_follows_the_country_and_a_credit_note_takes_its_share_back(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing, base_nanos=100 * UNIT, charges=[], included=[], usage_markup_percent=None)
+    country = "DE"
+    rate = {"country": country, "percent": "19", "valid_from": "2020-01-01T00:00:00Z"}
+    await billing.operator.post("/api/v1/tax-rates", json=rate)
+    bad = await tenant.http.put("/api/v1/billing/buyer", json={"country": "DE", "vat_id": "FR123"})
+    assert field_of(bad) == "vat_id"
+    assert (await tenant.http.put("/api/v1/billing/buyer", json={"country": country})).status_code == 200
+    made = await draft(billing, tenant)
+    done = await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    assert (done["tax_nanos"], done["total_minor"], done["tax_note"]) == (19 * UNIT, 11900, "19 % DE")
+
+    path = f"invoices/{made['id']}"
+    too_much = await billing.operator.post(f"/api/v1/{path}/credit-notes", json={"amount_minor": 11901, "reason": "x"})
+    assert field_of(too_much) == "amount_minor"
+    note = await post(billing, f"{path}/credit-notes", {"amount_minor": 1190, "reason": "a day without service"})
+    assert note["number"] == "CN-000001"
+    assert await journal(tenant) == {
+        "receivable": 119 * UNIT - 119 * UNIT // 10,
+        "revenue": -90 * UNIT,
+        "tax": -17_100_000_000,
+    }
+    over = await billing.operator.post(f"/api/v1/{path}/received", json={"amount_minor": 10711, "reference": "SEPA 1"})
+    assert field_of(over) == "amount_minor"
+    for _ in range(2):
+        paid = await post(billing, f"{path}/received", {"amount_minor": 10710, "reference": "SEPA 1"}, status=200)
+    assert (paid["status"], paid["due_minor"]) == ("paid", 0)
+    # What was paid comes back as a grant.
+    await post(billing, f"{path}/credit-notes", {"amount_minor": 1190, "reason": "another day"})
+    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert (grant["kind"], grant["left_nanos"]) == ("prepaid", 1190 * UNIT // 100)
+    found = await journal(tenant)
+    assert found["cash"] == 10710 * UNIT // 100
+    assert found["prepaid"] == -1190 * UNIT // 100
+    assert "receivable" not in found
+
+
+async def test_reverse_charge_for_a_business_in_another_country(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    await tenant.http.put("/api/v1/billing/buyer", json={"country": "AT", "vat_id": "ATU12345678"})
+    made = await draft(billing, tenant)
+    assert made["tax_nanos"] == 0
+    assert "reverse charge" in made["tax_note"]
+
+
+async def test_void_and_write_off_book_the_receivable_back(billing: Billing) -> None:
+    for status in ("void", "uncollectible"):
+        tenant, _ = await subscribed(billing)
+        made = await draft(billing, tenant)
+        early = await billing.operator.post(f"/api/v1/invoices/{made['id']}/{status}")
+        assert early.status_code == 409
+        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+        ended = await post(billing, f"invoices/{made['id']}/{status}", status=200)
+        assert (ended["status"], ended["due_minor"]) == (status, 0)
+        found = await journal(tenant)
+        assert "receivable" not in found
+        assert found == ({} if status == "void" else {"revenue": -30 * UNIT, "write_off": 30 * UNIT})
+
+
+async def test_grants_are_burned_by_priority_then_expiry_then_age_and_the_rest_is_booked(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=0)
+    soon = (utcnow() + timedelta(hours=1)).isoformat()
+
+    async def grant(nanos: int, **more: Any) -> str:
+        body = {"tenant_id": tenant.id, "nanos": nanos, "reason": "test", **more}
+        return str((await post(billing, "grants", body))["id"])
+
+    oldest = await grant(1000)
+    first = await grant(1000, priority=1)
+    expiring = await grant(1000, expires_at=soon, kind="prepaid")
+    youngest = await grant(1000)
+
+    async def left() -> dict[str, int]:
+        items = (await tenant.http.get("/api/v1/grants")).json()["items"]
+        return {item["id"]: item["left_nanos"] for item in items}
+
+    async def use(usage_id: str, tokens: int) -> None:
+        await tenant.use(usage_id, input_tokens=tokens, output_tokens=0)
+        await tenant.verdict(usage_id)
+
+    await use("a", 8)
+    assert await left() == {oldest: 1000, first: 0, expiring: 800, youngest: 1000}
+    await use("b", 2)
+    assert await left() == {oldest: 1000, first: 0, expiring: 500, youngest: 1000}
+    assert (await tenant.get("balance"))["balance_nanos"] == 2500
+    await tenant.sql(
+        "UPDATE credit_grant SET expires_at = now() - interval '1 s' WHERE tenant_id = $1 AND grant_id::text = $2",
+        tenant.id,
+        expiring,
+    )
+    await tenant.sql("UPDATE account SET next_expiry = now() WHERE tenant_id = $1", tenant.id)
+    assert (await tenant.get("balance"))["balance_nanos"] == 2000
+    assert await left() == {oldest: 1000, first: 0, expiring: 0, youngest: 1000}
+    await use("c", 8)
+    assert await left() == {oldest: 0, first: 0, expiring: 0, youngest: 800}
+    entries = (await tenant.get("ledger"))["items"]
+    assert [e["amount_nanos"] for e in entries if e["kind"] == "expiry"] == [-500]
+    assert sum(e["amount_nanos"] for e in entries) == (await tenant.get("balance"))["balance_nanos"] == 800
+    found = await journal(tenant)
+    assert found == {"cash": 1000, "promotional_cost": 3000, "promotional_credit": -800, "revenue": -3200}
+
+
+async def test_grants_pay_an_invoice_in_whole_minor_units(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    body = {"tenant_id": tenant.id, "nanos": 12 * UNIT + 1, "kind": "prepaid", "reason": "paid in advance"}
+    await post(billing, "grants", body)
+    made = await draft(billing, tenant)
+    done = await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    assert (done["applied_minor"], done["due_minor"], done["status"]) == (1200, 1800, "finalised")
+    found = await journal(tenant)
+    assert found == {"cash": 12 * UNIT + 1, "prepaid": -1, "receivable": 18 * UNIT, "revenue": -30 * UNIT}
+
+
+async def test_totals_use_the_minor_unit_of_the_currency(billing: Billing) -> None:
+    for currency, total in (("JPY", 12), ("KWD", 12346)):
+        tenant = await billing.tenant(currency=currency)
+        made = await post(
+            billing,
+            "plans",
+            plan(currency=currency, base_nanos=12_345_600_000, charges=[], included=[], usage_markup_percent=None),
+        )
+        body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+        await post(billing, "subscriptions", body)
+        made = await draft(billing, tenant)
+        assert made["total_minor"] == total
+        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+        await journal(tenant)
+
+
+async def test_the_clock_closes_and_finalises_what_is_due(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    clock = Clock(billing.platform.database("billing"), "")
+    start = utcnow() - CLOSE_AFTER - timedelta(hours=1)
+    await tenant.sql("UPDATE period SET ends = $2 WHERE tenant_id = $1 AND begins = $3", tenant.id, start, START)
+
+    async def status() -> str:
+        items = (await tenant.http.get("/api/v1/invoices")).json()["items"]
+        return str(items[0]["status"]) if items else "none"
+
+    await clock.tick()
+    assert await status() == "draft"
+    await tenant.sql("UPDATE invoice SET made_at = $2 WHERE tenant_id = $1", tenant.id, utcnow() - FINALISE_AFTER)
+    await clock.tick()
+    assert await status() == "finalised"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"currency": "XXX"}, "currency"),
+        ({"base_nanos": -1}, "base_nanos"),
+        ({"charges": [{"meter": "colours", "scheme": "per_unit", "tiers": [{}]}]}, "charges[0].meter"),
+        (
+            {
+                "charges": [
+                    {
+                        "meter": "input_tokens",
+                        "scheme": "volume",
+                        "tiers": [{"up_to": 10, "unit_nanos": 1}, {"up_to": 5, "unit_nanos": 1}, {}],
+                    }
+                ]
+            },
+            "charges[0].tiers[1].up_to",
+        ),
+        (
+            {"charges": [{"meter": "input_tokens", "scheme": "volume", "tiers": [{"up_to": 10}]}]},
+            "charges[0].tiers[0].up_to",
+        ),
+        ({"included": [{"meter": "messages", "quantity": 1}]}, "included[0].meter"),
+    ],
+)
+async def test_a_plan_that_cannot_work_is_refused_with_its_field(
+    billing: Billing, changes: dict[str, Any], field: str
+) -> None:
+    answer = await billing.operator.post("/api/v1/plans", json=plan(**changes))
+    assert field_of(answer) == field
+
+
+async def test_a_subscription_that_cannot_work_is_refused(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    made = await post(billing, "plans", plan())
+    body = {"tenant_id": tenant.id, "plan_id": made["id"]}
+
+    async def refused(**changes: Any) -> httpx.Response:
+        return await billing.operator.post("/api/v1/subscriptions", json=body | changes)
+
+    assert field_of(await refused(anchor_day=32)) == "anchor_day"
+    assert field_of(await refused(time_zone="Mars/Olympus")) == "time_zone"
+    assert field_of(await refused(starts_at="2020-01-01T00:00:00Z")) == "starts_at"
+    assert (await refused(plan_id=str(uuid7()))).status_code == 404
+    yen = await post(billing, "plans", plan(currency="JPY"))
+    assert (await refused(plan_id=yen["id"])).status_code == 409
+    await post(billing, "subscriptions", body | {"anchor_day": 31})
+    assert (await refused()).status_code == 409, "two plans at once"
+    await tenant.use("a", input_tokens=1, output_tokens=1)
+    await tenant.verdict("a")
+    other = await billing.tenant()
+    await other.use("a", input_tokens=1, output_tokens=1)
+    await other.verdict("a")
+    late = (datetime.now(UTC) - timedelta(days=1)).isoformat()
+    assert field_of(await refused(tenant_id=other.id, starts_at=late)) == "starts_at"
+
+
+async def test_another_tenants_invoice_is_not_found_and_only_the_operator_finalises(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    other = await billing.tenant()
+    made = await draft(billing, tenant)
+    for path in ("", "/lines", "/csv", "/credit-notes"):
+        assert (await other.http.get(f"/api/v1/invoices/{made['id']}{path}")).status_code == 404
+    assert (await other.http.get("/api/v1/invoices")).json()["items"] == []
+    assert (await tenant.http.post(f"/api/v1/invoices/{made['id']}/finalise")).status_code == 403
+    assert (await tenant.http.post("/api/v1/grants", json={})).status_code == 403
