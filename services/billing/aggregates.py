@@ -30,6 +30,7 @@ METERS = {
     "bytes": "bytes that were transferred",
     "storage_byte_hours": "stored bytes times hours",
     "run_seconds": "duration of runs in seconds",
+    "correction_nanos": "differences that re-rating has booked, in nano-units of the account's currency",
     "cost_nanos": "the price of the usage by the price book, in nano-units of the account's currency",
 }
 # Group → SQL expression over a bucket.
@@ -91,6 +92,30 @@ async def add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
         """,
         "\x1f".join(tenant_id for tenant_id, _ in keys),
         "\x1f".join(usage_id for _, usage_id in keys),
+    )
+
+
+async def add_corrections(tx: Tx, tenant_id: str, keys: Sequence[tuple[str, str]]) -> None:
+    """Adds corrections (usage_id, price version) to their buckets. The caller has locked the account."""
+    await tx.sql(
+        f"""
+        INSERT INTO usage_bucket AS b
+        SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
+        FROM unnest($2::text[], $3::text[]) AS n(usage_id, price_version)
+        JOIN correction_measure USING (usage_id, price_version)
+        WHERE tenant_id = $1
+        GROUP BY {_KEY}
+        ORDER BY {_KEY}
+        ON CONFLICT ({_KEY}) DO UPDATE
+        SET records = b.records + excluded.records,
+            quantity = b.quantity + excluded.quantity,
+            first_arrival = least(b.first_arrival, excluded.first_arrival),
+            last_arrival = greatest(b.last_arrival, excluded.last_arrival),
+            hash = b.hash # excluded.hash
+        """,
+        tenant_id,
+        [usage_id for usage_id, _ in keys],
+        [version for _, version in keys],
     )
 
 
@@ -162,7 +187,13 @@ async def rebuild(tx: Tx, tenant_id: str) -> Rebuilt:
         f"""
         INSERT INTO usage_bucket
         SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
-        FROM measure
+        FROM (
+            SELECT {_KEY}, quantity, arrival, digest
+            FROM measure
+            UNION ALL
+            SELECT {_KEY}, quantity, arrival, digest
+            FROM correction_measure
+        ) AS m
         WHERE tenant_id = $1
         GROUP BY {_KEY}
         """,

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, BaseModel
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from starlette.routing import BaseRoute
 
 from infra.clock import utcnow
@@ -21,13 +21,16 @@ from services.billing import (
     accounts,
     aggregates,
     budgets_api,
+    explain,
     invoices_api,
     operator_api,
     plans_api,
     prices_api,
     reports,
+    rerate,
 )
 from services.billing.aggregates import GROUPS, METERS, Meter, Rebuilt, Sum, Window, full_hour
+from services.billing.payments import api as payments
 from services.billing.reconciliation import Reconciliation, reconcile
 from services.billing.reports import Balance, Grouping, Summary, UsageFilter, UsageList, UsageVerdict
 
@@ -35,6 +38,15 @@ Since = Annotated[AwareDatetime | None, Query(description="only usage that occur
 From = Annotated[AwareDatetime | None, Query(alias="from", description="with group_by: first hour")]
 To = Annotated[AwareDatetime | None, Query(description="with group_by: the hour after the last one")]
 Until = Annotated[AwareDatetime | None, Query(description="only usage that occurred before this time")]
+
+
+class RerateRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    from_: AwareDatetime = Field(alias="from")
+    to: AwareDatetime
+    tenant_id: str | None = None
+    """Null: all tenants."""
+    dry_run: bool
 
 
 class UsageSums(BaseModel):
@@ -53,6 +65,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         plans_api.router(runtime),
         invoices_api.router(runtime),
         budgets_api.router(runtime),
+        payments.router(runtime),
     )
 
 
@@ -115,6 +128,35 @@ def _tenants(runtime: Runtime) -> APIRouter:
             await accounts.lock_one(tx, tenant_id)
             found = await aggregates.rebuild(tx, tenant_id)
             audit(tx, who.actor, "billing.rebuild", "account", tenant_id, equal=str(found.equal))
+        return found
+
+    @router.get("/lines/{line_id}/explain")
+    async def explain_line(
+        line_id: UUID,
+        who: Viewer,
+        usage_id: Annotated[str | None, Query(description="a record of the line, shown down to its answer")] = None,
+    ) -> explain.Proof:
+        """Proves a line of an invoice: its sums, compared with the records; price versions, runs, and one record."""
+        async with runtime.worker.begin() as tx:
+            rows = await tx.sql("SELECT tenant_id FROM invoice_line WHERE line_id = $1", line_id)
+            if not rows or who.tenant_id not in ("", rows[0][0]):
+                raise NotFound(f"line {line_id}: not found")
+            return await explain.explain(tx, rows[0][0], line_id, usage_id)
+
+    @router.post("/rerate")
+    async def rerate_usage(body: RerateRequest, who: Operator) -> rerate.Rerated:
+        """Rates the usage of a time again with the current versions of its prices, and books the differences.
+
+        A repeated call books nothing. With `dry_run` it only shows them.
+        """
+        if body.from_ >= body.to:
+            raise InvalidMessage("to", "must be after from")
+        found = await rerate.rerate(
+            runtime.worker, body.from_, body.to, body.tenant_id, dry_run=body.dry_run, actor=who.actor
+        )
+        async with runtime.worker.begin(tenant_id=body.tenant_id) as tx:
+            details = {"dry_run": str(body.dry_run), "changed": str(found.changed)}
+            audit(tx, who.actor, "billing.rerate", "usage", body.tenant_id or "all tenants", **details)
         return found
 
     @router.get("/ledger")

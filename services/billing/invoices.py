@@ -239,10 +239,11 @@ async def receive(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, refer
         reason=f"invoice {invoice.number}",
         actor=actor,
     )
-    await _add_paid(tx, tenant_id, invoice_id, minor)
+    await add_paid(tx, tenant_id, invoice_id, minor)
 
 
-async def _add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None:
+async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None:
+    """Adds a paid amount (below zero: taken back), and marks the invoice as paid or as open again."""
     await tx.sql(
         """
         UPDATE invoice
@@ -340,7 +341,7 @@ async def credit(
         invoice_id,
         minor,
     )
-    await _add_paid(tx, tenant_id, invoice_id, 0)
+    await add_paid(tx, tenant_id, invoice_id, 0)
     over = minor - invoice.due_minor
     if over > 0 and not refund:
         await accounts.add_credit(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from infra.service.settings import Settings as Base
 from protos.catalog import USAGE_RECORDS
@@ -26,5 +26,15 @@ def addresses(value: str) -> dict[str, str]:
 class Settings(Base):
     operations: Annotated[str, AfterValidator(_targets)]
     """Addresses of the services' operations gRPC: ``user=host:port,agent=host:port,…``."""
+    stripe_api_key: SecretStr | None = None
+    """Without it no payment provider is set up."""
+    stripe_webhook_secret: SecretStr | None = None
+    stripe_api_base: str = "https://api.stripe.com"
     seller_country: Annotated[str, Field(pattern=r"^([A-Z]{2})?$")] = ""
     """The country of the company that sends the invoices (ISO 3166). Decides about reverse charge."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.stripe_api_key is None) != (self.stripe_webhook_secret is None):
+            raise ValueError("CLAW_STRIPE_API_KEY and CLAW_STRIPE_WEBHOOK_SECRET must be set together")
+        return self

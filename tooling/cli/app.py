@@ -27,6 +27,7 @@ COMMANDS = (
     "outbox",
     "replay",
     "demo",
+    "rerate",
     "chat",
     "run",
     "bench",

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tooling.cli.demo_billing import BillingDemo
 from tooling.cli.demo_steps import Demo, Model
 from tooling.cli.up import up
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home, home_folder
+from tooling.stack.operator import run
 
 SCRIPTED = Model("scripted/answer", None)
 # The demo uses the first provider whose API key is in the environment.
@@ -28,10 +30,16 @@ def demo(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document. The steps go to standard error.")
     ] = False,
+    billing: Annotated[
+        bool, typer.Option("--billing", help="Invoice a synthetic month of three tenants in place of a message.")
+    ] = False,
 ) -> None:
     """Start the stack; have a message answered, delivered, billed and traced; then send the same message again."""
     began = time.monotonic()
     console = Console(stderr=as_json, highlight=False)
+    if billing:
+        _demo_billing(console, as_json=as_json)
+        return
     model = choose_model(os.environ)
     console.print(
         "[bold]Clawbus demo[/]: a message on a chat channel is answered, delivered and billed.\n"
@@ -48,6 +56,18 @@ def demo(
         result: dict[str, Any] = asyncio.run(Demo(Home(home_folder()), model, console, began).run())
     except asyncio.CancelledError:
         raise EngineError("the demo was interrupted. The stack still runs; ./claw down stops it") from None
+    if as_json:
+        print(json.dumps(result))  # noqa: T201
+
+
+def _demo_billing(console: Console, *, as_json: bool) -> None:
+    console.print(
+        "[bold]Clawbus demo[/]: from usage to paid invoices.\n"
+        "  usage:    [yellow]synthetic[/], made up by this command\n"
+        "  payments: a [yellow]local stand-in for Stripe[/], which checks each call that it gets"
+    )
+    up()
+    result = run(BillingDemo(Home(home_folder()), console).run())
     if as_json:
         print(json.dumps(result))  # noqa: T201
 

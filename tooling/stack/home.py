@@ -31,12 +31,13 @@ SERVICE_PORTS = {
     "log_aggregator": 8007,
     "log_aggregator_grpc": 9007,
     "otlp": 4318,
+    "payments": 8098,
     "notification": 8008,
     "notification_grpc": 9008,
     "ws_gateway": 8081,
     "ws_gateway_grpc": 9081,
 }
-SERVICES = tuple(name for name in SERVICE_PORTS if not name.endswith(("_grpc", "otlp")))
+SERVICES = tuple(name for name in SERVICE_PORTS if not name.endswith(("_grpc", "otlp", "payments")))
 # The offsets that stacks on one machine usually have. No other offset may lead to one of their ports.
 _USUAL_OFFSETS = (0, 400, 2000, 5000)
 

@@ -26,6 +26,8 @@ SECRETS = frozenset(
         "S3_SECRET_KEY",
         "OPENSEARCH_URL",
         "SMTP_URL",
+        "STRIPE_API_KEY",
+        "STRIPE_WEBHOOK_SECRET",
     )
 )
 
@@ -80,6 +82,11 @@ class LocalService:
             "CLAW_MASTER_KEY": place.secret.bytes32("master_key"),
             **addresses(place),
         }
+        if self.NAME == "billing":
+            # The stand-in that `./claw demo --billing` serves there.
+            environment["CLAW_STRIPE_API_BASE"] = f"http://127.0.0.1:{place.ports['payments']}"
+            environment["CLAW_STRIPE_API_KEY"] = place.secret("stripe_key")
+            environment["CLAW_STRIPE_WEBHOOK_SECRET"] = place.secret("stripe_webhook")
         if self.NAME == "user":
             environment["CLAW_ADMIN_TOKEN"] = place.secret("admin_token")
         if f"{self.NAME}_grpc" in self.PORTS:

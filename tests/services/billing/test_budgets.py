@@ -26,13 +26,13 @@ async def limit(tenant: Tenant, scope: str, id_: str, nanos: int, **more: Any) -
     return found
 
 
-async def reserve(tenant: Tenant, tokens: int, expires_in_ms: int = 60_000, **names: str) -> billing_pb2.ReserveReply:
+async def reserve(tenant: Tenant, tokens: int, expires_in_ms: Any = 60_000, **names: Any) -> billing_pb2.ReserveReply:
     request = billing_pb2.ReserveRequest(
         hold_id=names.pop("hold_id", str(uuid7())),
         resource="openai/gpt-4o-mini",
         quantities={"input_tokens": tokens},
         expires_in_ms=expires_in_ms,
-        **names,  # type: ignore[arg-type]
+        **names,
     )
     return await tenant.stub().Reserve(request, metadata=rpc.tenant_metadata(tenant.id), timeout=120)
 

@@ -56,7 +56,7 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused() -> None:
 
 def test_the_services_are_those_of_the_catalog() -> None:
     assert set(SERVICES) == set(catalog.SERVICES)
-    assert {name.removesuffix("_grpc") for name in SERVICE_PORTS} == {*SERVICES, "otlp"}
+    assert {name.removesuffix("_grpc") for name in SERVICE_PORTS} == {*SERVICES, "otlp", "payments"}
 
 
 def test_a_service_may_read_only_its_own_queues() -> None:

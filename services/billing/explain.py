@@ -1,0 +1,194 @@
+"""The proof of an invoice line: its buckets, compared with the records that they sum, down to one record."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+import msgspec
+from pydantic import BaseModel
+
+from infra.errors import NotFound
+from infra.postgres.tx import Tx
+from services.billing import price_book, reports
+from services.billing.aggregates import shown
+from services.billing.domain import PART_OF
+from services.billing.reports import UsageVerdict
+
+# More records than that are not read again for one answer.
+MAX_COMPARED = 200_000
+SHOWN = 20
+
+_COLUMNS = {"model": "resource", "agent": "agent_id", "channel": "channel_id"}
+
+
+class Records(BaseModel):
+    """Usage records together."""
+
+    count: int
+    sum: int
+    hash: str
+    """The digests of the records, combined by exclusive or; 16 hexadecimal digits."""
+
+
+class Proof(BaseModel):
+    """The buckets of a line and, if they still exist, the records."""
+
+    line_id: UUID
+    invoice_id: UUID
+    invoice_number: str | None
+    description: str
+    amount_nanos: int
+    meter: str | None
+    """Null: a fee that does not depend on usage."""
+    buckets: Records
+    records: Records | None
+    """Computed again from the stored records. Null: there are too many for one answer."""
+    equal: bool | None
+    """The buckets equal the records. Null: they were not compared."""
+    first: UsageVerdict | None
+    last: UsageVerdict | None
+    price_versions: list[str]
+    runs: list[UUID]
+    """Some of the runs that used it, the newest first."""
+    record: RecordProof | None
+    """The record that the request names."""
+
+
+class Part(BaseModel):
+    """A part of a record's amount."""
+
+    unit: str
+    quantity: int
+    """Without the parts of it that have prices of their own."""
+    nanos_per_unit: str
+    """Decimal."""
+    nanos: str
+    """Exact. The sum of all parts is rounded once, half to even."""
+
+
+class RecordProof(BaseModel):
+    """One usage record: its content, the prices that apply to it, and the run that has the answer."""
+
+    usage: UsageVerdict
+    parts: list[Part]
+    run_id: UUID | None
+    step: int | None
+    answer: str | None
+    """The path of the run with its reply."""
+    rated_at: datetime
+
+
+async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -> Proof:
+    """Raises NotFound for an unknown line, and for a record that is not in it."""
+    rows = await tx.sql(
+        """
+        SELECT l.invoice_id, i.number, l.description, l.amount_nanos, l.source, i.period
+        FROM invoice_line AS l
+        JOIN invoice AS i USING (tenant_id, invoice_id)
+        WHERE l.tenant_id = $1 AND l.line_id = $2
+        """,
+        tenant_id,
+        line_id,
+    )
+    if not rows:
+        raise NotFound(f"line {line_id}: not found")
+    [(invoice_id, number, description, amount, text, period)] = rows
+    source = msgspec.json.decode(text, type=dict[str, str])
+    meter = source.pop("meter", None)
+    where = "tenant_id = $1 AND period = $2 AND meter = $3" + "".join(
+        f" AND {_COLUMNS[name]} = ${n}" for n, name in enumerate(source, 4)
+    )
+    place = (tenant_id, period, meter or "", *source.values())
+    view = "correction_measure" if meter == "correction_nanos" else "measure"
+    [(count, total, hash_, first, last, versions)] = await tx.sql(
+        f"""
+        SELECT coalesce(sum(records), 0)::bigint, coalesce(sum(quantity), 0)::text, coalesce(bit_xor(hash), 0),
+               min(first_arrival), max(last_arrival), coalesce(array_agg(DISTINCT price_version), ARRAY[]::text[])
+        FROM usage_bucket
+        WHERE {where}
+        """,
+        *place,
+    )
+    buckets = Records(count=count, sum=int(total), hash=shown(hash_))
+    records = None
+    if count <= MAX_COMPARED:
+        [(count, total, hash_)] = await tx.sql(
+            f"""
+            SELECT count(*), coalesce(sum(quantity), 0)::text, coalesce(bit_xor(digest), 0)
+            FROM {view}
+            WHERE {where}
+            """,
+            *place,
+        )
+        records = Records(count=count, sum=int(total), hash=shown(hash_))
+    runs = await tx.sql(
+        f"""
+        SELECT run_id
+        FROM (SELECT run_id, arrival FROM {view} WHERE {where} AND run_id IS NOT NULL
+              ORDER BY arrival DESC LIMIT 1000) AS newest
+        GROUP BY run_id
+        ORDER BY max(arrival) DESC
+        LIMIT {SHOWN}
+        """,
+        *place,
+    )
+    record = None
+    if usage_id is not None:
+        if not await tx.sql(f"SELECT 1 FROM {view} WHERE {where} AND usage_id = ${len(place) + 1}", *place, usage_id):
+            raise NotFound(f"usage {usage_id}: is not a record of this line")
+        record = await _record(tx, tenant_id, usage_id)
+    return Proof(
+        line_id=line_id,
+        invoice_id=invoice_id,
+        invoice_number=number,
+        description=description,
+        amount_nanos=amount,
+        meter=meter,
+        buckets=buckets,
+        records=records,
+        equal=None if records is None else records == buckets,
+        first=await _at(tx, tenant_id, first),
+        last=await _at(tx, tenant_id, last),
+        price_versions=sorted(version for version in versions if version),
+        runs=[run_id for (run_id,) in runs],
+        record=record,
+    )
+
+
+async def _at(tx: Tx, tenant_id: str, arrival: int | None) -> UsageVerdict | None:
+    """The record with an arrival number. None if it was deleted."""
+    rows = await tx.sql("SELECT usage_id FROM usage WHERE tenant_id = $1 AND arrival = $2", tenant_id, arrival)
+    return await reports.verdict(tx, tenant_id, rows[0][0]) if rows else None
+
+
+async def _record(tx: Tx, tenant_id: str, usage_id: str) -> RecordProof:
+    found = await reports.verdict(tx, tenant_id, usage_id)
+    versions = (await price_book.versions(tx, [found.resource])).get(found.resource, ())
+    price = next((price for price in versions if price.name == found.price_version), None)
+    parts = []
+    if price:
+        size = found.quantities.get("input_tokens", 0)
+        prices = next((t.nanos for t in reversed(price.tiers) if size > t.above), price.nanos)
+        for unit, nanos in sorted(prices.items()):
+            counted = found.quantities.get(unit, 0) - sum(
+                found.quantities.get(part, 0) for part, whole in PART_OF.items() if whole == unit and part in prices
+            )
+            if counted:
+                parts.append(
+                    Part(unit=unit, quantity=counted, nanos_per_unit=f"{nanos:f}", nanos=f"{nanos * counted:f}")
+                )
+    # The id of a model call is <run>/<step>/<attempt>.
+    names = usage_id.split("/")
+    step = int(names[1]) if found.run_id and len(names) == 3 and names[1].isdecimal() else None
+    return RecordProof(
+        usage=found,
+        parts=parts,
+        run_id=found.run_id,
+        step=step,
+        answer=f"/api/v1/runs/{found.run_id}" if found.run_id else None,
+        rated_at=found.rated_at,
+    )
+
+
+Proof.model_rebuild()

@@ -1,0 +1,69 @@
+"""The interface of a payment provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Literal, NamedTuple, Protocol
+from uuid import UUID
+
+EventKind = Literal["succeeded", "failed", "refunded", "dispute_open", "dispute_won", "dispute_lost", "ignored"]
+
+
+class Charge(NamedTuple):
+    """A payment that is asked for."""
+
+    payment_id: UUID
+    """Also the idempotency key: the provider makes one payment of it, however often it is asked."""
+    amount_minor: int
+    currency: str
+    customer: str
+    method: str
+    """The provider's ids of the tenant and of a saved method. Empty: the payer enters one."""
+    description: str
+
+
+class Intent(NamedTuple):
+    """The provider's answer to a charge."""
+
+    reference: str
+    status: Literal["pending", "succeeded", "failed"]
+    received_minor: int
+    failure: str
+    client_secret: str
+    """With it the payer's browser completes the payment. Empty if that is not needed."""
+
+
+class ProviderEvent(NamedTuple):
+    """A fact that the provider reports."""
+
+    id: str
+    kind: EventKind
+    reference: str
+    """The provider's id of the payment."""
+    payment_id: str
+    """Ours, if the provider repeats it."""
+    minor: int
+    """succeeded: received. refunded: the sum of all refunds. dispute: the disputed amount."""
+    currency: str
+    detail: str
+    """failed: the reason. dispute: the provider's id of it."""
+
+
+class Provider(Protocol):
+    name: str
+
+    async def save(self, tenant_id: str, token: str, customer: str) -> tuple[str, str]:
+        """Attaches a method to a customer, who is made if `customer` is empty. Returns (customer, method).
+
+        Raises InvalidMessage (field ``token``) if the provider refuses it.
+        """
+
+    async def charge(self, charge: Charge) -> Intent:
+        """Raises Transient or Unanswered if the provider does not answer; it may be asked again."""
+
+    async def refund(self, reference: str, minor: int, key: UUID) -> None:
+        """Gives a part of a payment back, once for a key. Raises Conflict if the provider refuses."""
+
+    def event(self, headers: Mapping[str, str], body: bytes, now: datetime) -> ProviderEvent:
+        """Raises Unauthenticated for a forged or stale call."""

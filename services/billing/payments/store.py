@@ -1,0 +1,382 @@
+"""Payments and their money, in the tables ``payment``, ``dispute``, ``refund`` and ``payment_event``.
+
+A payment's state is made of figures that only grow and of disputes that are decided once, so events may come in any
+order and any number of times. After each event the difference between the position that follows from the state and
+the one that the journal has is booked.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal, NamedTuple
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from infra.clock import uuid7
+from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.postgres.tx import Tx
+from services.billing import accounts, invoices, journal
+from services.billing.currencies import nanos_per_minor
+from services.billing.journal import JournalAccount
+from services.billing.payments.provider import Charge, Intent, ProviderEvent
+
+
+class Payment(BaseModel):
+    id: UUID
+    tenant_id: str
+    invoice_id: UUID
+    provider: str
+    reference: str
+    """The provider's id. Empty until it has answered."""
+    method_id: UUID | None
+    amount_minor: int
+    currency: str
+    status: Literal["pending", "succeeded", "failed"]
+    failure: str
+    received_minor: int
+    refunded_minor: int
+    disputed_minor: int
+    """Taken back by a bank until it decides."""
+    lost_minor: int
+    """Taken back for good."""
+    made_at: datetime
+
+
+class Method(BaseModel):
+    id: UUID
+    provider: str
+    reference: str
+    made_at: datetime
+
+
+class Position(NamedTuple):
+    """The money of a payment in minor units: received, in dispute, and kept for its invoice."""
+
+    cash: int
+    disputed: int
+    kept: int
+
+
+_PAYMENT = """
+    SELECT payment_id, tenant_id, invoice_id, provider, reference, method_id, amount_minor, currency, status, failure,
+           received_minor, refunded_minor,
+           coalesce((SELECT sum(minor) FROM dispute AS d
+                     WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND state = 'open'), 0)::bigint,
+           coalesce((SELECT sum(minor) FROM dispute AS d
+                     WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND state = 'lost'), 0)::bigint,
+           made_at
+    FROM payment AS p
+"""
+
+
+def position(payment: Payment) -> Position:
+    """Nothing counts before the money was received: a refund or dispute may be reported first."""
+    if not payment.received_minor:
+        return Position(0, 0, 0)
+    kept = payment.received_minor - payment.refunded_minor - payment.lost_minor
+    return Position(kept - payment.disputed_minor, payment.disputed_minor, kept)
+
+
+async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_id: UUID | None) -> Payment:
+    """Returns the payment of an invoice that is not decided yet, or makes it for the amount that is due."""
+    await accounts.lock_one(tx, tenant_id)
+    invoice = await invoices.get(tx, tenant_id, invoice_id)
+    pending = await tx.sql(
+        f"{_PAYMENT} WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending'", tenant_id, invoice_id
+    )
+    if pending:
+        return _payment(pending[0])
+    if invoice.status != "finalised":
+        raise Conflict(f"the invoice is {invoice.status}; only a finalised one can be paid")
+    payment_id = uuid7()
+    await tx.sql(
+        """
+        INSERT INTO payment (tenant_id, payment_id, invoice_id, provider, method_id, amount_minor, currency)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        """,
+        tenant_id,
+        payment_id,
+        invoice_id,
+        provider,
+        method_id,
+        invoice.due_minor,
+        invoice.currency,
+    )
+    return await get(tx, payment_id)
+
+
+async def charge_of(tx: Tx, payment: Payment) -> Charge:
+    """Returns the request to the provider: the same one however often it is made."""
+    customer = method = ""
+    if payment.method_id:
+        rows = await tx.sql(
+            "SELECT customer, reference FROM payment_method WHERE tenant_id = $1 AND method_id = $2",
+            payment.tenant_id,
+            payment.method_id,
+        )
+        if not rows:
+            raise NotFound(f"payment method {payment.method_id}: not found")
+        [(customer, method)] = rows
+    invoice = await invoices.get(tx, payment.tenant_id, payment.invoice_id)
+    return Charge(payment.id, payment.amount_minor, payment.currency, customer, method, f"invoice {invoice.number}")
+
+
+async def answered(tx: Tx, payment: Payment, intent: Intent) -> Payment:
+    """Stores the provider's answer. Money that it reports is booked as by an event."""
+    await accounts.lock_one(tx, payment.tenant_id)
+    await tx.sql(
+        "UPDATE payment SET reference = $3 WHERE tenant_id = $1 AND payment_id = $2",
+        payment.tenant_id,
+        payment.id,
+        intent.reference,
+    )
+    if intent.status != "pending":
+        kind: Literal["succeeded", "failed"] = intent.status
+        event = ProviderEvent(
+            "", kind, intent.reference, str(payment.id), intent.received_minor, payment.currency, intent.failure
+        )
+        await _apply(tx, payment.id, event)
+    return await get(tx, payment.id)
+
+
+async def handle(tx: Tx, provider: str, event: ProviderEvent) -> str:
+    """Applies a provider's event once. Returns the outcome: applied, ignored, unmatched or repeated.
+
+    An event about a payment that is not ours is kept as unmatched: money may have been received.
+    """
+    found = None
+    if event.kind != "ignored":
+        rows = await tx.sql(
+            """
+            SELECT payment_id, tenant_id
+            FROM payment
+            WHERE provider = $1 AND currency = $4 AND (reference = $2 AND $2 <> '' OR payment_id::text = $3)
+            """,
+            provider,
+            event.reference,
+            event.payment_id,
+            event.currency,
+        )
+        found = rows[0] if rows else None
+    outcome = "ignored" if event.kind == "ignored" else "applied" if found else "unmatched"
+    if found:
+        tx.tenant_id = found[1]
+        await accounts.lock_one(tx, found[1])
+    # Locks the event's row: a second delivery at the same time waits, and is then a repeat.
+    if not await tx.sql(
+        """
+        INSERT INTO payment_event (provider, event_id, kind, reference, minor, outcome)
+        VALUES ($1, $2, $3, $4, $5, $6)
+        ON CONFLICT DO NOTHING
+        RETURNING event_id
+        """,
+        provider,
+        event.id,
+        event.kind,
+        event.reference,
+        event.minor,
+        outcome,
+    ):
+        return "repeated"
+    if found:
+        await _apply(tx, found[0], event)
+    return outcome
+
+
+async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
+    before = await get(tx, payment_id)
+    place = before.tenant_id, before.id
+    match event.kind:
+        case "succeeded":
+            await tx.sql(
+                """
+                UPDATE payment
+                SET status = 'succeeded', failure = '', received_minor = greatest(received_minor, $3)
+                WHERE tenant_id = $1 AND payment_id = $2
+                """,
+                *place,
+                event.minor,
+            )
+        case "failed":
+            # A failure that arrives after the success is older than it.
+            await tx.sql(
+                """
+                UPDATE payment
+                SET status = 'failed', failure = $3
+                WHERE tenant_id = $1 AND payment_id = $2 AND status = 'pending'
+                """,
+                *place,
+                event.detail[:500],
+            )
+        case "refunded":
+            await tx.sql(
+                """
+                UPDATE payment
+                SET refunded_minor = greatest(refunded_minor, $3)
+                WHERE tenant_id = $1 AND payment_id = $2
+                """,
+                *place,
+                event.minor,
+            )
+        case "dispute_open" | "dispute_won" | "dispute_lost":
+            await tx.sql(
+                """
+                INSERT INTO dispute AS d (tenant_id, payment_id, reference, minor, state)
+                VALUES ($1, $2, $3, $4, $5)
+                ON CONFLICT (tenant_id, payment_id, reference) DO UPDATE
+                SET state = excluded.state
+                WHERE d.state = 'open'
+                """,
+                *place,
+                event.detail,
+                event.minor,
+                event.kind.removeprefix("dispute_"),
+            )
+    await _book(tx, before, await get(tx, payment_id), event)
+
+
+async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -> None:
+    unit = nanos_per_minor(after.currency)
+    old, new = position(before), position(after)
+    amounts: dict[JournalAccount, int] = {
+        "cash": (new.cash - old.cash) * unit,
+        "disputed": (new.disputed - old.disputed) * unit,
+        "receivable": (old.kept - new.kept) * unit,
+    }
+    await journal.post(
+        tx,
+        after.tenant_id,
+        f"payment_{event.kind}",
+        str(after.id),
+        amounts,
+        reason=f"{after.provider} {event.reference}",
+        actor=after.provider,
+    )
+    if new.kept != old.kept:
+        await invoices.add_paid(tx, after.tenant_id, after.invoice_id, new.kept - old.kept)
+
+
+async def begin_refund(tx: Tx, payment_id: UUID, minor: int, *, reason: str, actor: str) -> tuple[Payment, UUID]:
+    """Reserves a refund. Raises InvalidMessage for more than is left of the payment."""
+    payment = await get(tx, payment_id)
+    await accounts.lock_one(tx, payment.tenant_id)
+    payment = await get(tx, payment_id)
+    [(asked,)] = await tx.sql(
+        "SELECT coalesce(sum(minor), 0)::bigint FROM refund WHERE tenant_id = $1 AND payment_id = $2 "
+        "AND status <> 'failed'",
+        payment.tenant_id,
+        payment_id,
+    )
+    left = payment.received_minor - max(payment.refunded_minor, asked) - payment.lost_minor - payment.disputed_minor
+    if minor > left:
+        raise InvalidMessage("amount_minor", f"must be at most {left}, the rest of the payment")
+    refund_id = uuid7()
+    await tx.sql(
+        "INSERT INTO refund (tenant_id, refund_id, payment_id, minor, reason, actor) VALUES ($1, $2, $3, $4, $5, $6)",
+        payment.tenant_id,
+        refund_id,
+        payment_id,
+        minor,
+        reason,
+        actor,
+    )
+    return payment, refund_id
+
+
+async def end_refund(tx: Tx, tenant_id: str, refund_id: UUID, status: Literal["made", "failed"]) -> None:
+    """The money is booked by the provider's event, which has the sum of all refunds."""
+    await tx.sql("UPDATE refund SET status = $3 WHERE tenant_id = $1 AND refund_id = $2", tenant_id, refund_id, status)
+
+
+async def save_method(tx: Tx, tenant_id: str, provider: str, customer: str, reference: str) -> Method:
+    await tx.sql(
+        """
+        INSERT INTO payment_method (tenant_id, method_id, provider, reference, customer)
+        VALUES ($1, $2, $3, $4, $5)
+        ON CONFLICT DO NOTHING
+        """,
+        tenant_id,
+        uuid7(),
+        provider,
+        reference,
+        customer,
+    )
+    return next(method for method in await methods(tx, tenant_id) if method.reference == reference)
+
+
+async def customer(tx: Tx, tenant_id: str, provider: str) -> str:
+    """Returns the provider's id of the tenant, empty if it has none."""
+    rows = await tx.sql(
+        "SELECT customer FROM payment_method WHERE tenant_id = $1 AND provider = $2 LIMIT 1", tenant_id, provider
+    )
+    return str(rows[0][0]) if rows else ""
+
+
+async def methods(tx: Tx, tenant_id: str) -> list[Method]:
+    rows = await tx.sql(
+        "SELECT method_id, provider, reference, made_at FROM payment_method WHERE tenant_id = $1 ORDER BY method_id",
+        tenant_id,
+    )
+    return [Method(**dict(zip(Method.model_fields, row, strict=True))) for row in rows]
+
+
+async def get(tx: Tx, payment_id: UUID) -> Payment:
+    """Raises NotFound."""
+    rows = await tx.sql(f"{_PAYMENT} WHERE payment_id = $1", payment_id)
+    if not rows:
+        raise NotFound(f"payment {payment_id}: not found")
+    return _payment(rows[0])
+
+
+async def listed(tx: Tx, tenant_id: str | None, *, after: UUID | None, limit: int) -> list[Payment]:
+    rows = await tx.sql(
+        f"""
+        {_PAYMENT}
+        WHERE ($1::text IS NULL OR tenant_id = $1) AND ($2::uuid IS NULL OR payment_id > $2)
+        ORDER BY payment_id
+        LIMIT $3
+        """,
+        tenant_id,
+        after,
+        limit,
+    )
+    return [_payment(row) for row in rows]
+
+
+def _payment(row: tuple[object, ...]) -> Payment:
+    return Payment(**dict(zip(Payment.model_fields, row, strict=True)))  # type: ignore[arg-type]
+
+
+class Reconciliation(BaseModel):
+    """Payments compared with the journal, in nano-units."""
+
+    payments_nanos: int
+    """The cash of all payments: received minus refunded, in dispute and lost."""
+    journal_nanos: int
+    """The account cash, entries of payments only."""
+    difference: int
+    """Any value but 0 is a fault."""
+    unmatched: int
+    """Events about payments that are not known. A person has to look at them."""
+
+
+async def reconcile(tx: Tx, tenant_id: str | None) -> Reconciliation:
+    payments = await listed(tx, tenant_id, after=None, limit=10**9)
+    due = sum(position(payment).cash * nanos_per_minor(payment.currency) for payment in payments)
+    [(booked,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(l.amount_nanos), 0)::text
+        FROM journal_line AS l
+        JOIN journal_entry AS e USING (tenant_id, entry)
+        WHERE l.account = 'cash' AND e.kind LIKE 'payment\\_%' AND ($1::text IS NULL OR tenant_id = $1)
+        """,
+        tenant_id,
+    )
+    [(unmatched,)] = await tx.sql("SELECT count(*) FROM payment_event WHERE outcome = 'unmatched'")
+    return Reconciliation(
+        payments_nanos=due,
+        journal_nanos=int(booked),
+        difference=due - int(booked),
+        unmatched=unmatched if tenant_id is None else 0,
+    )

@@ -1,0 +1,157 @@
+"""Stripe: payment intents, refunds, disputes (docs.stripe.com/api), webhooks (docs.stripe.com/webhooks/signature)."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlencode
+from uuid import UUID
+
+import msgspec
+from pydantic import SecretStr
+
+from infra.errors import Conflict, InvalidMessage, Transient, Unauthenticated
+from infra.outgoing.client import Answer, Outgoing
+from services.billing.payments.provider import Charge, EventKind, Intent, ProviderEvent
+
+# Stripe's own limit. An older call could be a recorded one.
+TOLERANCE_SECONDS = 300
+_DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost", "warning_closed": "dispute_won"}
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+    param: str = ""
+
+
+class _Failure(msgspec.Struct):
+    error: _Error = _Error()
+
+
+class Stripe:
+    """One account of Stripe."""
+
+    name = "stripe"
+
+    def __init__(self, outgoing: Outgoing, origin: str, key: SecretStr, webhook_secret: SecretStr) -> None:
+        self._outgoing = outgoing
+        self._origin = origin
+        self._key = key
+        self._secret = webhook_secret
+
+    async def save(self, tenant_id: str, token: str, customer: str) -> tuple[str, str]:
+        if not customer:
+            made = await self._call("customers", {"metadata[tenant_id]": tenant_id}, f"customer {tenant_id}")
+            customer = str(_ok(made)["id"])
+        answer = await self._call(f"payment_methods/{token}/attach", {"customer": customer}, None)
+        if answer.status in (400, 402, 404):
+            raise InvalidMessage("token", f"was refused by stripe: {_reason(answer)}")
+        return customer, str(_ok(answer)["id"])
+
+    async def charge(self, charge: Charge) -> Intent:
+        fields = {
+            "amount": str(charge.amount_minor),
+            "currency": charge.currency.lower(),
+            "description": charge.description,
+            "metadata[payment_id]": str(charge.payment_id),
+        }
+        if charge.method:
+            fields |= {
+                "customer": charge.customer,
+                "payment_method": charge.method,
+                "off_session": "true",
+                "confirm": "true",
+            }
+        answer = await self._call("payment_intents", fields, str(charge.payment_id))
+        if answer.status == 402:
+            # A declined card: the error contains the intent.
+            body = msgspec.json.decode(answer.body)["error"]
+            return Intent(str(body["payment_intent"]["id"]), "failed", 0, str(body["message"]), "")
+        made = _ok(answer)
+        done = made["status"] == "succeeded"
+        return Intent(
+            str(made["id"]),
+            "succeeded" if done else "pending",
+            int(made["amount_received"]) if done else 0,
+            "",
+            "" if done else str(made.get("client_secret") or ""),
+        )
+
+    async def refund(self, reference: str, minor: int, key: UUID) -> None:
+        answer = await self._call("refunds", {"payment_intent": reference, "amount": str(minor)}, str(key))
+        if answer.status in (400, 402, 404):
+            raise Conflict(f"stripe refused the refund: {_reason(answer)}")
+        _ok(answer)
+
+    def event(self, headers: Mapping[str, str], body: bytes, now: datetime) -> ProviderEvent:
+        self._verify(headers.get("stripe-signature", ""), body, now)
+        try:
+            event = msgspec.json.decode(body)
+            return _read(str(event["id"]), str(event["type"]), event["data"]["object"])
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidMessage("body", "is not an event of Stripe") from error
+
+    def _verify(self, header: str, body: bytes, now: datetime) -> None:
+        parts = [part.partition("=")[::2] for part in header.split(",")]
+        stamp = next((value for name, value in parts if name.strip() == "t"), "")
+        if not stamp.isascii() or not stamp.isdecimal() or len(stamp) > 12:
+            raise Unauthenticated("stripe-signature: is missing or malformed")
+        signed = hmac.new(self._secret.get_secret_value().encode(), stamp.encode() + b"." + body, hashlib.sha256)
+        found = [value for name, value in parts if name.strip() == "v1" and value.isascii()]
+        if not any(hmac.compare_digest(signed.hexdigest(), value) for value in found):
+            raise Unauthenticated("stripe-signature: is wrong")
+        if abs(now.timestamp() - int(stamp)) > TOLERANCE_SECONDS:
+            raise Unauthenticated(f"stripe-signature: is more than {TOLERANCE_SECONDS} seconds old")
+
+    async def _call(self, path: str, fields: Mapping[str, str], key: str | None) -> Answer:
+        headers = {
+            "authorization": f"Bearer {self._key.get_secret_value()}",
+            "content-type": "application/x-www-form-urlencoded",
+        }
+        if key:
+            headers["idempotency-key"] = key
+        answer = await self._outgoing.request(
+            "POST",
+            f"{self._origin}/v1/{path}",
+            headers=headers,
+            content=urlencode(fields).encode(),
+            template=f"/v1/{path.split('/')[0]}",
+        )
+        # 409: another request with the key is running. Both pass by themselves.
+        if answer.status in (409, 429) or answer.status >= 500:
+            raise Transient(f"stripe answered {answer.status}")
+        return answer
+
+
+def _ok(answer: Answer) -> dict[str, Any]:
+    if answer.status != 200:
+        raise Conflict(f"stripe answered {answer.status}: {_reason(answer)}")
+    body: dict[str, Any] = msgspec.json.decode(answer.body)
+    return body
+
+
+def _reason(answer: Answer) -> str:
+    try:
+        return msgspec.json.decode(answer.body, type=_Failure).error.message or f"HTTP {answer.status}"
+    except msgspec.DecodeError:
+        return f"HTTP {answer.status}"
+
+
+def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
+    kind: EventKind = "ignored"
+    reference, minor, detail = str(thing.get("payment_intent") or ""), 0, ""
+    match type_:
+        case "payment_intent.succeeded":
+            kind, reference, minor = "succeeded", str(thing["id"]), int(thing["amount_received"])
+        case "payment_intent.payment_failed":
+            kind, reference = "failed", str(thing["id"])
+            detail = str((thing.get("last_payment_error") or {}).get("message") or "the payment failed")
+        case "charge.refunded":
+            kind, minor = "refunded", int(thing["amount_refunded"])
+        case "charge.dispute.created" | "charge.dispute.closed":
+            kind, minor, detail = _DISPUTES.get(str(thing["status"]), "dispute_open"), int(thing["amount"]), thing["id"]
+    payment_id = str((thing.get("metadata") or {}).get("payment_id") or "")
+    return ProviderEvent(id_, kind, reference, payment_id, minor, str(thing.get("currency") or "").upper(), detail)

@@ -1,0 +1,185 @@
+"""Re-rating: rates counted usage again with the current versions of its prices, and books the signed differences.
+
+A record keeps its charge. Each difference is a correction, kept once for a record and a price version, so a repeated
+run books nothing. Corrections are debited in the account's ledger, and are summed in the open period, so that they are
+on the next invoice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from infra.clock import utcnow
+from infra.postgres.tx import Database, Tx
+from services.billing import accounts, aggregates, price_book, subscriptions
+from services.billing.accounts import Entry
+from services.billing.domain import MAX_AMOUNT_NANOS, NotReported, Price, cost, valid_at
+
+# Records of one transaction.
+PAGE = 2_000
+
+
+class Difference(BaseModel):
+    """All records of a tenant and resource that go from one price version to another."""
+
+    tenant_id: str
+    resource: str
+    from_version: str
+    to_version: str
+    records: int
+    difference_nanos: int
+    """Above zero: charged in addition. Below zero: given back."""
+
+
+class Rerated(BaseModel):
+    dry_run: bool
+    records: int
+    """Records that were looked at."""
+    changed: int
+    difference_nanos: int
+    items: list[Difference]
+
+
+class _Use(NamedTuple):
+    usage_id: str
+    resource: str
+    quantities: dict[str, int]
+    occurred_at: datetime
+    version: str
+    """The version of the last correction, or of the charge."""
+    booked: int
+    """The charge and all corrections by re-rating."""
+
+
+class _Change(NamedTuple):
+    use: _Use
+    version: str
+    nanos: int
+
+
+async def rerate(
+    database: Database, since: datetime, until: datetime, tenant_id: str | None, *, dry_run: bool, actor: str
+) -> Rerated:
+    """Rates the records from `since` (inclusive) until `until` (exclusive) again, in pages of one transaction each."""
+    async with database.begin() as tx:
+        tenants = await tx.sql(
+            """
+            SELECT tenant_id
+            FROM account
+            WHERE $1::text IS NULL OR tenant_id = $1
+            ORDER BY tenant_id
+            """,
+            tenant_id,
+        )
+    looked = 0
+    found: dict[tuple[str, str, str, str], list[int]] = {}
+    for (tenant,) in tenants:
+        after = (since, "")
+        while True:
+            async with database.begin(tenant_id=tenant) as tx:
+                currency, _ = await accounts.lock_one(tx, tenant)
+                uses = await _page(tx, tenant, after, until)
+                changes = await _changes(tx, uses, currency)
+                if not dry_run and changes:
+                    await _book(tx, tenant, changes, actor)
+            looked += len(uses)
+            for use, version, nanos in changes:
+                found.setdefault((tenant, use.resource, use.version, version), []).append(nanos)
+            if len(uses) < PAGE:
+                break
+            after = (uses[-1].occurred_at, uses[-1].usage_id)
+    return Rerated(
+        dry_run=dry_run,
+        records=looked,
+        changed=sum(map(len, found.values())),
+        difference_nanos=sum(map(sum, found.values())),
+        items=[
+            Difference(
+                tenant_id=tenant,
+                resource=resource,
+                from_version=before,
+                to_version=now,
+                records=len(nanos),
+                difference_nanos=sum(nanos),
+            )
+            for (tenant, resource, before, now), nanos in sorted(found.items())
+        ],
+    )
+
+
+async def _page(tx: Tx, tenant_id: str, after: tuple[datetime, str], until: datetime) -> list[_Use]:
+    rows = await tx.sql(
+        """
+        SELECT u.usage_id, u.resource, u.quantities, u.occurred_at,
+               coalesce((SELECT c.price_version FROM usage_correction AS c
+                         WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id
+                         ORDER BY c.made_at DESC LIMIT 1), u.price_version, ''),
+               u.amount_nanos + coalesce((SELECT sum(c.nanos) FROM usage_correction AS c
+                                          WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id), 0)::bigint
+        FROM usage AS u
+        WHERE u.tenant_id = $1 AND u.verdict = 'counted' AND (u.occurred_at, u.usage_id) > ($2, $3)
+          AND u.occurred_at < $4
+        ORDER BY u.occurred_at, u.usage_id
+        LIMIT $5
+        """,
+        tenant_id,
+        *after,
+        until,
+        PAGE,
+    )
+    return [_Use(*row) for row in rows]
+
+
+async def _changes(tx: Tx, uses: Sequence[_Use], currency: str) -> list[_Change]:
+    prices = await price_book.versions(tx, {use.resource for use in uses})
+    found = []
+    for use in uses:
+        price = valid_at(prices.get(use.resource, ()), currency, use.occurred_at)
+        if price and price.name != use.version and (now := _cost(price, use)) is not None and now != use.booked:
+            found.append(_Change(use, price.name, now - use.booked))
+    return found
+
+
+def _cost(price: Price, use: _Use) -> int | None:
+    """Returns None if the record does not have the units of the price; it then keeps its charge."""
+    try:
+        amount = cost(price, use.quantities)
+    except NotReported:
+        return None
+    return amount if amount <= MAX_AMOUNT_NANOS else None
+
+
+async def _book(tx: Tx, tenant_id: str, changes: Sequence[_Change], actor: str) -> None:
+    [place] = await subscriptions.place(tx, [(tenant_id, utcnow())])
+    await tx.sql(
+        """
+        INSERT INTO usage_correction (tenant_id, usage_id, price_version, nanos, period)
+        SELECT $1, n.usage_id, n.version, n.nanos, $2
+        FROM unnest($3::text[], $4::text[], $5::bigint[]) AS n(usage_id, version, nanos)
+        """,
+        tenant_id,
+        place.period,
+        [change.use.usage_id for change in changes],
+        [change.version for change in changes],
+        [change.nanos for change in changes],
+    )
+    await aggregates.add_corrections(tx, tenant_id, [(change.use.usage_id, change.version) for change in changes])
+    await accounts.debit(
+        tx,
+        [
+            Entry(
+                tenant_id,
+                "correction",
+                -change.nanos,
+                change.use.usage_id,
+                change.version,
+                reason=f"rated again: {change.use.version} is now {change.version}",
+                actor=actor,
+            )
+            for change in changes
+        ],
+    )

@@ -1,0 +1,239 @@
+"""Payments: each provider event counts once, in any order, and the money reconciles with the journal to zero."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.services.billing.conftest import Billing, Tenant
+from tests.services.billing.test_invoices import UNIT, draft, journal, post, subscribed
+from tooling.testing.platform import Platform
+from tooling.testing.stripe import DECLINED, StripeStandIn
+from tooling.testing.vendors.server import cut
+
+WEBHOOK = "/webhooks/payments/stripe"
+
+
+@pytest.fixture(scope="module")
+async def stripe() -> AsyncIterator[StripeStandIn]:
+    async with StripeStandIn() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+async def billing(platform: Platform, stripe: StripeStandIn) -> AsyncIterator[Billing]:
+    await platform.prepare("billing")
+    await platform.start(
+        "billing",
+        CLAW_STRIPE_API_BASE=stripe.url,
+        CLAW_STRIPE_API_KEY=stripe.key,
+        CLAW_STRIPE_WEBHOOK_SECRET=stripe.webhook_secret,
+    )
+    found = Billing(platform)
+    yield found
+    await found.close()
+
+
+async def invoiced(billing: Billing) -> tuple[Tenant, str]:
+    """A tenant with a finalised invoice of 30 USD."""
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    made = await draft(billing, tenant)
+    await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    return tenant, made["id"]
+
+
+async def pay(tenant: Tenant, invoice_id: str, **body: Any) -> httpx.Response:
+    return await tenant.http.post(f"/api/v1/invoices/{invoice_id}/pay", json=body)
+
+
+async def send(billing: Billing, stripe: StripeStandIn, event: dict[str, Any], **more: Any) -> str:
+    body, headers = stripe.signed(event, **more)
+    async with httpx.AsyncClient(base_url=billing.platform.url("billing"), trust_env=False, timeout=30) as client:
+        answer = await client.post(WEBHOOK, content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["outcome"])
+
+
+async def status(tenant: Tenant, invoice_id: str) -> tuple[str, int]:
+    invoice = (await tenant.http.get(f"/api/v1/invoices/{invoice_id}")).json()
+    return invoice["status"], invoice["due_minor"]
+
+
+async def reconciled(billing: Billing) -> dict[str, int]:
+    found: dict[str, int] = (await billing.operator.get("/api/v1/payments/reconciliation")).json()
+    assert found["difference"] == 0
+    return found
+
+
+async def test_a_saved_method_pays_an_invoice_once_however_often_it_is_asked(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    method = await tenant.http.post("/api/v1/payment-methods", json={"token": f"pm_{uuid4().hex}"})
+    assert method.status_code == 201, method.text
+    before = stripe.received
+    answers = await asyncio.gather(*(pay(tenant, invoice_id, payment_method_id=method.json()["id"]) for _ in range(5)))
+    assert {answer.status_code for answer in answers} <= {200, 409}
+    assert stripe.received == before + 3000
+    assert await status(tenant, invoice_id) == ("paid", 0)
+    [payment] = (await tenant.http.get("/api/v1/payments")).json()["items"]
+    assert (payment["status"], payment["received_minor"]) == ("succeeded", 3000)
+    assert await send(billing, stripe, stripe.event("payment_intent.succeeded", stripe.intents[payment["reference"]]))
+    assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
+    await reconciled(billing)
+
+
+async def test_an_answer_that_is_lost_does_not_charge_twice(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    method = (await tenant.http.post("/api/v1/payment-methods", json={"token": f"pm_{uuid4().hex}"})).json()["id"]
+    before = stripe.received
+    stripe.faults.append(cut(accept=True))
+    lost = await pay(tenant, invoice_id, payment_method_id=method)
+    assert lost.status_code >= 500
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
+    assert stripe.received == before + 3000
+    assert await status(tenant, invoice_id) == ("paid", 0)
+
+
+async def test_a_declined_card_leaves_the_invoice_open_for_another_payment(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    bad = (await tenant.http.post("/api/v1/payment-methods", json={"token": DECLINED})).json()["id"]
+    answer = (await pay(tenant, invoice_id, payment_method_id=bad)).json()
+    assert (answer["payment"]["status"], answer["payment"]["failure"]) == ("failed", "Your card was declined.")
+    assert await status(tenant, invoice_id) == ("finalised", 3000)
+    again = (await pay(tenant, invoice_id)).json()
+    assert again["client_secret"]
+    assert await send(billing, stripe, stripe.succeeded(again["payment"]["reference"])) == "applied"
+    assert await status(tenant, invoice_id) == ("paid", 0)
+
+
+async def test_events_in_any_order_and_number_end_in_the_same_books(billing: Billing, stripe: StripeStandIn) -> None:
+    rng = random.Random(1)
+    orders = rng.sample(list(itertools.permutations(range(4))), 8)
+    for order in orders:
+        tenant, invoice_id = await invoiced(billing)
+        reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
+        succeeded = stripe.succeeded(reference)
+        stripe.refunded[reference] = 500
+        first = stripe.refund_event(reference)
+        stripe.refunded[reference] = 1200
+        events = [succeeded, first, stripe.refund_event(reference), stripe.dispute_event(reference, "lost", 300)]
+        late = stripe.dispute_event(reference, "needs_response", 300)
+        for n in order:
+            assert await send(billing, stripe, events[n]) == "applied"
+            assert await send(billing, stripe, events[n]) == "repeated"
+        # The dispute's opening is reported after its end.
+        assert await send(billing, stripe, late) == "applied"
+        assert await status(tenant, invoice_id) == ("finalised", 1500)
+        assert await journal(tenant) == {
+            "cash": 15 * UNIT,
+            "receivable": 15 * UNIT,
+            "revenue": -30 * UNIT,
+        }
+    await reconciled(billing)
+
+
+async def test_a_dispute_takes_the_money_away_until_it_is_won(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
+    await send(billing, stripe, stripe.succeeded(reference))
+    await send(billing, stripe, stripe.dispute_event(reference, "needs_response"))
+    assert await journal(tenant) == {"disputed": 30 * UNIT, "revenue": -30 * UNIT}
+    assert await status(tenant, invoice_id) == ("paid", 0)
+    await reconciled(billing)
+    await send(billing, stripe, stripe.dispute_event(reference, "won"))
+    assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
+
+
+async def test_a_refund_is_made_once_and_never_above_the_payment(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    payment = (await pay(tenant, invoice_id)).json()["payment"]
+    await send(billing, stripe, stripe.succeeded(payment["reference"]))
+    path = f"/api/v1/payments/{payment['id']}/refunds"
+
+    async def refund(minor: int) -> int:
+        return (await billing.operator.post(path, json={"amount_minor": minor, "reason": "test"})).status_code
+
+    assert await refund(3001) == 422
+    codes = await asyncio.gather(*(refund(1000) for _ in range(5)))
+    assert sorted(codes) == [201, 201, 201, 422, 422]
+    assert stripe.refunded[payment["reference"]] == 3000
+    assert (await tenant.http.post(path, json={"amount_minor": 1, "reason": "x"})).status_code == 403
+    await send(billing, stripe, stripe.refund_event(payment["reference"]))
+    assert await status(tenant, invoice_id) == ("finalised", 3000)
+    await reconciled(billing)
+
+
+async def test_a_forged_stale_or_unknown_event_changes_nothing(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
+    event = stripe.succeeded(reference)
+    body, headers = stripe.signed(event)
+    stale = stripe.signed(event, at=time.time() - 301)
+    forged = [
+        (body, {**headers, "stripe-signature": headers["stripe-signature"][:-1] + "x"}),
+        (body + b" ", headers),
+        (body, {"content-type": "application/json"}),
+        (body, {**headers, "stripe-signature": "t=x,v1=y"}),
+        stale,
+    ]
+    async with httpx.AsyncClient(base_url=billing.platform.url("billing"), trust_env=False, timeout=30) as client:
+        for content, sent in forged:
+            assert (await client.post(WEBHOOK, content=content, headers=sent)).status_code == 401
+        assert (await client.post("/webhooks/payments/acme", content=body, headers=headers)).status_code == 404
+    assert await status(tenant, invoice_id) == ("finalised", 3000)
+    assert await send(billing, stripe, stripe.event("customer.created", {"id": "cus_1"})) == "ignored"
+    before = (await reconciled(billing))["unmatched"]
+    stranger = {**event["data"]["object"], "id": "pi_unknown", "metadata": {}}
+    assert await send(billing, stripe, stripe.event("payment_intent.succeeded", stranger)) == "unmatched"
+    assert (await reconciled(billing))["unmatched"] == before + 1
+    other = await billing.tenant()
+    assert (await pay(other, invoice_id)).status_code == 404
+
+
+async def test_killed_between_the_answer_and_the_books_a_repeated_call_pays_once(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    before = stripe.received
+    method = (await tenant.http.post("/api/v1/payment-methods", json={"token": f"pm_{uuid4().hex}"})).json()["id"]
+    released = asyncio.Event()
+    calls = stripe.calls
+    stripe.faults.append(_held(released))
+    asking = asyncio.create_task(pay(tenant, invoice_id, payment_method_id=method))
+
+    async def called() -> bool:
+        return stripe.calls > calls
+
+    await billing.platform.until(called)
+    billing.platform.kill("billing")
+    released.set()
+    with pytest.raises(httpx.HTTPError):
+        await asking
+    await billing.platform.start(
+        "billing",
+        CLAW_STRIPE_API_BASE=stripe.url,
+        CLAW_STRIPE_API_KEY=stripe.key,
+        CLAW_STRIPE_WEBHOOK_SECRET=stripe.webhook_secret,
+    )
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
+    assert stripe.received == before + 3000
+    assert await status(tenant, invoice_id) == ("paid", 0)
+    await reconciled(billing)
+
+
+def _held(until: asyncio.Event) -> Any:
+    """The provider makes the payment at once, and answers after the event."""
+    from tooling.testing.vendors.server import Fault, Reply
+
+    return Fault(Reply(200, {}), accept=True, wait=until)

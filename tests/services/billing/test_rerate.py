@@ -1,0 +1,136 @@
+"""Re-rating books signed differences once, and the proof of a line goes down to one record."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from infra.clock import utcnow, uuid7
+from tests.services.billing.conftest import Billing, Tenant
+from tests.services.billing.test_invoices import START, UNIT, draft, journal, post, subscribed
+
+AT = START + timedelta(days=2)
+
+
+async def price(billing: Billing, resource: str, nanos: str) -> None:
+    body = {
+        "resource": resource,
+        "nanos_per_unit": {"input_tokens": nanos, "output_tokens": "0"},
+        "valid_from": (START - timedelta(days=1)).isoformat(),
+    }
+    await post(billing, "prices", body)
+
+
+async def rerate(billing: Billing, tenant: Tenant, **changes: Any) -> dict[str, Any]:
+    body = {
+        "from": START.isoformat(),
+        "to": (utcnow() + timedelta(hours=1)).isoformat(),
+        "tenant_id": tenant.id,
+        "dry_run": False,
+    }
+    return dict(await post(billing, "billing/rerate", body | changes, status=200))
+
+
+async def lines(tenant: Tenant, invoice_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await tenant.http.get(f"/api/v1/invoices/{invoice_id}/lines")).json()["items"]
+    return found
+
+
+async def test_a_corrected_price_is_booked_once_and_comes_with_the_next_invoice(billing: Billing) -> None:
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    for n, tokens in enumerate((10, 20)):
+        await tenant.use(f"a/{n}", model, occurred_at=AT, input_tokens=tokens, output_tokens=1)
+        await tenant.verdict(f"a/{n}")
+    first = await draft(billing, tenant)
+    assert first["subtotal_nanos"] == 3300
+    await price(billing, model, "90")
+
+    dry = await rerate(billing, tenant, dry_run=True)
+    assert (dry["records"], dry["changed"], dry["difference_nanos"]) == (2, 2, -300)
+    assert (await tenant.get("balance"))["debited_nanos"] == 3000
+    done = await rerate(billing, tenant)
+    assert done["items"] == dry["items"]
+    assert done["items"][0]["from_version"] == f"{model}@1"
+    assert done["items"][0]["to_version"] == f"{model}@2"
+    assert (await tenant.get("balance"))["debited_nanos"] == 2700
+    assert (await rerate(billing, tenant))["changed"] == 0
+    assert [e["amount_nanos"] for e in (await tenant.get("ledger"))["items"] if e["kind"] == "correction"] == [100, 200]
+
+    # Back to the old price: the difference from what is booked now.
+    await price(billing, model, "100")
+    assert (await rerate(billing, tenant))["difference_nanos"] == 300
+    await price(billing, model, "80")
+    assert (await rerate(billing, tenant))["difference_nanos"] == -600
+    rebuilt = await billing.operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})
+    assert rebuilt.json()["equal"]
+
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    second = await draft(billing, tenant)
+    [line] = await lines(tenant, second["id"])
+    assert line["amount_nanos"] == -600 * 110 // 100
+    assert "corrections" in line["description"]
+    proof = (await tenant.http.get(f"/api/v1/billing/lines/{line['id']}/explain")).json()
+    assert (proof["buckets"]["sum"], proof["buckets"]["count"], proof["equal"]) == (-600, 6, True)
+
+
+async def test_a_line_is_proved_down_to_one_record(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing, charges=[], included=[])
+    run_id = uuid7()
+    await tenant.use(
+        f"{run_id}/3/1", occurred_at=AT, run_id=run_id, input_tokens=100, cached_tokens=40, output_tokens=7
+    )
+    await tenant.use("other", occurred_at=AT + timedelta(days=1), input_tokens=1, output_tokens=1)
+    await tenant.use("elsewhere", "scripted/answer", occurred_at=AT, input_tokens=1, output_tokens=1)
+    for usage_id in (f"{run_id}/3/1", "other", "elsewhere"):
+        await tenant.verdict(usage_id)
+    made = await draft(billing, tenant)
+    base, ours, _ = await lines(tenant, made["id"])
+    path = f"/api/v1/billing/lines/{ours['id']}/explain"
+    proof = (await tenant.http.get(path, params={"usage_id": f"{run_id}/3/1"})).json()
+    cost = 60 * 150 + 40 * 75 + 7 * 600
+    assert proof["buckets"] == proof["records"]
+    assert (proof["buckets"]["count"], proof["buckets"]["sum"], proof["equal"]) == (2, cost + 750, True)
+    assert proof["price_versions"] == ["openai/gpt-4o-mini@1"]
+    assert proof["runs"] == [str(run_id)]
+    assert (proof["first"]["usage_id"], proof["last"]["usage_id"]) == (f"{run_id}/3/1", "other")
+    record = proof["record"]
+    assert {part["unit"]: (part["quantity"], part["nanos"]) for part in record["parts"]} == {
+        "input_tokens": (60, "9000"),
+        "cached_tokens": (40, "3000"),
+        "output_tokens": (7, "4200"),
+    }
+    assert (record["step"], record["answer"]) == (3, f"/api/v1/runs/{run_id}")
+    assert record["usage"]["amount_nanos"] == cost
+    assert (await tenant.http.get(path, params={"usage_id": "elsewhere"})).status_code == 404
+    fee = (await tenant.http.get(f"/api/v1/billing/lines/{base['id']}/explain")).json()
+    assert (fee["meter"], fee["amount_nanos"], fee["buckets"]["count"]) == (None, 30 * UNIT, 0)
+    other = await billing.tenant()
+    assert (await other.http.get(path)).status_code == 404
+    # A record that was changed behind the service's back is found.
+    await tenant.sql("UPDATE usage SET amount_nanos = amount_nanos + 1 WHERE tenant_id = $1", tenant.id)
+    assert (await tenant.http.get(path)).json()["equal"] is False
+
+
+async def test_rerating_needs_the_operator_and_a_sound_time(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10**6)
+    body = {"from": "2026-01-02T00:00:00Z", "to": "2026-01-01T00:00:00Z", "dry_run": True}
+    answer = await billing.operator.post("/api/v1/billing/rerate", json=body)
+    assert answer.json()["errors"][0]["field"] == "to"
+    assert (await tenant.http.post("/api/v1/billing/rerate", json=body)).status_code == 403
+
+
+async def test_a_correction_of_prepaid_usage_gives_the_credit_back(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10_000)
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    await tenant.use("a", model, occurred_at=utcnow(), input_tokens=20, output_tokens=0)
+    await tenant.verdict("a")
+    await price(billing, model, "50")
+    assert (await rerate(billing, tenant))["difference_nanos"] == -1000
+    balance = await tenant.get("balance")
+    assert (balance["balance_nanos"], balance["debited_nanos"]) == (9_000, 1_000)
+    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert grant["left_nanos"] == 9_000
+    assert await journal(tenant) == {"promotional_cost": 10_000, "promotional_credit": -9_000, "revenue": -1_000}

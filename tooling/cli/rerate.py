@@ -1,0 +1,47 @@
+"""``./claw rerate``: rates usage again after a price was corrected."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tooling.cli.client import gateway
+from tooling.stack import operator
+from tooling.stack.home import Home, home_folder
+
+Time = Annotated[datetime, typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="UTC.")]
+
+
+def rerate(
+    since: Annotated[Time, typer.Option("--from")],
+    until: Annotated[Time, typer.Option("--to")],
+    tenant: Annotated[str, typer.Option(help="Only this tenant's usage.")] = "",
+    book: Annotated[bool, typer.Option("--book", help="Book the differences. Without it they are only shown.")] = False,
+) -> None:
+    """Rate the usage of a time again with the current prices, and show or book the differences."""
+    found = operator.run(_call(since, until, tenant, book=book))
+    out = Console(highlight=False)
+    for item in found["items"]:
+        out.print(
+            f"{item['tenant_id']}  {item['records']} records  {item['from_version']} → {item['to_version']}  "
+            f"{item['difference_nanos']} nano-units",
+            soft_wrap=True,
+        )
+    what = "booked" if book else "found; --book books them"
+    out.print(f"{found['records']} records, {found['changed']} differences {what}")
+
+
+async def _call(since: datetime, until: datetime, tenant: str, *, book: bool) -> dict[str, Any]:
+    access = Home(home_folder()).credentials()
+    async with gateway(access["base_url"], access["admin_token"]) as api:
+        body = {
+            "from": since.replace(tzinfo=UTC).isoformat(),
+            "to": until.replace(tzinfo=UTC).isoformat(),
+            "tenant_id": tenant or None,
+            "dry_run": not book,
+        }
+        found: dict[str, Any] = await api.post("/api/v1/billing/rerate", body)
+    return found

@@ -1,0 +1,206 @@
+"""A fake of api.stripe.com for payment intents, methods, refunds and disputes, and its signed events
+(https://docs.stripe.com/api). It is strict about the fields that it knows and refuses all others."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from typing import Any, NoReturn
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+
+DECLINED = "pm_card_declined"
+"""A method whose payments are declined."""
+
+_INTENT_FIELDS = {
+    "amount",
+    "currency",
+    "description",
+    "metadata[payment_id]",
+    "customer",
+    "payment_method",
+    "off_session",
+    "confirm",
+}
+
+
+class StripeStandIn(StandIn):
+    """One account."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = f"rk_test_{secrets.token_hex(12)}"
+        self.webhook_secret = f"whsec_{secrets.token_hex(16)}"
+        self.intents: dict[str, dict[str, Any]] = {}
+        self.customers: set[str] = set()
+        self.methods: dict[str, str] = {}
+        """Method → customer."""
+        self.refunded: dict[str, int] = {}
+        """Intent → sum of its refunds."""
+        self._answers: dict[str, tuple[str, Reply]] = {}
+
+    @property
+    def received(self) -> int:
+        """The sum of all payments in minor units, refunds not taken off."""
+        return sum(intent["amount_received"] for intent in self.intents.values())
+
+    def signed(self, event: dict[str, Any], *, at: float | None = None) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of a webhook call (https://docs.stripe.com/webhooks/signature)."""
+        body = msgspec.json.encode(event)
+        stamp = str(int(time.time() if at is None else at))
+        signature = hmac.new(self.webhook_secret.encode(), f"{stamp}.".encode() + body, hashlib.sha256).hexdigest()
+        return body, {"content-type": "application/json", "stripe-signature": f"t={stamp},v1={signature}"}
+
+    def event(self, kind: str, thing: dict[str, Any], id_: str = "") -> dict[str, Any]:
+        return {
+            "id": id_ or f"evt_{secrets.token_hex(8)}",
+            "object": "event",
+            "api_version": "2025-09-30.clover",
+            "created": int(time.time()),
+            "livemode": False,
+            "type": kind,
+            "data": {"object": thing},
+        }
+
+    def succeeded(self, intent_id: str) -> dict[str, Any]:
+        """The payer has completed the payment: the event of it."""
+        intent = self.intents[intent_id]
+        intent |= {"status": "succeeded", "amount_received": intent["amount"]}
+        return self.event("payment_intent.succeeded", intent)
+
+    def refund_event(self, intent_id: str) -> dict[str, Any]:
+        intent = self.intents[intent_id]
+        charge = {
+            "id": f"ch_{intent_id[3:]}",
+            "object": "charge",
+            "payment_intent": intent_id,
+            "amount": intent["amount"],
+            "amount_refunded": self.refunded.get(intent_id, 0),
+            "currency": intent["currency"],
+            "metadata": {},
+        }
+        return self.event("charge.refunded", charge)
+
+    def dispute_event(self, intent_id: str, state: str, amount: int | None = None) -> dict[str, Any]:
+        """`state`: needs_response, won or lost."""
+        intent = self.intents[intent_id]
+        dispute = {
+            "id": f"dp_{intent_id[3:]}",
+            "object": "dispute",
+            "payment_intent": intent_id,
+            "amount": intent["amount"] if amount is None else amount,
+            "currency": intent["currency"],
+            "status": state,
+            "metadata": {},
+        }
+        return self.event("charge.dispute.created" if state == "needs_response" else "charge.dispute.closed", dispute)
+
+    def handle(self, call: Call) -> Reply:
+        if call.headers.get("authorization") != f"Bearer {self.key}":
+            _refuse(401, "Invalid API Key provided")
+        if call.headers.get("content-type") != "application/x-www-form-urlencoded":
+            _refuse(400, "the body must be form-encoded")
+        pairs = parse_qsl(call.body.decode(), strict_parsing=True, keep_blank_values=True)
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            _refuse(400, "a field is there twice")
+        key = call.headers.get("idempotency-key")
+        if key is None:
+            return self._do(call, fields)
+        content = f"{call.path} {sorted(pairs)}"
+        if key in self._answers:
+            before, reply = self._answers[key]
+            if before != content:
+                _refuse(400, "Keys for idempotent requests can only be used with the same parameters")
+            return reply
+        try:
+            reply = self._do(call, fields)
+        except Refused as refused:
+            reply = refused.reply
+            self.refusals.append(f"{reply.status} {reply.body}")
+        self._answers[key] = (content, reply)
+        return reply
+
+    def _do(self, call: Call, fields: dict[str, str]) -> Reply:
+        match [part for part in call.path.split("/") if part]:
+            case ["v1", "customers"]:
+                _only(fields, {"metadata[tenant_id]"})
+                customer = f"cus_{secrets.token_hex(7)}"
+                self.customers.add(customer)
+                return Reply(200, {"id": customer, "object": "customer"})
+            case ["v1", "payment_methods", method, "attach"]:
+                _only(fields, {"customer"})
+                if not method.startswith("pm_"):
+                    _refuse(404, f"No such PaymentMethod: '{method}'")
+                if fields["customer"] not in self.customers:
+                    _refuse(400, f"No such customer: '{fields['customer']}'")
+                self.methods[method] = fields["customer"]
+                return Reply(200, {"id": method, "object": "payment_method", "customer": fields["customer"]})
+            case ["v1", "payment_intents"]:
+                return self._intent(fields)
+            case ["v1", "refunds"]:
+                return self._refund(fields)
+        _refuse(404, f"Unrecognized request URL ({call.method}: {call.path})")
+
+    def _intent(self, fields: dict[str, str]) -> Reply:
+        _only(fields, _INTENT_FIELDS)
+        amount = int(fields["amount"])
+        if amount <= 0 or fields["currency"] != fields["currency"].lower():
+            _refuse(400, "Invalid amount or currency")
+        intent: dict[str, Any] = {
+            "id": f"pi_{secrets.token_hex(10)}",
+            "object": "payment_intent",
+            "amount": amount,
+            "amount_received": 0,
+            "currency": fields["currency"],
+            "metadata": {"payment_id": fields["metadata[payment_id]"]},
+            "status": "requires_payment_method",
+            "last_payment_error": None,
+        }
+        intent["client_secret"] = f"{intent['id']}_secret_{secrets.token_hex(8)}"
+        self.intents[intent["id"]] = intent
+        if fields.get("confirm") == "true":
+            method = fields.get("payment_method", "")
+            if self.methods.get(method) != fields.get("customer"):
+                _refuse(400, "The payment method does not belong to the customer")
+            if method == DECLINED:
+                error = {"type": "card_error", "code": "card_declined", "message": "Your card was declined."}
+                intent["last_payment_error"] = error
+                raise Refused(Reply(402, {"error": error | {"payment_intent": intent}}))
+            intent |= {"status": "succeeded", "amount_received": amount}
+        return Reply(200, intent)
+
+    def _refund(self, fields: dict[str, str]) -> Reply:
+        _only(fields, {"payment_intent", "amount"})
+        intent = self.intents.get(fields["payment_intent"])
+        if intent is None:
+            _refuse(404, f"No such payment_intent: '{fields['payment_intent']}'")
+        minor = int(fields["amount"])
+        left = intent["amount_received"] - self.refunded.get(intent["id"], 0)
+        if not 0 < minor <= left:
+            _refuse(400, f"Refund amount ({minor}) is greater than unrefunded amount on charge ({left})")
+        self.refunded[intent["id"]] = self.refunded.get(intent["id"], 0) + minor
+        return Reply(
+            200,
+            {
+                "id": f"re_{secrets.token_hex(8)}",
+                "object": "refund",
+                "amount": minor,
+                "payment_intent": intent["id"],
+                "status": "succeeded",
+            },
+        )
+
+
+def _only(fields: dict[str, str], known: set[str]) -> None:
+    if unknown := sorted(fields.keys() - known):
+        _refuse(400, f"Received unknown parameter: {unknown[0]}")
+
+
+def _refuse(status: int, message: str) -> NoReturn:
+    raise Refused(Reply(status, {"error": {"type": "invalid_request_error", "message": message}}))
