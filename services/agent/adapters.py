@@ -15,8 +15,8 @@ def memory(runtime: Runtime) -> memory_pb2_grpc.MemoryStub:
 
 
 def billing(runtime: Runtime) -> billing_pb2_grpc.BillingStub:
-    """Reserve and Release may be repeated: with the same hold_id the second call changes nothing."""
-    safe = [f"clawbus.billing.v1.Billing/{method}" for method in ("Reserve", "Release", "Charges")]
+    """All calls may be repeated: with the same hold_id the second Reserve or Release changes nothing."""
+    safe = [f"clawbus.billing.v1.Billing/{method}" for method in ("Reserve", "Release", "Charges", "Unpriced")]
     return billing_pb2_grpc.BillingStub(runtime.channels.to(runtime.settings.billing_grpc, "billing", safe=safe))
 
 

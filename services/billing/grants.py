@@ -83,7 +83,7 @@ async def add(
 
 
 async def burn(tx: Tx, tenant_id: str, nanos: int, *, for_: JournalAccount, reference: str) -> int:
-    """Burns up to `nanos` and books them: what the tenant was owed becomes `for_`. Returns the burned amount."""
+    """Burns up to `nanos` and books them: the amount owed to the tenant becomes `for_`. Returns the burned amount."""
     rows = await tx.sql(
         """
         SELECT grant_id, kind, left_nanos

@@ -1,4 +1,4 @@
-"""Plans: versions of what a subscription includes and charges. A version never changes. Pure, except the table."""
+"""Plans: the included quantities and the charges of a subscription. A version never changes. Pure, except the table."""
 
 from __future__ import annotations
 

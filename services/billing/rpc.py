@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+from infra.clock import utcnow
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Database
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
-from services.billing import accounts, holds
+from services.billing import accounts, holds, price_book
+from services.billing.domain import valid_at
+
+MAX_RESOURCES = 100
 
 
 class Billing(billing_pb2_grpc.BillingServicer):
@@ -59,6 +63,18 @@ class Billing(billing_pb2_grpc.BillingServicer):
                 run_id,
             )
         return billing_pb2.ChargesReply(charges=[_charge(*row[:-1]) for row in rows], currency=currency)
+
+    async def Unpriced(self, request: billing_pb2.UnpricedRequest, context: Any) -> billing_pb2.UnpricedReply:
+        tenant_id = rpc.tenant()
+        if len(request.resources) > MAX_RESOURCES:
+            raise InvalidMessage("resources", f"must be at most {MAX_RESOURCES}")
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            # A tenant whose account is not open yet is taken for one in the currency of the seeded prices.
+            currency = await accounts.currency(tx, tenant_id) or "USD"
+            prices = await price_book.versions(tx, request.resources)
+        now = utcnow()
+        missing = [name for name in request.resources if valid_at(prices.get(name, ()), currency, now) is None]
+        return billing_pb2.UnpricedReply(resources=missing)
 
 
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Any]:

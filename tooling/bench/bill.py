@@ -128,6 +128,9 @@ class Bill:
                 "due": due,
                 "debited": await admin.fetchval("SELECT sum(debited_nanos)::bigint FROM account"),
                 "charged": await admin.fetchval("SELECT sum(amount_nanos)::bigint FROM usage"),
+                "in the sums by hour": await admin.fetchval(
+                    "SELECT sum(quantity)::bigint FROM usage_bucket WHERE meter = 'cost_nanos'"
+                ),
                 "in the ledger": -await admin.fetchval(
                     "SELECT sum(amount_nanos)::bigint FROM ledger_entry WHERE kind = 'charge'"
                 ),
@@ -162,7 +165,8 @@ class Bill:
 
     async def _clear(self) -> None:
         await self.fixture.admin.execute(
-            f"TRUNCATE {', '.join(_TABLES)}, inbox, consumer_offset; UPDATE account SET debited_nanos = 0"
+            f"TRUNCATE {', '.join(_TABLES)}, usage_bucket, usage_correction, inbox, consumer_offset; "
+            "UPDATE account SET debited_nanos = 0"
         )
 
     async def _take_rows(self) -> None:

@@ -14,10 +14,12 @@ from tooling.bench import (
     idle,
     ingest,
     intake,
+    invoice,
     message,
     overhead,
     recover,
     relay,
+    reserve,
     runs,
 )
 from tooling.bench.fixture import Fixture, bench_fixture
@@ -52,6 +54,14 @@ async def run_bill(place: Fixture, progress: Progress, pairs: int) -> Sequence[F
     bench = bill.Bill(place)
     await bench.prepare()
     return await run_pairs("bill", bench.ours, bench.anchors(), progress, pairs=pairs)
+
+
+async def run_reserve(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
+    return await reserve.measure(place, progress)
+
+
+async def run_invoice(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
+    return await invoice.measure(place, progress)
 
 
 async def run_ingest(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
@@ -126,6 +136,8 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "relay": run_relay,
     "telemetry": run_telemetry,
     "bill": run_bill,
+    "reserve": run_reserve,
+    "invoice": run_invoice,
     "ingest": run_ingest,
     "ingest-tail": run_ingest_tail,
     "runs": run_runs,
@@ -138,8 +150,9 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "recover": run_recover,
     "growth": run_growth,
 }
-# These run only if they are named: `growth` takes very long, the others start all services of the stack.
-ON_DEMAND = ("growth", "idle", "recover")
+# These run only if they are named: `growth` takes very long, `reserve` and `invoice` have no anchor, the others start
+# all services.
+ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve")
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 

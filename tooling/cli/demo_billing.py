@@ -242,7 +242,8 @@ class BillingDemo:
             self._require(journal["difference"] == 0, "the journal is not balanced")
             open_nanos = journal["balances"].get("receivable", 0)
             self._require(
-                open_nanos == invoice["due_minor"] * UNIT // 100, "the receivable is not what the invoice says"
+                open_nanos == invoice["due_minor"] * UNIT // 100,
+                "the receivable is not the amount that is due by the invoice",
             )
             due += open_nanos
         payments = await operator.get("/api/v1/payments/reconciliation")
@@ -253,7 +254,7 @@ class BillingDemo:
             return found if found["difference"] == 0 and found["pending"] == 0 else None
 
         found = await self._wait_for("equal amounts in usage and charges", usage)
-        self._line("journal", "balanced for each tenant; receivables equal what the invoices say is due")
+        self._line("journal", "balanced for each tenant; receivables equal the amounts that are due by the invoices")
         self._line("payments", "difference 0 between the provider's money and the journal")
         self._line("usage", f"{found['produced']} records produced, difference 0")
         return {"due_nanos": due, "journal_difference": 0, "payments_difference": 0, "usage_difference": 0}

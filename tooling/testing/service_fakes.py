@@ -68,6 +68,8 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
         """Hold id → the request that made it."""
         self.released: list[str] = []
         """Ids of the holds that were given back."""
+        self.unpriced: set[str] = set()
+        """Resources without a price."""
         self.charges: dict[str, list[billing_pb2.Charge]] = {}
         """Run id → its charges."""
         self.nanos_per_token = 10
@@ -94,6 +96,9 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
         rpc.tenant()
         self.released.append(request.hold_id)
         return billing_pb2.ReleaseReply()
+
+    async def Unpriced(self, request: billing_pb2.UnpricedRequest, context: Any) -> billing_pb2.UnpricedReply:
+        return billing_pb2.UnpricedReply(resources=[name for name in request.resources if name in self.unpriced])
 
     async def Charges(self, request: billing_pb2.ChargesRequest, context: Any) -> billing_pb2.ChargesReply:
         rpc.tenant()

@@ -49,6 +49,11 @@ class BillingStub:
                 request_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesRequest.SerializeToString,
                 response_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesReply.FromString,
                 _registered_method=True)
+        self.Unpriced = channel.unary_unary(
+                '/clawbus.billing.v1.Billing/Unpriced',
+                request_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.UnpricedRequest.SerializeToString,
+                response_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.UnpricedReply.FromString,
+                _registered_method=True)
 
 
 class BillingServicer:
@@ -75,6 +80,13 @@ class BillingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Unpriced(self, request, context):
+        """Which resources have no price in the tenant's currency now. Their usage is held for review.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BillingServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_BillingServicer_to_server(servicer, server):
                     servicer.Charges,
                     request_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesRequest.FromString,
                     response_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.ChargesReply.SerializeToString,
+            ),
+            'Unpriced': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpriced,
+                    request_deserializer=protos_dot_billing_dot_v1_dot_billing__pb2.UnpricedRequest.FromString,
+                    response_serializer=protos_dot_billing_dot_v1_dot_billing__pb2.UnpricedReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Billing:
             '/clawbus.billing.v1.Billing/Charges',
             protos_dot_billing_dot_v1_dot_billing__pb2.ChargesRequest.SerializeToString,
             protos_dot_billing_dot_v1_dot_billing__pb2.ChargesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpriced(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.billing.v1.Billing/Unpriced',
+            protos_dot_billing_dot_v1_dot_billing__pb2.UnpricedRequest.SerializeToString,
+            protos_dot_billing_dot_v1_dot_billing__pb2.UnpricedReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,8 @@ class BillingStub:
     """Releases an unused hold. A closed, expired or unknown hold is not changed."""
     Charges: _aio.UnaryUnaryMultiCallable[_billing_pb2.ChargesRequest, _billing_pb2.ChargesReply]
     """The verdicts on a run's usage records so far, in the order of their arrival."""
+    Unpriced: _aio.UnaryUnaryMultiCallable[_billing_pb2.UnpricedRequest, _billing_pb2.UnpricedReply]
+    """Which resources have no price in the tenant's currency now. Their usage is held for review."""
 
 class BillingServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -45,5 +47,13 @@ class BillingServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_billing_pb2.ChargesRequest, _abc.Awaitable[_billing_pb2.ChargesReply]],
     ) -> _abc.Awaitable[_billing_pb2.ChargesReply]:
         """The verdicts on a run's usage records so far, in the order of their arrival."""
+
+    @_abc_1.abstractmethod
+    def Unpriced(
+        self,
+        request: _billing_pb2.UnpricedRequest,
+        context: _aio.ServicerContext[_billing_pb2.UnpricedRequest, _abc.Awaitable[_billing_pb2.UnpricedReply]],
+    ) -> _abc.Awaitable[_billing_pb2.UnpricedReply]:
+        """Which resources have no price in the tenant's currency now. Their usage is held for review."""
 
 def add_BillingServicer_to_server(servicer: BillingServicer, server: _aio.Server) -> None: ...

@@ -17,6 +17,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web import rpc
 from infra.web.json_schema import check_schema
+from protos.billing.v1 import billing_pb2
 from protos.plugin.v1 import plugin_pb2
 from services.agent import adapters
 from services.agent.definitions import store
@@ -26,6 +27,7 @@ from services.agent.definitions.models import AgentChange, AgentView, NewAgent, 
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(prefix="/api/v1/agents", tags=["agents"])
     plugin = adapters.plugin(runtime)
+    billing = adapters.billing(runtime)
 
     async def reachable(field: str, model: str, provider: Provider | None, key: bytes | None) -> None:
         base_url = provider.base_url if provider else None
@@ -74,6 +76,20 @@ def router(runtime: Runtime) -> APIRouter:
                 if name not in found:
                     raise InvalidMessage(f"tools[{n}]", f"{name} is not a tool that this tenant may use")
 
+    async def warnings(tenant_id: str, definition: NewAgent) -> list[str]:
+        """The faults that do not keep the agent from working. Empty if billing does not answer."""
+        models = [definition.model, *([definition.fallback.model] if definition.fallback else [])]
+        try:
+            reply = await billing.Unpriced(
+                billing_pb2.UnpricedRequest(resources=models), metadata=rpc.tenant_metadata(tenant_id)
+            )
+        except Transient:
+            return []
+        return [
+            f"model: {name} has no price; its use is held for review, and each call reserves a high amount of credit"
+            for name in reply.resources
+        ]
+
     def sealed(tenant_id: str, agent_id: UUID, body: NewAgent) -> store.Keys:
         """The API keys in the body, encrypted."""
         providers = body.provider, body.fallback.provider if body.fallback else None
@@ -91,11 +107,12 @@ def router(runtime: Runtime) -> APIRouter:
         agent_id = uuid7()
         keys = sealed(who.tenant_id, agent_id, body)
         await check(who.tenant_id, body, keys)
+        found = await warnings(who.tenant_id, body)
 
         async def work(tx: Tx) -> tuple[int, AgentView]:
             agent = await store.insert(tx, agent_id, body, keys, who.actor)
             audit(tx, who.actor, "agent.create", "agent", str(agent_id), model=body.model)
-            return 201, agent.view()
+            return 201, agent.view().model_copy(update={"warnings": found})
 
         return await once(request, runtime, who, work)
 
@@ -133,7 +150,8 @@ def router(runtime: Runtime) -> APIRouter:
                 fields=", ".join(sorted(body.model_fields_set)),
                 version=str(changed.version),
             )
-        return changed.view()
+        found = await warnings(who.tenant_id, changed.definition)
+        return changed.view().model_copy(update={"warnings": found})
 
     return routes
 

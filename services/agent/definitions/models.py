@@ -184,3 +184,5 @@ class AgentView(BaseModel):
     enabled: bool
     created_at: datetime
     updated_at: datetime
+    warnings: list[str] = []
+    """Faults that do not keep the agent from working, such as a model without a price. Only after a change."""

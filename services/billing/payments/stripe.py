@@ -22,12 +22,12 @@ TOLERANCE_SECONDS = 300
 _DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost", "warning_closed": "dispute_won"}
 
 
-class _Error(msgspec.Struct):
+class _Error(msgspec.Struct, frozen=True):
     message: str = ""
     param: str = ""
 
 
-class _Failure(msgspec.Struct):
+class _Failure(msgspec.Struct, frozen=True):
     error: _Error = _Error()
 
 

@@ -271,7 +271,7 @@ async def test_tax_follows_the_country_and_a_credit_note_takes_its_share_back(bi
     for _ in range(2):
         paid = await post(billing, f"{path}/received", {"amount_minor": 10710, "reference": "SEPA 1"}, status=200)
     assert (paid["status"], paid["due_minor"]) == ("paid", 0)
-    # What was paid comes back as a grant.
+    # The paid amount comes back as a grant.
     await post(billing, f"{path}/credit-notes", {"amount_minor": 1190, "reason": "another day"})
     [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
     assert (grant["kind"], grant["left_nanos"]) == ("prepaid", 1190 * UNIT // 100)

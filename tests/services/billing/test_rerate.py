@@ -58,7 +58,7 @@ async def test_a_corrected_price_is_booked_once_and_comes_with_the_next_invoice(
     assert (await rerate(billing, tenant))["changed"] == 0
     assert [e["amount_nanos"] for e in (await tenant.get("ledger"))["items"] if e["kind"] == "correction"] == [100, 200]
 
-    # Back to the old price: the difference from what is booked now.
+    # Back to the old price: the difference from the booked amount.
     await price(billing, model, "100")
     assert (await rerate(billing, tenant))["difference_nanos"] == 300
     await price(billing, model, "80")

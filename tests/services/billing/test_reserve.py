@@ -223,3 +223,17 @@ async def test_the_charges_of_a_run_come_in_the_order_of_their_arrival(billing: 
     assert third.amount_nanos == 0
     assert reply.currency == "USD"
     assert first.occurred_at.ToDatetime() <= first.rated_at.ToDatetime()
+
+
+async def test_resources_without_a_price_in_the_tenants_currency_are_named(billing: Billing) -> None:
+    async def unpriced(tenant: Tenant) -> list[str]:
+        request = billing_pb2.UnpricedRequest(resources=["openai/gpt-4o-mini", "acme/unheard-of"])
+        reply = await tenant.stub().Unpriced(request, metadata=rpc.tenant_metadata(tenant.id))
+        return list(reply.resources)
+
+    assert await unpriced(await billing.tenant()) == ["acme/unheard-of"]
+    assert await unpriced(await billing.tenant(currency="JPY")) == ["openai/gpt-4o-mini", "acme/unheard-of"]
+    assert await unpriced(billing.known(str(uuid7()))) == ["acme/unheard-of"]
+    request = billing_pb2.UnpricedRequest(resources=["a/b"] * 101)
+    with pytest.raises(InvalidMessage, match="at most 100"):
+        await (await billing.tenant()).stub().Unpriced(request, metadata=rpc.tenant_metadata(str(uuid7())))

@@ -97,3 +97,14 @@ async def test_two_requests_with_one_key_create_one_agent(world: World, tenant: 
     ]
     assert answers[0] == answers[1]
     assert len((await tenant.call("GET", "/api/v1/agents"))["items"]) == 1
+
+
+async def test_a_model_without_a_price_is_named_in_a_warning(world: World, tenant: Tenant) -> None:
+    model = f"openai/{MODEL}-unpriced"
+    world.peers.billing.unpriced.add(model)
+    made = await tenant.call("POST", "/api/v1/agents", json=GOOD | {"model": model})
+    [warning] = made["warnings"]
+    assert warning.startswith(f"model: {model} has no price")
+    path = f"/api/v1/agents/{made['id']}"
+    assert (await tenant.call("PATCH", path, json={"name": "B"}))["warnings"] == [warning]
+    assert (await tenant.call("PATCH", path, json={"model": GOOD["model"]}))["warnings"] == []
