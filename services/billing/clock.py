@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
+from uuid import UUID
 
 from infra.clock import utcnow
 from infra.errors import describe
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database
-from services.billing import accounts, grants, invoices
+from infra.postgres.tx import Database, Tx
+from services.billing import accounts, invoices
 
 TICK_SECONDS = 60.0
 # Records of a period that arrive within this time after its end are still in its invoice.
@@ -75,12 +78,24 @@ class Clock:
                 MOST,
             )
         for (tenant_id,) in expired:
-            async with self._database.begin(tenant_id=tenant_id) as tx:
-                await accounts.lock_one(tx, tenant_id)
-                await grants.settle(tx, tenant_id)
+            # Locking an account ends its expired grants.
+            await self._try(tenant_id, lambda tx, tenant: accounts.lock_one(tx, tenant))
         for (tenant_id,) in ended:
-            async with self._database.begin(tenant_id=tenant_id) as tx:
-                await invoices.close(tx, tenant_id, utcnow() - CLOSE_AFTER, self._seller)
+            await self._try(
+                tenant_id, lambda tx, tenant: invoices.close(tx, tenant, utcnow() - CLOSE_AFTER, self._seller)
+            )
         for tenant_id, invoice_id in drafts:
+            await self._try(tenant_id, partial(self._finalise, invoice_id))
+
+    async def _finalise(self, invoice_id: UUID, tx: Tx, tenant_id: str) -> None:
+        await invoices.finalise(tx, tenant_id, invoice_id, self._seller, "billing")
+
+    async def _try(self, tenant_id: str, work: Callable[[Tx, str], Awaitable[object]]) -> None:
+        """One tenant's fault must not keep the others from their invoices."""
+        try:
             async with self._database.begin(tenant_id=tenant_id) as tx:
-                await invoices.finalise(tx, tenant_id, invoice_id, self._seller, "billing")
+                await work(tx, tenant_id)
+        except Exception as error:
+            get_logger("services.billing.clock").error(
+                "could not bill a tenant; will retry", tenant=tenant_id, error=describe(error)
+            )

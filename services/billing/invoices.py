@@ -21,6 +21,7 @@ from services.billing import accounts, grants, journal, plans, schemes, subscrip
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.plans import Metered
 from services.billing.subscriptions import Period
+from services.billing.tax import Buyer
 
 Status = Literal["draft", "finalised", "paid", "void", "uncollectible"]
 SERIES, CREDIT_SERIES = "INV", "CN"
@@ -50,6 +51,8 @@ class Invoice(BaseModel):
     credited_minor: int
     """Taken back by credit notes."""
     due_minor: int
+    buyer: Buyer
+    """As it was when the invoice was finalised. Empty for a draft."""
     made_at: datetime
     finalised_at: datetime | None
 
@@ -76,13 +79,15 @@ class CreditNote(BaseModel):
 
 _INVOICE = (
     "invoice_id, number, status, currency, begins, ends, subtotal_nanos, tax_nanos, tax_note, total_minor, "
-    "applied_minor, paid_minor, credited_minor, made_at, finalised_at"
+    "applied_minor, paid_minor, credited_minor, buyer, made_at, finalised_at"
 )
 
 
 async def close(tx: Tx, tenant_id: str, until: datetime, seller_country: str) -> list[Invoice]:
     """Closes the tenant's periods that have ended at or before `until` and makes their drafts."""
     currency, _ = await accounts.lock_one(tx, tenant_id)
+    # While the tenant still has an open period: its debits are invoiced, so grants do not cover them as well.
+    await grants.settle(tx, tenant_id)
     await subscriptions.extend(tx, tenant_id, utcnow())
     found = []
     for period in await subscriptions.due(tx, tenant_id, min(until, utcnow())):
@@ -197,7 +202,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller_country: str
         """
         UPDATE invoice
         SET status = $3, number = $4, tax_nanos = $5, tax_note = $6, total_minor = $7, applied_minor = $8,
-            finalised_at = clock_timestamp()
+            buyer = $9, finalised_at = clock_timestamp()
         WHERE tenant_id = $1 AND invoice_id = $2
         """,
         tenant_id,
@@ -207,7 +212,19 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller_country: str
         *taxed,
         total,
         applied,
+        (await tax.buyer(tx, tenant_id)).model_dump_json(),
     )
+    if total < 0:
+        # Corrections are larger than the charges: the tenant is owed the rest.
+        await accounts.add_credit(
+            tx,
+            tenant_id,
+            -total * unit,
+            kind="prepaid",
+            reason=f"corrections until {draft.period.ends.date()}",
+            actor=actor,
+            source="receivable",
+        )
     return await get(tx, tenant_id, invoice_id)
 
 
@@ -404,6 +421,7 @@ def _invoice(row: tuple[Any, ...]) -> Invoice:
     open_ = columns["status"] in ("draft", "finalised")
     return Invoice(
         id=columns.pop("invoice_id"),
+        buyer=Buyer.model_validate_json(columns.pop("buyer")),
         period=Span(begins=columns.pop("begins"), ends=columns.pop("ends")),
         due_minor=max(0, due) if open_ else 0,
         **columns,

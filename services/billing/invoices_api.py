@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -19,9 +20,9 @@ from infra.security.auth import Identity
 from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.billing import accounts, invoices, journal, tax
+from services.billing import accounts, invoices, journal, pdf, tax
 from services.billing.currencies import DIGITS
-from services.billing.invoices import CreditNote, Invoice
+from services.billing.invoices import CreditNote, Invoice, InvoiceLine
 from services.billing.tax import Buyer
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
@@ -151,6 +152,17 @@ def router(runtime: Runtime) -> APIRouter:
             )
         name = f"attachment; filename={invoice.number or invoice.id}.csv"
         return Response(out.getvalue(), media_type="text/csv; charset=utf-8", headers={"content-disposition": name})
+
+    @router.get("/invoices/{invoice_id}/pdf", response_class=Response)
+    async def get_pdf(invoice_id: UUID, who: Viewer) -> Response:
+        """The invoice as PDF. The same invoice gives the same bytes. Only Latin characters are shown as such."""
+        async with runtime.worker.begin() as tx:
+            tenant_id = await owner(tx, invoice_id, who)
+            invoice = await invoices.get(tx, tenant_id, invoice_id)
+            lines = await invoices.lines(tx, tenant_id, invoice_id, after=0, limit=invoices.MAX_LINES)
+        name = f"inline; filename={invoice.number or invoice.id}.pdf"
+        content = pdf.document(_rows(invoice, [line for _, line in lines]))
+        return Response(content, media_type="application/pdf", headers={"content-disposition": name})
 
     @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)
     async def finalise(invoice_id: UUID, who: Operator, request: Request) -> Response:
@@ -312,6 +324,27 @@ def in_minor(minor: int, currency: str) -> str:
     digits = DIGITS[currency]
     whole, rest = divmod(abs(minor), 10**digits)
     return f"{'-' if minor < 0 else ''}{whole}" + (f".{rest:0{digits}}" if digits else "")
+
+
+def _rows(invoice: Invoice, lines: Sequence[InvoiceLine]) -> list[pdf.Row]:
+    """The text of an invoice. Its state is left out, because a payment must not change the document."""
+    rows = [
+        pdf.Row(f"Invoice {invoice.number}" if invoice.number else "Draft of an invoice", bold=True),
+        pdf.Row(f"To: {invoice.buyer.name} {invoice.buyer.country} {invoice.buyer.vat_id}".rstrip()),
+        pdf.Row(f"Date: {(invoice.finalised_at or invoice.made_at):%Y-%m-%d}"),
+        pdf.Row(f"Period: {invoice.period.begins:%Y-%m-%d %H:%M} to {invoice.period.ends:%Y-%m-%d %H:%M} UTC"),
+        pdf.Row(""),
+    ]
+    for number, line in enumerate(lines, 1):
+        rows.append(pdf.Row(f"{number:>4}  {line.description}"))
+        rows.append(pdf.Row(f"      {line.quantity:>24,}  {exact(line.amount_nanos):>30} {invoice.currency}"))
+    return [
+        *rows,
+        pdf.Row(""),
+        pdf.Row(f"{'Subtotal':<32}{exact(invoice.subtotal_nanos):>30} {invoice.currency}"),
+        pdf.Row(f"{'Tax':<32}{exact(invoice.tax_nanos):>30} {invoice.currency}   {invoice.tax_note}"),
+        pdf.Row(f"Total {in_minor(invoice.total_minor, invoice.currency)} {invoice.currency}", bold=True),
+    ]
 
 
 def _plain(text: str) -> str:

@@ -65,6 +65,8 @@ class _Open(NamedTuple):
     begins: datetime
     ends: datetime
     starts_at: datetime
+    """Of the subscription, as is the next one."""
+    ends_at: datetime | None
 
 
 _PERIOD = "period, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends, closed_at"
@@ -83,19 +85,20 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
 
 
 def _place(periods: Sequence[_Open], at: datetime) -> Place:
-    if not periods or at < periods[0].starts_at:
-        return Place(0, False)
     for period in periods:
         if period.begins <= at < period.ends:
             return Place(period.period, False)
-    # Its period is closed. After the end of a subscription, its last period stays open until it is closed.
-    return Place(periods[0].period, at < periods[0].begins)
+    # Its period is closed. The oldest open period of the same subscription takes it.
+    for period in periods:
+        if period.starts_at <= at and (period.ends_at is None or at < period.ends_at):
+            return Place(period.period, True)
+    return Place(0, False)
 
 
 async def _open_periods(tx: Tx, tenants: Iterable[str]) -> dict[str, list[_Open]]:
     rows = await tx.sql(
         """
-        SELECT p.tenant_id, p.period, p.begins, p.ends, s.starts_at
+        SELECT p.tenant_id, p.period, p.begins, p.ends, s.starts_at, nullif(s.ends_at, 'infinity')
         FROM period AS p
         JOIN subscription AS s USING (tenant_id, subscription_id)
         WHERE p.tenant_id = ANY($1::text[]) AND p.closed_at IS NULL

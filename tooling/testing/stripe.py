@@ -103,6 +103,9 @@ class StripeStandIn(StandIn):
     def handle(self, call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {self.key}":
             _refuse(401, "Invalid API Key provided")
+        if call.method == "GET":
+            intent = self.intents.get(call.path.removeprefix("/v1/payment_intents/"))
+            return Reply(200, intent) if intent else _refuse(404, "No such payment_intent")
         if call.headers.get("content-type") != "application/x-www-form-urlencoded":
             _refuse(400, "the body must be form-encoded")
         pairs = parse_qsl(call.body.decode(), strict_parsing=True, keep_blank_values=True)

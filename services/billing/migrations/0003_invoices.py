@@ -182,6 +182,7 @@ def upgrade() -> None:
             subtotal_nanos bigint NOT NULL,
             tax_nanos bigint NOT NULL,
             tax_note text NOT NULL,
+            buyer text NOT NULL DEFAULT '{}',           -- as it was when the invoice was finalised, JSON
             total_minor bigint NOT NULL,
             applied_minor bigint NOT NULL DEFAULT 0,    -- covered by grants
             paid_minor bigint NOT NULL DEFAULT 0,

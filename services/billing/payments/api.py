@@ -109,7 +109,9 @@ def router(runtime: Runtime) -> APIRouter:
             charge = await store.charge_of(tx, payment)
             audit(tx, who.actor, "billing.pay", "invoice", str(invoice_id), payment=str(payment.id))
         # Outside of any transaction. If the process dies here, the next call asks again with the same key.
-        intent = await provider(payment.provider).charge(charge)
+        # A payment whose id is known is looked up: the provider forgets keys after a day.
+        asked = provider(payment.provider)
+        intent = await (asked.look(payment.reference) if payment.reference else asked.charge(charge))
         async with runtime.worker.begin(tenant_id=tenant_id) as tx:
             return Paying(payment=await store.answered(tx, payment, intent), client_secret=intent.client_secret)
 

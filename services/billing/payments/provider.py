@@ -62,6 +62,9 @@ class Provider(Protocol):
     async def charge(self, charge: Charge) -> Intent:
         """Raises Transient or Unanswered if the provider does not answer; it may be asked again."""
 
+    async def look(self, reference: str) -> Intent:
+        """The state of a payment that was asked for before."""
+
     async def refund(self, reference: str, minor: int, key: UUID) -> None:
         """Gives a part of a payment back, once for a key. Raises Conflict if the provider refuses."""
 

@@ -70,15 +70,10 @@ class Stripe:
             # A declined card: the error contains the intent.
             body = msgspec.json.decode(answer.body)["error"]
             return Intent(str(body["payment_intent"]["id"]), "failed", 0, str(body["message"]), "")
-        made = _ok(answer)
-        done = made["status"] == "succeeded"
-        return Intent(
-            str(made["id"]),
-            "succeeded" if done else "pending",
-            int(made["amount_received"]) if done else 0,
-            "",
-            "" if done else str(made.get("client_secret") or ""),
-        )
+        return _intent(_ok(answer))
+
+    async def look(self, reference: str) -> Intent:
+        return _intent(_ok(await self._call(f"payment_intents/{reference}", None, None)))
 
     async def refund(self, reference: str, minor: int, key: UUID) -> None:
         answer = await self._call("refunds", {"payment_intent": reference, "amount": str(minor)}, str(key))
@@ -106,24 +101,35 @@ class Stripe:
         if abs(now.timestamp() - int(stamp)) > TOLERANCE_SECONDS:
             raise Unauthenticated(f"stripe-signature: is more than {TOLERANCE_SECONDS} seconds old")
 
-    async def _call(self, path: str, fields: Mapping[str, str], key: str | None) -> Answer:
-        headers = {
-            "authorization": f"Bearer {self._key.get_secret_value()}",
-            "content-type": "application/x-www-form-urlencoded",
-        }
+    async def _call(self, path: str, fields: Mapping[str, str] | None, key: str | None) -> Answer:
+        """Sends `fields`, or reads if there are none."""
+        headers = {"authorization": f"Bearer {self._key.get_secret_value()}"}
+        if fields is not None:
+            headers["content-type"] = "application/x-www-form-urlencoded"
         if key:
             headers["idempotency-key"] = key
         answer = await self._outgoing.request(
-            "POST",
+            "GET" if fields is None else "POST",
             f"{self._origin}/v1/{path}",
             headers=headers,
-            content=urlencode(fields).encode(),
+            content=None if fields is None else urlencode(fields).encode(),
             template=f"/v1/{path.split('/')[0]}",
         )
         # 409: another request with the key is running. Both pass by themselves.
         if answer.status in (409, 429) or answer.status >= 500:
             raise Transient(f"stripe answered {answer.status}")
         return answer
+
+
+def _intent(made: dict[str, Any]) -> Intent:
+    done = made["status"] == "succeeded"
+    return Intent(
+        str(made["id"]),
+        "succeeded" if done else "pending",
+        int(made["amount_received"]) if done else 0,
+        "",
+        "" if done else str(made.get("client_secret") or ""),
+    )
 
 
 def _ok(answer: Answer) -> dict[str, Any]:

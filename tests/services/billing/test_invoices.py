@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import httpx
+import pdfplumber
 import pytest
 from sqlalchemy.exc import DBAPIError
 
@@ -111,6 +113,13 @@ async def test_a_month_of_usage_becomes_lines_that_were_computed_by_hand(billing
     text = (await tenant.http.get(f"/api/v1/invoices/{made['id']}/csv")).text.splitlines()
     assert len(text) == 5
     assert text[1].split(",")[0:2] == ["1", lines[0]["description"]]
+    answers = [await tenant.http.get(f"/api/v1/invoices/{made['id']}/pdf") for _ in range(2)]
+    assert answers[0].content == answers[1].content
+    with pdfplumber.open(io.BytesIO(answers[0].content)) as document:
+        shown = document.pages[0].extract_text()
+    assert shown.startswith("Invoice INV-000001")
+    assert "Total 35.50 USD" in shown
+    assert lines[2]["description"] in shown
 
 
 async def test_a_closed_period_is_invoiced_once_and_late_usage_goes_into_the_next_invoice(billing: Billing) -> None:
@@ -451,7 +460,7 @@ async def test_another_tenants_invoice_is_not_found_and_only_the_operator_finali
     tenant, _ = await subscribed(billing)
     other = await billing.tenant()
     made = await draft(billing, tenant)
-    for path in ("", "/lines", "/csv", "/credit-notes"):
+    for path in ("", "/lines", "/csv", "/pdf", "/credit-notes"):
         assert (await other.http.get(f"/api/v1/invoices/{made['id']}{path}")).status_code == 404
     assert (await other.http.get("/api/v1/invoices")).json()["items"] == []
     assert (await tenant.http.post(f"/api/v1/invoices/{made['id']}/finalise")).status_code == 403

@@ -113,6 +113,9 @@ async def test_a_declined_card_leaves_the_invoice_open_for_another_payment(
     assert await status(tenant, invoice_id) == ("finalised", 3000)
     again = (await pay(tenant, invoice_id)).json()
     assert again["client_secret"]
+    count = len(stripe.intents)
+    assert (await pay(tenant, invoice_id)).json() == again
+    assert len(stripe.intents) == count
     assert await send(billing, stripe, stripe.succeeded(again["payment"]["reference"])) == "applied"
     assert await status(tenant, invoice_id) == ("paid", 0)
 
