@@ -28,6 +28,7 @@ METHODS: Final[dict[str, Call]] = {
     "clawbus.billing.v1.Billing/Reserve": Call(("agent",), "tenant"),
     "clawbus.billing.v1.Billing/Release": Call(("agent",), "tenant"),
     "clawbus.billing.v1.Billing/Charges": Call(("agent",), "tenant"),
+    "clawbus.billing.v1.Billing/Unpriced": Call(("agent",), "tenant"),
     "clawbus.plugin.v1.Plugin/Tools": Call(("agent",), "tenant"),
     "clawbus.plugin.v1.Plugin/Call": Call(("agent",), "tenant"),
     "clawbus.ops.v1.Operations/ListDeadLetters": Call(("log_aggregator",), "either"),
