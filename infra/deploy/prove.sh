@@ -59,7 +59,7 @@ podman run --detach --name $name --network none --init --read-only --tmpfs /tmp 
     --env CLAW_REDIS_URL=redis://redis --env CLAW_HTTP_PORT=8001 --env CLAW_GRPC_PORT=9001 \
     --volume $name-own:/keys/user --volume $name-public:/keys/public \
     --env CLAW_PRIVATE_KEY_FILE=/keys/user/private.pem --env CLAW_PUBLIC_KEYS_FILE=/keys/public/keys.json \
-    --env CLAW_MASTER_KEY="$(secret)" --env CLAW_ADMIN_TOKEN="$(secret)" \
+    --env CLAW_MASTER_KEY_FILE=/keys/user/master.txt --env CLAW_ADMIN_TOKEN="$(secret)" \
     $image python -m services.user >/dev/null
 ask='import urllib.request as u; print(u.urlopen("http://127.0.0.1:8001/healthz", timeout=4).read().decode())'
 tries=0

@@ -168,13 +168,15 @@ class _Verified(Generic[T]):
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._version = keyring.version
+        self._version = keyring.public.version
         self._tokens: dict[str, tuple[float, T]] = {}
 
     def get(self, token: str, verify: Callable[[str], tuple[float, T]]) -> T:
-        self._keyring.look()
-        if self._version != self._keyring.version or len(self._tokens) >= _KEPT:
-            self._version = self._keyring.version
+        public = self._keyring.public
+        public.look()
+        # A token that the old keys verified may no longer be valid.
+        if self._version != public.version or len(self._tokens) >= _KEPT:
+            self._version = public.version
             self._tokens.clear()
         known = self._tokens.get(token)
         if known is None or known[0] <= time.time():

@@ -1,7 +1,7 @@
 """Sealed values: AES-256-GCM (NIST SP 800-38D) under keys that HKDF (RFC 5869) derives from the master key.
 
 A sealed value is ``version 1 byte | key id 4 bytes | nonce 12 bytes | ciphertext and tag``. The key id identifies the
-master key, so that after a change of the key older values can be recognised.
+master key: after a change of the key, older values open with the older key until they are sealed again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -18,6 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from infra.errors import InvalidMessage
+from infra.security.watched import Watched
 
 KEY_BYTES = 32
 _VERSION = b"\x01"
@@ -25,14 +28,46 @@ _HEADER_BYTES = 5
 _NONCE_BYTES = 12
 
 
-class Cipher:
-    """Seals under the platform's master key, given as base64 of 32 bytes. Raises ValueError for any other text."""
-
-    def __init__(self, master_key: str) -> None:
-        self._master = read_key(master_key)
-        self._header = _VERSION + self._derived("key id")[:4]
+class _MasterKey:
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self.id = self._derived("key id")[:4]
         # There are only a few purposes; the cache is bounded nevertheless.
-        self._keys = lru_cache(maxsize=64)(lambda purpose: AESGCM(self._derived(f"seal {purpose}")))
+        self.of = lru_cache(maxsize=64)(lambda purpose: AESGCM(self._derived(f"seal {purpose}")))
+
+    def _derived(self, info: str) -> bytes:
+        return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"clawbus {info}".encode()).derive(self._key)
+
+
+class Cipher:
+    """Seals under the first of the service's master keys, and opens with all of them.
+
+    `master_keys`: a text (see `read_keys`), or the file that holds it and is read again when it is replaced. Raises
+    ValueError for any other text.
+    """
+
+    def __init__(self, master_keys: str | Path) -> None:
+        self._file = Watched(master_keys, _read_file) if isinstance(master_keys, Path) else None
+        self._version = 0
+        self._set(self._file.content if self._file else read_keys(master_keys))  # type: ignore[arg-type]
+
+    def _set(self, keys: Sequence[bytes]) -> None:
+        found = [_MasterKey(key) for key in keys]
+        self._first = found[0]
+        self._by_id = {key.id: key for key in found}
+
+    def _look(self, *, now: bool = False) -> None:
+        if self._file:
+            self._file.look(now=now)
+            if self._version != self._file.version:
+                self._version = self._file.version
+                self._set(self._file.content)
+
+    @property
+    def key_id(self) -> bytes:
+        """The id of the key that seals now."""
+        self._look(now=True)
+        return self._first.id
 
     def seal(self, content: str | bytes, purpose: str, *context: str) -> bytes:
         """Encrypts `content`. Only `open` with the same purpose and context returns it.
@@ -40,7 +75,9 @@ class Cipher:
         purpose: a fixed phrase with a key of its own (``channel credentials``).
         context: the owner of the value (tenant, id, field); bound to the value and not stored with it.
         """
-        return self._header + _seal(self._keys(purpose), content, self._header, purpose, *context)
+        self._look()
+        header = _VERSION + self._first.id
+        return header + _seal(self._first.of(purpose), content, header, purpose, *context)
 
     def open(self, sealed: bytes, purpose: str, *context: str) -> bytes:
         """The content of a sealed value.
@@ -49,12 +86,13 @@ class Cipher:
         sealed under another master key, because then the process has a wrong configuration.
         """
         header = sealed[:_HEADER_BYTES]
-        if header != self._header and len(header) == _HEADER_BYTES and header.startswith(_VERSION):
-            raise RuntimeError("value was sealed under another master key than CLAW_MASTER_KEY of this process")
-        return _open(self._keys(purpose), sealed[_HEADER_BYTES:], header, purpose, *context)
-
-    def _derived(self, info: str) -> bytes:
-        return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"clawbus {info}".encode()).derive(self._master)
+        id_ = header[1:]
+        if id_ not in self._by_id:
+            # Another process may have sealed it under a new key just now.
+            self._look(now=True)
+        if id_ not in self._by_id and len(header) == _HEADER_BYTES and header.startswith(_VERSION):
+            raise RuntimeError("value was sealed under another master key than those of this process")
+        return _open(self._by_id.get(id_, self._first).of(purpose), sealed[_HEADER_BYTES:], header, purpose, *context)
 
 
 class DataKey:
@@ -70,6 +108,18 @@ class DataKey:
     def open(self, sealed: bytes, *context: str) -> str:
         """The content of a sealed value. Raises InvalidMessage if it was changed, or sealed for another context."""
         return _open(self._key, sealed[1:], sealed[:1], *context).decode()
+
+
+def read_keys(text: str) -> list[bytes]:
+    """The keys of a text with one or more words, each the base64 of 32 bytes. Raises ValueError; does not show it."""
+    return [read_key(word) for word in text.split() or [""]]
+
+
+def _read_file(path: Path) -> list[bytes]:
+    try:
+        return read_keys(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: each line {error}") from None
 
 
 def read_key(text: str) -> bytes:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -26,15 +25,11 @@ from cryptography.hazmat.primitives.serialization import (
 from jwt.algorithms import OKPAlgorithm
 
 from infra.errors import Unauthenticated, describe
-from infra.observe.logs import get_logger
-
-T = TypeVar("T")
+from infra.security.watched import Watched
 
 LIFETIME_SECONDS = 60
 LEEWAY_SECONDS = 5
 """The largest difference between the clocks of two machines."""
-_LOOK_SECONDS = 1.0
-"""A change of the public keys is noticed within this time."""
 _ALGORITHM = "EdDSA"
 
 
@@ -96,15 +91,12 @@ class Keyring:
 
     def __init__(self, service: str, private: Path, public: Path) -> None:
         self.service = service
-        self._private = _Watched(private, read_private)
-        self._public = _Watched(public, read_public)
-        self._looked = time.monotonic()
-        self.version = 0
-        """Grows with each change of the public keys: a token that the old ones verified may no longer be valid."""
+        self._private = Watched(private, read_private)
+        self.public = Watched(public, read_public)
 
     def sign(self, audience: str | list[str], **claims: Any) -> str:
         """A token of this service for `audience`, valid for a minute."""
-        self._private.look()
+        self._private.look(now=True)
         key = self._private.content
         now = int(time.time())
         return jwt.encode(
@@ -114,25 +106,19 @@ class Keyring:
             headers={"kid": key_id(self.service, key.public_key())},
         )
 
-    def look(self, *, now: bool = False) -> None:
-        """Reads the public keys again if their file has changed. Looks once a second, unless `now`."""
-        if now or time.monotonic() - self._looked >= _LOOK_SECONDS:
-            self._looked = time.monotonic()
-            self.version += self._public.look()
-
     def verify(self, token: str, audience: str) -> dict[str, Any]:
         """The claims of a token; ``iss`` is the owner of its key. Raises Unauthenticated with the token's fault."""
-        self.look()
+        self.public.look()
         try:
             kid = jwt.get_unverified_header(token).get("kid", "")
-            if kid not in self._public.content:
+            if kid not in self.public.content:
                 # A service that has just been given a new key.
-                self.look(now=True)
-            if kid not in self._public.content:
-                raise Unauthenticated(f"token: its key {kid!r} is not in {self._public.path.name}")
+                self.public.look(now=True)
+            if kid not in self.public.content:
+                raise Unauthenticated(f"token: its key {kid!r} is not in {self.public.path.name}")
             claims: dict[str, Any] = jwt.decode(
                 token,
-                self._public.content[kid],
+                self.public.content[kid],
                 algorithms=[_ALGORITHM],
                 audience=audience,
                 issuer=_owner(kid),
@@ -150,31 +136,3 @@ class Keyring:
         if claims["exp"] - claims["iat"] > LIFETIME_SECONDS:
             raise Unauthenticated(f"token: valid for more than {LIFETIME_SECONDS} s")
         return claims
-
-
-class _Watched(Generic[T]):
-    """The content of a file, read again when the file is replaced."""
-
-    def __init__(self, path: Path, read: Callable[[Path], T]) -> None:
-        self.path = path
-        self._read = read
-        self._stamp = self._stamped()
-        self.content = read(path)
-
-    def look(self) -> bool:
-        """True if the file has changed and was read."""
-        try:
-            if (stamp := self._stamped()) == self._stamp:
-                return False
-            self._stamp = stamp
-            self.content = self._read(self.path)
-        except (OSError, ValueError) as error:
-            get_logger("infra.security.keys").error(
-                "could not read a key file; the keys that were read before stay in use", error=describe(error)
-            )
-            return False
-        return True
-
-    def _stamped(self) -> tuple[int, int, int]:
-        found = os.stat(self.path)
-        return found.st_mtime_ns, found.st_ino, found.st_size

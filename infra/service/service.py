@@ -37,6 +37,7 @@ from infra.postgres.tx import Database
 from infra.security.auth import Callers, Identities
 from infra.security.crypto import Cipher
 from infra.security.keys import Keyring
+from infra.security.rewrap import KERNEL, SealedColumn
 from infra.security.sealed_letters import SealedLetters
 from infra.service import operations
 from infra.service.maintenance import Maintenance
@@ -98,6 +99,7 @@ class Service:
         self.works: list[tuple[Work, dict[str, Callable[[Runtime], Any]]]] = []
         self.aggregates: list[Aggregate[Any]] = []
         self.settings = settings
+        self.sealed: list[SealedColumn] = list(KERNEL)
         self._routes: list[RouteFactory] = []
         self._servicers: list[ServicerFactory] = []
         self._besides: dict[str, Callable[[Runtime], Background]] = {}
@@ -115,6 +117,10 @@ class Service:
     def own(self, *aggregates: Aggregate[Any]) -> None:
         """Declares the streams that this service owns; a replay publishes their facts again."""
         self.aggregates += aggregates
+
+    def seal(self, *columns: SealedColumn) -> None:
+        """Declares the columns that the service seals under its master key; a rotation seals them again."""
+        self.sealed += columns
 
     def depend(self, name: str, check: Callable[[Runtime], Callable[[], Awaitable[None]]]) -> None:
         """Adds a dependency that health checks by a round trip. Without it the process serves, but is degraded."""
@@ -177,7 +183,7 @@ class Service:
         stack.push_async_callback(cache.aclose)
         outgoing = Outgoing(allow_private=settings.allow_private_targets)
         stack.push_async_callback(outgoing.close)
-        cipher = Cipher(settings.master_key.get_secret_value())
+        cipher = Cipher(settings.master_key_file)
         runtime = Runtime(
             settings=settings,
             worker=Database(engine, self.name, sealing=SealedLetters(cipher)),

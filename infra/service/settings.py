@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import describe
-from infra.security.crypto import read_key
+from infra.security.crypto import Cipher
 from infra.security.keys import read_private, read_public
 
 
@@ -47,11 +47,6 @@ def _readable(read: Callable[[Path], object]) -> Callable[[Path], Path]:
     return check
 
 
-def _key(value: SecretStr) -> SecretStr:
-    read_key(value.get_secret_value())
-    return value
-
-
 class Settings(BaseSettings):
     """The variables that every service has, prefix ``CLAW_``. A service with more variables has a subclass.
 
@@ -83,8 +78,8 @@ class Settings(BaseSettings):
     """The Ed25519 key (PEM) with which this service signs its tokens; only this service may read it."""
     public_keys_file: Annotated[Path, AfterValidator(_readable(read_public))]
     """The public keys of all services, a JWK set."""
-    master_key: Annotated[SecretStr, AfterValidator(_key)]
-    """Base64 of 32 bytes. Sealed values are sealed under this key."""
+    master_key_file: Annotated[Path, AfterValidator(_readable(Cipher))]
+    """The master keys of this service, one a line as base64 of 32 bytes. It seals stored values under the first one."""
     allow_private_targets: bool = False
     """Allows vendors, models and tools on private addresses; for the local stack."""
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -3,6 +3,7 @@
 from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.agent import adapters, api, handlers
+from services.agent.definitions.store import SEALED
 from services.agent.execution import wiring
 from services.agent.runs.publishing import REPLAYED
 from services.agent.sessions.publishing import SESSION
@@ -10,6 +11,7 @@ from services.agent.settings import Settings
 
 service = Service("agent", Settings)
 service.own(SESSION, REPLAYED)
+service.seal(*SEALED)
 service.serve_http(api.routes)
 for subscription in handlers.TAKE_MESSAGES:
     service.consume(subscription, subjects=adapters.subjects)

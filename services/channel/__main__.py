@@ -2,14 +2,15 @@
 
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
-from services.channel import api, handlers
-from services.channel.ingest import Drainer, ingest
+from services.channel import accounts, api, handlers
+from services.channel.ingest import ACCEPTED, Drainer, ingest
 from services.channel.publishing import CONVERSATION, DELIVERY
 from services.channel.sender import sender
 from services.channel.settings import ChannelSettings
 
 service = Service("channel", ChannelSettings)
 service.own(CONVERSATION, DELIVERY)
+service.seal(*accounts.SEALED, ACCEPTED)
 service.serve_http(api.routes)
 service.beside("drainer", lambda runtime: Drainer(ingest(runtime)))
 service.consume(handlers.enqueue_delivery, subjects=lambda runtime: SubjectKeys(runtime.cipher))

@@ -18,6 +18,7 @@ import msgspec
 from infra.errors import Unauthenticated
 from infra.postgres.tx import Database, Tx
 from infra.security.crypto import KEY_BYTES, Cipher
+from infra.security.rewrap import SealedColumn
 from services.channel.domain import Pseudonyms
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Received, Request, Vendor
@@ -32,6 +33,11 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 _COLUMNS = """
     id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, old_credentials, old_until
 """
+
+SEALED = tuple(
+    SealedColumn("account", column, "channel account", ("id::text", f"'{column.removeprefix('old_')}'"))
+    for column in ("token", "credentials", "old_credentials", "pseudonyms")
+)
 
 
 class Account(NamedTuple):

@@ -29,6 +29,7 @@ from infra.postgres.db import is_transient
 from infra.postgres.group_commit import GroupCommit
 from infra.postgres.tx import MAX_MESSAGE_BYTES, Database, Tx
 from infra.security.crypto import Cipher, DataKey
+from infra.security.rewrap import SealedColumn
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND
@@ -42,6 +43,7 @@ from services.channel.vendors.base import Ignored, Inbound, Moved
 OTHER_FIELDS_BYTES = 2_000
 """Of a MessageReceived, apart from the texts of the vendor: ids, times and names of fields."""
 # The most calls in one statement.
+ACCEPTED = SealedColumn("accepted", "sealed", "accepted", ("encode(hash, 'hex')",))
 MAX_GROUP = 500
 # Up to this many calls are stored directly. More at once mean load, and under load acceptance comes first.
 MAX_DIRECT = 8

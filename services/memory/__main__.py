@@ -3,10 +3,12 @@
 from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.memory import adapters, api, handlers, rpc
+from services.memory.conversations import SEALED
 from services.memory.settings import MemorySettings
 
 service = Service("memory", MemorySettings)
 service.depend("milvus", adapters.milvus)
+service.seal(SEALED)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.index_document)

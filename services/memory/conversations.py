@@ -14,6 +14,7 @@ from infra.errors import Transient, Unanswered
 from infra.lanes.effects import Effects, Outcome
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
+from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
 from services.memory.documents import Found
 from services.memory.embeddings import Embedded, Embedder
@@ -23,6 +24,7 @@ from services.memory.usage import record_usage
 # Within this time a reply is erased with its person. Replies from before their events named the person only expire.
 KEEP = timedelta(days=30)
 _PURPOSE = "conversation memory"
+SEALED = SealedColumn("utterance", "sealed", _PURPOSE, ("tenant_id", "run_id::text"), where="subject_id = ''")
 
 
 def session_scope(session_key: str) -> str:

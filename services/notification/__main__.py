@@ -2,12 +2,14 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.notification import adapters, api, handlers
+from services.notification import adapters, api, handlers, notifications
 from services.notification.settings import NotificationSettings
+from services.notification.webhooks import endpoints
 from services.notification.webhooks import handlers as webhooks
-from services.notification.webhooks.endpoints import Secrets
+
 
 service = Service("notification", NotificationSettings)
+service.seal(notifications.SEALED, *endpoints.SEALED)
 service.serve_http(api.routes)
 service.consume(handlers.queue_email, notifications=adapters.notifications)
 service.consume(handlers.record_push)
@@ -19,7 +21,7 @@ service.work(handlers.send_email, notifications=adapters.notifications, owners=a
 service.work(
     webhooks.post_webhook,
     outgoing=lambda runtime: runtime.outgoing,
-    secrets=lambda runtime: Secrets(runtime.cipher),
+    secrets=lambda runtime: endpoints.Secrets(runtime.cipher),
     notifications=adapters.notifications,
 )
 

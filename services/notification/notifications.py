@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
+from infra.security.rewrap import SealedColumn
 from services.notification.domain import Result, masked
 
 KEEP = timedelta(days=90)
 _PURPOSE = "notification"
+SEALED = SealedColumn("notification", "content", _PURPOSE, ("tenant_id", "id::text"))
 
 
 class Email(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 from infra.security.subjects import erasure
 from infra.service.service import Runtime, Service
 from infra.stores.cache import Cache
-from services.plugin import api, handlers, rpc
+from services.plugin import api, calls, handlers, manifest, rpc
 from services.plugin.settings import PluginSettings
 
 
@@ -12,6 +12,7 @@ def cache(runtime: Runtime) -> Cache:
 
 
 service = Service("plugin", PluginSettings)
+service.seal(calls.SEALED, manifest.SEALED)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.pass_on, cache=cache)

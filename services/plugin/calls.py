@@ -24,6 +24,7 @@ from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.tx import Database, Tx
 from infra.security.crypto import Cipher
+from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
 from infra.web.json_schema import check
 from protos.catalog import USAGE_RECORDS
@@ -38,6 +39,7 @@ POLL_SECONDS = 0.2
 PAUSES = (0.2, 1.0)
 # Longer than any caller repeats a request. Not longer, because the answer of a tool may contain personal data.
 KEEP = timedelta(days=7)
+SEALED = SealedColumn("tool_call", "outcome", "tool outcome", ("tenant_id", "key"), where="subject_id = ''")
 
 _log = get_logger("plugin.calls")
 

@@ -12,11 +12,13 @@ import msgspec
 from infra.errors import InvalidMessage
 from infra.outgoing.webhooks import read_secret
 from infra.security.crypto import Cipher
+from infra.security.rewrap import SealedColumn
 from infra.web.json_schema import check, check_schema
 from services.plugin.domain import McpTool, Tool, plain_name
 from services.plugin.models import LeftOut, NewPlugin
 from services.plugin.schemas import adapted, check_depth
 
+SEALED = SealedColumn("plugin", "access", "plugin access", ("tenant_id", "id::text"))
 MAX_CONFIG_BYTES = 16 * 1024
 MAX_DESCRIPTION = 4_000
 

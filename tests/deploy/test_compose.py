@@ -24,7 +24,7 @@ from tooling.cli import compose
 from tooling.stack import provision
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.home import SERVICE_PORTS, SERVICES
-from tooling.stack.keys import private_file, public_file
+from tooling.stack.keys import master_file, private_file, public_file
 
 DEPLOY = CHECKOUT / "infra" / "deploy"
 
@@ -118,6 +118,7 @@ def test_a_service_has_its_own_private_key_only() -> None:
         )
         own = CONTAINERS[name]["environment"]
         assert own["CLAW_PRIVATE_KEY_FILE"] == str(private_file(Path("/keys"), "own"))
+        assert own["CLAW_MASTER_KEY_FILE"] == str(master_file(Path("/keys"), "own"))
         assert own["CLAW_PUBLIC_KEYS_FILE"] == str(public_file(Path("/keys")))
     others = [name for name in CONTAINERS if name not in (*SERVICES, "provision")]
     assert not [name for name in others if "keys_" in json.dumps(CONTAINERS[name].get("volumes", []))]
@@ -164,7 +165,7 @@ def test_the_provisioning_container_gets_every_variable_that_it_reads() -> None:
     needed |= {
         f"{name.upper()}_{role}_PASSWORD" for name in SERVICES for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ")
     }
-    assert needed == set(CONTAINERS["provision"]["environment"])
+    assert needed | {"CLAW_MASTER_KEY"} == set(CONTAINERS["provision"]["environment"])
 
 
 def test_prometheus_asks_every_service_and_its_alerts_name_metrics_that_exist() -> None:

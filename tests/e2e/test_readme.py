@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import re
 import subprocess
@@ -57,7 +56,6 @@ async def test_the_readmes_handler_counts_each_note_once(
         "CLAW_REDIS_URL": stack.redis_url,
         "CLAW_HTTP_PORT": "0",
         **keys.environment("tally"),
-        "CLAW_MASTER_KEY": base64.b64encode(bytes(32)).decode(),
     }
     await send(stack, topic_prefix, repeats=2)
     with (tmp_path / "log").open("wb") as log:

@@ -23,6 +23,7 @@ COMMANDS = (
     "check",
     "contracts",
     "compose",
+    "rotate",
     "dlq",
     "outbox",
     "replay",
@@ -34,7 +35,7 @@ COMMANDS = (
     "prove",
 )
 # These commands act on processes and files of the stack, which belong to the user `clawbus` if root starts it.
-_OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo")
+_OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo", "rotate")
 
 
 def build(names: tuple[str, ...]) -> typer.Typer:

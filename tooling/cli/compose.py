@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import re
 import secrets
@@ -68,7 +67,7 @@ def provision() -> None:
         keys = Path(env["CLAW_KEYS_FOLDER"])
     except KeyError as error:
         raise EngineError(f"{error.args[0]}: must be set in the environment") from None
-    make_keys(keys, SERVICES)
+    make_keys(keys, SERVICES, env.get("CLAW_MASTER_KEY", ""))
     asyncio.run(bring_up_to_date(roles, accounts, **urls))
     # Readable by all, because the gateway runs as another user. The file contains no secret.
     write_atomically(gateway, gateway_configuration(), mode=0o644)
@@ -91,6 +90,4 @@ def gateway_configuration() -> str:
 
 
 def _new(name: str) -> str:
-    if name == "CLAW_MASTER_KEY":
-        return base64.b64encode(secrets.token_bytes(32)).decode()
     return _CHOSEN.get(name) or secrets.token_urlsafe(24)

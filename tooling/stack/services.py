@@ -11,7 +11,7 @@ from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import ENGINES
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program, write_atomically
 from tooling.stack.home import SERVICE_PORTS, SERVICES
-from tooling.stack.keys import make_keys, private_file, public_file
+from tooling.stack.keys import make_keys, master_file, private_file, public_file
 
 # The variables that a service reads from files: other programs can see the environment of a process.
 SECRETS = frozenset(
@@ -21,7 +21,6 @@ SECRETS = frozenset(
         "REQUEST_DATABASE_URL",
         "RABBITMQ_URL",
         "REDIS_URL",
-        "MASTER_KEY",
         "ADMIN_TOKEN",
         "S3_SECRET_KEY",
         "OPENSEARCH_URL",
@@ -43,7 +42,7 @@ class LocalService:
         """Does nothing: the code is in the checkout."""
 
     def prepare(self, place: Place) -> None:
-        make_keys(keys_folder(place), SERVICES)
+        make_keys(keys_folder(place), SERVICES, place.secret.known("master_key"))
         folder = self._secrets_folder(place)
         folder.mkdir(mode=0o700, exist_ok=True)
         for name, value in self._variables(place).items():
@@ -79,7 +78,7 @@ class LocalService:
             "CLAW_PRIVATE_KEY_FILE": str(private_file(keys_folder(place), self.NAME)),
             "CLAW_PUBLIC_KEYS_FILE": str(public_file(keys_folder(place))),
             "CLAW_ALLOW_PRIVATE_TARGETS": "1",
-            "CLAW_MASTER_KEY": place.secret.bytes32("master_key"),
+            "CLAW_MASTER_KEY_FILE": str(master_file(keys_folder(place), self.NAME)),
             **addresses(place),
         }
         if self.NAME == "billing":

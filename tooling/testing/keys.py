@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import hashlib
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from protos.catalog import SERVICES
 from tooling.stack.keys import write_private, write_public
 
 NAMES = (*SERVICES, "sample_front", "sample_desk", "sample_ledger", "sample_courier", "desk", "tally")
+MASTER_KEY = base64.b64encode(b"a master key of 32 bytes, for me").decode()
 
 
 def private_key(service: str) -> Ed25519PrivateKey:
@@ -28,6 +30,7 @@ def environment(service: str) -> dict[str, str]:
     return {
         "CLAW_PRIVATE_KEY_FILE": str(_folder() / f"{service}.pem"),
         "CLAW_PUBLIC_KEYS_FILE": str(_folder() / "public.json"),
+        "CLAW_MASTER_KEY_FILE": str(_folder() / "master.txt"),
     }
 
 
@@ -62,4 +65,5 @@ def _folder() -> Path:
     for name in NAMES:
         write_private(folder / f"{name}.pem", private_key(name))
     write_public(folder / "public.json", {name: [private_key(name).public_key()] for name in NAMES})
+    (folder / "master.txt").write_text(MASTER_KEY)
     return folder

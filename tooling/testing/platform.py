@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 import signal
@@ -43,7 +42,7 @@ T = TypeVar("T")
 
 # Roles belong to the whole PostgreSQL server, so all modules that share a stack must use the same passwords.
 PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
-MASTER_KEY = base64.b64encode(b"a master key of 32 bytes, for me").decode()
+MASTER_KEY = keys.MASTER_KEY
 ADMIN_TOKEN = "an operator's token made up for tests"
 READY_SECONDS = 90.0
 # Engines that a service needs besides those of every test stack.
@@ -110,7 +109,6 @@ class Platform:
             "CLAW_HTTP_PORT": str(self.ports[name]),
             "CLAW_GRPC_PORT": str(self.ports[f"{name}_grpc"]),
             **keys.environment(name),
-            "CLAW_MASTER_KEY": MASTER_KEY,
             "CLAW_ADMIN_TOKEN": ADMIN_TOKEN,
             "CLAW_ALLOW_PRIVATE_TARGETS": "1",
             "CLAW_KAFKA_SESSION_MS": "6000",

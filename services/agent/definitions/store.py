@@ -12,11 +12,16 @@ from uuid import UUID
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
+from infra.security.rewrap import SealedColumn
 from services.agent.definitions.models import AgentView, FallbackView, NewAgent, Provider, ProviderView
 from services.agent.definitions.queue_modes import QueueMode
 from services.agent.models.contract import Endpoint
 
 _PURPOSE = "model provider key"
+SEALED = tuple(
+    SealedColumn("agent_version", column, _PURPOSE, ("tenant_id", "agent_id::text"))
+    for column in ("api_key", "fallback_key")
+)
 _COLUMNS = (
     "a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, v.fallback_key, a.created_at, v.created_at "
     "FROM agent a JOIN agent_version v ON v.agent_id = a.id"

@@ -14,6 +14,7 @@ import msgspec
 from infra.lanes.lane import Lane
 from infra.postgres.tx import Tx, derived_id
 from infra.security.crypto import Cipher
+from infra.security.rewrap import SealedColumn
 
 # The time before each further attempt (Standard Webhooks' recommendation, as Svix does it), with ±20 % jitter.
 RETRIES = tuple(timedelta(seconds=seconds) for seconds in (5, 300, 1_800, 7_200, 18_000, 36_000, 36_000))
@@ -21,6 +22,9 @@ RETRIES = tuple(timedelta(seconds=seconds) for seconds in (5, 300, 1_800, 7_200,
 DISABLED_AFTER = timedelta(days=5)
 KEEP = timedelta(days=30)
 _PURPOSE = "webhook endpoint"
+SEALED = tuple(
+    SealedColumn("webhook_endpoint", column, _PURPOSE, ("id::text",)) for column in ("secret", "old_secret")
+)
 _SECRET_BYTES = 32
 
 

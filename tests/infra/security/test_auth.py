@@ -52,7 +52,7 @@ def test_a_verified_token_is_not_verified_again_before_it_expires_or_keys_change
 
     monkeypatch.setattr(Keyring, "verify", refused)
     assert callers.verify(token) == Caller("agent", "")
-    keyring.version += 1
+    keyring.public.version += 1
     with pytest.raises(Unauthenticated, match="asked again"):
         callers.verify(token)
     monkeypatch.undo()

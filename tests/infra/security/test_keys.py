@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from infra.errors import Unauthenticated
-from infra.security import keys as infra_keys
+from infra.security import watched
 from infra.security.keys import LIFETIME_SECONDS, Keyring, key_id, read_private, read_public
 from tooling.stack import keys as stack_keys
 
@@ -136,7 +136,7 @@ def test_a_damaged_private_key_is_refused_and_not_shown(folder: Path) -> None:
 
 
 def test_a_rotation_refuses_no_token_and_ends_the_old_keys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(infra_keys, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(watched, "LOOK_SECONDS", 0.0)
     agent, billing = keyring(folder, "agent"), keyring(folder, "billing")
     old = agent.sign("billing")
     stack_keys.add(folder, SERVICES)
@@ -165,7 +165,7 @@ def test_a_new_key_is_known_at_once(folder: Path) -> None:
 
 
 def test_a_damaged_file_leaves_the_old_keys_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(infra_keys, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(watched, "LOOK_SECONDS", 0.0)
     agent, billing = keyring(folder, "agent"), keyring(folder, "billing")
     stack_keys.public_file(folder).write_text("{")
     stack_keys.private_file(folder, "agent").unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import importlib.util
 import json
@@ -45,17 +44,21 @@ class Secrets:
         """The password called `name`. It needs no escaping in a URL."""
         return self._kept(name, lambda: secrets.token_urlsafe(24))
 
-    def bytes32(self, name: str) -> str:
-        """The key called `name`: 32 bytes in base64."""
-        return self._kept(name, lambda: base64.b64encode(secrets.token_bytes(32)).decode())
+    def known(self, name: str) -> str:
+        """The password called `name`; empty if it was never made."""
+        return str(self._read().get(name, ""))
 
     def _kept(self, name: str, make: Callable[[], str]) -> str:
         with self._lock:
-            known: dict[str, str] = json.loads(self._path.read_text()) if self._path.exists() else {}
+            known = self._read()
             if name not in known:
                 known[name] = make()
                 write_atomically(self._path, json.dumps(known, indent=1))
             return known[name]
+
+    def _read(self) -> dict[str, str]:
+        known: dict[str, str] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        return known
 
 
 @dataclass(frozen=True)

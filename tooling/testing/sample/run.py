@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
-import secrets
 import signal
 import subprocess
 import time
@@ -57,7 +55,6 @@ class SampleServices:
             "CLAW_TOPIC_PREFIX": prefix,
             "CLAW_RABBITMQ_URL": engines.rabbitmq,
             "CLAW_REDIS_URL": engines.redis,
-            "CLAW_MASTER_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
             "CLAW_KAFKA_SESSION_MS": "6000",
             "CLAW_LEASE_SECONDS": "3",
             "CLAW_FRONT_GRPC": f"127.0.0.1:{free_port()}",
