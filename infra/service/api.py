@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
@@ -47,15 +49,18 @@ def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies:
     )
     app.state.identities = runtime.identities
 
+    swagger = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=app.title,
+        swagger_js_url="static/swagger-ui-bundle.js",
+        swagger_css_url="static/swagger-ui.css",
+        swagger_favicon_url="static/favicon.png",
+    )
+    swagger.headers["Content-Security-Policy"] = _content_policy(bytes(swagger.body).decode())
+
     @app.get("/docs/", include_in_schema=False)
     async def docs() -> Response:
-        return get_swagger_ui_html(
-            openapi_url="openapi.json",
-            title=app.title,
-            swagger_js_url="static/swagger-ui-bundle.js",
-            swagger_css_url="static/swagger-ui.css",
-            swagger_favicon_url="static/favicon.png",
-        )
+        return swagger
 
     # The package contains the files, so the page works without the internet.
     app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
@@ -68,6 +73,7 @@ def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies:
         # FastAPI's own layers are left out: they would answer errors before ours, which answers with problems.
         scope["app"] = app
         if scope["type"] == "http":
+            send = _relative_redirects(send)
             receive = await _checked(scope, receive, raise_later=routes_read_bodies)
         try:
             await inner(scope, receive, send)
@@ -79,6 +85,34 @@ def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies:
             raise
 
     return [Mount("", serve)]
+
+
+def _content_policy(page: str) -> str:
+    """The policy of the OpenAPI page: its own scripts only. Swagger UI sets styles of elements by itself."""
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    ]
+    scripts = " ".join(f"'sha256-{hash_}'" for hash_ in hashes)
+    return (
+        f"default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _relative_redirects(send: Send) -> Send:
+    """Takes the host from redirects to the path with or without its last slash: the client chooses the Host header."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 307:
+            headers = MutableHeaders(scope=message)
+            target = urlsplit(headers["location"])
+            # Two slashes at the start would be a host.
+            path = "/" + target.path.lstrip("/")
+            headers["location"] = target._replace(scheme="", netloc="", path=path).geturl()
+        await send(message)
+
+    return sending
 
 
 async def _checked(scope: Scope, receive: Receive, *, raise_later: bool) -> Receive:

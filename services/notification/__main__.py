@@ -7,7 +7,6 @@ from services.notification.settings import NotificationSettings
 from services.notification.webhooks import endpoints
 from services.notification.webhooks import handlers as webhooks
 
-
 service = Service("notification", NotificationSettings)
 service.seal(notifications.SEALED, *endpoints.SEALED)
 service.serve_http(api.routes)

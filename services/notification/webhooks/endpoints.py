@@ -22,9 +22,7 @@ RETRIES = tuple(timedelta(seconds=seconds) for seconds in (5, 300, 1_800, 7_200,
 DISABLED_AFTER = timedelta(days=5)
 KEEP = timedelta(days=30)
 _PURPOSE = "webhook endpoint"
-SEALED = tuple(
-    SealedColumn("webhook_endpoint", column, _PURPOSE, ("id::text",)) for column in ("secret", "old_secret")
-)
+SEALED = tuple(SealedColumn("webhook_endpoint", column, _PURPOSE, ("id::text",)) for column in ("secret", "old_secret"))
 _SECRET_BYTES = 32
 
 

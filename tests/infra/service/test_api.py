@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
@@ -371,6 +373,23 @@ async def test_the_page_of_the_api_needs_nothing_from_elsewhere(client: httpx.As
     assert "//" not in html.replace("// ", "")
     assert "/things" in (await client.get("/docs/openapi.json")).json()["paths"]
     assert (await client.get("/docs/static/swagger-ui-bundle.js")).status_code == 200
+
+
+async def test_the_page_runs_its_own_scripts_only(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/docs/")
+    policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
+    [script] = re.findall(r"<script>(.*?)</script>", answer.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    assert policy["script-src"] == f"'self' 'sha256-{digest}'"
+    # Handlers in attributes would need another permission.
+    assert not re.search(r"<[^>]+ on\w+=", answer.text)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:1", ""])
+async def test_the_redirect_of_a_slash_names_no_host(client: httpx.AsyncClient, host: str) -> None:
+    answer = await client.get("/things/?a=b", headers={"host": host})
+    assert (answer.status_code, answer.headers["location"]) == (307, "/things?a=b")
 
 
 async def test_unknown_paths_and_methods_are_problems_too(client: httpx.AsyncClient) -> None:

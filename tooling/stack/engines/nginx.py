@@ -55,8 +55,28 @@ LOCAL_LIMITS = Limits(
 )
 
 
+@dataclass(frozen=True)
+class Tls:
+    """TLS at the gateway. Without it, a proxy before the gateway must terminate TLS."""
+
+    listen: str
+    """Port, or address:port. The other listener then only redirects."""
+    url: str
+    """The gateway's address for clients, to which plain requests are redirected: ``https://claw.example``."""
+    certificate: str
+    """The path of the certificate chain, PEM."""
+    key: str
+    """The path of its private key, PEM."""
+
+
 def configuration(
-    *, listen: str, folder: str, services: Mapping[str, str], limits: Limits, resolver: str | None = None
+    *,
+    listen: str,
+    folder: str,
+    services: Mapping[str, str],
+    limits: Limits,
+    resolver: str | None = None,
+    tls: Tls | None = None,
 ) -> str:
     """The gateway's nginx.conf.
 
@@ -65,7 +85,8 @@ def configuration(
     `services`; without it the hosts must be IP addresses.
     """
     values = {
-        "listen": listen,
+        "listeners": _tls_listener(tls) if tls else f"        listen {listen};",
+        "redirect": _redirect(listen, tls.url) if tls else "",
         "folder": folder,
         "resolver": f"resolver {resolver} valid=10s ipv6=off;" if resolver else "",
         "upstreams": "\n".join(_upstream(name, address, resolver) for name, address in services.items()),
@@ -85,6 +106,34 @@ def _upstream(name: str, address: str, resolver: str | None) -> str:
     return f"    upstream {name} {{ zone {name} 128k; least_conn; {server}; keepalive 32; keepalive_timeout 4s; }}"
 
 
+def _tls_listener(tls: Tls) -> str:
+    lines = (
+        f"listen {tls.listen} ssl;",
+        "http2 on;",
+        f'ssl_certificate "{tls.certificate}";',
+        f'ssl_certificate_key "{tls.key}";',
+        "ssl_protocols TLSv1.2 TLSv1.3;",
+        # Mozilla's intermediate configuration for TLS 1.2: forward secrecy and authenticated encryption only.
+        "ssl_ciphers ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
+        "ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305;",
+        "ssl_session_cache shared:tls:4m;",
+        "ssl_session_timeout 1h;",
+        "ssl_session_tickets off;",
+    )
+    return "\n".join(f"        {line}" for line in lines)
+
+
+def _redirect(listen: str, url: str) -> str:
+    """A server without TLS. Its target is the configured address, not the Host that the client names."""
+    return f"""\
+    server {{
+        listen {listen};
+        server_name _;
+        location = /healthz {{ default_type application/json; return 200 '{{"status":"ok"}}'; }}
+        location / {{ return 308 {url}$request_uri; }}
+    }}"""
+
+
 def _problem(codes: tuple[int, ...], status: int, detail: str) -> str:
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, "errors": []}
     # A path and not a named location: nginx cannot go to one from a request whose own path it could not read.
@@ -100,7 +149,7 @@ def install() -> None:
     """Does nothing: the server is in the wheel."""
 
 
-def prepare(place: Place, limits: Limits = LOCAL_LIMITS) -> None:
+def prepare(place: Place, limits: Limits = LOCAL_LIMITS, tls: Tls | None = None) -> None:
     folder = place.folder(NAME)
     (folder / "temp").mkdir(exist_ok=True)
     config = configuration(
@@ -108,6 +157,7 @@ def prepare(place: Place, limits: Limits = LOCAL_LIMITS) -> None:
         folder=str(folder),
         services={name: f"127.0.0.1:{place.ports[name]}" for name in SERVICES},
         limits=limits,
+        tls=tls,
     )
     write_atomically(folder / "nginx.conf", config)
 
