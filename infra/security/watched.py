@@ -42,7 +42,7 @@ class Watched(Generic[T]):
             self.version += 1
         except (OSError, ValueError) as error:
             get_logger("infra.security").error(
-                "could not read a key file; what was read before stays in use", error=describe(error)
+                "could not read a key file; the keys that were read before stay in use", error=describe(error)
             )
 
     def _stamped(self) -> tuple[int, int, int]:

@@ -165,7 +165,7 @@ def test_the_provisioning_container_gets_every_variable_that_it_reads() -> None:
     needed |= {
         f"{name.upper()}_{role}_PASSWORD" for name in SERVICES for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ")
     }
-    assert needed | {"CLAW_MASTER_KEY"} == set(CONTAINERS["provision"]["environment"])
+    assert needed | {"CLAW_MASTER_KEY", "CLAW_TLS_URL"} == set(CONTAINERS["provision"]["environment"])
 
 
 def test_prometheus_asks_every_service_and_its_alerts_name_metrics_that_exist() -> None:

@@ -19,6 +19,7 @@ import yaml
 from tooling.cli import compose
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import package_folder
+from tooling.testing.certificates import Authority
 from tooling.testing.stack import free_port
 
 CONTAINER = yaml.safe_load((CHECKOUT / "compose.yml").read_text())["services"]["nginx"]
@@ -85,15 +86,23 @@ def written_folder(text: str) -> str:
     return str(found)
 
 
-async def test_nginx_takes_it_and_its_container_has_what_it_needs(folder: Path) -> None:
-    text = compose.gateway_configuration()
+@pytest.mark.parametrize("tls_url", ["", "https://claw.example"])
+async def test_nginx_takes_it_and_its_container_has_what_it_needs(folder: Path, tls_url: str) -> None:
+    text = compose.gateway_configuration(tls_url)
     path = folder / "nginx.conf"
     path.write_text(in_folder(text, folder))
+    if tls_url:
+        certificate, key = Authority().issue(folder, "claw.example")
+        certificate.rename(folder / "fullchain.pem")
+        key.rename(folder / "privkey.pem")
+        path.write_text(path.read_text().replace("/etc/tls", str(folder)))
+        assert "./tls:/etc/tls:ro" in CONTAINER["volumes"]
     process = await asyncio.create_subprocess_exec(*nginx(path, "-t"), stderr=asyncio.subprocess.PIPE)
     _, said = await process.communicate()
     assert process.returncode == 0, said.decode()
-    [listen] = re.findall(r"^\s*listen (\d+);$", text, re.MULTILINE)
-    assert [port.rpartition(":")[2] for port in CONTAINER["ports"]] == [listen]
+    listen = re.findall(r"^\s*listen (\d+)(?: ssl)?;$", text, re.MULTILINE)
+    assert [port.rpartition(":")[2] for port in CONTAINER["ports"]][: len(listen)] == listen
+    assert len(listen) == (2 if tls_url else 1)
     assert f"mkdir -p {written_folder(text)}/temp && exec nginx " in CONTAINER["command"][-1]
 
 

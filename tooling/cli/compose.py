@@ -70,12 +70,12 @@ def provision() -> None:
     make_keys(keys, SERVICES, env.get("CLAW_MASTER_KEY", ""))
     asyncio.run(bring_up_to_date(roles, accounts, **urls))
     # Readable by all, because the gateway runs as another user. The file contains no secret.
-    write_atomically(gateway, gateway_configuration(), mode=0o644)
+    write_atomically(gateway, gateway_configuration(env.get("CLAW_TLS_URL", "")), mode=0o644)
     console.print(f"Database and brokers are up to date, and so is {gateway}.")
 
 
-def gateway_configuration() -> str:
-    """The nginx.conf of the containers' gateway.
+def gateway_configuration(tls_url: str = "") -> str:
+    """The nginx.conf of the containers' gateway. tls_url: its address for clients; empty: it serves no TLS.
 
     The gateway starts before the services, and services are replaced while it runs. So it asks Docker's name server
     repeatedly for their addresses.
@@ -86,6 +86,7 @@ def gateway_configuration() -> str:
         services={name: f"{name}:{SERVICE_PORTS[name]}" for name in SERVICES},
         limits=_LIMITS,
         resolver="127.0.0.11",
+        tls=nginx.Tls("8443", tls_url, "/etc/tls/fullchain.pem", "/etc/tls/privkey.pem") if tls_url else None,
     )
 
 
