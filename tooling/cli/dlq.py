@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 from uuid import UUID
 
@@ -22,7 +22,9 @@ from infra.security.sealed_letters import SealedLetters
 from infra.service import redrive
 from tooling.stack import operator
 from tooling.stack.home import Home, home_folder
+from tooling.stack.keys import master_file
 from tooling.stack.operator import printable
+from tooling.stack.services import keys_folder
 
 app = typer.Typer(no_args_is_help=True, help="List, show, redrive and discard messages that could not be processed.")
 out = Console(highlight=False)
@@ -68,7 +70,7 @@ def list_(
 @app.command()
 def show(id: Id, as_json: Json = False) -> None:
     """Show one dead letter with its headers and payload."""
-    letter = operator.run(read(_database(), id, _sealing()))
+    letter = operator.run(read(_database(), id, _sealing))
     if as_json:
         print(msgspec.json.encode(letter).decode())  # noqa: T201
         return
@@ -136,11 +138,14 @@ async def find(url: str, id_: UUID) -> DeadLetterView:
     raise NotFound(f"dead letter {id_}: does not exist; see: ./claw dlq list")
 
 
-async def read(url: str, id_: UUID, sealing: Sealing) -> DeadLetterView:
-    """The dead letter with its payload. The reading is audited: the payload may hold a person's words."""
+async def read(url: str, id_: UUID, sealing: Callable[[str], Sealing]) -> DeadLetterView:
+    """The dead letter with its payload. The reading is audited: the payload may hold a person's words.
+
+    sealing: gets the name of the service that has sealed it.
+    """
     letter = await find(url, id_)
     async with operator.database(url, letter.service) as database, database.begin(tenant_id=letter.tenant_id) as tx:
-        payload = await dead_letters.read_payload(await tx.connection(), id_, sealing)
+        payload = await dead_letters.read_payload(await tx.connection(), id_, sealing(letter.service))
         audit(tx, operator.actor(), "dead_letter.read", "dead_letter", str(id_), service=letter.service)
     return replace(letter, payload=payload)
 
@@ -172,8 +177,8 @@ def _database() -> str:
     return operator.engines_access()["postgres"]["url"]
 
 
-def _sealing() -> Sealing:
-    return SealedLetters(Cipher(Home(home_folder()).place().secret.bytes32("master_key")))
+def _sealing(service: str) -> Sealing:
+    return SealedLetters(Cipher(master_file(keys_folder(Home(home_folder()).place()), service)))
 
 
 def _line(text: str, style: str = "") -> None:

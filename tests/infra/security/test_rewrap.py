@@ -156,7 +156,7 @@ def test_every_purpose_of_a_service_is_declared(service: str) -> None:
 
 def purposes(service: str) -> set[str]:
     """The purposes for which the service's code seals with its cipher."""
-    found = set()
+    found: set[str] = set()
     for path in sorted((CHECKOUT / "services" / service).rglob("*.py")):
         tree = ast.parse(path.read_text())
         constants = {
@@ -174,5 +174,5 @@ def purposes(service: str) -> set[str]:
                 and "cipher" in ast.unparse(node.func.value)
             ):
                 purpose = node.args[1]
-                found.add(constants[purpose.id] if isinstance(purpose, ast.Name) else ast.literal_eval(purpose))
+                found.add(str(constants[purpose.id] if isinstance(purpose, ast.Name) else ast.literal_eval(purpose)))
     return found
