@@ -61,8 +61,9 @@ def setup(service: str, level: str = "info") -> None:
     logging.root.handlers = [_Libraries()]
     # Debug lines of libraries show message contents, and aiokafka would log a line about each line that it sends.
     logging.root.setLevel(max(number, logging.INFO))
-    # These log a line per request or per socket, with the whole URL in it.
-    for library in ("httpx", "uvicorn.error"):
+    # httpx and uvicorn log a line per request or per socket, with the whole URL in it. aiokafka logs ten lines about
+    # each start of a consumer.
+    for library in ("httpx", "uvicorn.error", "aiokafka"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

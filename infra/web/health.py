@@ -72,7 +72,7 @@ class Health:
 
     async def _ask(self, name: str) -> dict[str, Any]:
         began = time.perf_counter()
-        was = self._dependencies.get(name, {}).get("status", "up")
+        was = self._dependencies.get(name, {}).get("status", "not asked")
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 await self._checks[name]()
@@ -81,9 +81,12 @@ class Health:
                 self._log.info("dependency answers again", dependency=name)
         except Exception as error:
             status = "down"
+            reason = f"no answer in {CHECK_SECONDS:g} s" if isinstance(error, TimeoutError) else describe(error)
             if was == "up":
-                reason = f"no answer in {CHECK_SECONDS:g} s" if isinstance(error, TimeoutError) else describe(error)
                 self._log.error("dependency does not answer", dependency=name, error=reason)
+            elif was == "not asked":
+                # Usual in the first seconds of a process, before it has connected.
+                self._log.warning("dependency does not answer yet", dependency=name, error=reason)
         return {"status": status, "latency": round((time.perf_counter() - began) * 1000, 1)}
 
     def _summary(self, status: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from infra.observe.metrics import Metrics
 from infra.web import health as health_module
@@ -131,3 +132,17 @@ async def test_a_stuck_part_makes_the_process_dead_and_is_named(client: httpx.As
     assert await statuses(client, ALIVE) == {503}
     body = (await client.get("/healthz")).json()
     assert (body["status"], body["stuck"]) == ("stuck", ["consumer billing"])
+
+
+async def test_only_a_dependency_that_has_answered_before_is_logged_as_an_error(health: Health) -> None:
+    postgres = Dependency()
+    health.add_check("postgres", postgres.check)
+    with capture_logs() as lines:
+        for state in ("down", "down", "up", "down"):
+            postgres.state = state
+            await health.ready()
+    assert [(line["log_level"], line["event"]) for line in lines] == [
+        ("warning", "dependency does not answer yet"),
+        ("info", "dependency answers again"),
+        ("error", "dependency does not answer"),
+    ]
