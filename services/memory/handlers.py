@@ -17,12 +17,18 @@ from protos.messages.agent import RunCompleted
 from protos.messages.memory import IndexDocument
 from protos.messages.user import SubjectErased
 from services.memory.conversations import KEEP, Conversations
+from services.memory.documents import OldVersion
 from services.memory.indexing import Indexing
 
 
 class DocumentWork(msgspec.Struct, frozen=True):
     document_id: UUID
-    act: Literal["index", "remove"]
+    act: Literal["index", "fill", "remove", "remove_version"]
+    """fill: put it into the index again. remove_version: remove a version that was replaced."""
+    path: str = ""
+    """Of the replaced version's file."""
+    owner: UUID | None = None
+    """Of the replaced version's rows in the index."""
 
 
 class UtteranceWork(msgspec.Struct, frozen=True):
@@ -63,9 +69,17 @@ async def forget_replies(event: SubjectErased, tx: Tx, conversations: Conversati
 async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing) -> None:
     match item.act:
         case "index":
-            await indexing.index(item.document_id, effects, tx)
+            if replaced := await indexing.index(item.document_id, effects, tx):
+                document_id, (path, owner) = replaced
+                work = DocumentWork(document_id, "remove_version", path, owner)
+                tx.enqueue(DOCUMENTS, lane=str(document_id), item=work)
+        case "fill":
+            await indexing.fill(item.document_id, effects)
         case "remove":
             await indexing.remove(item.document_id, effects, tx)
+        case "remove_version":
+            assert item.owner
+            await indexing.remove_version(OldVersion(item.path, item.owner), effects)
 
 
 @UTTERANCES.runner(concurrency=1)
@@ -77,7 +91,7 @@ async def work_on_utterance(item: UtteranceWork, effects: Effects, tx: Tx, conve
             await conversations.forget(item.run_id, effects, tx)
 
 
-def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "remove"]) -> None:
+def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "fill", "remove"]) -> None:
     tx.enqueue(DOCUMENTS, lane=str(document_id), item=DocumentWork(document_id, act))
 
 
@@ -87,8 +101,9 @@ def _enqueue_utterance(
     tx.enqueue(UTTERANCES, lane=f"{act} {run_id}", item=UtteranceWork(run_id, act), not_before=not_before)
 
 
-async def refill(database: Database) -> None:
-    """Enqueues every indexed document and reply again: the index is empty, or belongs to another model."""
+async def refill(database: Database, index: str) -> None:
+    """Enqueues every indexed document and reply for the index of this name: it is empty. Searches find the documents
+    by their words meanwhile; `GET /api/v1/memory/index` shows the progress."""
     async with database.begin() as tx:
         tenants = await tx.sql(
             "SELECT tenant_id FROM document WHERE status = 'indexed' UNION "
@@ -97,12 +112,17 @@ async def refill(database: Database) -> None:
     for (tenant_id,) in tenants:
         async with database.begin(tenant_id=tenant_id) as tx:
             rows = await tx.sql(
-                "UPDATE document SET status = 'embedded', progress = 0.9 WHERE tenant_id = $1 AND status = 'indexed' "
-                "AND deleted_at IS NULL RETURNING id",
+                """
+                UPDATE document
+                SET indexed_in = array_remove(indexed_in, $2)
+                WHERE tenant_id = $1 AND status = 'indexed' AND deleted_at IS NULL
+                RETURNING id
+                """,
                 tenant_id,
+                index,
             )
             for (document_id,) in rows:
-                enqueue(tx, document_id, "index")
+                enqueue(tx, document_id, "fill")
             spoken = await tx.sql(
                 "SELECT run_id FROM utterance WHERE tenant_id = $1 AND vector IS NOT NULL "
                 "AND expires_at > clock_timestamp()",

@@ -47,16 +47,18 @@ class Hit(NamedTuple):
 class Index:
     """Connects on first use. Has one collection per embedding model and dimension, created if it is missing.
 
-    `refill` is awaited before a missing collection is created: it enqueues everything that must be indexed.
+    `refill` is awaited with the index's name before a missing collection is created: it enqueues everything that must
+    be indexed.
     Every call raises Transient if Milvus does not answer.
     """
 
-    def __init__(self, url: str, prefix: str, model: str, refill: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, url: str, prefix: str, model: str, refill: Callable[[str], Awaitable[None]]) -> None:
         # The client logs a stack trace for each error that it raises.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         self._url = url
         self._prefix = _name(prefix, "vectors_")
         self._model = model
+        self.name = f"milvus/{model}"
         self._refill = refill
         self._client: AsyncMilvusClient | None = None
         self._open: set[str] = set()
@@ -145,7 +147,7 @@ class Index:
         async with self._opening, self._calling(name) as client:
             if name not in self._open:
                 if not await client.has_collection(name, timeout=TIMEOUT_SECONDS):
-                    await self._refill()
+                    await self._refill(self.name)
                     await self._make(client, name, dimension)
                 await client.load_collection(name, timeout=OPEN_SECONDS)
                 self._open.add(name)

@@ -17,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -32,7 +32,7 @@ from infra.postgres.db import is_transient
 from infra.postgres.tx import Tx
 from infra.stores.objects import Objects
 from services.memory import confinement, documents
-from services.memory.documents import Document, Passage
+from services.memory.documents import OldVersion, Passage, Work
 from services.memory.domain import Chunk, count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
 from services.memory.index import INSERT_ROWS, Index, Row
@@ -58,16 +58,27 @@ class _Refused(Exception):
     """The document cannot be indexed. The message is written for the person who uploaded it."""
 
 
+class Replaced(NamedTuple):
+    """A document that has a new version, and the place of the old one."""
+
+    document_id: UUID
+    old: OldVersion
+
+
 class Indexing:
     def __init__(self, objects: Objects, embedder: Embedder, index: Index) -> None:
         self._objects = objects
         self._embedder = embedder
         self._index = index
 
-    async def index(self, id_: UUID, effects: Effects, tx: Tx) -> None:
-        """Runs the stages that the document has not passed yet. An unreadable document ends as failed."""
+    async def index(self, id_: UUID, effects: Effects, tx: Tx) -> Replaced | None:
+        """Runs the stages that the document has not passed yet. An unreadable document ends as failed.
+
+        If it was the next version of another document, it takes that document's place; returns the place of the old
+        version then, which is left to `remove_version`.
+        """
         try:
-            await self._index_stages(id_, effects)
+            document = await self._index_stages(id_, effects)
         except _Refused as error:
             await documents.advance(tx, id_, "failed", 1.0, str(error))
         except (_Deleted, NotFound):
@@ -79,30 +90,53 @@ class Indexing:
                     await documents.advance(failed, id_, "failed", 1.0, "The platform had an internal error.")
             raise
         else:
+            if document.replaces:
+                old = await documents.switch(tx, id_, document.replaces)
+                return Replaced(document.replaces, old) if old else None
             await documents.advance(tx, id_, "indexed", 1.0)
+        return None
 
-    async def _index_stages(self, id_: UUID, effects: Effects) -> None:
+    async def _index_stages(self, id_: UUID, effects: Effects) -> Work:
         async with effects.begin() as tx:
-            document = await documents.get(tx, id_)
+            document = await documents.work(tx, id_)
         if document.status == "indexed":
-            return
+            return document
         if document.status in ("stored", "parsed", "failed"):
             await self._parse(document, effects)
+        if document.replaces:
+            async with effects.begin() as tx:
+                await documents.reuse_vectors(tx, id_, document.replaces, self._embedder.model)
         await self._embed(id_, effects)
-        await self._fill_index(id_, effects)
+        await self._fill_index(document, effects)
+        failpoint("after_index")
+        return document
+
+    async def fill(self, id_: UUID, effects: Effects) -> None:
+        """Puts an indexed document into the index again; searches by words find it all the time."""
+        try:
+            async with effects.begin() as tx:
+                document = await documents.work(tx, id_)
+            await self._embed(id_, effects, again=True)
+            await self._fill_index(document, effects)
+        except (_Deleted, NotFound):
+            _log.info("document was deleted before it was put into the index", document_id=str(id_))
 
     async def remove(self, id_: UUID, effects: Effects, tx: Tx) -> None:
         """Removes the file, the vectors and the rows of a deleted document."""
         async with effects.begin() as begun:
-            path = await documents.path_of(begun, id_)
-            tenant_id = _tenant(begun)
-        if path is None:
-            return
-        await self._objects.delete(path)
-        await self._index.remove(tenant_id, id_)
-        await documents.purge(tx, id_)
+            place = await documents.place(begun, id_)
+        if place:
+            await self.remove_version(place, effects)
+            await documents.purge(tx, id_)
 
-    async def _parse(self, document: Document, effects: Effects) -> None:
+    async def remove_version(self, old: OldVersion, effects: Effects) -> None:
+        """Removes the file and the vectors of a version that was replaced."""
+        async with effects.begin() as begun:
+            tenant_id = _tenant(begun)
+        await self._objects.delete(old.path)
+        await self._index.remove(tenant_id, old.owner)
+
+    async def _parse(self, document: Work, effects: Effects) -> None:
         async with effects.begin() as tx:
             # An earlier attempt may have stored some of the passages.
             await documents.drop_passages(tx, document.id)
@@ -111,7 +145,7 @@ class Indexing:
 
         async def check() -> None:
             async with effects.begin() as tx:
-                await documents.get(tx, document.id)
+                await documents.work(tx, document.id)
 
         async with (
             self._local_file(document) as file,
@@ -130,7 +164,7 @@ class Indexing:
             )
 
     @asynccontextmanager
-    async def _local_file(self, document: Document) -> AsyncIterator[IO[bytes]]:
+    async def _local_file(self, document: Work) -> AsyncIterator[IO[bytes]]:
         try:
             async with self._objects.fetch(document.path) as stored:
                 # Without a name: only the process that gets the open file can read it.
@@ -141,7 +175,8 @@ class Indexing:
         except NotFound as error:
             raise _Refused("The stored file no longer exists. Upload the document again.") from error
 
-    async def _embed(self, id_: UUID, effects: Effects) -> None:
+    async def _embed(self, id_: UUID, effects: Effects, *, again: bool = False) -> None:
+        """Embeds the passages that have no vector of the model. again: the document stays indexed meanwhile."""
         async with effects.begin() as tx:
             total = await documents.passage_count(tx, id_)
         began = time.monotonic()
@@ -149,14 +184,16 @@ class Indexing:
             async with effects.begin() as tx:
                 passages = await documents.without_vector(tx, id_, self._embedder.model, BATCH)
                 if not passages:
-                    await _advance(tx, id_, "embedded", _EMBEDDED)
+                    if not again:
+                        await _advance(tx, id_, "embedded", _EMBEDDED)
                     return
-            await self._embed_batch(id_, passages, total, effects)
+            await self._embed_batch(id_, passages, None if again else total, effects)
             if time.monotonic() - began > TURN_SECONDS:
                 # A large document takes hours. The vectors made so far are stored.
                 raise NotYet(timedelta(0), "the other documents have their turn")
 
-    async def _embed_batch(self, id_: UUID, passages: Sequence[Passage], total: int, effects: Effects) -> None:
+    async def _embed_batch(self, id_: UUID, passages: Sequence[Passage], total: int | None, effects: Effects) -> None:
+        """`total`: all passages of the document, for its progress; None if it shows none."""
         first = passages[0].n
         texts = [embedded_text(passage.text, passage.section) for passage in passages]
         begun = 0
@@ -183,8 +220,9 @@ class Indexing:
             nonlocal alive
             if outcome.result is None:
                 return
-            progress = _CHUNKED + (_EMBEDDED - _CHUNKED) * (first + len(passages)) / total
-            alive = await documents.advance(tx, id_, "chunked", progress)
+            if total is not None:
+                progress = _CHUNKED + (_EMBEDDED - _CHUNKED) * (first + len(passages)) / total
+                alive = await documents.advance(tx, id_, "chunked", progress)
             await documents.set_vectors(tx, self._embedder.model, passages, vectors)
             record_usage(tx, self._embedder.model, f"{id_}/{first}/{outcome.attempt}", outcome.result)
 
@@ -196,12 +234,12 @@ class Indexing:
         if outcome.state == "failed":
             raise _Refused(f"The text could not be embedded: {outcome.error}.")
 
-    async def _fill_index(self, id_: UUID, effects: Effects) -> None:
+    async def _fill_index(self, document: Work, effects: Effects) -> None:
         async def batches() -> AsyncIterator[Sequence[Row]]:
             last = -1
             while True:
                 async with effects.begin() as tx:
-                    rows = await documents.vectors(tx, id_, last, INSERT_ROWS)
+                    rows = await documents.vectors(tx, document.id, last, INSERT_ROWS)
                 if not rows:
                     return
                 last = rows[-1][1]
@@ -209,7 +247,9 @@ class Indexing:
 
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)
-        await self._index.replace(tenant_id, id_, "document", batches())
+        await self._index.replace(tenant_id, document.owner, "document", batches())
+        async with effects.begin() as tx:
+            await documents.mark_indexed(tx, document.id, self._index.name)
 
 
 class _ParserDied(Exception):

@@ -64,12 +64,13 @@ class Answer(NamedTuple):
     items: list[Scored]
     degraded: bool
     """True if the index or the embedding endpoint is unavailable, so the passages were found by their words only."""
+    gone: int = 0
+    """How many passages were found and then deleted or replaced before they were read."""
 
 
 class Ranked(NamedTuple):
     """A passage in one ranking."""
 
-    passage: Found
     dense: float | None
     keyword: float | None = None
 
@@ -84,6 +85,11 @@ class Retrieval:
         self._conversations = conversations
 
     async def search(self, caller: Caller, query: Query) -> Answer:
+        """As `_search`, and again if documents were replaced or deleted while it read."""
+        answer = await self._search(caller, query)
+        return await self._search(caller, query) if answer.gone else answer
+
+    async def _search(self, caller: Caller, query: Query) -> Answer:
         """Up to `limit` passages (10) that the caller may read, best first.
 
         dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
@@ -118,7 +124,18 @@ class Retrieval:
                 coded = await self._with_codes(tenant_id, vector, wanted, floor, scope)
         by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
         ranked = fuse(by_cosine, list(worded), list(coded))[:limit]
-        return Answer([_scored(near.get(id_), worded.get(id_), coded.get(id_)) for id_ in ranked], degraded)
+        texts = await self._texts(caller, query, scope, ranked)
+        items = [_scored(texts[id_], near.get(id_), worded.get(id_), coded.get(id_)) for id_ in ranked if id_ in texts]
+        return Answer(items, degraded, len(ranked) - len(items))
+
+    async def _texts(self, caller: Caller, query: Query, scope: Scope, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
+        """The texts that the caller may read. One statement for all documents: if a document is replaced meanwhile, the
+        answer has passages of the old version or of the new one, never of both."""
+        async with self._database.begin(tenant_id=caller.tenant_id) as tx:
+            texts = dict(await documents.found(tx, ids, scope))
+            if query.session_key and CONVERSATION in query.types:
+                texts |= await self._conversations.found(tx, ids, query.session_key)
+        return texts
 
     async def _vector(self, tenant_id: str, text: str) -> NDArray[np.float32]:
         embedded = await self._embed(text)
@@ -158,7 +175,7 @@ class Retrieval:
             near = [hit for hit in hits if hit.score >= floor]
             stored = await self._stored(tenant_id, [hit.id for hit in near], session_key, scope)
             if len(stored) >= limit or len(near) < wanted or wanted == MAX_HITS:
-                return {hit.id: Ranked(stored[hit.id], hit.score) for hit in near if hit.id in stored}
+                return {hit.id: Ranked(hit.score) for hit in near if hit.id in stored}
             wanted = min(4 * wanted, MAX_HITS)
 
     async def _stored(
@@ -186,15 +203,14 @@ class Retrieval:
             rows = await documents.with_words(
                 tx, ends(text, MAX_QUERY_TOKENS).replace("\0", " "), 2 * limit + 10, scope
             )
-            stored = await documents.found(tx, [row.id for row in rows], scope)
         hits = {}
         for row in rows:
             cosine = None
             if vector is not None and row.vector is not None and row.model == self._embedder.model:
                 cosine = _cosine(vector, row.vector)
             # Only a floor of the caller applies: a passage with the word may be right although its cosine is low.
-            if row.id in stored and (floor is None or cosine is None or cosine >= floor):
-                hits[row.id] = Ranked(stored[row.id], cosine, row.rank)
+            if floor is None or cosine is None or cosine >= floor:
+                hits[row.id] = Ranked(cosine, row.rank)
         return hits
 
     async def _with_codes(
@@ -203,18 +219,17 @@ class Retrieval:
         """The passages with the most of the codes first; among equals the nearest first."""
         async with self._database.begin(tenant_id=tenant_id) as tx:
             rows = await documents.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT, scope)
-            stored = await documents.found(tx, [id_ for id_, _, _ in rows], scope)
-        ranked = sorted(((-count, -_cosine(vector, other), id_) for id_, count, other in rows if id_ in stored))
-        return {id_: Ranked(stored[id_], -score) for _, score, id_ in ranked if -score >= floor}
+        ranked = sorted((-count, -_cosine(vector, other), id_) for id_, count, other in rows)
+        return {id_: Ranked(-score) for _, score, id_ in ranked if -score >= floor}
 
 
-def _scored(near: Ranked | None, worded: Ranked | None, coded: Ranked | None) -> Scored:
+def _scored(passage: Found, near: Ranked | None, worded: Ranked | None, coded: Ranked | None) -> Scored:
     reasons = {"meaning": near, "words": worded, "codes": coded}
     hits = [hit for hit in reasons.values() if hit]
     dense = next((hit.dense for hit in hits if hit.dense is not None), None)
     keyword = worded.keyword if worded else None
     score = dense if dense is not None else keyword or 0.0
-    return Scored(hits[0].passage, score, dense, keyword, tuple(reason for reason, hit in reasons.items() if hit))
+    return Scored(passage, score, dense, keyword, tuple(reason for reason, hit in reasons.items() if hit))
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

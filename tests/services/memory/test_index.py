@@ -91,7 +91,7 @@ async def test_rows_put_again_are_there_once_and_in_their_tenants_partition(
 ) -> None:
     refills = 0
 
-    async def refill() -> None:
+    async def refill(_: str) -> None:
         nonlocal refills
         refills += 1
 

@@ -119,7 +119,7 @@ class Unfiltered(Index):
 async def retrievals(memory: Platform, vectors: Vectors) -> AsyncIterator[dict[str, Retrieval]]:
     """Searches in this process: with the filter of the index, and without it."""
 
-    async def refill() -> None:
+    async def refill(_: str) -> None:
         raise AssertionError("the index exists")
 
     url = role_url(memory.database_url, "memory", "request", PASSWORDS.request)

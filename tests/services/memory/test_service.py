@@ -199,7 +199,8 @@ async def test_bad_uploads_are_refused_with_the_field(norrland: Client) -> None:
     assert await refused(422, files={"file": ("cut.docx", files.docx("a", "b")[:-60])}) == "file"
     assert await refused(415, files={"file": ("cat.png", b"\x89PNG\r\n\x1a\n" + bytes(100))}) == "file"
     assert await refused(415, files={"file": ("a.txt", b"MZ\x00\x01\x02")}) == "file"
-    assert await refused(415, json={"file": "text"}) == "content-type"
+    assert await refused(415, content=b"text", headers={"content-type": "text/plain"}) == "content-type"
+    assert await refused(422, json={"file": "text"}) == "file"
     read_only = norrland.platform.client("memory", norrland.tenant_id, scopes=("read",))
     async with read_only:
         assert (await read_only.post("/api/v1/documents", files={"file": ("a.txt", b"a")})).status_code == 403

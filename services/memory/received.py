@@ -1,0 +1,162 @@
+"""Receives a document: a file in a form, or a URL from which the platform fetches it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+from urllib.parse import unquote
+from uuid import UUID
+
+import httpx2
+import msgspec
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+
+from infra.errors import InvalidMessage, WrongType
+from infra.outgoing.client import Outgoing
+from infra.security.auth import Identity
+from infra.stores import filetypes
+from infra.stores.objects import Kind, Objects, Stored, safe_name
+from infra.web.http import allow_body, media_type, read_json
+from services.memory import rights
+
+# The most bytes that multipart adds around a file.
+_FORM_BYTES = 65_536
+_MAX_NAME = 255
+_MAX_REDIRECTS = 5
+_FETCH_SECONDS = 60.0
+# Not the Office formats before 2007: encrypted files of today look like them, and nothing here reads them.
+DOCUMENT = Kind(
+    "document",
+    100 * 1024 * 1024,
+    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.TEXT, filetypes.MARKDOWN, filetypes.HTML)),
+)
+
+
+class Received(NamedTuple):
+    name: str
+    stored: Stored
+    audience: list[str]
+    """Empty if none is given."""
+    tags: list[str]
+
+
+class _Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    url: str
+    name: str | None = None
+    audience: list[str] = []
+    tags: list[str] = []
+
+
+async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID) -> Received:
+    """Stores the file of the request under the id. Raises InvalidMessage naming the wrong field, WrongType, TooLarge,
+    Transient."""
+    type_ = media_type(request.headers)
+    if type_ == "application/json":
+        return await _fetched(request, outgoing, objects, who, id_)
+    if type_ != "multipart/form-data":
+        raise WrongType("content-type", "must be multipart/form-data, or application/json with a url")
+    allow_body(request, DOCUMENT.max_bytes + _FORM_BYTES)
+    async with request.form(max_files=1, max_fields=2 * rights.MAX_NAMES) as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise InvalidMessage("file", "missing: must be a multipart field of this name")
+        name = _name("file", file.filename)
+        audience, tags = _checked(_texts(form, "audience"), _texts(form, "tags"))
+        return Received(name, await _store(objects, _chunks(file), name, who, id_), audience, tags)
+
+
+async def _fetched(request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID) -> Received:
+    link = await read_json(request, _Link)
+    audience, tags = _checked(link.audience, link.tags)
+    name = None if link.name is None else _name("name", link.name)
+    try:
+        # Otherwise a server that sends a byte from time to time could hold the request forever.
+        async with (
+            asyncio.timeout(_FETCH_SECONDS),
+            outgoing.client(_FETCH_SECONDS) as client,
+            _answer(client, link.url) as answer,
+        ):
+            if answer.status_code != 200:
+                raise InvalidMessage("url", f"its server answered HTTP {answer.status_code}")
+            name = name or _name_of(answer)
+            return Received(name, await _store(objects, answer.aiter_bytes(), name, who, id_), audience, tags)
+    except (httpx2.HTTPError, TimeoutError) as error:
+        raise InvalidMessage("url", f"could not be fetched: {type(error).__name__}") from error
+
+
+@asynccontextmanager
+async def _answer(client: httpx2.AsyncClient, url: str) -> AsyncIterator[httpx2.Response]:
+    """The answer after at most so many redirects; the guard checks each address."""
+    for _ in range(_MAX_REDIRECTS + 1):
+        try:
+            request = client.build_request("GET", url, extensions={"max_bytes": DOCUMENT.max_bytes + 1})
+            if request.url.scheme not in ("http", "https") or not request.url.host or request.url.userinfo:
+                raise InvalidMessage("url", "must begin with http:// or https:// and a host, without a user")
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise InvalidMessage("url", str(error)) from error
+        answer = await client.send(request, stream=True)
+        try:
+            if not answer.has_redirect_location:
+                yield answer
+                return
+            url = str(request.url.join(answer.headers["location"]))
+        finally:
+            await answer.aclose()
+    raise InvalidMessage("url", f"redirects more than {_MAX_REDIRECTS} times")
+
+
+def _name_of(answer: httpx2.Response) -> str:
+    last = unquote(answer.url.path.rstrip("/").rpartition("/")[2]) or answer.url.host
+    type_ = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if type_ == filetypes.MARKDOWN and not last.lower().endswith((".md", ".markdown")):
+        last += ".md"
+    return _name("url", safe_name(last))
+
+
+def _checked(audience: list[str], tags: list[str]) -> tuple[list[str], list[str]]:
+    return (rights.checked_audience(audience) if audience else []), rights.checked_tags(tags)
+
+
+async def _store(objects: Objects, chunks: AsyncIterator[bytes], name: str, who: Identity, id_: UUID) -> Stored:
+    user_id = who.actor.partition(":")[2]
+    return await objects.upload(
+        DOCUMENT,
+        chunks,
+        name=name,
+        user_id=user_id,
+        path=lambda _: f"{user_id}/documents/{id_}_{safe_name(name)}",
+    )
+
+
+async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
+    while piece := await file.read(1024 * 1024):
+        yield piece
+
+
+def _texts(form: FormData, field: str) -> list[str]:
+    """The texts of a field that is repeated, or given once as a JSON array."""
+    given = form.getlist(field)
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
+        raise InvalidMessage(field, "must be a text, not a file")
+    if len(texts) == 1 and texts[0].startswith("["):
+        try:
+            return msgspec.json.decode(texts[0], type=list[str])
+        except msgspec.DecodeError:
+            raise InvalidMessage(field, "must be a JSON array of texts") from None
+    return texts
+
+
+def _name(field: str, given: str | None) -> str:
+    """The sender's name of the file, without folders and invisible characters."""
+    name = "".join(letter for letter in given or "" if letter.isprintable())
+    name = re.split(r"[/\\]", name)[-1].strip()
+    if not name:
+        raise InvalidMessage(field, "must have a name")
+    if len(name) > _MAX_NAME:
+        raise InvalidMessage(field, f"its name must have at most {_MAX_NAME} characters")
+    return name
