@@ -4,6 +4,7 @@ from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.memory import adapters, api, handlers, rpc
 from services.memory.conversations import SEALED
+from services.memory.memories import MEMORY
 from services.memory.settings import MemorySettings
 
 service = Service("memory", MemorySettings)
@@ -12,11 +13,13 @@ service.seal(SEALED)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.index_document)
-service.consume(handlers.remember_reply, conversations=adapters.conversations)
+service.own(MEMORY)
+service.consume(handlers.remember_run, conversations=adapters.conversations, learning=adapters.learning)
 service.consume(erasure("memory"))
-service.consume(handlers.forget_replies, conversations=adapters.conversations)
+service.consume(handlers.forget_person, conversations=adapters.conversations)
 service.work(handlers.work_on_document, indexing=adapters.indexing)
 service.work(handlers.work_on_utterance, conversations=adapters.conversations)
+service.work(handlers.work_on_memory, learning=adapters.learning)
 
 if __name__ == "__main__":
     service.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import cache
 
+from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from infra.stores.objects import Objects
 from services.memory.conversations import Conversations
@@ -12,6 +13,8 @@ from services.memory.embeddings import Embedder, LocalEmbedder, RemoteEmbedder
 from services.memory.handlers import refill
 from services.memory.index import Index
 from services.memory.indexing import Indexing
+from services.memory.learning import Learning
+from services.memory.memories import Memories
 from services.memory.retrieval import Retrieval
 
 
@@ -41,12 +44,20 @@ def conversations(runtime: Runtime) -> Conversations:
     return Conversations(runtime.cipher, embedder(runtime), index(runtime))
 
 
+def memories(runtime: Runtime) -> Memories:
+    return Memories(SubjectKeys(runtime.cipher))
+
+
+def learning(runtime: Runtime) -> Learning:
+    return Learning(memories(runtime), embedder(runtime))
+
+
 def indexing(runtime: Runtime) -> Indexing:
     return Indexing(objects(runtime), embedder(runtime), index(runtime))
 
 
 def retrieval(runtime: Runtime) -> Retrieval:
-    return Retrieval(runtime.request, embedder(runtime), index(runtime), conversations(runtime))
+    return Retrieval(runtime.request, embedder(runtime), index(runtime), conversations(runtime), memories(runtime))
 
 
 def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:

@@ -25,7 +25,7 @@ from infra.service.service import Runtime
 from infra.stores.objects import DOWNLOAD_LIFE
 from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
-from services.memory import adapters, documents, received, rights
+from services.memory import adapters, documents, memories_api, received, rights
 from services.memory.documents import Document
 from services.memory.handlers import enqueue
 from services.memory.retrieval import Query, Scored
@@ -149,7 +149,7 @@ class Search(BaseModel):
     """A cosine from -1 to 1. The default belongs to the embedding model and removes unrelated passages. Scores of
     right and wrong passages overlap and do not compare between models: no value tells whether an answer exists."""
     types: list[str] = []
-    """document (the default), conversation (the agents' replies in `session_key`)."""
+    """document (the default), conversation (the agents' replies in `session_key`), memory (of the caller)."""
     session_key: str | None = None
     mode: Literal["hybrid", "dense", "keyword"] = "hybrid"
     """dense: by meaning. keyword: documents by their words. hybrid: both rankings fused by reciprocal rank."""
@@ -362,7 +362,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             total, inside = await documents.indexed_in(tx, name)
         return IndexView(name=name, documents=total, documents_inside=inside)
 
-    return api("memory", runtime, router)
+    return api("memory", runtime, router, memories_api.router(runtime))
 
 
 def _audit(tx: Tx, who: Identity, act: str, id_: UUID, *, audience: Sequence[str] = (), **about: str) -> None:

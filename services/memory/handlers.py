@@ -16,9 +16,11 @@ from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted
 from protos.messages.memory import IndexDocument
 from protos.messages.user import SubjectErased
+from services.memory import memories
 from services.memory.conversations import KEEP, Conversations
 from services.memory.documents import OldVersion
 from services.memory.indexing import Indexing
+from services.memory.learning import Learning
 
 
 class DocumentWork(msgspec.Struct, frozen=True):
@@ -36,10 +38,17 @@ class UtteranceWork(msgspec.Struct, frozen=True):
     act: Literal["embed", "forget"]
 
 
+class MemoryWork(msgspec.Struct, frozen=True):
+    """Embed a memory."""
+
+    memory_id: UUID
+
+
 # One lane per document.
 DOCUMENTS = Lane("documents", DocumentWork)
 # One lane per act and run: an item that is due in a month must not block any other item.
 UTTERANCES = Lane("utterances", UtteranceWork)
+MEMORIES = Lane("memories", MemoryWork)
 
 
 @DOCUMENT_INDEX.worker(prefetch=20)
@@ -48,16 +57,24 @@ async def index_document(message: IndexDocument, tx: Tx) -> None:
 
 
 @AGENT_EVENTS.each(RunCompleted, group="memory")
-async def remember_reply(event: RunCompleted, tx: Tx, conversations: Conversations) -> None:
+async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations, learning: Learning) -> None:
     if event.reply.strip() and await conversations.add(
         tx, event.run_id, event.session_key, event.subject_id, event.reply
     ):
         _enqueue_utterance(tx, event.run_id, "embed")
         _enqueue_utterance(tx, event.run_id, "forget", utcnow() + KEEP)
+    for memory_id in await learning.learn(tx, event):
+        enqueue_memory(tx, memory_id)
+
+
+@MEMORIES.runner(concurrency=1)
+async def work_on_memory(item: MemoryWork, effects: Effects, tx: Tx, learning: Learning) -> None:
+    await learning.embed(item.memory_id, effects)
 
 
 @PLATFORM_EVENTS.each(SubjectErased, group="memory")
-async def forget_replies(event: SubjectErased, tx: Tx, conversations: Conversations) -> None:
+async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversations) -> None:
+    await memories.erase(tx, event.tenant_id, event.subject_id)
     for run_id in await conversations.erase(tx, event.subject_id):
         # Behind an embedding that may be under way, which would put the vector back.
         tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))
@@ -93,6 +110,10 @@ async def work_on_utterance(item: UtteranceWork, effects: Effects, tx: Tx, conve
 
 def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "fill", "remove"]) -> None:
     tx.enqueue(DOCUMENTS, lane=str(document_id), item=DocumentWork(document_id, act))
+
+
+def enqueue_memory(tx: Tx, memory_id: UUID) -> None:
+    tx.enqueue(MEMORIES, lane=str(memory_id), item=MemoryWork(memory_id))
 
 
 def _enqueue_utterance(

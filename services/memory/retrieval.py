@@ -19,12 +19,13 @@ from services.memory.documents import Found, Scope
 from services.memory.domain import codes, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Index
+from services.memory.memories import Memories, Memory, Reader
 from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters
 from services.memory.usage import record_usage
 
 DEFAULT_LIMIT = 10
 MAX_LIMIT = 100
-DOCUMENT, CONVERSATION = TYPES = ("document", "conversation")
+DOCUMENT, CONVERSATION, MEMORY = TYPES = ("document", "conversation", "memory")
 HYBRID, DENSE, KEYWORD = MODES = ("hybrid", "dense", "keyword")
 # A longer query is searched by the words of its beginning and its end.
 MAX_QUERY_TOKENS = 480
@@ -43,7 +44,7 @@ class Query(NamedTuple):
     types: Sequence[str] = ()
     """Empty means documents."""
     session_key: str | None = None
-    """The session whose conversation is searched."""
+    """The session whose conversation is searched, and whose memories are read."""
     mode: str = HYBRID
     filters: Filters = NO_FILTERS
 
@@ -78,11 +79,19 @@ class Ranked(NamedTuple):
 class Retrieval:
     """`database` must be the request role's: row-level security then hides other tenants' rows from a wrong index."""
 
-    def __init__(self, database: Database, embedder: Embedder, index: Index, conversations: Conversations) -> None:
+    def __init__(
+        self,
+        database: Database,
+        embedder: Embedder,
+        index: Index,
+        conversations: Conversations,
+        memories: Memories,
+    ) -> None:
         self._database = database
         self._embedder = embedder
         self._index = index
         self._conversations = conversations
+        self._memories = memories
 
     async def search(self, caller: Caller, query: Query) -> Answer:
         """As `_search`, and again if documents were replaced or deleted while it read."""
@@ -94,6 +103,8 @@ class Retrieval:
 
         dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
         hybrid: both rankings and the one by codes (E04) are fused, because an embedding hardly distinguishes two codes.
+
+        Memories of the caller follow after the passages, as many as fit into a part of a prompt.
 
         Raises InvalidMessage naming the wrong field. Raises Transient if the index or the embedding endpoint is
         unavailable, but not in the mode hybrid: its answer is degraded then.
@@ -109,10 +120,12 @@ class Retrieval:
             try:
                 vector = await self._vector(tenant_id, query.text)
                 for type_ in types:
+                    if type_ == MEMORY:
+                        continue
                     session_key = query.session_key if type_ == CONVERSATION else None
                     near |= await self._nearest(tenant_id, vector, session_key, limit, floor, scope)
             except Transient as error:
-                if query.mode == DENSE or DOCUMENT not in types:
+                if query.mode == DENSE or (CONVERSATION in types and DOCUMENT not in types):
                     raise
                 _log.warning("index or embedding endpoint is unavailable; the search is by words", error=str(error))
                 degraded = True
@@ -126,7 +139,25 @@ class Retrieval:
         ranked = fuse(by_cosine, list(worded), list(coded))[:limit]
         texts = await self._texts(caller, query, scope, ranked)
         items = [_scored(texts[id_], near.get(id_), worded.get(id_), coded.get(id_)) for id_ in ranked if id_ in texts]
-        return Answer(items, degraded, len(ranked) - len(items))
+        gone = len(ranked) - len(items)
+        if MEMORY in types:
+            items += await self._recalled(caller, query, vector)
+        return Answer(items, degraded, gone)
+
+    async def _recalled(self, caller: Caller, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
+        reader = Reader(caller.subject_id, caller.agent_id, query.session_key or "")
+        async with self._database.begin(tenant_id=caller.tenant_id) as tx:
+            recalled = await self._memories.recall(tx, reader, vector, self._embedder.model)
+        return [
+            Scored(
+                Found(each.memory.text, None, "memory", _origin(each.memory), None),
+                each.similarity or 0.0,
+                each.similarity,
+                None,
+                (MEMORY,),
+            )
+            for each in recalled
+        ]
 
     async def _texts(self, caller: Caller, query: Query, scope: Scope, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
         """The texts that the caller may read. One statement for all documents: if a document is replaced meanwhile, the
@@ -230,6 +261,13 @@ def _scored(passage: Found, near: Ranked | None, worded: Ranked | None, coded: R
     keyword = worded.keyword if worded else None
     score = dense if dense is not None else keyword or 0.0
     return Scored(passage, score, dense, keyword, tuple(reason for reason, hit in reasons.items() if hit))
+
+
+def _origin(memory: Memory) -> str:
+    """The source as a person would write it: ``preference of the person, said on 2026-11-29, run 0199…``."""
+    of = {"user": "the person", "agent": "the agent", "session": "the conversation", "tenant": "the organisation"}
+    run = f", run {memory.run_id}" if memory.run_id else ""
+    return f"{memory.kind} of {of[memory.scope]}, noted on {memory.said_at:%Y-%m-%d}{run}"
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -22,6 +22,9 @@ class Caller(NamedTuple):
 
     tenant_id: str
     names: tuple[str, ...]
+    subject_id: str = ""
+    """The person whose memories it may read."""
+    agent_id: str = ""
 
 
 class Filters(NamedTuple):
@@ -49,7 +52,7 @@ EVERY = Owners()
 
 
 def of_identity(who: Identity) -> Caller:
-    return Caller(who.tenant_id, (ALL, who.actor, *(f"group:{name}" for name in sorted(who.groups))))
+    return Caller(who.tenant_id, (ALL, who.actor, *(f"group:{name}" for name in sorted(who.groups))), who.actor)
 
 
 def view_names(who: Identity) -> tuple[str, ...] | None:
@@ -58,9 +61,9 @@ def view_names(who: Identity) -> tuple[str, ...] | None:
     return None if "admin" in who.scopes else of_identity(who).names
 
 
-def of_agent(tenant_id: str, agent_id: str) -> Caller:
-    """`agent_id` may be empty: then only documents for all are read."""
-    return Caller(tenant_id, (ALL, f"agent:{agent_id}") if agent_id else (ALL,))
+def of_agent(tenant_id: str, agent_id: str, subject_id: str = "") -> Caller:
+    """`agent_id` may be empty: then only documents for all are read. `subject_id`: the person to whom it talks."""
+    return Caller(tenant_id, (ALL, f"agent:{agent_id}") if agent_id else (ALL,), subject_id, agent_id)
 
 
 def checked_audience(names: Sequence[str]) -> list[str]:

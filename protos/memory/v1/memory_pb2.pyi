@@ -29,20 +29,23 @@ class RetrieveRequest(_message.Message):
     SESSION_KEY_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     AGENT_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_ID_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     limit: _builtins.int
     """0 means ten."""
     min_similarity: _builtins.float
     """Cosine similarity; absent: the default of the embedding model."""
     session_key: _builtins.str
-    """The session to search, if types contains conversation."""
+    """The session whose conversation is searched, and whose memories are read."""
     mode: _builtins.str
     """hybrid, dense, keyword. Empty: hybrid."""
     agent_id: _builtins.str
     """The agent that asks. It finds documents for all and documents for this agent. Empty: only documents for all."""
+    subject_id: _builtins.str
+    """The person whose memories are read, if types contains memory."""
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """document, conversation. Empty: documents."""
+        """document, conversation, memory. Empty: documents."""
 
     def __init__(
         self,
@@ -54,10 +57,11 @@ class RetrieveRequest(_message.Message):
         session_key: _builtins.str = ...,
         mode: _builtins.str = ...,
         agent_id: _builtins.str = ...,
+        subject_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "agent_id", b"agent_id", "limit", b"limit", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "agent_id", b"agent_id", "limit", b"limit", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "subject_id", b"subject_id", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
     _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015
@@ -110,7 +114,7 @@ class Passage(_message.Message):
     def source(self) -> Global___Source: ...
     @_builtins.property
     def match(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why the passage was found: meaning, words, codes."""
+        """Why the passage was found: meaning, words, codes, memory."""
 
     def __init__(
         self,
@@ -146,7 +150,7 @@ class Source(_message.Message):
     SECTION_FIELD_NUMBER: _builtins.int
     PAGE_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
-    """Empty for a passage of a conversation."""
+    """Empty for a passage of a conversation and for a memory."""
     name: _builtins.str
     section: _builtins.str
     page: _builtins.int

@@ -178,7 +178,13 @@ class AgentLoop:
 
     async def _retrieve(self, text: str) -> tuple[Passage, ...]:
         async def call(_: str, attempt: int) -> tuple[tuple[Passage, ...], None]:
-            request = memory_pb2.RetrieveRequest(query=text[:QUERY_CHARACTERS], agent_id=str(self.context.agent_id))
+            request = memory_pb2.RetrieveRequest(
+                query=text[:QUERY_CHARACTERS],
+                types=["document", "memory"],
+                agent_id=str(self.context.agent_id),
+                subject_id=self.context.subject_id,
+                session_key=self.context.session_key,
+            )
             try:
                 reply = await self.memory.Retrieve(request, metadata=self.context.metadata, timeout=RETRIEVE_SECONDS)
             except NotFound:

@@ -25,6 +25,9 @@ from services.agent.runs.domain import Complete, Limits, Run
 from services.agent.runs.family import ChildState, child_id
 from services.agent.runs.publishing import published
 
+# The part of a person's message that is published with the reply.
+SAID_CHARACTERS = 4_000
+
 
 @dataclass(frozen=True)
 class Services:
@@ -56,6 +59,8 @@ class RunContext:
     """Folded from the journal when the worker began, then kept up to date."""
     messages: int
     """How many messages the run has, as of the last load or commit."""
+    said: str = ""
+    """The message of the subject, if the run has no other's."""
     last_step: int = 0
     """Number of the last step that was made or taken from the journal in this execution."""
     channel_id: UUID | None = None
@@ -82,6 +87,8 @@ class RunContext:
             tool_calls=published(reply.calls),
             finish_reason=reply.finish_reason,
             subject_id=self.subject_id,
+            agent_id=self.agent_id,
+            said=self.said[:SAID_CHARACTERS],
         )
 
     # Nothing is written by these reads, so they need no fence.

@@ -111,6 +111,12 @@ class LoadedRun:
     """The last messages of the parent session; empty if there is none."""
     keys: Keys
 
+    @property
+    def only_speaker(self) -> str | None:
+        """The person who said everything that the run answers; None for several people, and for another agent."""
+        speakers = {message.subject_id for message in self.messages}
+        return speakers.pop() if len(speakers) == 1 and not self.row.parent_run_id else None
+
     def conversation(self, shown: int) -> Conversation:
         """The conversation with the first `shown` messages. Raises Erased if all their authors were erased."""
         return assemble(self.messages[:shown], self.summary, self.earlier, self.of_parent, self.keys)

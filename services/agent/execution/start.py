@@ -77,6 +77,7 @@ async def start(
         state=state,
         messages=messages,
         channel_id=row.channel_id,
+        said=conversation.text if loaded.only_speaker == row.subject_id else "",
     )
     journal = Journal(context, effects, writer)
     command = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)

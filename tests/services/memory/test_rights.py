@@ -14,9 +14,11 @@ from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
 from services.memory.conversations import Conversations
 from services.memory.embeddings import LocalEmbedder
 from services.memory.index import Hit, Index
+from services.memory.memories import Memories
 from services.memory.retrieval import Query, Retrieval
 from services.memory.rights import EVERY, Caller, Filters, Owners, of_agent
 from tests.services.memory.conftest import Client, Vectors
@@ -130,8 +132,9 @@ async def retrievals(memory: Platform, vectors: Vectors) -> AsyncIterator[dict[s
     made = {}
     for kind in (Index, Unfiltered):
         index = kind(milvus, memory.prefix, embedder.model, refill)
-        conversations = Conversations(Cipher("m" * 43 + "="), embedder, index)
-        made[kind.__name__] = Retrieval(database, embedder, index, conversations)
+        cipher = Cipher("m" * 43 + "=")
+        conversations = Conversations(cipher, embedder, index)
+        made[kind.__name__] = Retrieval(database, embedder, index, conversations, Memories(SubjectKeys(cipher)))
     yield made
     await engine.dispose()
 

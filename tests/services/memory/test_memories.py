@@ -1,0 +1,260 @@
+"""Memories: learned from runs, used in prompts, seen, corrected and deleted by their people, erased with them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from infra.clock import utcnow, uuid7
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
+from protos.catalog import AGENT_EVENTS, PLATFORM_EVENTS
+from protos.messages.agent import RunCompleted
+from protos.messages.user import SubjectErased
+from services.memory.domain import count_tokens
+from services.memory.memories import TOKENS, Memories, New
+from tests.services.memory.conftest import Client
+from tooling.testing.platform import Platform
+
+TENANT = "tenant-of-memories"
+
+
+@pytest.fixture(scope="module")
+async def client(memory: Platform) -> AsyncIterator[Client]:
+    client = Client(memory, TENANT)
+    yield client
+    await client.http.aclose()
+
+
+def person(memory: Platform, subject_id: str, **identity: Any) -> httpx.AsyncClient:
+    """The HTTP client of a member without other rights than to read."""
+    identity.setdefault("scopes", ("read",))
+    return memory.client("memory", TENANT, actor=subject_id, **identity)
+
+
+async def say(memory: Platform, subject_id: str, said: str, **fields: Any) -> RunCompleted:
+    run = RunCompleted(
+        run_id=uuid7(),
+        session_key=f"session of {subject_id}",
+        reply="Noted.",
+        subject_id=subject_id,
+        said=said,
+        **fields,
+    )
+    await memory.produce(AGENT_EVENTS, run, key=run.session_key, tenant_id=TENANT)
+    return run
+
+
+async def listed(http: httpx.AsyncClient, **params: str) -> list[dict[str, Any]]:
+    answer = await http.get("/api/v1/memories", params=params)
+    assert answer.status_code == 200, answer.text
+    items: list[dict[str, Any]] = answer.json()["items"]
+    return items
+
+
+async def known(memory: Platform, subject_id: str, texts: list[str]) -> list[dict[str, Any]]:
+    """Waits until exactly these memories of the person are in force, and returns them, newest first."""
+
+    async def found() -> list[dict[str, Any]] | None:
+        async with person(memory, subject_id) as http:
+            items = [item for item in await listed(http, scope="user") if item["replaced_by"] is None]
+        return items if sorted(item["text"] for item in items) == sorted(texts) else None
+
+    items = await memory.until(found, seconds=60)
+    assert items is not None
+    return items
+
+
+async def test_a_fact_of_a_person_is_learned_with_its_origin_and_given_to_agents(
+    memory: Platform, client: Client
+) -> None:
+    run = await say(memory, "person-1", "Hi! I'm allergic to nuts. What cakes are there?")
+    [item] = await known(memory, "person-1", ["I'm allergic to nuts."])
+    assert item["source"] == {"run_id": str(run.run_id), "message_id": None}
+    assert (item["scope"], item["scope_id"], item["kind"], item["speaker"]) == ("user", "person-1", "fact", "person")
+    assert (item["importance"], item["confidence"]) == (9, 0.8)
+    options = {"types": ["document", "memory"], "subject_id": "person-1", "session_key": "another session"}
+    found = await client.retrieve("What shall I order?", **options)
+    [passage] = [each for each in found if each.text == "I'm allergic to nuts."]
+    assert list(passage.match) == ["memory"]
+    assert (passage.source.name, passage.source.document_id) == ("memory", "")
+    assert str(run.run_id) in passage.source.section
+    async with person(memory, "person-1") as http:
+        answer = await http.post("/api/v1/memory/search", json={"query": "nuts", "types": ["memory"]})
+        assert "I'm allergic to nuts." in [each["text"] for each in answer.json()["items"]]
+        assert (await listed(http, scope="user"))[0]["uses"] == 2
+    other = {"types": ["memory"], "subject_id": "person-2"}
+    assert passage.text not in [each.text for each in await client.retrieve("What shall I order?", **other)]
+    async with memory.database("memory").begin() as tx:
+        rows = await tx.sql("SELECT sealed FROM memory UNION ALL SELECT data FROM event WHERE type = 'MemoryLearned'")
+    assert rows
+    assert all(b"nuts" not in data for (data,) in rows)
+
+
+async def test_the_same_fact_twice_is_one_memory_and_a_newer_one_replaces_the_older(memory: Platform) -> None:
+    await say(memory, "person-3", "I live in Oslo. I like tea.")
+    await known(memory, "person-3", ["I live in Oslo.", "I like tea."])
+    await say(memory, "person-3", "As I said: i live in OSLO! I like tea.")
+    async with person(memory, "person-3") as http:
+
+        async def repeated() -> bool:
+            return [item["uses"] for item in await listed(http)].count(1) >= 1
+
+        await memory.until(repeated, seconds=60)
+        await say(memory, "person-3", "I moved to Bergen. I do not like tea.")
+        new = await known(memory, "person-3", ["I moved to Bergen.", "I do not like tea."])
+        by_text = {item["text"]: item for item in await listed(http)}
+        assert by_text["I live in Oslo."]["replaced_by"] in [item["id"] for item in new]
+        assert len(by_text) == 4
+
+
+async def test_instances_that_learn_one_fact_at_once_keep_one_memory(memory: Platform) -> None:
+    memories = Memories(SubjectKeys(Cipher("m" * 43 + "=")))
+
+    def new(text: str, seconds: int = 0) -> New:
+        return New(
+            id=uuid7(),
+            scope="user",
+            scope_id="person-4",
+            subject_id="person-4",
+            text=text,
+            kind="fact",
+            topic="home",
+            importance=5,
+            confidence=1,
+            speaker="person",
+            at=utcnow() + timedelta(seconds=seconds),
+        )
+
+    async def learn(each: New) -> bool:
+        async with memory.database("memory").begin(tenant_id="tenant-of-races") as tx:
+            return (await memories.learn(tx, each))[1]
+
+    assert sum(await asyncio.gather(*(learn(new("I live in Oslo.")) for _ in range(4)))) == 1
+    # Several that contradict each other: the newest by the time at which it was said is in force.
+    towns = [new(f"I live in town {n}.", seconds=n) for n in (3, 9, 1, 5)]
+    assert all(await asyncio.gather(*map(learn, towns)))
+    async with memory.database("memory").begin() as tx:
+        rows = await tx.sql("SELECT id FROM memory WHERE tenant_id = 'tenant-of-races' AND replaced_by IS NULL")
+    assert rows == [(towns[1].id,)]
+
+
+async def test_people_correct_and_delete_only_theirs(memory: Platform, client: Client, stranger: Client) -> None:
+    await say(memory, "person-5", "I live in Oslo. I work at the harbour.")
+    items = {
+        item["text"]: item for item in await known(memory, "person-5", ["I live in Oslo.", "I work at the harbour."])
+    }
+    path = f"/api/v1/memories/{items['I live in Oslo.']['id']}"
+    async with person(memory, "person-5") as http, person(memory, "person-6") as other:
+        assert (await other.get(path)).status_code == 404
+        assert (await other.patch(path, json={"text": "x"})).status_code == 404
+        assert (await other.delete(path)).status_code == 404
+        assert (await stranger.http.get(path)).status_code == 404
+        changed = await http.patch(path, json={"text": "I live in Bergen.", "importance": 10})
+        assert (changed.json()["text"], changed.json()["importance"]) == ("I live in Bergen.", 10)
+        assert (await http.get(path)).json() == changed.json()
+        same = await http.patch(path, json={"text": "i work at the HARBOUR"})
+        assert same.status_code == 409
+        ends = (utcnow() - timedelta(seconds=1)).isoformat()
+        assert (await http.patch(path, json={"expires_at": ends})).status_code == 200
+        assert (await http.get(path)).status_code == 404
+        work = f"/api/v1/memories/{items['I work at the harbour.']['id']}"
+        assert (await http.delete(work)).status_code == 204
+        assert (await http.delete(work)).status_code == 404
+        assert await listed(http, scope="user") == []
+    recalled = await client.retrieve("Where do I live?", types=["memory"], subject_id="person-5")
+    assert "I live in Bergen." not in [passage.text for passage in recalled]
+
+
+async def test_a_client_adds_memories_of_all_scopes(memory: Platform, client: Client) -> None:
+    async def add(body: dict[str, Any], status: int = 201, http: httpx.AsyncClient | None = None) -> Any:
+        answer = await (http or client.http).post("/api/v1/memories", json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    async with person(memory, "member:m1") as http:
+        mine = await add({"text": "I like window seats."}, http=http)
+        assert (mine["scope"], mine["scope_id"], mine["speaker"]) == ("user", "member:m1", "member:m1")
+        assert (await add({"text": "i like WINDOW seats"}, http=http))["id"] == mine["id"]
+        await add({"text": "x", "scope": "tenant"}, 403, http)
+        await add({"text": "x", "scope_id": "member:m2"}, 403, http)
+    run_id = str(uuid4())
+    await add({"text": "We close at six.", "scope": "tenant", "importance": 8, "source": {"run_id": run_id}})
+    await add({"text": "Speak formally.", "scope": "agent", "scope_id": "a1", "kind": "preference"})
+    await add({"text": "The topic is cakes.", "scope": "session", "scope_id": "s1"})
+    options: dict[str, Any] = {"types": ["memory"], "agent_id": "a1", "session_key": "s1", "subject_id": "member:m1"}
+    texts = {passage.text for passage in await client.retrieve("anything", **options)}
+    assert texts == {"We close at six.", "Speak formally.", "The topic is cakes.", "I like window seats."}
+    texts = {passage.text for passage in await client.retrieve("anything", types=["memory"], agent_id="a2")}
+    assert texts == {"We close at six."}
+    for body, field in (
+        ({"text": " "}, "text"),
+        ({"text": "x", "scope": "agent"}, "scope_id"),
+        ({"text": "x", "scope": "tenant", "scope_id": "a"}, "scope_id"),
+        ({"text": "x", "importance": 11}, "importance"),
+        ({"text": "x", "confidence": 2}, "confidence"),
+        ({"text": "x", "expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
+        ({"text": "x", "scope": "world"}, "scope"),
+    ):
+        assert (await add(body, 422))["errors"][0]["field"] == field
+    pages = []
+    cursor = None
+    while True:
+        params = {"limit": "2", **({"cursor": cursor} if cursor else {})}
+        answer = (await client.http.get("/api/v1/memories", params=params)).json()
+        pages += answer["items"]
+        cursor = answer["next"]
+        if cursor is None:
+            break
+    assert len({item["id"] for item in pages}) == len(pages) >= 4
+
+
+async def test_memories_take_a_bounded_part_of_the_prompt_the_most_important_first(
+    memory: Platform, client: Client
+) -> None:
+    async with person(memory, "person-7") as http:
+        for n in range(40):
+            body = {
+                "text": f"Note {n}: " + "the harbour is closed on this day. " * 3,
+                "importance": 10 if n == 7 else 2,
+            }
+            assert (await http.post("/api/v1/memories", json=body)).status_code == 201
+    found = await client.retrieve("Which note?", types=["memory"], subject_id="person-7")
+    own = [passage.text for passage in found if passage.text.startswith("Note")]
+    assert own[0].startswith("Note 7:")
+    assert 5 <= len(own) < 40
+    assert sum(count_tokens(passage.text) for passage in found) <= TOKENS
+
+
+async def test_erasure_takes_what_was_learned_and_a_late_run_brings_nothing_back(memory: Platform) -> None:
+    await say(memory, "person-8", "I live in Oslo.")
+    await known(memory, "person-8", ["I live in Oslo."])
+    gone = SubjectErased(tenant_id=TENANT, subject_id="person-8")
+    await memory.produce(PLATFORM_EVENTS, gone, key=TENANT, tenant_id=TENANT)
+    await known(memory, "person-8", [])
+
+    async def forgotten() -> bool:
+        async with memory.database("memory").begin() as tx:
+            return not await tx.sql("SELECT 1 FROM utterance WHERE subject_id = 'person-8'")
+
+    await memory.until(forgotten, seconds=60)
+    late = await say(memory, "person-8", "I live in Oslo.")
+    await say(memory, "person-9", "I live in Oslo.")
+    # Both runs are on one partition or not; the dead letters and the rows show that the first left nothing.
+    await known(memory, "person-9", ["I live in Oslo."])
+
+    async def handled() -> bool:
+        async with memory.database("memory").begin() as tx:
+            return bool(await tx.sql("SELECT 1 FROM utterance WHERE subject_id = 'person-9'"))
+
+    await memory.until(handled, seconds=60)
+    async with memory.database("memory").begin() as tx:
+        assert not await tx.sql("SELECT 1 FROM memory WHERE subject_id = 'person-8'")
+        assert not await tx.sql("SELECT 1 FROM utterance WHERE run_id = $1", late.run_id)
+        assert not await tx.sql("SELECT 1 FROM dead_letter")
