@@ -10,11 +10,13 @@ from infra.service.service import Runtime
 from infra.stores.objects import Objects
 from services.memory.conversations import Conversations
 from services.memory.embeddings import Embedder, LocalEmbedder, RemoteEmbedder
+from services.memory.engines import Engines
 from services.memory.handlers import refill
-from services.memory.index import Index
 from services.memory.indexing import Indexing
 from services.memory.learning import Learning
 from services.memory.memories import Memories
+from services.memory.milvus import MilvusIndex
+from services.memory.pgvector import PgvectorIndex
 from services.memory.retrieval import Retrieval
 
 
@@ -34,10 +36,16 @@ def embedder(runtime: Runtime) -> Embedder:
 
 
 @cache
-def index(runtime: Runtime) -> Index:
+def milvus_index(runtime: Runtime) -> MilvusIndex:
     settings = runtime.settings
     model = embedder(runtime).model
-    return Index(settings.milvus_url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
+    return MilvusIndex(settings.milvus_url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
+
+
+@cache
+def index(runtime: Runtime) -> Engines:
+    pgvector = PgvectorIndex(runtime.worker, embedder(runtime).model)
+    return Engines(runtime.worker, {"milvus": milvus_index(runtime), "pgvector": pgvector})
 
 
 def conversations(runtime: Runtime) -> Conversations:
@@ -61,4 +69,4 @@ def retrieval(runtime: Runtime) -> Retrieval:
 
 
 def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:
-    return index(runtime).check
+    return milvus_index(runtime).check

@@ -357,7 +357,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     @router.get("/api/v1/memory/index")
     async def show_index(who: Reader) -> IndexView:
         """The index for the search by meaning, and how many of the tenant's documents are in it."""
-        name = adapters.index(runtime).name
+        name = await adapters.index(runtime).name()
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             total, inside = await documents.indexed_in(tx, name)
         return IndexView(name=name, documents=total, documents_inside=inside)

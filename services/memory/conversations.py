@@ -18,7 +18,8 @@ from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
 from services.memory.documents import Found
 from services.memory.embeddings import Embedded, Embedder
-from services.memory.index import Index, Row
+from services.memory.engines import Engines
+from services.memory.index import Row
 from services.memory.usage import record_usage
 
 # Within this time a reply is erased with its person. Replies from before their events named the person only expire.
@@ -33,7 +34,7 @@ def session_scope(session_key: str) -> str:
 
 
 class Conversations:
-    def __init__(self, cipher: Cipher, embedder: Embedder, index: Index) -> None:
+    def __init__(self, cipher: Cipher, embedder: Embedder, index: Engines) -> None:
         self._cipher = cipher
         self._subjects = SubjectKeys(cipher)
         self._embedder = embedder
@@ -93,7 +94,7 @@ class Conversations:
             vector = await self._vector(run_id, text, effects)
         if vector is not None:
             row = Row(run_id, np.frombuffer(vector, dtype="<f4").tolist())
-            await self._index.replace(tenant_id, run_id, session_scope(session_key), _one(row))
+            await self._index.replace(tenant_id, run_id, session_scope(session_key), lambda: _one(row))
 
     async def _vector(self, run_id: UUID, text: str, effects: Effects) -> bytes | None:
         """Returns None if the embedding endpoint refuses the text."""

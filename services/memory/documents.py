@@ -297,16 +297,16 @@ async def indexed_in(tx: Tx, index: str) -> tuple[int, int]:
     return total, inside
 
 
-async def mark_indexed(tx: Tx, id_: UUID, index: str) -> None:
-    """Notes that the index of this name has all rows of the document."""
+async def mark_indexed(tx: Tx, id_: UUID, indexes: Sequence[str]) -> None:
+    """Notes that the indexes of these names have all rows of the document."""
     await tx.sql(
         """
         UPDATE document
-        SET indexed_in = array_append(array_remove(indexed_in, $2), $2)
+        SET indexed_in = ARRAY(SELECT unnest(indexed_in) UNION SELECT unnest($2::text[]) ORDER BY 1)
         WHERE id = $1
         """,
         id_,
-        index,
+        list(indexes),
     )
 
 

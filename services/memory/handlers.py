@@ -126,18 +126,27 @@ async def refill(database: Database, index: str) -> None:
     """Enqueues every indexed document and reply for the index of this name: it is empty. Searches find the documents
     by their words meanwhile; `GET /api/v1/memory/index` shows the progress."""
     async with database.begin() as tx:
+        await tx.sql("UPDATE document SET indexed_in = array_remove(indexed_in, $1) WHERE $1 = ANY(indexed_in)", index)
+    await fill_missing(database, index)
+
+
+async def fill_missing(database: Database, index: str) -> None:
+    """Enqueues the indexed documents that the index of this name does not have, and all replies."""
+    async with database.begin() as tx:
         tenants = await tx.sql(
-            "SELECT tenant_id FROM document WHERE status = 'indexed' UNION "
-            "SELECT tenant_id FROM utterance WHERE vector IS NOT NULL"
+            """
+            SELECT tenant_id FROM document WHERE status = 'indexed'
+            UNION
+            SELECT tenant_id FROM utterance WHERE vector IS NOT NULL
+            """
         )
     for (tenant_id,) in tenants:
         async with database.begin(tenant_id=tenant_id) as tx:
             rows = await tx.sql(
                 """
-                UPDATE document
-                SET indexed_in = array_remove(indexed_in, $2)
-                WHERE tenant_id = $1 AND status = 'indexed' AND deleted_at IS NULL
-                RETURNING id
+                SELECT id
+                FROM document
+                WHERE tenant_id = $1 AND status = 'indexed' AND deleted_at IS NULL AND NOT $2 = ANY(indexed_in)
                 """,
                 tenant_id,
                 index,
@@ -145,9 +154,26 @@ async def refill(database: Database, index: str) -> None:
             for (document_id,) in rows:
                 enqueue(tx, document_id, "fill")
             spoken = await tx.sql(
-                "SELECT run_id FROM utterance WHERE tenant_id = $1 AND vector IS NOT NULL "
-                "AND expires_at > clock_timestamp()",
+                """
+                SELECT run_id
+                FROM utterance
+                WHERE tenant_id = $1 AND vector IS NOT NULL AND expires_at > clock_timestamp()
+                """,
                 tenant_id,
             )
             for (run_id,) in spoken:
                 _enqueue_utterance(tx, run_id, "embed")
+
+
+async def waiting_for(database: Database, index: str) -> tuple[int, int]:
+    """The number of indexed documents, and of those that the index of this name does not have yet."""
+    async with database.begin() as tx:
+        [(total, waiting)] = await tx.sql(
+            """
+            SELECT count(*), count(*) FILTER (WHERE NOT $1 = ANY(indexed_in))
+            FROM document
+            WHERE status = 'indexed' AND deleted_at IS NULL
+            """,
+            index,
+        )
+    return total, waiting

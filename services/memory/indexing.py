@@ -35,7 +35,8 @@ from services.memory import confinement, documents
 from services.memory.documents import OldVersion, Passage, Work
 from services.memory.domain import Chunk, count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
-from services.memory.index import INSERT_ROWS, Index, Row
+from services.memory.engines import Engines
+from services.memory.index import INSERT_ROWS, Row
 from services.memory.usage import record_usage
 
 PARSE_SECONDS = 600.0
@@ -66,7 +67,7 @@ class Replaced(NamedTuple):
 
 
 class Indexing:
-    def __init__(self, objects: Objects, embedder: Embedder, index: Index) -> None:
+    def __init__(self, objects: Objects, embedder: Embedder, index: Engines) -> None:
         self._objects = objects
         self._embedder = embedder
         self._index = index
@@ -247,9 +248,9 @@ class Indexing:
 
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)
-        await self._index.replace(tenant_id, document.owner, "document", batches())
+        names = await self._index.replace(tenant_id, document.owner, "document", batches)
         async with effects.begin() as tx:
-            await documents.mark_indexed(tx, document.id, self._index.name)
+            await documents.mark_indexed(tx, document.id, names)
 
 
 class _ParserDied(Exception):

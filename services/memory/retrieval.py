@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 import numpy as np
@@ -18,9 +18,9 @@ from services.memory.conversations import Conversations, session_scope
 from services.memory.documents import Found, Scope
 from services.memory.domain import codes, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
-from services.memory.index import Index
+from services.memory.index import Hit
 from services.memory.memories import Memories, Memory, Reader
-from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters
+from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
 from services.memory.usage import record_usage
 
 DEFAULT_LIMIT = 10
@@ -76,6 +76,14 @@ class Ranked(NamedTuple):
     keyword: float | None = None
 
 
+class Searched(Protocol):
+    """The part of an index that a search uses."""
+
+    async def search(
+        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+    ) -> list[Hit]: ...
+
+
 class Retrieval:
     """`database` must be the request role's: row-level security then hides other tenants' rows from a wrong index."""
 
@@ -83,7 +91,7 @@ class Retrieval:
         self,
         database: Database,
         embedder: Embedder,
-        index: Index,
+        index: Searched,
         conversations: Conversations,
         memories: Memories,
     ) -> None:

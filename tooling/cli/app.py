@@ -27,6 +27,7 @@ COMMANDS = (
     "dlq",
     "outbox",
     "replay",
+    "memory",
     "demo",
     "rerate",
     "chat",

@@ -10,7 +10,8 @@ from uuid import uuid4
 import pytest
 
 from infra.errors import Transient
-from services.memory.index import Index, Row
+from services.memory.index import Row
+from services.memory.milvus import MilvusIndex
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.proxy import FaultProxy
@@ -98,7 +99,7 @@ async def test_rows_put_again_are_there_once_and_in_their_tenants_partition(
     async def rows() -> AsyncIterator[list[Row]]:
         yield [Row(id_, [1.0, float(n), 0.0, 0.0]) for n, id_ in enumerate(ids)]
 
-    index = Index(platform.stack.engines["milvus"]["url"], platform.prefix, "four", refill)
+    index = MilvusIndex(platform.stack.engines["milvus"]["url"], platform.prefix, "four", refill)
     ids, owner = [uuid4() for _ in range(20)], uuid4()
     for _ in range(3):
         await index.replace("tenant-a", owner, "document", rows())

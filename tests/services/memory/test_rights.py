@@ -17,8 +17,10 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from services.memory.conversations import Conversations
 from services.memory.embeddings import LocalEmbedder
-from services.memory.index import Hit, Index
+from services.memory.engines import Engines
+from services.memory.index import Hit
 from services.memory.memories import Memories
+from services.memory.milvus import MilvusIndex
 from services.memory.retrieval import Query, Retrieval
 from services.memory.rights import EVERY, Caller, Filters, Owners, of_agent
 from tests.services.memory.conftest import Client, Vectors
@@ -108,7 +110,7 @@ async def test_an_agent_finds_its_own_documents(client: Client, vaults: dict[str
     assert {found.text for found in await client.retrieve(QUESTION, agent_id="a2")} == {text("all")}
 
 
-class Unfiltered(Index):
+class Unfiltered(MilvusIndex):
     """Finds the rows of all documents of the tenant."""
 
     async def search(
@@ -130,16 +132,16 @@ async def retrievals(memory: Platform, vectors: Vectors) -> AsyncIterator[dict[s
     embedder = LocalEmbedder()
     milvus = memory.stack.engines["milvus"]["url"]
     made = {}
-    for kind in (Index, Unfiltered):
+    for kind in (MilvusIndex, Unfiltered):
         index = kind(milvus, memory.prefix, embedder.model, refill)
         cipher = Cipher("m" * 43 + "=")
-        conversations = Conversations(cipher, embedder, index)
+        conversations = Conversations(cipher, embedder, Engines(database, {"milvus": index}))
         made[kind.__name__] = Retrieval(database, embedder, index, conversations, Memories(SubjectKeys(cipher)))
     yield made
     await engine.dispose()
 
 
-@pytest.mark.parametrize("kind", ["Index", "Unfiltered"])
+@pytest.mark.parametrize("kind", ["MilvusIndex", "Unfiltered"])
 @pytest.mark.parametrize("mode", ["hybrid", "dense", "keyword"])
 async def test_the_read_in_postgresql_enforces_the_audience_whatever_the_index_finds(
     retrievals: dict[str, Retrieval], vaults: dict[str, str], kind: str, mode: str

@@ -1,0 +1,72 @@
+"""The engines of the index that are in use. `./claw memory migrate` changes them while all processes run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import NamedTuple
+from uuid import UUID
+
+from infra.postgres.tx import Database, Tx
+from services.memory.index import Hit, Index, Row
+from services.memory.rights import EVERY, Owners
+
+ENGINES = ("milvus", "pgvector")
+# A process learns of a change within this time.
+CACHE_SECONDS = 1.0
+
+Batches = Callable[[], AsyncIterator[Sequence[Row]]]
+
+
+class Choice(NamedTuple):
+    reading: str
+    """The engine in which searches look."""
+    filling: tuple[str, ...]
+    """The engines that get every document."""
+
+
+async def choice(tx: Tx) -> Choice:
+    [(reading, filling)] = await tx.sql("SELECT reading, filling FROM index_engine")
+    return Choice(reading, tuple(filling))
+
+
+async def choose(tx: Tx, new: Choice) -> None:
+    await tx.sql("UPDATE index_engine SET reading = $1, filling = $2", new.reading, list(new.filling))
+
+
+class Engines:
+    """`database`: the worker role's."""
+
+    def __init__(self, database: Database, indexes: Mapping[str, Index]) -> None:
+        self._database = database
+        self._indexes = indexes
+        self._known: tuple[float, Choice] | None = None
+
+    async def _choice(self) -> Choice:
+        if self._known is None or time.monotonic() - self._known[0] > CACHE_SECONDS:
+            async with self._database.begin() as tx:
+                self._known = time.monotonic(), await choice(tx)
+        return self._known[1]
+
+    async def name(self) -> str:
+        """The name of the index in which searches look."""
+        return self._indexes[(await self._choice()).reading].name
+
+    async def search(
+        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+    ) -> list[Hit]:
+        index = self._indexes[(await self._choice()).reading]
+        return await index.search(vector, tenant_id, scope, limit, owners)
+
+    async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: Batches) -> list[str]:
+        """Replaces the owner's rows in all engines that are filled. Returns the names of their indexes."""
+        names = []
+        for engine in (await self._choice()).filling:
+            index = self._indexes[engine]
+            await index.replace(tenant_id, owner_id, scope, batches())
+            names.append(index.name)
+        return names
+
+    async def remove(self, tenant_id: str, owner_id: UUID) -> None:
+        for engine in (await self._choice()).filling:
+            await self._indexes[engine].remove(tenant_id, owner_id)

