@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -10,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.clock import uuid7
-from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered, describe
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
 from services.memory import documents
@@ -24,6 +28,11 @@ from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
 from services.memory.usage import record_usage
 
 DEFAULT_LIMIT = 10
+# A search by words gets the other half of the caller's time.
+DENSE_SHARE = 0.5
+DEFAULT_SECONDS = 10.0
+# The vectors of so many queries are kept.
+KNOWN_QUERIES = 2_000
 MAX_LIMIT = 100
 DOCUMENT, CONVERSATION, MEMORY = TYPES = ("document", "conversation", "memory")
 HYBRID, DENSE, KEYWORD = MODES = ("hybrid", "dense", "keyword")
@@ -100,13 +109,18 @@ class Retrieval:
         self._index = index
         self._conversations = conversations
         self._memories = memories
+        self._queries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
-    async def search(self, caller: Caller, query: Query) -> Answer:
-        """As `_search`, and again if documents were replaced or deleted while it read."""
-        answer = await self._search(caller, query)
-        return await self._search(caller, query) if answer.gone else answer
+    async def search(self, caller: Caller, query: Query, seconds: float = DEFAULT_SECONDS) -> Answer:
+        """As `_search`, and again if documents were replaced or deleted while it read. seconds: the time of the
+        caller."""
+        began = time.monotonic()
+        answer = await self._search(caller, query, seconds)
+        if answer.gone:
+            answer = await self._search(caller, query, seconds - (time.monotonic() - began))
+        return answer
 
-    async def _search(self, caller: Caller, query: Query) -> Answer:
+    async def _search(self, caller: Caller, query: Query, seconds: float) -> Answer:
         """Up to `limit` passages (10) that the caller may read, best first.
 
         dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
@@ -126,16 +140,19 @@ class Retrieval:
         degraded = False
         if query.mode != KEYWORD:
             try:
-                vector = await self._vector(tenant_id, query.text)
-                for type_ in types:
-                    if type_ == MEMORY:
-                        continue
-                    session_key = query.session_key if type_ == CONVERSATION else None
-                    near |= await self._nearest(tenant_id, vector, session_key, limit, floor, scope)
-            except Transient as error:
+                async with asyncio.timeout(max(0.0, seconds * DENSE_SHARE)):
+                    vector = await self._vector(tenant_id, query.text)
+                    for type_ in types:
+                        if type_ == MEMORY:
+                            continue
+                        session_key = query.session_key if type_ == CONVERSATION else None
+                        near |= await self._nearest(tenant_id, vector, session_key, limit, floor, scope)
+            except (Transient, TimeoutError) as error:
                 if query.mode == DENSE or (CONVERSATION in types and DOCUMENT not in types):
-                    raise
-                _log.warning("index or embedding endpoint is unavailable; the search is by words", error=str(error))
+                    raise Transient(f"search by meaning: {describe(error)}") from error
+                _log.warning(
+                    "index or embedding endpoint is unavailable; the search is by words", error=describe(error)
+                )
                 degraded = True
         worded: dict[UUID, Ranked] = {}
         coded: dict[UUID, Ranked] = {}
@@ -177,10 +194,18 @@ class Retrieval:
         return texts
 
     async def _vector(self, tenant_id: str, text: str) -> NDArray[np.float32]:
+        """The vector of the query. One that the tenant has asked lately is not embedded again, and costs nothing."""
+        key = hashlib.blake2b(f"{tenant_id}\0{text}".encode(), digest_size=16).digest()
+        if (known := self._queries.get(key)) is not None:
+            self._queries.move_to_end(key)
+            return known
         embedded = await self._embed(text)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             record_usage(tx, self._embedder.model, f"query/{uuid7()}/1", embedded.tokens)
         vector: NDArray[np.float32] = embedded.vectors[0]
+        self._queries[key] = vector
+        if len(self._queries) > KNOWN_QUERIES:
+            self._queries.popitem(last=False)
         return vector
 
     async def _embed(self, text: str) -> Embedded:

@@ -26,9 +26,8 @@ class Memory(memory_pb2_grpc.MemoryServicer):
             session_key=request.session_key or None,
             mode=request.mode or HYBRID,
         )
-        answer = await self._retrieval.search(
-            rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id), query
-        )
+        caller = rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id)
+        answer = await self._retrieval.search(caller, query, context.time_remaining())
         return memory_pb2.RetrieveReply(passages=[_passage(each) for each in answer.items], degraded=answer.degraded)
 
 

@@ -9,9 +9,21 @@ from uuid import uuid4
 
 import pytest
 
+from infra.clock import uuid7
 from infra.errors import Transient
-from services.memory.index import Row
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
+from infra.stores.objects import Stored
+from services.memory import documents
+from services.memory.conversations import Conversations
+from services.memory.domain import Block, chunk
+from services.memory.embeddings import LocalEmbedder
+from services.memory.engines import Engines
+from services.memory.index import Hit, Row
+from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
+from services.memory.retrieval import Query, Retrieval
+from services.memory.rights import EVERY, Owners, of_agent
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.proxy import FaultProxy
@@ -64,6 +76,35 @@ async def test_while_milvus_is_away_searches_are_by_words_and_documents_wait(
         await platform.until(removed)
         await client.http.aclose()
     assert platform.stop("memory") == 0
+
+
+class Silent:
+    """An index that never answers."""
+
+    async def search(
+        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+    ) -> list[Hit]:
+        never: asyncio.Future[list[Hit]] = asyncio.Future()
+        return await never
+
+
+async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(platform: Platform) -> None:
+    await platform.prepare("memory")
+    database, cipher = platform.database("memory"), Cipher("m" * 43 + "=")
+    async with database.begin(tenant_id="tenant-slow") as tx:
+        id_ = uuid7()
+        await documents.add(tx, id_, "ferry", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
+        await documents.add_passages(tx, id_, 0, list(chunk([Block(TEXT.decode())])))
+        await documents.advance(tx, id_, "indexed", 1.0)
+    embedder, memories = LocalEmbedder(), Memories(SubjectKeys(cipher))
+    conversations = Conversations(cipher, embedder, Engines(database, {}))
+    retrieval = Retrieval(database, embedder, Silent(), conversations, memories)
+    caller = of_agent("tenant-slow", "")
+    answer = await retrieval.search(caller, Query(QUESTION), seconds=2)
+    assert answer.degraded
+    assert [(item.passage.text, item.match) for item in answer.items] == [(TEXT.decode(), ("words",))]
+    with pytest.raises(Transient, match="search by meaning"):
+        await retrieval.search(caller, Query(QUESTION, mode="dense"), seconds=1)
 
 
 async def test_an_index_that_was_wiped_is_filled_again(platform: Platform, vectors: Vectors) -> None:
