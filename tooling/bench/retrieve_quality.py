@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from html import unescape
 from math import log
 from pathlib import Path
@@ -212,7 +212,7 @@ async def _store(
         vectors = await documents.vectors(tx, id_, -1, len(chunks) + 1)
         await documents.advance(tx, id_, "indexed", 1.0)
 
-    async def batches():  # type: ignore[no-untyped-def]
+    async def batches() -> AsyncIterator[list[Row]]:
         yield [Row(passage_id, vector) for passage_id, _, vector in vectors]
 
     await index.replace(language, id_, "document", batches())

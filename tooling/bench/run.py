@@ -20,6 +20,7 @@ from tooling.bench import (
     recover,
     relay,
     reserve,
+    retrieve_quality,
     runs,
 )
 from tooling.bench.fixture import Fixture, bench_fixture
@@ -125,6 +126,10 @@ async def run_growth(place: Fixture, progress: Progress, pairs: int) -> Sequence
     return await growth.measure(place, progress, pairs)
 
 
+async def run_retrieve_quality(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
+    return await retrieve_quality.measure(place, progress)
+
+
 async def run_fanout(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with fanout.running(place) as bench:
         results = await run_pairs("fanout", bench.ours, bench.anchors(), progress, pairs=pairs)
@@ -149,10 +154,11 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "idle": run_idle,
     "recover": run_recover,
     "growth": run_growth,
+    "retrieve-quality": run_retrieve_quality,
 }
-# These run only if they are named: `growth` takes very long, `reserve` and `invoice` have no anchor, the others start
-# all services.
-ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve")
+# These run only if they are named: `growth` takes very long, `reserve`, `invoice` and `retrieve-quality` have no anchor,
+# `retrieve` needs Milvus, the others start all services.
+ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve", "retrieve-quality")
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 
