@@ -35,7 +35,7 @@ class FakeMemory(memory_pb2_grpc.MemoryServicer):
     def __init__(self) -> None:
         self.passages: list[tuple[str, str, str]] = []
         """Tenant, text and the document's name."""
-        self.queries: list[str] = []
+        self.requests: list[memory_pb2.RetrieveRequest] = []
         self.away = 0
         """The next calls, this many of them, fail with a transient error."""
 
@@ -46,7 +46,7 @@ class FakeMemory(memory_pb2_grpc.MemoryServicer):
         if self.away:
             self.away -= 1
             raise Transient("memory is not available")
-        self.queries.append(request.query)
+        self.requests.append(request)
         found = [(text, name) for owner, text, name in self.passages if owner == tenant]
         return memory_pb2.RetrieveReply(
             passages=[

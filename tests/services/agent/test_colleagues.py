@@ -43,8 +43,12 @@ async def test_another_agent_is_asked_and_its_answer_used(world: World, tenant: 
     assert told.body["messages"][-1]["content"] == "In Switzerland."
     schema = told.body["tools"][0]["function"]
     assert (schema["name"], schema["description"]) == ("ask_librarian", "Knows places.")
-    facts = [fact for fact in await tenant.sent("agent.events") if fact["run_id"] == run["id"]]
+    published = await tenant.sent("agent.events")
+    facts = [fact for fact in published if fact["run_id"] == run["id"]]
     assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
+    # The question to the colleague is not the person's.
+    said = {fact["run_id"]: fact["said"] for fact in published if "said" in fact}
+    assert said == {run["id"]: "Where is Bern?", child["id"]: ""}
 
 
 async def test_a_colleague_that_gives_no_answer_is_a_tool_that_failed(world: World, tenant: Tenant) -> None:

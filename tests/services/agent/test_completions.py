@@ -104,7 +104,7 @@ async def test_a_call_of_the_callers_tool_is_the_outcome_and_is_gone_on_from(wor
     since += [{"role": "tool", "call": call, "text": text} for call, text in zip(calls, ("Bern", ""), strict=True)]
     run = await tenant.over(await complete(tenant, agent, "Weather?", history=EARLIER, tools=[PLACE], since=since))
     assert (run["reply"], run["tool_calls"]) == ("You said: Weather?", [])
-    assert world.peers.memory.queries[-1] == "Weather?"
+    assert world.peers.memory.requests[-1].query == "Weather?"
     *_, question, answered, one, two = world.models.requests[-1].body["messages"]
     assert (question["role"], question["content"]) == ("user", "Weather?")
     assert (answered["content"], [call["id"] for call in answered["tool_calls"]]) == (
