@@ -164,6 +164,7 @@ def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
         ("GET", "/api/v1/deliveries/1", "channel"),
         ("POST", "/api/v1/documents", "memory"),
         ("POST", "/api/v1/memory/search", "memory"),
+        ("GET", "/api/v1/memories", "memory"),
         ("POST", "/api/v1/plugins", "plugin"),
         ("GET", "/api/v1/tools", "plugin"),
         ("GET", "/api/v1/audit/verify", "log_aggregator"),
