@@ -69,4 +69,4 @@ def retrieval(runtime: Runtime) -> Retrieval:
 
 
 def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:
-    return milvus_index(runtime).check
+    return index(runtime).check_milvus

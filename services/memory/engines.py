@@ -52,6 +52,11 @@ class Engines:
         """The name of the index in which searches look."""
         return self._indexes[(await self._choice()).reading].name
 
+    async def check_milvus(self) -> None:
+        """Makes one round trip to Milvus, if it is in use."""
+        if "milvus" in (await self._choice()).filling:
+            await self._indexes["milvus"].check()
+
     async def search(
         self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
     ) -> list[Hit]:
