@@ -1,4 +1,4 @@
-"""Memories: what people said about themselves, and what tenants note. The read model of the streams `memory`."""
+"""Memories: facts that people said about themselves, and notes of tenants. The read model of the streams `memory`."""
 
 from alembic import op
 
@@ -19,7 +19,7 @@ def upgrade() -> None:
             kind text NOT NULL CHECK (kind IN ('fact', 'preference', 'decision', 'promise')),
             sealed bytea NOT NULL,              -- the text
             digest bytea NOT NULL,              -- of the text
-            topic bytea,                        -- digest of the thing of which only the newest fact is true
+            topic bytea,                        -- digest; only the newest fact on a topic is true
             importance smallint NOT NULL CHECK (importance BETWEEN 1 AND 10),
             confidence real NOT NULL CHECK (confidence BETWEEN 0 AND 1),
             speaker text NOT NULL,              -- person, or the actor who wrote it by the API

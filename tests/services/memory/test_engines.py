@@ -170,7 +170,7 @@ async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_ru
 
     await move("pgvector")
     assert seen[-1] == (4, 4)
-    # Both engines get what is new.
+    # Both engines get new documents.
     text = "The tower of Kalmar is 60 metres high."
     new = await client.indexed("Kalmar.txt", text.encode())
     ids[new] = text
