@@ -156,7 +156,6 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     subject_id: str = ""
     """The person whose run this is, and with whom the reply is erased; empty in messages from before this field was
     added."""
-    agent_id: UUID | None = None
     said: str = ""
     """The beginning of that person's message, personal content. Empty if other people's messages are among those of
     the run, or if another agent asked."""

@@ -87,7 +87,6 @@ class RunContext:
             tool_calls=published(reply.calls),
             finish_reason=reply.finish_reason,
             subject_id=self.subject_id,
-            agent_id=self.agent_id,
             said=self.said[:SAID_CHARACTERS],
         )
 

@@ -199,7 +199,7 @@ async def test_events_are_indexed_without_the_text_of_people(
         text="secret-text",
         received_at=utcnow(),
     )
-    completed = RunCompleted(run_id=run_id, session_key="opaque", reply="secret-reply", n=4)
+    completed = RunCompleted(run_id=run_id, session_key="opaque", reply="secret-reply", said="secret-words", n=4)
     await event(aggregator, CHANNEL_EVENTS, received, tenant, trace_id)
     await event(aggregator, AGENT_EVENTS, completed, tenant, trace_id)
     query = {"query": {"term": {"trace_id": trace_id}}, "sort": ["type"]}
@@ -218,7 +218,7 @@ async def test_events_are_indexed_without_the_text_of_people(
     assert hits is not None
     agents, channels = hits
     assert (agents["type"], agents["tenant"], agents["service"]) == ("agent.v1.RunCompleted", tenant, "agent")
-    assert agents["data"] == {"run_id": str(run_id), "session_key": "opaque", "n": 4}
+    assert agents["data"] == {"run_id": str(run_id), "session_key": "opaque", "n": 4, "subject_id": ""}
     assert channels["data"].keys() == {
         *("channel_id", "channel_type", "agent_id", "session_key", "subject_id", "received_at"),
     }

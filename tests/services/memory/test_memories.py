@@ -104,12 +104,12 @@ async def test_the_same_fact_twice_is_one_memory_and_a_newer_one_replaces_the_ol
     async with person(memory, "person-3") as http:
 
         async def repeated() -> bool:
-            return [item["uses"] for item in await listed(http)].count(1) >= 1
+            return [item["uses"] for item in await listed(http, scope="user")] == [1, 1]
 
         await memory.until(repeated, seconds=60)
         await say(memory, "person-3", "I moved to Bergen. I do not like tea.")
         new = await known(memory, "person-3", ["I moved to Bergen.", "I do not like tea."])
-        by_text = {item["text"]: item for item in await listed(http)}
+        by_text = {item["text"]: item for item in await listed(http, scope="user")}
         assert by_text["I live in Oslo."]["replaced_by"] in [item["id"] for item in new]
         assert len(by_text) == 4
 
