@@ -16,7 +16,7 @@ from starlette.routing import Route
 from infra.web.http import serve_http
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
-from tooling.testing.sample.run import free_port
+from tooling.testing.stack import free_port
 
 
 def document(version: str, sections: int = 3) -> bytes:
