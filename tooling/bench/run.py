@@ -157,7 +157,7 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "retrieve-quality": run_retrieve_quality,
 }
 # These run only if they are named: `growth` takes very long, `reserve`, `invoice` and `retrieve-quality` have no anchor,
-# `retrieve` needs Milvus, the others start all services.
+# the others start all services.
 ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve", "retrieve-quality")
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
