@@ -156,8 +156,8 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "growth": run_growth,
     "retrieve-quality": run_retrieve_quality,
 }
-# These run only if they are named: `growth` takes very long, `reserve`, `invoice` and `retrieve-quality` have no anchor,
-# the others start all services.
+# These run only if they are named: `growth` takes very long; `reserve`, `invoice` and `retrieve-quality` have no
+# anchor; the others start all services.
 ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve", "retrieve-quality")
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
