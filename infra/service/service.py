@@ -177,7 +177,7 @@ class Service:
         stack.push_async_callback(request_engine.dispose)
         keyring = Keyring(self.name, settings.private_key_file, settings.public_keys_file)
         callers = Callers(keyring)
-        channels = rpc.Channels(callers)
+        channels = rpc.Channels(callers, _tls(settings))
         stack.push_async_callback(channels.close)
         cache = Redis.from_url(settings.redis_url.get_secret_value())
         stack.push_async_callback(cache.aclose)
@@ -240,7 +240,7 @@ class Service:
         self, runtime: Runtime, callers: Callers, health: http.Health, stack: AsyncExitStack
     ) -> None:
         if self._servicers or runtime.settings.grpc_port is not None:
-            server = rpc.Server(self.name, callers, runtime.metrics)
+            server = rpc.Server(self.name, callers, runtime.metrics, tls=_tls(runtime.settings))
             for add, servicer in [
                 operations.servicer(runtime.worker),
                 *(factory(runtime) for factory in self._servicers),
@@ -315,6 +315,10 @@ class Service:
             return subscription
         tail = partial(subscription.tail, **built) if subscription.tail else None
         return replace(subscription, handler=partial(subscription.handler, **built), tail=tail)
+
+
+def _tls(settings: Settings) -> rpc.Tls | None:
+    return rpc.Tls.read(settings.tls_folder) if settings.tls_folder else None
 
 
 def _makes_progress(reader: TransactionalReader | AtLeastOnceReader) -> bool:

@@ -47,6 +47,11 @@ def _readable(read: Callable[[Path], object]) -> Callable[[Path], Path]:
     return check
 
 
+def _check_tls(folder: Path) -> None:
+    for name in ("ca.pem", "certificate.pem", "key.pem"):
+        (folder / name).read_bytes()
+
+
 class Settings(BaseSettings):
     """The variables that every service has, prefix ``CLAW_``. A service with more variables has a subclass.
 
@@ -80,6 +85,9 @@ class Settings(BaseSettings):
     """The public keys of all services, a JWK set."""
     master_key_file: Annotated[Path, AfterValidator(_readable(Cipher))]
     """The master keys of this service, one a line as base64 of 32 bytes. It seals stored values under the first one."""
+    tls_folder: Annotated[Path, AfterValidator(_readable(_check_tls))] | None = None
+    """The folder of this service's certificate (``certificate.pem``, ``key.pem``) and of the authority of all
+    (``ca.pem``). With it, gRPC between services is mutual TLS; all services need it, or none."""
     allow_private_targets: bool = False
     """Allows vendors, models and tools on private addresses; for the local stack."""
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")

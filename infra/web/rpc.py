@@ -2,7 +2,8 @@
 
 A call carries its deadline, the trace context and a token that names the calling service and the tenant for which it
 calls. A server refuses a call without deadline or token, and one that `protos.calls` does not list. Errors of
-`infra.errors` cross the wire: the caller gets the error that the servicer raised.
+`infra.errors` cross the wire: the caller gets the error that the servicer raised. With `Tls` both sides show a
+certificate of their service, and a token counts only on a connection of its own service.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -91,17 +94,40 @@ def tenant_metadata(tenant_id: str) -> grpc.aio.Metadata:
     return grpc.aio.Metadata((_TENANT, tenant_id))
 
 
+@dataclass(frozen=True)
+class Tls:
+    """A service's certificate for both sides of its calls, and the authority that issues those of all. PEM."""
+
+    authority: bytes
+    certificate: bytes
+    """Its subject alternative name is the service's name."""
+    key: bytes
+
+    @classmethod
+    def read(cls, folder: Path) -> Tls:
+        """From ``ca.pem``, ``certificate.pem`` and ``key.pem``. Raises OSError."""
+        return cls(*((folder / name).read_bytes() for name in ("ca.pem", "certificate.pem", "key.pem")))
+
+
 class Server:
     """A service's gRPC server: add servicers to `grpc`, then start. It also serves gRPC health.
 
     A servicer's streamed answer is an async generator.
     """
 
-    def __init__(self, service: str, callers: Callers, metrics: Metrics, methods: Mapping[str, Call] = METHODS) -> None:
+    def __init__(
+        self,
+        service: str,
+        callers: Callers,
+        metrics: Metrics,
+        methods: Mapping[str, Call] = METHODS,
+        tls: Tls | None = None,
+    ) -> None:
         self._service = service
+        self._tls = tls
         self._health = health.aio.HealthServicer()
         self.grpc: grpc.aio.Server = grpc.aio.server(
-            interceptors=[_Incoming(service, callers, metrics, methods)],
+            interceptors=[_Incoming(service, callers, metrics, methods, with_tls=tls is not None)],
             options=[
                 *_KEEPALIVE,
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -116,11 +142,18 @@ class Server:
         if port is None:
             raise OSError(f"CLAW_GRPC_PORT: missing; {self._service} needs it to serve gRPC")
         try:
-            bound: int = self.grpc.add_insecure_port(f"{host}:{port}")
+            bound = self._add_port(f"{host}:{port}")
         except RuntimeError as error:
             raise OSError(f"gRPC on {host}:{port}: {error}") from error
         await self.grpc.start()
         return bound
+
+    def _add_port(self, address: str) -> int:
+        if self._tls is None:
+            return self.grpc.add_insecure_port(address)
+        pair = (self._tls.key, self._tls.certificate)
+        credentials = grpc.ssl_server_credentials([pair], self._tls.authority, require_client_auth=True)
+        return self.grpc.add_secure_port(address, credentials)
 
     async def stop(self) -> None:
         """Reports that it no longer serves, gives running calls ten seconds to finish, then cancels them."""
@@ -131,9 +164,12 @@ class Server:
 class _Incoming(grpc.aio.ServerInterceptor):
     """Around every call: deadline, caller, span, metrics, and errors as status codes."""
 
-    def __init__(self, service: str, callers: Callers, metrics: Metrics, methods: Mapping[str, Call]) -> None:
+    def __init__(
+        self, service: str, callers: Callers, metrics: Metrics, methods: Mapping[str, Call], *, with_tls: bool
+    ) -> None:
         self._service = service
         self._callers = callers
+        self._with_tls = with_tls
         self._metrics = metrics
         self._methods = methods
         self._handlers: dict[str, Any] = {}
@@ -184,7 +220,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
             parent = telemetry.extract(headers)
             with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=_attributes(method)) as span:
                 try:
-                    tokens = _deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers))
+                    tokens = _deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers, context))
                     try:
                         yield
                     finally:
@@ -209,11 +245,15 @@ class _Incoming(grpc.aio.ServerInterceptor):
             raise InvalidMessage("deadline", "missing; set the call's timeout, or it could wait without a limit")
         return time.monotonic() + remaining
 
-    def _caller(self, method: str, headers: dict[str, str]) -> Caller:
+    def _caller(self, method: str, headers: dict[str, str], context: Any) -> Caller:
         scheme, _, token = headers.get(_TOKEN, "").partition(" ")
         if scheme.lower() != "bearer":
             raise Unauthenticated("token: missing")
         caller = self._callers.verify(token)
+        if self._with_tls:
+            names = context.auth_context().get("x509_subject_alternative_name", ())
+            if caller.service.encode() not in names:
+                raise Unauthenticated("token: of another service than the connection's certificate")
         call = self._methods.get(method)
         if call is None or caller.service not in call.callers:
             raise Forbidden(f"{caller.service} must not call {method}: see ./claw map")
@@ -238,8 +278,9 @@ class _Incoming(grpc.aio.ServerInterceptor):
 class Channels:
     """This process's connections to other services, one per target."""
 
-    def __init__(self, callers: Callers) -> None:
+    def __init__(self, callers: Callers, tls: Tls | None = None) -> None:
         self._callers = callers
+        self._tls = tls
         self._open: dict[tuple[str, str, tuple[str, ...]], grpc.aio.Channel] = {}
 
     def to(self, target: str, service: str, *, safe: Sequence[str] = ()) -> grpc.aio.Channel:
@@ -252,17 +293,23 @@ class Channels:
         """
         key = target, service, tuple(safe)
         if key not in self._open:
-            self._open[key] = grpc.aio.insecure_channel(
-                target,
-                interceptors=[_Outgoing(self._callers, target, service)],
-                options=[
-                    *_KEEPALIVE,
-                    ("grpc.service_config", _service_config(safe)),
-                    # Reconnects to a restarted service in seconds; the default is up to two minutes.
-                    ("grpc.initial_reconnect_backoff_ms", 100),
-                    ("grpc.max_reconnect_backoff_ms", 3_000),
-                ],
-            )
+            options = [
+                *_KEEPALIVE,
+                ("grpc.service_config", _service_config(safe)),
+                # Reconnects to a restarted service in seconds; the default is up to two minutes.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 3_000),
+            ]
+            interceptors = [_Outgoing(self._callers, target, service)]
+            if self._tls is None:
+                channel = grpc.aio.insecure_channel(target, interceptors=interceptors, options=options)
+            else:
+                tls = self._tls
+                credentials = grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
+                # The certificate names the service, whatever its address is.
+                options.append(("grpc.ssl_target_name_override", service))
+                channel = grpc.aio.secure_channel(target, credentials, interceptors=interceptors, options=options)
+            self._open[key] = channel
         return self._open[key]
 
     async def close(self) -> None:

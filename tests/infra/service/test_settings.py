@@ -57,6 +57,7 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CLAW_PRIVATE_KEY_FILE", "/nowhere/private.pem")
     monkeypatch.setenv("CLAW_PUBLIC_KEYS_FILE", __file__)
     monkeypatch.setenv("CLAW_MASTER_KEY_FILE", __file__)
+    monkeypatch.setenv("CLAW_TLS_FOLDER", "/nowhere")
     lines = dict(line.strip().split(": ", 1) for line in str(error_of(WithOwn)).splitlines()[1:])
     assert lines.keys() == {
         "CLAW_KAFKA_BOOTSTRAP_SERVERS",
@@ -67,6 +68,7 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
         "CLAW_PRIVATE_KEY_FILE",
         "CLAW_PUBLIC_KEYS_FILE",
         "CLAW_MASTER_KEY_FILE",
+        "CLAW_TLS_FOLDER",
         "CLAW_RETENTION_DAYS",
     }
     assert lines["CLAW_KAFKA_BOOTSTRAP_SERVERS"] == lines["CLAW_RETENTION_DAYS"] == "missing"
@@ -75,6 +77,7 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
     assert "65535" in lines["CLAW_GRPC_PORT"]
     assert "amqp://" in lines["CLAW_RABBITMQ_URL"]
     assert "/nowhere/private.pem" in lines["CLAW_PRIVATE_KEY_FILE"]
+    assert "/nowhere/ca.pem" in lines["CLAW_TLS_FOLDER"]
     assert "JWK set" in lines["CLAW_PUBLIC_KEYS_FILE"]
     assert lines["CLAW_MASTER_KEY_FILE"] == f"{__file__}: each line must be the base64 of 32 bytes"
 
