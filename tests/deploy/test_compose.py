@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from infra.observe.metrics import Metrics
+from infra.stores.objects import BUCKET
 from protos.catalog import CATALOG
 from protos.topology import Catalog
 from tooling.cli import compose
@@ -35,6 +39,8 @@ def document() -> dict[str, Any]:
 
 
 CONTAINERS: dict[str, Any] = document()["services"]
+# Variables of names, which look like secrets.
+NAMES = {"CLAW_PRIVATE_KEY_FILE", "CLAW_S3_ACCESS_KEY", "MINIO_ACCESS_KEY_ID"}
 STORES = {"postgres", "redis", "kafka", "rabbitmq", "etcd", "minio", "milvus", "elasticsearch"}
 
 
@@ -76,10 +82,20 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
     assert [name for name, container in CONTAINERS.items() if "ports" in container] == ["nginx"]
     assert sorted(CONTAINERS["nginx"]["networks"]) == ["frontend", "public"]
     for name in STORES:
-        assert CONTAINERS[name]["networks"] == ["backend"], name
+        own = {"etcd": ["vectors"], "milvus": ["backend", "vectors"]}
+        assert CONTAINERS[name]["networks"] == own.get(name, ["backend"]), name
     networks = document()["networks"]
-    assert set(networks) == {"public", "frontend", "backend"}
+    assert set(networks) == {"public", "frontend", "backend", "vectors"}
     assert networks["backend"]["internal"]
+    assert networks["vectors"]["internal"]
+    # etcd asks for no password.
+    assert [name for name in CONTAINERS if "vectors" in CONTAINERS[name].get("networks", ())] == ["etcd", "milvus"]
+
+
+def test_no_service_has_an_administrators_password_of_a_store() -> None:
+    for name in (*SERVICES, "milvus"):
+        text = json.dumps(CONTAINERS[name]["environment"])
+        assert not re.search(r"MINIO_ROOT|\{ELASTIC_PASSWORD|\{POSTGRES_PASSWORD|\{RABBITMQ_PASSWORD", text), name
 
 
 def test_every_container_has_a_memory_limit_and_services_do_not_run_as_root_and_cannot_write() -> None:
@@ -90,10 +106,49 @@ def test_every_container_has_a_memory_limit_and_services_do_not_run_as_root_and_
     assert re.search(r"^USER (?!root)\w+", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE)
 
 
+def run_script(container: str, program: str, folder: Path) -> list[list[str]]:
+    """The arguments of each call of `program` in a container's script. A file among them is replaced by its content."""
+    fake = folder / program
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "words = [open(word).read() if os.path.isfile(word) else word for word in sys.argv[1:]]\n"
+        f"open({str(folder / 'calls')!r}, 'a').write(json.dumps(words) + '\\n')\n"
+    )
+    fake.chmod(0o755)
+    found = CONTAINERS[container]
+    [*_, flags, script] = found.get("entrypoint") or found["command"]
+    values = {name: f"value of {name}" for name in found["environment"]}
+    environment = {**values, "PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    subprocess.run(["sh", flags, script.replace("$$", "$")], env=environment, check=True, capture_output=True)
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_the_log_aggregators_user_has_its_own_indices_only(tmp_path: Path) -> None:
+    sent = {}
+    for call in run_script("elasticsearch-users", "curl", tmp_path):
+        sent[call[-1].partition("/_security/")[2]] = json.loads(call[call.index("-d") + 1])
+    assert sent["role/log_aggregator"]["indices"] == [{"names": ["clawbus-*"], "privileges": ["all"]}]
+    assert "all" not in sent["role/log_aggregator"]["cluster"]
+    assert sent["user/log_aggregator"]["roles"] == ["log_aggregator"]
+    assert sent["user/log_aggregator"]["password"] == "value of LOG_AGGREGATOR_ELASTIC_PASSWORD"
+    assert sent["user/kibana_system/_password"] == {"password": "value of KIBANA_PASSWORD"}
+
+
+def test_each_user_of_the_object_store_has_its_own_bucket_only(tmp_path: Path) -> None:
+    calls = [call for call in run_script("minio-users", "mc", tmp_path) if call[0] == "admin"]
+    policies = {call[4]: json.loads(call[5]) for call in calls if call[1:3] == ["policy", "create"]}
+    assert {name: policy["Statement"][0]["Resource"] for name, policy in policies.items()} == {
+        "memory": [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"],
+        "milvus": ["arn:aws:s3:::a-bucket", "arn:aws:s3:::a-bucket/*"],
+    }
+    assert ["admin", "user", "add", "minio", "memory", "value of MEMORY_MINIO_PASSWORD"] in calls
+    assert ["admin", "policy", "attach", "minio", "milvus", "--user", "milvus"] in calls
+
+
 def test_the_file_holds_no_secret() -> None:
     for name, container in CONTAINERS.items():
         for variable, value in container.get("environment", {}).items():
-            if re.search(r"PASS|SECRET|TOKEN|AUTH|KEY$", variable) and "PATH" not in variable:
+            if re.search(r"PASS|SECRET|TOKEN|AUTH|KEY$", variable) and variable not in NAMES:
                 assert re.fullmatch(r"\$\{[A-Z0-9_]+:[?-]\}", str(value)), f"{name}: {variable}"
         assert not re.search(r"://[^$/\s]*:[^$/\s@]+@", json.dumps(container)), name
 
