@@ -306,7 +306,7 @@ class Channels:
             else:
                 tls = self._tls
                 credentials = grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
-                # The certificate names the service, whatever its address is.
+                # The certificate names the service and not its address.
                 options.append(("grpc.ssl_target_name_override", service))
                 channel = grpc.aio.secure_channel(target, credentials, interceptors=interceptors, options=options)
             self._open[key] = channel

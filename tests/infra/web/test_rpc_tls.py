@@ -45,7 +45,7 @@ async def port(authority: Authority, tmp_path: Path) -> AsyncIterator[int]:
 
     metrics = Metrics(CollectorRegistry())
     server = Server("memory", keys.callers("memory"), metrics, METHODS, issue(authority, tmp_path, "memory"))
-    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    handlers: dict[str, Any] = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
     server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     yield await server.start(0)
     await server.stop()
@@ -55,8 +55,8 @@ async def ask(port: int, caller: str, tls: Tls | None, callee: str = "memory") -
     channels = Channels(keys.callers(caller), tls)
     try:
         channel = channels.to(f"127.0.0.1:{port}", callee)
-        answer: bytes = await channel.unary_unary(f"/{SERVICE}/Echo")(b"x", timeout=20)
-        return answer
+        echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/Echo")
+        return await echo(b"x", timeout=20)
     finally:
         await channels.close()
 
