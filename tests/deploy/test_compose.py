@@ -6,6 +6,7 @@ The images cannot be pulled here, so the tests check only the facts that do not 
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
@@ -153,6 +154,13 @@ def test_the_file_holds_no_secret() -> None:
         assert not re.search(r"://[^$/\s]*:[^$/\s@]+@", json.dumps(container)), name
 
 
+def test_the_image_has_a_closed_folder_for_the_keys_of_each_service() -> None:
+    [made] = re.findall(
+        r"install -d -m 700 -o clawbus ((?:/keys/\w+[\s\\]*)+)", (DEPLOY / "docker" / "Dockerfile").read_text()
+    )
+    assert set(re.findall(r"/keys/(\w+)", made)) == set(SERVICES)
+
+
 def test_volumes_that_are_used_are_named_and_named_ones_are_used() -> None:
     used = {
         volume.partition(":")[0]
@@ -189,6 +197,9 @@ def test_init_makes_every_value_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     secrets = [value for name, value in values.items() if "PASSWORD" in name or "SECRET" in name]
     assert len(set(secrets)) == len(secrets) > 30
     assert ((tmp_path / ".env").stat().st_mode & 0o777) == 0o600
+    # MinIO wants the key's name and 32 bytes.
+    name, _, key = values["MINIO_KMS_SECRET_KEY"].partition(":")
+    assert (name, len(base64.b64decode(key, validate=True))) == ("clawbus", 32)
     # Values and comments of a person stay; missing values are added.
     kept = first.replace(f"GATEWAY_PORT={values['GATEWAY_PORT']}\n", "# ours\nGATEWAY_PORT=9999\n")
     lacking = re.sub(r"^REDIS_PASSWORD=.*\n", "", kept, flags=re.MULTILINE)

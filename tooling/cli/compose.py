@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import re
 import secrets
@@ -91,4 +92,6 @@ def gateway_configuration(tls_url: str = "") -> str:
 
 
 def _new(name: str) -> str:
+    if name == "MINIO_KMS_SECRET_KEY":
+        return f"clawbus:{base64.b64encode(secrets.token_bytes(32)).decode()}"
     return _CHOSEN.get(name) or secrets.token_urlsafe(24)
