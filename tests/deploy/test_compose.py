@@ -82,15 +82,25 @@ def test_services_have_the_addresses_of_each_other(name: str) -> None:
 def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> None:
     assert [name for name, container in CONTAINERS.items() if "ports" in container] == ["nginx"]
     assert sorted(CONTAINERS["nginx"]["networks"]) == ["frontend", "public"]
-    for name in STORES:
-        own = {"etcd": ["vectors"], "milvus": ["backend", "vectors"]}
-        assert CONTAINERS[name]["networks"] == own.get(name, ["backend"]), name
     networks = document()["networks"]
-    assert set(networks) == {"public", "frontend", "backend", "vectors"}
-    assert networks["backend"]["internal"]
-    assert networks["vectors"]["internal"]
-    # etcd asks for no password.
-    assert [name for name in CONTAINERS if "vectors" in CONTAINERS[name].get("networks", ())] == ["etcd", "milvus"]
+    assert [name for name, network in networks.items() if not (network or {}).get("internal")] == ["public", "frontend"]
+    for name in STORES:
+        assert all(networks[network] for network in CONTAINERS[name]["networks"]), name
+
+
+@pytest.mark.parametrize(
+    ("network", "members"),
+    [
+        # Milvus and etcd ask for no password.
+        ("metadata", {"etcd", "milvus"}),
+        ("vectors", {"memory", "milvus", "minio", "minio-users"}),
+        ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana"}),
+    ],
+)
+def test_a_store_is_reached_only_by_the_containers_that_need_it(network: str, members: set[str]) -> None:
+    assert {name for name, container in CONTAINERS.items() if network in container.get("networks", ())} == members
+    for name in members & STORES:
+        assert "backend" not in CONTAINERS[name]["networks"], name
 
 
 def test_no_service_has_an_administrators_password_of_a_store() -> None:
