@@ -21,6 +21,7 @@ from typing import Any
 from infra.clock import uuid7
 from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.user import TenantCreated
+from services.billing.domain import MESSAGE
 from tooling.bench.fixture import PRODUCTION, Fixture, running_platform_on
 from tooling.bench.http_load import open_loop, request
 from tooling.bench.protocol import Units, check, percentile, units
@@ -137,10 +138,15 @@ class Overhead:
 
     async def _counts(self) -> dict[str, int]:
         produced, counted, usage = await self.fixture.admin.fetchrow(
-            "SELECT (SELECT count(*) FROM agent.outbox WHERE destination = $1), "
-            "(SELECT count(*) FROM billing.usage WHERE verdict = 'counted'), "
-            "(SELECT count(*) FROM billing.usage) + (SELECT count(*) FROM billing.duplicate)",
+            # Billing makes the records of delivered messages itself.
+            """
+            SELECT (SELECT count(*) FROM agent.outbox WHERE destination = $1),
+                (SELECT count(*) FROM billing.usage WHERE verdict = 'counted' AND resource <> $2),
+                (SELECT count(*) FROM billing.usage WHERE resource <> $2)
+                    + (SELECT count(*) FROM billing.duplicate WHERE resource <> $2)
+            """,
             USAGE_RECORDS.name,
+            MESSAGE,
         )
         return {
             "webhooks": self.sent,
