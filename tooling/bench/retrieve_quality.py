@@ -24,7 +24,7 @@ from uuid import UUID
 
 from infra.clock import uuid7
 from infra.postgres.db import create_engine
-from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
+from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
@@ -45,6 +45,7 @@ from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
+from tooling.testing.platform import PASSWORDS
 
 PAGES = 150
 TOP = 10
@@ -128,11 +129,11 @@ class Bm25:
 
 async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[Units]:
     pages = await asyncio.to_thread(fetch)
-    passwords = Passwords("owner", "request", "worker")
-    await prepare_database(place.admin_url, {"memory": passwords})
+    await prepare_database(place.admin_url, {"memory": PASSWORDS})
     await migrate(place.admin_url, "memory", CHECKOUT / "services/memory/migrations")
     engines = [
-        create_engine(role_url(place.admin_url, "memory", role, role), pool_size=4) for role in ("worker", "request")
+        create_engine(role_url(place.admin_url, "memory", role, getattr(PASSWORDS, role)), pool_size=4)
+        for role in ("worker", "request")
     ]
     worker, request = Database(engines[0], "memory"), Database(engines[1], "memory", tenanted=True)
     embedder, cipher = LocalEmbedder(), Cipher("m" * 43 + "=")
