@@ -342,7 +342,8 @@ def _rows(invoice: Invoice, lines: Sequence[InvoiceLine]) -> list[pdf.Row]:
         *rows,
         pdf.Row(""),
         pdf.Row(f"{'Subtotal':<32}{exact(invoice.subtotal_nanos):>30} {invoice.currency}"),
-        pdf.Row(f"{'Tax':<32}{exact(invoice.tax_nanos):>30} {invoice.currency}   {invoice.tax_note}"),
+        pdf.Row(f"{'Tax':<32}{exact(invoice.tax_nanos):>30} {invoice.currency}"),
+        pdf.Row(f"  {invoice.tax_note}"),
         pdf.Row(f"Total {in_minor(invoice.total_minor, invoice.currency)} {invoice.currency}", bold=True),
     ]
 

@@ -12,12 +12,12 @@ from tooling.cli.client import gateway
 from tooling.stack import operator
 from tooling.stack.home import Home, home_folder
 
-Time = Annotated[datetime, typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="UTC.")]
+FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 
 
 def rerate(
-    since: Annotated[Time, typer.Option("--from")],
-    until: Annotated[Time, typer.Option("--to")],
+    since: Annotated[datetime, typer.Option("--from", formats=FORMATS, help="The first moment, UTC.")],
+    until: Annotated[datetime, typer.Option("--to", formats=FORMATS, help="The moment after the last one, UTC.")],
     tenant: Annotated[str, typer.Option(help="Only this tenant's usage.")] = "",
     book: Annotated[bool, typer.Option("--book", help="Book the differences. Without it they are only shown.")] = False,
 ) -> None:
@@ -30,8 +30,8 @@ def rerate(
             f"{item['difference_nanos']} nano-units",
             soft_wrap=True,
         )
-    what = "booked" if book else "found; --book books them"
-    out.print(f"{found['records']} records, {found['changed']} differences {what}")
+    done = "booked" if book else "found; --book books them"
+    out.print(f"{found['records']} records, {found['changed']} differences {done}")
 
 
 async def _call(since: datetime, until: datetime, tenant: str, *, book: bool) -> dict[str, Any]:
