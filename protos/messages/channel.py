@@ -9,8 +9,18 @@ from __future__ import annotations
 from typing import Literal
 from uuid import UUID
 
+import msgspec
+
 from protos.envelope import Message
 from protos.messages import Count, Timestamp
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that a person sent with a message."""
+
+    path: str
+    """In the object store."""
+    content_type: str
 
 
 class MessageReceived(Message, frozen=True, kw_only=True):
@@ -35,6 +45,8 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     parent_session_key: str = ""
     """The session of the conversation that this one branched off from, such as the channel of a thread; empty if there
     is none."""
+    images: tuple[Image, ...] = ()
+    """For models that see. The text names them."""
 
 
 class SendMessage(Message, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
+from infra.stores.objects import Objects
 from protos.billing.v1 import billing_pb2_grpc
 from protos.memory.v1 import memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2_grpc
@@ -24,6 +25,13 @@ def plugin(runtime: Runtime) -> plugin_pb2_grpc.PluginStub:
     """Both calls may be repeated: the plugin service keeps the result of a call under its idempotency key."""
     safe = [f"clawbus.plugin.v1.Plugin/{method}" for method in ("Tools", "Call")]
     return plugin_pb2_grpc.PluginStub(runtime.channels.to(runtime.settings.plugin_grpc, "plugin", safe=safe))
+
+
+def objects(runtime: Runtime) -> Objects | None:
+    settings = runtime.settings
+    if settings.s3_endpoint is None:
+        return None
+    return Objects(settings.s3_endpoint, settings.s3_access_key, settings.s3_secret_key.get_secret_value())
 
 
 def subjects(runtime: Runtime) -> SubjectKeys:

@@ -17,10 +17,11 @@ from protos.messages.channel import MessageDelivered, MessageReceived, MessageUn
 from protos.topology import Subscription
 from services.agent.execution.executor import Executor
 from services.agent.lanes import RUNS, RunItem
+from services.agent.models.contract import Image
 from services.agent.runs import projections
 from services.agent.sessions import sealed_arrivals
 from services.agent.sessions.group_intake import Incoming, take_group
-from services.agent.sessions.intake import Arrival, Origin
+from services.agent.sessions.intake import Arrival, Context, Origin
 
 # One lane per conversation, for its missing messages.
 GAPS = Lane("message gaps", MissingMessages)
@@ -40,6 +41,7 @@ def _incoming(message: MessageReceived, tx: Tx) -> Incoming:
     envelope = read_headers(dict(tx.origins[id(message)]))
     if envelope.tenant_id is None:
         raise InvalidMessage("header tenant_id", "missing")
+    images = tuple(Image(image.path, image.content_type) for image in message.images)
     arrival = Arrival(
         message_id=envelope.id,
         agent_id=message.agent_id,
@@ -49,6 +51,7 @@ def _incoming(message: MessageReceived, tx: Tx) -> Incoming:
         received_at=message.received_at,
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
         parent=message.parent_session_key,
+        context=Context((), images=images, is_complete=False) if images else None,
     )
     return Incoming(envelope.tenant_id, message.position, arrival, partial(tx.follow, message, "take message"))
 

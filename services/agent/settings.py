@@ -1,5 +1,7 @@
 """Settings that the agent reads from the environment."""
 
+from pydantic import SecretStr
+
 from infra.service.settings import Settings as Base
 
 
@@ -7,3 +9,7 @@ class Settings(Base):
     memory_grpc: str
     billing_grpc: str
     plugin_grpc: str
+    s3_endpoint: str | None = None
+    """The store of images that people send. Without it models are not shown them."""
+    s3_access_key: str = ""
+    s3_secret_key: SecretStr = SecretStr("")

@@ -2,7 +2,7 @@
 
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
-from services.channel import accounts, api, handlers
+from services.channel import accounts, api, attachments, handlers
 from services.channel.ingest import ACCEPTED, Drainer, ingest
 from services.channel.publishing import CONVERSATION, DELIVERY
 from services.channel.sender import sender
@@ -15,6 +15,9 @@ service.serve_http(api.routes)
 service.beside("drainer", lambda runtime: Drainer(ingest(runtime)))
 service.consume(handlers.enqueue_delivery, subjects=lambda runtime: SubjectKeys(runtime.cipher))
 service.consume(handlers.erase_subject)
+service.work(attachments.fetch_attachments, fetcher=attachments.fetcher)
+service.work(attachments.erase_files, fetcher=attachments.fetcher)
+service.consume(attachments.queue_erasure)
 service.work(handlers.skip_gap)
 service.work(handlers.deliver, sender=sender)
 

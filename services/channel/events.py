@@ -7,9 +7,19 @@ associated data are the id of the event or the delivery, and ``content``. No oth
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Literal
 from uuid import UUID
 
 import msgspec
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """A file that a person sent with a message."""
+
+    kind: Literal["image", "voice", "video", "file"]
+    ref: str
+    """The vendor's id of the content, or its address."""
+    name: str = ""
 
 
 class InboundContent(msgspec.Struct, frozen=True):
@@ -19,6 +29,8 @@ class InboundContent(msgspec.Struct, frozen=True):
     person: str
     message: str
     text: str
+    """As the person wrote it; empty if there are only attachments."""
+    attachments: tuple[Attachment, ...] = ()
 
 
 class OutboundContent(msgspec.Struct, frozen=True):

@@ -32,9 +32,8 @@ from infra.security.crypto import Cipher, DataKey
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
-from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND
-from protos.messages.channel import MessageReceived
 from services.channel.accounts import Account
+from services.channel.attachments import FETCHES, FetchAttachments, publish
 from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
@@ -408,10 +407,12 @@ def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ign
     if not item.conversation or not item.person:
         return Ignored(item.ids, "without a conversation or an author")
     text = item.text.replace("\0", "")
-    size = len(msgspec.json.encode((text, item.conversation, item.message)))
+    size = len(msgspec.json.encode((text, item.conversation, item.message, item.attachments)))
     if size > MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES:
         raise TooLarge(f"message: has {size} bytes; must have at most {MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES}")
-    return item._replace(text=text) if text.strip() else Ignored(item.ids, "the text is empty")
+    if not text.strip() and not item.attachments:
+        return Ignored(item.ids, "the text is empty")
+    return item._replace(text=text)
 
 
 def _owners(arrivals: Sequence[_Arrival]) -> dict[bytes, _Arrival]:
@@ -449,7 +450,7 @@ def _new(arrival: _Arrival) -> _New:
         account.agent_id,
         account.pseudonyms.session(item.conversation),
         account.pseudonyms.subject(item.person),
-        InboundContent(item.conversation, item.person, item.message, item.text),
+        InboundContent(item.conversation, item.person, item.message, item.text, item.attachments),
         utcnow(),
         account.pseudonyms.session(item.parent) if item.parent else "",
     )
@@ -496,18 +497,8 @@ def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> No
         message.channel_id, message.channel_type, message.agent_id, message.subject_id, content, message.received_at
     )
     tx.append(CONVERSATION.stream(message.session_key), fact, event_id=event_id)
-    public = MessageReceived(
-        channel_id=message.channel_id,
-        channel_type=message.channel_type,
-        agent_id=message.agent_id,
-        session_key=message.session_key,
-        conversation_id=message.content.conversation,
-        subject_id=message.subject_id,
-        vendor_message_id=message.content.message,
-        text=message.content.text,
-        received_at=message.received_at,
-        position=position,
-        parent_session_key=message.parent_session_key,
-    )
-    tx.publish(CHANNEL_EVENTS, public, key=message.session_key)
-    tx.send(CHANNEL_INBOUND[message.channel_type], public, key=message.session_key, position=position)
+    item = FetchAttachments(event_id, message.session_key, position, message.parent_session_key)
+    if message.content.attachments:
+        tx.enqueue(FETCHES, lane=message.session_key, item=item, item_id=event_id)
+    else:
+        publish(tx, item, fact, message.content, message.content.text)

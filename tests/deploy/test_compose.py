@@ -93,7 +93,7 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
     [
         # Milvus and etcd ask for no password.
         ("metadata", {"etcd", "milvus"}),
-        ("vectors", {"memory", "milvus", "minio", "minio-users"}),
+        ("vectors", {"agent", "channel", "memory", "milvus", "minio", "minio-users"}),
         ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana"}),
     ],
 )
@@ -149,7 +149,7 @@ def test_each_user_of_the_object_store_has_its_own_bucket_only(tmp_path: Path) -
     calls = [call for call in run_script("minio-users", "mc", tmp_path) if call[0] == "admin"]
     policies = {call[4]: json.loads(call[5]) for call in calls if call[1:3] == ["policy", "create"]}
     assert {name: policy["Statement"][0]["Resource"] for name, policy in policies.items()} == {
-        "memory": [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"],
+        **{name: [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"] for name in ("agent", "channel", "memory")},
         "milvus": ["arn:aws:s3:::a-bucket", "arn:aws:s3:::a-bucket/*"],
     }
     assert ["admin", "user", "add", "minio", "memory", "value of MEMORY_MINIO_PASSWORD"] in calls

@@ -39,6 +39,18 @@ class Shape(Protocol):
     def events(self, model: str, pieces: Sequence[str], calls: Calls, usage: Usage) -> Iterator[str]: ...
 
 
+def _is_parts(content: Any) -> bool:
+    """Text and images, as OpenAI takes them."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict)
+        and (
+            (part.get("type") == "text" and isinstance(part.get("text"), str))
+            or (part.get("type") == "image_url" and isinstance(part["image_url"].get("url"), str))
+        )
+        for part in content
+    )
+
+
 def _need(holds: object, reason: str, status: int = 400) -> None:
     if not holds:
         raise Refused(status, reason)
@@ -75,7 +87,10 @@ class _OpenAI:
             _check_calls_answered(open_calls)
             _need(role in ("user", "assistant") or (role in ("system", "developer") and n == 0), f"role {role} at {n}")
             calls = message.get("tool_calls", [])
-            _need(isinstance(content, str) or (role == "assistant" and calls), f"content of message {n}")
+            _need(
+                isinstance(content, str) or (role == "assistant" and calls) or (role == "user" and _is_parts(content)),
+                f"content of message {n}",
+            )
             for call in calls:
                 _need(call.get("type") == "function" and isinstance(call["function"]["arguments"], str), "tool_calls")
                 open_calls.add(call["id"])

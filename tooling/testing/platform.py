@@ -46,7 +46,13 @@ MASTER_KEY = keys.MASTER_KEY
 ADMIN_TOKEN = "an operator's token made up for tests"
 READY_SECONDS = 90.0
 # Engines that a service needs besides those of every test stack.
-_NEEDED = {"memory": ("milvus", "s3"), "log_aggregator": ("opensearch",), "notification": ("mailbox",)}
+_NEEDED = {
+    "memory": ("milvus", "s3"),
+    "channel": ("s3",),
+    "agent": ("s3",),
+    "log_aggregator": ("opensearch",),
+    "notification": ("mailbox",),
+}
 
 
 class Platform:

@@ -22,7 +22,7 @@ from services.agent.execution.model_calls import ModelCalls
 from services.agent.execution.outcome import Ended, Reply
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
 from services.agent.execution.tools import Tools
-from services.agent.models.contract import Answer, Answered, Passage, Prompt, Said, Tool, ToolCall, Turn
+from services.agent.models.contract import Answer, Answered, Image, Passage, Prompt, Said, Tool, ToolCall, Turn
 from services.agent.runs.domain import messages_at
 from services.agent.runs.notices import FAILED
 
@@ -79,7 +79,7 @@ class AgentLoop:
         summary = await self._summary(conversation)
         passages = await self._retrieve(conversation.text) if self.agent.knowledge else ()
         tools = (*await self.tools.offered(), *given.tools)
-        turns: list[Turn] = [*conversation.history, Said(conversation.text), *given.since]
+        turns: list[Turn] = [*conversation.history, Said(conversation.text, conversation.images), *given.since]
         known = summary or conversation.summary
         instructions = conversation.system(self.agent.system_prompt) + (
             f"\n\nSummary of the conversation so far:\n{known.text}" if known else ""
@@ -166,13 +166,14 @@ class AgentLoop:
         self._messages += len(texts)
         text = "\n".join(filter(None, texts))
         step = self.context.last_step + 1
+        images: tuple[Image, ...] = ()
         if text and self._taken_before == step:
             # One turn for each step: a worker that resumes the run takes all messages of a step at once.
             earlier = turns.pop()
             assert isinstance(earlier, Said)
-            text = f"{earlier.text}\n{text}"
+            text, images = f"{earlier.text}\n{text}", earlier.images
         if text:
-            turns.append(Said(text))
+            turns.append(Said(text, images))
             self._taken_before = step
         return bool(text)
 

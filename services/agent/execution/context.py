@@ -13,6 +13,7 @@ from infra.postgres.tx import Database
 from infra.security.crypto import DataKey
 from infra.security.subjects import SubjectKeys
 from infra.stores.cache import Cache
+from infra.stores.objects import Objects
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2_grpc
 from protos.memory.v1 import memory_pb2_grpc
@@ -37,6 +38,8 @@ class Services:
     billing: billing_pb2_grpc.BillingStub
     plugin: plugin_pb2_grpc.PluginStub
     cache: Cache
+    objects: Objects | None = None
+    """The store of images; None: there is none."""
 
 
 @dataclass

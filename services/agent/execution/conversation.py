@@ -13,7 +13,7 @@ import msgspec
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
-from services.agent.models.contract import Answered, Said, Turn
+from services.agent.models.contract import Answered, Image, Said, Turn
 from services.agent.runs.content import Unsealer
 from services.agent.sessions.intake import Context
 
@@ -70,6 +70,8 @@ class Conversation:
     """The part that is to be summarised before the model is asked."""
     given: Context = NOTHING
     """The context that the caller gave with the message."""
+    images: tuple[Image, ...] = ()
+    """Of the messages that the run answers."""
 
     def system(self, own: str) -> str:
         """The agent's `own` system prompt, followed by the caller's instructions, which are marked as such."""
@@ -168,8 +170,12 @@ def assemble(
     if not readable:
         raise Erased("the authors of all messages of the run were erased")
     last = next(message for message, text in zip(reversed(messages), reversed(texts), strict=True) if text is not None)
-    given = keys.open(last.context, last.subject_id, str(last.id), "context") if last.context else None
-    context = msgspec.json.decode(given, type=Context) if given else None
+    contexts = [
+        msgspec.json.decode(given, type=Context)
+        for message in messages
+        if message.context and (given := keys.open(message.context, message.subject_id, str(message.id), "context"))
+    ]
+    context = next((one for one in reversed(contexts) if one.is_complete), None)
     older, newer = divided([] if context else _exchanges(keys, earlier))
     parent = _exchanges(keys, of_parent)
     return Conversation(
@@ -184,6 +190,7 @@ def assemble(
         else None,
         reply_to=last.vendor_message_id,
         given=context or NOTHING,
+        images=tuple(image for one in contexts for image in one.images),
     )
 
 

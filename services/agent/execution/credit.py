@@ -13,6 +13,7 @@ from infra.errors import Transient
 from infra.postgres.tx import derived_id
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.agent.definitions.models import Budget
+from services.agent.execution import images
 from services.agent.execution.budget import Spending
 from services.agent.execution.context import RunContext
 from services.agent.execution.outcome import Ended
@@ -100,4 +101,5 @@ class Credit:
 
 def _input_tokens(prompt: Prompt) -> int:
     """An upper bound: no tokenizer makes more than about one token from three bytes."""
-    return len(msgspec.json.encode(prompt)) // 3 + 1
+    text = images.without(prompt, notice=True)
+    return len(msgspec.json.encode(text)) // 3 + 1 + images.count(prompt) * images.IMAGE_TOKENS

@@ -124,7 +124,7 @@ class Executor:
             )
             credit = Credit(context, services.billing, definition.budget, spending)
             models = [(name, self._models.model(name, endpoint)) for name, endpoint in agent.models(self._cipher)]
-            model_calls = ModelCalls(context, steps, credit, models, services.cache)
+            model_calls = ModelCalls(context, steps, credit, models, services.cache, services.objects)
             tools = Tools(context, definition, steps, credit, services.plugin)
             loop = AgentLoop(
                 context, definition, steps, model_calls, tools, services.memory, partial(_complete, started)

@@ -13,6 +13,8 @@ from opentelemetry.trace import Span, SpanKind
 
 from infra.observe import telemetry
 from infra.stores.cache import Cache
+from infra.stores.objects import Objects
+from services.agent.execution import images
 from services.agent.execution.context import RunContext
 from services.agent.execution.credit import Credit
 from services.agent.execution.deltas import Deltas
@@ -20,7 +22,7 @@ from services.agent.execution.group_write import MessagesArrived
 from services.agent.execution.outcome import Ended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec
 from services.agent.execution.usage import Metered
-from services.agent.models.contract import Answer, Model, Prompt, Usage
+from services.agent.models.contract import Answer, Model, ModelFailed, Prompt, Usage
 from services.agent.runs.notices import FAILED
 
 ATTEMPTS = 5
@@ -43,6 +45,8 @@ class ModelCalls:
     models: Sequence[tuple[str, Model]]
     """By name. Each is asked if the one before gives no answer."""
     cache: Cache
+    objects: Objects | None = None
+    """The store of images; None: images are not shown to models."""
 
     async def ask(self, prompt: Prompt, digest: str, expected_messages: int | None = None) -> Answer:
         """The answer of the first model that gives one. Raises Ended if none does.
@@ -87,7 +91,14 @@ class ModelCalls:
                     if prompt.output_schema is None and not prompt.must_call:
                         await deltas(text)
 
-                answer = await model.answer(prompt, on_text)
+                shown = await images.loaded(prompt, self.objects)
+                try:
+                    answer = await model.answer(shown, on_text)
+                except ModelFailed as error:
+                    if error.transient or not images.count(shown):
+                        raise
+                    # Maybe this model takes no images. It then tells the person that it has not seen them.
+                    answer = await model.answer(images.without(shown, notice=True), on_text)
                 _set_usage(span, answer)
                 assert hold
                 return answer, Metered(name, answer.usage, hold.id, hold.nanos)
@@ -96,8 +107,10 @@ class ModelCalls:
                 """Providers charge an answer that they have begun. A call of a dead process may have begun one."""
                 if not written_bytes and not in_other_process:
                     return None
+                text = len(msgspec.json.encode(images.without(prompt, notice=False)))
                 usage = Usage(
-                    input_tokens=_tokens(len(msgspec.json.encode(prompt))), output_tokens=_tokens(written_bytes)
+                    input_tokens=_tokens(text) + images.count(prompt) * images.IMAGE_TOKENS,
+                    output_tokens=_tokens(written_bytes),
                 )
                 return Metered(name, usage, None)
 

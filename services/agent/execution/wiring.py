@@ -13,7 +13,13 @@ from services.agent.models.library import Models
 
 
 def services(runtime: Runtime) -> Services:
-    return Services(adapters.memory(runtime), adapters.billing(runtime), adapters.plugin(runtime), Cache(runtime.cache))
+    return Services(
+        adapters.memory(runtime),
+        adapters.billing(runtime),
+        adapters.plugin(runtime),
+        Cache(runtime.cache),
+        adapters.objects(runtime),
+    )
 
 
 def executor(runtime: Runtime) -> Executor:

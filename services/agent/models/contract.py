@@ -52,10 +52,21 @@ class ToolCall(msgspec.Struct, frozen=True):
     """The arguments as the model wrote them: a JSON object, unless the model made a mistake."""
 
 
-class Said(msgspec.Struct, frozen=True, tag="user"):
+class Image(msgspec.Struct, frozen=True):
+    """An image that a person sent: stored, or as an address."""
+
+    path: str = ""
+    """In the object store; empty if there is an address."""
+    content_type: str = ""
+    url: str = ""
+    """``data:…;base64,…`` or ``https://…``."""
+
+
+class Said(msgspec.Struct, frozen=True, tag="user", omit_defaults=True):
     """A message of a person, verbatim."""
 
     text: str
+    images: tuple[Image, ...] = ()
 
 
 class Reasoning(msgspec.Struct, frozen=True):

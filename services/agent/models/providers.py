@@ -45,6 +45,7 @@ from services.agent.models.contract import (
     Answer,
     Answered,
     Endpoint,
+    Image,
     ModelFailed,
     OnText,
     Passage,
@@ -209,6 +210,12 @@ def _reasoning(response: wire.ModelResponse) -> Reasoning | None:
     return Reasoning(field, "".join(part.content for part in parts if part.id == field))
 
 
+def _image(image: Image) -> wire.BinaryContent | wire.ImageUrl:
+    if image.url.startswith("data:"):
+        return wire.BinaryContent.from_data_uri(image.url)
+    return wire.ImageUrl(image.url)
+
+
 def _messages(prompt: Prompt, system: str) -> list[wire.ModelMessage]:
     """`system`: the library's name of the provider, without which it does not send thoughts back."""
     messages: list[wire.ModelMessage] = []
@@ -220,6 +227,9 @@ def _messages(prompt: Prompt, system: str) -> list[wire.ModelMessage]:
 
 def _message(turn: Turn, system: str) -> wire.ModelMessage:
     match turn:
+        case Said(text, images) if images:
+            words = [text] if text else []
+            return wire.ModelRequest(parts=[wire.UserPromptPart([*words, *map(_image, images)])])
         case Said(text):
             return wire.ModelRequest(parts=[wire.UserPromptPart(text)])
         case Answered(text, calls, reasoning):

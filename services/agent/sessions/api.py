@@ -21,7 +21,7 @@ from infra.web.json_schema import check_schema
 from services.agent import adapters
 from services.agent.definitions import store
 from services.agent.definitions.models import ToolName
-from services.agent.models.contract import Answered, Returned, Said, Tool, ToolCall, Turn
+from services.agent.models.contract import Answered, Image, Returned, Said, Tool, ToolCall, Turn
 from services.agent.sessions.domain import Busy
 from services.agent.sessions.intake import Arrival, Context, take_in
 
@@ -47,9 +47,13 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+ImageUrl = Annotated[str, Field(pattern="^(data:image/|https://)")]
+
+
 class FromUser(_Part):
     role: Literal["user"]
     text: str = Field(min_length=1, max_length=MAX_TEXT)
+    images: list[ImageUrl] = []
 
 
 class Call(_Part):
@@ -105,6 +109,8 @@ class NewCompletion(_Part):
     """The model may call several of the tools at once."""
     since: list[Since] = Field(default=[], max_length=MAX_HISTORY)
     """Calls of the tools that were made for this message already, and their results."""
+    images: list[ImageUrl] = []
+    """Addresses of the message's images, ``data:`` or ``https:``."""
 
     def check(self) -> None:
         """Raises InvalidMessage for an invalid JSON Schema."""
@@ -127,6 +133,7 @@ class NewCompletion(_Part):
             must_call=self.must_call,
             parallel=self.parallel,
             since=tuple(map(_later_turn, self.since)),
+            images=_images(self.images),
         )
 
 
@@ -219,7 +226,11 @@ def router(runtime: Runtime) -> APIRouter:
 
 
 def _turn(said: FromUser | FromAssistant | FromTool) -> Turn:
-    return Said(said.text) if isinstance(said, FromUser) else _later_turn(said)
+    return Said(said.text, _images(said.images)) if isinstance(said, FromUser) else _later_turn(said)
+
+
+def _images(urls: list[str]) -> tuple[Image, ...]:
+    return tuple(Image(url=url) for url in urls)
 
 
 def _later_turn(said: FromAssistant | FromTool) -> Answered | Returned:

@@ -12,7 +12,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import msgspec
@@ -21,6 +22,7 @@ from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Un
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from infra.web.http import MAX_BODY_BYTES
+from services.channel.events import Attachment
 
 C = TypeVar("C", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -61,6 +63,8 @@ class Inbound(NamedTuple):
     text: str
     parent: str | None = None
     """The conversation that this one branched off from, such as the channel of a thread."""
+    attachments: tuple[Attachment, ...] = ()
+    """With them the text may be empty."""
 
 
 class Moved(NamedTuple):
@@ -181,6 +185,13 @@ class Vendor(ABC, Generic[C]):
         Raises as `send` does.
         """
 
+    async def fetch(self, outgoing: Outgoing, origin: str, credentials: C, ref: str, most: int) -> bytes:
+        """The content of an attachment, by its `ref`; of at most `most` bytes.
+
+        Raises as `send` does, and TooLarge.
+        """
+        raise EffectFailed("this type of channel does not give its files")
+
     async def register(self, outgoing: Outgoing, origin: str, credentials: C, url: str) -> bool:
         """Tells the vendor to call `url`. False if the vendor has no call for that: a person enters it in its console.
 
@@ -248,6 +259,39 @@ def placeholder(kind: str, *names: str) -> str:
     """The text of a message that has none, so that the agent can say that it cannot read the attachment."""
     named = ", ".join(filter(None, names))
     return f"[The person sent {kind}{f' ({named})' if named else ''} without text. Its content cannot be read here.]"
+
+
+def kind_of(mime_type: str) -> Literal["image", "voice", "video", "file"]:
+    """The kind of an attachment by the type that the vendor states. Its content decides later."""
+    kinds: dict[str, Literal["image", "voice", "video"]] = {"image": "image", "audio": "voice", "video": "video"}
+    return kinds.get(mime_type.partition("/")[0].lower(), "file")
+
+
+async def download(
+    outgoing: Outgoing, url: str, most: int, headers: Mapping[str, str] | None = None, template: str | None = None
+) -> bytes:
+    """The body of a file's address. Raises as `Vendor.fetch` does."""
+    answer = await outgoing.request("GET", url, headers=headers, max_bytes=most, timeout=120.0, template=template)
+    raise_for_transient(answer)
+    if answer.status == 401:
+        raise AccountRefused("HTTP 401")
+    if answer.status != 200:
+        raise EffectFailed(f"HTTP {answer.status}")
+    return answer.body
+
+
+def at_origin(vendor: Vendor[Any], origin: str, url: str, *hosts: str) -> str:
+    """The address of a file, if it lies on one of the vendor's `hosts` or below it: a token must not go elsewhere.
+
+    Under another origin than the vendor's, path and query are kept. Raises EffectFailed.
+    """
+    parts = urlsplit(url)
+    if origin != vendor.origin:
+        return f"{origin}{parts.path}{f'?{parts.query}' if parts.query else ''}"
+    host = parts.hostname or ""
+    if parts.scheme != "https" or not any(host == one or host.endswith(f".{one}") for one in hosts):
+        raise EffectFailed("the address of the file is not the vendor's")
+    return url
 
 
 def constant_time_equals(given: str, expected: str) -> bool:

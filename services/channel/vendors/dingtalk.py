@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -26,8 +27,10 @@ from services.channel.vendors.base import (
     Request,
     Tokens,
     Vendor,
+    at_origin,
     constant_time_equals,
     decode,
+    download,
     placeholder,
     read_json,
 )
@@ -39,7 +42,12 @@ MAX_TEXT = 15_000
 _VALID_MS = 3_600_000
 _API_ORIGIN = "https://api.dingtalk.com"
 _TITLE = "Reply"
-_ATTACHMENTS = {"picture": "a photo", "audio": "a voice message", "video": "a video", "file": "a file"}
+_FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
+    "picture": "image",
+    "audio": "voice",
+    "video": "video",
+    "file": "file",
+}
 _LATER = frozenset((130101, 130102, 88, 90018))
 _TRANSIENT = frozenset((-1,))
 # The session of the webhook is over or unknown.
@@ -60,6 +68,7 @@ class _Content(msgspec.Struct):
     richText: list[dict[str, Any]] | None = None
     recognition: str | None = None
     fileName: str | None = None
+    downloadCode: str | None = None
 
 
 class _Message(msgspec.Struct):
@@ -86,6 +95,12 @@ class _Token(msgspec.Struct):
 class _Response(msgspec.Struct):
     errcode: int = 0
     errmsg: str = ""
+
+
+class _Download(msgspec.Struct):
+    downloadUrl: str = ""
+    code: str = ""
+    message: str = ""
 
 
 class _Sent(msgspec.Struct):
@@ -126,6 +141,23 @@ class DingTalk(Vendor[DingTalkCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://open.dingtalk.com/document/orgapp/robot-message-types-and-data-format"""
         return [Limit(f"conversation {conversation}", 20, 60)]
+
+    async def fetch(
+        self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials, ref: str, most: int
+    ) -> bytes:
+        token = await self._token(outgoing, origin, credentials)
+        answer = await outgoing.request(
+            "POST",
+            f"{self._api(origin)}/v1.0/robot/messageFiles/download",
+            headers={"x-acs-dingtalk-access-token": token},
+            json={"downloadCode": ref, "robotCode": credentials.robot_code},
+        )
+        found = read_json(answer, _Download)
+        if not found.downloadUrl:
+            raise EffectFailed(f"{found.code}: {found.message}"[:200])
+        return await download(
+            outgoing, at_origin(self, origin, found.downloadUrl, "dingtalk.com", "aliyuncs.com"), most
+        )
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials) -> str:
         # The login is the only call that needs no conversation. It does not tell the robot's name.
@@ -211,13 +243,27 @@ def _item(message: _Message, credentials: DingTalkCredentials) -> Inbound | Igno
         return Ignored(ids, "a message to another robot")
     if not person or (message.senderId is not None and message.senderId == message.chatbotUserId):
         return Ignored(ids, "a message that no person wrote")
+    attachments = _attachments(message)
     text = _text(message)
+    if text is None and attachments:
+        text = ""
     if text is None:
         return Ignored(ids, f"a message of type {message.msgtype[:40]}")
     conversation = f"user/{person}" if message.conversationType == "1" else f"group/{message.conversationId}"
     webhook = urlsplit(message.sessionWebhook or "")
     path = f"{webhook.path}?{webhook.query}" if webhook.path.startswith("/") else message.msgId
-    return Inbound(ids, conversation, person, path, text)
+    return Inbound(ids, conversation, person, path, text, attachments=attachments)
+
+
+def _attachments(message: _Message) -> tuple[Attachment, ...]:
+    content = message.content or _Content()
+    if content.richText is not None:
+        codes = [part.get("downloadCode") for part in content.richText]
+        return tuple(Attachment("image", code) for code in codes if isinstance(code, str) and code)
+    # The vendor has written a voice message down already.
+    if message.msgtype not in _FILES or content.recognition or not content.downloadCode:
+        return ()
+    return (Attachment(_FILES[message.msgtype], content.downloadCode, content.fileName or ""),)
 
 
 def _text(message: _Message) -> str | None:
@@ -225,11 +271,10 @@ def _text(message: _Message) -> str | None:
     if message.text is not None:
         return message.text.content.strip()
     if content.richText is not None:
-        return "".join(str(part.get("text") or "") for part in content.richText).strip() or placeholder("a photo")
-    if content.recognition:
+        return "".join(str(part.get("text") or "") for part in content.richText).strip()
+    if content.recognition or message.msgtype not in _FILES or content.downloadCode:
         return content.recognition
-    kind = _ATTACHMENTS.get(message.msgtype)
-    return placeholder(kind, content.fileName or "") if kind else None
+    return placeholder("a file", content.fileName or "")
 
 
 def _refuse(code: int, message: str) -> None:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from infra.errors import EffectFailed, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
     Ack,
@@ -28,8 +29,11 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
+    at_origin,
     decode,
+    download,
     is_recent,
+    kind_of,
     raise_for_transient,
     read_json,
 )
@@ -40,7 +44,7 @@ from services.channel.vendors.splitting import split
 MAX_TEXT = 2_000
 _NONCE_LENGTH = 25
 _PING, _COMMAND, _COMPONENT, _AUTOCOMPLETE = 1, 2, 3, 4
-_STRING_OPTION = 3
+_STRING_OPTION, _FILE_OPTION = 3, 11
 # Answers to an interaction: a pong, "is thinking", nothing, no choices.
 _PONG, _DEFERRED, _UNCHANGED = ({"type": kind} for kind in (1, 5, 6))
 _NO_CHOICES = {"type": 8, "data": {"choices": []}}
@@ -48,7 +52,10 @@ _NO_CHOICES = {"type": 8, "data": {"choices": []}}
 _ASK = {
     "name": "ask",
     "description": "Ask the assistant",
-    "options": [{"type": _STRING_OPTION, "name": "question", "description": "The question", "required": True}],
+    "options": [
+        {"type": _STRING_OPTION, "name": "question", "description": "The question", "required": True},
+        {"type": _FILE_OPTION, "name": "file", "description": "A file for the question", "required": False},
+    ],
 }
 # The token of the interaction is no longer valid: unknown webhook, invalid webhook token, unknown message.
 _EXPIRED = (10008, 10015, 50027)
@@ -80,9 +87,20 @@ class _Member(msgspec.Struct):
     user: _User | None = None
 
 
+class _File(msgspec.Struct):
+    url: str
+    filename: str = ""
+    content_type: str | None = None
+
+
+class _Resolved(msgspec.Struct):
+    attachments: dict[str, _File] | None = None
+
+
 class _Data(msgspec.Struct):
     name: str = ""
     options: list[dict[str, Any]] | None = None
+    resolved: _Resolved | None = None
 
 
 class _Interaction(msgspec.Struct):
@@ -148,7 +166,11 @@ class Discord(Vendor[DiscordCredentials]):
             return Received([Ignored(ids, "a command without a channel or an author")], _ack(_DEFERRED))
         data = interaction.data or _Data()
         text = next(_strings(data.options), None) or f"/{data.name}"
-        item = Inbound(ids, interaction.channel_id, author.id, interaction.token, text)
+        files = (data.resolved or _Resolved()).attachments or {}
+        attachments = tuple(
+            Attachment(kind_of(file.content_type or ""), file.url, file.filename) for file in files.values()
+        )
+        item = Inbound(ids, interaction.channel_id, author.id, interaction.token, text, attachments=attachments)
         return Received([item], _ack(_DEFERRED))
 
     def split(self, text: str) -> Sequence[str]:
@@ -156,6 +178,11 @@ class Discord(Vendor[DiscordCredentials]):
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         return [Limit("app", 50, 1), Limit(f"channel {conversation}", 5, 5)]
+
+    async def fetch(
+        self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, ref: str, most: int
+    ) -> bytes:
+        return await download(outgoing, at_origin(self, origin, ref, "discordapp.com", "discordapp.net"), most)
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials) -> str:
         return (await _as_bot(outgoing, origin, credentials, "GET", "users/@me")).username

@@ -9,7 +9,8 @@ import base64
 import hashlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import quote
 
 import msgspec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.padding import PKCS7
 from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -33,6 +35,7 @@ from services.channel.vendors.base import (
     Vendor,
     constant_time_equals,
     decode,
+    download,
     is_recent,
     placeholder,
     read_json,
@@ -42,11 +45,14 @@ from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes of a rich text. Markdown is sent as rich text.
 MAX_TEXT = 28_000
+_FILES: dict[str, tuple[Literal["image", "voice", "video", "file"], str]] = {
+    "image": ("image", "image_key"),
+    "media": ("video", "file_key"),
+    "audio": ("voice", "file_key"),
+    "file": ("file", "file_key"),
+}
+"""The kind of each type of message with a file, and the field with its key."""
 _ATTACHMENTS = {
-    "image": "a photo",
-    "media": "a video",
-    "audio": "a voice message",
-    "file": "a file",
     "sticker": "a sticker",
     "location": "a location",
     "share_chat": "a contact",
@@ -196,6 +202,15 @@ class Feishu(Vendor[FeishuCredentials]):
             Limit(f"chat {conversation.partition('/')[0]}", 5, 1),
         ]
 
+    async def fetch(
+        self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, ref: str, most: int
+    ) -> bytes:
+        message, _, key = ref.partition("/")
+        kind = "image" if key.startswith("img_") else "file"
+        path = f"/open-apis/im/v1/messages/{quote(message)}/resources/{quote(key)}?type={kind}"
+        token = await self._token(outgoing, origin, credentials)
+        return await download(outgoing, f"{origin}{path}", most, {"authorization": f"Bearer {token}"})
+
     async def identify(self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials) -> str:
         response = await self._call(outgoing, origin, credentials, "GET", f"{origin}/open-apis/bot/v3/info")
         return response.bot.app_name if response.bot else credentials.app_id
@@ -274,7 +289,8 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
     if event.sender.sender_type != "user" or author is None:
         return Ignored(ids, "a message that no person wrote")
     thread = f"/{message.root_id or message.message_id}" if message.thread_id else ""
-    text = _text(message)
+    attachments = _attachments(message)
+    text = "" if attachments else _text(message)
     if text is None:
         return Ignored(ids, f"a message of type {message.message_type[:40]}")
     return Inbound(
@@ -284,14 +300,27 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
         message.message_id,
         text,
         parent=message.chat_id if thread else None,
+        attachments=attachments,
     )
 
 
-def _text(message: _Message) -> str | None:
+def _attachments(message: _Message) -> tuple[Attachment, ...]:
+    kind, field = _FILES.get(message.message_type, ("file", ""))
+    content = _content_of(message)
+    if not isinstance(content, dict) or not isinstance(key := content.get(field), str) or not key:
+        return ()
+    return (Attachment(kind, f"{message.message_id}/{key}", str(content.get("file_name") or "")),)
+
+
+def _content_of(message: _Message) -> Any:
     try:
-        content = msgspec.json.decode(message.content)
+        return msgspec.json.decode(message.content)
     except msgspec.DecodeError as error:
         raise Unreadable(f"content: {error}") from error
+
+
+def _text(message: _Message) -> str | None:
+    content = _content_of(message)
     if not isinstance(content, dict):
         return None
     if message.message_type == "text":
@@ -299,7 +328,7 @@ def _text(message: _Message) -> str | None:
     elif message.message_type == "post":
         text = "".join(_post_texts(content)).strip()
     elif kind := _ATTACHMENTS.get(message.message_type):
-        return placeholder(kind, str(content.get("file_name") or ""))
+        return placeholder(kind)
     else:
         return None
     for mention in message.mentions or ():

@@ -7,7 +7,8 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
+from urllib.parse import quote
 from uuid import UUID, uuid5
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from infra.errors import EffectFailed, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
     Ignored,
@@ -26,6 +28,7 @@ from services.channel.vendors.base import (
     Vendor,
     constant_time_equals,
     decode,
+    download,
     placeholder,
     read_json,
 )
@@ -36,14 +39,14 @@ from services.channel.vendors.splitting import split, utf16_length
 MAX_TEXT = 5_000
 # Part n of a delivery has a key that is not a UUID, as the retry key must be.
 _KEYS = UUID("7f6ad0c2-4f0a-4c11-9a0e-2b8a6f0f6a11")
-_ATTACHMENTS = {
-    "image": "a photo",
-    "video": "a video",
-    "audio": "a voice message",
-    "file": "a file",
-    "location": "a location",
-    "sticker": "a sticker",
+_CONTENT_ORIGIN = "https://api-data.line.me"
+_FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
+    "image": "image",
+    "video": "video",
+    "audio": "voice",
+    "file": "file",
 }
+_ATTACHMENTS = {"location": "a location", "sticker": "a sticker"}
 
 
 class LineCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +117,11 @@ class Line(Vendor[LineCredentials]):
         """https://developers.line.biz/en/reference/messaging-api/#rate-limits"""
         return [Limit("channel", 2_000, 1)]
 
+    async def fetch(self, outgoing: Outgoing, origin: str, credentials: LineCredentials, ref: str, most: int) -> bytes:
+        host = _CONTENT_ORIGIN if origin == self.origin else origin
+        headers = {"authorization": f"Bearer {credentials.channel_access_token}"}
+        return await download(outgoing, f"{host}/v2/bot/message/{quote(ref, safe='')}/content", most, headers)
+
     async def identify(self, outgoing: Outgoing, origin: str, credentials: LineCredentials) -> str:
         return (await _call(outgoing, origin, credentials, "GET", "v2/bot/info")).displayName
 
@@ -173,10 +181,14 @@ def _item(event: _Event) -> Inbound | Ignored:
     message = decode(event.message, _Message)
     ids = (*ids, f"message/{message.id}")
     text = message.text
+    attachments: tuple[Attachment, ...] = ()
+    if text is None and message.type in _FILES:
+        text, attachments = "", (Attachment(_FILES[message.type], message.id, message.fileName or ""),)
     if text is None:
         kind = _ATTACHMENTS.get(message.type)
         if kind is None:
             return Ignored(ids, f"a message of type {message.type[:40]}")
         text = placeholder(kind, message.fileName or "")
     # In a group, a person who has not agreed to it has no id.
-    return Inbound(ids, conversation, source.userId or f"unknown/{conversation}", message.id, text)
+    person = source.userId or f"unknown/{conversation}"
+    return Inbound(ids, conversation, person, message.id, text, attachments=attachments)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from infra.errors import EffectFailed, RetryLater, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -28,8 +29,11 @@ from services.channel.vendors.base import (
     Request,
     Tokens,
     Vendor,
+    at_origin,
     decode,
+    download,
     is_recent,
+    kind_of,
     placeholder,
     read_json,
 )
@@ -64,12 +68,18 @@ class _Author(msgspec.Struct):
     id: str | None = None
 
 
+class _File(msgspec.Struct):
+    url: str = ""
+    filename: str | None = None
+    content_type: str | None = None
+
+
 class _Message(msgspec.Struct):
     id: str
     author: _Author
     content: str | None = None
     group_openid: str | None = None
-    attachments: list[dict[str, Any]] | None = None
+    attachments: list[_File] | None = None
 
 
 class _Validation(msgspec.Struct):
@@ -144,6 +154,11 @@ class QQ(Vendor[QQCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         return [Limit(f"conversation {conversation}", 5, 1)]
 
+    async def fetch(self, outgoing: Outgoing, origin: str, credentials: QQCredentials, ref: str, most: int) -> bytes:
+        # Some addresses come without a scheme.
+        url = ref if "://" in ref else f"https://{ref.removeprefix('//')}"
+        return await download(outgoing, at_origin(self, origin, url, "qpic.cn", "qq.com", "qq.com.cn"), most)
+
     async def identify(self, outgoing: Outgoing, origin: str, credentials: QQCredentials) -> str:
         return (await self._call(outgoing, origin, credentials, "GET", "/users/@me")).username
 
@@ -212,10 +227,15 @@ def _item(kind: str, message: _Message) -> Inbound | Ignored:
     place = message.group_openid if kind == "groups" else person
     if not person or not place:
         return Ignored(ids, "a message without an author")
+    attachments = tuple(
+        Attachment(kind_of(file.content_type or ""), file.url, file.filename or "")
+        for file in message.attachments or ()
+        if file.url
+    )
     text = (message.content or "").strip()
-    if not text and message.attachments:
-        text = placeholder("a file", *(str(one.get("filename") or "") for one in message.attachments))
-    return Inbound(ids, f"{kind}/{place}", person, message.id, text)
+    if not text and message.attachments and not attachments:
+        text = placeholder("a file", *(file.filename or "" for file in message.attachments))
+    return Inbound(ids, f"{kind}/{place}", person, message.id, text, attachments=attachments)
 
 
 def _refuse(code: int, message: str) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -28,9 +29,12 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
+    at_origin,
     constant_time_equals,
     decode,
+    download,
     is_recent,
+    kind_of,
     placeholder,
     raise_for_transient,
 )
@@ -88,6 +92,8 @@ class _Kind(msgspec.Struct):
 class _File(msgspec.Struct):
     name: str | None = None
     title: str | None = None
+    mimetype: str | None = None
+    url_private: str | None = None
 
 
 class _Attachment(msgspec.Struct):
@@ -128,7 +134,7 @@ class Slack(Vendor[SlackCredentials]):
     effect: ClassVar[Kind] = "once"
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app; copy the Signing Secret and the bot token (xoxb-…).",
-        "Give the bot the scopes chat:write, im:history and app_mentions:read, and install it.",
+        "Give the bot the scopes chat:write, im:history, app_mentions:read and files:read, and install it.",
         "Enable Event Subscriptions with the webhook's public URL, and subscribe to message.im and app_mention.",
     )
 
@@ -155,6 +161,14 @@ class Slack(Vendor[SlackCredentials]):
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         return [Limit(f"channel {conversation.partition('/')[0]}", 1, 1)]
+
+    async def fetch(self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, ref: str, most: int) -> bytes:
+        """The bot needs the scope files:read; without it Slack answers with its login page."""
+        url = at_origin(self, origin, ref, "slack.com")
+        content = await download(outgoing, url, most, {"authorization": f"Bearer {credentials.bot_token}"})
+        if content.lstrip()[:15].lower() == b"<!doctype html>" and not ref.endswith((".html", ".htm")):
+            raise EffectFailed("the bot lacks the scope files:read")
+        return content
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: SlackCredentials) -> str:
         answer = await outgoing.request(
@@ -209,6 +223,7 @@ def _event(payload: _Payload) -> Inbound | Ignored:
         text=_text(event).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
         # A thread begins with a message of the channel, or with the bot's answer there.
         parent=event.channel if thread else None,
+        attachments=_attachments(event),
     )
 
 
@@ -219,9 +234,17 @@ def _text(event: _Event) -> str:
     quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
     if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
         return text
-    if event.files:
+    if event.files and not _attachments(event):
         return placeholder("a file", *(file.name or file.title or "" for file in event.files))
     return ""
+
+
+def _attachments(event: _Event) -> tuple[Attachment, ...]:
+    return tuple(
+        Attachment(kind_of(file.mimetype or ""), file.url_private, file.name or file.title or "")
+        for file in event.files or ()
+        if file.url_private
+    )
 
 
 def _block_texts(node: Any) -> Iterator[str]:

@@ -19,6 +19,7 @@ import msgspec
 from infra.errors import EffectFailed, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     MAX_CLOCK_DIFFERENCE,
     AccountRefused,
@@ -31,7 +32,10 @@ from services.channel.vendors.base import (
     Tokens,
     Unreadable,
     Vendor,
+    at_origin,
     decode,
+    download,
+    kind_of,
     placeholder,
     raise_for_transient,
     read_json,
@@ -48,6 +52,7 @@ _UNKNOWN_SECONDS = 300.0
 _METADATA_PATH = "/v1/.well-known/openidconfiguration"
 _TOKEN_ORIGIN = "https://login.microsoftonline.com"
 _SCOPE = "https://api.botframework.com/.default"
+_FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
 _DEFAULT_SERVICE = "https://smba.trafficmanager.net/teams/"
 _MENTION = re.compile(r"<at[^>]*>.*?</at>\s*", re.DOTALL)
 
@@ -86,6 +91,8 @@ class _Conversation(msgspec.Struct):
 class _Attachment(msgspec.Struct):
     contentType: str = ""
     name: str | None = None
+    contentUrl: str | None = None
+    content: Any = None
 
 
 class _Activity(msgspec.Struct):
@@ -185,6 +192,14 @@ class Teams(Vendor[TeamsCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://learn.microsoft.com/microsoftteams/platform/bots/how-to/rate-limit"""
         return [Limit(f"conversation {conversation}", 7, 1), Limit(f"conversation {conversation} minute", 60, 30)]
+
+    async def fetch(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, ref: str, most: int) -> bytes:
+        access, _, url = ref.partition(" ")
+        if access == "open":
+            return await download(outgoing, at_origin(self, origin, url, "sharepoint.com", "microsoft.com"), most)
+        address = at_origin(self, origin, url, "trafficmanager.net", "botframework.com", "microsoft.com")
+        token = await self._token(outgoing, origin, credentials)
+        return await download(outgoing, address, most, {"authorization": f"Bearer {token}"})
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials) -> str:
         # The login is the only call that needs no conversation. It does not tell the bot's name.
@@ -307,13 +322,25 @@ def _item(activity: _Activity, credentials: TeamsCredentials) -> Inbound | Ignor
         return Ignored(ids, "a message of another tenant")
     text = _MENTION.sub("", activity.text or "").strip()
     # A copy of the text as HTML is an attachment, too.
-    files = [one.name or "" for one in activity.attachments or () if one.contentType != "text/html"]
-    if not text and files:
-        text = placeholder("a file", *files)
+    files = [one for one in activity.attachments or () if one.contentType != "text/html"]
+    attachments = tuple(filter(None, map(_attachment, files)))
+    if not text and files and not attachments:
+        text = placeholder("a file", *(one.name or "" for one in files))
     return Inbound(
         (f"activity/{activity.conversation.id}/{activity.id}",),
         activity.conversation.id,
         activity.from_.id,
         f"{activity.id} {activity.serviceUrl}",
         text,
+        attachments=attachments,
     )
+
+
+def _attachment(file: _Attachment) -> Attachment | None:
+    """A file of a chat has an address that needs no token; an image in a text has one that does."""
+    content = file.content if isinstance(file.content, dict) else {}
+    if file.contentType == _FILE_INFO and isinstance(url := content.get("downloadUrl"), str):
+        return Attachment("file", f"open {url}", file.name or "")
+    if file.contentType.startswith(("image/", "audio/", "video/")) and file.contentUrl:
+        return Attachment(kind_of(file.contentType), f"token {file.contentUrl}", file.name or "")
+    return None

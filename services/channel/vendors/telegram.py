@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from html import escape
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import quote
 
 import msgspec
 
 from infra.errors import EffectFailed, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
     Ignored,
@@ -25,9 +27,12 @@ from services.channel.vendors.base import (
     Outbound,
     Received,
     Request,
+    Unreadable,
     Vendor,
     constant_time_equals,
     decode,
+    download,
+    kind_of,
     placeholder,
     raise_for_transient,
 )
@@ -39,7 +44,17 @@ _UPDATES = ["message"]
 _TEMPLATE = "/bot{token}/sendMessage"
 # UTF-16 units.
 MAX_TEXT = 4096
-# The attachments that a person sends on purpose, by the field of the message that holds them.
+# The kind of file by the field of the message that holds it; None: by the stated type.
+_FILES: dict[str, Literal["image", "voice", "video"] | None] = {
+    "photo": "image",
+    "voice": "voice",
+    "audio": "voice",
+    "video": "video",
+    "video_note": "video",
+    "animation": "video",
+    "document": None,
+}
+# Messages without text, by the field that tells them. A file is among them if its content cannot be found.
 _ATTACHMENTS = {
     "photo": "a photo",
     "video": "a video",
@@ -99,6 +114,12 @@ class _Chat(msgspec.Struct):
     id: int
 
 
+class _File(msgspec.Struct):
+    file_id: str
+    file_name: str | None = None
+    mime_type: str | None = None
+
+
 class _Message(msgspec.Struct):
     message_id: int
     chat: _Chat
@@ -121,6 +142,10 @@ class _Parameters(msgspec.Struct, frozen=True):
 
 class _Sent(msgspec.Struct):
     message_id: int
+
+
+class _Path(msgspec.Struct):
+    file_path: str
 
 
 class _Bot(msgspec.Struct):
@@ -176,6 +201,15 @@ class Telegram(Vendor[TelegramCredentials]):
     async def identify(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials) -> str:
         response = await _call(outgoing, origin, credentials, "getMe", {})
         return f"@{msgspec.json.decode(response.result, type=_Bot).username}"
+
+    async def fetch(
+        self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, ref: str, most: int
+    ) -> bytes:
+        """Telegram gives a bot files of up to 20 MB."""
+        response = await _call(outgoing, origin, credentials, "getFile", {"file_id": ref})
+        path = msgspec.json.decode(response.result, type=_Path).file_path
+        url = f"{origin}/file/bot{credentials.bot_token}/{quote(path)}"
+        return await download(outgoing, url, most, template="/file/bot{token}/{path}")
 
     async def register(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, url: str) -> bool:
         body = {"url": url, "secret_token": credentials.secret_token, "allowed_updates": _UPDATES}
@@ -234,13 +268,38 @@ def _item(ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.
     else:
         person = str(message.from_.id)
     text = message.text if message.text is not None else message.caption
+    attachments = _attachments(fields)
+    if text is None and attachments:
+        text = ""
     if text is None:
         kind = next((name for field, name in _ATTACHMENTS.items() if field in fields), None)
         if kind is None:
             return Ignored(ids, "a message without text")
         text = placeholder(kind)
     topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
-    return Inbound(ids=ids, conversation=f"{chat}{topic}", person=person, message=str(message.message_id), text=text)
+    return Inbound(
+        ids=ids,
+        conversation=f"{chat}{topic}",
+        person=person,
+        message=str(message.message_id),
+        text=text,
+        attachments=attachments,
+    )
+
+
+def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:
+    # An animation has the field document too, with the same file.
+    for field, kind in _FILES.items():
+        if field not in fields:
+            continue
+        try:
+            # A photo comes in several sizes, the largest last.
+            file = decode(fields[field], list[_File])[-1] if field == "photo" else decode(fields[field], _File)
+        except (Unreadable, IndexError):
+            return ()
+        name = file.file_name or ("photo.jpg" if field == "photo" else "")
+        return (Attachment(kind or kind_of(file.mime_type or ""), file.file_id, name),)
+    return ()
 
 
 def _marked(text: str) -> dict[str, str]:

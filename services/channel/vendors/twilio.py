@@ -8,13 +8,14 @@ import hmac
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, ClassVar
-from urllib.parse import parse_qs, parse_qsl, urlencode
+from urllib.parse import parse_qs, parse_qsl, urlencode, urljoin
 
 import msgspec
 
 from infra.errors import EffectFailed, InvalidMessage, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
     Ignored,
@@ -24,8 +25,12 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
+    at_origin,
     constant_time_equals,
+    download,
+    kind_of,
     placeholder,
+    raise_for_transient,
     read_json,
 )
 from services.channel.vendors.markdown import PLAIN, render
@@ -33,6 +38,8 @@ from services.channel.vendors.splitting import split
 
 # Characters.
 MAX_TEXT = 1_600
+# Files of one message.
+MAX_MEDIA = 10
 # https://www.twilio.com/docs/api/errors: authentication, a suspended account, a number that is not the account's.
 _ACCOUNT = frozenset((20003, 20005, 21606, 21659, 21660))
 
@@ -98,10 +105,17 @@ class Twilio(Vendor[TwilioCredentials]):
         ids = (f"message/{sid}",)
         if fields.get("AccountSid", credentials.account_sid) != credentials.account_sid:
             return Received([Ignored(ids, "a message to another account")])
-        body = fields["Body"]
-        if not body.strip() and fields.get("NumMedia", "0") not in ("", "0"):
-            body = placeholder("a file", fields.get("MediaContentType0", ""))
-        return Received([Inbound(ids, fields["From"], fields["From"], sid, body)])
+        count = fields.get("NumMedia", "0")
+        attachments = tuple(
+            Attachment(kind_of(fields.get(f"MediaContentType{n}", "")), url)
+            for n in range(min(MAX_MEDIA, int(count)) if count.isascii() and count.isdecimal() else 0)
+            if (url := fields.get(f"MediaUrl{n}"))
+        )
+        text = fields["Body"]
+        if not text.strip() and not attachments and count not in ("", "0"):
+            text = placeholder("a file", fields.get("MediaContentType0", ""))
+        item = Inbound(ids, fields["From"], fields["From"], sid, text, attachments=attachments)
+        return Received([item])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: len(render(part, PLAIN)))
@@ -109,6 +123,21 @@ class Twilio(Vendor[TwilioCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         """A long code sends one segment in a second: https://www.twilio.com/docs/messaging/guides/rate-limits"""
         return [Limit("number", 1, 1)]
+
+    async def fetch(
+        self, outgoing: Outgoing, origin: str, credentials: TwilioCredentials, ref: str, most: int
+    ) -> bytes:
+        url = at_origin(self, origin, ref, "twilio.com")
+        answer = await outgoing.request(
+            "GET", url, headers={"authorization": basic(credentials)}, max_bytes=most, timeout=120.0
+        )
+        if answer.status in (301, 302, 303, 307, 308) and (target := answer.headers.get("location")):
+            # The content lies on a server that gets no password.
+            return await download(outgoing, urljoin(url, target), most)
+        raise_for_transient(answer)
+        if answer.status != 200:
+            raise EffectFailed(f"HTTP {answer.status}")
+        return answer.body
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: TwilioCredentials) -> str:
         return (await _call(outgoing, origin, credentials, "GET", ".json")).friendly_name

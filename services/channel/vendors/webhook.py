@@ -18,6 +18,7 @@ from infra.lanes.effects import Kind
 from infra.outgoing import webhooks
 from infra.outgoing.client import Outgoing
 from infra.web.http import decode_json
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
     Inbound,
@@ -26,6 +27,8 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
+    download,
+    kind_of,
     raise_for_transient,
 )
 from services.channel.vendors.splitting import split
@@ -45,10 +48,17 @@ class WebhookCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         webhooks.read_secret(self.secret)
 
 
+class _File(msgspec.Struct):
+    url: Annotated[str, msgspec.Meta(min_length=1, max_length=2_000)]
+    name: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    content_type: str = ""
+
+
 class _Message(msgspec.Struct):
     conversation_id: _Id
     user_id: _Id
-    text: str
+    text: str = ""
+    attachments: Annotated[list[_File], msgspec.Meta(max_length=10)] = []
 
 
 class Webhook(Vendor[WebhookCredentials]):
@@ -76,6 +86,9 @@ class Webhook(Vendor[WebhookCredentials]):
                     person=message.user_id,
                     message=id_,
                     text=message.text,
+                    attachments=tuple(
+                        Attachment(kind_of(file.content_type), file.url, file.name) for file in message.attachments
+                    ),
                 )
             ]
         )
@@ -85,6 +98,11 @@ class Webhook(Vendor[WebhookCredentials]):
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         return []
+
+    async def fetch(
+        self, outgoing: Outgoing, origin: str, credentials: WebhookCredentials, ref: str, most: int
+    ) -> bytes:
+        return await download(outgoing, ref, most)
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: WebhookCredentials) -> str:
         """Sends ``{"type": "test"}``, signed as a reply is."""

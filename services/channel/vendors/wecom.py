@@ -11,8 +11,8 @@ import re
 import struct
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar
-from urllib.parse import parse_qsl
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import parse_qsl, quote
 from xml.etree import ElementTree
 
 import msgspec
@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -34,6 +35,7 @@ from services.channel.vendors.base import (
     Tokens,
     Vendor,
     constant_time_equals,
+    download,
     is_recent,
     placeholder,
     read_json,
@@ -45,15 +47,14 @@ from services.channel.vendors.splitting import split, utf8_length
 MAX_TEXT = 2_048
 _DUPLICATE_SECONDS = 1_800
 _BLOCK = 32
-_ATTACHMENTS = {
-    "image": "a photo",
-    "voice": "a voice message",
-    "video": "a video",
-    "shortvideo": "a video",
-    "location": "a location",
-    "link": "a link",
-    "file": "a file",
+_FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
+    "image": "image",
+    "voice": "voice",
+    "video": "video",
+    "shortvideo": "video",
+    "file": "file",
 }
+_ATTACHMENTS = {"location": "a location", "link": "a link"}
 # https://developer.work.weixin.qq.com/document/path/90313
 _TOKEN_REFUSED = frozenset((40014, 41001, 42001))
 _ACCOUNT = frozenset((40001, 40013, 40056, 41002, 41004, 48002, 60011, 60020, 301002))
@@ -121,6 +122,16 @@ class WeCom(Vendor[WeComCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://developer.work.weixin.qq.com/document/path/90312"""
         return [Limit(f"member {conversation}", 30, 60), Limit(f"member {conversation} hour", 1_000, 3_600)]
+
+    async def fetch(self, outgoing: Outgoing, origin: str, credentials: WeComCredentials, ref: str, most: int) -> bytes:
+        token = await self._token(outgoing, origin, credentials)
+        url = f"{origin}/cgi-bin/media/get?access_token={token}&media_id={quote(ref, safe='')}"
+        content = await download(outgoing, url, most, template="/cgi-bin/media/get")
+        if content.startswith(b'{"errcode"'):
+            # An error is JSON with the status 200.
+            refused = msgspec.json.decode(content, type=_Response)
+            _refuse(refused.errcode, refused.errmsg)
+        return content
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: WeComCredentials) -> str:
         path = "/cgi-bin/agent/get"
@@ -223,13 +234,18 @@ def _item(fields: dict[str, str], credentials: WeComCredentials) -> Inbound | Ig
     ids = (f"message/{id_}",)
     if fields.get("AgentID", credentials.agent_id) != credentials.agent_id:
         return Ignored(ids, "a message to another app")
+    attachments: tuple[Attachment, ...] = ()
     if kind == "text":
         text = fields.get("Content", "")
+    elif kind in _FILES and fields.get("MediaId"):
+        text, attachments = "", (Attachment(_FILES[kind], fields["MediaId"], fields.get("FileName", "")),)
+    elif kind in _FILES:
+        text = placeholder("a file")
     elif kind in _ATTACHMENTS:
         text = placeholder(_ATTACHMENTS[kind], fields.get("Title", "") or fields.get("Label", ""))
     else:
         return Ignored(ids, f"a message of type {kind[:40]}")
-    return Inbound(ids, person, person, id_, text)
+    return Inbound(ids, person, person, id_, text, attachments=attachments)
 
 
 def _refuse(code: int, message: str) -> None:

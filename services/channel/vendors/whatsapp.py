@@ -6,14 +6,15 @@ import hashlib
 import hmac
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, Any, ClassVar
-from urllib.parse import parse_qs
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import parse_qs, quote
 
 import msgspec
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -25,8 +26,11 @@ from services.channel.vendors.base import (
     Received,
     Request,
     Vendor,
+    at_origin,
     constant_time_equals,
     decode,
+    download,
+    kind_of,
     placeholder,
     read_json,
 )
@@ -36,15 +40,8 @@ from services.channel.vendors.splitting import split
 # Characters.
 MAX_TEXT = 4_096
 VERSION = "v21.0"
-_ATTACHMENTS = {
-    "image": "a photo",
-    "video": "a video",
-    "audio": "a voice message",
-    "document": "a file",
-    "sticker": "a sticker",
-    "location": "a location",
-    "contacts": "a contact",
-}
+_FILES: dict[str, Literal["image", "voice", "video"]] = {"image": "image", "audio": "voice", "video": "video"}
+_ATTACHMENTS = {"sticker": "a sticker", "location": "a location", "contacts": "a contact"}
 # https://developers.facebook.com/docs/whatsapp/cloud-api/support/error-codes
 _ACCOUNT = frozenset((10, 190, 368, 131005, 131031, 131042, 131045, 133010))
 _LATER = frozenset((4, 80007, 130429, 131048, 131056))
@@ -76,9 +73,11 @@ class _Text(msgspec.Struct):
     body: str = ""
 
 
-class _Caption(msgspec.Struct):
+class _Media(msgspec.Struct):
+    id: str = ""
     caption: str | None = None
     filename: str | None = None
+    mime_type: str = ""
 
 
 class _Title(msgspec.Struct):
@@ -99,9 +98,15 @@ class _Message(msgspec.Struct):
     type: str
     from_: str = msgspec.field(name="from")
     text: _Text | None = None
-    image: _Caption | None = None
-    video: _Caption | None = None
-    document: _Caption | None = None
+    image: _Media | None = None
+    video: _Media | None = None
+    audio: _Media | None = None
+    document: _Media | None = None
+
+    @property
+    def media(self) -> _Media | None:
+        return self.image or self.video or self.audio or self.document
+
     button: _Button | None = None
     interactive: _Interactive | None = None
 
@@ -147,6 +152,7 @@ class _Response(msgspec.Struct):
     messages: list[_SentMessage] = []
     error: _Error | None = None
     display_phone_number: str = ""
+    url: str = ""
 
 
 class WhatsApp(Vendor[WhatsAppCredentials]):
@@ -186,6 +192,15 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://developers.facebook.com/docs/whatsapp/cloud-api/overview#throughput"""
         return [Limit("number", 80, 1), Limit(f"pair {conversation}", 45, 270)]
+
+    async def fetch(
+        self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, ref: str, most: int
+    ) -> bytes:
+        """The id of a file leads to an address that is valid for five minutes."""
+        found = await _call(outgoing, origin, credentials, "GET", quote(ref, safe=""))
+        url = at_origin(self, origin, found.url, "fbsbx.com", "facebook.com", "whatsapp.net")
+        headers = {"authorization": f"Bearer {credentials.access_token}"}
+        return await download(outgoing, url, most, headers)
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials) -> str:
         path = f"{credentials.phone_number_id}?fields=display_phone_number"
@@ -250,7 +265,8 @@ def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored]:
         elif text is None:
             yield Ignored(ids, f"a message of type {message.type[:40]}")
         else:
-            yield Inbound(ids, message.from_, message.from_, message.id, text)
+            attachments = _attachments(message)
+            yield Inbound(ids, message.from_, message.from_, message.id, text, attachments=attachments)
 
 
 def _text(message: _Message) -> str | None:
@@ -261,11 +277,17 @@ def _text(message: _Message) -> str | None:
     if message.interactive:
         chosen = message.interactive.button_reply or message.interactive.list_reply
         return chosen.title if chosen else None
-    media = message.image or message.video or message.document
-    if media and media.caption:
-        return media.caption
+    if message.media:
+        return message.media.caption or ""
     kind = _ATTACHMENTS.get(message.type)
-    return placeholder(kind, (media.filename or "") if media else "") if kind else None
+    return placeholder(kind) if kind else None
+
+
+def _attachments(message: _Message) -> tuple[Attachment, ...]:
+    if (media := message.media) is None:
+        return ()
+    kind = _FILES.get(message.type) or kind_of(media.mime_type)
+    return (Attachment(kind, media.id, media.filename or ""),)
 
 
 def _refuse(error: _Error) -> None:

@@ -23,6 +23,12 @@ _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 # The text parts of a content, and the field that has the text.
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+# The image parts of a content: the field is the address, or in chat completions an object that has it.
+_IMAGES = ("image_url", "input_image")
+_DATA_URL = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
+MAX_IMAGES = 20
+# The text of a message that has only images.
+NO_TEXT = "[image]"
 _OLD = "is not supported: use tools"
 
 
@@ -161,6 +167,8 @@ class Earlier(msgspec.Struct, frozen=True, omit_defaults=True):
     """The calls of an assistant's message."""
     call: Call | None = None
     """The call that a tool's message answers."""
+    images: tuple[str, ...] = ()
+    """The addresses of a user's images, ``data:`` or ``https:``."""
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -188,6 +196,8 @@ class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
     """True if the answer may have several calls."""
     since: tuple[Earlier, ...] = ()
     """The calls and their results after the message to answer."""
+    images: tuple[str, ...] = ()
+    """Of the message to answer, as in `Earlier`."""
 
 
 @dataclass(frozen=True)
@@ -222,14 +232,14 @@ def _conversation(field: str, turns: Iterable[_Turn], constraints: _Constraints)
     # The calls of the last turn without a result yet, by id.
     open_: dict[str, Call] = {}
     for turn in turns:
-        content = _text(turn.content, turn.where + turn.field)
+        content, images = _text_and_images(turn.content, turn.where + turn.field, seen=turn.role == "user")
         _check(not open_ or turn.role not in ("user", "assistant"), turn.where, _unanswered(open_))
         match turn.role:
             case "system" | "developer":
                 system += [content] if content else []
             case "user":
-                _check(bool(content.strip()), turn.where + turn.field, "must not be empty")
-                said.append(Earlier("user", content))
+                _check(bool(content.strip() or images), turn.where + turn.field, "must not be empty")
+                said.append(Earlier("user", content or NO_TEXT, images=images))
             case "assistant":
                 open_ = {call.id: call for call in turn.calls}
                 _check(len(open_) == len(turn.calls), turn.where, "has two calls of one id")
@@ -245,6 +255,7 @@ def _conversation(field: str, turns: Iterable[_Turn], constraints: _Constraints)
             case _:
                 raise invalid_field(f"{turn.where}.role", "must be system, developer, user, assistant or tool")
     _check(not open_, field, _unanswered(open_))
+    _check(sum(len(turn.images) for turn in said) <= MAX_IMAGES, field, f"must have {MAX_IMAGES} images at most")
     asks = [n for n, turn in enumerate(said) if turn.role == "user"]
     _check(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
     last = asks[-1]
@@ -254,6 +265,7 @@ def _conversation(field: str, turns: Iterable[_Turn], constraints: _Constraints)
         "\n\n".join(system) or None,
         **constraints._asdict(),
         since=tuple(said[last + 1 :]),
+        images=said[last].images,
     )
 
 
@@ -261,11 +273,29 @@ def _unanswered(open_: Mapping[str, Call]) -> str:
     return f"the call {next(iter(open_), '')} before it has no result"
 
 
-def _text(content: Any, where: str) -> str:
+def _text_and_images(content: Any, where: str, *, seen: bool) -> tuple[str, tuple[str, ...]]:
+    """`seen`: images may be among the parts."""
+    images: tuple[str, ...] = ()
     if isinstance(content, list):
-        content = "\n".join(_part(part, f"{where}[{n}]") for n, part in enumerate(content))
+        parts = [(part, f"{where}[{n}]") for n, part in enumerate(content)]
+        shown = [one for one in parts if seen and isinstance(one[0], dict) and one[0].get("type") in _IMAGES]
+        images = tuple(_image(part, place) for part, place in shown)
+        content = "\n".join(_part(part, place) for part, place in parts if (part, place) not in shown)
     _check(content is None or isinstance(content, str), where, "must be text or a list of parts")
-    return _string(content or "", where)
+    return _string(content or "", where), images
+
+
+def _image(part: Mapping[str, Any], where: str) -> str:
+    given = part.get("image_url")
+    url = given.get("url") if isinstance(given, dict) else given
+    where = f"{where}.image_url"
+    if not isinstance(url, str):
+        raise invalid_field(where, "must be the address of an image")
+    if url.startswith("data:"):
+        _check(bool(_DATA_URL.fullmatch(url)), where, "must be base64 of a png, jpeg, gif or webp image")
+    else:
+        _check(url.startswith("https://") and len(url) <= 2_000, where, "must begin with data: or https://")
+    return url
 
 
 def _string(text: Any, where: str) -> str:

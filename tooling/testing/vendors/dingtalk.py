@@ -89,6 +89,13 @@ class DingTalkStandIn(StandIn):
 
     def handle(self, call: Call) -> Reply:
         path, _, query = call.path.partition("?")
+        if path.startswith("/oss/"):
+            return self.file(path.removeprefix("/oss/"))
+        if path == "/v1.0/robot/messageFiles/download":
+            asked = msgspec.json.decode(call.body)
+            if call.headers.get("x-acs-dingtalk-access-token") not in self.tokens or asked["robotCode"] != self.app_key:
+                raise Refused(Reply(401, {"code": "InvalidAuthentication", "message": "invalid token"}))
+            return Reply(200, {"downloadUrl": f"https://down.dingtalk.com/oss/{asked['downloadCode']}?sign=x"})
         try:
             match call.method, path:
                 case "POST", "/robot/sendBySession":

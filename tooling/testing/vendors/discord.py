@@ -28,7 +28,7 @@ class _Create(_Edit, forbid_unknown_fields=True, kw_only=True):
 
 
 class _Option(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal[3]
+    type: Literal[3, 11]
     name: Annotated[str, msgspec.Meta(pattern="^[a-z]{1,32}$")]
     description: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
     required: bool
@@ -100,6 +100,8 @@ class DiscordStandIn(StandIn):
                 return self._edit(token, call)
             case "POST", ["api", "v10", "channels", channel, "messages"]:
                 return self._create(channel, call)
+        if call.path.startswith("/attachments/"):
+            return self.file(call.path)
         if call.headers.get("authorization") != f"Bot {self.token}":
             raise Refused(Reply(401, {"code": 0, "message": "401: Unauthorized"}))
         match call.method, call.path.strip("/").split("/"):

@@ -114,6 +114,11 @@ class FeishuStandIn(StandIn):
             return Reply(200, {"code": 0, "msg": "ok", "tenant_access_token": token, "expire": 7200})
         if call.headers.get("authorization", "").removeprefix("Bearer ") not in self.tokens:
             raise Refused(Reply(400, {"code": 99991663, "msg": "Invalid access token"}))
+        if call.method == "GET" and "/resources/" in path:
+            if call.path.partition("?")[2] != ("type=image" if "/img_" in path else "type=file"):
+                raise Refused(Reply(400, {"code": 234001, "msg": "type"}))
+            parts = path.split("/")
+            return self.file(f"{parts[5]}/{parts[7]}")
         if (call.method, path) == ("GET", "/open-apis/bot/v3/info"):
             return Reply(200, {"code": 0, "msg": "ok", "bot": {"app_name": "Ada", "open_id": "ou_bot"}})
         try:

@@ -67,6 +67,8 @@ class LineStandIn(StandIn):
     def handle(self, call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {self.token}":
             raise Refused(Reply(401, {"message": "Authentication failed"}))
+        if call.path.startswith("/v2/bot/message/") and call.path.endswith("/content"):
+            return self.file(call.path.split("/")[4])
         if (call.method, call.path) == ("GET", "/v2/bot/info"):
             return Reply(200, {"userId": "Ub0", "basicId": "@ada", "displayName": "Ada"})
         if (call.method, call.path) == ("PUT", "/v2/bot/channel/webhook/endpoint"):

@@ -74,6 +74,8 @@ class QQStandIn(StandIn):
             token = secrets.token_urlsafe(24)
             self.tokens.add(token)
             return Reply(200, {"access_token": token, "expires_in": "7200"})
+        if call.path in self.files:
+            return self.file(call.path)
         match call.method, call.path.split("/"):
             case "GET", ["", "users", "@me"]:
                 to = ""

@@ -95,6 +95,8 @@ class StandIn(ABC):
         """The refused requests and the reasons. A correct client causes only those that a test provokes."""
         self.faults: deque[Fault] = deque()
         """The faults of the next requests, one for each."""
+        self.files: dict[str, bytes] = {}
+        """The contents of files, by the vendor's id or by the path of their address."""
         self.webhook = ""
         """The address that the account was told to call."""
         self.calls = 0
@@ -105,6 +107,12 @@ class StandIn(ABC):
     @abstractmethod
     def handle(self, call: Call) -> Reply:
         """Handles one request and records an accepted message. Raises Refused."""
+
+    def file(self, ref: str) -> Reply:
+        """The answer with the content of a file."""
+        if ref not in self.files:
+            raise Refused(Reply(404, {"error": "no such file"}))
+        return Reply(200, self.files[ref])
 
     def record(self, to: str, text: str, id_: str, fields: Mapping[str, Any]) -> None:
         self.ledger.append(Accepted(to, text, id_, fields, time.time()))
@@ -177,7 +185,9 @@ async def _read(reader: asyncio.StreamReader) -> Call | None:
 
 
 def _bytes(reply: Reply) -> bytes:
-    body = b"" if reply.body is None else msgspec.json.encode(reply.body)
+    body = b"" if reply.body is None else reply.body
+    if not isinstance(body, bytes):
+        body = msgspec.json.encode(body)
     head = f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}\r\ncontent-length: {len(body)}\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in reply.headers.items())
     return head.encode() + b"content-type: application/json\r\n\r\n" + body

@@ -75,6 +75,10 @@ class SlackStandIn(StandIn):
         }
 
     def handle(self, call: Call) -> Reply:
+        if call.path.startswith("/files-pri/"):
+            if call.headers.get("authorization") != f"Bearer {self.bot_token}":
+                return Reply(200, b"<!DOCTYPE html><html>Sign in</html>")
+            return self.file(call.path)
         if call.method != "POST" or call.path not in ("/api/chat.postMessage", "/api/auth.test"):
             raise Refused(Reply(404, {"ok": False, "error": "unknown_method"}))
         if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":

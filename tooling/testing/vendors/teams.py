@@ -95,6 +95,10 @@ class TeamsStandIn(StandIn):
             token = secrets.token_urlsafe(32)
             self.tokens.add(token)
             return Reply(200, {"access_token": token, "expires_in": 3600, "token_type": "Bearer"})
+        if call.path in self.files:
+            if call.path.startswith("/token/") and call.headers.get("authorization", "")[7:] not in self.tokens:
+                raise Refused(Reply(401, {"error": {"code": "Unauthorized", "message": "no"}}))
+            return self.file(call.path)
         match [unquote(part) for part in call.path.split("/")]:
             case ["", "emea", "v3", "conversations", conversation, "activities", *quoted] if len(quoted) < 2:
                 return self._activity(conversation, quoted, call)

@@ -88,6 +88,8 @@ class TelegramStandIn(StandIn):
         return msgspec.json.encode(update), headers
 
     def handle(self, call: Call) -> Reply:
+        if call.path.startswith(f"/file/bot{self.bot_token}/files/"):
+            return self.file(call.path.rpartition("/")[2])
         token, _, method = call.path.removeprefix("/bot").partition("/")
         if self.revoked or token != self.bot_token:
             _refuse(401, "Unauthorized")
@@ -99,6 +101,11 @@ class TelegramStandIn(StandIn):
                 _refuse(400, "Bad Request: secret token")
             self.webhook = asked.url
             return Reply(200, {"ok": True, "result": True, "description": "Webhook was set"})
+        if method == "getFile":
+            id_ = msgspec.json.decode(call.body)["file_id"]
+            if id_ not in self.files:
+                _refuse(400, "Bad Request: file is too big")
+            return Reply(200, {"ok": True, "result": {"file_id": id_, "file_path": f"files/{id_}"}})
         if method != "sendMessage":
             _refuse(404, "Not Found")
         if call.method != "POST" or not call.headers.get("content-type", "").startswith("application/json"):

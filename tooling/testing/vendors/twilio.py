@@ -43,10 +43,16 @@ class TwilioStandIn(StandIn):
         }
 
     def handle(self, call: Call) -> Reply:
+        if call.path.startswith("/cdn/"):
+            # The server of the contents gets no password.
+            assert "authorization" not in call.headers
+            return self.file(call.path.removeprefix("/cdn"))
         login = base64.b64encode(f"{self.sid}:{self.token}".encode()).decode()
         if call.headers.get("authorization") != f"Basic {login}":
             raise Refused(_error(401, 20003, "Authenticate"))
         account = f"/2010-04-01/Accounts/{self.sid}"
+        if "/Media/" in call.path:
+            return Reply(307, None, {"location": f"/cdn{call.path}"})
         if (call.method, call.path) == ("GET", f"{account}.json"):
             return Reply(200, {"sid": self.sid, "friendly_name": "Example", "status": "active"})
         if (call.method, call.path) == ("GET", f"{account}/IncomingPhoneNumbers.json?PhoneNumber=%2B15550001"):

@@ -53,6 +53,8 @@ class WebhookStandIn(StandIn):
         }
 
     def handle(self, call: Call) -> Reply:
+        if call.method == "GET":
+            return self.file(call.path)
         if self.gone:
             raise Refused(Reply(410, None))
         id_, timestamp = call.headers.get("webhook-id", ""), call.headers.get("webhook-timestamp", "")

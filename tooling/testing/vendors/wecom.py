@@ -103,6 +103,10 @@ class WeComStandIn(StandIn):
             return Reply(200, {"errcode": 0, "errmsg": "ok", "access_token": token, "expires_in": 7200})
         if asked.get("access_token") not in self.tokens:
             raise Refused(Reply(200, {"errcode": 42001, "errmsg": "access_token expired"}))
+        if (call.method, path) == ("GET", "/cgi-bin/media/get"):
+            if (id_ := asked.get("media_id", "")) not in self.files:
+                raise Refused(Reply(200, {"errcode": 40007, "errmsg": "invalid media_id"}))
+            return self.file(id_)
         if (call.method, path) == ("GET", "/cgi-bin/agent/get") and asked.get("agentid") == str(self.agent_id):
             return Reply(200, {"errcode": 0, "errmsg": "ok", "agentid": self.agent_id, "name": "Ada"})
         if (call.method, path) != ("POST", "/cgi-bin/message/send"):

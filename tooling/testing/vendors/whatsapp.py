@@ -84,6 +84,12 @@ class WhatsAppStandIn(StandIn):
     def handle(self, call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {self.token}":
             raise Refused(_error(401, 190, "Invalid OAuth access token"))
+        if call.path.startswith("/whatsapp_business/attachments/?mid="):
+            return self.file(call.path.rpartition("=")[2])
+        if call.method == "GET" and (id_ := call.path.removeprefix("/v21.0/")) in self.files:
+            return Reply(
+                200, {"id": id_, "url": f"https://lookaside.fbsbx.com/whatsapp_business/attachments/?mid={id_}"}
+            )
         if (call.method, call.path) == ("GET", f"/v21.0/{self.number}?fields=display_phone_number"):
             return Reply(200, {"display_phone_number": "+1 555", "id": self.number})
         if (call.method, call.path) == ("POST", f"/v21.0/{self.number}"):

@@ -62,7 +62,6 @@ async def test_a_changed_or_old_signature_is_refused(fake: DingTalkStandIn, ding
             "rich text",
         ),
         ({"msgtype": "audio", "content": {"recognition": "spoken words", "downloadCode": "x"}}, "spoken words"),
-        ({"msgtype": "picture", "content": {"downloadCode": "x"}}, "a photo"),
         ({"msgtype": "file", "content": {"fileName": "a.pdf"}}, "a.pdf"),
     ],
 )
@@ -72,6 +71,19 @@ async def test_a_text_outside_of_the_field_text_is_found(
     item = dingtalk.one(fake.signed(fake.message(None, **fields)))
     assert isinstance(item, Inbound)
     assert text in item.text
+
+
+async def test_files_are_attachments(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
+    rich = {"richText": [{"text": "look: "}, {"downloadCode": "x"}, {"downloadCode": "y"}]}
+    given: list[tuple[dict[str, Any], str, list[str]]] = [
+        ({"msgtype": "picture", "content": {"downloadCode": "x"}}, "", ["x"]),
+        ({"msgtype": "richText", "content": rich}, "look:", ["x", "y"]),
+        ({"msgtype": "audio", "content": {"recognition": "spoken", "downloadCode": "x"}}, "spoken", []),
+    ]
+    for fields, text, refs in given:
+        item = dingtalk.one(fake.signed(fake.message(None, **fields)))
+        assert isinstance(item, Inbound)
+        assert (item.text, [one.ref for one in item.attachments]) == (text, refs)
 
 
 async def test_the_robot_itself_and_unknown_kinds_are_ignored(fake: DingTalkStandIn, dingtalk: Adapter) -> None:

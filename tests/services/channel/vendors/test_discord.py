@@ -11,6 +11,7 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Request
 from services.channel.vendors.discord import Discord, DiscordCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -101,6 +102,20 @@ async def test_other_calls_are_ignored(
     assert [type(item) for item in received.items] == [Ignored]
     assert received.ack.status == status
     assert (msgspec.json.decode(received.ack.body) if received.ack.body else None) == ack
+
+
+async def test_a_file_of_the_command_is_an_attachment(fake: DiscordStandIn, discord: Adapter) -> None:
+    file = {
+        "id": "9",
+        "filename": "a.png",
+        "content_type": "image/png",
+        "url": "https://cdn.discordapp.com/attachments/a",
+    }
+    options = [{"name": "question", "type": 3, "value": "what?"}, {"name": "file", "type": 11, "value": "9"}]
+    data = {"id": "1", "name": "ask", "options": options, "resolved": {"attachments": {"9": file}}}
+    item = discord.one(fake.signed(fake.command(data=data)))
+    assert isinstance(item, Inbound)
+    assert (item.text, item.attachments) == ("what?", (Attachment("image", file["url"], "a.png"),))
 
 
 async def test_the_ping_of_webhook_events_is_answered_204(fake: DiscordStandIn, discord: Adapter) -> None:

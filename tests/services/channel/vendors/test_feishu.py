@@ -101,9 +101,6 @@ async def test_the_handshake_is_answered_by_its_token_without_a_signature(fake: 
             {"zh_cn": {"title": "", "content": [[{"tag": "text", "text": "一"}], [{"tag": "md", "text": "二"}]]}},
             "一\n二",
         ),
-        ("image", {"image_key": "k"}, "a photo"),
-        ("file", {"file_key": "k", "file_name": "a.pdf"}, "a.pdf"),
-        ("audio", {"file_key": "k", "duration": 1}, "a voice message"),
     ],
 )
 async def test_a_text_outside_of_the_field_text_is_found(
@@ -112,6 +109,21 @@ async def test_a_text_outside_of_the_field_text_is_found(
     item = feishu.one(fake.call(fake.event(kind=kind, content=content)))
     assert isinstance(item, Inbound)
     assert text in item.text
+
+
+async def test_files_are_attachments(fake: FeishuStandIn, feishu: Adapter) -> None:
+    for n, (kind, content, expected) in enumerate(
+        (
+            ("image", {"image_key": "k"}, ("image", "")),
+            ("file", {"file_key": "k", "file_name": "a.pdf"}, ("file", "a.pdf")),
+            ("audio", {"file_key": "k", "duration": 1}, ("voice", "")),
+        ),
+        1,
+    ):
+        item = feishu.one(fake.call(fake.event(kind=kind, content=content)))
+        assert isinstance(item, Inbound)
+        [attachment] = item.attachments
+        assert (attachment.kind, attachment.name, attachment.ref) == (*expected, f"om_{n}/k")
 
 
 async def test_bots_and_other_events_are_ignored(fake: FeishuStandIn, feishu: Adapter) -> None:

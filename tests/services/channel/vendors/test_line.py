@@ -8,6 +8,7 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
 from services.channel.vendors.splitting import utf16_length
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -58,8 +59,15 @@ async def test_other_events_are_ignored(fake: LineStandIn, line: Adapter, fields
     assert isinstance(line.one(fake.call(fake.event() | fields)), Ignored)
 
 
-@pytest.mark.parametrize("kind", ["image", "video", "audio", "file", "location", "sticker"])
-async def test_an_attachment_is_named(fake: LineStandIn, line: Adapter, kind: str) -> None:
+async def test_a_file_is_an_attachment(fake: LineStandIn, line: Adapter) -> None:
+    for kind, of_kind in (("image", "image"), ("video", "video"), ("audio", "voice"), ("file", "file")):
+        item = line.one(fake.call(fake.event(message={"type": kind, "id": "7", "fileName": "a.pdf"})))
+        assert isinstance(item, Inbound)
+        assert (item.text, item.attachments) == ("", (Attachment(of_kind, "7", "a.pdf"),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["location", "sticker"])
+async def test_another_attachment_is_named(fake: LineStandIn, line: Adapter, kind: str) -> None:
     item = line.one(fake.call(fake.event(message={"type": kind, "id": "7", "fileName": "a.pdf"})))
     assert isinstance(item, Inbound)
     assert item.text.startswith("[The person sent ")

@@ -72,7 +72,12 @@ def test_a_caption_is_the_text_and_an_attachment_without_one_is_named(attachment
     item = message(text=None, caption="what is this?", **{attachment: [{"file_id": "f"}]})
     assert isinstance(item, Inbound)
     assert item.text == "what is this?"
-    item = message(text=None, **{attachment: [{"file_id": "f"}]})
+    file = {"file_id": "f", "file_name": "n"}
+    item = message(text=None, **{attachment: [{"file_id": "small"}, file] if attachment == "photo" else file})
+    assert isinstance(item, Inbound)
+    assert (item.text, [one.ref for one in item.attachments]) == ("", ["f"])
+    # Of an unknown shape.
+    item = message(text=None, **{attachment: [{"id": "f"}]})
     assert isinstance(item, Inbound)
     assert item.text.startswith("[The person sent a ")
 

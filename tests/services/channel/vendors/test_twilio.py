@@ -83,6 +83,10 @@ async def test_statuses_other_accounts_and_pictures(fake: TwilioStandIn, twilio:
     picture = twilio.one(fake.message(URL, "", NumMedia="1", MediaContentType0="image/png"), url=URL)
     assert isinstance(picture, Inbound)
     assert "image/png" in picture.text
+    with_address = {"MediaContentType0": "image/png", "MediaUrl0": "https://api.twilio.com/m"}
+    picture = twilio.one(fake.message(URL, "", NumMedia="1", **with_address), url=URL)
+    assert isinstance(picture, Inbound)
+    assert [(one.kind, one.ref) for one in picture.attachments] == [("image", "https://api.twilio.com/m")]
     with pytest.raises(InvalidMessage):
         twilio.receive(fake.signed(URL, {"Body": "hi"}), url=URL)
 

@@ -13,6 +13,7 @@ from standardwebhooks import Webhook as Judge
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import AccountRefused, Inbound, Outbound, Request
 from services.channel.vendors.webhook import Webhook, WebhookCredentials
 from tooling.testing.vendors import Fault, WebhookStandIn, answer, cut
@@ -58,7 +59,8 @@ def test_another_id_body_or_key_is_refused() -> None:
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ('{"conversation_id":"c1","user_id":"u1"}', "text"),
+        ('{"conversation_id":"c1","user_id":"u1","text":7}', "text"),
+        ('{"conversation_id":"c1","user_id":"u1","attachments":[{"name":"a"}]}', "attachments[0].url"),
         ('{"conversation_id":7,"user_id":"u1","text":"hi"}', "conversation_id"),
         ('{"conversation_id":"a\\u0000b","user_id":"u1","text":"hi"}', "conversation_id"),
         ('{"conversation_id":"c1","user_id":"","text":"hi"}', "user_id"),
@@ -71,6 +73,14 @@ def test_a_signed_body_of_another_shape_is_refused_with_its_field(body: str, fie
     with pytest.raises(InvalidMessage) as raised:
         receive("msg_1", now, Judge(CREDENTIALS.secret).sign("msg_1", now, body), body)
     assert raised.value.field == field
+
+
+def test_files_are_attachments() -> None:
+    now = datetime.now(UTC)
+    files = '[{"url":"https://e.example/a","name":"a.png","content_type":"image/png"}]'
+    body = f'{{"conversation_id":"c1","user_id":"u1","attachments":{files}}}'
+    item = receive("msg_1", now, Judge(CREDENTIALS.secret).sign("msg_1", now, body), body)
+    assert (item.text, item.attachments) == ("", (Attachment("image", "https://e.example/a", "a.png"),))
 
 
 def test_a_short_secret_is_refused() -> None:

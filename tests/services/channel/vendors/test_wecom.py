@@ -90,7 +90,11 @@ async def test_attachments_events_and_other_apps(fake: WeComStandIn, wecom: Adap
     body, query = fake.call(fake.message(MsgType="image", PicUrl="http://x"))
     item = wecom.one((body, {}), query=query)
     assert isinstance(item, Inbound)
-    assert "a photo" in item.text
+    assert "a file" in item.text
+    body, query = fake.call(fake.message(MsgType="voice", MediaId="m1"))
+    item = wecom.one((body, {}), query=query)
+    assert isinstance(item, Inbound)
+    assert [(one.kind, one.ref) for one in item.attachments] == [("voice", "m1")]
     for fields in (
         {"MsgType": "event", "Event": "enter_agent"},
         {"AgentID": "7"},

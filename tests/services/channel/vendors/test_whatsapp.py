@@ -12,6 +12,7 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Request
 from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -71,8 +72,6 @@ async def test_the_handshake_is_answered_only_with_the_verify_token(fake: WhatsA
         ({"type": "button", "button": {"text": "Yes", "payload": "y"}}, "Yes"),
         ({"type": "interactive", "interactive": {"button_reply": {"id": "1", "title": "No"}}}, "No"),
         ({"type": "interactive", "interactive": {"list_reply": {"id": "1", "title": "B"}}}, "B"),
-        ({"type": "document", "document": {"id": "1", "filename": "a.pdf"}}, "a.pdf"),
-        ({"type": "audio", "audio": {"id": "1", "voice": True}}, "a voice message"),
         ({"type": "location", "location": {"latitude": 1, "longitude": 2}}, "a location"),
     ],
 )
@@ -82,6 +81,18 @@ async def test_a_text_outside_of_the_field_text_is_found(
     item = whatsapp.one(fake.call(fake.message(None, **fields)))
     assert isinstance(item, Inbound)
     assert text in item.text
+
+
+async def test_files_are_attachments(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    given: list[tuple[dict[str, Any], Attachment]] = [
+        ({"type": "image", "image": {"id": "1", "caption": "what is this?"}}, Attachment("image", "1")),
+        ({"type": "document", "document": {"id": "2", "filename": "a.pdf"}}, Attachment("file", "2", "a.pdf")),
+        ({"type": "audio", "audio": {"id": "3", "voice": True}}, Attachment("voice", "3")),
+    ]
+    for fields, expected in given:
+        item = whatsapp.one(fake.call(fake.message(None, **fields)))
+        assert isinstance(item, Inbound)
+        assert item.attachments == (expected,)
 
 
 async def test_statuses_reactions_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:

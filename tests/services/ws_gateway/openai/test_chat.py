@@ -406,7 +406,7 @@ async def test_a_client_that_goes_cancels_the_run_unless_it_can_come_again(
 
 
 async def test_what_cannot_be_taken_is_named(world: World, client: AsyncOpenAI, model: str) -> None:
-    image: Any = [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]
+    image: Any = [{"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}]
     with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model=model, messages=[*HI, {"role": "user", "content": image}])
     assert (refused.value.param, refused.value.type) == ("messages[1].content[0].type", "invalid_request_error")

@@ -15,7 +15,7 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 FUNCTION_CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
 OUTPUT = {"type": "function_call_output", "call_id": "1", "output": "Bern"}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "Bern"}
-IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+IMAGE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 
 def function(**fields: Any) -> dict[str, Any]:
@@ -88,10 +88,33 @@ def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
     )
 
 
+def test_images_of_a_user_go_with_the_message() -> None:
+    url = IMAGE["image_url"]["url"]
+    asked = chat(
+        {"role": "user", "content": [{"type": "text", "text": "what"}, IMAGE]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [IMAGE, IMAGE | {"image_url": {"url": "https://example.org/a.png"}}]},
+    )
+    assert (asked.history[0].text, asked.history[0].images) == ("what", (url,))
+    assert (asked.text, asked.images) == ("[image]", (url, "https://example.org/a.png"))
+
+
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
-        ([HI, {"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE]}], "messages[1].content[1].type"),
+        ([HI, {"role": "user", "content": [{"type": "input_audio"}]}], "messages[1].content[0].type"),
+        ([{"role": "system", "content": [IMAGE]}, HI], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [IMAGE | {"image_url": {}}]}], "messages[0].content[0].image_url"),
+        ([{"role": "user", "content": [IMAGE | {"image_url": "ftp://x"}]}], "messages[0].content[0].image_url"),
+        (
+            [{"role": "user", "content": [IMAGE | {"image_url": "http://10.0.0.1/"}]}],
+            "messages[0].content[0].image_url",
+        ),
+        (
+            [{"role": "user", "content": [IMAGE | {"image_url": "data:text/html;base64,AA=="}]}],
+            "messages[0].content[0].image_url",
+        ),
+        ([{"role": "user", "content": [IMAGE] * 21}], "messages"),
         ([{"role": "user", "content": ["Hi"]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": ["text"], "text": "Hi"}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
@@ -179,7 +202,7 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
         (
             "input",
             [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}],
-            "input[0].content[0].type",
+            "input[0].content[0].image_url",
         ),
         ("input", [{"content": "Hi"}], "input[0].role"),
         ("instructions", "x" * 100_001, "instructions"),

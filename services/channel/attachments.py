@@ -1,0 +1,331 @@
+"""Attachments: fetched from the vendor, stored, and given to the agent as text.
+
+A message with attachments is accepted and gets its position as every other message does. It is sent to the agent once
+its attachments were fetched; the agent takes the later messages of the conversation after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from uuid import UUID
+
+import msgspec
+
+from infra.clock import utcnow
+from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unanswered, WrongType
+from infra.lanes.effects import Effects
+from infra.lanes.lane import Lane
+from infra.outgoing.client import Outgoing
+from infra.postgres.tx import Tx
+from infra.security.crypto import DataKey
+from infra.security.subjects import ERASED_TEXT, Erased, SubjectKeys
+from infra.service.service import Runtime
+from infra.stores import filetypes
+from infra.stores.objects import Kind, Objects, safe_name
+from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND, PLATFORM_EVENTS
+from protos.messages.channel import Image, MessageReceived
+from protos.messages.user import SubjectErased
+from services.channel import accounts
+from services.channel.accounts import Account, Secrets
+from services.channel.events import Attachment, InboundContent, MessageTaken
+from services.channel.publishing import CONVERSATION
+from services.channel.transcription import Transcription
+
+MAX_BYTES = 20 * 1024 * 1024
+"""Of one file: the most that Telegram gives."""
+MAX_ATTACHMENTS = 10
+"""Of one message. Further ones are named and not fetched."""
+MAX_CHARACTERS = 60_000
+"""Of the texts of all files of a message."""
+# The time before each further attempt. After the last one the file counts as unreadable, so that the message is
+# answered.
+_RETRIES = tuple(timedelta(seconds=seconds) for seconds in (1, 5, 20, 60))
+
+SEEN = frozenset(("image/png", "image/jpeg", "image/gif", "image/webp"))
+"""Types of images that models take."""
+MAX_IMAGE_BYTES = 5 * 1024 * 1024
+"""The most that all providers take."""
+# Longer than a file is fetched for.
+ERASE_AFTER = timedelta(minutes=5)
+
+ATTACHMENT = Kind(
+    "attachment",
+    MAX_BYTES,
+    frozenset(
+        (
+            "image/",
+            "audio/",
+            "video/",
+            filetypes.PDF,
+            *filetypes.OFFICE,
+            filetypes.TEXT,
+            filetypes.MARKDOWN,
+            filetypes.HTML,
+        )
+    ),
+)
+_NAMES = {"image": "an image", "voice": "a voice message", "video": "a video", "file": "a file"}
+
+
+class FetchAttachments(msgspec.Struct, frozen=True):
+    """The attachments of a stored message are to be fetched, and the message sent to the agent."""
+
+    event_id: UUID
+    session_key: str
+    position: int
+    parent_session_key: str = ""
+
+
+# One lane per conversation.
+FETCHES = Lane("attachments", FetchAttachments, retries=_RETRIES)
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """The recorded result of one attachment: a sealed `_Read`."""
+
+    sealed: bytes
+
+
+class _Read(msgspec.Struct, frozen=True):
+    text: str = ""
+    """The text of the file, or of the voice."""
+    reason: str = ""
+    """Why there is no text."""
+    image: Image | None = None
+    """The file, if a model can see it."""
+
+
+class Fetcher:
+    """Fetches, stores and reads attachments."""
+
+    def __init__(
+        self,
+        secrets: Secrets,
+        subjects: SubjectKeys,
+        outgoing: Outgoing,
+        objects: Objects,
+        transcription: Transcription | None,
+    ) -> None:
+        self._secrets = secrets
+        self._subjects = subjects
+        self._outgoing = outgoing
+        self.objects = objects
+        self._transcription = transcription
+
+    async def load(self, tx: Tx, item: FetchAttachments) -> tuple[MessageTaken, InboundContent | None, DataKey | None]:
+        """The stored message. The content is None if the person was erased."""
+        [(type_, version, data)] = await tx.sql(
+            "SELECT type, schema_version, data FROM event WHERE event_id = $1", item.event_id
+        )
+        fact: MessageTaken = CONVERSATION.events.decode(type_, version, data)
+        try:
+            key = await self._subjects.key(tx, str(tx.tenant_id), fact.subject_id)
+        except Erased:
+            return fact, None, None
+        sealed = key.open(fact.content, str(item.event_id), "content")
+        return fact, msgspec.json.decode(sealed, type=InboundContent), key
+
+    async def account(self, tx: Tx, fact: MessageTaken) -> Account | None:
+        return await accounts.read(tx, self._secrets, fact.channel_id)
+
+    async def fetch(self, account: Account, attachment: Attachment, path: str, owner: str, *, last: bool) -> _Read:
+        """Raises Transient unless this is the last attempt."""
+        try:
+            content = await account.vendor.fetch(
+                self._outgoing, account.origin, account.credentials, attachment.ref, MAX_BYTES
+            )
+            stored = await self.objects.upload(
+                ATTACHMENT, _once(content), name=attachment.name, user_id=owner, path=lambda _: path
+            )
+        except TooLarge:
+            return _Read(reason=f"it is larger than {MAX_BYTES // 1024**2} MB")
+        except WrongType as error:
+            return _Read(reason=error.reason)
+        except (EffectFailed, InvalidMessage) as error:
+            return _Read(reason=str(error)[:200])
+        except (Transient, Unanswered) as error:
+            if last:
+                return _Read(reason=f"it could not be fetched: {error}"[:200])
+            raise Transient(str(error)) from error
+        if stored.content_type in SEEN:
+            if stored.size > MAX_IMAGE_BYTES:
+                return _Read(reason=f"it is an image larger than {MAX_IMAGE_BYTES // 1024**2} MB")
+            return _Read(image=Image(path=path, content_type=stored.content_type))
+        return await self._read(content, stored.content_type, attachment, last=last)
+
+    async def _read(self, content: bytes, type_: str, attachment: Attachment, *, last: bool) -> _Read:
+        if type_ in (filetypes.TEXT, filetypes.MARKDOWN):
+            return _Read(text=_decoded(content)[:MAX_CHARACTERS])
+        # A voice message in an MP4 container looks like a video.
+        if type_.startswith("audio/") or (attachment.kind == "voice" and type_.startswith("video/")):
+            if self._transcription is None:
+                return _Read(reason="voice messages are not transcribed here")
+            try:
+                return _Read(text=await self._transcription.text(content, attachment.name, type_))
+            except EffectFailed as error:
+                return _Read(reason=str(error))
+            except (Transient, Unanswered) as error:
+                if last:
+                    return _Read(reason=f"it could not be transcribed: {error}"[:200])
+                raise Transient(str(error)) from error
+        return _Read(reason=f"files of type {type_} are not read here")
+
+
+async def give_up(item: FetchAttachments, error: str, tx: Tx, fetcher: Fetcher) -> None:
+    """The message is answered without its attachments. The dead letter of the item holds the error."""
+    fact, content, _ = await fetcher.load(tx, item)
+    content = content or InboundContent("", "", "", ERASED_TEXT)
+    failed = [_Read(reason="of an internal error")] * len(content.attachments)
+    publish(tx, item, fact, content, together(content, failed))
+
+
+@FETCHES.runner(concurrency=3, per_tenant=2, dead=give_up)
+async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fetcher: Fetcher) -> None:
+    async with effects.begin() as reading:
+        fact, content, key = await fetcher.load(reading, item)
+        account = await fetcher.account(reading, fact)
+    if content is None or key is None:
+        # The agent drops it, too. It is sent all the same, because the later messages wait for its position.
+        publish(tx, item, fact, InboundContent("", "", "", ERASED_TEXT), ERASED_TEXT)
+        return
+    paths = {
+        n: f"{fact.subject_id}/attachments/{item.session_key}/{item.event_id}_{n}_{safe_name(one.name or one.kind)}"
+        for n, one in enumerate(content.attachments[:MAX_ATTACHMENTS], 1)
+    }
+    async with effects.begin() as noting:
+        # Before the files, so that an erasure finds all of them.
+        await noting.sql(
+            """
+            INSERT INTO attachment (path, tenant_id, subject_id) SELECT path, $2, $3 FROM unnest($1::text[]) AS n(path)
+            ON CONFLICT DO NOTHING
+            """,
+            sorted(paths.values()),
+            noting.tenant_id,
+            fact.subject_id,
+        )
+    read = []
+    for n, path in paths.items():
+        attachment = content.attachments[n - 1]
+        if account is None:
+            read.append(_Read(reason="the channel was deleted"))
+            continue
+
+        async def call(
+            _: str, account: Account = account, attachment: Attachment = attachment, path: str = path, n: int = n
+        ) -> Fetched:
+            last = effects.attempt > len(_RETRIES)
+            result = await fetcher.fetch(account, attachment, path, fact.subject_id, last=last)
+            return Fetched(key.seal(msgspec.json.encode(result).decode(), str(item.event_id), f"attachment {n}"))
+
+        outcome = await effects.run(f"{item.event_id}/{n}", call, kind="repeatable", result=Fetched)
+        assert outcome.result is not None
+        opened = key.open(outcome.result.sealed, str(item.event_id), f"attachment {n}")
+        read.append(msgspec.json.decode(opened, type=_Read))
+    read += [_Read(reason=f"only {MAX_ATTACHMENTS} are read")] * (len(content.attachments) - len(read))
+    images = tuple(result.image for result in read if result.image)
+    publish(tx, item, fact, content, together(content, read), images)
+
+
+class EraseFiles(msgspec.Struct, frozen=True):
+    """The stored files of an erased person are to be deleted."""
+
+    subject_id: str
+
+
+ERASURES = Lane("erased files", EraseFiles)
+
+
+@PLATFORM_EVENTS.each(SubjectErased, group="channel")
+async def queue_erasure(event: SubjectErased, tx: Tx) -> None:
+    tx.tenant_id = event.tenant_id
+    # A message whose files are being fetched at this moment is done before.
+    tx.enqueue(ERASURES, lane=event.subject_id, item=EraseFiles(event.subject_id), not_before=utcnow() + ERASE_AFTER)
+
+
+@ERASURES.runner(concurrency=2)
+async def erase_files(item: EraseFiles, effects: Effects, tx: Tx, fetcher: Fetcher) -> None:
+    async with effects.begin() as reading:
+        rows = await reading.sql(
+            "SELECT path FROM attachment WHERE tenant_id = $1 AND subject_id = $2 ORDER BY path",
+            reading.tenant_id,
+            item.subject_id,
+        )
+    for (path,) in rows:
+        await fetcher.objects.delete(path)
+    await tx.sql("DELETE FROM attachment WHERE path = ANY($1::text[])", [path for (path,) in rows])
+
+
+def together(content: InboundContent, read: Sequence[_Read]) -> str:
+    """The text for the agent: the person's words, then each attachment."""
+    parts = [content.text] if content.text.strip() else []
+    left = MAX_CHARACTERS
+    for attachment, result in zip(content.attachments, read, strict=True):
+        named = _NAMES[attachment.kind] + (f" ({attachment.name})" if attachment.name else "")
+        if result.image:
+            parts.append(f"[The person sent {named}.]")
+        elif result.text.strip():
+            text = result.text[:left]
+            left -= len(text)
+            cut = "" if len(text) == len(result.text) else "\n[The rest of it is cut off.]"
+            parts.append(f"[The person sent {named}. Its text:]\n{text}{cut}")
+        else:
+            reason = result.reason or "it has no text"
+            parts.append(f"[The person sent {named}, which cannot be read here: {reason}. Tell the person so.]")
+    return "\n\n".join(parts)
+
+
+def publish(
+    tx: Tx,
+    item: FetchAttachments,
+    fact: MessageTaken,
+    content: InboundContent,
+    text: str,
+    images: tuple[Image, ...] = (),
+) -> None:
+    """Publishes the message, and sends it to the agent."""
+    public = MessageReceived(
+        channel_id=fact.channel_id,
+        channel_type=fact.channel_type,
+        agent_id=fact.agent_id,
+        session_key=item.session_key,
+        conversation_id=content.conversation,
+        subject_id=fact.subject_id,
+        vendor_message_id=content.message,
+        text=text,
+        received_at=fact.received_at,
+        position=item.position,
+        parent_session_key=item.parent_session_key,
+        images=images,
+    )
+    tx.publish(CHANNEL_EVENTS, public, key=item.session_key)
+    tx.send(CHANNEL_INBOUND[fact.channel_type], public, key=item.session_key, position=item.position)
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+def _decoded(content: bytes) -> str:
+    """Text need not be UTF-8: much Chinese text is GB18030."""
+    for encoding in ("utf-8-sig", "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "gb18030", "cp1252"):
+        try:
+            return content.decode(encoding).replace("\0", "")
+        except UnicodeDecodeError:
+            continue
+    return content.decode("latin-1").replace("\0", "")
+
+
+def fetcher(runtime: Runtime) -> Fetcher:
+    settings = runtime.settings
+    objects = Objects(settings.s3_endpoint, settings.s3_access_key, settings.s3_secret_key.get_secret_value())
+    transcription = None
+    if settings.transcription_base_url:
+        key = settings.transcription_api_key
+        transcription = Transcription(
+            runtime.outgoing,
+            settings.transcription_base_url,
+            settings.transcription_model,
+            key.get_secret_value() if key else None,
+        )
+    return Fetcher(Secrets(runtime.cipher), SubjectKeys(runtime.cipher), runtime.outgoing, objects, transcription)

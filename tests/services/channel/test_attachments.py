@@ -1,0 +1,178 @@
+"""Attachments on their way to the agent, against the running service, the object store and the fakes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from protos.catalog import PLATFORM_EVENTS
+from protos.messages.user import SubjectErased
+from services.channel.attachments import MAX_BYTES, MAX_CHARACTERS, _decoded, _Read, together
+from services.channel.events import Attachment, InboundContent
+from tests.services.channel.conftest import Desk
+from tooling.testing.platform import Platform
+from tooling.testing.vendors import TelegramStandIn, answer
+from tooling.testing.vendors.server import Call, Reply, StandIn
+
+
+class Transcriber(StandIn):
+    """An OpenAI-shaped endpoint that hears the same words everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Call] = []
+
+    def handle(self, call: Call) -> Reply:
+        self.heard.append(call)
+        return Reply(200, {"text": "spoken words"})
+
+
+@pytest.fixture(scope="module")
+async def transcriber() -> AsyncIterator[Transcriber]:
+    async with Transcriber() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def service(platform: Platform, transcriber: Transcriber) -> Platform:
+    await platform.prepare("channel")
+    await platform.start(
+        "channel", CLAW_TRANSCRIPTION_BASE_URL=f"{transcriber.url}/v1", CLAW_TRANSCRIPTION_API_KEY="a key"
+    )
+    return platform
+
+
+@pytest.fixture
+async def telegram() -> AsyncIterator[TelegramStandIn]:
+    async with TelegramStandIn() as vendor:
+        yield vendor
+
+
+async def arrived(desk: Desk, channel: dict[str, Any], count: int = 1) -> list[dict[str, Any]]:
+    async def ask() -> list[dict[str, Any]] | None:
+        found = await desk.received(channel)
+        return found if len(found) == count else None
+
+    found = await desk.platform.until(ask)
+    assert found
+    return found
+
+
+async def connected(desk: Desk, telegram: TelegramStandIn) -> dict[str, Any]:
+    return await desk.connect("telegram", telegram.credentials, telegram.url)
+
+
+async def test_the_text_of_a_file_reaches_the_agent_with_the_caption(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = "Größe: 7 元".encode("gb18030")
+    document = {"file_id": "f1", "file_name": "../a.txt", "mime_type": "image/png"}
+    update = telegram.update(None, caption="what is this?", document=document)
+    for _ in range(2):
+        assert (await desk.call(channel, update)).status_code == 200
+    # The next message of the conversation keeps its position.
+    await desk.call(channel, telegram.update("and?"))
+    messages = sorted(await arrived(desk, channel, 2), key=lambda one: one["position"])
+    assert [one["position"] for one in messages] == [1, 2]
+    text = messages[0]["text"]
+    assert text == "what is this?\n\n[The person sent an image (../a.txt). Its text:]\nGröße: 7 元"
+    async with desk.platform.database("channel").begin() as tx:
+        [(path,)] = await tx.sql("SELECT path FROM attachment WHERE tenant_id = $1", desk.tenant_id)
+    assert path.startswith(f"{messages[0]['subject_id']}/attachments/{messages[0]['session_key']}/")
+    assert path.endswith("_1_a.txt")
+
+
+async def test_a_voice_message_is_written_down(desk: Desk, telegram: TelegramStandIn, transcriber: Transcriber) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["v1"] = b"OggS" + bytes(200)
+    await desk.call(channel, telegram.update(None, voice={"file_id": "v1", "mime_type": "audio/ogg"}))
+    [message] = await arrived(desk, channel)
+    assert message["text"] == "[The person sent a voice message. Its text:]\nspoken words"
+    [call] = transcriber.heard
+    assert (call.path, call.headers["authorization"]) == ("/v1/audio/transcriptions", "Bearer a key")
+    assert b"whisper-1" in call.body
+    assert b'filename="voice.ogg"' in call.body
+
+
+async def test_a_file_that_cannot_be_read_is_named_with_the_reason(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files |= {
+        "big": bytes(MAX_BYTES + 1),
+        "zip": b"\x00\x01\x02 program",
+        "movie": b"\x00\x00\x00\x18ftypmp42",
+    }
+    for field, id_ in (("document", "gone"), ("document", "big"), ("document", "zip"), ("video", "movie")):
+        fields: dict[str, Any] = {field: {"file_id": id_, "file_name": id_}}
+        await desk.call(channel, telegram.update(None, **fields))
+    texts = [one["text"] for one in sorted(await arrived(desk, channel, 4), key=lambda one: one["position"])]
+    assert all("Tell the person so" in text for text in texts)
+    reasons = "file is too big", "larger than 20 MB", "application/octet-stream", "video/mp4 are not read"
+    for text, reason in zip(texts, reasons, strict=True):
+        assert reason in text
+
+
+async def test_a_transient_fault_of_the_vendor_is_waited_for(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"content"
+    telegram.faults += [answer(500), answer(429)]
+    await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
+    [message] = await arrived(desk, channel)
+    assert message["text"] == "[The person sent a file. Its text:]\ncontent"
+
+
+async def test_erasure_deletes_the_stored_files(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"content"
+    await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
+    [message] = await arrived(desk, channel)
+    erased = SubjectErased(tenant_id=desk.tenant_id, subject_id=message["subject_id"])
+    await desk.platform.produce(PLATFORM_EVENTS, erased, key=desk.tenant_id, tenant_id=desk.tenant_id)
+    database = desk.platform.database("channel")
+
+    async def queued() -> bool:
+        async with database.begin() as tx:
+            # It is due in some minutes.
+            return bool(
+                await tx.sql(
+                    """
+                    UPDATE lane_item SET not_before = now()
+                    WHERE kind = 'erased files' AND tenant_id = $1 RETURNING 1
+                    """,
+                    desk.tenant_id,
+                )
+            )
+
+    await desk.platform.until(queued)
+
+    async def gone() -> bool:
+        async with database.begin() as tx:
+            await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'erased files' AND ready_at IS NOT NULL")
+            return not await tx.sql("SELECT 1 FROM attachment WHERE tenant_id = $1", desk.tenant_id)
+
+    await desk.platform.until(gone)
+
+
+def test_the_texts_of_all_files_together_are_limited() -> None:
+    files = tuple(Attachment("file", str(n)) for n in range(3))
+    read = [_Read(text="x" * 50_000), _Read(text="y" * 50_000), _Read(text="z")]
+    text = together(InboundContent("c", "p", "m", "", files), read)
+    assert (text.count("x") - text.count("text"), text.count("y")) >= (50_000, MAX_CHARACTERS - 50_000)
+    assert len(text) < MAX_CHARACTERS + 1_000
+    assert "cut off" in text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
+def test_text_is_decoded_by_its_charset(encoding: str) -> None:
+    assert _decoded("预算 Größe".encode(encoding)) == "预算 Größe"
+
+
+async def test_an_image_reaches_the_agent_as_an_image(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["p1"] = b"\x89PNG\r\n\x1a\n" + bytes(50)
+    await desk.call(channel, telegram.update(None, photo=[{"file_id": "small"}, {"file_id": "p1"}]))
+    [message] = await arrived(desk, channel)
+    assert message["text"] == "[The person sent an image (photo.jpg).]"
+    [image] = message["images"]
+    assert image["content_type"] == "image/png"
+    assert image["path"].startswith(message["subject_id"])
