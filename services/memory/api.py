@@ -311,6 +311,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         """A link to the uploaded file."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             document = await documents.get(tx, _id(document_id), rights.view_names(who))
+            audit(tx, who.actor, "document.download", "document", str(document.id))
         url = await objects.download_url(document.path)
         return ContentLink(url=url, expires_in=int(DOWNLOAD_LIFE.total_seconds()))
 

@@ -28,7 +28,9 @@ TABLES = """
 SELECT n.nspname, c.relname, c.relrowsecurity, pg_get_userbyid(c.relowner),
        coalesce(array_agg(p.polname || ' ' || pg_get_expr(p.polqual, p.polrelid) || ' '
                           || coalesce(pg_get_expr(p.polwithcheck, p.polrelid), ''))
-                FILTER (WHERE n.nspname || '_request' = ANY(ARRAY(SELECT pg_get_userbyid(r) FROM unnest(p.polroles) r))),
+                FILTER (WHERE n.nspname || '_request' = ANY(ARRAY(
+                    SELECT pg_get_userbyid(r) FROM unnest(p.polroles) r
+                ))),
                 '{}') AS of_request,
        bool_or(0 = ANY(p.polroles)) AS of_everyone
 FROM pg_class c

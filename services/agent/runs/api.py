@@ -100,6 +100,7 @@ def router(runtime: Runtime) -> APIRouter:
         """A queued or waiting run is cancelled at once, a running one within a second."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await cancel(tx, run_id, CANCELLED)
+            audit(tx, who.actor, "run.cancel", "run", str(run_id))
         return await one(who.tenant_id, run_id)
 
     @routes.post("/api/v1/runs/{run_id}/approval", status_code=202)

@@ -18,6 +18,7 @@ from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage
 from infra.lanes import lane as lanes
 from infra.postgres.tx import Tx
+from infra.security.audit import audit
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.definitions.store import queue_mode
@@ -165,10 +166,12 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     decision = None if taken_over else decision_in(arrival.text)
     # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
     unclear = not taken_over and arrival.origin is not None and is_unclear(arrival.text)
-    asking = await _asking(tx, unfinished) if decision or unclear else None
+    # In a room, others may write yes or no; the person who asked decides.
+    person = arrival.subject_id if arrival.origin else None
+    asking = await _asking(tx, unfinished, person) if decision or unclear else None
     if (decision or unclear) and asking is None and arrival.parent:
         # The question stands in the parent session, and the person answers it in a thread.
-        asking = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False))
+        asking = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False), person)
     command = Accept(
         message_id=arrival.message_id,
         subject_id=arrival.subject_id,
@@ -201,6 +204,8 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         waits = await suspension(tx, event.run_id)
         if decision:
             await settle(tx, event.run_id, waits.step, decision, arrival.subject_id)
+            who = f"subject:{arrival.subject_id}"
+            audit(tx, who, f"run.{decision}", "run", str(event.run_id), step=str(waits.step), tool=waits.name)
         else:
             await _ask_again(tx, arrival, subjects, event.run_id, waits)
         return event.run_id
@@ -310,20 +315,28 @@ async def open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: b
     }
 
 
-async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun]) -> UUID | None:
-    """The first run that waits for an approval, not for another agent; None if there is none."""
+async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], person: str | None) -> UUID | None:
+    """The first run that waits for an approval, not for another agent; None if there is none.
+
+    `person`: only a run of this person; None for any.
+    """
     for run_id, run in unfinished.items():
         if run.status == "waiting":
             waits = (await tx.load(run_stream(run_id))).suspended
-            if waits and waits.reason == "approval":
+            if waits and waits.reason == "approval" and person in (None, await _subject(tx, run_id)):
                 return run_id
     return None
+
+
+async def _subject(tx: Tx, run_id: UUID) -> str:
+    [(subject_id,)] = await tx.sql("SELECT subject_id FROM run WHERE id = $1", run_id)
+    return str(subject_id)
 
 
 async def _ask_again(tx: Tx, arrival: Arrival, subjects: SubjectKeys, run_id: UUID, waits: Suspension) -> None:
     """The answer was unclear: the person is asked the same question again, and the run goes on waiting."""
     assert arrival.origin
-    [(subject_id,)] = await tx.sql("SELECT subject_id FROM run WHERE id = $1", run_id)
+    subject_id = await _subject(tx, run_id)
     arguments = None
     if waits.arguments:
         unsealer = Unsealer(tx, subjects)
