@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from infra.clock import utcnow
 from infra.postgres.tx import Tx
 from protos.catalog import AUDIT_LOGS
 from protos.messages.audit import ActAudited
 
 
-def audit(tx: Tx, actor: str, action: str, object_kind: str, object_id: str, **details: str) -> None:
-    """Records that `actor` did `action` to the object, in the chain of the transaction's tenant.
+def audit(
+    tx: Tx,
+    actor: str,
+    action: str,
+    object_kind: str,
+    object_id: str,
+    *,
+    outcome: Literal["done", "denied"] = "done",
+    **details: str,
+) -> None:
+    """Records that `actor` did `action` to the object, or was refused, in the chain of the transaction's tenant.
 
     A transaction without a tenant writes to the chain of the system.
     """
@@ -20,7 +31,7 @@ def audit(tx: Tx, actor: str, action: str, object_kind: str, object_id: str, **d
         action=action,
         object_kind=object_kind,
         object_id=object_id,
-        outcome="done",
+        outcome=outcome,
         details=details,
     )
     tx.publish(AUDIT_LOGS, act, key=tx.tenant_id or "system")

@@ -24,8 +24,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
-from infra.errors import Forbidden, InvalidMessage, TooLarge, Unauthenticated, WrongType
+from infra.errors import Forbidden, InvalidMessage, NotFound, TooLarge, Unauthenticated, WrongType
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.service.refusals import Refusals
 from infra.service.service import Runtime
 from infra.web.http import media_type
 from infra.web.json_text import check_json
@@ -68,6 +69,7 @@ def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies:
         app.include_router(router)
 
     inner = AsyncExitStackMiddleware(app.router)
+    refusals = Refusals(runtime)
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         # FastAPI's own layers are left out: they would answer errors before ours, which answers with problems.
@@ -77,6 +79,10 @@ def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies:
             receive = await _checked(scope, receive, raise_later=routes_read_bodies)
         try:
             await inner(scope, receive, send)
+        except (Forbidden, NotFound) as error:
+            if scope["type"] == "http" and IDENTITY_HEADER in Headers(scope=scope):
+                await refusals.record(scope, identity(HTTPConnection(scope), runtime.identities), error)
+            raise
         except RequestValidationError as error:
             if media_type(Headers(scope=scope)) != JSON and any(
                 e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()

@@ -10,19 +10,22 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
+import msgspec
 import pytest
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict
+from redis.asyncio import Redis
 
-from infra.errors import Conflict
+from infra.errors import Conflict, NotFound
 from infra.observe.metrics import Metrics
 from infra.postgres.tx import Database, Tx
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.security.crypto import Cipher
-from infra.service import maintenance
+from infra.service import maintenance, refusals
 from infra.service.api import Admin, Anyone, Operator, Paging, Reader, Runner, Writer, api, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.maintenance import prune_answers
@@ -30,6 +33,7 @@ from infra.service.service import Runtime
 from infra.web import http
 from infra.web.http import create_app
 from tooling.testing import keys
+from tooling.testing.stack import Stack
 
 KEY = "bWFkZSB1cCwgMzIgYnl0ZXMgb2Yga2V5IG1hdGVyaWE="
 
@@ -59,6 +63,7 @@ class Parts:
     cipher: Cipher
     request: Database
     worker: Database
+    cache: Redis
 
 
 class Made:
@@ -73,8 +78,9 @@ def made() -> Made:
 
 
 @pytest.fixture
-async def client(desk: Database, made: Made) -> AsyncIterator[httpx.AsyncClient]:
-    parts = cast(Runtime, Parts(keys.identities("agent"), Cipher(KEY), desk, desk))
+async def client(desk: Database, made: Made, stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
+    cache = Redis.from_url(stack.redis_url)
+    parts = cast(Runtime, Parts(keys.identities("agent"), Cipher(KEY), desk, desk, cache))
     router = APIRouter()
 
     @router.post("/things", status_code=201, response_model=Thing)
@@ -116,6 +122,10 @@ async def client(desk: Database, made: Made) -> AsyncIterator[httpx.AsyncClient]
     async def times(who: Reader, paging: Paging) -> str:
         return str(paging.after_time(int))
 
+    @router.get("/things/{thing_id}/{name}")
+    async def missing(thing_id: str, name: str, who: Reader) -> None:
+        raise NotFound("no such thing")
+
     @router.get("/cast")
     async def cast_(who: Reader, request: Request) -> str:
         value = bytes.fromhex(request.query_params["hex"]).decode()
@@ -126,6 +136,7 @@ async def client(desk: Database, made: Made) -> AsyncIterator[httpx.AsyncClient]
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=identity()) as running:
         yield running
+    await cache.aclose()
 
 
 def identity(tenant: str = "t1", *scopes: str) -> dict[str, str]:
@@ -147,6 +158,29 @@ async def test_a_client_without_the_scope_is_refused_and_told_which_one_is_missi
     answer = await client.request(method, path, headers=identity("t1", *others), **cast(Any, body))
     assert (answer.status_code, answer.json()["detail"]) == (403, f"the scope {scope} is missing")
     assert (await client.request(method, path, headers=identity("t1", scope), **cast(Any, body))).status_code < 300
+
+
+async def test_refusals_are_in_the_audit_chain_of_the_client_and_bounded(
+    client: httpx.AsyncClient, desk: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant, thing = str(uuid4()), str(uuid4())
+    monkeypatch.setattr(refusals, "PER_MINUTE", 3)
+    assert (await client.get("/admin", headers=identity(tenant, "read"))).status_code == 403
+    for _ in range(5):
+        path = f"/things/{thing}/somebody@example.org"
+        assert (await client.get(path, headers=identity(tenant, "read"))).status_code == 404
+    async with desk.begin() as tx:
+        rows = await tx.sql(
+            "SELECT body FROM outbox WHERE destination = 'audit.logs' AND key = $1 ORDER BY position", tenant
+        )
+    acts = [msgspec.json.decode(body) for (body,) in rows]
+    missing = ("api_key:k1", "request.refuse", "GET /things/{thing_id}/{name}", "denied")
+    assert [(act["actor"], act["action"], act["object_id"], act["outcome"]) for act in acts] == [
+        ("api_key:k1", "request.refuse", "GET /admin", "denied"),
+        missing,
+        missing,
+    ]
+    assert [act["details"] for act in acts] == [{"status": "403"}, *[{"status": "404", "thing_id": thing}] * 2]
 
 
 async def test_operator_routes_refuse_tenants_and_tenant_routes_refuse_the_operator(
