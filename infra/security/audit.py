@@ -10,20 +10,28 @@ from protos.catalog import AUDIT_LOGS
 from protos.messages.audit import ActAudited
 
 
-def audit(
+def audit(tx: Tx, actor: str, action: str, object_kind: str, object_id: str, **details: str) -> None:
+    """Records that `actor` did `action` to the object, in the chain of the transaction's tenant.
+
+    A transaction without a tenant writes to the chain of the system.
+    """
+    _record(tx, actor, action, object_kind, object_id, "done", details)
+
+
+def audit_refusal(tx: Tx, actor: str, action: str, object_kind: str, object_id: str, **details: str) -> None:
+    """Records that `actor` was refused."""
+    _record(tx, actor, action, object_kind, object_id, "denied", details)
+
+
+def _record(
     tx: Tx,
     actor: str,
     action: str,
     object_kind: str,
     object_id: str,
-    *,
-    outcome: Literal["done", "denied"] = "done",
-    **details: str,
+    outcome: Literal["done", "denied"],
+    details: dict[str, str],
 ) -> None:
-    """Records that `actor` did `action` to the object, or was refused, in the chain of the transaction's tenant.
-
-    A transaction without a tenant writes to the chain of the system.
-    """
     act = ActAudited(
         tenant_id=tx.tenant_id,
         at=utcnow(),

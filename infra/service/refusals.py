@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from infra.errors import Forbidden, NotFound, TooManyRequests
 from infra.postgres.tx import Tx
-from infra.security.audit import audit
+from infra.security.audit import audit_refusal
 from infra.security.auth import Identity
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
@@ -43,7 +43,7 @@ class Refusals:
         status = "403" if isinstance(error, Forbidden) else "404"
 
         async def work(tx: Tx) -> None:
-            audit(tx, who.actor, "request.refuse", "route", name, outcome="denied", status=status, **ids)
+            audit_refusal(tx, who.actor, "request.refuse", "route", name, status=status, **ids)
 
         database = self._runtime.request if tenant_id else self._runtime.worker
         await database.run(work, tenant_id=tenant_id)

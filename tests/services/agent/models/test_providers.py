@@ -71,7 +71,7 @@ async def test_the_last_user_message_is_the_persons_text_and_passages_go_into_th
     assert asked.last_user_text == STRANGE
     assert [message["role"] for message in asked.body["messages"]][-3:] == ["user", "assistant", "user"]
     assert asked.system.startswith("Be kind.")
-    assert "handbook.md, Returns, page 2\nReturns take 30 days." in asked.system
+    assert 'source="handbook.md, Returns, page 2">\nReturns take 30 days.' in asked.system
 
 
 @BOTH
