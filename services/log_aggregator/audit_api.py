@@ -11,8 +11,9 @@ from pydantic import AwareDatetime, BaseModel
 from infra.errors import InvalidMessage
 from infra.service.api import Paging, page
 from infra.service.service import Runtime
-from services.log_aggregator import audit
+from services.log_aggregator import audit, audit_lines
 from services.log_aggregator.access import RequestedTenant
+from services.log_aggregator.domain import Head
 
 # PostgreSQL's text cannot hold a NUL.
 _Text = Annotated[str | None, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
@@ -28,6 +29,9 @@ class Verified(BaseModel):
     """Hash of the last record, hexadecimal."""
     broken_at: int | None
     """The seq of the first changed or missing record, if not `ok`."""
+    line: str
+    """Names the head of a chain that is `ok`, and proves that this platform has issued it; empty otherwise. Keep it
+    outside of the platform: a later verification with it notices a chain that was rewritten as a whole."""
 
 
 class AuditRecord(BaseModel):
@@ -75,14 +79,25 @@ def router(runtime: Runtime) -> APIRouter:
         return page([AuditRecord(**record) for record in found], paging, lambda record: str(record.seq))
 
     @routes.get("/api/v1/audit/verify")
-    async def verify(tenant: RequestedTenant) -> Verified:
-        """Recomputes every hash of the chain."""
-        found = await audit.verify(runtime.request if tenant else runtime.worker, tenant or "")
+    async def verify(
+        tenant: RequestedTenant, line: Annotated[str | None, Query(max_length=500, pattern=r"^[ -~]*$")] = None
+    ) -> Verified:
+        """Recomputes every hash of the chain. With the `line` of an earlier verification, also compares the record that
+        was the head then."""
+        database, chain = runtime.request if tenant else runtime.worker, tenant or ""
+        kept = audit_lines.read(runtime.cipher, chain, line) if line is not None else None
+        found = await audit.verify(database, chain)
+        broken_at = found.broken_at
+        if kept and not await audit.has(database, chain, kept):
+            broken_at = min(kept.seq, broken_at or kept.seq)
+        ok = broken_at is None
+        head = Head(found.records, found.head)
         return Verified(
-            records=found.records,
-            ok=found.broken_at is None,
+            records=found.records if ok else min(found.records, (broken_at or 1) - 1),
+            ok=ok,
             head=found.head.hex(),
-            broken_at=found.broken_at,
+            broken_at=broken_at,
+            line=audit_lines.write(runtime.cipher, chain, head) if ok else "",
         )
 
     return routes

@@ -85,6 +85,8 @@ async def test_acts_are_chained_in_their_order_and_a_client_can_recompute_the_ha
         assert json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) == text
         previous = hashlib.sha256(previous + text.encode()).digest()
         assert record["hash"] == previous.hex()
+    line = f"clawbus-audit-1 {tenant} 7 {previous.hex()} "
+    assert verdict.pop("line").startswith(line)
     assert verdict == {"records": 7, "ok": True, "head": previous.hex(), "broken_at": None}
 
 
@@ -174,7 +176,9 @@ async def test_each_tenant_sees_its_chain_and_the_operator_the_systems_and_all(
 
 async def test_an_empty_chain_is_intact(aggregator: Platform, tenant: str) -> None:
     async with aggregator.client("log_aggregator", tenant) as client:
-        assert await verified(client) == {"records": 0, "ok": True, "head": "00" * 32, "broken_at": None}
+        verdict = await verified(client)
+        assert (verdict["records"], verdict["ok"], verdict["head"]) == (0, True, "00" * 32)
+        assert (await verified(client, line=verdict["line"]))["ok"]
         assert (await client.get("/api/v1/audit")).json() == {"items": [], "next": None}
 
 
@@ -209,6 +213,43 @@ async def test_a_change_of_the_chain_is_detected_with_its_position(
     async with aggregator.client("log_aggregator", tenant) as client:
         verdict = await verified(client)
     assert (verdict["ok"], verdict["records"], verdict["broken_at"]) == (False, broken_at - 1, broken_at)
+
+
+async def test_a_chain_that_was_made_new_as_a_whole_is_noticed_by_a_line_that_was_kept(
+    aggregator: Platform, tenant: str
+) -> None:
+    await publish(aggregator, *(act(tenant, n) for n in range(3)))
+    kept = (await chained(aggregator, tenant, 3))["line"]
+    await publish(aggregator, act(tenant, 3))
+    await chained(aggregator, tenant, 4)
+    async with aggregator.client("log_aggregator", tenant) as client:
+        assert (await verified(client, line=kept))["ok"]
+        of_another_key = f"{kept.rpartition(' ')[0]} {'AQEB' * 20}"
+        forged = (kept.replace(tenant, str(uuid4())), kept[:-8] + "AAAAAAA=", kept.replace(" 3 ", " 2 "), "", "é")
+        for wrong in (*forged, of_another_key):
+            answer = await client.get("/api/v1/audit/verify", params={"line": wrong})
+            assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "line")
+    administrator = await connect(aggregator.database_url)
+    records = await administrator.fetch(
+        "SELECT seq, record FROM log_aggregator.audit_record WHERE tenant_id = $1 ORDER BY seq", tenant
+    )
+    previous = bytes(32)
+    for seq, record in records:
+        changed = record.replace('"n":"1"', '"n":"9"')
+        previous = hashlib.sha256(previous + changed.encode()).digest()
+        await administrator.execute(
+            "UPDATE log_aggregator.audit_record SET record = $3, hash = $4 WHERE tenant_id = $1 AND seq = $2",
+            tenant,
+            seq,
+            changed,
+            previous,
+        )
+    await administrator.execute("UPDATE log_aggregator.audit_head SET hash = $2 WHERE tenant_id = $1", tenant, previous)
+    await administrator.close()
+    async with aggregator.client("log_aggregator", tenant) as client:
+        assert (await verified(client))["ok"], "the records fit each other"
+        verdict = await verified(client, line=kept)
+    assert (verdict["ok"], verdict["broken_at"], verdict["line"]) == (False, 3, "")
 
 
 async def test_the_service_itself_cannot_change_a_record(aggregator: Platform, tenant: str) -> None:
