@@ -190,8 +190,10 @@ class Claims:
             if recovered := [row[2] for row in rows if row[6]]:
                 await sql(
                     connection,
-                    "UPDATE lane_item i SET recoveries = i.recoveries + 1 FROM unnest($1::bigint[]) AS r(lane_id), "
-                    "lane_head(r.lane_id) h WHERE i.lane_id = r.lane_id AND i.seq = h.seq",
+                    """
+                    UPDATE lane_item i SET recoveries = i.recoveries + 1 FROM unnest($1::bigint[]) AS r(lane_id),
+                    lane_head(r.lane_id) h WHERE i.lane_id = r.lane_id AND i.seq = h.seq
+                    """,
                     recovered,
                 )
             heads: dict[int, Head] = {}
@@ -280,8 +282,10 @@ class Claims:
             for lease in leases:
                 await sql(
                     connection,
-                    "SELECT lane_release(lane_id) FROM (SELECT lane_id FROM lane WHERE lane_id = $1 AND epoch = $2 "
-                    "AND owner = $3 FOR UPDATE) l",
+                    """
+                    SELECT lane_release(lane_id) FROM (SELECT lane_id FROM lane WHERE lane_id = $1 AND epoch = $2
+                    AND owner = $3 FOR UPDATE) l
+                    """,
                     lease.lane_id,
                     lease.epoch,
                     self._owner,

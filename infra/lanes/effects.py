@@ -164,8 +164,10 @@ class Effects:
         """Commits the start of an attempt and returns its number, or the outcome if the effect has ended already."""
         async with self.begin() as tx:
             rows = await tx.sql(
-                "SELECT state, kind, attempt, result, error FROM lane_effect "
-                "WHERE tenant_id = $1 AND key = $2 FOR UPDATE",
+                """
+                SELECT state, kind, attempt, result, error FROM lane_effect
+                WHERE tenant_id = $1 AND key = $2 FOR UPDATE
+                """,
                 self._lease.tenant_id,
                 name,
             )
@@ -181,10 +183,12 @@ class Effects:
                 self._metrics.effects.labels(kind, "unknown").inc()
                 return outcome
             await tx.sql(
-                "INSERT INTO lane_effect AS e (tenant_id, key, kind, state, attempt, lane_id, epoch, started_at) "
-                "VALUES ($1, $2, $3, 'started', 1, $4, $5, clock_timestamp()) ON CONFLICT (tenant_id, key) DO UPDATE "
-                "SET kind = excluded.kind, state = 'started', attempt = e.attempt + 1, lane_id = excluded.lane_id, "
-                "epoch = excluded.epoch, started_at = excluded.started_at, error = NULL",
+                """
+                INSERT INTO lane_effect AS e (tenant_id, key, kind, state, attempt, lane_id, epoch, started_at)
+                VALUES ($1, $2, $3, 'started', 1, $4, $5, clock_timestamp()) ON CONFLICT (tenant_id, key) DO UPDATE
+                SET kind = excluded.kind, state = 'started', attempt = e.attempt + 1, lane_id = excluded.lane_id,
+                epoch = excluded.epoch, started_at = excluded.started_at, error = NULL
+                """,
                 self._lease.tenant_id,
                 name,
                 kind,
@@ -218,8 +222,10 @@ class Effects:
 
     async def _write_end(self, tx: Tx, name: str, state: str, body: bytes | None, error: str | None) -> None:
         await tx.sql(
-            "UPDATE lane_effect SET state = $3, result = $4, error = $5, finished_at = clock_timestamp() "
-            "WHERE tenant_id = $1 AND key = $2",
+            """
+            UPDATE lane_effect SET state = $3, result = $4, error = $5, finished_at = clock_timestamp()
+            WHERE tenant_id = $1 AND key = $2
+            """,
             self._lease.tenant_id,
             name,
             state,

@@ -128,8 +128,10 @@ async def lock_parked(connection: AsyncConnection, consumer: str, topic: str, ke
     """
     rows = await sql(
         connection,
-        "SELECT key FROM parked_key WHERE consumer = $1 AND topic = $2 AND key = ANY($3::text[]) "
-        "ORDER BY key FOR UPDATE",
+        """
+        SELECT key FROM parked_key WHERE consumer = $1 AND topic = $2 AND key = ANY($3::text[])
+        ORDER BY key FOR UPDATE
+        """,
         consumer,
         topic,
         list(keys),
@@ -190,10 +192,10 @@ async def count_parked(connection: AsyncConnection) -> dict[tuple[str, str], int
     return {(consumer, topic): count for consumer, topic, count in rows}
 
 
-_VIEW = (
-    "SELECT id, consumer, source || ':' || destination, place, message_id, key, tenant_id, state, attempts, error, "
-    "first_failed_at, last_failed_at, headers FROM dead_letter "
-)
+_VIEW = """
+    SELECT id, consumer, source || ':' || destination, place, message_id, key, tenant_id, state, attempts, error,
+    first_failed_at, last_failed_at, headers FROM dead_letter
+    """
 
 
 def _view(service: str, row: Sequence[Any]) -> DeadLetterView:

@@ -102,8 +102,10 @@ async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: 
         name: version
         for name, version in await sql(
             connection,
-            "INSERT INTO stream AS s SELECT * FROM unnest($1::text[], $2::bigint[]) "
-            "ON CONFLICT (stream_id) DO UPDATE SET version = s.version + excluded.version RETURNING stream_id, version",
+            """
+            INSERT INTO stream AS s SELECT * FROM unnest($1::text[], $2::bigint[])
+            ON CONFLICT (stream_id) DO UPDATE SET version = s.version + excluded.version RETURNING stream_id, version
+            """,
             names,
             [len(by_stream[name]) for name in names],
         )
@@ -133,9 +135,11 @@ async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: 
     if fresh:
         await sql(
             connection,
-            "INSERT INTO event (stream_id, version, event_id, type, schema_version, data, headers) "
-            "SELECT * FROM unnest($1::text[], $2::bigint[], $3::uuid[], $4::text[], $5::int[], $6::bytea[], "
-            "$7::text[])",
+            """
+            INSERT INTO event (stream_id, version, event_id, type, schema_version, data, headers)
+            SELECT * FROM unnest($1::text[], $2::bigint[], $3::uuid[], $4::text[], $5::int[], $6::bytea[],
+            $7::text[])
+            """,
             [e.stream.row for e in fresh],
             numbers,
             [e.event_id for e in fresh],
@@ -172,8 +176,10 @@ async def read_all(
     while True:
         rows = await sql(
             connection,
-            "SELECT position, stream_id, version, event_id, type, schema_version, data, headers FROM event "
-            "WHERE position > $1 AND starts_with(stream_id, $2) ORDER BY position LIMIT $3",
+            """
+            SELECT position, stream_id, version, event_id, type, schema_version, data, headers FROM event
+            WHERE position > $1 AND starts_with(stream_id, $2) ORDER BY position LIMIT $3
+            """,
             after,
             prefix,
             limit,

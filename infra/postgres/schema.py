@@ -108,8 +108,10 @@ async def _prepare_roles(connection: AsyncConnection, admin_url: str, service: s
         ):
             await sql(
                 connection,
-                f'ALTER DEFAULT PRIVILEGES FOR ROLE "{service}_owner" IN SCHEMA "{service}" '
-                f'GRANT {rights} ON {kind} TO "{service}_{role}"',
+                f"""
+                ALTER DEFAULT PRIVILEGES FOR ROLE "{service}_owner" IN SCHEMA "{service}"
+                GRANT {rights} ON {kind} TO "{service}_{role}"
+                """,
             )
 
 

@@ -441,9 +441,11 @@ async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) 
     """Writes messages into the outbox, positions in the order given."""
     await db.sql(
         connection,
-        "INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until) "
-        "SELECT b, u, m, d, r, k, h, y, clock_timestamp() + t FROM unnest($1::text[], $2::smallint[], $3::uuid[], "
-        "$4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[], $9::interval[]) AS n(b, u, m, d, r, k, h, y, t)",
+        """
+        INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until)
+        SELECT b, u, m, d, r, k, h, y, clock_timestamp() + t FROM unnest($1::text[], $2::smallint[], $3::uuid[],
+        $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[], $9::interval[]) AS n(b, u, m, d, r, k, h, y, t)
+        """,
         [row.bus for row in rows],
         [row.bucket for row in rows],
         [row.message_id for row in rows],

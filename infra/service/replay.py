@@ -192,10 +192,10 @@ class Replay:
         self, topic: str, topic_id: UUID | None, *, lock: AsyncConnection | None = None
     ) -> dict[TopicPartition, int]:
         """The live consumer's offsets. With `lock`, it cannot advance until that transaction ends."""
-        statement = (
-            f'SELECT partition, topic_id, next_offset FROM "{self._service}".consumer_offset '
-            "WHERE consumer = $1 AND topic = $2 ORDER BY partition"
-        )
+        statement = f"""
+            SELECT partition, topic_id, next_offset FROM "{self._service}".consumer_offset
+            WHERE consumer = $1 AND topic = $2 ORDER BY partition
+            """
         if lock is not None:
             rows = await sql(lock, statement + " FOR UPDATE", self._subscription.group, self._topic.name)
         else:

@@ -71,8 +71,10 @@ async def open_account(tx: Tx, tenant_id: str, code: str, credit_nanos: int | No
         raise InvalidMessage("credit_nanos", f"must be from 0 to {MAX_CREDIT_NANOS}")
     await _lock_opening(tx, tenant_id)
     if not await tx.sql(
-        "INSERT INTO account (tenant_id, currency, credit_nanos) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING "
-        "RETURNING tenant_id",
+        """
+        INSERT INTO account (tenant_id, currency, credit_nanos) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING
+        RETURNING tenant_id
+        """,
         tenant_id,
         code,
         credit_nanos,

@@ -117,8 +117,10 @@ async def add(
     begins = valid_from or (utcnow() if priced else BEGINNING)
     price = Price(resource, latest + 1, currency, begins, nanos, tiers)
     [(made_at,)] = await tx.sql(
-        "INSERT INTO price (resource, version, currency, valid_from, prices, made_by) VALUES ($1, $2, $3, $4, $5, $6) "
-        "RETURNING made_at",
+        """
+        INSERT INTO price (resource, version, currency, valid_from, prices, made_by) VALUES ($1, $2, $3, $4, $5, $6)
+        RETURNING made_at
+        """,
         resource,
         price.version,
         currency,

@@ -74,9 +74,11 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.worker.begin() as tx:
             names = None if resource is None else await price_book.name_in_book(tx, resource)
             rows = await tx.sql(
-                "SELECT resource, version, currency, valid_from, prices, made_by, made_at FROM price "
-                "WHERE ($1::text IS NULL OR resource = $1) AND (resource, version) > ($2, $3) "
-                "ORDER BY resource, version LIMIT $4",
+                """
+                SELECT resource, version, currency, valid_from, prices, made_by, made_at FROM price
+                WHERE ($1::text IS NULL OR resource = $1) AND (resource, version) > ($2, $3)
+                ORDER BY resource, version LIMIT $4
+                """,
                 names,
                 name,
                 int(version),

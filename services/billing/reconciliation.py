@@ -93,9 +93,11 @@ async def _verdicts(tx: Tx, tenant_id: str | None, since: datetime) -> _Verdicts
     # Billing makes the records of delivered messages itself; no producer's outbox has them.
     where = f"message_id >= uuid7_floor($2) AND ($1::text IS NULL OR tenant_id = $1) AND resource <> '{MESSAGE}'"
     [(counted, rejected, held, duplicate)] = await tx.sql(
-        "SELECT count(*) FILTER (WHERE verdict = 'counted'), count(*) FILTER (WHERE verdict = 'rejected'), "
-        "count(*) FILTER (WHERE verdict = 'held'), "
-        f"(SELECT count(*) FROM duplicate WHERE {where}) FROM usage WHERE {where}",
+        f"""
+        SELECT count(*) FILTER (WHERE verdict = 'counted'), count(*) FILTER (WHERE verdict = 'rejected'),
+        count(*) FILTER (WHERE verdict = 'held'),
+        (SELECT count(*) FROM duplicate WHERE {where}) FROM usage WHERE {where}
+        """,
         tenant_id,
         since,
     )
@@ -106,8 +108,10 @@ async def _verdicts(tx: Tx, tenant_id: str | None, since: datetime) -> _Verdicts
 
 async def _dead_letters(tx: Tx, tenant_id: str | None, *states: str) -> int:
     [(count,)] = await tx.sql(
-        "SELECT count(DISTINCT message_id) FROM dead_letter WHERE consumer = $1 AND destination = $2 "
-        "AND state = ANY($3::text[]) AND ($4::text IS NULL OR key = $4) AND first_failed_at > $5",
+        """
+        SELECT count(DISTINCT message_id) FROM dead_letter WHERE consumer = $1 AND destination = $2
+        AND state = ANY($3::text[]) AND ($4::text IS NULL OR key = $4) AND first_failed_at > $5
+        """,
         _GROUP,
         USAGE_RECORDS.name,
         states,

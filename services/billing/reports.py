@@ -12,11 +12,11 @@ from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from services.billing import accounts, holds
 
-_VERDICT = (
-    "SELECT tenant_id, usage_id, verdict, reason, price_version, amount_nanos, resource, quantities, estimated, "
-    "run_id, occurred_at, rated_at, (SELECT count(*) FROM duplicate AS d WHERE d.tenant_id = u.tenant_id "
-    "AND d.usage_id = u.usage_id) FROM usage AS u "
-)
+_VERDICT = """
+    SELECT tenant_id, usage_id, verdict, reason, price_version, amount_nanos, resource, quantities, estimated,
+    run_id, occurred_at, rated_at, (SELECT count(*) FROM duplicate AS d WHERE d.tenant_id = u.tenant_id
+    AND d.usage_id = u.usage_id) FROM usage AS u
+    """
 _WHERE = (
     "WHERE tenant_id = $1 AND ($2::timestamptz IS NULL OR occurred_at >= $2) "
     "AND ($3::timestamptz IS NULL OR occurred_at < $3) AND ($4::text IS NULL OR resource = $4) "
@@ -154,16 +154,20 @@ async def summary(tx: Tx, wanted: UsageFilter, group: Grouping) -> Summary:
     by = f"resource, {_GROUPS[group]} AS part"
     units: dict[tuple[str, str | None], dict[str, int]] = {}
     for name, part, unit, count in await tx.sql(
-        f"SELECT resource, part, unit, sum(n::numeric) FROM (SELECT {by}, q.key AS unit, q.value AS n "
-        f"FROM usage AS u, jsonb_each_text(quantities) AS q {_WHERE} AND verdict = 'counted') AS found "
-        "GROUP BY resource, part, unit",
+        f"""
+        SELECT resource, part, unit, sum(n::numeric) FROM (SELECT {by}, q.key AS unit, q.value AS n
+        FROM usage AS u, jsonb_each_text(quantities) AS q {_WHERE} AND verdict = 'counted') AS found
+        GROUP BY resource, part, unit
+        """,
         *wanted,
     ):
         units.setdefault((name, part), {})[unit] = int(count)
     rows = await tx.sql(
-        "SELECT resource, part, count(*), count(*) FILTER (WHERE verdict = 'held'), coalesce(sum(amount_nanos), 0) "
-        f"FROM (SELECT {by}, verdict, amount_nanos FROM usage AS u {_WHERE}) AS found GROUP BY resource, part "
-        "ORDER BY resource, part",
+        f"""
+        SELECT resource, part, count(*), count(*) FILTER (WHERE verdict = 'held'), coalesce(sum(amount_nanos), 0)
+        FROM (SELECT {by}, verdict, amount_nanos FROM usage AS u {_WHERE}) AS found GROUP BY resource, part
+        ORDER BY resource, part
+        """,
         *wanted,
     )
     items = [
@@ -187,10 +191,12 @@ async def summary(tx: Tx, wanted: UsageFilter, group: Grouping) -> Summary:
 
 async def _messages(tx: Tx, wanted: UsageFilter) -> list[Messages]:
     rows = await tx.sql(
-        "SELECT coalesce(c.type, 'unknown') AS type, sum(d.messages) FROM delivered AS d "
-        "LEFT JOIN channel AS c USING (channel_id) WHERE d.tenant_id = $1 "
-        "AND ($2::timestamptz IS NULL OR d.day >= ($2 AT TIME ZONE 'UTC')::date) "
-        "AND ($3::timestamptz IS NULL OR d.day < ($3 AT TIME ZONE 'UTC')) GROUP BY 1 ORDER BY 1",
+        """
+        SELECT coalesce(c.type, 'unknown') AS type, sum(d.messages) FROM delivered AS d
+        LEFT JOIN channel AS c USING (channel_id) WHERE d.tenant_id = $1
+        AND ($2::timestamptz IS NULL OR d.day >= ($2 AT TIME ZONE 'UTC')::date)
+        AND ($3::timestamptz IS NULL OR d.day < ($3 AT TIME ZONE 'UTC')) GROUP BY 1 ORDER BY 1
+        """,
         *wanted[:3],
     )
     return [Messages(channel_type=type_, delivered=int(count)) for type_, count in rows]

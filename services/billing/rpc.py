@@ -55,10 +55,12 @@ class Billing(billing_pb2_grpc.BillingServicer):
         async with self._database.begin(tenant_id=tenant_id) as tx:
             currency = await accounts.currency(tx, tenant_id) or ""
             rows = await tx.sql(
-                "SELECT usage_id, resource, verdict, amount_nanos, occurred_at, rated_at, quantities, span_id, arrival "
-                "FROM usage WHERE tenant_id = $1 AND run_id = $2 UNION ALL "
-                "SELECT usage_id, resource, 'duplicate', 0, occurred_at, rated_at, quantities, '', arrival "
-                "FROM duplicate WHERE tenant_id = $1 AND run_id = $2 ORDER BY arrival",
+                """
+                SELECT usage_id, resource, verdict, amount_nanos, occurred_at, rated_at, quantities, span_id, arrival
+                FROM usage WHERE tenant_id = $1 AND run_id = $2 UNION ALL
+                SELECT usage_id, resource, 'duplicate', 0, occurred_at, rated_at, quantities, '', arrival
+                FROM duplicate WHERE tenant_id = $1 AND run_id = $2 ORDER BY arrival
+                """,
                 tenant_id,
                 run_id,
             )

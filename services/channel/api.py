@@ -139,8 +139,10 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
         async def work(tx: Tx) -> tuple[int, BaseModel]:
             id_, token = uuid7(), new_token()
             await tx.sql(
-                "INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms, "
-                "api_base) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+                """
+                INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms,
+                api_base) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                """,
                 id_,
                 who.tenant_id,
                 vendor.name,

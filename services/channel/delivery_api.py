@@ -52,9 +52,11 @@ def router(runtime: Runtime) -> APIRouter:
         """The deliveries of the tenant, newest first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(
-                f"SELECT {_COLUMNS} FROM delivery WHERE seq < $1 AND ($2::uuid IS NULL OR run_id = $2) "
-                "AND ($3::uuid IS NULL OR channel_id = $3) AND ($4::text IS NULL OR state = $4) "
-                "ORDER BY seq DESC LIMIT $5",
+                f"""
+                SELECT {_COLUMNS} FROM delivery WHERE seq < $1 AND ($2::uuid IS NULL OR run_id = $2)
+                AND ($3::uuid IS NULL OR channel_id = $3) AND ($4::text IS NULL OR state = $4)
+                ORDER BY seq DESC LIMIT $5
+                """,
                 position(paging.after, start=2**63 - 1),
                 run_id,
                 channel_id,

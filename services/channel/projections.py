@@ -14,8 +14,10 @@ async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
     match event:
         case DeliveryQueued():
             await tx.sql(
-                "INSERT INTO delivery (id, tenant_id, channel_id, session_key, run_id, state) "
-                "VALUES ($1, $2, $3, $4, $5, 'queued')",
+                """
+                INSERT INTO delivery (id, tenant_id, channel_id, session_key, run_id, state)
+                VALUES ($1, $2, $3, $4, $5, 'queued')
+                """,
                 delivery_id,
                 tx.tenant_id,
                 event.channel_id,
@@ -36,8 +38,10 @@ async def _settle(
     tx: Tx, delivery_id: UUID, state: str, *, reason: str | None = None, vendor_message_id: str | None = None
 ) -> None:
     await tx.sql(
-        "UPDATE delivery SET state = $2, reason = $3, vendor_message_id = $4, updated_at = clock_timestamp() "
-        "WHERE id = $1",
+        """
+        UPDATE delivery SET state = $2, reason = $3, vendor_message_id = $4, updated_at = clock_timestamp()
+        WHERE id = $1
+        """,
         delivery_id,
         state,
         reason,

@@ -119,8 +119,10 @@ async def break_account(tx: Tx, account: Account, error: str) -> None:
     """Marks the account as broken. The owners get one e-mail, however many deliveries fail."""
     reason = error.removeprefix(AccountRefused.PREFIX)
     if not await tx.sql(
-        "UPDATE account SET broken_reason = $2, updated_at = clock_timestamp() "
-        "WHERE id = $1 AND broken_reason IS NULL RETURNING id",
+        """
+        UPDATE account SET broken_reason = $2, updated_at = clock_timestamp()
+        WHERE id = $1 AND broken_reason IS NULL RETURNING id
+        """,
         account.id,
         reason,
     ):

@@ -48,8 +48,10 @@ async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
     # Heads are locked in the order of their key. Two transactions that share chains would otherwise deadlock.
     tenants = sorted(chains)
     rows = await tx.sql(
-        "INSERT INTO audit_head AS h (tenant_id, seq, hash) SELECT t, 0, $2 FROM unnest($1::text[]) AS n(t) ORDER BY t "
-        "ON CONFLICT (tenant_id) DO UPDATE SET seq = h.seq RETURNING tenant_id, seq, hash",
+        """
+        INSERT INTO audit_head AS h (tenant_id, seq, hash) SELECT t, 0, $2 FROM unnest($1::text[]) AS n(t) ORDER BY t
+        ON CONFLICT (tenant_id) DO UPDATE SET seq = h.seq RETURNING tenant_id, seq, hash
+        """,
         tenants,
         EMPTY.hash,
     )
@@ -61,8 +63,10 @@ async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
         heads.append(links[-1])
     read = [_searched(link.record) for _, link in added]
     await tx.sql(
-        "INSERT INTO audit_record (tenant_id, seq, at, actor, action, object_id, record, hash) SELECT * FROM unnest("
-        "$1::text[], $2::bigint[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[])",
+        """
+        INSERT INTO audit_record (tenant_id, seq, at, actor, action, object_id, record, hash) SELECT * FROM unnest(
+        $1::text[], $2::bigint[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[])
+        """,
         [tenant_id for tenant_id, _ in added],
         [link.seq for _, link in added],
         *(list(column) for column in zip(*read, strict=True)),
@@ -70,8 +74,10 @@ async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
         [link.hash for _, link in added],
     )
     await tx.sql(
-        "UPDATE audit_head h SET seq = n.seq, hash = n.hash FROM unnest($1::text[], $2::bigint[], $3::bytea[]) "
-        "AS n(tenant_id, seq, hash) WHERE h.tenant_id = n.tenant_id",
+        """
+        UPDATE audit_head h SET seq = n.seq, hash = n.hash FROM unnest($1::text[], $2::bigint[], $3::bytea[])
+        AS n(tenant_id, seq, hash) WHERE h.tenant_id = n.tenant_id
+        """,
         [tenant_id for tenant_id, _, _ in rows],
         [link.seq for link in heads],
         [link.hash for link in heads],
@@ -83,9 +89,11 @@ async def verify(database: Database, tenant_id: str) -> Verification:
     async with database.begin(tenant_id=tenant_id or None) as tx:
         # In one statement, so that a record that is added meanwhile does not look like a record beyond the head.
         [(seq, hash_, last)] = await tx.sql(
-            "SELECT coalesce(max(h.seq), 0), (array_agg(h.hash))[1], "
-            "(SELECT coalesce(max(r.seq), 0) FROM audit_record r WHERE r.tenant_id = $1) "
-            "FROM audit_head h WHERE h.tenant_id = $1",
+            """
+            SELECT coalesce(max(h.seq), 0), (array_agg(h.hash))[1],
+            (SELECT coalesce(max(r.seq), 0) FROM audit_record r WHERE r.tenant_id = $1)
+            FROM audit_head h WHERE h.tenant_id = $1
+            """,
             tenant_id,
         )
     head = Head(seq, hash_ or EMPTY.hash)
@@ -93,8 +101,10 @@ async def verify(database: Database, tenant_id: str) -> Verification:
     while good.seq < head.seq:
         async with database.begin(tenant_id=tenant_id or None) as tx:
             rows = await tx.sql(
-                "SELECT seq, record, hash, at, actor, action, object_id FROM audit_record "
-                "WHERE tenant_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4",
+                """
+                SELECT seq, record, hash, at, actor, action, object_id FROM audit_record
+                WHERE tenant_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4
+                """,
                 tenant_id,
                 good.seq,
                 head.seq,
@@ -136,10 +146,12 @@ async def listed(
     """Returns the records of a chain, newest first, whose action, actor and object_id match `wanted`."""
     async with database.begin(tenant_id=tenant_id or None) as tx:
         rows = await tx.sql(
-            "SELECT seq, record, hash FROM audit_record WHERE tenant_id = $1 "
-            "AND ($2::text IS NULL OR action = $2) AND ($3::text IS NULL OR actor = $3) "
-            "AND ($4::text IS NULL OR object_id = $4) AND ($5::timestamptz IS NULL OR at >= $5) "
-            "AND ($6::bigint IS NULL OR seq < $6) ORDER BY seq DESC LIMIT $7",
+            """
+            SELECT seq, record, hash FROM audit_record WHERE tenant_id = $1
+            AND ($2::text IS NULL OR action = $2) AND ($3::text IS NULL OR actor = $3)
+            AND ($4::text IS NULL OR object_id = $4) AND ($5::timestamptz IS NULL OR at >= $5)
+            AND ($6::bigint IS NULL OR seq < $6) ORDER BY seq DESC LIMIT $7
+            """,
             tenant_id,
             *(wanted.get(name) for name in ("action", "actor", "object_id")),
             since,

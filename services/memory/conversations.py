@@ -134,8 +134,10 @@ class Conversations:
     async def found(self, tx: Tx, ids: Sequence[UUID], session_key: str) -> Mapping[UUID, Found]:
         """The replies with these ids that belong to the session and have not expired."""
         rows = await tx.sql(
-            "SELECT run_id, subject_id, sealed FROM utterance WHERE run_id = ANY($1::uuid[]) AND session_key = $2 "
-            "AND expires_at > clock_timestamp()",
+            """
+            SELECT run_id, subject_id, sealed FROM utterance WHERE run_id = ANY($1::uuid[]) AND session_key = $2
+            AND expires_at > clock_timestamp()
+            """,
             list(ids),
             session_key,
         )

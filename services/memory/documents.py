@@ -341,8 +341,10 @@ async def advance(tx: Tx, id_: UUID, status: str, progress: float, error: str | 
     """Returns False if the document was deleted."""
     return bool(
         await tx.sql(
-            "UPDATE document SET status = $2, progress = $3, error = $4 WHERE id = $1 AND deleted_at IS NULL "
-            "RETURNING id",
+            """
+            UPDATE document SET status = $2, progress = $3, error = $4 WHERE id = $1 AND deleted_at IS NULL
+            RETURNING id
+            """,
             id_,
             status,
             progress,
@@ -367,9 +369,11 @@ async def set_findings(
 async def add_passages(tx: Tx, document_id: UUID, first: int, chunks: Sequence[Chunk]) -> None:
     await tx.sql(
         # One text of codes per passage: PostgreSQL refuses an array of arrays of different lengths.
-        "INSERT INTO passage (id, tenant_id, document_id, n, text, section, page, codes) "
-        "SELECT i, $1, $2, n, t, s, p, string_to_array(c, ' ') FROM unnest($3::uuid[], $4::int[], $5::text[], "
-        "$6::text[], $7::int[], $8::text[]) AS c(i, n, t, s, p, c)",
+        """
+        INSERT INTO passage (id, tenant_id, document_id, n, text, section, page, codes)
+        SELECT i, $1, $2, n, t, s, p, string_to_array(c, ' ') FROM unnest($3::uuid[], $4::int[], $5::text[],
+        $6::text[], $7::int[], $8::text[]) AS c(i, n, t, s, p, c)
+        """,
         tx.tenant_id,
         document_id,
         [uuid7() for _ in chunks],
@@ -388,8 +392,10 @@ async def drop_passages(tx: Tx, document_id: UUID) -> None:
 async def without_vector(tx: Tx, document_id: UUID, model: str, limit: int) -> list[Passage]:
     """The first passages that have no vector of this model yet."""
     rows = await tx.sql(
-        "SELECT id, n, text, section FROM passage WHERE document_id = $1 AND model IS DISTINCT FROM $2 "
-        "ORDER BY n LIMIT $3",
+        """
+        SELECT id, n, text, section FROM passage WHERE document_id = $1 AND model IS DISTINCT FROM $2
+        ORDER BY n LIMIT $3
+        """,
         document_id,
         model,
         limit,
@@ -404,8 +410,10 @@ async def passage_count(tx: Tx, document_id: UUID) -> int:
 
 async def set_vectors(tx: Tx, model: str, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:
     await tx.sql(
-        "UPDATE passage p SET model = $1, vector = v.vector FROM unnest($2::uuid[], $3::bytea[]) AS v(id, vector) "
-        "WHERE p.id = v.id",
+        """
+        UPDATE passage p SET model = $1, vector = v.vector FROM unnest($2::uuid[], $3::bytea[]) AS v(id, vector)
+        WHERE p.id = v.id
+        """,
         model,
         [passage.id for passage in passages],
         [vector.tobytes() for vector in vectors],

@@ -75,8 +75,10 @@ class Notifications:
 async def fail_push(tx: Tx, id_: UUID, reason: str) -> None:
     """Stores the failure of a push notification, without its content."""
     await tx.sql(
-        "INSERT INTO notification (tenant_id, id, kind, state, reason, finished_at) "
-        "VALUES ($1, $2, 'push', 'failed', $3, clock_timestamp())",
+        """
+        INSERT INTO notification (tenant_id, id, kind, state, reason, finished_at)
+        VALUES ($1, $2, 'push', 'failed', $3, clock_timestamp())
+        """,
         tx.tenant_id,
         id_,
         reason,
@@ -86,8 +88,10 @@ async def fail_push(tx: Tx, id_: UUID, reason: str) -> None:
 async def finish(tx: Tx, id_: UUID, result: Result, recipients: Sequence[str] = ()) -> None:
     """Stores the result of an e-mail, and deletes its content."""
     await tx.sql(
-        "UPDATE notification SET state = $3, reason = $4, recipients = $5, content = NULL, "
-        "finished_at = clock_timestamp() WHERE tenant_id = $1 AND id = $2",
+        """
+        UPDATE notification SET state = $3, reason = $4, recipients = $5, content = NULL,
+        finished_at = clock_timestamp() WHERE tenant_id = $1 AND id = $2
+        """,
         tx.tenant_id,
         id_,
         result.state,
@@ -99,8 +103,10 @@ async def finish(tx: Tx, id_: UUID, result: Result, recipients: Sequence[str] = 
 async def listed(tx: Tx, tenant_id: str, *, before: tuple[datetime, UUID] | None, limit: int) -> list[Notification]:
     """The tenant's notifications, newest first, that are older than `before`."""
     rows = await tx.sql(
-        "SELECT id, kind, state, reason, recipients, created_at, finished_at FROM notification WHERE tenant_id = $1 "
-        "AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3::uuid)) ORDER BY created_at DESC, id DESC LIMIT $4",
+        """
+        SELECT id, kind, state, reason, recipients, created_at, finished_at FROM notification WHERE tenant_id = $1
+        AND ($2::timestamptz IS NULL OR (created_at, id) < ($2, $3::uuid)) ORDER BY created_at DESC, id DESC LIMIT $4
+        """,
         tenant_id,
         *(before or (None, None)),
         limit,

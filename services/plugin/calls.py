@@ -97,8 +97,10 @@ class Calls:
         """Returns the recorded outcome, or the call that this process has started. None: another process runs it."""
         digest = _digest(call)
         rows = await tx.sql(
-            "SELECT request_hash, state, attempt, leased_until < clock_timestamp(), outcome, subject_id "
-            "FROM tool_call WHERE tenant_id = $1 AND key = $2 FOR UPDATE",
+            """
+            SELECT request_hash, state, attempt, leased_until < clock_timestamp(), outcome, subject_id
+            FROM tool_call WHERE tenant_id = $1 AND key = $2 FOR UPDATE
+            """,
             call.tenant_id,
             call.key,
         )
@@ -129,8 +131,10 @@ class Calls:
             # The abandoned attempt may have reached the tool.
             _publish_usage(tx, call, recorded.attempt)
             await tx.sql(
-                "UPDATE tool_call SET attempt = attempt + 1, leased_until = clock_timestamp() + $3 "
-                "WHERE tenant_id = $1 AND key = $2",
+                """
+                UPDATE tool_call SET attempt = attempt + 1, leased_until = clock_timestamp() + $3
+                WHERE tenant_id = $1 AND key = $2
+                """,
                 call.tenant_id,
                 call.key,
                 self._lease,
@@ -138,14 +142,18 @@ class Calls:
             return StartedCall(offer, recorded.attempt + 1)
         # Each new call deletes a few old ones, so that no separate job is needed.
         await tx.sql(
-            "DELETE FROM tool_call WHERE tenant_id = $1 AND key IN (SELECT key FROM tool_call WHERE tenant_id = $1 "
-            "AND created_at < clock_timestamp() - $2::interval ORDER BY created_at LIMIT 10 FOR UPDATE SKIP LOCKED)",
+            """
+            DELETE FROM tool_call WHERE tenant_id = $1 AND key IN (SELECT key FROM tool_call WHERE tenant_id = $1
+            AND created_at < clock_timestamp() - $2::interval ORDER BY created_at LIMIT 10 FOR UPDATE SKIP LOCKED)
+            """,
             call.tenant_id,
             KEEP,
         )
         inserted = await tx.sql(
-            "INSERT INTO tool_call (tenant_id, key, request_hash, tool, state, attempt, leased_until, subject_id) "
-            "VALUES ($1, $2, $3, $4, 'started', 1, clock_timestamp() + $5, $6) ON CONFLICT DO NOTHING RETURNING key",
+            """
+            INSERT INTO tool_call (tenant_id, key, request_hash, tool, state, attempt, leased_until, subject_id)
+            VALUES ($1, $2, $3, $4, 'started', 1, clock_timestamp() + $5, $6) ON CONFLICT DO NOTHING RETURNING key
+            """,
             call.tenant_id,
             call.key,
             digest,
@@ -165,8 +173,10 @@ class Calls:
 
     async def _end(self, tx: Tx, call: Call, attempt: int, outcome: Outcome) -> None:
         ended = await tx.sql(
-            "UPDATE tool_call SET state = $4, outcome = $5, ended_at = clock_timestamp() "
-            "WHERE tenant_id = $1 AND key = $2 AND attempt = $3 AND state = 'started' RETURNING key",
+            """
+            UPDATE tool_call SET state = $4, outcome = $5, ended_at = clock_timestamp()
+            WHERE tenant_id = $1 AND key = $2 AND attempt = $3 AND state = 'started' RETURNING key
+            """,
             call.tenant_id,
             call.key,
             attempt,
@@ -211,8 +221,10 @@ class Calls:
                 try:
                     async with self._database.begin(tenant_id=call.tenant_id) as tx:
                         await tx.sql(
-                            "UPDATE tool_call SET leased_until = clock_timestamp() + $4 "
-                            "WHERE tenant_id = $1 AND key = $2 AND attempt = $3 AND state = 'started'",
+                            """
+                            UPDATE tool_call SET leased_until = clock_timestamp() + $4
+                            WHERE tenant_id = $1 AND key = $2 AND attempt = $3 AND state = 'started'
+                            """,
                             call.tenant_id,
                             call.key,
                             attempt,

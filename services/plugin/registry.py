@@ -89,8 +89,10 @@ async def offered(tx: Tx, names: Iterable[str] | None = None) -> list[Offered]:
         if name not in off and (wanted is None or name in wanted)
     ]
     for row in await tx.sql(
-        f"SELECT {_TOOL}, {_PLUGIN} FROM tool t JOIN plugin p ON p.id = t.plugin_id "
-        "WHERE p.enabled AND ($1::text[] IS NULL OR t.name = ANY($1))",
+        f"""
+        SELECT {_TOOL}, {_PLUGIN} FROM tool t JOIN plugin p ON p.id = t.plugin_id
+        WHERE p.enabled AND ($1::text[] IS NULL OR t.name = ANY($1))
+        """,
         wanted,
     ):
         tool, remote_name = _tool(row)
@@ -114,8 +116,10 @@ async def add_plugin(tx: Tx, new: Plugin) -> None:
     if new.name in BUILTIN or await tx.sql("SELECT 1 FROM plugin WHERE name = $1", new.name):
         raise Conflict(f"name: a plugin {new.name} exists already")
     await tx.sql(
-        "INSERT INTO plugin (id, tenant_id, name, kind, url, access, header_names, config, config_schema, enabled, "
-        "created_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        """
+        INSERT INTO plugin (id, tenant_id, name, kind, url, access, header_names, config, config_schema, enabled,
+        created_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+        """,
         new.id,
         tx.tenant_id,
         new.name,
@@ -139,8 +143,10 @@ async def set_tools(tx: Tx, plugin_id: UUID, tools: Sequence[tuple[Tool, str]]) 
     tools = sorted(tools, key=lambda named: named[0].name)
     await tx.sql("DELETE FROM tool WHERE plugin_id = $1", plugin_id)
     await tx.sql(
-        "INSERT INTO tool (tenant_id, plugin_id, name, remote_name, description, schema, effect) "
-        "SELECT $1, $2, n.* FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[]) AS n",
+        """
+        INSERT INTO tool (tenant_id, plugin_id, name, remote_name, description, schema, effect)
+        SELECT $1, $2, n.* FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[]) AS n
+        """,
         tx.tenant_id,
         plugin_id,
         [tool.name for tool, _ in tools],

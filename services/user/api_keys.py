@@ -68,8 +68,10 @@ def router(runtime: Runtime) -> APIRouter:
     async def list_api_keys(who: Admin, paging: Paging) -> dict[str, Any]:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(
-                "SELECT id, name, prefix, scopes, member_id, created_by, created_at, expires_at FROM api_key "
-                "WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT $3",
+                """
+                SELECT id, name, prefix, scopes, member_id, created_by, created_at, expires_at FROM api_key
+                WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT $3
+                """,
                 who.tenant_id,
                 after(paging),
                 paging.limit + 1,
@@ -110,8 +112,10 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collect
         raise Forbidden(f"scopes: the creator or the member does not have {', '.join(sorted(beyond))}")
     id_, plaintext = uuid7(), domain.api_key(secrets.token_urlsafe(_RANDOM_BYTES))
     await tx.sql(
-        "INSERT INTO api_key (id, tenant_id, member_id, name, prefix, hash, scopes, created_by, expires_at) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+        """
+        INSERT INTO api_key (id, tenant_id, member_id, name, prefix, hash, scopes, created_by, expires_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+        """,
         id_,
         tenant_id,
         new.member_id,
@@ -129,8 +133,10 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collect
 async def scopes(tx: Tx, tenant_id: str, key_id: UUID) -> frozenset[Scope]:
     """The scopes that the key has now; empty if the tenant has no such key, or if it has expired."""
     rows = await tx.sql(
-        "SELECT k.scopes, m.role FROM api_key k LEFT JOIN member m ON m.id = k.member_id "
-        "WHERE k.tenant_id = $1 AND k.id = $2 AND (k.expires_at IS NULL OR k.expires_at > now())",
+        """
+        SELECT k.scopes, m.role FROM api_key k LEFT JOIN member m ON m.id = k.member_id
+        WHERE k.tenant_id = $1 AND k.id = $2 AND (k.expires_at IS NULL OR k.expires_at > now())
+        """,
         tenant_id,
         key_id,
     )

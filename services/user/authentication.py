@@ -60,9 +60,11 @@ async def _operator(runtime: Runtime, tenant_id: str) -> Identity:
 async def _key_holder(runtime: Runtime, hashed: bytes) -> Identity:
     async with runtime.worker.begin() as tx:
         rows = await tx.sql(
-            "SELECT k.id, k.tenant_id, k.scopes, k.member_id, m.role FROM api_key k "
-            "LEFT JOIN member m ON m.id = k.member_id "
-            "WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now())",
+            """
+            SELECT k.id, k.tenant_id, k.scopes, k.member_id, m.role FROM api_key k
+            LEFT JOIN member m ON m.id = k.member_id
+            WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now())
+            """,
             hashed,
         )
     if not rows:

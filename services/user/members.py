@@ -60,8 +60,10 @@ def router(runtime: Runtime) -> APIRouter:
     async def list_members(who: Admin, paging: Paging) -> dict[str, Any]:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             rows = await tx.sql(
-                f"SELECT {_COLUMNS} FROM member WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) "
-                "ORDER BY id LIMIT $3",
+                f"""
+                SELECT {_COLUMNS} FROM member WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2)
+                ORDER BY id LIMIT $3
+                """,
                 who.tenant_id,
                 after(paging),
                 paging.limit + 1,

@@ -135,8 +135,10 @@ class Consume:
             await flush()
             done, seconds = count() - first, perf_counter() - began
         rows, different, moved = await admin.fetchrow(
-            "SELECT count(*), count(DISTINCT number), (SELECT sum(next_offset)::bigint FROM consumer_offset) "
-            "FROM effect"
+            """
+            SELECT count(*), count(DISTINCT number), (SELECT sum(next_offset)::bigint FROM consumer_offset)
+            FROM effect
+            """
         )
         check("consume", {"rows": rows, "different rows": different, "offsets": moved, "acknowledged": count()})
         if rows > RECORDS * 0.95:

@@ -172,8 +172,10 @@ class IngestBench:
         id_, token = uuid7(), new_token()
         credentials = msgspec.json.encode({"secret": SECRET, "reply_url": "http://127.0.0.1/"})
         await self.fixture.admin.execute(
-            "INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms) "
-            "VALUES ($1, $2, 'webhook', $1, $3, $4, $5, $6)",
+            """
+            INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms)
+            VALUES ($1, $2, 'webhook', $1, $3, $4, $5, $6)
+            """,
             id_,
             str(uuid7()),
             token_hash(token),

@@ -97,8 +97,10 @@ class RelayBench:
 
         async def step() -> int:
             rows = await connection.fetch(
-                "SELECT position, key, headers, body FROM outbox WHERE bus = 'kafka' AND published_at IS NULL "
-                "ORDER BY position LIMIT $1",
+                """
+                SELECT position, key, headers, body FROM outbox WHERE bus = 'kafka' AND published_at IS NULL
+                ORDER BY position LIMIT $1
+                """,
                 WINDOW,
             )
             sent = [

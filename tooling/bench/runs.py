@@ -61,12 +61,16 @@ _UNSENT = "SELECT count(*) FROM agent.outbox WHERE published_at IS NULL"
 _ROWS = {
     "langgraph": (
         # The first two checkpoints are the input and the state before the first node.
-        "SELECT count(*) FILTER (WHERE (metadata->>'step')::int = $1), "
-        "count(*) FILTER (WHERE (metadata->>'step')::int > 0) FROM public.checkpoints"
+        """
+        SELECT count(*) FILTER (WHERE (metadata->>'step')::int = $1),
+        count(*) FILTER (WHERE (metadata->>'step')::int > 0) FROM public.checkpoints
+        """
     ),
     "dbos": (
-        "SELECT (SELECT count(*) FROM dbos.workflow_status WHERE status = 'SUCCESS'), "
-        "(SELECT count(*) FROM dbos.operation_outputs WHERE function_id <= $1)"
+        """
+        SELECT (SELECT count(*) FROM dbos.workflow_status WHERE status = 'SUCCESS'),
+        (SELECT count(*) FROM dbos.operation_outputs WHERE function_id <= $1)
+        """
     ),
 }
 

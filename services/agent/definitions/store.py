@@ -114,8 +114,10 @@ async def _insert_version(
     tx: Tx, agent_id: UUID, version: int, definition: NewAgent, keys: Keys, created_by: str
 ) -> None:
     await tx.sql(
-        "INSERT INTO agent_version (agent_id, version, tenant_id, definition, api_key, fallback_key, created_by) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        """
+        INSERT INTO agent_version (agent_id, version, tenant_id, definition, api_key, fallback_key, created_by)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        """,
         agent_id,
         version,
         tx.tenant_id,
@@ -149,8 +151,10 @@ async def lock(tx: Tx, agent_id: UUID) -> StoredAgent:
 async def listed(tx: Tx, after: UUID | None, limit: int) -> Sequence[StoredAgent]:
     """The tenant's agents in the order of their creation."""
     rows = await tx.sql(
-        f"SELECT {_COLUMNS} AND v.version = a.version WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2) "
-        "ORDER BY a.id LIMIT $3",
+        f"""
+        SELECT {_COLUMNS} AND v.version = a.version WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2)
+        ORDER BY a.id LIMIT $3
+        """,
         tx.tenant_id,
         after,
         limit,

@@ -22,7 +22,7 @@ from services.agent.execution.model_calls import ModelCalls
 from services.agent.execution.outcome import Ended, Reply
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
 from services.agent.execution.tools import Tools
-from services.agent.models.contract import Answer, Answered, Image, Passage, Prompt, Said, Tool, ToolCall, Turn
+from services.agent.models.contract import Answer, AssistantTurn, Image, Passage, Prompt, Tool, ToolCall, Turn, UserTurn
 from services.agent.runs.domain import messages_at
 from services.agent.runs.notices import FAILED
 
@@ -43,7 +43,7 @@ SUMMARISE = (
 # Stands in the journal instead of a digest: before this run goes on, another run of the session may make a summary.
 SUMMARY = "summary"
 
-_SPEAKERS = {Said: "Person", Answered: "Assistant"}
+_SPEAKERS = {UserTurn: "Person", AssistantTurn: "Assistant"}
 
 
 @dataclass
@@ -79,7 +79,7 @@ class AgentLoop:
         summary = await self._summary(conversation)
         passages = await self._retrieve(conversation.text) if self.agent.knowledge else ()
         tools = (*await self.tools.offered(), *given.tools)
-        turns: list[Turn] = [*conversation.history, Said(conversation.text, conversation.images), *given.since]
+        turns: list[Turn] = [*conversation.history, UserTurn(conversation.text, conversation.images), *given.since]
         known = summary or conversation.summary
         instructions = conversation.system(self.agent.system_prompt) + (
             f"\n\nSummary of the conversation so far:\n{known.text}" if known else ""
@@ -105,7 +105,7 @@ class AgentLoop:
             calls = tuple(call for call in answer.calls if call.name in callers_tools)
             calls = calls if given.parallel else calls[:1]
             if answer.calls and not calls:
-                turns.append(Answered(answer.text, answer.calls, answer.reasoning))
+                turns.append(AssistantTurn(answer.text, answer.calls, answer.reasoning))
                 if answer.finish_reason == "length":
                     # The last call may be cut, even if its arguments are JSON by chance.
                     turns += await self.tools.refuse_all(answer.calls, CUT)
@@ -137,7 +137,7 @@ class AgentLoop:
         said = [f"{_SPEAKERS[type(turn)]}: {turn.text}" for exchange in conversation.older for turn in exchange.turns]
         transcript = "\n".join([*before, *said])[-SUMMARISED_CHARACTERS:]
         try:
-            answer = await self.models.ask(Prompt(SUMMARISE, (Said(transcript),)), SUMMARY)
+            answer = await self.models.ask(Prompt(SUMMARISE, (UserTurn(transcript),)), SUMMARY)
         except Ended as error:
             if error.status != "failed":
                 raise
@@ -170,10 +170,10 @@ class AgentLoop:
         if text and self._taken_before == step:
             # One turn for each step: a worker that resumes the run takes all messages of a step at once.
             earlier = turns.pop()
-            assert isinstance(earlier, Said)
+            assert isinstance(earlier, UserTurn)
             text, images = f"{earlier.text}\n{text}", earlier.images
         if text:
-            turns.append(Said(text, images))
+            turns.append(UserTurn(text, images))
             self._taken_before = step
         return bool(text)
 

@@ -49,8 +49,10 @@ class Spending:
             if counted:
                 return True
             [(spent,)] = await tx.sql(
-                "SELECT coalesce(sum(budget_nanos), 0)::bigint FROM run "
-                "WHERE tenant_id = $1 AND agent_id = $2 AND created_at >= $3",
+                """
+                SELECT coalesce(sum(budget_nanos), 0)::bigint FROM run
+                WHERE tenant_id = $1 AND agent_id = $2 AND created_at >= $3
+                """,
                 self._tenant_id,
                 self._agent_id,
                 since,
@@ -69,9 +71,11 @@ class Spending:
     async def _settle(self, since: datetime) -> None:
         async with self._effects.begin() as tx:
             rows = await tx.sql(
-                "SELECT id, (SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run "
-                "WHERE tenant_id = $1 AND agent_id = $2 AND created_at >= $3 AND budget_nanos > 0 "
-                "AND NOT budget_settled AND finished_at IS NOT NULL ORDER BY created_at LIMIT $4",
+                """
+                SELECT id, (SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run
+                WHERE tenant_id = $1 AND agent_id = $2 AND created_at >= $3 AND budget_nanos > 0
+                AND NOT budget_settled AND finished_at IS NOT NULL ORDER BY created_at LIMIT $4
+                """,
                 self._tenant_id,
                 self._agent_id,
                 since,

@@ -13,7 +13,7 @@ import msgspec
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
-from services.agent.models.contract import Answered, Image, Said, Turn
+from services.agent.models.contract import AssistantTurn, Image, Turn, UserTurn
 from services.agent.runs.content import Unsealer
 from services.agent.sessions.intake import Context
 
@@ -31,7 +31,7 @@ NOTHING = Context(())
 class Exchange:
     """The messages of an earlier run and its reply."""
 
-    turns: tuple[Said | Answered, ...]
+    turns: tuple[UserTurn | AssistantTurn, ...]
     seq: int
     """Of the run's last message."""
     about: frozenset[str]
@@ -210,11 +210,11 @@ def _exchange(keys: Keys, rows: Sequence[ExchangeRow]) -> Exchange:
     """Without the words of erased persons."""
     texts = [keys.open(row.text, row.subject_id, str(row.message_id), "text") for row in rows]
     last = rows[-1]
-    turns: list[Said | Answered] = []
+    turns: list[UserTurn | AssistantTurn] = []
     if said := "\n".join(text for text in texts if text is not None):
-        turns.append(Said(said))
+        turns.append(UserTurn(said))
     if last.reply and (reply := keys.open(last.reply, last.reply_subject_id, str(last.run_id), "reply")):
-        turns.append(Answered(reply))
+        turns.append(AssistantTurn(reply))
     return Exchange(tuple(turns), last.seq, frozenset(row.subject_id for row in rows) | {last.reply_subject_id})
 
 

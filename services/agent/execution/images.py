@@ -8,7 +8,7 @@ import msgspec
 
 from infra.errors import NotFound
 from infra.stores.objects import Objects
-from services.agent.models.contract import Image, Prompt, Said
+from services.agent.models.contract import Image, Prompt, UserTurn
 
 # The tokens of one image, for estimates: providers charge at most about this much for a large one.
 IMAGE_TOKENS = 1_600
@@ -22,7 +22,7 @@ async def loaded(prompt: Prompt, objects: Objects | None) -> Prompt:
         return prompt
     turns = []
     for turn in prompt.turns:
-        if isinstance(turn, Said) and turn.images:
+        if isinstance(turn, UserTurn) and turn.images:
             found = [await _loaded(image, objects) for image in turn.images]
             kept = tuple(image for image in found if image)
             turn = msgspec.structs.replace(turn, text=_with_notice(turn.text, len(found) - len(kept)), images=kept)
@@ -45,7 +45,7 @@ async def _loaded(image: Image, objects: Objects | None) -> Image | None:
 
 
 def count(prompt: Prompt) -> int:
-    return sum(len(turn.images) for turn in prompt.turns if isinstance(turn, Said))
+    return sum(len(turn.images) for turn in prompt.turns if isinstance(turn, UserTurn))
 
 
 def without(prompt: Prompt, *, notice: bool) -> Prompt:
@@ -54,7 +54,7 @@ def without(prompt: Prompt, *, notice: bool) -> Prompt:
         msgspec.structs.replace(
             turn, images=(), text=_with_notice(turn.text, len(turn.images)) if notice else turn.text
         )
-        if isinstance(turn, Said) and turn.images
+        if isinstance(turn, UserTurn) and turn.images
         else turn
         for turn in prompt.turns
     )

@@ -18,7 +18,7 @@ from services.agent.execution.context import RunContext
 from services.agent.execution.credit import Credit
 from services.agent.execution.outcome import ChildRun, Ended, Suspended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
-from services.agent.models.contract import Returned, Tool, ToolCall
+from services.agent.models.contract import Tool, ToolCall, ToolTurn
 from services.agent.runs.content import ToolResult
 from services.agent.runs.domain import Suspend
 from services.agent.runs.notices import UNCERTAIN
@@ -49,7 +49,7 @@ class Tools:
         tools = (Tool(tool.name, tool.description, msgspec.json.decode(tool.schema_json)) for tool in reply.tools)
         return (*tools, *agents)
 
-    async def call_all(self, calls: Sequence[ToolCall]) -> list[Returned]:
+    async def call_all(self, calls: Sequence[ToolCall]) -> list[ToolTurn]:
         """Makes the calls at the same time and returns their results in order.
 
         Raises Suspended before the first call if a person has to approve one of them.
@@ -75,13 +75,13 @@ class Tools:
             for error in errors:
                 if isinstance(error, kind):
                     raise error
-        return [Returned(call, str(result)) for call, result in zip(calls, results, strict=True)]
+        return [ToolTurn(call, str(result)) for call, result in zip(calls, results, strict=True)]
 
-    async def refuse_all(self, calls: Sequence[ToolCall], reason: str) -> list[Returned]:
+    async def refuse_all(self, calls: Sequence[ToolCall], reason: str) -> list[ToolTurn]:
         """Makes none of the calls. The model reads the reason, and the steps show it."""
         for call in calls:
             await self.steps.refuse(_spec(call), reason)
-        return [Returned(call, f"Error: {reason}") for call in calls]
+        return [ToolTurn(call, f"Error: {reason}") for call in calls]
 
     async def _deny(self, call: ToolCall) -> str:
         await self.steps.refuse(_spec(call), "a person has refused this call")

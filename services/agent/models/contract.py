@@ -62,7 +62,7 @@ class Image(msgspec.Struct, frozen=True):
     """``data:…;base64,…`` or ``https://…``."""
 
 
-class Said(msgspec.Struct, frozen=True, tag="user", omit_defaults=True):
+class UserTurn(msgspec.Struct, frozen=True, tag="user", omit_defaults=True):
     """A message of a person, verbatim."""
 
     text: str
@@ -77,7 +77,7 @@ class Reasoning(msgspec.Struct, frozen=True):
     text: str
 
 
-class Answered(msgspec.Struct, frozen=True, tag="assistant"):
+class AssistantTurn(msgspec.Struct, frozen=True, tag="assistant"):
     """A message of the model, and the tool calls it asked for."""
 
     text: str
@@ -86,14 +86,14 @@ class Answered(msgspec.Struct, frozen=True, tag="assistant"):
     """Shown only to the same model, with the results of these calls."""
 
 
-class Returned(msgspec.Struct, frozen=True, tag="tool"):
+class ToolTurn(msgspec.Struct, frozen=True, tag="tool"):
     """The result of a tool call, or the reason why there is none."""
 
     call: ToolCall
     content: str
 
 
-Turn = Said | Answered | Returned
+Turn = UserTurn | AssistantTurn | ToolTurn
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -101,7 +101,7 @@ class Prompt(msgspec.Struct, frozen=True):
 
     system: str
     turns: tuple[Turn, ...]
-    """The conversation, oldest turn first. Its last `Said` is the message to answer."""
+    """The conversation, oldest turn first. Its last `UserTurn` is the message to answer."""
     passages: tuple[Passage, ...] = ()
     tools: tuple[Tool, ...] = ()
     max_output_tokens: int | None = None

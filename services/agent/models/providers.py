@@ -43,7 +43,7 @@ from infra.observe.redaction import redacted
 from services.agent.models.completions import Completions, without_thoughts
 from services.agent.models.contract import (
     Answer,
-    Answered,
+    AssistantTurn,
     Endpoint,
     Image,
     ModelFailed,
@@ -51,11 +51,11 @@ from services.agent.models.contract import (
     Passage,
     Prompt,
     Reasoning,
-    Returned,
-    Said,
     ToolCall,
+    ToolTurn,
     Turn,
     Usage,
+    UserTurn,
 )
 
 # After this long without a byte the connection is considered dead.
@@ -228,12 +228,12 @@ def _messages(prompt: Prompt, system: str) -> list[wire.ModelMessage]:
 
 def _message(turn: Turn, system: str) -> wire.ModelMessage:
     match turn:
-        case Said(text, images) if images:
+        case UserTurn(text, images) if images:
             words = [text] if text else []
             return wire.ModelRequest(parts=[wire.UserPromptPart([*words, *map(_image, images)])])
-        case Said(text):
+        case UserTurn(text):
             return wire.ModelRequest(parts=[wire.UserPromptPart(text)])
-        case Answered(text, calls, reasoning):
+        case AssistantTurn(text, calls, reasoning):
             parts: list[wire.ModelResponsePart] = []
             if reasoning:
                 parts.append(wire.ThinkingPart(reasoning.text, id=reasoning.field, provider_name=system))
@@ -244,7 +244,7 @@ def _message(turn: Turn, system: str) -> wire.ModelMessage:
                 for call in calls
             ]
             return wire.ModelResponse(parts=parts)
-        case Returned(call, content):
+        case ToolTurn(call, content):
             part = wire.ToolReturnPart(_UNFIT.sub("_", call.name), content, tool_call_id=call.id)
             return wire.ModelRequest(parts=[part])
 

@@ -16,16 +16,16 @@ import msgspec
 
 from services.agent.models.contract import (
     Answer,
-    Answered,
+    AssistantTurn,
     ModelFailed,
     OnText,
     Passage,
     Prompt,
-    Returned,
-    Said,
     Tool,
     ToolCall,
+    ToolTurn,
     Usage,
+    UserTurn,
 )
 
 NAME = "scripted/answer"
@@ -54,12 +54,12 @@ class Scripted:
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
         """Raises ModelFailed if there is no message to answer."""
-        asked = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, Said)]
+        asked = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, UserTurn)]
         if not asked:
             raise ModelFailed(f"{NAME}: there is no message to answer", transient=False)
         last = prompt.turns[asked[-1]]
-        assert isinstance(last, Said)
-        results = [turn for turn in prompt.turns[asked[-1] :] if isinstance(turn, Returned)]
+        assert isinstance(last, UserTurn)
+        results = [turn for turn in prompt.turns[asked[-1] :] if isinstance(turn, ToolTurn)]
         call = None if results else _sum_to_work_out(last.text, prompt.tools)
         text = "" if call else f"{_reply(last.text, results, prompt.passages)}\n\n{LABEL}"
         for piece in re.findall(r"\S*\s*", text):
@@ -88,7 +88,7 @@ def _sum_to_work_out(question: str, tools: Sequence[Tool]) -> ToolCall | None:
     return ToolCall("call_1", calculator.name, msgspec.json.encode(arguments).decode())
 
 
-def _reply(question: str, results: Sequence[Returned], passages: Sequence[Passage]) -> str:
+def _reply(question: str, results: Sequence[ToolTurn], passages: Sequence[Passage]) -> str:
     if results:
         return "\n".join(f"The tool {result.call.name} says: {_plain(result.content)}" for result in results)
     if found := _best_sentences(question, passages):
@@ -147,12 +147,12 @@ def _everything(prompt: Prompt) -> Iterable[str]:
         yield tool.description
     for turn in prompt.turns:
         match turn:
-            case Said(text):
+            case UserTurn(text):
                 yield text
-            case Answered(text, calls):
+            case AssistantTurn(text, calls):
                 yield text
                 yield from (call.arguments for call in calls)
-            case Returned(_, content):
+            case ToolTurn(_, content):
                 yield content
 
 

@@ -17,8 +17,10 @@ STOPPABLE = ("queued", "running", *SUSPENDED)
 
 async def started(tx: Tx, run_id: UUID, model: str) -> None:
     await tx.sql(
-        "UPDATE run SET status = 'running', started_at = coalesce(started_at, clock_timestamp()), model = $2 "
-        "WHERE id = $1",
+        """
+        UPDATE run SET status = 'running', started_at = coalesce(started_at, clock_timestamp()), model = $2
+        WHERE id = $1
+        """,
         run_id,
         model,
     )
@@ -36,10 +38,12 @@ def step_not_made(
 ) -> None:
     """A step that has already ended when it is stored: refused, or copied from another run."""
     tx.buffer(
-        "INSERT INTO run_step (tenant_id, run_id, n, kind, name, status, attempts, started_at, duration_ms, error) "
-        "SELECT tenant_id, run_id, n, kind, name, status, attempts, clock_timestamp(), 0, error "
-        "FROM unnest($1::text[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::int[], $8::text[]) "
-        "AS s(tenant_id, run_id, n, kind, name, status, attempts, error)",
+        """
+        INSERT INTO run_step (tenant_id, run_id, n, kind, name, status, attempts, started_at, duration_ms, error)
+        SELECT tenant_id, run_id, n, kind, name, status, attempts, clock_timestamp(), 0, error
+        FROM unnest($1::text[], $2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::int[], $8::text[])
+        AS s(tenant_id, run_id, n, kind, name, status, attempts, error)
+        """,
         tx.tenant_id,
         run_id,
         n,
@@ -78,8 +82,10 @@ async def failed(tx: Tx, run_id: UUID, status: Ending, error: str) -> None:
 
 async def delivery_asked(tx: Tx, run_id: UUID, delivery_id: UUID) -> None:
     await tx.sql(
-        "INSERT INTO delivery (tenant_id, delivery_id, run_id, state, asked_at) "
-        "VALUES ($1, $2, $3, 'queued', clock_timestamp()) ON CONFLICT DO NOTHING",
+        """
+        INSERT INTO delivery (tenant_id, delivery_id, run_id, state, asked_at)
+        VALUES ($1, $2, $3, 'queued', clock_timestamp()) ON CONFLICT DO NOTHING
+        """,
         tx.tenant_id,
         delivery_id,
         run_id,

@@ -99,8 +99,10 @@ async def waiting(tx: Tx, unsealer: Unsealer, run: Row) -> Waiting | None:
 async def steps(tx: Tx, runs: Sequence[Row]) -> dict[UUID, list[StepView]]:
     """The steps of each run, the first one first."""
     rows = await tx.sql(
-        "SELECT run_id, n, kind, name, status, attempts, duration_ms, error FROM run_step "
-        "WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, n",
+        """
+        SELECT run_id, n, kind, name, status, attempts, duration_ms, error FROM run_step
+        WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, n
+        """,
         [run.id for run in runs],
     )
     found: dict[UUID, list[StepView]] = {run.id: [] for run in runs}
@@ -115,9 +117,11 @@ async def listed(
     """The tenant's runs that match, the newest first."""
     created_at, id_ = _position(after) if after else (None, None)
     rows = await tx.sql(
-        f"SELECT {_COLUMNS} WHERE tenant_id = $1 AND ($2::text IS NULL OR session_key = $2) "
-        "AND ($3::uuid IS NULL OR agent_id = $3) AND ($4::text IS NULL OR status = $4) "
-        "AND ($5::timestamptz IS NULL OR (created_at, id) < ($5, $6::uuid)) ORDER BY created_at DESC, id DESC LIMIT $7",
+        f"""
+        SELECT {_COLUMNS} WHERE tenant_id = $1 AND ($2::text IS NULL OR session_key = $2)
+        AND ($3::uuid IS NULL OR agent_id = $3) AND ($4::text IS NULL OR status = $4)
+        AND ($5::timestamptz IS NULL OR (created_at, id) < ($5, $6::uuid)) ORDER BY created_at DESC, id DESC LIMIT $7
+        """,
         tx.tenant_id,
         session_key,
         agent_id,

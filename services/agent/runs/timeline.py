@@ -42,10 +42,12 @@ async def timeline(tx: Tx, subjects: SubjectKeys, run_id: UUID, charges: billing
 async def _messages(tx: Tx, unsealer: Unsealer, run: queries.Row) -> AsyncIterator[TimelineItem]:
     rows = await tx.sql(
         # A fork takes over the messages of its origin. Messages after the end of the origin belong to the fork only.
-        "WITH RECURSIVE owner AS (SELECT $1::uuid AS id UNION ALL SELECT r.id FROM run r JOIN owner o "
-        "ON r.forked_from = o.id WHERE r.tenant_id = $2 AND r.session_key = $3) "
-        "SELECT message_id, subject_id, text, received_at FROM message WHERE run_id IN (SELECT id FROM owner) "
-        "AND received_at <= coalesce($4, received_at) ORDER BY seq",
+        """
+        WITH RECURSIVE owner AS (SELECT $1::uuid AS id UNION ALL SELECT r.id FROM run r JOIN owner o
+        ON r.forked_from = o.id WHERE r.tenant_id = $2 AND r.session_key = $3)
+        SELECT message_id, subject_id, text, received_at FROM message WHERE run_id IN (SELECT id FROM owner)
+        AND received_at <= coalesce($4, received_at) ORDER BY seq
+        """,
         run.id,
         tx.tenant_id,
         run.session_key,
@@ -78,8 +80,10 @@ def _queued(run: queries.Row) -> Iterator[TimelineItem]:
 async def _steps(tx: Tx, unsealer: Unsealer, run: queries.Row) -> AsyncIterator[TimelineItem]:
     journal = await tx.load(stream(run.id))
     rows = await tx.sql(
-        "SELECT n, kind, name, status, attempts, started_at, duration_ms, error, span_id FROM run_step "
-        "WHERE run_id = $1 ORDER BY n",
+        """
+        SELECT n, kind, name, status, attempts, started_at, duration_ms, error, span_id FROM run_step
+        WHERE run_id = $1 ORDER BY n
+        """,
         run.id,
     )
     for n, kind, name, status, attempts, at, ms, error, span_id in rows:

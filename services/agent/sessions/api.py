@@ -21,7 +21,7 @@ from infra.web.json_schema import check_schema
 from services.agent import adapters
 from services.agent.definitions import store
 from services.agent.definitions.models import ToolName
-from services.agent.models.contract import Answered, Image, Returned, Said, Tool, ToolCall, Turn
+from services.agent.models.contract import AssistantTurn, Image, Tool, ToolCall, ToolTurn, Turn, UserTurn
 from services.agent.sessions.domain import Busy
 from services.agent.sessions.intake import Arrival, Context, take_in
 
@@ -226,17 +226,17 @@ def router(runtime: Runtime) -> APIRouter:
 
 
 def _turn(said: FromUser | FromAssistant | FromTool) -> Turn:
-    return Said(said.text, _images(said.images)) if isinstance(said, FromUser) else _later_turn(said)
+    return UserTurn(said.text, _images(said.images)) if isinstance(said, FromUser) else _later_turn(said)
 
 
 def _images(urls: list[str]) -> tuple[Image, ...]:
     return tuple(Image(url=url) for url in urls)
 
 
-def _later_turn(said: FromAssistant | FromTool) -> Answered | Returned:
+def _later_turn(said: FromAssistant | FromTool) -> AssistantTurn | ToolTurn:
     if isinstance(said, FromTool):
-        return Returned(_call(said.call), said.text)
-    return Answered(said.text, tuple(map(_call, said.calls)))
+        return ToolTurn(_call(said.call), said.text)
+    return AssistantTurn(said.text, tuple(map(_call, said.calls)))
 
 
 def _call(call: Call) -> ToolCall:

@@ -23,7 +23,7 @@ from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.definitions.store import queue_mode
 from services.agent.lanes import RUNS, queue_run
-from services.agent.models.contract import Answered, Image, Returned, Tool, Turn
+from services.agent.models.contract import AssistantTurn, Image, Tool, ToolTurn, Turn
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel, fail
 from services.agent.runs.content import Unsealer
@@ -61,7 +61,7 @@ class Context(msgspec.Struct, frozen=True):
     """The model has to call one of these tools."""
     parallel: bool = True
     """The model may call several of them at once."""
-    since: tuple[Answered | Returned, ...] = ()
+    since: tuple[AssistantTurn | ToolTurn, ...] = ()
     """The calls of these tools that the model has already made for the message, and their results."""
     images: tuple[Image, ...] = ()
     """Images of the message."""

@@ -263,8 +263,10 @@ async def begin_refund(tx: Tx, payment_id: UUID, minor: int, *, reason: str, act
     await accounts.lock_one(tx, payment.tenant_id)
     payment = await get(tx, payment_id)
     [(asked,)] = await tx.sql(
-        "SELECT coalesce(sum(minor), 0)::bigint FROM refund WHERE tenant_id = $1 AND payment_id = $2 "
-        "AND status <> 'failed'",
+        """
+        SELECT coalesce(sum(minor), 0)::bigint FROM refund WHERE tenant_id = $1 AND payment_id = $2
+        AND status <> 'failed'
+        """,
         payment.tenant_id,
         payment_id,
     )

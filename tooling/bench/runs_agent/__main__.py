@@ -17,7 +17,7 @@ from services.agent.__main__ import service
 from services.agent.execution import wiring
 from services.agent.execution.context import Services
 from services.agent.execution.executor import Executor
-from services.agent.models.contract import Answer, Endpoint, OnText, Prompt, Returned, ToolCall, Usage
+from services.agent.models.contract import Answer, Endpoint, OnText, Prompt, ToolCall, ToolTurn, Usage
 from services.agent.models.library import Models
 from tooling.bench.runs_agent import TOOL
 
@@ -37,7 +37,7 @@ class AtOnce(Models):
         return self
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
-        called = sum(isinstance(turn, Returned) for turn in prompt.turns)
+        called = sum(isinstance(turn, ToolTurn) for turn in prompt.turns)
         if called < TOOL_CALLS:
             call = ToolCall(f"call_{called}", TOOL, '{"expression": "1 + 1"}')
             return Answer("", (call,), _USAGE, "at-once", "tool_call")

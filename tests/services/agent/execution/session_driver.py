@@ -48,10 +48,10 @@ from services.agent.models.contract import (
     ModelFailed,
     OnText,
     Prompt,
-    Returned,
-    Said,
     ToolCall,
+    ToolTurn,
     Usage,
+    UserTurn,
 )
 from services.agent.sessions.intake import Arrival, Origin, take_in
 from tests.conftest import execute
@@ -192,10 +192,10 @@ class Outside:
 
     def answer(self, prompt: Prompt) -> Answer:
         """Follows the plan after the number in the last message: one word for each time that the model is asked."""
-        said = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, Said)]
-        texts = [turn.text for turn in prompt.turns if isinstance(turn, Said)]
+        said = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, UserTurn)]
+        texts = [turn.text for turn in prompt.turns if isinstance(turn, UserTurn)]
         number, *plan = texts[-1].split("\n")[-1].split()
-        returned = sum(isinstance(turn, Returned) for turn in prompt.turns[said[-1] :])
+        returned = sum(isinstance(turn, ToolTurn) for turn in prompt.turns[said[-1] :])
         # `look` is called twice, together with itself.
         words = [word for word in plan for _ in range(2 if word == LOOK else 1)]
         word = words[returned] if returned < len(words) else ""

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from services.agent.models.breaker import FAILURES, OPEN_SECONDS, Breaker, Circuit
-from services.agent.models.contract import Answer, ModelFailed, OnText, Prompt, Said, Usage
+from services.agent.models.contract import Answer, ModelFailed, OnText, Prompt, Usage, UserTurn
 
-PROMPT = Prompt("", (Said("hi"),))
+PROMPT = Prompt("", (UserTurn("hi"),))
 WELL = Answer("hi", (), Usage(), "m", "stop")
 
 

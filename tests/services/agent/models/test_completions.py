@@ -12,23 +12,23 @@ from infra.outgoing.client import Outgoing
 from services.agent.models.completions import _Thoughts, usage, without_thoughts
 from services.agent.models.contract import (
     Answer,
-    Answered,
+    AssistantTurn,
     Endpoint,
     ModelFailed,
     Prompt,
     Reasoning,
-    Returned,
-    Said,
     Tool,
     ToolCall,
+    ToolTurn,
     Turn,
     Usage,
+    UserTurn,
 )
 from services.agent.models.providers import Providers
 from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
 
 MODEL = "gpt-4o-mini"
-PROMPT = Prompt("", (Said("?"),), tools=(Tool("add", "", {"type": "object", "properties": {}}),))
+PROMPT = Prompt("", (UserTurn("?"),), tools=(Tool("add", "", {"type": "object", "properties": {}}),))
 
 
 @pytest.fixture
@@ -198,9 +198,9 @@ async def test_two_calls_that_share_an_index_or_an_id_are_two_calls(
     assert len({made.id for made in answer.calls}) == 2
     # The next request is one that a strict server takes.
     turns: tuple[Turn, ...] = (
-        Said("?"),
-        Answered("", answer.calls),
-        *(Returned(made, "1") for made in answer.calls),
+        UserTurn("?"),
+        AssistantTurn("", answer.calls),
+        *(ToolTurn(made, "1") for made in answer.calls),
     )
     assert (await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))).text == "Done."
 
@@ -249,7 +249,7 @@ async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
     streamed: list[str] = []
     answer = await ask(server, providers, streamed=streamed)
     assert (answer.text, streamed, answer.reasoning) == ("", [], Reasoning(field, "They want a sum."))
-    turns = (Said("?"), Answered("", answer.calls, answer.reasoning), Returned(answer.calls[0], "3"))
+    turns = (UserTurn("?"), AssistantTurn("", answer.calls, answer.reasoning), ToolTurn(answer.calls[0], "3"))
     await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))
     sent = server.requests[-1].body["messages"][1]
     assert (sent["role"], sent[field], sent["tool_calls"][0]["id"]) == ("assistant", "They want a sum.", "a")
@@ -367,7 +367,7 @@ async def test_invalid_arguments_of_an_earlier_call_are_sent_as_an_empty_object(
     await ask(
         server,
         providers,
-        Prompt("", (Said("?"), Answered("", (cut,)), Returned(cut, "Error: cut")), tools=PROMPT.tools),
+        Prompt("", (UserTurn("?"), AssistantTurn("", (cut,)), ToolTurn(cut, "Error: cut")), tools=PROMPT.tools),
     )
     assert server.requests[-1].body["messages"][1]["tool_calls"][0]["function"]["arguments"] == "{}"
 

@@ -11,16 +11,16 @@ import pytest
 from infra.outgoing.client import Outgoing
 from services.agent.models.contract import (
     Answer,
-    Answered,
+    AssistantTurn,
     Endpoint,
     ModelFailed,
     Passage,
     Prompt,
-    Returned,
-    Said,
     Tool,
     ToolCall,
+    ToolTurn,
     Usage,
+    UserTurn,
 )
 from services.agent.models.providers import Providers
 from tooling.testing.model_server import KEY, Fails, ModelServer, Says, model_server
@@ -65,7 +65,7 @@ async def test_the_last_user_message_is_the_persons_text_and_passages_go_into_th
     name: str, server: ModelServer, providers: Providers
 ) -> None:
     passage = Passage("Returns take 30 days.", 0.9, "d1", "handbook.md", "Returns", 2)
-    turns = (Said("Hi"), Answered("Hello"), Said(STRANGE))
+    turns = (UserTurn("Hi"), AssistantTurn("Hello"), UserTurn(STRANGE))
     await ask(server, providers, name, Prompt("Be kind.", turns, (passage,)))
     [asked] = server.requests
     assert asked.last_user_text == STRANGE
@@ -80,12 +80,12 @@ async def test_a_tool_is_called_and_its_result_is_given_back(
 ) -> None:
     own_name = name.partition("/")[2]
     server.script(own_name, Says(calls=(("weather_now", '{"city":"Bern"}'),)), Says("Rain."))
-    prompt = Prompt("", (Said("Weather in Bern?"),), tools=(WEATHER,))
+    prompt = Prompt("", (UserTurn("Weather in Bern?"),), tools=(WEATHER,))
     first = await ask(server, providers, name, prompt)
     [call] = first.calls
     # Under the tool's own name, although the provider allows no dot in names.
     assert (call.name, call.arguments) == ("weather.now", '{"city":"Bern"}')
-    turns = (*prompt.turns, Answered(first.text, first.calls), Returned(call, '"rain"'))
+    turns = (*prompt.turns, AssistantTurn(first.text, first.calls), ToolTurn(call, '"rain"'))
     second = await ask(server, providers, name, Prompt("", turns, tools=(WEATHER,)))
     assert second.text == "Rain."
     assert second.calls == ()
@@ -96,14 +96,14 @@ async def test_usage_is_the_providers_with_cached_tokens_inside_the_input(
     name: str, server: ModelServer, providers: Providers
 ) -> None:
     server.script(name.partition("/")[2], Says("Yes.", usage=(100, 60, 9, 4)))
-    answer = await ask(server, providers, name, Prompt("", (Said("?"),)))
+    answer = await ask(server, providers, name, Prompt("", (UserTurn("?"),)))
     reasoning = 4 if name == OPENAI else None
     assert answer.usage == Usage(100, 60, None if name == OPENAI else 0, 9, reasoning)
 
 
 async def test_usage_that_is_not_reported_is_not_zero(server: ModelServer, providers: Providers) -> None:
     server.script("gpt-4o-mini", Says("Yes.", usage=None))
-    answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+    answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),)))
     assert answer.usage == Usage()
 
 
@@ -115,7 +115,7 @@ async def test_transient_and_permanent_errors_are_distinguished(
     found = []
     for _ in range(4):
         with pytest.raises(ModelFailed) as failed:
-            await ask(server, providers, name, Prompt("", (Said("?"),)))
+            await ask(server, providers, name, Prompt("", (UserTurn("?"),)))
         found.append((failed.value.transient, failed.value.after))
     assert found == [(True, timedelta(seconds=7)), (True, None), (False, None), (False, None)]
 
@@ -128,7 +128,7 @@ async def test_a_long_text_arrives_unchanged_for_every_packet_size(
     assert len(text) > 25_000
     server.script(name.partition("/")[2], *(Says(text, packet=packet) for packet in (4093, 101)))
     for _ in range(2):
-        assert (await ask(server, providers, name, Prompt("", (Said("?"),)))).text == text
+        assert (await ask(server, providers, name, Prompt("", (UserTurn("?"),)))).text == text
 
 
 @pytest.mark.parametrize("answer", [Says(comments=True), Says("A long text", stalls_after=0)])
@@ -138,7 +138,7 @@ async def test_an_answer_that_does_not_begin_times_out(
     monkeypatch.setattr("services.agent.models.providers.FIRST_TOKEN_SECONDS", 0.3)
     server.script("gpt-4o-mini", answer)
     with pytest.raises(ModelFailed, match=r"no answer began within 0\.3 seconds") as failed:
-        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+        await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),)))
     assert failed.value.transient
 
 
@@ -154,7 +154,7 @@ async def test_an_answer_that_is_cut_off_is_a_failure(
 ) -> None:
     server.script("gpt-4o-mini", answer)
     with pytest.raises(ModelFailed) as failed:
-        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+        await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),)))
     assert (failed.value.transient, failed.value.reason) == (True, f"{OPENAI}: {reason}")
 
 
@@ -164,7 +164,7 @@ async def test_an_endless_answer_is_a_failure(
     monkeypatch.setattr("infra.outgoing.client.MAX_CLIENT_BYTES", 100_000)
     server.script("gpt-4o-mini", Says("Again and again. ", endless=True))
     with pytest.raises(ModelFailed, match="answer: larger than the limit of 100000 bytes") as failed:
-        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)))
+        await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),)))
     assert not failed.value.transient
 
 
@@ -172,7 +172,7 @@ async def test_a_wrong_key_is_a_permanent_failure_and_is_not_shown_in_the_reason
     server: ModelServer, providers: Providers
 ) -> None:
     with pytest.raises(ModelFailed, match=r"HTTP 401 \(is the provider's api_key right\?\)") as failed:
-        await ask(server, providers, OPENAI, Prompt("", (Said("?"),)), key="sk-wrong")
+        await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),)), key="sk-wrong")
     assert not failed.value.transient
     assert "sk-wrong" not in failed.value.reason
     server.refused.clear()
@@ -184,7 +184,7 @@ async def test_an_unreachable_provider_is_a_transient_failure(providers: Provide
 
     nowhere = providers.model(OPENAI, Endpoint("http://127.0.0.1:1/v1", KEY))
     with pytest.raises(ModelFailed) as failed:
-        await nowhere.answer(Prompt("", (Said("?"),)), hear)
+        await nowhere.answer(Prompt("", (UserTurn("?"),)), hear)
     assert failed.value.transient
 
 
@@ -193,7 +193,7 @@ async def test_a_private_address_is_a_permanent_failure(name: str, server: Model
     guarded = Outgoing(allow_private=False)
     providers = Providers(guarded.transport())
     with pytest.raises(ModelFailed, match="not on the public internet") as failed:
-        await ask(server, providers, name, Prompt("", (Said("?"),)))
+        await ask(server, providers, name, Prompt("", (UserTurn("?"),)))
     assert not failed.value.transient
     assert server.requests == []
     await providers.close()
@@ -205,7 +205,7 @@ async def test_an_endpoint_that_ignores_streaming_is_supported(
     calls: tuple[tuple[str, str], ...], server: ModelServer, providers: Providers
 ) -> None:
     server.script("gpt-4o-mini", Says("In one piece.", calls=calls, whole=True))
-    answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),), tools=(WEATHER,)))
+    answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
     assert answer.text == "In one piece."
     assert [call.arguments for call in answer.calls] == [arguments for _, arguments in calls]
     assert answer.usage == Usage(12, 0, None, 5, 0)
@@ -214,14 +214,14 @@ async def test_an_endpoint_that_ignores_streaming_is_supported(
 
 @BOTH
 async def test_the_limit_of_the_answer_is_passed_on(name: str, server: ModelServer, providers: Providers) -> None:
-    await ask(server, providers, name, Prompt("", (Said("?"),), max_output_tokens=64))
+    await ask(server, providers, name, Prompt("", (UserTurn("?"),), max_output_tokens=64))
     [asked] = server.requests
     assert asked.body.get("max_completion_tokens", asked.body.get("max_tokens")) == 64
 
 
 async def test_a_call_of_an_unknown_tool_keeps_its_name(server: ModelServer, providers: Providers) -> None:
     server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
-    answer = await ask(server, providers, OPENAI, Prompt("", (Said("?"),), tools=(WEATHER,)))
+    answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
     assert answer.calls == (ToolCall("call_0", "made_up", "{}"),)
 
 
@@ -233,7 +233,7 @@ async def test_an_open_schema_is_sent_unchanged(server: ModelServer, providers: 
         (closed | {"properties": {"a": open_}}, False),
         (closed | {"additionalProperties": False}, True),
     ):
-        await ask(server, providers, OPENAI, Prompt("", (Said("Hi"),), output_schema=schema))
+        await ask(server, providers, OPENAI, Prompt("", (UserTurn("Hi"),), output_schema=schema))
         sent = server.requests[-1].body["response_format"]["json_schema"]
         assert (sent["schema"], sent["strict"]) == (schema, strict)
 
@@ -242,7 +242,7 @@ async def test_an_open_schema_is_sent_unchanged(server: ModelServer, providers: 
 async def test_a_required_call_and_single_calls_are_sent_as_options(
     name: str, server: ModelServer, providers: Providers
 ) -> None:
-    prompt = Prompt("", (Said("Hi"),), tools=(WEATHER,))
+    prompt = Prompt("", (UserTurn("Hi"),), tools=(WEATHER,))
     await ask(server, providers, name, prompt)
     await ask(server, providers, name, msgspec.structs.replace(prompt, must_call=True, parallel=False))
     free, bound = (request.body for request in server.requests)
@@ -255,5 +255,5 @@ async def test_a_required_call_and_single_calls_are_sent_as_options(
             {"type": "any", "disable_parallel_tool_use": True},
         )
     # Without tools the options for tools are absent, because some servers refuse them.
-    await ask(server, providers, name, Prompt("", (Said("Hi"),), must_call=True, parallel=False))
+    await ask(server, providers, name, Prompt("", (UserTurn("Hi"),), must_call=True, parallel=False))
     assert {"tool_choice", "parallel_tool_calls"}.isdisjoint(server.requests[-1].body)

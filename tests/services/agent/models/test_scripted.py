@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.agent.models.contract import Answer, Answered, ModelFailed, Passage, Prompt, Returned, Said, Tool
+from services.agent.models.contract import Answer, AssistantTurn, ModelFailed, Passage, Prompt, Tool, ToolTurn, UserTurn
 from services.agent.models.scripted import LABEL, Scripted
 
 HANDBOOK = (
@@ -33,7 +33,7 @@ async def ask(question: str, *, passages: tuple[Passage, ...] = (), tools: tuple
     async def hear(text: str) -> None:
         heard.append(text)
 
-    answer = await Scripted().answer(Prompt("", (Said(question),), passages, tools), hear)
+    answer = await Scripted().answer(Prompt("", (UserTurn(question),), passages, tools), hear)
     assert "".join(heard) == answer.text
     return answer
 
@@ -78,7 +78,7 @@ async def test_a_sum_goes_to_the_calculator_once(question: str, expression: str 
     assert arguments == ([{"expression": expression}] if expression else [])
     if expression:
         for result in ('{"result":"85","exact":true}', "85"):
-            turns = (Said(question), Answered("", answer.calls), Returned(answer.calls[0], result))
+            turns = (UserTurn(question), AssistantTurn("", answer.calls), ToolTurn(answer.calls[0], result))
             after = await Scripted().answer(Prompt("", turns, tools=tools), _ignore)
             assert (after.calls, after.text) == ((), f"The tool calculator says: 85\n\n{LABEL}")
 

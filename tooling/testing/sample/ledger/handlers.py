@@ -30,9 +30,11 @@ async def count_notes(notes: list[NoteTaken], tx: Tx, front: sample_pb2_grpc.Sam
         nth,
     )
     await tx.sql(
-        "INSERT INTO total AS t SELECT notebook, count(*), sum(letters) FROM unnest($1::text[], $2::bigint[]) "
-        "AS n(notebook, letters) GROUP BY notebook ORDER BY notebook ON CONFLICT (notebook) "
-        "DO UPDATE SET notes = t.notes + excluded.notes, letters = t.letters + excluded.letters",
+        """
+        INSERT INTO total AS t SELECT notebook, count(*), sum(letters) FROM unnest($1::text[], $2::bigint[])
+        AS n(notebook, letters) GROUP BY notebook ORDER BY notebook ON CONFLICT (notebook)
+        DO UPDATE SET notes = t.notes + excluded.notes, letters = t.letters + excluded.letters
+        """,
         [note.notebook for note in notes],
         [len(note.text) for note in notes],
     )
