@@ -10,6 +10,7 @@ from uuid import UUID
 
 import httpx
 import pytest
+from pypdfium2 import PdfDocument  # type: ignore[import-untyped]
 
 from infra.clock import utcnow, uuid7
 from infra.web import rpc
@@ -136,3 +137,11 @@ async def billing(platform: Platform) -> AsyncIterator[Billing]:
     found = Billing(platform)
     yield found
     await found.close()
+
+
+def pdf_pages(content: bytes) -> list[str]:
+    """The text of each page, by an independent reader."""
+    document = PdfDocument(content)
+    pages = [page.get_textpage().get_text_range().replace("\r\n", "\n") for page in document]
+    document.close()
+    return pages
