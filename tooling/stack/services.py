@@ -12,6 +12,7 @@ from tooling.stack.engines import ENGINES
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program, write_atomically
 from tooling.stack.home import SERVICE_PORTS, SERVICES
 from tooling.stack.keys import make_keys, master_file, private_file, public_file
+from tooling.stack.supervisor import MARK
 
 # The variables that a service reads from files: other programs can see the environment of a process.
 SECRETS = frozenset(
@@ -52,7 +53,9 @@ class LocalService:
     def program(self, place: Place) -> Program:
         environment = {name: value for name, value in self._variables(place).items() if name not in SECRETS}
         environment["CLAW_SECRETS_FOLDER"] = str(self._secrets_folder(place))
-        return Program((sys.executable, "-m", f"services.{self.NAME}"), environment)
+        # The option has no effect but to name the stack: see `supervisor.orphans`.
+        mark = f"{MARK}={place.home}"
+        return Program((sys.executable, "-X", mark, "-m", f"services.{self.NAME}"), environment)
 
     def _secrets_folder(self, place: Place) -> Path:
         return place.folder(self.NAME) / "secrets"

@@ -214,7 +214,9 @@ def _belongs(process: psutil.Process, home: Path) -> bool:
     try:
         if process.pid == os.getpid():
             return False
-        if process.environ().get(MARK) == str(home):
+        # Memory hides its environment from other processes of its user once it has read a document. So services have
+        # the mark in their command line, too: otherwise a killed stack would leave memory running.
+        if f"{MARK}={home}" in process.cmdline() or process.environ().get(MARK) == str(home):
             return True
         # These two overwrite their environment with their title. A folder alone is not enough: a shell may be in it.
         return process.name() in ("postgres", "nginx") and Path(process.cwd()).is_relative_to(home)

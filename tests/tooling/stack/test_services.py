@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import aiormq
 import asyncpg
+import psutil
 import pytest
 import redis.asyncio
 from pydantic import SecretStr
@@ -17,6 +21,7 @@ from tooling.stack.engines.base import Place, Secrets
 from tooling.stack.home import SERVICES, Home
 from tooling.stack.provision import provision
 from tooling.stack.services import LocalService
+from tooling.stack.supervisor import end_all, orphans
 from tooling.testing.stack import private_home, run_claw
 
 
@@ -97,3 +102,20 @@ def test_no_secret_is_in_the_environment_of_a_service(
     assert not [name for name, value in environment.items() if value in values]
     folder = place.home / service / "secrets"
     assert {path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())} == {0o700, 0o600}
+
+
+def test_a_service_that_hides_its_environment_is_found_and_ended(place: Place, tmp_path: Path) -> None:
+    other = replace(place, home=tmp_path)
+    *options, _, _ = LocalService("memory").program(other).command
+    # A program that writes has been started for sure.
+    command = [*options, "-uc", "print('up'); input()"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={})
+    assert process.stdout
+    assert process.stdout.readline() == b"up\n"
+    try:
+        assert [found.pid for found in orphans(other.home)] == [process.pid]
+        end_all(other.home, kill=True)
+        assert not psutil.pid_exists(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
