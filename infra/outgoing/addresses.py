@@ -21,7 +21,7 @@ SPECIAL_PURPOSE = tuple(
         "192.0.2.0/24",  # documentation
         "192.31.196.0/24",  # AS112
         "192.52.193.0/24",  # AMT
-        #         "192.88.99.0/24",  # 6to4 relay anycast, deprecated
+        "192.88.99.0/24",  # 6to4 relay anycast, deprecated
         "192.168.0.0/16",  # private use
         "192.175.48.0/24",  # AS112, direct delegation
         "198.18.0.0/15",  # benchmarking

@@ -148,10 +148,14 @@ def test_the_master_key_of_an_older_version_opens_and_does_not_seal(tmp_path: Pa
     assert len(lines) == 2
 
 
+# An auditor's line is sealed and not stored. A rotation makes older lines invalid.
+KEPT = {"audit head"}
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_purpose_of_a_service_is_declared(service: str) -> None:
     declared = importlib.import_module(f"services.{service}.__main__").service.sealed
-    assert {column.purpose for column in declared} - {column.purpose for column in KERNEL} == purposes(service)
+    assert {column.purpose for column in declared} - {column.purpose for column in KERNEL} == purposes(service) - KEPT
 
 
 def purposes(service: str) -> set[str]:

@@ -66,7 +66,7 @@ async def test_knowledge_and_a_tool_go_into_the_answer(world: World, tenant: Ten
         ("model", f"openai/{MODEL}", "completed"),
     ]
     first, second = world.models.requests[-2:]
-    assert "cities.md, page 1\nBern is wet." in first.system
+    assert 'source="cities.md, page 1">\nBern is wet.\n' in first.system
     assert {tool["function"]["name"] for tool in first.body["tools"]} == {WEATHER, CALCULATOR}
     assert (second.body["messages"][-1]["role"], json.loads(second.body["messages"][-1]["content"])) == (
         "tool",

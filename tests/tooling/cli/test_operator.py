@@ -28,6 +28,7 @@ from tooling.cli import app as cli
 from tooling.cli import dlq, outbox, replay
 from tooling.stack import operator
 from tooling.stack.engines.base import EngineError
+from tooling.stack.keys import make_keys
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 from tooling.testing.sample.desk.domain import WriteNote
 from tooling.testing.sample.desk.publishing import NOTEBOOK
@@ -42,6 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: Stack, sample: 
     """A state folder with access to the suite's engines and to the module's database."""
     engines = {"postgres": {"url": sample.admin_url}, "kafka": {"bootstrap_servers": stack.kafka_bootstrap_servers}}
     (tmp_path / "credentials.json").write_text(json.dumps({"engines": engines}))
+    make_keys(tmp_path / "keys", ("sample_desk", "sample_ledger"), "")
     monkeypatch.setenv("CLAW_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "80")
     return tmp_path
