@@ -34,7 +34,7 @@ from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
 TOPICS = [SAMPLE_EVENTS.name]
 # More records than the fastest contender reads in a slice. Each slice begins with the first record.
-RECORDS = 240_000
+RECORDS = 600_000
 NOTEBOOKS = 2_000
 # A slice begins after this time: records that were fetched while a contender started do not count.
 WARM_SECONDS = 0.5
