@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
+from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -257,6 +258,14 @@ def _paging(
 
 
 Paging = Annotated[_Paging, Depends(_paging)]
+
+
+def id_cursor(paging: _Paging) -> UUID | None:
+    """The id after which the page begins. Raises InvalidMessage for an invalid cursor."""
+    try:
+        return UUID(paging.after) if paging.after else None
+    except ValueError:
+        raise bad_cursor() from None
 
 
 def page(items: Sequence[T], paging: _Paging, key: Callable[[T], str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Admin, Paging, Reader, bad_cursor, page
+from infra.service.api import Admin, Paging, Reader, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import budgets
@@ -57,10 +57,7 @@ def router(runtime: Runtime) -> APIRouter:
     @router.get("")
     async def list_budgets(who: Reader, paging: Paging) -> dict[str, Any]:
         """Lists the budgets with the amounts that are spent and held in the running period."""
-        try:
-            after = UUID(paging.after) if paging.after else None
-        except ValueError:
-            raise bad_cursor() from None
+        after = id_cursor(paging)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             found = await budgets.listed(tx, who.tenant_id, after=after, limit=paging.limit + 1)
         return page(found, paging, lambda budget: str(budget.id))

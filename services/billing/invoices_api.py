@@ -17,7 +17,7 @@ from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
-from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, page
+from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import accounts, invoices, journal, pdf, tax
@@ -102,10 +102,7 @@ def router(runtime: Runtime) -> APIRouter:
         who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
     ) -> dict[str, Any]:
         """Lists invoices, drafts included, by the time at which they were made."""
-        try:
-            after = UUID(paging.after) if paging.after else None
-        except ValueError:
-            raise bad_cursor() from None
+        after = id_cursor(paging)
         async with runtime.worker.begin() as tx:
             found = await invoices.listed(tx, who.tenant_id or tenant_id, after=after, limit=paging.limit + 1)
         return page(found, paging, lambda invoice: str(invoice.id))

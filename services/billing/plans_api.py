@@ -14,7 +14,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Operator, Paging, Viewer, bad_cursor, page
+from infra.service.api import Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import accounts, grants, plans, schemes, subscriptions
@@ -247,10 +247,7 @@ def router(runtime: Runtime) -> APIRouter:
     ) -> dict[str, Any]:
         """Lists a tenant's grants with the amounts that are left."""
         tenant = _tenant(who.tenant_id, tenant_id)
-        try:
-            after = UUID(paging.after) if paging.after else None
-        except ValueError:
-            raise bad_cursor() from None
+        after = id_cursor(paging)
         async with runtime.worker.begin(tenant_id=tenant) as tx:
             await accounts.lock_one(tx, tenant)
             await grants.settle(tx, tenant)

@@ -15,12 +15,12 @@ from infra.clock import utcnow, uuid7
 from infra.errors import Forbidden, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Admin, Paging, page
+from infra.service.api import Admin, Paging, id_cursor, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
 from services.user import domain
 from services.user.domain import Scope
-from services.user.fields import Body, Name, View, after
+from services.user.fields import Body, Name, View
 
 _RANDOM_BYTES = 32
 
@@ -73,7 +73,7 @@ def router(runtime: Runtime) -> APIRouter:
                 WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) ORDER BY id LIMIT $3
                 """,
                 who.tenant_id,
-                after(paging),
+                id_cursor(paging),
                 paging.limit + 1,
             )
         keys = [ApiKey(**dict(zip(ApiKey.model_fields, row, strict=True))) for row in rows]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from typing import Annotated
-from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
-
-from infra.errors import InvalidMessage
-from infra.service.api import Paging
 
 # No control characters: PostgreSQL refuses NUL, and a line break in a name could forge lines of a mail or a log.
 Name = Annotated[
@@ -31,11 +27,3 @@ class View(BaseModel):
     """The comments under the fields stand on the page of the API."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-def after(paging: Paging) -> UUID | None:
-    """The id after which a page begins. Raises InvalidMessage for an invalid cursor."""
-    try:
-        return UUID(paging.after) if paging.after else None
-    except ValueError:
-        raise InvalidMessage("cursor", "is not a valid cursor") from None

@@ -14,14 +14,14 @@ from infra.postgres.tx import Tx
 from infra.security import subjects as subject_keys
 from infra.security.audit import audit
 from infra.security.subjects import SubjectKeys
-from infra.service.api import Admin, Paging, page
+from infra.service.api import Admin, Paging, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from services.user import domain
 from services.user.domain import Role
-from services.user.fields import Body, Email, Name, View, after
+from services.user.fields import Body, Email, Name, View
 
 _COLUMNS = "id, role, email, name, created_at"
 _SubjectId = Annotated[str, Path(pattern=r"^[!-~]{1,200}$")]
@@ -65,7 +65,7 @@ def router(runtime: Runtime) -> APIRouter:
                 ORDER BY id LIMIT $3
                 """,
                 who.tenant_id,
-                after(paging),
+                id_cursor(paging),
                 paging.limit + 1,
             )
             found = [await _opened(tx, subjects, who.tenant_id, row) for row in rows]

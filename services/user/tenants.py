@@ -13,14 +13,14 @@ from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.subjects import SubjectKeys
-from infra.service.api import Operator, Paging, Reader, page
+from infra.service.api import Operator, Paging, Reader, id_cursor, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantCreated
 from services.user import api_keys, members
 from services.user.domain import EVERYTHING, prefix
-from services.user.fields import Body, Email, Name, View, after
+from services.user.fields import Body, Email, Name, View
 
 # The largest value of PostgreSQL's bigint and of billing's accounts.
 MAX_NANOS = 2**63 - 1
@@ -66,7 +66,7 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.worker.begin() as tx:
             rows = await tx.sql(
                 f"SELECT {_COLUMNS} FROM tenant WHERE $1::text IS NULL OR tenant_id > $1 ORDER BY tenant_id LIMIT $2",
-                str(last) if (last := after(paging)) else None,
+                str(last) if (last := id_cursor(paging)) else None,
                 paging.limit + 1,
             )
         return page([_tenant(row) for row in rows], paging, lambda tenant: tenant.id)

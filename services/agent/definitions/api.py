@@ -12,7 +12,7 @@ from infra.clock import uuid7
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Paging, Reader, Writer, page
+from infra.service.api import Paging, Reader, Writer, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web import rpc
@@ -119,10 +119,7 @@ def router(runtime: Runtime) -> APIRouter:
     @routes.get("")
     async def list_agents(who: Reader, paging: Paging) -> dict[str, Any]:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            try:
-                after = UUID(paging.after) if paging.after else None
-            except ValueError:
-                raise InvalidMessage("cursor", "is not a valid cursor") from None
+            after = id_cursor(paging)
             agents = await store.listed(tx, after, paging.limit + 1)
         return page([agent.view() for agent in agents], paging, lambda agent: str(agent.id))
 

@@ -13,7 +13,7 @@ from infra.clock import utcnow
 from infra.errors import Conflict, Forbidden, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Admin, Editor, Operator, Paging, Viewer, bad_cursor, page
+from infra.service.api import Admin, Editor, Operator, Paging, Viewer, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing.invoices_api import owner
@@ -119,10 +119,7 @@ def router(runtime: Runtime) -> APIRouter:
     async def list_payments(
         who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
     ) -> dict[str, Any]:
-        try:
-            after = UUID(paging.after) if paging.after else None
-        except ValueError:
-            raise bad_cursor() from None
+        after = id_cursor(paging)
         async with runtime.worker.begin() as tx:
             found = await store.listed(tx, who.tenant_id or tenant_id, after=after, limit=paging.limit + 1)
         return page(found, paging, lambda payment: str(payment.id))
