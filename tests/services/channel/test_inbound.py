@@ -290,6 +290,7 @@ async def test_concurrent_messages_of_several_tenants_are_each_accepted_once_for
         )
     )
     assert {answer.status_code for answer in answers} == {200}
+    await desk.drained()
     rows = await desk.platform.outbox("channel", "channel.inbound")
     texts = [body["text"] for _, body in rows if body["channel_id"] in {channel["id"] for channel in channels}]
     assert sorted(texts) == sorted(f"{each.tenant_id} {n}" for n in range(25) for each in desks)
