@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+import asyncio
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -20,8 +18,7 @@ from infra.security.auth import Identity
 from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.billing import accounts, invoices, journal, pdf, tax
-from services.billing.currencies import DIGITS
+from services.billing import accounts, invoice_files, invoices, journal, pdf, tax
 from services.billing.invoices import CreditNote, Invoice, InvoiceLine
 from services.billing.tax import Buyer
 
@@ -82,6 +79,8 @@ class Journal(BaseModel):
 def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["invoices"])
     seller: str = runtime.settings.seller_country
+    # A process of up to a thousand megabytes prints each document.
+    printing = asyncio.Semaphore(1)
 
     @router.post("/billing/periods/close", response_model=Drafts)
     async def close_periods(body: CloseRequest, who: Operator, request: Request) -> Response:
@@ -128,37 +127,22 @@ def router(runtime: Runtime) -> APIRouter:
     async def get_csv(invoice_id: UUID, who: Viewer) -> Response:
         """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
         async with runtime.worker.begin() as tx:
-            tenant_id = await owner(tx, invoice_id, who)
-            invoice = await invoices.get(tx, tenant_id, invoice_id)
-            lines = await invoices.lines(tx, tenant_id, invoice_id, after=0, limit=invoices.MAX_LINES)
-        out = io.StringIO()
-        write = csv.writer(out).writerow
-        write(("line", "description", "quantity", "amount", "currency", "from", "to"))
-        for number, line in lines:
-            amount = exact(line.amount_nanos)
-            write(
-                (
-                    number,
-                    _plain(line.description),
-                    line.quantity,
-                    amount,
-                    invoice.currency,
-                    line.from_.isoformat(),
-                    line.to.isoformat(),
-                )
-            )
+            invoice, lines = await _whole(tx, invoice_id, who)
         name = f"attachment; filename={invoice.number or invoice.id}.csv"
-        return Response(out.getvalue(), media_type="text/csv; charset=utf-8", headers={"content-disposition": name})
+        return Response(
+            invoice_files.as_csv(invoice, lines),
+            media_type="text/csv; charset=utf-8",
+            headers={"content-disposition": name},
+        )
 
     @router.get("/invoices/{invoice_id}/pdf", response_class=Response)
     async def get_pdf(invoice_id: UUID, who: Viewer) -> Response:
-        """The invoice as PDF. The same invoice gives the same bytes. Only Latin characters are shown as such."""
+        """The invoice as PDF. The same invoice gives the same bytes."""
         async with runtime.worker.begin() as tx:
-            tenant_id = await owner(tx, invoice_id, who)
-            invoice = await invoices.get(tx, tenant_id, invoice_id)
-            lines = await invoices.lines(tx, tenant_id, invoice_id, after=0, limit=invoices.MAX_LINES)
+            invoice, lines = await _whole(tx, invoice_id, who)
         name = f"inline; filename={invoice.number or invoice.id}.pdf"
-        content = pdf.document(_rows(invoice, [line for _, line in lines]))
+        async with printing:
+            content = await pdf.document(invoice_files.page(invoice, lines))
         return Response(content, media_type="application/pdf", headers={"content-disposition": name})
 
     @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)
@@ -297,6 +281,12 @@ def router(runtime: Runtime) -> APIRouter:
     return router
 
 
+async def _whole(tx: Tx, invoice_id: UUID, who: Identity) -> tuple[Invoice, list[InvoiceLine]]:
+    tenant_id = await owner(tx, invoice_id, who)
+    found = await invoices.lines(tx, tenant_id, invoice_id, after=0, limit=invoices.MAX_LINES)
+    return await invoices.get(tx, tenant_id, invoice_id), [line for _, line in found]
+
+
 async def owner(tx: Tx, invoice_id: UUID, who: Identity) -> str:
     """Returns the tenant of an invoice. Raises NotFound if it is not the caller's."""
     rows = await tx.sql("SELECT tenant_id FROM invoice WHERE invoice_id = $1", invoice_id)
@@ -308,43 +298,3 @@ async def owner(tx: Tx, invoice_id: UUID, who: Identity) -> str:
 def _rate_key(rate: TaxRate) -> str:
     assert rate.valid_from is not None
     return f"{rate.country} {rate.valid_from.isoformat()}"
-
-
-def exact(nanos: int) -> str:
-    """All nine digits of an amount in units: ``12.500000000``."""
-    whole, rest = divmod(abs(nanos), 10**9)
-    return f"{'-' if nanos < 0 else ''}{whole}.{rest:09}"
-
-
-def in_minor(minor: int, currency: str) -> str:
-    """Formats minor units as units of the currency: ``12.50``, ``1200`` for JPY."""
-    digits = DIGITS[currency]
-    whole, rest = divmod(abs(minor), 10**digits)
-    return f"{'-' if minor < 0 else ''}{whole}" + (f".{rest:0{digits}}" if digits else "")
-
-
-def _rows(invoice: Invoice, lines: Sequence[InvoiceLine]) -> list[pdf.Row]:
-    """The text of an invoice. Its state is left out, because a payment must not change the document."""
-    rows = [
-        pdf.Row(f"Invoice {invoice.number}" if invoice.number else "Draft of an invoice", bold=True),
-        pdf.Row(f"To: {invoice.buyer.name} {invoice.buyer.country} {invoice.buyer.vat_id}".rstrip()),
-        pdf.Row(f"Date: {(invoice.finalised_at or invoice.made_at):%Y-%m-%d}"),
-        pdf.Row(f"Period: {invoice.period.begins:%Y-%m-%d %H:%M} to {invoice.period.ends:%Y-%m-%d %H:%M} UTC"),
-        pdf.Row(""),
-    ]
-    for number, line in enumerate(lines, 1):
-        rows.append(pdf.Row(f"{number:>4}  {line.description}"))
-        rows.append(pdf.Row(f"      {line.quantity:>24,}  {exact(line.amount_nanos):>30} {invoice.currency}"))
-    return [
-        *rows,
-        pdf.Row(""),
-        pdf.Row(f"{'Subtotal':<32}{exact(invoice.subtotal_nanos):>30} {invoice.currency}"),
-        pdf.Row(f"{'Tax':<32}{exact(invoice.tax_nanos):>30} {invoice.currency}"),
-        pdf.Row(f"  {invoice.tax_note}"),
-        pdf.Row(f"Total {in_minor(invoice.total_minor, invoice.currency)} {invoice.currency}", bold=True),
-    ]
-
-
-def _plain(text: str) -> str:
-    """A text that a spreadsheet does not run as a formula. Names of agents and models come from tenants."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -2,8 +2,9 @@
 
 Method: for each name that requirements.txt pins, the licence is the one that the installed package states
 (``License-Expression``, else its classifiers, else its ``License`` field). A permissive licence is allowed. MPL-2.0 is
-allowed because it covers only its own files, and they are used unchanged. Every other package needs an entry in
-`JUDGED` that says why it is allowed. A statement that is missing or unknown fails.
+allowed because it covers only its own files, and they are used unchanged. OFL-1.1 allows fonts to go along with any
+software and to be embedded in documents. Every other package needs an entry in `JUDGED` that says why it is
+allowed. A statement that is missing or unknown fails.
 
 Limits: the metadata is believed, no file of the packages is scanned. Programs outside the Python packages (RabbitMQ by
 apt, the jars of Kafka, OpenSearch and S3Proxy, the images of compose.yml) are separate programs that are reached over
@@ -33,6 +34,7 @@ ALLOWED = {
     "MIT-0",
     "MIT-CMU",
     "MPL-2.0",
+    "OFL-1.1",
     "PSF-2.0",
     "Unlicense",
     "Zlib",
@@ -51,6 +53,7 @@ SPELLINGS = {
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "PSFL": "PSF-2.0",
     "Python Software Foundation License": "PSF-2.0",
+    "SIL Open Font License 1.1 (OFL-1.1)": "OFL-1.1",
 }
 # Packages whose statement is not enough, each with the reason why it is allowed.
 JUDGED = {

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from services.billing.pdf import MAX_COLUMNS, PER_PAGE, Row, document
+from pypdfium2 import PdfDocument, raw  # type: ignore[import-untyped]
+
+from services.billing.pdf import Page, document
 from tests.services.billing.conftest import pdf_pages
 
-
-def test_every_row_is_on_a_page_in_its_order() -> None:
-    rows = [Row("Invoice INV-000001", bold=True), *(Row(f"line {n} (a\\b) 12.50 €") for n in range(PER_PAGE * 2))]
-    pages = pdf_pages(document(rows))
-    assert len(pages) == 3
-    assert "\n".join(pages).splitlines() == [row.text for row in rows]
+PAGE = Page("Invoice INV-000001", ["To: 深圳市示例有限公司"], [], [("Subtotal", "1.000000000")], "Total 1.00 CNY")
 
 
-def test_the_same_data_gives_the_same_bytes() -> None:
-    assert document([Row("a")]) == document([Row("a")])
+def lines(*descriptions: str) -> Page:
+    rows = [(str(n), text, "1,000", "12.500000000") for n, text in enumerate(descriptions, 1)]
+    return Page(PAGE.title, PAGE.head, rows, PAGE.totals, PAGE.total)
 
 
-def test_a_character_without_a_glyph_is_named_and_a_long_row_is_wrapped() -> None:
-    assert pdf_pages(document([Row("中文 ü\x00")])) == ["<U+4E2D><U+6587> ü<U+0000>"]
-    [page] = pdf_pages(document([Row("x" * (MAX_COLUMNS + 5))]))
-    assert page.replace("\n", "").replace(" ", "") == "x" * (MAX_COLUMNS + 5)
-    assert len(page.splitlines()) == 2
+async def test_every_line_is_on_a_page_in_its_order_with_any_character() -> None:
+    texts = [f"line {n}: 中文發票 zażółć Größe счёт" for n in range(150)]
+    pages = pdf_pages(await document(lines(*texts)))
+    assert len(pages) > 2
+    shown = "\n".join(pages)
+    places = [shown.index(text) for text in texts]
+    assert places == sorted(places)
+    assert shown.startswith("Invoice INV-000001")
+    assert "深圳市示例有限公司" in shown
+    assert "Total 1.00 CNY" in pages[-1]
+
+
+async def test_the_same_data_gives_the_same_bytes() -> None:
+    assert await document(lines("中文")) == await document(lines("中文"))
+
+
+async def test_the_fonts_are_in_the_file() -> None:
+    opened = PdfDocument(await document(lines("中文")))
+    texts = [found for found in opened[0].get_objects() if found.type == raw.FPDF_PAGEOBJ_TEXT]
+    assert texts
+    assert all(raw.FPDFFont_GetIsEmbedded(raw.FPDFTextObj_GetFont(found.raw)) == 1 for found in texts)
+    opened.close()
+
+
+async def test_a_text_is_never_run_as_markup() -> None:
+    markup = '#panic("x") $x^2$ *bold* #read("/etc/hostname") <label> @reference'
+    assert markup in pdf_pages(await document(lines(markup)))[0].replace("\n", " ")
