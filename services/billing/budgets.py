@@ -8,9 +8,10 @@ difference between the cost of one step and its hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Literal, Protocol
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -70,37 +71,57 @@ class Budget(BaseModel):
     made_at: datetime
 
 
-class Use(NamedTuple):
+class Use(Protocol):
     """Names the use that a hold is for."""
 
-    tenant_id: str
-    agent_id: str
-    channel_id: str
-    session_key: str
-    api_key_id: str
+    @property
+    def agent_id(self) -> str: ...
+    @property
+    def channel_id(self) -> str: ...
+    @property
+    def session_key(self) -> str: ...
+    @property
+    def api_key_id(self) -> str: ...
 
 
-class Rest(NamedTuple):
-    """The rest of a budget. Below zero after late usage."""
+@dataclass
+class Rest:
+    """The rest of a budget: its limit minus the spent amount and the open holds. Below zero after late usage."""
 
     nanos: int
+    scope: Scope
+    scope_id: str
     name: str
 
+    def concerns(self, use: Use) -> bool:
+        return (self.scope, self.scope_id) in _scopes(use)
 
-async def rest(tx: Tx, use: Use) -> Rest | None:
-    """Returns the budget with the least rest for this use. None: no budget concerns it. The account is locked."""
+
+def _scopes(use: Use) -> set[tuple[Scope, str]]:
+    return {
+        ("tenant", ""),
+        ("agent", use.agent_id),
+        ("channel", use.channel_id),
+        ("session", use.session_key),
+        ("key", use.api_key_id),
+    }
+
+
+async def rests(tx: Tx, tenant_id: str, uses: Iterable[Use]) -> list[Rest]:
+    """Returns the rests of the budgets that concern one of these uses. The account is locked."""
+    scopes = sorted({scope for use in uses for scope in _scopes(use)})
     rows = await tx.sql(
         f"""
-        SELECT b.nanos - {_SPENT} - {_HELD} AS rest, b.scope, b.nanos, b.period
-        FROM (SELECT $1::text, $2::text, $3::text, $4::text, $5::text)
-             AS n(tenant_id, agent_id, channel_id, session_key, api_key_id)
-        JOIN budget AS b ON {_concerns("n")}
-        ORDER BY rest
-        LIMIT 1
+        SELECT b.nanos - {_SPENT} - {_HELD}, b.scope, b.scope_id, b.nanos, b.period
+        FROM unnest($2::text[], $3::text[]) AS n(scope, scope_id)
+        JOIN budget AS b USING (scope, scope_id)
+        WHERE b.tenant_id = $1
         """,
-        *use,
+        tenant_id,
+        [scope for scope, _ in scopes],
+        [scope_id for _, scope_id in scopes],
     )
-    return Rest(rows[0][0], _name(*rows[0][1:])) if rows else None
+    return [Rest(rest, scope, id_, _name(scope, nanos, period)) for rest, scope, id_, nanos, period in rows]
 
 
 async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:

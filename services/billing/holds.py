@@ -1,25 +1,30 @@
 """Holds: credit that is reserved for a use that is about to happen, in the table ``hold``.
 
 A hold reserves credit until it ends or expires. An expired hold needs no release. Holds of a tenant are made and ended
-only under the lock of the tenant's account.
+only under the lock of the tenant's account. Requests of a tenant that wait for it share a transaction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, Transient
-from infra.postgres.tx import Tx
+from infra.postgres.group_commit import GroupCommit
+from infra.postgres.tx import Database, Tx
 from services.billing import accounts, budgets, price_book
 from services.billing.domain import UNITS, estimate, provisional
 
 MAX_EXPIRY = timedelta(days=1)
+# So many requests of a tenant share a transaction at most. It bounds how long they keep the account locked.
+LARGEST_GROUP = 100
 
 
 class HoldRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -48,46 +53,129 @@ class Reservation:
     """The budget that refuses. Empty: the credit, or nothing."""
 
 
-async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -> Reservation:
-    """Reserves the largest possible cost of `request` if it fits into the credit and the budgets.
+@dataclass
+class _Reserve:
+    """A request for a hold in a group. `answer` is set before the group's commit."""
 
-    A repeated request with the same hold_id gets the first answer. For a resource without a price it reserves a high
-    provisional amount, at most the available credit, and is granted while any credit is available. The usage of such a
-    resource is held for review and keeps its hold open, so unpriced use ends with the credit. Raises Transient if the
-    tenant has no account yet. Raises InvalidMessage if the hold_id was used with another request, and for implausible
-    quantities.
+    hold_id: UUID
+    request: HoldRequest
+    answer: Reservation | None = None
+
+    @property
+    def text(self) -> str:
+        """The column ``request``, by which a repeated request is known."""
+        return msgspec.json.encode(self.request, order="deterministic").decode()
+
+
+class Holds:
+    """Requests for holds, and releases, of one process.
+
+    Each tenant has a group of its own: it waits for no other tenant's account, and uses one connection at a time
+    however many callers it has.
     """
-    _check(request)
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        # A group lives while a caller or its task refers to it.
+        self._groups: WeakValueDictionary[str, GroupCommit[_Reserve | UUID]] = WeakValueDictionary()
+
+    async def reserve(self, tenant_id: str, hold_id: UUID, request: HoldRequest) -> Reservation:
+        """Reserves the largest possible cost of `request` if it fits into the credit and the budgets.
+
+        A repeated request with the same hold_id gets the first answer. For a resource without a price it reserves a
+        high provisional amount, at most the available credit, and is granted while any credit is available. The usage
+        of such a resource is held for review and keeps its hold open, so unpriced use ends with the credit. Raises
+        Transient if the tenant has no account yet. Raises InvalidMessage if the hold_id was used with another request,
+        and for implausible quantities.
+        """
+        _check(request)
+        asked = _Reserve(hold_id, request)
+        await self._group(tenant_id).write(asked)
+        assert asked.answer is not None
+        return asked.answer
+
+    async def release(self, tenant_id: str, hold_id: UUID) -> None:
+        """Ends an unused hold. A hold that has ended or is not known stays unchanged."""
+        await self._group(tenant_id).write(hold_id)
+
+    def _group(self, tenant_id: str) -> GroupCommit[_Reserve | UUID]:
+        if (group := self._groups.get(tenant_id)) is None:
+            group = GroupCommit(partial(self._commit, tenant_id), largest=LARGEST_GROUP)
+            self._groups[tenant_id] = group
+        return group
+
+    async def _commit(self, tenant_id: str, group: Sequence[_Reserve | UUID]) -> Mapping[int, Exception]:
+        refused: Mapping[int, Exception] = {}
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            if asked := {index: write for index, write in enumerate(group) if isinstance(write, _Reserve)}:
+                refused = await _reserve(tx, tenant_id, asked)
+            # After the holds: one that is requested and released in the same group must not stay open.
+            if ended := [write for write in group if isinstance(write, UUID)]:
+                await release(tx, tenant_id, ended)
+        return refused
+
+
+async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Mapping[int, Exception]:
+    """Answers the requests in their order, as if each had a transaction of its own. Returns the errors of those that
+    are refused, by their index."""
+    prices = await price_book.versions(tx, {one.request.resource for one in asked.values()})
     try:
         currency, account = await accounts.lock_one(tx, tenant_id)
     except NotFound as error:
         raise Transient(f"{error} yet") from error
-    asked = msgspec.json.encode(request, order="deterministic").decode()
-    if known := await tx.sql(
+    rows = await tx.sql(
         """
-        SELECT request, granted, held_nanos, available_nanos, refused_by
+        SELECT hold_id, request, granted, held_nanos, available_nanos, refused_by
         FROM hold
-        WHERE tenant_id = $1 AND hold_id = $2
+        WHERE tenant_id = $1 AND hold_id = ANY($2::uuid[])
         """,
         tenant_id,
-        hold_id,
-    ):
-        [(before, granted, held, available, refused_by)] = known
-        if before != asked:
-            raise InvalidMessage("hold_id", "was used before with another request")
-        return Reservation(granted, held, available, currency, refused_by)
-    prices = await price_book.versions(tx, [request.resource])
-    try:
-        amount = estimate(prices.get(request.resource, ()), currency, request.quantities, utcnow())
-    except ValueError as error:
-        raise InvalidMessage("quantities", str(error)) from error
+        [one.hold_id for one in asked.values()],
+    )
+    known = {
+        hold_id: (text, Reservation(granted, held, available, currency, refused_by))
+        for hold_id, text, granted, held, available, refused_by in rows
+    }
     balance = account.balance_nanos
-    available = None if balance is None else balance - await open_nanos(tx, tenant_id)
-    names = request.agent_id, request.channel_id, request.session_key, request.api_key_id
-    refused_by = ""
-    budget = await budgets.rest(tx, budgets.Use(tenant_id, *names))
-    if budget and (available is None or budget.nanos < available):
-        available, refused_by = budget
+    credit = None if balance is None else balance - await open_nanos(tx, tenant_id)
+    limits = await budgets.rests(tx, tenant_id, [one.request for one in asked.values()])
+    now = utcnow()
+    made: list[tuple[_Reserve, Reservation]] = []
+    refused: dict[int, Exception] = {}
+    for index, one in asked.items():
+        request = one.request
+        if before := known.get(one.hold_id):
+            text, one.answer = before
+            if text != one.text:
+                refused[index] = InvalidMessage("hold_id", "was used before with another request")
+            continue
+        try:
+            amount = estimate(prices.get(request.resource, ()), currency, request.quantities, now)
+        except ValueError as error:
+            refused[index] = InvalidMessage("quantities", str(error))
+            continue
+        concerned = [limit for limit in limits if limit.concerns(request)]
+        one.answer = answer = _decide(request, amount, currency, credit, concerned)
+        if credit is not None:
+            credit -= answer.held_nanos
+        for limit in concerned:
+            limit.nanos -= answer.held_nanos
+        known[one.hold_id] = one.text, answer
+        made.append((one, answer))
+    if made:
+        await _insert(tx, tenant_id, made)
+    return refused
+
+
+def _decide(
+    request: HoldRequest, amount: int | None, currency: str, credit: int | None, limits: Sequence[budgets.Rest]
+) -> Reservation:
+    """amount: the largest possible cost; None: the resource has no price. credit: the available one; None: no limit.
+    limits: the rests of the budgets that the use concerns."""
+    available, refused_by = credit, ""
+    least = min(limits, key=lambda limit: limit.nanos, default=None)
+    if least and (available is None or least.nanos < available):
+        available, refused_by = least.nanos, least.name
     if amount is None:
         amount = provisional(request.quantities, currency)
         if available is not None:
@@ -95,24 +183,35 @@ async def reserve(tx: Tx, tenant_id: str, hold_id: UUID, request: HoldRequest) -
     granted = available is None or (available > 0 and available >= amount)
     held = amount if granted else 0
     left = None if available is None else available - held
+    return Reservation(granted, held, left, currency, "" if granted else refused_by)
+
+
+async def _insert(tx: Tx, tenant_id: str, made: Sequence[tuple[_Reserve, Reservation]]) -> None:
+    requests = [one.request for one, _ in made]
     await tx.sql(
         """
         INSERT INTO hold (tenant_id, hold_id, request, granted, held_nanos, available_nanos, expires_at, ended_at,
                           outcome, agent_id, channel_id, session_key, api_key_id, refused_by)
-        VALUES ($1, $2, $3, $4, $5, $6, clock_timestamp() + $7, CASE WHEN NOT $4 THEN clock_timestamp() END,
-                CASE WHEN NOT $4 THEN 'refused' END, $8, $9, $10, $11, $12)
+        SELECT $1, id, request, granted, held, available, clock_timestamp() + expires_in,
+               CASE WHEN NOT granted THEN clock_timestamp() END, CASE WHEN NOT granted THEN 'refused' END,
+               agent, channel, session, key, refused_by
+        FROM unnest($2::uuid[], $3::text[], $4::bool[], $5::bigint[], $6::bigint[], $7::interval[], $8::text[],
+                    $9::text[], $10::text[], $11::text[], $12::text[])
+             AS n(id, request, granted, held, available, expires_in, agent, channel, session, key, refused_by)
         """,
         tenant_id,
-        hold_id,
-        asked,
-        granted,
-        held,
-        left,
-        timedelta(milliseconds=request.expires_in_ms),
-        *names,
-        "" if granted else refused_by,
+        [one.hold_id for one, _ in made],
+        [one.text for one, _ in made],
+        [answer.granted for _, answer in made],
+        [answer.held_nanos for _, answer in made],
+        [answer.available_nanos for _, answer in made],
+        [timedelta(milliseconds=request.expires_in_ms) for request in requests],
+        [request.agent_id for request in requests],
+        [request.channel_id for request in requests],
+        [request.session_key for request in requests],
+        [request.api_key_id for request in requests],
+        [answer.refused_by for _, answer in made],
     )
-    return Reservation(granted, held, left, currency, "" if granted else refused_by)
 
 
 async def open_nanos(tx: Tx, tenant_id: str) -> int:
@@ -128,17 +227,17 @@ async def open_nanos(tx: Tx, tenant_id: str) -> int:
     return int(held)
 
 
-async def release(tx: Tx, tenant_id: str, hold_id: UUID) -> None:
-    """Ends an unused hold. A hold that has ended or is not known stays unchanged."""
+async def release(tx: Tx, tenant_id: str, hold_ids: Sequence[UUID]) -> None:
+    """Ends unused holds. A hold that has ended or is not known stays unchanged."""
     await accounts.lock(tx, [tenant_id])
     await tx.sql(
         """
         UPDATE hold
         SET ended_at = clock_timestamp(), outcome = 'released'
-        WHERE tenant_id = $1 AND hold_id = $2 AND ended_at IS NULL
+        WHERE tenant_id = $1 AND hold_id = ANY($2::uuid[]) AND ended_at IS NULL
         """,
         tenant_id,
-        hold_id,
+        hold_ids,
     )
 
 

@@ -21,6 +21,7 @@ MAX_RESOURCES = 100
 class Billing(billing_pb2_grpc.BillingServicer):
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._holds = holds.Holds(database)
 
     async def Reserve(self, request: billing_pb2.ReserveRequest, context: Any) -> billing_pb2.ReserveReply:
         tenant_id = rpc.tenant()
@@ -33,8 +34,7 @@ class Billing(billing_pb2_grpc.BillingServicer):
             request.session_key,
             request.api_key_id,
         )
-        async with self._database.begin(tenant_id=tenant_id) as tx:
-            found = await holds.reserve(tx, tenant_id, _uuid("hold_id", request.hold_id), asked)
+        found = await self._holds.reserve(tenant_id, _uuid("hold_id", request.hold_id), asked)
         return billing_pb2.ReserveReply(
             granted=found.granted,
             held_nanos=found.held_nanos,
@@ -44,9 +44,7 @@ class Billing(billing_pb2_grpc.BillingServicer):
         )
 
     async def Release(self, request: billing_pb2.ReleaseRequest, context: Any) -> billing_pb2.ReleaseReply:
-        tenant_id = rpc.tenant()
-        async with self._database.begin(tenant_id=tenant_id) as tx:
-            await holds.release(tx, tenant_id, _uuid("hold_id", request.hold_id))
+        await self._holds.release(rpc.tenant(), _uuid("hold_id", request.hold_id))
         return billing_pb2.ReleaseReply()
 
     async def Charges(self, request: billing_pb2.ChargesRequest, context: Any) -> billing_pb2.ChargesReply:

@@ -231,5 +231,5 @@ async def decide(tx: Tx, record: UsageRecorded, verdict: Verdict) -> None:
         *place,
     )
     if verdict.kind == "rejected" and record.hold_id:
-        await holds.release(tx, record.tenant_id, record.hold_id)
+        await holds.release(tx, record.tenant_id, [record.hold_id])
     await _charge(tx, [(record.tenant_id, record.usage_id, record.hold_id, verdict)])

@@ -49,6 +49,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
 
 
 async def _slice(database: Database, callers: int) -> Units:
+    served = holds.Holds(database)
     request = holds.HoldRequest("openai/gpt-4o-mini", {"input_tokens": 1000}, 60_000, agent_id="a")
     seconds: list[float] = []
     ends = perf_counter() + SLICE_SECONDS
@@ -56,13 +57,11 @@ async def _slice(database: Database, callers: int) -> Units:
     async def caller() -> None:
         while (began := perf_counter()) < ends:
             hold_id = uuid7()
-            async with database.begin(tenant_id=TENANT) as tx:
-                granted = (await holds.reserve(tx, TENANT, hold_id, request)).granted
+            granted = (await served.reserve(TENANT, hold_id, request)).granted
             seconds.append(perf_counter() - began)
             if not granted:
                 raise ValueError("reserve: a hold was refused")
-            async with database.begin(tenant_id=TENANT) as tx:
-                await holds.release(tx, TENANT, hold_id)
+            await served.release(TENANT, hold_id)
 
     began = perf_counter()
     await asyncio.gather(*(caller() for _ in range(callers)))

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Transient
+from infra.errors import InvalidMessage, Transient
 from infra.observe import telemetry
 from infra.postgres.schema import prepare_database
 from infra.postgres.tx import Database, Tx
@@ -21,7 +21,8 @@ from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
 from protos.topology import Subscription
-from services.billing import handlers
+from services.billing import budgets, handlers
+from services.billing.holds import HoldRequest, Holds
 from tooling.testing.platform import PASSWORDS, Platform
 
 
@@ -177,6 +178,49 @@ async def test_an_account_opened_while_its_usage_is_rated_leaves_no_record_held(
         assert await tx.sql("SELECT verdict, amount_nanos FROM usage WHERE tenant_id = $1", tenant_id) == [
             ("counted", 150)
         ]
+
+
+def asked(tokens: int, **names: str) -> HoldRequest:
+    return HoldRequest("openai/gpt-4o-mini", {"input_tokens": tokens}, 60_000, **names)
+
+
+async def test_requests_that_share_a_transaction_are_answered_as_if_each_came_alone(store: Database) -> None:
+    tenant_id, same, given_back = str(uuid7()), uuid7(), uuid7()
+    await open_account(store, tenant_id)  # with credit for six tokens
+    async with store.begin(tenant_id=tenant_id) as tx:
+        await budgets.set_budget(tx, tenant_id, "agent", "a", "month", 450, [])
+    served = Holds(store)
+    results = await asyncio.gather(
+        served.reserve(tenant_id, same, asked(2, agent_id="a")),
+        served.reserve(tenant_id, same, asked(2, agent_id="a")),
+        served.reserve(tenant_id, same, asked(1, agent_id="a")),
+        served.reserve(tenant_id, uuid7(), asked(2, agent_id="a")),
+        served.reserve(tenant_id, uuid7(), asked(-1)),
+        served.reserve(tenant_id, given_back, asked(3)),
+        served.reserve(tenant_id, uuid7(), asked(2)),
+        served.release(tenant_id, given_back),
+        served.reserve(tenant_id, uuid7(), asked(1)),
+        return_exceptions=True,
+    )
+    assert [
+        getattr(result, "field", None) or (result and (result.granted, result.available_nanos, result.refused_by))  # type: ignore[union-attr]
+        for result in results
+    ] == [
+        (True, 150, ""),
+        (True, 150, ""),
+        "hold_id",
+        (False, 150, "agent, 0.00000045 a month"),
+        "quantities",
+        (True, 250, ""),
+        (False, 250, ""),
+        None,
+        (True, 100, ""),
+    ]
+    assert isinstance(results[2], InvalidMessage)
+    async with store.begin() as tx:
+        rows = await tx.sql("SELECT outcome, xmin::text FROM hold WHERE tenant_id = $1", tenant_id)
+    assert sorted(outcome or "open" for outcome, _ in rows) == ["open", "open", "refused", "refused", "released"]
+    assert len({transaction for _, transaction in rows}) == 1, "all are written by one transaction"
 
 
 async def test_a_charge_has_a_span_in_the_trace_of_the_run_that_caused_it(
