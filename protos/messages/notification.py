@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from uuid import UUID
 
+import msgspec
+
 from protos.envelope import Message
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """A file that goes along with an e-mail."""
+
+    name: str
+    media_type: str
+    content: bytes
+    """On the wire in base64."""
 
 
 class SendEmail(Message, frozen=True, kw_only=True):
@@ -14,6 +25,7 @@ class SendEmail(Message, frozen=True, kw_only=True):
     """One address; empty for the tenant's owners, whose addresses notification looks up."""
     subject: str
     text: str
+    attachment: Attachment | None = None
 
 
 class SendPush(Message, frozen=True, kw_only=True):

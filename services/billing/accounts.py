@@ -15,7 +15,7 @@ from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from protos.catalog import NOTIFICATION_EMAIL, PLATFORM_EVENTS
 from protos.messages.billing import QuotaExhausted
-from protos.messages.notification import SendEmail
+from protos.messages.notification import Attachment, SendEmail
 from services.billing import grants
 from services.billing.domain import Account
 from services.billing.journal import JournalAccount
@@ -228,10 +228,10 @@ def _notify_tenant(tx: Tx, tenant_id: str, code: str, account: Account, *, exhau
         send_mail(tx, tenant_id, "Your budget is nearly spent", text)
 
 
-def send_mail(tx: Tx, tenant_id: str, subject: str, text: str) -> None:
+def send_mail(tx: Tx, tenant_id: str, subject: str, text: str, attachment: Attachment | None = None) -> None:
     """Sends a mail to the tenant's address. The transaction may be one of many tenants."""
     former, tx.tenant_id = tx.tenant_id, tenant_id
-    tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject=subject, text=text))
+    tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject=subject, text=text, attachment=attachment))
     tx.tenant_id = former
 
 

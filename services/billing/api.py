@@ -28,6 +28,7 @@ from services.billing import (
     prices_api,
     reports,
     rerate,
+    terms_api,
 )
 from services.billing.aggregates import GROUPS, METERS, Meter, Rebuilt, Sum, Window, full_hour
 from services.billing.payments import api as payments
@@ -64,6 +65,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         prices_api.router(runtime),
         plans_api.router(runtime),
         invoices_api.router(runtime),
+        terms_api.router(runtime),
         budgets_api.router(runtime),
         payments.router(runtime),
     )

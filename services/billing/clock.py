@@ -1,18 +1,17 @@
-"""The loop that closes periods, finalises drafts and ends expired grants when their time has come."""
+"""The loop that closes periods, finalises drafts, ends expired grants and sends mails when their time has come."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from datetime import timedelta
-from functools import partial
 from uuid import UUID
 
 from infra.clock import utcnow
 from infra.errors import describe
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database, Tx
-from services.billing import accounts, invoices
+from infra.postgres.tx import Database
+from services.billing import accounts, dunning, invoice_files, invoices, pdf
 
 TICK_SECONDS = 60.0
 # Records of a period that arrive within this time after its end are still in its invoice.
@@ -38,6 +37,7 @@ class Clock:
         while not self._stopping.is_set():
             try:
                 await self.tick()
+                await self.mail()
             except Exception as error:
                 get_logger("services.billing.clock").warning(
                     "could not close periods; will retry", error=describe(error)
@@ -78,23 +78,46 @@ class Clock:
                 MOST,
             )
         for (tenant_id,) in expired:
-            # Locking an account ends its expired grants.
-            await self._try(tenant_id, lambda tx, tenant: accounts.lock_one(tx, tenant))
+            await self._try(tenant_id, self._end_expired(tenant_id))
         for (tenant_id,) in ended:
-            await self._try(
-                tenant_id, lambda tx, tenant: invoices.close(tx, tenant, utcnow() - CLOSE_AFTER, self._seller)
-            )
+            await self._try(tenant_id, self._close(tenant_id))
         for tenant_id, invoice_id in drafts:
-            await self._try(tenant_id, partial(self._finalise, invoice_id))
+            await self._try(tenant_id, self._finalise(tenant_id, invoice_id))
 
-    async def _finalise(self, invoice_id: UUID, tx: Tx, tenant_id: str) -> None:
-        await invoices.finalise(tx, tenant_id, invoice_id, self._seller, "billing")
+    async def mail(self) -> None:
+        """Sends the invoices and reminders that are due, at most MOST."""
+        async with self._database.begin() as tx:
+            due = await dunning.due(tx, utcnow(), MOST)
+        for tenant_id, invoice_id, first in due:
+            await self._try(tenant_id, self._mail(tenant_id, invoice_id, first))
 
-    async def _try(self, tenant_id: str, work: Callable[[Tx, str], Awaitable[object]]) -> None:
+    async def _mail(self, tenant_id: str, invoice_id: UUID, first: bool) -> None:
+        document = None
+        if first:
+            async with self._database.begin(tenant_id=tenant_id) as tx:
+                page = invoice_files.page(*await invoices.whole(tx, tenant_id, invoice_id))
+            # Between two transactions: printing takes seconds, and a finalised invoice does not change meanwhile.
+            document = await pdf.document(page)
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            await dunning.step(tx, tenant_id, invoice_id, document, utcnow())
+
+    async def _end_expired(self, tenant_id: str) -> None:
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            # Locking an account ends its expired grants.
+            await accounts.lock_one(tx, tenant_id)
+
+    async def _close(self, tenant_id: str) -> None:
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            await invoices.close(tx, tenant_id, utcnow() - CLOSE_AFTER, self._seller)
+
+    async def _finalise(self, tenant_id: str, invoice_id: UUID) -> None:
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            await invoices.finalise(tx, tenant_id, invoice_id, self._seller, "billing")
+
+    async def _try(self, tenant_id: str, work: Awaitable[None]) -> None:
         """One tenant's fault must not keep the others from their invoices."""
         try:
-            async with self._database.begin(tenant_id=tenant_id) as tx:
-                await work(tx, tenant_id)
+            await work
         except Exception as error:
             get_logger("services.billing.clock").error(
                 "could not bill a tenant; will retry", tenant=tenant_id, error=describe(error)

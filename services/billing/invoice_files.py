@@ -34,6 +34,7 @@ def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
             f"Date: {(invoice.finalised_at or invoice.made_at):%Y-%m-%d}",
             f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC",
             f"Amounts in {invoice.currency}",
+            *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at else []),
         ],
         [
             (str(number), line.description, f"{line.quantity:,}", exact(line.amount_nanos))

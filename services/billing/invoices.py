@@ -7,7 +7,7 @@ finalised invoice never changes; a mistake is corrected by a credit note.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
-from services.billing import accounts, grants, journal, plans, schemes, subscriptions, tax
+from services.billing import accounts, grants, journal, plans, schemes, subscriptions, tax, terms
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.plans import Metered
 from services.billing.subscriptions import Period
@@ -51,6 +51,10 @@ class Invoice(BaseModel):
     credited_minor: int
     """Taken back by credit notes."""
     due_minor: int
+    due_at: datetime | None
+    """Null for a draft."""
+    overdue: bool
+    """It is finalised, not paid, and past `due_at`."""
     buyer: Buyer
     """As it was when the invoice was finalised. Empty for a draft."""
     made_at: datetime
@@ -79,7 +83,7 @@ class CreditNote(BaseModel):
 
 _INVOICE = (
     "invoice_id, number, status, currency, begins, ends, subtotal_nanos, tax_nanos, tax_note, total_minor, "
-    "applied_minor, paid_minor, credited_minor, buyer, made_at, finalised_at"
+    "applied_minor, paid_minor, credited_minor, due_at, buyer, made_at, finalised_at"
 )
 
 
@@ -180,6 +184,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller_country: str
     taxed = await _tax(tx, tenant_id, draft.subtotal_nanos, seller_country)
     total = to_minor(draft.subtotal_nanos + taxed[0], draft.currency)
     unit = nanos_per_minor(draft.currency)
+    now = utcnow()
     await grants.settle(tx, tenant_id)
     await journal.post(
         tx,
@@ -202,7 +207,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller_country: str
         """
         UPDATE invoice
         SET status = $3, number = $4, tax_nanos = $5, tax_note = $6, total_minor = $7, applied_minor = $8,
-            buyer = $9, finalised_at = clock_timestamp()
+            buyer = $9, finalised_at = $10, due_at = $11, dunning_at = $10
         WHERE tenant_id = $1 AND invoice_id = $2
         """,
         tenant_id,
@@ -213,6 +218,8 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller_country: str
         total,
         applied,
         (await tax.buyer(tx, tenant_id)).model_dump_json(),
+        now,
+        now + timedelta(days=(await terms.get(tx, tenant_id)).due_days),
     )
     if total < 0:
         # Corrections are larger than the charges: the tenant is owed the rest.
@@ -424,6 +431,7 @@ def _invoice(row: tuple[Any, ...]) -> Invoice:
         buyer=Buyer.model_validate_json(columns.pop("buyer")),
         period=Span(begins=columns.pop("begins"), ends=columns.pop("ends")),
         due_minor=max(0, due) if open_ else 0,
+        overdue=columns["status"] == "finalised" and columns["due_at"] < utcnow(),
         **columns,
     )
 
@@ -458,3 +466,9 @@ async def lines(tx: Tx, tenant_id: str, invoice_id: UUID, *, after: int, limit: 
         )
         for number, line_id, description, quantity, unit, amount, begins, ends in rows
     ]
+
+
+async def whole(tx: Tx, tenant_id: str, invoice_id: UUID) -> tuple[Invoice, list[InvoiceLine]]:
+    """Returns an invoice with all its lines. Raises NotFound."""
+    invoice = await get(tx, tenant_id, invoice_id)
+    return invoice, [line for _, line in await lines(tx, tenant_id, invoice_id, after=0, limit=MAX_LINES)]

@@ -19,7 +19,7 @@ from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cu
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import accounts, invoice_files, invoices, journal, pdf, tax
-from services.billing.invoices import CreditNote, Invoice, InvoiceLine
+from services.billing.invoices import CreditNote, Invoice
 from services.billing.tax import Buyer
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
@@ -127,7 +127,7 @@ def router(runtime: Runtime) -> APIRouter:
     async def get_csv(invoice_id: UUID, who: Viewer) -> Response:
         """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
         async with runtime.worker.begin() as tx:
-            invoice, lines = await _whole(tx, invoice_id, who)
+            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
         name = f"attachment; filename={invoice.number or invoice.id}.csv"
         return Response(
             invoice_files.as_csv(invoice, lines),
@@ -139,7 +139,7 @@ def router(runtime: Runtime) -> APIRouter:
     async def get_pdf(invoice_id: UUID, who: Viewer) -> Response:
         """The invoice as PDF. The same invoice gives the same bytes."""
         async with runtime.worker.begin() as tx:
-            invoice, lines = await _whole(tx, invoice_id, who)
+            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
         name = f"inline; filename={invoice.number or invoice.id}.pdf"
         async with printing:
             content = await pdf.document(invoice_files.page(invoice, lines))
@@ -279,12 +279,6 @@ def router(runtime: Runtime) -> APIRouter:
         return Journal(balances=found, difference=sum(found.values()))
 
     return router
-
-
-async def _whole(tx: Tx, invoice_id: UUID, who: Identity) -> tuple[Invoice, list[InvoiceLine]]:
-    tenant_id = await owner(tx, invoice_id, who)
-    found = await invoices.lines(tx, tenant_id, invoice_id, after=0, limit=invoices.MAX_LINES)
-    return await invoices.get(tx, tenant_id, invoice_id), [line for _, line in found]
 
 
 async def owner(tx: Tx, invoice_id: UUID, who: Identity) -> str:

@@ -35,6 +35,11 @@ def is_one_line(text: str) -> bool:
     return len(text.splitlines()) <= 1 and not re.search(r"[\x00-\x08\x0a-\x1f\x7f]", text)
 
 
+def is_file(name: str, media_type: str) -> bool:
+    """True if both can be values of an attachment's headers."""
+    return bool(re.fullmatch(r"[\w. -]{1,100}", name) and re.fullmatch(r"[a-z]+/[a-z0-9.+-]{1,100}", media_type))
+
+
 def masked(address: str) -> str:
     """``o***@example.com``: enough to recognise a known address."""
     name, _, domain = address.rpartition("@")

@@ -18,7 +18,7 @@ from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH
 from protos.envelope import Envelope
 from protos.messages.notification import SendEmail, SendPush
 from services.notification.adapters import Owners
-from services.notification.domain import LIFE, MAX_SUBJECT, Result, is_address, is_one_line, result
+from services.notification.domain import LIFE, MAX_SUBJECT, Result, is_address, is_file, is_one_line, result
 from services.notification.mailer import Mailer
 from services.notification.notifications import Email, Notifications, fail_push, finish
 
@@ -45,7 +45,11 @@ async def queue_email(message: SendEmail, tx: Tx, notifications: Notifications) 
         raise InvalidMessage("to", "must be one e-mail address")
     if not is_one_line(message.subject) or len(message.subject) > MAX_SUBJECT:
         raise InvalidMessage("subject", f"must be one line of up to {MAX_SUBJECT} characters")
-    await notifications.queue(tx, envelope.id, Email(message.to, message.subject, message.text, envelope.time))
+    if message.attachment and not is_file(message.attachment.name, message.attachment.media_type):
+        raise InvalidMessage("attachment", "must have a plain file name and a media type such as application/pdf")
+    await notifications.queue(
+        tx, envelope.id, Email(message.to, message.subject, message.text, envelope.time, message.attachment)
+    )
     # The life begins with the request: an old e-mail from a dead-letter queue is not sent.
     life = envelope.time + LIFE - utcnow()
     tx.enqueue(EMAILS, lane=str(envelope.id), item=QueuedEmail(envelope.id), item_id=envelope.id, expires_in=life)
@@ -68,7 +72,7 @@ async def send_email(
         # One effect per recipient: after a crash, recipients that have the e-mail do not get it again.
         outcome = await effects.run(
             f"{item.id}/{hashlib.sha256(recipient.encode()).hexdigest()[:16]}",
-            partial(mailer.send, to=recipient, subject=email.subject, text=email.text, at=email.at),
+            partial(mailer.send, to=recipient, email=email),
             kind="keyed",
         )
         errors.append(outcome.error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from email.message import EmailMessage
 from email.utils import format_datetime
 from urllib.parse import unquote, urlsplit
@@ -13,6 +12,7 @@ from opentelemetry.trace import SpanKind
 from infra.errors import EffectFailed, Transient, Unanswered
 from infra.observe import telemetry
 from services.notification.domain import refusal
+from services.notification.notifications import Email
 
 TIMEOUT_SECONDS = 30.0
 
@@ -25,7 +25,7 @@ class Mailer:
         self._sender = sender
         self._domain = sender.rpartition("@")[2]
 
-    async def send(self, key: str, to: str, subject: str, text: str, at: datetime) -> None:
+    async def send(self, key: str, to: str, email: Email) -> None:
         """Sends one e-mail. Its Message-ID is made from `key`, so that mailboxes recognise a copy.
 
         Raises EffectFailed if the server refuses it permanently, Transient if the server refuses it for now or cannot
@@ -34,13 +34,16 @@ class Mailer:
         message = EmailMessage()
         message["From"] = self._sender
         message["To"] = to
-        message["Subject"] = subject
-        message["Date"] = format_datetime(at)
+        message["Subject"] = email.subject
+        message["Date"] = format_datetime(email.at)
         message["Message-ID"] = f"<{key}@{self._domain}>"
         # RFC 3834: suppresses out-of-office replies.
         message["Auto-Submitted"] = "auto-generated"
         # SMTP does not allow NUL.
-        message.set_content(text.replace("\x00", ""))
+        message.set_content(email.text.replace("\x00", ""))
+        if file := email.attachment:
+            main, _, sub = file.media_type.partition("/")
+            message.add_attachment(file.content, maintype=main, subtype=sub, filename=file.name)
         host, port = self._url.hostname or "", self._url.port
         attributes: dict[str, telemetry.Value] = {"server.address": host}
         with telemetry.span("send e-mail", SpanKind.CLIENT, attributes=attributes):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
+from protos.messages.notification import Attachment
 from services.notification.domain import Result, masked
 
 KEEP = timedelta(days=90)
@@ -26,6 +27,7 @@ class Email(msgspec.Struct, frozen=True):
     subject: str
     text: str
     at: datetime
+    attachment: Attachment | None = None
 
 
 class Notification(BaseModel):

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from infra.observe.metrics import Metrics
 from infra.web import rpc
 from protos.catalog import NOTIFICATION_EMAIL
-from protos.messages.notification import SendEmail
+from protos.messages.notification import Attachment, SendEmail
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from tooling.testing import keys
 from tooling.testing.platform import Platform
@@ -87,8 +87,10 @@ class World:
     async def start(self, **environment: str) -> None:
         await self.platform.start("notification", CLAW_SMTP_URL=f"smtp://127.0.0.1:{self.inbox.port}", **environment)
 
-    async def send(self, tenant_id: str, to: str, subject: str = "Hello", text: str = "Text\n") -> UUID:
-        message = SendEmail(to=to, subject=subject, text=text)
+    async def send(
+        self, tenant_id: str, to: str, subject: str = "Hello", text: str = "Text\n", file: Attachment | None = None
+    ) -> UUID:
+        message = SendEmail(to=to, subject=subject, text=text, attachment=file)
         return await self.platform.send(NOTIFICATION_EMAIL, message, tenant_id=tenant_id)
 
     async def listed(self, tenant_id: str, **query: Any) -> Any:

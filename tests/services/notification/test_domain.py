@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.notification.domain import Result, is_address, is_one_line, masked, refusal, result
+from services.notification.domain import Result, is_address, is_file, is_one_line, masked, refusal, result
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,18 @@ def test_a_refusal_is_told_without_the_servers_words() -> None:
 )
 def test_a_mail_is_sent_if_one_recipient_has_it(errors: list[str | None], expected: Result) -> None:
     assert result(errors) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "media_type", "expected"),
+    [
+        ("INV-000001.pdf", "application/pdf", True),
+        ("../a.pdf", "application/pdf", False),
+        ('a".pdf', "application/pdf", False),
+        ("a.pdf\r\nBcc: b@example.com", "application/pdf", False),
+        ("a.pdf", "application/pdf\r\nBcc: b@example.com", False),
+        ("a.pdf", "pdf", False),
+    ],
+)
+def test_an_attachment_has_a_plain_name_and_a_media_type(name: str, media_type: str, expected: bool) -> None:
+    assert is_file(name, media_type) is expected

@@ -17,11 +17,11 @@ from infra.observe.spans import encode
 from infra.security.crypto import Cipher
 from protos.catalog import NOTIFICATION_PUSH, PLATFORM_EVENTS
 from protos.envelope import Envelope
-from protos.messages.notification import SendEmail, SendPush
+from protos.messages.notification import Attachment, SendEmail, SendPush
 from protos.messages.user import SubjectErased
 from services.notification import handlers
 from services.notification.mailer import Mailer
-from services.notification.notifications import Notifications
+from services.notification.notifications import Email, Notifications
 from tests.services.notification.conftest import World, address, tenant
 from tooling.testing.platform import MASTER_KEY
 
@@ -39,6 +39,16 @@ async def test_a_mail_arrives_as_it_was_asked_for_and_leaves_no_address_behind(w
         rows = await world.sql(f"SELECT convert_to(t::text, 'UTF8') FROM {table} t")
         assert not [row for row in rows if to.encode() in bytes(row[0])], table
     assert to not in world.platform.log("notification")
+
+
+async def test_a_file_goes_along_with_a_mail(world: World) -> None:
+    tenant_id, to = tenant(), address()
+    file = Attachment("INV-000001.pdf", "application/pdf", b"%PDF-1.7 \x00\xff")
+    await world.ended(tenant_id, await world.send(tenant_id, to, "Invoice", "Attached.\n", file))
+    [mail] = world.inbox.of(to)
+    [part] = mail.iter_attachments()
+    assert (part.get_filename(), part.get_content_type()) == ("INV-000001.pdf", "application/pdf")
+    assert part.get_content() == file.content
 
 
 async def test_without_an_address_each_owner_of_the_tenant_is_written_to(world: World) -> None:
@@ -70,7 +80,7 @@ async def test_a_refusal_puts_no_address_into_the_trace(world: World) -> None:
     to = address("gone")
     mailer = Mailer(f"smtp://127.0.0.1:{world.inbox.port}", "from@example.com")
     with pytest.raises(EffectFailed):
-        await mailer.send("key", to, "Hello", "Text", utcnow())
+        await mailer.send("key", to, Email("", "Hello", "Text", utcnow()))
     running.shutdown()
     [span] = spans.get_finished_spans()
     sent = encode(cast("Any", span))

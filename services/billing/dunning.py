@@ -1,0 +1,128 @@
+"""Mails of invoices: the invoice itself, reminders of an unpaid one, and its write-off. Each step is made once.
+
+The number of the next step and its time stand in the invoice. The transaction that sends a mail moves them on, under
+the lock of the account, so neither a crash nor a second process sends a mail again.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from infra.postgres.tx import Tx
+from protos.messages.notification import Attachment
+from services.billing import accounts, invoices, terms
+from services.billing.invoice_files import in_minor
+from services.billing.invoices import Invoice
+
+# A message may have a megabyte, and base64 makes four bytes of three.
+MAX_ATTACHMENT_BYTES = 700_000
+_OPEN = "(status = 'finalised' OR (status = 'paid' AND dunning_step = 0))"
+
+
+async def due(tx: Tx, now: datetime, limit: int) -> list[tuple[str, UUID, bool]]:
+    """Returns the invoices with a step that is due: tenant, invoice, whether the step is to send the invoice."""
+    rows = await tx.sql(
+        f"""
+        SELECT tenant_id, invoice_id, dunning_step = 0
+        FROM invoice
+        WHERE {_OPEN} AND dunning_at <= $1
+        ORDER BY dunning_at
+        LIMIT $2
+        """,
+        now,
+        limit,
+    )
+    return [(tenant_id, invoice_id, first) for tenant_id, invoice_id, first in rows]
+
+
+async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None, now: datetime) -> None:
+    """Makes the step of an invoice that is due. `document`: the invoice as PDF, for the first step."""
+    await accounts.lock_one(tx, tenant_id)
+    rows = await tx.sql(
+        f"""
+        SELECT dunning_step
+        FROM invoice
+        WHERE tenant_id = $1 AND invoice_id = $2 AND {_OPEN} AND dunning_at <= $3
+        """,
+        tenant_id,
+        invoice_id,
+        now,
+    )
+    if not rows:
+        # Another process was faster, or the invoice was paid.
+        return
+    [(number,)] = rows
+    invoice = await invoices.get(tx, tenant_id, invoice_id)
+    assert invoice.due_at is not None
+    agreed = await terms.get(tx, tenant_id)
+    times = agreed.steps(invoice.due_at)
+    reminders = len(agreed.reminder_days)
+    if number == 0:
+        assert document is not None
+        _send_invoice(tx, tenant_id, invoice, document)
+        number = 1
+    elif number <= len(times) and times[number - 1] <= now:
+        if number <= reminders:
+            # After an outage of days, one mail stands for the reminders that were missed.
+            number = max(n for n in range(number, reminders + 1) if times[n - 1] <= now)
+            _remind(tx, tenant_id, invoice, number)
+            number += 1
+        elif await _is_being_paid(tx, tenant_id, invoice_id):
+            times[number - 1] = now + timedelta(days=1)
+        else:
+            await invoices.end(tx, tenant_id, invoice_id, "uncollectible", "billing")
+    next_at: datetime | None = times[number - 1] if number <= len(times) else None
+    await tx.sql(
+        """
+        UPDATE invoice
+        SET dunning_step = $3, dunning_at = coalesce($4, 'infinity'::timestamptz)
+        WHERE tenant_id = $1 AND invoice_id = $2
+        """,
+        tenant_id,
+        invoice_id,
+        number,
+        next_at,
+    )
+
+
+async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID) -> bool:
+    [(found,)] = await tx.sql(
+        """
+        SELECT EXISTS (
+            SELECT FROM payment WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending'
+            UNION ALL
+            SELECT FROM dispute JOIN payment USING (tenant_id, payment_id)
+            WHERE tenant_id = $1 AND invoice_id = $2 AND state = 'open'
+        )
+        """,
+        tenant_id,
+        invoice_id,
+    )
+    return bool(found)
+
+
+def _send_invoice(tx: Tx, tenant_id: str, invoice: Invoice, document: bytes) -> None:
+    attachment = None
+    where = f"GET /api/v1/invoices/{invoice.id}/pdf has the document."
+    if len(document) <= MAX_ATTACHMENT_BYTES:
+        attachment = Attachment(f"{invoice.number}.pdf", "application/pdf", document)
+        where = "The document is attached."
+    period = f"{invoice.period.begins:%Y-%m-%d} to {invoice.period.ends:%Y-%m-%d}"
+    text = f"Invoice {invoice.number} for {period}: {_amount(invoice, invoice.total_minor)}. {where}\n\n{_due(invoice)}"
+    accounts.send_mail(tx, tenant_id, f"Invoice {invoice.number}", text, attachment)
+
+
+def _remind(tx: Tx, tenant_id: str, invoice: Invoice, number: int) -> None:
+    text = f"Invoice {invoice.number} is not paid yet. {_due(invoice)}"
+    accounts.send_mail(tx, tenant_id, f"Reminder {number}: invoice {invoice.number}", text)
+
+
+def _due(invoice: Invoice) -> str:
+    if invoice.due_minor == 0:
+        return "Nothing is to be paid.\n"
+    return f"{_amount(invoice, invoice.due_minor)} is due by {invoice.due_at:%Y-%m-%d} (UTC).\n"
+
+
+def _amount(invoice: Invoice, minor: int) -> str:
+    return f"{in_minor(minor, invoice.currency)} {invoice.currency}"

@@ -1,0 +1,121 @@
+"""Mails of invoices: each step once, at its time, until the invoice is paid or written off."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from infra.clock import utcnow
+from services.billing import dunning, invoice_files, invoices, pdf
+from tests.services.billing.conftest import Billing, Tenant, pdf_pages
+from tests.services.billing.test_invoices import UNIT, draft, field_of, journal, post, subscribed
+
+
+async def finalised(billing: Billing, **terms: Any) -> tuple[Tenant, dict[str, Any]]:
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    if terms:
+        answer = await billing.operator.put("/api/v1/billing/payment-terms", json={"tenant_id": tenant.id, **terms})
+        assert answer.status_code == 200, answer.text
+    made = await draft(billing, tenant)
+    return tenant, await post(billing, f"invoices/{made['id']}/finalise", status=200)
+
+
+async def step(tenant: Tenant, invoice: dict[str, Any], days: int = 0) -> None:
+    """Makes the step that is due in so many days, as two processes do at the same time."""
+    database, id_ = tenant.platform.database("billing"), UUID(invoice["id"])
+    async with database.begin(tenant_id=tenant.id) as tx:
+        document = await pdf.document(invoice_files.page(*await invoices.whole(tx, tenant.id, id_)))
+
+    async def once() -> None:
+        async with database.begin(tenant_id=tenant.id) as tx:
+            await dunning.step(tx, tenant.id, id_, document, utcnow() + timedelta(days=days))
+
+    await asyncio.gather(once(), once())
+
+
+async def mails(tenant: Tenant) -> list[dict[str, Any]]:
+    found = await tenant.platform.outbox("billing", "notification")
+    return [body for headers, body in found if headers.get("tenant_id") == tenant.id]
+
+
+async def shown(tenant: Tenant, invoice: dict[str, Any]) -> dict[str, Any]:
+    return dict((await tenant.http.get(f"/api/v1/invoices/{invoice['id']}")).json())
+
+
+async def test_an_invoice_is_sent_and_reminded_of_once_at_each_step(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing, due_days=10, reminder_days=[5, 9, 20])
+    await step(tenant, invoice)
+    [mail] = await mails(tenant)
+    assert (mail["to"], mail["subject"]) == ("", "Invoice INV-000001")
+    assert "30.00 USD is due by " + invoice["due_at"][:10] in mail["text"]
+    [page] = pdf_pages(base64.b64decode(mail["attachment"]["content"]))
+    assert "Total 30.00 USD" in page
+    assert f"Due: {invoice['due_at'][:10]}" in page
+
+    await step(tenant, invoice, days=14)
+    assert len(await mails(tenant)) == 1
+    await step(tenant, invoice, days=16)
+    # Two reminders were missed together, so the later one stands for both.
+    await step(tenant, invoice, days=31)
+    await step(tenant, invoice, days=300)
+    found = [mail["subject"] for mail in await mails(tenant)]
+    assert found == ["Invoice INV-000001", *(f"Reminder {n}: invoice INV-000001" for n in (1, 3))]
+    assert (await shown(tenant, invoice))["status"] == "finalised"
+
+
+async def test_a_paid_invoice_is_not_reminded_of(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing, due_days=0, reminder_days=[1])
+    assert (await shown(tenant, invoice))["overdue"] is True
+    await step(tenant, invoice)
+    await post(billing, f"invoices/{invoice['id']}/received", {"amount_minor": 3000, "reference": "SEPA 1"}, status=200)
+    assert (await shown(tenant, invoice))["overdue"] is False
+    await step(tenant, invoice, days=2)
+    assert len(await mails(tenant)) == 1
+
+
+async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_not_during_a_payment(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing, due_days=0, reminder_days=[1], write_off_days=30)
+    for days in (0, 2):
+        await step(tenant, invoice, days=days)
+    await tenant.sql(
+        """
+        INSERT INTO payment (tenant_id, payment_id, invoice_id, provider, amount_minor, currency)
+        VALUES ($1, gen_random_uuid(), $2, 'test', 3000, 'USD')
+        """,
+        tenant.id,
+        UUID(invoice["id"]),
+    )
+    await step(tenant, invoice, days=31)
+    assert (await shown(tenant, invoice))["status"] == "finalised"
+    await tenant.sql("UPDATE payment SET status = 'failed' WHERE tenant_id = $1", tenant.id)
+    await step(tenant, invoice, days=33)
+    assert (await shown(tenant, invoice))["status"] == "uncollectible"
+    assert await journal(tenant) == {"revenue": -30 * UNIT, "write_off": 30 * UNIT}
+
+
+async def test_new_terms_move_the_next_step(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing)
+    await step(tenant, invoice)
+    await step(tenant, invoice, days=16)
+    assert len(await mails(tenant)) == 1
+    body = {"tenant_id": tenant.id, "reminder_days": [1]}
+    assert (await billing.operator.put("/api/v1/billing/payment-terms", json=body)).status_code == 200
+    assert (await tenant.http.get("/api/v1/billing/payment-terms")).json()["reminder_days"] == [1]
+    await step(tenant, invoice, days=16)
+    assert [mail["subject"] for mail in await mails(tenant)][1:] == ["Reminder 1: invoice INV-000001"]
+
+
+async def test_terms_that_cannot_work_are_refused(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    for terms, field in (
+        ({"due_days": -1}, "due_days"),
+        ({"reminder_days": [3, 3]}, "reminder_days"),
+        ({"reminder_days": [3], "write_off_days": 3}, "write_off_days"),
+        ({"colour": 1}, "colour"),
+    ):
+        answer = await billing.operator.put("/api/v1/billing/payment-terms", json={"tenant_id": tenant.id, **terms})
+        assert field_of(answer) == field
+    assert (await tenant.http.put("/api/v1/billing/payment-terms", json={"tenant_id": tenant.id})).status_code == 403
