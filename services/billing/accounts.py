@@ -135,6 +135,8 @@ async def add_credit(
     kind: grants.Kind = "promotional",
     priority: int = grants.DEFAULT_PRIORITY,
     expires_at: datetime | None = None,
+    rollover_until: datetime | None = None,
+    rollover_nanos: int | None = None,
     source: JournalAccount | None = None,
 ) -> UUID:
     """Adds a grant to an account and, if the account has a limit, raises the limit by it. Returns the grant's id.
@@ -159,6 +161,8 @@ async def add_credit(
         actor=actor,
         priority=priority,
         expires_at=expires_at,
+        rollover_until=rollover_until,
+        rollover_nanos=rollover_nanos,
         source=source,
     )
 

@@ -34,6 +34,10 @@ class Grant(BaseModel):
     """Null: never."""
     expired_nanos: int
     """The part that nothing had burned when it expired."""
+    rollover_until: datetime | None
+    """The rest at `expires_at` stays until then. Null: nothing, or it has been rolled over."""
+    rollover_nanos: int | None
+    """The largest amount that is rolled over. Null: the whole rest."""
     reason: str
     actor: str
     made_at: datetime
@@ -49,6 +53,8 @@ async def add(
     actor: str,
     priority: int = DEFAULT_PRIORITY,
     expires_at: datetime | None = None,
+    rollover_until: datetime | None = None,
+    rollover_nanos: int | None = None,
     source: JournalAccount | None = None,
 ) -> UUID:
     """Adds a grant and books it. Does not change the credit limit of the account: `accounts.add_credit` does.
@@ -58,8 +64,9 @@ async def add(
     grant_id = uuid7()
     await tx.sql(
         """
-        INSERT INTO credit_grant (tenant_id, grant_id, kind, nanos, left_nanos, priority, expires_at, reason, actor)
-        VALUES ($1, $2, $3, $4, $4, $5, coalesce($6, 'infinity'::timestamptz), $7, $8)
+        INSERT INTO credit_grant (tenant_id, grant_id, kind, nanos, left_nanos, priority, expires_at, reason, actor,
+                                  rollover_until, rollover_nanos)
+        VALUES ($1, $2, $3, $4, $4, $5, coalesce($6, 'infinity'::timestamptz), $7, $8, $9, $10)
         """,
         tenant_id,
         grant_id,
@@ -69,6 +76,8 @@ async def add(
         expires_at,
         reason,
         actor,
+        rollover_until,
+        rollover_nanos,
     )
     if expires_at:
         await tx.sql(
@@ -151,16 +160,44 @@ async def settle(tx: Tx, tenant_id: str) -> None:
 
 
 async def _expire(tx: Tx, tenant_id: str) -> None:
+    """Ends expired grants, or rolls them over. The second pass ends those whose rollover is over as well."""
+    for _ in range(2):
+        await _expire_once(tx, tenant_id)
+    await tx.sql(
+        """
+        UPDATE account
+        SET next_expiry = coalesce(
+            (SELECT min(expires_at) FROM credit_grant WHERE tenant_id = $1 AND left_nanos > 0), 'infinity'
+        )
+        WHERE tenant_id = $1
+        """,
+        tenant_id,
+    )
+
+
+async def _expire_once(tx: Tx, tenant_id: str) -> None:
     rows = await tx.sql(
         """
-        UPDATE credit_grant
-        SET expired_nanos = left_nanos, left_nanos = 0
-        WHERE tenant_id = $1 AND left_nanos > 0 AND expires_at <= clock_timestamp()
-        RETURNING grant_id, kind, expired_nanos
+        WITH due AS (
+            SELECT grant_id, CASE
+                WHEN rollover_until IS NULL THEN left_nanos
+                ELSE greatest(0, left_nanos - coalesce(rollover_nanos, left_nanos))
+            END AS gone
+            FROM credit_grant
+            WHERE tenant_id = $1 AND left_nanos > 0 AND expires_at <= clock_timestamp()
+        )
+        UPDATE credit_grant AS g
+        SET expired_nanos = g.expired_nanos + due.gone, left_nanos = g.left_nanos - due.gone,
+            expires_at = coalesce(g.rollover_until, g.expires_at), rollover_until = NULL, rollover_nanos = NULL
+        FROM due
+        WHERE g.tenant_id = $1 AND g.grant_id = due.grant_id
+        RETURNING g.grant_id, g.kind, due.gone
         """,
         tenant_id,
     )
     for grant_id, kind, nanos in rows:
+        if not nanos:
+            continue
         # Credit that was paid for and not used is ours now; credit that was given never cost us anything.
         to: JournalAccount = "revenue" if kind == "prepaid" else "promotional_cost"
         await journal.post(
@@ -178,30 +215,24 @@ async def _expire(tx: Tx, tenant_id: str) -> None:
             f"grant {grant_id} expired",
         )
         await tx.sql("UPDATE account SET credit_nanos = credit_nanos - $2 WHERE tenant_id = $1", tenant_id, nanos)
-    await tx.sql(
-        """
-        UPDATE account
-        SET next_expiry = coalesce(
-            (SELECT min(expires_at) FROM credit_grant WHERE tenant_id = $1 AND left_nanos > 0), 'infinity'
-        )
-        WHERE tenant_id = $1
-        """,
-        tenant_id,
-    )
 
 
-async def listed(tx: Tx, tenant_id: str, *, after: UUID | None, limit: int) -> list[Grant]:
+async def listed(
+    tx: Tx, tenant_id: str, *, after: UUID | None, limit: int, grant_id: UUID | None = None
+) -> list[Grant]:
+    """Returns the grants after the id `after`, or the one with `grant_id`."""
     rows = await tx.sql(
         """
         SELECT grant_id, tenant_id, kind, nanos, left_nanos, priority, nullif(expires_at, 'infinity'), expired_nanos,
-               reason, actor, made_at
+               rollover_until, rollover_nanos, reason, actor, made_at
         FROM credit_grant
-        WHERE tenant_id = $1 AND ($2::uuid IS NULL OR grant_id > $2)
+        WHERE tenant_id = $1 AND ($2::uuid IS NULL OR grant_id > $2) AND ($4::uuid IS NULL OR grant_id = $4)
         ORDER BY grant_id
         LIMIT $3
         """,
         tenant_id,
         after,
         limit,
+        grant_id,
     )
     return [Grant(**dict(zip(Grant.model_fields, row, strict=True))) for row in rows]

@@ -41,6 +41,8 @@ class Plan(msgspec.Struct, frozen=True):
     charges: list[Charge] = []
     usage_markup_percent: Decimal | None = None
     """The price of all usage by the price book is charged with this markup. None: it is not charged."""
+    minimum_nanos: int = 0
+    """The commitment: the least that the lines of a whole period add up to."""
 
 
 class StoredPlan(NamedTuple):
@@ -76,8 +78,8 @@ class Line(NamedTuple):
 def lines(plan: Plan, metered: Sequence[Metered], seconds: int, full_seconds: int) -> list[Line]:
     """Returns the lines of a period that is `seconds` of a whole period of `full_seconds`.
 
-    The base fee and the included quantities are shares of the whole period. Late usage of an earlier period is charged
-    like the other usage and named in the description.
+    The base fee, the included quantities and the commitment are shares of the whole period. Late usage of an earlier
+    period is charged like the other usage and named in the description.
     """
     share = "" if seconds == full_seconds else f", {seconds} of {full_seconds} seconds"
     found = []
@@ -109,6 +111,9 @@ def lines(plan: Plan, metered: Sequence[Metered], seconds: int, full_seconds: in
                     f"{text} of {model} at the price book's prices plus {markup.normalize():f} %{_late(items)}"
                 )
                 found.append(Line(description, sum(item.records for item in items), "", due, source))
+    missing = part(plan.minimum_nanos, seconds, full_seconds) - sum(line.amount_nanos for line in found)
+    if plan.minimum_nanos and missing > 0:
+        found.append(Line(f"{plan.name}: up to the commitment{share}", 1, str(missing), missing, {}))
     return found
 
 

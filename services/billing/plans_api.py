@@ -1,4 +1,4 @@
-"""HTTP of plans, subscriptions and grants. The operator changes them; a tenant reads its own."""
+"""HTTP of plans and subscriptions. The operator changes them; a tenant reads its own."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from fastapi import APIRouter, Query, Request
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
+from infra.security.auth import Identity
 from infra.service.api import Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.billing import accounts, grants, plans, schemes, subscriptions
-from services.billing.accounts import MAX_CREDIT_NANOS
+from services.billing import plans, schemes, subscriptions
 from services.billing.aggregates import METERS
 from services.billing.currencies import DIGITS
-from services.billing.grants import Grant
 from services.billing.plans import Charge, Included, Plan, StoredPlan
 from services.billing.prices_api import Nanos
 from services.billing.schemes import Scheme, SchemeTier
@@ -90,6 +88,8 @@ class NewPlan(_Body):
         Annotated[int, Field(ge=-100, le=1000)] | Annotated[str, Field(pattern=r"^-?\d{1,4}(\.\d{1,6})?$")] | None
     ) = None
     """All usage is charged at the price book's prices with this markup. Null: only `charges` are."""
+    minimum_nanos: int = Field(0, ge=0, le=10**15)
+    """The commitment: an invoice that would be lower gets a line with the difference. Before tax."""
 
 
 class PlanView(NewPlan):
@@ -109,17 +109,6 @@ class NewSubscription(_Body):
 class SubscriptionChange(_Body):
     plan_id: UUID
     when: When
-
-
-class NewGrant(_Body):
-    tenant_id: Text
-    nanos: int = Field(gt=0, le=MAX_CREDIT_NANOS)
-    kind: Literal["prepaid", "promotional"] = "promotional"
-    """prepaid: the tenant has paid for it."""
-    priority: int = Field(grants.DEFAULT_PRIORITY, ge=0, le=1000)
-    """Low numbers are burned first."""
-    expires_at: AwareDatetime | None = None
-    reason: Text
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -183,11 +172,11 @@ def router(runtime: Runtime) -> APIRouter:
         who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
     ) -> dict[str, Any]:
         """Lists a tenant's subscriptions."""
-        tenant = _tenant(who.tenant_id, tenant_id)
+        tenant = owner_of_list(who, tenant_id)
+        after = id_cursor(paging)
         async with runtime.worker.begin(tenant_id=tenant) as tx:
-            found = await subscriptions.listed(tx, tenant)
-        after = [item for item in found if paging.after is None or str(item.id) > paging.after]
-        return page(after[: paging.limit + 1], paging, lambda item: str(item.id))
+            found = await subscriptions.listed(tx, tenant, after=after, limit=paging.limit + 1)
+        return page(found, paging, lambda item: str(item.id))
 
     @router.patch("/subscriptions/{subscription_id}", response_model=Subscription)
     async def change_subscription(
@@ -217,53 +206,14 @@ def router(runtime: Runtime) -> APIRouter:
 
         return await once(request, runtime, who, work)
 
-    @router.post("/grants", status_code=201, response_model=Grant)
-    async def add_grant(body: NewGrant, who: Operator, request: Request) -> Response:
-        """Grants credit. Grants are burned by priority, then expiry, then age; the rest of an expired one is booked."""
-        if body.expires_at and body.expires_at <= utcnow():
-            raise InvalidMessage("expires_at", "must be in the future")
-
-        async def work(tx: Tx) -> tuple[int, Grant]:
-            tx.tenant_id = body.tenant_id
-            grant_id = await accounts.add_credit(
-                tx,
-                body.tenant_id,
-                body.nanos,
-                kind=body.kind,
-                reason=body.reason,
-                actor=who.actor,
-                priority=body.priority,
-                expires_at=body.expires_at,
-            )
-            audit(tx, who.actor, "billing.grant", "grant", str(grant_id), nanos=str(body.nanos))
-            [made] = [g for g in await grants.listed(tx, body.tenant_id, after=None, limit=10**6) if g.id == grant_id]
-            return 201, made
-
-        return await once(request, runtime, who, work)
-
-    @router.get("/grants")
-    async def list_grants(
-        who: Viewer, paging: Paging, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
-    ) -> dict[str, Any]:
-        """Lists a tenant's grants with the amounts that are left."""
-        tenant = _tenant(who.tenant_id, tenant_id)
-        after = id_cursor(paging)
-        async with runtime.worker.begin(tenant_id=tenant) as tx:
-            await accounts.lock_one(tx, tenant)
-            await grants.settle(tx, tenant)
-            found = await grants.listed(tx, tenant, after=after, limit=paging.limit + 1)
-        return page(found, paging, lambda grant: str(grant.id))
-
     return router
 
 
-def _tenant(own: str, asked: str | None) -> str:
+def owner_of_list(who: Identity, asked: str | None) -> str:
     """The tenant that a list is about. A tenant always sees its own list."""
-    if own:
-        return own
-    if not asked:
+    if not (tenant_id := who.tenant_id or asked):
         raise InvalidMessage("tenant_id", "is missing")
-    return asked
+    return tenant_id
 
 
 async def _subscriber(tx: Tx, subscription_id: UUID) -> str:
@@ -302,6 +252,7 @@ def _read(body: NewPlan) -> Plan:
         included=[Included(item.meter, item.quantity) for item in body.included],
         charges=charges,
         usage_markup_percent=None if body.usage_markup_percent is None else Decimal(str(body.usage_markup_percent)),
+        minimum_nanos=body.minimum_nanos,
     )
 
 
@@ -341,4 +292,5 @@ def _shown(stored: StoredPlan) -> PlanView:
             for charge in plan.charges
         ],
         usage_markup_percent=None if plan.usage_markup_percent is None else str(plan.usage_markup_percent),
+        minimum_nanos=plan.minimum_nanos,
     )

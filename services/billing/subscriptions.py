@@ -268,22 +268,30 @@ async def _cut(tx: Tx, tenant_id: str, subscription_id: UUID, now: datetime) -> 
 
 async def get(tx: Tx, tenant_id: str, subscription_id: UUID) -> Subscription:
     """Raises NotFound."""
-    found = [item for item in await listed(tx, tenant_id) if item.id == subscription_id]
+    found = await listed(tx, tenant_id, after=None, limit=1, subscription_id=subscription_id)
     if not found:
         raise NotFound(f"subscription {subscription_id}: not found")
     return found[0]
 
 
-async def listed(tx: Tx, tenant_id: str) -> list[Subscription]:
+async def listed(
+    tx: Tx, tenant_id: str, *, after: UUID | None, limit: int, subscription_id: UUID | None = None
+) -> list[Subscription]:
+    """Returns the subscriptions after the id `after`, or the one with `subscription_id`."""
     rows = await tx.sql(
         """
         SELECT subscription_id, tenant_id, plan_id, plan_version, anchor_day, time_zone, starts_at,
                nullif(ends_at, 'infinity')
         FROM subscription
-        WHERE tenant_id = $1
+        WHERE tenant_id = $1 AND ($2::uuid IS NULL OR subscription_id > $2)
+              AND ($4::uuid IS NULL OR subscription_id = $4)
         ORDER BY subscription_id
+        LIMIT $3
         """,
         tenant_id,
+        after,
+        limit,
+        subscription_id,
     )
     return [Subscription(**dict(zip(Subscription.model_fields, row, strict=True))) for row in rows]
 

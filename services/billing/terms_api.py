@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import ConfigDict, Field
 
-from infra.errors import InvalidMessage
 from infra.security.audit import audit
 from infra.service.api import Operator, Viewer
 from infra.service.service import Runtime
 from services.billing import accounts, terms
+from services.billing.plans_api import owner_of_list
 from services.billing.terms import Terms
 
 
@@ -28,10 +28,8 @@ def router(runtime: Runtime) -> APIRouter:
         who: Viewer, tenant_id: Annotated[str | None, Query(description="for the operator")] = None
     ) -> Terms:
         """Returns when a tenant's invoices are due, reminded of and written off."""
-        if not (tenant := who.tenant_id or tenant_id):
-            raise InvalidMessage("tenant_id", "is needed")
         async with runtime.worker.begin() as tx:
-            return await terms.get(tx, tenant)
+            return await terms.get(tx, owner_of_list(who, tenant_id))
 
     @router.put("")
     async def set_terms(body: TermsBody, who: Operator) -> Terms:

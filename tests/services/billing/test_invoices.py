@@ -352,6 +352,27 @@ async def test_grants_are_burned_by_priority_then_expiry_then_age_and_the_rest_i
     assert found == {"cash": 1000, "promotional_cost": 3000, "promotional_credit": -800, "revenue": -3200}
 
 
+async def test_the_rest_of_a_grant_rolls_over_once_up_to_a_limit(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=0)
+    soon, later = ((utcnow() + timedelta(hours=n)).isoformat() for n in (1, 2))
+    body = {"tenant_id": tenant.id, "nanos": 1000, "reason": "test", "kind": "prepaid", "expires_at": soon}
+    await post(billing, "grants", body | {"rollover_until": later, "rollover_nanos": 300})
+    for left, expired in ((300, 700), (0, 1000)):
+        await tenant.sql("UPDATE credit_grant SET expires_at = now() - interval '1 s' WHERE tenant_id = $1", tenant.id)
+        await tenant.sql("UPDATE account SET next_expiry = now() WHERE tenant_id = $1", tenant.id)
+        assert (await tenant.get("balance"))["balance_nanos"] == left
+        [made] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+        assert (made["left_nanos"], made["expired_nanos"], made["rollover_until"]) == (left, expired, None)
+    entries = (await tenant.get("ledger"))["items"]
+    assert sorted(e["amount_nanos"] for e in entries if e["kind"] == "expiry") == [-700, -300]
+    assert await journal(tenant) == {"cash": 1000, "revenue": -1000}
+    for changes, field in (
+        ({"rollover_until": soon}, "rollover_until"),
+        ({"rollover_nanos": 1}, "rollover_nanos"),
+    ):
+        assert field_of(await billing.operator.post("/api/v1/grants", json=body | changes)) == field
+
+
 async def test_grants_pay_an_invoice_in_whole_minor_units(billing: Billing) -> None:
     tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
     body = {"tenant_id": tenant.id, "nanos": 12 * UNIT + 1, "kind": "prepaid", "reason": "paid in advance"}

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.billing.currencies import DIGITS, nanos_per_minor, to_minor
+from services.billing.plans import Charge, Metered, Plan, lines
 from services.billing.schemes import Fault, Scheme, SchemeTier, amount, check, half_even, part
 
 T = SchemeTier
@@ -180,3 +181,24 @@ def test_minor_units_follow_the_currency() -> None:
     assert to_minor(1_234_500_000, "KWD") == 1234
     assert to_minor(-5_000_000, "USD") == 0
     assert to_minor(-15_000_000, "USD") == -2
+
+
+@pytest.mark.parametrize(
+    ("used", "days", "expected"),
+    [
+        # A whole month of 30 days: base 10 and 5 of usage; 35 are missing to 50.
+        (5, 30, [10, 5, 35]),
+        (40, 30, [10, 40]),
+        (39, 30, [10, 39, 1]),
+        # 12 of 30 days: base 4 and a commitment of 20.
+        (1, 12, [4, 1, 15]),
+        (16, 12, [4, 16]),
+        (0, 12, [4, 0, 16]),
+    ],
+)
+def test_a_commitment_fills_an_invoice_up(used: int, days: int, expected: list[int]) -> None:
+    charge = Charge("calls", "per_unit", [T(None, Decimal(1))])
+    plan = Plan("Team", "USD", "month", base_nanos=10, charges=[charge], minimum_nanos=50)
+    found = lines(plan, [Metered("calls", "", "", "", False, used, 1)] if used else [], days * 86_400, 30 * 86_400)
+    assert [line.amount_nanos for line in found if line.quantity or line.amount_nanos] == [n for n in expected if n]
+    assert sum(line.amount_nanos for line in found) == sum(expected)
