@@ -111,7 +111,13 @@ PLATFORM_EVENTS = Topic(
     partitions=2,
     retention=timedelta(days=30),
     key="tenant_id",
-    messages=(user.TenantCreated, user.SubjectErased, billing.QuotaExhausted, plugin.PluginChanged),
+    messages=(
+        user.TenantCreated,
+        user.SubjectErased,
+        billing.QuotaExhausted,
+        billing.BudgetThresholdPassed,
+        plugin.PluginChanged,
+    ),
     producers=("user", "billing", "plugin"),
     consumers=SERVICES,
 )

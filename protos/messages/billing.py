@@ -1,4 +1,4 @@
-"""Billing: usage that all services report, and exhausted quotas. Money is integer nano-units (10⁻⁹)."""
+"""Billing: usage that all services report, budgets, and exhausted quotas. Money is integer nano-units (10⁻⁹)."""
 
 from __future__ import annotations
 
@@ -43,3 +43,22 @@ class QuotaExhausted(Message, frozen=True, kw_only=True):
     currency: str
     balance_nanos: int
     """Zero or below, because late usage still debits."""
+
+
+class BudgetThresholdPassed(Message, frozen=True, kw_only=True):
+    """The spending of a budget has passed one of its thresholds. Once for each threshold and period."""
+
+    tenant_id: str
+    budget_id: UUID
+    scope: str
+    """``tenant``, ``agent``, ``channel``, ``session`` or ``key``."""
+    scope_id: str
+    """Empty for the tenant."""
+    period: str
+    """``day``, ``month`` or ``total``."""
+    percent: int
+    """100: the budget is spent, and work that it concerns is refused."""
+    nanos: int
+    """The limit."""
+    spent_nanos: int
+    """In the period."""

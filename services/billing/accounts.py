@@ -14,7 +14,7 @@ from uuid import UUID
 from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from protos.catalog import NOTIFICATION_EMAIL, PLATFORM_EVENTS
-from protos.messages.billing import QuotaExhausted
+from protos.messages.billing import BudgetThresholdPassed, QuotaExhausted
 from protos.messages.notification import Attachment, SendEmail
 from services.billing import grants
 from services.billing.domain import Account
@@ -219,17 +219,20 @@ def _notify_tenant(tx: Tx, tenant_id: str, code: str, account: Account, *, exhau
     balance = account.balance_nanos
     assert balance is not None
     if exhausted:
-        # A batch has records of many tenants. The message must carry the id of the tenant whose credit it reports.
-        former, tx.tenant_id = tx.tenant_id, tenant_id
-        event = QuotaExhausted(tenant_id=tenant_id, currency=code, balance_nanos=balance)
-        tx.publish(PLATFORM_EVENTS, event, key=tenant_id)
-        tx.tenant_id = former
+        publish(tx, tenant_id, QuotaExhausted(tenant_id=tenant_id, currency=code, balance_nanos=balance))
     else:
         text = (
             f"90 % of your credit has been used. Remaining credit: {in_units(balance)} {code}.\n\n"
             "When the credit is spent, your agents refuse new work until credit is added.\n"
         )
         send_mail(tx, tenant_id, "Your budget is nearly spent", text)
+
+
+def publish(tx: Tx, tenant_id: str, event: QuotaExhausted | BudgetThresholdPassed) -> None:
+    """Publishes a fact about the tenant. The transaction may be one of many tenants."""
+    former, tx.tenant_id = tx.tenant_id, tenant_id
+    tx.publish(PLATFORM_EVENTS, event, key=tenant_id)
+    tx.tenant_id = former
 
 
 def send_mail(tx: Tx, tenant_id: str, subject: str, text: str, attachment: Attachment | None = None) -> None:

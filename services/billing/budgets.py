@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from infra.clock import uuid7
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
+from protos.messages.billing import BudgetThresholdPassed
 from services.billing import accounts
 
 Scope = Literal["tenant", "agent", "channel", "session", "key"]
@@ -65,7 +66,7 @@ class Budget(BaseModel):
     """Days and months begin at midnight UTC."""
     nanos: int
     soft_percent: list[int]
-    """At each of these parts, and at 100, the tenant gets a mail, once in each period."""
+    """At each of these parts, and at 100, the tenant gets a mail and an event, once in each period."""
     spent_nanos: int
     held_nanos: int
     made_at: datetime
@@ -140,21 +141,30 @@ async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
         SET spent_nanos = {_SPENT} + used.nanos, window_starts = {_WINDOW}
         FROM used
         WHERE b.tenant_id = used.tenant_id AND b.budget_id = used.budget_id
-        RETURNING b.tenant_id, b.scope, b.nanos, b.period, b.soft_percent, b.spent_nanos, used.nanos
+        RETURNING b.tenant_id, b.budget_id, b.scope, b.scope_id, b.nanos, b.period, b.soft_percent, b.spent_nanos,
+                  used.nanos
         """,
         "\x1f".join(tenant_id for tenant_id, _ in keys),
         "\x1f".join(usage_id for _, usage_id in keys),
     )
-    for tenant_id, scope, nanos, period, soft, spent, used in rows:
+    for tenant_id, budget_id, scope, scope_id, nanos, period, soft, spent, used in rows:
         # The spent amount only grows within a window, so each threshold is passed once.
         for percent in sorted({*soft, 100}):
-            if (spent - used) * 100 < nanos * percent <= spent * 100:
-                accounts.send_mail(
-                    tx,
-                    tenant_id,
-                    f"{percent} % of a budget is spent",
-                    f"The budget ({_name(scope, nanos, period)}) is spent by {percent} %.\n",
-                )
+            if not (spent - used) * 100 < nanos * percent <= spent * 100:
+                continue
+            text = f"The budget ({_name(scope, nanos, period)}) is spent by {percent} %.\n"
+            accounts.send_mail(tx, tenant_id, f"{percent} % of a budget is spent", text)
+            passed = BudgetThresholdPassed(
+                tenant_id=tenant_id,
+                budget_id=budget_id,
+                scope=scope,
+                scope_id=scope_id,
+                period=period,
+                percent=percent,
+                nanos=nanos,
+                spent_nanos=spent,
+            )
+            accounts.publish(tx, tenant_id, passed)
 
 
 def _name(scope: str, nanos: int, period: str) -> str:

@@ -43,14 +43,13 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
         f"""
         SELECT dunning_step
         FROM invoice
-        WHERE tenant_id = $1 AND invoice_id = $2 AND {_OPEN} AND dunning_at <= $3
+        WHERE tenant_id = $1 AND invoice_id = $2 AND {_OPEN}
         """,
         tenant_id,
         invoice_id,
-        now,
     )
     if not rows:
-        # Another process was faster, or the invoice was paid.
+        # It was paid or ended meanwhile.
         return
     [(number,)] = rows
     invoice = await invoices.get(tx, tenant_id, invoice_id)
@@ -62,6 +61,7 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
         assert document is not None
         _send_invoice(tx, tenant_id, invoice, document)
         number = 1
+    # Another process may have been faster; the next step is not due then.
     elif number <= len(times) and times[number - 1] <= now:
         if number <= reminders:
             # After an outage of days, one mail stands for the reminders that were missed.

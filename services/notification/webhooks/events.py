@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from protos.envelope import Message
 from protos.messages.agent import RunCompleted, RunFailed, RunIndeterminate, RunStarted, RunWaiting
-from protos.messages.billing import QuotaExhausted
+from protos.messages.billing import BudgetThresholdPassed, QuotaExhausted
 from protos.messages.channel import AccountBroken, MessageDelivered, MessageReceived, MessageUndelivered
 
 EventType = Literal[
@@ -22,6 +22,7 @@ EventType = Literal[
     "message.failed",
     "channel.broken",
     "quota.exhausted",
+    "budget.threshold",
 ]
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 
@@ -59,6 +60,9 @@ def event_of(message: Message) -> Event | None:
             return _event("channel.broken", message, "channel_id", "channel_type", "reason")
         case QuotaExhausted():
             return _event("quota.exhausted", message, "currency", "balance_nanos")
+        case BudgetThresholdPassed():
+            budget = "budget_id", "scope", "scope_id", "period", "percent", "nanos", "spent_nanos"
+            return _event("budget.threshold", message, *budget)
     return None
 
 

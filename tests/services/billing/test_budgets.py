@@ -140,7 +140,14 @@ async def test_each_threshold_alerts_once_in_a_period(billing: Billing) -> None:
         mails = await billing.platform.outbox("billing", "notification")
         return [body["subject"] for headers, body in mails if headers.get("tenant_id") == tenant.id]
 
+    async def events() -> list[tuple[Any, ...]]:
+        found = await billing.platform.outbox("billing", "platform.events")
+        fields = ("scope", "scope_id", "period", "percent", "nanos", "spent_nanos")
+        return [tuple(b[field] for field in fields) for h, b in found if h.get("tenant_id") == tenant.id]
+
     assert await subjects() == [f"{percent} % of a budget is spent" for percent in (50, 80, 100)]
+    spends = ((50, 50), (80, 85), (100, 105))
+    assert await events() == [("tenant", "", "month", n, 100 * TOKEN, spent * TOKEN) for n, spent in spends]
     # A new period begins with nothing spent, and may alert again.
     await tenant.sql(
         "UPDATE budget SET window_starts = window_starts - interval '2 months' WHERE tenant_id = $1", tenant.id
@@ -150,6 +157,7 @@ async def test_each_threshold_alerts_once_in_a_period(billing: Billing) -> None:
     await tenant.verdict("b")
     assert await spent(tenant) == {"tenant": (60 * TOKEN, 0)}
     assert (await subjects())[3:] == ["50 % of a budget is spent"]
+    assert [event[3] for event in (await events())[3:]] == [50]
 
 
 async def test_a_new_budget_counts_the_usage_of_its_period_so_far(billing: Billing) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import pytest
 
+import protos
+from protos.messages.billing import BudgetThresholdPassed
 from services.notification.domain import Result, is_address, is_file, is_one_line, masked, refusal, result
+from services.notification.webhooks.events import event_of
 
 
 @pytest.mark.parametrize(
@@ -86,3 +92,13 @@ def test_a_mail_is_sent_if_one_recipient_has_it(errors: list[str | None], expect
 )
 def test_an_attachment_has_a_plain_name_and_a_media_type(name: str, media_type: str, expected: bool) -> None:
     assert is_file(name, media_type) is expected
+
+
+def test_a_passed_threshold_of_a_budget_is_an_event() -> None:
+    content = (Path(protos.__file__).parent / "schemas/golden/billing.v1.BudgetThresholdPassed.json").read_bytes()
+    event = event_of(msgspec.json.decode(content, type=BudgetThresholdPassed))
+    assert event is not None
+    assert event.type == "budget.threshold"
+    assert msgspec.to_builtins(event.data) == {
+        k: v for k, v in msgspec.json.decode(content).items() if k != "tenant_id"
+    }
