@@ -34,6 +34,8 @@ METHODS: Final[dict[str, Call]] = {
     "clawbus.ops.v1.Operations/ListDeadLetters": Call(("log_aggregator",), "either"),
     "clawbus.ops.v1.Operations/GetDeadLetter": Call(("log_aggregator",), "either"),
     "clawbus.ops.v1.Operations/RedriveDeadLetters": Call(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/GroupDeadLetters": Call(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/RedriveMatching": Call(("log_aggregator",), "either"),
     "clawbus.ops.v1.Operations/DiscardDeadLetter": Call(("log_aggregator",), "either"),
     "clawbus.ops.v1.Operations/CountOutbox": Call(("billing",), "either"),
     # The kernel's sample, which only tests and benches run.

@@ -70,6 +70,13 @@ class Metrics:
         )
         self.retries = counter("claw_retries_total", "Failed attempts that will be retried", "consumer")
         self.dead_letters = counter("claw_dead_letters_total", "Messages that became dead letters", "consumer")
+        # An open dead letter is discarded 30 days after its last failure.
+        self.dead_letters_open = gauge(
+            "claw_dead_letters_open", "Dead letters not yet redriven or discarded", "consumer"
+        )
+        self.dead_letter_oldest_seconds = gauge(
+            "claw_dead_letter_oldest_seconds", "Time since the first failure of the oldest open dead letter", "consumer"
+        )
         self.parked_keys = gauge(
             "claw_parked_keys", "Keys with records that wait behind a failed one", "consumer", "topic"
         )

@@ -192,6 +192,20 @@ async def count_parked(connection: AsyncConnection) -> dict[tuple[str, str], int
     return {(consumer, topic): count for consumer, topic, count in rows}
 
 
+async def count_open(connection: AsyncConnection) -> dict[str, tuple[int, float]]:
+    """Consumer → the number of its open dead letters, and the seconds since the oldest one failed first."""
+    rows = await sql(
+        connection,
+        """
+        SELECT consumer, count(*), extract(epoch FROM clock_timestamp() - min(first_failed_at))::float8
+        FROM dead_letter
+        WHERE state IN ('failed', 'waiting', 'redriving')
+        GROUP BY 1
+        """,
+    )
+    return {consumer: (count, oldest) for consumer, count, oldest in rows}
+
+
 _VIEW = """
     SELECT id, consumer, source || ':' || destination, place, message_id, key, tenant_id, state, attempts, error,
     first_failed_at, last_failed_at, headers FROM dead_letter

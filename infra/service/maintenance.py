@@ -52,9 +52,16 @@ class Maintenance:
     async def _observe(self, tx: Tx) -> None:
         pending = await outbox.pending_by_destination(await tx.connection())
         parked = await dead_letters.count_parked(await tx.connection())
+        letters = await dead_letters.count_open(await tx.connection())
         waiting = await lane.waiting(tx)
         metrics = self._metrics
-        for gauge in (metrics.outbox_depth, metrics.outbox_oldest_seconds, metrics.parked_keys):
+        for gauge in (
+            metrics.outbox_depth,
+            metrics.outbox_oldest_seconds,
+            metrics.parked_keys,
+            metrics.dead_letters_open,
+            metrics.dead_letter_oldest_seconds,
+        ):
             gauge.clear()
         # A kind without waiting items stays at 0: an autoscaler must not see its series end.
         for kind in self._kinds | waiting.keys():
@@ -67,6 +74,9 @@ class Maintenance:
             metrics.outbox_oldest_seconds.labels(*labels).set(oldest)
         for labels, count in parked.items():
             metrics.parked_keys.labels(*labels).set(count)
+        for consumer, (count, oldest) in letters.items():
+            metrics.dead_letters_open.labels(consumer).set(count)
+            metrics.dead_letter_oldest_seconds.labels(consumer).set(oldest)
 
 
 async def prune_inbox(tx: Tx) -> None:

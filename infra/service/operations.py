@@ -14,7 +14,7 @@ from infra.postgres import dead_letters
 from infra.postgres.db import sql
 from infra.postgres.dead_letters import DeadLetterView
 from infra.postgres.tx import Database
-from infra.service import redrive
+from infra.service import bulk_redrive, redrive
 from infra.web import rpc
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
 
@@ -40,6 +40,18 @@ class Operations(ops_pb2_grpc.OperationsServicer):
             )
         return ops_pb2.ListDeadLettersReply(items=[_shown(letter, whole=False) for letter in letters])
 
+    async def GroupDeadLetters(
+        self, request: ops_pb2.ListDeadLettersRequest, context: Any
+    ) -> ops_pb2.GroupDeadLettersReply:
+        async with self._database.begin() as tx:
+            groups = await bulk_redrive.group_by_cause(
+                tx,
+                limit=min(request.limit or 100, MAX_LISTED),
+                after=_uuid("after", request.after) if request.HasField("after") else None,
+                tenant_id=rpc.tenant_if_any(),
+            )
+        return ops_pb2.GroupDeadLettersReply(items=map(_shown_group, groups))
+
     async def GetDeadLetter(self, request: ops_pb2.GetDeadLetterRequest, context: Any) -> ops_pb2.DeadLetter:
         letter = await self._own(_uuid("id", request.id))
         async with self._database.begin() as tx:
@@ -53,6 +65,23 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         async with self._database.begin(tenant_id=rpc.tenant_if_any()) as tx:
             count = await redrive.request_redrive(tx, ids, actor=_actor(request.actor), force=request.force)
         return ops_pb2.RedriveDeadLettersReply(redriven=count)
+
+    async def RedriveMatching(
+        self, request: ops_pb2.RedriveMatchingRequest, context: Any
+    ) -> ops_pb2.RedriveMatchingReply:
+        tenant_id = rpc.tenant_if_any()
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            redriven = await bulk_redrive.redrive_matching(
+                tx,
+                actor=_actor(request.actor),
+                ids=[_uuid("ids", id_) for id_ in request.ids] or None,
+                cause=request.cause if request.HasField("cause") else None,
+                tenant_id=tenant_id,
+                rate_per_s=request.rate_per_s if request.HasField("rate_per_s") else None,
+                dry_run=request.dry_run,
+                force=request.force,
+            )
+        return ops_pb2.RedriveMatchingReply(**redriven._asdict())
 
     async def DiscardDeadLetter(
         self, request: ops_pb2.DiscardDeadLetterRequest, context: Any
@@ -132,3 +161,8 @@ def _shown(letter: DeadLetterView, *, whole: bool) -> ops_pb2.DeadLetter:
     shown.first_failed_at.FromDatetime(letter.first_failed_at)
     shown.last_failed_at.FromDatetime(letter.last_failed_at)
     return shown
+
+
+def _shown_group(group: bulk_redrive.Group) -> ops_pb2.DeadLetterGroup:
+    fields = group._asdict() | {"first_id": str(group.first_id)}
+    return ops_pb2.DeadLetterGroup(**fields)

@@ -16,7 +16,6 @@ from uuid import UUID
 import msgspec
 
 from infra.bus.dispatch import decode, handle
-from infra.clock import utcnow, uuid7_time
 from infra.errors import Conflict, NotFound, describe
 from infra.lanes.lane import KEEP_EFFECTS, restore
 from infra.observe.logs import get_logger
@@ -38,6 +37,16 @@ PER_SECOND = 100
 """The most dead letters a second: a redrive of thousands must leave room for new messages."""
 DEDUPE_HORIZON = timedelta(days=115)
 """The inbox keeps ids for 120 days (see inbox_partitions); a redrive of an older message could repeat an effect."""
+RECOGNISED = f"""
+    CASE
+        WHEN source = 'lane' THEN
+            clock_timestamp() - first_failed_at < interval '{KEEP_EFFECTS.total_seconds()} seconds'
+        -- Compared as text, because an id may have any form.
+        ELSE message_id NOT LIKE 'sha256:%' AND message_id COLLATE "C"
+            >= uuid7_floor(clock_timestamp() - interval '{DEDUPE_HORIZON.total_seconds()} seconds')::text
+    END
+    """
+"""SQL: whether a repeat of the dead letter's message would be recognised."""
 
 
 async def request_redrive(tx: Tx, ids: Sequence[UUID], *, actor: str, force: bool = False) -> int:
@@ -47,23 +56,18 @@ async def request_redrive(tx: Tx, ids: Sequence[UUID], *, actor: str, force: boo
     ``failed``, or is older than the inbox keeps ids (unless `force`).
     """
     for id_ in ids:
-        state, message_id, consumer, source, age = await _locked(tx, id_)
+        state, _, consumer, recognised = await _locked(tx, id_)
         if state == "waiting":
             raise Conflict(
                 f"dead letter {id_}: waits behind a failed one of its key; redrive or discard that one first"
             )
         if state != "failed":
             raise Conflict(f"dead letter {id_}: is {state}; must be failed to be redriven")
-        if source == "lane":
-            recognised = age < KEEP_EFFECTS
-        else:
-            sent_at = None if message_id.startswith("sha256:") else uuid7_time(UUID(message_id))
-            recognised = sent_at is not None and utcnow() - sent_at <= DEDUPE_HORIZON
         if not recognised and not force:
             raise Conflict(
                 f"dead letter {id_}: too old or without an id: a repeat would not be recognised; use force to redrive"
             )
-        await tx.sql("UPDATE dead_letter SET state = 'redriving' WHERE id = $1", id_)
+        await tx.sql("UPDATE dead_letter SET state = 'redriving', redrive_after = NULL WHERE id = $1", id_)
         audit(tx, actor, "dead_letter.redrive", "dead_letter", str(id_), consumer=consumer)
     return len(ids)
 
@@ -75,7 +79,7 @@ async def discard(tx: Tx, id_: UUID, *, actor: str) -> None:
 
     Raises NotFound, and Conflict for a dead letter that is not open.
     """
-    state, message_id, consumer, *_ = await _locked(tx, id_)
+    state, message_id, consumer, _ = await _locked(tx, id_)
     if state not in ("failed", "waiting"):
         raise Conflict(f"dead letter {id_}: is {state}; must be failed or waiting to be discarded")
     await tx.sql("UPDATE dead_letter SET state = 'discarded', payload = '' WHERE id = $1", id_)
@@ -106,10 +110,11 @@ async def discard_expired(tx: Tx) -> None:
         get_logger("infra.service.redrive").error("open dead letters discarded after their time", count=len(rows))
 
 
-async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, str, timedelta]:
+async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, bool]:
+    """State, message id and consumer of a dead letter, and whether a repeat would be recognised. Locks its row."""
     rows = await tx.sql(
-        """
-        SELECT state, message_id, consumer, source, clock_timestamp() - first_failed_at
+        f"""
+        SELECT state, message_id, consumer, {RECOGNISED}
         FROM dead_letter
         WHERE id = $1
         FOR UPDATE
@@ -118,8 +123,8 @@ async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, str, timedelta]:
     )
     if not rows:
         raise NotFound(f"dead letter {id_}: does not exist")
-    state, message_id, consumer, source, age = rows[0]
-    return state, message_id, consumer, source, age
+    state, message_id, consumer, recognised = rows[0]
+    return state, message_id, consumer, recognised
 
 
 class Drainer:
@@ -184,7 +189,7 @@ class Drainer:
             SELECT consumer, topic, key
             FROM parked_key p
             LEFT JOIN LATERAL (
-                SELECT state
+                SELECT state, redrive_after
                 FROM dead_letter d
                 WHERE d.consumer = p.consumer AND d.source = 'kafka' AND d.destination = p.topic AND d.key = p.key
                   AND d.state IN ('failed', 'waiting', 'redriving')
@@ -192,6 +197,7 @@ class Drainer:
                 LIMIT 1
             ) head ON true
             WHERE head.state IS DISTINCT FROM 'failed'
+              AND (head.redrive_after IS NULL OR head.redrive_after <= clock_timestamp())
             ORDER BY parked_at
             LIMIT 1
             FOR UPDATE OF p SKIP LOCKED
@@ -224,7 +230,7 @@ class Drainer:
         return await self._row(
             tx,
             """
-            state = 'redriving'
+            state = 'redriving' AND (redrive_after IS NULL OR redrive_after <= clock_timestamp())
             AND NOT EXISTS (
                 SELECT FROM parked_key p
                 WHERE p.consumer = d.consumer AND p.topic = d.destination AND p.key = d.key AND d.source = 'kafka'

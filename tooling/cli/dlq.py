@@ -19,7 +19,8 @@ from infra.postgres.dead_letters import DeadLetterView, Sealing
 from infra.security.audit import audit
 from infra.security.crypto import Cipher
 from infra.security.sealed_letters import SealedLetters
-from infra.service import redrive
+from infra.service import bulk_redrive, redrive
+from infra.service.bulk_redrive import Group, Redriven
 from tooling.stack import operator
 from tooling.stack.home import Home, home_folder
 from tooling.stack.keys import master_file
@@ -28,8 +29,7 @@ from tooling.stack.services import keys_folder
 
 app = typer.Typer(no_args_is_help=True, help="List, show, redrive and discard messages that could not be processed.")
 out = Console(highlight=False)
-# The most dead letters of one service that `redrive --all` handles in one call.
-ALL = 10_000
+_CHOOSE = "give the ids of dead letters, or --all --service NAME for all failed ones of a service, or --cause CAUSE"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Id = Annotated[UUID, typer.Argument(help="The dead letter's id, from `./claw dlq list`.")]
@@ -39,9 +39,13 @@ Id = Annotated[UUID, typer.Argument(help="The dead letter's id, from `./claw dlq
 def list_(
     service: Annotated[str, typer.Option(help="Only those of this service.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="The most that are listed.")] = 100,
+    by_cause: Annotated[bool, typer.Option("--by-cause", help="Group those that failed for the same cause.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the open dead letters, the oldest first."""
+    if by_cause:
+        _list_causes(service, limit, as_json=as_json)
+        return
     letters = operator.run(find_all(_database(), service, limit))
     if as_json:
         print(msgspec.json.encode(letters).decode())  # noqa: T201
@@ -67,6 +71,23 @@ def list_(
     )
 
 
+def _list_causes(service: str, limit: int, *, as_json: bool) -> None:
+    groups = operator.run(find_causes(_database(), service, limit))
+    if as_json:
+        print(msgspec.json.encode([{"service": name} | group._asdict() for name, group in groups]).decode())  # noqa: T201
+        return
+    if not groups:
+        out.print("No dead letters.")
+        return
+    for name, group in groups:
+        counts = f"{group.failed} failed, {group.waiting} waiting, {group.redriving} redriving"
+        _line(f"{counts}, first {group.first_failed_at:%Y-%m-%d %H:%M} UTC", "bold")
+        _line(f"  {group.consumer} of {name} could not handle messages of {group.source}")
+        # Not cut, so that it can be copied.
+        out.print(Text(f"  {printable(group.cause)}"), soft_wrap=True)
+    out.print("\n./claw dlq redrive --cause CAUSE --dry-run    count the messages of a redrive")
+
+
 @app.command()
 def show(id: Id, as_json: Json = False) -> None:
     """Show one dead letter with its headers and payload."""
@@ -89,21 +110,48 @@ def show(id: Id, as_json: Json = False) -> None:
 def redrive_(
     ids: Annotated[list[UUID] | None, typer.Argument(help="The ids, from `./claw dlq list`.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="All failed dead letters of --service.")] = False,
-    service: Annotated[str, typer.Option(help="With --all: the service.")] = "",
+    service: Annotated[str, typer.Option(help="With --all or --cause: the service.")] = "",
+    cause: Annotated[
+        str, typer.Option(help="All failed ones with this cause, from `./claw dlq list --by-cause`.")
+    ] = "",
+    rate: Annotated[
+        float | None, typer.Option(help="With --all or --cause: how many each service handles in a second.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --all or --cause: only count.")] = False,
     force: Annotated[
         bool, typer.Option(help="Also messages that are too old for the service to know if it has handled them.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Let the service handle dead letters again, and then the messages that wait behind them, in order."""
-    if all_ == bool(ids) or all_ != bool(service):
-        raise Conflict("give the ids of dead letters, or --all --service NAME for all failed ones of a service")
-    count = operator.run(redrive_many(_database(), ids or [], service, force=force))
-    if as_json:
-        print(msgspec.json.encode({"redriving": count}).decode())  # noqa: T201
+    if ids:
+        if all_ or service or cause or dry_run or rate is not None:
+            raise Conflict(_CHOOSE)
+        count = operator.run(redrive_ids(_database(), ids, force=force))
+        matched, too_old = count, 0
     else:
-        letters = "1 dead letter is" if count == 1 else f"{count} dead letters are"
-        out.print(f"{letters} marked for redrive. The running service handles them: see ./claw dlq list")
+        if all_ == bool(cause) or (all_ and not service):
+            raise Conflict(_CHOOSE)
+        found = operator.run(
+            redrive_all(_database(), service, cause or None, rate_per_s=rate, dry_run=dry_run, force=force)
+        )
+        matched = sum(one.matched for one in found.values())
+        count = sum(one.redriven for one in found.values())
+        too_old = sum(one.too_old for one in found.values())
+    if as_json:
+        answer = {"redriving": 0 if dry_run else count, "matched": matched, "too_old": too_old, "dry_run": dry_run}
+        print(msgspec.json.encode(answer).decode())  # noqa: T201
+        return
+    letters = "1 dead letter" if count == 1 else f"{count} dead letters"
+    if dry_run:
+        out.print(f"{letters} would be redriven.")
+    else:
+        are = "is" if count == 1 else "are"
+        out.print(f"{letters} {are} marked for redrive. The running service handles them: see ./claw dlq list")
+    if too_old:
+        out.print(f"{too_old} are too old: the service cannot know if it has handled them. To redrive them: --force")
+    if matched > count + too_old:
+        out.print(f"{matched - count - too_old} more match: run the command again.")
 
 
 @app.command()
@@ -118,11 +166,8 @@ def discard(id: Id, as_json: Json = False) -> None:
 
 async def find_all(url: str, service: str, limit: int) -> list[DeadLetterView]:
     """The open dead letters of all services, or of one. Raises NotFound if the service has no tables."""
-    names = await operator.services(url)
-    if service and service not in names:
-        raise NotFound(f"service {service}: not in this stack, which has {', '.join(names) or 'no services yet'}")
     found: list[DeadLetterView] = []
-    for name in [service] if service else names:
+    for name in await _services(url, service):
         async with operator.database(url, name) as database, database.engine.connect() as connection:
             found += await dead_letters.list_dead_letters(connection, name, limit=limit)
     return sorted(found, key=lambda letter: letter.first_failed_at)[:limit]
@@ -150,15 +195,21 @@ async def read(url: str, id_: UUID, sealing: Callable[[str], Sealing]) -> DeadLe
     return replace(letter, payload=payload)
 
 
-async def redrive_many(url: str, ids: Iterable[UUID], service: str = "", *, force: bool = False) -> int:
-    """Marks the dead letters `ids` for redrive, or all failed ones of `service` if `ids` is empty.
+async def find_causes(url: str, service: str, limit: int) -> list[tuple[str, Group]]:
+    """Service and group of the open dead letters with the same cause, the most frequent first. Raises NotFound."""
+    found: list[tuple[str, Group]] = []
+    for name in await _services(url, service):
+        async with operator.database(url, name) as database, database.begin() as tx:
+            found += [(name, group) for group in await bulk_redrive.group_by_cause(tx, limit=limit)]
+    return sorted(found, key=lambda one: -(one[1].failed + one[1].waiting))[:limit]
 
-    Returns the number of dead letters. All of one service are marked in one transaction. Raises NotFound, and Conflict
-    if one cannot be redriven.
+
+async def redrive_ids(url: str, ids: Iterable[UUID], *, force: bool = False) -> int:
+    """Marks the dead letters `ids` for redrive. Returns their number. All of one service are marked in one transaction.
+
+    Raises NotFound, and Conflict if one cannot be redriven.
     """
     letters = [await find(url, id_) for id_ in dict.fromkeys(ids)]
-    if not letters:
-        letters = [letter for letter in await find_all(url, service, ALL) if letter.state == "failed"]
     for name in sorted({letter.service for letter in letters}):
         async with operator.database(url, name) as database, database.begin() as tx:
             mine = [letter.id for letter in letters if letter.service == name]
@@ -166,11 +217,41 @@ async def redrive_many(url: str, ids: Iterable[UUID], service: str = "", *, forc
     return len(letters)
 
 
+async def redrive_all(
+    url: str,
+    service: str = "",
+    cause: str | None = None,
+    *,
+    rate_per_s: float | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+) -> dict[str, Redriven]:
+    """Marks the failed dead letters of the cause, in all services or in one. Returns service → its result.
+
+    Raises NotFound, and InvalidMessage for a wrong rate.
+    """
+    found = {}
+    for name in await _services(url, service):
+        async with operator.database(url, name) as database, database.begin() as tx:
+            found[name] = await bulk_redrive.redrive_matching(
+                tx, actor=operator.actor(), cause=cause, rate_per_s=rate_per_s, dry_run=dry_run, force=force
+            )
+    return found
+
+
 async def discard_one(url: str, id_: UUID) -> None:
     """Discards the dead letter. Raises NotFound, and Conflict if it is not open."""
     letter = await find(url, id_)
     async with operator.database(url, letter.service) as database, database.begin() as tx:
         await redrive.discard(tx, id_, actor=operator.actor())
+
+
+async def _services(url: str, service: str) -> list[str]:
+    """`service`, or all services if it is empty. Raises NotFound if the service has no tables."""
+    names = await operator.services(url)
+    if service and service not in names:
+        raise NotFound(f"service {service}: not in this stack, which has {', '.join(names) or 'no services yet'}")
+    return [service] if service else names
 
 
 def _database() -> str:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/ops/v1/ops.proto\x12\x0e\x63lawbus.ops.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x03\n\nDeadLetter\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x10\n\x08\x63onsumer\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\r\n\x05place\x18\x05 \x01(\t\x12\x12\n\nmessage_id\x18\x06 \x01(\t\x12\x10\n\x03key\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x16\n\ttenant_id\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\r\n\x05state\x18\t \x01(\t\x12\x10\n\x08\x61ttempts\x18\n \x01(\x05\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x33\n\x0f\x66irst_failed_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_failed_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x07headers\x18\x0e \x03(\x0b\x32\'.clawbus.ops.v1.DeadLetter.HeadersEntry\x12\x0f\n\x07payload\x18\x0f \x01(\t\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04_keyB\x0c\n\n_tenant_id\"E\n\x16ListDeadLettersRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_after\"A\n\x14ListDeadLettersReply\x12)\n\x05items\x18\x01 \x03(\x0b\x32\x1a.clawbus.ops.v1.DeadLetter\"\"\n\x14GetDeadLetterRequest\x12\n\n\x02id\x18\x01 \x01(\t\"F\n\x19RedriveDeadLettersRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\"+\n\x17RedriveDeadLettersReply\x12\x10\n\x08redriven\x18\x01 \x01(\x03\"5\n\x18\x44iscardDeadLetterRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"\x18\n\x16\x44iscardDeadLetterReply\"N\n\x12\x43ountOutboxRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12)\n\x05since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x10\x43ountOutboxReply\x12\x10\n\x08produced\x18\x01 \x01(\x03\x12\x11\n\tpublished\x18\x02 \x01(\x03\x12\x0f\n\x07pending\x18\x03 \x01(\x03\x32\xe6\x03\n\nOperations\x12_\n\x0fListDeadLetters\x12&.clawbus.ops.v1.ListDeadLettersRequest\x1a$.clawbus.ops.v1.ListDeadLettersReply\x12Q\n\rGetDeadLetter\x12$.clawbus.ops.v1.GetDeadLetterRequest\x1a\x1a.clawbus.ops.v1.DeadLetter\x12h\n\x12RedriveDeadLetters\x12).clawbus.ops.v1.RedriveDeadLettersRequest\x1a\'.clawbus.ops.v1.RedriveDeadLettersReply\x12\x65\n\x11\x44iscardDeadLetter\x12(.clawbus.ops.v1.DiscardDeadLetterRequest\x1a&.clawbus.ops.v1.DiscardDeadLetterReply\x12S\n\x0b\x43ountOutbox\x12\".clawbus.ops.v1.CountOutboxRequest\x1a .clawbus.ops.v1.CountOutboxReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/ops/v1/ops.proto\x12\x0e\x63lawbus.ops.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x03\n\nDeadLetter\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x10\n\x08\x63onsumer\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\r\n\x05place\x18\x05 \x01(\t\x12\x12\n\nmessage_id\x18\x06 \x01(\t\x12\x10\n\x03key\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x16\n\ttenant_id\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\r\n\x05state\x18\t \x01(\t\x12\x10\n\x08\x61ttempts\x18\n \x01(\x05\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x33\n\x0f\x66irst_failed_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_failed_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x07headers\x18\x0e \x03(\x0b\x32\'.clawbus.ops.v1.DeadLetter.HeadersEntry\x12\x0f\n\x07payload\x18\x0f \x01(\t\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04_keyB\x0c\n\n_tenant_id\"E\n\x16ListDeadLettersRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_after\"A\n\x14ListDeadLettersReply\x12)\n\x05items\x18\x01 \x03(\x0b\x32\x1a.clawbus.ops.v1.DeadLetter\"\xf1\x01\n\x0f\x44\x65\x61\x64LetterGroup\x12\x10\n\x08\x66irst_id\x18\x01 \x01(\t\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x03\x12\x0f\n\x07waiting\x18\x06 \x01(\x03\x12\x11\n\tredriving\x18\x07 \x01(\x03\x12\x33\n\x0f\x66irst_failed_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_failed_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"G\n\x15GroupDeadLettersReply\x12.\n\x05items\x18\x01 \x03(\x0b\x32\x1f.clawbus.ops.v1.DeadLetterGroup\"\"\n\x14GetDeadLetterRequest\x12\n\n\x02id\x18\x01 \x01(\t\"F\n\x19RedriveDeadLettersRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\"+\n\x17RedriveDeadLettersReply\x12\x10\n\x08redriven\x18\x01 \x01(\x03\"\x9a\x01\n\x16RedriveMatchingRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x12\n\x05\x63\x61use\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x17\n\nrate_per_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x12\r\n\x05\x66orce\x18\x05 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\tB\x08\n\x06_causeB\r\n\x0b_rate_per_s\"J\n\x14RedriveMatchingReply\x12\x0f\n\x07matched\x18\x01 \x01(\x03\x12\x10\n\x08redriven\x18\x02 \x01(\x03\x12\x0f\n\x07too_old\x18\x03 \x01(\x03\"5\n\x18\x44iscardDeadLetterRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"\x18\n\x16\x44iscardDeadLetterReply\"N\n\x12\x43ountOutboxRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12)\n\x05since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x10\x43ountOutboxReply\x12\x10\n\x08produced\x18\x01 \x01(\x03\x12\x11\n\tpublished\x18\x02 \x01(\x03\x12\x0f\n\x07pending\x18\x03 \x01(\x03\x32\xaa\x05\n\nOperations\x12_\n\x0fListDeadLetters\x12&.clawbus.ops.v1.ListDeadLettersRequest\x1a$.clawbus.ops.v1.ListDeadLettersReply\x12\x61\n\x10GroupDeadLetters\x12&.clawbus.ops.v1.ListDeadLettersRequest\x1a%.clawbus.ops.v1.GroupDeadLettersReply\x12Q\n\rGetDeadLetter\x12$.clawbus.ops.v1.GetDeadLetterRequest\x1a\x1a.clawbus.ops.v1.DeadLetter\x12h\n\x12RedriveDeadLetters\x12).clawbus.ops.v1.RedriveDeadLettersRequest\x1a\'.clawbus.ops.v1.RedriveDeadLettersReply\x12_\n\x0fRedriveMatching\x12&.clawbus.ops.v1.RedriveMatchingRequest\x1a$.clawbus.ops.v1.RedriveMatchingReply\x12\x65\n\x11\x44iscardDeadLetter\x12(.clawbus.ops.v1.DiscardDeadLetterRequest\x1a&.clawbus.ops.v1.DiscardDeadLetterReply\x12S\n\x0b\x43ountOutbox\x12\".clawbus.ops.v1.CountOutboxRequest\x1a .clawbus.ops.v1.CountOutboxReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,20 +42,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTDEADLETTERSREQUEST']._serialized_end=598
   _globals['_LISTDEADLETTERSREPLY']._serialized_start=600
   _globals['_LISTDEADLETTERSREPLY']._serialized_end=665
-  _globals['_GETDEADLETTERREQUEST']._serialized_start=667
-  _globals['_GETDEADLETTERREQUEST']._serialized_end=701
-  _globals['_REDRIVEDEADLETTERSREQUEST']._serialized_start=703
-  _globals['_REDRIVEDEADLETTERSREQUEST']._serialized_end=773
-  _globals['_REDRIVEDEADLETTERSREPLY']._serialized_start=775
-  _globals['_REDRIVEDEADLETTERSREPLY']._serialized_end=818
-  _globals['_DISCARDDEADLETTERREQUEST']._serialized_start=820
-  _globals['_DISCARDDEADLETTERREQUEST']._serialized_end=873
-  _globals['_DISCARDDEADLETTERREPLY']._serialized_start=875
-  _globals['_DISCARDDEADLETTERREPLY']._serialized_end=899
-  _globals['_COUNTOUTBOXREQUEST']._serialized_start=901
-  _globals['_COUNTOUTBOXREQUEST']._serialized_end=979
-  _globals['_COUNTOUTBOXREPLY']._serialized_start=981
-  _globals['_COUNTOUTBOXREPLY']._serialized_end=1053
-  _globals['_OPERATIONS']._serialized_start=1056
-  _globals['_OPERATIONS']._serialized_end=1542
+  _globals['_DEADLETTERGROUP']._serialized_start=668
+  _globals['_DEADLETTERGROUP']._serialized_end=909
+  _globals['_GROUPDEADLETTERSREPLY']._serialized_start=911
+  _globals['_GROUPDEADLETTERSREPLY']._serialized_end=982
+  _globals['_GETDEADLETTERREQUEST']._serialized_start=984
+  _globals['_GETDEADLETTERREQUEST']._serialized_end=1018
+  _globals['_REDRIVEDEADLETTERSREQUEST']._serialized_start=1020
+  _globals['_REDRIVEDEADLETTERSREQUEST']._serialized_end=1090
+  _globals['_REDRIVEDEADLETTERSREPLY']._serialized_start=1092
+  _globals['_REDRIVEDEADLETTERSREPLY']._serialized_end=1135
+  _globals['_REDRIVEMATCHINGREQUEST']._serialized_start=1138
+  _globals['_REDRIVEMATCHINGREQUEST']._serialized_end=1292
+  _globals['_REDRIVEMATCHINGREPLY']._serialized_start=1294
+  _globals['_REDRIVEMATCHINGREPLY']._serialized_end=1368
+  _globals['_DISCARDDEADLETTERREQUEST']._serialized_start=1370
+  _globals['_DISCARDDEADLETTERREQUEST']._serialized_end=1423
+  _globals['_DISCARDDEADLETTERREPLY']._serialized_start=1425
+  _globals['_DISCARDDEADLETTERREPLY']._serialized_end=1449
+  _globals['_COUNTOUTBOXREQUEST']._serialized_start=1451
+  _globals['_COUNTOUTBOXREQUEST']._serialized_end=1529
+  _globals['_COUNTOUTBOXREPLY']._serialized_start=1531
+  _globals['_COUNTOUTBOXREPLY']._serialized_end=1603
+  _globals['_OPERATIONS']._serialized_start=1606
+  _globals['_OPERATIONS']._serialized_end=2288
 # @@protoc_insertion_point(module_scope)

@@ -162,6 +162,73 @@ class ListDeadLettersReply(_message.Message):
 Global___ListDeadLettersReply: _TypeAlias = ListDeadLettersReply  # noqa: Y015
 
 @_typing.final
+class DeadLetterGroup(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_ID_FIELD_NUMBER: _builtins.int
+    CONSUMER_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    REDRIVING_FIELD_NUMBER: _builtins.int
+    FIRST_FAILED_AT_FIELD_NUMBER: _builtins.int
+    LAST_FAILED_AT_FIELD_NUMBER: _builtins.int
+    first_id: _builtins.str
+    """The oldest one: an example, and the position for `after`."""
+    consumer: _builtins.str
+    source: _builtins.str
+    cause: _builtins.str
+    """The first line of the error; ids and numbers are "#"."""
+    failed: _builtins.int
+    waiting: _builtins.int
+    redriving: _builtins.int
+    @_builtins.property
+    def first_failed_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def last_failed_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        first_id: _builtins.str = ...,
+        consumer: _builtins.str = ...,
+        source: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        failed: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        redriving: _builtins.int = ...,
+        first_failed_at: _timestamp_pb2.Timestamp | None = ...,
+        last_failed_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_failed_at", b"first_failed_at", "last_failed_at", b"last_failed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "consumer", b"consumer", "failed", b"failed", "first_failed_at", b"first_failed_at", "first_id", b"first_id", "last_failed_at", b"last_failed_at", "redriving", b"redriving", "source", b"source", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetterGroup: _TypeAlias = DeadLetterGroup  # noqa: Y015
+
+@_typing.final
+class GroupDeadLettersReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetterGroup]: ...
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___DeadLetterGroup] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupDeadLettersReply: _TypeAlias = GroupDeadLettersReply  # noqa: Y015
+
+@_typing.final
 class GetDeadLetterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -227,6 +294,82 @@ class RedriveDeadLettersReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RedriveDeadLettersReply: _TypeAlias = RedriveDeadLettersReply  # noqa: Y015
+
+@_typing.final
+class RedriveMatchingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    RATE_PER_S_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    cause: _builtins.str
+    """Absent: whatever their cause is."""
+    rate_per_s: _builtins.float
+    """How many are handled in a second, on average; absent: as fast as the service can."""
+    dry_run: _builtins.bool
+    """Only counts."""
+    force: _builtins.bool
+    """Also those that are too old for a repeat to be recognised."""
+    actor: _builtins.str
+    """The operator, for the audit record."""
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Empty: whatever their id is."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        cause: _builtins.str | None = ...,
+        rate_per_s: _builtins.float | None = ...,
+        dry_run: _builtins.bool = ...,
+        force: _builtins.bool = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cause", b"_cause", "_rate_per_s", b"_rate_per_s", "cause", b"cause", "rate_per_s", b"rate_per_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cause", b"_cause", "_rate_per_s", b"_rate_per_s", "actor", b"actor", "cause", b"cause", "dry_run", b"dry_run", "force", b"force", "ids", b"ids", "rate_per_s", b"rate_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cause: _TypeAlias = _typing.Literal["cause"]  # noqa: Y015
+    _WhichOneofArgType__cause: _TypeAlias = _typing.Literal["_cause", b"_cause"]  # noqa: Y015
+    _WhichOneofReturnType__rate_per_s: _TypeAlias = _typing.Literal["rate_per_s"]  # noqa: Y015
+    _WhichOneofArgType__rate_per_s: _TypeAlias = _typing.Literal["_rate_per_s", b"_rate_per_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cause) -> _WhichOneofReturnType__cause | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rate_per_s) -> _WhichOneofReturnType__rate_per_s | None: ...
+
+Global___RedriveMatchingRequest: _TypeAlias = RedriveMatchingRequest  # noqa: Y015
+
+@_typing.final
+class RedriveMatchingReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATCHED_FIELD_NUMBER: _builtins.int
+    REDRIVEN_FIELD_NUMBER: _builtins.int
+    TOO_OLD_FIELD_NUMBER: _builtins.int
+    matched: _builtins.int
+    redriven: _builtins.int
+    """Marked, or with dry_run: would be marked."""
+    too_old: _builtins.int
+    """Left, because they are too old."""
+    def __init__(
+        self,
+        *,
+        matched: _builtins.int = ...,
+        redriven: _builtins.int = ...,
+        too_old: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["matched", b"matched", "redriven", b"redriven", "too_old", b"too_old"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedriveMatchingReply: _TypeAlias = RedriveMatchingReply  # noqa: Y015
 
 @_typing.final
 class DiscardDeadLetterRequest(_message.Message):

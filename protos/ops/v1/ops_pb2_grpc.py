@@ -39,6 +39,11 @@ class OperationsStub:
                 request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersRequest.SerializeToString,
                 response_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersReply.FromString,
                 _registered_method=True)
+        self.GroupDeadLetters = channel.unary_unary(
+                '/clawbus.ops.v1.Operations/GroupDeadLetters',
+                request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.GroupDeadLettersReply.FromString,
+                _registered_method=True)
         self.GetDeadLetter = channel.unary_unary(
                 '/clawbus.ops.v1.Operations/GetDeadLetter',
                 request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.GetDeadLetterRequest.SerializeToString,
@@ -48,6 +53,11 @@ class OperationsStub:
                 '/clawbus.ops.v1.Operations/RedriveDeadLetters',
                 request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveDeadLettersRequest.SerializeToString,
                 response_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveDeadLettersReply.FromString,
+                _registered_method=True)
+        self.RedriveMatching = channel.unary_unary(
+                '/clawbus.ops.v1.Operations/RedriveMatching',
+                request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveMatchingRequest.SerializeToString,
+                response_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveMatchingReply.FromString,
                 _registered_method=True)
         self.DiscardDeadLetter = channel.unary_unary(
                 '/clawbus.ops.v1.Operations/DiscardDeadLetter',
@@ -71,6 +81,13 @@ class OperationsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GroupDeadLetters(self, request, context):
+        """Open dead letters of one consumer and source with the same cause, by the oldest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetDeadLetter(self, request, context):
         """NOT_FOUND if it does not exist.
         """
@@ -81,6 +98,13 @@ class OperationsServicer:
     def RedriveDeadLetters(self, request, context):
         """Marks dead letters to be handled again by the consumer that failed.
         ABORTED if it is too old for a repeat to be recognised, unless forced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedriveMatching(self, request, context):
+        """Marks all failed ones that match, at most 10,000 in one call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +132,11 @@ def add_OperationsServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersRequest.FromString,
                     response_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersReply.SerializeToString,
             ),
+            'GroupDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.GroupDeadLetters,
+                    request_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.GroupDeadLettersReply.SerializeToString,
+            ),
             'GetDeadLetter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDeadLetter,
                     request_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.GetDeadLetterRequest.FromString,
@@ -117,6 +146,11 @@ def add_OperationsServicer_to_server(servicer, server):
                     servicer.RedriveDeadLetters,
                     request_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveDeadLettersRequest.FromString,
                     response_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveDeadLettersReply.SerializeToString,
+            ),
+            'RedriveMatching': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedriveMatching,
+                    request_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveMatchingRequest.FromString,
+                    response_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.RedriveMatchingReply.SerializeToString,
             ),
             'DiscardDeadLetter': grpc.unary_unary_rpc_method_handler(
                     servicer.DiscardDeadLetter,
@@ -156,6 +190,33 @@ class Operations:
             '/clawbus.ops.v1.Operations/ListDeadLetters',
             protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersRequest.SerializeToString,
             protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GroupDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.ops.v1.Operations/GroupDeadLetters',
+            protos_dot_ops_dot_v1_dot_ops__pb2.ListDeadLettersRequest.SerializeToString,
+            protos_dot_ops_dot_v1_dot_ops__pb2.GroupDeadLettersReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -210,6 +271,33 @@ class Operations:
             '/clawbus.ops.v1.Operations/RedriveDeadLetters',
             protos_dot_ops_dot_v1_dot_ops__pb2.RedriveDeadLettersRequest.SerializeToString,
             protos_dot_ops_dot_v1_dot_ops__pb2.RedriveDeadLettersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedriveMatching(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.ops.v1.Operations/RedriveMatching',
+            protos_dot_ops_dot_v1_dot_ops__pb2.RedriveMatchingRequest.SerializeToString,
+            protos_dot_ops_dot_v1_dot_ops__pb2.RedriveMatchingReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,12 +18,16 @@ class OperationsStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListDeadLetters: _aio.UnaryUnaryMultiCallable[_ops_pb2.ListDeadLettersRequest, _ops_pb2.ListDeadLettersReply]
     """Open dead letters, oldest first, without headers and payload."""
+    GroupDeadLetters: _aio.UnaryUnaryMultiCallable[_ops_pb2.ListDeadLettersRequest, _ops_pb2.GroupDeadLettersReply]
+    """Open dead letters of one consumer and source with the same cause, by the oldest."""
     GetDeadLetter: _aio.UnaryUnaryMultiCallable[_ops_pb2.GetDeadLetterRequest, _ops_pb2.DeadLetter]
     """NOT_FOUND if it does not exist."""
     RedriveDeadLetters: _aio.UnaryUnaryMultiCallable[_ops_pb2.RedriveDeadLettersRequest, _ops_pb2.RedriveDeadLettersReply]
     """Marks dead letters to be handled again by the consumer that failed.
     ABORTED if it is too old for a repeat to be recognised, unless forced.
     """
+    RedriveMatching: _aio.UnaryUnaryMultiCallable[_ops_pb2.RedriveMatchingRequest, _ops_pb2.RedriveMatchingReply]
+    """Marks all failed ones that match, at most 10,000 in one call."""
     DiscardDeadLetter: _aio.UnaryUnaryMultiCallable[_ops_pb2.DiscardDeadLetterRequest, _ops_pb2.DiscardDeadLetterReply]
     """Gives one up for good; the records that wait behind it in its key go on. ABORTED if it is not open."""
     CountOutbox: _aio.UnaryUnaryMultiCallable[_ops_pb2.CountOutboxRequest, _ops_pb2.CountOutboxReply]
@@ -37,6 +41,14 @@ class OperationsServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_ops_pb2.ListDeadLettersRequest, _abc.Awaitable[_ops_pb2.ListDeadLettersReply]],
     ) -> _abc.Awaitable[_ops_pb2.ListDeadLettersReply]:
         """Open dead letters, oldest first, without headers and payload."""
+
+    @_abc_1.abstractmethod
+    def GroupDeadLetters(
+        self,
+        request: _ops_pb2.ListDeadLettersRequest,
+        context: _aio.ServicerContext[_ops_pb2.ListDeadLettersRequest, _abc.Awaitable[_ops_pb2.GroupDeadLettersReply]],
+    ) -> _abc.Awaitable[_ops_pb2.GroupDeadLettersReply]:
+        """Open dead letters of one consumer and source with the same cause, by the oldest."""
 
     @_abc_1.abstractmethod
     def GetDeadLetter(
@@ -55,6 +67,14 @@ class OperationsServicer(metaclass=_abc_1.ABCMeta):
         """Marks dead letters to be handled again by the consumer that failed.
         ABORTED if it is too old for a repeat to be recognised, unless forced.
         """
+
+    @_abc_1.abstractmethod
+    def RedriveMatching(
+        self,
+        request: _ops_pb2.RedriveMatchingRequest,
+        context: _aio.ServicerContext[_ops_pb2.RedriveMatchingRequest, _abc.Awaitable[_ops_pb2.RedriveMatchingReply]],
+    ) -> _abc.Awaitable[_ops_pb2.RedriveMatchingReply]:
+        """Marks all failed ones that match, at most 10,000 in one call."""
 
     @_abc_1.abstractmethod
     def DiscardDeadLetter(

@@ -26,7 +26,9 @@ async def services(aggregator: Platform) -> AsyncIterator[Platform]:
     aggregator.stop("user")
 
 
-async def fail(services: Platform, service: str, tenant_id: str, subject: str = "s") -> str:
+async def fail(
+    services: Platform, service: str, tenant_id: str, subject: str = "s", error: str = "ValueError: it was late"
+) -> str:
     """Stores a dead letter of this service that a redrive would process. Returns its id."""
     message = SubjectErased(tenant_id=tenant_id, subject_id=subject)
     envelope = Envelope(
@@ -39,7 +41,7 @@ async def fail(services: Platform, service: str, tenant_id: str, subject: str = 
         key=tenant_id,
         tenant_id=tenant_id,
         attempts=3,
-        error="ValueError: it was late",
+        error=error,
         headers=_json(envelope.headers()),
         payload=_json({"tenant_id": tenant_id, "subject_id": subject}).encode(),
     )
@@ -129,6 +131,82 @@ async def test_a_redriven_dead_letter_is_processed_and_audited(services: Platfor
     assert [(act["actor"], act["action"], act["tenant_id"]) for act in acts] == [
         ("member:m", "dead_letter.redrive", tenant)
     ]
+
+
+async def test_dead_letters_are_grouped_by_cause_and_redriven_by_it(services: Platform, tenant: str) -> None:
+    subject = str(uuid4())
+    first = await fail(services, "user", tenant, subject, error="TimeoutError: after 7 s\nprivate")
+    await fail(services, "user", tenant, error="TimeoutError: after 8 s")
+    await fail(services, "log_aggregator", tenant)
+    other = await fail(services, "user", "somebody else", error="TimeoutError: after 9 s")
+    async with services.client("log_aggregator", tenant, actor="member:m") as client:
+        groups: list[dict[str, Any]] = []
+        cursor: dict[str, str] = {}
+        while True:
+            answer = await client.get("/api/v1/deadletters", params={"group_by": "cause", "limit": "1", **cursor})
+            assert answer.status_code == 200, answer.text
+            groups += answer.json()["items"]
+            if not answer.json()["next"]:
+                break
+            cursor = {"cursor": answer.json()["next"]}
+        shown = [(group["service"], group["cause"], group["failed"]) for group in groups]
+        assert shown == [("log_aggregator", "ValueError: it was late", 1), ("user", "TimeoutError: after # s", 2)]
+        assert groups[1]["first_id"] == first
+        wanted = {"cause": "TimeoutError: after # s"}
+        answer = await client.post("/api/v1/deadletters/redrive", json=wanted | {"dry_run": True})
+        assert answer.status_code == 202, answer.text
+        assert (answer.json()["dry_run"], answer.json()["matched"], answer.json()["redriven"]) == (True, 2, 2)
+        assert await state(services, "user", first) == "failed"
+        answer = await client.post("/api/v1/deadletters/redrive", json=wanted | {"rate_per_s": 100})
+        assert answer.json()["services"] == [{"service": "user", "matched": 2, "redriven": 2, "too_old": 0}]
+
+        async def redriven() -> bool:
+            return await state(services, "user", first) == "redriven"
+
+        await services.until(redriven)
+    assert await state(services, "user", other) == "failed"
+    acts = [act for _, act in await services.outbox("user", "audit.logs") if act["tenant_id"] == tenant]
+    assert [(act["actor"], act["action"], act["object_id"], act["details"]["count"]) for act in acts] == [
+        ("member:m", "dead_letter.redrive_all", wanted["cause"], "2")
+    ]
+
+
+async def test_ids_are_redriven_together_or_not_at_all(services: Platform, tenant: str) -> None:
+    mine = [await fail(services, name, tenant) for name in ("log_aggregator", "user")]
+    theirs = await fail(services, "user", "somebody else")
+    async with services.client("log_aggregator", tenant) as client:
+        # Services that do not run here might have it.
+        answer = await client.post("/api/v1/deadletters/redrive", json={"ids": [*mine, theirs]})
+        assert answer.status_code == 503, answer.text
+        for service, id_ in (("log_aggregator", mine[0]), ("user", mine[1]), ("user", theirs)):
+            assert await state(services, service, id_) == "failed"
+        answer = await client.post("/api/v1/deadletters/redrive", json={"ids": mine, "rate_per_s": 0.01})
+        assert (answer.status_code, answer.json()["redriven"]) == (202, 2)
+    assert await state(services, "user", theirs) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "ids"),
+        ({"dry_run": True}, "ids"),
+        ({"ids": [str(uuid4())], "cause": "x"}, "ids"),
+        ({"ids": []}, "ids"),
+        ({"ids": ["7"]}, "ids[0]"),
+        ({"service": "nobody"}, "service"),
+        ({"cause": "x", "rate_per_s": 0}, "rate_per_s"),
+        ({"cause": "x", "all": True}, "all"),
+    ],
+)
+async def test_an_unclear_bulk_redrive_is_refused(
+    services: Platform, tenant: str, body: dict[str, Any], field: str
+) -> None:
+    id_ = await fail(services, "user", tenant, error="x")
+    async with services.client("log_aggregator", tenant) as client:
+        answer = await client.post("/api/v1/deadletters/redrive", json=body)
+    assert answer.status_code == 422, answer.text
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+    assert await state(services, "user", id_) == "failed"
 
 
 async def test_reading_a_dead_letter_is_audited(services: Platform, tenant: str) -> None:

@@ -178,8 +178,32 @@ def test_all_failed_dead_letters_of_one_service_are_redriven() -> None:
     [second] = dead("sample_ledger", "other", "failed")
     [elsewhere] = dead("sample_desk", "k", "failed")
     answer = told(dlq.app, "redrive", "--all", "--service", "sample_ledger", "--json")
-    assert json.loads(answer) == {"redriving": 2}
+    assert json.loads(answer) == {"redriving": 2, "matched": 2, "too_old": 0, "dry_run": False}
     assert [state(id_) for id_ in (first, waiting, second)] == ["redriving", "waiting", "redriving"]
+    assert audited("sample_desk", elsewhere) == []
+
+
+def test_dead_letters_are_listed_and_redriven_by_cause() -> None:
+    assert told(dlq.app, "list", "--by-cause") == "No dead letters.\n"
+    first, waiting = dead("sample_ledger", "k", "failed", "waiting", error="Late: 7 s")
+    [second] = dead("sample_ledger", "other", "failed", error="Late: 8 s\x1b")
+    [elsewhere] = dead("sample_desk", "k", "failed", error="Late: 9 s")
+    text = told(dlq.app, "list", "--by-cause", "--service", "sample_ledger")
+    assert "1 failed, 1 waiting, 0 redriving" in text
+    assert "Late: # s\\x1b" in text
+    groups = json.loads(told(dlq.app, "list", "--by-cause", "--json"))
+    assert [(group["service"], group["cause"], group["failed"]) for group in groups] == [
+        ("sample_ledger", "Late: # s", 1),
+        ("sample_desk", "Late: # s", 1),
+        ("sample_ledger", "Late: # s\x1b", 1),
+    ]
+    cause = ("redrive", "--cause", "Late: # s")
+    assert "2 dead letters would be redriven" in told(dlq.app, *cause, "--dry-run")
+    assert "would" in told(dlq.app, *cause, "--dry-run", "--service", "sample_ledger")
+    assert state(first) == "failed"
+    assert "1 dead letter is marked" in told(dlq.app, *cause, "--service", "sample_ledger", "--rate", "5")
+    assert (state(first), state(waiting), state(second)) == ("redriving", "waiting", "failed")
+    assert audited("sample_ledger", "Late: # s") == [("dead_letter.redrive_all", operator.actor())]
     assert audited("sample_desk", elsewhere) == []
 
 
@@ -202,7 +226,10 @@ def test_a_refused_command_says_why_and_changes_nothing() -> None:
         "service sample_lodger: not in this stack, which has sample_desk, sample_front, sample_ledger"
     )
     assert "sample_lodger: not in this stack" in refused(dlq.app, "redrive", "--all", "--service", "sample_lodger")
-    for words in ([], ["--all"], ["--service", "sample_ledger"], [first, "--all", "--service", "sample_ledger"]):
+    for words in (
+        *([], ["--all"], ["--service", "sample_ledger"], [first, "--all", "--service", "sample_ledger"]),
+        *([first, "--dry-run"], ["--all", "--cause", "x"]),
+    ):
         assert "give the ids of dead letters, or --all --service NAME" in refused(dlq.app, "redrive", *words)
     told(dlq.app, "redrive", first)
     assert "is redriving; must be failed to be redriven" in refused(dlq.app, "redrive", first)
