@@ -12,8 +12,15 @@ from services.agent.definitions import api as definitions
 from services.agent.runs import api as runs
 from services.agent.sessions import api as sessions
 from services.agent.sessions import takeover
+from services.agent.sessions.requeue import let_fail
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
-    routers = definitions.router(runtime), sessions.router(runtime), takeover.router(runtime), runs.router(runtime)
-    return api("agent", runtime, *routers)
+    return api(
+        "agent",
+        runtime,
+        definitions.router(runtime),
+        sessions.router(runtime),
+        takeover.router(runtime),
+        runs.router(runtime, let_fail),
+    )

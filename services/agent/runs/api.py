@@ -18,9 +18,10 @@ from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
 from services.agent.runs import queries
-from services.agent.runs.cancelling import cancel, give_up
+from services.agent.runs.cancelling import cancel
 from services.agent.runs.content import Unsealer, seal_result
 from services.agent.runs.decisions import settle, suspension
+from services.agent.runs.domain import Suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.forking import fork
 from services.agent.runs.notices import CANCELLED
@@ -28,7 +29,8 @@ from services.agent.runs.timeline import timeline
 from services.agent.runs.views import Approval, Facts, ForkFrom, Resolution, RunView, Status, Timeline
 
 
-def router(runtime: Runtime) -> APIRouter:
+def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension]]) -> APIRouter:
+    """`let_fail`: lets an indeterminate run fail. The sessions do that: they give its later messages to a new run."""
     routes = APIRouter(tags=["runs"])
     subjects = adapters.subjects(runtime)
     billing = adapters.billing(runtime)
@@ -118,10 +120,10 @@ def router(runtime: Runtime) -> APIRouter:
         """Decides about an indeterminate run, in which it is not known whether a tool took effect: call the tool again,
         go on with the given result, or let the run fail. 409 if the run is not indeterminate."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            waits = await suspension(tx, run_id)
             if body.action == "fail":
-                await give_up(tx, run_id, waits)
+                waits = await let_fail(tx, run_id)
             else:
+                waits = await suspension(tx, run_id)
                 content = None
                 if body.action == "skip":
                     content = await seal_result(tx, subjects, run_id, waits.step, body.result)

@@ -11,7 +11,7 @@ from infra.postgres.tx import Tx
 from services.agent.lanes import RUNS
 from services.agent.runs import projections
 from services.agent.runs.decisions import resume_parent
-from services.agent.runs.domain import Fail, Suspension
+from services.agent.runs.domain import Fail
 from services.agent.runs.events import Ending
 from services.agent.runs.publishing import stream
 
@@ -46,14 +46,6 @@ async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
     await tx.sql("UPDATE run SET cancel_reason = $2 WHERE id = $1", run_id, reason)
     # A run that pauses before its next attempt ends without the rest of the pause.
     await lanes.postpone(tx, RUNS, session_key, UUID(str(item_id)), utcnow())
-
-
-async def give_up(tx: Tx, run_id: UUID, waits: Suspension) -> None:
-    """An operator lets the run fail. Raises Conflict if it waits for an approval."""
-    if waits.reason != "indeterminate":
-        raise Conflict(f"run {run_id} waits for an approval: deny it, or cancel the run")
-    [(session_key,)] = await tx.sql("SELECT session_key FROM run WHERE id = $1", run_id)
-    await fail(tx, run_id, session_key, "failed", f"given up by an operator: {waits.text}")
 
 
 async def fail(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: str) -> None:

@@ -7,8 +7,13 @@ from uuid import UUID
 from opentelemetry import trace
 
 from infra.clock import uuid7
+from infra.errors import Conflict
 from infra.postgres.tx import Tx
 from services.agent.lanes import queue_run
+from services.agent.runs.cancelling import fail
+from services.agent.runs.decisions import suspension
+from services.agent.runs.domain import Suspension
+from services.agent.runs.publishing import stream as run_stream
 from services.agent.sessions.events import MessagesRequeued
 from services.agent.sessions.publishing import stream
 
@@ -23,6 +28,23 @@ async def lock_session(tx: Tx, run_id: UUID) -> None:
         """,
         run_id,
     )
+
+
+async def let_fail(tx: Tx, run_id: UUID) -> Suspension:
+    """An operator lets an indeterminate run fail. A new run answers the messages that had joined it.
+
+    Raises NotFound, Conflict if the run is not indeterminate.
+    """
+    await lock_session(tx, run_id)
+    waits = await suspension(tx, run_id)
+    if waits.reason != "indeterminate":
+        raise Conflict(f"run {run_id} waits for an approval: deny it, or cancel the run")
+    [(session_key,)] = await tx.sql("SELECT session_key FROM run WHERE id = $1", run_id)
+    state = await tx.load(run_stream(run_id))
+    await fail(tx, run_id, session_key, "failed", f"given up by an operator: {waits.text}")
+    if state.messages:
+        await requeue_later_messages(tx, run_id, state.messages)
+    return waits
 
 
 async def requeue_later_messages(tx: Tx, run_id: UUID, first: int) -> UUID | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+from protos.plugin.v1 import plugin_pb2
 from services.agent.runs.notices import FAILED
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
 from tooling.testing.service_fakes import WEATHER
+
+UNKNOWN = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_UNKNOWN, error="it did not answer")
 
 
 async def asked(world: World, tenant: Tenant, count: int) -> None:
@@ -75,6 +78,27 @@ async def test_messages_that_joined_a_run_that_fails_are_answered_by_the_next_ru
             "SELECT type FROM event WHERE stream_id = $1 ORDER BY version", f"session:{tenant.id}/{tenant.id}-c"
         )
     assert events == [("MessageAccepted",)] * 3 + [("MessagesRequeued",)]
+
+
+async def test_messages_that_joined_a_run_that_an_operator_lets_fail_are_answered(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="steer", tools=[WEATHER], system_prompt=tenant.id)
+    world.peers.plugin.outcomes[WEATHER] = [UNKNOWN]
+    go = asyncio.Event()
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),), waits=go), Says("Sun in Rome."))
+    run_id = await tenant.say(agent, "Bern?")
+    await asked(world, tenant, 1)
+    assert await tenant.say(agent, "And Rome?") == run_id
+    go.set()
+
+    async def is_indeterminate() -> bool:
+        return bool((await tenant.run(run_id))["status"] == "indeterminate")
+
+    await world.platform.until(is_indeterminate)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/resolution", json={"action": "fail"})
+    failed, answered = await tenant.runs(2)
+    assert (failed["id"], failed["status"]) == (run_id, "failed")
+    assert (answered["status"], answered["reply"]) == ("completed", "Sun in Rome.")
+    assert of(world, tenant)[1] == ["Bern?", "And Rome?"]
 
 
 async def test_a_draft_that_does_not_answer_all_is_written_anew(world: World, tenant: Tenant) -> None:

@@ -24,7 +24,7 @@ from protos.messages.agent import RunCompleted
 from protos.messages.channel import SendMessage
 from services.agent.definitions.queue_modes import QueueMode
 from services.agent.lanes import RUNS, RunItem
-from services.agent.runs.cancelling import cancel, give_up
+from services.agent.runs.cancelling import cancel
 from services.agent.runs.content import seal_result
 from services.agent.runs.decisions import settle, suspension
 from services.agent.runs.events import Decision
@@ -33,6 +33,7 @@ from services.agent.runs.publishing import RUN
 from services.agent.sessions.domain import Busy, Session, evolve
 from services.agent.sessions.events import MessagesRequeued
 from services.agent.sessions.publishing import SESSION as SESSIONS
+from services.agent.sessions.requeue import let_fail
 from tests.infra.lanes.lane_fixture import log_lines
 from tests.machines import patient, run_machine
 from tests.services.agent.execution.session_driver import DOUBT, LOOK, PERSON, SEND, Worker, World
@@ -191,13 +192,13 @@ class Sessions(RuleBasedStateMachine):
                 self._catch_up(None)
         for run_id in self.model.in_status("indeterminate"):
             if action == "fail":
-                self._give_up(run_id)
+                self._let_fail(run_id)
             else:
                 self._settle(run_id, action)
 
-    def _give_up(self, run_id: UUID) -> None:
+    def _let_fail(self, run_id: UUID) -> None:
         async def work(tx: Tx) -> None:
-            await give_up(tx, run_id, await suspension(tx, run_id))
+            await let_fail(tx, run_id)
 
         self.model.runs[run_id].can_fail = True
         self.world.ask(work)
