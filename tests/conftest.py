@@ -8,6 +8,7 @@ import json
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -25,6 +26,8 @@ gc.set_threshold(700, 10, 10)
 
 # The tests that use the whole system.
 E2E = "tests/e2e/"
+# Folders whose fixtures are made once for all their tests.
+_SHARED = (E2E, "tests/security/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,10 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByWhatIsShared(LoadScopeScheduling):  # type: ignore[misc]
-    """A module's tests run in one process, and so do all tests of the whole system: their fixtures are made once."""
+    """A module's tests run in one process, and so do all tests of a folder that shares its fixtures."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return E2E if nodeid.startswith(E2E) else nodeid.split("::")[0]
+        return next((folder for folder in _SHARED if nodeid.startswith(folder)), nodeid.split("::")[0])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
@@ -50,30 +53,48 @@ def stack() -> Iterator[Stack]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def database(stack: Stack) -> Iterator[str]:
-    """The administrator's URL of a fresh database, dropped after the module."""
+@contextmanager
+def fresh_database(stack: Stack) -> Iterator[str]:
+    """The administrator's URL of a fresh database, which is dropped at the end."""
     name = f"t_{uuid.uuid4().hex}"
     execute(stack.postgres_url, f"CREATE DATABASE {name}")
     yield urlunsplit(urlsplit(stack.postgres_url)._replace(path=f"/{name}"))
     execute(stack.postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture(scope="module")
-def vhost(stack: Stack) -> Iterator[str]:
-    """The administrator's AMQP URL of a fresh virtual host, deleted after the module."""
+@contextmanager
+def fresh_vhost(stack: Stack) -> Iterator[str]:
+    """The administrator's AMQP URL of a fresh virtual host, which is deleted at the end."""
     name = f"t_{uuid.uuid4().hex}"
     make_vhost(stack, name)
     yield urlunsplit(urlsplit(stack.rabbitmq_url)._replace(path=f"/{name}"))
     _manage(stack, "DELETE", f"/api/vhosts/{name}")
 
 
-@pytest.fixture(scope="module")
-def topic_prefix(stack: Stack) -> Iterator[str]:
-    """A prefix that no other module has; topics whose names begin with it are deleted after the module."""
+@contextmanager
+def fresh_prefix(stack: Stack) -> Iterator[str]:
+    """A prefix that no other test has; topics whose names begin with it are deleted at the end."""
     prefix = f"t{uuid.uuid4().hex}."
     yield prefix
     asyncio.run(_delete_topics(stack.kafka_bootstrap_servers, prefix))
+
+
+@pytest.fixture(scope="module")
+def database(stack: Stack) -> Iterator[str]:
+    with fresh_database(stack) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def vhost(stack: Stack) -> Iterator[str]:
+    with fresh_vhost(stack) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def topic_prefix(stack: Stack) -> Iterator[str]:
+    with fresh_prefix(stack) as prefix:
+        yield prefix
 
 
 def make_vhost(stack: Stack, name: str) -> None:

@@ -13,9 +13,11 @@ from urllib.parse import parse_qsl, urlsplit
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
@@ -26,7 +28,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
 from infra.errors import Forbidden, InvalidMessage, NotFound, TooLarge, Unauthenticated, WrongType
-from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
 from infra.web.http import media_type
@@ -36,17 +38,28 @@ T = TypeVar("T")
 Id = TypeVar("Id")
 
 MAX_PAGE = 200
+OPERATOR = "operator"
+"""On OpenAPI pages, the right of the operator, beside the scopes."""
 JSON = "application/json"
+_BEARER = "bearer"
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        page = super().openapi()
+        page.setdefault("components", {})["securitySchemes"] = {_BEARER: {"type": "http", "scheme": "bearer"}}
+        return page
 
 
 def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies: bool = False) -> Sequence[BaseRoute]:
     """The routes of an application with `routers`, and its OpenAPI page at ``/docs/``.
 
-    All links of that page are relative, so the gateway can show it at ``/docs/<service>/``. These routes match every
+    All links of that page are relative, so the gateway can show it at ``/docs/<service>/``. The `security` of each
+    operation has the rights that the route accepts: scopes, and `OPERATOR`. These routes match every
     path: list other routes before them. `routes_read_bodies`: each route reads the body itself, so an error of the body
     is raised inside the route, which can answer it in a shape of its own.
     """
-    app = FastAPI(
+    app = _App(
         title=f"Clawbus {service}", version=VERSION, openapi_url="/docs/openapi.json", docs_url=None, redoc_url=None
     )
     app.state.identities = runtime.identities
@@ -67,6 +80,11 @@ def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies:
     # The package contains the files, so the page works without the internet.
     app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
     for router in routers:
+        for route in router.routes:
+            if isinstance(route, APIRoute):
+                # Without a right the page shows the route as open to everyone.
+                security = [{_BEARER: [right]} for right in _accepted(route.dependant)]
+                route.openapi_extra = {**(route.openapi_extra or {}), "security": security}
         app.include_router(router)
 
     inner = AsyncExitStackMiddleware(app.router)
@@ -171,6 +189,10 @@ def _identity(request: Request) -> Identity:
     return identity(request, request.app.state.identities)
 
 
+# A check of the client's rights → the rights that it accepts, for the OpenAPI page.
+_ACCEPTED: dict[Callable[..., Any], tuple[str, ...]] = {}
+
+
 def _having(scope: str) -> Callable[[Request], Identity]:
     def check(request: Request) -> Identity:
         identity = of_a_tenant(_identity(request))
@@ -178,6 +200,7 @@ def _having(scope: str) -> Callable[[Request], Identity]:
             raise Forbidden(f"the scope {scope} is missing")
         return identity
 
+    _ACCEPTED[check] = (scope,)
     return check
 
 
@@ -188,6 +211,7 @@ def _operator_or_having(scope: str) -> Callable[[Request], Identity]:
             raise Forbidden(f"the scope {scope} is missing")
         return identity
 
+    _ACCEPTED[check] = (scope, OPERATOR)
     return check
 
 
@@ -198,7 +222,17 @@ def _operator(request: Request) -> Identity:
     return identity
 
 
-# Arguments of a handler. All except the last four belong to a tenant.
+_ACCEPTED[_operator] = (OPERATOR,)
+_ACCEPTED[_identity] = (*SCOPES, OPERATOR)
+
+
+def _accepted(dependant: Dependant) -> list[str]:
+    """The rights that the checks of a route accept."""
+    own = _ACCEPTED.get(dependant.call, ()) if dependant.call else ()
+    return [*own, *(name for inner in dependant.dependencies for name in _accepted(inner))]
+
+
+# Arguments of a handler. All except the last five belong to a tenant.
 Reader = Annotated[Identity, Depends(_having("read"))]
 Runner = Annotated[Identity, Depends(_having("run"))]
 Writer = Annotated[Identity, Depends(_having("write"))]
@@ -208,6 +242,7 @@ Anyone = Annotated[Identity, Depends(_identity)]
 # The operator, or a tenant's key with the scope.
 Viewer = Annotated[Identity, Depends(_operator_or_having("read"))]
 Editor = Annotated[Identity, Depends(_operator_or_having("write"))]
+Manager = Annotated[Identity, Depends(_operator_or_having("admin"))]
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,22 @@ from uuid import UUID
 import asyncpg
 import httpx
 import pytest
+import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from minio import Minio
 from redis.asyncio import Redis
 
-from infra.clock import uuid7
-from protos.catalog import CATALOG, CHANNEL_OUTBOUND
-from protos.messages.channel import SendMessage
-from tests.services.conftest import platform
+from protos.catalog import CATALOG
+from tests.security.furnished import dead_letter
 from tests.services.plugin.conftest import register, tool
 from tests.services.plugin.toolserver import ToolServer, tool_server
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import ENGINES
+from tooling.stack.home import SERVICES
 from tooling.testing.model_server import KEY, ModelServer, Says, model_server
 from tooling.testing.platform import Platform
 from tooling.testing.vendors import WebhookStandIn
 
-__all__ = ["platform"]
-
-SERVICES = ("user", "agent", "channel", "memory", "billing", "plugin", "log_aggregator")
 CANARY = "Zaunkönigweg9271"
 MODEL = "gpt-4o-mini"
 BEFORE_EXPIRY = timedelta(days=7)
@@ -42,22 +39,13 @@ BEFORE_EXPIRY = timedelta(days=7)
 PERSONAL = {"agent.events", "channel.events"}
 
 
-@pytest.fixture(scope="module")
-async def system(platform: Platform) -> Platform:
-    await platform.prepare(*SERVICES)
-    await platform.start(
-        *SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{platform.ports['otlp']}", CLAW_LOG_LEVEL="debug"
-    )
-    return platform
-
-
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
 async def models() -> AsyncIterator[ModelServer]:
     async with model_server() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
 async def server() -> AsyncIterator[ToolServer]:
     async with tool_server() as running:
         yield running
@@ -77,6 +65,7 @@ async def made(system: Platform, service: str, tenant: str, path: str, body: Any
     return answer.json() if answer.content else None
 
 
+@pytest.mark.asyncio(loop_scope="package")
 async def test_after_an_erasure_the_words_of_the_person_are_in_no_store_but_those_that_expire(
     system: Platform, models: ModelServer, server: ToolServer
 ) -> None:
@@ -109,7 +98,7 @@ async def test_after_an_erasure_the_words_of_the_person_are_in_no_store_but_thos
         return any(CANARY in item["text"] for item in found["items"])
 
     await system.until(remembered)
-    letter = await dead_letter(system, tenant, person)
+    letter = await dead_letter(system, tenant, person, f"Greetings to {CANARY}")
     assert CANARY in (await got(system, "log_aggregator", tenant, f"/api/v1/deadletters/{letter}"))["payload"]
 
     await made(system, "user", tenant, f"/api/v1/subjects/{person}/erase", None, 204)
@@ -158,25 +147,6 @@ def test_the_documentation_names_every_store() -> None:
     words = {"postgres": "postgresql", "s3": "object store", "nginx": "gateway", "mailbox": "mail"}
     stores = {words.get(name, name) for name in ENGINES} | {"log files", "backups"}
     assert {store for store in stores if store not in named} == set()
-
-
-async def dead_letter(system: Platform, tenant: str, person: str) -> str:
-    """The id of a dead letter with the person's words: a reply to a conversation that does not exist."""
-    message = SendMessage(
-        delivery_id=uuid7(),
-        channel_id=uuid7(),
-        session_key="none",
-        conversation_id="none",
-        text=f"Greetings to {CANARY}",
-        subject_id=person,
-    )
-    await system.send(CHANNEL_OUTBOUND, message, tenant_id=tenant)
-
-    async def stored() -> str | None:
-        items = (await got(system, "log_aggregator", tenant, "/api/v1/deadletters"))["items"]
-        return items[0]["id"] if items else None
-
-    return str(await system.until(stored))
 
 
 async def nothing_left_to_publish(system: Platform) -> None:

@@ -1,0 +1,179 @@
+"""A tenant that has one of everything, with words that no other tenant may ever see."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+from infra.clock import utcnow, uuid7
+from protos.catalog import CHANNEL_OUTBOUND, USAGE_RECORDS
+from protos.messages.billing import UsageRecorded
+from protos.messages.channel import SendMessage
+from tooling.testing.platform import Platform
+
+CANARY = "Kormoranfelsen8315"
+_NOWHERE = "http://127.0.0.1:9/"
+_SECRET = "whsec_" + base64.b64encode(b"a secret of 24 bytes, ok").decode()
+
+
+@dataclass(frozen=True)
+class Furnished:
+    id: str
+    things: Mapping[str, str]
+    """The part of a path before an id (``agents``) → the id of the tenant's thing."""
+    views: Mapping[tuple[str, str], Any]
+    """(service, path) → what the tenant sees there. It must not change by what others do."""
+
+
+async def asked(
+    system: Platform, service: str, tenant: str, method: str, path: str, body: Any = None, **more: Any
+) -> Any:
+    """The JSON of the answer, which must be good."""
+    async with system.client(service, tenant) as client:
+        answer = await client.request(method, path, json=body, **more)
+    assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+    return answer.json() if answer.content else None
+
+
+async def dead_letter(system: Platform, tenant: str, person: str, text: str) -> str:
+    """The id of a dead letter with the text: a reply to a conversation that does not exist."""
+    message = SendMessage(
+        delivery_id=uuid7(),
+        channel_id=uuid7(),
+        session_key="none",
+        conversation_id="none",
+        text=text,
+        subject_id=person,
+    )
+    await system.send(CHANNEL_OUTBOUND, message, tenant_id=tenant)
+
+    async def stored() -> str | None:
+        items = (await asked(system, "log_aggregator", tenant, "GET", "/api/v1/deadletters"))["items"]
+        return items[0]["id"] if items else None
+
+    return str(await system.until(stored))
+
+
+async def furnish(system: Platform) -> Furnished:
+    """A new tenant with one of everything."""
+    tenant = (await asked(system, "user", "", "POST", "/api/v1/tenants", {"name": CANARY}))["id"]
+
+    # First: a subscription must begin before the usage.
+    billed = await _billed(system, tenant)
+
+    async def make(service: str, path: str, body: Any = None, **more: Any) -> Any:
+        return await asked(system, service, tenant, "POST", path, body, **more)
+
+    member = await make("user", "/api/v1/members", {"email": f"{CANARY}@example.com", "role": "admin", "name": CANARY})
+    key = await make("user", "/api/v1/api-keys", {"name": CANARY})
+    agent = await make("agent", "/api/v1/agents", {"name": CANARY, "model": "scripted/answer", "system_prompt": CANARY})
+    run = await make("agent", f"/api/v1/agents/{agent['id']}/sessions/s/messages", {"text": f"Who is {CANARY}?"})
+    credentials = {"secret": _SECRET, "reply_url": f"{_NOWHERE}{CANARY}"}
+    account = {"type": "webhook", "agent_id": agent["id"], "credentials": credentials}
+    channel = await make("channel", "/api/v1/channels", account)
+    words = {"conversation_id": CANARY, "text": CANARY}
+    delivery = await make("channel", f"/api/v1/channels/{channel['id']}/messages", words)
+    file = {"file": (f"{CANARY}.txt", CANARY.encode(), "text/plain")}
+    document = await make("memory", "/api/v1/documents", files=file)
+    memory = await make("memory", "/api/v1/memories", {"text": f"I live in {CANARY}."})
+    tool = {"name": f"fly_{CANARY.casefold()}", "description": CANARY, "schema": {"type": "object"}}
+    server = {"name": CANARY.casefold(), "kind": "http", "url": _NOWHERE, "tools": [tool]}
+    plugin = await make("plugin", "/api/v1/plugins", server)
+    endpoint = await make(
+        "notification", "/api/v1/webhook-endpoints", {"url": f"{_NOWHERE}{CANARY}", "events": ["run.completed"]}
+    )
+    letter = await dead_letter(system, tenant, "person-1", CANARY)
+    things = {
+        "members": member["id"],
+        "api-keys": key["id"],
+        "agents": agent["id"],
+        "models": agent["id"],
+        "runs": run["run_id"],
+        "sessions": run["session_key"],
+        "channels": channel["id"],
+        "deliveries": delivery["delivery_id"],
+        "documents": document["id"],
+        "memories": memory["id"],
+        "plugins": plugin["id"],
+        "webhook-endpoints": endpoint["id"],
+        "deadletters": letter,
+        "subjects": "person-1",
+        "traces": uuid4().hex,
+        **billed,
+    }
+
+    async def over() -> bool:
+        found = await asked(system, "agent", tenant, "GET", f"/api/v1/runs/{run['run_id']}")
+        return bool(found["status"] == "completed")
+
+    await system.until(over)
+    watched = [
+        ("user", "/api/v1/members"),
+        ("user", "/api/v1/api-keys"),
+        ("agent", f"/api/v1/agents/{agent['id']}"),
+        ("channel", f"/api/v1/channels/{channel['id']}"),
+        ("memory", f"/api/v1/memories/{memory['id']}"),
+        ("plugin", f"/api/v1/plugins/{plugin['id']}"),
+        ("notification", f"/api/v1/webhook-endpoints/{endpoint['id']}"),
+        ("billing", f"/api/v1/invoices/{things['invoices']}"),
+        ("billing", "/api/v1/budgets"),
+    ]
+    views = {place: await asked(system, place[0], tenant, "GET", place[1]) for place in watched}
+    return Furnished(tenant, things, views)
+
+
+async def _billed(system: Platform, tenant: str) -> dict[str, str]:
+    async def ask(method: str, path: str, body: Any = None, *, operator: bool = False) -> Any:
+        return await asked(system, "billing", "" if operator else tenant, method, f"/api/v1/{path}", body)
+
+    async def opened() -> bool:
+        async with system.client("billing", tenant) as client:
+            return (await client.get("/api/v1/billing/balance")).status_code == 200
+
+    await system.until(opened)
+    await ask("PUT", "billing/buyer", {"name": CANARY, "country": "DE"})
+    budget = await ask("POST", "budgets", {"scope": "tenant", "nanos": 10**12, "period": "month"})
+    plan = await ask(
+        "POST",
+        "plans",
+        {"name": str(uuid7()), "currency": "USD", "interval": "month", "base_nanos": 10**9},
+        operator=True,
+    )
+    body = {"tenant_id": tenant, "plan_id": plan["id"], "starts_at": (utcnow() - timedelta(days=40)).isoformat()}
+    subscription = await ask("POST", "subscriptions", body, operator=True)
+    usage = str(uuid7())
+    record = UsageRecorded(
+        tenant_id=tenant,
+        usage_id=usage,
+        resource="openai/gpt-4o-mini",
+        quantities={"input_tokens": 1000},
+        occurred_at=utcnow(),
+    )
+    await system.produce(USAGE_RECORDS, record, key=tenant)
+    drafts = await ask("POST", "billing/periods/close", {"tenant_id": tenant}, operator=True)
+    invoice = drafts["items"][0]["id"]
+    [line, *_] = (await ask("GET", f"invoices/{invoice}/lines"))["items"]
+    payment = uuid7()
+    async with system.database("billing").begin() as tx:
+        await tx.sql(
+            """
+            INSERT INTO payment (tenant_id, payment_id, invoice_id, provider, amount_minor, currency)
+            VALUES ($1, $2, $3, 'stripe', 100, 'USD')
+            """,
+            tenant,
+            payment,
+            invoice,
+        )
+    return {
+        "budgets": budget["id"],
+        "verdicts": usage,
+        "held": usage,
+        "subscriptions": subscription["id"],
+        "invoices": invoice,
+        "lines": line["id"],
+        "payments": str(payment),
+    }
