@@ -84,7 +84,10 @@ class Lease:
         """Locks the lane until the transaction ends. Raises LaneLost if another process holds it."""
         held = await tx.sql("SELECT 1 FROM lane WHERE lane_id = $1 AND epoch = $2 FOR UPDATE", self.lane_id, self.epoch)
         if not held:
-            raise LaneLost(f"lane {self.kind}: another process holds it")
+            raise self.lost()
+
+    def lost(self) -> LaneLost:
+        return LaneLost(f"lane {self.kind}: another process holds it")
 
 
 class Head(NamedTuple):

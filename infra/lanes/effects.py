@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
@@ -87,12 +87,20 @@ class Effects:
 
         Raises RuntimeError once the item's own transaction is in use: it would be held open over this one.
         """
-        if self._tx.in_use:
-            raise RuntimeError("effects come before the first use of the item's tx")
+        self._check_order()
         async with self._database.begin(tenant_id=self._lease.tenant_id or None) as tx:
             yield tx
             await tx.flush()
             await self._lease.fence(tx)
+
+    def _check_order(self) -> None:
+        if self._tx.in_use:
+            raise RuntimeError("effects come before the first use of the item's tx")
+
+    def reading(self) -> AbstractAsyncContextManager[Tx]:
+        """For reads before the item's transaction, each statement for itself. The lane is not checked: the effect or
+        the transaction that follows does it."""
+        return self._database.read_only(tenant_id=self._lease.tenant_id)
 
     async def run(
         self,
@@ -162,6 +170,8 @@ class Effects:
         after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None,
     ) -> int | Outcome[R]:
         """Commits the start of an attempt and returns its number, or the outcome if the effect has ended already."""
+        if not before and await self._start_first(name, kind):
+            return 1
         async with self.begin() as tx:
             rows = await tx.sql(
                 """
@@ -199,6 +209,30 @@ class Effects:
                 await before(tx, attempt + 1, state == "started")
         return int(attempt + 1)
 
+    async def _start_first(self, name: str, kind: Kind) -> bool:
+        """Commits the start of the first attempt by one statement. False, and nothing is changed, if there was an
+        attempt before, or if another process has the lane."""
+        self._check_order()
+        return bool(
+            await self._database.autocommit(
+                # Locks the lane, then the effect.
+                """
+                INSERT INTO lane_effect (tenant_id, key, kind, state, attempt, lane_id, epoch, started_at)
+                SELECT $1, $2, $3, 'started', 1, lane_id, epoch, clock_timestamp()
+                FROM lane
+                WHERE lane_id = $4 AND epoch = $5
+                FOR UPDATE
+                ON CONFLICT (tenant_id, key) DO NOTHING
+                RETURNING 1
+                """,
+                self._lease.tenant_id,
+                name,
+                kind,
+                self._lease.lane_id,
+                self._lease.epoch,
+            )
+        )
+
     async def _end(
         self,
         name: str,
@@ -210,15 +244,41 @@ class Effects:
         """Commits the end of the call. Retries for a while: an end that is not recorded now is not known later."""
         for attempt in range(CONFLICT_ATTEMPTS):
             try:
+                if after is None:
+                    await self._end_alone(name, state, body, error)
+                    return
                 async with self.begin() as tx:
                     await self._write_end(tx, name, state, body, error)
-                    if after:
-                        await after(tx)
+                    await after(tx)
                 return
             except Exception as failure:
                 if attempt == CONFLICT_ATTEMPTS - 1 or not (isinstance(failure, Conflict) or is_transient(failure)):
                     raise
                 await asyncio.sleep(0.1 * 2**attempt)
+
+    async def _end_alone(self, name: str, state: str, body: bytes | None, error: str | None) -> None:
+        """Commits the end of the call by one statement. Raises LaneLost if another process has the lane."""
+        self._check_order()
+        held = await self._database.autocommit(
+            # Locks the lane, then the effect.
+            """
+            WITH own AS MATERIALIZED (
+                SELECT FROM lane WHERE lane_id = $6 AND epoch = $7 FOR UPDATE
+            )
+            UPDATE lane_effect SET state = $3, result = $4, error = $5, finished_at = clock_timestamp()
+            WHERE tenant_id = $1 AND key = $2 AND EXISTS (SELECT FROM own)
+            RETURNING 1
+            """,
+            self._lease.tenant_id,
+            name,
+            state,
+            body,
+            error,
+            self._lease.lane_id,
+            self._lease.epoch,
+        )
+        if not held:
+            raise self._lease.lost()
 
     async def _write_end(self, tx: Tx, name: str, state: str, body: bytes | None, error: str | None) -> None:
         await tx.sql(

@@ -354,7 +354,7 @@ class LaneRunner:
             may_go_on and not self._stopping,
         )
         if not held:
-            raise LaneLost(f"lane {lease.kind}: another process holds it")
+            raise lease.lost()
         if following[0] is None:
             lease.given_back = True
             return None

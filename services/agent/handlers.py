@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 from infra.errors import InvalidMessage
@@ -30,14 +32,16 @@ _RESEQUENCER = Resequencer(GAPS)
 
 async def take_messages(messages: list[MessageReceived], tx: Tx, subjects: SubjectKeys) -> None:
     """Stores persons' messages from channels, in the order of their conversations, with the runs that answer them."""
-    group = [_incoming(message, tx) for message in messages]
-    if len(group) == 1:
-        await _take_one(tx, subjects, group[0])
-    else:
-        await take_group(tx, subjects, GAPS.name, group, partial(_take_one, tx, subjects))
+    # A single message is handled in its own trace already.
+    of_many = len(messages) > 1
+    group = [
+        _incoming(message, tx, partial(tx.follow, message, "take message") if of_many else nullcontext)
+        for message in messages
+    ]
+    await take_group(tx, subjects, GAPS.name, group, partial(_take_one, tx, subjects))
 
 
-def _incoming(message: MessageReceived, tx: Tx) -> Incoming:
+def _incoming(message: MessageReceived, tx: Tx, trace: Callable[[], object]) -> Incoming:
     envelope = read_headers(dict(tx.origins[id(message)]))
     if envelope.tenant_id is None:
         raise InvalidMessage("header tenant_id", "missing")
@@ -53,7 +57,7 @@ def _incoming(message: MessageReceived, tx: Tx) -> Incoming:
         parent=message.parent_session_key,
         context=Context((), images=images, is_complete=False) if images else None,
     )
-    return Incoming(envelope.tenant_id, message.position, arrival, partial(tx.follow, message, "take message"))
+    return Incoming(envelope.tenant_id, message.position, arrival, trace)
 
 
 async def _take_one(tx: Tx, subjects: SubjectKeys, one: Incoming) -> None:

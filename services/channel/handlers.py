@@ -115,8 +115,8 @@ async def expire_delivery(due: DueDelivery, tx: Tx) -> None:
 @DELIVERIES.runner(concurrency=64, expired=expire_delivery)
 async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) -> None:
     try:
-        async with effects.begin() as first:
-            account, parts = await sender.load(first, due.delivery_id)
+        async with effects.reading() as reading:
+            account, parts = await sender.load(reading, due.delivery_id)
     except NotSendable as reason:
         await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
         return

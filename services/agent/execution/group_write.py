@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from infra.errors import Conflict
 from infra.failpoint import failpoint
-from infra.lanes.claims import Head, LaneLost, Lease
+from infra.lanes.claims import Head, Lease
 from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.group_commit import GroupCommit
@@ -180,7 +180,7 @@ class GroupWriter:
 def _refused(refusal: str, write: RunWrite) -> Exception:
     match refusal:
         case "lost":
-            return LaneLost(f"lane {write.lease.kind}: another process holds it")
+            return write.lease.lost()
         case "stopped":
             return RunStopped()
         case _:

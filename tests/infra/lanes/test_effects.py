@@ -313,6 +313,40 @@ async def test_a_transaction_begun_by_effects_commits_by_itself_and_only_with_th
         assert await items(database, log, "convert_from(body, 'UTF8')") == [('{"number":1}',)]
 
 
+@pytest.mark.parametrize("moment", ["before the call", "during the call"])
+async def test_no_start_and_no_end_is_recorded_once_another_process_has_the_lane(
+    world: World, office: Office, moment: str
+) -> None:
+    kind = new_lane(retries=())
+    refused: list[LaneLost] = []
+
+    @kind.runner(concurrency=1)
+    async def deliver(parcel: Parcel, effects: Effects, tx: Tx) -> None:
+        async def take_the_lane() -> None:
+            await steal(database, kind)
+
+        if moment == "before the call":
+            await take_the_lane()
+        else:
+            office.meanwhile = take_the_lane
+        try:
+            await effects.run(f"parcel {kind.name}", office.accept, kind="repeatable")
+        except LaneLost as error:
+            refused.append(error)
+            raise
+
+    async with world.process(deliver, lease_seconds=60) as database:
+        await put(database, kind, "a", 1)
+
+        async def was_refused() -> bool:
+            return bool(refused)
+
+        await until(was_refused, seconds=30)
+        expected = [] if moment == "before the call" else [("started",)]
+        assert await recorded(database, kind, "state") == expected
+        assert len(office.calls) == len(expected)
+
+
 async def test_a_process_that_slept_beyond_its_lease_calls_nothing(
     world: World, office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
