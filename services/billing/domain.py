@@ -182,6 +182,15 @@ def valid_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price 
     return found
 
 
+def _free_at(prices: Sequence[Price], moment: datetime) -> Price | None:
+    """Returns a price that is valid at `moment` if all of them are zero: nothing needs an exchange rate."""
+    found = [
+        valid for code in sorted({price.currency for price in prices}) if (valid := valid_at(prices, code, moment))
+    ]
+    costs = any(price.costs_something or price.tiers for price in found)
+    return found[0] if found and not costs else None
+
+
 def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], now: datetime) -> Verdict:
     """Returns the verdict on the first record with its usage_id.
 
@@ -199,7 +208,7 @@ def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], 
         return _held(f"no price has a unit {min(record.quantities.keys() - UNITS)!r}")
     if currency is None:
         return _held(NO_ACCOUNT)
-    price = valid_at(prices, currency, record.occurred_at)
+    price = valid_at(prices, currency, record.occurred_at) or _free_at(prices, record.occurred_at)
     if price is None:
         return _held(_no_price(record, currency, prices))
     try:

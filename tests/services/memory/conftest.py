@@ -56,6 +56,11 @@ class Client:
         assert (document["status"], document["progress"], document["error"]) == ("indexed", 1.0, None)
         return document_id
 
+    async def embeddings(self) -> list[dict[str, Any]]:
+        """The usage of embeddings that memory has reported for all tenants, in order."""
+        records = [body for _, body in await self.platform.outbox("memory", "usage.records")]
+        return [record for record in records if record["resource"].startswith("embedding/")]
+
     async def retrieve(self, query: str, **options: Any) -> list[memory_pb2.Passage]:
         request = memory_pb2.RetrieveRequest(query=query, **options)
         reply = await self._memory.Retrieve(request, metadata=rpc.tenant_metadata(self.tenant_id), timeout=20)

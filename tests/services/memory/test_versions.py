@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from infra.web.http import serve_http
+from services.memory.storage import Sampler
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.stack import free_port
@@ -69,7 +70,7 @@ async def test_the_same_bytes_cost_nothing_and_the_same_passages_are_not_embedde
     client: Client, memory: Platform
 ) -> None:
     async def paid() -> int:
-        records = [body for _, body in await memory.outbox("memory", "usage.records")]
+        records = await client.embeddings()
         return len([record for record in records if not record["usage_id"].startswith(("query/", "conversation/"))])
 
     document_id = await client.indexed("gates.md", document("spring"))
@@ -81,7 +82,7 @@ async def test_the_same_bytes_cost_nothing_and_the_same_passages_are_not_embedde
     # Also while the newest bytes are not indexed yet.
     assert (await put(client, document_id, more, status=200))["version"] == 2
     assert (await client.done(document_id))["indexed_version"] == 2
-    records = [body for _, body in await memory.outbox("memory", "usage.records")]
+    records = await client.embeddings()
     assert await paid() == before + 1
     # Only the new passage was embedded.
     assert min(record["quantities"]["input_tokens"] for record in records[-3:]) < 20
@@ -223,3 +224,49 @@ async def test_a_url_that_cannot_be_fetched_is_refused_with_the_field(
     assert answer.status_code == status, answer.text
     assert answer.json()["errors"][0]["field"] == field
     assert "secret" not in answer.text
+
+
+async def test_stored_bytes_are_metered_by_the_hour_and_missed_samples_are_made_up(
+    client: Client, memory: Platform
+) -> None:
+    database = memory.database("memory")
+
+    async def sql(statement: str) -> Any:
+        async with database.begin() as tx:
+            return await tx.sql(statement, client.tenant_id)
+
+    async def settled() -> bool:
+        """No file is on its way out."""
+        [(stored, files)] = await sql(
+            """
+            SELECT bytes, (SELECT sum(size) FROM document WHERE tenant_id = $1 AND deleted_at IS NULL)
+            FROM storage
+            WHERE tenant_id = $1
+            """
+        )
+        return bool(stored == files)
+
+    document_id = await client.indexed("gates.md", document("day"))
+    await put(client, document_id, document("night"))
+    await client.done(document_id)
+    removed = await client.indexed("other.md", document("other"))
+    assert (await client.http.delete(f"/api/v1/documents/{removed}")).status_code == 204
+    await memory.until(settled)
+
+    [(stored,)] = await sql(
+        """
+        UPDATE storage
+        SET rest = 0, since = date_trunc('hour', now(), 'UTC') - interval '2 hours 30 minutes'
+        WHERE tenant_id = $1
+        RETURNING bytes
+        """
+    )
+    await asyncio.gather(*(Sampler(database).tick() for _ in range(2)))
+    found = [body for _, body in await memory.outbox("memory", "usage.records")]
+    hours = [
+        body["quantities"]["storage_byte_hours"]
+        for body in found
+        if body["tenant_id"] == client.tenant_id and body["resource"] == "memory/storage"
+    ]
+    # An hour may have ended since.
+    assert hours[:3] == [stored // 2, stored + stored % 2 // 2, stored]
