@@ -6,12 +6,9 @@ service; the payment provider is a local stand-in for Stripe that checks each ca
 
 from __future__ import annotations
 
-import asyncio
 import random
-import time
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -22,27 +19,26 @@ from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from services.billing.calendar import full_period
 from tooling.cli.client import Gateway, gateway
+from tooling.cli.demo_base import DemoBase
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home
 from tooling.stack.operator import database, engines_access
 from tooling.testing.stripe import StripeStandIn
 
-T = TypeVar("T")
 UNIT = 10**9
 RECORDS = 200
 """Of each tenant."""
-DEADLINE_SECONDS = 300
 
 
-class BillingDemo:
+class BillingDemo(DemoBase):
     """One demo, from three plans to books that reconcile to zero."""
 
+    DEADLINE_SECONDS = 300
+    LABEL_WIDTH = 12
+
     def __init__(self, home: Home, console: Console) -> None:
-        access = home.credentials()
-        self._base_url: str = access["base_url"]
-        self._admin_token: str = access["admin_token"]
+        super().__init__(home, console)
         self._place = home.place()
-        self._console = console
         self._model = f"synthetic/{uuid7()}"
         midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         self._anchor = midnight.day
@@ -265,24 +261,6 @@ class BillingDemo:
         self._line("payments", "difference 0 between the provider's money and the journal")
         self._line("usage", f"{produced} records produced, difference 0")
         return {"due_nanos": due, "journal_difference": 0, "payments_difference": 0, "usage_difference": 0}
-
-    async def _wait_for(self, thing: str, ask: Callable[[], Awaitable[T | None]]) -> T:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not (answer := await ask()):
-            if time.monotonic() > deadline:
-                raise EngineError(f"the demo failed: {thing} did not appear within {DEADLINE_SECONDS} s")
-            await asyncio.sleep(0.2)
-        return answer
-
-    def _require(self, condition: bool, problem: str) -> None:
-        if not condition:
-            raise EngineError(f"the demo failed: {problem}")
-
-    def _title(self, number: int, text: str) -> None:
-        self._console.print(f"\n[bold]{number}  {text}[/]")
-
-    def _line(self, label: str, text: str) -> None:
-        self._console.print(f"   {label:<12} {text}", soft_wrap=True)
 
 
 def _plans(unique: int) -> list[dict[str, Any]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import textwrap
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.text import Text
 
 import tooling.testing
 from tooling.cli.client import Gateway, gateway
+from tooling.cli.demo_base import DemoBase
 from tooling.cli.run import draw, money
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home
@@ -23,7 +23,6 @@ from tooling.stack.operator import printable
 from tooling.testing.otlp import ReceivedSpan, render_trace
 from tooling.testing.vendors import TelegramStandIn
 
-T = TypeVar("T")
 # The body and headers of a webhook.
 Webhook = tuple[bytes, dict[str, str]]
 
@@ -31,7 +30,6 @@ HANDBOOK = Path(tooling.testing.__file__).parent / "handbook"
 QUESTION = "How many months is the warranty for households?"
 # The services that must have spans in the trace of the message.
 SERVICES = {"channel", "agent", "memory", "billing"}
-DEADLINE_SECONDS = 60
 # The time in which the repeated webhook must not cause a run or a reply.
 WATCH_SECONDS = 3.0
 
@@ -45,16 +43,16 @@ class Model:
     """base_url and api_key; None for the scripted model."""
 
 
-class Demo:
+class Demo(DemoBase):
     """One demo, from a new tenant to an audit record."""
 
+    DEADLINE_SECONDS = 60
+    LABEL_WIDTH = 9
+
     def __init__(self, home: Home, model: Model, console: Console, began: float) -> None:
-        access = home.credentials()
+        super().__init__(home, console)
         self._home = home
-        self._base_url: str = access["base_url"]
-        self._admin_token: str = access["admin_token"]
         self._model = model
-        self._console = console
         self._began = began
         self._sent_at = 0.0
 
@@ -287,24 +285,6 @@ class Demo:
         async with httpx.AsyncClient(base_url=self._base_url, trust_env=False, timeout=30) as client:
             answer = await client.post(path, content=body, headers=headers)
         self._require(answer.status_code == 200, f"the webhook was answered {answer.status_code}: {answer.text}")
-
-    async def _wait_for(self, thing: str, ask: Callable[[], Awaitable[T | None]]) -> T:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not (answer := await ask()):
-            if time.monotonic() > deadline:
-                raise EngineError(f"the demo failed: {thing} did not appear within {DEADLINE_SECONDS} s")
-            await asyncio.sleep(0.05)
-        return answer
-
-    def _require(self, condition: bool, problem: str) -> None:
-        if not condition:
-            raise EngineError(f"the demo failed: {problem}")
-
-    def _title(self, number: int, text: str) -> None:
-        self._console.print(f"\n[bold]{number}  {text}[/]")
-
-    def _line(self, label: str, text: str) -> None:
-        self._console.print(f"   {label:<9} {text}", soft_wrap=True)
 
     def _event(self, service: str, text: str) -> None:
         """Prints a line with the time since the webhook was sent."""

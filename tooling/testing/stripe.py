@@ -119,7 +119,9 @@ class StripeStandIn(StandIn):
         if key in self._answers:
             before, reply = self._answers[key]
             if before != content:
-                _refuse(400, "Keys for idempotent requests can only be used with the same parameters")
+                _refuse(
+                    400, "Keys for idempotent requests can only be used with the same parameters", "idempotency_error"
+                )
             return reply
         try:
             reply = self._do(call, fields)
@@ -205,5 +207,5 @@ def _only(fields: dict[str, str], known: set[str]) -> None:
         _refuse(400, f"Received unknown parameter: {unknown[0]}")
 
 
-def _refuse(status: int, message: str) -> NoReturn:
-    raise Refused(Reply(status, {"error": {"type": "invalid_request_error", "message": message}}))
+def _refuse(status: int, message: str, type_: str = "invalid_request_error") -> NoReturn:
+    raise Refused(Reply(status, {"error": {"type": type_, "message": message}}))

@@ -1,0 +1,93 @@
+"""The stand-in of Stripe, judged by Stripe's own client: it reads every answer and error, and verifies the events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import requests
+import stripe
+
+from tooling.testing.stripe import DECLINED, StripeStandIn
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[StripeStandIn]:
+    async with StripeStandIn() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: StripeStandIn) -> Iterator[stripe.StripeClient]:
+    with requests.Session() as session:
+        session.trust_env = False
+        yield stripe.StripeClient(
+            server.key,
+            base_addresses={"api": server.url},
+            http_client=stripe.RequestsClient(session=session),
+            max_network_retries=0,
+        )
+
+
+async def test_the_client_saves_a_method_pays_and_refunds(server: StripeStandIn, client: stripe.StripeClient) -> None:
+    def pay() -> None:
+        customer = client.v1.customers.create({"metadata": {"tenant_id": "t"}})
+        method = client.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
+        assert method.customer == customer.id
+        params: stripe.params.PaymentIntentCreateParams = {
+            "amount": 3000,
+            "currency": "usd",
+            "description": "invoice INV-000001",
+            "metadata": {"payment_id": "p"},
+            "customer": customer.id,
+            "payment_method": method.id,
+            "off_session": True,
+            "confirm": True,
+        }
+        made, again = (client.v1.payment_intents.create(params, {"idempotency_key": "p"}) for _ in range(2))
+        assert (made.status, made.amount_received, again.id) == ("succeeded", 3000, made.id)
+        with pytest.raises(stripe.IdempotencyError):
+            client.v1.payment_intents.create(params | {"amount": 1}, {"idempotency_key": "p"})
+        assert client.v1.payment_intents.retrieve(made.id).metadata["payment_id"] == "p"
+        refund = client.v1.refunds.create({"payment_intent": made.id, "amount": 1000})
+        assert (refund.status, refund.amount) == ("succeeded", 1000)
+        with pytest.raises(stripe.InvalidRequestError, match="greater than unrefunded"):
+            client.v1.refunds.create({"payment_intent": made.id, "amount": 2001})
+
+        client.v1.payment_methods.attach(DECLINED, {"customer": customer.id})
+        with pytest.raises(stripe.CardError) as declined:
+            client.v1.payment_intents.create(params | {"payment_method": DECLINED}, {"idempotency_key": "q"})
+        assert declined.value.code == "card_declined"
+
+    await asyncio.to_thread(pay)
+    assert server.received == 3000
+
+
+async def test_the_client_gets_an_error_for_a_wrong_key_and_an_unknown_intent(
+    server: StripeStandIn, client: stripe.StripeClient
+) -> None:
+    with pytest.raises(stripe.InvalidRequestError, match="No such payment_intent"):
+        await asyncio.to_thread(client.v1.payment_intents.retrieve, "pi_unknown")
+    server.key = "rk_test_other"
+    with pytest.raises(stripe.AuthenticationError):
+        await asyncio.to_thread(client.v1.payment_intents.retrieve, "pi_unknown")
+
+
+async def test_the_client_verifies_the_events_and_refuses_forged_and_old_ones(server: StripeStandIn) -> None:
+    server.intents["pi_1"] = {"id": "pi_1", "object": "payment_intent", "amount": 3000, "currency": "usd"}
+    for event in (server.succeeded("pi_1"), server.refund_event("pi_1"), server.dispute_event("pi_1", "lost")):
+        body, headers = server.signed(event)
+        signature = headers["stripe-signature"]
+        read = stripe.Webhook.construct_event(body, signature, server.webhook_secret)
+        assert (read.id, read.type, read.data.object["object"]) == (
+            event["id"],
+            event["type"],
+            event["data"]["object"]["object"],
+        )
+        with pytest.raises(stripe.SignatureVerificationError):
+            stripe.Webhook.construct_event(body.replace(b"usd", b"eur"), signature, server.webhook_secret)
+    body, headers = server.signed(event, at=time.time() - 301)
+    with pytest.raises(stripe.SignatureVerificationError, match="tolerance"):
+        stripe.Webhook.construct_event(body, headers["stripe-signature"], server.webhook_secret)
