@@ -150,7 +150,7 @@ class Batches:
         ):
             try:
                 if not (decoded and await self._commit_plain(decoded, records[-1].offset + 1)):
-                    await self._commit([self._read(record) for record in records], {})
+                    await self._commit(records, {}, decoded)
             except Exception as error:
                 if is_transient(error) or isinstance(error, Fenced):
                     raise
@@ -160,16 +160,16 @@ class Batches:
 
     async def _one_by_one(self, records: Sequence[Any]) -> None:
         """Finds the record at fault in a batch that failed, so that it does not hold up the others."""
-        for item in map(self._read, records):
+        for record in records:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    await self._commit([item], {})
+                    await self._commit([record], {})
                     break
                 except Exception as error:
                     if is_transient(error) or isinstance(error, Fenced):
                         raise
                     if attempt == ATTEMPTS or isinstance(error, InvalidMessage):
-                        await self._commit([item], {item.offset: _failure(error, attempt)})
+                        await self._commit([record], {record.offset: _failure(error, attempt)})
                         break
                     self._metrics.retries.labels(self._group).inc()
                     await asyncio.sleep(PAUSE_SECONDS[attempt - 1])
@@ -201,12 +201,20 @@ class Batches:
         self._moved(next_offset)
         return True
 
-    async def _commit(self, items: Sequence[Item], failed: dict[int, tuple[str, int]]) -> None:
-        """Handles `items` in one transaction. Those in `failed` (offset → error, attempts) become dead letters."""
-        next_offset = items[-1].offset + 1
+    async def _commit(
+        self, records: Sequence[Any], failed: dict[int, tuple[str, int]], decoded: Sequence[Decoded] | None = None
+    ) -> None:
+        """Handles the records in one transaction. Those in `failed` (offset → error, attempts) become dead letters.
+
+        decoded: the messages of all records, if each of them could be decoded.
+        """
+        next_offset = records[-1].offset + 1
         async with self._database.begin() as tx:
             any_parked = await self._move(tx, next_offset, [])
-            good = await self._store_dead_letters(tx, items, failed, any_parked)
+            if decoded and not any_parked:
+                good = decoded
+            else:
+                good = await self._store_dead_letters(tx, [self._read(r) for r in records], failed, any_parked)
             by_id: dict[UUID, Decoded] = {}
             for item in good:
                 by_id.setdefault(item.id, item)  # a message that the batch holds twice is handled once
@@ -264,7 +272,7 @@ class Batches:
 
     async def _store_dead_letters(
         self, tx: Tx, items: Sequence[Item], failed: dict[int, tuple[str, int]], any_parked: bool
-    ) -> list[Decoded]:
+    ) -> Sequence[Decoded]:
         """Stores the records that cannot be handled, and those whose key is parked. Returns the others.
 
         `any_parked`: the topic has parked keys. This stays true until the commit: only a transaction that holds the

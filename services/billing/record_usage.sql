@@ -5,7 +5,8 @@
 -- parameter would be faster here, but the driver examines each of its elements in Python.)
 --
 -- Locks: the accounts in the order of tenant_id, then their holds, then the new keys of usage in their order. Every
--- transaction keeps this order, so two batches that share tenants or usage_ids do not deadlock.
+-- transaction keeps this order, so two batches that share tenants or usage_ids do not deadlock. The holds are changed
+-- after all accounts are counted, and so locked. (A join with the locked accounts would compare each record with each.)
 WITH record AS MATERIALIZED (
     SELECT *, nextval('arrival') AS arrival
     FROM unnest(
@@ -55,14 +56,16 @@ debited AS (
 closed AS (
     UPDATE hold AS h
     SET ended_at = clock_timestamp(), outcome = 'charged'
-    FROM record AS r JOIN locked USING (tenant_id)
+    FROM record AS r
     WHERE r.verdict = 'counted' AND h.tenant_id = r.tenant_id AND h.hold_id = r.hold_id AND h.ended_at IS NULL
+        AND (SELECT count(*) FROM locked) > 0
 ),
 kept AS (
     UPDATE hold AS h
     SET expires_at = 'infinity'
-    FROM record AS r JOIN locked USING (tenant_id)
+    FROM record AS r
     WHERE r.verdict = 'held' AND h.tenant_id = r.tenant_id AND h.hold_id = r.hold_id AND h.ended_at IS NULL
+        AND (SELECT count(*) FROM locked) > 0
 ),
 booked AS (
     INSERT INTO ledger_entry (tenant_id, kind, amount_nanos, usage_id, price_version, reason, actor)

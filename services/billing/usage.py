@@ -38,10 +38,11 @@ async def rate(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
     currencies = await accounts.currencies(tx, {record.tenant_id for record in records})
     prices = await price_book.versions(tx, {record.resource for record in records})
     rows = await tx.sql(
+        # OFFSET keeps one look-up by key for each record, as in `aggregates.add`.
         """
         SELECT u.tenant_id, u.usage_id, u.resource, u.quantities
-        FROM unnest(string_to_array($1, E'\x1f'), string_to_array($2, E'\x1f')) AS n(tenant_id, usage_id)
-        JOIN usage AS u USING (tenant_id, usage_id)
+        FROM unnest(string_to_array($1, E'\x1f'), string_to_array($2, E'\x1f')) AS n(tenant, id)
+        CROSS JOIN LATERAL (SELECT * FROM usage WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS u
         """,
         tenant_ids,
         usage_ids,

@@ -39,19 +39,21 @@ _LOCK_SEQUENCES = """
 INSERT INTO sequence AS s (tenant_id, name, key, last)
 SELECT tenant_id, $1, key, 0 FROM unnest($2::text[], $3::text[]) AS n(tenant_id, key) ORDER BY 1, 3
 ON CONFLICT (tenant_id, name, key) DO UPDATE SET last = s.last
-RETURNING tenant_id, key, last, EXISTS (
-    SELECT FROM early_message e WHERE e.tenant_id = s.tenant_id AND e.name = s.name AND e.key = s.key
-)
+RETURNING tenant_id, key, last
 """
 _LOCK_SESSIONS = """
--- Locks the sessions, in the order of their names, before their runs. A new one remembers how far its parent was.
+-- Locks the sessions, in the order of their names, before their runs. A new one remembers how far its parent was. It
+-- looks for early messages here, because this statement sees all that another transaction has stored before it gave the
+-- positions free. `_LOCK_SEQUENCES` has waited for that transaction, and does not see its rows.
 INSERT INTO session AS s (tenant_id, session_key, parent_key, parent_seq)
 SELECT tenant_id, key, nullif(parent, ''),
        (SELECT messages FROM session p WHERE p.tenant_id = n.tenant_id AND p.session_key = n.parent)
 FROM unnest($1::text[], $2::text[], $3::text[]) AS n(tenant_id, key, parent)
 ORDER BY 1, 2
 ON CONFLICT (tenant_id, session_key) DO UPDATE SET messages = s.messages
-RETURNING tenant_id, session_key, messages, run_id, run_messages, run_waits, taken_over_by IS NOT NULL
+RETURNING tenant_id, session_key, messages, run_id, run_messages, run_waits, taken_over_by IS NOT NULL, EXISTS (
+    SELECT FROM early_message e WHERE e.tenant_id = s.tenant_id AND e.name = $4 AND e.key = s.session_key
+)
 """
 _LOCK_RUNS = """
 -- Locks the unfinished runs of the sessions, in the order of their ids, as group writes do.
@@ -175,16 +177,17 @@ async def _lock(tx: Tx, sequence: str, group: Sequence[Incoming]) -> dict[tuple[
     names = sorted(by_name)
     tenants, keys, parents = [name[0] for name in names], [name[1] for name in names], [by_name[name] for name in names]
     positions = {
-        (tenant_id, key): (last, has_early)
-        for tenant_id, key, last, has_early in await tx.sql(_LOCK_SEQUENCES, sequence, tenants, keys)
+        (tenant_id, key): last for tenant_id, key, last in await tx.sql(_LOCK_SEQUENCES, sequence, tenants, keys)
     }
     sessions = {}
-    for tenant_id, key, messages, run_id, run_messages, waits, taken_over in await tx.sql(
-        _LOCK_SESSIONS, tenants, keys, parents
+    for tenant_id, key, messages, run_id, run_messages, waits, taken_over, has_early in await tx.sql(
+        _LOCK_SESSIONS, tenants, keys, parents, sequence
     ):
-        last, has_early = positions[tenant_id, key]
         sessions[tenant_id, key] = _Session(
-            messages, Session(run_id, run_messages, waits), last, is_simple=not has_early and not taken_over
+            messages,
+            Session(run_id, run_messages, waits),
+            positions[tenant_id, key],
+            is_simple=not has_early and not taken_over,
         )
     for tenant_id, key in await tx.sql(_LOCK_RUNS, tenants, keys):
         sessions[tenant_id, key].is_simple = False

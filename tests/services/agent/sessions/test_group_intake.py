@@ -158,3 +158,26 @@ async def test_groups_over_the_same_sessions_in_opposite_orders_do_not_deadlock(
         behind = [incoming("crossing", agent_id, name, 0) for name in reversed(names)]
         await asyncio.gather(take(database_, ahead, together=True), take(database_, behind, together=True))
     assert len(await rows(database_, "crossing")) == 200
+
+
+async def test_a_message_that_another_transaction_stores_as_early_follows_the_one_that_waits_for_its_lock(
+    database_: Database,
+) -> None:
+    [agent_id, *_] = await agents(database_, "early")
+    first, second = (incoming("early", agent_id, "s", position) for position in (1, 2))
+
+    async def waits_for_a_lock() -> None:
+        while not await database_.call(
+            "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        ):
+            await asyncio.sleep(0.02)
+
+    async with database_.begin(tenant_id="early") as tx:
+        await _take_one(tx, SUBJECTS, second)
+        waiting = asyncio.create_task(take(database_, [first], together=True))
+        async with asyncio.timeout(20):
+            await waits_for_a_lock()
+    await waiting
+    found = await rows(database_, "early")
+    # Both are stored in their order, the position is behind them, and none waits.
+    assert [(seq, last, early) for _, seq, *_, last, early, _ in found] == [(1, 2, 0), (2, 2, 0)]
