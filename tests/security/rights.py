@@ -63,6 +63,8 @@ billing
     POST   /api/v1/invoices/{invoice_id}/received                       operator
     GET    /api/v1/billing/buyer                                        admin
     PUT    /api/v1/billing/buyer                                        admin
+    GET    /api/v1/billing/payment-terms                                read operator
+    PUT    /api/v1/billing/payment-terms                                operator
     POST   /api/v1/tax-rates                                            operator
     GET    /api/v1/tax-rates                                            read operator
     GET    /api/v1/billing/journal                                      read operator
