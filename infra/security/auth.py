@@ -2,17 +2,18 @@
 
 `Callers`: the service that calls another one by gRPC, and the tenant for which it calls. `Identities`: the client of an
 HTTP request. The user service makes the tokens of clients, each for one service. Another service may act for a client
-only on the routes that `protos.calls` lists.
+only on the routes that `protos.calls` lists, and must show the token by which the user service introduced the client to
+it: so a service that was taken over, or its key alone, can act only for clients that have just used it.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from infra.errors import Forbidden, Unauthenticated
 from infra.security.keys import LIFETIME_SECONDS, Keyring
@@ -58,6 +59,9 @@ SCOPES = ("read", "run", "write", "admin")
 """The rights of a client. run: talk to agents; write: set things up; admin: keys and members."""
 IDENTITY_HEADER = "x-claw-identity"
 _ISSUER = "user"
+INTRODUCED_SECONDS = 420.0
+"""A service may act for a client so long after the client's token has expired. A service with long connections renews
+the token while it can reach the user service, and ends them if it cannot for 300 s."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Identity:
     """The id of the API key that the client presented; empty for the operator."""
     groups: frozenset[str] = frozenset()
     """The names of the member's groups."""
+    token: str = field(default="", compare=False, repr=False)
+    """The token of the user service that names this client."""
 
 
 class Identities:
@@ -86,11 +92,28 @@ class Identities:
 
     def token(self, identity: Identity, service: str) -> str:
         """A token for requests of this client to `service`. Others accept it only from the user service."""
-        return self._signed(identity, service, scopes=sorted(identity.scopes))
+        return self._keyring.sign(
+            f"{service}/http",
+            sub=identity.actor,
+            tenant=identity.tenant_id,
+            key=identity.key_id,
+            groups=sorted(identity.groups),
+            scopes=sorted(identity.scopes),
+        )
 
     def on_behalf(self, identity: Identity, service: str) -> str:
-        """A token of this service for requests to `service` in the name of a client."""
-        return self._made.get((service, identity), lambda: self._signed(identity, service))
+        """A token of this service for requests to `service` in the name of a client. It has the client's own token,
+        as a proof that the client is here."""
+        return self._made.get(
+            (service, identity.token), lambda: self._keyring.sign(f"{service}/http", client=identity.token)
+        )
+
+    def introduced(self, token: str, service: str) -> Identity:
+        """The client that the user service has introduced to `service` by this token, now or some minutes ago."""
+        claims = self._keyring.verify(token, f"{service}/http", expired_seconds=INTRODUCED_SECONDS)
+        if claims["iss"] != _ISSUER:
+            raise Unauthenticated(f"token: the client's token is from {claims['iss']}, not from the user service")
+        return _client(claims, token)
 
     def verify(self, token: str, method: str, path: str) -> Identity:
         """The client that the token of a request names.
@@ -110,22 +133,18 @@ class Identities:
                 return replace(identity, scopes=frozenset((route.scope,)))
         raise Forbidden(f"{service}: must not act for a client at {method} {path}")
 
-    def _signed(self, identity: Identity, service: str, **more: object) -> str:
-        return self._keyring.sign(
-            f"{service}/http",
-            sub=identity.actor,
-            tenant=identity.tenant_id,
-            key=identity.key_id,
-            groups=sorted(identity.groups),
-            **more,
-        )
-
     def _identity(self, token: str) -> tuple[float, tuple[str, Identity]]:
         claims = self._keyring.verify(token, f"{self._keyring.service}/http")
-        actor, tenant_id, key_id = (_text(claims.get(name), name) for name in ("sub", "tenant", "key"))
-        scopes, groups = (frozenset(claims.get(name, ())) for name in ("scopes", "groups"))
-        identity = Identity(actor, tenant_id, scopes, key_id, groups)
-        return claims["exp"], (claims["iss"], identity)
+        service = claims["iss"]
+        if service == _ISSUER:
+            return claims["exp"], (service, _client(claims, token))
+        return claims["exp"], (service, self.introduced(_text(claims.get("client"), "client"), service))
+
+
+def _client(claims: Mapping[str, Any], token: str) -> Identity:
+    actor, tenant_id, key_id = (_text(claims.get(name), name) for name in ("sub", "tenant", "key"))
+    scopes, groups = (frozenset(claims.get(name, ())) for name in ("scopes", "groups"))
+    return Identity(actor, tenant_id, scopes, key_id, groups, token)
 
 
 def _text(value: object, claim: str) -> str:

@@ -106,8 +106,11 @@ class Keyring:
             headers={"kid": key_id(self.service, key.public_key())},
         )
 
-    def verify(self, token: str, audience: str) -> dict[str, Any]:
-        """The claims of a token; ``iss`` is the owner of its key. Raises Unauthenticated with the token's fault."""
+    def verify(self, token: str, audience: str, *, expired_seconds: float = 0) -> dict[str, Any]:
+        """The claims of a token; ``iss`` is the owner of its key. Raises Unauthenticated with the token's fault.
+
+        expired_seconds: so long ago the token may have expired.
+        """
         self.public.look()
         try:
             kid = jwt.get_unverified_header(token).get("kid", "")
@@ -122,7 +125,7 @@ class Keyring:
                 algorithms=[_ALGORITHM],
                 audience=audience,
                 issuer=_owner(kid),
-                leeway=LEEWAY_SECONDS,
+                leeway=LEEWAY_SECONDS + expired_seconds,
                 options={"require": ["iss", "aud", "iat", "exp"]},
             )
         except jwt.ExpiredSignatureError as error:

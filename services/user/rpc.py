@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
-from infra.errors import InvalidMessage
+from infra.errors import InvalidMessage, Unauthenticated
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from infra.web import rpc
@@ -30,13 +31,21 @@ class Keys(user_pb2_grpc.KeysServicer):
         self._runtime = runtime
 
     async def Scopes(self, request: user_pb2.ScopesRequest, context: Any) -> user_pb2.ScopesReply:
+        # Only this service calls it. A client that has never come to it has no such token.
         try:
-            key_id = UUID(request.key_id)
-        except ValueError:
-            raise InvalidMessage("key_id", "must be a UUID") from None
+            who = self._runtime.identities.introduced(request.token, "ws_gateway")
+        except Unauthenticated as error:
+            raise InvalidMessage("token", str(error)) from error
         tenant_id = rpc.tenant()
-        async with self._runtime.request.begin(tenant_id=tenant_id) as tx:
-            return user_pb2.ScopesReply(scopes=sorted(await api_keys.scopes(tx, tenant_id, key_id)))
+        if who.tenant_id != tenant_id or who.key_id != request.key_id:
+            raise InvalidMessage("token", "must be the token of this key of this tenant")
+        if who.actor != "operator":
+            async with self._runtime.request.begin(tenant_id=tenant_id) as tx:
+                who = replace(who, scopes=await api_keys.scopes(tx, tenant_id, UUID(who.key_id)))
+        if not who.scopes:
+            return user_pb2.ScopesReply()
+        token = self._runtime.identities.token(who, "ws_gateway")
+        return user_pb2.ScopesReply(scopes=sorted(who.scopes), token=token)
 
 
 def directory(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Directory]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -41,7 +41,7 @@ class Client(Protocol):
     """A connection that follows runs."""
 
     who: Identity
-    """The identity of the client. The sweep replaces it by one with the present scopes."""
+    """The identity of the client. The sweep replaces it by one with the present scopes and a new token."""
 
     def end(self, reason: End) -> None:
         """Ends the connection soon."""
@@ -112,7 +112,7 @@ class Clients:
 
     async def _check_key(self, key: _Key) -> None:
         try:
-            scopes = await self._keys.scopes(key.who)
+            renewed = await self._keys.renewed(key.who)
         except Exception as error:
             # One key that cannot be checked must not stop the checks of all others.
             if not isinstance(error, Transient):
@@ -122,11 +122,11 @@ class Clients:
                 _end(key, End.UNCHECKED)
             return
         key.checked_at = time.monotonic()
-        if not scopes:
+        if not renewed.scopes:
             _log.info("API key was revoked or has expired; its connections are closed", actor=key.who.actor)
             _end(key, End.NOT_ALLOWED)
             return
-        key.who = replace(key.who, scopes=scopes)
+        key.who = renewed
         for client in key.clients:
             client.who = key.who
 

@@ -1,6 +1,8 @@
-"""Asks the user service for the present scopes of a client's key."""
+"""Asks the user service for the present scopes and a new token of a client."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import grpc.aio
 
@@ -17,10 +19,8 @@ class Keys:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._keys = user_pb2_grpc.KeysStub(channel)
 
-    async def scopes(self, who: Identity) -> frozenset[str]:
-        """The client's present scopes; empty if its key was revoked or has expired. Raises Transient."""
-        if who.actor == "operator":
-            return who.scopes
-        request = user_pb2.ScopesRequest(key_id=who.key_id)
+    async def renewed(self, who: Identity) -> Identity:
+        """The client as it is now; without scopes if its key was revoked or has expired. Raises Transient."""
+        request = user_pb2.ScopesRequest(key_id=who.key_id, token=who.token)
         reply = await self._keys.Scopes(request, metadata=rpc.tenant_metadata(who.tenant_id))
-        return frozenset(reply.scopes)
+        return replace(who, scopes=frozenset(reply.scopes), token=reply.token)

@@ -44,13 +44,13 @@ class RunStream(Response):
         super().__init__()
         self._hub = hub
         self._agent = agent
-        self._who = who
+        self._client = StreamClient(who)
         self._run_id = run_id
         self._after = after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Listens before it reads: events during the read are not lost, and duplicates are dropped.
-        client, follow = StreamClient(self._who), Follow(self._after)
+        client, follow = self._client, Follow(self._after)
         with self._hub.listen(self._run_id, client.room) as live:
             facts = await self._read(follow.read_from)
             if not follow.is_known(facts):
@@ -70,7 +70,7 @@ class RunStream(Response):
                         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _read(self, after: int) -> list[Fact]:
-        return await self._agent.facts(self._run_id, after, self._who)
+        return await self._agent.facts(self._run_id, after, self._client.who)
 
 
 async def _write(batches: AsyncGenerator[list[Event]], send: Send) -> None:

@@ -104,6 +104,7 @@ log_aggregator
     GET    /api/v1/deadletters                                          read operator
     GET    /api/v1/deadletters/{id}                                     read operator
     DELETE /api/v1/deadletters/{id}                                     write operator
+    POST   /api/v1/deadletters/redrive                                  write operator
     POST   /api/v1/deadletters/{id}/redrive                             write operator
 memory
     POST   /api/v1/documents                                            write

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/user/v1/user.proto\x12\x0f\x63lawbus.user.v1\"\x0f\n\rOwnersRequest\"\x1d\n\x0bOwnersReply\x12\x0e\n\x06\x65mails\x18\x01 \x03(\t\"\x1f\n\rScopesRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"\x1d\n\x0bScopesReply\x12\x0e\n\x06scopes\x18\x01 \x03(\t2S\n\tDirectory\x12\x46\n\x06Owners\x12\x1e.clawbus.user.v1.OwnersRequest\x1a\x1c.clawbus.user.v1.OwnersReply2N\n\x04Keys\x12\x46\n\x06Scopes\x12\x1e.clawbus.user.v1.ScopesRequest\x1a\x1c.clawbus.user.v1.ScopesReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/user/v1/user.proto\x12\x0f\x63lawbus.user.v1\"\x0f\n\rOwnersRequest\"\x1d\n\x0bOwnersReply\x12\x0e\n\x06\x65mails\x18\x01 \x03(\t\".\n\rScopesRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\",\n\x0bScopesReply\x12\x0e\n\x06scopes\x18\x01 \x03(\t\x12\r\n\x05token\x18\x02 \x01(\t2S\n\tDirectory\x12\x46\n\x06Owners\x12\x1e.clawbus.user.v1.OwnersRequest\x1a\x1c.clawbus.user.v1.OwnersReply2N\n\x04Keys\x12\x46\n\x06Scopes\x12\x1e.clawbus.user.v1.ScopesRequest\x1a\x1c.clawbus.user.v1.ScopesReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OWNERSREPLY']._serialized_start=63
   _globals['_OWNERSREPLY']._serialized_end=92
   _globals['_SCOPESREQUEST']._serialized_start=94
-  _globals['_SCOPESREQUEST']._serialized_end=125
-  _globals['_SCOPESREPLY']._serialized_start=127
-  _globals['_SCOPESREPLY']._serialized_end=156
-  _globals['_DIRECTORY']._serialized_start=158
-  _globals['_DIRECTORY']._serialized_end=241
-  _globals['_KEYS']._serialized_start=243
-  _globals['_KEYS']._serialized_end=321
+  _globals['_SCOPESREQUEST']._serialized_end=140
+  _globals['_SCOPESREPLY']._serialized_start=142
+  _globals['_SCOPESREPLY']._serialized_end=186
+  _globals['_DIRECTORY']._serialized_start=188
+  _globals['_DIRECTORY']._serialized_end=271
+  _globals['_KEYS']._serialized_start=273
+  _globals['_KEYS']._serialized_end=351
 # @@protoc_insertion_point(module_scope)

@@ -118,7 +118,8 @@ class KeysServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Scopes(self, request, context):
-        """The scopes that one of the tenant's API keys has now. A service with long connections asks again with it.
+        """The scopes that one of the tenant's API keys has now, and a new token of its client. A service with long connections
+        asks again with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

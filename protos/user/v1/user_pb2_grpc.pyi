@@ -31,7 +31,9 @@ def add_DirectoryServicer_to_server(servicer: DirectoryServicer, server: _aio.Se
 class KeysStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Scopes: _aio.UnaryUnaryMultiCallable[_user_pb2.ScopesRequest, _user_pb2.ScopesReply]
-    """The scopes that one of the tenant's API keys has now. A service with long connections asks again with it."""
+    """The scopes that one of the tenant's API keys has now, and a new token of its client. A service with long connections
+    asks again with it.
+    """
 
 class KeysServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -40,6 +42,8 @@ class KeysServicer(metaclass=_abc_1.ABCMeta):
         request: _user_pb2.ScopesRequest,
         context: _aio.ServicerContext[_user_pb2.ScopesRequest, _abc.Awaitable[_user_pb2.ScopesReply]],
     ) -> _abc.Awaitable[_user_pb2.ScopesReply]:
-        """The scopes that one of the tenant's API keys has now. A service with long connections asks again with it."""
+        """The scopes that one of the tenant's API keys has now, and a new token of its client. A service with long connections
+        asks again with it.
+        """
 
 def add_KeysServicer_to_server(servicer: KeysServicer, server: _aio.Server) -> None: ...

@@ -40,7 +40,7 @@ class Answer(Response):
         super().__init__()
         self._hub = hub
         self._agent = agent
-        self._who = who
+        self._client = StreamClient(who)
         self._run_id = run_id
         self._shape = shape
         self._stream = stream
@@ -50,14 +50,14 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = _Writer(scope, receive, send, self._shape, self._run_id)
         try:
-            client = StreamClient(self._who)
+            client = self._client
             with self._hub.listen(self._run_id, client.room) as live:
                 # Makes the reader fetch the past facts first.
                 live.push(Missed())
                 connected = await until_disconnect(self._write(live, writer), self._hub.clients, client, receive)
         finally:
             if not (self._over or self._kept):
-                await agents.cancel(self._agent, self._who, self._run_id)
+                await agents.cancel(self._agent, self._client.who, self._run_id)
         if connected and not writer.ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):
@@ -118,10 +118,10 @@ class Answer(Response):
             raise errors.run_gone() from None
 
     async def _read(self, after: int) -> list[Fact]:
-        return await self._agent.facts(self._run_id, after, self._who)
+        return await self._agent.facts(self._run_id, after, self._client.who)
 
     async def _usage(self) -> Usage:
-        return await agents.usage(self._agent, self._who, self._run_id)
+        return await agents.usage(self._agent, self._client.who, self._run_id)
 
 
 class _Writer:

@@ -9,11 +9,16 @@ import pytest
 
 from infra.errors import Forbidden, Unauthenticated
 from infra.security import auth
-from infra.security.auth import Caller, Callers, Identities, Identity
+from infra.security.auth import INTRODUCED_SECONDS, Caller, Callers, Identities, Identity
 from infra.security.keys import LEEWAY_SECONDS, LIFETIME_SECONDS, Keyring
 from tooling.testing import keys
 
 WHO = Identity("member:m1", "t1", frozenset(("read", "write")), "k1", frozenset(("sales",)))
+
+
+def introduced(who: Identity, service: str) -> Identity:
+    """The client as `service` gets it from the user service."""
+    return replace(who, token=keys.identities("user").token(who, service))
 
 
 @pytest.fixture
@@ -92,11 +97,43 @@ def test_only_the_user_service_tells_who_a_client_is() -> None:
     operator = Identity("operator", "", frozenset(("admin",)))
     assert agent.verify(keys.identities("user").token(operator, "agent"), "GET", "/") == operator
     for service in ("channel", "ws_gateway", "notification", "agent"):
-        forged = keys.identities(service)
+        own = keys.identities(service)
+        with pytest.raises(Unauthenticated, match="the claim client is missing"):
+            agent.verify(own.token(WHO, "agent"), "GET", "/api/v1/agents")
         with pytest.raises(Forbidden, match=f"{service}: must not act for a client at GET /api/v1/api-keys"):
-            agent.verify(forged.token(WHO, "agent"), "GET", "/api/v1/api-keys")
+            agent.verify(own.on_behalf(introduced(WHO, service), "agent"), "GET", "/api/v1/api-keys")
         with pytest.raises(Forbidden, match=f"{service}: must not act for the operator"):
-            agent.verify(forged.token(operator, "agent"), "GET", "/api/v1/agents")
+            agent.verify(own.on_behalf(introduced(operator, service), "agent"), "GET", "/api/v1/agents")
+
+
+def test_a_service_acts_only_for_a_client_that_the_user_service_has_just_introduced_to_it(clock: list[float]) -> None:
+    agent, gateway = keys.identities("agent"), keys.identities("ws_gateway")
+    run = "GET", "/api/v1/runs/r1"
+
+    def acting(token: str) -> Identity:
+        return agent.verify(gateway.on_behalf(replace(WHO, token=token), "agent"), *run)
+
+    assert acting(introduced(WHO, "ws_gateway").token).tenant_id == "t1"
+    for token, fault in (
+        ("", "Not enough segments"),
+        (introduced(WHO, "channel").token, "not made for ws_gateway/http"),
+        (gateway.token(WHO, "ws_gateway"), "is from ws_gateway, not from the user service"),
+    ):
+        with pytest.raises(Unauthenticated, match=fault):
+            acting(token)
+    # What the service itself says about the client has no effect.
+    other = replace(introduced(WHO, "ws_gateway"), tenant_id="t2", actor="member:m2")
+    assert agent.verify(gateway.on_behalf(other, "agent"), *run).tenant_id == "t1"
+    now = clock[0]
+    for age, good in ((INTRODUCED_SECONDS, True), (INTRODUCED_SECONDS + LEEWAY_SECONDS + 2, False)):
+        clock[0] = now - LIFETIME_SECONDS - age
+        token = introduced(WHO, "ws_gateway").token
+        clock[0] = now
+        if good:
+            acting(token)
+        else:
+            with pytest.raises(Unauthenticated, match="expired"):
+                acting(token)
 
 
 def test_an_identity_is_for_one_service() -> None:
@@ -108,7 +145,7 @@ def test_an_identity_is_for_one_service() -> None:
 
 def test_a_service_acts_for_a_client_on_its_routes_only_and_with_their_scope_only() -> None:
     agent, gateway = keys.identities("agent"), keys.identities("ws_gateway")
-    token = gateway.on_behalf(WHO, "agent")
+    token = gateway.on_behalf(introduced(WHO, "ws_gateway"), "agent")
     found = agent.verify(token, "POST", "/api/v1/runs/r1/cancel")
     assert found == replace(WHO, scopes=frozenset(("run",)))
     assert agent.verify(token, "POST", "/api/v1/agents/a1/sessions/x/y z/messages").scopes == {"run"}
@@ -122,10 +159,9 @@ def test_a_service_acts_for_a_client_on_its_routes_only_and_with_their_scope_onl
         with pytest.raises(Forbidden, match="must not act for a client"):
             agent.verify(token, method, path)
     with pytest.raises(Forbidden, match="channel: must not act"):
-        agent.verify(keys.identities("channel").on_behalf(WHO, "agent"), "POST", "/api/v1/runs/r1/cancel")
-    # Scopes that the service writes into the token have no effect.
-    widened = gateway._signed(WHO, "agent", scopes=["admin", "write"])
-    assert agent.verify(widened, "POST", "/api/v1/runs/r1/cancel").scopes == {"run"}
+        agent.verify(
+            keys.identities("channel").on_behalf(introduced(WHO, "channel"), "agent"), "POST", "/api/v1/runs/r1/cancel"
+        )
 
 
 def test_a_token_for_calls_is_not_one_for_http_and_the_other_way_round() -> None:

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 from urllib.parse import quote
 from uuid import uuid4
@@ -200,6 +200,7 @@ async def test_a_missing_or_forged_identity_is_refused(client: httpx.AsyncClient
     answer = await client.get("/anyone", headers=forged)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert (await client.get("/anyone", headers={IDENTITY_HEADER: "nonsense"})).status_code == 401
+    who = replace(who, token=keys.identities("user").token(who, "ws_gateway"))
     another = {IDENTITY_HEADER: keys.identities("ws_gateway").on_behalf(who, "agent")}
     assert (await client.get("/anyone", headers=another)).status_code == 403
 

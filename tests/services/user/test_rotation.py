@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -46,7 +47,8 @@ class Load:
         async with httpx.AsyncClient(base_url=self._platform.url("user"), trust_env=False, timeout=60) as client:
             while True:
                 token = self._callers.token("user", tenant_id)
-                request = user_pb2.ScopesRequest(key_id=str(uuid4()))
+                who = replace(self._who, key_id=str(uuid4()))
+                request = user_pb2.ScopesRequest(key_id=who.key_id, token=self._identities.token(who, "ws_gateway"))
                 await stub.Scopes(request, metadata=rpc.tenant_metadata(tenant_id), timeout=60)
                 member = {"email": f"{uuid4().hex}@acme.example", "role": "viewer"}
                 headers = {

@@ -20,6 +20,7 @@ from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from tooling.testing import keys
+from tooling.testing.keys import identities
 from tooling.testing.platform import ADMIN_TOKEN, PASSWORDS, Platform
 
 
@@ -372,19 +373,32 @@ async def test_the_directory_tells_the_owners_addresses(
 async def test_what_a_key_may_do_is_told_as_long_as_it_is_one(user: Platform, tenant: httpx.AsyncClient) -> None:
     tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
     keys = user_pb2_grpc.KeysStub(user.channels("ws_gateway").to(user.grpc("user"), "user"))
+    gateway = identities("ws_gateway")
+    tokens: dict[str, str] = {}
 
-    async def scopes(key_id: str, of: str = tenant_id) -> list[str]:
-        reply = await keys.Scopes(user_pb2.ScopesRequest(key_id=key_id), metadata=rpc.tenant_metadata(of))
+    async def scopes(key_id: str, of: str = tenant_id, token: str | None = None) -> list[str]:
+        request = user_pb2.ScopesRequest(key_id=key_id, token=tokens[key_id] if token is None else token)
+        reply = await keys.Scopes(request, metadata=rpc.tenant_metadata(of))
+        if reply.token:
+            tokens[key_id] = reply.token
+            assert gateway.verify(reply.token, "GET", "/ws").scopes == set(reply.scopes)
         return list(reply.scopes)
 
     async def made(**fields: Any) -> str:
-        id_: str = (await tenant.post("/api/v1/api-keys", json={"name": "k", **fields})).json()["id"]
-        return id_
+        made = (await tenant.post("/api/v1/api-keys", json={"name": "k", **fields})).json()
+        headers = {"authorization": f"Bearer {made['api_key']}", "x-claw-service": "ws_gateway"}
+        tokens[made["id"]] = (await tenant.get("/internal/auth", headers=headers)).headers[IDENTITY_HEADER]
+        return str(made["id"])
 
     member = (await tenant.post("/api/v1/members", json={"email": "k@acme.example", "role": "operator"})).json()["id"]
     revoked, expiring, theirs = await made(scopes=["read"]), await made(), await made(member_id=member)
     assert await scopes(revoked) == ["read"]
-    assert await scopes(revoked, of=str(uuid4())) == []
+    with pytest.raises(InvalidMessage, match="token"):
+        await scopes(revoked, of=str(uuid4()))
+    with pytest.raises(InvalidMessage, match="token"):
+        await scopes(expiring, token=tokens[revoked])
+    with pytest.raises(InvalidMessage, match="Not enough segments"):
+        await scopes(expiring, token="")
     await tenant.delete(f"/api/v1/api-keys/{revoked}")
     assert await scopes(revoked) == []
     assert await scopes(expiring) == ["admin", "read", "run", "write"]
@@ -394,6 +408,3 @@ async def test_what_a_key_may_do_is_told_as_long_as_it_is_one(user: Platform, te
     assert await scopes(theirs) == ["read", "run"]
     await tenant.patch(f"/api/v1/members/{member}", json={"role": "viewer"})
     assert await scopes(theirs) == ["read"]
-    with pytest.raises(InvalidMessage) as bad:
-        await scopes("no UUID")
-    assert bad.value.field == "key_id"

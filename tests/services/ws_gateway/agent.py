@@ -195,5 +195,5 @@ async def happen(platform: Platform, agent: Agent, *facts: Any, heard: bool = Tr
 class ValidKeys:
     """Keys that stay valid: each client keeps its scopes."""
 
-    async def scopes(self, who: Identity) -> frozenset[str]:
-        return who.scopes
+    async def renewed(self, who: Identity) -> Identity:
+        return who

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any, cast
 from uuid import UUID
 
@@ -87,8 +88,8 @@ async def test_a_client_whose_connection_takes_nothing_is_given_up(
 
 async def test_a_stream_whose_key_was_revoked_ends(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     class Revoked:
-        async def scopes(self, who: Identity) -> frozenset[str]:
-            return frozenset()
+        async def renewed(self, who: Identity) -> Identity:
+            return replace(who, scopes=frozenset())
 
     monkeypatch.setattr(clients, "CHECK_SECONDS", 0.02)
     sent: list[dict[str, Any]] = []
@@ -109,11 +110,11 @@ async def test_a_key_whose_check_fails_does_not_stop_the_checks(stack: Stack, mo
     class Broken:
         checks = 0
 
-        async def scopes(self, who: Identity) -> frozenset[str]:
+        async def renewed(self, who: Identity) -> Identity:
             self.checks += 1
             if self.checks < 3:
                 raise ValueError("a fault of the user service")
-            return frozenset()
+            return replace(who, scopes=frozenset())
 
     monkeypatch.setattr(clients, "CHECK_SECONDS", 0.02)
     keys = Broken()

@@ -589,16 +589,16 @@ async def test_a_client_of_whom_nobody_knows_whether_it_may_stay_is_sent_away_in
     monkeypatch.setattr(clients, "CHECK_SECONDS", 0.01)
     headers = await identity(tenant, tenant.headers["authorization"])
     asked: list[str] = []
-    scopes = Keys.scopes
+    renewed = Keys.renewed
 
-    async def counted(keys: Keys, who: Identity) -> frozenset[str]:
+    async def counted(keys: Keys, who: Identity) -> Identity:
         asked.append(who.key_id)
-        return await scopes(keys, who)
+        return await renewed(keys, who)
 
     async def are_two() -> bool:
         return len(asked) > 2
 
-    monkeypatch.setattr(Keys, "scopes", counted)
+    monkeypatch.setattr(Keys, "renewed", counted)
     # The billing service does not run.
     async with in_this_process(user, user.grpc("billing")) as url, opened(url, headers) as patient:
         await user.until(are_two)
