@@ -67,6 +67,8 @@ billing
     PUT    /api/v1/billing/payment-terms                                operator
     POST   /api/v1/tax-rates                                            operator
     GET    /api/v1/tax-rates                                            read operator
+    GET    /api/v1/billing/payment-terms                                read operator
+    PUT    /api/v1/billing/payment-terms                                operator
     GET    /api/v1/billing/journal                                      read operator
     POST   /api/v1/budgets                                              admin
     GET    /api/v1/budgets                                              read
