@@ -36,7 +36,9 @@ def test_every_grpc_method_has_its_callers_and_none_is_invented() -> None:
 @pytest.mark.parametrize("method", OF_SERVICES)
 def test_a_service_may_call_a_method_only_if_its_code_does(method: str) -> None:
     _, service, name = re.split(r"\.(\w+)/", method)
-    callers = [other for other in SERVICES if f"{service}Stub" in code(other) and re.search(rf"\.{name}\b", code(other))]
+    callers = [
+        other for other in SERVICES if f"{service}Stub" in code(other) and re.search(rf"\.{name}\b", code(other))
+    ]
     assert sorted(METHODS[method].callers) == sorted(callers)
 
 

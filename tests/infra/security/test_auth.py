@@ -121,7 +121,7 @@ def test_a_service_acts_only_for_a_client_that_the_user_service_has_just_introdu
     ):
         with pytest.raises(Unauthenticated, match=fault):
             acting(token)
-    # What the service itself says about the client has no effect.
+    # Claims of the service itself about the client have no effect.
     other = replace(introduced(WHO, "ws_gateway"), tenant_id="t2", actor="member:m2")
     assert agent.verify(gateway.on_behalf(other, "agent"), *run).tenant_id == "t1"
     now = clock[0]
