@@ -2,10 +2,11 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.log_aggregator import adapters, api, handlers, otlp
+from services.log_aggregator import adapters, api, audit_lines, handlers, otlp
 from services.log_aggregator.settings import LogAggregatorSettings
 
 service = Service("log_aggregator", LogAggregatorSettings)
+service.seal(audit_lines.SEALED)
 service.serve_http(api.routes)
 service.beside("OTLP receiver", otlp.receiver)
 service.depend("opensearch", adapters.opensearch)

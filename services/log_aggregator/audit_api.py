@@ -11,8 +11,9 @@ from pydantic import AwareDatetime, BaseModel
 from infra.errors import InvalidMessage
 from infra.service.api import Paging, page
 from infra.service.service import Runtime
-from services.log_aggregator import audit, audit_lines
+from services.log_aggregator import audit
 from services.log_aggregator.access import RequestedTenant
+from services.log_aggregator.audit_lines import AuditLines
 from services.log_aggregator.domain import Head
 
 # PostgreSQL's text cannot hold a NUL.
@@ -56,6 +57,7 @@ class AuditRecord(BaseModel):
 
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(tags=["audit"])
+    lines = AuditLines(runtime.worker, runtime.cipher)
 
     @routes.get("/api/v1/audit")
     async def list_acts(
@@ -85,7 +87,7 @@ def router(runtime: Runtime) -> APIRouter:
         """Recomputes every hash of the chain. With the `line` of an earlier verification, also compares the record that
         was the head then."""
         database, chain = runtime.request if tenant else runtime.worker, tenant or ""
-        kept = audit_lines.read(runtime.cipher, chain, line) if line is not None else None
+        kept = await lines.read(chain, line) if line is not None else None
         found = await audit.verify(database, chain)
         broken_at = found.broken_at
         if kept and not await audit.has(database, chain, kept):
@@ -97,7 +99,7 @@ def router(runtime: Runtime) -> APIRouter:
             ok=ok,
             head=found.head.hex(),
             broken_at=broken_at,
-            line=audit_lines.write(runtime.cipher, chain, head) if ok else "",
+            line=await lines.write(chain, head) if ok else "",
         )
 
     return routes

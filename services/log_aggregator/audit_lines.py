@@ -1,35 +1,64 @@
 """A line of text about the head of a chain, which an auditor keeps outside of the platform.
 
 A chain in the database proves only that its records fit each other: who can write the database can make all of it new.
-The line is authenticated with a key that is not in the database.
+The line is authenticated with a key that is not readable in the database. The key never changes: a rotation of the
+master key seals it again, so that lines which were kept stay valid.
 """
 
 from __future__ import annotations
 
 import base64
+import hmac
+import json
+import os
 
 from infra.errors import InvalidMessage
-from infra.security.crypto import Cipher
+from infra.postgres.tx import Database
+from infra.security.crypto import KEY_BYTES, Cipher
+from infra.security.rewrap import SealedColumn
 from services.log_aggregator.domain import Head
 
-_PURPOSE = "audit head"
-_FORM = "clawbus-audit-1"
+_PURPOSE = "audit line key"
+_FORM = "clawbus-audit-2"
+SEALED = SealedColumn("audit_line_key", "key", _PURPOSE, ())
 
 
-def write(cipher: Cipher, tenant_id: str, head: Head) -> str:
-    """``clawbus-audit-1 <tenant, - for the system> <seq> <hash> <proof>``."""
-    proof = cipher.seal("", _PURPOSE, tenant_id, str(head.seq), head.hash.hex())
-    return f"{_FORM} {tenant_id or '-'} {head.seq} {head.hash.hex()} {base64.urlsafe_b64encode(proof).decode()}"
+class AuditLines:
+    """Writes and reads lines. `database` has the sealed key, which is made at the first use."""
 
+    def __init__(self, database: Database, cipher: Cipher) -> None:
+        self._database = database
+        self._cipher = cipher
+        self._key = b""
 
-def read(cipher: Cipher, tenant_id: str, line: str) -> Head:
-    """The head that the line names. Raises InvalidMessage if this platform has not issued it for this chain."""
-    try:
-        form, chain, seq, hash_, proof = line.split()
-        if form != _FORM or chain != (tenant_id or "-"):
-            raise ValueError
-        cipher.open(base64.urlsafe_b64decode(proof), _PURPOSE, tenant_id, seq, hash_)
-        return Head(int(seq), bytes.fromhex(hash_))
-    except (ValueError, InvalidMessage, RuntimeError):
-        # RuntimeError: the proof has the mark of another master key.
-        raise InvalidMessage("line", "is not a line that this platform has issued for this chain") from None
+    async def write(self, tenant_id: str, head: Head) -> str:
+        """``clawbus-audit-2 <tenant, - for the system> <seq> <hash> <proof>``."""
+        proof = await self._proof(tenant_id, head)
+        return f"{_FORM} {tenant_id or '-'} {head.seq} {head.hash.hex()} {proof}"
+
+    async def read(self, tenant_id: str, line: str) -> Head:
+        """The head that the line names. Raises InvalidMessage if this platform has not issued it for this chain."""
+        try:
+            form, chain, seq, hash_, proof = line.split()
+            head = Head(int(seq), bytes.fromhex(hash_))
+            genuine = hmac.compare_digest(proof, await self._proof(tenant_id, head))
+            if (form, chain, genuine) != (_FORM, tenant_id or "-", True):
+                raise ValueError
+        except ValueError:
+            raise InvalidMessage("line", "is not a line that this platform has issued for this chain") from None
+        return head
+
+    async def _proof(self, tenant_id: str, head: Head) -> str:
+        if not self._key:
+            self._key = await self._stored()
+        content = json.dumps([tenant_id, head.seq, head.hash.hex()]).encode()
+        return base64.urlsafe_b64encode(hmac.digest(self._key, content, "sha256")).decode()
+
+    async def _stored(self) -> bytes:
+        async with self._database.begin() as tx:
+            await tx.sql(
+                "INSERT INTO audit_line_key (key) VALUES ($1) ON CONFLICT DO NOTHING",
+                self._cipher.seal(os.urandom(KEY_BYTES), _PURPOSE),
+            )
+            [(sealed,)] = await tx.sql("SELECT key FROM audit_line_key")
+        return self._cipher.open(sealed, _PURPOSE)

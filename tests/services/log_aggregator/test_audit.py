@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import os
 import signal
 from datetime import timedelta
 from typing import Any
@@ -14,9 +16,12 @@ import pytest
 from asyncpg import connect
 
 from infra.clock import utcnow, uuid7
+from infra.security.crypto import KEY_BYTES, Cipher
+from infra.security.rewrap import rewrap
 from protos.catalog import AUDIT_LOGS
 from protos.messages.audit import ActAudited
-from tooling.testing.platform import Platform
+from services.log_aggregator.audit_lines import SEALED, AuditLines
+from tooling.testing.platform import MASTER_KEY, Platform
 
 
 def act(tenant_id: str | None, n: int = 0, **fields: Any) -> ActAudited:
@@ -85,7 +90,7 @@ async def test_acts_are_chained_in_their_order_and_a_client_can_recompute_the_ha
         assert json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) == text
         previous = hashlib.sha256(previous + text.encode()).digest()
         assert record["hash"] == previous.hex()
-    line = f"clawbus-audit-1 {tenant} 7 {previous.hex()} "
+    line = f"clawbus-audit-2 {tenant} 7 {previous.hex()} "
     assert verdict.pop("line").startswith(line)
     assert verdict == {"records": 7, "ok": True, "head": previous.hex(), "broken_at": None}
 
@@ -225,7 +230,8 @@ async def test_a_chain_that_was_made_new_as_a_whole_is_noticed_by_a_line_that_wa
     async with aggregator.client("log_aggregator", tenant) as client:
         assert (await verified(client, line=kept))["ok"]
         of_another_key = f"{kept.rpartition(' ')[0]} {'AQEB' * 20}"
-        forged = (kept.replace(tenant, str(uuid4())), kept[:-8] + "AAAAAAA=", kept.replace(" 3 ", " 2 "), "", "é")
+        forged = [kept.replace(tenant, str(uuid4())), kept[:-8] + "AAAAAAA=", kept.replace(" 3 ", " 2 "), "", "é"]
+        forged.append(kept.replace(" 3 ", f" {'9' * 100} "))
         for wrong in (*forged, of_another_key):
             answer = await client.get("/api/v1/audit/verify", params={"line": wrong})
             assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "line")
@@ -250,6 +256,20 @@ async def test_a_chain_that_was_made_new_as_a_whole_is_noticed_by_a_line_that_wa
         assert (await verified(client))["ok"], "the records fit each other"
         verdict = await verified(client, line=kept)
     assert (verdict["ok"], verdict["broken_at"], verdict["line"]) == (False, 3, "")
+
+
+async def test_a_line_stays_valid_when_the_master_key_is_rotated(aggregator: Platform, tenant: str) -> None:
+    await publish(aggregator, act(tenant, 1))
+    kept = (await chained(aggregator, tenant, 1))["line"]
+    database = aggregator.database("log_aggregator")
+    old, new = MASTER_KEY, base64.b64encode(os.urandom(KEY_BYTES)).decode()
+    try:
+        await rewrap(database.engine, Cipher(f"{new} {old}"), SEALED, lambda rows: None)
+        assert (await AuditLines(database, Cipher(new)).read(tenant, kept)).seq == 1
+        with pytest.raises(RuntimeError, match="another master key"):
+            await AuditLines(database, Cipher(old)).read(tenant, kept)
+    finally:
+        await rewrap(database.engine, Cipher(f"{old} {new}"), SEALED, lambda rows: None)
 
 
 async def test_the_service_itself_cannot_change_a_record(aggregator: Platform, tenant: str) -> None:
