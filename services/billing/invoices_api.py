@@ -18,7 +18,7 @@ from infra.security.auth import Identity
 from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.billing import accounts, invoice_files, invoices, journal, pdf, tax
+from services.billing import accounts, einvoice, invoice_files, invoices, journal, pdf, tax
 from services.billing.invoices import CreditNote, Invoice
 from services.billing.tax import Buyer
 
@@ -79,6 +79,7 @@ class Journal(BaseModel):
 def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["invoices"])
     seller: str = runtime.settings.seller_country
+    named = einvoice.Seller(runtime.settings.seller_name, seller, runtime.settings.seller_vat_id)
     # A process of up to a thousand megabytes prints each document.
     printing = asyncio.Semaphore(1)
 
@@ -144,6 +145,15 @@ def router(runtime: Runtime) -> APIRouter:
         async with printing:
             content = await pdf.document(invoice_files.page(invoice, lines))
         return Response(content, media_type="application/pdf", headers={"content-disposition": name})
+
+    @router.get("/invoices/{invoice_id}/xml", response_class=Response)
+    async def get_xml(invoice_id: UUID, who: Viewer) -> Response:
+        """The finalised invoice as XML of EN 16931 (Cross Industry Invoice, as in Factur-X)."""
+        async with runtime.worker.begin() as tx:
+            invoice = await invoices.get(tx, await owner(tx, invoice_id, who), invoice_id)
+        name = f"attachment; filename={invoice.number or invoice.id}.xml"
+        content = einvoice.document(invoice, named)
+        return Response(content, media_type="application/xml", headers={"content-disposition": name})
 
     @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)
     async def finalise(invoice_id: UUID, who: Operator, request: Request) -> Response:

@@ -32,6 +32,9 @@ class Settings(Base):
     stripe_api_base: str = "https://api.stripe.com"
     seller_country: Annotated[str, Field(pattern=r"^([A-Z]{2})?$")] = ""
     """The country of the company that sends the invoices (ISO 3166). Decides about reverse charge."""
+    seller_name: str = ""
+    """With `seller_vat_id` and `seller_country` it stands in e-invoices; without them there are none."""
+    seller_vat_id: str = ""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

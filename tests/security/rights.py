@@ -55,6 +55,7 @@ billing
     GET    /api/v1/invoices/{invoice_id}/lines                          read operator
     GET    /api/v1/invoices/{invoice_id}/csv                            read operator
     GET    /api/v1/invoices/{invoice_id}/pdf                            read operator
+    GET    /api/v1/invoices/{invoice_id}/xml                            read operator
     POST   /api/v1/invoices/{invoice_id}/finalise                       operator
     POST   /api/v1/invoices/{invoice_id}/void                           operator
     POST   /api/v1/invoices/{invoice_id}/uncollectible                  operator
@@ -67,8 +68,6 @@ billing
     PUT    /api/v1/billing/payment-terms                                operator
     POST   /api/v1/tax-rates                                            operator
     GET    /api/v1/tax-rates                                            read operator
-    GET    /api/v1/billing/payment-terms                                read operator
-    PUT    /api/v1/billing/payment-terms                                operator
     GET    /api/v1/billing/journal                                      read operator
     POST   /api/v1/budgets                                              admin
     GET    /api/v1/budgets                                              read

@@ -36,6 +36,9 @@ async def billing(platform: Platform, stripe: StripeStandIn) -> AsyncIterator[Bi
         CLAW_STRIPE_API_BASE=stripe.url,
         CLAW_STRIPE_API_KEY=stripe.key,
         CLAW_STRIPE_WEBHOOK_SECRET=stripe.webhook_secret,
+        CLAW_SELLER_NAME="Clawbus",
+        CLAW_SELLER_COUNTRY="DE",
+        CLAW_SELLER_VAT_ID="DE123456789",
     )
     found = Billing(platform)
     yield found
@@ -48,6 +51,22 @@ async def invoiced(billing: Billing) -> tuple[Tenant, str]:
     made = await draft(billing, tenant)
     await post(billing, f"invoices/{made['id']}/finalise", status=200)
     return tenant, made["id"]
+
+
+async def test_an_e_invoice_names_the_seller_and_the_buyer(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    made = await draft(billing, tenant)
+    path = f"/api/v1/invoices/{made['id']}/xml"
+    early = await tenant.http.get(path)
+    assert (early.status_code, "draft" in early.text) == (409, True)
+    buyer = {"name": "Acme", "country": "AT", "vat_id": "ATU12345678"}
+    assert (await tenant.http.put("/api/v1/billing/buyer", json=buyer)).status_code == 200
+    await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    answers = [await tenant.http.get(path) for _ in range(2)]
+    assert (answers[0].status_code, answers[0].headers["content-type"]) == (200, "application/xml")
+    assert answers[0].content == answers[1].content
+    for text in ("INV-000001", "Clawbus", "DE123456789", "Acme", "ATU12345678", ">AE<", ">30.00<"):
+        assert text in answers[0].text
 
 
 async def pay(tenant: Tenant, invoice_id: str, **body: Any) -> httpx.Response:
