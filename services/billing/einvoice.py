@@ -42,7 +42,7 @@ class _Tax(NamedTuple):
 
 
 def document(invoice: Invoice, seller: Seller) -> bytes:
-    """Raises Conflict for an invoice that the standard cannot express, and names what is missing."""
+    """Raises Conflict for an invoice that the standard cannot express, and names the missing part."""
     _check(invoice, seller)
     assert invoice.finalised_at
     assert invoice.due_at

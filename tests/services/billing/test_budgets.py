@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import pytest
 
 from infra.clock import utcnow, uuid7
+from infra.errors import Transient
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from tests.services.billing.conftest import Billing, Tenant
+
+T = TypeVar("T")
 
 TOKEN = 150
 
@@ -94,26 +99,45 @@ async def test_64_concurrent_spenders_with_crashes_pass_a_budget_by_at_most_one_
     rng = random.Random(3)
     counted: list[str] = []
 
+    async def steadily(call: Callable[[], Awaitable[T]]) -> T:
+        """Repeats a call until the service answers: it is killed and started meanwhile."""
+
+        async def answer() -> tuple[T] | None:
+            try:
+                return (await call(),)
+            except Transient:
+                return None
+
+        [found] = await tenant.platform.until(answer, seconds=150)
+        return found
+
     async def spender(n: int) -> None:
         for turn in range(3):
             hold_id = uuid7()
             fate = rng.random()
             # A caller that dies leaves its hold, which expires. A repeated request is one hold.
-            expires = 1 if fate < 0.2 else 120_000
-            replies = [
-                await reserve(tenant, step, expires, hold_id=str(hold_id), agent_id=str(agent))
-                for _ in range(1 + (fate > 0.8))
-            ]
+            expires = 1 if fate < 0.2 else 600_000
+            ask = partial(reserve, tenant, step, expires, hold_id=str(hold_id), agent_id=str(agent))
+            replies = [await steadily(ask) for _ in range(1 + (fate > 0.8))]
+            assert len({reply.granted for reply in replies}) == 1
             if not replies[0].granted or fate < 0.2:
                 continue
             if fate < 0.3:
-                await tenant.release(hold_id)
+                await steadily(partial(tenant.release, hold_id))
                 continue
             for _ in range(1 + (fate > 0.9)):
                 await use(tenant, f"s/{n}/{turn}", step, hold_id=hold_id, agent_id=agent)
             counted.append(f"s/{n}/{turn}")
 
-    await asyncio.gather(*(spender(n) for n in range(64)))
+    async def crash() -> None:
+        async def begun() -> bool:
+            return len(counted) >= 5
+
+        await tenant.platform.until(begun)
+        tenant.platform.kill("billing")
+        await tenant.platform.start("billing")
+
+    await asyncio.gather(crash(), *(spender(n) for n in range(64)))
     for usage_id in counted:
         await tenant.verdict(usage_id)
 

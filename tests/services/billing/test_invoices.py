@@ -161,7 +161,8 @@ async def test_a_change_of_plan_now_splits_the_period_to_the_second(billing: Bil
         assert abs(made["subtotal_nanos"] - 30 * UNIT * share) <= 1
 
 
-async def test_numbers_have_no_gap_under_32_concurrent_finalisations(billing: Billing) -> None:
+async def test_32_concurrent_finalisations_with_a_kill_leave_no_gap_and_book_none_twice(billing: Billing) -> None:
+    platform = billing.platform
     tenant, _ = await subscribed(billing)
     # Drafts of many periods, as a long-standing tenant has them.
     first = await draft(billing, tenant)
@@ -184,37 +185,30 @@ async def test_numbers_have_no_gap_under_32_concurrent_finalisations(billing: Bi
 
     async def finalise(id_: str) -> None:
         for _ in range(2):
-            with_errors = await billing.operator.post(f"/api/v1/invoices/{id_}/finalise")
-            assert with_errors.status_code in (200, 503), with_errors.text
+            try:
+                answer = await billing.operator.post(f"/api/v1/invoices/{id_}/finalise")
+            except httpx.HTTPError:
+                continue  # The service was killed. Whether it has committed is not known.
+            assert answer.status_code in (200, 503), answer.text
 
-    await asyncio.gather(*(finalise(id_) for id_ in ids))
-    numbers = [(await post(billing, f"invoices/{id_}/finalise", status=200))["number"] for id_ in ids]
-    assert sorted(numbers) == [f"INV-{n:06}" for n in range(1, 33)]
-    assert (await journal(tenant))["receivable"] > 0
+    async def some() -> bool:
+        [(count,)] = await tenant.sql("SELECT count(*) FROM invoice WHERE tenant_id = $1 AND number <> ''", tenant.id)
+        return bool(count >= 5)
 
-
-async def test_a_killed_service_leaves_no_gap_and_no_invoice_twice(billing: Billing) -> None:
-    platform = billing.platform
-    tenants = [(await subscribed(billing))[0] for _ in range(3)]
-    drafts = [(tenant, (await draft(billing, tenant))["id"]) for tenant in tenants for _ in range(1)]
-
-    async def finalise(id_: str) -> None:
-        try:
-            await billing.operator.post(f"/api/v1/invoices/{id_}/finalise")
-        except httpx.HTTPError:
-            return
-
-    tasks = [asyncio.create_task(finalise(id_)) for _, id_ in drafts for _ in range(4)]
-    await asyncio.sleep(0)
+    tasks = [asyncio.create_task(finalise(id_)) for id_ in ids]
+    await platform.until(some)
     platform.kill("billing")
     await asyncio.gather(*tasks)
     await platform.start("billing")
-    for tenant, id_ in drafts:
-        assert (await post(billing, f"invoices/{id_}/finalise", status=200))["number"] == "INV-000001"
-        invoiced = await tenant.sql(
-            "SELECT count(*) FROM journal_entry WHERE tenant_id = $1 AND kind = 'invoice'", tenant.id
-        )
-        assert invoiced == [(1,)]
+    await asyncio.gather(*(finalise(id_) for id_ in ids))
+    numbers = [(await post(billing, f"invoices/{id_}/finalise", status=200))["number"] for id_ in ids]
+    assert sorted(numbers) == [f"INV-{n:06}" for n in range(1, 33)]
+    booked = await tenant.sql(
+        "SELECT count(*), count(DISTINCT reference) FROM journal_entry WHERE tenant_id = $1 AND kind = 'invoice'",
+        tenant.id,
+    )
+    assert booked == [(32, 32)]
+    assert (await journal(tenant))["receivable"] > 0
 
 
 async def test_a_finalised_invoice_and_a_journal_line_never_change(billing: Billing) -> None:
