@@ -1,4 +1,5 @@
-"""The MIME type of a file by its content. The name only tells Markdown from plain text, which look the same."""
+"""The MIME type of a file by its content. The name only tells Markdown, tables (CSV) and e-mails from plain text, which
+look the same."""
 
 from __future__ import annotations
 
@@ -17,9 +18,13 @@ PPTX = f"{_OPEN_XML}.presentationml.presentation"
 OFFICE = (DOCX, XLSX, PPTX)
 OLD_OFFICE = "application/x-ole-storage"
 ZIP = "application/zip"
+EPUB = "application/epub+zip"
 HTML = "text/html"
+CSV = "text/csv"
+MAIL = "message/rfc822"
 MARKDOWN = "text/markdown"
 TEXT = "text/plain"
+TEXTS = (TEXT, MARKDOWN, CSV, MAIL)
 UNKNOWN = "application/octet-stream"
 
 _HEAD_BYTES = 65_536
@@ -43,6 +48,9 @@ _RIFF = {b"WEBP": "image/webp", b"WAVE": "audio/wav", b"AVI ": "video/x-msvideo"
 _ISO_MEDIA = {b"M4A ": "audio/mp4", b"heic": "image/heic", b"mif1": "image/heif", b"avif": "image/avif"}
 _OFFICE_FOLDERS = {"word": DOCX, "xl": XLSX, "ppt": PPTX}
 _HTML = re.compile(rb"(?i)\s*(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL)
+_NAMED = {".md": MARKDOWN, ".markdown": MARKDOWN, ".csv": CSV, ".tsv": CSV}
+# A field of an e-mail's head, perhaps after the line with which mailboxes separate their e-mails.
+_MAIL = re.compile(rb"(?:From [^\n]*\n)?[!-9;-~]{1,76}:")
 # Control characters that no text has.
 _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
@@ -80,7 +88,7 @@ def _archive(file: IO[bytes]) -> str:
         for folder, type_ in _OFFICE_FOLDERS.items():
             if folder in folders:
                 return type_
-    return ZIP
+    return EPUB if "META-INF/container.xml" in names else ZIP
 
 
 def _text(head: bytes, name: str) -> str:
@@ -91,4 +99,7 @@ def _text(head: bytes, name: str) -> str:
         return UNKNOWN
     if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
         return HTML
-    return MARKDOWN if name.lower().endswith((".md", ".markdown")) else TEXT
+    extension = "." + name.lower().rpartition(".")[2]
+    if extension == ".eml" and _MAIL.match(head.removeprefix(codecs.BOM_UTF8)):
+        return MAIL
+    return _NAMED.get(extension, TEXT)

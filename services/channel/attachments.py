@@ -59,8 +59,7 @@ ATTACHMENT = Kind(
             "video/",
             filetypes.PDF,
             *filetypes.OFFICE,
-            filetypes.TEXT,
-            filetypes.MARKDOWN,
+            *filetypes.TEXTS,
             filetypes.HTML,
         )
     ),
@@ -155,7 +154,7 @@ class Fetcher:
         return await self._read(content, stored.content_type, attachment, last=last)
 
     async def _read(self, content: bytes, type_: str, attachment: Attachment, *, last: bool) -> _Read:
-        if type_ in (filetypes.TEXT, filetypes.MARKDOWN):
+        if type_ in filetypes.TEXTS:
             return _Read(text=_decoded(content)[:MAX_CHARACTERS])
         # A voice message in an MP4 container looks like a video.
         if type_.startswith("audio/") or (attachment.kind == "voice" and type_.startswith("video/")):

@@ -75,6 +75,12 @@ _LESS_COMMON_SHARE = 0.3
 _LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "iso8859-1": "cp1252"}
 
 
+# Encodings of e-mails whose bytes are all ASCII, so that they are also valid UTF-8.
+_SEVEN_BITS = ("iso2022_jp", "iso2022_kr", "hz")
+# Declared in e-mails and pages, and not told apart by their letters.
+_DECLARED = ("iso8859_1", "iso8859_2", "iso8859_9", "iso8859_15", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_u")
+
+
 class UnknownEncoding(Exception):
     """The bytes are not text in an encoding that is recognised."""
 
@@ -83,11 +89,13 @@ def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
     """The text and its encoding. `declared` is the name that the file states. Raises UnknownEncoding."""
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return content.decode("utf-16", errors="replace"), "utf-16"
-    try:
-        return content.decode("utf-8-sig"), "utf-8"
-    except UnicodeDecodeError:
-        pass
-    if name := _known(declared):
+    name = _known(declared)
+    if name not in _SEVEN_BITS:
+        try:
+            return content.decode("utf-8-sig"), "utf-8"
+        except UnicodeDecodeError:
+            pass
+    if name:
         try:
             return content.decode(name), name
         except UnicodeDecodeError:
@@ -104,7 +112,7 @@ def preload() -> None:
     """Loads all codecs now. Later the process may not read their files any more."""
     from charset_normalizer import from_bytes
 
-    for encoding in _COMMON:
+    for encoding in (*_COMMON, *_SEVEN_BITS, *_DECLARED):
         codecs.lookup(encoding)
     from_bytes("Grüße und Küsse aus Zürich".encode("cp1250")).best()
 

@@ -30,6 +30,10 @@ _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
+class Unreadable(Exception):
+    """The file cannot be read. The message gives the reason to the person who uploaded it."""
+
+
 class Block(NamedTuple):
     """A part of a document under one heading and on one page."""
 
@@ -186,13 +190,22 @@ def _pieces(text: str) -> list[_Piece]:
         if "|" not in line:
             head = ""
         elif n + 1 < len(lines) and not head and _is_table_rule(lines[n + 1]):
-            # A header is repeated only if it leaves room for rows.
             both = line + lines[n + 1]
-            head = both if _weigh(both) <= TARGET_TOKENS // 2 else ""
+            head = both if is_repeated(both) else ""
         for sentence in [line] if head else _SENTENCE_ENDS.split(line):
             # The lines of the header itself get no header.
             pieces += _cut(sentence, "" if line in head else head)
     return pieces
+
+
+def is_repeated(head: str) -> bool:
+    """Whether each passage with rows of a table repeats this header: it leaves room for rows."""
+    weight = 0.0
+    for unit in _UNITS.finditer(head):
+        weight += _unit_weight(unit[0][0], len(unit[0]))
+        if weight > TARGET_TOKENS // 2:
+            return False
+    return True
 
 
 def _is_table_rule(line: str) -> bool:

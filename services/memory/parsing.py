@@ -19,22 +19,26 @@ from typing import IO, Any, Protocol
 import msgspec
 
 from infra.stores import filetypes as types
-from services.memory import charsets, confinement, markup, spreadsheets
-from services.memory.domain import Block, Chunk, chunk, sections
+from services.memory import charsets, confinement, ebooks, mail, markup, spreadsheets
+from services.memory.domain import Block, Chunk, Unreadable, chunk, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
 
-_KINDS = {types.PDF: "PDF", types.DOCX: "Word document", types.XLSX: "spreadsheet", types.PPTX: "presentation"}
+_KINDS = {
+    types.PDF: "PDF",
+    types.DOCX: "Word document",
+    types.XLSX: "spreadsheet",
+    types.PPTX: "presentation",
+    types.CSV: "table (CSV)",
+    types.EPUB: "e-book",
+    types.MAIL: "e-mail",
+}
 _LIBRARIES = {types.PDF: "pypdfium2", types.DOCX: "mammoth", types.XLSX: "openpyxl", types.PPTX: "pptx"}
-_ARCHIVES = (types.DOCX, types.XLSX, types.PPTX)
+_ARCHIVES = (types.DOCX, types.XLSX, types.PPTX, types.EPUB)
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 _SPACES = re.compile(r"[^\S\n]{9,}")
 _EMPTY_LINES = re.compile(r"\n\s*\n\s*\n")
-
-
-class Unreadable(Exception):
-    """The file cannot be read. The message gives the reason to the person who uploaded it."""
 
 
 class Decoder(Protocol):
@@ -64,6 +68,14 @@ class Reader:
                 yield from spreadsheets.sheets(self._file)
             case types.DOCX:
                 yield from sections(_clean(markup.markdown(self._word())))
+            case types.EPUB:
+                for chapter in ebooks.chapters(self._file, self.warnings):
+                    yield from sections(_clean(chapter))
+            case types.MAIL:
+                for block in mail.blocks(self._file, self.warnings):
+                    yield block._replace(text=_clean(block.text))
+            case types.CSV:
+                yield from spreadsheets.text_table(_clean(self._decoded(charsets.decode)))
             case types.HTML:
                 yield from sections(_clean(self._decoded(markup.html_markdown)))
             case types.MARKDOWN:

@@ -32,7 +32,7 @@ _FETCH_SECONDS = 60.0
 DOCUMENT = Kind(
     "document",
     100 * 1024 * 1024,
-    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.TEXT, filetypes.MARKDOWN, filetypes.HTML)),
+    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.EPUB, *filetypes.TEXTS, filetypes.HTML)),
 )
 
 
@@ -112,8 +112,9 @@ async def _answer(client: httpx2.AsyncClient, url: str) -> AsyncIterator[httpx2.
 def _name_of(answer: httpx2.Response) -> str:
     last = unquote(answer.url.path.rstrip("/").rpartition("/")[2]) or answer.url.host
     type_ = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if type_ == filetypes.MARKDOWN and not last.lower().endswith((".md", ".markdown")):
-        last += ".md"
+    extension = {filetypes.MARKDOWN: ".md", filetypes.CSV: ".csv", filetypes.MAIL: ".eml"}.get(type_, "")
+    if not last.lower().endswith((extension, ".markdown", ".tsv")):
+        last += extension
     return _name("url", safe_name(last))
 
 

@@ -1,17 +1,23 @@
-"""Reads a workbook: one table per sheet, each cell as a reader of the sheet sees it."""
+"""Reads a workbook: one table per sheet, each cell as a reader of the sheet sees it; and a table in a text (CSV)."""
 
 from __future__ import annotations
 
+import csv
 import datetime as dt
+import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
 
-from services.memory.domain import Block
+from services.memory.domain import Block, Unreadable, is_repeated
 
 # Rows of one block. A large sheet must not be in memory as one text.
 BLOCK_ROWS = 1_000
 _WHITE = re.compile(r"\s+")
+# Of a table in a text, the first one wins among equals.
+_DELIMITERS = ",;\t|"
+_JUDGED_LINES = 50
 
 
 def sheets(file: IO[bytes]) -> Iterator[Block]:
@@ -43,6 +49,53 @@ def sheets(file: IO[bytes]) -> Iterator[Block]:
         # A sheet with a single row has only a header.
         if lines or (header and not blocks):
             yield _block(sheet.title, header, lines)
+
+
+def text_table(text: str) -> Iterator[Block]:
+    """The rows of a CSV text (RFC 4180; also with semicolons, tabs or bars) as Markdown tables with its first row as
+    their header. Empty rows are left out, and empty cells at the end of a row. Raises Unreadable."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
+    head = ""
+    lines: list[str] = []
+    repeated: list[str] = []
+    alone = False
+    try:
+        for cells in rows:
+            while cells and not cells[-1].strip():
+                cells.pop()
+            if not cells:
+                continue
+            if not head:
+                head = _table(cells, [])
+                lines = head.splitlines()
+                # A header that no passage repeats would be read again for each block.
+                repeated = lines.copy() if is_repeated(head) else []
+                alone = True
+                continue
+            alone = False
+            lines.append(_line(cells))
+            if len(lines) >= BLOCK_ROWS:
+                yield Block("\n".join(lines) + "\n")
+                lines = repeated.copy()
+    except csv.Error as error:
+        raise Unreadable(f"The table (CSV) cannot be read at line {rows.line_num}: {error}.") from error
+    if lines != repeated or alone:
+        yield Block("\n".join(lines) + "\n")
+
+
+def _delimiter(text: str) -> str:
+    """The delimiter that cuts the most of the first lines into the same number of cells, of more than one."""
+    sample = text[:65_536].splitlines()[:_JUDGED_LINES]
+
+    def regularity(delimiter: str) -> tuple[int, int]:
+        widths = Counter(len(row) for row in csv.reader(sample, delimiter=delimiter) if len(row) > 1)
+        width, count = max(widths.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
+        return count, width
+
+    try:
+        return max(_DELIMITERS, key=regularity)
+    except csv.Error:
+        return ","
 
 
 def table(rows: list[list[str]]) -> str:

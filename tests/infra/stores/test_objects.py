@@ -21,8 +21,8 @@ from tooling.testing.stack import Stack, running_stack
 
 PICTURE = Kind("picture", 5 * 1024 * 1024, frozenset(("image/jpeg", "image/png", "image/webp")))
 MEDIA = Kind("medium", 1024 * 1024, frozenset(("image/", "audio/", "video/", filetypes.PDF, *filetypes.OFFICE)))
-TEXTS = (filetypes.TEXT, filetypes.MARKDOWN, filetypes.HTML)
-DOCUMENT = Kind("document", 10 * 1024 * 1024, frozenset((filetypes.PDF, *filetypes.OFFICE, *TEXTS)))
+TEXTS = (*filetypes.TEXTS, filetypes.HTML)
+DOCUMENT = Kind("document", 10 * 1024 * 1024, frozenset((filetypes.PDF, filetypes.EPUB, *filetypes.OFFICE, *TEXTS)))
 PACKAGE = Kind("package", 1024 * 1024, frozenset((filetypes.ZIP,)))
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
 
@@ -176,6 +176,7 @@ async def test_the_type_comes_from_the_content_and_not_from_the_name(
         (DOCUMENT, "🙂 \u202eשלום".encode(), "text/plain"),
         (PACKAGE, archive("SKILL.md"), "application/zip"),
         (PACKAGE, archive("me.json"), "application/zip"),
+        (DOCUMENT, archive("META-INF/container.xml"), "application/epub+zip"),
     ],
 )
 async def test_an_allowed_file_is_stored_with_its_type(
@@ -184,6 +185,19 @@ async def test_an_allowed_file_is_stored_with_its_type(
     stored = await upload(objects, kind, content)
     assert stored.content_type == type_
     await objects.delete(stored.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "type_"),
+    [
+        ("a.CSV", b"a,b\n1,2\n", "text/csv"),
+        ("a.eml", b"Received: from x\nSubject: a\n\ntext", "message/rfc822"),
+        ("a.eml", b"no field of an e-mail", "text/plain"),
+        ("a.txt", b"Subject: a\n\ntext", "text/plain"),
+    ],
+)
+def test_the_name_tells_kinds_of_text_apart(name: str, content: bytes, type_: str) -> None:
+    assert filetypes.content_type(io.BytesIO(content), name) == type_
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tooling.testing
@@ -110,6 +110,40 @@ def xlsx(sheet: str, rows: Sequence[Sequence[object]]) -> bytes:
         book.active.append(row)
     out = io.BytesIO()
     book.save(out)
+    return out.getvalue()
+
+
+def epub(parts: Mapping[str, str], *, encrypted: str = "") -> bytes:
+    """An e-book: the path of each chapter and its page, in order; `encrypted` names a chapter with copy protection."""
+    names = list(parts)
+    items = "".join(
+        f'<item id="c{n}" href="{name}" media-type="application/xhtml+xml"/>' for n, name in enumerate(names)
+    )
+    spine = "".join(f'<itemref idref="{id_}"/>' for id_ in ("toc", *(f"c{n}" for n in range(len(names)))))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("mimetype", "application/epub+zip")
+        archive.writestr(
+            "META-INF/container.xml",
+            '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+            '<rootfile full-path="OEBPS/book.opf"/></rootfiles></container>',
+        )
+        archive.writestr(
+            "OEBPS/book.opf",
+            '<package xmlns="http://www.idpf.org/2007/opf"><manifest>'
+            f'<item id="toc" href="toc.xhtml" media-type="application/xhtml+xml" properties="nav"/>{items}'
+            f"</manifest><spine>{spine}</spine></package>",
+        )
+        archive.writestr("OEBPS/toc.xhtml", "<html><body><nav>the table of contents</nav></body></html>")
+        for name, page in parts.items():
+            if page:
+                archive.writestr(f"OEBPS/{name}", page)
+        if encrypted:
+            archive.writestr(
+                "META-INF/encryption.xml",
+                '<encryption xmlns:e="http://www.w3.org/2001/04/xmlenc#">'
+                f'<e:CipherReference URI="OEBPS/{encrypted}"/></encryption>',
+            )
     return out.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -105,9 +106,96 @@ def test_every_passage_of_a_long_table_has_the_header(tmp_path: Path) -> None:
     assert {passage["section"] for passage in passages} == {"Errors"}
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_each_piece_of_a_csv_table_has_its_header(tmp_path: Path, delimiter: str) -> None:
+    rows = [f'E{n:03}{delimiter}"Valve {n}, the ""left"" one,\nis | wrong"{delimiter}{n * 0.5}' for n in range(1200)]
+    content = delimiter.join(("Code", "Meaning", "Share")) + "\r\n\r\n" + "\r\n".join(rows)
+    passages, _ = read(tmp_path, content.encode("gbk"), types.CSV)
+    assert all(passage["text"].startswith("| Code | Meaning | Share |\n") for passage in passages)
+    text = "\n".join(passage["text"] for passage in passages)
+    for n in (0, 999, 1000, 1199):
+        assert f'| E{n:03} | Valve {n}, the "left" one, is \\| wrong | {n * 0.5} |' in text
+
+
+def test_an_e_book_chapter_by_chapter(tmp_path: Path) -> None:
+    content = files.epub(
+        {
+            "two%20words.xhtml": '<?xml version="1.0" encoding="utf-8"?><html xmlns="http://www.w3.org/1999/xhtml">'
+            "<head><title/><script/></head><body><h1>保修</h1><p>三十个月。</p></body></html>",
+            "b.xhtml": "<html><body><h1>Returns</h1><p>Within 45 days.</p></body></html>",
+            "gone.xhtml": "",
+        }
+    )
+    with zipfile.ZipFile(io.BytesIO(content)) as book, zipfile.ZipFile(tmp_path / "book", "w") as stored:
+        for name in book.namelist():
+            stored.writestr(name.replace("%20", " "), book.read(name))
+    lines = parse(tmp_path, (tmp_path / "book").read_bytes(), types.EPUB)
+    assert [(line["text"], line["section"]) for line in lines if "text" in line] == [
+        ("三十个月。", "保修"),
+        ("Within 45 days.", "Returns"),
+    ]
+    assert lines[-1]["warnings"] == ["A part of the e-book is missing: OEBPS/gone.xhtml."]
+
+
+MAIL = """From: =?gb2312?B?zfXQoczv?= <wang@example.com>
+To: shop@example.com
+Date: Mon, 30 Nov 2026 09:00:00 +0800
+Subject: =?utf-8?Q?Order_7710=3A_na=C3=AFve_question?=
+MIME-Version: 1.0
+Content-Type: multipart/mixed; boundary="A"
+
+--A
+Content-Type: multipart/alternative; boundary="B"
+
+--B
+Content-Type: text/plain; charset=iso-2022-jp
+Content-Transfer-Encoding: base64
+
+{japanese}
+--B
+Content-Type: text/html
+
+<p>the same as HTML</p>
+--B--
+--A
+Content-Type: application/pdf
+Content-Disposition: attachment; filename="=?utf-8?B?5Y+R56WoLnBkZg==?="
+
+%PDF-1.7
+--A
+Content-Type: message/rfc822
+
+Subject: the first answer
+Content-Type: text/html; charset=gbk
+Content-Transfer-Encoding: 8bit
+
+<h2>Terms</h2><p>"""
+
+
+def test_an_e_mail_with_its_people_its_text_and_the_e_mails_that_it_encloses(tmp_path: Path) -> None:
+    japanese = base64.b64encode("保証期間は三十か月です。".encode("iso-2022-jp")).decode()
+    content = MAIL.format(japanese=japanese).encode() + "退货四十五天</p>\n--A--\n".encode("gbk")
+    lines = parse(tmp_path, content, types.MAIL)
+    subject = "Order 7710: naïve question"
+    assert [(line["section"], line["text"]) for line in lines if "text" in line] == [
+        (
+            subject,
+            "From: 王小田 <wang@example.com>\nTo: shop@example.com\nDate: Mon, 30 Nov 2026 09:00:00 +0800\n\n"
+            "保証期間は三十か月です。",
+        ),
+        ("the first answer > Terms", "退货四十五天"),
+    ]
+    assert lines[-1]["warnings"] == ["Attachments are not read: 发票.pdf. Upload them as documents."]
+
+
 @pytest.mark.parametrize(
     ("content", "type_", "reason"),
     [
+        (b'a,b\n"' + b"x" * 200_000, types.CSV, "table (CSV) cannot be read at line 2: field larger than field limit"),
+        (files.epub({"a.xhtml": "<p>a"}, encrypted="a.xhtml"), types.EPUB, "encrypted"),
+        (files.damaged(files.epub({"a.xhtml": "<p>a"}), "OEBPS/book.opf"), types.EPUB, "e-book; it may be damaged"),
+        (b"Subject: a\nContent-Type: application/pkcs7-mime\n\nMIAG", types.MAIL, "encrypted"),
+        (b"Subject: a\n\n", types.MAIL, "has no text"),
         (files.pdf(["secret"], encrypted=True), types.PDF, "encrypted"),
         (files.pdf(["cut"])[:300], types.PDF, "PDF; it may be damaged"),
         (files.pdf([""]), types.PDF, "has no text"),
@@ -242,6 +330,19 @@ def table_bomb(rows: int) -> bytes:
     return files.xlsx("Bomb", [["x" * 32_000] * 50] * rows)
 
 
+def _nested_mail(depth: int) -> bytes:
+    return b"".join(b'Content-Type: multipart/mixed; boundary="%d"\n\n--%d\n' % (n, n) for n in range(depth)) + b"\nx"
+
+
+def _billion_laughs() -> bytes:
+    entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        package = f'<!DOCTYPE c [<!ENTITY e0 "ha">{entities}]><c>&e11;<rootfile full-path="&e11;"/></c>'
+        archive.writestr("META-INF/container.xml", package)
+    return out.getvalue()
+
+
 # Built by their test: to build the bombs takes many seconds, and every test process imports this module.
 ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "html declarations": (lambda: b"<html><body>" + b"<!" * 500_000, types.HTML),
@@ -255,6 +356,11 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "white space": (lambda: "\u2003".encode() * 1_000_000 + b"end", types.MARKDOWN),
     "docx bomb": (lambda: bomb("word/document.xml"), types.DOCX),
     "xlsx bomb": (lambda: bomb("xl/worksheets/sheet1.xml"), types.XLSX),
+    "csv cells": (lambda: b"," * 16_000 + b"x\n" + b"y\n" * 40_000, types.CSV),
+    "e-mail depth": (lambda: _nested_mail(3_000), types.MAIL),
+    "e-mail words": (lambda: b"Subject: " + b"=?utf-8?q?a?= " * 200_000 + b"\n\ntext", types.MAIL),
+    "epub bomb": (lambda: bomb("META-INF/container.xml"), types.EPUB),
+    "epub entities": (lambda: _billion_laughs(), types.EPUB),
     "xlsx cells": (lambda: table_bomb(2_000), types.XLSX),
 }
 
