@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from math import log
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -18,6 +16,7 @@ from infra.postgres.tx import Tx
 from infra.stores.objects import Stored
 from services.memory import storage
 from services.memory.domain import Chunk, codes
+from services.memory.languages import language
 from services.memory.rights import ALL, NO_FILTERS, Filters, Owners
 
 # The columns of `Document`. `d` is the document; `n` is its next version, or the document if it has none. The path of
@@ -378,9 +377,9 @@ async def add_passages(tx: Tx, document_id: UUID, first: int, chunks: Sequence[C
     await tx.sql(
         # One text of codes per passage: PostgreSQL refuses an array of arrays of different lengths.
         """
-        INSERT INTO passage (id, tenant_id, document_id, n, text, section, page, codes)
-        SELECT i, $1, $2, n, t, s, p, string_to_array(c, ' ') FROM unnest($3::uuid[], $4::int[], $5::text[],
-        $6::text[], $7::int[], $8::text[]) AS c(i, n, t, s, p, c)
+        INSERT INTO passage (id, tenant_id, document_id, n, text, section, page, codes, language)
+        SELECT i, $1, $2, n, t, s, p, string_to_array(c, ' '), l FROM unnest($3::uuid[], $4::int[], $5::text[],
+        $6::text[], $7::int[], $8::text[], $9::text[]) AS c(i, n, t, s, p, c, l)
         """,
         tx.tenant_id,
         document_id,
@@ -390,6 +389,7 @@ async def add_passages(tx: Tx, document_id: UUID, first: int, chunks: Sequence[C
         [chunk.section for chunk in chunks],
         [chunk.page for chunk in chunks],
         [" ".join(codes(f"{chunk.section or ''} {chunk.text}")) for chunk in chunks],
+        [language(chunk.text) for chunk in chunks],
     )
 
 
@@ -441,7 +441,7 @@ async def vectors(tx: Tx, document_id: UUID, after: int, limit: int) -> list[tup
 
 # The documents `d` that a search reads. Every text of a passage passes this condition: the index may be wrong about
 # rights, deletion and versions. $1 to $4 are `Scope.parameters`.
-_READABLE = """
+READABLE = """
         d.status = 'indexed'
         AND d.deleted_at IS NULL
         AND d.audience && $1::text[]
@@ -473,7 +473,7 @@ async def found(tx: Tx, ids: Sequence[UUID], scope: Scope) -> Mapping[UUID, Foun
         SELECT p.id, p.text, d.id, d.name, p.section, p.page
         FROM passage p
         JOIN document d ON d.id = p.document_id
-        WHERE {_READABLE} AND p.id = ANY($5::uuid[])
+        WHERE {READABLE} AND p.id = ANY($5::uuid[])
         """,
         *scope.parameters,
         list(ids),
@@ -498,63 +498,12 @@ async def owners(tx: Tx, scope: Scope) -> Owners:
         )
         return Owners(without=tuple(id_ for (id_,) in rows) if len(rows) <= MAX_OWNERS else ())
     rows = await tx.sql(
-        f"SELECT coalesce(d.index_owner, d.id) FROM document d WHERE {_READABLE} AND d.tenant_id = $5 LIMIT $6",
+        f"SELECT coalesce(d.index_owner, d.id) FROM document d WHERE {READABLE} AND d.tenant_id = $5 LIMIT $6",
         *scope.parameters,
         tx.tenant_id,
         MAX_OWNERS + 1,
     )
     return Owners(only=tuple(id_ for (id_,) in rows) if len(rows) <= MAX_OWNERS else None)
-
-
-# `joint` is ' & ' for passages with all words, ' | ' for those with any. The tenant's word does not count for the rank.
-_WITH_WORDS = f"""
-    SELECT p.id, p.vector, p.model, ARRAY(
-        SELECT unnest(tsvector_to_array(p.words))
-        INTERSECT SELECT unnest(tsvector_to_array(keyword_vector('', $5)))
-    ) AS shared
-    FROM keyword_query($5, $6) AS query (words), passage p
-    JOIN document d ON d.id = p.document_id
-    WHERE {_READABLE}
-        AND numnode(query.words) > 0
-        AND p.words @@ (query.words && quote_literal(keyword_tenant($7))::tsquery)
-        AND p.tenant_id = $7
-    ORDER BY ts_rank(p.words, query.words) DESC, p.id
-    LIMIT $8
-"""
-# Passages with any of the words that are ranked by the rarity of their words.
-_CANDIDATES = 300
-
-
-class Worded(NamedTuple):
-    """A passage that has words of a query."""
-
-    id: UUID
-    rank: float
-    """The share of the query's words that it has, weighted by their rarity: from 0 to 1."""
-    vector: NDArray[np.float32] | None
-    model: str | None
-
-
-async def with_words(tx: Tx, text: str, limit: int, scope: Scope) -> list[Worded]:
-    """The passages with all words of the text, and if they are fewer than `limit`, those with any of them, best
-    first."""
-    rows = await tx.sql(_WITH_WORDS, *scope.parameters, text, " & ", tx.tenant_id, limit)
-    found = {row[0]: _worded(row, 1.0) for row in rows}
-    if len(found) < limit:
-        rows = await tx.sql(_WITH_WORDS, *scope.parameters, text, " | ", tx.tenant_id, _CANDIDATES)
-        counts = Counter(word for row in rows for word in row[3])
-        # The inverse document frequency of BM25, over the candidates.
-        weights = {word: log(1 + (len(rows) - count + 0.5) / (count + 0.5)) for word, count in counts.items()}
-        total = sum(weights.values())
-        ranked = [_worded(row, sum(weights[word] for word in row[3]) / total) for row in rows]
-        for each in sorted(ranked, key=lambda each: -each.rank):
-            found.setdefault(each.id, each)
-    return list(found.values())[:limit]
-
-
-def _worded(row: Sequence[Any], rank: float) -> Worded:
-    id_, vector, model, _ = row
-    return Worded(id_, rank, None if vector is None else np.frombuffer(vector, dtype="<f4"), model)
 
 
 async def with_codes(
@@ -566,7 +515,7 @@ async def with_codes(
         SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($5::text[]))) AS n, p.vector
         FROM passage p
         JOIN document d ON d.id = p.document_id
-        WHERE {_READABLE} AND p.codes && $5::text[] AND p.model = $6
+        WHERE {READABLE} AND p.codes && $5::text[] AND p.model = $6
         ORDER BY n DESC, p.id
         LIMIT $7
         """,

@@ -47,7 +47,7 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
 
 
 def _parts(mail: Message) -> tuple[list[Message], list[Message]]:
-    """The parts of an e-mail that are no containers, and the e-mails that it encloses. Of the alternatives of one text
+    """The parts of an e-mail that have content, and the e-mails that it encloses. Of the alternatives of one text
     the plain one is read."""
     parts: list[Message] = []
     enclosed: list[Message] = []

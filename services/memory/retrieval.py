@@ -23,6 +23,7 @@ from services.memory.documents import Found, Scope
 from services.memory.domain import codes, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Hit
+from services.memory.keywords import with_words
 from services.memory.memories import Memories, Memory, Reader
 from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
 from services.memory.usage import record_usage
@@ -264,9 +265,7 @@ class Retrieval:
     ) -> dict[UUID, Ranked]:
         """The passages with the words of the query, best first."""
         async with self._database.begin(tenant_id=tenant_id) as tx:
-            rows = await documents.with_words(
-                tx, ends(text, MAX_QUERY_TOKENS).replace("\0", " "), 2 * limit + 10, scope
-            )
+            rows = await with_words(tx, ends(text, MAX_QUERY_TOKENS).replace("\0", " "), 2 * limit + 10, scope)
         hits = {}
         for row in rows:
             cosine = None

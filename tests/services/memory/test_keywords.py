@@ -11,6 +11,7 @@ from infra.postgres.tx import Database
 from infra.stores.objects import Stored
 from services.memory import documents
 from services.memory.domain import Block, chunk, sections
+from services.memory.keywords import with_words
 from tests.services.memory import files
 from tooling.testing.platform import Platform
 
@@ -35,7 +36,7 @@ async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexe
 
 async def found(database: Database, tenant_id: str, text: str, limit: int = 10) -> list[str]:
     async with database.begin(tenant_id=tenant_id) as tx:
-        rows = await documents.with_words(tx, text, limit, EVERYONE)
+        rows = await with_words(tx, text, limit, EVERYONE)
         texts = await documents.found(tx, [row.id for row in rows], EVERYONE)
     return [texts[row.id].text for row in rows]
 
@@ -71,6 +72,45 @@ async def test_passages_with_all_words_come_before_those_with_any(memory_databas
     assert hits[0] == texts[0]
     assert sorted(hits[1:]) == sorted(texts[1:3])
     assert await found(memory_database, "order", "blue kettle", limit=1) == texts[:1]
+
+
+async def test_rare_words_count_more_and_repeated_words_and_long_passages_less(memory_database: Database) -> None:
+    texts = [
+        "The kettle rests on a stone.",
+        "The kettle leaks. A kettle is new, a kettle is old, and here is another kettle.",
+        "The kettle leaks. " + "It stands beside a window that shows many trees on a hill. " * 2 + "Trees.",
+        "A gasket.",
+    ]
+    await add(memory_database, "rarity", [Block(text, str(n)) for n, text in enumerate(texts)])
+    # "gasket" is in one passage and "kettle" in three; a passage that repeats "kettle" four times gains less than that.
+    assert await found(memory_database, "rarity", "kettle gasket", limit=2) == [texts[3], texts[1]]
+    # Of two with the same words, the shorter one.
+    assert await found(memory_database, "rarity", "kettle") == [texts[1], texts[0], texts[2]]
+
+
+async def test_a_passage_is_found_by_other_forms_of_its_language(memory_database: Database) -> None:
+    texts = {
+        "german": "Die Gebühren werden mit der Rechnung am Ende des Monats und nicht vorher erhoben.",
+        "french": "Les garanties sont valables pour les appareils qui ont été achetés dans une boutique.",
+        "russian": "Гарантия не действует для приборов, которые не были куплены у нас и не работают.",
+    }
+    await add(memory_database, "languages", [Block(text, name) for name, text in texts.items()])
+    for query, name in (("eine Gebühr", "german"), ("garantie valable", "french"), ("купленный прибор", "russian")):
+        assert (await found(memory_database, "languages", query))[:1] == [texts[name]]
+
+
+async def test_documents_of_other_readers_do_not_change_a_rank(memory_database: Database) -> None:
+    await add(memory_database, "readers", [Block("A gasket."), Block("A kettle.")])
+
+    async def ranks() -> list[float]:
+        async with memory_database.begin(tenant_id="readers") as tx:
+            return [row.rank for row in await with_words(tx, "kettle gasket", 10, EVERYONE)]
+
+    before = await ranks()
+    hidden = await add(memory_database, "readers", [Block(f"Kettle {n}.", str(n)) for n in range(5)])
+    async with memory_database.begin(tenant_id="readers") as tx:
+        await tx.sql("UPDATE document SET audience = '{agent:a}' WHERE id = $1", hidden)
+    assert await ranks() == before
 
 
 async def test_only_the_tenants_own_indexed_and_present_documents_are_found(memory_database: Database) -> None:
