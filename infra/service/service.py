@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import signal
 import sys
@@ -48,6 +49,8 @@ from protos.catalog import SERVICE_LOGS
 from protos.topology import Queue, Subscription, Topic
 
 STUCK_SECONDS = 120.0
+# Lanes, HTTP, gRPC and RabbitMQ drain one after the other, each for at most 10 to 30 s.
+STOP_SECONDS = 120.0
 """After this time without progress, a consumer with records to read makes the process not alive, so that a supervisor
 restarts it."""
 
@@ -156,6 +159,7 @@ class Service:
             running = _Running(stack, stopping)
             await self._start(settings, stack, running)
             await stopping.wait()
+            _limit_stop(loop)
             # Leaving the stack stops the parts in reverse order: readiness goes, consumers finish their current work,
             # HTTP and gRPC answer open requests, relays publish their window, then the pools close.
         return running.failed
@@ -315,6 +319,20 @@ class Service:
             return subscription
         tail = partial(subscription.tail, **built) if subscription.tail else None
         return replace(subscription, handler=partial(subscription.handler, **built), tail=tail)
+
+
+def _limit_stop(loop: asyncio.AbstractEventLoop) -> None:
+    """Ends the process if it has not stopped by itself within STOP_SECONDS: a library may wait for an engine that is
+    gone. The open tasks are logged, and all threads are written to stderr. What was not committed is done again later,
+    as after a crash."""
+
+    def report() -> None:
+        names = sorted(task.get_name() for task in asyncio.all_tasks(loop))
+        logs.get_logger("infra.service").error("does not stop; the process is ended", open_tasks=names)
+
+    loop.call_later(STOP_SECONDS * 0.9, report)
+    # A thread of its own: it also ends a process whose event loop is blocked or has ended.
+    faulthandler.dump_traceback_later(STOP_SECONDS, exit=True)
 
 
 def _tls(settings: Settings) -> rpc.Tls | None:

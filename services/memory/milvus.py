@@ -114,7 +114,8 @@ class MilvusIndex:
     async def remove(self, tenant_id: str, owner_id: UUID) -> None:
         """Removes the owner's rows from all collections, including those of former models."""
         async with self._calling("") as client:
-            names = [name for name in await client.list_collections() if name.startswith(self._prefix)]
+            names = await client.list_collections(timeout=TIMEOUT_SECONDS)
+            names = [name for name in names if name.startswith(self._prefix)]
         for name in names:
             await self._delete(name, tenant_id, owner_id)
 
