@@ -17,6 +17,7 @@ from services.memory.learning import Learning
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
+from services.memory.reranking import Reranker
 from services.memory.retrieval import Retrieval
 
 
@@ -64,8 +65,23 @@ def indexing(runtime: Runtime) -> Indexing:
     return Indexing(objects(runtime), embedder(runtime), index(runtime))
 
 
+def reranker(runtime: Runtime) -> Reranker | None:
+    settings = runtime.settings
+    if not settings.rerank_base_url:
+        return None
+    key = settings.rerank_api_key.get_secret_value() if settings.rerank_api_key else None
+    return Reranker(runtime.outgoing, settings.rerank_base_url, settings.rerank_model, key)
+
+
 def retrieval(runtime: Runtime) -> Retrieval:
-    return Retrieval(runtime.request, embedder(runtime), index(runtime), conversations(runtime), memories(runtime))
+    return Retrieval(
+        runtime.request,
+        embedder(runtime),
+        index(runtime),
+        conversations(runtime),
+        memories(runtime),
+        reranker(runtime),
+    )
 
 
 def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:

@@ -190,6 +190,8 @@ class Passages(_View):
     items: list[Passage]
     degraded: bool
     """True if the passages were found by their words only, because the search by meaning is unavailable."""
+    reranked: bool
+    """True if the order is that of the reranking endpoint; false if there is none, or if it did not answer in time."""
 
 
 class IndexView(_View):
@@ -341,7 +343,9 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         if body.after:
             await _indexed(body.after, who)
         answer = await retrieval.search(rights.of_identity(who), query)
-        return Passages(items=[_passage(each) for each in answer.items], degraded=answer.degraded)
+        return Passages(
+            items=[_passage(each) for each in answer.items], degraded=answer.degraded, reranked=answer.reranked
+        )
 
     async def _indexed(id_: UUID, who: Identity) -> None:
         """Waits until the document's newest version is indexed. Raises NotFound, Conflict."""

@@ -20,11 +20,12 @@ from infra.postgres.tx import Database
 from services.memory import documents
 from services.memory.conversations import Conversations, session_scope
 from services.memory.documents import Found, Scope
-from services.memory.domain import codes, ends, fuse
+from services.memory.domain import codes, embedded_text, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Hit
 from services.memory.keywords import with_words
 from services.memory.memories import Memories, Memory, Reader
+from services.memory.reranking import Reranker
 from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
 from services.memory.usage import record_usage
 
@@ -32,6 +33,9 @@ DEFAULT_LIMIT = 10
 # A search by words gets the other half of the caller's time.
 DENSE_SHARE = 0.5
 DEFAULT_SECONDS = 10.0
+# The reranking endpoint gets so many passages, and this part of the time that is left.
+RERANKED = 50
+RERANK_SHARE = 0.8
 # The vectors of so many queries are kept.
 KNOWN_QUERIES = 2_000
 MAX_LIMIT = 100
@@ -75,6 +79,8 @@ class Answer(NamedTuple):
     items: list[Scored]
     degraded: bool
     """True if the index or the embedding endpoint is unavailable, so the passages were found by their words only."""
+    reranked: bool = False
+    """True if the order is that of the reranking endpoint."""
     gone: int = 0
     """How many passages were found and then deleted or replaced before they were read."""
 
@@ -104,12 +110,14 @@ class Retrieval:
         index: Searched,
         conversations: Conversations,
         memories: Memories,
+        reranker: Reranker | None = None,
     ) -> None:
         self._database = database
         self._embedder = embedder
         self._index = index
         self._conversations = conversations
         self._memories = memories
+        self._reranker = reranker
         self._queries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
     async def search(self, caller: Caller, query: Query, seconds: float = DEFAULT_SECONDS) -> Answer:
@@ -126,6 +134,7 @@ class Retrieval:
 
         dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
         hybrid: both rankings and the one by codes (E04) are fused, because an embedding hardly distinguishes two codes.
+        The reranking endpoint, if there is one, orders the first of them again.
 
         Memories of the caller follow after the passages, as many as fit into a part of a prompt.
 
@@ -135,6 +144,7 @@ class Retrieval:
         floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
         types = _checked(query, limit, floor)
+        began = time.monotonic()
         tenant_id, scope = caller.tenant_id, Scope(caller.names, query.filters)
         vector: NDArray[np.float32] | None = None
         near: dict[UUID, Ranked] = {}
@@ -162,13 +172,26 @@ class Retrieval:
             if vector is not None and (wanted := codes(query.text)):
                 coded = await self._with_codes(tenant_id, vector, wanted, floor, scope)
         by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
-        ranked = fuse(by_cosine, list(worded), list(coded))[:limit]
+        reranker = self._reranker if query.mode == HYBRID else None
+        ranked = fuse(by_cosine, list(worded), list(coded))[: max(limit, RERANKED) if reranker else limit]
         texts = await self._texts(caller, query, scope, ranked)
-        items = [_scored(texts[id_], near.get(id_), worded.get(id_), coded.get(id_)) for id_ in ranked if id_ in texts]
-        gone = len(ranked) - len(items)
+        order = [id_ for id_ in ranked if id_ in texts]
+        gone = len(ranked) - len(order)
+        reranked = False
+        if reranker and len(order) > 1:
+            left = seconds - (time.monotonic() - began)
+            try:
+                async with asyncio.timeout(max(0.0, left * RERANK_SHARE)):
+                    best = await reranker.order(
+                        query.text, [embedded_text(texts[id_].text, texts[id_].section) for id_ in order]
+                    )
+                order, reranked = [order[n] for n in best], True
+            except (Transient, EffectFailed, Unanswered, TimeoutError) as error:
+                _log.warning("reranking endpoint is unavailable; the order stays fused", error=describe(error))
+        items = [_scored(texts[id_], near.get(id_), worded.get(id_), coded.get(id_)) for id_ in order[:limit]]
         if MEMORY in types:
             items += await self._recalled(caller, query, vector)
-        return Answer(items, degraded, gone)
+        return Answer(items, degraded, reranked, gone)
 
     async def _recalled(self, caller: Caller, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
         reader = Reader(caller.subject_id, caller.agent_id, query.session_key or "")

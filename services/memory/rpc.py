@@ -28,7 +28,9 @@ class Memory(memory_pb2_grpc.MemoryServicer):
         )
         caller = rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id)
         answer = await self._retrieval.search(caller, query, context.time_remaining())
-        return memory_pb2.RetrieveReply(passages=[_passage(each) for each in answer.items], degraded=answer.degraded)
+        return memory_pb2.RetrieveReply(
+            passages=[_passage(each) for each in answer.items], degraded=answer.degraded, reranked=answer.reranked
+        )
 
 
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Memory]:

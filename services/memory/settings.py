@@ -20,8 +20,15 @@ class MemorySettings(Settings):
     embedding_model: str | None = None
     embedding_api_key: SecretStr | None = None
 
+    rerank_base_url: str | None = None
+    """URL of a Cohere-shaped endpoint without its last part ``/rerank``. Without it the fused order is the answer's."""
+    rerank_model: str | None = None
+    rerank_api_key: SecretStr | None = None
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.embedding_base_url and not self.embedding_model:
             raise ValueError("CLAW_EMBEDDING_MODEL: must be set if CLAW_EMBEDDING_BASE_URL is set")
+        if self.rerank_base_url and not self.rerank_model:
+            raise ValueError("CLAW_RERANK_MODEL: must be set if CLAW_RERANK_BASE_URL is set")
         return self

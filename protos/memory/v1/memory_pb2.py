@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/memory/v1/memory.proto\x12\x11\x63lawbus.memory.v1\"\xb7\x01\n\x0fRetrieveRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x1b\n\x0emin_similarity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05types\x18\x04 \x03(\t\x12\x13\n\x0bsession_key\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x07 \x01(\t\x12\x12\n\nsubject_id\x18\x08 \x01(\tB\x11\n\x0f_min_similarity\"O\n\rRetrieveReply\x12,\n\x08passages\x18\x01 \x03(\x0b\x32\x1a.clawbus.memory.v1.Passage\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\"\xa0\x01\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12)\n\x06source\x18\x03 \x01(\x0b\x32\x19.clawbus.memory.v1.Source\x12\x12\n\x05\x64\x65nse\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07keyword\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05match\x18\x06 \x03(\tB\x08\n\x06_denseB\n\n\x08_keyword\"i\n\x06Source\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x07section\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04page\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\n\n\x08_sectionB\x07\n\x05_page2Z\n\x06Memory\x12P\n\x08Retrieve\x12\".clawbus.memory.v1.RetrieveRequest\x1a .clawbus.memory.v1.RetrieveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/memory/v1/memory.proto\x12\x11\x63lawbus.memory.v1\"\xb7\x01\n\x0fRetrieveRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x1b\n\x0emin_similarity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05types\x18\x04 \x03(\t\x12\x13\n\x0bsession_key\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x07 \x01(\t\x12\x12\n\nsubject_id\x18\x08 \x01(\tB\x11\n\x0f_min_similarity\"a\n\rRetrieveReply\x12,\n\x08passages\x18\x01 \x03(\x0b\x32\x1a.clawbus.memory.v1.Passage\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\x12\x10\n\x08reranked\x18\x03 \x01(\x08\"\xa0\x01\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12)\n\x06source\x18\x03 \x01(\x0b\x32\x19.clawbus.memory.v1.Source\x12\x12\n\x05\x64\x65nse\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07keyword\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05match\x18\x06 \x03(\tB\x08\n\x06_denseB\n\n\x08_keyword\"i\n\x06Source\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x07section\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04page\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\n\n\x08_sectionB\x07\n\x05_page2Z\n\x06Memory\x12P\n\x08Retrieve\x12\".clawbus.memory.v1.RetrieveRequest\x1a .clawbus.memory.v1.RetrieveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RETRIEVEREQUEST']._serialized_start=53
   _globals['_RETRIEVEREQUEST']._serialized_end=236
   _globals['_RETRIEVEREPLY']._serialized_start=238
-  _globals['_RETRIEVEREPLY']._serialized_end=317
-  _globals['_PASSAGE']._serialized_start=320
-  _globals['_PASSAGE']._serialized_end=480
-  _globals['_SOURCE']._serialized_start=482
-  _globals['_SOURCE']._serialized_end=587
-  _globals['_MEMORY']._serialized_start=589
-  _globals['_MEMORY']._serialized_end=679
+  _globals['_RETRIEVEREPLY']._serialized_end=335
+  _globals['_PASSAGE']._serialized_start=338
+  _globals['_PASSAGE']._serialized_end=498
+  _globals['_SOURCE']._serialized_start=500
+  _globals['_SOURCE']._serialized_end=605
+  _globals['_MEMORY']._serialized_start=607
+  _globals['_MEMORY']._serialized_end=697
 # @@protoc_insertion_point(module_scope)

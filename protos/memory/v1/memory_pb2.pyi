@@ -75,8 +75,11 @@ class RetrieveReply(_message.Message):
 
     PASSAGES_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    RERANKED_FIELD_NUMBER: _builtins.int
     degraded: _builtins.bool
     """The passages were found by their words only: the search by meaning is unavailable."""
+    reranked: _builtins.bool
+    """The order is that of the reranking endpoint. False if there is none, or if it did not answer in time."""
     @_builtins.property
     def passages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Passage]: ...
     def __init__(
@@ -84,10 +87,11 @@ class RetrieveReply(_message.Message):
         *,
         passages: _abc.Iterable[Global___Passage] | None = ...,
         degraded: _builtins.bool = ...,
+        reranked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "passages", b"passages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "passages", b"passages", "reranked", b"reranked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,6 +22,7 @@ from infra.web.http import create_app, serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted
 from services.memory.embeddings import LocalEmbedder, RemoteEmbedder
+from services.memory.reranking import Reranker
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 
@@ -34,6 +35,8 @@ class Endpoint:
     def __init__(self) -> None:
         self.answers: list[JSONResponse] = []
         self.texts: list[str] = []
+        self.rerank_answers: list[JSONResponse | None] = []
+        """None: no answer, until the caller gives up."""
         self.url = ""
 
     async def embed(self, request: Request) -> JSONResponse:
@@ -51,6 +54,19 @@ class Endpoint:
         # In any order: only `index` counts.
         return JSONResponse({"data": data[::-1], "usage": {"prompt_tokens": len(body["input"]), "total_tokens": 0}})
 
+    async def rerank(self, request: Request) -> JSONResponse:
+        """``/v1/rerank``: the last document is the best. `rerank_answers` come first, each once."""
+        assert request.headers["authorization"] == "Bearer a key"
+        body = await request.json()
+        assert set(body) == {"model", "query", "documents", "top_n"}
+        if self.rerank_answers:
+            answer = self.rerank_answers.pop(0)
+            if answer is None:
+                await request.receive()
+            return answer or JSONResponse({})
+        scores = [{"index": n, "relevance_score": n / 100} for n, _ in enumerate(body["documents"])]
+        return JSONResponse({"id": "1", "results": scores})
+
     @staticmethod
     def vector(text: str) -> list[float]:
         words = [hashlib.sha256(word.encode()).digest()[:DIMENSION] for word in text.lower().split()]
@@ -61,7 +77,10 @@ class Endpoint:
 @pytest.fixture(scope="module")
 async def endpoint() -> AsyncIterator[Endpoint]:
     endpoint = Endpoint()
-    routes = [Route("/v1/embeddings", endpoint.embed, methods=["POST"])]
+    routes = [
+        Route("/v1/embeddings", endpoint.embed, methods=["POST"]),
+        Route("/v1/rerank", endpoint.rerank, methods=["POST"]),
+    ]
     server = await serve_http(create_app(routes, Health("x", "0"), Metrics(CollectorRegistry())), 0)
     endpoint.url = f"http://127.0.0.1:{server.port}/v1"
     yield endpoint
@@ -108,6 +127,30 @@ async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> No
     await outgoing.close()
 
 
+async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint: Endpoint) -> None:
+    outgoing = Outgoing(allow_private=True)
+    reranker = Reranker(outgoing, endpoint.url, "ranks-1", "a key")
+    assert await reranker.order("which?", ["a", "b", "c"]) == [2, 1, 0]
+    endpoint.rerank_answers = [JSONResponse({"results": [{"index": 1, "relevance_score": -3.5}]})]
+    assert await reranker.order("which?", ["a", "b", "c"]) == [1, 0, 2]
+    for answer in (
+        JSONResponse({}, 429),
+        JSONResponse({"results": []}),
+        JSONResponse({"results": [{"index": 3, "relevance_score": 1}]}),
+        JSONResponse({"results": [{"index": -1, "relevance_score": 1}]}),
+        JSONResponse({"results": [{"index": 1, "relevance_score": 1}, {"index": 1, "relevance_score": 2}]}),
+        JSONResponse({"results": [{"index": 0, "relevance_score": "high"}]}),
+    ):
+        endpoint.rerank_answers = [answer]
+        with pytest.raises(Transient):
+            await reranker.order("which?", ["a", "b", "c"])
+    await outgoing.close()
+    guarded = Outgoing(allow_private=False)
+    with pytest.raises(EffectFailed):
+        await Reranker(guarded, endpoint.url, "ranks-1", "a key").order("which?", ["a", "b"])
+    await guarded.close()
+
+
 async def test_another_model_takes_over_what_was_embedded_before(
     platform: Platform, vectors: Vectors, endpoint: Endpoint
 ) -> None:
@@ -122,6 +165,9 @@ async def test_another_model_takes_over_what_was_embedded_before(
         CLAW_EMBEDDING_BASE_URL=endpoint.url,
         CLAW_EMBEDDING_MODEL="words-8",
         CLAW_EMBEDDING_API_KEY="a key",
+        CLAW_RERANK_BASE_URL=endpoint.url,
+        CLAW_RERANK_MODEL="ranks-1",
+        CLAW_RERANK_API_KEY="a key",
     )
 
     async def found() -> bool:
@@ -131,6 +177,16 @@ async def test_another_model_takes_over_what_was_embedded_before(
     assert "The ferry leaves at nine." in endpoint.texts
     endpoint.answers = [JSONResponse({}, 503)]
     later = await client.indexed("bridge.txt", b"The bridge is closed.")
+
+    async def searched() -> tuple[list[str], bool]:
+        answer = (await client.http.post("/api/v1/memory/search", json={"query": "the ferry leaves"})).json()
+        return [item["source"]["document_id"] for item in answer["items"]], answer["reranked"]
+
+    # The endpoint has the last word, and without it the fused order stays.
+    assert await searched() == ([later, document_id], True)
+    endpoint.rerank_answers = [JSONResponse({}, 503), None]
+    assert await searched() == ([document_id, later], False)
+    assert await searched() == ([document_id, later], False)
     endpoint.answers = [JSONResponse({"error": {"message": "too long"}}, 400)]
     refused = await client.done(await client.upload("other.txt", b"something"))
     assert (refused["status"], refused["error"]) == (
