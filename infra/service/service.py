@@ -323,8 +323,8 @@ class Service:
 
 def _limit_stop(loop: asyncio.AbstractEventLoop) -> None:
     """Ends the process if it has not stopped by itself within STOP_SECONDS: a library may wait for an engine that is
-    gone. The open tasks are logged, and all threads are written to stderr. Work that was not committed is done again later,
-    as after a crash."""
+    gone. The open tasks are logged, and all threads are written to stderr. Work that was not committed is done again
+    later, as after a crash."""
 
     def report() -> None:
         names = sorted(task.get_name() for task in asyncio.all_tasks(loop))

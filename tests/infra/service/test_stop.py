@@ -1,4 +1,4 @@
-"""A process that does not stop by itself is ended, and says what it waited for."""
+"""A process that does not stop by itself is ended and logs its open tasks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_process_whose_part_does_not_stop_is_ended(tmp_path: Path, wait: str) 
         timeout=120,
     )
     assert done.returncode == 1
-    # Where each thread stands.
+    # The stack of each thread.
     assert "Timeout (0:00:01)!" in done.stderr
     assert "in _run_once" in done.stderr or "in never" in done.stderr
     if wait.startswith("await"):

@@ -5,8 +5,8 @@ The functions of revision 0004 stay: processes of the former version use them du
 
 from alembic import op
 
-revision = "0010"
-down_revision = "0009"
+revision = "0011"
+down_revision = "0010"
 
 _CJK = r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
 
