@@ -20,6 +20,7 @@ from tooling.bench import (
     recover,
     relay,
     reserve,
+    retrieve,
     retrieve_quality,
     runs,
 )
@@ -126,6 +127,10 @@ async def run_growth(place: Fixture, progress: Progress, pairs: int) -> Sequence
     return await growth.measure(place, progress, pairs)
 
 
+async def run_retrieve(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
+    return await retrieve.measure(place, progress, pairs)
+
+
 async def run_retrieve_quality(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
     return await retrieve_quality.measure(place, progress)
 
@@ -154,11 +159,12 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "idle": run_idle,
     "recover": run_recover,
     "growth": run_growth,
+    "retrieve": run_retrieve,
     "retrieve-quality": run_retrieve_quality,
 }
-# These run only if they are named: `growth` takes very long; `reserve`, `invoice` and `retrieve-quality` have no
-# anchor; the others start all services.
-ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve", "retrieve-quality")
+# These run only if they are named: `growth` and `retrieve` take very long; `reserve`, `invoice` and
+# `retrieve-quality` have no anchor; the others start all services.
+ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve", "retrieve", "retrieve-quality")
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 
