@@ -76,13 +76,28 @@ class MemoryReplaced(msgspec.Struct, frozen=True, kw_only=True):
     by: UUID
 
 
+class MemoryArchived(msgspec.Struct, frozen=True, kw_only=True):
+    """A client put the memory away: agents do not get it any more."""
+
+    by: str
+    at: datetime
+
+
+class MemoryRestored(msgspec.Struct, frozen=True, kw_only=True):
+    """A client took the memory back from the archive, or undid that a newer fact replaced it."""
+
+    by: str
+
+
 class MemoryForgotten(msgspec.Struct, frozen=True, kw_only=True):
     """A client deleted the memory."""
 
     by: str
 
 
-Event = MemoryLearned | MemoryRepeated | MemoryChanged | MemoryReplaced | MemoryForgotten
+Event = (
+    MemoryLearned | MemoryRepeated | MemoryChanged | MemoryReplaced | MemoryArchived | MemoryRestored | MemoryForgotten
+)
 MEMORY: Aggregate[None] = Aggregate(
     name="memory",
     events=EventTypes(*get_args(Event)),
@@ -129,6 +144,7 @@ class Memory(NamedTuple):
     used_at: datetime
     expires_at: datetime | None
     replaced_by: UUID | None
+    archived_at: datetime | None
 
 
 class Reader(NamedTuple):
@@ -156,13 +172,12 @@ class Memories:
         digest = key.digest(normal(new.text))
         topic = key.digest(new.topic) if new.topic else None
         place = tenant_id, new.scope, new.scope_id
-        # One transaction at a time writes the memories of a person: another one that has the same fact, or one that
-        # contradicts it, waits here and then finds it.
-        await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", "memory " + " ".join(place))
+        await _lock(tx, new.scope, new.scope_id)
         same = await tx.sql(
             """
             UPDATE memory
-            SET uses = uses + 1, importance = least(10, importance + $6), used_at = greatest(used_at, $5)
+            SET uses = uses + 1, importance = least(10, importance + $6), used_at = greatest(used_at, $5),
+                archived_at = NULL
             WHERE tenant_id = $1 AND scope = $2 AND scope_id = $3 AND digest = $4 AND replaced_by IS NULL
             RETURNING id
             """,
@@ -280,9 +295,7 @@ class Memories:
         tenant_id = str(tx.tenant_id)
         key = await self._subjects.key(tx, tenant_id, memory.subject_id)
         digest = key.digest(normal(memory.text))
-        # As in `learn`: the same fact must not be stored at the same time.
-        lock = " ".join((tenant_id, memory.scope, memory.scope_id))
-        await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"memory {lock}")
+        await _lock(tx, memory.scope, memory.scope_id)
         if memory.replaced_by is None and await tx.sql(
             """
             SELECT id
@@ -319,6 +332,36 @@ class Memories:
         )
         tx.append(_stream(memory.id), changed)
 
+    async def archive(self, tx: Tx, id_: UUID, by: str, at: datetime) -> None:
+        """Puts the memory away. It is in force again if the person says it again."""
+        await tx.sql("UPDATE memory SET archived_at = $2 WHERE id = $1", id_, at)
+        tx.append(_stream(id_), MemoryArchived(by=by, at=at))
+
+    async def restore(self, tx: Tx, memory: Memory, by: str) -> None:
+        """Takes the memory back from the archive, and puts one that was replaced in force beside the newer one. Raises
+        Conflict if another memory in force has the same text."""
+        await _lock(tx, memory.scope, memory.scope_id)
+        if memory.replaced_by and await tx.sql(
+            """
+            SELECT other.id
+            FROM memory
+            JOIN memory other USING (tenant_id, scope, scope_id, digest)
+            WHERE memory.id = $1 AND other.id <> $1 AND other.replaced_by IS NULL
+            """,
+            memory.id,
+        ):
+            raise Conflict("archived: another memory says the same")
+        await tx.sql(
+            """
+            UPDATE memory
+            -- Only one memory in force has the topic: the newer one.
+            SET archived_at = NULL, topic = CASE WHEN replaced_by IS NULL THEN topic END, replaced_by = NULL
+            WHERE id = $1
+            """,
+            memory.id,
+        )
+        tx.append(_stream(memory.id), MemoryRestored(by=by))
+
     async def delete(self, tx: Tx, id_: UUID, by: str) -> None:
         """Deletes the memory, and the older ones that it replaced."""
         rows = await tx.sql(
@@ -349,6 +392,7 @@ class Memories:
             FROM memory
             WHERE tenant_id = $1
                 AND replaced_by IS NULL
+                AND archived_at IS NULL
                 AND (expires_at IS NULL OR expires_at > clock_timestamp())
                 AND (scope = 'tenant'
                     OR (scope = 'user' AND scope_id = $2)
@@ -426,13 +470,20 @@ async def erase(tx: Tx, tenant_id: str, subject_id: str) -> None:
 
 _COLUMNS = """
     id, sealed, scope, scope_id, subject_id, kind, importance, confidence, speaker, run_id, message_id, said_at, uses,
-    used_at, expires_at, replaced_by
+    used_at, expires_at, replaced_by, archived_at
 """
 # $1: the names of the client, or NULL for an administrator.
 _VISIBLE = """
     ($1::text[] IS NULL OR scope = 'tenant' OR (scope = 'user' AND scope_id = ANY($1)))
     AND (expires_at IS NULL OR expires_at > clock_timestamp())
 """
+
+
+async def _lock(tx: Tx, scope: Scope, scope_id: str) -> None:
+    """One transaction at a time writes the memories of a person: another one that has the same fact, or one that
+    contradicts it, waits here and then finds it."""
+    place = " ".join((str(tx.tenant_id), scope, scope_id))
+    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"memory {place}")
 
 
 def _stream(id_: UUID) -> Stream[None]:

@@ -61,6 +61,9 @@ class MemoryChange(BaseModel):
     confidence: float | None = Field(default=None, ge=0, le=1)
     expires_at: AwareDatetime | None = None
     """null removes the end."""
+    archived: bool | None = None
+    """true: agents do not get the memory any more, until the person says it again. false: they get it again, also if a
+    newer memory has replaced it."""
 
 
 class MemoryView(BaseModel):
@@ -85,6 +88,7 @@ class MemoryView(BaseModel):
     """How often it was said again or given to an agent."""
     replaced_by: UUID | None
     """The newer memory that contradicts it; agents do not get this one any more."""
+    archived_at: datetime | None
 
 
 class MemoryList(BaseModel):
@@ -168,8 +172,16 @@ def router(runtime: Runtime) -> APIRouter:
                 confidence=memory.confidence if body.confidence is None else body.confidence,
                 expires_at=body.expires_at if "expires_at" in body.model_fields_set else memory.expires_at,
             )
-            await memories.change(tx, changed, who.actor)
-            enqueue_memory(tx, memory.id)
+            if body.archived is False:
+                await memories.restore(tx, memory, who.actor)
+                changed = changed._replace(archived_at=None, replaced_by=None)
+            elif body.archived:
+                now = utcnow()
+                await memories.archive(tx, memory.id, who.actor, now)
+                changed = changed._replace(archived_at=now)
+            if body.model_fields_set - {"archived"}:
+                await memories.change(tx, changed, who.actor)
+                enqueue_memory(tx, memory.id)
             audit(tx, who.actor, "memory.change", "memory", str(memory.id))
             return _view(changed)
 
@@ -231,4 +243,5 @@ def _view(memory: Memory) -> MemoryView:
         expires_at=memory.expires_at,
         uses=memory.uses,
         replaced_by=memory.replaced_by,
+        archived_at=memory.archived_at,
     )

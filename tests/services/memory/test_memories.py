@@ -172,6 +172,39 @@ async def test_people_correct_and_delete_only_theirs(memory: Platform, client: C
     assert "I live in Bergen." not in [passage.text for passage in recalled]
 
 
+async def test_people_put_memories_away_and_undo_a_replacement(memory: Platform, client: Client) -> None:
+    await say(memory, "person-10", "I live in Oslo.")
+    await known(memory, "person-10", ["I live in Oslo."])
+    await say(memory, "person-10", "I moved to Bergen.")
+    [bergen] = await known(memory, "person-10", ["I moved to Bergen."])
+
+    async def given() -> set[str]:
+        found = await client.retrieve("Where do I live?", types=["memory"], subject_id="person-10")
+        return {passage.text for passage in found if "Oslo" in passage.text or "Bergen" in passage.text}
+
+    async with person(memory, "person-10") as http, person(memory, "person-11") as other:
+        [oslo] = [item for item in await listed(http, scope="user") if item["replaced_by"]]
+        paths = [f"/api/v1/memories/{item['id']}" for item in (oslo, bergen)]
+        assert (await other.patch(paths[1], json={"archived": True})).status_code == 404
+        restored = (await http.patch(paths[0], json={"archived": False})).json()
+        assert (restored["replaced_by"], restored["text"]) == (None, "I live in Oslo.")
+        assert (await http.get(paths[0])).json() == restored
+        assert await given() == {"I live in Oslo.", "I moved to Bergen."}
+        away = (await http.patch(paths[1], json={"archived": True})).json()
+        assert away["archived_at"] is not None
+        assert (await http.get(paths[1])).json()["archived_at"] is not None
+        assert await given() == {"I live in Oslo."}
+        await say(memory, "person-10", "I moved to Bergen!")
+
+        async def back() -> bool:
+            return (await http.get(paths[1])).json()["archived_at"] is None
+
+        await memory.until(back, seconds=60)
+    async with memory.database("memory").begin() as tx:
+        rows = await tx.sql("SELECT type FROM event WHERE stream_id LIKE '%' || $1 ORDER BY version", bergen["id"])
+    assert [type_ for (type_,) in rows] == ["MemoryLearned", "MemoryArchived", "MemoryRepeated"]
+
+
 async def test_a_client_adds_memories_of_all_scopes(memory: Platform, client: Client) -> None:
     async def add(body: dict[str, Any], status: int = 201, http: httpx.AsyncClient | None = None) -> Any:
         answer = await (http or client.http).post("/api/v1/memories", json=body)
