@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from infra.errors import Transient
+from infra.errors import InvalidMessage, Transient
 from infra.outgoing.client import Outgoing
 
 
@@ -32,13 +32,17 @@ class Reranker:
 
         Raises Transient if the answer is of no use, and the errors of `Outgoing`.
         """
-        answer = await self._outgoing.request(
-            "POST",
-            self._url,
-            headers=self._headers,
-            json={"model": self._model, "query": query, "documents": list(texts), "top_n": len(texts)},
-            template="/rerank",
-        )
+        try:
+            answer = await self._outgoing.request(
+                "POST",
+                self._url,
+                headers=self._headers,
+                json={"model": self._model, "query": query, "documents": list(texts), "top_n": len(texts)},
+                template="/rerank",
+            )
+        except InvalidMessage as error:
+            # The operator's URL is wrong, and not the search of the person who would get this error.
+            raise Transient(f"reranking endpoint: {error}") from error
         if answer.status != 200:
             raise Transient(f"reranking endpoint: HTTP {answer.status}")
         try:

@@ -146,7 +146,7 @@ async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint
             await reranker.order("which?", ["a", "b", "c"])
     await outgoing.close()
     guarded = Outgoing(allow_private=False)
-    with pytest.raises(EffectFailed):
+    with pytest.raises(Transient, match="public internet"):
         await Reranker(guarded, endpoint.url, "ranks-1", "a key").order("which?", ["a", "b"])
     await guarded.close()
 
