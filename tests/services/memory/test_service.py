@@ -86,6 +86,7 @@ async def test_a_page_is_named_and_search_by_http_says_the_same(norrland: Client
             }
         ],
         "degraded": False,
+        "reranked": False,
     }
     assert 0 < passage.keyword <= 1
     assert passage.source.page == 2
