@@ -37,6 +37,7 @@ METHODS: Final[dict[str, Call]] = {
     "clawbus.ops.v1.Operations/GroupDeadLetters": Call(("log_aggregator",), "either"),
     "clawbus.ops.v1.Operations/RedriveMatching": Call(("log_aggregator",), "either"),
     "clawbus.ops.v1.Operations/DiscardDeadLetter": Call(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/CheckHealth": Call(("log_aggregator",), "either"),
     "clawbus.ops.v1.Operations/CountOutbox": Call(("billing",), "either"),
     # The kernel's sample, which only tests and benches run.
     "clawbus.sample.v1.Sample/Seen": Call(("sample_ledger",), "operator"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -166,6 +167,16 @@ async def load(connection: AsyncConnection, stream: Stream[State]) -> tuple[Stat
     for name, version, data in rows:
         state = aggregate.evolve(state, aggregate.events.decode(name, version, data))
     return state, len(rows)
+
+
+async def history(connection: AsyncConnection, stream: Stream[Any]) -> list[tuple[Any, datetime]]:
+    """Every event of the stream, in order, with the time when it was stored."""
+    rows = await sql(
+        connection,
+        "SELECT type, schema_version, data, recorded_at FROM event WHERE stream_id = $1 ORDER BY version",
+        stream.row,
+    )
+    return [(stream.aggregate.events.decode(name, version, data), at) for name, version, data, at in rows]
 
 
 async def read_all(

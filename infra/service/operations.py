@@ -16,6 +16,7 @@ from infra.postgres.dead_letters import DeadLetterView
 from infra.postgres.tx import Database
 from infra.service import bulk_redrive, redrive
 from infra.web import rpc
+from infra.web.health import Health
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
 
 MAX_LISTED = 1000
@@ -24,8 +25,9 @@ MAX_LISTED = 1000
 class Operations(ops_pb2_grpc.OperationsServicer):
     """The servicer; ``protos/ops/v1/ops.proto`` documents its methods."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, health: Health) -> None:
         self._database = database
+        self._health = health
 
     async def ListDeadLetters(
         self, request: ops_pb2.ListDeadLettersRequest, context: Any
@@ -91,6 +93,18 @@ class Operations(ops_pb2_grpc.OperationsServicer):
             await redrive.discard(tx, letter.id, actor=_actor(request.actor))
         return ops_pb2.DiscardDeadLetterReply()
 
+    async def CheckHealth(self, request: ops_pb2.CheckHealthRequest, context: Any) -> ops_pb2.CheckHealthReply:
+        ready, body = await self._health.ready()
+        return ops_pb2.CheckHealthReply(
+            ready=ready,
+            version=body["version"],
+            uptime_s=body["uptime"],
+            dependencies=[
+                ops_pb2.Dependency(name=name, up=found["status"] == "up", latency_ms=found["latency"])
+                for name, found in body["dependencies"].items()
+            ],
+        )
+
     async def CountOutbox(self, request: ops_pb2.CountOutboxRequest, context: Any) -> ops_pb2.CountOutboxReply:
         async with self._database.engine.connect() as connection:
             [(produced, published)] = await sql(
@@ -126,8 +140,8 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         return [letter.id for letter in letters if letter.state == "failed"]
 
 
-def servicer(database: Database) -> tuple[Callable[[Any, Any], None], Operations]:
-    return ops_pb2_grpc.add_OperationsServicer_to_server, Operations(database)
+def servicer(database: Database, health: Health) -> tuple[Callable[[Any, Any], None], Operations]:
+    return ops_pb2_grpc.add_OperationsServicer_to_server, Operations(database, health)
 
 
 def _uuid(field: str, text: str) -> UUID:

@@ -246,7 +246,7 @@ class Service:
         if self._servicers or runtime.settings.grpc_port is not None:
             server = rpc.Server(self.name, callers, runtime.metrics, tls=_tls(runtime.settings))
             for add, servicer in [
-                operations.servicer(runtime.worker),
+                operations.servicer(runtime.worker, health),
                 *(factory(runtime) for factory in self._servicers),
             ]:
                 add(servicer, server.grpc)

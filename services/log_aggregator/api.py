@@ -8,9 +8,9 @@ from starlette.routing import BaseRoute
 
 from infra.service.api import api
 from infra.service.service import Runtime
-from services.log_aggregator import audit_api, deadletters_api, search_api
+from services.log_aggregator import audit_api, deadletters_api, search_api, status_api
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
-    routers = (audit_api.router(runtime), search_api.router(runtime), deadletters_api.router(runtime))
+    routers = (module.router(runtime) for module in (audit_api, search_api, deadletters_api, status_api))
     return api("log_aggregator", runtime, *routers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -13,12 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.security.auth import Identity
 from infra.service.service import Runtime
-from infra.web import rpc
-from protos.ops.v1 import ops_pb2, ops_pb2_grpc
-from services.log_aggregator.settings import operations
+from protos.ops.v1 import ops_pb2
+from services.log_aggregator.services import Method, Services, metadata
 
-_SAFE = [f"clawbus.ops.v1.Operations/{name}" for name in ("ListDeadLetters", "GroupDeadLetters", "GetDeadLetter")]
-_Method = Callable[[ops_pb2_grpc.OperationsStub], Callable[..., Awaitable[Any]]]
 _PLAIN = ("id", "service", "consumer", "source", "message_id", "state", "attempts", "error")
 _PLAIN_OF_GROUP = ("first_id", "consumer", "source", "cause", "failed", "waiting", "redriving")
 
@@ -100,14 +96,11 @@ class Redriven(BaseModel):
     """Services that do not answer now."""
 
 
-class Services:
+class DeadLetters:
     """Asks each service for its own dead letters."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self._stubs: Mapping[str, ops_pb2_grpc.OperationsStub] = {
-            name: ops_pb2_grpc.OperationsStub(runtime.channels.to(target, name, safe=_SAFE))
-            for name, target in sorted(operations(runtime.settings.operations).items())
-        }
+        self._services = Services(runtime)
 
     async def listed(self, who: Identity, after: str | None, limit: int) -> tuple[list[DeadLetter], list[str]]:
         """Returns up to `limit` letters after the position `after` (``service id``), and the silent services."""
@@ -125,9 +118,9 @@ class Services:
         Raises InvalidMessage for an unknown service, and Transient if a service that was named does not answer. Raises
         NotFound if one of `ids` is not a failed dead letter; then nothing is changed.
         """
-        if wanted.service is not None and wanted.service not in self._stubs:
-            raise InvalidMessage("service", f"must be one of {', '.join(self._stubs)}")
-        names = [wanted.service] if wanted.service else list(self._stubs)
+        if wanted.service is not None and wanted.service not in self._services.stubs:
+            raise InvalidMessage("service", f"must be one of {', '.join(self._services.stubs)}")
+        names = [wanted.service] if wanted.service else list(self._services.stubs)
         ids = sorted({str(id_) for id_ in wanted.ids or ()})
         request = ops_pb2.RedriveMatchingRequest(
             ids=ids,
@@ -137,7 +130,9 @@ class Services:
             force=wanted.force,
             actor=who.actor,
         )
-        replies, unavailable = await self._ask(who, dict.fromkeys(names, request), lambda stub: stub.RedriveMatching)
+        replies, unavailable = await self._services.ask(
+            who, dict.fromkeys(names, request), lambda stub: stub.RedriveMatching
+        )
         if wanted.service and unavailable:
             raise Transient(f"{wanted.service} does not answer")
         if ids:
@@ -148,7 +143,7 @@ class Services:
             if not wanted.dry_run:
                 request.dry_run = False
                 holders = [name for name, reply in replies if reply.matched]
-                replies, silent = await self._ask(
+                replies, silent = await self._services.ask(
                     who, dict.fromkeys(holders, request), lambda stub: stub.RedriveMatching
                 )
                 unavailable = sorted({*unavailable, *silent})
@@ -166,36 +161,17 @@ class Services:
         )
 
     async def _pages(
-        self, who: Identity, after: str | None, limit: int, method: _Method
+        self, who: Identity, after: str | None, limit: int, method: Method
     ) -> tuple[list[tuple[str, Any]], list[str]]:
         first, _, id_ = (after or "").partition(" ")
-        if after and (first not in self._stubs or not _is_uuid(id_)):
+        if after and (first not in self._services.stubs or not _is_uuid(id_)):
             raise InvalidMessage("cursor", "is not a valid cursor")
         requests = {
             name: ops_pb2.ListDeadLettersRequest(limit=limit, after=id_ if name == first and id_ else None)
-            for name in self._stubs
+            for name in self._services.stubs
             if name >= first
         }
-        return await self._ask(who, requests, method)
-
-    async def _ask(
-        self, who: Identity, requests: Mapping[str, Any], method: _Method
-    ) -> tuple[list[tuple[str, Any]], list[str]]:
-        """The services' replies by the order of `requests`, and the names of those that do not answer."""
-        replies = await asyncio.gather(
-            *(method(self._stubs[name])(request, metadata=metadata(who)) for name, request in requests.items()),
-            return_exceptions=True,
-        )
-        answered: list[tuple[str, Any]] = []
-        unavailable: list[str] = []
-        for name, reply in zip(requests, replies, strict=True):
-            if isinstance(reply, Transient):
-                unavailable.append(name)
-            elif isinstance(reply, BaseException):
-                raise reply
-            else:
-                answered.append((name, reply))
-        return answered, unavailable
+        return await self._services.ask(who, requests, method)
 
     async def find(self, who: Identity, id_: UUID) -> tuple[Any, DeadLetter]:
         """Returns the client of the service that has the letter, and the letter.
@@ -204,13 +180,13 @@ class Services:
         """
         request = ops_pb2.GetDeadLetterRequest(id=str(id_))
         replies = await asyncio.gather(
-            *(stub.GetDeadLetter(request, metadata=metadata(who)) for stub in self._stubs.values()),
+            *(stub.GetDeadLetter(request, metadata=metadata(who)) for stub in self._services.stubs.values()),
             return_exceptions=True,
         )
         away = []
-        for name, reply in zip(self._stubs, replies, strict=True):
+        for name, reply in zip(self._services.stubs, replies, strict=True):
             if isinstance(reply, ops_pb2.DeadLetter):
-                return self._stubs[name], shown(reply, whole=True)
+                return self._services.stubs[name], shown(reply, whole=True)
             if isinstance(reply, Transient):
                 away.append(name)
             elif not isinstance(reply, NotFound):
@@ -218,10 +194,6 @@ class Services:
         if away:
             raise Transient(f"dead letter {id_}: not found, but {', '.join(away)} did not answer")
         raise NotFound(f"dead letter {id_}: not found")
-
-
-def metadata(who: Identity) -> Any:
-    return rpc.tenant_metadata(who.tenant_id) if who.tenant_id else None
 
 
 def shown(letter: ops_pb2.DeadLetter, *, whole: bool = False) -> DeadLetter:

@@ -14,7 +14,8 @@ from infra.security.audit import audit
 from infra.service.api import Editor, Paging, Viewer, page
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
-from services.log_aggregator.deadletters import BulkRedrive, DeadLetter, Redriven, Services, metadata, shown
+from services.log_aggregator.deadletters import BulkRedrive, DeadLetter, DeadLetters, Redriven, shown
+from services.log_aggregator.services import metadata
 
 
 class Redrive(BaseModel):
@@ -26,7 +27,7 @@ class Redrive(BaseModel):
 
 
 def router(runtime: Runtime) -> APIRouter:
-    services = Services(runtime)
+    services = DeadLetters(runtime)
     routes = APIRouter(tags=["dead letters"])
 
     @routes.get("/api/v1/deadletters")

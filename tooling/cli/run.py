@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
@@ -15,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.errors import NotFound
-from tooling.cli.client import gateway
+from tooling.cli.client import Gateway, gateway
 from tooling.stack.home import Home, home_folder
 from tooling.stack.operator import printable
 
@@ -30,17 +32,37 @@ def _group() -> None:
 @app.command()
 def show(
     id: Annotated[UUID, typer.Argument(help="The run's id.")],
+    at: Annotated[
+        int | None, typer.Option(min=1, help="The number of an event: show the run's state after it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show a run's timeline: message, steps, calls, reply, delivery, usage, charge."""
-    found = asyncio.run(_find(id))
-    if as_json:
+    found = asyncio.run(_find(id) if at is None else _state(id, at))
+    if at is not None and not as_json:
+        draw_state(Console(highlight=False), found)
+    elif as_json:
         print(json.dumps(found))  # noqa: T201
     else:
         draw(Console(highlight=False), found["run"], found["timeline"])
 
 
 async def _find(id_: UUID) -> dict[str, Any]:
+    async with _gateway(id_) as api:
+        run = await api.get(f"/api/v1/runs/{id_}")
+        timeline = await api.get(f"/api/v1/runs/{id_}/timeline")
+    return {"run": run, "timeline": timeline["items"]}
+
+
+async def _state(id_: UUID, at: int) -> dict[str, Any]:
+    async with _gateway(id_) as api:
+        state: dict[str, Any] = await api.get(f"/api/v1/runs/{id_}/state", at=at)
+    return state
+
+
+@asynccontextmanager
+async def _gateway(id_: UUID) -> AsyncIterator[Gateway]:
+    """The gateway, as the administrator who acts for the run's tenant. Raises NotFound."""
     access = Home(home_folder()).credentials()
     connection = await asyncpg.connect(access["engines"]["postgres"]["url"])
     try:
@@ -50,9 +72,7 @@ async def _find(id_: UUID) -> dict[str, Any]:
     if tenant_id is None:
         raise NotFound(f"run {id_}: does not exist in this stack")
     async with gateway(access["base_url"], access["admin_token"], tenant_id=tenant_id) as api:
-        run = await api.get(f"/api/v1/runs/{id_}")
-        timeline = await api.get(f"/api/v1/runs/{id_}/timeline")
-    return {"run": run, "timeline": timeline["items"]}
+        yield api
 
 
 def draw(console: Console, run: dict[str, Any], timeline: list[dict[str, Any]]) -> None:
@@ -78,6 +98,21 @@ def draw(console: Console, run: dict[str, Any], timeline: list[dict[str, Any]]) 
     console.print(f"tokens: {tokens or 'not reported'}; cost: {cost}")
     if run.get("error"):
         console.print(Text(f"error: {printable(run['error'])}", "red"), soft_wrap=True)
+
+
+def draw_state(console: Console, state: dict[str, Any]) -> None:
+    """Prints the run's journal up to the event, and the state after it."""
+    last = state["at"]
+    console.print(f"run {state['run_id']} after event {last} of {len(state['events'])}: [bold]{state['status']}[/]")
+    for event in state["events"][:last]:
+        console.print(f"  {event['n']:>3}  {event['recorded_at']}  {event['type']}")
+    for step in state["steps"]:
+        text = (
+            f"step {step['n']}: {step['kind']} {printable(step['name'])}, {step['status']}, attempt {step['attempt']}"
+        )
+        console.print(Text(text + (f": {printable(step['error'])}" if step["error"] else "")), soft_wrap=True)
+    console.print(f"{state['tokens']} tokens; started {state['attempts']} times")
+    console.print(f'A fork from here has "step": {state["fork_step"]}: POST /api/v1/runs/ID/fork', style="dim")
 
 
 def money(nanos: int, currency: str) -> str:

@@ -64,6 +64,11 @@ class OperationsStub:
                 request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.DiscardDeadLetterRequest.SerializeToString,
                 response_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.DiscardDeadLetterReply.FromString,
                 _registered_method=True)
+        self.CheckHealth = channel.unary_unary(
+                '/clawbus.ops.v1.Operations/CheckHealth',
+                request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.CheckHealthRequest.SerializeToString,
+                response_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.CheckHealthReply.FromString,
+                _registered_method=True)
         self.CountOutbox = channel.unary_unary(
                 '/clawbus.ops.v1.Operations/CountOutbox',
                 request_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.CountOutboxRequest.SerializeToString,
@@ -117,6 +122,13 @@ class OperationsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckHealth(self, request, context):
+        """The process and the engines that it uses. For any caller: it names no tenant's data.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CountOutbox(self, request, context):
         """The number of messages that the outbox holds for a topic.
         """
@@ -156,6 +168,11 @@ def add_OperationsServicer_to_server(servicer, server):
                     servicer.DiscardDeadLetter,
                     request_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.DiscardDeadLetterRequest.FromString,
                     response_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.DiscardDeadLetterReply.SerializeToString,
+            ),
+            'CheckHealth': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckHealth,
+                    request_deserializer=protos_dot_ops_dot_v1_dot_ops__pb2.CheckHealthRequest.FromString,
+                    response_serializer=protos_dot_ops_dot_v1_dot_ops__pb2.CheckHealthReply.SerializeToString,
             ),
             'CountOutbox': grpc.unary_unary_rpc_method_handler(
                     servicer.CountOutbox,
@@ -325,6 +342,33 @@ class Operations:
             '/clawbus.ops.v1.Operations/DiscardDeadLetter',
             protos_dot_ops_dot_v1_dot_ops__pb2.DiscardDeadLetterRequest.SerializeToString,
             protos_dot_ops_dot_v1_dot_ops__pb2.DiscardDeadLetterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckHealth(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.ops.v1.Operations/CheckHealth',
+            protos_dot_ops_dot_v1_dot_ops__pb2.CheckHealthRequest.SerializeToString,
+            protos_dot_ops_dot_v1_dot_ops__pb2.CheckHealthReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,8 @@ class OperationsStub:
     """Marks all failed ones that match, at most 10,000 in one call."""
     DiscardDeadLetter: _aio.UnaryUnaryMultiCallable[_ops_pb2.DiscardDeadLetterRequest, _ops_pb2.DiscardDeadLetterReply]
     """Gives one up for good; the records that wait behind it in its key go on. ABORTED if it is not open."""
+    CheckHealth: _aio.UnaryUnaryMultiCallable[_ops_pb2.CheckHealthRequest, _ops_pb2.CheckHealthReply]
+    """The process and the engines that it uses. For any caller: it names no tenant's data."""
     CountOutbox: _aio.UnaryUnaryMultiCallable[_ops_pb2.CountOutboxRequest, _ops_pb2.CountOutboxReply]
     """The number of messages that the outbox holds for a topic."""
 
@@ -83,6 +85,14 @@ class OperationsServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_ops_pb2.DiscardDeadLetterRequest, _abc.Awaitable[_ops_pb2.DiscardDeadLetterReply]],
     ) -> _abc.Awaitable[_ops_pb2.DiscardDeadLetterReply]:
         """Gives one up for good; the records that wait behind it in its key go on. ABORTED if it is not open."""
+
+    @_abc_1.abstractmethod
+    def CheckHealth(
+        self,
+        request: _ops_pb2.CheckHealthRequest,
+        context: _aio.ServicerContext[_ops_pb2.CheckHealthRequest, _abc.Awaitable[_ops_pb2.CheckHealthReply]],
+    ) -> _abc.Awaitable[_ops_pb2.CheckHealthReply]:
+        """The process and the engines that it uses. For any caller: it names no tenant's data."""
 
     @_abc_1.abstractmethod
     def CountOutbox(

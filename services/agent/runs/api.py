@@ -25,8 +25,9 @@ from services.agent.runs.domain import Suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.forking import fork
 from services.agent.runs.notices import CANCELLED
+from services.agent.runs.state import state_at
 from services.agent.runs.timeline import timeline
-from services.agent.runs.views import Approval, Facts, ForkFrom, Resolution, RunView, Status, Timeline
+from services.agent.runs.views import Approval, Facts, ForkFrom, Resolution, RunState, RunView, Status, Timeline
 
 
 def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension]]) -> APIRouter:
@@ -96,6 +97,12 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         found = await charges(who.tenant_id, run_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             return await timeline(tx, subjects, run_id, found)
+
+    @routes.get("/api/v1/runs/{run_id}/state")
+    async def get_state(run_id: UUID, who: Reader, at: Annotated[int | None, Query(ge=1)] = None) -> RunState:
+        """The state of the run after its event `at`; without it, after the last one."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            return await state_at(tx, run_id, at)
 
     @routes.post("/api/v1/runs/{run_id}/cancel", status_code=202)
     async def cancel_run(run_id: UUID, who: Runner) -> RunView:

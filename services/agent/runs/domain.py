@@ -372,6 +372,20 @@ def messages_at(run: Run, step: int) -> int:
     return max([run.messages or 0, *(messages for taken, messages in run.taken.items() if taken <= step)])
 
 
+def completed_in_a_row(state: Run) -> int:
+    """How many of the first steps have ended in a row.
+
+    A failed tool call counts, for the model has read its error. A failed model call at the end does not count: the
+    fork makes it again.
+    """
+    n = 0
+    while (step := state.steps.get(n + 1)) and step.status != "started":
+        n += 1
+    while n and state.steps[n].status == "failed" and state.steps[n].kind != "tool":
+        n -= 1
+    return n
+
+
 def check(run: Run, step: int, kind: StepKind, name: str, digest: str = "", code: str = "") -> None:
     """Raises Mismatch, naming both steps, if the journal has another step at this place than the one to be made."""
     known, now = run.steps[step], Step(kind, name, digest=digest)

@@ -14,7 +14,7 @@ from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.lanes import queue_run
 from services.agent.runs import projections
-from services.agent.runs.domain import BeginStep, EndStep, Fork, Run, TakeMessages
+from services.agent.runs.domain import BeginStep, EndStep, Fork, Run, TakeMessages, completed_in_a_row
 from services.agent.runs.publishing import stream
 
 
@@ -62,27 +62,13 @@ async def fork(tx: Tx, subjects: SubjectKeys, run_id: UUID, step: int | None) ->
     if not await tx.sql("UPDATE message SET run_id = $2 WHERE run_id = $1 RETURNING 1", run_id, new):
         raise Conflict("another run has been forked from it and has its messages")
     state = await tx.load(stream(run_id))
-    completed = _completed(state)
+    completed = completed_in_a_row(state)
     last = completed if step is None else step
     if not 0 <= last <= completed:
         raise InvalidMessage("step", f"must be at most {completed}, the last of the steps that were completed in a row")
     await _copy(tx, key, tx.tenant_id, subject_id, run_id, new, session_key, state, last)
     queue_run(tx, new, session_key)
     return new
-
-
-def _completed(state: Run) -> int:
-    """How many of the first steps have ended in a row.
-
-    A failed tool call counts, for the model has read its error. A failed model call at the end does not count: the
-    fork makes it again.
-    """
-    n = 0
-    while (step := state.steps.get(n + 1)) and step.status != "started":
-        n += 1
-    while n and state.steps[n].status == "failed" and state.steps[n].kind != "tool":
-        n -= 1
-    return n
 
 
 async def _copy(

@@ -131,6 +131,44 @@ class Timeline(BaseModel):
     items: list[TimelineItem]
 
 
+class StateEvent(BaseModel):
+    """An event in the journal of a run. `n` counts them from 1."""
+
+    n: int
+    type: str
+    recorded_at: datetime
+
+
+class StateStep(BaseModel):
+    """A step, as the run knew it after an event."""
+
+    n: int
+    kind: Literal["retrieve", "model", "tool"]
+    name: str
+    status: Literal["started", "completed", "failed"]
+    attempt: int
+    error: str | None
+
+
+class RunState(BaseModel):
+    """The state of a run after its event `at`, folded from its journal."""
+
+    run_id: UUID
+    at: int
+    events: list[StateEvent]
+    """All events of the run, also those after `at`."""
+    status: Literal["queued", "running", "waiting", "over"]
+    attempts: int
+    """How often a worker has started the run."""
+    tokens: int
+    reserved_nanos: int
+    """Reserved for model calls, in 10⁻⁹ of the tenant's currency."""
+    steps: list[StateStep]
+    waits_for: Reason | None
+    fork_step: int
+    """The last of the steps that had ended in a row: the `step` of a fork from here."""
+
+
 class Fact(BaseModel):
     """A public event of a run, as on the topic ``agent.events``. `n` counts them from 1."""
 

@@ -14,6 +14,7 @@ from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.tx import Database
 from infra.service import operations
 from infra.web import rpc
+from infra.web.health import Health
 from protos.messages.sample import NoteTaken
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
 from tooling.testing import keys
@@ -23,7 +24,7 @@ from tooling.testing.sample.catalog import SAMPLE_EVENTS
 @pytest.fixture
 async def address(desk: Database) -> AsyncIterator[str]:
     server = rpc.Server("desk", keys.callers("desk"), Metrics(CollectorRegistry()))
-    add, servicer = operations.servicer(desk)
+    add, servicer = operations.servicer(desk, Health("desk", "1.0"))
     add(servicer, server.grpc)
     port = await server.start(0)
     yield f"127.0.0.1:{port}"

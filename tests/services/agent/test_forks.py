@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
+from rich.console import Console
+
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.cli.run import draw_state
 from tooling.testing.model_server import Fails, Says
 from tooling.testing.service_fakes import WEATHER
 
@@ -68,3 +73,36 @@ async def test_what_cannot_be_forked_is_said(world: World, tenant: Tenant) -> No
     await tenant.call("POST", f"/api/v1/runs/{running}/fork", expect=409, json={})
     await tenant.call("POST", f"/api/v1/runs/{running}/cancel")
     await tenant.over(running)
+
+
+async def test_a_run_is_folded_to_each_of_its_events(world: World, tenant: Tenant) -> None:
+    run_id = await failed(world, tenant)
+    path = f"/api/v1/runs/{run_id}/state"
+    end = await tenant.call("GET", path)
+    types = [event["type"] for event in end["events"]]
+    assert types == [
+        *("RunStarted", "StepStarted", "StepCompleted", "StepStarted", "StepCompleted", "StepStarted"),
+        *("StepCompleted", "RunFailed"),
+    ]
+    assert (end["at"], end["status"], end["fork_step"], end["steps"][2]["status"]) == (8, "over", 2, "failed")
+    states = [await tenant.call("GET", f"{path}?at={n}") for n in range(1, 9)]
+    assert states[-1] == end
+    assert [state["status"] for state in states] == ["running"] * 7 + ["over"]
+    assert [[step["status"] for step in state["steps"]] for state in states[:5]] == [
+        [],
+        ["started"],
+        ["completed"],
+        ["completed", "started"],
+        ["completed", "completed"],
+    ]
+    assert [state["fork_step"] for state in states] == [0, 0, 1, 1, 2, 2, 2, 2]
+    for wrong in ("0", "9", "x"):
+        problem = await tenant.call("GET", f"{path}?at={wrong}", expect=422)
+        assert [error["field"] for error in problem["errors"]] == ["at"]
+    await world.tenant().call("GET", path, expect=404)
+    console = Console(width=80, record=True, file=StringIO())
+    draw_state(console, states[3])
+    text = console.export_text()
+    assert "after event 4 of 8: running" in text
+    assert "step 2: tool get_weather, started, attempt 1" in text.replace(WEATHER, "get_weather")
+    assert "RunFailed" not in text

@@ -266,3 +266,30 @@ async def test_a_line_that_could_not_be_indexed_is_indexed_by_a_redrive(services
 
         await services.until(found)
     assert await state(services, "log_aggregator", str(id_)) == "redriven"
+
+
+async def test_the_status_shows_services_that_answer_and_the_engines_that_they_reach(
+    services: Platform, tenant: str
+) -> None:
+    """The other services do not run here."""
+    for who in (tenant, ""):
+        async with services.client("log_aggregator", who) as client:
+            answer = await client.get("/api/v1/status")
+        assert answer.status_code == 200, answer.text
+        parts = {part["name"]: part for part in answer.json()["parts"]}
+        assert answer.json()["status"] == "failed"
+        assert (parts["billing"]["kind"], parts["billing"]["state"], parts["billing"]["version"]) == (
+            "service",
+            "failed",
+            None,
+        )
+        for name in ("user", "log_aggregator"):
+            assert (parts[name]["kind"], parts[name]["state"]) == ("service", "ready")
+            assert parts[name]["version"]
+        for name in ("postgres", "kafka", "opensearch"):
+            assert (parts[name]["kind"], parts[name]["state"], parts[name]["unreachable_from"]) == (
+                "engine",
+                "ready",
+                [],
+            )
+        assert list(parts) == sorted(parts, key=lambda name: (parts[name]["kind"] == "engine", name))

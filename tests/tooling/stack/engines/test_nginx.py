@@ -171,6 +171,7 @@ def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
         ("GET", "/api/v1/logs", "log_aggregator"),
         ("POST", "/api/v1/deadletters/1/redrive", "log_aggregator"),
         ("GET", "/api/v1/traces/1", "log_aggregator"),
+        ("GET", "/api/v1/status", "log_aggregator"),
         ("GET", "/api/v1/notifications", "notification"),
     ],
 )
