@@ -78,7 +78,7 @@ USAGE_RECORDS = Topic(
     key="tenant_id",
     messages=(billing.UsageRecorded,),
     producers=SERVICES,
-    consumers=("billing",),
+    consumers=("billing", "log_aggregator"),
     ordered=False,
 )
 # Not ordered: a chain has the order of arrival, and a bad record must not hold back a tenant's chain.

@@ -14,6 +14,8 @@ service.consume(handlers.chain_acts)
 service.consume(handlers.index_lines, index=adapters.index)
 service.consume(handlers.index_agent_events, index=adapters.index)
 service.consume(handlers.index_channel_events, index=adapters.index)
+service.consume(handlers.index_usage, index=adapters.index)
+service.consume(handlers.index_acts, index=adapters.index)
 service.consume(erasure("log_aggregator"))
 
 if __name__ == "__main__":

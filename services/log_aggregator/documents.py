@@ -9,6 +9,8 @@ import msgspec
 
 from infra.bus.dispatch import Decoded
 from infra.observe.telemetry import extract
+from protos.messages.audit import ActAudited
+from protos.messages.billing import UsageRecorded
 from protos.messages.logs import LogLine
 
 # The fields of events that are searched and shown. This is a list of allowed fields, so that people's text, vendors'
@@ -37,13 +39,45 @@ def line(decoded: Decoded) -> Document:
     message = decoded.message
     assert isinstance(message, LogLine)
     body = msgspec.to_builtins(message)
-    tenant = message.data.get("tenant")
     body |= {
         "id": str(decoded.id),
-        "tenant": tenant if isinstance(tenant, str) else None,
+        "tenant": _text(message.data.get("tenant")),
+        **{name: _text(message.data.get(name)) for name in ("run_id", "channel_id")},
         "text": f"{message.message} {msgspec.json.encode(message.data).decode()}",
     }
     return Document(str(decoded.id), datetime.fromisoformat(message.timestamp), body)
+
+
+def usage(decoded: Decoded) -> Document:
+    """Returns the document of a usage record: an event whose tokens can be added up."""
+    record = decoded.message
+    assert isinstance(record, UsageRecorded)
+    document = event(decoded)
+    tokens = {unit: count for unit, count in record.quantities.items() if unit.endswith("_tokens")}
+    facts = {"resource": record.resource, "agent_id": record.agent_id, "channel_id": record.channel_id}
+    return Document(
+        document.id,
+        record.occurred_at,
+        document.body
+        | {
+            "timestamp": record.occurred_at.isoformat(),
+            "tenant": record.tenant_id,
+            "data": {name: str(value) for name, value in facts.items() if value is not None} | tokens,
+        },
+    )
+
+
+def act(decoded: Decoded) -> Document:
+    """Returns the document of an audited act, without its details. The chain in PostgreSQL is the record."""
+    act = decoded.message
+    assert isinstance(act, ActAudited)
+    body = {
+        "id": str(decoded.id),
+        "timestamp": act.at.isoformat(),
+        "tenant": act.tenant_id,
+        **{name: getattr(act, name) for name in ("actor", "action", "object_kind", "object_id", "outcome")},
+    }
+    return Document(str(decoded.id), act.at, body)
 
 
 def event(decoded: Decoded) -> Document:
@@ -63,3 +97,7 @@ def event(decoded: Decoded) -> Document:
         "data": {name: value for name, value in fields.items() if name in _OPEN_FIELDS},
     }
     return Document(str(decoded.id), envelope.time, body)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infra.bus.dispatch import Decoded
 from infra.postgres.tx import Tx
-from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, SERVICE_LOGS
+from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, SERVICE_LOGS, USAGE_RECORDS
 from protos.messages.audit import ActAudited
 from services.log_aggregator import audit, documents
 from services.log_aggregator.index import Index
@@ -30,6 +30,16 @@ async def index_lines(lines: list[Decoded], index: Index) -> None:
 @AGENT_EVENTS.at_least_once(group=_INDEX)
 async def index_agent_events(events: list[Decoded], index: Index) -> None:
     await index.store("events", [documents.event(event) for event in events])
+
+
+@USAGE_RECORDS.at_least_once(group=_INDEX)
+async def index_usage(records: list[Decoded], index: Index) -> None:
+    await index.store("events", [documents.usage(record) for record in records])
+
+
+@AUDIT_LOGS.at_least_once(group=_INDEX)
+async def index_acts(acts: list[Decoded], index: Index) -> None:
+    await index.store("audit", [documents.act(act) for act in acts])
 
 
 @CHANNEL_EVENTS.at_least_once(group=_INDEX)

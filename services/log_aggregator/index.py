@@ -1,4 +1,6 @@
-"""The search index in OpenSearch: one index per day and kind, made from a template and deleted after its retention.
+"""The search index in Elasticsearch 8 or 9, or in OpenSearch.
+
+One index per day and kind, made from a template and deleted after its retention.
 
 It does not use the client for outgoing HTTP: the index is on a private network, and that client's spans would be
 stored in the index, which would make further spans.
@@ -9,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal
+from datetime import UTC, datetime
+from typing import Any
 
 import httpx
 import msgspec
@@ -18,36 +20,14 @@ import msgspec
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
+from services.log_aggregator import mappings
 from services.log_aggregator.documents import Document
+from services.log_aggregator.mappings import KEEP, Engine, Kind
 
-Kind = Literal["logs", "events", "spans"]
-
-KEEP: Final[dict[Kind, timedelta]] = {
-    "logs": timedelta(days=30),
-    "events": timedelta(days=30),
-    "spans": timedelta(days=14),
-}
 # Size of one request. OpenSearch accepts 100 MB and is fastest with a few.
 MAX_BULK_BYTES = 5_000_000
 
 _SEARCH_PAUSES = (0.1, 0.2, 0.5, 0.0)
-
-_KEYWORD = {"type": "keyword", "ignore_above": 1024}
-_FIELDS: Final[dict[Kind, dict[str, Any]]] = {
-    "logs": {
-        "timestamp": {"type": "date"},
-        "text": {"type": "text"},
-        **dict.fromkeys(("id", "level", "service", "traceId", "spanId", "tenant"), _KEYWORD),
-    },
-    "events": {
-        "timestamp": {"type": "date"},
-        **dict.fromkeys(("id", "type", "service", "tenant", "trace_id", "run_id", "session_key"), _KEYWORD),
-    },
-    "spans": {
-        "start_ns": {"type": "long"},
-        **dict.fromkeys(("trace_id", "span_id", "service", "linked"), _KEYWORD),
-    },
-}
 
 
 class Index:
@@ -111,21 +91,27 @@ class Index:
         """Stores the index template if the index does not exist yet. This also works after OpenSearch was wiped."""
         if (await self._send("HEAD", f"/{name}")).status_code == 200:
             return
-        template = {
-            "index_patterns": [f"{self._prefix}{kind}-*"],
-            "template": {
-                "settings": {"number_of_shards": 1, "auto_expand_replicas": "0-1"},
-                "mappings": {
-                    # Fields without a type here are stored but not searched, so that a log line cannot create fields.
-                    "dynamic": False,
-                    # These fields are only searched. The fields that they are made from are stored.
-                    "_source": {"excludes": ["text", "linked"]},
-                    "properties": _FIELDS[kind],
-                },
-            },
-        }
+        engine = await self._which()
+        await self._put_policy(kind, engine)
+        template = mappings.template(self._prefix, kind, engine)
         await self._ask("PUT", f"/_index_template/{self._prefix}{kind}", json=template)
         await self._delete_old(kind)
+
+    async def _which(self) -> Engine:
+        version = (await self._ask("GET", "/"))["version"]
+        return "opensearch" if version.get("distribution") == "opensearch" else "elasticsearch"
+
+    async def _put_policy(self, kind: Kind, engine: Engine) -> None:
+        """Stores the policy by which the engine deletes old indices. OpenSearch does not overwrite one that exists.
+
+        An OpenSearch without the plugin refuses the path; then only `_delete_old` deletes.
+        """
+        path, policy = mappings.policy(self._prefix, kind, engine)
+        answer = await self._send("PUT", path, json=policy)
+        if engine == "elasticsearch":
+            _content(answer)
+        elif answer.status_code not in (200, 201, 409):
+            self._log.info("the engine has no policies for indices; old ones are deleted each day", index=kind)
 
     async def _delete_old(self, kind: Kind) -> None:
         oldest = self._name(kind, utcnow() - KEEP[kind])

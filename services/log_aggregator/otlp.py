@@ -100,7 +100,10 @@ def spans(message: ExportTraceServiceRequest) -> Iterator[Document]:
             for span in scope.spans:
                 trace_id, span_id = span.trace_id.hex(), span.span_id.hex()
                 links = [(link.trace_id.hex(), link.span_id.hex()) for link in span.links]
+                at = datetime.fromtimestamp(span.start_time_unix_nano / 1e9, UTC)
                 body = {
+                    "timestamp": at.isoformat(timespec="milliseconds"),
+                    "duration_ms": (span.end_time_unix_nano - span.start_time_unix_nano) / 1e6,
                     "trace_id": trace_id,
                     "span_id": span_id,
                     "parent_id": span.parent_span_id.hex(),
@@ -115,7 +118,6 @@ def spans(message: ExportTraceServiceRequest) -> Iterator[Document]:
                     "error": span.status.message,
                     "linked": sorted({trace for trace, _ in links}),
                 }
-                at = datetime.fromtimestamp(span.start_time_unix_nano / 1e9, UTC)
                 yield Document(f"{trace_id}-{span_id}", at, body)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from typing import Annotated, Any
+from uuid import UUID
 
 from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
@@ -12,7 +13,7 @@ from pydantic import AwareDatetime
 from infra.errors import InvalidMessage
 from infra.service.api import Paging, Viewer, page
 from infra.service.service import Runtime
-from services.log_aggregator import adapters
+from services.log_aggregator import adapters, searches
 from services.log_aggregator.access import RequestedTenant
 
 # OpenSearch returns at most this many documents at once.
@@ -31,15 +32,19 @@ def router(runtime: Runtime) -> APIRouter:
         paging: Paging,
         q: Annotated[str | None, Query(min_length=1, max_length=500)] = None,
         trace_id: Annotated[str | None, Query(pattern=_TRACE_ID)] = None,
+        run_id: UUID | None = None,
+        channel_id: UUID | None = None,
+        search: searches.Name | None = None,
         service: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
         since: AwareDatetime | None = None,
     ) -> dict[str, Any]:
         """Lists log lines, newest first. A tenant sees its own. q: required words, "phrases", and -excluded words."""
-        must: list[dict[str, Any]] = [
-            {"term": {field: value}}
-            for field, value in (("tenant", tenant), ("traceId", trace_id), ("service", service))
-            if value
-        ]
+        values: dict[searches.Field, object] = {"trace": trace_id, "run": run_id, "channel": channel_id}
+        queries = [searches.having(field, str(value)) for field, value in values.items() if value]
+        if search:
+            queries.append(searches.QUERIES[search])
+        must = [searches.clause(query) for query in queries]
+        must += [{"term": {field: value}} for field, value in (("tenant", tenant), ("service", service)) if value]
         if since:
             must.append({"range": {"timestamp": {"gte": since.isoformat()}}})
         if q:

@@ -16,7 +16,7 @@ ALL = SERVICES
 TOPICS = {
     "agent.events": (8, 7, ("agent",), ("ws_gateway", "memory", "log_aggregator", "notification")),
     "agent.tasks": (4, 1, ("agent",), ("agent",)),
-    "usage.records": (4, 30, ALL, ("billing",)),
+    "usage.records": (4, 30, ALL, ("billing", "log_aggregator")),
     "audit.logs": (2, 90, ALL, ("log_aggregator",)),
     "channel.events": (4, 7, ("channel",), ("agent", "billing", "log_aggregator", "notification")),
     "platform.events": (2, 30, ("user", "billing", "plugin"), ALL),

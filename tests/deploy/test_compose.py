@@ -94,7 +94,7 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
         # Milvus and etcd ask for no password.
         ("metadata", {"etcd", "milvus"}),
         ("vectors", {"agent", "channel", "memory", "milvus", "minio", "minio-users"}),
-        ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana"}),
+        ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana", "kibana-objects"}),
     ],
 )
 def test_a_store_is_reached_only_by_the_containers_that_need_it(network: str, members: set[str]) -> None:
@@ -124,6 +124,7 @@ def run_script(container: str, program: str, folder: Path) -> list[list[str]]:
         f"#!{sys.executable}\nimport json, os, sys\n"
         "words = [open(word).read() if os.path.isfile(word) else word for word in sys.argv[1:]]\n"
         f"open({str(folder / 'calls')!r}, 'a').write(json.dumps(words) + '\\n')\n"
+        """print('{"success":true}')\n"""
     )
     fake.chmod(0o755)
     found = CONTAINERS[container]
@@ -143,6 +144,16 @@ def test_the_log_aggregators_user_has_its_own_indices_only(tmp_path: Path) -> No
     assert sent["user/log_aggregator"]["roles"] == ["log_aggregator"]
     assert sent["user/log_aggregator"]["password"] == "value of LOG_AGGREGATOR_ELASTIC_PASSWORD"
     assert sent["user/kibana_system/_password"] == {"password": "value of KIBANA_PASSWORD"}
+
+
+def test_the_saved_objects_are_brought_into_kibana(tmp_path: Path) -> None:
+    [call] = run_script("kibana-objects", "curl", tmp_path)
+    assert call[-1] == "http://kibana:5601/api/saved_objects/_import?overwrite=true"
+    [(host, path, _)] = [volume.split(":") for volume in CONTAINERS["kibana-objects"]["volumes"]]
+    [file] = [word.removeprefix("file=@") for word in call if word.startswith("file=@")]
+    assert (CHECKOUT / host / Path(file).relative_to(path)).is_file()
+    # Kibana refuses a request without this header.
+    assert "kbn-xsrf: true" in call
 
 
 def test_each_user_of_the_object_store_has_its_own_bucket_only(tmp_path: Path) -> None:

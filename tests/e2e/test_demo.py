@@ -28,3 +28,8 @@ def test_the_demo_holds_and_prints_one_object_on_one_line(system: System) -> Non
     assert set(told["seconds"]) == {"setup", "answer"}
     shown = json.loads(run_claw(system.home, "run", "show", told["run_id"], "--json"))
     assert shown["run"]["trace_id"] == told["trace_id"]
+    folded = json.loads(run_claw(system.home, "run", "show", told["run_id"], "--at", "1", "--json"))
+    assert (folded["at"], folded["events"][0]["type"], folded["status"]) == (1, "RunStarted", "running")
+    lines = json.loads(run_claw(system.home, "logs", "--run", told["run_id"], "--search", "completed", "--json"))
+    # The index may not have them yet.
+    assert {line["message"] for line in lines} <= {"run completed"}

@@ -1,24 +1,75 @@
-"""``./claw logs``: the log files of the engines and services."""
+"""``./claw logs``: the log files of the engines and services, and the lines of all services in the search index."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
+from uuid import UUID
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
+from services.log_aggregator import searches
+from tooling.cli.client import gateway
 from tooling.stack.engines.base import EngineError
-from tooling.stack.home import home_folder
+from tooling.stack.home import Home, home_folder
+from tooling.stack.operator import printable
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor
+
+_PAGE = 200
 
 
 def logs(
     name: Annotated[str, typer.Argument(help="An engine or service. Default: all.")] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines.")] = False,
+    search: Annotated[str, typer.Option(help='Search the index: words, "phrases", -excluded words.')] = "",
+    trace: Annotated[str, typer.Option(help="Search the index: lines of this trace.")] = "",
+    run: Annotated[UUID | None, typer.Option(help="Search the index: lines of this run.")] = None,
+    channel: Annotated[UUID | None, typer.Option(help="Search the index: lines of this channel.")] = None,
+    tenant: Annotated[str, typer.Option(help="Search the index: lines of this tenant.")] = "",
+    saved: Annotated[str, typer.Option(help=f"Search the index: {' or '.join(searches.QUERIES)}.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="Of a search: the most lines.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a search: print one JSON document.")] = False,
 ) -> None:
-    """Show the last lines of an engine's or a service's log."""
+    """Show the last lines of an engine's or a service's log, or search the lines of all services."""
+    wanted = {"q": search, "trace_id": trace, "run_id": run, "channel_id": channel, "tenant_id": tenant}
+    params = {key: str(value) for key, value in (wanted | {"search": saved, "service": name}).items() if value}
+    if params.keys() - {"service"}:
+        if follow:
+            raise EngineError("--follow: a search shows stored lines; leave it out")
+        found = asyncio.run(_search(params | {"limit": str(limit)}))
+        if as_json:
+            print(json.dumps(found))  # noqa: T201
+        else:
+            show(Console(highlight=False), found)
+        return
+    _tail(name, follow=follow)
+
+
+async def _search(params: dict[str, str]) -> list[dict[str, Any]]:
+    """The lines that match, the newest first."""
+    access = Home(home_folder()).credentials()
+    async with gateway(access["base_url"], access["admin_token"]) as api:
+        found: list[dict[str, Any]] = (await api.get("/api/v1/logs", **params))["items"]
+    return found
+
+
+def show(console: Console, lines: list[dict[str, Any]]) -> None:
+    """Prints the lines, the newest last."""
+    for line in reversed(lines):
+        data = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in line["data"].items())
+        text = f"{line['timestamp']} {line['level']:<5} {line['service']:<14} {line['message']}  {data}"
+        console.print(Text(printable(text), "red" if line["level"] in ("error", "fatal") else ""), soft_wrap=True)
+    if not lines:
+        console.print("No lines. The index has lines of the last 30 days, a few seconds after they were written.")
+
+
+def _tail(name: str, *, follow: bool) -> None:
     supervisor = Supervisor(home_folder())
     known = [*parts(), "supervisord"]
     if name and name not in known:

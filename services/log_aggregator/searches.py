@@ -1,0 +1,58 @@
+"""The queries of logs and events in Lucene's syntax: for ``GET /api/v1/logs``, Kibana and OpenSearch Dashboards."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NamedTuple
+
+from services.log_aggregator.mappings import Kind
+
+Name = Literal["errors", "dead_letters"]
+Field = Literal["trace", "run", "tenant", "channel"]
+
+QUERIES: Final[dict[Name, str]] = {
+    "errors": "level:(error OR fatal)",
+    # All lines about new dead letters say so.
+    "dead_letters": 'text:"dead letter" OR text:"dead letters"',
+}
+FIELDS: Final[dict[Field, str]] = {
+    "trace": "traceId",
+    "run": "run_id",
+    "tenant": "tenant",
+    "channel": "channel_id",
+}
+
+
+class Search(NamedTuple):
+    """A saved search."""
+
+    name: str
+    title: str
+    kind: Kind
+    query: str
+    columns: tuple[str, ...]
+
+
+def having(field: Field, value: str | None = None) -> str:
+    """The query for log lines with this value in the field; None: with any value."""
+    if value is None:
+        return f"{FIELDS[field]}:*"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{FIELDS[field]}:"{escaped}"'
+
+
+def clause(query: str) -> dict[str, Any]:
+    """The query as a clause for the engine, in the form in which Kibana sends it too."""
+    return {"query_string": {"query": query, "analyze_wildcard": True}}
+
+
+_LINE = ("level", "service", "message")
+SEARCHES: Final = (
+    *(
+        Search(f"logs-by-{field}", f"Clawbus: log lines by {field}", "logs", having(field), (FIELDS[field], *_LINE))
+        for field in FIELDS
+    ),
+    Search("errors", "Clawbus: errors", "logs", QUERIES["errors"], ("service", "message", "traceId")),
+    Search("dead-letters", "Clawbus: dead letters", "logs", QUERIES["dead_letters"], ("service", "message", "traceId")),
+    Search("runs", "Clawbus: events of runs", "events", "type:agent.v1.*", ("type", "run_id", "tenant", "data.status")),
+    Search("audit", "Clawbus: audited acts", "audit", "*", ("actor", "action", "object_kind", "object_id", "outcome")),
+)
