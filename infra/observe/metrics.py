@@ -93,6 +93,12 @@ class Metrics:
         # Kind: repeatable, keyed, once. State: succeeded, failed, unknown (an operator decides).
         self.effects = counter("claw_effects_total", "Effects in the outside world that ended", "kind", "state")
 
+        # Counted by the log aggregator, from the events. Status: completed, failed, cancelled, refused.
+        self.runs = counter("claw_runs_total", "Runs of agents that ended", "status")
+
+        # Connections to PostgreSQL. A pool that stays full makes requests and lanes wait.
+        self.db_pool_used_ratio = gauge("claw_db_pool_used_ratio", "Part of the connections in use, 0 to 1", "pool")
+
         # Requests served.
         self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")
         self.grpc_seconds = histogram("claw_grpc_request_seconds", "gRPC calls served", "method", "code")

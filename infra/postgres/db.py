@@ -11,6 +11,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from infra.errors import Transient
 
@@ -67,6 +68,13 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
     return engine
+
+
+def pool_used_ratio(engine: AsyncEngine) -> float:
+    """The part of the engine's connections that are in use, 0 to 1."""
+    pool = engine.pool
+    assert isinstance(pool, AsyncAdaptedQueuePool)
+    return pool.checkedout() / pool.size()
 
 
 def _refuse_closed(connection: Any, _record: Any, _fairy: Any) -> None:

@@ -179,6 +179,8 @@ class Service:
         stack.push_async_callback(engine.dispose)
         request_engine = db.create_engine(settings.request_database_url.get_secret_value(), name=self.name)
         stack.push_async_callback(request_engine.dispose)
+        for name, one in (("worker", engine), ("request", request_engine)):
+            metrics.db_pool_used_ratio.labels(name).set_function(partial(db.pool_used_ratio, one))
         keyring = Keyring(self.name, settings.private_key_file, settings.public_keys_file)
         callers = Callers(keyring)
         channels = rpc.Channels(callers, _tls(settings))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from infra.bus.dispatch import Decoded
+from infra.observe.metrics import Metrics
 from infra.postgres.tx import Tx
 from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, SERVICE_LOGS, USAGE_RECORDS
+from protos.messages.agent import RunCompleted, RunFailed
 from protos.messages.audit import ActAudited
 from services.log_aggregator import audit, documents
 from services.log_aggregator.index import Index
@@ -28,8 +30,14 @@ async def index_lines(lines: list[Decoded], index: Index) -> None:
 
 
 @AGENT_EVENTS.at_least_once(group=_INDEX)
-async def index_agent_events(events: list[Decoded], index: Index) -> None:
+async def index_agent_events(events: list[Decoded], index: Index, metrics: Metrics) -> None:
     await index.store("events", [documents.event(event) for event in events])
+    for event in events:
+        match event.message:
+            case RunCompleted():
+                metrics.runs.labels("completed").inc()
+            case RunFailed(status=status):
+                metrics.runs.labels(status).inc()
 
 
 @USAGE_RECORDS.at_least_once(group=_INDEX)

@@ -187,7 +187,7 @@ def test_volumes_that_are_used_are_named_and_named_ones_are_used() -> None:
         volume.partition(":")[0]
         for container in CONTAINERS.values()
         for volume in container.get("volumes", ())
-        if not volume.startswith(".")
+        if not volume.startswith((".", "/"))
     }
     assert used == set(document()["volumes"])
 
@@ -256,13 +256,30 @@ def test_the_provisioning_container_gets_every_variable_that_it_reads() -> None:
 
 
 def test_prometheus_asks_every_service_and_its_alerts_name_metrics_that_exist() -> None:
-    [services, _] = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    [services, *_] = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     assert set(services["static_configs"][0]["targets"]) == {f"{name}:{SERVICE_PORTS[name]}" for name in SERVICES}
     registry = CollectorRegistry()
     Metrics(registry)
     names = {metric.name for metric in registry.collect()}
+    # The limit of a bucket is part of its name.
+    metrics = Metrics(CollectorRegistry())
+    metrics.lane_seconds.labels("runs").observe(0)
+    buckets = {sample.labels.get("le") for metric in metrics.registry.collect() for sample in metric.samples}
+    assert set(re.findall(r'le="([^"]+)"', (DEPLOY / "prometheus" / "alerts.yml").read_text())) <= buckets
     used = set()
     for path in ("prometheus/alerts.yml", "grafana/dashboards/clawbus.json"):
         used |= set(re.findall(r"\bclaw_\w+", (DEPLOY / path).read_text()))
     assert used
     assert {re.sub(r"_(total|count|bucket|sum)$", "", name) for name in used} <= names
+
+
+def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() -> None:
+    """`promtool test rules` runs the cases; Prometheus is not installed here."""
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
+    cases = yaml.safe_load((DEPLOY / "prometheus" / "alerts.test.yml").read_text())["tests"]
+    fires: dict[bool, set[str]] = {True: set(), False: set()}
+    for case in cases:
+        for one in case["alert_rule_test"]:
+            fires[bool(one["exp_alerts"])].add(one["alertname"])
+    names = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    assert fires == {True: names, False: names}

@@ -1,4 +1,4 @@
-"""The saved objects of Kibana and OpenSearch Dashboards: their form, and what they refer to.
+"""The saved objects of Kibana and OpenSearch Dashboards: their form and their references.
 
 `tests/services/log_aggregator/test_search.py` runs their queries. Neither product can be installed here.
 """

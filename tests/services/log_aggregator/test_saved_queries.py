@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -201,6 +202,20 @@ async def test_lines_are_found_by_run_channel_and_saved_query(aggregator: Platfo
         for field, value in (("run_id", "x"), ("search", "all"), ("channel_id", "*")):
             answer = await client.get("/api/v1/logs", params={field: value})
             assert (answer.status_code, [error["field"] for error in answer.json()["errors"]]) == (422, [field])
+
+
+async def test_ended_runs_and_used_connections_are_measured(aggregator: Platform, written: Written) -> None:
+    async with aggregator.client("log_aggregator") as client:
+
+        async def counted() -> str | None:
+            text = (await client.get("/metrics")).text
+            return text if 'claw_runs_total{status="failed"}' in text else None
+
+        text = await aggregator.until(counted)
+    assert text is not None
+    for pool in ("worker", "request"):
+        [ratio] = re.findall(rf'claw_db_pool_used_ratio{{pool="{pool}"}} (\S+)', text)
+        assert 0 <= float(ratio) <= 1
 
 
 async def test_a_line_with_thousands_of_fields_adds_none_to_the_index(
