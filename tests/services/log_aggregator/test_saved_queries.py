@@ -118,7 +118,7 @@ FINDS: dict[str, tuple[set[str], dict[str, float]]] = {
     "chart-dead-letters-over-time": ({"dead"}, {"agent": 1}),
     "chart-tokens-by-model": ({"usage"}, {"openai/m1": 7}),
     "chart-tokens-by-tenant": ({"usage"}, {"its tenant": 7}),
-    "chart-step-time": (STEPS, {"median": 210}),
+    "chart-step-time": (STEPS, {"percentiles": 3}),
     "chart-slowest-steps": (STEPS, {"m1": 120, "t1": 300}),
     "chart-span-time": ({"span"}, {}),
 }
@@ -150,7 +150,8 @@ def figures(answer: dict[str, Any], tenant: str) -> dict[str, float]:
             bucket["key"].replace(tenant, "its tenant"): bucket["1"]["value"] if "1" in bucket else bucket["doc_count"]
             for bucket in aggregations["by"]["buckets"]
         }
-    return {"median": aggregations["1"]["values"]["50.0"]} if "1" in aggregations else {}
+    # Of two documents, the engine's percentiles are an estimate.
+    return {"percentiles": sum(120 <= value <= 300 for value in aggregations["1"]["values"].values())}
 
 
 @pytest.mark.parametrize("product", get_args(Product))
