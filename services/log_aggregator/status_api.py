@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from infra.service.api import Anyone
+from infra.service.api import Viewer
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
 from services.log_aggregator.services import Services
@@ -44,7 +44,7 @@ def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(tags=["status"])
 
     @routes.get("/api/v1/status")
-    async def system_status(who: Anyone) -> SystemStatus:
+    async def system_status(who: Viewer) -> SystemStatus:
         """Shows the parts of the system. The engines are seen through the services that answer."""
         requests = dict.fromkeys(services.stubs, ops_pb2.CheckHealthRequest())
         replies, silent = await services.ask(None, requests, lambda stub: stub.CheckHealth)

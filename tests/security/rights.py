@@ -20,6 +20,7 @@ agent
     GET    /api/v1/runs                                                 read
     GET    /api/v1/runs/{run_id}                                        read
     GET    /api/v1/runs/{run_id}/timeline                               read
+    GET    /api/v1/runs/{run_id}/state                                  read
     POST   /api/v1/runs/{run_id}/cancel                                 run
     POST   /api/v1/runs/{run_id}/approval                               run
     POST   /api/v1/runs/{run_id}/resolution                             write
@@ -103,10 +104,12 @@ log_aggregator
     GET    /api/v1/logs                                                 read operator
     GET    /api/v1/traces/{trace_id}                                    read operator
     GET    /api/v1/deadletters                                          read operator
+    POST   /api/v1/deadletters/redrive                                  write operator
     GET    /api/v1/deadletters/{id}                                     read operator
     DELETE /api/v1/deadletters/{id}                                     write operator
     POST   /api/v1/deadletters/redrive                                  write operator
     POST   /api/v1/deadletters/{id}/redrive                             write operator
+    GET    /api/v1/status                                               read operator
 memory
     POST   /api/v1/documents                                            write
     GET    /api/v1/documents                                            read
