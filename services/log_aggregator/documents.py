@@ -62,6 +62,8 @@ def usage(decoded: Decoded) -> Document:
         | {
             "timestamp": record.occurred_at.isoformat(),
             "tenant": record.tenant_id,
+            # An event with a trace lets its tenant read the trace. A payer has no right to that.
+            "trace_id": None,
             "data": {name: str(value) for name, value in facts.items() if value is not None} | tokens,
         },
     )
