@@ -107,7 +107,6 @@ log_aggregator
     POST   /api/v1/deadletters/redrive                                  write operator
     GET    /api/v1/deadletters/{id}                                     read operator
     DELETE /api/v1/deadletters/{id}                                     write operator
-    POST   /api/v1/deadletters/redrive                                  write operator
     POST   /api/v1/deadletters/{id}/redrive                             write operator
     GET    /api/v1/status                                               read operator
 memory
