@@ -19,6 +19,7 @@ from infra.observe.metrics import Metrics
 from infra.postgres.schema import prepare_database
 from infra.postgres.tx import Database
 from infra.service import operations
+from infra.web.health import Health
 from infra.web.rpc import Server
 from protos.catalog import SERVICES, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
@@ -35,7 +36,7 @@ async def producers(platform: Platform) -> AsyncIterator[None]:
     servers = []
     for name in others:
         server = Server(name, keys.callers(name), Metrics(CollectorRegistry()))
-        add, servicer = operations.servicer(platform.database(name))
+        add, servicer = operations.servicer(platform.database(name), Health(name, "1.0"))
         add(servicer, server.grpc)
         await server.start(int(platform.grpc(name).rpartition(":")[2]))
         servers.append(server)
