@@ -87,6 +87,7 @@ async def add(database: Database, embedder: LocalEmbedder, index: Mixed, tenant:
     index.vectors += list(made.vectors)
 
 
+@pytest.mark.timeout(180 + SEARCHES)
 async def test_no_search_shows_the_canary_of_another_tenant_or_reader(aviary: Aviary) -> None:
     chance = random.Random(11)
     for _ in range(SEARCHES):
