@@ -4,6 +4,7 @@ from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
 from services.channel import accounts, api, attachments, handlers
 from services.channel.ingest import ACCEPTED, Drainer, ingest
+from services.channel.previews import previews
 from services.channel.publishing import CONVERSATION, DELIVERY
 from services.channel.sender import sender
 from services.channel.settings import ChannelSettings
@@ -13,6 +14,7 @@ service.own(CONVERSATION, DELIVERY)
 service.seal(*accounts.SEALED, ACCEPTED)
 service.serve_http(api.routes)
 service.beside("drainer", lambda runtime: Drainer(ingest(runtime)))
+service.beside("previews", previews)
 service.consume(handlers.enqueue_delivery, subjects=lambda runtime: SubjectKeys(runtime.cipher))
 service.consume(handlers.erase_subject)
 service.work(attachments.fetch_attachments, fetcher=attachments.fetcher)

@@ -31,7 +31,8 @@ TOKEN_BYTES = 24
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 
 _COLUMNS = """
-    id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, old_credentials, old_until
+    id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming,
+    old_credentials, old_until
 """
 
 SEALED = tuple(
@@ -53,6 +54,8 @@ class Account(NamedTuple):
     """The origin of the vendor's API, such as ``https://slack.com``."""
     enabled: bool
     broken_reason: str | None
+    streaming: bool = True
+    """An answer is shown while it is written, if the vendor can."""
     old_credentials: Any = None
     """Those before the last rotation. A call that they prove is accepted until `old_until`."""
     old_until: datetime | None = None
@@ -80,7 +83,8 @@ class Secrets:
         return self._cipher.open(sealed, "channel account", str(account_id), field)
 
     def account(self, row: tuple[Any, ...]) -> Account:
-        id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, old, old_until = row
+        id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming = row[:10]
+        old, old_until = row[10:]
         vendor = VENDORS[type_]
 
         def opened(sealed: bytes) -> Any:
@@ -96,6 +100,7 @@ class Secrets:
             api_base or vendor.origin,
             enabled,
             broken_reason,
+            streaming,
             None if old is None else opened(old),
             old_until,
         )

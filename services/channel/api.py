@@ -45,6 +45,8 @@ class NewChannel(BaseModel):
     credentials: Credentials
     api_base: str | None = None
     """An origin that replaces the origin of the vendor's API."""
+    streaming: bool = True
+    """An answer is shown while it is written, if the vendor can."""
 
 
 class ChannelChange(BaseModel):
@@ -56,6 +58,7 @@ class ChannelChange(BaseModel):
     agent_id: UUID | None = None
     credentials: Credentials | None = None
     enabled: bool | None = None
+    streaming: bool | None = None
 
 
 class ChannelPage(BaseModel):
@@ -141,7 +144,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
             await tx.sql(
                 """
                 INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms,
-                api_base) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                api_base, streaming) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
                 """,
                 id_,
                 who.tenant_id,
@@ -152,6 +155,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                 secrets.seal(id_, "credentials", credentials),
                 secrets.seal(id_, "pseudonyms", new_pseudonyms()),
                 api_base,
+                body.streaming,
             )
             audit(tx, who.actor, "channel.create", "channel", str(id_), type=vendor.name)
             return 201, await get(tx, secrets, id_)
@@ -193,7 +197,8 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                     -- Without an overlap, a call with the old credentials is refused at once.
                     old_until = CASE WHEN $3::bytea IS NULL THEN old_until END,
                     old_credentials = CASE WHEN $3::bytea IS NULL THEN old_credentials END,
-                    enabled = coalesce($4, enabled), broken_reason = CASE WHEN $5 THEN NULL ELSE broken_reason END,
+                    enabled = coalesce($4, enabled), streaming = coalesce($6, streaming),
+                    broken_reason = CASE WHEN $5 THEN NULL ELSE broken_reason END,
                     updated_at = clock_timestamp()
                 WHERE id = $1
                 """,
@@ -202,6 +207,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                 sealed,
                 body.enabled,
                 sealed is not None or body.enabled is True,
+                body.streaming,
             )
             changed = ", ".join(sorted(body.model_dump(exclude_none=True)))
             audit(tx, who.actor, "channel.update", "channel", str(channel_id), changed=changed)

@@ -20,7 +20,7 @@ from services.channel.accounts import Secrets
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Vendor
 
-COLUMNS = "id, type, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, seq"
+COLUMNS = "id, type, agent_id, token, api_base, enabled, broken_reason, streaming, created_at, updated_at, seq"
 
 Credentials = Annotated[
     dict[str, str], Field(description="The fields depend on the channel type. They are never shown again.")
@@ -39,6 +39,8 @@ class Channel(BaseModel):
     state: Literal["ok", "broken"]
     """``broken``: the vendor refuses the account. Nothing is sent until the channel is repaired."""
     broken_reason: str | None
+    streaming: bool
+    """An answer is shown while it is written, if the vendor can."""
     created_at: datetime
     updated_at: datetime
 
@@ -51,7 +53,7 @@ async def get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
 
 
 def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
-    id_, type_, agent_id, token, api_base, enabled, broken_reason, created_at, updated_at, _ = row
+    id_, type_, agent_id, token, api_base, enabled, broken_reason, streaming, created_at, updated_at, _ = row
     path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
     return Channel(
         id=id_,
@@ -62,6 +64,7 @@ def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
         enabled=enabled,
         state="broken" if broken_reason else "ok",
         broken_reason=broken_reason,
+        streaming=streaming,
         created_at=created_at,
         updated_at=updated_at,
     )

@@ -19,8 +19,10 @@ from infra.security.subjects import Erased, SubjectKeys, erasure
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from services.channel import projections
+from services.channel.accounts import Account
 from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown, Queue
 from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, OutboundContent
+from services.channel.previews import take_over
 from services.channel.publishing import DELIVERY
 from services.channel.sender import NotSendable, Sender, Sent, break_account
 from services.channel.vendors.base import AccountRefused, Outbound
@@ -116,12 +118,18 @@ async def expire_delivery(due: DueDelivery, tx: Tx) -> None:
 async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) -> None:
     try:
         async with effects.reading() as reading:
-            account, parts = await sender.load(reading, due.delivery_id)
+            account, parts, session_key = await sender.load(reading, due.delivery_id)
     except NotSendable as reason:
         await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
         return
-    last: str | None = None
+    last = shown = None
+    if account.vendor.preview == "edit" and (run_id := parts[0].run_id):
+        async with effects.begin() as taking:
+            shown = await take_over(taking, account, run_id, session_key, due.delivery_id)
     for n, part in enumerate(parts, 1):
+        if n == 1 and shown and await _replaced(effects, sender, account, part, shown):
+            last = shown
+            continue
 
         async def call(_: str, part: Outbound = part) -> Sent:
             return await sender.send(account, part)
@@ -140,6 +148,17 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         assert outcome.result is not None
         last = outcome.result.vendor_message_id
     await _decide(tx, due.delivery_id, MarkSent(last))
+
+
+async def _replaced(effects: Effects, sender: Sender, account: Account, part: Outbound, shown: str) -> bool:
+    """True if the text is now in the message in which the person saw it being written. Else that message is deleted."""
+    key = f"{part.key}/shown"
+    edited = await effects.run(key, lambda _: sender.edit(account, part, shown), kind="repeatable", result=Sent)
+    if edited.state == "failed":
+        # The message is gone, or cannot hold the text. A refusal to delete it changes nothing.
+        key = f"{part.key}/retracted"
+        await effects.run(key, lambda _: sender.retract(account, part, shown), kind="repeatable", result=Sent)
+    return edited.state == "succeeded"
 
 
 async def _decide(tx: Tx, delivery_id: UUID, command: Command) -> None:

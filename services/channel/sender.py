@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -38,6 +39,7 @@ class SendableDelivery(NamedTuple):
 
     account: Account
     parts: list[Outbound]
+    session_key: str
 
 
 class NotSendable(Exception):
@@ -84,7 +86,7 @@ class Sender:
             )
             for n, text in enumerate(texts, 1)
         ]
-        return SendableDelivery(account, parts)
+        return SendableDelivery(account, parts, delivery.queued.session_key)
 
     async def send(self, account: Account, part: Outbound) -> Sent:
         """Raises as `Vendor.send` does, and TooManyRequests if the vendor's rate limit is used up."""
@@ -102,6 +104,27 @@ class Sender:
                 raise Transient(str(error)) from error
             raise
         return Sent(sent)
+
+    async def edit(self, account: Account, part: Outbound, shown: str) -> Sent:
+        """Puts the text into the message `shown`, which may happen twice. Raises as `send` does, never Unanswered."""
+        await self._repeatable(account.vendor.edit(*self._about(account, part), shown))
+        return Sent(shown)
+
+    async def retract(self, account: Account, part: Outbound, shown: str) -> Sent:
+        """Deletes the message `shown`. Raises as `edit` does."""
+        await self._repeatable(account.vendor.retract(*self._about(account, part), shown))
+        return Sent(None)
+
+    def _about(self, account: Account, part: Outbound) -> tuple[Outgoing, str, Any, Outbound]:
+        return self._outgoing, account.origin, account.credentials, part
+
+    async def _repeatable(self, call: Awaitable[None]) -> None:
+        try:
+            await call
+        except InvalidMessage as error:
+            raise EffectFailed(str(error)) from error
+        except Unanswered as error:
+            raise Transient(str(error)) from error
 
     async def _content(self, tx: Tx, account: Account, delivery_id: UUID, queued: DeliveryQueued) -> OutboundContent:
         try:

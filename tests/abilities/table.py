@@ -64,6 +64,8 @@ _NO_KEY = Lacking("the vendor takes no key: an unanswered send stays `unknown`")
 _NO_MARKS = Lacking("the vendor shows plain text: marks are removed")
 _NO_TOKEN = Lacking("the credentials are sent with each call")
 _NOT_BUILT = Lacking("not built")
+_NO_EDITS = Lacking("the vendor cannot change a message that was sent")
+_PREVIEWS = "../test_previews.py"
 _READ = "test_messages_of_people_and_groups_are_read"
 _FILES = "test_files_are_attachments"
 _ERRORS = "test_permanent_transient_and_unknown_errors_are_distinguished"
@@ -184,8 +186,24 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         qq=_CONSOLE,
         webhook="there is no vendor",
     ),
-    "shows an answer while it is written": dict.fromkeys(VENDORS, _NOT_BUILT),
-    "shows that it is typing": dict.fromkeys(VENDORS, _NOT_BUILT),
+    "shows an answer while it is written": dict.fromkeys(VENDORS, _NO_EDITS)
+    | dict.fromkeys(
+        ("slack", "discord", "teams", "feishu"),
+        Proof(_PREVIEWS, "test_an_answer_is_shown_while_it_is_written_and_replaced_by_the_finished_one"),
+    )
+    | {
+        "telegram": Proof(_PREVIEWS, "test_telegram_shows_drafts_in_private_chats_and_typing_in_groups"),
+        "dingtalk": _NOT_BUILT,
+        "qq": _NOT_BUILT,
+    },
+    "shows that it is typing": dict.fromkeys(VENDORS, Lacking("the vendor has no sign for it"))
+    | dict.fromkeys(
+        ("telegram", "teams", "whatsapp", "line"), Proof(_PREVIEWS, "test_before_there_is_a_text_the_bot_is_typing")
+    )
+    | {
+        "discord": Proof("test_discord.py", "test_the_first_part_replaces_is_thinking_and_others_follow_once"),
+        "qq": _NOT_BUILT,
+    },
     "sends files": dict.fromkeys(VENDORS, _NOT_BUILT),
 }
 

@@ -21,6 +21,7 @@ from protos.messages import agent as public
 from protos.plugin.v1 import plugin_pb2_grpc
 from services.agent.execution import conversation
 from services.agent.execution.outcome import Reply
+from services.agent.execution.progress import Progress
 from services.agent.runs import family
 from services.agent.runs.domain import Complete, Limits, Run
 from services.agent.runs.family import ChildState, child_id
@@ -68,6 +69,8 @@ class RunContext:
     """Number of the last step that was made or taken from the journal in this execution."""
     channel_id: UUID | None = None
     """None: the run came by the API."""
+    progress: Progress | None = None
+    """None: no channel shows it."""
 
     @property
     def metadata(self) -> grpc.aio.Metadata:

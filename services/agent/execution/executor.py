@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
@@ -25,6 +26,7 @@ from services.agent.execution.group_write import GroupWriter, MessagesArrived, R
 from services.agent.execution.load import RunLoader
 from services.agent.execution.model_calls import ModelCalls
 from services.agent.execution.outcome import Ended, Reply, Suspended
+from services.agent.execution.progress import Progress
 from services.agent.execution.start import StartedRun, start
 from services.agent.execution.steps import Steps, UnrecordedResults
 from services.agent.execution.tools import Tools
@@ -117,7 +119,10 @@ class Executor:
             "claw.run.attempt": context.state.attempts,
         }
         services = self._services
-        with telemetry.span(f"invoke_agent {definition.name}", attributes=attributes):
+        if context.channel_id:
+            context.progress = Progress(services.cache, context.run_id, context.session_key)
+        told = context.progress.told() if context.progress else nullcontext()
+        with telemetry.span(f"invoke_agent {definition.name}", attributes=attributes), told:
             steps = Steps(context, effects, journal, self._watch, self._unrecorded)
             spending = Spending(
                 effects, services.billing, tenant_id=context.tenant_id, agent_id=agent.id, run_id=context.run_id

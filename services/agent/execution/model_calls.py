@@ -83,6 +83,9 @@ class ModelCalls:
 
             async def call(_: str, attempt: int) -> tuple[Answer, Metered]:
                 deltas = Deltas(self.cache, context.run_id, context.last_step, attempt)
+                progress = context.progress
+                if progress:
+                    progress.text = ""
 
                 async def on_text(text: str) -> None:
                     nonlocal written_bytes
@@ -90,6 +93,8 @@ class ModelCalls:
                     # Text that may still be refused is not shown: a client cannot take it back.
                     if prompt.output_schema is None and not prompt.must_call:
                         await deltas(text)
+                        if progress:
+                            progress.text += text
 
                 shown = await images.loaded(prompt, self.objects)
                 try:

@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 # The largest accepted difference between a signed time and our clock, in either direction.
 MAX_CLOCK_DIFFERENCE = timedelta(seconds=300)
+Preview = Literal["edit", "draft"]
+PLACEHOLDER = "…"
+"""Stands where an answer will appear. A process that dies before it knows the id of the message leaves this behind."""
 # The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
 
@@ -150,6 +153,13 @@ class Vendor(ABC, Generic[C]):
     """``keyed`` if the vendor accepts our key and drops repeats, else ``once``."""
     max_body: ClassVar[int] = MAX_BODY_BYTES
     """The largest webhook body that the vendor sends, in bytes."""
+    preview: ClassVar[Preview | None] = None
+    """How a person sees an answer while it is written. ``edit``: a message that is edited until it is the answer.
+    ``draft``: a text that the vendor takes away by itself. None: not at all."""
+    preview_seconds: ClassVar[int] = 1
+    """The pause between two texts of a preview, so that a conversation stays within the vendor's rate."""
+    sign_seconds: ClassVar[int] = 0
+    """How long the vendor shows that the bot is typing; 0: it does not."""
 
     async def keys(self, outgoing: Outgoing, origin: str, credentials: C, request: Request) -> Mapping[str, Any]:
         """The published keys with which `receive` verifies this call. Raises Transient if they cannot be read now."""
@@ -207,6 +217,27 @@ class Vendor(ABC, Generic[C]):
         Transient or RetryLater if it certainly was not sent and may be sent later, Unanswered if the outcome is
         unknown.
         """
+
+    async def show_typing(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> None:
+        """Shows that the bot is typing, where `sign_seconds` is not 0. Raises as `send` does."""
+        raise EffectFailed("this type of channel does not show it")
+
+    async def draft(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> None:
+        """Shows the text so far, where `preview` is ``draft``. Raises as `send` does."""
+        raise EffectFailed("this type of channel has no drafts")
+
+    async def place(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> str | None:
+        """Sends a sign in place of the text, and returns the id of the message for `edit`, where `preview` is
+        ``edit``. Raises as `send` does."""
+        return await self.send(outgoing, origin, credentials, message._replace(text=PLACEHOLDER))
+
+    async def edit(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound, shown: str) -> None:
+        """Replaces the text of the message `shown`. Raises as `send` does; EffectFailed also if the message is gone."""
+        raise EffectFailed("this type of channel does not edit messages")
+
+    async def retract(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound, shown: str) -> None:
+        """Deletes the message `shown`. Raises as `send` does."""
+        raise EffectFailed("this type of channel does not delete messages")
 
 
 class Tokens:

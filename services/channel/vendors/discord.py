@@ -26,6 +26,7 @@ from services.channel.vendors.base import (
     Inbound,
     Limit,
     Outbound,
+    Preview,
     Received,
     Request,
     Vendor,
@@ -135,6 +136,7 @@ class Discord(Vendor[DiscordCredentials]):
     addresses: ClassVar[tuple[str, ...]] = ()
     # The first part replaces the same message again; the others carry a nonce.
     effect: ClassVar[Kind] = "keyed"
+    preview: ClassVar[Preview | None] = "edit"
     steps: ClassVar[tuple[str, ...]] = (
         "Create an application; copy its id, its public key and the token of its bot.",
         "Register a command with one string option, and enter the webhook's public URL as Interactions Endpoint URL.",
@@ -198,14 +200,9 @@ class Discord(Vendor[DiscordCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound
     ) -> str | None:
-        # Without this, @everyone in an answer would notify everybody.
-        body: dict[str, Any] = {"content": render(message.text, DIALECT), "allowed_mentions": {"parse": []}}
+        body = _body(message)
         if message.part == 1 and message.answers:
-            path = f"/api/v10/webhooks/{credentials.application_id}/{message.answers}/messages/@original"
-            answer = await outgoing.request(
-                "PATCH", f"{origin}{path}", json=body, template="/api/v10/webhooks/{id}/{token}/messages/@original"
-            )
-            response = _read(answer)
+            answer, response = await _change(outgoing, origin, credentials, message, "@original")
             if answer.status < 400:
                 return response.id
             if response.code not in _EXPIRED and answer.status != 404:
@@ -214,6 +211,35 @@ class Discord(Vendor[DiscordCredentials]):
         body |= {"nonce": nonce, "enforce_nonce": True}
         path = f"channels/{message.conversation}/messages"
         return (await _as_bot(outgoing, origin, credentials, "POST", path, body)).id
+
+    async def edit(
+        self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound, shown: str
+    ) -> None:
+        """An interaction can change its own messages only, for fifteen minutes."""
+        answer, response = await _change(outgoing, origin, credentials, message, shown)
+        if answer.status >= 400:
+            raise EffectFailed(f"{response.code}: {response.message}"[:200])
+
+    async def retract(
+        self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound, shown: str
+    ) -> None:
+        path = f"channels/{message.conversation}/messages/{shown}"
+        await _as_bot(outgoing, origin, credentials, "DELETE", path)
+
+
+def _body(message: Outbound) -> dict[str, Any]:
+    # Without allowed_mentions, @everyone in an answer would notify everybody.
+    return {"content": render(message.text, DIALECT), "allowed_mentions": {"parse": []}}
+
+
+async def _change(
+    outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound, id_: str
+) -> tuple[Answer, _Message]:
+    """Edits a message of the interaction that the delivery answers."""
+    path = f"/api/v10/webhooks/{credentials.application_id}/{message.answers}/messages/{id_}"
+    template = "/api/v10/webhooks/{id}/{token}/messages/{id}"
+    answer = await outgoing.request("PATCH", f"{origin}{path}", json=_body(message), template=template)
+    return answer, _read(answer)
 
 
 async def _as_bot(
@@ -226,7 +252,8 @@ async def _as_bot(
 ) -> _Message:
     headers = {"authorization": f"Bot {credentials.bot_token}"}
     answer = await outgoing.request(method, f"{origin}/api/v10/{path}", headers=headers, json=body)
-    response = _read(answer)
+    # A deletion is answered without a body.
+    response = _Message() if answer.status == 204 else _read(answer)
     if answer.status == 401:
         raise AccountRefused("HTTP 401")
     if answer.status >= 400:

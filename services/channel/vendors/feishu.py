@@ -22,12 +22,14 @@ from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
+    PLACEHOLDER,
     AccountRefused,
     Ack,
     Ignored,
     Inbound,
     Limit,
     Outbound,
+    Preview,
     Received,
     Request,
     Tokens,
@@ -155,6 +157,7 @@ class Feishu(Vendor[FeishuCredentials]):
     origin: ClassVar[str] = "https://open.feishu.cn"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    preview: ClassVar[Preview | None] = "edit"
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app with a bot; copy the app id and the app secret.",
         "Set an Encrypt Key and copy it and the Verification Token.",
@@ -218,8 +221,37 @@ class Feishu(Vendor[FeishuCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, message: Outbound
     ) -> str | None:
+        return await self._send(outgoing, origin, credentials, message, _content(message.text))
+
+    async def place(
+        self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, message: Outbound
+    ) -> str | None:
+        """A card, because a text can be edited twenty times only."""
+        content = {"msg_type": "interactive", "content": _card(PLACEHOLDER)}
+        return await self._send(outgoing, origin, credentials, message, content)
+
+    async def edit(
+        self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, message: Outbound, shown: str
+    ) -> None:
+        url = f"{origin}/open-apis/im/v1/messages/{quote(shown)}"
+        await self._call(outgoing, origin, credentials, "PATCH", url, {"content": _card(message.text)})
+
+    async def retract(
+        self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, message: Outbound, shown: str
+    ) -> None:
+        url = f"{origin}/open-apis/im/v1/messages/{quote(shown)}"
+        await self._call(outgoing, origin, credentials, "DELETE", url)
+
+    async def _send(
+        self,
+        outgoing: Outgoing,
+        origin: str,
+        credentials: FeishuCredentials,
+        message: Outbound,
+        content: dict[str, str],
+    ) -> str | None:
         chat, _, root = message.conversation.partition("/")
-        body: dict[str, Any] = {**_content(message.text), "uuid": message.key[:50]}
+        body: dict[str, Any] = {**content, "uuid": message.key[:50]}
         if root:
             url = f"{origin}/open-apis/im/v1/messages/{root}/reply"
             body["reply_in_thread"] = True
@@ -362,6 +394,13 @@ def _content(text: str) -> dict[str, str]:
         return {"msg_type": "text", "content": msgspec.json.encode(content).decode()}
     paragraph = {"tag": "md", "text": text.replace("<at ", "&lt;at ")}
     return {"msg_type": "post", "content": msgspec.json.encode({"zh_cn": {"content": [[paragraph]]}}).decode()}
+
+
+def _card(text: str) -> str:
+    """A card that shows Markdown. ``update_multi``: everybody in a group sees its changes."""
+    element = {"tag": "markdown", "content": text.replace("<at ", "&lt;at ")}
+    card = {"schema": "2.0", "config": {"update_multi": True}, "body": {"elements": [element]}}
+    return msgspec.json.encode(card).decode()
 
 
 def _refuse(code: int, message: str) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
 from uuid import UUID, uuid5
 
@@ -97,6 +97,7 @@ class Line(Vendor[LineCredentials]):
     origin: ClassVar[str] = "https://api.line.me"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    sign_seconds: ClassVar[int] = 20
     steps: ClassVar[tuple[str, ...]] = (
         "Create a Messaging API channel; copy the channel secret and a long-lived channel access token.",
         "Enter the webhook's public URL and enable Use webhook.",
@@ -149,6 +150,15 @@ class Line(Vendor[LineCredentials]):
             raise EffectFailed(response.message[:200] or f"HTTP {answer.status}")
         return response.sentMessages[0].id if response.sentMessages else None
 
+    async def show_typing(
+        self, outgoing: Outgoing, origin: str, credentials: LineCredentials, message: Outbound
+    ) -> None:
+        """Only a chat with one person shows it, until the next message comes. The id of a person begins with U."""
+        if not message.conversation.startswith("U"):
+            raise EffectFailed("a group shows no loading animation")
+        body = {"chatId": message.conversation, "loadingSeconds": self.sign_seconds}
+        await _call(outgoing, origin, credentials, "POST", "v2/bot/chat/loading/start", body)
+
 
 async def _call(
     outgoing: Outgoing,
@@ -156,7 +166,7 @@ async def _call(
     credentials: LineCredentials,
     method: str,
     path: str,
-    body: dict[str, str] | None = None,
+    body: dict[str, Any] | None = None,
 ) -> _Response:
     headers = {"authorization": f"Bearer {credentials.channel_access_token}"}
     answer = await outgoing.request(method, f"{origin}/{path}", headers=headers, json=body)

@@ -26,6 +26,7 @@ from services.channel.vendors.base import (
     Inbound,
     Limit,
     Outbound,
+    Preview,
     Received,
     Request,
     Vendor,
@@ -132,6 +133,9 @@ class Slack(Vendor[SlackCredentials]):
     origin: ClassVar[str] = "https://slack.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    preview: ClassVar[Preview | None] = "edit"
+    # chat.update may be called about fifty times a minute.
+    preview_seconds: ClassVar[int] = 2
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app; copy the Signing Secret and the bot token (xoxb-…).",
         "Give the bot the scopes chat:write, im:history, app_mentions:read and files:read, and install it.",
@@ -184,14 +188,28 @@ class Slack(Vendor[SlackCredentials]):
         body = {"channel": channel, "text": render(message.text, MRKDWN)}
         if thread:
             body["thread_ts"] = thread
-        answer = await outgoing.request(
-            "POST",
-            f"{origin}/api/chat.postMessage",
-            headers={"authorization": f"Bearer {credentials.bot_token}"},
-            json=body,
-            template="/api/chat.postMessage",
-        )
-        return _read(answer).ts
+        return (await _call(outgoing, origin, credentials, "chat.postMessage", body)).ts
+
+    async def edit(
+        self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, message: Outbound, shown: str
+    ) -> None:
+        channel = message.conversation.partition("/")[0]
+        body = {"channel": channel, "ts": shown, "text": render(message.text, MRKDWN)}
+        await _call(outgoing, origin, credentials, "chat.update", body)
+
+    async def retract(
+        self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, message: Outbound, shown: str
+    ) -> None:
+        channel = message.conversation.partition("/")[0]
+        await _call(outgoing, origin, credentials, "chat.delete", {"channel": channel, "ts": shown})
+
+
+async def _call(
+    outgoing: Outgoing, origin: str, credentials: SlackCredentials, method: str, body: dict[str, str]
+) -> _Response:
+    headers = {"authorization": f"Bearer {credentials.bot_token}"}
+    answer = await outgoing.request("POST", f"{origin}/api/{method}", headers=headers, json=body)
+    return _read(answer)
 
 
 def sign(credentials: SlackCredentials, timestamp: str, body: bytes) -> str:

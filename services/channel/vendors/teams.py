@@ -27,6 +27,7 @@ from services.channel.vendors.base import (
     Inbound,
     Limit,
     Outbound,
+    Preview,
     Received,
     Request,
     Tokens,
@@ -147,6 +148,8 @@ class Teams(Vendor[TeamsCredentials]):
     origin: ClassVar[str] = "https://login.botframework.com"
     addresses: ClassVar[tuple[str, ...]] = ("openid_metadata_url",)
     effect: ClassVar[Kind] = "once"
+    preview: ClassVar[Preview | None] = "edit"
+    sign_seconds: ClassVar[int] = 3
     steps: ClassVar[tuple[str, ...]] = (
         "Create an Azure Bot; copy its app id and a client secret.",
         "Enter the webhook's public URL as messaging endpoint.",
@@ -209,21 +212,51 @@ class Teams(Vendor[TeamsCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, message: Outbound
     ) -> str | None:
-        activity, _, service = (message.answers or "").partition(" ")
-        service = service or _DEFAULT_SERVICE
+        activity = (message.answers or "").partition(" ")[0]
+        body = _text(message)
+        quoted = activity if message.reply_to else ""
+        if quoted:
+            body["replyToId"] = quoted
+        return (await self._call(outgoing, origin, credentials, "POST", message, quoted, body)).id
+
+    async def show_typing(
+        self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, message: Outbound
+    ) -> None:
+        await self._call(outgoing, origin, credentials, "POST", message, "", {"type": "typing"})
+
+    async def edit(
+        self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, message: Outbound, shown: str
+    ) -> None:
+        await self._call(outgoing, origin, credentials, "PUT", message, shown, _text(message))
+
+    async def retract(
+        self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, message: Outbound, shown: str
+    ) -> None:
+        await self._call(outgoing, origin, credentials, "DELETE", message, shown)
+
+    async def _call(
+        self,
+        outgoing: Outgoing,
+        origin: str,
+        credentials: TeamsCredentials,
+        method: str,
+        message: Outbound,
+        activity: str,
+        body: dict[str, Any] | None = None,
+    ) -> _Sent:
+        """A call about one activity of the message's conversation, or (with an empty one) about a new one."""
+        service = (message.answers or "").partition(" ")[2] or _DEFAULT_SERVICE
         if origin != self.origin:
             service = _at(origin, service)
         path = f"v3/conversations/{quote(message.conversation, safe='')}/activities"
-        body: dict[str, Any] = {"type": "message", "text": render(message.text, DIALECT), "textFormat": "markdown"}
-        if message.reply_to and activity:
+        if activity:
             path += f"/{quote(activity, safe='')}"
-            body["replyToId"] = activity
         url = f"{service.removesuffix('/')}/{path}"
         for is_last in (False, True):
             token = await self._token(outgoing, origin, credentials)
             headers = {"authorization": f"Bearer {token}"}
             answer = await outgoing.request(
-                "POST", url, headers=headers, json=body, template="/v3/conversations/{id}/activities"
+                method, url, headers=headers, json=body, template="/v3/conversations/{id}/activities"
             )
             if answer.status != 401:
                 break
@@ -232,11 +265,12 @@ class Teams(Vendor[TeamsCredentials]):
                 raise AccountRefused("HTTP 401")
         if answer.status == 412:
             raise Transient("HTTP 412")
-        sent = read_json(answer, _Sent)
+        # An edit or a deletion may be answered without a body.
+        sent = read_json(answer, _Sent) if answer.body or answer.status >= 400 or method == "POST" else _Sent()
         if answer.status >= 400:
             problem = sent.error or _Problem()
             raise EffectFailed(f"{problem.code or f'HTTP {answer.status}'}: {problem.message}"[:200])
-        return sent.id
+        return sent
 
     async def _token(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials) -> str:
         return await self._tokens.get((origin, credentials), lambda: self._login(outgoing, origin, credentials))
@@ -259,6 +293,10 @@ class Teams(Vendor[TeamsCredentials]):
         if not token.access_token:
             raise AccountRefused(f"{token.error or f'HTTP {answer.status}'}"[:200])
         return token.access_token, token.expires_in
+
+
+def _text(message: Outbound) -> dict[str, Any]:
+    return {"type": "message", "text": render(message.text, DIALECT), "textFormat": "markdown"}
 
 
 def _at(origin: str, url: str) -> str:

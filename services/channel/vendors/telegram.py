@@ -11,6 +11,7 @@ from datetime import datetime
 from html import escape
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
+from zlib import crc32
 
 import msgspec
 
@@ -25,6 +26,7 @@ from services.channel.vendors.base import (
     Limit,
     Moved,
     Outbound,
+    Preview,
     Received,
     Request,
     Unreadable,
@@ -171,6 +173,8 @@ class Telegram(Vendor[TelegramCredentials]):
     origin: ClassVar[str] = "https://api.telegram.org"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    preview: ClassVar[Preview | None] = "draft"
+    sign_seconds: ClassVar[int] = 5
     steps: ClassVar[tuple[str, ...]] = (
         "Create a bot with BotFather and copy its token into bot_token.",
         "Choose a secret_token of letters, digits, _ and -.",
@@ -219,10 +223,7 @@ class Telegram(Vendor[TelegramCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
     ) -> str | None:
-        chat, _, topic = message.conversation.partition("/")
-        body: dict[str, Any] = {"chat_id": _chat_id(chat), **_marked(message.text)}
-        if topic:
-            body["message_thread_id"] = int(topic)
+        body = _place(message) | _marked(message.text)
         if message.reply_to is not None and message.reply_to.isdecimal():
             # The message may have been deleted meanwhile; the reply is sent anyway.
             body["reply_parameters"] = {"message_id": int(message.reply_to), "allow_sending_without_reply": True}
@@ -237,6 +238,24 @@ class Telegram(Vendor[TelegramCredentials]):
             return str(msgspec.json.decode(response.result, type=_Sent).message_id)
         except msgspec.DecodeError:
             return None
+
+    async def show_typing(
+        self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
+    ) -> None:
+        await _call(outgoing, origin, credentials, "sendChatAction", _place(message) | {"action": "typing"})
+
+    async def draft(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound) -> None:
+        """Telegram shows a draft for half a minute, or until the bot's message comes. Groups show none."""
+        if message.conversation.startswith("-"):
+            raise EffectFailed("a group shows no drafts")
+        id_ = crc32(message.key.encode()) % 2**31 or 1
+        body = _place(message) | {"draft_id": id_, **_marked(message.text)}
+        await _call(outgoing, origin, credentials, "sendMessageDraft", body)
+
+
+def _place(message: Outbound) -> dict[str, Any]:
+    chat, _, topic = message.conversation.partition("/")
+    return {"chat_id": _chat_id(chat), **({"message_thread_id": int(topic)} if topic else {})}
 
 
 async def _call(

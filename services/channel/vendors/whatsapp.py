@@ -163,6 +163,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
     origin: ClassVar[str] = "https://graph.facebook.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    sign_seconds: ClassVar[int] = 25
     max_body: ClassVar[int] = 3 * 1_048_576
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app with WhatsApp; copy the phone number id, a permanent access token and the app secret.",
@@ -228,6 +229,18 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
         path = f"{credentials.phone_number_id}/messages"
         response = await _call(outgoing, origin, credentials, "POST", path, body)
         return response.messages[0].id if response.messages else None
+
+    async def show_typing(
+        self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, message: Outbound
+    ) -> None:
+        """The sign belongs to a message, which is shown as read."""
+        body = {
+            "messaging_product": "whatsapp",
+            "status": "read",
+            "message_id": message.answers,
+            "typing_indicator": {"type": "text"},
+        }
+        await _call(outgoing, origin, credentials, "POST", f"{credentials.phone_number_id}/messages", body)
 
 
 async def _call(

@@ -96,8 +96,8 @@ class DiscordStandIn(StandIn):
 
     def handle(self, call: Call) -> Reply:
         match call.method, call.path.strip("/").split("/"):
-            case "PATCH", ["api", "v10", "webhooks", self.application, token, "messages", "@original"]:
-                return self._edit(token, call)
+            case "PATCH", ["api", "v10", "webhooks", self.application, token, "messages", id_]:
+                return self._edit(token, id_, call)
             case "POST", ["api", "v10", "channels", channel, "messages"]:
                 return self._create(channel, call)
         if call.path.startswith("/attachments/"):
@@ -105,6 +105,10 @@ class DiscordStandIn(StandIn):
         if call.headers.get("authorization") != f"Bot {self.token}":
             raise Refused(Reply(401, {"code": 0, "message": "401: Unauthorized"}))
         match call.method, call.path.strip("/").split("/"):
+            case "DELETE", ["api", "v10", "channels", _, "messages", id_]:
+                if not self.withdraw(id_):
+                    raise Refused(Reply(404, {"code": 10008, "message": "Unknown Message"}))
+                return Reply(204, None)
             case "GET", ["api", "v10", "users", "@me"]:
                 return Reply(200, {"id": self.application, "username": "ada"})
             case "POST", ["api", "v10", "applications", self.application, "commands"]:
@@ -115,13 +119,18 @@ class DiscordStandIn(StandIn):
                 return Reply(200, {"id": self.application})
         raise Refused(Reply(404, {"code": 0, "message": "404: Not Found"}))
 
-    def _edit(self, token: str, call: Call) -> Reply:
+    def _edit(self, token: str, id_: str, call: Call) -> Reply:
         channel = self._channels.get(token)
         if channel is None or token in self.expired:
             raise Refused(Reply(404, {"code": 10015, "message": "Unknown Webhook"}))
+        if id_ not in ("@original", self._originals.get(token)):
+            raise Refused(Reply(404, {"code": 10008, "message": "Unknown Message"}))
         edit = _decode(call, _Edit)
         if token in self._originals:
-            self.repeats += 1
+            [known] = [message for message in self.ledger if message.id == self._originals[token]]
+            if known.text == edit.content:
+                self.repeats += 1
+            self.change(known.id, edit.content)
         else:
             self._originals[token] = str(next(self._ids))
             self.record(channel, edit.content, self._originals[token], msgspec.to_builtins(edit))

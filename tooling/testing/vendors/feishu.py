@@ -22,11 +22,15 @@ class _Login(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Send(msgspec.Struct, forbid_unknown_fields=True):
-    msg_type: Literal["text", "post"]
+    msg_type: Literal["text", "post", "interactive"]
     content: str
     uuid: Annotated[str, msgspec.Meta(min_length=1, max_length=50)]
     receive_id: str | None = None
     reply_in_thread: bool = False
+
+
+class _Patch(msgspec.Struct, forbid_unknown_fields=True):
+    content: str
 
 
 class FeishuStandIn(StandIn):
@@ -121,6 +125,8 @@ class FeishuStandIn(StandIn):
             return self.file(f"{parts[5]}/{parts[7]}")
         if (call.method, path) == ("GET", "/open-apis/bot/v3/info"):
             return Reply(200, {"code": 0, "msg": "ok", "bot": {"app_name": "Ada", "open_id": "ou_bot"}})
+        if call.method in ("PATCH", "DELETE"):
+            return self._change(path.removeprefix("/open-apis/im/v1/messages/"), call)
         try:
             send = msgspec.json.decode(call.body, type=_Send)
             content = msgspec.json.decode(send.content)
@@ -135,10 +141,37 @@ class FeishuStandIn(StandIn):
             raise Refused(Reply(400, {"code": 230001, "msg": "invalid request"}))
         if len(send.content.encode()) > (150_000 if send.msg_type == "text" else 30_000):
             raise Refused(Reply(400, {"code": 230025, "msg": "The length of the message content reaches its limit"}))
-        text = content["text"] if send.msg_type == "text" else content["zh_cn"]["content"][0][0]["text"]
+        if send.msg_type == "interactive":
+            text = _card(content)
+        else:
+            text = content["text"] if send.msg_type == "text" else content["zh_cn"]["content"][0][0]["text"]
         if send.uuid in self._uuids:
             self.repeats += 1
         else:
             self._uuids[send.uuid] = f"om_{next(self._ids)}"
             self.record(to, text, self._uuids[send.uuid], msgspec.to_builtins(send))
         return Reply(200, {"code": 0, "msg": "success", "data": {"message_id": self._uuids[send.uuid]}})
+
+    def _change(self, id_: str, call: Call) -> Reply:
+        """Edits or deletes a message; only cards are edited so."""
+        if call.method == "DELETE":
+            done = self.withdraw(id_)
+        else:
+            content = msgspec.json.decode(call.body, type=_Patch).content
+            if len(content.encode()) > 30_000:
+                raise Refused(
+                    Reply(400, {"code": 230025, "msg": "The message is too long"})
+                )
+            cards = [message.id for message in self.ledger if message.fields["msg_type"] == "interactive"]
+            done = id_ in cards and self.change(id_, _card(msgspec.json.decode(content)))
+        if not done:
+            raise Refused(Reply(400, {"code": 230001, "msg": "message_id"}))
+        return Reply(200, {"code": 0, "msg": "success", "data": {}})
+
+
+def _card(content: Any) -> str:
+    """The text of a card with one element of Markdown, which everybody sees changing."""
+    assert (content["schema"], content["config"]) == ("2.0", {"update_multi": True})
+    [element] = content["body"]["elements"]
+    assert element["tag"] == "markdown"
+    return str(element["content"])

@@ -25,6 +25,11 @@ class _Push(msgspec.Struct, forbid_unknown_fields=True):
     messages: Annotated[list[_Text], msgspec.Meta(min_length=1, max_length=5)]
 
 
+class _Loading(msgspec.Struct, forbid_unknown_fields=True):
+    chatId: Annotated[str, msgspec.Meta(pattern="^U[0-9a-f]+$")]
+    loadingSeconds: Literal[5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60]
+
+
 class LineStandIn(StandIn):
     """One channel. Each retry key is accepted once; a repeat is answered 409."""
 
@@ -74,6 +79,9 @@ class LineStandIn(StandIn):
         if (call.method, call.path) == ("PUT", "/v2/bot/channel/webhook/endpoint"):
             self.webhook = msgspec.json.decode(call.body)["endpoint"]
             return Reply(200, {})
+        if (call.method, call.path) == ("POST", "/v2/bot/chat/loading/start"):
+            self.signs.append(msgspec.json.decode(call.body, type=_Loading).chatId)
+            return Reply(202, {})
         if (call.method, call.path) != ("POST", "/v2/bot/message/push"):
             raise Refused(Reply(404, {"message": "Not found"}))
         try:

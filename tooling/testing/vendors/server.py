@@ -91,6 +91,12 @@ class StandIn(ABC):
     def __init__(self) -> None:
         self.ledger: list[Accepted] = []
         """The accepted messages, in order."""
+        self.edits: list[tuple[str, str]] = []
+        """The id and the new text of each edit, in order. The ledger has the last text of each message."""
+        self.drafts: list[tuple[str, str]] = []
+        """The conversation and the text of each draft, in order."""
+        self.signs: list[str] = []
+        """The conversations, or the messages, in which the account was shown as typing."""
         self.refusals: list[str] = []
         """The refused requests and the reasons. A correct client causes only those that a test provokes."""
         self.faults: deque[Fault] = deque()
@@ -116,6 +122,21 @@ class StandIn(ABC):
 
     def record(self, to: str, text: str, id_: str, fields: Mapping[str, Any]) -> None:
         self.ledger.append(Accepted(to, text, id_, fields, time.time()))
+
+    def change(self, id_: str, text: str) -> bool:
+        """Changes the text of an accepted message. False if there is none with this id."""
+        for n, message in enumerate(self.ledger):
+            if message.id == id_:
+                self.ledger[n] = message._replace(text=text)
+                self.edits.append((id_, text))
+                return True
+        return False
+
+    def withdraw(self, id_: str) -> bool:
+        """Deletes an accepted message. False if there is none with this id."""
+        before = len(self.ledger)
+        self.ledger = [message for message in self.ledger if message.id != id_]
+        return len(self.ledger) < before
 
     def texts(self, to: str | None = None) -> list[str]:
         """The texts that a person would see, in order; of one conversation, or of all."""

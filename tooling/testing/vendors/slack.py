@@ -8,7 +8,7 @@ import itertools
 import re
 import secrets
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,6 +23,25 @@ class _PostMessage(msgspec.Struct, forbid_unknown_fields=True):
     thread_ts: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d{6}$")] | None = None
 
 
+class _Update(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    ts: str
+    text: Annotated[str, msgspec.Meta(min_length=1, max_length=4_000)]
+
+
+class _Delete(msgspec.Struct, forbid_unknown_fields=True):
+    channel: str
+    ts: str
+
+
+_METHODS: dict[str, type[Any]] = {
+    "/api/chat.postMessage": _PostMessage,
+    "/api/chat.update": _Update,
+    "/api/chat.delete": _Delete,
+    "/api/auth.test": _PostMessage,
+}
+
+
 class SlackStandIn(StandIn):
     """One app in one workspace. `unknown`: channels that do not exist; `revoked`: the token is no longer valid."""
 
@@ -35,6 +54,7 @@ class SlackStandIn(StandIn):
         self.revoked = False
         """The token is not valid any more."""
         self._events = itertools.count(1)
+        self._sent = itertools.count()
 
     @property
     def credentials(self) -> dict[str, str]:
@@ -79,7 +99,7 @@ class SlackStandIn(StandIn):
             if call.headers.get("authorization") != f"Bearer {self.bot_token}":
                 return Reply(200, b"<!DOCTYPE html><html>Sign in</html>")
             return self.file(call.path)
-        if call.method != "POST" or call.path not in ("/api/chat.postMessage", "/api/auth.test"):
+        if call.method != "POST" or call.path not in _METHODS:
             raise Refused(Reply(404, {"ok": False, "error": "unknown_method"}))
         if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
             raise Refused(Reply(200, {"ok": False, "error": "invalid_auth"}))
@@ -88,15 +108,23 @@ class SlackStandIn(StandIn):
         if not call.headers.get("content-type", "").startswith("application/json"):
             raise Refused(Reply(200, {"ok": False, "error": "invalid_form_data"}))
         try:
-            message = msgspec.json.decode(call.body, type=_PostMessage)
+            message = msgspec.json.decode(call.body, type=_METHODS[call.path])
         except msgspec.DecodeError as error:
             raise Refused(Reply(200, {"ok": False, "error": "invalid_arguments", "detail": str(error)})) from error
         if message.channel in self.unknown:
             raise Refused(Reply(200, {"ok": False, "error": "channel_not_found"}))
-        ts = f"{int(time.time())}.{len(self.ledger):06}"
+        if isinstance(message, _Delete):
+            if not self.withdraw(message.ts):
+                raise Refused(Reply(200, {"ok": False, "error": "message_not_found"}))
+            return Reply(200, {"ok": True, "channel": message.channel, "ts": message.ts})
         if re.search(r"<(?!https?://|mailto:)", message.text):
             raise Refused(Reply(200, {"ok": False, "error": "mention_or_broken_link"}))
         shown = message.text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        if isinstance(message, _Update):
+            if not self.change(message.ts, shown):
+                raise Refused(Reply(200, {"ok": False, "error": "message_not_found"}))
+            return Reply(200, {"ok": True, "channel": message.channel, "ts": message.ts, "text": message.text})
+        ts = f"{int(time.time())}.{next(self._sent):06}"
         to = message.channel + (f"/{message.thread_ts}" if message.thread_ts else "")
         self.record(to, shown, ts, msgspec.to_builtins(message))
         return Reply(200, {"ok": True, "channel": message.channel, "ts": ts, "message": {"text": message.text}})

@@ -107,10 +107,21 @@ class TeamsStandIn(StandIn):
     def _activity(self, conversation: str, quoted: list[str], call: Call) -> Reply:
         if call.headers.get("authorization", "").removeprefix("Bearer ") not in self.tokens:
             raise Refused(Reply(401, {"error": {"code": "Unauthorized", "message": "no"}}))
+        if call.method == "DELETE":
+            if not self.withdraw(quoted[0]):
+                raise Refused(Reply(404, {"error": {"code": "ActivityNotFoundInConversation", "message": "no"}}))
+            return Reply(200, None)
+        if msgspec.json.decode(call.body) == {"type": "typing"}:
+            self.signs.append(conversation)
+            return Reply(201, {"id": f"s{next(self._ids)}"})
         try:
             activity = msgspec.json.decode(call.body, type=_Activity)
         except msgspec.DecodeError as error:
             raise Refused(Reply(400, {"error": {"code": "BadSyntax", "message": str(error)}})) from error
+        if call.method == "PUT":
+            if not self.change(quoted[0], activity.text):
+                raise Refused(Reply(404, {"error": {"code": "ActivityNotFoundInConversation", "message": "no"}}))
+            return Reply(200, {"id": quoted[0]})
         if activity.replyToId != (quoted[0] if quoted else None):
             raise Refused(Reply(400, {"error": {"code": "BadArgument", "message": "replyToId"}}))
         if conversation in self.gone:

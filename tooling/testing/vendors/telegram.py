@@ -6,7 +6,7 @@ import itertools
 import secrets
 import time
 from html.parser import HTMLParser
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import msgspec
 
@@ -24,6 +24,20 @@ class _SendMessage(msgspec.Struct, forbid_unknown_fields=True):
     parse_mode: str | None = None
     message_thread_id: int | None = None
     reply_parameters: _ReplyParameters | None = None
+
+
+class _Draft(msgspec.Struct, forbid_unknown_fields=True):
+    chat_id: Annotated[int, msgspec.Meta(gt=0)]
+    draft_id: Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+    text: Annotated[str, msgspec.Meta(min_length=1)]
+    parse_mode: str | None = None
+    message_thread_id: int | None = None
+
+
+class _Action(msgspec.Struct, forbid_unknown_fields=True):
+    chat_id: int | str
+    action: Literal["typing"]
+    message_thread_id: int | None = None
 
 
 class _SetWebhook(msgspec.Struct, forbid_unknown_fields=True):
@@ -106,11 +120,19 @@ class TelegramStandIn(StandIn):
             if id_ not in self.files:
                 _refuse(400, "Bad Request: file is too big")
             return Reply(200, {"ok": True, "result": {"file_id": id_, "file_path": f"files/{id_}"}})
-        if method != "sendMessage":
+        if method not in ("sendMessage", "sendMessageDraft", "sendChatAction"):
             _refuse(404, "Not Found")
         if call.method != "POST" or not call.headers.get("content-type", "").startswith("application/json"):
             _refuse(400, "Bad Request: message text is empty")
         try:
+            if method == "sendChatAction":
+                action = msgspec.json.decode(call.body, type=_Action)
+                self.signs.append(str(action.chat_id))
+                return Reply(200, {"ok": True, "result": True})
+            if method == "sendMessageDraft":
+                draft = msgspec.json.decode(call.body, type=_Draft)
+                self.drafts.append((str(draft.chat_id), _shown(draft.text) if draft.parse_mode else draft.text))
+                return Reply(200, {"ok": True, "result": True})
             message = msgspec.json.decode(call.body, type=_SendMessage)
         except msgspec.DecodeError as error:
             _refuse(400, f"Bad Request: {error}")

@@ -34,6 +34,17 @@ class _Send(msgspec.Struct, forbid_unknown_fields=True):
     context: _Context | None = None
 
 
+class _Indicator(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
+class _Read(msgspec.Struct, forbid_unknown_fields=True):
+    messaging_product: Literal["whatsapp"]
+    status: Literal["read"]
+    message_id: Annotated[str, msgspec.Meta(pattern=r"^wamid\.")]
+    typing_indicator: _Indicator | None = None
+
+
 class WhatsAppStandIn(StandIn):
     """One number. `closed`: people whose last message is more than 24 hours old."""
 
@@ -101,6 +112,10 @@ class WhatsAppStandIn(StandIn):
         if (call.method, call.path) != ("POST", f"/v21.0/{self.number}/messages"):
             raise Refused(_error(404, 100, "Unsupported post request"))
         try:
+            if b'"status"' in call.body:
+                read = msgspec.json.decode(call.body, type=_Read)
+                self.signs += [read.message_id] if read.typing_indicator else []
+                return Reply(200, {"success": True})
             send = msgspec.json.decode(call.body, type=_Send)
         except msgspec.DecodeError as error:
             raise Refused(_error(400, 100, f"Invalid parameter: {error}")) from error

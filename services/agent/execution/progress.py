@@ -1,0 +1,54 @@
+"""Tells the channel service that a run is at work, with the text that its model has written so far. It is not stored:
+the delivery of the reply has the whole text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+import msgspec
+
+from infra.stores.cache import Cache
+from protos.pubsub import RUN_PROGRESS
+
+# A run that ends earlier tells nothing: its reply comes soon enough, and most runs cost nothing here.
+FIRST_SECONDS = 2.0
+# A text that has grown is told this often; that the run is still at work, less often.
+TEXT_SECONDS = 1.0
+WORK_SECONDS = 4.0
+# No vendor shows more in one message.
+MAX_CHARACTERS = 30_000
+
+
+class Progress:
+    """Of one run that came from a channel. `text` is what the model of the present step has written."""
+
+    def __init__(self, cache: Cache, run_id: UUID, session_key: str) -> None:
+        self._cache = cache
+        self._run_id = run_id
+        self._session_key = session_key
+        self._told = ""
+        self._told_at = 0.0
+        self._telling: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.text = ""
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tells the progress during the block."""
+        self._timer = asyncio.get_running_loop().call_later(FIRST_SECONDS, self._tick)
+        try:
+            yield
+        finally:
+            self._timer.cancel()
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(TEXT_SECONDS, self._tick)
+        now, text = asyncio.get_running_loop().time(), self.text[:MAX_CHARACTERS]
+        if text == self._told and now - self._told_at < WORK_SECONDS:
+            return
+        self._told, self._told_at = text, now
+        news = {"run_id": self._run_id, "session_key": self._session_key, "text": text}
+        self._telling = asyncio.create_task(self._cache.publish(RUN_PROGRESS, msgspec.json.encode(news)))
