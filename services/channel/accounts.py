@@ -20,8 +20,9 @@ from infra.postgres.tx import Database, Tx
 from infra.security.crypto import KEY_BYTES, Cipher
 from infra.security.rewrap import SealedColumn
 from services.channel.domain import Pseudonyms
+from services.channel.routing import Route
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Received, Request, Vendor
+from services.channel.vendors.base import Groups, Received, Request, Vendor
 
 # A process may use its cached copy of an account for this long. A change by another process takes effect after it.
 CACHE_SECONDS = 3.0
@@ -32,12 +33,12 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 
 _COLUMNS = """
     id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming,
-    old_credentials, old_until
+    routes, groups, old_credentials, old_until
 """
 
 SEALED = tuple(
     SealedColumn("account", column, "channel account", ("id::text", f"'{column.removeprefix('old_')}'"))
-    for column in ("token", "credentials", "old_credentials", "pseudonyms")
+    for column in ("token", "credentials", "old_credentials", "pseudonyms", "routes")
 )
 
 
@@ -56,6 +57,8 @@ class Account(NamedTuple):
     broken_reason: str | None
     streaming: bool = True
     """An answer is shown while it is written, if the vendor can."""
+    routes: tuple[Route, ...] = ()
+    groups: Groups = "all"
     old_credentials: Any = None
     """Those before the last rotation. A call that they prove is accepted until `old_until`."""
     old_until: datetime | None = None
@@ -82,9 +85,12 @@ class Secrets:
     def open(self, account_id: UUID, field: str, sealed: bytes) -> bytes:
         return self._cipher.open(sealed, "channel account", str(account_id), field)
 
+    def routes(self, account_id: UUID, sealed: bytes) -> tuple[Route, ...]:
+        return msgspec.json.decode(self.open(account_id, "routes", sealed), type=tuple[Route, ...])
+
     def account(self, row: tuple[Any, ...]) -> Account:
         id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming = row[:10]
-        old, old_until = row[10:]
+        routes, groups, old, old_until = row[10:]
         vendor = VENDORS[type_]
 
         def opened(sealed: bytes) -> Any:
@@ -101,6 +107,8 @@ class Secrets:
             enabled,
             broken_reason,
             streaming,
+            () if routes is None else self.routes(id_, routes),
+            groups,
             None if old is None else opened(old),
             old_until,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
 import httpx
@@ -10,6 +11,7 @@ from infra.errors import InvalidMessage, describe
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from services.channel.channels import AgentRoute
 
 TIMEOUT_SECONDS = 3.0
 
@@ -21,7 +23,15 @@ class Agents:
         self._url = url
         self._identities = identities
 
-    async def check(self, agent_id: UUID, who: Identity) -> None:
+    async def check_routes(self, routes: Sequence[AgentRoute], who: Identity) -> None:
+        """As `check`, for the agent of each route."""
+        seen: set[UUID] = set()
+        for n, route in enumerate(routes):
+            if route.agent_id not in seen:
+                await self.check(route.agent_id, who, f"routes.{n}.agent_id")
+                seen.add(route.agent_id)
+
+    async def check(self, agent_id: UUID, who: Identity, field: str = "agent_id") -> None:
         """Raises InvalidMessage if the tenant has no such agent.
 
         If the agent service does not answer, any id is accepted: a message to a missing agent is refused later, and
@@ -37,4 +47,4 @@ class Agents:
             )
             return
         if answer.status_code == 404:
-            raise InvalidMessage("agent_id", "is not the id of an agent of this tenant")
+            raise InvalidMessage(field, "is not the id of an agent of this tenant")

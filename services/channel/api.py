@@ -25,14 +25,17 @@ from services.channel.channels import (
     COLUMNS,
     Channel,
     Credentials,
+    Routes,
     checked_credentials,
+    checked_groups,
     checked_origin,
     get,
+    sealed_routes,
     vendor_of,
     view,
 )
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Vendor
+from services.channel.vendors.base import Groups, Vendor
 
 
 class NewChannel(BaseModel):
@@ -47,6 +50,9 @@ class NewChannel(BaseModel):
     """An origin that replaces the origin of the vendor's API."""
     streaming: bool = True
     """An answer is shown while it is written, if the vendor can."""
+    routes: Routes = []
+    """The first that fits a message names its agent; ``agent_id`` gets all others."""
+    groups: Groups = "all"
 
 
 class ChannelChange(BaseModel):
@@ -59,6 +65,8 @@ class ChannelChange(BaseModel):
     credentials: Credentials | None = None
     enabled: bool | None = None
     streaming: bool | None = None
+    routes: Routes | None = None
+    groups: Groups | None = None
 
 
 class ChannelPage(BaseModel):
@@ -138,13 +146,16 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
         credentials = await checked_credentials(runtime.outgoing, vendor, body.credentials)
         api_base = await checked_origin(runtime.outgoing, vendor, body.api_base)
         await agents.check(body.agent_id, who)
+        await agents.check_routes(body.routes, who)
+        groups = checked_groups(vendor, body.groups)
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
             id_, token = uuid7(), new_token()
             await tx.sql(
                 """
                 INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms,
-                api_base, streaming) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+                api_base, streaming, routes, groups)
+                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
                 """,
                 id_,
                 who.tenant_id,
@@ -156,6 +167,8 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                 secrets.seal(id_, "pseudonyms", new_pseudonyms()),
                 api_base,
                 body.streaming,
+                sealed_routes(secrets, id_, body.routes),
+                groups,
             )
             audit(tx, who.actor, "channel.create", "channel", str(id_), type=vendor.name)
             return 201, await get(tx, secrets, id_)
@@ -185,6 +198,9 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
             before = await get(tx, secrets, channel_id)
         if body.agent_id:
             await agents.check(body.agent_id, who)
+        await agents.check_routes(body.routes or (), who)
+        if body.groups:
+            checked_groups(vendor_of(before.type), body.groups)
         sealed = None
         if body.credentials is not None:
             credentials = await checked_credentials(runtime.outgoing, vendor_of(before.type), body.credentials)
@@ -198,6 +214,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                     old_until = CASE WHEN $3::bytea IS NULL THEN old_until END,
                     old_credentials = CASE WHEN $3::bytea IS NULL THEN old_credentials END,
                     enabled = coalesce($4, enabled), streaming = coalesce($6, streaming),
+                    routes = coalesce($7, routes), groups = coalesce($8, groups),
                     broken_reason = CASE WHEN $5 THEN NULL ELSE broken_reason END,
                     updated_at = clock_timestamp()
                 WHERE id = $1
@@ -208,6 +225,8 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                 body.enabled,
                 sealed is not None or body.enabled is True,
                 body.streaming,
+                None if body.routes is None else sealed_routes(secrets, channel_id, body.routes),
+                body.groups,
             )
             changed = ", ".join(sorted(body.model_dump(exclude_none=True)))
             audit(tx, who.actor, "channel.update", "channel", str(channel_id), changed=changed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from uuid import UUID
 
 import msgspec
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.outgoing.client import Outgoing
@@ -17,14 +18,40 @@ from infra.web.http import decode_json
 from protos.catalog import CHANNEL_TYPES
 from services.channel import webhooks
 from services.channel.accounts import Secrets
+from services.channel.routing import Route
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Vendor
+from services.channel.vendors.base import Groups, Vendor
 
-COLUMNS = "id, type, agent_id, token, api_base, enabled, broken_reason, streaming, created_at, updated_at, seq"
+COLUMNS = """
+    id, type, agent_id, token, api_base, enabled, broken_reason, streaming, routes, groups, created_at, updated_at, seq
+"""
 
 Credentials = Annotated[
     dict[str, str], Field(description="The fields depend on the channel type. They are never shown again.")
 ]
+
+
+class AgentRoute(BaseModel):
+    """Messages for an agent of their own: of a conversation with its threads, or with a command, or both.
+
+    A command is ``/name`` or ``@name`` at the beginning of the text; the agent does not see it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    agent_id: UUID
+    conversation_id: Annotated[str | None, Field(min_length=1, max_length=256)] = None
+    """The vendor's id, as in ``GET /api/v1/messages``."""
+    command: Annotated[str | None, Field(pattern="^[A-Za-z0-9_-]{1,32}$")] = None
+
+    @model_validator(mode="after")
+    def _is_of_something(self) -> AgentRoute:
+        if not self.conversation_id and not self.command:
+            raise ValueError("must have a conversation_id or a command")
+        return self
+
+
+Routes = Annotated[list[AgentRoute], Field(max_length=50)]
 
 
 class Channel(BaseModel):
@@ -41,6 +68,11 @@ class Channel(BaseModel):
     broken_reason: str | None
     streaming: bool
     """An answer is shown while it is written, if the vendor can."""
+    routes: list[AgentRoute]
+    """The first that fits a message names its agent; ``agent_id`` gets all others."""
+    groups: Groups
+    """The messages of groups that start a run: ``all``, ``mentions`` of the bot and replies to it, or only
+    ``replies``."""
     created_at: datetime
     updated_at: datetime
 
@@ -53,7 +85,8 @@ async def get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
 
 
 def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
-    id_, type_, agent_id, token, api_base, enabled, broken_reason, streaming, created_at, updated_at, _ = row
+    id_, type_, agent_id, token, api_base, enabled, broken_reason, streaming = row[:8]
+    routes, groups, created_at, updated_at, _ = row[8:]
     path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
     return Channel(
         id=id_,
@@ -65,9 +98,22 @@ def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
         state="broken" if broken_reason else "ok",
         broken_reason=broken_reason,
         streaming=streaming,
+        routes=[_route(route) for route in (secrets.routes(id_, routes) if routes else ())],
+        groups=groups,
         created_at=created_at,
         updated_at=updated_at,
     )
+
+
+def _route(route: Route) -> AgentRoute:
+    return AgentRoute(
+        agent_id=route.agent_id, conversation_id=route.conversation_id or None, command=route.command or None
+    )
+
+
+def sealed_routes(secrets: Secrets, channel_id: UUID, routes: Sequence[AgentRoute]) -> bytes:
+    stored = [Route(route.agent_id, route.conversation_id or "", route.command or "") for route in routes]
+    return secrets.seal(channel_id, "routes", msgspec.json.encode(stored))
 
 
 def vendor_of(type_: str) -> Vendor[Any]:
@@ -76,6 +122,12 @@ def vendor_of(type_: str) -> Vendor[Any]:
     if type_ not in VENDORS:
         raise InvalidMessage("type", "is not available yet")
     return VENDORS[type_]
+
+
+def checked_groups(vendor: Vendor[Any], groups: Groups) -> Groups:
+    if groups not in vendor.groups:
+        raise InvalidMessage("groups", f"must be {' or '.join(vendor.groups)} for a {vendor.name} channel")
+    return groups
 
 
 async def checked_credentials(outgoing: Outgoing, vendor: Vendor[Any], given: dict[str, str]) -> bytes:

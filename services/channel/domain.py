@@ -14,6 +14,7 @@ from services.channel.events import (
     DeliveryEvent,
     DeliveryFailed,
     DeliveryQueued,
+    DeliveryReceived,
     DeliverySent,
     DeliveryUnknown,
     MessageTaken,
@@ -46,7 +47,14 @@ class MarkUnknown(NamedTuple):
     reason: str
 
 
-Command = Queue | MarkSent | MarkFailed | MarkUnknown
+class MarkReceived(NamedTuple):
+    """The vendor tells it after it has accepted the message."""
+
+    state: Literal["delivered", "read", "failed"]
+    reason: str
+
+
+Command = Queue | MarkSent | MarkFailed | MarkUnknown | MarkReceived
 
 
 def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
@@ -54,6 +62,8 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
     if isinstance(command, Queue):
         # A repeated request changes nothing: the first one counts.
         return [] if asked else [command.asked]
+    if isinstance(command, MarkReceived):
+        return _received(command, delivery)
     if asked is None or delivery.state != "queued":
         # The delivery has already ended: a late expiry must not undo a sent message.
         return []
@@ -69,6 +79,17 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
             assert_never(command)
 
 
+def _received(command: MarkReceived, delivery: Delivery) -> Sequence[DeliveryEvent]:
+    """Receipts come in any order and repeatedly: only one that says more than the last one counts."""
+    asked, state = delivery.queued, delivery.state
+    if asked and command.state == "failed" and state == "sent":
+        return [DeliveryFailed(asked.channel_id, asked.session_key, asked.run_id, command.reason)]
+    if (command.state, state) in (("delivered", "sent"), ("read", "sent"), ("read", "delivered")):
+        assert command.state != "failed"
+        return [DeliveryReceived(command.state)]
+    return []
+
+
 def evolve(delivery: Delivery, event: DeliveryEvent) -> Delivery:
     match event:
         case DeliveryQueued():
@@ -79,6 +100,8 @@ def evolve(delivery: Delivery, event: DeliveryEvent) -> Delivery:
             return Delivery(delivery.queued, "failed")
         case DeliveryUnknown():
             return Delivery(delivery.queued, "unknown")
+        case DeliveryReceived(state):
+            return Delivery(delivery.queued, state)
         case _:
             assert_never(event)
 

@@ -90,4 +90,10 @@ class DeliveryUnknown(msgspec.Struct, frozen=True):
     reason: str
 
 
-DeliveryEvent = DeliveryQueued | DeliverySent | DeliveryFailed | DeliveryUnknown
+class DeliveryReceived(msgspec.Struct, frozen=True):
+    """The message reached the person's device, or the person has read it."""
+
+    state: Literal["delivered", "read"]
+
+
+DeliveryEvent = DeliveryQueued | DeliverySent | DeliveryFailed | DeliveryUnknown | DeliveryReceived

@@ -37,7 +37,9 @@ from services.channel.attachments import FETCHES, FetchAttachments, publish
 from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
-from services.channel.vendors.base import Ignored, Inbound, Moved
+from services.channel.receipts import record
+from services.channel.routing import is_for_the_bot, routed
+from services.channel.vendors.base import Ignored, Inbound, Moved, Receipt
 
 OTHER_FIELDS_BYTES = 2_000
 """Of a MessageReceived, apart from the texts of the vendor: ids, times and names of fields."""
@@ -174,7 +176,7 @@ class Ingest:
     def is_busy(self) -> bool:
         return self._waiting > MAX_DIRECT
 
-    async def accept(self, account: Account, items: Sequence[Inbound | Ignored | Moved]) -> None:
+    async def accept(self, account: Account, items: Sequence[Inbound | Ignored | Moved | Receipt]) -> None:
         """Returns once all items are committed. Repeats change nothing.
 
         Raises the error of the database; then nothing is stored, and the vendor has to send the call again.
@@ -182,12 +184,15 @@ class Ingest:
         if self._waiting >= MAX_WAITING:
             raise Transient("too many webhook calls wait to be stored")
         traceparent = telemetry.carrier().get("traceparent")
+        if receipts := [item for item in items if isinstance(item, Receipt)]:
+            await record(self._database, account, receipts)
         arrivals = []
         for item in items:
             if isinstance(item, Moved):
                 await self._move(account, item)
-            hashes = [dedupe_hash(account.id, id_) for id_ in item.ids]
-            arrivals.append(_Arrival(account, _checked(account, item), hashes, traceparent))
+            checked = _checked(account, item)
+            hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]
+            arrivals.append(_Arrival(account, checked, hashes, traceparent))
         self._waiting += 1
         try:
             await self._commits.write(arrivals)
@@ -393,7 +398,7 @@ def _ingest(database: Database, cipher: Cipher) -> Ingest:
     return Ingest(database, cipher, SubjectKeys(cipher))
 
 
-def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ignored:
+def _checked(account: Account, item: Inbound | Ignored | Moved | Receipt) -> Inbound | Ignored:
     """Ignores items of a disabled account and empty texts. Removes NUL, which databases refuse.
 
     Raises TooLarge if the buses could not carry the message: the vendor must not get a 200 for it.
@@ -402,10 +407,15 @@ def _checked(account: Account, item: Inbound | Ignored | Moved) -> Inbound | Ign
         return item
     if isinstance(item, Moved):
         return Ignored(item.ids, "the conversation got another id")
+    if isinstance(item, Receipt):
+        return Ignored(item.ids, f"a receipt: {item.state}")
     if not account.enabled:
         return Ignored(item.ids, "the channel is paused")
     if not item.conversation or not item.person:
         return Ignored(item.ids, "without a conversation or an author")
+    if not is_for_the_bot(account.groups, item):
+        # Under its first id only: Slack tells a mention in a second event about the same message.
+        return Ignored(item.ids[:1], f"a message of a group; only {account.groups} are answered")
     text = item.text.replace("\0", "")
     size = len(msgspec.json.encode((text, item.conversation, item.message, item.attachments)))
     if size > MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES:
@@ -443,14 +453,15 @@ def _seen_columns(
 def _new(arrival: _Arrival) -> _New:
     account, item = arrival.account, arrival.item
     assert isinstance(item, Inbound)
+    agent_id, text = routed(account.routes, account.agent_id, item)
     message = AcceptedMessage(
         account.tenant_id,
         account.id,
         account.vendor.name,
-        account.agent_id,
+        agent_id,
         account.pseudonyms.session(item.conversation),
         account.pseudonyms.subject(item.person),
-        InboundContent(item.conversation, item.person, item.message, item.text, item.attachments),
+        InboundContent(item.conversation, item.person, item.message, text, item.attachments),
         utcnow(),
         account.pseudonyms.session(item.parent) if item.parent else "",
     )

@@ -52,11 +52,11 @@ class Progress(msgspec.Struct, frozen=True):
     run_id: UUID
     session_key: str
     text: str
-    """What the model has written so far; empty before it writes."""
+    """The answer so far; empty before the model writes."""
 
 
 class _Place(NamedTuple):
-    """Where the progress is shown."""
+    """The account and the conversation that the progress is shown in."""
 
     account: Account
     message: Outbound

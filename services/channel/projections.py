@@ -6,7 +6,14 @@ from typing import assert_never
 from uuid import UUID
 
 from infra.postgres.tx import Tx
-from services.channel.events import DeliveryEvent, DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown
+from services.channel.events import (
+    DeliveryEvent,
+    DeliveryFailed,
+    DeliveryQueued,
+    DeliveryReceived,
+    DeliverySent,
+    DeliveryUnknown,
+)
 
 
 async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
@@ -30,6 +37,8 @@ async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
             await _settle(tx, delivery_id, "failed", reason=event.reason)
         case DeliveryUnknown():
             await _settle(tx, delivery_id, "unknown", reason=event.reason)
+        case DeliveryReceived(state):
+            await _settle(tx, delivery_id, state)
         case _:
             assert_never(event)
 
@@ -39,7 +48,9 @@ async def _settle(
 ) -> None:
     await tx.sql(
         """
-        UPDATE delivery SET state = $2, reason = $3, vendor_message_id = $4, updated_at = clock_timestamp()
+        UPDATE delivery
+        SET state = $2, reason = $3, vendor_message_id = coalesce($4, vendor_message_id),
+            updated_at = clock_timestamp()
         WHERE id = $1
         """,
         delivery_id,

@@ -18,6 +18,7 @@ from services.channel.events import (
     DeliveryEvent,
     DeliveryFailed,
     DeliveryQueued,
+    DeliveryReceived,
     DeliverySent,
     DeliveryUnknown,
     MessageTaken,
@@ -25,7 +26,7 @@ from services.channel.events import (
 
 
 def _publish_delivery(delivery_id: str, event: DeliveryEvent) -> Iterable[Publication]:
-    if isinstance(event, DeliveryQueued):
+    if isinstance(event, DeliveryQueued | DeliveryReceived):
         return
     message: MessageDelivered | MessageUndelivered
     if isinstance(event, DeliverySent):
@@ -50,7 +51,7 @@ def _publish_delivery(delivery_id: str, event: DeliveryEvent) -> Iterable[Public
 
 DELIVERY = Aggregate(
     name="delivery",
-    events=EventTypes(DeliveryQueued, DeliverySent, DeliveryFailed, DeliveryUnknown),
+    events=EventTypes(DeliveryQueued, DeliverySent, DeliveryFailed, DeliveryUnknown, DeliveryReceived),
     initial=domain.Delivery,
     evolve=domain.evolve,
     decide=domain.decide,

@@ -70,6 +70,12 @@ _READ = "test_messages_of_people_and_groups_are_read"
 _FILES = "test_files_are_attachments"
 _ERRORS = "test_permanent_transient_and_unknown_errors_are_distinguished"
 _TOKEN = "test_a_token_that_ran_out_is_fetched_again_once"
+_BUTTONS: dict[str, Cell] = {
+    **{name: Proof("test_buttons.py", f"test_{name}") for name in ("telegram", "slack", "discord", "teams", "line")},
+    "whatsapp": Proof("test_whatsapp.py", "test_a_text_outside_of_the_field_text_is_found"),
+    **dict.fromkeys(("twilio", "webhook"), Lacking("there are no buttons")),
+    **dict.fromkeys(("feishu", "dingtalk", "wecom", "qq"), _NOT_BUILT),
+}
 
 ABILITIES: Mapping[str, Mapping[str, Cell]] = {
     "refuses forged calls": _each(
@@ -107,13 +113,14 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         webhook="test_files_are_attachments",
     ),
     "fetches files": _shared("test_a_file_is_fetched_and_limited"),
+    "reads pressed buttons": _BUTTONS,
     "ignores other events with 200": _each(
         "test_other_events_are_ignored",
         telegram="test_an_update_without_a_persons_text_is_ignored",
         slack="test_bots_changes_and_other_events_are_ignored",
         discord="test_other_calls_are_ignored",
         teams="test_bots_and_other_activities_are_ignored",
-        whatsapp="test_statuses_reactions_and_other_numbers_are_ignored",
+        whatsapp="test_sent_statuses_reactions_and_other_numbers_are_ignored",
         twilio="test_statuses_other_accounts_and_pictures",
         feishu="test_bots_and_other_events_are_ignored",
         dingtalk="test_the_robot_itself_and_unknown_kinds_are_ignored",
@@ -204,6 +211,21 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         "discord": Proof("test_discord.py", "test_the_first_part_replaces_is_thinking_and_others_follow_once"),
         "qq": _NOT_BUILT,
     },
+    "tells delivery and reading": dict.fromkeys(VENDORS, Lacking("the vendor does not tell it in its webhook"))
+    | {
+        "whatsapp": Proof("../test_deliveries.py", "test_receipts_change_a_sent_delivery_once"),
+        "twilio": _NOT_BUILT,
+        "teams": _NOT_BUILT,
+    },
+    "chooses its agent": dict.fromkeys(
+        VENDORS, Proof("../test_routing.py", "test_the_first_route_that_fits_names_the_agent")
+    ),
+    "answers mentions only": dict.fromkeys(
+        ("telegram", "slack", "teams", "feishu", "line"),
+        Proof("../test_routing.py", "test_adapters_tell_groups_mentions_and_replies"),
+    )
+    | dict.fromkeys(("dingtalk", "qq", "discord"), Lacking("of a group it gets only messages for the bot"))
+    | dict.fromkeys(("whatsapp", "twilio", "wecom", "webhook"), Lacking("there are no groups")),
     "sends files": dict.fromkeys(VENDORS, _NOT_BUILT),
 }
 

@@ -12,7 +12,7 @@ def upgrade() -> None:
     op.execute("ALTER TABLE account ADD COLUMN streaming boolean NOT NULL DEFAULT true")
     # message_id: the vendor's id of the message that shows the answer; null: there is none. delivery_id: the delivery
     # that has replaced it, or has been sent before there was one; from then on the message is not edited any more.
-    # stopped: showing it failed, and is not tried again. Whoever edits the message holds the row's lock.
+    # stopped: showing it failed, and is not tried again. Each process that edits the message holds the row's lock.
     op.execute("""
         CREATE TABLE preview (
             run_id uuid PRIMARY KEY,

@@ -30,8 +30,10 @@ T = TypeVar("T")
 # The largest accepted difference between a signed time and our clock, in either direction.
 MAX_CLOCK_DIFFERENCE = timedelta(seconds=300)
 Preview = Literal["edit", "draft"]
+Groups = Literal["all", "mentions", "replies"]
+"""Which messages of a group start a run: all; those that mention the bot or reply to it; only replies to it."""
 PLACEHOLDER = "…"
-"""Stands where an answer will appear. A process that dies before it knows the id of the message leaves this behind."""
+"""In place of an answer that follows. A process that dies before it knows the message's id leaves this behind."""
 # The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
 
@@ -68,6 +70,11 @@ class Inbound(NamedTuple):
     """The conversation that this one branched off from, such as the channel of a thread."""
     attachments: tuple[Attachment, ...] = ()
     """With them the text may be empty."""
+    in_group: bool = False
+    """Others read it, too."""
+    mentions_bot: bool = False
+    replies_to_bot: bool = False
+    """It quotes a message of the bot."""
 
 
 class Moved(NamedTuple):
@@ -76,6 +83,17 @@ class Moved(NamedTuple):
     ids: tuple[str, ...]
     old: str
     new: str
+
+
+class Receipt(NamedTuple):
+    """The vendor's later news of a message that it has accepted."""
+
+    ids: tuple[str, ...]
+    message: str
+    """The vendor's id of the message, as `Vendor.send` returned it."""
+    state: Literal["delivered", "read", "failed"]
+    reason: str = ""
+    """Why it failed."""
 
 
 class Ignored(NamedTuple):
@@ -97,7 +115,7 @@ class Ack(NamedTuple):
 class Received(NamedTuple):
     """The items of one webhook call, in its order."""
 
-    items: Sequence[Inbound | Ignored | Moved]
+    items: Sequence[Inbound | Ignored | Moved | Receipt]
     ack: Ack = Ack()
 
 
@@ -153,6 +171,8 @@ class Vendor(ABC, Generic[C]):
     """``keyed`` if the vendor accepts our key and drops repeats, else ``once``."""
     max_body: ClassVar[int] = MAX_BODY_BYTES
     """The largest webhook body that the vendor sends, in bytes."""
+    groups: ClassVar[tuple[Groups, ...]] = ("all",)
+    """The choices of a channel: the vendor tells mentions, and replies to the bot, or not."""
     preview: ClassVar[Preview | None] = None
     """How a person sees an answer while it is written. ``edit``: a message that is edited until it is the answer.
     ``draft``: a text that the vendor takes away by itself. None: not at all."""
@@ -219,15 +239,15 @@ class Vendor(ABC, Generic[C]):
         """
 
     async def show_typing(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> None:
-        """Shows that the bot is typing, where `sign_seconds` is not 0. Raises as `send` does."""
+        """Shows that the bot is typing, if `sign_seconds` is not 0. Raises as `send` does."""
         raise EffectFailed("this type of channel does not show it")
 
     async def draft(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> None:
-        """Shows the text so far, where `preview` is ``draft``. Raises as `send` does."""
+        """Shows the text so far, if `preview` is ``draft``. Raises as `send` does."""
         raise EffectFailed("this type of channel has no drafts")
 
     async def place(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> str | None:
-        """Sends a sign in place of the text, and returns the id of the message for `edit`, where `preview` is
+        """Sends a sign in place of the text, and returns the id of the message for `edit`, if `preview` is
         ``edit``. Raises as `send` does."""
         return await self.send(outgoing, origin, credentials, message._replace(text=PLACEHOLDER))
 

@@ -46,8 +46,8 @@ MAX_TEXT = 2_000
 _NONCE_LENGTH = 25
 _PING, _COMMAND, _COMPONENT, _AUTOCOMPLETE = 1, 2, 3, 4
 _STRING_OPTION, _FILE_OPTION = 3, 11
-# Answers to an interaction: a pong, "is thinking", nothing, no choices.
-_PONG, _DEFERRED, _UNCHANGED = ({"type": kind} for kind in (1, 5, 6))
+# Answers to an interaction: a pong, "is thinking", no choices.
+_PONG, _DEFERRED = ({"type": kind} for kind in (1, 5))
 _NO_CHOICES = {"type": 8, "data": {"choices": []}}
 # The command that people use.
 _ASK = {
@@ -101,6 +101,9 @@ class _Resolved(msgspec.Struct):
 class _Data(msgspec.Struct):
     name: str = ""
     options: list[dict[str, Any]] | None = None
+    custom_id: str = ""
+    values: list[str] | None = None
+    """The choices of a menu; a button has only its `custom_id`."""
     resolved: _Resolved | None = None
 
 
@@ -160,14 +163,17 @@ class Discord(Vendor[DiscordCredentials]):
         if interaction.type == _PING:
             return Received([], _ack(_PONG))
         ids = (f"interaction/{interaction.id}",) if interaction.id else unnamed
-        if interaction.type != _COMMAND:
-            ack = {_COMPONENT: _ack(_UNCHANGED), _AUTOCOMPLETE: _ack(_NO_CHOICES)}.get(interaction.type, Ack())
+        if interaction.type not in (_COMMAND, _COMPONENT):
+            ack = _ack(_NO_CHOICES) if interaction.type == _AUTOCOMPLETE else Ack()
             return Received([Ignored(ids, f"an interaction of type {interaction.type}")], ack)
         author = (interaction.member and interaction.member.user) or interaction.user
         if author is None or interaction.channel_id is None:
             return Received([Ignored(ids, "a command without a channel or an author")], _ack(_DEFERRED))
         data = interaction.data or _Data()
-        text = next(_strings(data.options), None) or f"/{data.name}"
+        if interaction.type == _COMPONENT:
+            text = ", ".join(data.values or ()) or data.custom_id
+        else:
+            text = next(_strings(data.options), None) or f"/{data.name}"
         files = (data.resolved or _Resolved()).attachments or {}
         attachments = tuple(
             Attachment(kind_of(file.content_type or ""), file.url, file.filename) for file in files.values()

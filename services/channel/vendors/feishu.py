@@ -25,6 +25,7 @@ from services.channel.vendors.base import (
     PLACEHOLDER,
     AccountRefused,
     Ack,
+    Groups,
     Ignored,
     Inbound,
     Limit,
@@ -110,6 +111,7 @@ class _Sender(msgspec.Struct):
 class _Mention(msgspec.Struct):
     key: str
     name: str = ""
+    mentioned_type: str = ""
 
 
 class _Message(msgspec.Struct):
@@ -117,6 +119,7 @@ class _Message(msgspec.Struct):
     chat_id: str
     message_type: str
     content: str = "{}"
+    chat_type: str = ""
     thread_id: str | None = None
     root_id: str | None = None
     mentions: list[_Mention] | None = None
@@ -157,6 +160,7 @@ class Feishu(Vendor[FeishuCredentials]):
     origin: ClassVar[str] = "https://open.feishu.cn"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     preview: ClassVar[Preview | None] = "edit"
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app with a bot; copy the app id and the app secret.",
@@ -333,6 +337,9 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
         text,
         parent=message.chat_id if thread else None,
         attachments=attachments,
+        in_group=message.chat_type == "group",
+        # If Feishu does not tell who is mentioned, it may be the bot.
+        mentions_bot=any(mention.mentioned_type in ("bot", "") for mention in message.mentions or ()),
     )
 
 

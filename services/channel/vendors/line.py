@@ -19,6 +19,7 @@ from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
+    Groups,
     Ignored,
     Inbound,
     Limit,
@@ -60,11 +61,24 @@ class _Source(msgspec.Struct):
     roomId: str | None = None
 
 
+class _Mentionee(msgspec.Struct):
+    isSelf: bool = False
+
+
+class _Mention(msgspec.Struct):
+    mentionees: list[_Mentionee] = []
+
+
 class _Message(msgspec.Struct):
     id: str
     type: str
     text: str | None = None
     fileName: str | None = None
+    mention: _Mention | None = None
+
+
+class _Postback(msgspec.Struct):
+    data: str = ""
 
 
 class _Event(msgspec.Struct):
@@ -73,6 +87,8 @@ class _Event(msgspec.Struct):
     mode: str | None = None
     source: _Source | None = None
     message: msgspec.Raw = msgspec.Raw(b"null")
+    postback: _Postback | None = None
+    """A button was pressed."""
 
 
 class _Webhook(msgspec.Struct):
@@ -97,6 +113,7 @@ class Line(Vendor[LineCredentials]):
     origin: ClassVar[str] = "https://api.line.me"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     sign_seconds: ClassVar[int] = 20
     steps: ClassVar[tuple[str, ...]] = (
         "Create a Messaging API channel; copy the channel secret and a long-lived channel access token.",
@@ -182,12 +199,20 @@ def _item(event: _Event) -> Inbound | Ignored:
     ids: tuple[str, ...] = (f"event/{event.webhookEventId}",)
     if event.mode == "standby":
         return Ignored(ids, "an event for another module of the channel")
-    if event.type != "message":
+    if event.type != "message" and event.postback is None:
         return Ignored(ids, f"an event {event.type[:40]}")
     source = event.source or _Source()
     conversation = source.groupId or source.roomId or source.userId
     if not conversation:
         return Ignored(ids, "a message without a source")
+    # In a group, a person who has not agreed to it has no id.
+    person = source.userId or f"unknown/{conversation}"
+    in_group = conversation != source.userId
+    if event.postback:
+        pressed = event.postback.data
+        return Inbound(
+            ids, conversation, person, "", pressed, in_group=in_group, mentions_bot=True, replies_to_bot=True
+        )
     message = decode(event.message, _Message)
     ids = (*ids, f"message/{message.id}")
     text = message.text
@@ -199,6 +224,13 @@ def _item(event: _Event) -> Inbound | Ignored:
         if kind is None:
             return Ignored(ids, f"a message of type {message.type[:40]}")
         text = placeholder(kind, message.fileName or "")
-    # In a group, a person who has not agreed to it has no id.
-    person = source.userId or f"unknown/{conversation}"
-    return Inbound(ids, conversation, person, message.id, text, attachments=attachments)
+    return Inbound(
+        ids,
+        conversation,
+        person,
+        message.id,
+        text,
+        attachments=attachments,
+        in_group=in_group,
+        mentions_bot=any(one.isSelf for one in (message.mention or _Mention()).mentionees),
+    )

@@ -11,6 +11,7 @@ import hmac
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -22,6 +23,7 @@ from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
     Ack,
+    Groups,
     Ignored,
     Inbound,
     Limit,
@@ -112,9 +114,44 @@ class _Event(msgspec.Struct):
     user: str
     text: str | None = None
     thread_ts: str | None = None
+    channel_type: str | None = None
+    parent_user_id: str | None = None
+    """Who began the thread."""
     files: list[_File] | None = None
     attachments: list[_Attachment] | None = None
     blocks: list[Any] | None = None
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+class _Label(msgspec.Struct):
+    text: str = ""
+
+
+class _Action(msgspec.Struct):
+    action_id: str = ""
+    action_ts: str = ""
+    value: str | None = None
+    text: _Label | None = None
+
+
+class _Pressed(msgspec.Struct):
+    """The message with the button."""
+
+    ts: str = ""
+    thread_ts: str | None = None
+
+
+class _Press(msgspec.Struct):
+    """An interaction, as the form's field ``payload``."""
+
+    type: str
+    user: _Named | None = None
+    channel: _Named | None = None
+    message: _Pressed | None = None
+    actions: list[_Action] | None = None
 
 
 class _Response(msgspec.Struct):
@@ -133,6 +170,7 @@ class Slack(Vendor[SlackCredentials]):
     origin: ClassVar[str] = "https://slack.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions", "replies")
     preview: ClassVar[Preview | None] = "edit"
     # chat.update may be called about fifty times a minute.
     preview_seconds: ClassVar[int] = 2
@@ -152,7 +190,7 @@ class Slack(Vendor[SlackCredentials]):
             raise Unauthenticated("X-Slack-Signature does not match")
         unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
         if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-            return Received([Ignored(unnamed, "a command or an interaction")])
+            return Received([_pressed(request.body) or Ignored(unnamed, "a command or an interaction")])
         payload = decode(request.body, _Payload)
         if payload.type == "url_verification":
             return Received([], Ack((payload.challenge or "").encode()))
@@ -217,6 +255,29 @@ def sign(credentials: SlackCredentials, timestamp: str, body: bytes) -> str:
     return "v0=" + hmac.new(credentials.signing_secret.encode(), base, hashlib.sha256).hexdigest()
 
 
+def _pressed(body: bytes) -> Inbound | None:
+    """The button that was pressed, as a message with its value; None for any other command or interaction."""
+    given = dict(parse_qsl(body.decode("utf-8", "replace"))).get("payload")
+    if given is None:
+        return None
+    press = decode(given.encode(), _Press)
+    if press.type != "block_actions" or not press.actions or not press.user or not press.channel:
+        return None
+    action, message = press.actions[0], press.message or _Pressed()
+    thread = f"/{message.thread_ts}" if message.thread_ts else ""
+    return Inbound(
+        (f"action/{press.channel.id}/{press.user.id}/{action.action_ts}",),
+        f"{press.channel.id}{thread}",
+        press.user.id,
+        message.ts,
+        action.value or (action.text.text if action.text else "") or action.action_id,
+        press.channel.id if thread else None,
+        in_group=not press.channel.id.startswith("D"),
+        mentions_bot=True,
+        replies_to_bot=True,
+    )
+
+
 def _event(payload: _Payload) -> Inbound | Ignored:
     kind = decode(payload.event, _Kind)
     ids = (f"event/{payload.event_id}",)
@@ -229,7 +290,8 @@ def _event(payload: _Payload) -> Inbound | Ignored:
     if not kind.user:
         return Ignored(ids, "a message without an author")
     event = decode(payload.event, _Event)
-    if any(bot.is_bot and bot.user_id == event.user for bot in payload.authorizations or ()):
+    bots = {bot.user_id for bot in payload.authorizations or () if bot.is_bot and bot.user_id}
+    if event.user in bots:
         return Ignored(ids, "a bot's message")
     thread = f"/{event.thread_ts}" if event.thread_ts else ""
     return Inbound(
@@ -242,6 +304,10 @@ def _event(payload: _Payload) -> Inbound | Ignored:
         # A thread begins with a message of the channel, or with the bot's answer there.
         parent=event.channel if thread else None,
         attachments=_attachments(event),
+        # An app_mention does not tell the type of its channel. The id of a direct message begins with D.
+        in_group=event.channel_type != "im" and not event.channel.startswith("D"),
+        mentions_bot=kind.type == "app_mention" or any(f"<@{bot}>" in (event.text or "") for bot in bots),
+        replies_to_bot=event.parent_user_id in bots,
     )
 
 

@@ -23,6 +23,7 @@ from services.channel.events import Attachment
 from services.channel.vendors.base import (
     MAX_CLOCK_DIFFERENCE,
     AccountRefused,
+    Groups,
     Ignored,
     Inbound,
     Limit,
@@ -87,6 +88,11 @@ class _Account(msgspec.Struct):
 class _Conversation(msgspec.Struct):
     id: str
     tenantId: str | None = None
+    conversationType: str | None = None
+
+
+class _Entity(msgspec.Struct):
+    mentioned: _Account | None = None
 
 
 class _Attachment(msgspec.Struct):
@@ -106,6 +112,9 @@ class _Activity(msgspec.Struct):
     recipient: _Account | None = None
     conversation: _Conversation | None = None
     attachments: list[_Attachment] | None = None
+    entities: list[_Entity] | None = None
+    value: Any = None
+    """The values that a card submits after a button was pressed."""
 
 
 class _Metadata(msgspec.Struct):
@@ -148,6 +157,7 @@ class Teams(Vendor[TeamsCredentials]):
     origin: ClassVar[str] = "https://login.botframework.com"
     addresses: ClassVar[tuple[str, ...]] = ("openid_metadata_url",)
     effect: ClassVar[Kind] = "once"
+    groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     preview: ClassVar[Preview | None] = "edit"
     sign_seconds: ClassVar[int] = 3
     steps: ClassVar[tuple[str, ...]] = (
@@ -364,6 +374,8 @@ def _item(activity: _Activity, credentials: TeamsCredentials) -> Inbound | Ignor
     attachments = tuple(filter(None, map(_attachment, files)))
     if not text and files and not attachments:
         text = placeholder("a file", *(one.name or "" for one in files))
+    if not text and not files and activity.value is not None:
+        text = activity.value if isinstance(activity.value, str) else msgspec.json.encode(activity.value).decode()
     return Inbound(
         (f"activity/{activity.conversation.id}/{activity.id}",),
         activity.conversation.id,
@@ -371,6 +383,11 @@ def _item(activity: _Activity, credentials: TeamsCredentials) -> Inbound | Ignor
         f"{activity.id} {activity.serviceUrl}",
         text,
         attachments=attachments,
+        in_group=activity.conversation.conversationType in ("groupChat", "channel"),
+        mentions_bot=any(
+            entity.mentioned and activity.recipient and entity.mentioned.id == activity.recipient.id
+            for entity in activity.entities or ()
+        ),
     )
 
 

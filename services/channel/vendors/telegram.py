@@ -21,6 +21,8 @@ from infra.outgoing.client import Answer, Outgoing
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
+    Ack,
+    Groups,
     Ignored,
     Inbound,
     Limit,
@@ -42,7 +44,7 @@ from services.channel.vendors.markdown import PLAIN, Dialect, render
 from services.channel.vendors.splitting import split, utf16_length
 
 # The kinds of update that are handled; Telegram sends no others.
-_UPDATES = ["message"]
+_UPDATES = ["message", "callback_query"]
 _TEMPLATE = "/bot{token}/sendMessage"
 # UTF-16 units.
 MAX_TEXT = 4096
@@ -114,6 +116,18 @@ class _User(msgspec.Struct):
 
 class _Chat(msgspec.Struct):
     id: int
+    type: str = "private"
+
+
+class _Entity(msgspec.Struct):
+    type: str
+    offset: int
+    length: int
+    user: _User | None = None
+
+
+class _Quoted(msgspec.Struct):
+    from_: _User | None = msgspec.field(name="from", default=None)
 
 
 class _File(msgspec.Struct):
@@ -130,11 +144,23 @@ class _Message(msgspec.Struct):
     """The chat in whose name the message was written: an anonymous administrator, or a channel."""
     text: str | None = None
     caption: str | None = None
+    entities: list[_Entity] | None = None
+    caption_entities: list[_Entity] | None = None
+    reply_to_message: _Quoted | None = None
     message_thread_id: int | None = None
     is_topic_message: bool | None = None
     is_automatic_forward: bool | None = None
     migrate_to_chat_id: int | None = None
     migrate_from_chat_id: int | None = None
+
+
+class _Press(msgspec.Struct):
+    """A button under a message was pressed. The message is missing if it is too old."""
+
+    id: str
+    from_: _User = msgspec.field(name="from")
+    data: str | None = None
+    message: _Message | None = None
 
 
 class _Parameters(msgspec.Struct, frozen=True):
@@ -173,6 +199,7 @@ class Telegram(Vendor[TelegramCredentials]):
     origin: ClassVar[str] = "https://api.telegram.org"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions", "replies")
     preview: ClassVar[Preview | None] = "draft"
     sign_seconds: ClassVar[int] = 5
     steps: ClassVar[tuple[str, ...]] = (
@@ -187,10 +214,13 @@ class Telegram(Vendor[TelegramCredentials]):
             raise Unauthenticated("X-Telegram-Bot-Api-Secret-Token is not this channel's secret_token")
         update = decode(request.body, dict[str, msgspec.Raw])
         ids = (f"update/{decode(update.pop('update_id', msgspec.Raw(b'null')), int)}",)
+        if "callback_query" in update:
+            return _pressed(ids, decode(update["callback_query"], _Press))
         if "message" not in update:
             return Received([Ignored(ids, f"an update of kind {', '.join(sorted(update))[:80]}")])
         fields = decode(update["message"], dict[str, msgspec.Raw])
-        return Received([_item(ids, decode(update["message"], _Message), fields)])
+        bot = credentials.bot_token.partition(":")[0]
+        return Received([_item(ids, decode(update["message"], _Message), fields, bot)])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: utf16_length(render(part, HTML)))
@@ -268,7 +298,10 @@ async def _call(
     return response
 
 
-def _item(ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw]) -> Inbound | Ignored | Moved:
+def _item(
+    ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw], bot: str
+) -> Inbound | Ignored | Moved:
+    """`bot`: the bot's id."""
     chat = message.chat.id
     # A group became a supergroup. Telegram says so in both chats.
     if message.migrate_to_chat_id is not None:
@@ -295,15 +328,59 @@ def _item(ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.
         if kind is None:
             return Ignored(ids, "a message without text")
         text = placeholder(kind)
-    topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
     return Inbound(
         ids=ids,
-        conversation=f"{chat}{topic}",
+        conversation=_conversation(message),
         person=person,
         message=str(message.message_id),
         text=text,
         attachments=attachments,
+        in_group=message.chat.type != "private",
+        mentions_bot=_mentions(message, bot),
+        replies_to_bot=_is(bot, (message.reply_to_message or _Quoted()).from_),
     )
+
+
+def _pressed(ids: tuple[str, ...], press: _Press) -> Received:
+    """The value of the button as a message. The answer to the call ends the button's sign that it works."""
+    answer = {"method": "answerCallbackQuery", "callback_query_id": press.id}
+    ack = Ack(msgspec.json.encode(answer), "application/json")
+    if not press.data or press.message is None:
+        return Received([Ignored(ids, "a button without a value or a message")], ack)
+    message = press.message
+    item = Inbound(
+        ids,
+        _conversation(message),
+        str(press.from_.id),
+        str(message.message_id),
+        press.data,
+        in_group=message.chat.type != "private",
+        mentions_bot=True,
+        replies_to_bot=True,
+    )
+    return Received([item], ack)
+
+
+def _conversation(message: _Message) -> str:
+    topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
+    return f"{message.chat.id}{topic}"
+
+
+def _is(bot: str, user: _User | None) -> bool:
+    return user is not None and str(user.id) == bot
+
+
+def _mentions(message: _Message, bot: str) -> bool:
+    """A command, a mention of the bot, or of a name that ends in "bot", as those of bots do. (Updates do not tell the
+    bot's own name.) Offsets count UTF-16 units."""
+    text = (message.text or message.caption or "").encode("utf-16-le", "surrogatepass")
+    for entity in message.entities or message.caption_entities or ():
+        part = text[entity.offset * 2 : (entity.offset + entity.length) * 2].decode("utf-16-le", "replace")
+        if entity.type == "bot_command" or _is(bot, entity.user):
+            return True
+        if entity.type == "mention" and part.lower().endswith("bot"):
+            return True
+    return False
 
 
 def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:

@@ -23,6 +23,7 @@ from services.channel.vendors.base import (
     Inbound,
     Limit,
     Outbound,
+    Receipt,
     Received,
     Request,
     Vendor,
@@ -111,9 +112,15 @@ class _Message(msgspec.Struct):
     interactive: _Interactive | None = None
 
 
+class _Problem(msgspec.Struct):
+    code: int = 0
+    title: str = ""
+
+
 class _Status(msgspec.Struct):
     id: str
     status: str = ""
+    errors: list[_Problem] | None = None
 
 
 class _Metadata(msgspec.Struct):
@@ -261,7 +268,7 @@ async def _call(
     return response
 
 
-def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored]:
+def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored | Receipt]:
     if change.field != "messages":
         yield Ignored(
             (f"change/{hashlib.sha256(bytes(change.value)).hexdigest()}",), f"a change of {change.field[:40]}"
@@ -269,7 +276,7 @@ def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored]:
         return
     value = decode(change.value, _Value)
     for status in value.statuses or ():
-        yield Ignored((f"status/{status.id}/{status.status}",), f"a status {status.status[:40]}")
+        yield _status(status)
     for message in value.messages or ():
         ids = (f"message/{message.id}",)
         text = _text(message)
@@ -280,6 +287,17 @@ def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored]:
         else:
             attachments = _attachments(message)
             yield Inbound(ids, message.from_, message.from_, message.id, text, attachments=attachments)
+
+
+def _status(status: _Status) -> Ignored | Receipt:
+    ids = (f"status/{status.id}/{status.status}",)
+    match status.status:
+        case "delivered" | "read":
+            return Receipt(ids, status.id, status.status)
+        case "failed":
+            problem = next(iter(status.errors or ()), _Problem())
+            return Receipt(ids, status.id, "failed", f"{problem.code}: {problem.title}"[:200].replace("\0", ""))
+    return Ignored(ids, f"a status {status.status[:40]}")
 
 
 def _text(message: _Message) -> str | None:

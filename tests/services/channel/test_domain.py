@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 from uuid import UUID
 
 import pytest
@@ -11,6 +12,7 @@ from services.channel.domain import (
     Command,
     Delivery,
     MarkFailed,
+    MarkReceived,
     MarkSent,
     MarkUnknown,
     Pseudonyms,
@@ -19,7 +21,14 @@ from services.channel.domain import (
     dedupe_hash,
     evolve,
 )
-from services.channel.events import DeliveryEvent, DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown
+from services.channel.events import (
+    DeliveryEvent,
+    DeliveryFailed,
+    DeliveryQueued,
+    DeliveryReceived,
+    DeliverySent,
+    DeliveryUnknown,
+)
 
 CHANNEL, RUN = UUID(int=1), UUID(int=2)
 QUEUED = DeliveryQueued(CHANNEL, "session", RUN, "subject", b"sealed")
@@ -52,6 +61,35 @@ def test_a_queued_delivery_ends_in_one_way(command: Command, event: DeliveryEven
 @pytest.mark.parametrize("command", [Queue(QUEUED), MarkSent("8"), MarkFailed("expired"), MarkUnknown("no answer")])
 def test_an_ended_delivery_does_not_change(command: Command, settled: DeliveryEvent) -> None:
     assert decide(command, after(QUEUED, settled)) == []
+
+
+DELIVERED, READ = DeliveryReceived("delivered"), DeliveryReceived("read")
+NOT_DELIVERED = DeliveryFailed(CHANNEL, "session", RUN, "131026")
+
+
+@pytest.mark.parametrize(
+    ("events", "state", "event"),
+    [
+        ((SENT,), "delivered", DELIVERED),
+        ((SENT,), "read", READ),
+        ((SENT,), "failed", NOT_DELIVERED),
+        ((SENT, DELIVERED), "read", READ),
+        ((SENT, DELIVERED), "delivered", None),
+        ((SENT, DELIVERED), "failed", None),
+        ((SENT, READ), "delivered", None),
+        ((SENT, READ), "read", None),
+        ((), "delivered", None),
+        ((FAILED,), "delivered", None),
+        ((UNKNOWN,), "read", None),
+    ],
+)
+def test_only_a_receipt_that_says_more_counts(
+    events: Sequence[DeliveryEvent], state: Literal["delivered", "read", "failed"], event: DeliveryEvent | None
+) -> None:
+    delivery = after(QUEUED, *events)
+    assert decide(MarkReceived(state, "131026"), delivery) == ([event] if event else [])
+    if event:
+        assert evolve(delivery, event).state == state
 
 
 def test_a_delivery_is_queued_once_and_cannot_end_before_it_was_queued() -> None:

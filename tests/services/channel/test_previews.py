@@ -1,4 +1,4 @@
-"""What a person sees while a run is at work, against the running service and the fakes."""
+"""Drafts, edited messages and signs of typing while a run is at work, against the running service and the fakes."""
 
 from __future__ import annotations
 

@@ -159,9 +159,7 @@ class FeishuStandIn(StandIn):
         else:
             content = msgspec.json.decode(call.body, type=_Patch).content
             if len(content.encode()) > 30_000:
-                raise Refused(
-                    Reply(400, {"code": 230025, "msg": "The message is too long"})
-                )
+                raise Refused(Reply(400, {"code": 230025, "msg": "The message is too long"}))
             cards = [message.id for message in self.ledger if message.fields["msg_type"] == "interactive"]
             done = id_ in cards and self.change(id_, _card(msgspec.json.decode(content)))
         if not done:

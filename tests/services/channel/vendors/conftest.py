@@ -9,7 +9,7 @@ from infra.clock import utcnow
 from infra.errors import Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Ignored, Inbound, Moved, Outbound, Received, Request
+from services.channel.vendors.base import Ignored, Inbound, Moved, Outbound, Receipt, Received, Request
 from tooling.testing.vendors.server import StandIn
 
 Call = tuple[bytes, dict[str, str]]
@@ -36,7 +36,7 @@ class Adapter:
         body, headers = call
         return self.vendor.receive(Request(method, query, headers, body, url), self.credentials, utcnow())
 
-    def one(self, call: Call, **request: str) -> Inbound | Ignored | Moved:
+    def one(self, call: Call, **request: str) -> Inbound | Ignored | Moved | Receipt:
         [item] = self.receive(call, **request).items
         return item
 

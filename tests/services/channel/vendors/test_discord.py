@@ -88,7 +88,6 @@ async def test_the_text_is_the_string_option_also_of_a_subcommand(fake: DiscordS
 @pytest.mark.parametrize(
     ("fields", "status", "ack"),
     [
-        ({"type": 3}, 200, {"type": 6}),
         ({"type": 4}, 200, {"type": 8, "data": {"choices": []}}),
         ({"type": 99}, 200, None),
         ({"member": None}, 200, {"type": 5}),

@@ -39,7 +39,7 @@ def test_the_example_is_decrypted_and_signed() -> None:
 async def test_a_message_is_read_with_its_mentions(fake: FeishuStandIn, feishu: Adapter) -> None:
     event = fake.event("@_user_1 größer 😀", mentions=[{"key": "@_user_1", "name": "Bot"}], thread_id="")
     assert feishu.receive(fake.call(event)).items == [
-        Inbound(("event/e1", "message/om_1"), "oc_1", "ou_1", "om_1", "@Bot größer 😀"),
+        Inbound(("event/e1", "message/om_1"), "oc_1", "ou_1", "om_1", "@Bot größer 😀", mentions_bot=True),
     ]
 
 

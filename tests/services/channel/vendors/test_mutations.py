@@ -1,13 +1,15 @@
 """Genuine calls with any other content, and forged calls: an adapter raises only the errors that are answers.
 
-CLAW_MUTATIONS sets the number of calls for each vendor.
+CLAW_MUTATIONS sets the number of calls for each vendor: ``CLAW_MUTATIONS=100000 ./claw test`` with this file.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +18,7 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, Unauthenticated
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Ignored, Inbound, Moved, Request, Unreadable
+from services.channel.vendors.base import Ignored, Inbound, Moved, Receipt, Request, Unreadable
 from tooling.testing.vendors import (
     DingTalkStandIn,
     DiscordStandIn,
@@ -34,6 +36,9 @@ from tooling.testing.vendors import (
 from tooling.testing.vendors.teams import published
 
 COUNT = int(os.environ.get("CLAW_MUTATIONS", "300"))
+pytestmark = pytest.mark.timeout(180 + COUNT // 50)
+# By how much the memory of this process may grow in all calls after the first tenth.
+MOST_GROWTH_BYTES = 32 * 1024 * 1024
 URL = "https://bus.example/webhooks/x"
 STRANGE: tuple[Any, ...] = (
     None,
@@ -130,6 +135,25 @@ def _changed(content: Any, chance: random.Random) -> Any:
     return chance.choice(STRANGE)
 
 
+class Memory:
+    """The growth of this process's resident memory."""
+
+    def __init__(self) -> None:
+        self._begin = 0
+
+    def made(self, n: int) -> None:
+        """After call `n` of COUNT, from 0."""
+        if n == COUNT // 10:
+            self._begin = _resident_bytes()
+        elif n == COUNT - 1:
+            assert _resident_bytes() - self._begin < MOST_GROWTH_BYTES
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_every_vendor_is_here() -> None:
     assert set(MADE) == set(VENDORS)
 
@@ -140,7 +164,9 @@ def test_a_genuine_call_with_any_content_is_read_or_refused(name: str) -> None:
     vendor, credentials = VENDORS[name], VENDORS[name].credentials(**given)
     chance = random.Random(name)
     read = 0
-    for _ in range(COUNT):
+    memory = Memory()
+    for n in range(COUNT):
+        memory.made(n)
         changed = content
         for _ in range(chance.randrange(4)):
             changed = _changed(changed, chance)
@@ -154,7 +180,7 @@ def test_a_genuine_call_with_any_content_is_read_or_refused(name: str) -> None:
             continue
         read += 1
         for item in received.items:
-            assert isinstance(item, Inbound | Ignored | Moved)
+            assert isinstance(item, Inbound | Ignored | Moved | Receipt)
             assert item.ids
             assert all(isinstance(id_, str) for id_ in item.ids)
             if isinstance(item, Inbound):
@@ -172,7 +198,9 @@ def test_a_call_with_any_change_of_its_bytes_or_proof_is_refused(name: str) -> N
     vendor.receive(genuine, credentials, utcnow())
     # These proofs do not cover the body.
     is_covered = name not in ("telegram", "dingtalk", "teams")
-    for _ in range(COUNT):
+    memory = Memory()
+    for n in range(COUNT):
+        memory.made(n)
         body, headers, query = genuine.body, dict(genuine.headers), genuine.query
         if is_covered and chance.random() < 0.5:
             at = chance.randrange(len(body))

@@ -19,6 +19,7 @@ from services.channel.vendors.base import (
     Inbound,
     Moved,
     Outbound,
+    Receipt,
     Received,
     Request,
     Unreadable,
@@ -50,7 +51,7 @@ def receive(vendor: SlackStandIn, call: tuple[bytes, dict[str, str]], **headers:
     return Slack().receive(request, SlackCredentials(**vendor.credentials), utcnow())
 
 
-def one(received: Received) -> Inbound | Ignored | Moved:
+def one(received: Received) -> Inbound | Ignored | Moved | Receipt:
     [item] = received.items
     return item
 
@@ -109,6 +110,7 @@ async def test_a_message_is_read_with_its_thread_and_as_it_was_written(vendor: S
         "1700000000.000001",
         "1 < 2 && &lt;",
         "C1",
+        in_group=True,
     )
 
 

@@ -11,7 +11,16 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Moved, Outbound, Request, Unreadable
+from services.channel.vendors.base import (
+    AccountRefused,
+    Ignored,
+    Inbound,
+    Moved,
+    Outbound,
+    Receipt,
+    Request,
+    Unreadable,
+)
 from services.channel.vendors.telegram import Telegram, TelegramCredentials
 from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
 
@@ -23,13 +32,13 @@ UPDATE = (
 )
 
 
-def receive(body: bytes, token: str = "secret-token") -> Inbound | Ignored | Moved:
+def receive(body: bytes, token: str = "secret-token") -> Inbound | Ignored | Moved | Receipt:
     headers = {"x-telegram-bot-api-secret-token": token}
     [item] = Telegram().receive(Request("POST", "", headers, body), CREDENTIALS, utcnow()).items
     return item
 
 
-def message(**fields: object) -> Inbound | Ignored | Moved:
+def message(**fields: object) -> Inbound | Ignored | Moved | Receipt:
     update = msgspec.json.decode(UPDATE)
     update["message"] |= fields
     return receive(msgspec.json.encode(update))

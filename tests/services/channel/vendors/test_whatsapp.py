@@ -13,7 +13,7 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Request
+from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Receipt, Request
 from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, WhatsAppStandIn, answer, cut
@@ -95,9 +95,9 @@ async def test_files_are_attachments(fake: WhatsAppStandIn, whatsapp: Adapter) -
         assert item.attachments == (expected,)
 
 
-async def test_statuses_reactions_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+async def test_sent_statuses_reactions_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
     reaction = fake.message(None, type="reaction", reaction={"message_id": "wamid.0", "emoji": "👍"})
-    status = {"id": "wamid.9", "status": "read", "timestamp": "1", "recipient_id": "491"}
+    status = {"id": "wamid.9", "status": "sent", "timestamp": "1", "recipient_id": "491"}
     for call in (
         fake.call(reaction),
         fake.call(statuses=[status]),
@@ -106,6 +106,15 @@ async def test_statuses_reactions_and_other_numbers_are_ignored(fake: WhatsAppSt
         fake.signed(b'{"object":"x"}'),
     ):
         assert isinstance(whatsapp.one(call), Ignored)
+
+
+async def test_receipts_tell_what_became_of_a_message(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    failed = {"id": "wamid.9", "status": "failed", "errors": [{"code": 131026, "title": "Undeliverable", "href": "x"}]}
+    received = whatsapp.receive(fake.call(statuses=[{"id": "wamid.9", "status": "read"}, failed]))
+    assert received.items == [
+        Receipt(("status/wamid.9/read",), "wamid.9", "read"),
+        Receipt(("status/wamid.9/failed",), "wamid.9", "failed", "131026: Undeliverable"),
+    ]
 
 
 async def test_a_reply_quotes_its_message_in_whatsapps_markup(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:

@@ -1,0 +1,38 @@
+"""Receipts of vendors for messages that they have accepted: delivered, read, or not delivered after all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from infra.postgres.tx import Database, Tx
+from services.channel import projections
+from services.channel.accounts import Account
+from services.channel.domain import MarkReceived
+from services.channel.publishing import DELIVERY
+from services.channel.vendors.base import Receipt
+
+
+async def record(database: Database, account: Account, receipts: Sequence[Receipt]) -> None:
+    """Records the receipts of one call. Those of foreign messages, and those that say nothing new, change nothing."""
+    by_message: dict[str, list[Receipt]] = {}
+    for receipt in receipts:
+        by_message.setdefault(receipt.message, []).append(receipt)
+
+    async def work(tx: Tx) -> None:
+        rows = await tx.sql(
+            """
+            SELECT id, vendor_message_id FROM delivery
+            WHERE channel_id = $1 AND vendor_message_id = ANY($2::text[]) AND state IN ('sent', 'delivered')
+            ORDER BY id
+            """,
+            account.id,
+            # No message has NUL in its id, and the database refuses it.
+            [message for message in by_message if "\0" not in message],
+        )
+        for delivery_id, message in rows:
+            for receipt in by_message[message]:
+                command = MarkReceived(receipt.state, receipt.reason)
+                for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
+                    await projections.project(tx, delivery_id, event)
+
+    await database.run(work, tenant_id=account.tenant_id)

@@ -1,0 +1,48 @@
+"""Which agent of a channel gets a message, and which messages of a group are for the bot. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from uuid import UUID
+
+import msgspec
+
+from services.channel.vendors.base import Groups, Inbound
+
+# ``/name`` or ``@name`` at the beginning; Telegram adds the bot's name to a command.
+_COMMAND = re.compile(r"\s*[/@]([A-Za-z0-9_-]{1,32})(?:@\w+)?(?:[\s,:]+|$)")
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Messages for an agent of their own. Of several routes the first that fits counts."""
+
+    agent_id: UUID
+    conversation_id: str = ""
+    """The vendor's id of a conversation, with all its threads; empty: any."""
+    command: str = ""
+    """The message begins with it, after ``/`` or ``@``; empty: any."""
+
+
+def routed(routes: Sequence[Route], default: UUID, item: Inbound) -> tuple[UUID, str]:
+    """The agent for a message, and its text without the command that chose the agent."""
+    found = _COMMAND.match(item.text)
+    command = found[1].lower() if found else ""
+    for route in routes:
+        if route.conversation_id not in ("", item.conversation, item.parent):
+            continue
+        if not route.command:
+            return route.agent_id, item.text
+        if route.command.lower() == command:
+            assert found
+            # A command alone is a message, too.
+            return route.agent_id, item.text[found.end() :] or item.text
+    return default, item.text
+
+
+def is_for_the_bot(groups: Groups, item: Inbound) -> bool:
+    """False for a message of a group that its channel does not answer. A mention that the vendor does not tell is
+    none."""
+    if not item.in_group or groups == "all":
+        return True
+    return item.replies_to_bot or (groups == "mentions" and item.mentions_bot)

@@ -1,0 +1,62 @@
+"""A run that is at work tells it, with the answer so far."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+import msgspec
+from redis.asyncio import Redis
+
+from infra.clock import uuid7
+from infra.stores.cache import Cache
+from protos.pubsub import RUN_PROGRESS
+from services.agent.execution.progress import MAX_CHARACTERS, Progress
+from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Says
+from tooling.testing.stack import Stack
+
+
+async def test_a_run_tells_that_it_is_at_work_and_what_it_has_written(stack: Stack) -> None:
+    run_id = uuid7()
+    redis, other = Redis.from_url(stack.redis_url), Redis.from_url(stack.redis_url)
+    try:
+        progress = Progress(Cache(redis), run_id, "session")
+        with progress.told():
+            texts: list[str] = []
+            async with aclosing(Cache(other).listen(RUN_PROGRESS)) as heard:
+                async for message in heard:
+                    news = msgspec.json.decode(message[1]) if message else {}
+                    if news.get("run_id") != str(run_id):
+                        continue
+                    assert news["session_key"] == "session"
+                    texts.append(news["text"])
+                    progress.text = "x" * (MAX_CHARACTERS + 1)
+                    if news["text"]:
+                        break
+        assert texts[0] == ""
+        assert texts[-1] == "x" * MAX_CHARACTERS
+    finally:
+        await redis.aclose()
+        await other.aclose()
+
+
+async def test_a_run_of_a_channel_tells_what_its_model_writes(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    text = "An answer of several pieces. " * 40
+    world.models.script(MODEL, Says(text, stalls_after=200))
+    redis = Redis.from_url(world.platform.stack.redis_url)
+    try:
+        async with aclosing(Cache(redis).listen(RUN_PROGRESS)) as heard:
+            async for message in heard:
+                if message is None:
+                    await tenant.receive(agent, "question")
+                    continue
+                news = msgspec.json.decode(message[1])
+                if news["session_key"] == f"{tenant.id}-c" and news["text"]:
+                    break
+    finally:
+        await redis.aclose()
+        world.models.release()
+    assert text.startswith(news["text"])
+    [run] = await tenant.runs(1)
+    assert news["run_id"] == run["id"]

@@ -1,0 +1,200 @@
+"""Which agent gets a message, and which messages of groups start a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from infra.clock import utcnow, uuid7
+from infra.outgoing.client import Outgoing
+from services.channel.routing import Route, is_for_the_bot, routed
+from services.channel.vendors.base import Groups, Inbound, Request
+from tests.services.channel.conftest import Desk
+from tests.services.channel.vendors.conftest import Adapter, Call
+from tooling.testing.vendors import (
+    FeishuStandIn,
+    LineStandIn,
+    SlackStandIn,
+    TeamsStandIn,
+    TelegramStandIn,
+    WhatsAppStandIn,
+)
+from tooling.testing.vendors.server import StandIn
+from tooling.testing.vendors.teams import published
+
+DEFAULT, SALES, HELP, ROOM = (uuid7() for _ in range(4))
+ROUTES = (
+    Route(SALES, command="sales"),
+    Route(HELP, conversation_id="C1", command="help"),
+    Route(ROOM, conversation_id="C1"),
+)
+
+
+def message(text: str, conversation: str = "1", **fields: Any) -> Inbound:
+    return Inbound(("1",), conversation, "p", "m", text, **fields)
+
+
+@pytest.mark.parametrize(
+    ("item", "agent", "text"),
+    [
+        (message("hello"), DEFAULT, "hello"),
+        (message("/sales how much?"), SALES, "how much?"),
+        (message(" @Sales: how\nmuch?"), SALES, "how\nmuch?"),
+        (message("/sales@ada_bot how much?", "C1"), SALES, "how much?"),
+        (message("/sales"), SALES, "/sales"),
+        (message("/salesman hi"), DEFAULT, "/salesman hi"),
+        (message("see /sales"), DEFAULT, "see /sales"),
+        (message("/help me", "C1"), HELP, "me"),
+        (message("/help me"), DEFAULT, "/help me"),
+        (message("hello", "C1"), ROOM, "hello"),
+        (message("hello", "C1/17", parent="C1"), ROOM, "hello"),
+        (message("hello", "C12"), DEFAULT, "hello"),
+    ],
+)
+def test_the_first_route_that_fits_names_the_agent(item: Inbound, agent: object, text: str) -> None:
+    assert routed(ROUTES, DEFAULT, item) == (agent, text)
+
+
+@pytest.mark.parametrize(
+    ("item", "answered"),
+    [
+        (message("hi"), ["all", "mentions", "replies"]),
+        (message("hi", in_group=True), ["all"]),
+        (message("hi", in_group=True, mentions_bot=True), ["all", "mentions"]),
+        (message("hi", in_group=True, replies_to_bot=True), ["all", "mentions", "replies"]),
+    ],
+)
+def test_a_channel_chooses_which_messages_of_groups_it_answers(item: Inbound, answered: Sequence[Groups]) -> None:
+    modes: tuple[Groups, ...] = ("all", "mentions", "replies")
+    assert [mode for mode in modes if is_for_the_bot(mode, item)] == answered
+
+
+def _telegram(**fields: object) -> Call:
+    return TELEGRAM.update("😀 @Ada_Bot hi", chat=-5, **fields)  # type: ignore[arg-type]
+
+
+TELEGRAM = TelegramStandIn()
+SLACK = SlackStandIn()
+TEAMS = TeamsStandIn()
+FEISHU = FeishuStandIn()
+LINE = LineStandIn()
+BOT = {"id": int(TELEGRAM.bot_token.partition(":")[0]), "is_bot": True}
+GROUP = {"type": "group", "groupId": "C1", "userId": "U1"}
+MENTION = {"key": "@_user_1", "name": "Ada", "mentioned_type": "bot"}
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "told"),
+    [
+        ("telegram", TELEGRAM.update("hi"), (False, False, False)),
+        ("telegram", _telegram(), (True, False, False)),
+        ("telegram", _telegram(entities=[{"type": "mention", "offset": 3, "length": 8}]), (True, True, False)),
+        ("telegram", _telegram(entities=[{"type": "mention", "offset": 0, "length": 5}]), (True, False, False)),
+        ("telegram", _telegram(entities=[{"type": "bot_command", "offset": 0, "length": 2}]), (True, True, False)),
+        ("telegram", _telegram(reply_to_message={"message_id": 1, "from": BOT}), (True, False, True)),
+        ("telegram", _telegram(reply_to_message={"message_id": 1, "from": BOT | {"id": 1}}), (True, False, False)),
+        ("slack", SLACK.event("hi", channel="D1"), (False, False, False)),
+        ("slack", SLACK.event("hi", channel_type="channel"), (True, False, False)),
+        ("slack", SLACK.event("<@U0BOT> hi", channel_type="channel"), (True, True, False)),
+        ("slack", SLACK.event("hi", kind="app_mention"), (True, True, False)),
+        ("slack", SLACK.event("hi", thread_ts="1.000001", parent_user_id="U0BOT"), (True, False, True)),
+        ("slack", SLACK.event("hi", thread_ts="1.000001", parent_user_id="U2"), (True, False, False)),
+        ("teams", TEAMS.signed(TEAMS.activity()), (False, False, False)),
+        (
+            "teams",
+            TEAMS.signed(
+                TEAMS.activity(
+                    conversation={"id": "19:c", "conversationType": "channel"},
+                    entities=[{"type": "clientInfo"}, {"type": "mention", "mentioned": {"id": f"28:{TEAMS.app_id}"}}],
+                )
+            ),
+            (True, True, False),
+        ),
+        (
+            "teams",
+            TEAMS.signed(TEAMS.activity(conversation={"id": "19:c", "conversationType": "groupChat"})),
+            (True, False, False),
+        ),
+        ("feishu", FEISHU.call(FEISHU.event("hi")), (False, False, False)),
+        ("feishu", FEISHU.call(FEISHU.event("hi", chat_type="group")), (True, False, False)),
+        ("feishu", FEISHU.call(FEISHU.event("hi", chat_type="group", mentions=[MENTION])), (True, True, False)),
+        (
+            "feishu",
+            FEISHU.call(FEISHU.event("hi", chat_type="group", mentions=[MENTION | {"mentioned_type": "user"}])),
+            (True, False, False),
+        ),
+        ("line", LINE.call(LINE.event("hi")), (False, False, False)),
+        ("line", LINE.call(LINE.event("hi", source=GROUP)), (True, False, False)),
+        (
+            "line",
+            LINE.call(
+                LINE.event(
+                    source=GROUP,
+                    message={"type": "text", "id": "9", "text": "@a", "mention": {"mentionees": [{"isSelf": True}]}},
+                )
+            ),
+            (True, True, False),
+        ),
+    ],
+)
+async def test_adapters_tell_groups_mentions_and_replies(name: str, call: Call, told: tuple[bool, bool, bool]) -> None:
+    fakes: dict[str, StandIn] = {"telegram": TELEGRAM, "slack": SLACK, "teams": TEAMS, "feishu": FEISHU, "line": LINE}
+    adapter = Adapter(name, fakes[name], Outgoing(allow_private=True))
+    if name == "teams":
+        [item] = adapter.vendor.receive(_with_keys(call), adapter.credentials, utcnow()).items
+    else:
+        item = adapter.one(call)
+    assert isinstance(item, Inbound)
+    assert (item.in_group, item.mentions_bot, item.replies_to_bot) == told
+
+
+def _with_keys(call: Call) -> Request:
+    body, headers = call
+    return Request("POST", "", headers, body, keys=published(TEAMS))
+
+
+async def change(desk: Desk, channel: dict[str, Any], **body: Any) -> httpx.Response:
+    async with desk.client() as http:
+        return await http.patch(f"/api/v1/channels/{channel['id']}", json=body)
+
+
+async def test_a_channel_leads_to_several_agents_and_answers_mentions_only(desk: Desk) -> None:
+    async with SlackStandIn() as slack:
+        channel = await desk.connect("slack", slack.credentials, slack.url)
+        assert (channel["routes"], channel["groups"]) == ([], "all")
+        sales = {"agent_id": str(SALES), "command": "sales", "conversation_id": None}
+        changed = await change(desk, channel, routes=[sales], groups="mentions")
+        assert changed.status_code == 200
+        assert await desk.channel(channel["id"]) == changed.json()
+        assert (changed.json()["routes"], changed.json()["groups"]) == ([sales], "mentions")
+        # Slack tells this mention twice. Its first event does not say who the bot is.
+        unknown = slack.event("/sales how much?", channel_type="channel", ts="1.000001")
+        mention = slack.event("/sales how much?", kind="app_mention", ts="1.000001")
+        for call in (unknown, mention, mention, slack.event("hello", channel="D1")):
+            assert (await desk.call(channel, call)).status_code == 200
+        got = [(one["agent_id"], one["text"]) for one in await desk.received(channel)]
+        assert sorted(got) == sorted([(str(SALES), "how much?"), (channel["agent_id"], "hello")])
+        assert await desk.ignored(channel) == ["a message of a group; only mentions are answered"]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"routes": [{"agent_id": str(SALES)}]}, "conversation_id or a command"),
+        ({"routes": [{"agent_id": str(SALES), "command": "a b"}]}, "command"),
+        ({"routes": [{"agent_id": "x", "command": "a"}]}, "agent_id"),
+        ({"routes": [{"agent_id": str(SALES), "command": "a"}] * 51}, "routes"),
+        ({"groups": "some"}, "groups"),
+        ({"groups": "mentions"}, "groups: must be all for a whatsapp channel"),
+    ],
+)
+async def test_wrong_settings_are_refused_and_change_nothing(desk: Desk, body: dict[str, Any], named: str) -> None:
+    async with WhatsAppStandIn() as meta:
+        channel = await desk.connect("whatsapp", meta.credentials, meta.url)
+        refused = await change(desk, channel, **body)
+        assert refused.status_code == 422
+        assert named in refused.text
+        assert await desk.channel(channel["id"]) == channel
