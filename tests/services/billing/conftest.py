@@ -140,8 +140,9 @@ async def billing(platform: Platform) -> AsyncIterator[Billing]:
 
 
 def pdf_pages(content: bytes) -> list[str]:
-    """The text of each page, by an independent reader."""
+    """The text of each page, by an independent reader, which reads U+FFFE for a hyphen at the end of a line."""
     document = PdfDocument(content)
-    pages = [page.get_textpage().get_text_range().replace("\r\n", "\n") for page in document]
+    texts = [page.get_textpage().get_text_range() for page in document]
+    pages = [text.replace("\r\n", "\n").replace("\ufffe", "-") for text in texts]
     document.close()
     return pages

@@ -31,6 +31,13 @@ async def stripe() -> AsyncIterator[StripeStandIn]:
 @pytest.fixture(scope="module")
 async def billing(platform: Platform, stripe: StripeStandIn) -> AsyncIterator[Billing]:
     await platform.prepare("billing")
+    await start(platform, stripe)
+    found = Billing(platform)
+    yield found
+    await found.close()
+
+
+async def start(platform: Platform, stripe: StripeStandIn) -> None:
     await platform.start(
         "billing",
         CLAW_STRIPE_API_BASE=stripe.url,
@@ -40,9 +47,6 @@ async def billing(platform: Platform, stripe: StripeStandIn) -> AsyncIterator[Bi
         CLAW_SELLER_COUNTRY="DE",
         CLAW_SELLER_VAT_ID="DE123456789",
     )
-    found = Billing(platform)
-    yield found
-    await found.close()
 
 
 async def invoiced(billing: Billing) -> tuple[Tenant, str]:
@@ -242,12 +246,7 @@ async def test_killed_between_the_answer_and_the_books_a_repeated_call_pays_once
     released.set()
     with pytest.raises(httpx.HTTPError):
         await asking
-    await billing.platform.start(
-        "billing",
-        CLAW_STRIPE_API_BASE=stripe.url,
-        CLAW_STRIPE_API_KEY=stripe.key,
-        CLAW_STRIPE_WEBHOOK_SECRET=stripe.webhook_secret,
-    )
+    await start(billing.platform, stripe)
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
     assert stripe.received == before + 3000
     assert await status(tenant, invoice_id) == ("paid", 0)
