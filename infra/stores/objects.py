@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import re
 import tempfile
 import unicodedata
@@ -82,9 +83,9 @@ def _listed(mime_types: frozenset[str]) -> str:
 
 
 class Objects:
-    """The object store. Connects at first use, and makes the bucket if it is missing."""
+    """A bucket of the object store. Connects at first use, and makes the bucket if it is missing."""
 
-    def __init__(self, endpoint: str, access_key: str, secret_key: str) -> None:
+    def __init__(self, endpoint: str, access_key: str, secret_key: str, bucket: str = BUCKET) -> None:
         """`endpoint`: its URL, ``http://host:port``."""
         url = urlsplit(endpoint)
         pool = urllib3.PoolManager(
@@ -94,6 +95,7 @@ class Objects:
         self._client = Minio(
             url.netloc, access_key, secret_key, secure=url.scheme == "https", region="us-east-1", http_client=pool
         )
+        self._bucket = bucket
         self._has_bucket = False
 
     async def upload(
@@ -140,21 +142,40 @@ class Objects:
             "response-content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"
         }
         return await self._call(
-            lambda: self._client.presigned_get_object(BUCKET, path, DOWNLOAD_LIFE, response_headers=headers)
+            lambda: self._client.presigned_get_object(self._bucket, path, DOWNLOAD_LIFE, response_headers=headers)
         )
 
     async def delete(self, path: str) -> None:
         """Deletes the object; without error if it does not exist."""
-        await self._call(lambda: self._client.remove_object(BUCKET, path))
+        await self._call(lambda: self._client.remove_object(self._bucket, path))
+
+    async def put_once(self, path: str, content: bytes) -> None:
+        """Stores a short text, unless there is an object with this path. The content must follow from the path: of two
+        callers at the same time, both may write."""
+        await self._call(lambda: self._put_once(path, content))
+
+    async def paths(self, prefix: str) -> list[str]:
+        """The paths that begin with `prefix`, in their order; none if there is no bucket.
+
+        Raises Transient if the store does not answer, or refuses the request.
+        """
+
+        def names() -> list[str]:
+            try:
+                found = self._client.list_objects(self._bucket, prefix, recursive=True)
+                return [str(entry.object_name) for entry in found]
+            except S3Error as error:
+                if error.code == "NoSuchBucket":
+                    return []
+                raise Transient(f"object store: {error.code}") from error
+
+        return await self._call(names)
 
     def _put(self, file: IO[bytes], stored: Stored, user_id: str) -> None:
-        if not self._has_bucket:
-            if not self._client.bucket_exists(BUCKET):
-                self._make_bucket()
-            self._has_bucket = True
+        self._need_bucket()
         file.seek(0)
         self._client.put_object(
-            BUCKET,
+            self._bucket,
             stored.path,
             file,  # type: ignore[arg-type]  # typed as a class, and it only reads
             stored.size,
@@ -162,17 +183,30 @@ class Objects:
             metadata={"user-id": user_id, "checksum": stored.sha256},
         )
 
-    def _make_bucket(self) -> None:
+    def _put_once(self, path: str, content: bytes) -> None:
+        self._need_bucket()
         try:
-            self._client.make_bucket(BUCKET)
+            self._client.stat_object(self._bucket, path)
+        except S3Error as error:
+            if error.code != "NoSuchKey":
+                raise
+            self._client.put_object(self._bucket, path, io.BytesIO(content), len(content), "text/plain")
+
+    def _need_bucket(self) -> None:
+        if self._has_bucket:
+            return
+        try:
+            if not self._client.bucket_exists(self._bucket):
+                self._client.make_bucket(self._bucket)
         except S3Error as error:
             # Another process was first.
             if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 raise
+        self._has_bucket = True
 
     def _get(self, path: str, file: IO[bytes]) -> None:
         digest = hashlib.sha256()
-        response = self._client.get_object(BUCKET, path)
+        response = self._client.get_object(self._bucket, path)
         try:
             for chunk in response.stream(_MIB):
                 digest.update(chunk)

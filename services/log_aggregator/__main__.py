@@ -4,11 +4,13 @@ from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.log_aggregator import adapters, api, audit_lines, handlers, otlp
 from services.log_aggregator.settings import LogAggregatorSettings
+from services.log_aggregator.stored_heads import Keeper
 
 service = Service("log_aggregator", LogAggregatorSettings)
 service.seal(audit_lines.SEALED)
 service.serve_http(api.routes)
 service.beside("OTLP receiver", otlp.receiver)
+service.beside("heads of the audit chains", lambda runtime: Keeper(runtime.worker, adapters.stored_heads(runtime)))
 service.depend("opensearch", adapters.opensearch)
 service.consume(handlers.chain_acts)
 service.consume(handlers.index_lines, index=adapters.index)

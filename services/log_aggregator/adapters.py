@@ -6,11 +6,21 @@ from collections.abc import Awaitable, Callable
 
 from infra.observe.metrics import Metrics
 from infra.service.service import Runtime
+from infra.stores.objects import Objects
+from services.log_aggregator.audit_lines import AuditLines
 from services.log_aggregator.index import Index
+from services.log_aggregator.stored_heads import BUCKET, StoredHeads
 
 
 def index(runtime: Runtime) -> Index:
     return Index(runtime.settings.opensearch_url.get_secret_value(), runtime.settings.topic_prefix)
+
+
+def stored_heads(runtime: Runtime) -> StoredHeads:
+    settings = runtime.settings
+    secret = settings.s3_secret_key.get_secret_value()
+    objects = Objects(settings.s3_endpoint, settings.s3_access_key, secret, BUCKET)
+    return StoredHeads(objects, AuditLines(runtime.worker, runtime.cipher), settings.topic_prefix)
 
 
 def metrics(runtime: Runtime) -> Metrics:

@@ -135,6 +135,20 @@ async def has(database: Database, tenant_id: str, head: Head) -> bool:
     return [bytes(hash_) for (hash_,) in rows] == [head.hash]
 
 
+async def lacking(database: Database, tenant_id: str, heads: Sequence[Head]) -> list[Head]:
+    """Returns those of `heads` whose record the chain does not have. None of them is the head of an empty chain."""
+    async with database.begin(tenant_id=tenant_id or None) as tx:
+        rows = await tx.sql(
+            """
+            SELECT seq, hash FROM audit_record WHERE tenant_id = $1 AND seq = ANY($2::bigint[])
+            """,
+            tenant_id,
+            [head.seq for head in heads],
+        )
+    there = {(seq, bytes(hash_)) for seq, hash_ in rows}
+    return [head for head in heads if head not in there]
+
+
 async def listed(
     database: Database,
     tenant_id: str,

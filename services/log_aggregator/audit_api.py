@@ -11,13 +11,24 @@ from pydantic import AwareDatetime, BaseModel
 from infra.errors import InvalidMessage
 from infra.service.api import Paging, page
 from infra.service.service import Runtime
-from services.log_aggregator import audit
+from services.log_aggregator import adapters, audit
 from services.log_aggregator.access import RequestedTenant
 from services.log_aggregator.audit_lines import AuditLines
 from services.log_aggregator.domain import Head
 
 # PostgreSQL's text cannot hold a NUL.
 _Text = Annotated[str | None, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
+
+
+class StoredHeads(BaseModel):
+    """The heads of the chain that are kept in the object store."""
+
+    heads: int
+    """Number of heads, each compared with the chain. The head of a chain that has grown is stored every hour."""
+    newest: int
+    """The seq of the newest one; 0 if there is none. The store proves nothing about later records."""
+    mismatch_at: int | None
+    """The seq of the first one that the chain does not have, or that this platform has not issued."""
 
 
 class Verified(BaseModel):
@@ -33,6 +44,8 @@ class Verified(BaseModel):
     line: str
     """Names the head of a chain that is `ok`, and proves that this platform has issued it; empty otherwise. Keep it
     outside of the platform: a later verification with it notices a chain that was rewritten as a whole."""
+    stored: StoredHeads | None
+    """Null if the object store does not answer; the chain was then compared with itself only."""
 
 
 class AuditRecord(BaseModel):
@@ -58,6 +71,7 @@ class AuditRecord(BaseModel):
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(tags=["audit"])
     lines = AuditLines(runtime.worker, runtime.cipher)
+    stored_heads = adapters.stored_heads(runtime)
 
     @routes.get("/api/v1/audit")
     async def list_acts(
@@ -84,12 +98,15 @@ def router(runtime: Runtime) -> APIRouter:
     async def verify(
         tenant: RequestedTenant, line: Annotated[str | None, Query(max_length=500, pattern=r"^[ -~]*$")] = None
     ) -> Verified:
-        """Recomputes every hash of the chain. With the `line` of an earlier verification, also compares the record that
-        was the head then."""
+        """Recomputes every hash of the chain, and compares the heads that are kept in the object store with it. With
+        the `line` of an earlier verification, also compares the record that was the head then."""
         database, chain = runtime.request if tenant else runtime.worker, tenant or ""
         kept = await lines.read(chain, line) if line is not None else None
         found = await audit.verify(database, chain)
+        stored = await stored_heads.compare(database, chain)
         broken_at = found.broken_at
+        if stored and stored.mismatch_at is not None:
+            broken_at = min(stored.mismatch_at, broken_at or stored.mismatch_at)
         if kept and not await audit.has(database, chain, kept):
             broken_at = min(kept.seq, broken_at or kept.seq)
         ok = broken_at is None
@@ -100,6 +117,7 @@ def router(runtime: Runtime) -> APIRouter:
             head=found.head.hex(),
             broken_at=broken_at,
             line=await lines.write(chain, head) if ok else "",
+            stored=StoredHeads(**stored._asdict()) if stored else None,
         )
 
     return routes

@@ -33,8 +33,12 @@ class AuditLines:
 
     async def write(self, tenant_id: str, head: Head) -> str:
         """``clawbus-audit-2 <tenant, - for the system> <seq> <hash> <proof>``."""
-        proof = await self._proof(tenant_id, head)
-        return f"{_FORM} {tenant_id or '-'} {head.seq} {head.hash.hex()} {proof}"
+        return self.text(tenant_id, str(head.seq), head.hash.hex(), await self._proof(tenant_id, head))
+
+    @staticmethod
+    def text(tenant_id: str, seq: str, hash_: str, proof: str) -> str:
+        """The line of these parts, which may be made up."""
+        return f"{_FORM} {tenant_id or '-'} {seq} {hash_} {proof}"
 
     async def read(self, tenant_id: str, line: str) -> Head:
         """The head that the line names. Raises InvalidMessage if this platform has not issued it for this chain."""

@@ -23,6 +23,10 @@ def operations(value: str) -> dict[str, str]:
 class LogAggregatorSettings(Settings):
     opensearch_url: SecretStr
     """With user and password, if the engine asks for them."""
+    s3_endpoint: str
+    """The object store, which keeps the heads of the audit chains."""
+    s3_access_key: str
+    s3_secret_key: SecretStr
     otlp_port: int = Field(ge=0, le=65535)
     """The port that receives spans (OTLP over HTTP)."""
     operations: Annotated[str, AfterValidator(_targets)]

@@ -25,6 +25,7 @@ from infra.observe.metrics import Metrics
 from infra.stores.objects import BUCKET
 from protos.catalog import CATALOG
 from protos.topology import Catalog
+from services.log_aggregator.stored_heads import BUCKET as HEADS
 from tooling.cli import compose
 from tooling.stack import provision
 from tooling.stack.checkout import CHECKOUT
@@ -94,6 +95,8 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
         # Milvus and etcd ask for no password.
         ("metadata", {"etcd", "milvus"}),
         ("vectors", {"agent", "channel", "memory", "milvus", "minio", "minio-users"}),
+        # Not the network of Milvus.
+        ("audit", {"log_aggregator", "minio"}),
         ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana", "kibana-objects"}),
     ],
 )
@@ -157,14 +160,21 @@ def test_the_saved_objects_are_brought_into_kibana(tmp_path: Path) -> None:
 
 
 def test_each_user_of_the_object_store_has_its_own_bucket_only(tmp_path: Path) -> None:
-    calls = [call for call in run_script("minio-users", "mc", tmp_path) if call[0] == "admin"]
+    calls = run_script("minio-users", "mc", tmp_path)
     policies = {call[4]: json.loads(call[5]) for call in calls if call[1:3] == ["policy", "create"]}
     assert {name: policy["Statement"][0]["Resource"] for name, policy in policies.items()} == {
         **{name: [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"] for name in ("agent", "channel", "memory")},
         "milvus": ["arn:aws:s3:::a-bucket", "arn:aws:s3:::a-bucket/*"],
+        "log_aggregator": [f"arn:aws:s3:::{HEADS}", f"arn:aws:s3:::{HEADS}/*"],
     }
     assert ["admin", "user", "add", "minio", "memory", "value of MEMORY_MINIO_PASSWORD"] in calls
     assert ["admin", "policy", "attach", "minio", "milvus", "--user", "milvus"] in calls
+    # The writer of the heads cannot delete one or change the bucket. The lock keeps the versions of an object that it
+    # might overwrite.
+    [heads] = policies["log_aggregator"]["Statement"]
+    assert heads["Action"] == ["s3:ListBucket", "s3:GetObject", "s3:PutObject"]
+    made = calls.index(["mb", "--ignore-existing", "--with-lock", f"minio/{HEADS}"])
+    assert calls[made + 1] == ["retention", "set", "--default", "compliance", "400d", f"minio/{HEADS}"]
 
 
 def test_the_file_holds_no_secret() -> None:

@@ -50,7 +50,7 @@ _NEEDED = {
     "memory": ("milvus", "s3"),
     "channel": ("s3",),
     "agent": ("s3",),
-    "log_aggregator": ("opensearch",),
+    "log_aggregator": ("opensearch", "s3"),
     "notification": ("mailbox",),
 }
 

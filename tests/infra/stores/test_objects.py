@@ -226,6 +226,21 @@ def test_a_long_name_keeps_its_end() -> None:
     assert len(name.encode()) <= 200
 
 
+async def test_a_text_is_stored_once_and_paths_are_listed_in_order(store: Stack, judge: Minio) -> None:
+    bucket = f"b{uuid4().hex}"
+    objects = Objects(**store.engines["s3"], bucket=bucket)
+    assert await objects.paths("a/") == []
+    for path in ("a/2", "a/1=", "ab/1", "a/1="):
+        await objects.put_once(path, path.encode())
+    await objects.put_once("a/2", b"another")
+    assert await objects.paths("a/") == ["a/1=", "a/2"]
+    with judge.get_object(bucket, "a/2") as response:
+        assert response.read() == b"a/2"
+    refused = Objects(**{**store.engines["s3"], "secret_key": "wrong"}, bucket=bucket)
+    with pytest.raises(Transient):
+        await refused.paths("a/")
+
+
 async def test_a_store_that_does_not_answer_is_a_transient_failure(store: Stack) -> None:
     nowhere = Objects("http://127.0.0.1:1", "a", "b")
     with pytest.raises(Transient):
