@@ -139,7 +139,7 @@ async def checked_credentials(outgoing: Outgoing, vendor: Vendor[Any], given: di
     for field in vendor.addresses:
         # An optional one may be empty.
         if address := getattr(credentials, field):
-            await _reachable(outgoing, f"credentials.{field}", address)
+            await reachable(outgoing, f"credentials.{field}", address)
     return msgspec.json.encode(credentials)
 
 
@@ -153,11 +153,12 @@ async def checked_origin(outgoing: Outgoing, vendor: Vendor[Any], api_base: str 
     url = urlsplit(api_base)
     if url.path not in ("", "/") or url.query or url.fragment:
         raise InvalidMessage("api_base", "must be an origin without a path, such as https://host:port")
-    await _reachable(outgoing, "api_base", api_base)
+    await reachable(outgoing, "api_base", api_base)
     return api_base.removesuffix("/")
 
 
-async def _reachable(outgoing: Outgoing, field: str, url: str) -> None:
+async def reachable(outgoing: Outgoing, field: str, url: str) -> None:
+    """Raises InvalidMessage that names the field if the address may not be called, or its name does not resolve."""
     try:
         await outgoing.check(url)
     except InvalidMessage as error:

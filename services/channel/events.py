@@ -33,12 +33,26 @@ class InboundContent(msgspec.Struct, frozen=True):
     attachments: tuple[Attachment, ...] = ()
 
 
+class File(msgspec.Struct, frozen=True):
+    """A file to send, by its address."""
+
+    url: str
+    name: str = ""
+
+    @property
+    def link(self) -> str:
+        """The file as a text in Markdown, in which signs of the address mark nothing."""
+        return f"{self.name}: <{self.url}>" if self.name else f"<{self.url}>"
+
+
 class OutboundContent(msgspec.Struct, frozen=True):
     """The text to send, with the vendor's ids of the conversation and of the message that it answers."""
 
     conversation: str
     text: str
     reply_to: str | None
+    files: tuple[File, ...] = ()
+    """They are sent after the text, in their order."""
 
 
 class MessageTaken(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ from protos.messages.channel import SendMessage
 from services.channel import projections
 from services.channel.accounts import Account
 from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown, Queue
-from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, OutboundContent
+from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, File, OutboundContent
 from services.channel.previews import take_over
 from services.channel.publishing import DELIVERY
 from services.channel.sender import NotSendable, Sender, Sent, break_account
@@ -75,10 +75,15 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
 
 
 async def queue_delivery(
-    tx: Tx, subjects: SubjectKeys, message: SendMessage, subject_id: str, expires_at: datetime
+    tx: Tx,
+    subjects: SubjectKeys,
+    message: SendMessage,
+    subject_id: str,
+    expires_at: datetime,
+    files: tuple[File, ...] = (),
 ) -> None:
     """Stores a delivery and puts it into the lane of its conversation. `subject_id`: whose key seals the text."""
-    words = OutboundContent(message.conversation_id, message.text, message.reply_to)
+    words = OutboundContent(message.conversation_id, message.text, message.reply_to, files)
     try:
         key = await subjects.key(tx, str(tx.tenant_id), subject_id)
         content = key.seal(msgspec.json.encode(words).decode(), str(message.delivery_id), "content")

@@ -22,12 +22,14 @@ from infra.service.service import Runtime
 from protos.messages.channel import SendMessage
 from services.channel import accounts as stored
 from services.channel.accounts import Secrets
+from services.channel.channels import reachable
 from services.channel.domain import State
-from services.channel.events import InboundContent, OutboundContent
+from services.channel.events import File, InboundContent, OutboundContent
 from services.channel.handlers import EXPIRES, queue_delivery
 from services.channel.publishing import CONVERSATION, DELIVERY
 
 MAX_TEXT = 100_000
+MAX_FILES = 10
 
 # Reads only. A conversation's newest messages stand at the end of its stream.
 _INBOUND = """
@@ -54,6 +56,19 @@ LIMIT $6
 """
 
 
+class Attachment(BaseModel):
+    """A file by its address, which is fetched when the message is sent."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"url": "https://files.example.com/label.pdf", "name": "label.pdf"}]},
+    )
+
+    url: str = Field(min_length=1, max_length=1_500, pattern="^https?://[!-;=?-~]+$")
+    name: str = Field(default="", max_length=200)
+    """The name that the person sees; empty: the last part of the address."""
+
+
 class Message(BaseModel):
     """A message between a person and a channel."""
 
@@ -67,6 +82,7 @@ class Message(BaseModel):
                     "session_key": "5f0c6f1e8c3b4a52",
                     "conversation_id": "42",
                     "text": "Refunds take five days.",
+                    "attachments": [],
                     "state": "sent",
                     "reason": None,
                     "run_id": "0199c1d2-0000-7000-8000-000000000003",
@@ -86,6 +102,8 @@ class Message(BaseModel):
     """The vendor's id; null if the person was erased."""
     text: str
     """``[erased]`` if the person was erased."""
+    attachments: list[Attachment] = []
+    """The files of an outbound message."""
     state: Literal["received"] | State
     reason: str | None
     """Why the state is ``failed`` or ``unknown``; else null."""
@@ -108,12 +126,22 @@ class NewMessage(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={"examples": [{"conversation_id": "42", "text": "Your parcel has left our house."}]},
+        json_schema_extra={
+            "examples": [
+                {
+                    "conversation_id": "42",
+                    "text": "Your parcel has left our house.",
+                    "attachments": [{"url": "https://files.example.com/label.pdf", "name": "label.pdf"}],
+                }
+            ]
+        },
     )
 
     conversation_id: str = Field(min_length=1, max_length=500)
     """The vendor's id, as `GET /api/v1/messages` shows it, such as a Telegram chat or a WhatsApp number."""
     text: str = Field(min_length=1, max_length=MAX_TEXT)
+    attachments: list[Attachment] = Field(default=[], max_length=MAX_FILES)
+    """Sent after the text, as files where the channel's type takes them, else as links."""
 
 
 class Queued(BaseModel):
@@ -171,6 +199,7 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
                     session_key=request.session_key,
                     conversation_id=reply and reply.conversation,
                     text=reply.text if reply else ERASED_TEXT,
+                    attachments=[Attachment(url=file.url, name=file.name) for file in reply.files] if reply else [],
                     state=state,
                     reason=reason,
                     run_id=request.run_id,
@@ -184,9 +213,13 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
 
     @router.post("/channels/{channel_id}/messages", status_code=202, response_model=Queued)
     async def send_message(channel_id: UUID, body: NewMessage, who: Writer, request: Request) -> Response:
-        """Sends a text to a conversation of the channel, without a run. Its delivery shows the outcome."""
+        """Sends a text, and files, to a conversation of the channel, without a run. Its delivery shows the outcome."""
         if "\0" in body.conversation_id + body.text:
             raise InvalidMessage("text", "must not contain NUL")
+        for n, one in enumerate(body.attachments):
+            if not one.name.isprintable():
+                raise InvalidMessage(f"attachments[{n}].name", "must not contain control characters")
+            await reachable(runtime.outgoing, f"attachments[{n}].url", one.url)
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
             account = await stored.read(tx, secrets, channel_id)
@@ -206,7 +239,8 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
                 conversation_id=body.conversation_id,
                 text=body.text,
             )
-            await queue_delivery(tx, subjects, message, subject_id, utcnow() + EXPIRES)
+            files = tuple(File(one.url, one.name) for one in body.attachments)
+            await queue_delivery(tx, subjects, message, subject_id, utcnow() + EXPIRES, files)
             audit(tx, who.actor, "message.send", "delivery", str(message.delivery_id), channel_id=str(channel_id))
             return 202, Queued(delivery_id=message.delivery_id)
 

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+from collections import Counter
 from collections.abc import Awaitable
 from datetime import timedelta
+from mimetypes import guess_extension
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
 import msgspec
 
-from infra.errors import EffectFailed, InvalidMessage, NotYet, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, NotYet, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.subjects import Erased, SubjectKeys
 from infra.service.service import Runtime
+from infra.stores import filetypes
 from infra.stores.cache import Cache
+from infra.stores.objects import safe_name
 from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
 from protos.messages.channel import AccountBroken
 from protos.messages.notification import SendEmail
 from services.channel import accounts
 from services.channel.accounts import Account, Secrets
 from services.channel.domain import Delivery
-from services.channel.events import DeliveryQueued, OutboundContent
+from services.channel.events import DeliveryQueued, File, OutboundContent
 from services.channel.publishing import DELIVERY
-from services.channel.vendors.base import AccountRefused, Outbound
+from services.channel.vendors.base import AccountRefused, Outbound, OutboundFile, download
 
 # A delivery of a paused channel is looked at again after this time.
 PAUSE = timedelta(seconds=5)
+# The files that this process fetches and sends at the same time, of one tenant and together.
+FILES_OF_TENANT, FILES = 2, 8
+BUSY = timedelta(seconds=1)
+# Of one attempt to fetch a file, and between two attempts.
+FILE_SECONDS = 20.0
+PAUSES = (0.5, 2.0)
 
 
 class Sent(msgspec.Struct, frozen=True):
@@ -54,6 +67,8 @@ class Sender:
         self._subjects = subjects
         self._outgoing = outgoing
         self._cache = cache
+        self._files = Counter[str]()
+        """The files in memory, by tenant."""
 
     async def load(self, tx: Tx, delivery_id: UUID) -> SendableDelivery:
         """Loads a delivery. Raises NotSendable with the reason, NotYet if the channel is paused."""
@@ -71,25 +86,48 @@ class Sender:
         if account.broken_reason:
             raise NotSendable(f"the channel is broken: {account.broken_reason}")
         words = await self._content(tx, account, delivery_id, delivery.queued)
-        texts = account.vendor.split(words.text)
+        text, files = words.text, words.files
+        if not account.vendor.files:
+            text, files = f"{text}\n\n" + "\n".join(file.link for file in files), ()
+        texts = account.vendor.split(text)
         if not texts:
             raise NotSendable("the text is empty")
+        contents: list[tuple[str, File | None]] = [
+            *((text, None) for text in texts),
+            *((one.link, one) for one in files),
+        ]
         parts = [
             Outbound(
-                key=str(delivery_id) if len(texts) == 1 else f"{delivery_id}-{n}",
+                key=str(delivery_id) if len(contents) == 1 else f"{delivery_id}-{n}",
                 conversation=words.conversation,
                 text=text,
                 reply_to=words.reply_to if n == 1 else None,
                 run_id=delivery.queued.run_id,
                 answers=words.reply_to,
                 part=n,
+                file=OutboundFile(file.url, file.name) if file else None,
             )
-            for n, text in enumerate(texts, 1)
+            for n, (text, file) in enumerate(contents, 1)
         ]
         return SendableDelivery(account, parts, delivery.queued.session_key)
 
     async def send(self, account: Account, part: Outbound) -> Sent:
         """Raises as `Vendor.send` does, and TooManyRequests if the vendor's rate limit is used up."""
+        if part.file is None:
+            return await self._send(account, part)
+        tenant = account.tenant_id
+        if self._files[tenant] >= FILES_OF_TENANT or self._files.total() >= FILES:
+            # It waits outside of this process's memory and without one of the runner's places.
+            raise NotYet(BUSY, "other files are being sent")
+        self._files[tenant] += 1
+        try:
+            return await self._send(account, await self._fetched(account, part, part.file))
+        finally:
+            self._files[tenant] -= 1
+            # A counter keeps the names that have come to 0.
+            self._files += Counter()
+
+    async def _send(self, account: Account, part: Outbound) -> Sent:
         for limit in account.vendor.limits(part.conversation):
             scope = account.pseudonyms.limit(limit.scope)
             await self._cache.limit(str(account.id), scope, times=limit.times, seconds=limit.seconds)
@@ -104,6 +142,36 @@ class Sender:
                 raise Transient(str(error)) from error
             raise
         return Sent(sent)
+
+    async def _fetched(self, account: Account, part: Outbound, file: OutboundFile) -> Outbound:
+        """The part with the file's content; as a text with its link if the vendor does not take it.
+
+        Raises EffectFailed also if the file's host does not answer: it must not hold up the conversation for as long as
+        an unavailable vendor may.
+        """
+        limits = account.vendor.files
+        try:
+            content = await self._download(file.url, max(limits.values()))
+            if not content:
+                raise EffectFailed("it is empty")
+            type_ = await asyncio.to_thread(filetypes.content_type, io.BytesIO(content), file.name)
+        except TooLarge:
+            return part._replace(file=None)
+        except (EffectFailed, InvalidMessage, Transient, Unanswered) as error:
+            # Not the error itself: a 401 of the file's host says nothing about the account, and nothing was sent.
+            reason = str(error).removeprefix(AccountRefused.PREFIX)
+            raise EffectFailed(f"the file could not be fetched: {reason}") from error
+        if len(content) > limits.get(type_, limits.get("", 0)):
+            return part._replace(file=None)
+        return part._replace(file=OutboundFile(file.url, _named(file, type_), type_, content))
+
+    async def _download(self, url: str, most: int) -> bytes:
+        for pause in PAUSES:
+            try:
+                return await download(self._outgoing, url, most, timeout=FILE_SECONDS)
+            except (Transient, Unanswered):
+                await asyncio.sleep(pause)
+        return await download(self._outgoing, url, most, timeout=FILE_SECONDS)
 
     async def edit(self, account: Account, part: Outbound, shown: str) -> Sent:
         """Puts the text into the message `shown`, which may happen twice. Raises as `send` does, never Unanswered."""
@@ -132,6 +200,12 @@ class Sender:
         except Erased as error:
             raise NotSendable("the person was erased") from error
         return msgspec.json.decode(key.open(queued.content, str(delivery_id), "content"), type=OutboundContent)
+
+
+def _named(file: OutboundFile, type_: str) -> str:
+    """The name of the file, with an extension, by which vendors and people know what it is."""
+    name = safe_name(file.name or unquote(urlsplit(file.url).path))
+    return name if "." in name else name + (guess_extension(type_) or "")
 
 
 def sender(runtime: Runtime) -> Sender:

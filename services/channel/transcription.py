@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-
 import msgspec
 
 from infra.errors import EffectFailed, Transient
 from infra.outgoing.client import Outgoing
 from infra.stores.objects import safe_name
+from services.channel.multipart import multipart
 
 TIMEOUT_SECONDS = 180.0
 # The endpoint judges the format by the name's extension.
@@ -42,17 +41,12 @@ class Transcription:
         if extension is None:
             raise EffectFailed(f"audio of type {type_} cannot be transcribed")
         stem = safe_name(name or "voice").rpartition(".")[0] or "voice"
-        boundary = secrets.token_hex(16)
-        head = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="model"\r\n\r\n{self._model}\r\n'
-            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{stem}.{extension}"\r\n'
-            f"Content-Type: {type_}\r\n\r\n"
-        )
+        header, body = multipart({"model": self._model}, "file", f"{stem}.{extension}", type_, content)
         answer = await self._outgoing.request(
             "POST",
             self._url,
-            headers=self._headers | {"content-type": f"multipart/form-data; boundary={boundary}"},
-            content=head.encode() + content + f"\r\n--{boundary}--\r\n".encode(),
+            headers=self._headers | header,
+            content=body,
             timeout=TIMEOUT_SECONDS,
         )
         if answer.status == 429 or answer.status >= 500:

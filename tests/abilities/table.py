@@ -226,7 +226,11 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
     )
     | dict.fromkeys(("dingtalk", "qq", "discord"), Lacking("of a group it gets only messages for the bot"))
     | dict.fromkeys(("whatsapp", "twilio", "wecom", "webhook"), Lacking("there are no groups")),
-    "sends files": dict.fromkeys(VENDORS, _NOT_BUILT),
+    "sends files": dict.fromkeys(VENDORS, Lacking("a file is sent as a link"))
+    | dict.fromkeys(
+        ("telegram", "slack", "discord", "whatsapp", "webhook"), Proof("test_files.py", "test_files_are_sent")
+    )
+    | {"line": Proof("test_files.py", "test_line_gets_the_address_of_an_image_and_only_by_https")},
 }
 
 

@@ -36,6 +36,8 @@ PLACEHOLDER = "…"
 """In place of an answer that follows. A process that dies before it knows the message's id leaves this behind."""
 # The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
+MAX_FILE = 8 * 1024 * 1024
+"""Bytes of a file to send: the least of what the vendors take that take any file."""
 
 
 class Request(NamedTuple):
@@ -119,6 +121,15 @@ class Received(NamedTuple):
     ack: Ack = Ack()
 
 
+class OutboundFile(NamedTuple):
+    """A file to send, with its content. The type is the content's."""
+
+    url: str
+    name: str
+    content_type: str = ""
+    content: bytes = b""
+
+
 class Outbound(NamedTuple):
     """One message to send."""
 
@@ -133,6 +144,8 @@ class Outbound(NamedTuple):
     """The vendor's id of the message that the delivery answers, the same for each part."""
     part: int = 1
     """The number of this part, from 1."""
+    file: OutboundFile | None = None
+    """This part is a file. `text` is its link."""
 
 
 class Limit(NamedTuple):
@@ -173,6 +186,9 @@ class Vendor(ABC, Generic[C]):
     """The largest webhook body that the vendor sends, in bytes."""
     groups: ClassVar[tuple[Groups, ...]] = ("all",)
     """The choices of a channel: the vendor tells mentions, and replies to the bot, or not."""
+    files: ClassVar[Mapping[str, int]] = {}
+    """The largest file in bytes that `send` takes, by its MIME type; of all other types under the empty name. Any other
+    file is sent as a link."""
     preview: ClassVar[Preview | None] = None
     """How a person sees an answer while it is written. ``edit``: a message that is edited until it is the answer.
     ``draft``: a text that the vendor takes away by itself. None: not at all."""
@@ -319,10 +335,15 @@ def kind_of(mime_type: str) -> Literal["image", "voice", "video", "file"]:
 
 
 async def download(
-    outgoing: Outgoing, url: str, most: int, headers: Mapping[str, str] | None = None, template: str | None = None
+    outgoing: Outgoing,
+    url: str,
+    most: int,
+    headers: Mapping[str, str] | None = None,
+    template: str | None = None,
+    timeout: float = 120.0,
 ) -> bytes:
     """The body of a file's address. Raises as `Vendor.fetch` does."""
-    answer = await outgoing.request("GET", url, headers=headers, max_bytes=most, timeout=120.0, template=template)
+    answer = await outgoing.request("GET", url, headers=headers, max_bytes=most, timeout=timeout, template=template)
     raise_for_transient(answer)
     if answer.status == 401:
         raise AccountRefused("HTTP 401")

@@ -7,7 +7,7 @@ https://discord.com/developers/docs/resources/message, https://discord.com/devel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 
@@ -19,13 +19,16 @@ from infra.errors import EffectFailed, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from services.channel.events import Attachment
+from services.channel.multipart import multipart
 from services.channel.vendors.base import (
+    MAX_FILE,
     AccountRefused,
     Ack,
     Ignored,
     Inbound,
     Limit,
     Outbound,
+    OutboundFile,
     Preview,
     Received,
     Request,
@@ -139,6 +142,7 @@ class Discord(Vendor[DiscordCredentials]):
     addresses: ClassVar[tuple[str, ...]] = ()
     # The first part replaces the same message again; the others carry a nonce.
     effect: ClassVar[Kind] = "keyed"
+    files: ClassVar[Mapping[str, int]] = {"": MAX_FILE}
     preview: ClassVar[Preview | None] = "edit"
     steps: ClassVar[tuple[str, ...]] = (
         "Create an application; copy its id, its public key and the token of its bot.",
@@ -216,7 +220,7 @@ class Discord(Vendor[DiscordCredentials]):
         nonce = hashlib.sha256(message.key.encode()).hexdigest()[:_NONCE_LENGTH]
         body |= {"nonce": nonce, "enforce_nonce": True}
         path = f"channels/{message.conversation}/messages"
-        return (await _as_bot(outgoing, origin, credentials, "POST", path, body)).id
+        return (await _as_bot(outgoing, origin, credentials, "POST", path, body, message.file)).id
 
     async def edit(
         self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound, shown: str
@@ -235,7 +239,8 @@ class Discord(Vendor[DiscordCredentials]):
 
 def _body(message: Outbound) -> dict[str, Any]:
     # Without allowed_mentions, @everyone in an answer would notify everybody.
-    return {"content": render(message.text, DIALECT), "allowed_mentions": {"parse": []}}
+    text = "" if message.file else render(message.text, DIALECT)
+    return {"content": text, "allowed_mentions": {"parse": []}}
 
 
 async def _change(
@@ -255,9 +260,16 @@ async def _as_bot(
     method: str,
     path: str,
     body: dict[str, Any] | None = None,
+    file: OutboundFile | None = None,
 ) -> _Message:
     headers = {"authorization": f"Bot {credentials.bot_token}"}
-    answer = await outgoing.request(method, f"{origin}/api/v10/{path}", headers=headers, json=body)
+    url = f"{origin}/api/v10/{path}"
+    if file:
+        fields = {"payload_json": msgspec.json.encode(body).decode()}
+        header, content = multipart(fields, "files[0]", file.name, file.content_type, file.content)
+        answer = await outgoing.request(method, url, headers=headers | header, content=content)
+    else:
+        answer = await outgoing.request(method, url, headers=headers, json=body)
     # A deletion is answered without a body.
     response = _Message() if answer.status == 204 else _read(answer)
     if answer.status == 401:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
@@ -113,6 +113,8 @@ class Line(Vendor[LineCredentials]):
     origin: ClassVar[str] = "https://api.line.me"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    # An image is its own preview, which may have one megabyte.
+    files: ClassVar[Mapping[str, int]] = dict.fromkeys(("image/jpeg", "image/png"), 1_000_000)
     groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     sign_seconds: ClassVar[int] = 20
     steps: ClassVar[tuple[str, ...]] = (
@@ -157,7 +159,7 @@ class Line(Vendor[LineCredentials]):
                 "authorization": f"Bearer {credentials.channel_access_token}",
                 "x-line-retry-key": str(uuid5(_KEYS, message.key)),
             },
-            json={"to": message.conversation, "messages": [{"type": "text", "text": render(message.text, PLAIN)}]},
+            json={"to": message.conversation, "messages": [_content(message)]},
         )
         response = read_json(answer, _Response)
         if answer.status in (401, 403):
@@ -175,6 +177,13 @@ class Line(Vendor[LineCredentials]):
             raise EffectFailed("a group shows no loading animation")
         body = {"chatId": message.conversation, "loadingSeconds": self.sign_seconds}
         await _call(outgoing, origin, credentials, "POST", "v2/bot/chat/loading/start", body)
+
+
+def _content(message: Outbound) -> dict[str, str]:
+    """LINE fetches an image from its address, by HTTPS only."""
+    if message.file and message.file.url.startswith("https://"):
+        return {"type": "image", "originalContentUrl": message.file.url, "previewImageUrl": message.file.url}
+    return {"type": "text", "text": render(message.text, PLAIN)}
 
 
 async def _call(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 
@@ -21,6 +21,7 @@ from infra.outgoing.client import Answer, Outgoing
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
+    MAX_FILE,
     AccountRefused,
     Ack,
     Groups,
@@ -28,6 +29,7 @@ from services.channel.vendors.base import (
     Inbound,
     Limit,
     Outbound,
+    OutboundFile,
     Preview,
     Received,
     Request,
@@ -160,6 +162,8 @@ class _Response(msgspec.Struct):
     error: str = ""
     user: str = ""
     team: str = ""
+    upload_url: str = ""
+    file_id: str = ""
 
 
 class Slack(Vendor[SlackCredentials]):
@@ -171,12 +175,13 @@ class Slack(Vendor[SlackCredentials]):
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
     groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions", "replies")
+    files: ClassVar[Mapping[str, int]] = {"": MAX_FILE}
     preview: ClassVar[Preview | None] = "edit"
     # chat.update may be called about fifty times a minute.
     preview_seconds: ClassVar[int] = 2
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app; copy the Signing Secret and the bot token (xoxb-…).",
-        "Give the bot the scopes chat:write, im:history, app_mentions:read and files:read, and install it.",
+        "Give the bot the scopes chat:write, im:history, app_mentions:read, files:read and files:write; install it.",
         "Enable Event Subscriptions with the webhook's public URL, and subscribe to message.im and app_mention.",
     )
 
@@ -223,6 +228,9 @@ class Slack(Vendor[SlackCredentials]):
         self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, message: Outbound
     ) -> str | None:
         channel, _, thread = message.conversation.partition("/")
+        if message.file:
+            await _share(self, outgoing, origin, credentials, message.file, channel, thread)
+            return None
         body = {"channel": channel, "text": render(message.text, MRKDWN)}
         if thread:
             body["thread_ts"] = thread
@@ -240,6 +248,43 @@ class Slack(Vendor[SlackCredentials]):
     ) -> None:
         channel = message.conversation.partition("/")[0]
         await _call(outgoing, origin, credentials, "chat.delete", {"channel": channel, "ts": shown})
+
+
+async def _share(
+    vendor: Slack,
+    outgoing: Outgoing,
+    origin: str,
+    credentials: SlackCredentials,
+    file: OutboundFile,
+    channel: str,
+    thread: str,
+) -> None:
+    """https://docs.slack.dev/messaging/working-with-files#upload. Nobody sees the file before the last call."""
+    try:
+        given = {"filename": file.name, "length": len(file.content)}
+        place = await _form(outgoing, origin, credentials, "files.getUploadURLExternal", given)
+        url = at_origin(vendor, origin, place.upload_url, "slack.com")
+        answer = await outgoing.request("POST", url, content=file.content, template="/upload/{ticket}")
+        raise_for_transient(answer)
+    except Unanswered as error:
+        raise Transient(str(error)) from error
+    if answer.status != 200:
+        raise EffectFailed(f"the upload was refused: HTTP {answer.status}")
+    files = msgspec.json.encode([{"id": place.file_id, "title": file.name}]).decode()
+    shared = {"files": files, "channel_id": channel, **({"thread_ts": thread} if thread else {})}
+    await _form(outgoing, origin, credentials, "files.completeUploadExternal", shared)
+
+
+async def _form(
+    outgoing: Outgoing, origin: str, credentials: SlackCredentials, method: str, fields: dict[str, Any]
+) -> _Response:
+    """The methods for files take forms."""
+    headers = {
+        "authorization": f"Bearer {credentials.bot_token}",
+        "content-type": "application/x-www-form-urlencoded",
+    }
+    body = urlencode(fields).encode()
+    return _read(await outgoing.request("POST", f"{origin}/api/{method}", headers=headers, content=body))
 
 
 async def _call(

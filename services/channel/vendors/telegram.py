@@ -5,6 +5,7 @@ See setWebhook, Update, sendMessage, ResponseParameters and the section on HTML 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -19,7 +20,9 @@ from infra.errors import EffectFailed, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from services.channel.events import Attachment
+from services.channel.multipart import multipart
 from services.channel.vendors.base import (
+    MAX_FILE,
     AccountRefused,
     Ack,
     Groups,
@@ -28,6 +31,7 @@ from services.channel.vendors.base import (
     Limit,
     Moved,
     Outbound,
+    OutboundFile,
     Preview,
     Received,
     Request,
@@ -45,7 +49,8 @@ from services.channel.vendors.splitting import split, utf16_length
 
 # The kinds of update that are handled; Telegram sends no others.
 _UPDATES = ["message", "callback_query"]
-_TEMPLATE = "/bot{token}/sendMessage"
+# The types that are shown as photos. All other files are documents.
+_PHOTOS = ("image/jpeg", "image/png", "image/webp")
 # UTF-16 units.
 MAX_TEXT = 4096
 # The kind of file by the field of the message that holds it; None: by the stated type.
@@ -71,6 +76,7 @@ _ATTACHMENTS = {
     "location": "a location",
     "contact": "a contact",
 }
+_NO_PHOTO = re.compile("PHOTO_|IMAGE_PROCESS_FAILED")
 # An answer is sent again at most this often with something corrected: chat, topic, markup.
 _CORRECTIONS = 3
 
@@ -200,6 +206,7 @@ class Telegram(Vendor[TelegramCredentials]):
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
     groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions", "replies")
+    files: ClassVar[Mapping[str, int]] = {"": MAX_FILE}
     preview: ClassVar[Preview | None] = "draft"
     sign_seconds: ClassVar[int] = 5
     steps: ClassVar[tuple[str, ...]] = (
@@ -253,21 +260,18 @@ class Telegram(Vendor[TelegramCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
     ) -> str | None:
+        if message.file:
+            return _id(await _send_file(outgoing, origin, credentials, message, message.file))
         body = _place(message) | _marked(message.text)
         if message.reply_to is not None and message.reply_to.isdecimal():
             # The message may have been deleted meanwhile; the reply is sent anyway.
             body["reply_parameters"] = {"message_id": int(message.reply_to), "allow_sending_without_reply": True}
         url = f"{origin}/bot{credentials.bot_token}/sendMessage"
         for _ in range(_CORRECTIONS):
-            response = _read(await outgoing.request("POST", url, json=body, template=_TEMPLATE))
+            response = _read(await outgoing.request("POST", url, json=body, template="/bot{token}/sendMessage"))
             if response.ok or not _correct(body, message.text, response):
                 break
-        if not response.ok:
-            raise EffectFailed(response.description[:200])
-        try:
-            return str(msgspec.json.decode(response.result, type=_Sent).message_id)
-        except msgspec.DecodeError:
-            return None
+        return _id(response)
 
     async def show_typing(
         self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound
@@ -286,6 +290,41 @@ class Telegram(Vendor[TelegramCredentials]):
 def _place(message: Outbound) -> dict[str, Any]:
     chat, _, topic = message.conversation.partition("/")
     return {"chat_id": _chat_id(chat), **({"message_thread_id": int(topic)} if topic else {})}
+
+
+def _id(response: _Response) -> str | None:
+    """The id of the message that was sent. Raises EffectFailed if it was refused."""
+    if not response.ok:
+        raise EffectFailed(response.description[:200])
+    try:
+        return str(msgspec.json.decode(response.result, type=_Sent).message_id)
+    except msgspec.DecodeError:
+        return None
+
+
+async def _send_file(
+    outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound, file: OutboundFile
+) -> _Response:
+    body = _place(message)
+    field = "photo" if file.content_type in _PHOTOS else "document"
+    for _ in range(_CORRECTIONS):
+        method = f"send{field.title()}"
+        fields = {name: str(value) for name, value in body.items()}
+        headers, content = multipart(fields, field, file.name, file.content_type, file.content)
+        answer = await outgoing.request(
+            "POST",
+            f"{origin}/bot{credentials.bot_token}/{method}",
+            headers=headers,
+            content=content,
+            template=f"/bot{{token}}/{method}",
+        )
+        response = _read(answer)
+        if not response.ok and field == "photo" and _NO_PHOTO.search(response.description):
+            # Such as one that is too long and narrow.
+            field = "document"
+        elif response.ok or not _correct(body, "", response):
+            break
+    return response
 
 
 async def _call(

@@ -5,7 +5,7 @@ https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from infra.outgoing.client import Outgoing
 from infra.web.http import decode_json
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
+    MAX_FILE,
     AccountRefused,
     Inbound,
     Limit,
@@ -69,6 +70,7 @@ class Webhook(Vendor[WebhookCredentials]):
     origin: ClassVar[str] = ""
     addresses: ClassVar[tuple[str, ...]] = ("reply_url",)
     effect: ClassVar[Kind] = "keyed"
+    files: ClassVar[Mapping[str, int]] = {"": MAX_FILE}
     steps: ClassVar[tuple[str, ...]] = (
         "Generate a secret: whsec_ and the base64 of 24 to 64 random bytes.",
         "Sign each message by Standard Webhooks and post it to the webhook's public URL.",
@@ -112,7 +114,14 @@ class Webhook(Vendor[WebhookCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: WebhookCredentials, message: Outbound
     ) -> str | None:
-        body = {"conversation_id": message.conversation, "text": message.text, "run_id": message.run_id}
+        body: dict[str, Any] = {
+            "conversation_id": message.conversation,
+            "text": message.text,
+            "run_id": message.run_id,
+        }
+        if file := message.file:
+            body["text"] = ""
+            body["attachments"] = [{"url": file.url, "name": file.name, "content_type": file.content_type}]
         await _post(outgoing, credentials, message.key, body)
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import parse_qs, quote
@@ -14,9 +14,11 @@ import msgspec
 from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
+from infra.stores import filetypes
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
+    MAX_FILE,
     AccountRefused,
     Ack,
     Ignored,
@@ -49,6 +51,10 @@ _LATER = frozenset((4, 80007, 130429, 131048, 131056))
 _TRANSIENT = frozenset((1, 2, 131000, 131016, 131057))
 # At most one message in six seconds to one person, over a longer time.
 _PAIR_DELAY = timedelta(seconds=6)
+
+# https://developers.facebook.com/docs/whatsapp/cloud-api/reference/media#supported-media-types
+_PHOTOS = ("image/jpeg", "image/png")
+_SENT = dict.fromkeys(_PHOTOS, 5_000_000) | dict.fromkeys((filetypes.PDF, *filetypes.OFFICE, filetypes.TEXT), MAX_FILE)
 
 # https://faq.whatsapp.com/539178204879377
 DIALECT = Dialect(
@@ -170,6 +176,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
     origin: ClassVar[str] = "https://graph.facebook.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    files: ClassVar[Mapping[str, int]] = _SENT
     sign_seconds: ClassVar[int] = 25
     max_body: ClassVar[int] = 3 * 1_048_576
     steps: ClassVar[tuple[str, ...]] = (
@@ -228,8 +235,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
             "messaging_product": "whatsapp",
             "recipient_type": "individual",
             "to": message.conversation,
-            "type": "text",
-            "text": {"body": render(message.text, DIALECT), "preview_url": False},
+            **_content(message),
         }
         if message.reply_to:
             body["context"] = {"message_id": message.reply_to}
@@ -248,6 +254,15 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
             "typing_indicator": {"type": "text"},
         }
         await _call(outgoing, origin, credentials, "POST", f"{credentials.phone_number_id}/messages", body)
+
+
+def _content(message: Outbound) -> dict[str, Any]:
+    """A file is given by its address, from which WhatsApp fetches it."""
+    if (file := message.file) is None:
+        return {"type": "text", "text": {"body": render(message.text, DIALECT), "preview_url": False}}
+    if file.content_type in _PHOTOS:
+        return {"type": "image", "image": {"link": file.url}}
+    return {"type": "document", "document": {"link": file.url, "filename": file.name}}
 
 
 async def _call(

@@ -11,7 +11,7 @@ import pytest
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.channel.conftest import Desk
-from tooling.testing.vendors import TelegramStandIn
+from tooling.testing.vendors import Fault, TelegramStandIn, TwilioStandIn, WebhookStandIn, cut
 
 
 @pytest.fixture
@@ -99,6 +99,43 @@ async def test_a_text_is_sent_without_a_run(desk: Desk, telegram: TelegramStandI
     assert [(one["direction"], one["text"]) for one in found] == [("inbound", "thanks"), ("outbound", "Hello **you**")]
 
 
+async def test_files_follow_the_text_and_a_lost_answer_is_not_repeated(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    async with WebhookStandIn() as host:
+        host.files |= {"/a.txt": b"\x89PNG\r\n\x1a\n", "/b": b"%PDF-1.7"}
+        files = [{"url": f"{host.url}/a.txt", "name": ""}, {"url": f"{host.url}/b", "name": "paper.pdf"}]
+        body = {"conversation_id": "5", "text": "Two files", "attachments": files}
+        sent = await send(desk, channel, body, **{"idempotency-key": "k"})
+        assert (await send(desk, channel, body, **{"idempotency-key": "k"})).json() == sent.json()
+        delivery = await desk.settled(sent.json()["delivery_id"])
+        assert telegram.texts("5") == ["Two files", "[photo a.txt]", "[document paper.pdf]"]
+        assert (delivery["state"], delivery["vendor_message_id"]) == ("sent", telegram.ledger[-1].id)
+        [found] = await messages(desk, channel_id=channel["id"])
+        assert (found["text"], found["attachments"]) == ("Two files", files)
+
+        telegram.faults.extend([Fault(late=True), cut(accept=True)])
+        lost = await send(desk, channel, body | {"conversation_id": "6"})
+        delivery = await desk.settled(lost.json()["delivery_id"])
+        assert (delivery["state"], delivery["reason"][:12]) == ("unknown", "part 2 of 3:")
+        assert telegram.texts("6") == ["Two files", "[photo a.txt]"]
+
+        files[1]["url"] += "none"
+        refused = await send(desk, channel, body | {"conversation_id": "7"})
+        delivery = await desk.settled(refused.json()["delivery_id"])
+        assert delivery["reason"] == "part 3 of 3: the file could not be fetched: HTTP 404"
+        assert (await desk.channel(channel["id"]))["state"] == "ok"
+
+
+async def test_a_type_that_sends_no_files_sends_links(desk: Desk) -> None:
+    async with TwilioStandIn() as twilio:
+        channel = await desk.connect("twilio", twilio.credentials, twilio.url)
+        files = [{"url": "http://127.0.0.1/a_b_c"}, {"url": "http://127.0.0.1/*d*", "name": "paper"}]
+        body = {"conversation_id": "+4915550002", "text": "Two files", "attachments": files}
+        sent = await send(desk, channel, body)
+        assert (await desk.settled(sent.json()["delivery_id"]))["state"] == "sent"
+        assert twilio.texts() == ["Two files\n\nhttp://127.0.0.1/a_b_c\npaper: http://127.0.0.1/*d*"]
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -107,6 +144,23 @@ async def test_a_text_is_sent_without_a_run(desk: Desk, telegram: TelegramStandI
         ({"conversation_id": "1", "text": ""}, "text"),
         ({"conversation_id": "1", "text": "x" * 100_001}, "text"),
         ({"conversation_id": "1", "text": "x", "to": "2"}, "to"),
+        *(
+            ({"conversation_id": "1", "text": "x", "attachments": [{"url": "http://127.0.0.1/a"}, wrong]}, field)
+            for wrong, field in (
+                ({"name": "a"}, "attachments[1].url"),
+                ({"url": "ftp://127.0.0.1/a"}, "attachments[1].url"),
+                ({"url": "http://127.0.0.1/a b"}, "attachments[1].url"),
+                ({"url": "http://127.0.0.1/a>"}, "attachments[1].url"),
+                ({"url": "http://me:secret@127.0.0.1/a"}, "attachments[1].url"),
+                # Where clouds give secrets to machines.
+                ({"url": "http://169.254.169.254/a"}, "attachments[1].url"),
+                ({"url": "http://127.0.0.1/" + "a" * 1_500}, "attachments[1].url"),
+                ({"url": "http://127.0.0.1/a", "name": "a\nb"}, "attachments[1].name"),
+                ({"url": "http://127.0.0.1/a", "name": "a" * 201}, "attachments[1].name"),
+                ({"url": "http://127.0.0.1/a", "content": "x"}, "attachments[1].content"),
+            )
+        ),
+        ({"conversation_id": "1", "text": "x", "attachments": [{"url": "http://127.0.0.1/a"}] * 11}, "attachments"),
     ],
 )
 async def test_a_bad_message_is_refused(

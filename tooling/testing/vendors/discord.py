@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, read_form
 
 
 class _Mentions(msgspec.Struct, forbid_unknown_fields=True):
@@ -23,6 +23,15 @@ class _Edit(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Create(_Edit, forbid_unknown_fields=True, kw_only=True):
+    nonce: Annotated[str, msgspec.Meta(min_length=1, max_length=25)]
+    enforce_nonce: bool
+
+
+class _WithFile(msgspec.Struct, forbid_unknown_fields=True):
+    """The text beside a file is empty."""
+
+    content: Annotated[str, msgspec.Meta(max_length=0)]
+    allowed_mentions: _Mentions
     nonce: Annotated[str, msgspec.Meta(min_length=1, max_length=25)]
     enforce_nonce: bool
 
@@ -141,12 +150,25 @@ class DiscordStandIn(StandIn):
             raise Refused(Reply(401, {"code": 0, "message": "401: Unauthorized"}))
         if channel in self.missing:
             raise Refused(Reply(403, {"code": 50001, "message": "Missing Access"}))
+        if call.headers.get("content-type", "").startswith("multipart/form-data"):
+            return self._create_with_file(channel, call)
         create = _decode(call, _Create)
         if (channel, create.nonce) in self._nonces:
             self.repeats += 1
         else:
             self._nonces[channel, create.nonce] = str(next(self._ids))
             self.record(channel, create.content, self._nonces[channel, create.nonce], msgspec.to_builtins(create))
+        return Reply(200, {"id": self._nonces[channel, create.nonce], "channel_id": channel, "nonce": create.nonce})
+
+    def _create_with_file(self, channel: str, call: Call) -> Reply:
+        texts, files = read_form(call)
+        create = _decode(call._replace(body=texts["payload_json"].encode()), _WithFile)
+        file = files["files[0]"]
+        if (channel, create.nonce) in self._nonces:
+            self.repeats += 1
+        else:
+            id_ = self._nonces[channel, create.nonce] = str(next(self._ids))
+            self.record(channel, f"[file {file.name}]", id_, {"type": file.content_type, "content": file.content})
         return Reply(200, {"id": self._nonces[channel, create.nonce], "channel_id": channel, "nonce": create.nonce})
 
 

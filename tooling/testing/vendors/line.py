@@ -15,14 +15,22 @@ import msgspec
 from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
 
 
-class _Text(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
+class _Text(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
     text: Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class _Image(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="image"):
+    originalContentUrl: Annotated[str, msgspec.Meta(pattern="^https://", max_length=2_000)]
+    previewImageUrl: Annotated[str, msgspec.Meta(pattern="^https://", max_length=2_000)]
+
+    @property
+    def text(self) -> str:
+        return f"[image {self.originalContentUrl}]"
 
 
 class _Push(msgspec.Struct, forbid_unknown_fields=True):
     to: Annotated[str, msgspec.Meta(pattern="^[UCR][0-9a-f]+$")]
-    messages: Annotated[list[_Text], msgspec.Meta(min_length=1, max_length=5)]
+    messages: Annotated[list[_Text | _Image], msgspec.Meta(min_length=1, max_length=5)]
 
 
 class _Loading(msgspec.Struct, forbid_unknown_fields=True):

@@ -7,6 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
+from email.message import EmailMessage
+from email.parser import BytesParser
+from email.policy import HTTP
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -36,6 +39,31 @@ class Accepted(NamedTuple):
     """The whole request."""
     at: float
     """Unix seconds."""
+
+
+class FormFile(NamedTuple):
+    """A file in a form."""
+
+    name: str
+    content_type: str
+    content: bytes
+
+
+def read_form(call: Call) -> tuple[dict[str, str], dict[str, FormFile]]:
+    """The texts and the files of a multipart form, by their fields."""
+    head = f"content-type: {call.headers.get('content-type', '')}\r\n\r\n".encode()
+    texts: dict[str, str] = {}
+    files: dict[str, FormFile] = {}
+    form = BytesParser(EmailMessage, policy=HTTP).parsebytes(head + call.body)
+    for part in form.iter_parts():
+        field = str(part.get_param("name", header="content-disposition"))
+        content = part.get_payload(decode=True)
+        assert isinstance(content, bytes)
+        if name := part.get_filename():
+            files[field] = FormFile(name, part.get_content_type(), content)
+        else:
+            texts[field] = content.decode()
+    return texts, files
 
 
 class Reply(NamedTuple):

@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -55,6 +56,8 @@ class SlackStandIn(StandIn):
         """The token is not valid any more."""
         self._events = itertools.count(1)
         self._sent = itertools.count()
+        self._uploads: dict[str, tuple[str, int]] = {}
+        """Paths of uploads → the name and the length of the file."""
 
     @property
     def credentials(self) -> dict[str, str]:
@@ -99,6 +102,13 @@ class SlackStandIn(StandIn):
             if call.headers.get("authorization") != f"Bearer {self.bot_token}":
                 return Reply(200, b"<!DOCTYPE html><html>Sign in</html>")
             return self.file(call.path)
+        if call.path.startswith("/upload/"):
+            if len(call.body) != self._uploads[call.path][1]:
+                raise Refused(Reply(400, b"length"))
+            self.files[call.path] = call.body
+            return Reply(200, b"OK")
+        if call.path in ("/api/files.getUploadURLExternal", "/api/files.completeUploadExternal"):
+            return self._upload(call)
         if call.method != "POST" or call.path not in _METHODS:
             raise Refused(Reply(404, {"ok": False, "error": "unknown_method"}))
         if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
@@ -128,3 +138,22 @@ class SlackStandIn(StandIn):
         to = message.channel + (f"/{message.thread_ts}" if message.thread_ts else "")
         self.record(to, shown, ts, msgspec.to_builtins(message))
         return Reply(200, {"ok": True, "channel": message.channel, "ts": ts, "message": {"text": message.text}})
+
+    def _upload(self, call: Call) -> Reply:
+        if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
+            raise Refused(Reply(200, {"ok": False, "error": "invalid_auth"}))
+        if call.headers.get("content-type") != "application/x-www-form-urlencoded":
+            raise Refused(Reply(200, {"ok": False, "error": "invalid_arguments"}))
+        form = dict(parse_qsl(call.body.decode(), strict_parsing=True))
+        if call.path == "/api/files.getUploadURLExternal":
+            path = f"/upload/v1/{len(self._uploads)}"
+            self._uploads[path] = form["filename"], int(form["length"])
+            return Reply(200, {"ok": True, "upload_url": f"https://files.slack.com{path}", "file_id": path})
+        if form["channel_id"] in self.unknown:
+            raise Refused(Reply(200, {"ok": False, "error": "channel_not_found"}))
+        for file in msgspec.json.decode(form["files"]):
+            if file["id"] not in self.files:
+                raise Refused(Reply(200, {"ok": False, "error": "file_not_found"}))
+            to = form["channel_id"] + (f"/{form['thread_ts']}" if "thread_ts" in form else "")
+            self.record(to, f"[file {file['title']}]", file["id"], {"content": self.files[file["id"]]})
+        return Reply(200, {"ok": True, "files": []})

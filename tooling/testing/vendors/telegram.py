@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, read_form
 
 
 class _ReplyParameters(msgspec.Struct, forbid_unknown_fields=True):
@@ -24,6 +24,13 @@ class _SendMessage(msgspec.Struct, forbid_unknown_fields=True):
     parse_mode: str | None = None
     message_thread_id: int | None = None
     reply_parameters: _ReplyParameters | None = None
+
+
+class _Place(msgspec.Struct, forbid_unknown_fields=True):
+    """The texts of a form with a file."""
+
+    chat_id: int
+    message_thread_id: int | None = None
 
 
 class _Draft(msgspec.Struct, forbid_unknown_fields=True):
@@ -63,6 +70,8 @@ class TelegramStandIn(StandIn):
         """Groups that became supergroups → their new id."""
         self.topics: set[int] = set()
         """The topics that exist. A message to another one is refused."""
+        self.no_photos: set[bytes] = set()
+        """Images that Telegram takes as documents only."""
         self.revoked = False
         """The token is not valid any more."""
         self._updates = itertools.count(secrets.randbelow(10**8) + 10**8)
@@ -120,6 +129,8 @@ class TelegramStandIn(StandIn):
             if id_ not in self.files:
                 _refuse(400, "Bad Request: file is too big")
             return Reply(200, {"ok": True, "result": {"file_id": id_, "file_path": f"files/{id_}"}})
+        if method in ("sendPhoto", "sendDocument"):
+            return self._file(call, method.removeprefix("send").lower())
         if method not in ("sendMessage", "sendMessageDraft", "sendChatAction"):
             _refuse(404, "Not Found")
         if call.method != "POST" or not call.headers.get("content-type", "").startswith("application/json"):
@@ -149,6 +160,21 @@ class TelegramStandIn(StandIn):
         }
         return Reply(200, {"ok": True, "result": result})
 
+    def _file(self, call: Call, field: str) -> Reply:
+        texts, files = read_form(call)
+        try:
+            place = msgspec.convert(texts, _Place, strict=False)
+            file = files[field]
+        except (msgspec.ValidationError, KeyError) as error:
+            _refuse(400, f"Bad Request: {error}")
+        if field == "photo" and file.content in self.no_photos:
+            _refuse(400, "Bad Request: PHOTO_INVALID_DIMENSIONS")
+        self._check_place(place)
+        id_ = str(next(self._messages))
+        chat = str(place.chat_id) + (f"/{place.message_thread_id}" if place.message_thread_id else "")
+        self.record(chat, f"[{field} {file.name}]", id_, {"type": file.content_type, "content": file.content})
+        return Reply(200, {"ok": True, "result": {"message_id": int(id_), "chat": {"id": place.chat_id}}})
+
     def _check(self, message: _SendMessage) -> None:
         if len(message.text.encode("utf-16-le")) // 2 > 4096:
             _refuse(400, "Bad Request: message is too long")
@@ -158,6 +184,9 @@ class TelegramStandIn(StandIn):
             _refuse(400, "Bad Request: unsupported parse_mode")
         if message.parse_mode:
             _shown(message.text)
+        self._check_place(message)
+
+    def _check_place(self, message: _SendMessage | _Place) -> None:
         if message.message_thread_id is not None and message.message_thread_id not in self.topics:
             _refuse(400, "Bad Request: message thread not found")
         if message.chat_id in self.blocked:

@@ -18,6 +18,7 @@ class _Reply(msgspec.Struct, forbid_unknown_fields=True):
     conversation_id: str
     text: str
     run_id: str | None
+    attachments: list[dict[str, str]] = []
 
 
 class WebhookStandIn(StandIn):

@@ -25,11 +25,18 @@ class _Context(msgspec.Struct, forbid_unknown_fields=True):
     message_id: Annotated[str, msgspec.Meta(pattern=r"^wamid\.")]
 
 
+class _Link(msgspec.Struct, forbid_unknown_fields=True):
+    link: Annotated[str, msgspec.Meta(pattern="^https?://")]
+    filename: str | None = None
+
+
 class _Send(msgspec.Struct, forbid_unknown_fields=True):
     messaging_product: Literal["whatsapp"]
     to: Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
-    text: _Text
-    type: Literal["text"]
+    type: Literal["text", "image", "document"]
+    text: _Text | None = None
+    image: _Link | None = None
+    document: _Link | None = None
     recipient_type: Literal["individual"] = "individual"
     context: _Context | None = None
 
@@ -122,7 +129,11 @@ class WhatsAppStandIn(StandIn):
         if send.to in self.closed:
             raise Refused(_error(400, 131047, "Re-engagement message"))
         id_ = f"wamid.{next(self._ids)}"
-        self.record(send.to, send.text.body, id_, msgspec.to_builtins(send))
+        content = getattr(send, send.type)
+        if content is None or [send.text, send.image, send.document].count(None) != 2:
+            raise Refused(_error(400, 100, f"The parameter {send.type} is required"))
+        text = content.body if isinstance(content, _Text) else f"[{send.type} {content.filename or content.link}]"
+        self.record(send.to, text, id_, msgspec.to_builtins(send))
         return Reply(
             200,
             {
