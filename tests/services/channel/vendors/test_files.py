@@ -9,7 +9,15 @@ from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused, OutboundFile
 from tests.services.channel.vendors.conftest import Adapter
 from tests.services.channel.vendors.test_accounts import FAKES
-from tooling.testing.vendors import DiscordStandIn, LineStandIn, SlackStandIn, TelegramStandIn, WebhookStandIn, cut
+from tooling.testing.vendors import (
+    DiscordStandIn,
+    LineStandIn,
+    SlackStandIn,
+    TelegramStandIn,
+    WebhookStandIn,
+    answer,
+    cut,
+)
 from tooling.testing.vendors.server import Fault
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\xff\r\n--x\n"
@@ -90,6 +98,9 @@ async def test_slack_shows_a_file_only_after_the_last_call(outgoing: Outgoing) -
             with pytest.raises(error):
                 await adapter.send(LINK, "C1", file=PAPER)
             assert len(fake.ledger) == before // 2
+        fake.faults.extend([handled, answer(403)])
+        with pytest.raises(EffectFailed, match="HTTP 403"):
+            await adapter.send(LINK, "C1", file=PAPER)
         fake.unknown.add("C2")
         with pytest.raises(EffectFailed, match="channel_not_found"):
             await adapter.send(LINK, "C2", file=PAPER)
