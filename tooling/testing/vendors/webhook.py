@@ -14,7 +14,7 @@ import msgspec
 from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
 
 
-class _Reply(msgspec.Struct, forbid_unknown_fields=True):
+class _Reply(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     conversation_id: str
     text: str
     run_id: str | None
