@@ -141,7 +141,7 @@ class NewMessage(BaseModel):
     """The vendor's id, as `GET /api/v1/messages` shows it, such as a Telegram chat or a WhatsApp number."""
     text: str = Field(min_length=1, max_length=MAX_TEXT)
     attachments: list[Attachment] = Field(default=[], max_length=MAX_FILES)
-    """Sent after the text, as files where the channel's type takes them, else as links."""
+    """Sent after the text, as files if the channel's type takes them, else as links."""
 
 
 class Queued(BaseModel):

@@ -203,7 +203,7 @@ class Sender:
 
 
 def _named(file: OutboundFile, type_: str) -> str:
-    """The name of the file, with an extension, by which vendors and people know what it is."""
+    """The name of the file, with an extension, by which vendors and people know its type."""
     name = safe_name(file.name or unquote(urlsplit(file.url).path))
     return name if "." in name else name + (guess_extension(type_) or "")
 

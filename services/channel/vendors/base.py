@@ -37,7 +37,7 @@ PLACEHOLDER = "…"
 # The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
 MAX_FILE = 8 * 1024 * 1024
-"""Bytes of a file to send: the least of what the vendors take that take any file."""
+"""Bytes of a file to send. Each vendor that takes files of all types takes at least this."""
 
 
 class Request(NamedTuple):

@@ -259,7 +259,7 @@ async def _share(
     channel: str,
     thread: str,
 ) -> None:
-    """https://docs.slack.dev/messaging/working-with-files#upload. Nobody sees the file before the last call."""
+    """https://docs.slack.dev/messaging/working-with-files#upload. No person sees the file before the last call."""
     try:
         given = {"filename": file.name, "length": len(file.content)}
         place = await _form(outgoing, origin, credentials, "files.getUploadURLExternal", given)

@@ -152,7 +152,7 @@ async def test_a_type_that_sends_no_files_sends_links(desk: Desk) -> None:
                 ({"url": "http://127.0.0.1/a b"}, "attachments[1].url"),
                 ({"url": "http://127.0.0.1/a>"}, "attachments[1].url"),
                 ({"url": "http://me:secret@127.0.0.1/a"}, "attachments[1].url"),
-                # Where clouds give secrets to machines.
+                # Clouds give secrets to machines there.
                 ({"url": "http://169.254.169.254/a"}, "attachments[1].url"),
                 ({"url": "http://127.0.0.1/" + "a" * 1_500}, "attachments[1].url"),
                 ({"url": "http://127.0.0.1/a", "name": "a\nb"}, "attachments[1].name"),
