@@ -159,6 +159,8 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     said: str = ""
     """The beginning of that person's message, personal content. Empty if other people's messages are among those of
     the run, or if another agent asked."""
+    channel_id: UUID | None = None
+    """The channel in which that message came. None: it came by the API, or the run is older than this field."""
 
 
 class RunFailed(Message, frozen=True, kw_only=True):

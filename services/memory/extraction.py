@@ -62,17 +62,24 @@ _RULES = (
     _rule(r"\bI promise\b|我(?:答应|保证)", "promise", 6),
     _rule(r"^(?:please )?(?:remember|note)(?: that|:) |^请?记住", "fact", 8),
 )
+# A wish to have something forgotten. To learn its sentence would remember just that.
+_FORGET = re.compile(
+    r"(?i)^(?:(?:can|could|would|will) you )?(?:please )?(?:forget|delete|erase|remove|do(?:n['’]t| not) remember)\b"
+    r"|^请?你?(?:忘记|忘掉|忘了|删除|删掉|不要记|别记)"
+)
 _SENTENCE = re.compile(r"[^.!?。！？；\n]+(?:[.!?。！？；]+|\n|$)")
 _AFTERWARDS = re.compile(r"(?i)\s+(?:any ?more|any longer|very much|a lot|now|at all|too|again|的|了)+$")
 _NOT_LETTERS = re.compile(r"[^\w]+")
 
 
 def facts(said: str) -> list[Fact]:
-    """The facts in a person's message, at most MAX_FACTS. A question states none."""
+    """The facts in a person's message, at most MAX_FACTS. A question and a wish to forget state none."""
     found: dict[str, Fact] = {}
     for match in _SENTENCE.finditer(said):
         sentence = match[0].strip()
         if sentence.endswith(("?", "？")) or not sentence or len(sentence) > MAX_TEXT:
+            continue
+        if _FORGET.match(sentence):
             continue
         for rule in _RULES:
             if part := rule.pattern.search(sentence):

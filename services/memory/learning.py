@@ -52,6 +52,7 @@ class Learning:
                 speaker="person",
                 at=at,
                 run_id=event.run_id,
+                channel_id=event.channel_id,
             )
             memory_id, is_new = await self._memories.learn(tx, new)
             if is_new:

@@ -50,6 +50,7 @@ class MemoryLearned(msgspec.Struct, frozen=True, kw_only=True):
     message_id: str | None
     at: datetime
     expires_at: datetime | None
+    channel_id: UUID | None = None
 
 
 class MemoryRepeated(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +126,7 @@ class New(NamedTuple):
     run_id: UUID | None = None
     message_id: str | None = None
     expires_at: datetime | None = None
+    channel_id: UUID | None = None
 
 
 class Memory(NamedTuple):
@@ -145,6 +147,8 @@ class Memory(NamedTuple):
     expires_at: datetime | None
     replaced_by: UUID | None
     archived_at: datetime | None
+    channel_id: UUID | None
+    """The channel in which it was said; None: by the API."""
 
 
 class Reader(NamedTuple):
@@ -210,8 +214,8 @@ class Memories:
         await tx.sql(
             """
             INSERT INTO memory (id, tenant_id, scope, scope_id, subject_id, kind, sealed, digest, topic, importance,
-                confidence, speaker, run_id, message_id, said_at, used_at, expires_at, replaced_by)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $15, $16, $17)
+                confidence, speaker, run_id, message_id, said_at, used_at, expires_at, replaced_by, channel_id)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $15, $16, $17, $18)
             """,
             new.id,
             *place,
@@ -228,6 +232,7 @@ class Memories:
             new.at,
             new.expires_at,
             replaced_by,
+            new.channel_id,
         )
         learned = MemoryLearned(
             scope=new.scope,
@@ -242,6 +247,7 @@ class Memories:
             message_id=new.message_id,
             at=new.at,
             expires_at=new.expires_at,
+            channel_id=new.channel_id,
         )
         tx.append(_stream(new.id), learned)
         if replaced_by:
@@ -470,7 +476,7 @@ async def erase(tx: Tx, tenant_id: str, subject_id: str) -> None:
 
 _COLUMNS = """
     id, sealed, scope, scope_id, subject_id, kind, importance, confidence, speaker, run_id, message_id, said_at, uses,
-    used_at, expires_at, replaced_by, archived_at
+    used_at, expires_at, replaced_by, archived_at, channel_id
 """
 # $1: the names of the client, or NULL for an administrator.
 _VISIBLE = """

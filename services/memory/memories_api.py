@@ -36,6 +36,16 @@ class Origin(BaseModel):
     message_id: str | None = Field(default=None, max_length=200)
 
 
+class Source(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    run_id: UUID | None
+    """The run in which it was said."""
+    message_id: str | None
+    channel_id: UUID | None
+    """The channel in which it was said; null if it came by the API."""
+
+
 class NewMemory(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, json_schema_extra={"examples": [_EXAMPLE]})
 
@@ -78,7 +88,7 @@ class MemoryView(BaseModel):
     """From 1 to 10."""
     confidence: float
     """From 0 to 1."""
-    source: Origin
+    source: Source
     speaker: str
     """person, if it was taken from a conversation; otherwise the client that wrote it."""
     created_at: datetime
@@ -237,7 +247,7 @@ def _view(memory: Memory) -> MemoryView:
         kind=memory.kind,
         importance=memory.importance,
         confidence=round(memory.confidence, 4),
-        source=Origin(run_id=memory.run_id, message_id=memory.message_id),
+        source=Source(run_id=memory.run_id, message_id=memory.message_id, channel_id=memory.channel_id),
         speaker=memory.speaker,
         created_at=memory.said_at,
         expires_at=memory.expires_at,

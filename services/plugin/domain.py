@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 Effect = Literal["repeatable", "keyed", "once"]
-"""repeatable: the tool only reads. keyed: its server drops repeats by our key. once: it must not run twice."""
+"""repeatable: it only reads, or a repeat changes nothing more. keyed: its server drops repeats by our key. once: it
+must not run twice."""
 
 TOOL_NAME = re.compile(r"[a-z0-9_]{1,64}")
 # Size of a result as JSON.
@@ -50,6 +51,8 @@ class Call(NamedTuple):
     """The agent that calls."""
     subject_id: str = ""
     """The person with whom the outcome is erased; empty if the caller names none."""
+    speaker_id: str = ""
+    """The person who speaks in the run alone; empty if there are several, or none."""
 
 
 class Outcome(msgspec.Struct, frozen=True):

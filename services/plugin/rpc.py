@@ -75,6 +75,7 @@ class Plugin(plugin_pb2_grpc.PluginServicer):
             min(MAX_SECONDS, remaining - min(MARGIN_SECONDS, remaining / 4)),
             request.agent_id,
             request.subject_id,
+            request.speaker_id,
         )
         outcome = await self._calls.call(call)
         return plugin_pb2.CallReply(outcome=_OUTCOMES[outcome.state], result_json=outcome.result, error=outcome.error)

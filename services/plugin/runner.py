@@ -40,5 +40,6 @@ class Tools:
 
 
 def tools(runtime: Runtime) -> Tools:
-    channel = runtime.channels.to(runtime.settings.memory_grpc, "memory", safe=["clawbus.memory.v1.Memory/Retrieve"])
+    safe = [f"clawbus.memory.v1.Memory/{method}" for method in ("Retrieve", "ListMemories", "CorrectMemory")]
+    channel = runtime.channels.to(runtime.settings.memory_grpc, "memory", safe=safe)
     return Tools(runtime.cipher, Backends(runtime.outgoing, memory_pb2_grpc.MemoryStub(channel)))

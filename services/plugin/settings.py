@@ -5,4 +5,4 @@ from infra.service.settings import Settings
 
 class PluginSettings(Settings):
     memory_grpc: str
-    """``host:port`` of memory's gRPC, for the tool knowledge_search."""
+    """``host:port`` of memory's gRPC, for the tool knowledge_search and those of memories."""

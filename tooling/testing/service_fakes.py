@@ -23,9 +23,11 @@ from tooling.testing.platform import Platform
 
 CALCULATOR = "calculator"
 WEATHER = "weather"
+FORGET = "memories_forget"
 _SCHEMA = {
     CALCULATOR: {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     WEATHER: {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    FORGET: {"type": "object", "properties": {"memory_id": {"type": "string"}}, "required": ["memory_id"]},
 }
 
 
@@ -107,13 +109,15 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
 
 
 class FakePlugin(plugin_pb2_grpc.PluginServicer):
-    """Two tools that answer with their arguments."""
+    """Three tools that answer with their arguments."""
 
     def __init__(self) -> None:
         self.calls: dict[str, tuple[str, str]] = {}
         """Idempotency key → tool and arguments."""
         self.effects: Counter[str] = Counter()
         """Idempotency key → number of times that the call took effect."""
+        self.speakers: dict[str, str] = {}
+        """Idempotency key → the person who speaks, as the agent names her."""
         self.outcomes: dict[str, list[plugin_pb2.CallReply]] = {}
         """Tool → replies to its next calls, in order."""
         self.waits: asyncio.Event | None = None
@@ -151,6 +155,7 @@ class FakePlugin(plugin_pb2_grpc.PluginServicer):
         asked = request.tool, request.arguments_json
         if self.calls.setdefault(request.idempotency_key, asked) != asked:
             raise InvalidMessage("idempotency_key", "was used before with another call")
+        self.speakers[request.idempotency_key] = request.speaker_id
         self.reached.set()
         if self.waits:
             await self.waits.wait()
@@ -167,7 +172,8 @@ class ServiceFakes:
     """The three fakes."""
 
     def __init__(self) -> None:
-        self.memory = FakeMemory()
+        # The agent calls only Retrieve.
+        self.memory = FakeMemory()  # type: ignore[abstract]
         self.billing = FakeBilling()
         self.plugin = FakePlugin()
 

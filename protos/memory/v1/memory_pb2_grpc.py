@@ -39,6 +39,21 @@ class MemoryStub:
                 request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.RetrieveReply.FromString,
                 _registered_method=True)
+        self.ListMemories = channel.unary_unary(
+                '/clawbus.memory.v1.Memory/ListMemories',
+                request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ListMemoriesRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ListMemoriesReply.FromString,
+                _registered_method=True)
+        self.CorrectMemory = channel.unary_unary(
+                '/clawbus.memory.v1.Memory/CorrectMemory',
+                request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.CorrectMemoryRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.PersonalMemory.FromString,
+                _registered_method=True)
+        self.ForgetMemory = channel.unary_unary(
+                '/clawbus.memory.v1.Memory/ForgetMemory',
+                request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryReply.FromString,
+                _registered_method=True)
 
 
 class MemoryServicer:
@@ -51,6 +66,28 @@ class MemoryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListMemories(self, request, context):
+        """All memories of one person, the newest first, for the person herself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CorrectMemory(self, request, context):
+        """Replaces the text of a memory of the person. NOT_FOUND if it is not one of hers, ABORTED if another one says the
+        same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetMemory(self, request, context):
+        """Deletes a memory of the person and the older ones that it replaced. NOT_FOUND if it is not one of hers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +95,21 @@ def add_MemoryServicer_to_server(servicer, server):
                     servicer.Retrieve,
                     request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.RetrieveRequest.FromString,
                     response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.RetrieveReply.SerializeToString,
+            ),
+            'ListMemories': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMemories,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ListMemoriesRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ListMemoriesReply.SerializeToString,
+            ),
+            'CorrectMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.CorrectMemory,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.CorrectMemoryRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.PersonalMemory.SerializeToString,
+            ),
+            'ForgetMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetMemory,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +139,87 @@ class Memory:
             '/clawbus.memory.v1.Memory/Retrieve',
             protos_dot_memory_dot_v1_dot_memory__pb2.RetrieveRequest.SerializeToString,
             protos_dot_memory_dot_v1_dot_memory__pb2.RetrieveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMemories(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.memory.v1.Memory/ListMemories',
+            protos_dot_memory_dot_v1_dot_memory__pb2.ListMemoriesRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_memory__pb2.ListMemoriesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CorrectMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.memory.v1.Memory/CorrectMemory',
+            protos_dot_memory_dot_v1_dot_memory__pb2.CorrectMemoryRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_memory__pb2.PersonalMemory.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.memory.v1.Memory/ForgetMemory',
+            protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,6 +16,14 @@ class MemoryStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Retrieve: _aio.UnaryUnaryMultiCallable[_memory_pb2.RetrieveRequest, _memory_pb2.RetrieveReply]
     """The passages that are nearest in meaning or have the words of the query, best first. May be empty."""
+    ListMemories: _aio.UnaryUnaryMultiCallable[_memory_pb2.ListMemoriesRequest, _memory_pb2.ListMemoriesReply]
+    """All memories of one person, the newest first, for the person herself."""
+    CorrectMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.CorrectMemoryRequest, _memory_pb2.PersonalMemory]
+    """Replaces the text of a memory of the person. NOT_FOUND if it is not one of hers, ABORTED if another one says the
+    same.
+    """
+    ForgetMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.ForgetMemoryRequest, _memory_pb2.ForgetMemoryReply]
+    """Deletes a memory of the person and the older ones that it replaced. NOT_FOUND if it is not one of hers."""
 
 class MemoryServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -25,5 +33,31 @@ class MemoryServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_memory_pb2.RetrieveRequest, _abc.Awaitable[_memory_pb2.RetrieveReply]],
     ) -> _abc.Awaitable[_memory_pb2.RetrieveReply]:
         """The passages that are nearest in meaning or have the words of the query, best first. May be empty."""
+
+    @_abc_1.abstractmethod
+    def ListMemories(
+        self,
+        request: _memory_pb2.ListMemoriesRequest,
+        context: _aio.ServicerContext[_memory_pb2.ListMemoriesRequest, _abc.Awaitable[_memory_pb2.ListMemoriesReply]],
+    ) -> _abc.Awaitable[_memory_pb2.ListMemoriesReply]:
+        """All memories of one person, the newest first, for the person herself."""
+
+    @_abc_1.abstractmethod
+    def CorrectMemory(
+        self,
+        request: _memory_pb2.CorrectMemoryRequest,
+        context: _aio.ServicerContext[_memory_pb2.CorrectMemoryRequest, _abc.Awaitable[_memory_pb2.PersonalMemory]],
+    ) -> _abc.Awaitable[_memory_pb2.PersonalMemory]:
+        """Replaces the text of a memory of the person. NOT_FOUND if it is not one of hers, ABORTED if another one says the
+        same.
+        """
+
+    @_abc_1.abstractmethod
+    def ForgetMemory(
+        self,
+        request: _memory_pb2.ForgetMemoryRequest,
+        context: _aio.ServicerContext[_memory_pb2.ForgetMemoryRequest, _abc.Awaitable[_memory_pb2.ForgetMemoryReply]],
+    ) -> _abc.Awaitable[_memory_pb2.ForgetMemoryReply]:
+        """Deletes a memory of the person and the older ones that it replaced. NOT_FOUND if it is not one of hers."""
 
 def add_MemoryServicer_to_server(servicer: MemoryServicer, server: _aio.Server) -> None: ...

@@ -71,7 +71,7 @@ class Tool(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         EFFECT_UNSPECIFIED: Tool._Effect.ValueType  # 0
         EFFECT_REPEATABLE: Tool._Effect.ValueType  # 1
-        """It only reads, so it may run again."""
+        """It only reads, or a repeat changes nothing more: it may run again."""
         EFFECT_KEYED: Tool._Effect.ValueType  # 2
         """The other side recognises our key."""
         EFFECT_ONCE: Tool._Effect.ValueType  # 3
@@ -80,7 +80,7 @@ class Tool(_message.Message):
     class Effect(_Effect, metaclass=_EffectEnumTypeWrapper): ...
     EFFECT_UNSPECIFIED: Tool.Effect.ValueType  # 0
     EFFECT_REPEATABLE: Tool.Effect.ValueType  # 1
-    """It only reads, so it may run again."""
+    """It only reads, or a repeat changes nothing more: it may run again."""
     EFFECT_KEYED: Tool.Effect.ValueType  # 2
     """The other side recognises our key."""
     EFFECT_ONCE: Tool.Effect.ValueType  # 3
@@ -121,6 +121,7 @@ class CallRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     AGENT_ID_FIELD_NUMBER: _builtins.int
     SUBJECT_ID_FIELD_NUMBER: _builtins.int
+    SPEAKER_ID_FIELD_NUMBER: _builtins.int
     tool: _builtins.str
     arguments_json: _builtins.str
     """A JSON object."""
@@ -129,6 +130,10 @@ class CallRequest(_message.Message):
     """The agent that calls, so that a tool reads only documents for this agent."""
     subject_id: _builtins.str
     """The person with whom the result is erased. Empty: it is kept under the platform's key."""
+    speaker_id: _builtins.str
+    """The person who alone wrote all messages of the run, for tools that act on the memories of this person. Empty if
+    there are several people or another agent asked.
+    """
     def __init__(
         self,
         *,
@@ -137,10 +142,11 @@ class CallRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         agent_id: _builtins.str = ...,
         subject_id: _builtins.str = ...,
+        speaker_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "arguments_json", b"arguments_json", "idempotency_key", b"idempotency_key", "subject_id", b"subject_id", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "arguments_json", b"arguments_json", "idempotency_key", b"idempotency_key", "speaker_id", b"speaker_id", "subject_id", b"subject_id", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,7 @@ class RunContext:
             finish_reason=reply.finish_reason,
             subject_id=self.subject_id,
             said=self.said[:SAID_CHARACTERS],
+            channel_id=self.channel_id,
         )
 
     # Nothing is written by these reads, so they need no fence.
@@ -102,6 +103,18 @@ class RunContext:
         """The texts of the run's messages that exist now, without the first `skip`."""
         async with self.database.read_only(tenant_id=self.tenant_id) as tx:
             return await conversation.later_messages(tx, self.subjects, self.run_id, skip)
+
+    async def speaker(self) -> str:
+        """The person who alone wrote all messages that the run has now. Empty if there are several people, or if
+        another agent asked."""
+        if self.depth:
+            return ""
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
+            rows = await tx.sql(
+                "SELECT DISTINCT subject_id FROM message WHERE run_id = $1 AND NOT decides LIMIT 2", self.run_id
+            )
+        speakers = [subject_id for (subject_id,) in rows]
+        return self.subject_id if speakers == [self.subject_id] else ""
 
     async def child(self, step: int) -> ChildState | None:
         """The run that answers the step; None if there is none yet."""

@@ -25,6 +25,8 @@ from services.agent.runs.notices import UNCERTAIN
 
 ATTEMPTS = 3
 TIMEOUT_SECONDS = 60.0
+# The tools that act on the memories of the person who speaks. Only an agent that gets memories has them.
+OF_MEMORIES = frozenset(("memories_list", "memories_correct", "memories_forget"))
 # A longer result is cut before the model reads it.
 RESULT_CHARACTERS = 50_000
 
@@ -42,9 +44,10 @@ class Tools:
     async def offered(self) -> tuple[Tool, ...]:
         """The agent's tools that work now. Each attempt of the run asks again; the journal does not depend on it."""
         agents = tuple(Tool(other.name, other.description, QUESTION) for other in self.agent.agents)
-        if not self.agent.tools:
+        names = self._names()
+        if not names:
             return agents
-        request = plugin_pb2.ToolsRequest(names=self.agent.tools)
+        request = plugin_pb2.ToolsRequest(names=names)
         reply = await self.plugin.Tools(request, metadata=self.context.metadata)
         tools = (Tool(tool.name, tool.description, msgspec.json.decode(tool.schema_json)) for tool in reply.tools)
         return (*tools, *agents)
@@ -97,7 +100,7 @@ class Tools:
         n = self.context.last_step + 1
 
         async def send(idempotency_key: str, _: int) -> tuple[ToolResult, None]:
-            if call.name not in self.agent.tools:
+            if call.name not in self._names():
                 # Also if the tenant has the tool: the agent's definition decides which tools it may use.
                 raise NotFound(f"there is no tool {call.name}")
             request = plugin_pb2.CallRequest(
@@ -106,6 +109,7 @@ class Tools:
                 idempotency_key=idempotency_key,
                 agent_id=str(self.context.agent_id),
                 subject_id=self.context.subject_id,
+                speaker_id=await self.context.speaker() if call.name in OF_MEMORIES else "",
             )
             reply = await self.plugin.Call(request, metadata=self.context.metadata, timeout=TIMEOUT_SECONDS)
             return _result(reply), None
@@ -155,6 +159,10 @@ class Tools:
         # The children together must not spend more than this run has left.
         left = None if limit is None else max(0, limit - await self.credit.spent()) // agent_calls
         raise Suspended(suspend, None, [ChildRun(n, other.agent_id, question, left)])
+
+    def _names(self) -> list[str]:
+        """The names of the plugin service's tools that the agent may use."""
+        return [name for name in self.agent.tools if self.agent.knowledge or name not in OF_MEMORIES]
 
     def _agent_named(self, name: str) -> Colleague | None:
         return next((other for other in self.agent.agents if other.name == name), None)

@@ -204,6 +204,7 @@ async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list
                 tool_calls=published(await calls(unsealer, run)),
                 finish_reason=event.finish_reason,
                 subject_id=run.subject_id,
+                channel_id=run.channel_id,
             )
         else:
             [(_, _, message)] = publish(str(run_id), event)

@@ -1,4 +1,5 @@
-"""The tools of every tenant: time, calculator, http_fetch, knowledge_search. All of them only read."""
+"""The tools of every tenant: time, calculator, http_fetch, knowledge_search, and those of memories. A repeated call
+changes nothing more."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from infra.outgoing.client import Outgoing
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.plugin.domain import Call, Tool
+from services.plugin.tools import memories
 from services.plugin.tools.calculator import MAX_CHARACTERS, CannotCalculate, calculate
 from services.plugin.tools.pages import read_page
 
@@ -102,6 +104,18 @@ async def knowledge_search(call: Call, backends: Backends) -> Any:
     }
 
 
+async def memories_list(call: Call, backends: Backends) -> Any:
+    return await memories.listed(call, backends.memory)
+
+
+async def memories_correct(call: Call, backends: Backends) -> Any:
+    return await memories.corrected(call, backends.memory)
+
+
+async def memories_forget(call: Call, backends: Backends) -> Any:
+    return await memories.forgotten(call, backends.memory)
+
+
 def _charset(parameters: str) -> str | None:
     for parameter in parameters.split(";"):
         name, _, value = parameter.strip().partition("=")
@@ -114,6 +128,8 @@ def _tool(name: str, description: str, required: list[str], **properties: Any) -
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     return Tool(name, description, schema, "repeatable")
 
+
+_MEMORY_ID = {"type": "string", "minLength": 1, "maxLength": 64, "description": "An id of memories_list"}
 
 Run = Callable[[Call, Backends], Awaitable[Any]]
 
@@ -154,6 +170,44 @@ BUILTIN: dict[str, tuple[Tool, Run]] = {
                 limit={"type": "integer", "minimum": 1, "maximum": 20},
             ),
             knowledge_search,
+        ),
+        (
+            _tool(
+                "memories_list",
+                "Lists the memories of the person who speaks, the newest first, with their origin. Use it if "
+                "the person asks for them, and to find the memory_id before a change.",
+                [],
+                before={
+                    "type": "string",
+                    "maxLength": 64,
+                    "description": "The id of the last memory that you have seen, if the list said that there are more",
+                },
+            ),
+            memories_list,
+        ),
+        (
+            _tool(
+                "memories_correct",
+                "Replaces the text of one memory of the person who speaks, if she says that it is wrong.",
+                ["memory_id", "text"],
+                memory_id=_MEMORY_ID,
+                text={
+                    "type": "string",
+                    "minLength": 1,
+                    "maxLength": 500,
+                    "description": "The whole sentence, as the person says it: I am no longer vegetarian.",
+                },
+            ),
+            memories_correct,
+        ),
+        (
+            _tool(
+                "memories_forget",
+                "Deletes one memory of the person who speaks. Use it only if she asks to forget it.",
+                ["memory_id"],
+                memory_id=_MEMORY_ID,
+            ),
+            memories_forget,
         ),
         (
             _tool(

@@ -46,6 +46,10 @@ def test_a_statement_is_a_fact(said: str, kind: str, topic: str | None) -> None:
         "我对坚果过敏吗？",
         "The machine leaks.",
         "Thanks!",
+        "Forget that I am allergic to nuts.",
+        "Could you please forget that I live in Oslo.",
+        "Don't remember that my name is Ada.",
+        "请忘掉我对坚果过敏。",
     ],
 )
 def test_questions_and_other_sentences_are_not(said: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from datetime import timedelta
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -12,15 +13,24 @@ import httpx
 import pytest
 
 from infra.clock import utcnow, uuid7
+from infra.outgoing.client import Outgoing
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from protos.catalog import AGENT_EVENTS, PLATFORM_EVENTS
+from protos.memory.v1 import memory_pb2_grpc
 from protos.messages.agent import RunCompleted
 from protos.messages.user import SubjectErased
 from services.memory.domain import count_tokens
 from services.memory.memories import TOKENS, Memories, New
+from services.memory.rpc import PAGE
+from services.plugin.calls import run_tool
+from services.plugin.domain import Call, Outcome
+from services.plugin.registry import Offered
+from services.plugin.runner import Tools
+from services.plugin.tools.builtin import BUILTIN, Backends
+from services.plugin.tools.memories import NOTE
 from tests.services.memory.conftest import Client
-from tooling.testing.platform import Platform
+from tooling.testing.platform import MASTER_KEY, Platform
 
 TENANT = "tenant-of-memories"
 
@@ -76,7 +86,7 @@ async def test_a_fact_of_a_person_is_learned_with_its_origin_and_given_to_agents
 ) -> None:
     run = await say(memory, "person-1", "Hi! I'm allergic to nuts. What cakes are there?")
     [item] = await known(memory, "person-1", ["I'm allergic to nuts."])
-    assert item["source"] == {"run_id": str(run.run_id), "message_id": None}
+    assert item["source"] == {"run_id": str(run.run_id), "message_id": None, "channel_id": None}
     assert (item["scope"], item["scope_id"], item["kind"], item["speaker"]) == ("user", "person-1", "fact", "person")
     assert (item["importance"], item["confidence"]) == (9, 0.8)
     options = {"types": ["document", "memory"], "subject_id": "person-1", "session_key": "another session"}
@@ -291,3 +301,90 @@ async def test_erasure_takes_what_was_learned_and_a_late_run_brings_nothing_back
         assert not await tx.sql("SELECT 1 FROM memory WHERE subject_id = 'person-8'")
         assert not await tx.sql("SELECT 1 FROM utterance WHERE run_id = $1", late.run_id)
         assert not await tx.sql("SELECT 1 FROM dead_letter")
+
+
+def chat(memory: Platform, speaker_id: str) -> Callable[..., Awaitable[Outcome]]:
+    """Calls a tool of the plugin service as a run in which this person speaks would."""
+    stub = memory_pb2_grpc.MemoryStub(memory.channels("plugin").to(memory.grpc("memory"), "memory"))
+    tools = Tools(Cipher(MASTER_KEY), Backends(Outgoing(allow_private=False), stub))
+
+    async def call(name: str, **arguments: str) -> Outcome:
+        asked = Call(TENANT, name, arguments, str(uuid4()), 20.0, subject_id=speaker_id, speaker_id=speaker_id)
+        return await run_tool(tools, Offered(BUILTIN[name][0], None, name), asked)
+
+    return call
+
+
+def of(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.state == "succeeded", outcome.error
+    found: dict[str, Any] = json.loads(outcome.result)
+    # The sentences of a person are marked as material.
+    assert "forgotten" in found or found["note"] == NOTE
+    return found
+
+
+async def test_a_person_sees_corrects_and_forgets_memories_in_the_chat(memory: Platform, client: Client) -> None:
+    channel = uuid4()
+    run = await say(memory, "person-c1", "I am allergic to nuts. I am vegetarian.", channel_id=channel)
+    await known(memory, "person-c1", ["I am allergic to nuts.", "I am vegetarian."])
+    call = chat(memory, "person-c1")
+    listed = of(await call("memories_list"))
+    items = {item["text"]: item for item in listed["memories"]}
+    assert (set(items), listed["more"]) == ({"I am allergic to nuts.", "I am vegetarian."}, False)
+    nuts, diet = items["I am allergic to nuts."], items["I am vegetarian."]
+    assert (nuts["state"], nuts["source"]["by"]) == ("in force", "person")
+    assert (nuts["source"]["channel_id"], nuts["source"]["run_id"]) == (str(channel), str(run.run_id))
+    assert abs(datetime.fromisoformat(nuts["source"]["said_at"]) - utcnow()) < timedelta(days=1)
+
+    corrected = of(await call("memories_correct", memory_id=diet["memory_id"], text=" I am no longer vegetarian. "))
+    assert corrected["corrected"] == diet | {"text": "I am no longer vegetarian."}
+    same = await call("memories_correct", memory_id=diet["memory_id"], text="i am allergic to NUTS")
+    assert (same.state, same.error.partition(":")[0]) == ("failed", "text")
+    blank = await call("memories_correct", memory_id=diet["memory_id"], text="  ")
+    assert (blank.state, blank.error) == ("failed", "text: must have 1 to 500 characters")
+    assert of(await call("memories_forget", memory_id=nuts["memory_id"])) == {"forgotten": nuts["memory_id"]}
+    [left] = await known(memory, "person-c1", ["I am no longer vegetarian."])
+    assert left["source"]["channel_id"] == str(channel)
+    again = await call("memories_forget", memory_id=nuts["memory_id"])
+    assert (again.state, again.error.partition(":")[0]) == ("failed", "memory_id")
+    acts = [body for _, body in await memory.outbox("memory", "audit.logs") if body["actor"] == "person-c1"]
+    assert [act["action"] for act in acts] == ["memory.change", "memory.delete"]
+    # Her wish is not learned as a fact, and her own sentence is the corrected memory.
+    await say(memory, "person-c1", "Forget that I am allergic to nuts. I am no longer vegetarian. I live in Oslo.")
+    await known(memory, "person-c1", ["I am no longer vegetarian.", "I live in Oslo."])
+
+
+async def test_no_tool_reads_or_changes_the_memories_of_others(memory: Platform, client: Client) -> None:
+    await say(memory, "person-c2", "I live in Turku.")
+    [theirs] = await known(memory, "person-c2", ["I live in Turku."])
+    note = (await client.http.post("/api/v1/memories", json={"text": "We sell lamps.", "scope": "tenant"})).json()
+    for speaker_id in ("person-c3", ""):
+        call = chat(memory, speaker_id)
+        for memory_id in (theirs["id"], note["id"], "nuts", str(uuid4())):
+            for outcome in (
+                await call("memories_list", before=memory_id),
+                await call("memories_correct", memory_id=memory_id, text="I live in Bergen."),
+                await call("memories_forget", memory_id=memory_id),
+            ):
+                assert outcome.state == "failed"
+                # The same for a memory of another person and for none.
+                assert outcome.error.startswith(("before: ", "memory_id: ") if speaker_id else "memories are shown")
+    assert of(await chat(memory, "person-c3")("memories_list"))["memories"] == []
+    assert await known(memory, "person-c2", ["I live in Turku."]) == [theirs]
+    assert (await client.http.get(f"/api/v1/memories/{note['id']}")).json() == note
+    assert (await client.http.delete(f"/api/v1/memories/{note['id']}")).status_code == 204
+
+
+async def test_many_memories_are_listed_in_pages_and_old_ones_too(memory: Platform) -> None:
+    async with person(memory, "person-c4") as http:
+        for n in range(PAGE + 1):
+            assert (await http.post("/api/v1/memories", json={"text": f"I like number {n}."})).status_code == 201
+        newest = (await listed(http, scope="user"))[0]
+        assert (await http.patch(f"/api/v1/memories/{newest['id']}", json={"archived": True})).status_code == 200
+    call = chat(memory, "person-c4")
+    first = of(await call("memories_list"))
+    assert (len(first["memories"]), first["more"], first["memories"][0]["state"]) == (PAGE, True, "put away")
+    rest = of(await call("memories_list", before=first["memories"][-1]["memory_id"]))
+    assert ([item["text"] for item in rest["memories"]], rest["more"]) == (["I like number 0."], False)
+    source = {"by": "person-c4", "channel_id": None, "run_id": None}
+    assert {key: rest["memories"][0]["source"][key] for key in source} == source

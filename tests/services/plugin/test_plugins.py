@@ -40,7 +40,9 @@ async def test_a_plugin_is_registered_listed_changed_and_deleted(plugin: Platfor
     assert made["headers"] == ["Authorization"]
     async with plugin.client("plugin", "acme") as client:
         listed = (await client.get("/api/v1/plugins")).json()["items"]
-        assert [item["name"] for item in listed] == ["calculator", "http_fetch", "knowledge_search", "shop", "time"]
+        of_memories = ["memories_correct", "memories_forget", "memories_list"]
+        names = ["calculator", "http_fetch", "knowledge_search", *of_memories, "shop", "time"]
+        assert [item["name"] for item in listed] == names
         first = (await client.get("/api/v1/plugins?limit=4")).json()
         assert (await client.get(f"/api/v1/plugins?cursor={first['next']}")).json()["items"] == listed[4:]
         shown = (await client.get(f"/api/v1/plugins/{id_}")).json()

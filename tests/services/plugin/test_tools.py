@@ -43,7 +43,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
 @pytest.fixture(scope="module")
 async def memory(platform: Platform) -> AsyncIterator[None]:
     server = rpc.Server("memory", keys.callers("memory"), Metrics(CollectorRegistry()))
-    memory_pb2_grpc.add_MemoryServicer_to_server(Memory(), server.grpc)
+    memory_pb2_grpc.add_MemoryServicer_to_server(Memory(), server.grpc)  # type: ignore[abstract]
     await server.start(platform.ports["memory_grpc"])
     yield
     await server.stop()
