@@ -27,7 +27,7 @@ from tooling.testing.vendors.teams import published
 
 DEFAULT, SALES, HELP, ROOM = (uuid7() for _ in range(4))
 ROUTES = (
-    Route(SALES, command="sales"),
+    Route(SALES, command="Sales"),
     Route(HELP, conversation_id="C1", command="help"),
     Route(ROOM, conversation_id="C1"),
 )

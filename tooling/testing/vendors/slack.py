@@ -56,6 +56,7 @@ class SlackStandIn(StandIn):
         """The token is not valid any more."""
         self._events = itertools.count(1)
         self._sent = itertools.count()
+        self.upload_origin = "https://files.slack.com"
         self._uploads: dict[str, tuple[str, int]] = {}
         """Paths of uploads → the name and the length of the file."""
 
@@ -148,7 +149,7 @@ class SlackStandIn(StandIn):
         if call.path == "/api/files.getUploadURLExternal":
             path = f"/upload/v1/{len(self._uploads)}"
             self._uploads[path] = form["filename"], int(form["length"])
-            return Reply(200, {"ok": True, "upload_url": f"https://files.slack.com{path}", "file_id": path})
+            return Reply(200, {"ok": True, "upload_url": f"{self.upload_origin}{path}", "file_id": path})
         if form["channel_id"] in self.unknown:
             raise Refused(Reply(200, {"ok": False, "error": "channel_not_found"}))
         for file in msgspec.json.decode(form["files"]):

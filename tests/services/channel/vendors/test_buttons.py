@@ -9,6 +9,7 @@ import pytest
 
 from infra.clock import utcnow
 from infra.outgoing.client import Outgoing
+from services.channel.routing import is_for_the_bot
 from services.channel.vendors.base import Ignored, Inbound, Received, Request
 from tests.services.channel.vendors.conftest import Adapter
 from tooling.testing.vendors import DiscordStandIn, LineStandIn, SlackStandIn, TeamsStandIn, TelegramStandIn
@@ -19,6 +20,9 @@ def pressed(received: Received) -> tuple[str, str, str]:
     """The conversation, the person and the value."""
     [item] = received.items
     assert isinstance(item, Inbound)
+    # In a group, too, a button of the bot's own message is for the bot.
+    assert is_for_the_bot("mentions", item)
+    assert is_for_the_bot("replies", item)
     return item.conversation, item.person, item.text
 
 
@@ -32,8 +36,9 @@ async def test_telegram(outgoing: Outgoing) -> None:
     # Without this, the button seems to work for half a minute.
     ack = msgspec.json.decode(received.ack.body)
     assert ack == {"method": "answerCallbackQuery", "callback_query_id": "q1"}
-    del query["message"]
-    assert isinstance(adapter.one(fake.signed({"update_id": 2, "callback_query": query})), Ignored)
+    for missing in ("message", "data"):
+        less = {name: value for name, value in query.items() if name != missing}
+        assert isinstance(adapter.one(fake.signed({"update_id": 2, "callback_query": less})), Ignored)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,19 @@ async def test_slack(outgoing: Outgoing, action: dict[str, object], value: str) 
     adapter = Adapter("slack", fake, outgoing)
     received = adapter.receive(call({"payload": msgspec.json.encode(press).decode()}))
     assert pressed(received) == ("C1/1.000001", "U1", value)
+    [item] = received.items
+    # A route of the channel counts for its threads.
+    assert isinstance(item, Inbound)
+    assert item.parent == "C1"
+    changes: list[dict[str, object]] = [
+        {"type": "block_suggestion"},
+        {"user": None},
+        {"channel": None},
+        {"actions": []},
+    ]
+    for change in changes:
+        payload = msgspec.json.encode(press | change).decode()
+        assert isinstance(adapter.one(call({"payload": payload})), Ignored)
     for other in ({"payload": '{"type":"view_submission"}'}, {"command": "/weather"}):
         assert isinstance(adapter.one(call(other)), Ignored)
 
@@ -91,3 +109,5 @@ async def test_line(outgoing: Outgoing) -> None:
     event = fake.event(type="postback", postback={"data": "choice=yes"}, message=None)
     del event["message"]
     assert pressed(Adapter("line", fake, outgoing).receive(fake.call(event))) == ("U1", "U1", "choice=yes")
+    event["source"] = {"type": "group", "groupId": "C1", "userId": "U1"}
+    assert pressed(Adapter("line", fake, outgoing).receive(fake.call(event))) == ("C1", "U1", "choice=yes")

@@ -7,6 +7,7 @@ import pytest
 from infra.errors import EffectFailed, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused, OutboundFile
+from services.channel.vendors.slack import Slack
 from tests.services.channel.vendors.conftest import Adapter
 from tests.services.channel.vendors.test_accounts import FAKES
 from tooling.testing.vendors import (
@@ -114,3 +115,19 @@ async def test_discord_takes_a_repeated_file_once(outgoing: Outgoing) -> None:
             await adapter.send(LINK, "7", file=IMAGE)
         await adapter.send(LINK, "7", file=IMAGE)
         assert (fake.texts(), fake.repeats) == (["[file a.png]"], 1)
+
+
+async def test_a_file_for_slack_is_uploaded_to_slack_only(outgoing: Outgoing) -> None:
+    async with SlackStandIn() as fake:
+        fake.upload_origin = "https://files.slack.com.evil.example"
+        adapter = Adapter("slack", fake, outgoing)
+
+        class Genuine(Slack):
+            """The fake's origin counts as the vendor's own, so the address of the upload is taken as it is."""
+
+            origin = fake.url
+
+        adapter.vendor = Genuine()
+        with pytest.raises(EffectFailed, match="not the vendor's"):
+            await adapter.send(LINK, "C1", file=PAPER)
+        assert fake.ledger == []
