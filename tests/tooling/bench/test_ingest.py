@@ -10,6 +10,7 @@ import pytest
 from tooling.bench import ingest
 from tooling.bench.fixture import bench_fixture
 from tooling.bench.ingest import IngestBench
+from tooling.bench.protocol import Contender
 from tooling.testing.otlp import OtlpReceiver
 from tooling.testing.stack import Stack
 
@@ -31,15 +32,21 @@ async def bench(stack: Stack, receiver: OtlpReceiver) -> AsyncIterator[IngestBen
                 yield found
 
 
+async def until_answered(contender: Contender) -> None:
+    """On a loaded machine a slice can end before the first answer."""
+    while not (await contender()).done:
+        pass
+
+
 async def test_acknowledged_webhooks_are_stored_and_traced(bench: IngestBench, receiver: OtlpReceiver) -> None:
-    assert (await bench.ours()).done > 0
+    await until_answered(bench.ours)
     await receiver.wait_for(lambda spans: any(s.service == "channel" and s.kind == "server" for s in spans))
 
 
 async def test_the_anchors_answer(bench: IngestBench) -> None:
     assert [anchor.goal for anchor in bench.anchors()] == [0.4, 15]
     for anchor in bench.anchors():
-        assert (await anchor.contender()).done > 0
+        await until_answered(anchor.contender)
 
 
 async def test_a_fact_that_is_missing_is_an_error(bench: IngestBench, monkeypatch: pytest.MonkeyPatch) -> None:
