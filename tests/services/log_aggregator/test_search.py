@@ -218,7 +218,8 @@ async def test_events_are_indexed_without_the_text_of_people(
     assert hits is not None
     agents, channels = hits
     assert (agents["type"], agents["tenant"], agents["service"]) == ("agent.v1.RunCompleted", tenant, "agent")
-    assert agents["data"] == {"run_id": str(run_id), "session_key": "opaque", "n": 4, "subject_id": ""}
+    said = {"run_id": str(run_id), "session_key": "opaque", "n": 4, "subject_id": "", "channel_id": None}
+    assert agents["data"] == said
     assert channels["data"].keys() == {
         *("channel_id", "channel_type", "agent_id", "session_key", "subject_id", "received_at"),
     }
