@@ -21,7 +21,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from protos.messages.channel import SendMessage
 from services.channel import accounts as stored
-from services.channel.accounts import Secrets
+from services.channel.accounts import Account, Secrets
 from services.channel.channels import reachable
 from services.channel.domain import State
 from services.channel.events import File, InboundContent, OutboundContent
@@ -219,12 +219,15 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
         for n, one in enumerate(body.attachments):
             if not one.name.isprintable():
                 raise InvalidMessage(f"attachments[{n}].name", "must not contain control characters")
+        if body.attachments:
+            # Names are resolved outside a transaction, and only for a channel of the tenant.
+            async with runtime.request.begin(tenant_id=who.tenant_id) as reading:
+                await _account(reading, secrets, channel_id)
+        for n, one in enumerate(body.attachments):
             await reachable(runtime.outgoing, f"attachments[{n}].url", one.url)
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
-            account = await stored.read(tx, secrets, channel_id)
-            if account is None:
-                raise NotFound("the tenant has no channel with this id")
+            account = await _account(tx, secrets, channel_id)
             session_key, subject_id = await _conversation(
                 tx,
                 channel_id,
@@ -247,6 +250,13 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
         return await once(request, runtime, who, work)
 
     return router
+
+
+async def _account(tx: Tx, secrets: Secrets, channel_id: UUID) -> Account:
+    account = await stored.read(tx, secrets, channel_id)
+    if account is None:
+        raise NotFound("the tenant has no channel with this id")
+    return account
 
 
 async def _conversation(tx: Tx, channel_id: UUID, session_key: str, subject_id: str) -> tuple[str, str]:
