@@ -103,7 +103,7 @@ class Follow:
         if (name := fact.event) is None:
             return []
         self.ended = name in ENDINGS
-        hidden = ("n", "session_key", "reply", "tool_calls", "subject_id", "said")
+        hidden = ("n", "session_key", "reply", "tool_calls", "subject_id", "said", "channel_id")
         body = {key: value for key, value in fact.data.items() if key not in hidden}
         event = Event(name, {**body, "time": fact.time}, self.last)
         if name != "run.completed" or has_reply:
