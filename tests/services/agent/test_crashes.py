@@ -28,8 +28,9 @@ ARMED: dict[str, dict[Moment, int]] = {
 @pytest.mark.parametrize("place", ARMED)
 async def test_a_killed_worker_is_replaced_and_the_run_ends_once(world: World, tmp_path: Path, place: str) -> None:
     platform, marker = world.platform, tmp_path / "armed"
-    # A short lease, so that the lanes of a dead worker are taken over soon.
-    failpoint = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "1"}
+    # A short lease, so that the lanes of a dead worker are taken over soon. A shorter one can run out while a worker
+    # starts on a loaded machine: the lane changes hands, and a step is made again.
+    failpoint = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "3"}
     await asyncio.to_thread(platform.stop, "agent")
     await platform.start("agent", **failpoint)
     for moment, step in ARMED[place].items():
@@ -122,7 +123,7 @@ async def test_a_call_of_the_callers_tool_is_on_record_before_the_run_ends_with_
     world.models.forget(MODEL)
     await asyncio.to_thread(platform.stop, "agent")
     for place in ("after_effect_commit", "before_lane_commit"):
-        environment = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "1"}
+        environment = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "3"}
         await platform.start("agent", **environment)
         agent = await tenant.agent()
         asked = len(world.models.asked(MODEL))
