@@ -20,16 +20,6 @@ def utcnow() -> datetime:
     return datetime.now(UTC)
 
 
-def uuid7_time(id_: UUID) -> datetime | None:
-    """The time inside a UUIDv7, to the millisecond. None for another UUID version, or for a time beyond year 9999."""
-    if id_.version != 7:
-        return None
-    try:
-        return datetime.fromtimestamp((id_.int >> 80) / 1000, UTC)
-    except (ValueError, OverflowError):
-        return None
-
-
 async def wait_at_most(seconds: float, event: asyncio.Event) -> bool:
     """Waits until `event` is set, but not longer than `seconds`. Returns whether it is set."""
     try:

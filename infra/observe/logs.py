@@ -26,7 +26,7 @@ from aiokafka.errors import KafkaError
 from opentelemetry import trace
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
-from infra.clock import utcnow, uuid7
+from infra.clock import utcnow, uuid7, wait_at_most
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
 from protos.envelope import Envelope
@@ -229,7 +229,7 @@ class KafkaLogSink:
                     lost = await self._send(producer)
                     if self._unreported and not lost:
                         self._report()
-                await self._pause(self.SECONDS_BETWEEN_BATCHES)
+                await wait_at_most(self.SECONDS_BETWEEN_BATCHES, self._stopping)
         finally:
             await producer.stop()
 
@@ -248,7 +248,7 @@ class KafkaLogSink:
                 if self._stopping.is_set():
                     self._drop(len(self._queue))
                     return None
-                await self._pause(5)
+                await wait_at_most(5, self._stopping)
 
     async def _send(self, producer: AIOKafkaProducer) -> int:
         """Sends a batch; returns how many lines of it were lost."""
@@ -268,12 +268,6 @@ class KafkaLogSink:
         if lost:
             self._drop(lost)
         return lost
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except TimeoutError:
-            return
 
 
 def _headers() -> list[tuple[str, bytes]]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from infra.errors import InvalidMessage
+from infra.postgres.dead_letters import OPEN
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.service.redrive import RECOGNISED
@@ -63,7 +64,7 @@ async def group_by_cause(tx: Tx, *, limit: int, after: UUID | None = None, tenan
                count(*) FILTER (WHERE state = 'redriving'),
                min(first_failed_at), max(last_failed_at)
         FROM (SELECT *, {_CAUSE} AS cause FROM dead_letter) d
-        WHERE state IN ('failed', 'waiting', 'redriving') AND ($1::text IS NULL OR tenant_id = $1)
+        WHERE {OPEN} AND ($1::text IS NULL OR tenant_id = $1)
         GROUP BY 2, 3, 4
         HAVING $2::uuid IS NULL OR min(id::text) > $2::uuid::text
         ORDER BY 1

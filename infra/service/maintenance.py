@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from infra.bus import outbox
+from infra.clock import wait_at_most
 from infra.errors import describe
 from infra.lanes import lane
 from infra.observe.logs import get_logger
@@ -44,10 +45,7 @@ class Maintenance:
                 except Exception as error:
                     _log.warning("maintenance failed; will retry", work=work.__name__, error=describe(error))
             ticks += 1
-            try:
-                await asyncio.wait_for(self._stopping.wait(), OBSERVE_SECONDS)
-            except TimeoutError:
-                continue
+            await wait_at_most(OBSERVE_SECONDS, self._stopping)
 
     async def _observe(self, tx: Tx) -> None:
         pending = await outbox.pending_by_destination(await tx.connection())

@@ -16,12 +16,13 @@ from uuid import UUID
 import msgspec
 
 from infra.bus.dispatch import decode, handle
+from infra.clock import wait_at_most
 from infra.errors import Conflict, NotFound, describe
 from infra.lanes.lane import KEEP_EFFECTS, restore
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres.db import is_of_database, is_transient, storable
-from infra.postgres.dead_letters import OPEN_FOR, SealedPayload, open_payload
+from infra.postgres.dead_letters import OPEN, OPEN_FOR, SealedPayload, open_payload
 from infra.postgres.inbox import mark_handled
 from infra.postgres.lane_items import NewItem
 from infra.postgres.tx import Database, OutboxRow, Tx, insert_outbox
@@ -154,10 +155,7 @@ class Drainer:
                     error=describe(error),
                     exc_info=not is_transient(error),
                 )
-            try:
-                await asyncio.wait_for(self._stopping.wait(), POLL_SECONDS if idle else 1 / PER_SECOND)
-            except TimeoutError:
-                continue
+            await wait_at_most(POLL_SECONDS if idle else 1 / PER_SECOND, self._stopping)
 
     async def step(self) -> bool:
         """Handles one dead letter, or unparks a key without open dead letters; False if there is nothing to do."""
@@ -184,7 +182,7 @@ class Drainer:
     async def _claim_key(self, tx: Tx) -> tuple[Any, ...] | None:
         """A parked key whose head may be handled, or which has no open dead letter; its row is locked."""
         keys = await tx.sql(
-            """
+            f"""
             -- Locks the parked key only; a key that another drainer has locked is skipped.
             SELECT consumer, topic, key
             FROM parked_key p
@@ -192,7 +190,7 @@ class Drainer:
                 SELECT state, redrive_after
                 FROM dead_letter d
                 WHERE d.consumer = p.consumer AND d.source = 'kafka' AND d.destination = p.topic AND d.key = p.key
-                  AND d.state IN ('failed', 'waiting', 'redriving')
+                  AND {OPEN}
                 ORDER BY seq
                 LIMIT 1
             ) head ON true
@@ -209,11 +207,11 @@ class Drainer:
         """The head of a parked key, locked. Without a head the key is unparked."""
         head = await self._row(
             tx,
-            """
+            f"""
             -- Waits if another transaction has locked the head (an operator's, or a drainer's that records a failure).
             -- To skip the head would handle the next record before it, or unpark the key too early.
             consumer = $1 AND source = 'kafka' AND destination = $2 AND key = $3
-            AND state IN ('failed', 'waiting', 'redriving')
+            AND {OPEN}
             ORDER BY seq
             LIMIT 1
             FOR UPDATE

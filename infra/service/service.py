@@ -49,10 +49,10 @@ from protos.catalog import SERVICE_LOGS
 from protos.topology import Queue, Subscription, Topic
 
 STUCK_SECONDS = 120.0
-# Lanes, HTTP, gRPC and RabbitMQ drain one after the other, each for at most 10 to 30 s.
-STOP_SECONDS = 120.0
 """After this time without progress, a consumer with records to read makes the process not alive, so that a supervisor
 restarts it."""
+# Lanes, HTTP, gRPC and RabbitMQ drain one after the other, each for at most 10 to 30 s.
+STOP_SECONDS = 120.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from datetime import timedelta
 from uuid import UUID
 
-from infra.clock import utcnow
+from infra.clock import utcnow, wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
@@ -42,10 +42,7 @@ class Clock:
                 get_logger("services.billing.clock").warning(
                     "could not close periods; will retry", error=describe(error)
                 )
-            try:
-                await asyncio.wait_for(self._stopping.wait(), TICK_SECONDS)
-            except TimeoutError:
-                continue
+            await wait_at_most(TICK_SECONDS, self._stopping)
 
     async def tick(self) -> None:
         """Does everything that is due, at most MOST tenants of each kind."""

@@ -20,7 +20,7 @@ from uuid import UUID
 import msgspec
 from msgspec.structs import replace
 
-from infra.clock import utcnow, uuid7
+from infra.clock import utcnow, uuid7, wait_at_most
 from infra.errors import TooLarge, Transient, describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
@@ -368,10 +368,10 @@ class Drainer:
                 drained = await self._ingest.drain()
             except Exception as error:
                 _log.warning("could not drain accepted messages; will retry in 1 s", error=describe(error))
-                await self._wait(1.0)
+                await wait_at_most(1.0, self._ingest.accepted)
                 continue
             if drained == 0:
-                await self._wait(DRAIN_POLL_SECONDS)
+                await wait_at_most(DRAIN_POLL_SECONDS, self._ingest.accepted)
             elif drained > MAX_DIRECT and (drained < DRAIN_ROWS or self._ingest.is_busy):
                 # Load. Without the pause each group of calls would be a transaction of the drainer, too.
                 await asyncio.sleep(DRAIN_PAUSE_SECONDS)
@@ -379,13 +379,6 @@ class Drainer:
     async def stop(self) -> None:
         self._stopping = True
         self._ingest.accepted.set()
-
-    async def _wait(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._ingest.accepted.wait()
-        except TimeoutError:
-            pass
 
 
 def ingest(runtime: Runtime) -> Ingest:

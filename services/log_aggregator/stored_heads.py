@@ -11,6 +11,7 @@ import asyncio
 from typing import NamedTuple
 from urllib.parse import quote
 
+from infra.clock import wait_at_most
 from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
@@ -96,10 +97,7 @@ class Keeper:
                     "could not store the heads of the audit chains; will retry", error=describe(error)
                 )
                 wait = RETRY_SECONDS
-            try:
-                await asyncio.wait_for(self._stopping.wait(), wait)
-            except TimeoutError:
-                continue
+            await wait_at_most(wait, self._stopping)
 
     async def tick(self) -> None:
         async with self._database.begin() as tx:

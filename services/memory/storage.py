@@ -11,6 +11,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
+from infra.clock import wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database, Tx
@@ -49,8 +50,10 @@ def advance(meter: Meter, now: datetime) -> tuple[list[tuple[datetime, int]], Me
     return hours, Meter(stored, rest + stored * ((now - since) // _MICROSECOND), now)
 
 
-async def change(tx: Tx, tenant_id: str, difference: int) -> None:
-    """Adds `difference` to the stored bytes from now on. 0: a sample."""
+async def change(tx: Tx, difference: int) -> None:
+    """Adds `difference` to the bytes that the tenant stores from now on. 0: a sample."""
+    tenant_id = tx.tenant_id
+    assert tenant_id is not None
     # Locks the row. The time is read after that, so the intervals of two transactions never overlap.
     [(stored, rest, since, now)] = await tx.sql(
         """
@@ -98,10 +101,7 @@ class Sampler:
                 get_logger("services.memory.storage").warning(
                     "could not report stored bytes; will retry", error=describe(error)
                 )
-            try:
-                await asyncio.wait_for(self._stopping.wait(), SAMPLE_SECONDS)
-            except TimeoutError:
-                continue
+            await wait_at_most(SAMPLE_SECONDS, self._stopping)
 
     async def tick(self) -> None:
         async with self._database.begin() as tx:
@@ -115,4 +115,4 @@ class Sampler:
             )
         for (tenant_id,) in rows:
             async with self._database.begin(tenant_id=tenant_id) as tx:
-                await change(tx, tenant_id, 0)
+                await change(tx, 0)
