@@ -219,7 +219,7 @@ def _notify_tenant(tx: Tx, tenant_id: str, code: str, account: Account, *, exhau
     balance = account.balance_nanos
     assert balance is not None
     if exhausted:
-        publish(tx, tenant_id, QuotaExhausted(tenant_id=tenant_id, currency=code, balance_nanos=balance))
+        publish(tx, QuotaExhausted(tenant_id=tenant_id, currency=code, balance_nanos=balance))
     else:
         text = (
             f"90 % of your credit has been used. Remaining credit: {in_units(balance)} {code}.\n\n"
@@ -228,10 +228,10 @@ def _notify_tenant(tx: Tx, tenant_id: str, code: str, account: Account, *, exhau
         send_mail(tx, tenant_id, "Your budget is nearly spent", text)
 
 
-def publish(tx: Tx, tenant_id: str, event: QuotaExhausted | BudgetThresholdPassed) -> None:
-    """Publishes a fact about the tenant. The transaction may be one of many tenants."""
-    former, tx.tenant_id = tx.tenant_id, tenant_id
-    tx.publish(PLATFORM_EVENTS, event, key=tenant_id)
+def publish(tx: Tx, event: QuotaExhausted | BudgetThresholdPassed) -> None:
+    """Publishes a fact about a tenant. The transaction may be one of many tenants."""
+    former, tx.tenant_id = tx.tenant_id, event.tenant_id
+    tx.publish(PLATFORM_EVENTS, event, key=event.tenant_id)
     tx.tenant_id = former
 
 

@@ -94,9 +94,6 @@ class Rest:
     scope_id: str
     name: str
 
-    def concerns(self, use: Use) -> bool:
-        return (self.scope, self.scope_id) in _scopes(use)
-
 
 def _scopes(use: Use) -> set[tuple[Scope, str]]:
     return {
@@ -106,6 +103,12 @@ def _scopes(use: Use) -> set[tuple[Scope, str]]:
         ("session", use.session_key),
         ("key", use.api_key_id),
     }
+
+
+def concerning(rests: Iterable[Rest], use: Use) -> list[Rest]:
+    """Returns those that concern the use."""
+    scopes = _scopes(use)
+    return [rest for rest in rests if (rest.scope, rest.scope_id) in scopes]
 
 
 async def rests(tx: Tx, tenant_id: str, uses: Iterable[Use]) -> list[Rest]:
@@ -165,7 +168,7 @@ async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
                 nanos=nanos,
                 spent_nanos=spent,
             )
-            accounts.publish(tx, tenant_id, passed)
+            accounts.publish(tx, passed)
 
 
 def _name(scope: str, nanos: int, period: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from uuid import UUID
 from weakref import WeakValueDictionary
 
@@ -61,7 +61,7 @@ class _Reserve:
     request: HoldRequest
     answer: Reservation | None = None
 
-    @property
+    @cached_property
     def text(self) -> str:
         """The column ``request``, by which a repeated request is known."""
         return msgspec.json.encode(self.request, order="deterministic").decode()
@@ -154,7 +154,7 @@ async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Map
         except ValueError as error:
             refused[index] = InvalidMessage("quantities", str(error))
             continue
-        concerned = [limit for limit in limits if limit.concerns(request)]
+        concerned = budgets.concerning(limits, request)
         one.answer = answer = _decide(request, amount, currency, credit, concerned)
         if credit is not None:
             credit -= answer.held_nanos

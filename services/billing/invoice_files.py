@@ -1,4 +1,4 @@
-"""An invoice as a file: PDF and CSV. Pure but for the printing."""
+"""The contents of an invoice's files: the page of the PDF, and the CSV. Pure."""
 
 from __future__ import annotations
 

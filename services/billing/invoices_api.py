@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -80,8 +79,6 @@ def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["invoices"])
     seller: str = runtime.settings.seller_country
     named = einvoice.Seller(runtime.settings.seller_name, seller, runtime.settings.seller_vat_id)
-    # A process of up to a thousand megabytes prints each document.
-    printing = asyncio.Semaphore(1)
 
     @router.post("/billing/periods/close", response_model=Drafts)
     async def close_periods(body: CloseRequest, who: Operator, request: Request) -> Response:
@@ -142,8 +139,7 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.worker.begin() as tx:
             invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
         name = f"inline; filename={invoice.number or invoice.id}.pdf"
-        async with printing:
-            content = await pdf.document(invoice_files.page(invoice, lines))
+        content = await pdf.document(invoice_files.page(invoice, lines))
         return Response(content, media_type="application/pdf", headers={"content-disposition": name})
 
     @router.get("/invoices/{invoice_id}/xml", response_class=Response)

@@ -15,6 +15,8 @@ from pathlib import Path
 import msgspec
 
 _ROOT = Path(__file__).parents[2]
+# A document may take a thousand megabytes.
+_printing = asyncio.Semaphore(1)
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -30,7 +32,12 @@ class Page(msgspec.Struct, frozen=True):
 
 
 async def document(page: Page) -> bytes:
-    """Returns the PDF."""
+    """Returns the PDF. A process prints one document after the other."""
+    async with _printing:
+        return await _document(page)
+
+
+async def _document(page: Page) -> bytes:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
