@@ -17,14 +17,13 @@ from services.agent.execution.load import RunRow, load_runs
 from services.agent.execution.outcome import Ended, Reply, Suspended
 from services.agent.execution.start import StartedRun, lock
 from services.agent.runs import projections
-from services.agent.runs.cancelling import fail
 from services.agent.runs.decisions import resume_parent
 from services.agent.runs.domain import Run, messages_at
 from services.agent.runs.family import child_id, child_state
 from services.agent.runs.notices import FAILED
 from services.agent.runs.publishing import stream
 from services.agent.runs.replies import send_reply
-from services.agent.sessions.requeue import lock_session, requeue_later_messages
+from services.agent.sessions.requeue import fail_run, lock_session
 
 _log = get_logger("agent.runs")
 
@@ -103,11 +102,7 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
 
 
 async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended) -> None:
-    state = await tx.load(stream(row.id))
-    await fail(tx, row.id, row.session_key, outcome.status, outcome.error)
-    if outcome.status == "failed" and state.messages:
-        # Otherwise no run would answer the messages that came after its start.
-        await requeue_later_messages(tx, row.id, state.messages)
+    await fail_run(tx, row.id, row.session_key, outcome.status, outcome.error)
     level = _log.info if outcome.status == "cancelled" else _log.warning
     level(f"run {outcome.status}", run_id=str(row.id), error=outcome.error)
     await _send(tx, row, loaded, outcome.notice)

@@ -23,7 +23,7 @@ MAX_CHARACTERS = 30_000
 
 
 class Progress:
-    """Of one run that came from a channel. `text`: the answer so far, by the model of the present step."""
+    """The progress of one run that came from a channel. `text`: the answer so far, by the model of the present step."""
 
     def __init__(self, cache: Cache, run_id: UUID, session_key: str) -> None:
         self._cache = cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
 from uuid import UUID
 
 from infra.errors import InvalidMessage
@@ -11,7 +10,7 @@ from infra.postgres.tx import Tx
 from services.agent.runs import queries
 from services.agent.runs.domain import Run, completed_in_a_row
 from services.agent.runs.publishing import stream
-from services.agent.runs.views import RunState, StateEvent, StateStep
+from services.agent.runs.views import Phase, RunState, StateEvent, StateStep
 
 
 async def state_at(tx: Tx, run_id: UUID, at: int | None) -> RunState:
@@ -48,7 +47,7 @@ async def state_at(tx: Tx, run_id: UUID, at: int | None) -> RunState:
     )
 
 
-def _status(state: Run) -> Literal["queued", "running", "waiting", "over"]:
+def _status(state: Run) -> Phase:
     if state.over:
         return "over"
     if state.suspended:

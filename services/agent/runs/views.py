@@ -8,9 +8,10 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
 
-from services.agent.runs.events import Reason
+from services.agent.runs.events import Reason, StepKind
 
 Status = Literal["queued", "running", "waiting", "completed", "failed", "cancelled", "refused", "indeterminate"]
+Phase = Literal["queued", "running", "waiting", "over"]
 
 
 class UsageView(BaseModel):
@@ -143,7 +144,7 @@ class StateStep(BaseModel):
     """A step, as the run knew it after an event."""
 
     n: int
-    kind: Literal["retrieve", "model", "tool"]
+    kind: StepKind
     name: str
     status: Literal["started", "completed", "failed"]
     attempt: int
@@ -157,7 +158,7 @@ class RunState(BaseModel):
     at: int
     events: list[StateEvent]
     """All events of the run, also those after `at`."""
-    status: Literal["queued", "running", "waiting", "over"]
+    status: Phase
     attempts: int
     """How often a worker has started the run."""
     tokens: int

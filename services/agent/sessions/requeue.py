@@ -13,6 +13,7 @@ from services.agent.lanes import queue_run
 from services.agent.runs.cancelling import fail
 from services.agent.runs.decisions import suspension
 from services.agent.runs.domain import Suspension
+from services.agent.runs.events import Ending
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.sessions.events import MessagesRequeued
 from services.agent.sessions.publishing import stream
@@ -40,11 +41,20 @@ async def let_fail(tx: Tx, run_id: UUID) -> Suspension:
     if waits.reason != "indeterminate":
         raise Conflict(f"run {run_id} waits for an approval: deny it, or cancel the run")
     [(session_key,)] = await tx.sql("SELECT session_key FROM run WHERE id = $1", run_id)
-    state = await tx.load(run_stream(run_id))
-    await fail(tx, run_id, session_key, "failed", f"given up by an operator: {waits.text}")
-    if state.messages:
-        await requeue_later_messages(tx, run_id, state.messages)
+    await fail_run(tx, run_id, session_key, "failed", f"given up by an operator: {waits.text}")
     return waits
+
+
+async def fail_run(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: str) -> None:
+    """Ends the run without an answer. If it failed, a new run answers the messages that had joined it.
+
+    The session and the run are locked.
+    """
+    state = await tx.load(run_stream(run_id))
+    await fail(tx, run_id, session_key, status, error)
+    if status == "failed" and state.messages:
+        # Otherwise no run would answer the messages that came after its start.
+        await requeue_later_messages(tx, run_id, state.messages)
 
 
 async def requeue_later_messages(tx: Tx, run_id: UUID, first: int) -> UUID | None:
