@@ -48,7 +48,9 @@ _RIFF = {b"WEBP": "image/webp", b"WAVE": "audio/wav", b"AVI ": "video/x-msvideo"
 _ISO_MEDIA = {b"M4A ": "audio/mp4", b"heic": "image/heic", b"mif1": "image/heif", b"avif": "image/avif"}
 _OFFICE_FOLDERS = {"word": DOCX, "xl": XLSX, "ppt": PPTX}
 _HTML = re.compile(rb"(?i)\s*(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL)
-_NAMED = {".md": MARKDOWN, ".markdown": MARKDOWN, ".csv": CSV, ".tsv": CSV}
+EXTENSIONS = {MARKDOWN: (".md", ".markdown"), CSV: (".csv", ".tsv"), MAIL: (".eml",)}
+"""The extensions that tell texts apart. The first one of each type is the usual one."""
+_NAMED = {extension: type_ for type_, extensions in EXTENSIONS.items() for extension in extensions}
 # A field of an e-mail's head, perhaps after the line with which mailboxes separate their e-mails.
 _MAIL = re.compile(rb"(?:From [^\n]*\n)?[!-9;-~]{1,76}:")
 # Control characters that no text has.
@@ -99,7 +101,5 @@ def _text(head: bytes, name: str) -> str:
         return UNKNOWN
     if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
         return HTML
-    extension = "." + name.lower().rpartition(".")[2]
-    if extension == ".eml" and _MAIL.match(head.removeprefix(codecs.BOM_UTF8)):
-        return MAIL
-    return _NAMED.get(extension, TEXT)
+    type_ = _NAMED.get("." + name.lower().rpartition(".")[2], TEXT)
+    return TEXT if type_ == MAIL and not _MAIL.match(head.removeprefix(codecs.BOM_UTF8)) else type_

@@ -103,7 +103,7 @@ async def add(
         list(tags),
         created_by,
     )
-    await storage.change(tx, _tenant(tx), stored.size)
+    await storage.change(tx, stored.size)
     return await get(tx, id_)
 
 
@@ -216,7 +216,7 @@ async def replace(
         version + 1,
         id_,
     )
-    await storage.change(tx, _tenant(tx), stored.size)
+    await storage.change(tx, stored.size)
     return True, newest_id if newest_id != id_ else None
 
 
@@ -256,7 +256,7 @@ async def switch(tx: Tx, next_id: UUID, document_id: UUID) -> OldVersion | None:
         next_id,
     )
     await tx.sql("DELETE FROM document WHERE id = $1", next_id)
-    await storage.change(tx, _tenant(tx), -size)
+    await storage.change(tx, -size)
     return OldVersion(*old)
 
 
@@ -341,7 +341,7 @@ async def purge(tx: Tx, id_: UUID) -> None:
     """Deletes the rows of the document and of its passages."""
     rows = await tx.sql("DELETE FROM document WHERE id = $1 RETURNING size", id_)
     for (size,) in rows:
-        await storage.change(tx, _tenant(tx), -size)
+        await storage.change(tx, -size)
 
 
 async def advance(tx: Tx, id_: UUID, status: str, progress: float, error: str | None = None) -> bool:
@@ -529,8 +529,3 @@ async def with_codes(
 
 def _array(values: Sequence[Any] | None) -> list[Any] | None:
     return None if values is None else list(values)
-
-
-def _tenant(tx: Tx) -> str:
-    assert tx.tenant_id is not None
-    return tx.tenant_id

@@ -23,17 +23,18 @@ def chapters(file: IO[bytes], warnings: list[str]) -> Iterator[str]:
         names = set(book.namelist())
         if _CONTAINER not in names:
             raise Unreadable(f"The e-book has no list of its parts ({_CONTAINER}).")
-        package = next((node.get("full-path") for node in _nodes(book, _CONTAINER, "rootfile")), None)
+        package = next((node.get("full-path") for node in _nodes(_root(book, _CONTAINER), "rootfile")), None)
         if package not in names:
             raise Unreadable("The e-book names no package file, or one that is missing.")
         folder = posixpath.dirname(package)
+        contents = _root(book, package)
         paths: dict[str | None, str] = {}
-        for item in _nodes(book, package, "item"):
+        for item in _nodes(contents, "item"):
             # The table of contents would repeat each heading.
             if item.get("media-type") in _PAGES and "nav" not in item.get("properties", "").split():
                 paths[item.get("id")] = posixpath.normpath(posixpath.join(folder, unquote(item.get("href", ""))))
         encrypted = _encrypted(book) if _ENCRYPTION in names else set()
-        for reference in _nodes(book, package, "itemref"):
+        for reference in _nodes(contents, "itemref"):
             path = paths.get(reference.get("idref"))
             if path in encrypted:
                 raise Unreadable("The e-book is encrypted. Upload it without copy protection.")
@@ -44,10 +45,13 @@ def chapters(file: IO[bytes], warnings: list[str]) -> Iterator[str]:
 
 
 def _encrypted(book: zipfile.ZipFile) -> set[str]:
-    return {unquote(node.get("URI", "")) for node in _nodes(book, _ENCRYPTION, "CipherReference")}
+    return {unquote(node.get("URI", "")) for node in _nodes(_root(book, _ENCRYPTION), "CipherReference")}
 
 
-def _nodes(book: zipfile.ZipFile, path: str, name: str) -> Iterator[etree._Element]:
+def _root(book: zipfile.ZipFile, path: str) -> etree._Element:
     # Entities stay unresolved: an expanded one could fill the memory.
-    parser = etree.XMLParser(resolve_entities=False, no_network=True)
-    return iter(etree.fromstring(book.read(path), parser).findall(f".//{{*}}{name}"))
+    return etree.fromstring(book.read(path), etree.XMLParser(resolve_entities=False, no_network=True))
+
+
+def _nodes(root: etree._Element, name: str) -> Iterator[etree._Element]:
+    return iter(root.findall(f".//{{*}}{name}"))

@@ -62,7 +62,7 @@ _RULES = (
     _rule(r"\bI promise\b|我(?:答应|保证)", "promise", 6),
     _rule(r"^(?:please )?(?:remember|note)(?: that|:) |^请?记住", "fact", 8),
 )
-# A wish to have something forgotten. To learn its sentence would remember just that.
+# A wish to have something forgotten. If its sentence were learned, the very thing to forget would be remembered.
 _FORGET = re.compile(
     r"(?i)^(?:(?:can|could|would|will) you )?(?:please )?(?:forget|delete|erase|remove|do(?:n['’]t| not) remember)\b"
     r"|^请?你?(?:忘记|忘掉|忘了|删除|删掉|不要记|别记)"

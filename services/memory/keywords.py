@@ -1,5 +1,7 @@
-"""Search by words in PostgreSQL, in the transaction that writes the passages. Ranked by BM25 (Robertson and Zaragoza,
-2009): rare words count more, repeated words less and less, and long passages less than short ones.
+"""Search by words in PostgreSQL, whose index is written in the transaction that writes the passages.
+
+Ranked by BM25 (Robertson and Zaragoza, 2009): rare words count more, repeated words less and less, and long passages
+less than short ones.
 
 Only passages that the caller may read are counted, so no score tells anything about others.
 """
@@ -23,7 +25,8 @@ K1, B = 1.2, 0.75
 MAX_WORDS = 100
 # A word's passages and all passages are counted up to these numbers: a more common word hardly changes the order.
 COUNTED, COUNTED_ALL = 1_000, 2_000
-# Passages are candidates if they have the rarest words of the query, as many words as give so many candidates.
+# Passages with any of the query's rarest words are candidates. So many of these words are taken that about this many
+# passages have one.
 CANDIDATES = 300
 
 # A lookup for each passage of the index of words. As a join, the planner may read all documents first.

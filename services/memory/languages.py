@@ -34,7 +34,7 @@ _LEAST = 3
 
 
 def language(text: str) -> str:
-    """The language of most common words in the text; english for a text with few of them."""
+    """The language with the most common words in the text; english for a text with few of them."""
     counts: Counter[str] = Counter()
     for word in _WORD.findall(text.lower()):
         for name in _OF_WORD.get(word, ()):

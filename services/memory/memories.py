@@ -165,6 +165,14 @@ class Recalled(NamedTuple):
     """The cosine to the query; None if one of them has no vector."""
 
 
+def id_of(text: str) -> UUID:
+    """Raises NotFound for a text that is not an id."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise NotFound(f"memory {text}: does not exist") from None
+
+
 class Memories:
     def __init__(self, subjects: SubjectKeys) -> None:
         self._subjects = subjects

@@ -12,7 +12,7 @@ from pydantic.config import JsonDict
 from starlette.responses import Response
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Forbidden, InvalidMessage, NotFound
+from infra.errors import Forbidden, InvalidMessage
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
@@ -23,7 +23,7 @@ from infra.service.service import Runtime
 from services.memory import adapters
 from services.memory.extraction import MAX_TEXT, Kind
 from services.memory.handlers import enqueue_memory
-from services.memory.memories import Memory, New, Scope
+from services.memory.memories import Memory, New, Scope, id_of
 
 _EXAMPLE: JsonDict = {"text": "I am allergic to nuts.", "scope": "user", "importance": 9, "confidence": 1.0}
 
@@ -166,7 +166,7 @@ def router(runtime: Runtime) -> APIRouter:
     @router.get("/api/v1/memories/{memory_id}")
     async def show(memory_id: str, who: Reader) -> MemoryView:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            return _view(await memories.get(tx, _id(memory_id), _names(who)))
+            return _view(await memories.get(tx, id_of(memory_id), _names(who)))
 
     @router.patch("/api/v1/memories/{memory_id}")
     async def change(memory_id: str, body: MemoryChange, who: Reader) -> MemoryView:
@@ -174,7 +174,7 @@ def router(runtime: Runtime) -> APIRouter:
         if body.text is not None and not body.text.strip():
             raise InvalidMessage("text", "must not be empty")
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            memory = await memories.get(tx, _id(memory_id), _names(who), lock=True)
+            memory = await memories.get(tx, id_of(memory_id), _names(who), lock=True)
             _may_change(memory, who)
             changed = memory._replace(
                 text=memory.text if body.text is None else body.text.strip(),
@@ -199,7 +199,7 @@ def router(runtime: Runtime) -> APIRouter:
     async def delete(memory_id: str, who: Reader) -> None:
         """Deletes a memory and the older ones that it replaced."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            memory = await memories.get(tx, _id(memory_id), _names(who), lock=True)
+            memory = await memories.get(tx, id_of(memory_id), _names(who), lock=True)
             _may_change(memory, who)
             await memories.delete(tx, memory.id, who.actor)
             audit(tx, who.actor, "memory.delete", "memory", str(memory.id))
@@ -229,13 +229,6 @@ def _names(who: Identity) -> list[str] | None:
 def _may_change(memory: Memory, who: Identity) -> None:
     if (memory.scope, memory.scope_id) != ("user", who.actor) and "write" not in who.scopes:
         raise Forbidden("the scope write is missing")
-
-
-def _id(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise NotFound(f"memory {text}: does not exist") from None
 
 
 def _view(memory: Memory) -> MemoryView:

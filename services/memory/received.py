@@ -112,9 +112,9 @@ async def _answer(client: httpx2.AsyncClient, url: str) -> AsyncIterator[httpx2.
 def _name_of(answer: httpx2.Response) -> str:
     last = unquote(answer.url.path.rstrip("/").rpartition("/")[2]) or answer.url.host
     type_ = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-    extension = {filetypes.MARKDOWN: ".md", filetypes.CSV: ".csv", filetypes.MAIL: ".eml"}.get(type_, "")
-    if not last.lower().endswith((extension, ".markdown", ".tsv")):
-        last += extension
+    extensions = filetypes.EXTENSIONS.get(type_)
+    if extensions and not last.lower().endswith(extensions):
+        last += extensions[0]
     return _name("url", safe_name(last))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from uuid import UUID
 
 from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Database, Tx
@@ -17,7 +16,7 @@ from services.memory import rights
 from services.memory.adapters import memories, retrieval
 from services.memory.extraction import MAX_TEXT
 from services.memory.handlers import enqueue_memory
-from services.memory.memories import Memories
+from services.memory.memories import Memories, id_of
 from services.memory.memories import Memory as Remembered
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 
@@ -49,7 +48,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
     async def ListMemories(self, request: memory_pb2.ListMemoriesRequest, context: Any) -> memory_pb2.ListMemoriesReply:
         person = _person(request.subject_id)
         async with self._database.begin(tenant_id=rpc.tenant()) as tx:
-            last = await self._own(tx, person, request.before) if request.before else None
+            last = await self._own(tx, person, request.before, lock=False) if request.before else None
             before = (last.said_at, last.id) if last else None
             found = await self._memories.newest(tx, PAGE + 1, before, [person], "user", person)
         return memory_pb2.ListMemoriesReply(memories=[_shown(each) for each in found[:PAGE]], more=len(found) > PAGE)
@@ -77,12 +76,9 @@ class Memory(memory_pb2_grpc.MemoryServicer):
             audit(tx, person, "memory.delete", "memory", str(memory.id))
         return memory_pb2.ForgetMemoryReply()
 
-    async def _own(self, tx: Tx, person: str, memory_id: str) -> Remembered:
-        """The memory of the person, locked. Raises NotFound, also for one of another person or of the tenant."""
-        try:
-            memory = await self._memories.get(tx, UUID(memory_id), [person], lock=True)
-        except ValueError:
-            raise NotFound(f"memory {memory_id}: does not exist") from None
+    async def _own(self, tx: Tx, person: str, memory_id: str, *, lock: bool = True) -> Remembered:
+        """The memory of the person. Raises NotFound, also for one of another person or of the tenant."""
+        memory = await self._memories.get(tx, id_of(memory_id), [person], lock=lock)
         if (memory.scope, memory.scope_id) != ("user", person):
             raise NotFound(f"memory {memory_id}: does not exist")
         return memory

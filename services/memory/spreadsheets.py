@@ -58,28 +58,27 @@ def text_table(text: str) -> Iterator[Block]:
     head = ""
     lines: list[str] = []
     repeated: list[str] = []
-    alone = False
+    is_new = False
     try:
         for cells in rows:
             while cells and not cells[-1].strip():
                 cells.pop()
             if not cells:
                 continue
-            if not head:
+            if head:
+                lines.append(_line(cells))
+            else:
                 head = _table(cells, [])
                 lines = head.splitlines()
                 # A header that no passage repeats would be read again for each block.
                 repeated = lines.copy() if is_repeated(head) else []
-                alone = True
-                continue
-            alone = False
-            lines.append(_line(cells))
+            is_new = True
             if len(lines) >= BLOCK_ROWS:
                 yield Block("\n".join(lines) + "\n")
-                lines = repeated.copy()
+                lines, is_new = repeated.copy(), False
     except csv.Error as error:
         raise Unreadable(f"The table (CSV) cannot be read at line {rows.line_num}: {error}.") from error
-    if lines != repeated or alone:
+    if is_new:
         yield Block("\n".join(lines) + "\n")
 
 

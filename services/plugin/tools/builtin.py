@@ -104,18 +104,6 @@ async def knowledge_search(call: Call, backends: Backends) -> Any:
     }
 
 
-async def memories_list(call: Call, backends: Backends) -> Any:
-    return await memories.listed(call, backends.memory)
-
-
-async def memories_correct(call: Call, backends: Backends) -> Any:
-    return await memories.corrected(call, backends.memory)
-
-
-async def memories_forget(call: Call, backends: Backends) -> Any:
-    return await memories.forgotten(call, backends.memory)
-
-
 def _charset(parameters: str) -> str | None:
     for parameter in parameters.split(";"):
         name, _, value = parameter.strip().partition("=")
@@ -183,7 +171,7 @@ BUILTIN: dict[str, tuple[Tool, Run]] = {
                     "description": "The id of the last memory that you have seen, if the list said that there are more",
                 },
             ),
-            memories_list,
+            lambda call, backends: memories.listed(call, backends.memory),
         ),
         (
             _tool(
@@ -198,7 +186,7 @@ BUILTIN: dict[str, tuple[Tool, Run]] = {
                     "description": "The whole sentence, as the person says it: I am no longer vegetarian.",
                 },
             ),
-            memories_correct,
+            lambda call, backends: memories.corrected(call, backends.memory),
         ),
         (
             _tool(
@@ -207,7 +195,7 @@ BUILTIN: dict[str, tuple[Tool, Run]] = {
                 ["memory_id"],
                 memory_id=_MEMORY_ID,
             ),
-            memories_forget,
+            lambda call, backends: memories.forgotten(call, backends.memory),
         ),
         (
             _tool(
