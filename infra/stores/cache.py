@@ -118,6 +118,14 @@ class Cache:
         self._away_since = time.monotonic() if error else None
 
 
+async def cancelled(task: asyncio.Task[None]) -> None:
+    """Cancels a task that listens, until it has ended. One cancellation is not enough: while redis-py connects, it
+    mistakes the cancellation for a lost connection and continues."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.5)
+
+
 async def _messages(pubsub: PubSub) -> AsyncGenerator[dict[str, Any]]:
     """Raises TimeoutError if the other side does not answer a ping: a connection can be lost without notice."""
     asked = False

@@ -48,7 +48,7 @@ class MarkUnknown(NamedTuple):
 
 
 class MarkReceived(NamedTuple):
-    """The vendor tells it after it has accepted the message."""
+    """A receipt, which the vendor sends after it has accepted the message."""
 
     state: Literal["delivered", "read", "failed"]
     reason: str
@@ -82,10 +82,11 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
 def _received(command: MarkReceived, delivery: Delivery) -> Sequence[DeliveryEvent]:
     """Receipts come in any order and repeatedly: only one that says more than the last one counts."""
     asked, state = delivery.queued, delivery.state
-    if asked and command.state == "failed" and state == "sent":
-        return [DeliveryFailed(asked.channel_id, asked.session_key, asked.run_id, command.reason)]
+    if command.state == "failed":
+        if asked and state == "sent":
+            return [DeliveryFailed(asked.channel_id, asked.session_key, asked.run_id, command.reason)]
+        return []
     if (command.state, state) in (("delivered", "sent"), ("read", "sent"), ("read", "delivered")):
-        assert command.state != "failed"
         return [DeliveryReceived(command.state)]
     return []
 

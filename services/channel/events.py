@@ -87,7 +87,7 @@ class DeliverySent(msgspec.Struct, frozen=True):
 
 
 class DeliveryFailed(msgspec.Struct, frozen=True):
-    """The vendor refused the message permanently, or it was not sent at all."""
+    """The vendor refused the message permanently, told later that it was not delivered, or it was not sent at all."""
 
     channel_id: UUID
     session_key: str

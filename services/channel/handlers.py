@@ -158,11 +158,11 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
 async def _replaced(effects: Effects, sender: Sender, account: Account, part: Outbound, shown: str) -> bool:
     """True if the text is now in the message in which the person saw it being written. Else that message is deleted."""
     key = f"{part.key}/shown"
-    edited = await effects.run(key, lambda _: sender.edit(account, part, shown), kind="repeatable", result=Sent)
+    edited = await effects.run(key, lambda _: sender.edit(account, part, shown), kind="repeatable")
     if edited.state == "failed":
         # The message is gone, or cannot hold the text. A refusal to delete it changes nothing.
         key = f"{part.key}/retracted"
-        await effects.run(key, lambda _: sender.retract(account, part, shown), kind="repeatable", result=Sent)
+        await effects.run(key, lambda _: sender.retract(account, part, shown), kind="repeatable")
     return edited.state == "succeeded"
 
 

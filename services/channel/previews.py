@@ -22,7 +22,7 @@ from infra.outgoing.client import Outgoing
 from infra.postgres.tx import Database, Tx
 from infra.security.subjects import Erased, SubjectKeys
 from infra.service.service import Runtime
-from infra.stores.cache import Cache
+from infra.stores.cache import Cache, cancelled
 from protos.pubsub import RUN_PROGRESS
 from services.channel import accounts
 from services.channel.accounts import Account, Secrets
@@ -81,10 +81,7 @@ class Previews:
         stopping = asyncio.create_task(self._stopped.wait())
         done, _ = await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
         for task in loops:
-            # redis-py can mistake a cancellation for a lost connection.
-            while not task.done():
-                task.cancel()
-                await asyncio.wait({task}, timeout=0.5)
+            await cancelled(task)
         await asyncio.gather(*self._showing, return_exceptions=True)
         for task in loops & done:
             task.result()

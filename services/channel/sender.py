@@ -48,7 +48,7 @@ class Sent(msgspec.Struct, frozen=True):
 
 
 class SendableDelivery(NamedTuple):
-    """A loaded delivery: the account, and the text in parts that the vendor accepts."""
+    """A loaded delivery: the account, and the text and the files in parts that the vendor accepts."""
 
     account: Account
     parts: list[Outbound]
@@ -173,15 +173,13 @@ class Sender:
                 await asyncio.sleep(pause)
         return await download(self._outgoing, url, most, timeout=FILE_SECONDS)
 
-    async def edit(self, account: Account, part: Outbound, shown: str) -> Sent:
+    async def edit(self, account: Account, part: Outbound, shown: str) -> None:
         """Puts the text into the message `shown`, which may happen twice. Raises as `send` does, never Unanswered."""
         await self._repeatable(account.vendor.edit(*self._about(account, part), shown))
-        return Sent(shown)
 
-    async def retract(self, account: Account, part: Outbound, shown: str) -> Sent:
+    async def retract(self, account: Account, part: Outbound, shown: str) -> None:
         """Deletes the message `shown`. Raises as `edit` does."""
         await self._repeatable(account.vendor.retract(*self._about(account, part), shown))
-        return Sent(None)
 
     def _about(self, account: Account, part: Outbound) -> tuple[Outgoing, str, Any, Outbound]:
         return self._outgoing, account.origin, account.credentials, part

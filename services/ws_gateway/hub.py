@@ -11,7 +11,7 @@ from uuid import UUID
 import msgspec
 
 from infra.observe.logs import get_logger
-from infra.stores.cache import Cache
+from infra.stores.cache import Cache, cancelled
 from protos.pubsub import RUN_DELTAS
 from services.ws_gateway.clients import TICK_SECONDS, Clients
 from services.ws_gateway.domain import Delta, Fact
@@ -43,7 +43,8 @@ class Hub:
         if feed.is_used or self._feeds.pop(str(feed.run_id), None) is None or self._feeds:
             return
         for task in self._tasks:
-            ending = asyncio.create_task(_cancelled(task))
+            # A task that continued would pass each delta on a second time.
+            ending = asyncio.create_task(cancelled(task))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
         self._tasks = set()
@@ -92,11 +93,3 @@ class Hub:
             now = time.monotonic()
             for feed in [*self._feeds.values()]:
                 feed.tick(now)
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    """Cancels the task until it ends. One cancellation is not enough: while redis-py connects, it mistakes the
-    cancellation for a lost connection and continues. The task would pass each delta on a second time."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=0.5)

@@ -122,7 +122,7 @@ class Received(NamedTuple):
 
 
 class OutboundFile(NamedTuple):
-    """A file to send, with its content. The type is the content's."""
+    """A file to send. The sender adds the content, and the type by the content, before the vendor gets it."""
 
     url: str
     name: str

@@ -210,7 +210,6 @@ class Discord(Vendor[DiscordCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound
     ) -> str | None:
-        body = _body(message)
         if message.part == 1 and message.answers:
             answer, response = await _change(outgoing, origin, credentials, message, "@original")
             if answer.status < 400:
@@ -218,7 +217,7 @@ class Discord(Vendor[DiscordCredentials]):
             if response.code not in _EXPIRED and answer.status != 404:
                 raise EffectFailed(f"{response.code}: {response.message}"[:200])
         nonce = hashlib.sha256(message.key.encode()).hexdigest()[:_NONCE_LENGTH]
-        body |= {"nonce": nonce, "enforce_nonce": True}
+        body = _body(message) | {"nonce": nonce, "enforce_nonce": True}
         path = f"channels/{message.conversation}/messages"
         return (await _as_bot(outgoing, origin, credentials, "POST", path, body, message.file)).id
 

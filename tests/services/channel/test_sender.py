@@ -79,7 +79,7 @@ async def test_a_message_over_the_vendors_rate_limit_waits_before_it_is_sent(cac
 FILE = PART._replace(text="the link", file=OutboundFile("", ""))
 
 
-async def send_file(cache: Cache, to: Account, url: str, name: str = "", *, allow_private: bool = True) -> Sender:
+async def send_file(cache: Cache, to: Account, url: str, name: str = "", *, allow_private: bool = True) -> None:
     cipher = Cipher(MASTER_KEY)
     outgoing = Outgoing(allow_private=allow_private)
     sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache)
@@ -87,7 +87,6 @@ async def send_file(cache: Cache, to: Account, url: str, name: str = "", *, allo
         await sender.send(to, FILE._replace(key=str(uuid7()), file=OutboundFile(url, name)))
     finally:
         await outgoing.close()
-    return sender
 
 
 async def test_a_file_is_judged_by_its_content_and_named(cache: Cache) -> None:

@@ -39,8 +39,8 @@ _METHODS: dict[str, type[Any]] = {
     "/api/chat.postMessage": _PostMessage,
     "/api/chat.update": _Update,
     "/api/chat.delete": _Delete,
-    "/api/auth.test": _PostMessage,
 }
+_FORMS = ("/api/files.getUploadURLExternal", "/api/files.completeUploadExternal")
 
 
 class SlackStandIn(StandIn):
@@ -108,12 +108,12 @@ class SlackStandIn(StandIn):
                 raise Refused(Reply(400, b"length"))
             self.files[call.path] = call.body
             return Reply(200, b"OK")
-        if call.path in ("/api/files.getUploadURLExternal", "/api/files.completeUploadExternal"):
-            return self._upload(call)
-        if call.method != "POST" or call.path not in _METHODS:
+        if call.method != "POST" or call.path not in (*_METHODS, *_FORMS, "/api/auth.test"):
             raise Refused(Reply(404, {"ok": False, "error": "unknown_method"}))
         if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
             raise Refused(Reply(200, {"ok": False, "error": "invalid_auth"}))
+        if call.path in _FORMS:
+            return self._upload(call)
         if call.path == "/api/auth.test":
             return Reply(200, {"ok": True, "user": "ada", "team": "Example", "user_id": BOT, "team_id": "T1"})
         if not call.headers.get("content-type", "").startswith("application/json"):
@@ -141,8 +141,6 @@ class SlackStandIn(StandIn):
         return Reply(200, {"ok": True, "channel": message.channel, "ts": ts, "message": {"text": message.text}})
 
     def _upload(self, call: Call) -> Reply:
-        if self.revoked or call.headers.get("authorization") != f"Bearer {self.bot_token}":
-            raise Refused(Reply(200, {"ok": False, "error": "invalid_auth"}))
         if call.headers.get("content-type") != "application/x-www-form-urlencoded":
             raise Refused(Reply(200, {"ok": False, "error": "invalid_arguments"}))
         form = dict(parse_qsl(call.body.decode(), strict_parsing=True))
