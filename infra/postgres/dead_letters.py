@@ -24,6 +24,8 @@ CLOSED_FOR = timedelta(days=45)
 OPEN_FOR = timedelta(days=30)
 """An open dead letter is discarded after this time since its last failure, because it may hold words of a
 person whom it does not name."""
+OPEN = "state IN ('failed', 'waiting', 'redriving')"
+"""SQL: the dead letter is open. Written as in the table's partial indices, which would not serve another form."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,10 +198,10 @@ async def count_open(connection: AsyncConnection) -> dict[str, tuple[int, float]
     """Consumer → the number of its open dead letters, and the seconds since the oldest one failed first."""
     rows = await sql(
         connection,
-        """
+        f"""
         SELECT consumer, count(*), extract(epoch FROM clock_timestamp() - min(first_failed_at))::float8
         FROM dead_letter
-        WHERE state IN ('failed', 'waiting', 'redriving')
+        WHERE {OPEN}
         GROUP BY 1
         """,
     )
@@ -228,7 +230,7 @@ async def list_dead_letters(
     """The open dead letters without their payloads, the oldest first; with `tenant_id` only those of that tenant."""
     rows = await sql(
         connection,
-        _VIEW + "WHERE state IN ('failed', 'waiting', 'redriving') AND ($1::uuid IS NULL OR id > $1) "
+        _VIEW + f"WHERE {OPEN} AND ($1::uuid IS NULL OR id > $1) "
         "AND ($3::text IS NULL OR tenant_id = $3) ORDER BY id LIMIT $2",
         after,
         limit,

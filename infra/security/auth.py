@@ -60,8 +60,8 @@ SCOPES = ("read", "run", "write", "admin")
 IDENTITY_HEADER = "x-claw-identity"
 _ISSUER = "user"
 INTRODUCED_SECONDS = 420.0
-"""A service may act for a client so long after the client's token has expired. A service with long connections renews
-the token while it can reach the user service, and ends them if it cannot for 300 s."""
+"""A service may act for a client until this time after the expiry of the client's token. A service with long
+connections renews the token while it can reach the user service, and ends them if it cannot for 300 s."""
 
 
 @dataclass(frozen=True)

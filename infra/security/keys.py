@@ -109,7 +109,7 @@ class Keyring:
     def verify(self, token: str, audience: str, *, expired_seconds: float = 0) -> dict[str, Any]:
         """The claims of a token; ``iss`` is the owner of its key. Raises Unauthenticated with the token's fault.
 
-        expired_seconds: so long ago the token may have expired.
+        expired_seconds: a token that expired at most this time ago is accepted.
         """
         self.public.look()
         try:

@@ -1,5 +1,5 @@
-"""Log aggregator. Owns: the audit chains and their stored heads; the search index of log lines, events and spans.
+"""Log aggregator. Owns: the audit chains and their stored heads; the search index of log lines, events, spans and acts.
 
-Handles: ActAudited, LogLine, agent.events, channel.events. Serves: HTTP for audit, logs, traces and the dead letters
-of all services, and an OTLP receiver.
+Handles: ActAudited, UsageRecorded, LogLine, agent.events, channel.events. Serves: HTTP for audit, logs, traces, the
+dead letters of all services and the state of the system, and an OTLP receiver.
 """

@@ -130,9 +130,7 @@ async def has(database: Database, tenant_id: str, head: Head) -> bool:
     """True if the chain has this record."""
     if head.seq == 0:
         return head == EMPTY
-    async with database.begin(tenant_id=tenant_id or None) as tx:
-        rows = await tx.sql("SELECT hash FROM audit_record WHERE tenant_id = $1 AND seq = $2", tenant_id, head.seq)
-    return [bytes(hash_) for (hash_,) in rows] == [head.hash]
+    return not await lacking(database, tenant_id, [head])
 
 
 async def lacking(database: Database, tenant_id: str, heads: Sequence[Head]) -> list[Head]:

@@ -39,12 +39,16 @@ def router(runtime: Runtime) -> APIRouter:
         since: AwareDatetime | None = None,
     ) -> dict[str, Any]:
         """Lists log lines, newest first. A tenant sees its own. q: required words, "phrases", and -excluded words."""
-        values: dict[searches.Field, object] = {"trace": trace_id, "run": run_id, "channel": channel_id}
-        queries = [searches.having(field, str(value)) for field, value in values.items() if value]
+        values: dict[searches.Field, object] = {
+            "tenant": tenant,
+            "trace": trace_id,
+            "run": run_id,
+            "channel": channel_id,
+        }
+        terms = {"service": service} | {searches.FIELDS[field]: value for field, value in values.items()}
+        must: list[dict[str, Any]] = [{"term": {field: str(value)}} for field, value in terms.items() if value]
         if search:
-            queries.append(searches.QUERIES[search])
-        must = [searches.clause(query) for query in queries]
-        must += [{"term": {field: value}} for field, value in (("tenant", tenant), ("service", service)) if value]
+            must.append(searches.clause(searches.QUERIES[search]))
         if since:
             must.append({"range": {"timestamp": {"gte": since.isoformat()}}})
         if q:

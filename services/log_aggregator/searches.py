@@ -1,4 +1,4 @@
-"""The queries of logs and events in Lucene's syntax: for ``GET /api/v1/logs``, Kibana and OpenSearch Dashboards."""
+"""Saved searches of logs and events in Lucene's syntax: for ``GET /api/v1/logs``, Kibana and OpenSearch Dashboards."""
 
 from __future__ import annotations
 
@@ -32,14 +32,6 @@ class Search(NamedTuple):
     columns: tuple[str, ...]
 
 
-def having(field: Field, value: str | None = None) -> str:
-    """The query for log lines with this value in the field; None: with any value."""
-    if value is None:
-        return f"{FIELDS[field]}:*"
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{FIELDS[field]}:"{escaped}"'
-
-
 def clause(query: str) -> dict[str, Any]:
     """The query as a clause for the engine, in the form in which Kibana sends it too."""
     return {"query_string": {"query": query, "analyze_wildcard": True}}
@@ -48,8 +40,8 @@ def clause(query: str) -> dict[str, Any]:
 _LINE = ("level", "service", "message")
 SEARCHES: Final = (
     *(
-        Search(f"logs-by-{field}", f"Clawbus: log lines by {field}", "logs", having(field), (FIELDS[field], *_LINE))
-        for field in FIELDS
+        Search(f"logs-by-{field}", f"Clawbus: log lines by {field}", "logs", f"{name}:*", (name, *_LINE))
+        for field, name in FIELDS.items()
     ),
     Search("errors", "Clawbus: errors", "logs", QUERIES["errors"], ("service", "message", "traceId")),
     Search("dead-letters", "Clawbus: dead letters", "logs", QUERIES["dead_letters"], ("service", "message", "traceId")),

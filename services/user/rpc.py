@@ -31,7 +31,7 @@ class Keys(user_pb2_grpc.KeysServicer):
         self._runtime = runtime
 
     async def Scopes(self, request: user_pb2.ScopesRequest, context: Any) -> user_pb2.ScopesReply:
-        # Only this service calls it. A client that has never come to it has no such token.
+        # Only ws_gateway calls this. A client that has never come to ws_gateway has no such token.
         try:
             who = self._runtime.identities.introduced(request.token, "ws_gateway")
         except Unauthenticated as error:

@@ -1,6 +1,6 @@
 """The saved objects of Kibana and OpenSearch Dashboards: their form and their references.
 
-`tests/services/log_aggregator/test_search.py` runs their queries. Neither product can be installed here.
+`tests/services/log_aggregator/test_saved_queries.py` runs their queries. Neither product can be installed here.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -15,22 +15,40 @@ from tooling.testing.platform import Platform, running_platform
 from tooling.testing.stack import Stack
 
 
+@pytest.fixture(scope="package")
+def engines(stack: Stack) -> Iterator[tuple[str, str, str]]:
+    """A fresh database, a fresh virtual host and a fresh prefix."""
+    with fresh_database(stack) as database, fresh_vhost(stack) as vhost, fresh_prefix(stack) as prefix:
+        yield database, vhost, prefix
+
+
 @pytest_asyncio.fixture(scope="package", loop_scope="package")
-async def system(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Platform]:
-    with ExitStack() as engines:
-        database = await asyncio.to_thread(engines.enter_context, fresh_database(stack))
-        vhost = engines.enter_context(fresh_vhost(stack))
-        prefix = engines.enter_context(fresh_prefix(stack))
-        async with running_platform(stack, database, vhost, prefix, tmp_path_factory.mktemp("system")) as system:
-            await system.prepare(*SERVICES)
-            await system.start(
-                *SERVICES,
-                OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{system.ports['otlp']}",
-                CLAW_LOG_LEVEL="debug",
-                # A payment provider that does not answer.
-                CLAW_STRIPE_API_BASE="http://127.0.0.1:9",
-                CLAW_STRIPE_API_KEY="sk_test_made_up",
-                CLAW_STRIPE_WEBHOOK_SECRET="whsec_made_up",
+async def system(
+    stack: Stack, engines: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    async with running_platform(stack, *engines, tmp_path_factory.mktemp("system")) as system:
+        await system.prepare(*SERVICES)
+        await system.start(
+            *SERVICES,
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{system.ports['otlp']}",
+            CLAW_LOG_LEVEL="debug",
+            # A payment provider that does not answer.
+            CLAW_STRIPE_API_BASE="http://127.0.0.1:9",
+            CLAW_STRIPE_API_KEY="sk_test_made_up",
+            CLAW_STRIPE_WEBHOOK_SECRET="whsec_made_up",
+        )
+        yield system
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def http(system: Platform) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
+    """A client of each service. One request per connection: a service closes one that is idle for some seconds, which a
+    slow machine may need, or after a request that it could not read."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with AsyncExitStack() as stack:
+        yield {
+            name: await stack.enter_async_context(
+                httpx.AsyncClient(base_url=system.url(name), trust_env=False, timeout=60, limits=limits)
             )
-            yield system
-        await asyncio.to_thread(engines.close)
+            for name in SERVICES
+        }

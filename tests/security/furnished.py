@@ -26,7 +26,7 @@ class Furnished:
     things: Mapping[str, str]
     """The part of a path before an id (``agents``) → the id of the tenant's thing."""
     views: Mapping[tuple[str, str], Any]
-    """(service, path) → what the tenant sees there. It must not change by what others do."""
+    """(service, path) → the tenant's view. Acts of others must not change it."""
 
 
 async def asked(

@@ -180,4 +180,4 @@ def _read() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 RIGHTS: Final = _read()
-"""Service → ``METHOD path`` → the rights of which one is enough."""
+"""Service → ``METHOD path`` → the rights; one of them is enough."""

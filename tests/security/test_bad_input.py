@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 
 import httpx
 import pytest
@@ -13,13 +12,12 @@ from infra.service.api import OPERATOR
 from tests.security.bad_input import Bad, requests
 from tests.security.furnished import furnish
 from tests.security.pages import Operation, operations
-from tooling.stack.home import SERVICES
 from tooling.testing.platform import Platform
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 FROM_EACH = 6
-"""So many bad requests to each operation, spread over its list. All of them would take minutes."""
+"""The number of bad requests to each operation, spread over its list. All of them would take minutes."""
 # These call the payment provider, and the one of this test does not answer.
 OUTSIDE = (
     "POST /api/v1/payment-methods",
@@ -28,35 +26,28 @@ OUTSIDE = (
 )
 
 
-async def test_bad_input_is_refused_and_never_an_error_of_the_service(system: Platform) -> None:
+async def test_bad_input_is_refused_and_never_an_error_of_the_service(
+    system: Platform, http: dict[str, httpx.AsyncClient]
+) -> None:
     tenant = await furnish(system)
     few = asyncio.Semaphore(8)
-    async with AsyncExitStack() as stack:
-        # One request per connection: a service closes one after a request that it could not read.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        http = {
-            name: await stack.enter_async_context(
-                httpx.AsyncClient(base_url=system.url(name), trust_env=False, timeout=60, limits=limits)
-            )
-            for name in SERVICES
-        }
 
-        async def failure(op: Operation, bad: Bad) -> str | None:
-            who = "" if OPERATOR in op.rights else tenant.id
-            kind = {"content-type": "application/json"} if bad.body is not None else {}
-            given = kind | system.headers(who, scopes=SCOPES) | dict(bad.headers)
-            headers = [(name.encode(), value.encode("latin-1")) for name, value in given.items()]
-            url = bad.path + (f"?{bad.query}" if bad.query else "")
-            async with few:
-                answer = await http[op.service].request(op.method, url, content=bad.body, headers=headers)
-            if answer.status_code < 500 or (answer.status_code == 503 and op.name in OUTSIDE):
-                return None
-            return f"{op} {url[:200]} {bad.headers} {(bad.body or b'')[:300]!r}: {answer.status_code} {answer.text}"
+    async def failure(op: Operation, bad: Bad) -> str | None:
+        who = "" if OPERATOR in op.rights else tenant.id
+        kind = {"content-type": "application/json"} if bad.body is not None else {}
+        given = kind | system.headers(who, scopes=SCOPES) | dict(bad.headers)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in given.items()]
+        url = bad.path + (f"?{bad.query}" if bad.query else "")
+        async with few:
+            answer = await http[op.service].request(op.method, url, content=bad.body, headers=headers)
+        if answer.status_code < 500 or (answer.status_code == 503 and op.name in OUTSIDE):
+            return None
+        return f"{op} {url[:200]} {bad.headers} {(bad.body or b'')[:300]!r}: {answer.status_code} {answer.text}"
 
-        chosen = []
-        for op in await operations(system):
-            bad = requests(op, {"payments": "stripe"} if op.path.startswith("/webhooks/") else tenant.things)
-            chosen += [failure(op, one) for one in bad[:: max(1, len(bad) // FROM_EACH)]]
-        found = [line for line in await asyncio.gather(*chosen) if line]
+    chosen = []
+    for op in await operations(system):
+        bad = requests(op, {"payments": "stripe"} if op.path.startswith("/webhooks/") else tenant.things)
+        chosen += [failure(op, one) for one in bad[:: max(1, len(bad) // FROM_EACH)]]
+    found = [line for line in await asyncio.gather(*chosen) if line]
     assert len(chosen) > 600
     assert found == [], "\n".join(found)

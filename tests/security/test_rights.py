@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 from uuid import uuid4
@@ -80,18 +79,9 @@ async def routes(system: Platform) -> list[Operation]:
     return [*await operations(system), *hidden]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="package")
-async def clients(system: Platform) -> AsyncIterator[Clients]:
-    # One request per connection: a service closes an idle connection after seconds, which a slow machine may need.
-    limits = httpx.Limits(max_keepalive_connections=0)
-    async with AsyncExitStack() as stack:
-        http = {
-            name: await stack.enter_async_context(
-                httpx.AsyncClient(base_url=system.url(name), trust_env=False, timeout=60, limits=limits)
-            )
-            for name in SERVICES
-        }
-        yield Clients(system, http)
+@pytest.fixture(scope="module")
+def clients(system: Platform, http: dict[str, httpx.AsyncClient]) -> Clients:
+    return Clients(system, http)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="package")
@@ -120,7 +110,7 @@ async def test_only_the_rights_of_its_line_open_a_route(
         # Things that do not exist, so that the calls which are let in change nothing.
         path = re.sub(r"\{[^}]+\}", lambda _: str(uuid4()), op.path)
         kinds: dict[str, tuple[str, tuple[str, ...]] | None] = {
-            "nobody": None,
+            "client without a token": None,
             "member without scopes": (stranger, ()),
             **{scope: (stranger, (scope,)) for scope in SCOPES},
             OPERATOR: ("", SCOPES),
@@ -211,7 +201,7 @@ async def test_only_the_listed_callers_may_call_a_grpc_method(system: Platform, 
         if owner not in SERVICES:
             continue
         async with grpc.aio.insecure_channel(system.grpc(owner)) as channel:
-            for caller, behalf in (("", "nobody"), *product(SERVICES, ("tenant", "operator"))):
+            for caller, behalf in (("", ""), *product(SERVICES, ("tenant", "operator"))):
                 tenant = stranger if behalf == "tenant" else ""
                 token = keys.callers(caller).token(owner, tenant) if caller else ""
                 metadata = (("authorization", f"Bearer {token}"),) if caller else ()
@@ -226,7 +216,7 @@ async def test_only_the_listed_callers_may_call_a_grpc_method(system: Platform, 
                 wanted = grpc.StatusCode.PERMISSION_DENIED if caller else grpc.StatusCode.UNAUTHENTICATED
                 refused = code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
                 if refused == listed or (not listed and code != wanted):
-                    problems.append(f"{method} by {caller or 'nobody'} for the {behalf}: {code}")
+                    problems.append(f"{method}: caller {caller!r} for {behalf!r}: {code}")
     assert problems == [], "\n".join(problems)
 
 

@@ -43,6 +43,7 @@ class Dashboard(NamedTuple):
 
 _STEPS = 'type:"agent.v1.StepCompleted"'
 _TOKENS = (("sum", "data.input_tokens"), ("sum", "data.output_tokens"))
+_INDEX = "kibanaSavedObjectMeta.searchSourceJSON.index"
 _saved = {search.name: search for search in SEARCHES}
 DASHBOARDS = (
     Dashboard(
@@ -155,14 +156,13 @@ def _source(query: str) -> Json:
     source = {
         "query": {"query": query, "language": "lucene"},
         "filter": [],
-        "indexRefName": "kibanaSavedObjectMeta.searchSourceJSON.index",
+        "indexRefName": _INDEX,
     }
     return {"kibanaSavedObjectMeta": {"searchSourceJSON": json.dumps(source)}}
 
 
 def _on(kind: Kind) -> list[Json]:
-    name = "kibanaSavedObjectMeta.searchSourceJSON.index"
-    return [{"name": name, "type": "index-pattern", "id": f"clawbus-{kind}"}]
+    return [{"name": _INDEX, "type": "index-pattern", "id": f"clawbus-{kind}"}]
 
 
 def _search(product: Product, search: Search) -> Json:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from opensearchpy import OpenSearch
 
 from tooling.testing.platform import Platform
 
@@ -23,3 +25,12 @@ async def aggregator(platform: Platform) -> AsyncIterator[Platform]:
         for index in found.json():
             await client.delete(f"/{index['index']}")
         await client.delete(f"/_index_template/{platform.prefix}*")
+
+
+@pytest.fixture
+def search(aggregator: Platform) -> Iterator[OpenSearch]:
+    """OpenSearch's official client."""
+    url = urlsplit(aggregator.stack.engines["opensearch"]["url"])
+    client = OpenSearch([{"host": url.hostname, "port": url.port}])
+    yield client
+    client.close()

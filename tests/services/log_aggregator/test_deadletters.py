@@ -63,7 +63,7 @@ async def state(services: Platform, service: str, id_: str) -> str:
 
 async def test_a_tenant_finds_its_own_of_all_services_in_pages(services: Platform, tenant: str) -> None:
     wanted = [await fail(services, name, tenant) for name in ("log_aggregator", "user", "user")]
-    await fail(services, "user", "somebody else")
+    await fail(services, "user", "another tenant")
     async with services.client("log_aggregator", tenant) as client:
         seen: list[dict[str, Any]] = []
         cursor: dict[str, str] = {}
@@ -138,7 +138,7 @@ async def test_dead_letters_are_grouped_by_cause_and_redriven_by_it(services: Pl
     first = await fail(services, "user", tenant, subject, error="TimeoutError: after 7 s\nprivate")
     await fail(services, "user", tenant, error="TimeoutError: after 8 s")
     await fail(services, "log_aggregator", tenant)
-    other = await fail(services, "user", "somebody else", error="TimeoutError: after 9 s")
+    other = await fail(services, "user", "another tenant", error="TimeoutError: after 9 s")
     async with services.client("log_aggregator", tenant, actor="member:m") as client:
         groups: list[dict[str, Any]] = []
         cursor: dict[str, str] = {}
@@ -173,7 +173,7 @@ async def test_dead_letters_are_grouped_by_cause_and_redriven_by_it(services: Pl
 
 async def test_ids_are_redriven_together_or_not_at_all(services: Platform, tenant: str) -> None:
     mine = [await fail(services, name, tenant) for name in ("log_aggregator", "user")]
-    theirs = await fail(services, "user", "somebody else")
+    theirs = await fail(services, "user", "another tenant")
     async with services.client("log_aggregator", tenant) as client:
         # Services that do not run here might have it.
         answer = await client.post("/api/v1/deadletters/redrive", json={"ids": [*mine, theirs]})
@@ -193,7 +193,7 @@ async def test_ids_are_redriven_together_or_not_at_all(services: Platform, tenan
         ({"ids": [str(uuid4())], "cause": "x"}, "ids"),
         ({"ids": []}, "ids"),
         ({"ids": ["7"]}, "ids[0]"),
-        ({"service": "nobody"}, "service"),
+        ({"service": "unknown-service"}, "service"),
         ({"cause": "x", "rate_per_s": 0}, "rate_per_s"),
         ({"cause": "x", "all": True}, "all"),
     ],

@@ -1,4 +1,4 @@
-"""The requests with which the index prepares Elasticsearch and OpenSearch, against servers that answer as these do.
+"""The requests with which the index prepares Elasticsearch and OpenSearch, against servers with the same answers.
 
 The other tests run against a real OpenSearch without the plugin for policies. Elasticsearch cannot be installed here.
 """

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -28,15 +26,6 @@ from services.log_aggregator.mappings import FIELDS, Kind
 from tests.services.log_aggregator.test_search import exporter, found, line, log
 from tooling.cli.saved_objects import Product, path
 from tooling.testing.platform import Platform
-
-
-@pytest.fixture
-def search(aggregator: Platform) -> Iterator[OpenSearch]:
-    """OpenSearch's official client."""
-    url = urlsplit(aggregator.stack.engines["opensearch"]["url"])
-    client = OpenSearch([{"host": url.hostname, "port": url.port}])
-    yield client
-    client.close()
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
@@ -32,15 +30,6 @@ from protos.messages.channel import MessageReceived
 from protos.messages.logs import LogLine
 from protos.topology import Topic
 from tooling.testing.platform import Platform
-
-
-@pytest.fixture
-def search(aggregator: Platform) -> Iterator[OpenSearch]:
-    """OpenSearch's official client."""
-    url = urlsplit(aggregator.stack.engines["opensearch"]["url"])
-    client = OpenSearch([{"host": url.hostname, "port": url.port}])
-    yield client
-    client.close()
 
 
 def line(message: str, *, tenant: str | None = None, at: datetime | None = None, **fields: Any) -> LogLine:
