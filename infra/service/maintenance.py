@@ -13,6 +13,7 @@ from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres import dead_letters, inbox
 from infra.postgres.tx import Database, Tx
+from infra.security.reads import prune_reads
 from infra.service.redrive import discard_expired
 
 OBSERVE_SECONDS = 5.0
@@ -107,4 +108,5 @@ PRUNING: tuple[Callable[[Tx], Awaitable[None]], ...] = (
     discard_expired,
     lane.forget,
     prune_answers,
+    prune_reads,
 )

@@ -15,6 +15,7 @@ from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.crypto import DataKey
+from infra.security.reads import record_reads
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
 from infra.service.api import Paging, Reader, Writer, page
 from infra.service.idempotency import once
@@ -171,44 +172,45 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
             asked = [DELIVERY.events.decode(*row[2:5]) for row in outbound]
             people = {(who.tenant_id, fact.subject_id) for fact in (*facts, *asked)}
             keys = await subjects.keys(tx, people) if people else {}
-        messages = []
-        for (id_, at, *_, channel, session), fact in zip(inbound, facts, strict=True):
-            words = _open(keys[who.tenant_id, fact.subject_id], fact.content, id_, InboundContent)
-            messages.append(
-                Message(
-                    id=id_,
-                    direction="inbound",
-                    channel_id=channel,
-                    session_key=session,
-                    conversation_id=words and words.conversation,
-                    text=words.text if words else ERASED_TEXT,
-                    state="received",
-                    reason=None,
-                    run_id=None,
-                    vendor_message_id=words and words.message,
-                    created_at=at,
+            messages = []
+            for (id_, at, *_, channel, session), fact in zip(inbound, facts, strict=True):
+                words = _open(keys[who.tenant_id, fact.subject_id], fact.content, id_, InboundContent)
+                messages.append(
+                    Message(
+                        id=id_,
+                        direction="inbound",
+                        channel_id=channel,
+                        session_key=session,
+                        conversation_id=words and words.conversation,
+                        text=words.text if words else ERASED_TEXT,
+                        state="received",
+                        reason=None,
+                        run_id=None,
+                        vendor_message_id=words and words.message,
+                        created_at=at,
+                    )
                 )
-            )
-        for (id_, at, *_, state, reason, vendor_message_id), request in zip(outbound, asked, strict=True):
-            reply = _open(keys[who.tenant_id, request.subject_id], request.content, id_, OutboundContent)
-            messages.append(
-                Message(
-                    id=id_,
-                    direction="outbound",
-                    channel_id=request.channel_id,
-                    session_key=request.session_key,
-                    conversation_id=reply and reply.conversation,
-                    text=reply.text if reply else ERASED_TEXT,
-                    attachments=[Attachment(url=file.url, name=file.name) for file in reply.files] if reply else [],
-                    state=state,
-                    reason=reason,
-                    run_id=request.run_id,
-                    vendor_message_id=vendor_message_id,
-                    created_at=at,
+            for (id_, at, *_, state, reason, vendor_message_id), request in zip(outbound, asked, strict=True):
+                reply = _open(keys[who.tenant_id, request.subject_id], request.content, id_, OutboundContent)
+                messages.append(
+                    Message(
+                        id=id_,
+                        direction="outbound",
+                        channel_id=request.channel_id,
+                        session_key=request.session_key,
+                        conversation_id=reply and reply.conversation,
+                        text=reply.text if reply else ERASED_TEXT,
+                        attachments=[Attachment(url=file.url, name=file.name) for file in reply.files] if reply else [],
+                        state=state,
+                        reason=reason,
+                        run_id=request.run_id,
+                        vendor_message_id=vendor_message_id,
+                        created_at=at,
+                    )
                 )
-            )
-        messages.sort(key=lambda message: (message.created_at, message.id), reverse=True)
-        found = page(messages[: paging.limit + 1], paging, Message.cursor)
+            messages.sort(key=lambda message: (message.created_at, message.id), reverse=True)
+            found = page(messages[: paging.limit + 1], paging, Message.cursor)
+            await record_reads(tx, who, "session", [message.session_key for message in found["items"]])
         return MessagePage(**found)
 
     @router.post("/channels/{channel_id}/messages", status_code=202, response_model=Queued)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
-from infra.security.audit import audit
+from infra.security.reads import record_reads
 from infra.service.api import Editor, Paging, Viewer, page
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
@@ -59,7 +59,7 @@ def router(runtime: Runtime) -> APIRouter:
 
         async def work(tx: Tx) -> None:
             # The payload may contain people's text.
-            audit(tx, who.actor, "dead_letter.read", "dead_letter", str(id), service=letter.service)
+            await record_reads(tx, who, "dead_letter", [str(id)], service=letter.service)
 
         database = runtime.request if who.tenant_id else runtime.worker
         await database.run(work, tenant_id=who.tenant_id or None)

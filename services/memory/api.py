@@ -19,6 +19,7 @@ from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
+from infra.security.reads import record_reads
 from infra.service.api import Paging, Reader, Writer, api, page
 from infra.service.idempotency import Work, once
 from infra.service.service import Runtime
@@ -343,9 +344,19 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         if body.after:
             await _indexed(body.after, who)
         answer = await retrieval.search(rights.of_identity(who), query)
+        if answer.items:
+            await _record(who, query, answer.items)
         return Passages(
             items=[_passage(each) for each in answer.items], degraded=answer.degraded, reranked=answer.reranked
         )
+
+    async def _record(who: Identity, query: Query, items: Sequence[Scored]) -> None:
+        replies = [item for item in items if not item.passage.document_id and not item.memory]
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            found = [str(item.passage.document_id) for item in items if item.passage.document_id]
+            await record_reads(tx, who, "document", found)
+            await memories_api.record(tx, who, [item.memory for item in items if item.memory])
+            await record_reads(tx, who, "session", [query.session_key] if query.session_key and replies else [])
 
     async def _indexed(id_: UUID, who: Identity) -> None:
         """Waits until the document's newest version is indexed. Raises NotFound, Conflict."""

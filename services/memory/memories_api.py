@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
 from uuid import UUID
@@ -16,6 +17,7 @@ from infra.errors import Forbidden, InvalidMessage
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
+from infra.security.reads import record_reads
 from infra.security.subjects import Erased
 from infra.service.api import Paging, Reader, page
 from infra.service.idempotency import once
@@ -160,13 +162,16 @@ def router(runtime: Runtime) -> APIRouter:
         """The memories that the caller may see, newest first: its own and the tenant's; with the scope admin, all."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             found = await memories.newest(tx, paging.limit + 1, paging.after_time(UUID), _names(who), scope, scope_id)
+            await record(tx, who, found[: paging.limit])
         listed = page(found, paging, key=lambda memory: f"{memory.said_at.isoformat()} {memory.id}")
         return MemoryList(items=[_view(memory) for memory in listed["items"]], next=listed["next"])
 
     @router.get("/api/v1/memories/{memory_id}")
     async def show(memory_id: str, who: Reader) -> MemoryView:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            return _view(await memories.get(tx, id_of(memory_id), _names(who)))
+            memory = await memories.get(tx, id_of(memory_id), _names(who))
+            await record(tx, who, [memory])
+        return _view(memory)
 
     @router.patch("/api/v1/memories/{memory_id}")
     async def change(memory_id: str, body: MemoryChange, who: Reader) -> MemoryView:
@@ -224,6 +229,12 @@ def _scope_id(body: NewMemory, who: Identity) -> str:
 def _names(who: Identity) -> list[str] | None:
     """The subject id of the caller; None for an administrator, who sees all memories of the tenant."""
     return None if "admin" in who.scopes else [who.actor]
+
+
+async def record(tx: Tx, who: Identity, shown: Sequence[Memory]) -> None:
+    """Records that the client reads the memories, except those of itself."""
+    others = [str(memory.id) for memory in shown if (memory.scope, memory.scope_id) != ("user", who.actor)]
+    await record_reads(tx, who, "memory", others)
 
 
 def _may_change(memory: Memory, who: Identity) -> None:

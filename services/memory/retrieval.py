@@ -73,6 +73,8 @@ class Scored(NamedTuple):
     """The share of the query's words in the passage, weighted by their rarity."""
     match: tuple[str, ...]
     """Why the passage was found: meaning, words, codes."""
+    memory: Memory | None = None
+    """The memory whose text it is."""
 
 
 class Answer(NamedTuple):
@@ -204,6 +206,7 @@ class Retrieval:
                 each.similarity,
                 None,
                 (MEMORY,),
+                each.memory,
             )
             for each in recalled
         ]

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.conftest import fresh_database, fresh_prefix, fresh_vhost
+from tests.security.furnished import Furnished, furnish
 from tooling.stack.home import SERVICES
 from tooling.testing.platform import Platform, running_platform
 from tooling.testing.stack import Stack
@@ -38,6 +39,12 @@ async def system(
             CLAW_STRIPE_WEBHOOK_SECRET="whsec_made_up",
         )
         yield system
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def other(system: Platform) -> Furnished:
+    """The tenant whose things no other tenant may see."""
+    return await furnish(system)
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")

@@ -16,6 +16,8 @@ from protos.messages.channel import SendMessage
 from tooling.testing.platform import Platform
 
 CANARY = "Kormoranfelsen8315"
+SPOKEN = "Eisvogelbucht4402"
+"""In personal content only: what persons wrote, said or uploaded, and not in names of things."""
 _NOWHERE = "http://127.0.0.1:9/"
 _SECRET = "whsec_" + base64.b64encode(b"a secret of 24 bytes, ok").decode()
 
@@ -71,22 +73,24 @@ async def furnish(system: Platform) -> Furnished:
     member = await make("user", "/api/v1/members", {"email": f"{CANARY}@example.com", "role": "admin", "name": CANARY})
     key = await make("user", "/api/v1/api-keys", {"name": CANARY})
     agent = await make("agent", "/api/v1/agents", {"name": CANARY, "model": "scripted/answer", "system_prompt": CANARY})
-    run = await make("agent", f"/api/v1/agents/{agent['id']}/sessions/s/messages", {"text": f"Who is {CANARY}?"})
+    run = await make(
+        "agent", f"/api/v1/agents/{agent['id']}/sessions/s/messages", {"text": f"Who is {CANARY}, {SPOKEN}?"}
+    )
     credentials = {"secret": _SECRET, "reply_url": f"{_NOWHERE}{CANARY}"}
     account = {"type": "webhook", "agent_id": agent["id"], "credentials": credentials}
     channel = await make("channel", "/api/v1/channels", account)
-    words = {"conversation_id": CANARY, "text": CANARY}
+    words = {"conversation_id": CANARY, "text": f"{CANARY} {SPOKEN}"}
     delivery = await make("channel", f"/api/v1/channels/{channel['id']}/messages", words)
-    file = {"file": (f"{CANARY}.txt", CANARY.encode(), "text/plain")}
+    file = {"file": (f"{CANARY}.txt", f"{CANARY} {SPOKEN}".encode(), "text/plain")}
     document = await make("memory", "/api/v1/documents", files=file)
-    memory = await make("memory", "/api/v1/memories", {"text": f"I live in {CANARY}."})
+    memory = await make("memory", "/api/v1/memories", {"text": f"I live in {CANARY}, {SPOKEN}."})
     tool = {"name": f"fly_{CANARY.casefold()}", "description": CANARY, "schema": {"type": "object"}}
     server = {"name": CANARY.casefold(), "kind": "http", "url": _NOWHERE, "tools": [tool]}
     plugin = await make("plugin", "/api/v1/plugins", server)
     endpoint = await make(
         "notification", "/api/v1/webhook-endpoints", {"url": f"{_NOWHERE}{CANARY}", "events": ["run.completed"]}
     )
-    letter = await dead_letter(system, tenant, "person-1", CANARY)
+    letter = await dead_letter(system, tenant, "person-1", f"{CANARY} {SPOKEN}")
     things = {
         "members": member["id"],
         "api-keys": key["id"],

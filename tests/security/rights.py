@@ -2,6 +2,8 @@
 
 A right is a scope of a tenant's key, or `operator` for the operator of the platform. A route without a right is open to
 everyone and checks the request in another way.
+
+``reads:<kind>``: the answer has personal content, so the read is audited, for an object of that kind.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ agent
     POST   /api/v1/agents/{agent_id}/sessions/{key}/messages            run
     POST   /api/v1/sessions/{session_key}/takeover                      write
     POST   /api/v1/sessions/{session_key}/release                       write
-    GET    /api/v1/runs                                                 read
-    GET    /api/v1/runs/{run_id}                                        read
-    GET    /api/v1/runs/{run_id}/timeline                               read
+    GET    /api/v1/runs                                                 read  reads:session
+    GET    /api/v1/runs/{run_id}                                        read  reads:session
+    GET    /api/v1/runs/{run_id}/timeline                               read  reads:session
     GET    /api/v1/runs/{run_id}/state                                  read
     POST   /api/v1/runs/{run_id}/cancel                                 run
     POST   /api/v1/runs/{run_id}/approval                               run
@@ -93,7 +95,7 @@ channel
     POST   /api/v1/channels/{channel_id}/pause                          write
     POST   /api/v1/channels/{channel_id}/resume                         write
     GET    /api/v1/channels/{channel_id}/health                         read
-    GET    /api/v1/messages                                             read
+    GET    /api/v1/messages                                             read  reads:session
     POST   /api/v1/channels/{channel_id}/messages                       write
     GET    /api/v1/channel-types                                        read
     GET    /api/v1/deliveries                                           read
@@ -105,7 +107,7 @@ log_aggregator
     GET    /api/v1/traces/{trace_id}                                    read operator
     GET    /api/v1/deadletters                                          read operator
     POST   /api/v1/deadletters/redrive                                  write operator
-    GET    /api/v1/deadletters/{id}                                     read operator
+    GET    /api/v1/deadletters/{id}                                     read operator  reads:dead_letter
     DELETE /api/v1/deadletters/{id}                                     write operator
     POST   /api/v1/deadletters/{id}/redrive                             write operator
     GET    /api/v1/status                                               read operator
@@ -116,12 +118,12 @@ memory
     GET    /api/v1/documents/{document_id}                              read
     PATCH  /api/v1/documents/{document_id}                              write
     DELETE /api/v1/documents/{document_id}                              write
-    GET    /api/v1/documents/{document_id}/content                      read
-    POST   /api/v1/memory/search                                        read
+    GET    /api/v1/documents/{document_id}/content                      read  reads:document
+    POST   /api/v1/memory/search                                        read  reads:document
     GET    /api/v1/memory/index                                         read
     POST   /api/v1/memories                                             read
-    GET    /api/v1/memories                                             read
-    GET    /api/v1/memories/{memory_id}                                 read
+    GET    /api/v1/memories                                             read  reads:memory
+    GET    /api/v1/memories/{memory_id}                                 read  reads:memory
     PATCH  /api/v1/memories/{memory_id}                                 read
     DELETE /api/v1/memories/{memory_id}                                 read
 notification
@@ -156,7 +158,7 @@ user
     POST   /api/v1/members/{id}/erase                                   admin
     POST   /api/v1/subjects/{id}/erase                                  admin
 ws_gateway
-    GET    /api/v1/runs/{run_id}/events                                 read
+    GET    /api/v1/runs/{run_id}/events                                 read  reads:session
     POST   /api/v1/agents/{agent_id}/sessions/{key}/messages            run
     GET    /ws
     GET    /v1/models                                                   read
@@ -166,18 +168,24 @@ ws_gateway
 """
 
 
-def _read() -> dict[str, dict[str, tuple[str, ...]]]:
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+def _read() -> tuple[dict[str, dict[str, tuple[str, ...]]], dict[str, dict[str, str]]]:
+    rights: dict[str, dict[str, tuple[str, ...]]] = {}
+    reads: dict[str, dict[str, str]] = {}
     service = ""
     for line in _TABLE.strip().splitlines():
         if line.startswith(" "):
-            method, path, *rights = line.split()
-            found[service][f"{method} {path}"] = tuple(rights)
+            method, path, *words = line.split()
+            kinds = [word.removeprefix("reads:") for word in words if word.startswith("reads:")]
+            rights[service][f"{method} {path}"] = tuple(word for word in words if not word.startswith("reads:"))
+            reads[service] |= {f"{method} {path}": kind for kind in kinds}
         else:
             service = line
-            found[service] = {}
-    return found
+            rights[service], reads[service] = {}, {}
+    return rights, reads
 
 
-RIGHTS: Final = _read()
+_FOUND = _read()
+RIGHTS: Final = _FOUND[0]
 """Service → ``METHOD path`` → the rights; one of them is enough."""
+READS: Final = _FOUND[1]
+"""Service → ``METHOD path`` → the kind of the object whose read is audited. Other routes show no personal content."""

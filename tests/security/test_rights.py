@@ -20,7 +20,7 @@ import pytest_asyncio
 from infra.security.auth import SCOPES
 from infra.service.api import OPERATOR
 from protos.calls import METHODS, ROUTES
-from tests.security.furnished import CANARY, Furnished, asked, furnish
+from tests.security.furnished import CANARY, Furnished, asked
 from tests.security.pages import Operation, filled, operations
 from tests.security.rights import RIGHTS
 from tooling.stack.home import SERVICES
@@ -82,12 +82,6 @@ async def routes(system: Platform) -> list[Operation]:
 @pytest.fixture(scope="module")
 def clients(system: Platform, http: dict[str, httpx.AsyncClient]) -> Clients:
     return Clients(system, http)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="package")
-async def other(system: Platform) -> Furnished:
-    """The tenant whose things no other tenant may see."""
-    return await furnish(system)
 
 
 @pytest_asyncio.fixture(loop_scope="package")

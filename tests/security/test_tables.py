@@ -13,6 +13,7 @@ from tooling.stack.home import SERVICES
 from tooling.testing.platform import PASSWORDS
 
 UNBOUND = {
+    "content_read": "ids without content; each statement names the tenant; for the operator the worker role writes it",
     "dead_letter": "read by operations, which compare the tenant of each row",
     "early_message": "the sealed content of messages; only consumers of all tenants read it",
     "idempotency": "each statement names the tenant; for the operator the worker role writes it, without a tenant",

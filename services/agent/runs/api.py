@@ -12,6 +12,8 @@ from fastapi import APIRouter, Query
 from infra.errors import Transient
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
+from infra.security.auth import Identity
+from infra.security.reads import record_reads
 from infra.service.api import Paging, Reader, Runner, Writer, page
 from infra.service.service import Runtime
 from infra.web import rpc
@@ -44,25 +46,29 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         except Transient:
             return None
 
-    async def shown(tenant_id: str, read: Callable[[Tx], Awaitable[Sequence[queries.Row]]]) -> list[RunView]:
-        async with runtime.request.begin(tenant_id=tenant_id) as tx:
+    async def shown(
+        who: Identity, read: Callable[[Tx], Awaitable[Sequence[queries.Row]]], limit: int = 1
+    ) -> list[RunView]:
+        """Views of the runs. The client sees up to `limit` of them."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             runs = await read(tx)
             made = await queries.steps(tx, runs)
             unsealer = Unsealer(tx, subjects)
             replies = [await queries.reply(unsealer, run) for run in runs]
             calls = [await queries.calls(unsealer, run) for run in runs]
             waits = [await queries.waiting(tx, unsealer, run) for run in runs]
-        charged = await asyncio.gather(*(charges(tenant_id, run.id) for run in runs))
+            await _record(tx, who, runs[:limit])
+        charged = await asyncio.gather(*(charges(who.tenant_id, run.id) for run in runs))
         return [
             queries.view(run, reply, called, made[run.id], found, waiting)
             for run, reply, called, found, waiting in zip(runs, replies, calls, charged, waits, strict=True)
         ]
 
-    async def one(tenant_id: str, run_id: UUID) -> RunView:
+    async def one(who: Identity, run_id: UUID) -> RunView:
         async def read(tx: Tx) -> Sequence[queries.Row]:
             return [await queries.load(tx, run_id)]
 
-        [found] = await shown(tenant_id, read)
+        [found] = await shown(who, read)
         return found
 
     @routes.get("/api/v1/runs")
@@ -85,17 +91,18 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
                 limit=paging.limit + 1,
             )
 
-        return page(await shown(who.tenant_id, read), paging, queries.position)
+        return page(await shown(who, read, paging.limit), paging, queries.position)
 
     @routes.get("/api/v1/runs/{run_id}")
     async def get_run(run_id: UUID, who: Reader) -> RunView:
-        return await one(who.tenant_id, run_id)
+        return await one(who, run_id)
 
     @routes.get("/api/v1/runs/{run_id}/timeline")
     async def get_timeline(run_id: UUID, who: Reader) -> Timeline:
         """Everything that happened in the run in all services, in the order of time."""
         found = await charges(who.tenant_id, run_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await _record(tx, who, [await queries.load(tx, run_id)])
             return await timeline(tx, subjects, run_id, found)
 
     @routes.get("/api/v1/runs/{run_id}/state")
@@ -110,7 +117,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await cancel(tx, run_id, CANCELLED)
             audit(tx, who.actor, "run.cancel", "run", str(run_id))
-        return await one(who.tenant_id, run_id)
+        return await one(who, run_id)
 
     @routes.post("/api/v1/runs/{run_id}/approval", status_code=202)
     async def approve_call(run_id: UUID, body: Approval, who: Runner) -> RunView:
@@ -120,7 +127,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
             decision: Decision = "approve" if body.approved else "deny"
             await settle(tx, run_id, waits.step, decision, who.actor)
             audit(tx, who.actor, f"run.{decision}", "run", str(run_id), step=str(waits.step), tool=waits.name)
-        return await one(who.tenant_id, run_id)
+        return await one(who, run_id)
 
     @routes.post("/api/v1/runs/{run_id}/resolution", status_code=202)
     async def resolve_run(run_id: UUID, body: Resolution, who: Writer) -> RunView:
@@ -136,7 +143,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
                     content = await seal_result(tx, subjects, run_id, waits.step, body.result)
                 await settle(tx, run_id, waits.step, body.action, who.actor, content)
             audit(tx, who.actor, f"run.{body.action}", "run", str(run_id), step=str(waits.step), tool=waits.name)
-        return await one(who.tenant_id, run_id)
+        return await one(who, run_id)
 
     @routes.post("/api/v1/runs/{run_id}/fork", status_code=202)
     async def fork_run(run_id: UUID, body: ForkFrom, who: Runner) -> RunView:
@@ -145,12 +152,18 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             new = await fork(tx, subjects, run_id, body.step)
             audit(tx, who.actor, "run.fork", "run", str(run_id), new_run=str(new))
-        return await one(who.tenant_id, new)
+        return await one(who, new)
 
     @routes.get("/internal/runs/{run_id}/events", include_in_schema=False)
     async def get_facts(run_id: UUID, who: Reader, after: Annotated[int, Query(ge=0)] = 0) -> Facts:
         """For the gateway of live streams: the events that it has missed. nginx does not pass this path on."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await _record(tx, who, [await queries.load(tx, run_id)])
             return Facts(items=await queries.facts(tx, subjects, run_id, after))
 
     return routes
+
+
+async def _record(tx: Tx, who: Identity, runs: Sequence[queries.Row]) -> None:
+    """Records that the client reads the conversations of the runs, except its own ones."""
+    await record_reads(tx, who, "session", [run.session_key for run in runs if run.subject_id != who.actor])
