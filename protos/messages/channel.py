@@ -47,6 +47,8 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     is none."""
     images: tuple[Image, ...] = ()
     """For models that see. The text names them."""
+    by_admin: bool = False
+    """The vendor says that its author is an administrator of the group."""
 
 
 class SendMessage(Message, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from protos.envelope import read_headers
 from protos.messages.agent import RunRequested
 from protos.messages.channel import MessageDelivered, MessageReceived, MessageUndelivered
 from protos.topology import Subscription
+from services.agent.definitions import approvers
 from services.agent.execution.executor import Executor
 from services.agent.lanes import RUNS, RunItem
 from services.agent.models.contract import Image
@@ -55,6 +56,7 @@ def _incoming(message: MessageReceived, tx: Tx, trace: Callable[[], object]) -> 
         received_at=message.received_at,
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
         parent=message.parent_session_key,
+        names=approvers.of_person(message.subject_id, is_admin=message.by_admin),
         context=Context((), images=images, is_complete=False) if images else None,
     )
     return Incoming(envelope.tenant_id, message.position, arrival, trace)

@@ -296,6 +296,7 @@ def publish(
         position=item.position,
         parent_session_key=item.parent_session_key,
         images=images,
+        by_admin=fact.by_admin,
     )
     tx.publish(CHANNEL_EVENTS, public, key=item.session_key)
     tx.send(CHANNEL_INBOUND[fact.channel_type], public, key=item.session_key, position=item.position)

@@ -64,6 +64,8 @@ class MessageTaken(msgspec.Struct, frozen=True):
     subject_id: str
     content: bytes
     received_at: datetime
+    by_admin: bool = False
+    """The vendor says that its author is an administrator of the group."""
 
 
 class DeliveryQueued(msgspec.Struct, frozen=True):

@@ -138,6 +138,7 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     received_at: datetime
     parent_session_key: str = ""
     """The session of the conversation that this one branched off from; empty if there is none."""
+    by_admin: bool = False
 
 
 class _New(NamedTuple):
@@ -457,6 +458,7 @@ def _new(arrival: _Arrival) -> _New:
         InboundContent(item.conversation, item.person, item.message, text, item.attachments),
         utcnow(),
         account.pseudonyms.session(item.parent) if item.parent else "",
+        item.by_admin,
     )
     return _New(message, arrival.hashes[0], arrival.traceparent)
 
@@ -498,7 +500,13 @@ def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> No
     event_id = uuid7()
     content = key.seal(msgspec.json.encode(message.content).decode(), str(event_id), "content")
     fact = MessageTaken(
-        message.channel_id, message.channel_type, message.agent_id, message.subject_id, content, message.received_at
+        message.channel_id,
+        message.channel_type,
+        message.agent_id,
+        message.subject_id,
+        content,
+        message.received_at,
+        message.by_admin,
     )
     tx.append(CONVERSATION.stream(message.session_key), fact, event_id=event_id)
     item = FetchAttachments(event_id, message.session_key, position, message.parent_session_key)

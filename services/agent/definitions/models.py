@@ -9,6 +9,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
+from services.agent.definitions.approvers import DEFAULT, PATTERN
 from services.agent.definitions.queue_modes import QueueMode
 from services.agent.models import scripted
 from services.agent.models.contract import FAMILIES
@@ -50,6 +51,7 @@ ModelName = Annotated[str, Field(max_length=200), AfterValidator(_model)]
 
 # The names that model providers accept.
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Approver = Annotated[str, Field(pattern=PATTERN)]
 ToolNames = Annotated[tuple[str, ...], Field(max_length=50), AfterValidator(_distinct)]
 
 
@@ -116,6 +118,9 @@ class NewAgent(_Body):
     tools: ToolNames = ()
     approval: ToolNames = ()
     """The tools whose calls need the approval of a person."""
+    approvers: Annotated[tuple[Approver, ...], Field(min_length=1, max_length=100)] = DEFAULT
+    """Who may give it: asker (the person who asked), chat-admins (whom the vendor calls an administrator of the group),
+    person:<subject id>, member:<id>, group:<name>, api_key:<id>, or at the API each client with scope:<scope>."""
     fallback: Fallback | None = None
     output_schema: dict[str, Any] | None = None
     """JSON Schema of an object that every reply must match, as JSON text, unless the caller gives another schema."""
@@ -172,6 +177,7 @@ class AgentView(BaseModel):
     system_prompt: str
     tools: tuple[str, ...]
     approval: tuple[str, ...]
+    approvers: tuple[str, ...]
     fallback: FallbackView | None
     output_schema: dict[str, Any] | None
     agents: tuple[Colleague, ...]

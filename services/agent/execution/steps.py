@@ -206,7 +206,7 @@ class Steps:
         """The decision of a person about the step that comes `offset` steps after the last one."""
         return self._context.state.decisions.get(self._context.last_step + offset)
 
-    def ask_for_approval(self, offset: int, tool: str, arguments: str) -> Suspended:
+    def ask_for_approval(self, offset: int, tool: str, arguments: str, *, of_asker: bool) -> Suspended:
         """The run has to wait until a person has decided about that step."""
         context, n = self._context, self._context.last_step + offset
         sealed = context.key.seal(
@@ -214,7 +214,7 @@ class Steps:
         )
         text = f"step {n}, tool {tool}: waits for approval"
         command = Suspend(context.session_key, "approval", n, tool, text, utcnow(), sealed)
-        return Suspended(command, approval_question(tool, arguments))
+        return Suspended(command, approval_question(tool, arguments, of_asker=of_asker))
 
     def _enter(self, spec: StepSpec) -> tuple[int, Step | None]:
         """Goes on to the next step: its number, and the step if the journal has its end. Raises Ended, Mismatch."""

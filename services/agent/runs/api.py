@@ -9,7 +9,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from infra.errors import Transient
+from infra.errors import Forbidden, Transient
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
@@ -19,6 +19,7 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
+from services.agent.definitions import approvers, store
 from services.agent.runs import queries
 from services.agent.runs.cancelling import cancel
 from services.agent.runs.content import Unsealer, seal_result
@@ -121,9 +122,14 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
 
     @routes.post("/api/v1/runs/{run_id}/approval", status_code=202)
     async def approve_call(run_id: UUID, body: Approval, who: Runner) -> RunView:
-        """Approves or denies the tool call that the run waits for. 409 if it waits for no approval."""
+        """Approves or denies the tool call that the run waits for. 409 if it waits for no approval, 403 if the agent's
+        approvers do not include the client."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             waits = await suspension(tx, run_id)
+            run = await queries.load(tx, run_id)
+            listed = (await store.load(tx, run.agent_id)).definition.approvers
+            if not approvers.may_decide(listed, approvers.of_identity(who), asked=run.subject_id == who.actor):
+                raise Forbidden(f"run {run_id}: the agent's approvers do not include this client")
             decision: Decision = "approve" if body.approved else "deny"
             await settle(tx, run_id, waits.step, decision, who.actor)
             audit(tx, who.actor, f"run.{decision}", "run", str(run_id), step=str(waits.step), tool=waits.name)

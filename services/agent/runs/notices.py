@@ -9,6 +9,7 @@ UNCERTAIN = (
     "Sorry, I could not finish: it is not certain whether a step took effect. An operator has to look at it first."
 )
 BUSY = "I am still busy with your last message. Please write again when I have answered it."
+NOT_YOURS = "Another person has to decide this, so your answer does not count."
 
 # For the operator.
 CANCELLED = "cancelled on request"
@@ -16,9 +17,10 @@ INTERRUPTED = "interrupted by a newer message"
 TAKEN_OVER = "a person has taken the session over"
 
 
-def approval_question(tool: str, arguments: str) -> str:
-    """The question to the person in the chat."""
-    return f"May I use {tool} with {arguments}? Please answer yes or no."
+def approval_question(tool: str, arguments: str, *, of_asker: bool) -> str:
+    """The question in the chat. of_asker: the person who asked may answer it."""
+    who = "Please answer" if of_asker else "A person who may decide this has to answer"
+    return f"May I use {tool} with {arguments}? {who} yes or no."
 
 
 def question_repeated(tool: str, arguments: str | None) -> str:

@@ -19,7 +19,7 @@ from infra.service.api import Runner
 from infra.service.service import Runtime
 from infra.web.json_schema import check_schema
 from services.agent import adapters
-from services.agent.definitions import store
+from services.agent.definitions import approvers, store
 from services.agent.definitions.models import ToolName
 from services.agent.models.contract import AssistantTurn, Image, Tool, ToolCall, ToolTurn, Turn, UserTurn
 from services.agent.sessions.domain import Busy
@@ -159,7 +159,7 @@ def router(runtime: Runtime) -> APIRouter:
         """Sends a message to the agent in the session `key`, which the caller chooses. The run holds the answer.
 
         409 if the agent's queue_mode is reject and the session is busy. While a run waits for an approval, a plain
-        yes or no in its session decides it.
+        yes or no in its session decides it; 403 if the agent's approvers do not include the client.
         """
         arrival = Arrival(
             message_id=uuid7(),
@@ -168,6 +168,7 @@ def router(runtime: Runtime) -> APIRouter:
             subject_id=who.actor,
             text=body.text,
             received_at=utcnow(),
+            names=approvers.of_identity(who),
             idempotency_key=idempotency_key or body.idempotency_key,
         )
 
@@ -195,6 +196,7 @@ def router(runtime: Runtime) -> APIRouter:
             subject_id=who.actor,
             text=body.text,
             received_at=utcnow(),
+            names=approvers.of_identity(who),
             idempotency_key=idempotency_key,
             context=body.context(),
         )

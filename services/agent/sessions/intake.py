@@ -15,13 +15,14 @@ import msgspec
 from opentelemetry import trace
 
 from infra.clock import utcnow, uuid7
-from infra.errors import InvalidMessage
+from infra.errors import Forbidden, InvalidMessage
 from infra.lanes import lane as lanes
 from infra.postgres.tx import Tx
-from infra.security.audit import audit
+from infra.security.audit import audit, audit_refusal
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
-from services.agent.definitions.store import queue_mode
+from services.agent.definitions.approvers import may_decide
+from services.agent.definitions.store import load, queue_mode
 from services.agent.lanes import RUNS, queue_run
 from services.agent.models.contract import AssistantTurn, Image, Tool, ToolTurn, Turn
 from services.agent.runs import projections
@@ -29,7 +30,7 @@ from services.agent.runs.cancelling import cancel, fail
 from services.agent.runs.content import Unsealer
 from services.agent.runs.decisions import decision_in, is_unclear, settle, suspension
 from services.agent.runs.domain import Fail, Suspension
-from services.agent.runs.notices import BUSY, INTERRUPTED, TAKEN_OVER, question_repeated
+from services.agent.runs.notices import BUSY, INTERRUPTED, NOT_YOURS, TAKEN_OVER, question_repeated
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
@@ -89,6 +90,8 @@ class Arrival:
     """None: the model is shown the session's own history."""
     parent: str = ""
     """The session that this one branched off from, such as a channel's for a thread; empty if there is none."""
+    names: tuple[str, ...] = ()
+    """Of its author, as approvers are named."""
 
 
 # Rows of messages that were decided, as columns: one call writes those of many messages.
@@ -166,12 +169,17 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     decision = None if taken_over else decision_in(arrival.text)
     # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
     unclear = not taken_over and arrival.origin is not None and is_unclear(arrival.text)
-    # In a room, others may write yes or no; the person who asked decides.
-    person = arrival.subject_id if arrival.origin else None
-    asking = await _asking(tx, unfinished, person) if decision or unclear else None
-    if (decision or unclear) and asking is None and arrival.parent:
+    asking = await _asking(tx, unfinished, arrival) if decision or unclear else None
+    if (decision or unclear) and arrival.parent and not (asking and asking.may_decide):
         # The question stands in the parent session, and the person answers it in a thread.
-        asking = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False), person)
+        of_parent = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False), arrival)
+        asking = of_parent if of_parent and (asking is None or of_parent.may_decide) else asking
+    if asking and not asking.may_decide:
+        if unclear:
+            # In a room this is an ordinary message.
+            asking = None
+        elif arrival.origin is None:
+            raise Forbidden(f"run {asking.run_id}: the agent's approvers do not include this client")
     command = Accept(
         message_id=arrival.message_id,
         subject_id=arrival.subject_id,
@@ -182,7 +190,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         joinable=last == OpenRun("queued", arrival.agent_id, False),
         steerable=last in (OpenRun("running", arrival.agent_id, False), OpenRun("waiting", arrival.agent_id, False)),
         busy=await _is_busy(tx, arrival.session_key),
-        decides=asking,
+        decides=asking.run_id if asking else None,
     )
     busy = False
     try:
@@ -202,10 +210,14 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     await _write(tx, UPDATE_SESSIONS, of_session)
     if event.decides:
         waits = await suspension(tx, event.run_id)
-        if decision:
+        act = f"subject:{arrival.subject_id}", f"run.{decision}", "run", str(event.run_id)
+        about = {"step": str(waits.step), "tool": waits.name}
+        if asking and not asking.may_decide:
+            audit_refusal(tx, *act, **about)
+            await _answer(tx, arrival, event.run_id, NOT_YOURS, arrival.subject_id)
+        elif decision:
             await settle(tx, event.run_id, waits.step, decision, arrival.subject_id)
-            who = f"subject:{arrival.subject_id}"
-            audit(tx, who, f"run.{decision}", "run", str(event.run_id), step=str(waits.step), tool=waits.name)
+            audit(tx, *act, **about)
         else:
             await _ask_again(tx, arrival, subjects, event.run_id, waits)
         return event.run_id
@@ -315,17 +327,28 @@ async def open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: b
     }
 
 
-async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], person: str | None) -> UUID | None:
-    """The first run that waits for an approval, not for another agent; None if there is none.
+class Asking(NamedTuple):
+    """A run that waits for an approval."""
 
-    `person`: only a run of this person; None for any.
-    """
+    run_id: UUID
+    may_decide: bool
+    """The author of the message may give it."""
+
+
+async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) -> Asking | None:
+    """The first run that waits for an approval of the message's author, or else the first that waits for the approval
+    of another person. A run that waits for another agent is neither."""
+    others = None
     for run_id, run in unfinished.items():
         if run.status == "waiting":
             waits = (await tx.load(run_stream(run_id))).suspended
-            if waits and waits.reason == "approval" and person in (None, await _subject(tx, run_id)):
-                return run_id
-    return None
+            if waits and waits.reason == "approval":
+                approvers = (await load(tx, run.agent_id)).definition.approvers
+                asked = arrival.subject_id == await _subject(tx, run_id)
+                if may_decide(approvers, arrival.names, asked=asked):
+                    return Asking(run_id, True)
+                others = others or Asking(run_id, False)
+    return others
 
 
 async def _subject(tx: Tx, run_id: UUID) -> str:
@@ -335,16 +358,21 @@ async def _subject(tx: Tx, run_id: UUID) -> str:
 
 async def _ask_again(tx: Tx, arrival: Arrival, subjects: SubjectKeys, run_id: UUID, waits: Suspension) -> None:
     """The answer was unclear: the person is asked the same question again, and the run goes on waiting."""
-    assert arrival.origin
     subject_id = await _subject(tx, run_id)
     arguments = None
     if waits.arguments:
         unsealer = Unsealer(tx, subjects)
         arguments = await unsealer.open(waits.arguments, subject_id, f"{run_id}/{waits.step}", "arguments")
+    await _answer(tx, arrival, run_id, question_repeated(waits.name, arguments), subject_id)
+
+
+async def _answer(tx: Tx, arrival: Arrival, run_id: UUID, text: str, subject_id: str) -> None:
+    """Sends a text to the message's conversation while the run goes on waiting. It is erased with `subject_id`."""
+    assert arrival.origin
     await send_reply(
         tx,
         run_id,
-        question_repeated(waits.name, arguments),
+        text,
         subject_id=subject_id,
         session_key=arrival.session_key,
         channel_id=arrival.origin.channel_id,

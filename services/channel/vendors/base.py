@@ -77,6 +77,8 @@ class Inbound(NamedTuple):
     mentions_bot: bool = False
     replies_to_bot: bool = False
     """It quotes a message of the bot."""
+    by_admin: bool = False
+    """The vendor says that the author is an administrator of the group."""
 
 
 class Moved(NamedTuple):

@@ -80,6 +80,7 @@ class _Message(msgspec.Struct):
     senderId: str | None = None
     chatbotUserId: str | None = None
     robotCode: str | None = None
+    isAdmin: bool | None = None
     sessionWebhook: str | None = None
     text: _Text | None = None
     content: _Content | None = None
@@ -252,7 +253,9 @@ def _item(message: _Message, credentials: DingTalkCredentials) -> Inbound | Igno
     conversation = f"user/{person}" if message.conversationType == "1" else f"group/{message.conversationId}"
     webhook = urlsplit(message.sessionWebhook or "")
     path = f"{webhook.path}?{webhook.query}" if webhook.path.startswith("/") else message.msgId
-    return Inbound(ids, conversation, person, path, text, attachments=attachments)
+    # Of the organisation, so of each of its groups.
+    by_admin = message.isAdmin is True and message.conversationType != "1"
+    return Inbound(ids, conversation, person, path, text, attachments=attachments, by_admin=by_admin)
 
 
 def _attachments(message: _Message) -> tuple[Attachment, ...]:

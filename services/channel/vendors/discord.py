@@ -87,8 +87,14 @@ class _User(msgspec.Struct):
     id: str
 
 
+# https://discord.com/developers/docs/topics/permissions: it has all permissions of the server.
+_ADMINISTRATOR = 1 << 3
+
+
 class _Member(msgspec.Struct):
     user: _User | None = None
+    permissions: str = "0"
+    """A set of bits, in decimal."""
 
 
 class _File(msgspec.Struct):
@@ -182,7 +188,15 @@ class Discord(Vendor[DiscordCredentials]):
         attachments = tuple(
             Attachment(kind_of(file.content_type or ""), file.url, file.filename) for file in files.values()
         )
-        item = Inbound(ids, interaction.channel_id, author.id, interaction.token, text, attachments=attachments)
+        item = Inbound(
+            ids,
+            interaction.channel_id,
+            author.id,
+            interaction.token,
+            text,
+            attachments=attachments,
+            by_admin=_is_admin(interaction.member),
+        )
         return Received([item], _ack(_DEFERRED))
 
     def split(self, text: str) -> Sequence[str]:
@@ -276,6 +290,11 @@ async def _as_bot(
     if answer.status >= 400:
         raise EffectFailed(f"{response.code}: {response.message}"[:200])
     return response
+
+
+def _is_admin(member: _Member | None) -> bool:
+    bits = member.permissions if member else ""
+    return bits.isascii() and bits.isdecimal() and len(bits) <= 30 and bool(int(bits) & _ADMINISTRATOR)
 
 
 def _ack(answer: dict[str, Any]) -> Ack:

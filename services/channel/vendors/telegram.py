@@ -377,6 +377,8 @@ def _item(
         in_group=message.chat.type != "private",
         mentions_bot=_mentions(message, bot),
         replies_to_bot=_is(bot, (message.reply_to_message or _Quoted()).from_),
+        # An administrator who stays anonymous writes in the name of the group. Telegram does not tell the others.
+        by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +43,14 @@ class Tenant:
     world: World
     id: str
 
-    async def call(self, method: str, path: str, *, expect: int | None = None, **kwargs: Any) -> Any:
-        """The JSON answer; raises AssertionError unless the status is `expect` (default: below 300)."""
-        async with self.world.platform.client("agent", self.id) as client:
+    async def call(
+        self, method: str, path: str, *, expect: int | None = None, who: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """The JSON answer; raises AssertionError unless the status is `expect` (default: below 300).
+
+        who: the client's actor, scopes and groups; None: one with all scopes.
+        """
+        async with self.world.platform.client("agent", self.id, **(who or {})) as client:
             answer: httpx.Response = await client.request(method, path, **kwargs)
         ok = answer.status_code == expect if expect else answer.status_code < 300
         assert ok, f"{method} {path}: {answer.status_code} {answer.text}"
@@ -77,6 +82,7 @@ class Tenant:
         position: int = 0,
         trace_id: str | None = None,
         parent: str | None = None,
+        by_admin: bool = False,
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it."""
         message = MessageReceived(
@@ -91,6 +97,7 @@ class Tenant:
             received_at=utcnow(),
             position=position,
             parent_session_key=f"{self.id}-{parent}" if parent else "",
+            by_admin=by_admin,
         )
         queue = CHANNEL_INBOUND["telegram"]
         traceparent = f"00-{trace_id}-{'1' * 16}-01" if trace_id else None

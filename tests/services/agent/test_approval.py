@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from protos.plugin.v1 import plugin_pb2
+from services.agent.runs.notices import NOT_YOURS
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
 from tooling.testing.service_fakes import CALCULATOR, WEATHER
@@ -147,25 +148,91 @@ async def test_a_yes_in_the_thread_of_the_question_decides(world: World, tenant:
     assert len((await tenant.call("GET", "/api/v1/runs"))["items"]) == 1
 
 
-async def test_in_a_room_the_person_who_asked_decides_and_the_audit_says_who(world: World, tenant: Tenant) -> None:
-    agent = await careful(tenant)
-    world.models.script(MODEL, Says(calls=(BERN,)), Says("You said: yes"), Says("Done."))
+async def acts(tenant: Tenant, run_id: str) -> list[tuple[str, str, str]]:
+    """Who did what to the run, and with which outcome."""
+    found = [act for act in await tenant.sent("audit.logs") if act["object_id"] == run_id]
+    return [(act["actor"], act["action"], act["outcome"]) for act in found]
+
+
+async def answers(tenant: Tenant, count: int) -> list[str]:
+    """The texts that the agent has sent to the chat, once there are `count`."""
+
+    async def sent() -> list[str] | None:
+        texts = [send["text"] for send in await tenant.sent("channel.outbound")]
+        return texts if len(texts) >= count else None
+
+    found = await tenant.world.platform.until(sent)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("approvers", "other", "one"),
+    [
+        ((), {"person": "another"}, {"person": "asker"}),
+        (("person:boss",), {"person": "asker"}, {"person": "boss"}),
+        (("chat-admins", "member:m"), {"person": "asker"}, {"person": "any", "by_admin": True}),
+    ],
+)
+async def test_in_a_room_only_an_approver_decides_and_the_audit_says_who(
+    world: World, tenant: Tenant, approvers: tuple[str, ...], other: dict[str, Any], one: dict[str, Any]
+) -> None:
+    agent = await careful(tenant, **({"approvers": approvers} if approvers else {}))
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
     await tenant.receive(agent, "Weather?", person="asker")
     run = await waiting(tenant)
-    await tenant.receive(agent, "yes", person="another")
-
-    async def answered() -> bool:
-        return len((await tenant.call("GET", "/api/v1/runs", params={"status": "completed"}))["items"]) == 1
-
-    await world.platform.until(answered)
+    question = f"May I use {WEATHER} with {BERN[1]}?"
+    who = "A person who may decide this has to answer" if approvers else "Please answer"
+    assert await answers(tenant, 1) == [f"{question} {who} yes or no."]
+    for count, no in enumerate(("yes", "no"), 2):
+        await tenant.receive(agent, no, **other)
+        assert (await answers(tenant, count))[-1] == NOT_YOURS
+    assert [item["id"] for item in (await tenant.call("GET", "/api/v1/runs"))["items"]] == [run["id"]]
     assert (await tenant.run(run["id"]))["status"] == "waiting"
-    await tenant.receive(agent, "yes", person="asker")
+    await tenant.receive(agent, "yes", **one)
     over = await tenant.over(run["id"])
     assert (over["status"], over["reply"]) == ("completed", "Done.")
-    acts = [act for act in await tenant.sent("audit.logs") if act["object_id"] == run["id"]]
-    assert [(act["actor"], act["action"], act["details"]["tool"]) for act in acts] == [
-        ("subject:asker", "run.approve", WEATHER)
+    actor = f"subject:{other['person']}"
+    assert await acts(tenant, run["id"]) == [
+        (actor, "run.approve", "denied"),
+        (actor, "run.deny", "denied"),
+        (f"subject:{one['person']}", "run.approve", "done"),
     ]
+
+
+async def test_at_the_api_only_an_approver_decides(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant, approvers=["scope:admin", "group:board"])
+    world.models.script(MODEL, Says(calls=(BERN, BERN)), Says("Done."))
+    run_id = await tenant.say(agent, "Weather?")
+    await waiting(tenant)
+    path, body = f"/api/v1/runs/{run_id}/approval", {"approved": True}
+    runner = {"actor": "api_key:r", "scopes": ("read", "run", "write")}
+    await tenant.call("POST", path, who=runner, expect=403, json=body)
+    session = f"/api/v1/agents/{agent}/sessions/s/messages"
+    await tenant.call("POST", session, who=runner, expect=403, json={"text": "yes"})
+    assert (await tenant.run(run_id))["status"] == "waiting"
+    await tenant.call("POST", path, who=runner | {"groups": ("board",)}, json=body)
+
+    async def second() -> bool:
+        waits = (await tenant.run(run_id))["waiting"]
+        return bool(waits and waits["step"] == 3)
+
+    await world.platform.until(second)
+    await tenant.call("POST", session, who={"actor": "member:m"}, json={"text": "yes"})
+    over = await tenant.over(run_id)
+    assert (over["status"], over["reply"]) == ("completed", "Done.")
+    assert [one for one in await acts(tenant, run_id) if one[1] == "run.approve"] == [
+        ("api_key:r", "run.approve", "done"),
+        ("subject:member:m", "run.approve", "done"),
+    ]
+
+
+@pytest.mark.parametrize("approvers", [[], ["boss"], ["scope:root"], ["person:"], ["person:a b"], ["asker"] * 101])
+async def test_approvers_are_names(tenant: Tenant, approvers: list[str]) -> None:
+    await careful(tenant)
+    body = {"name": "a", "model": "scripted/answer", "approvers": approvers}
+    answer = await tenant.call("POST", "/api/v1/agents", expect=422, json=body)
+    assert answer["errors"][0]["field"].startswith("approvers")
 
 
 async def test_a_hostile_passage_cannot_approve_a_tool_and_stands_between_its_marks(

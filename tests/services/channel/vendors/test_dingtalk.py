@@ -37,7 +37,18 @@ async def test_messages_of_people_and_groups_are_read(fake: DingTalkStandIn, din
     assert dingtalk.one(fake.signed(message)) == Inbound(("message/msg1",), "user/s1", "s1", path, "größer 😀")
     group = dingtalk.one(fake.signed(fake.message(group="cid9")))
     assert isinstance(group, Inbound)
-    assert group.conversation == "group/cid9"
+    assert (group.conversation, group.by_admin) == ("group/cid9", False)
+
+
+@pytest.mark.parametrize(
+    ("group", "is_admin", "expected"), [("cid9", True, True), ("cid9", False, False), (None, True, False)]
+)
+async def test_an_administrator_in_a_group_is_told(
+    fake: DingTalkStandIn, dingtalk: Adapter, group: str | None, is_admin: bool, expected: bool
+) -> None:
+    item = dingtalk.one(fake.signed(fake.message(group=group, isAdmin=is_admin)))
+    assert isinstance(item, Inbound)
+    assert item.by_admin is expected
 
 
 async def test_a_changed_or_old_signature_is_refused(fake: DingTalkStandIn, dingtalk: Adapter) -> None:

@@ -55,6 +55,20 @@ async def test_a_command_is_read_and_answered_with_is_thinking(fake: DiscordStan
     assert msgspec.json.decode(received.ack.body) == {"type": 5}
 
 
+@pytest.mark.parametrize(
+    ("permissions", "expected"),
+    [("8", True), ("1099511627784", True), ("1099511627776", False), ("x", False), ("", False)],
+)
+async def test_an_administrator_of_the_server_is_told(
+    fake: DiscordStandIn, discord: Adapter, permissions: str, expected: bool
+) -> None:
+    command = fake.command("yes")
+    command["member"]["permissions"] = permissions
+    [item] = discord.receive(fake.signed(command)).items
+    assert isinstance(item, Inbound)
+    assert item.by_admin is expected
+
+
 async def test_a_changed_call_is_refused(fake: DiscordStandIn, discord: Adapter) -> None:
     proofs = ("x-signature-timestamp", "x-signature-ed25519")
     body, headers = fake.signed({"type": 1})

@@ -97,9 +97,10 @@ def test_a_channels_post_in_its_group_is_ignored_and_people_there_are_not() -> N
     assert post == Ignored(("update/10001",), "a channel's post, forwarded to its group automatically")
     # An anonymous administrator and a person who writes as a channel have one of Telegram's bots as their author.
     for chat in (-100, -1001):
-        item = message(sender_chat={"id": chat}, **{"from": {"id": 1087968824, "is_bot": True}})
+        item = message(chat={"id": -100}, sender_chat={"id": chat}, **{"from": {"id": 1087968824, "is_bot": True}})
         assert isinstance(item, Inbound)
         assert item.person == f"chat/{chat}"
+        assert item.by_admin is (chat == -100)
 
 
 def test_both_notices_of_a_move_name_the_old_and_the_new_chat() -> None:
