@@ -59,13 +59,13 @@ AGENT_EVENTS = Topic(
     producers=("agent",),
     consumers=("ws_gateway", "memory", "log_aggregator", "notification"),
 )
-# Not ordered: a task is a hint, and the session's next task has the same effect.
+# Not ordered: a task is a hint, or it goes to a lane, which orders it.
 AGENT_TASKS = Topic(
     "agent.tasks",
     partitions=4,
     retention=timedelta(days=1),
     key="session_key",
-    messages=(agent.RunRequested,),
+    messages=(agent.RunRequested, agent.LearningRequested),
     producers=("agent",),
     consumers=("agent",),
     ordered=False,

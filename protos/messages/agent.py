@@ -22,6 +22,15 @@ class RunRequested(Message, frozen=True, kw_only=True):
     session_key: str
 
 
+class LearningRequested(Message, frozen=True, kw_only=True):
+    """A run has ended whose agent wants facts about the person to be found by its model."""
+
+    run_id: UUID
+    session_key: str
+    subject_id: str
+    """Runs of one person are learned from one after the other."""
+
+
 class RunStarted(Message, frozen=True, kw_only=True):
     """A worker has begun a run. A worker that resumes the run publishes it again with a higher `attempt`."""
 
@@ -161,6 +170,10 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     the run, or if another agent asked."""
     channel_id: UUID | None = None
     """The channel in which that message came. None: it came by the API, or the run is older than this field."""
+    message_id: str | None = None
+    """The last of that person's messages. None for several people, and in messages from before this field."""
+    learning: Literal["rules", "model"] = "rules"
+    """How facts about the person are found in `said`. model: the agent's model is asked, so memory leaves it alone."""
 
 
 class RunFailed(Message, frozen=True, kw_only=True):

@@ -16,7 +16,8 @@ class UsageRecorded(Message, frozen=True, kw_only=True):
     usage_id: str
     """Contains the attempt, such as ``<run id>/<step>/<attempt>``; the same attempt keeps its id."""
     resource: str
-    """The name in the price book, such as ``openai/gpt-4o-mini`` or ``embedding/e5``."""
+    """The name in the price book, such as ``openai/gpt-4o-mini`` or ``embedding/e5``. ``learning/<model>``: the model
+    found facts about a person. ``rerank/<model>``: it ordered passages."""
     quantities: dict[str, Count]
     """Unit → count: ``input_tokens`` (cached ones included), ``cached_tokens``, ``output_tokens`` (reasoning included),
     ``reasoning_tokens``, ``calls``, ``bytes``, ``messages``, ``documents``, ``storage_byte_hours``, ``run_seconds``.

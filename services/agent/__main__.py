@@ -5,6 +5,7 @@ from infra.service.service import Service
 from services.agent import adapters, api, handlers
 from services.agent.definitions.store import SEALED
 from services.agent.execution import wiring
+from services.agent.learning.wiring import learner
 from services.agent.runs.publishing import REPLAYED
 from services.agent.sessions.publishing import SESSION
 from services.agent.settings import Settings
@@ -16,11 +17,13 @@ service.serve_http(api.routes)
 for subscription in handlers.TAKE_MESSAGES:
     service.consume(subscription, subjects=adapters.subjects)
 service.consume(handlers.wake)
+service.consume(handlers.take_learning)
 service.consume(handlers.on_message_delivered)
 service.consume(handlers.on_message_undelivered)
 service.consume(erasure("agent"))
 service.work(handlers.skip_gap, subjects=adapters.subjects)
 service.work(handlers.execute_run, executor=wiring.executor)
+service.work(handlers.learn_from_run, learner=learner)
 
 if __name__ == "__main__":
     service.run()

@@ -11,7 +11,7 @@ from protos.plugin.v1 import plugin_pb2_grpc
 
 
 def memory(runtime: Runtime) -> memory_pb2_grpc.MemoryStub:
-    safe = ["clawbus.memory.v1.Memory/Retrieve"]
+    safe = [f"clawbus.memory.v1.Memory/{method}" for method in ("Retrieve", "ListMemories", "Learn")]
     return memory_pb2_grpc.MemoryStub(runtime.channels.to(runtime.settings.memory_grpc, "memory", safe=safe))
 
 

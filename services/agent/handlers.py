@@ -10,16 +10,17 @@ from infra.errors import InvalidMessage
 from infra.lanes.effects import Effects, ItemEnded
 from infra.lanes.lane import Lane
 from infra.lanes.resequencer import MissingMessages, Resequencer
-from infra.postgres.tx import Tx
+from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased, SubjectKeys
 from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.envelope import read_headers
-from protos.messages.agent import RunRequested
+from protos.messages.agent import LearningRequested, RunRequested
 from protos.messages.channel import MessageDelivered, MessageReceived, MessageUndelivered
 from protos.topology import Subscription
 from services.agent.definitions import approvers
 from services.agent.execution.executor import Executor
-from services.agent.lanes import RUNS, RunItem
+from services.agent.lanes import LEARNING, RUNS, LearningItem, RunItem
+from services.agent.learning.learner import Learner
 from services.agent.models.contract import Image
 from services.agent.runs import projections
 from services.agent.sessions import sealed_arrivals
@@ -97,6 +98,21 @@ async def give_up_run(item: RunItem, error: str, tx: Tx, executor: Executor) -> 
 @RUNS.runner(concurrency=64, per_tenant=48, dead=give_up_run)
 async def execute_run(item: RunItem, effects: Effects, tx: Tx, executor: Executor) -> ItemEnded | None:
     return await executor.execute(item.run_id, effects, tx)
+
+
+@AGENT_TASKS.each(LearningRequested, group="agent")
+async def take_learning(request: LearningRequested, tx: Tx) -> None:
+    tx.enqueue(
+        LEARNING,
+        lane=request.subject_id,
+        item=LearningItem(request.run_id),
+        item_id=derived_id(request.run_id, "learning"),
+    )
+
+
+@LEARNING.runner(concurrency=8, per_tenant=4)
+async def learn_from_run(item: LearningItem, effects: Effects, tx: Tx, learner: Learner) -> None:
+    await learner.learn(item.run_id, effects)
 
 
 @CHANNEL_EVENTS.each(MessageDelivered, group="agent")

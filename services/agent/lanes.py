@@ -1,4 +1,4 @@
-"""The agent's lane, one per session: it executes the session's runs one after the other."""
+"""The agent's lanes: one per session executes its runs one after the other, one per person learns from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ class RunItem(msgspec.Struct, frozen=True):
     run_id: UUID
 
 
+class LearningItem(msgspec.Struct, frozen=True):
+    """Find facts about the person in the messages of this run, which has ended."""
+
+    run_id: UUID
+
+
 RUNS = Lane("runs", RunItem)
+# One lane per person: each run is shown what the one before has left in memory, so that no fact is kept twice.
+LEARNING = Lane("learning", LearningItem)
 
 
 def queue_run(

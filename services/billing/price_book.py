@@ -4,7 +4,8 @@ A resource is ``<provider>/<model>``. The package also knows aliases (a dated re
 priced as its model, unless the book has a price under the alias itself. ``<provider>/*`` is the price of every
 resource of that provider that has no price of its own. Agents address many vendors through an OpenAI-shaped endpoint,
 so the model's own name decides: ``openai/openai/gpt-4o``, ``openai/gpt-4o:free`` and ``openai/deepseek-chat`` have the
-prices of ``openai/gpt-4o`` and ``deepseek/deepseek-chat``.
+prices of ``openai/gpt-4o`` and ``deepseek/deepseek-chat``. ``learning/openai/gpt-4o`` is the model's usage for finding
+facts about people; it has the model's price unless the book has a price for ``learning/…``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 # A longer name is not an alias.
 MAX_NAME = 200
+# The kind of usage whose resources are ``learning/<provider>/<model>``.
+LEARNING = "learning"
 
 # The package's name of a price → our name of the unit, and the number of units per price as a power of ten.
 _UNITS = {
@@ -147,6 +150,9 @@ def write(price: Price) -> str:
 
 def _names(resource: str) -> list[str]:
     """Returns the names under which the book may have the resource, the most specific first."""
+    kind, _, model = resource.partition("/")
+    if kind == LEARNING:
+        return [resource, f"{LEARNING}/*", *_names(model)]
     found = [resource]
     if other := canonical(resource):
         found.append(other)

@@ -4,7 +4,7 @@ from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.memory import adapters, api, handlers, rpc, storage
 from services.memory.conversations import SEALED
-from services.memory.memories import MEMORY
+from services.memory.keeping import MEMORY
 from services.memory.settings import MemorySettings
 
 service = Service("memory", MemorySettings)

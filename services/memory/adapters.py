@@ -13,6 +13,7 @@ from services.memory.embeddings import Embedder, LocalEmbedder, RemoteEmbedder
 from services.memory.engines import Engines
 from services.memory.handlers import refill
 from services.memory.indexing import Indexing
+from services.memory.keeping import Keeping
 from services.memory.learning import Learning
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
@@ -57,8 +58,12 @@ def memories(runtime: Runtime) -> Memories:
     return Memories(SubjectKeys(runtime.cipher))
 
 
+def keeping(runtime: Runtime) -> Keeping:
+    return Keeping(SubjectKeys(runtime.cipher))
+
+
 def learning(runtime: Runtime) -> Learning:
-    return Learning(memories(runtime), embedder(runtime))
+    return Learning(keeping(runtime), memories(runtime), embedder(runtime))
 
 
 def indexing(runtime: Runtime) -> Indexing:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 Kind = Literal["fact", "preference", "decision", "promise"]
 
 MAX_FACTS = 10
 MAX_TEXT = 500
+# Shorter words are in many sentences and prove nothing.
+MIN_QUOTE = 3
 
 
 class Fact(NamedTuple):
@@ -75,9 +78,8 @@ _NOT_LETTERS = re.compile(r"[^\w]+")
 def facts(said: str) -> list[Fact]:
     """The facts in a person's message, at most MAX_FACTS. A question and a wish to forget state none."""
     found: dict[str, Fact] = {}
-    for match in _SENTENCE.finditer(said):
-        sentence = match[0].strip()
-        if sentence.endswith(("?", "？")) or not sentence or len(sentence) > MAX_TEXT:
+    for sentence in _sentences(said):
+        if sentence.endswith(("?", "？")) or len(sentence) > MAX_TEXT:
             continue
         if _FORGET.match(sentence):
             continue
@@ -87,6 +89,20 @@ def facts(said: str) -> list[Fact]:
                 found.setdefault(normal(sentence), Fact(sentence, rule.kind, rule.importance, topic))
                 break
     return list(found.values())[:MAX_FACTS]
+
+
+def is_stated(quote: str, said: str) -> bool:
+    """Whether a person said these words, and not in a question or in a wish to have them forgotten."""
+    wanted = normal(quote)
+    stated = (sentence for sentence in _sentences(said) if not sentence.endswith(("?", "？")))
+    kept = normal(" ".join(sentence for sentence in stated if not _FORGET.match(sentence)))
+    return len(wanted) >= MIN_QUOTE and wanted in kept
+
+
+def _sentences(text: str) -> Iterator[str]:
+    for match in _SENTENCE.finditer(text):
+        if sentence := match[0].strip():
+            yield sentence
 
 
 def normal(text: str) -> str:

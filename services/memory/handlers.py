@@ -16,11 +16,11 @@ from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted
 from protos.messages.memory import IndexDocument
 from protos.messages.user import SubjectErased
-from services.memory import memories
+from services.memory import keeping
 from services.memory.conversations import KEEP, Conversations
 from services.memory.documents import OldVersion
 from services.memory.indexing import Indexing
-from services.memory.learning import Learning
+from services.memory.learning import Learning, Run
 
 
 class DocumentWork(msgspec.Struct, frozen=True):
@@ -63,7 +63,12 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
     ):
         _enqueue_utterance(tx, event.run_id, "embed")
         _enqueue_utterance(tx, event.run_id, "forget", utcnow() + KEEP)
-    for memory_id in await learning.learn(tx, event):
+    if event.learning == "model":
+        # The agent service sends the facts that its model found, or the message if the model gave no usable answer.
+        return
+    assert tx.cause
+    run = Run(event.run_id, event.subject_id, event.channel_id, event.message_id, tx.cause.time)
+    for memory_id in await learning.by_rules(tx, run, event.said):
         enqueue_memory(tx, memory_id)
 
 
@@ -74,7 +79,7 @@ async def work_on_memory(item: MemoryWork, effects: Effects, tx: Tx, learning: L
 
 @PLATFORM_EVENTS.each(SubjectErased, group="memory")
 async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversations) -> None:
-    await memories.erase(tx, event.tenant_id, event.subject_id)
+    await keeping.erase(tx, event.tenant_id, event.subject_id)
     for run_id in await conversations.erase(tx, event.subject_id):
         # Behind an embedding that may be under way, which would put the vector back.
         tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))

@@ -1,62 +1,112 @@
-"""Learns from finished runs, and embeds memories."""
+"""Keeps the facts that rules or a model found in the messages of finished runs, and embeds memories."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from infra.clock import utcnow
-from infra.errors import Transient, Unanswered
+from infra.errors import Conflict, InvalidMessage, Transient, Unanswered
 from infra.lanes.effects import Effects, Outcome
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased
-from protos.messages.agent import RunCompleted
-from services.memory import memories
 from services.memory.embeddings import Embedded, Embedder
-from services.memory.extraction import Fact, facts
-from services.memory.memories import Memories, New
+from services.memory.extraction import Kind, facts
+from services.memory.keeping import Keeping, New
+from services.memory.memories import Memories, set_vector
 from services.memory.usage import record_usage
 
 # Of a fact that a rule found in the person's own words.
 RULE_CONFIDENCE = 0.8
 
 
+class Run(NamedTuple):
+    """The finished run in which a person spoke. Place and speaker of all that is learned from it."""
+
+    id: UUID
+    subject_id: str
+    channel_id: UUID | None
+    message_id: str | None
+    """The last message of the person."""
+    at: datetime
+
+
+class Found(NamedTuple):
+    """A fact that a model found in the person's words."""
+
+    text: str
+    kind: Kind
+    topic: str | None
+    importance: int
+    confidence: float
+    message_id: str | None
+    same_as: UUID | None
+    replaces: UUID | None
+
+
+class Merged(NamedTuple):
+    """Memories of the person that a model made into one."""
+
+    parts: Sequence[UUID]
+    text: str
+
+
 class Learning:
-    def __init__(self, kept: Memories, embedder: Embedder) -> None:
-        self._memories = kept
+    def __init__(self, keeping: Keeping, memories: Memories, embedder: Embedder) -> None:
+        self._keeping = keeping
+        self._memories = memories
         self._embedder = embedder
 
-    async def learn(self, tx: Tx, event: RunCompleted) -> list[UUID]:
-        """Keeps the facts in the person's message. Returns the ids of the new memories; the same event always gives
-        the same ids. Keeps nothing of an erased person."""
-        said = facts(event.said) if event.subject_id else []
+    async def by_rules(self, tx: Tx, run: Run, said: str) -> list[UUID]:
+        """Keeps the facts that rules find in the person's message. Returns the ids of the new memories; the same run
+        always gives the same ids. Keeps nothing of an erased person."""
+        found = [
+            Found(fact.text, fact.kind, fact.topic, fact.importance, RULE_CONFIDENCE, run.message_id, None, None)
+            for fact in (facts(said) if run.subject_id else ())
+        ]
+        return await self._keep(tx, run, "rules", found, ())
+
+    async def by_model(
+        self, tx: Tx, run: Run, model: str, found: Sequence[Found], merged: Sequence[Merged]
+    ) -> list[UUID]:
+        """As `by_rules`, with the facts that a model found. A merge whose parts have changed meanwhile is left out."""
+        return await self._keep(tx, run, model, found, merged)
+
+    async def _keep(
+        self, tx: Tx, run: Run, learned_by: str, found: Sequence[Found], merged: Sequence[Merged]
+    ) -> list[UUID]:
+        learned = []
+
+        def new(*name: object, text: str, kind: Kind, **fields: Any) -> New:
+            return New(
+                id=derived_id(run.id, "memory", learned_by, *name),
+                # The place comes from the run alone: no text of a person and no answer of a model can choose another.
+                scope="user",
+                scope_id=run.subject_id,
+                subject_id=run.subject_id,
+                text=text,
+                kind=kind,
+                speaker="person",
+                at=run.at,
+                run_id=run.id,
+                channel_id=run.channel_id,
+                learned_by=learned_by,
+                **fields,
+            )
+
         try:
-            return await self._keep(tx, event, said)
+            for n, fact in enumerate(found):
+                memory_id, is_new = await self._keeping.learn(tx, new(n, **fact._asdict()))
+                if is_new:
+                    learned.append(memory_id)
+            for n, merge in enumerate(merged):
+                whole = new("merge", n, text=merge.text, kind="fact", topic=None, importance=1, confidence=1.0)
+                with suppress(InvalidMessage, Conflict):
+                    learned.append(await self._keeping.consolidate(tx, whole, merge.parts))
         except Erased:
             return []
-
-    async def _keep(self, tx: Tx, event: RunCompleted, said: Sequence[Fact]) -> list[UUID]:
-        at = tx.cause.time if tx.cause else utcnow()
-        learned = []
-        for n, fact in enumerate(said):
-            new = New(
-                id=derived_id(event.run_id, "memory", n),
-                scope="user",
-                scope_id=event.subject_id,
-                subject_id=event.subject_id,
-                text=fact.text,
-                kind=fact.kind,
-                topic=fact.topic,
-                importance=fact.importance,
-                confidence=RULE_CONFIDENCE,
-                speaker="person",
-                at=at,
-                run_id=event.run_id,
-                channel_id=event.channel_id,
-            )
-            memory_id, is_new = await self._memories.learn(tx, new)
-            if is_new:
-                learned.append(memory_id)
         return learned
 
     async def embed(self, memory_id: UUID, effects: Effects) -> None:
@@ -78,7 +128,7 @@ class Learning:
         async def keep(tx: Tx, outcome: Outcome[int]) -> None:
             if made is None or outcome.result is None:
                 return
-            await memories.set_vector(tx, memory_id, self._embedder.model, made.vectors[0])
+            await set_vector(tx, memory_id, self._embedder.model, made.vectors[0])
             # The tenant did not ask for this work, so it is billed only if the platform pays for it.
             if self._embedder.paid:
                 usage_id = f"memory/{effects.item_id}/{outcome.attempt}"

@@ -23,9 +23,11 @@ from infra.service.api import Paging, Reader, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.memory import adapters
+from services.memory.events import Scope
 from services.memory.extraction import MAX_TEXT, Kind
 from services.memory.handlers import enqueue_memory
-from services.memory.memories import Memory, New, Scope, id_of
+from services.memory.keeping import MAX_PARTS, New
+from services.memory.memories import Memory, id_of
 
 _EXAMPLE: JsonDict = {"text": "I am allergic to nuts.", "scope": "user", "importance": 9, "confidence": 1.0}
 
@@ -46,6 +48,8 @@ class Source(BaseModel):
     message_id: str | None
     channel_id: UUID | None
     """The channel in which it was said; null if it came by the API."""
+    learned_by: str | None
+    """rules, or the model that found it in the person's words; null if a client wrote it."""
 
 
 class NewMemory(BaseModel):
@@ -61,6 +65,9 @@ class NewMemory(BaseModel):
     confidence: float = Field(default=1.0, ge=0, le=1)
     source: Origin = Origin()
     expires_at: AwareDatetime | None = None
+    parts: list[UUID] = Field(default=[], max_length=MAX_PARTS)
+    """Memories of the same scope that become this one: it is as important as the most important of them and as certain
+    as the least certain. Agents do not get them any more. `…/split` undoes it."""
 
 
 class MemoryChange(BaseModel):
@@ -101,6 +108,8 @@ class MemoryView(BaseModel):
     replaced_by: UUID | None
     """The newer memory that contradicts it; agents do not get this one any more."""
     archived_at: datetime | None
+    parts: list[UUID]
+    """The memories that became this one."""
 
 
 class MemoryList(BaseModel):
@@ -108,14 +117,19 @@ class MemoryList(BaseModel):
     next: str | None
 
 
+class MemoryParts(BaseModel):
+    items: list[MemoryView]
+
+
 def router(runtime: Runtime) -> APIRouter:
     router = APIRouter()
-    memories = adapters.memories(runtime)
+    memories, keeping = adapters.memories(runtime), adapters.keeping(runtime)
 
     @router.post("/api/v1/memories", status_code=201, response_model=MemoryView)
     async def add(body: NewMemory, who: Reader, request: Request) -> Response:
         """Adds a memory. The same text in the same scope is one memory: the answer shows the one that exists. For
-        oneself the scope read is enough; for others and for the tenant, write is needed."""
+        oneself the scope read is enough; for others and for the tenant, write is needed. With `parts` the new memory
+        stands for several that exist."""
         scope_id = _scope_id(body, who)
         if not body.text.strip():
             raise InvalidMessage("text", "must not be empty")
@@ -123,6 +137,8 @@ def router(runtime: Runtime) -> APIRouter:
             raise Forbidden("the scope write is missing")
         if body.expires_at and body.expires_at <= utcnow():
             raise InvalidMessage("expires_at", "must be in the future")
+        if body.expires_at and body.parts:
+            raise InvalidMessage("expires_at", "must be missing if there are parts")
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
             new = New(
@@ -142,7 +158,10 @@ def router(runtime: Runtime) -> APIRouter:
                 expires_at=body.expires_at,
             )
             try:
-                memory_id, is_new = await memories.learn(tx, new)
+                if body.parts:
+                    memory_id, is_new = await keeping.consolidate(tx, new, body.parts), True
+                else:
+                    memory_id, is_new = await keeping.learn(tx, new)
             except Erased:
                 raise InvalidMessage("scope_id", "this person was erased") from None
             if is_new:
@@ -179,7 +198,7 @@ def router(runtime: Runtime) -> APIRouter:
         if body.text is not None and not body.text.strip():
             raise InvalidMessage("text", "must not be empty")
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            memory = await memories.get(tx, id_of(memory_id), _names(who), lock=True)
+            memory = await memories.locked(tx, id_of(memory_id), _names(who))
             _may_change(memory, who)
             changed = memory._replace(
                 text=memory.text if body.text is None else body.text.strip(),
@@ -188,26 +207,38 @@ def router(runtime: Runtime) -> APIRouter:
                 expires_at=body.expires_at if "expires_at" in body.model_fields_set else memory.expires_at,
             )
             if body.archived is False:
-                await memories.restore(tx, memory, who.actor)
+                await keeping.restore(tx, memory, who.actor)
                 changed = changed._replace(archived_at=None, replaced_by=None)
             elif body.archived:
                 now = utcnow()
-                await memories.archive(tx, memory.id, who.actor, now)
+                await keeping.archive(tx, memory.id, who.actor, now)
                 changed = changed._replace(archived_at=now)
             if body.model_fields_set - {"archived"}:
-                await memories.change(tx, changed, who.actor)
+                changed = await keeping.change(tx, changed, who.actor)
                 enqueue_memory(tx, memory.id)
             audit(tx, who.actor, "memory.change", "memory", str(memory.id))
             return _view(changed)
 
     @router.delete("/api/v1/memories/{memory_id}", status_code=204)
     async def delete(memory_id: str, who: Reader) -> None:
-        """Deletes a memory and the older ones that it replaced."""
+        """Deletes a memory and the older ones that it replaced or was made of. If it is a part of another memory, that
+        one is split first."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            memory = await memories.get(tx, id_of(memory_id), _names(who), lock=True)
+            memory = await memories.locked(tx, id_of(memory_id), _names(who))
             _may_change(memory, who)
-            await memories.delete(tx, memory.id, who.actor)
+            await keeping.delete(tx, memory, who.actor)
             audit(tx, who.actor, "memory.delete", "memory", str(memory.id))
+
+    @router.post("/api/v1/memories/{memory_id}/split")
+    async def split(memory_id: str, who: Reader) -> MemoryParts:
+        """Undoes that a memory was made of several others: they are in force again, and it is gone. 409 if it was not
+        made of others."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            memory = await memories.locked(tx, id_of(memory_id), _names(who))
+            _may_change(memory, who)
+            await keeping.divide(tx, memory, who.actor)
+            audit(tx, who.actor, "memory.split", "memory", str(memory.id))
+            return MemoryParts(items=[_view(await memories.get(tx, id_, None)) for id_ in memory.parts])
 
     return router
 
@@ -251,11 +282,17 @@ def _view(memory: Memory) -> MemoryView:
         kind=memory.kind,
         importance=memory.importance,
         confidence=round(memory.confidence, 4),
-        source=Source(run_id=memory.run_id, message_id=memory.message_id, channel_id=memory.channel_id),
+        source=Source(
+            run_id=memory.run_id,
+            message_id=memory.message_id,
+            channel_id=memory.channel_id,
+            learned_by=memory.learned_by or None,
+        ),
         speaker=memory.speaker,
         created_at=memory.said_at,
         expires_at=memory.expires_at,
         uses=memory.uses,
         replaced_by=memory.replaced_by,
         archived_at=memory.archived_at,
+        parts=list(memory.parts),
     )

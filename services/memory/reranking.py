@@ -3,7 +3,9 @@ documents it (https://docs.cohere.com/reference/rerank); vLLM, Jina and others s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,19 +18,43 @@ class _Result(msgspec.Struct):
     relevance_score: float
 
 
+class _BilledUnits(msgspec.Struct):
+    search_units: float | None = None
+
+
+class _Meta(msgspec.Struct):
+    billed_units: _BilledUnits | None = None
+
+
+class _Usage(msgspec.Struct):
+    total_tokens: int | None = None
+
+
 class _Reply(msgspec.Struct):
     results: list[_Result]
+    meta: _Meta | None = None
+    """Of Cohere."""
+    usage: _Usage | None = None
+    """Of Jina and vLLM."""
+
+
+class Ordered(NamedTuple):
+    positions: list[int]
+    """Of the texts, the most relevant first."""
+    quantities: dict[str, int]
+    """The billed amounts, in units of `UsageRecorded`: ``calls`` (search units) and, if reported,
+    ``input_tokens``."""
 
 
 class Reranker:
     def __init__(self, outgoing: Outgoing, base_url: str, model: str, api_key: str | None) -> None:
         self._outgoing = outgoing
         self._url = f"{base_url.rstrip('/')}/rerank"
-        self._model = model
+        self.model = model
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
 
-    async def order(self, query: str, texts: Sequence[str]) -> list[int]:
-        """The positions of the texts, the most relevant first. Those without a score follow in their order.
+    async def order(self, query: str, texts: Sequence[str]) -> Ordered:
+        """The order of the texts. Those without a score follow in their order.
 
         Raises Transient if the answer is of no use, and the errors of `Outgoing`.
         """
@@ -37,7 +63,7 @@ class Reranker:
                 "POST",
                 self._url,
                 headers=self._headers,
-                json={"model": self._model, "query": query, "documents": list(texts), "top_n": len(texts)},
+                json={"model": self.model, "query": query, "documents": list(texts), "top_n": len(texts)},
                 template="/rerank",
             )
         except InvalidMessage as error:
@@ -46,10 +72,20 @@ class Reranker:
         if answer.status != 200:
             raise Transient(f"reranking endpoint: HTTP {answer.status}")
         try:
-            results = msgspec.json.decode(answer.body, type=_Reply).results
+            reply = msgspec.json.decode(answer.body, type=_Reply)
         except msgspec.DecodeError as error:
             raise Transient(f"reranking endpoint: invalid answer: {error}") from error
+        results = reply.results
         scores = {result.index: result.relevance_score for result in results}
         if not scores or len(scores) < len(results) or not scores.keys() <= set(range(len(texts))):
             raise Transient("reranking endpoint: the answer does not have one score per passage")
-        return sorted(range(len(texts)), key=lambda n: (n not in scores, -scores.get(n, 0.0)))
+        positions = sorted(range(len(texts)), key=lambda n: (n not in scores, -scores.get(n, 0.0)))
+        return Ordered(positions, _quantities(reply))
+
+
+def _quantities(reply: _Reply) -> dict[str, int]:
+    units = reply.meta and reply.meta.billed_units and reply.meta.billed_units.search_units
+    tokens = reply.usage and reply.usage.total_tokens
+    # An endpoint that reports neither has ordered one list.
+    found = {"calls": 1 if units is None else math.ceil(units)}
+    return found if tokens is None else found | {"input_tokens": tokens}

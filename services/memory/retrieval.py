@@ -27,7 +27,7 @@ from services.memory.keywords import with_words
 from services.memory.memories import Memories, Memory, Reader
 from services.memory.reranking import Reranker
 from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
-from services.memory.usage import record_usage
+from services.memory.usage import record_reranking, record_usage
 
 DEFAULT_LIMIT = 10
 # A search by words gets the other half of the caller's time.
@@ -83,8 +83,6 @@ class Answer(NamedTuple):
     """True if the index or the embedding endpoint is unavailable, so the passages were found by their words only."""
     reranked: bool = False
     """True if the order is that of the reranking endpoint."""
-    gone: int = 0
-    """How many passages were found and then deleted or replaced before they were read."""
 
 
 class Ranked(NamedTuple):
@@ -92,6 +90,21 @@ class Ranked(NamedTuple):
 
     dense: float | None
     keyword: float | None = None
+
+
+class _Found(NamedTuple):
+    """The passages for a query, in the fused order, and why each was found."""
+
+    order: Sequence[UUID]
+    texts: Mapping[UUID, Found]
+    near: Mapping[UUID, Ranked]
+    worded: Mapping[UUID, Ranked]
+    coded: Mapping[UUID, Ranked]
+    vector: NDArray[np.float32] | None
+    """Of the query."""
+    degraded: bool
+    gone: bool
+    """Some passages were deleted or replaced before they were read."""
 
 
 class Searched(Protocol):
@@ -123,16 +136,7 @@ class Retrieval:
         self._queries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
     async def search(self, caller: Caller, query: Query, seconds: float = DEFAULT_SECONDS) -> Answer:
-        """As `_search`, and again if documents were replaced or deleted while it read. seconds: the time of the
-        caller."""
-        began = time.monotonic()
-        answer = await self._search(caller, query, seconds)
-        if answer.gone:
-            answer = await self._search(caller, query, seconds - (time.monotonic() - began))
-        return answer
-
-    async def _search(self, caller: Caller, query: Query, seconds: float) -> Answer:
-        """Up to `limit` passages (10) that the caller may read, best first.
+        """Up to `limit` passages (10) that the caller may read, best first. seconds: the time of the caller.
 
         dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
         hybrid: both rankings and the one by codes (E04) are fused, because an embedding hardly distinguishes two codes.
@@ -143,10 +147,30 @@ class Retrieval:
         Raises InvalidMessage naming the wrong field. Raises Transient if the index or the embedding endpoint is
         unavailable, but not in the mode hybrid: its answer is degraded then.
         """
-        floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
-        limit = DEFAULT_LIMIT if query.limit is None else query.limit
-        types = _checked(query, limit, floor)
         began = time.monotonic()
+        limit = DEFAULT_LIMIT if query.limit is None else query.limit
+        found = await self._find(caller, query, limit, seconds)
+        if found.gone:
+            # Documents were replaced or deleted while it read.
+            found = await self._find(caller, query, limit, seconds - (time.monotonic() - began))
+        order, reranked = found.order, False
+        if self._reranker and query.mode == HYBRID and len(order) > 1:
+            left = seconds - (time.monotonic() - began)
+            texts = [embedded_text(found.texts[id_].text, found.texts[id_].section) for id_ in order]
+            if best := await self._reranked(self._reranker, caller.tenant_id, query.text, texts, left):
+                order, reranked = [order[n] for n in best], True
+        items = [
+            _scored(found.texts[id_], found.near.get(id_), found.worded.get(id_), found.coded.get(id_))
+            for id_ in order[:limit]
+        ]
+        if MEMORY in query.types:
+            items += await self._recalled(caller, query, found.vector)
+        return Answer(items, found.degraded, reranked)
+
+    async def _find(self, caller: Caller, query: Query, limit: int, seconds: float) -> _Found:
+        """The passages for `search`, before they are ordered again: more than `limit` then."""
+        floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
+        types = _checked(query, limit, floor)
         tenant_id, scope = caller.tenant_id, Scope(caller.names, query.filters)
         vector: NDArray[np.float32] | None = None
         near: dict[UUID, Ranked] = {}
@@ -174,26 +198,26 @@ class Retrieval:
             if vector is not None and (wanted := codes(query.text)):
                 coded = await self._with_codes(tenant_id, vector, wanted, floor, scope)
         by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
-        reranker = self._reranker if query.mode == HYBRID else None
-        ranked = fuse(by_cosine, list(worded), list(coded))[: max(limit, RERANKED) if reranker else limit]
+        most = max(limit, RERANKED) if self._reranker and query.mode == HYBRID else limit
+        ranked = fuse(by_cosine, list(worded), list(coded))[:most]
         texts = await self._texts(caller, query, scope, ranked)
         order = [id_ for id_ in ranked if id_ in texts]
-        gone = len(ranked) - len(order)
-        reranked = False
-        if reranker and len(order) > 1:
-            left = seconds - (time.monotonic() - began)
-            try:
-                async with asyncio.timeout(max(0.0, left * RERANK_SHARE)):
-                    best = await reranker.order(
-                        query.text, [embedded_text(texts[id_].text, texts[id_].section) for id_ in order]
-                    )
-                order, reranked = [order[n] for n in best], True
-            except (Transient, EffectFailed, Unanswered, TimeoutError) as error:
-                _log.warning("reranking endpoint is unavailable; the order stays fused", error=describe(error))
-        items = [_scored(texts[id_], near.get(id_), worded.get(id_), coded.get(id_)) for id_ in order[:limit]]
-        if MEMORY in types:
-            items += await self._recalled(caller, query, vector)
-        return Answer(items, degraded, reranked, gone)
+        return _Found(order, texts, near, worded, coded, vector, degraded, len(order) < len(ranked))
+
+    async def _reranked(
+        self, reranker: Reranker, tenant_id: str, text: str, texts: Sequence[str], left: float
+    ) -> Sequence[int]:
+        """The positions of the texts in their new order; empty if the endpoint gives none in time. An order that is
+        used is billed."""
+        try:
+            async with asyncio.timeout(max(0.0, left * RERANK_SHARE)):
+                best = await reranker.order(text, texts)
+        except (Transient, EffectFailed, Unanswered, TimeoutError) as error:
+            _log.warning("reranking endpoint is unavailable; the order stays fused", error=describe(error))
+            return ()
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            record_reranking(tx, reranker.model, f"rerank/{uuid7()}/1", best.quantities)
+        return best.positions
 
     async def _recalled(self, caller: Caller, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
         reader = Reader(caller.subject_id, caller.agent_id, query.session_key or "")

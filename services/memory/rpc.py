@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from datetime import UTC
+from typing import Any, cast, get_args
+from uuid import UUID
 
 from infra.errors import InvalidMessage, NotFound
-from infra.postgres.tx import Database, Tx
+from infra.postgres.inbox import mark_handled
+from infra.postgres.tx import Database, Tx, derived_id
 from infra.security.audit import audit
 from infra.security.subjects import Erased
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.memory import rights
-from services.memory.adapters import memories, retrieval
-from services.memory.extraction import MAX_TEXT
+from services.memory.adapters import keeping, learning, memories, retrieval
+from services.memory.events import MAX_IMPORTANCE
+from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
 from services.memory.handlers import enqueue_memory
+from services.memory.keeping import Keeping
+from services.memory.learning import Found, Learning, Merged, Run
 from services.memory.memories import Memories, id_of
 from services.memory.memories import Memory as Remembered
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 
 # The most memories of one answer: the answer is shorter than a tool's result may be for a model.
 PAGE = 50
+MAX_MERGES = 1
 
 
 class Memory(memory_pb2_grpc.MemoryServicer):
-    def __init__(self, retrieval: Retrieval, memories: Memories, database: Database) -> None:
+    def __init__(
+        self, retrieval: Retrieval, memories: Memories, keeping: Keeping, learning: Learning, database: Database
+    ) -> None:
         self._retrieval = retrieval
         self._memories = memories
+        self._keeping = keeping
+        self._learning = learning
         self._database = database
 
     async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
@@ -61,7 +72,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
             memory = await self._own(tx, person, request.memory_id)
             changed = memory._replace(text=text)
             try:
-                await self._memories.change(tx, changed, person)
+                changed = await self._keeping.change(tx, changed, person)
             except Erased:
                 raise NotFound(f"memory {memory.id}: does not exist") from None
             enqueue_memory(tx, memory.id)
@@ -72,20 +83,47 @@ class Memory(memory_pb2_grpc.MemoryServicer):
         person = _person(request.subject_id)
         async with self._database.begin(tenant_id=rpc.tenant()) as tx:
             memory = await self._own(tx, person, request.memory_id)
-            await self._memories.delete(tx, memory.id, person)
+            await self._keeping.delete(tx, memory, person)
             audit(tx, person, "memory.delete", "memory", str(memory.id))
         return memory_pb2.ForgetMemoryReply()
 
+    async def Learn(self, request: memory_pb2.LearnRequest, context: Any) -> memory_pb2.LearnReply:
+        run = Run(
+            id=_uuid("run_id", request.run_id),
+            subject_id=_person(request.subject_id),
+            channel_id=_uuid("channel_id", request.channel_id) if request.channel_id else None,
+            message_id=request.message_id or None,
+            at=request.said_at.ToDatetime(UTC),
+        )
+        found = [_fact(f"facts[{n}]", fact) for n, fact in enumerate(request.facts)]
+        merged = [_merge(f"merges[{n}]", merge) for n, merge in enumerate(request.merges)]
+        if len(found) > MAX_FACTS or len(merged) > MAX_MERGES:
+            raise InvalidMessage("facts", f"must be at most {MAX_FACTS}, with at most {MAX_MERGES} merges")
+        async with self._database.begin(tenant_id=rpc.tenant()) as tx:
+            # A repeated call would count the facts as said again.
+            if not await mark_handled(await tx.connection(), "learn", [derived_id(run.id, "learn", request.model)]):
+                return memory_pb2.LearnReply()
+            if request.model:
+                quoted = zip(found, request.facts, strict=True)
+                stated = [fact for fact, asked in quoted if is_stated(asked.quote, request.said)]
+                learned = await self._learning.by_model(tx, run, request.model, stated, merged)
+            else:
+                learned = await self._learning.by_rules(tx, run, request.said)
+            for memory_id in learned:
+                enqueue_memory(tx, memory_id)
+        return memory_pb2.LearnReply(learned=len(learned))
+
     async def _own(self, tx: Tx, person: str, memory_id: str, *, lock: bool = True) -> Remembered:
         """The memory of the person. Raises NotFound, also for one of another person or of the tenant."""
-        memory = await self._memories.get(tx, id_of(memory_id), [person], lock=lock)
+        read = self._memories.locked if lock else self._memories.get
+        memory = await read(tx, id_of(memory_id), [person])
         if (memory.scope, memory.scope_id) != ("user", person):
             raise NotFound(f"memory {memory_id}: does not exist")
         return memory
 
 
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Memory]:
-    served = Memory(retrieval(runtime), memories(runtime), runtime.request)
+    served = Memory(retrieval(runtime), memories(runtime), keeping(runtime), learning(runtime), runtime.request)
     return memory_pb2_grpc.add_MemoryServicer_to_server, served
 
 
@@ -93,6 +131,47 @@ def _person(subject_id: str) -> str:
     if not subject_id:
         raise InvalidMessage("subject_id", "missing: must name the person")
     return subject_id
+
+
+def _uuid(field: str, text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InvalidMessage(field, "must be a UUID") from None
+
+
+def _fact(field: str, fact: memory_pb2.Fact) -> Found:
+    """Raises InvalidMessage that names the wrong field below `field`."""
+    if fact.kind not in get_args(Kind):
+        raise InvalidMessage(f"{field}.kind", f"must be one of {', '.join(get_args(Kind))}")
+    if not 1 <= fact.importance <= MAX_IMPORTANCE:
+        raise InvalidMessage(f"{field}.importance", f"must be from 1 to {MAX_IMPORTANCE}")
+    # This form of the comparison also refuses NaN.
+    if not 0 <= fact.confidence <= 1:
+        raise InvalidMessage(f"{field}.confidence", "must be from 0 to 1")
+    return Found(
+        text=_bounded(f"{field}.text", fact.text),
+        kind=cast("Kind", fact.kind),
+        topic=normal(fact.topic)[:MAX_TEXT] or None,
+        importance=fact.importance,
+        confidence=fact.confidence,
+        message_id=fact.message_id or None,
+        same_as=_uuid(f"{field}.same_as", fact.same_as) if fact.same_as else None,
+        replaces=_uuid(f"{field}.replaces", fact.replaces) if fact.replaces else None,
+    )
+
+
+def _merge(field: str, merge: memory_pb2.Merge) -> Merged:
+    parts = [_uuid(f"{field}.memory_ids[{n}]", id_) for n, id_ in enumerate(merge.memory_ids)]
+    return Merged(parts, _bounded(f"{field}.text", merge.text))
+
+
+def _bounded(field: str, text: str) -> str:
+    """The text of a memory. Raises InvalidMessage."""
+    stripped = " ".join(text.replace("\0", " ").split())
+    if not 1 <= len(stripped) <= MAX_TEXT:
+        raise InvalidMessage(field, f"must have 1 to {MAX_TEXT} characters")
+    return stripped
 
 
 def _shown(memory: Remembered) -> memory_pb2.PersonalMemory:

@@ -126,6 +126,7 @@ memory
     GET    /api/v1/memories/{memory_id}                                 read  reads:memory
     PATCH  /api/v1/memories/{memory_id}                                 read
     DELETE /api/v1/memories/{memory_id}                                 read
+    POST   /api/v1/memories/{memory_id}/split                           read
 notification
     GET    /api/v1/notifications                                        read
     POST   /api/v1/webhook-endpoints                                    write

@@ -19,6 +19,7 @@ from tooling.bench import (
     overhead,
     recover,
     relay,
+    remember,
     reserve,
     retrieve,
     retrieve_quality,
@@ -135,6 +136,10 @@ async def run_retrieve_quality(place: Fixture, progress: Progress, _: int) -> Se
     return await retrieve_quality.measure(place, progress)
 
 
+async def run_remember(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
+    return await remember.measure(place, progress)
+
+
 async def run_fanout(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     async with fanout.running(place) as bench:
         results = await run_pairs("fanout", bench.ours, bench.anchors(), progress, pairs=pairs)
@@ -161,10 +166,11 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "growth": run_growth,
     "retrieve": run_retrieve,
     "retrieve-quality": run_retrieve_quality,
+    "remember": run_remember,
 }
-# These run only if they are named: `growth` and `retrieve` take very long; `reserve`, `invoice` and
-# `retrieve-quality` have no anchor; the others start all services.
-ON_DEMAND = ("growth", "idle", "invoice", "recover", "reserve", "retrieve", "retrieve-quality")
+# These run only if they are named: `growth` and `retrieve` take very long; `reserve`, `invoice`,
+# `remember` and `retrieve-quality` have no anchor; the others start all services.
+ON_DEMAND = ("growth", "idle", "invoice", "recover", "remember", "reserve", "retrieve", "retrieve-quality")
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 

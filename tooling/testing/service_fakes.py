@@ -32,7 +32,7 @@ _SCHEMA = {
 
 
 class FakeMemory(memory_pb2_grpc.MemoryServicer):
-    """Returns all passages of the tenant for every query."""
+    """Returns all passages of the tenant for every query, and keeps nothing of what was learned but the requests."""
 
     def __init__(self) -> None:
         self.passages: list[tuple[str, str, str]] = []
@@ -40,6 +40,9 @@ class FakeMemory(memory_pb2_grpc.MemoryServicer):
         self.requests: list[memory_pb2.RetrieveRequest] = []
         self.away = 0
         """The next calls, this many of them, fail with a transient error."""
+        self.known: dict[str, list[memory_pb2.PersonalMemory]] = {}
+        """Person → her memories."""
+        self.learned: list[memory_pb2.LearnRequest] = []
 
     async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
         tenant = rpc.tenant()
@@ -58,6 +61,21 @@ class FakeMemory(memory_pb2_grpc.MemoryServicer):
                 for n, (text, name) in enumerate(found)
             ]
         )
+
+    async def ListMemories(self, request: memory_pb2.ListMemoriesRequest, context: Any) -> memory_pb2.ListMemoriesReply:
+        rpc.tenant()
+        return memory_pb2.ListMemoriesReply(memories=self.known.get(request.subject_id, []))
+
+    async def Learn(self, request: memory_pb2.LearnRequest, context: Any) -> memory_pb2.LearnReply:
+        rpc.tenant()
+        UUID(request.run_id)
+        if not request.subject_id or not request.said:
+            raise InvalidMessage("subject_id", "and said must not be empty")
+        if self.away:
+            self.away -= 1
+            raise Transient("memory is not available")
+        self.learned.append(request)
+        return memory_pb2.LearnReply(learned=len(request.facts))
 
 
 class FakeBilling(billing_pb2_grpc.BillingServicer):
@@ -172,7 +190,7 @@ class ServiceFakes:
     """The three fakes."""
 
     def __init__(self) -> None:
-        # The agent calls only Retrieve.
+        # The agent calls only these methods.
         self.memory = FakeMemory()  # type: ignore[abstract]
         self.billing = FakeBilling()
         self.plugin = FakePlugin()

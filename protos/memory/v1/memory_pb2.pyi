@@ -357,3 +357,155 @@ class PersonalMemory(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PersonalMemory: _TypeAlias = PersonalMemory  # noqa: Y015
+
+@_typing.final
+class LearnRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_ID_FIELD_NUMBER: _builtins.int
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    SAID_AT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SAID_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    MERGES_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    subject_id: _builtins.str
+    """The person who wrote all messages of the run. All that is kept is hers."""
+    channel_id: _builtins.str
+    """Empty if the run came by the API."""
+    message_id: _builtins.str
+    """The last message of the person."""
+    model: _builtins.str
+    """The model that found the facts. Empty: memory's rules search `said`, and facts and merges are not read."""
+    said: _builtins.str
+    """What the person wrote."""
+    @_builtins.property
+    def said_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fact]:
+        """At most 10."""
+
+    @_builtins.property
+    def merges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Merge]:
+        """At most 1."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        subject_id: _builtins.str = ...,
+        channel_id: _builtins.str = ...,
+        message_id: _builtins.str = ...,
+        said_at: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
+        said: _builtins.str = ...,
+        facts: _abc.Iterable[Global___Fact] | None = ...,
+        merges: _abc.Iterable[Global___Merge] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["said_at", b"said_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel_id", b"channel_id", "facts", b"facts", "merges", b"merges", "message_id", b"message_id", "model", b"model", "run_id", b"run_id", "said", b"said", "said_at", b"said_at", "subject_id", b"subject_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnRequest: _TypeAlias = LearnRequest  # noqa: Y015
+
+@_typing.final
+class Fact(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TOPIC_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    SAME_AS_FIELD_NUMBER: _builtins.int
+    REPLACES_FIELD_NUMBER: _builtins.int
+    QUOTE_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """At most 500 characters."""
+    kind: _builtins.str
+    """fact, preference, decision or promise."""
+    topic: _builtins.str
+    """Of two facts with one topic the newer one is true. Empty: none."""
+    importance: _builtins.int
+    """From 1 to 10."""
+    confidence: _builtins.float
+    """From 0 to 1."""
+    message_id: _builtins.str
+    """The message that states it."""
+    same_as: _builtins.str
+    """The person's memory that says the same. Empty: none."""
+    replaces: _builtins.str
+    """The person's memory that the fact contradicts. Empty: none."""
+    quote: _builtins.str
+    """The words of `said` that state it. A fact whose words are not there is not kept."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        topic: _builtins.str = ...,
+        importance: _builtins.int = ...,
+        confidence: _builtins.float = ...,
+        message_id: _builtins.str = ...,
+        same_as: _builtins.str = ...,
+        replaces: _builtins.str = ...,
+        quote: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "importance", b"importance", "kind", b"kind", "message_id", b"message_id", "quote", b"quote", "replaces", b"replaces", "same_as", b"same_as", "text", b"text", "topic", b"topic"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fact: _TypeAlias = Fact  # noqa: Y015
+
+@_typing.final
+class Merge(_message.Message):
+    """Several memories of the person that become one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_IDS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    @_builtins.property
+    def memory_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        memory_ids: _abc.Iterable[_builtins.str] | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_ids", b"memory_ids", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Merge: _TypeAlias = Merge  # noqa: Y015
+
+@_typing.final
+class LearnReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNED_FIELD_NUMBER: _builtins.int
+    learned: _builtins.int
+    """How many memories are new."""
+    def __init__(
+        self,
+        *,
+        learned: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learned", b"learned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnReply: _TypeAlias = LearnReply  # noqa: Y015

@@ -54,6 +54,11 @@ class MemoryStub:
                 request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryRequest.SerializeToString,
                 response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryReply.FromString,
                 _registered_method=True)
+        self.Learn = channel.unary_unary(
+                '/clawbus.memory.v1.Memory/Learn',
+                request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnReply.FromString,
+                _registered_method=True)
 
 
 class MemoryServicer:
@@ -88,6 +93,13 @@ class MemoryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Learn(self, request, context):
+        """Keeps what was found in a person's messages of one run. The second call for a run changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +122,11 @@ def add_MemoryServicer_to_server(servicer, server):
                     servicer.ForgetMemory,
                     request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryRequest.FromString,
                     response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryReply.SerializeToString,
+            ),
+            'Learn': grpc.unary_unary_rpc_method_handler(
+                    servicer.Learn,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +237,33 @@ class Memory:
             '/clawbus.memory.v1.Memory/ForgetMemory',
             protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryRequest.SerializeToString,
             protos_dot_memory_dot_v1_dot_memory__pb2.ForgetMemoryReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Learn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.memory.v1.Memory/Learn',
+            protos_dot_memory_dot_v1_dot_memory__pb2.LearnRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_memory__pb2.LearnReply.FromString,
             options,
             channel_credentials,
             insecure,

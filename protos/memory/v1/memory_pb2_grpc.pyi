@@ -24,6 +24,8 @@ class MemoryStub:
     """
     ForgetMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.ForgetMemoryRequest, _memory_pb2.ForgetMemoryReply]
     """Deletes a memory of the person and the older ones that it replaced. NOT_FOUND if it is not one of hers."""
+    Learn: _aio.UnaryUnaryMultiCallable[_memory_pb2.LearnRequest, _memory_pb2.LearnReply]
+    """Keeps what was found in a person's messages of one run. The second call for a run changes nothing."""
 
 class MemoryServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -59,5 +61,13 @@ class MemoryServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_memory_pb2.ForgetMemoryRequest, _abc.Awaitable[_memory_pb2.ForgetMemoryReply]],
     ) -> _abc.Awaitable[_memory_pb2.ForgetMemoryReply]:
         """Deletes a memory of the person and the older ones that it replaced. NOT_FOUND if it is not one of hers."""
+
+    @_abc_1.abstractmethod
+    def Learn(
+        self,
+        request: _memory_pb2.LearnRequest,
+        context: _aio.ServicerContext[_memory_pb2.LearnRequest, _abc.Awaitable[_memory_pb2.LearnReply]],
+    ) -> _abc.Awaitable[_memory_pb2.LearnReply]:
+        """Keeps what was found in a person's messages of one run. The second call for a run changes nothing."""
 
 def add_MemoryServicer_to_server(servicer: MemoryServicer, server: _aio.Server) -> None: ...

@@ -127,6 +127,9 @@ class NewAgent(_Body):
     agents: Annotated[tuple[Colleague, ...], Field(max_length=20)] = ()
     """The other agents that it may call like tools."""
     knowledge: bool = False
+    learning: Literal["rules", "model"] = "rules"
+    """How facts about the person who speaks are found, for later runs. model: after each run the agent's model is asked
+    once more, which is billed; rules find them if it fails."""
     queue_mode: QueueMode = "collect"
     budget: Budget | None = None
     limits: RunLimits = RunLimits()
@@ -182,6 +185,7 @@ class AgentView(BaseModel):
     output_schema: dict[str, Any] | None
     agents: tuple[Colleague, ...]
     knowledge: bool
+    learning: Literal["rules", "model"]
     queue_mode: QueueMode
     budget: Budget | None
     limits: RunLimits

@@ -9,13 +9,14 @@ from uuid import UUID
 import grpc.aio
 import msgspec
 
-from infra.postgres.tx import Database
+from infra.postgres.tx import Database, Tx, derived_id
 from infra.security.crypto import DataKey
 from infra.security.subjects import SubjectKeys
 from infra.stores.cache import Cache
 from infra.stores.objects import Objects
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2_grpc
+from protos.catalog import AGENT_EVENTS, AGENT_TASKS
 from protos.memory.v1 import memory_pb2_grpc
 from protos.messages import agent as public
 from protos.plugin.v1 import plugin_pb2_grpc
@@ -65,6 +66,10 @@ class RunContext:
     """How many messages the run has, as of the last load or commit."""
     said: str = ""
     """The message of the subject, if the run has no other's."""
+    message_id: str | None = None
+    """The last message of the subject, under the same condition."""
+    learns: bool = False
+    """Whether the agent's model shall find facts about the subject in `said`."""
     last_step: int = 0
     """Number of the last step that was made or taken from the journal in this execution."""
     channel_id: UUID | None = None
@@ -95,7 +100,20 @@ class RunContext:
             subject_id=self.subject_id,
             said=self.said[:SAID_CHARACTERS],
             channel_id=self.channel_id,
+            message_id=self.message_id,
+            learning="model" if self.learns else "rules",
         )
+
+    def publish_end(self, tx: Tx, n: int, reply: Reply) -> None:
+        """Publishes in `tx` that the event `n` ended the run, and that there is something to learn from it."""
+        message_id = derived_id(self.run_id, "RunCompleted")
+        tx.publish(AGENT_EVENTS, self.completed(n, reply), key=self.session_key, message_id=message_id)
+        if self.learns:
+            asked = public.LearningRequested(
+                run_id=self.run_id, session_key=self.session_key, subject_id=self.subject_id
+            )
+            message_id = derived_id(self.run_id, "LearningRequested")
+            tx.publish(AGENT_TASKS, asked, key=self.session_key, message_id=message_id)
 
     # Nothing is written by these reads, so they need no fence.
 

@@ -7,9 +7,8 @@ from uuid import UUID
 
 from infra.errors import NotYet
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Tx, derived_id
+from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
-from protos.catalog import AGENT_EVENTS
 from services.agent.execution.children import open_child
 from services.agent.execution.context import RunContext
 from services.agent.execution.conversation import Conversation, keep_summary
@@ -76,8 +75,7 @@ async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> N
         raise NotYet(timedelta(0), "a message came as the run was about to end")
     command = context.completion(reply)
     events = await tx.decide(stream(row.id), command)
-    message = context.completed(events[0].n, reply)
-    tx.publish(AGENT_EVENTS, message, key=row.session_key, message_id=derived_id(row.id, "RunCompleted"))
+    context.publish_end(tx, events[0].n, reply)
     await projections.completed(tx, row.id, command.reply, command.calls)
     if reply.summary:
         await keep_summary(tx, context.key, row.subject_id, row.session_key, reply.summary)

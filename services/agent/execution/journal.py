@@ -6,13 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Literal
 
-import msgspec
-
-from infra.clock import utcnow, uuid7
+from infra.clock import uuid7
 from infra.lanes.effects import Effects, ItemEnded
 from infra.postgres.tx import derived_id, publications
-from protos.catalog import AGENT_EVENTS, CHANNEL_OUTBOUND, USAGE_RECORDS
-from protos.messages.billing import UsageRecorded
+from protos.catalog import CHANNEL_OUTBOUND, USAGE_RECORDS
 from protos.messages.channel import SendMessage
 from services.agent.execution.context import RunContext
 from services.agent.execution.conversation import Conversation
@@ -29,7 +26,7 @@ from services.agent.execution.group_write import (
 )
 from services.agent.execution.load import RunRow
 from services.agent.execution.outcome import Reply
-from services.agent.execution.usage import Metered, usage_id
+from services.agent.execution.usage import Metered, usage_id, usage_record
 from services.agent.runs.domain import (
     BeginStep,
     Command,
@@ -137,9 +134,7 @@ class Journal:
         completed: list[RunWrite] = []
 
         def fill(write: RunWrite) -> None:
-            message = context.completed(context.state.n, reply)
-            message_id = derived_id(context.run_id, "RunCompleted")
-            write.out.publish(AGENT_EVENTS, message, key=context.session_key, message_id=message_id)
+            context.publish_end(write.out, context.state.n, reply)
             to_person = self._reply_message(row, conversation, reply.text)
             write.completion = Completion(
                 self._effects.seq, self._effects.may_go_on, command.reply, command.calls, to_person
@@ -212,20 +207,7 @@ class Journal:
         return future
 
     def _use(self, write: RunWrite, step: int, attempt: int, metered: Metered, *, estimated: bool) -> None:
-        usage = msgspec.structs.asdict(metered.usage)
-        record = UsageRecorded(
-            tenant_id=self._context.tenant_id,
-            usage_id=usage_id(self._context.run_id, step, attempt),
-            resource=metered.resource,
-            # A call without reported usage still counts as a call, for a person to review. Figures are not invented.
-            quantities={unit: count for unit, count in usage.items() if count is not None} or {"calls": 1},
-            occurred_at=utcnow(),
-            estimated=estimated,
-            run_id=self._context.run_id,
-            hold_id=metered.hold_id,
-            agent_id=self._context.agent_id,
-            channel_id=self._context.channel_id,
-            session_key=self._context.session_key,
-        )
+        id_ = usage_id(self._context.run_id, step, attempt)
+        record = usage_record(self._context, id_, metered, estimated=estimated)
         write.out.publish(USAGE_RECORDS, record, key=self._context.tenant_id)
         write.used.append(Used(record, metered.usage))

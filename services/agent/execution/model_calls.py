@@ -112,12 +112,7 @@ class ModelCalls:
                 """Providers charge an answer that they have begun. A call of a dead process may have begun one."""
                 if not written_bytes and not in_other_process:
                     return None
-                text = len(msgspec.json.encode(images.without(prompt, notice=False)))
-                usage = Usage(
-                    input_tokens=_tokens(text) + images.count(prompt) * images.IMAGE_TOKENS,
-                    output_tokens=_tokens(written_bytes),
-                )
-                return Metered(name, usage, None)
+                return lost_usage(name, prompt, written_bytes)
 
             try:
                 return await self.steps.make(
@@ -126,6 +121,15 @@ class ModelCalls:
             except (StepFailed, Ended, MessagesArrived):
                 await self.credit.release(hold)
                 raise
+
+
+def lost_usage(name: str, prompt: Prompt, written_bytes: int) -> Metered:
+    """The estimated usage of a call without a result, of whose answer so many bytes have arrived."""
+    text = len(msgspec.json.encode(images.without(prompt, notice=False)))
+    usage = Usage(
+        input_tokens=_tokens(text) + images.count(prompt) * images.IMAGE_TOKENS, output_tokens=_tokens(written_bytes)
+    )
+    return Metered(name, usage, None)
 
 
 def _tokens(size: int) -> int:

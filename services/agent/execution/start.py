@@ -10,6 +10,7 @@ import msgspec
 from infra.clock import utcnow
 from infra.lanes.effects import Effects
 from infra.postgres.tx import Database, Tx
+from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
@@ -63,7 +64,30 @@ async def start(
         conversation = loaded.conversation(messages_at(state, 0) or messages)
     except Erased as error:
         raise Ended("cancelled", "the person was erased") from error
-    context = RunContext(
+    context = context_of(loaded, agent, key, conversation, database, subjects)
+    journal = Journal(context, effects, writer)
+    command = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)
+    if row.status == "running" or not has_limits(agent.definition):
+        journal.start(command, model_of(agent.definition))
+    else:
+        async with effects.begin() as tx:
+            context.state = await _start_in_place(tx, row.id, agent, command)
+    return StartedRun(row, agent, conversation, context, journal)
+
+
+def context_of(
+    loaded: LoadedRun,
+    agent: StoredAgent,
+    key: DataKey,
+    conversation: Conversation,
+    database: Database,
+    subjects: SubjectKeys,
+) -> RunContext:
+    """`key`: of the run's subject."""
+    row, state = loaded.row, loaded.state
+    said = conversation.text if loaded.only_speaker == row.subject_id else ""
+    shown = loaded.messages[: messages_at(state, 0) or len(loaded.messages)]
+    return RunContext(
         database=database,
         subjects=subjects,
         run_id=row.id,
@@ -75,18 +99,12 @@ async def start(
         limits=_limits(agent, row.limit_nanos),
         depth=row.depth,
         state=state,
-        messages=messages,
+        messages=len(loaded.messages),
+        said=said,
+        message_id=str(shown[-1].id) if said else None,
+        learns=bool(said) and agent.definition.learning == "model",
         channel_id=row.channel_id,
-        said=conversation.text if loaded.only_speaker == row.subject_id else "",
     )
-    journal = Journal(context, effects, writer)
-    command = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)
-    if row.status == "running" or not has_limits(agent.definition):
-        journal.start(command, model_of(agent.definition))
-    else:
-        async with effects.begin() as tx:
-            context.state = await _start_in_place(tx, row.id, agent, command)
-    return StartedRun(row, agent, conversation, context, journal)
 
 
 async def _start_in_place(tx: Tx, run_id: UUID, agent: StoredAgent, command: Start) -> Run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
 from services.agent import adapters
@@ -22,8 +24,14 @@ def services(runtime: Runtime) -> Services:
     )
 
 
+@cache
+def models(runtime: Runtime) -> Models:
+    """One of a process: a circuit that one caller has opened is open for the others."""
+    return Models(runtime.outgoing.transport())
+
+
 def executor(runtime: Runtime) -> Executor:
-    return executor_with(runtime, Models(runtime.outgoing.transport()), services(runtime))
+    return executor_with(runtime, models(runtime), services(runtime))
 
 
 def executor_with(runtime: Runtime, models: Models, called: Services) -> Executor:

@@ -130,9 +130,14 @@ async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> No
 async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint: Endpoint) -> None:
     outgoing = Outgoing(allow_private=True)
     reranker = Reranker(outgoing, endpoint.url, "ranks-1", "a key")
-    assert await reranker.order("which?", ["a", "b", "c"]) == [2, 1, 0]
-    endpoint.rerank_answers = [JSONResponse({"results": [{"index": 1, "relevance_score": -3.5}]})]
-    assert await reranker.order("which?", ["a", "b", "c"]) == [1, 0, 2]
+    assert await reranker.order("which?", ["a", "b", "c"]) == ([2, 1, 0], {"calls": 1})
+    scored = {"results": [{"index": 1, "relevance_score": -3.5}]}
+    for reported, quantities in (
+        ({"meta": {"billed_units": {"search_units": 2}}}, {"calls": 2}),
+        ({"usage": {"total_tokens": 7}}, {"calls": 1, "input_tokens": 7}),
+    ):
+        endpoint.rerank_answers = [JSONResponse(scored | reported)]
+        assert await reranker.order("which?", ["a", "b", "c"]) == ([1, 0, 2], quantities)
     for answer in (
         JSONResponse({}, 429),
         JSONResponse({"results": []}),

@@ -13,15 +13,18 @@ import httpx
 import pytest
 
 from infra.clock import utcnow, uuid7
+from infra.errors import InvalidMessage
 from infra.outgoing.client import Outgoing
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
+from infra.web import rpc
 from protos.catalog import AGENT_EVENTS, PLATFORM_EVENTS
-from protos.memory.v1 import memory_pb2_grpc
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.agent import RunCompleted
 from protos.messages.user import SubjectErased
 from services.memory.domain import count_tokens
-from services.memory.memories import TOKENS, Memories, New
+from services.memory.keeping import Keeping, New
+from services.memory.memories import TOKENS
 from services.memory.rpc import PAGE
 from services.plugin.calls import run_tool
 from services.plugin.domain import Call, Outcome
@@ -84,9 +87,10 @@ async def known(memory: Platform, subject_id: str, texts: list[str]) -> list[dic
 async def test_a_fact_of_a_person_is_learned_with_its_origin_and_given_to_agents(
     memory: Platform, client: Client
 ) -> None:
-    run = await say(memory, "person-1", "Hi! I'm allergic to nuts. What cakes are there?")
+    run = await say(memory, "person-1", "Hi! I'm allergic to nuts. What cakes are there?", message_id="m-1")
     [item] = await known(memory, "person-1", ["I'm allergic to nuts."])
-    assert item["source"] == {"run_id": str(run.run_id), "message_id": None, "channel_id": None}
+    source = {"run_id": str(run.run_id), "message_id": "m-1", "channel_id": None, "learned_by": "rules"}
+    assert item["source"] == source
     assert (item["scope"], item["scope_id"], item["kind"], item["speaker"]) == ("user", "person-1", "fact", "person")
     assert (item["importance"], item["confidence"]) == (9, 0.8)
     options = {"types": ["document", "memory"], "subject_id": "person-1", "session_key": "another session"}
@@ -125,7 +129,7 @@ async def test_the_same_fact_twice_is_one_memory_and_a_newer_one_replaces_the_ol
 
 
 async def test_instances_that_learn_one_fact_at_once_keep_one_memory(memory: Platform) -> None:
-    memories = Memories(SubjectKeys(Cipher("m" * 43 + "=")))
+    keeping = Keeping(SubjectKeys(Cipher("m" * 43 + "=")))
 
     def new(text: str, seconds: int = 0) -> New:
         return New(
@@ -144,7 +148,7 @@ async def test_instances_that_learn_one_fact_at_once_keep_one_memory(memory: Pla
 
     async def learn(each: New) -> bool:
         async with memory.database("memory").begin(tenant_id="tenant-of-races") as tx:
-            return (await memories.learn(tx, each))[1]
+            return (await keeping.learn(tx, each))[1]
 
     assert sum(await asyncio.gather(*(learn(new("I live in Oslo.")) for _ in range(4)))) == 1
     # Several that contradict each other: the newest by the time at which it was said is in force.
@@ -301,6 +305,114 @@ async def test_erasure_takes_what_was_learned_and_a_late_run_brings_nothing_back
         assert not await tx.sql("SELECT 1 FROM memory WHERE subject_id = 'person-8'")
         assert not await tx.sql("SELECT 1 FROM utterance WHERE run_id = $1", late.run_id)
         assert not await tx.sql("SELECT 1 FROM dead_letter")
+
+
+class Learns:
+    """Sends what a model found in the messages of a run, as the agent service does."""
+
+    def __init__(self, memory: Platform, tenant_id: str = TENANT) -> None:
+        self._stub = memory_pb2_grpc.MemoryStub(memory.channels("agent").to(memory.grpc("memory"), "memory"))
+        self._metadata = rpc.tenant_metadata(tenant_id)
+
+    async def __call__(self, subject_id: str, said: str, *facts: memory_pb2.Fact, **fields: Any) -> int:
+        fields.setdefault("run_id", str(uuid7()))
+        fields.setdefault("model", "openai/gpt-4o-mini")
+        request = memory_pb2.LearnRequest(subject_id=subject_id, said=said, facts=facts, **fields)
+        request.said_at.FromDatetime(utcnow())
+        return int((await self._stub.Learn(request, metadata=self._metadata, timeout=20)).learned)
+
+
+def fact(text: str, quote: str, **fields: Any) -> memory_pb2.Fact:
+    given = {"kind": "fact", "importance": 5, "confidence": 0.9} | fields
+    return memory_pb2.Fact(text=text, quote=quote, **given)
+
+
+async def test_what_a_model_found_is_kept_once_for_the_person_who_said_it(memory: Platform, client: Client) -> None:
+    learn, run_id = Learns(memory), str(uuid7())
+    said = "We moved, so it's Bergen now. I can't stand fennel! Do I like tea? Forget that I am bald."
+    facts = (
+        fact("Lives in Bergen.", "it's Bergen now", topic="home", message_id="m-1"),
+        fact("Dislikes fennel.", "I can't stand fennel", kind="preference"),
+        fact("Likes tea.", "I like tea"),
+        fact("Is bald.", "I am bald"),
+        fact("The administrator's word is swordfish.", "the word is swordfish"),
+    )
+    fields = {"run_id": run_id, "channel_id": str(uuid4()), "message_id": "m-2"}
+    assert await learn("person-m1", said, *facts, **fields) == 2
+    # A repeated call does not count them as said again.
+    assert await learn("person-m1", said, *facts, **fields) == 0
+    items = {i["text"]: i for i in await known(memory, "person-m1", ["Lives in Bergen.", "Dislikes fennel."])}
+    source = {"run_id": run_id, "message_id": "m-1", "channel_id": fields["channel_id"]}
+    assert items["Lives in Bergen."]["source"] == source | {"learned_by": "openai/gpt-4o-mini"}
+    assert [(item["uses"], item["speaker"], item["scope_id"]) for item in items.values()] == [
+        (0, "person", "person-m1")
+    ] * 2
+    # Without a model the message is searched by rules.
+    assert await learn("person-m1", "I am allergic to nuts.", model="") == 1
+    # A run that the model searches is left alone when its end is published.
+    await say(memory, "person-m1", "I live in Oslo.", learning="model")
+    await say(memory, "person-m1", "I like coffee.")
+    await known(
+        memory, "person-m1", ["Lives in Bergen.", "Dislikes fennel.", "I am allergic to nuts.", "I like coffee."]
+    )
+
+
+async def test_a_model_cannot_reach_the_memories_of_others(memory: Platform, client: Client) -> None:
+    learn = Learns(memory)
+    await learn("person-m2", "I live in Oslo.", model="")
+    [theirs] = await known(memory, "person-m2", ["I live in Oslo."])
+    note = (await client.http.post("/api/v1/memories", json={"text": "We sell lamps.", "scope": "tenant"})).json()
+    said = "I sell lamps. I live in Turku."
+    for other in (theirs["id"], note["id"], str(uuid4())):
+        text = f"Lives in Turku, see {other}."
+        await learn("person-m3", said, fact(text, "I live in Turku", same_as=other, replaces=other))
+        merge = memory_pb2.Merge(memory_ids=[other, theirs["id"]], text="Everything is mine.")
+        await learn("person-m3", said, merges=[merge])
+    async with person(memory, "person-m3") as http:
+        assert {item["scope_id"] for item in await listed(http, scope="user")} == {"person-m3"}
+        assert len(await listed(http, scope="user")) == 3
+    assert await known(memory, "person-m2", ["I live in Oslo."]) == [theirs]
+    assert (await client.http.get(f"/api/v1/memories/{note['id']}")).json() == note
+    assert (await client.http.delete(f"/api/v1/memories/{note['id']}")).status_code == 204
+    for field, wrong in (
+        ("facts[0].text", fact("x" * 501, said)),
+        ("facts[0].text", fact(" ", said)),
+        ("facts[0].kind", fact("x", said, kind="order")),
+        ("facts[0].importance", fact("x", said, importance=11)),
+        ("facts[0].confidence", fact("x", said, confidence=float("nan"))),
+        ("facts[0].same_as", fact("x", said, same_as="nuts")),
+    ):
+        with pytest.raises(InvalidMessage) as refused:
+            await learn("person-m3", said, wrong)
+        assert refused.value.field == field
+    with pytest.raises(InvalidMessage):
+        await learn("person-m3", said, *[fact(f"Fact {n}", said) for n in range(11)])
+    with pytest.raises(InvalidMessage):
+        await learn("", said, fact("x", said))
+
+
+async def test_small_memories_become_one_and_can_be_taken_apart(memory: Platform, client: Client) -> None:
+    await Learns(memory)("person-m4", "I like tea. I like plums. I live in Oslo.", model="")
+    items = {
+        i["text"]: i for i in await known(memory, "person-m4", ["I like tea.", "I like plums.", "I live in Oslo."])
+    }
+    parts = [items["I like tea."]["id"], items["I like plums."]["id"]]
+    whole = {"text": "I like tea and plums.", "parts": parts}
+    async with person(memory, "person-m4") as http, person(memory, "person-m5") as other:
+        assert (await other.post("/api/v1/memories", json=whole)).json()["errors"][0]["field"] == "parts[0]"
+        for wrong in ({"parts": parts[:1]}, {"parts": parts[:1] * 2}, {"expires_at": "2100-01-01T00:00:00Z"}):
+            assert (await http.post("/api/v1/memories", json=whole | wrong)).status_code == 422
+        made = (await http.post("/api/v1/memories", json=whole)).json()
+        assert (made["parts"], made["importance"], made["confidence"]) == (parts, 5, 0.8)
+        await known(memory, "person-m4", ["I like tea and plums.", "I live in Oslo."])
+        path = f"/api/v1/memories/{made['id']}/split"
+        assert (await other.post(path)).status_code == 404
+        assert [item["id"] for item in (await http.post(path)).json()["items"]] == parts
+        assert (await http.post(path)).status_code == 404
+        [oslo] = [i for i in await known(memory, "person-m4", list(items)) if i["text"] == "I live in Oslo."]
+        assert (await http.post(f"/api/v1/memories/{oslo['id']}/split")).status_code == 409
+    acts = [body["action"] for _, body in await memory.outbox("memory", "audit.logs") if body["actor"] == "person-m4"]
+    assert acts == ["memory.add", "memory.split"]
 
 
 def chat(memory: Platform, speaker_id: str) -> Callable[..., Awaitable[Outcome]]:

@@ -1,0 +1,212 @@
+"""What a new fact means for the memories that exist, and the table that follows from the events alone."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from infra.clock import uuid7
+from infra.errors import Conflict, InvalidMessage
+from infra.postgres.tx import Database
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys, destroy
+from services.memory import keeping as writes
+from services.memory.keeping import Keeping, New
+from services.memory.memories import Memories, Memory
+from services.memory.rebuild import Rebuilt, rebuild
+from tooling.testing.platform import Platform
+
+TENANT = "tenant-of-keeping"
+SUBJECTS = SubjectKeys(Cipher("m" * 43 + "="))
+BEGAN = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+async def database(platform: Platform) -> Database:
+    await platform.prepare("memory")
+    return platform.database("memory")
+
+
+class Person:
+    """A person and all that is known of her."""
+
+    def __init__(self, database: Database) -> None:
+        self.id = f"person-{uuid7()}"
+        self._database = database
+        self._keeping, self._memories = Keeping(SUBJECTS), Memories(SUBJECTS)
+        self._seconds = 0
+
+    def new(self, text: str, **fields: Any) -> New:
+        self._seconds += 1
+        given = {
+            "id": uuid7(),
+            "scope": "user",
+            "scope_id": self.id,
+            "subject_id": self.id,
+            "kind": "fact",
+            "topic": None,
+            "importance": 5,
+            "confidence": 0.8,
+            "speaker": "person",
+            "at": BEGAN + timedelta(seconds=self._seconds),
+            "run_id": uuid7(),
+            "learned_by": "openai/gpt-4o-mini",
+        }
+        return New(text=text, **given | fields)
+
+    async def says(self, text: str, **fields: Any) -> UUID:
+        async with self._database.begin(tenant_id=TENANT) as tx:
+            return (await self._keeping.learn(tx, self.new(text, **fields)))[0]
+
+    async def merges(self, text: str, *parts: UUID) -> UUID:
+        async with self._database.begin(tenant_id=TENANT) as tx:
+            return await self._keeping.consolidate(tx, self.new(text), parts)
+
+    async def does(self, act: str, id_: UUID, *arguments: Any, **changed: Any) -> None:
+        async with self._database.begin(tenant_id=TENANT) as tx:
+            memory = await self._memories.locked(tx, id_, None)
+            target = id_ if act == "archive" else memory._replace(**changed)
+            await getattr(self._keeping, act)(tx, target, "client", *arguments)
+
+    async def memories(self) -> list[Memory]:
+        async with self._database.begin(tenant_id=TENANT) as tx:
+            return await self._memories.newest(tx, 100, None, [self.id], "user", self.id)
+
+    async def in_force(self) -> set[str]:
+        return {memory.text for memory in await self.memories() if memory.replaced_by is None}
+
+
+@pytest.fixture
+def person(database: Database) -> Person:
+    return Person(database)
+
+
+async def rebuilt(database: Database, **options: bool) -> Rebuilt:
+    async with database.begin() as tx:
+        return await rebuild(tx, **options)
+
+
+async def test_other_words_for_a_known_fact_are_the_same_memory(person: Person) -> None:
+    oslo = await person.says("Lives in Oslo.")
+    assert await person.says("Her home is in Oslo.", same_as=oslo) == oslo
+    [memory] = await person.memories()
+    assert (memory.uses, memory.importance, memory.text) == (1, 6, "Lives in Oslo.")
+
+
+async def test_a_contradiction_keeps_the_newer_fact_and_links_the_older(person: Person) -> None:
+    oslo = await person.says("Lives in Oslo.")
+    bergen = await person.says("Lives in Bergen.", replaces=oslo)
+    turku = await person.says("Lives in Turku.", replaces=bergen, at=BEGAN)
+    found = {memory.id: memory.replaced_by for memory in await person.memories()}
+    # The fact about Turku was said first and is heard last.
+    assert found == {oslo: bergen, bergen: None, turku: bergen}
+
+
+async def test_the_opinion_of_a_model_reaches_no_other_place(database: Database, person: Person) -> None:
+    other = Person(database)
+    theirs = await other.says("Lives in Oslo.")
+    tenants = await person.says("We sell lamps.", scope="tenant", scope_id="", subject_id="")
+    for id_ in (theirs, tenants):
+        await person.says(f"Notes about {id_}.", same_as=id_)
+        await person.says(f"More about {id_}.", replaces=id_)
+        with pytest.raises(InvalidMessage, match="not a memory of this scope"):
+            await person.merges("All of it.", id_, await person.says(f"Some of {id_}."))
+    assert [(memory.uses, memory.replaced_by) for memory in await other.memories()] == [(0, None)]
+    assert len(await person.in_force()) == 6
+
+
+async def test_instances_that_find_one_fact_at_once_keep_one_memory(database: Database, person: Person) -> None:
+    oslo = await person.says("Lives in Oslo.", topic="home")
+    texts = ["Home is Oslo.", "home is OSLO", "Oslo is home.", "Lives in Oslo!"]
+    ids = await asyncio.gather(*(person.says(text, same_as=oslo) for text in texts))
+    assert set(ids) == {oslo}
+    # Without the opinion of a model the normal form of the text decides.
+    others = await asyncio.gather(*(person.says(text) for text in ("Likes tea.", "likes TEA", "Likes tea!")))
+    assert len(set(others)) == 1
+    assert await person.in_force() == {"Lives in Oslo.", "Likes tea."}
+    assert (await rebuilt(database)).equal
+
+
+async def test_a_consolidated_memory_stands_for_its_parts_until_one_is_not_true_any_more(person: Person) -> None:
+    tea = await person.says("Likes tea.", importance=3, confidence=0.5, topic="taste tea")
+    oslo = await person.says("Lives in Oslo.", importance=7, topic="home")
+    whole = await person.merges("Lives in Oslo and likes tea.", tea, oslo)
+    found = {memory.id: memory for memory in await person.memories()}
+    assert (found[whole].importance, round(found[whole].confidence, 4)) == (7, 0.5)
+    assert set(found[whole].parts) == {tea, oslo}
+    assert (found[tea].replaced_by, found[oslo].replaced_by) == (whole, whole)
+    # What a part says again is not a new memory.
+    assert await person.says("likes tea") == whole
+    assert await person.says("Drinks tea.", same_as=tea) == whole
+    await person.says("Lives in Bergen.", topic="home")
+    assert await person.in_force() == {"Likes tea.", "Lives in Bergen."}
+
+
+async def test_a_consolidation_is_undone_and_its_parts_can_be_corrected_and_deleted(person: Person) -> None:
+    tea, oslo = await person.says("Likes tea.", topic="taste"), await person.says("Lives in Oslo.")
+    whole = await person.merges("Lives in Oslo and likes tea.", tea, oslo)
+    for parts in ((tea, oslo), (whole, await person.says("Likes plums."))):
+        with pytest.raises(InvalidMessage, match="parts"):
+            await person.merges("All of it.", *parts)
+    await person.does("divide", whole)
+    assert await person.in_force() == {"Likes tea.", "Lives in Oslo.", "Likes plums."}
+    with pytest.raises(Conflict):
+        await person.merges("Likes plums!", tea, oslo)
+    # A part that is deleted is in no other text any more.
+    whole = await person.merges("Lives in Oslo and likes tea.", tea, oslo)
+    await person.does("delete", oslo)
+    assert await person.in_force() == {"Likes tea.", "Likes plums."}
+    # Its topic is its own again.
+    await person.says("Hates tea.", topic="taste")
+    assert await person.in_force() == {"Hates tea.", "Likes plums."}
+    assert whole not in {memory.id for memory in await person.memories()}
+
+
+async def test_the_events_alone_rebuild_the_memories(database: Database, person: Person) -> None:
+    tea, oslo = await person.says("Likes tea.", topic="taste tea"), await person.says("Lives in Oslo.", topic="home")
+    await person.says("Lives in Bergen.", topic="home", message_id="m-1", channel_id=uuid7())
+    await person.says("likes TEA", same_as=oslo)
+    await person.does("restore", oslo)
+    await person.does("change", tea, text="Likes green tea.", importance=9, confidence=0.33)
+    await person.does("archive", tea, BEGAN)
+    away = await person.says("Owns a boat.", expires_at=BEGAN + timedelta(days=36_500))
+    plums, figs = await person.says("Likes plums."), await person.says("Likes figs.")
+    await person.merges("Likes plums and figs.", plums, figs)
+    whole = await person.merges("Lives in two towns.", *[m.id for m in await person.memories() if "Lives" in m.text])
+    await person.does("divide", whole)
+    await person.does("delete", away)
+    erased = Person(database)
+    await erased.says("Lives in Oslo.")
+    async with database.begin(tenant_id=TENANT) as tx:
+        await destroy(tx, TENANT, erased.id)
+        await writes.erase(tx, TENANT, erased.id)
+    before = await rebuilt(database)
+    assert before.live >= 6
+    assert (before.live, before.live_hash, before.different) == (before.rebuilt, before.rebuilt_hash, 0)
+    async with database.begin() as tx:
+        await tx.sql("UPDATE memory SET importance = 1, recalls = 5 WHERE id = $1", tea)
+        await tx.sql("DELETE FROM memory WHERE id = $1", oslo)
+    assert (await rebuilt(database)).different == 2
+    assert (await rebuilt(database, apply=True)).different == 2
+    after = await rebuilt(database)
+    assert (after.live_hash, after.equal) == (before.live_hash, True)
+
+
+async def test_erasure_takes_what_was_made_of_the_persons_memories(database: Database, person: Person) -> None:
+    whole = await person.merges("Oslo and tea.", await person.says("Likes tea."), await person.says("Lives in Oslo."))
+    async with database.begin(tenant_id=TENANT) as tx:
+        await writes.erase(tx, TENANT, person.id)
+        await destroy(tx, TENANT, person.id)
+        assert await tx.sql("SELECT FROM memory WHERE subject_id = $1 OR id = $2", person.id, whole) == []
+    assert (await rebuilt(database)).equal
+
+
+async def test_a_memory_that_has_expired_is_in_force_again_if_it_is_said_again(person: Person) -> None:
+    boat = await person.says("Owns a boat.", expires_at=BEGAN + timedelta(seconds=1))
+    assert await person.in_force() == set()
+    assert await person.says("owns a boat") == boat
+    assert await person.in_force() == {"Owns a boat."}
