@@ -84,8 +84,9 @@ class Reranker:
 
 
 def _quantities(reply: _Reply) -> dict[str, int]:
-    units = reply.meta and reply.meta.billed_units and reply.meta.billed_units.search_units
-    tokens = reply.usage and reply.usage.total_tokens
+    billed = reply.meta.billed_units if reply.meta else None
+    units = billed.search_units if billed else None
+    tokens = reply.usage.total_tokens if reply.usage else None
     # An endpoint that reports neither has ordered one list.
     found = {"calls": 1 if units is None else math.ceil(units)}
     return found if tokens is None else found | {"input_tokens": tokens}

@@ -99,6 +99,21 @@ ATTRIBUTES = {
         ("We decided to buy from {}.", "It will be {}, we signed today.", "We agreed on {} as supplier."),
     ),
 }
+CHANGING = {name for name, attribute in ATTRIBUTES.items() if attribute.changes}
+# Facts that nobody asks for. With them there is more to know than fits into the budget.
+OTHER_PHRASES = (
+    "I like {} in the evening.",
+    "I enjoy {} with the children.",
+    "I have never been good at {}, sadly.",
+    "On Sundays it is {} for me.",
+)
+OTHER = (
+    "chess", "rowing", "pottery", "crosswords", "gardening", "karaoke", "bowling", "knitting", "archery", "sailing",
+    "juggling", "origami", "astronomy", "fencing", "bird watching", "calligraphy", "surfing", "baking bread",
+    "table tennis", "whittling", "folk dance", "photography", "orienteering", "beekeeping", "darts", "curling",
+    "model trains", "yoga", "cross-country skiing", "mushroom picking", "quiz nights", "swimming", "embroidery",
+    "badminton", "opera", "geocaching",
+)  # fmt: skip
 CHATTER = (
     "Could you tell me what the weather will be like over the weekend, please?",
     "Thanks, that was helpful. What else is there to know about it?",
@@ -117,7 +132,7 @@ class Message(NamedTuple):
     at: datetime
     text: str
     facts: tuple[tuple[str, str], ...] = ()
-    """Attribute and value, as a perfect reader would note them."""
+    """Attribute and value, as a perfect reader would note them; ``other`` for a fact that nobody asks for."""
 
 
 class Asked(NamedTuple):
@@ -145,6 +160,9 @@ def conversation(person: int) -> tuple[list[Message], list[Asked]]:
             text = chance.choice(attribute.phrases).format(word)
             stated[session].append(Message(BEGAN, text, ((name, word),)))
         asked.append(Asked(attribute.question, value, former))
+    for n, word in enumerate(chance.sample(OTHER, len(OTHER))):
+        text = chance.choice(OTHER_PHRASES).format(word)
+        stated[n % SESSIONS].append(Message(BEGAN, text, (("other", word),)))
     messages = []
     for session, facts in enumerate(stated):
         said = [*facts, *(Message(BEGAN, text) for text in chance.sample(CHATTER, SMALL_TALK))]
@@ -228,7 +246,7 @@ async def _learn(tx: Tx, learning: Learning, person: int, message: Message) -> N
         await learning.by_rules(tx, run, message.text)
         return
     found = [
-        Found(message.text, "fact", name if ATTRIBUTES[name].changes else None, 5, 0.9, None, None, None)
+        Found(message.text, "fact", name if name in CHANGING else None, 5, 0.9, None, None, None)
         for name, _ in message.facts
     ]
     await learning.by_model(tx, run, "stand-in", found, ())
@@ -267,4 +285,9 @@ def _figure(context: str, texts: Sequence[tuple[Asked, str]]) -> Units:
 
 def texts_of_templates() -> list[str]:
     """All fixed texts, so that a test can show that no value stands in another text."""
-    return [*CHATTER, *chain.from_iterable(attribute.phrases for attribute in ATTRIBUTES.values())]
+    return [
+        *CHATTER,
+        *OTHER,
+        *OTHER_PHRASES,
+        *chain.from_iterable(attribute.phrases for attribute in ATTRIBUTES.values()),
+    ]

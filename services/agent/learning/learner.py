@@ -84,7 +84,7 @@ class Learner:
             run_id=str(run_id),
             subject_id=row.subject_id,
             channel_id=str(context.channel_id or ""),
-            message_id=context.message_id,
+            message_id=context.message_id or "",
             said=context.said[:SAID_CHARACTERS],
         )
         request.said_at.FromDatetime(started)

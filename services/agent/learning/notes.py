@@ -148,7 +148,8 @@ def read(
         return None
 
     def id_of(number: int | None) -> str:
-        return known[number].id if number in known else ""
+        memory = None if number is None else known.get(number)
+        return memory.id if memory else ""
 
     facts = [
         memory_pb2.Fact(

@@ -202,6 +202,16 @@ async def test_prices_are_read_by_any_name_of_a_model_and_added_as_versions(bill
     assert (await tenant.verdict("small"))["amount_nanos"] == 125
     assert (await tenant.verdict("large"))["amount_nanos"] == 251
 
+    # What a model finds about people costs the same, until it has a price of its own.
+    learning = f"learning/{model}"
+    await tenant.use("learning/1", learning, input_tokens=1000)
+    assert (await tenant.verdict("learning/1"))["price_version"] == f"{model}@2"
+    await post("/api/v1/prices", json={"resource": learning, "nanos_per_unit": {"input_tokens": "2"}})
+    await tenant.use("learning/2", learning, input_tokens=1000)
+    assert (await tenant.verdict("learning/2"))["amount_nanos"] == 2000
+    await tenant.use("learning/3", f"learning/acme/{uuid7()}", input_tokens=1)
+    assert (await tenant.verdict("learning/3"))["verdict"] == "held"
+
     def broken(**more: Any) -> dict[str, Any]:
         return new | more
 

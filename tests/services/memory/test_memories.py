@@ -323,7 +323,7 @@ class Learns:
 
 
 def fact(text: str, quote: str, **fields: Any) -> memory_pb2.Fact:
-    given = {"kind": "fact", "importance": 5, "confidence": 0.9} | fields
+    given: dict[str, Any] = {"kind": "fact", "importance": 5, "confidence": 0.9} | fields
     return memory_pb2.Fact(text=text, quote=quote, **given)
 
 
@@ -412,7 +412,7 @@ async def test_small_memories_become_one_and_can_be_taken_apart(memory: Platform
         [oslo] = [i for i in await known(memory, "person-m4", list(items)) if i["text"] == "I live in Oslo."]
         assert (await http.post(f"/api/v1/memories/{oslo['id']}/split")).status_code == 409
     acts = [body["action"] for _, body in await memory.outbox("memory", "audit.logs") if body["actor"] == "person-m4"]
-    assert acts == ["memory.add", "memory.split"]
+    assert [act for act in acts if act.startswith("memory.")] == ["memory.add", "memory.split"]
 
 
 def chat(memory: Platform, speaker_id: str) -> Callable[..., Awaitable[Outcome]]:
