@@ -26,7 +26,7 @@ class LearningItem(msgspec.Struct, frozen=True):
 
 
 RUNS = Lane("runs", RunItem)
-# One lane per person: each run is shown what the one before has left in memory, so that no fact is kept twice.
+# One lane per person: each run is shown the memories of the one before, so that no fact is kept twice.
 LEARNING = Lane("learning", LearningItem)
 
 

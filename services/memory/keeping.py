@@ -1,4 +1,4 @@
-"""Writes memories: decides what a new fact means for those that exist, and stores each event with the row after it.
+"""Writes memories: decides which ones a new fact repeats or replaces, and stores each event with the row after it.
 
 All memories of one place (a scope of a tenant) are written by one transaction at a time, under a lock. So a fact that
 two processes hear at once is one memory, and a contradiction finds the fact that it contradicts.
@@ -85,7 +85,7 @@ class _Known(NamedTuple):
     id: UUID
     said_at: datetime
     whole: UUID | None
-    """The memory in force of which it is a part; None: it is in force itself."""
+    """The memory in force that was made of it and others; None: it is in force itself."""
 
 
 class Keeping:
@@ -202,7 +202,7 @@ class Keeping:
 
     async def delete(self, tx: Tx, memory: Memory, by: str) -> None:
         """Deletes the memory, and the older ones that it replaced or was made of. If it is a part of another memory,
-        that one is divided first: its text would still say what is to be forgotten."""
+        that one is divided first: its text would still have the forgotten fact."""
         await lock(tx, memory.scope, memory.scope_id)
         await self._divide_whole_of(tx, memory.id, by)
         rows = await tx.sql(
@@ -294,7 +294,7 @@ async def store(tx: Tx, id_: UUID, state: State | None) -> None:
 
 
 async def erase(tx: Tx, tenant_id: str, subject_id: str) -> None:
-    """Deletes everything that was learned from an erased person, and what was made of it."""
+    """Deletes everything that was learned from an erased person, and the memories that were made of it."""
     await lock(tx, "user", subject_id)
     await tx.sql(
         """

@@ -1,7 +1,7 @@
 """Rebuilds the table ``memory`` from the events alone and compares it with the live one.
 
-What a model answered is in the events, so no model is asked again. Counters of reads and vectors are not rebuilt: they
-are no part of what was said.
+The answers of models are in the events, so no model is asked again. Counters of reads and vectors are not rebuilt: they
+are not facts about people.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Rebuilt(NamedTuple):
 
 
 async def rebuild(tx: Tx, *, apply: bool = False) -> Rebuilt:
-    """Compares the memories of all tenants with their events, while nobody writes one.
+    """Compares the memories of all tenants with their events, under a lock that keeps writers out.
 
     `apply`: writes those that differ as the events have them.
     """

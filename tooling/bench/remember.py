@@ -1,12 +1,12 @@
-"""``remember``: what a prompt knows of earlier conversations, for the same number of tokens.
+"""``remember``: the knowledge of earlier conversations in a prompt, for the same number of tokens.
 
 After LoCoMo (Maharana et al., ACL 2024): people talk over months, state facts among small talk, and some facts change.
 Then each fact is asked for. The conversations are made from fixed templates, so there is no licence to keep and nothing
 to download, and no model is called: a question counts as answerable if the true value is in the context, and as
-misleading if only a value that is not true any more is there. What a model makes of the context is not measured.
+misleading if only a value that is not true any more is there. The answers of a model are not measured.
 
 Contexts of at most `TOKENS` tokens: none; the last messages; memories that the rules found; memories of a stand-in for
-a model, which writes down every fact that the templates stated: the bound of what a perfect extraction would give.
+a model, which writes down every fact that the templates stated: the bound that a perfect extraction would reach.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ ATTRIBUTES = {
         changes=True,
     ),
     "work": Attribute(
-        "Where does this person work?",
+        "Which employer does this person have?",
         ("Norrtull Bakery", "Vester Shipyard", "Lindholm Clinic", "Askim Timber"),
         ("I work at {}.", "My employer is {}.", "Since May {} pays my salary.", "I started a job at {}."),
         changes=True,
     ),
     "allergy": Attribute(
-        "What must not be in the food?",
+        "Which food is dangerous for this person?",
         ("peanuts", "shellfish", "celery", "sesame"),
         ("I am allergic to {}.", "Careful, {} sends me to hospital.", "I can't eat {}, my throat closes."),
     ),
@@ -79,17 +79,17 @@ ATTRIBUTES = {
         ("My birthday is {}.", "I turn forty on {}.", "I was born on {}."),
     ),
     "pet": Attribute(
-        "What is the name of the pet?",
+        "How is the pet called?",
         ("Fjoll", "Biscuit", "Ragnar", "Pepita"),
         ("My dog is called {}.", "{} is our cat.", "Remember that my parrot is {}."),
     ),
     "sister": Attribute(
-        "What is the name of the sister?",
+        "How is the sister called?",
         ("Solveig", "Hedda", "Marit", "Ingrid"),
         ("My sister {} visits often.", "{} is my sister.", "Please remember that my sister is {}."),
     ),
     "promise": Attribute(
-        "What was promised for the colleagues?",
+        "Which promise was given to the colleagues?",
         ("the slide deck", "the group photo", "the wine list", "the route map"),
         ("I promise to send {} to the team.", "The team gets {} from me, my word on it.", "I owe the team {}."),
     ),
@@ -100,7 +100,7 @@ ATTRIBUTES = {
     ),
 }
 CHANGING = {name for name, attribute in ATTRIBUTES.items() if attribute.changes}
-# Facts that nobody asks for. With them there is more to know than fits into the budget.
+# Facts that no question asks for. With them there is more to know than fits into the budget.
 OTHER_PHRASES = (
     "I like {} in the evening.",
     "I enjoy {} with the children.",
@@ -115,8 +115,8 @@ OTHER = (
     "badminton", "opera", "geocaching",
 )  # fmt: skip
 CHATTER = (
-    "Could you tell me what the weather will be like over the weekend, please?",
-    "Thanks, that was helpful. What else is there to know about it?",
+    "Could you tell me about the weather over the weekend, please?",
+    "Thanks, that was helpful. Is there anything else to know about it?",
     "How long does a parcel take to the north at this time of the year?",
     "Please write two sentences for the notice board about the meeting on Monday.",
     "I read about that in the paper, and it sounded rather complicated to me.",
@@ -124,7 +124,7 @@ CHATTER = (
     "Good morning! There is a lot to do today, so let us begin.",
     "The lift is out of order again, and the caretaker does not answer the phone.",
     "Is it possible to change the delivery to the afternoon?",
-    "What is the difference between the two models, in simple words?",
+    "How do the two models differ, in simple words?",
 )
 
 
@@ -132,7 +132,7 @@ class Message(NamedTuple):
     at: datetime
     text: str
     facts: tuple[tuple[str, str], ...] = ()
-    """Attribute and value, as a perfect reader would note them; ``other`` for a fact that nobody asks for."""
+    """Attribute and value, as a perfect reader would note them; ``other`` for a fact that no question asks for."""
 
 
 class Asked(NamedTuple):

@@ -32,7 +32,7 @@ _SCHEMA = {
 
 
 class FakeMemory(memory_pb2_grpc.MemoryServicer):
-    """Returns all passages of the tenant for every query, and keeps nothing of what was learned but the requests."""
+    """Returns all passages of the tenant for every query, and keeps the requests to learn."""
 
     def __init__(self) -> None:
         self.passages: list[tuple[str, str, str]] = []

@@ -124,7 +124,7 @@ class ModelCalls:
 
 
 def lost_usage(name: str, prompt: Prompt, written_bytes: int) -> Metered:
-    """The estimated usage of a call without a result, of whose answer so many bytes have arrived."""
+    """The estimated usage of a call without a result; `written_bytes` of its answer have arrived."""
     text = len(msgspec.json.encode(images.without(prompt, notice=False)))
     usage = Usage(
         input_tokens=_tokens(text) + images.count(prompt) * images.IMAGE_TOKENS, output_tokens=_tokens(written_bytes)

@@ -1,1 +1,1 @@
-"""Learning: what the agent's model finds about a person in the messages of a finished run."""
+"""Learning: the agent's model finds facts about a person in the messages of a finished run."""

@@ -200,7 +200,7 @@ async def _agent(tx: Tx, loaded: LoadedRun) -> StoredAgent | None:
 
 
 def _messages(loaded: LoadedRun) -> list[Said]:
-    """The person's messages, as far as they fit into what is published of them."""
+    """The person's messages, as far as they fit into the published part."""
     found: list[Said] = []
     left = SAID_CHARACTERS
     for message in loaded.messages:

@@ -16,7 +16,7 @@ RESOURCE = f"learning/openai/{MODEL}"
 
 
 async def learned(world: World, run_id: str) -> memory_pb2.LearnRequest:
-    """Waits for what memory gets of this run."""
+    """Waits for the call of memory about this run."""
 
     async def found() -> memory_pb2.LearnRequest | None:
         return next((one for one in world.peers.memory.learned if one.run_id == run_id), None)

@@ -202,7 +202,7 @@ async def test_prices_are_read_by_any_name_of_a_model_and_added_as_versions(bill
     assert (await tenant.verdict("small"))["amount_nanos"] == 125
     assert (await tenant.verdict("large"))["amount_nanos"] == 251
 
-    # What a model finds about people costs the same, until it has a price of its own.
+    # Calls that find facts about people cost the same, until they have a price of their own.
     learning = f"learning/{model}"
     await tenant.use("learning/1", learning, input_tokens=1000)
     assert (await tenant.verdict("learning/1"))["price_version"] == f"{model}@2"

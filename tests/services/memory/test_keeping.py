@@ -1,4 +1,4 @@
-"""What a new fact means for the memories that exist, and the table that follows from the events alone."""
+"""New facts repeat, replace and consolidate memories, and the table follows from the events alone."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def test_a_consolidated_memory_stands_for_its_parts_until_one_is_not_true_
     assert (found[whole].importance, round(found[whole].confidence, 4)) == (7, 0.5)
     assert set(found[whole].parts) == {tea, oslo}
     assert (found[tea].replaced_by, found[oslo].replaced_by) == (whole, whole)
-    # What a part says again is not a new memory.
+    # The text of a part, said again, is not a new memory.
     assert await person.says("likes tea") == whole
     assert await person.says("Drinks tea.", same_as=tea) == whole
     await person.says("Lives in Bergen.", topic="home")

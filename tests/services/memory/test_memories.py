@@ -308,7 +308,7 @@ async def test_erasure_takes_what_was_learned_and_a_late_run_brings_nothing_back
 
 
 class Learns:
-    """Sends what a model found in the messages of a run, as the agent service does."""
+    """Sends the facts that a model found in the messages of a run, as the agent service does."""
 
     def __init__(self, memory: Platform, tenant_id: str = TENANT) -> None:
         self._stub = memory_pb2_grpc.MemoryStub(memory.channels("agent").to(memory.grpc("memory"), "memory"))
