@@ -96,6 +96,12 @@ class Metrics:
         # Counted by the log aggregator, from the events. Status: completed, failed, cancelled, refused.
         self.runs = counter("claw_runs_total", "Runs of agents that ended", "status")
 
+        # Set by the log aggregator. A broken chain stays broken until a person has looked at it.
+        self.audit_chains_broken = gauge("claw_audit_chains_broken", "Audit chains whose last verification failed")
+        self.audit_unverified_seconds = gauge(
+            "claw_audit_unverified_seconds", "Time since the audit chain that was verified least recently was verified"
+        )
+
         # Connections to PostgreSQL. A pool that stays full makes requests and lanes wait.
         self.db_pool_used_ratio = gauge("claw_db_pool_used_ratio", "Part of the connections in use, 0 to 1", "pool")
 

@@ -5,12 +5,17 @@ from infra.service.service import Service
 from services.log_aggregator import adapters, api, audit_lines, handlers, otlp
 from services.log_aggregator.settings import LogAggregatorSettings
 from services.log_aggregator.stored_heads import Keeper
+from services.log_aggregator.verification import Verifier
 
 service = Service("log_aggregator", LogAggregatorSettings)
 service.seal(audit_lines.SEALED)
 service.serve_http(api.routes)
 service.beside("OTLP receiver", otlp.receiver)
 service.beside("heads of the audit chains", lambda runtime: Keeper(runtime.worker, adapters.stored_heads(runtime)))
+service.beside(
+    "verification of the audit chains",
+    lambda runtime: Verifier(runtime.worker, adapters.stored_heads(runtime), runtime.metrics),
+)
 service.depend("opensearch", adapters.opensearch)
 service.consume(handlers.chain_acts)
 service.consume(handlers.index_lines, index=adapters.index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -84,8 +85,8 @@ async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
     )
 
 
-async def verify(database: Database, tenant_id: str) -> Verification:
-    """Recomputes the hashes of a chain from its first record to its current head."""
+async def verify(database: Database, tenant_id: str, *, pause: float = 0.0) -> Verification:
+    """Recomputes the hashes of a chain from its first record to its current head. pause: seconds after each batch."""
     async with database.begin(tenant_id=tenant_id or None) as tx:
         # In one statement, so that a record that is added meanwhile does not look like a record beyond the head.
         [(seq, hash_, last)] = await tx.sql(
@@ -118,6 +119,7 @@ async def verify(database: Database, tenant_id: str) -> Verification:
         if breaks := [seq for seq in (broken, mismatch, None if rows else good.seq + 1) if seq]:
             return Verification(min(breaks) - 1, head.hash, min(breaks))
         good = Head(links[-1].seq, links[-1].hash)
+        await asyncio.sleep(pause)
     if good != head:
         # The head was changed, or the last record together with its hash.
         return Verification(good.seq - 1, head.hash, good.seq)

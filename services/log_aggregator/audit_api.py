@@ -11,7 +11,7 @@ from pydantic import AwareDatetime, BaseModel
 from infra.errors import InvalidMessage
 from infra.service.api import Paging, page
 from infra.service.service import Runtime
-from services.log_aggregator import adapters, audit
+from services.log_aggregator import adapters, audit, verification
 from services.log_aggregator.access import RequestedTenant
 from services.log_aggregator.audit_lines import AuditLines
 from services.log_aggregator.domain import Head
@@ -102,11 +102,7 @@ def router(runtime: Runtime) -> APIRouter:
         the `line` of an earlier verification, also compares the record that was the head then."""
         database, chain = runtime.request if tenant else runtime.worker, tenant or ""
         kept = await lines.read(chain, line) if line is not None else None
-        found = await audit.verify(database, chain)
-        stored = await stored_heads.compare(database, chain)
-        broken_at = found.broken_at
-        if stored and stored.mismatch_at is not None:
-            broken_at = min(stored.mismatch_at, broken_at or stored.mismatch_at)
+        found, stored, broken_at = await verification.check(database, stored_heads, chain)
         if kept and not await audit.has(database, chain, kept):
             broken_at = min(kept.seq, broken_at or kept.seq)
         ok = broken_at is None

@@ -1,0 +1,132 @@
+"""Verifies an audit chain against itself and its stored heads: for a request, and by itself once a day."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+from infra.clock import wait_at_most
+from infra.errors import describe
+from infra.observe.logs import get_logger
+from infra.observe.metrics import Metrics
+from infra.postgres.tx import Database
+from services.log_aggregator import audit
+from services.log_aggregator.audit import Verification
+from services.log_aggregator.stored_heads import Comparison, StoredHeads
+
+TICK_SECONDS = 60.0
+PAUSE_SECONDS = 0.05
+"""After each batch of 1,000 records. So the verification reads at most 20,000 records a second, one chain at a time."""
+
+_log = get_logger("services.log_aggregator.verification")
+
+
+class Checked(NamedTuple):
+    found: Verification
+    stored: Comparison | None
+    """None if the object store does not answer."""
+    broken_at: int | None
+    """The seq of the first record that either of them misses."""
+
+
+async def check(database: Database, heads: StoredHeads, tenant_id: str, *, pause: float = 0.0) -> Checked:
+    """pause: seconds after each batch of records."""
+    found = await audit.verify(database, tenant_id, pause=pause)
+    stored = await heads.compare(database, tenant_id)
+    breaks = [seq for seq in (found.broken_at, stored.mismatch_at if stored else None) if seq is not None]
+    return Checked(found, stored, min(breaks, default=None))
+
+
+class Verifier:
+    """Verifies each chain once a day, and reports to Prometheus. Runs until stopped; several processes share the work.
+
+    A chain whose stored heads cannot be read counts as not verified, and is tried again after some minutes.
+    """
+
+    def __init__(self, database: Database, heads: StoredHeads, metrics: Metrics) -> None:
+        self._database = database
+        self._heads = heads
+        self._metrics = metrics
+        self._stopping = asyncio.Event()
+
+    async def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await self.tick()
+            except Exception as error:
+                _log.warning("could not verify the audit chains; will retry", error=describe(error))
+            await wait_at_most(TICK_SECONDS, self._stopping)
+
+    async def tick(self) -> None:
+        """Verifies all chains that are due."""
+        async with self._database.begin() as tx:
+            await tx.sql(
+                """
+                INSERT INTO audit_verification (tenant_id)
+                SELECT tenant_id FROM audit_head h
+                WHERE NOT EXISTS (SELECT FROM audit_verification v WHERE v.tenant_id = h.tenant_id)
+                ORDER BY tenant_id
+                ON CONFLICT DO NOTHING
+                """
+            )
+        await self._observe()
+        while not self._stopping.is_set() and (tenant_id := await self._next()) is not None:
+            checked = await check(self._database, self._heads, tenant_id, pause=PAUSE_SECONDS)
+            await self._note(tenant_id, checked)
+            await self._observe()
+
+    async def _next(self) -> str | None:
+        """Claims a chain that is due. If this process dies, the chain is due again in an hour."""
+        async with self._database.begin() as tx:
+            rows = await tx.sql(
+                """
+                UPDATE audit_verification SET due_at = clock_timestamp() + interval '1 hour'
+                WHERE tenant_id = (
+                    SELECT tenant_id FROM audit_verification
+                    WHERE due_at <= clock_timestamp()
+                    ORDER BY due_at
+                    LIMIT 1
+                    FOR UPDATE SKIP LOCKED
+                )
+                RETURNING tenant_id
+                """
+            )
+        return rows[0][0] if rows else None
+
+    async def _note(self, tenant_id: str, checked: Checked) -> None:
+        if checked.broken_at is not None:
+            _log.error("an audit chain is broken", tenant=tenant_id, broken_at=checked.broken_at)
+        async with self._database.begin() as tx:
+            if checked.stored is None and checked.broken_at is None:
+                await tx.sql(
+                    """
+                    UPDATE audit_verification SET due_at = clock_timestamp() + interval '10 minutes'
+                    WHERE tenant_id = $1
+                    """,
+                    tenant_id,
+                )
+                return
+            await tx.sql(
+                """
+                UPDATE audit_verification
+                SET verified_at = clock_timestamp(), due_at = clock_timestamp() + interval '1 day', broken_at = $2
+                WHERE tenant_id = $1
+                """,
+                tenant_id,
+                checked.broken_at,
+            )
+
+    async def _observe(self) -> None:
+        async with self._database.begin() as tx:
+            [(broken, oldest)] = await tx.sql(
+                """
+                SELECT count(*) FILTER (WHERE broken_at IS NOT NULL),
+                       coalesce(max(extract(epoch FROM clock_timestamp() - coalesce(verified_at, seen_at))), 0)::float8
+                FROM audit_verification
+                """
+            )
+        self._metrics.audit_chains_broken.set(broken)
+        self._metrics.audit_unverified_seconds.set(oldest)
