@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ IDLE_IN_TRANSACTION_MS = 5_000
 TRANSACTION_TIMEOUT_MS = 45_000
 # No statement of the kernel runs for long. One that does would hold locks that others wait for.
 STATEMENT_TIMEOUT_MS = 30_000
+# A server that has vanished without a word (its host is lost, a firewall has forgotten the connection) is noticed after
+# about so many seconds. Its own limits for statements do not help: the answer about them does not come either.
+SILENCE_SECONDS = 30
 # So long a transaction waits for a free connection of the pool.
 POOL_TIMEOUT_SECONDS = 10.0
 
@@ -66,6 +70,7 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
             },
         },
     )
+    event.listen(engine.sync_engine, "connect", _notice_silence)
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
     return engine
 
@@ -75,6 +80,22 @@ def pool_used_ratio(engine: AsyncEngine) -> float:
     pool = engine.pool
     assert isinstance(pool, AsyncAdaptedQueuePool)
     return pool.checkedout() / pool.size()
+
+
+def _notice_silence(connection: Any, _record: Any) -> None:
+    """Lets the operating system ask the server whether it is there: a third of the time of silence, then twice more."""
+    endpoint: socket.socket = connection.driver_connection._transport.get_extra_info("socket")
+    endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Not every operating system has all of them.
+    for name, value in (
+        ("TCP_KEEPIDLE", SILENCE_SECONDS // 3),
+        ("TCP_KEEPINTVL", SILENCE_SECONDS // 3),
+        ("TCP_KEEPCNT", 2),
+        # Data that was sent and is not confirmed, in milliseconds.
+        ("TCP_USER_TIMEOUT", SILENCE_SECONDS * 1000),
+    ):
+        if option := getattr(socket, name, None):
+            endpoint.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _refuse_closed(connection: Any, _record: Any, _fairy: Any) -> None:

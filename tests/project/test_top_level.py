@@ -13,7 +13,7 @@ from services.agent.definitions.models import NewAgent
 from tooling.cli.app import COMMANDS
 
 CHECKOUT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "BENCHMARKS.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "BENCHMARKS.md", "RESULTS.md")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

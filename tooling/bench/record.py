@@ -24,7 +24,7 @@ def record(found: Mapping[str, Sequence[Figure]], command: str, where: str, path
     `found`: figures by the name of their bench. `command`: the command line that measured them. `where`: `machine()`,
     taken before the benches put load on it.
     """
-    heading = f"{utcnow().date().isoformat()}, commit {_commit()}, {where}\n\n`{command}`"
+    heading = f"{utcnow().date().isoformat()}, commit {commit()}, {where}\n\n`{command}`"
     sections = {name: _section(name, heading, figures) for name, figures in found.items()}
     path.write_text(merged(path.read_text(), sections))
 
@@ -86,7 +86,7 @@ def cells(figure: Figure) -> tuple[str, ...]:
     return figure.measure, f"{figure.value:.2f} {figure.unit}", interval, goal, verdict if goal else "", behind
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

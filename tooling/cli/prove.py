@@ -1,62 +1,123 @@
-"""``./claw prove``: kills services and engines at random under load, and shows that no message was lost or doubled."""
+"""``./claw prove``: faults at random under load, and invariants that show that no message was lost or doubled."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from infra.observe import logs
-from tooling.testing.campaign import Campaign, Report
+from tooling.bench.record import commit, machine
+from tooling.stack.engines.base import EngineError
+from tooling.testing.campaign import results
+from tooling.testing.campaign.campaign import Campaign, Report, rigged
+from tooling.testing.campaign.faults import FAULTS
+from tooling.testing.campaign.mutants import Result, try_all
 from tooling.testing.model_server import model_server
 from tooling.testing.stack import private_home, run_claw
 from tooling.testing.system import System
-from tooling.testing.vendors import WebhookStandIn
 
 out = Console(highlight=False)
+_FAULTS = "\n\n".join(f"{name}: {kind.description}." for name, kind in FAULTS.items())
 
 
 def prove(
-    kills: Annotated[int, typer.Option(min=0, help="How many processes are killed.")] = 20,
-    seed: Annotated[int | None, typer.Option(help="The same seed kills the same parts at the same pauses.")] = None,
-    report: Annotated[bool, typer.Option("--report", help="Print the whole report as one JSON document.")] = False,
+    kills: Annotated[int, typer.Option(min=0, help="How many faults are injected.")] = 20,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same plan of faults.")] = None,
+    faults: Annotated[str, typer.Option(help=f"The kinds, separated by commas. Default: all.\n\n{_FAULTS}")] = "",
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="Try the system without each of its guards: the campaign must fail.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write RESULTS.md, and the JSON in results/.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as one JSON document.")] = False,
 ) -> None:
-    """Kill services and engines at random under load. Exit code 1 if a message is lost, doubled or billed wrong."""
+    """Inject faults at random under load, on a system of its own. Exit code 1 if an invariant fails."""
+    names = faults.split(",") if faults else list(FAULTS)
+    if unknown := [name for name in names if name not in FAULTS]:
+        raise EngineError(f"--faults: {', '.join(unknown)} must be one of {', '.join(FAULTS)}")
     logs.setup("prove", "error")
     chosen = random.randrange(2**32) if seed is None else seed
     console = Console(stderr=True, highlight=False)
+    where = machine()
     with private_home() as home:
-        console.print("Starting a system of its own: all engines and services.")
+        console.print(f"Seed {chosen}. Starting a system of its own: all engines and services.")
         run_claw(home, "up")
-        found = asyncio.run(_prove(System.at(home), kills, chosen, console))
+        if mutants:
+            tried = asyncio.run(_mutants(home, chosen, console))
+            made = results.made(f"./claw prove --mutants --seed {chosen} --report", commit(), where, mutants=tried)
+        else:
+            found = asyncio.run(_prove(home, kills, chosen, names, console))
+            kinds = f" --faults {faults}" if faults else ""
+            made = results.made(f"./claw prove --kills {kills} --seed {chosen}{kinds} --report", commit(), where, found)
     if report:
-        print(msgspec.json.encode(found).decode())  # noqa: T201
+        console.print(f"Wrote {results.write(made)} and RESULTS.md.", soft_wrap=True)
+    if as_json:
+        print(msgspec.json.encode(made.report or made.mutants).decode())  # noqa: T201
+    elif made.report:
+        show(made.report)
     else:
-        show(found)
-    if not found.held:
+        show_mutants(made.mutants)
+    if not (made.report.held if made.report else all_found(made.mutants)):
         raise typer.Exit(1)
 
 
-async def _prove(system: System, kills: int, seed: int, console: Console) -> Report:
-    async with model_server() as models, WebhookStandIn() as vendor:
-        return await Campaign(system, models, vendor, seed).run(kills, console.print)
+async def _prove(home: Path, kills: int, seed: int, names: list[str], console: Console) -> Report:
+    system = System.at(home)
+    async with model_server() as models, rigged(system, names) as (rig, wires):
+        return await Campaign(system, models, seed, names, rig=rig, wires=wires).run(kills, console.print)
+
+
+async def _mutants(home: Path, seed: int, console: Console) -> list[Result]:
+    system = System.at(home)
+    async with model_server() as models, rigged(system, ["stop"]) as (rig, _):
+        return await try_all(system, models, rig, seed, console.print)
+
+
+def all_found(found: list[Result]) -> bool:
+    """True if the control held, and an invariant failed without each of the guards."""
+    return all(bool(result.found_by) == (result.guard != "none") for result in found)
 
 
 def show(found: Report) -> None:
     """Prints the result for a person."""
-    out.print(f"{len(found.kills)} kills in {found.seconds:.0f} s, seed {found.seed}")
+    there = found.availability
     failed = ", ".join(f"{reason} {times}" for reason, times in found.failed_attempts.items()) or "none"
-    out.print(f"{found.accepted} messages accepted in {found.attempts} webhook calls; failed calls: {failed}")
-    out.print(f"slowest reply after {found.slowest_seconds:.0f} s, {found.extra_model_calls} extra calls of the model")
-    for name, faults in (
-        ("lost", found.lost),
-        ("answered twice", found.answered_twice),
-        ("out of order", found.out_of_order),
-        ("unexpected replies", found.unexpected),
-        ("faults of the bill", found.bill),
-    ):
-        out.print(f"{'[red]✗[/]' if faults else '[green]✓[/]'} {name}: {len(faults)}", *faults[:10], sep="\n    ")
+    out.print(f"{len(found.injected)} faults in {found.seconds:.0f} s, seed {found.seed}: {', '.join(found.faults)}")
+    out.print(f"{found.accepted} messages acknowledged in {found.attempts} calls; failed calls: {failed}")
+    out.print(
+        f"{found.replies} replies, {found.unknown} unknown, {found.extra_model_calls} extra calls of the model, "
+        f"{found.poison} poisoned, {found.dead_letters} dead letters"
+    )
+    out.print(
+        f"{there.in_time} of {there.calls} webhooks answered within 3 s; slowest {there.slowest_seconds} s, "
+        f"slowest reply {there.slowest_reply_seconds} s"
+    )
+    for verdict in found.invariants:
+        mark = "[green]✓[/]" if verdict.held else "[red]✗[/]"
+        out.print(f"{mark} {verdict.name} {verdict.promise}: {verdict.checked} {verdict.unit}", soft_wrap=True)
+        for violation in verdict.violations[:10]:
+            _line(f"    {violation.what} {violation.text}")
+    for shown in found.shown:
+        out.print(f"[red]{shown.invariant}[/], seed {found.seed}: the shortest history that shows it")
+        for line in (shown.what, *shown.history):
+            _line(f"    {line}")
+
+
+def show_mutants(found: list[Result]) -> None:
+    """Prints which invariants have found each mutant."""
+    for result in found:
+        good = bool(result.found_by) == (result.guard != "none")
+        by = f"found by {', '.join(result.found_by)}: {result.first}" if result.found_by else "no invariant failed"
+        mark = "[green]✓[/]" if good else "[red]✗[/]"
+        out.print(f"{mark} without {result.guard}: ", end="")
+        _line(by)
+
+
+def _line(text: str) -> None:
+    out.print(Text(text), soft_wrap=True)

@@ -123,6 +123,10 @@ class Supervisor:
                 stdout_logfile_backups=2,
             ),
         )
+        self.load(name)
+
+    def load(self, name: str) -> None:
+        """Starts the program whose files are in the folder of programs."""
         self._call("reloadConfig")
         self._call("addProcessGroup", name)
 

@@ -20,6 +20,7 @@ class FaultProxy:
         self._flowing.set()
         self._connections: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._pumps: set[asyncio.Task[None]] = set()
+        self._losing = False
         self.latency = 0.0
         self.port = 0
 
@@ -44,8 +45,14 @@ class FaultProxy:
         """Forwards the data that `blackhole` has held, as TCP does after a retransmission."""
         self._flowing.set()
 
+    def lose_answers(self) -> None:
+        """Drops the answers of the server from now on: it handles requests, and the clients do not learn of it. `reset`
+        ends it."""
+        self._losing = True
+
     def reset(self) -> None:
         """Resets (RST) both ends of every connection."""
+        self._losing = False
         for writers in self._connections:
             for writer in writers:
                 with suppress(OSError):
@@ -66,18 +73,22 @@ class FaultProxy:
             client.transport.abort()
             return
         self._connections.add((client, server))
-        for source, sink in ((reader, server), (from_server, client)):
-            pump = asyncio.create_task(self._pump(source, sink))
+        for source, sink, answers in ((reader, server, False), (from_server, client, True)):
+            pump = asyncio.create_task(self._pump(source, sink, answers))
             self._pumps.add(pump)
             pump.add_done_callback(self._pumps.discard)
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        # A reset of either side ends the pump: there is no data left to forward.
-        with suppress(OSError, RuntimeError):
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
+        try:
             while piece := await source.read(65536):
                 await asyncio.sleep(self.latency)
                 await self._flowing.wait()
+                if answers and self._losing:
+                    continue
                 sink.write(piece)
                 await sink.drain()
             if sink.can_write_eof() and not sink.is_closing():
                 sink.write_eof()
+        except (OSError, RuntimeError):
+            # A reset of one side reaches the other one, as without a proxy.
+            sink.transport.abort()

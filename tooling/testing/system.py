@@ -36,15 +36,26 @@ class System:
 
     async def tenant(self, name: str, **more: Any) -> str:
         """Makes a tenant and returns its API key."""
+        return str((await self._tenant(name, more))["api_key"])
+
+    async def _tenant(self, name: str, more: dict[str, Any]) -> dict[str, Any]:
         async with self.client(self.admin_token) as operator:
             answer = await operator.post("/api/v1/tenants", json={"name": name, **more})
         assert answer.status_code == 201, answer.text
-        return str(answer.json()["api_key"])
+        made: dict[str, Any] = answer.json()
+        return made
 
     @asynccontextmanager
     async def company(self, name: str, **more: Any) -> AsyncIterator[Company]:
         """A new tenant with a client of its key."""
-        async with self.client(await self.tenant(name, **more)) as api:
+        made = await self._tenant(name, more)
+        async with self.client(made["api_key"]) as api:
+            yield Company(api, made["id"])
+
+    @asynccontextmanager
+    async def operator(self) -> AsyncIterator[Company]:
+        """A client with the operator's token."""
+        async with self.client(self.admin_token) as api:
             yield Company(api)
 
 
@@ -53,6 +64,8 @@ class Company:
     """A tenant, with a client that has its API key."""
 
     api: httpx.AsyncClient
+    id: str = ""
+    """Of the tenant."""
 
     async def make(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self.api.post(path, json=body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -128,3 +129,17 @@ async def test_a_transaction_that_lasts_too_long_is_ended_by_the_server(
     # Its connection is gone, and with it its locks; a statement that takes too long leaves both.
     assert ended.value.connection_invalidated
     assert db.is_transient(ended.value)
+
+
+async def test_a_server_that_has_vanished_without_a_word_is_noticed(engine: AsyncEngine) -> None:
+    """The operating system does it. `./claw prove` found readers that waited for an answer forever."""
+    async with engine.connect() as connection:
+        raw = await connection.get_raw_connection()
+        assert raw.driver_connection
+        endpoint = raw.driver_connection._transport.get_extra_info("socket")
+        assert endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, pause, times, unconfirmed = (
+            endpoint.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        )
+    assert idle + pause * times == unconfirmed // 1000 == db.SILENCE_SECONDS

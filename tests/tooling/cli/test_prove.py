@@ -1,41 +1,52 @@
-"""How `./claw prove` shows a report."""
+"""How `./claw prove` shows its results."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.tooling.testing.campaign.test_plan import report
 from tooling.cli import prove
-from tooling.testing.campaign import Kill, Report
+from tooling.stack.engines.base import EngineError
+from tooling.testing.campaign.mutants import Result
 
 
-def test_a_report_is_shown_with_its_faults(capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report(
-        seed=7,
-        seconds=61.4,
-        kills=[Kill(3.0, "agent")],
-        accepted=12,
-        attempts=15,
-        failed_attempts={"503": 2, "ReadError": 1},
-        repeated_replies=0,
-        model_calls=13,
-        extra_model_calls=1,
-        slowest_seconds=4.2,
-        lost=["You said: hello"],
-        answered_twice=[],
-        out_of_order=[],
-        unexpected=[],
-        bill=[],
-    )
-    prove.show(report)
+def test_a_report_is_shown_with_its_failures_and_their_history(capsys: pytest.CaptureFixture[str]) -> None:
+    prove.show(report(fails=True))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "1 kills in 61 s, seed 7",
-        "12 messages accepted in 15 webhook calls; failed calls: 503 2, ReadError 1",
-        "slowest reply after 4 s, 1 extra calls of the model",
-        "✗ lost: 1",
-        "    You said: hello",
-        "✓ answered twice: 0",
-        "✓ out of order: 0",
-        "✓ unexpected replies: 0",
-        "✓ faults of the bill: 0",
+    assert lines[:4] == [
+        "1 faults in 61 s, seed 7: kill",
+        "3 messages acknowledged in 5 calls; failed calls: 503 2",
+        "2 replies, 0 unknown, 0 extra calls of the model, 1 poisoned, 1 dead letters",
+        "1 of 2 webhooks answered within 3 s; slowest 4.0 s, slowest reply 4.2 s",
     ]
+    assert lines[4].startswith("✗ I1 each accepted message")
+    assert lines[5] == "    its run is failed: None c1 message 0 canaryred"
+    assert lines[6].startswith("✓ I2")
+    assert lines[-4:] == [
+        "I1, seed 7: the shortest history that shows it",
+        "    its run is failed: x",
+        "    client",
+        "    model",
+    ]
+
+
+def test_mutants_are_shown_with_the_invariants_that_found_them(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [
+        Result("none", "", 7, [], "", 9, 1.0),
+        Result("outbox", "marks early", 7, ["I1", "I2"], "no run", 9, 1.0),
+        Result("hold", "grants all", 7, [], "", 9, 1.0),
+    ]
+    prove.show_mutants(found)
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ without none: no invariant failed",
+        "✓ without outbox: found by I1, I2: no run",
+        "✗ without hold: no invariant failed",
+    ]
+    assert prove.all_found(found[:2])
+    assert not prove.all_found(found)
+    assert not prove.all_found([Result("none", "", 7, ["I4"], "x", 9, 1.0)])
+
+
+def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(EngineError, match="earthquake must be one of kill, engines"):
+        prove.prove(faults="kill,earthquake")

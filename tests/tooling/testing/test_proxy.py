@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -91,3 +93,36 @@ async def test_without_a_server_the_connection_is_closed() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
         assert await reader.read() == b""
         writer.close()
+
+
+async def test_lost_answers_are_dropped_until_a_reset(proxy: FaultProxy) -> None:
+    reader, writer = await connect(proxy)
+    proxy.lose_answers()
+    writer.write(b"handled")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 0.2)
+    proxy.reset()
+    with pytest.raises(ConnectionResetError):
+        await reader.read(1)
+    writer.close()
+    reader, writer = await connect(proxy)
+    writer.close()
+
+
+async def test_a_reset_by_the_server_reaches_the_client() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        linger_off = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_off)
+        writer.transport.abort()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    async with FaultProxy("127.0.0.1", server.sockets[0].getsockname()[1]) as proxy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"hello")
+        async with asyncio.timeout(10):
+            with suppress(ConnectionResetError):
+                assert await reader.read(1) == b""
+        writer.close()
+    server.close()
+    await server.wait_closed()

@@ -1,0 +1,257 @@
+"""The faults of a campaign: their names, their plan from a seed, and their injection."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import aio_pika
+import asyncpg
+import msgspec
+from aiokafka import AIOKafkaProducer
+
+from infra.clock import uuid7
+from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, CHANNEL_INBOUND, CHANNEL_OUTBOUND, USAGE_RECORDS
+from tooling.testing.campaign.evidence import Poison
+from tooling.testing.campaign.rig import STOP_SECONDS, TWINS, Rig
+from tooling.testing.campaign.wires import Wires
+from tooling.testing.stack import Stack
+
+SERVICES = ("channel", "agent", "billing", "plugin", "memory", "user", "ws_gateway")
+ENGINES = ("postgres", "kafka", "rabbitmq", "valkey")
+# The failpoints that every message passes: between one transaction, call or acknowledgement and the next.
+FAILPOINTS = {
+    "channel": (
+        "after_commit",
+        "after_publish_before_mark",
+        "after_commit_before_ack",
+        "after_effect_started",
+        "after_effect_call",
+        "after_effect_commit",
+        "before_lane_commit",
+        "after_lane_commit",
+    ),
+    "agent": (
+        "after_commit_before_ack",
+        "after_publish_before_mark",
+        "before_commit",
+        "after_commit",
+        "after_effect_call",
+        "after_effect_commit",
+        "before_lane_commit",
+    ),
+    "billing": ("after_effect_before_commit", "after_commit_of_batch", "after_publish_before_mark"),
+}
+# The points at which a process that was stopped too long would do harm, if it did not notice.
+ZOMBIES = (
+    "agent after_lane_claim",
+    "agent after_effect_call",
+    "channel after_lane_claim",
+    "channel after_effect_started",
+)
+WIRES = ("gateway", "models", "vendors", "postgres")
+NETWORK = ("latency", "reset", "blackhole", "lost answers")
+# Consumers whose position is a row in the database: schema, and the offset that is set back.
+REWOUND = ("agent", "billing", "memory", "plugin", "log_aggregator")
+POISONED = (
+    *(f"kafka:{topic.name}" for topic in (USAGE_RECORDS, AGENT_EVENTS, CHANNEL_EVENTS, AUDIT_LOGS)),
+    *(f"rabbit:{queue.name}" for queue in (CHANNEL_INBOUND["webhook"], CHANNEL_OUTBOUND)),
+)
+# Seconds between two faults, for a fault that lasts, and until a failpoint must have been passed.
+PAUSE, LASTING, PASS_SECONDS = (3.0, 9.0), 3.0, 10.0
+LATENCY_SECONDS = 0.4
+
+
+class Kind(NamedTuple):
+    description: str
+    targets: tuple[str, ...] = ()
+    """The parts that a fault can hit. None: the clients do it all the time."""
+
+
+FAULTS: dict[str, Kind] = {
+    "kill": Kind("SIGKILL of a service", SERVICES),
+    "engines": Kind("SIGKILL of an engine with all its processes", ENGINES),
+    "failpoints": Kind(
+        "SIGKILL of a service by itself at a named point, such as after a commit and before the acknowledgement",
+        tuple(f"{service} {point}" for service, points in FAILPOINTS.items() for point in points),
+    ),
+    "stop": Kind(
+        "SIGSTOP of an instance beyond its leases and sessions, at a random moment or by itself at a named point; a "
+        "second instance takes over; then SIGCONT",
+        (*TWINS, "billing", *ZOMBIES),
+    ),
+    "pause": Kind("SIGSTOP of an engine, then SIGCONT: its ports accept and nothing answers", ENGINES),
+    "restart": Kind("a proper stop and start of an engine", ENGINES),
+    "network": Kind(
+        "latency, a reset, a blackhole or lost answers (the other side has done it, and its answer is dropped) between "
+        "client and gateway, agent and model, channel and vendor, services and PostgreSQL",
+        tuple(f"{wire} {fault}" for wire in WIRES for fault in NETWORK),
+    ),
+    "rewind": Kind("the position of a service's Kafka reader is set back to the first record", REWOUND),
+    "poison": Kind("a record or message that no consumer can read; it must become a visible dead letter", POISONED),
+    "duplicates": Kind("the vendors send webhooks again, two at once and also late"),
+    "reorder": Kind("the vendors send a conversation's messages in another order than they were written"),
+}
+# They change start scripts, so they need a system of the campaign's own.
+NEED_A_RIG = frozenset({"failpoints", "stop", "network"})
+
+
+class Planned(NamedTuple):
+    pause: float
+    """Seconds before it."""
+    fault: str
+    target: str
+
+
+class Injected(msgspec.Struct):
+    """A fault that was injected at this second of the campaign."""
+
+    second: float
+    fault: str
+    target: str
+    note: str = ""
+    recovered_after: float | None = None
+    """Seconds from its beginning until a message that was accepted after it was answered; None if none was."""
+
+
+def plan(seed: int, names: Sequence[str], count: int, targets: Sequence[str] = ()) -> list[Planned]:
+    """The schedule of `count` faults of these kinds: the same for the same arguments.
+
+    `targets`: only these. The kinds come in turns, so that a short campaign has as many of them as it can.
+    """
+    chance = random.Random(seed)
+    kinds = {
+        name: [target for target in FAULTS[name].targets if not targets or target in targets]
+        for name in names
+        if FAULTS[name].targets
+    }
+    kinds = {name: found for name, found in kinds.items() if found}
+    planned: list[Planned] = []
+    turn: list[str] = []
+    while kinds and len(planned) < count:
+        turn = turn or chance.sample(sorted(kinds), len(kinds))
+        name = turn.pop()
+        planned.append(Planned(round(chance.uniform(*PAUSE), 2), name, chance.choice(kinds[name])))
+    return planned
+
+
+class Injector:
+    """Injects planned faults into a running system. `rig`: None for a system that others share."""
+
+    def __init__(self, stack: Stack, rig: Rig | None, wires: Wires | None, tell: Callable[[str], None]):
+        self._stack = stack
+        self._rig = rig
+        self._wires = wires
+        self._tell = tell
+        self.injected: list[Injected] = []
+        self.poison: list[Poison] = []
+
+    async def run(self, planned: Sequence[Planned], began: float) -> None:
+        """`began`: Unix seconds of the campaign's begin."""
+        for number, one in enumerate(planned, 1):
+            await asyncio.sleep(one.pause)
+            done = Injected(round(time.time() - began, 1), one.fault, one.target)
+            self.injected.append(done)
+            done.note = await getattr(self, f"_{one.fault}")(one.target) or ""
+            self._tell(f"{number} of {len(planned)}: {one.fault} {one.target} {done.note}".rstrip())
+        # Faults that need a while to show, such as a lease that expires, shall meet load too.
+        await asyncio.sleep(PAUSE[1])
+
+    async def _kill(self, target: str) -> None:
+        await asyncio.to_thread(self._stack.kill, target, signal.SIGKILL)
+
+    _engines = _kill
+
+    async def _failpoints(self, target: str) -> str:
+        return "" if await self._passed(target, signal.SIGKILL) else "not passed"
+
+    async def _stop(self, target: str) -> str:
+        service, _, point = target.partition(" ")
+        if not point:
+            await asyncio.to_thread(self._stack.pause, service)
+        elif not await self._passed(target, signal.SIGSTOP):
+            return "not passed"
+        await asyncio.sleep(STOP_SECONDS)
+        await asyncio.to_thread(self._stack.cont, service)
+        return ""
+
+    _pause = _stop
+
+    async def _passed(self, target: str, number: signal.Signals) -> bool:
+        """Lets the service get the signal at its next pass of the failpoint. False if it did not pass in time."""
+        assert self._rig
+        service, point = target.split(" ")
+        # A service reads the name of its point at its start.
+        self._rig.set_failpoint(service, point, number)
+        await self._rig.restart([service])
+        return await self._rig.passed_failpoint(service, PASS_SECONDS)
+
+    async def _restart(self, target: str) -> None:
+        await asyncio.to_thread(self._stack.restart, target)
+
+    async def _network(self, target: str) -> None:
+        assert self._wires
+        wire, _, fault = target.partition(" ")
+        proxies = self._wires.proxies[wire]
+        for proxy in proxies:
+            match fault:
+                case "latency":
+                    proxy.latency = LATENCY_SECONDS
+                case "blackhole":
+                    proxy.blackhole()
+                case "lost answers":
+                    proxy.lose_answers()
+        if fault != "reset":
+            await asyncio.sleep(LASTING)
+        for proxy in proxies:
+            proxy.latency = 0.0
+            proxy.heal()
+            if fault in ("reset", "lost answers"):
+                proxy.reset()
+
+    async def _rewind(self, target: str) -> str:
+        connection = await connected(self._stack.postgres_url)
+        try:
+            # The reader loses its next transaction to this change, and begins again at the stored position.
+            done = await connection.execute(f'UPDATE "{target}".consumer_offset SET next_offset = 0')
+        finally:
+            await connection.close()
+        return f"{done.removeprefix('UPDATE ')} partitions"
+
+    async def _poison(self, target: str) -> str:
+        id_ = str(uuid7())
+        bus, _, name = target.partition(":")
+        headers = {"ce_id": id_, "ce_type": "campaign.v1.Poison", "ce_source": "campaign", "ce_specversion": "1.0"}
+        body = b'{"poison": '
+        if bus == "kafka":
+            producer = AIOKafkaProducer(bootstrap_servers=self._stack.kafka_bootstrap_servers, acks="all")
+            await producer.start()
+            try:
+                pairs = [(key, value.encode()) for key, value in headers.items()]
+                # A key of its own: a record of an ordered topic that fails holds back later ones of its key.
+                await producer.send_and_wait(name, body, key=f"poison-{id_}".encode(), headers=pairs)
+            finally:
+                await producer.stop()
+        else:
+            async with await aio_pika.connect(self._stack.rabbitmq_url) as connection:
+                channel = await connection.channel()
+                message = aio_pika.Message(body, headers=dict(headers), message_id=id_, delivery_mode=2)
+                await channel.default_exchange.publish(message, routing_key=name)
+        self.poison.append(Poison(target, id_))
+        return id_
+
+
+async def connected(url: str) -> asyncpg.Connection:
+    """A connection, as soon as the database takes one."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return await asyncpg.connect(url, timeout=5)
+        except (OSError, TimeoutError, asyncpg.PostgresError):
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.5)

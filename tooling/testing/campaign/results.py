@@ -1,0 +1,207 @@
+"""RESULTS.md: first failures and gaps, then each campaign; the reports are JSON in ``results/``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from infra.clock import utcnow
+from tooling.stack.checkout import CHECKOUT
+from tooling.testing.campaign.campaign import Report
+from tooling.testing.campaign.faults import FAULTS
+from tooling.testing.campaign.invariants import INVARIANTS
+from tooling.testing.campaign.mutants import MUTANTS, Result
+
+FILE, FOLDER = CHECKOUT / "RESULTS.md", CHECKOUT / "results"
+_Z = 1.959964
+# No campaign tries these, so the figures say nothing about them.
+GAPS = (
+    "Each engine is a single node: no replica is lost, and no network lies between the nodes of an engine.",
+    "Clocks are not moved and disks are not filled; no power is cut, so fsync is taken at its word.",
+    "A seed repeats the plan of faults and the messages of the clients, not the order in which the processes run.",
+    "Milvus, OpenSearch, the object store and the log aggregator are not killed under load.",
+    "Wiped buses are tried by `tests/faults/test_engines.py` on the kernel alone, not by a campaign.",
+    "Each service runs once, agent and channel twice with `stop`. No campaign runs on several machines.",
+)
+
+
+class Made(msgspec.Struct, kw_only=True):
+    """A file in ``results/``: a campaign, or the mutants."""
+
+    at: str
+    commit: str
+    machine: str
+    command: str
+    report: Report | None = None
+    mutants: list[Result] = []
+
+
+def made(command: str, commit: str, machine: str, report: Report | None = None, mutants: Sequence[Result] = ()) -> Made:
+    """`machine`: taken before the campaign put load on it."""
+    at = utcnow().strftime("%Y-%m-%d %H:%M UTC")
+    return Made(at=at, commit=commit, machine=machine, command=command, report=report, mutants=list(mutants))
+
+
+def write(new: Made, file: Path = FILE, folder: Path = FOLDER) -> Path:
+    """Keeps the JSON, in place of an older one of the same faults and seed, and writes the page. Returns the JSON's
+    path."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{_name(new)}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(new), indent=1) + b"\n")
+    found = [(each, msgspec.json.decode(each.read_bytes(), type=Made)) for each in sorted(folder.glob("*.json"))]
+    file.write_text(page(found))
+    return path
+
+
+def _name(new: Made) -> str:
+    if not new.report:
+        return "mutants"
+    faults = "all" if len(new.report.faults) == len(FAULTS) else "-".join(new.report.faults)
+    return f"{faults}-{new.report.seed}"
+
+
+def page(found: Sequence[tuple[Path, Made]]) -> str:
+    campaigns = [(path, one, one.report) for path, one in found if one.report]
+    mutants = [(path, one) for path, one in found if one.mutants]
+    lines = [
+        "# Results of the campaigns",
+        "",
+        "`./claw prove --report` writes this page from the reports in `results/`. [docs/prove.md](docs/prove.md) has",
+        "the load, the faults and the invariants. Figures of speed are in [BENCHMARKS.md](BENCHMARKS.md).",
+        "",
+        "## Failures and gaps",
+        "",
+        *_failures(campaigns, mutants),
+        "",
+        "## Invariants, all campaigns together",
+        "",
+        "The interval is Wilson's for the share of violations, at 95 %. It treats each checked thing as a trial of its",
+        "own, which things that meet the same fault are not.",
+        "",
+        "| invariant | promise | checked | violations | 95 % |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (promise, unit, _) in INVARIANTS.items():
+        verdicts = [v for _, _, report in campaigns for v in report.invariants if v.name == name]
+        checked = sum(verdict.checked for verdict in verdicts)
+        violations = sum(len(verdict.violations) for verdict in verdicts)
+        interval = _share(violations, checked)
+        lines.append(f"| {name} | {promise} | {checked:,} {unit} | {violations} | {interval} |")
+    lines += ["", "## Mutants", "", *_mutants(mutants)]
+    lines += ["", "## Campaigns"]
+    for path, one, report in campaigns:
+        lines += ["", *_campaign(path, one, report)]
+    return "\n".join(lines) + "\n"
+
+
+def _failures(campaigns: Sequence[tuple[Path, Made, Report]], mutants: Sequence[tuple[Path, Made]]) -> list[str]:
+    lines = []
+    for path, one, report in campaigns:
+        for verdict in report.invariants:
+            if verdict.violations:
+                first = next(shown for shown in report.shown if shown.invariant == verdict.name)
+                lines.append(
+                    f"- **{verdict.name} failed** {len(verdict.violations)} times, seed {report.seed}, commit "
+                    f"{one.commit}: {first.what}. `{one.command}`, history in [{path.name}](results/{path.name})"
+                )
+            elif not verdict.checked:
+                lines.append(f"- {verdict.name} checked nothing, seed {report.seed}, commit {one.commit}")
+    tried = {result.guard for _, one in mutants for result in one.mutants}
+    for _, one in mutants:
+        lines += [
+            f"- **Mutant survived**: without {result.guard} ({result.removed}) no invariant failed, seed {result.seed}"
+            for result in one.mutants
+            if result.guard != "none" and not result.found_by
+        ]
+    if missing := [mutant.guard for mutant in MUTANTS if mutant.guard not in tried]:
+        lines.append(f"- Mutants that were not tried: {', '.join(missing)}")
+    done = {fault for _, _, report in campaigns for fault in report.faults}
+    if missing := [name for name in FAULTS if name not in done]:
+        lines.append(f"- Faults that no campaign on this page has: {', '.join(missing)}")
+    return [*lines, *(f"- {gap}" for gap in GAPS)]
+
+
+def _mutants(mutants: Sequence[tuple[Path, Made]]) -> list[str]:
+    lines = []
+    for path, one in mutants:
+        lines += [
+            f"{one.at}, commit {one.commit}, {one.machine}; [{path.name}](results/{path.name})",
+            "",
+            f"`{one.command}`",
+            "",
+            "| without | removed | found by | first finding |",
+            "|---|---|---|---|",
+        ]
+        for result in one.mutants:
+            by = ", ".join(result.found_by) or ("nothing, as it must be" if result.guard == "none" else "**survived**")
+            lines.append(f"| {result.guard} | {result.removed} | {by} | {_cell(result.first)} |")
+    return lines or ["None were tried: `./claw prove --mutants --report`"]
+
+
+def _campaign(path: Path, one: Made, report: Report) -> list[str]:
+    there = report.availability
+    lines = [
+        f"### {path.stem}",
+        "",
+        f"{one.at}, commit {one.commit}, {one.machine}; [{path.name}](results/{path.name})",
+        "",
+        f"`{one.command}`",
+        "",
+        f"{len(report.injected)} faults in {report.seconds:.0f} s: {_counts([i.fault for i in report.injected])}.",
+        f"{report.accepted} messages were acknowledged in {report.attempts} calls; {report.forged} forged ones,",
+        f"{report.poison} poisoned. {report.replies} replies are visible, {report.unknown} deliveries unknown.",
+        "",
+        "| invariant | checked | violations | 95 % |",
+        "|---|---|---|---|",
+    ]
+    for verdict in report.invariants:
+        times = len(verdict.violations)
+        share = _share(times, verdict.checked)
+        lines.append(f"| {verdict.name} | {verdict.checked:,} {verdict.unit} | {times} | {share} |")
+    lines += [
+        "",
+        f"Availability while the faults happened: {there.in_time} of {there.calls} webhooks were answered 200 by their",
+        f"first call within 3 s, {_share(there.in_time, there.calls)}; median {there.median_seconds:.3f} s, slowest "
+        f"{there.slowest_seconds:.1f} s, slowest reply {there.slowest_reply_seconds:.1f} s.",
+        "",
+        "| fault | times | until the next message was answered, median | slowest |",
+        "|---|---|---|---|",
+    ]
+    by_fault: dict[str, list[float]] = defaultdict(list)
+    for fault in report.injected:
+        if fault.recovered_after is not None:
+            by_fault[fault.fault].append(fault.recovered_after)
+    lines += [
+        f"| {name} | {len(times)} | {statistics.median(times):.1f} s | {max(times):.1f} s |"
+        for name, times in sorted(by_fault.items())
+    ]
+    return lines
+
+
+def _counts(names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {names.count(name)}" for name in dict.fromkeys(sorted(names))) or "none"
+
+
+def _share(times: int, of: int) -> str:
+    if not of:
+        return "nothing checked"
+    low, high = wilson(min(times, of), of)
+    return f"{100 * low:.2f}–{100 * high:.2f} %"
+
+
+def wilson(times: int, of: int) -> tuple[float, float]:
+    """Wilson's score interval at 95 % for a share (Wilson 1927, JASA 22:209)."""
+    share = times / of
+    middle = share + _Z**2 / (2 * of)
+    half = _Z * math.sqrt(share * (1 - share) / of + _Z**2 / (4 * of**2))
+    whole = 1 + _Z**2 / of
+    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")[:160]
