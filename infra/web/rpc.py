@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2_grpc
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
@@ -191,21 +192,23 @@ class _Incoming(grpc.aio.ServerInterceptor):
             "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
         ]
         behavior = getattr(handler, "_".join(kinds))
+        # Read after the caller is known. gRPC would read before that, and answer INTERNAL if it cannot.
+        read = _reader(None if handler.request_streaming else handler.request_deserializer)
 
         async def one(request: Any, context: Any) -> Any:
             async with self._serving(method, context):
-                return await behavior(request, context)
+                return await behavior(read(request), context)
 
         async def many(request: Any, context: Any) -> None:
             # Written, not yielded: an abandoned generator would reset the span's context in another task.
-            async with self._serving(method, context), aclosing(behavior(request, context)) as responses:
+            async with self._serving(method, context), aclosing(behavior(read(request), context)) as responses:
                 async for response in responses:
                     await context.write(response)
 
         make = getattr(grpc, f"{'_'.join(kinds)}_rpc_method_handler")
         return make(
             many if handler.response_streaming else one,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
 
@@ -316,6 +319,16 @@ class Channels:
         for channel in self._open.values():
             await channel.close()
         self._open.clear()
+
+
+def _reader(deserializer: Callable[[bytes], Any] | None) -> Callable[[Any], Any]:
+    def read(body: Any) -> Any:
+        try:
+            return deserializer(body) if deserializer else body
+        except DecodeError as error:
+            raise InvalidMessage("body", "is not the message of this method") from error
+
+    return read
 
 
 def _service_config(safe: Sequence[str]) -> str:

@@ -9,8 +9,11 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from protos.calls import ROUTES
 from tests.conftest import fresh_database, fresh_prefix, fresh_vhost
+from tests.security.clients import Clients
 from tests.security.furnished import Furnished, furnish
+from tests.security.pages import Operation, operations
 from tooling.stack.home import SERVICES
 from tooling.testing.platform import Platform, running_platform
 from tooling.testing.stack import Stack
@@ -45,6 +48,22 @@ async def system(
 async def other(system: Platform) -> Furnished:
     """The tenant whose things no other tenant may see."""
     return await furnish(system)
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def routes(system: Platform) -> list[Operation]:
+    """Every route, with those that only other services call."""
+    hidden = [
+        Operation(route.callee, route.method, route.path, (route.scope,), (), None, {})
+        for route in ROUTES
+        if route.path.startswith("/internal/")
+    ]
+    return [*await operations(system), *hidden]
+
+
+@pytest.fixture(scope="package")
+def clients(system: Platform, http: dict[str, httpx.AsyncClient]) -> Clients:
+    return Clients(system, http)
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")

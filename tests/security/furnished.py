@@ -60,37 +60,37 @@ async def dead_letter(system: Platform, tenant: str, person: str, text: str) -> 
     return str(await system.until(stored))
 
 
-async def furnish(system: Platform) -> Furnished:
-    """A new tenant with one of everything."""
-    tenant = (await asked(system, "user", "", "POST", "/api/v1/tenants", {"name": CANARY}))["id"]
+async def furnish(system: Platform, word: str = CANARY) -> Furnished:
+    """A new tenant with one of everything. word: in all its things."""
+    tenant = (await asked(system, "user", "", "POST", "/api/v1/tenants", {"name": word}))["id"]
 
     # First: a subscription must begin before the usage.
-    billed = await _billed(system, tenant)
+    billed = await _billed(system, tenant, word)
 
     async def make(service: str, path: str, body: Any = None, **more: Any) -> Any:
         return await asked(system, service, tenant, "POST", path, body, **more)
 
-    member = await make("user", "/api/v1/members", {"email": f"{CANARY}@example.com", "role": "admin", "name": CANARY})
-    key = await make("user", "/api/v1/api-keys", {"name": CANARY})
-    agent = await make("agent", "/api/v1/agents", {"name": CANARY, "model": "scripted/answer", "system_prompt": CANARY})
+    member = await make("user", "/api/v1/members", {"email": f"{word}@example.com", "role": "admin", "name": word})
+    key = await make("user", "/api/v1/api-keys", {"name": word})
+    agent = await make("agent", "/api/v1/agents", {"name": word, "model": "scripted/answer", "system_prompt": word})
     run = await make(
-        "agent", f"/api/v1/agents/{agent['id']}/sessions/s/messages", {"text": f"Who is {CANARY}, {SPOKEN}?"}
+        "agent", f"/api/v1/agents/{agent['id']}/sessions/s/messages", {"text": f"Who is {word}, {SPOKEN}?"}
     )
-    credentials = {"secret": _SECRET, "reply_url": f"{_NOWHERE}{CANARY}"}
+    credentials = {"secret": _SECRET, "reply_url": f"{_NOWHERE}{word}"}
     account = {"type": "webhook", "agent_id": agent["id"], "credentials": credentials}
     channel = await make("channel", "/api/v1/channels", account)
-    words = {"conversation_id": CANARY, "text": f"{CANARY} {SPOKEN}"}
+    words = {"conversation_id": word, "text": f"{word} {SPOKEN}"}
     delivery = await make("channel", f"/api/v1/channels/{channel['id']}/messages", words)
-    file = {"file": (f"{CANARY}.txt", f"{CANARY} {SPOKEN}".encode(), "text/plain")}
+    file = {"file": (f"{word}.txt", f"{word} {SPOKEN}".encode(), "text/plain")}
     document = await make("memory", "/api/v1/documents", files=file)
-    memory = await make("memory", "/api/v1/memories", {"text": f"I live in {CANARY}, {SPOKEN}."})
-    tool = {"name": f"fly_{CANARY.casefold()}", "description": CANARY, "schema": {"type": "object"}}
-    server = {"name": CANARY.casefold(), "kind": "http", "url": _NOWHERE, "tools": [tool]}
+    memory = await make("memory", "/api/v1/memories", {"text": f"I live in {word}, {SPOKEN}."})
+    tool = {"name": f"fly_{word.casefold()}", "description": word, "schema": {"type": "object"}}
+    server = {"name": word.casefold(), "kind": "http", "url": _NOWHERE, "tools": [tool]}
     plugin = await make("plugin", "/api/v1/plugins", server)
     endpoint = await make(
-        "notification", "/api/v1/webhook-endpoints", {"url": f"{_NOWHERE}{CANARY}", "events": ["run.completed"]}
+        "notification", "/api/v1/webhook-endpoints", {"url": f"{_NOWHERE}{word}", "events": ["run.completed"]}
     )
-    letter = await dead_letter(system, tenant, "person-1", f"{CANARY} {SPOKEN}")
+    letter = await dead_letter(system, tenant, "person-1", f"{word} {SPOKEN}")
     things = {
         "members": member["id"],
         "api-keys": key["id"],
@@ -130,7 +130,7 @@ async def furnish(system: Platform) -> Furnished:
     return Furnished(tenant, things, views)
 
 
-async def _billed(system: Platform, tenant: str) -> dict[str, str]:
+async def _billed(system: Platform, tenant: str, word: str) -> dict[str, str]:
     async def ask(method: str, path: str, body: Any = None, *, operator: bool = False) -> Any:
         return await asked(system, "billing", "" if operator else tenant, method, f"/api/v1/{path}", body)
 
@@ -139,7 +139,7 @@ async def _billed(system: Platform, tenant: str) -> dict[str, str]:
             return (await client.get("/api/v1/billing/balance")).status_code == 200
 
     await system.until(opened)
-    await ask("PUT", "billing/buyer", {"name": CANARY, "country": "DE"})
+    await ask("PUT", "billing/buyer", {"name": word, "country": "DE"})
     budget = await ask("POST", "budgets", {"scope": "tenant", "nanos": 10**12, "period": "month"})
     plan = await ask(
         "POST",

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
 from itertools import product
-from typing import Any
 from uuid import uuid4
 
 import grpc
-import httpx
 import pytest
 import pytest_asyncio
 
 from infra.security.auth import SCOPES
 from infra.service.api import OPERATOR
-from protos.calls import METHODS, ROUTES
+from protos.calls import METHODS
+from tests.security.clients import BODIES, OWN_NAMES, Clients, leaks
 from tests.security.furnished import CANARY, Furnished, asked
 from tests.security.pages import Operation, filled, operations
 from tests.security.rights import RIGHTS
@@ -29,18 +27,6 @@ from tooling.testing.platform import Platform
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
-# Bodies that the code accepts, for pages without such an example.
-BODIES: Mapping[str, Any] = {
-    "PATCH /api/v1/members/{id}": {"role": "viewer"},
-    "PUT /api/v1/documents/{document_id}": {"url": "http://127.0.0.1:9/"},
-    "POST /api/v1/agents/{agent_id}/sessions/{key}/messages": {"text": "Hello"},
-    "POST /internal/agents/{agent_id}/completions": {"text": "Hello"},
-}
-# Route → why it does not answer 404 for the id of another tenant's thing.
-OWN_NAMES = {
-    "POST /api/v1/subjects/{id}/erase": "the ids of persons belong to each tenant; an unknown one is erased in advance",
-    "GET /api/v1/traces/{trace_id}": "a trace has parts of several tenants, and each sees its own part",
-}
 # A parameter of a query → the thing that it names.
 QUERIES = {
     "agent_id": "agents",
@@ -49,39 +35,6 @@ QUERIES = {
     "session_key": "sessions",
     "usage_id": "verdicts",
 }
-
-
-class Clients:
-    """Requests to each service, a few at a time."""
-
-    def __init__(self, system: Platform, http: Mapping[str, httpx.AsyncClient]) -> None:
-        self._system = system
-        self._http = http
-        self._few = asyncio.Semaphore(8)
-
-    async def call(
-        self, op: Operation, path: str, who: tuple[str, tuple[str, ...]] | None, body: Any = None, **params: str
-    ) -> httpx.Response:
-        """who: the tenant and the scopes; None: a request without an identity."""
-        headers = self._system.headers(who[0], scopes=who[1], actor=f"api_key:{uuid4()}") if who else {}
-        async with self._few:
-            json = {} if body is None and op.body is not None else body
-            return await self._http[op.service].request(op.method, path, headers=headers, json=json, params=params)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="package")
-async def routes(system: Platform) -> list[Operation]:
-    hidden = [
-        Operation(route.callee, route.method, route.path, (route.scope,), (), None, {})
-        for route in ROUTES
-        if route.path.startswith("/internal/")
-    ]
-    return [*await operations(system), *hidden]
-
-
-@pytest.fixture(scope="module")
-def clients(system: Platform, http: dict[str, httpx.AsyncClient]) -> Clients:
-    return Clients(system, http)
 
 
 @pytest_asyncio.fixture(loop_scope="package")
@@ -212,7 +165,3 @@ async def test_only_the_listed_callers_may_call_a_grpc_method(system: Platform, 
                 if refused == listed or (not listed and code != wanted):
                     problems.append(f"{method}: caller {caller!r} for {behalf!r}: {code}")
     assert problems == [], "\n".join(problems)
-
-
-def leaks(text: str, *secrets: str) -> bool:
-    return any(secret.casefold() in text.casefold() for secret in secrets)

@@ -1,0 +1,113 @@
+"""Many tenants with words of their own, and calls of any route as any kind of client, for the things of any tenant.
+
+Here a small sample. On demand, about half an hour:
+``CLAW_RIGHTS_TENANTS=500 CLAW_RIGHTS_CALLS=100000 ./claw test tests/security/test_campaign.py``
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+
+from infra.security.auth import SCOPES
+from infra.service.api import OPERATOR
+from tests.security.clients import BODIES, OWN_NAMES, Clients
+from tests.security.furnished import Furnished, furnish
+from tests.security.pages import Operation, filled
+from tooling.testing.platform import Platform
+
+TENANTS = int(os.environ.get("CLAW_RIGHTS_TENANTS", "3"))
+CALLS = int(os.environ.get("CLAW_RIGHTS_CALLS", "400"))
+SEED = int(os.environ.get("CLAW_RIGHTS_SEED", "1"))
+pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(300 + 10 * TENANTS + CALLS // 20)]
+
+WORD = "Schilfrohrsaenger"
+_WORDS = re.compile(rf"{WORD}\d{{6}}", re.IGNORECASE)
+# The client without a token, the one without scopes, one of each scope, one with all, and the operator.
+KINDS: dict[str, tuple[str, ...] | None] = {
+    "no token": None,
+    "no scope": (),
+    **{scope: (scope,) for scope in SCOPES},
+    "all scopes": SCOPES,
+    OPERATOR: SCOPES,
+}
+
+
+def word(n: int) -> str:
+    return f"{WORD}{n:06}"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
+async def aviary(system: Platform) -> list[Furnished]:
+    few = asyncio.Semaphore(6)
+
+    async def one(n: int) -> Furnished:
+        async with few:
+            return await furnish(system, word(n))
+
+    return list(await asyncio.gather(*map(one, range(TENANTS))))
+
+
+async def test_no_client_gets_in_without_a_right_or_sees_the_words_of_another_tenant(
+    routes: list[Operation], clients: Clients, aviary: list[Furnished]
+) -> None:
+    chance = random.Random(SEED)
+
+    async def wrong(op: Operation, kind: str, caller: int, target: int) -> str | None:
+        scopes = KINDS[kind]
+        who = None if scopes is None else ("" if kind == OPERATOR else aviary[caller].id, scopes)
+        path, body = request(op, aviary[target], own=caller == target)
+        answer = await clients.call(op, path, who, body)
+        status = answer.status_code
+        if problem := unexpected(op, kind, status, foreign=caller != target and "{" in op.path):
+            return f"{op} as {kind}, {caller} → {target}: {problem}: {status} {answer.text[:200]}"
+        strange = {found.casefold() for found in _WORDS.findall(answer.text)} - {word(caller).casefold()}
+        if strange and kind != OPERATOR:
+            return f"{op} as {kind}, {caller} → {target}: shows {strange}"
+        return None
+
+    def drawn() -> tuple[Operation, str, int, int]:
+        while True:
+            op, kind = chance.choice(routes), chance.choice(list(KINDS))
+            # The operator changes things of the whole platform, which other tests look at.
+            if kind != OPERATOR or op.method == "GET" or OPERATOR not in op.rights:
+                caller = chance.randrange(TENANTS)
+                return op, kind, caller, chance.choice((caller, chance.randrange(TENANTS)))
+
+    for begin in range(0, CALLS, 1000):
+        some = [wrong(*drawn()) for _ in range(min(1000, CALLS - begin))]
+        problems = [line for line in await asyncio.gather(*some) if line]
+        assert problems == [], "\n".join(problems)
+
+
+def request(op: Operation, target: Furnished, *, own: bool) -> tuple[str, Any]:
+    """Path and body. Nothing that exists is changed: own things are only read, and a new thing has a bad body."""
+    if "{" not in op.path:
+        return op.path, None
+    if own and op.method != "GET":
+        return re.sub(r"\{[^}]+\}", lambda _: str(uuid4()), op.path), BODIES.get(op.name, op.example())
+    return filled(op.path, target.things), BODIES.get(op.name, op.example())
+
+
+def unexpected(op: Operation, kind: str, status: int, *, foreign: bool) -> str | None:
+    """The fault of the status; None if it has none."""
+    held = {kind} if kind != "all scopes" else set(SCOPES)
+    if op.rights and not held & set(op.rights):
+        wanted = 401 if kind == "no token" else 403
+        return None if status == wanted else f"must be {wanted}"
+    if status >= 500:
+        return "an error of the service"
+    if not op.rights:
+        return None
+    if status in (401, 403):
+        return "must be let in"
+    if foreign and kind != OPERATOR and op.name not in OWN_NAMES and status != 404:
+        return "must not be found"
+    return None
