@@ -33,6 +33,11 @@ class Passwords:
     worker: str
 
 
+def known_kernel_steps() -> list[str]:
+    """The names of the steps that make the kernel's tables, as the table kernel_step has them."""
+    return [step.name for step in _KERNEL]
+
+
 def role_url(admin_url: str, service: str, role: str, password: str) -> str:
     """The URL of a service's role (``owner``, ``request`` or ``worker``) on the server and database of `admin_url`."""
     url = make_url(admin_url).set(username=f"{service}_{role}", password=password)
@@ -54,7 +59,20 @@ async def prepare_database(admin_url: str, services: Mapping[str, Passwords]) ->
                 # Two `up` at once would both create the role and one would fail.
                 await sql(connection, "SELECT pg_advisory_xact_lock($1)", _PREPARE_LOCK)
                 await _prepare_roles(connection, admin_url, service, passwords)
+                await _prepare_schema(connection, service)
                 await _prepare_kernel(connection, service)
+    finally:
+        await engine.dispose()
+
+
+async def prepare_roles(admin_url: str, services: Mapping[str, Passwords]) -> None:
+    """Makes the roles of each service only, for a database whose schemas are restored from a dump."""
+    engine = create_engine(admin_url, pool_size=1, name="prepare")
+    try:
+        for service, passwords in services.items():
+            async with engine.begin() as connection:
+                await sql(connection, "SELECT pg_advisory_xact_lock($1)", _PREPARE_LOCK)
+                await _prepare_roles(connection, admin_url, service, passwords)
     finally:
         await engine.dispose()
 
@@ -98,6 +116,9 @@ async def _prepare_roles(connection: AsyncConnection, admin_url: str, service: s
         [(literal,)] = await sql(connection, "SELECT quote_literal($1::text)", password)
         await sql(connection, f'ALTER ROLE "{name}" PASSWORD {literal}')
         await sql(connection, f'ALTER ROLE "{name}" SET search_path = "{service}", public')
+
+
+async def _prepare_schema(connection: AsyncConnection, service: str) -> None:
     await sql(connection, f'CREATE SCHEMA IF NOT EXISTS "{service}" AUTHORIZATION "{service}_owner"')
     for role in ("request", "worker"):
         await sql(connection, f'GRANT USAGE ON SCHEMA "{service}" TO "{service}_{role}"')

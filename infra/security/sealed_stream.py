@@ -30,7 +30,7 @@ HEADER_BYTES = len(_MAGIC) + 1 + _ID_BYTES + _SALT_BYTES
 
 
 class SealedWriter:
-    """Seals what is written to it into `file`. Keeps one chunk in memory. Nothing can be read before `close`."""
+    """Seals the bytes that are written to it, into `file`, with one chunk in memory. Unreadable before `close`."""
 
     def __init__(self, file: IO[bytes], key: bytes) -> None:
         """`key`: 32 bytes; every stream under it has a key of its own."""

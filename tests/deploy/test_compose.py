@@ -96,7 +96,7 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
         ("metadata", {"etcd", "milvus"}),
         ("vectors", {"agent", "channel", "memory", "milvus", "minio", "minio-users"}),
         # Not the network of Milvus.
-        ("audit", {"log_aggregator", "minio"}),
+        ("audit", {"log_aggregator", "minio", "backup"}),
         ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana", "kibana-objects"}),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_service_has_its_own_private_key_only() -> None:
         assert own["CLAW_PRIVATE_KEY_FILE"] == str(private_file(Path("/keys"), "own"))
         assert own["CLAW_MASTER_KEY_FILE"] == str(master_file(Path("/keys"), "own"))
         assert own["CLAW_PUBLIC_KEYS_FILE"] == str(public_file(Path("/keys")))
-    others = [name for name in CONTAINERS if name not in (*SERVICES, "provision")]
+    others = [name for name in CONTAINERS if name not in (*SERVICES, "provision", "backup")]
     assert not [name for name in others if "keys_" in json.dumps(CONTAINERS[name].get("volumes", []))]
 
 

@@ -34,6 +34,8 @@ COMMANDS = (
     "run",
     "bench",
     "prove",
+    "backup",
+    "restore",
 )
 # These commands act on processes and files of the stack, which belong to the user `clawbus` if root starts it.
 _OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo", "rotate")

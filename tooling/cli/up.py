@@ -18,7 +18,7 @@ from rich.console import Console
 from infra.errors import describe
 from tooling.stack.engines import CREDENTIALS, ENGINES
 from tooling.stack.engines.base import Engine, EngineError, Place
-from tooling.stack.home import Home, home_folder
+from tooling.stack.home import UNFINISHED, Home, home_folder
 from tooling.stack.machine import check_access, check_machine
 from tooling.stack.ports import check_ports
 from tooling.stack.services import parts
@@ -40,6 +40,11 @@ def up(only: Annotated[str, typer.Option(help="The parts to start, separated by 
             raise EngineError(f"--only: {name!r} must be one of {', '.join(known)}")
     home = Home(home_folder())
     check_access(home.path)
+    if not only and (home.path / UNFINISHED).exists():
+        raise EngineError(
+            f"{home.path}: a restore was interrupted. Start it again (./claw restore FILE), or delete the stack: "
+            "./claw down --wipe"
+        )
     place = home.place()
     # The clients would log every refused connection, which is normal while an engine starts.
     logging.disable()

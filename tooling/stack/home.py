@@ -14,6 +14,8 @@ from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomic
 
 # The state folders of root's stacks whose checkouts are closed to other users.
 STATE = Path("/var/lib/clawbus")
+# This file lies in a state folder as long as a restore into it is not complete.
+UNFINISHED = "restore.unfinished"
 # The usual port of each listener of each service.
 SERVICE_PORTS = {
     "user": 8001,

@@ -31,6 +31,9 @@ SECRETS = frozenset(
     )
 )
 
+# In the state folder.
+KEYS_FOLDER = "keys"
+
 
 class LocalService:
     """A service behind the same protocol as an engine."""
@@ -108,7 +111,7 @@ class LocalService:
 
 def keys_folder(place: Place) -> Path:
     """The folder of the services' key pairs."""
-    return place.home / "keys"
+    return place.home / KEYS_FOLDER
 
 
 def parts() -> dict[str, Engine]:

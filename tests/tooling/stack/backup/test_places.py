@@ -1,0 +1,167 @@
+"""The places that keep backups, and the objects of the store in a backup."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from minio import Minio
+
+from infra.clock import utcnow
+from tests.tooling.stack.backup.conftest import AT
+from tooling.cli.backup import _expire
+from tooling.stack.backup import objects, targets
+from tooling.stack.backup.targets import Folder, Target, file_name, made_at, opened, reaching, target
+from tooling.stack.engines.base import EngineError
+from tooling.testing.stack import running_stack
+
+CONTENT = os.urandom(12_000_000)
+
+
+@pytest.fixture(scope="module")
+def access() -> Iterator[dict[str, Any]]:
+    with running_stack(("s3",)) as stack:
+        yield stack.engines["s3"]
+
+
+@pytest.fixture(scope="module")
+def store(access: dict[str, Any]) -> Minio:
+    return objects.client(**access)
+
+
+@pytest.fixture
+def bucket() -> str:
+    return f"b-{uuid4().hex}"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, access: dict[str, Any], bucket: str) -> Target:
+    return target(str(tmp_path / "new") if request.param == "folder" else f"s3://{bucket}/daily", access)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch, access: dict[str, Any]) -> None:
+    monkeypatch.setattr(targets, "_PART_BYTES", 5 * 1024 * 1024)
+    monkeypatch.setattr(objects, "_UPLOAD_BYTES", 5 * 1024 * 1024)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", access["endpoint"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", access["access_key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", access["secret_key"])
+
+
+def put(place: Target, name: str, content: bytes = b"x") -> None:
+    with place.new(name) as file:
+        for start in range(0, len(content), 700_000):
+            file.write(content[start : start + 700_000])
+
+
+@pytest.mark.parametrize("content", [CONTENT, b"short"])
+def test_a_backup_is_read_as_it_was_written(place: Target, content: bytes) -> None:
+    put(place, "one", content)
+    assert place.names() == ["one"]
+    with opened(place.where("one")) as file:
+        assert hashlib.sha256(file.read()).digest() == hashlib.sha256(content).digest()
+
+
+@pytest.mark.parametrize("size", [1000, 12_000_000])
+def test_a_backup_that_was_not_completed_does_not_appear(place: Target, size: int) -> None:
+    put(place, "older")
+    with pytest.raises(EngineError, match="pg_dump"), place.new("one") as file:
+        file.write(CONTENT[:size])
+        raise EngineError("pg_dump failed")
+    assert place.names() == ["older"]
+
+
+def test_a_folder_of_backups_belongs_to_its_owner_only(tmp_path: Path) -> None:
+    put(Folder(tmp_path / "new"), "one")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o600
+
+
+def test_older_backups_are_removed_and_nothing_else(place: Target) -> None:
+    now = utcnow()
+    names = [file_name(now - timedelta(days=days)) for days in (40, 31, 29, 0)]
+    for name in [*names, "other.backup", "clawbus-20200101T000000Z.backup.old"]:
+        put(place, name)
+    assert _expire(place, names[-1], 30) == sorted(names[:2])
+    assert sorted(place.names()) == sorted([*names[2:], "other.backup", "clawbus-20200101T000000Z.backup.old"])
+
+
+def test_the_newest_backup_stays_also_if_the_clock_was_wrong(tmp_path: Path) -> None:
+    place = Folder(tmp_path)
+    put(place, file_name(AT.replace(year=2000)))
+    assert _expire(place, file_name(AT.replace(year=2000)), 1) == []
+
+
+def test_a_name_tells_the_moment() -> None:
+    assert file_name(AT) == "clawbus-20261130T120000Z.backup"
+    assert made_at(file_name(AT)) == AT
+
+
+@pytest.mark.parametrize(("where", "reason"), [("/nowhere/x", "is not a file"), ("s3:///x", "s3://bucket/prefix")])
+def test_a_place_that_cannot_be_read_is_named(where: str, reason: str) -> None:
+    with pytest.raises(EngineError, match=reason), opened(where):
+        pass
+
+
+def test_an_object_store_without_access_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match=f"s3://{bucket}/x: the object store refused"), opened(f"s3://{bucket}/x"):
+        pass
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    refused = pytest.raises(EngineError, match="the object store refused")
+    with refused, reaching("s3"), target(f"s3://{bucket}", {}).new("x") as file:
+        file.write(b"x")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(EngineError, match="AWS_ACCESS_KEY_ID"), opened(f"s3://{bucket}/x"):
+        pass
+
+
+def test_objects_are_restored_with_type_and_metadata(store: Minio, bucket: str) -> None:
+    other = f"{bucket}-2"
+    store.make_bucket(bucket)
+    contents = {"u1/documents/größe 1.txt": CONTENT, "u1/avatars/a.png": b"png", "u2/empty": b""}
+    for name, content in contents.items():
+        metadata: Any = {"user-id": "u1", "checksum": hashlib.sha256(content).hexdigest()}
+        store.put_object(bucket, name, io.BytesIO(content), len(content), "image/png", metadata)
+    counted: list[None] = []
+    exported = list(objects.export(store, bucket, lambda: counted.append(None)))
+    assert max(map(len, exported)) <= 1024 * 1024
+    assert objects.restore(store, other, iter(exported)) == len(contents) == len(counted)
+    for name, content in contents.items():
+        answer = store.get_object(other, name)
+        assert answer.data == content
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["x-amz-meta-user-id"] == "u1"
+        assert answer.headers["x-amz-meta-checksum"] == hashlib.sha256(content).hexdigest()
+        answer.release_conn()
+
+
+def test_an_object_that_is_deleted_meanwhile_is_left_out(store: Minio, bucket: str) -> None:
+    store.make_bucket(bucket)
+    for name in ("a", "b", "c"):
+        store.put_object(bucket, name, io.BytesIO(b"x"), 1)
+    pieces = []
+    for piece in objects.export(store, bucket, lambda: None):
+        pieces.append(piece)
+        store.remove_object(bucket, "b")
+    assert objects.restore(store, f"{bucket}-2", iter(pieces)) == 2
+
+
+def test_a_bucket_that_does_not_exist_is_an_empty_part(store: Minio, bucket: str) -> None:
+    assert list(objects.export(store, bucket, lambda: None)) == []
+    assert objects.restore(store, bucket, iter([])) == 0
+    assert not store.bucket_exists(bucket)
+
+
+def test_a_part_that_ends_in_an_object_is_refused(store: Minio, bucket: str) -> None:
+    store.make_bucket(bucket)
+    store.put_object(bucket, "a", io.BytesIO(b"abc"), 3)
+    whole = b"".join(objects.export(store, bucket, lambda: None))
+    with pytest.raises(EngineError, match="middle of an object"):
+        objects.restore(store, f"{bucket}-2", iter([whole[:-1]]))

@@ -1,0 +1,143 @@
+"""``./claw backup``: one sealed file with everything that a stack needs to begin again on another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from typing import IO, Annotated, Any, cast
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+from infra.clock import utcnow
+from infra.security.audit import audit
+from tooling.stack import operator
+from tooling.stack.backup import take
+from tooling.stack.backup.keyfile import backup_key, key_path
+from tooling.stack.backup.parts import BackupWriter, Manifest
+from tooling.stack.backup.targets import Target, file_name, made_at, reaching, target
+from tooling.stack.checkout import CHECKOUT
+from tooling.stack.engines.base import EngineError
+from tooling.stack.home import home_folder
+
+out = Console(highlight=False)
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """A new backup, as `backup --json` prints it."""
+
+    file: str
+    """Path or URL."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the whole file."""
+    key_file: str
+    seconds: float
+    removed: list[str]
+    """Older backups that were removed."""
+    manifest: Manifest
+
+
+def backup(
+    to: Annotated[
+        str, typer.Option(help="A folder, or s3://bucket/prefix. Default: a folder beside the state folder.")
+    ] = "",
+    keep_days: Annotated[
+        int, typer.Option(min=0, help="Then remove the backups there that are older. 0: remove none.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write a backup of the running stack into one sealed file. Its key lies in a file of its own."""
+    began = time.monotonic()
+    found = take.source()
+    key = backup_key()
+    place = target(to or f"{home_folder()}-backups", found.s3)
+    name = file_name(utcnow())
+    where = place.where(name)
+    with reaching(where):
+        with progress() as bars, place.new(name) as file:
+            counted = _Counted(file, where)
+            manifest = operator.run(_take(found, BackupWriter(cast(IO[bytes], counted), key), where, bars))
+        removed = _expire(place, name, keep_days) if keep_days else []
+    seconds = round(time.monotonic() - began, 1)
+    taken = Taken(where, counted.size, counted.digest.hexdigest(), str(key_path()), seconds, removed, manifest)
+    if as_json:
+        print(msgspec.json.encode(taken).decode())  # noqa: T201
+        return
+    count = sum(manifest.objects.values())
+    size, at = f"{counted.size / 1e6:.1f} MB", f"{manifest.at:%Y-%m-%d %H:%M:%S} UTC"
+    out.print(f"{where}: {size}, the state of {at}, {count} files", soft_wrap=True)
+    out.print(f"The key is in {key_path()}, and not in the backup. Keep a copy on another machine.", soft_wrap=True)
+    if removed:
+        out.print(f"Removed {len(removed)} older backups.")
+
+
+async def _take(found: take.Source, writer: BackupWriter, where: str, bars: Progress) -> Manifest:
+    async with operator.database(found.database_url, "log_aggregator") as database, database.begin() as tx:
+        audit(tx, operator.actor(), "stack.backup", "backup", where)
+    engines = {}
+    if found.home:
+        parts = json.loads(claw("status", "--json", stdout=subprocess.PIPE).stdout or "[]")
+        engines = {part["name"]: part["version"] for part in parts if part["kind"] == "engine"}
+    return await take.take(found, writer, engines, teller(bars))
+
+
+def _expire(place: Target, newest: str, keep_days: int) -> list[str]:
+    """Removes the older backups, after a new one is complete. Returns their names."""
+    limit = utcnow() - timedelta(days=keep_days)
+    old = [name for name in place.names() if name != newest and (at := made_at(name)) and at < limit]
+    for name in sorted(old):
+        place.remove(name)
+    return sorted(old)
+
+
+class _Counted:
+    """A file that counts and digests the bytes that are written to it. Errors name `where`."""
+
+    def __init__(self, file: IO[bytes], where: str) -> None:
+        self._file = file
+        self._where = where
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> None:
+        try:
+            self._file.write(content)
+        except OSError as error:
+            # Otherwise it would pass for an error of the database.
+            raise EngineError(f"{self._where}: cannot be written ({error.strerror})") from error
+        self.size += len(content)
+        self.digest.update(content)
+
+
+def progress() -> Progress:
+    """A line on the terminal for each part."""
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def teller(bars: Progress) -> take.Tell:
+    """A function that moves the line of a part forward."""
+    tasks = {}
+
+    def tell(part: str, size: int) -> None:
+        if part not in tasks:
+            tasks[part] = bars.add_task(part, total=None)
+        bars.advance(tasks[part], size)
+
+    return tell
+
+
+def claw(*arguments: str, stdout: Any) -> subprocess.CompletedProcess[str]:
+    """Runs another command of `./claw`. Root's becomes the stack's user; this one stays root, to reach the backups."""
+    command = [sys.executable, "-m", "tooling.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    return subprocess.run(command, env=environment, stdout=stdout, text=True, check=False)

@@ -1,0 +1,227 @@
+"""The places that keep backups: a folder, or a bucket of an object store (``s3://bucket/prefix``)."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+from urllib.parse import urlsplit
+
+import urllib3
+from minio import Minio
+from minio.error import S3Error, ServerError
+
+from tooling.stack.backup import objects
+from tooling.stack.engines.base import EngineError
+
+_NAME = re.compile(r"clawbus-(\d{8}T\d{6}Z)\.backup")
+# An upload keeps one part in memory. 10,000 parts of an object make backups up to 320 GB possible.
+_PART_BYTES = 32 * 1024 * 1024
+
+
+def file_name(at: datetime) -> str:
+    """The name of the backup of that moment."""
+    return f"clawbus-{at.astimezone(UTC):%Y%m%dT%H%M%SZ}.backup"
+
+
+def made_at(name: str) -> datetime | None:
+    """The moment in a backup's name. None for any other name."""
+    found = _NAME.fullmatch(name)
+    return datetime.strptime(f"{found[1]}+0000", "%Y%m%dT%H%M%SZ%z") if found else None
+
+
+class Target(Protocol):
+    """A place that keeps backups by their names."""
+
+    def new(self, name: str) -> Any:
+        """A context manager with a file to write to. The backup appears if the block ends without an error."""
+
+    def names(self) -> list[str]: ...
+
+    def remove(self, name: str) -> None: ...
+
+    def where(self, name: str) -> str:
+        """The path or URL of a backup."""
+
+
+class Folder:
+    """A folder of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def new(self, name: str) -> Iterator[IO[bytes]]:
+        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished = self._path / f"{name}.unfinished"
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(self._path / name)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def names(self) -> list[str]:
+        return [path.name for path in self._path.iterdir()]
+
+    def remove(self, name: str) -> None:
+        (self._path / name).unlink()
+
+    def where(self, name: str) -> str:
+        return str(self._path / name)
+
+
+class Bucket:
+    """A bucket of an object store, or a part of it."""
+
+    def __init__(self, store: Minio, bucket: str, prefix: str) -> None:
+        self._store = store
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+    @contextmanager
+    def new(self, name: str) -> Iterator[IO[bytes]]:
+        if not self._store.bucket_exists(self._bucket):
+            self._store.make_bucket(self._bucket)
+        upload = _Upload(self._store, self._bucket, self._prefix + name)
+        try:
+            yield cast(IO[bytes], upload)
+        except BaseException:
+            upload.abort()
+            raise
+        upload.complete()
+
+    def names(self) -> list[str]:
+        listed = self._store.list_objects(self._bucket, self._prefix)
+        return [str(found.object_name).removeprefix(self._prefix) for found in listed]
+
+    def remove(self, name: str) -> None:
+        self._store.remove_object(self._bucket, self._prefix + name)
+
+    def where(self, name: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{name}"
+
+
+class _Upload:
+    """Writes to an object whose length is not known. A thread reads the other end of a pipe."""
+
+    def __init__(self, store: Minio, bucket: str, key: str) -> None:
+        reading, writing = os.pipe()
+        self._writing = os.fdopen(writing, "wb", buffering=0)
+        self._reading = os.fdopen(reading, "rb", buffering=0)
+        self._aborted = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(store, bucket, key))
+        self._thread.start()
+
+    def write(self, content: bytes) -> None:
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[self._writing.write(view) :]
+        except BrokenPipeError:
+            # The upload has failed and closed its end; `complete` raises its error.
+            self.complete()
+
+    def complete(self) -> None:
+        self._writing.close()
+        self._thread.join()
+        if self._error:
+            raise self._error
+
+    def abort(self) -> None:
+        # The end of the pipe alone would complete the object.
+        self._aborted = True
+        self._writing.close()
+        self._thread.join()
+
+    def read(self, size: int) -> bytes:
+        """For the client, in the thread."""
+        piece = self._reading.read(size) or b""
+        if not piece and self._aborted:
+            raise EngineError("the backup was not completed")
+        return piece
+
+    def _run(self, store: Minio, bucket: str, key: str) -> None:
+        try:
+            store.put_object(
+                bucket,
+                key,
+                self,  # type: ignore[arg-type]  # typed as a class, and it only reads
+                -1,
+                part_size=_PART_BYTES,
+                num_parallel_uploads=1,
+            )
+        except Exception as error:
+            # For the thread that writes.
+            self._error = error
+        finally:
+            self._reading.close()
+
+
+def target(to: str, own: dict[str, str]) -> Target:
+    """`to`: a folder or ``s3://bucket/prefix``. `own`: the access to the stack's own object store."""
+    if not to.startswith("s3://"):
+        return Folder(Path(to).absolute())
+    bucket, prefix = _s3(to)
+    return Bucket(_store(own), bucket, prefix)
+
+
+@contextmanager
+def opened(where: str) -> Iterator[IO[bytes]]:
+    """A backup to read: a file or ``s3://bucket/key``. Raises EngineError if it cannot be read."""
+    if not where.startswith("s3://"):
+        if not Path(where).is_file():
+            raise EngineError(f"{where}: is not a file")
+        with Path(where).open("rb") as file:
+            yield file
+        return
+    bucket, key = _s3(where)
+    with reaching(where):
+        answer = _store({}).get_object(bucket, key)
+        try:
+            yield cast(IO[bytes], answer)
+        finally:
+            answer.close()
+            answer.release_conn()
+
+
+@contextmanager
+def reaching(what: str) -> Iterator[None]:
+    """Turns the errors of an object store into an EngineError that names `what`."""
+    try:
+        yield
+    except S3Error as error:
+        raise EngineError(f"{what}: the object store refused ({error.code}: {error.message})") from error
+    except (urllib3.exceptions.HTTPError, ServerError) as error:
+        raise EngineError(f"{what}: the object store does not answer ({type(error).__name__})") from error
+
+
+def _s3(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise EngineError(f"{url}: must have the form s3://bucket/prefix")
+    return parts.netloc, parts.path.removeprefix("/")
+
+
+def _store(own: dict[str, str]) -> Minio:
+    """The store that the usual variables of S3 clients name, or else the stack's own one."""
+    if access_key := os.environ.get("AWS_ACCESS_KEY_ID"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        secret_key = os.environ.get("AWS_SECRET_ACCESS_KEY", "")
+        return objects.client(endpoint or "https://s3.amazonaws.com", access_key, secret_key, region)
+    if own:
+        return objects.client(own["endpoint"], own["access_key"], own["secret_key"])
+    raise EngineError(
+        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, unless it is Amazon's, AWS_ENDPOINT_URL must be set for s3://"
+    )
