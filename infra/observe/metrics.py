@@ -80,8 +80,12 @@ class Metrics:
         self.parked_keys = gauge(
             "claw_parked_keys", "Keys with records that wait behind a failed one", "consumer", "topic"
         )
-        self.replay_progress = gauge(
-            "claw_replay_progress_ratio", "Finished part of a projection's replay, 0 to 1", "projection"
+        # Of the last verification; 0 if it was repaired. The time is shown if the nightly verification is on.
+        self.read_model_different_rows = gauge(
+            "claw_read_model_different_rows", "Rows of a read model that differ from their source", "model"
+        )
+        self.read_model_verified = gauge(
+            "claw_read_model_verified_timestamp_seconds", "When a read model was last verified, 0: never", "model"
         )
 
         # Lanes. Outcome: done, expired, waiting (its turn has not come), retried (after a fault), dead, lost (another

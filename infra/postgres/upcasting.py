@@ -27,6 +27,10 @@ class EventTypes:
                 if (name, version) not in self._upcasters:
                     raise ValueError(f"{name}: no upcaster from version {version} to {version + 1}")
 
+    def current(self) -> list[type[Any]]:
+        """The event classes. Their older versions are 1 up to before ``SCHEMA_VERSION``."""
+        return list(self._types.values())
+
     def decode(self, name: str, version: int, data: bytes) -> Any:
         """The current form of a stored event.
 

@@ -1,19 +1,23 @@
-"""Maintenance in every service process: gauges every few seconds, pruning of the kernel's tables every minute."""
+"""Maintenance in every service process: gauges every few seconds, pruning of the kernel's tables every minute, and once
+a day, if it is set, the verification of the service's read models."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
 
 from infra.bus import outbox
-from infra.clock import wait_at_most
-from infra.errors import describe
+from infra.clock import utcnow, wait_at_most
+from infra.errors import Conflict, describe
 from infra.lanes import lane
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres import dead_letters, inbox
+from infra.postgres.read_models import ReadModel
 from infra.postgres.tx import Database, Tx
 from infra.security.reads import prune_reads
+from infra.service import verification
 from infra.service.redrive import discard_expired
 
 OBSERVE_SECONDS = 5.0
@@ -23,11 +27,23 @@ _log = get_logger("infra.service.maintenance")
 
 
 class Maintenance:
-    """Runs until stopped. Several processes of a service may run it at the same time."""
+    """Runs until stopped. Several processes of a service may run it at the same time.
 
-    def __init__(self, database: Database, metrics: Metrics) -> None:
+    verify_at: the hour (UTC) from which `models` are verified, once a day; None: never.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        metrics: Metrics,
+        models: Sequence[ReadModel] = (),
+        verify_at: int | None = None,
+    ) -> None:
         self._database = database
         self._metrics = metrics
+        self._models = models
+        self._verify_at = verify_at
+        self._verifying: asyncio.Task[None] | None = None
         self._kinds: set[str] = set()
         self._stopping = asyncio.Event()
 
@@ -45,14 +61,40 @@ class Maintenance:
                         await work(tx)
                 except Exception as error:
                     _log.warning("maintenance failed; will retry", work=work.__name__, error=describe(error))
+            if self._verify_at is not None and (self._verifying is None or self._verifying.done()):
+                # Beside this loop: it may take hours, and the gauges must go on.
+                self._verifying = asyncio.create_task(self._verify(self._verify_at))
             ticks += 1
             await wait_at_most(OBSERVE_SECONDS, self._stopping)
+        if self._verifying:
+            await self._verifying
+
+    async def _verify(self, hour: int) -> None:
+        """Verifies the read models that were not verified since the hour last began."""
+        for model in self._models:
+            try:
+                async with self._database.begin() as tx:
+                    known = (await verification.last(await tx.connection())).get(model.name)
+                if known and known.verified_at and known.verified_at >= last_time(hour, utcnow()):
+                    continue
+                found = await verification.verify(
+                    self._database.engine, self._database.service, model, stopping=self._stopping
+                )
+            except Conflict:
+                return  # Another process of the service is verifying them.
+            except Exception as error:
+                _log.warning("could not verify a read model; will retry", model=model.name, error=describe(error))
+                return
+            if found.left:
+                first = ", ".join(f"{one.key} ({one.what})" for one in found.differences[:5])
+                _log.error("a read model differs from its source", model=model.name, rows=found.left, first=first)
 
     async def _observe(self, tx: Tx) -> None:
         pending = await outbox.pending_by_destination(await tx.connection())
         parked = await dead_letters.count_parked(await tx.connection())
         letters = await dead_letters.count_open(await tx.connection())
         waiting = await lane.waiting(tx)
+        verified = await verification.last(await tx.connection())
         metrics = self._metrics
         for gauge in (
             metrics.outbox_depth,
@@ -68,6 +110,13 @@ class Maintenance:
             metrics.lane_depth.labels(kind).set(depth)
             metrics.lane_oldest_seconds.labels(kind).set(oldest)
         self._kinds |= waiting.keys()
+        for model in self._models:
+            name, known = f"{self._database.service}.{model.name}", verified.get(model.name)
+            if known and known.different is not None:
+                metrics.read_model_different_rows.labels(name).set(known.different)
+            if self._verify_at is not None:
+                at = known.verified_at.timestamp() if known and known.verified_at else 0
+                metrics.read_model_verified.labels(name).set(at)
         for labels, (depth, oldest) in pending.items():
             metrics.outbox_depth.labels(*labels).set(depth)
             metrics.outbox_oldest_seconds.labels(*labels).set(oldest)
@@ -76,6 +125,12 @@ class Maintenance:
         for consumer, (count, oldest) in letters.items():
             metrics.dead_letters_open.labels(consumer).set(count)
             metrics.dead_letter_oldest_seconds.labels(consumer).set(oldest)
+
+
+def last_time(hour: int, now: datetime) -> datetime:
+    """The latest beginning of this hour (UTC)."""
+    today = now.replace(hour=hour, minute=0, second=0, microsecond=0)
+    return today if today <= now else today - timedelta(days=1)
 
 
 async def prune_inbox(tx: Tx) -> None:

@@ -22,11 +22,12 @@ from infra.bus.batch import readable_id
 from infra.bus.dispatch import Decoded, decode, handle
 from infra.bus.kafka import printable_headers, topic_ids
 from infra.errors import Conflict, InvalidMessage
+from infra.failpoint import failpoint
 from infra.postgres.db import sql
 from infra.postgres.event_store import Aggregate, Stream, read_all
 from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Tx, publications
-from infra.service.shadow_tables import Comparison, ShadowTables
+from infra.service.shadow_tables import Comparison, Reached, ShadowTables
 from protos.envelope import Message
 from protos.topology import Queue, Subscription, Topic
 
@@ -91,8 +92,13 @@ class Replay:
         # Records that were skipped because they were dead letters. They are applied at the end if redriven since.
         self._skipped: list[Any] = []
 
-    async def from_kafka(self, bootstrap: str, *, prefix: str = "", switch_unequal: bool = False) -> Rebuilt:
-        """Rebuilds from the topic's log. Raises Conflict if the log has lost its first records."""
+    async def from_kafka(
+        self, bootstrap: str, *, prefix: str = "", switch_unequal: bool = False, restart: bool = False
+    ) -> Rebuilt:
+        """Rebuilds from the topic's log. An interrupted replay goes on, unless `restart` is set.
+
+        Raises Conflict if the log has lost its first records.
+        """
         topic = prefix + self._topic.name
         # No reset: records that retention deletes while they are read must end the replay, not be passed over.
         consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="none")
@@ -109,8 +115,8 @@ class Replay:
             if any(begin.values()):
                 raise Conflict(f"topic {topic} no longer holds its first records; {INSTEAD}")
             async with self._alone():
-                await self._make_shadow()
                 reached = dict.fromkeys(partitions, 0)
+                await self._begin(consumer, reached, topic_id, restart=restart)
                 # Most records are read while the live consumers run; for the rest they are held.
                 await self._read_to(consumer, reached, await self._live_offsets(topic, topic_id))
                 async with self._engine.connect() as held:
@@ -188,6 +194,23 @@ class Replay:
         async with self._engine.begin() as connection:
             await self._shadow.make(connection)
 
+    async def _begin(
+        self, consumer: AIOKafkaConsumer, reached: dict[TopicPartition, int], topic_id: UUID, *, restart: bool
+    ) -> None:
+        """Makes the shadow tables, or moves `reached` to the end of an interrupted replay of the projection."""
+        name = self._subscription.name
+        async with self._engine.begin() as connection:
+            before = None if restart else await self._shadow.progress(connection, name, topic_id)
+            if before is None:
+                await self._shadow.make(connection)
+                await self._shadow.begin_progress(connection, name, topic_id)
+                return
+        for tp in reached:
+            reached[tp], skipped = before.get(tp.partition, Reached(0, []))
+            self._done += reached[tp]
+            for offset in skipped:
+                self._skipped.append(await _read_one(consumer, tp, offset))
+
     async def _live_offsets(
         self, topic: str, topic_id: UUID | None, *, lock: AsyncConnection | None = None
     ) -> dict[TopicPartition, int]:
@@ -249,6 +272,7 @@ class Replay:
         not_applied = {message_id for (message_id,) in rows}
         total = sum(targets.values())
         before, self._skipped = self._skipped, []
+        # Those that are applied now stay in the stored progress: the inbox drops them if they are read again.
         await self._apply(self._decoded(before, not_applied), total)
         for tp, target in targets.items():
             consumer.seek(tp, reached[tp])
@@ -261,8 +285,11 @@ class Replay:
                     # After the last record there may be only control records; the position shows that they were read.
                     reached[tp] = min(await consumer.position(tp), target)
                     continue
-                await self._apply(self._decoded(records, not_applied), total)
                 reached[tp] = records[-1].offset + 1
+                aside = len(self._skipped)
+                decoded = self._decoded(records, not_applied)
+                skipped = [record.offset for record in self._skipped[aside:]]
+                await self._apply(decoded, total, {tp.partition: Reached(reached[tp], skipped)})
 
     def _decoded(self, records: Sequence[Any], not_applied: set[str]) -> list[Decoded]:
         decoded = []
@@ -280,8 +307,9 @@ class Replay:
                 raise Conflict(f"{where} cannot be read by this version: {error}") from None
         return decoded
 
-    async def _apply(self, items: Sequence[Decoded], total: int) -> None:
-        if items:
+    async def _apply(self, items: Sequence[Decoded], total: int, reached: Mapping[int, Reached] | None = None) -> None:
+        """Applies the records, and stores with them how far the partitions were read."""
+        if items or reached:
             tx = _ShadowTx(self._engine, self._service, tenant_id=None, cause=None)
             try:
                 await tx.sql(f'SET LOCAL ROLE "{self._service}_owner"')
@@ -291,9 +319,12 @@ class Replay:
                 new = [item for item in items if item.id in fresh and by_id[item.id] is item]
                 if new:
                     await handle([self._subscription], new, tx)
+                await self._shadow.save_progress(await tx.connection(), reached or {})
+                failpoint("before_replayed_batch")
                 await tx.close(commit=True)
             finally:
                 await tx.close(commit=False)
+            failpoint("after_replayed_batch")
         self._done += len(items)
         self._progress(self._done, total)
 
@@ -301,6 +332,20 @@ class Replay:
         result = Rebuilt(self._done, await self._shadow.compare(held))
         if switch_unequal or all(comparison.equal for comparison in result.tables):
             await self._shadow.switch(held)
+            failpoint("before_switch")
             await held.commit()
+            failpoint("after_switch")
             result.switched = True
+        else:
+            await self._shadow.end_progress(held)
+            await held.commit()
         return result
+
+
+async def _read_one(consumer: AIOKafkaConsumer, tp: TopicPartition, offset: int) -> Any:
+    consumer.seek(tp, offset)
+    consumer.pause(*(other for other in consumer.assignment() if other != tp))
+    consumer.resume(tp)
+    while True:
+        for record in (await consumer.getmany(tp, timeout_ms=1000, max_records=1)).get(tp, []):
+            return record

@@ -34,6 +34,7 @@ from infra.outgoing.client import Outgoing
 from infra.postgres import db
 from infra.postgres.db import sql
 from infra.postgres.event_store import Aggregate
+from infra.postgres.read_models import ReadModel
 from infra.postgres.tx import Database
 from infra.security.auth import Callers, Identities
 from infra.security.crypto import Cipher
@@ -101,6 +102,7 @@ class Service:
         self.adapters: dict[str, dict[str, Callable[[Runtime], Any]]] = {}
         self.works: list[tuple[Work, dict[str, Callable[[Runtime], Any]]]] = []
         self.aggregates: list[Aggregate[Any]] = []
+        self.read_models: list[ReadModel] = []
         self.settings = settings
         self.sealed: list[SealedColumn] = list(KERNEL)
         self._routes: list[RouteFactory] = []
@@ -120,6 +122,10 @@ class Service:
     def own(self, *aggregates: Aggregate[Any]) -> None:
         """Declares the streams that this service owns; a replay publishes their facts again."""
         self.aggregates += aggregates
+
+    def project(self, *models: ReadModel) -> None:
+        """Declares the read models that the service writes with their source; they can be verified and repaired."""
+        self.read_models += models
 
     def seal(self, *columns: SealedColumn) -> None:
         """Declares the columns that the service seals under its master key; a rotation seals them again."""
@@ -239,7 +245,7 @@ class Service:
             runtime.worker.on_messages(relay.wake)
             runtime.request.on_messages(relay.wake)
             running.add(f"relay to {publisher.bus}", relay.run, relay.stop)
-        maintenance = Maintenance(runtime.worker, runtime.metrics)
+        maintenance = Maintenance(runtime.worker, runtime.metrics, self.read_models, settings.verify_read_models_at)
         running.add("maintenance", maintenance.run, maintenance.stop)
 
     async def _start_servers(

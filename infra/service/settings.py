@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     trace_ratio: float = Field(default=1.0, ge=0, le=1, validation_alias="OTEL_TRACES_SAMPLER_ARG")
     """The part of new traces that is recorded, 0 to 1. A trace that another process began follows that process."""
 
+    verify_read_models_at: int | None = Field(default=None, ge=0, le=23)
+    """The hour (UTC) from which the service verifies its read models, once a day. Without it, it does not."""
     log_level: Literal["debug", "info", "warn", "error"] = "info"
     kafka_session_ms: int = Field(default=10_000, ge=2_000)
     """After this time without a heartbeat, another reader gets the partitions of this one. Milliseconds."""

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.errors import Conflict
 from infra.postgres.db import sql
+
+SHOWN = 20
+
+
+class Reached(NamedTuple):
+    """How far a partition was replayed."""
+
+    next_offset: int
+    skipped: list[int]
+    """Offsets of records that were dead letters when they were read."""
 
 
 @dataclass
@@ -20,6 +32,8 @@ class Comparison:
     live_hash: str
     rebuilt_rows: int
     rebuilt_hash: str
+    differences: list[str] = field(default_factory=list)
+    """Keys of rows that differ, at most SHOWN."""
 
     @property
     def equal(self) -> bool:
@@ -64,13 +78,85 @@ class ShadowTables:
             f'CREATE TABLE "{self.schema}".inbox (message_id uuid, consumer text, PRIMARY KEY (message_id, consumer))',
         )
 
+    async def begin_progress(self, connection: AsyncConnection, projection: str, topic_id: UUID) -> None:
+        """From now on the progress of the replay is kept, so that an interrupted one goes on."""
+        await sql(
+            connection, f'CREATE TABLE "{self.schema}".replayed AS SELECT $1::text, $2::uuid', projection, topic_id
+        )
+        await sql(
+            connection,
+            f"""
+            CREATE TABLE "{self.schema}".progress (
+                partition int PRIMARY KEY, next_offset bigint NOT NULL, skipped bigint[] NOT NULL
+            )
+            """,
+        )
+
+    async def progress(self, connection: AsyncConnection, projection: str, topic_id: UUID) -> dict[int, Reached] | None:
+        """How far an interrupted replay of this projection came, by partition; None: there is none to go on with."""
+        replayed, progress = (f'"{self.schema}".{name}' for name in ("replayed", "progress"))
+        [(exists,)] = await sql(connection, "SELECT to_regclass($1) IS NOT NULL", replayed)
+        if not exists or await sql(connection, f"SELECT * FROM {replayed}") != [(projection, topic_id)]:
+            return None
+        rows = await sql(connection, f"SELECT partition, next_offset, skipped FROM {progress}")
+        return {partition: Reached(next_offset, skipped) for partition, next_offset, skipped in rows}
+
+    async def save_progress(self, connection: AsyncConnection, made: Mapping[int, Reached]) -> None:
+        """Adds to the progress in the transaction that applies the records. `skipped`: further ones."""
+        for partition, (next_offset, skipped) in made.items():
+            await sql(
+                connection,
+                f"""
+                INSERT INTO "{self.schema}".progress AS p VALUES ($1, $2, $3)
+                ON CONFLICT (partition) DO UPDATE
+                SET next_offset = excluded.next_offset, skipped = p.skipped || excluded.skipped
+                """,
+                partition,
+                next_offset,
+                skipped,
+            )
+
+    async def end_progress(self, connection: AsyncConnection) -> None:
+        """The next replay begins from the start."""
+        await sql(connection, f'DROP TABLE IF EXISTS "{self.schema}".replayed, "{self.schema}".progress')
+
     async def compare(self, connection: AsyncConnection) -> list[Comparison]:
         """Compares each table with its copy."""
         found = []
         for table in self._tables:
             live, shadow = [await self._hash(connection, name) for name in self._names(table)]
             found.append(Comparison(table, *live, *shadow))
+            if live != shadow:
+                found[-1].differences = await self._differences(connection, table)
         return found
+
+    async def _differences(self, connection: AsyncConnection, table: str) -> list[str]:
+        live, shadow = self._names(table)
+        key = await sql(
+            connection,
+            """
+            SELECT quote_ident(attname)
+            FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY(indkey)
+            WHERE indrelid = $1::text::regclass AND indisprimary
+            ORDER BY array_position(indkey::int2[], attnum)
+            """,
+            live,
+        )
+        shown = f"concat_ws('/', {', '.join(column for (column,) in key)})" if key else "t::text"
+        rows = await sql(
+            connection,
+            f"""
+            SELECT DISTINCT {shown}
+            FROM (
+                (SELECT * FROM {live} EXCEPT ALL SELECT * FROM {shadow})
+                UNION ALL
+                (SELECT * FROM {shadow} EXCEPT ALL SELECT * FROM {live})
+            ) AS t
+            ORDER BY 1
+            LIMIT {SHOWN}
+            """,
+        )
+        return [row for (row,) in rows]
 
     async def switch(self, connection: AsyncConnection) -> None:
         """Replaces the live tables by the copies. The old tables stay in the retired schema until the next switch."""

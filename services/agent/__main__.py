@@ -6,12 +6,14 @@ from services.agent import adapters, api, handlers
 from services.agent.definitions.store import SEALED
 from services.agent.execution import wiring
 from services.agent.learning.wiring import learner
+from services.agent.read_models import READ_MODELS
 from services.agent.runs.publishing import REPLAYED
 from services.agent.sessions.publishing import SESSION
 from services.agent.settings import Settings
 
 service = Service("agent", Settings)
 service.own(SESSION, REPLAYED)
+service.project(*READ_MODELS)
 service.seal(*SEALED)
 service.serve_http(api.routes)
 for subscription in handlers.TAKE_MESSAGES:

@@ -4,14 +4,17 @@ from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.billing import api, handlers, rpc
 from services.billing.clock import Clock
+from services.billing.read_models import READ_MODELS
 from services.billing.settings import Settings
 
 service = Service("billing", Settings)
+service.project(*READ_MODELS)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.count_usage)
 service.consume(handlers.open_accounts)
 service.consume(handlers.count_messages)
+service.consume(handlers.note_channel_types)
 service.consume(erasure("billing"))
 service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller_country))
 

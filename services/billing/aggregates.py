@@ -43,7 +43,22 @@ GROUPS = {
     "day": "to_char(hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
     "hour": "to_char(hour AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')",
 }
-_KEY = "tenant_id, period, hour, meter, resource, agent_id, channel_id, price_version, late"
+KEY = ("tenant_id", "period", "hour", "meter", "resource", "agent_id", "channel_id", "price_version", "late")
+_KEY = ", ".join(KEY)
+# The buckets of the tenants $1, from their records and corrections.
+REBUILT = f"""
+    SELECT {_KEY}, count(*) AS records, sum(quantity) AS quantity, min(arrival) AS first_arrival,
+           max(arrival) AS last_arrival, bit_xor(digest) AS hash
+    FROM (
+        SELECT {_KEY}, quantity, arrival, digest
+        FROM measure
+        UNION ALL
+        SELECT {_KEY}, quantity, arrival, digest
+        FROM correction_measure
+    ) AS m
+    WHERE tenant_id = ANY($1::text[])
+    GROUP BY {_KEY}
+"""
 
 
 class Meter(BaseModel):
@@ -185,22 +200,7 @@ async def rebuild(tx: Tx, tenant_id: str) -> Rebuilt:
     """Computes the tenant's buckets again from its records and replaces them. The caller has locked the account."""
     before = await _fingerprint(tx, tenant_id)
     await tx.sql("DELETE FROM usage_bucket WHERE tenant_id = $1", tenant_id)
-    await tx.sql(
-        f"""
-        INSERT INTO usage_bucket
-        SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
-        FROM (
-            SELECT {_KEY}, quantity, arrival, digest
-            FROM measure
-            UNION ALL
-            SELECT {_KEY}, quantity, arrival, digest
-            FROM correction_measure
-        ) AS m
-        WHERE tenant_id = $1
-        GROUP BY {_KEY}
-        """,
-        tenant_id,
-    )
+    await tx.sql(f"INSERT INTO usage_bucket {REBUILT}", [tenant_id])
     after = await _fingerprint(tx, tenant_id)
     return Rebuilt(buckets=after[0], hash_before=before[1], hash_after=after[1], equal=before == after)
 

@@ -55,26 +55,30 @@ async def open_accounts(events: list[Message], tx: Tx) -> None:
 
 @CHANNEL_EVENTS.batch(group="billing")
 async def count_messages(events: list[Message], tx: Tx) -> None:
-    """Counts delivered messages, and stores the types of channels, which MessageDelivered does not carry."""
-    received: list[tuple[UUID, str, str]] = []
+    """Counts delivered messages."""
     delivered: list[tuple[str, date, UUID]] = []
     used: list[UsageRecorded] = []
     for event in events:
         headers = tx.origins[id(event)]
-        if not (tenant_id := headers.get("tenant_id")):
-            continue
-        match event:
-            case MessageReceived():
-                received.append((event.channel_id, tenant_id, event.channel_type))
-            case MessageDelivered():
-                at = _time(headers)
-                delivered.append((tenant_id, at.astimezone(UTC).date(), event.channel_id))
-                used.append(record := _message_used(event, tenant_id, at))
-                tx.origins[id(record)] = headers
+        if (tenant_id := headers.get("tenant_id")) and isinstance(event, MessageDelivered):
+            at = _time(headers)
+            delivered.append((tenant_id, at.astimezone(UTC).date(), event.channel_id))
+            used.append(record := _message_used(event, tenant_id, at))
+            tx.origins[id(record)] = headers
     if used:
         await usage.record(tx, used, await usage.rate(tx, used), [""] * len(used))
-    await deliveries.store_channel_types(tx, received)
     await deliveries.count(tx, delivered)
+
+
+@CHANNEL_EVENTS.batch(group="billing", projection=("channel",))
+async def note_channel_types(events: list[Message], tx: Tx) -> None:
+    """Stores the types of channels, which MessageDelivered does not carry."""
+    received = []
+    for event in events:
+        tenant_id = tx.origins[id(event)].get("tenant_id")
+        if tenant_id and isinstance(event, MessageReceived):
+            received.append((event.channel_id, tenant_id, event.channel_type))
+    await deliveries.store_channel_types(tx, received)
 
 
 def _message_used(event: MessageDelivered, tenant_id: str, at: datetime) -> UsageRecorded:

@@ -5,12 +5,14 @@ from infra.service.service import Service
 from services.channel import accounts, api, attachments, handlers
 from services.channel.ingest import ACCEPTED, Drainer, ingest
 from services.channel.previews import previews
-from services.channel.publishing import CONVERSATION, DELIVERY
+from services.channel.projections import READ_MODELS
+from services.channel.publishing import DELIVERY, REPLAYED
 from services.channel.sender import sender
 from services.channel.settings import ChannelSettings
 
 service = Service("channel", ChannelSettings)
-service.own(CONVERSATION, DELIVERY)
+service.own(REPLAYED, DELIVERY)
+service.project(*READ_MODELS)
 service.seal(*accounts.SEALED, ACCEPTED)
 service.serve_http(api.routes)
 service.beside("drainer", lambda runtime: Drainer(ingest(runtime)))

@@ -17,7 +17,7 @@ from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unan
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.outgoing.client import Outgoing
-from infra.postgres.tx import Tx
+from infra.postgres.tx import Tx, derived_id
 from infra.security.crypto import DataKey
 from infra.security.subjects import ERASED_TEXT, Erased, SubjectKeys
 from infra.service.service import Runtime
@@ -298,7 +298,8 @@ def publish(
         images=images,
         by_admin=fact.by_admin,
     )
-    tx.publish(CHANNEL_EVENTS, public, key=item.session_key)
+    # The id with which `publishing.publish_again` emits it from the stored fact.
+    tx.publish(CHANNEL_EVENTS, public, key=item.session_key, message_id=derived_id(item.event_id, "publication", 0))
     tx.send(CHANNEL_INBOUND[fact.channel_type], public, key=item.session_key, position=item.position)
 
 

@@ -1,10 +1,12 @@
-"""Read model: the list of deliveries."""
+"""Read models: the list of deliveries, and the counts of conversations."""
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, assert_never
 from uuid import UUID
 
+from infra.postgres.read_models import Recorded, folded
 from infra.postgres.tx import Tx
 from services.channel.events import (
     DeliveryEvent,
@@ -14,6 +16,7 @@ from services.channel.events import (
     DeliverySent,
     DeliveryUnknown,
 )
+from services.channel.publishing import CONVERSATION, DELIVERY
 
 
 async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
@@ -58,3 +61,76 @@ async def _settle(
         reason,
         vendor_message_id,
     )
+
+
+def delivery(delivery_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[str, Any]]:
+    """The row that `project` leaves after these events."""
+    row: dict[str, Any] = {}
+    for event, tenant_id, at in history:
+        match event:
+            case DeliveryQueued():
+                row |= {
+                    "id": delivery_id,
+                    "tenant_id": tenant_id,
+                    "channel_id": event.channel_id,
+                    "session_key": event.session_key,
+                    "run_id": event.run_id,
+                    "state": "queued",
+                    "reason": None,
+                    "vendor_message_id": None,
+                    "created_at": at,
+                }
+            case DeliverySent():
+                row |= {"state": "sent", "reason": None}
+                row["vendor_message_id"] = event.vendor_message_id or row["vendor_message_id"]
+            case DeliveryFailed():
+                row |= {"state": "failed", "reason": event.reason}
+            case DeliveryUnknown():
+                row |= {"state": "unknown", "reason": event.reason}
+            case DeliveryReceived(state):
+                row |= {"state": state, "reason": None}
+            case _:
+                assert_never(event)
+        row["updated_at"] = at
+    yield row
+
+
+def conversation(session_key: str, history: Sequence[Recorded]) -> Iterator[Mapping[str, Any]]:
+    """The row that `services.channel.ingest` leaves after these messages."""
+    first, last = history[0], history[-1]
+    yield {
+        "session_key": session_key,
+        "tenant_id": first.tenant_id,
+        "channel_id": first.event.channel_id,
+        "subject_id": last.event.subject_id,
+        "position": len(history),
+        "last_at": last.at,
+    }
+
+
+READ_MODELS = (
+    folded(
+        DELIVERY,
+        delivery,
+        name="deliveries",
+        table="delivery",
+        key=("id",),
+        columns=("tenant_id", "channel_id", "session_key", "run_id", "state", "reason", "vendor_message_id"),
+        stream="l.id::text",
+        in_scope="l.id = ANY($1::text[]::uuid[])",
+        new=("created_at", "updated_at"),
+    ),
+    folded(
+        CONVERSATION,
+        conversation,
+        name="conversations",
+        table="conversation",
+        key=("session_key",),
+        columns=("tenant_id", "channel_id", "subject_id", "position"),
+        stream="l.session_key",
+        in_scope="l.session_key = ANY($1::text[])",
+        # A conversation to which we have written first.
+        empty="l.position = 0",
+        new=("last_at",),
+    ),
+)

@@ -1,18 +1,19 @@
 """Maps each stored fact to its public messages.
 
-`MessageReceived` is not mapped here: it carries the plain text, and the stored fact has only the encrypted text. It is
-published together with the fact in `services.channel.ingest`.
+`MessageReceived` carries the plain text, and the stored fact has only the encrypted text. It is published together with
+the fact in `services.channel.ingest`; only a replay emits it here, without the texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from uuid import UUID
 
 from infra.postgres.event_store import Aggregate, Publication
 from infra.postgres.upcasting import EventTypes
 from protos.catalog import CHANNEL_EVENTS
-from protos.messages.channel import MessageDelivered, MessageUndelivered
+from protos.messages.channel import MessageDelivered, MessageReceived, MessageUndelivered
 from services.channel import domain
 from services.channel.events import (
     DeliveryEvent,
@@ -66,3 +67,22 @@ CONVERSATION = Aggregate(
     # The vendor states this fact; there is nothing to decide.
     decide=lambda event, _: [event],
 )
+
+
+def publish_again(session_key: str, fact: MessageTaken) -> Iterable[Publication]:
+    """For facts beyond the retention of the topic; their texts have expired there."""
+    message = MessageReceived(
+        channel_id=fact.channel_id,
+        channel_type=fact.channel_type,
+        agent_id=fact.agent_id,
+        session_key=session_key,
+        conversation_id="",
+        subject_id=fact.subject_id,
+        vendor_message_id="",
+        text="",
+        received_at=fact.received_at,
+    )
+    yield Publication(CHANNEL_EVENTS, session_key, message)
+
+
+REPLAYED = replace(CONVERSATION, publish=publish_again)

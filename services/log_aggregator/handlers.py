@@ -12,7 +12,7 @@ from services.log_aggregator import audit, documents
 from services.log_aggregator.index import Index
 
 # The consumer group of the search index. Its offsets are independent of the audit chains' offsets.
-_INDEX = "log_aggregator_index"
+INDEX = "log_aggregator_index"
 
 
 @AUDIT_LOGS.batch(group="log_aggregator")
@@ -24,12 +24,12 @@ async def chain_acts(acts: list[ActAudited], tx: Tx) -> None:
     await audit.append(tx, chains)
 
 
-@SERVICE_LOGS.at_least_once(group=_INDEX)
+@SERVICE_LOGS.at_least_once(group=INDEX)
 async def index_lines(lines: list[Decoded], index: Index) -> None:
     await index.store("logs", [documents.line(line) for line in lines])
 
 
-@AGENT_EVENTS.at_least_once(group=_INDEX)
+@AGENT_EVENTS.at_least_once(group=INDEX)
 async def index_agent_events(events: list[Decoded], index: Index, metrics: Metrics) -> None:
     await index.store("events", [documents.event(event) for event in events])
     for event in events:
@@ -40,16 +40,16 @@ async def index_agent_events(events: list[Decoded], index: Index, metrics: Metri
                 metrics.runs.labels(status).inc()
 
 
-@USAGE_RECORDS.at_least_once(group=_INDEX)
+@USAGE_RECORDS.at_least_once(group=INDEX)
 async def index_usage(records: list[Decoded], index: Index) -> None:
     await index.store("events", [documents.usage(record) for record in records])
 
 
-@AUDIT_LOGS.at_least_once(group=_INDEX)
+@AUDIT_LOGS.at_least_once(group=INDEX)
 async def index_acts(acts: list[Decoded], index: Index) -> None:
     await index.store("audit", [documents.act(act) for act in acts])
 
 
-@CHANNEL_EVENTS.at_least_once(group=_INDEX)
+@CHANNEL_EVENTS.at_least_once(group=INDEX)
 async def index_channel_events(events: list[Decoded], index: Index) -> None:
     await index.store("events", [documents.event(event) for event in events])

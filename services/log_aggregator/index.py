@@ -41,6 +41,9 @@ class Index:
         self._prefix = f"{prefix}clawbus-"
         self._log = get_logger("log_aggregator.index")
 
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
     async def ping(self) -> None:
         await self._ask("GET", "/")
 
@@ -55,6 +58,16 @@ class Index:
             answer = await self._ask("POST", "/_bulk", content=body, headers={"content-type": "application/x-ndjson"})
             if answer["errors"]:
                 _raise(answer["items"])
+
+    async def read(self, kind: Kind, documents: Sequence[Document]) -> dict[str, dict[str, Any]]:
+        """The stored forms of these documents, by id, without the fields that are only searched."""
+        wanted = [{"_index": self._name(kind, document.at), "_id": document.id} for document in documents]
+        answer = await self._ask("POST", "/_mget", json={"docs": wanted})
+        return {found["_id"]: found["_source"] for found in answer["docs"] if found.get("found")}
+
+    def keeps(self, kind: Kind, document: Document) -> bool:
+        """False if the index of its day is older than the retention."""
+        return self._name(kind, document.at) >= self._name(kind, utcnow() - KEEP[kind])
 
     async def search(
         self,

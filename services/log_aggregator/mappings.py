@@ -15,6 +15,9 @@ KEEP: Final[dict[Kind, timedelta]] = {
     "audit": timedelta(days=90),
 }
 
+SEARCHED_ONLY = ("text", "linked")
+"""Fields that are searched and not stored; the fields that they are made from are stored."""
+
 _KEYWORD = {"type": "keyword", "ignore_above": 1024}
 _LONG = {"type": "long"}
 _DATE = {"type": "date"}
@@ -61,8 +64,7 @@ def template(prefix: str, kind: Kind, engine: Engine) -> dict[str, Any]:
             "mappings": {
                 # Fields without a type here are stored but not searched, so that a document cannot create fields.
                 "dynamic": False,
-                # These fields are only searched. The fields that they are made from are stored.
-                "_source": {"excludes": ["text", "linked"]},
+                "_source": {"excludes": [*SEARCHED_ONLY]},
                 "properties": FIELDS[kind],
             },
         },

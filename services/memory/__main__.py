@@ -5,6 +5,7 @@ from infra.service.service import Service
 from services.memory import adapters, api, handlers, rpc, storage
 from services.memory.conversations import SEALED
 from services.memory.keeping import MEMORY
+from services.memory.read_models import READ_MODELS
 from services.memory.settings import MemorySettings
 
 service = Service("memory", MemorySettings)
@@ -14,6 +15,7 @@ service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.index_document)
 service.own(MEMORY)
+service.project(*READ_MODELS)
 service.consume(handlers.remember_run, conversations=adapters.conversations, learning=adapters.learning)
 service.consume(erasure("memory"))
 service.consume(handlers.forget_person, conversations=adapters.conversations)

@@ -1,4 +1,9 @@
-"""``./claw replay``: rebuilds a projection, compares it with the live one, and replaces the live one."""
+"""``./claw replay``: rebuilds a read model, compares it with the live one, and replaces the rows that differ.
+
+There are two kinds. A projection is filled by a handler of Kafka's messages: it is rebuilt in shadow tables, which
+replace the live ones. A read model that its service writes in the transaction of its source is compared with that
+source, batch by batch; a switch repairs the rows that differ.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +20,75 @@ from rich.progress import Progress
 
 from infra.errors import NotFound
 from infra.security.audit import audit
+from infra.service import verification
 from infra.service.replay import Progress as ReplayProgress
 from infra.service.replay import Rebuilt, Replay
 from infra.service.service import Service
+from protos.catalog import SERVICES
 from protos.topology import Subscription
+from tooling.cli import read_models
 from tooling.stack import operator
+from tooling.stack.operator import printable
 
 out = Console(highlight=False)
 
 
 def replay(
-    projection: Annotated[str, typer.Argument(help="<service>.<handler>, for example agent.count_runs.")],
+    name: Annotated[str, typer.Argument(help="For example agent.runs; --list shows all.")] = "",
+    list_all: Annotated[bool, typer.Option("--list", help="List the read models of all services.")] = False,
     from_events: Annotated[
-        str, typer.Option(help="Rebuild from this service's event store. The consumer waits until the end.")
+        str,
+        typer.Option(help="Rebuild a projection from this service's event store. The consumer waits until the end."),
     ] = "",
-    switch: Annotated[bool, typer.Option(help="Use the rebuilt tables even if they differ.")] = False,
+    switch: Annotated[bool, typer.Option(help="Repair the rows that differ; use rebuilt tables that differ.")] = False,
+    restart: Annotated[bool, typer.Option(help="From the beginning, if a verification was interrupted.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Rebuild a projection in shadow tables, and switch to them if they are equal. Exit code 1 if not switched."""
+    """Rebuild a read model and compare it with the live one, while the services run.
+
+    Exit code 1 if they differ and the live one stays. Ctrl-C pauses; the same command goes on.
+    """
     access = operator.engines_access()
+    if list_all:
+        read_models.show(operator.run(read_models.find_all(access, map(load, SERVICES))), as_json=as_json)
+        return
+    service, _, own_name = _split(name)
+    if work := read_models.verification_of(access, service, own_name, switch=switch, restart=restart):
+        read_models.verify(access, f"{service.name}.{own_name}", work, switch=switch, as_json=as_json)
+        return
+    _rebuild(access, name, from_events, switch=switch, restart=restart, as_json=as_json)
+
+
+def _rebuild(
+    access: dict[str, dict[str, str]],
+    projection: str,
+    from_events: str,
+    *,
+    switch: bool,
+    restart: bool,
+    as_json: bool,
+) -> None:
     service, subscription = find(projection)
     owner = load(from_events) if from_events else None
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(projection, total=None)
-        rebuilt = operator.run(
-            rebuild(
-                access["postgres"]["url"],
-                access["kafka"]["bootstrap_servers"],
-                service.name,
-                subscription,
-                lambda done, total: progress.update(task, completed=done, total=total),
-                from_events=owner,
-                switch=switch,
+        try:
+            rebuilt = operator.run(
+                rebuild(
+                    access["postgres"]["url"],
+                    access["kafka"]["bootstrap_servers"],
+                    service.name,
+                    subscription,
+                    lambda done, total: progress.update(task, completed=done, total=total),
+                    from_events=owner,
+                    switch=switch,
+                    restart=restart,
+                )
             )
-        )
+        except KeyboardInterrupt:
+            progress.stop()
+            out.print("Interrupted. The same command goes on; with --from-events it begins again.", soft_wrap=True)
+            raise typer.Exit(130) from None
     if as_json:
         print(msgspec.json.encode(asdict(rebuilt)).decode())  # noqa: T201
     else:
@@ -61,6 +101,8 @@ def _tell(service: str, rebuilt: Rebuilt) -> None:
     for table in rebuilt.tables:
         verdict = "[green]equal[/]" if table.equal else "[red]different[/]"
         out.print(f"{table.table}: {verdict}, live {table.live_rows} rows, rebuilt {table.rebuilt_rows}")
+        for key in table.differences:
+            out.print(f"  {printable(key)}")
     if rebuilt.switched:
         out.print(f"Switched after {rebuilt.records} records. The old tables are in schema {service}_retired.")
     else:
@@ -80,18 +122,25 @@ def load(name: str) -> Service:
     return service
 
 
+def _split(name: str) -> tuple[Service, str, str]:
+    """The service of a read model, the service's name or path, and the read model's own name."""
+    path, _, own_name = name.rpartition(".")
+    if not path:
+        raise NotFound(f"read model {name!r}: must have the form <service>.<name>; --list shows all")
+    return load(path), path, own_name
+
+
 def find(projection: str) -> tuple[Service, Subscription]:
     """The service and the subscription of a projection. Raises NotFound if the service has no such handler."""
-    name, _, handler = projection.rpartition(".")
-    if not name:
-        raise NotFound(f"projection {projection!r}: must have the form <service>.<handler>")
-    service = load(name)
+    service, name, handler = _split(projection)
     for subscription in service.subscriptions:
         if subscription.name.endswith(f".{handler}"):
             # A replay has no side effects and therefore no adapters: a handler that uses one fails at once.
             nothing = dict.fromkeys(service.adapters[subscription.name])
             return service, replace(subscription, handler=partial(subscription.handler, **nothing))
-    raise NotFound(f"{name} has no handler {handler!r} ({', '.join(s.name for s in service.subscriptions)})")
+    known = [f"{service.name}.{model.name}" for model in service.read_models]
+    known += [subscription.name for subscription in service.subscriptions]
+    raise NotFound(f"{name} has no read model or handler {handler!r} ({', '.join(known)})")
 
 
 async def rebuild(
@@ -103,6 +152,7 @@ async def rebuild(
     *,
     from_events: Service | None = None,
     switch: bool = False,
+    restart: bool = False,
 ) -> Rebuilt:
     """Rebuilds from Kafka, or from the event store of `from_events`. Writes an audit record for a switch."""
     async with operator.database(url, service) as database:
@@ -111,7 +161,11 @@ async def rebuild(
             rebuilt = await rebuild.from_events(from_events.name, from_events.aggregates, switch_unequal=switch)
         else:
             prefix = os.environ.get("CLAW_TOPIC_PREFIX", "")
-            rebuilt = await rebuild.from_kafka(bootstrap, prefix=prefix, switch_unequal=switch)
+            rebuilt = await rebuild.from_kafka(bootstrap, prefix=prefix, switch_unequal=switch, restart=restart)
+        async with database.engine.begin() as connection:
+            unequal = 0 if rebuilt.switched else sum(not table.equal for table in rebuilt.tables)
+            rows = sum(table.live_rows for table in rebuilt.tables)
+            await verification.store(connection, subscription.name.rpartition(".")[2], rows, unequal)
         if rebuilt.switched:
             async with database.begin() as tx:
                 different = ",".join(table.table for table in rebuilt.tables if not table.equal)

@@ -103,13 +103,17 @@ class History:
         return await self.new().from_events("sample_desk", [NOTEBOOK])
 
 
+def ledger_subscription(ledger: Ledger | None = None) -> Subscription:
+    return SAMPLE_EVENTS.batch(group="sample_ledger", projection=("total", "effect"))((ledger or Ledger()).count)
+
+
 @pytest.fixture(scope="module")
 async def history(
     sample: SampleDatabase, desk: Database, ledger_database: Database, buses: Buses
 ) -> AsyncIterator[History]:
     """Live: relay, reader and drainer run."""
     ledger = Ledger()
-    subscription = SAMPLE_EVENTS.batch(group="sample_ledger", projection=("total", "effect"))(ledger.count)
+    subscription = ledger_subscription(ledger)
     admin = create_engine(sample.admin_url, schema="sample_ledger")
     async with (
         buses.relay(desk),

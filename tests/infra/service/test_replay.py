@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from typing import Any
 from uuid import uuid4
 
@@ -23,6 +26,7 @@ from protos.messages.sample import NoteTaken
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.service.conftest import History
+from tooling.stack.checkout import CHECKOUT
 from tooling.testing.sample.catalog import SAMPLE_EVENTS, SAMPLE_WORK
 from tooling.testing.sample.desk.domain import NoteWritten
 from tooling.testing.sample.desk.publishing import NOTEBOOK
@@ -213,6 +217,49 @@ async def test_nothing_is_redriven_between_comparison_and_switch(history: Histor
 
     await history.from_kafka(history.new(Watched))
     assert held == ["parked_key", "dead_letter"]
+
+
+@pytest.mark.parametrize("point", ["before_replayed_batch", "after_replayed_batch", "before_switch"])
+async def test_a_killed_replay_goes_on_and_applies_each_record_once(history: History, point: str) -> None:
+    names = [book(f"killed {n}") for n in range(8)]
+    refused, behind = uuid4().hex, book("behind")
+    history.ledger.refused.add(refused)
+    await history.write(behind, refused, "waits")
+    await history.letter(behind, "waiting")
+    for name in names:
+        await history.write(name, "a", "bc", "def")
+    await history.caught_up()
+    url = history.admin.url.render_as_string(hide_password=False)
+    command = [sys.executable, "-m", "tests.infra.service.replayed", url, history.buses.kafka, history.buses.prefix]
+    passes = "1" if point == "before_switch" else "2"
+    environment = {**os.environ, "CLAW_FAILPOINT": point, "CLAW_FAILPOINT_PASS": passes}
+    killed = await asyncio.to_thread(subprocess.run, command, cwd=CHECKOUT, env=environment)
+    assert killed.returncode == -9
+
+    # Meanwhile the record that the killed replay has skipped is redriven.
+    history.ledger.refused.discard(refused)
+    async with Database(history.admin, "sample_ledger").begin() as tx:
+        await request_redrive(tx, [(await history.letter(behind, "failed")).id], actor="test")
+    await until(lambda: _counted(history, behind, 2))
+    told: list[int] = []
+    replay = Replay(history.admin, "sample_ledger", history.subscription, lambda done, total: told.append(done))
+    applied = await history.from_kafka(replay)
+    assert equal(applied) == {"total": True, "effect": True}
+    assert applied.switched
+    assert await history.effects(behind) == [(1, 1), (2, 2)]
+    # It did not begin with the first record.
+    assert told[0] > 0
+    assert (await history.sql("SELECT to_regclass('sample_ledger_rebuild.progress')")) == [(None,)]
+
+
+async def test_the_keys_of_rows_that_differ_are_told(history: History) -> None:
+    name = book("told")
+    await history.write(name, "four")
+    await history.caught_up()
+    await history.sql("UPDATE total SET letters = 40 WHERE notebook = $1", name)
+    [total, effect] = (await history.from_kafka()).tables
+    assert (total.differences, effect.differences) == ([name], [])
+    await history.sql("UPDATE total SET letters = 4 WHERE notebook = $1", name)
 
 
 async def test_a_second_replay_of_a_service_is_refused(history: History) -> None:

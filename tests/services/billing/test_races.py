@@ -127,7 +127,7 @@ class RolledBack(Exception):
 @pytest.mark.parametrize(
     ("subscription", "message"),
     [
-        (handlers.count_messages, received),
+        (handlers.note_channel_types, received),
         (handlers.count_messages, delivered),
         (handlers.open_accounts, created),
         (handlers.count_usage, lambda key: record("t", str(key))),

@@ -111,6 +111,7 @@ async def test_a_line_is_proved_down_to_one_record(billing: Billing) -> None:
     # A record that was changed behind the service's back is found.
     await tenant.sql("UPDATE usage SET amount_nanos = amount_nanos + 1 WHERE tenant_id = $1", tenant.id)
     assert (await tenant.http.get(path)).json()["equal"] is False
+    await tenant.sql("UPDATE usage SET amount_nanos = amount_nanos - 1 WHERE tenant_id = $1", tenant.id)
 
 
 async def test_rerating_needs_the_operator_and_a_sound_time(billing: Billing) -> None:
