@@ -6,13 +6,14 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import aio_pika
 import asyncpg
 import msgspec
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 
 from infra.clock import uuid7
 from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, CHANNEL_INBOUND, CHANNEL_OUTBOUND, USAGE_RECORDS
@@ -21,6 +22,7 @@ from tooling.testing.campaign.rig import STOP_SECONDS, TWINS, Rig
 from tooling.testing.campaign.wires import Wires
 from tooling.testing.stack import Stack
 
+T = TypeVar("T")
 SERVICES = ("channel", "agent", "billing", "plugin", "memory", "user", "ws_gateway")
 ENGINES = ("postgres", "kafka", "rabbitmq", "valkey")
 # The failpoints that every message passes: between one transaction, call or acknowledgement and the next.
@@ -62,8 +64,9 @@ POISONED = (
     *(f"rabbit:{queue.name}" for queue in (CHANNEL_INBOUND["webhook"], CHANNEL_OUTBOUND)),
 )
 # Seconds between two faults, for a fault that lasts, and until a failpoint must have been passed.
-PAUSE, LASTING, PASS_SECONDS = (3.0, 9.0), 3.0, 10.0
+PAUSE, LASTING, PASS_SECONDS = (3.0, 9.0), 3.0, 20.0
 LATENCY_SECONDS = 0.4
+UP_SECONDS = 120.0
 
 
 class Kind(NamedTuple):
@@ -226,32 +229,40 @@ class Injector:
         id_ = str(uuid7())
         bus, _, name = target.partition(":")
         headers = {"ce_id": id_, "ce_type": "campaign.v1.Poison", "ce_source": "campaign", "ce_specversion": "1.0"}
-        body = b'{"poison": '
-        if bus == "kafka":
-            producer = AIOKafkaProducer(bootstrap_servers=self._stack.kafka_bootstrap_servers, acks="all")
-            await producer.start()
-            try:
-                pairs = [(key, value.encode()) for key, value in headers.items()]
-                # A key of its own: a record of an ordered topic that fails holds back later ones of its key.
-                await producer.send_and_wait(name, body, key=f"poison-{id_}".encode(), headers=pairs)
-            finally:
-                await producer.stop()
-        else:
-            async with await aio_pika.connect(self._stack.rabbitmq_url) as connection:
-                channel = await connection.channel()
-                message = aio_pika.Message(body, headers=dict(headers), message_id=id_, delivery_mode=2)
-                await channel.default_exchange.publish(message, routing_key=name)
+        send = self._produce if bus == "kafka" else self._publish
+        await when_up(lambda: send(name, id_, headers, b'{"poison": '))
         self.poison.append(Poison(target, id_))
         return id_
+
+    async def _produce(self, topic: str, id_: str, headers: dict[str, str], body: bytes) -> None:
+        producer = AIOKafkaProducer(bootstrap_servers=self._stack.kafka_bootstrap_servers, acks="all")
+        try:
+            await producer.start()
+            pairs = [(key, value.encode()) for key, value in headers.items()]
+            # A key of its own: a record of an ordered topic that fails holds back later ones of its key.
+            await producer.send_and_wait(topic, body, key=f"poison-{id_}".encode(), headers=pairs)
+        finally:
+            await producer.stop()
+
+    async def _publish(self, queue: str, id_: str, headers: dict[str, str], body: bytes) -> None:
+        async with await aio_pika.connect(self._stack.rabbitmq_url) as connection:
+            channel = await connection.channel()
+            message = aio_pika.Message(body, headers=dict(headers), message_id=id_, delivery_mode=2)
+            await channel.default_exchange.publish(message, routing_key=queue)
 
 
 async def connected(url: str) -> asyncpg.Connection:
     """A connection, as soon as the database takes one."""
-    deadline = time.monotonic() + 60
+    return await when_up(lambda: asyncpg.connect(url, timeout=5))
+
+
+async def when_up(work: Callable[[], Awaitable[T]]) -> T:
+    """Does the work as soon as its engine is up: an earlier fault may have stopped it. Raises its last error."""
+    deadline = time.monotonic() + UP_SECONDS
     while True:
         try:
-            return await asyncpg.connect(url, timeout=5)
-        except (OSError, TimeoutError, asyncpg.PostgresError):
+            return await work()
+        except (OSError, TimeoutError, asyncpg.PostgresError, KafkaError, aio_pika.exceptions.AMQPError):
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.5)

@@ -17,8 +17,9 @@ from tooling.testing.campaign.rig import Change, Rig
 from tooling.testing.model_server import ModelServer
 from tooling.testing.system import System
 
-# A lost message has no end, so a mutant's campaign waits less for it.
+# A lost message has no end, so a mutant's campaign waits less for it. It also has fewer messages to judge.
 STALL_SECONDS = 30.0
+CONVERSATIONS = 4
 
 
 class Mutant(NamedTuple):
@@ -87,7 +88,7 @@ MUTANTS = (
         "a worker that has lost its lane goes on writing, in Python and in SQL",
         ("agent", "channel"),
         ("stop",),
-        8,
+        6,
         ZOMBIES,
         changes=(
             Change(f"{_LANES}/claims.py", "if time.monotonic() > self.until:", "if self.until < 0:"),
@@ -115,7 +116,7 @@ MUTANTS = (
         "the relay marks messages as published before it publishes them",
         ("channel", "agent"),
         ("failpoints",),
-        5,
+        4,
         ("channel after_publish_before_mark", "agent after_publish_before_mark"),
         changes=(
             Change(
@@ -158,7 +159,7 @@ MUTANTS = (
         "each call of the model is granted, with or without credit",
         ("billing",),
         ("kill",),
-        6,
+        5,
         ("plugin",),
         changes=(
             Change(
@@ -175,7 +176,7 @@ async def try_all(
     system: System, models: ModelServer, rig: Rig, seed: int, tell: Callable[[str], None]
 ) -> list[Result]:
     """Runs a campaign for each mutant, after one without any: with all guards, the same campaigns must hold."""
-    none = Mutant("none", "nothing: the control", (), ("kill", "stop", "failpoints", "duplicates"), 8)
+    none = Mutant("none", "nothing: the control", (), ("kill", "stop", "failpoints", "duplicates"), 5)
     return [await _try(system, models, rig, seed, mutant, tell) for mutant in (none, *MUTANTS)]
 
 
@@ -188,7 +189,9 @@ async def _try(
     rig.use_code(services, mutant.changes)
     try:
         await rig.restart(services)
-        campaign = Campaign(system, models, seed, mutant.faults, rig=rig, stall_seconds=STALL_SECONDS)
+        campaign = Campaign(
+            system, models, seed, mutant.faults, rig=rig, stall_seconds=STALL_SECONDS, conversations=CONVERSATIONS
+        )
         report = await campaign.run(mutant.times, tell, mutant.targets)
     finally:
         await _execute(rig, mutant.restore)
