@@ -24,7 +24,7 @@ from infra.postgres.tx import Database, Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from services.memory.domain import count_tokens
-from services.memory.embeddings import LocalEmbedder
+from services.memory.embeddings import BATCH, LocalEmbedder
 from services.memory.keeping import Keeping
 from services.memory.learning import Found, Learning, Run
 from services.memory.memories import TOKENS, Memories, Reader, set_vector
@@ -33,7 +33,7 @@ from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
 from tooling.testing.platform import PASSWORDS
 
-PEOPLE = 20
+PEOPLE = 10
 SESSIONS = 12
 SMALL_TALK = 8
 """Messages without a fact in each session."""
@@ -198,9 +198,9 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     learning = Learning(Keeping(subjects), memories, embedder)
     talks = [conversation(person) for person in range(PEOPLE)]
     for person, (messages, _) in enumerate(talks):
-        for message in messages:
-            for tenant_id in ("rules", "stand-in"):
-                async with database.begin(tenant_id=tenant_id) as tx:
+        for tenant_id in ("rules", "stand-in"):
+            async with database.begin(tenant_id=tenant_id) as tx:
+                for message in messages:
                     await _learn(tx, learning, person, message)
         progress(person + 1, 2 * PEOPLE)
     for tenant_id in ("rules", "stand-in"):
@@ -255,13 +255,15 @@ async def _learn(tx: Tx, learning: Learning, person: int, message: Message) -> N
 async def _embed(database: Database, tenant_id: str, memories: Memories, embedder: LocalEmbedder) -> None:
     async with database.begin(tenant_id=tenant_id) as tx:
         rows = await tx.sql("SELECT id FROM memory WHERE tenant_id = $1 AND replaced_by IS NULL ORDER BY id", tenant_id)
-    for (id_,) in rows:
+    ids = [id_ for (id_,) in rows]
+    for n in range(0, len(ids), BATCH):
+        batch = ids[n : n + BATCH]
         async with database.begin(tenant_id=tenant_id) as tx:
-            text = await memories.text(tx, id_)
-            assert text
-        made = await embedder.passages([text])
+            texts = [await memories.text(tx, id_) or "" for id_ in batch]
+        made = await embedder.passages(texts)
         async with database.begin(tenant_id=tenant_id) as tx:
-            await set_vector(tx, id_, embedder.model, made.vectors[0])
+            for id_, vector in zip(batch, made.vectors, strict=True):
+                await set_vector(tx, id_, embedder.model, vector)
 
 
 def _figure(context: str, texts: Sequence[tuple[Asked, str]]) -> Units:
