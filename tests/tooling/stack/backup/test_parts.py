@@ -76,9 +76,22 @@ def test_a_stream_without_a_manifest_is_refused() -> None:
     assert "ends before its manifest" in refused(file.getvalue())
 
 
-def test_frames_in_a_wrong_order_are_refused() -> None:
+def test_frames_after_the_manifest_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = SealedWriter.close
+
+    def with_more(writer: SealedWriter) -> None:
+        writer.write(b"E\x00\x00\x00\x00")
+        close(writer)
+
+    monkeypatch.setattr(SealedWriter, "close", with_more)
+    assert "goes on after its manifest" in refused(written(PARTS))
+
+
+@pytest.mark.parametrize("kinds", [b"B", b"E", b"PP", b"PM", b"PEB"])
+def test_frames_in_a_wrong_order_are_refused(kinds: bytes) -> None:
     file = io.BytesIO()
     writer = BackupWriter(file, KEY)
-    writer._frame(b"B", b"bytes of no part")
+    for kind in kinds:
+        writer._frame(bytes([kind]), b"x")
     writer._sealed.close()
     assert "wrong order" in refused(file.getvalue())
