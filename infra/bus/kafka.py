@@ -23,6 +23,7 @@ from aiokafka.protocol.types import (
 )
 
 from infra.bus.outbox import HeldBack, Outcome, Pending, Unpublishable, by_destination
+from infra.connections import kafka_options
 from infra.errors import describe
 from infra.postgres.tx import MAX_MESSAGE_BYTES
 
@@ -52,7 +53,7 @@ class KafkaPublisher:
         async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
-                    bootstrap_servers=self._bootstrap,
+                    **kafka_options(self._bootstrap),
                     client_id=self._client_id,
                     enable_idempotence=True,
                     acks="all",

@@ -12,6 +12,7 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 from aiokafka.errors import KafkaError
 
 from infra.clock import wait_at_most
+from infra.connections import kafka_options
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
@@ -40,7 +41,7 @@ class KafkaLoop(ABC):
         self.stopping = asyncio.Event()
         self._log = get_logger(module, **about)
         self._settings = {
-            "bootstrap_servers": bootstrap,
+            **kafka_options(bootstrap),
             "client_id": client_id,
             "enable_auto_commit": False,
             "fetch_max_wait_ms": BROKER_WAIT_MS,

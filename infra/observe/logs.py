@@ -27,6 +27,7 @@ from opentelemetry import trace
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from infra.clock import utcnow, uuid7, wait_at_most
+from infra.connections import kafka_options
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
 from protos.envelope import Envelope
@@ -235,7 +236,7 @@ class KafkaLogSink:
 
     async def _connected(self) -> AIOKafkaProducer | None:
         while True:
-            producer = AIOKafkaProducer(bootstrap_servers=self._bootstrap, acks=1, linger_ms=20, compression_type="lz4")
+            producer = AIOKafkaProducer(**kafka_options(self._bootstrap), acks=1, linger_ms=20, compression_type="lz4")
             try:
                 await producer.start()
                 return producer

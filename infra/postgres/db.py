@@ -14,6 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from infra.connections import postgres_context
 from infra.errors import Transient
 
 # The server ends a session that is idle in a transaction for longer. A consumer that is stopped in the middle of a
@@ -47,16 +48,21 @@ _TRANSIENT_STATES = (
 def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schema: str | None = None) -> AsyncEngine:
     """A pool of connections to `url` (``postgresql://user:password@host:port/database``). It connects at first use.
 
+    The URL may ask for TLS: ``?sslmode=verify-full&sslrootcert=FILE&sslcert=FILE&sslkey=FILE``.
+
     `schema`: the search path, for a role that has none of its own (an administrator).
     """
+    parsed = make_url(url).set(drivername="postgresql+asyncpg")
+    context, query = postgres_context(parsed.query)
     engine = create_async_engine(
-        make_url(url).set(drivername="postgresql+asyncpg"),
+        parsed.set(query=query),
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=POOL_TIMEOUT_SECONDS,
         # Errors are logged, and parameters can hold personal texts.
         hide_parameters=True,
         connect_args={
+            **({"ssl": context} if context else {}),
             "timeout": 10,
             # More than the statements of a service, so that each is prepared once per connection.
             "statement_cache_size": 400,

@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from infra.bus.batch import readable_id
 from infra.bus.dispatch import Decoded, decode, handle
 from infra.bus.kafka import printable_headers, topic_ids
+from infra.connections import kafka_options
 from infra.errors import Conflict, InvalidMessage
 from infra.failpoint import failpoint
 from infra.postgres.db import sql
@@ -101,7 +102,7 @@ class Replay:
         """
         topic = prefix + self._topic.name
         # No reset: records that retention deletes while they are read must end the replay, not be passed over.
-        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="none")
+        consumer = AIOKafkaConsumer(**kafka_options(bootstrap), enable_auto_commit=False, auto_offset_reset="none")
         try:
             await consumer.start()
             topic_id = (await topic_ids(consumer._client, [topic])).get(topic)

@@ -6,6 +6,7 @@ import asyncio
 import faulthandler
 import gc
 import signal
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -25,6 +26,7 @@ from infra.bus.outbox import Relay
 from infra.bus.rabbit import RabbitPublisher, Workers
 from infra.bus.tail import Tail
 from infra.bus.transactional import TransactionalReader
+from infra.connections import context_of
 from infra.errors import describe
 from infra.lanes.lane import Work
 from infra.lanes.runner import LaneRunner
@@ -71,6 +73,8 @@ class Runtime:
     cipher: Cipher
     cache: Redis
     outgoing: Outgoing
+    tls: ssl.SSLContext | None = None
+    """For HTTP to other services; None: they serve without TLS."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the process must end: answers without an end of their own then end too."""
 
@@ -177,7 +181,9 @@ class Service:
             self.name, VERSION, settings.otlp_endpoint, ratio=settings.trace_ratio, metrics=metrics
         )
         stack.push_async_callback(asyncio.to_thread, traces.shutdown)
-        sink = logs.KafkaLogSink(settings.kafka_bootstrap_servers, settings.topic_prefix + SERVICE_LOGS.name, metrics)
+        sink = logs.KafkaLogSink(
+            settings.kafka_bootstrap_servers.get_secret_value(), settings.topic_prefix + SERVICE_LOGS.name, metrics
+        )
         await sink.start()
         stack.push_async_callback(sink.stop)
 
@@ -206,6 +212,7 @@ class Service:
             cipher=cipher,
             cache=cache,
             outgoing=outgoing,
+            tls=context_of(settings.tls_folder) if settings.tls_folder else None,
             stopping=running.stopping,
         )
         health = http.Health(self.name, VERSION)
@@ -231,7 +238,9 @@ class Service:
     def _start_relays(self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: _Running) -> None:
         settings = runtime.settings
         kafka = KafkaPublisher(
-            settings.kafka_bootstrap_servers, prefix=settings.topic_prefix, client_id=f"clawbus-{self.name}"
+            settings.kafka_bootstrap_servers.get_secret_value(),
+            prefix=settings.topic_prefix,
+            client_id=f"clawbus-{self.name}",
         )
         rabbit = RabbitPublisher(settings.rabbitmq_url.get_secret_value())
 
@@ -262,7 +271,9 @@ class Service:
             stack.push_async_callback(server.stop)
         routes = [route for factory in self._routes for route in factory(runtime)]
         app = http.in_front(routes, http.create_app(routes, health, runtime.metrics))
-        web = await http.serve_http(app, runtime.settings.http_port, runtime.settings.listen_host)
+        web = await http.serve_http(
+            app, runtime.settings.http_port, runtime.settings.listen_host, runtime.settings.tls_folder
+        )
         stack.push_async_callback(web.stop)
 
     def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: _Running) -> None:
@@ -286,7 +297,11 @@ class Service:
         settings = runtime.settings
         bound = [self._bind(subscription, runtime) for subscription in self.subscriptions]
         for subscription in (s for s in bound if s.tail):
-            tail = Tail(subscription, bootstrap=settings.kafka_bootstrap_servers, prefix=settings.topic_prefix)
+            tail = Tail(
+                subscription,
+                bootstrap=settings.kafka_bootstrap_servers.get_secret_value(),
+                prefix=settings.topic_prefix,
+            )
             running.add(f"tail {subscription.name}", tail.run, tail.stop)
         subscribed = [subscription for subscription in bound if not subscription.tail]
         # Needed even without subscriptions: a message that could not be published is a dead letter too.
@@ -302,7 +317,7 @@ class Service:
                 runtime.worker,
                 group,
                 subscriptions,
-                bootstrap=settings.kafka_bootstrap_servers,
+                bootstrap=settings.kafka_bootstrap_servers.get_secret_value(),
                 metrics=runtime.metrics,
                 prefix=settings.topic_prefix,
                 session_ms=settings.kafka_session_ms,

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from infra.connections import TLS_FILES, kafka_options, postgres_context
 from infra.errors import describe
 from infra.security.crypto import Cipher
 from infra.security.keys import read_private, read_public
@@ -31,24 +32,35 @@ def _url(*schemes: str) -> AfterValidator:
             usable = False
         if not usable:
             raise ValueError(f"must be a URL of the form {expected}user:password@host:port/…")
+        if url.scheme == "postgresql":
+            _usable(lambda: postgres_context(dict(parse_qsl(url.query))))
         return value
 
     return AfterValidator(check)
 
 
+def _usable(read: Callable[[], object]) -> None:
+    try:
+        read()
+    except OSError as error:
+        raise ValueError(describe(error)) from None
+
+
+def _check_brokers(value: SecretStr) -> SecretStr:
+    _usable(lambda: kafka_options(value.get_secret_value()))
+    return value
+
+
 def _readable(read: Callable[[Path], object]) -> Callable[[Path], Path]:
     def check(path: Path) -> Path:
-        try:
-            read(path)
-        except OSError as error:
-            raise ValueError(describe(error)) from None
+        _usable(lambda: read(path))
         return path
 
     return check
 
 
 def _check_tls(folder: Path) -> None:
-    for name in ("ca.pem", "certificate.pem", "key.pem"):
+    for name in TLS_FILES:
         (folder / name).read_bytes()
 
 
@@ -69,7 +81,8 @@ class Settings(BaseSettings):
     """The worker role's URL: relays, consumers and sweepers."""
     request_database_url: Annotated[SecretStr, _url("postgresql")]
     """The request role's URL, bound to one tenant by row-level security."""
-    kafka_bootstrap_servers: str
+    kafka_bootstrap_servers: Annotated[SecretStr, AfterValidator(_check_brokers)]
+    """``host:port,…``, or with a login and TLS: see `infra.connections`."""
     topic_prefix: str = ""
     """Stands before the catalog's name in the name of each physical topic."""
     rabbitmq_url: Annotated[SecretStr, _url("amqp", "amqps")]
@@ -87,7 +100,7 @@ class Settings(BaseSettings):
     """The master keys of this service, one a line as base64 of 32 bytes. It seals stored values under the first one."""
     tls_folder: Annotated[Path, AfterValidator(_readable(_check_tls))] | None = None
     """The folder of this service's certificate (``certificate.pem``, ``key.pem``) and of the authority of all
-    (``ca.pem``). With it, gRPC between services is mutual TLS; all services need it, or none."""
+    (``ca.pem``). With it, HTTP and gRPC between services and from the gateway are mutual TLS; all need it, or none."""
     allow_private_targets: bool = False
     """Allows vendors, models and tools on private addresses; for the local stack."""
     otlp_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
@@ -26,6 +28,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from infra.connections import TLS_FILES
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
@@ -368,8 +371,20 @@ class HttpServer:
         await self._task
 
 
-async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpServer:
+def _tls(folder: Path) -> dict[str, Any]:
+    authority, certificate, key = (str(folder / name) for name in TLS_FILES)
+    return {
+        "ssl_ca_certs": authority,
+        "ssl_certfile": certificate,
+        "ssl_keyfile": key,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED,
+    }
+
+
+async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1", tls: Path | None = None) -> HttpServer:
     """Serves `app` in this event loop; returns when the server accepts connections. Port 0 takes a free port.
+
+    tls: the folder of its certificate; the clients have to show one of the same authority.
 
     Raises OSError naming an address that cannot be bound.
     """
@@ -394,6 +409,7 @@ async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1") -> HttpSe
         ws_ping_timeout=PONG_SECONDS,
         # Compression would need more memory than all other parts of a socket, and our messages are small.
         ws_per_message_deflate=False,
+        **(_tls(tls) if tls else {}),
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve([sock]), name="http server")

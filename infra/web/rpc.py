@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2_grpc
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
+from infra.connections import TLS_FILES
 from infra.errors import (
     Conflict,
     Forbidden,
@@ -106,8 +107,8 @@ class Tls:
 
     @classmethod
     def read(cls, folder: Path) -> Tls:
-        """From ``ca.pem``, ``certificate.pem`` and ``key.pem``. Raises OSError."""
-        return cls(*((folder / name).read_bytes() for name in ("ca.pem", "certificate.pem", "key.pem")))
+        """From the `TLS_FILES` of the folder. Raises OSError."""
+        return cls(*((folder / name).read_bytes() for name in TLS_FILES))
 
 
 class Server:

@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from pydantic import BaseModel
 
 from infra.clock import utcnow
+from infra.connections import kafka_options
 from infra.errors import Transient
 from infra.postgres.tx import Database, Tx
 from infra.service.service import Runtime
@@ -135,7 +136,7 @@ async def _ask(runtime: Runtime, service: str, tenant_id: str | None, since: dat
 async def _unread(runtime: Runtime) -> int:
     """Returns the number of records of all tenants in the topic that billing has not read yet."""
     topic = runtime.settings.topic_prefix + USAGE_RECORDS.name
-    consumer = AIOKafkaConsumer(bootstrap_servers=runtime.settings.kafka_bootstrap_servers)
+    consumer = AIOKafkaConsumer(**kafka_options(runtime.settings.kafka_bootstrap_servers.get_secret_value()))
     await consumer.start()
     try:
         ends: Mapping[TopicPartition, int] = await consumer.end_offsets(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ssl import SSLContext
 from uuid import UUID
 
 import httpx
@@ -11,16 +12,18 @@ from infra.errors import InvalidMessage, describe
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.web.clients import service_client
 from services.channel.channels import AgentRoute
 
 TIMEOUT_SECONDS = 3.0
 
 
 class Agents:
-    """`url`: the base URL of the agent service."""
+    """`url`: the base URL of the agent service. `tls`: for ``https``."""
 
-    def __init__(self, url: str, identities: Identities) -> None:
+    def __init__(self, url: str, identities: Identities, tls: SSLContext | None = None) -> None:
         self._url = url
+        self._tls = tls
         self._identities = identities
 
     async def check_routes(self, routes: Sequence[AgentRoute], who: Identity) -> None:
@@ -39,7 +42,7 @@ class Agents:
         """
         headers = {IDENTITY_HEADER: self._identities.on_behalf(who, "agent"), **telemetry.carrier()}
         try:
-            async with httpx.AsyncClient(base_url=self._url, trust_env=False, timeout=TIMEOUT_SECONDS) as http:
+            async with service_client("agent", self._url, self._tls, TIMEOUT_SECONDS) as http:
                 answer = await http.get(f"/api/v1/agents/{agent_id}", headers=headers)
         except httpx.TransportError as error:
             get_logger("channel.agents").warning(

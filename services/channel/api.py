@@ -137,7 +137,7 @@ def _schema(vendor: Vendor[Any]) -> dict[str, Any]:
 
 def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:
     router = APIRouter(prefix="/api/v1/channels", tags=["channels"])
-    agents = Agents(runtime.settings.agent_url, runtime.identities)
+    agents = Agents(runtime.settings.agent_url, runtime.identities, runtime.tls)
 
     @router.post("", status_code=201, response_model=Channel)
     async def create_channel(body: NewChannel, who: Writer, request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import chain, repeat
+from ssl import SSLContext
 from urllib.parse import quote
 from uuid import UUID
 
@@ -16,6 +17,7 @@ from infra.errors import NotFound, Transient
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
+from infra.web.clients import service_client
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.protocol import Message
 
@@ -65,11 +67,11 @@ class Refused(Exception):
 
 
 class Agent:
-    """`url` is the agent's base URL."""
+    """`url` is the agent's base URL. `tls`: for ``https``."""
 
-    def __init__(self, url: str, identities: Identities) -> None:
+    def __init__(self, url: str, identities: Identities, tls: SSLContext | None = None) -> None:
         self._identities = identities
-        self._http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=TIMEOUT_SECONDS)
+        self._http = service_client("agent", url, tls, TIMEOUT_SECONDS)
         self._reading = asyncio.Semaphore(CONCURRENT_READS)
 
     async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:

@@ -37,7 +37,7 @@ _PASSED_BACK = ("content-type", "retry-after")
 
 def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRoute]]:
     def build(runtime: Runtime) -> Sequence[BaseRoute]:
-        agent = Agent(runtime.settings.agent_url, runtime.identities)
+        agent = Agent(runtime.settings.agent_url, runtime.identities, runtime.tls)
         shared = hub(runtime)
         sockets = websocket(shared, agent, runtime.identities)
         routers = (_router(shared, agent), openai.router(shared, agent))

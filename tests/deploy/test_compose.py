@@ -15,12 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from infra.connections import kafka_options
 from infra.observe.metrics import Metrics
 from infra.stores.objects import BUCKET
 from protos.catalog import CATALOG
@@ -42,7 +44,7 @@ def document() -> dict[str, Any]:
 
 CONTAINERS: dict[str, Any] = document()["services"]
 # Variables of names, which look like secrets.
-NAMES = {"CLAW_PRIVATE_KEY_FILE", "CLAW_S3_ACCESS_KEY", "MINIO_ACCESS_KEY_ID"}
+NAMES = {"CLAW_PRIVATE_KEY_FILE", "CLAW_S3_ACCESS_KEY", "MINIO_ACCESS_KEY_ID", "KAFKA_AUTHORIZER_CLASS_NAME"}
 STORES = {"postgres", "redis", "kafka", "rabbitmq", "etcd", "minio", "milvus", "elasticsearch"}
 
 
@@ -252,7 +254,7 @@ async def test_topics_and_queues_are_the_catalogs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(provision, "migrate", nothing)
     monkeypatch.setattr(provision, "provision_brokers", brokers)
     with pytest.raises(Asked) as asked:
-        await provision.bring_up_to_date({}, {}, database="", kafka="", rabbit_url="", management_url="")
+        await provision.bring_up_to_date({}, {}, {}, database="", kafka="", rabbit_url="", management_url="")
     assert asked.value.args == (CATALOG,)
 
 
@@ -260,9 +262,37 @@ def test_the_provisioning_container_gets_every_variable_that_it_reads() -> None:
     source = Path(str(compose.__file__)).read_text()
     needed = set(re.findall(r'env\["(CLAW_\w+)"\]', source))
     needed |= {
-        f"{name.upper()}_{role}_PASSWORD" for name in SERVICES for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ")
+        f"{name.upper()}_{role}_PASSWORD"
+        for name in SERVICES
+        for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ", "KAFKA")
     }
     assert needed | {"CLAW_MASTER_KEY", "CLAW_TLS_URL"} == set(CONTAINERS["provision"]["environment"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_each_service_logs_in_to_kafka_as_itself_and_has_the_topics_of_the_catalog(name: str) -> None:
+    servers = CONTAINERS[name]["environment"]["CLAW_KAFKA_BOOTSTRAP_SERVERS"]
+    assert servers == f"kafka://{name}:${{{name.upper()}_KAFKA_PASSWORD:?}}@kafka:9092"
+    assert kafka_options(servers.replace(":?", ""))["sasl_plain_username"] == name
+    rights = provision.topics_of(name)
+    assert rights.reads == {topic.name for topic in CATALOG.topics if name in topic.consumers}
+    assert rights.writes == {topic.name for topic in CATALOG.topics if name in topic.producers}
+
+
+def test_kafka_lets_nobody_in_without_a_login_and_gives_no_rights_by_itself() -> None:
+    # The image makes names of settings from those of the variables.
+    settings = {
+        variable.removeprefix("KAFKA_").replace("___", "-").replace("_", ".").lower(): value
+        for variable, value in CONTAINERS["kafka"]["environment"].items()
+    }
+    protocols = dict(pair.split(":") for pair in settings["listener.security.protocol.map"].split(","))
+    for listener in settings["listeners"].split(","):
+        name, host = listener.partition(":")[0], urlsplit(listener).hostname
+        assert protocols[name].startswith("SASL_") or host == "127.0.0.1"
+    for mechanism in settings["listener.name.client.sasl.enabled.mechanisms"].split(","):
+        assert f"listener.name.client.{mechanism.lower()}.sasl.jaas.config" in settings
+    assert "allow.everyone.if.no.acl.found" not in settings
+    assert settings["authorizer.class.name"].endswith(".StandardAuthorizer")
 
 
 def test_prometheus_asks_every_service_and_its_alerts_name_metrics_that_exist() -> None:

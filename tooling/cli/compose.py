@@ -57,7 +57,9 @@ def provision() -> None:
             name: Passwords(*(env[f"{name.upper()}_{role}_PASSWORD"] for role in ("OWNER", "REQUEST", "WORKER")))
             for name in SERVICES
         }
-        accounts = {name: env[f"{name.upper()}_RABBITMQ_PASSWORD"] for name in SERVICES}
+        rabbitmq, kafka = (
+            {name: env[f"{name.upper()}_{broker}_PASSWORD"] for name in SERVICES} for broker in ("RABBITMQ", "KAFKA")
+        )
         urls = {
             "database": env["CLAW_ADMIN_DATABASE_URL"],
             "kafka": env["CLAW_KAFKA_BOOTSTRAP_SERVERS"],
@@ -69,7 +71,7 @@ def provision() -> None:
     except KeyError as error:
         raise EngineError(f"{error.args[0]}: must be set in the environment") from None
     make_keys(keys, SERVICES, env.get("CLAW_MASTER_KEY", ""))
-    asyncio.run(bring_up_to_date(roles, accounts, **urls))
+    asyncio.run(bring_up_to_date(roles, rabbitmq, kafka, **urls))
     # Readable by all, because the gateway runs as another user. The file contains no secret.
     write_atomically(gateway, gateway_configuration(env.get("CLAW_TLS_URL", "")), mode=0o644)
     console.print(f"Database and brokers are up to date, and so is {gateway}.")

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from infra.errors import describe
-from tooling.stack.engines import CREDENTIALS, ENGINES
+from tooling.stack.engines import CREDENTIALS, ENGINES, certificates
 from tooling.stack.engines.base import Engine, EngineError, Place
 from tooling.stack.home import UNFINISHED, Home, home_folder
 from tooling.stack.machine import check_access, check_machine
@@ -31,7 +31,10 @@ _STILL_WAITING_SECONDS = 30
 console = Console(stderr=True, highlight=False)
 
 
-def up(only: Annotated[str, typer.Option(help="The parts to start, separated by commas. Default: all.")] = "") -> None:
+def up(
+    only: Annotated[str, typer.Option(help="The parts to start, separated by commas. Default: all.")] = "",
+    tls: Annotated[bool, typer.Option("--tls", help="Use mutual TLS from now on, until the stack is wiped.")] = False,
+) -> None:
     """Start all engines and services that do not run. Return when all of them are ready."""
     known = parts()
     names = only.split(",") if only else list(known)
@@ -49,6 +52,10 @@ def up(only: Annotated[str, typer.Option(help="The parts to start, separated by 
     # The clients would log every refused connection, which is normal while an engine starts.
     logging.disable()
     with alone(home.path):
+        if tls and not certificates.in_use(place) and Supervisor(home.path).running():
+            raise EngineError("--tls: this stack runs without TLS: stop it first: ./claw down")
+        if tls or certificates.in_use(place):
+            certificates.issue(place, [*known, certificates.ADMIN])
         asyncio.run(_start_all(home, place, [known[name] for name in names]))
 
 

@@ -28,6 +28,7 @@ async def provision(place: Place) -> None:
     await bring_up_to_date(
         {name: Passwords(**passwords(place, name)) for name in SERVICES},
         {name: place.secret(f"rabbitmq.{name}") for name in SERVICES},
+        {name: place.secret(f"kafka.{name}") for name in SERVICES},
         database=ENGINES["postgres"].access(place)["url"],
         kafka=ENGINES["kafka"].access(place)["bootstrap_servers"],
         rabbit_url=rabbitmq["url"],
@@ -38,13 +39,14 @@ async def provision(place: Place) -> None:
 async def bring_up_to_date(
     database_passwords: Mapping[str, Passwords],
     rabbitmq_passwords: Mapping[str, str],
+    kafka_passwords: Mapping[str, str],
     *,
     database: str,
     kafka: str,
     rabbit_url: str,
     management_url: str,
 ) -> None:
-    """As `provision`, on any engines. All URLs are the administrator's."""
+    """As `provision`, on any engines. All URLs are the administrator's. A Kafka without logins gets no accounts."""
     await prepare_database(database, database_passwords)
     for name in SERVICES:
         if (revisions := CHECKOUT / "services" / name / "migrations").exists():
@@ -53,6 +55,8 @@ async def bring_up_to_date(
         await provision_brokers(CATALOG, database, kafka=kafka, rabbit_url=rabbit_url, management_url=management_url)
     except provisioning.ProvisioningError as error:
         raise EngineError(str(error)) from error
+    if "://" in kafka:
+        await provisioning.grant(kafka, kafka_passwords, {name: topics_of(name) for name in SERVICES})
     url = urlsplit(management_url)
     base = f"http://{url.hostname}:{url.port}/api"
     vhost = quote(unquote(urlsplit(rabbit_url).path.removeprefix("/")) or "/", safe="")
@@ -80,6 +84,14 @@ async def provision_brokers(catalog: Catalog, url: str, **brokers: str) -> dict[
             sent[destination] = count
     await provisioning.apply(catalog, **brokers)
     return sent
+
+
+def topics_of(service: str) -> provisioning.Rights:
+    """The topics that the service reads and writes, as `./claw map` shows them."""
+    return provisioning.Rights(
+        reads=frozenset(topic.name for topic in CATALOG.topics if service in topic.consumers),
+        writes=frozenset(topic.name for topic in CATALOG.topics if service in topic.producers),
+    )
 
 
 def permissions(service: str) -> dict[str, str]:

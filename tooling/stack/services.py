@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from infra.connections import context_of
 from tooling.stack.checkout import CHECKOUT
-from tooling.stack.engines import ENGINES
+from tooling.stack.engines import ENGINES, certificates
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place, Program, write_atomically
 from tooling.stack.home import SERVICE_PORTS, SERVICES
 from tooling.stack.keys import make_keys, master_file, private_file, public_file
@@ -20,6 +21,7 @@ SECRETS = frozenset(
     for name in (
         "DATABASE_URL",
         "REQUEST_DATABASE_URL",
+        "KAFKA_BOOTSTRAP_SERVERS",
         "RABBITMQ_URL",
         "REDIS_URL",
         "ADMIN_TOKEN",
@@ -72,12 +74,15 @@ class LocalService:
             "rabbitmq": ("rabbitmq", self.NAME, place.secret(f"rabbitmq.{self.NAME}")),
             "redis": ("valkey", self.NAME, place.secret(f"valkey.{self.NAME}")),
         }
-        url = {name: _login(ENGINES[engine].access(place)["url"], *who) for name, (engine, *who) in accounts.items()}
+        url = {
+            name: _login(ENGINES[engine].access(place)["url"], *who, query=certificates.query(place, engine, self.NAME))
+            for name, (engine, *who) in accounts.items()
+        }
         environment = {
             "PYTHONPATH": str(CHECKOUT),
             "CLAW_DATABASE_URL": url["worker"],
             "CLAW_REQUEST_DATABASE_URL": url["request"],
-            "CLAW_KAFKA_BOOTSTRAP_SERVERS": ENGINES["kafka"].access(place)["bootstrap_servers"],
+            "CLAW_KAFKA_BOOTSTRAP_SERVERS": self._brokers(place),
             "CLAW_RABBITMQ_URL": url["rabbitmq"],
             "CLAW_REDIS_URL": url["redis"],
             "CLAW_HTTP_PORT": str(place.ports[self.NAME]),
@@ -87,6 +92,8 @@ class LocalService:
             "CLAW_MASTER_KEY_FILE": str(master_file(keys_folder(place), self.NAME)),
             **addresses(place),
         }
+        if certificates.in_use(place):
+            environment["CLAW_TLS_FOLDER"] = str(certificates.folder(place, self.NAME))
         if self.NAME == "billing":
             # The stand-in that `./claw demo --billing` serves there.
             environment["CLAW_STRIPE_API_BASE"] = f"http://127.0.0.1:{place.ports['payments']}"
@@ -98,15 +105,22 @@ class LocalService:
             environment["CLAW_GRPC_PORT"] = str(place.ports[f"{self.NAME}_grpc"])
         return environment
 
-    async def ready(self, place: Place) -> str:
-        import httpx
+    def _brokers(self, place: Place) -> str:
+        servers = str(ENGINES["kafka"].access(place)["bootstrap_servers"])
+        query = certificates.query(place, "kafka", self.NAME)
+        return _login(servers, self.NAME, place.secret(f"kafka.{self.NAME}"), query=query) if query else servers
 
-        async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
-            answer = await client.get(f"{self.access(place)['url']}/readyz")
+    async def ready(self, place: Place) -> str:
+        from infra.web.clients import service_client
+
+        own = certificates.folder(place, certificates.ADMIN)
+        tls = context_of(own) if certificates.in_use(place) else None
+        async with service_client(self.NAME, self.access(place)["url"], tls, ANSWER_SECONDS) as client:
+            answer = await client.get("/readyz")
         return str(answer.raise_for_status().json()["version"])
 
     def access(self, place: Place) -> dict[str, Any]:
-        return {"url": f"http://127.0.0.1:{place.ports[self.NAME]}"}
+        return {"url": f"{scheme(place)}://127.0.0.1:{place.ports[self.NAME]}"}
 
 
 def keys_folder(place: Place) -> Path:
@@ -128,7 +142,7 @@ def addresses(place: Place) -> dict[str, str]:
     return {
         **{f"CLAW_{name.upper()}_GRPC": target for name, target in grpc.items()},
         "CLAW_OPERATIONS": ",".join(f"{name}={target}" for name, target in grpc.items()),
-        "CLAW_AGENT_URL": f"http://{local}:{place.ports['agent']}",
+        "CLAW_AGENT_URL": f"{scheme(place)}://{local}:{place.ports['agent']}",
         "CLAW_PUBLIC_URL": ENGINES["nginx"].access(place)["url"],
         "CLAW_MILVUS_URL": ENGINES["milvus"].access(place)["url"],
         "CLAW_S3_ENDPOINT": s3["endpoint"],
@@ -141,12 +155,18 @@ def addresses(place: Place) -> dict[str, str]:
     }
 
 
+def scheme(place: Place) -> str:
+    """Of the services' HTTP."""
+    return "https" if certificates.in_use(place) else "http"
+
+
 def passwords(place: Place, service: str) -> dict[str, str]:
     """The service's three PostgreSQL roles and their passwords."""
     return {role: place.secret(f"postgres.{service}.{role}") for role in ("owner", "request", "worker")}
 
 
-def _login(url: str, user: str, password: str) -> str:
-    """The administrator's URL with another user and password."""
+def _login(url: str, user: str, password: str, *, query: str = "") -> str:
+    """The administrator's URL with another user, password and query."""
     parts = urlsplit(url)
-    return parts._replace(netloc=f"{user}:{password}@{parts.hostname}:{parts.port}").geturl()
+    netloc = f"{user}:{password}@{parts.hostname}:{parts.port}"
+    return parts._replace(netloc=netloc, query=query.removeprefix("?")).geturl()

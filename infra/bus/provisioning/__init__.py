@@ -15,10 +15,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from infra.bus.provisioning.drift import Drift, DriftRefused, ProvisioningError
 from infra.bus.provisioning.kafka import Topics
+from infra.bus.provisioning.kafka_accounts import Rights, grant
 from infra.bus.provisioning.rabbit import Queues
+from infra.connections import kafka_options
 from protos.topology import Catalog
 
-__all__ = ["Drift", "DriftRefused", "ProvisioningError", "apply", "plan"]
+__all__ = ["Drift", "DriftRefused", "ProvisioningError", "Rights", "apply", "grant", "plan"]
 
 # How long a change may take until the brokers show it, seconds.
 _SETTLE_SECONDS = 15.0
@@ -27,7 +29,7 @@ _SETTLE_SECONDS = 15.0
 async def plan(catalog: Catalog, *, kafka: str, rabbit_url: str, management_url: str, prefix: str = "") -> list[Drift]:
     """The differences between `catalog` and the brokers.
 
-    kafka: bootstrap servers. prefix: stands before every topic's name.
+    kafka: as `infra.connections` reads it. prefix: stands before every topic's name.
     rabbit_url: ``amqp://…/vhost``; only the virtual host is used.
     management_url: ``http://user:password@host:port``; the user needs all permissions in the virtual host.
     """
@@ -69,7 +71,7 @@ async def _brokers(
     url = urlsplit(management_url)
     vhost = unquote(urlsplit(rabbit_url).path.removeprefix("/")) or "/"
     auth = (unquote(url.username or ""), unquote(url.password or ""))
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
+    admin = AIOKafkaAdminClient(**kafka_options(kafka))
     try:
         await admin.start()
         base = f"{url.scheme}://{url.hostname}:{url.port}/api"

@@ -88,6 +88,9 @@ def test_every_wrong_variable_is_named_with_its_fault(monkeypatch: pytest.Monkey
         ("CLAW_DATABASE_URL", "mysql://w:hunter2@127.0.0.1/claw"),
         ("CLAW_DATABASE_URL", "postgresql://w:hunter2@[127/claw"),
         ("CLAW_DATABASE_URL", "postgresql://w@host:hunter2/claw"),
+        ("CLAW_DATABASE_URL", "postgresql://w:hunter2@127.0.0.1/claw?sslmode=require"),
+        ("CLAW_KAFKA_BOOTSTRAP_SERVERS", "kafka://u:hunter2@"),
+        ("CLAW_KAFKA_BOOTSTRAP_SERVERS", "kafkas://u:hunter2@127.0.0.1:1?authority=/nowhere"),
     ],
 )
 def test_no_error_shows_a_secret(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:

@@ -1,10 +1,12 @@
-"""Apache Kafka: one node in KRaft mode, without authentication, and therefore on loopback only."""
+"""Apache Kafka: one node in KRaft mode, on loopback only. It asks for a login only if the stack uses TLS."""
 
 from __future__ import annotations
 
 import subprocess
 from typing import Any
 
+from infra.connections import SCRAM, TLS_FILES, kafka_options
+from tooling.stack.engines import certificates
 from tooling.stack.engines.base import ANSWER_SECONDS, EngineError, Place, Program, fresh_folder, write_atomically
 from tooling.stack.engines.jars import JAVA, install_jars
 
@@ -48,8 +50,8 @@ async def ready(place: Place) -> str:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
     from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-    servers = access(place)["bootstrap_servers"]
-    admin = AIOKafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=ANSWER_SECONDS * 1000)
+    options = kafka_options(access(place)["bootstrap_servers"]) | {"request_timeout_ms": ANSWER_SECONDS * 1000}
+    admin = AIOKafkaAdminClient(**options)
     try:
         await admin.start()
         if _READY_TOPIC not in await admin.list_topics():
@@ -57,9 +59,9 @@ async def ready(place: Place) -> str:
             await admin.create_topics([NewTopic(_READY_TOPIC, 1, 1, topic_configs=limits)])
     finally:
         await admin.close()
-    async with AIOKafkaProducer(bootstrap_servers=servers, request_timeout_ms=ANSWER_SECONDS * 1000) as producer:
+    async with AIOKafkaProducer(**options) as producer:
         sent = await producer.send_and_wait(_READY_TOPIC, b"ready", partition=0)
-    async with AIOKafkaConsumer(bootstrap_servers=servers, request_timeout_ms=ANSWER_SECONDS * 1000) as consumer:
+    async with AIOKafkaConsumer(**options) as consumer:
         partition = TopicPartition(_READY_TOPIC, 0)
         consumer.assign([partition])
         consumer.seek(partition, sent.offset)
@@ -68,7 +70,45 @@ async def ready(place: Place) -> str:
 
 
 def access(place: Place) -> dict[str, Any]:
-    return {"bootstrap_servers": f"127.0.0.1:{place.ports['kafka']}"}
+    address = f"127.0.0.1:{place.ports['kafka']}"
+    if not (query := certificates.query(place, NAME, certificates.ADMIN)):
+        return {"bootstrap_servers": address}
+    password = place.secret("kafka.admin")
+    return {"bootstrap_servers": f"kafkas://admin:{password}@{address}{query}&mechanism=PLAIN"}
+
+
+def _open() -> dict[str, str]:
+    return {"listener.security.protocol.map": "CONTROLLER:PLAINTEXT,CLIENT:PLAINTEXT"}
+
+
+def _secured(place: Place) -> dict[str, str]:
+    """Mutual TLS on both listeners. Clients also log in: the administrator by the password that stands here, the
+    services by SCRAM, with the accounts and rights that the provisioning makes."""
+    own = certificates.folder(place, NAME)
+    authority, certificate, key = (own / name for name in TLS_FILES)
+    # Kafka reads key and certificate from one file.
+    write_atomically(own / "keystore.pem", key.read_text() + certificate.read_text())
+    password = place.secret("kafka.admin")
+    login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+    scram = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+    return {
+        "listener.security.protocol.map": "CONTROLLER:SSL,CLIENT:SASL_SSL",
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(own / "keystore.pem"),
+        "ssl.truststore.type": "PEM",
+        "ssl.truststore.location": str(authority),
+        "ssl.client.auth": "required",
+        "listener.name.client.ssl.client.auth": "required",
+        "sasl.mechanism.inter.broker.protocol": "PLAIN",
+        "listener.name.client.sasl.enabled.mechanisms": f"PLAIN,{SCRAM}",
+        "listener.name.client.plain.sasl.jaas.config": (
+            f'{login} username="admin" password="{password}" user_admin="{password}";'
+        ),
+        f"listener.name.client.{SCRAM.lower()}.sasl.jaas.config": scram,
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        # The node itself on the controller's listener, and the administrator.
+        "super.users": f"User:CN={NAME};User:admin",
+    }
 
 
 def _java(*options: str) -> tuple[str, ...]:
@@ -82,10 +122,11 @@ def _configure(place: Place, data: str) -> str:
         "process.roles": "broker,controller",
         "node.id": "1",
         "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-        "listeners": f"PLAINTEXT://127.0.0.1:{broker},CONTROLLER://127.0.0.1:{controller}",
-        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{broker}",
+        "listeners": f"CLIENT://127.0.0.1:{broker},CONTROLLER://127.0.0.1:{controller}",
+        "advertised.listeners": f"CLIENT://127.0.0.1:{broker}",
         "controller.listener.names": "CONTROLLER",
-        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+        "inter.broker.listener.name": "CLIENT",
+        **(_secured(place) if certificates.in_use(place) else _open()),
         "log.dirs": data,
         # Otherwise a misspelt topic would become a new topic with one partition, instead of an error.
         "auto.create.topics.enable": "false",

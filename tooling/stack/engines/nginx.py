@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import infra
+from infra.connections import TLS_FILES
 from protos.catalog import SERVICES
+from tooling.stack.engines import certificates
 from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, package_folder, write_atomically
 
 NAME = "nginx"
@@ -77,18 +79,22 @@ def configuration(
     limits: Limits,
     resolver: str | None = None,
     tls: Tls | None = None,
+    inside: str | None = None,
 ) -> str:
     """The gateway's nginx.conf.
 
     listen: port, or address:port. folder: the folder that nginx may write; it must contain ``temp``. services:
     service → its HTTP address (host:port). resolver: the name server that nginx asks repeatedly for the hosts of
-    `services`; without it the hosts must be IP addresses.
+    `services`; without it the hosts must be IP addresses. inside: the folder with the gateway's `TLS_FILES`, for
+    mutual TLS to the services; without it they serve plain HTTP.
     """
     values = {
         "listeners": _tls_listener(tls) if tls else f"        listen {listen};",
         "redirect": _redirect(listen, tls.url) if tls else "",
         "folder": folder,
         "resolver": f"resolver {resolver} valid=10s ipv6=off;" if resolver else "",
+        "scheme": "https" if inside else "http",
+        "inside": _inside(inside) if inside else "",
         "upstreams": "\n".join(_upstream(name, address, resolver) for name, address in services.items()),
         "services": "|".join(services),
         "docs": "".join(f'<li><a href="{name}/">{name}</a></li>' for name in services),
@@ -104,6 +110,20 @@ def configuration(
 def _upstream(name: str, address: str, resolver: str | None) -> str:
     server = f"server {address} resolve" if resolver else f"server {address}"
     return f"    upstream {name} {{ zone {name} 128k; least_conn; {server}; keepalive 32; keepalive_timeout 4s; }}"
+
+
+def _inside(folder: str) -> str:
+    """Each service's certificate must name it: that is the name of its upstream, which nginx compares."""
+    authority, certificate, key = (f'"{folder}/{name}"' for name in TLS_FILES)
+    lines = (
+        f"proxy_ssl_trusted_certificate {authority};",
+        f"proxy_ssl_certificate {certificate};",
+        f"proxy_ssl_certificate_key {key};",
+        "proxy_ssl_verify on;",
+        "proxy_ssl_server_name on;",
+        "proxy_ssl_protocols TLSv1.2 TLSv1.3;",
+    )
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def _tls_listener(tls: Tls) -> str:
@@ -158,6 +178,7 @@ def prepare(place: Place, limits: Limits = LOCAL_LIMITS, tls: Tls | None = None)
         services={name: f"127.0.0.1:{place.ports[name]}" for name in SERVICES},
         limits=limits,
         tls=tls,
+        inside=str(own) if (own := certificates.folder(place, NAME)).exists() else None,
     )
     write_atomically(folder / "nginx.conf", config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
+from tooling.stack.engines import certificates
 from tooling.stack.engines.base import ANSWER_SECONDS, EngineError, Place, Program, fresh_folder, package_folder
 
 NAME = "postgres"
@@ -47,10 +48,13 @@ def prepare(place: Place) -> None:
 
 
 def program(place: Place) -> Program:
+    port, folder = str(place.ports["postgres"]), place.folder(NAME)
+    tls = certificates.in_use(place)
     settings = {
-        "listen_addresses": "127.0.0.1",
-        "port": str(place.ports["postgres"]),
-        "unix_socket_directories": "",
+        # This program knows no TLS.
+        "listen_addresses": "" if tls else "127.0.0.1",
+        "port": port,
+        "unix_socket_directories": str(folder) if tls else "",
         "max_connections": "300",
         "shared_buffers": "128MB",
         "max_wal_size": "1GB",
@@ -61,7 +65,9 @@ def program(place: Place) -> Program:
     }
     arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     # INT is the fast shutdown. TERM would wait until all clients have left.
-    return Program((str(BIN / "postgres"), "-D", str(place.folder(NAME) / "data"), *arguments), stop_signal="INT")
+    server = (str(BIN / "postgres"), "-D", str(folder / "data"), *arguments)
+    front = certificates.front(place, NAME, folder / f".s.PGSQL.{port}") if tls else ()
+    return Program((*front, *server), stop_signal="INT")
 
 
 async def ready(place: Place) -> str:
@@ -75,8 +81,9 @@ async def ready(place: Place) -> str:
 
 
 def access(place: Place) -> dict[str, Any]:
-    password = place.secret("postgres.admin")
-    return {"url": f"postgresql://admin:{password}@127.0.0.1:{place.ports['postgres']}/{DATABASE}"}
+    password, address = place.secret("postgres.admin"), f"127.0.0.1:{place.ports['postgres']}"
+    query = certificates.query(place, NAME, certificates.ADMIN)
+    return {"url": f"postgresql://admin:{password}@{address}/{DATABASE}{query}"}
 
 
 def _run(program: str, *arguments: str, text: str = "") -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from infra.connections import TLS_FILES
+from tooling.stack.engines import certificates
 from tooling.stack.engines.base import EngineError, Place, Program, write_atomically
 
 NAME = "rabbitmq"
@@ -36,7 +38,7 @@ def prepare(place: Place) -> None:
     (folder / "home").mkdir(exist_ok=True)
     write_atomically(folder / "enabled_plugins", "[rabbitmq_management,rabbitmq_prometheus].\n")
     settings = {
-        "listeners.tcp.1": f"127.0.0.1:{place.ports['rabbitmq']}",
+        **_listener(place),
         "management.tcp.ip": "127.0.0.1",
         "management.tcp.port": str(place.ports["rabbitmq_management"]),
         "prometheus.tcp.ip": "127.0.0.1",
@@ -95,9 +97,29 @@ async def ready(place: Place) -> str:
 
 def access(place: Place) -> dict[str, Any]:
     login = f"admin:{place.secret('rabbitmq.admin')}@127.0.0.1"
+    query = certificates.query(place, NAME, certificates.ADMIN)
+    scheme = "amqps" if query else "amqp"
     return {
-        "url": f"amqp://{login}:{place.ports['rabbitmq']}/{quote(VHOST, safe='')}",
+        "url": f"{scheme}://{login}:{place.ports['rabbitmq']}/{quote(VHOST, safe='')}{query}",
         "management_url": f"http://{login}:{place.ports['rabbitmq_management']}",
+    }
+
+
+def _listener(place: Place) -> dict[str, str]:
+    address = f"127.0.0.1:{place.ports['rabbitmq']}"
+    if not certificates.in_use(place):
+        return {"listeners.tcp.1": address}
+    authority, certificate, key = (str(certificates.folder(place, NAME) / name) for name in TLS_FILES)
+    return {
+        "listeners.tcp": "none",
+        "listeners.ssl.1": address,
+        "ssl_options.cacertfile": authority,
+        "ssl_options.certfile": certificate,
+        "ssl_options.keyfile": key,
+        "ssl_options.verify": "verify_peer",
+        "ssl_options.fail_if_no_peer_cert": "true",
+        "ssl_options.versions.1": "tlsv1.3",
+        "ssl_options.versions.2": "tlsv1.2",
     }
 
 

