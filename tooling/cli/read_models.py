@@ -93,12 +93,13 @@ def show(found: list[Listed], *, as_json: bool) -> None:
         print(msgspec.json.encode(found).decode())  # noqa: T201
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "source", "rows", "verified (UTC)"):
+    # The source is in the JSON: it would leave no room for the result.
+    for column in ("name", "rows", "verified (UTC)"):
         table.add_column(column, justify="right" if column == "rows" else "left", no_wrap=True)
     table.add_column("result")
     for one in found:
         at = f"{one.verified_at:%m-%d %H:%M}" if one.verified_at else ""
-        table.add_row(one.name, one.source, str(one.rows), at, one.result)
+        table.add_row(one.name, str(one.rows), at, one.result)
     out.print(table)
 
 

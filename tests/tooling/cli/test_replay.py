@@ -14,15 +14,15 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from infra.clock import uuid7
+from infra.clock import utcnow, uuid7
 from infra.postgres.schema import migrate, prepare_database
-from infra.postgres.tx import Tx
+from infra.postgres.tx import Tx, derived_id
 from infra.service import verification
 from infra.service.verification import Verified
 from services.channel import projections
 from services.channel.domain import MarkSent, Queue
-from services.channel.events import DeliveryQueued
-from services.channel.publishing import DELIVERY
+from services.channel.events import DeliveryQueued, MessageTaken
+from services.channel.publishing import CONVERSATION, DELIVERY
 from services.log_aggregator.reindexing import INDEXED
 from tooling.cli import app, read_models, replay
 from tooling.stack import operator
@@ -53,10 +53,10 @@ def claw(*arguments: str) -> Result:
     return CliRunner().invoke(app.build(("replay",)), ["replay", *arguments])
 
 
-def within(work: Callable[[Tx], Awaitable[Any]]) -> Any:
+def within(work: Callable[[Tx], Awaitable[Any]], service: str = "channel") -> Any:
     async def run() -> Any:
         url = operator.engines_access()["postgres"]["url"]
-        async with operator.database(url, "channel") as database, database.begin(tenant_id="t") as tx:
+        async with operator.database(url, service) as database, database.begin(tenant_id="t") as tx:
             return await work(tx)
 
     return asyncio.run(run())
@@ -106,6 +106,37 @@ def test_a_corrupted_row_is_found_and_repaired_and_the_list_shows_the_last_resul
 def listed(name: str) -> Any:
     [found] = [one for one in json.loads(claw("--list", "--json").stdout) if one["name"] == name]
     return found
+
+
+def test_the_types_of_channels_are_rebuilt_from_the_events_of_the_channel_service() -> None:
+    """As after the retention of the topic."""
+    channel_id, event_id = uuid7(), uuid7()
+
+    async def take(tx: Tx) -> None:
+        fact = MessageTaken(channel_id, "telegram", uuid7(), "p", b"", utcnow())
+        tx.append(CONVERSATION.stream("s1"), fact, event_id=event_id)
+
+    async def note(tx: Tx) -> None:
+        # As the live consumer does with the message.
+        await tx.sql("INSERT INTO inbox VALUES ($1, 'billing')", derived_id(event_id, "publication", 0))
+        await tx.sql("INSERT INTO channel (channel_id, tenant_id, type) VALUES ($1, 't', 'telegram')", channel_id)
+
+    async def change(tx: Tx) -> None:
+        await tx.sql("UPDATE channel SET type = 'slack' WHERE channel_id = $1", channel_id)
+
+    within(take)
+    within(note, "billing")
+    arguments = ("billing.note_channel_types", "--from-events", "channel")
+    equal = claw(*arguments)
+    assert equal.exit_code == 0, equal.output
+    assert "channel: equal, live 1 rows, rebuilt 1" in equal.stdout
+    within(change, "billing")
+    different = claw(*arguments)
+    assert different.exit_code == 1
+    assert str(channel_id) in different.stdout
+    assert listed("billing.note_channel_types")["different"] == 1
+    assert claw(*arguments, "--switch").exit_code == 0
+    assert claw(*arguments).exit_code == 0
 
 
 def test_the_list_has_every_read_model_in_80_columns() -> None:
