@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.bus.dispatch import Decoded, decode
 from infra.bus.kafka import printable_headers
+from infra.connections import kafka_options
 from infra.errors import InvalidMessage
 from infra.postgres.db import sql
 from infra.postgres.read_models import Comparison, Difference
@@ -110,7 +111,7 @@ async def verify(
         state = state or Verified(indexed.name)
         not_indexed = {message_id for (message_id,) in letters}
         topic = prefix + indexed.topic.name
-        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
+        consumer = AIOKafkaConsumer(**kafka_options(bootstrap), enable_auto_commit=False)
         await consumer.start()
         try:
             log = _Log(consumer, topic, await _taken(bootstrap, prefix + INDEX, topic), state)
@@ -134,7 +135,7 @@ async def verify(
 
 async def _taken(bootstrap: str, group: str, topic: str) -> dict[int, int]:
     """How far the index's reader has come, by partition."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**kafka_options(bootstrap))
     await admin.start()
     try:
         offsets = await admin.list_consumer_group_offsets(group)
