@@ -45,22 +45,25 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 
     def headers(self) -> dict[str, str]:
         """The header table. Only UTF-8 strings, which Kafka and RabbitMQ clients of any language can read."""
-        optional = {
-            "ce_subject": self.subject,
-            "ce_sequence": None if self.sequence is None else str(self.sequence),
-            "tenant_id": self.tenant_id,
-            "traceparent": self.traceparent,
-            "tracestate": self.tracestate,
-        }
-        return {
+        headers = {
             "ce_id": str(self.id),
             "ce_source": self.source,
             "ce_type": self.type,
             "ce_specversion": "1.0",
             "ce_time": self.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "content-type": "application/json",
-            **{name: value for name, value in optional.items() if value is not None},
         }
+        if self.subject is not None:
+            headers["ce_subject"] = self.subject
+        if self.sequence is not None:
+            headers["ce_sequence"] = str(self.sequence)
+        if self.tenant_id is not None:
+            headers["tenant_id"] = self.tenant_id
+        if self.traceparent is not None:
+            headers["traceparent"] = self.traceparent
+        if self.tracestate is not None:
+            headers["tracestate"] = self.tracestate
+        return headers
 
 
 def read_headers(headers: dict[str, Any]) -> Envelope:

@@ -224,16 +224,18 @@ def _link(link: Link) -> bytes:
 
 def _attributes(tag: bytes, attributes: Mapping[str, Any]) -> list[bytes]:
     return [
-        _text(tag, key, value) if type(value) is str else _field(tag, _key(key) + _field(b"\x12", _value(value)))
+        _usual(tag, key, value)
+        if type(value) is str or (type(value) is int and 0 <= value < 1000)
+        else _field(tag, _key(key) + _field(b"\x12", _value(value)))
         for key, value in attributes.items()
         if value is not None
     ]
 
 
-# Most texts are one of a few: names of operations, models, topics.
+# Most texts are one of a few: names of operations, models, topics. Small numbers are statuses and attempts.
 @lru_cache(maxsize=4096)
-def _text(tag: bytes, key: str, value: str) -> bytes:
-    return _field(tag, _key(key) + _field(b"\x12", _field(b"\x0a", _utf8(value))))
+def _usual(tag: bytes, key: str, value: str | int) -> bytes:
+    return _field(tag, _key(key) + _field(b"\x12", _value(value)))
 
 
 @lru_cache(maxsize=1024)

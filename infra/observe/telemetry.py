@@ -130,10 +130,27 @@ def start_span(
     name: str,
     kind: SpanKind = SpanKind.INTERNAL,
     *,
+    parent: SpanContext | None = None,
     attributes: Mapping[str, Value] | None = None,
 ) -> Span:
-    """A span under the current one. The caller ends it; it does not become the current span."""
-    return _start(name, kind, _current(), attributes)
+    """A span under the current one, or under the remote `parent`. The caller ends it; it does not become the current
+    span."""
+    return _start(name, kind, parent or _current(), attributes)
+
+
+@contextmanager
+def current(span: Span) -> Iterator[None]:
+    """Makes `span` the current one in the block. It does not end it."""
+    token = otel_context.attach(trace.set_span_in_context(span))
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
+
+
+def traceparent(span: Span) -> str | None:
+    """The context of `span` as the header ``traceparent``; None if it has none."""
+    return _inject(span if isinstance(span, RecordedSpan) else span.get_span_context()).get("traceparent")
 
 
 def carrier() -> dict[str, str]:

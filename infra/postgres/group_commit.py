@@ -32,6 +32,8 @@ class GroupCommit(Generic[W]):
         self._commit = commit
         self._largest = largest
         self._waiting: deque[_Pending[W]] = deque()
+        self.uncommitted = 0
+        """The number of writes that wait or are being committed."""
         self.working: asyncio.Task[None] | None = None
         """The task that commits. None while nothing waits."""
 
@@ -46,6 +48,7 @@ class GroupCommit(Generic[W]):
         """Adds the write behind those that wait. The result becomes done after the commit, as `write` returns."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Pending(write, done))
+        self.uncommitted += 1
         if self.working is None:
             # An empty context: the task works for many callers and belongs to the trace of none.
             self.working = asyncio.create_task(self._work(), name="group commit", context=Context())
@@ -57,7 +60,11 @@ class GroupCommit(Generic[W]):
                 # Writes that are submitted in the same turn of the event loop come along, above all the next write of a
                 # caller that does not await its first one.
                 await asyncio.sleep(0)
-                await self._end([self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))])
+                group = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))]
+                try:
+                    await self._end(group)
+                finally:
+                    self.uncommitted -= len(group)
         finally:
             self.working = None
 

@@ -83,7 +83,11 @@ class Tx:
         self._buffered: dict[str, list[tuple[Any, ...]]] = {}
         self._loaded: dict[str, tuple[Any, int]] = {}
         self._after: list[Callable[[], Awaitable[None]]] = []
+        # The last message that was encoded: a fact often goes to a topic and a queue.
+        self._encoded: tuple[Message | None, bytes] = (None, b"")
         self.tenant_id = tenant_id
+        # The trace context of the messages and items that are collected from now on. None: the current span's.
+        self.carrier: dict[str, str] | None = None
         self.cause = cause
         # The buses for which it leaves messages in the outbox.
         self.buses: set[str] = set()
@@ -177,8 +181,8 @@ class Tx:
         if type(message) not in topic.messages:
             raise ValueError(f"{type(message).__name__} is not a message of topic {topic.name}")
         id_ = message_id or uuid7()
-        headers = self._headers(id_, message, key, telemetry.carrier())
-        body = _encoded(message)
+        headers = self._headers(id_, message, key)
+        body = self._body(message)
         self._rows.append(OutboxRow("kafka", id_, topic.name, "", key, headers, body, topic.retention))
         return id_
 
@@ -199,8 +203,8 @@ class Tx:
         if not isinstance(message, queue.message):
             raise ValueError(f"{type(message).__name__} is not the message of queue {queue.name}")
         id_ = message_id or uuid7()
-        headers = self._headers(id_, message, key, telemetry.carrier(), position)
-        body = _encoded(message)
+        headers = self._headers(id_, message, key, position)
+        body = self._body(message)
         row = OutboxRow(
             "rabbit",
             id_,
@@ -232,7 +236,7 @@ class Tx:
         if type(item) is not lane_kind.item:
             raise ValueError(f"{type(item).__name__} is not the item of lane {lane_kind.name}")
         id_ = item_id or uuid7()
-        headers = msgspec.json.encode(telemetry.carrier()).decode()
+        headers = msgspec.json.encode(self._carrier()).decode()
         new = NewItem(
             lane_kind.name,
             self.tenant_id or "",
@@ -246,9 +250,11 @@ class Tx:
         self._items.setdefault((lane_kind.name, id_), new)
         return id_
 
-    def _headers(
-        self, id_: UUID, message: Message, subject: str | None, carrier: dict[str, str], sequence: int | None = None
-    ) -> str:
+    def _carrier(self) -> dict[str, str]:
+        return telemetry.carrier() if self.carrier is None else self.carrier
+
+    def _headers(self, id_: UUID, message: Message, subject: str | None, sequence: int | None = None) -> str:
+        carrier = self._carrier()
         envelope = Envelope(
             id=id_,
             source=self.service,
@@ -261,6 +267,17 @@ class Tx:
             tracestate=carrier.get("tracestate"),
         )
         return msgspec.json.encode(envelope.headers()).decode()
+
+    def _body(self, message: Message) -> bytes:
+        """Raises TooLarge if a bus cannot carry the message: the transaction of a message that could never be published
+        must not commit, and the sender of the request must learn it."""
+        last, body = self._encoded
+        if message is not last:
+            body = msgspec.json.encode(message)
+            if len(body) > MAX_MESSAGE_BYTES:
+                raise TooLarge(f"{message.wire_name()}: has {len(body)} bytes; a message may have {MAX_MESSAGE_BYTES}")
+            self._encoded = message, body
+        return body
 
     async def flush(self) -> None:
         """Writes the collected events, messages and items. The kernel calls it before the commit."""
@@ -426,15 +443,6 @@ def publications(
         (derived_id(event_id, "publication", n), publication)
         for n, publication in enumerate(aggregate.publish(stream_id, event))
     ]
-
-
-def _encoded(message: Message) -> bytes:
-    """The body of a message. Raises TooLarge if a bus cannot carry it: the transaction of a message that could never
-    be published must not commit, and the sender of the request must learn it."""
-    body = msgspec.json.encode(message)
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise TooLarge(f"{message.wire_name()}: has {len(body)} bytes; a message may have {MAX_MESSAGE_BYTES}")
-    return body
 
 
 async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:

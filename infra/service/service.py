@@ -48,6 +48,7 @@ from infra.service.maintenance import Maintenance
 from infra.service.redrive import Drainer
 from infra.service.settings import Settings, SettingsError
 from infra.web import http, rpc
+from infra.web.raw import RawRoute
 from protos.catalog import SERVICE_LOGS
 from protos.topology import Queue, Subscription, Topic
 
@@ -270,10 +271,10 @@ class Service:
             await server.start(runtime.settings.grpc_port, runtime.settings.listen_host)
             stack.push_async_callback(server.stop)
         routes = [route for factory in self._routes for route in factory(runtime)]
-        app = http.in_front(routes, http.create_app(routes, health, runtime.metrics))
-        web = await http.serve_http(
-            app, runtime.settings.http_port, runtime.settings.listen_host, runtime.settings.tls_folder
-        )
+        app = http.create_app(routes, health, runtime.metrics)
+        raw = [route for route in routes if isinstance(route, RawRoute)]
+        settings = runtime.settings
+        web = await http.serve_http(app, settings.http_port, settings.listen_host, settings.tls_folder, raw=raw)
         stack.push_async_callback(web.stop)
 
     def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: _Running) -> None:

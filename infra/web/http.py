@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
@@ -36,6 +36,7 @@ from infra.observe.metrics import Metrics
 from infra.observe.redaction import MASK, secret_name
 from infra.web.health import Health as Health
 from infra.web.problems import problem
+from infra.web.raw import RawProtocol, RawRoute
 
 T = TypeVar("T")
 
@@ -87,29 +88,6 @@ def create_app(
         middleware=[Middleware(_Observed, metrics=metrics, max_body=max_body)],
         exception_handlers={HTTPException: http_problem},
     )
-
-
-class RawRoute(Mount):
-    """A path prefix whose ASGI application stands in front of the framework: no middleware, no limits, no problems.
-
-    For a hot path. Its application does all of that itself.
-    """
-
-
-def in_front(routes: Sequence[BaseRoute], app: ASGIApp) -> ASGIApp:
-    """`app` behind the raw routes among `routes`."""
-    raw = [(f"{route.path}/", route.app) for route in routes if isinstance(route, RawRoute)]
-    if not raw:
-        return app
-
-    async def front(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            for prefix, application in raw:
-                if scope["path"].startswith(prefix):
-                    return await application(scope, receive, send)
-        await app(scope, receive, send)
-
-    return front
 
 
 def allow_body(request: Request, max_bytes: int) -> None:
@@ -381,8 +359,16 @@ def _tls(folder: Path) -> dict[str, Any]:
     }
 
 
-async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1", tls: Path | None = None) -> HttpServer:
-    """Serves `app` in this event loop; returns when the server accepts connections. Port 0 takes a free port.
+async def serve_http(
+    app: ASGIApp,
+    port: int,
+    host: str = "127.0.0.1",
+    tls: Path | None = None,
+    *,
+    raw: Sequence[RawRoute] = (),
+) -> HttpServer:
+    """Serves `app` and the `raw` routes in this event loop; returns when the server accepts connections. Port 0 takes a
+    free port.
 
     tls: the folder of its certificate; the clients have to show one of the same authority.
 
@@ -402,6 +388,7 @@ async def serve_http(app: ASGIApp, port: int, host: str = "127.0.0.1", tls: Path
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        http=cast(Any, partial(RawProtocol, routes=raw)),
         ws=_WebSocketHandshake,
         # A message has the same limit as a body; a larger one closes its socket (1009).
         ws_max_size=MAX_BODY_BYTES,

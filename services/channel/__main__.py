@@ -3,7 +3,8 @@
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
 from services.channel import accounts, api, attachments, handlers
-from services.channel.ingest import ACCEPTED, Drainer, ingest
+from services.channel.drainer import Drainer
+from services.channel.ingest import ACCEPTED, ingest
 from services.channel.previews import previews
 from services.channel.projections import READ_MODELS
 from services.channel.publishing import DELIVERY, REPLAYED

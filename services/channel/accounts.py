@@ -144,6 +144,13 @@ class Accounts:
         self._unknown: dict[bytes, float] = {}
         self._reading: dict[bytes, asyncio.Task[Account | None]] = {}
 
+    def cached(self, type_: str, token: str) -> Account | None:
+        """The account, if `by_token` would return it without waiting."""
+        if not _TOKEN.fullmatch(token):
+            return None
+        until, account = self._known.get(token_hash(token), (0.0, None))
+        return account if account and until >= time.monotonic() and account.vendor.name == type_ else None
+
     async def by_token(self, type_: str, token: str) -> Account | None:
         if not _TOKEN.fullmatch(token):
             return None

@@ -1,31 +1,36 @@
-"""The route ``ANY /webhooks/<type>/<token>``, which vendors call.
+"""The route ``ANY /webhooks/<type>/<token>``, which vendors call: verify, parse, accept, answer.
 
-It stands in front of the framework, so that a call costs little more than its verification and acceptance.
+It is a raw route, so that a call costs little more than its verification and acceptance. A call whose account is cached
+runs from its last byte to the queue of `Ingest` without a task, and from the commit of its group to its answer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Span, SpanKind
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute
-from starlette.types import Receive, Scope, Send
 
 from infra.clock import utcnow
-from infra.errors import InvalidMessage, NotFound, TooLarge
+from infra.errors import InvalidMessage, NotFound, TooLarge, Transient
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.outgoing.client import Outgoing
 from infra.service.service import Runtime
-from infra.web.http import METHODS, RawRoute
+from infra.web.http import METHODS
 from infra.web.problems import problem
-from services.channel.accounts import Accounts
+from infra.web.raw import RawRequest, RawRoute
+from services.channel.accounts import Account, Accounts
 from services.channel.ingest import Ingest, ingest
+from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Ack, Ignored, Received, Request, Unreadable
 
 PREFIX = "/webhooks"
@@ -35,8 +40,22 @@ _log = get_logger("channel.webhooks")
 _EMPTY = Ack()
 
 
-class _Disconnected(Exception):
-    """The vendor closed the connection before its call was complete."""
+class _Call:
+    """A call that is being answered."""
+
+    __slots__ = ("began", "headers", "method", "request", "span")
+
+    def __init__(self, request: RawRequest) -> None:
+        self.began = time.perf_counter()
+        self.request = request
+        self.headers = request.headers
+        self.method = request.method if request.method in METHODS else "_OTHER"
+        self.span: Span = telemetry.start_span(
+            f"{self.method} {PATH}",
+            SpanKind.SERVER,
+            parent=telemetry.extract(self.headers) if "traceparent" in self.headers else None,
+            attributes={"http.request.method": self.method, "url.scheme": request.scheme, "http.route": PATH},
+        )
 
 
 class Webhooks:
@@ -51,90 +70,104 @@ class Webhooks:
         self._metrics = metrics
         self._outgoing = outgoing
         self._public_url = public_url.rstrip("/")
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
-        method = scope["method"] if scope["method"] in METHODS else "_OTHER"
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        attributes = {"http.request.method": method, "url.scheme": scope["scheme"], "http.route": PATH}
-        parent = telemetry.extract(headers) if "traceparent" in headers else None
-        with telemetry.span(f"{method} {PATH}", SpanKind.SERVER, parent=parent, attributes=attributes) as span:
-            try:
-                ack = await self._answer(scope, headers, receive)
-                response = None if ack == _EMPTY else Response(ack.body, ack.status, media_type=ack.media_type)
-                status = ack.status
-            except _Disconnected:
-                return
-            except Exception as error:
-                response = problem(error)
-                status = response.status_code
-                if status >= 500:
-                    telemetry.fail(span, error)
-                    _log.error("request failed", method=method, path=PATH, status=status, exc_info=True)
-            span.set_attribute("http.response.status_code", status)
-            if status >= 400:
-                _log.info("webhook call refused", method=method, path=PATH, status=status)
-        if response is None:
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-            await send({"type": "http.response.body"})
+    def __call__(self, request: RawRequest) -> None:
+        call = _Call(request)
+        type_, _, token = request.path.removeprefix(f"{PREFIX}/").partition("/")
+        account = self._accounts.cached(type_, token)
+        if account and not account.vendor.publishes_keys:
+            self._receive(call, account)
         else:
-            await response(scope, receive, send)
-        self._metrics.http_seconds.labels(method, PATH, str(status)).observe(time.perf_counter() - began)
+            task = asyncio.create_task(self._look_up(call, type_, token))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, scope: Scope, headers: dict[str, str], receive: Receive) -> Ack:
-        type_, _, token = scope["path"].removeprefix(f"{PREFIX}/").partition("/")
-        account = await self._accounts.by_token(type_, token)
-        if account is None:
-            raise NotFound("no channel has this webhook path")
-        body = await _body(headers, receive, account.vendor.max_body)
-        query = scope["query_string"].decode("latin-1")
-        url = f"{self._public_url}{scope['path']}{f'?{query}' if query else ''}"
-        request = Request(scope["method"], query, headers, body, url)
-        keys = await account.vendor.keys(self._outgoing, account.origin, account.credentials, request)
-        request = request._replace(keys=keys)
+    async def _look_up(self, call: _Call, type_: str, token: str) -> None:
+        """Reads the account, and the vendor's keys, and goes on."""
+        with telemetry.current(call.span):
+            try:
+                account = await self._accounts.by_token(type_, token)
+                if account is None:
+                    raise NotFound("no channel has this webhook path")
+                request = self._request(call, account)
+                keys = await account.vendor.keys(self._outgoing, account.origin, account.credentials, request)
+            except Exception as error:
+                self._refuse(call, error)
+                return
+        self._receive(call, account, keys)
+
+    def _receive(self, call: _Call, account: Account, keys: Mapping[str, Any] = {}) -> None:
+        """Verifies and parses the call, and accepts its items."""
         try:
-            received = account.receive(request, utcnow())
+            request = self._request(call, account)
+            received = self._received(call, account, request._replace(keys=keys) if keys else request)
+            if not received.items:
+                self._answer(call, received.ack)
+                return
+            accepted = self._ingest.accept(account, received.items, telemetry.traceparent(call.span))
+        except Exception as error:
+            self._refuse(call, error)
+            return
+        accepted.add_done_callback(partial(self._end, call, received.ack))
+
+    def _received(self, call: _Call, account: Account, request: Request) -> Received:
+        try:
+            return account.receive(request, utcnow())
         except InvalidMessage as error:
             raise HTTPException(400, str(error)) from error
         except Unreadable as error:
-            _log.warning("webhook event ignored: unexpected shape", channel_id=str(account.id), error=str(error))
+            with telemetry.current(call.span):
+                _log.warning("webhook event ignored: unexpected shape", channel_id=str(account.id), error=str(error))
             digest = hashlib.sha256(request.body).hexdigest()
-            received = Received([Ignored((f"body/{digest}",), f"unexpected shape: {error}"[:200])])
-        if received.items:
-            await self._ingest.accept(account, received.items)
-        return received.ack
+            return Received([Ignored((f"body/{digest}",), f"unexpected shape: {error}"[:200])])
+
+    def _request(self, call: _Call, account: Account) -> Request:
+        """Raises TooLarge if the vendor sends no such bodies."""
+        request = call.request
+        body = request.body
+        if len(body) > account.vendor.max_body:
+            raise TooLarge(f"body: must have at most {account.vendor.max_body} bytes")
+        query = request.query
+        url = f"{self._public_url}{request.path}{f'?{query}' if query else ''}"
+        return Request(request.method, query, call.headers, body, url)
+
+    def _end(self, call: _Call, ack: Ack, accepted: asyncio.Future[None]) -> None:
+        """The items are committed, or they are not."""
+        try:
+            accepted.result()
+        except asyncio.CancelledError:
+            self._refuse(call, Transient("this process stops"))
+        except Exception as error:
+            self._refuse(call, error)
+        else:
+            self._answer(call, ack)
+
+    def _answer(self, call: _Call, ack: Ack) -> None:
+        response = None if ack == _EMPTY else Response(ack.body, ack.status, media_type=ack.media_type)
+        self._finish(call, response, ack.status)
+
+    def _refuse(self, call: _Call, error: Exception) -> None:
+        with telemetry.current(call.span):
+            response = problem(error)
+            status = response.status_code
+            if status >= 500:
+                telemetry.fail(call.span, error)
+                _log.error("request failed", method=call.method, path=PATH, status=status, exc_info=error)
+            _log.info("webhook call refused", method=call.method, path=PATH, status=status)
+        self._finish(call, response, status)
+
+    def _finish(self, call: _Call, response: Response | None, status: int) -> None:
+        call.request.answer(response)
+        call.span.set_attribute("http.response.status_code", status)
+        call.span.end()
+        self._metrics.http_seconds.labels(call.method, PATH, str(status)).observe(time.perf_counter() - call.began)
+
+
+def route(webhooks: Webhooks) -> RawRoute:
+    return RawRoute(PREFIX, webhooks, max_body=max(vendor.max_body for vendor in VENDORS.values()))
 
 
 def routes(runtime: Runtime, accounts: Accounts) -> Sequence[BaseRoute]:
-    return [
-        RawRoute(
-            PREFIX, Webhooks(accounts, ingest(runtime), runtime.metrics, runtime.outgoing, runtime.settings.public_url)
-        )
-    ]
-
-
-async def _body(headers: dict[str, str], receive: Receive, most: int) -> bytes:
-    """Raises TooLarge, if the length is declared before anything is read."""
-    if int(headers.get("content-length", 0)) > most:
-        raise _too_large(most)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        body: bytes = message.get("body", b"")
-        return body
-    parts = []
-    length = 0
-    while True:
-        if message["type"] == "http.disconnect":
-            raise _Disconnected
-        part = message.get("body", b"")
-        length += len(part)
-        if length > most:
-            raise _too_large(most)
-        parts.append(part)
-        if not message.get("more_body"):
-            return b"".join(parts)
-        message = await receive()
-
-
-def _too_large(most: int) -> TooLarge:
-    return TooLarge(f"body: must have at most {most} bytes")
+    settings = runtime.settings
+    return [route(Webhooks(accounts, ingest(runtime), runtime.metrics, runtime.outgoing, settings.public_url))]

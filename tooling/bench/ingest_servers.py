@@ -33,8 +33,9 @@ from infra.security.subjects import SubjectKeys
 from infra.service.service import freeze_loaded_modules
 from infra.web import http
 from services.channel.accounts import Accounts, Secrets
-from services.channel.ingest import Drainer, Ingest
-from services.channel.webhooks import PREFIX, Webhooks
+from services.channel.drainer import Drainer
+from services.channel.ingest import Ingest
+from services.channel.webhooks import Webhooks, route
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -55,13 +56,9 @@ async def serve_ours(port: int, engine: AsyncEngine, otlp: str) -> None:
     database = Database(engine, "channel")
     metrics = Metrics(CollectorRegistry())
     ingest = Ingest(database, cipher, SubjectKeys(cipher))
-    routes = [
-        http.RawRoute(
-            PREFIX, Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics, Outgoing(allow_private=False), "")
-        )
-    ]
-    app = http.in_front(routes, http.create_app(routes, http.Health("channel", "0"), metrics))
-    await http.serve_http(app, port)
+    channel = Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics, Outgoing(allow_private=False), "")
+    app = http.create_app([], http.Health("channel", "0"), metrics)
+    await http.serve_http(app, port, raw=[route(channel)])
     await Drainer(ingest).run()
 
 

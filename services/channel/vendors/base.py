@@ -186,6 +186,8 @@ class Vendor(ABC, Generic[C]):
     """``keyed`` if the vendor accepts our key and drops repeats, else ``once``."""
     max_body: ClassVar[int] = MAX_BODY_BYTES
     """The largest webhook body that the vendor sends, in bytes."""
+    publishes_keys: ClassVar[bool] = False
+    """`keys` must be asked before `receive`."""
     groups: ClassVar[tuple[Groups, ...]] = ("all",)
     """The choices of a channel: the vendor tells mentions, and replies to the bot, or not."""
     files: ClassVar[Mapping[str, int]] = {}

@@ -157,6 +157,7 @@ class Teams(Vendor[TeamsCredentials]):
     origin: ClassVar[str] = "https://login.botframework.com"
     addresses: ClassVar[tuple[str, ...]] = ("openid_metadata_url",)
     effect: ClassVar[Kind] = "once"
+    publishes_keys: ClassVar[bool] = True
     groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     preview: ClassVar[Preview | None] = "edit"
     sign_seconds: ClassVar[int] = 3

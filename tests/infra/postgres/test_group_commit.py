@@ -30,7 +30,7 @@ class Store:
 async def ends(store: Store, *writes: int, largest: int = 100) -> list[str]:
     commits = GroupCommit(store.commit, largest=largest)
     results = await asyncio.gather(*map(commits.write, writes), return_exceptions=True)
-    assert commits.working is None
+    assert (commits.working, commits.uncommitted) == (None, 0)
     return ["stored" if result is None else describe(result) for result in results]
 
 

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import aio_pika
 import asyncpg
+import httpx
 import pytest
 
 from protos.catalog import CHANNEL_INBOUND, PLATFORM_EVENTS
@@ -156,6 +157,27 @@ async def test_a_forged_or_malformed_call_stores_nothing(desk: Desk) -> None:
         assert (await desk.call(channels[vendor], call)).status_code == status, call
     for channel in channels.values():
         assert await desk.received(channel) == []
+
+
+async def test_calls_are_counted_by_their_route_and_status_and_no_token_is_shown(desk: Desk) -> None:
+    vendor = TelegramStandIn()
+    channel = await desk.connect("telegram", vendor.credentials)
+    async with httpx.AsyncClient(base_url=desk.platform.url("channel"), trust_env=False, timeout=30) as http:
+
+        async def counted(status: int) -> float:
+            text = (await http.get("/metrics")).text
+            label = f'method="POST",route="/webhooks/{{type}}/{{token}}",status="{status}"'
+            assert channel["webhook_path"] not in text
+            return sum(float(line.split()[-1]) for line in text.splitlines() if f"_count{{{label}}}" in line)
+
+        before = [await counted(status) for status in (200, 401, 404)]
+        # The first call reads its account, the others find it in the cache.
+        for _ in range(3):
+            assert (await desk.call(channel, vendor.update("hi"))).status_code == 200
+        await desk.call(channel, (b"{}", {}))
+        await desk.call({"webhook_path": f"/webhooks/telegram/{'a' * 32}"}, vendor.update("hi"))
+        after = [await counted(status) for status in (200, 401, 404)]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [3, 1, 1]
 
 
 async def test_the_handshake_of_slack_is_answered(desk: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,15 +12,15 @@ import pytest
 
 from infra.clock import uuid7
 from infra.errors import Transient
-from infra.observe import telemetry
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from services.channel import accounts
 from services.channel import ingest as module
-from services.channel.accounts import Account, Accounts, Secrets, new_token
+from services.channel.accounts import Account, Accounts, Secrets, new_token, token_hash
 from services.channel.domain import Pseudonyms, dedupe_hash
-from services.channel.ingest import MAX_DIRECT, Drainer, Ingest
+from services.channel.drainer import Drainer
+from services.channel.ingest import MAX_DIRECT, Ingest
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Ignored, Inbound, Moved
 from tooling.testing.platform import MASTER_KEY, Platform
@@ -38,15 +39,17 @@ class Intake:
         self.account = Account(
             uuid7(), str(uuid7()), VENDORS["webhook"], uuid7(), None, Pseudonyms(os.urandom(32)), "", True, None
         )
-        self.ingest = self.another()
+        cipher = Cipher(MASTER_KEY)
+        self.ingest = Ingest(self.database, cipher, SubjectKeys(cipher))
+        self.drainer = self.another()
 
-    def another(self) -> Ingest:
+    def another(self) -> Drainer:
         """As another process has it."""
         cipher = Cipher(MASTER_KEY)
-        return Ingest(self.database, cipher, SubjectKeys(cipher))
+        return Drainer(Ingest(self.database, cipher, SubjectKeys(cipher)))
 
-    async def accept(self, *items: Inbound | Ignored | Moved) -> None:
-        await self.ingest.accept(self.account, items)
+    async def accept(self, *items: Inbound | Ignored | Moved, traceparent: str | None = None) -> None:
+        await self.ingest.accept(self.account, items, traceparent)
 
     async def burst(self, items: Sequence[Inbound]) -> None:
         """Calls at the same moment, so many that they are accepted and not stored directly."""
@@ -97,8 +100,8 @@ async def test_a_single_call_is_stored_in_its_conversation_directly(intake: Inta
 async def test_a_burst_is_accepted_first_and_drained_in_order_with_gapless_positions(intake: Intake) -> None:
     await intake.burst([message(n, conversation=f"c{n % 3}") for n in range(30)])
     assert (await intake.texts(), await intake.accepted()) == ([], 30)
-    assert await intake.ingest.drain() == 30
-    assert (await intake.ingest.drain(), await intake.accepted()) == (0, 0)
+    assert await intake.drainer.drain() == 30
+    assert (await intake.drainer.drain(), await intake.accepted()) == (0, 0)
     for conversation in range(3):
         sent = [body for body in await intake.sent() if body["conversation_id"] == f"c{conversation}"]
         assert [body["text"] for body in sent] == [f"text {n}" for n in range(conversation, 30, 3)]
@@ -111,7 +114,7 @@ async def test_a_call_does_not_overtake_accepted_messages(intake: Intake) -> Non
     await intake.burst([message(n) for n in range(20)])
     await intake.accept(message("late"))
     assert await intake.accepted() == 21
-    await intake.ingest.drain()
+    await intake.drainer.drain()
     assert await intake.texts() == [*(f"text {n}" for n in range(20)), "text late"]
 
 
@@ -120,7 +123,7 @@ async def test_a_repeat_changes_nothing_before_and_after_the_drain(intake: Intak
     await intake.burst([*items, *items])
     await intake.burst(items)
     assert await intake.accepted() == 15
-    await intake.ingest.drain()
+    await intake.drainer.drain()
     await intake.burst(items)
     await intake.accept(items[3])
     assert await intake.accepted() == 0
@@ -132,7 +135,7 @@ async def test_a_message_is_a_repeat_under_each_of_its_ids(intake: Intake) -> No
     await intake.burst(items)
     # Its own id is new, its other id is known, and the row of the own id is stored.
     await intake.accept(message("again", ids=("event/100", "message/5")), message("other", ids=("event/100", "x")))
-    await intake.ingest.drain()
+    await intake.drainer.drain()
     assert await intake.texts() == [f"text {n}" for n in range(0, 24, 2)]
 
 
@@ -140,7 +143,7 @@ async def test_two_drainers_keep_the_order_and_store_each_message_once(intake: I
     texts = [f"text {n}" for n in range(900)]
     await intake.burst([message(n) for n in range(900)])
     other = intake.another()
-    drained = await asyncio.gather(intake.ingest.drain(), other.drain(), other.drain(), intake.ingest.drain())
+    drained = await asyncio.gather(intake.drainer.drain(), other.drain(), other.drain(), intake.drainer.drain())
     while await intake.accepted():
         await other.drain()
     assert sum(drained) <= 900
@@ -168,7 +171,7 @@ async def test_the_accepted_messages_of_an_erased_person_are_dropped_by_the_drai
     await intake.burst([message(n, person=f"p{n % 2}") for n in range(20)])
     async with intake.database.begin() as tx:
         await destroy(tx, intake.account.tenant_id, intake.account.pseudonyms.subject("p1"))
-    await intake.ingest.drain()
+    await intake.drainer.drain()
     assert await intake.texts() == [f"text {n}" for n in range(0, 20, 2)]
     assert await intake.ignored() == ["the author was erased"] * 10
     assert [body["position"] for body in await intake.sent()] == list(range(1, 11))
@@ -180,7 +183,7 @@ async def test_a_message_that_cannot_be_drained_lets_the_others_pass_and_is_trie
     async with intake.database.begin() as tx:
         [(sealed,)] = await tx.sql("SELECT sealed FROM accepted WHERE hash = $1", hash_)
         await tx.sql("UPDATE accepted SET sealed = 'damaged' WHERE hash = $1", hash_)
-    await intake.ingest.drain()
+    await intake.drainer.drain()
     assert await intake.texts() == [f"text {n}" for n in range(20) if n != 7]
     [(attempts, waits)] = await intake.rows("SELECT attempts, retry_at > now() FROM accepted WHERE channel_id = $1")
     assert (attempts, waits) == (1, True)
@@ -191,17 +194,16 @@ async def test_a_message_that_cannot_be_drained_lets_the_others_pass_and_is_trie
         await tx.sql(
             "UPDATE accepted SET sealed = $2, retry_at = now() - interval '1 s' WHERE hash = $1", hash_, sealed
         )
-    assert await intake.ingest.drain() == 1
+    assert await intake.drainer.drain() == 1
     assert (await intake.texts())[-1] == "text 7"
 
 
 async def test_a_message_carries_the_trace_of_its_call_through_the_accepted_row(intake: Intake) -> None:
     async def call(n: int) -> None:
-        with telemetry.continued(f"00-{n + 1:032x}-{n + 1:016x}-01"):
-            await intake.accept(message(n))
+        await intake.accept(message(n), traceparent=f"00-{n + 1:032x}-{n + 1:016x}-01")
 
     await asyncio.gather(*(call(n) for n in range(20)))
-    await intake.ingest.drain()
+    await intake.drainer.drain()
     for body in await intake.sent():
         n = int(body["vendor_message_id"])
         assert body["headers"]["traceparent"] == f"00-{n + 1:032x}-{n + 1:016x}-01"
@@ -227,7 +229,7 @@ async def test_a_conversation_that_got_another_id_keeps_its_session(intake: Inta
     for ids in (("id/m",), ("id/n",)):
         await intake.accept(moved._replace(ids=ids))
     await intake.burst([message(n, conversation="-100500") for n in range(2, 22)])
-    await intake.ingest.drain()
+    await intake.drainer.drain()
     await intake.accept(message(22, conversation="-100500"))
     sent = await intake.sent()
     assert len({body["session_key"] for body in sent}) == 1
@@ -259,6 +261,18 @@ async def test_requests_at_the_same_moment_share_one_query_of_their_account(
     token = new_token()
     found = await asyncio.gather(*(stored.by_token("webhook", token) for _ in range(50)))
     assert (found, reads) == ([None] * 50, 1)
+
+
+async def test_only_an_account_that_needs_no_query_is_taken_from_the_cache(
+    intake: Intake,
+) -> None:
+    stored = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
+    token, other = new_token(), new_token()
+    stored._known[token_hash(token)] = time.monotonic() + 60, intake.account
+    stored._known[token_hash(other)] = time.monotonic() - 1, intake.account
+    assert stored.cached("webhook", token) is intake.account
+    for type_, text in (("slack", token), ("webhook", other), ("webhook", new_token()), ("webhook", token + "x")):
+        assert stored.cached(type_, text) is None
 
 
 async def test_an_unknown_token_costs_one_query_in_seconds_and_text_that_is_no_token_none(

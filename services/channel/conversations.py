@@ -1,0 +1,137 @@
+"""Verified messages on their way into their conversations: position, fact and outbox rows in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+from msgspec.structs import replace
+
+from infra.clock import uuid7
+from infra.postgres.tx import Tx
+from infra.security.crypto import DataKey
+from infra.security.subjects import SubjectKeys
+from services.channel.attachments import FETCHES, FetchAttachments, publish
+from services.channel.events import InboundContent, MessageTaken
+from services.channel.publishing import CONVERSATION
+
+# After so many messages other work of the process gets its turn: webhook calls must not wait for all of a batch.
+LUMP = 50
+
+# Counts the messages of each conversation. The rows stay locked until the transaction ends, so no other transaction
+# gets these or later positions before. Sorted by session key, as every transaction locks them.
+_COUNT = """
+    INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id, position, last_at)
+    SELECT n.*, clock_timestamp() FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[], $5::bigint[]) AS n
+    ON CONFLICT (session_key) DO UPDATE
+    SET subject_id = excluded.subject_id, position = c.position + excluded.position, last_at = excluded.last_at
+    RETURNING session_key, position
+"""
+
+
+class AcceptedMessage(msgspec.Struct, frozen=True):
+    """A person's message with everything that its conversation needs: the sealed form in the table ``accepted``."""
+
+    tenant_id: str
+    channel_id: UUID
+    channel_type: str
+    agent_id: UUID
+    session_key: str
+    subject_id: str
+    content: InboundContent
+    received_at: datetime
+    parent_session_key: str = ""
+    """The session of the conversation that this one branched off from; empty if there is none."""
+    by_admin: bool = False
+
+
+class NewMessage(NamedTuple):
+    """A message that is not a repeat."""
+
+    message: AcceptedMessage
+    hash: bytes
+    """The first of its dedupe hashes."""
+    traceparent: str | None
+    """Of its webhook call."""
+
+
+async def store(tx: Tx, subjects: SubjectKeys, messages: Sequence[NewMessage]) -> None:
+    """Stores messages in their conversations. Messages of erased persons are dropped here.
+
+    Locks, each kind in the order of its keys: subject keys, conversations, streams.
+    """
+    if not messages:
+        return
+    messages = await _with_aliases(tx, messages)
+    keys = await subjects.keys(tx, {(new.message.tenant_id, new.message.subject_id) for new in messages})
+    kept = [(new, key) for new in messages if (key := keys[new.message.tenant_id, new.message.subject_id])]
+    if len(kept) < len(messages):
+        await tx.sql(
+            "UPDATE inbound_seen SET ignored = 'the author was erased' WHERE hash = ANY($1::bytea[])",
+            sorted({new.hash for new in messages} - {new.hash for new, _ in kept}),
+        )
+    positions = await _draw_positions(tx, [new.message for new, _ in kept])
+    for number, (new, key) in enumerate(kept, 1):
+        if number % LUMP == 0:
+            await asyncio.sleep(0)
+        # For its tenant, and in the trace of its call.
+        tx.tenant_id = new.message.tenant_id
+        tx.carrier = {"traceparent": new.traceparent} if new.traceparent else {}
+        _record(tx, new.message, key, next(positions[new.message.session_key]))
+
+
+async def _with_aliases(tx: Tx, messages: Sequence[NewMessage]) -> Sequence[NewMessage]:
+    """The messages with the sessions that their conversations had under former ids."""
+    keys = sorted({new.message.session_key for new in messages})
+    rows = await tx.sql("SELECT session_key, target FROM session_alias WHERE session_key = ANY($1::text[])", keys)
+    if not rows:
+        return messages
+    target = dict(rows)
+    return [
+        new._replace(
+            message=replace(new.message, session_key=target.get(new.message.session_key, new.message.session_key))
+        )
+        for new in messages
+    ]
+
+
+async def _draw_positions(tx: Tx, messages: Sequence[AcceptedMessage]) -> dict[str, Iterator[int]]:
+    """The positions of the messages in their conversations, by session key."""
+    last = {message.session_key: message for message in messages}
+    counts = Counter(message.session_key for message in messages)
+    sessions = sorted(last)
+    rows = await tx.sql(
+        _COUNT,
+        sessions,
+        [last[session].tenant_id for session in sessions],
+        [last[session].channel_id for session in sessions],
+        [last[session].subject_id for session in sessions],
+        [counts[session] for session in sessions],
+    )
+    return {session: iter(range(position - counts[session] + 1, position + 1)) for session, position in rows}
+
+
+def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> None:
+    """Appends the fact and publishes its messages."""
+    event_id = uuid7()
+    content = key.seal(msgspec.json.encode(message.content).decode(), str(event_id), "content")
+    fact = MessageTaken(
+        message.channel_id,
+        message.channel_type,
+        message.agent_id,
+        message.subject_id,
+        content,
+        message.received_at,
+        message.by_admin,
+    )
+    tx.append(CONVERSATION.stream(message.session_key), fact, event_id=event_id)
+    item = FetchAttachments(event_id, message.session_key, position, message.parent_session_key)
+    if message.content.attachments:
+        tx.enqueue(FETCHES, lane=message.session_key, item=item, item_id=event_id)
+    else:
+        publish(tx, item, fact, message.content, message.content.text)

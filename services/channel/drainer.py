@@ -1,0 +1,151 @@
+"""Moves accepted messages, oldest first, into their conversations. Decision 13 has the reasons."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import timedelta
+
+import msgspec
+
+from infra.clock import wait_at_most
+from infra.errors import describe
+from infra.failpoint import failpoint
+from infra.observe.logs import get_logger
+from infra.postgres.db import is_transient
+from infra.postgres.tx import Tx
+from services.channel.conversations import AcceptedMessage, NewMessage, store
+from services.channel.ingest import MAX_DIRECT, Ingest
+
+# The most messages in one transaction. More would save little CPU, and calls would wait longer for their turn.
+DRAIN_ROWS = 200
+# The pause between two transactions under load. Rows gather in it, and calls get the larger share of the processor.
+DRAIN_PAUSE_SECONDS = 0.04
+# The drainer looks this often for rows that another process accepted before it died.
+DRAIN_POLL_SECONDS = 5.0
+# The delay before a message is drained again that could not be drained.
+RETRY_DELAY = timedelta(minutes=1)
+# Longer than the retry horizon of every vendor. WhatsApp has the longest: seven days.
+KEEP_SEEN = timedelta(days=30)
+# Few rows at a time, so that the drainer is soon back at its work.
+CLEANING_SECONDS = 1.0
+CLEANING_ROWS = 2_000
+
+_log = get_logger("channel.drainer")
+
+# Locks from the oldest row on. A second drainer waits for that row, and so for the end of the first one's transaction:
+# messages enter a conversation in the order in which they were accepted.
+_DRAIN = """
+    DELETE FROM accepted WHERE position IN (
+        SELECT position FROM accepted WHERE retry_at IS NULL OR retry_at < clock_timestamp()
+        ORDER BY position LIMIT $1 FOR UPDATE
+    )
+    RETURNING position, hash, sealed, traceparent
+"""
+
+
+class Drainer:
+    """Drains the messages that this process or a dead one has accepted, and prunes the dedupe rows."""
+
+    def __init__(self, ingest: Ingest) -> None:
+        self._ingest = ingest
+        self._database = ingest.database
+        self._cleaned_at = time.monotonic()
+        self._stopping = False
+
+    async def run(self) -> None:
+        while not self._stopping:
+            self._ingest.accepted.clear()
+            try:
+                drained = await self.drain()
+            except Exception as error:
+                _log.warning("could not drain accepted messages; will retry in 1 s", error=describe(error))
+                await wait_at_most(1.0, self._ingest.accepted)
+                continue
+            if time.monotonic() - self._cleaned_at > CLEANING_SECONDS:
+                await self._clean()
+            if drained == 0:
+                await wait_at_most(DRAIN_POLL_SECONDS, self._ingest.accepted)
+            elif drained > MAX_DIRECT and (drained < DRAIN_ROWS or self._ingest.is_busy):
+                # Load. Without the pause each group of calls would be a transaction of the drainer, too.
+                await asyncio.sleep(DRAIN_PAUSE_SECONDS)
+
+    async def stop(self) -> None:
+        self._stopping = True
+        self._ingest.accepted.set()
+
+    async def drain(self) -> int:
+        """Moves the oldest accepted messages into their conversations. Returns their number."""
+        try:
+            return await self._drain(DRAIN_ROWS)
+        except Exception as error:
+            if is_transient(error):
+                raise
+            # One of the messages is at fault. Each alone: the others must not wait for it.
+            _log.warning("could not drain accepted messages together; draining them one by one", error=describe(error))
+        drained = 0
+        while drained < DRAIN_ROWS and await self._drain_one():
+            drained += 1
+        return drained
+
+    async def _drain(self, limit: int) -> int:
+        failpoint("before_drain")
+
+        async def work(tx: Tx) -> int:
+            rows = sorted(await tx.sql(_DRAIN, limit))
+            await store(
+                tx, self._ingest.subjects, [self._open(hash_, sealed, trace) for _, hash_, sealed, trace in rows]
+            )
+            failpoint("before_drain_commit")
+            return len(rows)
+
+        drained = await self._database.run(work)
+        failpoint("after_drain")
+        return drained
+
+    async def _drain_one(self) -> int:
+        try:
+            return await self._drain(1)
+        except Exception as error:
+            if is_transient(error):
+                raise
+            rows = await self._database.autocommit(
+                """
+                UPDATE accepted SET attempts = attempts + 1, retry_at = clock_timestamp() + $1::interval
+                WHERE position = (
+                    SELECT position FROM accepted WHERE retry_at IS NULL OR retry_at < clock_timestamp()
+                    ORDER BY position LIMIT 1 FOR UPDATE
+                )
+                RETURNING channel_id, attempts
+                """,
+                RETRY_DELAY,
+            )
+            for channel_id, attempts in rows:
+                _log.error(
+                    f"could not drain an accepted message; will retry in {RETRY_DELAY.total_seconds():g} s",
+                    channel_id=str(channel_id),
+                    attempts=attempts,
+                    exc_info=True,
+                )
+            return len(rows)
+
+    def _open(self, hash_: bytes, sealed: bytes, traceparent: str | None) -> NewMessage:
+        content = self._ingest.cipher.open(sealed, "accepted", hash_.hex())
+        return NewMessage(msgspec.json.decode(content, type=AcceptedMessage), hash_, traceparent)
+
+    async def _clean(self) -> None:
+        self._cleaned_at = time.monotonic()
+        try:
+            await self._database.autocommit(
+                """
+                DELETE FROM inbound_seen WHERE hash IN (
+                    SELECT hash FROM inbound_seen WHERE seen_at < now() - $1::interval LIMIT $2
+                )
+                """,
+                KEEP_SEEN,
+                CLEANING_ROWS,
+            )
+        except Exception as error:
+            _log.warning(
+                f"could not prune inbound_seen; will retry in {CLEANING_SECONDS:g} s or later", error=describe(error)
+            )
