@@ -98,8 +98,8 @@ def test_a_corrupted_row_is_found_and_repaired_and_the_list_shows_the_last_resul
     assert (result.different, result.repaired) == (1, 1)
     assert query("SELECT state FROM delivery WHERE id = $1", bad) == [("sent",)]
     last = listed("channel.deliveries")
-    assert (last["rows"], last["compared"], last["different"], last["source"]) == (2, 2, 0, "events")
-    [(body,)] = query("SELECT body FROM outbox WHERE destination = 'audit.logs'")
+    assert (last["rows"], last["different"]) == (last["compared"], 0)
+    [*_, (body,)] = query("SELECT body FROM outbox WHERE destination = 'audit.logs' ORDER BY position")
     assert json.loads(body)["action"] == "projection.repair"
 
 
@@ -147,7 +147,7 @@ def test_the_list_has_every_read_model_in_80_columns() -> None:
         names |= {f"{service}.{model.name}" for model in models}
     assert {line.split()[0] for line in lines[1:]} == names
     assert max(map(len, lines)) <= 80
-    assert listed("agent.runs")["verified_at"] is None
+    assert listed("channel.deliveries")["source"] == "events"
 
 
 def test_ctrl_c_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
