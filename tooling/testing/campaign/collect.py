@@ -112,9 +112,8 @@ class Collector:
         poison = {one.message_id for one in self._poison}
         async with self._system.operator() as operator:
 
-            async def all_there() -> list[dict[str, Any]] | None:
-                listed = await operator.all("/api/v1/deadletters")
-                return listed if poison <= {letter["message_id"] for letter in listed} else None
+            async def all_there() -> bool:
+                return poison <= {letter["message_id"] for letter in await operator.all("/api/v1/deadletters")}
 
             # Those that are missing now are found by the judge.
             await self._try("poison is not parked", until(all_there, seconds=30))
@@ -248,7 +247,9 @@ class Collector:
             except RuntimeError as error:
                 rebuilt.append(Rebuilt(f"projection {name}", equal=False, note=str(error)[-300:]))
                 continue
-            rebuilt += [Rebuilt(f"{name}: {table['table']}", table["equal"]) for table in found["tables"]]
+            for table in found["tables"]:
+                rows, hashes = ({table[f"{side}_{what}"] for side in ("live", "rebuilt")} for what in ("rows", "hash"))
+                rebuilt.append(Rebuilt(f"{name}: {table['table']}", len(rows) == len(hashes) == 1))
         return rebuilt
 
 
