@@ -51,8 +51,16 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     """The vendor says that its author is an administrator of the group."""
 
 
+class File(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that an agent made."""
+
+    path: str
+    """In the object store."""
+    name: str
+
+
 class SendMessage(Message, frozen=True, kw_only=True):
-    """Send a text to a conversation, once."""
+    """Send a text, and files, to a conversation, once."""
 
     delivery_id: UUID
     """The vendor's idempotency field is made from it."""
@@ -65,6 +73,8 @@ class SendMessage(Message, frozen=True, kw_only=True):
     """The vendor_message_id of the message that this one answers."""
     subject_id: str = ""
     """The person with whom the text is erased; empty in messages from before this field was added."""
+    files: tuple[File, ...] = ()
+    """They are sent after the text."""
     position: Count = 0
     """Position among the messages sent to the session, as in `MessageReceived`."""
 

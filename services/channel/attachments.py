@@ -250,7 +250,9 @@ async def erase_files(item: EraseFiles, effects: Effects, tx: Tx, fetcher: Fetch
             reading.tenant_id,
             item.subject_id,
         )
-    for (path,) in rows:
+    # Files that an agent made for this person have no rows.
+    made = await fetcher.objects.paths(f"{item.subject_id}/attachments/{reading.tenant_id}/")
+    for path in (*made, *(path for (path,) in rows)):
         await fetcher.objects.delete(path)
     await tx.sql("DELETE FROM attachment WHERE path = ANY($1::text[])", [path for (path,) in rows])
 
@@ -317,9 +319,13 @@ def _decoded(content: bytes) -> str:
     return content.decode("latin-1").replace("\0", "")
 
 
+def stored_objects(runtime: Runtime) -> Objects:
+    settings = runtime.settings
+    return Objects(settings.s3_endpoint, settings.s3_access_key, settings.s3_secret_key.get_secret_value())
+
+
 def fetcher(runtime: Runtime) -> Fetcher:
     settings = runtime.settings
-    objects = Objects(settings.s3_endpoint, settings.s3_access_key, settings.s3_secret_key.get_secret_value())
     transcription = None
     if settings.transcription_base_url:
         key = settings.transcription_api_key
@@ -329,4 +335,6 @@ def fetcher(runtime: Runtime) -> Fetcher:
             settings.transcription_model,
             key.get_secret_value() if key else None,
         )
-    return Fetcher(Secrets(runtime.cipher), SubjectKeys(runtime.cipher), runtime.outgoing, objects, transcription)
+    return Fetcher(
+        Secrets(runtime.cipher), SubjectKeys(runtime.cipher), runtime.outgoing, stored_objects(runtime), transcription
+    )

@@ -34,14 +34,18 @@ class InboundContent(msgspec.Struct, frozen=True):
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file to send, by its address."""
+    """A file to send, by its address or its path in the object store."""
 
     url: str
     name: str = ""
+    path: str = ""
+    """Empty if there is an address."""
 
     @property
     def link(self) -> str:
         """The file as a text in Markdown, in which signs of the address mark nothing."""
+        if self.path:
+            return f"[The file {self.name} cannot be sent in this chat.]"
         return f"{self.name}: <{self.url}>" if self.name else f"<{self.url}>"
 
 

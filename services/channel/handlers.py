@@ -71,7 +71,8 @@ async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) 
     # The text may repeat the words of the person who asked, even if another one has written since.
     subject_id = message.subject_id or rows[0][0]
     # Its life is counted from the request, so that a broker outage does not extend the life of an old reply.
-    await queue_delivery(tx, subjects, message, subject_id, tx.cause.time + EXPIRES)
+    files = tuple(File("", file.name, file.path) for file in message.files)
+    await queue_delivery(tx, subjects, message, subject_id, tx.cause.time + EXPIRES, files)
 
 
 async def queue_delivery(

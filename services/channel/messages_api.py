@@ -70,6 +70,14 @@ class Attachment(BaseModel):
     """The name that the person sees; empty: the last part of the address."""
 
 
+class SentFile(BaseModel):
+    """A file that was sent."""
+
+    url: str | None
+    """Null if an agent made the file."""
+    name: str
+
+
 class Message(BaseModel):
     """A message between a person and a channel."""
 
@@ -103,7 +111,7 @@ class Message(BaseModel):
     """The vendor's id; null if the person was erased."""
     text: str
     """``[erased]`` if the person was erased."""
-    attachments: list[Attachment] = []
+    attachments: list[SentFile] = []
     """The files of an outbound message."""
     state: Literal["received"] | State
     reason: str | None
@@ -200,7 +208,9 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
                         session_key=request.session_key,
                         conversation_id=reply and reply.conversation,
                         text=reply.text if reply else ERASED_TEXT,
-                        attachments=[Attachment(url=file.url, name=file.name) for file in reply.files] if reply else [],
+                        attachments=[
+                            SentFile(url=file.url or None, name=file.name) for file in (reply.files if reply else ())
+                        ],
                         state=state,
                         reason=reason,
                         run_id=request.run_id,

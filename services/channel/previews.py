@@ -23,12 +23,13 @@ from infra.postgres.tx import Database, Tx
 from infra.security.subjects import Erased, SubjectKeys
 from infra.service.service import Runtime
 from infra.stores.cache import Cache, cancelled
+from infra.web import data_urls
 from protos.pubsub import RUN_PROGRESS
 from services.channel import accounts
 from services.channel.accounts import Account, Secrets
 from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
-from services.channel.vendors.base import Outbound
+from services.channel.vendors.base import PLACEHOLDER, Outbound
 
 # Each holds a connection to the database while the vendor is called. News that finds all of them busy is dropped.
 MAX_SHOWN = 4
@@ -124,7 +125,9 @@ class Previews:
         account, message = place
         vendor = account.vendor
         await self._cache.limit(str(account.id), "progress", times=PER_SECOND, seconds=1)
-        text = vendor.split(progress.text)[:1] if account.streaming and vendor.preview else ()
+        # A file in the answer is sent after it.
+        so_far = data_urls.replaced(progress.text, lambda *_: PLACEHOLDER)
+        text = vendor.split(so_far)[:1] if account.streaming and vendor.preview else ()
         if text:
             message = message._replace(text=text[0])
             await self._cache.limit(progress.session_key, "preview", times=1, seconds=vendor.preview_seconds)

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.errors import EffectFailed, InvalidMessage, NotYet, TooLarge, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, NotFound, NotYet, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
@@ -22,12 +22,13 @@ from infra.security.subjects import Erased, SubjectKeys
 from infra.service.service import Runtime
 from infra.stores import filetypes
 from infra.stores.cache import Cache
-from infra.stores.objects import safe_name
+from infra.stores.objects import Objects, safe_name
 from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
 from protos.messages.channel import AccountBroken
 from protos.messages.notification import SendEmail
 from services.channel import accounts
 from services.channel.accounts import Account, Secrets
+from services.channel.attachments import stored_objects
 from services.channel.domain import Delivery
 from services.channel.events import DeliveryQueued, File, OutboundContent
 from services.channel.publishing import DELIVERY
@@ -62,11 +63,14 @@ class NotSendable(Exception):
 class Sender:
     """Loads and sends deliveries."""
 
-    def __init__(self, secrets: Secrets, subjects: SubjectKeys, outgoing: Outgoing, cache: Cache) -> None:
+    def __init__(
+        self, secrets: Secrets, subjects: SubjectKeys, outgoing: Outgoing, cache: Cache, objects: Objects
+    ) -> None:
         self._secrets = secrets
         self._subjects = subjects
         self._outgoing = outgoing
         self._cache = cache
+        self._objects = objects
         self._files = Counter[str]()
         """The files in memory, by tenant."""
 
@@ -86,9 +90,10 @@ class Sender:
         if account.broken_reason:
             raise NotSendable(f"the channel is broken: {account.broken_reason}")
         words = await self._content(tx, account, delivery_id, delivery.queued)
-        text, files = words.text, words.files
-        if not account.vendor.files:
-            text, files = f"{text}\n\n" + "\n".join(file.link for file in files), ()
+        vendor, text = account.vendor, words.text
+        files = tuple(file for file in words.files if vendor.files and not (file.path and vendor.files_by_address))
+        if links := [file.link for file in words.files if file not in files]:
+            text = f"{text}\n\n" + "\n".join(links)
         texts = account.vendor.split(text)
         if not texts:
             raise NotSendable("the text is empty")
@@ -105,7 +110,7 @@ class Sender:
                 run_id=delivery.queued.run_id,
                 answers=words.reply_to,
                 part=n,
-                file=OutboundFile(file.url, file.name) if file else None,
+                file=OutboundFile(file.url, file.name, path=file.path) if file else None,
             )
             for n, (text, file) in enumerate(contents, 1)
         ]
@@ -151,7 +156,7 @@ class Sender:
         """
         limits = account.vendor.files
         try:
-            content = await self._download(file.url, max(limits.values()))
+            content = await self._content_of(file, max(limits.values()))
             if not content:
                 raise EffectFailed("it is empty")
             type_ = await asyncio.to_thread(filetypes.content_type, io.BytesIO(content), file.name)
@@ -163,7 +168,19 @@ class Sender:
             raise EffectFailed(f"the file could not be fetched: {reason}") from error
         if len(content) > limits.get(type_, limits.get("", 0)):
             return part._replace(file=None)
-        return part._replace(file=OutboundFile(file.url, _named(file, type_), type_, content))
+        return part._replace(file=file._replace(name=_named(file, type_), content_type=type_, content=content))
+
+    async def _content_of(self, file: OutboundFile, most: int) -> bytes:
+        if not file.path:
+            return await self._download(file.url, most)
+        try:
+            async with self._objects.fetch(file.path) as stored:
+                content = stored.read(most + 1)
+        except NotFound as error:
+            raise EffectFailed("it was deleted") from error
+        if len(content) > most:
+            raise TooLarge(f"file: more than {most} bytes")
+        return content
 
     async def _download(self, url: str, most: int) -> bytes:
         for pause in PAUSES:
@@ -207,7 +224,13 @@ def _named(file: OutboundFile, type_: str) -> str:
 
 
 def sender(runtime: Runtime) -> Sender:
-    return Sender(Secrets(runtime.cipher), SubjectKeys(runtime.cipher), runtime.outgoing, Cache(runtime.cache))
+    return Sender(
+        Secrets(runtime.cipher),
+        SubjectKeys(runtime.cipher),
+        runtime.outgoing,
+        Cache(runtime.cache),
+        stored_objects(runtime),
+    )
 
 
 async def break_account(tx: Tx, account: Account, error: str) -> None:

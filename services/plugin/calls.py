@@ -253,10 +253,11 @@ async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
         async with asyncio.timeout(call.seconds):
             for pause in (*PAUSES, None):
                 try:
-                    result = msgspec.json.encode(await tools.run(offer, call))
+                    returned = await tools.run(offer, call)
+                    result = msgspec.json.encode(returned.value)
                     if len(result) > MAX_RESULT_BYTES:
                         raise TooLarge(f"result: more than {MAX_RESULT_BYTES} bytes")
-                    return Outcome("succeeded", result.decode())
+                    return Outcome("succeeded", result.decode(), files=returned.files)
                 except Transient as error:
                     if pause is None:
                         raise

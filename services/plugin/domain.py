@@ -13,8 +13,11 @@ Effect = Literal["repeatable", "keyed", "once"]
 must not run twice."""
 
 TOOL_NAME = re.compile(r"[a-z0-9_]{1,64}")
-# Size of a result as JSON.
+# Size of a result as JSON, without its files.
 MAX_RESULT_BYTES = 256 * 1024
+MAX_FILES = 4
+MAX_FILES_BYTES = 3 * 1024 * 1024
+"""Of the files of one result together. gRPC takes messages of 4 MiB."""
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -55,6 +58,21 @@ class Call(NamedTuple):
     """The person who speaks in the run alone; empty if there are several, or none."""
 
 
+class ToolFile(msgspec.Struct, frozen=True):
+    """A file that a tool returned."""
+
+    name: str
+    content: bytes
+
+
+class Result(NamedTuple):
+    """The result of a tool."""
+
+    value: Any
+    """JSON. It names the files."""
+    files: tuple[ToolFile, ...] = ()
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """The end of a call."""
 
@@ -63,6 +81,7 @@ class Outcome(msgspec.Struct, frozen=True):
     """JSON. Empty unless the call succeeded."""
     error: str = ""
     """The reason, for the model and the operator."""
+    files: tuple[ToolFile, ...] = ()
 
 
 class LedgerEntry(NamedTuple):

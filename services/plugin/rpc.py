@@ -78,7 +78,12 @@ class Plugin(plugin_pb2_grpc.PluginServicer):
             request.speaker_id,
         )
         outcome = await self._calls.call(call)
-        return plugin_pb2.CallReply(outcome=_OUTCOMES[outcome.state], result_json=outcome.result, error=outcome.error)
+        return plugin_pb2.CallReply(
+            outcome=_OUTCOMES[outcome.state],
+            result_json=outcome.result,
+            error=outcome.error,
+            files=[plugin_pb2.File(name=file.name, content=file.content) for file in outcome.files],
+        )
 
 
 def _arguments(text: str) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from infra.outgoing.client import Outgoing
 from infra.security.crypto import Cipher
 from infra.service.service import Runtime
 from protos.memory.v1 import memory_pb2_grpc
-from services.plugin.domain import Call, without_base64
+from services.plugin.domain import Call, Result, without_base64
+from services.plugin.files import Files
 from services.plugin.manifest import Access
 from services.plugin.registry import Offered
 from services.plugin.tools import mcp, remote
@@ -20,8 +19,8 @@ class Tools:
         self._cipher = cipher
         self._backends = backends
 
-    async def run(self, offer: Offered, call: Call) -> Any:
-        """Returns the tool's result, a JSON value.
+    async def run(self, offer: Offered, call: Call) -> Result:
+        """Returns the tool's result.
 
         Raises EffectFailed if the tool refused, InvalidMessage if its address must not be called, TooLarge if the
         answer is too large, Transient if nothing was sent, and Unanswered if a request was sent and no answer came.
@@ -29,14 +28,16 @@ class Tools:
         plugin = offer.plugin
         if plugin is None:
             _, run = BUILTIN[offer.tool.name]
-            return await run(call, self._backends)
+            return Result(await run(call, self._backends))
         access = Access.open(plugin.access, self._cipher, call.tenant_id, str(plugin.id))
         outgoing: Outgoing = self._backends.outgoing
+        files = Files()
         if plugin.kind == "mcp":
-            result = await mcp.call(outgoing, plugin.url, access.headers, offer.remote_name, call)
+            value = await mcp.call(outgoing, plugin.url, access.headers, offer.remote_name, call, files)
         else:
-            result = await remote.call(outgoing, plugin.url, access.headers, access.secret, plugin.config, call)
-        return without_base64(result)
+            value = await remote.call(outgoing, plugin.url, access.headers, access.secret, plugin.config, call)
+        value = without_base64(files.taken_out(value))
+        return Result(value, tuple(files.taken))
 
 
 def tools(runtime: Runtime) -> Tools:

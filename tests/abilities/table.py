@@ -231,6 +231,14 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         ("telegram", "slack", "discord", "whatsapp", "webhook"), Proof("test_files.py", "test_files_are_sent")
     )
     | {"line": Proof("test_files.py", "test_line_gets_the_address_of_an_image_and_only_by_https")},
+    "sends an agent's files": dict.fromkeys(
+        VENDORS, Lacking("the file is named, and the text says that it is not sent")
+    )
+    | dict.fromkeys(("telegram", "slack", "discord"), Proof("test_files.py", "test_files_are_sent"))
+    | dict.fromkeys(
+        ("whatsapp", "webhook"),
+        Proof("test_files.py", "test_a_file_of_our_store_is_uploaded_to_whatsapp_and_lies_in_the_message_to_a_webhook"),
+    ),
 }
 
 

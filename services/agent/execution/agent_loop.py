@@ -117,7 +117,9 @@ class AgentLoop:
                 continue  # This answer would not cover the new messages.
             misfit = self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
             if misfit is None:
-                reply = Reply(answer.text, summary, calls, "length" if answer.finish_reason == "length" else "stop")
+                text, files = await self.tools.files.of_answer(answer.text)
+                is_cut = answer.finish_reason == "length"
+                reply = Reply(text, summary, calls, "length" if is_cut else "stop", files)
                 try:
                     return await self.complete(reply, self._messages)
                 except MessagesArrived:

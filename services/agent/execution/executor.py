@@ -22,6 +22,7 @@ from services.agent.execution.agent_loop import AgentLoop
 from services.agent.execution.budget import Spending
 from services.agent.execution.context import Services
 from services.agent.execution.credit import Credit
+from services.agent.execution.files import Files
 from services.agent.execution.group_write import GroupWriter, MessagesArrived, RunStopped
 from services.agent.execution.load import RunLoader
 from services.agent.execution.model_calls import ModelCalls
@@ -130,7 +131,8 @@ class Executor:
             credit = Credit(context, services.billing, definition.budget, spending)
             models = [(name, self._models.model(name, endpoint)) for name, endpoint in agent.models(self._cipher)]
             model_calls = ModelCalls(context, steps, credit, models, services.cache, services.objects)
-            tools = Tools(context, definition, steps, credit, services.plugin)
+            files = Files(context, services.objects)
+            tools = Tools(context, definition, steps, credit, services.plugin, files)
             loop = AgentLoop(
                 context, definition, steps, model_calls, tools, services.memory, partial(_complete, started)
             )

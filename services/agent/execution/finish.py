@@ -16,6 +16,7 @@ from services.agent.execution.load import RunRow, load_runs
 from services.agent.execution.outcome import Ended, Reply, Suspended
 from services.agent.execution.start import StartedRun, lock
 from services.agent.runs import projections
+from services.agent.runs.content import StoredFile
 from services.agent.runs.decisions import resume_parent
 from services.agent.runs.domain import Run, messages_at
 from services.agent.runs.family import child_id, child_state
@@ -46,7 +47,7 @@ async def finish(
         case Reply():
             assert started
             await _complete(tx, row, started.context, outcome)
-            await _send(tx, row, loaded, outcome.text)
+            await _send(tx, row, loaded, outcome.text, outcome.files)
         case Suspended():
             await _suspend(tx, subjects, row, outcome)
             await _send(tx, row, loaded, outcome.notice)
@@ -106,7 +107,9 @@ async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended
     await _send(tx, row, loaded, outcome.notice)
 
 
-async def _send(tx: Tx, row: RunRow, loaded: Conversation | None, text: str | None) -> None:
+async def _send(
+    tx: Tx, row: RunRow, loaded: Conversation | None, text: str | None, files: tuple[StoredFile, ...] = ()
+) -> None:
     """Sends the text to the person if the run came from a channel."""
     if text and loaded and row.channel_id and loaded.conversation_id is not None:
         await send_reply(
@@ -118,6 +121,7 @@ async def _send(tx: Tx, row: RunRow, loaded: Conversation | None, text: str | No
             channel_id=row.channel_id,
             conversation_id=loaded.conversation_id,
             reply_to=loaded.reply_to,
+            files=files,
         )
 
 

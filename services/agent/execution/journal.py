@@ -38,6 +38,7 @@ from services.agent.runs.domain import (
     evolve,
 )
 from services.agent.runs.publishing import RUN
+from services.agent.runs.replies import sent_files
 
 
 class Journal:
@@ -135,7 +136,7 @@ class Journal:
 
         def fill(write: RunWrite) -> None:
             context.publish_end(write.out, context.state.n, reply)
-            to_person = self._reply_message(row, conversation, reply.text)
+            to_person = self._reply_message(row, conversation, reply)
             write.completion = Completion(
                 self._effects.seq, self._effects.may_go_on, command.reply, command.calls, to_person
             )
@@ -144,8 +145,8 @@ class Journal:
         await self._write_or_restore(command, fill, expected_messages)
         return ItemEnded(completed[0].next)
 
-    def _reply_message(self, row: RunRow, conversation: Conversation, text: str) -> ReplyMessage | None:
-        if not text or row.channel_id is None or conversation.conversation_id is None:
+    def _reply_message(self, row: RunRow, conversation: Conversation, reply: Reply) -> ReplyMessage | None:
+        if not reply.text or row.channel_id is None or conversation.conversation_id is None:
             return None
         run_id, n = self._context.run_id, self._context.state.n
         delivery_id = derived_id(run_id, "delivery", n)
@@ -154,10 +155,11 @@ class Journal:
             channel_id=row.channel_id,
             session_key=row.session_key,
             conversation_id=conversation.conversation_id,
-            text=text,
+            text=reply.text,
             run_id=run_id,
             reply_to=conversation.reply_to,
             subject_id=row.subject_id,
+            files=sent_files(reply.files),
         )
         buffer = self._context.database.collector(row.tenant_id)
         # The group write draws the position, and puts it in place of the 0 in header and body.

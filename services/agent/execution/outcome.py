@@ -9,6 +9,7 @@ from uuid import UUID
 
 from services.agent.execution.conversation import Summary
 from services.agent.models.contract import ToolCall
+from services.agent.runs.content import StoredFile
 from services.agent.runs.domain import Suspend
 from services.agent.runs.events import Ending
 
@@ -24,6 +25,8 @@ class Reply:
     """Calls of the caller's own tools. The caller makes them and sends the results with its next request."""
     finish_reason: Literal["stop", "length"] = "stop"
     """length: the text is cut off at the model's token limit."""
+    files: tuple[StoredFile, ...] = ()
+    """For the person of the channel."""
 
 
 class Ended(Exception):

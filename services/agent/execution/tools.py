@@ -17,10 +17,11 @@ from services.agent.definitions.models import Colleague, NewAgent
 from services.agent.execution.children import MAX_DEPTH, QUESTION, Question
 from services.agent.execution.context import RunContext
 from services.agent.execution.credit import Credit
+from services.agent.execution.files import Files
 from services.agent.execution.outcome import ChildRun, Ended, Suspended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
 from services.agent.models.contract import Tool, ToolCall, ToolTurn
-from services.agent.runs.content import ToolResult
+from services.agent.runs.content import StoredFile, ToolResult
 from services.agent.runs.domain import Suspend
 from services.agent.runs.notices import UNCERTAIN
 
@@ -41,6 +42,7 @@ class Tools:
     steps: Steps
     credit: Credit
     plugin: plugin_pb2_grpc.PluginStub
+    files: Files
 
     async def offered(self) -> tuple[Tool, ...]:
         """The agent's tools that work now. Each attempt of the run asks again; the journal does not depend on it."""
@@ -115,7 +117,7 @@ class Tools:
                 speaker_id=await self.context.speaker() if call.name in OF_MEMORIES else "",
             )
             reply = await self.plugin.Call(request, metadata=self.context.metadata, timeout=TIMEOUT_SECONDS)
-            return _result(reply), None
+            return await self._with_files(n, _result(reply), reply.files), None
 
         attributes: dict[str, telemetry.Value] = {
             "gen_ai.operation.name": "execute_tool",
@@ -131,7 +133,20 @@ class Tools:
                 text = f"{call.name}: {returned.unknown}"
                 suspend = Suspend(self.context.session_key, "indeterminate", n, call.name, text, utcnow())
                 raise Suspended(suspend, UNCERTAIN)
+            self.files.add(n, returned.files)
             return returned.result
+
+    async def _with_files(self, step: int, result: ToolResult, files: Sequence[plugin_pb2.File]) -> ToolResult:
+        """The result with its files stored, and with a line for the model about each of them."""
+        stored, notes = [], []
+        for n, file in enumerate(files, 1):
+            kept = await self.files.keep(step, n, file.name, file.content)
+            if isinstance(kept, StoredFile):
+                stored.append(kept)
+                notes.append(f"[{file.name} is sent to the person after your answer.]")
+            else:
+                notes.append(f"[{file.name} is not sent to the person: {kept}.]")
+        return msgspec.structs.replace(result, result="\n".join([result.result, *notes]), files=tuple(stored))
 
     async def _ask_agent(self, call: ToolCall, other: Colleague, agent_calls: int) -> str:
         context, spec = self.context, _spec(call)

@@ -46,12 +46,20 @@ class Unsealer:
         return self._keys[subject_id]
 
 
+class StoredFile(msgspec.Struct, frozen=True):
+    """A file for the person, in the object store."""
+
+    path: str
+    name: str
+
+
 class ToolResult(msgspec.Struct, frozen=True):
     """The content of a tool's step, as it is sealed and stored."""
 
     result: str
     unknown: str | None = None
     """Why it is not known whether the tool took effect; None if it is known."""
+    files: tuple[StoredFile, ...] = ()
 
 
 async def seal_result(tx: Tx, subjects: SubjectKeys, run_id: UUID, step: int, result: object) -> bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from infra.lanes.resequencer import next_position
 from infra.postgres.tx import Tx, derived_id
 from protos.catalog import CHANNEL_OUTBOUND
-from protos.messages.channel import SendMessage
+from protos.messages.channel import File, SendMessage
 from services.agent.runs import projections
+from services.agent.runs.content import StoredFile
 from services.agent.runs.publishing import stream
 
 
@@ -23,6 +25,7 @@ async def send_reply(
     conversation_id: str,
     reply_to: str | None,
     answers: UUID | None = None,
+    files: Sequence[StoredFile] = (),
 ) -> None:
     """Sends `text` once for the present length of the run's journal. A run that waits and goes on sends several.
 
@@ -40,8 +43,13 @@ async def send_reply(
         run_id=run_id,
         reply_to=reply_to,
         subject_id=subject_id,
+        files=sent_files(files),
         position=await next_position(tx, "sent", session_key),
     )
     message_id = derived_id(run_id, "SendMessage", *occasion)
     tx.send(CHANNEL_OUTBOUND, message, key=session_key, position=message.position, message_id=message_id)
     await projections.delivery_asked(tx, run_id, delivery_id)
+
+
+def sent_files(files: Sequence[StoredFile]) -> tuple[File, ...]:
+    return tuple(File(path=file.path, name=file.name) for file in files)

@@ -127,9 +127,12 @@ class OutboundFile(NamedTuple):
     """A file to send. The sender adds the content, and the type by the content, before the vendor gets it."""
 
     url: str
+    """Empty if the file lies in our store, which the vendor cannot reach."""
     name: str
     content_type: str = ""
     content: bytes = b""
+    path: str = ""
+    """In our store; empty if there is an address."""
 
 
 class Outbound(NamedTuple):
@@ -193,6 +196,8 @@ class Vendor(ABC, Generic[C]):
     files: ClassVar[Mapping[str, int]] = {}
     """The largest file in bytes that `send` takes, by its MIME type; of all other types under the empty name. Any other
     file is sent as a link."""
+    files_by_address: ClassVar[bool] = False
+    """The vendor fetches files itself, so it gets none of our store."""
     preview: ClassVar[Preview | None] = None
     """How a person sees an answer while it is written. ``edit``: a message that is edited until it is the answer.
     ``draft``: a text that the vendor takes away by itself. None: not at all."""

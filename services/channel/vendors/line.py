@@ -115,6 +115,7 @@ class Line(Vendor[LineCredentials]):
     effect: ClassVar[Kind] = "keyed"
     # An image is its own preview, which may have one megabyte.
     files: ClassVar[Mapping[str, int]] = dict.fromkeys(("image/jpeg", "image/png"), 1_000_000)
+    files_by_address: ClassVar[bool] = True
     groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     sign_seconds: ClassVar[int] = 20
     steps: ClassVar[tuple[str, ...]] = (

@@ -5,6 +5,7 @@ https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-w
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
@@ -121,7 +122,9 @@ class Webhook(Vendor[WebhookCredentials]):
         }
         if file := message.file:
             body["text"] = ""
-            body["attachments"] = [{"url": file.url, "name": file.name, "content_type": file.content_type}]
+            # A file of our store is in the message itself.
+            data = f"data:{file.content_type};base64,{base64.b64encode(file.content).decode()}"
+            body["attachments"] = [{"url": file.url or data, "name": file.name, "content_type": file.content_type}]
         await _post(outgoing, credentials, message.key, body)
         return None
 

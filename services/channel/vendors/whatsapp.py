@@ -16,6 +16,7 @@ from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
 from infra.stores import filetypes
 from services.channel.events import Attachment
+from services.channel.multipart import multipart
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     MAX_FILE,
@@ -25,6 +26,7 @@ from services.channel.vendors.base import (
     Inbound,
     Limit,
     Outbound,
+    OutboundFile,
     Receipt,
     Received,
     Request,
@@ -166,6 +168,7 @@ class _Response(msgspec.Struct):
     error: _Error | None = None
     display_phone_number: str = ""
     url: str = ""
+    id: str = ""
 
 
 class WhatsApp(Vendor[WhatsAppCredentials]):
@@ -235,7 +238,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
             "messaging_product": "whatsapp",
             "recipient_type": "individual",
             "to": message.conversation,
-            **_content(message),
+            **_content(message, await _uploaded(outgoing, origin, credentials, message.file)),
         }
         if message.reply_to:
             body["context"] = {"message_id": message.reply_to}
@@ -256,13 +259,30 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
         await _call(outgoing, origin, credentials, "POST", f"{credentials.phone_number_id}/messages", body)
 
 
-def _content(message: Outbound) -> dict[str, Any]:
-    """A file is given by its address, from which WhatsApp fetches it."""
+async def _uploaded(
+    outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, file: OutboundFile | None
+) -> dict[str, str]:
+    """How a message names its file: by the address from which WhatsApp fetches it, or by the id of an upload.
+
+    https://developers.facebook.com/docs/whatsapp/cloud-api/reference/media
+    """
+    if file is None or file.url:
+        return {"link": file.url} if file else {}
+    fields = {"messaging_product": "whatsapp", "type": file.content_type}
+    header, content = multipart(fields, "file", file.name, file.content_type, file.content)
+    path = f"{credentials.phone_number_id}/media"
+    media = await _call(outgoing, origin, credentials, "POST", path, headers=header, content=content)
+    if not media.id:
+        raise EffectFailed("the upload of the file was not accepted")
+    return {"id": media.id}
+
+
+def _content(message: Outbound, source: dict[str, str]) -> dict[str, Any]:
     if (file := message.file) is None:
         return {"type": "text", "text": {"body": render(message.text, DIALECT), "preview_url": False}}
     if file.content_type in _PHOTOS:
-        return {"type": "image", "image": {"link": file.url}}
-    return {"type": "document", "document": {"link": file.url, "filename": file.name}}
+        return {"type": "image", "image": source}
+    return {"type": "document", "document": {**source, "filename": file.name}}
 
 
 async def _call(
@@ -272,9 +292,12 @@ async def _call(
     method: str,
     path: str,
     body: dict[str, Any] | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    content: bytes | None = None,
 ) -> _Response:
-    headers = {"authorization": f"Bearer {credentials.access_token}"}
-    answer = await outgoing.request(method, f"{origin}/{VERSION}/{path}", headers=headers, json=body)
+    headers = {"authorization": f"Bearer {credentials.access_token}", **(headers or {})}
+    answer = await outgoing.request(method, f"{origin}/{VERSION}/{path}", headers=headers, json=body, content=content)
     response = read_json(answer, _Response)
     if error := response.error:
         _refuse(error)

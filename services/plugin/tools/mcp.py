@@ -17,6 +17,7 @@ from infra import VERSION
 from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from services.plugin.domain import Call, McpTool
+from services.plugin.files import Files
 
 # A picture of some megabytes is left out of the result, and the text beside it is kept.
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
@@ -70,8 +71,10 @@ def _mcp_tool(raw: Any) -> McpTool:
     )
 
 
-async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: str, call: Call) -> Any:
+async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: str, call: Call, files: Files) -> Any:
     """Calls the server's tool `name`. Returns its structured content, else its text, else its blocks.
+
+    Pictures, sounds and files go to `files`.
 
     Raises EffectFailed with the tool's own message, Transient if the request was not sent, Unanswered if the server
     did not answer, and TooLarge if the answer is too large.
@@ -83,12 +86,12 @@ async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: s
         # Not by `call_tool`: it lists all tools after each call, and applies the server's schema for the result on the
         # event loop, which may take any time.
         result = await client.session.send_request(mcp_types.CallToolRequest(params=params), mcp_types.CallToolResult)
-        return result_value(result)
+        return result_value(result, files)
 
 
-def result_value(result: mcp_types.CallToolResult) -> Any:
+def result_value(result: mcp_types.CallToolResult, files: Files) -> Any:
     """Returns the content of a result for the model, without binary data. Raises EffectFailed for a failed call."""
-    texts = [_block_text(block) for block in result.content]
+    texts = [_block_text(block, files) for block in result.content]
     if result.is_error:
         raise EffectFailed("\n".join(texts)[:2000] or "the tool failed without a message")
     if result.structured_content is None:
@@ -97,27 +100,24 @@ def result_value(result: mcp_types.CallToolResult) -> Any:
     notes = [
         text for block, text in zip(result.content, texts, strict=True) if not isinstance(block, mcp_types.TextContent)
     ]
-    return {"result": result.structured_content, "left_out": notes} if notes else result.structured_content
+    return {"result": result.structured_content, "more": notes} if notes else result.structured_content
 
 
-def _block_text(block: Any) -> str:
+def _block_text(block: Any, files: Files) -> str:
     match block:
         case mcp_types.TextContent():
             return block.text
         case mcp_types.ImageContent() | mcp_types.AudioContent():
-            return _note(block.type, block.mime_type, block.data)
+            return files.take(block.type, block.mime_type, block.data)
         case mcp_types.EmbeddedResource(resource=mcp_types.TextResourceContents() as resource):
             return resource.text
         case mcp_types.EmbeddedResource(resource=mcp_types.BlobResourceContents() as resource):
-            return _note(f"file {resource.uri}", resource.mime_type or "unknown type", resource.blob)
+            name = str(resource.uri).rpartition("/")[2]
+            return files.take("file", resource.mime_type or "unknown type", resource.blob, name)
         case mcp_types.ResourceLink():
             return f"[link to {block.uri}{f': {block.description}' if block.description else ''}]"
         case _:
             return f"[{type(block).__name__} left out]"
-
-
-def _note(what: str, mime_type: str, base64: str) -> str:
-    return f"[{what} left out: {mime_type}, {len(base64) * 3 // 4} bytes]"
 
 
 class _Progress(httpx2.AsyncBaseTransport):

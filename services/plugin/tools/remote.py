@@ -16,7 +16,10 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Unanswered
 from infra.outgoing.client import Answer, Outgoing
 from infra.outgoing.webhooks import sign
-from services.plugin.domain import MAX_RESULT_BYTES, Call
+from services.plugin.domain import Call
+
+# With files, which are taken out of the result.
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
 
 
 async def call(
@@ -34,7 +37,7 @@ async def call(
         headers={**headers, "content-type": "application/json", "accept": "application/json", **signature},
         content=body,
         timeout=call.seconds,
-        max_bytes=MAX_RESULT_BYTES,
+        max_bytes=MAX_ANSWER_BYTES,
     )
     if answer.status in (429, 503):
         raise RetryLater(_retry_after(answer), f"HTTP {answer.status}")

@@ -11,7 +11,7 @@ import pytest
 
 from infra.clock import uuid7
 from protos.catalog import CHANNEL_OUTBOUND
-from protos.messages.channel import SendMessage
+from protos.messages.channel import File, SendMessage
 from tooling.testing.platform import Platform
 
 Call = tuple[bytes, dict[str, str]]
@@ -82,7 +82,13 @@ class Desk:
         return [reason for (reason,) in rows]
 
     async def reply(
-        self, inbound: dict[str, Any], text: str, *, delivery_id: UUID | None = None, position: int = 0
+        self,
+        inbound: dict[str, Any],
+        text: str,
+        *,
+        delivery_id: UUID | None = None,
+        position: int = 0,
+        files: tuple[File, ...] = (),
     ) -> UUID:
         """Replies to an inbound message, as the agent would. Returns the id of the delivery."""
         message = SendMessage(
@@ -93,6 +99,7 @@ class Desk:
             text=text,
             run_id=uuid7(),
             reply_to=inbound["vendor_message_id"],
+            files=files,
             position=position,
         )
         await self.platform.send(CHANNEL_OUTBOUND, message, tenant_id=self.tenant_id)

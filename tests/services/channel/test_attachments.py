@@ -7,13 +7,26 @@ from typing import Any
 
 import pytest
 
+from infra.clock import uuid7
+from infra.stores.objects import Objects
 from protos.catalog import PLATFORM_EVENTS
+from protos.messages.channel import File
 from protos.messages.user import SubjectErased
-from services.channel.attachments import MAX_BYTES, MAX_CHARACTERS, _decoded, _Read, together
+from services.channel.attachments import (
+    ATTACHMENT as FILE,
+)
+from services.channel.attachments import (
+    MAX_BYTES,
+    MAX_CHARACTERS,
+    _decoded,
+    _once,
+    _Read,
+    together,
+)
 from services.channel.events import Attachment, InboundContent
 from tests.services.channel.conftest import Desk
 from tooling.testing.platform import Platform
-from tooling.testing.vendors import TelegramStandIn, answer
+from tooling.testing.vendors import LineStandIn, TelegramStandIn, answer
 from tooling.testing.vendors.server import Call, Reply, StandIn
 
 
@@ -121,11 +134,42 @@ async def test_a_transient_fault_of_the_vendor_is_waited_for(desk: Desk, telegra
     assert message["text"] == "[The person sent a file. Its text:]\ncontent"
 
 
+async def made_file(desk: Desk, message: dict[str, Any], name: str) -> tuple[Objects, File]:
+    """A file that an agent made for the person of the message."""
+    objects = Objects(**desk.platform.stack.engines["s3"])
+    path = f"{message['subject_id']}/attachments/{desk.tenant_id}/{uuid7()}_1_1_{name}"
+    await objects.upload(FILE, _once(b"%PDF-1.7 x"), name=name, user_id="u", path=lambda _: path)
+    return objects, File(path=path, name=name)
+
+
+async def test_files_of_an_answer_are_sent_after_it_or_named(desk: Desk, telegram: TelegramStandIn) -> None:
+    async with LineStandIn() as line:
+        channels = await connected(desk, telegram), await desk.connect("line", line.credentials, line.url)
+        await desk.call(channels[0], telegram.update("hi", chat=42))
+        await desk.call(channels[1], line.call(line.event()))
+        for channel in channels:
+            [message] = await arrived(desk, channel)
+            _, file = await made_file(desk, message, "a.pdf")
+            settled = await desk.settled(await desk.reply(message, "Here.", files=(file,)))
+            assert settled["state"] == "sent"
+            async with desk.client() as http:
+                found = await http.get("/api/v1/messages", params={"channel_id": channel["id"]})
+            assert found.json()["items"][0]["attachments"] == [{"url": None, "name": "a.pdf"}]
+        assert telegram.texts() == ["Here.", "[document a.pdf]"]
+        assert telegram.ledger[1].fields["content"] == b"%PDF-1.7 x"
+        assert line.texts() == ["Here.\n\n[The file a.pdf cannot be sent in this chat.]"]
+        [message] = await arrived(desk, channels[0])
+        gone = File(path=f"{file.path}.gone", name="a.pdf")
+        settled = await desk.settled(await desk.reply(message, "Again.", files=(gone,)))
+        assert settled["reason"] == "part 2 of 2: the file could not be fetched: it was deleted"
+
+
 async def test_erasure_deletes_the_stored_files(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await connected(desk, telegram)
     telegram.files["f1"] = b"content"
     await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
     [message] = await arrived(desk, channel)
+    objects, file = await made_file(desk, message, "a.pdf")
     erased = SubjectErased(tenant_id=desk.tenant_id, subject_id=message["subject_id"])
     await desk.platform.produce(PLATFORM_EVENTS, erased, key=desk.tenant_id, tenant_id=desk.tenant_id)
     database = desk.platform.database("channel")
@@ -151,6 +195,7 @@ async def test_erasure_deletes_the_stored_files(desk: Desk, telegram: TelegramSt
             return not await tx.sql("SELECT 1 FROM attachment WHERE tenant_id = $1", desk.tenant_id)
 
     await desk.platform.until(gone)
+    assert await objects.paths(file.path) == []
 
 
 def test_the_texts_of_all_files_together_are_limited() -> None:

@@ -17,7 +17,7 @@ from infra.postgres.tx import Database
 from infra.security import subjects
 from infra.security.crypto import Cipher
 from services.plugin.calls import Calls, run_tool
-from services.plugin.domain import MAX_RESULT_BYTES, Call, Effect, Outcome, Tool
+from services.plugin.domain import MAX_RESULT_BYTES, Call, Effect, Outcome, Result, Tool
 from services.plugin.registry import Offered
 from tooling.testing.platform import MASTER_KEY, PASSWORDS, Platform
 
@@ -31,9 +31,9 @@ class Tools:
         self._do = do
         self.count = 0
 
-    async def run(self, offer: Offered, call: Call) -> Any:
+    async def run(self, offer: Offered, call: Call) -> Result:
         self.count += 1
-        return await self._do(self.count)
+        return Result(await self._do(self.count))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from infra.errors import InvalidMessage
+from services.plugin.domain import MAX_FILES_BYTES
 from tests.services.plugin.conftest import CallReply, call
 from tests.services.plugin.raw_mcp import RawMcp, raw_mcp_server
 from tooling.testing.platform import Platform
@@ -84,8 +85,8 @@ async def test_tools_of_older_drafts_are_adapted_and_malformed_ones_left_out_by_
         assert refused.value.field == field
 
 
-@pytest.mark.parametrize("size", [100_000, 1_000_000, 3_000_000])
-async def test_pictures_are_left_out_of_the_result_with_a_note_and_the_text_is_kept(
+@pytest.mark.parametrize("size", [100_000, 3_000_000, 4_000_000])
+async def test_pictures_are_files_beside_the_result_with_a_note_in_it_and_large_ones_are_left_out(
     plugin: Platform, raw: RawMcp, size: int
 ) -> None:
     data = base64.b64encode(os.urandom(size)).decode()
@@ -97,18 +98,27 @@ async def test_pictures_are_left_out_of_the_result_with_a_note_and_the_text_is_k
     raw.results["draw"] = {"content": [text, picture, {"type": "resource", "resource": resource}]}
     reply = await call(plugin, f"painter-{size}", "draw", key=f"blocks-{size}")
     assert reply.outcome == CallReply.OUTCOME_SUCCEEDED, reply.error
-    assert json.loads(reply.result_json).splitlines() == [
-        "Sales rose.",
-        f"[image left out: image/png, {len(data) * 3 // 4} bytes]",
-        "[file file:///a.bin left out: application/pdf, 750 bytes]",
-    ]
-    structured = {"text": "Sales rose.", "picture": data}
+    words, image, paper = json.loads(reply.result_json).splitlines()
+    left_out = size > MAX_FILES_BYTES
+    files = [os.path.splitext(file.name) for file in reply.files]
+    assert words == "Sales rose."
+    if left_out:
+        assert image == f"[image left out: image/png, {len(data) * 3 // 4} bytes]"
+        assert files == [("a.bin-1", ".pdf")]
+    else:
+        assert image == f"[file image-1.png: image/png, {size} bytes]"
+        assert files == [("image-1", ".png"), ("a.bin-2", ".pdf")]
+        assert reply.files[0].content == base64.b64decode(data)
+        assert await call(plugin, f"painter-{size}", "draw", key=f"blocks-{size}") == reply
+    assert paper.startswith("[file a.bin-")
+    # The whole answer may have 8 MB.
+    structured = {"text": "Sales rose.", "picture": data[:100_000]}
     raw.results["draw"] = {"content": [text, picture], "structuredContent": structured}
     reply = await call(plugin, f"painter-{size}", "draw", key=f"structured-{size}")
     result = json.loads(reply.result_json)
     assert result["result"]["text"] == "Sales rose."
     assert "base64 data left out" in result["result"]["picture"]
-    assert "image left out" in result["left_out"][0]
+    assert ("image left out" if left_out else "[file image-1.png") in result["more"][0]
     assert len(reply.result_json) < 1_000
 
 

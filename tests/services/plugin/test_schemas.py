@@ -11,6 +11,7 @@ import pytest
 from infra.errors import InvalidMessage
 from infra.web.json_schema import check, check_schema
 from services.plugin.domain import without_base64
+from services.plugin.files import Files
 from services.plugin.schemas import MAX_DEPTH, adapted
 
 
@@ -115,3 +116,29 @@ def test_base64_is_replaced_by_a_note(text: str) -> None:
 )
 def test_text_without_base64_is_kept(text: str) -> None:
     assert without_base64([text, 1, None]) == [text, 1, None]
+
+
+def test_data_urls_of_a_result_are_files_beside_it() -> None:
+    files = Files()
+    small = base64.b64encode(b"GIF89a").decode()
+    value = {
+        "text": f"see ![sales](data:image/gif;base64,{small}) and data:text/plain;charset=utf-8;base64,aGk=.",
+        "list": [f"data:image/png;base64,{small}", "data:image/png;base64,A", f"data:image/png;base64,{small}", 7],
+        "more": f"[a](data:x/y;base64,{small}) [[[(data:;base64,{small}",
+    }
+    assert files.taken_out(value) == {
+        "text": "see [file sales-1.gif: image/gif, 6 bytes] and [file file-2.txt: text/plain, 2 bytes].",
+        "list": [
+            "[file file-3.png: image/png, 6 bytes]",
+            "[file left out: image/png, 0 bytes]",
+            "[file file-4.png: image/png, 6 bytes]",
+            7,
+        ],
+        "more": f"[file left out: x/y, 6 bytes] [[[(data:;base64,{small}",
+    }
+    assert [file.content for file in files.taken] == [b"GIF89a", b"hi", b"GIF89a", b"GIF89a"]
+
+
+def test_the_search_for_data_urls_takes_linear_time() -> None:
+    text = "![" * 200_000 + "data:a/a;base64,-" * 20_000
+    assert Files().taken_out(text) == text

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, read_form
 
 
 class _Text(msgspec.Struct, forbid_unknown_fields=True):
@@ -26,7 +26,9 @@ class _Context(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Link(msgspec.Struct, forbid_unknown_fields=True):
-    link: Annotated[str, msgspec.Meta(pattern="^https?://")]
+    link: Annotated[str, msgspec.Meta(pattern="^https?://")] | None = None
+    id: str | None = None
+    """Of an upload."""
     filename: str | None = None
 
 
@@ -62,6 +64,8 @@ class WhatsAppStandIn(StandIn):
         self.secret = secrets.token_hex(16)
         self.verify_token = secrets.token_urlsafe(12)
         self.closed: set[str] = set()
+        self.media: dict[str, bytes] = {}
+        """Uploads by their ids."""
         self._ids = itertools.count(1)
 
     @property
@@ -116,6 +120,13 @@ class WhatsAppStandIn(StandIn):
                 raise Refused(_error(400, 100, "verify_token"))
             self.webhook = override["override_callback_uri"]
             return Reply(200, {"success": True})
+        if (call.method, call.path) == ("POST", f"/v21.0/{self.number}/media"):
+            texts, files = read_form(call)
+            file = files.get("file")
+            if file is None or texts != {"messaging_product": "whatsapp", "type": file.content_type}:
+                raise Refused(_error(400, 100, "Invalid parameter"))
+            self.media[id_ := f"media.{next(self._ids)}"] = file.content
+            return Reply(200, {"id": id_})
         if (call.method, call.path) != ("POST", f"/v21.0/{self.number}/messages"):
             raise Refused(_error(404, 100, "Unsupported post request"))
         try:
@@ -132,8 +143,15 @@ class WhatsAppStandIn(StandIn):
         content = getattr(send, send.type)
         if content is None or [send.text, send.image, send.document].count(None) != 2:
             raise Refused(_error(400, 100, f"The parameter {send.type} is required"))
-        text = content.body if isinstance(content, _Text) else f"[{send.type} {content.filename or content.link}]"
-        self.record(send.to, text, id_, msgspec.to_builtins(send))
+        fields = msgspec.to_builtins(send)
+        if isinstance(content, _Link):
+            if (content.link is None) == (content.id is None) or content.id not in (None, *self.media):
+                raise Refused(_error(400, 100, "link or id"))
+            text = f"[{send.type} {content.filename or content.link or content.id}]"
+            fields |= {"content": self.media[content.id]} if content.id else {}
+        else:
+            text = content.body
+        self.record(send.to, text, id_, fields)
         return Reply(
             200,
             {

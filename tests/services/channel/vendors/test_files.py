@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 
 from infra.errors import EffectFailed, Transient, Unanswered
@@ -16,6 +18,7 @@ from tooling.testing.vendors import (
     SlackStandIn,
     TelegramStandIn,
     WebhookStandIn,
+    WhatsAppStandIn,
     answer,
     cut,
 )
@@ -60,6 +63,21 @@ async def test_a_webhook_gets_the_addresses_with_the_types(outgoing: Outgoing) -
         [one] = fake.ledger
         assert one.fields["attachments"] == [{"url": IMAGE.url, "name": "a.png", "content_type": "image/png"}]
         assert fake.repeats == 1
+
+
+async def test_a_file_of_our_store_is_uploaded_to_whatsapp_and_lies_in_the_message_to_a_webhook(
+    outgoing: Outgoing,
+) -> None:
+    async with WhatsAppStandIn() as meta, WebhookStandIn() as hook:
+        for n, file in enumerate((IMAGE, PAPER)):
+            stored = file._replace(url="", path="p")
+            await Adapter("whatsapp", meta, outgoing).send(LINK, "49151", file=stored)
+            await Adapter("webhook", hook, outgoing).send(LINK, "c1", f"d{n}", file=stored)
+        assert [one.fields["content"] for one in meta.ledger] == [IMAGE.content, PAPER.content]
+        assert [one.fields["type"] for one in meta.ledger] == ["image", "document"]
+        urls = [one.fields["attachments"][0]["url"] for one in hook.ledger]
+        assert urls[0] == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+        assert urls[1].startswith("data:application/pdf;base64,")
 
 
 async def test_line_gets_the_address_of_an_image_and_only_by_https(outgoing: Outgoing) -> None:
