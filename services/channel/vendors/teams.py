@@ -375,7 +375,9 @@ def _item(activity: _Activity, credentials: TeamsCredentials) -> Inbound | Ignor
     attachments = tuple(filter(None, map(_attachment, files)))
     if not text and files and not attachments:
         text = placeholder("a file", *(one.name or "" for one in files))
-    if not text and not files and activity.value is not None:
+    # The values of a card come without a text.
+    pressed = not text and not files and activity.value is not None
+    if pressed:
         text = activity.value if isinstance(activity.value, str) else msgspec.json.encode(activity.value).decode()
     return Inbound(
         (f"activity/{activity.conversation.id}/{activity.id}",),
@@ -385,10 +387,13 @@ def _item(activity: _Activity, credentials: TeamsCredentials) -> Inbound | Ignor
         text,
         attachments=attachments,
         in_group=activity.conversation.conversationType in ("groupChat", "channel"),
-        mentions_bot=any(
+        # A button stands under a message of the bot.
+        mentions_bot=pressed
+        or any(
             entity.mentioned and activity.recipient and entity.mentioned.id == activity.recipient.id
             for entity in activity.entities or ()
         ),
+        replies_to_bot=pressed,
     )
 
 

@@ -151,24 +151,19 @@ class DiscordStandIn(StandIn):
         if channel in self.missing:
             raise Refused(Reply(403, {"code": 50001, "message": "Missing Access"}))
         if call.headers.get("content-type", "").startswith("multipart/form-data"):
-            return self._create_with_file(channel, call)
-        create = _decode(call, _Create)
-        if (channel, create.nonce) in self._nonces:
-            self.repeats += 1
+            texts, files = read_form(call)
+            create = _decode(call._replace(body=texts["payload_json"].encode()), _WithFile)
+            file = files["files[0]"]
+            shown = f"[file {file.name}]"
+            fields: dict[str, object] = {"type": file.content_type, "content": file.content}
         else:
-            self._nonces[channel, create.nonce] = str(next(self._ids))
-            self.record(channel, create.content, self._nonces[channel, create.nonce], msgspec.to_builtins(create))
-        return Reply(200, {"id": self._nonces[channel, create.nonce], "channel_id": channel, "nonce": create.nonce})
-
-    def _create_with_file(self, channel: str, call: Call) -> Reply:
-        texts, files = read_form(call)
-        create = _decode(call._replace(body=texts["payload_json"].encode()), _WithFile)
-        file = files["files[0]"]
+            create = _decode(call, _Create)
+            shown, fields = create.content, msgspec.to_builtins(create)
         if (channel, create.nonce) in self._nonces:
             self.repeats += 1
         else:
             id_ = self._nonces[channel, create.nonce] = str(next(self._ids))
-            self.record(channel, f"[file {file.name}]", id_, {"type": file.content_type, "content": file.content})
+            self.record(channel, shown, id_, fields)
         return Reply(200, {"id": self._nonces[channel, create.nonce], "channel_id": channel, "nonce": create.nonce})
 
 

@@ -96,12 +96,12 @@ async def test_discord(outgoing: Outgoing) -> None:
 async def test_teams(outgoing: Outgoing) -> None:
     fake = TeamsStandIn()
     adapter = Adapter("teams", fake, outgoing)
+    group = {"id": "19:c", "tenantId": "t1", "conversationType": "groupChat"}
     for value, text in (({"choice": "yes"}, '{"choice":"yes"}'), ("yes", "yes")):
-        body, headers = fake.signed(fake.activity(None, value=value))
+        body, headers = fake.signed(fake.activity(None, value=value, conversation=group))
         request = Request("POST", "", headers, body, keys=published(fake))
-        [item] = adapter.vendor.receive(request, adapter.credentials, utcnow()).items
-        assert isinstance(item, Inbound)
-        assert item.text == text
+        received = adapter.vendor.receive(request, adapter.credentials, utcnow())
+        assert pressed(received) == ("19:c", "29:1", text)
 
 
 async def test_line(outgoing: Outgoing) -> None:
