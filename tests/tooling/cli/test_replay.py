@@ -115,6 +115,7 @@ def test_the_types_of_channels_are_rebuilt_from_the_events_of_the_channel_servic
     async def take(tx: Tx) -> None:
         fact = MessageTaken(channel_id, "telegram", uuid7(), "p", b"", utcnow())
         tx.append(CONVERSATION.stream("s1"), fact, event_id=event_id)
+        await tx.sql("INSERT INTO conversation VALUES ('s1', 't', $1, 'p', 1)", channel_id)
 
     async def note(tx: Tx) -> None:
         # As the live consumer does with the message.
