@@ -125,8 +125,8 @@ class Claims:
         self._engine = engine
         self._channel = f"claw_lanes_{service}"
         self._wake = wake
-        self._lease_seconds = lease_seconds
-        self._owner = uuid7()
+        self.lease_seconds = lease_seconds
+        self.owner = uuid7()
         self._connection: AsyncConnection | None = None
         self._lock = asyncio.Lock()
 
@@ -169,7 +169,7 @@ class Claims:
         alone, the one with the fewest recoveries, or not at all if this process has one already (`suspects` is false).
         If one item ends all its processes, the items beside it are suspects with it, and soon no other goes down.
         """
-        until = time.monotonic() + self._lease_seconds
+        until = time.monotonic() + self.lease_seconds
         async with self._use() as connection:
             rows = await sql(
                 connection,
@@ -177,8 +177,8 @@ class Claims:
                 kind,
                 start,
                 wanted,
-                self._owner,
-                self._lease_seconds,
+                self.owner,
+                self.lease_seconds,
                 per_tenant,
                 list(taken),
                 list(taken.values()),
@@ -243,7 +243,7 @@ class Claims:
         """Renews the leases. Returns those whose lane was claimed by another process."""
         # By claim: a lane that was given back and claimed again can be among the leases twice for a moment.
         by_claim = {(lease.lane_id, lease.epoch): lease for lease in leases}
-        until = time.monotonic() + self._lease_seconds
+        until = time.monotonic() + self.lease_seconds
         async with self._use() as connection:
             renewed = await sql(
                 connection,
@@ -262,8 +262,8 @@ class Claims:
                 RETURNING l.lane_id, l.epoch
                 """,
                 *_columns(by_claim),
-                self._owner,
-                self._lease_seconds,
+                self.owner,
+                self.lease_seconds,
             )
             for claim in renewed:
                 by_claim.pop(claim).until = until
@@ -291,7 +291,7 @@ class Claims:
                     """,
                     lease.lane_id,
                     lease.epoch,
-                    self._owner,
+                    self.owner,
                 )
 
     async def call_others(self, kind: str) -> None:

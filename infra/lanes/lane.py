@@ -13,7 +13,7 @@ from typing import Any, Generic
 from uuid import UUID
 
 from infra.lanes.effects import ItemEnded
-from infra.postgres.lane_items import Item, NewItem, insert_items
+from infra.postgres.lane_items import Item, NewItem
 from infra.postgres.tx import Tx
 
 Handler = Callable[..., Awaitable[ItemEnded | None]]
@@ -121,8 +121,7 @@ async def restore(tx: Tx, item: NewItem) -> None:
         item.tenant_id,
         item.item_id,
     )
-    await insert_items(await tx.connection(), [item])
-    tx.woken.add(item.kind)
+    tx.put(item)
 
 
 async def waiting(tx: Tx) -> dict[str, tuple[int, float]]:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from contextvars import Context
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
 from infra.postgres.db import is_transient, storable
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
+from infra.postgres.lane_items import ClaimedItem
 from infra.postgres.tx import Database, Tx
 
 SWEEP_SECONDS = 1.0
@@ -57,10 +59,21 @@ class _Kind:
         self.decoder = msgspec.json.Decoder(work.lane.item)
         self.running: dict[Lease, asyncio.Task[None]] = {}
         """By the claim and not by the lane: a lane can be claimed again before the task of its last claim has ended."""
+        self.reserved: Counter[str] = Counter()
+        """Places that transactions keep for lanes that they may claim, by tenant."""
+        self.wanted = 0
+        """Places for the lanes that are being claimed."""
         self.turn = ""
         """The tenant whose turn is next."""
         self.full = False
+        self.behind = True
+        """Lanes may be ready that this process had no place for: new ones stand behind them."""
         self.called_at = 0.0
+
+    @property
+    def free(self) -> int:
+        """How many more lanes this process may hold."""
+        return self.work.concurrency - len(self.running) - self.reserved.total() - self.wanted
 
 
 class LaneRunner:
@@ -71,9 +84,10 @@ class LaneRunner:
     ) -> None:
         self._database = database
         self._metrics = metrics
-        self._lease_seconds = lease_seconds
+        self.lease_seconds = lease_seconds
         self._kinds = {work.lane.name: _Kind(work) for work in works}
         self._claims = Claims(control, database.service, self.wake, lease_seconds=lease_seconds)
+        self.owner = self._claims.owner
         self._woken: set[str] = set()
         self._event = asyncio.Event()
         self._stopping = False
@@ -88,6 +102,54 @@ class LaneRunner:
         if kind in self._kinds:
             self._woken.add(kind)
             self._event.set()
+
+    def reserve(self, kind: str, tenant_id: str) -> bool:
+        """Keeps a place for a lane of the tenant that a transaction may claim. False while older lanes wait for one."""
+        held = self._kinds.get(kind)
+        if held is None or held.behind or self._stopping:
+            return False
+        if self._suspect and time.monotonic() < self._alone_until:
+            return False
+        of_tenant = sum(lease.tenant_id == tenant_id for lease in held.running) + held.reserved[tenant_id]
+        if held.free <= 0 or of_tenant >= held.work.per_tenant:
+            return False
+        held.reserved[tenant_id] += 1
+        return True
+
+    def give_up(self, kind: str, tenant_id: str) -> None:
+        """The place that was reserved is not needed."""
+        held = self._kinds[kind]
+        held.reserved[tenant_id] -= 1
+        held.reserved += Counter()  # a counter keeps the names that have come to 0
+        if held.behind:
+            self.wake(kind)
+
+    def take(self, claimed: ClaimedItem) -> None:
+        """Handles the item of a lane that a transaction has claimed for this process."""
+        failpoint("after_lane_claim")
+        item = claimed.item
+        lease = Lease(item.kind, item.tenant_id, item.lane, claimed.lane_id, claimed.epoch, claimed.until)
+        head = Head(
+            seq=claimed.seq,
+            item_id=item.item_id,
+            body=item.body,
+            headers=item.headers,
+            attempts=0,
+            faults=0,
+            recoveries=0,
+            age=timedelta(0),
+            expired=False,
+            due=True,
+            expires_in=item.expires_in,
+        )
+        self._begin(self._kinds[item.kind], lease, head)
+        self.give_up(item.kind, item.tenant_id)
+
+    def _begin(self, kind: _Kind, lease: Lease, head: Head | None) -> None:
+        # An empty context: the task does not belong to the trace of the transaction that claimed the lane.
+        task = asyncio.create_task(self._process(kind, lease, head), name=f"lane {kind.name}", context=Context())
+        kind.running[lease] = task
+        task.add_done_callback(partial(self._ended, kind, lease))
 
     async def stop(self) -> None:
         """Claims no more lanes. `run` returns when the handlers have finished."""
@@ -131,29 +193,32 @@ class LaneRunner:
 
     async def _fill(self, kind: _Kind) -> float | None:
         """Claims lanes until all slots are in use or none is ready. Returns seconds until the next one, if known."""
-        while (wanted := kind.work.concurrency - len(kind.running)) > 0 and not self._stopping:
+        while (wanted := kind.free) > 0 and not self._stopping:
             if self._suspect and (alone := self._alone_until - time.monotonic()) > 0:
                 return alone
-            taken = Counter(lease.tenant_id for lease in kind.running)
+            taken = Counter(lease.tenant_id for lease in kind.running) + kind.reserved
             suspects = self._suspect is None and time.monotonic() >= self._next_suspect_at
-            claimed = await self._claims.claim(
-                kind.name, kind.turn, wanted, kind.work.per_tenant, taken, suspects=suspects
-            )
+            kind.wanted = wanted
+            try:
+                claimed = await self._claims.claim(
+                    kind.name, kind.turn, wanted, kind.work.per_tenant, taken, suspects=suspects
+                )
+            finally:
+                kind.wanted = 0
             failpoint("after_lane_claim")
             if claimed.suspect:
                 [(self._suspect, _)] = claimed.lanes
                 self._alone_until = time.monotonic() + ALONE_SECONDS
             for lease, head in claimed.lanes:
-                task = asyncio.create_task(self._process(kind, lease, head), name=f"lane {kind.name}")
-                kind.running[lease] = task
-                task.add_done_callback(partial(self._ended, kind, lease))
+                self._begin(kind, lease, head)
             if len(claimed.lanes) == wanted:
                 kind.turn = after(claimed.lanes[-1][0].tenant_id)
             elif kind.turn:
                 kind.turn = ""  # the tenants behind it had their turn: begin with the first one again
             elif claimed.tenants <= 1 or not claimed.lanes:
+                kind.behind = False
                 return claimed.due
-        kind.full = True
+        kind.full = kind.behind = True
         if time.monotonic() - kind.called_at > CALL_SECONDS:
             kind.called_at = time.monotonic()
             await self._claims.call_others(kind.name)
@@ -176,7 +241,7 @@ class LaneRunner:
 
     async def _keep_leases(self) -> None:
         while True:
-            await asyncio.sleep(self._lease_seconds / 3)
+            await asyncio.sleep(self.lease_seconds / 3)
             if not (leases := self._leases()):
                 continue
             lost: list[Lease] = []

@@ -32,6 +32,9 @@ SILENCE_SECONDS = 30
 # So long a transaction waits for a free connection of the pool.
 POOL_TIMEOUT_SECONDS = 10.0
 
+CONFLICT = "P0C01"
+"""The state that our SQL functions raise if a stream is not at the version that the caller expects."""
+
 _TRANSIENT_STATES = (
     "08",  # connection
     "40001",  # serialisation failure
@@ -113,9 +116,9 @@ def _refuse_closed(connection: Any, _record: Any, _fairy: Any) -> None:
 async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
     """Runs one statement with PostgreSQL's own ``$1`` parameters and returns its rows.
 
-    The first statement of a transaction goes through SQLAlchemy, which begins the transaction. All others go straight
-    to the driver, because SQLAlchemy's own work takes three times as long as the statement. Raises DBAPIError in both
-    cases.
+    In a transaction of SQLAlchemy the first statement goes through it, which begins the transaction. All others go
+    straight to the driver, because SQLAlchemy's own work takes three times as long as the statement. Raises DBAPIError
+    in both cases.
     """
     driver = _driver(connection)
     if driver is None:
@@ -124,15 +127,65 @@ async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> S
     try:
         return [tuple(row) for row in await driver.fetch(statement, *arguments)]
     except Exception as error:
-        lost = driver.is_closed()
-        failure = _as_sqlalchemy(connection, statement, error, lost)
-        if lost:
-            await connection.invalidate(error)
-        raise failure from error
+        raise await _failure(connection, driver, statement, error) from error
     except BaseException:
         # After a cancellation the connection may be in the middle of a statement.
         await connection.invalidate()
         raise
+
+
+async def begin(connection: AsyncConnection) -> None:
+    """Begins a transaction on a connection of an engine with the isolation level AUTOCOMMIT.
+
+    The driver begins and ends it: SQLAlchemy's own work takes longer than the round trips.
+    """
+    await _command(connection, "BEGIN")
+
+
+async def commit(connection: AsyncConnection) -> None:
+    """Commits the transaction that `begin` began.
+
+    Raises DBAPIError, also if the transaction has failed before: the server would answer the commit with a rollback.
+    """
+    if await _command(connection, "COMMIT") != "COMMIT":
+        raise asyncpg.InFailedSQLTransactionError("a statement of the transaction failed: nothing was committed")
+
+
+async def give_back(connection: AsyncConnection) -> None:
+    """Rolls back the transaction that `begin` began, if it was not committed, and gives the connection to its pool."""
+    try:
+        driver = _driver(connection)
+        if driver is not None and driver.is_in_transaction():
+            await _command(connection, "ROLLBACK")
+    except (DBAPIError, OSError, TimeoutError, asyncpg.InterfaceError):
+        # The caller already has the error that led here. Without its connection the transaction ends too.
+        await connection.invalidate()
+    finally:
+        await connection.close()
+
+
+async def _command(connection: AsyncConnection, command: str) -> str:
+    """Runs a command without parameters and returns its tag."""
+    driver = _driver(connection)
+    if driver is None:
+        raise asyncpg.InterfaceError("the connection to the database was lost in the transaction")
+    try:
+        tag: str = await driver.execute(command)
+        return tag
+    except Exception as error:
+        raise await _failure(connection, driver, command, error) from error
+    except BaseException:
+        await connection.invalidate()
+        raise
+
+
+async def _failure(connection: AsyncConnection, driver: Any, statement: str, error: Exception) -> Exception:
+    """The error to be raised for the driver's. Gives up the connection if the server has closed it."""
+    lost = driver.is_closed()
+    failure = _as_sqlalchemy(connection, statement, error, lost)
+    if lost:
+        await connection.invalidate(error)
+    return failure
 
 
 def _driver(connection: AsyncConnection) -> Any:
@@ -181,6 +234,16 @@ def is_of_database(error: BaseException) -> bool:
     if isinstance(error, asyncpg.PostgresError):
         return str(getattr(error, "sqlstate", "")).startswith(_TRANSIENT_STATES)
     return isinstance(error, (OSError, TimeoutError, asyncpg.InterfaceError))
+
+
+def sqlstate(error: DBAPIError) -> str | None:
+    """The server's code of the error; None if it comes from the driver."""
+    return getattr(error.orig.__cause__, "sqlstate", None) if error.orig else None
+
+
+def message(error: DBAPIError) -> str:
+    """The server's own text of the error."""
+    return str(error.orig.__cause__) if error.orig else str(error)
 
 
 def is_bad_data(error: BaseException) -> bool:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import msgspec
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.errors import Conflict
-from infra.postgres.db import sql
+from infra.postgres.db import CONFLICT, message, sql, sqlstate
 from infra.postgres.upcasting import EventTypes, schema_version
 from protos.envelope import Message
 from protos.topology import Topic
@@ -94,65 +95,38 @@ async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: 
     Raises Conflict if a stream is not at the expected version any more, or if only a part of a stream's events is
     stored already.
     """
-    by_stream: dict[str, list[NewEvent]] = {}
-    for event in new:
-        by_stream.setdefault(event.stream.row, []).append(event)
-    # All transactions lock streams in this order: two with the same streams wait for each other and never deadlock.
-    names = sorted(by_stream)
-    versions = {
-        name: version
-        for name, version in await sql(
+    try:
+        [(stored,)] = await sql(
             connection,
+            # Locks the streams in the order of their names, as all transactions do: they never deadlock.
             """
-            INSERT INTO stream AS s SELECT * FROM unnest($1::text[], $2::bigint[])
-            ON CONFLICT (stream_id) DO UPDATE SET version = s.version + excluded.version RETURNING stream_id, version
+            SELECT append_events($1::text[], $2::uuid[], $3::bigint[], $4::text[], $5::int[], $6::bytea[], $7::text[],
+                                 $8::uuid[])
             """,
-            names,
-            [len(by_stream[name]) for name in names],
-        )
-    }
-    stored = set()
-    if maybe := [e.event_id for e in new if not e.is_new]:
-        stored = {
-            event_id
-            for (event_id,) in await sql(
-                connection, "SELECT event_id FROM event WHERE event_id = ANY($1::uuid[])", maybe
-            )
-        }
-    fresh: list[NewEvent] = []
-    numbers: list[int] = []
-    for name in names:
-        events = by_stream[name]
-        base = versions[name] - len(events)
-        repeated = sum(e.event_id in stored for e in events)
-        if repeated == len(events):
-            await sql(connection, "UPDATE stream SET version = $2 WHERE stream_id = $1", name, base)
-            continue
-        expected = events[0].expected
-        if repeated or (expected is not None and expected != base):
-            raise Conflict(f"stream {name}: at version {base}, expected {expected}")
-        fresh += events
-        numbers += range(base + 1, versions[name] + 1)
-    if fresh:
-        await sql(
-            connection,
-            """
-            INSERT INTO event (stream_id, version, event_id, type, schema_version, data, headers)
-            SELECT * FROM unnest($1::text[], $2::bigint[], $3::uuid[], $4::text[], $5::int[], $6::bytea[],
-            $7::text[])
-            """,
-            [e.stream.row for e in fresh],
-            numbers,
-            [e.event_id for e in fresh],
-            [type(e.event).__name__ for e in fresh],
-            [schema_version(type(e.event)) for e in fresh],
-            [msgspec.json.encode(e.event) for e in fresh],
+            [e.stream.row for e in new],
+            [e.event_id for e in new],
+            [e.expected for e in new],
+            [type(e.event).__name__ for e in new],
+            [schema_version(type(e.event)) for e in new],
+            [msgspec.json.encode(e.event) for e in new],
             [
                 msgspec.json.encode({**headers, **({"tenant_id": e.tenant_id} if e.tenant_id else {})}).decode()
-                for e in fresh
+                for e in new
             ],
+            [e.event_id for e in new if not e.is_new],
         )
-    return fresh
+    except DBAPIError as error:
+        if sqlstate(error) == CONFLICT:
+            raise Conflict(message(error)) from error
+        raise
+    repeated = set(stored)
+    return [e for e in new if e.event_id not in repeated]
+
+
+async def lock(connection: AsyncConnection, stream: Stream[State]) -> tuple[State, int]:
+    """As `load`. The stream's row is locked until the transaction ends, if it exists."""
+    rows = await sql(connection, "SELECT * FROM lock_stream($1)", stream.row)
+    return folded(stream, cast("Sequence[tuple[str, int, bytes]]", rows)), len(rows)
 
 
 async def load(connection: AsyncConnection, stream: Stream[State]) -> tuple[State, int]:
@@ -162,11 +136,16 @@ async def load(connection: AsyncConnection, stream: Stream[State]) -> tuple[Stat
         "SELECT type, schema_version, data FROM event WHERE stream_id = $1 ORDER BY version",
         stream.row,
     )
+    return folded(stream, cast("Sequence[tuple[str, int, bytes]]", rows)), len(rows)
+
+
+def folded(stream: Stream[State], rows: Iterable[tuple[str, int, bytes]]) -> State:
+    """The state after the stream's events: type, schema version and data of each, in order."""
     aggregate = stream.aggregate
     state = aggregate.initial()
     for name, version, data in rows:
         state = aggregate.evolve(state, aggregate.events.decode(name, version, data))
-    return state, len(rows)
+    return state
 
 
 async def history(connection: AsyncConnection, stream: Stream[Any]) -> list[tuple[Any, datetime]]:

@@ -1,15 +1,20 @@
-"""Inserts items at the end of lanes, in the transaction that asks for the work. `infra.lanes` processes them."""
+"""Inserts items at the end of lanes, in the transaction that asks for the work. `infra.lanes` processes them.
+
+If the process has a place for the lane of a new item, and the lane has nothing else to do, the transaction also claims
+the lane. The item is then handled right after the commit, without a wake-up and a search for ready lanes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from datetime import datetime, timedelta
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from infra.clock import utcnow
 from infra.postgres.db import sql
 
 Item = TypeVar("Item", bound=msgspec.Struct)
@@ -39,57 +44,109 @@ class NewItem(NamedTuple):
     expires_in: timedelta | None = None
 
 
-async def insert_items(connection: AsyncConnection, items: Sequence[NewItem]) -> None:
-    """Appends items to their lanes, in the order given. An item whose id exists already is skipped.
+class ClaimedItem(NamedTuple):
+    """A new item that is the first of its lane, which this process has claimed together with the insert."""
 
-    The lanes' rows are locked until the transaction ends: an item that commits later stands behind.
-    """
-    # Lanes are locked in the order of their key, everywhere. Transactions with the same lanes would otherwise deadlock.
-    lanes = sorted({(item.kind, item.tenant_id, item.lane) for item in items})
-    rows = await sql(
-        connection,
+    item: NewItem
+    lane_id: int
+    epoch: int
+    seq: int
+    until: float
+    """The claim runs out at this time of the monotonic clock, or later."""
+
+
+class Places(Protocol):
+    """The lane runner of this process: it has places for lanes, which a transaction can claim for it."""
+
+    owner: UUID
+    lease_seconds: float
+
+    def reserve(self, kind: str, tenant_id: str) -> bool:
+        """Keeps a place for one lane of the tenant, until `take` or `give_up`. False if there is none."""
+
+    def give_up(self, kind: str, tenant_id: str) -> None:
+        """The place is not needed."""
+
+    def take(self, claimed: ClaimedItem) -> None:
+        """The claim is committed: the item is handled now."""
+
+
+_TYPES = ("text", "text", "text", "uuid", "bytea", "text", "timestamptz", "interval", "boolean")
+
+
+def enqueue_call(after: int) -> str:
+    """The call of `enqueue_items`, which locks the lanes, with parameters behind the first `after`."""
+    columns = [f"${n}::{type_}[]" for n, type_ in enumerate(_TYPES, after + 1)]
+    return f"SELECT * FROM enqueue_items({', '.join(columns)}, ${after + 10}::uuid, ${after + 11}::float8)"
+
+
+_ENQUEUE = enqueue_call(0)
+
+
+class NewItems:
+    """The items of one transaction, and the places that are reserved for their lanes."""
+
+    def __init__(self, places: Places | None) -> None:
+        self._places = places
+        self._items: dict[tuple[str, UUID], NewItem] = {}
+        self._reserved: list[NewItem] = []
+        self._claimed: list[ClaimedItem] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    def add(self, item: NewItem) -> None:
+        """Does nothing for an id that the kind has here already."""
+        self._items.setdefault((item.kind, item.item_id), item)
+
+    async def insert(self, connection: AsyncConnection, statement: str = _ENQUEUE, *arguments: Any) -> set[str]:
+        """Appends the items to their lanes, in their order, by `statement`, which begins with `arguments` and ends with
+        `enqueue_call`. Returns the kinds of lane in which there is something to claim.
+
+        An item whose id exists already is skipped. The lanes' rows are locked until the transaction ends: an item that
+        commits later stands behind.
         """
-        INSERT INTO lane AS l (kind, tenant_id, lane)
-        SELECT * FROM unnest($1::text[], $2::text[], $3::text[])
-        ON CONFLICT (kind, tenant_id, lane) DO UPDATE SET last_seq = l.last_seq
-        RETURNING kind, tenant_id, lane, lane_id
-        """,
-        *map(list, zip(*lanes, strict=True)),
-    )
-    ids = {(kind, tenant_id, lane): lane_id for kind, tenant_id, lane, lane_id in rows}
-    await sql(
-        connection,
-        # A statement of its own: it sees the items that others enqueued before the locks were granted. Items are
-        # inserted in the order of their ids: two transactions may enqueue the same ids in different lanes.
-        """
-        WITH fresh AS (
-            INSERT INTO lane_item (lane_id, seq, kind, tenant_id, item_id, body, headers, not_before, expires_at)
-            SELECT l.lane_id, l.last_seq + row_number() OVER (PARTITION BY l.lane_id ORDER BY n.n),
-                l.kind, l.tenant_id, n.id, n.body, n.headers, coalesce(n.not_before, clock_timestamp()),
-                clock_timestamp() + n.expires_in
-            FROM unnest($1::bigint[], $2::uuid[], $3::bytea[], $4::text[], $5::timestamptz[], $6::interval[])
-                WITH ORDINALITY AS n(lane_id, id, body, headers, not_before, expires_in, n)
-            JOIN lane l USING (lane_id)
-            WHERE NOT EXISTS (
-                SELECT FROM lane_item o
-                WHERE o.kind = l.kind AND o.tenant_id = l.tenant_id AND o.item_id = n.id
-            )
-            ORDER BY n.id
-            ON CONFLICT (kind, tenant_id, item_id) DO NOTHING
-            RETURNING lane_id, seq, least(not_before, expires_at) AS ready_at
+        items = list(self._items.values())
+        self._items.clear()
+        reserved = [self._reserve(item) for item in items]
+        until = time.monotonic() + (self._places.lease_seconds if self._places else 0.0)
+        rows = await sql(
+            connection,
+            statement,
+            *arguments,
+            [item.kind for item in items],
+            [item.tenant_id for item in items],
+            [item.lane for item in items],
+            [item.item_id for item in items],
+            [item.body for item in items],
+            [item.headers for item in items],
+            [item.not_before for item in items],
+            [item.expires_in for item in items],
+            reserved,
+            self._places.owner if self._places else None,
+            self._places.lease_seconds if self._places else None,
         )
-        UPDATE lane l SET last_seq = f.last, ready_at = coalesce(l.ready_at, f.ready_at)
-        FROM (
-            SELECT lane_id, max(seq) AS last, (array_agg(ready_at ORDER BY seq))[1] AS ready_at
-            FROM fresh
-            GROUP BY lane_id
-        ) f
-        WHERE l.lane_id = f.lane_id
-        """,
-        [ids[item.kind, item.tenant_id, item.lane] for item in items],
-        [item.item_id for item in items],
-        [item.body for item in items],
-        [item.headers for item in items],
-        [item.not_before for item in items],
-        [item.expires_in for item in items],
-    )
+        claimed = [ClaimedItem(items[n - 1], lane_id, epoch, seq, until) for n, lane_id, epoch, seq in rows]
+        self._claimed += claimed
+        ours = {one.item.item_id for one in claimed}
+        return {item.kind for item in items if item.item_id not in ours}
+
+    def _reserve(self, item: NewItem) -> bool:
+        if self._places is None or not (item.not_before is None or item.not_before <= utcnow()):
+            return False
+        if not self._places.reserve(item.kind, item.tenant_id):
+            return False
+        self._reserved.append(item)
+        return True
+
+    def ended(self, *, committed: bool) -> None:
+        """The transaction has ended: its claims are handed over, and all other places are given up."""
+        claimed = self._claimed if committed else []
+        ours = {one.item.item_id for one in claimed}
+        for item in self._reserved:
+            if item.item_id not in ours:
+                assert self._places
+                self._places.give_up(item.kind, item.tenant_id)
+        for one in claimed:
+            assert self._places
+            self._places.take(one)

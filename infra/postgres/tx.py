@@ -27,7 +27,7 @@ from infra.observe.logs import get_logger
 from infra.postgres import db, event_store
 from infra.postgres.dead_letters import Sealing
 from infra.postgres.event_store import Aggregate, NewEvent, Publication, Stream
-from infra.postgres.lane_items import Item, LaneKind, NewItem, insert_items
+from infra.postgres.lane_items import Item, LaneKind, NewItem, NewItems, Places, enqueue_call
 from protos.envelope import Envelope, Message
 from protos.topology import Queue, Topic
 
@@ -62,7 +62,10 @@ class OutboxRow(NamedTuple):
 
 
 class Tx:
-    """One transaction of one service. Made by `Database`; a handler only uses it."""
+    """One transaction of one service. Made by `Database`; a handler only uses it.
+
+    `engine` has the isolation level AUTOCOMMIT. `reads_only`: each statement is a transaction of its own.
+    """
 
     def __init__(
         self,
@@ -72,14 +75,17 @@ class Tx:
         tenant_id: str | None,
         cause: Envelope | None,
         tenanted: bool = False,
+        reads_only: bool = False,
+        places: Places | None = None,
     ) -> None:
         self._engine = engine
+        self._reads_only = reads_only
         self.service = service
         self._tenanted = tenanted
         self._connection: AsyncConnection | None = None
         self._events: list[NewEvent] = []
         self._rows: list[OutboxRow] = []
-        self._items: dict[tuple[str, UUID], NewItem] = {}
+        self.items = NewItems(places)
         self._buffered: dict[str, list[tuple[Any, ...]]] = {}
         self._loaded: dict[str, tuple[Any, int]] = {}
         self._after: list[Callable[[], Awaitable[None]]] = []
@@ -115,10 +121,12 @@ class Tx:
         self._after.append(call)
 
     async def connection(self) -> AsyncConnection:
-        """The transaction's connection, for SQLAlchemy statements. Taken and begun at the first call."""
+        """The transaction's connection. Taken and begun at the first call."""
         if self._connection is None:
             connection = await self._engine.connect()
             self._connection = connection
+            if not self._reads_only:
+                await db.begin(connection)
             if self._tenanted:
                 await db.sql(connection, "SELECT set_config('claw.tenant', $1, true)", self.tenant_id)
         return self._connection
@@ -140,8 +148,11 @@ class Tx:
         Decisions on one stream take turns: its row is locked until the transaction ends, so that a busy stream
         costs waiting and not conflicts. Only the first decisions on a new stream can still meet.
         """
-        await self.sql("SELECT FROM stream WHERE stream_id = $1 FOR UPDATE", stream.row)
-        state = await self.load(stream)
+        if stream.row in self._loaded:
+            await self.sql("SELECT FROM stream WHERE stream_id = $1 FOR UPDATE", stream.row)
+        else:
+            self._loaded[stream.row] = await event_store.lock(await self.connection(), stream)
+        state: State = self._loaded[stream.row][0]
         events = stream.aggregate.decide(command, state)
         version = self._loaded[stream.row][1]
         for event in events:
@@ -247,8 +258,12 @@ class Tx:
             not_before,
             expires_in,
         )
-        self._items.setdefault((lane_kind.name, id_), new)
+        self.put(new)
         return id_
+
+    def put(self, item: NewItem) -> None:
+        """As `enqueue`, for an item in its stored form."""
+        self.items.add(item)
 
     def _carrier(self) -> dict[str, str]:
         return telemetry.carrier() if self.carrier is None else self.carrier
@@ -290,15 +305,17 @@ class Tx:
         for statement, rows in self._buffered.items():
             await self.sql(statement, *map(list, zip(*rows, strict=True)))
         self._buffered.clear()
+        # Last: the rows of the lanes stay locked until the commit, and other transactions that enqueue there wait.
         if self._rows:
-            await insert_outbox(await self.connection(), self._rows)
+            columns = outbox_columns(self._rows)
+            if self.items:
+                self.woken |= await self.items.insert(await self.connection(), _INSERT_BOTH, *columns)
+            else:
+                await self.sql(_INSERT_OUTBOX, *columns)
             self.buses |= {row.bus for row in self._rows}
             self._rows.clear()
-        if self._items:
-            # Last: the rows of the lanes stay locked until the commit, and other transactions that enqueue there wait.
-            await insert_items(await self.connection(), list(self._items.values()))
-            self.woken |= {kind for kind, _ in self._items}
-            self._items.clear()
+        elif self.items:
+            self.woken |= await self.items.insert(await self.connection())
 
     async def run_after_commit(self) -> None:
         for call in self._after:
@@ -312,10 +329,9 @@ class Tx:
             return
         try:
             if commit:
-                await self._connection.commit()
+                await db.commit(self._connection)
         finally:
-            # Closing rolls back uncommitted changes and gives the connection back.
-            await self._connection.close()
+            await db.give_back(self._connection)
             self._connection = None
 
 
@@ -333,9 +349,10 @@ class Database:
         self.service = service
         self.sealing = sealing
         self._tenanted = tenanted
-        self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._listeners: list[Callable[[str], None]] = []
         self._lane_listeners: list[Callable[[str], None]] = []
+        self._places: Places | None = None
 
     def on_messages(self, wake: Callable[[str], None]) -> None:
         """`wake` is called with the bus after each commit that left messages for it in the outbox."""
@@ -345,6 +362,10 @@ class Database:
         """`wake` is called with the kind of lane after each commit that left something to do there."""
         self._lane_listeners.append(wake)
 
+    def claim_for(self, places: Places) -> None:
+        """From now on, transactions claim the lanes of their new items for this runner, as long as it has places."""
+        self._places = places
+
     @asynccontextmanager
     async def begin(self, *, tenant_id: str | None = None, cause: Envelope | None = None) -> AsyncIterator[Tx]:
         """One transaction: committed when the block ends, rolled back when it raises.
@@ -353,7 +374,14 @@ class Database:
         """
         if self._tenanted and not tenant_id:
             raise ValueError("tenant_id: the request role works for one tenant, and none was given")
-        tx = Tx(self.engine, self.service, tenant_id=tenant_id, cause=cause, tenanted=self._tenanted)
+        tx = Tx(
+            self._autocommit,
+            self.service,
+            tenant_id=tenant_id,
+            cause=cause,
+            tenanted=self._tenanted,
+            places=self._places,
+        )
         committed = False
         try:
             yield tx
@@ -364,9 +392,13 @@ class Database:
             committed = True
         finally:
             if not committed:
-                await tx.close(commit=False)
+                try:
+                    await tx.close(commit=False)
+                finally:
+                    tx.items.ended(committed=False)
         if tx.buses:
             failpoint("after_commit")
+        tx.items.ended(committed=True)
         self.wake(tx.buses, tx.woken)
         await tx.run_after_commit()
 
@@ -381,18 +413,18 @@ class Database:
 
     def collector(self, tenant_id: str) -> Tx:
         """A transaction that only collects messages; it is never written itself."""
-        return Tx(self.engine, self.service, tenant_id=tenant_id or None, cause=None)
+        return Tx(self._autocommit, self.service, tenant_id=tenant_id or None, cause=None)
 
     async def call(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
         """Runs one statement that is a transaction of its own, such as a call of a function, and returns its rows."""
-        async with self._reading.connect() as connection:
+        async with self._autocommit.connect() as connection:
             return await db.sql(connection, statement, *arguments)
 
     @asynccontextmanager
     async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
         """Reads by the worker role, each statement for itself: BEGIN and COMMIT would take longer than one statement
         between them. Collected events and messages are never written."""
-        tx = Tx(self._reading, self.service, tenant_id=tenant_id, cause=None)
+        tx = Tx(self._autocommit, self.service, tenant_id=tenant_id, cause=None, reads_only=True)
         try:
             yield tx
         finally:
@@ -400,7 +432,7 @@ class Database:
 
     async def autocommit(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
         """Runs one statement that is its own transaction: one round trip, without BEGIN and COMMIT."""
-        async with self._reading.connect() as connection:
+        async with self._autocommit.connect() as connection:
             return await db.sql(connection, statement, *arguments)
 
     async def run(
@@ -445,15 +477,21 @@ def publications(
     ]
 
 
-async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
-    """Writes messages into the outbox, positions in the order given."""
-    await db.sql(
-        connection,
-        """
-        INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until)
-        SELECT b, u, m, d, r, k, h, y, clock_timestamp() + t FROM unnest($1::text[], $2::smallint[], $3::uuid[],
-        $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[], $9::interval[]) AS n(b, u, m, d, r, k, h, y, t)
-        """,
+_INSERT_OUTBOX = """
+INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until)
+SELECT b, u, m, d, r, k, h, y, clock_timestamp() + t
+FROM unnest($1::text[], $2::smallint[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[],
+            $9::interval[]) AS n(b, u, m, d, r, k, h, y, t)
+"""
+_INSERT_BOTH = f"""
+WITH sent AS ({_INSERT_OUTBOX})
+{enqueue_call(9)}
+"""
+
+
+def outbox_columns(rows: Sequence[OutboxRow]) -> list[list[Any]]:
+    """The arguments of `_INSERT_OUTBOX`."""
+    return [
         [row.bus for row in rows],
         [row.bucket for row in rows],
         [row.message_id for row in rows],
@@ -463,4 +501,9 @@ async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) 
         [row.headers for row in rows],
         [row.body for row in rows],
         [row.keep_for for row in rows],
-    )
+    ]
+
+
+async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
+    """Writes messages into the outbox, positions in the order given."""
+    await db.sql(connection, _INSERT_OUTBOX, *outbox_columns(rows))

@@ -72,10 +72,11 @@ class SubjectKeys:
                 [self._cipher.seal(os.urandom(KEY_BYTES), _PURPOSE, *subject) for subject in missing],
             )
             stored |= await _stored(connection, missing)
-        return {
-            subject: None if wrapped is None else DataKey(self._cipher.open(wrapped, _PURPOSE, *subject))
-            for subject, wrapped in stored.items()
-        }
+        return {subject: self.opened(subject, wrapped) for subject, wrapped in stored.items()}
+
+    def opened(self, subject: Subject, wrapped: bytes | None) -> DataKey | None:
+        """The key of a row of `subject_key` that the caller has read; None for a destroyed one."""
+        return None if wrapped is None else DataKey(self._cipher.open(wrapped, _PURPOSE, *subject))
 
 
 async def _stored(connection: AsyncConnection, subjects: Sequence[Subject]) -> dict[Subject, bytes | None]:

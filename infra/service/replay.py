@@ -311,7 +311,8 @@ class Replay:
     async def _apply(self, items: Sequence[Decoded], total: int, reached: Mapping[int, Reached] | None = None) -> None:
         """Applies the records, and stores with them how far the partitions were read."""
         if items or reached:
-            tx = _ShadowTx(self._engine, self._service, tenant_id=None, cause=None)
+            engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+            tx = _ShadowTx(engine, self._service, tenant_id=None, cause=None)
             try:
                 await tx.sql(f'SET LOCAL ROLE "{self._service}_owner"')
                 await tx.sql(f'SET LOCAL search_path = "{self._shadow.schema}"')

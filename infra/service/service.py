@@ -288,8 +288,9 @@ class Service:
             dead = partial(work.dead, **built) if work.dead else None
             works.append(replace(work, handler=partial(work.handler, **built), dead=dead))
         runner = LaneRunner(runtime.worker, works, control, runtime.metrics, lease_seconds=settings.lease_seconds)
-        runtime.worker.on_items(runner.wake)
-        runtime.request.on_items(runner.wake)
+        for database in (runtime.worker, runtime.request):
+            database.on_items(runner.wake)
+            database.claim_for(runner)
         running.add("lanes", runner.run, runner.stop)
 
     async def _start_consumers(

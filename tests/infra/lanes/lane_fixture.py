@@ -87,6 +87,7 @@ class World:
         database = Database(engine, "sample_desk")
         runner = LaneRunner(database, works, control, self.metrics, lease_seconds=lease_seconds)
         database.on_items(runner.wake)
+        database.claim_for(runner)
         running = asyncio.create_task(runner.run())
         try:
             yield database

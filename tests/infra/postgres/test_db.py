@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
+import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.postgres import db
+from infra.postgres.tx import Database
 from tests.infra.conftest import SampleDatabase
 
 
@@ -143,3 +146,40 @@ async def test_a_server_that_has_vanished_without_a_word_is_noticed(engine: Asyn
             for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
         )
     assert idle + pause * times == unconfirmed // 1000 == db.SILENCE_SECONDS
+
+
+@pytest.fixture
+def single(engine: AsyncEngine) -> Database:
+    return Database(engine, "sample_desk")
+
+
+async def test_a_transaction_that_swallows_an_error_is_not_taken_for_committed(single: Database) -> None:
+    with pytest.raises(asyncpg.InFailedSQLTransactionError, match="nothing was committed"):
+        async with single.begin() as tx:
+            await tx.sql("INSERT INTO lease_member VALUES ('swallowed', gen_random_uuid(), now())")
+            with suppress(DBAPIError):
+                await tx.sql("SELECT 1 / 0")
+    assert await single.autocommit("SELECT FROM lease_member WHERE kind = 'swallowed'") == []
+
+
+async def test_a_transaction_that_fails_gives_its_connection_back_without_it(single: Database) -> None:
+    for error in (RuntimeError("broken"), asyncio.CancelledError()):
+        with pytest.raises(type(error)):
+            async with single.begin() as tx:
+                await tx.sql("INSERT INTO lease_member VALUES ('failed', gen_random_uuid(), now())")
+                raise error
+        # The pool has one connection.
+        assert await single.autocommit("SELECT FROM lease_member WHERE kind = 'failed'") == []
+
+
+async def test_a_connection_that_is_lost_in_a_transaction_fails_it_and_is_replaced(
+    single: Database, sample: SampleDatabase
+) -> None:
+    other = db.create_engine(sample.url("desk", "worker"), pool_size=1)
+    with pytest.raises(Exception) as failed:  # noqa: PT011 - which one depends on the moment
+        async with single.begin() as tx:
+            [(pid,)] = await tx.sql("SELECT pg_backend_pid()")
+            await Database(other, "sample_desk").autocommit("SELECT pg_terminate_backend($1)", pid)
+    assert db.is_transient(failed.value)
+    assert await single.autocommit("SELECT 1") == [(1,)]
+    await other.dispose()
