@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -170,11 +170,9 @@ async def queue_mode(tx: Tx, agent_id: UUID) -> QueueMode:
         return "followup"
 
 
-async def queue_modes(tx: Tx, agent_ids: Iterable[UUID]) -> dict[tuple[str, UUID], QueueMode]:
-    """The queue modes of these agents by tenant and agent, in one statement. An unknown agent is left out."""
-    rows = await tx.sql(f"SELECT {_COLUMNS} AND v.version = a.version WHERE a.id = ANY($1::uuid[])", list(agent_ids))
-    agents = [stored(row) for row in rows]
-    return {(agent.tenant_id, agent.id): agent.definition.queue_mode for agent in agents}
+def mode_of(definition: str | None) -> QueueMode:
+    """The queue mode of a stored definition. For a missing agent it is ``followup``, as in `queue_mode`."""
+    return "followup" if definition is None else _definition(definition).queue_mode
 
 
 def stored(row: Sequence[Any]) -> StoredAgent:

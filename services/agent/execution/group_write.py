@@ -20,7 +20,7 @@ from infra.errors import Conflict
 from infra.failpoint import failpoint
 from infra.lanes.claims import Head, Lease
 from infra.observe.logs import get_logger
-from infra.postgres.db import is_transient
+from infra.postgres.db import CONFLICT, is_transient, sqlstate
 from infra.postgres.group_commit import GroupCommit
 from infra.postgres.tx import Database, OutboxRow, Tx
 from infra.postgres.upcasting import schema_version
@@ -146,7 +146,7 @@ class GroupWriter:
                 rows = await self._call(group, repeated=attempt > 0)
                 break
             except Exception as error:
-                if isinstance(error, DBAPIError) and _sqlstate(error) == "P0C01":
+                if isinstance(error, DBAPIError) and sqlstate(error) == CONFLICT:
                     raise Conflict("a run's journal has moved on") from error
                 if not is_transient(error) or time.monotonic() - started > RETRY_SECONDS:
                     raise
@@ -185,11 +185,6 @@ def _refused(refusal: str, write: RunWrite) -> Exception:
             return RunStopped()
         case _:
             return MessagesArrived()
-
-
-def _sqlstate(error: DBAPIError) -> str | None:
-    cause = error.orig.__cause__ if error.orig else None
-    return getattr(cause, "sqlstate", None)
 
 
 # The columns of the call: name of each table of arguments → types of its columns. The tables stand in the order of the

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 from infra.clock import uuid7
 from infra.lanes.effects import Effects, ItemEnded
@@ -37,8 +37,16 @@ from services.agent.runs.domain import (
     decide,
     evolve,
 )
+from services.agent.runs.events import Event
 from services.agent.runs.publishing import RUN
 from services.agent.runs.replies import sent_files
+
+
+class _Starting(NamedTuple):
+    """The start of a run: its events, and the model under which the run is counted."""
+
+    events: Sequence[Event]
+    model: str | None
 
 
 class Journal:
@@ -53,9 +61,13 @@ class Journal:
         self._submitted: list[tuple[asyncio.Future[None], RunWrite]] = []
         # A write that may be refused blocks the others: they would continue a version that never comes to be.
         self._turn = asyncio.Lock()
+        self._starting: _Starting | None = None
+        """The start of the run, if no write has recorded it yet."""
 
     async def settle(self) -> None:
         """Returns after the commit of all submitted writes. Raises the error of the first that failed."""
+        if self._starting:
+            self._submit(self._write())
         while self._submitted:
             future, write = self._submitted[0]
             try:
@@ -67,10 +79,11 @@ class Journal:
             self._context.messages = write.messages
 
     def start(self, command: Start, model: str) -> None:
-        """The run starts. If it is to be cancelled, the next awaited write raises RunStopped."""
-        write = self._write(command, begins=True)
-        write.started_model = model
-        self._submit(write)
+        """The run starts. The next write records it too; it raises RunStopped if the run is to be cancelled."""
+        context = self._context
+        self._starting = _Starting(decide(command, context.state), model)
+        for event in self._starting.events:
+            context.state = evolve(context.state, event)
 
     async def begin(
         self, command: BeginStep, span_id: str | None, lost: Metered | None, expected_messages: int | None
@@ -171,37 +184,46 @@ class Journal:
         self, command: Command, fill: Callable[[RunWrite], None], expected_messages: int | None
     ) -> None:
         async with self._turn:
-            before = self._context.state
+            before, starting = self._context.state, self._starting
             write = self._write(command, begins=True, expected_messages=expected_messages)
             fill(write)
             self._submit(write)
             try:
                 await self.settle()
             except (RunStopped, MessagesArrived):
-                self._context.state = before
+                self._context.state, self._starting = before, starting
                 self._context.messages = write.messages
                 raise
 
     def _write(self, *commands: Command, begins: bool = False, expected_messages: int | None = None) -> RunWrite:
-        """A write with the events of the commands and the messages that they publish. Moves the state on."""
+        """A write with the start of the run, if it is not recorded yet, and with the events of the commands and all
+        messages that they publish. Moves the state on."""
         context = self._context
+        started, model = self._starting or _Starting((), None)
+        self._starting = None
         write = RunWrite(
             lease=self._effects.lease,
             run_id=context.run_id,
             tenant_id=context.tenant_id,
-            version=context.state.n,
+            version=context.state.n - len(started),
             out=context.database.collector(context.tenant_id),
-            begins=begins,
+            begins=begins or model is not None,
             expected_messages=expected_messages,
+            started_model=model,
         )
+        for event in started:
+            self._record(write, event)
         for command in commands:
             for event in decide(command, context.state):
-                event_id = uuid7()
-                write.events.append((event_id, event))
-                for id_, (topic, key, message) in publications(RUN, str(context.run_id), event_id, event):
-                    write.out.publish(topic, message, key=key, message_id=id_)
+                self._record(write, event)
                 context.state = evolve(context.state, event)
         return write
+
+    def _record(self, write: RunWrite, event: Event) -> None:
+        event_id = uuid7()
+        write.events.append((event_id, event))
+        for id_, (topic, key, message) in publications(RUN, str(self._context.run_id), event_id, event):
+            write.out.publish(topic, message, key=key, message_id=id_)
 
     def _submit(self, write: RunWrite) -> asyncio.Future[None]:
         future = self._writer.submit(write)

@@ -1,5 +1,5 @@
-"""Intake of many messages from channels at once: a few statements look and lock, a pure `decide` for each in order, one
-write for all.
+"""Intake of many messages from channels at once: one statement looks and locks, a pure `decide` for each in order, one
+statement writes.
 
 A message is decided here if its conversation is in order and its session has no unfinished run, besides those that this
 group opens. All others need more reads: they are taken in one by one afterwards, in the same transaction.
@@ -15,59 +15,21 @@ from uuid import UUID
 from infra.clock import utcnow, uuid7
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
-from infra.security.subjects import SubjectKeys
+from infra.security.subjects import Subject, SubjectKeys
 from services.agent.definitions.queue_modes import QueueMode
-from services.agent.definitions.store import queue_modes
+from services.agent.definitions.store import mode_of
 from services.agent.lanes import queue_run
 from services.agent.runs.decisions import decision_in, is_unclear
 from services.agent.sessions.domain import Accept, Session, begins_at, decide, evolve
-from services.agent.sessions.intake import (
-    INSERT_MESSAGES,
-    INSERT_RUNS,
-    UPDATE_SESSIONS,
-    Arrival,
-    message_row,
-    run_row,
-)
+from services.agent.sessions.intake import Arrival, ArrivalRows, message_row, run_row
 from services.agent.sessions.publishing import stream
 
 # Modes in which a second message of a session needs nothing but the state of the session.
 _SIMPLE_MODES: tuple[QueueMode, ...] = ("collect", "steer", "followup")
 
-_LOCK_SEQUENCES = """
--- Locks the positions of the conversations, in the order of their names, before their sessions.
-INSERT INTO sequence AS s (tenant_id, name, key, last)
-SELECT tenant_id, $1, key, 0 FROM unnest($2::text[], $3::text[]) AS n(tenant_id, key) ORDER BY 1, 3
-ON CONFLICT (tenant_id, name, key) DO UPDATE SET last = s.last
-RETURNING tenant_id, key, last
-"""
-_LOCK_SESSIONS = """
--- Locks the sessions, in the order of their names, before their runs. A new one remembers how far its parent was. It
--- looks for early messages here, because this statement sees all that another transaction has stored before it gave the
--- positions free. `_LOCK_SEQUENCES` has waited for that transaction, and does not see its rows.
-INSERT INTO session AS s (tenant_id, session_key, parent_key, parent_seq)
-SELECT tenant_id, key, nullif(parent, ''),
-       (SELECT messages FROM session p WHERE p.tenant_id = n.tenant_id AND p.session_key = n.parent)
-FROM unnest($1::text[], $2::text[], $3::text[]) AS n(tenant_id, key, parent)
-ORDER BY 1, 2
-ON CONFLICT (tenant_id, session_key) DO UPDATE SET messages = s.messages
-RETURNING tenant_id, session_key, messages, run_id, run_messages, run_waits, taken_over_by IS NOT NULL, EXISTS (
-    SELECT FROM early_message e WHERE e.tenant_id = s.tenant_id AND e.name = $4 AND e.key = s.session_key
-)
-"""
-_LOCK_RUNS = """
--- Locks the unfinished runs of the sessions, in the order of their ids, as group writes do.
-SELECT r.tenant_id, r.session_key
-FROM run r JOIN unnest($1::text[], $2::text[]) AS n(tenant_id, session_key) USING (tenant_id, session_key)
-WHERE r.status IN ('queued', 'running', 'waiting')
-ORDER BY r.id
-FOR UPDATE OF r
-"""
-_MOVE_SEQUENCES = """
-UPDATE sequence
-SET last = n.last
-FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[]) AS n(tenant_id, name, key, last)
-WHERE sequence.tenant_id = n.tenant_id AND sequence.name = n.name AND sequence.key = n.key
+# Locks positions, then sessions, then runs, each kind in the order of its keys.
+_LOCK_ARRIVALS = """
+SELECT * FROM lock_arrivals($1, $2::text[], $3::text[], $4::text[], $5::uuid[], $6::text[])
 """
 
 
@@ -104,14 +66,12 @@ async def take_group(
     take_one: Callable[[Incoming], Awaitable[None]],
 ) -> None:
     """Takes the messages in, in their order. `take_one` takes in a single message; `sequence` names the positions."""
-    sessions = await _lock(tx, sequence, group)
-    keys = await subjects.keys(tx, {(one.tenant_id, one.arrival.subject_id) for one in group})
-    modes = await queue_modes(tx, {one.arrival.agent_id for one in group})
+    sessions, modes, keys = await _lock(tx, subjects, sequence, group)
+    rows = ArrivalRows()
     others = []
-    for one in group:
+    for one, mode in zip(group, modes, strict=True):
         session = sessions[one.tenant_id, one.arrival.session_key]
         key = keys[one.tenant_id, one.arrival.subject_id]
-        mode = modes.get((one.tenant_id, one.arrival.agent_id), "followup")
         in_order = one.position == 0 or one.position <= session.last + 1
         # A run that waits for more messages is postponed by each of them, and a busy session may refuse or interrupt.
         follows_simply = not session.changed or (mode in _SIMPLE_MODES and not session.state.waits)
@@ -125,15 +85,17 @@ async def take_group(
             others.append(one)
             continue
         with one.trace():  # type: ignore[attr-defined]
-            _take(tx, one, session, mode, key)
+            _take(tx, rows, one, session, mode, key)
     for (tenant_id, session_key), session in sessions.items():
         if session.changed:
             state = session.state
             row = tenant_id, session_key, session.messages, state.run_id, state.messages, state.waits
-            tx.buffer(UPDATE_SESSIONS, *row)
-            tx.buffer(_MOVE_SEQUENCES, tenant_id, sequence, session_key, session.last)
-    # The other messages are decided by these rows.
-    await tx.flush()
+            rows.sessions.append(row)
+            rows.positions.append((tenant_id, sequence, session_key, session.last))
+    if rows.messages:
+        await rows.write(tx)
+        # The other messages are decided by these rows.
+        await tx.flush()
     for one in others:
         with one.trace():  # type: ignore[attr-defined]
             await take_one(one)
@@ -141,7 +103,7 @@ async def take_group(
             await tx.flush()
 
 
-def _take(tx: Tx, one: Incoming, session: _Session, mode: QueueMode, key: DataKey) -> None:
+def _take(tx: Tx, rows: ArrivalRows, one: Incoming, session: _Session, mode: QueueMode, key: DataKey) -> None:
     """Decides which run answers the message, and collects its rows."""
     arrival = one.arrival
     tx.tenant_id = one.tenant_id
@@ -165,30 +127,41 @@ def _take(tx: Tx, one: Incoming, session: _Session, mode: QueueMode, key: DataKe
     tx.append(stream(one.tenant_id, arrival.session_key), event, event_id=arrival.message_id)
     if event.opens:
         session.agent_id = arrival.agent_id
-        tx.buffer(INSERT_RUNS, *run_row(one.tenant_id, arrival, event.run_id))
+        rows.runs.append(run_row(one.tenant_id, arrival, event.run_id))
         queue_run(tx, event.run_id, arrival.session_key, not_before=begins_at(session.state, utcnow()))
-    tx.buffer(INSERT_MESSAGES, *message_row(one.tenant_id, arrival, event, session.messages, key))
+    rows.messages.append(message_row(one.tenant_id, arrival, event, session.messages, key))
 
 
-async def _lock(tx: Tx, sequence: str, group: Sequence[Incoming]) -> dict[tuple[str, str], _Session]:
-    """Locks all rows that the messages of the group are decided by: positions, then sessions, then runs."""
-    # The parent of a session is that of its first message here.
-    by_name = {(one.tenant_id, one.arrival.session_key): one.arrival.parent for one in reversed(group)}
-    names = sorted(by_name)
-    tenants, keys, parents = [name[0] for name in names], [name[1] for name in names], [by_name[name] for name in names]
-    positions = {
-        (tenant_id, key): last for tenant_id, key, last in await tx.sql(_LOCK_SEQUENCES, sequence, tenants, keys)
-    }
-    sessions = {}
-    for tenant_id, key, messages, run_id, run_messages, waits, taken_over, has_early in await tx.sql(
-        _LOCK_SESSIONS, tenants, keys, parents, sequence
+async def _lock(
+    tx: Tx, subjects: SubjectKeys, sequence: str, group: Sequence[Incoming]
+) -> tuple[dict[tuple[str, str], _Session], list[QueueMode], dict[Subject, DataKey | None]]:
+    """Locks all rows that the messages of the group are decided by. Returns the sessions by tenant and key, the queue
+    mode for each message, and the keys of the persons, made if they do not exist; None for a destroyed one."""
+    sessions: dict[tuple[str, str], _Session] = {}
+    modes: list[QueueMode] = []
+    keys: dict[Subject, DataKey | None] = {}
+    unknown: set[Subject] = set()
+    found = await tx.sql(
+        _LOCK_ARRIVALS,
+        sequence,
+        [one.tenant_id for one in group],
+        [one.arrival.session_key for one in group],
+        [one.arrival.parent for one in group],
+        [one.arrival.agent_id for one in group],
+        [one.arrival.subject_id for one in group],
+    )
+    for one, (last, messages, run_id, run_messages, waits, is_simple, definition, has_key, wrapped) in zip(
+        group, found, strict=True
     ):
-        sessions[tenant_id, key] = _Session(
-            messages,
-            Session(run_id, run_messages, waits),
-            positions[tenant_id, key],
-            is_simple=not has_early and not taken_over,
-        )
-    for tenant_id, key in await tx.sql(_LOCK_RUNS, tenants, keys):
-        sessions[tenant_id, key].is_simple = False
-    return sessions
+        name = one.tenant_id, one.arrival.session_key
+        if name not in sessions:
+            sessions[name] = _Session(messages, Session(run_id, run_messages, waits), last, is_simple)
+        modes.append(mode_of(definition))
+        subject = one.tenant_id, one.arrival.subject_id
+        if not has_key:
+            unknown.add(subject)
+        elif subject not in keys:
+            keys[subject] = subjects.opened(subject, wrapped)
+    if unknown:
+        keys |= await subjects.keys(tx, unknown)
+    return sessions, modes, keys

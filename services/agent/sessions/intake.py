@@ -94,29 +94,55 @@ class Arrival:
     """Of its author, as approvers are named."""
 
 
-# Rows of messages that were decided, as columns: one call writes those of many messages.
-INSERT_RUNS = """
-INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
-SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::text[], $6::uuid[], $7::text[])
+# One statement, so that messages cost one round trip. It locks nothing that is not locked already: the sessions and the
+# positions by `_lock_session` or `lock_arrivals`. A message refers to a run that the statement may insert; the server
+# checks this at its end.
+_STORE_ARRIVALS = """
+WITH opened AS (
+    INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::text[], $6::uuid[], $7::text[])
+), said AS (
+    INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation,
+                         vendor_message_id, idempotency_key, received_at, decides, context)
+    SELECT * FROM unnest($8::text[], $9::uuid[], $10::text[], $11::bigint[], $12::uuid[], $13::text[], $14::bytea[],
+                         $15::bytea[], $16::text[], $17::text[], $18::timestamptz[], $19::boolean[], $20::bytea[])
+), moved AS (
+    UPDATE session
+    SET messages = n.messages, run_id = n.run_id, run_messages = n.run_messages, run_waits = n.run_waits
+    FROM unnest($21::text[], $22::text[], $23::bigint[], $24::uuid[], $25::int[], $26::boolean[])
+        AS n(tenant_id, session_key, messages, run_id, run_messages, run_waits)
+    WHERE session.tenant_id = n.tenant_id AND session.session_key = n.session_key
+)
+UPDATE sequence
+SET last = n.last
+FROM unnest($27::text[], $28::text[], $29::text[], $30::bigint[]) AS n(tenant_id, name, key, last)
+WHERE sequence.tenant_id = n.tenant_id AND sequence.name = n.name AND sequence.key = n.key
 """
-INSERT_MESSAGES = """
-INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation,
-                     vendor_message_id, idempotency_key, received_at, decides, context)
-SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::bigint[], $5::uuid[], $6::text[], $7::bytea[],
-                     $8::bytea[], $9::text[], $10::text[], $11::timestamptz[], $12::boolean[], $13::bytea[])
-"""
-# The rows are locked already, by `_lock_session` or for the whole group.
-UPDATE_SESSIONS = """
-UPDATE session
-SET messages = n.messages, run_id = n.run_id, run_messages = n.run_messages, run_waits = n.run_waits
-FROM unnest($1::text[], $2::text[], $3::bigint[], $4::uuid[], $5::int[], $6::boolean[])
-    AS n(tenant_id, session_key, messages, run_id, run_messages, run_waits)
-WHERE session.tenant_id = n.tenant_id AND session.session_key = n.session_key
-"""
+
+
+class ArrivalRows:
+    """The rows of messages that were decided. `write` stores them all."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[Any, ...]] = []
+        """From `run_row`."""
+        self.messages: list[tuple[Any, ...]] = []
+        """From `message_row`."""
+        self.sessions: list[tuple[Any, ...]] = []
+        """Tenant, session key, number of messages, and the fields of `Session`."""
+        self.positions: list[tuple[str, str, str, int]] = []
+        """Tenant, name and key of a sequence, and its last position."""
+
+    async def write(self, tx: Tx) -> None:
+        tables = (self.runs, 7), (self.messages, 13), (self.sessions, 6), (self.positions, 4)
+        await tx.sql(
+            _STORE_ARRIVALS,
+            *([row[n] for row in rows] for rows, columns in tables for n in range(columns)),
+        )
 
 
 def run_row(tenant_id: str, arrival: Arrival, run_id: UUID) -> tuple[Any, ...]:
-    """A row for `INSERT_RUNS`, in the trace of now."""
+    """A row of `ArrivalRows.runs`, in the trace of now."""
     context = trace.get_current_span().get_span_context()
     return (
         run_id,
@@ -130,7 +156,7 @@ def run_row(tenant_id: str, arrival: Arrival, run_id: UUID) -> tuple[Any, ...]:
 
 
 def message_row(tenant_id: str, arrival: Arrival, event: MessageAccepted, seq: int, key: DataKey) -> tuple[Any, ...]:
-    """A row for `INSERT_MESSAGES`."""
+    """A row of `ArrivalRows.messages`."""
     origin, context = arrival.origin, (tenant_id, arrival.subject_id, str(arrival.message_id))
     given = msgspec.json.encode(arrival.context).decode() if arrival.context else None
     return (
@@ -203,11 +229,13 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         [event] = decide(replace(command, mode="followup"), session)
     session = evolve(session, event)
     tx.append(stream(tx.tenant_id, arrival.session_key), event, event_id=arrival.message_id)
+    rows = ArrivalRows()
     if event.opens:
-        await _write(tx, INSERT_RUNS, run_row(tx.tenant_id, arrival, event.run_id))
-    await _write(tx, INSERT_MESSAGES, message_row(tx.tenant_id, arrival, event, total + 1, key))
+        rows.runs.append(run_row(tx.tenant_id, arrival, event.run_id))
+    rows.messages.append(message_row(tx.tenant_id, arrival, event, total + 1, key))
     of_session = tx.tenant_id, arrival.session_key, total + 1, session.run_id, session.messages, session.waits
-    await _write(tx, UPDATE_SESSIONS, of_session)
+    rows.sessions.append(of_session)
+    await rows.write(tx)
     if event.decides:
         waits = await suspension(tx, event.run_id)
         act = f"subject:{arrival.subject_id}", f"run.{decision}", "run", str(event.run_id)
@@ -412,7 +440,3 @@ async def _refuse(tx: Tx, arrival: Arrival, run_id: UUID) -> None:
         conversation_id=arrival.origin.conversation_id,
         reply_to=arrival.origin.vendor_message_id,
     )
-
-
-async def _write(tx: Tx, statement: str, row: tuple[Any, ...]) -> None:
-    await tx.sql(statement, *([value] for value in row))

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -16,10 +17,14 @@ import services.agent
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict
 from infra.lanes.claims import LaneLost, Lease
+from infra.lanes.effects import Effects
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.postgres.tx import Database, OutboxRow
+from infra.security.crypto import Cipher, DataKey
+from infra.security.subjects import SubjectKeys
 from protos.messages.billing import UsageRecorded
+from services.agent.execution.context import RunContext
 from services.agent.execution.group_write import (
     Begun,
     Completion,
@@ -31,8 +36,10 @@ from services.agent.execution.group_write import (
     RunWrite,
     Used,
 )
+from services.agent.execution.journal import Journal
 from services.agent.lanes import RUNS, RunItem
 from services.agent.models.contract import Usage
+from services.agent.runs.domain import BeginStep, Limits, Run, Start
 from services.agent.runs.events import MessagesTaken
 from tests.infra.conftest import PASSWORDS
 
@@ -195,3 +202,57 @@ async def test_groups_over_the_same_runs_in_any_order_do_not_deadlock(runs: Runs
         ahead = [runs.write(run_id, lease, events=0) for run_id, lease in found]
         behind = [runs.write(run_id, lease, events=0) for run_id, lease in reversed(found)]
         await asyncio.gather(runs.commit(*ahead), *(other.submit(write) for write in behind))
+
+
+def journal(runs: Runs, run_id: UUID, lease: Lease) -> Journal:
+    context = RunContext(
+        database=runs.database,
+        subjects=SubjectKeys(Cipher("A" * 43 + "=")),
+        run_id=run_id,
+        tenant_id=TENANT,
+        session_key=lease.lane,
+        agent_id=uuid7(),
+        subject_id="p",
+        key=DataKey(bytes(32)),
+        limits=Limits(),
+        depth=0,
+        state=Run(),
+        messages=1,
+    )
+    return Journal(context, cast("Effects", SimpleNamespace(lease=lease)), runs.writer)
+
+
+async def test_the_start_of_a_run_is_written_with_its_first_step_also_after_a_refusal(runs: Runs) -> None:
+    run_id, lease = await runs.queued()
+    written = journal(runs, run_id, lease)
+    written.start(Start(lease.lane, uuid7(), 1, utcnow(), 1), "m")
+    begin = BeginStep(lease.lane, 1, "model", "m", 1, "digest", "code")
+    with pytest.raises(MessagesArrived):
+        await written.begin(begin, None, None, 2)
+    assert await runs.versions(run_id) == []
+    await written.begin(begin, None, None, 1)
+    assert await runs.versions(run_id) == [1, 2]
+    [(events, transactions)] = await runs.rows(
+        "SELECT array_agg(type ORDER BY version), count(DISTINCT xmin::text) FROM event WHERE stream_id = $1",
+        f"run:{run_id}",
+    )
+    assert (events, transactions) == (["RunStarted", "StepStarted"], 1)
+    assert await runs.rows("SELECT status, model FROM run WHERE id = $1", run_id) == [("running", "m")]
+
+
+async def test_the_start_of_a_run_that_ends_without_a_step_is_written(runs: Runs) -> None:
+    run_id, lease = await runs.queued()
+    written = journal(runs, run_id, lease)
+    written.start(Start(lease.lane, uuid7(), 1, utcnow(), 1), "m")
+    await written.settle()
+    assert await runs.versions(run_id) == [1]
+
+
+async def test_a_run_that_is_to_be_cancelled_does_not_start(runs: Runs) -> None:
+    run_id, lease = await runs.queued()
+    await runs.rows("UPDATE run SET cancel_reason = 'enough' WHERE id = $1", run_id)
+    written = journal(runs, run_id, lease)
+    written.start(Start(lease.lane, uuid7(), 1, utcnow(), 1), "m")
+    with pytest.raises(RunStopped):
+        await written.begin(BeginStep(lease.lane, 1, "model", "m", 1, "digest", "code"), None, None, 1)
+    assert await runs.versions(run_id) == []

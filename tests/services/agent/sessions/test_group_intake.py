@@ -135,7 +135,7 @@ async def test_messages_of_new_sessions_take_a_fixed_number_of_statements(
     original = Tx.sql
 
     async def counted(tx: Tx, statement: str, *arguments: Any) -> Any:
-        if tx._engine is database_.engine:
+        if tx._engine.sync_engine.pool is database_.engine.sync_engine.pool:
             statements.append(statement)
         return await original(tx, statement, *arguments)
 
