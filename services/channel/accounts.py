@@ -31,10 +31,12 @@ CACHE_SIZE = 10_000
 TOKEN_BYTES = 24
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 
-_COLUMNS = """
-    id, tenant_id, type, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming,
-    routes, groups, old_credentials, old_until
+COLUMNS = """
+    account.id, account.tenant_id, account.type, account.agent_id, account.credentials, account.pseudonyms,
+    account.api_base, account.enabled, account.broken_reason, account.streaming, account.routes, account.groups,
+    account.old_credentials, account.old_until
 """
+"""Of the table ``account``, as `Secrets.account` takes them."""
 
 SEALED = tuple(
     SealedColumn("account", column, "channel account", ("id::text", f"'{column.removeprefix('old_')}'"))
@@ -129,7 +131,7 @@ def token_hash(token: str) -> bytes:
 
 async def read(tx: Tx, secrets_: Secrets, account_id: UUID) -> Account | None:
     """The current account; None if it was deleted."""
-    rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE id = $1", account_id)
+    rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE id = $1", account_id)
     return secrets_.account(rows[0]) if rows else None
 
 
@@ -178,7 +180,7 @@ class Accounts:
 
     async def _read(self, hashed: bytes) -> Account | None:
         async with self._database.begin() as tx:
-            rows = await tx.sql(f"SELECT {_COLUMNS} FROM account WHERE token_hash = $1", hashed)
+            rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE token_hash = $1", hashed)
         if not rows:
             self._known.pop(hashed, None)
             if len(self._unknown) >= CACHE_SIZE:

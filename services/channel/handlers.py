@@ -2,118 +2,66 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from uuid import UUID
 
-import msgspec
-
-from infra.clock import utcnow
 from infra.errors import InvalidMessage
 from infra.lanes.effects import Effects
-from infra.lanes.lane import Lane
-from infra.lanes.resequencer import MissingMessages, Resequencer
+from infra.lanes.resequencer import MissingMessages
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx
-from infra.security.subjects import Erased, SubjectKeys, erasure
+from infra.security.subjects import SubjectKeys, erasure
 from protos.catalog import CHANNEL_OUTBOUND
+from protos.envelope import read_headers
 from protos.messages.channel import SendMessage
 from services.channel import projections
 from services.channel.accounts import Account
-from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown, Queue
-from services.channel.events import DeliveryFailed, DeliveryQueued, DeliverySent, DeliveryUnknown, File, OutboundContent
+from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown
+from services.channel.events import DeliveryFailed, DeliverySent, DeliveryUnknown
 from services.channel.previews import take_over
 from services.channel.publishing import DELIVERY
+from services.channel.queueing import (
+    DELIVERIES,
+    EXPIRES,
+    GAPS,
+    RESEQUENCER,
+    Asked,
+    DueDelivery,
+    line_up,
+    queue_group,
+)
 from services.channel.sender import NotSendable, Sender, Sent, break_account
 from services.channel.vendors.base import AccountRefused, Outbound
 
 _log = get_logger("channel.deliveries")
 
-# A reply that is a day late is of no use.
-EXPIRES = timedelta(hours=24)
-
-
-class DueDelivery(msgspec.Struct, frozen=True):
-    """The item of the delivery lane: it is this delivery's turn in its conversation."""
-
-    delivery_id: UUID
-
-
-# One lane per conversation. Only our own faults count against `retries`: an unavailable vendor is waited for.
-DELIVERIES = Lane("deliveries", DueDelivery)
-
-# The missing messages of each conversation's outbound sequence.
-GAPS = Lane("delivery gaps", MissingMessages)
-_RESEQUENCER = Resequencer(GAPS)
-
 erase_subject = erasure("channel")
 
 
-class _Turn(msgspec.Struct, frozen=True):
-    """A delivery on its way into the lane of its conversation."""
+@CHANNEL_OUTBOUND.batch_worker(most=100)
+async def enqueue_deliveries(messages: list[SendMessage], tx: Tx, subjects: SubjectKeys) -> None:
+    # A single message is handled in its own trace already.
+    of_many = len(messages) > 1
+    group = [
+        _asked(message, tx, partial(tx.follow, message, "queue delivery") if of_many else nullcontext)
+        for message in messages
+    ]
+    await queue_group(tx, subjects, group)
 
-    session_key: str
-    delivery_id: UUID
-    expires_at: datetime
 
-
-@CHANNEL_OUTBOUND.worker(prefetch=50)
-async def enqueue_delivery(message: SendMessage, tx: Tx, subjects: SubjectKeys) -> None:
-    assert tx.cause is not None
-    rows = await tx.sql(
-        "SELECT subject_id FROM conversation WHERE session_key = $1 AND channel_id = $2 AND tenant_id = $3",
-        message.session_key,
-        message.channel_id,
-        tx.tenant_id,
-    )
-    if not rows:
-        raise InvalidMessage("session_key", "is not a conversation of this channel")
-    # The text may repeat the words of the person who asked, even if another one has written since.
-    subject_id = message.subject_id or rows[0][0]
+def _asked(message: SendMessage, tx: Tx, trace: Callable[[], object]) -> Asked:
+    envelope = read_headers(dict(tx.origins[id(message)]))
+    if envelope.tenant_id is None:
+        raise InvalidMessage("header tenant_id", "missing")
     # Its life is counted from the request, so that a broker outage does not extend the life of an old reply.
-    files = tuple(File("", file.name, file.path) for file in message.files)
-    await queue_delivery(tx, subjects, message, subject_id, tx.cause.time + EXPIRES, files)
-
-
-async def queue_delivery(
-    tx: Tx,
-    subjects: SubjectKeys,
-    message: SendMessage,
-    subject_id: str,
-    expires_at: datetime,
-    files: tuple[File, ...] = (),
-) -> None:
-    """Stores a delivery and puts it into the lane of its conversation. `subject_id`: whose key seals the text."""
-    words = OutboundContent(message.conversation_id, message.text, message.reply_to, files)
-    try:
-        key = await subjects.key(tx, str(tx.tenant_id), subject_id)
-        content = key.seal(msgspec.json.encode(words).decode(), str(message.delivery_id), "content")
-    except Erased:
-        # The person was erased, so the text must not be stored. The delivery fails when its turn comes.
-        content = b""
-    asked = DeliveryQueued(message.channel_id, message.session_key, message.run_id, subject_id, content)
-    await _decide(tx, message.delivery_id, Queue(asked))
-    turn = _Turn(message.session_key, message.delivery_id, expires_at)
-    await _RESEQUENCER.accept(
-        tx, message.session_key, message.position, msgspec.json.encode(turn), partial(_line_up, tx)
-    )
-
-
-async def _line_up(tx: Tx, parcel: bytes) -> None:
-    """Appends the delivery to the lane of its conversation."""
-    turn = msgspec.json.decode(parcel, type=_Turn)
-    tx.enqueue(
-        DELIVERIES,
-        lane=turn.session_key,
-        item=DueDelivery(turn.delivery_id),
-        item_id=turn.delivery_id,
-        expires_in=turn.expires_at - utcnow(),
-    )
+    return Asked(envelope.tenant_id, message, envelope.time + EXPIRES, trace)
 
 
 @GAPS.runner(concurrency=8)
 async def skip_gap(gap: MissingMessages, effects: Effects, tx: Tx) -> None:
-    await _RESEQUENCER.skip_gap(tx, gap, partial(_line_up, tx))
+    await RESEQUENCER.skip_gap(tx, gap, partial(line_up, tx))
 
 
 async def expire_delivery(due: DueDelivery, tx: Tx) -> None:

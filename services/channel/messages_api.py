@@ -26,8 +26,8 @@ from services.channel.accounts import Account, Secrets
 from services.channel.channels import reachable
 from services.channel.domain import State
 from services.channel.events import File, InboundContent, OutboundContent
-from services.channel.handlers import EXPIRES, queue_delivery
 from services.channel.publishing import CONVERSATION, DELIVERY
+from services.channel.queueing import EXPIRES, queue_delivery
 
 MAX_TEXT = 100_000
 MAX_FILES = 10

@@ -16,9 +16,10 @@ import msgspec
 
 from infra.errors import EffectFailed, InvalidMessage, NotFound, NotYet, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
+from infra.postgres import event_store
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.security.subjects import Erased, SubjectKeys
+from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from infra.stores import filetypes
 from infra.stores.cache import Cache
@@ -30,7 +31,7 @@ from services.channel import accounts
 from services.channel.accounts import Account, Secrets
 from services.channel.attachments import stored_objects
 from services.channel.domain import Delivery
-from services.channel.events import DeliveryQueued, File, OutboundContent
+from services.channel.events import File, OutboundContent
 from services.channel.publishing import DELIVERY
 from services.channel.vendors.base import AccountRefused, Outbound, OutboundFile, download
 
@@ -42,6 +43,21 @@ BUSY = timedelta(seconds=1)
 # Of one attempt to fetch a file, and between two attempts.
 FILE_SECONDS = 20.0
 PAUSES = (0.5, 2.0)
+
+
+_LOAD = f"""
+-- Reads only; it locks nothing. The first event of a delivery names its channel and person.
+SELECT e.types, e.versions, e.data, k.subject_id IS NOT NULL, k.wrapped, {accounts.COLUMNS}
+FROM (
+    SELECT array_agg(type ORDER BY version) AS types, array_agg(schema_version ORDER BY version) AS versions,
+           array_agg(data ORDER BY version) AS data,
+           convert_from((array_agg(data ORDER BY version))[1], 'UTF8')::jsonb AS asked
+    FROM event
+    WHERE stream_id = $1
+) e
+    LEFT JOIN account ON account.id = (e.asked ->> 'channel_id')::uuid AND account.tenant_id = $2
+    LEFT JOIN subject_key k ON k.tenant_id = $2 AND k.subject_id = e.asked ->> 'subject_id'
+"""
 
 
 class Sent(msgspec.Struct, frozen=True):
@@ -76,20 +92,28 @@ class Sender:
 
     async def load(self, tx: Tx, delivery_id: UUID) -> SendableDelivery:
         """Loads a delivery. Raises NotSendable with the reason, NotYet if the channel is paused."""
-        delivery: Delivery = await tx.load(DELIVERY.stream(str(delivery_id)))
+        stream = DELIVERY.stream(str(delivery_id))
+        [(types, versions, data, has_key, wrapped, *row)] = await tx.sql(_LOAD, stream.row, tx.tenant_id)
+        delivery: Delivery = event_store.folded(stream, zip(types, versions, data, strict=True))
         assert delivery.queued is not None, "DeliveryQueued is stored in the transaction that enqueues the item"
         if delivery.state != "queued":
             # A repeated request after the lane and its effects were pruned. The stored delivery knows the outcome.
             raise NotSendable("the delivery has already ended")
-        account = await accounts.read(tx, self._secrets, delivery.queued.channel_id)
-        if account is None or account.tenant_id != tx.tenant_id:
+        if row[0] is None:
             raise NotSendable("the channel was deleted")
+        account = self._secrets.account(tuple(row))
         if not account.enabled:
             # Nothing is lost by a pause: the delivery waits for the channel until it expires.
             raise NotYet(PAUSE, "the channel is paused")
         if account.broken_reason:
             raise NotSendable(f"the channel is broken: {account.broken_reason}")
-        words = await self._content(tx, account, delivery_id, delivery.queued)
+        # A person has a key from the first delivery on. Without one, nothing that this key seals can be read.
+        subject = account.tenant_id, delivery.queued.subject_id
+        key = self._subjects.opened(subject, wrapped) if has_key else None
+        if key is None:
+            raise NotSendable("the person was erased")
+        content = key.open(delivery.queued.content, str(delivery_id), "content")
+        words = msgspec.json.decode(content, type=OutboundContent)
         vendor, text = account.vendor, words.text
         files = tuple(file for file in words.files if vendor.files and not (file.path and vendor.files_by_address))
         if links := [file.link for file in words.files if file not in files]:
@@ -208,13 +232,6 @@ class Sender:
             raise EffectFailed(str(error)) from error
         except Unanswered as error:
             raise Transient(str(error)) from error
-
-    async def _content(self, tx: Tx, account: Account, delivery_id: UUID, queued: DeliveryQueued) -> OutboundContent:
-        try:
-            key = await self._subjects.key(tx, account.tenant_id, queued.subject_id)
-        except Erased as error:
-            raise NotSendable("the person was erased") from error
-        return msgspec.json.decode(key.open(queued.content, str(delivery_id), "content"), type=OutboundContent)
 
 
 def _named(file: OutboundFile, type_: str) -> str:
