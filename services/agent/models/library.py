@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import httpx2
 
@@ -13,13 +11,11 @@ from infra.service.service import freeze_loaded_modules
 from services.agent.models import scripted
 from services.agent.models.breaker import Breaker
 from services.agent.models.contract import Endpoint, Model
-
-if TYPE_CHECKING:
-    from services.agent.models.providers import Providers
+from services.agent.models.providers import Providers
 
 
-def _import_providers() -> None:
-    import_module("services.agent.models.providers")
+def _import_libraries() -> None:
+    import_module("services.agent.models.claude")
     freeze_loaded_modules()
 
 
@@ -27,10 +23,10 @@ class Models:
     """Finds the model for a name ``<family>/<model>``. `transport`: the transport of outgoing calls."""
 
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
-        self._transport = transport
+        self._providers = Providers(transport)
         # The providers' libraries take about as long to import as the rest of the service. A thread imports them while
-        # the service connects and accepts messages; the first call of a model waits for the thread if need be.
-        threading.Thread(target=_import_providers, daemon=True).start()
+        # the service connects and accepts messages; the first call that needs them waits for the thread if need be.
+        threading.Thread(target=_import_libraries, daemon=True).start()
         self._scripted = scripted.Scripted()
         self._breaker = Breaker()
 
@@ -40,9 +36,3 @@ class Models:
         # The key is part of the circuit: a refusal of one tenant's key says nothing about another's.
         circuit = name.partition("/")[0], endpoint
         return self._breaker.guard(circuit, self._providers.model(name, endpoint))
-
-    @cached_property
-    def _providers(self) -> Providers:
-        from services.agent.models.providers import Providers
-
-        return Providers(self._transport)

@@ -135,7 +135,7 @@ async def test_a_long_text_arrives_unchanged_for_every_packet_size(
 async def test_an_answer_that_does_not_begin_times_out(
     answer: Says, server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.agent.models.providers.FIRST_TOKEN_SECONDS", 0.3)
+    monkeypatch.setattr("services.agent.models.chat.FIRST_TOKEN_SECONDS", 0.3)
     server.script("gpt-4o-mini", answer)
     with pytest.raises(ModelFailed, match=r"no answer began within 0\.3 seconds") as failed:
         await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),)))
@@ -146,7 +146,7 @@ async def test_an_answer_that_does_not_begin_times_out(
     ("answer", "reason"),
     [
         (Says("A long text", usage=None, closed_after=2), "the answer was cut off"),
-        (Says("A long text", cut_after=2), "ModelConnectionError"),
+        (Says("A long text", cut_after=2), "RemoteProtocolError"),
     ],
 )
 async def test_an_answer_that_is_cut_off_is_a_failure(

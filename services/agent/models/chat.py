@@ -1,0 +1,333 @@
+"""OpenAI's chat completions, which most servers of models have: https://platform.openai.com/docs/api-reference/chat
+
+One streaming request and its answer by hand. The provider's library takes several times as long for the same bytes
+(decision 24).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+import msgspec
+
+from infra import VERSION
+from infra.errors import InvalidMessage, TooLarge
+from infra.observe.redaction import redacted
+from services.agent.models.completions import without_thoughts
+from services.agent.models.contract import (
+    Answer,
+    AssistantTurn,
+    Endpoint,
+    ModelFailed,
+    OnText,
+    Prompt,
+    Reasoning,
+    Tool,
+    ToolCall,
+    ToolTurn,
+    Turn,
+    Usage,
+    UserTurn,
+)
+from services.agent.models.wording import system_message, valid_arguments, wire_name
+
+OPENAI = "https://api.openai.com/v1"
+# Google's Gemini API in OpenAI's shape: https://ai.google.dev/gemini-api/docs/openai
+GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai"
+
+# After a minute without a byte the connection is considered dead.
+TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
+# The limit for the first token: some servers send comments while they produce nothing.
+FIRST_TOKEN_SECONDS = 120.0
+TRANSIENT_STATUS = (408, 409, 425, 429)
+_FINISH = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_call",
+    "function_call": "tool_call",
+    "content_filter": "content_filter",
+}
+# The fields in which servers send thoughts: https://api-docs.deepseek.com/guides/reasoning_model
+_THOUGHTS = ("reasoning", "reasoning_content")
+
+
+class ChatModel:
+    """One model of one server. `name` is our name of it, `own_name` the server's."""
+
+    def __init__(
+        self,
+        name: str,
+        own_name: str,
+        endpoint: Endpoint,
+        transport: httpx2.AsyncBaseTransport,
+    ) -> None:
+        self._name = name
+        self._own_name = own_name
+        base = httpx2.URL(endpoint.base_url or (GOOGLE if name.startswith("google/") else OPENAI))
+        self._url = base.copy_with(path=f"{base.path.rstrip('/')}/chat/completions")
+        self._headers = {
+            "authorization": f"Bearer {endpoint.api_key or 'none'}",
+            "content-type": "application/json",
+            "accept": "application/json",
+            "accept-encoding": "gzip, deflate",
+            "user-agent": f"clawbus/{VERSION}",
+        }
+        self._transport = transport
+
+    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+        """Sends one streaming request. Raises ModelFailed."""
+        names = {wire_name(tool.name): tool.name for tool in prompt.tools}
+        request = httpx2.Request(
+            "POST",
+            self._url,
+            headers=self._headers,
+            content=msgspec.json.encode(_body(self._own_name, prompt)),
+            extensions={"timeout": TIMEOUT.as_dict()},
+        )
+        received = _Received()
+        try:
+            async with asyncio.timeout(FIRST_TOKEN_SECONDS) as waiting:
+                response = await self._transport.handle_async_request(request)
+                try:
+                    if response.status_code != 200:
+                        raise self._refused(response, await response.aread())
+                    async for chunk in self._chunks(response):
+                        text = received.take(chunk)
+                        if received.has_begun:
+                            waiting.reschedule(None)
+                        if text:
+                            await on_text(text)
+                finally:
+                    await response.aclose()
+        except TimeoutError as error:
+            reason = f"{self._name}: no answer began within {FIRST_TOKEN_SECONDS:g} seconds"
+            raise ModelFailed(reason, transient=True) from error
+        except (InvalidMessage, TooLarge) as error:
+            raise ModelFailed(f"{self._name}: {error}", transient=False) from error
+        except httpx2.HTTPError as error:
+            raise ModelFailed(f"{self._name}: {type(error).__name__}", transient=True) from error
+        return self._answer(received, names)
+
+    async def _chunks(self, response: httpx2.Response) -> AsyncIterator[Mapping[str, Any]]:
+        """The chunks of the stream. Reads it to its end, so that the connection can be used again."""
+        buffer = b""
+        async for piece in response.aiter_bytes():
+            *lines, buffer = (buffer + piece).split(b"\n")
+            for line in lines:
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                if data and data != b"[DONE]":
+                    yield self._chunk(data)
+
+    def _chunk(self, data: bytes) -> Mapping[str, Any]:
+        try:
+            chunk = msgspec.json.decode(data)
+        except msgspec.DecodeError as error:
+            raise ModelFailed(f"{self._name}: the answer is malformed", transient=True) from error
+        if isinstance(chunk, dict) and chunk.get("error"):
+            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
+        if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list | None):
+            raise ModelFailed(f"{self._name}: the answer is malformed", transient=True)
+        return chunk
+
+    def _refused(self, response: httpx2.Response, body: bytes) -> ModelFailed:
+        status = response.status_code
+        transient = status >= 500 or status in TRANSIENT_STATUS
+        if status == 429 and (b"insufficient_quota" in body or b"PerDay" in body):
+            transient = False  # it does not pass by itself in the time of a run
+        reason = f"{self._name}: HTTP {status}{_detail(status, body)}"
+        return ModelFailed(reason, transient=transient, after=_retry_after(response.headers.get("retry-after")))
+
+    def _answer(self, received: _Received, names: Mapping[str, str]) -> Answer:
+        text, calls = "".join(received.text), tuple(received.calls.values())
+        if received.finish is None:
+            # A proxy cut the stream and then closed the connection normally.
+            raise ModelFailed(f"{self._name}: the answer was cut off", transient=True)
+        if received.finish == "content_filter" and not text and not calls:
+            raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
+        reasoning = None
+        if calls and received.thoughts:
+            field, pieces = next(iter(received.thoughts.items()))
+            reasoning = Reasoning(field, "".join(pieces))
+        return Answer(
+            text=without_thoughts(text),
+            calls=tuple(
+                ToolCall(call["id"], names.get(call["name"], call["name"]), "".join(call["arguments"]) or "{}")
+                for call in calls
+            ),
+            reasoning=reasoning,
+            usage=_usage(received.usage),
+            model=received.model or self._name,
+            finish_reason=_FINISH.get(received.finish, ""),
+        )
+
+
+class _Received:
+    """The part of an answer that has come."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.calls: dict[int, dict[str, Any]] = {}
+        """By index."""
+        self.thoughts: dict[str, list[str]] = {}
+        """By field."""
+        self.usage: Mapping[str, Any] | None = None
+        self.model = ""
+        self.finish: str | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.text or self.calls or self.thoughts)
+
+    def take(self, chunk: Mapping[str, Any]) -> str:
+        """Adds a chunk, as `Completions` has repaired it. Returns its text."""
+        self.model = self.model or chunk.get("model") or ""
+        self.usage = chunk.get("usage") or self.usage
+        said = ""
+        for choice in (chunk.get("choices") or ())[:1]:
+            delta = choice["delta"]
+            content = delta.get("content")
+            if isinstance(content, list):
+                parts = [part.get("text") for part in content if isinstance(part, dict)]
+                content = "".join(part for part in parts if isinstance(part, str))
+            if isinstance(content, str) and content:
+                self.text.append(content)
+                said += content
+            for field in _THOUGHTS:
+                if isinstance(thought := delta.get(field), str) and thought:
+                    self.thoughts.setdefault(field, []).append(thought)
+                    break
+            for piece in delta.get("tool_calls") or ():
+                self._take_call(piece)
+            self.finish = choice.get("finish_reason") or self.finish
+            if delta.get("refusal"):
+                self.finish = "content_filter"
+        return said
+
+    def _take_call(self, piece: Mapping[str, Any]) -> None:
+        call = self.calls.setdefault(piece["index"], {"id": "", "name": "", "arguments": []})
+        function = piece["function"]
+        call["id"] = piece.get("id") or call["id"]
+        call["name"] = function.get("name") or call["name"]
+        call["arguments"].append(function.get("arguments") or "")
+
+
+def _body(model: str, prompt: Prompt) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": _messages(prompt),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if prompt.max_output_tokens is not None:
+        body["max_completion_tokens"] = prompt.max_output_tokens
+    if prompt.tools:
+        # Without tools the options for tools are absent, because some servers refuse them.
+        body["tools"] = [_tool(tool) for tool in prompt.tools]
+        body["tool_choice"] = "required" if prompt.must_call else "auto"
+        if not prompt.parallel:
+            body["parallel_tool_calls"] = False
+    if (schema := prompt.output_schema) is not None:
+        # Not every schema can be strict: OpenAI would refuse it, or an object with free fields would have to be closed.
+        probe = _transformer(schema, strict=None)
+        probe.walk()
+        strict = bool(probe.is_strict_compatible)
+        form = {"name": "answer", "schema": _transformer(schema, strict=strict).walk(), "strict": strict}
+        body["response_format"] = {"type": "json_schema", "json_schema": form}
+    return body
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    function = {
+        "name": wire_name(tool.name),
+        "description": tool.description,
+        "parameters": _transformer(tool.schema, strict=tool.strict).walk(),
+        "strict": tool.strict,
+    }
+    return {"type": "function", "function": function}
+
+
+def _transformer(schema: dict[str, Any], *, strict: bool | None) -> Any:
+    """Its `walk` brings a JSON Schema into the form that OpenAI takes. `strict`: None to find out if it can be."""
+    # Imported here: a plain answer needs no schema, and the library takes long to import.
+    from pydantic_ai.profiles.openai import OpenAIJsonSchemaTransformer
+
+    return OpenAIJsonSchemaTransformer(schema, strict=strict)
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    if system := system_message(prompt):
+        messages.append({"role": "system", "content": system})
+    messages += filter(None, map(_message, prompt.turns))
+    return messages
+
+
+def _message(turn: Turn) -> dict[str, Any] | None:
+    match turn:
+        case UserTurn(text, images) if images:
+            parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
+            parts += [{"type": "image_url", "image_url": {"url": image.url}} for image in images]
+            return {"role": "user", "content": parts}
+        case UserTurn(text):
+            return {"role": "user", "content": text}
+        case AssistantTurn(text, calls, reasoning):
+            if not text and not calls:
+                return None
+            message: dict[str, Any] = {"role": "assistant", "content": text or None}
+            if reasoning:
+                message[reasoning.field] = reasoning.text
+            if calls:
+                message["tool_calls"] = [_call(call) for call in calls]
+            return message
+        case ToolTurn(call, content):
+            return {"role": "tool", "tool_call_id": call.id, "content": content}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": wire_name(call.name), "arguments": valid_arguments(call.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _usage(given: Mapping[str, Any] | None) -> Usage:
+    """`given`: as `completions.usage` returns it."""
+    if given is None:
+        return Usage()
+    return Usage(
+        input_tokens=given["prompt_tokens"],
+        cached_tokens=given.get("prompt_tokens_details", {}).get("cached_tokens"),
+        output_tokens=given["completion_tokens"],
+        reasoning_tokens=given.get("completion_tokens_details", {}).get("reasoning_tokens"),
+    )
+
+
+def _detail(status: int, body: bytes) -> str:
+    """The provider's message, except if it is about the key: some providers repeat parts of it."""
+    if status in (401, 403):
+        return " (is the provider's api_key right?)"
+    try:
+        given = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return ""
+    found: Any = given[0] if isinstance(given, Sequence) and given else given
+    inner = found.get("error", found) if isinstance(found, dict) else None
+    message = inner.get("message") if isinstance(inner, dict) else None
+    return f": {redacted(message)[:300]}" if isinstance(message, str) else ""
+
+
+def _retry_after(header: str | None) -> timedelta | None:
+    """The delay of a header ``Retry-After``, in seconds or as a date."""
+    if header is None:
+        return None
+    try:
+        return timedelta(seconds=max(0.0, float(header)))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return max(parsedate_to_datetime(header) - datetime.now(UTC), timedelta())
+    except (ValueError, TypeError):
+        return None

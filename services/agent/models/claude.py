@@ -1,0 +1,247 @@
+"""Anthropic's models through pydantic-ai's direct model API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import httpx2
+from pydantic_ai import ModelProfile
+from pydantic_ai import messages as wire
+from pydantic_ai.direct import model_request_stream
+from pydantic_ai.exceptions import (
+    AgentRunError,
+    ModelAPIError,
+    ModelConnectionError,
+    ModelHTTPError,
+    ModelQuotaExceededError,
+    ModelRateLimitError,
+    ModelRequestTimeout,
+    ModelServerError,
+    ModelUnavailableError,
+)
+from pydantic_ai.models import Model as LibraryModel
+from pydantic_ai.models import ModelRequestParameters
+from pydantic_ai.settings import ModelSettings
+from pydantic_ai.tools import ToolDefinition
+from pydantic_ai.usage import RequestUsage
+
+from infra.errors import InvalidMessage, TooLarge
+from infra.observe.redaction import redacted
+from services.agent.models import chat
+from services.agent.models.completions import without_thoughts
+from services.agent.models.contract import (
+    Answer,
+    AssistantTurn,
+    Endpoint,
+    Image,
+    ModelFailed,
+    OnText,
+    Prompt,
+    ToolCall,
+    ToolTurn,
+    Turn,
+    Usage,
+    UserTurn,
+)
+from services.agent.models.wording import system_message, valid_arguments, wire_name
+
+_TRANSIENT = (
+    ModelRateLimitError,
+    ModelUnavailableError,
+    ModelServerError,
+    ModelConnectionError,
+    ModelRequestTimeout,
+)
+# Without this the library inserts a joiner into text that looks like a chat template's token. A person's text must
+# go out verbatim.
+_VERBATIM = ModelProfile(may_tokenize_special_tokens_in_content=False, supports_json_schema_output=True)
+
+
+def claude(name: str, endpoint: Endpoint, client: httpx2.AsyncClient) -> ProviderModel:
+    """`name`: ``anthropic/<the provider's model name>``."""
+    # Imported here and not at the top: it is a quarter of the import time of a process, and few agents use it.
+    from anthropic import AsyncAnthropic
+    from pydantic_ai.models.anthropic import AnthropicModel
+    from pydantic_ai.providers.anthropic import AnthropicProvider
+
+    key = endpoint.api_key or "none"
+    # The library adds /v1 itself.
+    base = endpoint.base_url and endpoint.base_url.rstrip("/").removesuffix("/v1")
+    # The library sends the key as a bearer token. Servers that follow the older documentation read x-api-key. Its own
+    # retries are off, because each attempt is usage and must be recorded.
+    library = AsyncAnthropic(
+        base_url=base, api_key=key, http_client=client, max_retries=0, default_headers={"x-api-key": key}
+    )
+    own_name = name.partition("/")[2]
+    return ProviderModel(
+        name, AnthropicModel(own_name, provider=AnthropicProvider(anthropic_client=library), profile=_VERBATIM)
+    )
+
+
+class ProviderModel:
+    """One model of a provider."""
+
+    def __init__(self, name: str, model: LibraryModel[Any]) -> None:
+        self._name = name
+        self._model = model
+
+    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+        """Sends one streaming request. Raises ModelFailed."""
+        names = {wire_name(tool.name): tool.name for tool in prompt.tools}
+        parameters = ModelRequestParameters(
+            output_mode="text",
+            function_tools=[
+                # Set for each tool: without it the library makes schemas strict that were not meant to be.
+                ToolDefinition(
+                    name=wire_name(tool.name),
+                    parameters_json_schema=tool.schema,
+                    description=tool.description,
+                    strict=tool.strict,
+                )
+                for tool in prompt.tools
+            ],
+        )
+        settings = ModelSettings()
+        if prompt.max_output_tokens is not None:
+            settings["max_tokens"] = prompt.max_output_tokens
+        if prompt.tools and prompt.must_call:
+            settings["tool_choice"] = "required"
+        if not prompt.parallel:
+            settings["parallel_tool_calls"] = False
+        with _failures(self._name):
+            async with (
+                asyncio.timeout(chat.FIRST_TOKEN_SECONDS) as waiting,
+                model_request_stream(
+                    self._model,
+                    _messages(prompt),
+                    model_settings=settings,
+                    model_request_parameters=parameters,
+                ) as stream,
+            ):
+                async for event in stream:
+                    waiting.reschedule(None)
+                    if text := _text(event):
+                        await on_text(text)
+                response = stream.get()
+        if response.finish_reason == "content_filter" and not response.parts:
+            raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
+        calls = tuple(
+            ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), _arguments(part))
+            for part in response.parts
+            if isinstance(part, wire.ToolCallPart)
+        )
+        return Answer(
+            text=without_thoughts("".join(part.content for part in response.parts if isinstance(part, wire.TextPart))),
+            calls=calls,
+            usage=_usage(response.usage),
+            model=response.model_name or self._name,
+            finish_reason=response.finish_reason or "",
+        )
+
+
+def _image(image: Image) -> wire.BinaryContent | wire.ImageUrl:
+    if image.url.startswith("data:"):
+        return wire.BinaryContent.from_data_uri(image.url)
+    return wire.ImageUrl(image.url)
+
+
+def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
+    messages: list[wire.ModelMessage] = []
+    if text := system_message(prompt):
+        messages.append(wire.ModelRequest(parts=[wire.SystemPromptPart(text)]))
+    messages += map(_message, prompt.turns)
+    return messages
+
+
+def _message(turn: Turn) -> wire.ModelMessage:
+    match turn:
+        case UserTurn(text, images) if images:
+            words = [text] if text else []
+            return wire.ModelRequest(parts=[wire.UserPromptPart([*words, *map(_image, images)])])
+        case UserTurn(text):
+            return wire.ModelRequest(parts=[wire.UserPromptPart(text)])
+        case AssistantTurn(text, calls):
+            parts: list[wire.ModelResponsePart] = [wire.TextPart(text)] if text else []
+            parts += [
+                wire.ToolCallPart(wire_name(call.name), valid_arguments(call.arguments), tool_call_id=call.id)
+                for call in calls
+            ]
+            return wire.ModelResponse(parts=parts)
+        case ToolTurn(call, content):
+            part = wire.ToolReturnPart(wire_name(call.name), content, tool_call_id=call.id)
+            return wire.ModelRequest(parts=[part])
+
+
+def _text(event: object) -> str:
+    match event:
+        case wire.PartStartEvent(part=wire.TextPart(content=text)):
+            return text
+        case wire.PartDeltaEvent(delta=wire.TextPartDelta(content_delta=text)):
+            return text
+    return ""
+
+
+def _arguments(call: wire.ToolCallPart) -> str:
+    # As the model wrote them: the library would wrap invalid JSON into valid JSON.
+    return call.args if isinstance(call.args, str) else call.args_as_json_str()
+
+
+def _usage(usage: RequestUsage) -> Usage:
+    if usage.unmeasured_requests:
+        return Usage()
+    # A field that the provider did not report is not set on the object. Reading it gives the class's default, zero.
+    reported = vars(usage)
+    return Usage(
+        input_tokens=usage.input_tokens,
+        cached_tokens=reported.get("cache_read_tokens"),
+        cache_write_tokens=reported.get("cache_write_tokens"),
+        output_tokens=usage.output_tokens,
+        reasoning_tokens=reported.get("output_reasoning_tokens", usage.details.get("reasoning_tokens")),
+    )
+
+
+@contextmanager
+def _failures(name: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        reason = f"{name}: no answer began within {chat.FIRST_TOKEN_SECONDS:g} seconds"
+        raise ModelFailed(reason, transient=True) from error
+    except (AgentRunError, InvalidMessage, TooLarge) as error:
+        raise _failure(name, error) from error
+
+
+def _failure(name: str, error: Exception) -> ModelFailed:
+    cause: BaseException | None = error
+    while cause:
+        # The guard of outgoing calls refused the address, or the answer is too large. One library passes these errors
+        # on, another reports them as a failed connection.
+        if isinstance(cause, (InvalidMessage, TooLarge)):
+            return ModelFailed(f"{name}: {cause}", transient=False)
+        cause = cause.__cause__
+    if isinstance(error, ModelHTTPError):
+        transient = error.status_code >= 500 or error.status_code in chat.TRANSIENT_STATUS
+        transient = transient and not isinstance(error, ModelQuotaExceededError)
+        after = timedelta(seconds=error.retry_after) if error.retry_after is not None else None
+        reason = f"{name}: HTTP {error.status_code}{_detail(error)}"
+        return ModelFailed(reason, transient=transient, after=after)
+    if isinstance(error, ModelAPIError):
+        if "without a `finish_reason`" in error.message:
+            return ModelFailed(f"{name}: the answer was cut off", transient=True)
+        # For an error inside a stream only its kind is known.
+        return ModelFailed(f"{name}: {type(error).__name__}", transient=isinstance(error, _TRANSIENT))
+    return ModelFailed(f"{name}: the answer is malformed", transient=True)
+
+
+def _detail(error: ModelHTTPError) -> str:
+    """The provider's message, except if it is about the key: some providers repeat parts of it."""
+    if error.status_code in (401, 403):
+        return " (is the provider's api_key right?)"
+    body = error.body
+    inner = body.get("error", body) if isinstance(body, dict) else None
+    message = inner.get("message") if isinstance(inner, dict) else None
+    return f": {redacted(message)[:300]}" if isinstance(message, str) else ""
