@@ -35,6 +35,12 @@ class Subscription:
     """Set if every process gets each new record, see `Topic.tail`."""
     at_least_once: bool = False
     """The effect is not in PostgreSQL, see `Topic.at_least_once`."""
+    hint: bool = False
+    """The handler changes nothing in the database, see `Topic.each`."""
+
+    def takes(self, message: Message) -> bool:
+        """Whether the handler gets messages of this type."""
+        return self.batch or self.message is None or type(message) is self.message
 
     @property
     def name(self) -> str:
@@ -62,9 +68,12 @@ class Topic:
         """The handler takes ``(records: list[M], tx: Tx)``: a partition's batch, one transaction."""
         return lambda handler: Subscription(self, group, handler, batch=True, projection=projection)
 
-    def each(self, message: type[Message], *, group: str) -> Callable[[Handler], Subscription]:
-        """The handler takes ``(message, tx)``; it does not get records of other types on the topic."""
-        return lambda handler: Subscription(self, group, handler, message=message)
+    def each(self, message: type[Message], *, group: str, hint: bool = False) -> Callable[[Handler], Subscription]:
+        """The handler takes ``(message, tx)``; it does not get records of other types on the topic.
+
+        hint: the handler changes nothing in the database, and may get a message again: the message needs no inbox.
+        """
+        return lambda handler: Subscription(self, group, handler, message=message, hint=hint)
 
     def at_least_once(self, *, group: str) -> Callable[[Handler], Subscription]:
         """An at-least-once subscription, for an effect that is not in PostgreSQL.

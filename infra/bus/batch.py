@@ -30,6 +30,8 @@ from protos.topology import Subscription, Topic
 # A record whose error is neither invalid input nor transient becomes a dead letter after so many attempts.
 ATTEMPTS = 3
 PAUSE_SECONDS = (0.1, 0.5)
+# A position behind batches without an effect is stored after this time, if no batch with an effect came before.
+SAVE_SECONDS = 5.0
 
 
 class OffsetNotInLog(Exception):
@@ -85,6 +87,10 @@ class Batches:
         """The last batch had repeats, or met parked keys. The next one probably does too."""
         self._log = get_logger("infra.bus.batch")
         self.position: Position | None = None
+        """The place up to which the partition is handled."""
+        self._stored = 0
+        """The next offset in the database. Batches without an effect do not move it, so they may be read again."""
+        self._stored_at = 0.0
 
     async def find_position(self, topic_id: UUID, begin: int, end: int) -> int:
         """The offset to read next, in a log that holds the offsets `begin` to `end`.
@@ -121,7 +127,21 @@ class Batches:
             )
         self._metrics.partition_stopped.labels(self._group, self._topic.name, str(self._partition)).set(0)
         self.position = Position(topic_id, next_offset)
+        self._stored, self._stored_at = next_offset, time.monotonic()
         return next_offset
+
+    @property
+    def is_ahead(self) -> bool:
+        """The stored position is behind batches that had no effect."""
+        return self.position is not None and self.position.next_offset != self._stored
+
+    async def save(self) -> None:
+        """Stores the position. Raises Fenced."""
+        assert self.position is not None
+        next_offset = self.position.next_offset
+        async with self._database.begin() as tx:
+            await self._move(tx, next_offset, [])
+        self._moved(next_offset)
 
     async def process(self, topic_id: UUID | None, records: Sequence[Any]) -> None:
         """Handles records from the log of the topic `topic_id`, in order, and moves the position behind them.
@@ -140,6 +160,11 @@ class Batches:
             raise Fenced
         began = time.perf_counter()
         decoded = decode_records(records, self._topic.messages)
+        if decoded and not self._has_effect(decoded) and time.monotonic() - self._stored_at < SAVE_SECONDS:
+            await self._pass_by(decoded)
+            self.position = Position(self.position.topic_id, records[-1].offset + 1)
+            self._metrics.processed.labels(self._group, "handled").inc(len(records))
+            return
         with telemetry.process_batch(
             "kafka",
             self._topic.name,
@@ -157,6 +182,19 @@ class Batches:
                 await self._one_by_one(records)
         self._metrics.processed.labels(self._group, "handled").inc(len(records))
         self._metrics.processing_seconds.labels(self._group).observe(time.perf_counter() - began)
+
+    def _has_effect(self, decoded: Sequence[Decoded]) -> bool:
+        return any(
+            not handler.hint and (handler.at_least_once or any(handler.takes(each.message) for each in decoded))
+            for handler in self._handlers
+        )
+
+    async def _pass_by(self, decoded: Sequence[Decoded]) -> None:
+        """Handles messages that change nothing in the database: hints, and types that no handler takes."""
+        if taken := [each for each in decoded if any(handler.takes(each.message) for handler in self._handlers)]:
+            tx = self._database.collector("")
+            await handle(self._handlers, taken, tx, partition=self._partition, group=self._group)
+            self._database.wake((), tx.woken)
 
     async def _one_by_one(self, records: Sequence[Any]) -> None:
         """Finds the record at fault in a batch that failed, so that it does not hold up the others."""
@@ -248,7 +286,7 @@ class Batches:
                 self._group,
                 self._topic.name,
                 self._partition,
-                self.position.next_offset,
+                self._stored,
                 next_offset,
                 self.position.topic_id,
                 ids,
@@ -269,6 +307,7 @@ class Batches:
         failpoint("after_commit_of_batch")
         assert self.position is not None
         self.position = Position(self.position.topic_id, next_offset)
+        self._stored, self._stored_at = next_offset, time.monotonic()
 
     async def _store_dead_letters(
         self, tx: Tx, items: Sequence[Item], failed: dict[int, tuple[str, int]], any_parked: bool

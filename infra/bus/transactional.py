@@ -18,7 +18,7 @@ from uuid import UUID
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError
 
-from infra.bus.batch import Batches, Fenced, OffsetNotInLog, Position
+from infra.bus.batch import SAVE_SECONDS, Batches, Fenced, OffsetNotInLog, Position
 from infra.bus.kafka import topic_ids
 from infra.bus.kafka_loop import GroupReader, backoff
 from infra.clock import wait_at_most
@@ -195,7 +195,10 @@ class _Partition:
             self._filled.clear()
             if self._stopping.is_set():
                 return None
-            await self._filled.wait()
+            if not self._batches.is_ahead:
+                await self._filled.wait()
+            elif not await wait_at_most(SAVE_SECONDS, self._filled):
+                await self._batches.save()
         if self._stopping.is_set():
             return None
         fetched = self._queue.popleft()

@@ -84,7 +84,7 @@ async def skip_gap(gap: MissingMessages, effects: Effects, tx: Tx, subjects: Sub
     await _RESEQUENCER.skip_gap(tx, gap, partial(sealed_arrivals.take_in, tx, subjects))
 
 
-@AGENT_TASKS.each(RunRequested, group="agent")
+@AGENT_TASKS.each(RunRequested, group="agent", hint=True)
 async def wake(hint: RunRequested, tx: Tx) -> None:
     """A process has queued a run. This process looks whether it can claim a lane."""
     tx.woken.add(RUNS.name)

@@ -11,15 +11,15 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from infra.bus.batch import Batches
+from infra.bus.batch import Batches, Fenced
 from infra.bus.dispatch import decode_records
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
 from infra.postgres.db import sql
 from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Database, Tx
-from protos.envelope import Envelope
-from protos.messages.sample import NoteTaken
+from protos.envelope import Envelope, Message
+from protos.messages.sample import NoteTaken, TakeNote
 from tests.infra.bus.conftest import until
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
@@ -153,3 +153,58 @@ async def test_a_record_that_cannot_be_read_is_told_apart_from_the_others(
             "SELECT message_id, state FROM dead_letter WHERE consumer = $1 ORDER BY seq", batches._group
         )
     assert [state for _, state in rows] == ["failed", "failed", "failed", "waiting"]
+
+
+async def stored(database: Database, batches: Batches) -> int:
+    async with database.begin() as tx:
+        [(offset,)] = await tx.sql("SELECT next_offset FROM consumer_offset WHERE consumer = $1", batches._group)
+    return int(offset)
+
+
+@pytest.mark.parametrize("hint", [True, False])
+async def test_batches_without_an_effect_cost_no_transaction_and_move_the_position(
+    ledger_database: Database, hint: bool
+) -> None:
+    group, heard = f"batches-{uuid7()}", []
+
+    async def hear(note: NoteTaken, tx: Tx) -> None:
+        heard.append(note.number)
+        tx.woken.add("lane of the hint")
+
+    # A handler of hints, or one of a type that does not come.
+    message: type[Message] = NoteTaken if hint else TakeNote
+    subscription = SAMPLE_EVENTS.each(message, group=group, hint=hint)(hear)
+    batches = Batches(ledger_database, group, SAMPLE_EVENTS, 0, [subscription], Metrics(CollectorRegistry()))
+    woken: list[str] = []
+    ledger_database.on_items(woken.append)
+    await batches.find_position(TOPIC_ID, 0, 100)
+    await batches.process(TOPIC_ID, [record(0), record(1)])
+    await batches.process(TOPIC_ID, [record(2)])
+    assert heard == ([0, 1, 2] if hint else [])
+    assert woken == (["lane of the hint"] * 2 if hint else [])
+    assert (position(batches), await stored(ledger_database, batches), batches.is_ahead) == (3, 0, True)
+    assert await handled(ledger_database, batches) == 0
+    await batches.save()
+    assert (position(batches), await stored(ledger_database, batches), batches.is_ahead) == (3, 3, False)
+    # A second reader went on meanwhile: the position is not stored.
+    await batches.process(TOPIC_ID, [record(3)])
+    await ledger_database.autocommit("UPDATE consumer_offset SET next_offset = 50 WHERE consumer = $1", group)
+    with pytest.raises(Fenced):
+        await batches.save()
+
+
+async def test_the_position_behind_batches_without_an_effect_is_stored_after_a_while(
+    ledger_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = f"batches-{uuid7()}"
+
+    async def hear(note: NoteTaken, tx: Tx) -> None:
+        return
+
+    subscription = SAMPLE_EVENTS.each(NoteTaken, group=group, hint=True)(hear)
+    batches = Batches(ledger_database, group, SAMPLE_EVENTS, 0, [subscription], Metrics(CollectorRegistry()))
+    await batches.find_position(TOPIC_ID, 0, 100)
+    await batches.process(TOPIC_ID, [record(0)])
+    monkeypatch.setattr("infra.bus.batch.SAVE_SECONDS", 0.0)
+    await batches.process(TOPIC_ID, [record(1)])
+    assert (await stored(ledger_database, batches), batches.is_ahead) == (2, False)
