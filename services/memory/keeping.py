@@ -113,9 +113,7 @@ class Keeping:
                 replaced_by = other.id
             elif await _is_in_force(tx, other.id):
                 await self._write(tx, other.id, MemoryReplaced(by=new.id))
-        await self._add(tx, key, digest, topic, new)
-        if replaced_by:
-            await self._write(tx, new.id, MemoryReplaced(by=replaced_by))
+        await self._add(tx, key, digest, topic, new, replaced_by=replaced_by)
         return new.id, True
 
     async def consolidate(self, tx: Tx, new: New, part_ids: Sequence[UUID]) -> UUID:
@@ -147,7 +145,7 @@ class Keeping:
         whole = new._replace(
             importance=max(part.importance for part in known), confidence=min(part.confidence for part in known)
         )
-        await self._add(tx, key, digest, None, whole, tuple(part_ids))
+        await self._add(tx, key, digest, None, whole, parts=tuple(part_ids))
         return new.id
 
     async def divide(self, tx: Tx, memory: Memory, by: str) -> None:
@@ -236,7 +234,15 @@ class Keeping:
             await self._write(tx, id_, MemoryParted())
 
     async def _add(
-        self, tx: Tx, key: DataKey, digest: bytes, topic: bytes | None, new: New, parts: tuple[UUID, ...] = ()
+        self,
+        tx: Tx,
+        key: DataKey,
+        digest: bytes,
+        topic: bytes | None,
+        new: New,
+        *,
+        parts: tuple[UUID, ...] = (),
+        replaced_by: UUID | None = None,
     ) -> None:
         learned = MemoryLearned(
             scope=new.scope,
@@ -257,12 +263,16 @@ class Keeping:
             channel_id=new.channel_id,
             parts=parts,
         )
-        await self._write(tx, new.id, learned)
+        await self._write(tx, new.id, learned, *([MemoryReplaced(by=replaced_by)] if replaced_by else []))
 
-    async def _write(self, tx: Tx, id_: UUID, event: Event) -> None:
-        """Stores the event, and the row as the event leaves it."""
-        await store(tx, id_, evolve(await self._state(tx, id_), event))
-        tx.append(MEMORY.stream(str(id_)), event)
+    async def _write(self, tx: Tx, id_: UUID, *events: Event) -> None:
+        """Stores the events, and the row as the last of them leaves it: one topic has one memory in force, so the row
+        of a fact that is older than the one in force never stands there as if it were in force."""
+        state = await self._state(tx, id_)
+        for event in events:
+            state = evolve(state, event)
+            tx.append(MEMORY.stream(str(id_)), event)
+        await store(tx, id_, state)
 
     async def _state(self, tx: Tx, id_: UUID) -> State | None:
         rows = await tx.sql(f"SELECT {COLUMNS} FROM memory WHERE id = $1 FOR UPDATE", id_)

@@ -18,6 +18,10 @@ _EVENTS = {
 # A `RunFailed` becomes `run.<status>`; in older messages the status may be `indeterminate`. Such a run may continue, so
 # that event is not an ending.
 ENDINGS = frozenset(("run.completed", "run.failed", "run.cancelled", "run.refused"))
+# Fields that the event of the reply has, or that only services need.
+_HIDDEN = frozenset(
+    ("n", "session_key", "reply", "tool_calls", "subject_id", "said", "channel_id", "message_id", "learning")
+)
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -103,8 +107,7 @@ class Follow:
         if (name := fact.event) is None:
             return []
         self.ended = name in ENDINGS
-        hidden = ("n", "session_key", "reply", "tool_calls", "subject_id", "said", "channel_id")
-        body = {key: value for key, value in fact.data.items() if key not in hidden}
+        body = {key: value for key, value in fact.data.items() if key not in _HIDDEN}
         event = Event(name, {**body, "time": fact.time}, self.last)
         if name != "run.completed" or has_reply:
             return [event]

@@ -95,7 +95,7 @@ async def test_a_call_of_the_callers_tool_is_the_outcome_and_is_gone_on_from(wor
     assert (told["reply"], told["tool_calls"]) == ("Let me see.", calls)
     facts = (await tenant.call("GET", f"/internal/runs/{run['id']}/events"))["items"]
     # A reader of the run does not need the person's words again.
-    assert facts[-1]["data"] == told | {"said": ""}
+    assert facts[-1]["data"] == told | {"said": "", "message_id": None}
     story = (await tenant.call("GET", f"/api/v1/runs/{run['id']}/timeline"))["items"]
     assert [item["data"]["tool_calls"] for item in story if item["kind"] == "reply"] == [calls]
 

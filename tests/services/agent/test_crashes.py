@@ -145,7 +145,7 @@ async def test_a_call_of_the_callers_tool_is_on_record_before_the_run_ends_with_
         facts = [fact for fact in await tenant.sent("agent.events") if fact["run_id"] == run_id]
         told = [item["data"] for item in (await tenant.call("GET", f"/internal/runs/{run_id}/events"))["items"]]
         # Only the topic has the words of the person.
-        assert [fact | ({"said": ""} if "said" in fact else {}) for fact in facts] == told
+        assert [fact | ({"said": "", "message_id": None} if "said" in fact else {}) for fact in facts] == told
         assert len([fact for fact in told if fact.get("tool_calls")]) == 1
         await asyncio.to_thread(platform.stop, "agent")
     await platform.start("agent")

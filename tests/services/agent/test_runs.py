@@ -170,7 +170,7 @@ async def test_what_a_live_stream_has_missed_can_be_read(world: World, tenant: T
     published = await tenant.sent("agent.events")
     # The same events in the same order as on the topic, without the words of the person.
     assert published[-1]["said"] == "Hi"
-    assert [item["data"] for item in items] == [*published[:-1], published[-1] | {"said": ""}]
+    assert [item["data"] for item in items] == [*published[:-1], published[-1] | {"said": "", "message_id": None}]
     assert [item["type"] for item in items] == [
         "agent.v1.RunStarted",
         "agent.v1.StepStarted",
