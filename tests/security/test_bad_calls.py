@@ -80,7 +80,9 @@ def bad_messages(descriptor: Descriptor) -> Iterator[Message]:
     for field in descriptor.fields:
         for value in _bad(field, descriptor):
             message = good(descriptor)
-            if field.is_repeated:
+            if field.message_type and field.message_type.GetOptions().map_entry:
+                getattr(message, field.name)[value.key] = value.value
+            elif field.is_repeated:
                 getattr(message, field.name).extend(value if isinstance(value, list) else [value])
             elif field.message_type:
                 getattr(message, field.name).CopyFrom(value)
