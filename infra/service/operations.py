@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from msgspec.structs import replace
 
 from infra.errors import InvalidMessage, NotFound
@@ -36,7 +37,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
             letters = await dead_letters.list_dead_letters(
                 connection,
                 self._database.service,
-                limit=min(request.limit or 100, MAX_LISTED),
+                limit=_limit(request.limit),
                 after=_uuid("after", request.after) if request.HasField("after") else None,
                 tenant_id=rpc.tenant_if_any(),
             )
@@ -48,7 +49,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         async with self._database.begin() as tx:
             groups = await bulk_redrive.group_by_cause(
                 tx,
-                limit=min(request.limit or 100, MAX_LISTED),
+                limit=_limit(request.limit),
                 after=_uuid("after", request.after) if request.HasField("after") else None,
                 tenant_id=rpc.tenant_if_any(),
             )
@@ -120,7 +121,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
                 """,
                 request.topic,
                 rpc.tenant_if_any(),
-                request.since.ToDatetime(UTC) if request.HasField("since") else None,
+                _time(request.since) if request.HasField("since") else None,
             )
         return ops_pb2.CountOutboxReply(produced=produced, published=published, pending=produced - published)
 
@@ -149,6 +150,22 @@ def _uuid(field: str, text: str) -> UUID:
         return UUID(text)
     except ValueError:
         raise InvalidMessage(field, "must be a UUID") from None
+
+
+def _limit(asked: int) -> int:
+    if asked < 0:
+        raise InvalidMessage("limit", "must not be negative")
+    return min(asked or 100, MAX_LISTED)
+
+
+def _time(asked: Timestamp) -> datetime:
+    try:
+        at: datetime = asked.ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidMessage("since", "must be a time from 1970 to 9999") from None
+    if at.year < 1970:
+        raise InvalidMessage("since", "must be a time from 1970 to 9999")
+    return at
 
 
 def _actor(asked: str) -> str:
