@@ -50,7 +50,7 @@ def test_the_operations_page_lists_every_command() -> None:
 
 
 def test_the_page_about_agents_lists_every_field_of_an_agent() -> None:
-    # The next chapter has a table of names that are no fields.
+    # The next chapter has another table.
     text = (CHECKOUT / "docs" / "agents.md").read_text().partition("\n## Approvers\n")[0]
     listed = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| (`[^|]*)\|", text, re.MULTILINE))))
     fields = {

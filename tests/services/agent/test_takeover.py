@@ -33,7 +33,7 @@ async def test_the_agent_is_silent_between_takeover_and_release_and_knows_what_w
     said = [message["content"] for message in last.body["messages"][1:] if message["role"] == "user"]
     assert said == ["one", "two", "yes", "four", "five"]
     acts = [body["action"] for body in await tenant.sent("audit.logs") if body["action"].startswith("session.")]
-    # The client of the test also reads what the run has said.
+    # The client of the test also reads the run.
     assert [act for act in acts if act != "session.read"] == ["session.takeover", "session.release"]
 
 
