@@ -87,8 +87,19 @@ def test_the_output_of_a_failed_tool_is_returned(tmp_path: Path, monkeypatch: py
 
 
 INFRA_ROOMS = ("service", "lanes", "bus", "web", "security", "postgres", "outgoing", "stores", "observe")
-INFRA_MODULES = ("errors", "clock", "failpoint")
-AGENT_ROOMS = ("__main__", "api", "handlers", "execution", "sessions", "runs", "definitions", "adapters", "lanes")
+INFRA_MODULES = ("errors", "clock", "failpoint", "connections")
+AGENT_ROOMS = (
+    "__main__",
+    "api",
+    "handlers",
+    "learning",
+    "execution",
+    "sessions",
+    "runs",
+    "definitions",
+    "adapters",
+    "lanes",
+)
 TREE = {
     "infra/__init__.py": "",
     **{f"infra/{room}/__init__.py": "" for room in INFRA_ROOMS},
