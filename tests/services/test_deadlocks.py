@@ -167,23 +167,27 @@ async def test_parallel_partitions_over_the_same_keys_do_not_deadlock(name: str,
     engine = create_engine(role_url(database, name, "worker", PASSWORDS.worker))
     topic_id = uuid7()
 
-    async def process(handler: Subscription, partition: int) -> None:
-        assert isinstance(handler.source, Topic)
-        batches = Batches(
-            Database(engine, name), handler.group, handler.source, partition, [handler], Metrics(CollectorRegistry())
-        )
+    # As in a service: the handlers of one group share the position in a topic.
+    readers: dict[tuple[str, str], list[Subscription]] = {}
+    for handler in batch_handlers()[name]:
+        readers.setdefault((handler.group, handler.source.name), []).append(handler)
+
+    async def process(handlers: list[Subscription], partition: int) -> None:
+        group, topic = handlers[0].group, handlers[0].source
+        assert isinstance(topic, Topic)
+        batches = Batches(Database(engine, name), group, topic, partition, handlers, Metrics(CollectorRegistry()))
         first = await batches.find_position(topic_id, 0, 0)
         # The second batch finds the rows of the first.
         for _ in range(2):
-            batch = records(handler.source, first, backwards=bool(partition))
+            batch = records(topic, first, backwards=bool(partition))
             await batches.process(topic_id, batch)
             first += len(batch)
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            for handler in batch_handlers()[name]:
+            for handlers in readers.values():
                 for partition in (0, 1):
-                    tasks.create_task(process(handler, partition))
+                    tasks.create_task(process(handlers, partition))
         async with engine.connect() as connection:
             assert list(await connection.exec_driver_sql("SELECT error FROM dead_letter")) == []
     finally:
