@@ -363,7 +363,7 @@ class Database:
         self._lane_listeners.append(wake)
 
     def claim_for(self, places: Places) -> None:
-        """From now on, transactions claim the lanes of their new items for this runner, as long as it has places."""
+        """Transactions that begin after this call claim idle lanes for this runner while it has free places."""
         self._places = places
 
     @asynccontextmanager

@@ -7,11 +7,9 @@ and no other process can reach the server's other ports. ``python -m tooling.sta
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import fcntl
 import os
-import signal
 import socket
 import struct
 import sys
@@ -21,13 +19,12 @@ from pathlib import Path
 import uvloop
 
 from infra.errors import describe
+from tooling.stack.forwarding import forward, run_behind
 
-# From linux/sched.h, linux/prctl.h, linux/sockios.h and linux/if.h.
+# From linux/sched.h, linux/sockios.h and linux/if.h.
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
-_PR_SET_PDEATHSIG = 1
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
-_CHUNK_BYTES = 65_536
 
 
 def main(port: int, command: list[str]) -> int:
@@ -41,7 +38,8 @@ def main(port: int, command: list[str]) -> int:
         listener.close()
         os.execvp(command[0], command)
     _enter_namespace()
-    return uvloop.run(_run(listener, port, command))
+    to_server = partial(forward, partial(asyncio.open_connection, "127.0.0.1", port))
+    return uvloop.run(run_behind(command, partial(asyncio.start_server, to_server, sock=listener)))
 
 
 def is_isolated(pid: int) -> bool:
@@ -74,42 +72,6 @@ def _enter_namespace() -> None:
         Path("/proc/self", name).write_text(text)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
-
-
-async def _run(listener: socket.socket, port: int, command: list[str]) -> int:
-    # Otherwise the server would go on alone if this process is killed, and its data would be in use at the next start.
-    process = await asyncio.create_subprocess_exec(*command, preexec_fn=_die_with_parent)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, process.send_signal, number)
-    async with await asyncio.start_server(partial(_forward, port), sock=listener):
-        code = await process.wait()
-    return code if code >= 0 else 128 - code
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-async def _forward(port: int, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-    try:
-        server, to_server = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        # The server does not listen yet, or no longer.
-        to_client.transport.abort()
-        return
-    await asyncio.gather(_copy(client, to_server), _copy(server, to_client))
-    for writer in (to_client, to_server):
-        writer.close()
-
-
-async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await source.read(_CHUNK_BYTES):
-            target.write(data)
-            await target.drain()
-    with contextlib.suppress(OSError, RuntimeError):
-        target.write_eof()
 
 
 if __name__ == "__main__":

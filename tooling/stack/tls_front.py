@@ -7,8 +7,6 @@ reaches it without a certificate. ``python -m tooling.stack.tls_front PORT SOCKE
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 import ssl
 import struct
 import sys
@@ -18,16 +16,22 @@ from pathlib import Path
 import uvloop
 
 from infra.connections import TLS_FILES
+from tooling.stack.forwarding import Connect, forward, run_behind
 
 # PostgreSQL's client asks for TLS in the clear, by these requests of eight bytes (its page "Message Formats").
 _TLS_REQUEST, _GSS_REQUEST = (struct.pack("!II", 8, code) for code in (80877103, 80877104))
 _FIRST_SECONDS = 10
-_CHUNK_BYTES = 65_536
 
 
 def main(port: int, path: str, folder: Path, command: list[str]) -> int:
     """Runs the command until it ends. Returns its exit code."""
-    return uvloop.run(_run(port, path, folder, command))
+    context = server_context(folder)
+    connect = partial(asyncio.open_unix_connection, path)
+    if Path(path).name.startswith(".s.PGSQL."):
+        front = partial(asyncio.start_server, partial(_postgres, connect, context), "127.0.0.1", port)
+    else:
+        front = partial(asyncio.start_server, partial(forward, connect), "127.0.0.1", port, ssl=context)
+    return uvloop.run(run_behind(command, front))
 
 
 def server_context(folder: Path) -> ssl.SSLContext:
@@ -40,25 +44,10 @@ def server_context(folder: Path) -> ssl.SSLContext:
     return context
 
 
-async def _run(port: int, path: str, folder: Path, command: list[str]) -> int:
-    context = server_context(folder)
-    process = await asyncio.create_subprocess_exec(*command)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, process.send_signal, number)
-    if Path(path).name.startswith(".s.PGSQL."):
-        server = await asyncio.start_server(partial(_postgres, path, context), "127.0.0.1", port)
-    else:
-        server = await asyncio.start_server(partial(_forward, path), "127.0.0.1", port, ssl=context)
-    async with server:
-        code = await process.wait()
-    return code if code >= 0 else 128 - code
-
-
 async def _postgres(
-    path: str, context: ssl.SSLContext, client: asyncio.StreamReader, to_client: asyncio.StreamWriter
+    connect: Connect, context: ssl.SSLContext, client: asyncio.StreamReader, to_client: asyncio.StreamWriter
 ) -> None:
-    """As `_forward`, after the client has asked for TLS. Any other client is refused."""
+    """As `forward`, after the client has asked for TLS. Any other client is refused."""
     try:
         async with asyncio.timeout(_FIRST_SECONDS):
             first = await client.readexactly(8)
@@ -73,32 +62,7 @@ async def _postgres(
     except (OSError, EOFError, TimeoutError):
         to_client.transport.abort()
         return
-    await _forward(path, client, to_client)
-
-
-async def _forward(path: str, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-    try:
-        server, to_server = await asyncio.open_unix_connection(path)
-    except OSError:
-        # The server does not listen yet, or no longer.
-        to_client.transport.abort()
-        return
-    await asyncio.gather(_copy(client, to_server), _copy(server, to_client))
-    for writer in (to_client, to_server):
-        writer.close()
-
-
-async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await source.read(_CHUNK_BYTES):
-            target.write(data)
-            await target.drain()
-    # TLS has no half-closed connection: the end of one side ends both.
-    with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
-        if target.can_write_eof():
-            target.write_eof()
-        else:
-            target.close()
+    await forward(connect, client, to_client)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ async def test_a_client_without_a_certificate_of_the_authority_is_refused(
 ) -> None:
     own = issue(authority, tmp_path, "channel")
     stranger = issue(Authority(), tmp_path, "stranger")
-    nobody = client_context(str(own / "ca.pem"))
+    anonymous = client_context(str(own / "ca.pem"))
     strange = client_context(str(own / "ca.pem"), str(stranger / "certificate.pem"), str(stranger / "key.pem"))
-    for context in (nobody, strange):
+    for context in (anonymous, strange):
         with pytest.raises(httpx.TransportError):
             await ask("agent", agent, context)
     with pytest.raises(httpx.TransportError):
