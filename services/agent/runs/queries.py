@@ -82,11 +82,10 @@ async def calls(unsealer: Unsealer, run: Row) -> tuple[ToolCall, ...]:
 
 
 async def waiting(tx: Tx, unsealer: Unsealer, run: Row) -> Waiting | None:
-    """The decision that the run waits for; None if it waits for none."""
-    if run.status not in SUSPENDED:
+    """The decision that the run waits for; None if it waits for none, or was decided since its row was read."""
+    waits = (await tx.load(stream(run.id))).suspended if run.status in SUSPENDED else None
+    if waits is None:
         return None
-    waits = (await tx.load(stream(run.id))).suspended
-    assert waits
     arguments = None
     if waits.arguments:
         arguments = await unsealer.open(waits.arguments, run.subject_id, f"{run.id}/{waits.step}", "arguments")

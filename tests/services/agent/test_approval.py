@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 import pytest
 
 from protos.plugin.v1 import plugin_pb2
+from services.agent.runs import queries
+from services.agent.runs.content import Unsealer
 from services.agent.runs.notices import NOT_YOURS
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
@@ -164,6 +167,19 @@ async def answers(tenant: Tenant, count: int) -> list[str]:
     found = await tenant.world.platform.until(sent)
     assert found
     return found
+
+
+async def test_a_run_is_decided_while_a_client_reads_it(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    run_id = UUID(await tenant.say(agent, "Weather?"))
+    await waiting(tenant)
+    async with world.platform.database("agent").begin(tenant_id=tenant.id) as tx:
+        row = await queries.load(tx, run_id)
+        await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", json={"approved": True})
+        assert await queries.waiting(tx, cast(Unsealer, None), row) is None
+    assert row.status == "waiting"
+    assert (await tenant.over(str(run_id)))["status"] == "completed"
 
 
 @pytest.mark.parametrize(

@@ -282,17 +282,18 @@ async def test_odd_queries_are_answered_or_refused_with_the_field(norrland: Clie
     quoted = "Somebody wrote to us about something else entirely. " * 250 + "How long is the warranty for a household?"
     assert len(quoted) > 10_000
     assert len(await norrland.retrieve(quoted)) == 10
-    assert len(await norrland.retrieve("保修\0 \u202e🙂 多久")) == 10
+    assert len(await norrland.retrieve("保修 \u202e🙂 多久")) == 10
     assert await norrland.retrieve("How long is the warranty?", min_similarity=0.999) == []
     assert len(await norrland.retrieve("How long is the warranty?", limit=3, types=["document"])) == 3
-    bad: dict[str, dict[str, Any]] = {
-        "query": {"query": " \n"},
-        "limit": {"query": "x", "limit": 101},
-        "min_similarity": {"query": "x", "min_similarity": float("nan")},
-        "types[1]": {"query": "x", "types": ["document", "dream"]},
-        "mode": {"query": "x", "mode": "other"},
-    }
-    for field, request in bad.items():
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("query", {"query": " \n"}),
+        ("query", {"query": "保修\0 多久"}),
+        ("limit", {"query": "x", "limit": 101}),
+        ("min_similarity", {"query": "x", "min_similarity": float("nan")}),
+        ("types[1]", {"query": "x", "types": ["document", "dream"]}),
+        ("mode", {"query": "x", "mode": "other"}),
+    ]
+    for field, request in bad:
         with pytest.raises(InvalidMessage) as refused:
             await norrland.retrieve(**request)
         assert refused.value.field == field
