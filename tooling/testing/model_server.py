@@ -76,7 +76,8 @@ class Fails:
 class Streams:
     """An answer in the bytes of a server that has the shape of OpenAI and not its details."""
 
-    chunks: tuple[dict[str, Any], ...]
+    chunks: tuple[dict[str, Any] | bytes, ...]
+    """Bytes are sent as they are."""
     done: bool = True
     """The stream ends with ``[DONE]``."""
 
@@ -165,8 +166,9 @@ class ModelServer:
         if isinstance(answer, Refuses):
             return JSONResponse(answer.body, answer.status)
         if isinstance(answer, Streams):
-            lines = [json.dumps(chunk) for chunk in answer.chunks] + ["[DONE]"] * answer.done
-            return Response("".join(f"data: {line}\n\n" for line in lines), media_type="text/event-stream")
+            events = [e if isinstance(e, bytes) else f"data: {json.dumps(e)}\n\n".encode() for e in answer.chunks]
+            events += [b"data: [DONE]\n\n"] * answer.done
+            return Response(b"".join(events), media_type="text/event-stream")
         if isinstance(answer, Fails):
             headers = {} if answer.retry_after is None else {"retry-after": str(answer.retry_after)}
             return JSONResponse(shape.error(answer.status, "scripted"), answer.status, headers)

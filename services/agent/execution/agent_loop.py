@@ -12,6 +12,7 @@ from opentelemetry.trace import SpanKind
 from infra.errors import InvalidMessage, NotFound
 from infra.lanes.effects import ItemEnded
 from infra.observe import telemetry
+from infra.postgres.tx import MAX_MESSAGE_BYTES
 from infra.web.json_schema import check
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.agent.definitions.models import NewAgent
@@ -28,6 +29,8 @@ from services.agent.runs.notices import FAILED
 
 # An answer that does not fit the agent's schema is asked for again, up to so many answers.
 STRUCTURE_ATTEMPTS = 3
+# A longer answer would not fit into the message that tells of it, with the rest of that message.
+MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 100_000
 RETRIEVE_SECONDS = 10.0
 # A longer question is cut before the search.
 QUERY_CHARACTERS = 2_000
@@ -120,6 +123,9 @@ class AgentLoop:
                 text, files = await self.tools.files.of_answer(answer.text)
                 is_cut = answer.finish_reason == "length"
                 reply = Reply(text, summary, calls, "length" if is_cut else "stop", files)
+                if len(msgspec.json.encode((text, calls))) > MAX_ANSWER_BYTES:
+                    reason = f"the answer has more than {MAX_ANSWER_BYTES} bytes as JSON"
+                    raise Ended("failed", f"{self.agent.model}: {reason}", FAILED)
                 try:
                     return await self.complete(reply, self._messages)
                 except MessagesArrived:

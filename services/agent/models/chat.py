@@ -18,7 +18,6 @@ import msgspec
 from infra import VERSION
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
-from services.agent.models.completions import without_thoughts
 from services.agent.models.contract import (
     Answer,
     AssistantTurn,
@@ -34,6 +33,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
+from services.agent.models.thoughts import without_thoughts
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 
 OPENAI = "https://api.openai.com/v1"
@@ -147,7 +147,9 @@ class ChatModel:
         if received.finish is None:
             # A proxy cut the stream and then closed the connection normally.
             raise ModelFailed(f"{self._name}: the answer was cut off", transient=True)
-        if received.finish == "content_filter" and not text and not calls:
+        if received.finish == "error":
+            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
+        if (received.is_refused or received.finish == "content_filter") and not text and not calls:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
         reasoning = None
         if calls and received.thoughts:
@@ -178,6 +180,7 @@ class _Received:
         self.usage: Mapping[str, Any] | None = None
         self.model = ""
         self.finish: str | None = None
+        self.is_refused = False
 
     @property
     def has_begun(self) -> bool:
@@ -204,8 +207,7 @@ class _Received:
             for piece in delta.get("tool_calls") or ():
                 self._take_call(piece)
             self.finish = choice.get("finish_reason") or self.finish
-            if delta.get("refusal"):
-                self.finish = "content_filter"
+            self.is_refused = self.is_refused or bool(delta.get("refusal"))
         return said
 
     def _take_call(self, piece: Mapping[str, Any]) -> None:

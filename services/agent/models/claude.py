@@ -32,7 +32,6 @@ from pydantic_ai.usage import RequestUsage
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
 from services.agent.models import chat
-from services.agent.models.completions import without_thoughts
 from services.agent.models.contract import (
     Answer,
     AssistantTurn,
@@ -47,6 +46,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
+from services.agent.models.thoughts import without_thoughts
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 
 _TRANSIENT = (

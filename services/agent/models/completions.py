@@ -1,12 +1,13 @@
 """Repairs the traffic with OpenAI-shaped servers, so that the client library reads the format of OpenAI itself.
 
 Many servers have the shape and not the details: they answer in one piece, repeat running totals of the usage, omit the
-finish reason, give two calls one index or id, send thoughts as text, or refuse an option. A stream that is well formed
-passes through with the same content.
+finish reason, give two calls one index or id, cut characters in two, send thoughts as text, or refuse an option. A
+stream that is well formed passes through with the same content.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import httpx2
 import msgspec
 
 from infra.web.http import media_type
+from services.agent.models.thoughts import HELD, Thoughts
 
 # Options of a request without which an answer is still useful.
 _OPTIONS = (
@@ -31,10 +33,6 @@ _OPTIONS = (
 _MOST_OPTIONS = 4
 # Servers of the providers themselves send thoughts in a field of their own.
 _OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")
-# The number of characters that are held back at the start of an answer, because its thoughts may end without a tag
-# that opened them.
-_HELD = 80
-
 Chunk = dict[str, Any]
 
 
@@ -70,8 +68,8 @@ class Completions(httpx2.AsyncBaseTransport):
             return response
         kind = media_type(response.headers)
         model = endpoint[0], body.get("model")
-        held = 0 if request.url.host in _OWN_SERVERS else _HELD
-        repair = _Repair(_Thoughts(None if model in self._thinks_aloud else held))
+        held = 0 if request.url.host in _OWN_SERVERS else HELD
+        repair = _Repair(Thoughts(None if model in self._thinks_aloud else held))
         if kind == "application/json":
             answer = await response.aread()
             await response.aclose()
@@ -171,10 +169,16 @@ def _delta(choice: dict[str, Any]) -> dict[str, Any]:
 class _Repair:
     """Repairs one stream of chunks."""
 
-    def __init__(self, thoughts: _Thoughts) -> None:
+    def __init__(self, thoughts: Thoughts) -> None:
         self.thoughts = thoughts
         self._calls = _Calls()
         self._usage: Chunk | None = None
+        self._reported: Chunk = {}
+        """All fields of the usage so far: some servers report input and output in different chunks."""
+        self._half = ""
+        """The first half of a character whose second half comes with the next text."""
+        self._choice: Any = None
+        """The index of the choice that is read. Only one is asked for."""
         self._base: Chunk = {}
         self._finish: str | None = None
         self._is_complete = False
@@ -195,6 +199,8 @@ class _Repair:
                 yield _event(chunk)
 
     def _line(self, line: bytes) -> Iterator[bytes]:
+        # A stream may begin with a byte order mark: https://html.spec.whatwg.org/multipage/server-sent-events.html
+        line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.startswith(b"data:"):
             if line.startswith(b":"):
                 yield line + b"\n\n"
@@ -205,23 +211,46 @@ class _Repair:
             yield from map(_event, self._end())
             yield b"data: [DONE]\n\n"
             return
-        try:
-            chunk = msgspec.json.decode(data)
-        except msgspec.DecodeError:
-            chunk = None
+        chunk = self._decode(data)
         if not isinstance(chunk, dict) or chunk.get("error") or not isinstance(chunk.get("choices", []), list | None):
             yield b"data: " + data + b"\n\n"
             return
         self._repair(chunk)
         yield _event(chunk)
 
+    def _decode(self, data: bytes) -> Any:
+        try:
+            chunk = msgspec.json.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            chunk = _decode_damaged(data)
+            self._hold_half(chunk)
+            return _without_halves(chunk)
+        if self._half:
+            self._hold_half(chunk)
+            return _without_halves(chunk)
+        return chunk
+
+    def _hold_half(self, chunk: Any) -> None:
+        """Moves a half character at the end of the text to the beginning of the next text."""
+        for choice in _list(_mapping(chunk).get("choices"))[:1]:
+            delta = _mapping(choice).get("delta")
+            if isinstance(delta, dict) and isinstance(content := delta.get("content"), str) and content:
+                content, self._half = self._half + content, ""
+                if "\ud800" <= content[-1] <= "\udbff":
+                    content, self._half = content[:-1], content[-1]
+                delta["content"] = content
+
     def _repair(self, chunk: Chunk) -> None:
         self._base = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
         # A later total replaces an earlier one. They are never added.
-        self._usage = usage(chunk.pop("usage", None)) or self._usage
-        chunk["choices"] = [choice for choice in chunk.get("choices") or () if isinstance(choice, dict)]
+        reported = chunk.pop("usage", None)
+        self._reported |= {name: value for name, value in _mapping(reported).items() if value is not None}
+        self._usage = usage(reported) or self._usage or usage(self._reported)
+        chunk["choices"] = [choice for choice in chunk.get("choices") or () if self._is_ours(choice)]
         for choice in chunk["choices"]:
-            delta = choice["delta"] = choice.get("delta") or {}
+            # Some servers send a whole message as a chunk, others repeat it at the end.
+            whole = None if self._has_content else choice.get("message")
+            delta = choice["delta"] = choice.get("delta") or whole or {}
             choice.setdefault("index", 0)
             choice["finish_reason"] = choice.get("finish_reason") or None
             self._finish = choice["finish_reason"] or self._finish
@@ -234,6 +263,13 @@ class _Repair:
                 delta["tool_calls"] = self._calls.feed(calls)
             self._has_content = self._has_content or bool(content or calls)
 
+    def _is_ours(self, choice: Any) -> bool:
+        if not isinstance(choice, dict):
+            return False
+        if self._choice is None:
+            self._choice = choice.get("index", 0)
+        return bool(choice.get("index", 0) == self._choice)
+
     def _end(self) -> Iterator[Chunk]:
         """The chunks that are missing before the end of a complete answer."""
         if self._finish is None and self._has_content:
@@ -243,6 +279,25 @@ class _Repair:
         # An answer with content has output. Zero would make it free.
         if self._usage and not (self._has_content and self._usage["completion_tokens"] == 0):
             yield self._base | {"choices": [], "usage": self._usage}
+
+
+def _decode_damaged(data: bytes) -> Any:
+    """JSON with halves of characters, which remain in its texts as surrogates. None if it is not JSON."""
+    try:
+        return json.loads(data.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _without_halves(value: Any) -> Any:
+    """The value with whole characters in all texts. A half without its other half becomes U+FFFD."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_without_halves(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_halves(name): _without_halves(item) for name, item in value.items()}
+    return value
 
 
 def _event(chunk: Chunk) -> bytes:
@@ -327,83 +382,6 @@ class _Calls:
         return call
 
 
-_OPENING = re.compile(r"\s*<(think|thinking|thought|reasoning)>")
-_TAGS = ("<think>", "<thinking>", "<thought>", "<reasoning>")
-# A closing tag ends thoughts if it does not stand in a sentence about tags.
-_CLOSING = re.compile(r"(?<![ \t`'\"(\[>])</(think|thinking|thought|reasoning)>")
-_LONGEST_TAG = len("</reasoning>")
-
-
-class _Thoughts:
-    """Removes thoughts between tags from the start of an answer.
-
-    `held`: how many characters may wait for a closing tag without an opening one; None: all of the answer.
-    """
-
-    def __init__(self, held: int | None) -> None:
-        self._held = held
-        self._buffer = ""
-        self._inside: str | None = None
-        self._decided = False
-        self._after_thoughts = False
-        self._shown = ""
-        self.ended_without_beginning = False
-
-    def feed(self, text: str) -> str:
-        """The part of the text that is known to be the answer."""
-        if self._decided:
-            return self._show(text)
-        self._buffer += text
-        return self._advance(is_last=False)
-
-    def flush(self) -> str:
-        """The held part, when no more text follows."""
-        return "" if self._decided else self._advance(is_last=True)
-
-    def _advance(self, *, is_last: bool) -> str:
-        while True:
-            if self._inside:
-                before, found, after = self._buffer.partition(f"</{self._inside}>")
-                if not found:
-                    # Only the tail may hold a part of the tag.
-                    self._buffer = before[-_LONGEST_TAG:]
-                    return ""
-                self._inside, self._buffer, self._after_thoughts = None, after, True
-            if self._after_thoughts:
-                self._buffer = self._buffer.lstrip()
-            if opening := _OPENING.match(self._buffer):
-                self._inside, self._buffer = opening[1], self._buffer[opening.end() :]
-                continue
-            start = self._buffer.lstrip()
-            if not is_last and any(tag.startswith(start) for tag in _TAGS):
-                return ""
-            if not self._after_thoughts and self._held != 0:
-                if closing := _CLOSING.search(self._buffer):
-                    self.ended_without_beginning = self._after_thoughts = True
-                    self._buffer = self._buffer[closing.end() :]
-                    continue
-                if not is_last and (self._held is None or len(self._buffer) < self._held):
-                    return ""
-            self._decided = True
-            buffer, self._buffer = self._buffer, ""
-            return self._show(buffer)
-
-    def _show(self, text: str) -> str:
-        if self._held != 0 and not self._after_thoughts and not self.ended_without_beginning:
-            self._shown += text
-            if "</" in self._shown[-len(text) - _LONGEST_TAG :] and _CLOSING.search(self._shown):
-                # Too late for this stream; the next answers of this model are held back.
-                self.ended_without_beginning = True
-        return text
-
-
-def without_thoughts(text: str) -> str:
-    """A whole answer without the thoughts that its stream has shown before their closing tag came."""
-    if _OPENING.search(text) is None and (closing := _CLOSING.search(text)):
-        return text[closing.end() :].lstrip()
-    return text
-
-
 def usage(given: Any) -> Chunk | None:
     """The usage in OpenAI's shape; None if it is not reported.
 
@@ -424,6 +402,10 @@ def usage(given: Any) -> Chunk | None:
     )
     completion_details = _mapping(given.get("completion_tokens_details"))
     reasoning = _first_count(completion_details.get("reasoning_tokens"), given.get("reasoning_tokens"))
+    total = _first_count(given.get("total_tokens"))
+    if reasoning and (reasoning > completion or total == prompt + completion + reasoning):
+        # xAI and some proxies for Gemini report thoughts beside the output instead of as a part of it.
+        completion += reasoning
     found: Chunk = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     # More cached tokens than tokens: charged as input.
     if cached is not None and cached <= prompt:
@@ -435,6 +417,10 @@ def usage(given: Any) -> Chunk | None:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _first_count(*values: Any) -> int | None:

@@ -179,6 +179,19 @@ async def test_a_provider_that_refuses_ends_the_run_with_one_plain_message(world
     assert hold in world.peers.billing.released
 
 
+@pytest.mark.parametrize("text", ["Far too much. " * 80_000, "\x00" * 200_000])
+async def test_an_answer_that_no_message_can_carry_ends_the_run(world: World, tenant: Tenant, text: str) -> None:
+    agent = await tenant.agent()
+    world.models.script(MODEL, Says(text, whole=True), Says("Short."))
+    await tenant.receive(agent, "Hi")
+    [item] = await tenant.runs(1)
+    run = await tenant.run(item["id"])
+    assert (run["status"], run["reply"]) == ("failed", None)
+    assert run["error"] == f"openai/{MODEL}: the answer has more than 900000 bytes as JSON"
+    # The session goes on.
+    assert (await tenant.over(await tenant.say(agent, "Again")))["reply"] == "Short."
+
+
 async def test_what_the_provider_does_not_report_is_not_zero(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent()
     world.models.script(MODEL, Says("Yes.", usage=None))

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from infra.outgoing.client import Outgoing
-from services.agent.models.completions import _Thoughts, usage, without_thoughts
+from services.agent.models.completions import usage
 from services.agent.models.contract import (
     Answer,
     AssistantTurn,
@@ -25,6 +25,7 @@ from services.agent.models.contract import (
     UserTurn,
 )
 from services.agent.models.providers import Providers
+from services.agent.models.thoughts import Thoughts, without_thoughts
 from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
 
 MODEL = "gpt-4o-mini"
@@ -100,6 +101,13 @@ def total(prompt: Any, completion: Any, **more: Any) -> dict[str, Any]:
         # A later null does not take back the reported usage.
         Streams((chunk({"content": "aaa"}, usage=total(10, 3)), chunk(finish="stop", usage=None))),
         Streams((chunk({"content": "aaa"}), chunk(finish="stop", usage=total(10, 3))), done=False),
+        # Input at the start and output at the end, as in Anthropic's streams.
+        Streams(
+            (
+                chunk({"content": "aaa"}, usage={"prompt_tokens": 10}),
+                chunk(finish="stop", usage={"completion_tokens": 3}),
+            )
+        ),
     ],
 )
 async def test_running_totals_of_the_usage_count_once(
@@ -130,6 +138,70 @@ async def test_cached_tokens_are_found_in_the_fields_of_vendors(
     answer = await ask(server, providers)
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (100, 5)
     assert answer.usage.cached_tokens == cached
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [
+        # A part of the output, as OpenAI reports it.
+        (total(10, 60, total_tokens=70, completion_tokens_details={"reasoning_tokens": 50}), 60),
+        # Beside the output.
+        (total(10, 3, total_tokens=113, completion_tokens_details={"reasoning_tokens": 100}), 103),
+        (total(10, 60, total_tokens=120, completion_tokens_details={"reasoning_tokens": 50}), 110),
+        (total(10, 0, completion_tokens_details={"reasoning_tokens": 60}), 60),
+    ],
+)
+async def test_thoughts_that_are_reported_beside_the_output_are_charged(
+    server: ModelServer, providers: Providers, given: dict[str, Any], output: int
+) -> None:
+    server.script(MODEL, Streams((chunk({"content": "a"}), chunk(finish="stop", usage=given))))
+    found = (await ask(server, providers)).usage
+    assert (found.input_tokens, found.output_tokens) == (10, output)
+    assert found.reasoning_tokens == given["completion_tokens_details"]["reasoning_tokens"]
+
+
+def raw(content: str) -> bytes:
+    """A chunk with these characters of JSON in its text, which may be no valid JSON."""
+    return b'data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n' % content.encode("utf-8", "surrogateescape")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        ((raw("a\\ud83d"), raw("\\ude00b")), "a😀b"),
+        ((raw("a\\ud83d"), chunk({"role": "assistant"}), raw("\\ude00b")), "a😀b"),
+        ((raw("a\\ud83d"), raw("b")), "a�b"),
+        ((raw("a\\ude00b"),), "a�b"),
+        ((raw("a\udcffb"),), "a�b"),
+        ((b"\xef\xbb\xbf" + raw("a"), raw("b")), "ab"),
+        (({"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]},), "a"),
+        ((raw("a"), {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}), "a"),
+        (({"choices": [{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {"content": "b"}}]},), "a"),
+        ((raw("a"), {"choices": [{"index": 1, "delta": {"content": "b"}}]}), "a"),
+    ],
+)
+async def test_odd_chunks_are_read(
+    server: ModelServer, providers: Providers, chunks: tuple[dict[str, Any] | bytes, ...], expected: str
+) -> None:
+    server.script(MODEL, Streams((*chunks, chunk(finish="stop"))))
+    streamed: list[str] = []
+    assert (await ask(server, providers, streamed=streamed)).text == "".join(streamed) == expected
+
+
+@pytest.mark.parametrize(
+    ("delta", "finish", "transient", "reason"),
+    [
+        ({"content": "Half"}, "error", True, "failed during the answer"),
+        ({"refusal": "I cannot do that."}, "stop", False, "withheld the answer"),
+    ],
+)
+async def test_an_answer_that_ends_with_an_error_or_a_refusal_is_none(
+    server: ModelServer, providers: Providers, delta: dict[str, Any], finish: str, transient: bool, reason: str
+) -> None:
+    server.script(MODEL, Streams((chunk(delta), chunk(finish=finish))))
+    with pytest.raises(ModelFailed, match=reason) as failed:
+        await ask(server, providers)
+    assert failed.value.transient is transient
 
 
 @pytest.mark.parametrize(
@@ -268,6 +340,13 @@ async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
         ["\n<thinking>\nthey are angry\n</thinking>\n\nHello"],
         ["<think></think>Hel", "lo"],
         ["<think>a</think>\n<think>b</think>Hello"],
+        ["<THINK>they are angry</Think>Hello"],
+        ["they are angry</THINK>Hello"],
+        ["<seed:th", "ink>they are angry</seed:think>Hello"],
+        ["[THINK]they are angry[/THINK]Hello"],
+        ["◁think▷they are angry◁/think▷Hello"],
+        ["<|START_THINKING|>they are angry<|END_THINKING|>Hello"],
+        ["<|channel|>analysis<|message|>they are angry<|end|>", "<|start|>assistant<|channel|>final<|message|>Hello"],
     ],
 )
 async def test_thoughts_in_tags_are_neither_streamed_nor_in_the_answer(
@@ -286,6 +365,7 @@ async def test_thoughts_in_tags_are_neither_streamed_nor_in_the_answer(
         "Write `</think>` to close it.",
         "a <thinker> thinks",
         "<b>bold</b> and </p>",
+        "[thinking aloud] no",
         "<",
         "<thin",
         "",
@@ -313,7 +393,7 @@ async def test_long_thoughts_without_an_opening_tag_are_removed_and_next_time_he
 
 
 def test_without_a_hold_nothing_is_held_back_but_an_opening_tag() -> None:
-    thoughts = _Thoughts(0)
+    thoughts = Thoughts(0)
     assert [thoughts.feed(piece) for piece in ("<", "th", "e")] == ["", "", "<the"]
     assert without_thoughts("they think</think> so") == "so"
     assert without_thoughts("<think> in a sentence</think> stays") == "<think> in a sentence</think> stays"

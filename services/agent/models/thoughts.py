@@ -1,0 +1,99 @@
+"""Removes the thoughts of a model from the text of its answer.
+
+A server that does not know the model's format passes its thoughts on as text between tags: at the start of an answer,
+and with some chat templates without the tag that opens them.
+"""
+
+from __future__ import annotations
+
+import re
+
+# The number of characters that are held back at the start of an answer, because its thoughts may end without a tag
+# that opened them.
+HELD = 80
+
+# The tag that opens thoughts → the tag that ends them, in lower case; both are found in any case.
+_ENDS = {
+    **{f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "reasoning", "seed:think")},
+    # Mistral's Magistral, Kimi-VL, Cohere's Command A, gpt-oss.
+    "[think]": "[/think]",
+    "◁think▷": "◁/think▷",
+    "<|start_thinking|>": "<|end_thinking|>",
+    "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
+}
+_OPENING = re.compile(rf"\s*({'|'.join(map(re.escape, _ENDS))})", re.IGNORECASE)
+# A closing tag ends thoughts if it does not stand in a sentence about tags.
+_CLOSING = re.compile(r"(?<![ \t`'\"(\[>])</(think|thinking|thought|reasoning|seed:think)>", re.IGNORECASE)
+_LONGEST_TAG = max(map(len, _ENDS.values()))
+
+
+class Thoughts:
+    """Removes thoughts between tags from the start of an answer.
+
+    `held`: how many characters may wait for a closing tag without an opening one; None: all of the answer.
+    """
+
+    def __init__(self, held: int | None) -> None:
+        self._held = held
+        self._buffer = ""
+        self._end: re.Pattern[str] | None = None
+        """The tag that ends the thoughts that are being read."""
+        self._decided = False
+        self._after_thoughts = False
+        self._shown = ""
+        self.ended_without_beginning = False
+
+    def feed(self, text: str) -> str:
+        """The part of the text that is known to be the answer."""
+        if self._decided:
+            return self._show(text)
+        self._buffer += text
+        return self._advance(is_last=False)
+
+    def flush(self) -> str:
+        """The held part, when no more text follows."""
+        return "" if self._decided else self._advance(is_last=True)
+
+    def _advance(self, *, is_last: bool) -> str:
+        while True:
+            if self._end:
+                end = self._end.search(self._buffer)
+                if not end:
+                    # Only the tail may hold a part of the tag.
+                    self._buffer = self._buffer[-_LONGEST_TAG:]
+                    return ""
+                self._end, self._buffer, self._after_thoughts = None, self._buffer[end.end() :], True
+            if self._after_thoughts:
+                self._buffer = self._buffer.lstrip()
+            if opening := _OPENING.match(self._buffer):
+                self._end = re.compile(re.escape(_ENDS[opening[1].lower()]), re.IGNORECASE)
+                self._buffer = self._buffer[opening.end() :]
+                continue
+            start = self._buffer.lstrip().lower()
+            if not is_last and any(tag.startswith(start) for tag in _ENDS):
+                return ""
+            if not self._after_thoughts and self._held != 0:
+                if closing := _CLOSING.search(self._buffer):
+                    self.ended_without_beginning = self._after_thoughts = True
+                    self._buffer = self._buffer[closing.end() :]
+                    continue
+                if not is_last and (self._held is None or len(self._buffer) < self._held):
+                    return ""
+            self._decided = True
+            buffer, self._buffer = self._buffer, ""
+            return self._show(buffer)
+
+    def _show(self, text: str) -> str:
+        if self._held != 0 and not self._after_thoughts and not self.ended_without_beginning:
+            self._shown += text
+            if "</" in self._shown[-len(text) - _LONGEST_TAG :] and _CLOSING.search(self._shown):
+                # Too late for this stream; the next answers of this model are held back.
+                self.ended_without_beginning = True
+        return text
+
+
+def without_thoughts(text: str) -> str:
+    """A whole answer without the thoughts that its stream has shown before their closing tag came."""
+    if _OPENING.search(text) is None and (closing := _CLOSING.search(text)):
+        return text[closing.end() :].lstrip()
+    return text
