@@ -49,6 +49,7 @@ from infra.service.redrive import Drainer
 from infra.service.settings import Settings, SettingsError
 from infra.web import http, rpc
 from infra.web.raw import RawRoute
+from infra.web.server import serve_http
 from protos.catalog import SERVICE_LOGS
 from protos.topology import Queue, Subscription, Topic
 
@@ -262,7 +263,13 @@ class Service:
         self, runtime: Runtime, callers: Callers, health: http.Health, stack: AsyncExitStack
     ) -> None:
         if self._servicers or runtime.settings.grpc_port is not None:
-            server = rpc.Server(self.name, callers, runtime.metrics, tls=_tls(runtime.settings))
+            server = rpc.Server(
+                self.name,
+                callers,
+                runtime.metrics,
+                tls=_tls(runtime.settings),
+                shared=runtime.settings.share_ports,
+            )
             for add, servicer in [
                 operations.servicer(runtime.worker, health),
                 *(factory(runtime) for factory in self._servicers),
@@ -274,7 +281,15 @@ class Service:
         app = http.create_app(routes, health, runtime.metrics)
         raw = [route for route in routes if isinstance(route, RawRoute)]
         settings = runtime.settings
-        web = await http.serve_http(app, settings.http_port, settings.listen_host, settings.tls_folder, raw=raw)
+        web = await serve_http(
+            app,
+            settings.http_port,
+            settings.listen_host,
+            settings.tls_folder,
+            raw=raw,
+            shared=settings.share_ports,
+            draining=health.is_draining,
+        )
         stack.push_async_callback(web.stop)
 
     def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: _Running) -> None:

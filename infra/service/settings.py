@@ -92,6 +92,8 @@ class Settings(BaseSettings):
     http_port: int = Field(ge=0, le=65535)
     """0 takes a free port."""
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    share_ports: bool = False
+    """Allows a second process of this service on the same ports: it takes over while this process stops."""
     private_key_file: Annotated[Path, AfterValidator(_readable(read_private))]
     """The Ed25519 key (PEM) with which this service signs its tokens; only this service may read it."""
     public_keys_file: Annotated[Path, AfterValidator(_readable(read_public))]

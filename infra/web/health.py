@@ -48,6 +48,9 @@ class Health:
         """Reports not ready from now on, so that this process gets no new requests."""
         self._draining = True
 
+    def is_draining(self) -> bool:
+        return self._draining
+
     def alive(self) -> tuple[bool, dict[str, Any]]:
         """(alive, ``{"status","version","uptime"}``): status ``ok``, or ``stuck`` with the list ``stuck`` of parts."""
         stuck = [name for name, alive in self._probes.items() if not alive()]

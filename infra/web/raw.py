@@ -130,9 +130,11 @@ class RawRequest:
 class RawProtocol(HttpToolsProtocol):
     """uvicorn's protocol. It hands the requests of `routes` to their handlers, and all others to the application."""
 
-    def __init__(self, *args: Any, routes: Sequence[RawRoute], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, routes: Sequence[RawRoute], draining: Callable[[], bool], **kwargs: Any) -> None:
+        """draining: true when the server is about to stop. Each answer then closes its connection."""
         super().__init__(*args, **kwargs)
         self._routes = routes
+        self._draining = draining
         self._common: Sequence[tuple[bytes, bytes]] = ()
         self._common_lines = b""
         self._head_bytes = 0
@@ -163,8 +165,14 @@ class RawProtocol(HttpToolsProtocol):
         for route in self._routes:
             if self.url.startswith(route.start) and not self.parser.should_upgrade():
                 self._receive(route)
-                return
-        # uvicorn makes the scope of the request from the parts of its head.
+                break
+        else:
+            self._pass_on()
+        if self._draining():
+            self.cycle.keep_alive = False
+
+    def _pass_on(self) -> None:
+        """Gives the request to uvicorn, which makes its scope from the parts of its head."""
         url, headers = self.url, self.headers
         super().on_message_begin()
         super().on_url(url)

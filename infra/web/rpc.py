@@ -124,7 +124,10 @@ class Server:
         metrics: Metrics,
         methods: Mapping[str, Call] = METHODS,
         tls: Tls | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
+        """shared: another process of the service may listen on the same port."""
         self._service = service
         self._tls = tls
         self._health = health.aio.HealthServicer()
@@ -133,8 +136,8 @@ class Server:
             options=[
                 *_KEEPALIVE,
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                # Otherwise a second process could bind the same port and take half of the calls.
-                ("grpc.so_reuseport", 0),
+                # Without this, a second process could bind the same port by mistake and take half of the calls.
+                ("grpc.so_reuseport", int(shared)),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

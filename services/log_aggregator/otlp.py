@@ -25,7 +25,7 @@ from starlette.routing import Route
 from infra.errors import InvalidMessage, Transient
 from infra.observe.logs import get_logger
 from infra.service.service import Runtime
-from infra.web.http import serve_http
+from infra.web.server import serve_http
 from services.log_aggregator import adapters
 from services.log_aggregator.documents import Document
 from services.log_aggregator.index import Index
@@ -39,22 +39,23 @@ Value = str | int | float | bool
 
 def receiver(runtime: Runtime) -> Receiver:
     settings = runtime.settings
-    return Receiver(adapters.index(runtime), settings.otlp_port, settings.listen_host)
+    return Receiver(adapters.index(runtime), settings.otlp_port, settings.listen_host, shared=settings.share_ports)
 
 
 class Receiver:
     """Answers after OpenSearch has stored the spans. While OpenSearch is away it answers 503: the sender retries."""
 
-    def __init__(self, index: Index, port: int, host: str) -> None:
+    def __init__(self, index: Index, port: int, host: str, *, shared: bool = False) -> None:
         self._index = index
         self._port = port
         self._host = host
+        self._shared = shared
         self._stopping = asyncio.Event()
         self._log = get_logger("log_aggregator.otlp")
 
     async def run(self) -> None:
         app = Starlette(routes=[Route("/v1/traces", self._take, methods=["POST"])])
-        server = await serve_http(app, self._port, self._host)
+        server = await serve_http(app, self._port, self._host, shared=self._shared)
         await self._stopping.wait()
         await server.stop()
 

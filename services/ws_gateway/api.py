@@ -16,7 +16,7 @@ from infra.errors import InvalidMessage
 from infra.security.auth import Identities
 from infra.service.api import Reader, Runner, api, identity, of_a_tenant
 from infra.service.service import Runtime
-from infra.web.http import hand_over
+from infra.web.server import hand_over
 from services.ws_gateway.agent import Agent, accepted_run
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import api as openai

@@ -15,7 +15,8 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
-from infra.web.http import MAX_BODY_BYTES, PING_SECONDS, PONG_SECONDS
+from infra.web.http import MAX_BODY_BYTES
+from infra.web.server import PING_SECONDS, PONG_SECONDS
 
 # A client that does not read for this long is dropped.
 SEND_SECONDS = 30.0

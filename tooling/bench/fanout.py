@@ -33,7 +33,8 @@ from starlette.routing import Route
 from infra.clock import uuid7
 from infra.observe.metrics import Metrics
 from infra.web import rpc
-from infra.web.http import Health, create_app, serve_http
+from infra.web.http import Health, create_app
+from infra.web.server import serve_http
 from protos.pubsub import RUN_DELTAS
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.ws_gateway.domain import Delta

@@ -32,6 +32,7 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.service.service import freeze_loaded_modules
 from infra.web import http
+from infra.web.server import serve_http
 from services.channel.accounts import Accounts, Secrets
 from services.channel.drainer import Drainer
 from services.channel.ingest import Ingest
@@ -58,7 +59,7 @@ async def serve_ours(port: int, engine: AsyncEngine, otlp: str) -> None:
     ingest = Ingest(database, cipher, SubjectKeys(cipher))
     channel = Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics, Outgoing(allow_private=False), "")
     app = http.create_app([], http.Health("channel", "0"), metrics)
-    await http.serve_http(app, port, raw=[route(channel)])
+    await serve_http(app, port, raw=[route(channel)])
     await Drainer(ingest).run()
 
 

@@ -36,9 +36,10 @@ COMMANDS = (
     "prove",
     "backup",
     "restore",
+    "rolling-restart",
 )
 # These commands act on processes and files of the stack, which belong to the user `clawbus` if root starts it.
-_OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo", "rotate")
+_OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo", "rotate", "rolling-restart")
 
 
 def build(names: tuple[str, ...]) -> typer.Typer:
@@ -47,12 +48,12 @@ def build(names: tuple[str, ...]) -> typer.Typer:
     # With a callback the command line expects a command's name, also if it has one command only.
     app.callback()(lambda: None)
     for name in names:
-        module = import_module(f"tooling.cli.{name}")
+        module = import_module(f"tooling.cli.{name.replace('-', '_')}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:
             settings = getattr(module, "CONTEXT", None)
-            app.command(name, context_settings=settings)(getattr(module, name))
+            app.command(name, context_settings=settings)(getattr(module, name.replace("-", "_")))
     return app
 
 

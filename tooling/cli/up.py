@@ -7,8 +7,9 @@ import fcntl
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -115,36 +116,35 @@ async def _start(supervisor: Supervisor, place: Place, engine: Engine) -> None:
         await asyncio.to_thread(engine.prepare, place)
         place.folder(engine.NAME)
         supervisor.add(engine.NAME, engine.program(place))
-    version = await wait_ready(supervisor, place, engine)
+    version = await wait_ready(supervisor, engine.NAME, place.ports[engine.NAME], partial(engine.ready, place))
     if not already:
         took = f"ready after {time.monotonic() - began:.1f} s"
         console.print(f"[green]✓[/] {engine.NAME:<14} {version:<8} 127.0.0.1:{place.ports[engine.NAME]:<5}  {took}")
 
 
-async def wait_ready(supervisor: Supervisor, place: Place, engine: Engine) -> str:
-    """Waits until the engine answers, and returns its version.
+async def wait_ready(supervisor: Supervisor, name: str, port: int, ready: Callable[[], Awaitable[str]]) -> str:
+    """Waits until the program listens on its port and `ready` does not raise. Returns the version from `ready`.
 
-    Raises EngineError with the end of its log if the engine ends repeatedly or does not answer within five minutes.
+    Raises EngineError with the end of its log if the program ends repeatedly or does not answer within five minutes.
     """
-    port = place.ports[engine.NAME]
     began = time.monotonic()
-    restarts_before = supervisor.processes()[engine.NAME].restarts
+    restarts_before = supervisor.processes()[name].restarts
     while True:
         try:
             # A connection to a closed port costs almost nothing. A client would take CPU time from the starting engine.
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             async with asyncio.timeout(10):
-                return await engine.ready(place)
+                return await ready()
         except Exception as error:
-            restarts = supervisor.processes()[engine.NAME].restarts - restarts_before
+            restarts = supervisor.processes()[name].restarts - restarts_before
             if restarts > _MOST_RESTARTS or time.monotonic() - began > _READY_SECONDS:
                 reason = (
                     f"ended {restarts} times after its start"
                     if restarts > _MOST_RESTARTS
                     else f"did not answer within {_READY_SECONDS} s ({describe(error)})"
                 )
-                tail = last_lines(supervisor.log(engine.NAME), 8)
-                raise EngineError(f"{engine.NAME} {reason}. Its log (./claw logs) ends with:\n{tail}") from error
+                tail = last_lines(supervisor.log(name), 8)
+                raise EngineError(f"{name} {reason}. Its log (./claw logs) ends with:\n{tail}") from error
         await asyncio.sleep(0.2)
 
 

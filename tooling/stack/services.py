@@ -86,6 +86,8 @@ class LocalService:
             "CLAW_RABBITMQ_URL": url["rabbitmq"],
             "CLAW_REDIS_URL": url["redis"],
             "CLAW_HTTP_PORT": str(place.ports[self.NAME]),
+            # For `./claw rolling-restart`. `./claw up` has checked that no other program uses the ports.
+            "CLAW_SHARE_PORTS": "1",
             "CLAW_PRIVATE_KEY_FILE": str(private_file(keys_folder(place), self.NAME)),
             "CLAW_PUBLIC_KEYS_FILE": str(public_file(keys_folder(place))),
             "CLAW_ALLOW_PRIVATE_TARGETS": "1",
@@ -111,13 +113,22 @@ class LocalService:
         return _login(servers, self.NAME, place.secret(f"kafka.{self.NAME}"), query=query) if query else servers
 
     async def ready(self, place: Place) -> str:
+        version, _ = await self.ready_process(place)
+        return version
+
+    async def ready_process(self, place: Place) -> tuple[str, int]:
+        """The version and the id of a process of the service that is ready. Raises if the process is not ready.
+
+        If several processes share the port, any of them answers.
+        """
         from infra.web.clients import service_client
+        from infra.web.http import PROCESS
 
         own = certificates.folder(place, certificates.ADMIN)
         tls = context_of(own) if certificates.in_use(place) else None
         async with service_client(self.NAME, self.access(place)["url"], tls, ANSWER_SECONDS) as client:
-            answer = await client.get("/readyz")
-        return str(answer.raise_for_status().json()["version"])
+            answer = (await client.get("/readyz")).raise_for_status()
+        return str(answer.json()["version"]), int(answer.headers[PROCESS])
 
     def access(self, place: Place) -> dict[str, Any]:
         return {"url": f"{scheme(place)}://127.0.0.1:{place.ports[self.NAME]}"}

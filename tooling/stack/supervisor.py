@@ -94,17 +94,20 @@ class Supervisor:
 
     def add(self, name: str, program: Program) -> None:
         """Starts the program and keeps it running. Does nothing if it runs already."""
-        if name in self.processes():
-            if self.processes()[name].state not in ("RUNNING", "STARTING", "BACKOFF"):
-                self._call("startProcess", name, False)
+        known = self.processes().get(name)
+        if known and known.state in ("RUNNING", "STARTING", "BACKOFF"):
             return
         folder = self._home / "programs"
         starts = folder / f"{name}.starts"
-        starts.unlink(missing_ok=True)
         exports = [f"export {key}={shlex.quote(value)}" for key, value in program.environment.items()]
         limit = f"ulimit -n {_most_files()}"
         lines = [limit, *exports, f"echo >>{shlex.quote(str(starts))}", f"exec {shlex.join(program.command)}"]
         write_atomically(folder / f"{name}.sh", "\n".join(lines) + "\n")
+        if known:
+            self._call("startProcess", name, False)
+            return
+        starts.unlink(missing_ok=True)
+        (self._home / name).mkdir(mode=0o700, exist_ok=True)
         write_atomically(
             folder / f"{name}.conf",
             _section(
@@ -147,6 +150,15 @@ class Supervisor:
     def stop(self, name: str) -> None:
         """Stops the program, waits for its end, and does not start it again."""
         self._call("stopProcess", name)
+
+    def remove(self, name: str) -> None:
+        """Stops the program, waits for its end, and forgets it with its folder, which must be empty, and its log."""
+        self.stop(name)
+        self._call("removeProcessGroup", name)
+        for suffix in ("conf", "sh", "starts"):
+            (self._home / "programs" / f"{name}.{suffix}").unlink()
+        (self._home / name).rmdir()
+        self.log(name).unlink()
 
     def shutdown(self, first: Sequence[str] = (), kill: bool = False) -> None:
         """Stops the programs `first`, then all others, then the supervisor. Returns when no process is left.

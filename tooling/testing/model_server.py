@@ -23,7 +23,8 @@ from starlette.routing import Route
 
 from infra.observe.metrics import Metrics
 from infra.web.health import Health
-from infra.web.http import create_app, serve_http
+from infra.web.http import create_app
+from infra.web.server import serve_http
 from tooling.testing import model_shapes as shapes
 
 KEY = "a model key made up for tests"

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from infra.web.http import HttpServer, serve_http
+from infra.web.server import HttpServer, serve_http
 
 Value = str | int | float | bool | bytes | None
 

@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 from infra.observe.metrics import Metrics
 from infra.web import health as health_module
 from infra.web.health import Health
-from infra.web.http import create_app, serve_http
+from infra.web.http import create_app
+from infra.web.server import serve_http
 
 ALIVE = ("/health", "/healthz", "/api/health")
 READY = ("/readyz", "/api/health/dependencies")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -42,7 +43,9 @@ from infra.observe import telemetry
 from infra.observe.metrics import Metrics
 from infra.observe.spans import encode
 from infra.web import http
-from infra.web.http import HttpServer, create_app, read_json, serve_http
+from infra.web import server as http_server
+from infra.web.http import create_app, read_json
+from infra.web.server import HttpServer, serve_http
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -385,7 +388,7 @@ async def test_stopping_lets_requests_finish_and_takes_no_more(
 
 
 async def test_a_request_that_does_not_finish_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(http_server, "DRAIN_SECONDS", 0.1)
     server = await serve_http(create_app(app.routes(), app.health, app.metrics), 0)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
         under_way = asyncio.create_task(client.get("/slow"))
@@ -393,6 +396,27 @@ async def test_a_request_that_does_not_finish_is_cut_off(app: App, monkeypatch: 
         await server.stop()
         result: Any = (await asyncio.gather(under_way, return_exceptions=True))[0]
     assert isinstance(result, httpx.TransportError) or result.status_code >= 500
+
+
+async def test_processes_share_a_port_and_idle_clients_leave_first(app: App) -> None:
+    """The second server answers after the first one has stopped. A client in between loses no connection."""
+    web = create_app(app.routes(), app.health, app.metrics)
+    first = await serve_http(web, 0, shared=True)
+    second = await serve_http(web, first.port, shared=True)
+    with pytest.raises(OSError, match=str(first.port)):
+        await serve_http(web, first.port)
+    idle = [await asyncio.open_connection("127.0.0.1", first.port) for _ in range(20)]
+    stopping = asyncio.create_task(first.stop())
+    for reader, writer in idle:
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+    async with asyncio.timeout(10):
+        await stopping
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{first.port}") as client:
+        ready = await client.get("/readyz")
+    assert (ready.status_code, ready.headers["claw-process"]) == (200, str(os.getpid()))
+    await second.stop()
 
 
 async def test_a_taken_port_is_named(app: App) -> None:
@@ -482,8 +506,8 @@ async def test_a_message_may_be_as_large_as_a_body_and_no_larger(server: HttpSer
 
 
 async def test_a_socket_that_does_not_answer_pings_is_closed(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "PING_SECONDS", 0.1)
-    monkeypatch.setattr(http, "PONG_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(http_server, "PONG_SECONDS", 0.2)
     server = await serve_http(create_app(app.routes(), app.health, app.metrics), 0)
     async with opened(server) as other:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)

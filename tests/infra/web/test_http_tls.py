@@ -14,7 +14,8 @@ from infra import VERSION
 from infra.connections import TLS_FILES, client_context, context_of
 from infra.observe.metrics import Metrics
 from infra.web.clients import service_client
-from infra.web.http import Health, create_app, serve_http
+from infra.web.http import Health, create_app
+from infra.web.server import serve_http
 from tooling.testing.certificates import Authority
 
 

@@ -15,9 +15,10 @@ from starlette.routing import Route
 from infra.errors import TooLarge
 from infra.observe.metrics import Metrics
 from infra.web import http, raw
-from infra.web.http import HttpServer, create_app, serve_http
+from infra.web.http import create_app
 from infra.web.problems import problem
 from infra.web.raw import RawRequest, RawRoute
+from infra.web.server import HttpServer, serve_http
 
 
 class Served:
@@ -27,6 +28,7 @@ class Served:
         self.seen: list[RawRequest] = []
         self.came = asyncio.Event()
         self.server: HttpServer
+        self.draining = False
 
     def handle(self, request: RawRequest) -> None:
         self.seen.append(request)
@@ -85,7 +87,9 @@ async def served() -> AsyncIterator[Served]:
         http.Health("raw", "1"),
         Metrics(CollectorRegistry()),
     )
-    served.server = await serve_http(app, 0, raw=[RawRoute("/raw", served.handle, max_body=1_000)])
+    served.server = await serve_http(
+        app, 0, raw=[RawRoute("/raw", served.handle, max_body=1_000)], draining=lambda: served.draining
+    )
     yield served
     for request in served.seen:
         if not request.response_complete:
@@ -219,3 +223,14 @@ async def test_stopping_lets_a_request_finish(served: Served) -> None:
         request.answer()
         assert (await client.answer())[1]["connection"] == "close"
         await stopping
+
+
+@pytest.mark.parametrize("path", ["/raw/echo", "/usual"])
+async def test_before_a_stop_each_answer_closes_its_connection(served: Served, path: str) -> None:
+    async with connected(served) as client:
+        client.send(path)
+        assert "connection" not in (await client.answer())[1]
+        served.draining = True
+        client.send(path)
+        assert (await client.answer())[1]["connection"] == "close"
+        assert await client.closed() == b""

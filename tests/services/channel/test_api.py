@@ -14,7 +14,8 @@ from infra.clock import uuid7
 from infra.observe.metrics import Metrics
 from infra.security.auth import IDENTITY_HEADER
 from infra.web.health import Health
-from infra.web.http import create_app, serve_http
+from infra.web.http import create_app
+from infra.web.server import serve_http
 from protos.catalog import CHANNEL_TYPES
 from tests.services.channel.conftest import Desk
 from tooling.testing import keys

@@ -18,7 +18,8 @@ from infra.errors import EffectFailed, RetryLater, Transient
 from infra.observe.metrics import Metrics
 from infra.outgoing.client import Outgoing
 from infra.web.health import Health
-from infra.web.http import create_app, serve_http
+from infra.web.http import create_app
+from infra.web.server import serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted
 from services.memory.embeddings import LocalEmbedder, RemoteEmbedder

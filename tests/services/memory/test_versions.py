@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from infra.web.http import serve_http
+from infra.web.server import serve_http
 from services.memory.storage import Sampler
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform

@@ -19,7 +19,8 @@ from starlette.routing import Route
 from infra.errors import InvalidMessage, NotFound
 from infra.observe.metrics import Metrics
 from infra.web import rpc
-from infra.web.http import Health, create_app, serve_http
+from infra.web.http import Health, create_app
+from infra.web.server import serve_http
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from tests.services.plugin.conftest import CallReply, call

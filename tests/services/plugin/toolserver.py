@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from infra.observe.metrics import Metrics
-from infra.web.http import Health, create_app, serve_http
+from infra.web.http import Health, create_app
+from infra.web.server import serve_http
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

@@ -19,7 +19,8 @@ from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound, Transient
 from infra.observe.metrics import Metrics
 from infra.security.auth import IDENTITY_HEADER, Identity
-from infra.web.http import Health, create_app, serve_http
+from infra.web.http import Health, create_app
+from infra.web.server import serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
 from tooling.testing import keys

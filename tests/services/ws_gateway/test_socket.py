@@ -26,7 +26,8 @@ from infra.observe import telemetry
 from infra.observe.metrics import Metrics
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
-from infra.web.http import PING_SECONDS, PONG_SECONDS, Health, create_app, serve_http
+from infra.web.http import Health, create_app
+from infra.web.server import PING_SECONDS, PONG_SECONDS, serve_http
 from services.ws_gateway import api, clients, connection, socket
 from services.ws_gateway.agent import Agent as Caller
 from services.ws_gateway.clients import Clients, End

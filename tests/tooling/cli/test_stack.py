@@ -61,6 +61,13 @@ def test_status_shows_every_engine_ready(full: Stack) -> None:
         assert status["rss_mb"] > 0
 
 
+def test_a_rolling_restart_needs_a_known_service_that_runs(home: Path) -> None:
+    with pytest.raises(RuntimeError, match="SERVICE: 'mail' must be one of user, "):
+        run_claw(home, "rolling-restart", "mail")
+    with pytest.raises(RuntimeError, match="agent: not running"):
+        run_claw(home, "rolling-restart", "agent")
+
+
 def test_the_credentials_are_complete_and_only_the_owner_can_read_them(full: Stack) -> None:
     path = full.home / "credentials.json"
     assert path.stat().st_mode & 0o777 == 0o600

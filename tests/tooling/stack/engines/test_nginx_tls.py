@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from infra.web.http import serve_http
+from infra.web.server import serve_http
 from protos.catalog import SERVICES
 from tooling.stack.engines.nginx import Tls
 from tooling.testing.certificates import Authority
