@@ -109,6 +109,11 @@ class Metrics:
         # Connections to PostgreSQL. A pool that stays full makes requests and lanes wait.
         self.db_pool_used_ratio = gauge("claw_db_pool_used_ratio", "Part of the connections in use, 0 to 1", "pool")
 
+        # If PostgreSQL archives its WAL. Segments that cannot be archived fill its disk.
+        self.wal_archived_age_seconds = gauge(
+            "claw_wal_archived_age_seconds", "Time since WAL was last archived, or since the start of the server"
+        )
+
         # Requests served.
         self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")
         self.grpc_seconds = histogram("claw_grpc_request_seconds", "gRPC calls served", "method", "code")

@@ -95,7 +95,16 @@ class Maintenance:
         letters = await dead_letters.count_open(await tx.connection())
         waiting = await lane.waiting(tx)
         verified = await verification.last(await tx.connection())
+        archived = await tx.sql(
+            """
+            SELECT extract(epoch FROM clock_timestamp() - greatest(last_archived_time, pg_postmaster_start_time()))
+            FROM pg_stat_archiver
+            WHERE current_setting('archive_mode') <> 'off'
+            """
+        )
         metrics = self._metrics
+        for (age,) in archived:
+            metrics.wal_archived_age_seconds.set(age)
         for gauge in (
             metrics.outbox_depth,
             metrics.outbox_oldest_seconds,

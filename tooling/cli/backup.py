@@ -19,7 +19,7 @@ from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColum
 from infra.clock import utcnow
 from infra.security.audit import audit
 from tooling.stack import operator
-from tooling.stack.backup import take
+from tooling.stack.backup import take, wal
 from tooling.stack.backup.keyfile import backup_key, key_path
 from tooling.stack.backup.parts import BackupWriter, Manifest
 from tooling.stack.backup.targets import Target, file_name, made_at, reaching, target
@@ -67,6 +67,9 @@ def backup(
             counted = _Counted(file, where)
             manifest = operator.run(_take(found, BackupWriter(cast(IO[bytes], counted), key), where, bars))
         removed = _expire(place, name, keep_days) if keep_days else []
+        if keep_days and found.home and found.archive:
+            system = wal.system_of(found.home / "postgres" / "data")
+            wal.prune(found.archive, system, utcnow() - timedelta(days=keep_days))
     seconds = round(time.monotonic() - began, 1)
     taken = Taken(where, counted.size, counted.digest.hexdigest(), str(key_path()), seconds, removed, manifest)
     if as_json:
@@ -93,7 +96,7 @@ async def _take(found: take.Source, writer: BackupWriter, where: str, bars: Prog
 def _expire(place: Target, newest: str, keep_days: int) -> list[str]:
     """Removes the older backups, after a new one is complete. Returns their names."""
     limit = utcnow() - timedelta(days=keep_days)
-    old = [name for name in place.names() if name != newest and (at := made_at(name)) and at < limit]
+    old = [name for name in place.stored() if name != newest and (at := made_at(name)) and at < limit]
     for name in sorted(old):
         place.remove(name)
     return sorted(old)

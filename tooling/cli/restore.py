@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import typer
 from rich.console import Console
 
+from infra.clock import utcnow
 from infra.postgres.db import is_transient
 from infra.postgres.schema import Passwords, prepare_roles
 from infra.security.audit import audit
+from services.log_aggregator.stored_heads import BUCKET as AUDIT_HEADS
 from services.memory.handlers import enqueue
 from tooling.cli.backup import claw, progress, teller
 from tooling.stack import operator
 from tooling.stack.backup import database, keys, objects, take
 from tooling.stack.backup.keyfile import key_path, known_key
-from tooling.stack.backup.parts import KEYS, BackupReader, Manifest, verify
-from tooling.stack.backup.targets import opened, reaching
+from tooling.stack.backup.parts import BASE, BackupReader, Manifest, verify
+from tooling.stack.backup.recovery import recovered
+from tooling.stack.backup.targets import opened, reaching, store_access
+from tooling.stack.backup.wal import Archive, key_files, system_of
 from tooling.stack.engines.base import EngineError
-from tooling.stack.home import SERVICES, UNFINISHED, Home, home_folder
+from tooling.stack.engines.postgres import ARCHIVE
+from tooling.stack.home import PORTS, SERVICES, UNFINISHED, Home, home_folder
+from tooling.stack.privileges import stack_user
 from tooling.stack.services import KEYS_FOLDER, passwords
+from tooling.stack.supervisor import Supervisor
 
 out = Console(highlight=False)
 
@@ -37,6 +48,8 @@ class Restored(msgspec.Struct, frozen=True):
     file: str
     home: str
     """The state folder, or ``the containers``."""
+    at: datetime
+    """The moment whose state it has."""
     objects: dict[str, int]
     """Bucket → the number of restored objects."""
     messages: int
@@ -45,10 +58,24 @@ class Restored(msgspec.Struct, frozen=True):
     manifest: Manifest
 
 
+class _Backup(NamedTuple):
+    """A verified backup."""
+
+    file: str
+    """A path or URL."""
+    key: bytes
+    manifest: Manifest
+    files: list[keys.KeyFile]
+
+
 def restore(
     file: Annotated[str, typer.Argument(help="The backup: a path, or s3://bucket/key.")],
     wipe: Annotated[bool, typer.Option("--wipe", help="Delete the data that this stack has.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Verify the backup and change nothing.")] = False,
+    at: Annotated[
+        str, typer.Option(help="Restore to this moment after the backup, with archived WAL: 2026-11-30T14:59:59Z.")
+    ] = "",
+    archive: Annotated[str, typer.Option(help="Of --at: the archive, if it was moved.")] = "",
     no_start: Annotated[bool, typer.Option("--no-start", help="A trial: start no service, so that none acts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -65,21 +92,25 @@ def restore(
     if check:
         _tell_check(file, manifest, as_json)
         return
-    files = msgspec.json.decode(kept, type=list[keys.KeyFile])
+    backup = _Backup(file, key, manifest, msgspec.json.decode(kept, type=list[keys.KeyFile]))
+    moment = _moment(at, manifest, file) if at else None
     if os.environ.get("CLAW_ADMIN_DATABASE_URL"):
+        if moment:
+            raise EngineError("--at: PostgreSQL of the containers has tools of its own. Nothing was changed")
         where, start, no_start = "the containers", "docker compose up -d", True
-        counts, messages = _into_containers(file, key, manifest, files, wipe)
+        counts, messages = _into_containers(backup, wipe)
     else:
         where, start = str(home_folder()), "./claw up"
-        counts, messages = _into_home(Home(home_folder()), file, key, manifest, files, wipe)
+        counts, messages = _into_home(Home(home_folder()), backup, wipe, moment, archive)
         if not no_start:
             _claw("up")
     seconds = round(time.monotonic() - began, 1)
     if as_json:
-        done = Restored(file, where, counts, messages, seconds, manifest)
+        done = Restored(file, where, moment or manifest.at, counts, messages, seconds, manifest)
         print(msgspec.json.encode(done).decode())  # noqa: T201
         return
-    out.print(f"{where}: the state of {manifest.at:%Y-%m-%d %H:%M:%S} UTC, after {seconds} s.", soft_wrap=True)
+    state = f"{moment or manifest.at:%Y-%m-%d %H:%M:%S} UTC"
+    out.print(f"{where}: the state of {state}, after {seconds} s.", soft_wrap=True)
     out.print(f"{sum(counts.values())} files are restored. The relays send {messages} kept messages again.")
     if no_start:
         out.print(f"No service runs. To start them, so that they answer: {start}")
@@ -95,8 +126,23 @@ def _tell_check(file: str, manifest: Manifest, as_json: bool) -> None:
         out.print(f"  {part.name:<24} {part.size / 1e6:10.1f} MB  sha256 {part.sha256}", soft_wrap=True)
 
 
+def _moment(text: str, manifest: Manifest, file: str) -> datetime:
+    """The moment of --at, in UTC."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise EngineError(f"--at: {text!r} must have the form 2026-11-30T14:59:59Z. Nothing was changed") from None
+    if moment.tzinfo is None:
+        raise EngineError(f"--at: {text!r} must have a time zone, such as Z for UTC. Nothing was changed")
+    if not manifest.archive:
+        raise EngineError(f"{file}: was made without an archive of WAL: restore it without --at. Nothing was changed")
+    if not manifest.at < moment < utcnow():
+        raise EngineError(f"--at: must be after {manifest.at.isoformat()}, and not in the future. Nothing was changed")
+    return moment.astimezone(UTC)
+
+
 def _into_home(
-    home: Home, file: str, key: bytes, manifest: Manifest, files: list[keys.KeyFile], wipe: bool
+    home: Home, backup: _Backup, wipe: bool, at: datetime | None, archive: str
 ) -> tuple[dict[str, int], int]:
     """Restores into the state folder, and lets PostgreSQL and the object store run. Returns as `_parts`."""
     if not wipe and _has_data(home):
@@ -104,14 +150,47 @@ def _into_home(
             f"{home.path}: this stack has data. Restore into another CLAW_HOME, or delete the data with --wipe. "
             "Nothing was changed"
         )
-    for path in (Path(file).absolute(), key_path()):
+    for path in (Path(backup.file).absolute(), key_path()):
         if path.is_relative_to(home.path):
             raise EngineError(f"{path}: move it out of {home.path}, which is made empty first. Nothing was changed")
-    _make_empty(home, files)
+    with ExitStack() as recovery:
+        files = backup.files
+        if at:
+            try:
+                data, files = recovery.enter_context(_recovered(home, backup, at, archive))
+            except EngineError as error:
+                raise EngineError(f"{error}. Nothing was changed") from error
+        _make_empty(home, files, keep_objects=at is not None)
+        if at:
+            (home.path / "postgres").mkdir(mode=0o700)
+            shutil.chown(home.path / "postgres", data.stat().st_uid)
+            shutil.move(data, home.path / "postgres" / "data")
     _claw("up", "--only", "postgres,s3")
-    done = operator.run(_restore(home, file, key, manifest))
+    done = operator.run(_restore(home, backup, at))
     (home.path / UNFINISHED).unlink()
     return done
+
+
+@contextmanager
+def _recovered(home: Home, backup: _Backup, at: datetime, where: str) -> Iterator[tuple[Path, list[keys.KeyFile]]]:
+    """The database at that moment, as a data folder beside the state folder, and the key files until then."""
+    secrets = next(json.loads(kept.text) for kept in backup.files if kept.path == "secrets.json")
+    to = where or backup.manifest.archive
+    own = operator.engines_access().get("s3", {}) if (home.path / "credentials.json").exists() else {}
+    archive = Archive(to, secrets["wal"], store_access(own) if to.startswith("s3://") else {})
+    live = take.known_archive(home.path)
+    if live and live.to == to and Supervisor(home.path).running():
+        operator.run(database.archive_now(operator.engines_access()["postgres"]["url"]))
+    owner = stack_user().pw_uid if os.geteuid() == 0 else os.geteuid()
+    folder = home.path.with_name(f"{home.path.name}.recovery")
+    with progress() as bars, opened(backup.file) as stream, reaching(backup.file):
+        tell = teller(bars)
+        parts = BackupReader(stream, backup.key, backup.file).parts()
+        base = next(pieces for name, pieces in parts if name == BASE)
+        with recovered(folder, _told(base, BASE, tell), archive, at, owner) as data:
+            with reaching(to):
+                files = key_files(archive, system_of(data), backup.files)
+            yield data, files
 
 
 def _has_data(home: Home) -> bool:
@@ -129,28 +208,37 @@ def _has_data(home: Home) -> bool:
         return True
 
 
-def _make_empty(home: Home, files: list[keys.KeyFile]) -> None:
-    """Deletes everything but the ports of the stack, and writes the keys and passwords of the backup."""
-    ports = home.path / "ports.json"
-    kept = [keys.KeyFile(ports.name, 0o600, ports.read_text())] if ports.exists() else []
+def _make_empty(home: Home, files: list[keys.KeyFile], *, keep_objects: bool) -> None:
+    """Deletes everything but the stack's ports, certificates and archive settings. Writes the keys and passwords.
+
+    With `keep_objects`, files that were stored after the backup stay; the heads of audit chains go, because the
+    restored chains may not have their records.
+    """
+    kept = {UNFINISHED, PORTS, ARCHIVE, "tls", *(["s3"] if keep_objects else [])}
     if home.path.exists():
-        _claw("down", "--wipe")
+        _claw("down")
     home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    keys.restore([keys.KeyFile(UNFINISHED, 0o600, ""), *kept, *files], home.path / KEYS_FOLDER, home.path)
+    keys.restore([keys.KeyFile(UNFINISHED, 0o600, "")], home.path / KEYS_FOLDER, home.path)
+    for path in home.path.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(home.path / "s3" / "data" / AUDIT_HEADS, ignore_errors=True)
+    keys.restore(files, home.path / KEYS_FOLDER, home.path)
 
 
-async def _restore(home: Home, file: str, key: bytes, manifest: Manifest) -> tuple[dict[str, int], int]:
+async def _restore(home: Home, backup: _Backup, at: datetime | None) -> tuple[dict[str, int], int]:
     place = home.place()
     found = take.source()
+    if at:
+        # The data folder has the roles, too.
+        return await _parts(found, backup, at)
     # The roles of services that the backup does not know are made at the next start.
     known = [name for name in SERVICES if place.secret.known(f"postgres.{name}.owner")]
     await prepare_roles(found.database_url, {name: Passwords(**passwords(place, name)) for name in known})
-    return await _parts(found, file, key, manifest)
+    return await _parts(found, backup, None)
 
 
-def _into_containers(
-    file: str, key: bytes, manifest: Manifest, files: list[keys.KeyFile], wipe: bool
-) -> tuple[dict[str, int], int]:
+def _into_containers(backup: _Backup, wipe: bool) -> tuple[dict[str, int], int]:
     """Restores into the stores that the environment names, after the provisioning. Returns as `_parts`."""
     found = take.source()
     if wipe or operator.run(database.has_tenants(found.database_url)):
@@ -158,32 +246,35 @@ def _into_containers(
             "the database has data, and so have the other volumes: delete them (docker compose down --volumes), start "
             "the provisioning (docker compose up -d provision), and restore without --wipe. Nothing was changed"
         )
-    keys.restore(files, found.keys, None)
+    keys.restore(backup.files, found.keys, None)
 
     async def restored() -> tuple[dict[str, int], int]:
         await database.drop_schemas(found.database_url, SERVICES)
-        return await _parts(found, file, key, manifest)
+        return await _parts(found, backup, None)
 
     return operator.run(restored())
 
 
-async def _parts(found: take.Source, file: str, key: bytes, verified: Manifest) -> tuple[dict[str, int], int]:
-    """Restores all parts but the keys. Returns the objects by bucket, and the number of messages to send again."""
+async def _parts(found: take.Source, backup: _Backup, at: datetime | None) -> tuple[dict[str, int], int]:
+    """Restores all parts but the keys. Returns the objects by bucket, and the number of messages to send again.
+
+    `at`: the database was recovered to this moment already.
+    """
     url, store, counts = found.database_url, objects.client(**found.s3), {}
-    with progress() as bars, opened(file) as stream, reaching(file):
-        reader, tell = BackupReader(stream, key, file), teller(bars)
+    with progress() as bars, opened(backup.file) as stream, reaching(backup.file):
+        reader, tell = BackupReader(stream, backup.key, backup.file), teller(bars)
         for name, pieces in reader.parts():
             told = _told(pieces, name, tell)
-            if name == take.DATABASE:
-                database.restore(url, told)
-            elif name != KEYS:
+            if name == take.DATABASE and not at:
+                database.restore(url, told, found.socket)
+            elif name.startswith(take.OBJECTS):
                 bucket = take.bucket_of(name)
                 counts[bucket] = objects.restore(store, bucket, told)
-    if reader.manifest != verified:
-        raise EngineError(f"{file}: has changed since it was verified. Restore another backup")
+    if reader.manifest != backup.manifest:
+        raise EngineError(f"{backup.file}: has changed since it was verified. Restore another backup")
     messages = await database.send_all_again(url)
     async with operator.database(url, "log_aggregator") as chains, chains.begin() as tx:
-        audit(tx, operator.actor(), "stack.restore", "backup", file, at=verified.at.isoformat())
+        audit(tx, operator.actor(), "stack.restore", "backup", backup.file, at=(at or backup.manifest.at).isoformat())
     await _wake_index(url)
     return counts, messages
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tooling.stack.engines import ENGINES
+from tooling.stack.engines import ENGINES, postgres
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place
 from tooling.stack.home import Home, home_folder
 from tooling.stack.services import parts
@@ -39,10 +39,12 @@ class Status:
     rss_mb: int
     uptime_s: int
     restarts: int
+    problem: str | None
+    """A fault that a person must remove although the part answers."""
 
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
-    """Show the state, version, address and memory of each part. Exit code 1 if not all are ready."""
+    """Show the state, version, address and memory of each part. Exit code 1 if one is not ready or has a problem."""
     home = Home(home_folder())
     logging.disable()
     statuses = asyncio.run(collect(home.place(), Supervisor(home.path)))
@@ -51,7 +53,10 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         console.print_json(json.dumps([asdict(status) for status in statuses]))
     else:
         console.print(_table(statuses))
-    if any(status.state != "ready" for status in statuses):
+        for status in statuses:
+            if status.problem:
+                console.print(f"[red]{status.name}:[/] {status.problem}", soft_wrap=True)
+    if any(status.state != "ready" or status.problem for status in statuses):
         raise typer.Exit(1)
 
 
@@ -74,8 +79,16 @@ async def collect(place: Place, supervisor: Supervisor) -> list[Status]:
         if version := await ask(part, place):
             versions[part.NAME] = version
             latencies[part.NAME] = round((time.perf_counter() - began) * 1000, 1)
+    problem = await postgres.archive_problem(place) if versions.get(postgres.NAME) else None
     return [
-        _status(part, place, processes.get(name), versions.get(name), latencies.get(name))
+        _status(
+            part,
+            place,
+            processes.get(name),
+            versions.get(name),
+            latencies.get(name),
+            problem if name == postgres.NAME else None,
+        )
         for name, part in parts().items()
     ]
 
@@ -98,7 +111,12 @@ async def ask(part: Engine, place: Place) -> str | None:
 
 
 def _status(
-    part: Engine, place: Place, process: Process | None, version: str | None, latency_ms: float | None
+    part: Engine,
+    place: Place,
+    process: Process | None,
+    version: str | None,
+    latency_ms: float | None,
+    problem: str | None,
 ) -> Status:
     if process is None:
         state = "stopped"
@@ -116,6 +134,7 @@ def _status(
         _memory_mb(process.pid) if process else 0,
         process.uptime_s if process else 0,
         process.restarts if process else 0,
+        problem,
     )
 
 

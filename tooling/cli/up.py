@@ -18,7 +18,8 @@ from rich.console import Console
 
 from infra.errors import describe
 from tooling.stack.engines import CREDENTIALS, ENGINES, certificates
-from tooling.stack.engines.base import Engine, EngineError, Place
+from tooling.stack.engines.base import Engine, EngineError, Place, write_atomically
+from tooling.stack.engines.postgres import ARCHIVE
 from tooling.stack.home import UNFINISHED, Home, home_folder
 from tooling.stack.machine import check_access, check_machine
 from tooling.stack.ports import check_ports
@@ -35,6 +36,9 @@ console = Console(stderr=True, highlight=False)
 def up(
     only: Annotated[str, typer.Option(help="The parts to start, separated by commas. Default: all.")] = "",
     tls: Annotated[bool, typer.Option("--tls", help="Use mutual TLS from now on, until the stack is wiped.")] = False,
+    archive: Annotated[
+        str, typer.Option(help="Archive the database's WAL from now on: a folder, or s3://bucket/prefix.")
+    ] = "",
 ) -> None:
     """Start all engines and services that do not run. Return when all of them are ready."""
     known = parts()
@@ -57,7 +61,29 @@ def up(
             raise EngineError("--tls: this stack runs without TLS: stop it first: ./claw down")
         if tls or certificates.in_use(place):
             certificates.issue(place, [*known, certificates.ADMIN])
+        if archive:
+            _archive(home, place, archive)
         asyncio.run(_start_all(home, place, [known[name] for name in names]))
+
+
+def _archive(home: Home, place: Place, to: str) -> None:
+    """Stores the place of the archive. PostgreSQL reads it at its start."""
+    # Imported here: the client of object stores takes time, and most starts need none.
+    import msgspec
+
+    from tooling.stack.backup.targets import store_access
+    from tooling.stack.backup.wal import Archive
+
+    if not to.startswith("s3://") and Path(to).absolute().is_relative_to(home.path):
+        raise EngineError(f"--archive: must be outside of {home.path}, which a restore makes empty")
+    store = store_access(ENGINES["s3"].access(place)) if to.startswith("s3://") else {}
+    wanted = Archive(to if store else str(Path(to).absolute()), place.secret("wal"), store)
+    file, text = home.path / ARCHIVE, msgspec.json.encode(wanted).decode()
+    if file.exists() and file.read_text() == text:
+        return
+    if Supervisor(home.path).running():
+        raise EngineError("--archive: this stack runs with another setting: stop it first: ./claw down")
+    write_atomically(file, text)
 
 
 async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:

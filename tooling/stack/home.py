@@ -16,6 +16,7 @@ from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomic
 STATE = Path("/var/lib/clawbus")
 # This file lies in a state folder as long as a restore into it is not complete.
 UNFINISHED = "restore.unfinished"
+PORTS = "ports.json"
 # The usual port of each listener of each service.
 SERVICE_PORTS = {
     "user": 8001,
@@ -93,7 +94,7 @@ class Home:
         CLAW_PORT_OFFSET has precedence over the stored ports. Raises EngineError for an offset that is not usable.
         """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stored = self._read("ports.json")
+        stored = self._read(PORTS)
         ports = stored or ports_at(0)
         if text := os.environ.get("CLAW_PORT_OFFSET"):
             if not text.isdecimal():
@@ -102,7 +103,7 @@ class Home:
         # The stored ports of an older stack lack the listeners that were added since.
         ports = {**{name: port for name, port in ports_at(0).items() if name not in ports}, **ports}
         if ports != stored:
-            write_atomically(self.path / "ports.json", json.dumps(ports, indent=1))
+            write_atomically(self.path / PORTS, json.dumps(ports, indent=1))
         return Place(self.path, ports, Secrets(self.path / "secrets.json"), SERVICES)
 
     def write_credentials(self, place: Place, engines: Mapping[str, object]) -> None:

@@ -25,7 +25,7 @@ def leave_root() -> None:
     if os.geteuid() != 0:
         return
     home = home_folder()
-    user = _user()
+    user = stack_user()
     # The user's own folder is made again after a person or a program has deleted it.
     for folder in (Path(user.pw_dir), home):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,7 +63,8 @@ def _check_reach(paths: list[Path]) -> None:
         raise EngineError(f"the user {USER}, who runs the engines, cannot read {closed}: {advice}")
 
 
-def _user() -> pwd.struct_passwd:
+def stack_user() -> pwd.struct_passwd:
+    """The user who runs root's stack; made if it is missing."""
     try:
         return pwd.getpwnam(USER)
     except KeyError:

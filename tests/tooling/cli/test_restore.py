@@ -14,6 +14,7 @@ from tests.tooling.stack.backup.conftest import KEY, PARTS, written
 from tooling.cli.app import build
 from tooling.cli.up import up
 from tooling.stack.engines.base import EngineError
+from tooling.stack.engines.postgres import ARCHIVE
 from tooling.stack.home import UNFINISHED
 
 
@@ -107,6 +108,33 @@ def test_the_backup_and_its_key_must_lie_outside_the_folder_that_is_made_empty(
     monkeypatch.setenv("CLAW_BACKUP_KEY_FILE", str(key))
     assert f"{key}: move it out" in refused(claw, str(outside), "--wipe")
     assert key.exists()
+
+
+@pytest.mark.parametrize(
+    ("at", "archive", "reason"),
+    [
+        ("yesterday", "/wal", "must have the form 2026-11-30T14:59:59Z"),
+        ("2026-11-30T14:59:59", "/wal", "must have a time zone"),
+        ("2026-11-30T14:59:59Z", "", "was made without an archive of WAL"),
+        ("2026-11-30T11:59:59Z", "/wal", "must be after 2026-11-30T12:00:00"),
+        ("2999-01-01T00:00:00Z", "/wal", "not in the future"),
+    ],
+)
+def test_a_moment_that_cannot_be_restored_changes_nothing(
+    claw: typer.Typer, backup: Path, home: Path, at: str, archive: str, reason: str
+) -> None:
+    backup.write_bytes(written(PARTS, archive=archive))
+    error = refused(claw, str(backup), "--at", at)
+    assert reason in error
+    assert error.endswith("Nothing was changed")
+    assert not home.exists()
+
+
+def test_an_archive_in_the_state_folder_is_refused(home: Path) -> None:
+    """A restore would delete it."""
+    with pytest.raises(EngineError, match="--archive: must be outside"):
+        up(archive=str(home / "wal"))
+    assert not (home / ARCHIVE).exists()
 
 
 def test_a_stack_whose_restore_was_interrupted_does_not_start(home: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import aio_pika
+import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -32,9 +33,12 @@ from infra.clock import utcnow
 from infra.connections import TLS_FILES, kafka_options
 from infra.errors import describe
 from infra.postgres.db import create_engine, sql
-from tooling.stack import tls_front
+from tests.conftest import fresh_database
+from tooling.stack import engines, tls_front
+from tooling.stack.backup import database
 from tooling.stack.engines import certificates
-from tooling.stack.engines.base import Place, Secrets, write_atomically
+from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomically
+from tooling.stack.home import Home
 from tooling.testing.certificates import Authority
 from tooling.testing.stack import Stack, private_home, run_claw
 
@@ -107,6 +111,28 @@ def changed(url: str, files: Callable[[Path], Path | None], port: int | None = N
     ]
     netloc = parts.netloc if port is None else f"{parts.netloc.rpartition(':')[0]}:{port}"
     return parts._replace(query=urlencode(query, safe="/"), netloc=netloc).geturl()
+
+
+@pytest.fixture
+def empty(stack: Stack) -> Iterator[str]:
+    with fresh_database(stack) as url:
+        yield url
+
+
+async def test_a_backup_reads_and_restores_the_database(stack: Stack, empty: str) -> None:
+    """PostgreSQL's own programs know no TLS here, so they use the server's socket."""
+    url, socket = stack.postgres_url, engines.postgres.socket_folder(Home(stack.home).place())
+    connection = await asyncpg.connect(url)
+    await connection.execute("CREATE TABLE kept AS SELECT 7 AS n")
+    await connection.close()
+    async with database.snapshot(url) as taken:
+        with pytest.raises(EngineError, match="pg_dump failed"):
+            list(database.dump(url, taken))
+        database.restore(empty, database.dump(url, taken, socket), socket)
+    connection = await asyncpg.connect(empty)
+    assert await connection.fetchval("SELECT n FROM kept") == 7
+    await connection.close()
+    assert b"PG_VERSION" in b"".join(database.base(url, socket))
 
 
 @pytest.mark.parametrize("name", NAMES)

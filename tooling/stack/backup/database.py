@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 from urllib.parse import unquote, urlsplit
@@ -25,6 +27,7 @@ from tooling.stack.home import SERVICES
 _PIECE_BYTES = 1024 * 1024
 # Provisioning drops the inbox's partitions 120 days after their month.
 _NEAR_ITS_END = "90 days"
+_ARCHIVE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,27 @@ async def snapshot(url: str) -> AsyncIterator[Snapshot]:
         await connection.close()
 
 
-def dump(url: str, taken: Snapshot) -> Iterator[bytes]:
-    """pg_dump's custom format of the whole database. Raises EngineError if pg_dump fails."""
-    command = [_program("pg_dump"), "--format=custom", f"--snapshot={taken.id}"]
+def dump(url: str, taken: Snapshot, socket: Path | None = None) -> Iterator[bytes]:
+    """pg_dump's custom format of the whole database. Raises EngineError if pg_dump fails.
+
+    `socket`: the folder of the server's socket, if its programs cannot use the port of the URL.
+    """
+    return _output("pg_dump", ["--format=custom", f"--snapshot={taken.id}"], _access(url, socket))
+
+
+def base(url: str, socket: Path | None) -> Iterator[bytes]:
+    """A tar file of the data folder, for a recovery with archived WAL. Raises EngineError if pg_basebackup fails.
+
+    The tar file has the WAL of the time in which it was made, so it does not wait for the archive.
+    """
+    options = ["--pgdata=-", "--format=tar", "--wal-method=fetch", "--checkpoint=fast", "--no-manifest"]
+    return _output("pg_basebackup", options, _access(url, socket))
+
+
+def _output(name: str, options: list[str], access: dict[str, str]) -> Iterator[bytes]:
     with (
         TemporaryFile() as errors,
-        subprocess.Popen(command, env=_access(url), stdout=subprocess.PIPE, stderr=errors) as process,
+        subprocess.Popen([_program(name), *options], env=access, stdout=subprocess.PIPE, stderr=errors) as process,
     ):
         assert process.stdout
         try:
@@ -80,15 +98,18 @@ def dump(url: str, taken: Snapshot) -> Iterator[bytes]:
         except BaseException:
             process.kill()
             raise
-        _check(process, "pg_dump", errors)
+        _check(process, name, errors)
 
 
-def restore(url: str, pieces: Iterable[bytes]) -> None:
-    """Restores a dump, whole or not at all. The roles exist already. Raises EngineError if pg_restore fails."""
-    command = [_program("pg_restore"), "--single-transaction", "--exit-on-error", f"--dbname={_database(url)}"]
+def restore(url: str, pieces: Iterable[bytes], socket: Path | None = None) -> None:
+    """Restores a dump, whole or not at all. The roles exist already. Raises EngineError if pg_restore fails.
+
+    `socket`: as in `dump`.
+    """
+    command = [_program("pg_restore"), "--single-transaction", f"--dbname={_database(url)}"]
     with (
         TemporaryFile() as errors,
-        subprocess.Popen(command, env=_access(url), stdin=subprocess.PIPE, stderr=errors) as process,
+        subprocess.Popen(command, env=_access(url, socket), stdin=subprocess.PIPE, stderr=errors) as process,
     ):
         assert process.stdin
         try:
@@ -169,6 +190,27 @@ async def send_all_again(url: str) -> int:
     return count
 
 
+async def archive_now(url: str) -> None:
+    """Lets the server archive the WAL that it has until now, and waits for it.
+
+    Raises EngineError if it is not archived within a minute.
+    """
+    connection = await asyncpg.connect(url, timeout=10)
+    try:
+        # A recovery to a moment reads until a later commit: this is one.
+        await connection.execute("SELECT pg_current_xact_id()")
+        name = await connection.fetchval("SELECT pg_walfile_name(pg_switch_wal())")
+        async with asyncio.timeout(_ARCHIVE_SECONDS):
+            while not await connection.fetchval(
+                "SELECT last_archived_wal >= $1 FROM pg_stat_archiver, pg_sleep(0.2)", name
+            ):
+                pass
+    except TimeoutError:
+        raise EngineError(f"the segment {name} of the WAL cannot be archived: ./claw status shows the reason") from None
+    finally:
+        await connection.close()
+
+
 async def has_tenants(url: str) -> bool:
     """True if the database has a tenant."""
     connection = await asyncpg.connect(url, timeout=10)
@@ -181,18 +223,18 @@ async def has_tenants(url: str) -> bool:
 
 
 def _program(name: str) -> str:
-    """pg_dump or pg_restore: of the local stack's PostgreSQL, or else of the system."""
+    """A client program: of the local stack's PostgreSQL, or else of the system."""
     own = postgres.BIN / name
     if found := str(own) if own.exists() else shutil.which(name):
         return found
     raise EngineError(f"{name} is missing: install the client programs of PostgreSQL {postgres.MAJOR}")
 
 
-def _access(url: str) -> dict[str, str]:
+def _access(url: str, socket: Path | None) -> dict[str, str]:
     """The environment of a client program: other users can see the arguments of a process."""
     parts = urlsplit(url)
     access = {
-        "PGHOST": parts.hostname or "",
+        "PGHOST": str(socket) if socket else parts.hostname or "",
         "PGPORT": str(parts.port or 5432),
         "PGUSER": unquote(parts.username or ""),
         "PGPASSWORD": unquote(parts.password or ""),

@@ -17,10 +17,12 @@ from infra.errors import InvalidMessage
 from infra.security.sealed_stream import CHUNK_BYTES, SealedWriter, read_sealed
 from tooling.stack.engines.base import EngineError
 
-FORMAT = 1
-"""The version of this format. Code reads the versions up to its own."""
+FORMAT = 2
+"""The version of this format. Code reads the versions up to its own. 2: a backup may have the part `BASE`."""
 KEYS = "keys"
 """The part with the files of the keys."""
+BASE = "base"
+"""The part with the data folder of the database, if its WAL is archived."""
 _FORMAT, _PART, _BYTES, _END, _MANIFEST = b"F", b"P", b"B", b"E", b"M"
 _HEAD_BYTES = 5
 
@@ -56,6 +58,8 @@ class Manifest(msgspec.Struct, frozen=True):
     rebuilt: dict[str, str]
     """Engine → how its content is made again; it is not in the backup."""
     parts: list[Part]
+    archive: str = ""
+    """The folder or URL of the archive of the WAL; empty: the backup has no part `BASE`."""
 
 
 class BackupWriter:

@@ -15,13 +15,17 @@ from infra.stores.objects import BUCKET as MEDIA
 from services.log_aggregator.stored_heads import BUCKET as AUDIT_HEADS
 from tooling.stack import operator
 from tooling.stack.backup import database, keys, objects
-from tooling.stack.backup.parts import FORMAT, KEYS, BackupWriter, Manifest
+from tooling.stack.backup.parts import BASE, FORMAT, KEYS, BackupWriter, Manifest
 from tooling.stack.backup.targets import reaching
+from tooling.stack.backup.wal import Archive
+from tooling.stack.engines import postgres
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home, home_folder
 from tooling.stack.services import KEYS_FOLDER
 
 DATABASE = "database"
+OBJECTS = "objects/"
+"""The names of the parts with the objects of a bucket begin with it."""
 # Not in a backup: engine → how its content is made again.
 REBUILT = {
     "valkey": "limits and live messages only; nothing to make again",
@@ -45,6 +49,10 @@ class Source:
     keys: Path
     home: Path | None
     """None in containers."""
+    socket: Path | None
+    """The folder of the database's socket, if the programs of PostgreSQL cannot use its port."""
+    archive: Archive | None
+    """The archive of the WAL, if there is one."""
 
 
 def source() -> Source:
@@ -55,24 +63,31 @@ def source() -> Source:
     if url := os.environ.get("CLAW_ADMIN_DATABASE_URL"):
         try:
             names = {name: os.environ[f"CLAW_S3_{name.upper()}"] for name in ("endpoint", "access_key", "secret_key")}
-            return Source(url, names, Path(os.environ["CLAW_KEYS_FOLDER"]), None)
+            return Source(url, names, Path(os.environ["CLAW_KEYS_FOLDER"]), None, None, None)
         except KeyError as error:
             raise EngineError(f"{error.args[0]}: must be set in the environment") from None
     home = Home(home_folder())
     access = operator.engines_access()
     if "s3" not in access or "postgres" not in access:
         raise EngineError(f"{home.path}: the stack was never started completely. Start it with ./claw up")
-    return Source(access["postgres"]["url"], access["s3"], home.path / KEYS_FOLDER, home.path)
+    url, socket = access["postgres"]["url"], postgres.socket_folder(home.place())
+    return Source(url, access["s3"], home.path / KEYS_FOLDER, home.path, socket, known_archive(home.path))
+
+
+def known_archive(home: Path) -> Archive | None:
+    """The archive of the stack's WAL; None if its WAL is not archived."""
+    file = home / postgres.ARCHIVE
+    return msgspec.json.decode(file.read_bytes(), type=Archive) if file.exists() else None
 
 
 def part_of(bucket: str) -> str:
     """The name of the part with a bucket's objects."""
-    return f"objects/{bucket}"
+    return f"{OBJECTS}{bucket}"
 
 
 def bucket_of(part: str) -> str:
     """The bucket of such a part."""
-    return part.removeprefix("objects/")
+    return part.removeprefix(OBJECTS)
 
 
 async def take(found: Source, writer: BackupWriter, engines: dict[str, str | None], tell: Tell) -> Manifest:
@@ -98,7 +113,9 @@ async def take(found: Source, writer: BackupWriter, engines: dict[str, str | Non
     async with database.snapshot(found.database_url) as taken:
         files = keys.merge(before, keys.read(found.keys, found.home))
         _part(writer, KEYS, [msgspec.json.encode(files)], tell)
-        _part(writer, DATABASE, database.dump(found.database_url, taken), tell)
+        _part(writer, DATABASE, database.dump(found.database_url, taken, found.socket), tell)
+    if found.archive:
+        _part(writer, BASE, database.base(found.database_url, found.socket), tell)
     bucket(MEDIA)
     manifest = Manifest(
         format=FORMAT,
@@ -112,6 +129,7 @@ async def take(found: Source, writer: BackupWriter, engines: dict[str, str | Non
         objects=counts,
         rebuilt=REBUILT,
         parts=writer.parts,
+        archive=found.archive.to if found.archive else "",
     )
     writer.finish(manifest)
     return manifest

@@ -6,10 +6,10 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Protocol, cast
 from urllib.parse import urlsplit
 
 import urllib3
@@ -36,17 +36,21 @@ def made_at(name: str) -> datetime | None:
 
 
 class Target(Protocol):
-    """A place that keeps backups by their names."""
+    """A place that keeps files by their names: backups, or the WAL of a database."""
 
-    def new(self, name: str) -> Any:
-        """A context manager with a file to write to. The backup appears if the block ends without an error."""
+    def new(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """The file to write to. It appears if the block ends without an error. A folder overwrites no file."""
 
-    def names(self) -> list[str]: ...
+    def read(self, name: str) -> AbstractContextManager[IO[bytes] | None]:
+        """The file to read from; None if the place has none of that name."""
+
+    def stored(self) -> dict[str, datetime]:
+        """Name → the time at which it was stored."""
 
     def remove(self, name: str) -> None: ...
 
     def where(self, name: str) -> str:
-        """The path or URL of a backup."""
+        """The path or URL of a file."""
 
 
 class Folder:
@@ -58,20 +62,42 @@ class Folder:
     @contextmanager
     def new(self, name: str) -> Iterator[IO[bytes]]:
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished = self._path / f"{name}.unfinished"
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # Of this process: another one that was killed may have left its file.
+        unfinished = self._path / f"{name}.{os.getpid()}.unfinished"
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.rename(self._path / name)
-        except BaseException:
+            # Unlike `rename`, it fails if there is a file of that name.
+            os.link(unfinished, self._path / name)
+        except FileExistsError:
+            raise EngineError(f"{self.where(name)}: exists already and is not overwritten") from None
+        finally:
             unfinished.unlink(missing_ok=True)
-            raise
+        # Without this a power loss could take the name away, after PostgreSQL was told that its WAL is archived.
+        folder = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
-    def names(self) -> list[str]:
-        return [path.name for path in self._path.iterdir()]
+    @contextmanager
+    def read(self, name: str) -> Iterator[IO[bytes] | None]:
+        try:
+            file = (self._path / name).open("rb")
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            yield file
+
+    def stored(self) -> dict[str, datetime]:
+        if not self._path.is_dir():
+            return {}
+        files = {path.name: path.stat() for path in self._path.iterdir() if path.is_file()}
+        return {name: datetime.fromtimestamp(stat.st_mtime, UTC) for name, stat in files.items()}
 
     def remove(self, name: str) -> None:
         (self._path / name).unlink()
@@ -100,9 +126,30 @@ class Bucket:
             raise
         upload.complete()
 
-    def names(self) -> list[str]:
+    @contextmanager
+    def read(self, name: str) -> Iterator[IO[bytes] | None]:
+        try:
+            answer = self._store.get_object(self._bucket, self._prefix + name)
+        except S3Error as error:
+            if error.code not in ("NoSuchKey", "NoSuchBucket"):
+                raise
+            yield None
+            return
+        try:
+            yield cast(IO[bytes], answer)
+        finally:
+            answer.close()
+            answer.release_conn()
+
+    def stored(self) -> dict[str, datetime]:
+        if not self._store.bucket_exists(self._bucket):
+            return {}
         listed = self._store.list_objects(self._bucket, self._prefix)
-        return [str(found.object_name).removeprefix(self._prefix) for found in listed]
+        return {
+            str(found.object_name).removeprefix(self._prefix): cast(datetime, found.last_modified)
+            for found in listed
+            if not found.is_dir
+        }
 
     def remove(self, name: str) -> None:
         self._store.remove_object(self._bucket, self._prefix + name)
@@ -170,10 +217,15 @@ class _Upload:
 
 def target(to: str, own: dict[str, str]) -> Target:
     """`to`: a folder or ``s3://bucket/prefix``. `own`: the access to the stack's own object store."""
+    return reached(to, store_access(own) if to.startswith("s3://") else {})
+
+
+def reached(to: str, access: dict[str, str]) -> Target:
+    """As `target`, with the access to the object store that `to` is in, as `store_access` returns it."""
     if not to.startswith("s3://"):
         return Folder(Path(to).absolute())
     bucket, prefix = _s3(to)
-    return Bucket(_store(own), bucket, prefix)
+    return Bucket(objects.client(**access), bucket, prefix)
 
 
 @contextmanager
@@ -186,13 +238,10 @@ def opened(where: str) -> Iterator[IO[bytes]]:
             yield file
         return
     bucket, key = _s3(where)
-    with reaching(where):
-        answer = _store({}).get_object(bucket, key)
-        try:
-            yield cast(IO[bytes], answer)
-        finally:
-            answer.close()
-            answer.release_conn()
+    with reaching(where), Bucket(objects.client(**store_access({})), bucket, "").read(key) as answer:
+        if answer is None:
+            raise EngineError(f"{where}: does not exist")
+        yield answer
 
 
 @contextmanager
@@ -213,15 +262,20 @@ def _s3(url: str) -> tuple[str, str]:
     return parts.netloc, parts.path.removeprefix("/")
 
 
-def _store(own: dict[str, str]) -> Minio:
+def store_access(own: dict[str, str]) -> dict[str, str]:
     """The store that the usual variables of S3 clients name, or else the stack's own one."""
     if access_key := os.environ.get("AWS_ACCESS_KEY_ID"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         secret_key = os.environ.get("AWS_SECRET_ACCESS_KEY", "")
-        return objects.client(endpoint or "https://s3.amazonaws.com", access_key, secret_key, region)
+        return {
+            "endpoint": endpoint or "https://s3.amazonaws.com",
+            "access_key": access_key,
+            "secret_key": secret_key,
+            "region": region,
+        }
     if own:
-        return objects.client(own["endpoint"], own["access_key"], own["secret_key"])
+        return own
     raise EngineError(
         "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, unless it is Amazon's, AWS_ENDPOINT_URL must be set for s3://"
     )

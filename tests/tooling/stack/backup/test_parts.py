@@ -59,9 +59,9 @@ def test_another_key_is_refused(backup: bytes) -> None:
 
 def test_a_newer_format_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(parts, "FORMAT", 2)
-        backup = written(PARTS, format_=2)
-    assert "has version 2 of the format, and this code reads 1: use newer code" in refused(backup)
+        newer.setattr(parts, "FORMAT", parts.FORMAT + 1)
+        backup = written(PARTS, format_=parts.FORMAT)
+    assert "has version 3 of the format, and this code reads 2: use newer code" in refused(backup)
 
 
 def test_a_manifest_of_other_parts_is_refused() -> None:

@@ -64,7 +64,7 @@ def put(place: Target, name: str, content: bytes = b"x") -> None:
 @pytest.mark.parametrize("content", [CONTENT, b"short"])
 def test_a_backup_is_read_as_it_was_written(place: Target, content: bytes) -> None:
     put(place, "one", content)
-    assert place.names() == ["one"]
+    assert list(place.stored()) == ["one"]
     with opened(place.where("one")) as file:
         assert hashlib.sha256(file.read()).digest() == hashlib.sha256(content).digest()
 
@@ -75,7 +75,25 @@ def test_a_backup_that_was_not_completed_does_not_appear(place: Target, size: in
     with pytest.raises(EngineError, match="pg_dump"), place.new("one") as file:
         file.write(CONTENT[:size])
         raise EngineError("pg_dump failed")
-    assert place.names() == ["older"]
+    assert list(place.stored()) == ["older"]
+
+
+def test_a_folder_overwrites_no_file(tmp_path: Path) -> None:
+    place = Folder(tmp_path)
+    put(place, "one", b"first")
+    with pytest.raises(EngineError, match="one: exists already and is not overwritten"):
+        put(place, "one", b"second")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+def test_a_file_that_is_missing_is_read_as_none(place: Target) -> None:
+    with place.read("one") as file:
+        assert file is None
+    put(place, "one", b"content")
+    with place.read("one") as file:
+        assert file
+        assert file.read() == b"content"
+    assert utcnow() - place.stored()["one"] < timedelta(minutes=5)
 
 
 def test_a_folder_of_backups_belongs_to_its_owner_only(tmp_path: Path) -> None:
@@ -90,7 +108,7 @@ def test_older_backups_are_removed_and_nothing_else(place: Target) -> None:
     for name in [*names, "other.backup", "clawbus-20200101T000000Z.backup.old"]:
         put(place, name)
     assert _expire(place, names[-1], 30) == sorted(names[:2])
-    assert sorted(place.names()) == sorted([*names[2:], "other.backup", "clawbus-20200101T000000Z.backup.old"])
+    assert sorted(place.stored()) == sorted([*names[2:], "other.backup", "clawbus-20200101T000000Z.backup.old"])
 
 
 def test_the_newest_backup_stays_also_if_the_clock_was_wrong(tmp_path: Path) -> None:
@@ -111,7 +129,7 @@ def test_a_place_that_cannot_be_read_is_named(where: str, reason: str) -> None:
 
 
 def test_an_object_store_without_access_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match=f"s3://{bucket}/x: the object store refused"), opened(f"s3://{bucket}/x"):
+    with pytest.raises(EngineError, match=f"s3://{bucket}/x: does not exist"), opened(f"s3://{bucket}/x"):
         pass
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     refused = pytest.raises(EngineError, match="the object store refused")
