@@ -82,8 +82,6 @@ class Relay:
     ) -> None:
         engine = database.engine
         self._engine = engine
-        # For single statements: they need no BEGIN and no COMMIT.
-        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._service = database.service
         self._sealing = database.sealing
         self._publisher = publisher
@@ -141,7 +139,7 @@ class Relay:
         await self.leases.refresh()
         if not self.leases.held:
             return 0
-        async with self._single.connect() as connection:
+        async with self._engine.statements() as connection:
             rows = await sql(
                 connection,
                 # Locks nothing: the leases decide which process relays a bucket.
@@ -186,7 +184,7 @@ class Relay:
                     dead.append(_dead_letter(row, error))
                 case HeldBack(error):
                     held_back[row.destination, row.routing_key if bus == "rabbit" else ""] = error
-        async with self._engine.begin() if dead or held_back else self._single.connect() as connection:
+        async with self._engine.transaction() if dead or held_back else self._engine.statements() as connection:
             if done and not await self._mark_published(connection, done, confirmed):
                 return
             if dead:

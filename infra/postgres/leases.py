@@ -9,10 +9,8 @@ from __future__ import annotations
 import time
 from uuid import UUID
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from infra.clock import uuid7
-from infra.postgres.db import sql
+from infra.postgres.db import Pool, sql
 
 LEASE_SECONDS = 9.0
 
@@ -20,7 +18,7 @@ LEASE_SECONDS = 9.0
 class Leases:
     """This process's share of the leases ``<kind>:0`` … ``<kind>:<count - 1>``. For one task at a time."""
 
-    def __init__(self, engine: AsyncEngine, kind: str, count: int, *, seconds: float = LEASE_SECONDS) -> None:
+    def __init__(self, engine: Pool, kind: str, count: int, *, seconds: float = LEASE_SECONDS) -> None:
         self._engine = engine
         self._kind = kind
         self._count = count
@@ -35,7 +33,7 @@ class Leases:
         """Renews, claims and gives back leases, if a third of the lease's time has passed since the last refresh."""
         if time.monotonic() < self.due:
             return
-        async with self._engine.begin() as connection:
+        async with self._engine.transaction() as connection:
             await sql(
                 connection,
                 """
@@ -106,7 +104,7 @@ class Leases:
 
     async def release(self) -> None:
         """Gives all leases back, so that after a clean stop the next owner has them at once."""
-        async with self._engine.begin() as connection:
+        async with self._engine.transaction() as connection:
             await sql(
                 connection,
                 """

@@ -17,7 +17,7 @@ from uuid import UUID
 
 import msgspec
 from opentelemetry.trace import Span
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, TooLarge, describe
@@ -64,12 +64,12 @@ class OutboxRow(NamedTuple):
 class Tx:
     """One transaction of one service. Made by `Database`; a handler only uses it.
 
-    `engine` has the isolation level AUTOCOMMIT. `reads_only`: each statement is a transaction of its own.
+    `reads_only`: each statement is a transaction of its own.
     """
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        pool: db.Pool,
         service: str,
         *,
         tenant_id: str | None,
@@ -78,7 +78,7 @@ class Tx:
         reads_only: bool = False,
         places: Places | None = None,
     ) -> None:
-        self._engine = engine
+        self._pool = pool
         self._reads_only = reads_only
         self.service = service
         self._tenanted = tenanted
@@ -123,8 +123,7 @@ class Tx:
     async def connection(self) -> AsyncConnection:
         """The transaction's connection. Taken and begun at the first call."""
         if self._connection is None:
-            connection = await self._engine.connect()
-            self._connection = connection
+            connection = self._connection = await self._pool.take()
             if not self._reads_only:
                 await db.begin(connection)
             if self._tenanted:
@@ -331,7 +330,7 @@ class Tx:
             if commit:
                 await db.commit(self._connection)
         finally:
-            await db.give_back(self._connection)
+            await self._pool.give_back(self._connection)
             self._connection = None
 
 
@@ -343,13 +342,12 @@ class Database:
     """
 
     def __init__(
-        self, engine: AsyncEngine, service: str, *, tenanted: bool = False, sealing: Sealing | None = None
+        self, engine: db.Pool, service: str, *, tenanted: bool = False, sealing: Sealing | None = None
     ) -> None:
         self.engine = engine
         self.service = service
         self.sealing = sealing
         self._tenanted = tenanted
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._listeners: list[Callable[[str], None]] = []
         self._lane_listeners: list[Callable[[str], None]] = []
         self._places: Places | None = None
@@ -375,7 +373,7 @@ class Database:
         if self._tenanted and not tenant_id:
             raise ValueError("tenant_id: the request role works for one tenant, and none was given")
         tx = Tx(
-            self._autocommit,
+            self.engine,
             self.service,
             tenant_id=tenant_id,
             cause=cause,
@@ -413,18 +411,13 @@ class Database:
 
     def collector(self, tenant_id: str) -> Tx:
         """A transaction that only collects messages; it is never written itself."""
-        return Tx(self._autocommit, self.service, tenant_id=tenant_id or None, cause=None)
-
-    async def call(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
-        """Runs one statement that is a transaction of its own, such as a call of a function, and returns its rows."""
-        async with self._autocommit.connect() as connection:
-            return await db.sql(connection, statement, *arguments)
+        return Tx(self.engine, self.service, tenant_id=tenant_id or None, cause=None)
 
     @asynccontextmanager
     async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
         """Reads by the worker role, each statement for itself: BEGIN and COMMIT would take longer than one statement
         between them. Collected events and messages are never written."""
-        tx = Tx(self._autocommit, self.service, tenant_id=tenant_id, cause=None, reads_only=True)
+        tx = Tx(self.engine, self.service, tenant_id=tenant_id, cause=None, reads_only=True)
         try:
             yield tx
         finally:
@@ -432,7 +425,7 @@ class Database:
 
     async def autocommit(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
         """Runs one statement that is its own transaction: one round trip, without BEGIN and COMMIT."""
-        async with self._autocommit.connect() as connection:
+        async with self.engine.statements() as connection:
             return await db.sql(connection, statement, *arguments)
 
     async def run(

@@ -33,7 +33,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
     async def ListDeadLetters(
         self, request: ops_pb2.ListDeadLettersRequest, context: Any
     ) -> ops_pb2.ListDeadLettersReply:
-        async with self._database.engine.connect() as connection:
+        async with self._database.engine.statements() as connection:
             letters = await dead_letters.list_dead_letters(
                 connection,
                 self._database.service,
@@ -107,7 +107,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         )
 
     async def CountOutbox(self, request: ops_pb2.CountOutboxRequest, context: Any) -> ops_pb2.CountOutboxReply:
-        async with self._database.engine.connect() as connection:
+        async with self._database.engine.statements() as connection:
             [(produced, published)] = await sql(
                 connection,
                 """
@@ -126,7 +126,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         return ops_pb2.CountOutboxReply(produced=produced, published=published, pending=produced - published)
 
     async def _own(self, id_: UUID) -> DeadLetterView:
-        async with self._database.engine.connect() as connection:
+        async with self._database.engine.statements() as connection:
             letter = await dead_letters.get_dead_letter(connection, self._database.service, id_)
         tenant_id = rpc.tenant_if_any()
         if letter is None or (tenant_id and letter.tenant_id != tenant_id):
@@ -134,7 +134,7 @@ class Operations(ops_pb2_grpc.OperationsServicer):
         return letter
 
     async def _failed(self) -> list[UUID]:
-        async with self._database.engine.connect() as connection:
+        async with self._database.engine.statements() as connection:
             letters = await dead_letters.list_dead_letters(
                 connection, self._database.service, limit=MAX_LISTED, tenant_id=rpc.tenant_if_any()
             )

@@ -16,7 +16,7 @@ from uuid import UUID
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import OffsetOutOfRangeError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.bus.batch import readable_id
 from infra.bus.dispatch import Decoded, decode, handle
@@ -24,7 +24,7 @@ from infra.bus.kafka import printable_headers, topic_ids
 from infra.connections import kafka_options
 from infra.errors import Conflict, InvalidMessage
 from infra.failpoint import failpoint
-from infra.postgres.db import sql
+from infra.postgres.db import Pool, sql
 from infra.postgres.event_store import Aggregate, Stream, read_all
 from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Tx, publications
@@ -80,7 +80,7 @@ class Replay:
     Raises Conflict if the subscription is not a projection.
     """
 
-    def __init__(self, engine: AsyncEngine, service: str, subscription: Subscription, progress: Progress) -> None:
+    def __init__(self, engine: Pool, service: str, subscription: Subscription, progress: Progress) -> None:
         if not subscription.projection or not isinstance(subscription.source, Topic):
             raise Conflict(f"{subscription.name} is not a projection: it does not declare tables to rebuild")
         self._engine = engine
@@ -311,8 +311,7 @@ class Replay:
     async def _apply(self, items: Sequence[Decoded], total: int, reached: Mapping[int, Reached] | None = None) -> None:
         """Applies the records, and stores with them how far the partitions were read."""
         if items or reached:
-            engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-            tx = _ShadowTx(engine, self._service, tenant_id=None, cause=None)
+            tx = _ShadowTx(self._engine, self._service, tenant_id=None, cause=None)
             try:
                 await tx.sql(f'SET LOCAL ROLE "{self._service}_owner"')
                 await tx.sql(f'SET LOCAL search_path = "{self._shadow.schema}"')

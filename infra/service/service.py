@@ -194,7 +194,7 @@ class Service:
         request_engine = db.create_engine(settings.request_database_url.get_secret_value(), name=self.name)
         stack.push_async_callback(request_engine.dispose)
         for name, one in (("worker", engine), ("request", request_engine)):
-            metrics.db_pool_used_ratio.labels(name).set_function(partial(db.pool_used_ratio, one))
+            metrics.db_pool_used_ratio.labels(name).set_function(partial(getattr, one, "used_ratio"))
         keyring = Keyring(self.name, settings.private_key_file, settings.public_keys_file)
         callers = Callers(keyring)
         channels = rpc.Channels(callers, _tls(settings))
@@ -220,7 +220,7 @@ class Service:
         health = http.Health(self.name, VERSION)
 
         async def postgres() -> None:
-            async with engine.connect() as connection:
+            async with engine.statements() as connection:
                 await sql(connection, "SELECT 1")
 
         health.add_check("postgres", postgres)

@@ -26,7 +26,7 @@ from infra.observe import logs, telemetry
 from infra.observe.metrics import Metrics
 from infra.outgoing import webhooks
 from infra.outgoing.client import Outgoing
-from infra.postgres.db import create_engine
+from infra.postgres.db import Pool, create_engine
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
@@ -49,7 +49,7 @@ async def empty(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callabl
     await send({"type": "http.response.body", "body": b""})
 
 
-async def serve_ours(port: int, engine: AsyncEngine, otlp: str) -> None:
+async def serve_ours(port: int, engine: Pool, otlp: str) -> None:
     """The channel's route in the kernel's application, traced as in production. Only the relays are missing."""
     logs.setup("channel", "info")
     telemetry.setup("channel", "0", otlp)

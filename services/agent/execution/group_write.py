@@ -168,7 +168,7 @@ class GroupWriter:
         if ends_items:
             failpoint("before_lane_commit")
         failpoint("before_commit")
-        rows = await self._database.call(_CALL, *_columns(group, repeated=repeated))
+        rows = await self._database.autocommit(_CALL, *_columns(group, repeated=repeated))
         failpoint("after_commit")
         if ends_steps:
             failpoint("after_effect_commit")

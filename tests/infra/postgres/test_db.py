@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, suppress
 
 import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.postgres import db
 from infra.postgres.tx import Database
@@ -18,49 +18,49 @@ from tests.infra.conftest import SampleDatabase
 
 
 @pytest.fixture
-async def engine(sample: SampleDatabase) -> AsyncIterator[AsyncEngine]:
+async def engine(sample: SampleDatabase) -> AsyncIterator[db.Pool]:
     """With one connection, so that one that is not given back is missed."""
     engine = db.create_engine(sample.url("desk", "worker"), pool_size=1)
     yield engine
     await engine.dispose()
 
 
-async def _pid(engine: AsyncEngine) -> int:
-    async with engine.begin() as connection:
+async def _pid(engine: db.Pool) -> int:
+    async with engine.statements() as connection:
         [(pid,)] = await db.sql(connection, "SELECT pg_backend_pid()")
     return int(pid)
 
 
 @pytest.mark.parametrize("before", [0, 1])
-async def test_a_refused_statement_says_why_and_not_with_what(engine: AsyncEngine, before: int) -> None:
+async def test_a_refused_statement_says_why_and_not_with_what(engine: db.Pool, before: int) -> None:
     """Whether it is the first one of its transaction or a later one."""
     with pytest.raises(IntegrityError) as refused:
-        async with engine.begin() as connection:
+        async with engine.transaction() as connection:
             for _ in range(before):
                 await db.sql(connection, "SELECT 1")
             await db.sql(connection, "INSERT INTO stream SELECT 'secret', 1 FROM generate_series(1, $1::int)", 2)
     assert "unique" in str(refused.value)
     assert "secret" not in str(refused.value).replace("SELECT 'secret'", "")
     assert not db.is_transient(refused.value)
-    async with engine.begin() as connection:
+    async with engine.transaction() as connection:
         assert await db.sql(connection, "SELECT stream_id FROM stream WHERE stream_id = 'secret'") == []
 
 
-async def test_what_a_transaction_did_before_it_failed_is_undone(engine: AsyncEngine) -> None:
+async def test_what_a_transaction_did_before_it_failed_is_undone(engine: db.Pool) -> None:
     with pytest.raises(DBAPIError):
-        async with engine.begin() as connection:
+        async with engine.transaction() as connection:
             await db.sql(connection, "SELECT 1")
             await db.sql(connection, "INSERT INTO stream VALUES ('undone', 1)")
             await db.sql(connection, "SELECT 1 / 0")
-    async with engine.begin() as connection:
+    async with engine.transaction() as connection:
         assert await db.sql(connection, "SELECT stream_id FROM stream WHERE stream_id = 'undone'") == []
 
 
 @pytest.mark.parametrize("before", [0, 1])
-async def test_a_lost_connection_is_passing_and_replaced(engine: AsyncEngine, before: int) -> None:
+async def test_a_lost_connection_is_passing_and_replaced(engine: db.Pool, before: int) -> None:
     pid = await _pid(engine)
     with pytest.raises(DBAPIError) as lost:
-        async with engine.begin() as connection:
+        async with engine.transaction() as connection:
             for _ in range(before):
                 await db.sql(connection, "SELECT 1")
             await db.sql(connection, "SELECT pg_terminate_backend(pg_backend_pid())")
@@ -71,11 +71,12 @@ async def test_a_lost_connection_is_passing_and_replaced(engine: AsyncEngine, be
     assert await _pid(engine) != pid
 
 
+@pytest.mark.parametrize("use", [db.Pool.statements, db.Pool.connect])
 async def test_a_connection_that_the_server_has_closed_is_replaced_at_its_next_use(
-    engine: AsyncEngine, sample: SampleDatabase
+    engine: db.Pool, sample: SampleDatabase, use: Callable[[db.Pool], AbstractAsyncContextManager[AsyncConnection]]
 ) -> None:
     """As after a restart of PostgreSQL, for each connection of the pool."""
-    async with engine.connect() as connection:
+    async with use(engine) as connection:
         driver = (await connection.get_raw_connection()).driver_connection
     assert driver
     pid = driver.get_server_pid()
@@ -86,7 +87,23 @@ async def test_a_connection_that_the_server_has_closed_is_replaced_at_its_next_u
     async with asyncio.timeout(30):
         while not driver.is_closed():
             await asyncio.sleep(0.01)
-    assert await _pid(engine) != pid
+    async with use(engine) as connection:
+        assert await db.sql(connection, "SELECT pg_backend_pid()") != [(pid,)]
+
+
+async def test_a_pool_keeps_connections_until_it_is_disposed_of(engine: db.Pool, sample: SampleDatabase) -> None:
+    pid = await _pid(engine)
+    assert await _pid(engine) == pid
+    # Work that holds a connection for minutes has others.
+    async with engine.statements(), engine.connect() as beside:
+        assert await db.sql(beside, "SELECT pg_backend_pid()") != [(pid,)]
+        assert engine.taken == 1
+    await engine.dispose()
+    other = db.create_engine(sample.url("desk", "worker"), pool_size=1)
+    async with asyncio.timeout(30), other.statements() as connection:
+        while await db.sql(connection, "SELECT FROM pg_stat_activity WHERE pid = $1", pid):
+            await asyncio.sleep(0.01)
+    await other.dispose()
 
 
 async def test_a_pool_without_a_free_connection_is_a_transient_error(
@@ -94,20 +111,22 @@ async def test_a_pool_without_a_free_connection_is_a_transient_error(
 ) -> None:
     monkeypatch.setattr(db, "POOL_TIMEOUT_SECONDS", 0.05)
     engine = db.create_engine(sample.url("desk", "worker"), pool_size=1)
-    async with engine.connect():
+    async with engine.statements():
         with pytest.raises(TimeoutError) as full:
-            async with engine.connect():
+            async with engine.statements():
                 raise AssertionError("a second connection of one")
+    async with engine.statements():
+        assert engine.used_ratio == 1
     await engine.dispose()
     assert db.is_of_database(full.value)
 
 
-async def test_a_connection_that_is_cancelled_in_the_middle_is_not_used_again(engine: AsyncEngine) -> None:
+async def test_a_connection_that_is_cancelled_in_the_middle_is_not_used_again(engine: db.Pool) -> None:
     pid = await _pid(engine)
     under_way = asyncio.Event()
 
     async def work() -> None:
-        async with engine.begin() as connection:
+        async with engine.transaction() as connection:
             await db.sql(connection, "SELECT 1")
             under_way.set()
             await db.sql(connection, "SELECT pg_sleep(60)")
@@ -126,7 +145,7 @@ async def test_a_transaction_that_lasts_too_long_is_ended_by_the_server(
     monkeypatch.setattr(db, "TRANSACTION_TIMEOUT_MS", 300)
     engine = db.create_engine(sample.url("desk", "worker"), pool_size=1)
     with pytest.raises(DBAPIError) as ended:
-        async with engine.begin() as connection:
+        async with engine.transaction() as connection:
             await db.sql(connection, "SELECT pg_sleep(60)")
     await engine.dispose()
     # Its connection is gone, and with it its locks; a statement that takes too long leaves both.
@@ -134,7 +153,7 @@ async def test_a_transaction_that_lasts_too_long_is_ended_by_the_server(
     assert db.is_transient(ended.value)
 
 
-async def test_a_server_that_has_vanished_without_a_word_is_noticed(engine: AsyncEngine) -> None:
+async def test_a_server_that_has_vanished_without_a_word_is_noticed(engine: db.Pool) -> None:
     """The operating system does it. `./claw prove` found readers that waited for an answer forever."""
     async with engine.connect() as connection:
         raw = await connection.get_raw_connection()
@@ -148,8 +167,18 @@ async def test_a_server_that_has_vanished_without_a_word_is_noticed(engine: Asyn
     assert idle + pause * times == unconfirmed // 1000 == db.SILENCE_SECONDS
 
 
+async def test_a_transaction_does_not_go_on_without_the_connection_that_it_has_lost(engine: db.Pool) -> None:
+    with pytest.raises(asyncpg.InterfaceError, match="was lost"):
+        async with engine.transaction() as connection:
+            with suppress(DBAPIError):
+                await db.sql(connection, "SELECT pg_terminate_backend(pg_backend_pid())")
+            await db.sql(connection, "INSERT INTO lease_member VALUES ('lost', gen_random_uuid(), now())")
+    async with engine.statements() as connection:
+        assert await db.sql(connection, "SELECT FROM lease_member WHERE kind = 'lost'") == []
+
+
 @pytest.fixture
-def single(engine: AsyncEngine) -> Database:
+def single(engine: db.Pool) -> Database:
     return Database(engine, "sample_desk")
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from infra.postgres.db import create_engine, sql
+from infra.postgres.db import Pool, create_engine, sql
 from infra.postgres.dead_letters import DeadLetterView, list_dead_letters
 from infra.postgres.tx import Database, Tx
 from infra.service.replay import Rebuilt, Replay
@@ -46,7 +45,7 @@ class Ledger:
 class History:
     """Facts written by the desk, the ledger's tables made from them, and functions to replay them."""
 
-    admin: AsyncEngine
+    admin: Pool
     desk: Database
     buses: Buses
     ledger: Ledger

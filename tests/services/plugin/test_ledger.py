@@ -8,10 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
-from infra.postgres.db import create_engine
+from infra.postgres.db import Pool, create_engine
 from infra.postgres.schema import role_url
 from infra.postgres.tx import Database
 from infra.security import subjects
@@ -37,14 +36,14 @@ class Tools:
 
 
 @pytest.fixture(scope="module")
-async def engine(platform: Platform) -> AsyncIterator[AsyncEngine]:
+async def engine(platform: Platform) -> AsyncIterator[Pool]:
     await platform.prepare("plugin")
     engine = create_engine(role_url(platform.database_url, "plugin", "request", PASSWORDS.request), pool_size=5)
     yield engine
     await engine.dispose()
 
 
-def calls(engine: AsyncEngine, do: Do, *, lease: float = 30) -> Calls:
+def calls(engine: Pool, do: Do, *, lease: float = 30) -> Calls:
     database = Database(engine, "plugin", tenanted=True)
     return Calls(database, Cipher(MASTER_KEY), Tools(do), timedelta(seconds=lease))  # type: ignore[arg-type]
 
@@ -62,7 +61,7 @@ async def run(do: Do, effect: Effect = "repeatable", *, seconds: float = 10) -> 
 
 
 async def test_a_process_that_lost_its_lease_does_not_overwrite_the_outcome_of_its_successor(
-    platform: Platform, engine: AsyncEngine
+    platform: Platform, engine: Pool
 ) -> None:
     begun, released = asyncio.Event(), asyncio.Event()
 
@@ -88,7 +87,7 @@ async def test_a_process_that_lost_its_lease_does_not_overwrite_the_outcome_of_i
     assert [id_ for id_ in records if id_.startswith("stopped/")] == ["stopped/tool/1", "stopped/tool/2"]
 
 
-async def test_a_lease_is_renewed_for_as_long_as_the_tool_takes(engine: AsyncEngine) -> None:
+async def test_a_lease_is_renewed_for_as_long_as_the_tool_takes(engine: Pool) -> None:
     lease = 0.6
     begun, released = asyncio.Event(), asyncio.Event()
 
@@ -109,7 +108,7 @@ async def test_a_lease_is_renewed_for_as_long_as_the_tool_takes(engine: AsyncEng
     assert await first == Outcome("succeeded", '"done"')
 
 
-async def test_old_calls_are_deleted(platform: Platform, engine: AsyncEngine) -> None:
+async def test_old_calls_are_deleted(platform: Platform, engine: Pool) -> None:
     async def work(count: int) -> int:
         return count
 
@@ -184,7 +183,7 @@ async def test_errors_and_results_that_are_too_large_are_outcomes() -> None:
 
 
 async def test_an_outcome_is_sealed_for_its_person_and_unreadable_after_the_erasure(
-    platform: Platform, engine: AsyncEngine
+    platform: Platform, engine: Pool
 ) -> None:
     async def answer(_: int) -> str:
         return "canary"

@@ -19,7 +19,6 @@ import asyncpg
 import msgspec
 from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.pool import QueuePool
 
 import services.agent
 from infra.clock import utcnow, uuid7
@@ -126,10 +125,10 @@ class GatedDatabase(Database):
             # The last flush comes after the fence. A coroutine that stopped there would keep the lane's row locked.
             del tx.__dict__["flush"]
 
-    async def call(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+    async def autocommit(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
         if self.is_away:
             raise ConnectionRefusedError("the database is away")
-        return await super().call(statement, *arguments)
+        return await super().autocommit(statement, *arguments)
 
     @asynccontextmanager
     async def read_only(self, *, tenant_id: str) -> AsyncIterator[Tx]:
@@ -313,11 +312,9 @@ class Worker:
         return place
 
     async def _settle(self) -> None:
-        pool = self._engine.pool
-        assert isinstance(pool, QueuePool)
         calm = 0
         while calm < TURNS:
-            busy = pool.checkedout() > self.gate.inside
+            busy = self._engine.taken > self.gate.inside
             calm = 0 if busy else calm + 1
             await asyncio.sleep(0.0005 if busy else 0)
 

@@ -94,7 +94,7 @@ class Runs:
         return await asyncio.gather(*(self.writer.submit(write) for write in writes), return_exceptions=True)
 
     async def rows(self, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
-        return [tuple(row) for row in await self.database.call(statement, *arguments)]
+        return [tuple(row) for row in await self.database.autocommit(statement, *arguments)]
 
     async def versions(self, run_id: UUID) -> list[object]:
         rows = await self.rows("SELECT version FROM event WHERE stream_id = $1 ORDER BY position", f"run:{run_id}")

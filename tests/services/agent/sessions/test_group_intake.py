@@ -91,7 +91,7 @@ async def take(database: Database, group: list[Incoming], *, together: bool) -> 
 
 
 async def rows(database: Database, tenant_id: str) -> list[tuple[Any, ...]]:
-    return [tuple(row) for row in await database.call(_ROWS, tenant_id, GAPS.name)]
+    return [tuple(row) for row in await database.autocommit(_ROWS, tenant_id, GAPS.name)]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -135,7 +135,7 @@ async def test_messages_of_new_sessions_take_a_fixed_number_of_statements(
     original = Tx.sql
 
     async def counted(tx: Tx, statement: str, *arguments: Any) -> Any:
-        if tx._engine.sync_engine.pool is database_.engine.sync_engine.pool:
+        if tx._pool is database_.engine:
             statements.append(statement)
         return await original(tx, statement, *arguments)
 
@@ -167,7 +167,7 @@ async def test_a_message_that_another_transaction_stores_as_early_follows_the_on
     first, second = (incoming("early", agent_id, "s", position) for position in (1, 2))
 
     async def waits_for_a_lock() -> None:
-        while not await database_.call(
+        while not await database_.autocommit(
             "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         ):
             await asyncio.sleep(0.02)
