@@ -258,7 +258,7 @@ class Batches:
                 by_id.setdefault(item.id, item)  # a message that the batch holds twice is handled once
             fresh = await mark_handled(await tx.connection(), self._group, list(by_id)) if by_id else set()
             await self._handle([item for id_, item in by_id.items() if id_ in fresh], tx)
-        self._careful = any_parked or len(fresh) < len(by_id)
+        self._careful = any_parked or len(fresh) < len(good)
         self._moved(next_offset)
 
     async def _move(self, tx: Tx, next_offset: int, ids: Sequence[UUID]) -> bool:

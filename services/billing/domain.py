@@ -76,7 +76,7 @@ class Price:
     tiers: tuple[Tier, ...] = ()
     """In ascending order of `above`."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name that a charge refers to: ``openai/gpt-4o-mini@1``."""
         return f"{self.resource}@{self.version}"

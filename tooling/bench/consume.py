@@ -1,7 +1,8 @@
 """``consume``: records of a topic become rows, exactly once. Ours is the kernel's reader with inbox and traces.
 
 Each contender reads the same four partitions with records of about 513 B. It stores each record as a row of ``effect``
-and its offset in the same transaction.
+and its offset in the same transaction. One anchor also stores the id of each record, as the kernel's inbox does: this
+is the kernel's durable work by hand, and so the most that the kernel could reach.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from time import perf_counter
 import msgspec
 import pydantic
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from asyncpg.pgproto.pgproto import UUID
 from faststream.kafka import KafkaBroker, KafkaMessage
 from prometheus_client import CollectorRegistry
 
@@ -40,6 +42,7 @@ NOTEBOOKS = 2_000
 WARM_SECONDS = 0.5
 
 _INSERT = "INSERT INTO effect SELECT * FROM unnest($1::text[], $2::bigint[], $3::text[])"
+_MARK = "INSERT INTO inbox (message_id, consumer) SELECT id, 'hand' FROM unnest($1::uuid[]) AS n(id)"
 _MOVE = "UPDATE consumer_offset SET next_offset = $2 WHERE partition = $1 AND next_offset = $3"
 
 _INSERT_ONE = "INSERT INTO effect VALUES ($1, $2, $3)"
@@ -76,6 +79,7 @@ class Consume:
     def anchors(self) -> list[Anchor]:
         return [
             Anchor("by hand, in batches", 0.7, partial(self._slice, self._by_hand)),
+            Anchor("by hand, with an inbox", 0.8, partial(self._slice, partial(self._by_hand, inbox=True))),
             Anchor("FastStream, one message each", 10, partial(self._slice, self._faststream)),
         ]
 
@@ -166,7 +170,7 @@ class Consume:
         await engine.dispose()
 
     @asynccontextmanager
-    async def _by_hand(self) -> AsyncIterator[Callable[[], int]]:
+    async def _by_hand(self, *, inbox: bool = False) -> AsyncIterator[Callable[[], int]]:
         pool = await connections(self.fixture.url, PARTITIONS)
         consumer = AIOKafkaConsumer(bootstrap_servers=self.fixture.bootstrap, fetch_max_wait_ms=50)
         await consumer.start()
@@ -190,6 +194,9 @@ class Consume:
                     last = records[-1].offset + 1
                     if await connection.execute(_MOVE, place.partition, last, next_offset) != "UPDATE 1":
                         raise RuntimeError("another reader moved the offset")
+                    if inbox:
+                        ids = [UUID(dict(record.headers)["ce_id"].decode()) for record in records]
+                        await connection.execute(_MARK, ids)
                     await connection.execute(
                         _INSERT,
                         [note.notebook for note in notes],
