@@ -11,9 +11,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.errors import InvalidMessage
+from infra.postgres.db import Pool
 from infra.postgres.tx import Database
 from infra.security import rewrap as module
 from infra.security.crypto import Cipher
@@ -36,7 +36,7 @@ def cipher(folder: Path) -> Cipher:
     return Cipher(keys.master_file(folder, "desk"))
 
 
-async def all_open(engine: AsyncEngine, one: Cipher) -> int:
+async def all_open(engine: Pool, one: Cipher) -> int:
     """Opens every subject key with this cipher."""
     subjects = SubjectKeys(one)
     database = Database(engine, "desk")
