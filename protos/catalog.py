@@ -150,6 +150,16 @@ CHANNEL_INBOUND = {
     )
     for type_ in CHANNEL_TYPES
 }
+# A change of a message that has not been taken yet is retried; messages with files take up to two minutes.
+CHANNEL_CHANGES = Queue(
+    "channel.changes",
+    exchange=Exchange("channel.changes", "direct"),
+    routing_key="channel.changes",
+    message=channel.MessageChanged,
+    producers=("channel",),
+    consumer="agent",
+    retries=_SECONDS_TO_MINUTES,
+)
 CHANNEL_OUTBOUND = Queue(
     "channel.outbound",
     exchange=Exchange("channel.outbound", "direct"),
@@ -212,6 +222,7 @@ CATALOG = Catalog(
     ),
     queues=(
         *CHANNEL_INBOUND.values(),
+        CHANNEL_CHANGES,
         CHANNEL_OUTBOUND,
         NOTIFICATION_EMAIL,
         NOTIFICATION_PUSH,

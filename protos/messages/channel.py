@@ -51,6 +51,30 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     """The vendor says that its author is an administrator of the group."""
 
 
+class MessageChanged(Message, frozen=True, kw_only=True):
+    """A person has edited or deleted a message. As work it changes the message, or tells the run that has taken it."""
+
+    channel_id: UUID
+    agent_id: UUID
+    session_key: str
+    conversation_id: str
+    subject_id: str
+    """Of the message."""
+    vendor_message_id: str
+    message_id: UUID
+    """The id under which its `MessageReceived` was sent as work."""
+    position: Count
+    """Of the message. A receiver that has not handled this position yet gets the change again later."""
+    deleted: bool
+    text: str
+    """The new text; empty if it was deleted."""
+    has_files: bool
+    """The message has files, whose texts are not part of `text`."""
+    order: int
+    """Of two edits of a message, the one with the higher number is newer."""
+    changed_at: Timestamp
+
+
 class File(msgspec.Struct, frozen=True, kw_only=True):
     """A file that an agent made."""
 

@@ -12,10 +12,10 @@ from infra.lanes.lane import Lane
 from infra.lanes.resequencer import MissingMessages, Resequencer
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased, SubjectKeys
-from protos.catalog import AGENT_TASKS, CHANNEL_EVENTS, CHANNEL_INBOUND
+from protos.catalog import AGENT_TASKS, CHANNEL_CHANGES, CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.envelope import read_headers
 from protos.messages.agent import LearningRequested, RunRequested
-from protos.messages.channel import MessageDelivered, MessageReceived, MessageUndelivered
+from protos.messages.channel import MessageChanged, MessageDelivered, MessageReceived, MessageUndelivered
 from protos.topology import Subscription
 from services.agent.definitions import approvers
 from services.agent.execution.executor import Executor
@@ -23,7 +23,7 @@ from services.agent.lanes import LEARNING, RUNS, LearningItem, RunItem
 from services.agent.learning.learner import Learner
 from services.agent.models.contract import Image
 from services.agent.runs import projections
-from services.agent.sessions import sealed_arrivals
+from services.agent.sessions import changes, sealed_arrivals
 from services.agent.sessions.group_intake import Incoming, take_group
 from services.agent.sessions.intake import Arrival, Context, Origin
 
@@ -77,6 +77,11 @@ async def _take_one(tx: Tx, subjects: SubjectKeys, one: Incoming) -> None:
 TAKE_MESSAGES: tuple[Subscription, ...] = tuple(
     queue.batch_worker(most=200)(take_messages) for queue in CHANNEL_INBOUND.values()
 )
+
+
+@CHANNEL_CHANGES.worker(prefetch=20)
+async def change_message(message: MessageChanged, tx: Tx, subjects: SubjectKeys) -> None:
+    await changes.change(tx, subjects, message, GAPS.name)
 
 
 @GAPS.runner(concurrency=8)

@@ -2,17 +2,17 @@
 
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
-from services.channel import accounts, api, attachments, handlers
+from services.channel import accounts, api, attachments, changes, handlers
 from services.channel.drainer import Drainer
 from services.channel.ingest import ACCEPTED, ingest
 from services.channel.previews import previews
 from services.channel.projections import READ_MODELS
-from services.channel.publishing import DELIVERY, REPLAYED
+from services.channel.publishing import DELIVERY, MESSAGE, REPLAYED
 from services.channel.sender import sender
 from services.channel.settings import ChannelSettings
 
 service = Service("channel", ChannelSettings)
-service.own(REPLAYED, DELIVERY)
+service.own(REPLAYED, DELIVERY, MESSAGE)
 service.project(*READ_MODELS)
 service.seal(*accounts.SEALED, ACCEPTED)
 service.serve_http(api.routes)
@@ -23,6 +23,7 @@ service.consume(handlers.erase_subject)
 service.work(attachments.fetch_attachments, fetcher=attachments.fetcher)
 service.work(attachments.erase_files, fetcher=attachments.fetcher)
 service.consume(attachments.queue_erasure)
+service.work(changes.apply_change, subjects=lambda runtime: SubjectKeys(runtime.cipher))
 service.work(handlers.skip_gap)
 service.work(handlers.deliver, sender=sender)
 

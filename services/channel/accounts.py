@@ -22,7 +22,8 @@ from infra.security.rewrap import SealedColumn
 from services.channel.domain import Pseudonyms
 from services.channel.routing import Route
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Groups, Received, Request, Vendor
+from services.channel.vendors.base import Groups, Request, Vendor
+from services.channel.vendors.items import Received
 
 # A process may use its cached copy of an account for this long. A change by another process takes effect after it.
 CACHE_SECONDS = 3.0

@@ -113,7 +113,7 @@ class Fetcher:
         self._transcription = transcription
 
     async def load(self, tx: Tx, item: FetchAttachments) -> tuple[MessageTaken, InboundContent | None, DataKey | None]:
-        """The stored message. The content is None if the person was erased."""
+        """The stored message. The content is None if the person was erased, or has deleted the message."""
         [(type_, version, data)] = await tx.sql(
             "SELECT type, schema_version, data FROM event WHERE event_id = $1", item.event_id
         )
@@ -121,6 +121,9 @@ class Fetcher:
         try:
             key = await self._subjects.key(tx, str(tx.tenant_id), fact.subject_id)
         except Erased:
+            return fact, None, None
+        if not fact.content:
+            # The message was deleted meanwhile.
             return fact, None, None
         sealed = key.open(fact.content, str(item.event_id), "content")
         return fact, msgspec.json.decode(sealed, type=InboundContent), key
@@ -227,9 +230,11 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
 
 
 class EraseFiles(msgspec.Struct, frozen=True):
-    """The stored files of an erased person are to be deleted."""
+    """The stored files of an erased person, or of one deleted message, are to be deleted."""
 
     subject_id: str
+    event_id: UUID | None = None
+    """Of the message; None: all files of the person."""
 
 
 ERASURES = Lane("erased files", EraseFiles)
@@ -246,12 +251,19 @@ async def queue_erasure(event: SubjectErased, tx: Tx) -> None:
 async def erase_files(item: EraseFiles, effects: Effects, tx: Tx, fetcher: Fetcher) -> None:
     async with effects.begin() as reading:
         rows = await reading.sql(
-            "SELECT path FROM attachment WHERE tenant_id = $1 AND subject_id = $2 ORDER BY path",
+            """
+            SELECT path FROM attachment
+            WHERE tenant_id = $1 AND subject_id = $2 AND ($3 = '' OR strpos(path, '/' || $3 || '_') > 0)
+            ORDER BY path
+            """,
             reading.tenant_id,
             item.subject_id,
+            str(item.event_id or ""),
         )
-    # Files that an agent made for this person have no rows.
-    made = await fetcher.objects.paths(f"{item.subject_id}/attachments/{reading.tenant_id}/")
+    made: Sequence[str] = ()
+    if item.event_id is None:
+        # Files that an agent made for this person have no rows.
+        made = await fetcher.objects.paths(f"{item.subject_id}/attachments/{reading.tenant_id}/")
     for path in (*made, *(path for (path,) in rows)):
         await fetcher.objects.delete(path)
     await tx.sql("DELETE FROM attachment WHERE path = ANY($1::text[])", [path for (path,) in rows])
@@ -302,7 +314,18 @@ def publish(
     )
     # The id with which `publishing.publish_again` emits it from the stored fact.
     tx.publish(CHANNEL_EVENTS, public, key=item.session_key, message_id=derived_id(item.event_id, "publication", 0))
-    tx.send(CHANNEL_INBOUND[fact.channel_type], public, key=item.session_key, position=item.position)
+    tx.send(
+        CHANNEL_INBOUND[fact.channel_type],
+        public,
+        key=item.session_key,
+        position=item.position,
+        message_id=sent_id(item.event_id),
+    )
+
+
+def sent_id(event_id: UUID) -> UUID:
+    """The id of the message as it is sent to the agent."""
+    return derived_id(event_id, "sent")
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:

@@ -48,6 +48,8 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     parent_session_key: str = ""
     """The session of the conversation that this one branched off from; empty if there is none."""
     by_admin: bool = False
+    event_id: UUID = msgspec.field(default_factory=uuid7)
+    """Of its fact. Rows from before this field was added have none."""
 
 
 class NewMessage(NamedTuple):
@@ -118,7 +120,7 @@ async def _draw_positions(tx: Tx, messages: Sequence[AcceptedMessage]) -> dict[s
 
 def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> None:
     """Appends the fact and publishes its messages."""
-    event_id = uuid7()
+    event_id = message.event_id
     content = key.seal(msgspec.json.encode(message.content).decode(), str(event_id), "content")
     fact = MessageTaken(
         message.channel_id,

@@ -17,6 +17,10 @@ from services.channel.events import (
     DeliveryReceived,
     DeliverySent,
     DeliveryUnknown,
+    MessageChange,
+    MessageDeleted,
+    MessageEdited,
+    MessageReacted,
     MessageTaken,
 )
 
@@ -110,6 +114,34 @@ def evolve(delivery: Delivery, event: DeliveryEvent) -> Delivery:
 def count(messages: int, event: MessageTaken) -> int:
     """The state of a conversation is the number of its messages."""
     return messages + 1
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """How a message has changed since it was taken or sent."""
+
+    count: int = 0
+    deleted: bool = False
+
+
+# Of one message. Each costs a row, and a person can change a message as often as she likes.
+MAX_CHANGES = 200
+
+
+def change(event: MessageChange, changes: Changes) -> Sequence[MessageChange]:
+    """The vendor states the change. Nothing follows a deletion, and a deletion is never one too many."""
+    if changes.deleted or (changes.count >= MAX_CHANGES and not isinstance(event, MessageDeleted)):
+        return []
+    return [event]
+
+
+def changed(changes: Changes, event: MessageChange) -> Changes:
+    match event:
+        case MessageDeleted():
+            return Changes(changes.count + 1, True)
+        case MessageEdited() | MessageReacted():
+            return Changes(changes.count + 1)
+        case _:
+            assert_never(event)
 
 
 class Pseudonyms:

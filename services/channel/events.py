@@ -1,7 +1,8 @@
 """The facts that the channel service stores.
 
-A field `content` is personal: JSON of `InboundContent` or `OutboundContent`, encrypted with the subject's key. The
-associated data are the id of the event or the delivery, and ``content``. No other field identifies a person.
+A field `content` is personal: JSON of `InboundContent` or `OutboundContent` unless its event says otherwise, encrypted
+with the subject's key. The associated data are the id of the event or the delivery, and ``content``. It is empty if the
+message was deleted. No other field identifies a person.
 """
 
 from __future__ import annotations
@@ -70,6 +71,35 @@ class MessageTaken(msgspec.Struct, frozen=True):
     received_at: datetime
     by_admin: bool = False
     """The vendor says that its author is an administrator of the group."""
+
+
+class MessageEdited(msgspec.Struct, frozen=True):
+    """A person changed the text of a message. Stream of this and the next two: the message, named by the id of its
+    `MessageTaken`, or by that of its delivery."""
+
+    subject_id: str
+    content: bytes
+    """The new text."""
+    order: int
+    """The vendor's: of two edits the one with the higher number is newer, also if it comes first."""
+
+
+class MessageDeleted(msgspec.Struct, frozen=True):
+    """The message was deleted. Its text is removed from its `MessageTaken` and from each `MessageEdited`."""
+
+
+class MessageReacted(msgspec.Struct, frozen=True):
+    """A person put signs to the message, or took them back."""
+
+    subject_id: str
+    content: bytes
+    """JSON of a list of signs."""
+    mode: Literal["added", "removed", "all"]
+    """``all``: these are all signs of this person now."""
+    order: int
+
+
+MessageChange = MessageEdited | MessageDeleted | MessageReacted
 
 
 class DeliveryQueued(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.clock import utcnow
+from infra.clock import utcnow, uuid7
 from infra.errors import TooLarge, Transient
 from infra.failpoint import failpoint
 from infra.observe import telemetry
@@ -26,13 +26,14 @@ from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
+from services.channel import changes
 from services.channel.accounts import Account
 from services.channel.conversations import AcceptedMessage, NewMessage, store
 from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent
 from services.channel.receipts import record
 from services.channel.routing import is_for_the_bot, routed
-from services.channel.vendors.base import Ignored, Inbound, Moved, Receipt
+from services.channel.vendors.items import Change, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
 ACCEPTED = SealedColumn("accepted", "sealed", "accepted", ("encode(hash, 'hex')",))
 OTHER_FIELDS_BYTES = 2_000
@@ -51,8 +52,8 @@ _NOTE = """
     WITH idle AS (
         SELECT NOT EXISTS (SELECT FROM accepted WHERE retry_at IS NULL) AS idle
     ), fresh AS (
-        INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored)
-        SELECT n.* FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[]) AS n, idle WHERE idle.idle
+        INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored, event_id)
+        SELECT n.* FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::uuid[]) AS n, idle WHERE idle.idle
         ON CONFLICT DO NOTHING
         RETURNING hash
     )
@@ -63,11 +64,11 @@ _NOTE = """
 # drawn in the order of the messages.
 _ACCEPT = """
     WITH n AS (
-        SELECT * FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::int[])
-            AS n(hash, tenant_id, channel_id, ignored, message)
+        SELECT * FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::uuid[], $6::int[])
+            AS n(hash, tenant_id, channel_id, ignored, event_id, message)
     ), fresh AS (
-        INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored)
-        SELECT hash, tenant_id, channel_id, ignored FROM n
+        INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored, event_id)
+        SELECT hash, tenant_id, channel_id, ignored, event_id FROM n
         ON CONFLICT DO NOTHING
         RETURNING hash
     ), new AS (
@@ -75,7 +76,7 @@ _ACCEPT = """
     )
     INSERT INTO accepted (tenant_id, channel_id, hash, sealed, traceparent)
     SELECT tenant_id, channel_id, hash, sealed, traceparent
-    FROM unnest($6::int[], $7::text[], $8::uuid[], $9::bytea[], $10::bytea[], $11::text[])
+    FROM unnest($7::int[], $8::text[], $9::uuid[], $10::bytea[], $11::bytea[], $12::text[])
         AS m(message, tenant_id, channel_id, hash, sealed, traceparent)
     JOIN new USING (message)
     ORDER BY message
@@ -89,6 +90,8 @@ class _Arrival(NamedTuple):
     item: Inbound | Ignored
     hashes: list[bytes]
     traceparent: str | None
+    event_id: UUID
+    """Of the fact if the item is a message."""
 
 
 class Ingest:
@@ -110,7 +113,7 @@ class Ingest:
     def accept(
         self,
         account: Account,
-        items: Sequence[Inbound | Ignored | Moved | Receipt],
+        items: Sequence[Item],
         traceparent: str | None = None,
     ) -> asyncio.Future[None]:
         """Begins to commit the items. The result is done once all are committed; repeats change nothing.
@@ -121,19 +124,23 @@ class Ingest:
         """
         if self._commits.uncommitted >= MAX_WAITING:
             raise Transient("too many webhook calls wait to be stored")
-        arrivals = []
+        arrivals, changed = [], []
         for item in items:
             checked = _checked(account, item)
+            if isinstance(checked, Change):
+                changed.append(checked)
+                continue
             hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]
-            arrivals.append(_Arrival(account, checked, hashes, traceparent))
-        if any(isinstance(item, Moved | Receipt) for item in items):
-            return asyncio.create_task(self._apply_and_accept(account, items, arrivals, traceparent))
+            arrivals.append(_Arrival(account, checked, hashes, traceparent, uuid7()))
+        if changed or any(isinstance(item, Moved | Receipt) for item in items):
+            return asyncio.create_task(self._apply_and_accept(account, items, changed, arrivals, traceparent))
         return self._commits.submit(arrivals)
 
     async def _apply_and_accept(
         self,
         account: Account,
-        items: Sequence[Inbound | Ignored | Moved | Receipt],
+        items: Sequence[Item],
+        changed: Sequence[Change],
         arrivals: list[_Arrival],
         traceparent: str | None,
     ) -> None:
@@ -143,6 +150,8 @@ class Ingest:
             for item in items:
                 if isinstance(item, Moved):
                     await self._move(account, item)
+            if changed:
+                await changes.accept(self.database, self.subjects, account, changed)
         await self._commits.write(arrivals)
 
     async def _move(self, account: Account, moved: Moved) -> None:
@@ -215,23 +224,42 @@ def _ingest(database: Database, cipher: Cipher) -> Ingest:
     return Ingest(database, cipher, SubjectKeys(cipher))
 
 
-def _checked(account: Account, item: Inbound | Ignored | Moved | Receipt) -> Inbound | Ignored:
-    """Ignores items of a disabled account and empty texts. Removes NUL, which databases refuse.
+def _checked(account: Account, item: Item) -> Inbound | Change | Ignored:
+    """Ignores items of a disabled account, and messages that are not for the bot.
 
+    Raises TooLarge as `_checked_message`.
+    """
+    match item:
+        case Ignored():
+            return item
+        case Moved():
+            return Ignored(item.ids, "the conversation got another id")
+        case Receipt():
+            return Ignored(item.ids, f"a receipt: {item.state}")
+    if not account.enabled:
+        return Ignored(item.ids[:1], "the channel is paused")
+    match item:
+        case Edited():
+            message = _checked_message(account, item.message)
+            if isinstance(message, Ignored):
+                return Ignored(item.ids, f"an edit: {message.reason}")
+            return item._replace(message=message)
+        case Reacted() if not item.person:
+            return Ignored(item.ids, "a reaction without an author")
+        case Inbound():
+            return _checked_message(account, item)
+    return item
+
+
+def _checked_message(account: Account, item: Inbound) -> Inbound | Ignored:
+    """Ignores empty texts. Removes NUL, which databases refuse.
+
+    An ignored message is known under its first id only: Slack tells a mention in a second event about the same message.
     Raises TooLarge if the buses could not carry the message: the vendor must not get a 200 for it.
     """
-    if isinstance(item, Ignored):
-        return item
-    if isinstance(item, Moved):
-        return Ignored(item.ids, "the conversation got another id")
-    if isinstance(item, Receipt):
-        return Ignored(item.ids, f"a receipt: {item.state}")
-    if not account.enabled:
-        return Ignored(item.ids, "the channel is paused")
     if not item.conversation or not item.person:
-        return Ignored(item.ids, "without a conversation or an author")
+        return Ignored(item.ids[:1], "without a conversation or an author")
     if not is_for_the_bot(account.groups, item):
-        # Under its first id only: Slack tells a mention in a second event about the same message.
         return Ignored(item.ids[:1], f"a message of a group; only {account.groups} are answered")
     text = item.text.replace("\0", "")
     most = MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES
@@ -241,7 +269,7 @@ def _checked(account: Account, item: Inbound | Ignored | Moved | Receipt) -> Inb
         if size > most:
             raise TooLarge(f"message: has {size} bytes; must have at most {most}")
     if not text.strip() and not item.attachments:
-        return Ignored(item.ids, "the text is empty")
+        return Ignored(item.ids[:1], "the text is empty")
     return item if text == item.text else item._replace(text=text)
 
 
@@ -261,12 +289,13 @@ def _first(arrivals: Sequence[_Arrival], owners: Mapping[bytes, _Arrival]) -> li
 
 def _seen_columns(
     owners: Mapping[bytes, _Arrival], hashes: Sequence[bytes]
-) -> tuple[list[str], list[UUID], list[str | None]]:
+) -> tuple[list[str], list[UUID], list[str | None], list[UUID]]:
     arrivals = [owners[hash_] for hash_ in hashes]
     return (
         [arrival.account.tenant_id for arrival in arrivals],
         [arrival.account.id for arrival in arrivals],
         [arrival.item.reason if isinstance(arrival.item, Ignored) else None for arrival in arrivals],
+        [arrival.event_id for arrival in arrivals],
     )
 
 
@@ -285,5 +314,6 @@ def _new(arrival: _Arrival) -> NewMessage:
         utcnow(),
         account.pseudonyms.session(item.parent) if item.parent else "",
         item.by_admin,
+        arrival.event_id,
     )
     return NewMessage(message, arrival.hashes[0], arrival.traceparent)

@@ -22,6 +22,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from protos.messages.channel import SendMessage
 from services.channel import accounts as stored
+from services.channel import history
 from services.channel.accounts import Account, Secrets
 from services.channel.channels import reachable
 from services.channel.domain import State
@@ -31,6 +32,8 @@ from services.channel.queueing import EXPIRES, queue_delivery
 
 MAX_TEXT = 100_000
 MAX_FILES = 10
+DELETED_TEXT = "[deleted]"
+"""Readers show this in place of a text that its author has deleted."""
 
 # Reads only. A conversation's newest messages stand at the end of its stream.
 _INBOUND = """
@@ -78,6 +81,15 @@ class SentFile(BaseModel):
     name: str
 
 
+class Reaction(BaseModel):
+    """A sign that a person put to a message."""
+
+    sign: str
+    """As the vendor names it: ``👍``, ``:thumbsup:``."""
+    subject_id: str
+    """Our id of the person."""
+
+
 class Message(BaseModel):
     """A message between a person and a channel."""
 
@@ -92,6 +104,8 @@ class Message(BaseModel):
                     "conversation_id": "42",
                     "text": "Refunds take five days.",
                     "attachments": [],
+                    "edited": False,
+                    "reactions": [],
                     "state": "sent",
                     "reason": None,
                     "run_id": "0199c1d2-0000-7000-8000-000000000003",
@@ -110,10 +124,12 @@ class Message(BaseModel):
     conversation_id: str | None
     """The vendor's id; null if the person was erased."""
     text: str
-    """``[erased]`` if the person was erased."""
+    """The newest, if it was edited; ``[erased]`` if the person was erased, ``[deleted]`` if the person deleted it."""
     attachments: list[SentFile] = []
     """The files of an outbound message."""
-    state: Literal["received"] | State
+    edited: bool = False
+    reactions: list[Reaction] = []
+    state: Literal["received", "deleted"] | State
     reason: str | None
     """Why the state is ``failed`` or ``unknown``; else null."""
     run_id: UUID | None
@@ -180,9 +196,12 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
             asked = [DELIVERY.events.decode(*row[2:5]) for row in outbound]
             people = {(who.tenant_id, fact.subject_id) for fact in (*facts, *asked)}
             keys = await subjects.keys(tx, people) if people else {}
+            changed = await history.changes(tx, subjects, [row[0] for row in (*inbound, *outbound)])
             messages = []
             for (id_, at, *_, channel, session), fact in zip(inbound, facts, strict=True):
                 words = _open(keys[who.tenant_id, fact.subject_id], fact.content, id_, InboundContent)
+                now = changed.get(id_, history.Now())
+                text = (words.text if now.text is None else now.text) if words else ERASED_TEXT
                 messages.append(
                     Message(
                         id=id_,
@@ -190,8 +209,10 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
                         channel_id=channel,
                         session_key=session,
                         conversation_id=words and words.conversation,
-                        text=words.text if words else ERASED_TEXT,
-                        state="received",
+                        text=DELETED_TEXT if now.deleted else text,
+                        edited=now.text is not None,
+                        reactions=_reactions(now),
+                        state="deleted" if now.deleted else "received",
                         reason=None,
                         run_id=None,
                         vendor_message_id=words and words.message,
@@ -211,6 +232,7 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
                         attachments=[
                             SentFile(url=file.url or None, name=file.name) for file in (reply.files if reply else ())
                         ],
+                        reactions=_reactions(changed.get(id_, history.Now())),
                         state=state,
                         reason=reason,
                         run_id=request.run_id,
@@ -289,6 +311,10 @@ async def _conversation(tx: Tx, channel_id: UUID, session_key: str, subject_id: 
         subject_id,
     )
     return session_key, subject_id
+
+
+def _reactions(now: history.Now) -> list[Reaction]:
+    return [Reaction(sign=sign, subject_id=subject) for subject, signs in now.signs.items() for sign in signs]
 
 
 def _open(key: DataKey | None, content: bytes, id_: UUID, type_: type[Any]) -> Any:

@@ -22,6 +22,9 @@ from services.channel.events import (
     DeliveryReceived,
     DeliverySent,
     DeliveryUnknown,
+    MessageDeleted,
+    MessageEdited,
+    MessageReacted,
     MessageTaken,
 )
 
@@ -66,6 +69,14 @@ CONVERSATION = Aggregate(
     evolve=domain.count,
     # The vendor states this fact; there is nothing to decide.
     decide=lambda event, _: [event],
+)
+
+MESSAGE = Aggregate(
+    name="message",
+    events=EventTypes(MessageEdited, MessageDeleted, MessageReacted),
+    initial=domain.Changes,
+    evolve=domain.changed,
+    decide=domain.change,
 )
 
 

@@ -9,7 +9,7 @@ from services.channel import projections
 from services.channel.accounts import Account
 from services.channel.domain import MarkReceived
 from services.channel.publishing import DELIVERY
-from services.channel.vendors.base import Receipt
+from services.channel.vendors.items import Receipt
 
 
 async def record(database: Database, account: Account, receipts: Sequence[Receipt]) -> None:

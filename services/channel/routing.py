@@ -8,7 +8,8 @@ from uuid import UUID
 
 import msgspec
 
-from services.channel.vendors.base import Groups, Inbound
+from services.channel.vendors.base import Groups
+from services.channel.vendors.items import Inbound
 
 # ``/name`` or ``@name`` at the beginning; Telegram adds the bot's name to a command.
 _COMMAND = re.compile(r"\s*[/@]([A-Za-z0-9_-]{1,32})(?:@\w+)?(?:[\s,:]+|$)")

@@ -31,7 +31,8 @@ from infra.web.raw import RawRequest, RawRoute
 from services.channel.accounts import Account, Accounts
 from services.channel.ingest import Ingest, ingest
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Ack, Ignored, Received, Request, Unreadable
+from services.channel.vendors.base import Request, Unreadable
+from services.channel.vendors.items import Ack, Ignored, Received
 
 PREFIX = "/webhooks"
 PATH = PREFIX + "/{type}/{token}"

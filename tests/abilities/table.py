@@ -64,6 +64,12 @@ _NO_KEY = Lacking("the vendor takes no key: an unanswered send stays `unknown`")
 _NO_MARKS = Lacking("the vendor shows plain text: marks are removed")
 _NO_TOKEN = Lacking("the credentials are sent with each call")
 _NOT_BUILT = Lacking("not built")
+_NOT_TOLD = Lacking("the vendor does not tell it in its webhook")
+_FIXED: dict[str, Cell] = {
+    "discord": Lacking("it gets commands, which cannot be changed"),
+    "twilio": Lacking("a text message cannot be changed"),
+    "webhook": Lacking("its only event is a message"),
+}
 _NO_EDITS = Lacking("the vendor cannot change a message that was sent")
 _PREVIEWS = "../test_previews.py"
 _READ = "test_messages_of_people_and_groups_are_read"
@@ -120,7 +126,7 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         slack="test_bots_changes_and_other_events_are_ignored",
         discord="test_other_calls_are_ignored",
         teams="test_bots_and_other_activities_are_ignored",
-        whatsapp="test_sent_statuses_reactions_and_other_numbers_are_ignored",
+        whatsapp="test_sent_statuses_and_other_numbers_are_ignored",
         twilio="test_statuses_other_accounts_and_pictures",
         feishu="test_bots_and_other_events_are_ignored",
         dingtalk="test_the_robot_itself_and_unknown_kinds_are_ignored",
@@ -211,12 +217,40 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         "discord": Proof("test_discord.py", "test_the_first_part_replaces_is_thinking_and_others_follow_once"),
         "qq": _NOT_BUILT,
     },
-    "tells delivery and reading": dict.fromkeys(VENDORS, Lacking("the vendor does not tell it in its webhook"))
+    "tells delivery and reading": dict.fromkeys(VENDORS, _NOT_TOLD)
     | {
         "whatsapp": Proof("../test_deliveries.py", "test_receipts_change_a_sent_delivery_once"),
         "twilio": _NOT_BUILT,
         "teams": _NOT_BUILT,
     },
+    "follows edits": dict.fromkeys(VENDORS, _NOT_TOLD)
+    | {
+        name: Proof(f"test_{name}.py", "test_edits_deletions_and_reactions_name_their_message")
+        for name in ("slack", "teams")
+    }
+    | {"telegram": Proof("test_telegram.py", "test_edits_and_reactions_name_their_message")}
+    | _FIXED,
+    "follows deletions": dict.fromkeys(VENDORS, _NOT_TOLD)
+    | {
+        name: Proof(f"test_{name}.py", "test_edits_deletions_and_reactions_name_their_message")
+        for name in ("slack", "teams")
+    }
+    | {
+        "feishu": Proof("test_feishu.py", "test_deletions_and_reactions_name_their_message"),
+        "line": Proof("test_line.py", "test_an_unsent_message_is_deleted"),
+    }
+    | _FIXED,
+    "records reactions": dict.fromkeys(VENDORS, _NOT_TOLD)
+    | {
+        name: Proof(f"test_{name}.py", "test_edits_deletions_and_reactions_name_their_message")
+        for name in ("slack", "teams")
+    }
+    | {
+        "telegram": Proof("test_telegram.py", "test_edits_and_reactions_name_their_message"),
+        "feishu": Proof("test_feishu.py", "test_deletions_and_reactions_name_their_message"),
+        "whatsapp": Proof("test_whatsapp.py", "test_a_reaction_names_its_message"),
+    }
+    | _FIXED,
     "chooses its agent": dict.fromkeys(
         VENDORS, Proof("../test_routing.py", "test_the_first_route_that_fits_names_the_agent")
     ),

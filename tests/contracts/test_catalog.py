@@ -24,6 +24,7 @@ TOPICS = {
 }
 QUEUES = {
     **{f"channel.inbound.{type_}": ("channel.inbound", "topic", "agent") for type_ in CHANNEL_TYPES},
+    "channel.changes": ("channel.changes", "direct", "agent"),
     "channel.outbound": ("channel.outbound", "direct", "channel"),
     "notification.email": ("notification", "topic", "notification"),
     "notification.push": ("notification", "topic", "notification"),

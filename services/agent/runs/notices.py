@@ -13,6 +13,7 @@ NOT_YOURS = "Another person has to decide this, so your answer does not count."
 
 # For the operator.
 CANCELLED = "cancelled on request"
+DELETED = "the person has deleted the message"
 INTERRUPTED = "interrupted by a newer message"
 TAKEN_OVER = "a person has taken the session over"
 

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from services.agent.definitions.queue_modes import QueueMode
-from services.agent.sessions.events import Event, MessageAccepted, MessagesRequeued
+from services.agent.sessions.events import Event, MessageAccepted, MessagesRequeued, MessageWithdrawn
 
 # The most messages that one run answers together, and how long it waits for the next of them.
 CAP = 20
@@ -77,6 +77,9 @@ def decide(command: Accept, session: Session) -> list[MessageAccepted]:
 def evolve(session: Session, event: Event) -> Session:
     if isinstance(event, MessagesRequeued):
         return Session(event.run_id, event.messages)
+    if isinstance(event, MessageWithdrawn):
+        left = event.leaves and event.run_id == session.run_id
+        return Session(session.run_id, session.messages - left, session.waits)
     if event.decides:
         return session
     return Session(event.run_id, 1 if event.opens else session.messages + 1, event.waits)

@@ -19,7 +19,7 @@ class MessageAccepted(msgspec.Struct, frozen=True, kw_only=True):
     """The run starts a moment later because more messages may come."""
     subject_id: str
     text: bytes
-    """Sealed under the subject's key."""
+    """Sealed under the subject's key; empty if the message was deleted."""
     at: datetime
     decides: bool = False
     """The message is about the decision that the run waits for. The run does not answer it."""
@@ -33,4 +33,13 @@ class MessagesRequeued(msgspec.Struct, frozen=True, kw_only=True):
     messages: int
 
 
-Event = MessageAccepted | MessagesRequeued
+class MessageWithdrawn(msgspec.Struct, frozen=True, kw_only=True):
+    """A person deleted a message. Its text is removed everywhere."""
+
+    message_id: UUID
+    run_id: UUID
+    leaves: bool
+    """The run had not begun, and has other messages, which it answers without this one."""
+
+
+Event = MessageAccepted | MessagesRequeued | MessageWithdrawn

@@ -5,10 +5,14 @@ from __future__ import annotations
 from infra.postgres.event_store import Aggregate, Stream
 from infra.postgres.upcasting import EventTypes
 from services.agent.sessions.domain import Session, decide, evolve
-from services.agent.sessions.events import MessageAccepted, MessagesRequeued
+from services.agent.sessions.events import MessageAccepted, MessagesRequeued, MessageWithdrawn
 
 SESSION = Aggregate(
-    name="session", events=EventTypes(MessageAccepted, MessagesRequeued), initial=Session, evolve=evolve, decide=decide
+    name="session",
+    events=EventTypes(MessageAccepted, MessagesRequeued, MessageWithdrawn),
+    initial=Session,
+    evolve=evolve,
+    decide=decide,
 )
 
 

@@ -22,7 +22,7 @@ from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Un
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from infra.web.http import MAX_BODY_BYTES
-from services.channel.events import Attachment
+from services.channel.vendors.items import Received
 
 C = TypeVar("C", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -54,73 +54,6 @@ class Request(NamedTuple):
     """The public URL that the vendor called, with its query. Some vendors sign it."""
     keys: Mapping[str, Any] = {}
     """The keys that the vendor publishes, by id, if it signs with such keys."""
-
-
-class Inbound(NamedTuple):
-    """A person's message."""
-
-    ids: tuple[str, ...]
-    """All ids under which the vendor may send this message. If one of them is known, the message is a repeat."""
-    conversation: str
-    """The vendor's id of the conversation, including the thread if there is one. `send` gets it back."""
-    person: str
-    """The vendor's id of the author."""
-    message: str
-    """The vendor's id of the message, for replies."""
-    text: str
-    parent: str | None = None
-    """The conversation that this one branched off from, such as the channel of a thread."""
-    attachments: tuple[Attachment, ...] = ()
-    """With them the text may be empty."""
-    in_group: bool = False
-    """Others read it, too."""
-    mentions_bot: bool = False
-    replies_to_bot: bool = False
-    """It quotes a message of the bot."""
-    by_admin: bool = False
-    """The vendor says that the author is an administrator of the group."""
-
-
-class Moved(NamedTuple):
-    """A conversation got another id. It goes on with its history."""
-
-    ids: tuple[str, ...]
-    old: str
-    new: str
-
-
-class Receipt(NamedTuple):
-    """The vendor's later news of a message that it has accepted."""
-
-    ids: tuple[str, ...]
-    message: str
-    """The vendor's id of the message, as `Vendor.send` returned it."""
-    state: Literal["delivered", "read", "failed"]
-    reason: str = ""
-    """Why it failed."""
-
-
-class Ignored(NamedTuple):
-    """A genuine event that starts no run."""
-
-    ids: tuple[str, ...]
-    reason: str
-    """Shown to operators: the kind of the event, never its content."""
-
-
-class Ack(NamedTuple):
-    """The answer to a webhook call, sent after all its items are stored."""
-
-    body: bytes = b""
-    media_type: str = "text/plain"
-    status: int = 200
-
-
-class Received(NamedTuple):
-    """The items of one webhook call, in its order."""
-
-    items: Sequence[Inbound | Ignored | Moved | Receipt]
-    ack: Ack = Ack()
 
 
 class OutboundFile(NamedTuple):

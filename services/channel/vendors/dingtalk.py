@@ -19,11 +19,8 @@ from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
-    Received,
     Request,
     Tokens,
     Vendor,
@@ -34,6 +31,7 @@ from services.channel.vendors.base import (
     placeholder,
     read_json,
 )
+from services.channel.vendors.items import Ignored, Inbound, Received
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes.

@@ -23,14 +23,10 @@ from services.channel.multipart import multipart
 from services.channel.vendors.base import (
     MAX_FILE,
     AccountRefused,
-    Ack,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
     OutboundFile,
     Preview,
-    Received,
     Request,
     Vendor,
     at_origin,
@@ -41,6 +37,7 @@ from services.channel.vendors.base import (
     raise_for_transient,
     read_json,
 )
+from services.channel.vendors.items import Ack, Ignored, Inbound, Received
 from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged
 from services.channel.vendors.splitting import split
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 from urllib.parse import quote
 
 import msgspec
@@ -19,50 +19,30 @@ from cryptography.hazmat.primitives.padding import PKCS7
 from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
-from services.channel.events import Attachment
+from services.channel.vendors import feishu_events
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     PLACEHOLDER,
     AccountRefused,
-    Ack,
     Groups,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
     Preview,
-    Received,
     Request,
     Tokens,
-    Unreadable,
     Vendor,
     constant_time_equals,
     decode,
     download,
     is_recent,
-    placeholder,
     read_json,
 )
+from services.channel.vendors.items import Ack, Ignored, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes of a rich text. Markdown is sent as rich text.
 MAX_TEXT = 28_000
-_FILES: dict[str, tuple[Literal["image", "voice", "video", "file"], str]] = {
-    "image": ("image", "image_key"),
-    "media": ("video", "file_key"),
-    "audio": ("voice", "file_key"),
-    "file": ("file", "file_key"),
-}
-"""The kind of each type of message with a file, and the field with its key."""
-_ATTACHMENTS = {
-    "sticker": "a sticker",
-    "location": "a location",
-    "share_chat": "a contact",
-    "share_user": "a contact",
-    "folder": "a folder",
-    "interactive": "a card",
-}
 _TOKEN_REFUSED = frozenset((99991661, 99991663, 99991664, 99991665, 99991668, 99991671, 99991677))
 _LATER = frozenset((230020, 99991400, 11232, 11233, 11247))
 _TRANSIENT = frozenset((2200, 5000, 230049, 99991672))
@@ -95,39 +75,6 @@ class _Payload(msgspec.Struct):
     uuid: str | None = None
     header: _Header | None = None
     event: msgspec.Raw = msgspec.Raw(b"{}")
-
-
-class _PersonId(msgspec.Struct):
-    open_id: str | None = None
-    user_id: str | None = None
-    union_id: str | None = None
-
-
-class _Sender(msgspec.Struct):
-    sender_id: _PersonId | None = None
-    sender_type: str = ""
-
-
-class _Mention(msgspec.Struct):
-    key: str
-    name: str = ""
-    mentioned_type: str = ""
-
-
-class _Message(msgspec.Struct):
-    message_id: str
-    chat_id: str
-    message_type: str
-    content: str = "{}"
-    chat_type: str = ""
-    thread_id: str | None = None
-    root_id: str | None = None
-    mentions: list[_Mention] | None = None
-
-
-class _Event(msgspec.Struct):
-    sender: _Sender
-    message: _Message
 
 
 class _Token(msgspec.Struct):
@@ -165,7 +112,8 @@ class Feishu(Vendor[FeishuCredentials]):
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app with a bot; copy the app id and the app secret.",
         "Set an Encrypt Key and copy it and the Verification Token.",
-        "Enter the webhook's public URL as request URL, and subscribe to im.message.receive_v1.",
+        "Enter the webhook's public URL as request URL, and subscribe to im.message.receive_v1; for deletions and "
+        "reactions also to im.message.recalled_v1, im.message.reaction.created_v1 and im.message.reaction.deleted_v1.",
     )
 
     def __init__(self) -> None:
@@ -194,9 +142,7 @@ class Feishu(Vendor[FeishuCredentials]):
         if payload.header is None:
             return Received([Ignored((f"event/{payload.uuid}",), "an event of the old schema")])
         ids = (f"event/{payload.header.event_id}",)
-        if payload.header.event_type != "im.message.receive_v1":
-            return Received([Ignored(ids, f"an event {payload.header.event_type[:60]}")])
-        return Received([_item(ids, decode(payload.event, _Event))])
+        return Received([feishu_events.read(ids, payload.header.event_type, payload.event)])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, utf8_length)
@@ -315,83 +261,6 @@ def decrypt(credentials: FeishuCredentials, encrypted: str) -> bytes:
         return unpadder.update(padded) + unpadder.finalize()
     except ValueError as error:
         raise Unauthenticated("the body is not encrypted with this channel's encrypt_key") from error
-
-
-def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
-    message = event.message
-    ids = (*ids, f"message/{message.message_id}")
-    person = event.sender.sender_id or _PersonId()
-    author = person.open_id or person.union_id or person.user_id
-    if event.sender.sender_type != "user" or author is None:
-        return Ignored(ids, "a message that no person wrote")
-    thread = f"/{message.root_id or message.message_id}" if message.thread_id else ""
-    attachments = _attachments(message)
-    text = "" if attachments else _text(message)
-    if text is None:
-        return Ignored(ids, f"a message of type {message.message_type[:40]}")
-    return Inbound(
-        ids,
-        f"{message.chat_id}{thread}",
-        author,
-        message.message_id,
-        text,
-        parent=message.chat_id if thread else None,
-        attachments=attachments,
-        in_group=message.chat_type == "group",
-        # If Feishu does not tell who is mentioned, it may be the bot.
-        mentions_bot=any(mention.mentioned_type in ("bot", "") for mention in message.mentions or ()),
-    )
-
-
-def _attachments(message: _Message) -> tuple[Attachment, ...]:
-    kind, field = _FILES.get(message.message_type, ("file", ""))
-    content = _content_of(message)
-    if not isinstance(content, dict) or not isinstance(key := content.get(field), str) or not key:
-        return ()
-    return (Attachment(kind, f"{message.message_id}/{key}", str(content.get("file_name") or "")),)
-
-
-def _content_of(message: _Message) -> Any:
-    try:
-        return msgspec.json.decode(message.content)
-    except msgspec.DecodeError as error:
-        raise Unreadable(f"content: {error}") from error
-
-
-def _text(message: _Message) -> str | None:
-    content = _content_of(message)
-    if not isinstance(content, dict):
-        return None
-    if message.message_type == "text":
-        text = str(content.get("text") or "")
-    elif message.message_type == "post":
-        text = "".join(_post_texts(content)).strip()
-    elif kind := _ATTACHMENTS.get(message.message_type):
-        return placeholder(kind)
-    else:
-        return None
-    for mention in message.mentions or ():
-        text = text.replace(mention.key, f"@{mention.name}")
-    return text
-
-
-def _post_texts(node: Any) -> Iterator[str]:
-    """The texts of a rich text, in their order, a line for each paragraph."""
-    if isinstance(node, dict):
-        if isinstance(title := node.get("title"), str) and title:
-            yield f"{title}\n"
-        if isinstance(text := node.get("text"), str):
-            yield text
-        elif node.get("tag") == "at":
-            yield str(node.get("user_id") or f"@{node.get('user_name', '')}")
-        for value in node.values():
-            if isinstance(value, list | dict):
-                yield from _post_texts(value)
-    elif isinstance(node, list):
-        for child in node:
-            yield from _post_texts(child)
-            if isinstance(child, list):
-                yield "\n"
 
 
 def _content(text: str) -> dict[str, str]:

@@ -20,11 +20,8 @@ from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
     Groups,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
-    Received,
     Request,
     Vendor,
     constant_time_equals,
@@ -33,6 +30,7 @@ from services.channel.vendors.base import (
     placeholder,
     read_json,
 )
+from services.channel.vendors.items import Deleted, Ignored, Inbound, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split, utf16_length
 
@@ -81,6 +79,10 @@ class _Postback(msgspec.Struct):
     data: str = ""
 
 
+class _Unsend(msgspec.Struct):
+    messageId: str
+
+
 class _Event(msgspec.Struct):
     type: str
     webhookEventId: str
@@ -89,6 +91,8 @@ class _Event(msgspec.Struct):
     message: msgspec.Raw = msgspec.Raw(b"null")
     postback: _Postback | None = None
     """A button was pressed."""
+    unsend: _Unsend | None = None
+    """A message was taken back. LINE asks for the removal of its stored content."""
 
 
 class _Webhook(msgspec.Struct):
@@ -205,10 +209,12 @@ async def _call(
     return response
 
 
-def _item(event: _Event) -> Inbound | Ignored:
+def _item(event: _Event) -> Inbound | Deleted | Ignored:
     ids: tuple[str, ...] = (f"event/{event.webhookEventId}",)
     if event.mode == "standby":
         return Ignored(ids, "an event for another module of the channel")
+    if event.type == "unsend" and event.unsend:
+        return Deleted(ids, _target(event.unsend.messageId))
     if event.type != "message" and event.postback is None:
         return Ignored(ids, f"an event {event.type[:40]}")
     source = event.source or _Source()
@@ -224,7 +230,7 @@ def _item(event: _Event) -> Inbound | Ignored:
             ids, conversation, person, "", pressed, in_group=in_group, mentions_bot=True, replies_to_bot=True
         )
     message = decode(event.message, _Message)
-    ids = (*ids, f"message/{message.id}")
+    ids = (*ids, _target(message.id))
     text = message.text
     attachments: tuple[Attachment, ...] = ()
     if text is None and message.type in _FILES:
@@ -244,3 +250,8 @@ def _item(event: _Event) -> Inbound | Ignored:
         in_group=in_group,
         mentions_bot=any(one.isSelf for one in (message.mention or _Mention()).mentionees),
     )
+
+
+def _target(message: str) -> str:
+    """An id of each message."""
+    return f"message/{message}"

@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 import msgspec
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from services.channel.events import Attachment
+from services.channel.vendors import slack_events
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     MAX_FILE,
     AccountRefused,
-    Ack,
     Groups,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
     OutboundFile,
     Preview,
-    Received,
     Request,
     Vendor,
     at_origin,
@@ -39,17 +35,14 @@ from services.channel.vendors.base import (
     decode,
     download,
     is_recent,
-    kind_of,
-    placeholder,
     raise_for_transient,
 )
+from services.channel.vendors.items import Ack, Ignored, Received
 from services.channel.vendors.markdown import Dialect, fenced, quoted_lines, render
 from services.channel.vendors.splitting import split
 
 # Characters. Slack truncates at 40,000 and recommends at most this many.
 MAX_TEXT = 4_000
-# The subtypes of a message that a person wrote. Others report changes to a message or a channel.
-_SPOKEN = (None, "file_share", "thread_broadcast", "me_message")
 _ACCOUNT = frozenset(
     (
         "invalid_auth",
@@ -71,89 +64,6 @@ class SlackCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signing_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     bot_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,256}$")]
     """``xoxb-…``, sent as a header, hence the pattern."""
-
-
-class _Authorization(msgspec.Struct):
-    user_id: str | None = None
-    is_bot: bool = False
-
-
-class _Payload(msgspec.Struct):
-    type: str
-    challenge: str | None = None
-    team_id: str | None = None
-    event_id: str | None = None
-    event: msgspec.Raw = msgspec.Raw(b"{}")
-    authorizations: list[_Authorization] | None = None
-
-
-class _Kind(msgspec.Struct):
-    type: str = ""
-    subtype: str | None = None
-    bot_id: str | None = None
-    user: str | msgspec.Raw | None = None
-
-
-class _File(msgspec.Struct):
-    name: str | None = None
-    title: str | None = None
-    mimetype: str | None = None
-    url_private: str | None = None
-
-
-class _Attachment(msgspec.Struct):
-    """A forwarded message, or a preview."""
-
-    text: str | None = None
-    fallback: str | None = None
-
-
-class _Event(msgspec.Struct):
-    """A message event. In `text`, ``& < >`` are entities."""
-
-    channel: str
-    ts: str
-    user: str
-    text: str | None = None
-    thread_ts: str | None = None
-    channel_type: str | None = None
-    parent_user_id: str | None = None
-    """Who began the thread."""
-    files: list[_File] | None = None
-    attachments: list[_Attachment] | None = None
-    blocks: list[Any] | None = None
-
-
-class _Named(msgspec.Struct):
-    id: str
-
-
-class _Label(msgspec.Struct):
-    text: str = ""
-
-
-class _Action(msgspec.Struct):
-    action_id: str = ""
-    action_ts: str = ""
-    value: str | None = None
-    text: _Label | None = None
-
-
-class _Pressed(msgspec.Struct):
-    """The message with the button."""
-
-    ts: str = ""
-    thread_ts: str | None = None
-
-
-class _Press(msgspec.Struct):
-    """An interaction, as the form's field ``payload``."""
-
-    type: str
-    user: _Named | None = None
-    channel: _Named | None = None
-    message: _Pressed | None = None
-    actions: list[_Action] | None = None
 
 
 class _Response(msgspec.Struct):
@@ -182,7 +92,8 @@ class Slack(Vendor[SlackCredentials]):
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app; copy the Signing Secret and the bot token (xoxb-…).",
         "Give the bot the scopes chat:write, im:history, app_mentions:read, files:read and files:write; install it.",
-        "Enable Event Subscriptions with the webhook's public URL, and subscribe to message.im and app_mention.",
+        "Enable Event Subscriptions with the webhook's public URL, and subscribe to message.im and app_mention; for "
+        "reactions also to reaction_added and reaction_removed, with the scope reactions:read.",
     )
 
     def receive(self, request: Request, credentials: SlackCredentials, now: datetime) -> Received:
@@ -195,13 +106,13 @@ class Slack(Vendor[SlackCredentials]):
             raise Unauthenticated("X-Slack-Signature does not match")
         unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
         if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-            return Received([_pressed(request.body) or Ignored(unnamed, "a command or an interaction")])
-        payload = decode(request.body, _Payload)
+            return Received([slack_events.pressed(request.body) or Ignored(unnamed, "a command or an interaction")])
+        payload = decode(request.body, slack_events.Payload)
         if payload.type == "url_verification":
             return Received([], Ack((payload.challenge or "").encode()))
         if payload.type != "event_callback":
             return Received([Ignored(unnamed, f"of type {payload.type[:40]}")])
-        return Received([_event(payload)])
+        return Received([slack_events.event(payload)])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: len(render(part, MRKDWN)))
@@ -298,96 +209,6 @@ async def _call(
 def sign(credentials: SlackCredentials, timestamp: str, body: bytes) -> str:
     base = b"v0:" + timestamp.encode() + b":" + body
     return "v0=" + hmac.new(credentials.signing_secret.encode(), base, hashlib.sha256).hexdigest()
-
-
-def _pressed(body: bytes) -> Inbound | None:
-    """The button that was pressed, as a message with its value; None for any other command or interaction."""
-    given = dict(parse_qsl(body.decode("utf-8", "replace"))).get("payload")
-    if given is None:
-        return None
-    press = decode(given.encode(), _Press)
-    if press.type != "block_actions" or not press.actions or not press.user or not press.channel:
-        return None
-    action, message = press.actions[0], press.message or _Pressed()
-    thread = f"/{message.thread_ts}" if message.thread_ts else ""
-    return Inbound(
-        (f"action/{press.channel.id}/{press.user.id}/{action.action_ts}",),
-        f"{press.channel.id}{thread}",
-        press.user.id,
-        message.ts,
-        action.value or (action.text.text if action.text else "") or action.action_id,
-        press.channel.id if thread else None,
-        in_group=not press.channel.id.startswith("D"),
-        mentions_bot=True,
-        replies_to_bot=True,
-    )
-
-
-def _event(payload: _Payload) -> Inbound | Ignored:
-    kind = decode(payload.event, _Kind)
-    ids = (f"event/{payload.event_id}",)
-    if kind.type not in ("message", "app_mention"):
-        return Ignored(ids, f"an event {kind.type[:40]}")
-    if kind.bot_id is not None or kind.subtype == "bot_message":
-        return Ignored(ids, "a bot's message")
-    if kind.subtype not in _SPOKEN:
-        return Ignored(ids, f"a message of subtype {str(kind.subtype)[:40]}")
-    if not kind.user:
-        return Ignored(ids, "a message without an author")
-    event = decode(payload.event, _Event)
-    bots = {bot.user_id for bot in payload.authorizations or () if bot.is_bot and bot.user_id}
-    if event.user in bots:
-        return Ignored(ids, "a bot's message")
-    thread = f"/{event.thread_ts}" if event.thread_ts else ""
-    return Inbound(
-        # A mention in a channel arrives as two events, app_mention and message, with one text.
-        ids=(*ids, f"message/{payload.team_id}/{event.channel}/{event.ts}"),
-        conversation=f"{event.channel}{thread}",
-        person=event.user,
-        message=event.ts,
-        text=_text(event).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
-        # A thread begins with a message of the channel, or with the bot's answer there.
-        parent=event.channel if thread else None,
-        attachments=_attachments(event),
-        # An app_mention does not tell the type of its channel. The id of a direct message begins with D.
-        in_group=event.channel_type != "im" and not event.channel.startswith("D"),
-        mentions_bot=kind.type == "app_mention" or any(f"<@{bot}>" in (event.text or "") for bot in bots),
-        replies_to_bot=event.parent_user_id in bots,
-    )
-
-
-def _text(event: _Event) -> str:
-    """The text of the message. It may stand in attachments or blocks instead, or there are only files."""
-    if event.text and event.text.strip():
-        return event.text
-    quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
-    if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
-        return text
-    if event.files and not _attachments(event):
-        return placeholder("a file", *(file.name or file.title or "" for file in event.files))
-    return ""
-
-
-def _attachments(event: _Event) -> tuple[Attachment, ...]:
-    return tuple(
-        Attachment(kind_of(file.mimetype or ""), file.url_private, file.name or file.title or "")
-        for file in event.files or ()
-        if file.url_private
-    )
-
-
-def _block_texts(node: Any) -> Iterator[str]:
-    """The texts in blocks, in their order."""
-    if isinstance(node, list):
-        for child in node:
-            yield from _block_texts(child)
-    elif isinstance(node, dict):
-        if isinstance(text := node.get("text"), str):
-            yield text
-        else:
-            yield from _block_texts(text)
-        yield from _block_texts(node.get("elements"))
-        yield "\n" if node.get("type") in ("section", "rich_text_section", "header") else ""
 
 
 def _link(label: str, url: str) -> str:

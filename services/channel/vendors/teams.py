@@ -6,7 +6,6 @@ https://learn.microsoft.com/azure/bot-service/rest-api/bot-framework-rest-connec
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -19,29 +18,24 @@ import msgspec
 from infra.errors import EffectFailed, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from services.channel.events import Attachment
+from services.channel.vendors import teams_activities
 from services.channel.vendors.base import (
     MAX_CLOCK_DIFFERENCE,
     AccountRefused,
     Groups,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
     Preview,
-    Received,
     Request,
     Tokens,
-    Unreadable,
     Vendor,
     at_origin,
     decode,
     download,
-    kind_of,
-    placeholder,
     raise_for_transient,
     read_json,
 )
+from services.channel.vendors.items import Received
 from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged
 from services.channel.vendors.splitting import split, utf8_length
 
@@ -54,9 +48,7 @@ _UNKNOWN_SECONDS = 300.0
 _METADATA_PATH = "/v1/.well-known/openidconfiguration"
 _TOKEN_ORIGIN = "https://login.microsoftonline.com"
 _SCOPE = "https://api.botframework.com/.default"
-_FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
 _DEFAULT_SERVICE = "https://smba.trafficmanager.net/teams/"
-_MENTION = re.compile(r"<at[^>]*>.*?</at>\s*", re.DOTALL)
 
 # Teams shows most of Markdown, but no tables.
 DIALECT = Dialect(
@@ -78,43 +70,6 @@ class TeamsCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """Only messages of this tenant are accepted; empty: of every tenant."""
     openid_metadata_url: Annotated[str, msgspec.Meta(max_length=500)] = ""
     """The address of the keys' metadata; empty: the Bot Framework's."""
-
-
-class _Account(msgspec.Struct):
-    id: str
-    role: str | None = None
-
-
-class _Conversation(msgspec.Struct):
-    id: str
-    tenantId: str | None = None
-    conversationType: str | None = None
-
-
-class _Entity(msgspec.Struct):
-    mentioned: _Account | None = None
-
-
-class _Attachment(msgspec.Struct):
-    contentType: str = ""
-    name: str | None = None
-    contentUrl: str | None = None
-    content: Any = None
-
-
-class _Activity(msgspec.Struct):
-    type: str
-    id: str = ""
-    serviceUrl: str = ""
-    channelId: str = ""
-    text: str | None = None
-    from_: _Account | None = msgspec.field(name="from", default=None)
-    recipient: _Account | None = None
-    conversation: _Conversation | None = None
-    attachments: list[_Attachment] | None = None
-    entities: list[_Entity] | None = None
-    value: Any = None
-    """The values that a card submits after a button was pressed."""
 
 
 class _Metadata(msgspec.Struct):
@@ -195,10 +150,10 @@ class Teams(Vendor[TeamsCredentials]):
         if key is None:
             raise Unauthenticated("the bearer token is signed with an unknown key")
         claims = _verified(token, key, credentials.app_id)
-        activity = decode(request.body, _Activity)
+        activity = decode(request.body, teams_activities.Activity)
         if not activity.serviceUrl or claims.get("serviceurl", claims.get("serviceUrl")) != activity.serviceUrl:
             raise Unauthenticated("the token is for another serviceUrl")
-        return Received([_item(activity, credentials)])
+        return Received(teams_activities.read(activity, credentials.tenant_id))
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: utf8_length(render(part, DIALECT)))
@@ -357,51 +312,3 @@ def _verified(token: str, key: dict[str, Any], app_id: str) -> dict[str, Any]:
     if "endorsements" in key and "msteams" not in key["endorsements"]:
         raise Unauthenticated("the key of the bearer token is not endorsed for Teams")
     return claims
-
-
-def _item(activity: _Activity, credentials: TeamsCredentials) -> Inbound | Ignored:
-    ids = (f"activity/{activity.id}",)
-    if activity.type != "message":
-        return Ignored(ids, f"an activity {activity.type[:40]}")
-    if not activity.id or activity.from_ is None or activity.conversation is None:
-        raise Unreadable("a message without id, author or conversation")
-    if activity.from_.role == "bot" or (activity.recipient and activity.from_.id == activity.recipient.id):
-        return Ignored(ids, "a bot's message")
-    if credentials.tenant_id and activity.conversation.tenantId != credentials.tenant_id:
-        return Ignored(ids, "a message of another tenant")
-    text = _MENTION.sub("", activity.text or "").strip()
-    # A copy of the text as HTML is an attachment, too.
-    files = [one for one in activity.attachments or () if one.contentType != "text/html"]
-    attachments = tuple(filter(None, map(_attachment, files)))
-    if not text and files and not attachments:
-        text = placeholder("a file", *(one.name or "" for one in files))
-    # The values of a card come without a text.
-    pressed = not text and not files and activity.value is not None
-    if pressed:
-        text = activity.value if isinstance(activity.value, str) else msgspec.json.encode(activity.value).decode()
-    return Inbound(
-        (f"activity/{activity.conversation.id}/{activity.id}",),
-        activity.conversation.id,
-        activity.from_.id,
-        f"{activity.id} {activity.serviceUrl}",
-        text,
-        attachments=attachments,
-        in_group=activity.conversation.conversationType in ("groupChat", "channel"),
-        # A button stands under a message of the bot.
-        mentions_bot=pressed
-        or any(
-            entity.mentioned and activity.recipient and entity.mentioned.id == activity.recipient.id
-            for entity in activity.entities or ()
-        ),
-        replies_to_bot=pressed,
-    )
-
-
-def _attachment(file: _Attachment) -> Attachment | None:
-    """A file of a chat has an address that needs no token; an image in a text has one that does."""
-    content = file.content if isinstance(file.content, dict) else {}
-    if file.contentType == _FILE_INFO and isinstance(url := content.get("downloadUrl"), str):
-        return Attachment("file", f"open {url}", file.name or "")
-    if file.contentType.startswith(("image/", "audio/", "video/")) and file.contentUrl:
-        return Attachment(kind_of(file.contentType), f"token {file.contentUrl}", file.name or "")
-    return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from html import escape
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 from urllib.parse import quote
 from zlib import crc32
 
@@ -19,63 +19,30 @@ import msgspec
 from infra.errors import EffectFailed, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from services.channel.events import Attachment
 from services.channel.multipart import multipart
+from services.channel.vendors import telegram_updates
 from services.channel.vendors.base import (
     MAX_FILE,
     AccountRefused,
-    Ack,
     Groups,
-    Ignored,
-    Inbound,
     Limit,
-    Moved,
     Outbound,
     OutboundFile,
     Preview,
-    Received,
     Request,
-    Unreadable,
     Vendor,
     constant_time_equals,
-    decode,
     download,
-    kind_of,
-    placeholder,
     raise_for_transient,
 )
+from services.channel.vendors.items import Received
 from services.channel.vendors.markdown import PLAIN, Dialect, render
 from services.channel.vendors.splitting import split, utf16_length
 
-# The kinds of update that are handled; Telegram sends no others.
-_UPDATES = ["message", "callback_query"]
 # The types that are shown as photos. All other files are documents.
 _PHOTOS = ("image/jpeg", "image/png", "image/webp")
 # UTF-16 units.
 MAX_TEXT = 4096
-# The kind of file by the field of the message that holds it; None: by the stated type.
-_FILES: dict[str, Literal["image", "voice", "video"] | None] = {
-    "photo": "image",
-    "voice": "voice",
-    "audio": "voice",
-    "video": "video",
-    "video_note": "video",
-    "animation": "video",
-    "document": None,
-}
-# Messages without text, by the field that tells them. A file is among them if its content cannot be found.
-_ATTACHMENTS = {
-    "photo": "a photo",
-    "video": "a video",
-    "video_note": "a video message",
-    "voice": "a voice message",
-    "audio": "an audio file",
-    "document": "a file",
-    "animation": "an animation",
-    "sticker": "a sticker",
-    "location": "a location",
-    "contact": "a contact",
-}
 _NO_PHOTO = re.compile("PHOTO_|IMAGE_PROCESS_FAILED")
 # An answer is sent again at most this often with something corrected: chat, topic, markup.
 _CORRECTIONS = 3
@@ -113,60 +80,6 @@ class TelegramCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     """``<bot id>:<secret>`` from BotFather. It is part of the path of each call, hence the pattern."""
     secret_token: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,256}$")]
     """The ``secret_token`` that was passed to setWebhook."""
-
-
-class _User(msgspec.Struct):
-    id: int
-    is_bot: bool = False
-
-
-class _Chat(msgspec.Struct):
-    id: int
-    type: str = "private"
-
-
-class _Entity(msgspec.Struct):
-    type: str
-    offset: int
-    length: int
-    user: _User | None = None
-
-
-class _Quoted(msgspec.Struct):
-    from_: _User | None = msgspec.field(name="from", default=None)
-
-
-class _File(msgspec.Struct):
-    file_id: str
-    file_name: str | None = None
-    mime_type: str | None = None
-
-
-class _Message(msgspec.Struct):
-    message_id: int
-    chat: _Chat
-    from_: _User | None = msgspec.field(name="from", default=None)
-    sender_chat: _Chat | None = None
-    """The chat in whose name the message was written: an anonymous administrator, or a channel."""
-    text: str | None = None
-    caption: str | None = None
-    entities: list[_Entity] | None = None
-    caption_entities: list[_Entity] | None = None
-    reply_to_message: _Quoted | None = None
-    message_thread_id: int | None = None
-    is_topic_message: bool | None = None
-    is_automatic_forward: bool | None = None
-    migrate_to_chat_id: int | None = None
-    migrate_from_chat_id: int | None = None
-
-
-class _Press(msgspec.Struct):
-    """A button under a message was pressed. The message is missing if it is too old."""
-
-    id: str
-    from_: _User = msgspec.field(name="from")
-    data: str | None = None
-    message: _Message | None = None
 
 
 class _Parameters(msgspec.Struct, frozen=True):
@@ -219,15 +132,7 @@ class Telegram(Vendor[TelegramCredentials]):
         given = request.headers.get("x-telegram-bot-api-secret-token", "")
         if not constant_time_equals(given, credentials.secret_token):
             raise Unauthenticated("X-Telegram-Bot-Api-Secret-Token is not this channel's secret_token")
-        update = decode(request.body, dict[str, msgspec.Raw])
-        ids = (f"update/{decode(update.pop('update_id', msgspec.Raw(b'null')), int)}",)
-        if "callback_query" in update:
-            return _pressed(ids, decode(update["callback_query"], _Press))
-        if "message" not in update:
-            return Received([Ignored(ids, f"an update of kind {', '.join(sorted(update))[:80]}")])
-        fields = decode(update["message"], dict[str, msgspec.Raw])
-        bot = credentials.bot_token.partition(":")[0]
-        return Received([_item(ids, decode(update["message"], _Message), fields, bot)])
+        return telegram_updates.read(request.body, credentials.bot_token.partition(":")[0])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: utf16_length(render(part, HTML)))
@@ -253,7 +158,7 @@ class Telegram(Vendor[TelegramCredentials]):
         return await download(outgoing, url, most, template="/file/bot{token}/{path}")
 
     async def register(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, url: str) -> bool:
-        body = {"url": url, "secret_token": credentials.secret_token, "allowed_updates": _UPDATES}
+        body = {"url": url, "secret_token": credentials.secret_token, "allowed_updates": telegram_updates.KINDS}
         await _call(outgoing, origin, credentials, "setWebhook", body)
         return True
 
@@ -335,108 +240,6 @@ async def _call(
     if not response.ok:
         raise EffectFailed(response.description[:200])
     return response
-
-
-def _item(
-    ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw], bot: str
-) -> Inbound | Ignored | Moved:
-    """`bot`: the bot's id."""
-    chat = message.chat.id
-    # A group became a supergroup. Telegram says so in both chats.
-    if message.migrate_to_chat_id is not None:
-        return Moved(ids, str(chat), str(message.migrate_to_chat_id))
-    if message.migrate_from_chat_id is not None:
-        return Moved(ids, str(message.migrate_from_chat_id), str(chat))
-    if message.is_automatic_forward:
-        return Ignored(ids, "a channel's post, forwarded to its group automatically")
-    # In the name of a chat, `from` is one of Telegram's own bots.
-    if message.sender_chat is not None:
-        person = f"chat/{message.sender_chat.id}"
-    elif message.from_ is None:
-        return Ignored(ids, "a message without an author")
-    elif message.from_.is_bot:
-        return Ignored(ids, "a bot's message")
-    else:
-        person = str(message.from_.id)
-    text = message.text if message.text is not None else message.caption
-    attachments = _attachments(fields)
-    if text is None and attachments:
-        text = ""
-    if text is None:
-        kind = next((name for field, name in _ATTACHMENTS.items() if field in fields), None)
-        if kind is None:
-            return Ignored(ids, "a message without text")
-        text = placeholder(kind)
-    return Inbound(
-        ids=ids,
-        conversation=_conversation(message),
-        person=person,
-        message=str(message.message_id),
-        text=text,
-        attachments=attachments,
-        in_group=message.chat.type != "private",
-        mentions_bot=_mentions(message, bot),
-        replies_to_bot=_is(bot, (message.reply_to_message or _Quoted()).from_),
-        # An administrator who stays anonymous writes in the name of the group. Telegram does not tell the others.
-        by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
-    )
-
-
-def _pressed(ids: tuple[str, ...], press: _Press) -> Received:
-    """The value of the button as a message. The answer to the call ends the button's sign that it works."""
-    answer = {"method": "answerCallbackQuery", "callback_query_id": press.id}
-    ack = Ack(msgspec.json.encode(answer), "application/json")
-    if not press.data or press.message is None:
-        return Received([Ignored(ids, "a button without a value or a message")], ack)
-    message = press.message
-    item = Inbound(
-        ids,
-        _conversation(message),
-        str(press.from_.id),
-        str(message.message_id),
-        press.data,
-        in_group=message.chat.type != "private",
-        mentions_bot=True,
-        replies_to_bot=True,
-    )
-    return Received([item], ack)
-
-
-def _conversation(message: _Message) -> str:
-    topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
-    return f"{message.chat.id}{topic}"
-
-
-def _is(bot: str, user: _User | None) -> bool:
-    return user is not None and str(user.id) == bot
-
-
-def _mentions(message: _Message, bot: str) -> bool:
-    """A command, a mention of the bot, or of a name that ends in "bot", as those of bots do. (Updates do not tell the
-    bot's own name.) Offsets count UTF-16 units."""
-    text = (message.text or message.caption or "").encode("utf-16-le", "surrogatepass")
-    for entity in message.entities or message.caption_entities or ():
-        part = text[entity.offset * 2 : (entity.offset + entity.length) * 2].decode("utf-16-le", "replace")
-        if entity.type == "bot_command" or _is(bot, entity.user):
-            return True
-        if entity.type == "mention" and part.lower().endswith("bot"):
-            return True
-    return False
-
-
-def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:
-    # An animation has the field document too, with the same file.
-    for field, kind in _FILES.items():
-        if field not in fields:
-            continue
-        try:
-            # A photo comes in several sizes, the largest last.
-            file = decode(fields[field], list[_File])[-1] if field == "photo" else decode(fields[field], _File)
-        except (Unreadable, IndexError):
-            return ()
-        name = file.file_name or ("photo.jpg" if field == "photo" else "")
-        return (Attachment(kind or kind_of(file.mime_type or ""), file.file_id, name),)
-    return ()
 
 
 def _marked(text: str) -> dict[str, str]:

@@ -18,11 +18,8 @@ from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
-    Received,
     Request,
     Vendor,
     at_origin,
@@ -33,6 +30,7 @@ from services.channel.vendors.base import (
     raise_for_transient,
     read_json,
 )
+from services.channel.vendors.items import Ignored, Inbound, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split
 

@@ -23,16 +23,15 @@ from services.channel.events import Attachment
 from services.channel.vendors.base import (
     MAX_FILE,
     AccountRefused,
-    Inbound,
     Limit,
     Outbound,
-    Received,
     Request,
     Vendor,
     download,
     kind_of,
     raise_for_transient,
 )
+from services.channel.vendors.items import Inbound, Received
 from services.channel.vendors.splitting import split
 
 # Characters. It keeps one message below the usual body limits of HTTP servers.

@@ -25,12 +25,8 @@ from services.channel.events import Attachment
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
-    Ack,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
-    Received,
     Request,
     Tokens,
     Vendor,
@@ -40,6 +36,7 @@ from services.channel.vendors.base import (
     placeholder,
     read_json,
 )
+from services.channel.vendors.items import Ack, Ignored, Inbound, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split, utf8_length
 

@@ -21,15 +21,11 @@ from services.channel.vendors.base import (
     DEFAULT_RETRY,
     MAX_FILE,
     AccountRefused,
-    Ack,
-    Ignored,
-    Inbound,
     Limit,
     Outbound,
     OutboundFile,
-    Receipt,
-    Received,
     Request,
+    Unreadable,
     Vendor,
     at_origin,
     constant_time_equals,
@@ -39,6 +35,7 @@ from services.channel.vendors.base import (
     placeholder,
     read_json,
 )
+from services.channel.vendors.items import Ack, Ignored, Inbound, Item, Reacted, Receipt, Received
 from services.channel.vendors.markdown import Dialect, fenced, plain_link, quoted_lines, render, unchanged
 from services.channel.vendors.splitting import split
 
@@ -102,6 +99,12 @@ class _Button(msgspec.Struct):
     text: str = ""
 
 
+class _Reaction(msgspec.Struct):
+    message_id: str
+    emoji: str = ""
+    """Empty: the person took the sign back. Each person has one at most."""
+
+
 class _Message(msgspec.Struct):
     id: str
     type: str
@@ -118,6 +121,9 @@ class _Message(msgspec.Struct):
 
     button: _Button | None = None
     interactive: _Interactive | None = None
+    timestamp: str = ""
+    """Unix seconds, in decimal digits."""
+    reaction: _Reaction | None = None
 
 
 class _Problem(msgspec.Struct):
@@ -306,7 +312,7 @@ async def _call(
     return response
 
 
-def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored | Receipt]:
+def _items(change: _Change, number: str) -> Iterator[Item]:
     if change.field != "messages":
         yield Ignored(
             (f"change/{hashlib.sha256(bytes(change.value)).hexdigest()}",), f"a change of {change.field[:40]}"
@@ -320,11 +326,22 @@ def _items(change: _Change, number: str) -> Iterator[Inbound | Ignored | Receipt
         text = _text(message)
         if value.metadata is None or value.metadata.phone_number_id != number:
             yield Ignored(ids, "a message to another number")
+        elif message.reaction:
+            yield _reacted(ids, message, message.reaction)
         elif text is None:
             yield Ignored(ids, f"a message of type {message.type[:40]}")
         else:
             attachments = _attachments(message)
             yield Inbound(ids, message.from_, message.from_, message.id, text, attachments=attachments)
+
+
+def _reacted(ids: tuple[str, ...], message: _Message, reaction: _Reaction) -> Reacted:
+    time = message.timestamp
+    if not (time.isascii() and time.isdecimal() and len(time) <= 12):
+        raise Unreadable("timestamp: is not a time")
+    signs = (reaction.emoji,) if reaction.emoji else ()
+    target = f"message/{reaction.message_id}"
+    return Reacted(ids, target, reaction.message_id, message.from_, signs, "all", int(time))
 
 
 def _status(status: _Status) -> Ignored | Receipt:

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from infra.clock import utcnow, uuid7
-from protos.catalog import CHANNEL_INBOUND
-from protos.messages.channel import MessageReceived
+from protos.catalog import CHANNEL_CHANGES, CHANNEL_INBOUND
+from protos.messages.channel import MessageChanged, MessageReceived
 from tooling.testing.model_server import KEY, ModelServer, model_server
 from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import ServiceFakes, running_service_fakes
@@ -104,6 +104,35 @@ class Tenant:
         return await self.world.platform.send(
             queue, message, tenant_id=self.id, message_id=message_id, traceparent=traceparent
         )
+
+    async def change(
+        self,
+        agent: str,
+        message_id: UUID,
+        text: str | None,
+        *,
+        position: int = 0,
+        order: int = 1,
+        has_files: bool = False,
+        person: str = "person-1",
+    ) -> UUID:
+        """The person edits a message of `receive`, or deletes it (None)."""
+        changed = MessageChanged(
+            channel_id=UUID(int=7),
+            agent_id=UUID(agent),
+            session_key=f"{self.id}-c",
+            conversation_id="c",
+            subject_id=person,
+            vendor_message_id="m1",
+            message_id=message_id,
+            position=position,
+            deleted=text is None,
+            text=text or "",
+            has_files=has_files,
+            order=order,
+            changed_at=utcnow(),
+        )
+        return await self.world.platform.send(CHANNEL_CHANGES, changed, tenant_id=self.id)
 
     async def run(self, run_id: str) -> dict[str, Any]:
         found: dict[str, Any] = await self.call("GET", f"/api/v1/runs/{run_id}")

@@ -22,7 +22,7 @@ from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.drainer import Drainer
 from services.channel.ingest import MAX_DIRECT, Ingest
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Ignored, Inbound, Moved
+from services.channel.vendors.items import Ignored, Inbound, Moved
 from tooling.testing.platform import MASTER_KEY, Platform
 
 

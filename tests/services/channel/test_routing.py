@@ -11,7 +11,8 @@ import pytest
 from infra.clock import utcnow, uuid7
 from infra.outgoing.client import Outgoing
 from services.channel.routing import Route, is_for_the_bot, routed
-from services.channel.vendors.base import Groups, Inbound, Request
+from services.channel.vendors.base import Groups, Request
+from services.channel.vendors.items import Inbound
 from tests.services.channel.conftest import Desk
 from tests.services.channel.vendors.conftest import Adapter, Call
 from tooling.testing.vendors import (

@@ -85,6 +85,12 @@ class FeishuStandIn(StandIn):
             },
         }
 
+    def about(self, kind: str, **fields: object) -> dict[str, Any]:
+        """An event of another kind than a message."""
+        event = self.event()
+        event["header"]["event_type"] = kind
+        return event | {"event": fields}
+
     def encrypted(self, payload: Any) -> bytes:
         """The body of a call: any payload, encrypted."""
         key = hashlib.sha256(self.encrypt_key.encode()).digest()

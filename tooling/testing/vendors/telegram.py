@@ -105,6 +105,27 @@ class TelegramStandIn(StandIn):
         message = {name: value for name, value in (message | fields).items() if value is not None}
         return self.signed({"update_id": update_id or next(self._updates), "message": message})
 
+    def edit(
+        self, text: str, message_id: int, *, chat: int = 42, person: int = 42, update_id: int | None = None
+    ) -> tuple[bytes, dict[str, str]]:
+        """The call for the edit of a message."""
+        body, _ = self.update(text, chat=chat, person=person, message_id=message_id, update_id=update_id)
+        update = msgspec.json.decode(body)
+        update["edited_message"] = update.pop("message") | {"edit_date": int(time.time())}
+        return self.signed(update)
+
+    def reaction(self, message_id: int, *signs: str, chat: int = 42, person: int = 42) -> tuple[bytes, dict[str, str]]:
+        """The call for a person's reaction to a message. `signs` are all of this person now."""
+        reaction = {
+            "chat": {"id": chat, "type": "private" if chat > 0 else "supergroup"},
+            "message_id": message_id,
+            "user": {"id": person, "is_bot": False, "first_name": "Ada"},
+            "date": int(time.time()),
+            "old_reaction": [],
+            "new_reaction": [{"type": "emoji", "emoji": sign} for sign in signs],
+        }
+        return self.signed({"update_id": next(self._updates), "message_reaction": reaction})
+
     def signed(self, update: object) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call with any update, with the secret token that Telegram adds."""
         headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": self.secret_token}

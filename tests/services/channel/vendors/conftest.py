@@ -9,7 +9,8 @@ from infra.clock import utcnow
 from infra.errors import Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Ignored, Inbound, Moved, Outbound, Receipt, Received, Request
+from services.channel.vendors.base import Outbound, Request
+from services.channel.vendors.items import Item, Received
 from tooling.testing.vendors.server import StandIn
 
 Call = tuple[bytes, dict[str, str]]
@@ -36,7 +37,7 @@ class Adapter:
         body, headers = call
         return self.vendor.receive(Request(method, query, headers, body, url), self.credentials, utcnow())
 
-    def one(self, call: Call, **request: str) -> Inbound | Ignored | Moved | Receipt:
+    def one(self, call: Call, **request: str) -> Item:
         [item] = self.receive(call, **request).items
         return item
 

@@ -10,7 +10,8 @@ import pytest
 from infra.clock import utcnow
 from infra.outgoing.client import Outgoing
 from services.channel.routing import is_for_the_bot
-from services.channel.vendors.base import Ignored, Inbound, Received, Request
+from services.channel.vendors.base import Request
+from services.channel.vendors.items import Ignored, Inbound, Received
 from tests.services.channel.vendors.conftest import Adapter
 from tooling.testing.vendors import DiscordStandIn, LineStandIn, SlackStandIn, TeamsStandIn, TelegramStandIn
 from tooling.testing.vendors.teams import published

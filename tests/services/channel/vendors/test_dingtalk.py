@@ -9,8 +9,9 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from services.channel.vendors.base import AccountRefused, Unreadable
 from services.channel.vendors.dingtalk import DingTalkCredentials, sign
+from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter
 from tooling.testing.vendors import DingTalkStandIn, Fault, answer, cut
 

@@ -12,8 +12,9 @@ import pytest
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Request
+from services.channel.vendors.base import AccountRefused, Request
 from services.channel.vendors.discord import Discord, DiscordCredentials
+from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import DiscordStandIn, Fault, answer, cut
 

@@ -10,8 +10,9 @@ import pytest
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from services.channel.vendors.base import AccountRefused, Unreadable
 from services.channel.vendors.feishu import FeishuCredentials, decrypt, sign
+from services.channel.vendors.items import Deleted, Ignored, Inbound, Reacted
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, FeishuStandIn, answer, cut
 
@@ -126,10 +127,32 @@ async def test_files_are_attachments(fake: FeishuStandIn, feishu: Adapter) -> No
         assert (attachment.kind, attachment.name, attachment.ref) == (*expected, f"om_{n}/k")
 
 
+async def test_deletions_and_reactions_name_their_message(fake: FeishuStandIn, feishu: Adapter) -> None:
+    taken = feishu.one(fake.call(fake.event()))
+    assert isinstance(taken, Inbound)
+    target = taken.ids[1]
+    deleted = feishu.one(fake.call(fake.about("im.message.recalled_v1", message_id=taken.message, chat_id="oc_1")))
+    assert isinstance(deleted, Deleted)
+    assert deleted.target == target
+    fields = {
+        "message_id": taken.message,
+        "reaction_type": {"emoji_type": "THUMBSUP"},
+        "operator_type": "user",
+        "user_id": {"open_id": "ou_2"},
+        "action_time": "1700000000123",
+    }
+    for kind, mode in (("created", "added"), ("deleted", "removed")):
+        reacted = feishu.one(fake.call(fake.about(f"im.message.reaction.{kind}_v1", **fields)))
+        assert isinstance(reacted, Reacted)
+        assert reacted[1:] == (target, taken.message, "ou_2", (":THUMBSUP:",), mode, 1700000000123, "")
+    by_app = fake.about("im.message.reaction.created_v1", **fields | {"operator_type": "app"})
+    assert isinstance(feishu.one(fake.call(by_app)), Ignored)
+
+
 async def test_bots_and_other_events_are_ignored(fake: FeishuStandIn, feishu: Adapter) -> None:
     bot, other = fake.event(), fake.event()
     bot["event"]["sender"]["sender_type"] = "app"
-    other["header"]["event_type"] = "im.message.reaction.created_v1"
+    other["header"]["event_type"] = "im.message.message_read_v1"
     old = {"uuid": "1", "token": fake.verification_token, "type": "event_callback", "event": {}}
     for payload in (bot, other, old, fake.event(kind="todo")):
         assert isinstance(feishu.one(fake.call(payload)), Ignored)

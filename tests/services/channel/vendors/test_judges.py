@@ -23,7 +23,7 @@ from wechatpy.exceptions import InvalidSignatureException
 
 from infra.errors import Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import Inbound
+from services.channel.vendors.items import Inbound
 from services.channel.vendors.telegram import MAX_TEXT
 from tests.services.channel.vendors.conftest import Adapter, Call, assert_every_change_is_refused
 from tooling.testing.vendors import DiscordStandIn, QQStandIn, TelegramStandIn, TwilioStandIn, WeComStandIn

@@ -9,7 +9,8 @@ import pytest
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from services.channel.vendors.base import AccountRefused, Unreadable
+from services.channel.vendors.items import Deleted, Ignored, Inbound
 from services.channel.vendors.splitting import utf16_length
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, LineStandIn, answer, cut
@@ -48,7 +49,6 @@ async def test_a_changed_call_is_refused(fake: LineStandIn, line: Adapter) -> No
     "fields",
     [
         {"type": "follow"},
-        {"type": "unsend", "unsend": {"messageId": "1"}},
         {"mode": "standby"},
         {"source": {"type": "user"}},
         {"message": {"type": "unknown", "id": "1"}},
@@ -56,6 +56,13 @@ async def test_a_changed_call_is_refused(fake: LineStandIn, line: Adapter) -> No
 )
 async def test_other_events_are_ignored(fake: LineStandIn, line: Adapter, fields: dict[str, object]) -> None:
     assert isinstance(line.one(fake.call(fake.event() | fields)), Ignored)
+
+
+async def test_an_unsent_message_is_deleted(fake: LineStandIn, line: Adapter) -> None:
+    taken = line.one(fake.call(fake.event()))
+    assert isinstance(taken, Inbound)
+    unsend = fake.event() | {"type": "unsend", "unsend": {"messageId": taken.message}, "message": None}
+    assert line.one(fake.call(unsend)) == Deleted(("event/01H2",), taken.ids[1])
 
 
 async def test_a_file_is_an_attachment(fake: LineStandIn, line: Adapter) -> None:

@@ -15,7 +15,8 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, Unauthenticated
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Ignored, Inbound, Moved, Receipt, Unreadable
+from services.channel.vendors.base import Unreadable
+from services.channel.vendors.items import Ignored, Inbound, Moved, Receipt
 from tests.services.channel.vendors.mutated import MADE, changed
 
 COUNT = int(os.environ.get("CLAW_MUTATIONS", "300"))

@@ -9,7 +9,8 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Unreadable
+from services.channel.vendors.base import AccountRefused, Unreadable
+from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, QQStandIn, answer, cut
 

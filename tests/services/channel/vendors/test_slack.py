@@ -13,17 +13,8 @@ from slack_sdk.signature import SignatureVerifier
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import (
-    AccountRefused,
-    Ignored,
-    Inbound,
-    Moved,
-    Outbound,
-    Receipt,
-    Received,
-    Request,
-    Unreadable,
-)
+from services.channel.vendors.base import AccountRefused, Outbound, Request, Unreadable
+from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Received
 from services.channel.vendors.markdown import render
 from services.channel.vendors.slack import MRKDWN, Slack, SlackCredentials, sign
 from tooling.testing.vendors import Fault, SlackStandIn, answer, cut
@@ -51,7 +42,7 @@ def receive(vendor: SlackStandIn, call: tuple[bytes, dict[str, str]], **headers:
     return Slack().receive(request, SlackCredentials(**vendor.credentials), utcnow())
 
 
-def one(received: Received) -> Inbound | Ignored | Moved | Receipt:
+def one(received: Received) -> Item:
     [item] = received.items
     return item
 
@@ -133,16 +124,51 @@ async def test_the_handshake_is_answered_only_if_it_is_signed(vendor: SlackStand
         {"bot_id": "B1"},
         {"subtype": "bot_message"},
         {"user": "U0BOT"},
-        {"subtype": "message_changed", "message": {"text": "new"}},
-        {"subtype": "message_deleted"},
+        # Slack adds the preview of a link.
+        {"subtype": "message_changed", "message": {"user": "U1", "text": "new", "ts": "1700000000.000001"}},
+        {
+            "subtype": "message_changed",
+            "message": {"bot_id": "B1", "text": "", "ts": "1700000000.000001", "edited": {"ts": "1700000001.000000"}},
+        },
+        {"subtype": "message_deleted", "deleted_ts": "1700000000.000001", "previous_message": {"bot_id": "B1"}},
         {"subtype": "channel_join"},
         {"user": None},
         {"user": None, "subtype": "file_share"},
-        {"kind": "reaction_added", "channel": {"id": "C1"}},
+        {"kind": "reaction_added", "reaction": "x", "item": {"type": "file", "file": "F1"}},
+        {"kind": "star_added", "channel": {"id": "C1"}},
     ],
 )
 async def test_bots_changes_and_other_events_are_ignored(vendor: SlackStandIn, event: dict[str, Any]) -> None:
     assert isinstance(one(receive(vendor, vendor.event("hi", **event))), Ignored)
+
+
+async def test_edits_deletions_and_reactions_name_their_message(vendor: SlackStandIn) -> None:
+    taken = one(receive(vendor, vendor.event("hi", thread_ts="1700000000.000001")))
+    assert isinstance(taken, Inbound)
+    target = taken.ids[1]
+    now = {"user": "U1", "text": "new &amp; better", "ts": taken.message, "thread_ts": "1700000000.000001"}
+    was = {"user": "U1", "text": "hi"}
+    edit: dict[str, Any] = {"subtype": "message_changed", "hidden": True, "previous_message": was}
+    call = vendor.event("", **edit, message=now | {"edited": {"user": "U1", "ts": "1700000005.000000"}})
+    edited = one(receive(vendor, call))
+    assert isinstance(edited, Edited)
+    assert (edited.target, edited.order) == (target, 1700000005000000)
+    assert (edited.message.text, edited.message.conversation) == ("new & better", taken.conversation)
+    deletions: list[dict[str, Any]] = [
+        {"subtype": "message_deleted", "deleted_ts": taken.message, "previous_message": was},
+        {"subtype": "message_changed", "message": {"subtype": "tombstone", "user": "USLACKBOT", "ts": taken.message}},
+    ]
+    for deletion in deletions:
+        call = vendor.event("", **deletion)
+        deleted = one(receive(vendor, call))
+        assert isinstance(deleted, Deleted)
+        assert deleted.target == target
+    for kind, mode in (("reaction_added", "added"), ("reaction_removed", "removed")):
+        item = {"type": "message", "channel": "C1", "ts": taken.message}
+        call = vendor.event("", kind=kind, user="U2", reaction="thumbsup", item=item, event_ts="1700000007.000200")
+        reacted = one(receive(vendor, call))
+        assert isinstance(reacted, Reacted)
+        assert reacted[1:] == (target, taken.message, "U2", (":thumbsup:",), mode, 1700000007000200, "")
 
 
 async def test_a_notice_of_slacks_limit_is_ignored(vendor: SlackStandIn) -> None:
@@ -154,6 +180,17 @@ async def test_a_signed_event_of_another_shape_is_unreadable(vendor: SlackStandI
     for payload in (
         {"no": "type"},
         {"type": "event_callback", "event": {"type": "message", "user": "U1"}},
+        {"type": "event_callback", "event": {"type": "message", "subtype": "message_deleted"}},
+        {
+            "type": "event_callback",
+            "event": {
+                "type": "reaction_added",
+                "user": "U1",
+                "reaction": "x",
+                "item": {"type": "message", "channel": "C1", "ts": "1.1"},
+                "event_ts": "soon",
+            },
+        },
         {"type": "event_callback", "event": {"type": "message", "user": "U1", "channel": 7, "ts": "1.1"}},
         "text",
     ):

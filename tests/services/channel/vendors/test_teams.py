@@ -14,7 +14,8 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.vendors import teams as module
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Received, Request, Unreadable
+from services.channel.vendors.base import AccountRefused, Request, Unreadable
+from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Received
 from tests.services.channel.vendors.conftest import Adapter, Call
 from tooling.testing.vendors import Fault, TeamsStandIn, answer, cut
 from tooling.testing.vendors.teams import SERVICE
@@ -112,12 +113,43 @@ async def test_unreadable_keys_are_transient(fake: TeamsStandIn, teams: Adapter)
             await receive(teams, fake.signed(fake.activity()))
 
 
+async def test_edits_deletions_and_reactions_name_their_message(fake: TeamsStandIn, teams: Adapter) -> None:
+    at = "2026-01-01T00:00:01.25Z"
+    taken, edited, deleted = [
+        (await receive(teams, fake.signed(fake.activity(type=kind, id="17", timestamp=at)))).items
+        for kind in ("message", "messageUpdate", "messageDelete")
+    ]
+    assert isinstance(taken[0], Inbound)
+    target, order = taken[0].ids[0], 1_767_225_601_250
+    assert edited == [Edited((f"update/{target}/{order}",), target, taken[0], order)]
+    assert deleted == [Deleted((f"deletion/{target}",), target)]
+    reaction = fake.activity(
+        type="messageReaction",
+        id="18",
+        replyToId="17",
+        timestamp=at,
+        reactionsAdded=[{"type": "like"}],
+        reactionsRemoved=[{"type": "heart"}],
+        text=None,
+    )
+    items = (await receive(teams, fake.signed(reaction))).items
+    conversation = taken[0].conversation
+    assert [item[1:] for item in items] == [
+        (target, "17", "29:1", (sign,), mode, order, conversation)
+        for sign, mode in (("like", "added"), ("heart", "removed"))
+    ]
+    assert len({item.ids for item in items}) == 2
+    with pytest.raises(Unreadable):
+        await receive(teams, fake.signed(fake.activity(type="messageUpdate")))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"type": "conversationUpdate"},
         {"type": "messageReaction"},
-        {"type": "messageUpdate"},
+        {"type": "messageDelete", "conversation": None},
+        {"type": "messageUpdate", "from": {"id": "28:x", "role": "bot"}},
         {"from": {"id": "28:x", "role": "bot"}},
     ],
 )

@@ -11,16 +11,8 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import (
-    AccountRefused,
-    Ignored,
-    Inbound,
-    Moved,
-    Outbound,
-    Receipt,
-    Request,
-    Unreadable,
-)
+from services.channel.vendors.base import AccountRefused, Outbound, Request, Unreadable
+from services.channel.vendors.items import Edited, Ignored, Inbound, Item, Moved, Reacted
 from services.channel.vendors.telegram import Telegram, TelegramCredentials
 from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
 
@@ -32,20 +24,20 @@ UPDATE = (
 )
 
 
-def receive(body: bytes, token: str = "secret-token") -> Inbound | Ignored | Moved | Receipt:
+def receive(body: bytes, token: str = "secret-token") -> Item:
     headers = {"x-telegram-bot-api-secret-token": token}
     [item] = Telegram().receive(Request("POST", "", headers, body), CREDENTIALS, utcnow()).items
     return item
 
 
-def message(**fields: object) -> Inbound | Ignored | Moved | Receipt:
+def message(**fields: object) -> Item:
     update = msgspec.json.decode(UPDATE)
     update["message"] |= fields
     return receive(msgspec.json.encode(update))
 
 
 def test_a_message_is_read_with_what_a_reply_needs() -> None:
-    assert receive(UPDATE) == Inbound(("update/10001",), "42", "43", "7", "hi")
+    assert receive(UPDATE) == Inbound(("update/10001", "message/42/7"), "42", "43", "7", "hi")
 
 
 def test_a_topic_of_a_group_is_a_separate_conversation() -> None:
@@ -113,6 +105,7 @@ def test_both_notices_of_a_move_name_the_old_and_the_new_chat() -> None:
     "item",
     [
         receive(b'{"update_id":1,"edited_message":{"message_id":7,"chat":{"id":42},"text":"hi"}}'),
+        receive(b'{"update_id":1,"poll":{"id":"1"}}'),
         receive(b'{"update_id":1,"my_chat_member":{"chat":{"id":42}}}'),
         message(text=None, new_chat_title="x"),
         message(text=None, dice={"emoji": "🎲", "value": 1}),
@@ -122,6 +115,29 @@ def test_both_notices_of_a_move_name_the_old_and_the_new_chat() -> None:
 )
 def test_an_update_without_a_persons_text_is_ignored(item: Inbound | Ignored) -> None:
     assert isinstance(item, Ignored)
+
+
+def test_edits_and_reactions_name_their_message() -> None:
+    taken = message()
+    edited = receive(UPDATE.replace(b'"message":', b'"edited_message":').replace(b"10001", b"10002"))
+    assert isinstance(taken, Inbound)
+    assert isinstance(edited, Edited)
+    assert (edited.target, edited.message.text, edited.order) == (taken.ids[1], "hi", 10002)
+    reaction = {
+        "chat": {"id": 42, "type": "private"},
+        "message_id": 7,
+        "user": {"id": 43, "is_bot": False},
+        "date": 1700000000,
+        "old_reaction": [],
+        "new_reaction": [{"type": "emoji", "emoji": "👍"}, {"type": "custom_emoji", "custom_emoji_id": "1"}],
+    }
+    reacted = receive(msgspec.json.encode({"update_id": 3, "message_reaction": reaction}))
+    assert reacted == Reacted(("update/3",), taken.ids[1], "7", "43", ("👍", "[custom_emoji]"), "all", 3, "42")
+    # In the name of a chat.
+    reaction |= {"user": None, "actor_chat": {"id": -100}}
+    reacted = receive(msgspec.json.encode({"update_id": 3, "message_reaction": reaction}))
+    assert isinstance(reacted, Reacted)
+    assert reacted.person == "chat/-100"
 
 
 @pytest.fixture

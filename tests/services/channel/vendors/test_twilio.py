@@ -9,7 +9,8 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound
+from services.channel.vendors.base import AccountRefused
+from services.channel.vendors.items import Ignored, Inbound
 from services.channel.vendors.twilio import TwilioCredentials, sign
 from tests.services.channel.vendors.conftest import Adapter
 from tooling.testing.vendors import Fault, TwilioStandIn, answer, cut

@@ -14,7 +14,8 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Inbound, Outbound, Request
+from services.channel.vendors.base import AccountRefused, Outbound, Request
+from services.channel.vendors.items import Inbound
 from services.channel.vendors.webhook import Webhook, WebhookCredentials
 from tooling.testing.vendors import Fault, WebhookStandIn, answer, cut
 from tooling.testing.vendors.server import Call, Reply

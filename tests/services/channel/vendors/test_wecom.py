@@ -10,7 +10,8 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Request
+from services.channel.vendors.base import AccountRefused, Request
+from services.channel.vendors.items import Ignored, Inbound
 from services.channel.vendors.wecom import WeCom, WeComCredentials
 from tests.services.channel.vendors.conftest import Adapter
 from tooling.testing.vendors import Fault, WeComStandIn, answer, cut

@@ -13,7 +13,8 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Ignored, Inbound, Receipt, Request
+from services.channel.vendors.base import AccountRefused, Request, Unreadable
+from services.channel.vendors.items import Ignored, Inbound, Reacted, Receipt
 from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, WhatsAppStandIn, answer, cut
@@ -95,11 +96,21 @@ async def test_files_are_attachments(fake: WhatsAppStandIn, whatsapp: Adapter) -
         assert item.attachments == (expected,)
 
 
-async def test_sent_statuses_reactions_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
-    reaction = fake.message(None, type="reaction", reaction={"message_id": "wamid.0", "emoji": "👍"})
+async def test_a_reaction_names_its_message(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    for given, signs in (({"emoji": "👍"}, ("👍",)), ({"emoji": ""}, ()), ({}, ())):
+        reaction = fake.message(None, type="reaction", reaction={"message_id": "wamid.0", **given})
+        item = whatsapp.one(fake.call(reaction))
+        assert isinstance(item, Reacted)
+        assert item[1:] == ("message/wamid.0", "wamid.0", "491", signs, "all", 1_700_000_000, "")
+    with pytest.raises(Unreadable):
+        whatsapp.one(fake.call(reaction | {"timestamp": "soon"}))
+
+
+async def test_sent_statuses_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    unknown = fake.message(None, type="unsupported", errors=[{"code": 131051}])
     status = {"id": "wamid.9", "status": "sent", "timestamp": "1", "recipient_id": "491"}
     for call in (
-        fake.call(reaction),
+        fake.call(unknown),
         fake.call(statuses=[status]),
         fake.call(fake.message(), metadata={"phone_number_id": "other"}),
         fake.signed(b'{"entry":[{"changes":[{"field":"account_update","value":{"event":"x"}}]}]}'),

@@ -1,0 +1,119 @@
+"""The items that an adapter finds in a webhook call of its vendor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from services.channel.events import Attachment
+
+
+class Inbound(NamedTuple):
+    """A person's message."""
+
+    ids: tuple[str, ...]
+    """All ids under which the vendor may send this message. If one of them is known, the message is a repeat."""
+    conversation: str
+    """The vendor's id of the conversation, including the thread if there is one. `send` gets it back."""
+    person: str
+    """The vendor's id of the author."""
+    message: str
+    """The vendor's id of the message, for replies."""
+    text: str
+    parent: str | None = None
+    """The conversation that this one branched off from, such as the channel of a thread."""
+    attachments: tuple[Attachment, ...] = ()
+    """With them the text may be empty."""
+    in_group: bool = False
+    """Others read it, too."""
+    mentions_bot: bool = False
+    replies_to_bot: bool = False
+    """It quotes a message of the bot."""
+    by_admin: bool = False
+    """The vendor says that the author is an administrator of the group."""
+
+
+class Moved(NamedTuple):
+    """A conversation got another id. It goes on with its history."""
+
+    ids: tuple[str, ...]
+    old: str
+    new: str
+
+
+class Receipt(NamedTuple):
+    """The vendor's later news of a message that it has accepted."""
+
+    ids: tuple[str, ...]
+    message: str
+    """The vendor's id of the message, as `Vendor.send` returned it."""
+    state: Literal["delivered", "read", "failed"]
+    reason: str = ""
+    """Why it failed."""
+
+
+class Edited(NamedTuple):
+    """A person changed the text of a message."""
+
+    ids: tuple[str, ...]
+    target: str
+    """The one among the `ids` of the message by which it is found."""
+    message: Inbound
+    """As it is now. Only its text is new."""
+    order: int
+    """Rises with each change of the message, such as the vendor's time of it."""
+
+
+class Deleted(NamedTuple):
+    """A message of a person was deleted."""
+
+    ids: tuple[str, ...]
+    target: str
+    """As in `Edited`."""
+
+
+class Reacted(NamedTuple):
+    """A person put signs to a message of a person or of the bot, or took them back."""
+
+    ids: tuple[str, ...]
+    target: str
+    """As in `Edited`. A message of the bot is found by `message`."""
+    message: str
+    """The vendor's id of the message."""
+    person: str
+    signs: tuple[str, ...]
+    mode: Literal["added", "removed", "all"]
+    """``all``: `signs` are all of this person at this message now."""
+    order: int
+    """As in `Edited`."""
+    conversation: str = ""
+    """Of the message, if its id is unique in its conversation only."""
+
+
+Change = Edited | Deleted | Reacted
+
+
+class Ignored(NamedTuple):
+    """A genuine event that starts no run."""
+
+    ids: tuple[str, ...]
+    reason: str
+    """Shown to operators: the kind of the event, never its content."""
+
+
+Item = Inbound | Change | Ignored | Moved | Receipt
+
+
+class Ack(NamedTuple):
+    """The answer to a webhook call, sent after all its items are stored."""
+
+    body: bytes = b""
+    media_type: str = "text/plain"
+    status: int = 200
+
+
+class Received(NamedTuple):
+    """The items of one webhook call, in its order."""
+
+    items: Sequence[Item]
+    ack: Ack = Ack()

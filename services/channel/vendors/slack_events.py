@@ -1,0 +1,275 @@
+"""Slack's events and interactions: https://docs.slack.dev/reference/events/message"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from services.channel.events import Attachment
+from services.channel.vendors.base import Unreadable, decode, kind_of, placeholder
+from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Reacted
+
+# The subtypes of a message that a person wrote. Others report changes to a message or a channel.
+_SPOKEN = (None, "file_share", "thread_broadcast", "me_message")
+
+
+class _Authorization(msgspec.Struct):
+    user_id: str | None = None
+    is_bot: bool = False
+
+
+class Payload(msgspec.Struct):
+    type: str
+    challenge: str | None = None
+    team_id: str | None = None
+    event_id: str | None = None
+    event: msgspec.Raw = msgspec.Raw(b"{}")
+    authorizations: list[_Authorization] | None = None
+
+
+class _Kind(msgspec.Struct):
+    type: str = ""
+    subtype: str | None = None
+    bot_id: str | None = None
+    user: str | msgspec.Raw | None = None
+
+
+class _File(msgspec.Struct):
+    name: str | None = None
+    title: str | None = None
+    mimetype: str | None = None
+    url_private: str | None = None
+
+
+class _Attachment(msgspec.Struct):
+    """A forwarded message, or a preview."""
+
+    text: str | None = None
+    fallback: str | None = None
+
+
+class _Event(msgspec.Struct):
+    """A message event. In `text`, ``& < >`` are entities."""
+
+    channel: str
+    ts: str
+    user: str
+    text: str | None = None
+    thread_ts: str | None = None
+    channel_type: str | None = None
+    parent_user_id: str | None = None
+    """Who began the thread."""
+    files: list[_File] | None = None
+    attachments: list[_Attachment] | None = None
+    blocks: list[Any] | None = None
+
+
+class _Changed(msgspec.Struct):
+    channel: str
+    message: msgspec.Raw
+    """As it is now."""
+
+
+class _Edit(msgspec.Struct):
+    ts: str
+
+
+class _Tombstone(msgspec.Struct):
+    ts: str
+
+
+class _Deletion(msgspec.Struct):
+    channel: str
+    deleted_ts: str
+    previous_message: _Kind | None = None
+
+
+class _Item(msgspec.Struct):
+    type: str = ""
+    channel: str = ""
+    ts: str = ""
+
+
+class _Reaction(msgspec.Struct):
+    type: str
+    user: str
+    reaction: str
+    item: _Item
+    event_ts: str
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+class _Label(msgspec.Struct):
+    text: str = ""
+
+
+class _Action(msgspec.Struct):
+    action_id: str = ""
+    action_ts: str = ""
+    value: str | None = None
+    text: _Label | None = None
+
+
+class _Pressed(msgspec.Struct):
+    """The message with the button."""
+
+    ts: str = ""
+    thread_ts: str | None = None
+
+
+class _Press(msgspec.Struct):
+    """An interaction, as the form's field ``payload``."""
+
+    type: str
+    user: _Named | None = None
+    channel: _Named | None = None
+    message: _Pressed | None = None
+    actions: list[_Action] | None = None
+
+
+def pressed(body: bytes) -> Inbound | None:
+    """The button that was pressed, as a message with its value; None for any other command or interaction."""
+    given = dict(parse_qsl(body.decode("utf-8", "replace"))).get("payload")
+    if given is None:
+        return None
+    press = decode(given.encode(), _Press)
+    if press.type != "block_actions" or not press.actions or not press.user or not press.channel:
+        return None
+    action, message = press.actions[0], press.message or _Pressed()
+    thread = f"/{message.thread_ts}" if message.thread_ts else ""
+    return Inbound(
+        (f"action/{press.channel.id}/{press.user.id}/{action.action_ts}",),
+        f"{press.channel.id}{thread}",
+        press.user.id,
+        message.ts,
+        action.value or (action.text.text if action.text else "") or action.action_id,
+        press.channel.id if thread else None,
+        in_group=not press.channel.id.startswith("D"),
+        mentions_bot=True,
+        replies_to_bot=True,
+    )
+
+
+def event(payload: Payload) -> Inbound | Change | Ignored:
+    kind = decode(payload.event, _Kind)
+    ids = (f"event/{payload.event_id}",)
+    if kind.type in ("reaction_added", "reaction_removed"):
+        return _reacted(ids, payload)
+    if kind.type not in ("message", "app_mention"):
+        return Ignored(ids, f"an event {kind.type[:40]}")
+    if kind.subtype == "message_changed":
+        return _changed(ids, payload)
+    if kind.subtype == "message_deleted":
+        deleted = decode(payload.event, _Deletion)
+        if deleted.previous_message and deleted.previous_message.bot_id:
+            return Ignored(ids, "a bot's message")
+        return Deleted(ids, _target(payload, deleted.channel, deleted.deleted_ts))
+    return _spoken(ids, kind, payload, payload.event)
+
+
+def _target(payload: Payload, channel: str, ts: str) -> str:
+    """An id of each message."""
+    return f"message/{payload.team_id}/{channel}/{ts}"
+
+
+def _order(ts: str) -> int:
+    """A time such as ``1700000000.000100``, in microseconds."""
+    seconds, _, micros = ts.partition(".")
+    if not (seconds.isdecimal() and micros.isdecimal() and len(seconds) <= 12 and len(micros) == 6 and ts.isascii()):
+        raise Unreadable("ts: is not a time")
+    return int(seconds + micros)
+
+
+def _changed(ids: tuple[str, ...], payload: Payload) -> Inbound | Change | Ignored:
+    """An edit. A deleted message with answers in its thread becomes a tombstone; without ``edited`` Slack itself has
+    changed the message, such as by the preview of a link."""
+    change = decode(payload.event, _Changed)
+    kind = decode(change.message, _Kind)
+    if kind.subtype == "tombstone":
+        return Deleted(ids, _target(payload, change.channel, decode(change.message, _Tombstone).ts))
+    fields = decode(change.message, dict[str, msgspec.Raw])
+    if "edited" not in fields:
+        return Ignored(ids, "a change that no person made")
+    edited = decode(fields["edited"], _Edit)
+    fields["channel"] = msgspec.Raw(msgspec.json.encode(change.channel))
+    item = _spoken(ids, kind, payload, msgspec.Raw(msgspec.json.encode(fields)))
+    return item if isinstance(item, Ignored) else Edited(ids, item.ids[1], item, _order(edited.ts))
+
+
+def _reacted(ids: tuple[str, ...], payload: Payload) -> Reacted | Ignored:
+    reaction = decode(payload.event, _Reaction)
+    item = reaction.item
+    if item.type != "message":
+        return Ignored(ids, f"a reaction to a {item.type[:40]}")
+    mode: Literal["added", "removed"] = "added" if reaction.type == "reaction_added" else "removed"
+    target, order = _target(payload, item.channel, item.ts), _order(reaction.event_ts)
+    return Reacted(ids, target, item.ts, reaction.user, (f":{reaction.reaction}:",), mode, order)
+
+
+def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Raw) -> Inbound | Ignored:
+    if kind.bot_id is not None or kind.subtype == "bot_message":
+        return Ignored(ids, "a bot's message")
+    if kind.subtype not in _SPOKEN:
+        return Ignored(ids, f"a message of subtype {str(kind.subtype)[:40]}")
+    if not kind.user:
+        return Ignored(ids, "a message without an author")
+    event = decode(raw, _Event)
+    bots = {bot.user_id for bot in payload.authorizations or () if bot.is_bot and bot.user_id}
+    if event.user in bots:
+        return Ignored(ids, "a bot's message")
+    thread = f"/{event.thread_ts}" if event.thread_ts else ""
+    return Inbound(
+        # A mention in a channel arrives as two events, app_mention and message, with one text.
+        ids=(*ids, _target(payload, event.channel, event.ts)),
+        conversation=f"{event.channel}{thread}",
+        person=event.user,
+        message=event.ts,
+        text=_text(event).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+        # A thread begins with a message of the channel, or with the bot's answer there.
+        parent=event.channel if thread else None,
+        attachments=_attachments(event),
+        # An app_mention does not tell the type of its channel. The id of a direct message begins with D.
+        in_group=event.channel_type != "im" and not event.channel.startswith("D"),
+        mentions_bot=kind.type == "app_mention" or any(f"<@{bot}>" in (event.text or "") for bot in bots),
+        replies_to_bot=event.parent_user_id in bots,
+    )
+
+
+def _text(event: _Event) -> str:
+    """The text of the message. It may stand in attachments or blocks instead, or there are only files."""
+    if event.text and event.text.strip():
+        return event.text
+    quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
+    if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
+        return text
+    if event.files and not _attachments(event):
+        return placeholder("a file", *(file.name or file.title or "" for file in event.files))
+    return ""
+
+
+def _attachments(event: _Event) -> tuple[Attachment, ...]:
+    return tuple(
+        Attachment(kind_of(file.mimetype or ""), file.url_private, file.name or file.title or "")
+        for file in event.files or ()
+        if file.url_private
+    )
+
+
+def _block_texts(node: Any) -> Iterator[str]:
+    """The texts in blocks, in their order."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _block_texts(child)
+    elif isinstance(node, dict):
+        if isinstance(text := node.get("text"), str):
+            yield text
+        else:
+            yield from _block_texts(text)
+        yield from _block_texts(node.get("elements"))
+        yield "\n" if node.get("type") in ("section", "rich_text_section", "header") else ""

@@ -1,0 +1,241 @@
+"""Telegram's updates: https://core.telegram.org/bots/api#update"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from services.channel.events import Attachment
+from services.channel.vendors.base import Unreadable, decode, kind_of, placeholder
+from services.channel.vendors.items import Ack, Edited, Ignored, Inbound, Moved, Reacted, Received
+
+# The kinds of update that are read; Telegram sends no others.
+KINDS = ["message", "edited_message", "callback_query", "message_reaction"]
+# The kind of file by the field of the message that holds it; None: by the stated type.
+_FILES: dict[str, Literal["image", "voice", "video"] | None] = {
+    "photo": "image",
+    "voice": "voice",
+    "audio": "voice",
+    "video": "video",
+    "video_note": "video",
+    "animation": "video",
+    "document": None,
+}
+# Messages without text, by the field that tells them. A file is among them if its content cannot be found.
+_ATTACHMENTS = {
+    "photo": "a photo",
+    "video": "a video",
+    "video_note": "a video message",
+    "voice": "a voice message",
+    "audio": "an audio file",
+    "document": "a file",
+    "animation": "an animation",
+    "sticker": "a sticker",
+    "location": "a location",
+    "contact": "a contact",
+}
+
+
+class _User(msgspec.Struct):
+    id: int
+    is_bot: bool = False
+
+
+class _Chat(msgspec.Struct):
+    id: int
+    type: str = "private"
+
+
+class _Entity(msgspec.Struct):
+    type: str
+    offset: int
+    length: int
+    user: _User | None = None
+
+
+class _Quoted(msgspec.Struct):
+    from_: _User | None = msgspec.field(name="from", default=None)
+
+
+class _File(msgspec.Struct):
+    file_id: str
+    file_name: str | None = None
+    mime_type: str | None = None
+
+
+class _Message(msgspec.Struct):
+    message_id: int
+    chat: _Chat
+    from_: _User | None = msgspec.field(name="from", default=None)
+    sender_chat: _Chat | None = None
+    """The chat in whose name the message was written: an anonymous administrator, or a channel."""
+    text: str | None = None
+    caption: str | None = None
+    entities: list[_Entity] | None = None
+    caption_entities: list[_Entity] | None = None
+    reply_to_message: _Quoted | None = None
+    message_thread_id: int | None = None
+    is_topic_message: bool | None = None
+    is_automatic_forward: bool | None = None
+    migrate_to_chat_id: int | None = None
+    migrate_from_chat_id: int | None = None
+
+
+class _Press(msgspec.Struct):
+    """A button under a message was pressed. The message is missing if it is too old."""
+
+    id: str
+    from_: _User = msgspec.field(name="from")
+    data: str | None = None
+    message: _Message | None = None
+
+
+class _Sign(msgspec.Struct):
+    type: str = ""
+    emoji: str = ""
+
+
+class _Reaction(msgspec.Struct):
+    """`user` is missing if the reaction was made in the name of a chat."""
+
+    chat: _Chat
+    message_id: int
+    user: _User | None = None
+    actor_chat: _Chat | None = None
+    new_reaction: list[_Sign] = []
+
+
+def read(body: bytes, bot: str) -> Received:
+    """The items of an update. `bot`: the bot's id."""
+    update = decode(body, dict[str, msgspec.Raw])
+    number = decode(update.pop("update_id", msgspec.Raw(b"null")), int)
+    ids = (f"update/{number}",)
+    if "callback_query" in update:
+        return _pressed(ids, decode(update["callback_query"], _Press))
+    if "message_reaction" in update:
+        return Received([_reacted(ids, decode(update["message_reaction"], _Reaction), number)])
+    if "edited_message" in update:
+        item = _message(ids, update["edited_message"], bot)
+        if isinstance(item, Inbound):
+            return Received([Edited(ids, item.ids[1], item, number)])
+        return Received([Ignored(ids, "an edit of a message that no person wrote")])
+    if "message" not in update:
+        return Received([Ignored(ids, f"an update of kind {', '.join(sorted(update))[:80]}")])
+    return Received([_message(ids, update["message"], bot)])
+
+
+def _message(ids: tuple[str, ...], raw: msgspec.Raw, bot: str) -> Inbound | Ignored | Moved:
+    return _item(ids, decode(raw, _Message), decode(raw, dict[str, msgspec.Raw]), bot)
+
+
+def _reacted(ids: tuple[str, ...], reaction: _Reaction, number: int) -> Reacted:
+    chat = reaction.chat.id
+    author = f"chat/{reaction.actor_chat.id}" if reaction.actor_chat else str(reaction.user.id) if reaction.user else ""
+    signs = tuple(sign.emoji or f"[{sign.type}]" for sign in reaction.new_reaction)
+    target, message = f"message/{chat}/{reaction.message_id}", str(reaction.message_id)
+    return Reacted(ids, target, message, author, signs, "all", number, str(chat))
+
+
+def _item(
+    ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw], bot: str
+) -> Inbound | Ignored | Moved:
+    """`bot`: the bot's id."""
+    chat = message.chat.id
+    # A group became a supergroup. Telegram says so in both chats.
+    if message.migrate_to_chat_id is not None:
+        return Moved(ids, str(chat), str(message.migrate_to_chat_id))
+    if message.migrate_from_chat_id is not None:
+        return Moved(ids, str(message.migrate_from_chat_id), str(chat))
+    if message.is_automatic_forward:
+        return Ignored(ids, "a channel's post, forwarded to its group automatically")
+    # In the name of a chat, `from` is one of Telegram's own bots.
+    if message.sender_chat is not None:
+        person = f"chat/{message.sender_chat.id}"
+    elif message.from_ is None:
+        return Ignored(ids, "a message without an author")
+    elif message.from_.is_bot:
+        return Ignored(ids, "a bot's message")
+    else:
+        person = str(message.from_.id)
+    text = message.text if message.text is not None else message.caption
+    attachments = _attachments(fields)
+    if text is None and attachments:
+        text = ""
+    if text is None:
+        kind = next((name for field, name in _ATTACHMENTS.items() if field in fields), None)
+        if kind is None:
+            return Ignored(ids, "a message without text")
+        text = placeholder(kind)
+    return Inbound(
+        # Edits and reactions name the message by chat and number.
+        ids=(*ids, f"message/{chat}/{message.message_id}"),
+        conversation=_conversation(message),
+        person=person,
+        message=str(message.message_id),
+        text=text,
+        attachments=attachments,
+        in_group=message.chat.type != "private",
+        mentions_bot=_mentions(message, bot),
+        replies_to_bot=_is(bot, (message.reply_to_message or _Quoted()).from_),
+        # An administrator who stays anonymous writes in the name of the group. Telegram does not tell the others.
+        by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
+    )
+
+
+def _pressed(ids: tuple[str, ...], press: _Press) -> Received:
+    """The value of the button as a message. The answer to the call ends the button's sign that it works."""
+    answer = {"method": "answerCallbackQuery", "callback_query_id": press.id}
+    ack = Ack(msgspec.json.encode(answer), "application/json")
+    if not press.data or press.message is None:
+        return Received([Ignored(ids, "a button without a value or a message")], ack)
+    message = press.message
+    item = Inbound(
+        ids,
+        _conversation(message),
+        str(press.from_.id),
+        str(message.message_id),
+        press.data,
+        in_group=message.chat.type != "private",
+        mentions_bot=True,
+        replies_to_bot=True,
+    )
+    return Received([item], ack)
+
+
+def _conversation(message: _Message) -> str:
+    topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
+    return f"{message.chat.id}{topic}"
+
+
+def _is(bot: str, user: _User | None) -> bool:
+    return user is not None and str(user.id) == bot
+
+
+def _mentions(message: _Message, bot: str) -> bool:
+    """A command, a mention of the bot, or of a name that ends in "bot", as those of bots do. (Updates do not tell the
+    bot's own name.) Offsets count UTF-16 units."""
+    text = (message.text or message.caption or "").encode("utf-16-le", "surrogatepass")
+    for entity in message.entities or message.caption_entities or ():
+        part = text[entity.offset * 2 : (entity.offset + entity.length) * 2].decode("utf-16-le", "replace")
+        if entity.type == "bot_command" or _is(bot, entity.user):
+            return True
+        if entity.type == "mention" and part.lower().endswith("bot"):
+            return True
+    return False
+
+
+def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:
+    # An animation has the field document too, with the same file.
+    for field, kind in _FILES.items():
+        if field not in fields:
+            continue
+        try:
+            # A photo comes in several sizes, the largest last.
+            file = decode(fields[field], list[_File])[-1] if field == "photo" else decode(fields[field], _File)
+        except (Unreadable, IndexError):
+            return ()
+        name = file.file_name or ("photo.jpg" if field == "photo" else "")
+        return (Attachment(kind or kind_of(file.mime_type or ""), file.file_id, name),)
+    return ()
