@@ -16,10 +16,10 @@ from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
-from services.memory.documents import Found
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.engines import Engines
 from services.memory.index import Row
+from services.memory.readable import Found
 from services.memory.usage import record_usage
 
 # Within this time a reply is erased with its person. Replies from before their events named the person only expire.

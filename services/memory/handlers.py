@@ -18,9 +18,9 @@ from protos.messages.memory import IndexDocument
 from protos.messages.user import SubjectErased
 from services.memory import keeping
 from services.memory.conversations import KEEP, Conversations
-from services.memory.documents import OldVersion
 from services.memory.indexing import Indexing
 from services.memory.learning import Learning, Run
+from services.memory.versions import OldVersion
 
 
 class DocumentWork(msgspec.Struct, frozen=True):

@@ -6,23 +6,15 @@ Each stage commits its results. After a crash the next process continues with th
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 from uuid import UUID
 
-import msgspec
-
-import infra
 from infra.errors import NotFound, NotYet, Transient, Unanswered
 from infra.failpoint import failpoint
 from infra.lanes.claims import LaneLost
@@ -31,32 +23,26 @@ from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.tx import Tx
 from infra.stores.objects import Objects
-from services.memory import confinement, documents
-from services.memory.documents import OldVersion, Passage, Work
-from services.memory.domain import Chunk, count_tokens, embedded_text
+from services.memory import documents, passages, versions
+from services.memory.documents import Work
+from services.memory.domain import count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
 from services.memory.engines import Engines
 from services.memory.index import INSERT_ROWS, Row
+from services.memory.parser import Findings, Refused, parsed
+from services.memory.passages import Passage
 from services.memory.usage import record_document, record_usage
+from services.memory.versions import OldVersion
 
-PARSE_SECONDS = 600.0
-# A parser without output is stopped within this time after its document was deleted.
-CHECK_SECONDS = 2.0
 # After this time a document gives its place to other documents.
 TURN_SECONDS = 10.0
-_STORE_ROWS = 500
 # The progress of the document at the end of each stage.
 _PARSED, _CHUNKED, _EMBEDDED = 0.1, 0.2, 0.9
-_ROOT = Path(infra.__file__).parent.parent
 _log = get_logger("memory.indexing")
 
 
 class _Deleted(Exception):
     """The document was deleted meanwhile. No work is left."""
-
-
-class _Refused(Exception):
-    """The document cannot be indexed. The message is written for the person who uploaded it."""
 
 
 class Replaced(NamedTuple):
@@ -80,7 +66,7 @@ class Indexing:
         """
         try:
             document = await self._index_stages(id_, effects)
-        except _Refused as error:
+        except Refused as error:
             await documents.advance(tx, id_, "failed", 1.0, str(error))
         except (_Deleted, NotFound):
             _log.info("document was deleted before it was indexed", document_id=str(id_))
@@ -92,7 +78,7 @@ class Indexing:
             raise
         else:
             if document.replaces:
-                old = await documents.switch(tx, id_, document.replaces)
+                old = await versions.switch(tx, id_, document.replaces)
                 if old is None:
                     return None
                 record_document(tx, id_)
@@ -110,7 +96,7 @@ class Indexing:
             await self._parse(document, effects)
         if document.replaces:
             async with effects.begin() as tx:
-                await documents.reuse_vectors(tx, id_, document.replaces, self._embedder.model)
+                await versions.reuse_vectors(tx, id_, document.replaces, self._embedder.model)
         await self._embed(id_, effects)
         await self._fill_index(document, effects)
         failpoint("after_index")
@@ -129,7 +115,7 @@ class Indexing:
     async def remove(self, id_: UUID, effects: Effects, tx: Tx) -> None:
         """Removes the file, the vectors and the rows of a deleted document."""
         async with effects.begin() as begun:
-            place = await documents.place(begun, id_)
+            place = await versions.place(begun, id_)
         if place:
             await self.remove_version(place, effects)
             await documents.purge(tx, id_)
@@ -144,7 +130,7 @@ class Indexing:
     async def _parse(self, document: Work, effects: Effects) -> None:
         async with effects.begin() as tx:
             # An earlier attempt may have stored some of the passages.
-            await documents.drop_passages(tx, document.id)
+            await passages.drop(tx, document.id)
         count = 0
         findings = Findings()
 
@@ -154,12 +140,12 @@ class Indexing:
 
         async with (
             self._local_file(document) as file,
-            aclosing(_parsed(file, document.content_type, findings, check)) as parsed,
+            aclosing(parsed(file, document.content_type, findings, check)) as parts,
         ):
-            async for chunks in parsed:
+            async for chunks in parts:
                 async with effects.begin() as tx:
                     await _advance(tx, document.id, "parsed", _PARSED)
-                    await documents.add_passages(tx, document.id, count, chunks)
+                    await passages.add(tx, document.id, count, chunks)
                 count += len(chunks)
         failpoint("after_passages")
         async with effects.begin() as tx:
@@ -178,29 +164,29 @@ class Indexing:
                     file.flush()
                     yield file
         except NotFound as error:
-            raise _Refused("The stored file no longer exists. Upload the document again.") from error
+            raise Refused("The stored file no longer exists. Upload the document again.") from error
 
     async def _embed(self, id_: UUID, effects: Effects, *, again: bool = False) -> None:
         """Embeds the passages that have no vector of the model. again: the document stays indexed meanwhile."""
         async with effects.begin() as tx:
-            total = await documents.passage_count(tx, id_)
+            total = await passages.count(tx, id_)
         began = time.monotonic()
         while True:
             async with effects.begin() as tx:
-                passages = await documents.without_vector(tx, id_, self._embedder.model, BATCH)
-                if not passages:
+                batch = await passages.without_vector(tx, id_, self._embedder.model, BATCH)
+                if not batch:
                     if not again:
                         await _advance(tx, id_, "embedded", _EMBEDDED)
                     return
-            await self._embed_batch(id_, passages, None if again else total, effects)
+            await self._embed_batch(id_, batch, None if again else total, effects)
             if time.monotonic() - began > TURN_SECONDS:
                 # A large document takes hours. The vectors made so far are stored.
                 raise NotYet(timedelta(0), "the other documents have their turn")
 
-    async def _embed_batch(self, id_: UUID, passages: Sequence[Passage], total: int | None, effects: Effects) -> None:
+    async def _embed_batch(self, id_: UUID, batch: Sequence[Passage], total: int | None, effects: Effects) -> None:
         """`total`: all passages of the document, for its progress; None if it shows none."""
-        first = passages[0].n
-        texts = [embedded_text(passage.text, passage.section) for passage in passages]
+        first = batch[0].n
+        texts = [embedded_text(passage.text, passage.section) for passage in batch]
         begun = 0
         alive = True
         vectors: Any = None
@@ -226,25 +212,25 @@ class Indexing:
             if outcome.result is None:
                 return
             if total is not None:
-                progress = _CHUNKED + (_EMBEDDED - _CHUNKED) * (first + len(passages)) / total
+                progress = _CHUNKED + (_EMBEDDED - _CHUNKED) * (first + len(batch)) / total
                 alive = await documents.advance(tx, id_, "chunked", progress)
-            await documents.set_vectors(tx, self._embedder.model, passages, vectors)
+            await passages.set_vectors(tx, self._embedder.model, batch, vectors)
             record_usage(tx, self._embedder.model, f"{id_}/{first}/{outcome.attempt}", outcome.result)
 
         # The item is part of the key: if the platform returns to a former model, the passage is embedded again.
-        key = f"embed/{effects.item_id}/{passages[0].id}/{self._embedder.model}"
+        key = f"embed/{effects.item_id}/{batch[0].id}/{self._embedder.model}"
         outcome = await effects.run(key, call, kind="repeatable", result=int, before=begin, after=keep)
         if not alive:
             raise _Deleted
         if outcome.state == "failed":
-            raise _Refused(f"The text could not be embedded: {outcome.error}.")
+            raise Refused(f"The text could not be embedded: {outcome.error}.")
 
     async def _fill_index(self, document: Work, effects: Effects) -> None:
         async def batches() -> AsyncIterator[Sequence[Row]]:
             last = -1
             while True:
                 async with effects.begin() as tx:
-                    rows = await documents.vectors(tx, document.id, last, INSERT_ROWS)
+                    rows = await passages.vectors(tx, document.id, last, INSERT_ROWS)
                 if not rows:
                     return
                 last = rows[-1][1]
@@ -255,112 +241,6 @@ class Indexing:
         names = await self._index.replace(tenant_id, document.owner, "document", batches)
         async with effects.begin() as tx:
             await documents.mark_indexed(tx, document.id, names)
-
-
-class _ParserDied(Exception):
-    """The parser process ended before the end of the document."""
-
-
-@dataclass
-class Findings:
-    """The remarks of the parser about a document, complete after its last passage."""
-
-    pages: int | None = None
-    pages_without_text: list[int] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-Check = Callable[[], Awaitable[None]]
-"""Raises NotFound if the document was deleted meanwhile."""
-
-
-async def _parsed(file: IO[bytes], type_: str, findings: Findings, check: Check) -> AsyncGenerator[list[Chunk], None]:
-    """The file's passages in batches. Fills `findings`. Raises _Refused and NotFound."""
-    for is_last in (False, True):
-        given = False
-        try:
-            async with aclosing(_parsed_once(file, type_, findings, check)) as parts:
-                async for chunks in parts:
-                    yield chunks
-                    given = True
-            return
-        except _ParserDied:
-            # A process can die for reasons other than its file. A second death is blamed on the file.
-            if is_last or given:
-                raise _Refused("The file cannot be read: the parser crashes on it.") from None
-
-
-async def _parsed_once(
-    file: IO[bytes], type_: str, findings: Findings, check: Check
-) -> AsyncGenerator[list[Chunk], None]:
-    """The file's passages from one parser process. Raises _Refused, _ParserDied and NotFound."""
-    # A parser that a file has taken over must not find the service's secrets in its memory.
-    confinement.hide_memory()
-    file.seek(0)
-    with tempfile.TemporaryFile() as errors:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.memory.parsing",
-            type_,
-            str(os.getpid()),
-            stdin=file,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            cwd=_ROOT,
-            # Without the service's variables, for the same reason.
-            env={"PYTHONUTF8": "1"},
-            limit=2**22,
-        )
-        chunks: list[Chunk] = []
-        complete = False
-        try:
-            async with aclosing(_lines(process, check)) as lines:
-                async for line in lines:
-                    said = msgspec.json.decode(line)
-                    if "error" in said:
-                        raise _Refused(said["error"])
-                    if "unconfined" in said:
-                        _log.warning("parser process is not fully confined", missing=said["unconfined"])
-                    if "text" in said:
-                        chunks.append(Chunk(**said))
-                    if complete := "chunks" in said:
-                        findings.pages = said["pages"]
-                        findings.pages_without_text = said["pages_without_text"]
-                        findings.warnings = said["warnings"]
-                    if len(chunks) == _STORE_ROWS:
-                        yield chunks
-                        chunks = []
-        finally:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-        if not complete:
-            if process.returncode == -signal.SIGXCPU:
-                raise _Refused(f"The file could not be read within {confinement.MAX_CPU_SECONDS} s of processor time.")
-            errors.seek(0)
-            output = errors.read()[-2000:].decode(errors="replace")
-            _log.error("parser process died", code=process.returncode, output=output)
-            raise _ParserDied
-        yield chunks
-
-
-async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGenerator[bytes, None]:
-    """The lines of a parser process. Raises _Refused after PARSE_SECONDS, and NotFound."""
-    assert process.stdout is not None
-    deadline = time.monotonic() + PARSE_SECONDS
-    while True:
-        reading = asyncio.ensure_future(process.stdout.readline())
-        try:
-            while not (await asyncio.wait({reading}, timeout=CHECK_SECONDS))[0]:
-                if time.monotonic() > deadline:
-                    raise _Refused(f"The file could not be read within {PARSE_SECONDS / 60:g} minutes.")
-                await check()
-        finally:
-            reading.cancel()
-        if not (line := reading.result()):
-            return
-        yield line
 
 
 async def _advance(tx: Tx, id_: UUID, status: str, progress: float) -> None:

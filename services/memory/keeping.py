@@ -49,7 +49,7 @@ MEMORY: Aggregate[State | None] = Aggregate(
 )
 
 _FIELDS = State.__struct_fields__
-COLUMNS = ", ".join(_FIELDS)
+_COLUMNS = ", ".join(_FIELDS)
 _PARAMETERS = ", ".join(f"${n}" for n in range(3, len(_FIELDS) + 3))
 _NEW_VALUES = ", ".join(f"{name} = excluded.{name}" for name in _FIELDS)
 
@@ -272,20 +272,20 @@ class Keeping:
         for event in events:
             state = evolve(state, event)
             tx.append(MEMORY.stream(str(id_)), event)
-        await store(tx, id_, state)
+        await _store(tx, id_, state)
 
     async def _state(self, tx: Tx, id_: UUID) -> State | None:
-        rows = await tx.sql(f"SELECT {COLUMNS} FROM memory WHERE id = $1 FOR UPDATE", id_)
-        return state_of(rows[0]) if rows else None
+        rows = await tx.sql(f"SELECT {_COLUMNS} FROM memory WHERE id = $1 FOR UPDATE", id_)
+        return _state_of(rows[0]) if rows else None
 
 
-def state_of(row: Sequence[Any]) -> State:
-    """The state in a row of `COLUMNS`."""
+def _state_of(row: Sequence[Any]) -> State:
+    """The state in a row of `_COLUMNS`."""
     fields = dict(zip(_FIELDS, row, strict=True))
     return State(**fields | {"parts": tuple(fields["parts"])})
 
 
-async def store(tx: Tx, id_: UUID, state: State | None) -> None:
+async def _store(tx: Tx, id_: UUID, state: State | None) -> None:
     """Writes the row of a memory in this state; None: it has none."""
     if state is None:
         await tx.sql("DELETE FROM memory WHERE id = $1", id_)
@@ -293,7 +293,7 @@ async def store(tx: Tx, id_: UUID, state: State | None) -> None:
     values = msgspec.structs.asdict(state) | {"parts": list(state.parts)}
     await tx.sql(
         f"""
-        INSERT INTO memory (id, tenant_id, {COLUMNS})
+        INSERT INTO memory (id, tenant_id, {_COLUMNS})
         VALUES ($1, $2, {_PARAMETERS})
         ON CONFLICT (id) DO UPDATE SET {_NEW_VALUES}
         """,

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.postgres.tx import Tx
-from services.memory.documents import READABLE, Scope
 from services.memory.languages import LANGUAGES
+from services.memory.readable import READABLE, Scope
 
 K1, B = 1.2, 0.75
 # A longer query is searched by its longest words.

@@ -17,14 +17,14 @@ from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered, describe
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
-from services.memory import documents
+from services.memory import readable
 from services.memory.conversations import Conversations, session_scope
-from services.memory.documents import Found, Scope
 from services.memory.domain import codes, embedded_text, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Hit
 from services.memory.keywords import with_words
 from services.memory.memories import Memories, Memory, Reader
+from services.memory.readable import Found, Scope
 from services.memory.reranking import Reranker
 from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
 from services.memory.usage import record_reranking, record_usage
@@ -239,7 +239,7 @@ class Retrieval:
         """The texts that the caller may read. One statement for all documents: if a document is replaced meanwhile, the
         answer has passages of the old version or of the new one, never of both."""
         async with self._database.begin(tenant_id=caller.tenant_id) as tx:
-            texts = dict(await documents.found(tx, ids, scope))
+            texts = dict(await readable.found(tx, ids, scope))
             if query.session_key and CONVERSATION in query.types:
                 texts |= await self._conversations.found(tx, ids, query.session_key)
         return texts
@@ -280,7 +280,7 @@ class Retrieval:
         narrowed = EVERY
         if session_key is None:
             async with self._database.begin(tenant_id=tenant_id) as tx:
-                narrowed = await documents.owners(tx, scope)
+                narrowed = await readable.owners(tx, scope)
             if narrowed.only == ():
                 return {}
         index_scope = DOCUMENT if session_key is None else session_scope(session_key)
@@ -301,7 +301,7 @@ class Retrieval:
             return {}
         async with self._database.begin(tenant_id=tenant_id) as tx:
             if session_key is None:
-                return await documents.found(tx, ids, scope)
+                return await readable.found(tx, ids, scope)
             return await self._conversations.found(tx, ids, session_key)
 
     async def _with_words(
@@ -331,7 +331,7 @@ class Retrieval:
     ) -> dict[UUID, Ranked]:
         """The passages with the most of the codes first; among equals the nearest first."""
         async with self._database.begin(tenant_id=tenant_id) as tx:
-            rows = await documents.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT, scope)
+            rows = await readable.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT, scope)
         ranked = sorted((-count, -_cosine(vector, other), id_) for id_, count, other in rows)
         return {id_: Ranked(-score) for _, score, id_ in ranked if -score >= floor}
 

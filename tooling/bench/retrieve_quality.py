@@ -30,14 +30,13 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.filetypes import HTML
 from infra.stores.objects import Stored
-from services.memory import documents
+from services.memory import documents, parsing, passages
 from services.memory.conversations import Conversations
 from services.memory.domain import embedded_text
 from services.memory.embeddings import BATCH, LocalEmbedder
 from services.memory.engines import Engines
 from services.memory.index import Row
 from services.memory.memories import Memories
-from services.memory.parsing import Reader, passages
 from services.memory.pgvector import PgvectorIndex
 from services.memory.retrieval import DENSE, HYBRID, KEYWORD, Query, Retrieval
 from services.memory.rights import of_agent
@@ -196,21 +195,21 @@ async def _store(
     database: Database, embedder: LocalEmbedder, index: PgvectorIndex, language: str, id_: UUID, path: str, page: Page
 ) -> list[str]:
     """Stores and indexes one page as the service does. Returns the texts of its passages, with their sections."""
-    chunks = list(passages(Reader(io.BytesIO(page.html.encode()), HTML), HTML))
+    chunks = list(parsing.passages(parsing.Reader(io.BytesIO(page.html.encode()), HTML), HTML))
     stored = Stored(path=path, size=len(page.html), sha256="", content_type=HTML)
     async with database.begin(tenant_id=language) as tx:
         await documents.add(tx, id_, path, stored)
-        await documents.add_passages(tx, id_, 0, chunks)
+        await passages.add(tx, id_, 0, chunks)
     while True:
         async with database.begin(tenant_id=language) as tx:
-            waiting = await documents.without_vector(tx, id_, embedder.model, BATCH)
+            waiting = await passages.without_vector(tx, id_, embedder.model, BATCH)
         if not waiting:
             break
         made = await embedder.passages([embedded_text(each.text, each.section) for each in waiting])
         async with database.begin(tenant_id=language) as tx:
-            await documents.set_vectors(tx, embedder.model, waiting, made.vectors)
+            await passages.set_vectors(tx, embedder.model, waiting, made.vectors)
     async with database.begin(tenant_id=language) as tx:
-        vectors = await documents.vectors(tx, id_, -1, len(chunks) + 1)
+        vectors = await passages.vectors(tx, id_, -1, len(chunks) + 1)
         await documents.advance(tx, id_, "indexed", 1.0)
 
     async def batches() -> AsyncIterator[list[Row]]:

@@ -1,4 +1,4 @@
-"""``./claw memory``: the index of the memory service, and its memories of people."""
+"""``./claw memory``: the index of the memory service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from infra.postgres.tx import Database
-from infra.security.audit import audit
 from services.memory.embeddings import LocalEmbedder
 from services.memory.handlers import refill
 from services.memory.index import Index
@@ -20,11 +19,9 @@ from services.memory.migration import Migrated
 from services.memory.migration import migrate as move
 from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
-from services.memory.rebuild import Rebuilt
-from services.memory.rebuild import rebuild as from_events
 from tooling.stack import operator
 
-app = typer.Typer(no_args_is_help=True, help="The index of documents' vectors, and the memories of people.")
+app = typer.Typer(no_args_is_help=True, help="The index of documents' vectors.")
 app.callback()(lambda: None)
 out = Console(highlight=False)
 
@@ -59,34 +56,6 @@ def migrate(
             f"Searches look in {to} now. It has {done.documents} documents; for {done.sampled} sampled passages it "
             f"found {done.recall:.1%} of the exact neighbours."
         )
-
-
-@app.command()
-def rebuild(
-    apply: Annotated[bool, typer.Option(help="Write the memories that differ as their events have them.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Rebuild the memories of all people from their events, and compare. Exit code 1 if they differ."""
-    url = operator.engines_access()["postgres"]["url"]
-    rebuilt = operator.run(_rebuild(url, apply=apply))
-    if as_json:
-        print(msgspec.json.encode(rebuilt._asdict()).decode())  # noqa: T201
-    else:
-        verdict = "[green]equal[/]" if rebuilt.equal else f"[red]{rebuilt.different} different[/]"
-        out.print(f"memories: {verdict}, live {rebuilt.live}, rebuilt {rebuilt.rebuilt}")
-        if apply and not rebuilt.equal:
-            out.print("The live ones are now as their events have them.")
-    if not rebuilt.equal and not apply:
-        raise typer.Exit(1)
-
-
-async def _rebuild(url: str, *, apply: bool) -> Rebuilt:
-    async with operator.database(url, "memory") as database, database.begin() as tx:
-        rebuilt = await from_events(tx, apply=apply)
-        if apply:
-            tx.tenant_id = None
-            audit(tx, operator.actor(), "memory.rebuild", "memory", "all", different=str(rebuilt.different))
-    return rebuilt
 
 
 async def _migrate(

@@ -21,7 +21,7 @@ from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored
-from services.memory import documents
+from services.memory import documents, passages
 from services.memory.conversations import Conversations
 from services.memory.domain import Block, chunk
 from services.memory.embeddings import LocalEmbedder
@@ -78,12 +78,12 @@ async def add(database: Database, embedder: LocalEmbedder, index: Mixed, tenant:
     async with database.begin(tenant_id=tenant) as tx:
         await documents.add(tx, id_, "canary", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
         await tx.sql("UPDATE document SET audience = $2 WHERE id = $1", id_, audience)
-        await documents.add_passages(tx, id_, 0, chunks)
-        await documents.set_vectors(
-            tx, embedder.model, await documents.without_vector(tx, id_, embedder.model, 10), made.vectors
+        await passages.add(tx, id_, 0, chunks)
+        await passages.set_vectors(
+            tx, embedder.model, await passages.without_vector(tx, id_, embedder.model, 10), made.vectors
         )
         await documents.advance(tx, id_, "indexed", 1.0)
-        index.ids += [passage_id for passage_id, _, _ in await documents.vectors(tx, id_, -1, 10)]
+        index.ids += [passage_id for passage_id, _, _ in await passages.vectors(tx, id_, -1, 10)]
     index.vectors += list(made.vectors)
 
 

@@ -15,9 +15,8 @@ from infra.errors import Transient
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored
-from services.memory import documents
+from services.memory import documents, passages
 from services.memory.conversations import Conversations
-from services.memory.documents import Found, Scope
 from services.memory.domain import Block, chunk
 from services.memory.embeddings import LocalEmbedder
 from services.memory.engines import Engines
@@ -26,6 +25,7 @@ from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
+from services.memory.readable import Found, Scope
 from services.memory.reranking import Ordered, Reranker
 from services.memory.retrieval import Query, Retrieval
 from services.memory.rights import EVERY, Caller, Owners, of_agent
@@ -99,7 +99,7 @@ async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(plat
     async with database.begin(tenant_id="tenant-slow") as tx:
         id_ = uuid7()
         await documents.add(tx, id_, "ferry", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
-        await documents.add_passages(tx, id_, 0, list(chunk([Block(TEXT.decode())])))
+        await passages.add(tx, id_, 0, list(chunk([Block(TEXT.decode())])))
         await documents.advance(tx, id_, "indexed", 1.0)
     embedder, memories = LocalEmbedder(), Memories(SubjectKeys(cipher))
     conversations = Conversations(cipher, embedder, Engines(database, {}))
@@ -146,7 +146,7 @@ async def test_a_search_in_which_a_document_vanishes_reranks_and_counts_memories
         for n in range(3):
             ids.append(id_ := uuid7())
             await documents.add(tx, id_, "ferry", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
-            await documents.add_passages(tx, id_, 0, list(chunk([Block(f"{TEXT.decode()} Line {n}.")])))
+            await passages.add(tx, id_, 0, list(chunk([Block(f"{TEXT.decode()} Line {n}.")])))
             await documents.advance(tx, id_, "indexed", 1.0)
         note: dict[str, Any] = {
             "kind": "fact",

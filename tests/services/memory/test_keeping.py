@@ -14,10 +14,12 @@ from infra.errors import Conflict, InvalidMessage
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
+from infra.service import verification
+from infra.service.verification import Verified
 from services.memory import keeping as writes
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories, Memory
-from services.memory.rebuild import Rebuilt, rebuild
+from services.memory.read_models import READ_MODELS
 from tooling.testing.platform import Platform
 
 TENANT = "tenant-of-keeping"
@@ -85,9 +87,9 @@ def person(database: Database) -> Person:
     return Person(database)
 
 
-async def rebuilt(database: Database, **options: bool) -> Rebuilt:
-    async with database.begin() as tx:
-        return await rebuild(tx, **options)
+async def verified(database: Database, *, switch: bool = False) -> Verified:
+    [model] = READ_MODELS
+    return await verification.verify(database.engine, "memory", model, switch=switch, restart=True)
 
 
 async def test_other_words_for_a_known_fact_are_the_same_memory(person: Person) -> None:
@@ -128,7 +130,7 @@ async def test_instances_that_find_one_fact_at_once_keep_one_memory(database: Da
     others = await asyncio.gather(*(person.says(text) for text in ("Likes tea.", "likes TEA", "Likes tea!")))
     assert len(set(others)) == 1
     assert len(await person.in_force()) == 2
-    assert (await rebuilt(database)).equal
+    assert (await verified(database)).different == 0
 
 
 async def test_a_consolidated_memory_stands_for_its_parts_until_one_is_not_true_any_more(person: Person) -> None:
@@ -184,16 +186,16 @@ async def test_the_events_alone_rebuild_the_memories(database: Database, person:
     async with database.begin(tenant_id=TENANT) as tx:
         await destroy(tx, TENANT, erased.id)
         await writes.erase(tx, TENANT, erased.id)
-    before = await rebuilt(database)
-    assert before.live >= 6
-    assert (before.live, before.live_hash, before.different) == (before.rebuilt, before.rebuilt_hash, 0)
+    before = await verified(database)
+    assert before.rows >= 6
+    assert (before.rows, before.live_hash, before.different) == (before.rebuilt_rows, before.rebuilt_hash, 0)
     async with database.begin() as tx:
         await tx.sql("UPDATE memory SET importance = 1, recalls = 5 WHERE id = $1", tea)
         await tx.sql("DELETE FROM memory WHERE id = $1", oslo)
-    assert (await rebuilt(database)).different == 2
-    assert (await rebuilt(database, apply=True)).different == 2
-    after = await rebuilt(database)
-    assert (after.live_hash, after.equal) == (before.live_hash, True)
+    assert (await verified(database)).different == 2
+    assert (await verified(database, switch=True)).left == 0
+    after = await verified(database)
+    assert (after.live_hash, after.different) == (before.live_hash, 0)
 
 
 async def test_erasure_takes_what_was_made_of_the_persons_memories(database: Database, person: Person) -> None:
@@ -202,7 +204,7 @@ async def test_erasure_takes_what_was_made_of_the_persons_memories(database: Dat
         await writes.erase(tx, TENANT, person.id)
         await destroy(tx, TENANT, person.id)
         assert await tx.sql("SELECT FROM memory WHERE subject_id = $1 OR id = $2", person.id, whole) == []
-    assert (await rebuilt(database)).equal
+    assert (await verified(database)).different == 0
 
 
 async def test_a_memory_that_has_expired_is_in_force_again_if_it_is_said_again(person: Person) -> None:

@@ -9,13 +9,13 @@ import pytest
 from infra.clock import uuid7
 from infra.postgres.tx import Database
 from infra.stores.objects import Stored
-from services.memory import documents
+from services.memory import documents, passages, readable
 from services.memory.domain import Block, chunk, sections
 from services.memory.keywords import with_words
 from tests.services.memory import files
 from tooling.testing.platform import Platform
 
-EVERYONE = documents.Scope(("all",))
+EVERYONE = readable.Scope(("all",))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexe
     id_ = uuid7()
     async with database.begin(tenant_id=tenant_id) as tx:
         await documents.add(tx, id_, "text", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
-        await documents.add_passages(tx, id_, 0, list(chunk(blocks)))
+        await passages.add(tx, id_, 0, list(chunk(blocks)))
         if indexed:
             await documents.advance(tx, id_, "indexed", 1.0)
     return id_
@@ -37,7 +37,7 @@ async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexe
 async def found(database: Database, tenant_id: str, text: str, limit: int = 10) -> list[str]:
     async with database.begin(tenant_id=tenant_id) as tx:
         rows = await with_words(tx, text, limit, EVERYONE)
-        texts = await documents.found(tx, [row.id for row in rows], EVERYONE)
+        texts = await readable.found(tx, [row.id for row in rows], EVERYONE)
     return [texts[row.id].text for row in rows]
 
 
