@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 
 import numpy as np
@@ -98,6 +98,55 @@ async def test_the_local_model_knows_what_a_text_is_about_in_both_languages() ->
         scores = passages.vectors @ (await embedder.query(question)).vectors[0]
         assert min(scores[:2]) > scores[2]
         assert max(scores) > embedder.min_similarity
+
+
+ONE_FACT = (
+    ("I live in Oslo.", "My home is in Oslo."),
+    ("I live in Oslo.", "Oslo is where I live."),
+    ("I am allergic to nuts.", "Nuts give me an allergic reaction."),
+    ("I am a vegetarian.", "I don't eat meat."),
+    ("My birthday is 4 May.", "I was born on the fourth of May."),
+    ("I work at Norrland.", "Norrland is my employer."),
+    ("I prefer tea to coffee.", "Tea is better than coffee for me."),
+    ("My daughter is called Ada.", "I have a daughter named Ada."),
+    ("I drive a Volvo.", "My car is a Volvo."),
+    ("Call me in the morning.", "Mornings are best for calls."),
+    ("我住在北京。", "我的家在北京。"),
+    ("我对坚果过敏。", "吃坚果我会过敏。"),
+    ("我是素食者。", "我不吃肉。"),
+)
+TWO_FACTS = (
+    ("I live in Oslo.", "I live in Bergen."),
+    ("I am allergic to nuts.", "I am allergic to milk."),
+    ("I am a vegetarian.", "I am not a vegetarian."),
+    ("My birthday is 4 May.", "My birthday is 5 May."),
+    ("I work at Norrland.", "I work at Nordea."),
+    ("I prefer tea to coffee.", "I prefer coffee to tea."),
+    ("My daughter is called Ada.", "My son is called Ada."),
+    ("I drive a Volvo.", "I drive a Toyota."),
+    ("Call me in the morning.", "Call me in the evening."),
+    ("我住在北京。", "我住在上海。"),
+    ("我对坚果过敏。", "我对牛奶过敏。"),
+    ("我是素食者。", "我不是素食者。"),
+    ("I like tea.", "I hate tea."),
+)
+
+
+async def test_no_cosine_tells_one_fact_in_other_words_from_another_fact() -> None:
+    """The reason of decision 22: memories are not merged because their vectors are near."""
+    embedder = LocalEmbedder()
+
+    async def cosines(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        vectors = (await embedder.passages([text for pair in pairs for text in pair])).vectors
+        return [float(one @ other) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
+
+    same, different = await cosines(ONE_FACT), await cosines(TWO_FACTS)
+    assert max(different) > max(same)
+    wrong = min(
+        sum(cosine < least for cosine in same) + sum(cosine >= least for cosine in different)
+        for least in (*same, *different)
+    )
+    assert wrong == 6
 
 
 async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> None:
