@@ -1,5 +1,5 @@
-"""The MIME type of a file by its content. The name only tells Markdown, tables (CSV) and e-mails from plain text, which
-look the same."""
+"""The MIME type of a file by its content. The name only tells Markdown, tables (CSV) and e-mails from plain text, and
+Outlook's e-mails from other files of old Office programs, which look the same."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ XLSX = f"{_OPEN_XML}.spreadsheetml.sheet"
 PPTX = f"{_OPEN_XML}.presentationml.presentation"
 OFFICE = (DOCX, XLSX, PPTX)
 OLD_OFFICE = "application/x-ole-storage"
+OUTLOOK = "application/vnd.ms-outlook"
 ZIP = "application/zip"
 EPUB = "application/epub+zip"
 HTML = "text/html"
@@ -48,8 +49,8 @@ _RIFF = {b"WEBP": "image/webp", b"WAVE": "audio/wav", b"AVI ": "video/x-msvideo"
 _ISO_MEDIA = {b"M4A ": "audio/mp4", b"heic": "image/heic", b"mif1": "image/heif", b"avif": "image/avif"}
 _OFFICE_FOLDERS = {"word": DOCX, "xl": XLSX, "ppt": PPTX}
 _HTML = re.compile(rb"(?i)\s*(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL)
-EXTENSIONS = {MARKDOWN: (".md", ".markdown"), CSV: (".csv", ".tsv"), MAIL: (".eml",)}
-"""The extensions that tell texts apart. The first one of each type is the usual one."""
+EXTENSIONS = {MARKDOWN: (".md", ".markdown"), CSV: (".csv", ".tsv"), MAIL: (".eml",), OUTLOOK: (".msg",)}
+"""The extensions that tell types apart. The first one of each type is the usual one."""
 _NAMED = {extension: type_ for type_, extensions in EXTENSIONS.items() for extension in extensions}
 # A field of an e-mail's head, perhaps after the line with which mailboxes separate their e-mails.
 _MAIL = re.compile(rb"(?:From [^\n]*\n)?[!-9;-~]{1,76}:")
@@ -66,7 +67,7 @@ def content_type(file: IO[bytes], name: str) -> str:
     head = file.read(_HEAD_BYTES)
     for magic, type_ in _MAGIC:
         if head.startswith(magic):
-            return type_
+            return OUTLOOK if type_ == OLD_OFFICE and _named(name) == OUTLOOK else type_
     if head.startswith(b"RIFF"):
         return _RIFF.get(head[8:12], UNKNOWN)
     if head[4:8] == b"ftyp":
@@ -101,5 +102,11 @@ def _text(head: bytes, name: str) -> str:
         return UNKNOWN
     if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
         return HTML
-    type_ = _NAMED.get("." + name.lower().rpartition(".")[2], TEXT)
-    return TEXT if type_ == MAIL and not _MAIL.match(head.removeprefix(codecs.BOM_UTF8)) else type_
+    type_ = _named(name)
+    if type_ == MAIL and not _MAIL.match(head.removeprefix(codecs.BOM_UTF8)):
+        return TEXT
+    return type_ if type_ in TEXTS else TEXT
+
+
+def _named(name: str) -> str | None:
+    return _NAMED.get("." + name.lower().rpartition(".")[2])

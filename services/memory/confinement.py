@@ -39,7 +39,7 @@ _KILL, _REFUSE, _ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
 _X32 = 0x40000000
 
 
-def limit() -> None:
+def limit(cpu_seconds: int = MAX_CPU_SECONDS) -> None:
     """Sets the limits of CPU, memory and files."""
     os.nice(10)
     for what, most in (
@@ -49,7 +49,7 @@ def limit() -> None:
     ):
         resource.setrlimit(what, (most, most))
     # At the first limit the kernel sends SIGXCPU, which tells the service the reason; at the second SIGKILL.
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 5))
 
 
 def confine(parent: int) -> list[str]:

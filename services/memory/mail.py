@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from email.header import decode_header
 from email.message import Message
 from email.parser import BytesParser
@@ -41,9 +41,14 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             elif text := _text(part).strip():
                 yield Block(head + text, subject)
                 head = ""
-    if attached:
-        names = ", ".join(attached[:20]) + (", …" if len(attached) > 20 else "")
-        warnings.append(f"Attachments are not read: {names}. Upload them as documents.")
+    note_attachments(attached, warnings)
+
+
+def note_attachments(names: Sequence[str], warnings: list[str]) -> None:
+    """Adds the names of the attachments, which are not read, to `warnings`."""
+    if names:
+        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+        warnings.append(f"Attachments are not read: {shown}. Upload them as documents.")
 
 
 def _parts(mail: Message) -> tuple[list[Message], list[Message]]:

@@ -13,17 +13,19 @@ import importlib
 import re
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, Protocol
 
 import msgspec
 
 from infra.stores import filetypes as types
-from services.memory import charsets, confinement, ebooks, mail, markup, spreadsheets
+from services.memory import charsets, confinement, ebooks, mail, markup, ocr, outlook, spreadsheets
 from services.memory.domain import Block, Chunk, Unreadable, chunk, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
+# The longer side of a page in which text is recognised: 50 cm. A larger page is drawn smaller.
+MAX_PIXELS = 4_000
 
 _KINDS = {
     types.PDF: "PDF",
@@ -33,6 +35,7 @@ _KINDS = {
     types.CSV: "table (CSV)",
     types.EPUB: "e-book",
     types.MAIL: "e-mail",
+    types.OUTLOOK: "e-mail of Outlook",
 }
 _LIBRARIES = {types.PDF: "pypdfium2", types.DOCX: "mammoth", types.XLSX: "openpyxl", types.PPTX: "pptx"}
 _ARCHIVES = (types.DOCX, types.XLSX, types.PPTX, types.EPUB)
@@ -48,9 +51,17 @@ class Decoder(Protocol):
 class Reader:
     """Reads one file of a MIME type. `pages`, `pages_without_text` and `warnings` are complete after the last block."""
 
-    def __init__(self, file: IO[bytes], type_: str) -> None:
+    def __init__(self, file: IO[bytes], type_: str, recognizer: ocr.Recognizer | None = None) -> None:
         self._file = file
         self._type = type_
+        self._recognizer = recognizer
+        self._recognized: list[int] = []
+        self.images = (
+            f"In images text is recognised for at most {ocr.FILE_SECONDS:g} s."
+            if recognizer
+            else "Text in images, such as scans, is not read."
+        )
+        """Says whether text in images is read."""
         self.pages: int | None = None
         self.pages_without_text: list[int] = []
         self.warnings: list[str] = []
@@ -74,6 +85,9 @@ class Reader:
             case types.MAIL:
                 for block in mail.blocks(self._file, self.warnings):
                     yield block._replace(text=_clean(block.text))
+            case types.OUTLOOK:
+                for block in outlook.blocks(self._file, self.warnings):
+                    yield block._replace(text=_clean(block.text))
             case types.CSV:
                 yield from spreadsheets.text_table(_clean(self._decoded(charsets.decode)))
             case types.HTML:
@@ -82,11 +96,11 @@ class Reader:
                 yield from sections(_clean(self._decoded(charsets.decode)))
             case _:
                 yield Block(_clean(self._decoded(charsets.decode)))
+        if self._recognized:
+            shown = _listed(self._recognized)
+            self.warnings.append(f"Pages whose text was recognised in images and may have mistakes: {shown}.")
         if self.pages_without_text:
-            shown = ", ".join(map(str, self.pages_without_text[:20])) + (
-                ", …" if len(self.pages_without_text) > 20 else ""
-            )
-            self.warnings.append(f"Pages without text: {shown}. Text in images, such as scans, is not read.")
+            self.warnings.append(f"Pages without text: {_listed(self.pages_without_text)}. {self.images}")
 
     def _check_size(self) -> None:
         with zipfile.ZipFile(self._file) as archive:
@@ -117,8 +131,13 @@ class Reader:
         for number in range(len(document)):
             page = document[number]
             words = page.get_textpage()
-            yield [Block(_clean(words.get_text_bounded()))]
+            text = words.get_text_bounded()
             words.close()
+            if self._recognizer and not text.strip():
+                text = _recognized(page, self._recognizer)
+                if text.strip():
+                    self._recognized.append(number + 1)
+            yield [Block(_clean(text))]
             page.close()
 
     def _slides(self) -> Iterator[list[Block]]:
@@ -151,6 +170,20 @@ class Reader:
         return text
 
 
+def _listed(pages: Sequence[int]) -> str:
+    return ", ".join(map(str, pages[:20])) + (", …" if len(pages) > 20 else "")
+
+
+def _recognized(page: Any, recognizer: ocr.Recognizer) -> str:
+    """The text in the picture of a page of a PDF."""
+    # A page states its size in points, as it likes.
+    scale = min(ocr.DOTS_PER_INCH / 72, MAX_PIXELS / max(page.get_size()))
+    bitmap = page.render(scale=scale, grayscale=True)
+    text = recognizer.text(bytes(bitmap.buffer), bitmap.width, bitmap.height, bitmap.stride)
+    bitmap.close()
+    return text
+
+
 def _shape_texts(shape: Any) -> Iterator[str]:
     """The texts of a shape of a slide: of its text, its table, or the shapes of its group."""
     waiting = [shape]
@@ -172,7 +205,7 @@ def _clean(text: str) -> str:
 def passages(reader: Reader, type_: str) -> Iterator[Chunk]:
     """The file's passages. Raises Unreadable, also if the file has no text."""
     try:
-        yield from _some(chunk(reader.blocks()))
+        yield from _some(chunk(reader.blocks()), reader)
     except (Unreadable, ImportError):
         raise
     except MemoryError as error:
@@ -182,17 +215,18 @@ def passages(reader: Reader, type_: str) -> Iterator[Chunk]:
         raise Unreadable(f"The file cannot be read as a {kind}; it may be damaged.") from error
 
 
-def _some(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+def _some(chunks: Iterable[Chunk], reader: Reader) -> Iterator[Chunk]:
     empty = True
     for each in chunks:
         empty = False
         yield each
     if empty:
-        raise Unreadable("The file has no text, or is damaged. Text in images, such as scans, is not read.")
+        raise Unreadable(f"The file has no text, or is damaged. {reader.images}")
 
 
 def main(type_: str, parent: str) -> None:
-    confinement.limit()
+    recognizer = ocr.load() if type_ == types.PDF else None
+    confinement.limit(confinement.MAX_CPU_SECONDS + (int(ocr.FILE_SECONDS) if recognizer else 0))
     # Everything is imported now: the confined process may be unable to read Python's files.
     charsets.preload()
     if library := _LIBRARIES.get(type_):
@@ -206,7 +240,7 @@ def main(type_: str, parent: str) -> None:
     if missing:
         say({"unconfined": missing})
     count = 0
-    reader = Reader(sys.stdin.buffer, type_)
+    reader = Reader(sys.stdin.buffer, type_, recognizer)
     try:
         for count, found in enumerate(passages(reader, type_), 1):
             if count == 1:

@@ -28,11 +28,11 @@ _FORM_BYTES = 65_536
 _MAX_NAME = 255
 _MAX_REDIRECTS = 5
 _FETCH_SECONDS = 60.0
-# Not the Office formats before 2007: encrypted files of today look like them, and nothing here reads them.
+# Not the Office formats before 2007, except Outlook's: encrypted files of today look like them.
 DOCUMENT = Kind(
     "document",
     100 * 1024 * 1024,
-    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.EPUB, *filetypes.TEXTS, filetypes.HTML)),
+    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.EPUB, filetypes.OUTLOOK, *filetypes.TEXTS, filetypes.HTML)),
 )
 
 

@@ -194,9 +194,13 @@ async def test_an_allowed_file_is_stored_with_its_type(
         ("a.eml", b"Received: from x\nSubject: a\n\ntext", "message/rfc822"),
         ("a.eml", b"no field of an e-mail", "text/plain"),
         ("a.txt", b"Subject: a\n\ntext", "text/plain"),
+        ("a.msg", b"Subject: a\n\ntext", "text/plain"),
+        ("a.msg", b"GIF89a", "image/gif"),
+        ("a.MSG", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "application/vnd.ms-outlook"),
+        ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "application/x-ole-storage"),
     ],
 )
-def test_the_name_tells_kinds_of_text_apart(name: str, content: bytes, type_: str) -> None:
+def test_the_name_tells_kinds_apart_that_look_the_same(name: str, content: bytes, type_: str) -> None:
     assert filetypes.content_type(io.BytesIO(content), name) == type_
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +60,25 @@ def pdf(pages: Sequence[str], *, encrypted: bool = False) -> bytes:
     out.writelines(f"{offset:010} 00000 n \n".encode() for offset in offsets)
     out.write(f"trailer\n<< /Size {len(objects) + 1} {trailer} >>\nstartxref\n{start}\n%%EOF\n".encode())
     return out.getvalue()
+
+
+def scan(pages: Sequence[str]) -> bytes:
+    """A PDF whose pages are pictures of text, in Latin or Chinese. A page for an empty text has one that is no
+    picture."""
+    import pylopdf_fonts_zh_cn
+    import typst
+
+    fonts = typst.Fonts(include_system_fonts=False, font_paths=[str(pylopdf_fonts_zh_cn.serif_path().parent)])
+    setting = '#set page(width: 15cm, height: 6cm, margin: 1cm)\n#set text(font: "Noto Serif SC", size: 14pt)\n'
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "scan.typ"
+        shown = []
+        for n, page in enumerate(pages):
+            source.write_text(setting + page)
+            (Path(folder) / f"{n}.png").write_bytes(typst.compile(source, format="png", ppi=200, font_paths=fonts))
+            shown.append(f'#image("{n}.png", width: 100%)' if page else "This page has text.")
+        source.write_text("#set page(width: 15cm, height: 6cm, margin: 0cm)\n" + "\n#pagebreak()\n".join(shown))
+        return bytes(typst.compile(source, font_paths=fonts))
 
 
 def docx(heading: str, text: str) -> bytes:
@@ -145,6 +166,66 @@ def epub(parts: Mapping[str, str], *, encrypted: str = "") -> bytes:
                 f'<e:CipherReference URI="OEBPS/{encrypted}"/></encryption>',
             )
     return out.getvalue()
+
+
+Tree = Mapping[str, "bytes | Tree"]
+"""Streams and storages of a compound file by their names."""
+_END, _NONE = 0xFFFFFFFE, 0xFFFFFFFF
+
+
+def compound(tree: Tree) -> bytes:
+    """A compound file (MS-CFB, version 3) of streams that are shorter than 4 KiB."""
+    small = b""
+    chain: list[int] = []
+    # Name, kind, right sibling, child, first sector, length.
+    entries: list[tuple[str, int, int, int, int, int]] = [("Root Entry", 5, _NONE, _NONE, 1, 0)]
+
+    def add(folder: Tree) -> int:
+        """The number of the first entry of the folder. Each entry has the next one on its right."""
+        nonlocal small
+        following = _NONE
+        for name, content in sorted(folder.items(), key=lambda item: (len(item[0]), item[0].upper()), reverse=True):
+            if isinstance(content, bytes):
+                begin, count = len(small) // 64, -(-len(content) // 64)
+                chain.extend([*range(begin + 1, begin + count), _END] if count else [])
+                small += content.ljust(64 * count, b"\0")
+                entries.append((name, 2, following, _NONE, begin if count else _END, len(content)))
+            else:
+                child = add(content)
+                entries.append((name, 1, following, child, 0, 0))
+            following = len(entries) - 1
+        return following
+
+    first = add(tree)
+    entries[0] = "Root Entry", 5, _NONE, first, 1, len(small)
+    directory = b"".join(
+        struct.pack("<64sHBBIII36xIQ", name.encode("utf-16-le"), 2 * len(name) + 2, kind, 1, _NONE, right, child, *of)
+        for name, kind, right, child, *of in entries
+    )
+    parts = [small, directory, struct.pack(f"<{len(chain)}I", *chain)]
+    # The first sector is the table of sectors itself.
+    table, starts = [0xFFFFFFFD], []
+    for part in parts:
+        starts.append(len(table))
+        table += [*range(len(table) + 1, len(table) - (-len(part) // 512)), _END]
+    names = (0x3E, 3, 0xFFFE, 9, 6)
+    places = (0, 1, starts[1], 0, 4096, starts[2], len(table) - starts[2], _END, 0, 0)
+    header = struct.pack("<8s16x5H6x10I", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", *names, *places)
+    sectors = [header.ljust(512, b"\xff"), struct.pack(f"<{len(table)}I", *table).ljust(512, b"\xff")]
+    return b"".join(sectors + [part.ljust(-(-len(part) // 512) * 512, b"\xff") for part in parts])
+
+
+def outlook(properties: Mapping[str, str | bytes | int], *attachments: Tree, is_enclosed: bool = False) -> Tree:
+    """The storage of an e-mail (MS-OXMSG): its properties by tag with type, and its attachments."""
+    numbers = {int(tag, 16): value for tag, value in properties.items() if isinstance(value, int)}
+    rows = b"".join(struct.pack("<IIQ", tag, 6, value) for tag, value in numbers.items())
+    streams: dict[str, bytes | Tree] = {
+        f"__substg1.0_{tag}": value.encode("utf-16-le") if isinstance(value, str) else value
+        for tag, value in properties.items()
+        if not isinstance(value, int)
+    }
+    streams["__properties_version1.0"] = bytes(24 if is_enclosed else 32) + rows
+    return streams | {f"__attach_version1.0_#{n:08X}": attachment for n, attachment in enumerate(attachments)}
 
 
 def damaged(office: bytes, part: str) -> bytes:

@@ -121,7 +121,8 @@ async def test_the_findings_of_the_parser_arrive() -> None:
         found = [chunk async for some in parser.parsed(file, types.PDF, findings, never_deleted) for chunk in some]
     assert [(chunk.text, chunk.page) for chunk in found] == [("First.", 1), ("Third.", 3)]
     assert (findings.pages, findings.pages_without_text) == (3, [2])
-    assert findings.warnings == ["Pages without text: 2. Text in images, such as scans, is not read."]
+    [warning] = findings.warnings
+    assert warning.startswith("Pages without text: 2. ")
 
 
 async def test_a_file_that_needs_too_much_processor_time_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
