@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from services.agent.definitions import store
 from services.agent.definitions.models import NewAgent
 from services.agent.definitions.queue_modes import QUEUE_MODES
 from services.agent.handlers import GAPS, _take_one
+from services.agent.sessions import domain
 from services.agent.sessions.group_intake import Incoming, take_group
 from services.agent.sessions.intake import Arrival, Origin
 from tests.infra.conftest import PASSWORDS
@@ -125,6 +127,33 @@ async def test_a_group_leaves_what_single_messages_leave(database_: Database, se
     together_rows, single_rows = [await rows(database_, tenants[together]) for together in (True, False)]
     assert together_rows
     assert together_rows == single_rows
+
+
+async def test_the_agent_of_another_tenant_decides_nothing(database_: Database) -> None:
+    """Two messages for an agent that the tenant does not have are answered by two runs, and not collected."""
+    lent = (await agents(database_, "lender"))[QUEUE_MODES.index("collect")]
+    for together in (True, False):
+        group = [incoming(f"borrower {together}", lent, "s", position) for position in (1, 2)]
+        await take(database_, group, together=together)
+    assert await rows(database_, "borrower True") == await rows(database_, "borrower False")
+    assert [row[5] for row in await rows(database_, "borrower True")] == [1, 2]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_run_that_a_group_fills_waits_for_no_more_messages(
+    database_: Database, monkeypatch: pytest.MonkeyPatch, *, together: bool
+) -> None:
+    monkeypatch.setattr(domain, "DEBOUNCE", timedelta(hours=1))
+    tenant_id = f"full {together}"
+    made = dict(zip(QUEUE_MODES, await agents(database_, tenant_id), strict=True))
+    # The run of the first message makes the session busy, so the second run waits until it is full.
+    modes = ["followup", *["collect"] * domain.CAP]
+    group = [incoming(tenant_id, made[mode], "s", position) for position, mode in enumerate(modes, 1)]
+    await take(database_, group, together=together)
+    begins = await database_.autocommit(
+        "SELECT not_before < now() + interval '30 minutes' FROM lane_item WHERE tenant_id = $1 ORDER BY seq", tenant_id
+    )
+    assert begins == [(True,), (True,)]
 
 
 async def test_messages_of_new_sessions_take_a_fixed_number_of_statements(
