@@ -95,8 +95,10 @@ def _archive(file: IO[bytes]) -> str:
 
 
 def _text(head: bytes, name: str) -> str:
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return TEXT
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        head = head.decode("utf-32", "replace").encode()
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        head = head.decode("utf-16", "replace").encode()
     # Text need not be UTF-8: much Chinese text is GB18030.
     if _BINARY.search(head):
         return UNKNOWN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -50,7 +50,7 @@ def router(runtime: Runtime) -> APIRouter:
         if search:
             must.append(searches.clause(searches.QUERIES[search]))
         if since:
-            must.append({"range": {"timestamp": {"gte": since.isoformat()}}})
+            must.append({"range": {"timestamp": {"gte": _in_utc(since).isoformat()}}})
         if q:
             query = {"query": q, "fields": ["text"], "default_operator": "and", "flags": "AND|NOT|PHRASE|WHITESPACE"}
             must.append({"simple_query_string": query})
@@ -80,6 +80,14 @@ def router(runtime: Runtime) -> APIRouter:
         return {"items": spans, "next": None}
 
     return routes
+
+
+def _in_utc(since: datetime) -> datetime:
+    """OpenSearch takes no offset of more than 18 hours. Raises InvalidMessage."""
+    try:
+        return since.astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidMessage("since", "is out of range") from error
 
 
 def _after(cursor: str | None) -> list[str] | None:

@@ -51,6 +51,11 @@ _HANGUL = """
 """
 _CYRILLIC = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщ"
 _WESTERN = "éèàçêîôûëïüùäöüßñáíóúãõåæøœÄÖÜÉ“”‘’–—…«»€°§·¡¿®©™"
+_TURKISH = "çğıöşüâîûÇĞİÖŞÜ“”‘’–—…"
+_GREEK = "".join(map(chr, range(0x386, 0x3CF)))
+_HEBREW = "".join(map(chr, range(0x5D0, 0x5EB)))
+_ARABIC = "".join(map(chr, range(0x621, 0x653))) + "،؛؟"
+_THAI = "".join(map(chr, range(0xE01, 0xE5C)))
 _CENTRAL = "ąćęłńóśźżáčďéěíňřšťúůýžőűöüăâîđľĺŁŚŻČŠŽ“”„’–—…"
 
 # Encoding → its common letters. The order decides between equals.
@@ -61,12 +66,31 @@ _COMMON: dict[str, frozenset[str]] = {
     "euc_jp": frozenset(_KANA + _KANJI + _PUNCTUATION),
     "cp949": frozenset(_HANGUL + _PUNCTUATION),
     "cp1252": frozenset(_WESTERN),
+    "cp1254": frozenset(_TURKISH),
     "cp1250": frozenset(_CENTRAL),
     "cp1251": frozenset(_CYRILLIC),
     "koi8_r": frozenset(_CYRILLIC),
+    "cp1253": frozenset(_GREEK),
+    "cp1255": frozenset(_HEBREW),
+    "cp1256": frozenset(_ARABIC),
+    "iso8859_6": frozenset(_ARABIC),
+    "cp874": frozenset(_THAI),
     "mac_roman": frozenset(_WESTERN),
 }
-_LATIN = ("cp1252", "cp1250", "mac_roman")
+_LATIN = ("cp1252", "cp1254", "cp1250", "mac_roman")
+# The most frequent letters of the alphabets that use the same bytes: a text has them in its own encoding only.
+_FREQUENT: dict[str, str] = {
+    "cp1251": _CYRILLIC[:12],
+    "koi8_r": _CYRILLIC[:12],
+    "cp1253": "αοιετσνηυρπκάέήίό",
+    "cp1255": "יוהלארתבמשנ",
+    "cp1256": "اليمنوتربعدة",
+    "iso8859_6": "اليمنوتربعدة",
+    "cp874": "านรกเงอมยลวดทสตคปบ่้ัี",
+}
+# Almost all bytes are letters of these encodings, so that Chinese and Japanese texts would be taken for them.
+_MIN_FREQUENCY = dict.fromkeys(("cp1253", "cp1255", "cp1256", "iso8859_6", "cp874"), 0.6)
+_FINAL_LETTERS = "ςךםןףץ"
 # The last lead byte of the more common half of the characters.
 _LESS_COMMON = {"gb18030": b"\xd7", "big5": b"\xc6"}
 _LESS_COMMON_SHARE = 0.3
@@ -77,8 +101,10 @@ _LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr"
 
 # Encodings of e-mails whose bytes are all ASCII, so that they are also valid UTF-8.
 _SEVEN_BITS = ("iso2022_jp", "iso2022_kr", "hz")
+# Begins Japanese characters in ISO-2022-JP.
+_JAPANESE = b"\x1b$B"
 # Declared in e-mails and pages, and not told apart by their letters.
-_DECLARED = ("iso8859_1", "iso8859_2", "iso8859_9", "iso8859_15", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_u")
+_DECLARED = ("iso8859_1", "iso8859_2", "iso8859_7", "iso8859_8", "iso8859_9", "iso8859_15", "koi8_u")
 
 
 class UnknownEncoding(Exception):
@@ -87,22 +113,24 @@ class UnknownEncoding(Exception):
 
 def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
     """The text and its encoding. `declared` is the name that the file states. Raises UnknownEncoding."""
+    if content[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return content.decode("utf-32", errors="replace"), "utf-32"
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return content.decode("utf-16", errors="replace"), "utf-16"
-    name = _known(declared)
-    if name not in _SEVEN_BITS:
-        try:
-            return content.decode("utf-8-sig"), "utf-8"
-        except UnicodeDecodeError:
-            pass
-    if name:
-        try:
-            return content.decode(name), name
-        except UnicodeDecodeError:
-            # The statement is wrong, as it is in many files.
-            pass
+    name = _known(declared) or ("iso2022_jp" if _JAPANESE in content else None)
+    for encoding in (name, "utf-8") if name in _SEVEN_BITS else ("utf-8", name):
+        if encoding:
+            try:
+                return content.decode("utf-8-sig" if encoding == "utf-8" else encoding), encoding
+            except UnicodeDecodeError:
+                # The statement is wrong, as it is in many files.
+                pass
     shares = {encoding: _share(content, encoding, common) for encoding, common in _COMMON.items()}
+    frequencies = {encoding: _frequency(content, encoding) for encoding in _FREQUENT}
+    shares |= {other: 0.0 for other, found in frequencies.items() if found < _MIN_FREQUENCY.get(other, 0.0)}
     best, second = sorted(shares, key=lambda encoding: -shares[encoding])[:2]
+    if shares[best] >= MIN_SHARE and best in _FREQUENT:
+        best = max(_FREQUENT, key=lambda encoding: shares[encoding] * frequencies[encoding])
     if shares[best] >= MIN_SHARE or shares[best] >= MIN_SHARE / 2 > 2 * shares[second]:
         return content.decode(best, errors="replace"), best
     return _guess(content)
@@ -156,10 +184,20 @@ def _is_odd(encoding: str, letter: str, before: str) -> bool:
         neighbours = 4 if encoding == "cp1250" else 2
         is_run = len(before) >= neighbours and not any(each.isascii() for each in before[-neighbours:])
         return is_run or (letter in "¡¿" and before[-1:].isalpha())
-    if encoding in ("cp1251", "koi8_r"):
-        last = before[-1:]
-        return not letter.isalpha() or (letter.isupper() and last.islower()) or (last.isascii() and last.isalpha())
+    last = before[-1:]
+    if encoding == "cp874":
+        return last.isascii() and (last.isalpha() or not letter.isalpha())
+    if encoding in _FREQUENT:
+        is_inside = (letter.isupper() and last.islower()) or last in tuple(_FINAL_LETTERS)
+        return not letter.isalpha() or is_inside or (last.isascii() and last.isalpha())
     return False
+
+
+def _frequency(content: bytes, encoding: str) -> float:
+    """The share of frequent letters among the letters of the text in an encoding."""
+    text = content[: 4 * _SAMPLE_LETTERS].decode(encoding, "ignore").lower()
+    letters = [letter for letter in text if not letter.isascii()]
+    return sum(letter in _FREQUENT[encoding] for letter in letters) / max(1, len(letters))
 
 
 def _guess(content: bytes) -> tuple[str, str]:

@@ -31,9 +31,16 @@ _BLOCKS = frozenset(
     "address article aside blockquote body center dd details dialog div dl dt fieldset figcaption figure footer form "  # noqa: SIM905
     "header hr li main nav ol p pre section summary table tbody tfoot thead tr ul".split()
 )
-_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{1,40})", re.IGNORECASE)
+_CHARSET = re.compile(
+    rb"(?:<meta[^>]{0,200}?charset|^\s*<\?xml[^>]{0,200}?encoding)\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{1,40})",
+    re.IGNORECASE,
+)
 _PRESCANNED_BYTES = 4_096
 _WHITE = re.compile(r"\s+")
+# A cell that spans rows stands in each of them, and one that spans columns has empty cells beside it. Without these
+# limits, a small page could become a large text.
+MAX_SPAN = 100
+MAX_REPEATED_CHARACTERS = 1_000_000
 
 
 def html_markdown(content: bytes) -> tuple[str, str]:
@@ -67,6 +74,9 @@ class _Writer:
         # The cells of the row, and whether the table has its rule already, for each open table.
         self._rows: list[list[str]] = []
         self._ruled: list[bool] = []
+        # The cells of earlier rows that span the next ones, by column: their text, and how many rows are left.
+        self._spanning: list[dict[int, tuple[str, int]]] = []
+        self._repeatable = MAX_REPEATED_CHARACTERS
 
     def write(self, root: etree._Element) -> str:
         walk = etree.iterwalk(root, events=("start", "end"))
@@ -97,6 +107,7 @@ class _Writer:
         elif tag == "table":
             self._rows.append([])
             self._ruled.append(False)
+            self._spanning.append({})
         elif tag == "tr" and self._rows:
             self._rows[-1] = []
         elif tag in ("td", "th") and self._rows:
@@ -116,13 +127,15 @@ class _Writer:
     def _end(self, element: etree._Element) -> None:
         tag = element.tag
         if tag in ("td", "th") and self._rows and self._outside:
-            self._rows[-1].append(_WHITE.sub(" ", "".join(self._line)).strip().replace("|", "\\|"))
+            text = _WHITE.sub(" ", "".join(self._line)).strip().replace("|", "\\|")
             self._line = self._outside.pop()
+            self._cell(text, _span(element, "colspan"), _span(element, "rowspan"))
         elif tag == "tr" and self._rows:
             self._row()
         elif tag == "table" and self._rows:
             self._rows.pop()
             self._ruled.pop()
+            self._spanning.pop()
             self._out.append("\n")
         elif tag == "pre" and self._pre:
             self._break()
@@ -132,7 +145,26 @@ class _Writer:
             self._break()
             self._prefix = ""
 
+    def _cell(self, text: str, columns: int, rows: int) -> None:
+        self._fill()
+        row = self._rows[-1]
+        for n in range(columns):
+            if rows > 1:
+                self._spanning[-1][len(row)] = ("" if n else text, rows - 1)
+            row.append("" if n else text)
+
+    def _fill(self) -> None:
+        """Adds the cells of earlier rows that stand in the next columns of the row."""
+        row, spanning = self._rows[-1], self._spanning[-1]
+        while (column := len(row)) in spanning:
+            text, left = spanning.pop(column)
+            if left > 1:
+                spanning[column] = (text, left - 1)
+            self._repeatable -= len(text)
+            row.append(text if self._repeatable >= 0 else "")
+
     def _row(self) -> None:
+        self._fill()
         cells, self._rows[-1] = self._rows[-1], []
         if not any(cells):
             return
@@ -157,6 +189,11 @@ class _Writer:
         elif text := _WHITE.sub(" ", text).strip():
             self._out.append(f"{self._prefix}{text}\n")
             self._prefix = ""
+
+
+def _span(element: etree._Element, name: str) -> int:
+    given = (element.get(name) or "").strip()
+    return max(1, min(int(given), MAX_SPAN)) if given.isascii() and given.isdecimal() and len(given) < 6 else 1
 
 
 def _is_hidden(element: etree._Element) -> bool:

@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 import msgspec
 
 from infra.stores import filetypes as types
+from infra.web import data_urls
 from services.memory import charsets, confinement, ebooks, mail, markup, ocr, outlook, spreadsheets
 from services.memory.domain import Block, Chunk, Unreadable, chunk, sections
 
@@ -39,6 +40,9 @@ _KINDS = {
 }
 _LIBRARIES = {types.PDF: "pypdfium2", types.DOCX: "mammoth", types.XLSX: "openpyxl", types.PPTX: "pptx"}
 _ARCHIVES = (types.DOCX, types.XLSX, types.PPTX, types.EPUB)
+_MARGIN = re.compile(r"word/(?:header|footer)\d*\.xml")
+_WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_WORDS = (f"{_WORD}t", f"{_WORD}tab", f"{_WORD}br")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 _SPACES = re.compile(r"[^\S\n]{9,}")
 _EMPTY_LINES = re.compile(r"\n\s*\n\s*\n")
@@ -79,6 +83,7 @@ class Reader:
                 yield from spreadsheets.sheets(self._file)
             case types.DOCX:
                 yield from sections(_clean(markup.markdown(self._word())))
+                yield from _margins(self._file)
             case types.EPUB:
                 for chapter in ebooks.chapters(self._file, self.warnings):
                     yield from sections(_clean(chapter))
@@ -165,7 +170,7 @@ class Reader:
             text, encoding = decode(self._file.read())
         except charsets.UnknownEncoding:
             raise Unreadable("The character encoding of the text is not recognised. Save the file as UTF-8.") from None
-        if encoding not in ("utf-8", "utf-16"):
+        if encoding not in ("utf-8", "utf-16", "utf-32"):
             self.warnings.append(f"The text was read in the character encoding {encoding}.")
         return text
 
@@ -184,6 +189,23 @@ def _recognized(page: Any, recognizer: ocr.Recognizer) -> str:
     return text
 
 
+def _margins(file: IO[bytes]) -> Iterator[Block]:
+    """The lines of a Word document's headers and footers, which the reader of its body leaves out."""
+    from lxml import etree  # type: ignore[import-untyped]
+
+    lines: dict[str, None] = {}
+    with zipfile.ZipFile(file) as archive:
+        for name in sorted(filter(_MARGIN.fullmatch, archive.namelist())):
+            # Without entities: a few of them could stand for gigabytes.
+            root = etree.fromstring(archive.read(name), etree.XMLParser(resolve_entities=False))
+            for paragraph in root.iter(f"{_WORD}p"):
+                line = "".join(part.text or "" if part.tag == f"{_WORD}t" else " " for part in paragraph.iter(*_WORDS))
+                if re.search(r"[^\W\d_]", line):
+                    lines.setdefault(" ".join(line.split()))
+    if lines:
+        yield Block(_clean("\n".join(lines)))
+
+
 def _shape_texts(shape: Any) -> Iterator[str]:
     """The texts of a shape of a slide: of its text, its table, or the shapes of its group."""
     waiting = [shape]
@@ -198,6 +220,8 @@ def _shape_texts(shape: Any) -> Iterator[str]:
 
 
 def _clean(text: str) -> str:
+    # A picture in the text would be a long number.
+    text = data_urls.replaced(text, lambda label, mime_type, _: f"[{label or mime_type}]")
     text = _NOT_TEXT.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
     return _EMPTY_LINES.sub("\n\n", _SPACES.sub(" " * 8, text))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from services.memory.domain import Block, Unreadable, is_repeated
+from services.memory.markup import MAX_REPEATED_CHARACTERS
 
 # Rows of one block. A large sheet must not be in memory as one text.
 BLOCK_ROWS = 1_000
@@ -18,6 +19,9 @@ _WHITE = re.compile(r"\s+")
 # Of a table in a text, the first one wins among equals.
 _DELIMITERS = ",;\t|"
 _JUDGED_LINES = 50
+_MERGED = re.compile(rb'<(?:\w{1,20}:)?mergeCell\s{1,9}ref="([A-Z]{1,3})(\d{1,7}):[A-Z]{1,3}(\d{1,7})"')
+_MAX_MERGED = 10_000
+_READ_BYTES = 65_536
 
 
 def sheets(file: IO[bytes]) -> Iterator[Block]:
@@ -32,11 +36,13 @@ def sheets(file: IO[bytes]) -> Iterator[Block]:
         for row in sheet.iter_rows(values_only=True):
             used.update(n for n, value in enumerate(row) if _has_text(value))
         columns = sorted(used)
+        merged = _Merged(book, sheet)
         header: list[str] = []
         lines: list[str] = []
         blocks = 0
-        for row in sheet.iter_rows():
+        for number, row in enumerate(sheet.iter_rows(), 1):
             cells = [_text(row[n]) if n < len(row) else "" for n in columns]
+            merged.fill(number, columns, cells)
             if not any(cells):
                 continue
             if not header:
@@ -49,6 +55,44 @@ def sheets(file: IO[bytes]) -> Iterator[Block]:
         # A sheet with a single row has only a header.
         if lines or (header and not blocks):
             yield _block(sheet.title, header, lines)
+
+
+class _Merged:
+    """The cells of a sheet that span several rows. Their text stands in each row, so that a row makes sense alone."""
+
+    def __init__(self, book: Any, sheet: Any) -> None:
+        from openpyxl.utils import column_index_from_string  # type: ignore[import-untyped]
+
+        self._last_row: dict[tuple[int, int], int] = {}
+        """Row and column of the first cell → the last row, rows counted from 1 and columns from 0."""
+        self._open: dict[int, tuple[str, int]] = {}
+        """Column → its text and the last row."""
+        self._repeatable = MAX_REPEATED_CHARACTERS
+        # The library reads rows one by one, and the merged cells stand after the last one.
+        with book._archive.open(sheet._worksheet_path) as part:
+            rest = b""
+            while piece := part.read(_READ_BYTES):
+                rest += piece
+                for found in _MERGED.finditer(rest):
+                    first, last = int(found[2]), int(found[3])
+                    if last > first and len(self._last_row) < _MAX_MERGED:
+                        self._last_row[first, column_index_from_string(found[1].decode()) - 1] = last
+                rest = rest[-80:]
+
+    def fill(self, number: int, columns: list[int], cells: list[str]) -> None:
+        """Completes the cells of a row, unless it is empty."""
+        if not self._last_row or not any(cells):
+            return
+        for n, column in enumerate(columns):
+            if last := self._last_row.get((number, column)):
+                self._open[column] = cells[n], last
+            elif column in self._open:
+                text, last = self._open[column]
+                if number > last:
+                    del self._open[column]
+                elif not cells[n] and self._repeatable >= len(text):
+                    self._repeatable -= len(text)
+                    cells[n] = text
 
 
 def text_table(text: str) -> Iterator[Block]:

@@ -117,7 +117,9 @@ def load(name: str) -> Service:
     try:
         service = importlib.import_module(f"{path}.__main__").service
     except ModuleNotFoundError as error:
-        raise NotFound(f"service {name}: {error}") from error
+        if error.name not in (path, f"{path}.__main__"):
+            raise
+        raise NotFound(f"service {name}: does not exist; must be one of {', '.join(SERVICES)}") from error
     assert isinstance(service, Service)
     return service
 

@@ -30,6 +30,7 @@ from services.channel.vendors.base import (
     Preview,
     Request,
     Tokens,
+    Unreadable,
     Vendor,
     constant_time_equals,
     decode,
@@ -122,7 +123,10 @@ class Feishu(Vendor[FeishuCredentials]):
     def receive(self, request: Request, credentials: FeishuCredentials, now: datetime) -> Received:
         # The handshake is encrypted but not signed. So a signature is asked for after the decryption, and nothing of
         # any other body is used before it.
-        encrypted = decode(request.body, _Encrypted).encrypt
+        try:
+            encrypted = decode(request.body, _Encrypted).encrypt
+        except Unreadable:
+            encrypted = None
         if encrypted is None:
             raise Unauthenticated("the body is not encrypted, although the channel has an encrypt_key")
         payload = decode(decrypt(credentials, encrypted), _Payload)

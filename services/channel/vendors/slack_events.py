@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 from urllib.parse import parse_qsl
@@ -14,6 +15,8 @@ from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inb
 
 # The subtypes of a message that a person wrote. Others report changes to a message or a channel.
 _SPOKEN = (None, "file_share", "thread_broadcast", "me_message")
+# https://docs.slack.dev/messaging/formatting-message-text#links-in-retrieved-messages
+_LINK = re.compile(r"<((?:https?|mailto|tel):[^|<>\s]+)(?:\|([^<>]*))?>")
 
 
 class _Authorization(msgspec.Struct):
@@ -49,6 +52,8 @@ class _Attachment(msgspec.Struct):
 
     text: str | None = None
     fallback: str | None = None
+    is_share: bool | None = None
+    """The message was forwarded."""
 
 
 class _Event(msgspec.Struct):
@@ -230,7 +235,7 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
         conversation=f"{event.channel}{thread}",
         person=event.user,
         message=event.ts,
-        text=_text(event).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+        text=_LINK.sub(_typed, _text(event)).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
         # A thread begins with a message of the channel, or with the bot's answer there.
         parent=event.channel if thread else None,
         attachments=_attachments(event),
@@ -244,13 +249,23 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
 def _text(event: _Event) -> str:
     """The text of the message. It may stand in attachments or blocks instead, or there are only files."""
     if event.text and event.text.strip():
-        return event.text
+        shared = [part.text or part.fallback or "" for part in event.attachments or () if part.is_share]
+        forwarded = "\n".join(filter(None, shared))
+        return f"{event.text}\n\n[Forwarded message]\n{forwarded}" if forwarded else event.text
     quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
     if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
         return text
     if event.files and not _attachments(event):
         return placeholder("a file", *(file.name or file.title or "" for file in event.files))
     return ""
+
+
+def _typed(link: re.Match[str]) -> str:
+    """A link as a person wrote it: Slack marks every address, also one that was typed without a scheme."""
+    url, label = link[1], link[2]
+    if not label or url.endswith(label):
+        return label or url
+    return f"{label} ({url})"
 
 
 def _attachments(event: _Event) -> tuple[Attachment, ...]:

@@ -56,7 +56,11 @@ class _Entity(msgspec.Struct):
 
 
 class _Quoted(msgspec.Struct):
+    """The message to which another one replies."""
+
     from_: _User | None = msgspec.field(name="from", default=None)
+    text: str | None = None
+    caption: str | None = None
 
 
 class _File(msgspec.Struct):
@@ -168,6 +172,11 @@ def _item(
         if kind is None:
             return Ignored(ids, "a message without text")
         text = placeholder(kind)
+    quoted = message.reply_to_message or _Quoted()
+    is_answer = _is(bot, quoted.from_)
+    if not is_answer and (words := quoted.text or quoted.caption):
+        # The agent does not know the messages of others, and people ask about them: "@ada_bot translate this".
+        text = f"{text}\n\n[In reply to this message]\n{words}".lstrip()
     return Inbound(
         # Edits and reactions name the message by chat and number.
         ids=(*ids, f"message/{chat}/{message.message_id}"),
@@ -178,7 +187,7 @@ def _item(
         attachments=attachments,
         in_group=message.chat.type != "private",
         mentions_bot=_mentions(message, bot),
-        replies_to_bot=_is(bot, (message.reply_to_message or _Quoted()).from_),
+        replies_to_bot=is_answer,
         # An administrator who stays anonymous writes in the name of the group. Telegram does not tell the others.
         by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
     )

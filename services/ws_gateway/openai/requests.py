@@ -123,6 +123,9 @@ class ResponsesRequest(BaseModel):
             _check(0 < len(self.input) <= MAX_MESSAGES, "input", f"must have 1 to {MAX_MESSAGES} items")
             for n, item in enumerate(self.input):
                 _check(isinstance(item, dict), f"input[{n}]", "must be a message")
+                if item.get("type") == "reasoning":
+                    # The thoughts of another server's model: nothing that this agent could go on from.
+                    continue
                 turn = _item(item, f"input[{n}]")
                 if turn.calls and turns[-1].role == "assistant":
                     # In this API, the calls of one turn and the text before them are separate items.

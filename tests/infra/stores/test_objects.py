@@ -198,6 +198,10 @@ async def test_an_allowed_file_is_stored_with_its_type(
         ("a.msg", b"GIF89a", "image/gif"),
         ("a.MSG", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "application/vnd.ms-outlook"),
         ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "application/x-ole-storage"),
+        ("a.txt", "<html><body>hi".encode("utf-16"), "text/html"),
+        ("a.csv", "a,b".encode("utf-16"), "text/csv"),
+        ("a.csv", "a,b".encode("utf-32"), "text/csv"),
+        ("a.txt", b"\xff\xfe" + bytes(100), "application/octet-stream"),
     ],
 )
 def test_the_name_tells_kinds_apart_that_look_the_same(name: str, content: bytes, type_: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import tooling.testing
 
 HANDBOOK = Path(tooling.testing.__file__).parent / "handbook"
-_WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 
 
 def handbook(language: str) -> bytes:
@@ -84,7 +84,7 @@ def scan(pages: Sequence[str]) -> bytes:
 def docx(heading: str, text: str) -> bytes:
     """A Word document (ECMA-376) of one heading and one paragraph."""
     document = (
-        f'<?xml version="1.0" encoding="UTF-8"?><w:document xmlns:w="{_WORD}"><w:body>'
+        f'<?xml version="1.0" encoding="UTF-8"?><w:document xmlns:w="{WORD}"><w:body>'
         f'<w:p><w:pPr><w:pStyle w:val="Heading1"/></w:pPr><w:r><w:t>{heading}</w:t></w:r></w:p>'
         f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:body></w:document>"
     )

@@ -54,7 +54,7 @@ def test_markdown_keeps_its_headings(tmp_path: Path) -> None:
     assert descaling["section"] == "Norrland Linnea 2 – Owner's Handbook > Cleaning and care > Descaling"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "gb18030"])
 def test_plain_text_in_the_encodings_of_the_world(tmp_path: Path, encoding: str) -> None:
     text = "机器按照设定的硬度计算用水量，到时会提示除垢。只能使用原厂的液体除垢剂。" * 3
     passages, _ = read(tmp_path, text.encode(encoding), types.TEXT)
@@ -278,6 +278,16 @@ TEXTS = [
     ("cp1251", "Гарантия тридцать месяцев"),
     ("cp1252", "Grüße aus Köln – „na so was“"),
     ("cp1250", "Příliš žluťoučký kůň úpěl ďábelské ódy"),
+    ("cp1251", "Зустріч починається о третій годині"),
+    ("koi8_r", "Встреча начинается в три часа дня"),
+    ("cp1253", "Η συνάντηση αρχίζει στις τρεις το απόγευμα."),
+    ("cp1253", "ΠΡΟΣΟΧΗ: Η πόρτα κλείνει αυτόματα"),
+    ("cp1254", "Toplantı öğleden sonra üçte başlıyor, İstanbul'da görüşürüz."),
+    ("cp1255", "הפגישה מתחילה בשלוש אחר הצהריים בחדר שתיים."),
+    ("cp1256", "يبدأ الاجتماع في الساعة الثالثة بعد الظهر."),
+    ("iso8859_6", "يبدأ الاجتماع في الساعة الثالثة بعد الظهر."),
+    ("cp874", "การประชุมเริ่มเวลาบ่ายสามโมงที่ห้องประชุมสอง"),
+    ("iso2022_jp", "会議は午後三時に始まります。"),
 ]
 
 
@@ -301,6 +311,7 @@ def test_a_text_in_no_known_encoding_is_refused(tmp_path: Path) -> None:
         ("gbk", ""),
         ("shift_jis", '<meta http-equiv="Content-Type" content="text/html; charset=Shift_JIS">'),
         ("gbk", '<meta charset="utf-8">'),
+        ("utf-16", '<meta charset="utf-8">'),
     ],
 )
 def test_a_page_is_read_in_its_encoding_without_its_hidden_parts(tmp_path: Path, encoding: str, head: str) -> None:
@@ -315,6 +326,70 @@ def test_a_page_is_read_in_its_encoding_without_its_hidden_parts(tmp_path: Path,
     passages, _ = read(tmp_path, page.encode(encoding), types.HTML)
     text = "".join(passage["text"] for passage in passages)
     assert (text, passages[0]["section"]) == (f"{words} & more\n\nafter", words)
+
+
+def test_a_page_is_read_in_the_encoding_of_its_declaration(tmp_path: Path) -> None:
+    page = '<?xml version="1.0" encoding="iso-8859-2"?><html><body><p>Żółty źrebak</p></body></html>'
+    passages, _ = read(tmp_path, page.encode("iso8859_2"), types.HTML)
+    assert passages[0]["text"] == "Żółty źrebak"
+
+
+def test_cells_that_span_rows_and_columns_keep_the_others_in_their_columns(tmp_path: Path) -> None:
+    page = (
+        "<table><tr><th colspan=2>Place</th><th>Sold</th></tr>"
+        "<tr><td rowspan=2>North</td><td>Oslo</td><td>5</td></tr><tr><td>Bergen</td><td>7</td></tr>"
+        "<tr><td>South</td><td>Rome</td><td rowspan=0>9</td></tr></table>"
+    )
+    passages, _ = read(tmp_path, page.encode(), types.HTML)
+    assert passages[0]["text"].splitlines() == [
+        "| Place |  | Sold |",
+        "| --- | --- | --- |",
+        "| North | Oslo | 5 |",
+        "| North | Bergen | 7 |",
+        "| South | Rome | 9 |",
+    ]
+
+
+def test_spans_do_not_make_a_small_page_large(tmp_path: Path) -> None:
+    row = f"<tr><td rowspan=100 colspan=99999>{'x' * 20_000}</td></tr>"
+    passages, _ = read(tmp_path, f"<table>{row}{'<tr><td>y</td></tr>' * 100}</table>".encode(), types.HTML)
+    assert sum(len(passage["text"]) for passage in passages) < 2_500_000
+
+
+def test_a_merged_cell_of_a_sheet_stands_in_each_of_its_rows(tmp_path: Path) -> None:
+    from openpyxl import Workbook  # type: ignore[import-untyped]
+
+    book = Workbook()
+    for row in (["region", "month"], ["North", "May"], [None, "June"], [None, None], ["South", "May"]):
+        book.active.append(row)
+    book.active.merge_cells("A2:A4")
+    out = io.BytesIO()
+    book.save(out)
+    passages, _ = read(tmp_path, out.getvalue(), types.XLSX)
+    assert passages[0]["text"].splitlines()[2:] == ["| North | May |", "| North | June |", "| South | May |"]
+
+
+def test_a_word_document_is_read_with_its_headers_and_footers(tmp_path: Path) -> None:
+    paragraph = "<w:p><w:r><w:t>{}</w:t></w:r></w:p>".format
+    out = io.BytesIO(files.docx("Care", "Descale it."))
+    with zipfile.ZipFile(out, "a") as archive:
+        for name, lines in {
+            "header1": ["Policy  77"],
+            "header2": ["Policy 77"],
+            "footer1": ["Valid to 2027", "3"],
+        }.items():
+            words = "".join(map(paragraph, lines))
+            archive.writestr(f"word/{name}.xml", f'<w:hdr xmlns:w="{files.WORD}">{words}</w:hdr>')
+    passages, _ = read(tmp_path, out.getvalue(), types.DOCX)
+    text = "\n".join(passage["text"] for passage in passages)
+    assert [line for line in text.splitlines() if line] == ["Descale it.", "Valid to 2027", "Policy 77"]
+
+
+@pytest.mark.parametrize("type_", [types.MARKDOWN, types.TEXT])
+def test_a_picture_in_a_text_is_left_out(tmp_path: Path, type_: str) -> None:
+    picture = base64.b64encode(bytes(30_000)).decode()
+    passages, _ = read(tmp_path, f"in front ![a pump](data:image/png;base64,{picture}) behind".encode(), type_)
+    assert [passage["text"] for passage in passages] == ["in front [a pump] behind"]
 
 
 def test_html_keeps_tables_lists_and_nested_parts(tmp_path: Path) -> None:
@@ -346,7 +421,7 @@ def test_cells_are_read_as_they_are_shown(tmp_path: Path) -> None:
 
 
 def test_one_far_cell_makes_one_row(tmp_path: Path) -> None:
-    from openpyxl import Workbook  # type: ignore[import-untyped]
+    from openpyxl import Workbook
 
     book = Workbook()
     book.active["A1"], book.active["B1"] = "near", "x"

@@ -223,6 +223,8 @@ def target(to: str, own: dict[str, str]) -> Target:
 def reached(to: str, access: dict[str, str]) -> Target:
     """As `target`, with the access to the object store that `to` is in, as `store_access` returns it."""
     if not to.startswith("s3://"):
+        if "://" in to:
+            raise EngineError(f"{to}: must be a folder or s3://bucket/prefix")
         return Folder(Path(to).absolute())
     bucket, prefix = _s3(to)
     return Bucket(objects.client(**access), bucket, prefix)

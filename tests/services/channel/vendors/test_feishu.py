@@ -77,6 +77,9 @@ async def test_a_plain_body_and_another_token_are_refused(fake: FeishuStandIn, f
     _, headers = fake.call(fake.event())
     with pytest.raises(Unauthenticated):
         feishu.receive((msgspec.json.encode(fake.event()), headers))
+    for body in (b"null", b"[]", b'{"encrypt": 5}'):
+        with pytest.raises(Unauthenticated):
+            feishu.receive((body, headers))
     wrong = fake.event()
     wrong["header"]["token"] = "x"
     payloads: list[Any] = [wrong, {"type": "url_verification", "challenge": "c", "token": "x"}, {"event": {}}]

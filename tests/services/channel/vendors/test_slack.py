@@ -213,6 +213,28 @@ async def test_null_fields_do_not_make_a_message_unreadable(vendor: SlackStandIn
 
 
 @pytest.mark.parametrize(
+    ("sent", "typed"),
+    [
+        ("see <https://e.example/a?x=1&amp;y=2>", "see https://e.example/a?x=1&y=2"),
+        ("see <http://e.example|e.example> and <mailto:a@e.example|a@e.example>", "see e.example and a@e.example"),
+        ("see <https://e.example/a|the page>", "see the page (https://e.example/a)"),
+        ("<@U2> &lt;https://e.example&gt; <!here>", "<@U2> <https://e.example> <!here>"),
+    ],
+)
+async def test_links_are_read_as_they_were_typed(vendor: SlackStandIn, sent: str, typed: str) -> None:
+    item = one(receive(vendor, vendor.event(sent)))
+    assert isinstance(item, Inbound)
+    assert item.text == typed
+
+
+async def test_a_forwarded_message_comes_with_the_words_about_it(vendor: SlackStandIn) -> None:
+    shared = [{"text": "Rain &amp; wind", "is_share": True}, {"text": "a preview"}]
+    item = one(receive(vendor, vendor.event("summarise this", attachments=shared)))
+    assert isinstance(item, Inbound)
+    assert item.text == "summarise this\n\n[Forwarded message]\nRain & wind"
+
+
+@pytest.mark.parametrize(
     ("fields", "text"),
     [
         ({"files": [{"id": "F1", "name": "plan.pdf"}, {"title": None}]}, "plan.pdf"),

@@ -140,6 +140,21 @@ def test_edits_and_reactions_name_their_message() -> None:
     assert reacted.person == "chat/-100"
 
 
+@pytest.mark.parametrize("field", ["text", "caption"])
+def test_a_reply_to_another_person_brings_the_words_that_it_answers(field: str) -> None:
+    group = {"id": -100, "type": "supergroup"}
+    other = {"message_id": 1, "from": {"id": 9, "is_bot": False}, field: "Guten Morgen"}
+    item = message(chat=group, text="@ada_bot translate this", reply_to_message=other)
+    assert isinstance(item, Inbound)
+    assert item.text == "@ada_bot translate this\n\n[In reply to this message]\nGuten Morgen"
+    # The agent knows its own words, and a yes must stay a yes.
+    own = other | {"from": {"id": int(CREDENTIALS.bot_token.partition(":")[0]), "is_bot": True}}
+    for quoted in (own, {"message_id": 1}):
+        item = message(chat=group, text="yes", reply_to_message=quoted)
+        assert isinstance(item, Inbound)
+        assert item.text == "yes"
+
+
 @pytest.fixture
 async def vendor() -> AsyncIterator[TelegramStandIn]:
     async with TelegramStandIn() as running:

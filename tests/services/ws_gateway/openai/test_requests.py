@@ -183,6 +183,12 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
     assert (refused.value.status, refused.value.error["param"]) == (400, field)
 
 
+def test_thoughts_of_another_servers_model_are_left_out() -> None:
+    thoughts = {"type": "reasoning", "id": "rs_1", "summary": []}
+    answer = {"role": "assistant", "content": "Hello"}
+    assert responses([HI, thoughts, answer, HI]) == responses([HI, answer, HI])
+
+
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
@@ -190,7 +196,7 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
         ("input", 7, "input"),
         ("input", "", "input"),
         ("input", ["Hi"], "input[0]"),
-        ("input", [HI, {"type": "reasoning", "summary": []}], "input[1].type"),
+        ("input", [HI, {"type": "item_reference", "id": "msg_1"}], "input[1].type"),
         ("input", [HI, OUTPUT], "input[1].call_id"),
         ("input", [HI, FUNCTION_CALL, OUTPUT | {"output": 7}], "input[2].output"),
         ("input", [HI, FUNCTION_CALL], "input"),

@@ -183,3 +183,8 @@ def test_a_part_that_ends_in_an_object_is_refused(store: Minio, bucket: str) -> 
     whole = b"".join(objects.export(store, bucket, lambda: None))
     with pytest.raises(EngineError, match="middle of an object"):
         objects.restore(store, f"{bucket}-2", iter([whole[:-1]]))
+
+
+def test_an_address_of_another_kind_is_no_folder() -> None:
+    with pytest.raises(EngineError, match="must be a folder or s3://bucket/prefix"):
+        target("ftp://e.example/x", {})
