@@ -16,7 +16,7 @@ service.consume(handlers.open_accounts)
 service.consume(handlers.count_messages)
 service.consume(handlers.note_channel_types)
 service.consume(erasure("billing"))
-service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller_country))
+service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller))
 
 if __name__ == "__main__":
     service.run()

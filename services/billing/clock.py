@@ -11,7 +11,8 @@ from infra.clock import utcnow, wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
-from services.billing import accounts, dunning, invoice_files, invoices, pdf
+from services.billing import accounts, booking, closing, dunning, invoice_files, invoices, pdf
+from services.billing.tax import Seller
 
 TICK_SECONDS = 60.0
 # Records of a period that arrive within this time after its end are still in its invoice.
@@ -25,9 +26,9 @@ MOST = 100
 class Clock:
     """Runs until stopped. Several processes may run it: each step is done once, under the lock of the account."""
 
-    def __init__(self, database: Database, seller_country: str) -> None:
+    def __init__(self, database: Database, seller: Seller) -> None:
         self._database = database
-        self._seller = seller_country
+        self._seller = seller
         self._stopping = asyncio.Event()
 
     async def stop(self) -> None:
@@ -105,11 +106,11 @@ class Clock:
 
     async def _close(self, tenant_id: str) -> None:
         async with self._database.begin(tenant_id=tenant_id) as tx:
-            await invoices.close(tx, tenant_id, utcnow() - CLOSE_AFTER, self._seller)
+            await closing.close(tx, tenant_id, utcnow() - CLOSE_AFTER, self._seller.country)
 
     async def _finalise(self, tenant_id: str, invoice_id: UUID) -> None:
         async with self._database.begin(tenant_id=tenant_id) as tx:
-            await invoices.finalise(tx, tenant_id, invoice_id, self._seller, "billing")
+            await booking.finalise(tx, tenant_id, invoice_id, self._seller, "billing")
 
     async def _try(self, tenant_id: str, work: Awaitable[None]) -> None:
         """One tenant's fault must not keep the others from their invoices."""

@@ -23,6 +23,13 @@ def nanos_per_minor(currency: str) -> int:
     return int(10 ** (9 - DIGITS[currency]))
 
 
+def in_minor(minor: int, currency: str) -> str:
+    """Formats minor units as units of the currency: ``12.50``, ``1200`` for JPY."""
+    digits = DIGITS[currency]
+    whole, rest = divmod(abs(minor), 10**digits)
+    return f"{'-' if minor < 0 else ''}{whole}" + (f".{rest:0{digits}}" if digits else "")
+
+
 def to_minor(nanos: int, currency: str) -> int:
     """Rounds to minor units, half to even."""
     return half_even(nanos, nanos_per_minor(currency))

@@ -11,8 +11,8 @@ from uuid import UUID
 
 from infra.postgres.tx import Tx
 from protos.messages.notification import Attachment
-from services.billing import accounts, invoices, terms
-from services.billing.invoice_files import in_minor
+from services.billing import accounts, booking, invoices, terms
+from services.billing.currencies import in_minor
 from services.billing.invoices import Invoice
 
 # A message may have a megabyte, and base64 makes four bytes of three.
@@ -71,7 +71,7 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
         elif await _is_being_paid(tx, tenant_id, invoice_id):
             times[number - 1] = now + timedelta(days=1)
         else:
-            await invoices.end(tx, tenant_id, invoice_id, "uncollectible", "billing")
+            await booking.end(tx, tenant_id, invoice_id, "uncollectible", "billing")
     next_at: datetime | None = times[number - 1] if number <= len(times) else None
     await tx.sql(
         """

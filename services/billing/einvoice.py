@@ -1,22 +1,25 @@
 """An invoice as XML of the European standard EN 16931 in the syntax Cross Industry Invoice D22B, which is the XML of
 Factur-X and ZUGFeRD. Pure: the same invoice gives the same bytes.
 
-The standard rounds each line to minor units and wants the lines to add up to the total, so there is one line, the whole
-of the services of the period. The PDF and the CSV have the exact lines.
+The standard rounds each line to minor units and wants the lines to add up to the total (rule BR-CO-10). So each line is
+rounded up or down, and the price is exact: if the units of a line have different prices, it is the price of all of
+them together (BT-149, the base quantity). The PDF and the CSV have the exact amounts.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
+import re
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import NamedTuple
 
 from lxml import etree  # type: ignore[import-untyped]
 
 from infra.errors import Conflict
-from services.billing.currencies import DIGITS, to_minor
-from services.billing.invoice_files import in_minor
-from services.billing.invoices import Invoice
-from services.billing.tax import Buyer
+from services.billing.currencies import DIGITS, in_minor, nanos_per_minor, to_minor
+from services.billing.invoices import Invoice, InvoiceLine
+from services.billing.tax import Buyer, Seller
 
 _NAMESPACES = {
     "rsm": "urn:un:unece:uncefact:data:standard:CrossIndustryInvoice:100",
@@ -24,26 +27,32 @@ _NAMESPACES = {
     "udt": "urn:un:unece:uncefact:data:standard:UnqualifiedDataType:100",
 }
 _PROFILE = "urn:cen.eu:en16931:2017"
-
-
-class Seller(NamedTuple):
-    """The company that sends the invoices."""
-
-    name: str
-    country: str
-    vat_id: str
+# The note of a rate is the rate and its country: ``19 % DE``.
+_RATE = re.compile(r"([\d.]+) % [A-Z]{2}")
 
 
 class _Tax(NamedTuple):
     category: str
-    """UNTDID 5305: S standard, AE reverse charge, E exempt."""
+    """UNTDID 5305: S standard, Z zero rate, AE reverse charge, E exempt."""
     percent: str
     reason: str
 
 
-def document(invoice: Invoice, seller: Seller) -> bytes:
+class Price(NamedTuple):
+    """The price of a line: `amount` units of the currency for `base` units, and the billed quantity.
+
+    A negative amount has a negative quantity, because the standard wants prices above zero (rule BR-27).
+    """
+
+    quantity: int
+    amount: Decimal
+    base: int = 1
+
+
+def document(invoice: Invoice, lines: Sequence[InvoiceLine]) -> bytes:
     """Raises Conflict for an invoice that the standard cannot express, and names the missing part."""
-    _check(invoice, seller)
+    if fault := obstacle(invoice, lines):
+        raise Conflict(fault)
     assert invoice.finalised_at
     assert invoice.due_at
     tax = _tax(invoice)
@@ -61,23 +70,16 @@ def document(invoice: Invoice, seller: Seller) -> bytes:
     _date(_add(head, "ram:IssueDateTime"), invoice.finalised_at)
 
     deal = _add(root, "rsm:SupplyChainTradeTransaction")
-    line = _add(deal, "ram:IncludedSupplyChainTradeLineItem")
-    _add(_add(line, "ram:AssociatedDocumentLineDocument"), "ram:LineID", "1")
-    _add(_add(line, "ram:SpecifiedTradeProduct"), "ram:Name", _services(invoice))
-    agreement = _add(line, "ram:SpecifiedLineTradeAgreement")
-    _add(_add(agreement, "ram:NetPriceProductTradePrice"), "ram:ChargeAmount", money(net))
-    _add(_add(line, "ram:SpecifiedLineTradeDelivery"), "ram:BilledQuantity", "1", unitCode="C62")
-    settled = _add(line, "ram:SpecifiedLineTradeSettlement")
-    rate = _add(settled, "ram:ApplicableTradeTax")
-    _add(rate, "ram:TypeCode", "VAT")
-    _add(rate, "ram:CategoryCode", tax.category)
-    _add(rate, "ram:RateApplicablePercent", tax.percent)
-    _add(_add(settled, "ram:SpecifiedTradeSettlementLineMonetarySummation"), "ram:LineTotalAmount", money(net))
+    for number, (line, minor) in enumerate(zip(lines, rounded(lines, net, invoice.currency), strict=True), 1):
+        _line(_add(deal, "ram:IncludedSupplyChainTradeLineItem"), number, line, money(minor), tax)
 
     parties = _add(deal, "ram:ApplicableHeaderTradeAgreement")
-    _party(_add(parties, "ram:SellerTradeParty"), seller)
+    _party(_add(parties, "ram:SellerTradeParty"), invoice.seller)
     _party(_add(parties, "ram:BuyerTradeParty"), invoice.buyer)
-    _add(deal, "ram:ApplicableHeaderTradeDelivery")
+    delivered = _add(_add(deal, "ram:ApplicableHeaderTradeDelivery"), "ram:ActualDeliverySupplyChainEvent")
+    # The period ends before this moment, so the day of the end is not a part of it.
+    last = invoice.period.ends - timedelta(seconds=1)
+    _date(_add(delivered, "ram:OccurrenceDateTime"), last)
 
     settlement = _add(deal, "ram:ApplicableHeaderTradeSettlement")
     _add(settlement, "ram:InvoiceCurrencyCode", invoice.currency)
@@ -91,7 +93,7 @@ def document(invoice: Invoice, seller: Seller) -> bytes:
     _add(total_tax, "ram:RateApplicablePercent", tax.percent)
     period = _add(settlement, "ram:BillingSpecifiedPeriod")
     _date(_add(period, "ram:StartDateTime"), invoice.period.begins)
-    _date(_add(period, "ram:EndDateTime"), invoice.period.ends)
+    _date(_add(period, "ram:EndDateTime"), last)
     _date(_add(_add(settlement, "ram:SpecifiedTradePaymentTerms"), "ram:DueDateDateTime"), invoice.due_at)
     sums = _add(settlement, "ram:SpecifiedTradeSettlementHeaderMonetarySummation")
     _add(sums, "ram:LineTotalAmount", money(net))
@@ -103,27 +105,62 @@ def document(invoice: Invoice, seller: Seller) -> bytes:
     return bytes(etree.tostring(root, xml_declaration=True, encoding="UTF-8", pretty_print=True))
 
 
-def _check(invoice: Invoice, seller: Seller) -> None:
+def obstacle(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
+    """Returns why there can be no e-invoice, or an empty text."""
     if invoice.number is None:
-        raise Conflict("the invoice is a draft; only a finalised one has an e-invoice")
-    if missing := [f"CLAW_SELLER_{name.upper()}" for name, value in seller._asdict().items() if not value]:
-        raise Conflict(f"{missing[0]} is not set; an e-invoice names the seller")
-    for name in ("name", "country"):
-        if not getattr(invoice.buyer, name):
-            raise Conflict(f"the buyer had no {name} when the invoice was finalised; an e-invoice needs it")
+        return "the invoice is a draft; only a finalised one has an e-invoice"
+    for party, names in (("seller", ("name", "country", "vat_id")), ("buyer", ("name", "country"))):
+        for name in names:
+            if not getattr(getattr(invoice, party), name):
+                return f"the {party} had no {name} when the invoice was finalised; an e-invoice needs it"
     if DIGITS[invoice.currency] > 2:
-        raise Conflict(f"{invoice.currency} has more than the two decimals of EN 16931")
+        return f"{invoice.currency} has more than the two decimals of EN 16931"
+    if not lines:
+        return "the invoice has no lines; EN 16931 wants one"
+    return ""
+
+
+def rounded(lines: Sequence[InvoiceLine], net: int, currency: str) -> list[int]:
+    """The lines in minor units, which add up to `net`: all rounded down, then the ones with the largest rests up."""
+    unit = nanos_per_minor(currency)
+    found = [line.amount_nanos // unit for line in lines]
+    by_rest = sorted(range(len(lines)), key=lambda n: -(lines[n].amount_nanos % unit))
+    for n in by_rest[: net - sum(found)]:
+        found[n] += 1
+    return found
+
+
+def price(line: InvoiceLine) -> Price:
+    """Quantity × amount / base is the exact amount of the line."""
+    sign = -1 if line.amount_nanos < 0 else 1
+    if not line.amount_nanos:
+        return Price(line.quantity, Decimal(0))
+    quantity = line.quantity or 1
+    if line.unit_nanos is not None and Decimal(line.unit_nanos) * quantity == line.amount_nanos:
+        return Price(quantity, Decimal(line.unit_nanos).scaleb(-9))
+    return Price(sign * quantity, Decimal(abs(line.amount_nanos)).scaleb(-9), quantity)
+
+
+def _line(element: etree._Element, number: int, line: InvoiceLine, net: str, tax: _Tax) -> None:
+    found = price(line)
+    _add(_add(element, "ram:AssociatedDocumentLineDocument"), "ram:LineID", str(number))
+    _add(_add(element, "ram:SpecifiedTradeProduct"), "ram:Name", line.description)
+    agreement = _add(_add(element, "ram:SpecifiedLineTradeAgreement"), "ram:NetPriceProductTradePrice")
+    _add(agreement, "ram:ChargeAmount", f"{found.amount.normalize():f}")
+    _add(agreement, "ram:BasisQuantity", str(found.base), unitCode="C62")
+    _add(_add(element, "ram:SpecifiedLineTradeDelivery"), "ram:BilledQuantity", str(found.quantity), unitCode="C62")
+    settled = _add(element, "ram:SpecifiedLineTradeSettlement")
+    rate = _add(settled, "ram:ApplicableTradeTax")
+    _add(rate, "ram:TypeCode", "VAT")
+    _add(rate, "ram:CategoryCode", tax.category)
+    _add(rate, "ram:RateApplicablePercent", tax.percent)
+    _add(_add(settled, "ram:SpecifiedTradeSettlementLineMonetarySummation"), "ram:LineTotalAmount", net)
 
 
 def _tax(invoice: Invoice) -> _Tax:
-    if invoice.tax_nanos:
-        # The note of a rate is the rate and its country: ``19 % DE``.
-        return _Tax("S", invoice.tax_note.partition(" ")[0], "")
+    if rate := _RATE.fullmatch(invoice.tax_note):
+        return _Tax("S" if Decimal(rate[1]) else "Z", rate[1], "")
     return _Tax("AE" if invoice.tax_note.startswith("reverse charge") else "E", "0", invoice.tax_note)
-
-
-def _services(invoice: Invoice) -> str:
-    return f"Services from {invoice.period.begins:%Y-%m-%d} to {invoice.period.ends:%Y-%m-%d} (UTC)"
 
 
 def _party(element: etree._Element, party: Seller | Buyer) -> None:

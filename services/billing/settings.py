@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, SecretStr, model_validator
 
 from infra.service.settings import Settings as Base
 from protos.catalog import USAGE_RECORDS
+from services.billing.countries import COUNTRIES
+from services.billing.tax import Seller
 
 
 def _targets(value: str) -> str:
@@ -30,14 +32,20 @@ class Settings(Base):
     """Without it no payment provider is set up."""
     stripe_webhook_secret: SecretStr | None = None
     stripe_api_base: str = "https://api.stripe.com"
-    seller_country: Annotated[str, Field(pattern=r"^([A-Z]{2})?$")] = ""
+    seller_country: str = ""
     """The country of the company that sends the invoices (ISO 3166). Decides about reverse charge."""
     seller_name: str = ""
     """With `seller_vat_id` and `seller_country` it stands in e-invoices; without them there are none."""
     seller_vat_id: str = ""
 
+    @property
+    def seller(self) -> Seller:
+        return Seller(name=self.seller_name, country=self.seller_country, vat_id=self.seller_vat_id)
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        if self.seller_country and self.seller_country not in COUNTRIES:
+            raise ValueError("CLAW_SELLER_COUNTRY is not a country of ISO 3166")
         if (self.stripe_api_key is None) != (self.stripe_webhook_secret is None):
             raise ValueError("CLAW_STRIPE_API_KEY and CLAW_STRIPE_WEBHOOK_SECRET must be set together")
         return self

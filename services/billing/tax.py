@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
+from services.billing import countries, plans
 
 # The form only. The prefix is the country; Greece uses EL.
 _VAT_ID = re.compile(r"[A-Z]{2}[A-Z0-9+*]{2,12}")
@@ -25,6 +26,14 @@ class Buyer(BaseModel):
     name: str = ""
     country: str = ""
     """ISO 3166, two letters. Empty: unknown, and no tax is charged."""
+    vat_id: str = ""
+
+
+class Seller(BaseModel):
+    """The company that sends the invoices, as the operator has set it."""
+
+    name: str = ""
+    country: str = ""
     vat_id: str = ""
 
 
@@ -53,8 +62,15 @@ def tax_of(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> T
     return RULES.get(buyer.country, standard)(buyer, seller_country, rates)
 
 
+async def due(tx: Tx, tenant_id: str, subtotal: int, seller_country: str) -> tuple[int, str]:
+    """Returns the tax on `subtotal` in nano-units, and its note."""
+    found = tax_of(await buyer(tx, tenant_id), seller_country, await rates(tx))
+    return plans.with_markup(subtotal, found.percent) - subtotal, found.note
+
+
 def check(buyer: Buyer) -> None:
-    """Raises InvalidMessage for a VAT id that cannot be one of the country."""
+    """Raises InvalidMessage for an unknown country and for a VAT id that cannot be one of the country."""
+    countries.check(buyer.country)
     if not buyer.vat_id:
         return
     prefix = "EL" if buyer.country == "GR" else buyer.country

@@ -9,7 +9,7 @@ from decimal import Decimal
 from time import perf_counter
 from zoneinfo import ZoneInfo
 
-from services.billing import accounts, invoices, plans, subscriptions
+from services.billing import accounts, closing, plans, subscriptions
 from services.billing.calendar import full_period
 from services.billing.plans import Charge, Plan
 from services.billing.schemes import SchemeTier
@@ -64,7 +64,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = perf_counter()
     async with database.begin(tenant_id=TENANT) as tx:
-        [made] = await invoices.close(tx, TENANT, midnight, "")
+        [made] = await closing.close(tx, TENANT, midnight, "")
     seconds = perf_counter() - began
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     await database.engine.dispose()

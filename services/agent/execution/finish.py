@@ -20,6 +20,7 @@ from services.agent.runs.content import StoredFile
 from services.agent.runs.decisions import resume_parent
 from services.agent.runs.domain import Run, messages_at
 from services.agent.runs.family import child_id, child_state
+from services.agent.runs.metering import record_seconds
 from services.agent.runs.notices import FAILED
 from services.agent.runs.publishing import stream
 from services.agent.runs.replies import send_reply
@@ -78,6 +79,7 @@ async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> N
     events = await tx.decide(stream(row.id), command)
     context.publish_end(tx, events[0].n, reply)
     await projections.completed(tx, row.id, command.reply, command.calls)
+    await record_seconds(tx, row.id)
     if reply.summary:
         await keep_summary(tx, context.key, row.subject_id, row.session_key, reply.summary)
     if row.parent_run_id:

@@ -27,6 +27,7 @@ from services.agent.execution.group_write import (
 from services.agent.execution.load import RunRow
 from services.agent.execution.outcome import Reply
 from services.agent.execution.usage import Metered, usage_id, usage_record
+from services.agent.models.contract import Usage
 from services.agent.runs.domain import (
     BeginStep,
     Command,
@@ -38,6 +39,7 @@ from services.agent.runs.domain import (
     evolve,
 )
 from services.agent.runs.events import Event
+from services.agent.runs.metering import seconds_used
 from services.agent.runs.publishing import RUN
 from services.agent.runs.replies import sent_files
 
@@ -153,6 +155,15 @@ class Journal:
             write.completion = Completion(
                 self._effects.seq, self._effects.may_go_on, command.reply, command.calls, to_person
             )
+            if seconds := seconds_used(
+                context.state,
+                run_id=context.run_id,
+                tenant_id=context.tenant_id,
+                agent_id=context.agent_id,
+                channel_id=context.channel_id,
+                session_key=context.session_key,
+            ):
+                self._record_use(write, Used(seconds, Usage()))
             completed.append(write)
 
         await self._write_or_restore(command, fill, expected_messages)
@@ -233,5 +244,8 @@ class Journal:
     def _use(self, write: RunWrite, step: int, attempt: int, metered: Metered, *, estimated: bool) -> None:
         id_ = usage_id(self._context.run_id, step, attempt)
         record = usage_record(self._context, id_, metered, estimated=estimated)
-        write.out.publish(USAGE_RECORDS, record, key=self._context.tenant_id)
-        write.used.append(Used(record, metered.usage))
+        self._record_use(write, Used(record, metered.usage))
+
+    def _record_use(self, write: RunWrite, used: Used) -> None:
+        write.out.publish(USAGE_RECORDS, used.record, key=self._context.tenant_id)
+        write.used.append(used)

@@ -6,6 +6,7 @@ A step's start is committed before its call. Its end is committed right after th
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine
@@ -251,7 +252,7 @@ class Steps:
         try:
             value, metered = await self._try(spec, attempt, call(key, attempt))
             content = context.key.seal(msgspec.json.encode(value).decode(), *self._sealing(n))
-            made = _Result(content, metered, round((time.monotonic() - began) * 1000))
+            made = _Result(content, metered, _ms_since(began))
         except EffectFailed as failure:
             error = failure.reason
         except CancelRequested:
@@ -263,8 +264,7 @@ class Steps:
         failpoint("after_effect_call")
         if made:
             return await self._record((context.run_id, n, attempt, retries), made)
-        ms = round((time.monotonic() - began) * 1000)
-        end = EndStep(context.session_key, n, attempt, ms, None, _stored(error))
+        end = EndStep(context.session_key, n, attempt, _ms_since(began), None, _stored(error))
         await self._journal.end(end, spec.lost(False), estimated=True)
         if cancelled:
             raise Ended("cancelled", CANCELLED)
@@ -340,6 +340,11 @@ def digest(*parts: object) -> str:
 
 def _stored(error: str | None) -> str | None:
     return None if error is None else storable(redacted(error))[:4000]
+
+
+def _ms_since(began: float) -> int:
+    """Rounded up, so that every call took some time and its run has a record of its seconds."""
+    return math.ceil((time.monotonic() - began) * 1000)
 
 
 def _span_id() -> str | None:

@@ -15,7 +15,6 @@ from infra.observe.logs import get_logger
 from infra.postgres.tx import Database, Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
-from protos.catalog import USAGE_RECORDS
 from protos.memory.v1 import memory_pb2
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
@@ -31,6 +30,7 @@ from services.agent.learning import notes
 from services.agent.learning.notes import Said
 from services.agent.models.contract import Model, ModelFailed, Prompt
 from services.agent.models.library import Models
+from services.agent.runs.metering import store_usage
 
 # A model that fails for the time being is asked so often, with this pause. Then rules have to do.
 ATTEMPTS = 3
@@ -215,20 +215,6 @@ async def _record(tx: Tx, context: RunContext, attempt: int, metered: Metered, *
     """Reports the usage, as one of the run's, and counts it for the agent's budget."""
     usage_id = f"{PURPOSE}/{context.run_id}/{attempt}"
     record = usage_record(context, usage_id, metered, estimated=estimated)
-    tx.publish(USAGE_RECORDS, record, key=context.tenant_id)
-    await tx.sql(
-        """
-        INSERT INTO run_usage (tenant_id, run_id, usage_id, resource, quantities, estimated, occurred_at)
-        VALUES ($1, $2, $3, $4, $5, $6, $7)
-        ON CONFLICT DO NOTHING
-        """,
-        context.tenant_id,
-        context.run_id,
-        usage_id,
-        record.resource,
-        msgspec.json.encode(record.quantities).decode(),
-        estimated,
-        record.occurred_at,
-    )
+    await store_usage(tx, context.run_id, record)
     # The true cost of the run was known before this call, and is asked for again.
     await tx.sql("UPDATE run SET budget_settled = false WHERE id = $1", context.run_id)

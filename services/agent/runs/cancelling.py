@@ -13,6 +13,7 @@ from services.agent.runs import projections
 from services.agent.runs.decisions import resume_parent
 from services.agent.runs.domain import Fail
 from services.agent.runs.events import Ending
+from services.agent.runs.metering import record_seconds
 from services.agent.runs.publishing import stream
 
 
@@ -52,6 +53,7 @@ async def fail(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: st
     """Ends the run without an answer, and with it those of its children that are not over."""
     await tx.decide(stream(run_id), Fail(session_key, status, error))
     await projections.failed(tx, run_id, status, error)
+    await record_seconds(tx, run_id)
     await resume_parent(tx, run_id)
     for (child,) in await tx.sql(
         "SELECT id FROM run WHERE parent_run_id = $1 AND status = ANY($2::text[])", run_id, [*projections.STOPPABLE]

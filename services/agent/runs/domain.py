@@ -100,6 +100,10 @@ class Run:
     """Step → the decision of a person about its tool call."""
     reserved: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """(step, attempt) of a model call → nano-units reserved for it."""
+    busy_ms: int = 0
+    """How long the steps took. Of the calls that are made at the same time, the longest counts."""
+    longest_ms: int = 0
+    """The longest of the calls at the same time, until all of them have ended."""
     over: bool = False
 
 
@@ -335,7 +339,8 @@ def evolve(run: Run, event: Event) -> Run:
             known = run.steps[event.step]
             step = replace(known, status=event.status, content=event.content, error=event.error)
             reserved = {**run.reserved, (event.step, event.attempts): event.nanos} if event.nanos else run.reserved
-            return replace(_with(run, event.step, step), tokens=run.tokens + event.tokens, reserved=reserved)
+            run = replace(_with(run, event.step, step), tokens=run.tokens + event.tokens, reserved=reserved)
+            return _busy(run, event.duration_ms)
         case RunSuspended():
             suspension = Suspension(event.reason, event.step, event.name, event.text, event.at, event.arguments)
             return replace(run, suspended=suspension, waited_since=event.at)
@@ -345,6 +350,13 @@ def evolve(run: Run, event: Event) -> Run:
             return replace(run, suspended=None, over=True)
         case _:
             assert_never(event)
+
+
+def _busy(run: Run, ms: int) -> Run:
+    """Adds the time of a step that has ended, without the time in which a call at the same time was made too."""
+    longest = max(run.longest_ms, ms)
+    others = any(step.status == "started" for step in run.steps.values())
+    return replace(run, busy_ms=run.busy_ms + longest - run.longest_ms, longest_ms=longest if others else 0)
 
 
 def _settled(run: Run, event: StepSettled) -> Run:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
-from services.billing import accounts, invoices, journal
+from services.billing import accounts, booking, invoices, journal
 from services.billing.currencies import nanos_per_minor
 from services.billing.journal import JournalAccount
 from services.billing.payments.provider import Charge, Intent, ProviderEvent
@@ -254,7 +254,7 @@ async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -
         actor=after.provider,
     )
     if new.kept != old.kept:
-        await invoices.add_paid(tx, after.tenant_id, after.invoice_id, new.kept - old.kept)
+        await booking.add_paid(tx, after.tenant_id, after.invoice_id, new.kept - old.kept)
 
 
 async def begin_refund(tx: Tx, payment_id: UUID, minor: int, *, reason: str, actor: str) -> tuple[Payment, UUID]:

@@ -15,6 +15,7 @@ import pytest
 from infra.clock import utcnow, uuid7
 from protos.catalog import CHANNEL_CHANGES, CHANNEL_INBOUND
 from protos.messages.channel import MessageChanged, MessageReceived
+from services.agent.runs.metering import RESOURCE
 from tooling.testing.model_server import KEY, ModelServer, model_server
 from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import ServiceFakes, running_service_fakes
@@ -168,6 +169,17 @@ class Tenant:
             for headers, body in await self.world.platform.outbox("agent", destination)
             if headers.get("tenant_id") == self.id
         ]
+
+    async def usage(self) -> list[dict[str, Any]]:
+        """The usage records of the agent's calls."""
+        return [record for record in await self.sent("usage.records") if record["resource"] != RESOURCE]
+
+    async def seconds(self) -> dict[str, int]:
+        """The seconds that were recorded of each run."""
+        records = [record for record in await self.sent("usage.records") if record["resource"] == RESOURCE]
+        found = {record["run_id"]: record["quantities"]["run_seconds"] for record in records}
+        assert [record["usage_id"] for record in records] == [f"{run_id}/seconds" for run_id in found]
+        return found
 
 
 @asynccontextmanager

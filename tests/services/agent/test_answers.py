@@ -36,7 +36,7 @@ async def test_a_channels_message_is_answered_and_its_usage_told(world: World, t
         run["id"],
         "m1",
     )
-    [usage] = await tenant.sent("usage.records")
+    [usage] = await tenant.usage()
     assert usage["usage_id"] == f"{run['id']}/1/1"
     assert usage["resource"] == f"openai/{MODEL}"
     assert usage["quantities"] == {
@@ -79,7 +79,7 @@ async def test_knowledge_and_a_tool_go_into_the_answer(world: World, tenant: Ten
     assert completed["said"] == "Weather in Bern?"
     assert completed["subject_id"] == asked.subject_id != ""
     assert completed["session_key"] == asked.session_key
-    assert [usage["usage_id"] for usage in await tenant.sent("usage.records")] == [
+    assert [usage["usage_id"] for usage in await tenant.usage()] == [
         f"{run['id']}/2/1",
         f"{run['id']}/4/1",
     ]
@@ -130,7 +130,7 @@ async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_as
     [send] = await tenant.sent("channel.outbound")
     assert "credit" in send["text"]
     assert len(world.models.requests) == asked
-    assert await tenant.sent("usage.records") == []
+    assert await tenant.usage() == []
     # Nothing is lost: when there is credit again, the model sees the earlier question.
     world.peers.billing.broke.clear()
     await tenant.receive(agent, "Again")
@@ -147,6 +147,7 @@ async def test_an_agent_spends_no_more_than_its_budget(world: World, tenant: Ten
     second = await tenant.over(await tenant.say(agent, "Hi"))
     assert (second["status"], second["error"]) == ("refused", "the agent's budget of this month is used up")
     billing.charge(first["id"], f"{first['id']}/1/1", amount_nanos=170)
+    billing.charge(first["id"], f"{first['id']}/seconds", amount_nanos=0)
     third = await tenant.over(await tenant.say(agent, "Hi"))
     assert third["status"] == "completed"
     assert (await tenant.run(first["id"]))["cost_nanos"] == 170
@@ -160,7 +161,7 @@ async def test_a_busy_provider_is_asked_again_when_it_said(world: World, tenant:
     assert (run["status"], run["reply"]) == ("completed", "At last.")
     [step] = run["steps"]
     assert (step["status"], step["attempts"]) == ("completed", 3)
-    [usage] = await tenant.sent("usage.records")
+    [usage] = await tenant.usage()
     assert usage["usage_id"] == f"{run['id']}/1/3"
     # All attempts share one hold.
     assert set(world.peers.billing.holds) - holds == {usage["hold_id"]}
@@ -197,7 +198,7 @@ async def test_what_the_provider_does_not_report_is_not_zero(world: World, tenan
     world.models.script(MODEL, Says("Yes.", usage=None))
     run = await tenant.over(await tenant.say(agent, "?"))
     assert run["usage"] == {"input_tokens": None, "cached_tokens": None, "output_tokens": None}
-    [usage] = await tenant.sent("usage.records")
+    [usage] = await tenant.usage()
     assert usage["quantities"] == {"calls": 1}
 
 

@@ -105,12 +105,13 @@ async def _check(world: World, tenant: Tenant, place: str, step: int) -> None:
     assert [fact["step"] for fact in facts if "duration_ms" in fact] == [1, 2, 3]
     assert [fact["reply"] for fact in facts if "reply" in fact] == ["Rain."]
     assert len(await tenant.sent("channel.outbound")) == 1
-    usage = await tenant.sent("usage.records")
+    usage = await tenant.usage()
     # A model call with an unknown end is billed by estimate.
     known = {record["usage_id"] for record in usage if not record["estimated"]}
     assert known == {f"{run['id']}/{n}/{1 + (n == begun_twice)}" for n in (1, 3)}
     lost = {record["usage_id"] for record in usage if record["estimated"]}
     assert lost == ({f"{run['id']}/{begun_twice}/1"} if begun_twice in (1, 3) else set())
+    assert set(await tenant.seconds()) == {run["id"]}
     arguments = [asked for asked in world.models.asked(MODEL) if asked.last_user_text == "Weather in Bern?"]
     assert len(arguments) == 2 + again
     assert sum(world.peers.plugin.effects.values()) == 1

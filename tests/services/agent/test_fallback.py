@@ -19,7 +19,7 @@ async def test_where_a_model_gives_no_answer_another_one_is_asked_once(world: Wo
         (f"openai/{MODEL}", "failed", 2),
         (f"openai/{OTHER}", "completed", 1),
     ]
-    assert [usage["resource"] for usage in await tenant.sent("usage.records")] == [f"openai/{OTHER}"]
+    assert [usage["resource"] for usage in await tenant.usage()] == [f"openai/{OTHER}"]
     assert len(await tenant.sent("channel.outbound")) == 1
 
 
@@ -51,7 +51,7 @@ async def test_an_answer_that_was_cut_off_is_paid_for_by_estimate(world: World, 
     world.models.script(MODEL, Says("x" * 400, cut_after=50), Says("Whole."))
     run = await tenant.over(await tenant.say(agent, "Hi"))
     assert (run["reply"], run["steps"][0]["attempts"]) == ("Whole.", 2)
-    lost, used = await tenant.sent("usage.records")
+    lost, used = await tenant.usage()
     assert (lost["usage_id"], lost["estimated"], lost["hold_id"]) == (f"{run['id']}/1/1", True, None)
     # 50 pieces of four characters.
     assert lost["quantities"]["output_tokens"] == 50
@@ -71,4 +71,4 @@ async def test_an_answer_that_is_cancelled_half_way_is_paid_for_by_estimate(worl
     await world.platform.until(running)
     await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
     await tenant.over(run_id)
-    assert [usage["estimated"] for usage in await tenant.sent("usage.records")] in ([], [True])
+    assert [usage["estimated"] for usage in await tenant.usage()] in ([], [True])

@@ -44,7 +44,7 @@ async def test_a_fork_goes_on_where_the_run_has_failed(world: World, tenant: Ten
     assert [fact["n"] for fact in facts] == list(range(1, len(facts) + 1))
     assert [send["text"] for send in await tenant.sent("channel.outbound")][-1] == "It rains."
     # Earlier usage is not billed again, and the answer is part of the conversation.
-    assert [usage["run_id"] for usage in await tenant.sent("usage.records")] == [run_id, run["id"]]
+    assert [usage["run_id"] for usage in await tenant.usage()] == [run_id, run["id"]]
     assert (await tenant.run(run_id))["status"] == "failed"
     for each in (run_id, run["id"]):
         story = (await tenant.call("GET", f"/api/v1/runs/{each}/timeline"))["items"]

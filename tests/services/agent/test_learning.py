@@ -27,7 +27,7 @@ async def learned(world: World, run_id: str) -> memory_pb2.LearnRequest:
 
 
 async def usage(tenant: Tenant) -> list[dict[str, Any]]:
-    return [record for record in await tenant.sent("usage.records") if record["resource"] == RESOURCE]
+    return [record for record in await tenant.usage() if record["resource"] == RESOURCE]
 
 
 async def test_the_model_is_asked_once_after_the_run_and_memory_gets_its_facts(world: World, tenant: Tenant) -> None:

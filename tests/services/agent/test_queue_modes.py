@@ -121,7 +121,7 @@ async def test_a_draft_that_does_not_answer_all_is_written_anew(world: World, te
     assert of(world, tenant) == [["a"], ["a", "b"]]
     assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["One and two."]
     # Both model calls were made and are billed.
-    assert len(await tenant.sent("usage.records")) == 2
+    assert len(await tenant.usage()) == 2
 
 
 async def test_no_steered_message_is_left_unanswered(world: World, tenant: Tenant) -> None:

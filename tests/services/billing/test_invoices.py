@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from infra.clock import utcnow, uuid7
 from services.billing.calendar import full_period
 from services.billing.clock import CLOSE_AFTER, FINALISE_AFTER, Clock
+from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 
 UNIT = 10**9
@@ -397,7 +398,7 @@ async def test_totals_use_the_minor_unit_of_the_currency(billing: Billing) -> No
 
 async def test_the_clock_closes_and_finalises_what_is_due(billing: Billing) -> None:
     tenant, _ = await subscribed(billing)
-    clock = Clock(billing.platform.database("billing"), "")
+    clock = Clock(billing.platform.database("billing"), Seller())
     start = utcnow() - CLOSE_AFTER - timedelta(hours=1)
     await tenant.sql("UPDATE period SET ends = $2 WHERE tenant_id = $1 AND begins = $3", tenant.id, start, START)
 

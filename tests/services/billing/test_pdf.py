@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import unicodedata
+from io import BytesIO
+from typing import Any
+
+import pytest
+from msgspec import structs
+from pypdf import PdfReader
 from pypdfium2 import PdfDocument, raw  # type: ignore[import-untyped]
 
 from services.billing.pdf import Page, document
 from tests.services.billing.conftest import pdf_pages
 
-PAGE = Page("Invoice INV-000001", ["To: 深圳市示例有限公司"], [], [("Subtotal", "1.000000000")], "Total 1.00 CNY")
+PAGE = Page(
+    "Invoice INV-000001",
+    ["To: 深圳市示例有限公司"],
+    [],
+    [("Subtotal", "1.000000000")],
+    "Total 1.00 CNY",
+    "2026-11-03",
+    "",
+)
 
 
 def lines(*descriptions: str) -> Page:
     rows = [(str(n), text, "1,000", "12.500000000") for n, text in enumerate(descriptions, 1)]
-    return Page(PAGE.title, PAGE.head, rows, PAGE.totals, PAGE.total)
+    return structs.replace(PAGE, lines=rows)
 
 
 async def test_every_line_is_on_a_page_in_its_order_with_any_character() -> None:
@@ -42,3 +57,37 @@ async def test_the_fonts_are_in_the_file() -> None:
 async def test_a_text_is_never_run_as_markup() -> None:
     markup = '#panic("x") $x^2$ *bold* #read("/etc/hostname") <label> @reference'
     assert markup in pdf_pages(await document(lines(markup)))[0].replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["한국어 주식회사", "บริษัท ตัวอย่าง จำกัด", "شركة المثال المحدودة", "उदाहरण कंपनी लिमिटेड", "חברה לדוגמה", "臺灣範例"],
+    ids=["Hangul", "Thai", "Arabic", "Devanagari", "Hebrew", "Traditional Chinese"],
+)
+async def test_the_fonts_have_the_characters_of(text: str) -> None:
+    # The reader may order and join the letters of these scripts in another way, but finds each of them.
+    shown = unicodedata.normalize("NFKC", pdf_pages(await document(lines(text)))[0])
+    assert set(unicodedata.normalize("NFKC", text)) <= set(shown)
+    assert "U+" not in shown
+
+
+async def test_a_character_without_a_glyph_is_shown_as_its_number() -> None:
+    shown = pdf_pages(await document(lines('crab 🦀, "\u0b95\\"')))[0]
+    assert 'crab [U+1F980], "[U+0B95]\\"' in shown.replace("\n", " ")
+
+
+async def test_an_attached_e_invoice_is_read_back_and_marked_as_factur_x() -> None:
+    xml = "<invoice>中文 &amp; more</invoice>"
+    page = structs.replace(lines("中文"), xml=xml)
+    content = await document(page)
+    assert await document(page) == content
+    assert "中文" in pdf_pages(content)[0]
+    reader = PdfReader(BytesIO(content))
+    assert reader.attachments == {"factur-x.xml": [xml.encode()]}
+    root: Any = reader.root_object
+    assert root["/AF"][0]["/AFRelationship"] == "/Alternative"
+    metadata = root["/Metadata"].get_data().decode()
+    for part in ("<pdfaid:part>3<", "<fx:ConformanceLevel>EN 16931<", "<pdfaSchema:prefix>fx<"):
+        assert metadata.count(part) == 1
+    # The document's date is the invoice's, not that of the print.
+    assert metadata.count("2026-11-03T00:00:00") >= 2

@@ -9,6 +9,8 @@ import pytest
 
 from tests.services.agent.execution.session_driver import Worker, World
 
+USAGE = "SELECT usage_id, estimated FROM run_usage WHERE run_id = $1 AND resource <> 'agent/run' ORDER BY 1"
+
 
 @pytest.fixture
 def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
@@ -52,7 +54,7 @@ def test_the_process_that_made_the_call_records_its_answer_later(world: World) -
     assert world.rows("SELECT status FROM run WHERE id = $1", run_id) == [("completed",)]
     assert len(worker.calls) == 1
     assert attempts(world, run_id) == [("completed", 1)]
-    usage = world.rows("SELECT usage_id, estimated FROM run_usage WHERE run_id = $1", run_id)
+    usage = world.rows(USAGE, run_id)
     assert usage == [(f"{run_id}/1/1", False)]
 
 
@@ -64,5 +66,5 @@ def test_the_answer_is_left_once_another_process_has_the_lane(world: World) -> N
     assert attempts(world, run_id) == [("completed", 2)]
     finish(world, worker)
     assert len(worker.calls) == 1
-    usage = world.rows("SELECT usage_id, estimated FROM run_usage WHERE run_id = $1 ORDER BY 1", run_id)
+    usage = world.rows(USAGE, run_id)
     assert usage == [(f"{run_id}/1/1", True), (f"{run_id}/1/2", False)]

@@ -85,7 +85,9 @@ def settled(n: int, decision: Decision, step: int = 2, content: bytes | None = N
     return StepSettled(n=n, session_key="s", step=step, decision=decision, by="me", content=content)
 
 
-def ended(n: int, step: int = 1, attempts: int = 1, content: bytes | None = b"x", tokens: int = 0) -> StepCompleted:
+def ended(
+    n: int, step: int = 1, attempts: int = 1, content: bytes | None = b"x", tokens: int = 0, ms: int = 5
+) -> StepCompleted:
     return StepCompleted(
         n=n,
         session_key="s",
@@ -94,7 +96,7 @@ def ended(n: int, step: int = 1, attempts: int = 1, content: bytes | None = b"x"
         name="m",
         status="completed" if content else "failed",
         attempts=attempts,
-        duration_ms=5,
+        duration_ms=ms,
         content=content,
         error=None if content else "no",
         tokens=tokens,
@@ -250,3 +252,14 @@ def test_a_fork_has_the_messages_and_the_agent_of_its_origin() -> None:
     forked = given().when(Fork("s", UUID(int=9), 2, 5))
     assert forked == [RunForked(n=1, session_key="s", origin=UUID(int=9), messages=2, agent_version=5)]
     assert given(*forked).when(Start("s", AGENT, 7, NOON, 4)) == [started(2, version=5, messages=2)]
+
+
+def test_the_time_of_the_steps_counts_and_calls_at_the_same_time_count_once() -> None:
+    assert given(started(), begun(2), ended(3, ms=7), begun(4, 2), ended(5, 2, ms=4)).run.busy_ms == 11
+    together = (started(), begun(2), begun(3, 2), begun(4, 3), ended(5, 2, ms=3), ended(6, 1, ms=9))
+    assert given(*together).run.busy_ms == 9
+    assert given(*together, ended(7, 3, ms=6), begun(8, 4), ended(9, 4, ms=2)).run.busy_ms == 11
+    # Waiting for a person or another worker is not work.
+    later = NOON + timedelta(hours=2)
+    run = given(started(), begun(2), ended(3), suspended(4), settled(5, "approve"), started(6, 2, later)).run
+    assert run.busy_ms == 5

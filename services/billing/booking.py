@@ -1,0 +1,228 @@
+"""Books invoices: numbers without gaps, payments, ends, credit notes.
+
+Finalising gives the number in the transaction that books the invoice, so a number is used if and only if the invoice
+is booked.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Literal
+from uuid import UUID
+
+from infra.clock import utcnow, uuid7
+from infra.errors import Conflict, InvalidMessage
+from infra.postgres.tx import Tx
+from services.billing import accounts, grants, invoices, journal, schemes, tax, terms
+from services.billing.currencies import nanos_per_minor, to_minor
+from services.billing.invoices import CreditNote, Invoice
+from services.billing.tax import Seller
+
+SERIES, CREDIT_SERIES = "INV", "CN"
+
+
+async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, actor: str) -> Invoice:
+    """Numbers a draft, books it, and applies grants. A finalised invoice is answered as it is."""
+    await accounts.lock_one(tx, tenant_id)
+    draft = await invoices.get(tx, tenant_id, invoice_id)
+    if draft.status != "draft":
+        return draft
+    taxed = await tax.due(tx, tenant_id, draft.subtotal_nanos, seller.country)
+    total = to_minor(draft.subtotal_nanos + taxed[0], draft.currency)
+    unit = nanos_per_minor(draft.currency)
+    now = utcnow()
+    await grants.settle(tx, tenant_id)
+    await journal.post(
+        tx,
+        tenant_id,
+        "invoice",
+        str(invoice_id),
+        {
+            "receivable": total * unit,
+            "revenue": -draft.subtotal_nanos,
+            "tax": -taxed[0],
+            "rounding": draft.subtotal_nanos + taxed[0] - total * unit,
+        },
+        reason="invoice finalised",
+        actor=actor,
+    )
+    # Only whole minor units of grants are applied; the rest of a grant stays.
+    applied = min(total, await grants.left(tx, tenant_id) // unit) if total > 0 else 0
+    await grants.burn(tx, tenant_id, applied * unit, for_="receivable", reference=str(invoice_id))
+    await tx.sql(
+        """
+        UPDATE invoice
+        SET status = $3, number = $4, tax_nanos = $5, tax_note = $6, total_minor = $7, applied_minor = $8,
+            buyer = $9, seller = $10, finalised_at = $11, due_at = $12, dunning_at = $11
+        WHERE tenant_id = $1 AND invoice_id = $2
+        """,
+        tenant_id,
+        invoice_id,
+        "paid" if applied >= total else "finalised",
+        await _number(tx, tenant_id, SERIES),
+        *taxed,
+        total,
+        applied,
+        (await tax.buyer(tx, tenant_id)).model_dump_json(),
+        seller.model_dump_json(),
+        now,
+        now + timedelta(days=(await terms.get(tx, tenant_id)).due_days),
+    )
+    if total < 0:
+        # Corrections are larger than the charges: the tenant is owed the rest.
+        await accounts.add_credit(
+            tx,
+            tenant_id,
+            -total * unit,
+            kind="prepaid",
+            reason=f"corrections until {draft.period.ends.date()}",
+            actor=actor,
+            source="receivable",
+        )
+    return await invoices.get(tx, tenant_id, invoice_id)
+
+
+async def _number(tx: Tx, tenant_id: str, series: str) -> str:
+    """Takes the next number. The row stays locked until the transaction ends, so a rollback leaves no gap."""
+    [(number,)] = await tx.sql(
+        """
+        INSERT INTO invoice_series AS s (tenant_id, series, last)
+        VALUES ($1, $2, 1)
+        ON CONFLICT (tenant_id, series) DO UPDATE SET last = s.last + 1
+        RETURNING last
+        """,
+        tenant_id,
+        series,
+    )
+    return f"{series}-{number:06}"
+
+
+async def receive(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, reference: str, actor: str) -> None:
+    """Books money that was received for an invoice; below zero: given back. The caller has locked the account."""
+    invoice = await invoices.get(tx, tenant_id, invoice_id)
+    nanos = minor * nanos_per_minor(invoice.currency)
+    await journal.post(
+        tx,
+        tenant_id,
+        "payment" if minor > 0 else "refund",
+        reference,
+        {"cash": nanos, "receivable": -nanos},
+        reason=f"invoice {invoice.number}",
+        actor=actor,
+    )
+    await add_paid(tx, tenant_id, invoice_id, minor)
+
+
+async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None:
+    """Adds a paid amount (below zero: taken back), and marks the invoice as paid or as open again."""
+    await tx.sql(
+        """
+        UPDATE invoice
+        SET paid_minor = paid_minor + $3,
+            status = CASE
+                WHEN status NOT IN ('finalised', 'paid') THEN status
+                WHEN applied_minor + credited_minor + paid_minor + $3 >= total_minor THEN 'paid'
+                ELSE 'finalised'
+            END
+        WHERE tenant_id = $1 AND invoice_id = $2
+        """,
+        tenant_id,
+        invoice_id,
+        minor,
+    )
+
+
+async def end(
+    tx: Tx, tenant_id: str, invoice_id: UUID, status: Literal["void", "uncollectible"], actor: str
+) -> Invoice:
+    """Ends a finalised invoice that is not paid: `void` takes it back, `uncollectible` writes it off.
+
+    Raises Conflict for any other status, and for a void of an invoice that is partly paid.
+    """
+    await accounts.lock_one(tx, tenant_id)
+    invoice = await invoices.get(tx, tenant_id, invoice_id)
+    if invoice.status == status:
+        return invoice
+    if invoice.status != "finalised":
+        raise Conflict(f"the invoice is {invoice.status}; only a finalised one can become {status}")
+    unit = nanos_per_minor(invoice.currency)
+    due = invoice.due_minor * unit
+    if status == "uncollectible":
+        amounts: dict[journal.JournalAccount, int] = {"write_off": due, "receivable": -due}
+    else:
+        if invoice.paid_minor or invoice.applied_minor or invoice.credited_minor:
+            raise Conflict("a part of the invoice is paid or credited; make a credit note")
+        rounding = invoice.total_minor * unit - invoice.subtotal_nanos - invoice.tax_nanos
+        amounts = {
+            "receivable": -due,
+            "revenue": invoice.subtotal_nanos,
+            "tax": invoice.tax_nanos,
+            "rounding": rounding,
+        }
+    await journal.post(tx, tenant_id, status, str(invoice_id), amounts, reason=f"invoice {invoice.number}", actor=actor)
+    await tx.sql(
+        "UPDATE invoice SET status = $3 WHERE tenant_id = $1 AND invoice_id = $2", tenant_id, invoice_id, status
+    )
+    return await invoices.get(tx, tenant_id, invoice_id)
+
+
+async def credit(
+    tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, reason: str, actor: str, refund: bool
+) -> CreditNote:
+    """Takes a part of an invoice back, with its share of the tax. It reduces the amount that is due.
+
+    Money that was paid already becomes a grant or, with `refund`, is owed until a payment is refunded. Raises Conflict
+    for a draft or void invoice and InvalidMessage for more than the invoice has.
+    """
+    await accounts.lock_one(tx, tenant_id)
+    invoice = await invoices.get(tx, tenant_id, invoice_id)
+    if invoice.status not in ("finalised", "paid"):
+        raise Conflict(f"the invoice is {invoice.status}; only a finalised or paid one gets a credit note")
+    if minor > invoice.total_minor - invoice.credited_minor:
+        raise InvalidMessage("amount_minor", f"must be at most {invoice.total_minor - invoice.credited_minor}")
+    unit = nanos_per_minor(invoice.currency)
+    gross = invoice.subtotal_nanos + invoice.tax_nanos
+    taxed = schemes.part(minor * unit, invoice.tax_nanos, gross) if gross else 0
+    credit_note_id, number = uuid7(), await _number(tx, tenant_id, CREDIT_SERIES)
+    await tx.sql(
+        """
+        INSERT INTO credit_note (tenant_id, credit_note_id, invoice_id, number, amount_minor, reason, actor)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        """,
+        tenant_id,
+        credit_note_id,
+        invoice_id,
+        number,
+        minor,
+        reason,
+        actor,
+    )
+    await journal.post(
+        tx,
+        tenant_id,
+        "credit_note",
+        str(credit_note_id),
+        {"revenue": minor * unit - taxed, "tax": taxed, "receivable": -minor * unit},
+        reason=reason,
+        actor=actor,
+    )
+    await tx.sql(
+        "UPDATE invoice SET credited_minor = credited_minor + $3 WHERE tenant_id = $1 AND invoice_id = $2",
+        tenant_id,
+        invoice_id,
+        minor,
+    )
+    await add_paid(tx, tenant_id, invoice_id, 0)
+    over = minor - invoice.due_minor
+    if over > 0 and not refund:
+        await accounts.add_credit(
+            tx,
+            tenant_id,
+            over * unit,
+            kind="prepaid",
+            reason=f"credit note {number}",
+            actor=actor,
+            source="receivable",
+        )
+    [made] = await invoices.credit_notes(tx, tenant_id, invoice_id, number)
+    return made

@@ -1,0 +1,101 @@
+"""Closes periods of subscriptions: each becomes the draft of an invoice.
+
+A period is closed once, under the lock of the tenant's account; its draft has all its lines at once.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import msgspec
+
+from infra.clock import utcnow, uuid7
+from infra.postgres.tx import Tx
+from services.billing import accounts, grants, invoices, plans, subscriptions, tax
+from services.billing.currencies import to_minor
+from services.billing.invoices import Invoice
+from services.billing.plans import Metered
+from services.billing.subscriptions import Period
+
+
+async def close(tx: Tx, tenant_id: str, until: datetime, seller_country: str) -> list[Invoice]:
+    """Closes the tenant's periods that have ended at or before `until` and makes their drafts."""
+    currency, _ = await accounts.lock_one(tx, tenant_id)
+    # While the tenant still has an open period: its debits are invoiced, so grants do not cover them as well.
+    await grants.settle(tx, tenant_id)
+    await subscriptions.extend(tx, tenant_id, utcnow())
+    found = []
+    for period in await subscriptions.due(tx, tenant_id, min(until, utcnow())):
+        found.append(await _draft(tx, tenant_id, currency, period, seller_country))
+    return found
+
+
+async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_country: str) -> Invoice:
+    plan = await plans.version(tx, period.plan_id, period.plan_version)
+    full = (period.full_ends - period.full_begins).total_seconds()
+    lines = plans.lines(
+        plan, await metered(tx, tenant_id, period.period), int((period.ends - period.begins).total_seconds()), int(full)
+    )
+    subtotal = sum(line.amount_nanos for line in lines)
+    invoice_id = uuid7()
+    taxed = await tax.due(tx, tenant_id, subtotal, seller_country)
+    await tx.sql(
+        """
+        INSERT INTO invoice (tenant_id, invoice_id, period, status, currency, begins, ends, subtotal_nanos, tax_nanos,
+                             tax_note, total_minor)
+        VALUES ($1, $2, $3, 'draft', $4, $5, $6, $7, $8, $9, $10)
+        """,
+        tenant_id,
+        invoice_id,
+        period.period,
+        currency,
+        period.begins,
+        period.ends,
+        subtotal,
+        *taxed,
+        to_minor(subtotal + taxed[0], currency),
+    )
+    await tx.sql(
+        """
+        INSERT INTO invoice_line (tenant_id, invoice_id, line, line_id, description, quantity, unit_nanos, amount_nanos,
+                                  begins, ends, source)
+        SELECT $1, $2, n.line, n.line_id, n.description, n.quantity::numeric, n.unit_nanos, n.amount_nanos, $3, $4,
+               n.source
+        FROM unnest($5::int[], $6::uuid[], $7::text[], $8::text[], $9::text[], $10::bigint[], $11::text[])
+             AS n(line, line_id, description, quantity, unit_nanos, amount_nanos, source)
+        """,
+        tenant_id,
+        invoice_id,
+        period.begins,
+        period.ends,
+        list(range(1, len(lines) + 1)),
+        [uuid7() for _ in lines],
+        [line.description for line in lines],
+        [str(line.quantity) for line in lines],
+        [line.unit_nanos for line in lines],
+        [line.amount_nanos for line in lines],
+        [msgspec.json.encode(line.source).decode() for line in lines],
+    )
+    await tx.sql(
+        "UPDATE period SET closed_at = clock_timestamp() WHERE tenant_id = $1 AND period = $2", tenant_id, period.period
+    )
+    return await invoices.get(tx, tenant_id, invoice_id)
+
+
+async def metered(tx: Tx, tenant_id: str, period: int) -> list[Metered]:
+    """Returns the sums of the period's usage. It reads buckets only, so its cost does not grow with the records."""
+    rows = await tx.sql(
+        """
+        SELECT meter, resource, agent_id, channel_id, late, sum(quantity)::text, sum(records)::bigint
+        FROM usage_bucket
+        WHERE tenant_id = $1 AND period = $2
+        GROUP BY 1, 2, 3, 4, 5
+        ORDER BY 1, 2, 3, 4, 5
+        """,
+        tenant_id,
+        period,
+    )
+    return [
+        Metered(meter, model, agent, channel, late, int(quantity), records)
+        for meter, model, agent, channel, late, quantity, records in rows
+    ]

@@ -1,0 +1,66 @@
+"""The seconds of a run are recorded once, however it ends, and only the steps that it made itself count."""
+
+from __future__ import annotations
+
+from tests.services.agent.conftest import MODEL, Tenant, World
+from tooling.testing.model_server import Fails, Says
+from tooling.testing.service_fakes import WEATHER
+
+BERN = (WEATHER, '{"city":"Bern"}')
+
+
+async def test_a_run_that_answers_has_one_record_and_its_cost_waits_for_it(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Rain."))
+    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    # The calls of the stand-ins take milliseconds. A begun second counts.
+    assert await tenant.seconds() == {run["id"]: 1}
+    [record] = [record for record in await tenant.sent("usage.records") if record["usage_id"].endswith("/seconds")]
+    assert (record["resource"], record["agent_id"], record["session_key"]) == ("agent/run", agent, run["session_key"])
+    story = (await tenant.call("GET", f"/api/v1/runs/{run['id']}/timeline"))["items"]
+    assert [item["data"]["quantities"] for item in story if item["kind"] == "usage"][-1] == {"run_seconds": 1}
+
+
+async def test_a_failed_run_and_its_fork_have_a_record_each(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.models.script(MODEL, Says(calls=(BERN,)), Fails(400))
+    failed = await tenant.over(await tenant.say(agent, "Weather?"))
+    assert (failed["status"], await tenant.seconds()) == ("failed", {failed["id"]: 1})
+    world.models.script(MODEL, Says("It rains."))
+    made = await tenant.call("POST", f"/api/v1/runs/{failed['id']}/fork", json={})
+    await tenant.over(made["id"])
+    assert await tenant.seconds() == {failed["id"]: 1, made["id"]: 1}
+
+
+async def test_a_run_that_is_cancelled_pays_for_its_steps_and_one_that_only_waited_pays_nothing(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent(queue_mode="followup")
+    world.models.script(MODEL, Says("A long text", stalls_after=1))
+    asked = len(world.models.requests)
+    running = await tenant.say(agent, "Hi")
+
+    async def called() -> bool:
+        return len(world.models.requests) > asked
+
+    await world.platform.until(called)
+    queued = await tenant.say(agent, "And this?")
+    assert queued != running
+    for run_id in (queued, running):
+        await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
+        assert (await tenant.over(run_id))["status"] == "cancelled"
+    assert set(await tenant.seconds()) == {running}
+
+
+async def test_a_run_that_waited_for_a_person_has_one_record(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER], approval=[WEATHER])
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    run_id = await tenant.say(agent, "Weather?")
+
+    async def waits() -> bool:
+        return bool((await tenant.run(run_id))["status"] == "waiting")
+
+    await world.platform.until(waits)
+    assert await tenant.seconds() == {}
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
+    assert await tenant.seconds() == {run_id: 1}
