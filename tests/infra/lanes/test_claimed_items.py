@@ -128,6 +128,20 @@ async def test_a_lane_with_older_items_or_an_item_that_is_not_due_is_not_claimed
     assert notes.numbers == [3, 4]
 
 
+async def test_an_item_that_is_not_due_takes_no_place_from_one_that_is(
+    world: World, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = new_lane()
+    async with world.process(kind.runner(concurrency=1)(notes.note)) as database:
+        await ready(database, kind)
+        refuse_claims(monkeypatch)
+        async with database.begin(tenant_id=TENANT) as tx:
+            tx.enqueue(kind, lane="later", item=Parcel(1), not_before=utcnow() + timedelta(hours=1))
+            tx.enqueue(kind, lane="now", item=Parcel(2))
+        await notes.has(1)
+    assert notes.numbers == [2]
+
+
 async def test_many_items_of_one_transaction_are_handled_each_once(world: World, notes: Notes) -> None:
     kind = new_lane()
     async with world.process(kind.runner(concurrency=3)(notes.note)) as database:
