@@ -205,7 +205,8 @@ class LaneRunner:
                 )
             finally:
                 kind.wanted = 0
-            failpoint("after_lane_claim")
+            if claimed.lanes:
+                failpoint("after_lane_claim")
             if claimed.suspect:
                 [(self._suspect, _)] = claimed.lanes
                 self._alone_until = time.monotonic() + ALONE_SECONDS

@@ -1,4 +1,4 @@
-"""A TCP proxy between a client and a real server that can delay, hold, reset or half-close connections."""
+"""A TCP proxy between a client and a real server that can delay, hold, reset, half-close or half-open connections."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class FaultProxy:
         self._connections: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._pumps: set[asyncio.Task[None]] = set()
         self._losing = False
+        self._half_open: set[asyncio.StreamWriter] = set()
         self.latency = 0.0
         self.port = 0
 
@@ -50,16 +51,21 @@ class FaultProxy:
         ends it."""
         self._losing = True
 
+    def half_open(self) -> None:
+        """Resets the connections at the server only: the clients send and wait, as after the end of the other machine.
+        New connections work. `reset` ends it, as the other machine does when it is asked about what it forgot."""
+        for _, server in self._connections:
+            self._half_open.add(server)
+            _reset(server)
+
     def reset(self) -> None:
         """Resets (RST) both ends of every connection."""
         self._losing = False
         for writers in self._connections:
             for writer in writers:
-                with suppress(OSError):
-                    linger_off = struct.pack("ii", 1, 0)
-                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_off)
-                writer.transport.abort()
+                _reset(writer)
         self._connections.clear()
+        self._half_open.clear()
 
     def half_close(self) -> None:
         """The clients read the end of the stream and may still write."""
@@ -73,22 +79,34 @@ class FaultProxy:
             client.transport.abort()
             return
         self._connections.add((client, server))
-        for source, sink, answers in ((reader, server, False), (from_server, client, True)):
-            pump = asyncio.create_task(self._pump(source, sink, answers))
+        for source, sink in ((reader, server), (from_server, client)):
+            pump = asyncio.create_task(self._pump(source, sink, server))
             self._pumps.add(pump)
             pump.add_done_callback(self._pumps.discard)
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, server: asyncio.StreamWriter
+    ) -> None:
         try:
             while piece := await source.read(65536):
                 await asyncio.sleep(self.latency)
                 await self._flowing.wait()
-                if answers and self._losing:
+                if server in self._half_open or (self._losing and sink is not server):
                     continue
                 sink.write(piece)
                 await sink.drain()
+            if server in self._half_open:
+                return
             if sink.can_write_eof() and not sink.is_closing():
                 sink.write_eof()
         except (OSError, RuntimeError):
-            # A reset of one side reaches the other one, as without a proxy.
-            sink.transport.abort()
+            if server not in self._half_open:
+                # A reset of one side reaches the other one, as without a proxy.
+                sink.transport.abort()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        linger_off = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_off)
+    writer.transport.abort()

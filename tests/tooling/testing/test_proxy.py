@@ -88,6 +88,20 @@ async def test_a_half_closed_client_reads_the_end_and_may_write(proxy: FaultProx
     writer.close()
 
 
+async def test_half_open_connections_are_silent_until_a_reset_and_new_ones_work(proxy: FaultProxy) -> None:
+    reader, writer = await connect(proxy)
+    proxy.half_open()
+    writer.write(b"is anybody there")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 0.2)
+    _, other = await connect(proxy)
+    proxy.reset()
+    with pytest.raises(ConnectionResetError):
+        await reader.read(1)
+    writer.close()
+    other.close()
+
+
 async def test_without_a_server_the_connection_is_closed() -> None:
     async with FaultProxy("127.0.0.1", 1) as proxy:
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)

@@ -119,7 +119,7 @@ class Campaign:
 
     async def run(self, count: int, tell: Callable[[str], None], targets: Sequence[str] = ()) -> Report:
         """Injects `count` faults (only these `targets`, if any are given) under load. `tell` gets a line for each."""
-        injector = Injector(self._stack, self._rig, self._wires, tell)
+        injector = Injector(self._stack, self._rig, self._wires, self._load.kept_answers, tell)
         since = time.time()
         async with self._load.prepared():
             began = time.time()
@@ -223,7 +223,7 @@ async def rigged(system: System, names: Sequence[str]) -> AsyncIterator[tuple[Ri
     async with AsyncExitStack() as stack:
         wires = Wires(stack) if "network" in names else None
         if wires:
-            await rig.route_postgres(wires)
+            await rig.route(wires)
         if "stop" in names:
             for service in (*TWINS, "billing"):
                 rig.export(service, LEASES)

@@ -178,6 +178,8 @@ class Evidence(msgspec.Struct, kw_only=True):
     chains: list[Chain]
     rebuilt: list[Rebuilt]
     poison: list[Poison]
+    asked_twice: list[str] = []
+    """Texts for which a second process asked the model while a first one, which ran, waited for the same answer."""
     problems: list[str] = []
     """Questions that the system did not answer in time. They count against I1."""
 

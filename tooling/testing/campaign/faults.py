@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import aio_pika
@@ -55,8 +56,8 @@ ZOMBIES = (
     "channel after_lane_claim",
     "channel after_effect_started",
 )
-WIRES = ("gateway", "models", "vendors", "postgres")
-NETWORK = ("latency", "reset", "blackhole", "lost answers")
+WIRES = ("gateway", "models", "vendors", "postgres", "kafka", "rabbitmq", "grpc")
+NETWORK = ("latency", "reset", "blackhole", "half-open", "lost answers")
 # Consumers whose position is a row in the database: schema, and the offset that is set back.
 REWOUND = ("agent", "billing", "memory", "plugin", "log_aggregator")
 POISONED = (
@@ -90,8 +91,9 @@ FAULTS: dict[str, Kind] = {
     "pause": Kind("SIGSTOP of an engine, then SIGCONT: its ports accept and nothing answers", ENGINES),
     "restart": Kind("a proper stop and start of an engine", ENGINES),
     "network": Kind(
-        "latency, a reset, a blackhole or lost answers (the other side has done it, and its answer is dropped) between "
-        "client and gateway, agent and model, channel and vendor, services and PostgreSQL",
+        "latency, a reset, a blackhole, half-open connections (only the server knows that they have ended) or lost "
+        "answers (the other side has done it, and its answer is dropped) between client and gateway, agent and model, "
+        "channel and vendor, services and PostgreSQL, Kafka, RabbitMQ and each other",
         tuple(f"{wire} {fault}" for wire in WIRES for fault in NETWORK),
     ),
     "rewind": Kind("the position of a service's Kafka reader is set back to the first record", REWOUND),
@@ -143,12 +145,23 @@ def plan(seed: int, names: Sequence[str], count: int, targets: Sequence[str] = (
 
 
 class Injector:
-    """Injects planned faults into a running system. `rig`: None for a system that others share."""
+    """Injects planned faults into a running system. `rig`: None for a system that others share.
 
-    def __init__(self, stack: Stack, rig: Rig | None, wires: Wires | None, tell: Callable[[str], None]):
+    `kept_answers`: lets the model keep its answers for a block.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        rig: Rig | None,
+        wires: Wires | None,
+        kept_answers: Callable[[], AbstractContextManager[None]],
+        tell: Callable[[str], None],
+    ):
         self._stack = stack
         self._rig = rig
         self._wires = wires
+        self._kept_answers = kept_answers
         self._tell = tell
         self.injected: list[Injected] = []
         self.poison: list[Poison] = []
@@ -178,8 +191,13 @@ class Injector:
             await asyncio.to_thread(self._stack.pause, service)
         elif not await self._passed(target, signal.SIGSTOP):
             return "not passed"
-        await asyncio.sleep(STOP_SECONDS)
-        await asyncio.to_thread(self._stack.cont, service)
+        # What the stopped process has asked arrives before the answers are kept, and its leases end after that.
+        await asyncio.sleep(STOP_SECONDS / 4)
+        with self._kept_answers() if point else nullcontext():
+            await asyncio.sleep(STOP_SECONDS * 3 / 4)
+            await asyncio.to_thread(self._stack.cont, service)
+            # It wakes while the process that has taken over waits for the model.
+            await asyncio.sleep(LASTING if point else 0)
         return ""
 
     _pause = _stop
@@ -206,6 +224,8 @@ class Injector:
                     proxy.latency = LATENCY_SECONDS
                 case "blackhole":
                     proxy.blackhole()
+                case "half-open":
+                    proxy.half_open()
                 case "lost answers":
                     proxy.lose_answers()
         if fault != "reset":
@@ -213,7 +233,7 @@ class Injector:
         for proxy in proxies:
             proxy.latency = 0.0
             proxy.heal()
-            if fault in ("reset", "lost answers"):
+            if fault in ("reset", "half-open", "lost answers"):
                 proxy.reset()
 
     async def _rewind(self, target: str) -> str:

@@ -150,6 +150,8 @@ def _sessions(evidence: Evidence) -> Iterator[Violation | int]:
     sessions: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in evidence.runs:
         sessions[run.tenant, run.session].append(run)
+    for text in evidence.asked_twice:
+        yield Violation("two processes handle its run at the same time: both ask the model", text)
     answered: dict[str, list[str]] = {}
     for runs in sessions.values():
         runs.sort(key=lambda run: (run.started or float("inf"), run.id))

@@ -12,9 +12,9 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -89,6 +89,10 @@ class Load:
         """HTTP status, or the kind of transport error → calls that ended so."""
         self.forged = 0
         self.forged_accepted: list[str] = []
+        self.asked_twice: list[str] = []
+        """Messages for which the model was asked while it still kept the answer to the same question."""
+        self._kept: asyncio.Event | None = None
+        self._unanswered: set[tuple[str, int]] = set()
         self.stopping = asyncio.Event()
 
     @asynccontextmanager
@@ -153,10 +157,29 @@ class Load:
         text = asked.last_user_text
         if "tools" not in asked.body:
             return Says("They greeted each other.")
-        if f" {TOOL_WORD} " in text and asked.body["messages"][-1]["role"] != "tool":
-            return Says(calls=(("calculator", '{"expression": "6*7"}'),))
-        long = self.tenants["blue"].canary in asked.system
-        return Says(f"You said: {text}", usage=(12, 0, LONG_ANSWER_TOKENS if long else 5, 0))
+        if f" {TOOL_WORD} " in text and _stage(asked) == 1:
+            says = Says(calls=(("calculator", '{"expression": "6*7"}'),))
+        else:
+            long = self.tenants["blue"].canary in asked.system
+            says = Says(f"You said: {text}", usage=(12, 0, LONG_ANSWER_TOKENS if long else 5, 0))
+        return self._keeping(asked, says) if self._kept else says
+
+    def _keeping(self, asked: Asked, says: Says) -> Says:
+        call = (asked.last_user_text, _stage(asked))
+        if call in self._unanswered:
+            self.asked_twice.append(asked.last_user_text)
+        self._unanswered.add(call)
+        return replace(says, waits=self._kept)
+
+    @contextmanager
+    def kept_answers(self) -> Iterator[None]:
+        """The model keeps its answers until the end of the block, so runs that ask it meanwhile do not end before."""
+        self._kept, self._unanswered = asyncio.Event(), set()
+        try:
+            yield
+        finally:
+            self._kept.set()
+            self._kept = None
 
     async def run(self) -> None:
         async with httpx.AsyncClient(base_url=self._gateway, trust_env=False, timeout=15) as client:
@@ -313,9 +336,13 @@ class Load:
             canaries = [tenant.name for tenant in self.tenants.values() if tenant.canary in messages]
             # The request for a summary of a long conversation has no tools. Its text is the whole conversation.
             summary = "tools" not in asked.body
-            stage = 2 if asked.body["messages"][-1]["role"] == "tool" else 1
-            found.append(ModelCall("" if summary else asked.last_user_text, stage, canaries, since + asked.at))
+            found.append(ModelCall("" if summary else asked.last_user_text, _stage(asked), canaries, since + asked.at))
         return found
+
+
+def _stage(asked: Asked) -> int:
+    """2 for the request that has a tool's answer, else 1."""
+    return 2 if asked.body["messages"][-1]["role"] == "tool" else 1
 
 
 def _message(tenant: Tenant, text: str, n: int) -> Call:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from tooling.testing.campaign.campaign import Campaign
-from tooling.testing.campaign.faults import ZOMBIES, connected
+from tooling.testing.campaign.faults import connected
 from tooling.testing.campaign.rig import Change, Rig
 from tooling.testing.model_server import ModelServer
 from tooling.testing.system import System
@@ -88,8 +88,8 @@ MUTANTS = (
         "a worker that has lost its lane goes on writing, in Python and in SQL",
         ("agent", "channel"),
         ("stop",),
-        6,
-        ZOMBIES,
+        3,
+        ("agent after_lane_claim",),
         changes=(
             Change(f"{_LANES}/claims.py", "if time.monotonic() > self.until:", "if self.until < 0:"),
             Change(

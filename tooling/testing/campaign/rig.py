@@ -8,19 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.supervisor import Supervisor
 from tooling.testing.campaign.wires import Wires
-from tooling.testing.stack import Stack
+from tooling.testing.stack import Stack, free_port
 
 READY_SECONDS = 120.0
 # Shorter than in production, so that a stop of STOP_SECONDS outlasts leases and sessions.
@@ -28,9 +30,15 @@ LEASES = {"CLAW_LEASE_SECONDS": "4", "CLAW_KAFKA_SESSION_MS": "6000"}
 STOP_SECONDS = 8.0
 # These services have a second instance, which takes over while the first one is stopped.
 TWINS = ("agent", "channel")
-# These services reach PostgreSQL through the proxy.
+# These services reach PostgreSQL, Kafka and RabbitMQ through proxies, and the agent reaches the called services.
 ROUTED = ("channel", "agent", "billing")
-_SECRETS = ("CLAW_DATABASE_URL", "CLAW_REQUEST_DATABASE_URL")
+CALLED = ("memory", "billing", "plugin")
+_SECRETS = {
+    "CLAW_DATABASE_URL": "postgres",
+    "CLAW_REQUEST_DATABASE_URL": "postgres",
+    "CLAW_RABBITMQ_URL": "rabbitmq",
+}
+_SERVERS = "CLAW_KAFKA_BOOTSTRAP_SERVERS"
 _CODE = ("infra", "protos", "services")
 
 
@@ -130,12 +138,38 @@ class Rig:
         armed.unlink(missing_ok=True)
         return False
 
-    async def route_postgres(self, wires: Wires) -> None:
-        """Lets the services reach PostgreSQL through proxies from their next start on."""
+    async def route(self, wires: Wires) -> None:
+        """Lets the services reach engines and each other through proxies from their next start on. Restarts Kafka."""
+        broker = await self._route_kafka(wires)
         for service in ROUTED:
-            for name in _SECRETS:
-                path = self.home / service / "secrets" / name
-                path.write_text(await wires.lead("postgres", path.read_text()))
+            secrets = self.home / service / "secrets"
+            for name, wire in _SECRETS.items():
+                (secrets / name).write_text(await wires.lead(wire, (secrets / name).read_text()))
+            (secrets / _SERVERS).write_text(broker)
+        for called in CALLED:
+            address = f"127.0.0.1:{self._ports[f'{called}_grpc']}"
+            target = urlsplit(await wires.lead("grpc", f"grpc://{address}")).netloc
+            self.export("agent", {f"CLAW_{called.upper()}_GRPC": target})
+
+    async def _route_kafka(self, wires: Wires) -> str:
+        """Gives Kafka another listener, and returns its address. Clients go on to the address that a listener names, so
+        this one names the proxy's."""
+        port = free_port()
+        proxied = urlsplit(await wires.lead("kafka", f"kafka://127.0.0.1:{port}")).netloc
+        folder = self.home / "kafka"
+        text = (folder / "server.properties").read_text()
+        for setting, more in (
+            ("listeners", f"PROXIED://127.0.0.1:{port}"),
+            ("advertised.listeners", f"PROXIED://{proxied}"),
+            ("listener.security.protocol.map", "PROXIED:PLAINTEXT"),
+        ):
+            text = re.sub(rf"^({re.escape(setting)}=.*)$", rf"\1,{more}", text, flags=re.MULTILINE)
+        self._write(folder / "proxied.properties", text)
+        script = self._script("kafka")
+        script.write_text(script.read_text().replace("server.properties", "proxied.properties"))
+        self.stack.kill("kafka")
+        await asyncio.to_thread(self.stack.wait_ready, "kafka")
+        return proxied
 
     def use_code(self, services: Sequence[str], changes: Sequence[Change]) -> None:
         """Lets these services run, from their next start on, from a copy of the code with these changes. Without

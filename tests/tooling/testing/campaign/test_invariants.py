@@ -99,6 +99,10 @@ def wrong_order(e: Evidence) -> None:
     ]
 
 
+def handled_by_two(e: Evidence) -> None:
+    e.asked_twice.append(ONE)
+
+
 def replies_swapped(e: Evidence) -> None:
     e.replies.reverse()
 
@@ -169,6 +173,7 @@ def first_step_again(e: Evidence) -> None:
         (still_held, ["I3"]),
         (overlap, ["I4"]),
         (wrong_order, ["I4"]),
+        (handled_by_two, ["I4"]),
         (replies_swapped, ["I4"]),
         (folds_otherwise, ["I5"]),
         (rebuilt_otherwise, ["I5"]),
