@@ -53,7 +53,7 @@ class FaultProxy:
 
     def half_open(self) -> None:
         """Resets the connections at the server only: the clients send and wait, as after the end of the other machine.
-        New connections work. `reset` ends it, as the other machine does when it is asked about what it forgot."""
+        New connections work. `reset` ends it, as the other machine does when a forgotten connection is used."""
         for _, server in self._connections:
             self._half_open.add(server)
             _reset(server)

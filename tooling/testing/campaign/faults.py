@@ -191,7 +191,7 @@ class Injector:
             await asyncio.to_thread(self._stack.pause, service)
         elif not await self._passed(target, signal.SIGSTOP):
             return "not passed"
-        # What the stopped process has asked arrives before the answers are kept, and its leases end after that.
+        # Requests of the stopped process arrive before the answers are kept, and its leases end after that.
         await asyncio.sleep(STOP_SECONDS / 4)
         with self._kept_answers() if point else nullcontext():
             await asyncio.sleep(STOP_SECONDS * 3 / 4)
