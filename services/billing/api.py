@@ -167,7 +167,7 @@ def _tenants(runtime: Runtime) -> APIRouter:
     async def get_ledger(who: Reader, paging: Paging) -> dict[str, Any]:
         """Lists the entries of the account, oldest first. Their sum is the balance."""
         after = paging.after or "0"
-        if not after.isdecimal():
+        if not after.isdecimal() or len(after) > 18:
             raise InvalidMessage("cursor", "is not a valid cursor")
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             entries = await reports.ledger(tx, who.tenant_id, after=int(after), limit=paging.limit + 1)

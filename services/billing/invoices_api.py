@@ -18,6 +18,7 @@ from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cu
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import accounts, booking, closing, countries, einvoice, invoice_files, invoices, journal, pdf, tax
+from services.billing.currencies import nanos_per_minor
 from services.billing.invoices import CreditNote, Invoice
 from services.billing.tax import Buyer
 
@@ -206,14 +207,18 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/invoices/{invoice_id}/received", response_model=Invoice)
     async def receive(invoice_id: UUID, body: Payment, who: Operator, request: Request) -> Response:
-        """Books money that arrived outside of a payment provider."""
+        """Books money that arrived outside of a payment provider. One reference is booked once."""
 
         async def work(tx: Tx) -> tuple[int, Invoice]:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
             await accounts.lock_one(tx, tenant_id)
             invoice = await invoices.get(tx, tenant_id, invoice_id)
             reference = f"bank {body.reference}"
-            if not await journal.balances(tx, tenant_id, reference):
+            received = (f"invoice {invoice.number}", body.amount_minor * nanos_per_minor(invoice.currency))
+            booked = await journal.cash_entries(tx, tenant_id, reference)
+            if booked and booked != [received]:
+                raise Conflict(f"reference {body.reference}: was booked for another invoice or amount")
+            if not booked:
                 if invoice.status != "finalised":
                     raise Conflict(f"the invoice is {invoice.status}; only a finalised one takes a payment")
                 if body.amount_minor > invoice.due_minor:

@@ -55,18 +55,33 @@ async def post(
     )
 
 
-async def balances(tx: Tx, tenant_id: str | None, reference: str | None = None) -> dict[str, int]:
-    """Returns account → sum of its lines, of a tenant or of all tenants, of one reference or of all."""
+async def cash_entries(tx: Tx, tenant_id: str, reference: str) -> list[tuple[str, int]]:
+    """Returns (reason, received nano-units) of the entries with a reference that moved cash."""
+    rows = await tx.sql(
+        """
+        SELECT reason, amount_nanos
+        FROM journal_entry
+        JOIN journal_line USING (tenant_id, entry)
+        WHERE tenant_id = $1 AND reference = $2 AND account = 'cash'
+        ORDER BY entry
+        """,
+        tenant_id,
+        reference,
+    )
+    return [(reason, nanos) for reason, nanos in rows]
+
+
+async def balances(tx: Tx, tenant_id: str | None) -> dict[str, int]:
+    """Returns account → sum of its lines, of a tenant or of all tenants."""
     rows = await tx.sql(
         """
         SELECT account, sum(amount_nanos)::text
         FROM journal_line
         JOIN journal_entry USING (tenant_id, entry)
-        WHERE ($1::text IS NULL OR tenant_id = $1) AND ($2::text IS NULL OR reference = $2)
+        WHERE $1::text IS NULL OR tenant_id = $1
         GROUP BY account
         ORDER BY account
         """,
         tenant_id,
-        reference,
     )
     return {account: int(total) for account, total in rows}

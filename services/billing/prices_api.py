@@ -13,14 +13,17 @@ from starlette.responses import Response
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
-from infra.service.api import Operator, Paging, Viewer, page
+from infra.service.api import Operator, Paging, Viewer, bad_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing import price_book
+from services.billing.currencies import DIGITS
 from services.billing.domain import UNITS, Price, Tier
 
 # A string, because clients parse a JSON number as a binary fraction, which is not exact.
 Nanos = Annotated[str, Field(pattern=r"^\d{1,12}(\.\d{1,18})?$", examples=["150", "0.5"])]
+
+MAX_TIERS = 50
 
 
 class PriceTier(BaseModel):
@@ -39,7 +42,7 @@ class NewPrice(BaseModel):
     currency: str = Field("USD", pattern=r"^[A-Z]{3}$")
     nanos_per_unit: dict[str, Nanos] = Field(min_length=1)
     """Unit → nano-units (10⁻⁹) of `currency` per one unit, as a decimal string."""
-    tiers: list[PriceTier] = []
+    tiers: list[PriceTier] = Field([], max_length=MAX_TIERS)
     valid_from: AwareDatetime | None = None
     """Null: since 1970 if it is the resource's first version in this currency, otherwise from now on."""
 
@@ -69,8 +72,8 @@ def router(runtime: Runtime) -> APIRouter:
     ) -> dict[str, Any]:
         """Lists every version of every price, the replaced ones included."""
         name, _, version = (paging.after or "@0").rpartition("@")
-        if not version.isdecimal():
-            raise InvalidMessage("cursor", "is not a valid cursor")
+        if not version.isdecimal() or len(version) > 9:
+            raise bad_cursor()
         async with runtime.worker.begin() as tx:
             names = None if resource is None else await price_book.name_in_book(tx, resource)
             rows = await tx.sql(
@@ -90,6 +93,11 @@ def router(runtime: Runtime) -> APIRouter:
     @router.post("", status_code=201, response_model=PriceVersion)
     async def add_price(body: NewPrice, who: Operator, request: Request) -> Response:
         """Adds a version. Usage that was rated before keeps its amount."""
+        if body.currency not in DIGITS:
+            raise InvalidMessage("currency", "is not a currency of ISO 4217")
+        starts = [tier.above_input_tokens for tier in body.tiers]
+        if double := [n for n, start in enumerate(starts) if start in starts[:n]]:
+            raise InvalidMessage(f"tiers[{double[0]}].above_input_tokens", "is the start of another tier, too")
         nanos = _read(body.nanos_per_unit, "nanos_per_unit")
         tiers = tuple(
             Tier(tier.above_input_tokens, _read(tier.nanos_per_unit, f"tiers.{n}.nanos_per_unit"))

@@ -217,7 +217,8 @@ async def test_prices_are_read_by_any_name_of_a_model_and_added_as_versions(bill
 
     for field, body in {
         "resource": broken(resource="no slash"),
-        "currency": broken(currency="usd"),
+        "currency": broken(currency="XYZ"),
+        "tiers[1].above_input_tokens": broken(tiers=[{"above_input_tokens": 5, "nanos_per_unit": {}}] * 2),
         "nanos_per_unit.input_tokens": broken(nanos_per_unit={"input_tokens": 0.1}),
         "nanos_per_unit.frames": broken(nanos_per_unit={"frames": "1"}),
         "valid_from": broken(valid_from="2026-01-01T00:00:00"),
@@ -225,6 +226,13 @@ async def test_prices_are_read_by_any_name_of_a_model_and_added_as_versions(bill
         assert field_of(await post("/api/v1/prices", json=body)) == field
     assert field_of(await post("/api/v1/prices", json=broken(nanos_per_unit={"input_tokens": "-1"})))
     assert (await tenant.http.post("/api/v1/prices", json=new)).status_code == 403
+    # A price that begins in the past counts for usage that is rated from now on; the ledger stays as it is.
+    before = await tenant.get("balance")
+    await post(
+        "/api/v1/prices", json=new | {"valid_from": "2020-01-01T00:00:00Z", "nanos_per_unit": {"input_tokens": "9"}}
+    )
+    assert await tenant.get("balance") == before
+    assert (await tenant.verdict("small"))["amount_nanos"] == 125
 
 
 async def test_the_price_book_is_read_to_its_end_page_by_page(billing: Billing) -> None:

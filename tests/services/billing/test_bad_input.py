@@ -1,0 +1,116 @@
+"""Wrong requests about plans, subscriptions and invoices are refused with the field's name and change nothing."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from infra.clock import utcnow, uuid7
+from tests.services.billing.conftest import Billing
+from tests.services.billing.test_invoices import draft, field_of, plan, post, subscribed
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"currency": "XXX"}, "currency"),
+        ({"base_nanos": -1}, "base_nanos"),
+        ({"charges": [{"meter": "colours", "scheme": "per_unit", "tiers": [{}]}]}, "charges[0].meter"),
+        (
+            {
+                "charges": [
+                    {
+                        "meter": "input_tokens",
+                        "scheme": "volume",
+                        "tiers": [{"up_to": 10, "unit_nanos": 1}, {"up_to": 5, "unit_nanos": 1}, {}],
+                    }
+                ]
+            },
+            "charges[0].tiers[1].up_to",
+        ),
+        (
+            {"charges": [{"meter": "input_tokens", "scheme": "volume", "tiers": [{"up_to": 10}]}]},
+            "charges[0].tiers[0].up_to",
+        ),
+        ({"included": [{"meter": "messages", "quantity": 1}]}, "included[0].meter"),
+    ],
+)
+async def test_a_plan_that_cannot_work_is_refused_with_its_field(
+    billing: Billing, changes: dict[str, Any], field: str
+) -> None:
+    answer = await billing.operator.post("/api/v1/plans", json=plan(**changes))
+    assert field_of(answer) == field
+
+
+async def test_a_subscription_that_cannot_work_is_refused(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    made = await post(billing, "plans", plan())
+    body = {"tenant_id": tenant.id, "plan_id": made["id"]}
+
+    async def refused(**changes: Any) -> httpx.Response:
+        return await billing.operator.post("/api/v1/subscriptions", json=body | changes)
+
+    assert field_of(await refused(anchor_day=32)) == "anchor_day"
+    assert field_of(await refused(time_zone="Mars/Olympus")) == "time_zone"
+    assert field_of(await refused(starts_at="2020-01-01T00:00:00Z")) == "starts_at"
+    assert (await refused(plan_id=str(uuid7()))).status_code == 404
+    yen = await post(billing, "plans", plan(currency="JPY"))
+    assert (await refused(plan_id=yen["id"])).status_code == 409
+    await post(billing, "subscriptions", body | {"anchor_day": 31})
+    assert (await refused()).status_code == 409, "two plans at once"
+    await tenant.use("a", input_tokens=1, output_tokens=1)
+    await tenant.verdict("a")
+    other = await billing.tenant()
+    await other.use("a", input_tokens=1, output_tokens=1)
+    await other.verdict("a")
+    assert field_of(await refused(ends_at="2020-01-01T00:00:00Z")) == "ends_at", "a subscription has no end of its own"
+    late = (datetime.now(UTC) - timedelta(days=1)).isoformat()
+    assert field_of(await refused(tenant_id=other.id, starts_at=late)) == "starts_at"
+
+
+async def test_a_future_subscription_ends_only_with_its_first_period(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    made = await post(billing, "plans", plan())
+    later = (utcnow() + timedelta(days=3)).isoformat()
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": later}
+    subscription = await post(billing, "subscriptions", body)
+    path = f"/api/v1/subscriptions/{subscription['id']}"
+    early = await billing.operator.delete(path, params={"when": "now"})
+    assert early.status_code == 409, "it would end before it begins"
+    assert early.json()["detail"].endswith("choose period_end")
+    ended = (await billing.operator.delete(path)).json()
+    assert ended["ends_at"] > ended["starts_at"]
+
+
+async def test_a_bank_reference_pays_one_invoice_and_is_not_taken_for_another(billing: Billing) -> None:
+    tenant, subscription = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    first = await draft(billing, tenant)
+    ended = await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    assert ended.status_code == 200, ended.text
+    second = await draft(billing, tenant)
+    for made in (first, second):
+        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    body = {"amount_minor": 100, "reference": "SEPA 7"}
+    for _ in range(2):
+        paid = await post(billing, f"invoices/{first['id']}/received", body, status=200)
+        assert paid["paid_minor"] == 100
+    again = await billing.operator.post(f"/api/v1/invoices/{second['id']}/received", json=body)
+    assert (again.status_code, again.json()["detail"]) == (
+        409,
+        "reference SEPA 7: was booked for another invoice or amount",
+    )
+    assert (await tenant.http.get(f"/api/v1/invoices/{second['id']}")).json()["paid_minor"] == 0
+
+
+async def test_another_tenants_invoice_is_not_found_and_only_the_operator_finalises(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    other = await billing.tenant()
+    made = await draft(billing, tenant)
+    for path in ("", "/lines", "/csv", "/pdf", "/credit-notes"):
+        assert (await other.http.get(f"/api/v1/invoices/{made['id']}{path}")).status_code == 404
+    assert (await other.http.get("/api/v1/invoices")).json()["items"] == []
+    assert (await tenant.http.post(f"/api/v1/invoices/{made['id']}/finalise")).status_code == 403
+    assert (await tenant.http.post("/api/v1/grants", json={})).status_code == 403
