@@ -27,7 +27,7 @@ from infra.stores.objects import Objects, safe_name
 from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
 from protos.messages.channel import AccountBroken
 from protos.messages.notification import SendEmail
-from services.channel import accounts
+from services.channel import accounts, webhooks
 from services.channel.accounts import Account, Secrets
 from services.channel.attachments import stored_objects
 from services.channel.domain import Delivery
@@ -47,7 +47,7 @@ PAUSES = (0.5, 2.0)
 
 _LOAD = f"""
 -- Reads only; it locks nothing. The first event of a delivery names its channel and person.
-SELECT e.types, e.versions, e.data, k.subject_id IS NOT NULL, k.wrapped, {accounts.COLUMNS}
+SELECT e.types, e.versions, e.data, k.subject_id IS NOT NULL, k.wrapped, {accounts.COLUMNS}, account.token
 FROM (
     SELECT array_agg(type ORDER BY version) AS types, array_agg(schema_version ORDER BY version) AS versions,
            array_agg(data ORDER BY version) AS data,
@@ -80,20 +80,27 @@ class Sender:
     """Loads and sends deliveries."""
 
     def __init__(
-        self, secrets: Secrets, subjects: SubjectKeys, outgoing: Outgoing, cache: Cache, objects: Objects
+        self,
+        secrets: Secrets,
+        subjects: SubjectKeys,
+        outgoing: Outgoing,
+        cache: Cache,
+        objects: Objects,
+        public_url: str,
     ) -> None:
         self._secrets = secrets
         self._subjects = subjects
         self._outgoing = outgoing
         self._cache = cache
         self._objects = objects
+        self._public_url = public_url.rstrip("/")
         self._files = Counter[str]()
         """The files in memory, by tenant."""
 
     async def load(self, tx: Tx, delivery_id: UUID) -> SendableDelivery:
         """Loads a delivery. Raises NotSendable with the reason, NotYet if the channel is paused."""
         stream = DELIVERY.stream(str(delivery_id))
-        [(types, versions, data, has_key, wrapped, *row)] = await tx.sql(_LOAD, stream.row, tx.tenant_id)
+        [(types, versions, data, has_key, wrapped, *row, token)] = await tx.sql(_LOAD, stream.row, tx.tenant_id)
         delivery: Delivery = event_store.folded(stream, zip(types, versions, data, strict=True))
         assert delivery.queued is not None, "DeliveryQueued is stored in the transaction that enqueues the item"
         if delivery.state != "queued":
@@ -135,10 +142,15 @@ class Sender:
                 answers=words.reply_to,
                 part=n,
                 file=OutboundFile(file.url, file.name, path=file.path) if file else None,
+                webhook=self._webhook(account, token) if vendor.receipts_asked else "",
             )
             for n, (text, file) in enumerate(contents, 1)
         ]
         return SendableDelivery(account, parts, delivery.queued.session_key)
+
+    def _webhook(self, account: Account, token: bytes) -> str:
+        opened = self._secrets.open(account.id, "token", token).decode()
+        return self._public_url + webhooks.PATH.format(type=account.vendor.name, token=opened)
 
     async def send(self, account: Account, part: Outbound) -> Sent:
         """Raises as `Vendor.send` does, and TooManyRequests if the vendor's rate limit is used up."""
@@ -247,6 +259,7 @@ def sender(runtime: Runtime) -> Sender:
         runtime.outgoing,
         Cache(runtime.cache),
         stored_objects(runtime),
+        runtime.settings.public_url,
     )
 
 

@@ -219,9 +219,9 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
     },
     "tells delivery and reading": dict.fromkeys(VENDORS, _NOT_TOLD)
     | {
-        "whatsapp": Proof("../test_deliveries.py", "test_receipts_change_a_sent_delivery_once"),
-        "twilio": _NOT_BUILT,
-        "teams": _NOT_BUILT,
+        "whatsapp": Proof("../test_receipts.py", "test_receipts_change_a_sent_delivery_once"),
+        "twilio": Proof("../test_receipts.py", "test_a_message_names_the_address_for_its_receipts"),
+        "teams": Proof("test_teams.py", "test_a_receipt_names_the_last_message_that_was_read"),
     },
     "follows edits": dict.fromkeys(VENDORS, _NOT_TOLD)
     | {

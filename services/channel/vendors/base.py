@@ -84,6 +84,8 @@ class Outbound(NamedTuple):
     """The number of this part, from 1."""
     file: OutboundFile | None = None
     """This part is a file. `text` is its link."""
+    webhook: str = ""
+    """The public URL of the channel's webhook, if `receipts_asked`."""
 
 
 class Limit(NamedTuple):
@@ -131,6 +133,8 @@ class Vendor(ABC, Generic[C]):
     file is sent as a link."""
     files_by_address: ClassVar[bool] = False
     """The vendor fetches files itself, so it gets none of our store."""
+    receipts_asked: ClassVar[bool] = False
+    """The vendor sends receipts to the address that a message names."""
     preview: ClassVar[Preview | None] = None
     """How a person sees an answer while it is written. ``edit``: a message that is edited until it is the answer.
     ``draft``: a text that the vendor takes away by itself. None: not at all."""

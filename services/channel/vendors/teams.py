@@ -119,7 +119,8 @@ class Teams(Vendor[TeamsCredentials]):
     steps: ClassVar[tuple[str, ...]] = (
         "Create an Azure Bot; copy its app id and a client secret.",
         "Enter the webhook's public URL as messaging endpoint.",
-        "Enable the channel Microsoft Teams and install the app.",
+        "Enable the channel Microsoft Teams and install the app; for receipts of reading its manifest asks for "
+        "ChatMessageReadReceipt.Read.Chat.",
     )
 
     def __init__(self) -> None:

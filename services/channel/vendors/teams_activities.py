@@ -11,9 +11,10 @@ import msgspec
 
 from services.channel.events import Attachment
 from services.channel.vendors.base import Unreadable, kind_of, placeholder
-from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted
+from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Receipt
 
 _FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
+_READ = "application/vnd.microsoft.readReceipt"
 _MENTION = re.compile(r"<at[^>]*>.*?</at>\s*", re.DOTALL)
 
 
@@ -46,6 +47,8 @@ class _Attachment(msgspec.Struct):
 class Activity(msgspec.Struct):
     type: str
     id: str = ""
+    name: str = ""
+    """Of an event."""
     serviceUrl: str = ""
     channelId: str = ""
     text: str | None = None
@@ -79,6 +82,10 @@ def read(activity: Activity, tenant: str) -> Sequence[Item]:
             return [Deleted((f"deletion/{target}",), target)]
         case "messageReaction" if activity.id and activity.conversation and activity.from_ and activity.replyToId:
             return [*_reacted(activity, "added"), *_reacted(activity, "removed")]
+        case "event" if activity.name == _READ and isinstance(activity.value, dict):
+            # https://learn.microsoft.com/microsoftteams/platform/bots/how-to/conversations/conversation-messages
+            last = str(activity.value.get("lastReadMessageId", ""))[:200]
+            return [Receipt((f"activity/{activity.id}", f"read/{last}"), last, "read")]
     return [Ignored((f"activity/{activity.id}",), f"an activity {activity.type[:40]}")]
 
 

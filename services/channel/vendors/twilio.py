@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, ClassVar
 from urllib.parse import parse_qs, parse_qsl, urlencode, urljoin
@@ -30,7 +30,7 @@ from services.channel.vendors.base import (
     raise_for_transient,
     read_json,
 )
-from services.channel.vendors.items import Ignored, Inbound, Received
+from services.channel.vendors.items import Ignored, Inbound, Receipt, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split
 
@@ -70,6 +70,7 @@ class Twilio(Vendor[TwilioCredentials]):
     origin: ClassVar[str] = "https://api.twilio.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
+    receipts_asked: ClassVar[bool] = True
     steps: ClassVar[tuple[str, ...]] = (
         "Copy the account SID and the auth token, and a number or a messaging service.",
         "Enter the webhook's public URL under A message comes in, with POST.",
@@ -98,8 +99,7 @@ class Twilio(Vendor[TwilioCredentials]):
         if not sid:
             raise InvalidMessage("MessageSid", "is missing")
         if "Body" not in fields or "From" not in fields:
-            state = fields.get("MessageStatus", "")
-            return Received([Ignored((f"status/{sid}/{state}",), f"a status {state[:40]}")])
+            return Received([_status(sid, fields, credentials)])
         ids = (f"message/{sid}",)
         if fields.get("AccountSid", credentials.account_sid) != credentials.account_sid:
             return Received([Ignored(ids, "a message to another account")])
@@ -157,7 +157,23 @@ class Twilio(Vendor[TwilioCredentials]):
     ) -> str | None:
         sender = "MessagingServiceSid" if credentials.from_number.startswith("MG") else "From"
         form = {"To": message.conversation, sender: credentials.from_number, "Body": render(message.text, PLAIN)}
+        if message.webhook:
+            form["StatusCallback"] = message.webhook
         return (await _call(outgoing, origin, credentials, "POST", "/Messages.json", form)).sid
+
+
+def _status(sid: str, fields: Mapping[str, str], credentials: TwilioCredentials) -> Receipt | Ignored:
+    """https://www.twilio.com/docs/messaging/guides/outbound-message-status-in-status-callbacks"""
+    state = fields.get("MessageStatus", "")[:40]
+    ids = (f"status/{sid}/{state}",)
+    if fields.get("AccountSid", credentials.account_sid) != credentials.account_sid:
+        return Ignored(ids, "a status of another account")
+    match state:
+        case "delivered" | "read":
+            return Receipt(ids, sid, state)
+        case "undelivered" | "failed":
+            return Receipt(ids, sid, "failed", f"{fields.get('ErrorCode', '')[:20]}: {state}".replace("\0", ""))
+    return Ignored(ids, f"a status {state}")
 
 
 async def _call(

@@ -371,28 +371,6 @@ async def test_a_delivery_to_an_unknown_conversation_becomes_a_dead_letter(
     assert telegram.calls == 0
 
 
-async def test_receipts_change_a_sent_delivery_once(desk: Desk) -> None:
-    async with WhatsAppStandIn() as meta:
-        channel = await desk.connect("whatsapp", meta.credentials, meta.url)
-        await desk.call(channel, meta.call(meta.message("question")))
-        [inbound] = await desk.received(channel)
-        read, lost = [await desk.settled(await desk.reply(inbound, text)) for text in ("one", "two")]
-
-        async def tell(delivery: dict[str, Any], status: str, **fields: Any) -> None:
-            statuses = [{"id": id_, "status": status, **fields} for id_ in (delivery["vendor_message_id"], "other\0")]
-            assert (await desk.call(channel, meta.call(statuses=statuses))).status_code == 200
-
-        for status in ("sent", "delivered", "read", "delivered", "failed"):
-            await tell(read, status)
-        await tell(lost, "failed", errors=[{"code": 131026, "title": "Undeliverable"}])
-        changed = await desk.delivery(read["id"])
-        assert (changed["state"], changed["vendor_message_id"]) == ("read", read["vendor_message_id"])
-        changed = await desk.delivery(lost["id"])
-        assert (changed["state"], changed["reason"]) == ("failed", "131026: Undeliverable")
-        [published] = await desk.published(channel, "MessageUndelivered")
-        assert published["delivery_id"] == lost["id"]
-
-
 async def test_deliveries_are_listed_by_run_channel_and_state_for_one_tenant_only(
     desk: Desk, telegram: TelegramStandIn
 ) -> None:

@@ -50,7 +50,7 @@ async def send(cache: Cache, to: Account, *, allow_private: bool = True) -> None
     cipher = Cipher(MASTER_KEY)
     outgoing = Outgoing(allow_private=allow_private)
     try:
-        await Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE).send(to, PART)
+        await Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "").send(to, PART)
     finally:
         await outgoing.close()
 
@@ -85,7 +85,7 @@ FILE = PART._replace(text="the link", file=OutboundFile("", ""))
 async def send_file(cache: Cache, to: Account, url: str, name: str = "", *, allow_private: bool = True) -> None:
     cipher = Cipher(MASTER_KEY)
     outgoing = Outgoing(allow_private=allow_private)
-    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE)
+    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
     try:
         await sender.send(to, FILE._replace(key=str(uuid7()), file=OutboundFile(url, name)))
     finally:
@@ -144,7 +144,7 @@ async def test_a_file_that_cannot_be_fetched_is_refused_and_the_vendor_not_calle
 
 async def test_a_tenant_has_two_files_in_memory_and_all_together_eight(cache: Cache) -> None:
     cipher, outgoing = Cipher(MASTER_KEY), Outgoing(allow_private=True)
-    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE)
+    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
     async with WebhookStandIn() as host, WebhookStandIn() as vendor:
         host.files["/a"] = b"text"
         part = FILE._replace(file=OutboundFile(f"{host.url}/a", ""))
@@ -168,7 +168,7 @@ async def test_a_tenant_has_two_files_in_memory_and_all_together_eight(cache: Ca
 
 async def test_the_files_of_one_tenant_do_not_stop_those_of_another(cache: Cache) -> None:
     cipher, outgoing = Cipher(MASTER_KEY), Outgoing(allow_private=True)
-    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE)
+    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
     async with WebhookStandIn() as host, WebhookStandIn() as slow, WebhookStandIn() as vendor:
         host.files["/a"] = slow.files["/a"] = b"text"
         part = FILE._replace(file=OutboundFile(f"{slow.url}/a", ""))

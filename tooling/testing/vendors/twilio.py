@@ -42,6 +42,12 @@ class TwilioStandIn(StandIn):
             "x-twilio-signature": base64.b64encode(digest).decode(),
         }
 
+    def status(self, sid: str, state: str, **fields: str) -> tuple[bytes, dict[str, str]]:
+        """The call to the address that the message named."""
+        [url] = [one.fields["StatusCallback"] for one in self.ledger if one.id == sid]
+        form = {"MessageSid": sid, "MessageStatus": state, "AccountSid": self.sid, "To": "+4915550002"}
+        return self.signed(url, form | {"From": self.number} | fields)
+
     def handle(self, call: Call) -> Reply:
         if call.path.startswith("/cdn/"):
             # The server of the contents gets no password.
@@ -68,7 +74,7 @@ class TwilioStandIn(StandIn):
         if call.headers.get("content-type") != "application/x-www-form-urlencoded":
             raise Refused(_error(400, 21604, "A 'To' phone number is required"))
         form = dict(parse_qsl(call.body.decode(), strict_parsing=True))
-        if set(form) != {"To", "From", "Body"}:
+        if set(form) - {"StatusCallback"} != {"To", "From", "Body"}:
             raise Refused(_error(400, 21603, f"fields {sorted(form)}"))
         if form["From"] != self.number:
             raise Refused(_error(400, 21606, "not a valid number of this account"))

@@ -15,7 +15,7 @@ from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Un
 from infra.outgoing.client import Outgoing
 from services.channel.vendors import teams as module
 from services.channel.vendors.base import AccountRefused, Request, Unreadable
-from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Received
+from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Receipt, Received
 from tests.services.channel.vendors.conftest import Adapter, Call
 from tooling.testing.vendors import Fault, TeamsStandIn, answer, cut
 from tooling.testing.vendors.teams import SERVICE
@@ -141,6 +141,21 @@ async def test_edits_deletions_and_reactions_name_their_message(fake: TeamsStand
     assert len({item.ids for item in items}) == 2
     with pytest.raises(Unreadable):
         await receive(teams, fake.signed(fake.activity(type="messageUpdate")))
+
+
+async def test_a_receipt_names_the_last_message_that_was_read(fake: TeamsStandIn, teams: Adapter) -> None:
+    read = fake.activity(
+        type="event",
+        name="application/vnd.microsoft.readReceipt",
+        id="f:9",
+        value={"lastReadMessageId": "17"},
+        text=None,
+    )
+    [item] = (await receive(teams, fake.signed(read))).items
+    assert item == Receipt(("activity/f:9", "read/17"), "17", "read")
+    for other in ({"name": "other"}, {"value": "17"}):
+        [item] = (await receive(teams, fake.signed(read | other))).items
+        assert isinstance(item, Ignored)
 
 
 @pytest.mark.parametrize(

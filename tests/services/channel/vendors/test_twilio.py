@@ -10,7 +10,7 @@ import pytest
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused
-from services.channel.vendors.items import Ignored, Inbound
+from services.channel.vendors.items import Ignored, Inbound, Receipt
 from services.channel.vendors.twilio import TwilioCredentials, sign
 from tests.services.channel.vendors.conftest import Adapter
 from tooling.testing.vendors import Fault, TwilioStandIn, answer, cut
@@ -77,8 +77,10 @@ async def test_a_body_that_is_signed_by_its_hash_is_verified_and_ignored(fake: T
 
 
 async def test_statuses_other_accounts_and_pictures(fake: TwilioStandIn, twilio: Adapter) -> None:
-    status = fake.message(URL, None, MessageStatus="delivered")
-    assert isinstance(twilio.one(status, url=URL), Ignored)
+    for status in ("sent", "", "x" * 1_000):
+        assert isinstance(twilio.one(fake.message(URL, None, MessageStatus=status), url=URL), Ignored)
+    other = fake.message(URL, None, MessageStatus="delivered", AccountSid="AC0")
+    assert isinstance(twilio.one(other, url=URL), Ignored)
     other = fake.message(URL, AccountSid="AC0")
     assert isinstance(twilio.one(other, url=URL), Ignored)
     picture = twilio.one(fake.message(URL, "", NumMedia="1", MediaContentType0="image/png"), url=URL)
@@ -90,6 +92,21 @@ async def test_statuses_other_accounts_and_pictures(fake: TwilioStandIn, twilio:
     assert [(one.kind, one.ref) for one in picture.attachments] == [("image", "https://api.twilio.com/m")]
     with pytest.raises(InvalidMessage):
         twilio.receive(fake.signed(URL, {"Body": "hi"}), url=URL)
+
+
+async def test_receipts_tell_what_became_of_a_message(fake: TwilioStandIn, twilio: Adapter) -> None:
+    sid = await twilio.send(to="+4915550002", webhook=URL)
+    assert sid
+    assert [
+        twilio.one(fake.status(sid, state, **fields), url=URL)
+        for state, fields in (("delivered", {}), ("read", {}), ("undelivered", {"ErrorCode": "30003"}))
+    ] == [
+        Receipt((f"status/{sid}/delivered",), sid, "delivered"),
+        Receipt((f"status/{sid}/read",), sid, "read"),
+        Receipt((f"status/{sid}/undelivered",), sid, "failed", "30003: undelivered"),
+    ]
+    with pytest.raises(Unauthenticated):
+        twilio.one(fake.status(sid, "delivered"), url=f"{URL}/other")
 
 
 async def test_a_reply_is_sent_as_plain_text(fake: TwilioStandIn, twilio: Adapter) -> None:
