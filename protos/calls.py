@@ -29,6 +29,7 @@ METHODS: Final[dict[str, Call]] = {
     "clawbus.memory.v1.Memory/CorrectMemory": Call(("plugin",), "tenant"),
     "clawbus.memory.v1.Memory/ForgetMemory": Call(("plugin",), "tenant"),
     "clawbus.memory.v1.Memory/Learn": Call(("agent",), "tenant"),
+    "clawbus.memory.v1.Memory/ReadFile": Call(("channel",), "tenant"),
     "clawbus.billing.v1.Billing/Reserve": Call(("agent",), "tenant"),
     "clawbus.billing.v1.Billing/Release": Call(("agent",), "tenant"),
     "clawbus.billing.v1.Billing/Charges": Call(("agent",), "tenant"),

@@ -13,7 +13,7 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import utcnow
-from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unanswered, WrongType
+from infra.errors import EffectFailed, InvalidMessage, NotFound, TooLarge, Transient, Unanswered, WrongType
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.outgoing.client import Outgoing
@@ -23,7 +23,9 @@ from infra.security.subjects import ERASED_TEXT, Erased, SubjectKeys
 from infra.service.service import Runtime
 from infra.stores import filetypes
 from infra.stores.objects import Kind, Objects, safe_name
+from infra.web import rpc
 from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND, PLATFORM_EVENTS
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import Image, MessageReceived
 from protos.messages.user import SubjectErased
 from services.channel import accounts
@@ -44,6 +46,9 @@ _RETRIES = tuple(timedelta(seconds=seconds) for seconds in (1, 5, 20, 60))
 
 SEEN = frozenset(("image/png", "image/jpeg", "image/gif", "image/webp"))
 """Types of images that models take."""
+_DOCUMENTS = (filetypes.PDF, *filetypes.OFFICE, filetypes.HTML)
+# Longer than memory reads one file, and waits for the one before.
+_DOCUMENT_SECONDS = 100.0
 MAX_IMAGE_BYTES = 5 * 1024 * 1024
 """The most that all providers take."""
 # Longer than a file is fetched for.
@@ -105,12 +110,14 @@ class Fetcher:
         outgoing: Outgoing,
         objects: Objects,
         transcription: Transcription | None,
+        memory: memory_pb2_grpc.MemoryStub,
     ) -> None:
         self._secrets = secrets
         self._subjects = subjects
         self._outgoing = outgoing
         self.objects = objects
         self._transcription = transcription
+        self._memory = memory
 
     async def load(self, tx: Tx, item: FetchAttachments) -> tuple[MessageTaken, InboundContent | None, DataKey | None]:
         """The stored message. The content is None if the person was erased, or has deleted the message."""
@@ -154,7 +161,23 @@ class Fetcher:
             if stored.size > MAX_IMAGE_BYTES:
                 return _Read(reason=f"it is an image larger than {MAX_IMAGE_BYTES // 1024**2} MB")
             return _Read(image=Image(path=path, content_type=stored.content_type))
+        if stored.content_type in _DOCUMENTS:
+            return await self._read_document(account, path, stored.content_type, last=last)
         return await self._read(content, stored.content_type, attachment, last=last)
+
+    async def _read_document(self, account: Account, path: str, type_: str, *, last: bool) -> _Read:
+        """By the parser of memory, which reads hostile files in a process of its own."""
+        request = memory_pb2.ReadFileRequest(path=path, content_type=type_, max_characters=MAX_CHARACTERS)
+        try:
+            reply = await self._memory.ReadFile(
+                request, metadata=rpc.tenant_metadata(account.tenant_id), timeout=_DOCUMENT_SECONDS
+            )
+        except (Transient, InvalidMessage, NotFound) as error:
+            if last or not isinstance(error, Transient):
+                return _Read(reason=f"it could not be read: {error}"[:200])
+            raise
+        notes = "".join(f"\n[{note}]" for note in (*reply.warnings, *(["The rest of it is cut off."] * reply.is_cut)))
+        return _Read(text=reply.text + notes if reply.text else "", reason=reply.refused)
 
     async def _read(self, content: bytes, type_: str, attachment: Attachment, *, last: bool) -> _Read:
         if type_ in filetypes.TEXTS:
@@ -358,6 +381,12 @@ def fetcher(runtime: Runtime) -> Fetcher:
             settings.transcription_model,
             key.get_secret_value() if key else None,
         )
+    memory = runtime.channels.to(settings.memory_grpc, "memory", safe=["clawbus.memory.v1.Memory/ReadFile"])
     return Fetcher(
-        Secrets(runtime.cipher), SubjectKeys(runtime.cipher), runtime.outgoing, stored_objects(runtime), transcription
+        Secrets(runtime.cipher),
+        SubjectKeys(runtime.cipher),
+        runtime.outgoing,
+        stored_objects(runtime),
+        transcription,
+        memory_pb2_grpc.MemoryStub(memory),
     )

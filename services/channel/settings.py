@@ -6,6 +6,8 @@ from infra.service.settings import Settings
 
 
 class ChannelSettings(Settings):
+    memory_grpc: str
+    """host:port. Memory reads the PDF and Office files that people send."""
     agent_url: str
     """The internal base URL of the agent service."""
     public_url: str = "http://127.0.0.1:8080"

@@ -13,10 +13,11 @@ from infra.postgres.tx import Database, Tx, derived_id
 from infra.security.audit import audit
 from infra.security.subjects import Erased
 from infra.service.service import Runtime
+from infra.stores import filetypes
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.memory import rights
-from services.memory.adapters import keeping, learning, memories, retrieval
+from services.memory.adapters import keeping, learning, memories, objects, retrieval
 from services.memory.events import MAX_IMPORTANCE
 from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
 from services.memory.handlers import enqueue_memory
@@ -24,21 +25,32 @@ from services.memory.keeping import Keeping
 from services.memory.learning import Found, Learning, Merged, Run
 from services.memory.memories import Memories, id_of
 from services.memory.memories import Memory as Remembered
+from services.memory.reading import FileReader
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 
 # The most memories of one answer: the answer is shorter than a tool's result may be for a model.
 PAGE = 50
 MAX_MERGES = 1
+MAX_CHARACTERS = 100_000
+READABLE = (filetypes.PDF, *filetypes.OFFICE, filetypes.HTML)
+"""Types of files that are read for a chat."""
 
 
 class Memory(memory_pb2_grpc.MemoryServicer):
     def __init__(
-        self, retrieval: Retrieval, memories: Memories, keeping: Keeping, learning: Learning, database: Database
+        self,
+        retrieval: Retrieval,
+        memories: Memories,
+        keeping: Keeping,
+        learning: Learning,
+        files: FileReader,
+        database: Database,
     ) -> None:
         self._retrieval = retrieval
         self._memories = memories
         self._keeping = keeping
         self._learning = learning
+        self._files = files
         self._database = database
 
     async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
@@ -113,6 +125,19 @@ class Memory(memory_pb2_grpc.MemoryServicer):
                 enqueue_memory(tx, memory_id)
         return memory_pb2.LearnReply(learned=len(learned))
 
+    async def ReadFile(self, request: memory_pb2.ReadFileRequest, context: Any) -> memory_pb2.ReadFileReply:
+        rpc.tenant()
+        if request.path.split("/")[1:2] != ["attachments"]:
+            raise InvalidMessage("path", "must be an attachment")
+        if request.content_type not in READABLE:
+            raise InvalidMessage("content_type", f"must be one of {', '.join(READABLE)}")
+        if not 1 <= request.max_characters <= MAX_CHARACTERS:
+            raise InvalidMessage("max_characters", f"must be from 1 to {MAX_CHARACTERS}")
+        found = await self._files.read(request.path, request.content_type, request.max_characters)
+        return memory_pb2.ReadFileReply(
+            text=found.text, is_cut=found.is_cut, refused=found.refused, warnings=found.warnings
+        )
+
     async def _own(self, tx: Tx, person: str, memory_id: str, *, lock: bool = True) -> Remembered:
         """The memory of the person. Raises NotFound, also for one of another person or of the tenant."""
         read = self._memories.locked if lock else self._memories.get
@@ -123,7 +148,8 @@ class Memory(memory_pb2_grpc.MemoryServicer):
 
 
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Memory]:
-    served = Memory(retrieval(runtime), memories(runtime), keeping(runtime), learning(runtime), runtime.request)
+    files = FileReader(objects(runtime))
+    served = Memory(retrieval(runtime), memories(runtime), keeping(runtime), learning(runtime), files, runtime.request)
     return memory_pb2_grpc.add_MemoryServicer_to_server, served
 
 

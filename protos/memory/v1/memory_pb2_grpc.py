@@ -59,6 +59,11 @@ class MemoryStub:
                 request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnRequest.SerializeToString,
                 response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnReply.FromString,
                 _registered_method=True)
+        self.ReadFile = channel.unary_unary(
+                '/clawbus.memory.v1.Memory/ReadFile',
+                request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileReply.FromString,
+                _registered_method=True)
 
 
 class MemoryServicer:
@@ -100,6 +105,13 @@ class MemoryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadFile(self, request, context):
+        """The text of a file that a person sent in a chat. It may be repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +139,11 @@ def add_MemoryServicer_to_server(servicer, server):
                     servicer.Learn,
                     request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnRequest.FromString,
                     response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.LearnReply.SerializeToString,
+            ),
+            'ReadFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadFile,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +281,33 @@ class Memory:
             '/clawbus.memory.v1.Memory/Learn',
             protos_dot_memory_dot_v1_dot_memory__pb2.LearnRequest.SerializeToString,
             protos_dot_memory_dot_v1_dot_memory__pb2.LearnReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.memory.v1.Memory/ReadFile',
+            protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileReply.FromString,
             options,
             channel_credentials,
             insecure,

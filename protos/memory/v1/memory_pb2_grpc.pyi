@@ -26,6 +26,8 @@ class MemoryStub:
     """Deletes a memory of the person and the older ones that it replaced. NOT_FOUND if it is not one of hers."""
     Learn: _aio.UnaryUnaryMultiCallable[_memory_pb2.LearnRequest, _memory_pb2.LearnReply]
     """Keeps what was found in a person's messages of one run. The second call for a run changes nothing."""
+    ReadFile: _aio.UnaryUnaryMultiCallable[_memory_pb2.ReadFileRequest, _memory_pb2.ReadFileReply]
+    """The text of a file that a person sent in a chat. It may be repeated."""
 
 class MemoryServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,5 +71,13 @@ class MemoryServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_memory_pb2.LearnRequest, _abc.Awaitable[_memory_pb2.LearnReply]],
     ) -> _abc.Awaitable[_memory_pb2.LearnReply]:
         """Keeps what was found in a person's messages of one run. The second call for a run changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ReadFile(
+        self,
+        request: _memory_pb2.ReadFileRequest,
+        context: _aio.ServicerContext[_memory_pb2.ReadFileRequest, _abc.Awaitable[_memory_pb2.ReadFileReply]],
+    ) -> _abc.Awaitable[_memory_pb2.ReadFileReply]:
+        """The text of a file that a person sent in a chat. It may be repeated."""
 
 def add_MemoryServicer_to_server(servicer: MemoryServicer, server: _aio.Server) -> None: ...

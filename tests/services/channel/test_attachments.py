@@ -6,10 +6,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from infra.clock import uuid7
+from infra.errors import InvalidMessage, Transient
+from infra.observe.metrics import Metrics
 from infra.stores.objects import Objects
+from infra.web import rpc
 from protos.catalog import PLATFORM_EVENTS
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import File
 from protos.messages.user import SubjectErased
 from services.channel.attachments import (
@@ -25,6 +30,7 @@ from services.channel.attachments import (
 )
 from services.channel.events import Attachment, InboundContent
 from tests.services.channel.conftest import Desk
+from tooling.testing import keys
 from tooling.testing.platform import Platform
 from tooling.testing.vendors import LineStandIn, TelegramStandIn, answer
 from tooling.testing.vendors.server import Call, Reply, StandIn
@@ -48,8 +54,34 @@ async def transcriber() -> AsyncIterator[Transcriber]:
         yield running
 
 
+class Reader(memory_pb2_grpc.MemoryServicer):
+    """A stand-in for memory, with replies in their order."""
+
+    def __init__(self) -> None:
+        self.asked: list[memory_pb2.ReadFileRequest] = []
+        self.replies: list[memory_pb2.ReadFileReply | Exception] = []
+
+    async def ReadFile(self, request: memory_pb2.ReadFileRequest, context: Any) -> memory_pb2.ReadFileReply:
+        assert rpc.tenant()
+        self.asked.append(request)
+        reply = self.replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
 @pytest.fixture(scope="module")
-async def service(platform: Platform, transcriber: Transcriber) -> Platform:
+async def reader(platform: Platform) -> AsyncIterator[Reader]:
+    reader = Reader()  # type: ignore[abstract]
+    server = rpc.Server("memory", keys.callers("memory"), Metrics(CollectorRegistry()))
+    memory_pb2_grpc.add_MemoryServicer_to_server(reader, server.grpc)
+    await server.start(platform.ports["memory_grpc"])
+    yield reader
+    await server.stop()
+
+
+@pytest.fixture(scope="module")
+async def service(platform: Platform, transcriber: Transcriber, reader: Reader) -> Platform:
     await platform.prepare("channel")
     await platform.start(
         "channel", CLAW_TRANSCRIPTION_BASE_URL=f"{transcriber.url}/v1", CLAW_TRANSCRIPTION_API_KEY="a key"
@@ -94,6 +126,31 @@ async def test_the_text_of_a_file_reaches_the_agent_with_the_caption(desk: Desk,
         [(path,)] = await tx.sql("SELECT path FROM attachment WHERE tenant_id = $1", desk.tenant_id)
     assert path.startswith(f"{messages[0]['subject_id']}/attachments/{messages[0]['session_key']}/")
     assert path.endswith("_1_a.txt")
+
+
+async def test_the_text_of_a_pdf_is_read_by_memory(desk: Desk, telegram: TelegramStandIn, reader: Reader) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"%PDF-1.7 x"
+    reader.replies += [
+        Transient("busy"),
+        memory_pb2.ReadFileReply(text="Refunds take five days.", is_cut=True, warnings=["Pages without text: 2."]),
+        memory_pb2.ReadFileReply(refused="The PDF is encrypted. Upload it without a password."),
+        InvalidMessage("path", "must be an attachment"),
+    ]
+    for caption in ("read this", "and this", "and that"):
+        document = {"file_id": "f1", "file_name": "plan.pdf"}
+        await desk.call(channel, telegram.update(None, caption=caption, document=document))
+    texts = [one["text"] for one in sorted(await arrived(desk, channel, 3), key=lambda one: one["position"])]
+    assert texts[0] == (
+        "read this\n\n[The person sent a file (plan.pdf). Its text:]\nRefunds take five days.\n"
+        "[Pages without text: 2.]\n[The rest of it is cut off.]"
+    )
+    assert "cannot be read here: The PDF is encrypted." in texts[1]
+    assert "Tell the person so" in texts[1]
+    assert "it could not be read: path: must be an attachment" in texts[2]
+    assert {(one.content_type, one.max_characters) for one in reader.asked} == {("application/pdf", MAX_CHARACTERS)}
+    assert "/attachments/" in reader.asked[0].path
+    assert reader.replies == []
 
 
 async def test_a_voice_message_is_written_down(desk: Desk, telegram: TelegramStandIn, transcriber: Transcriber) -> None:

@@ -9,6 +9,8 @@ from uuid import UUID
 import pytest
 
 from services.channel.domain import (
+    MAX_CHANGES,
+    Changes,
     Command,
     Delivery,
     MarkFailed,
@@ -17,6 +19,8 @@ from services.channel.domain import (
     MarkUnknown,
     Pseudonyms,
     Queue,
+    change,
+    changed,
     decide,
     dedupe_hash,
     evolve,
@@ -28,6 +32,10 @@ from services.channel.events import (
     DeliveryReceived,
     DeliverySent,
     DeliveryUnknown,
+    MessageChange,
+    MessageDeleted,
+    MessageEdited,
+    MessageReacted,
 )
 
 CHANNEL, RUN = UUID(int=1), UUID(int=2)
@@ -108,3 +116,17 @@ def test_pseudonyms_are_stable_and_differ_by_account_kind_and_id() -> None:
 
 def test_a_vendors_id_has_a_different_dedupe_hash_on_each_channel() -> None:
     assert dedupe_hash(CHANNEL, "update/1") != dedupe_hash(RUN, "update/1")
+
+
+def test_nothing_follows_a_deletion_and_the_changes_of_a_message_are_bounded() -> None:
+    edit, reaction = MessageEdited("s", b"sealed", 1), MessageReacted("s", b"sealed", "added", 1)
+    events: list[MessageChange] = [edit, reaction]
+    state, taken = Changes(), list[MessageChange]()
+    for event in events * MAX_CHANGES:
+        for new in change(event, state):
+            taken.append(new)
+            state = changed(state, new)
+    assert len(taken) == MAX_CHANGES
+    assert change(MessageDeleted(), state) == [MessageDeleted()]
+    state = changed(state, MessageDeleted())
+    assert [change(event, state) for event in (*events, MessageDeleted())] == [[], [], []]

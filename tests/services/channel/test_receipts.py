@@ -1,4 +1,4 @@
-"""Receipts: what vendors tell of a message after they have accepted it, against the running service."""
+"""Receipts, which vendors send after they have accepted a message, against the running service."""
 
 from __future__ import annotations
 
