@@ -82,19 +82,19 @@ async def test_each_refused_write_leaves_nothing_and_the_others_are_written(runs
 
 
 async def test_nothing_of_a_refused_write_is_written_in_any_table(runs: Runs) -> None:
-    (lost, lost_lease), (good, good_lease) = [await runs.queued() for _ in range(2)]
-    for run_id, lease in (lost, lost_lease), (good, good_lease):
+    found = [await runs.queued() for _ in range(3)]
+    (lost, lost_lease), (steered, _), (good, _) = found
+    for run_id, lease in found:
         first = runs.write(run_id, lease, begins=True)
         first.started_model = "m"
         first.begun.append(Begun(1, "model", "m", 1, "span"))
         assert await runs.commit(first) == [None]
     await runs.rows("UPDATE lane SET epoch = epoch + 1 WHERE lane_id = $1", lost_lease.lane_id)
-    [before] = await runs.rows(_ALL_OF, lost)
-    writes = [
-        runs.with_every_part(run_id, lease, version=1) for run_id, lease in ((lost, lost_lease), (good, good_lease))
-    ]
-    assert [type(error) for error in await runs.commit(*writes)] == [LaneLost, type(None)]
-    assert await runs.rows(_ALL_OF, lost) == [before]
+    await runs.say(steered)
+    before = [await runs.rows(_ALL_OF, run_id) for run_id in (lost, steered)]
+    writes = [runs.with_every_part(run_id, lease, version=1) for run_id, lease in found]
+    assert [type(error) for error in await runs.commit(*writes)] == [LaneLost, MessagesArrived, type(None)]
+    assert [await runs.rows(_ALL_OF, run_id) for run_id in (lost, steered)] == before
     [(_, _, _, version, events, _, usage, deliveries, messages, position)] = await runs.rows(_ALL_OF, good)
     assert (version, events, usage, deliveries, messages, position) == (2, 2, 1, 1, 2, 1)
 
