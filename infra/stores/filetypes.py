@@ -48,7 +48,10 @@ _MAGIC = (
 _RIFF = {b"WEBP": "image/webp", b"WAVE": "audio/wav", b"AVI ": "video/x-msvideo"}
 _ISO_MEDIA = {b"M4A ": "audio/mp4", b"heic": "image/heic", b"mif1": "image/heif", b"avif": "image/avif"}
 _OFFICE_FOLDERS = {"word": DOCX, "xl": XLSX, "ppt": PPTX}
-_HTML = re.compile(rb"(?i)\s*(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL)
+# A comment ends at its first -->. If it could end later, too, each comment would double the work for another text.
+_HTML = re.compile(
+    rb"(?i)\s*(?:<!--(?:(?!-->).)*-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL
+)
 EXTENSIONS = {MARKDOWN: (".md", ".markdown"), CSV: (".csv", ".tsv"), MAIL: (".eml",), OUTLOOK: (".msg",)}
 """The extensions that tell types apart. The first one of each type is the usual one."""
 _NAMED = {extension: type_ for type_, extensions in EXTENSIONS.items() for extension in extensions}

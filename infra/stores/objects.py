@@ -30,6 +30,8 @@ DOWNLOAD_LIFE = timedelta(hours=1)
 MAX_NAME_BYTES = 200
 
 _MIB = 1024 * 1024
+# Of the name that a stranger gives a file, the end counts, which has the extension.
+_MAX_SENT_NAME = 1_000
 # A larger file is kept on the disk while it is checked.
 _MEMORY_BYTES = _MIB
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|#%{}^~\[\]`]+')
@@ -67,7 +69,8 @@ def safe_name(name: str) -> str:
 
     The extension is kept. ``file`` if no character is left.
     """
-    text = unicodedata.normalize("NFC", name).encode(errors="ignore").decode()
+    # The time to normalise many accents on one letter grows with their square.
+    text = unicodedata.normalize("NFC", name[-_MAX_SENT_NAME:]).encode(errors="ignore").decode()
     # Invisible characters, among them marks that change the direction of writing.
     text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Cf", "Co", "Cn"))
     text = _NOT_IN_NAMES.sub("_", re.split(r"[/\\]", text)[-1]).strip(" .") or "file"

@@ -63,7 +63,7 @@ def _check_schema(field: str, encoded: bytes) -> None:
                 raise InvalidMessage(path, "must refer to a part of the same schema: nothing is fetched")
             references.field = path
             references.resolve(value)
-    _check_shape(schema, field)
+    _check_shape(_Check(field, schema), schema, field)
     # The result does not matter; this finds references without an end.
     _Check(field, schema).first_failure(schema, {}, ())
 
@@ -147,7 +147,7 @@ class _Check:
         target: Any = self._root
         if ref.startswith("#/"):
             for part in ref[2:].split("/"):
-                self.spend(1)
+                self.spend(1 + len(part) // (4 if "%" in part else 1024))
                 name = unquote(part).replace("~1", "/").replace("~0", "~")
                 try:
                     target = target[int(name)] if isinstance(target, list) else target[name]
@@ -174,18 +174,22 @@ class _Check:
             case None | bool():
                 return str(value)
             case int():
+                self.spend(value.bit_length() // 1024)
                 # Texts, because Python's hash of a text is random and that of a number is not.
                 return hex(value)
             case float():
                 return hex(int(value)) if value.is_integer() else repr(value)
             case str():
-                self.spend(len(value) // 256)
-                return json.dumps(value)
+                return self._quoted(value)
             case list() | tuple():
                 return f"[{','.join(map(self.canonical, value))}]"
             case _:
                 items = sorted((str(name), self.canonical(item)) for name, item in value.items())
-                return "{" + ",".join(f"{json.dumps(name)}:{item}" for name, item in items) + "}"
+                return "{" + ",".join(f"{self._quoted(name)}:{item}" for name, item in items) + "}"
+
+    def _quoted(self, text: str) -> str:
+        self.spend(len(text) // 256)
+        return json.dumps(text)
 
     def evaluated_properties(self, schema: Any, value: Mapping[str, Any]) -> set[str]:
         """The properties that the schema or a fitting subschema describes."""
@@ -388,7 +392,7 @@ def _pattern(check: _Check, rule: str, value: Any, schema: Schema, path: _Path) 
     if rule not in _matchers:
         # Even if it is not compiled: to find its size reads the pattern.
         size = _pattern_size(rule, _COMPILE_WEIGHTS)
-        check.spend(len(rule) + min(size, MAX_PATTERN_SIZE))
+        check.spend(_compile_steps(rule) + min(size, MAX_PATTERN_SIZE))
         if len(_matchers) >= 1_000:
             _matchers.clear()
         _matchers[rule] = _matcher(rule, size), _pattern_size(rule, {})
@@ -407,10 +411,21 @@ MAX_PATTERN_SIZE = 30_000
 """Of a pattern with its repeats written out, in steps to compile it. A larger pattern is ignored."""
 # Steps to compile one occurrence: these classes hold hundreds of ranges.
 _COMPILE_WEIGHTS = {"w": 350, "W": 350, "p": 250, "P": 250, "b": 20, "B": 20, "d": 30, "D": 30, "s": 10, "S": 10}
+_MATCHER_STEPS = 200
+"""To make the matcher of the smallest pattern."""
+_CASELESS = re.compile(r"\(\?[A-Za-z-]*i")
+_WIDE = re.compile(rf"[^\x00-\xff]|\\[uUN]|{_CASELESS.pattern}")
 _matchers: dict[str, tuple[TypeAdapter[str] | None, int]] = {}
 _REPEAT = re.compile(r"\{ *(\d{0,9}) *(,?) *(\d{0,9}) *\}")
 # In this mode a comment could hide a part of the pattern from `_pattern_size`.
 _VERBOSE = re.compile(r"\(\?[A-Za-z-]*x")
+
+
+def _compile_steps(pattern: str) -> int:
+    """Steps to compile a pattern in Python or Rust, without its repeats and escapes. A class beyond Latin-1 becomes a
+    table of 65,536 bits in Python, and one without case has each of its characters folded in Rust."""
+    class_steps = 1_000 if _WIDE.search(pattern) else 20
+    return _MATCHER_STEPS + 6 * len(pattern) + class_steps * pattern.count("[")
 
 
 def _pattern_size(pattern: str, weights: Mapping[str, int]) -> int:
@@ -485,14 +500,20 @@ def _compared(kind: str, size: Callable[[Any], Any], fits: Callable[[Any, Any], 
     return lambda check, rule, value, schema, path: not _IS[kind](value) or fits(size(value), rule)
 
 
-def _multiple(value: Any, rule: Any) -> bool:
-    if isinstance(value, int) and isinstance(rule, int):
-        return value % rule == 0
+def _multiple_of(check: _Check, rule: Any, value: Any, schema: Schema, path: _Path) -> _Result:
+    if not _is_number(value):
+        return True
     if isinstance(value, float) and not math.isfinite(value):
         return False
     # Exact, by the decimal text: 0.3 is a multiple of 0.1 for a person, and not as binary fractions.
     number, unit = (Fraction(one) if isinstance(one, int) else Fraction(repr(one)) for one in (value, rule))
+    check.spend(_words(number) * _words(unit))
     return number % unit == 0
+
+
+def _words(number: Fraction) -> int:
+    """The size in words of 128 bits; 0 for usual numbers."""
+    return (number.numerator.bit_length() + number.denominator.bit_length()) // 128
 
 
 def _at_most(size: Any, rule: Any) -> bool:
@@ -526,7 +547,7 @@ _KEYWORDS: dict[str, _Evaluate] = {
     "not": _not,
     "if": _if,
     "pattern": _pattern,
-    "multipleOf": _compared("number", lambda value: value, _multiple),
+    "multipleOf": _multiple_of,
     "minimum": _compared("number", lambda value: value, _at_least),
     "maximum": _compared("number", lambda value: value, _at_most),
     "exclusiveMinimum": _compared("number", lambda value: value, lambda size, rule: bool(size > rule)),
@@ -561,7 +582,7 @@ _STRINGS = (
 )
 
 
-def _check_shape(schema: Any, path: str) -> None:
+def _check_shape(check: _Check, schema: Any, path: str) -> None:
     """Raises InvalidMessage naming the first keyword whose value does not have its shape."""
     if isinstance(schema, bool):
         return
@@ -570,15 +591,15 @@ def _check_shape(schema: Any, path: str) -> None:
     for keyword, value in schema.items():
         here = f"{path}.{keyword}"
         if keyword in _ONE_SCHEMA:
-            _check_shape(value, here)
+            _check_shape(check, value, here)
         elif keyword in _SCHEMA_LISTS:
             _must(isinstance(value, list) and value, here, "must be a list of schemas that is not empty")
             for n, part in enumerate(value):
-                _check_shape(part, f"{here}[{n}]")
+                _check_shape(check, part, f"{here}[{n}]")
         elif keyword in _SCHEMA_MAPS:
             _must(isinstance(value, Mapping), here, "must be an object of schemas")
             for name, part in value.items():
-                _check_shape(part, f"{here}.{name}")
+                _check_shape(check, part, f"{here}.{name}")
         elif keyword == "type":
             names = value if isinstance(value, list) and value else [value]
             fits = all(isinstance(name, str) and name in _IS for name in names) and len(set(names)) == len(names)
@@ -601,11 +622,12 @@ def _check_shape(schema: Any, path: str) -> None:
         elif keyword in _STRINGS:
             _must(isinstance(value, str), here, "must be a text")
             if keyword == "pattern":
-                _check_pattern(here, value)
+                _check_pattern(check, here, value)
 
 
-def _check_pattern(path: str, pattern: str) -> None:
+def _check_pattern(check: _Check, path: str, pattern: str) -> None:
     """Raises InvalidMessage if neither Python nor Rust can read the pattern."""
+    check.spend(_compile_steps(pattern))
     # Python's compiler takes a second for a large class without case.
     if not _CASELESS.search(pattern):
         try:
@@ -615,9 +637,6 @@ def _check_pattern(path: str, pattern: str) -> None:
             pass
     size = _pattern_size(pattern, _COMPILE_WEIGHTS)
     _must(size <= 2_000 and _matcher(pattern, size), path, "must be a regular expression")
-
-
-_CASELESS = re.compile(r"\(\?[A-Za-z-]*i")
 
 
 def _are_names(value: Any) -> bool:

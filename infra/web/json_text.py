@@ -34,10 +34,10 @@ def check_json(body: bytes) -> None:
             raise _too_deep()
         match value:
             case str():
-                check_text(_name(path), value)
+                _check_text(path, value)
             case dict():
                 for key, item in value.items():
-                    check_text(_name(path), key)
+                    _check_text(path, key)
                     waiting.append(((*path, key), item))
             case list():
                 waiting += (((*path, n), item) for n, item in enumerate(value))
@@ -45,10 +45,20 @@ def check_json(body: bytes) -> None:
 
 def check_text(field: str, text: str) -> None:
     """Raises InvalidMessage if `text` has NUL, which PostgreSQL refuses, or a lone surrogate, which UTF-8 refuses."""
+    if fault := _fault(text):
+        raise InvalidMessage(field, fault)
+
+
+def _check_text(path: tuple[str | int, ...], text: str) -> None:
+    # Only a failure has its path named: keys may be long, and each of many texts below one would name it again.
+    if fault := _fault(text):
+        raise InvalidMessage(_name(path), fault)
+
+
+def _fault(text: str) -> str | None:
     if "\0" in text:
-        raise InvalidMessage(field, "must not contain NUL")
-    if _SURROGATE.search(text):
-        raise InvalidMessage(field, "must be Unicode text, without lone surrogates")
+        return "must not contain NUL"
+    return "must be Unicode text, without lone surrogates" if _SURROGATE.search(text) else None
 
 
 def _too_deep() -> InvalidMessage:

@@ -72,14 +72,16 @@ async def expire_delivery(due: DueDelivery, tx: Tx) -> None:
 async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) -> None:
     try:
         async with effects.reading() as reading:
-            account, parts, session_key = await sender.load(reading, due.delivery_id)
+            sendable = await sender.load(reading, due.delivery_id)
+        parts = await sendable.parts()
     except NotSendable as reason:
         await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
         return
+    account = sendable.account
     last = shown = None
     if account.vendor.preview == "edit" and (run_id := parts[0].run_id):
         async with effects.begin() as taking:
-            shown = await take_over(taking, account, run_id, session_key, due.delivery_id)
+            shown = await take_over(taking, account, run_id, sendable.session_key, due.delivery_id)
     for n, part in enumerate(parts, 1):
         if n == 1 and shown and await _replaced(effects, sender, account, part, shown):
             last = shown

@@ -35,6 +35,8 @@ from services.channel.vendors.base import PLACEHOLDER, Outbound
 MAX_SHOWN = 4
 # Of one account: the vendor's limits are for its answers.
 PER_SECOND = 10
+# Of an answer that is being written; more than a message of any vendor holds.
+SHOWN = 30_000
 # Less than the time after which the database ends an idle transaction.
 CALL_SECONDS = 3.5
 SWEEP_SECONDS = 30.0
@@ -127,7 +129,7 @@ class Previews:
         await self._cache.limit(str(account.id), "progress", times=PER_SECOND, seconds=1)
         # A file in the answer is sent after it.
         so_far = data_urls.replaced(progress.text, lambda *_: PLACEHOLDER)
-        text = vendor.split(so_far)[:1] if account.streaming and vendor.preview else ()
+        text = vendor.split(so_far[:SHOWN])[:1] if account.streaming and vendor.preview else ()
         if text:
             message = message._replace(text=text[0])
             await self._cache.limit(progress.session_key, "preview", times=1, seconds=vendor.preview_seconds)

@@ -43,6 +43,8 @@ BUSY = timedelta(seconds=1)
 # Of one attempt to fetch a file, and between two attempts.
 FILE_SECONDS = 20.0
 PAUSES = (0.5, 2.0)
+# A longer text is split in a thread.
+LONG_TEXT = 10_000
 
 
 _LOAD = f"""
@@ -64,16 +66,49 @@ class Sent(msgspec.Struct, frozen=True):
     vendor_message_id: str | None
 
 
-class SendableDelivery(NamedTuple):
-    """A loaded delivery: the account, and the text and the files in parts that the vendor accepts."""
-
-    account: Account
-    parts: list[Outbound]
-    session_key: str
-
-
 class NotSendable(Exception):
     """The delivery is not sent and the vendor is not called. The text is the reason that users see."""
+
+
+class SendableDelivery(NamedTuple):
+    """A loaded delivery."""
+
+    account: Account
+    words: OutboundContent
+    delivery_id: UUID
+    run_id: UUID | None
+    session_key: str
+    webhook: str
+    """The address for the vendor's receipts; empty if it is not asked for them."""
+
+    async def parts(self) -> list[Outbound]:
+        """The text and the files in parts that the vendor accepts. Raises NotSendable if there are none."""
+        vendor, words, text = self.account.vendor, self.words, self.words.text
+        files = tuple(file for file in words.files if vendor.files and not (file.path and vendor.files_by_address))
+        if links := [file.link for file in words.files if file not in files]:
+            text = f"{text}\n\n" + "\n".join(links)
+        # To render a megabyte of Markdown takes many seconds, in which this process would do nothing else.
+        texts = await asyncio.to_thread(vendor.split, text) if len(text) > LONG_TEXT else vendor.split(text)
+        if not texts:
+            raise NotSendable("the text is empty")
+        contents: list[tuple[str, File | None]] = [
+            *((text, None) for text in texts),
+            *((one.link, one) for one in files),
+        ]
+        return [
+            Outbound(
+                key=str(self.delivery_id) if len(contents) == 1 else f"{self.delivery_id}-{n}",
+                conversation=words.conversation,
+                text=text,
+                reply_to=words.reply_to if n == 1 else None,
+                run_id=self.run_id,
+                answers=words.reply_to,
+                part=n,
+                file=OutboundFile(file.url, file.name, path=file.path) if file else None,
+                webhook=self.webhook,
+            )
+            for n, (text, file) in enumerate(contents, 1)
+        ]
 
 
 class Sender:
@@ -121,32 +156,10 @@ class Sender:
             raise NotSendable("the person was erased")
         content = key.open(delivery.queued.content, str(delivery_id), "content")
         words = msgspec.json.decode(content, type=OutboundContent)
-        vendor, text = account.vendor, words.text
-        files = tuple(file for file in words.files if vendor.files and not (file.path and vendor.files_by_address))
-        if links := [file.link for file in words.files if file not in files]:
-            text = f"{text}\n\n" + "\n".join(links)
-        texts = account.vendor.split(text)
-        if not texts:
-            raise NotSendable("the text is empty")
-        contents: list[tuple[str, File | None]] = [
-            *((text, None) for text in texts),
-            *((one.link, one) for one in files),
-        ]
-        parts = [
-            Outbound(
-                key=str(delivery_id) if len(contents) == 1 else f"{delivery_id}-{n}",
-                conversation=words.conversation,
-                text=text,
-                reply_to=words.reply_to if n == 1 else None,
-                run_id=delivery.queued.run_id,
-                answers=words.reply_to,
-                part=n,
-                file=OutboundFile(file.url, file.name, path=file.path) if file else None,
-                webhook=self._webhook(account, token) if vendor.receipts_asked else "",
-            )
-            for n, (text, file) in enumerate(contents, 1)
-        ]
-        return SendableDelivery(account, parts, delivery.queued.session_key)
+        webhook = self._webhook(account, token) if account.vendor.receipts_asked else ""
+        return SendableDelivery(
+            account, words, delivery_id, delivery.queued.run_id, delivery.queued.session_key, webhook
+        )
 
     def _webhook(self, account: Account, token: bytes) -> str:
         opened = self._secrets.open(account.id, "token", token).decode()

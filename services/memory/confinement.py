@@ -1,4 +1,4 @@
-"""Confines the parser process: limits of CPU and memory, no network, no other programs, and death with its parent.
+"""Confines the parser process: limits of CPU and memory, no network, no other processes, and death with its parent.
 
 ``python -m services.memory.confinement`` prints the protections that this machine does not allow, one a line.
 """
@@ -18,16 +18,36 @@ MAX_MEMORY_BYTES = 768 * 1024**2
 MAX_CPU_SECONDS = 120
 # For the text of an error.
 _MAX_FILE_BYTES = 1024**2
+_MAX_OPEN_FILES = 64
 _NOBODY = 65_534
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
-# Of linux/audit.h, with the numbers of the calls that are refused: socket, socketpair, connect, execve, execveat,
-# ptrace, process_vm_readv, process_vm_writev, kill, tkill, tgkill, pidfd_open, io_uring_setup, bpf, unshare, mount.
+# Of linux/audit.h, with the numbers of the calls that are refused, in one order for both.
 _CALLS = {
-    "x86_64": (0xC000003E, (41, 53, 42, 59, 322, 101, 310, 311, 62, 200, 234, 434, 425, 321, 272, 165)),
-    "aarch64": (0xC00000B7, (198, 199, 203, 221, 281, 117, 270, 271, 129, 130, 131, 434, 425, 280, 97, 40)),
+    "x86_64": (
+        0xC000003E,
+        (
+            *(41, 53, 42, 59, 322, 101, 310, 311, 62, 200, 234, 434, 425, 321, 272, 165),
+            *(129, 297, 424, 302, 141, 203, 144, 314, 251),
+            *(56, 435, 57, 58, 319, 29, 64, 68, 248, 249, 250),
+        ),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        (
+            *(198, 199, 203, 221, 281, 117, 270, 271, 129, 130, 131, 434, 425, 280, 97, 40),
+            *(138, 240, 424, 261, 140, 122, 119, 274, 30),
+            *(220, 435, 279, 194, 190, 186, 217, 218, 219),
+        ),
+    ),
 }
+# These are socket, socketpair, connect, execve, execveat, ptrace, process_vm_readv, process_vm_writev, kill, tkill,
+# tgkill, pidfd_open, io_uring_setup, bpf, unshare, mount.
+# Other processes of its user, such as the service: rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, prlimit64,
+# setpriority, sched_setaffinity, sched_setscheduler, sched_setattr, ioprio_set.
+# Things that would outlive the parser, or have limits of their own: clone, clone3 (on x86_64 also fork and vfork),
+# memfd_create, shmget, semget, msgget, add_key, request_key, keyctl.
 # Of linux/landlock.h: the calls, the first thirteen kinds of access to files, and those of reading.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ALL_ACCESS, _READ_ACCESS = 0x1FFF, 0x4 | 0x8
@@ -46,6 +66,8 @@ def limit(cpu_seconds: int = MAX_CPU_SECONDS) -> None:
         (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
+        # The memory of pipes is none of the process.
+        (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
     ):
         resource.setrlimit(what, (most, most))
     # At the first limit the kernel sends SIGXCPU, which tells the service the reason; at the second SIGKILL.
@@ -76,7 +98,7 @@ def confine(parent: int) -> list[str]:
     if not _refuse_files():
         missing.append("no files but its own (Landlock)")
     if not _refuse_calls():
-        missing.append("no network and no other programs (seccomp)")
+        missing.append("no network and no other processes (seccomp)")
     return missing
 
 

@@ -77,7 +77,8 @@ def _weigh(text: str) -> float:
 
 def _unit_weight(first: str, length: int) -> float:
     """The tokens of a unit, by its first character and its length."""
-    if first.isascii():
+    # More than one character: a word, or digits of any script.
+    if first.isascii() or length > 1:
         return 1 + length // (6 if first.isalpha() else 3)
     return 0.8
 

@@ -22,6 +22,8 @@ from services.memory import confinement
 from services.memory.domain import Chunk
 
 PARSE_SECONDS = 600.0
+# A hundred megabytes of text, with overlaps and headings, are less.
+MAX_PARSED_BYTES = 512 * 1024**2
 # A parser without output is stopped within this time after its document was deleted.
 CHECK_SECONDS = 2.0
 # The passages of one batch.
@@ -94,23 +96,26 @@ async def _parsed_once(
         try:
             async with aclosing(_lines(process, check)) as lines:
                 async for line in lines:
-                    said = msgspec.json.decode(line)
-                    if "error" in said:
-                        raise Refused(said["error"])
-                    if "unconfined" in said:
-                        _log.warning("parser process is not fully confined", missing=said["unconfined"])
-                    if "text" in said:
-                        chunks.append(Chunk(**said))
-                    if complete := "chunks" in said:
-                        findings.pages = said["pages"]
-                        findings.pages_without_text = said["pages_without_text"]
-                        findings.warnings = said["warnings"]
+                    said = _understood(line)
+                    if said.error is not None:
+                        raise Refused(said.error)
+                    if said.unconfined:
+                        _log.warning("parser process is not fully confined", missing=said.unconfined)
+                    if said.text is not None:
+                        chunks.append(Chunk(said.text, said.section, said.page, said.tokens))
+                    if complete := said.chunks is not None:
+                        findings.pages = said.pages
+                        findings.pages_without_text = said.pages_without_text
+                        findings.warnings = said.warnings
                     if len(chunks) == BATCH:
                         yield chunks
                         chunks = []
         finally:
             with suppress(ProcessLookupError):
                 process.kill()
+            # asyncio waits for the end of the output, too, and it may have stopped to read it because there was much.
+            while process.stdout and await process.stdout.read(2**16):
+                pass
             await process.wait()
         if not complete:
             if process.returncode == -signal.SIGXCPU:
@@ -122,19 +127,56 @@ async def _parsed_once(
         yield chunks
 
 
+class _Said(msgspec.Struct):
+    """A line of the parser; `parsing` has their forms."""
+
+    error: str | None = None
+    unconfined: list[str] = []
+    text: str | None = None
+    section: str | None = None
+    page: int | None = None
+    tokens: int = 0
+    chunks: int | None = None
+    pages: int | None = None
+    pages_without_text: list[int] = []
+    warnings: list[str] = []
+
+
+def _understood(line: bytes) -> _Said:
+    try:
+        return msgspec.json.decode(line, type=_Said)
+    except msgspec.MsgspecError:
+        # Only a parser that its file has taken over says something else.
+        raise Refused("The file cannot be read.") from None
+
+
 async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGenerator[bytes, None]:
-    """The lines of a parser process. Raises Refused after PARSE_SECONDS, and NotFound."""
+    """The lines of a parser process. Raises NotFound; Refused after PARSE_SECONDS of waiting, also for a parser that
+    sleeps between its lines, and after MAX_PARSED_BYTES."""
     assert process.stdout is not None
-    deadline = time.monotonic() + PARSE_SECONDS
+    waited, size = 0.0, 0
     while True:
+        began = time.monotonic()
         reading = asyncio.ensure_future(process.stdout.readline())
         try:
-            while not (await asyncio.wait({reading}, timeout=CHECK_SECONDS))[0]:
-                if time.monotonic() > deadline:
+            while True:
+                done, _ = await asyncio.wait({reading}, timeout=CHECK_SECONDS)
+                if waited + time.monotonic() - began > PARSE_SECONDS:
                     raise Refused(f"The file could not be read within {PARSE_SECONDS / 60:g} minutes.")
+                if done:
+                    break
                 await check()
         finally:
             reading.cancel()
-        if not (line := reading.result()):
+            await asyncio.wait({reading})
+        waited += time.monotonic() - began
+        try:
+            line = reading.result()
+        except ValueError:
+            raise Refused("The file cannot be read: a part of it is too large.") from None
+        size += len(line)
+        if size > MAX_PARSED_BYTES:
+            raise Refused(f"The file has more than {MAX_PARSED_BYTES // 1024**2} MiB of text.")
+        if not line:
             return
         yield line

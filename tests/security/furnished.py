@@ -158,8 +158,9 @@ async def _billed(system: Platform, tenant: str, word: str) -> dict[str, str]:
         occurred_at=utcnow(),
     )
     await system.produce(USAGE_RECORDS, record, key=tenant)
-    drafts = await ask("POST", "billing/periods/close", {"tenant_id": tenant}, operator=True)
-    invoice = drafts["items"][0]["id"]
+    await ask("POST", "billing/periods/close", {"tenant_id": tenant}, operator=True)
+    # Not from the answer: billing's own clock may have closed the period a moment earlier.
+    invoice = (await ask("GET", "invoices"))["items"][0]["id"]
     [line, *_] = (await ask("GET", f"invoices/{invoice}/lines"))["items"]
     payment = uuid7()
     async with system.database("billing").begin() as tx:

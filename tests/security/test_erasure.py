@@ -6,6 +6,7 @@ Words may stay only in the stores that docs/operations.md names, and only for th
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
@@ -22,6 +23,7 @@ from redis.asyncio import Redis
 
 from protos.catalog import CATALOG
 from tests.security.furnished import dead_letter
+from tests.services.agent.learning.test_notes import NOTE, answer
 from tests.services.plugin.conftest import register, tool
 from tests.services.plugin.toolserver import ToolServer, tool_server
 from tooling.stack.checkout import CHECKOUT
@@ -72,23 +74,40 @@ async def test_after_an_erasure_the_words_of_the_person_are_in_no_store_but_thos
     tenant = (await made(system, "user", "", "/api/v1/tenants", {"name": "Aviary"}))["id"]
     await register(system, tenant, server, tool("echo", text={"type": "string"}))
     provider = {"base_url": models.url, "api_key": KEY}
-    body = {"name": "a", "model": f"openai/{MODEL}", "system_prompt": "", "provider": provider, "tools": ["echo"]}
+    body = {
+        "name": "a",
+        "model": f"openai/{MODEL}",
+        "system_prompt": "",
+        "provider": provider,
+        "tools": ["echo"],
+        "learning": "model",
+    }
     agent = (await made(system, "agent", tenant, "/api/v1/agents", body))["id"]
-    models.script(MODEL, Says(calls=(("echo", f'{{"text": "{CANARY}"}}'),)), Says(f"You live in {CANARY}."))
+    drawn = base64.b64encode(CANARY.encode()).decode()
+    note = NOTE | {"text": f"Lives in {CANARY}.", "quote": f"I live in {CANARY}", "replaces": None}
+    models.script(
+        MODEL,
+        Says(calls=(("echo", f'{{"text": "{CANARY}"}}'),)),
+        Says(f"You live in {CANARY}: ![map](data:text/plain;base64,{drawn})"),
+        Says(answer(note)),
+    )
     async with WebhookStandIn() as vendor:
         account = {"type": "webhook", "agent_id": agent, "credentials": vendor.credentials}
         channel = await made(system, "channel", tenant, "/api/v1/channels", account)
-        content, headers = vendor.message(f"I live in {CANARY}.", user=f"person of {CANARY}")
+        vendor.files["/home.txt"] = CANARY.encode()
+        sent = {"url": f"{vendor.url}/home.txt", "name": "home.txt", "content_type": "text/plain"}
+        message = {"conversation_id": "c1", "user_id": f"person of {CANARY}", "text": f"I live in {CANARY}."}
+        content, headers = vendor.signed(message | {"attachments": [sent]})
         async with httpx.AsyncClient(base_url=system.url("channel"), trust_env=False) as client:
             assert (await client.post(channel["webhook_path"], content=content, headers=headers)).status_code == 200
 
         async def answered() -> dict[str, Any] | None:
             items = (await got(system, "agent", tenant, "/api/v1/runs"))["items"]
-            return items[0] if items and items[0]["status"] == "completed" and vendor.texts() else None
+            return items[0] if items and items[0]["status"] == "completed" and len(vendor.texts()) == 2 else None
 
         run = await system.until(answered)
     assert run
-    assert run["reply"] == f"You live in {CANARY}."
+    assert run["reply"] == f"You live in {CANARY}: [map.txt]"
     async with system.database("agent").begin() as tx:
         [(person, session)] = await tx.sql("SELECT subject_id, session_key FROM run WHERE id = $1", UUID(run["id"]))
 
@@ -98,6 +117,14 @@ async def test_after_an_erasure_the_words_of_the_person_are_in_no_store_but_thos
         return any(CANARY in item["text"] for item in found["items"])
 
     await system.until(remembered)
+
+    async def learned() -> bool:
+        items = (await got(system, "memory", tenant, "/api/v1/memories", scope="user", scope_id=person))["items"]
+        return [item["text"] for item in items] == [note["text"]]
+
+    await system.until(learned)
+    # The file that the person sent, and the one of the answer.
+    assert len(await asyncio.to_thread(in_objects, system)) == 2
     letter = await dead_letter(system, tenant, person, f"Greetings to {CANARY}")
     assert CANARY in (await got(system, "log_aggregator", tenant, f"/api/v1/deadletters/{letter}"))["payload"]
 
@@ -119,6 +146,7 @@ async def test_after_an_erasure_the_words_of_the_person_are_in_no_store_but_thos
         return not await remembered()
 
     await system.until(forgotten)
+    await files_are_deleted(system, tenant)
     await nothing_left_to_publish(system)
     found = {
         "PostgreSQL": await in_postgres(system),
@@ -149,6 +177,22 @@ def test_the_documentation_names_every_store() -> None:
     assert {store for store in stores if store not in named} == set()
 
 
+async def files_are_deleted(system: Platform, tenant: str) -> None:
+    """Their deletion is due some minutes after the erasure, and here at once."""
+
+    async def due() -> bool:
+        async with system.database("channel").begin() as tx:
+            await tx.sql(
+                "UPDATE lane_item SET not_before = now() WHERE kind = 'erased files' AND tenant_id = $1 "
+                "AND not_before > now()",
+                tenant,
+            )
+            await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'erased files' AND ready_at > now()")
+            return not await tx.sql("SELECT 1 FROM attachment WHERE tenant_id = $1", tenant)
+
+    await system.until(due)
+
+
 async def nothing_left_to_publish(system: Platform) -> None:
     for service in SERVICES:
 
@@ -160,8 +204,10 @@ async def nothing_left_to_publish(system: Platform) -> None:
 
 
 def _forms() -> tuple[str, ...]:
-    """The canary as text, in JSON with escapes, and as PostgreSQL shows bytes."""
-    return CANARY, CANARY.encode("unicode_escape").decode().replace("\\x", "\\u00"), CANARY.encode().hex()
+    """The canary as text, in JSON with escapes, as PostgreSQL shows bytes, and in base64 (without its last letters,
+    which depend on the next ones)."""
+    escaped = CANARY.encode("unicode_escape").decode().replace("\\x", "\\u00")
+    return CANARY, escaped, CANARY.encode().hex(), base64.b64encode(CANARY.encode()).decode()[:-4]
 
 
 def _has(content: str) -> bool:

@@ -37,7 +37,8 @@ ENOUGH = 0.25
 _WORD = re.compile(r"[^\W_]+")
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？；])|\n+")
-_SUM = re.compile(r"[(\d][\d\s.()]*(?:[-+*×/÷^][\d\s.()]+)+")
+# Of at most 60 characters between operators: each digit of a long row is tried as the beginning.
+_SUM = re.compile(r"[(\d][\d\s.()]{0,60}+(?:[-+*×/÷^][\d\s.()]{1,60}+)+")
 # Without one of these the text may be a date or a telephone number.
 _SURELY = re.compile(r"[+*×÷^]|\s[-/]\s")
 _COMMON_WORDS = (

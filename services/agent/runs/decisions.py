@@ -17,7 +17,8 @@ _YES_WORDS = "y yes ok okay approve approved allow ja oui si sí 好 好的 是 
 _NO_WORDS = "n no deny denied refuse stop nein non 不 不行 不可以 不要 不同意 否 拒绝"
 _YES, _NO = frozenset(_YES_WORDS.split()), frozenset(_NO_WORDS.split())
 # In a group the person has to name the bot: "@bot yes", "<@U0123> yes".
-_MENTION = re.compile(r"<@[^>\s]+>|(?<!\S)@\S+")
+# Without another < inside: otherwise each of many would search the whole rest for its end.
+_MENTION = re.compile(r"<@[^<>\s]+>|(?<!\S)@\S+")
 _PUNCTUATION = re.compile(r"[.!?。！？,，/]+")
 # A longer text with a yes or a no in it is taken as an ordinary message.
 _UNCLEAR_WORDS = 4

@@ -37,11 +37,13 @@ def split(text: str, limit: int, length: Callable[[str], int] = len) -> list[str
 
     Only white space at the cuts is lost. A good place in the first half of a part is skipped in favour of a worse one
     later, so that there are few parts. A cut inside a fenced code block is between two lines; the block is closed
-    there and opened again in the next part.
+    there and opened again in the next part. The work is linear in the text: `length` may render the text.
     """
     parts = []
     rest = text.replace("\0", "").strip()
-    while length(rest) > limit:
+    # Marks may vanish when a text is measured. But a text of twice the limit is not measured: each part would measure
+    # the whole rest again.
+    while len(rest) > 2 * limit or length(rest) > limit:
         cut = _place(rest, _fitting(rest, limit, length), _PLACES)
         fence = _open_fence(rest[:cut]) if limit >= _LEAST_FOR_FENCES else None
         if fence is None:

@@ -15,7 +15,8 @@ from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, It
 
 _FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
 _READ = "application/vnd.microsoft.readReceipt"
-_MENTION = re.compile(r"<at[^>]*>.*?</at>\s*", re.DOTALL)
+# Without another < inside: otherwise each of many would search the whole rest for its end.
+_MENTION = re.compile(r"<at[^<>]*>[^<]*</at>\s*")
 
 
 class _Account(msgspec.Struct):

@@ -119,6 +119,23 @@ ATTACKS: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "a pattern with nested repeats": ({"properties": {"a": {"pattern": "(a{1,100}){1,100}b"}}}, "a" * 10_000),
     "a pattern for many items": ({"properties": {"a": {"items": {"pattern": "a{1,100}b|."}}}}, ["a" * 1_000] * 1_000),
+    "a long name times const": (
+        {"$defs": {"a": {"not": {"const": 1}}}, "properties": {"a": {"allOf": [{"$ref": "#/$defs/a"}] * 1_500}}},
+        {"x" * 100_000: 1},
+    ),
+    "large numbers times const": (
+        {"properties": {"a": {"items": {"allOf": [{"not": {"const": 1}}] * 500}}}},
+        [10**4_000] * 20,
+    ),
+    "large numbers times multipleOf": (
+        {"properties": {"a": {"items": {"allOf": [{"not": {"multipleOf": 10**2_000 - 1}}] * 10}}}},
+        [10**4_000] * 10,
+    ),
+    "references with many escapes": (
+        {"properties": {"a": {"items": {"$ref": "#/$defs/" + "%41" * 1_000}}}, "$defs": {"A" * 1_000: {}}},
+        [1] * 1_000,
+    ),
+    "many patterns": ({"properties": {"a": {"anyOf": [{"pattern": f"b{n}"} for n in range(600)]}}}, "a"),
     "a large value": ({"properties": {"a": {"items": {"type": "integer"}}}}, [1] * MAX_STEPS),
     "unique items": ({"properties": {"a": {"uniqueItems": True}}}, list(range(MAX_STEPS))),
 }
@@ -139,6 +156,13 @@ def test_a_schema_that_asks_for_too_much_without_a_value_is_refused_when_it_is_s
     anchors = {f"p{n}": {"$ref": "#z"} for n in range(1_000)}
     with pytest.raises(InvalidMessage, match="takes more than 100000 steps"):
         check_schema("schema", OBJECT | {"properties": anchors, "$defs": {"z": {"$anchor": "z"}}})
+
+
+@pytest.mark.parametrize("classes", ["[ĀĂĄĆ]", r"[\u0100\u0300-\u0400\u0500]", "(?i:[Ā-✀])"])
+def test_a_schema_whose_patterns_ask_for_too_much_is_refused_when_it_is_set_up(classes: str) -> None:
+    check_schema("schema", OBJECT | {"properties": {"a": {"pattern": classes * 20}}})
+    with pytest.raises(InvalidMessage, match="takes more than 100000 steps"):
+        check_schema("schema", OBJECT | {"properties": {f"p{n}": {"pattern": classes * 20} for n in range(5)}})
 
 
 def test_colliding_numbers_cost_no_more_than_others() -> None:

@@ -49,6 +49,14 @@ def test_every_letter_is_in_a_passage_and_none_is_too_large(blocks: list[Block])
     assert next(rest, None) is None
 
 
+@pytest.mark.parametrize("digit", ["7", "٣", "७", "𝟟"])
+def test_digits_of_any_script_fill_a_passage(digit: str) -> None:
+    """Otherwise a megabyte of them would be one passage, or the header that each row of a table repeats."""
+    many = digit * 20_000
+    for text in (many, f"| {many} |\n|---|\n" + "| a |\n" * 100):
+        assert max(len(each.text) for each in chunk([Block(text)])) <= 4 * MAX_TOKENS
+
+
 def covered(whole: str, position: int, text: str) -> int:
     """The position in the text after a passage that repeats some text and continues at `position`."""
     for repeated in range(len(text)):

@@ -40,3 +40,17 @@ def test_a_visible_character_is_not_split() -> None:
     assert split("ab" + family, 6) == ["ab", family]
     assert split("abc" + "e\u0301", 4) == ["abc", "e\u0301"]
     assert split("abc" + "👍🏽", 4) == ["abc", "👍🏽"]
+
+
+def test_a_long_text_is_measured_only_a_few_times() -> None:
+    """To measure may be to render. If each part measured the whole rest, a reply would stop the service for minutes."""
+    measured = 0
+
+    def rendered_length(text: str) -> int:
+        nonlocal measured
+        measured += len(text)
+        return len(text)
+
+    text = "![a" * 100_000
+    assert "".join(split(text, 1_000, rendered_length)) == text
+    assert measured < 3 * len(text)

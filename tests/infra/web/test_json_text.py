@@ -1,0 +1,36 @@
+"""Tests of the check of JSON bodies: refusals, and work that is linear in the body."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from infra.errors import InvalidMessage
+from infra.web import json_text
+from infra.web.json_text import MAX_DEPTH, check_json
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"a": [{"b": "\\u0000"}]}', "a[0].b"),
+        (b'{"a": {"\\ud800": 1}}', "a"),
+        (b'"\\udc00"', "body"),
+        (b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2), "body"),
+    ],
+)
+def test_text_and_depth_that_no_store_takes_are_refused_by_their_path(body: bytes, field: str) -> None:
+    with pytest.raises(InvalidMessage) as refused:
+        check_json(body)
+    assert refused.value.field == field
+
+
+def test_no_path_is_named_unless_its_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path may be half a megabyte long: named for each of the many texts below it, a body would take minutes."""
+
+    def named(path: object) -> str:
+        raise AssertionError("a path was named")
+
+    monkeypatch.setattr(json_text, "_name", named)
+    check_json(json.dumps({"k" * 1_000: ["\U0001f600"] * 1_000}).encode())

@@ -1,0 +1,110 @@
+"""A parser that its file has taken over: its rights on the machine, and the limits of its output."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import pytest
+
+from infra.stores import filetypes as types
+from services.memory import parser
+from services.memory.parser import Findings
+from tooling.stack.checkout import CHECKOUT
+
+# Acts of a parser that its file has taken over, and the reason with which the file is refused.
+TAKEN_OVER = {
+    "says nothing in JSON": ("print('x' * 10)", "cannot be read"),
+    "says other types": ("print('{\"text\": [5]}')", "cannot be read"),
+    "has no line end": ("print('x' * (2**22 + 1), end='')", "too large"),
+    "never ends": ('while True: print(\'{"text": "x"}\')', "more than 1 MiB"),
+    "sleeps between lines": (
+        'import time\nwhile True: print(\'{"text": "x"}\', flush=True); time.sleep(0.01)',
+        "within 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("act", TAKEN_OVER)
+async def test_a_parser_that_was_taken_over_gets_no_more_than_its_limits(
+    act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, reason = TAKEN_OVER[act]
+    start = asyncio.create_subprocess_exec
+    started = []
+
+    async def instead(python: str, *_: Any, **more: Any) -> asyncio.subprocess.Process:
+        started.append(await start(python, "-c", program, **more))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", instead)
+    monkeypatch.setattr(parser, "MAX_PARSED_BYTES", 2**20)
+    if "sleeps" in act:
+        monkeypatch.setattr(parser, "PARSE_SECONDS", 0.2)
+    with tempfile.TemporaryFile() as file, pytest.raises(parser.Refused, match=reason):
+        async for _ in parser.parsed(file, types.TEXT, Findings(), never_deleted):
+            pass
+    assert [process.returncode is not None for process in started] == [True]
+
+
+async def never_deleted() -> None:
+    """The check of a document that stays."""
+
+
+ATTEMPTS = """
+import ctypes, os, resource, socket, sys, threading
+from services.memory import confinement
+parent, own = os.getppid(), os.getpid()
+libc = ctypes.CDLL(None, use_errno=True)
+
+def child():
+    os.fork() or os._exit(0)
+
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+attempts = {
+    "network": lambda: socket.socket(),
+    "program": lambda: os.execv("/bin/true", ["true"]),
+    "signal": lambda: os.kill(parent, 0),
+    "queued signal": lambda: call("sigqueue", own, 0, None),
+    "limits of a process": lambda: resource.prlimit(own, resource.RLIMIT_CORE, (0, 0)),
+    "priority of a process": lambda: os.setpriority(os.PRIO_PROCESS, own, 19),
+    "processors of a process": lambda: os.sched_setaffinity(own, os.sched_getaffinity(own)),
+    "process": child,
+    "thread": lambda: threading.Thread(target=print).start(),
+    "file in memory": lambda: os.memfd_create("x"),
+    "shared memory": lambda: call("shmget", 0, 4096, 0o1600),
+    "semaphores": lambda: call("semget", 0, 1, 0o1600),
+    "messages": lambda: call("msgget", 0, 0o1600),
+    "files of the service": lambda: open(f"/proc/{parent}/environ"),
+    "memory of the service": lambda: open(f"/proc/{parent}/mem"),
+    "a file": lambda: open("/etc/hostname"),
+    "a new file": lambda: open("/tmp/a file of the parser", "w"),
+    "a folder": lambda: os.listdir("/"),
+    "many pipes": lambda: [os.pipe() for _ in range(100)],
+}
+confinement.limit()
+print(*confinement.confine(parent))
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        print(name)
+    except (PermissionError, RuntimeError):
+        pass
+    except OSError as error:
+        if error.errno != 24:
+            raise
+"""
+
+
+def test_code_in_the_parser_gets_no_network_no_processes_and_no_files() -> None:
+    done = subprocess.run([sys.executable, "-c", ATTEMPTS], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    missing, *allowed = done.stdout.splitlines()
+    if missing:
+        pytest.skip(f"this machine does not allow: {missing}")
+    assert allowed == []
