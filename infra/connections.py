@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -17,6 +18,7 @@ TLS_FILES = ("ca.pem", "certificate.pem", "key.pem")
 SCRAM = "SCRAM-SHA-512"
 _POSTGRES = ("sslrootcert", "sslcert", "sslkey")
 _KAFKA = ("authority", "certificate", "key")
+_HTTP = ("cafile", "certfile", "keyfile")
 
 
 def client_context(authority: str, certificate: str = "", key: str = "") -> ssl.SSLContext:
@@ -47,6 +49,33 @@ def postgres_context(query: Mapping[str, Any]) -> tuple[ssl.SSLContext | None, d
     if query.get("sslmode") != "verify-full" or "sslrootcert" not in query:
         raise ValueError("sslmode: must be verify-full, with sslrootcert")
     return client_context(*(str(query.get(name, "")) for name in _POSTGRES)), rest
+
+
+@dataclass(frozen=True)
+class HttpTarget:
+    """A store that is asked by HTTP or gRPC: ``http://…``, ``https://…``, or ``https://…?cafile=FILE`` with an
+    authority of its own, and ``&certfile=FILE&keyfile=FILE`` for mutual TLS."""
+
+    url: str
+    """Without the files."""
+    authority: str = ""
+    """Empty: the authorities of the system."""
+    certificate: str = ""
+    key: str = ""
+
+    @classmethod
+    def parse(cls, url: str) -> HttpTarget:
+        """Raises ValueError for another form."""
+        parts = urlsplit(url)
+        files = dict(parse_qsl(parts.query, keep_blank_values=True))
+        wanted = (set(), {_HTTP[0]}, set(_HTTP)) if parts.scheme == "https" else (set(),)
+        if parts.scheme not in ("http", "https") or not parts.hostname or files.keys() not in wanted:
+            raise ValueError("must be http://host:port, https://host:port or https://…?cafile=FILE")
+        return cls(parts._replace(query="").geturl(), *(files.get(name, "") for name in _HTTP))
+
+    def context(self) -> ssl.SSLContext | None:
+        """None: the client's own. Raises OSError for a file that cannot be used."""
+        return client_context(self.authority, self.certificate, self.key) if self.authority else None
 
 
 def kafka_options(servers: str) -> dict[str, Any]:

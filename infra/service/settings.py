@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from infra.connections import TLS_FILES, kafka_options, postgres_context
+from infra.connections import TLS_FILES, HttpTarget, kafka_options, postgres_context
 from infra.errors import describe
 from infra.security.crypto import Cipher
 from infra.security.keys import read_private, read_public
@@ -49,6 +49,22 @@ def _usable(read: Callable[[], object]) -> None:
 def _check_brokers(value: SecretStr) -> SecretStr:
     _usable(lambda: kafka_options(value.get_secret_value()))
     return value
+
+
+def _check_store(value: str) -> str:
+    _usable(lambda: HttpTarget.parse(value).context())
+    return value
+
+
+def _check_secret_store(value: SecretStr) -> SecretStr:
+    _check_store(value.get_secret_value())
+    return value
+
+
+SecretStoreUrl = Annotated[SecretStr, AfterValidator(_check_secret_store)]
+"""With user and password, if the store asks for them."""
+StoreUrl = Annotated[str, AfterValidator(_check_store)]
+"""The URL of a store: see `HttpTarget`."""
 
 
 def _readable(read: Callable[[Path], object]) -> Callable[[Path], Path]:

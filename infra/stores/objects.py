@@ -19,6 +19,7 @@ import urllib3
 from minio import Minio
 from minio.error import S3Error, ServerError
 
+from infra.connections import HttpTarget
 from infra.errors import InvalidMessage, NotFound, TooLarge, Transient, WrongType
 from infra.stores import filetypes as types
 
@@ -89,10 +90,14 @@ class Objects:
     """A bucket of the object store. Connects at first use, and makes the bucket if it is missing."""
 
     def __init__(self, endpoint: str, access_key: str, secret_key: str, bucket: str = BUCKET) -> None:
-        """`endpoint`: its URL, ``http://host:port``."""
-        url = urlsplit(endpoint)
+        """`endpoint`: its URL, as `HttpTarget` reads it."""
+        target = HttpTarget.parse(endpoint)
+        url = urlsplit(target.url)
         pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=5, read=60), retries=urllib3.Retry(2, backoff_factor=0.2), maxsize=16
+            ssl_context=target.context(),
+            timeout=urllib3.Timeout(connect=5, read=60),
+            retries=urllib3.Retry(2, backoff_factor=0.2),
+            maxsize=16,
         )
         # With a region given, the client does not ask for it before each signature.
         self._client = Minio(

@@ -3,13 +3,14 @@
 from pydantic import SecretStr
 
 from infra.service.settings import Settings as Base
+from infra.service.settings import StoreUrl
 
 
 class Settings(Base):
     memory_grpc: str
     billing_grpc: str
     plugin_grpc: str
-    s3_endpoint: str | None = None
+    s3_endpoint: StoreUrl | None = None
     """The store of images that people send. Without it models are not shown them."""
     s3_access_key: str = ""
     s3_secret_key: SecretStr = SecretStr("")

@@ -2,7 +2,7 @@
 
 from pydantic import SecretStr
 
-from infra.service.settings import Settings
+from infra.service.settings import Settings, StoreUrl
 
 
 class ChannelSettings(Settings):
@@ -12,7 +12,7 @@ class ChannelSettings(Settings):
     """The internal base URL of the agent service."""
     public_url: str = "http://127.0.0.1:8080"
     """The base URL under which vendors call the webhooks. Twilio signs it."""
-    s3_endpoint: str
+    s3_endpoint: StoreUrl
     s3_access_key: str
     s3_secret_key: SecretStr
     transcription_base_url: str | None = None

@@ -18,6 +18,7 @@ import httpx
 import msgspec
 
 from infra.clock import utcnow
+from infra.connections import HttpTarget
 from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
 from services.log_aggregator import mappings
@@ -33,11 +34,13 @@ _SEARCH_PAUSES = (0.1, 0.2, 0.5, 0.0)
 class Index:
     """The client of the index. Every method raises Transient while OpenSearch does not answer or refuses requests.
 
-    prefix: separates several systems in one OpenSearch.
+    url: as `HttpTarget` reads it. prefix: separates several systems in one OpenSearch.
     """
 
     def __init__(self, url: str, prefix: str) -> None:
-        self._http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=30)
+        target = HttpTarget.parse(url)
+        verify = target.context() or True
+        self._http = httpx.AsyncClient(base_url=target.url, verify=verify, trust_env=False, timeout=30)
         self._prefix = f"{prefix}clawbus-"
         self._log = get_logger("log_aggregator.index")
 

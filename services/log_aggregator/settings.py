@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from infra.service.settings import Settings
+from infra.service.settings import SecretStoreUrl, Settings, StoreUrl
 
 
 def _targets(value: str) -> str:
@@ -21,9 +21,8 @@ def operations(value: str) -> dict[str, str]:
 
 
 class LogAggregatorSettings(Settings):
-    opensearch_url: SecretStr
-    """With user and password, if the engine asks for them."""
-    s3_endpoint: str
+    opensearch_url: SecretStoreUrl
+    s3_endpoint: StoreUrl
     """The object store, which keeps the heads of the audit chains."""
     s3_access_key: str
     s3_secret_key: SecretStr

@@ -19,6 +19,7 @@ import grpc
 from pymilvus import AsyncMilvusClient, DataType, MilvusClient, MilvusException
 
 from infra.clock import uuid7
+from infra.connections import HttpTarget
 from infra.errors import Transient
 from services.memory.index import Hit, Row
 from services.memory.rights import EVERY, Owners
@@ -43,7 +44,7 @@ class MilvusIndex:
     def __init__(self, url: str, prefix: str, model: str, refill: Callable[[str], Awaitable[None]]) -> None:
         # The client logs a stack trace for each error that it raises.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-        self._url = url
+        self._target = HttpTarget.parse(url)
         self._prefix = _name(prefix, "vectors_")
         self._model = model
         self.name = f"milvus/{model}"
@@ -166,7 +167,14 @@ class MilvusIndex:
     @asynccontextmanager
     async def _calling(self, name: str) -> AsyncIterator[AsyncMilvusClient]:
         if self._client is None:
-            self._client = AsyncMilvusClient(self._url, timeout=TIMEOUT_SECONDS)
+            target = self._target
+            # The client reads the authority under another name if it has no certificate of its own.
+            files = {
+                "ca_pem_path" if target.certificate else "server_pem_path": target.authority,
+                "client_pem_path": target.certificate,
+                "client_key_path": target.key,
+            }
+            self._client = AsyncMilvusClient(target.url, timeout=TIMEOUT_SECONDS, **files)
         try:
             yield self._client
         except MilvusException as error:

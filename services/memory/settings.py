@@ -6,12 +6,12 @@ from typing import Self
 
 from pydantic import SecretStr, model_validator
 
-from infra.service.settings import Settings
+from infra.service.settings import Settings, StoreUrl
 
 
 class MemorySettings(Settings):
-    milvus_url: str
-    s3_endpoint: str
+    milvus_url: StoreUrl
+    s3_endpoint: StoreUrl
     s3_access_key: str
     s3_secret_key: SecretStr
 

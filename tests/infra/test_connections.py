@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.connections import kafka_options, postgres_context
+from infra.connections import HttpTarget, kafka_options, postgres_context
 from tooling.testing.certificates import Authority
 
 
@@ -62,3 +62,21 @@ def test_postgresql_verifies_the_name_or_has_no_tls(files: tuple[str, str, str])
             postgres_context(query | {"sslmode": mode})
     with pytest.raises(ValueError, match="sslrootcert"):
         postgres_context({"sslmode": "verify-full"})
+
+
+def test_a_store_is_asked_without_tls_with_the_systems_authorities_or_with_its_own(files: tuple[str, str, str]) -> None:
+    assert HttpTarget.parse("http://a:1") == HttpTarget("http://a:1")
+    assert HttpTarget.parse("https://user:pw@a:1").context() is None
+    query = "cafile={}&certfile={}&keyfile={}".format(*files)
+    for end in (query, query.partition("&")[0]):
+        target = HttpTarget.parse(f"https://a:1?{end}")
+        context = target.context()
+        assert context is not None
+        assert (target.url, context.verify_mode, context.check_hostname) == ("https://a:1", ssl.CERT_REQUIRED, True)
+
+
+@pytest.mark.parametrize("url", ["a:1", "ftp://a", "https://", "http://a?cafile=x", "https://u:pw@a?verify=no"])
+def test_another_form_of_a_stores_address_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match="must be http") as caught:
+        HttpTarget.parse(url)
+    assert "pw" not in str(caught.value)

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from tooling.stack.engines import CREDENTIALS, ENGINES, certificates
 from tooling.stack.engines.base import Engine, EngineError, Place, write_atomically
 from tooling.stack.engines.postgres import ARCHIVE
 from tooling.stack.home import UNFINISHED, Home, home_folder
+from tooling.stack.isolated import is_possible
 from tooling.stack.machine import check_access, check_machine
 from tooling.stack.ports import check_ports
 from tooling.stack.services import parts
@@ -60,7 +61,7 @@ def up(
         if tls and not certificates.in_use(place) and Supervisor(home.path).running():
             raise EngineError("--tls: this stack runs without TLS: stop it first: ./claw down")
         if tls or certificates.in_use(place):
-            certificates.issue(place, [*known, certificates.ADMIN])
+            certificates.issue(place, _owners(known))
         if archive:
             _archive(home, place, archive)
         asyncio.run(_start_all(home, place, [known[name] for name in names]))
@@ -84,6 +85,15 @@ def _archive(home: Home, place: Place, to: str) -> None:
     if Supervisor(home.path).running():
         raise EngineError("--archive: this stack runs with another setting: stop it first: ./claw down")
     write_atomically(file, text)
+
+
+def _owners(known: Iterable[str]) -> list[str]:
+    """Who gets a certificate. OpenSearch and Milvus know no TLS: it is served before them if a namespace hides them."""
+    hidden = {"opensearch", "milvus"}
+    if not is_possible():
+        console.print("This machine allows no network namespaces: opensearch and milvus stay without TLS.")
+        return [*(name for name in known if name not in hidden), certificates.ADMIN]
+    return [*known, certificates.ADMIN]
 
 
 async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:

@@ -1,7 +1,8 @@
 """Runs a server in a network namespace of its own, and forwards one port of loopback to it.
 
 For a server that listens on every interface and asks for no password: only this machine can reach the forwarded port,
-and no other process can reach the server's other ports. ``python -m tooling.stack.isolated PORT COMMAND…``
+and no other process can reach the server's other ports. The forwarded port serves mutual TLS if TLS_FOLDER exists.
+``python -m tooling.stack.isolated PORT TLS_FOLDER COMMAND…``
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import uvloop
 
 from infra.errors import describe
 from tooling.stack.forwarding import forward, run_behind
+from tooling.stack.tls_front import server_context
 
 # From linux/sched.h, linux/sockios.h and linux/if.h.
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
@@ -27,19 +29,24 @@ _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
 
-def main(port: int, command: list[str]) -> int:
+def main(port: int, folder: Path, command: list[str]) -> int:
     """Runs the command until it ends. Returns its exit code.
 
-    If the machine allows no namespace, runs the command in place of this process: `./claw doctor` then warns.
+    If the machine allows no namespace, runs the command in place of this process: `./claw doctor` then warns. With TLS
+    it refuses, because the server's own port would be open without TLS.
     """
+    context = server_context(folder) if folder.exists() else None
     # A socket stays in the namespace in which it was made.
     listener = socket.create_server(("127.0.0.1", port))
-    if not _is_possible():
+    if not is_possible():
         listener.close()
+        if context:
+            print("TLS needs a network namespace, which this machine does not allow", file=sys.stderr)  # noqa: T201
+            return 1
         os.execvp(command[0], command)
     _enter_namespace()
     to_server = partial(forward, partial(asyncio.open_connection, "127.0.0.1", port))
-    return uvloop.run(run_behind(command, partial(asyncio.start_server, to_server, sock=listener)))
+    return uvloop.run(run_behind(command, partial(asyncio.start_server, to_server, sock=listener, ssl=context)))
 
 
 def is_isolated(pid: int) -> bool:
@@ -50,7 +57,7 @@ def is_isolated(pid: int) -> bool:
         return False
 
 
-def _is_possible() -> bool:
+def is_possible() -> bool:
     """Tries it in a child process: on some machines only a later step fails, and no process can return."""
     if child := os.fork():
         return os.waitpid(child, 0)[1] == 0
@@ -75,4 +82,4 @@ def _enter_namespace() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))

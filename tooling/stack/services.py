@@ -92,7 +92,7 @@ class LocalService:
             "CLAW_PUBLIC_KEYS_FILE": str(public_file(keys_folder(place))),
             "CLAW_ALLOW_PRIVATE_TARGETS": "1",
             "CLAW_MASTER_KEY_FILE": str(master_file(keys_folder(place), self.NAME)),
-            **addresses(place),
+            **addresses(place, self.NAME),
         }
         if certificates.in_use(place):
             environment["CLAW_TLS_FOLDER"] = str(certificates.folder(place, self.NAME))
@@ -145,8 +145,8 @@ def parts() -> dict[str, Engine]:
     return {**ENGINES, **{name: LocalService(name) for name in present}}
 
 
-def addresses(place: Place) -> dict[str, str]:
-    """The addresses of all services and stores of the stack. A service reads those that its settings name."""
+def addresses(place: Place, service: str) -> dict[str, str]:
+    """The addresses of all services and stores, for this service. It reads those that its settings name."""
     local = "127.0.0.1"
     grpc = {name: f"{local}:{place.ports[f'{name}_grpc']}" for name in SERVICES if f"{name}_grpc" in place.ports}
     s3 = ENGINES["s3"].access(place)
@@ -155,11 +155,11 @@ def addresses(place: Place) -> dict[str, str]:
         "CLAW_OPERATIONS": ",".join(f"{name}={target}" for name, target in grpc.items()),
         "CLAW_AGENT_URL": f"{scheme(place)}://{local}:{place.ports['agent']}",
         "CLAW_PUBLIC_URL": ENGINES["nginx"].access(place)["url"],
-        "CLAW_MILVUS_URL": ENGINES["milvus"].access(place)["url"],
-        "CLAW_S3_ENDPOINT": s3["endpoint"],
+        "CLAW_MILVUS_URL": certificates.store_url(place, "milvus", service),
+        "CLAW_S3_ENDPOINT": certificates.store_url(place, "s3", service),
         "CLAW_S3_ACCESS_KEY": s3["access_key"],
         "CLAW_S3_SECRET_KEY": s3["secret_key"],
-        "CLAW_OPENSEARCH_URL": ENGINES["opensearch"].access(place)["url"],
+        "CLAW_OPENSEARCH_URL": certificates.store_url(place, "opensearch", service),
         "CLAW_SMTP_URL": f"smtp://{local}:{place.ports['mailbox']}",
         "CLAW_OTLP_PORT": str(place.ports["otlp"]),
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{local}:{place.ports['otlp']}",

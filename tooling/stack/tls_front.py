@@ -41,6 +41,8 @@ def server_context(folder: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(certificate, key)
+    # gRPC asks for HTTP/2 by name.
+    context.set_alpn_protocols(["h2", "http/1.1"])
     return context
 
 

@@ -20,7 +20,7 @@ from tooling.stack.ports import is_free
 from tooling.testing.stack import free_ports
 
 CONTENT = "x" * 200_000
-POSSIBLE = "import tooling.stack.isolated as i, sys; sys.exit(not i._is_possible())"
+POSSIBLE = "import tooling.stack.isolated as i, sys; sys.exit(not i.is_possible())"
 
 
 def machine_allows_namespaces() -> bool:
@@ -34,7 +34,7 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     (tmp_path / "file").write_text(CONTENT)
     port = free_ports(["http"])["http"]
     serve = (sys.executable, "-m", "http.server", str(port), "--directory", str(tmp_path))
-    command = [sys.executable, "-m", "tooling.stack.isolated", str(port), *serve]
+    command = [sys.executable, "-m", "tooling.stack.isolated", str(port), "no TLS", *serve]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, stderr=subprocess.DEVNULL)
     until(lambda: answers("127.0.0.1", port))
     yield process, port
@@ -81,22 +81,32 @@ def test_the_server_ends_with_its_forwarder(
 
 def test_the_exit_code_is_the_servers() -> None:
     port = free_ports(["http"])["http"]
-    command = [sys.executable, "-m", "tooling.stack.isolated", str(port), sys.executable, "-c", "exit(7)"]
+    command = [sys.executable, "-m", "tooling.stack.isolated", str(port), "no TLS", sys.executable, "-c", "exit(7)"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}, check=False)
     assert done.returncode == 7
 
 
-def test_without_namespaces_the_server_runs_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_namespaces_the_server_runs_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class InPlace(Exception):
         """Stands for the process that the command replaces."""
 
     def replace(name: str, command: list[str]) -> None:
         raise InPlace(name, command)
 
-    monkeypatch.setattr(isolated, "_is_possible", lambda: False)
+    monkeypatch.setattr(isolated, "is_possible", lambda: False)
     monkeypatch.setattr(os, "execvp", replace)
     port = free_ports(["http"])["http"]
     with pytest.raises(InPlace) as replaced:
-        isolated.main(port, ["server", "argument"])
+        isolated.main(port, tmp_path / "none", ["server", "argument"])
     assert replaced.value.args == ("server", ["server", "argument"])
+    assert is_free(port)
+
+
+def test_without_namespaces_there_is_no_tls_whose_server_has_an_open_port(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(isolated, "is_possible", lambda: False)
+    monkeypatch.setattr(isolated, "server_context", lambda _: object())
+    port = free_ports(["http"])["http"]
+    assert isolated.main(port, tmp_path, ["server"]) == 1
     assert is_free(port)

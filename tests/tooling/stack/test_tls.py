@@ -6,9 +6,10 @@ import asyncio
 import ssl
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import AsyncMock
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import aio_pika
@@ -31,8 +32,11 @@ from sqlalchemy.exc import DBAPIError
 from infra.bus.provisioning import Rights, grant
 from infra.clock import utcnow
 from infra.connections import TLS_FILES, kafka_options
-from infra.errors import describe
+from infra.errors import Transient, describe
 from infra.postgres.db import create_engine, sql
+from infra.stores.objects import Objects
+from services.log_aggregator.index import Index
+from services.memory.milvus import MilvusIndex
 from tests.conftest import fresh_database
 from tooling.stack import engines, tls_front
 from tooling.stack.backup import database
@@ -42,14 +46,16 @@ from tooling.stack.home import Home
 from tooling.testing.certificates import Authority
 from tooling.testing.stack import Stack, private_home, run_claw
 
-NAMES = ("postgres", "redis", "kafka", "rabbitmq")
+# Its stack has seven engines, which a busy machine starts in minutes.
+pytestmark = pytest.mark.timeout(600)
+NAMES = ("postgres", "redis", "kafka", "rabbitmq", "opensearch", "milvus")
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     """A stack of its own, with TLS."""
     with private_home() as home:
-        run_claw(home, "up", "--tls", "--only", "postgres,valkey,kafka,rabbitmq")
+        run_claw(home, "up", "--tls", "--only", "postgres,valkey,kafka,rabbitmq,opensearch,milvus,s3")
         yield Stack(home)
 
 
@@ -84,14 +90,25 @@ async def rabbitmq(url: str) -> None:
     await connection.close()
 
 
+async def opensearch(url: str) -> None:
+    async with aclosing(Index(url, "")) as index:
+        await index.ping()
+
+
+async def milvus(url: str) -> None:
+    await MilvusIndex(url, "", "model", AsyncMock()).check()
+
+
 CLIENTS: dict[str, Callable[[str], Awaitable[None]]] = {
     "postgres": postgres,
     "redis": redis,
     "kafka": kafka,
     "rabbitmq": rabbitmq,
+    "opensearch": opensearch,
+    "milvus": milvus,
 }
 # The errors of the drivers without a connection.
-NO_CONNECTION = (OSError, ssl.SSLError, DBAPIError, RedisError, KafkaError, aio_pika.exceptions.AMQPError)
+NO_CONNECTION = (OSError, ssl.SSLError, DBAPIError, RedisError, KafkaError, aio_pika.exceptions.AMQPError, Transient)
 
 # An account without any topic to write may not even begin to produce.
 UNAUTHORIZED = (TopicAuthorizationFailedError, ClusterAuthorizationFailedError)
@@ -141,13 +158,14 @@ async def test_clients_connect_by_tls_only_with_a_certificate_and_to_a_server_of
 ) -> None:
     url, client = url_of(stack, name), CLIENTS[name]
     assert "://" in url
-    await client(url)
     strange = tmp_path / "ca.pem"
     strange.write_text(Authority().certificate)
     with pytest.raises(NO_CONNECTION):
         await client(changed(url, lambda file: strange if file.name == "ca.pem" else file))
     with pytest.raises(NO_CONNECTION):
         await client(changed(url, lambda file: file if file.name not in TLS_FILES[1:] else None))
+    # At the end: the client of Milvus would use an open connection to the same address again.
+    await client(url)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,6 +176,22 @@ async def test_clients_refuse_a_server_of_their_authority_with_another_name(
         with pytest.raises(NO_CONNECTION):
             await CLIENTS[name](changed(url_of(stack, name), lambda file: file, port))
         # The client has sent nothing: neither its first message nor its password.
+        assert await asyncio.wait_for(refused.get(), 20)
+
+
+async def test_the_object_store_is_known_by_its_authority_and_name(stack: Stack, tmp_path: Path) -> None:
+    """It asks for no certificate, because its clients sign each request."""
+    access = stack.engines["s3"]
+    assert access["endpoint"].startswith("https://")
+    await Objects(**access).put_once("a", b"x")
+    assert await Objects(**access).paths("") == ["a"]
+    strange = tmp_path / "ca.pem"
+    strange.write_text(Authority().certificate)
+    with pytest.raises(Transient):
+        await Objects(**access | {"endpoint": changed(access["endpoint"], lambda _: strange)}).paths("")
+    async with impostor(stack, "s3", tmp_path) as (port, refused):
+        with pytest.raises(Transient):
+            await Objects(**access | {"endpoint": changed(access["endpoint"], lambda file: file, port)}).paths("")
         assert await asyncio.wait_for(refused.get(), 20)
 
 

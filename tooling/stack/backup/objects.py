@@ -13,6 +13,7 @@ import urllib3
 from minio import Minio
 from minio.error import S3Error
 
+from infra.connections import HttpTarget
 from tooling.stack.engines.base import EngineError
 
 _PIECE_BYTES = 1024 * 1024
@@ -33,9 +34,12 @@ class StoredObject(msgspec.Struct, frozen=True):
 
 
 def client(endpoint: str, access_key: str, secret_key: str, region: str = "us-east-1") -> Minio:
-    """A client of an object store. `endpoint`: its URL."""
-    url = urllib3.util.parse_url(endpoint)
-    pool = urllib3.PoolManager(timeout=_TIMEOUT, retries=urllib3.Retry(3, backoff_factor=0.5))
+    """A client of an object store. `endpoint`: its URL, as `HttpTarget` reads it."""
+    target = HttpTarget.parse(endpoint)
+    url = urllib3.util.parse_url(target.url)
+    pool = urllib3.PoolManager(
+        ssl_context=target.context(), timeout=_TIMEOUT, retries=urllib3.Retry(3, backoff_factor=0.5)
+    )
     secure = url.scheme == "https"
     return Minio(url.netloc or "", access_key, secret_key, secure=secure, region=region, http_client=pool)
 

@@ -12,16 +12,27 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from infra.clock import utcnow
-from infra.connections import TLS_FILES
-from tooling.stack.engines.base import Place, write_atomically
+from infra.connections import TLS_FILES, HttpTarget
+from tooling.stack.engines.base import ANSWER_SECONDS, Place, write_atomically
+
+if TYPE_CHECKING:
+    import httpx
 
 ADMIN = "admin"
 """The owner of the administrators' certificate."""
@@ -35,6 +46,10 @@ _PARAMETERS = {
     "valkey": ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"),
     "rabbitmq": ("cafile", "certfile", "keyfile"),
     "kafka": ("authority", "certificate", "key"),
+    "opensearch": ("cafile", "certfile", "keyfile"),
+    "milvus": ("cafile", "certfile", "keyfile"),
+    # It cannot ask for a certificate. Its clients sign each request.
+    "s3": ("cafile",),
 }
 
 
@@ -49,12 +64,45 @@ def folder(place: Place, owner: str) -> Path:
 
 
 def query(place: Place, engine: str, owner: str) -> str:
-    """The end of the engine's URL for this owner; empty without TLS."""
-    if not in_use(place):
+    """The end of the engine's URL for this owner; empty if the engine has no certificate."""
+    if not folder(place, engine).exists():
         return ""
-    pairs = zip(_PARAMETERS[engine], TLS_FILES, strict=True)
+    pairs = zip(_PARAMETERS[engine], TLS_FILES, strict=False)
     mode = "sslmode=verify-full&" if engine == "postgres" else ""
     return f"?{mode}" + "&".join(f"{name}={folder(place, owner) / file}" for name, file in pairs)
+
+
+def store_url(place: Place, engine: str, owner: str) -> str:
+    """The URL of a store that is asked by HTTP or gRPC, for this owner."""
+    end = query(place, engine, owner)
+    return f"{'https' if end else 'http'}://127.0.0.1:{place.ports[engine]}{end}"
+
+
+def store_client(place: Place, engine: str) -> httpx.AsyncClient:
+    """The administrator's client of such a store."""
+    import httpx
+
+    target = HttpTarget.parse(store_url(place, engine, ADMIN))
+    return httpx.AsyncClient(
+        base_url=target.url, verify=target.context() or True, trust_env=False, timeout=ANSWER_SECONDS
+    )
+
+
+def key_store(folder: Path, password: str) -> bytes:
+    """The certificate and key of the folder in the form that Java reads (PKCS #12)."""
+    authority, certificate, key = ((folder / name).read_bytes() for name in TLS_FILES)
+    return serialize_key_and_certificates(
+        b"server",
+        load_pem_private_key(key, password=None),  # type: ignore[arg-type]  # an EC key: see _issued
+        x509.load_pem_x509_certificate(certificate),
+        [x509.load_pem_x509_certificate(authority)],
+        BestAvailableEncryption(password.encode()),
+    )
+
+
+def isolated(place: Place, engine: str) -> tuple[str, ...]:
+    """The start of the command of an engine that runs in a network namespace; it serves TLS if it has a certificate."""
+    return (sys.executable, "-m", "tooling.stack.isolated", str(place.ports[engine]), str(folder(place, engine)))
 
 
 def front(place: Place, engine: str, socket: Path) -> tuple[str, ...]:

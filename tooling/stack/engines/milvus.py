@@ -1,7 +1,7 @@
 """Milvus standalone: the real server, from a wheel that exists for 64-bit Linux on Intel only.
 
 It listens on every interface, without a password, and has no setting against that. So it runs in a network namespace of
-its own if the machine allows one; otherwise ``./claw doctor`` warns.
+its own if the machine allows one; otherwise ``./claw doctor`` warns. With TLS the program before it serves mutual TLS.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import lzma
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from tooling.stack.engines import certificates
 from tooling.stack.engines.base import (
-    ANSWER_SECONDS,
     EngineError,
     Place,
     Program,
@@ -102,23 +101,20 @@ def program(place: Place) -> Program:
     }
     # `env`: the libraries are for the server only, and not for the Python program before it.
     server = ("env", f"LD_LIBRARY_PATH={programs}", str(programs / "milvus"), "run", "standalone")
-    isolated = (sys.executable, "-m", "tooling.stack.isolated", str(place.ports["milvus"]))
-    return Program((*isolated, *server), environment)
+    return Program((*certificates.isolated(place, NAME), *server), environment)
 
 
 async def ready(place: Place) -> str:
     """Lists the collections, through the proxy and the root coordinator."""
-    import httpx
-
-    async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS) as client:
-        answer = await client.get(f"{access(place)['url']}/v1/vector/collections")
+    async with certificates.store_client(place, NAME) as client:
+        answer = await client.get("/v1/vector/collections")
     if answer.status_code != 200 or answer.json().get("code") != 200:
         raise ConnectionError(f"milvus answered {answer.text}")
     return _VERSION
 
 
 def access(place: Place) -> dict[str, Any]:
-    return {"url": f"http://127.0.0.1:{place.ports['milvus']}"}
+    return {"url": certificates.store_url(place, NAME, certificates.ADMIN)}
 
 
 def _unpacked() -> Path:

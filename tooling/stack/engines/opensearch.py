@@ -1,11 +1,15 @@
-"""OpenSearch: one node, without the security plugin, and therefore on loopback only."""
+"""OpenSearch: one node, without the security plugin, and therefore on loopback only.
+
+With TLS it runs in a network namespace of its own, behind `isolated`, which serves mutual TLS.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, write_atomically
+from tooling.stack.engines import certificates
+from tooling.stack.engines.base import Place, Program, write_atomically
 from tooling.stack.engines.jars import JAVA, install_jars
 
 NAME = "opensearch"
@@ -63,14 +67,14 @@ Thread.currentThread().join();
 
 def program(place: Place) -> Program:
     java = (*JAVA, "-Xms256m", "-Xmx512m", "-cp", f"{install_jars(NAME)}/*")
-    return Program((*java, "bsh.Interpreter", str(place.folder(NAME) / "start.bsh")))
+    server = (*java, "bsh.Interpreter", str(place.folder(NAME) / "start.bsh"))
+    with_tls = certificates.folder(place, NAME).exists()
+    return Program((*certificates.isolated(place, NAME), *server) if with_tls else server)
 
 
 async def ready(place: Place) -> str:
     """Stores a document and finds it."""
-    import httpx
-
-    async with httpx.AsyncClient(base_url=access(place)["url"], trust_env=False, timeout=ANSWER_SECONDS) as client:
+    async with certificates.store_client(place, NAME) as client:
         document = f"/{_READY}/_doc/1"
         stored = await client.put(document, params={"refresh": "true"}, json={"ready": True})
         stored.raise_for_status()
@@ -81,4 +85,4 @@ async def ready(place: Place) -> str:
 
 
 def access(place: Place) -> dict[str, Any]:
-    return {"url": f"http://127.0.0.1:{place.ports['opensearch']}"}
+    return {"url": certificates.store_url(place, NAME, certificates.ADMIN)}
