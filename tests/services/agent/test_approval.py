@@ -243,6 +243,32 @@ async def test_at_the_api_only_an_approver_decides(world: World, tenant: Tenant)
     ]
 
 
+async def test_at_the_api_only_the_client_that_asked_is_the_asker(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant, approvers=["asker"])
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    run_id = await tenant.say(agent, "Weather?")
+    await waiting(tenant)
+    path, body = f"/api/v1/runs/{run_id}/approval", {"approved": True}
+    other = {"actor": "api_key:other", "scopes": ("read", "run", "write", "admin")}
+    await tenant.call("POST", path, who=other, expect=403, json=body)
+    assert (await tenant.run(run_id))["status"] == "waiting"
+    await tenant.call("POST", path, json=body)
+    assert (await tenant.over(run_id))["status"] == "completed"
+
+
+async def test_in_a_room_an_unclear_answer_of_another_person_is_an_ordinary_message(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    await tenant.receive(agent, "Weather?", person="asker")
+    run = await waiting(tenant)
+    await tenant.receive(agent, "yes please", person="another")
+    assert (await answers(tenant, 2))[1] == "You said: yes please"
+    assert (await tenant.run(run["id"]))["status"] == "waiting"
+    assert await acts(tenant, run["id"]) == []
+
+
 @pytest.mark.parametrize("approvers", [[], ["boss"], ["scope:root"], ["person:"], ["person:a b"], ["asker"] * 101])
 async def test_approvers_are_names(tenant: Tenant, approvers: list[str]) -> None:
     await careful(tenant)
