@@ -106,9 +106,10 @@ class Clients:
             async with limit:
                 await self._check_key(key)
 
+        await asyncio.sleep(CHECK_SECONDS)
         while True:
-            await asyncio.sleep(CHECK_SECONDS)
-            await asyncio.gather(*map(check, self._by_key.values()))
+            # Together: a pause after a round would come on top of the time of its slowest check.
+            await asyncio.gather(asyncio.sleep(CHECK_SECONDS), *map(check, self._by_key.values()))
 
     async def _check_key(self, key: _Key) -> None:
         try:
