@@ -90,6 +90,15 @@ def test_a_word_document(tmp_path: Path) -> None:
     assert "Within 45 days." in passages[-1]["text"]
 
 
+def test_tracked_changes_are_read_as_accepted(tmp_path: Path) -> None:
+    text = (
+        "Within </w:t></w:r><w:del><w:r><w:delText>30</w:delText></w:r></w:del>"
+        "<w:ins><w:r><w:t>45</w:t></w:r></w:ins><w:r><w:t xml:space='preserve'> days."
+    )
+    passages, _ = read(tmp_path, files.docx("Returns", text), types.DOCX)
+    assert [passage["text"] for passage in passages] == ["Within 45 days."]
+
+
 def test_a_presentation_slide_by_slide(tmp_path: Path) -> None:
     content = files.pptx([("Warranty", "30 months"), ("退货", "45 天之内")])
     passages, _ = read(tmp_path, content, types.PPTX)
