@@ -175,6 +175,8 @@ class _Repair:
         self._usage: Chunk | None = None
         self._reported: Chunk = {}
         """All fields of the usage so far: some servers report input and output in different chunks."""
+        self._lines: list[bytes] = []
+        """The lines so far of an event of several lines."""
         self._half = ""
         """The first half of a character whose second half comes with the next text."""
         self._choice: Any = None
@@ -192,8 +194,9 @@ class _Repair:
             for line in complete:
                 for event in self._line(line.rstrip(b"\r")):
                     yield event
-        for event in self._line(buffer.rstrip(b"\r")):
-            yield event
+        for line in (buffer.rstrip(b"\r"), b""):
+            for event in self._line(line):
+                yield event
         if self._finish is not None and not self._is_complete:
             for chunk in self._end():
                 yield _event(chunk)
@@ -201,17 +204,26 @@ class _Repair:
     def _line(self, line: bytes) -> Iterator[bytes]:
         # A stream may begin with a byte order mark: https://html.spec.whatwg.org/multipage/server-sent-events.html
         line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.startswith(b"data:"):
-            if line.startswith(b":"):
-                yield line + b"\n\n"
-            return
-        data = line.removeprefix(b"data:").strip()
-        if data == b"[DONE]":
-            self._is_complete = True
-            yield from map(_event, self._end())
-            yield b"data: [DONE]\n\n"
-            return
-        chunk = self._decode(data)
+        if line.startswith(b":"):
+            yield line + b"\n\n"
+        elif not line and self._lines:
+            data = b" ".join(self._lines)
+            self._lines.clear()
+            yield from self._chunk(data, self._decode(data))
+        elif line.startswith(b"data:"):
+            data = line.removeprefix(b"data:").strip()
+            # Some servers send no empty line after each event, so a line that is JSON is an event.
+            if data == b"[DONE]":
+                self._is_complete = True
+                yield from map(_event, self._end())
+                yield b"data: [DONE]\n\n"
+            elif self._lines or (chunk := self._decode(data)) is None:
+                self._lines.append(data)
+            else:
+                yield from self._chunk(data, chunk)
+
+    def _chunk(self, data: bytes, chunk: Any) -> Iterator[bytes]:
+        """What is not a chunk is passed on: the reader reports it."""
         if not isinstance(chunk, dict) or chunk.get("error") or not isinstance(chunk.get("choices", []), list | None):
             yield b"data: " + data + b"\n\n"
             return
@@ -324,8 +336,11 @@ def usage(given: Any) -> Chunk | None:
     )
     completion_details = _mapping(given.get("completion_tokens_details"))
     reasoning = _first_count(completion_details.get("reasoning_tokens"), given.get("reasoning_tokens"))
-    total = _first_count(given.get("total_tokens"))
-    if reasoning and (reasoning > completion or total == prompt + completion + reasoning):
+    missing = (_first_count(given.get("total_tokens")) or 0) - prompt - completion
+    if not reasoning and missing > 0 and missing != cached:
+        # Gemini counts thoughts in the total only. A proxy for Anthropic's models counts cached tokens there.
+        reasoning = missing
+    if reasoning and (reasoning > completion or reasoning == missing):
         # xAI and some proxies for Gemini report thoughts beside the output instead of as a part of it.
         completion += reasoning
     found: Chunk = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

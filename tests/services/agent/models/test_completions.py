@@ -141,23 +141,26 @@ async def test_cached_tokens_are_found_in_the_fields_of_vendors(
 
 
 @pytest.mark.parametrize(
-    ("given", "output"),
+    ("given", "output", "thoughts"),
     [
         # A part of the output, as OpenAI reports it.
-        (total(10, 60, total_tokens=70, completion_tokens_details={"reasoning_tokens": 50}), 60),
+        (total(10, 60, total_tokens=70, completion_tokens_details={"reasoning_tokens": 50}), 60, 50),
         # Beside the output.
-        (total(10, 3, total_tokens=113, completion_tokens_details={"reasoning_tokens": 100}), 103),
-        (total(10, 60, total_tokens=120, completion_tokens_details={"reasoning_tokens": 50}), 110),
-        (total(10, 0, completion_tokens_details={"reasoning_tokens": 60}), 60),
+        (total(10, 3, total_tokens=113, completion_tokens_details={"reasoning_tokens": 100}), 103, 100),
+        (total(10, 60, total_tokens=120, completion_tokens_details={"reasoning_tokens": 50}), 110, 50),
+        (total(10, 0, completion_tokens_details={"reasoning_tokens": 60}), 60, 60),
+        # In the total only.
+        (total(10, 3, total_tokens=113), 103, 100),
+        # The rest of the total is cached input.
+        (total(10, 3, total_tokens=113, cache_read_input_tokens=100), 3, None),
     ],
 )
 async def test_thoughts_that_are_reported_beside_the_output_are_charged(
-    server: ModelServer, providers: Providers, given: dict[str, Any], output: int
+    server: ModelServer, providers: Providers, given: dict[str, Any], output: int, thoughts: int | None
 ) -> None:
     server.script(MODEL, Streams((chunk({"content": "a"}), chunk(finish="stop", usage=given))))
     found = (await ask(server, providers)).usage
-    assert (found.input_tokens, found.output_tokens) == (10, output)
-    assert found.reasoning_tokens == given["completion_tokens_details"]["reasoning_tokens"]
+    assert (found.input_tokens, found.output_tokens, found.reasoning_tokens) == (10, output, thoughts)
 
 
 def raw(content: str) -> bytes:
@@ -178,6 +181,9 @@ def raw(content: str) -> bytes:
         ((raw("a"), {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}), "a"),
         (({"choices": [{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {"content": "b"}}]},), "a"),
         ((raw("a"), {"choices": [{"index": 1, "delta": {"content": "b"}}]}), "a"),
+        # An event of several lines, and events without an empty line between them.
+        ((b'data: {"choices":\ndata:  [{"delta":\r\ndata: {"content": "ab"}}]}\r\n\r\n',), "ab"),
+        ((raw("a").rstrip() + b"\n" + raw("b"),), "ab"),
     ],
 )
 async def test_odd_chunks_are_read(
