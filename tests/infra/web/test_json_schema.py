@@ -284,6 +284,8 @@ def test_a_value_fits_if_it_fits_by_the_reference(schema: Any, x: Any, value: di
 def _without_references(schema: Any) -> Any:
     if isinstance(schema, dict):
         return {name: _without_references(part) for name, part in schema.items() if name != "$ref"}
+    if isinstance(schema, list):
+        return [_without_references(part) for part in schema]
     return schema
 
 
