@@ -50,9 +50,11 @@ async def webhook() -> AsyncIterator[WebhookStandIn]:
         yield vendor
 
 
-async def receive(desk: Desk, channel: dict[str, Any], vendor: TelegramStandIn, chat: int = 42) -> dict[str, Any]:
+async def receive(
+    desk: Desk, channel: dict[str, Any], vendor: TelegramStandIn, chat: int = 42, message_id: int = 7
+) -> dict[str, Any]:
     """An inbound message over Telegram, as the agent gets it."""
-    assert (await desk.call(channel, vendor.update("question", chat=chat, message_id=7))).status_code == 200
+    assert (await desk.call(channel, vendor.update("question", chat=chat, message_id=message_id))).status_code == 200
     return (await desk.received(channel))[-1]
 
 
@@ -84,8 +86,8 @@ async def test_replies_are_sent_in_the_order_of_their_positions(desk: Desk, tele
 
 async def test_messages_carry_their_position_in_the_conversation(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await desk.connect("telegram", telegram.credentials, telegram.url)
-    for chat in (42, 42, 43, 42):
-        await receive(desk, channel, telegram, chat)
+    for message_id, chat in enumerate((42, 42, 43, 42), 101):
+        await receive(desk, channel, telegram, chat, message_id)
     update = telegram.update("again", chat=42)
     for _ in range(2):
         await desk.call(channel, update)
