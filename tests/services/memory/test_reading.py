@@ -26,6 +26,7 @@ RULES = " ".join(f"Rule {n} is number {n}." for n in range(400))
 
 @pytest.fixture(scope="module")
 async def objects(platform: Platform) -> Objects:
+    platform.stack.need("s3")
     objects = Objects(**platform.stack.engines["s3"])
     files = {
         PLAN: pdf(["Refunds take five days.", "", "Ask first."]),
