@@ -223,7 +223,7 @@ class _Repair:
                 yield from self._chunk(data, chunk)
 
     def _chunk(self, data: bytes, chunk: Any) -> Iterator[bytes]:
-        """Data that is no chunk is passed on as it is: the reader reports it."""
+        """Other data is passed on as it is: the reader reports it."""
         if not isinstance(chunk, dict) or chunk.get("error") or not isinstance(chunk.get("choices", []), list | None):
             yield b"data: " + data + b"\n\n"
             return
