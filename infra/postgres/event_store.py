@@ -158,6 +158,25 @@ async def history(connection: AsyncConnection, stream: Stream[Any]) -> list[tupl
     return [(stream.aggregate.events.decode(name, version, data), at) for name, version, data, at in rows]
 
 
+async def rewrite(connection: AsyncConnection, facts: Mapping[UUID, Any]) -> None:
+    """Replaces the content of stored events, by event id. Type, version and position stay.
+
+    Only for texts that must be removed: the state that a fold makes of the events must stay the same.
+    """
+    ids = sorted(facts)
+    await sql(
+        connection,
+        """
+        UPDATE event SET data = n.data, schema_version = n.schema_version
+        FROM unnest($1::uuid[], $2::bytea[], $3::int[]) AS n(event_id, data, schema_version)
+        WHERE event.event_id = n.event_id
+        """,
+        ids,
+        [msgspec.json.encode(facts[id_]) for id_ in ids],
+        [schema_version(type(facts[id_])) for id_ in ids],
+    )
+
+
 async def read_all(
     connection: AsyncConnection, aggregate: Aggregate[Any], *, after: int = 0, limit: int = 1000
 ) -> AsyncIterator[StoredEvent]:

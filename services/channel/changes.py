@@ -18,8 +18,8 @@ from infra.clock import utcnow, uuid7
 from infra.errors import NotYet
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
+from infra.postgres import event_store
 from infra.postgres.tx import Database, Tx, derived_id
-from infra.postgres.upcasting import schema_version
 from infra.security.subjects import SubjectKeys
 from protos.catalog import CHANNEL_CHANGES
 from protos.messages.channel import MessageChanged
@@ -230,20 +230,11 @@ async def _remove_texts(tx: Tx, target: _Target) -> None:
         target.id,
         MESSAGE.stream(str(target.id)).row,
     )
-    emptied = []
-    for id_, type_, schema, data in rows:
+    emptied = {}
+    for id_, *stored in rows:
         kind = CONVERSATION if id_ == target.id else MESSAGE
-        emptied.append((id_, replace(kind.events.decode(type_, schema, data), content=b"")))
-    await tx.sql(
-        """
-        UPDATE event SET data = n.data, schema_version = n.schema_version
-        FROM unnest($1::uuid[], $2::bytea[], $3::int[]) AS n(event_id, data, schema_version)
-        WHERE event.event_id = n.event_id
-        """,
-        [id_ for id_, _ in emptied],
-        [msgspec.json.encode(fact) for _, fact in emptied],
-        [schema_version(type(fact)) for _, fact in emptied],
-    )
+        emptied[id_] = replace(kind.events.decode(*stored), content=b"")
+    await event_store.rewrite(await tx.connection(), emptied)
     assert target.taken
     subject_id = target.taken.subject_id
     # A file that is being fetched at this moment is stored before.

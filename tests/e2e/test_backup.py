@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tooling.testing.model_server import KEY, ModelServer, Says
+from tests.e2e.test_main_job import Company
+from tooling.testing.model_server import ModelServer, Says
 from tooling.testing.stack import Stack, private_home, run_claw
-from tooling.testing.system import Company, System, until
+from tooling.testing.system import System, until
 from tooling.testing.vendors import WebhookStandIn
 
 
@@ -58,13 +59,8 @@ async def test_a_restored_system_has_everything_and_sends_what_was_not_sent(
     stack = Stack(system.home)
     async with WebhookStandIn() as vendor, system.client(await system.tenant("Norrland")) as api:
         company = Company(api)
-        provider = {"base_url": models.url, "api_key": KEY}
-        agent = await company.make(
-            "/api/v1/agents",
-            {"name": "helper", "model": "openai/gpt-4o-mini", "provider": provider, "system_prompt": "Be brief."},
-        )
-        channel = {"type": "webhook", "agent_id": agent["id"], "credentials": vendor.credentials}
-        path = (await company.make("/api/v1/channels", channel))["webhook_path"]
+        agent = await company.agent(models)
+        path = await company.channel("webhook", agent, vendor)
         text = "# Care\n\nThe boiler is descaled every 77 days.\n"
         answer = await api.post("/api/v1/documents", files={"file": ("care.md", text.encode(), "text/markdown")})
         document = answer.json()["id"]
@@ -72,7 +68,7 @@ async def test_a_restored_system_has_everything_and_sends_what_was_not_sent(
         models.script("gpt-4o-mini", Says("Every 77 days.", usage=(200, 0, 12, 0)))
         await sent(system, path, vendor.message("How often?", conversation="c1"))
         await until(lambda: _replies(vendor, 1))
-        [run] = (await company.get("/api/v1/runs", agent_id=agent["id"]))["items"]
+        [run] = (await company.get("/api/v1/runs", agent_id=agent))["items"]
         before = await settled(company, run["id"])
 
         # Accepted, and in no broker.
@@ -109,7 +105,7 @@ async def test_a_restored_system_has_everything_and_sends_what_was_not_sent(
             assert found["source"]["document_id"] == document
             await sent(restored, path, vendor.message("And now?", conversation="c1"))
             await until(lambda: _replies(vendor, 4))
-            assert len((await copy.get("/api/v1/runs", agent_id=agent["id"]))["items"]) == 3
+            assert len((await copy.get("/api/v1/runs", agent_id=agent))["items"]) == 3
         with pytest.raises(RuntimeError, match="this stack has data"):
             run_claw(empty_home, "restore", taken["file"])
         assert vendor.refusals == []

@@ -12,12 +12,13 @@ import asyncpg
 import pytest
 
 from infra.clock import utcnow
+from tests.e2e.test_main_job import Company
 from tooling.stack.backup import wal
 from tooling.stack.backup.database import archive_now
 from tooling.stack.backup.take import known_archive
-from tooling.testing.model_server import KEY, ModelServer, Says
+from tooling.testing.model_server import ModelServer, Says
 from tooling.testing.stack import Stack, private_home, run_claw
-from tooling.testing.system import Company, System, until
+from tooling.testing.system import System, until
 from tooling.testing.vendors import WebhookStandIn
 
 # The stack's own object store: a restore in place keeps it.
@@ -59,13 +60,7 @@ async def test_a_system_is_restored_to_the_moment_before_a_mistake(
     models.script("gpt-4o-mini", *[Says("Yes.", usage=(200, 0, 12, 0)) for _ in range(4)])
     async with WebhookStandIn() as vendor, system.client(await system.tenant("Norrland")) as api:
         company = Company(api)
-        provider = {"base_url": models.url, "api_key": KEY}
-        agent = await company.make(
-            "/api/v1/agents",
-            {"name": "helper", "model": "openai/gpt-4o-mini", "provider": provider, "system_prompt": "Be brief."},
-        )
-        channel = {"type": "webhook", "agent_id": agent["id"], "credentials": vendor.credentials}
-        path = (await company.make("/api/v1/channels", channel))["webhook_path"]
+        path = await company.channel("webhook", await company.agent(models), vendor)
         first = await answered(company, system, vendor, path, "Before the backup?")
         taken = json.loads(run_claw(system.home, "backup", "--to", str(tmp_path), "--json"))
         assert taken["manifest"]["archive"] == ARCHIVE

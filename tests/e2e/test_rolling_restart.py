@@ -10,6 +10,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from tests.e2e.test_main_job import Company
 from tooling.testing.stack import Stack, run_claw
 from tooling.testing.system import System, until
 from tooling.testing.vendors import WebhookStandIn
@@ -21,23 +22,20 @@ SERVICES = ("user", "channel", "agent")
 async def test_services_are_replaced_and_no_client_sees_an_error(system: System) -> None:
     async with AsyncExitStack() as stack:
         hook = await stack.enter_async_context(WebhookStandIn())
-        company = await stack.enter_async_context(system.company("Rolling", credit_nanos=10_000_000_000))
-        agent = await company.make(
-            "/api/v1/agents", {"name": "a", "model": "scripted/answer", "system_prompt": "Be brief."}
-        )
-        channel = await company.make(
-            "/api/v1/channels", {"type": "webhook", "agent_id": agent["id"], "credentials": hook.credentials}
-        )
+        key = await system.tenant("Rolling", credit_nanos=10_000_000_000)
+        company = Company(await stack.enter_async_context(system.client(key)))
+        agent = await company.agent()
+        path = await company.channel("webhook", agent, hook)
         answers: Counter[tuple[str, int]] = Counter()
         over = asyncio.Event()
 
         async def send(vendor: httpx.AsyncClient) -> int:
             # A conversation of its own: messages of one conversation may share a run and a reply.
             body, headers = hook.message("hello", conversation=str(uuid4()))
-            return (await vendor.post(channel["webhook_path"], content=body, headers=headers)).status_code
+            return (await vendor.post(path, content=body, headers=headers)).status_code
 
         async def read(api: httpx.AsyncClient) -> int:
-            return (await api.get(f"/api/v1/agents/{agent['id']}")).status_code
+            return (await api.get(f"/api/v1/agents/{agent}")).status_code
 
         async def calls() -> None:
             async with system.client() as vendor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 from uuid import UUID
 
-import msgspec
+from msgspec.structs import replace
 
 from infra.clock import utcnow
 from infra.errors import Transient
 from infra.lanes import lane as lanes
+from infra.postgres import event_store
 from infra.postgres.tx import Tx
-from infra.postgres.upcasting import schema_version
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from protos.messages.channel import MessageChanged
@@ -176,13 +176,6 @@ async def _delete(tx: Tx, changed: MessageChanged, message: _Stored, run: _Run, 
 
 async def _remove_text(tx: Tx, message_id: UUID) -> None:
     """Removes the text from the fact of the message, which has the message's id."""
-    for type_, version, data in await tx.sql(
-        "SELECT type, schema_version, data FROM event WHERE event_id = $1", message_id
-    ):
-        fact = msgspec.structs.replace(SESSION.events.decode(type_, version, data), text=b"")
-        await tx.sql(
-            "UPDATE event SET data = $2, schema_version = $3 WHERE event_id = $1",
-            message_id,
-            msgspec.json.encode(fact),
-            schema_version(type(fact)),
-        )
+    rows = await tx.sql("SELECT event_id, type, schema_version, data FROM event WHERE event_id = $1", message_id)
+    emptied = {id_: replace(SESSION.events.decode(*stored), text=b"") for id_, *stored in rows}
+    await event_store.rewrite(await tx.connection(), emptied)

@@ -20,7 +20,7 @@ from tests.infra.lanes.lane_fixture import Notes, new_lane
 @pytest.fixture
 def runner() -> LaneRunner:
     """With three places, two for one tenant. It never connects, and believes that no older lane waits."""
-    engine = create_engine("postgresql://nobody@localhost/nothing")
+    engine = create_engine("postgresql://user@localhost/database")
     work = new_lane().runner(concurrency=3, per_tenant=2)(Notes().note)
     made = LaneRunner(Database(engine, "desk"), [work], engine, Metrics(CollectorRegistry()), lease_seconds=3)
     kind_of(made).behind = False

@@ -325,12 +325,12 @@ def test_a_projection_is_rebuilt_compared_and_switched() -> None:
     ("words", "said"),
     [
         (["count_notes"], "must have the form <service>.<name>"),
-        (["nobody.count"], "service nobody: does not exist; must be one of user, agent"),
+        (["unknown.count"], "service unknown: does not exist; must be one of user, agent"),
         ([f"{LEDGER}.count"], "has no read model or handler 'count' (sample_ledger.count_notes)"),
         ([f"{DESK}.take_note"], "sample_desk.take_note is not a projection"),
         (
-            [f"{LEDGER}.count_notes", "--from-events", "nobody"],
-            "service nobody: does not exist; must be one of user, agent",
+            [f"{LEDGER}.count_notes", "--from-events", "unknown"],
+            "service unknown: does not exist; must be one of user, agent",
         ),
         ([f"{LEDGER}.count_notes"], "topic sample.events does not exist"),
     ],

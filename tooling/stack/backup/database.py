@@ -111,19 +111,25 @@ def restore(url: str, pieces: Iterable[bytes], socket: Path | None = None) -> No
         TemporaryFile() as errors,
         subprocess.Popen(command, env=_access(url, socket), stdin=subprocess.PIPE, stderr=errors) as process,
     ):
-        assert process.stdin
-        try:
-            for piece in pieces:
-                process.stdin.write(piece)
-            process.stdin.close()
-        except BrokenPipeError:
-            # It has ended; `_check` reads why.
-            pass
-        except BaseException:
-            # Without the end of the dump it must not commit.
-            process.kill()
-            raise
+        feed(process, pieces)
         _check(process, "pg_restore", errors)
+
+
+def feed(process: subprocess.Popen[bytes], pieces: Iterable[bytes]) -> None:
+    """Gives the program its input. If it ends before, the caller sees that by its exit code.
+
+    Kills it if a piece cannot be made: without the end of a dump, pg_restore must not commit.
+    """
+    assert process.stdin
+    try:
+        for piece in pieces:
+            process.stdin.write(piece)
+        process.stdin.close()
+    except BrokenPipeError:
+        return
+    except BaseException:
+        process.kill()
+        raise
 
 
 def check_versions(manifest: Manifest, where: str) -> None:

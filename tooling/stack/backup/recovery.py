@@ -20,6 +20,7 @@ from typing import IO, Any
 import msgspec
 
 from tooling.stack.backup import wal
+from tooling.stack.backup.database import feed
 from tooling.stack.backup.wal import Archive
 from tooling.stack.checkout import readable_code
 from tooling.stack.engines import postgres
@@ -57,14 +58,7 @@ def _unpack(pieces: Iterable[bytes], data: Path, owner: int) -> None:
     os.chown(data, owner, -1)
     command = ["tar", "--extract", "--no-same-owner", f"--directory={data}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, **_as(owner)) as process:
-        assert process.stdin
-        try:
-            for piece in pieces:
-                process.stdin.write(piece)
-            process.stdin.close()
-        except BrokenPipeError:
-            # It has ended; its code tells.
-            pass
+        feed(process, pieces)
     if process.returncode:
         raise EngineError(f"{data}: tar could not unpack the base; is the disk full?")
 
