@@ -50,18 +50,20 @@ async def replace(supervisor: Supervisor, place: Place, service: LocalService) -
     """
     second = f"{service.NAME}.second"
     service.prepare(place)
+    program = service.program(place)
     try:
-        await _start(supervisor, place, service, second)
+        supervisor.add(second, program)
+        await _wait(supervisor, place, service, second)
     except EngineError:
         supervisor.remove(second)
         raise
-    supervisor.stop(service.NAME)
-    await _start(supervisor, place, service, service.NAME)
+    supervisor.restart(service.NAME, program)
+    await _wait(supervisor, place, service, service.NAME)
     supervisor.remove(second)
 
 
-async def _start(supervisor: Supervisor, place: Place, service: LocalService, name: str) -> None:
-    """Starts this process of the service, and waits until it is ready. Raises EngineError."""
+async def _wait(supervisor: Supervisor, place: Place, service: LocalService, name: str) -> None:
+    """Waits until this process of the service is ready. Raises EngineError."""
 
     async def ready() -> str:
         version, process = await service.ready_process(place)
@@ -69,5 +71,4 @@ async def _start(supervisor: Supervisor, place: Place, service: LocalService, na
             raise EngineError("only another process of the service answers")
         return version
 
-    supervisor.add(name, service.program(place))
     await wait_ready(supervisor, name, place.ports[service.NAME], ready)

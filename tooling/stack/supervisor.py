@@ -93,26 +93,22 @@ class Supervisor:
             time.sleep(0.05)
 
     def add(self, name: str, program: Program) -> None:
-        """Starts the program and keeps it running. Does nothing if it runs already."""
-        known = self.processes().get(name)
-        if known and known.state in ("RUNNING", "STARTING", "BACKOFF"):
+        """Starts the program and keeps it running. Does nothing if it runs already.
+
+        A program that was stopped starts as it was started before.
+        """
+        if known := self.processes().get(name):
+            if known.state not in ("RUNNING", "STARTING", "BACKOFF"):
+                self._call("startProcess", name, False)
             return
-        folder = self._home / "programs"
-        starts = folder / f"{name}.starts"
-        exports = [f"export {key}={shlex.quote(value)}" for key, value in program.environment.items()]
-        limit = f"ulimit -n {_most_files()}"
-        lines = [limit, *exports, f"echo >>{shlex.quote(str(starts))}", f"exec {shlex.join(program.command)}"]
-        write_atomically(folder / f"{name}.sh", "\n".join(lines) + "\n")
-        if known:
-            self._call("startProcess", name, False)
-            return
-        starts.unlink(missing_ok=True)
+        self._starts(name).unlink(missing_ok=True)
+        script = self._write_script(name, program)
         (self._home / name).mkdir(mode=0o700, exist_ok=True)
         write_atomically(
-            folder / f"{name}.conf",
+            script.with_suffix(".conf"),
             _section(
                 f"program:{name}",
-                command=f"/bin/sh {shlex.quote(str(folder / f'{name}.sh'))}",
+                command=f"/bin/sh {shlex.quote(str(script))}",
                 directory=self._home / name,
                 autorestart="true",
                 startsecs=1,
@@ -127,6 +123,20 @@ class Supervisor:
             ),
         )
         self.load(name)
+
+    def restart(self, name: str, program: Program) -> None:
+        """Stops the program, and starts it with this command and environment."""
+        self.stop(name)
+        self._write_script(name, program)
+        self._call("startProcess", name, False)
+
+    def _write_script(self, name: str, program: Program) -> Path:
+        path = self._home / "programs" / f"{name}.sh"
+        exports = [f"export {key}={shlex.quote(value)}" for key, value in program.environment.items()]
+        limit = f"ulimit -n {_most_files()}"
+        noted = f"echo >>{shlex.quote(str(self._starts(name)))}"
+        write_atomically(path, "\n".join([limit, *exports, noted, f"exec {shlex.join(program.command)}"]) + "\n")
+        return path
 
     def load(self, name: str) -> None:
         """Starts the program whose files are in the folder of programs."""
@@ -188,8 +198,12 @@ class Supervisor:
         return self._home / "log" / f"{name}.log"
 
     def _restarts(self, name: str) -> int:
-        starts = self._home / "programs" / f"{name}.starts"
+        starts = self._starts(name)
         return max(0, starts.stat().st_size - 1) if starts.exists() else 0
+
+    def _starts(self, name: str) -> Path:
+        """The file that has a line for each start of the program."""
+        return self._home / "programs" / f"{name}.starts"
 
     def _call(self, method: str, *arguments: Any) -> Any:
         with contextlib.closing(SupervisorTransport(None, None, f"unix://{self._socket}")) as transport:
