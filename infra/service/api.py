@@ -27,11 +27,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
-from infra.errors import Forbidden, InvalidMessage, NotFound, TooLarge, Unauthenticated, WrongType
+from infra.errors import Forbidden, InvalidMessage, NotFound, Unauthenticated, WrongType
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
-from infra.web.http import media_type
+from infra.web.http import MAX_BODY_BYTES, allow_body, media_type
 from infra.web.json_text import check_json
 
 T = TypeVar("T")
@@ -51,13 +51,19 @@ class _App(FastAPI):
         return page
 
 
-def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies: bool = False) -> Sequence[BaseRoute]:
+def api(
+    service: str,
+    runtime: Runtime,
+    *routers: APIRouter,
+    max_body: int = MAX_BODY_BYTES,
+    routes_check_bodies: bool = False,
+) -> Sequence[BaseRoute]:
     """The routes of an application with `routers`, and its OpenAPI page at ``/docs/``.
 
     All links of that page are relative, so the gateway can show it at ``/docs/<service>/``. The `security` of each
     operation has the rights that the route accepts: scopes, and `OPERATOR`. These routes match every
-    path: list other routes before them. `routes_read_bodies`: each route reads the body itself, so an error of the body
-    is raised inside the route, which can answer it in a shape of its own.
+    path: list other routes before them. `routes_check_bodies`: each route reads the body and calls `check_json` itself,
+    so that it can bound the work and answer an error in a shape of its own.
     """
     app = _App(
         title=f"Clawbus {service}", version=VERSION, openapi_url="/docs/openapi.json", docs_url=None, redoc_url=None
@@ -95,7 +101,10 @@ def api(service: str, runtime: Runtime, *routers: APIRouter, routes_read_bodies:
         scope["app"] = app
         if scope["type"] == "http":
             send = _relative_redirects(send)
-            receive = await _checked(scope, receive, raise_later=routes_read_bodies)
+            allow_body(scope, max_body)
+            _check_address(scope)
+            if not routes_check_bodies and media_type(Headers(scope=scope)) == JSON:
+                receive = await _checked(scope, receive)
         try:
             await inner(scope, receive, send)
         except (Forbidden, NotFound) as error:
@@ -140,28 +149,19 @@ def _relative_redirects(send: Send) -> Send:
     return sending
 
 
-async def _checked(scope: Scope, receive: Receive, *, raise_later: bool) -> Receive:
-    """Raises InvalidMessage for a query or a JSON body that no code behind this can handle. Returns `receive`, with the
-    body that was read for the check."""
+def _check_address(scope: Scope) -> None:
+    """Raises InvalidMessage for a query, HTTPException for a path, that no code behind this can handle."""
     for name, value in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
         if "\0" in name + value:
             raise InvalidMessage(name if "\0" not in name else "query", "must not contain NUL")
     if "\0" in scope["path"]:
         raise HTTPException(404)
-    if media_type(Headers(scope=scope)) != JSON:
-        return receive
-    try:
-        body = await Request(scope, receive).body()
-        check_json(body)
-    except (InvalidMessage, TooLarge) as error:
-        if not raise_later:
-            raise
-        failure = error
 
-        async def failing() -> Message:
-            raise failure
 
-        return failing
+async def _checked(scope: Scope, receive: Receive) -> Receive:
+    """Returns `receive`, with the body that was read for the check. Raises as `check_json`, and TooLarge."""
+    body = await Request(scope, receive).body()
+    check_json(body)
     replay: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

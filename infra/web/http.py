@@ -76,9 +76,9 @@ def create_app(
     )
 
 
-def allow_body(request: Request, max_bytes: int) -> None:
-    """Raises the limit of this request's body to `max_bytes`. Call it before the body is read."""
-    request.scope[_EXCHANGE].max_body = max_bytes
+def allow_body(scope: Scope, max_bytes: int) -> None:
+    """Sets the limit of this request's body to `max_bytes`. Call it before the body is read."""
+    scope[_EXCHANGE].max_body = max_bytes
 
 
 def media_type(headers: Mapping[str, str]) -> str:

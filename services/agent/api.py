@@ -11,7 +11,7 @@ from infra.service.service import Runtime
 from services.agent.definitions import api as definitions
 from services.agent.runs import api as runs
 from services.agent.sessions import api as sessions
-from services.agent.sessions import takeover
+from services.agent.sessions import completions, takeover
 from services.agent.sessions.requeue import let_fail
 
 
@@ -21,6 +21,8 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         runtime,
         definitions.router(runtime),
         sessions.router(runtime),
+        completions.router(runtime),
         takeover.router(runtime),
         runs.router(runtime, let_fail),
+        max_body=completions.MAX_BODY_BYTES,
     )

@@ -59,7 +59,7 @@ async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: I
         return await _fetched(request, outgoing, objects, who, id_)
     if type_ != "multipart/form-data":
         raise WrongType("content-type", "must be multipart/form-data, or application/json with a url")
-    allow_body(request, DOCUMENT.max_bytes + _FORM_BYTES)
+    allow_body(request.scope, DOCUMENT.max_bytes + _FORM_BYTES)
     async with request.form(max_files=1, max_fields=2 * rights.MAX_NAMES) as form:
         file = form.get("file")
         if not isinstance(file, UploadFile):

@@ -41,7 +41,10 @@ def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRo
         shared = hub(runtime)
         sockets = websocket(shared, agent, runtime.identities)
         routers = (_router(shared, agent), openai.router(shared, agent))
-        return [sockets, *api("ws_gateway", runtime, *routers, routes_read_bodies=True)]
+        return [
+            sockets,
+            *api("ws_gateway", runtime, *routers, max_body=openai.MAX_BODY_BYTES, routes_check_bodies=True),
+        ]
 
     return build
 

@@ -6,7 +6,8 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
 - A request is stateless: it carries the whole conversation, and its run has its own session. The last message is from
   the user, or has the results of tools for the user's message. It goes to the model verbatim. ``system`` and
   ``developer`` messages (``instructions``) are added to the agent's own system prompt.
-- Images and audio, tools other than functions, ``n`` above 1, ``stop``, log probabilities, and references to earlier
+- A user's images are addresses, or data URLs of at most 5 MB each and 20 MB in a request.
+- Audio, tools other than functions, ``n`` above 1, ``stop``, log probabilities, and references to earlier
   responses are refused with a 400 that names the field. The agent decides on sampling and length: ``temperature``,
   ``max_tokens`` and similar fields are ignored.
 - Functions of the client (``tools``) are offered to the model beside the agent's own tools. Their names must differ

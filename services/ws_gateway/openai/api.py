@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -12,9 +14,11 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from infra.errors import TooLarge
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from infra.service.api import Reader, Runner
+from infra.web.json_text import check_json
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors
@@ -31,30 +35,56 @@ _Key = Annotated[str | None, Header(pattern="^[!-~]{1,255}$")]
 _log = get_logger("ws_gateway.openai")
 
 
-class _Route(APIRoute):
-    """Answers all errors in OpenAI's shape, including those of the framework."""
+MAX_BODY_BYTES = 20 * 1024 * 1024
+"""Of a body with its images."""
+MAX_LARGE_BODIES = 2
+"""Of bodies over `_LARGE_BYTES`, as many are in memory at once, each of them several times. The others wait."""
+_LARGE_BYTES = 1024 * 1024
+# JSON may escape the slashes.
+_IMAGE = re.compile(rb"data:image/[a-z]+;base64,[A-Za-z0-9+/=\\]*")
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
 
-        async def handled(request: Request) -> Response:
-            try:
-                # Read here first: the framework would report a body that is too large as invalid JSON.
-                await request.body()
-                return await handle(request)
-            except ClientDisconnect:
-                raise
-            except Exception as error:
-                failure = errors.of(error)
-                if failure.status >= 500:
-                    _log.error("request failed", status=failure.status, exc_info=True)
-                return failure.response()
+def _route_class(large: asyncio.Semaphore) -> type[APIRoute]:
+    """`large`: held while a large body is read and sent to the agent."""
 
-        return handled
+    class Route(APIRoute):
+        """Answers all errors in OpenAI's shape, including those of the framework."""
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handled(request: Request) -> Response:
+                # nginx sends the length of each body, also of one that came in chunks.
+                is_large = int(request.headers.get("content-length", 0)) > _LARGE_BYTES
+                try:
+                    async with large if is_large else nullcontext():
+                        # A request of its own: the server keeps the first one until the answer has ended, and would
+                        # keep its body.
+                        inner = Request(request.scope, request.receive)
+                        _check_body(await inner.body())
+                        return await handle(inner)
+                except ClientDisconnect:
+                    raise
+                except Exception as error:
+                    failure = errors.of(error)
+                    if failure.status >= 500:
+                        _log.error("request failed", status=failure.status, exc_info=True)
+                    return failure.response()
+
+            return handled
+
+    return Route
+
+
+def _check_body(body: bytes) -> None:
+    """Raises TooLarge, InvalidMessage. Only images make a body large: the work to decode the rest grows with it."""
+    if len(body) > _LARGE_BYTES and len(_IMAGE.sub(b"", body)) > _LARGE_BYTES:
+        raise TooLarge(f"body: larger than the limit of {_LARGE_BYTES} bytes without its images")
+    check_json(body)
 
 
 def router(hub: Hub, agent: Agent) -> APIRouter:
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_route_class(asyncio.Semaphore(MAX_LARGE_BODIES)))
 
     @routes.get("/models")
     async def list_models(who: Reader) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from infra.errors import InvalidMessage
+from infra.stores import filetypes
 from infra.web.json_schema import check_schema
 from services.ws_gateway.openai.errors import invalid_field
 
@@ -25,7 +28,11 @@ _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 # The image parts of a content: the field is the address, or in chat completions an object that has it.
 _IMAGES = ("image_url", "input_image")
-_DATA_URL = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
+_DATA_URL = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/]+={0,2})")
+_IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
+# The type stands in the first bytes. The number of characters is a multiple of four, as base64 needs.
+_HEAD = 64
+MAX_IMAGE_BYTES = 5 * 1024 * 1024
 MAX_IMAGES = 20
 # The text of a message that has only images.
 NO_TEXT = "[image]"
@@ -295,10 +302,21 @@ def _image(part: Mapping[str, Any], where: str) -> str:
     if not isinstance(url, str):
         raise invalid_field(where, "must be the address of an image")
     if url.startswith("data:"):
-        _check(bool(_DATA_URL.fullmatch(url)), where, "must be base64 of a png, jpeg, gif or webp image")
+        data = _DATA_URL.fullmatch(url)
+        # By the content: clients often name another type.
+        is_image = data is not None and len(data[1]) % 4 == 0 and _type(data[1]) in _IMAGE_TYPES
+        _check(is_image, where, "must be base64 of a png, jpeg, gif or webp image")
+        _check(len(url) <= MAX_IMAGE_BYTES * 4 // 3, where, f"must have {MAX_IMAGE_BYTES // 1024**2} MB at most")
     else:
         _check(url.startswith("https://") and len(url) <= 2_000, where, "must begin with data: or https://")
     return url
+
+
+def _type(data: str) -> str:
+    try:
+        return filetypes.content_type(io.BytesIO(base64.b64decode(data[:_HEAD])), "")
+    except InvalidMessage:
+        return filetypes.UNKNOWN  # the beginning of an archive
 
 
 def _string(text: Any, where: str) -> str:

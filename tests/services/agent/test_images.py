@@ -92,3 +92,56 @@ async def test_an_image_that_is_gone_is_told_to_the_model(world: World, tenant: 
     assert run["status"] == "completed"
     [(text, _)] = asked(world, tenant)
     assert text["text"].endswith("[An image sent with this message cannot be read by the model. Tell the person so.]")
+
+
+async def test_images_of_the_api_are_stored_and_no_event_has_their_bytes(world: World, tenant: Tenant) -> None:
+    world.platform.stack.need("s3")
+    agent = await tenant.agent(system_prompt=tenant.id)
+    large = base64.b64encode(PNG + bytes(3 * 1024**2)).decode()
+    small = base64.b64encode(PNG).decode()
+    # The content decides, and not the type that the client names.
+    now, before = f"data:image/jpeg;base64,{large}", f"data:image/png;base64,{small}"
+    linked = "https://example.org/a.png"
+    body = {
+        "text": "what is this?",
+        "images": [now, linked],
+        "history": [{"role": "user", "text": "look", "images": [before]}, {"role": "assistant", "text": "A dot."}],
+    }
+    world.models.script(MODEL, Says("A cat."))
+    path = f"/internal/agents/{agent}/completions"
+    run = await tenant.over((await tenant.call("POST", path, json=body))["run_id"])
+    assert run["reply"] == "A cat."
+    [request] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    urls = [
+        [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
+        for message in request.body["messages"]
+        if isinstance(message["content"], list)
+    ]
+    assert urls == [[before], [f"data:image/png;base64,{large}", linked]]
+    async with world.platform.database("agent").begin() as tx:
+        [(size,)] = await tx.sql("SELECT max(octet_length(data::text)) FROM event")
+    assert size < 20_000
+    stored = await Objects(**world.platform.stack.engines["s3"]).paths("")
+    assert len([path for path in stored if f"/attachments/{tenant.id}/image_" in path]) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [("QUJD", "has the type text/plain"), ("QUJ", "base64"), ("iVBORw0KGgo" + "A" * 7_000_001, "more than the 5 MB")],
+)
+async def test_an_image_that_cannot_be_shown_is_refused_by_its_field(
+    world: World, tenant: Tenant, data: str, reason: str
+) -> None:
+    world.platform.stack.need("s3")
+    agent = await tenant.agent()
+    wrong = f"data:image/png;base64,{data}"
+    fine = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    for body, field in (
+        ({"images": [fine, wrong]}, "images[1]"),
+        ({"history": [{"role": "user", "text": "look", "images": [wrong]}]}, "history[0].images[0]"),
+    ):
+        path = f"/internal/agents/{agent}/completions"
+        problem = await tenant.call("POST", path, expect=422, json={"text": "Hi"} | body)
+        [error] = problem["errors"]
+        assert error["field"] == field
+        assert reason in error["message"]

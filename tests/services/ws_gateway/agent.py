@@ -23,6 +23,7 @@ from infra.web.http import Health, create_app
 from infra.web.server import serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted, StepCompleted, StepStarted
+from services.agent.sessions.completions import MAX_BODY_BYTES
 from tooling.testing import keys
 from tooling.testing.platform import Platform
 
@@ -57,8 +58,8 @@ class Completion:
 
 class Agent:
     """`committed` has the facts of each run, `reads` the `after` of each read. While `hold` is clear, answers to reads
-    are delayed. `agents` has the agents of each tenant, `completions` the requests that no test has read yet,
-    `cancelled` the runs with a cancellation."""
+    are delayed, and while `accepting` is clear, answers to completions. `agents` has the agents of each tenant,
+    `completions` the requests that no test has read yet, `cancelled` the runs with a cancellation."""
 
     def __init__(self) -> None:
         self.tenants: dict[UUID, str] = {}
@@ -70,6 +71,8 @@ class Agent:
         self.away = False
         self.hold = asyncio.Event()
         self.hold.set()
+        self.accepting = asyncio.Event()
+        self.accepting.set()
         self.answer: tuple[int, dict[str, Any]] = (202, {})
         self.agents: dict[str, list[dict[str, Any]]] = {}
         self.completions: asyncio.Queue[Completion] = asyncio.Queue()
@@ -150,6 +153,7 @@ class Agent:
             if key:
                 self.keys[key] = known
         self.completions.put_nowait(known)
+        await self.accepting.wait()
         return JSONResponse({"run_id": str(known.run_id)}, 202)
 
     async def run(self, request: Request) -> Response:
@@ -180,7 +184,9 @@ async def stand_in(port: int) -> AsyncIterator[Agent]:
         Route("/api/v1/runs/{id}", agent.run),
         Route("/api/v1/runs/{id}/cancel", agent.cancel, methods=["POST"]),
     ]
-    server = await serve_http(create_app(routes, Health("agent", "1"), Metrics(CollectorRegistry())), port)
+    server = await serve_http(
+        create_app(routes, Health("agent", "1"), Metrics(CollectorRegistry()), max_body=MAX_BODY_BYTES), port
+    )
     yield agent
     await server.stop()
 

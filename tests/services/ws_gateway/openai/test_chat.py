@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from protos.messages.agent import ToolCall
+from services.ws_gateway.openai.api import MAX_LARGE_BODIES
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
 
 T = TypeVar("T")
@@ -437,6 +439,30 @@ async def test_what_cannot_be_taken_is_named(world: World, client: AsyncOpenAI, 
         )
         assert (large.status_code, large.json()["error"]["type"]) == (413, "invalid_request_error")
     assert world.agent.completions.empty()
+
+
+async def test_large_images_reach_the_agent_and_few_are_in_memory_at_once(world: World, model: str) -> None:
+    image = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(3 * 1024**2)).decode()
+    shown: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}]}]
+    async with world.client() as client:
+
+        def ask(messages: Any) -> asyncio.Task[Any]:
+            return asyncio.create_task(client.chat.completions.create(model=model, messages=messages))
+
+        world.agent.accepting.clear()
+        asked = [ask(shown) for _ in range(5)]
+        runs = [await world.run() for _ in range(MAX_LARGE_BODIES)]
+        # A message of ordinary size does not wait for them.
+        for _ in range(3):
+            asked.append(ask(HI))
+            runs.append(await world.run())
+        assert [run.asked.body.get("images") for run in runs] == [[image]] * MAX_LARGE_BODIES + [None] * 3
+        world.agent.accepting.set()
+        for run in runs:
+            await run.answers("A cat.")
+        for _ in asked[len(runs) :]:
+            await (await world.run()).answers("A cat.")
+        assert {answer.choices[0].message.content for answer in await asyncio.gather(*asked)} == {"A cat."}
 
 
 async def test_who_may_not_gets_the_clients_own_errors(world: World, model: str, nobody: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 FUNCTION_CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
 OUTPUT = {"type": "function_call_output", "call_id": "1", "output": "Bern"}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "Bern"}
-IMAGE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(7)).decode()
+IMAGE: dict[str, Any] = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
 
 
 def function(**fields: Any) -> dict[str, Any]:
@@ -113,6 +115,14 @@ def test_images_of_a_user_go_with_the_message() -> None:
         (
             [{"role": "user", "content": [IMAGE | {"image_url": "data:text/html;base64,AA=="}]}],
             "messages[0].content[0].image_url",
+        ),
+        # Not an image, an archive, not base64, and 5 MB and a byte.
+        *(
+            (
+                [{"role": "user", "content": [IMAGE | {"image_url": f"data:image/png;base64,{data}"}]}],
+                "messages[0].content[0].image_url",
+            )
+            for data in ("AA==", "UEsDBAAA", PNG[:-1], PNG[:20] + "A" * (5 * 1024**2 * 4 // 3))
         ),
         ([{"role": "user", "content": [IMAGE] * 21}], "messages"),
         ([{"role": "user", "content": ["Hi"]}], "messages[0].content[0].type"),

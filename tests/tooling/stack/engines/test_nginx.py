@@ -303,6 +303,8 @@ async def test_the_largest_body_depends_on_the_path(client: httpx.AsyncClient) -
     problem(await post("/api/v1/agents", mib + 1), 413)
     assert (await post("/webhooks/slack/1", 3 * mib)).json()["bytes"] == 3 * mib
     problem(await post("/webhooks/slack/1", 3 * mib + 1), 413)
+    assert (await post("/v1/chat/completions", 20 * mib)).json()["bytes"] == 20 * mib
+    problem(await post("/v1/chat/completions", 20 * mib + 1), 413)
     assert (await post("/api/v1/documents", 101 * mib)).json()["bytes"] == 101 * mib
     too_large = await raw(client, "POST /api/v1/documents HTTP/1.1", f"Content-Length: {111 * mib}")
     assert too_large.startswith("HTTP/1.1 413 ")
