@@ -114,11 +114,13 @@ PLATFORM_EVENTS = Topic(
     messages=(
         user.TenantCreated,
         user.SubjectErased,
+        user.TenantErased,
+        user.TenantDataErased,
         billing.QuotaExhausted,
         billing.BudgetThresholdPassed,
         plugin.PluginChanged,
     ),
-    producers=("user", "billing", "plugin"),
+    producers=SERVICES,
     consumers=SERVICES,
 )
 SERVICE_LOGS = Topic(

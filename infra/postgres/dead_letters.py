@@ -151,10 +151,10 @@ async def park(connection: AsyncConnection, consumer: str, topic: str, key: str)
     )
 
 
-async def erase(connection: AsyncConnection, tenant_id: str, subject_id: str) -> None:
+async def erase(connection: AsyncConnection, tenant_id: str, subject_id: str | None = None) -> None:
     """Deletes the payload of every dead letter of the subject, and of those that were stored unsealed and name it.
 
-    A redrive of one then fails.
+    subject_id: None for all dead letters of the tenant. A redrive of one then fails.
     """
     await sql(
         connection,
@@ -162,7 +162,8 @@ async def erase(connection: AsyncConnection, tenant_id: str, subject_id: str) ->
         UPDATE dead_letter
         SET payload = '', error = error || ' (the payload was erased with its subject)'
         WHERE tenant_id = $1 AND payload <> ''
-          AND (subject_id = $2 OR (NOT sealed AND position(convert_to($2, 'UTF8') IN payload) > 0))
+          AND ($2::text IS NULL OR subject_id = $2
+               OR (NOT sealed AND position(convert_to($2, 'UTF8') IN payload) > 0))
         """,
         tenant_id,
         subject_id,

@@ -50,7 +50,8 @@ class SubjectKeys:
         return key
 
     async def keys(self, tx: Tx, subjects: Iterable[Subject]) -> dict[Subject, DataKey | None]:
-        """The keys of all `subjects`, made if they do not exist; None for a destroyed one."""
+        """The keys of all `subjects`, made if they do not exist; None for a destroyed one, and for one of an erased
+        tenant."""
         return await self.keys_of(await tx.connection(), subjects)
 
     async def keys_of(self, connection: AsyncConnection, subjects: Iterable[Subject]) -> dict[Subject, DataKey | None]:
@@ -64,7 +65,9 @@ class SubjectKeys:
                 """
                 -- Waits for another transaction that inserts one of these keys, and then keeps that transaction's key.
                 INSERT INTO subject_key (tenant_id, subject_id, wrapped)
-                SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[])
+                SELECT n.*
+                FROM unnest($1::text[], $2::text[], $3::bytea[]) AS n(tenant_id, subject_id, wrapped)
+                WHERE NOT EXISTS (SELECT FROM erased_tenant AS e WHERE e.tenant_id = n.tenant_id)
                 ON CONFLICT DO NOTHING
                 """,
                 [tenant_id for tenant_id, _ in missing],
@@ -72,7 +75,8 @@ class SubjectKeys:
                 [self._cipher.seal(os.urandom(KEY_BYTES), _PURPOSE, *subject) for subject in missing],
             )
             stored |= await _stored(connection, missing)
-        return {subject: self.opened(subject, wrapped) for subject, wrapped in stored.items()}
+        # A subject without a row is of an erased tenant.
+        return {subject: self.opened(subject, stored.get(subject)) for subject in wanted}
 
     def opened(self, subject: Subject, wrapped: bytes | None) -> DataKey | None:
         """The key of a row of `subject_key` that the caller has read; None for a destroyed one."""
@@ -105,6 +109,20 @@ async def destroy(tx: Tx, tenant_id: str, subject_id: str) -> None:
         tenant_id,
         subject_id,
     )
+
+
+async def destroy_all(tx: Tx, tenant_id: str) -> None:
+    """Destroys the keys of all subjects of an erased tenant for good, and the payloads of its dead letters."""
+    await tx.sql("INSERT INTO erased_tenant (tenant_id) VALUES ($1) ON CONFLICT DO NOTHING", tenant_id)
+    await tx.sql(
+        """
+        UPDATE subject_key
+        SET wrapped = NULL, destroyed_at = coalesce(destroyed_at, now())
+        WHERE tenant_id = $1
+        """,
+        tenant_id,
+    )
+    await dead_letters.erase(await tx.connection(), tenant_id)
 
 
 def erasure(service: str) -> Subscription:

@@ -8,7 +8,7 @@ import gc
 import signal
 import ssl
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,7 +43,7 @@ from infra.security.crypto import Cipher
 from infra.security.keys import Keyring
 from infra.security.rewrap import KERNEL, SealedColumn
 from infra.security.sealed_letters import SealedLetters
-from infra.service import operations
+from infra.service import operations, tenant_erasure
 from infra.service.maintenance import Maintenance
 from infra.service.redrive import Drainer
 from infra.service.settings import Settings, SettingsError
@@ -136,6 +136,20 @@ class Service:
     def seal(self, *columns: SealedColumn) -> None:
         """Declares the columns that the service seals under its master key; a rotation seals them again."""
         self.sealed += columns
+
+    def erase_tenants(
+        self,
+        kept: Collection[str] = (),
+        before: Callable[[Runtime], tenant_erasure.Before] | None = None,
+    ) -> None:
+        """Erases tenants as `infra.service.tenant_erasure` says: every row that has the tenant's id, except in the
+        tables `kept`. `before` deletes files and vectors that rows refer to."""
+
+        def erasure(runtime: Runtime) -> tenant_erasure.Erasure:
+            return tenant_erasure.Erasure(kept, before(runtime) if before else None)
+
+        self.consume(tenant_erasure.queue_erasure(self.name))
+        self.work(tenant_erasure.erase_rows, erasure=erasure)
 
     def depend(self, name: str, check: Callable[[Runtime], Callable[[], Awaitable[None]]]) -> None:
         """Adds a dependency that health checks by a round trip. Without it the process serves, but is degraded."""

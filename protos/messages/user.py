@@ -21,3 +21,16 @@ class SubjectErased(Message, frozen=True, kw_only=True):
 
     tenant_id: str
     subject_id: str
+
+
+class TenantErased(Message, frozen=True, kw_only=True):
+    """A customer organisation ends. Each service erases its data of the tenant, and publishes TenantDataErased."""
+
+    tenant_id: str
+
+
+class TenantDataErased(Message, frozen=True, kw_only=True):
+    """A service has erased its data of an erased tenant. Each service publishes it, some minutes after TenantErased."""
+
+    tenant_id: str
+    service: str

@@ -2,7 +2,7 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.agent import adapters, api, handlers
+from services.agent import adapters, api, handlers, tenants
 from services.agent.definitions.store import SEALED
 from services.agent.execution import wiring
 from services.agent.learning.wiring import learner
@@ -24,6 +24,7 @@ service.consume(handlers.take_learning)
 service.consume(handlers.on_message_delivered)
 service.consume(handlers.on_message_undelivered)
 service.consume(erasure("agent"))
+service.erase_tenants(before=tenants.end_work)
 service.work(handlers.skip_gap, subjects=adapters.subjects)
 service.work(handlers.execute_run, executor=wiring.executor)
 service.work(handlers.learn_from_run, learner=learner)

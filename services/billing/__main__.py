@@ -2,7 +2,7 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.billing import api, handlers, rpc
+from services.billing import api, handlers, rpc, tenants
 from services.billing.clock import Clock
 from services.billing.read_models import READ_MODELS
 from services.billing.settings import Settings
@@ -16,6 +16,7 @@ service.consume(handlers.open_accounts)
 service.consume(handlers.count_messages)
 service.consume(handlers.note_channel_types)
 service.consume(erasure("billing"))
+service.erase_tenants(tenants.KEPT, tenants.end_billing)
 service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller))
 
 if __name__ == "__main__":

@@ -21,12 +21,16 @@ _OPEN = "(status = 'finalised' OR (status = 'paid' AND dunning_step = 0))"
 
 
 async def due(tx: Tx, now: datetime, limit: int) -> list[tuple[str, UUID, bool]]:
-    """Returns the invoices with a step that is due: tenant, invoice, whether the step is to send the invoice."""
+    """Returns the invoices with a step that is due: tenant, invoice, whether the step is to send the invoice.
+
+    The mails of an erased tenant would have no reader; the operator ends its unpaid invoices.
+    """
     rows = await tx.sql(
         f"""
         SELECT tenant_id, invoice_id, dunning_step = 0
         FROM invoice
         WHERE {_OPEN} AND dunning_at <= $1
+          AND NOT EXISTS (SELECT FROM erased_tenant AS e WHERE e.tenant_id = invoice.tenant_id)
         ORDER BY dunning_at
         LIMIT $2
         """,

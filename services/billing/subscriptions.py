@@ -209,8 +209,7 @@ async def change(
     current = await get(tx, tenant_id, subscription_id)
     stored = await plans.latest(tx, plan_id)
     now = utcnow().replace(microsecond=0)
-    if current.ends_at and current.ends_at <= now:
-        raise Conflict("the subscription has ended")
+    _check_goes_on(current, now)
     if stored.plan.currency != currency:
         raise Conflict(f"the plan is in {stored.plan.currency}, the account in {currency}")
     await extend(tx, tenant_id, now)
@@ -228,14 +227,23 @@ async def change(
 
 
 async def cancel(tx: Tx, tenant_id: str, subscription_id: UUID, when: Literal["now", "period_end"]) -> Subscription:
-    """Ends a subscription. Its periods are still invoiced."""
+    """Ends a subscription. Its periods are still invoiced. One that has not begun never begins."""
     await accounts.lock_one(tx, tenant_id)
     current = await get(tx, tenant_id, subscription_id)
     now = utcnow().replace(microsecond=0)
-    if current.ends_at and current.ends_at <= now:
-        raise Conflict("the subscription has ended")
+    _check_goes_on(current, now)
     await extend(tx, tenant_id, now)
-    if when == "now":
+    if current.starts_at > now:
+        await tx.sql(
+            """
+            UPDATE period
+            SET ends = begins, closed_at = clock_timestamp()
+            WHERE tenant_id = $1 AND subscription_id = $2
+            """,
+            tenant_id,
+            subscription_id,
+        )
+    elif when == "now":
         await _cut(tx, tenant_id, subscription_id, now)
     [(ends,)] = await tx.sql(
         "SELECT max(ends) FROM period WHERE tenant_id = $1 AND subscription_id = $2", tenant_id, subscription_id
@@ -247,6 +255,28 @@ async def cancel(tx: Tx, tenant_id: str, subscription_id: UUID, when: Literal["n
         ends,
     )
     return await get(tx, tenant_id, subscription_id)
+
+
+def _check_goes_on(current: Subscription, now: datetime) -> None:
+    if current.ends_at and (current.ends_at <= now or current.ends_at == current.starts_at):
+        raise Conflict("the subscription has ended")
+
+
+async def end_all(tx: Tx, tenant_id: str) -> None:
+    """Ends every subscription of the tenant now. A repeated call changes nothing."""
+    now = utcnow()
+    rows = await tx.sql(
+        """
+        SELECT subscription_id
+        FROM subscription
+        WHERE tenant_id = $1 AND ends_at > $2 AND ends_at > starts_at
+        ORDER BY starts_at
+        """,
+        tenant_id,
+        now,
+    )
+    for (subscription_id,) in rows:
+        await cancel(tx, tenant_id, subscription_id, "now")
 
 
 async def _cut(tx: Tx, tenant_id: str, subscription_id: UUID, now: datetime) -> None:

@@ -2,7 +2,7 @@
 
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
-from services.channel import accounts, api, attachments, changes, handlers
+from services.channel import accounts, api, attachments, changes, handlers, tenants
 from services.channel.drainer import Drainer
 from services.channel.ingest import ACCEPTED, ingest
 from services.channel.previews import previews
@@ -20,6 +20,7 @@ service.beside("drainer", lambda runtime: Drainer(ingest(runtime)))
 service.beside("previews", previews)
 service.consume(handlers.enqueue_deliveries, subjects=lambda runtime: SubjectKeys(runtime.cipher))
 service.consume(handlers.erase_subject)
+service.erase_tenants(before=tenants.delete_files)
 service.work(attachments.fetch_attachments, fetcher=attachments.fetcher)
 service.work(attachments.erase_files, fetcher=attachments.fetcher)
 service.consume(attachments.queue_erasure)

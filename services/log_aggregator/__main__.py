@@ -24,6 +24,7 @@ service.consume(handlers.index_channel_events, index=adapters.index)
 service.consume(handlers.index_usage, index=adapters.index)
 service.consume(handlers.index_acts, index=adapters.index)
 service.consume(erasure("log_aggregator"))
+service.erase_tenants(("audit_record", "audit_head", "audit_verification"))
 
 if __name__ == "__main__":
     service.run()

@@ -2,7 +2,7 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.memory import adapters, api, handlers, rpc, storage
+from services.memory import adapters, api, handlers, rpc, storage, tenants
 from services.memory.conversations import SEALED
 from services.memory.keeping import MEMORY
 from services.memory.read_models import READ_MODELS
@@ -18,6 +18,7 @@ service.own(MEMORY)
 service.project(*READ_MODELS)
 service.consume(handlers.remember_run, conversations=adapters.conversations, learning=adapters.learning)
 service.consume(erasure("memory"))
+service.erase_tenants(before=tenants.delete_outside)
 service.consume(handlers.forget_person, conversations=adapters.conversations)
 service.work(handlers.work_on_document, indexing=adapters.indexing)
 service.work(handlers.work_on_utterance, conversations=adapters.conversations)

@@ -75,3 +75,7 @@ class Engines:
     async def remove(self, tenant_id: str, owner_id: UUID) -> None:
         for engine in (await self._choice()).filling:
             await self._indexes[engine].remove(tenant_id, owner_id)
+
+    async def remove_tenant(self, tenant_id: str) -> None:
+        for engine in (await self._choice()).filling:
+            await self._indexes[engine].remove_tenant(tenant_id)

@@ -45,6 +45,10 @@ class Index(Protocol):
         """Removes the owner's rows, including those of former models."""
         ...
 
+    async def remove_tenant(self, tenant_id: str) -> None:
+        """Removes all rows of the tenant."""
+        ...
+
     async def check(self) -> None:
         """Makes one round trip."""
         ...

@@ -81,7 +81,7 @@ class MilvusIndex:
         async for rows in batches:
             if not name:
                 name = await self._ready(len(rows[0].vector))
-                await self._delete(name, tenant_id, owner_id)
+                await self._delete(name, _owned(tenant_id, owner_id))
             data = [
                 {
                     "id": str(uuid7()),
@@ -114,20 +114,27 @@ class MilvusIndex:
 
     async def remove(self, tenant_id: str, owner_id: UUID) -> None:
         """Removes the owner's rows from all collections, including those of former models."""
-        async with self._calling("") as client:
-            names = await client.list_collections(timeout=TIMEOUT_SECONDS)
-            names = [name for name in names if name.startswith(self._prefix)]
-        for name in names:
-            await self._delete(name, tenant_id, owner_id)
+        await self._delete_everywhere(_owned(tenant_id, owner_id))
+
+    async def remove_tenant(self, tenant_id: str) -> None:
+        """Removes all rows of the tenant."""
+        await self._delete_everywhere(_of_tenant(tenant_id))
 
     async def check(self) -> None:
         """Makes one round trip to Milvus."""
         async with self._calling("") as client:
             await client.list_collections(timeout=TIMEOUT_SECONDS)
 
-    async def _delete(self, name: str, tenant_id: str, owner_id: UUID) -> None:
+    async def _delete_everywhere(self, rows: str) -> None:
+        async with self._calling("") as client:
+            names = await client.list_collections(timeout=TIMEOUT_SECONDS)
+            names = [name for name in names if name.startswith(self._prefix)]
+        for name in names:
+            await self._delete(name, rows)
+
+    async def _delete(self, name: str, rows: str) -> None:
         async with self._calling(name) as client:
-            await client.delete(name, filter=_owned(tenant_id, owner_id), timeout=TIMEOUT_SECONDS * 5)
+            await client.delete(name, filter=rows, timeout=TIMEOUT_SECONDS * 5)
 
     async def _ready(self, dimension: int) -> str:
         """The name of the collection, after it was created and loaded."""
@@ -192,8 +199,12 @@ def _narrowed(owners: Owners) -> str:
     return f" and owner_id not in {json.dumps([str(id_) for id_ in owners.without])}" if owners.without else ""
 
 
+def _of_tenant(tenant_id: str) -> str:
+    return f"tenant_id == {json.dumps(tenant_id)}"
+
+
 def _owned(tenant_id: str, owner_id: UUID) -> str:
-    return f'tenant_id == {json.dumps(tenant_id)} and owner_id == "{owner_id}"'
+    return f'{_of_tenant(tenant_id)} and owner_id == "{owner_id}"'
 
 
 def _name(*parts: str) -> str:

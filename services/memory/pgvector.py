@@ -87,6 +87,9 @@ class PgvectorIndex:
         async with self._database.begin() as tx:
             await tx.sql("DELETE FROM index_row WHERE tenant_id = $1 AND owner_id = $2", tenant_id, owner_id)
 
+    async def remove_tenant(self, tenant_id: str) -> None:
+        """Nothing: the erasure of a tenant deletes its rows in every table."""
+
     async def index_large_tenants(self, scope: str) -> list[str]:
         """Makes an HNSW for each tenant that has LARGE rows or more and none yet. Returns these tenants.
 

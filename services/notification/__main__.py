@@ -16,6 +16,7 @@ service.consume(webhooks.queue_run_events)
 service.consume(webhooks.queue_channel_events)
 service.consume(webhooks.queue_platform_events)
 service.consume(erasure("notification"))
+service.erase_tenants()
 service.work(handlers.send_email, notifications=adapters.notifications, owners=adapters.owners, mailer=adapters.mailer)
 service.work(
     webhooks.post_webhook,

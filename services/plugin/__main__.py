@@ -17,6 +17,7 @@ service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.pass_on, cache=cache)
 service.consume(erasure("plugin"))
+service.erase_tenants()
 
 if __name__ == "__main__":
     service.run()

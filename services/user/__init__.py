@@ -1,2 +1,2 @@
-"""User. Owns: tenants, members, API keys. Publishes: TenantCreated, SubjectErased. Serves: gRPC ``Directory`` and
-``Keys``; authentication for the gateway."""
+"""User. Owns: tenants, members, API keys. Publishes: TenantCreated, SubjectErased, TenantErased. Handles:
+TenantDataErased. Serves: gRPC ``Directory`` and ``Keys``; authentication for the gateway."""

@@ -2,7 +2,7 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.user import api, authentication, rpc
+from services.user import api, authentication, erasing, rpc
 from services.user.settings import UserSettings
 
 service = Service("user", UserSettings)
@@ -11,6 +11,8 @@ service.serve_http(api.routes)
 service.serve_grpc(rpc.directory)
 service.serve_grpc(rpc.keys)
 service.consume(erasure("user"))
+service.erase_tenants(("tenant", "tenant_erasure"))
+service.consume(erasing.note_progress)
 
 if __name__ == "__main__":
     service.run()

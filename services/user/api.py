@@ -8,8 +8,15 @@ from starlette.routing import BaseRoute
 
 from infra.service.api import api
 from infra.service.service import Runtime
-from services.user import api_keys, members, tenants
+from services.user import api_keys, erasing, members, tenants
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
-    return api("user", runtime, tenants.router(runtime), api_keys.router(runtime), members.router(runtime))
+    return api(
+        "user",
+        runtime,
+        tenants.router(runtime),
+        erasing.router(runtime),
+        api_keys.router(runtime),
+        members.router(runtime),
+    )

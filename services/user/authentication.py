@@ -48,13 +48,17 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
 
 async def _operator(runtime: Runtime, tenant_id: str) -> Identity:
-    """The operator's identity, for the platform or for the tenant that the request names."""
+    """The operator's identity, for the platform or for the tenant that the request names.
+
+    Of an erased tenant the operator reads the data that is kept; nothing new is made for it.
+    """
     if not tenant_id:
         return _OPERATOR
     async with runtime.worker.begin() as tx:
-        if not await tx.sql("SELECT 1 FROM tenant WHERE tenant_id = $1", tenant_id):
-            raise Unauthenticated(f"{TENANT_HEADER}: this tenant does not exist")
-    return Identity("operator", tenant_id, domain.EVERYTHING)
+        rows = await tx.sql("SELECT erased_at FROM tenant WHERE tenant_id = $1", tenant_id)
+    if not rows:
+        raise Unauthenticated(f"{TENANT_HEADER}: this tenant does not exist")
+    return Identity("operator", tenant_id, domain.EVERYTHING if rows[0][0] is None else frozenset({"read"}))
 
 
 async def _key_holder(runtime: Runtime, hashed: bytes) -> Identity:

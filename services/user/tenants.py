@@ -24,7 +24,7 @@ from services.user.fields import Body, Email, Name, View
 
 # The largest value of PostgreSQL's bigint and of billing's accounts.
 MAX_NANOS = 2**63 - 1
-_COLUMNS = "tenant_id, name, currency, created_at"
+_COLUMNS = "tenant_id, name, currency, created_at, erased_at"
 
 
 class NewTenant(Body):
@@ -48,6 +48,7 @@ class Tenant(View):
     name: str
     currency: str
     created_at: datetime
+    erased_at: datetime | None
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -102,5 +103,4 @@ async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, actor: str) -> 
 
 
 def _tenant(row: tuple[Any, ...]) -> Tenant:
-    id_, name, currency, created_at = row
-    return Tenant(id=id_, name=name, currency=currency, created_at=created_at)
+    return Tenant(**dict(zip(Tenant.model_fields, row, strict=True)))

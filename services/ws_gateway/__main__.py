@@ -23,6 +23,7 @@ service = Service("ws_gateway", GatewaySettings)
 service.serve_http(api.routes(hub))
 service.consume(handlers.pass_on, hub=hub)
 service.consume(erasure("ws_gateway"))
+service.erase_tenants()
 
 if __name__ == "__main__":
     service.run()

@@ -19,7 +19,7 @@ TOPICS = {
     "usage.records": (4, 30, ALL, ("billing", "log_aggregator")),
     "audit.logs": (2, 90, ALL, ("log_aggregator",)),
     "channel.events": (4, 7, ("channel",), ("agent", "billing", "log_aggregator", "notification")),
-    "platform.events": (2, 30, ("user", "billing", "plugin"), ALL),
+    "platform.events": (2, 30, ALL, ALL),
     "service.logs": (2, 3, ALL, ("log_aggregator",)),
 }
 QUEUES = {

@@ -40,6 +40,7 @@ KERNEL: dict[str, Source | Derived | Work] = {
     "content_read": Source("who has read what"),
     "dead_letter": Source("messages that could not be handled"),
     "early_message": Work("messages that came before their turn"),
+    "erased_tenant": Source("which tenants were erased"),
     "event": Source("the facts"),
     "idempotency": Work("answers of a day"),
     "inbox": Work("ids of handled messages"),
@@ -124,6 +125,7 @@ TABLES: dict[str, Source | Derived | Work] = {
     "user.api_key": Source("made by tenants"),
     "user.member": Source("made by tenants"),
     "user.tenant": Source("made by operators"),
+    "user.tenant_erasure": Source("which services have erased which tenants"),
 }
 
 

@@ -32,16 +32,20 @@ async def system(
 ) -> AsyncIterator[Platform]:
     async with running_platform(stack, *engines, tmp_path_factory.mktemp("system")) as system:
         await system.prepare(*SERVICES)
-        await system.start(
-            *SERVICES,
-            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{system.ports['otlp']}",
-            CLAW_LOG_LEVEL="debug",
-            # A payment provider that does not answer.
-            CLAW_STRIPE_API_BASE="http://127.0.0.1:9",
-            CLAW_STRIPE_API_KEY="sk_test_made_up",
-            CLAW_STRIPE_WEBHOOK_SECRET="whsec_made_up",
-        )
+        await system.start(*SERVICES, **environment(system))
         yield system
+
+
+def environment(system: Platform) -> dict[str, str]:
+    """The variables of the services."""
+    return {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{system.ports['otlp']}",
+        "CLAW_LOG_LEVEL": "debug",
+        # A payment provider that does not answer.
+        "CLAW_STRIPE_API_BASE": "http://127.0.0.1:9",
+        "CLAW_STRIPE_API_KEY": "sk_test_made_up",
+        "CLAW_STRIPE_WEBHOOK_SECRET": "whsec_made_up",
+    }
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")

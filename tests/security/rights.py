@@ -148,6 +148,8 @@ plugin
 user
     POST   /api/v1/tenants                                              operator
     GET    /api/v1/tenants                                              operator
+    POST   /api/v1/tenants/{id}/erase                                   operator
+    GET    /api/v1/tenants/{id}/erasure                                 operator
     GET    /api/v1/tenant                                               read
     POST   /api/v1/api-keys                                             admin
     GET    /api/v1/api-keys                                             admin

@@ -16,6 +16,7 @@ UNBOUND = {
     "content_read": "ids without content; each statement names the tenant; for the operator the worker role writes it",
     "dead_letter": "read by operations, which compare the tenant of each row",
     "early_message": "the sealed content of messages; only consumers of all tenants read it",
+    "erased_tenant": "the ids of erased tenants; only consumers of all tenants write it",
     "idempotency": "each statement names the tenant; for the operator the worker role writes it, without a tenant",
     "lane": "claimed for all tenants in turn",
     "lane_effect": "read by the lane's worker, for all tenants",

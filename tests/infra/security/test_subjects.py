@@ -11,7 +11,7 @@ import pytest
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
-from infra.security.subjects import Erased, SubjectKeys, erasure
+from infra.security.subjects import Erased, SubjectKeys, destroy_all, erasure
 from protos.messages.user import SubjectErased
 
 CIPHER = Cipher(base64.b64encode(bytes(range(32))).decode())
@@ -92,3 +92,18 @@ async def test_a_message_that_comes_after_the_erasure_makes_no_key(desk: Databas
     async with desk.begin() as tx:
         with pytest.raises(Erased):
             await keys.key(tx, "t1", subject)
+
+
+async def test_an_erased_tenant_has_no_keys_and_gets_no_new_ones(desk: Database, keys: SubjectKeys) -> None:
+    erased, neighbour, subject = uuid4().hex, uuid4().hex, uuid4().hex
+    async with desk.begin() as tx:
+        await keys.key(tx, erased, subject)
+        sealed = (await keys.key(tx, neighbour, subject)).seal("hello")
+    for _ in range(2):
+        async with desk.begin() as tx:
+            await destroy_all(tx, erased)
+    async with desk.begin() as tx:
+        for one in (subject, uuid4().hex):
+            with pytest.raises(Erased):
+                await keys.key(tx, erased, one)
+        assert (await keys.key(tx, neighbour, subject)).open(sealed) == "hello"

@@ -71,18 +71,24 @@ async def test_a_subscription_that_cannot_work_is_refused(billing: Billing) -> N
     assert field_of(await refused(tenant_id=other.id, starts_at=late)) == "starts_at"
 
 
-async def test_a_future_subscription_ends_only_with_its_first_period(billing: Billing) -> None:
+@pytest.mark.parametrize("when", ["now", "period_end"])
+async def test_a_subscription_that_is_cancelled_before_it_begins_is_never_invoiced(billing: Billing, when: str) -> None:
     tenant = await billing.tenant()
     made = await post(billing, "plans", plan())
     later = (utcnow() + timedelta(days=3)).isoformat()
     body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": later}
-    subscription = await post(billing, "subscriptions", body)
-    path = f"/api/v1/subscriptions/{subscription['id']}"
-    early = await billing.operator.delete(path, params={"when": "now"})
-    assert early.status_code == 409, "it would end before it begins"
-    assert early.json()["detail"].endswith("choose period_end")
-    ended = (await billing.operator.delete(path)).json()
-    assert ended["ends_at"] > ended["starts_at"]
+    first = await post(billing, "subscriptions", body)
+    path = f"/api/v1/subscriptions/{first['id']}"
+    ended = (await billing.operator.delete(path, params={"when": when})).json()
+    assert ended["ends_at"] == ended["starts_at"]
+    assert (await billing.operator.delete(path)).status_code == 409, "it has ended"
+    assert await tenant.sql("SELECT FROM period WHERE tenant_id = $1 AND closed_at IS NULL", tenant.id) == []
+    second = await post(billing, "subscriptions", body)
+    assert second["starts_at"] == first["starts_at"], "another one may begin at the same time"
+    [(period,)] = await tenant.sql(
+        "SELECT subscription_id FROM period WHERE tenant_id = $1 AND closed_at IS NULL", tenant.id
+    )
+    assert str(period) == second["id"]
 
 
 async def test_a_bank_reference_pays_one_invoice_and_is_not_taken_for_another(billing: Billing) -> None:

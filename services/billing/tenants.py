@@ -1,0 +1,67 @@
+"""The erasure of a tenant: its last invoices are finalised, and the books that the law requires are kept.
+
+Subscriptions end at once. Ten minutes later the usage of the runs that were under way has been counted: the last
+periods are closed and every draft is finalised with the buyer's name. Then the buyer is deleted: it stands only in the
+finalised invoices. They are kept with the journal, the ledger, payments and usage, which name ids, meters and models.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from infra.clock import utcnow
+from infra.lanes.effects import Effects
+from infra.postgres.tx import Tx
+from infra.service.service import Runtime
+from infra.service.tenant_erasure import Before, EraseTenant
+from services.billing import booking, closing, subscriptions
+from services.billing.tax import Seller
+
+KEPT = (
+    "account",
+    "buyer",  # deleted here, after the last invoice
+    "credit_grant",
+    "credit_note",
+    "dead_letter",  # without payloads: the reconciliation counts them
+    "delivered",
+    "dispute",
+    "duplicate",
+    "invoice",
+    "invoice_line",
+    "invoice_series",
+    "journal_entry",
+    "journal_line",
+    "ledger_entry",
+    "payment",
+    "payment_terms",
+    "period",
+    "refund",
+    "subscription",
+    "usage",
+    "usage_bucket",
+    "usage_correction",
+)
+
+
+def end_billing(runtime: Runtime) -> Before:
+    seller: Seller = runtime.settings.seller
+
+    async def end(item: EraseTenant, effects: Effects) -> None:
+        async with effects.begin() as tx:
+            if await tx.sql("SELECT FROM account WHERE tenant_id = $1", item.tenant_id):
+                await subscriptions.end_all(tx, item.tenant_id)
+                if item.is_late:
+                    await _finalise(tx, item.tenant_id, seller)
+            if item.is_late:
+                await tx.sql("DELETE FROM buyer WHERE tenant_id = $1", item.tenant_id)
+
+    return end
+
+
+async def _finalise(tx: Tx, tenant_id: str, seller: Seller) -> None:
+    await closing.close(tx, tenant_id, utcnow(), seller.country)
+    drafts = await tx.sql(
+        "SELECT invoice_id FROM invoice WHERE tenant_id = $1 AND status = 'draft' ORDER BY begins", tenant_id
+    )
+    for (invoice_id,) in drafts:
+        await booking.finalise(tx, tenant_id, UUID(str(invoice_id)), seller, "billing")
