@@ -36,6 +36,8 @@ class Entry:
     price_version: str | None = None
     reason: str = ""
     actor: str = "billing"
+    period: int = 0
+    """The period whose invoice has it. 0: none, so grants cover it."""
 
 
 async def currencies(tx: Tx, tenant_ids: Iterable[str]) -> Mapping[str, str]:
@@ -173,18 +175,22 @@ async def debit(tx: Tx, entries: Sequence[Entry]) -> None:
     The accounts must exist. They stay locked until the transaction ends, so the caller may close holds afterwards.
     """
     due: dict[str, int] = {}
+    invoiced: dict[str, int] = {}
     for entry in entries:
         due[entry.tenant_id] = due.get(entry.tenant_id, 0) - entry.amount_nanos
+        in_period = -entry.amount_nanos if entry.period else 0
+        invoiced[entry.tenant_id] = invoiced.get(entry.tenant_id, 0) + in_period
     locked = await lock(tx, due)
     await tx.sql(
         """
         UPDATE account AS a
-        SET debited_nanos = a.debited_nanos + n.amount
-        FROM unnest($1::text[], $2::bigint[]) AS n(tenant_id, amount)
+        SET debited_nanos = a.debited_nanos + n.amount, invoiced_nanos = a.invoiced_nanos + n.invoiced
+        FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS n(tenant_id, amount, invoiced)
         WHERE a.tenant_id = n.tenant_id
         """,
         list(due),
         list(due.values()),
+        list(invoiced.values()),
     )
     await write_entries(tx, entries)
     for tenant_id, amount in due.items():

@@ -11,7 +11,7 @@ import msgspec
 
 from infra.clock import utcnow, uuid7
 from infra.postgres.tx import Tx
-from services.billing import accounts, grants, invoices, plans, subscriptions, tax
+from services.billing import accounts, invoices, plans, subscriptions, tax
 from services.billing.currencies import to_minor
 from services.billing.invoices import Invoice
 from services.billing.plans import Metered
@@ -21,8 +21,6 @@ from services.billing.subscriptions import Period
 async def close(tx: Tx, tenant_id: str, until: datetime, seller_country: str) -> list[Invoice]:
     """Closes the tenant's periods that have ended at or before `until` and makes their drafts."""
     currency, _ = await accounts.lock_one(tx, tenant_id)
-    # While the tenant still has an open period: its debits are invoiced, so grants do not cover them as well.
-    await grants.settle(tx, tenant_id)
     await subscriptions.extend(tx, tenant_id, utcnow())
     found = []
     for period in await subscriptions.due(tx, tenant_id, min(until, utcnow())):

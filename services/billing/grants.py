@@ -1,7 +1,7 @@
 """Grants of credit, in the table ``credit_grant``. They are burned by priority (low numbers first), expiry, then age.
 
-A tenant without a subscription burns its grants by the price of its usage; a tenant with a subscription burns them when
-an invoice is finalised. Burning is computed lazily: between two changes of the set of grants the order of burning is
+Usage outside of the time of a subscription burns grants by its price; usage of a subscription's period burns them when
+its invoice is finalised. Burning is computed lazily: between two changes of the set of grants the order of burning is
 the same, so the debits since the last change are burned together at the next one. The caller holds the account's lock.
 """
 
@@ -141,20 +141,16 @@ async def left(tx: Tx, tenant_id: str) -> int:
 
 async def settle(tx: Tx, tenant_id: str) -> None:
     """Burns the debits since the last settlement, and then ends and books the grants that have expired."""
-    [(due, subscribed, expired)] = await tx.sql(
+    [(due, expired)] = await tx.sql(
         """
-        SELECT debited_nanos - burned_nanos,
-               EXISTS (SELECT FROM period AS p WHERE p.tenant_id = $1 AND p.closed_at IS NULL),
-               next_expiry <= clock_timestamp()
+        SELECT debited_nanos - invoiced_nanos - burned_nanos, next_expiry <= clock_timestamp()
         FROM account
         WHERE tenant_id = $1
         """,
         tenant_id,
     )
-    if due and not subscribed:
-        due = await burn(tx, tenant_id, due, for_="revenue", reference="usage")
-    if due:
-        await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, due)
+    if burned := await burn(tx, tenant_id, due, for_="revenue", reference="usage"):
+        await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, burned)
     if expired:
         await _expire(tx, tenant_id)
 

@@ -35,20 +35,21 @@ WITH record AS MATERIALIZED (
            period, late)
 ),
 due AS (
-    SELECT tenant_id, coalesce(sum(amount_nanos), 0)::bigint AS nanos
+    SELECT tenant_id, coalesce(sum(amount_nanos), 0)::bigint AS nanos,
+           coalesce(sum(amount_nanos) FILTER (WHERE period <> 0), 0)::bigint AS invoiced
     FROM record
     WHERE verdict = 'counted' OR verdict = 'held' AND hold_id IS NOT NULL
     GROUP BY tenant_id
 ),
 locked AS MATERIALIZED (
-    SELECT account.tenant_id, due.nanos
+    SELECT account.tenant_id, due.nanos, due.invoiced
     FROM account JOIN due USING (tenant_id)
     ORDER BY account.tenant_id
     FOR UPDATE OF account
 ),
 debited AS (
     UPDATE account AS a
-    SET debited_nanos = a.debited_nanos + locked.nanos
+    SET debited_nanos = a.debited_nanos + locked.nanos, invoiced_nanos = a.invoiced_nanos + locked.invoiced
     FROM locked
     WHERE a.tenant_id = locked.tenant_id AND locked.nanos <> 0
     RETURNING a.tenant_id, a.currency, a.credit_nanos, a.debited_nanos, locked.nanos

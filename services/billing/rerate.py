@@ -179,6 +179,7 @@ async def _book(tx: Tx, tenant_id: str, changes: Sequence[_Change], actor: str) 
                 change.version,
                 reason=f"rated again: {change.use.version} is now {change.version}",
                 actor=actor,
+                period=place.period,
             )
             for change in changes
         ],

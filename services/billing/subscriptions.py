@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
-from services.billing import accounts, grants, plans
+from services.billing import accounts, plans
 from services.billing.calendar import full_period
 
 # Farther in the past, usage of that time would be too old to be counted.
@@ -181,7 +181,6 @@ async def subscribe(
         raise InvalidMessage(
             "starts_at", f"usage up to {counted.isoformat()} was counted without a subscription; begin after it"
         )
-    await grants.settle(tx, tenant_id)
     day = anchor_day or begins.astimezone(ZoneInfo(time_zone)).day
     subscription_id = uuid7()
     await tx.sql(

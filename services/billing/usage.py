@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from uuid import UUID
 
 import msgspec
 from sqlalchemy.exc import IntegrityError
@@ -131,21 +130,18 @@ def _column(name: str, values: Sequence[str]) -> str:
     return column
 
 
-async def _charge(tx: Tx, rated: Sequence[tuple[str, str, UUID | None, Verdict]]) -> None:
-    """Debits the counted ones of (tenant, usage_id, hold, verdict) and closes their holds."""
-    counted = [item for item in rated if item[3].kind == "counted"]
-    if not counted:
-        return
-    entries = []
-    for tenant_id, usage_id, _, verdict in counted:
-        assert verdict.amount_nanos is not None
-        entries.append(Entry(tenant_id, "charge", -verdict.amount_nanos, usage_id, verdict.price_version))
-    await accounts.debit(tx, entries)
-    keys = [(tenant_id, usage_id) for tenant_id, usage_id, _, _ in counted]
+async def _charge(tx: Tx, record: UsageRecorded, verdict: Verdict, period: int) -> None:
+    """Debits a record that is counted now, and closes its hold."""
+    assert verdict.amount_nanos is not None
+    entry = Entry(
+        record.tenant_id, "charge", -verdict.amount_nanos, record.usage_id, verdict.price_version, period=period
+    )
+    await accounts.debit(tx, [entry])
+    keys = [(record.tenant_id, record.usage_id)]
     await aggregates.add(tx, keys)
     await budgets.spend(tx, keys)
-    if named := [(tenant_id, hold_id) for tenant_id, _, hold_id, _ in counted if hold_id is not None]:
-        await holds.close(tx, named)
+    if record.hold_id:
+        await holds.close(tx, [(record.tenant_id, record.hold_id)])
 
 
 async def held(
@@ -233,4 +229,5 @@ async def decide(tx: Tx, record: UsageRecorded, verdict: Verdict) -> None:
     )
     if verdict.kind == "rejected" and record.hold_id:
         await holds.release(tx, record.tenant_id, [record.hold_id])
-    await _charge(tx, [(record.tenant_id, record.usage_id, record.hold_id, verdict)])
+    if verdict.kind == "counted":
+        await _charge(tx, record, verdict, place.period)

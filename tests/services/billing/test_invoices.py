@@ -416,3 +416,27 @@ async def test_the_clock_closes_and_finalises_what_is_due(billing: Billing) -> N
     await tenant.sql("UPDATE invoice SET made_at = $2 WHERE tenant_id = $1", tenant.id, utcnow() - FINALISE_AFTER)
     await clock.tick()
     assert await status() == "finalised"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_usage_outside_of_the_time_of_a_subscription_is_paid_from_grants(billing: Billing, when: str) -> None:
+    tenant = await billing.tenant()
+    made = await post(billing, "plans", plan())
+    begins = utcnow() + timedelta(days=3 if when == "before" else -3)
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": begins.isoformat()}
+    subscription = await post(billing, "subscriptions", body)
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": UNIT, "reason": "welcome"})
+    spent = 0
+    if when == "after":
+        await tenant.use("during", input_tokens=1_000_000, output_tokens=1)
+        await tenant.verdict("during")
+        await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    await tenant.use("outside", input_tokens=1_000_000, output_tokens=1)
+    spent = (await tenant.verdict("outside"))["amount_nanos"]
+    assert spent > 0
+    # A change of the grants burns the usage since the last one.
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": UNIT, "reason": "more"})
+    items = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert sum(grant["left_nanos"] for grant in items) == 2 * UNIT - spent
+    journal = (await tenant.http.get("/api/v1/billing/journal")).json()
+    assert journal["balances"]["revenue"] == -spent
