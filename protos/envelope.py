@@ -7,6 +7,7 @@ data. RabbitMQ messages have the same keys in their headers table, so one reader
 from __future__ import annotations
 
 from datetime import datetime
+from functools import cache
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -23,8 +24,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=F
 
     @classmethod
     def wire_name(cls) -> str:
-        owner = cls.__module__.rpartition(".")[2]
-        return f"{owner}.v{cls.VERSION}.{cls.__name__}"
+        return _wire_name(cls)
+
+
+@cache
+def _wire_name(type_: type[Message]) -> str:
+    owner = type_.__module__.rpartition(".")[2]
+    return f"{owner}.v{type_.VERSION}.{type_.__name__}"
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ import random
 import struct
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from time import time_ns
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -95,6 +95,11 @@ class RecordedSpan(trace.Span):
     def context(self) -> SpanContext:
         return self.get_span_context()
 
+    @cached_property
+    def traceparent(self) -> str:
+        """As the function `traceparent`. All messages that are made in the span carry it."""
+        return traceparent(self)
+
     @property
     def parent(self) -> SpanContext | None:
         return self._parent.get_span_context() if isinstance(self._parent, RecordedSpan) else self._parent
@@ -158,6 +163,11 @@ class RecordedSpan(trace.Span):
         if not self.end_time:
             self.end_time = end_time or time_ns()
             self._ended(self)
+
+
+def traceparent(context: RecordedSpan | SpanContext) -> str:
+    """The context as the header ``traceparent`` of W3C trace context."""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def new_trace_id() -> int:

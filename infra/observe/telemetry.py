@@ -24,6 +24,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, StatusCode, TraceFlags
 from opentelemetry.trace.span import TraceState
 
+from infra.observe import spans
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
 from infra.observe.span_export import SpanExporter
@@ -165,7 +166,7 @@ def carrier() -> dict[str, str]:
 def _inject(context: RecordedSpan | SpanContext) -> dict[str, str]:
     if not context.span_id:
         return {}
-    headers = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
+    headers = {"traceparent": context.traceparent if isinstance(context, RecordedSpan) else spans.traceparent(context)}
     if context.trace_state:
         headers["tracestate"] = context.trace_state.to_header()
     return headers

@@ -19,6 +19,7 @@ from protos.messages.channel import MessageChanged, MessageDelivered, MessageRec
 from protos.topology import Subscription
 from services.agent.definitions import approvers
 from services.agent.execution.executor import Executor
+from services.agent.execution.group_write import LARGEST_GROUP
 from services.agent.lanes import LEARNING, RUNS, LearningItem, RunItem
 from services.agent.learning.learner import Learner
 from services.agent.models.contract import Image
@@ -100,7 +101,7 @@ async def give_up_run(item: RunItem, error: str, tx: Tx, executor: Executor) -> 
     await executor.give_up(item.run_id, error, tx)
 
 
-@RUNS.runner(concurrency=64, per_tenant=48, dead=give_up_run)
+@RUNS.runner(concurrency=2 * LARGEST_GROUP, per_tenant=48, dead=give_up_run)
 async def execute_run(item: RunItem, effects: Effects, tx: Tx, executor: Executor) -> ItemEnded | None:
     return await executor.execute(item.run_id, effects, tx)
 

@@ -28,7 +28,9 @@ from protos.messages.billing import UsageRecorded
 from services.agent.models.contract import Usage
 from services.agent.runs.events import Event, StepKind
 
-LARGEST_GROUP = 300
+# Half of the runs that a process executes at the same time: while the database commits the writes of one half, the
+# process works on the other half. All in one group would wait for the database together, and it for them.
+LARGEST_GROUP = 64
 # The results of calls are in the writes, so they are tried for as long as this process may still have the lanes. A
 # write whose lane went to another process is refused when the database is back.
 RETRY_SECONDS = 60.0

@@ -155,11 +155,13 @@ class Steps:
         """
         expected = None if self.next_has_begun() else expected_messages
         n, known = self._enter(spec)
-        content = known.content if known else await self._make(n, spec, call, expected)
-        if content is None:
-            assert known
+        if known is None:
+            text = await self._make(n, spec, call, expected)
+        elif known.content is None:
             raise StepFailed(known.error or "")
-        return msgspec.json.decode(self._open(n, content), type=type_)
+        else:
+            text = self._open(n, known.content)
+        return msgspec.json.decode(text, type=type_)
 
     async def begin_for_child(self, spec: StepSpec) -> ToolResult | None:
         """Begins the next step, which another run answers. Returns its result; None if there is none yet.
@@ -230,13 +232,14 @@ class Steps:
             raise Ended("failed", reason, FAILED)
         return n, None
 
-    async def _make(self, n: int, spec: StepSpec, call: Call[T], expected_messages: int | None) -> bytes:
-        """The step's content, sealed. Raises StepFailed, Ended, RetryLater, and the other errors of the call."""
+    async def _make(self, n: int, spec: StepSpec, call: Call[T], expected_messages: int | None) -> str:
+        """The step's content as JSON. Raises StepFailed, Ended, RetryLater, and the other errors of the call."""
         context = self._context
         known = context.state.steps.get(n)
         retries = known.settled if known else 0
         if known and (kept := self._unrecorded.get((context.run_id, n, known.attempt, retries))):
-            return await self._record((context.run_id, n, known.attempt, retries), kept)
+            await self._record((context.run_id, n, known.attempt, retries), kept)
+            return self._open(n, kept.content)
         attempt = known.attempt + 1 if known else 1
         # The process of the attempt before is gone, so it is not known how that attempt ended.
         lost = spec.lost(True) if known and not known.failed_attempt else None
@@ -246,13 +249,13 @@ class Steps:
         began = time.monotonic()
         # A step that a person wants made again is a new call, with a new key.
         key = self._effects.idempotency_key(f"{context.run_id}/{n}" + (f"/{retries}" if retries else ""))
-        made: _Result | None = None
+        text, made = "", None
         error: str | None = None
         cancelled = False
         try:
             value, metered = await self._try(spec, attempt, call(key, attempt))
-            content = context.key.seal(msgspec.json.encode(value).decode(), *self._sealing(n))
-            made = _Result(content, metered, _ms_since(began))
+            text = msgspec.json.encode(value).decode()
+            made = _Result(context.key.seal(text, *self._sealing(n)), metered, _ms_since(began))
         except EffectFailed as failure:
             error = failure.reason
         except CancelRequested:
@@ -263,14 +266,15 @@ class Steps:
             raise
         failpoint("after_effect_call")
         if made:
-            return await self._record((context.run_id, n, attempt, retries), made)
+            await self._record((context.run_id, n, attempt, retries), made)
+            return text
         end = EndStep(context.session_key, n, attempt, _ms_since(began), None, _stored(error))
         await self._journal.end(end, spec.lost(False), estimated=True)
         if cancelled:
             raise Ended("cancelled", CANCELLED)
         raise StepFailed(error or "")
 
-    async def _record(self, key: tuple[UUID, int, int, int], made: _Result) -> bytes:
+    async def _record(self, key: tuple[UUID, int, int, int], made: _Result) -> None:
         """Submits the result as the step's end, and keeps it in memory until that is committed."""
         _, n, attempt, _ = key
         metered = made.metered
@@ -280,7 +284,6 @@ class Steps:
         end = EndStep(self._context.session_key, n, attempt, made.ms, made.content, None, tokens, nanos)
         self._unrecorded.keep(key, made)
         await self._journal.end(end, metered, estimated=False, recorded=lambda: self._unrecorded.drop(key))
-        return made.content
 
     async def _begin(
         self,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Literal, assert_never
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
 from services.agent.runs.events import (
     AttemptFailed,
@@ -41,8 +41,7 @@ class Limits(msgspec.Struct, frozen=True):
     """The most that the model calls may cost."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """A step in the journal."""
 
     kind: StepKind
@@ -65,8 +64,7 @@ class Step:
         return f"{self.kind} {self.name!r}" + (f" of {self.digest}" if self.digest else "")
 
 
-@dataclass(frozen=True)
-class Suspension:
+class Suspension(msgspec.Struct, frozen=True):
     """The decision that the run waits for."""
 
     reason: Reason
@@ -78,8 +76,7 @@ class Suspension:
     """Of the tool, sealed."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """A run's state, folded from its journal."""
 
     n: int = 0
@@ -90,15 +87,15 @@ class Run:
     tokens: int = 0
     messages: int | None = None
     """How many messages the run started with; None: all."""
-    taken: Mapping[int, int] = field(default_factory=dict)
+    taken: Mapping[int, int] = msgspec.field(default_factory=dict)
     """Step → how many of its messages the run answers from that step on."""
-    steps: Mapping[int, Step] = field(default_factory=dict)
+    steps: Mapping[int, Step] = msgspec.field(default_factory=dict)
     """By number, from 1. Tools that are called at the same time begin in any order."""
     suspended: Suspension | None = None
     waited_since: datetime | None = None
-    decisions: Mapping[int, Decision] = field(default_factory=dict)
+    decisions: Mapping[int, Decision] = msgspec.field(default_factory=dict)
     """Step → the decision of a person about its tool call."""
-    reserved: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    reserved: Mapping[tuple[int, int], int] = msgspec.field(default_factory=dict)
     """(step, attempt) of a model call → nano-units reserved for it."""
     busy_ms: int = 0
     """How long the steps took. Of the calls that are made at the same time, the longest counts."""
@@ -107,8 +104,7 @@ class Run:
     over: bool = False
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     session_key: str
     agent_id: UUID
     agent_version: int
@@ -116,16 +112,14 @@ class Start:
     messages: int
 
 
-@dataclass(frozen=True)
-class Fork:
+class Fork(msgspec.Struct, frozen=True):
     session_key: str
     origin: UUID
     messages: int | None
     agent_version: int | None
 
 
-@dataclass(frozen=True)
-class TakeMessages:
+class TakeMessages(msgspec.Struct, frozen=True):
     """From `step` on the run answers its first `messages` messages."""
 
     session_key: str
@@ -133,8 +127,7 @@ class TakeMessages:
     messages: int
 
 
-@dataclass(frozen=True)
-class BeginStep:
+class BeginStep(msgspec.Struct, frozen=True):
     session_key: str
     step: int
     kind: StepKind
@@ -144,16 +137,14 @@ class BeginStep:
     code: str = ""
 
 
-@dataclass(frozen=True)
-class FailAttempt:
+class FailAttempt(msgspec.Struct, frozen=True):
     session_key: str
     step: int
     attempt: int
     error: str
 
 
-@dataclass(frozen=True)
-class EndStep:
+class EndStep(msgspec.Struct, frozen=True):
     session_key: str
     step: int
     attempts: int
@@ -164,8 +155,7 @@ class EndStep:
     nanos: int = 0
 
 
-@dataclass(frozen=True)
-class Suspend:
+class Suspend(msgspec.Struct, frozen=True):
     session_key: str
     reason: Reason
     step: int
@@ -175,8 +165,7 @@ class Suspend:
     arguments: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Settle:
+class Settle(msgspec.Struct, frozen=True):
     session_key: str
     step: int
     decision: Decision
@@ -184,16 +173,14 @@ class Settle:
     content: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Complete:
+class Complete(msgspec.Struct, frozen=True):
     session_key: str
     reply: bytes
     calls: bytes | None = None
     finish_reason: Literal["stop", "length"] = "stop"
 
 
-@dataclass(frozen=True)
-class Fail:
+class Fail(msgspec.Struct, frozen=True):
     session_key: str
     status: Ending
     error: str
