@@ -29,7 +29,7 @@ from infra.security.sealed_letters import SealedLetters
 from infra.web import rpc
 from protos.catalog import CATALOG
 from protos.envelope import Envelope, Message
-from protos.topology import Queue, Topic
+from protos.topology import Catalog, Queue, Topic
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.home import SERVICE_PORTS
 from tooling.stack.home import SERVICES as ALL
@@ -71,14 +71,16 @@ class Platform:
         self._producer: AIOKafkaProducer | None = None
 
     async def prepare(self, *names: str) -> None:
-        """Makes the engines, roles, schemas and tables that these services need, and all topics and queues."""
+        """Makes the engines, roles, schemas, tables and queues that these services need, and all topics."""
         self.stack.need(*(engine for name in names for engine in _NEEDED.get(name, ())))
         await prepare_database(self.database_url, {name: PASSWORDS for name in names})
         for name in names:
             if (revisions := CHECKOUT / "services" / name / "migrations").exists():
                 await migrate(self.database_url, name, revisions)
+        # RabbitMQ takes about a second for the queues of all services.
+        queues = tuple(queue for queue in CATALOG.queues if {queue.consumer, *queue.producers} & set(names))
         await provision_brokers(
-            CATALOG,
+            Catalog(CATALOG.topics, queues),
             self.database_url,
             kafka=self.stack.kafka_bootstrap_servers,
             rabbit_url=self.rabbitmq_url,

@@ -21,6 +21,7 @@ from tooling.stack.home import SERVICES
 _LOADED = (
     *(f"services.{name}.__main__" for name in SERVICES),
     *(f"tooling.testing.sample.{name}.__main__" for name in ("front", "desk", "ledger", "courier")),
+    "tooling.testing.preload",
 )
 # From <linux/prctl.h>.
 _PR_SET_PDEATHSIG = 1

@@ -38,6 +38,7 @@ class Stack:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.engines: dict[str, dict[str, Any]] = {}
+        self._needed: set[str] = set()
         self._read_credentials()
         self._supervisor = Supervisor(home)
 
@@ -45,10 +46,11 @@ class Stack:
         self.engines = json.loads((self.home / "credentials.json").read_text())["engines"]
 
     def need(self, *names: str) -> None:
-        """Starts these engines if they do not run yet."""
-        if names:
+        """Starts these engines, unless an earlier call did: the command takes seconds, and every module calls this."""
+        if not self._needed.issuperset(names):
             run_claw(self.home, "up", "--only", ",".join(names))
             self._read_credentials()
+            self._needed.update(names)
 
     @property
     def postgres_url(self) -> str:
