@@ -450,19 +450,36 @@ def test_pages_without_text_are_named(tmp_path: Path) -> None:
 
 
 def bomb(part: str) -> bytes:
-    """An Office file of a few megabytes whose part is 3 GB."""
+    """An Office file of a few megabytes whose part is 1 GiB, more than the memory that the parser may use."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("[Content_Types].xml", "<Types/>")
         with archive.open(part, "w", force_zip64=True) as file:
-            for _ in range(3 * 1024):
+            for _ in range(1024):
                 file.write(b"<a>" + b" " * (1024**2 - 3))
     return out.getvalue()
 
 
 def table_bomb(rows: int) -> bytes:
-    """A workbook that repeats one shared string of a megabyte in each of its rows."""
-    return files.xlsx("Bomb", [["x" * 32_000] * 50] * rows)
+    """A workbook that repeats one shared string of 32,000 characters in fifty cells of each of its rows."""
+    row = "<row>" + '<c t="s"><v>0</v></c>' * 50 + "</row>"
+    main = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+    kind = "application/vnd.openxmlformats-officedocument.spreadsheetml.sharedStrings+xml"
+    parts = {
+        "xl/worksheets/sheet1.xml": f"<worksheet {main}><sheetData>{row * rows}</sheetData></worksheet>",
+        "xl/sharedStrings.xml": f"<sst {main}><si><t>{'x' * 32_000}</t></si></sst>",
+    }
+    out = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(files.xlsx("Bomb", []))) as empty,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as workbook,
+    ):
+        types_ = empty.read("[Content_Types].xml").decode()
+        strings = f'<Override PartName="/xl/sharedStrings.xml" ContentType="{kind}"/></Types>'
+        parts["[Content_Types].xml"] = types_.replace("</Types>", strings)
+        for name in {*empty.namelist(), *parts}:
+            workbook.writestr(name, parts.get(name) or empty.read(name))
+    return out.getvalue()
 
 
 def _nested_mail(depth: int) -> bytes:
