@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import InvalidMessage
-from infra.web import json_schema
 from infra.web.json_schema import MAX_STEPS, check, check_schema
+from infra.web.json_schema.evaluation import Check
+from infra.web.json_schema.keywords import KEYWORDS
+from infra.web.json_schema.patterns import pattern_size
 
 OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -170,7 +172,7 @@ def test_colliding_numbers_cost_no_more_than_others() -> None:
     same_hash = [n * (2**61 - 1) for n in range(5_000)]
     steps = []
     for values in (same_hash, list(range(5_000))):
-        applied = json_schema._Check("a", {})
+        applied = Check("a", {}, KEYWORDS)
         assert applied.fits({"uniqueItems": True}, values)
         steps.append(MAX_STEPS - applied.steps)
     assert steps[0] == steps[1]
@@ -199,7 +201,7 @@ def test_colliding_numbers_cost_no_more_than_others() -> None:
 )
 def test_the_size_of_a_pattern_counts_its_repeats(pattern: str, parts: int) -> None:
     # A class counts its members, and so too much.
-    assert parts <= json_schema._pattern_size(pattern, {}) <= (15 if "[" in pattern else 1) * parts
+    assert parts <= pattern_size(pattern, {}) <= (15 if "[" in pattern else 1) * parts
 
 
 @pytest.mark.parametrize("hidden", ["(?x)#[\n(a{1,100}){1,100}b", "(?ix)#[\n(a{1,100}){1,100}b", r"\w{1,20000}"])
@@ -273,7 +275,7 @@ def test_a_value_fits_if_it_fits_by_the_reference(schema: Any, x: Any, value: di
     whole = {"allOf": [schema], "$defs": {"x": _without_references(x), "y": {"type": "object"}}}
     failures = list(jsonschema.Draft202012Validator(whole).iter_errors(value))
     expected = failures[0] if failures else None
-    failure = json_schema._Check("value", whole).first_failure(whole, value, ())
+    failure = Check("value", whole, KEYWORDS).first_failure(whole, value, ())
     assert (failure is None) == (expected is None)
     # The reference loses a part of the path if the schema there is `false`, and below unevaluatedProperties.
     if failure and expected and expected.schema is not False and "unevaluated" not in str(expected.validator):
