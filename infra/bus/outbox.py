@@ -23,7 +23,8 @@ from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient, sql
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.leases import LEASE_SECONDS, Leases
-from infra.postgres.tx import BUCKETS, Database
+from infra.postgres.outbox_rows import BUCKETS
+from infra.postgres.tx import Database
 
 WINDOW = 500
 # A commit in this process wakes the relay. The poll finds rows of other processes, and those left after a crash.

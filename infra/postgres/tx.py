@@ -8,11 +8,10 @@ holds no connection during the call.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -28,14 +27,13 @@ from infra.postgres import db, event_store
 from infra.postgres.dead_letters import Sealing
 from infra.postgres.event_store import Aggregate, NewEvent, Publication, Stream
 from infra.postgres.lane_items import Item, LaneKind, NewItem, NewItems, Places, enqueue_call
+from infra.postgres.outbox_rows import INSERT_OUTBOX, OutboxRow, outbox_columns
 from protos.envelope import Envelope, Message
 from protos.topology import Queue, Topic
 
 T = TypeVar("T")
 State = TypeVar("State")
 
-# This must never change: rows of a key may be pending, and its bucket must stay the same.
-BUCKETS = 16
 # How long queue messages stay in the outbox so that a wiped broker can be filled again.
 QUEUE_HORIZON = timedelta(hours=24)
 # A transaction whose stream another transaction has changed meanwhile decides again, up to so many times.
@@ -43,22 +41,10 @@ CONFLICT_ATTEMPTS = 5
 MAX_MESSAGE_BYTES = 1_000_000
 """Of a body. Larger content belongs in the object store, with a reference in the message."""
 
-
-class OutboxRow(NamedTuple):
-    """A message in its final bytes. Order is kept per destination and key."""
-
-    bus: str
-    message_id: UUID
-    destination: str
-    routing_key: str
-    key: str
-    headers: str
-    body: bytes
-    keep_for: timedelta
-
-    @property
-    def bucket(self) -> int:
-        return zlib.crc32(self.key.encode()) % BUCKETS
+_INSERT_BOTH = f"""
+WITH sent AS ({INSERT_OUTBOX})
+{enqueue_call(9)}
+"""
 
 
 class Tx:
@@ -310,7 +296,7 @@ class Tx:
             if self.items:
                 self.woken |= await self.items.insert(await self.connection(), _INSERT_BOTH, *columns)
             else:
-                await self.sql(_INSERT_OUTBOX, *columns)
+                await self.sql(INSERT_OUTBOX, *columns)
             self.buses |= {row.bus for row in self._rows}
             self._rows.clear()
         elif self.items:
@@ -468,35 +454,3 @@ def publications(
         (derived_id(event_id, "publication", n), publication)
         for n, publication in enumerate(aggregate.publish(stream_id, event))
     ]
-
-
-_INSERT_OUTBOX = """
-INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until)
-SELECT b, u, m, d, r, k, h, y, clock_timestamp() + t
-FROM unnest($1::text[], $2::smallint[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[],
-            $9::interval[]) AS n(b, u, m, d, r, k, h, y, t)
-"""
-_INSERT_BOTH = f"""
-WITH sent AS ({_INSERT_OUTBOX})
-{enqueue_call(9)}
-"""
-
-
-def outbox_columns(rows: Sequence[OutboxRow]) -> list[list[Any]]:
-    """The arguments of `_INSERT_OUTBOX`."""
-    return [
-        [row.bus for row in rows],
-        [row.bucket for row in rows],
-        [row.message_id for row in rows],
-        [row.destination for row in rows],
-        [row.routing_key for row in rows],
-        [row.key for row in rows],
-        [row.headers for row in rows],
-        [row.body for row in rows],
-        [row.keep_for for row in rows],
-    ]
-
-
-async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
-    """Writes messages into the outbox, positions in the order given."""
-    await db.sql(connection, _INSERT_OUTBOX, *outbox_columns(rows))

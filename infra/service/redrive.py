@@ -25,7 +25,8 @@ from infra.postgres.db import is_of_database, is_transient, storable
 from infra.postgres.dead_letters import OPEN, OPEN_FOR, SealedPayload, open_payload
 from infra.postgres.inbox import mark_handled
 from infra.postgres.lane_items import NewItem
-from infra.postgres.tx import Database, OutboxRow, Tx, insert_outbox
+from infra.postgres.outbox_rows import OutboxRow, insert_outbox
+from infra.postgres.tx import Database, Tx
 from infra.security.audit import audit
 from protos.topology import Subscription, Topic
 

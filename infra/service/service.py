@@ -23,7 +23,8 @@ from infra import VERSION
 from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Relay
-from infra.bus.rabbit import RabbitPublisher, Workers
+from infra.bus.rabbit import Workers
+from infra.bus.rabbit_publisher import RabbitPublisher
 from infra.bus.tail import Tail
 from infra.bus.transactional import TransactionalReader
 from infra.connections import context_of

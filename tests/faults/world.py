@@ -21,7 +21,8 @@ from infra.bus.outbox import HeldBack, Outcome, Pending, Relay, resend
 from infra.errors import InvalidMessage
 from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine, is_transient
-from infra.postgres.tx import BUCKETS, Database, Tx
+from infra.postgres.outbox_rows import BUCKETS
+from infra.postgres.tx import Database, Tx
 from infra.service.redrive import Drainer
 from protos.messages.sample import NoteTaken
 from tests.infra.conftest import SampleDatabase

@@ -22,7 +22,8 @@ from infra.lanes.claims import Head, Lease
 from infra.observe.logs import get_logger
 from infra.postgres.db import CONFLICT, is_transient, sqlstate
 from infra.postgres.group_commit import GroupCommit
-from infra.postgres.tx import Database, OutboxRow, Tx
+from infra.postgres.outbox_rows import OutboxRow
+from infra.postgres.tx import Database, Tx
 from infra.postgres.upcasting import schema_version
 from protos.messages.billing import UsageRecorded
 from services.agent.models.contract import Usage

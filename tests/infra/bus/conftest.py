@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from infra.bus import provisioning
 from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Publisher, Relay
-from infra.bus.rabbit import RabbitPublisher
+from infra.bus.rabbit_publisher import RabbitPublisher
 from infra.bus.transactional import TransactionalReader
 from infra.observe.metrics import Metrics
 from infra.postgres.tx import Database

@@ -15,9 +15,10 @@ import pytest
 from aio_pika.exceptions import AMQPError, DeliveryError
 from msgspec.structs import replace
 
-from infra.bus import rabbit
+from infra.bus import rabbit, rabbit_publisher
 from infra.bus.outbox import Pending
-from infra.bus.rabbit import RabbitPublisher, Workers
+from infra.bus.rabbit import Workers
+from infra.bus.rabbit_publisher import RabbitPublisher
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, RetryLater, Transient
 from infra.lanes.lane import Lane
@@ -211,10 +212,10 @@ async def test_a_broker_that_falls_silent_is_an_error_and_not_a_cancellation(
     buses: Buses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CancelledError out of a publish would end the relay, and a worker would never let its message go."""
-    monkeypatch.setattr(rabbit, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(rabbit_publisher, "HEARTBEAT_SECONDS", 1)
     broker = urlsplit(buses.rabbitmq)
     async with FaultProxy(broker.hostname or "", broker.port or 0) as proxy:
-        publisher = rabbit.RabbitPublisher(buses.rabbitmq.replace(f":{broker.port}/", f":{proxy.port}/"))
+        publisher = RabbitPublisher(buses.rabbitmq.replace(f":{broker.port}/", f":{proxy.port}/"))
         headers = Envelope(id=uuid7(), source="test", type="sample.v1.TakeNote", time=utcnow()).headers()
 
         async def publish() -> bool:
@@ -241,9 +242,10 @@ async def test_a_worker_that_gets_no_answer_while_it_connects_tries_again(
     buses: Buses, desk: Database, handler: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a broker that starts accepts connections and does not answer yet."""
-    monkeypatch.setattr(rabbit, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(rabbit, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(rabbit, "RECONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(rabbit_publisher, "HEARTBEAT_SECONDS", 1)
+    for module in (rabbit, rabbit_publisher):
+        monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
+        monkeypatch.setattr(module, "RECONNECT_SECONDS", 0.1)
     broker = urlsplit(buses.rabbitmq)
     async with FaultProxy(broker.hostname or "", broker.port or 0) as proxy:
         url = buses.rabbitmq.replace(f":{broker.port}/", f":{proxy.port}/")

@@ -12,7 +12,7 @@ import pytest
 from infra.clock import uuid7
 from infra.errors import Conflict
 from infra.lanes.claims import LaneLost
-from infra.postgres.tx import OutboxRow
+from infra.postgres.outbox_rows import OutboxRow
 from services.agent.execution.group_write import Begun, EndedStep, GroupWriter, MessagesArrived, RunStopped
 from services.agent.lanes import RUNS, RunItem
 from services.agent.models.contract import Usage
