@@ -12,8 +12,8 @@ from infra.errors import Transient
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
+from services.ws_gateway.openai.conversation import Conversation
 from services.ws_gateway.openai.errors import of_problem, unknown_model
-from services.ws_gateway.openai.requests import Conversation
 from services.ws_gateway.openai.shapes import UNREPORTED, Usage
 
 _PAGE = 200

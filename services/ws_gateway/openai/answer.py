@@ -19,9 +19,9 @@ from services.ws_gateway.domain import Event, Fact, Follow
 from services.ws_gateway.feed import Live, Missed
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors
+from services.ws_gateway.openai.conversation import Call
 from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 from services.ws_gateway.openai.errors import Failure
-from services.ws_gateway.openai.requests import Call
 from services.ws_gateway.openai.shapes import UNREPORTED, Reply, Shape, Usage
 from services.ws_gateway.run_events import run_events
 from services.ws_gateway.stream import HEADERS, HEARTBEAT, StreamClient, send_part, until_disconnect

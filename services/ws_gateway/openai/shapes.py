@@ -9,9 +9,9 @@ from uuid import UUID
 
 import msgspec
 
+from services.ws_gateway.openai.conversation import Call
 from services.ws_gateway.openai.domain import Piece
 from services.ws_gateway.openai.errors import Failure
-from services.ws_gateway.openai.requests import Call
 
 
 class Usage(msgspec.Struct, frozen=True):

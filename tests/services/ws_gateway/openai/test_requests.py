@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from services.ws_gateway.openai.conversation import Call, Conversation, Earlier, Tool
 from services.ws_gateway.openai.errors import Failure
-from services.ws_gateway.openai.requests import Call, ChatRequest, Conversation, Earlier, ResponsesRequest, Tool
+from services.ws_gateway.openai.requests import ChatRequest, ResponsesRequest
 
 HI = {"role": "user", "content": "Hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -1,0 +1,115 @@
+"""The client's functions, and the schema that it wants the answer to fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from infra.errors import InvalidMessage
+from infra.web.json_schema import check_schema
+from services.ws_gateway.openai.conversation import Tool
+from services.ws_gateway.openai.errors import invalid_field
+from services.ws_gateway.openai.fields import check, check_name, list_of, string
+
+MAX_TOOLS = 128
+# The most bytes of all tools' parameters together: the check of the schemas takes time.
+MAX_PARAMETERS = 128 * 1024
+
+
+def tools_of(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ...], bool]:
+    """The functions to offer, and whether one of them must be called."""
+    tools = list_of(given, "tools")
+    check(len(tools) <= MAX_TOOLS, "tools", f"must be {MAX_TOOLS} at most")
+    found: dict[str, Tool] = {}
+    size = 0
+    for n, each in enumerate(tools):
+        function, where = function_of(each, f"tools[{n}]", nested)
+        check_name(function.get("name"), f"{where}.name")
+        check(function["name"] not in found, f"{where}.name", "is there twice")
+        strict = function.get("strict") or False
+        check(isinstance(strict, bool), f"{where}.strict", "must be true or false")
+        parameters = _parameters(function.get("parameters"), f"{where}.parameters")
+        if strict:
+            parameters = _schema(parameters, f"{where}.parameters")
+        description = string(function.get("description") or "", f"{where}.description")
+        tool = Tool(function["name"], description, parameters, strict)
+        size += len(msgspec.json.encode(tool.parameters))
+        check(size <= MAX_PARAMETERS, "tools", f"must have {MAX_PARAMETERS} bytes of parameters at most")
+        found[tool.name] = tool
+    match choice:
+        case None | "auto":
+            return tuple(found.values()), False
+        case "none":
+            return (), False
+        case "required":
+            check(bool(found), "tool_choice", "there are no tools")
+            return tuple(found.values()), True
+        case dict():
+            function, where = function_of(choice, "tool_choice", nested)
+            chosen = [tool for tool in found.values() if tool.name == function.get("name")]
+            check(bool(chosen), f"{where}.name", "is none of the tools")
+            # Only the chosen function is offered, so the model must call it.
+            return tuple(chosen), True
+    raise invalid_field("tool_choice", "must be none, auto, required or a function")
+
+
+def _parameters(given: Any, where: str) -> dict[str, Any]:
+    """The schema of a function's arguments. Clients write a function without parameters in many ways.
+
+    Unless the function is strict, its schema goes to the model as it is: clients send older drafts of JSON Schema, and
+    any keyword.
+    """
+    given = {} if given is None else given
+    check(isinstance(given, dict), where, "must be a JSON Schema of an object")
+    parameters = {name: value for name, value in given.items() if value is not None}
+    check(parameters.setdefault("type", "object") == "object", f"{where}.type", "must be object")
+    parameters.setdefault("properties", {})
+    try:
+        msgspec.json.encode(parameters)
+    except RecursionError:
+        raise invalid_field(where, "must not be nested so deeply") from None
+    except UnicodeEncodeError:
+        raise invalid_field(where, "must be valid Unicode text") from None
+    return parameters
+
+
+def function_of(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]:
+    """The fields of a function, and their place in the request."""
+    check(isinstance(given, dict), where, "must be an object")
+    check(given.get("type") == "function", f"{where}.type", "only function is supported")
+    if not nested:
+        return given, where
+    fields = given.get(nested)
+    if not isinstance(fields, dict):
+        raise invalid_field(f"{where}.{nested}", "must be an object")
+    return fields, f"{where}.{nested}"
+
+
+def output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, Any] | None:
+    """The schema that the format requires; None for any text. `nested` is the field that has the json_schema."""
+    if format_ is None:
+        return None
+    check(isinstance(format_, dict), where, "must be an object")
+    match format_.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return {"type": "object"}
+        case "json_schema":
+            given = format_
+            if nested:
+                given, where = format_.get(nested), f"{where}.{nested}"
+                check(isinstance(given, dict), where, "must be an object")
+            check_name(given.get("name"), f"{where}.name")
+            return _schema(given.get("schema"), f"{where}.schema")
+    raise invalid_field(f"{where}.type", "must be text, json_object or json_schema")
+
+
+def _schema(schema: Any, where: str) -> dict[str, Any]:
+    check(isinstance(schema, dict), where, "must be a JSON Schema of an object")
+    try:
+        check_schema(where, schema)
+    except InvalidMessage as error:
+        raise invalid_field(error.field, error.reason) from None
+    return dict(schema)
