@@ -285,9 +285,10 @@ class Claims:
             for lease in leases:
                 await sql(
                     connection,
+                    # Locks the lane, if this process still holds it: it must not be claimed between check and release.
                     """
-                    SELECT lane_release(lane_id) FROM (SELECT lane_id FROM lane WHERE lane_id = $1 AND epoch = $2
-                    AND owner = $3 FOR UPDATE) l
+                    SELECT lane_release(lane_id)
+                    FROM (SELECT lane_id FROM lane WHERE lane_id = $1 AND epoch = $2 AND owner = $3 FOR UPDATE) l
                     """,
                     lease.lane_id,
                     lease.epoch,

@@ -140,6 +140,7 @@ async def waiting(tx: Tx) -> dict[str, tuple[int, float]]:
 async def forget(tx: Tx) -> None:
     """Deletes items that ended long ago, the lanes that are then empty, and old effects. At most 10,000 of each."""
     gone = await tx.sql(
+        # Locks the items that it deletes; those that another process deletes are skipped.
         """
         DELETE FROM lane_item
         WHERE (lane_id, seq) IN (
@@ -170,6 +171,7 @@ async def forget(tx: Tx) -> None:
         list({lane_id for (lane_id,) in gone}),
     )
     await tx.sql(
+        # Locks the effects that it deletes; those that another process deletes are skipped.
         """
         DELETE FROM lane_effect
         WHERE (tenant_id, key) IN (

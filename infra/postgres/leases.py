@@ -107,6 +107,7 @@ class Leases:
         async with self._engine.transaction() as connection:
             await sql(
                 connection,
+                # Locks the rows in the order of their names, as `refresh` does: otherwise the two could deadlock.
                 """
                 UPDATE lease SET expires_at = clock_timestamp()
                 WHERE name IN (

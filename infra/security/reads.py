@@ -48,6 +48,7 @@ async def record_reads(tx: Tx, who: Identity, kind: str, ids: Iterable[str], **d
 async def prune_reads(tx: Tx) -> None:
     """Deletes rows of hours that are over for an hour. The audit chain keeps the records."""
     await tx.sql(
+        # Locks the rows that it deletes; those that another process deletes are skipped.
         """
         DELETE FROM content_read
         WHERE (tenant_id, reader, kind, object_id, hour) IN (

@@ -153,6 +153,7 @@ async def prune_dead_letters(tx: Tx) -> None:
 async def prune_answers(tx: Tx) -> None:
     """Deletes answers of `infra.service.idempotency` that are older than a day."""
     await tx.sql(
+        # Locks the answers that it deletes; one that a request uses at this moment is skipped.
         """
         DELETE FROM idempotency
         WHERE (tenant_id, route, key) IN (

@@ -236,6 +236,7 @@ class Previews:
         """Deletes the message of one run that told nothing for `age`. False if there is none."""
         async with self._database.begin() as tx:
             rows = await tx.sql(
+                # Locks the preview; one that another process deletes is skipped.
                 """
                 SELECT run_id, session_key, message_id, stopped FROM preview
                 WHERE updated_at < clock_timestamp() - $1::interval AND delivery_id IS NULL AND message_id IS NOT NULL

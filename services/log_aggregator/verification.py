@@ -82,6 +82,7 @@ class Verifier:
         """Claims a chain that is due. If this process dies, the chain is due again in an hour."""
         async with self._database.begin() as tx:
             rows = await tx.sql(
+                # Locks the chain; one that another process claims is skipped.
                 """
                 UPDATE audit_verification SET due_at = clock_timestamp() + interval '1 hour'
                 WHERE tenant_id = (

@@ -275,6 +275,7 @@ class Keeping:
         await _store(tx, id_, state)
 
     async def _state(self, tx: Tx, id_: UUID) -> State | None:
+        # Locks the memory until its new state is stored.
         rows = await tx.sql(f"SELECT {_COLUMNS} FROM memory WHERE id = $1 FOR UPDATE", id_)
         return _state_of(rows[0]) if rows else None
 

@@ -64,6 +64,7 @@ async def switch(tx: Tx, next_id: UUID, document_id: UUID) -> OldVersion | None:
         await lock(tx, document_id)
     except NotFound:
         return None
+    # Locks both versions: one that is deleted at the same time must not come back.
     if not await tx.sql("SELECT id FROM document WHERE id = $1 AND deleted_at IS NULL FOR UPDATE", next_id):
         return None
     [(*old, size)] = await tx.sql(

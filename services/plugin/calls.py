@@ -142,9 +142,16 @@ class Calls:
             return StartedCall(offer, recorded.attempt + 1)
         # Each new call deletes a few old ones, so that no separate job is needed.
         await tx.sql(
+            # Locks the calls that it deletes; those that another process deletes are skipped.
             """
-            DELETE FROM tool_call WHERE tenant_id = $1 AND key IN (SELECT key FROM tool_call WHERE tenant_id = $1
-            AND created_at < clock_timestamp() - $2::interval ORDER BY created_at LIMIT 10 FOR UPDATE SKIP LOCKED)
+            DELETE FROM tool_call
+            WHERE tenant_id = $1 AND key IN (
+                SELECT key FROM tool_call
+                WHERE tenant_id = $1 AND created_at < clock_timestamp() - $2::interval
+                ORDER BY created_at
+                LIMIT 10
+                FOR UPDATE SKIP LOCKED
+            )
             """,
             call.tenant_id,
             KEEP,

@@ -23,6 +23,7 @@ async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
     Raises NotFound, Conflict if the run is over.
     """
     rows = await tx.sql(
+        # Locks the run: a worker that ends it at the same time waits, and then finds it cancelled.
         """
         SELECT status, session_key, coalesce(item_id, id)
         FROM run

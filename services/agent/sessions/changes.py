@@ -85,6 +85,7 @@ async def change(tx: Tx, subjects: SubjectKeys, changed: MessageChanged, sequenc
             key = await subjects.key(tx, tx.tenant_id, message.subject_id)
         except Erased:
             return
+        # Locks the run: a worker that begins it at the same time waits, and then reads the changed message.
         [run] = await tx.sql(
             "SELECT status, status = 'queued' AND started_at IS NULL FROM run WHERE id = $1 FOR UPDATE", message.run_id
         )

@@ -282,6 +282,7 @@ async def _lock_session(tx: Tx, tenant_id: str, session_key: str, parent: str) -
         parent,
     )
     [(total, run_id, messages, waits, taken_over)] = await tx.sql(
+        # Locks the session until the commit: its next message waits.
         """
         SELECT messages, run_id, run_messages, run_waits, taken_over_by IS NOT NULL
         FROM session
