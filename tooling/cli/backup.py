@@ -51,11 +51,11 @@ def backup(
         str, typer.Option(help="A folder, or s3://bucket/prefix. Default: a folder beside the state folder.")
     ] = "",
     keep_days: Annotated[
-        int, typer.Option(min=0, help="Then remove the backups there that are older. 0: remove none.")
+        int, typer.Option(min=0, help="Then remove backups there that are older than this. 0: remove none.")
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Write a backup of the running stack into one sealed file. Its key lies in a file of its own."""
+    """Write an encrypted backup of the running stack into one file. Its key is in a separate file."""
     began = time.monotonic()
     found = take.source()
     key = backup_key()

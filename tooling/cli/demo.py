@@ -34,7 +34,7 @@ def demo(
         bool, typer.Option("--billing", help="Invoice a synthetic month of three tenants in place of a message.")
     ] = False,
 ) -> None:
-    """Start the stack; have a message answered, delivered, billed and traced; then send the same message again."""
+    """Start the stack. Send a message, show its answer, delivery, charge and trace, and then send it again."""
     began = time.monotonic()
     console = Console(stderr=as_json, highlight=False)
     if billing:

@@ -33,8 +33,8 @@ def logs(
     channel: Annotated[UUID | None, typer.Option(help="Search the index: lines of this channel.")] = None,
     tenant: Annotated[str, typer.Option(help="Search the index: lines of this tenant.")] = "",
     saved: Annotated[str, typer.Option(help=f"Search the index: {' or '.join(searches.QUERIES)}.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="Of a search: the most lines.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="Of a search: print one JSON document.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="With a search: the maximum number of lines.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="With a search: print one JSON document.")] = False,
 ) -> None:
     """Show the last lines of an engine's or a service's log, or search the lines of all services."""
     wanted = {"q": search, "trace_id": trace, "run_id": run, "channel_id": channel, "tenant_id": tenant}

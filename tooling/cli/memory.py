@@ -30,7 +30,7 @@ Engine = Literal["milvus", "pgvector"]
 
 @app.command()
 def migrate(
-    to: Annotated[Engine, typer.Option("--to", help="The engine in which searches shall look.")],
+    to: Annotated[Engine, typer.Option("--to", help="The engine that answers searches afterwards.")],
     alone: Annotated[
         bool, typer.Option(help="Fill only this engine afterwards; going back then takes longer.")
     ] = False,

@@ -41,12 +41,12 @@ def replay(
         typer.Option(help="Rebuild a projection from this service's event store. The consumer waits until the end."),
     ] = "",
     switch: Annotated[bool, typer.Option(help="Repair the rows that differ; use rebuilt tables that differ.")] = False,
-    restart: Annotated[bool, typer.Option(help="From the beginning, if a verification was interrupted.")] = False,
+    restart: Annotated[bool, typer.Option(help="Start from the beginning, although an interrupted verification could continue.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Rebuild a read model and compare it with the live one, while the services run.
 
-    Exit code 1 if they differ and the live one stays. Ctrl-C pauses; the same command goes on.
+    Exit code 1 if they differ and the live one stays. Ctrl-C pauses; the same command continues.
     """
     access = operator.engines_access()
     if list_all:

@@ -19,9 +19,9 @@ def rerate(
     since: Annotated[datetime, typer.Option("--from", formats=FORMATS, help="The first moment, UTC.")],
     until: Annotated[datetime, typer.Option("--to", formats=FORMATS, help="The moment after the last one, UTC.")],
     tenant: Annotated[str, typer.Option(help="Only this tenant's usage.")] = "",
-    book: Annotated[bool, typer.Option("--book", help="Book the differences. Without it they are only shown.")] = False,
+    book: Annotated[bool, typer.Option("--book", help="Book the differences.")] = False,
 ) -> None:
-    """Rate the usage of a time again with the current prices, and show or book the differences."""
+    """Rate the usage of a period again with the current prices. Show the differences; with --book, also book them."""
     found = operator.run(_call(since, until, tenant, book=book))
     out = Console(highlight=False)
     for item in found["items"]:

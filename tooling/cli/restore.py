@@ -1,4 +1,4 @@
-"""``./claw restore``: verifies a backup as a whole, and then makes the stack of it."""
+"""``./claw restore``: verifies a whole backup, and then restores it into the stack."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def restore(
     at: Annotated[
         str, typer.Option(help="Restore to this moment after the backup, with archived WAL: 2026-11-30T14:59:59Z.")
     ] = "",
-    archive: Annotated[str, typer.Option(help="Of --at: the archive, if it was moved.")] = "",
-    no_start: Annotated[bool, typer.Option("--no-start", help="A trial: start no service, so that none acts.")] = False,
+    archive: Annotated[str, typer.Option(help="With --at: the place of the archive, if it was moved.")] = "",
+    no_start: Annotated[bool, typer.Option("--no-start", help="Start no service afterwards, so that nothing is sent: for a trial.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Make this stack the one of a backup, and start it. A stack that has data is refused, unless --wipe is given."""
+    """Restore a backup into this stack, and start it. A stack that has data is refused, unless --wipe is given."""
     began = time.monotonic()
     key = known_key()
     with progress() as bars, opened(file) as stream, reaching(file):

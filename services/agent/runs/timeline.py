@@ -142,7 +142,7 @@ async def _deliveries(tx: Tx, run_id: UUID) -> AsyncIterator[TimelineItem]:
             ms=_ms(asked_at, ended_at) if ended_at else None,
             kind="delivery",
             service="channel",
-            summary=f"delivery {state}" + (f": {reason}" if reason else ""),
+            summary=f"reply {state}" + (f": {reason}" if reason else ""),
             data=data | ({"reason": reason} if reason else {}),
         )
 

@@ -89,7 +89,7 @@ FAULTS: dict[str, Kind] = {
         (*TWINS, "billing", *ZOMBIES),
     ),
     "pause": Kind("SIGSTOP of an engine, then SIGCONT: its ports accept and nothing answers", ENGINES),
-    "restart": Kind("a proper stop and start of an engine", ENGINES),
+    "restart": Kind("a clean stop and start of an engine", ENGINES),
     "network": Kind(
         "latency, a reset, a blackhole, half-open connections (only the server knows that they have ended) or lost "
         "answers (the other side has done it, and its answer is dropped) between client and gateway, agent and model, "
