@@ -1,7 +1,7 @@
 """Dead letters: one table in every service's schema for the messages that could not be processed.
 
 On an ordered topic a failed record parks its key: later records of the key wait behind it, in the same table. The
-head is redriven by the service itself (`Drainer`), so that a redrive is the same code in the same transaction as the
+head is redriven by the service itself (`Redriver`), so that a redrive is the same code in the same transaction as the
 first attempt was. An operator only marks a row: ``redriving`` or ``discarded``.
 """
 
@@ -126,7 +126,7 @@ async def store_dead_letters(
 async def lock_parked(connection: AsyncConnection, consumer: str, topic: str, keys: Sequence[str]) -> set[str]:
     """Which of `keys` are parked; their rows stay locked until the transaction ends.
 
-    The drainer locks the same rows: it cannot unpark a key between this look and the store behind it.
+    The redriver locks the same rows: it cannot unpark a key between this look and the store behind it.
     """
     rows = await sql(
         connection,

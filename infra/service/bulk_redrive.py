@@ -109,7 +109,7 @@ async def redrive_matching(
         return Redriven(matched, min(fresh, LIMIT), matched - fresh)
     marked = await tx.sql(
         f"""
-        -- Locks the letters, the oldest first. Those that an operator or a drainer works on are left to them.
+        -- Locks the letters, the oldest first. Those that an operator or a redriver works on are left to them.
         WITH chosen AS (
             SELECT id, seq
             FROM dead_letter

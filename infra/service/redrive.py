@@ -1,7 +1,7 @@
 """Redrive: a service handles again the dead letters that an operator has chosen.
 
 The operator's side marks rows (`request_redrive`, `discard`), each in a transaction with its audit record. The
-service's side (`Drainer`) handles the marked rows with the same handlers and the same inbox as a first delivery. When
+service's side (`Redriver`) handles the marked rows with the same handlers and the same inbox as a first delivery. When
 the failed head of a parked key is handled or discarded, the records behind it follow in order, up to the next failure.
 """
 
@@ -94,7 +94,7 @@ async def discard_expired(tx: Tx) -> None:
     """Discards open dead letters whose last failure is more than OPEN_FOR ago, 100 at a time."""
     rows = await tx.sql(
         """
-        -- Locks the letters; those that an operator or a drainer works on are left for the next time.
+        -- Locks the letters; those that an operator or a redriver works on are left for the next time.
         SELECT id, tenant_id
         FROM dead_letter
         WHERE state IN ('failed', 'waiting') AND last_failed_at < clock_timestamp() - $1::interval
@@ -129,7 +129,7 @@ async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, bool]:
     return state, message_id, consumer, recognised
 
 
-class Drainer:
+class Redriver:
     """Handles a service's marked dead letters until stopped. Several processes may run it at the same time."""
 
     def __init__(self, database: Database, subscriptions: Sequence[Subscription], metrics: Metrics) -> None:
@@ -184,7 +184,7 @@ class Drainer:
         """A parked key whose head may be handled, or which has no open dead letter; its row is locked."""
         keys = await tx.sql(
             f"""
-            -- Locks the parked key only; a key that another drainer has locked is skipped.
+            -- Locks the parked key only; a key that another redriver has locked is skipped.
             SELECT consumer, topic, key
             FROM parked_key p
             LEFT JOIN LATERAL (
@@ -209,7 +209,7 @@ class Drainer:
         head = await self._row(
             tx,
             f"""
-            -- Waits if another transaction has locked the head (an operator's, or a drainer's that records a failure).
+            -- Waits if another transaction has locked the head (an operator's, or a redriver's that records a failure).
             -- To skip the head would handle the next record before it, or unpark the key too early.
             consumer = $1 AND source = 'kafka' AND destination = $2 AND key = $3
             AND {OPEN}
@@ -292,7 +292,7 @@ class Drainer:
         async with self._database.begin() as tx:
             await tx.sql(
                 """
-                -- Changes nothing if another drainer has handled the dead letter since.
+                -- Changes nothing if another redriver has handled the dead letter since.
                 UPDATE dead_letter
                 SET state = 'failed', attempts = attempts + 1, error = $2, last_failed_at = clock_timestamp()
                 WHERE id = $1 AND state = $3

@@ -185,8 +185,8 @@ class Replay:
         await sql(held, "SET LOCAL statement_timeout = 0")
         await sql(held, "SET LOCAL transaction_timeout = 0")
         targets = await self._live_offsets(topic, topic_id, lock=held)
-        # In the order in which consumer and drainer lock these tables. An EXCLUSIVE lock blocks FOR UPDATE too, so a
-        # drainer stops before it locks the live tables, which the switch needs.
+        # In the order in which consumer and redriver lock these tables. An EXCLUSIVE lock blocks FOR UPDATE too, so a
+        # redriver stops before it locks the live tables, which the switch needs.
         for table in ("parked_key", "dead_letter"):
             await sql(held, f'LOCK TABLE "{self._service}".{table} IN EXCLUSIVE MODE')
         return targets

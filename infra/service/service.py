@@ -46,7 +46,7 @@ from infra.security.rewrap import KERNEL, SealedColumn
 from infra.security.sealed_letters import SealedLetters
 from infra.service import operations, tenant_erasure
 from infra.service.maintenance import Maintenance
-from infra.service.redrive import Drainer
+from infra.service.redrive import Redriver
 from infra.service.settings import Settings, SettingsError
 from infra.web import http, rpc
 from infra.web.raw import RawRoute
@@ -337,8 +337,8 @@ class Service:
             running.add(f"tail {subscription.name}", tail.run, tail.stop)
         subscribed = [subscription for subscription in bound if not subscription.tail]
         # Needed even without subscriptions: a message that could not be published is a dead letter too.
-        drainer = Drainer(runtime.worker, subscribed, runtime.metrics)
-        running.add("redrive", drainer.run, drainer.stop)
+        redriver = Redriver(runtime.worker, subscribed, runtime.metrics)
+        running.add("redrive", redriver.run, redriver.stop)
         by_group: dict[tuple[type[TransactionalReader | AtLeastOnceReader], str], list[Subscription]] = {}
         for subscription in subscribed:
             if isinstance(subscription.source, Topic):

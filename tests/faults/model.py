@@ -40,7 +40,7 @@ class Model:
         return note in self.refused or note.number < 0
 
     def drain(self, *, stopped: bool) -> bool:
-        """One step of the drainer. True if it was `stopped` just before an effect."""
+        """One step of the redriver. True if it was `stopped` just before an effect."""
         for key, letters in list(self.letters.items()):
             if not letters:
                 del self.letters[key]

@@ -23,7 +23,7 @@ from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine, is_transient
 from infra.postgres.outbox_rows import BUCKETS
 from infra.postgres.tx import Database, Tx
-from infra.service.redrive import Drainer
+from infra.service.redrive import Redriver
 from protos.messages.sample import NoteTaken
 from tests.infra.conftest import SampleDatabase
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
@@ -196,7 +196,7 @@ class World:
         self._subscription = SAMPLE_EVENTS.batch(group=GROUP)(self.handler.count)
         self.relays = [self.new_relay() for _ in range(2)]
         self.members = [[self.new_member(p) for _ in range(2)] for p in range(PARTITIONS)]
-        self.drainer = Drainer(self.ledger, [self._subscription], self._metrics)
+        self.redriver = Redriver(self.ledger, [self._subscription], self._metrics)
 
     def end(self) -> None:
         self.run(self.desk.engine.dispose())
@@ -242,8 +242,8 @@ class World:
         return await _outcome(member.process(member.position.topic_id, records))
 
     async def drain(self) -> str:
-        """One step of the drainer. Returns the outcome."""
-        return await _outcome(self.drainer.step())
+        """One step of the redriver. Returns the outcome."""
+        return await _outcome(self.redriver.step())
 
     def pass_time(self) -> None:
         """Longer than any lease and any pause of a destination."""

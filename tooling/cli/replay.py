@@ -41,7 +41,9 @@ def replay(
         typer.Option(help="Rebuild a projection from this service's event store. The consumer waits until the end."),
     ] = "",
     switch: Annotated[bool, typer.Option(help="Repair the rows that differ; use rebuilt tables that differ.")] = False,
-    restart: Annotated[bool, typer.Option(help="Start from the beginning, although an interrupted verification could continue.")] = False,
+    restart: Annotated[
+        bool, typer.Option(help="Start again from the beginning after an interrupted verification.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Rebuild a read model and compare it with the live one, while the services run.

@@ -76,7 +76,9 @@ def restore(
         str, typer.Option(help="Restore to this moment after the backup, with archived WAL: 2026-11-30T14:59:59Z.")
     ] = "",
     archive: Annotated[str, typer.Option(help="With --at: the place of the archive, if it was moved.")] = "",
-    no_start: Annotated[bool, typer.Option("--no-start", help="Start no service afterwards, so that nothing is sent: for a trial.")] = False,
+    no_start: Annotated[
+        bool, typer.Option("--no-start", help="For a trial: start no service, so that nothing is sent.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Restore a backup into this stack, and start it. A stack that has data is refused, unless --wipe is given."""

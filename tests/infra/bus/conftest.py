@@ -18,7 +18,7 @@ from infra.bus.rabbit_publisher import RabbitPublisher
 from infra.bus.transactional import TransactionalReader
 from infra.observe.metrics import Metrics
 from infra.postgres.tx import Database
-from infra.service.redrive import Drainer
+from infra.service.redrive import Redriver
 from protos.catalog import AUDIT_LOGS
 from protos.topology import Catalog, Subscription
 from tooling.testing.sample.catalog import SAMPLE
@@ -74,11 +74,11 @@ class Buses:
         await task
 
     @asynccontextmanager
-    async def drainer(self, database: Database, *subscriptions: Subscription) -> AsyncIterator[Drainer]:
-        drainer = Drainer(database, subscriptions, self.metrics)
-        task = asyncio.create_task(drainer.run())
-        yield drainer
-        await drainer.stop()
+    async def redriver(self, database: Database, *subscriptions: Subscription) -> AsyncIterator[Redriver]:
+        redriver = Redriver(database, subscriptions, self.metrics)
+        task = asyncio.create_task(redriver.run())
+        yield redriver
+        await redriver.stop()
         await task
 
     def rabbit(self) -> RabbitPublisher:

@@ -18,7 +18,7 @@ from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, Transient
 from infra.postgres.dead_letters import read_payload
 from infra.postgres.tx import Database
-from infra.service.redrive import Drainer, request_redrive
+from infra.service.redrive import Redriver, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from protos.topology import Catalog
@@ -164,11 +164,11 @@ async def test_one_that_is_refused_or_unreadable_is_set_aside_alone_and_redriven
     assert not store.has("c3")
     store.refused = set()
     subscription = SAMPLE_EVENTS.at_least_once(group=GROUP)(store.take)
-    drainer = Drainer(ledger_database, [subscription], buses.metrics)
+    redriver = Redriver(ledger_database, [subscription], buses.metrics)
     async with ledger_database.begin() as tx:
         [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE error LIKE '%c3%'")
         await request_redrive(tx, [id_], actor="test")
-    assert await drainer.step()
+    assert await redriver.step()
     assert store.has("c3")
     assert sorted(state for _, state, _ in await dead(ledger_database)) == ["failed", "failed", "redriven"]
 

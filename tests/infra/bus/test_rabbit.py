@@ -63,7 +63,7 @@ async def workers(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[
     subscription = SAMPLE_WORK.worker(prefetch=5)(handler.take)
     running, publisher = Workers(desk, [subscription], buses.rabbitmq, buses.metrics), buses.rabbit()
     await running.start()
-    async with buses.drainer(desk, subscription), buses.relay(desk, publisher):
+    async with buses.redriver(desk, subscription), buses.relay(desk, publisher):
         yield
     # A connection that stays open outlives the loop, and the next test would fail.
     await publisher.stop()

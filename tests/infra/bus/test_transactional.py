@@ -97,7 +97,7 @@ def ledger() -> Ledger:
 @pytest.fixture
 async def reading(buses: Buses, ledger_database: Database, ledger: Ledger) -> AsyncIterator[Database]:
     subscription = SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)
-    async with buses.reader(ledger_database, subscription), buses.drainer(ledger_database, subscription):
+    async with buses.reader(ledger_database, subscription), buses.redriver(ledger_database, subscription):
         yield ledger_database
 
 

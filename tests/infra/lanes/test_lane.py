@@ -27,7 +27,7 @@ from infra.observe.metrics import Metrics
 from infra.postgres.db import create_engine
 from infra.postgres.tx import Database, Tx
 from infra.service.maintenance import Maintenance
-from infra.service.redrive import Drainer, request_redrive
+from infra.service.redrive import Redriver, request_redrive
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lanes.lane_fixture import (
@@ -273,8 +273,8 @@ async def test_a_fault_is_retried_by_the_ladder_then_dead_and_comes_back_by_redr
         [(id_,)] = await sql(database, "SELECT id FROM dead_letter WHERE consumer = $1", kind.name)
         async with database.begin() as tx:
             await request_redrive(tx, [id_], actor="test")
-        drainer = Drainer(database, [], world.metrics)
-        while await drainer.step():
+        redriver = Redriver(database, [], world.metrics)
+        while await redriver.step():
             pass
         await notes.has(6)
         await all_over(database, kind)

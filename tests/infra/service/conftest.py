@@ -110,14 +110,14 @@ def ledger_subscription(ledger: Ledger | None = None) -> Subscription:
 async def history(
     sample: SampleDatabase, desk: Database, ledger_database: Database, buses: Buses
 ) -> AsyncIterator[History]:
-    """Live: relay, reader and drainer run."""
+    """Live: relay, reader and redriver run."""
     ledger = Ledger()
     subscription = ledger_subscription(ledger)
     admin = create_engine(sample.admin_url, schema="sample_ledger")
     async with (
         buses.relay(desk),
         buses.reader(ledger_database, subscription),
-        buses.drainer(ledger_database, subscription),
+        buses.redriver(ledger_database, subscription),
     ):
         yield History(admin, desk, buses, ledger, subscription)
     await admin.dispose()

@@ -13,7 +13,7 @@ from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Database
 from infra.service.bulk_redrive import Group, Redriven, group_by_cause, redrive_matching
 from infra.service.maintenance import Maintenance
-from infra.service.redrive import Drainer
+from infra.service.redrive import Redriver
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
@@ -23,16 +23,16 @@ GROUP = "sample_ledger"
 
 @pytest.fixture
 def got() -> list[str]:
-    """The notebooks of the notes that the drainer has handled."""
+    """The notebooks of the notes that the redriver has handled."""
     return []
 
 
 @pytest.fixture
-def drainer(ledger_database: Database, got: list[str]) -> Drainer:
+def redriver(ledger_database: Database, got: list[str]) -> Redriver:
     async def count(notes: list[NoteTaken], tx: object) -> None:
         got.extend(note.notebook for note in notes)
 
-    return Drainer(ledger_database, [SAMPLE_EVENTS.batch(group=GROUP)(count)], Metrics(CollectorRegistry()))
+    return Redriver(ledger_database, [SAMPLE_EVENTS.batch(group=GROUP)(count)], Metrics(CollectorRegistry()))
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ async def test_a_dry_run_counts_and_a_redrive_marks_those_of_the_cause_only(ledg
 
 @pytest.mark.parametrize("is_parked", [False, True])
 async def test_a_slow_redrive_is_handled_one_after_the_other(
-    ledger_database: Database, drainer: Drainer, got: list[str], is_parked: bool
+    ledger_database: Database, redriver: Redriver, got: list[str], is_parked: bool
 ) -> None:
     for notebook in ("a", "b"):
         await failed(ledger_database, "ValueError", notebook)
@@ -126,13 +126,13 @@ async def test_a_slow_redrive_is_handled_one_after_the_other(
             async with ledger_database.begin() as tx:
                 await park(await tx.connection(), GROUP, SAMPLE_EVENTS.name, notebook)
     await redrive(ledger_database, cause="ValueError", rate_per_s=0.001)
-    while await drainer.step():
+    while await redriver.step():
         pass
     # The second one is due in 1000 seconds.
     assert got == ["a"]
     async with ledger_database.begin() as tx:
         await tx.sql("UPDATE dead_letter SET redrive_after = redrive_after - interval '1000 seconds'")
-    while await drainer.step():
+    while await redriver.step():
         pass
     assert got == ["a", "b"]
     assert await by_state(ledger_database) == {"redriven": 2}

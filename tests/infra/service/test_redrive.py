@@ -1,4 +1,4 @@
-"""The drainer beside operators and other drainers: the head of a key is always handled first."""
+"""The redriver beside operators and other redrivers: the head of a key is always handled first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infra.postgres.db import sql
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Database, Tx
 from infra.security import subjects
-from infra.service.redrive import Drainer, discard, discard_expired, request_redrive
+from infra.service.redrive import Redriver, discard, discard_expired, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from tests.infra.bus.conftest import until
@@ -45,9 +45,9 @@ def ledger() -> Ledger:
 
 
 @pytest.fixture
-def drainer(ledger_database: Database, ledger: Ledger) -> Drainer:
+def redriver(ledger_database: Database, ledger: Ledger) -> Redriver:
     subscription = SAMPLE_EVENTS.batch(group=GROUP)(ledger.count)
-    return Drainer(ledger_database, [subscription], Metrics(CollectorRegistry()))
+    return Redriver(ledger_database, [subscription], Metrics(CollectorRegistry()))
 
 
 @pytest.fixture(autouse=True)
@@ -93,67 +93,67 @@ async def waits_for_a_lock(database: Database) -> None:
 
 
 async def test_a_locked_head_is_waited_for_and_not_skipped(
-    ledger_database: Database, ledger: Ledger, drainer: Drainer
+    ledger_database: Database, ledger: Ledger, redriver: Redriver
 ) -> None:
     await parked(ledger_database, "locked", "redriving", "waiting")
     async with ledger_database.begin() as operator:
         await operator.sql("SELECT FROM dead_letter WHERE key = 'locked' AND state = 'redriving' FOR UPDATE")
-        step = asyncio.create_task(drainer.step())
+        step = asyncio.create_task(redriver.step())
         waiting = asyncio.create_task(waits_for_a_lock(ledger_database))
         await asyncio.wait({step, waiting}, return_when=asyncio.FIRST_COMPLETED)
         assert ledger.got == []
     await waiting
     await step
     assert ledger.got == [("locked", 1)]
-    while await drainer.step():
+    while await redriver.step():
         pass
     assert ledger.got == [("locked", 1), ("locked", 2)]
 
 
-async def test_a_key_with_a_locked_last_letter_stays_parked(ledger_database: Database, drainer: Drainer) -> None:
+async def test_a_key_with_a_locked_last_letter_stays_parked(ledger_database: Database, redriver: Redriver) -> None:
     await parked(ledger_database, "last", "waiting")
     async with ledger_database.begin() as operator:
         await operator.sql("SELECT FROM dead_letter WHERE key = 'last' FOR UPDATE")
-        step = asyncio.create_task(drainer.step())
+        step = asyncio.create_task(redriver.step())
         waiting = asyncio.create_task(waits_for_a_lock(ledger_database))
         await asyncio.wait({step, waiting}, return_when=asyncio.FIRST_COMPLETED)
         assert await operator.sql("SELECT key FROM parked_key WHERE key = 'last'")
     await waiting
     await step
     assert await states(ledger_database, "last") == ["redriven"]
-    while await drainer.step():
+    while await redriver.step():
         pass
 
 
-async def test_a_failure_does_not_undo_the_success_of_another_drainer(
-    ledger_database: Database, ledger: Ledger, drainer: Drainer
+async def test_a_failure_does_not_undo_the_success_of_another_redriver(
+    ledger_database: Database, ledger: Ledger, redriver: Redriver
 ) -> None:
-    """Between the rollback and the recorded failure, another drainer may handle the dead letter."""
+    """Between the rollback and the recorded failure, another redriver may handle the dead letter."""
     await parked(ledger_database, "raced", "waiting")
     letter = {"id": None, "consumer": GROUP, "state": "waiting"}
     async with ledger_database.begin() as tx:
         [(letter["id"],)] = await tx.sql("SELECT id FROM dead_letter WHERE key = 'raced'")
-    await drainer.step()
-    await drainer._failed(letter, RuntimeError("too late"))
+    await redriver.step()
+    await redriver._failed(letter, RuntimeError("too late"))
     assert await states(ledger_database, "raced") == ["redriven"]
-    while await drainer.step():
+    while await redriver.step():
         pass
 
 
-async def test_two_drainers_keep_the_order_of_every_key(
-    ledger_database: Database, ledger: Ledger, drainer: Drainer
+async def test_two_redrivers_keep_the_order_of_every_key(
+    ledger_database: Database, ledger: Ledger, redriver: Redriver
 ) -> None:
     for key in ("x", "y", "z"):
         await parked(ledger_database, key, "redriving", *["waiting"] * 5)
     subscription = SAMPLE_EVENTS.batch(group=GROUP)(ledger.count)
-    other = Drainer(ledger_database, [subscription], Metrics(CollectorRegistry()))
+    other = Redriver(ledger_database, [subscription], Metrics(CollectorRegistry()))
 
-    async def drain(one: Drainer) -> None:
+    async def drain(one: Redriver) -> None:
         while await one.step():
             pass
 
-    await asyncio.gather(drain(drainer), drain(other))
-    await drain(drainer)
+    await asyncio.gather(drain(redriver), drain(other))
+    await drain(redriver)
     for key in ("x", "y", "z"):
         assert [n for k, n in ledger.got if k == key] == [1, 2, 3, 4, 5, 6]
     async with ledger_database.begin() as tx:
@@ -161,12 +161,12 @@ async def test_two_drainers_keep_the_order_of_every_key(
 
 
 async def test_keys_without_open_letters_are_unparked_without_a_pause(
-    ledger_database: Database, drainer: Drainer
+    ledger_database: Database, redriver: Redriver
 ) -> None:
     """`step` returns True for an unparked key, so that `run` does not pause between two keys."""
     for n in range(3):
         await parked(ledger_database, f"done {n}")
-    assert [await drainer.step() for _ in range(4)] == [True, True, True, False]
+    assert [await redriver.step() for _ in range(4)] == [True, True, True, False]
 
 
 async def test_a_dead_letter_of_the_outbox_is_redriven_in_a_service_without_subscriptions(
@@ -187,21 +187,21 @@ async def test_a_dead_letter_of_the_outbox_is_redriven_in_a_service_without_subs
     )
     async with ledger_database.begin() as tx:
         await store_dead_letters(await tx.connection(), GROUP, "outbox", [letter], ledger_database.sealing)
-    assert await Drainer(ledger_database, [], Metrics(CollectorRegistry())).step()
+    assert await Redriver(ledger_database, [], Metrics(CollectorRegistry())).step()
     async with ledger_database.begin() as tx:
         rows = await tx.sql("SELECT bus, destination, key, body FROM outbox WHERE message_id = $1", id_)
     assert rows == [("kafka", SAMPLE_EVENTS.name, "unpublished", b"{}")]
 
 
-async def test_a_failed_head_stays_the_head(ledger_database: Database, ledger: Ledger, drainer: Drainer) -> None:
+async def test_a_failed_head_stays_the_head(ledger_database: Database, ledger: Ledger, redriver: Redriver) -> None:
     await parked(ledger_database, "failing", "failed", "waiting")
-    assert not await drainer.step()
+    assert not await redriver.step()
     async with ledger_database.begin() as tx:
         [(id_,)] = await tx.sql("SELECT id FROM dead_letter WHERE key = 'failing' AND state = 'failed'")
         await request_redrive(tx, [id_], actor="test")
     ledger.error = RuntimeError("not yet")
-    assert await drainer.step()
-    assert not await drainer.step()
+    assert await redriver.step()
+    assert not await redriver.step()
     assert await states(ledger_database, "failing") == ["failed", "waiting"]
 
 
@@ -285,13 +285,13 @@ async def test_a_dead_letter_from_before_payloads_were_sealed_is_read_and_erased
 
 
 async def test_a_redrive_of_an_erased_dead_letter_fails_with_the_reason(
-    ledger_database: Database, drainer: Drainer
+    ledger_database: Database, redriver: Redriver
 ) -> None:
     id_ = await store(ledger_database, "t1", b'{"subject_id":"person-5"}')
     async with ledger_database.begin() as tx:
         await subjects.destroy(tx, "t1", "person-5")
         await request_redrive(tx, [id_], actor="test")
-    assert await drainer.step()
+    assert await redriver.step()
     async with ledger_database.begin() as tx:
         [(state, error)] = await tx.sql("SELECT state, error FROM dead_letter WHERE id = $1", id_)
     assert state == "failed"

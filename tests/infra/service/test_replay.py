@@ -207,7 +207,7 @@ async def test_nothing_is_redriven_between_comparison_and_switch(history: Histor
     class Watched(Replay):
         async def _finish(self, *arguments: Any) -> Rebuilt:
             for table in ("parked_key", "dead_letter"):
-                # As SELECT … FOR UPDATE of the drainer and the operator does.
+                # As SELECT … FOR UPDATE of the redriver and the operator does.
                 with pytest.raises(DBAPIError) as refused:
                     await history.sql(f"LOCK TABLE {table} IN ROW SHARE MODE NOWAIT")
                 assert isinstance(refused.value.orig, BaseException)
