@@ -25,8 +25,8 @@ from services.agent.learning.learner import Learner
 from services.agent.models.contract import Image
 from services.agent.runs import projections
 from services.agent.sessions import changes, sealed_arrivals
+from services.agent.sessions.arrivals import Arrival, Context, Origin
 from services.agent.sessions.group_intake import Incoming, take_group
-from services.agent.sessions.intake import Arrival, Context, Origin
 
 # One lane per conversation, for its missing messages.
 GAPS = Lane("message gaps", MissingMessages)

@@ -28,7 +28,8 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from services.agent.lanes import RUNS
 from services.agent.models import scripted
-from services.agent.sessions.intake import Arrival, take_in
+from services.agent.sessions.arrivals import Arrival
+from services.agent.sessions.intake import take_in
 from tooling.bench import runs_anchors
 from tooling.bench.anchor_environment import environment
 from tooling.bench.fixture import PRODUCTION, Fixture, child, connections, running_platform_on

@@ -11,7 +11,8 @@ from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import SubjectKeys
 from services.agent.execution.outcome import ChildRun
 from services.agent.runs.family import child_id
-from services.agent.sessions.intake import Arrival, take_in
+from services.agent.sessions.arrivals import Arrival
+from services.agent.sessions.intake import take_in
 
 # An agent asks an agent that asks an agent. A longer chain is most likely a circle.
 MAX_DEPTH = 3

@@ -15,7 +15,7 @@ from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.models.contract import AssistantTurn, Image, Turn, UserTurn
 from services.agent.runs.content import Unsealer
-from services.agent.sessions.intake import Context
+from services.agent.sessions.arrivals import Context
 
 # The most of the earlier conversation that the model is shown. If there is more, the newest half stays verbatim and the
 # older part is summarised.

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from infra.errors import Conflict, Forbidden, TooManyRequests
 from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
+from services.agent.sessions.arrivals import Arrival
 from services.agent.sessions.domain import Busy
-from services.agent.sessions.intake import Arrival, take_in
+from services.agent.sessions.intake import take_in
 
 MAX_TEXT = 100_000
 # Most queued runs of one tenant. Messages from channels are accepted already and are not limited.

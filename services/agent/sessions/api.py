@@ -14,7 +14,7 @@ from infra.service.service import Runtime
 from services.agent import adapters
 from services.agent.definitions import approvers, store
 from services.agent.sessions.accepting import MAX_TEXT, Accepted, accept, digest
-from services.agent.sessions.intake import Arrival
+from services.agent.sessions.arrivals import Arrival
 
 
 class NewMessage(BaseModel):

@@ -24,9 +24,9 @@ from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
 from services.agent.runs.notices import DELETED
 from services.agent.sessions import intake
+from services.agent.sessions.arrivals import Arrival, Origin
 from services.agent.sessions.domain import Session, begins_at
 from services.agent.sessions.events import MessageWithdrawn
-from services.agent.sessions.intake import Arrival, Origin
 from services.agent.sessions.publishing import SESSION, stream
 
 DELETED_TEXT = "[The person has deleted this message.]"

@@ -22,7 +22,7 @@ from services.agent.definitions.models import ToolName
 from services.agent.models.contract import AssistantTurn, Image, Tool, ToolCall, ToolTurn, Turn, UserTurn
 from services.agent.sessions import images
 from services.agent.sessions.accepting import MAX_TEXT, Accepted, accept, digest
-from services.agent.sessions.intake import Arrival, Context
+from services.agent.sessions.arrivals import Arrival, Context
 
 MAX_HISTORY = 1_000
 MAX_TOOLS = 128

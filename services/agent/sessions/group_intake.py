@@ -20,8 +20,8 @@ from services.agent.definitions.queue_modes import QueueMode
 from services.agent.definitions.store import mode_of
 from services.agent.lanes import queue_run
 from services.agent.runs.decisions import decision_in, is_unclear
+from services.agent.sessions.arrivals import Arrival, ArrivalRows, message_row, run_row
 from services.agent.sessions.domain import Accept, Session, begins_at, decide, evolve
-from services.agent.sessions.intake import Arrival, ArrivalRows, message_row, run_row
 from services.agent.sessions.publishing import stream
 
 # Modes in which a second message of a session needs nothing but the state of the session.

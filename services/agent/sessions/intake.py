@@ -6,13 +6,11 @@ Rows are locked in one order: session, run, lane. The executor also locks the ru
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
-from opentelemetry import trace
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Forbidden, InvalidMessage
@@ -24,7 +22,6 @@ from infra.security.subjects import Erased, SubjectKeys
 from services.agent.definitions.approvers import may_decide
 from services.agent.definitions.store import load, queue_mode
 from services.agent.lanes import RUNS, queue_run
-from services.agent.models.contract import AssistantTurn, Image, Tool, ToolTurn, Turn
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel, fail
 from services.agent.runs.content import Unsealer
@@ -33,147 +30,10 @@ from services.agent.runs.domain import Fail, Suspension
 from services.agent.runs.notices import BUSY, INTERRUPTED, NOT_YOURS, TAKEN_OVER, question_repeated
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.runs.replies import send_reply
+from services.agent.sessions.arrivals import Arrival, ArrivalRows, Context, message_row, run_row
 from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
 from services.agent.sessions.events import MessageAccepted
 from services.agent.sessions.publishing import stream
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The place in a channel that a message comes from and that its reply goes to."""
-
-    channel_id: UUID
-    conversation_id: str
-    vendor_message_id: str
-
-
-class Context(msgspec.Struct, frozen=True):
-    """The context that a caller of the API gives with a message. It replaces the session's own history."""
-
-    history: tuple[Turn, ...]
-    """The conversation before the message."""
-    system: str | None = None
-    """Instructions that are added to the agent's own system prompt."""
-    output_schema: dict[str, Any] | None = None
-    """JSON Schema of the answer."""
-    tools: tuple[Tool, ...] = ()
-    """The caller's own tools, which the model may call."""
-    must_call: bool = False
-    """The model has to call one of these tools."""
-    parallel: bool = True
-    """The model may call several of them at once."""
-    since: tuple[AssistantTurn | ToolTurn, ...] = ()
-    """The calls of these tools that the model has already made for the message, and their results."""
-    images: tuple[Image, ...] = ()
-    """Images of the message."""
-    is_complete: bool = True
-    """False: there are only images, and the model is shown the session's own history."""
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A message that came in."""
-
-    message_id: UUID
-    agent_id: UUID
-    session_key: str
-    subject_id: str
-    text: str
-    received_at: datetime
-    origin: Origin | None = None
-    """None if the message came by the API."""
-    idempotency_key: str | None = None
-    """Of the API's caller."""
-    new_run_id: UUID | None = None
-    """Id of the run that the message opens; None: a new id."""
-    context: Context | None = None
-    """None: the model is shown the session's own history."""
-    parent: str = ""
-    """The session that this one branched off from, such as a channel's for a thread; empty if there is none."""
-    names: tuple[str, ...] = ()
-    """Of its author, as approvers are named."""
-
-
-# One statement, so that messages cost one round trip. It locks nothing that is not locked already: the sessions and the
-# positions by `_lock_session` or `lock_arrivals`. A message refers to a run that the statement may insert; the server
-# checks this at its end.
-_STORE_ARRIVALS = """
-WITH opened AS (
-    INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
-    SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::text[], $6::uuid[], $7::text[])
-), said AS (
-    INSERT INTO message (tenant_id, message_id, session_key, seq, run_id, subject_id, text, conversation,
-                         vendor_message_id, idempotency_key, received_at, decides, context)
-    SELECT * FROM unnest($8::text[], $9::uuid[], $10::text[], $11::bigint[], $12::uuid[], $13::text[], $14::bytea[],
-                         $15::bytea[], $16::text[], $17::text[], $18::timestamptz[], $19::boolean[], $20::bytea[])
-), moved AS (
-    UPDATE session
-    SET messages = n.messages, run_id = n.run_id, run_messages = n.run_messages, run_waits = n.run_waits
-    FROM unnest($21::text[], $22::text[], $23::bigint[], $24::uuid[], $25::int[], $26::boolean[])
-        AS n(tenant_id, session_key, messages, run_id, run_messages, run_waits)
-    WHERE session.tenant_id = n.tenant_id AND session.session_key = n.session_key
-)
-UPDATE sequence
-SET last = n.last
-FROM unnest($27::text[], $28::text[], $29::text[], $30::bigint[]) AS n(tenant_id, name, key, last)
-WHERE sequence.tenant_id = n.tenant_id AND sequence.name = n.name AND sequence.key = n.key
-"""
-
-
-class ArrivalRows:
-    """The rows of messages that were decided. `write` stores them all."""
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[Any, ...]] = []
-        """From `run_row`."""
-        self.messages: list[tuple[Any, ...]] = []
-        """From `message_row`."""
-        self.sessions: list[tuple[Any, ...]] = []
-        """Tenant, session key, number of messages, and the fields of `Session`."""
-        self.positions: list[tuple[str, str, str, int]] = []
-        """Tenant, name and key of a sequence, and its last position."""
-
-    async def write(self, tx: Tx) -> None:
-        tables = (self.runs, 7), (self.messages, 13), (self.sessions, 6), (self.positions, 4)
-        await tx.sql(
-            _STORE_ARRIVALS,
-            *([row[n] for row in rows] for rows, columns in tables for n in range(columns)),
-        )
-
-
-def run_row(tenant_id: str, arrival: Arrival, run_id: UUID) -> tuple[Any, ...]:
-    """A row of `ArrivalRows.runs`, in the trace of now."""
-    context = trace.get_current_span().get_span_context()
-    return (
-        run_id,
-        tenant_id,
-        arrival.session_key,
-        arrival.agent_id,
-        arrival.subject_id,
-        arrival.origin.channel_id if arrival.origin else None,
-        f"{context.trace_id:032x}" if context.is_valid else None,
-    )
-
-
-def message_row(tenant_id: str, arrival: Arrival, event: MessageAccepted, seq: int, key: DataKey) -> tuple[Any, ...]:
-    """A row of `ArrivalRows.messages`."""
-    origin, context = arrival.origin, (tenant_id, arrival.subject_id, str(arrival.message_id))
-    given = msgspec.json.encode(arrival.context).decode() if arrival.context else None
-    return (
-        tenant_id,
-        arrival.message_id,
-        arrival.session_key,
-        seq,
-        event.run_id,
-        arrival.subject_id,
-        event.text,
-        key.seal(origin.conversation_id, *context, "conversation") if origin else None,
-        origin.vendor_message_id if origin else None,
-        arrival.idempotency_key,
-        arrival.received_at,
-        event.decides,
-        key.seal(given, *context, "context") if given else None,
-    )
 
 
 async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
@@ -192,20 +52,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     mode = "followup" if taken_over else await queue_mode(tx, arrival.agent_id)
     unfinished = await open_runs(tx, arrival.session_key, session.run_id, every_run=mode == "interrupt")
     last = unfinished.get(session.run_id) if session.run_id else None
-    decision = None if taken_over else decision_in(arrival.text)
-    # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
-    unclear = not taken_over and arrival.origin is not None and is_unclear(arrival.text)
-    asking = await _asking(tx, unfinished, arrival) if decision or unclear else None
-    if (decision or unclear) and arrival.parent and not (asking and asking.may_decide):
-        # The question stands in the parent session, and the person answers it in a thread.
-        of_parent = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False), arrival)
-        asking = of_parent if of_parent and (asking is None or of_parent.may_decide) else asking
-    if asking and not asking.may_decide:
-        if unclear:
-            # In a room this is an ordinary message.
-            asking = None
-        elif arrival.origin is None:
-            raise Forbidden(f"run {asking.run_id}: the agent's approvers do not include this client")
+    asking = None if taken_over else await _answered_question(tx, unfinished, arrival)
     command = Accept(
         message_id=arrival.message_id,
         subject_id=arrival.subject_id,
@@ -228,26 +75,9 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         busy = True
         [event] = decide(replace(command, mode="followup"), session)
     session = evolve(session, event)
-    tx.append(stream(tx.tenant_id, arrival.session_key), event, event_id=arrival.message_id)
-    rows = ArrivalRows()
-    if event.opens:
-        rows.runs.append(run_row(tx.tenant_id, arrival, event.run_id))
-    rows.messages.append(message_row(tx.tenant_id, arrival, event, total + 1, key))
-    of_session = tx.tenant_id, arrival.session_key, total + 1, session.run_id, session.messages, session.waits
-    rows.sessions.append(of_session)
-    await rows.write(tx)
-    if event.decides:
-        waits = await suspension(tx, event.run_id)
-        act = f"subject:{arrival.subject_id}", f"run.{decision}", "run", str(event.run_id)
-        about = {"step": str(waits.step), "tool": waits.name}
-        if asking and not asking.may_decide:
-            audit_refusal(tx, *act, **about)
-            await _answer(tx, arrival, event.run_id, NOT_YOURS, arrival.subject_id)
-        elif decision:
-            await settle(tx, event.run_id, waits.step, decision, arrival.subject_id)
-            audit(tx, *act, **about)
-        else:
-            await _ask_again(tx, arrival, subjects, event.run_id, waits)
+    await _store(tx, arrival, event, session, total + 1, key)
+    if asking:
+        await _settle_question(tx, arrival, subjects, asking)
         return event.run_id
     not_before = begins_at(session, utcnow())
     if taken_over:
@@ -263,6 +93,18 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         # If a worker already has the item, it waits for the run's row, which this transaction has locked.
         await lanes.postpone(tx, RUNS, arrival.session_key, event.run_id, not_before)
     return event.run_id
+
+
+async def _store(tx: Tx, arrival: Arrival, event: MessageAccepted, session: Session, number: int, key: DataKey) -> None:
+    """Stores the message, which is the session's message with this number, and the run that it opens."""
+    assert tx.tenant_id
+    tx.append(stream(tx.tenant_id, arrival.session_key), event, event_id=arrival.message_id)
+    rows = ArrivalRows()
+    if event.opens:
+        rows.runs.append(run_row(tx.tenant_id, arrival, event.run_id))
+    rows.messages.append(message_row(tx.tenant_id, arrival, event, number, key))
+    rows.sessions.append((tx.tenant_id, arrival.session_key, number, session.run_id, session.messages, session.waits))
+    await rows.write(tx)
 
 
 async def _lock_session(tx: Tx, tenant_id: str, session_key: str, parent: str) -> tuple[int, Session, bool]:
@@ -362,6 +204,45 @@ class Asking(NamedTuple):
     run_id: UUID
     may_decide: bool
     """The author of the message may give it."""
+
+
+async def _answered_question(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) -> Asking | None:
+    """The run whose question the message answers; None for an ordinary message.
+
+    Raises Forbidden if it is another person's question, and the message came by the API.
+    """
+    # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
+    unclear = arrival.origin is not None and is_unclear(arrival.text)
+    if not unclear and not decision_in(arrival.text):
+        return None
+    asking = await _asking(tx, unfinished, arrival)
+    if arrival.parent and not (asking and asking.may_decide):
+        # The question stands in the parent session, and the person answers it in a thread.
+        of_parent = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False), arrival)
+        asking = of_parent if of_parent and (asking is None or of_parent.may_decide) else asking
+    if asking and not asking.may_decide:
+        if unclear:
+            # In a room this is an ordinary message.
+            return None
+        if arrival.origin is None:
+            raise Forbidden(f"run {asking.run_id}: the agent's approvers do not include this client")
+    return asking
+
+
+async def _settle_question(tx: Tx, arrival: Arrival, subjects: SubjectKeys, asking: Asking) -> None:
+    """Applies the decision in the message, or tells its author why it does not count."""
+    decision, run_id = decision_in(arrival.text), asking.run_id
+    waits = await suspension(tx, run_id)
+    act = f"subject:{arrival.subject_id}", f"run.{decision}", "run", str(run_id)
+    about = {"step": str(waits.step), "tool": waits.name}
+    if not asking.may_decide:
+        audit_refusal(tx, *act, **about)
+        await _answer(tx, arrival, run_id, NOT_YOURS, arrival.subject_id)
+    elif decision:
+        await settle(tx, run_id, waits.step, decision, arrival.subject_id)
+        audit(tx, *act, **about)
+    else:
+        await _ask_again(tx, arrival, subjects, run_id, waits)
 
 
 async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) -> Asking | None:

@@ -10,7 +10,7 @@ from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.sessions import intake
-from services.agent.sessions.intake import Arrival
+from services.agent.sessions.arrivals import Arrival
 
 # In place of a message of an erased person.
 ERASED = b""

@@ -52,7 +52,8 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.sessions.intake import Arrival, Origin, take_in
+from services.agent.sessions.arrivals import Arrival, Origin
+from services.agent.sessions.intake import take_in
 from tests.conftest import execute
 from tests.infra.conftest import PASSWORDS
 

@@ -26,8 +26,8 @@ from services.agent.definitions.models import NewAgent
 from services.agent.definitions.queue_modes import QUEUE_MODES
 from services.agent.handlers import GAPS, _take_one
 from services.agent.sessions import domain
+from services.agent.sessions.arrivals import Arrival, Origin
 from services.agent.sessions.group_intake import Incoming, take_group
-from services.agent.sessions.intake import Arrival, Origin
 from tests.infra.conftest import PASSWORDS
 
 SUBJECTS = SubjectKeys(Cipher("A" * 43 + "="))
