@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,17 +19,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-import msgspec
-
+from infra.errors import describe
 from tooling.stack.backup import wal
 from tooling.stack.backup.database import feed
+from tooling.stack.backup.targets import reaching
 from tooling.stack.backup.wal import Archive
-from tooling.stack.checkout import readable_code
 from tooling.stack.engines import postgres
-from tooling.stack.engines.base import EngineError, write_atomically
+from tooling.stack.engines.base import EngineError
 
 _DATA, _LOG = "data", "postgres.log"
 _TICK_SECONDS = 0.2
+# PostgreSQL takes 1 for "there is no such file", and stops the recovery if the code is over 125.
+_DAMAGED = 200
 
 
 @contextmanager
@@ -65,10 +68,8 @@ def _unpack(pieces: Iterable[bytes], data: Path, owner: int) -> None:
 
 def _replay(folder: Path, archive: Archive, at: datetime, owner: int) -> None:
     """Starts a server that reads the WAL until `at`, waits until it has, and stops it."""
-    access = folder / postgres.ARCHIVE
-    write_atomically(access, msgspec.json.encode(archive).decode())
-    os.chown(access, owner, -1)
     data = folder / _DATA
+    supply = _Supply(folder, archive, owner)
     (data / "recovery.signal").touch()
     os.chown(data / "recovery.signal", owner, -1)
     settings = {
@@ -76,27 +77,89 @@ def _replay(folder: Path, archive: Archive, at: datetime, owner: int) -> None:
         "listen_addresses": "",
         "unix_socket_directories": str(folder),
         "hot_standby": "off",
-        "restore_command": postgres.wal_command("pull", access, folder, "%f", "%p"),
+        "restore_command": supply.command,
         "recovery_target_time": at.isoformat(),
         "recovery_target_action": "promote",
         # With archiving, and no command: the history of the new timeline waits, until the restored stack archives it.
         "archive_mode": "on",
         "archive_command": "",
     }
-    environment = {**os.environ, "PYTHONPATH": str(readable_code())}
     command = postgres.server_command(data, settings)
     with (
+        supply.served(),
         (folder / _LOG).open("w+b") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, env=environment, **_as(owner)) as process,
+        subprocess.Popen(command, stdout=log, stderr=log, **_as(owner)) as process,
     ):
         try:
             while not _answers(folder):
                 if process.poll() is not None:
-                    raise _refusal(folder, archive, wal.system_of(data), at, log)
+                    raise supply.refused or _refusal(supply, archive, wal.system_of(data), at, log)
                 time.sleep(_TICK_SECONDS)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait()
+
+
+class _Supply:
+    """Gives the server each file of the WAL that it asks for, out of the archive.
+
+    It works in this process, and the server's command only asks for the file and waits: a Python program for each file
+    would take half a second to start, and a recovery may need thousands of files.
+    """
+
+    def __init__(self, folder: Path, archive: Archive, owner: int) -> None:
+        self._data = folder / _DATA
+        self._archive = archive
+        self._owner = owner
+        self.refused: EngineError | None = None
+        """The error of a file that is damaged."""
+        self.missing = ""
+        """The last segment that the server has asked for and that is not in the archive."""
+        asked, answer = folder / "asked", folder / "answer"
+        for path in (asked, answer):
+            os.mkfifo(path, 0o600)
+            os.chown(path, owner, -1)
+        # For reading and writing: neither end then waits for the other one to open the pipe.
+        self._asked, self._answer = os.open(asked, os.O_RDWR), os.open(answer, os.O_RDWR)
+        command = f"echo %f %p >{shlex.quote(str(asked))} && read code <{shlex.quote(str(answer))} && exit $code"
+        self.command = command
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """Answers the server until the end of the block."""
+        thread = threading.Thread(target=self._serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            os.write(self._asked, b"\n")
+            thread.join()
+            os.close(self._asked)
+            os.close(self._answer)
+
+    def _serve(self) -> None:
+        with open(self._asked, "rb", closefd=False) as asked:
+            while line := asked.readline().split():
+                name, path = (part.decode() for part in line)
+                os.write(self._answer, b"%d\n" % self._pull(name, self._data / path))
+
+    def _pull(self, name: str, path: Path) -> int:
+        """Writes the file to the path. Returns the exit code of the server's command."""
+        try:
+            with reaching(self._archive.to):
+                content = wal.pull(self._archive, wal.system_of(self._data), name)
+        except Exception as error:
+            # Any error: without an answer the server would wait forever.
+            self.refused = error if isinstance(error, EngineError) else EngineError(describe(error))
+            return _DAMAGED
+        if content is None:
+            if wal.is_segment(name):
+                self.missing = name
+            return 1
+        path.touch(0o600)
+        os.chown(path, self._owner, -1)
+        path.write_bytes(content)
+        return 0
 
 
 def _answers(folder: Path) -> bool:
@@ -105,15 +168,11 @@ def _answers(folder: Path) -> bool:
     return subprocess.run(command, check=False).returncode == 0
 
 
-def _refusal(folder: Path, archive: Archive, system: int, at: datetime, log: IO[bytes]) -> EngineError:
+def _refusal(supply: _Supply, archive: Archive, system: int, at: datetime, log: IO[bytes]) -> EngineError:
     """The reason for which the server has ended."""
-    if (file := folder / wal.REFUSAL).exists():
-        return EngineError(file.read_text())
     log.seek(0)
     text = log.read().decode(errors="replace")
-    missing = folder / wal.MISSING
-    if "before configured recovery target" in text and missing.exists():
-        name = missing.read_text()
+    if "before configured recovery target" in text and (name := supply.missing):
         if any(other > name for other in wal.segments(archive, system)):
             return EngineError(f"{archive.to}: the segment {name} of the WAL is missing, and later ones are there")
         return EngineError(

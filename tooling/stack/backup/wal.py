@@ -1,12 +1,11 @@
 """The archive of the database's WAL: a sealed file for each segment, in a folder or an object store.
 
-PostgreSQL calls this program for each segment (``archive_command``) and for each one that a recovery needs
-(``restore_command``); see its page "Continuous Archiving and Point-in-Time Recovery". The files of a database are in a
-place of its own, named after its system identifier. No file is overwritten. Beside the WAL stand the files of the keys,
-as often as they change: without the keys of that time, restored rows could not be read.
+PostgreSQL calls this program for each segment (``archive_command``, see its page "Continuous Archiving and
+Point-in-Time Recovery"); `recovery` reads them. The files of a database are in a place of its own, named after its
+system identifier. No file is overwritten. Beside the WAL stand the files of the keys, as often as they change: without
+the keys of that time, restored rows could not be read.
 
-    python -m tooling.stack.backup.wal push ARCHIVE HOME PATH NAME       in the data folder of the database
-    python -m tooling.stack.backup.wal pull ARCHIVE FOLDER NAME PATH     in the data folder of the database
+    python -m tooling.stack.backup.wal ARCHIVE HOME PATH NAME       in the data folder of the database
 """
 
 from __future__ import annotations
@@ -30,12 +29,8 @@ from tooling.stack.backup.targets import Target, reached, reaching
 from tooling.stack.engines.base import EngineError
 from tooling.stack.services import KEYS_FOLDER
 
-REFUSAL, MISSING = "refusal", "missing"
-"""Files that `pull` leaves in its FOLDER: the error of a file that is damaged; the last segment that is missing."""
 _SEGMENT = re.compile(r"[0-9A-F]{24}")
 _KEYS = "keys-"
-# PostgreSQL takes 1 for "there is no such file", and stops the recovery if the code is over 125.
-_DAMAGED = 200
 
 
 class Archive(msgspec.Struct, frozen=True):
@@ -105,9 +100,13 @@ def key_files(archive: Archive, system: int, first: list[keys.KeyFile]) -> list[
     return first
 
 
+def is_segment(name: str) -> bool:
+    return bool(_SEGMENT.fullmatch(name))
+
+
 def segments(archive: Archive, system: int) -> list[str]:
     """The names of all segments, in order."""
-    return sorted(name for name in archive.of(system).stored() if _SEGMENT.fullmatch(name))
+    return sorted(filter(is_segment, archive.of(system).stored()))
 
 
 def prune(archive: Archive, system: int, before: datetime) -> int:
@@ -131,34 +130,18 @@ def _content(file: IO[bytes], key: bytes, head: _Head, where: str) -> bytes:
     return zlib.decompress(packed)
 
 
-def main(action: str, archive_file: str, *arguments: str) -> int:
-    """Returns the exit code. An error is printed for PostgreSQL's log."""
+def main(archive_file: str, home: str, path: str, name: str) -> int:
+    """Archives a file. Returns the exit code. An error is printed for PostgreSQL's log."""
     archive = msgspec.json.decode(Path(archive_file).read_bytes(), type=Archive)
     system = system_of(Path())
     try:
         with reaching(archive.to):
-            if action == "push":
-                home, path, name = arguments
-                # The keys first: values in the segment are sealed under them.
-                push_keys(archive, system, Path(home))
-                push(archive, system, name, Path(path).read_bytes())
-                return 0
-            folder, name, path = arguments
-            return _pull(archive, system, Path(folder), name, Path(path))
+            # The keys first: values in the segment are sealed under them.
+            push_keys(archive, system, Path(home))
+            push(archive, system, name, Path(path).read_bytes())
     except (EngineError, OSError) as error:
-        print(f"{action} of {arguments[-1]}: {error}", file=sys.stderr)  # noqa: T201
-        if action == "push":
-            return 1
-        (Path(arguments[0]) / REFUSAL).write_text(str(error))
-        return _DAMAGED
-
-
-def _pull(archive: Archive, system: int, folder: Path, name: str, path: Path) -> int:
-    if (content := pull(archive, system, name)) is None:
-        if _SEGMENT.fullmatch(name):
-            (folder / MISSING).write_text(name)
+        print(f"could not archive {name}: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    path.write_bytes(content)
     return 0
 
 

@@ -80,7 +80,7 @@ def program(place: Place) -> Program:
         settings |= {
             "archive_mode": "on",
             "archive_timeout": str(_ARCHIVE_SECONDS),
-            "archive_command": wal_command("push", place.home / ARCHIVE, place.home, "%p", "%f"),
+            "archive_command": _archive_command(place.home),
         }
     # INT is the fast shutdown. TERM would wait until all clients have left.
     server = server_command(folder / "data", settings)
@@ -94,10 +94,10 @@ def server_command(data: Path, settings: dict[str, str]) -> tuple[str, ...]:
     return (str(BIN / "postgres"), "-D", str(data), *options)
 
 
-def wal_command(action: str, archive: Path, folder: Path, *placeholders: str) -> str:
-    """The value of ``archive_command`` or ``restore_command``. PYTHONPATH must be set in the server's environment."""
-    command = shlex.join((sys.executable, "-m", "tooling.stack.backup.wal", action, str(archive), str(folder)))
-    return f"{command.replace('%', '%%')} {' '.join(placeholders)}"
+def _archive_command(home: Path) -> str:
+    """Needs PYTHONPATH in the server's environment."""
+    command = shlex.join((sys.executable, "-m", "tooling.stack.backup.wal", str(home / ARCHIVE), str(home)))
+    return f"{command.replace('%', '%%')} %p %f"
 
 
 def socket_folder(place: Place) -> Path | None:
