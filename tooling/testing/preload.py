@@ -1,7 +1,7 @@
 """Imported last by the fork server of `tooling.testing.processes`.
 
-Imports what services import only after their start, and freezes all objects: the garbage collection at the start of
-each fork would otherwise read, and thereby copy, the memory of every module.
+Imports the modules that services import only after their start. Then freezes all objects: otherwise the garbage
+collection at the start of each fork would read, and so copy, the memory of every module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Patterns of a schema: what it takes to compile one, and a matcher in time linear in the text."""
+"""Patterns of a schema: the work to compile one, and a matcher in time linear in the text."""
 
 from __future__ import annotations
 
