@@ -43,6 +43,9 @@ UNITS = (
 # The resource of delivered messages. Billing makes these records itself, from channel.events.
 MESSAGE = "channel/message"
 
+# The resource of the seconds of runs.
+RUN = "agent/run"
+
 # Values above these limits come from a fault in the producer, not from use. The second is one million currency units.
 MAX_QUANTITY = 10**12
 MAX_AMOUNT_NANOS = 10**15
@@ -148,7 +151,7 @@ def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, in
     asked = dict.fromkeys(UNITS - PART_OF.keys(), 0) | dict(quantities)
     if fault := implausible(asked):
         raise ValueError(fault)
-    price = valid_at(prices, currency, now)
+    price = valid_at(prices, currency, now) or _free_at(prices, now)
     if price is None:
         return None
     amount = cost(price, asked)

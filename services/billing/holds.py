@@ -6,6 +6,7 @@ only under the lock of the tenant's account. Requests of a tenant that wait for 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,20 +80,27 @@ class Holds:
         # A group lives while a caller or its task refers to it.
         self._groups: WeakValueDictionary[str, GroupCommit[_Reserve | UUID]] = WeakValueDictionary()
 
-    async def reserve(self, tenant_id: str, hold_id: UUID, request: HoldRequest) -> Reservation:
-        """Reserves the largest possible cost of `request` if it fits into the credit and the budgets.
+    async def reserve(self, tenant_id: str, requests: Mapping[UUID, HoldRequest]) -> list[Reservation]:
+        """Reserves the largest possible cost of each request, if all of them fit into the credit and the budgets.
 
-        A repeated request with the same hold_id gets the first answer. For a resource without a price it reserves a
-        high provisional amount, at most the available credit, and is granted while any credit is available. The usage
-        of such a resource is held for review and keeps its hold open, so unpriced use ends with the credit. Raises
-        Transient if the tenant has no account yet. Raises InvalidMessage if the hold_id was used with another request,
-        and for implausible quantities.
+        A repeated request with the same hold_id gets the first answer, unless that hold has expired. For a resource
+        without a price it reserves a high provisional amount, at most the available credit, and is granted while any
+        credit is available. The usage of such a resource is held for review and keeps its hold open, so unpriced use
+        ends with the credit. Raises Transient if the tenant has no account yet. Raises InvalidMessage if the hold_id
+        was used with another request, and for implausible quantities.
         """
-        _check(request)
-        asked = _Reserve(hold_id, request)
-        await self._group(tenant_id).write(asked)
-        assert asked.answer is not None
-        return asked.answer
+        for request in requests.values():
+            _check(request)
+        asked = [_Reserve(hold_id, request) for hold_id, request in requests.items()]
+        group = self._group(tenant_id)
+        await asyncio.gather(*map(group.write, asked))
+        found = [one.answer for one in asked if one.answer is not None]
+        if refused := next((answer for answer in found if not answer.granted), None):
+            for one in asked:
+                if one.answer is not refused:
+                    await group.write(one.hold_id)
+            return [refused] * len(found)
+        return found
 
     async def release(self, tenant_id: str, hold_id: UUID) -> None:
         """Ends an unused hold. A hold that has ended or is not known stays unchanged."""
@@ -125,16 +133,18 @@ async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Map
         raise Transient(f"{error} yet") from error
     rows = await tx.sql(
         """
-        SELECT hold_id, request, granted, held_nanos, available_nanos, refused_by
+        SELECT hold_id, ended_at IS NULL AND expires_at <= clock_timestamp(), request, granted, held_nanos,
+               available_nanos, refused_by
         FROM hold
         WHERE tenant_id = $1 AND hold_id = ANY($2::uuid[])
         """,
         tenant_id,
         [one.hold_id for one in asked.values()],
     )
+    # An expired hold holds nothing: the request is decided again.
     known = {
-        hold_id: (text, Reservation(granted, held, available, currency, refused_by))
-        for hold_id, text, granted, held, available, refused_by in rows
+        hold_id: (text, None if expired else Reservation(granted, held, available, currency, refused_by))
+        for hold_id, expired, text, granted, held, available, refused_by in rows
     }
     balance = account.balance_nanos
     credit = None if balance is None else balance - await open_nanos(tx, tenant_id)
@@ -148,7 +158,9 @@ async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Map
             text, one.answer = before
             if text != one.text:
                 refused[index] = InvalidMessage("hold_id", "was used before with another request")
-            continue
+                continue
+            if one.answer:
+                continue
         try:
             amount = estimate(prices.get(request.resource, ()), currency, request.quantities, now)
         except ValueError as error:
@@ -161,7 +173,8 @@ async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Map
         for limit in concerned:
             limit.nanos -= answer.held_nanos
         known[one.hold_id] = one.text, answer
-        made.append((one, answer))
+        if amount != 0 or not answer.granted:
+            made.append((one, answer))
     if made:
         await _insert(tx, tenant_id, made)
     return refused
@@ -198,6 +211,10 @@ async def _insert(tx: Tx, tenant_id: str, made: Sequence[tuple[_Reserve, Reserva
         FROM unnest($2::uuid[], $3::text[], $4::bool[], $5::bigint[], $6::bigint[], $7::interval[], $8::text[],
                     $9::text[], $10::text[], $11::text[], $12::text[])
              AS n(id, request, granted, held, available, expires_in, agent, channel, session, key, refused_by)
+        ON CONFLICT (tenant_id, hold_id) DO UPDATE
+        SET granted = excluded.granted, held_nanos = excluded.held_nanos, available_nanos = excluded.available_nanos,
+            expires_at = excluded.expires_at, ended_at = excluded.ended_at, outcome = excluded.outcome,
+            refused_by = excluded.refused_by
         """,
         tenant_id,
         [one.hold_id for one, _ in made],

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from infra.clock import utcnow
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Database
@@ -13,7 +15,7 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.billing import accounts, holds, price_book
-from services.billing.domain import valid_at
+from services.billing.domain import RUN, valid_at
 
 MAX_RESOURCES = 100
 
@@ -34,9 +36,15 @@ class Billing(billing_pb2_grpc.BillingServicer):
             request.session_key,
             request.api_key_id,
         )
-        found = await self._holds.reserve(tenant_id, _uuid("hold_id", request.hold_id), asked)
+        wanted = {_uuid("hold_id", request.hold_id): asked}
+        if request.run_hold_id:
+            quantities = {"run_seconds": request.run_seconds}
+            run = msgspec.structs.replace(asked, resource=RUN, quantities=quantities)
+            wanted[_uuid("run_hold_id", request.run_hold_id)] = run
+        found, *of_run = await self._holds.reserve(tenant_id, wanted)
         return billing_pb2.ReserveReply(
             granted=found.granted,
+            run_held_nanos=of_run[0].held_nanos if of_run else 0,
             held_nanos=found.held_nanos,
             available_nanos=found.available_nanos,
             currency=found.currency,

@@ -57,7 +57,7 @@ async def _slice(database: Database, callers: int) -> Units:
     async def caller() -> None:
         while (began := perf_counter()) < ends:
             hold_id = uuid7()
-            granted = (await served.reserve(TENANT, hold_id, request)).granted
+            granted = (await served.reserve(TENANT, {hold_id: request}))[0].granted
             seconds.append(perf_counter() - began)
             if not granted:
                 raise ValueError("reserve: a hold was refused")

@@ -93,6 +93,7 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
         self.charges: dict[str, list[billing_pb2.Charge]] = {}
         """Run id → its charges."""
         self.nanos_per_token = 10
+        self.nanos_per_second = 0
 
     def charge(self, run_id: str, usage_id: str, *, amount_nanos: int) -> None:
         """Adds a counted charge to the run."""
@@ -110,7 +111,8 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
             raise InvalidMessage("hold_id", "was used before with another request")
         granted = tenant not in self.broke
         held = sum(request.quantities.values()) * self.nanos_per_token if granted else 0
-        return billing_pb2.ReserveReply(granted=granted, held_nanos=held, currency="USD")
+        seconds = request.run_seconds * self.nanos_per_second if granted else 0
+        return billing_pb2.ReserveReply(granted=granted, held_nanos=held, run_held_nanos=seconds, currency="USD")
 
     async def Release(self, request: billing_pb2.ReleaseRequest, context: Any) -> billing_pb2.ReleaseReply:
         rpc.tenant()

@@ -95,6 +95,8 @@ class ReserveRequest(_message.Message):
     CHANNEL_ID_FIELD_NUMBER: _builtins.int
     SESSION_KEY_FIELD_NUMBER: _builtins.int
     API_KEY_ID_FIELD_NUMBER: _builtins.int
+    RUN_HOLD_ID_FIELD_NUMBER: _builtins.int
+    RUN_SECONDS_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """UUID, made by the caller; the usage record that closes the hold names it."""
     resource: _builtins.str
@@ -106,6 +108,12 @@ class ReserveRequest(_message.Message):
     channel_id: _builtins.str
     session_key: _builtins.str
     api_key_id: _builtins.str
+    run_hold_id: _builtins.str
+    """UUID of a second hold, for the seconds of the run; its record of run_seconds closes it. Both are granted, or none.
+    Empty: no seconds are held.
+    """
+    run_seconds: _builtins.int
+    """The most seconds of the run."""
     @_builtins.property
     def quantities(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Unit → the most that may be used; units as in billing.v1.UsageRecorded."""
@@ -121,10 +129,12 @@ class ReserveRequest(_message.Message):
         channel_id: _builtins.str = ...,
         session_key: _builtins.str = ...,
         api_key_id: _builtins.str = ...,
+        run_hold_id: _builtins.str = ...,
+        run_seconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "api_key_id", b"api_key_id", "channel_id", b"channel_id", "expires_in_ms", b"expires_in_ms", "hold_id", b"hold_id", "quantities", b"quantities", "resource", b"resource", "session_key", b"session_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "api_key_id", b"api_key_id", "channel_id", b"channel_id", "expires_in_ms", b"expires_in_ms", "hold_id", b"hold_id", "quantities", b"quantities", "resource", b"resource", "run_hold_id", b"run_hold_id", "run_seconds", b"run_seconds", "session_key", b"session_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -139,6 +149,7 @@ class ReserveReply(_message.Message):
     AVAILABLE_NANOS_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
     REFUSED_BY_FIELD_NUMBER: _builtins.int
+    RUN_HELD_NANOS_FIELD_NUMBER: _builtins.int
     granted: _builtins.bool
     """False: the credit is too low, and nothing is held."""
     held_nanos: _builtins.int
@@ -147,6 +158,8 @@ class ReserveReply(_message.Message):
     currency: _builtins.str
     refused_by: _builtins.str
     """The budget that refuses, such as "agent, 5 USD a month"; empty: the tenant's credit."""
+    run_held_nanos: _builtins.int
+    """Held for the seconds of the run."""
     def __init__(
         self,
         *,
@@ -155,10 +168,11 @@ class ReserveReply(_message.Message):
         available_nanos: _builtins.int | None = ...,
         currency: _builtins.str = ...,
         refused_by: _builtins.str = ...,
+        run_held_nanos: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos", "currency", b"currency", "granted", b"granted", "held_nanos", b"held_nanos", "refused_by", b"refused_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos", "currency", b"currency", "granted", b"granted", "held_nanos", b"held_nanos", "refused_by", b"refused_by", "run_held_nanos", b"run_held_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__available_nanos: _TypeAlias = _typing.Literal["available_nanos"]  # noqa: Y015
     _WhichOneofArgType__available_nanos: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos"]  # noqa: Y015

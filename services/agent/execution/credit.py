@@ -19,6 +19,7 @@ from services.agent.execution.context import RunContext
 from services.agent.execution.outcome import Ended
 from services.agent.execution.usage import usage_id
 from services.agent.models.contract import Prompt
+from services.agent.runs.metering import seconds_hold
 from services.agent.runs.notices import FAILED, NO_CREDIT
 
 # Assumed size of an answer if the agent sets no limit.
@@ -44,6 +45,8 @@ class Credit:
         self._billing = billing
         self._budget = budget
         self._spending = spending
+        self._seconds_nanos: int | None = None
+        """Held for the seconds of the run. None: not asked for in this attempt of the run."""
 
     async def reserve(self, model: str, prompt: Prompt) -> Hold:
         """The hold for the next step, the same one however often it is reserved.
@@ -64,22 +67,32 @@ class Credit:
             channel_id=str(context.channel_id or ""),
             session_key=context.session_key,
         )
+        if self._seconds_nanos is None:
+            request.run_hold_id = str(seconds_hold(context.run_id))
+            request.run_seconds = context.limits.seconds
         reply = await self._billing.Reserve(request, metadata=context.metadata)
         if not reply.granted:
             source = f"the budget ({reply.refused_by})" if reply.refused_by else "the tenant's credit"
             raise Ended("refused", f"{source} does not suffice for a model call", NO_CREDIT)
         hold = Hold(hold_id, reply.held_nanos)
+        if self._seconds_nanos is None:
+            self._seconds_nanos = reply.run_held_nanos
         limit = context.limits.nanos
         if limit is not None and await self.spent() + hold.nanos > limit:
             await self.release(hold)
             raise Ended("failed", f"the limit of {limit} nano-units would be passed by another model call", FAILED)
-        if self._budget and not await self._spending.add(self._budget, step, hold.nanos):
+        # The first call of the run counts the seconds too.
+        nanos = hold.nanos + (0 if context.state.reserved else self._seconds_nanos)
+        if self._budget and not await self._spending.add(self._budget, step, nanos):
             await self.release(hold)
             raise Ended("refused", f"the agent's budget of this {self._budget.period} is used up", NO_CREDIT)
         return hold
 
     async def spent(self) -> int:
-        """The cost of the run and its children in nano-units. A call that is not rated yet counts as reserved."""
+        """The cost of the run and its children in nano-units.
+
+        A call that is not rated yet counts as reserved, and so do the seconds of this run.
+        """
         context = self._context
         spent = {usage_id(context.run_id, n, attempt): nanos for (n, attempt), nanos in context.state.reserved.items()}
         for run_id in await context.family():
@@ -88,14 +101,21 @@ class Credit:
             spent |= {
                 charge.usage_id: charge.amount_nanos for charge in reply.charges if charge.HasField("amount_nanos")
             }
-        return sum(spent.values())
+        return sum(spent.values()) + (self._seconds_nanos or 0)
 
     async def release(self, hold: Hold | None) -> None:
         """Gives an unused hold back. If billing does not answer, the hold expires by itself."""
-        if hold is None:
-            return
+        if hold is not None:
+            await self._release(hold.id)
+
+    async def release_seconds(self) -> None:
+        """Gives the hold for the seconds back if the run ends without a record of them."""
+        if self._seconds_nanos and not self._context.state.busy_ms:
+            await self._release(seconds_hold(self._context.run_id))
+
+    async def _release(self, hold_id: UUID) -> None:
         with suppress(Transient):
-            request = billing_pb2.ReleaseRequest(hold_id=str(hold.id))
+            request = billing_pb2.ReleaseRequest(hold_id=str(hold_id))
             await self._billing.Release(request, metadata=self._context.metadata)
 
 

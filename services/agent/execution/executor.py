@@ -136,7 +136,11 @@ class Executor:
             loop = AgentLoop(
                 context, definition, steps, model_calls, tools, services.memory, partial(_complete, started)
             )
-            return await loop.answer(started.conversation)
+            try:
+                return await loop.answer(started.conversation)
+            except Ended:
+                await credit.release_seconds()
+                raise
 
 
 async def _complete(started: StartedRun, reply: Reply, expected_messages: int) -> ItemEnded | Reply:

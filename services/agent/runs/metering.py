@@ -7,13 +7,18 @@ from uuid import UUID
 import msgspec
 
 from infra.clock import utcnow
-from infra.postgres.tx import Tx
+from infra.postgres.tx import Tx, derived_id
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from services.agent.runs.domain import Run
 from services.agent.runs.publishing import stream
 
 RESOURCE = "agent/run"
+
+
+def seconds_hold(run_id: UUID) -> UUID:
+    """The id of the hold for the seconds of a run. It follows from the run alone, so the record can name it."""
+    return derived_id(run_id, "seconds")
 
 
 def seconds_used(
@@ -32,6 +37,7 @@ def seconds_used(
         quantities={"run_seconds": -(-state.busy_ms // 1000)},
         occurred_at=utcnow(),
         run_id=run_id,
+        hold_id=seconds_hold(run_id),
         agent_id=agent_id,
         channel_id=channel_id,
         session_key=session_key,

@@ -64,3 +64,29 @@ async def test_a_run_that_waited_for_a_person_has_one_record(world: World, tenan
     assert await tenant.seconds() == {}
     await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
     assert await tenant.seconds() == {run_id: 1}
+
+
+async def test_the_seconds_are_held_with_the_first_call_and_the_record_names_the_hold(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent(tools=[WEATHER], limits={"seconds": 120})
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Rain."))
+    known = set(world.peers.billing.holds)
+    await tenant.over(await tenant.say(agent, "Weather?"))
+    first, second = (hold for id_, hold in world.peers.billing.holds.items() if id_ not in known)
+    assert (first.run_seconds, second.run_hold_id) == (120, "")
+    [record] = [record for record in await tenant.sent("usage.records") if record["usage_id"].endswith("/seconds")]
+    assert record["hold_id"] == first.run_hold_id
+
+
+async def test_a_run_that_ends_without_a_step_gives_its_seconds_back(world: World, tenant: Tenant) -> None:
+    billing = world.peers.billing
+    agent = await tenant.agent(limits={"nanos": 1})
+    known, billing.nanos_per_second = set(billing.holds), 1
+    try:
+        run = await tenant.over(await tenant.say(agent, "Hi"))
+    finally:
+        billing.nanos_per_second = 0
+    assert run["status"] == "failed"
+    [hold] = (hold for id_, hold in billing.holds.items() if id_ not in known)
+    assert {hold.hold_id, hold.run_hold_id} <= set(billing.released)

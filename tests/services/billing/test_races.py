@@ -191,19 +191,20 @@ async def test_requests_that_share_a_transaction_are_answered_as_if_each_came_al
         await budgets.set_budget(tx, tenant_id, "agent", "a", "month", 450, [])
     served = Holds(store)
     results = await asyncio.gather(
-        served.reserve(tenant_id, same, asked(2, agent_id="a")),
-        served.reserve(tenant_id, same, asked(2, agent_id="a")),
-        served.reserve(tenant_id, same, asked(1, agent_id="a")),
-        served.reserve(tenant_id, uuid7(), asked(2, agent_id="a")),
-        served.reserve(tenant_id, uuid7(), asked(-1)),
-        served.reserve(tenant_id, given_back, asked(3)),
-        served.reserve(tenant_id, uuid7(), asked(2)),
+        served.reserve(tenant_id, {same: asked(2, agent_id="a")}),
+        served.reserve(tenant_id, {same: asked(2, agent_id="a")}),
+        served.reserve(tenant_id, {same: asked(1, agent_id="a")}),
+        served.reserve(tenant_id, {uuid7(): asked(2, agent_id="a")}),
+        served.reserve(tenant_id, {uuid7(): asked(-1)}),
+        served.reserve(tenant_id, {given_back: asked(3)}),
+        served.reserve(tenant_id, {uuid7(): asked(2)}),
         served.release(tenant_id, given_back),
-        served.reserve(tenant_id, uuid7(), asked(1)),
+        served.reserve(tenant_id, {uuid7(): asked(1)}),
         return_exceptions=True,
     )
     assert [
-        getattr(result, "field", None) or (result and (result.granted, result.available_nanos, result.refused_by))  # type: ignore[union-attr]
+        getattr(result, "field", None)
+        or (result and (result[0].granted, result[0].available_nanos, result[0].refused_by))  # type: ignore[index]
         for result in results
     ] == [
         (True, 150, ""),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from uuid import UUID
 
-from infra.clock import uuid7
-from tests.services.billing.conftest import Billing
-from tests.services.billing.test_invoices import MIDNIGHT, START, draft, subscribed
+from infra.clock import utcnow, uuid7
+from infra.web import rpc
+from protos.billing.v1 import billing_pb2
+from tests.services.billing.conftest import Billing, Tenant
+from tests.services.billing.test_invoices import MIDNIGHT, START, draft, post, subscribed
+
+TOKEN, SECOND = 150, 1000
 
 
 async def test_a_run_has_seconds_in_the_usage_in_a_line_and_in_its_proof(billing: Billing) -> None:
@@ -27,3 +32,56 @@ async def test_a_run_has_seconds_in_the_usage_in_a_line_and_in_its_proof(billing
     proof = (await tenant.http.get(path, params={"usage_id": f"{run_id}/seconds"})).json()
     assert (proof["meter"], proof["records"]["sum"], proof["equal"]) == ("run_seconds", 7, True)
     assert (proof["runs"], proof["record"]["answer"]) == ([str(run_id)], f"/api/v1/runs/{run_id}")
+
+
+async def reserve(
+    tenant: Tenant, run_hold: UUID, *, hold: UUID | None = None, expires_in_ms: int = 60_000
+) -> billing_pb2.ReserveReply:
+    """Asks for 10 tokens, and for 60 seconds of the run."""
+    request = billing_pb2.ReserveRequest(
+        hold_id=str(hold or uuid7()),
+        resource="openai/gpt-4o-mini",
+        quantities={"input_tokens": 10},
+        expires_in_ms=expires_in_ms,
+        run_hold_id=str(run_hold),
+        run_seconds=60,
+    )
+    return await tenant.stub().Reserve(request, metadata=rpc.tenant_metadata(tenant.id), timeout=30)
+
+
+async def held(tenant: Tenant) -> int:
+    return int((await tenant.get("balance"))["held_nanos"])
+
+
+async def test_the_seconds_of_a_run_are_held_with_its_first_call_until_their_record(billing: Billing) -> None:
+    free = await billing.tenant(credit_nanos=10 * TOKEN, currency="EUR")
+    free_of = await reserve(free, uuid7())
+    assert free_of.run_held_nanos == 0, "a price of zero holds in every currency"
+    price = {"resource": "agent/run", "currency": "USD", "valid_from": utcnow().isoformat()}
+    await post(billing, "prices", {**price, "nanos_per_unit": {"run_seconds": str(SECOND)}})
+
+    tenant, run, call = await billing.tenant(credit_nanos=60 * SECOND + 10 * TOKEN), uuid7(), uuid7()
+    for _ in range(2):
+        reply = await reserve(tenant, run, hold=call)
+        assert (reply.granted, reply.held_nanos, reply.run_held_nanos) == (True, 10 * TOKEN, 60 * SECOND)
+    assert await held(tenant) == 60 * SECOND + 10 * TOKEN
+    assert not (await reserve(tenant, uuid7())).granted
+    await tenant.use("call", hold_id=call, input_tokens=10, output_tokens=0)
+    await tenant.verdict("call")
+    assert await held(tenant) == 60 * SECOND, "the seconds stay reserved after the call"
+    await tenant.use("seconds", "agent/run", hold_id=run, run_seconds=7)
+    await tenant.verdict("seconds")
+    assert await held(tenant) == 0
+    assert (await tenant.get("balance"))["balance_nanos"] == 53 * SECOND
+
+    # The tokens fit and the seconds do not: neither is held.
+    assert not (await reserve(tenant, uuid7())).granted
+    assert await held(tenant) == 0
+
+
+async def test_a_hold_that_has_expired_is_decided_again_when_it_is_asked_for_again(billing: Billing) -> None:
+    tenant, hold = await billing.tenant(credit_nanos=10 * TOKEN), uuid7()
+    assert (await tenant.reserve(hold_id=hold, input_tokens=10)).granted
+    await tenant.sql("UPDATE hold SET expires_at = now() WHERE tenant_id = $1", tenant.id)
+    assert (await tenant.reserve(input_tokens=10)).granted, "another one takes the credit"
+    assert not (await tenant.reserve(hold_id=hold, input_tokens=10)).granted
