@@ -16,6 +16,8 @@ from tooling.testing.system import System, until
 from tooling.testing.vendors import WebhookStandIn
 
 SERVICES = ("user", "channel", "agent")
+# Clients without a pause would take the processors from the services that start.
+PAUSE_SECONDS = 0.02
 
 
 @pytest.mark.timeout(600)
@@ -44,6 +46,7 @@ async def test_services_are_replaced_and_no_client_sees_an_error(system: System)
                     # Mostly reads: each message makes a run.
                     for _ in range(20):
                         answers["read", await read(company.api)] += 1
+                        await asyncio.sleep(PAUSE_SECONDS)
 
         clients = [asyncio.create_task(calls()) for _ in range(2)]
         before = Stack(system.home).pids()
