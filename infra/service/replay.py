@@ -28,7 +28,7 @@ from infra.postgres.db import Pool, sql
 from infra.postgres.event_store import Aggregate, Stream, read_all
 from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Tx, publications
-from infra.service.shadow_tables import Comparison, Reached, ShadowTables
+from infra.service.shadow_tables import Reached, ShadowTables, TableComparison
 from protos.envelope import Message
 from protos.topology import Queue, Subscription, Topic
 
@@ -45,7 +45,7 @@ class Rebuilt:
     """The result of a replay."""
 
     records: int
-    tables: list[Comparison]
+    tables: list[TableComparison]
     switched: bool = False
     """True if the shadow tables replaced the live ones."""
 

@@ -24,7 +24,7 @@ class Reached(NamedTuple):
 
 
 @dataclass
-class Comparison:
+class TableComparison:
     """One table of a projection: row count and hash of the live and of the rebuilt table, at the same offsets."""
 
     table: str
@@ -120,12 +120,12 @@ class ShadowTables:
         """The next replay begins from the start."""
         await sql(connection, f'DROP TABLE IF EXISTS "{self.schema}".replayed, "{self.schema}".progress')
 
-    async def compare(self, connection: AsyncConnection) -> list[Comparison]:
+    async def compare(self, connection: AsyncConnection) -> list[TableComparison]:
         """Compares each table with its copy."""
         found = []
         for table in self._tables:
             live, shadow = [await self._hash(connection, name) for name in self._names(table)]
-            found.append(Comparison(table, *live, *shadow))
+            found.append(TableComparison(table, *live, *shadow))
             if live != shadow:
                 found[-1].differences = await self._differences(connection, table)
         return found

@@ -159,7 +159,7 @@ async def lock(tx: Tx, id_: UUID) -> None:
         raise NotFound(f"document {id_}: does not exist")
 
 
-class Work(NamedTuple):
+class IndexedVersion(NamedTuple):
     """A version of a document on its way into the index."""
 
     id: UUID
@@ -172,7 +172,7 @@ class Work(NamedTuple):
     """Of its rows in the index."""
 
 
-async def work(tx: Tx, id_: UUID) -> Work:
+async def version(tx: Tx, id_: UUID) -> IndexedVersion:
     """Raises NotFound, also for a deleted row."""
     rows = await tx.sql(
         """
@@ -184,7 +184,7 @@ async def work(tx: Tx, id_: UUID) -> Work:
     )
     if not rows:
         raise NotFound(f"document {id_}: does not exist")
-    return Work(*rows[0])
+    return IndexedVersion(*rows[0])
 
 
 async def indexed_in(tx: Tx, index: str) -> tuple[int, int]:

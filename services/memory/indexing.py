@@ -24,7 +24,7 @@ from infra.postgres.db import is_transient
 from infra.postgres.tx import Tx
 from infra.stores.objects import Objects
 from services.memory import documents, passages, versions
-from services.memory.documents import Work
+from services.memory.documents import IndexedVersion
 from services.memory.domain import count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
 from services.memory.engines import Engines
@@ -87,9 +87,9 @@ class Indexing:
                 record_document(tx, id_)
         return None
 
-    async def _index_stages(self, id_: UUID, effects: Effects) -> Work:
+    async def _index_stages(self, id_: UUID, effects: Effects) -> IndexedVersion:
         async with effects.begin() as tx:
-            document = await documents.work(tx, id_)
+            document = await documents.version(tx, id_)
         if document.status == "indexed":
             return document
         if document.status in ("stored", "parsed", "failed"):
@@ -106,7 +106,7 @@ class Indexing:
         """Puts an indexed document into the index again; searches by words find it all the time."""
         try:
             async with effects.begin() as tx:
-                document = await documents.work(tx, id_)
+                document = await documents.version(tx, id_)
             await self._embed(id_, effects, again=True)
             await self._fill_index(document, effects)
         except (_Deleted, NotFound):
@@ -127,7 +127,7 @@ class Indexing:
         await self._objects.delete(old.path)
         await self._index.remove(tenant_id, old.owner)
 
-    async def _parse(self, document: Work, effects: Effects) -> None:
+    async def _parse(self, document: IndexedVersion, effects: Effects) -> None:
         async with effects.begin() as tx:
             # An earlier attempt may have stored some of the passages.
             await passages.drop(tx, document.id)
@@ -136,7 +136,7 @@ class Indexing:
 
         async def check() -> None:
             async with effects.begin() as tx:
-                await documents.work(tx, document.id)
+                await documents.version(tx, document.id)
 
         async with (
             self._local_file(document) as file,
@@ -155,7 +155,7 @@ class Indexing:
             )
 
     @asynccontextmanager
-    async def _local_file(self, document: Work) -> AsyncIterator[IO[bytes]]:
+    async def _local_file(self, document: IndexedVersion) -> AsyncIterator[IO[bytes]]:
         try:
             async with self._objects.fetch(document.path) as stored:
                 # Without a name: only the process that gets the open file can read it.
@@ -225,7 +225,7 @@ class Indexing:
         if outcome.state == "failed":
             raise Refused(f"The text could not be embedded: {outcome.error}.")
 
-    async def _fill_index(self, document: Work, effects: Effects) -> None:
+    async def _fill_index(self, document: IndexedVersion, effects: Effects) -> None:
         async def batches() -> AsyncIterator[Sequence[Row]]:
             last = -1
             while True:

@@ -33,7 +33,7 @@ class Run(NamedTuple):
     at: datetime
 
 
-class Found(NamedTuple):
+class FoundFact(NamedTuple):
     """A fact that a model found in the person's words."""
 
     text: str
@@ -63,19 +63,19 @@ class Learning:
         """Keeps the facts that rules find in the person's message. Returns the ids of the new memories; the same run
         always gives the same ids. Keeps nothing of an erased person."""
         found = [
-            Found(fact.text, fact.kind, fact.topic, fact.importance, RULE_CONFIDENCE, run.message_id, None, None)
+            FoundFact(fact.text, fact.kind, fact.topic, fact.importance, RULE_CONFIDENCE, run.message_id, None, None)
             for fact in (facts(said) if run.subject_id else ())
         ]
         return await self._keep(tx, run, "rules", found, ())
 
     async def by_model(
-        self, tx: Tx, run: Run, model: str, found: Sequence[Found], merged: Sequence[Merged]
+        self, tx: Tx, run: Run, model: str, found: Sequence[FoundFact], merged: Sequence[Merged]
     ) -> list[UUID]:
         """As `by_rules`, with the facts that a model found. A merge whose parts have changed meanwhile is left out."""
         return await self._keep(tx, run, model, found, merged)
 
     async def _keep(
-        self, tx: Tx, run: Run, learned_by: str, found: Sequence[Found], merged: Sequence[Merged]
+        self, tx: Tx, run: Run, learned_by: str, found: Sequence[FoundFact], merged: Sequence[Merged]
     ) -> list[UUID]:
         learned = []
 

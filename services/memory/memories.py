@@ -23,7 +23,7 @@ from services.memory.extraction import Kind
 HALF_LIFE = timedelta(days=30)
 # The part of a prompt that memories may take.
 TOKENS = 300
-# The most memories of one reader that are ranked: the most important and the newest.
+# The most memories of one scope that are ranked: the most important and the newest.
 RANKED = 500
 
 
@@ -54,7 +54,7 @@ class Memory(NamedTuple):
     """The memories that became this one."""
 
 
-class Reader(NamedTuple):
+class MemoryScope(NamedTuple):
     """The person, agent and session whose memories are read. Empty: none of that scope."""
 
     subject_id: str = ""
@@ -125,8 +125,10 @@ class Memories:
         )
         return await self._opened(tx, rows)
 
-    async def recall(self, tx: Tx, reader: Reader, vector: NDArray[np.float32] | None, model: str) -> list[Recalled]:
-        """The reader's memories that fit into TOKENS, the most useful first: near to the query, important, and used
+    async def recall(
+        self, tx: Tx, scope: MemoryScope, vector: NDArray[np.float32] | None, model: str
+    ) -> list[Recalled]:
+        """The scope's memories that fit into TOKENS, the most useful first: near to the query, important, and used
         lately. Each of them counts as used."""
         rows = await tx.sql(
             f"""
@@ -147,9 +149,9 @@ class Memories:
             LIMIT {RANKED}
             """,
             tx.tenant_id,
-            reader.subject_id,
-            reader.agent_id,
-            reader.session_key,
+            scope.subject_id,
+            scope.agent_id,
+            scope.session_key,
             model,
             HALF_LIFE.total_seconds(),
         )

@@ -52,7 +52,7 @@ class Decoder(Protocol):
     def __call__(self, content: bytes, /) -> tuple[str, str]: ...
 
 
-class Reader:
+class FileReader:
     """Reads one file of a MIME type. `pages`, `pages_without_text` and `warnings` are complete after the last block."""
 
     def __init__(self, file: IO[bytes], type_: str, recognizer: ocr.Recognizer | None = None) -> None:
@@ -226,7 +226,7 @@ def _clean(text: str) -> str:
     return _EMPTY_LINES.sub("\n\n", _SPACES.sub(" " * 8, text))
 
 
-def passages(reader: Reader, type_: str) -> Iterator[Chunk]:
+def passages(reader: FileReader, type_: str) -> Iterator[Chunk]:
     """The file's passages. Raises Unreadable, also if the file has no text."""
     try:
         yield from _some(chunk(reader.blocks()), reader)
@@ -239,7 +239,7 @@ def passages(reader: Reader, type_: str) -> Iterator[Chunk]:
         raise Unreadable(f"The file cannot be read as a {kind}; it may be damaged.") from error
 
 
-def _some(chunks: Iterable[Chunk], reader: Reader) -> Iterator[Chunk]:
+def _some(chunks: Iterable[Chunk], reader: FileReader) -> Iterator[Chunk]:
     empty = True
     for each in chunks:
         empty = False
@@ -264,7 +264,7 @@ def main(type_: str, parent: str) -> None:
     if missing:
         say({"unconfined": missing})
     count = 0
-    reader = Reader(sys.stdin.buffer, type_, recognizer)
+    reader = FileReader(sys.stdin.buffer, type_, recognizer)
     try:
         for count, found in enumerate(passages(reader, type_), 1):
             if count == 1:

@@ -23,7 +23,7 @@ from services.memory.domain import codes, embedded_text, ends, fuse
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.index import Hit
 from services.memory.keywords import with_words
-from services.memory.memories import Memories, Memory, Reader
+from services.memory.memories import Memories, Memory, MemoryScope
 from services.memory.readable import Found, Scope
 from services.memory.reranking import Reranker
 from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
@@ -220,9 +220,9 @@ class Retrieval:
         return best.positions
 
     async def _recalled(self, caller: Caller, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
-        reader = Reader(caller.subject_id, caller.agent_id, query.session_key or "")
+        wanted = MemoryScope(caller.subject_id, caller.agent_id, query.session_key or "")
         async with self._database.begin(tenant_id=caller.tenant_id) as tx:
-            recalled = await self._memories.recall(tx, reader, vector, self._embedder.model)
+            recalled = await self._memories.recall(tx, wanted, vector, self._embedder.model)
         return [
             Scored(
                 Found(each.memory.text, None, "memory", _origin(each.memory), None),

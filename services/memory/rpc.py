@@ -22,7 +22,7 @@ from services.memory.events import MAX_IMPORTANCE
 from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
 from services.memory.handlers import enqueue_memory
 from services.memory.keeping import Keeping
-from services.memory.learning import Found, Learning, Merged, Run
+from services.memory.learning import FoundFact, Learning, Merged, Run
 from services.memory.memories import Memories, id_of
 from services.memory.memories import Memory as Remembered
 from services.memory.reading import FileReader
@@ -166,7 +166,7 @@ def _uuid(field: str, text: str) -> UUID:
         raise InvalidMessage(field, "must be a UUID") from None
 
 
-def _fact(field: str, fact: memory_pb2.Fact) -> Found:
+def _fact(field: str, fact: memory_pb2.Fact) -> FoundFact:
     """Raises InvalidMessage that names the wrong field below `field`."""
     if fact.kind not in get_args(Kind):
         raise InvalidMessage(f"{field}.kind", f"must be one of {', '.join(get_args(Kind))}")
@@ -175,7 +175,7 @@ def _fact(field: str, fact: memory_pb2.Fact) -> Found:
     # This form of the comparison also refuses NaN.
     if not 0 <= fact.confidence <= 1:
         raise InvalidMessage(f"{field}.confidence", "must be from 0 to 1")
-    return Found(
+    return FoundFact(
         text=_bounded(f"{field}.text", fact.text),
         kind=cast("Kind", fact.kind),
         topic=normal(fact.topic)[:MAX_TEXT] or None,

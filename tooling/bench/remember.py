@@ -26,8 +26,8 @@ from infra.security.subjects import SubjectKeys
 from services.memory.domain import count_tokens
 from services.memory.embeddings import BATCH, LocalEmbedder
 from services.memory.keeping import Keeping
-from services.memory.learning import Found, Learning, Run
-from services.memory.memories import TOKENS, Memories, Reader, set_vector
+from services.memory.learning import FoundFact, Learning, Run
+from services.memory.memories import TOKENS, Memories, MemoryScope, set_vector
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
@@ -216,7 +216,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
         async def context(person: int, question: str) -> Sequence[str]:
             vector = (await embedder.query(question)).vectors[0]
             async with database.begin(tenant_id=tenant_id) as tx:
-                recalled = await memories.recall(tx, Reader(str(person)), vector, embedder.model)
+                recalled = await memories.recall(tx, MemoryScope(str(person)), vector, embedder.model)
             return [each.memory.text for each in recalled]
 
         return context
@@ -246,7 +246,7 @@ async def _learn(tx: Tx, learning: Learning, person: int, message: Message) -> N
         await learning.by_rules(tx, run, message.text)
         return
     found = [
-        Found(message.text, "fact", name if name in CHANGING else None, 5, 0.9, None, None, None)
+        FoundFact(message.text, "fact", name if name in CHANGING else None, 5, 0.9, None, None, None)
         for name, _ in message.facts
     ]
     await learning.by_model(tx, run, "stand-in", found, ())

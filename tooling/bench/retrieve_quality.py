@@ -195,7 +195,7 @@ async def _store(
     database: Database, embedder: LocalEmbedder, index: PgvectorIndex, language: str, id_: UUID, path: str, page: Page
 ) -> list[str]:
     """Stores and indexes one page as the service does. Returns the texts of its passages, with their sections."""
-    chunks = list(parsing.passages(parsing.Reader(io.BytesIO(page.html.encode()), HTML), HTML))
+    chunks = list(parsing.passages(parsing.FileReader(io.BytesIO(page.html.encode()), HTML), HTML))
     stored = Stored(path=path, size=len(page.html), sha256="", content_type=HTML)
     async with database.begin(tenant_id=language) as tx:
         await documents.add(tx, id_, path, stored)

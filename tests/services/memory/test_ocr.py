@@ -15,7 +15,7 @@ import pytest
 from infra.stores import filetypes as types
 from services.memory import ocr
 from services.memory.domain import Unreadable
-from services.memory.parsing import MAX_PIXELS, Reader, passages
+from services.memory.parsing import MAX_PIXELS, FileReader, passages
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
@@ -36,8 +36,8 @@ class Scripted(ocr.Recognizer):
         return self.texts.pop(0)
 
 
-def read(content: bytes, recognizer: ocr.Recognizer | None) -> tuple[list[tuple[str, int | None]], Reader]:
-    reader = Reader(io.BytesIO(content), types.PDF, recognizer)
+def read(content: bytes, recognizer: ocr.Recognizer | None) -> tuple[list[tuple[str, int | None]], FileReader]:
+    reader = FileReader(io.BytesIO(content), types.PDF, recognizer)
     return [(chunk.text, chunk.page) for chunk in passages(reader, types.PDF)], reader
 
 
