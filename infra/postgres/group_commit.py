@@ -40,7 +40,7 @@ class GroupCommit(Generic[W]):
     async def write(self, write: W) -> None:
         """Returns after the commit. Raises the error of this write, or the transient error of its group.
 
-        A write whose caller was cancelled is committed all the same.
+        A write is committed even if its caller was cancelled.
         """
         await self.submit(write)
 

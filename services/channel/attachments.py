@@ -211,7 +211,7 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
         fact, content, key = await fetcher.load(reading, item)
         account = await fetcher.account(reading, fact)
     if content is None or key is None:
-        # The agent drops it, too. It is sent all the same, because the later messages wait for its position.
+        # The agent drops it, too. It is sent nevertheless, because the later messages wait for its position.
         publish(tx, item, fact, InboundContent("", "", "", ERASED_TEXT), ERASED_TEXT)
         return
     paths = {

@@ -123,7 +123,7 @@ class Changes(msgspec.Struct, frozen=True):
     deleted: bool = False
 
 
-# Of one message. Each costs a row, and a person can change a message as often as she likes.
+# Of one message. Each costs a row, and a person can change a message as often as they like.
 MAX_CHANGES = 200
 
 

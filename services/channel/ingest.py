@@ -201,7 +201,7 @@ class Ingest:
             _ACCEPT,
             hashes,
             *_seen_columns(owners, hashes),
-            # Only a message with all its hashes for itself has a number. Hashes without one are stored all the same.
+            # Only a message with all its hashes for itself has a number. Hashes without a number are stored, too.
             [numbers.get(id(owners[hash_])) for hash_ in hashes],
             list(range(len(messages))),
             [new.message.tenant_id for new in messages],

@@ -179,7 +179,7 @@ class Previews:
                 "UPDATE preview SET message_id = $2, stopped = $3 WHERE run_id = $1",
                 progress.run_id,
                 shown,
-                # It may have happened all the same. The next attempt could leave a second message.
+                # It may have happened nevertheless. The next attempt could leave a second message.
                 error is not None or shown is None,
             )
         if error:

@@ -1,4 +1,4 @@
-"""Finds facts about a person in her own words, by rules. Pure. It never reads the reply or the output of tools."""
+"""Finds facts about a person in their own words, by rules. Pure. It never reads the reply or the output of tools."""
 
 from __future__ import annotations
 

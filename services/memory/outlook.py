@@ -94,7 +94,7 @@ class _Storage:
         return text.rstrip("\0")
 
     def line(self, tag: str) -> str:
-        """The property as one line. It is empty if its encoding is not known: the e-mail is read all the same."""
+        """The property as one line. It is empty if its encoding is not known: the rest of the e-mail is read."""
         try:
             return " ".join(self.text(tag, MAX_HEADER).split())
         except UnknownEncoding:

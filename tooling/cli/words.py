@@ -33,6 +33,19 @@ PHRASES = {
     r"\b([Aa]ny|[Ss]ome)body\b": "'a user', 'another process', 'each caller'",
     r"\bafresh\b": "'again'",
     r"\bsigns? of life\b": "'heartbeat', 'response'",
+    r"(?<![\w-])(she|hers?|herself|he|his|himself)\b": "'they', 'their', or the name of the thing",
+    r"\bin place of which\b": "'instead'",
+    r"\ball the same\b": "'nevertheless', or two sentences",
+    r"\bhas it that\b": "name who says it",
+    r"\blies? in a (file|folder|module) of its own\b": "'is in a separate …'",
+    r"\bsuffices for\b": "'is enough for'",
+    r"\bnought\b": "'zero'",
+    r"\bwhilst\b": "'while'",
+    r"\bthereby\b": "two sentences",
+    r"\b(wherein|whereby|whence|hence)\b": "two sentences, or 'so'",
+    r"\bin vain\b": "'without a result'",
+    r"\bupon\b": "'on'",
+    r"\blest\b": "'so that … not'",
 }
 _PATTERNS = {re.compile(pattern.replace(" ", r"\s")): advice for pattern, advice in PHRASES.items()}
 _PLAIN_TEXT = (".md", ".html", ".yml", ".yaml", ".sql", ".sh", ".conf", ".toml")

@@ -41,7 +41,7 @@ class FakeMemory(memory_pb2_grpc.MemoryServicer):
         self.away = 0
         """The next calls, this many of them, fail with a transient error."""
         self.known: dict[str, list[memory_pb2.PersonalMemory]] = {}
-        """Person → her memories."""
+        """Person → their memories."""
         self.learned: list[memory_pb2.LearnRequest] = []
 
     async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
@@ -137,7 +137,7 @@ class FakePlugin(plugin_pb2_grpc.PluginServicer):
         self.effects: Counter[str] = Counter()
         """Idempotency key → number of times that the call took effect."""
         self.speakers: dict[str, str] = {}
-        """Idempotency key → the person who speaks, as the agent names her."""
+        """Idempotency key → the person who speaks, as the agent names them."""
         self.outcomes: dict[str, list[plugin_pb2.CallReply]] = {}
         """Tool → replies to its next calls, in order."""
         self.waits: asyncio.Event | None = None

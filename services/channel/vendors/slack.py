@@ -63,7 +63,7 @@ _TRANSIENT = frozenset(("internal_error", "fatal_error", "service_unavailable", 
 class SlackCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signing_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     bot_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,256}$")]
-    """``xoxb-…``, sent as a header, hence the pattern."""
+    """``xoxb-…``. The pattern allows only characters that a header may have."""
 
 
 class _Response(msgspec.Struct):

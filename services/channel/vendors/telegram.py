@@ -77,7 +77,7 @@ HTML = Dialect(
 
 class TelegramCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bot_token: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9:_-]{1,256}$")]
-    """``<bot id>:<secret>`` from BotFather. It is part of the path of each call, hence the pattern."""
+    """``<bot id>:<secret>`` from BotFather. The pattern keeps it one part of a path."""
     secret_token: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,256}$")]
     """The ``secret_token`` that was passed to setWebhook."""
 

@@ -176,7 +176,7 @@ BUILTIN: dict[str, tuple[Tool, Run]] = {
         (
             _tool(
                 "memories_correct",
-                "Replaces the text of one memory of the person who speaks, if she says that it is wrong.",
+                "Replaces the text of one memory of the person who speaks, if they say that it is wrong.",
                 ["memory_id", "text"],
                 memory_id=_MEMORY_ID,
                 text={
@@ -191,7 +191,7 @@ BUILTIN: dict[str, tuple[Tool, Run]] = {
         (
             _tool(
                 "memories_forget",
-                "Deletes one memory of the person who speaks. Use it only if she asks to forget it.",
+                "Deletes one memory of the person who speaks. Use it only if they ask to forget it.",
                 ["memory_id"],
                 memory_id=_MEMORY_ID,
             ),

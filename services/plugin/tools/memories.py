@@ -1,6 +1,6 @@
-"""The tools with which a person sees, corrects and deletes her memories in the chat.
+"""The tools with which a person sees, corrects and deletes their memories in the chat.
 
-They act on the memories of the person who speaks. The run names her; no argument of the model does.
+They act on the memories of the person who speaks. The run names that person; no argument of the model does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _speaker(call: Call) -> str:
     if not call.speaker_id:
         raise EffectFailed(
             "memories are shown and changed only for one person: several people wrote the messages of this run, or "
-            "another agent asked; the person has to ask in a message of her own"
+            "another agent asked; the person has to ask in a message of their own"
         )
     return call.speaker_id
 

@@ -145,7 +145,7 @@ async def test_a_record_that_cannot_be_read_is_told_apart_from_the_others(
     await batches.process(TOPIC_ID, records)
     assert taken.batches == [[0, 4]]
     assert position(batches) == 5
-    # While keys are parked, batches are handled all the same.
+    # Batches are also handled while keys are parked.
     await batches.process(TOPIC_ID, [record(5), record(6)._replace(key=records[1].key), record(7)])
     assert taken.batches == [[0, 4], [5, 7]]
     async with ledger_database.begin() as tx:

@@ -34,7 +34,7 @@ async def database(platform: Platform) -> Database:
 
 
 class Person:
-    """A person and all that is known of her."""
+    """A person and all that is known of them."""
 
     def __init__(self, database: Database) -> None:
         self.id = f"person-{uuid7()}"

@@ -461,7 +461,7 @@ async def test_a_person_sees_corrects_and_forgets_memories_in_the_chat(memory: P
     assert (again.state, again.error.partition(":")[0]) == ("failed", "memory_id")
     acts = [body for _, body in await memory.outbox("memory", "audit.logs") if body["actor"] == "person-c1"]
     assert [act["action"] for act in acts] == ["memory.change", "memory.delete"]
-    # Her wish is not learned as a fact, and her own sentence is the corrected memory.
+    # The wish is not learned as a fact, and the person's own sentence is the corrected memory.
     await say(memory, "person-c1", "Forget that I am allergic to nuts. I am no longer vegetarian. I live in Oslo.")
     await known(memory, "person-c1", ["I am no longer vegetarian.", "I live in Oslo."])
 

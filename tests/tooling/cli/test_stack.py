@@ -1,4 +1,4 @@
-"""`./claw up` and `./claw down` with a few engines: what they leave, and what they make of a damaged state folder."""
+"""`./claw up` and `./claw down` with a few engines, also on a damaged or half-written state folder."""
 
 from __future__ import annotations
 

@@ -26,6 +26,19 @@ EXAMPLES = (
     "waits for somebody",
     "built afresh",
     "without a sign of life",
+    "the person and her words",
+    "the row in place of which it stands",
+    "it is stored all the same",
+    "the standard has it that",
+    "the key lies in a file of its own",
+    "enough memory suffices for it",
+    "a nought at the end",
+    "whilst it runs",
+    "reads and thereby copies",
+    "slow, hence the limit",
+    "waits in vain",
+    "depends upon it",
+    "ordered, lest two deadlock",
 )
 
 

@@ -27,7 +27,7 @@ from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
 
 MODEL = "gpt-4o-mini"
 CREDIT_NANOS = 10**12
-# An answer to blue has 1,000 tokens, which cost 0.60 USD for a million. So its credit suffices for six answers.
+# An answer to blue has 1,000 tokens, which cost 0.60 USD for a million. So its credit is enough for six answers.
 POOR_CREDIT_NANOS, LONG_ANSWER_TOKENS = 4_000_000, 1_000
 CONVERSATIONS, API_MESSAGES = 8, 14
 # Seconds between two messages of a conversation, and between two calls of the API.

@@ -65,7 +65,7 @@ async def test_each_refused_write_leaves_nothing_and_the_others_are_written(runs
     await runs.say(steered)
     writes = [
         runs.write(lost, lost_lease),
-        runs.write(stopped, stopped_lease),  # the end of a step is written all the same
+        runs.write(stopped, stopped_lease),  # the end of a step is also written then
         runs.write(stopped, stopped_lease, version=1, begins=True),
         runs.write(steered, steered_lease, begins=True, expected_messages=1),
         runs.write(good, good_lease, begins=True, expected_messages=1),
