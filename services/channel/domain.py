@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, assert_never
 from uuid import UUID
 
 import msgspec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from services.channel.events import (
     DeliveryEvent,
@@ -152,7 +153,8 @@ class Pseudonyms:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._key = key
+        # Copied for each name: the key schedule would cost more than the digest.
+        self._keyed = HMAC(key, SHA256())
 
     def session(self, conversation: str) -> str:
         return self._name("session", conversation)
@@ -164,7 +166,9 @@ class Pseudonyms:
         return self._name("limit", scope)
 
     def _name(self, kind: str, vendor_id: str) -> str:
-        return hmac.digest(self._key, f"{kind}\0{vendor_id}".encode(), hashlib.sha256).hex()[:32]
+        keyed = self._keyed.copy()
+        keyed.update(f"{kind}\0{vendor_id}".encode())
+        return keyed.finalize().hex()[:32]
 
 
 def dedupe_hash(channel_id: UUID, vendor_id: str) -> bytes:

@@ -19,8 +19,11 @@ from services.channel.ingest import MAX_DIRECT, Ingest
 
 # The most messages in one transaction. More would save little CPU, and calls would wait longer for their turn.
 DRAIN_ROWS = 200
-# The pause between two transactions under load. Rows gather in it, and calls get the larger share of the processor.
-DRAIN_PAUSE_SECONDS = 0.04
+# Under load the drainer pauses for this many times as long as its last transaction took. Calls get the larger share of
+# the processor, and rows gather for the next transaction.
+DRAIN_PAUSE = 4.0
+# If it has not caught up for so long, it pauses no more: the messages wait for their runs.
+MAX_BEHIND_SECONDS = 3.0
 # The drainer looks this often for rows that another process accepted before it died.
 DRAIN_POLL_SECONDS = 5.0
 # The delay before a message is drained again that could not be drained.
@@ -50,25 +53,35 @@ class Drainer:
     def __init__(self, ingest: Ingest) -> None:
         self._ingest = ingest
         self._database = ingest.database
-        self._cleaned_at = time.monotonic()
+        self._cleaned_at = self._caught_up_at = time.monotonic()
         self._stopping = False
 
     async def run(self) -> None:
         while not self._stopping:
             self._ingest.accepted.clear()
+            began = time.monotonic()
             try:
                 drained = await self.drain()
             except Exception as error:
                 _log.warning("could not drain accepted messages; will retry in 1 s", error=describe(error))
                 await wait_at_most(1.0, self._ingest.accepted)
                 continue
-            if time.monotonic() - self._cleaned_at > CLEANING_SECONDS:
+            ended = time.monotonic()
+            if drained <= MAX_DIRECT:
+                self._ingest.is_behind = False
+            if drained < DRAIN_ROWS:
+                self._caught_up_at = ended
+            if ended - self._cleaned_at > CLEANING_SECONDS:
                 await self._clean()
             if drained == 0:
                 await wait_at_most(DRAIN_POLL_SECONDS, self._ingest.accepted)
-            elif drained > MAX_DIRECT and (drained < DRAIN_ROWS or self._ingest.is_busy):
-                # Load. Without the pause each group of calls would be a transaction of the drainer, too.
-                await asyncio.sleep(DRAIN_PAUSE_SECONDS)
+            elif (
+                drained > MAX_DIRECT
+                and self._ingest.accepted.is_set()
+                and ended - self._caught_up_at < MAX_BEHIND_SECONDS
+            ):
+                # Load: rows were accepted meanwhile.
+                await asyncio.sleep(DRAIN_PAUSE * (ended - began))
 
     async def stop(self) -> None:
         self._stopping = True

@@ -105,10 +105,9 @@ class Ingest:
         self._commits = GroupCommit(self._commit, largest=MAX_GROUP)
         self.accepted = asyncio.Event()
         """Set after accepted rows were written, so that the drainer looks for them."""
-
-    @property
-    def is_busy(self) -> bool:
-        return self._commits.uncommitted > MAX_DIRECT
+        self.is_behind = False
+        """Rows that this process accepted wait for its drainer, so a group need not ask whether it may be stored
+        directly. Only a hint: the statement decides, and other processes accept rows, too."""
 
     def accept(
         self,
@@ -169,7 +168,7 @@ class Ingest:
 
     async def _commit(self, group: Sequence[list[_Arrival]]) -> Mapping[int, Exception]:
         arrivals = [arrival for call in group for arrival in call]
-        if len(group) > MAX_DIRECT or not await self._store_directly(arrivals):
+        if len(group) > MAX_DIRECT or self.is_behind or not await self._store_directly(arrivals):
             await self._accept(arrivals)
         return {}
 
@@ -211,6 +210,7 @@ class Ingest:
             [new.traceparent for new in messages],
         )
         failpoint("after_accept")
+        self.is_behind = True
         self.accepted.set()
 
 
