@@ -151,7 +151,10 @@ def current(span: Span) -> Iterator[None]:
 
 def traceparent(span: Span) -> str | None:
     """The context of `span` as the header ``traceparent``; None if it has none."""
-    return _inject(span if isinstance(span, RecordedSpan) else span.get_span_context()).get("traceparent")
+    if isinstance(span, RecordedSpan):
+        return span.traceparent
+    context = span.get_span_context()
+    return spans.traceparent(context) if context.span_id else None
 
 
 def carrier() -> dict[str, str]:

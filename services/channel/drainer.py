@@ -58,7 +58,6 @@ class Drainer:
 
     async def run(self) -> None:
         while not self._stopping:
-            self._ingest.accepted.clear()
             began = time.monotonic()
             try:
                 drained = await self.drain()
@@ -67,8 +66,6 @@ class Drainer:
                 await wait_at_most(1.0, self._ingest.accepted)
                 continue
             ended = time.monotonic()
-            if drained <= MAX_DIRECT:
-                self._ingest.is_behind = False
             if drained < DRAIN_ROWS:
                 self._caught_up_at = ended
             if ended - self._cleaned_at > CLEANING_SECONDS:
@@ -89,6 +86,7 @@ class Drainer:
 
     async def drain(self) -> int:
         """Moves the oldest accepted messages into their conversations. Returns their number."""
+        self._ingest.accepted.clear()
         try:
             return await self._drain(DRAIN_ROWS)
         except Exception as error:
@@ -114,6 +112,8 @@ class Drainer:
 
         drained = await self._database.run(work)
         failpoint("after_drain")
+        if drained < limit and not self._ingest.accepted.is_set():
+            self._ingest.is_behind = False
         return drained
 
     async def _drain_one(self) -> int:

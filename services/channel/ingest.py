@@ -60,12 +60,13 @@ _NOTE = """
     SELECT idle.idle, fresh.hash FROM idle LEFT JOIN fresh ON true
 """
 
-# Inserts dedupe rows as above, and an accepted row for each message that has all its hashes for itself. Positions are
-# drawn in the order of the messages.
+# Inserts dedupe rows as above, and an accepted row for each message that has all its hashes for itself: the row of its
+# first hash has the sealed message. Positions are drawn in the order of the messages.
 _ACCEPT = """
     WITH n AS (
-        SELECT * FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::uuid[], $6::int[])
-            AS n(hash, tenant_id, channel_id, ignored, event_id, message)
+        SELECT *
+        FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::uuid[], $6::int[], $7::bytea[], $8::text[])
+            AS n(hash, tenant_id, channel_id, ignored, event_id, message, sealed, traceparent)
     ), fresh AS (
         INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored, event_id)
         SELECT hash, tenant_id, channel_id, ignored, event_id FROM n
@@ -76,9 +77,8 @@ _ACCEPT = """
     )
     INSERT INTO accepted (tenant_id, channel_id, hash, sealed, traceparent)
     SELECT tenant_id, channel_id, hash, sealed, traceparent
-    FROM unnest($7::int[], $8::text[], $9::uuid[], $10::bytea[], $11::bytea[], $12::text[])
-        AS m(message, tenant_id, channel_id, hash, sealed, traceparent)
-    JOIN new USING (message)
+    FROM n JOIN new USING (message)
+    WHERE sealed IS NOT NULL
     ORDER BY message
 """
 
@@ -124,14 +124,16 @@ class Ingest:
         if self._commits.uncommitted >= MAX_WAITING:
             raise Transient("too many webhook calls wait to be stored")
         arrivals, changed = [], []
+        has_effects = False
         for item in items:
+            has_effects |= isinstance(item, Moved | Receipt)
             checked = _checked(account, item)
             if isinstance(checked, Change):
                 changed.append(checked)
                 continue
             hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]
             arrivals.append(_Arrival(account, checked, hashes, traceparent, uuid7()))
-        if changed or any(isinstance(item, Moved | Receipt) for item in items):
+        if changed or has_effects:
             return asyncio.create_task(self._apply_and_accept(account, items, changed, arrivals, traceparent))
         return self._commits.submit(arrivals)
 
@@ -193,7 +195,7 @@ class Ingest:
         owners = _owners(arrivals)
         hashes = sorted(owners)
         first = _first(arrivals, owners)
-        messages = [_new(arrival) for arrival in first]
+        sealed = {arrival.hashes[0]: self._sealed(arrival) for arrival in first}
         numbers = {id(arrival): number for number, arrival in enumerate(first)}
         failpoint("before_accept")
         await self.database.autocommit(
@@ -202,16 +204,16 @@ class Ingest:
             *_seen_columns(owners, hashes),
             # Only a message with all its hashes for itself has a number. Hashes without a number are stored, too.
             [numbers.get(id(owners[hash_])) for hash_ in hashes],
-            list(range(len(messages))),
-            [new.message.tenant_id for new in messages],
-            [new.message.channel_id for new in messages],
-            [new.hash for new in messages],
-            [self.cipher.seal(msgspec.json.encode(new.message), "accepted", new.hash.hex()) for new in messages],
-            [new.traceparent for new in messages],
+            [sealed.get(hash_) for hash_ in hashes],
+            [owners[hash_].traceparent for hash_ in hashes],
         )
         failpoint("after_accept")
         self.is_behind = True
         self.accepted.set()
+
+    def _sealed(self, arrival: _Arrival) -> bytes:
+        new = _new(arrival)
+        return self.cipher.seal(msgspec.json.encode(new.message), "accepted", new.hash.hex())
 
 
 def ingest(runtime: Runtime) -> Ingest:

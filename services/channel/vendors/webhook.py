@@ -89,7 +89,7 @@ class Webhook(Vendor[WebhookCredentials]):
                     message=id_,
                     text=message.text,
                     attachments=tuple(
-                        Attachment(kind_of(file.content_type), file.url, file.name) for file in message.attachments
+                        [Attachment(kind_of(file.content_type), file.url, file.name) for file in message.attachments]
                     ),
                 )
             ]

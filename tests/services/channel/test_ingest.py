@@ -41,7 +41,7 @@ class Intake:
         )
         cipher = Cipher(MASTER_KEY)
         self.ingest = Ingest(self.database, cipher, SubjectKeys(cipher))
-        self.drainer = self.another()
+        self.drainer = Drainer(self.ingest)
 
     def another(self) -> Drainer:
         """As another process has it."""
@@ -116,6 +116,24 @@ async def test_a_call_does_not_overtake_accepted_messages(intake: Intake) -> Non
     assert await intake.accepted() == 21
     await intake.drainer.drain()
     assert await intake.texts() == [*(f"text {n}" for n in range(20)), "text late"]
+
+
+async def test_calls_ask_where_they_go_only_if_nothing_waits(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    directly = intake.ingest._store_directly
+
+    async def counted(arrivals: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        return await directly(arrivals)
+
+    monkeypatch.setattr(intake.ingest, "_store_directly", counted)
+    await intake.burst([message(n) for n in range(20)])
+    await intake.accept(message(20))
+    assert (asked, await intake.accepted()) == (0, 21)
+    assert await intake.drainer.drain() == 21
+    await intake.accept(message(21))
+    assert (asked, await intake.texts()) == (1, [f"text {n}" for n in range(22)])
 
 
 async def test_a_repeat_changes_nothing_before_and_after_the_drain(intake: Intake) -> None:
