@@ -22,6 +22,7 @@ DRAIN_ROWS = 200
 # Under load the drainer pauses for this many times as long as its last transaction took. Calls get the larger share of
 # the processor, and rows gather for the next transaction.
 DRAIN_PAUSE = 4.0
+MAX_PAUSE_SECONDS = 0.5
 # If it has not caught up for so long, it pauses no more: the messages wait for their runs.
 MAX_BEHIND_SECONDS = 3.0
 # The drainer looks this often for rows that another process accepted before it died.
@@ -78,7 +79,7 @@ class Drainer:
                 and ended - self._caught_up_at < MAX_BEHIND_SECONDS
             ):
                 # Load: rows were accepted meanwhile.
-                await asyncio.sleep(DRAIN_PAUSE * (ended - began))
+                await asyncio.sleep(min(MAX_PAUSE_SECONDS, DRAIN_PAUSE * (ended - began)))
 
     async def stop(self) -> None:
         self._stopping = True
