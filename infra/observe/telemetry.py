@@ -131,12 +131,18 @@ def start_span(
     name: str,
     kind: SpanKind = SpanKind.INTERNAL,
     *,
-    parent: SpanContext | None = None,
     attributes: Mapping[str, Value] | None = None,
 ) -> Span:
-    """A span under the current one, or under the remote `parent`. The caller ends it; it does not become the current
-    span."""
-    return _start(name, kind, parent or _current(), attributes)
+    """A span under the current one. The caller ends it; it does not become the current span."""
+    return _start(name, kind, _current(), attributes)
+
+
+def start_server_span(name: str, headers: Mapping[str, str], attributes: Mapping[str, Value]) -> Span:
+    """A span of a request with these `headers` (names in lower case): under its sender's span, or a root.
+
+    The caller ends it; it does not become the current span.
+    """
+    return _start(name, SpanKind.SERVER, extract(headers) if "traceparent" in headers else None, attributes)
 
 
 @contextmanager

@@ -232,6 +232,8 @@ def _checked(account: Account, item: Item) -> Inbound | Change | Ignored:
     Raises TooLarge as `_checked_message`.
     """
     match item:
+        case Inbound() if account.enabled:
+            return _checked_message(account, item)
         case Ignored():
             return item
         case Moved():
@@ -248,8 +250,6 @@ def _checked(account: Account, item: Item) -> Inbound | Change | Ignored:
             return item._replace(message=message)
         case Reacted() if not item.person:
             return Ignored(item.ids, "a reaction without an author")
-        case Inbound():
-            return _checked_message(account, item)
     return item
 
 

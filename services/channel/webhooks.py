@@ -10,10 +10,10 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Span
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute
@@ -44,18 +44,18 @@ _EMPTY = Ack()
 class _Call:
     """A call that is being answered."""
 
-    __slots__ = ("began", "headers", "method", "request", "span")
+    __slots__ = ("began", "headers", "method", "path", "request", "span")
 
     def __init__(self, request: RawRequest) -> None:
         self.began = time.perf_counter()
         self.request = request
+        self.path = request.path
         self.headers = request.headers
         self.method = request.method if request.method in METHODS else "_OTHER"
-        self.span: Span = telemetry.start_span(
+        self.span: Span = telemetry.start_server_span(
             f"{self.method} {PATH}",
-            SpanKind.SERVER,
-            parent=telemetry.extract(self.headers) if "traceparent" in self.headers else None,
-            attributes={"http.request.method": self.method, "url.scheme": request.scheme, "http.route": PATH},
+            self.headers,
+            {"http.request.method": self.method, "url.scheme": request.scheme, "http.route": PATH},
         )
 
 
@@ -68,14 +68,15 @@ class Webhooks:
     ) -> None:
         self._accounts = accounts
         self._ingest = ingest
-        self._metrics = metrics
+        # By method and status.
+        self._seconds = cache(lambda method, status: metrics.http_seconds.labels(method, PATH, str(status)))
         self._outgoing = outgoing
         self._public_url = public_url.rstrip("/")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, request: RawRequest) -> None:
         call = _Call(request)
-        type_, _, token = request.path.removeprefix(f"{PREFIX}/").partition("/")
+        type_, _, token = call.path.removeprefix(f"{PREFIX}/").partition("/")
         account = self._accounts.cached(type_, token)
         if account and not account.vendor.publishes_keys:
             self._receive(call, account)
@@ -130,7 +131,7 @@ class Webhooks:
         if len(body) > account.vendor.max_body:
             raise TooLarge(f"body: must have at most {account.vendor.max_body} bytes")
         query = request.query
-        url = f"{self._public_url}{request.path}{f'?{query}' if query else ''}"
+        url = f"{self._public_url}{call.path}{f'?{query}' if query else ''}"
         return Request(request.method, query, call.headers, body, url)
 
     def _end(self, call: _Call, ack: Ack, accepted: asyncio.Future[None]) -> None:
@@ -162,7 +163,7 @@ class Webhooks:
         call.request.answer(response)
         call.span.set_attribute("http.response.status_code", status)
         call.span.end()
-        self._metrics.http_seconds.labels(call.method, PATH, str(status)).observe(time.perf_counter() - call.began)
+        self._seconds(call.method, status).observe(time.perf_counter() - call.began)
 
 
 def route(webhooks: Webhooks) -> RawRoute:
