@@ -1,9 +1,10 @@
 """``ingest``: signed webhooks of 512 B, one in twenty sent twice, are acknowledged after they are stored durably.
 
-Ours is the channel's route with tracing on: signature verified, repeats dropped, fact sealed, two messages in the
-outbox, commits in groups. One anchor is a server that only answers 200. The other is FastAPI with SQLAlchemy's ORM and
-a commit per request, which stores one unsealed row. After each of our slices the rows are counted: there must be as
-many as were acknowledged.
+Ours is the channel's route with tracing on: signature verified, repeats dropped, message sealed, commits in groups.
+Accepted messages are drained to facts and messages in the outbox, in the slice and after it. One anchor is a server
+that only answers 200. The other is FastAPI with SQLAlchemy's ORM and a commit per request, which stores one row.
+After each of our slices the rows are counted: there must be as many as were acknowledged. The CPU time of a webhook is
+counted until all of them are drained.
 
 ``ingest-tail``: the time until the acknowledgement at half of our rate, against the empty server at the same rate.
 """
@@ -21,6 +22,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 
 import msgspec
 
@@ -30,10 +32,21 @@ from infra.outgoing import webhooks
 from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.security.crypto import Cipher
 from services.channel.accounts import Secrets, new_pseudonyms, new_token, token_hash
+from tooling.bench import cpu
 from tooling.bench.fixture import Fixture
 from tooling.bench.http_load import closed_loop, open_loop, request
 from tooling.bench.ingest_servers import SECRET
-from tooling.bench.protocol import SLICE_SECONDS, Anchor, Latency, Slice, check, latency, percentile
+from tooling.bench.protocol import (
+    SLICE_SECONDS,
+    Anchor,
+    Latency,
+    Slice,
+    Units,
+    check,
+    latency,
+    median_units,
+    percentile,
+)
 from tooling.testing.platform import MASTER_KEY, PASSWORDS
 from tooling.testing.stack import free_port
 
@@ -57,6 +70,12 @@ class IngestBench:
     fixture: Fixture
     paths: list[str] = field(default_factory=list)
     ports: dict[str, int] = field(default_factory=dict)
+    pid: int = 0
+    """Of our server."""
+    microseconds: dict[str, list[float]] = field(default_factory=lambda: {"server": [], "postgres": []})
+    """CPU time of a webhook in each of our slices, until it was drained."""
+    drained_ratio: list[float] = field(default_factory=list)
+    """The part of the messages that were drained before the slice ended."""
 
     def anchors(self) -> list[Anchor]:
         return [
@@ -91,6 +110,7 @@ class IngestBench:
         try:
             for name, process in processes.items():
                 await _listening(process, self.ports[name])
+            self.pid = processes["ours"].pid
             yield
         finally:
             for process in processes.values():
@@ -101,11 +121,15 @@ class IngestBench:
 
     async def ours(self) -> Slice:
         requests, ids = self._webhooks(REQUESTS)
-        before = await self._rows()
+        before, cpu_before = await self._rows(), self._cpu()
         done, seconds = await closed_loop(self.ports["ours"], requests, SLICE_SECONDS)
         taken = len(set(ids[:done]))
+        _, early, _ = await self._rows()
         await self._drained()
+        for name, used in cpu.difference(cpu_before, self._cpu()).items():
+            self.microseconds[name].append(used * 1e6 / max(done, 1))
         seen, events, messages = (now - then for now, then in zip(await self._rows(), before, strict=True))
+        self.drained_ratio.append((early - before[1]) / max(taken, 1))
         check("ingest", {"acknowledged": taken, "seen": seen, "facts": events, "messages": messages // 2})
         return Slice(done, seconds)
 
@@ -125,6 +149,23 @@ class IngestBench:
             rate,
             times["ours"],
         )
+
+    def cpu_time(self) -> Units:
+        """CPU time of a webhook from its acceptance to its messages in the outbox."""
+        parts = self.microseconds
+        return median_units(
+            "ingest",
+            "CPU of a webhook, accepted and drained",
+            None,
+            [sum(both) for both in zip(*parts.values(), strict=True)],
+            "µs",
+            **{name: median(values) for name, values in parts.items()},
+            drained_in_the_slice=median(self.drained_ratio),
+        )
+
+    def _cpu(self) -> dict[str, float]:
+        pids = {"server": self.pid, "postgres": self.fixture.stack.pid("postgres")}
+        return {name: cpu.seconds(pid) for name, pid in pids.items()}
 
     async def _empty(self) -> Slice:
         # The empty server reads nothing, so the same requests do for all of the slice.

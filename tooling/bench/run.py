@@ -70,7 +70,8 @@ async def run_invoice(place: Fixture, progress: Progress, _: int) -> Sequence[Fi
 async def run_ingest(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     bench = ingest.IngestBench(place)
     async with bench.running():
-        return await run_pairs("ingest", bench.ours, bench.anchors(), progress, pairs=pairs)
+        results = await run_pairs("ingest", bench.ours, bench.anchors(), progress, pairs=pairs)
+        return [*results, bench.cpu_time()]
 
 
 async def run_ingest_tail(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:

@@ -40,6 +40,9 @@ async def until_answered(contender: Contender) -> None:
 
 async def test_acknowledged_webhooks_are_stored_and_traced(bench: IngestBench, receiver: OtlpReceiver) -> None:
     await until_answered(bench.ours)
+    used = bench.cpu_time()
+    assert (used.unit, set(used.made_of)) == ("µs", {"server", "postgres", "drained_in_the_slice"})
+    assert used.value > 0
     await receiver.wait_for(lambda spans: any(s.service == "channel" and s.kind == "server" for s in spans))
 
 
@@ -47,6 +50,17 @@ async def test_the_anchors_answer(bench: IngestBench) -> None:
     assert [anchor.goal for anchor in bench.anchors()] == [0.4, 15]
     for anchor in bench.anchors():
         await until_answered(anchor.contender)
+
+
+async def test_the_tail_is_measured_against_the_empty_server_at_the_same_rate(
+    bench: IngestBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "TAIL_SECONDS", 0.2)
+    monkeypatch.setattr(ingest, "TAIL_ROUNDS", 2)
+    tail = await bench.tail(200)
+    assert (tail.rate, tail.count) == (100, 40)
+    assert 0 < tail.p50_ms <= tail.p99_ms
+    assert tail.goal_ms > 0
 
 
 async def test_a_fact_that_is_missing_is_an_error(bench: IngestBench, monkeypatch: pytest.MonkeyPatch) -> None:
