@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from infra.errors import Transient
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
-from services.channel import accounts
+from services.channel import accounts, drainer
 from services.channel import ingest as module
 from services.channel.accounts import Account, Accounts, Secrets, new_token, token_hash
 from services.channel.domain import Pseudonyms, dedupe_hash
-from services.channel.drainer import Drainer
+from services.channel.drainer import DRAIN_ROWS, Drainer
 from services.channel.ingest import MAX_DIRECT, Ingest
 from services.channel.vendors import VENDORS
 from services.channel.vendors.items import Ignored, Inbound, Moved
@@ -183,6 +184,35 @@ async def test_the_drainer_runs_until_it_is_stopped(intake: Intake) -> None:
     await drainer.stop()
     await running
     assert await intake.texts() == [f"text {n}" for n in range(1_400)]
+
+
+async def test_the_drainer_pauses_under_load_until_it_has_been_behind_for_too_long(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+    pauses: list[float] = []
+    drained = iter([DRAIN_ROWS] * 9 + [DRAIN_ROWS - 1, DRAIN_ROWS])
+
+    async def drain() -> int:
+        nonlocal clock
+        clock += 0.1
+        intake.ingest.accepted.set()
+        if (rows := next(drained, None)) is None:
+            await intake.drainer.stop()
+        return rows or 0
+
+    async def pause(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+        pauses.append(round(clock, 1))
+
+    monkeypatch.setattr(drainer, "time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr(drainer, "asyncio", SimpleNamespace(sleep=pause))
+    intake.drainer = Drainer(intake.ingest)
+    monkeypatch.setattr(intake.drainer, "drain", drain)
+    await intake.drainer.run()
+    # Half a second each, until it has been behind for three seconds. The last but one catches up.
+    assert pauses == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.8, 4.3]
 
 
 async def test_the_accepted_messages_of_an_erased_person_are_dropped_by_the_drainer(intake: Intake) -> None:
