@@ -35,6 +35,8 @@ class ToolServer:
         self.effects: dict[str, Any] = {}
         self.refused: list[str] = []
         self.hold = asyncio.Event()
+        self.over = asyncio.Event()
+        """The tests are over: calls that were never answered need not be drained."""
         self.busy = 0
         self.megabytes = 0
 
@@ -61,7 +63,7 @@ class ToolServer:
             case "huge":
                 return StreamingResponse(self._huge(), media_type="application/json")
             case "silent":
-                await asyncio.Event().wait()
+                await self.over.wait()
             case "slow" | "slow_once":
                 await self.hold.wait()
             case "refusing":
@@ -97,4 +99,5 @@ async def tool_server() -> AsyncIterator[ToolServer]:
         yield server
     finally:
         server.hold.set()
+        server.over.set()
         await http.stop()
