@@ -171,6 +171,17 @@ def test_a_moment_that_the_archive_does_not_reach_is_refused(archived: Archived)
         pass
 
 
+def test_any_error_of_the_archive_ends_a_recovery(archived: Archived, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the server would wait for its file forever."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("the store gave an answer that it never gives")
+
+    monkeypatch.setattr(wal, "pull", fails)
+    with pytest.raises(EngineError, match="the store gave an answer"), at(archived, archived.between):
+        pass
+
+
 def test_no_file_is_overwritten_and_a_repeat_is_accepted(archived: Archived) -> None:
     archive, system = archived.archive, archived.system
     name = wal.segments(archive, system)[-1]
