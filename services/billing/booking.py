@@ -114,8 +114,11 @@ async def receive(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, refer
 
 
 async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None:
-    """Adds a paid amount (below zero: taken back), and marks the invoice as paid or as open again."""
-    await tx.sql(
+    """Adds a paid amount (below zero: taken back), and marks the invoice as paid or as open again.
+
+    Money for an invoice that was written off takes the write-off back.
+    """
+    [(status, currency)] = await tx.sql(
         """
         UPDATE invoice
         SET paid_minor = paid_minor + $3,
@@ -125,11 +128,23 @@ async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None
                 ELSE 'finalised'
             END
         WHERE tenant_id = $1 AND invoice_id = $2
+        RETURNING status, currency
         """,
         tenant_id,
         invoice_id,
         minor,
     )
+    if status == "uncollectible":
+        nanos = minor * nanos_per_minor(currency)
+        await journal.post(
+            tx,
+            tenant_id,
+            "recovery",
+            str(invoice_id),
+            {"receivable": nanos, "write_off": -nanos},
+            reason="paid after the write-off",
+            actor="billing",
+        )
 
 
 async def end(
@@ -212,9 +227,9 @@ async def credit(
         invoice_id,
         minor,
     )
-    await add_paid(tx, tenant_id, invoice_id, 0)
-    over = minor - invoice.due_minor
-    if over > 0 and not refund:
+    over = 0 if refund else max(0, minor - invoice.due_minor)
+    await add_paid(tx, tenant_id, invoice_id, -over)
+    if over:
         await accounts.add_credit(
             tx,
             tenant_id,

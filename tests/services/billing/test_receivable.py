@@ -1,0 +1,92 @@
+"""The receivable of the journal is what the invoices still ask for, whatever payers, banks and operators do."""
+
+from __future__ import annotations
+
+import random
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+
+from infra.clock import utcnow, uuid7
+from infra.errors import Conflict, InvalidMessage
+from infra.postgres.tx import Database, Tx
+from services.billing import accounts, booking, closing, invoices, journal, plans, subscriptions
+from services.billing.payments import store as payments
+from services.billing.payments.provider import ProviderEvent
+from services.billing.plans import Plan
+from services.billing.tax import Seller
+from tests.services.billing.test_invoices import ANCHOR, START
+from tooling.testing.platform import Platform
+
+CENT = 10**7
+TOTAL = 3000
+
+
+@pytest.fixture(scope="module")
+async def store(platform: Platform) -> Database:
+    await platform.prepare("billing")
+    return platform.database("billing")
+
+
+async def invoiced(store: Database, promised_nanos: int) -> tuple[str, UUID, UUID]:
+    """A tenant, its finalised invoice of 30.00, of which grants have paid `promised_nanos`, and its payment."""
+    tenant_id = str(uuid7())
+    plan = Plan(name=tenant_id, currency="USD", interval="month", base_nanos=TOTAL * CENT)
+    async with store.begin(tenant_id=tenant_id) as tx:
+        await accounts.open_account(tx, tenant_id, "USD", promised_nanos or None)
+        stored = await plans.add(tx, plan, made_by="test")
+        made = await subscriptions.subscribe(
+            tx, tenant_id, stored.id, starts_at=START, anchor_day=ANCHOR["anchor_day"], time_zone="UTC"
+        )
+        [draft] = await closing.close(tx, tenant_id, utcnow(), "")
+        invoice = await booking.finalise(tx, tenant_id, draft.id, Seller(), "test")
+        payment = await payments.begin(tx, tenant_id, invoice.id, "stripe", None)
+        assert made.starts_at < utcnow() - timedelta(days=1)
+    return tenant_id, invoice.id, payment.id
+
+
+async def act(tx: Tx, rng: random.Random, tenant_id: str, invoice_id: UUID, payment_id: UUID) -> None:
+    payment = await payments.get(tx, payment_id)
+
+    def event(kind: str, minor: int, detail: str = "") -> ProviderEvent:
+        return ProviderEvent(str(uuid7()), kind, "pi_1", str(payment_id), minor, "USD", detail)  # type: ignore[arg-type]
+
+    minor = rng.randrange(1, TOTAL + 1)
+    match rng.randrange(6):
+        case 0:
+            await payments.handle(tx, "stripe", event("succeeded", payment.amount_minor))
+        case 1:
+            await payments.handle(tx, "stripe", event("refunded", min(minor, payment.amount_minor)))
+        case 2:
+            kind = rng.choice(["dispute_open", "dispute_won", "dispute_lost"])
+            await payments.handle(tx, "stripe", event(kind, payment.amount_minor, rng.choice(["dp_1", "dp_2"])))
+        case 3 | 4:
+            refund = rng.random() < 0.5
+            await booking.credit(tx, tenant_id, invoice_id, minor, reason="r", actor="test", refund=refund)
+        case 5:
+            await booking.end(tx, tenant_id, invoice_id, "uncollectible", "test")
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_the_receivable_equals_the_open_amount_of_the_invoice(store: Database, seed: int) -> None:
+    rng = random.Random(seed)
+    found = await invoiced(store, rng.choice([0, 500 * CENT]))
+    tenant_id, invoice_id, _ = found
+    for _ in range(10):
+        try:
+            async with store.begin(tenant_id=tenant_id) as tx:
+                await act(tx, rng, *found)
+        except (Conflict, InvalidMessage):
+            # Refused by a rule: nothing may have changed.
+            pass
+        async with store.begin(tenant_id=tenant_id) as tx:
+            one = await invoices.get(tx, tenant_id, invoice_id)
+            balances = await journal.balances(tx, tenant_id)
+        asked = one.total_minor - one.applied_minor - one.credited_minor - one.paid_minor
+        assert sum(balances.values()) == 0
+        if one.status == "uncollectible":
+            assert balances.get("receivable", 0) == 0, "an invoice that was written off asks for nothing"
+        else:
+            assert balances.get("receivable", 0) == asked * CENT
+            assert one.due_minor == max(0, asked)
