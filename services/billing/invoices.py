@@ -40,7 +40,7 @@ class Invoice(BaseModel):
     applied_minor: int
     """Covered by grants."""
     paid_minor: int
-    """Received, less what was given back: by a refund, a lost dispute, or as a grant with a credit note."""
+    """Received, less the parts that were given back: by a refund, a lost dispute, or as a grant with a credit note."""
     credited_minor: int
     """Taken back by credit notes."""
     due_minor: int

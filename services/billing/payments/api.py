@@ -146,7 +146,7 @@ def router(runtime: Runtime) -> APIRouter:
             tx.tenant_id = payment.tenant_id
             audit(tx, who.actor, "billing.refund", "payment", str(payment_id), minor=str(body.amount_minor))
         try:
-            await provider(payment.provider).refund(payment.reference, body.amount_minor, refund_id)
+            await provider(payment.provider).refund(payment.reference, body.amount_minor, payment.currency, refund_id)
         except Conflict:
             async with runtime.worker.begin(tenant_id=payment.tenant_id) as tx:
                 await store.end_refund(tx, payment.tenant_id, refund_id, "failed")

@@ -65,7 +65,7 @@ class Provider(Protocol):
     async def look(self, reference: str) -> Intent:
         """The state of a payment that was asked for before."""
 
-    async def refund(self, reference: str, minor: int, key: UUID) -> None:
+    async def refund(self, reference: str, minor: int, currency: str, key: UUID) -> None:
         """Gives a part of a payment back, once for a key. Raises Conflict if the provider refuses."""
 
     def event(self, headers: Mapping[str, str], body: bytes, now: datetime) -> ProviderEvent:

@@ -22,6 +22,26 @@ TOLERANCE_SECONDS = 300
 _DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost", "warning_closed": "dispute_won"}
 
 
+# docs.stripe.com/currencies, special cases: ISK and UGX have two digits there and none in ISO 4217; MGA the reverse.
+_HUNDREDFOLD, _HUNDREDTH = ("ISK", "UGX"), ("MGA",)
+
+
+def amount_of(minor: int, currency: str) -> int:
+    """Stripe's amount for minor units of ISO 4217. Raises Conflict if Stripe cannot express it."""
+    if currency in _HUNDREDFOLD:
+        return minor * 100
+    if currency not in _HUNDREDTH:
+        return minor
+    if minor % 100:
+        raise Conflict(f"stripe takes only whole units of {currency}; the amount must be paid in another way")
+    return minor // 100
+
+
+def minor_of(amount: int, currency: str) -> int:
+    """Minor units of ISO 4217 for Stripe's amount."""
+    return amount // 100 if currency in _HUNDREDFOLD else amount * 100 if currency in _HUNDREDTH else amount
+
+
 class _Error(msgspec.Struct, frozen=True):
     message: str = ""
     param: str = ""
@@ -53,7 +73,7 @@ class Stripe:
 
     async def charge(self, charge: Charge) -> Intent:
         fields = {
-            "amount": str(charge.amount_minor),
+            "amount": str(amount_of(charge.amount_minor, charge.currency)),
             "currency": charge.currency.lower(),
             "description": charge.description,
             "metadata[payment_id]": str(charge.payment_id),
@@ -75,8 +95,9 @@ class Stripe:
     async def look(self, reference: str) -> Intent:
         return _intent(_ok(await self._call(f"payment_intents/{reference}", None, None)))
 
-    async def refund(self, reference: str, minor: int, key: UUID) -> None:
-        answer = await self._call("refunds", {"payment_intent": reference, "amount": str(minor)}, str(key))
+    async def refund(self, reference: str, minor: int, currency: str, key: UUID) -> None:
+        fields = {"payment_intent": reference, "amount": str(amount_of(minor, currency))}
+        answer = await self._call("refunds", fields, str(key))
         if answer.status in (400, 402, 404):
             raise Conflict(f"stripe refused the refund: {_reason(answer)}")
         _ok(answer)
@@ -126,7 +147,7 @@ def _intent(made: dict[str, Any]) -> Intent:
     return Intent(
         str(made["id"]),
         "succeeded" if done else "pending",
-        int(made["amount_received"]) if done else 0,
+        minor_of(int(made["amount_received"]), str(made["currency"]).upper()) if done else 0,
         "",
         "" if done else str(made.get("client_secret") or ""),
     )
@@ -160,4 +181,5 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
         case "charge.dispute.created" | "charge.dispute.closed":
             kind, minor, detail = _DISPUTES.get(str(thing["status"]), "dispute_open"), int(thing["amount"]), thing["id"]
     payment_id = str((thing.get("metadata") or {}).get("payment_id") or "")
-    return ProviderEvent(id_, kind, reference, payment_id, minor, str(thing.get("currency") or "").upper(), detail)
+    currency = str(thing.get("currency") or "").upper()
+    return ProviderEvent(id_, kind, reference, payment_id, minor_of(minor, currency), currency, detail)

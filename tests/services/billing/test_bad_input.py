@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -120,3 +121,14 @@ async def test_another_tenants_invoice_is_not_found_and_only_the_operator_finali
     assert (await other.http.get("/api/v1/invoices")).json()["items"] == []
     assert (await tenant.http.post(f"/api/v1/invoices/{made['id']}/finalise")).status_code == 403
     assert (await tenant.http.post("/api/v1/grants", json={})).status_code == 403
+
+
+@pytest.mark.parametrize("key", ["x", "9" * 20])
+async def test_a_cursor_that_no_page_has_is_refused_by_every_list(billing: Billing, key: str) -> None:
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    invoice = await draft(billing, tenant)
+    own = ("invoices", f"invoices/{invoice['id']}/lines", "grants", "budgets", "payments", "subscriptions")
+    paths = (*own, "prices", "plans", "billing/ledger", "billing/usage", "billing/held")
+    cursor = base64.urlsafe_b64encode(key.encode()).decode()
+    answers = {path: await tenant.http.get(f"/api/v1/{path}", params={"cursor": cursor}) for path in paths}
+    assert {path: field_of(answer) for path, answer in answers.items()} == dict.fromkeys(paths, "cursor")

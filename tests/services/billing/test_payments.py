@@ -13,8 +13,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from infra.errors import Conflict
+from services.billing.payments.stripe import amount_of, minor_of
 from tests.services.billing.conftest import Billing, Tenant
-from tests.services.billing.test_invoices import UNIT, draft, journal, post, subscribed
+from tests.services.billing.test_invoices import ANCHOR, START, UNIT, draft, journal, plan, post, subscribed
 from tooling.testing.platform import Platform
 from tooling.testing.stripe import DECLINED, StripeStandIn
 from tooling.testing.vendors.server import cut
@@ -111,6 +113,47 @@ async def test_a_saved_method_pays_an_invoice_once_however_often_it_is_asked(
     assert (payment["status"], payment["received_minor"]) == ("succeeded", 3000)
     assert await send(billing, stripe, stripe.event("payment_intent.succeeded", stripe.intents[payment["reference"]]))
     assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
+    await reconciled(billing)
+
+
+@pytest.mark.parametrize(
+    ("currency", "minor", "amount"),
+    [
+        ("USD", 1234, 1234),
+        ("JPY", 500, 500),
+        ("KWD", 5120, 5120),
+        # docs.stripe.com/currencies: 5 ISK are the amount 500, and MGA has no digits there.
+        ("ISK", 5, 500),
+        ("UGX", 5, 500),
+        ("MGA", 500, 5),
+    ],
+)
+def test_amounts_are_in_the_units_of_stripe(currency: str, minor: int, amount: int) -> None:
+    assert amount_of(minor, currency) == amount
+    assert minor_of(amount, currency) == minor
+
+
+def test_an_amount_that_stripe_cannot_express_is_refused() -> None:
+    with pytest.raises(Conflict, match="whole units of MGA"):
+        amount_of(501, "MGA")
+
+
+async def test_kronur_are_charged_and_given_back_in_hundredths(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant = await billing.tenant(currency="ISK")
+    one = plan(currency="ISK", base_nanos=5000 * UNIT, charges=[], included=[], usage_markup_percent=None)
+    made = await post(billing, "plans", one)
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+    await post(billing, "subscriptions", body)
+    invoice = await post(billing, f"invoices/{(await draft(billing, tenant))['id']}/finalise", status=200)
+    assert invoice["total_minor"] == 5000
+    payment = (await pay(tenant, invoice["id"])).json()["payment"]
+    assert stripe.intents[payment["reference"]]["amount"] == 500_000
+    assert await send(billing, stripe, stripe.succeeded(payment["reference"])) == "applied"
+    assert await status(tenant, invoice["id"]) == ("paid", 0)
+    await post(billing, f"payments/{payment['id']}/refunds", {"amount_minor": 1000, "reason": "r"})
+    assert stripe.refunded[payment["reference"]] == 100_000
+    await send(billing, stripe, stripe.refund_event(payment["reference"]))
+    assert await status(tenant, invoice["id"]) == ("finalised", 1000)
     await reconciled(billing)
 
 

@@ -1,4 +1,4 @@
-"""The receivable of the journal is what the invoices still ask for, whatever payers, banks and operators do."""
+"""The receivable in the journal equals the open amounts of the invoices, after any acts of payers and operators."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def store(platform: Platform) -> Database:
 
 
 async def invoiced(store: Database, promised_nanos: int) -> tuple[str, UUID, UUID]:
-    """A tenant, its finalised invoice of 30.00, of which grants have paid `promised_nanos`, and its payment."""
+    """A tenant, its finalised invoice of 30.00, and its payment. Grants have paid `promised_nanos`."""
     tenant_id = str(uuid7())
     plan = Plan(name=tenant_id, currency="USD", interval="month", base_nanos=TOTAL * CENT)
     async with store.begin(tenant_id=tenant_id) as tx:
