@@ -99,7 +99,7 @@ class SpanExporter:
                 error, retriable = type(failure).__name__, True
             if not self._failing:
                 self._failing = True
-                _log.warning("the collector does not take spans; spans will be dropped", url=self._url, error=error)
+                _log.warning("the collector refuses spans; will drop them", url=self._url, error=error)
             if not retriable or pause is None or self._stopping.wait(pause):
                 return False
         return False

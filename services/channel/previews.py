@@ -100,7 +100,7 @@ class Previews:
                 try:
                     progress = msgspec.json.decode(message[1], type=Progress)
                 except msgspec.DecodeError as error:
-                    _log.warning("news of a run is invalid; it is skipped", error=str(error))
+                    _log.warning("skipped an invalid live update of a run", error=str(error))
                     continue
                 task = asyncio.create_task(self._show(progress))
                 self._showing.add(task)

@@ -127,7 +127,7 @@ class Index:
         if engine == "elasticsearch":
             _content(answer)
         elif answer.status_code not in (200, 201, 409):
-            self._log.info("the engine has no policies for indices; old ones are deleted each day", index=kind)
+            self._log.info("the search engine has no index policies; will delete old indices once a day", index=kind)
 
     async def _delete_old(self, kind: Kind) -> None:
         oldest = self._name(kind, utcnow() - KEEP[kind])

@@ -213,7 +213,9 @@ class Retrieval:
             async with asyncio.timeout(max(0.0, left * RERANK_SHARE)):
                 best = await reranker.order(text, texts)
         except (Transient, EffectFailed, Unanswered, TimeoutError) as error:
-            _log.warning("reranking endpoint is unavailable; the order stays fused", error=describe(error))
+            _log.warning(
+                "reranking endpoint is unavailable; kept the order of the hybrid search", error=describe(error)
+            )
             return ()
         async with self._database.begin(tenant_id=tenant_id) as tx:
             record_reranking(tx, reranker.model, f"rerank/{uuid7()}/1", best.quantities)

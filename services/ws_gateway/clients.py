@@ -32,7 +32,7 @@ class End(Enum):
 
     FAILED = 1011, "internal error"
     RESTARTING = 1012, "the service restarts: connect again"
-    TOO_SLOW = 1013, "the client does not keep up: connect again"
+    TOO_SLOW = 1013, "the client reads too slowly: connect again"
     UNCHECKED = 1013, "the API key cannot be checked now: connect again"
     NOT_ALLOWED = 4401, "the API key was revoked or has expired"
 

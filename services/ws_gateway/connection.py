@@ -69,7 +69,7 @@ class Connection(asyncio.Protocol):
         raise NotImplementedError
 
     def on_slow(self) -> None:
-        """The client does not keep up."""
+        """The client reads too slowly."""
         raise NotImplementedError
 
     def on_end(self) -> None:

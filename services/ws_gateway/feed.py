@@ -83,7 +83,7 @@ class Live:
             return
         if self._room.left <= 0:
             self._room.is_full = True
-            _log.info("client does not keep up; the connection is dropped")
+            _log.info("client reads too slowly; closed its connection")
             self._room.on_full()
             return
         self._room.left -= 1

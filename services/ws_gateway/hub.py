@@ -83,7 +83,7 @@ class Hub:
                     try:
                         delta = _delta.decode(data)
                     except msgspec.DecodeError as error:
-                        _log.warning("delta is invalid; it is skipped", error=str(error))
+                        _log.warning("skipped an invalid delta of an answer", error=str(error))
                         continue
                     feed.push(delta)
 

@@ -82,7 +82,7 @@ class Socket(Connection):
 
     def on_slow(self) -> None:
         if self.is_open:
-            _log.info("client does not keep up; its socket is closed")
+            _log.info("client reads too slowly; closed its socket")
             self.end(End.TOO_SLOW)
 
     def on_shutdown(self) -> None:

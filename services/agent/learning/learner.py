@@ -139,7 +139,9 @@ class _Call:
             key, call, kind="repeatable", result=bytes, before=self._before, after=self._after
         )
         if outcome.result is None:
-            _log.warning("the model found no facts; rules do", run_id=str(context.run_id), error=outcome.error)
+            _log.warning(
+                "could not find facts by the model; used the rules", run_id=str(context.run_id), error=outcome.error
+            )
             return None
         return msgspec.json.decode(context.key.open(outcome.result, *sealing), type=_Recorded)
 

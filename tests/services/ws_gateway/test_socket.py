@@ -423,12 +423,12 @@ async def test_the_schema_is_served_as_it_is_committed(gateway: Platform) -> Non
 async def test_a_client_that_takes_nothing_is_dropped_alone(gateway: Platform, agent: Agent, redis: Redis) -> None:
     run_id = agent.new_run("acme")
     piece = {"step": 1, "attempt": 1, "n": 1, "text": "x" * 20_000}
-    dropped = gateway.log("ws_gateway").count("does not keep up")
+    dropped = gateway.log("ws_gateway").count("reads too slowly")
 
     async def is_dropped() -> bool:
         for _ in range(50):
             await redis.publish(f"claw:run:{run_id}", json.dumps(piece))
-        return gateway.log("ws_gateway").count("does not keep up") > dropped
+        return gateway.log("ws_gateway").count("reads too slowly") > dropped
 
     async def told(socket: ClientConnection) -> list[tuple[str, int | None]]:
         events: list[tuple[str, int | None]] = []
@@ -453,7 +453,7 @@ async def test_a_client_that_takes_nothing_is_dropped_alone(gateway: Platform, a
             with pytest.raises(ConnectionClosed):
                 while True:
                     await slow.recv()
-    assert gateway.log("ws_gateway").count("does not keep up") == dropped + 1
+    assert gateway.log("ws_gateway").count("reads too slowly") == dropped + 1
 
 
 async def test_a_gateway_that_is_stopped_says_so_and_the_next_one_goes_on(gateway: Platform, agent: Agent) -> None:
