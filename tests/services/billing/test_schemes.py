@@ -89,6 +89,13 @@ def test_published_examples_are_reproduced() -> None:
         T(None, Decimal(400_000), 1000 * CENTS),
     )
     assert amount("volume", lago, 65_000) == 4900 * CENTS
+    # The page …/charge-models/package: $5 per 100 units, the first 100 free. 201 units cost $0 + $5 + $5.
+    assert amount("package", (T(None, Decimal(500 * CENTS)),), 201, included=100, package_size=100) == 1000 * CENTS
+    # zuplo.com/docs/articles/monetization/pricing-models (its rate cards are OpenMeter's): 15,000 units in tiers of
+    # $0.10, $0.05 and $0.01 cost $100 + $450 + $50 graduated, and 15,000 × $0.01 by volume.
+    zuplo = (T(1000, Decimal(10 * CENTS)), T(10_000, Decimal(5 * CENTS)), T(None, Decimal(CENTS)))
+    assert amount("graduated", zuplo, 15_000) == 60_000 * CENTS
+    assert amount("volume", zuplo, 15_000) == 15_000 * CENTS
 
 
 @st.composite
