@@ -132,3 +132,5 @@ async def test_a_cursor_that_no_page_has_is_refused_by_every_list(billing: Billi
     cursor = base64.urlsafe_b64encode(key.encode()).decode()
     answers = {path: await tenant.http.get(f"/api/v1/{path}", params={"cursor": cursor}) for path in paths}
     assert {path: field_of(answer) for path, answer in answers.items()} == dict.fromkeys(paths, "cursor")
+    sums = await tenant.http.get("/api/v1/billing/usage", params={"cursor": cursor, "group_by": "meter"})
+    assert field_of(sums) == "cursor"
