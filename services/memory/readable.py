@@ -91,13 +91,11 @@ async def owners(tx: Tx, scope: Scope) -> Owners:
     return Owners(only=tuple(id_ for (id_,) in rows) if len(rows) <= MAX_OWNERS else None)
 
 
-async def with_codes(
-    tx: Tx, wanted: Sequence[str], model: str, limit: int, scope: Scope
-) -> list[tuple[UUID, int, NDArray[np.float32]]]:
-    """(id, number of matching codes, vector) of the passages with the most of these codes, in indexed documents."""
+async def with_codes(tx: Tx, wanted: Sequence[str], model: str, limit: int, scope: Scope) -> Mapping[UUID, int]:
+    """The passages with the most of these codes, in indexed documents, and the number of the codes that each has."""
     rows = await tx.sql(
         f"""
-        SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($5::text[]))) AS n, p.vector
+        SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($5::text[]))) AS n
         FROM passage p
         JOIN document d ON d.id = p.document_id
         WHERE {READABLE} AND p.codes && $5::text[] AND p.model = $6
@@ -109,4 +107,12 @@ async def with_codes(
         model,
         limit,
     )
-    return [(id_, n, np.frombuffer(vector, dtype="<f4")) for id_, n, vector in rows]
+    return dict(map(tuple, rows))
+
+
+async def vectors(tx: Tx, ids: Sequence[UUID], model: str) -> Mapping[UUID, NDArray[np.float32]]:
+    """The vectors of those passages that the model has embedded."""
+    if not ids:
+        return {}
+    rows = await tx.sql("SELECT id, vector FROM passage WHERE id = ANY($1::uuid[]) AND model = $2", list(ids), model)
+    return {id_: np.frombuffer(vector, dtype="<f4") for id_, vector in rows}

@@ -92,6 +92,25 @@ class Ranked(NamedTuple):
     keyword: float | None = None
 
 
+class _ByWords(NamedTuple):
+    """The findings of PostgreSQL, which does not need the vector of the query."""
+
+    owners: Owners = EVERY
+    """To which the search in the index is narrowed."""
+    ranks: Mapping[UUID, float] = {}
+    """The passages with words of the query, best first."""
+    counts: Mapping[UUID, int] = {}
+    """The passages with codes of the query, and how many."""
+
+
+class _Read(NamedTuple):
+    texts: Mapping[UUID, Found]
+    vectors: Mapping[UUID, NDArray[np.float32]]
+    """Of the passages that were found by words or codes."""
+    gone: bool
+    """Some of these were deleted or replaced before they were read."""
+
+
 class _Found(NamedTuple):
     """The passages for a query, in the fused order, and why each was found."""
 
@@ -104,7 +123,7 @@ class _Found(NamedTuple):
     """Of the query."""
     degraded: bool
     gone: bool
-    """Some passages were deleted or replaced before they were read."""
+    """As in `_Read`."""
 
 
 class Searched(Protocol):
@@ -171,38 +190,55 @@ class Retrieval:
         """The passages for `search`, before they are ordered again: more than `limit` then."""
         floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
         types = _checked(query, limit, floor)
-        tenant_id, scope = caller.tenant_id, Scope(caller.names, query.filters)
+        scope = Scope(caller.names, query.filters)
+        deadline = asyncio.get_running_loop().time() + max(0.0, seconds * DENSE_SHARE)
+        by_words = await self._by_words(caller.tenant_id, query, types, limit, scope)
         vector: NDArray[np.float32] | None = None
-        near: dict[UUID, Ranked] = {}
         degraded = False
-        if query.mode != KEYWORD:
-            try:
-                async with asyncio.timeout(max(0.0, seconds * DENSE_SHARE)):
-                    vector = await self._vector(tenant_id, query.text)
-                    for type_ in types:
-                        if type_ == MEMORY:
-                            continue
-                        session_key = query.session_key if type_ == CONVERSATION else None
-                        near |= await self._nearest(tenant_id, vector, session_key, limit, floor, scope)
-            except (Transient, TimeoutError) as error:
-                if query.mode == DENSE or (CONVERSATION in types and DOCUMENT not in types):
-                    raise Transient(f"search by meaning: {describe(error)}") from error
-                _log.warning(
-                    "index or embedding endpoint is unavailable; the search is by words", error=describe(error)
-                )
-                degraded = True
-        worded: dict[UUID, Ranked] = {}
-        coded: dict[UUID, Ranked] = {}
-        if query.mode != DENSE and DOCUMENT in types:
-            worded = await self._with_words(tenant_id, query.text, vector, query.min_similarity, limit, scope)
-            if vector is not None and (wanted := codes(query.text)):
-                coded = await self._with_codes(tenant_id, vector, wanted, floor, scope)
+        wanted = 2 * limit + 10
+        while True:
+            hits: list[list[Hit]] = []
+            if query.mode != KEYWORD:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        vector = await self._vector(caller.tenant_id, query.text)
+                        hits = await self._nearest(caller.tenant_id, query, types, vector, wanted, by_words.owners)
+                except (Transient, TimeoutError) as error:
+                    if query.mode == DENSE or (CONVERSATION in types and DOCUMENT not in types):
+                        raise Transient(f"search by meaning: {describe(error)}") from error
+                    _log.warning(
+                        "index or embedding endpoint is unavailable; the search is by words", error=describe(error)
+                    )
+                    degraded = True
+            hits = [[hit for hit in found if hit.score >= floor] for found in hits]
+            read = await self._read(caller, query, scope, by_words, vector, [hit.id for found in hits for hit in found])
+            # Of an index that has many deleted rows, more are needed.
+            if wanted == MAX_HITS or all(
+                len(found) < wanted or sum(hit.id in read.texts for hit in found) >= limit for found in hits
+            ):
+                break
+            wanted = min(4 * wanted, MAX_HITS)
+        near = {hit.id: Ranked(hit.score) for found in hits for hit in found if hit.id in read.texts}
+        worded = _worded(by_words, read, vector, query.min_similarity)
+        coded = {} if vector is None else _coded(by_words, read, vector, floor)
         by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
         most = max(limit, RERANKED) if self._reranker and query.mode == HYBRID else limit
-        ranked = fuse(by_cosine, list(worded), list(coded))[:most]
-        texts = await self._texts(caller, query, scope, ranked)
-        order = [id_ for id_ in ranked if id_ in texts]
-        return _Found(order, texts, near, worded, coded, vector, degraded, len(order) < len(ranked))
+        order = fuse(by_cosine, list(worded), list(coded))[:most]
+        return _Found(order, read.texts, near, worded, coded, vector, degraded, read.gone)
+
+    async def _by_words(self, tenant_id: str, query: Query, types: Sequence[str], limit: int, scope: Scope) -> _ByWords:
+        if DOCUMENT not in types:
+            return _ByWords()
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            owners = EVERY if query.mode == KEYWORD else await readable.owners(tx, scope)
+            if query.mode == DENSE:
+                return _ByWords(owners)
+            text = ends(query.text, MAX_QUERY_TOKENS).replace("\0", " ")
+            ranks = await with_words(tx, text, 2 * limit + 10, scope)
+            counts: Mapping[UUID, int] = {}
+            if query.mode == HYBRID and (wanted := codes(query.text)):
+                counts = await readable.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT, scope)
+            return _ByWords(owners, ranks, counts)
 
     async def _reranked(
         self, reranker: Reranker, tenant_id: str, text: str, texts: Sequence[str], left: float
@@ -237,14 +273,25 @@ class Retrieval:
             for each in recalled
         ]
 
-    async def _texts(self, caller: Caller, query: Query, scope: Scope, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
+    async def _read(
+        self,
+        caller: Caller,
+        query: Query,
+        scope: Scope,
+        by_words: _ByWords,
+        vector: NDArray[np.float32] | None,
+        near: Sequence[UUID],
+    ) -> _Read:
         """The texts that the caller may read. One statement for all documents: if a document is replaced meanwhile, the
         answer has passages of the old version or of the new one, never of both."""
+        found = list({**by_words.ranks, **by_words.counts})
         async with self._database.begin(tenant_id=caller.tenant_id) as tx:
-            texts = dict(await readable.found(tx, ids, scope))
+            texts = dict(await readable.found(tx, [*near, *found], scope))
+            gone = any(id_ not in texts for id_ in found)
             if query.session_key and CONVERSATION in query.types:
-                texts |= await self._conversations.found(tx, ids, query.session_key)
-        return texts
+                texts |= await self._conversations.found(tx, near, query.session_key)
+            vectors = {} if vector is None else await readable.vectors(tx, found, self._embedder.model)
+        return _Read(texts, vectors, gone)
 
     async def _vector(self, tenant_id: str, text: str) -> NDArray[np.float32]:
         """The vector of the query. One that the tenant has asked lately is not embedded again, and costs nothing."""
@@ -272,70 +319,45 @@ class Retrieval:
     async def _nearest(
         self,
         tenant_id: str,
+        query: Query,
+        types: Sequence[str],
         vector: NDArray[np.float32],
-        session_key: str | None,
-        limit: int,
-        floor: float,
-        scope: Scope,
-    ) -> dict[UUID, Ranked]:
-        """At least the `limit` best hits that PostgreSQL still has, if it has that many."""
-        narrowed = EVERY
-        if session_key is None:
-            async with self._database.begin(tenant_id=tenant_id) as tx:
-                narrowed = await readable.owners(tx, scope)
-            if narrowed.only == ():
-                return {}
-        index_scope = DOCUMENT if session_key is None else session_scope(session_key)
-        wanted = 2 * limit + 10
-        while True:
-            hits = await self._index.search(vector.tolist(), tenant_id, index_scope, wanted, narrowed)
-            near = [hit for hit in hits if hit.score >= floor]
-            stored = await self._stored(tenant_id, [hit.id for hit in near], session_key, scope)
-            if len(stored) >= limit or len(near) < wanted or wanted == MAX_HITS:
-                return {hit.id: Ranked(hit.score) for hit in near if hit.id in stored}
-            wanted = min(4 * wanted, MAX_HITS)
-
-    async def _stored(
-        self, tenant_id: str, ids: Sequence[UUID], session_key: str | None, scope: Scope
-    ) -> Mapping[UUID, Found]:
-        """The texts that PostgreSQL has for these ids."""
-        if not ids:
-            return {}
-        async with self._database.begin(tenant_id=tenant_id) as tx:
-            if session_key is None:
-                return await readable.found(tx, ids, scope)
-            return await self._conversations.found(tx, ids, session_key)
-
-    async def _with_words(
-        self,
-        tenant_id: str,
-        text: str,
-        vector: NDArray[np.float32] | None,
-        floor: float | None,
-        limit: int,
-        scope: Scope,
-    ) -> dict[UUID, Ranked]:
-        """The passages with the words of the query, best first."""
-        async with self._database.begin(tenant_id=tenant_id) as tx:
-            rows = await with_words(tx, ends(text, MAX_QUERY_TOKENS).replace("\0", " "), 2 * limit + 10, scope)
-        hits = {}
-        for row in rows:
-            cosine = None
-            if vector is not None and row.vector is not None and row.model == self._embedder.model:
-                cosine = _cosine(vector, row.vector)
-            # Only a floor of the caller applies: a passage with the word may be right although its cosine is low.
-            if floor is None or cosine is None or cosine >= floor:
-                hits[row.id] = Ranked(cosine, row.rank)
+        wanted: int,
+        owners: Owners,
+    ) -> list[list[Hit]]:
+        """The nearest `wanted` rows that the index has of each type. PostgreSQL may have deleted some of them."""
+        hits = []
+        for type_ in types:
+            if type_ == DOCUMENT and owners.only != ():
+                hits.append(await self._index.search(vector.tolist(), tenant_id, DOCUMENT, wanted, owners))
+            elif type_ == CONVERSATION and query.session_key:
+                scope = session_scope(query.session_key)
+                hits.append(await self._index.search(vector.tolist(), tenant_id, scope, wanted))
         return hits
 
-    async def _with_codes(
-        self, tenant_id: str, vector: NDArray[np.float32], wanted: Sequence[str], floor: float, scope: Scope
-    ) -> dict[UUID, Ranked]:
-        """The passages with the most of the codes first; among equals the nearest first."""
-        async with self._database.begin(tenant_id=tenant_id) as tx:
-            rows = await readable.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT, scope)
-        ranked = sorted((-count, -_cosine(vector, other), id_) for id_, count, other in rows)
-        return {id_: Ranked(-score) for _, score, id_ in ranked if -score >= floor}
+
+def _worded(
+    by_words: _ByWords, read: _Read, vector: NDArray[np.float32] | None, floor: float | None
+) -> dict[UUID, Ranked]:
+    """The passages with the words of the query, best first. Only a floor of the caller applies: a passage with the word
+    may be right although its cosine is low."""
+    hits = {}
+    for id_, rank in by_words.ranks.items():
+        known = read.vectors.get(id_)
+        cosine = None if vector is None or known is None else _cosine(vector, known)
+        if id_ in read.texts and (floor is None or cosine is None or cosine >= floor):
+            hits[id_] = Ranked(cosine, rank)
+    return hits
+
+
+def _coded(by_words: _ByWords, read: _Read, vector: NDArray[np.float32], floor: float) -> dict[UUID, Ranked]:
+    """The passages with the most of the query's codes first; among equals the nearest first."""
+    ranked = sorted(
+        (-count, -_cosine(vector, read.vectors[id_]), id_)
+        for id_, count in by_words.counts.items()
+        if id_ in read.texts and id_ in read.vectors
+    )
+    return {id_: Ranked(-score) for _, score, id_ in ranked if -score >= floor}
 
 
 def _scored(passage: Found, near: Ranked | None, worded: Ranked | None, coded: Ranked | None) -> Scored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
@@ -12,6 +12,7 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Transient
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored
@@ -25,7 +26,6 @@ from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
-from services.memory.readable import Found, Scope
 from services.memory.reranking import Ordered, Reranker
 from services.memory.retrieval import Query, Retrieval
 from services.memory.rights import EVERY, Caller, Owners, of_agent
@@ -113,16 +113,25 @@ async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(plat
 
 
 class Vanishing(Retrieval):
-    """A document is deleted between the ranking and the reading of the first search."""
+    """Another document takes the place of one between the ranking and the reading of the first search."""
 
     vanishes: UUID | None
 
-    async def _texts(self, caller: Caller, query: Query, scope: Scope, ids: Sequence[UUID]) -> Mapping[UUID, Found]:
+    async def _read(self, caller: Caller, *given: Any) -> Any:
         if self.vanishes:
             async with self._database.begin(tenant_id=caller.tenant_id) as tx:
                 await documents.delete(tx, self.vanishes)
+                await add_indexed(tx, "Line 3.")
             self.vanishes = None
-        return await super()._texts(caller, query, scope, ids)
+        return await super()._read(caller, *given)
+
+
+async def add_indexed(tx: Tx, line: str) -> UUID:
+    id_ = uuid7()
+    await documents.add(tx, id_, "ferry", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
+    await passages.add(tx, id_, 0, list(chunk([Block(f"{TEXT.decode()} {line}")])))
+    await documents.advance(tx, id_, "indexed", 1.0)
+    return id_
 
 
 class Counting(Reranker):
@@ -138,16 +147,11 @@ class Counting(Reranker):
         return Ordered(list(range(len(texts))), {"calls": 1})
 
 
-async def test_a_search_in_which_a_document_vanishes_reranks_and_counts_memories_once(platform: Platform) -> None:
+async def test_a_search_in_which_a_document_is_replaced_reranks_and_counts_memories_once(platform: Platform) -> None:
     await platform.prepare("memory")
     database, cipher, tenant = platform.database("memory"), Cipher("m" * 43 + "="), "tenant-vanishing"
-    ids = []
     async with database.begin(tenant_id=tenant) as tx:
-        for n in range(3):
-            ids.append(id_ := uuid7())
-            await documents.add(tx, id_, "ferry", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
-            await passages.add(tx, id_, 0, list(chunk([Block(f"{TEXT.decode()} Line {n}.")])))
-            await documents.advance(tx, id_, "indexed", 1.0)
+        ids = [await add_indexed(tx, f"Line {n}.") for n in range(3)]
         note: dict[str, Any] = {
             "kind": "fact",
             "topic": None,
@@ -164,8 +168,9 @@ async def test_a_search_in_which_a_document_vanishes_reranks_and_counts_memories
     retrieval = Vanishing(database, embedder, index, conversations, memories, reranker)
     retrieval.vanishes = ids[0]
     answer = await retrieval.search(of_agent(tenant, ""), Query(QUESTION, types=("document", "memory")))
-    assert (answer.reranked, reranker.asked) == (True, [2])
-    assert [item.match for item in answer.items] == [("words",), ("words",), ("memory",)]
+    assert (answer.reranked, reranker.asked) == (True, [3])
+    assert [item.match for item in answer.items] == [("words",)] * 3 + [("memory",)]
+    assert any("Line 3." in item.passage.text for item in answer.items)
     async with database.begin(tenant_id=tenant) as tx:
         assert (await memories.get(tx, new.id, None)).uses == 1
     usage = [body for _, body in await platform.outbox("memory", "usage.records") if body["tenant_id"] == tenant]

@@ -36,9 +36,9 @@ async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexe
 
 async def found(database: Database, tenant_id: str, text: str, limit: int = 10) -> list[str]:
     async with database.begin(tenant_id=tenant_id) as tx:
-        rows = await with_words(tx, text, limit, EVERYONE)
-        texts = await readable.found(tx, [row.id for row in rows], EVERYONE)
-    return [texts[row.id].text for row in rows]
+        ranks = await with_words(tx, text, limit, EVERYONE)
+        texts = await readable.found(tx, list(ranks), EVERYONE)
+    return [texts[id_].text for id_ in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ async def test_documents_of_other_readers_do_not_change_a_rank(memory_database: 
 
     async def ranks() -> list[float]:
         async with memory_database.begin(tenant_id="readers") as tx:
-            return [row.rank for row in await with_words(tx, "kettle gasket", 10, EVERYONE)]
+            return list((await with_words(tx, "kettle gasket", 10, EVERYONE)).values())
 
     before = await ranks()
     hidden = await add(memory_database, "readers", [Block(f"Kettle {n}.", str(n)) for n in range(5)])
@@ -131,3 +131,12 @@ QUERIES = ["", " ", "the of and", "'", "\\", "a & b | !c", "'''::", "😀", "<->
 @pytest.mark.parametrize("query", QUERIES)
 async def test_any_text_is_a_query(handbooks: Database, query: str) -> None:
     await found(handbooks, "norrland", query)
+
+
+async def test_words_with_quotes_are_counted(memory_database: Database) -> None:
+    """PostgreSQL writes the quotes of a word doubled."""
+    address = "https://example.org/o'brien"
+    await add(memory_database, "quotes", [Block(f"It is at {address} now."), Block("It is at https://example.org.")])
+    async with memory_database.begin(tenant_id="quotes") as tx:
+        ranks = await with_words(tx, address, 10, EVERYONE)
+    assert max(ranks.values()) == pytest.approx(1.0)
