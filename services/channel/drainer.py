@@ -17,8 +17,8 @@ from infra.postgres.tx import Tx
 from services.channel.conversations import AcceptedMessage, NewMessage, store
 from services.channel.ingest import MAX_DIRECT, Ingest
 
-# The most messages in one transaction. More would save no CPU that can be measured, and calls would wait longer for their
-# turn: with 200 the slowest percent of them waits twice as long.
+# The most messages in one transaction. More would save no measurable CPU, and calls would wait longer for their turn:
+# with 200 the slowest percent of them waits twice as long.
 DRAIN_ROWS = 50
 # Under load the drainer pauses for this many times as long as its last transaction took. Calls get the larger share of
 # the processor, and rows gather for the next transaction.
