@@ -15,6 +15,7 @@ import asyncpg
 import httpx
 import pytest
 
+from infra.security.auth import IDENTITY_HEADER
 from infra.service.tenant_erasure import ERASURES
 from services.billing.tenants import KEPT
 from tests.security.conftest import environment
@@ -22,7 +23,8 @@ from tests.security.furnished import Furnished, asked, furnish
 from tests.security.stores import places_of
 from tests.services.memory.conftest import Vectors
 from tooling.stack.home import SERVICES
-from tooling.testing.platform import Platform
+from tooling.testing.keys import identities
+from tooling.testing.platform import ADMIN_TOKEN, Platform
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
@@ -151,7 +153,7 @@ async def test_an_erased_tenant_leaves_its_invoices_and_nothing_else(
     assert {name.partition("clawbus-")[2][:5] for name in found.pop("OpenSearch")} <= {"spans"}
     assert found == {"RabbitMQ": set(), "Valkey": set(), "object store": set(), "log files": set()}
 
-    await nothing_works(system, webhook, key)
+    await nothing_works(system, tenant.id, webhook, key)
     await run_was_cancelled(system, run)
     async with system.client("billing", tenant.id) as client:
         kept = (await client.get("/api/v1/invoices")).json()["items"]
@@ -168,7 +170,7 @@ async def test_an_erased_tenant_leaves_its_invoices_and_nothing_else(
         assert await asked(system, service, other.id, "GET", path) == view, "another tenant is not touched"
 
 
-async def nothing_works(system: Platform, webhook: str, key: str) -> None:
+async def nothing_works(system: Platform, tenant: str, webhook: str, key: str) -> None:
     """The webhook is answered as one that never existed, the key is refused, and the operator can only read."""
     unknown = "/webhooks/webhook/" + "x" * len(webhook.rpartition("/")[2])
     async with httpx.AsyncClient(base_url=system.url("channel"), trust_env=False) as vendor:
@@ -182,6 +184,9 @@ async def nothing_works(system: Platform, webhook: str, key: str) -> None:
     headers = {"Authorization": f"Bearer {key}", "X-Claw-Service": "agent"}
     async with httpx.AsyncClient(base_url=system.url("user"), trust_env=False) as gateway:
         assert (await gateway.get("/internal/auth", headers=headers)).status_code == 401
+        headers |= {"Authorization": f"Bearer {ADMIN_TOKEN}", "X-Claw-Tenant": tenant}
+        token = (await gateway.get("/internal/auth", headers=headers)).headers[IDENTITY_HEADER]
+    assert identities("agent").verify(token, "GET", "/").scopes == {"read"}
 
 
 async def run_was_cancelled(system: Platform, run: str) -> None:
