@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import msgspec
 
-from infra.clock import wait_at_most
+from infra.clock import utcnow, wait_at_most
 from infra.errors import describe
 from infra.failpoint import failpoint
 from infra.observe.logs import get_logger
@@ -39,12 +39,14 @@ CLEANING_ROWS = 2_000
 _log = get_logger("channel.drainer")
 
 # Locks from the oldest row on. A second drainer waits for that row, and so for the end of the first one's transaction:
-# messages enter a conversation in the order in which they were accepted.
+# messages enter a conversation in the order in which they were accepted. Materialized: in a loop of the planner the
+# selection would be repeated, and would select further rows each time.
 _DRAIN = """
-    DELETE FROM accepted WHERE position IN (
+    WITH oldest AS MATERIALIZED (
         SELECT position FROM accepted WHERE retry_at IS NULL OR retry_at < clock_timestamp()
         ORDER BY position LIMIT $1 FOR UPDATE
     )
+    DELETE FROM accepted WHERE position IN (SELECT position FROM oldest)
     RETURNING position, hash, sealed, traceparent
 """
 
@@ -104,19 +106,21 @@ class Drainer:
     async def _drain(self, limit: int) -> int:
         failpoint("before_drain")
 
-        async def work(tx: Tx) -> int:
+        async def work(tx: Tx) -> list[NewMessage]:
             rows = sorted(await tx.sql(_DRAIN, limit))
-            await store(
-                tx, self._ingest.subjects, [self._open(hash_, sealed, trace) for _, hash_, sealed, trace in rows]
-            )
+            messages = [self._open(hash_, sealed, trace) for _, hash_, sealed, trace in rows]
+            await store(tx, self._ingest.subjects, messages)
             failpoint("before_drain_commit")
-            return len(rows)
+            return messages
 
         drained = await self._database.run(work)
         failpoint("after_drain")
-        if drained < limit and not self._ingest.accepted.is_set():
+        self._ingest.backlog = timedelta(0)
+        if len(drained) == limit:
+            self._ingest.backlog = utcnow() - drained[-1].message.received_at
+        elif not self._ingest.accepted.is_set():
             self._ingest.is_behind = False
-        return drained
+        return len(drained)
 
     async def _drain_one(self) -> int:
         try:

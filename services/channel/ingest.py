@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import cache
 from typing import NamedTuple
 from uuid import UUID
@@ -44,6 +45,9 @@ MAX_GROUP = 500
 MAX_DIRECT = 8
 # More waiting calls than this are refused with 503, so that memory stays bounded while the database is slow.
 MAX_WAITING = 10_000
+# While accepted messages wait longer than this for their conversations, calls are refused with 503: the vendor sends
+# them again, and the table stays bounded.
+MAX_BACKLOG = timedelta(minutes=5)
 
 # Inserts dedupe rows in the order of their hashes, so that concurrent transactions wait for each other in one order,
 # and waits for a transaction that inserts the same hash. It inserts nothing while accepted rows wait: a message stored
@@ -108,6 +112,8 @@ class Ingest:
         self.is_behind = False
         """Rows that this process accepted wait for its drainer, so a group need not ask whether it may be stored
         directly. Only a hint: the statement decides, and other processes accept rows, too."""
+        self.backlog = timedelta(0)
+        """The time that the message drained last had waited; zero once all are drained."""
 
     def accept(
         self,
@@ -117,12 +123,15 @@ class Ingest:
     ) -> asyncio.Future[None]:
         """Begins to commit the items. The result is done once all are committed; repeats change nothing.
 
-        Raises Transient while too many calls wait, TooLarge for a message that the buses could not carry. The result
-        has the error of the database. In all cases nothing is stored, and the vendor has to send the call again.
+        Raises Transient while too many calls or accepted messages wait, TooLarge for a message that the buses could not
+        carry. The result has the error of the database. In all cases nothing is stored, and the vendor has to send the
+        call again.
         traceparent: of the span of the call.
         """
         if self._commits.uncommitted >= MAX_WAITING:
             raise Transient("too many webhook calls wait to be stored")
+        if self.backlog > MAX_BACKLOG:
+            raise Transient("accepted messages wait too long for their conversations")
         arrivals, changed = [], []
         has_effects = False
         for item in items:

@@ -61,7 +61,8 @@ class _Call:
 
 class Webhooks:
     """Answers 200 once the messages are stored or known to be repeats; 401 if the call does not verify; 400 if it
-    verifies but is malformed; 503 while the database is unavailable, so that the vendor sends it again."""
+    verifies but is malformed; 503 while the database is unavailable or too much waits, so that the vendor sends it
+    again."""
 
     def __init__(
         self, accounts: Accounts, ingest: Ingest, metrics: Metrics, outgoing: Outgoing, public_url: str

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,6 +214,21 @@ async def test_the_drainer_pauses_under_load_until_it_has_been_behind_for_too_lo
     await intake.drainer.run()
     # Half a second each, until it has been behind for three seconds. The last but one catches up.
     assert pauses == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.8, 4.3]
+
+
+async def test_calls_are_refused_while_accepted_messages_wait_too_long(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_BACKLOG", timedelta(0))
+    await intake.burst([message(n) for n in range(2 * DRAIN_ROWS)])
+    await intake.accept(message("before"))
+    assert await intake.drainer.drain() == DRAIN_ROWS
+    with pytest.raises(Transient, match="wait too long"):
+        await intake.accept(message("refused"))
+    assert await intake.accepted() == DRAIN_ROWS + 1
+    assert (await intake.drainer.drain(), await intake.drainer.drain()) == (DRAIN_ROWS, 1)
+    await intake.accept(message("after"))
+    assert (await intake.texts())[-2:] == ["text before", "text after"]
 
 
 async def test_the_accepted_messages_of_an_erased_person_are_dropped_by_the_drainer(intake: Intake) -> None:
