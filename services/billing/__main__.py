@@ -1,11 +1,17 @@
 """Billing: counts each usage record exactly once and debits its cost."""
 
 from infra.security.subjects import erasure
-from infra.service.service import Service
+from infra.service.service import Runtime, Service
+from infra.stores.cache import Cache
 from services.billing import api, handlers, rpc, tenants
 from services.billing.clock import Clock
 from services.billing.read_models import READ_MODELS
 from services.billing.settings import Settings
+
+
+def cache(runtime: Runtime) -> Cache:
+    return Cache(runtime.cache)
+
 
 service = Service("billing", Settings)
 service.project(*READ_MODELS)
@@ -13,6 +19,8 @@ service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.count_usage)
 service.consume(handlers.open_accounts)
+service.consume(handlers.on_quota_exhausted, cache=cache)
+service.consume(handlers.on_budget_threshold_passed, cache=cache)
 service.consume(handlers.count_messages)
 service.consume(handlers.note_channel_types)
 service.consume(erasure("billing"))

@@ -1,4 +1,5 @@
-"""Budgets: limits of a tenant, agent, channel, session or API key by day, month or in total, in the table ``budget``.
+"""Budgets: limits of a tenant, agent, channel, session or API key by minute, day, month or in total, in the table
+``budget``. One by minute is a rate: it sends no alerts, and work that it refuses may be tried again in a minute.
 
 A hold is granted only if it fits into the rest of every budget that it concerns: the limit minus the spent amount minus
 the open holds. This is decided under the lock of the tenant's account, like all changes of holds and spent amounts. A
@@ -23,7 +24,7 @@ from protos.messages.billing import BudgetThresholdPassed
 from services.billing import accounts
 
 Scope = Literal["tenant", "agent", "channel", "session", "key"]
-Window = Literal["day", "month", "total"]
+Window = Literal["minute", "day", "month", "total"]
 
 # The beginning of the running window of a budget `b`, UTC.
 _WINDOW = """
@@ -63,10 +64,10 @@ class Budget(BaseModel):
     scope_id: str
     """Empty for the tenant."""
     period: Window
-    """Days and months begin at midnight UTC."""
+    """Minutes begin at second 0, days and months at midnight UTC."""
     nanos: int
     soft_percent: list[int]
-    """At each of these parts, and at 100, the tenant gets a mail and an event, once in each period."""
+    """At each of these parts, and at 100, the tenant gets a mail and an event, once in a period. Empty for a rate."""
     spent_nanos: int
     held_nanos: int
     made_at: datetime
@@ -90,9 +91,18 @@ class Rest:
     """The rest of a budget: its limit minus the spent amount and the open holds. Below zero after late usage."""
 
     nanos: int
+    limit_nanos: int
     scope: Scope
     scope_id: str
-    name: str
+    period: Window
+
+    @property
+    def name(self) -> str:
+        return _name(self.scope, self.limit_nanos, self.period)
+
+    def is_rate_for(self, amount_nanos: int) -> bool:
+        """It is a rate, and the amount fits into a minute without other uses."""
+        return self.period == "minute" and amount_nanos <= self.limit_nanos
 
 
 def _scopes(use: Use) -> set[tuple[Scope, str]]:
@@ -116,7 +126,7 @@ async def rests(tx: Tx, tenant_id: str, uses: Iterable[Use]) -> list[Rest]:
     scopes = sorted({scope for use in uses for scope in _scopes(use)})
     rows = await tx.sql(
         f"""
-        SELECT b.nanos - {_SPENT} - {_HELD}, b.scope, b.scope_id, b.nanos, b.period
+        SELECT b.nanos - {_SPENT} - {_HELD}, b.nanos, b.scope, b.scope_id, b.period
         FROM unnest($2::text[], $3::text[]) AS n(scope, scope_id)
         JOIN budget AS b USING (scope, scope_id)
         WHERE b.tenant_id = $1
@@ -125,7 +135,7 @@ async def rests(tx: Tx, tenant_id: str, uses: Iterable[Use]) -> list[Rest]:
         [scope for scope, _ in scopes],
         [scope_id for _, scope_id in scopes],
     )
-    return [Rest(rest, scope, id_, _name(scope, nanos, period)) for rest, scope, id_, nanos, period in rows]
+    return [Rest(*row) for row in rows]
 
 
 async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
@@ -159,6 +169,8 @@ async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
         "\x1f".join(usage_id for _, usage_id in keys),
     )
     for tenant_id, budget_id, scope, scope_id, nanos, period, soft, spent, used in rows:
+        if period == "minute":
+            continue
         # The spent amount only grows within a window, so each threshold is passed once.
         for percent in sorted({*soft, 100}):
             if not (spent - used) * 100 < nanos * percent <= spent * 100:

@@ -34,6 +34,7 @@ class NewBudget(BaseModel):
     nanos: int = Field(ge=0, le=10**18)
     period: Window
     soft_percent: list[Annotated[int, Field(ge=1, le=100)]] = Field([80], max_length=10)
+    """Not for a minute: it would send alerts every minute."""
 
 
 def router(runtime: Runtime) -> APIRouter:
@@ -44,10 +45,13 @@ def router(runtime: Runtime) -> APIRouter:
         """Makes a budget, or changes the one with the same scope, id and period. Work that does not fit is refused."""
         if (body.scope == "tenant") != (not body.id):
             raise InvalidMessage("id", "must be empty for the tenant and given for every other scope")
+        if body.period == "minute" and "soft_percent" in body.model_fields_set:
+            raise InvalidMessage("soft_percent", "must be omitted for a minute, which sends no alerts")
+        soft_percent = [] if body.period == "minute" else body.soft_percent
 
         async def work(tx: Tx) -> tuple[int, Budget]:
             made = await budgets.set_budget(
-                tx, who.tenant_id, body.scope, body.id, body.period, body.nanos, body.soft_percent
+                tx, who.tenant_id, body.scope, body.id, body.period, body.nanos, soft_percent
             )
             audit(tx, who.actor, "billing.budget", "budget", str(made.id), nanos=str(body.nanos))
             return 201, made

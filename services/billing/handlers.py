@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from uuid import UUID
 
+import msgspec
 from opentelemetry import trace
 
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
+from infra.stores.cache import Cache
 from protos.catalog import CHANNEL_EVENTS, PLATFORM_EVENTS, USAGE_RECORDS
 from protos.envelope import Message
-from protos.messages.billing import UsageRecorded
+from protos.messages.billing import BudgetThresholdPassed, QuotaExhausted, UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
 from services.billing import accounts, deliveries, usage
 from services.billing.domain import MESSAGE, NO_ACCOUNT, Verdict
+
+EXHAUSTED = "openclaw:quota:exhausted"
+"""The Redis channel that gets `QuotaExhausted`, and `BudgetThresholdPassed` at 100 %, as JSON."""
 
 
 @USAGE_RECORDS.batch(group="billing")
@@ -51,6 +56,26 @@ async def open_accounts(events: list[Message], tx: Tx) -> None:
     for tenant_id, event in sorted(created.items()):
         if await accounts.open_account(tx, tenant_id, event.currency, event.credit_nanos):
             await usage.rate_again(tx, await usage.held(tx, tenant_id, reason=NO_ACCOUNT))
+
+
+@PLATFORM_EVENTS.each(QuotaExhausted, group="billing")
+async def on_quota_exhausted(event: QuotaExhausted, tx: Tx, cache: Cache) -> None:
+    _tell_processes(event, tx, cache)
+
+
+@PLATFORM_EVENTS.each(BudgetThresholdPassed, group="billing")
+async def on_budget_threshold_passed(event: BudgetThresholdPassed, tx: Tx, cache: Cache) -> None:
+    if event.percent == 100:
+        _tell_processes(event, tx, cache)
+
+
+def _tell_processes(event: QuotaExhausted | BudgetThresholdPassed, tx: Tx, cache: Cache) -> None:
+    """A hint for processes that listen: only billing's database decides whether work is refused."""
+
+    async def publish() -> None:
+        await cache.publish(EXHAUSTED, msgspec.json.encode(event))
+
+    tx.after_commit(publish)
 
 
 @CHANNEL_EVENTS.batch(group="billing")

@@ -52,6 +52,8 @@ class Reservation:
     currency: str
     refused_by: str
     """The budget that refuses. Empty: the credit, or nothing."""
+    retry_later: bool = False
+    """A rate refuses, and the request fits into a minute without other uses."""
 
 
 @dataclass
@@ -134,7 +136,7 @@ async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Map
     rows = await tx.sql(
         """
         SELECT hold_id, ended_at IS NULL AND expires_at <= clock_timestamp(), request, granted, held_nanos,
-               available_nanos, refused_by
+               available_nanos, refused_by, retry_later
         FROM hold
         WHERE tenant_id = $1 AND hold_id = ANY($2::uuid[])
         """,
@@ -143,8 +145,8 @@ async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Map
     )
     # An expired hold holds nothing: the request is decided again.
     known = {
-        hold_id: (text, None if expired else Reservation(granted, held, available, currency, refused_by))
-        for hold_id, expired, text, granted, held, available, refused_by in rows
+        hold_id: (text, None if expired else Reservation(granted, held, available, currency, refused_by, retry_later))
+        for hold_id, expired, text, granted, held, available, refused_by, retry_later in rows
     }
     balance = account.balance_nanos
     credit = None if balance is None else balance - await open_nanos(tx, tenant_id)
@@ -185,10 +187,12 @@ def _decide(
 ) -> Reservation:
     """amount: the largest possible cost; None: the resource has no price. credit: the available one; None: no limit.
     limits: the rests of the budgets that the use concerns."""
-    available, refused_by = credit, ""
+    available = credit
     least = min(limits, key=lambda limit: limit.nanos, default=None)
     if least and (available is None or least.nanos < available):
-        available, refused_by = least.nanos, least.name
+        available = least.nanos
+    else:
+        least = None
     if amount is None:
         amount = provisional(request.quantities, currency)
         if available is not None:
@@ -196,7 +200,9 @@ def _decide(
     granted = available is None or (available > 0 and available >= amount)
     held = amount if granted else 0
     left = None if available is None else available - held
-    return Reservation(granted, held, left, currency, "" if granted else refused_by)
+    if granted or not least:
+        return Reservation(granted, held, left, currency, "")
+    return Reservation(granted, held, left, currency, least.name, least.is_rate_for(amount))
 
 
 async def _insert(tx: Tx, tenant_id: str, made: Sequence[tuple[_Reserve, Reservation]]) -> None:
@@ -204,17 +210,18 @@ async def _insert(tx: Tx, tenant_id: str, made: Sequence[tuple[_Reserve, Reserva
     await tx.sql(
         """
         INSERT INTO hold (tenant_id, hold_id, request, granted, held_nanos, available_nanos, expires_at, ended_at,
-                          outcome, agent_id, channel_id, session_key, api_key_id, refused_by)
+                          outcome, agent_id, channel_id, session_key, api_key_id, refused_by, retry_later)
         SELECT $1, id, request, granted, held, available, clock_timestamp() + expires_in,
                CASE WHEN NOT granted THEN clock_timestamp() END, CASE WHEN NOT granted THEN 'refused' END,
-               agent, channel, session, key, refused_by
+               agent, channel, session, key, refused_by, retry_later
         FROM unnest($2::uuid[], $3::text[], $4::bool[], $5::bigint[], $6::bigint[], $7::interval[], $8::text[],
-                    $9::text[], $10::text[], $11::text[], $12::text[])
-             AS n(id, request, granted, held, available, expires_in, agent, channel, session, key, refused_by)
+                    $9::text[], $10::text[], $11::text[], $12::text[], $13::bool[])
+             AS n(id, request, granted, held, available, expires_in, agent, channel, session, key, refused_by,
+                  retry_later)
         ON CONFLICT (tenant_id, hold_id) DO UPDATE
         SET granted = excluded.granted, held_nanos = excluded.held_nanos, available_nanos = excluded.available_nanos,
             expires_at = excluded.expires_at, ended_at = excluded.ended_at, outcome = excluded.outcome,
-            refused_by = excluded.refused_by
+            refused_by = excluded.refused_by, retry_later = excluded.retry_later
         """,
         tenant_id,
         [one.hold_id for one, _ in made],
@@ -228,6 +235,7 @@ async def _insert(tx: Tx, tenant_id: str, made: Sequence[tuple[_Reserve, Reserva
         [request.session_key for request in requests],
         [request.api_key_id for request in requests],
         [answer.refused_by for _, answer in made],
+        [answer.retry_later for _, answer in made],
     )
 
 

@@ -49,6 +49,7 @@ class Billing(billing_pb2_grpc.BillingServicer):
             available_nanos=found.available_nanos,
             currency=found.currency,
             refused_by=found.refused_by,
+            retry_later=found.retry_later,
         )
 
     async def Release(self, request: billing_pb2.ReleaseRequest, context: Any) -> billing_pb2.ReleaseReply:

@@ -93,6 +93,8 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
     def __init__(self) -> None:
         self.broke: set[str] = set()
         """Tenants without credit."""
+        self.hurried: set[str] = set()
+        """Tenants over their rate."""
         self.holds: dict[str, billing_pb2.ReserveRequest] = {}
         """Hold id → the request that made it."""
         self.released: list[str] = []
@@ -118,6 +120,8 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
             raise InvalidMessage("reserve", "needs expires_in_ms above 0, resource and quantities")
         if _of_call(self.holds.setdefault(request.hold_id, request)) != _of_call(request):
             raise InvalidMessage("hold_id", "was used before with another request")
+        if tenant in self.hurried:
+            return billing_pb2.ReserveReply(refused_by="tenant, 1 a minute", retry_later=True, currency="USD")
         granted = tenant not in self.broke
         held = sum(request.quantities.values()) * self.nanos_per_token if granted else 0
         seconds = request.run_seconds * self.nanos_per_second if granted else 0

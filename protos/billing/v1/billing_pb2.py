@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/billing/v1/billing.proto\x12\x12\x63lawbus.billing.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"$\n\x0fUnpricedRequest\x12\x11\n\tresources\x18\x01 \x03(\t\"\"\n\rUnpricedReply\x12\x11\n\tresources\x18\x01 \x03(\t\"\xbe\x02\n\x0eReserveRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x10\n\x08resource\x18\x02 \x01(\t\x12\x46\n\nquantities\x18\x03 \x03(\x0b\x32\x32.clawbus.billing.v1.ReserveRequest.QuantitiesEntry\x12\x15\n\rexpires_in_ms\x18\x04 \x01(\x03\x12\x10\n\x08\x61gent_id\x18\x05 \x01(\t\x12\x12\n\nchannel_id\x18\x06 \x01(\t\x12\x13\n\x0bsession_key\x18\x07 \x01(\t\x12\x12\n\napi_key_id\x18\x08 \x01(\t\x12\x13\n\x0brun_hold_id\x18\t \x01(\t\x12\x13\n\x0brun_seconds\x18\n \x01(\x03\x1a\x31\n\x0fQuantitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xa3\x01\n\x0cReserveReply\x12\x0f\n\x07granted\x18\x01 \x01(\x08\x12\x12\n\nheld_nanos\x18\x02 \x01(\x03\x12\x1c\n\x0f\x61vailable_nanos\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x12\n\nrefused_by\x18\x05 \x01(\t\x12\x16\n\x0erun_held_nanos\x18\x06 \x01(\x03\x42\x12\n\x10_available_nanos\"!\n\x0eReleaseRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\" \n\x0e\x43hargesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"M\n\x0c\x43hargesReply\x12+\n\x07\x63harges\x18\x01 \x03(\x0b\x32\x1a.clawbus.billing.v1.Charge\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\"\xcc\x02\n\x06\x43harge\x12\x10\n\x08usage_id\x18\x01 \x01(\t\x12\x10\n\x08resource\x18\x02 \x01(\t\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12\x19\n\x0c\x61mount_nanos\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12/\n\x0boccurred_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08rated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12>\n\nquantities\x18\x07 \x03(\x0b\x32*.clawbus.billing.v1.Charge.QuantitiesEntry\x12\x0f\n\x07span_id\x18\x08 \x01(\t\x1a\x31\n\x0fQuantitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x0f\n\r_amount_nanos2\xd0\x02\n\x07\x42illing\x12O\n\x07Reserve\x12\".clawbus.billing.v1.ReserveRequest\x1a .clawbus.billing.v1.ReserveReply\x12O\n\x07Release\x12\".clawbus.billing.v1.ReleaseRequest\x1a .clawbus.billing.v1.ReleaseReply\x12O\n\x07\x43harges\x12\".clawbus.billing.v1.ChargesRequest\x1a .clawbus.billing.v1.ChargesReply\x12R\n\x08Unpriced\x12#.clawbus.billing.v1.UnpricedRequest\x1a!.clawbus.billing.v1.UnpricedReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/billing/v1/billing.proto\x12\x12\x63lawbus.billing.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"$\n\x0fUnpricedRequest\x12\x11\n\tresources\x18\x01 \x03(\t\"\"\n\rUnpricedReply\x12\x11\n\tresources\x18\x01 \x03(\t\"\xbe\x02\n\x0eReserveRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x10\n\x08resource\x18\x02 \x01(\t\x12\x46\n\nquantities\x18\x03 \x03(\x0b\x32\x32.clawbus.billing.v1.ReserveRequest.QuantitiesEntry\x12\x15\n\rexpires_in_ms\x18\x04 \x01(\x03\x12\x10\n\x08\x61gent_id\x18\x05 \x01(\t\x12\x12\n\nchannel_id\x18\x06 \x01(\t\x12\x13\n\x0bsession_key\x18\x07 \x01(\t\x12\x12\n\napi_key_id\x18\x08 \x01(\t\x12\x13\n\x0brun_hold_id\x18\t \x01(\t\x12\x13\n\x0brun_seconds\x18\n \x01(\x03\x1a\x31\n\x0fQuantitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xb8\x01\n\x0cReserveReply\x12\x0f\n\x07granted\x18\x01 \x01(\x08\x12\x12\n\nheld_nanos\x18\x02 \x01(\x03\x12\x1c\n\x0f\x61vailable_nanos\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08\x63urrency\x18\x04 \x01(\t\x12\x12\n\nrefused_by\x18\x05 \x01(\t\x12\x16\n\x0erun_held_nanos\x18\x06 \x01(\x03\x12\x13\n\x0bretry_later\x18\x07 \x01(\x08\x42\x12\n\x10_available_nanos\"!\n\x0eReleaseRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\" \n\x0e\x43hargesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"M\n\x0c\x43hargesReply\x12+\n\x07\x63harges\x18\x01 \x03(\x0b\x32\x1a.clawbus.billing.v1.Charge\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\"\xcc\x02\n\x06\x43harge\x12\x10\n\x08usage_id\x18\x01 \x01(\t\x12\x10\n\x08resource\x18\x02 \x01(\t\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12\x19\n\x0c\x61mount_nanos\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12/\n\x0boccurred_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08rated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12>\n\nquantities\x18\x07 \x03(\x0b\x32*.clawbus.billing.v1.Charge.QuantitiesEntry\x12\x0f\n\x07span_id\x18\x08 \x01(\t\x1a\x31\n\x0fQuantitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x0f\n\r_amount_nanos2\xd0\x02\n\x07\x42illing\x12O\n\x07Reserve\x12\".clawbus.billing.v1.ReserveRequest\x1a .clawbus.billing.v1.ReserveReply\x12O\n\x07Release\x12\".clawbus.billing.v1.ReleaseRequest\x1a .clawbus.billing.v1.ReleaseReply\x12O\n\x07\x43harges\x12\".clawbus.billing.v1.ChargesRequest\x1a .clawbus.billing.v1.ChargesReply\x12R\n\x08Unpriced\x12#.clawbus.billing.v1.UnpricedRequest\x1a!.clawbus.billing.v1.UnpricedReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,19 +45,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVEREQUEST_QUANTITIESENTRY']._serialized_start=432
   _globals['_RESERVEREQUEST_QUANTITIESENTRY']._serialized_end=481
   _globals['_RESERVEREPLY']._serialized_start=484
-  _globals['_RESERVEREPLY']._serialized_end=647
-  _globals['_RELEASEREQUEST']._serialized_start=649
-  _globals['_RELEASEREQUEST']._serialized_end=682
-  _globals['_RELEASEREPLY']._serialized_start=684
-  _globals['_RELEASEREPLY']._serialized_end=698
-  _globals['_CHARGESREQUEST']._serialized_start=700
-  _globals['_CHARGESREQUEST']._serialized_end=732
-  _globals['_CHARGESREPLY']._serialized_start=734
-  _globals['_CHARGESREPLY']._serialized_end=811
-  _globals['_CHARGE']._serialized_start=814
-  _globals['_CHARGE']._serialized_end=1146
+  _globals['_RESERVEREPLY']._serialized_end=668
+  _globals['_RELEASEREQUEST']._serialized_start=670
+  _globals['_RELEASEREQUEST']._serialized_end=703
+  _globals['_RELEASEREPLY']._serialized_start=705
+  _globals['_RELEASEREPLY']._serialized_end=719
+  _globals['_CHARGESREQUEST']._serialized_start=721
+  _globals['_CHARGESREQUEST']._serialized_end=753
+  _globals['_CHARGESREPLY']._serialized_start=755
+  _globals['_CHARGESREPLY']._serialized_end=832
+  _globals['_CHARGE']._serialized_start=835
+  _globals['_CHARGE']._serialized_end=1167
   _globals['_CHARGE_QUANTITIESENTRY']._serialized_start=432
   _globals['_CHARGE_QUANTITIESENTRY']._serialized_end=481
-  _globals['_BILLING']._serialized_start=1149
-  _globals['_BILLING']._serialized_end=1485
+  _globals['_BILLING']._serialized_start=1170
+  _globals['_BILLING']._serialized_end=1506
 # @@protoc_insertion_point(module_scope)

@@ -150,6 +150,7 @@ class ReserveReply(_message.Message):
     CURRENCY_FIELD_NUMBER: _builtins.int
     REFUSED_BY_FIELD_NUMBER: _builtins.int
     RUN_HELD_NANOS_FIELD_NUMBER: _builtins.int
+    RETRY_LATER_FIELD_NUMBER: _builtins.int
     granted: _builtins.bool
     """False: the credit is too low, and nothing is held."""
     held_nanos: _builtins.int
@@ -160,6 +161,8 @@ class ReserveReply(_message.Message):
     """The budget that refuses, such as "agent, 5 USD a month"; empty: the tenant's credit."""
     run_held_nanos: _builtins.int
     """Held for the seconds of the run."""
+    retry_later: _builtins.bool
+    """The budget that refuses is a rate (by minute), and the request may fit into a later minute."""
     def __init__(
         self,
         *,
@@ -169,10 +172,11 @@ class ReserveReply(_message.Message):
         currency: _builtins.str = ...,
         refused_by: _builtins.str = ...,
         run_held_nanos: _builtins.int = ...,
+        retry_later: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos", "currency", b"currency", "granted", b"granted", "held_nanos", b"held_nanos", "refused_by", b"refused_by", "run_held_nanos", b"run_held_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos", "available_nanos", b"available_nanos", "currency", b"currency", "granted", b"granted", "held_nanos", b"held_nanos", "refused_by", b"refused_by", "retry_later", b"retry_later", "run_held_nanos", b"run_held_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__available_nanos: _TypeAlias = _typing.Literal["available_nanos"]  # noqa: Y015
     _WhichOneofArgType__available_nanos: _TypeAlias = _typing.Literal["_available_nanos", b"_available_nanos"]  # noqa: Y015

@@ -20,7 +20,7 @@ from services.agent.execution.outcome import Ended
 from services.agent.execution.usage import usage_id
 from services.agent.models.contract import Prompt
 from services.agent.runs.metering import seconds_hold
-from services.agent.runs.notices import FAILED, NO_CREDIT
+from services.agent.runs.notices import FAILED, NO_CREDIT, TOO_FAST
 
 # Assumed size of an answer if the agent sets no limit.
 OUTPUT_TOKENS = 1_024
@@ -73,7 +73,8 @@ class Credit:
         reply = await self._billing.Reserve(request, metadata=context.metadata)
         if not reply.granted:
             source = f"the budget ({reply.refused_by})" if reply.refused_by else "the tenant's credit"
-            raise Ended("refused", f"{source} does not suffice for a model call", NO_CREDIT)
+            notice = TOO_FAST if reply.retry_later else NO_CREDIT
+            raise Ended("refused", f"{source} does not suffice for a model call", notice)
         hold = Hold(hold_id, reply.held_nanos)
         if self._seconds_nanos is None:
             self._seconds_nanos = reply.run_held_nanos

@@ -5,6 +5,7 @@ from __future__ import annotations
 # For the people in a chat. The operator finds the reason on the run.
 FAILED = "Sorry, something went wrong and I could not answer. Please try again in a while."
 NO_CREDIT = "Sorry, I cannot answer at the moment: the credit for this assistant is used up. Please try again later."
+TOO_FAST = "Sorry, this assistant has too much to do at the moment. Please send your message again in a minute."
 UNCERTAIN = (
     "Sorry, I could not finish: it is not certain whether a step took effect. An operator has to look at it first."
 )

@@ -138,6 +138,20 @@ async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_as
     assert [message["content"] for message in world.models.requests[-1].body["messages"][1:]] == ["Hi", "Again"]
 
 
+async def test_over_a_rate_the_person_is_asked_to_send_the_message_again(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    world.peers.billing.hurried.add(tenant.id)
+    await tenant.receive(agent, "Hi")
+    [run] = await tenant.runs(1)
+    assert (run["status"], run["error"]) == (
+        "refused",
+        "the budget (tenant, 1 a minute) does not suffice for a model call",
+    )
+    [send] = await tenant.sent("channel.outbound")
+    assert "again in a minute" in send["text"]
+    assert "credit" not in send["text"]
+
+
 async def test_an_agent_spends_no_more_than_its_budget(world: World, tenant: Tenant) -> None:
     billing = world.peers.billing
     agent = await tenant.agent(budget={"nanos": 20_000, "period": "month"})

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
 import pytest
+from redis.asyncio import Redis
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Transient
+from infra.stores.cache import Cache, cancelled
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
+from services.billing.handlers import EXHAUSTED
 from tests.services.billing.conftest import Billing, Tenant
 
 T = TypeVar("T")
@@ -184,6 +189,70 @@ async def test_each_threshold_alerts_once_in_a_period(billing: Billing) -> None:
     assert [event[3] for event in (await events())[3:]] == [50]
 
 
+async def test_a_rate_refuses_what_does_not_fit_into_a_minute_and_sends_no_alerts(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    made = await limit(tenant, "tenant", "", 10 * TOKEN, period="minute")
+    assert (made["period"], made["soft_percent"]) == ("minute", [])
+    hold_id, refused_id = uuid7(), str(uuid7())
+    assert (await reserve(tenant, 6, hold_id=str(hold_id))).granted
+    for _ in range(2):
+        refused = await reserve(tenant, 5, hold_id=refused_id)
+        assert (refused.granted, refused.retry_later) == (False, True)
+        assert refused.refused_by == "tenant, 0.0000015 a minute"
+    never = await reserve(tenant, 11)
+    assert (never.granted, never.retry_later) == (False, False)
+    await use(tenant, "a", 10, hold_id=hold_id)
+    await tenant.verdict("a")
+    earlier = "UPDATE budget SET window_starts = window_starts - interval '1 minute' WHERE tenant_id = $1"
+    await tenant.sql(earlier, tenant.id)
+    assert await spent(tenant) == {"tenant": (0, 0)}
+    assert (await reserve(tenant, 10)).granted
+    for bus in ("notification", "platform.events"):
+        assert [h for h, _ in await billing.platform.outbox("billing", bus) if h.get("tenant_id") == tenant.id] == []
+
+
+async def test_exhausted_credit_and_budgets_are_told_on_redis_once(billing: Billing) -> None:
+    heard: list[dict[str, Any]] = []
+    listens = asyncio.Event()
+
+    async def listen(cache: Cache) -> None:
+        async with aclosing(cache.listen(EXHAUSTED)) as messages:
+            async for message in messages:
+                listens.set()
+                if message:
+                    heard.append(json.loads(message[1]))
+
+    async with Redis.from_url(billing.platform.stack.redis_url) as redis:
+        listening = asyncio.create_task(listen(Cache(redis)))
+        await listens.wait()
+        tenant, last = await billing.tenant(credit_nanos=30 * TOKEN), await billing.tenant(credit_nanos=TOKEN)
+        budget = await limit(tenant, "tenant", "", 10 * TOKEN, soft_percent=[50])
+        for usage_id, tokens in (("a", 6), ("b", 6), ("b", 6), ("c", 20)):
+            await use(tenant, usage_id, tokens)
+        await tenant.verdict("c")
+        await use(last, "a", 2)
+
+        async def hears() -> bool:
+            # Other tests may use this Redis at the same time.
+            of = [message["tenant_id"] for message in heard]
+            return of.count(tenant.id) >= 2 and last.id in of
+
+        await billing.platform.until(hears)
+        await cancelled(listening)
+    credit, passed = sorted((m for m in heard if m["tenant_id"] == tenant.id), key=len)
+    assert credit == {"tenant_id": tenant.id, "currency": "USD", "balance_nanos": -2 * TOKEN}
+    assert passed == {
+        "tenant_id": tenant.id,
+        "budget_id": budget["id"],
+        "scope": "tenant",
+        "scope_id": "",
+        "period": "month",
+        "percent": 100,
+        "nanos": 10 * TOKEN,
+        "spent_nanos": 12 * TOKEN,
+    }
+
+
 async def test_a_new_budget_counts_the_usage_of_its_period_so_far(billing: Billing) -> None:
     tenant = await billing.tenant()
     await use(tenant, "a", 7)
@@ -215,6 +284,7 @@ async def test_budgets_are_removed_by_their_tenant_only_and_wrong_ones_refused(b
         ({"scope": "tenant", "id": "x", "nanos": 1, "period": "day"}, "id"),
         ({"scope": "tenant", "nanos": -1, "period": "day"}, "nanos"),
         ({"scope": "tenant", "nanos": 1, "period": "week"}, "period"),
+        ({"scope": "tenant", "nanos": 1, "period": "minute", "soft_percent": [80]}, "soft_percent"),
         ({"scope": "tenant", "nanos": 1, "period": "day", "soft_percent": [101]}, "soft_percent[0]"),
     ):
         answer = await tenant.http.post("/api/v1/budgets", json=body)
