@@ -5,5 +5,6 @@ Handles: billing.v1.UsageRecorded, user.v1.TenantCreated, channel.v1.MessageDeli
 billing.v1.QuotaExhausted and BudgetThresholdPassed, also on Redis ``openclaw:quota:exhausted``. Sends:
 notification.v1.SendEmail. Serves: HTTP ``/api/v1/billing``, ``prices``, ``meters``, ``plans``, ``subscriptions``,
 ``grants``, ``budgets``, ``invoices``, ``payments``, ``payment-methods``, ``tax-rates`` and ``/webhooks/payments``; gRPC
-``Billing`` (Reserve, Release, Charges, Unpriced). Calls: the operations gRPC of every service that produces usage, for the reconciliation; payment providers.
+``Billing`` (Reserve, Release, Charges, Unpriced). Calls: the operations gRPC of every service that produces usage, for
+the reconciliation; payment providers.
 """

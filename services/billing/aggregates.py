@@ -2,7 +2,8 @@
 
 A bucket is one meter of one resource, agent, channel and price version in one hour (UTC) of one period. It keeps the
 number of its records, their sum, the range of their arrival numbers and a hash, so it can be compared with its records,
-and rebuilt from them. The meter ``cost_nanos`` is the cost of the records. A reader of buckets never reads records.
+and rebuilt from them. `retention` deletes old records and keeps their sums, in the same form, in ``deleted_usage``. The
+meter ``cost_nanos`` is the cost of the records. A reader of buckets never reads records.
 """
 
 from __future__ import annotations
@@ -45,16 +46,28 @@ GROUPS = {
 }
 KEY = ("tenant_id", "period", "hour", "meter", "resource", "agent_id", "channel_id", "price_version", "late")
 _KEY = ", ".join(KEY)
-# The buckets of the tenants $1, from their records and corrections.
+# Adds the inserted sums to those of `b` that have the same key.
+MERGED = f"""
+    ON CONFLICT ({_KEY}) DO UPDATE
+    SET records = b.records + excluded.records,
+        quantity = b.quantity + excluded.quantity,
+        first_arrival = least(b.first_arrival, excluded.first_arrival),
+        last_arrival = greatest(b.last_arrival, excluded.last_arrival),
+        hash = b.hash # excluded.hash
+"""
+# The buckets of the tenants $1, from their records and corrections, and from the sums of the deleted ones.
 REBUILT = f"""
-    SELECT {_KEY}, count(*) AS records, sum(quantity) AS quantity, min(arrival) AS first_arrival,
-           max(arrival) AS last_arrival, bit_xor(digest) AS hash
+    SELECT {_KEY}, sum(records)::bigint AS records, sum(quantity) AS quantity, min(first_arrival) AS first_arrival,
+           max(last_arrival) AS last_arrival, bit_xor(hash) AS hash
     FROM (
-        SELECT {_KEY}, quantity, arrival, digest
+        SELECT {_KEY}, 1 AS records, quantity, arrival AS first_arrival, arrival AS last_arrival, digest AS hash
         FROM measure
         UNION ALL
-        SELECT {_KEY}, quantity, arrival, digest
+        SELECT {_KEY}, 1, quantity, arrival, arrival, digest
         FROM correction_measure
+        UNION ALL
+        SELECT {_KEY}, records, quantity, first_arrival, last_arrival, hash
+        FROM deleted_usage
     ) AS m
     WHERE tenant_id = ANY($1::text[])
     GROUP BY {_KEY}
@@ -100,12 +113,7 @@ async def add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
         CROSS JOIN LATERAL (SELECT * FROM measure WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS m
         GROUP BY {_KEY}
         ORDER BY {_KEY}
-        ON CONFLICT ({_KEY}) DO UPDATE
-        SET records = b.records + excluded.records,
-            quantity = b.quantity + excluded.quantity,
-            first_arrival = least(b.first_arrival, excluded.first_arrival),
-            last_arrival = greatest(b.last_arrival, excluded.last_arrival),
-            hash = b.hash # excluded.hash
+        {MERGED}
         """,
         "\x1f".join(tenant_id for tenant_id, _ in keys),
         "\x1f".join(usage_id for _, usage_id in keys),
@@ -123,12 +131,7 @@ async def add_corrections(tx: Tx, tenant_id: str, keys: Sequence[tuple[str, str]
         WHERE tenant_id = $1
         GROUP BY {_KEY}
         ORDER BY {_KEY}
-        ON CONFLICT ({_KEY}) DO UPDATE
-        SET records = b.records + excluded.records,
-            quantity = b.quantity + excluded.quantity,
-            first_arrival = least(b.first_arrival, excluded.first_arrival),
-            last_arrival = greatest(b.last_arrival, excluded.last_arrival),
-            hash = b.hash # excluded.hash
+        {MERGED}
         """,
         tenant_id,
         [usage_id for usage_id, _ in keys],

@@ -198,7 +198,7 @@ async def set_budget(
     tx: Tx, tenant_id: str, scope: Scope, scope_id: str, period: Window, nanos: int, soft: Sequence[int]
 ) -> Budget:
     """Makes a budget, or changes the limit of the one with the same scope, id and period. Usage so far counts: the sum
-    of the running window is taken from the records."""
+    of the running window is taken from the records, and from the sums of deleted ones, which name no session or key."""
     await accounts.lock_one(tx, tenant_id)
     [(budget_id,)] = await tx.sql(
         f"""
@@ -208,6 +208,10 @@ async def set_budget(
             SELECT sum(u.amount_nanos)
             FROM usage AS u
             WHERE {_concerns("u")} AND u.verdict = 'counted' AND u.rated_at >= {_WINDOW}
+        ), 0)::bigint + coalesce((
+            SELECT sum(d.quantity)
+            FROM (SELECT *, NULL AS session_key, NULL AS api_key_id FROM deleted_usage) AS d
+            WHERE {_concerns("d")} AND d.meter = 'cost_nanos' AND b.period = 'total'
         ), 0)::bigint
         FROM (SELECT $1::text, $3::text, $4::text, $5::text) AS b(tenant_id, scope, scope_id, period)
         ON CONFLICT (tenant_id, scope, scope_id, period) DO UPDATE

@@ -1,17 +1,18 @@
-"""The loop that closes periods, finalises drafts, ends expired grants and sends mails when their time has come."""
+"""The loop that closes periods, finalises drafts, ends expired grants, sends mails and deletes old records when their
+time has come."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from infra.clock import utcnow, wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Database
-from services.billing import accounts, booking, closing, dunning, invoice_files, invoices, pdf
+from services.billing import accounts, booking, closing, dunning, invoice_files, invoices, pdf, retention
 from services.billing.tax import Seller
 
 TICK_SECONDS = 60.0
@@ -39,6 +40,7 @@ class Clock:
             try:
                 await self.tick()
                 await self.mail()
+                await self.forget()
             except Exception as error:
                 get_logger("services.billing.clock").warning(
                     "could not close periods; will retry", error=describe(error)
@@ -88,6 +90,18 @@ class Clock:
             due = await dunning.due(tx, utcnow(), MOST)
         for tenant_id, invoice_id, first in due:
             await self._try(tenant_id, self._mail(tenant_id, invoice_id, first))
+
+    async def forget(self) -> None:
+        """Deletes a page of the old records of usage of at most MOST tenants."""
+        before = retention.kept_since(utcnow())
+        async with self._database.begin() as tx:
+            due = await retention.due(tx, before, MOST)
+        for tenant_id in due:
+            await self._try(tenant_id, self._delete(tenant_id, before))
+
+    async def _delete(self, tenant_id: str, before: datetime) -> None:
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            await retention.delete(tx, tenant_id, before)
 
     async def _mail(self, tenant_id: str, invoice_id: UUID, first: bool) -> None:
         document = None

@@ -1,4 +1,5 @@
-"""The proof of an invoice line: its buckets, compared with the records that they sum, down to one record."""
+"""The proof of an invoice line: its buckets, compared with the records that they sum, down to one record. Of deleted
+records there are the sums that were computed from them when they were deleted."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
-from services.billing import price_book, reports
+from services.billing import price_book, reports, retention
 from services.billing.aggregates import shown
 from services.billing.domain import PART_OF
 from services.billing.reports import UsageVerdict
@@ -32,7 +33,7 @@ class Records(BaseModel):
 
 
 class Proof(BaseModel):
-    """The buckets of a line and, if they still exist, the records."""
+    """The buckets of a line and the records."""
 
     line_id: UUID
     invoice_id: UUID
@@ -43,7 +44,10 @@ class Proof(BaseModel):
     """Null: a fee that does not depend on usage."""
     buckets: Records
     records: Records | None
-    """Computed again from the stored records. Null: there are too many for one answer."""
+    """Computed from the records: again for the stored ones, at their deletion for the deleted ones. Null: there are too
+    many for one answer."""
+    deleted_records: int
+    """The part of `records` that is deleted."""
     equal: bool | None
     """The buckets equal the records. Null: they were not compared."""
     first: UsageVerdict | None
@@ -111,13 +115,17 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
         *place,
     )
     buckets = Records(count=count, sum=int(total), hash=shown(hash_))
-    records = None
+    records, deleted = None, 0
     if count <= MAX_COMPARED:
-        [(count, total, hash_)] = await tx.sql(
+        [(count, total, hash_, deleted)] = await tx.sql(
             f"""
-            SELECT count(*), coalesce(sum(quantity), 0)::text, coalesce(bit_xor(digest), 0)
-            FROM {view}
-            WHERE {where}
+            SELECT coalesce(sum(records), 0)::bigint, coalesce(sum(quantity), 0)::text, coalesce(bit_xor(hash), 0),
+                   coalesce(sum(records) FILTER (WHERE deleted), 0)::bigint
+            FROM (
+                SELECT 1 AS records, quantity, digest AS hash, false AS deleted FROM {view} WHERE {where}
+                UNION ALL
+                SELECT records, quantity, hash, true FROM deleted_usage WHERE {where}
+            ) AS r
             """,
             *place,
         )
@@ -136,7 +144,8 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
     record = None
     if usage_id is not None:
         if not await tx.sql(f"SELECT 1 FROM {view} WHERE {where} AND usage_id = ${len(place) + 1}", *place, usage_id):
-            raise NotFound(f"usage {usage_id}: is not a record of this line")
+            kept = f"records are kept for {retention.KEPT.days} days"
+            raise NotFound(f"usage {usage_id}: is not a record of this line; {kept}")
         record = await _record(tx, tenant_id, usage_id)
     return Proof(
         line_id=line_id,
@@ -147,6 +156,7 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
         meter=meter,
         buckets=buckets,
         records=records,
+        deleted_records=deleted,
         equal=None if records is None else records == buckets,
         first=await _at(tx, tenant_id, first),
         last=await _at(tx, tenant_id, last),

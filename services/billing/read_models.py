@@ -52,6 +52,10 @@ READ_MODELS = (
             SELECT d.tenant_id, d.occurred_at, u.channel_id
             FROM duplicate AS d JOIN usage AS u USING (tenant_id, usage_id)
             WHERE d.resource = '{MESSAGE}'
+            UNION ALL
+            SELECT tenant_id, hour, channel_id
+            FROM deleted_usage, generate_series(1, records)
+            WHERE resource = '{MESSAGE}' AND meter = 'messages'
         ) AS message
         WHERE tenant_id = ANY($1::text[]) AND channel_id <> ''
         GROUP BY 1, 2, 3

@@ -71,6 +71,9 @@ class Summary(BaseModel):
     amount_nanos: int
     items: list[UsageSum]
     messages: list[Messages]
+    deleted_records: int
+    """Counted records of this time and resource that are deleted. They are not in these sums, but in those of
+    ``usage?group_by=…``."""
 
 
 class LedgerEntry(BaseModel):
@@ -186,7 +189,21 @@ async def summary(tx: Tx, wanted: UsageFilter, group: Grouping) -> Summary:
         amount_nanos=sum(item.amount_nanos for item in items),
         items=items,
         messages=await _messages(tx, wanted),
+        deleted_records=await _deleted(tx, wanted),
     )
+
+
+async def _deleted(tx: Tx, wanted: UsageFilter) -> int:
+    [(count,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(records), 0)::bigint
+        FROM deleted_usage
+        WHERE tenant_id = $1 AND meter = 'cost_nanos' AND ($2::timestamptz IS NULL OR hour > $2 - interval '1 hour')
+          AND ($3::timestamptz IS NULL OR hour < $3) AND ($4::text IS NULL OR resource = $4)
+        """,
+        *wanted[:4],
+    )
+    return int(count)
 
 
 async def _messages(tx: Tx, wanted: UsageFilter) -> list[Messages]:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from infra.clock import utcnow
+from infra.errors import InvalidMessage
 from infra.postgres.tx import Database, Tx
-from services.billing import accounts, aggregates, price_book, subscriptions
+from services.billing import accounts, aggregates, price_book, retention, subscriptions
 from services.billing.accounts import Entry
 from services.billing.domain import MAX_AMOUNT_NANOS, NotReported, Price, cost, valid_at
 
@@ -64,7 +65,12 @@ class _Change(NamedTuple):
 async def rerate(
     database: Database, since: datetime, until: datetime, tenant_id: str | None, *, dry_run: bool, actor: str
 ) -> Rerated:
-    """Rates the records from `since` (inclusive) until `until` (exclusive) again, in pages of one transaction each."""
+    """Rates the records from `since` (inclusive) until `until` (exclusive) again, in pages of one transaction each.
+
+    Raises InvalidMessage if records since then may be deleted: they cannot be rated again.
+    """
+    if since < (kept := retention.kept_since(utcnow())):
+        raise InvalidMessage("from", f"must be at or after {kept.isoformat()}; older records are deleted")
     async with database.begin() as tx:
         tenants = await tx.sql(
             """

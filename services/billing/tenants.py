@@ -23,6 +23,7 @@ KEPT = (
     "credit_grant",
     "credit_note",
     "dead_letter",  # without payloads: the reconciliation counts them
+    "deleted_usage",
     "delivered",
     "dispute",
     "duplicate",

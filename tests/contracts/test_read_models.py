@@ -73,6 +73,7 @@ TABLES: dict[str, Source | Derived | Work] = {
     "billing.channel": Derived("billing.note_channel_types"),
     "billing.credit_grant": Source("credit"),
     "billing.credit_note": Source("documents"),
+    "billing.deleted_usage": Source("sums of usage records that are deleted"),
     "billing.delivered": Derived("billing.delivered"),
     "billing.dispute": Source("told by the payment provider"),
     "billing.duplicate": Source("repeated usage"),

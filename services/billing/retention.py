@@ -1,0 +1,94 @@
+"""Deletes old usage records. Their sums stay in ``deleted_usage``, by the key of the buckets and with the hash of the
+records, so that a bucket can still be compared, and rebuilt: it equals its deleted and its stored records together.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from infra.postgres.tx import Tx
+from services.billing import accounts
+from services.billing.aggregates import KEY, MERGED
+from services.billing.domain import MAX_AGE, MESSAGE
+
+KEPT = MAX_AGE + timedelta(days=1)
+"""A record that is delivered again after its deletion is older than MAX_AGE. It is held for review, so it is not
+counted twice."""
+# Records of one transaction, which keeps the account locked.
+PAGE = 5_000
+_KEY = ", ".join(KEY)
+
+# Records of `u` that may be deleted. Held ones are not decided yet. The number of delivered messages is verified by all
+# their records, and the sums have only the counted ones. Repeats of the last weeks belong to the reconciliation.
+_OLD = f"""
+    u.occurred_at < $1 AND u.rated_at < $1 AND (u.verdict = 'counted' OR u.verdict = 'rejected' AND
+    u.resource <> '{MESSAGE}') AND NOT EXISTS (
+        SELECT FROM duplicate AS d
+        WHERE d.tenant_id = u.tenant_id AND d.usage_id = u.usage_id
+          AND (d.rated_at >= $1 OR u.resource = '{MESSAGE}')
+    )
+"""
+
+
+def kept_since(now: datetime) -> datetime:
+    """The midnight (UTC) before which records are deleted."""
+    return now.replace(hour=0, minute=0, second=0, microsecond=0) - KEPT
+
+
+async def due(tx: Tx, before: datetime, most: int) -> list[str]:
+    """Returns tenants that have records to delete."""
+    rows = await tx.sql(
+        f"""
+        SELECT tenant_id
+        FROM account AS a
+        WHERE EXISTS (SELECT FROM usage AS u WHERE u.tenant_id = a.tenant_id AND {_OLD})
+        LIMIT $2
+        """,
+        before,
+        most,
+    )
+    return [tenant_id for (tenant_id,) in rows]
+
+
+async def delete(tx: Tx, tenant_id: str, before: datetime) -> int:
+    """Deletes up to PAGE records that occurred and were decided before a time, with their repeats. Returns their
+    number."""
+    # No re-rating may book a correction of one of these records at the same time: the sums would not have it.
+    await accounts.lock(tx, [tenant_id])
+    [(deleted,)] = await tx.sql(
+        f"""
+        WITH old AS MATERIALIZED (
+            SELECT u.usage_id
+            FROM usage AS u
+            WHERE u.tenant_id = $2 AND {_OLD}
+            ORDER BY u.occurred_at
+            LIMIT {PAGE}
+        ),
+        summed AS (
+            INSERT INTO deleted_usage AS b
+            SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
+            FROM (
+                SELECT {_KEY}, quantity, arrival, digest
+                FROM old JOIN measure USING (usage_id)
+                WHERE tenant_id = $2
+                UNION ALL
+                SELECT {_KEY}, quantity, arrival, digest
+                FROM old JOIN correction_measure USING (usage_id)
+                WHERE tenant_id = $2
+            ) AS m
+            GROUP BY {_KEY}
+            ORDER BY {_KEY}
+            {MERGED}
+        ),
+        repeats AS (
+            DELETE FROM duplicate AS d USING old WHERE d.tenant_id = $2 AND d.usage_id = old.usage_id
+        ),
+        deleted AS (
+            DELETE FROM usage AS u USING old WHERE u.tenant_id = $2 AND u.usage_id = old.usage_id RETURNING 1
+        )
+        SELECT count(*) FROM deleted
+        """,
+        before,
+        tenant_id,
+    )
+    return int(deleted)
