@@ -18,8 +18,10 @@ async def test_a_run_has_seconds_in_the_usage_in_a_line_and_in_its_proof(billing
     seconds = {"meter": "run_seconds", "by": "agent", "scheme": "per_unit", "tiers": [{"unit_nanos": 2000}]}
     tenant, _ = await subscribed(billing, charges=[seconds], included=[], usage_markup_percent=None, base_nanos=0)
     run_id, at = uuid7(), START + timedelta(days=3)
+    # A name of its own: a price of agent/run that another test adds is for all tenants.
+    resource = f"agent/{uuid7()}"
     for _ in range(2):
-        await tenant.use(f"{run_id}/seconds", "agent/run", occurred_at=at, run_id=run_id, run_seconds=7)
+        await tenant.use(f"{run_id}/seconds", resource, occurred_at=at, run_id=run_id, run_seconds=7)
     found = await tenant.verdict(f"{run_id}/seconds")
     # It is free by the price book until the operator adds a price.
     assert (found["verdict"], found["amount_nanos"], found["price_version"]) == ("counted", 0, "agent/*@1")
