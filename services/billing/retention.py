@@ -14,8 +14,8 @@ from services.billing.domain import MAX_AGE, MESSAGE
 KEPT = MAX_AGE + timedelta(days=1)
 """A record that is delivered again after its deletion is older than MAX_AGE. It is held for review, so it is not
 counted twice."""
-# Records of one transaction, which keeps the account locked.
-PAGE = 5_000
+# Records of one transaction, which keeps the account locked for about a quarter of a second.
+PAGE = 2_000
 _KEY = ", ".join(KEY)
 
 # Records of `u` that may be deleted. Held ones are not decided yet. The number of delivered messages is verified by all
@@ -56,6 +56,7 @@ async def delete(tx: Tx, tenant_id: str, before: datetime) -> int:
     # No re-rating may book a correction of one of these records at the same time: the sums would not have it.
     await accounts.lock(tx, [tenant_id])
     [(deleted,)] = await tx.sql(
+        # Arrays keep one look-up by key for each record, also while the tables have no statistics.
         f"""
         WITH old AS MATERIALIZED (
             SELECT u.usage_id
@@ -69,22 +70,22 @@ async def delete(tx: Tx, tenant_id: str, before: datetime) -> int:
             SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
             FROM (
                 SELECT {_KEY}, quantity, arrival, digest
-                FROM old JOIN measure USING (usage_id)
-                WHERE tenant_id = $2
+                FROM measure
+                WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
                 UNION ALL
                 SELECT {_KEY}, quantity, arrival, digest
-                FROM old JOIN correction_measure USING (usage_id)
-                WHERE tenant_id = $2
+                FROM correction_measure
+                WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
             ) AS m
             GROUP BY {_KEY}
             ORDER BY {_KEY}
             {MERGED}
         ),
         repeats AS (
-            DELETE FROM duplicate AS d USING old WHERE d.tenant_id = $2 AND d.usage_id = old.usage_id
+            DELETE FROM duplicate WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
         ),
         deleted AS (
-            DELETE FROM usage AS u USING old WHERE u.tenant_id = $2 AND u.usage_id = old.usage_id RETURNING 1
+            DELETE FROM usage WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old)) RETURNING 1
         )
         SELECT count(*) FROM deleted
         """,
