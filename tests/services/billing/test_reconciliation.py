@@ -23,6 +23,7 @@ from infra.web.health import Health
 from infra.web.rpc import Server
 from protos.catalog import SERVICES, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
+from services.billing import retention
 from tests.services.billing.conftest import Billing
 from tooling.testing import keys
 from tooling.testing.platform import PASSWORDS, Platform
@@ -110,6 +111,18 @@ async def test_every_record_of_every_producer_gets_a_verdict_and_a_lost_one_is_r
     long_ago = UUID(int=uuid7().int - (int(timedelta(days=40) / timedelta(milliseconds=1)) << 80))
     await theirs.use("old", message_id=long_ago, input_tokens=1, output_tokens=1)
     await theirs.verdict("old")
+    assert await numbers(theirs) == nothing | {"produced": 1, "counted": 1, "pending": 0, "difference": 0}
+    # So they may be deleted here too. Only the old one is.
+    await theirs.sql(
+        """
+        UPDATE usage
+        SET occurred_at = occurred_at - interval '60 days', rated_at = rated_at - interval '60 days'
+        WHERE tenant_id = $1 AND usage_id = 'old'
+        """,
+        theirs.id,
+    )
+    async with platform.database("billing").begin(tenant_id=theirs.id) as tx:
+        assert await retention.delete(tx, theirs.id, retention.kept_since(utcnow())) == 1
     assert await numbers(theirs) == nothing | {"produced": 1, "counted": 1, "pending": 0, "difference": 0}
 
     await produce("agent", theirs.id, "lost", input_tokens=1, output_tokens=1)
