@@ -92,6 +92,7 @@ async def furnish(system: Platform, word: str = CANARY) -> Furnished:
     )
     letter = await dead_letter(system, tenant, "person-1", f"{word} {SPOKEN}")
     things = {
+        "tenants": tenant,
         "members": member["id"],
         "api-keys": key["id"],
         "agents": agent["id"],

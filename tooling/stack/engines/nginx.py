@@ -158,7 +158,11 @@ def _problem(codes: tuple[int, ...], status: int, detail: str) -> str:
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, "errors": []}
     # A path and not a named location: nginx cannot go to one from a request whose own path it could not read.
     place = f"/_problem/{status}"
-    answer = f"auth_request off; default_type application/problem+json; return {status} '{json.dumps(body)}';"
+    # Without its own limit, the body of a path with a larger limit would be the error here, and the answer be 413.
+    answer = (
+        "auth_request off; client_max_body_size 0; default_type application/problem+json; "
+        f"return {status} '{json.dumps(body)}';"
+    )
     return (
         f"        error_page {' '.join(map(str, codes))} ={status} {place};\n"
         f"        location = {place} {{ internal; {answer} }}"

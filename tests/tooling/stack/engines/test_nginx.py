@@ -71,9 +71,19 @@ class StandIns:
         return Starlette(routes=[Route("/internal/auth", auth), Route("/{path:path}", echo, methods=METHODS)])
 
     async def stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """The ws gateway: one connection, either a WebSocket that echoes bytes, or two events with a pause."""
+        """The ws gateway: one connection; a WebSocket that echoes bytes, or two events with a pause. The body of
+        ``/v1/body`` is counted, and ``/v1/away`` gets no answer."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        if "upgrade: websocket" in head.lower():
+        if head.startswith("POST /v1/body"):
+            [size] = [
+                line.partition(" ")[2] for line in head.splitlines() if line.lower().startswith("content-length:")
+            ]
+            await reader.readexactly(int(size))
+            body = json.dumps({"bytes": int(size)})
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
+        elif head.startswith("POST /v1/away"):
+            pass
+        elif "upgrade: websocket" in head.lower():
             writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
             while data := await reader.read(100):
                 writer.write(data)
@@ -303,8 +313,10 @@ async def test_the_largest_body_depends_on_the_path(client: httpx.AsyncClient) -
     problem(await post("/api/v1/agents", mib + 1), 413)
     assert (await post("/webhooks/slack/1", 3 * mib)).json()["bytes"] == 3 * mib
     problem(await post("/webhooks/slack/1", 3 * mib + 1), 413)
-    assert (await post("/v1/chat/completions", 20 * mib)).json()["bytes"] == 20 * mib
-    problem(await post("/v1/chat/completions", 20 * mib + 1), 413)
+    assert (await post("/v1/body", 20 * mib)).json()["bytes"] == 20 * mib
+    problem(await post("/v1/body", 20 * mib + 1), 413)
+    # The service is away: that is the error, and not the size of the body.
+    problem(await post("/v1/away", 2 * mib), 503)
     assert (await post("/api/v1/documents", 101 * mib)).json()["bytes"] == 101 * mib
     too_large = await raw(client, "POST /api/v1/documents HTTP/1.1", f"Content-Length: {111 * mib}")
     assert too_large.startswith("HTTP/1.1 413 ")
