@@ -81,9 +81,10 @@ async def measure(place: Fixture, progress: Callable[[int, int], None], pairs: i
                 for n in range(len(QUERIES)):
                     await retrieve(n)
                 for callers in CALLERS:
+                    of = f"{callers} callers, {engine}"
                     anchors = [
-                        Anchor(f"empty gRPC call, {callers} callers", EMPTY_GOAL, partial(_slice, empty, callers)),
-                        Anchor(f"Milvus directly, {callers} callers", MILVUS_GOAL, partial(_slice, search, callers)),
+                        Anchor(f"empty gRPC call, {of}", EMPTY_GOAL, partial(_slice, empty, callers)),
+                        Anchor(f"Milvus directly, {of}", MILVUS_GOAL, partial(_slice, search, callers)),
                     ]
                     ours = partial(_slice, retrieve, callers)
                     figures += await run_pairs(f"retrieve {engine}", ours, anchors, progress, pairs=pairs)
