@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from graphlib import TopologicalSorter
+from typing import Any
 
 import msgspec
 
@@ -20,6 +21,7 @@ from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.postgres.tx import Tx
 from infra.security import subjects
+from infra.stores.objects import Objects
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantDataErased, TenantErased
 from protos.topology import Subscription
@@ -29,6 +31,8 @@ PASSES = (timedelta(0), timedelta(minutes=10), timedelta(days=8))
 queues retry for six minutes. It reports that the service has erased the tenant. The third: topics and outboxes keep
 messages with content for seven days, so that they can be delivered again."""
 BATCH_ROWS = 5_000
+FILES = 1_000
+"""Paths that are read at once."""
 
 # Rows of the kernel that stay.
 _KEPT = ("erased_tenant",)
@@ -90,6 +94,20 @@ async def erase_rows(item: EraseTenant, effects: Effects, tx: Tx, erasure: Erasu
         tx.tenant_id = item.tenant_id
         event = TenantDataErased(tenant_id=item.tenant_id, service=tx.service)
         tx.publish(PLATFORM_EVENTS, event, key=item.tenant_id)
+
+
+async def delete_files(objects: Objects, effects: Effects, select: str, tenant_id: str, *more: Any) -> None:
+    """Deletes files of the tenant.
+
+    select: a statement for their paths above $2, in their order, at most $3. $1 is the tenant's id; from $4 on come the
+    arguments `more`.
+    """
+    paths = [""]
+    while paths:
+        async with effects.begin() as tx:
+            paths = [path for (path,) in await tx.sql(select, tenant_id, paths[-1], FILES, *more)]
+        for path in paths:
+            await objects.delete(path)
 
 
 async def _tables(tx: Tx, kept: Collection[str]) -> list[str]:
