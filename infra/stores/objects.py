@@ -82,6 +82,11 @@ def safe_name(name: str) -> str:
     return f"{kept}.{extension}" if extension else kept
 
 
+async def once(content: bytes) -> AsyncIterator[bytes]:
+    """The chunks of a file that is in memory, for `Objects.upload`."""
+    yield content
+
+
 def _listed(mime_types: frozenset[str]) -> str:
     return ", ".join(sorted(f"{type_}*" if type_.endswith("/") else type_ for type_ in mime_types))
 

@@ -6,7 +6,7 @@ its attachments were fetched; the agent takes the later messages of the conversa
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -22,9 +22,10 @@ from infra.security.crypto import DataKey
 from infra.security.subjects import ERASED_TEXT, Erased, SubjectKeys
 from infra.service.service import Runtime
 from infra.stores import filetypes
-from infra.stores.objects import Kind, Objects, safe_name
+from infra.stores.objects import Kind, Objects, once, safe_name
 from infra.web import rpc
 from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND, PLATFORM_EVENTS
+from protos.images import IMAGE_TYPES, MAX_IMAGE_BYTES
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import Image, MessageReceived
 from protos.messages.user import SubjectErased
@@ -44,13 +45,9 @@ MAX_CHARACTERS = 60_000
 # answered.
 _RETRIES = tuple(timedelta(seconds=seconds) for seconds in (1, 5, 20, 60))
 
-SEEN = frozenset(("image/png", "image/jpeg", "image/gif", "image/webp"))
-"""Types of images that models take."""
 _DOCUMENTS = (filetypes.PDF, *filetypes.OFFICE, filetypes.HTML)
 # Longer than memory reads one file, and waits for the one before.
 _DOCUMENT_SECONDS = 100.0
-MAX_IMAGE_BYTES = 5 * 1024 * 1024
-"""The most that all providers take."""
 # Longer than a file is fetched for.
 ERASE_AFTER = timedelta(minutes=5)
 
@@ -145,7 +142,7 @@ class Fetcher:
                 self._outgoing, account.origin, account.credentials, attachment.ref, MAX_BYTES
             )
             stored = await self.objects.upload(
-                ATTACHMENT, _once(content), name=attachment.name, user_id=owner, path=lambda _: path
+                ATTACHMENT, once(content), name=attachment.name, user_id=owner, path=lambda _: path
             )
         except TooLarge:
             return _Read(reason=f"it is larger than {MAX_BYTES // 1024**2} MB")
@@ -157,7 +154,7 @@ class Fetcher:
             if last:
                 return _Read(reason=f"it could not be fetched: {error}"[:200])
             raise Transient(str(error)) from error
-        if stored.content_type in SEEN:
+        if stored.content_type in IMAGE_TYPES:
             if stored.size > MAX_IMAGE_BYTES:
                 return _Read(reason=f"it is an image larger than {MAX_IMAGE_BYTES // 1024**2} MB")
             return _Read(image=Image(path=path, content_type=stored.content_type))
@@ -349,10 +346,6 @@ def publish(
 def sent_id(event_id: UUID) -> UUID:
     """The id of the message as it is sent to the agent."""
     return derived_id(event_id, "sent")
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
 
 
 def _decoded(content: bytes) -> str:

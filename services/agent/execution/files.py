@@ -7,13 +7,12 @@ the answer.
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from mimetypes import guess_extension
 
 from infra.errors import InvalidMessage, TooLarge, WrongType
 from infra.stores import filetypes
-from infra.stores.objects import Kind, Objects, safe_name
+from infra.stores.objects import Kind, Objects, once, safe_name
 from infra.web import data_urls
 from services.agent.execution.context import RunContext
 from services.agent.runs.content import StoredFile
@@ -53,7 +52,7 @@ class Files:
             return f"an answer has at most {MAX_FILES} files"
         path = f"{context.subject_id}/attachments/{context.tenant_id}/{context.run_id}_{step}_{n}_{safe_name(name)}"
         try:
-            await self.objects.upload(FILE, _once(content), name=name, user_id=context.subject_id, path=lambda _: path)
+            await self.objects.upload(FILE, once(content), name=name, user_id=context.subject_id, path=lambda _: path)
         except (InvalidMessage, WrongType, TooLarge) as error:
             return str(error)
         return StoredFile(path, safe_name(name))
@@ -83,7 +82,3 @@ class Files:
         of_tools = [file for step in sorted(self._stored) for file in self._stored[step]]
         files = (*of_tools, *(file for file in kept if isinstance(file, StoredFile)))[:MAX_FILES]
         return text + "".join(f"\n\n[{one}]" for one in lost), files
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content

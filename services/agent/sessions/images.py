@@ -6,15 +6,15 @@ They are stored under the caller's id and the tenant's: the erasure of the calle
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 
 from infra.errors import InvalidMessage, TooLarge
 from infra.security.auth import Identity
-from infra.stores.objects import Kind, Objects
+from infra.stores.objects import Kind, Objects, once
+from protos.images import IMAGE_TYPES, MAX_IMAGE_BYTES
 from services.agent.models.contract import Image
 
-IMAGE = Kind("image", 5 * 1024 * 1024, frozenset(("image/png", "image/jpeg", "image/gif", "image/webp")))
-"""The types and the size that all providers take."""
+IMAGE = Kind("image", MAX_IMAGE_BYTES, IMAGE_TYPES)
 
 
 async def store(objects: Objects, who: Identity, urls: Iterable[tuple[str, str]]) -> dict[str, Image]:
@@ -31,7 +31,7 @@ async def store(objects: Objects, who: Identity, urls: Iterable[tuple[str, str]]
         try:
             content = base64.b64decode(url.partition(",")[2], validate=True)
             file = await objects.upload(
-                IMAGE, _once(content), name="image", user_id=who.actor, path=lambda sha256: f"{folder}/image_{sha256}"
+                IMAGE, once(content), name="image", user_id=who.actor, path=lambda sha256: f"{folder}/image_{sha256}"
             )
         except ValueError as error:
             raise InvalidMessage(field, "must be valid base64") from error
@@ -41,7 +41,3 @@ async def store(objects: Objects, who: Identity, urls: Iterable[tuple[str, str]]
             raise InvalidMessage(field, str(error).removeprefix("file: ")) from error
         stored[url] = Image(path=file.path, content_type=file.content_type)
     return stored
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content

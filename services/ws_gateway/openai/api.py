@@ -18,6 +18,7 @@ from infra.errors import TooLarge
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from infra.service.api import Reader, Runner
+from infra.web import http
 from infra.web.json_text import check_json
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.hub import Hub
@@ -38,8 +39,8 @@ _log = get_logger("ws_gateway.openai")
 MAX_BODY_BYTES = 20 * 1024 * 1024
 """Of a body with its images."""
 MAX_LARGE_BODIES = 2
-"""Of bodies over `_LARGE_BYTES`, as many are in memory at once, each of them several times. The others wait."""
-_LARGE_BYTES = 1024 * 1024
+"""Of bodies that are larger than others may be, as many are in memory at once, each of them several times. The others
+wait."""
 # JSON may escape the slashes.
 _IMAGE = re.compile(rb"data:image/[a-z]+;base64,[A-Za-z0-9+/=\\]*")
 
@@ -55,7 +56,7 @@ def _route_class(large: asyncio.Semaphore) -> type[APIRoute]:
 
             async def handled(request: Request) -> Response:
                 # nginx sends the length of each body, also of one that came in chunks.
-                is_large = int(request.headers.get("content-length", 0)) > _LARGE_BYTES
+                is_large = int(request.headers.get("content-length", 0)) > http.MAX_BODY_BYTES
                 try:
                     async with large if is_large else nullcontext():
                         # A request of its own: the server keeps the first one until the answer has ended, and would
@@ -78,8 +79,8 @@ def _route_class(large: asyncio.Semaphore) -> type[APIRoute]:
 
 def _check_body(body: bytes) -> None:
     """Raises TooLarge, InvalidMessage. Only images make a body large: the work to decode the rest grows with it."""
-    if len(body) > _LARGE_BYTES and len(_IMAGE.sub(b"", body)) > _LARGE_BYTES:
-        raise TooLarge(f"body: larger than the limit of {_LARGE_BYTES} bytes without its images")
+    if len(body) > http.MAX_BODY_BYTES and len(_IMAGE.sub(b"", body)) > http.MAX_BODY_BYTES:
+        raise TooLarge(f"body: larger than the limit of {http.MAX_BODY_BYTES} bytes without its images")
     check_json(body)
 
 

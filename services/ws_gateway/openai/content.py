@@ -10,6 +10,7 @@ from typing import Any
 
 from infra.errors import InvalidMessage
 from infra.stores import filetypes
+from protos.images import IMAGE_TYPES, MAX_IMAGE_BYTES
 from services.ws_gateway.openai.errors import invalid_field
 from services.ws_gateway.openai.fields import check, string
 
@@ -18,10 +19,8 @@ _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal"
 # The image parts of a content: the field is the address, or in chat completions an object that has it.
 _IMAGES = ("image_url", "input_image")
 _DATA_URL = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/]+={0,2})")
-_IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 # The type stands in the first bytes. The number of characters is a multiple of four, as base64 needs.
 _HEAD = 64
-MAX_IMAGE_BYTES = 5 * 1024 * 1024
 
 
 def text_and_images(content: Any, where: str, *, seen: bool) -> tuple[str, tuple[str, ...]]:
@@ -45,7 +44,7 @@ def _image(part: Mapping[str, Any], where: str) -> str:
     if url.startswith("data:"):
         data = _DATA_URL.fullmatch(url)
         # By the content: clients often name another type.
-        is_image = data is not None and len(data[1]) % 4 == 0 and _type(data[1]) in _IMAGE_TYPES
+        is_image = data is not None and len(data[1]) % 4 == 0 and _type(data[1]) in IMAGE_TYPES
         check(is_image, where, "must be base64 of a png, jpeg, gif or webp image")
         check(len(url) <= MAX_IMAGE_BYTES * 4 // 3, where, f"must have {MAX_IMAGE_BYTES // 1024**2} MB at most")
     else:

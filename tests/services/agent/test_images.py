@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from infra.clock import utcnow
-from infra.stores.objects import Kind, Objects
+from infra.stores.objects import Kind, Objects, once
 from protos.catalog import CHANNEL_INBOUND
 from protos.messages.channel import Image, MessageReceived
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Fails, Says
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
 
 
 @pytest.fixture
@@ -30,7 +25,7 @@ async def stored(world: World, tenant: Tenant) -> str:
     objects = Objects(**world.platform.stack.engines["s3"])
     path = f"person-1/attachments/s/{tenant.id}.png"
     kind = Kind("attachment", 1_000, frozenset(("image/",)))
-    await objects.upload(kind, _once(PNG), name="a.png", user_id="person-1", path=lambda _: path)
+    await objects.upload(kind, once(PNG), name="a.png", user_id="person-1", path=lambda _: path)
     return path
 
 
@@ -103,7 +98,7 @@ async def test_images_of_the_api_are_stored_and_no_event_has_their_bytes(world: 
     now, before = f"data:image/jpeg;base64,{large}", f"data:image/png;base64,{small}"
     linked = "https://example.org/a.png"
     body = {
-        "text": "what is this?",
+        "text": "Describe the animal.",
         "images": [now, linked],
         "history": [{"role": "user", "text": "look", "images": [before]}, {"role": "assistant", "text": "A dot."}],
     }

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, Transient
 from infra.observe.metrics import Metrics
-from infra.stores.objects import Objects
+from infra.stores.objects import Objects, once
 from infra.web import rpc
 from protos.catalog import PLATFORM_EVENTS
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
@@ -24,7 +24,6 @@ from services.channel.attachments import (
     MAX_BYTES,
     MAX_CHARACTERS,
     _decoded,
-    _once,
     _Read,
     together,
 )
@@ -195,7 +194,7 @@ async def made_file(desk: Desk, message: dict[str, Any], name: str) -> tuple[Obj
     """A file that an agent made for the person of the message."""
     objects = Objects(**desk.platform.stack.engines["s3"])
     path = f"{message['subject_id']}/attachments/{desk.tenant_id}/{uuid7()}_1_1_{name}"
-    await objects.upload(FILE, _once(b"%PDF-1.7 x"), name=name, user_id="u", path=lambda _: path)
+    await objects.upload(FILE, once(b"%PDF-1.7 x"), name=name, user_id="u", path=lambda _: path)
     return objects, File(path=path, name=name)
 
 
