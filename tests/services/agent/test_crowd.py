@@ -16,9 +16,10 @@ TENANTS, SESSIONS, ROUNDS = 20, 10, 2
 GREEDY_SESSIONS = TENANTS * SESSIONS
 
 
-def answers(asked: Asked) -> Says:
+def answers(asked: Asked, waits: asyncio.Event) -> Says:
     """An answer with the tenant's word from the system prompt and the passages."""
-    return Says(f"{asked.last_user_text} / {' '.join(sorted(set(re.findall(r'word-[0-9a-f-]+', asked.system))))}")
+    words = " ".join(sorted(set(re.findall(r"word-[0-9a-f-]+", asked.system))))
+    return Says(f"{asked.last_user_text} / {words}", waits=waits)
 
 
 async def ask(world: World, tenant: Tenant, sessions: int, rounds: int) -> None:
@@ -38,10 +39,13 @@ async def ask(world: World, tenant: Tenant, sessions: int, rounds: int) -> None:
 
 
 async def test_a_crowd_is_answered_each_in_turn_and_nobody_hears_another(world: World) -> None:
-    world.models.rules[MODEL] = answers
+    # Without it, the greedy tenant's runs could end before the others have sent anything.
+    all_sent = asyncio.Event()
+    world.models.rules[MODEL] = lambda asked: answers(asked, all_sent)
     greedy, tenants = world.tenant(), [world.tenant() for _ in range(TENANTS)]
     await ask(world, greedy, GREEDY_SESSIONS, 1)
     await asyncio.gather(*(ask(world, tenant, SESSIONS, ROUNDS) for tenant in tenants))
+    all_sent.set()
     everyone = TENANTS * SESSIONS * ROUNDS + GREEDY_SESSIONS
 
     async def finished() -> list[str] | None:
