@@ -41,7 +41,7 @@ async def asked(
     return answer.json() if answer.content else None
 
 
-async def dead_letter(system: Platform, tenant: str, person: str, text: str) -> str:
+async def dead_letter(system: Platform, tenant: str, person: str, text: str, *, seconds: float = 60) -> str:
     """The id of a dead letter with the text: a reply to a conversation that does not exist."""
     message = SendMessage(
         delivery_id=uuid7(),
@@ -57,15 +57,15 @@ async def dead_letter(system: Platform, tenant: str, person: str, text: str) -> 
         items = (await asked(system, "log_aggregator", tenant, "GET", "/api/v1/deadletters"))["items"]
         return items[0]["id"] if items else None
 
-    return str(await system.until(stored))
+    return str(await system.until(stored, seconds=seconds))
 
 
-async def furnish(system: Platform, word: str = CANARY) -> Furnished:
-    """A new tenant with one of everything. word: in all its things."""
+async def furnish(system: Platform, word: str = CANARY, *, seconds: float = 60) -> Furnished:
+    """A new tenant with one of everything. word: in all its things. seconds: the limit of each wait."""
     tenant = (await asked(system, "user", "", "POST", "/api/v1/tenants", {"name": word}))["id"]
 
     # First: a subscription must begin before the usage.
-    billed = await _billed(system, tenant, word)
+    billed = await _billed(system, tenant, word, seconds)
 
     async def make(service: str, path: str, body: Any = None, **more: Any) -> Any:
         return await asked(system, service, tenant, "POST", path, body, **more)
@@ -90,7 +90,7 @@ async def furnish(system: Platform, word: str = CANARY) -> Furnished:
     endpoint = await make(
         "notification", "/api/v1/webhook-endpoints", {"url": f"{_NOWHERE}{word}", "events": ["run.completed"]}
     )
-    letter = await dead_letter(system, tenant, "person-1", f"{word} {SPOKEN}")
+    letter = await dead_letter(system, tenant, "person-1", f"{word} {SPOKEN}", seconds=seconds)
     things = {
         "tenants": tenant,
         "members": member["id"],
@@ -115,7 +115,7 @@ async def furnish(system: Platform, word: str = CANARY) -> Furnished:
         found = await asked(system, "agent", tenant, "GET", f"/api/v1/runs/{run['run_id']}")
         return bool(found["status"] == "completed")
 
-    await system.until(over)
+    await system.until(over, seconds=seconds)
     watched = [
         ("user", "/api/v1/members"),
         ("user", "/api/v1/api-keys"),
@@ -131,7 +131,7 @@ async def furnish(system: Platform, word: str = CANARY) -> Furnished:
     return Furnished(tenant, things, views)
 
 
-async def _billed(system: Platform, tenant: str, word: str) -> dict[str, str]:
+async def _billed(system: Platform, tenant: str, word: str, seconds: float) -> dict[str, str]:
     async def ask(method: str, path: str, body: Any = None, *, operator: bool = False) -> Any:
         return await asked(system, "billing", "" if operator else tenant, method, f"/api/v1/{path}", body)
 
@@ -139,7 +139,7 @@ async def _billed(system: Platform, tenant: str, word: str) -> dict[str, str]:
         async with system.client("billing", tenant) as client:
             return (await client.get("/api/v1/billing/balance")).status_code == 200
 
-    await system.until(opened)
+    await system.until(opened, seconds=seconds)
     await ask("PUT", "billing/buyer", {"name": word, "country": "DE"})
     budget = await ask("POST", "budgets", {"scope": "tenant", "nanos": 10**12, "period": "month"})
     plan = await ask(

@@ -10,11 +10,12 @@ import asyncio
 import os
 import random
 import re
+import sys
+import time
 from typing import Any
 from uuid import uuid4
 
 import pytest
-import pytest_asyncio
 
 from infra.security.auth import SCOPES
 from infra.service.api import OPERATOR
@@ -26,6 +27,10 @@ from tooling.testing.platform import Platform
 TENANTS = int(os.environ.get("CLAW_RIGHTS_TENANTS", "3"))
 CALLS = int(os.environ.get("CLAW_RIGHTS_CALLS", "400"))
 SEED = int(os.environ.get("CLAW_RIGHTS_SEED", "1"))
+# More at once would not be faster: two cores are busy with six.
+FURNISHED_AT_ONCE = 6
+# Until a run is over, a dead letter is stored, or an account is open, while other work fills the machine.
+PATIENCE_SECONDS = 600.0
 pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.timeout(300 + 10 * TENANTS + CALLS // 20)]
 
 WORD = "Schilfrohrsaenger"
@@ -44,20 +49,41 @@ def word(n: int) -> str:
     return f"{WORD}{n:06}"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="package")
-async def aviary(system: Platform) -> list[Furnished]:
-    few = asyncio.Semaphore(6)
+class Progress:
+    """Lines on the terminal, past pytest's capture: a large campaign takes most of an hour."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+        self._started = time.monotonic()
+
+    def show(self, what: str, done: int, of: int) -> None:
+        with self._capture.disabled():
+            print(f"{time.monotonic() - self._started:.0f} s: {done} of {of} {what}", file=sys.stderr, flush=True)
+
+
+async def furnish_all(system: Platform, progress: Progress) -> list[Furnished]:
+    few = asyncio.Semaphore(FURNISHED_AT_ONCE)
+    done = 0
 
     async def one(n: int) -> Furnished:
+        nonlocal done
         async with few:
-            return await furnish(system, word(n))
+            made = await furnish(system, word(n), seconds=PATIENCE_SECONDS)
+        done += 1
+        if done % 25 == 0:
+            progress.show("tenants", done, TENANTS)
+        return made
 
-    return list(await asyncio.gather(*map(one, range(TENANTS))))
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(n)) for n in range(TENANTS)]
+    return [task.result() for task in tasks]
 
 
 async def test_no_client_gets_in_without_a_right_or_sees_the_words_of_another_tenant(
-    routes: list[Operation], clients: Clients, aviary: list[Furnished]
+    system: Platform, routes: list[Operation], clients: Clients, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    progress = Progress(capfd)
+    aviary = await furnish_all(system, progress)
     chance = random.Random(SEED)
 
     async def wrong(op: Operation, kind: str, caller: int, target: int) -> str | None:
@@ -85,6 +111,8 @@ async def test_no_client_gets_in_without_a_right_or_sees_the_words_of_another_te
         some = [wrong(*drawn()) for _ in range(min(1000, CALLS - begin))]
         problems = [line for line in await asyncio.gather(*some) if line]
         assert problems == [], "\n".join(problems)
+        if CALLS > 1000:
+            progress.show("calls", begin + len(some), CALLS)
 
 
 def request(op: Operation, target: Furnished, *, own: bool) -> tuple[str, Any]:

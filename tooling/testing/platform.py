@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -45,6 +46,10 @@ PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
 MASTER_KEY = keys.MASTER_KEY
 ADMIN_TOKEN = "an operator's token made up for tests"
 READY_SECONDS = 90.0
+ANSWER_SECONDS = 120.0
+"""Of a client. Many tests at once on a slow machine must not end in a time-out."""
+# The services of a platform serve plain HTTP. By default each client would read the system's certificates: 25 ms of CPU.
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 # Engines that a service needs besides those of every test stack.
 _NEEDED = {
     "memory": ("milvus", "s3"),
@@ -183,7 +188,9 @@ class Platform:
     def client(self, name: str, tenant_id: str = "", **kwargs: Any) -> httpx.AsyncClient:
         """An HTTP client of one service for this tenant, or for the operator."""
         headers = self.headers(tenant_id, **kwargs)
-        return httpx.AsyncClient(base_url=self.url(name), headers=headers, trust_env=False, timeout=30)
+        return httpx.AsyncClient(
+            base_url=self.url(name), headers=headers, trust_env=False, timeout=ANSWER_SECONDS, verify=_NO_TLS
+        )
 
     def database(self, name: str) -> Database:
         """A `Database` of the service's worker role in this process."""
