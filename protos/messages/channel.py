@@ -6,13 +6,18 @@ is in the envelope.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 from uuid import UUID
 
 import msgspec
 
 from protos.envelope import Message
 from protos.messages import Count, Timestamp
+
+ASKER: Final = "asker"
+"""Of the names of approvers: the person who asked."""
+CHAT_ADMINS: Final = "chat-admins"
+"""Of the names of approvers: whom the vendor calls an administrator of the group in which the answer is written."""
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +54,9 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     """For models that see. The text names them."""
     by_admin: bool = False
     """The vendor says that its author is an administrator of the group."""
+    approvers: tuple[str, ...] = ()
+    """Who may decide by a message in this channel about a call that waits for approval: asker, chat-admins or
+    ``person:<subject id>``. Empty: whom the agent's definition names."""
 
 
 class MessageChanged(Message, frozen=True, kw_only=True):

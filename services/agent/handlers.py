@@ -59,7 +59,9 @@ def _incoming(message: MessageReceived, tx: Tx, trace: Callable[[], object]) -> 
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
         parent=message.parent_session_key,
         names=approvers.of_person(message.subject_id, is_admin=message.by_admin),
-        context=Context((), images=images, is_complete=False) if images else None,
+        context=Context((), images=images, approvers=message.approvers, is_complete=False)
+        if images or message.approvers
+        else None,
     )
     return Incoming(envelope.tenant_id, message.position, arrival, trace)
 

@@ -35,7 +35,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 COLUMNS = """
     account.id, account.tenant_id, account.type, account.agent_id, account.credentials, account.pseudonyms,
     account.api_base, account.enabled, account.broken_reason, account.streaming, account.routes, account.groups,
-    account.old_credentials, account.old_until
+    account.approvers, account.old_credentials, account.old_until
 """
 """Of the table ``account``, as `Secrets.account` takes them."""
 
@@ -62,6 +62,8 @@ class Account(NamedTuple):
     """An answer is shown while it is written, if the vendor can."""
     routes: tuple[Route, ...] = ()
     groups: Groups = "all"
+    approvers: tuple[str, ...] = ()
+    """Who may decide by a message in this channel; empty: whom the agent's definition names."""
     old_credentials: Any = None
     """Those before the last rotation. A call that they prove is accepted until `old_until`."""
     old_until: datetime | None = None
@@ -93,7 +95,7 @@ class Secrets:
 
     def account(self, row: tuple[Any, ...]) -> Account:
         id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming = row[:10]
-        routes, groups, old, old_until = row[10:]
+        routes, groups, approvers, old, old_until = row[10:]
         vendor = VENDORS[type_]
 
         def opened(sealed: bytes) -> Any:
@@ -112,6 +114,7 @@ class Secrets:
             streaming,
             () if routes is None else self.routes(id_, routes),
             groups,
+            tuple(approvers),
             None if old is None else opened(old),
             old_until,
         )

@@ -23,6 +23,7 @@ from services.channel.accounts import Accounts, Secrets, new_pseudonyms, new_tok
 from services.channel.agent_client import Agents
 from services.channel.channels import (
     COLUMNS,
+    Approvers,
     Channel,
     Credentials,
     Routes,
@@ -53,6 +54,8 @@ class NewChannel(BaseModel):
     routes: Routes = []
     """The first that fits a message names its agent; ``agent_id`` gets all others."""
     groups: Groups = "all"
+    approvers: Approvers = ()
+    """Who may allow a tool call by a yes in this channel; empty: whom the agent's ``approvers`` name."""
 
 
 class ChannelChange(BaseModel):
@@ -67,6 +70,7 @@ class ChannelChange(BaseModel):
     streaming: bool | None = None
     routes: Routes | None = None
     groups: Groups | None = None
+    approvers: Approvers | None = None
 
 
 class ChannelPage(BaseModel):
@@ -154,8 +158,8 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
             await tx.sql(
                 """
                 INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms,
-                api_base, streaming, routes, groups)
-                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+                api_base, streaming, routes, groups, approvers)
+                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
                 """,
                 id_,
                 who.tenant_id,
@@ -169,6 +173,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                 body.streaming,
                 sealed_routes(secrets, id_, body.routes),
                 groups,
+                body.approvers,
             )
             audit(tx, who.actor, "channel.create", "channel", str(id_), type=vendor.name)
             return 201, await get(tx, secrets, id_)
@@ -215,6 +220,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                     old_credentials = CASE WHEN $3::bytea IS NULL THEN old_credentials END,
                     enabled = coalesce($4, enabled), streaming = coalesce($6, streaming),
                     routes = coalesce($7, routes), groups = coalesce($8, groups),
+                    approvers = coalesce($9, approvers),
                     broken_reason = CASE WHEN $5 THEN NULL ELSE broken_reason END,
                     updated_at = clock_timestamp()
                 WHERE id = $1
@@ -227,6 +233,7 @@ def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter
                 body.streaming,
                 None if body.routes is None else sealed_routes(secrets, channel_id, body.routes),
                 body.groups,
+                body.approvers,
             )
             changed = ", ".join(sorted(body.model_dump(exclude_none=True)))
             audit(tx, who.actor, "channel.update", "channel", str(channel_id), changed=changed)

@@ -331,6 +331,7 @@ def publish(
         parent_session_key=item.parent_session_key,
         images=images,
         by_admin=fact.by_admin,
+        approvers=fact.approvers,
     )
     # The id with which `publishing.publish_again` emits it from the stored fact.
     tx.publish(CHANNEL_EVENTS, public, key=item.session_key, message_id=derived_id(item.event_id, "publication", 0))

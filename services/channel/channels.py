@@ -16,6 +16,7 @@ from infra.outgoing.client import Outgoing
 from infra.postgres.tx import Tx
 from infra.web.http import decode_json
 from protos.catalog import CHANNEL_TYPES
+from protos.messages.channel import ASKER, CHAT_ADMINS
 from services.channel import webhooks
 from services.channel.accounts import Secrets
 from services.channel.routing import Route
@@ -23,7 +24,8 @@ from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Vendor
 
 COLUMNS = """
-    id, type, agent_id, token, api_base, enabled, broken_reason, streaming, routes, groups, created_at, updated_at, seq
+    id, type, agent_id, token, api_base, enabled, broken_reason, streaming, routes, groups, approvers, created_at,
+    updated_at, seq
 """
 
 Credentials = Annotated[
@@ -52,6 +54,9 @@ class AgentRoute(BaseModel):
 
 
 Routes = Annotated[list[AgentRoute], Field(max_length=50)]
+# A client of the API writes in no channel, so its names are not among them.
+Approver = Annotated[str, Field(pattern=rf"^({ASKER}|{CHAT_ADMINS}|person:[^\s,]{{1,100}})$")]
+Approvers = Annotated[tuple[Approver, ...], Field(max_length=100)]
 
 
 class Channel(BaseModel):
@@ -73,6 +78,9 @@ class Channel(BaseModel):
     groups: Groups
     """The messages of groups that start a run: ``all``, ``mentions`` of the bot and replies to it, or only
     ``replies``."""
+    approvers: Approvers
+    """Who may allow a tool call by a yes in this channel: asker, chat-admins or ``person:<subject id>``. Empty: whom
+    the agent's ``approvers`` name."""
     created_at: datetime
     updated_at: datetime
 
@@ -86,7 +94,7 @@ async def get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
 
 def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
     id_, type_, agent_id, token, api_base, enabled, broken_reason, streaming = row[:8]
-    routes, groups, created_at, updated_at, _ = row[8:]
+    routes, groups, approvers, created_at, updated_at, _ = row[8:]
     path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
     return Channel(
         id=id_,
@@ -100,6 +108,7 @@ def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
         streaming=streaming,
         routes=[_route(route) for route in (secrets.routes(id_, routes) if routes else ())],
         groups=groups,
+        approvers=approvers,
         created_at=created_at,
         updated_at=updated_at,
     )

@@ -48,6 +48,7 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     parent_session_key: str = ""
     """The session of the conversation that this one branched off from; empty if there is none."""
     by_admin: bool = False
+    approvers: tuple[str, ...] = ()
     event_id: UUID = msgspec.field(default_factory=uuid7)
     """Of its fact. Rows from before this field was added have none."""
 
@@ -130,6 +131,7 @@ def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> No
         content,
         message.received_at,
         message.by_admin,
+        message.approvers,
     )
     tx.append(CONVERSATION.stream(message.session_key), fact, event_id=event_id)
     item = FetchAttachments(event_id, message.session_key, position, message.parent_session_key)

@@ -71,6 +71,8 @@ class MessageTaken(msgspec.Struct, frozen=True):
     received_at: datetime
     by_admin: bool = False
     """The vendor says that its author is an administrator of the group."""
+    approvers: tuple[str, ...] = ()
+    """The channel's, when the message was accepted."""
 
 
 class MessageEdited(msgspec.Struct, frozen=True):

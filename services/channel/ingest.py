@@ -325,6 +325,7 @@ def _new(arrival: _Arrival) -> NewMessage:
         utcnow(),
         account.pseudonyms.session(item.parent) if item.parent else "",
         item.by_admin,
+        account.approvers,
         arrival.event_id,
     )
     return NewMessage(message, arrival.hashes[0], arrival.traceparent)

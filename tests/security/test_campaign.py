@@ -58,7 +58,7 @@ class Progress:
 
     def show(self, what: str, done: int, of: int) -> None:
         with self._capture.disabled():
-            print(f"{time.monotonic() - self._started:.0f} s: {done} of {of} {what}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{time.monotonic() - self._started:.0f} s: {done} of {of} {what}\n")
 
 
 async def furnish_all(system: Platform, progress: Progress) -> list[Furnished]:

@@ -48,7 +48,7 @@ ADMIN_TOKEN = "an operator's token made up for tests"
 READY_SECONDS = 90.0
 ANSWER_SECONDS = 120.0
 """Of a client. Many tests at once on a slow machine must not end in a time-out."""
-# The services of a platform serve plain HTTP. By default each client would read the system's certificates: 25 ms of CPU.
+# The services serve plain HTTP. By default each client would read the system's certificates, which costs 25 ms of CPU.
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 # Engines that a service needs besides those of every test stack.
 _NEEDED = {

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from infra.security.auth import Identity
+from protos.messages.channel import ASKER, CHAT_ADMINS
 
-ASKER: Final = "asker"
-"""The person who asked: in a chat the author of the message, at the API the client that sent it."""
-CHAT_ADMINS: Final = "chat-admins"
-"""Whom the vendor calls an administrator of the group in which the answer is written."""
 PATTERN: Final = rf"^({ASKER}|{CHAT_ADMINS}|scope:(run|write|admin)|(person|member|api_key|group):[^\s,]{{1,100}})$"
 DEFAULT: Final = (ASKER, "scope:run")
 

@@ -74,6 +74,8 @@ class RunContext:
     """Number of the last step that was made or taken from the journal in this execution."""
     channel_id: UUID | None = None
     """None: the run came by the API."""
+    approvers: tuple[str, ...] = ()
+    """The channel's; empty: the agent's."""
     progress: Progress | None = None
     """None: no channel shows it."""
 

@@ -72,6 +72,8 @@ class Conversation:
     """The context that the caller gave with the message."""
     images: tuple[Image, ...] = ()
     """Of the messages that the run answers."""
+    approvers: tuple[str, ...] = ()
+    """The channel's; empty: the agent's."""
 
     def system(self, own: str) -> str:
         """The agent's `own` system prompt, followed by the caller's instructions, which are marked as such."""
@@ -191,6 +193,7 @@ def assemble(
         reply_to=last.vendor_message_id,
         given=context or NOTHING,
         images=tuple(image for one in contexts for image in one.images),
+        approvers=next((one.approvers for one in reversed(contexts) if one.approvers), ()),
     )
 
 

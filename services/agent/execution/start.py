@@ -104,6 +104,7 @@ def context_of(
         message_id=str(shown[-1].id) if said else None,
         learns=bool(said) and agent.definition.learning == "model",
         channel_id=row.channel_id,
+        approvers=conversation.approvers,
     )
 
 

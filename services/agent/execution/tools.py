@@ -11,8 +11,8 @@ import msgspec
 from infra.clock import utcnow
 from infra.errors import EffectFailed, NotFound
 from infra.observe import telemetry
+from protos.messages.channel import ASKER
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
-from services.agent.definitions.approvers import ASKER
 from services.agent.definitions.models import Colleague, NewAgent
 from services.agent.execution.children import MAX_DEPTH, QUESTION, Question
 from services.agent.execution.context import RunContext
@@ -65,9 +65,8 @@ class Tools:
             if call.name in self.agent.approval:
                 decision = self.steps.decision_on_next(n)
                 if decision is None:
-                    raise self.steps.ask_for_approval(
-                        n, call.name, call.arguments, of_asker=ASKER in self.agent.approvers
-                    )
+                    approvers = self.context.approvers or self.agent.approvers
+                    raise self.steps.ask_for_approval(n, call.name, call.arguments, of_asker=ASKER in approvers)
                 if decision == "deny":
                     denied.add(n)
         agent_calls = sum(self._agent_named(call.name) is not None for call in calls)

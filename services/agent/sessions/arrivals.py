@@ -44,8 +44,10 @@ class Context(msgspec.Struct, frozen=True):
     """The calls of these tools that the model has already made for the message, and their results."""
     images: tuple[Image, ...] = ()
     """Images of the message."""
+    approvers: tuple[str, ...] = ()
+    """Of the message's channel; empty: the agent's."""
     is_complete: bool = True
-    """False: there are only images, and the model is shown the session's own history."""
+    """False: there are only images or approvers, and the model is shown the session's own history."""
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,9 @@ async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) 
         if run.status == "waiting":
             waits = (await tx.load(run_stream(run_id))).suspended
             if waits and waits.reason == "approval":
-                approvers = (await load(tx, run.agent_id)).definition.approvers
+                # In a channel with a rule of its own the newest form of that rule counts: the answer carries it.
+                rule = arrival.context.approvers if arrival.context else ()
+                approvers = rule or (await load(tx, run.agent_id)).definition.approvers
                 asked = arrival.subject_id == await _subject(tx, run_id)
                 if may_decide(approvers, arrival.names, asked=asked):
                     return Asking(run_id, True)

@@ -84,6 +84,7 @@ class Tenant:
         trace_id: str | None = None,
         parent: str | None = None,
         by_admin: bool = False,
+        approvers: tuple[str, ...] = (),
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it."""
         message = MessageReceived(
@@ -99,6 +100,7 @@ class Tenant:
             position=position,
             parent_session_key=f"{self.id}-{parent}" if parent else "",
             by_admin=by_admin,
+            approvers=approvers,
         )
         queue = CHANNEL_INBOUND["telegram"]
         traceparent = f"00-{trace_id}-{'1' * 16}-01" if trace_id else None

@@ -216,6 +216,42 @@ async def test_in_a_room_only_an_approver_decides_and_the_audit_says_who(
     ]
 
 
+async def test_in_a_channel_with_approvers_these_decide_and_not_those_of_the_agent(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await careful(tenant, approvers=["asker", "person:clerk"])
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    rule = ("person:boss", "chat-admins")
+    await tenant.receive(agent, "Weather?", person="asker", approvers=rule)
+    run = await waiting(tenant)
+    assert "A person who may decide this has to answer" in (await answers(tenant, 1))[0]
+    for count, person in enumerate(("asker", "clerk"), 2):
+        await tenant.receive(agent, "yes", person=person, approvers=rule)
+        assert (await answers(tenant, count))[-1] == NOT_YOURS
+    assert (await tenant.run(run["id"]))["status"] == "waiting"
+    await tenant.receive(agent, "yes", person="boss", approvers=rule)
+    assert (await tenant.over(run["id"]))["reply"] == "Done."
+    assert [(actor, outcome) for actor, _, outcome in await acts(tenant, run["id"])] == [
+        ("subject:asker", "denied"),
+        ("subject:clerk", "denied"),
+        ("subject:boss", "done"),
+    ]
+
+
+async def test_the_newest_approvers_of_a_channel_count_for_a_run_that_waits_already(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    await tenant.receive(agent, "Weather?", person="asker", approvers=("asker",))
+    run = await waiting(tenant)
+    assert "Please answer yes or no" in (await answers(tenant, 1))[0]
+    await tenant.receive(agent, "yes", person="asker", approvers=("person:boss",))
+    assert (await answers(tenant, 2))[-1] == NOT_YOURS
+    await tenant.receive(agent, "yes", person="boss", approvers=("person:boss",))
+    assert (await tenant.over(run["id"]))["status"] == "completed"
+
+
 async def test_at_the_api_only_an_approver_decides(world: World, tenant: Tenant) -> None:
     agent = await careful(tenant, approvers=["scope:admin", "group:board"])
     world.models.script(MODEL, Says(calls=(BERN, BERN)), Says("Done."))

@@ -180,6 +180,26 @@ async def test_a_channel_leads_to_several_agents_and_answers_mentions_only(desk:
         assert await desk.ignored(channel) == ["a message of a group; only mentions are answered"]
 
 
+async def test_the_approvers_of_a_channel_go_with_each_message_to_the_agent(desk: Desk) -> None:
+    async with SlackStandIn() as slack:
+        channel = await desk.connect("slack", slack.credentials, slack.url)
+        assert channel["approvers"] == []
+        assert (await desk.call(channel, slack.event("first", channel="D1", ts="1.000001"))).status_code == 200
+        await desk.received(channel)
+        rule = ["person:0123456789abcdef", "chat-admins"]
+        changed = await change(desk, channel, approvers=rule)
+        assert changed.json()["approvers"] == rule
+        assert (await desk.call(channel, slack.event("second", channel="D1", ts="2.000001"))).status_code == 200
+
+        async def both() -> list[dict[str, Any]] | None:
+            found = await desk.received(channel)
+            return found if len(found) == 2 else None
+
+        got = await desk.platform.until(both)
+        assert [(one["text"], one["approvers"]) for one in got] == [("first", []), ("second", rule)]
+        assert (await change(desk, channel, approvers=[])).json()["approvers"] == []
+
+
 @pytest.mark.parametrize(
     ("body", "named"),
     [
@@ -189,6 +209,12 @@ async def test_a_channel_leads_to_several_agents_and_answers_mentions_only(desk:
         ({"routes": [{"agent_id": str(SALES), "command": "a"}] * 51}, "routes"),
         ({"groups": "some"}, "groups"),
         ({"groups": "mentions"}, "groups: must be all for a whatsapp channel"),
+        ({"approvers": ["boss"]}, "approvers[0]"),
+        # A client of the API cannot write in a channel.
+        ({"approvers": ["scope:admin"]}, "approvers[0]"),
+        ({"approvers": ["asker", "person:a b"]}, "approvers[1]"),
+        ({"approvers": ["person:a\n"]}, "approvers[0]"),
+        ({"approvers": ["asker"] * 101}, "approvers"),
     ],
 )
 async def test_wrong_settings_are_refused_and_change_nothing(desk: Desk, body: dict[str, Any], named: str) -> None:
