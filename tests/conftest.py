@@ -9,6 +9,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -17,6 +18,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from xdist.scheduler import LoadScopeScheduling
 
+from tooling.testing.packages import extract
 from tooling.testing.stack import Stack, running_stack
 
 # Python's default. With the rare collections of our processes, an object that a test leaves open would be found in
@@ -51,6 +53,14 @@ def stack() -> Iterator[Stack]:
     """PostgreSQL, Valkey, Kafka and RabbitMQ, running. CLAW_TEST_STACK=<folder> uses one that runs already."""
     with running_stack() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def prometheus_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of Prometheus's programs, from Debian's package."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    extract("prometheus", folder)
+    return folder / "usr" / "bin"
 
 
 @contextmanager

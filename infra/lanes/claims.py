@@ -116,6 +116,8 @@ class Claimed(NamedTuple):
     """Seconds until the next lane is ready, if known."""
     suspect: bool
     """The only lane is one whose head is a suspect."""
+    taken_over: int
+    """The number of lanes whose owner's lease had run out."""
 
 
 class Claims:
@@ -190,7 +192,8 @@ class Claims:
                 for _, _, lane_id, tenant_id, lane, epoch, _ in rows
                 if lane_id is not None
             }
-            if recovered := [row[2] for row in rows if row[6]]:
+            recovered = [row[2] for row in rows if row[6]]
+            if recovered:
                 await sql(
                     connection,
                     """
@@ -217,7 +220,7 @@ class Claims:
             if passed_on:
                 await self._pass_on(connection, [leases.pop(id_) for id_ in passed_on])
         claimed = [(lease, heads.get(id_)) for id_, lease in leases.items()]
-        return Claimed(claimed, tenants or 0, due, alone is not None)
+        return Claimed(claimed, tenants or 0, due, alone is not None, len(recovered))
 
     async def _pass_on(self, connection: AsyncConnection, leases: Sequence[Lease]) -> None:
         """Gives back lanes that were claimed and not started, so that their heads are not recovered later."""

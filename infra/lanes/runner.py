@@ -205,6 +205,7 @@ class LaneRunner:
                 )
             finally:
                 kind.wanted = 0
+            self._metrics.lane_takeovers.labels(kind.name).inc(claimed.taken_over)
             if claimed.lanes:
                 failpoint("after_lane_claim")
             if claimed.suspect:

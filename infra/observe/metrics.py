@@ -94,11 +94,24 @@ class Metrics:
         self.lane_oldest_seconds = gauge("claw_lane_oldest_seconds", "How long the oldest item has been due", "kind")
         self.lane_items = counter("claw_lane_items_total", "Attempts at items of lanes", "kind", "outcome")
         self.lane_seconds = histogram("claw_lane_seconds", "Time for one item of a lane, commit included", "kind")
+        # A process died over its lanes, or was slower than its leases.
+        self.lane_takeovers = counter(
+            "claw_lane_takeovers_total", "Lanes claimed after the lease of their owner", "kind"
+        )
         # Kind: repeatable, keyed, once. State: succeeded, failed, unknown (an operator decides).
         self.effects = counter("claw_effects_total", "Effects in the outside world that ended", "kind", "state")
 
         # Counted by the log aggregator, from the events. Status: completed, failed, cancelled, refused.
         self.runs = counter("claw_runs_total", "Runs of agents that ended", "status")
+
+        # Counted by the log aggregator, from usage records as they were reported; a redelivered record counts again.
+        # Kind: input (cached ones included), cached, output (reasoning included), reasoning.
+        self.tokens = counter("claw_tokens_total", "Tokens of models", "kind")
+        # Counted by billing. Verdict: counted, duplicate, held, rejected. Held usage is not charged until an operator
+        # has decided.
+        self.usage_records = counter("claw_usage_records_total", "Usage records rated", "verdict")
+        # A float: for graphs, not for accounts. The ledger is exact.
+        self.cost_nanos = counter("claw_cost_nanos_total", "Cost of usage in 10^-9 of the currency", "currency")
 
         # Set by the log aggregator. A broken chain stays broken until a person has looked at it.
         self.audit_chains_broken = gauge("claw_audit_chains_broken", "Audit chains whose last verification failed")

@@ -1,5 +1,6 @@
 """Billing: counts each usage record exactly once and debits its cost."""
 
+from infra.observe.metrics import Metrics
 from infra.security.subjects import erasure
 from infra.service.service import Runtime, Service
 from infra.stores.cache import Cache
@@ -13,15 +14,19 @@ def cache(runtime: Runtime) -> Cache:
     return Cache(runtime.cache)
 
 
+def metrics(runtime: Runtime) -> Metrics:
+    return runtime.metrics
+
+
 service = Service("billing", Settings)
 service.project(*READ_MODELS)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
-service.consume(handlers.count_usage)
+service.consume(handlers.count_usage, metrics=metrics)
 service.consume(handlers.open_accounts)
 service.consume(handlers.on_quota_exhausted, cache=cache)
 service.consume(handlers.on_budget_threshold_passed, cache=cache)
-service.consume(handlers.count_messages)
+service.consume(handlers.count_messages, metrics=metrics)
 service.consume(handlers.note_channel_types)
 service.consume(erasure("billing"))
 service.erase_tenants(tenants.KEPT, tenants.end_billing)

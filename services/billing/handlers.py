@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from uuid import UUID
 
@@ -10,6 +11,7 @@ import msgspec
 from opentelemetry import trace
 
 from infra.errors import InvalidMessage
+from infra.observe.metrics import Metrics
 from infra.postgres.tx import Tx
 from infra.stores.cache import Cache
 from protos.catalog import CHANNEL_EVENTS, PLATFORM_EVENTS, USAGE_RECORDS
@@ -25,14 +27,28 @@ EXHAUSTED = "openclaw:quota:exhausted"
 
 
 @USAGE_RECORDS.batch(group="billing")
-async def count_usage(records: list[UsageRecorded], tx: Tx) -> None:
+async def count_usage(records: list[UsageRecorded], tx: Tx, metrics: Metrics) -> None:
     """Commits verdict, debit, ledger entry and the end of the hold in one transaction with the offset."""
     verdicts = await usage.rate(tx, records)
     if trace.get_current_span().is_recording():
         span_ids = [_follow(record, verdict, tx) for record, verdict in zip(records, verdicts, strict=True)]
     else:
         span_ids = [""] * len(records)
-    await usage.record(tx, records, verdicts, span_ids)
+    await _record(tx, records, verdicts, span_ids, metrics)
+
+
+async def _record(
+    tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[Verdict], span_ids: Sequence[str], metrics: Metrics
+) -> None:
+    costs = await usage.record(tx, records, verdicts, span_ids)
+
+    async def show() -> None:
+        for kind, count in Counter(verdict.kind for verdict in verdicts).items():
+            metrics.usage_records.labels(kind).inc(count)
+        for currency, nanos in costs:
+            metrics.cost_nanos.labels(currency).inc(nanos)
+
+    tx.after_commit(show)
 
 
 def _follow(record: UsageRecorded, verdict: Verdict, tx: Tx) -> str:
@@ -79,7 +95,7 @@ def _tell_processes(event: QuotaExhausted | BudgetThresholdPassed, tx: Tx, cache
 
 
 @CHANNEL_EVENTS.batch(group="billing")
-async def count_messages(events: list[Message], tx: Tx) -> None:
+async def count_messages(events: list[Message], tx: Tx, metrics: Metrics) -> None:
     """Counts delivered messages."""
     delivered: list[tuple[str, date, UUID]] = []
     used: list[UsageRecorded] = []
@@ -91,7 +107,7 @@ async def count_messages(events: list[Message], tx: Tx) -> None:
             used.append(record := _message_used(event, tenant_id, at))
             tx.origins[id(record)] = headers
     if used:
-        await usage.record(tx, used, await usage.rate(tx, used), [""] * len(used))
+        await _record(tx, used, await usage.rate(tx, used), [""] * len(used), metrics)
     await deliveries.count(tx, delivered)
 
 

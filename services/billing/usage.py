@@ -52,10 +52,11 @@ async def rate(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
 
 async def record(
     tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[Verdict], span_ids: Sequence[str]
-) -> None:
+) -> list[tuple[str, int]]:
     """Stores records with their verdicts, debits the counted ones and closes the holds that they name.
 
     span_ids: the spans in which the records were rated. Empty: not traced.
+    Returns the currency and the debit in nano-units of each account that was debited.
     """
     places = await _places(tx, records, verdicts)
     columns: tuple[Sequence[str], ...] = (
@@ -93,6 +94,7 @@ async def record(
     ]:
         await aggregates.add(tx, counted)
         await budgets.spend(tx, counted)
+    return [(currency, amount_nanos) for _, currency, _, _, amount_nanos in debited]
 
 
 async def _places(tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[Verdict]) -> Sequence[Place]:

@@ -8,11 +8,13 @@ from infra.postgres.tx import Tx
 from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, SERVICE_LOGS, USAGE_RECORDS
 from protos.messages.agent import RunCompleted, RunFailed
 from protos.messages.audit import ActAudited
+from protos.messages.billing import UsageRecorded
 from services.log_aggregator import audit, documents
 from services.log_aggregator.index import Index
 
 # The consumer group of the search index. Its offsets are independent of the audit chains' offsets.
 INDEX = "log_aggregator_index"
+TOKENS = ("input", "cached", "output", "reasoning")
 
 
 @AUDIT_LOGS.batch(group="log_aggregator")
@@ -41,8 +43,12 @@ async def index_agent_events(events: list[Decoded], index: Index, metrics: Metri
 
 
 @USAGE_RECORDS.at_least_once(group=INDEX)
-async def index_usage(records: list[Decoded], index: Index) -> None:
+async def index_usage(records: list[Decoded], index: Index, metrics: Metrics) -> None:
     await index.store("events", [documents.usage(record) for record in records])
+    for record in records:
+        if isinstance(record.message, UsageRecorded):
+            for kind in TOKENS:
+                metrics.tokens.labels(kind).inc(record.message.quantities.get(f"{kind}_tokens", 0))
 
 
 @AUDIT_LOGS.at_least_once(group=INDEX)

@@ -313,7 +313,7 @@ def test_prometheus_asks_every_service_and_its_alerts_name_metrics_that_exist() 
 
 
 def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not() -> None:
-    """`promtool test rules` runs the cases; Prometheus is not installed here."""
+    """`test_prometheus` runs the cases."""
     rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
     cases = yaml.safe_load((DEPLOY / "prometheus" / "alerts.test.yml").read_text())["tests"]
     fires: dict[bool, set[str]] = {True: set(), False: set()}

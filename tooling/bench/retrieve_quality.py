@@ -12,7 +12,6 @@ import asyncio
 import io
 import random
 import re
-import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -43,7 +42,7 @@ from services.memory.rights import of_agent
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
-from tooling.stack.engines.base import EngineError
+from tooling.testing.packages import extract
 from tooling.testing.platform import PASSWORDS
 
 PAGES = 150
@@ -72,12 +71,10 @@ def fetch() -> dict[str, dict[str, Page]]:
     found: dict[str, dict[str, Page]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for language, (package, place) in PACKAGES.items():
-            for command in (("apt-get", "download", package), ("sh", "-c", f"dpkg-deb -x {package}_*.deb {language}")):
-                try:
-                    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-                except (OSError, subprocess.CalledProcessError) as error:
-                    raise EngineError(f"retrieve-quality: needs Debian's package {package}: {error}") from error
-            root = Path(folder) / language / "usr/share/libreoffice/help" / place / "text"
+            files = Path(folder) / language
+            files.mkdir()
+            extract(package, files)
+            root = files / "usr/share/libreoffice/help" / place / "text"
             found[language] = {str(path.relative_to(root)): _page(path.read_text()) for path in root.rglob("*.html")}
     english, chinese = found["en"], found["zh"]
     both = sorted(

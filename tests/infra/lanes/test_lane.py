@@ -449,6 +449,16 @@ async def test_a_renewal_leaves_a_lane_alone_that_was_given_back_meanwhile(claim
     assert await sql(desk, "SELECT ready_at FROM lane WHERE kind = $1", kind.name) == [(None,)]
 
 
+async def test_a_lane_whose_lease_ran_out_is_counted_as_taken_over(world: World, notes: Notes) -> None:
+    kind = new_lane()
+    async with world.process() as database:
+        await put(database, kind, "a", 1)
+        await sql(database, "UPDATE lane SET owner = gen_random_uuid() WHERE kind = $1", kind.name)
+    async with world.process(kind.runner(concurrency=1)(notes.note)):
+        await notes.has(1)
+    assert f'claw_lane_takeovers_total{{kind="{kind.name}"}} 1.0' in metrics_of(world)
+
+
 async def test_a_lane_that_a_transaction_has_locked_costs_no_other_its_lease(claims: Claims, desk: Database) -> None:
     kind = new_lane()
     for lane in ("locked", "free"):

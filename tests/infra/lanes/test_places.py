@@ -88,7 +88,7 @@ async def test_a_search_for_lanes_and_transactions_do_not_take_the_same_places(
 
     async def claim(kind: str, start: str, wanted: int, per_tenant: int, taken: Mapping[str, int], **_: Any) -> Claimed:
         searched.append((wanted, dict(taken), reserve(runner, "b")))
-        return Claimed([], 0, None, False)
+        return Claimed([], 0, None, False, 0)
 
     monkeypatch.setattr(runner._claims, "claim", claim)
     assert reserve(runner, "a")

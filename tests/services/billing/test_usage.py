@@ -29,6 +29,25 @@ async def test_a_record_is_counted_debited_and_written_into_the_ledger(billing: 
     assert entries[1]["usage_id"] == "run/1/1"
 
 
+async def test_the_cost_of_a_record_is_shown_once_in_the_metrics(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=10**9)
+
+    async def shown(sample: str) -> float:
+        text = (await billing.operator.get("/metrics")).text
+        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(sample))
+
+    cost, repeats = 'claw_cost_nanos_total{currency="USD"}', 'claw_usage_records_total{verdict="duplicate"}'
+    cost_before, repeats_before = await shown(cost), await shown(repeats)
+    for _ in range(2):
+        await tenant.use("run/1/1", input_tokens=1000, cached_tokens=0, output_tokens=10)
+
+    async def repeat_is_shown() -> bool:
+        return await shown(repeats) == repeats_before + 1
+
+    await tenant.platform.until(repeat_is_shown)
+    assert await shown(cost) == cost_before + 1000 * 150 + 10 * 600
+
+
 async def test_a_thousand_records_with_repeats_over_many_batches_and_a_rewind_add_up_exactly(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=10**12)
     rng = random.Random(4)

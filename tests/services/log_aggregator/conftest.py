@@ -31,6 +31,7 @@ async def aggregator(platform: Platform) -> AsyncIterator[Platform]:
 def search(aggregator: Platform) -> Iterator[OpenSearch]:
     """OpenSearch's official client."""
     url = urlsplit(aggregator.stack.engines["opensearch"]["url"])
-    client = OpenSearch([{"host": url.hostname, "port": url.port}])
+    # A new index has no shard for a moment, and the answer is 503.
+    client = OpenSearch([{"host": url.hostname, "port": url.port}], max_retries=1000)
     yield client
     client.close()
