@@ -36,7 +36,7 @@ QUEUED_BATCHES = 4
 COMMIT_SECONDS = 5.0
 
 
-class Fetched(NamedTuple):
+class FetchedRecords(NamedTuple):
     """Records of one partition."""
 
     topic_id: UUID | None
@@ -73,7 +73,7 @@ class TransactionalReader(GroupReader, ConsumerRebalanceListener):  # type: igno
                 # The partition may have been taken away since the fetch.
                 if tp in self._partitions:
                     for first in range(0, len(records), BATCH):
-                        self._partitions[tp].put(Fetched(ids.get(tp.topic), records[first : first + BATCH]))
+                        self._partitions[tp].put(FetchedRecords(ids.get(tp.topic), records[first : first + BATCH]))
             if time.monotonic() - committed > COMMIT_SECONDS:
                 committed = time.monotonic()
                 await self._commit_for_monitoring(consumer)
@@ -128,14 +128,14 @@ class _Partition:
         self._consumer = consumer
         self._tp = tp
         self._topic = topic
-        self._queue: deque[Fetched] = deque()
+        self._queue: deque[FetchedRecords] = deque()
         self._filled = asyncio.Event()
         self._stopping = asyncio.Event()
         self._progress = time.monotonic()
         self._batches = Batches(reader._database, reader.group, topic, tp.partition, handlers, reader._metrics)
         self._task = asyncio.create_task(self._work(), name=f"{self._group} {tp.topic}/{tp.partition}")
 
-    def put(self, fetched: Fetched) -> None:
+    def put(self, fetched: FetchedRecords) -> None:
         self._queue.append(fetched)
         self._filled.set()
         if len(self._queue) >= QUEUED_BATCHES:
@@ -190,7 +190,7 @@ class _Partition:
             if not self._stopping.is_set() and self._tp in self._consumer.assignment():
                 self._consumer.pause(self._tp)
 
-    async def _next(self) -> Fetched | None:
+    async def _next(self) -> FetchedRecords | None:
         while not self._queue:
             self._filled.clear()
             if self._stopping.is_set():

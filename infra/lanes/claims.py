@@ -90,7 +90,7 @@ class Lease:
         return LaneLost(f"lane {self.kind}: another process holds it")
 
 
-class Head(NamedTuple):
+class LaneHead(NamedTuple):
     """The first item of a lane, as the SQL function `lane_head` returns it."""
 
     seq: int
@@ -109,7 +109,7 @@ class Head(NamedTuple):
 class Claimed(NamedTuple):
     """The result of a claim."""
 
-    lanes: list[tuple[Lease, Head | None]]
+    lanes: list[tuple[Lease, LaneHead | None]]
     tenants: int
     """The number of tenants that have a lane which is ready."""
     due: float | None
@@ -202,12 +202,12 @@ class Claims:
                     """,
                     recovered,
                 )
-            heads: dict[int, Head] = {}
+            heads: dict[int, LaneHead] = {}
             if leases:
                 # A statement of its own: the claiming statement began before it had the locks, and may have seen a head
                 # that the last owner finished meanwhile.
                 heads = {
-                    row[0]: Head(*row[1:])
+                    row[0]: LaneHead(*row[1:])
                     for row in await sql(
                         connection,
                         "SELECT c.lane_id, h.* FROM unnest($1::bigint[]) AS c(lane_id), lane_head(c.lane_id) h",

@@ -18,7 +18,7 @@ import msgspec
 
 from infra.errors import Conflict, EffectFailed, Transient, describe
 from infra.failpoint import failpoint
-from infra.lanes.claims import Head, Lease
+from infra.lanes.claims import LaneHead, Lease
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
 from infra.postgres.db import is_transient, storable
@@ -49,7 +49,7 @@ class Outcome(Generic[R]):
 class ItemEnded(NamedTuple):
     """A handler returns this if it has ended its item by the SQL function `lane_finish` in a transaction of its own."""
 
-    next: Head | None
+    next: LaneHead | None
     """The next item of the lane, if it is to be done at once; None if the lane was given back."""
 
 

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.errors import InvalidMessage, NotYet, RetryLater, describe
 from infra.failpoint import failpoint
-from infra.lanes.claims import Claims, Head, LaneLost, Lease, after
+from infra.lanes.claims import Claims, LaneHead, LaneLost, Lease, after
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Work
 from infra.observe import telemetry
@@ -129,7 +129,7 @@ class LaneRunner:
         failpoint("after_lane_claim")
         item = claimed.item
         lease = Lease(item.kind, item.tenant_id, item.lane, claimed.lane_id, claimed.epoch, claimed.until)
-        head = Head(
+        head = LaneHead(
             seq=claimed.seq,
             item_id=item.item_id,
             body=item.body,
@@ -145,7 +145,7 @@ class LaneRunner:
         self._begin(self._kinds[item.kind], lease, head)
         self.give_up(item.kind, item.tenant_id)
 
-    def _begin(self, kind: _Kind, lease: Lease, head: Head | None) -> None:
+    def _begin(self, kind: _Kind, lease: Lease, head: LaneHead | None) -> None:
         # An empty context: the task does not belong to the trace of the transaction that claimed the lane.
         task = asyncio.create_task(self._process(kind, lease, head), name=f"lane {kind.name}", context=Context())
         kind.running[lease] = task
@@ -281,7 +281,7 @@ class LaneRunner:
         await asyncio.wait(late)
         await self._claims.give_back(leases)
 
-    async def _process(self, kind: _Kind, lease: Lease, head: Head | None) -> None:
+    async def _process(self, kind: _Kind, lease: Lease, head: LaneHead | None) -> None:
         """Handles the lane's items one by one, until none is due or other lanes have their turn."""
         try:
             if head is None or not (head.due or head.expired):
@@ -304,7 +304,7 @@ class LaneRunner:
                 exc_info=not is_transient(error),
             )
 
-    async def _step(self, kind: _Kind, lease: Lease, head: Head, may_go_on: bool) -> Head | None:
+    async def _step(self, kind: _Kind, lease: Lease, head: LaneHead, may_go_on: bool) -> LaneHead | None:
         """Handles the head. Returns the next one, or None if the lane was given back."""
         carrier = msgspec.json.decode(head.headers, type=dict[str, str])
         started = time.perf_counter()
@@ -330,7 +330,7 @@ class LaneRunner:
         self._metrics.lane_seconds.labels(kind.name).observe(time.perf_counter() - started)
         return result
 
-    async def _do(self, kind: _Kind, lease: Lease, head: Head, may_go_on: bool, tx: Tx) -> Head | None:
+    async def _do(self, kind: _Kind, lease: Lease, head: LaneHead, may_go_on: bool, tx: Tx) -> LaneHead | None:
         if head.recoveries >= MAX_RECOVERIES:
             raise InvalidMessage("item", f"its process died, or lost the lane, {head.recoveries} times")
         try:
@@ -360,7 +360,9 @@ class LaneRunner:
         failpoint("before_lane_commit")
         return result
 
-    async def _failed(self, kind: _Kind, lease: Lease, head: Head, error: Exception, may_go_on: bool) -> Head | None:
+    async def _failed(
+        self, kind: _Kind, lease: Lease, head: LaneHead, error: Exception, may_go_on: bool
+    ) -> LaneHead | None:
         lane = kind.work.lane
         transient = is_transient(error)
         dead = isinstance(error, InvalidMessage) or (not transient and head.faults >= len(lane.retries))
@@ -410,7 +412,7 @@ class LaneRunner:
         self.wake(kind.name)  # so that the next claim tells when the lane is due
         return result
 
-    async def _finish(self, tx: Tx, lease: Lease, head: Head, state: str, may_go_on: bool) -> Head | None:
+    async def _finish(self, tx: Tx, lease: Lease, head: LaneHead, state: str, may_go_on: bool) -> LaneHead | None:
         """Ends the head. Returns the next one if it may be handled at once. Otherwise the lane is given back."""
         [(held, *following)] = await tx.sql(
             "SELECT * FROM lane_finish($1, $2, $3, $4, $5)",
@@ -425,10 +427,10 @@ class LaneRunner:
         if following[0] is None:
             lease.given_back = True
             return None
-        return Head(*following)
+        return LaneHead(*following)
 
 
-def _readable(kind: _Kind, head: Head) -> Any:
+def _readable(kind: _Kind, head: LaneHead) -> Any:
     """The item, or None if it cannot be decoded."""
     try:
         return kind.decoder.decode(head.body)
@@ -443,7 +445,7 @@ def _pause(error: Exception, attempts: int) -> timedelta:
     return timedelta(seconds=2 ** min(attempts, 6)) * random.uniform(0.75, 1.0)
 
 
-def _dead_letter(lease: Lease, head: Head, error: str) -> DeadLetter:
+def _dead_letter(lease: Lease, head: LaneHead, error: str) -> DeadLetter:
     headers: dict[str, Any] = msgspec.json.decode(head.headers)
     return DeadLetter(
         destination=lease.kind,

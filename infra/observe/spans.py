@@ -30,7 +30,7 @@ _random = random.Random(os.urandom(16))
 os.register_at_fork(after_in_child=lambda: _random.seed(os.urandom(16)))
 
 
-class Event(NamedTuple):
+class SpanEvent(NamedTuple):
     """Something that happened during a span, such as an exception. `timestamp`: nanoseconds since 1970."""
 
     name: str
@@ -76,7 +76,7 @@ class RecordedSpan(trace.Span):
         self.name = name
         self.kind = kind
         self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
-        self.events: list[Event] = []
+        self.events: list[SpanEvent] = []
         self.links = links
         self.start_time = time_ns()
         self.end_time = 0
@@ -125,7 +125,7 @@ class RecordedSpan(trace.Span):
 
     def add_event(self, name: str, attributes: Mapping[str, Any] | None = None, timestamp: int | None = None) -> None:
         if not self.end_time:
-            self.events.append(Event(name, timestamp or time_ns(), attributes or {}))
+            self.events.append(SpanEvent(name, timestamp or time_ns(), attributes or {}))
 
     def add_link(self, context: SpanContext, attributes: Mapping[str, Any] | None = None) -> None:
         if not self.end_time:

@@ -155,7 +155,7 @@ def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: f"\\x{value.hex()}" if isinstance(value, bytes) else value for name, value in row.items()}
 
 
-class Difference(msgspec.Struct, frozen=True):
+class RowDifference(msgspec.Struct, frozen=True):
     """A row that differs from its source."""
 
     key: str
@@ -171,7 +171,7 @@ class Comparison:
     live_hash: int
     rebuilt_rows: int
     rebuilt_hash: int
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[RowDifference] = field(default_factory=list)
 
 
 def _names(columns: Iterable[str], of: str = "") -> str:
@@ -220,7 +220,7 @@ async def compare(connection: AsyncConnection, model: ReadModel, scopes: Sequenc
             list(scopes),
             made,
         )
-        found.differences = [Difference(key, what) for key, what in rows]
+        found.differences = [RowDifference(key, what) for key, what in rows]
     return found
 
 

@@ -27,7 +27,7 @@ _CAUSE = r"""
     """
 
 
-class Group(NamedTuple):
+class DeadLetterGroup(NamedTuple):
     """The open dead letters of one consumer and source with the same cause."""
 
     first_id: UUID
@@ -42,7 +42,7 @@ class Group(NamedTuple):
     last_failed_at: datetime
 
 
-class Redriven(NamedTuple):
+class RedriveCounts(NamedTuple):
     """The result of a bulk redrive."""
 
     matched: int
@@ -53,7 +53,9 @@ class Redriven(NamedTuple):
     """Those that were left, because a repeat of their message would not be recognised."""
 
 
-async def group_by_cause(tx: Tx, *, limit: int, after: UUID | None = None, tenant_id: str | None = None) -> list[Group]:
+async def group_by_cause(
+    tx: Tx, *, limit: int, after: UUID | None = None, tenant_id: str | None = None
+) -> list[DeadLetterGroup]:
     """The groups by their oldest dead letter; after: the `first_id` of the last group of the previous page."""
     rows = await tx.sql(
         f"""
@@ -74,7 +76,7 @@ async def group_by_cause(tx: Tx, *, limit: int, after: UUID | None = None, tenan
         after,
         limit,
     )
-    return [Group(*row) for row in rows]
+    return [DeadLetterGroup(*row) for row in rows]
 
 
 async def redrive_matching(
@@ -87,7 +89,7 @@ async def redrive_matching(
     rate_per_s: float | None = None,
     dry_run: bool = False,
     force: bool = False,
-) -> Redriven:
+) -> RedriveCounts:
     """Marks the failed dead letters that match, the oldest first; one audit record names the cause and the number.
 
     rate_per_s: how many of them the service handles in a second, on average. force: also those that are too old. Raises
@@ -106,7 +108,7 @@ async def redrive_matching(
         force,
     )
     if dry_run or not fresh:
-        return Redriven(matched, min(fresh, LIMIT), matched - fresh)
+        return RedriveCounts(matched, min(fresh, LIMIT), matched - fresh)
     marked = await tx.sql(
         f"""
         -- Locks the letters, the oldest first. Those that an operator or a redriver works on are left to them.
@@ -134,4 +136,4 @@ async def redrive_matching(
             # The acts on single letters are found by their ids.
             details["ids"] = " ".join(map(str, ids))
         audit(tx, actor, "dead_letter.redrive_all", "cause", cause or "", **details)
-    return Redriven(matched, len(marked), matched - fresh)
+    return RedriveCounts(matched, len(marked), matched - fresh)

@@ -194,6 +194,6 @@ def _shown(letter: DeadLetterView, *, whole: bool) -> ops_pb2.DeadLetter:
     return shown
 
 
-def _shown_group(group: bulk_redrive.Group) -> ops_pb2.DeadLetterGroup:
+def _shown_group(group: bulk_redrive.DeadLetterGroup) -> ops_pb2.DeadLetterGroup:
     fields = group._asdict() | {"first_id": str(group.first_id)}
     return ops_pb2.DeadLetterGroup(**fields)

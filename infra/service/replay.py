@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Rebuilt:
+class ReplayResult:
     """The result of a replay."""
 
     records: int
@@ -95,7 +95,7 @@ class Replay:
 
     async def from_kafka(
         self, bootstrap: str, *, prefix: str = "", switch_unequal: bool = False, restart: bool = False
-    ) -> Rebuilt:
+    ) -> ReplayResult:
         """Rebuilds from the topic's log. An interrupted replay goes on, unless `restart` is set.
 
         Raises Conflict if the log has lost its first records.
@@ -131,7 +131,7 @@ class Replay:
 
     async def from_events(
         self, owner: str, aggregates: Sequence[Aggregate[Any]], *, switch_unequal: bool = False
-    ) -> Rebuilt:
+    ) -> ReplayResult:
         """Rebuilds from the event store of service `owner`, with those facts that the live consumer has handled.
 
         The live consumer is held during the whole replay. Both services' schemas are in this one database.
@@ -329,8 +329,8 @@ class Replay:
         self._done += len(items)
         self._progress(self._done, total)
 
-    async def _finish(self, held: AsyncConnection, switch_unequal: bool) -> Rebuilt:
-        result = Rebuilt(self._done, await self._shadow.compare(held))
+    async def _finish(self, held: AsyncConnection, switch_unequal: bool) -> ReplayResult:
+        result = ReplayResult(self._done, await self._shadow.compare(held))
         if switch_unequal or all(comparison.equal for comparison in result.tables):
             await self._shadow.switch(held)
             failpoint("before_switch")

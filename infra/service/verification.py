@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from infra.errors import Conflict
 from infra.failpoint import failpoint
 from infra.postgres.db import is_transient, sql
-from infra.postgres.read_models import Comparison, Difference, ReadModel, compare, repair
+from infra.postgres.read_models import Comparison, ReadModel, RowDifference, compare, repair
 
 SHOWN = 100
 """So many differences are kept; all are counted."""
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 """Called with the number of compared scopes and the number of all scopes."""
 
 
-class Verified(msgspec.Struct):
+class VerificationResult(msgspec.Struct):
     """The result of a verification so far."""
 
     model: str
@@ -43,7 +43,7 @@ class Verified(msgspec.Struct):
     rebuilt_hash: str = "0"
     different: int = 0
     repaired: int = 0
-    differences: list[Difference] = []
+    differences: list[RowDifference] = []
     scopes: int = 0
     cursor: str = ""
     finished: bool = False
@@ -83,7 +83,7 @@ async def verify(
     restart: bool = False,
     progress: Progress = lambda done, total: None,
     stopping: asyncio.Event | None = None,
-) -> Verified:
+) -> VerificationResult:
     """Compares the read model with its source. `engine` finds the service's tables by its search path.
 
     switch: repairs the rows that differ. restart: from the beginning, also if a verification was paused. If `stopping`
@@ -93,7 +93,7 @@ async def verify(
     async with alone(engine, service):
         async with engine.begin() as connection:
             state = None if restart else await paused(connection, model.name, switch=switch)
-            state = state or Verified(model.name)
+            state = state or VerificationResult(model.name)
             [(total,)] = await sql(connection, model.total)
         while not state.finished and not (stopping and stopping.is_set()):
             state = await _next(engine, model, state, switch=switch)
@@ -106,7 +106,7 @@ async def last(connection: AsyncConnection) -> dict[str, LastVerification]:
     rows = await sql(connection, "SELECT name, verified_at, compared, different, progress FROM read_model")
     return {
         name: LastVerification(
-            at, compared, different, msgspec.json.decode(paused, type=Verified).scopes if paused else None
+            at, compared, different, msgspec.json.decode(paused, type=VerificationResult).scopes if paused else None
         )
         for name, at, compared, different, paused in rows
     }
@@ -128,7 +128,9 @@ async def store(connection: AsyncConnection, name: str, compared: int, different
     )
 
 
-async def _next(engine: AsyncEngine, model: ReadModel, before: Verified, *, switch: bool) -> Verified:
+async def _next(
+    engine: AsyncEngine, model: ReadModel, before: VerificationResult, *, switch: bool
+) -> VerificationResult:
     """Compares one batch, and commits the new position with it."""
     async with engine.begin() as connection:
         await sql(connection, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -156,7 +158,9 @@ async def _next(engine: AsyncEngine, model: ReadModel, before: Verified, *, swit
     return after
 
 
-async def _repair(engine: AsyncEngine, model: ReadModel, scopes: Sequence[str], after: Verified) -> Verified:
+async def _repair(
+    engine: AsyncEngine, model: ReadModel, scopes: Sequence[str], after: VerificationResult
+) -> VerificationResult:
     after = msgspec.structs.replace(after)
     async with engine.begin() as connection:
         await sql(connection, f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
@@ -175,7 +179,7 @@ async def _repair(engine: AsyncEngine, model: ReadModel, scopes: Sequence[str], 
     return after
 
 
-async def save(connection: AsyncConnection, state: Verified) -> None:
+async def save(connection: AsyncConnection, state: VerificationResult) -> None:
     """Stores the position of a verification, or its result if it is finished."""
     if state.finished:
         await store(connection, state.model, state.rows, state.left)
@@ -191,11 +195,11 @@ async def save(connection: AsyncConnection, state: Verified) -> None:
     )
 
 
-async def paused(connection: AsyncConnection, name: str, *, switch: bool) -> Verified | None:
+async def paused(connection: AsyncConnection, name: str, *, switch: bool) -> VerificationResult | None:
     """The verification of this read model that was interrupted. None: there is none to go on with, because it has
     passed rows that a `switch` has to repair."""
     rows = await sql(connection, "SELECT progress FROM read_model WHERE name = $1", name)
-    state = msgspec.json.decode(rows[0][0], type=Verified) if rows and rows[0][0] else None
+    state = msgspec.json.decode(rows[0][0], type=VerificationResult) if rows and rows[0][0] else None
     return None if state and switch and state.left else state
 
 

@@ -9,9 +9,9 @@ from services.agent.learning.wiring import learner
 from services.agent.read_models import READ_MODELS
 from services.agent.runs.publishing import REPLAYED
 from services.agent.sessions.publishing import SESSION
-from services.agent.settings import Settings
+from services.agent.settings import AgentSettings
 
-service = Service("agent", Settings)
+service = Service("agent", AgentSettings)
 service.own(SESSION, REPLAYED)
 service.project(*READ_MODELS)
 service.seal(*SEALED)

@@ -2,11 +2,10 @@
 
 from pydantic import SecretStr
 
-from infra.service.settings import Settings as Base
-from infra.service.settings import StoreUrl
+from infra.service.settings import Settings, StoreUrl
 
 
-class Settings(Base):
+class AgentSettings(Settings):
     memory_grpc: str
     billing_grpc: str
     plugin_grpc: str

@@ -7,7 +7,7 @@ from infra.stores.cache import Cache
 from services.billing import api, handlers, rpc, tenants
 from services.billing.clock import Clock
 from services.billing.read_models import READ_MODELS
-from services.billing.settings import Settings
+from services.billing.settings import BillingSettings
 
 
 def cache(runtime: Runtime) -> Cache:
@@ -18,7 +18,7 @@ def metrics(runtime: Runtime) -> Metrics:
     return runtime.metrics
 
 
-service = Service("billing", Settings)
+service = Service("billing", BillingSettings)
 service.project(*READ_MODELS)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)

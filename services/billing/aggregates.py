@@ -190,7 +190,7 @@ def full_hour(field: str, moment: datetime) -> datetime:
     return moment
 
 
-class Rebuilt(BaseModel):
+class RebuiltBuckets(BaseModel):
     """The result of a rebuild. The buckets were replaced only if they were not equal."""
 
     buckets: int
@@ -199,13 +199,13 @@ class Rebuilt(BaseModel):
     equal: bool
 
 
-async def rebuild(tx: Tx, tenant_id: str) -> Rebuilt:
+async def rebuild(tx: Tx, tenant_id: str) -> RebuiltBuckets:
     """Computes the tenant's buckets again from its records and replaces them. The caller has locked the account."""
     before = await _fingerprint(tx, tenant_id)
     await tx.sql("DELETE FROM usage_bucket WHERE tenant_id = $1", tenant_id)
     await tx.sql(f"INSERT INTO usage_bucket {REBUILT}", [tenant_id])
     after = await _fingerprint(tx, tenant_id)
-    return Rebuilt(buckets=after[0], hash_before=before[1], hash_after=after[1], equal=before == after)
+    return RebuiltBuckets(buckets=after[0], hash_before=before[1], hash_after=after[1], equal=before == after)
 
 
 async def _fingerprint(tx: Tx, tenant_id: str) -> tuple[int, str]:

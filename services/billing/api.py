@@ -31,10 +31,10 @@ from services.billing import (
     rerate,
     terms_api,
 )
-from services.billing.aggregates import GROUPS, METERS, Meter, Rebuilt, Sum, Window, full_hour
+from services.billing.aggregates import GROUPS, METERS, Meter, RebuiltBuckets, Sum, Window, full_hour
 from services.billing.payments import api as payments
-from services.billing.reconciliation import Reconciliation, reconcile
-from services.billing.reports import Balance, Grouping, Summary, UsageFilter, UsageList, UsageVerdict
+from services.billing.reconciliation import UsageReconciliation, reconcile
+from services.billing.reports import Balance, Grouping, UsageFilter, UsageList, UsageSummary, UsageVerdict
 
 Since = Annotated[AwareDatetime | None, Query(description="only usage that occurred at or after this time")]
 From = Annotated[AwareDatetime | None, Query(alias="from", description="with group_by: first hour")]
@@ -120,13 +120,13 @@ def _tenants(runtime: Runtime) -> APIRouter:
         until: Until = None,
         resource: Annotated[str | None, Query()] = None,
         group: Annotated[Grouping, Query()] = "resource",
-    ) -> Summary:
+    ) -> UsageSummary:
         """Returns sums by resource and unit, and the number of delivered messages by type of channel."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             return await reports.summary(tx, UsageFilter(who.tenant_id, since, until, resource), group)
 
     @router.post("/usage/rebuild")
-    async def rebuild_usage(tenant_id: Annotated[str, Query()], who: Operator) -> Rebuilt:
+    async def rebuild_usage(tenant_id: Annotated[str, Query()], who: Operator) -> RebuiltBuckets:
         """Computes the sums of a tenant's usage again from its records, and compares them with the stored ones."""
         async with runtime.worker.begin(tenant_id=tenant_id) as tx:
             await accounts.lock_one(tx, tenant_id)
@@ -180,7 +180,7 @@ def _tenants(runtime: Runtime) -> APIRouter:
             return await reports.verdict(tx, who.tenant_id, usage_id)
 
     @router.get("/reconciliation")
-    async def get_reconciliation(who: Viewer) -> Reconciliation:
+    async def get_reconciliation(who: Viewer) -> UsageReconciliation:
         """Compares the usage that services produced with the verdicts. The operator gets the figures of all tenants."""
         return await reconcile(runtime, who.tenant_id or None)
 

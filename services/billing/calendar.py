@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 Interval = Literal["month", "year"]
 
 
-class Span(NamedTuple):
+class TimeSpan(NamedTuple):
     """From `begins` (inclusive) until `ends` (exclusive), UTC."""
 
     begins: datetime
@@ -21,7 +21,9 @@ class Span(NamedTuple):
         return int((self.ends - self.begins) / timedelta(seconds=1))
 
 
-def full_period(moment: datetime, anchor_day: int, interval: Interval, zone: ZoneInfo, anchor_month: int = 1) -> Span:
+def full_period(
+    moment: datetime, anchor_day: int, interval: Interval, zone: ZoneInfo, anchor_month: int = 1
+) -> TimeSpan:
     """Returns the period that contains `moment`.
 
     A period begins at local midnight of the anchor day. In a month without that day it begins on the month's last day.
@@ -33,7 +35,7 @@ def full_period(moment: datetime, anchor_day: int, interval: Interval, zone: Zon
     if begins > moment:
         year, month = _shift(year, month, interval, -1)
         begins = _anchor(year, month, anchor_day, zone)
-    return Span(begins, _anchor(*_shift(year, month, interval, 1), anchor_day, zone))
+    return TimeSpan(begins, _anchor(*_shift(year, month, interval, 1), anchor_day, zone))
 
 
 def _shift(year: int, month: int, interval: Interval, by: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from infra.postgres.tx import Tx
 from services.billing import accounts, invoices, plans, subscriptions, tax
 from services.billing.currencies import to_minor
 from services.billing.invoices import Invoice
-from services.billing.plans import Metered
+from services.billing.plans import MeteredQuantity
 from services.billing.subscriptions import Period
 
 
@@ -80,7 +80,7 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
     return await invoices.get(tx, tenant_id, invoice_id)
 
 
-async def metered(tx: Tx, tenant_id: str, period: int) -> list[Metered]:
+async def metered(tx: Tx, tenant_id: str, period: int) -> list[MeteredQuantity]:
     """Returns the sums of the period's usage. It reads buckets only, so its cost does not grow with the records."""
     rows = await tx.sql(
         """
@@ -94,6 +94,6 @@ async def metered(tx: Tx, tenant_id: str, period: int) -> list[Metered]:
         period,
     )
     return [
-        Metered(meter, model, agent, channel, late, int(quantity), records)
+        MeteredQuantity(meter, model, agent, channel, late, int(quantity), records)
         for meter, model, agent, channel, late, quantity, records in rows
     ]

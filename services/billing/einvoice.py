@@ -38,7 +38,7 @@ class _Tax(NamedTuple):
     reason: str
 
 
-class Price(NamedTuple):
+class LinePrice(NamedTuple):
     """The price of a line: `amount` units of the currency for `base` units, and the billed quantity.
 
     A negative amount has a negative quantity, because the standard wants prices above zero (rule BR-27).
@@ -130,15 +130,15 @@ def rounded(lines: Sequence[InvoiceLine], net: int, currency: str) -> list[int]:
     return found
 
 
-def price(line: InvoiceLine) -> Price:
+def price(line: InvoiceLine) -> LinePrice:
     """Quantity × amount / base is the exact amount of the line."""
     sign = -1 if line.amount_nanos < 0 else 1
     if not line.amount_nanos:
-        return Price(line.quantity, Decimal(0))
+        return LinePrice(line.quantity, Decimal(0))
     quantity = line.quantity or 1
     if line.unit_nanos is not None and Decimal(line.unit_nanos) * quantity == line.amount_nanos:
-        return Price(quantity, Decimal(line.unit_nanos).scaleb(-9))
-    return Price(sign * quantity, Decimal(abs(line.amount_nanos)).scaleb(-9), quantity)
+        return LinePrice(quantity, Decimal(line.unit_nanos).scaleb(-9))
+    return LinePrice(sign * quantity, Decimal(abs(line.amount_nanos)).scaleb(-9), quantity)
 
 
 def _line(element: etree._Element, number: int, line: InvoiceLine, net: str, tax: _Tax) -> None:

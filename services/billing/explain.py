@@ -59,7 +59,7 @@ class Proof(BaseModel):
     """The record that the request names."""
 
 
-class Part(BaseModel):
+class AmountPart(BaseModel):
     """A part of a record's amount."""
 
     unit: str
@@ -75,7 +75,7 @@ class RecordProof(BaseModel):
     """One usage record: its content, the prices that apply to it, and the run that has the answer."""
 
     usage: UsageVerdict
-    parts: list[Part]
+    parts: list[AmountPart]
     run_id: UUID | None
     step: int | None
     answer: str | None
@@ -186,7 +186,7 @@ async def _record(tx: Tx, tenant_id: str, usage_id: str) -> RecordProof:
             )
             if counted:
                 parts.append(
-                    Part(unit=unit, quantity=counted, nanos_per_unit=f"{nanos:f}", nanos=f"{nanos * counted:f}")
+                    AmountPart(unit=unit, quantity=counted, nanos_per_unit=f"{nanos:f}", nanos=f"{nanos * counted:f}")
                 )
     # The id of a model call is <run>/<step>/<attempt>.
     names = usage_id.split("/")

@@ -20,7 +20,7 @@ from services.billing.tax import Buyer, Seller
 Status = Literal["draft", "finalised", "paid", "void", "uncollectible"]
 
 
-class Span(BaseModel):
+class InvoicePeriod(BaseModel):
     begins: datetime
     ends: datetime
 
@@ -31,7 +31,7 @@ class Invoice(BaseModel):
     """Null: a draft."""
     status: Status
     currency: str
-    period: Span
+    period: InvoicePeriod
     subtotal_nanos: int
     tax_nanos: int
     tax_note: str
@@ -116,7 +116,7 @@ def _invoice(row: tuple[Any, ...]) -> Invoice:
         id=columns.pop("invoice_id"),
         buyer=Buyer.model_validate_json(columns.pop("buyer")),
         seller=Seller.model_validate_json(columns.pop("seller")),
-        period=Span(begins=columns.pop("begins"), ends=columns.pop("ends")),
+        period=InvoicePeriod(begins=columns.pop("begins"), ends=columns.pop("ends")),
         due_minor=max(0, due) if open_ else 0,
         overdue=columns["status"] == "finalised" and columns["due_at"] < utcnow(),
         **columns,

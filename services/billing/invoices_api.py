@@ -48,7 +48,7 @@ class NewCreditNote(_Body):
     """True: money that was paid is owed until a payment is refunded. False: it becomes a grant."""
 
 
-class Payment(_Body):
+class ManualPayment(_Body):
     """A payment that arrived outside of a payment provider, such as a bank transfer."""
 
     amount_minor: int = Field(gt=0)
@@ -68,7 +68,7 @@ class TaxRate(_Body):
     valid_from: AwareDatetime | None = None
 
 
-class Journal(BaseModel):
+class JournalView(BaseModel):
     """Account → sum of its lines in nano-units; debits above zero."""
 
     balances: dict[str, int]
@@ -206,7 +206,7 @@ def router(runtime: Runtime) -> APIRouter:
         return page(after[: paging.limit + 1], paging, lambda note: note.number)
 
     @router.post("/invoices/{invoice_id}/received", response_model=Invoice)
-    async def receive(invoice_id: UUID, body: Payment, who: Operator, request: Request) -> Response:
+    async def receive(invoice_id: UUID, body: ManualPayment, who: Operator, request: Request) -> Response:
         """Books money that arrived outside of a payment provider. One reference is booked once."""
 
         async def work(tx: Tx) -> tuple[int, Invoice]:
@@ -283,11 +283,11 @@ def router(runtime: Runtime) -> APIRouter:
     @router.get("/billing/journal")
     async def get_journal(
         who: Viewer, tenant_id: Annotated[str | None, Query(description="for the operator; all tenants without")] = None
-    ) -> Journal:
+    ) -> JournalView:
         """Returns the balances of the journal's accounts."""
         async with runtime.worker.begin() as tx:
             found = await journal.balances(tx, who.tenant_id or tenant_id)
-        return Journal(balances=found, difference=sum(found.values()))
+        return JournalView(balances=found, difference=sum(found.values()))
 
     return router
 

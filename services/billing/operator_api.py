@@ -27,7 +27,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Credit(_Body):
+class NewCredit(_Body):
     tenant_id: Text
     amount_nanos: int = Field(gt=0, le=MAX_CREDIT_NANOS)
     reason: str = Field("", max_length=500)
@@ -41,7 +41,7 @@ class Correction(_Body):
     usage_id: str | None = None
 
 
-class Resolution(_Body):
+class UsageResolution(_Body):
     tenant_id: Text
     quantities: dict[str, Annotated[int, Field(ge=0, le=MAX_QUANTITY)]] = {}
     """Quantities of the units that the record did not report. If the reported quantities are implausible or all 0, they
@@ -56,7 +56,7 @@ def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(prefix="/api/v1/billing", tags=["operator"])
 
     @router.post("/credit", status_code=201, response_model=Balance)
-    async def add_credit(body: Credit, who: Operator, request: Request) -> Response:
+    async def add_credit(body: NewCredit, who: Operator, request: Request) -> Response:
         """Grants a tenant more to spend."""
 
         async def work(tx: Tx) -> tuple[int, Balance]:
@@ -110,7 +110,7 @@ def router(runtime: Runtime) -> APIRouter:
         return page(found, paging, lambda item: msgspec.json.encode((item.tenant_id, item.usage_id)).decode())
 
     @router.post("/held/{usage_id:path}/resolve", response_model=UsageVerdict)
-    async def resolve(usage_id: str, body: Resolution, who: Operator, request: Request) -> Response:
+    async def resolve(usage_id: str, body: UsageResolution, who: Operator, request: Request) -> Response:
         """Rates a held record again with the current prices and the values of the body, or rejects it."""
 
         async def work(tx: Tx) -> tuple[int, UsageVerdict]:
@@ -125,7 +125,7 @@ def router(runtime: Runtime) -> APIRouter:
     return router
 
 
-async def _resolve(tx: Tx, usage_id: str, body: Resolution) -> None:
+async def _resolve(tx: Tx, usage_id: str, body: UsageResolution) -> None:
     held = await usage.held(tx, body.tenant_id, usage_id=usage_id)
     found = await reports.verdict(tx, body.tenant_id, usage_id)
     if not held:

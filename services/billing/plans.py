@@ -21,7 +21,7 @@ class Included(msgspec.Struct, frozen=True):
     quantity: int
 
 
-class Charge(msgspec.Struct, frozen=True):
+class PlanCharge(msgspec.Struct, frozen=True):
     meter: str
     scheme: Scheme
     tiers: list[SchemeTier]
@@ -38,7 +38,7 @@ class Plan(msgspec.Struct, frozen=True):
     interval: Interval
     base_nanos: int
     included: list[Included] = []
-    charges: list[Charge] = []
+    charges: list[PlanCharge] = []
     usage_markup_percent: Decimal | None = None
     """The price of all usage by the price book is charged with this markup. None: it is not charged."""
     minimum_nanos: int = 0
@@ -51,7 +51,7 @@ class StoredPlan(NamedTuple):
     plan: Plan
 
 
-class Metered(NamedTuple):
+class MeteredQuantity(NamedTuple):
     """The sum of a meter in a period for one model, agent and channel."""
 
     meter: str
@@ -63,7 +63,7 @@ class Metered(NamedTuple):
     records: int
 
 
-class Line(NamedTuple):
+class DraftLine(NamedTuple):
     """A line of an invoice, without its ids."""
 
     description: str
@@ -75,7 +75,7 @@ class Line(NamedTuple):
     """The buckets that it sums: meter, and model, agent or channel."""
 
 
-def lines(plan: Plan, metered: Sequence[Metered], seconds: int, full_seconds: int) -> list[Line]:
+def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_seconds: int) -> list[DraftLine]:
     """Returns the lines of a period that is `seconds` of a whole period of `full_seconds`.
 
     The base fee, the included quantities and the commitment are shares of the whole period. Late usage of an earlier
@@ -85,7 +85,7 @@ def lines(plan: Plan, metered: Sequence[Metered], seconds: int, full_seconds: in
     found = []
     if plan.base_nanos:
         due = part(plan.base_nanos, seconds, full_seconds)
-        found.append(Line(f"{plan.name}: base fee{share}", 1, str(due), due, {}))
+        found.append(DraftLine(f"{plan.name}: base fee{share}", 1, str(due), due, {}))
     for charge in plan.charges:
         left = sum(part(item.quantity, seconds, full_seconds) for item in plan.included if item.meter == charge.meter)
         for value, items in _grouped(metered, charge.meter, charge.by):
@@ -93,7 +93,7 @@ def lines(plan: Plan, metered: Sequence[Metered], seconds: int, full_seconds: in
             free = min(left, quantity)
             left -= free
             found.append(
-                Line(
+                DraftLine(
                     f"{plan.name}: {charge.meter}{_named(charge.by, value)}{_free(free)}{_late(items)}",
                     quantity,
                     str(charge.tiers[0].unit_nanos) if charge.scheme == "per_unit" else "",
@@ -110,10 +110,10 @@ def lines(plan: Plan, metered: Sequence[Metered], seconds: int, full_seconds: in
                 description = (
                     f"{text} of {model} at the price book's prices plus {markup.normalize():f} %{_late(items)}"
                 )
-                found.append(Line(description, sum(item.records for item in items), "", due, source))
+                found.append(DraftLine(description, sum(item.records for item in items), "", due, source))
     missing = part(plan.minimum_nanos, seconds, full_seconds) - sum(line.amount_nanos for line in found)
     if plan.minimum_nanos and missing > 0:
-        found.append(Line(f"{plan.name}: up to the commitment{share}", 1, str(missing), missing, {}))
+        found.append(DraftLine(f"{plan.name}: up to the commitment{share}", 1, str(missing), missing, {}))
     return found
 
 
@@ -123,8 +123,8 @@ def with_markup(nanos: int, percent: Decimal) -> int:
     return half_even(nanos * numerator, denominator)
 
 
-def _grouped(metered: Sequence[Metered], meter: str, by: str | None) -> list[tuple[str, list[Metered]]]:
-    groups: dict[str, list[Metered]] = {}
+def _grouped(metered: Sequence[MeteredQuantity], meter: str, by: str | None) -> list[tuple[str, list[MeteredQuantity]]]:
+    groups: dict[str, list[MeteredQuantity]] = {}
     for item in metered:
         if item.meter == meter:
             groups.setdefault(getattr(item, by) if by else "", []).append(item)
@@ -139,7 +139,7 @@ def _free(quantity: int) -> str:
     return f", {quantity} included" if quantity else ""
 
 
-def _late(items: Sequence[Metered]) -> str:
+def _late(items: Sequence[MeteredQuantity]) -> str:
     late = sum(item.records for item in items if item.late)
     return f" ({late} records of an earlier period)" if late else ""
 

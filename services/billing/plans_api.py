@@ -20,7 +20,7 @@ from infra.service.service import Runtime
 from services.billing import plans, schemes, subscriptions
 from services.billing.aggregates import METERS
 from services.billing.currencies import DIGITS
-from services.billing.plans import Charge, Included, Plan, StoredPlan
+from services.billing.plans import Included, Plan, PlanCharge, StoredPlan
 from services.billing.prices_api import Nanos
 from services.billing.schemes import Scheme, SchemeTier
 from services.billing.subscriptions import Subscription
@@ -235,7 +235,7 @@ def _read(body: NewPlan) -> Plan:
             schemes.check(charge.scheme, tiers, charge.package_size)
         except schemes.Fault as fault:
             raise InvalidMessage(f"charges[{n}].{fault.field}", fault.reason) from fault
-        charges.append(Charge(charge.meter, charge.scheme, tiers, charge.by, charge.package_size))
+        charges.append(PlanCharge(charge.meter, charge.scheme, tiers, charge.by, charge.package_size))
     for n, item in enumerate(body.included):
         _known_meter(f"included[{n}].meter", item.meter)
         if item.meter not in (charge.meter for charge in charges):

@@ -33,7 +33,7 @@ _PAUSE_SECONDS = 0.2
 _WINDOW = USAGE_RECORDS.retention - timedelta(days=1)
 
 
-class Reconciliation(BaseModel):
+class UsageReconciliation(BaseModel):
     """Numbers of usage records of the last 29 days."""
 
     produced: int
@@ -55,7 +55,7 @@ class _Verdicts(NamedTuple):
     duplicate: int
 
 
-async def reconcile(runtime: Runtime, tenant_id: str | None) -> Reconciliation:
+async def reconcile(runtime: Runtime, tenant_id: str | None) -> UsageReconciliation:
     """Reconciles the records of a tenant, or of all tenants (None).
 
     Raises Transient if a producer does not answer, because figures without it would look like a loss.
@@ -68,7 +68,7 @@ async def reconcile(runtime: Runtime, tenant_id: str | None) -> Reconciliation:
     raise AssertionError("unreachable")
 
 
-async def _once(runtime: Runtime, tenant_id: str | None) -> Reconciliation:
+async def _once(runtime: Runtime, tenant_id: str | None) -> UsageReconciliation:
     since = utcnow() - _WINDOW
     # Verdicts first. A record that is decided between the two reads is then missing here, which the retry corrects; in
     # the other order it would look superfluous.
@@ -83,7 +83,7 @@ async def _once(runtime: Runtime, tenant_id: str | None) -> Reconciliation:
             dead = await _dead_letters(tx, tenant_id, "failed", "waiting", "redriving")
         waiting = sum(answer.pending for answer in answers) + await _unread(runtime) + dead
     pending = max(0, min(missing, waiting))
-    return Reconciliation(produced=produced, **verdicts._asdict(), pending=pending, difference=missing - pending)
+    return UsageReconciliation(produced=produced, **verdicts._asdict(), pending=pending, difference=missing - pending)
 
 
 def _database(runtime: Runtime, tenant_id: str | None) -> Database:

@@ -66,7 +66,7 @@ class Messages(BaseModel):
     delivered: int
 
 
-class Summary(BaseModel):
+class UsageSummary(BaseModel):
     currency: str | None
     amount_nanos: int
     items: list[UsageSum]
@@ -153,7 +153,7 @@ async def usage(tx: Tx, wanted: UsageFilter, *, after: tuple[datetime, str] | No
     return [_verdict(row) for row in rows]
 
 
-async def summary(tx: Tx, wanted: UsageFilter, group: Grouping) -> Summary:
+async def summary(tx: Tx, wanted: UsageFilter, group: Grouping) -> UsageSummary:
     by = f"resource, {_GROUPS[group]} AS part"
     units: dict[tuple[str, str | None], dict[str, int]] = {}
     for name, part, unit, count in await tx.sql(
@@ -184,7 +184,7 @@ async def summary(tx: Tx, wanted: UsageFilter, group: Grouping) -> Summary:
         )
         for name, part, records, held, amount in rows
     ]
-    return Summary(
+    return UsageSummary(
         currency=await accounts.currency(tx, wanted.tenant_id),
         amount_nanos=sum(item.amount_nanos for item in items),
         items=items,

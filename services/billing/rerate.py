@@ -24,7 +24,7 @@ from services.billing.domain import MAX_AMOUNT_NANOS, NotReported, Price, cost, 
 PAGE = 2_000
 
 
-class Difference(BaseModel):
+class PriceDifference(BaseModel):
     """All records of a tenant and resource that go from one price version to another."""
 
     tenant_id: str
@@ -42,7 +42,7 @@ class Rerated(BaseModel):
     """Records that were looked at."""
     changed: int
     difference_nanos: int
-    items: list[Difference]
+    items: list[PriceDifference]
 
 
 class _Use(NamedTuple):
@@ -104,7 +104,7 @@ async def rerate(
         changed=sum(map(len, found.values())),
         difference_nanos=sum(map(sum, found.values())),
         items=[
-            Difference(
+            PriceDifference(
                 tenant_id=tenant,
                 resource=resource,
                 from_version=before,

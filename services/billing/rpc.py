@@ -20,7 +20,7 @@ from services.billing.domain import RUN, valid_at
 MAX_RESOURCES = 100
 
 
-class Billing(billing_pb2_grpc.BillingServicer):
+class BillingRpc(billing_pb2_grpc.BillingServicer):
     def __init__(self, database: Database) -> None:
         self._database = database
         self._holds = holds.Holds(database)
@@ -87,7 +87,7 @@ class Billing(billing_pb2_grpc.BillingServicer):
 
 
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Any]:
-    return billing_pb2_grpc.add_BillingServicer_to_server, Billing(runtime.request)
+    return billing_pb2_grpc.add_BillingServicer_to_server, BillingRpc(runtime.request)
 
 
 def _charge(

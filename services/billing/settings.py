@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, SecretStr, model_validator
 
-from infra.service.settings import Settings as Base
+from infra.service.settings import Settings
 from protos.catalog import USAGE_RECORDS
 from services.billing.countries import COUNTRIES
 from services.billing.tax import Seller
@@ -25,7 +25,7 @@ def addresses(value: str) -> dict[str, str]:
     return {name.strip(): target.strip() for name, _, target in (part.partition("=") for part in value.split(","))}
 
 
-class Settings(Base):
+class BillingSettings(Settings):
     operations: Annotated[str, AfterValidator(_targets)]
     """Addresses of the services' operations gRPC: ``user=host:port,agent=host:port,…``."""
     stripe_api_key: SecretStr | None = None

@@ -37,7 +37,7 @@ COLUMNS = """
     account.api_base, account.enabled, account.broken_reason, account.streaming, account.routes, account.groups,
     account.approvers, account.old_credentials, account.old_until
 """
-"""Of the table ``account``, as `Secrets.account` takes them."""
+"""Of the table ``account``, as `AccountSecrets.account` takes them."""
 
 SEALED = tuple(
     SealedColumn("account", column, "channel account", ("id::text", f"'{column.removeprefix('old_')}'"))
@@ -45,7 +45,7 @@ SEALED = tuple(
 )
 
 
-class Account(NamedTuple):
+class ChannelAccount(NamedTuple):
     """A channel account with its secrets decrypted."""
 
     id: UUID
@@ -78,7 +78,7 @@ class Account(NamedTuple):
             return self.vendor.receive(request, self.old_credentials, now)
 
 
-class Secrets:
+class AccountSecrets:
     """Encrypts and decrypts the secret fields of accounts. A value is bound to its account and field."""
 
     def __init__(self, cipher: Cipher) -> None:
@@ -93,7 +93,7 @@ class Secrets:
     def routes(self, account_id: UUID, sealed: bytes) -> tuple[Route, ...]:
         return msgspec.json.decode(self.open(account_id, "routes", sealed), type=tuple[Route, ...])
 
-    def account(self, row: tuple[Any, ...]) -> Account:
+    def account(self, row: tuple[Any, ...]) -> ChannelAccount:
         id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming = row[:10]
         routes, groups, approvers, old, old_until = row[10:]
         vendor = VENDORS[type_]
@@ -101,7 +101,7 @@ class Secrets:
         def opened(sealed: bytes) -> Any:
             return msgspec.json.decode(self.open(id_, "credentials", sealed), type=vendor.credentials)
 
-        return Account(
+        return ChannelAccount(
             id_,
             tenant_id,
             vendor,
@@ -133,7 +133,7 @@ def token_hash(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-async def read(tx: Tx, secrets_: Secrets, account_id: UUID) -> Account | None:
+async def read(tx: Tx, secrets_: AccountSecrets, account_id: UUID) -> ChannelAccount | None:
     """The current account; None if it was deleted."""
     rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE id = $1", account_id)
     return secrets_.account(rows[0]) if rows else None
@@ -143,21 +143,21 @@ class Accounts:
     """Accounts by webhook token, cached for `CACHE_SECONDS`. An unknown token is cached for `UNKNOWN_SECONDS`: tokens
     are random, so no vendor sends one before it is made."""
 
-    def __init__(self, database: Database, secrets_: Secrets) -> None:
+    def __init__(self, database: Database, secrets_: AccountSecrets) -> None:
         self._database = database
         self._secrets = secrets_
-        self._known: dict[bytes, tuple[float, Account]] = {}
+        self._known: dict[bytes, tuple[float, ChannelAccount]] = {}
         self._unknown: dict[bytes, float] = {}
-        self._reading: dict[bytes, asyncio.Task[Account | None]] = {}
+        self._reading: dict[bytes, asyncio.Task[ChannelAccount | None]] = {}
 
-    def cached(self, type_: str, token: str) -> Account | None:
+    def cached(self, type_: str, token: str) -> ChannelAccount | None:
         """The account, if `by_token` would return it without waiting."""
         if not _TOKEN.fullmatch(token):
             return None
         until, account = self._known.get(token_hash(token), (0.0, None))
         return account if account and until >= time.monotonic() and account.vendor.name == type_ else None
 
-    async def by_token(self, type_: str, token: str) -> Account | None:
+    async def by_token(self, type_: str, token: str) -> ChannelAccount | None:
         if not _TOKEN.fullmatch(token):
             return None
         hashed = token_hash(token)
@@ -173,7 +173,7 @@ class Accounts:
             account = await self._read_once(hashed)
         return account if account and account.vendor.name == type_ else None
 
-    async def _read_once(self, hashed: bytes) -> Account | None:
+    async def _read_once(self, hashed: bytes) -> ChannelAccount | None:
         """One query for all requests that ask at the same moment, such as those after a restart."""
         reading = self._reading.get(hashed)
         if reading is None:
@@ -182,7 +182,7 @@ class Accounts:
         # A request that goes away must not cancel the query of the others.
         return await asyncio.shield(reading)
 
-    async def _read(self, hashed: bytes) -> Account | None:
+    async def _read(self, hashed: bytes) -> ChannelAccount | None:
         async with self._database.begin() as tx:
             rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE token_hash = $1", hashed)
         if not rows:

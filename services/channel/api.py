@@ -19,7 +19,7 @@ from infra.service.api import Paging, Reader, Writer, api, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.channel import connection_api, delivery_api, messages_api, webhooks
-from services.channel.accounts import Accounts, Secrets, new_pseudonyms, new_token, token_hash
+from services.channel.accounts import Accounts, AccountSecrets, new_pseudonyms, new_token, token_hash
 from services.channel.agent_client import Agents
 from services.channel.channels import (
     COLUMNS,
@@ -95,7 +95,7 @@ class ChannelTypes(BaseModel):
 
 
 def routes(runtime: Runtime) -> Sequence[BaseRoute]:
-    secrets = Secrets(runtime.cipher)
+    secrets = AccountSecrets(runtime.cipher)
     accounts = Accounts(runtime.worker, secrets)
     administration = _router(runtime, secrets, accounts)
     return [
@@ -139,7 +139,7 @@ def _schema(vendor: Vendor[Any]) -> dict[str, Any]:
     return found
 
 
-def _router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:
+def _router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> APIRouter:
     router = APIRouter(prefix="/api/v1/channels", tags=["channels"])
     agents = Agents(runtime.settings.agent_url, runtime.identities, runtime.tls)
 

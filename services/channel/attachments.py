@@ -30,7 +30,7 @@ from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import Image, MessageReceived
 from protos.messages.user import SubjectErased
 from services.channel import accounts
-from services.channel.accounts import Account, Secrets
+from services.channel.accounts import AccountSecrets, ChannelAccount
 from services.channel.events import Attachment, InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
 from services.channel.transcription import Transcription
@@ -82,7 +82,7 @@ class FetchAttachments(msgspec.Struct, frozen=True):
 FETCHES = Lane("attachments", FetchAttachments, retries=_RETRIES)
 
 
-class Fetched(msgspec.Struct, frozen=True):
+class FetchedAttachment(msgspec.Struct, frozen=True):
     """The recorded result of one attachment: a sealed `_Read`."""
 
     sealed: bytes
@@ -102,7 +102,7 @@ class Fetcher:
 
     def __init__(
         self,
-        secrets: Secrets,
+        secrets: AccountSecrets,
         subjects: SubjectKeys,
         outgoing: Outgoing,
         objects: Objects,
@@ -132,10 +132,12 @@ class Fetcher:
         sealed = key.open(fact.content, str(item.event_id), "content")
         return fact, msgspec.json.decode(sealed, type=InboundContent), key
 
-    async def account(self, tx: Tx, fact: MessageTaken) -> Account | None:
+    async def account(self, tx: Tx, fact: MessageTaken) -> ChannelAccount | None:
         return await accounts.read(tx, self._secrets, fact.channel_id)
 
-    async def fetch(self, account: Account, attachment: Attachment, path: str, owner: str, *, last: bool) -> _Read:
+    async def fetch(
+        self, account: ChannelAccount, attachment: Attachment, path: str, owner: str, *, last: bool
+    ) -> _Read:
         """Raises Transient unless this is the last attempt."""
         try:
             content = await account.vendor.fetch(
@@ -162,7 +164,7 @@ class Fetcher:
             return await self._read_document(account, path, stored.content_type, last=last)
         return await self._read(content, stored.content_type, attachment, last=last)
 
-    async def _read_document(self, account: Account, path: str, type_: str, *, last: bool) -> _Read:
+    async def _read_document(self, account: ChannelAccount, path: str, type_: str, *, last: bool) -> _Read:
         """By the parser of memory, which reads hostile files in a process of its own."""
         request = memory_pb2.ReadFileRequest(path=path, content_type=type_, max_characters=MAX_CHARACTERS)
         try:
@@ -234,13 +236,15 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
             continue
 
         async def call(
-            _: str, account: Account = account, attachment: Attachment = attachment, path: str = path, n: int = n
-        ) -> Fetched:
+            _: str, account: ChannelAccount = account, attachment: Attachment = attachment, path: str = path, n: int = n
+        ) -> FetchedAttachment:
             last = effects.attempt > len(_RETRIES)
             result = await fetcher.fetch(account, attachment, path, fact.subject_id, last=last)
-            return Fetched(key.seal(msgspec.json.encode(result).decode(), str(item.event_id), f"attachment {n}"))
+            return FetchedAttachment(
+                key.seal(msgspec.json.encode(result).decode(), str(item.event_id), f"attachment {n}")
+            )
 
-        outcome = await effects.run(f"{item.event_id}/{n}", call, kind="repeatable", result=Fetched)
+        outcome = await effects.run(f"{item.event_id}/{n}", call, kind="repeatable", result=FetchedAttachment)
         assert outcome.result is not None
         opened = key.open(outcome.result.sealed, str(item.event_id), f"attachment {n}")
         read.append(msgspec.json.decode(opened, type=_Read))
@@ -377,7 +381,7 @@ def fetcher(runtime: Runtime) -> Fetcher:
         )
     memory = runtime.channels.to(settings.memory_grpc, "memory", safe=["clawbus.memory.v1.Memory/ReadFile"])
     return Fetcher(
-        Secrets(runtime.cipher),
+        AccountSecrets(runtime.cipher),
         SubjectKeys(runtime.cipher),
         runtime.outgoing,
         stored_objects(runtime),

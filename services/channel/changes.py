@@ -23,7 +23,7 @@ from infra.postgres.tx import Database, Tx, derived_id
 from infra.security.subjects import SubjectKeys
 from protos.catalog import CHANNEL_CHANGES
 from protos.messages.channel import MessageChanged
-from services.channel.accounts import Account
+from services.channel.accounts import ChannelAccount
 from services.channel.attachments import ERASE_AFTER, ERASURES, EraseFiles, sent_id
 from services.channel.domain import dedupe_hash
 from services.channel.events import (
@@ -92,7 +92,7 @@ class _Target(NamedTuple):
     position: int = 0
 
 
-async def accept(database: Database, subjects: SubjectKeys, account: Account, changes: Sequence[Change]) -> None:
+async def accept(database: Database, subjects: SubjectKeys, account: ChannelAccount, changes: Sequence[Change]) -> None:
     """Stores the changes of one call. Repeats change nothing."""
     hashes = {dedupe_hash(account.id, change.ids[0]): change for change in reversed(changes)}
 
@@ -135,7 +135,7 @@ def _person(change: Edited | Reacted) -> str:
     return change.message.person if isinstance(change, Edited) else change.person
 
 
-def _content(account: Account, change: Edited | Reacted) -> str:
+def _content(account: ChannelAccount, change: Edited | Reacted) -> str:
     if isinstance(change, Edited):
         return routed(account.routes, account.agent_id, change.message)[1]
     return msgspec.json.encode([sign[:MAX_SIGN] for sign in change.signs[:MAX_SIGNS]]).decode()

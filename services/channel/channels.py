@@ -18,7 +18,7 @@ from infra.web.http import decode_json
 from protos.catalog import CHANNEL_TYPES
 from protos.messages.channel import ASKER, CHAT_ADMINS
 from services.channel import webhooks
-from services.channel.accounts import Secrets
+from services.channel.accounts import AccountSecrets
 from services.channel.routing import Route
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Vendor
@@ -85,14 +85,14 @@ class Channel(BaseModel):
     updated_at: datetime
 
 
-async def get(tx: Tx, secrets: Secrets, channel_id: UUID) -> Channel:
+async def get(tx: Tx, secrets: AccountSecrets, channel_id: UUID) -> Channel:
     rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE id = $1", channel_id)
     if not rows:
         raise NotFound("the tenant has no channel with this id")
     return view(secrets, rows[0])
 
 
-def view(secrets: Secrets, row: tuple[Any, ...]) -> Channel:
+def view(secrets: AccountSecrets, row: tuple[Any, ...]) -> Channel:
     id_, type_, agent_id, token, api_base, enabled, broken_reason, streaming = row[:8]
     routes, groups, approvers, created_at, updated_at, _ = row[8:]
     path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
@@ -120,7 +120,7 @@ def _route(route: Route) -> AgentRoute:
     )
 
 
-def sealed_routes(secrets: Secrets, channel_id: UUID, routes: Sequence[AgentRoute]) -> bytes:
+def sealed_routes(secrets: AccountSecrets, channel_id: UUID, routes: Sequence[AgentRoute]) -> bytes:
     stored = [Route(route.agent_id, route.conversation_id or "", route.command or "") for route in routes]
     return secrets.seal(channel_id, "routes", msgspec.json.encode(stored))
 

@@ -18,7 +18,7 @@ from infra.service.api import Reader, Writer
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
 from services.channel import accounts as stored
-from services.channel.accounts import Account, Accounts, Secrets
+from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount
 from services.channel.channels import Channel, Credentials, checked_credentials, get, vendor_of
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Rotation(BaseModel):
     """For this time, calls of the vendor that the old credentials prove are accepted too."""
 
 
-class Health(BaseModel):
+class ConnectionHealth(BaseModel):
     """Whether a channel works."""
 
     model_config = ConfigDict(
@@ -98,11 +98,11 @@ class Health(BaseModel):
     """Why the account is broken, or else the reason of the newest failed delivery among these 100."""
 
 
-def router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:
+def router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> APIRouter:
     router = APIRouter(prefix="/api/v1/channels", tags=["channels"])
     cache = Cache(runtime.cache)
 
-    async def account_of(channel_id: UUID, who: Identity) -> Account:
+    async def account_of(channel_id: UUID, who: Identity) -> ChannelAccount:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             account = await stored.read(tx, secrets, channel_id)
         if account is None:
@@ -189,7 +189,7 @@ def router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:
         return await enable(channel_id, who, enabled=True)
 
     @router.get("/{channel_id}/health")
-    async def channel_health(channel_id: UUID, who: Reader) -> Health:
+    async def channel_health(channel_id: UUID, who: Reader) -> ConnectionHealth:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             channel = await get(tx, secrets, channel_id)
             [(last_event_at,)] = await tx.sql("SELECT max(last_at) FROM conversation WHERE channel_id = $1", channel_id)
@@ -204,7 +204,7 @@ def router(runtime: Runtime, secrets: Secrets, accounts: Accounts) -> APIRouter:
                 RECENT_DELIVERIES,
             )
         errors = [reason for state, reason, _ in recent if state in ("failed", "unknown")]
-        return Health(
+        return ConnectionHealth(
             state="broken" if channel.broken_reason else "ok" if channel.enabled else "paused",
             last_event_at=last_event_at,
             last_delivery_at=max((at for state, _, at in recent if state not in ("failed", "unknown")), default=None),

@@ -53,7 +53,7 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     """Of its fact. Rows from before this field was added have none."""
 
 
-class NewMessage(NamedTuple):
+class UniqueMessage(NamedTuple):
     """A message that is not a repeat."""
 
     message: AcceptedMessage
@@ -63,7 +63,7 @@ class NewMessage(NamedTuple):
     """Of its webhook call."""
 
 
-async def store(tx: Tx, subjects: SubjectKeys, messages: Sequence[NewMessage]) -> None:
+async def store(tx: Tx, subjects: SubjectKeys, messages: Sequence[UniqueMessage]) -> None:
     """Stores messages in their conversations. Messages of erased persons are dropped here.
 
     Locks, each kind in the order of its keys: subject keys, conversations, streams.
@@ -88,7 +88,7 @@ async def store(tx: Tx, subjects: SubjectKeys, messages: Sequence[NewMessage]) -
         _record(tx, new.message, key, next(positions[new.message.session_key]))
 
 
-async def _with_aliases(tx: Tx, messages: Sequence[NewMessage]) -> Sequence[NewMessage]:
+async def _with_aliases(tx: Tx, messages: Sequence[UniqueMessage]) -> Sequence[UniqueMessage]:
     """The messages with the sessions that their conversations had under former ids."""
     keys = sorted({new.message.session_key for new in messages})
     rows = await tx.sql("SELECT session_key, target FROM session_alias WHERE session_key = ANY($1::text[])", keys)

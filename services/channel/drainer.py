@@ -14,7 +14,7 @@ from infra.failpoint import failpoint
 from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.tx import Tx
-from services.channel.conversations import AcceptedMessage, NewMessage, store
+from services.channel.conversations import AcceptedMessage, UniqueMessage, store
 from services.channel.ingest import MAX_DIRECT, Ingest
 
 # The most messages in one transaction. More would save no measurable CPU, and calls would wait longer for their turn:
@@ -106,7 +106,7 @@ class Drainer:
     async def _drain(self, limit: int) -> int:
         failpoint("before_drain")
 
-        async def work(tx: Tx) -> list[NewMessage]:
+        async def work(tx: Tx) -> list[UniqueMessage]:
             rows = sorted(await tx.sql(_DRAIN, limit))
             messages = [self._open(hash_, sealed, trace) for _, hash_, sealed, trace in rows]
             await store(tx, self._ingest.subjects, messages)
@@ -148,9 +148,9 @@ class Drainer:
                 )
             return len(rows)
 
-    def _open(self, hash_: bytes, sealed: bytes, traceparent: str | None) -> NewMessage:
+    def _open(self, hash_: bytes, sealed: bytes, traceparent: str | None) -> UniqueMessage:
         content = self._ingest.cipher.open(sealed, "accepted", hash_.hex())
-        return NewMessage(msgspec.json.decode(content, type=AcceptedMessage), hash_, traceparent)
+        return UniqueMessage(msgspec.json.decode(content, type=AcceptedMessage), hash_, traceparent)
 
     async def _clean(self) -> None:
         self._cleaned_at = time.monotonic()

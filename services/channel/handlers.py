@@ -17,7 +17,7 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import read_headers
 from protos.messages.channel import SendMessage
 from services.channel import projections
-from services.channel.accounts import Account
+from services.channel.accounts import ChannelAccount
 from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown
 from services.channel.events import DeliveryFailed, DeliverySent, DeliveryUnknown
 from services.channel.previews import take_over
@@ -106,7 +106,7 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
     await _decide(tx, due.delivery_id, MarkSent(last))
 
 
-async def _replaced(effects: Effects, sender: Sender, account: Account, part: Outbound, shown: str) -> bool:
+async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, part: Outbound, shown: str) -> bool:
     """True if the text is now in the message in which the person saw it being written. Else that message is deleted."""
     key = f"{part.key}/shown"
     edited = await effects.run(key, lambda _: sender.edit(account, part, shown), kind="repeatable")

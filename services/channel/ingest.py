@@ -28,8 +28,8 @@ from infra.security.rewrap import SealedColumn
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from services.channel import changes
-from services.channel.accounts import Account
-from services.channel.conversations import AcceptedMessage, NewMessage, store
+from services.channel.accounts import ChannelAccount
+from services.channel.conversations import AcceptedMessage, UniqueMessage, store
 from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent
 from services.channel.receipts import record
@@ -90,7 +90,7 @@ _ACCEPT = """
 class _Arrival(NamedTuple):
     """One item of a call, with its dedupe hashes."""
 
-    account: Account
+    account: ChannelAccount
     item: Inbound | Ignored
     hashes: list[bytes]
     traceparent: str | None
@@ -117,7 +117,7 @@ class Ingest:
 
     def accept(
         self,
-        account: Account,
+        account: ChannelAccount,
         items: Sequence[Item],
         traceparent: str | None = None,
     ) -> asyncio.Future[None]:
@@ -148,7 +148,7 @@ class Ingest:
 
     async def _apply_and_accept(
         self,
-        account: Account,
+        account: ChannelAccount,
         items: Sequence[Item],
         changed: Sequence[Change],
         arrivals: list[_Arrival],
@@ -164,7 +164,7 @@ class Ingest:
                 await changes.accept(self.database, self.subjects, account, changed)
         await self._commits.write(arrivals)
 
-    async def _move(self, account: Account, moved: Moved) -> None:
+    async def _move(self, account: ChannelAccount, moved: Moved) -> None:
         """From now on, messages with the new id enter the session of the old one. A repeat changes nothing."""
         await self.database.autocommit(
             """
@@ -235,7 +235,7 @@ def _ingest(database: Database, cipher: Cipher) -> Ingest:
     return Ingest(database, cipher, SubjectKeys(cipher))
 
 
-def _checked(account: Account, item: Item) -> Inbound | Change | Ignored:
+def _checked(account: ChannelAccount, item: Item) -> Inbound | Change | Ignored:
     """Ignores items of a disabled account, and messages that are not for the bot.
 
     Raises TooLarge as `_checked_message`.
@@ -262,7 +262,7 @@ def _checked(account: Account, item: Item) -> Inbound | Change | Ignored:
     return item
 
 
-def _checked_message(account: Account, item: Inbound) -> Inbound | Ignored:
+def _checked_message(account: ChannelAccount, item: Inbound) -> Inbound | Ignored:
     """Ignores empty texts. Removes NUL, which databases refuse.
 
     An ignored message is known under its first id only: Slack tells a mention in a second event about the same message.
@@ -310,7 +310,7 @@ def _seen_columns(
     )
 
 
-def _new(arrival: _Arrival) -> NewMessage:
+def _new(arrival: _Arrival) -> UniqueMessage:
     account, item = arrival.account, arrival.item
     assert isinstance(item, Inbound)
     agent_id, text = routed(account.routes, account.agent_id, item)
@@ -328,4 +328,4 @@ def _new(arrival: _Arrival) -> NewMessage:
         account.approvers,
         arrival.event_id,
     )
-    return NewMessage(message, arrival.hashes[0], arrival.traceparent)
+    return UniqueMessage(message, arrival.hashes[0], arrival.traceparent)

@@ -23,7 +23,7 @@ from infra.service.service import Runtime
 from protos.messages.channel import SendMessage
 from services.channel import accounts as stored
 from services.channel import history
-from services.channel.accounts import Account, Secrets
+from services.channel.accounts import AccountSecrets, ChannelAccount
 from services.channel.channels import reachable
 from services.channel.domain import State
 from services.channel.events import File, InboundContent, OutboundContent
@@ -60,7 +60,7 @@ LIMIT $6
 """
 
 
-class Attachment(BaseModel):
+class FileLink(BaseModel):
     """A file by its address, which is fetched when the message is sent."""
 
     model_config = ConfigDict(
@@ -90,7 +90,7 @@ class Reaction(BaseModel):
     """Our id of the person."""
 
 
-class Message(BaseModel):
+class MessageView(BaseModel):
     """A message between a person and a channel."""
 
     model_config = ConfigDict(
@@ -142,11 +142,11 @@ class Message(BaseModel):
 
 
 class MessagePage(BaseModel):
-    items: list[Message]
+    items: list[MessageView]
     next: str | None
 
 
-class NewMessage(BaseModel):
+class NewChannelMessage(BaseModel):
     """A message to a conversation."""
 
     model_config = ConfigDict(
@@ -165,7 +165,7 @@ class NewMessage(BaseModel):
     conversation_id: str = Field(min_length=1, max_length=500)
     """The vendor's id, as `GET /api/v1/messages` shows it, such as a Telegram chat or a WhatsApp number."""
     text: str = Field(min_length=1, max_length=MAX_TEXT)
-    attachments: list[Attachment] = Field(default=[], max_length=MAX_FILES)
+    attachments: list[FileLink] = Field(default=[], max_length=MAX_FILES)
     """Sent after the text, as files if the channel's type takes them, else as links."""
 
 
@@ -175,7 +175,7 @@ class Queued(BaseModel):
     delivery_id: UUID
 
 
-def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
+def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["messages"])
     subjects = SubjectKeys(runtime.cipher)
 
@@ -203,7 +203,7 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
                 now = changed.get(id_, history.Now())
                 text = (words.text if now.text is None else now.text) if words else ERASED_TEXT
                 messages.append(
-                    Message(
+                    MessageView(
                         id=id_,
                         direction="inbound",
                         channel_id=channel,
@@ -222,7 +222,7 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
             for (id_, at, *_, state, reason, vendor_message_id), request in zip(outbound, asked, strict=True):
                 reply = _open(keys[who.tenant_id, request.subject_id], request.content, id_, OutboundContent)
                 messages.append(
-                    Message(
+                    MessageView(
                         id=id_,
                         direction="outbound",
                         channel_id=request.channel_id,
@@ -241,12 +241,12 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
                     )
                 )
             messages.sort(key=lambda message: (message.created_at, message.id), reverse=True)
-            found = page(messages[: paging.limit + 1], paging, Message.cursor)
+            found = page(messages[: paging.limit + 1], paging, MessageView.cursor)
             await record_reads(tx, who, "session", [message.session_key for message in found["items"]])
         return MessagePage(**found)
 
     @router.post("/channels/{channel_id}/messages", status_code=202, response_model=Queued)
-    async def send_message(channel_id: UUID, body: NewMessage, who: Writer, request: Request) -> Response:
+    async def send_message(channel_id: UUID, body: NewChannelMessage, who: Writer, request: Request) -> Response:
         """Sends a text, and files, to a conversation of the channel, without a run. Its delivery shows the outcome."""
         if "\0" in body.conversation_id + body.text:
             raise InvalidMessage("text", "must not contain NUL")
@@ -286,7 +286,7 @@ def router(runtime: Runtime, secrets: Secrets) -> APIRouter:
     return router
 
 
-async def _account(tx: Tx, secrets: Secrets, channel_id: UUID) -> Account:
+async def _account(tx: Tx, secrets: AccountSecrets, channel_id: UUID) -> ChannelAccount:
     account = await stored.read(tx, secrets, channel_id)
     if account is None:
         raise NotFound("the tenant has no channel with this id")

@@ -26,7 +26,7 @@ from infra.stores.cache import Cache, cancelled
 from infra.web import data_urls
 from protos.pubsub import RUN_PROGRESS
 from services.channel import accounts
-from services.channel.accounts import Account, Secrets
+from services.channel.accounts import AccountSecrets, ChannelAccount
 from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
 from services.channel.vendors.base import PLACEHOLDER, Outbound
@@ -61,7 +61,7 @@ class Progress(msgspec.Struct, frozen=True):
 class _Place(NamedTuple):
     """The account and the conversation that the progress is shown in."""
 
-    account: Account
+    account: ChannelAccount
     message: Outbound
 
 
@@ -69,7 +69,7 @@ class Previews:
     """Listens to the agent and calls the vendors."""
 
     def __init__(
-        self, database: Database, secrets: Secrets, subjects: SubjectKeys, outgoing: Outgoing, cache: Cache
+        self, database: Database, secrets: AccountSecrets, subjects: SubjectKeys, outgoing: Outgoing, cache: Cache
     ) -> None:
         self._database = database
         self._secrets = secrets
@@ -146,7 +146,7 @@ class Previews:
             async with asyncio.timeout(CALL_SECONDS):
                 await vendor.show_typing(self._outgoing, account.origin, account.credentials, message)
 
-    async def _edit(self, account: Account, message: Outbound, progress: Progress) -> None:
+    async def _edit(self, account: ChannelAccount, message: Outbound, progress: Progress) -> None:
         async with self._database.begin(tenant_id=account.tenant_id) as tx:
             rows = await tx.sql(
                 """
@@ -271,7 +271,7 @@ class Previews:
         return True
 
 
-async def take_over(tx: Tx, account: Account, run_id: UUID, session_key: str, delivery_id: UUID) -> str | None:
+async def take_over(tx: Tx, account: ChannelAccount, run_id: UUID, session_key: str, delivery_id: UUID) -> str | None:
     """The vendor's id of the message in which the person saw the run's answer being written, if this delivery is the
     run's first: it replaces the text. None if there is none.
 
@@ -295,5 +295,9 @@ async def take_over(tx: Tx, account: Account, run_id: UUID, session_key: str, de
 
 def previews(runtime: Runtime) -> Previews:
     return Previews(
-        runtime.worker, Secrets(runtime.cipher), SubjectKeys(runtime.cipher), runtime.outgoing, Cache(runtime.cache)
+        runtime.worker,
+        AccountSecrets(runtime.cipher),
+        SubjectKeys(runtime.cipher),
+        runtime.outgoing,
+        Cache(runtime.cache),
     )

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from infra.postgres.tx import Database, Tx
 from services.channel import projections
-from services.channel.accounts import Account
+from services.channel.accounts import ChannelAccount
 from services.channel.domain import MarkReceived
 from services.channel.publishing import DELIVERY
 from services.channel.vendors.items import Receipt
 
 
-async def record(database: Database, account: Account, receipts: Sequence[Receipt]) -> None:
+async def record(database: Database, account: ChannelAccount, receipts: Sequence[Receipt]) -> None:
     """Records the receipts of one call. Those of foreign messages, and those that say nothing new, change nothing."""
     by_message: dict[str, list[Receipt]] = {}
     for receipt in receipts:

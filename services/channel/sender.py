@@ -28,7 +28,7 @@ from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
 from protos.messages.channel import AccountBroken
 from protos.messages.notification import SendEmail
 from services.channel import accounts, webhooks
-from services.channel.accounts import Account, Secrets
+from services.channel.accounts import AccountSecrets, ChannelAccount
 from services.channel.attachments import stored_objects
 from services.channel.domain import Delivery
 from services.channel.events import File, OutboundContent
@@ -73,7 +73,7 @@ class NotSendable(Exception):
 class SendableDelivery(NamedTuple):
     """A loaded delivery."""
 
-    account: Account
+    account: ChannelAccount
     words: OutboundContent
     delivery_id: UUID
     run_id: UUID | None
@@ -116,7 +116,7 @@ class Sender:
 
     def __init__(
         self,
-        secrets: Secrets,
+        secrets: AccountSecrets,
         subjects: SubjectKeys,
         outgoing: Outgoing,
         cache: Cache,
@@ -161,11 +161,11 @@ class Sender:
             account, words, delivery_id, delivery.queued.run_id, delivery.queued.session_key, webhook
         )
 
-    def _webhook(self, account: Account, token: bytes) -> str:
+    def _webhook(self, account: ChannelAccount, token: bytes) -> str:
         opened = self._secrets.open(account.id, "token", token).decode()
         return self._public_url + webhooks.PATH.format(type=account.vendor.name, token=opened)
 
-    async def send(self, account: Account, part: Outbound) -> Sent:
+    async def send(self, account: ChannelAccount, part: Outbound) -> Sent:
         """Raises as `Vendor.send` does, and TooManyRequests if the vendor's rate limit is used up."""
         if part.file is None:
             return await self._send(account, part)
@@ -181,7 +181,7 @@ class Sender:
             # A counter keeps the names that have come to 0.
             self._files += Counter()
 
-    async def _send(self, account: Account, part: Outbound) -> Sent:
+    async def _send(self, account: ChannelAccount, part: Outbound) -> Sent:
         for limit in account.vendor.limits(part.conversation):
             scope = account.pseudonyms.limit(limit.scope)
             await self._cache.limit(str(account.id), scope, times=limit.times, seconds=limit.seconds)
@@ -197,7 +197,7 @@ class Sender:
             raise
         return Sent(sent)
 
-    async def _fetched(self, account: Account, part: Outbound, file: OutboundFile) -> Outbound:
+    async def _fetched(self, account: ChannelAccount, part: Outbound, file: OutboundFile) -> Outbound:
         """The part with the file's content; as a text with its link if the vendor does not take it.
 
         Raises EffectFailed also if the file's host does not answer: it must not hold up the conversation for as long as
@@ -239,15 +239,15 @@ class Sender:
                 await asyncio.sleep(pause)
         return await download(self._outgoing, url, most, timeout=FILE_SECONDS)
 
-    async def edit(self, account: Account, part: Outbound, shown: str) -> None:
+    async def edit(self, account: ChannelAccount, part: Outbound, shown: str) -> None:
         """Puts the text into the message `shown`, which may happen twice. Raises as `send` does, never Unanswered."""
         await self._repeatable(account.vendor.edit(*self._about(account, part), shown))
 
-    async def retract(self, account: Account, part: Outbound, shown: str) -> None:
+    async def retract(self, account: ChannelAccount, part: Outbound, shown: str) -> None:
         """Deletes the message `shown`. Raises as `edit` does."""
         await self._repeatable(account.vendor.retract(*self._about(account, part), shown))
 
-    def _about(self, account: Account, part: Outbound) -> tuple[Outgoing, str, Any, Outbound]:
+    def _about(self, account: ChannelAccount, part: Outbound) -> tuple[Outgoing, str, Any, Outbound]:
         return self._outgoing, account.origin, account.credentials, part
 
     async def _repeatable(self, call: Awaitable[None]) -> None:
@@ -267,7 +267,7 @@ def _named(file: OutboundFile, type_: str) -> str:
 
 def sender(runtime: Runtime) -> Sender:
     return Sender(
-        Secrets(runtime.cipher),
+        AccountSecrets(runtime.cipher),
         SubjectKeys(runtime.cipher),
         runtime.outgoing,
         Cache(runtime.cache),
@@ -276,7 +276,7 @@ def sender(runtime: Runtime) -> Sender:
     )
 
 
-async def break_account(tx: Tx, account: Account, error: str) -> None:
+async def break_account(tx: Tx, account: ChannelAccount, error: str) -> None:
     """Marks the account as broken. The owners get one e-mail, however many deliveries fail."""
     reason = error.removeprefix(AccountRefused.PREFIX)
     if not await tx.sql(

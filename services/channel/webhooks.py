@@ -28,10 +28,10 @@ from infra.service.service import Runtime
 from infra.web.http import METHODS
 from infra.web.problems import problem
 from infra.web.raw import RawRequest, RawRoute
-from services.channel.accounts import Account, Accounts
+from services.channel.accounts import Accounts, ChannelAccount
 from services.channel.ingest import Ingest, ingest
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Request, Unreadable
+from services.channel.vendors.base import Request, UnreadableCall
 from services.channel.vendors.items import Ack, Ignored, Received
 
 PREFIX = "/webhooks"
@@ -100,7 +100,7 @@ class Webhooks:
                 return
         self._receive(call, account, keys)
 
-    def _receive(self, call: _Call, account: Account, keys: Mapping[str, Any] = {}) -> None:
+    def _receive(self, call: _Call, account: ChannelAccount, keys: Mapping[str, Any] = {}) -> None:
         """Verifies and parses the call, and accepts its items."""
         try:
             request = self._request(call, account)
@@ -114,18 +114,18 @@ class Webhooks:
             return
         accepted.add_done_callback(partial(self._end, call, received.ack))
 
-    def _received(self, call: _Call, account: Account, request: Request) -> Received:
+    def _received(self, call: _Call, account: ChannelAccount, request: Request) -> Received:
         try:
             return account.receive(request, utcnow())
         except InvalidMessage as error:
             raise HTTPException(400, str(error)) from error
-        except Unreadable as error:
+        except UnreadableCall as error:
             with telemetry.current(call.span):
                 _log.warning("webhook event ignored: unexpected shape", channel_id=str(account.id), error=str(error))
             digest = hashlib.sha256(request.body).hexdigest()
             return Received([Ignored((f"body/{digest}",), f"unexpected shape: {error}"[:200])])
 
-    def _request(self, call: _Call, account: Account) -> Request:
+    def _request(self, call: _Call, account: ChannelAccount) -> Request:
         """Raises TooLarge if the vendor sends no such bodies."""
         request = call.request
         body = request.body

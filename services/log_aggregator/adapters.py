@@ -8,12 +8,12 @@ from infra.observe.metrics import Metrics
 from infra.service.service import Runtime
 from infra.stores.objects import Objects
 from services.log_aggregator.audit_lines import AuditLines
-from services.log_aggregator.index import Index
+from services.log_aggregator.index import SearchIndex
 from services.log_aggregator.stored_heads import BUCKET, StoredHeads
 
 
-def index(runtime: Runtime) -> Index:
-    return Index(runtime.settings.opensearch_url.get_secret_value(), runtime.settings.topic_prefix)
+def index(runtime: Runtime) -> SearchIndex:
+    return SearchIndex(runtime.settings.opensearch_url.get_secret_value(), runtime.settings.topic_prefix)
 
 
 def stored_heads(runtime: Runtime) -> StoredHeads:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from infra.postgres.tx import Database, Tx
 from protos.messages.audit import ActAudited
 from services.log_aggregator import domain
-from services.log_aggregator.domain import EMPTY, Head, Link
+from services.log_aggregator.domain import EMPTY, ChainHead, Link
 
 # Number of records that are read and verified at a time.
 BATCH = 1000
@@ -59,7 +59,7 @@ async def append(tx: Tx, chains: Mapping[str, Sequence[str]]) -> None:
     added: list[tuple[str, Link]] = []
     heads: list[Link] = []
     for tenant_id, seq, hash_ in rows:
-        links = list(domain.chained(Head(seq, hash_), chains[tenant_id]))
+        links = list(domain.chained(ChainHead(seq, hash_), chains[tenant_id]))
         added += [(tenant_id, link) for link in links]
         heads.append(links[-1])
     read = [_searched(link.record) for _, link in added]
@@ -97,7 +97,7 @@ async def verify(database: Database, tenant_id: str, *, pause: float = 0.0) -> V
             """,
             tenant_id,
         )
-    head = Head(seq, hash_ or EMPTY.hash)
+    head = ChainHead(seq, hash_ or EMPTY.hash)
     good = EMPTY
     while good.seq < head.seq:
         async with database.begin(tenant_id=tenant_id or None) as tx:
@@ -118,7 +118,7 @@ async def verify(database: Database, tenant_id: str, *, pause: float = 0.0) -> V
         mismatch = next((row[0] for row in sound if _searched(row[1]) != row[3:]), None)
         if breaks := [seq for seq in (broken, mismatch, None if rows else good.seq + 1) if seq]:
             return Verification(min(breaks) - 1, head.hash, min(breaks))
-        good = Head(links[-1].seq, links[-1].hash)
+        good = ChainHead(links[-1].seq, links[-1].hash)
         await asyncio.sleep(pause)
     if good != head:
         # The head was changed, or the last record together with its hash.
@@ -128,14 +128,14 @@ async def verify(database: Database, tenant_id: str, *, pause: float = 0.0) -> V
     return Verification(good.seq, head.hash, None)
 
 
-async def has(database: Database, tenant_id: str, head: Head) -> bool:
+async def has(database: Database, tenant_id: str, head: ChainHead) -> bool:
     """True if the chain has this record."""
     if head.seq == 0:
         return head == EMPTY
     return not await lacking(database, tenant_id, [head])
 
 
-async def lacking(database: Database, tenant_id: str, heads: Sequence[Head]) -> list[Head]:
+async def lacking(database: Database, tenant_id: str, heads: Sequence[ChainHead]) -> list[ChainHead]:
     """Returns those of `heads` whose record the chain does not have. None of them is the head of an empty chain."""
     async with database.begin(tenant_id=tenant_id or None) as tx:
         rows = await tx.sql(

@@ -14,13 +14,13 @@ from infra.service.service import Runtime
 from services.log_aggregator import adapters, audit, verification
 from services.log_aggregator.access import RequestedTenant
 from services.log_aggregator.audit_lines import AuditLines
-from services.log_aggregator.domain import Head
+from services.log_aggregator.domain import ChainHead
 
 # PostgreSQL's text cannot hold a NUL.
 _Text = Annotated[str | None, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
 
 
-class StoredHeads(BaseModel):
+class StoredHeadsView(BaseModel):
     """The heads of the chain that are kept in the object store."""
 
     heads: int
@@ -31,7 +31,7 @@ class StoredHeads(BaseModel):
     """The seq of the first one that the chain does not have, or that this platform has not issued."""
 
 
-class Verified(BaseModel):
+class VerificationView(BaseModel):
     """The result of verifying a chain."""
 
     records: int
@@ -44,7 +44,7 @@ class Verified(BaseModel):
     line: str
     """Names the head of a chain that is `ok`, and proves that this platform has issued it; empty otherwise. Keep it
     outside of the platform: a later verification with it notices a chain that was rewritten as a whole."""
-    stored: StoredHeads | None
+    stored: StoredHeadsView | None
     """Null if the object store does not answer; the chain was then compared with itself only."""
 
 
@@ -97,7 +97,7 @@ def router(runtime: Runtime) -> APIRouter:
     @routes.get("/api/v1/audit/verify")
     async def verify(
         tenant: RequestedTenant, line: Annotated[str | None, Query(max_length=500, pattern=r"^[ -~]*$")] = None
-    ) -> Verified:
+    ) -> VerificationView:
         """Recomputes every hash of the chain, and compares the heads that are kept in the object store with it. With
         the `line` of an earlier verification, also compares the record that was the head then."""
         database, chain = runtime.request if tenant else runtime.worker, tenant or ""
@@ -106,14 +106,14 @@ def router(runtime: Runtime) -> APIRouter:
         if kept and not await audit.has(database, chain, kept):
             broken_at = min(kept.seq, broken_at or kept.seq)
         ok = broken_at is None
-        head = Head(found.records, found.head)
-        return Verified(
+        head = ChainHead(found.records, found.head)
+        return VerificationView(
             records=found.records if ok else min(found.records, (broken_at or 1) - 1),
             ok=ok,
             head=found.head.hex(),
             broken_at=broken_at,
             line=await lines.write(chain, head) if ok else "",
-            stored=StoredHeads(**stored._asdict()) if stored else None,
+            stored=StoredHeadsView(**stored._asdict()) if stored else None,
         )
 
     return routes

@@ -16,7 +16,7 @@ from infra.errors import InvalidMessage
 from infra.postgres.tx import Database
 from infra.security.crypto import KEY_BYTES, Cipher
 from infra.security.rewrap import SealedColumn
-from services.log_aggregator.domain import Head
+from services.log_aggregator.domain import ChainHead
 
 _PURPOSE = "audit line key"
 _FORM = "clawbus-audit-2"
@@ -31,7 +31,7 @@ class AuditLines:
         self._cipher = cipher
         self._key = b""
 
-    async def write(self, tenant_id: str, head: Head) -> str:
+    async def write(self, tenant_id: str, head: ChainHead) -> str:
         """``clawbus-audit-2 <tenant, - for the system> <seq> <hash> <proof>``."""
         return self.text(tenant_id, str(head.seq), head.hash.hex(), await self._proof(tenant_id, head))
 
@@ -40,11 +40,11 @@ class AuditLines:
         """The line of these parts, which may be made up."""
         return f"{_FORM} {tenant_id or '-'} {seq} {hash_} {proof}"
 
-    async def read(self, tenant_id: str, line: str) -> Head:
+    async def read(self, tenant_id: str, line: str) -> ChainHead:
         """The head that the line names. Raises InvalidMessage if this platform has not issued it for this chain."""
         try:
             form, chain, seq, hash_, proof = line.split()
-            head = Head(int(seq), bytes.fromhex(hash_))
+            head = ChainHead(int(seq), bytes.fromhex(hash_))
             genuine = hmac.compare_digest(proof, await self._proof(tenant_id, head))
             if (form, chain, genuine) != (_FORM, tenant_id or "-", True):
                 raise ValueError
@@ -52,7 +52,7 @@ class AuditLines:
             raise InvalidMessage("line", "is not a line that this platform has issued for this chain") from None
         return head
 
-    async def _proof(self, tenant_id: str, head: Head) -> str:
+    async def _proof(self, tenant_id: str, head: ChainHead) -> str:
         if not self._key:
             self._key = await self._stored()
         content = json.dumps([tenant_id, head.seq, head.hash.hex()]).encode()

@@ -13,13 +13,13 @@ from infra.errors import InvalidMessage, NotFound, Transient
 from infra.security.auth import Identity
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
-from services.log_aggregator.services import Method, Services, metadata
+from services.log_aggregator.services import Method, OperationsClients, metadata
 
 _PLAIN = ("id", "service", "consumer", "source", "message_id", "state", "attempts", "error")
 _PLAIN_OF_GROUP = ("first_id", "consumer", "source", "cause", "failed", "waiting", "redriving")
 
 
-class DeadLetter(BaseModel):
+class ListedDeadLetter(BaseModel):
     """A message that a service could not process."""
 
     id: str
@@ -42,7 +42,7 @@ class DeadLetter(BaseModel):
     """Not in lists."""
 
 
-class Group(BaseModel):
+class ListedDeadLetterGroup(BaseModel):
     """The open dead letters of one consumer and source with the same cause."""
 
     service: str
@@ -87,7 +87,7 @@ class Count(BaseModel):
     """Those that are left, because a repeat could not be detected."""
 
 
-class Redriven(BaseModel):
+class BulkRedriveResult(BaseModel):
     dry_run: bool
     matched: int
     redriven: int
@@ -100,19 +100,21 @@ class DeadLetters:
     """Asks each service for its own dead letters."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self._services = Services(runtime)
+        self._services = OperationsClients(runtime)
 
-    async def listed(self, who: Identity, after: str | None, limit: int) -> tuple[list[DeadLetter], list[str]]:
+    async def listed(self, who: Identity, after: str | None, limit: int) -> tuple[list[ListedDeadLetter], list[str]]:
         """Returns up to `limit` letters after the position `after` (``service id``), and the silent services."""
         replies, unavailable = await self._pages(who, after, limit, lambda stub: stub.ListDeadLetters)
         return [shown(letter) for _, reply in replies for letter in reply.items][:limit], unavailable
 
-    async def grouped(self, who: Identity, after: str | None, limit: int) -> tuple[list[Group], list[str]]:
+    async def grouped(
+        self, who: Identity, after: str | None, limit: int
+    ) -> tuple[list[ListedDeadLetterGroup], list[str]]:
         """Returns up to `limit` groups after the position `after` (``service id``), and the silent services."""
         replies, unavailable = await self._pages(who, after, limit, lambda stub: stub.GroupDeadLetters)
         return [_shown_group(name, group) for name, reply in replies for group in reply.items][:limit], unavailable
 
-    async def redriven(self, who: Identity, wanted: BulkRedrive) -> Redriven:
+    async def redriven(self, who: Identity, wanted: BulkRedrive) -> BulkRedriveResult:
         """Marks the letters that match in all services, or in one.
 
         Raises InvalidMessage for an unknown service, and Transient if a service that was named does not answer. Raises
@@ -152,7 +154,7 @@ class DeadLetters:
             for name, reply in replies
             if reply.matched
         ]
-        return Redriven(
+        return BulkRedriveResult(
             dry_run=wanted.dry_run,
             matched=sum(count.matched for count in counts),
             redriven=sum(count.redriven for count in counts),
@@ -173,7 +175,7 @@ class DeadLetters:
         }
         return await self._services.ask(who, requests, method)
 
-    async def find(self, who: Identity, id_: UUID) -> tuple[Any, DeadLetter]:
+    async def find(self, who: Identity, id_: UUID) -> tuple[Any, ListedDeadLetter]:
         """Returns the client of the service that has the letter, and the letter.
 
         Raises NotFound if no service has it, and Transient if a service that may have it does not answer.
@@ -196,8 +198,8 @@ class DeadLetters:
         raise NotFound(f"dead letter {id_}: not found")
 
 
-def shown(letter: ops_pb2.DeadLetter, *, whole: bool = False) -> DeadLetter:
-    return DeadLetter(
+def shown(letter: ops_pb2.DeadLetter, *, whole: bool = False) -> ListedDeadLetter:
+    return ListedDeadLetter(
         **{name: getattr(letter, name) for name in _PLAIN},
         key=letter.key if letter.HasField("key") else None,
         tenant_id=letter.tenant_id if letter.HasField("tenant_id") else None,
@@ -208,8 +210,8 @@ def shown(letter: ops_pb2.DeadLetter, *, whole: bool = False) -> DeadLetter:
     )
 
 
-def _shown_group(service: str, group: ops_pb2.DeadLetterGroup) -> Group:
-    return Group(
+def _shown_group(service: str, group: ops_pb2.DeadLetterGroup) -> ListedDeadLetterGroup:
+    return ListedDeadLetterGroup(
         service=service,
         **{name: getattr(group, name) for name in _PLAIN_OF_GROUP},
         first_failed_at=group.first_failed_at.ToDatetime(UTC),

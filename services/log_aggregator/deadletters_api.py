@@ -14,7 +14,7 @@ from infra.security.reads import record_reads
 from infra.service.api import Editor, Paging, Viewer, page
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
-from services.log_aggregator.deadletters import BulkRedrive, DeadLetter, DeadLetters, Redriven, shown
+from services.log_aggregator.deadletters import BulkRedrive, BulkRedriveResult, DeadLetters, ListedDeadLetter, shown
 from services.log_aggregator.services import metadata
 
 
@@ -47,14 +47,14 @@ def router(runtime: Runtime) -> APIRouter:
         return page(found, paging, lambda letter: f"{letter.service} {letter.id}") | {"unavailable": unavailable}
 
     @routes.post("/api/v1/deadletters/redrive", status_code=202)
-    async def redrive_matching(who: Editor, body: BulkRedrive) -> Redriven:
+    async def redrive_matching(who: Editor, body: BulkRedrive) -> BulkRedriveResult:
         """Lets the services process all failed dead letters that match, and then those that wait behind them."""
         if (body.ids is None) == (body.cause is None and body.service is None):
             raise InvalidMessage("ids", "must be given, or else cause, service or both")
         return await services.redriven(who, body)
 
     @routes.get("/api/v1/deadletters/{id}")
-    async def get_dead_letter(id: UUID, who: Viewer) -> DeadLetter:
+    async def get_dead_letter(id: UUID, who: Viewer) -> ListedDeadLetter:
         _, letter = await services.find(who, id)
 
         async def work(tx: Tx) -> None:
@@ -66,7 +66,7 @@ def router(runtime: Runtime) -> APIRouter:
         return letter
 
     @routes.post("/api/v1/deadletters/{id}/redrive", status_code=202)
-    async def redrive(id: UUID, who: Editor, body: Redrive | None = None) -> DeadLetter:
+    async def redrive(id: UUID, who: Editor, body: Redrive | None = None) -> ListedDeadLetter:
         """Lets the service process the message again as soon as it can."""
         service, _ = await services.find(who, id)
         request = ops_pb2.RedriveDeadLettersRequest(ids=[str(id)], actor=who.actor, force=bool(body and body.force))

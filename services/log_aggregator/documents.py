@@ -24,7 +24,7 @@ _OPEN_FIELDS = frozenset(
 )
 
 
-class Document(NamedTuple):
+class IndexedDocument(NamedTuple):
     """A document for the index of one day."""
 
     id: str
@@ -34,7 +34,7 @@ class Document(NamedTuple):
     body: dict[str, Any]
 
 
-def line(decoded: Decoded) -> Document:
+def line(decoded: Decoded) -> IndexedDocument:
     """Returns the document of a log line. Its field ``text`` is searched, its field ``tenant`` limits access."""
     message = decoded.message
     assert isinstance(message, LogLine)
@@ -45,17 +45,17 @@ def line(decoded: Decoded) -> Document:
         **{name: _text(message.data.get(name)) for name in ("run_id", "channel_id")},
         "text": f"{message.message} {msgspec.json.encode(message.data).decode()}",
     }
-    return Document(str(decoded.id), datetime.fromisoformat(message.timestamp), body)
+    return IndexedDocument(str(decoded.id), datetime.fromisoformat(message.timestamp), body)
 
 
-def usage(decoded: Decoded) -> Document:
+def usage(decoded: Decoded) -> IndexedDocument:
     """Returns the document of a usage record: an event whose tokens can be added up."""
     record = decoded.message
     assert isinstance(record, UsageRecorded)
     document = event(decoded)
     tokens = {unit: count for unit, count in record.quantities.items() if unit.endswith("_tokens")}
     facts = {"resource": record.resource, "agent_id": record.agent_id, "channel_id": record.channel_id}
-    return Document(
+    return IndexedDocument(
         document.id,
         record.occurred_at,
         document.body
@@ -69,7 +69,7 @@ def usage(decoded: Decoded) -> Document:
     )
 
 
-def act(decoded: Decoded) -> Document:
+def act(decoded: Decoded) -> IndexedDocument:
     """Returns the document of an audited act, without its details. The chain in PostgreSQL is the record."""
     act = decoded.message
     assert isinstance(act, ActAudited)
@@ -79,10 +79,10 @@ def act(decoded: Decoded) -> Document:
         "tenant": act.tenant_id,
         **{name: getattr(act, name) for name in ("actor", "action", "object_kind", "object_id", "outcome")},
     }
-    return Document(str(decoded.id), act.at, body)
+    return IndexedDocument(str(decoded.id), act.at, body)
 
 
-def event(decoded: Decoded) -> Document:
+def event(decoded: Decoded) -> IndexedDocument:
     """Returns the document of an event of an agent or a channel, without personal content."""
     envelope = decoded.envelope()
     context = extract(decoded.headers)
@@ -98,7 +98,7 @@ def event(decoded: Decoded) -> Document:
         "session_key": fields.get("session_key"),
         "data": {name: value for name, value in fields.items() if name in _OPEN_FIELDS},
     }
-    return Document(str(decoded.id), envelope.time, body)
+    return IndexedDocument(str(decoded.id), envelope.time, body)
 
 
 def _text(value: object) -> str | None:

@@ -21,14 +21,14 @@ class Link(NamedTuple):
     hash: bytes
 
 
-class Head(NamedTuple):
+class ChainHead(NamedTuple):
     """The end of a chain: the number of its records and the hash of the last one."""
 
     seq: int
     hash: bytes
 
 
-EMPTY = Head(0, GENESIS)
+EMPTY = ChainHead(0, GENESIS)
 
 
 def canonical(record: Mapping[str, Any]) -> str:
@@ -36,7 +36,7 @@ def canonical(record: Mapping[str, Any]) -> str:
     return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
 
-def chained(head: Head, records: Iterable[str]) -> Iterator[Link]:
+def chained(head: ChainHead, records: Iterable[str]) -> Iterator[Link]:
     """Yields the links of `records` after `head`. A hash is SHA-256 of the previous hash and the record's JSON."""
     seq, previous = head
     for record in records:
@@ -44,11 +44,11 @@ def chained(head: Head, records: Iterable[str]) -> Iterator[Link]:
         yield Link(seq, record, previous)
 
 
-def first_break(head: Head, links: Iterable[Link]) -> int | None:
+def first_break(head: ChainHead, links: Iterable[Link]) -> int | None:
     """Returns the seq of the first link that does not follow from `head` and the links before it. None: all follow."""
     for link in links:
         [expected] = chained(head, [link.record])
         if link != expected:
             return expected.seq
-        head = Head(link.seq, link.hash)
+        head = ChainHead(link.seq, link.hash)
     return None

@@ -10,7 +10,7 @@ from protos.messages.agent import RunCompleted, RunFailed
 from protos.messages.audit import ActAudited
 from protos.messages.billing import UsageRecorded
 from services.log_aggregator import audit, documents
-from services.log_aggregator.index import Index
+from services.log_aggregator.index import SearchIndex
 
 # The consumer group of the search index. Its offsets are independent of the audit chains' offsets.
 INDEX = "log_aggregator_index"
@@ -27,12 +27,12 @@ async def chain_acts(acts: list[ActAudited], tx: Tx) -> None:
 
 
 @SERVICE_LOGS.at_least_once(group=INDEX)
-async def index_lines(lines: list[Decoded], index: Index) -> None:
+async def index_lines(lines: list[Decoded], index: SearchIndex) -> None:
     await index.store("logs", [documents.line(line) for line in lines])
 
 
 @AGENT_EVENTS.at_least_once(group=INDEX)
-async def index_agent_events(events: list[Decoded], index: Index, metrics: Metrics) -> None:
+async def index_agent_events(events: list[Decoded], index: SearchIndex, metrics: Metrics) -> None:
     await index.store("events", [documents.event(event) for event in events])
     for event in events:
         match event.message:
@@ -43,7 +43,7 @@ async def index_agent_events(events: list[Decoded], index: Index, metrics: Metri
 
 
 @USAGE_RECORDS.at_least_once(group=INDEX)
-async def index_usage(records: list[Decoded], index: Index, metrics: Metrics) -> None:
+async def index_usage(records: list[Decoded], index: SearchIndex, metrics: Metrics) -> None:
     await index.store("events", [documents.usage(record) for record in records])
     for record in records:
         if isinstance(record.message, UsageRecorded):
@@ -52,10 +52,10 @@ async def index_usage(records: list[Decoded], index: Index, metrics: Metrics) ->
 
 
 @AUDIT_LOGS.at_least_once(group=INDEX)
-async def index_acts(acts: list[Decoded], index: Index) -> None:
+async def index_acts(acts: list[Decoded], index: SearchIndex) -> None:
     await index.store("audit", [documents.act(act) for act in acts])
 
 
 @CHANNEL_EVENTS.at_least_once(group=INDEX)
-async def index_channel_events(events: list[Decoded], index: Index) -> None:
+async def index_channel_events(events: list[Decoded], index: SearchIndex) -> None:
     await index.store("events", [documents.event(event) for event in events])

@@ -22,7 +22,7 @@ from infra.connections import HttpTarget
 from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
 from services.log_aggregator import mappings
-from services.log_aggregator.documents import Document
+from services.log_aggregator.documents import IndexedDocument
 from services.log_aggregator.mappings import KEEP, Engine, Kind
 
 # Size of one request. OpenSearch accepts 100 MB and is fastest with a few.
@@ -31,7 +31,7 @@ MAX_BULK_BYTES = 5_000_000
 _SEARCH_PAUSES = (0.1, 0.2, 0.5, 0.0)
 
 
-class Index:
+class SearchIndex:
     """The client of the index. Every method raises Transient while OpenSearch does not answer or refuses requests.
 
     url: as `HttpTarget` reads it. prefix: separates several systems in one OpenSearch.
@@ -50,7 +50,7 @@ class Index:
     async def ping(self) -> None:
         await self._ask("GET", "/")
 
-    async def store(self, kind: Kind, documents: Sequence[Document]) -> None:
+    async def store(self, kind: Kind, documents: Sequence[IndexedDocument]) -> None:
         """Stores documents. A document with a known id is overwritten.
 
         Raises InvalidMessage (field ``document``) if OpenSearch refuses a document because of its content.
@@ -62,13 +62,13 @@ class Index:
             if answer["errors"]:
                 _raise(answer["items"])
 
-    async def read(self, kind: Kind, documents: Sequence[Document]) -> dict[str, dict[str, Any]]:
+    async def read(self, kind: Kind, documents: Sequence[IndexedDocument]) -> dict[str, dict[str, Any]]:
         """The stored forms of these documents, by id, without the fields that are only searched."""
         wanted = [{"_index": self._name(kind, document.at), "_id": document.id} for document in documents]
         answer = await self._ask("POST", "/_mget", json={"docs": wanted})
         return {found["_id"]: found["_source"] for found in answer["docs"] if found.get("found")}
 
-    def keeps(self, kind: Kind, document: Document) -> bool:
+    def keeps(self, kind: Kind, document: IndexedDocument) -> bool:
         """False if the index of its day is older than the retention."""
         return self._name(kind, document.at) >= self._name(kind, utcnow() - KEEP[kind])
 
@@ -138,7 +138,7 @@ class Index:
                 await self._ask("DELETE", f"/{name}")
                 self._log.info("deleted an index after its retention", index=name)
 
-    def _bulks(self, kind: Kind, documents: Sequence[Document]) -> Iterator[bytes]:
+    def _bulks(self, kind: Kind, documents: Sequence[IndexedDocument]) -> Iterator[bytes]:
         lines: list[bytes] = []
         size = 0
         for document in documents:

@@ -27,8 +27,8 @@ from infra.observe.logs import get_logger
 from infra.service.service import Runtime
 from infra.web.server import serve_http
 from services.log_aggregator import adapters
-from services.log_aggregator.documents import Document
-from services.log_aggregator.index import Index
+from services.log_aggregator.documents import IndexedDocument
+from services.log_aggregator.index import SearchIndex
 
 # Size of one request, decompressed. The SDK sends 512 spans at once, and a batch span may have 500 links of 60 bytes.
 MAX_BYTES = 32 * 1024 * 1024
@@ -45,7 +45,7 @@ def receiver(runtime: Runtime) -> Receiver:
 class Receiver:
     """Answers after OpenSearch has stored the spans. While OpenSearch is away it answers 503: the sender retries."""
 
-    def __init__(self, index: Index, port: int, host: str, *, shared: bool = False) -> None:
+    def __init__(self, index: SearchIndex, port: int, host: str, *, shared: bool = False) -> None:
         self._index = index
         self._port = port
         self._host = host
@@ -93,7 +93,7 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def spans(message: ExportTraceServiceRequest) -> Iterator[Document]:
+def spans(message: ExportTraceServiceRequest) -> Iterator[IndexedDocument]:
     """Yields each span as a document. Ids are lower-case hexadecimal. Enum values have no prefix."""
     for resource in message.resource_spans:
         service = str(_attributes(resource.resource.attributes).get("service.name", ""))
@@ -119,7 +119,7 @@ def spans(message: ExportTraceServiceRequest) -> Iterator[Document]:
                     "error": span.status.message,
                     "linked": sorted({trace for trace, _ in links}),
                 }
-                yield Document(f"{trace_id}-{span_id}", at, body)
+                yield IndexedDocument(f"{trace_id}-{span_id}", at, body)
 
 
 def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Value]:

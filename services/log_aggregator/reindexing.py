@@ -20,15 +20,15 @@ from infra.bus.kafka import printable_headers
 from infra.connections import kafka_options
 from infra.errors import InvalidMessage
 from infra.postgres.db import sql
-from infra.postgres.read_models import Comparison, Difference
+from infra.postgres.read_models import Comparison, RowDifference
 from infra.service import verification
-from infra.service.verification import Progress, Verified
+from infra.service.verification import Progress, VerificationResult
 from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, SERVICE_LOGS, USAGE_RECORDS
 from protos.topology import Topic
 from services.log_aggregator import documents
-from services.log_aggregator.documents import Document
+from services.log_aggregator.documents import IndexedDocument
 from services.log_aggregator.handlers import INDEX
-from services.log_aggregator.index import Index
+from services.log_aggregator.index import SearchIndex
 from services.log_aggregator.mappings import SEARCHED_ONLY, Kind
 
 BATCH = 500
@@ -40,7 +40,7 @@ class Indexed(NamedTuple):
     name: str
     topic: Topic
     kind: Kind
-    make: Callable[[Decoded], Document]
+    make: Callable[[Decoded], IndexedDocument]
 
 
 INDEXED = (
@@ -55,7 +55,7 @@ INDEXED = (
 class _Log:
     """The records of a topic that the index's reader has taken."""
 
-    def __init__(self, consumer: AIOKafkaConsumer, topic: str, ends: dict[int, int], state: Verified) -> None:
+    def __init__(self, consumer: AIOKafkaConsumer, topic: str, ends: dict[int, int], state: VerificationResult) -> None:
         self._consumer = consumer
         self._topic = topic
         self._ends = ends
@@ -89,7 +89,7 @@ class _Log:
 
 async def verify(
     engine: AsyncEngine,
-    index: Index,
+    index: SearchIndex,
     indexed: Indexed,
     *,
     bootstrap: str,
@@ -97,7 +97,7 @@ async def verify(
     switch: bool = False,
     restart: bool = False,
     progress: Progress = lambda done, total: None,
-) -> Verified:
+) -> VerificationResult:
     """Compares the documents of one topic. switch: stores those that are missing or differ."""
     async with verification.alone(engine, "log_aggregator"):
         async with engine.begin() as connection:
@@ -108,7 +108,7 @@ async def verify(
                 INDEX,
                 indexed.topic.name,
             )
-        state = state or Verified(indexed.name)
+        state = state or VerificationResult(indexed.name)
         not_indexed = {message_id for (message_id,) in letters}
         topic = prefix + indexed.topic.name
         consumer = AIOKafkaConsumer(**kafka_options(bootstrap), enable_auto_commit=False)
@@ -144,7 +144,7 @@ async def _taken(bootstrap: str, group: str, topic: str) -> dict[int, int]:
     return {tp.partition: found.offset for tp, found in sorted(offsets.items()) if tp.topic == topic}
 
 
-def _documents(indexed: Indexed, records: Sequence[Any]) -> list[Document]:
+def _documents(indexed: Indexed, records: Sequence[Any]) -> list[IndexedDocument]:
     made = []
     for record in records:
         headers, bad = printable_headers(record.headers)
@@ -156,13 +156,15 @@ def _documents(indexed: Indexed, records: Sequence[Any]) -> list[Document]:
     return made
 
 
-async def _compare(index: Index, kind: Kind, made: Sequence[Document]) -> tuple[Comparison, list[Document]]:
+async def _compare(
+    index: SearchIndex, kind: Kind, made: Sequence[IndexedDocument]
+) -> tuple[Comparison, list[IndexedDocument]]:
     """Also returns the documents that are missing or differ."""
     by_id = {document.id: document for document in made}
     stored = await index.read(kind, list(by_id.values())) if by_id else {}
     expected = {id_: _stored_form(document) for id_, document in by_id.items()}
     differences = [
-        Difference(id_, "missing" if id_ not in stored else _differing(stored[id_], body))
+        RowDifference(id_, "missing" if id_ not in stored else _differing(stored[id_], body))
         for id_, body in sorted(expected.items())
         if stored.get(id_) != body
     ]
@@ -172,7 +174,7 @@ async def _compare(index: Index, kind: Kind, made: Sequence[Document]) -> tuple[
     return comparison, [by_id[one.key] for one in differences]
 
 
-def _stored_form(document: Document) -> dict[str, Any]:
+def _stored_form(document: IndexedDocument) -> dict[str, Any]:
     body = {name: value for name, value in document.body.items() if name not in SEARCHED_ONLY}
     form: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(body))
     return form

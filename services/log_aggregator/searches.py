@@ -22,7 +22,7 @@ FIELDS: Final[dict[Field, str]] = {
 }
 
 
-class Search(NamedTuple):
+class SavedSearch(NamedTuple):
     """A saved search."""
 
     name: str
@@ -40,11 +40,17 @@ def clause(query: str) -> dict[str, Any]:
 _LINE = ("level", "service", "message")
 SEARCHES: Final = (
     *(
-        Search(f"logs-by-{field}", f"Clawbus: log lines by {field}", "logs", f"{name}:*", (name, *_LINE))
+        SavedSearch(f"logs-by-{field}", f"Clawbus: log lines by {field}", "logs", f"{name}:*", (name, *_LINE))
         for field, name in FIELDS.items()
     ),
-    Search("errors", "Clawbus: errors", "logs", QUERIES["errors"], ("service", "message", "traceId")),
-    Search("dead-letters", "Clawbus: dead letters", "logs", QUERIES["dead_letters"], ("service", "message", "traceId")),
-    Search("runs", "Clawbus: events of runs", "events", "type:agent.v1.*", ("type", "run_id", "tenant", "data.status")),
-    Search("audit", "Clawbus: audited acts", "audit", "*", ("actor", "action", "object_kind", "object_id", "outcome")),
+    SavedSearch("errors", "Clawbus: errors", "logs", QUERIES["errors"], ("service", "message", "traceId")),
+    SavedSearch(
+        "dead-letters", "Clawbus: dead letters", "logs", QUERIES["dead_letters"], ("service", "message", "traceId")
+    ),
+    SavedSearch(
+        "runs", "Clawbus: events of runs", "events", "type:agent.v1.*", ("type", "run_id", "tenant", "data.status")
+    ),
+    SavedSearch(
+        "audit", "Clawbus: audited acts", "audit", "*", ("actor", "action", "object_kind", "object_id", "outcome")
+    ),
 )

@@ -20,7 +20,7 @@ _SAFE = [
 ]
 
 
-class Services:
+class OperationsClients:
     """The clients of all services, by their names in order."""
 
     def __init__(self, runtime: Runtime) -> None:

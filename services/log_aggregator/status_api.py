@@ -10,12 +10,12 @@ from pydantic import BaseModel
 from infra.service.api import Viewer
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
-from services.log_aggregator.services import Services
+from services.log_aggregator.services import OperationsClients
 
 State = Literal["ready", "degraded", "failed"]
 
 
-class Part(BaseModel):
+class Component(BaseModel):
     """A service or an engine."""
 
     name: str
@@ -36,11 +36,11 @@ class Part(BaseModel):
 class SystemStatus(BaseModel):
     status: State
     """The worst state of all parts; failed only if a service has failed."""
-    parts: list[Part]
+    parts: list[Component]
 
 
 def router(runtime: Runtime) -> APIRouter:
-    services = Services(runtime)
+    services = OperationsClients(runtime)
     routes = APIRouter(tags=["status"])
 
     @routes.get("/api/v1/status")
@@ -62,9 +62,9 @@ def router(runtime: Runtime) -> APIRouter:
     return routes
 
 
-def _service(name: str, reply: ops_pb2.CheckHealthReply) -> Part:
+def _service(name: str, reply: ops_pb2.CheckHealthReply) -> Component:
     up = all(dependency.up for dependency in reply.dependencies)
-    return Part(
+    return Component(
         name=name,
         kind="service",
         state="failed" if not reply.ready else "ready" if up else "degraded",
@@ -75,8 +75,8 @@ def _service(name: str, reply: ops_pb2.CheckHealthReply) -> Part:
     )
 
 
-def _silent(name: str) -> Part:
-    return Part(
+def _silent(name: str) -> Component:
+    return Component(
         name=name,
         kind="service",
         state="failed",
@@ -87,9 +87,9 @@ def _silent(name: str) -> Part:
     )
 
 
-def _engine(name: str, seen: dict[str, ops_pb2.Dependency]) -> Part:
+def _engine(name: str, seen: dict[str, ops_pb2.Dependency]) -> Component:
     away = sorted(service for service, dependency in seen.items() if not dependency.up)
-    return Part(
+    return Component(
         name=name,
         kind="engine",
         state="ready" if not away else "failed" if len(away) == len(seen) else "degraded",

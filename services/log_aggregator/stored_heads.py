@@ -18,14 +18,14 @@ from infra.postgres.tx import Database
 from infra.stores.objects import Objects
 from services.log_aggregator import audit
 from services.log_aggregator.audit_lines import AuditLines
-from services.log_aggregator.domain import Head
+from services.log_aggregator.domain import ChainHead
 
 BUCKET = "openclaw-audit"
 STORE_SECONDS = 3600.0
 RETRY_SECONDS = 60.0
 
 
-class Comparison(NamedTuple):
+class HeadsComparison(NamedTuple):
     """The stored heads of a chain, compared with the chain."""
 
     heads: int
@@ -43,13 +43,13 @@ class StoredHeads:
         self._lines = lines
         self._prefix = prefix
 
-    async def store(self, tenant_id: str, head: Head) -> None:
+    async def store(self, tenant_id: str, head: ChainHead) -> None:
         """Path: ``<tenant, - for the system>/<seq, 20 digits>-<hash>-<proof>``."""
         line = await self._lines.write(tenant_id, head)
         name = f"{head.seq:020}-{head.hash.hex()}-{line.rpartition(' ')[2]}"
         await self._objects.put_once(self._folder(tenant_id) + name, line.encode())
 
-    async def compare(self, database: Database, tenant_id: str) -> Comparison | None:
+    async def compare(self, database: Database, tenant_id: str) -> HeadsComparison | None:
         """Compares every stored head with the chain. None if the object store does not answer."""
         folder = self._folder(tenant_id)
         try:
@@ -69,7 +69,7 @@ class StoredHeads:
                 # Also if the key of the lines was replaced to make the stored heads worthless.
                 wrong.append(int(seq) if seq.isdecimal() else 1)
         wrong += [head.seq for head in await audit.lacking(database, tenant_id, heads)]
-        return Comparison(len(names), max((head.seq for head in heads), default=0), min(wrong, default=None))
+        return HeadsComparison(len(names), max((head.seq for head in heads), default=0), min(wrong, default=None))
 
     def _folder(self, tenant_id: str) -> str:
         return f"{self._prefix}{quote(tenant_id, safe='') or '-'}/"
@@ -106,5 +106,5 @@ class Keeper:
             if self._stopping.is_set():
                 return
             if self._last.get(tenant_id) != seq:
-                await self._stored.store(tenant_id, Head(seq, bytes(hash_)))
+                await self._stored.store(tenant_id, ChainHead(seq, bytes(hash_)))
                 self._last[tenant_id] = seq

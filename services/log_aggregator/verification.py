@@ -12,7 +12,7 @@ from infra.observe.metrics import Metrics
 from infra.postgres.tx import Database
 from services.log_aggregator import audit
 from services.log_aggregator.audit import Verification
-from services.log_aggregator.stored_heads import Comparison, StoredHeads
+from services.log_aggregator.stored_heads import HeadsComparison, StoredHeads
 
 TICK_SECONDS = 60.0
 PAUSE_SECONDS = 0.05
@@ -23,7 +23,7 @@ _log = get_logger("services.log_aggregator.verification")
 
 class Checked(NamedTuple):
     found: Verification
-    stored: Comparison | None
+    stored: HeadsComparison | None
     """None if the object store does not answer."""
     broken_at: int | None
     """The seq of the first record that either of them misses."""

@@ -18,7 +18,7 @@ from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.engines import Engines
-from services.memory.index import Row
+from services.memory.index import VectorRow
 from services.memory.readable import Found
 from services.memory.usage import record_usage
 
@@ -93,7 +93,7 @@ class Conversations:
         if model != self._embedder.model:
             vector = await self._vector(run_id, text, effects)
         if vector is not None:
-            row = Row(run_id, np.frombuffer(vector, dtype="<f4").tolist())
+            row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
             await self._index.replace(tenant_id, run_id, session_scope(session_key), lambda: _one(row))
 
     async def _vector(self, run_id: UUID, text: str, effects: Effects) -> bytes | None:
@@ -156,5 +156,5 @@ class Conversations:
         return texts
 
 
-async def _one(row: Row) -> AsyncIterator[Sequence[Row]]:
+async def _one(row: VectorRow) -> AsyncIterator[Sequence[VectorRow]]:
     yield [row]

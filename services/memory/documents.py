@@ -13,8 +13,8 @@ from infra.stores.objects import Stored
 from services.memory import storage
 from services.memory.rights import ALL
 
-# The columns of `Document`. `d` is the document; `n` is its next version, or the document if it has none. The path of
-# the file is that of the version which is searched.
+# The columns of `StoredDocument`. `d` is the document; `n` is its next version, or the document if it has none.
+# The path of the file is that of the version which is searched.
 _COLUMNS = """
     d.id, n.name, n.content_type, n.size, CASE WHEN d.status = 'indexed' THEN d.path ELSE n.path END, n.status,
     round(n.progress::numeric, 4)::float8, n.error, d.created_at, n.pages, n.pages_without_text, n.warnings,
@@ -28,7 +28,7 @@ NEWEST = """
 """
 
 
-class Document(NamedTuple):
+class StoredDocument(NamedTuple):
     id: UUID
     name: str
     content_type: str
@@ -61,7 +61,7 @@ async def add(
     audience: Sequence[str] = (ALL,),
     tags: Sequence[str] = (),
     created_by: str = "",
-) -> Document:
+) -> StoredDocument:
     await tx.sql(
         """
         INSERT INTO document
@@ -91,18 +91,18 @@ _VISIBLE = """
 """
 
 
-async def get(tx: Tx, id_: UUID, names: Sequence[str] | None = None) -> Document:
+async def get(tx: Tx, id_: UUID, names: Sequence[str] | None = None) -> StoredDocument:
     """Raises NotFound, also for a deleted document, for another tenant's, and for one that no one of these names may
     see. names: None for an administrator."""
     rows = await tx.sql(f"SELECT {_COLUMNS} FROM {NEWEST} WHERE {_VISIBLE} AND d.id = $2", names, id_)
     if not rows:
         raise NotFound(f"document {id_}: does not exist")
-    return Document(*rows[0])
+    return StoredDocument(*rows[0])
 
 
 async def newest(
     tx: Tx, limit: int, before: tuple[datetime, UUID] | None, names: Sequence[str] | None
-) -> list[Document]:
+) -> list[StoredDocument]:
     """The newest documents that these names may see first, after the one that `before` names by time and id."""
     at, id_ = before or (None, None)
     rows = await tx.sql(
@@ -118,10 +118,10 @@ async def newest(
         at,
         id_,
     )
-    return [Document(*row) for row in rows]
+    return [StoredDocument(*row) for row in rows]
 
 
-async def change(tx: Tx, id_: UUID, audience: Sequence[str] | None, tags: Sequence[str] | None) -> Document:
+async def change(tx: Tx, id_: UUID, audience: Sequence[str] | None, tags: Sequence[str] | None) -> StoredDocument:
     """Changes the readers and tags that are given; searches see the change from the commit on. Raises NotFound."""
     await tx.sql(
         """

@@ -23,7 +23,7 @@ from infra.stores.objects import DOWNLOAD_LIFE
 from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
 from services.memory import adapters, documents, received, rights, versions
-from services.memory.documents import Document
+from services.memory.documents import StoredDocument
 from services.memory.handlers import enqueue
 
 _NAMES = {"type": "array", "items": {"type": "string"}}
@@ -183,7 +183,7 @@ def router(runtime: Runtime) -> APIRouter:
             await objects.delete(given.stored.path)
         return response
 
-    async def _stored_once(request: Request, who: Identity, given: received.Received, work: Work) -> Response:
+    async def _stored_once(request: Request, who: Identity, given: received.ReceivedDocument, work: Work) -> Response:
         """The answer of `work`. The stored file is deleted if nothing refers to it."""
         # Compares the parts of the form: the text around them differs in each request.
         compared = f"{given.stored.sha256} {given.name}"
@@ -259,6 +259,6 @@ def _id(text: str) -> UUID:
         raise NotFound(f"document {text}: does not exist") from None
 
 
-def _view(document: Document) -> DocumentView:
+def _view(document: StoredDocument) -> DocumentView:
     shown: dict[str, Any] = document._asdict()
     return DocumentView.model_validate({name: shown[name] for name in DocumentView.model_fields})

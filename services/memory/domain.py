@@ -30,7 +30,7 @@ _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
-class Unreadable(Exception):
+class UnreadableFile(Exception):
     """The file cannot be read. The message gives the reason to the person who uploaded it."""
 
 

@@ -11,21 +11,21 @@ from urllib.parse import unquote
 from lxml import etree  # type: ignore[import-untyped]
 
 from services.memory import markup
-from services.memory.domain import Unreadable
+from services.memory.domain import UnreadableFile
 
 _CONTAINER, _ENCRYPTION = "META-INF/container.xml", "META-INF/encryption.xml"
 _PAGES = frozenset(("application/xhtml+xml", "text/html"))
 
 
 def chapters(file: IO[bytes], warnings: list[str]) -> Iterator[str]:
-    """Each chapter as Markdown. Adds to `warnings` the parts that are named and missing. Raises Unreadable."""
+    """Each chapter as Markdown. Adds to `warnings` the parts that are named and missing. Raises UnreadableFile."""
     with zipfile.ZipFile(file) as book:
         names = set(book.namelist())
         if _CONTAINER not in names:
-            raise Unreadable(f"The e-book has no list of its parts ({_CONTAINER}).")
+            raise UnreadableFile(f"The e-book has no list of its parts ({_CONTAINER}).")
         package = next((node.get("full-path") for node in _nodes(_root(book, _CONTAINER), "rootfile")), None)
         if package not in names:
-            raise Unreadable("The e-book names no package file, or one that is missing.")
+            raise UnreadableFile("The e-book names no package file, or one that is missing.")
         folder = posixpath.dirname(package)
         contents = _root(book, package)
         paths: dict[str | None, str] = {}
@@ -37,7 +37,7 @@ def chapters(file: IO[bytes], warnings: list[str]) -> Iterator[str]:
         for reference in _nodes(contents, "itemref"):
             path = paths.get(reference.get("idref"))
             if path in encrypted:
-                raise Unreadable("The e-book is encrypted. Upload it without copy protection.")
+                raise UnreadableFile("The e-book is encrypted. Upload it without copy protection.")
             if path in names:
                 yield markup.html_markdown(book.read(path))[0]
             elif path:

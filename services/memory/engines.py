@@ -8,14 +8,14 @@ from typing import NamedTuple
 from uuid import UUID
 
 from infra.postgres.tx import Database, Tx
-from services.memory.index import Hit, Index, Row
+from services.memory.index import Hit, VectorIndex, VectorRow
 from services.memory.rights import EVERY, Owners
 
 ENGINES = ("milvus", "pgvector")
 # A process learns of a change within this time.
 CACHE_SECONDS = 1.0
 
-Batches = Callable[[], AsyncIterator[Sequence[Row]]]
+Batches = Callable[[], AsyncIterator[Sequence[VectorRow]]]
 
 
 class Choice(NamedTuple):
@@ -37,7 +37,7 @@ async def choose(tx: Tx, new: Choice) -> None:
 class Engines:
     """`database`: the worker role's."""
 
-    def __init__(self, database: Database, indexes: Mapping[str, Index]) -> None:
+    def __init__(self, database: Database, indexes: Mapping[str, VectorIndex]) -> None:
         self._database = database
         self._indexes = indexes
         self._known: tuple[float, Choice] | None = None

@@ -14,7 +14,7 @@ MAX_TEXT = 500
 MIN_QUOTE = 3
 
 
-class Fact(NamedTuple):
+class LearnedFact(NamedTuple):
     text: str
     """The person's own sentence."""
     kind: Kind
@@ -75,9 +75,9 @@ _AFTERWARDS = re.compile(r"(?i)\s+(?:any ?more|any longer|very much|a lot|now|at
 _NOT_LETTERS = re.compile(r"[^\w]+")
 
 
-def facts(said: str) -> list[Fact]:
+def facts(said: str) -> list[LearnedFact]:
     """The facts in a person's message, at most MAX_FACTS. A question and a wish to forget state none."""
-    found: dict[str, Fact] = {}
+    found: dict[str, LearnedFact] = {}
     for sentence in _sentences(said):
         if sentence.endswith(("?", "？")) or len(sentence) > MAX_TEXT:
             continue
@@ -86,7 +86,7 @@ def facts(said: str) -> list[Fact]:
         for rule in _RULES:
             if part := rule.pattern.search(sentence):
                 topic = rule.topic.format(_object(part[1])) if rule.topic and "{}" in rule.topic else rule.topic
-                found.setdefault(normal(sentence), Fact(sentence, rule.kind, rule.importance, topic))
+                found.setdefault(normal(sentence), LearnedFact(sentence, rule.kind, rule.importance, topic))
                 break
     return list(found.values())[:MAX_FACTS]
 

@@ -19,7 +19,7 @@ from protos.messages.user import SubjectErased
 from services.memory import keeping
 from services.memory.conversations import KEEP, Conversations
 from services.memory.indexing import Indexing
-from services.memory.learning import Learning, Run
+from services.memory.learning import FinishedRun, Learning
 from services.memory.versions import OldVersion
 
 
@@ -67,7 +67,7 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
         # The agent service sends the facts that its model found, or the message if the model gave no usable answer.
         return
     assert tx.cause
-    run = Run(event.run_id, event.subject_id, event.channel_id, event.message_id, tx.cause.time)
+    run = FinishedRun(event.run_id, event.subject_id, event.channel_id, event.message_id, tx.cause.time)
     for memory_id in await learning.by_rules(tx, run, event.said):
         enqueue_memory(tx, memory_id)
 

@@ -12,7 +12,7 @@ from services.memory.rights import EVERY, Owners
 INSERT_ROWS = 500
 
 
-class Row(NamedTuple):
+class VectorRow(NamedTuple):
     id: UUID
     vector: list[float]
 
@@ -23,7 +23,7 @@ class Hit(NamedTuple):
     """The cosine similarity."""
 
 
-class Index(Protocol):
+class VectorIndex(Protocol):
     """One engine. Every call raises Transient if the engine does not answer."""
 
     @property
@@ -37,7 +37,9 @@ class Index(Protocol):
         """The tenant's `limit` nearest rows in `scope`, best first. PostgreSQL may have deleted some of them."""
         ...
 
-    async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[Row]]) -> None:
+    async def replace(
+        self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[VectorRow]]
+    ) -> None:
         """Replaces the owner's rows by these rows, and returns once every search finds them."""
         ...
 

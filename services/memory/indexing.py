@@ -28,9 +28,9 @@ from services.memory.documents import IndexedVersion
 from services.memory.domain import count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
 from services.memory.engines import Engines
-from services.memory.index import INSERT_ROWS, Row
-from services.memory.parser import Findings, Refused, parsed
-from services.memory.passages import Passage
+from services.memory.index import INSERT_ROWS, VectorRow
+from services.memory.parser import DocumentRefused, Findings, parsed
+from services.memory.passages import StoredPassage
 from services.memory.usage import record_document, record_usage
 from services.memory.versions import OldVersion
 
@@ -66,7 +66,7 @@ class Indexing:
         """
         try:
             document = await self._index_stages(id_, effects)
-        except Refused as error:
+        except DocumentRefused as error:
             await documents.advance(tx, id_, "failed", 1.0, str(error))
         except (_Deleted, NotFound):
             _log.info("document was deleted before it was indexed", document_id=str(id_))
@@ -164,7 +164,7 @@ class Indexing:
                     file.flush()
                     yield file
         except NotFound as error:
-            raise Refused("The stored file no longer exists. Upload the document again.") from error
+            raise DocumentRefused("The stored file no longer exists. Upload the document again.") from error
 
     async def _embed(self, id_: UUID, effects: Effects, *, again: bool = False) -> None:
         """Embeds the passages that have no vector of the model. again: the document stays indexed meanwhile."""
@@ -183,7 +183,9 @@ class Indexing:
                 # A large document takes hours. The vectors made so far are stored.
                 raise NotYet(timedelta(0), "the other documents have their turn")
 
-    async def _embed_batch(self, id_: UUID, batch: Sequence[Passage], total: int | None, effects: Effects) -> None:
+    async def _embed_batch(
+        self, id_: UUID, batch: Sequence[StoredPassage], total: int | None, effects: Effects
+    ) -> None:
         """`total`: all passages of the document, for its progress; None if it shows none."""
         first = batch[0].n
         texts = [embedded_text(passage.text, passage.section) for passage in batch]
@@ -223,10 +225,10 @@ class Indexing:
         if not alive:
             raise _Deleted
         if outcome.state == "failed":
-            raise Refused(f"The text could not be embedded: {outcome.error}.")
+            raise DocumentRefused(f"The text could not be embedded: {outcome.error}.")
 
     async def _fill_index(self, document: IndexedVersion, effects: Effects) -> None:
-        async def batches() -> AsyncIterator[Sequence[Row]]:
+        async def batches() -> AsyncIterator[Sequence[VectorRow]]:
             last = -1
             while True:
                 async with effects.begin() as tx:
@@ -234,7 +236,7 @@ class Indexing:
                 if not rows:
                     return
                 last = rows[-1][1]
-                yield [Row(passage_id, vector) for passage_id, _, vector in rows]
+                yield [VectorRow(passage_id, vector) for passage_id, _, vector in rows]
 
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)

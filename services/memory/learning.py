@@ -22,7 +22,7 @@ from services.memory.usage import record_usage
 RULE_CONFIDENCE = 0.8
 
 
-class Run(NamedTuple):
+class FinishedRun(NamedTuple):
     """The finished run in which a person spoke. Place and speaker of all that is learned from it."""
 
     id: UUID
@@ -59,7 +59,7 @@ class Learning:
         self._memories = memories
         self._embedder = embedder
 
-    async def by_rules(self, tx: Tx, run: Run, said: str) -> list[UUID]:
+    async def by_rules(self, tx: Tx, run: FinishedRun, said: str) -> list[UUID]:
         """Keeps the facts that rules find in the person's message. Returns the ids of the new memories; the same run
         always gives the same ids. Keeps nothing of an erased person."""
         found = [
@@ -69,13 +69,13 @@ class Learning:
         return await self._keep(tx, run, "rules", found, ())
 
     async def by_model(
-        self, tx: Tx, run: Run, model: str, found: Sequence[FoundFact], merged: Sequence[Merged]
+        self, tx: Tx, run: FinishedRun, model: str, found: Sequence[FoundFact], merged: Sequence[Merged]
     ) -> list[UUID]:
         """As `by_rules`, with the facts that a model found. A merge whose parts have changed meanwhile is left out."""
         return await self._keep(tx, run, model, found, merged)
 
     async def _keep(
-        self, tx: Tx, run: Run, learned_by: str, found: Sequence[FoundFact], merged: Sequence[Merged]
+        self, tx: Tx, run: FinishedRun, learned_by: str, found: Sequence[FoundFact], merged: Sequence[Merged]
     ) -> list[UUID]:
         learned = []
 

@@ -10,7 +10,7 @@ from typing import IO
 
 from services.memory import markup
 from services.memory.charsets import UnknownEncoding, decode
-from services.memory.domain import Block, Unreadable, sections
+from services.memory.domain import Block, UnreadableFile, sections
 
 MAX_HEADER = 10_000
 _SHOWN = ("From", "To", "Cc", "Date")
@@ -19,7 +19,7 @@ _ENCRYPTED = frozenset(("multipart/encrypted", "application/pkcs7-mime", "applic
 
 def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     """The e-mail under its subject, then the enclosed ones. Adds the attachments, which are not read, to `warnings`.
-    Raises Unreadable, UnknownEncoding."""
+    Raises UnreadableFile, UnknownEncoding."""
     attached: list[str] = []
     waiting = [BytesParser().parse(file)]
     while waiting:
@@ -31,7 +31,7 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
         for part in parts:
             type_ = part.get_content_type()
             if type_ in _ENCRYPTED:
-                raise Unreadable("The e-mail is encrypted. Upload it without encryption.")
+                raise UnreadableFile("The e-mail is encrypted. Upload it without encryption.")
             if type_ not in ("text/plain", "text/html") or part.get_content_disposition() == "attachment":
                 attached.append(_decoded_words(part.get_filename() or type_))
             elif type_ == "text/html":

@@ -32,7 +32,7 @@ from services.memory.memories import Memory, id_of
 _EXAMPLE: JsonDict = {"text": "I am allergic to nuts.", "scope": "user", "importance": 9, "confidence": 1.0}
 
 
-class Origin(BaseModel):
+class MemoryOrigin(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     run_id: UUID | None = None
@@ -40,7 +40,7 @@ class Origin(BaseModel):
     message_id: str | None = Field(default=None, max_length=200)
 
 
-class Source(BaseModel):
+class MemorySource(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     run_id: UUID | None
@@ -63,7 +63,7 @@ class NewMemory(BaseModel):
     kind: Kind = "fact"
     importance: int = Field(default=5, ge=1, le=10)
     confidence: float = Field(default=1.0, ge=0, le=1)
-    source: Origin = Origin()
+    source: MemoryOrigin = MemoryOrigin()
     expires_at: AwareDatetime | None = None
     parts: list[UUID] = Field(default=[], max_length=MAX_PARTS)
     """Memories of the same scope that become this one: it is as important as the most important of them and as certain
@@ -97,7 +97,7 @@ class MemoryView(BaseModel):
     """From 1 to 10."""
     confidence: float
     """From 0 to 1."""
-    source: Source
+    source: MemorySource
     speaker: str
     """person, if it was taken from a conversation; otherwise the client that wrote it."""
     created_at: datetime
@@ -282,7 +282,7 @@ def _view(memory: Memory) -> MemoryView:
         kind=memory.kind,
         importance=memory.importance,
         confidence=round(memory.confidence, 4),
-        source=Source(
+        source=MemorySource(
             run_id=memory.run_id,
             message_id=memory.message_id,
             channel_id=memory.channel_id,

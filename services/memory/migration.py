@@ -18,7 +18,7 @@ from infra.errors import Conflict
 from infra.postgres.tx import Database
 from services.memory import engines, handlers
 from services.memory.engines import CACHE_SECONDS, Choice
-from services.memory.index import Index
+from services.memory.index import VectorIndex
 from services.memory.pgvector import PgvectorIndex
 
 SAMPLES = 50
@@ -42,7 +42,7 @@ class Migrated:
 
 
 async def migrate(
-    database: Database, target: str, index: Index, *, alone: bool, progress: Callable[[int, int], None]
+    database: Database, target: str, index: VectorIndex, *, alone: bool, progress: Callable[[int, int], None]
 ) -> Migrated:
     """`index`: the one of the target engine. alone: after the switch, only the target gets documents.
 
@@ -74,7 +74,7 @@ async def migrate(
     return Migrated(documents, missing, sampled, recall, switched=True)
 
 
-async def _compared(database: Database, index: Index) -> tuple[int, int, float]:
+async def _compared(database: Database, index: VectorIndex) -> tuple[int, int, float]:
     """The number of sampled documents that are not complete in the index, of sampled passages, and their recall."""
     async with database.begin() as tx:
         tenants = [tenant_id for (tenant_id,) in await tx.sql("SELECT DISTINCT tenant_id FROM document")]

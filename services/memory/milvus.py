@@ -21,7 +21,7 @@ from pymilvus import AsyncMilvusClient, DataType, MilvusClient, MilvusException
 from infra.clock import uuid7
 from infra.connections import HttpTarget
 from infra.errors import Transient
-from services.memory.index import Hit, Row
+from services.memory.index import Hit, VectorRow
 from services.memory.rights import EVERY, Owners
 
 TIMEOUT_SECONDS = 3.0
@@ -75,7 +75,9 @@ class MilvusIndex:
             best.setdefault(UUID(hit["entity"]["text_id"]), float(hit["distance"]))
         return [Hit(id_, score) for id_, score in best.items()]
 
-    async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[Row]]) -> None:
+    async def replace(
+        self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[VectorRow]]
+    ) -> None:
         """Replaces the owner's rows by these rows, and returns once every search finds them."""
         name, count, insertion = "", 0, str(uuid7())
         async for rows in batches:

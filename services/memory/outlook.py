@@ -15,7 +15,7 @@ from typing import IO
 from olefile import OleFileIO  # type: ignore[import-untyped]
 
 from services.memory.charsets import UnknownEncoding, decode
-from services.memory.domain import Block, Unreadable, sections
+from services.memory.domain import Block, UnreadableFile, sections
 from services.memory.mail import MAX_HEADER, note_attachments
 from services.memory.markup import html_markdown, markdown
 
@@ -34,7 +34,7 @@ Place = tuple[str, ...]
 
 def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     """The e-mail under its subject, then the enclosed ones. Adds the parts that are not read to `warnings`.
-    Raises Unreadable, UnknownEncoding, and errors of its library if the file is damaged."""
+    Raises UnreadableFile, UnknownEncoding, and errors of its library if the file is damaged."""
     with OleFileIO(file) as storage:
         folders: dict[Place, list[str]] = defaultdict(list)
         for *parent, name in storage.listdir(streams=True, storages=True):
@@ -45,7 +45,7 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             place = waiting.pop()
             message = _Storage(storage, place, folders[place])
             if message.line(_CLASS) == _ENCRYPTED:
-                raise Unreadable("The e-mail is encrypted. Upload it without encryption.")
+                raise UnreadableFile("The e-mail is encrypted. Upload it without encryption.")
             yield from _own_blocks(message, warnings)
             enclosed = []
             for name in folders[place]:

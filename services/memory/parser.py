@@ -32,7 +32,7 @@ _ROOT = Path(infra.__file__).parent.parent
 _log = get_logger("memory.parser")
 
 
-class Refused(Exception):
+class DocumentRefused(Exception):
     """The document cannot be indexed. The message is written for the person who uploaded it."""
 
 
@@ -54,7 +54,7 @@ Check = Callable[[], Awaitable[None]]
 
 
 async def parsed(file: IO[bytes], type_: str, findings: Findings, check: Check) -> AsyncGenerator[list[Chunk], None]:
-    """The file's passages in batches. Fills `findings`. Raises Refused and NotFound."""
+    """The file's passages in batches. Fills `findings`. Raises DocumentRefused and NotFound."""
     for is_last in (False, True):
         given = False
         try:
@@ -66,13 +66,13 @@ async def parsed(file: IO[bytes], type_: str, findings: Findings, check: Check) 
         except _ParserDied:
             # A process can die for reasons other than its file. A second death is blamed on the file.
             if is_last or given:
-                raise Refused("The file cannot be read: the parser crashes on it.") from None
+                raise DocumentRefused("The file cannot be read: the parser crashes on it.") from None
 
 
 async def _parsed_once(
     file: IO[bytes], type_: str, findings: Findings, check: Check
 ) -> AsyncGenerator[list[Chunk], None]:
-    """The file's passages from one parser process. Raises Refused, _ParserDied and NotFound."""
+    """The file's passages from one parser process. Raises DocumentRefused, _ParserDied and NotFound."""
     # A parser that a file has taken over must not find the service's secrets in its memory.
     confinement.hide_memory()
     file.seek(0)
@@ -98,7 +98,7 @@ async def _parsed_once(
                 async for line in lines:
                     said = _understood(line)
                     if said.error is not None:
-                        raise Refused(said.error)
+                        raise DocumentRefused(said.error)
                     if said.unconfined:
                         _log.warning("parser process is not fully confined", missing=said.unconfined)
                     if said.text is not None:
@@ -119,7 +119,9 @@ async def _parsed_once(
             await process.wait()
         if not complete:
             if process.returncode == -signal.SIGXCPU:
-                raise Refused(f"The file could not be read within {confinement.MAX_CPU_SECONDS} s of processor time.")
+                raise DocumentRefused(
+                    f"The file could not be read within {confinement.MAX_CPU_SECONDS} s of processor time."
+                )
             errors.seek(0)
             output = errors.read()[-2000:].decode(errors="replace")
             _log.error("parser process died", code=process.returncode, output=output)
@@ -147,12 +149,12 @@ def _understood(line: bytes) -> _Said:
         return msgspec.json.decode(line, type=_Said)
     except msgspec.MsgspecError:
         # Only a parser that its file has taken over says something else.
-        raise Refused("The file cannot be read.") from None
+        raise DocumentRefused("The file cannot be read.") from None
 
 
 async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGenerator[bytes, None]:
-    """The lines of a parser process. Raises NotFound; Refused after PARSE_SECONDS of waiting, also for a parser that
-    sleeps between its lines, and after MAX_PARSED_BYTES."""
+    """The lines of a parser process. Raises NotFound. Raises DocumentRefused after PARSE_SECONDS of waiting, also
+    for a parser that sleeps between its lines, and after MAX_PARSED_BYTES."""
     assert process.stdout is not None
     waited, size = 0.0, 0
     while True:
@@ -162,7 +164,7 @@ async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGene
             while True:
                 done, _ = await asyncio.wait({reading}, timeout=CHECK_SECONDS)
                 if waited + time.monotonic() - began > PARSE_SECONDS:
-                    raise Refused(f"The file could not be read within {PARSE_SECONDS / 60:g} minutes.")
+                    raise DocumentRefused(f"The file could not be read within {PARSE_SECONDS / 60:g} minutes.")
                 if done:
                     break
                 await check()
@@ -173,10 +175,10 @@ async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGene
         try:
             line = reading.result()
         except ValueError:
-            raise Refused("The file cannot be read: a part of it is too large.") from None
+            raise DocumentRefused("The file cannot be read: a part of it is too large.") from None
         size += len(line)
         if size > MAX_PARSED_BYTES:
-            raise Refused(f"The file has more than {MAX_PARSED_BYTES // 1024**2} MiB of text.")
+            raise DocumentRefused(f"The file has more than {MAX_PARSED_BYTES // 1024**2} MiB of text.")
         if not line:
             return
         yield line

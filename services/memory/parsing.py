@@ -21,7 +21,7 @@ import msgspec
 from infra.stores import filetypes as types
 from infra.web import data_urls
 from services.memory import charsets, confinement, ebooks, mail, markup, ocr, outlook, spreadsheets
-from services.memory.domain import Block, Chunk, Unreadable, chunk, sections
+from services.memory.domain import Block, Chunk, UnreadableFile, chunk, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
@@ -52,7 +52,7 @@ class Decoder(Protocol):
     def __call__(self, content: bytes, /) -> tuple[str, str]: ...
 
 
-class FileReader:
+class BlockReader:
     """Reads one file of a MIME type. `pages`, `pages_without_text` and `warnings` are complete after the last block."""
 
     def __init__(self, file: IO[bytes], type_: str, recognizer: ocr.Recognizer | None = None) -> None:
@@ -71,7 +71,7 @@ class FileReader:
         self.warnings: list[str] = []
 
     def blocks(self) -> Iterator[Block]:
-        """The text of the file. Raises Unreadable."""
+        """The text of the file. Raises UnreadableFile."""
         if self._type in _ARCHIVES:
             self._check_size()
         match self._type:
@@ -111,7 +111,9 @@ class FileReader:
         with zipfile.ZipFile(self._file) as archive:
             # The sizes that the directory states: the unpacker does not go beyond them.
             if sum(part.file_size for part in archive.infolist()) > MAX_UNPACKED_BYTES:
-                raise Unreadable(f"The file is larger than {MAX_UNPACKED_BYTES // 1024**2} MiB when it is unpacked.")
+                raise UnreadableFile(
+                    f"The file is larger than {MAX_UNPACKED_BYTES // 1024**2} MiB when it is unpacked."
+                )
         self._file.seek(0)
 
     def _page_blocks(self, pages: Iterator[list[Block]]) -> Iterator[Block]:
@@ -131,7 +133,7 @@ class FileReader:
             document = PdfDocument(self._file)
         except PdfiumError as error:
             if "password" in str(error).lower():
-                raise Unreadable("The PDF is encrypted. Upload it without a password.") from error
+                raise UnreadableFile("The PDF is encrypted. Upload it without a password.") from error
             raise
         for number in range(len(document)):
             page = document[number]
@@ -169,7 +171,9 @@ class FileReader:
         try:
             text, encoding = decode(self._file.read())
         except charsets.UnknownEncoding:
-            raise Unreadable("The character encoding of the text is not recognised. Save the file as UTF-8.") from None
+            raise UnreadableFile(
+                "The character encoding of the text is not recognised. Save the file as UTF-8."
+            ) from None
         if encoding not in ("utf-8", "utf-16", "utf-32"):
             self.warnings.append(f"The text was read in the character encoding {encoding}.")
         return text
@@ -226,26 +230,26 @@ def _clean(text: str) -> str:
     return _EMPTY_LINES.sub("\n\n", _SPACES.sub(" " * 8, text))
 
 
-def passages(reader: FileReader, type_: str) -> Iterator[Chunk]:
-    """The file's passages. Raises Unreadable, also if the file has no text."""
+def passages(reader: BlockReader, type_: str) -> Iterator[Chunk]:
+    """The file's passages. Raises UnreadableFile, also if the file has no text."""
     try:
         yield from _some(chunk(reader.blocks()), reader)
-    except (Unreadable, ImportError):
+    except (UnreadableFile, ImportError):
         raise
     except MemoryError as error:
-        raise Unreadable("The file needs too much memory to be read.") from error
+        raise UnreadableFile("The file needs too much memory to be read.") from error
     except Exception as error:
         kind = _KINDS.get(type_, "text")
-        raise Unreadable(f"The file cannot be read as a {kind}; it may be damaged.") from error
+        raise UnreadableFile(f"The file cannot be read as a {kind}; it may be damaged.") from error
 
 
-def _some(chunks: Iterable[Chunk], reader: FileReader) -> Iterator[Chunk]:
+def _some(chunks: Iterable[Chunk], reader: BlockReader) -> Iterator[Chunk]:
     empty = True
     for each in chunks:
         empty = False
         yield each
     if empty:
-        raise Unreadable(f"The file has no text, or is damaged. {reader.images}")
+        raise UnreadableFile(f"The file has no text, or is damaged. {reader.images}")
 
 
 def main(type_: str, parent: str) -> None:
@@ -264,7 +268,7 @@ def main(type_: str, parent: str) -> None:
     if missing:
         say({"unconfined": missing})
     count = 0
-    reader = FileReader(sys.stdin.buffer, type_, recognizer)
+    reader = BlockReader(sys.stdin.buffer, type_, recognizer)
     try:
         for count, found in enumerate(passages(reader, type_), 1):
             if count == 1:
@@ -278,7 +282,7 @@ def main(type_: str, parent: str) -> None:
                 "warnings": reader.warnings,
             }
         )
-    except Unreadable as error:
+    except UnreadableFile as error:
         say({"error": str(error)})
     sys.stdout.buffer.flush()
 

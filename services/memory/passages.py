@@ -15,7 +15,7 @@ from services.memory.domain import Chunk, codes
 from services.memory.languages import language
 
 
-class Passage(NamedTuple):
+class StoredPassage(NamedTuple):
     id: UUID
     n: int
     text: str
@@ -46,7 +46,7 @@ async def drop(tx: Tx, document_id: UUID) -> None:
     await tx.sql("DELETE FROM passage WHERE document_id = $1", document_id)
 
 
-async def without_vector(tx: Tx, document_id: UUID, model: str, limit: int) -> list[Passage]:
+async def without_vector(tx: Tx, document_id: UUID, model: str, limit: int) -> list[StoredPassage]:
     """The first passages that have no vector of this model yet."""
     rows = await tx.sql(
         """
@@ -57,7 +57,7 @@ async def without_vector(tx: Tx, document_id: UUID, model: str, limit: int) -> l
         model,
         limit,
     )
-    return [Passage(*row) for row in rows]
+    return [StoredPassage(*row) for row in rows]
 
 
 async def count(tx: Tx, document_id: UUID) -> int:
@@ -65,7 +65,7 @@ async def count(tx: Tx, document_id: UUID) -> int:
     return int(number)
 
 
-async def set_vectors(tx: Tx, model: str, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:
+async def set_vectors(tx: Tx, model: str, passages: Sequence[StoredPassage], vectors: NDArray[np.float32]) -> None:
     await tx.sql(
         """
         UPDATE passage p SET model = $1, vector = v.vector FROM unnest($2::uuid[], $3::bytea[]) AS v(id, vector)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from uuid import UUID
 
 from infra.postgres.tx import Database
-from services.memory.index import Hit, Row
+from services.memory.index import Hit, VectorRow
 from services.memory.rights import EVERY, Owners
 
 # From so many rows of one scope on, a tenant gets an HNSW: before, the exact search is as fast.
@@ -56,7 +56,9 @@ class PgvectorIndex:
         # A relaxed scan is nearly in order.
         return sorted((Hit(id_, float(score)) for id_, score in rows), key=lambda hit: -hit.score)
 
-    async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[Row]]) -> None:
+    async def replace(
+        self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[VectorRow]]
+    ) -> None:
         """Replaces the owner's rows by these rows in one transaction."""
         collected = [row for batch in [rows async for rows in batches] for row in batch]
         async with self._database.begin() as tx:

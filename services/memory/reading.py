@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from infra.stores.objects import Objects
 from services.memory.domain import Chunk
-from services.memory.parser import Findings, Refused, parsed
+from services.memory.parser import DocumentRefused, Findings, parsed
 
 # A person waits for the answer.
 READ_SECONDS = 45.0
@@ -55,7 +55,7 @@ class FileReader:
                                 last = chunk
                             if is_cut := len(text) > most:
                                 break
-                except Refused as error:
+                except DocumentRefused as error:
                     return Text("", refused=str(error))
                 except TimeoutError:
                     return Text("", refused=f"The file could not be read within {READ_SECONDS:g} s.")

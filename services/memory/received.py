@@ -36,7 +36,7 @@ DOCUMENT = Kind(
 )
 
 
-class Received(NamedTuple):
+class ReceivedDocument(NamedTuple):
     name: str
     stored: Stored
     audience: list[str]
@@ -51,7 +51,7 @@ class _Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tags: list[str] = []
 
 
-async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID) -> Received:
+async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID) -> ReceivedDocument:
     """Stores the file of the request under the id. Raises InvalidMessage naming the wrong field, WrongType, TooLarge,
     Transient."""
     type_ = media_type(request.headers)
@@ -66,10 +66,12 @@ async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: I
             raise InvalidMessage("file", "missing: must be a multipart field of this name")
         name = _name("file", file.filename)
         audience, tags = _checked(_texts(form, "audience"), _texts(form, "tags"))
-        return Received(name, await _store(objects, _chunks(file), name, who, id_), audience, tags)
+        return ReceivedDocument(name, await _store(objects, _chunks(file), name, who, id_), audience, tags)
 
 
-async def _fetched(request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID) -> Received:
+async def _fetched(
+    request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID
+) -> ReceivedDocument:
     link = await read_json(request, _Link)
     audience, tags = _checked(link.audience, link.tags)
     name = None if link.name is None else _name("name", link.name)
@@ -83,7 +85,7 @@ async def _fetched(request: Request, outgoing: Outgoing, objects: Objects, who: 
             if answer.status_code != 200:
                 raise InvalidMessage("url", f"its server answered HTTP {answer.status_code}")
             name = name or _name_of(answer)
-            return Received(name, await _store(objects, answer.aiter_bytes(), name, who, id_), audience, tags)
+            return ReceivedDocument(name, await _store(objects, answer.aiter_bytes(), name, who, id_), audience, tags)
     except (httpx2.HTTPError, TimeoutError) as error:
         raise InvalidMessage("url", f"could not be fetched: {type(error).__name__}") from error
 

@@ -26,7 +26,7 @@ from services.memory.keywords import with_words
 from services.memory.memories import Memories, Memory, MemoryScope
 from services.memory.readable import Found, Scope
 from services.memory.reranking import Reranker
-from services.memory.rights import EVERY, NO_FILTERS, Caller, Filters, Owners
+from services.memory.rights import EVERY, NO_FILTERS, Filters, Owners, ReaderNames
 from services.memory.usage import record_reranking, record_usage
 
 DEFAULT_LIMIT = 10
@@ -77,7 +77,7 @@ class Scored(NamedTuple):
     """The memory whose text it is."""
 
 
-class Answer(NamedTuple):
+class RetrievalResult(NamedTuple):
     items: list[Scored]
     degraded: bool
     """True if the index or the embedding endpoint is unavailable, so the passages were found by their words only."""
@@ -154,7 +154,7 @@ class Retrieval:
         self._reranker = reranker
         self._queries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
-    async def search(self, caller: Caller, query: Query, seconds: float = DEFAULT_SECONDS) -> Answer:
+    async def search(self, caller: ReaderNames, query: Query, seconds: float = DEFAULT_SECONDS) -> RetrievalResult:
         """Up to `limit` passages (10) that the caller may read, best first. seconds: the time of the caller.
 
         dense: by the cosine of their embeddings, which is at least `min_similarity`. keyword: documents by their words.
@@ -184,9 +184,9 @@ class Retrieval:
         ]
         if MEMORY in query.types:
             items += await self._recalled(caller, query, found.vector)
-        return Answer(items, found.degraded, reranked)
+        return RetrievalResult(items, found.degraded, reranked)
 
-    async def _find(self, caller: Caller, query: Query, limit: int, seconds: float) -> _Found:
+    async def _find(self, caller: ReaderNames, query: Query, limit: int, seconds: float) -> _Found:
         """The passages for `search`, before they are ordered again: more than `limit` then."""
         floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
         types = _checked(query, limit, floor)
@@ -257,7 +257,7 @@ class Retrieval:
             record_reranking(tx, reranker.model, f"rerank/{uuid7()}/1", best.quantities)
         return best.positions
 
-    async def _recalled(self, caller: Caller, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
+    async def _recalled(self, caller: ReaderNames, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
         wanted = MemoryScope(caller.subject_id, caller.agent_id, query.session_key or "")
         async with self._database.begin(tenant_id=caller.tenant_id) as tx:
             recalled = await self._memories.recall(tx, wanted, vector, self._embedder.model)
@@ -275,7 +275,7 @@ class Retrieval:
 
     async def _read(
         self,
-        caller: Caller,
+        caller: ReaderNames,
         query: Query,
         scope: Scope,
         by_words: _ByWords,

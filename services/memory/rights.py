@@ -17,7 +17,7 @@ MAX_TAG = 100
 _NAME = re.compile(r"(agent|member|group):[^\s,]{1,100}")
 
 
-class Caller(NamedTuple):
+class ReaderNames(NamedTuple):
     """The tenant and the names of the agent, member or key that reads."""
 
     tenant_id: str
@@ -51,8 +51,8 @@ class Owners(NamedTuple):
 EVERY = Owners()
 
 
-def of_identity(who: Identity) -> Caller:
-    return Caller(who.tenant_id, (ALL, who.actor, *(f"group:{name}" for name in sorted(who.groups))), who.actor)
+def of_identity(who: Identity) -> ReaderNames:
+    return ReaderNames(who.tenant_id, (ALL, who.actor, *(f"group:{name}" for name in sorted(who.groups))), who.actor)
 
 
 def view_names(who: Identity) -> tuple[str, ...] | None:
@@ -61,9 +61,9 @@ def view_names(who: Identity) -> tuple[str, ...] | None:
     return None if "admin" in who.scopes else of_identity(who).names
 
 
-def of_agent(tenant_id: str, agent_id: str, subject_id: str = "") -> Caller:
+def of_agent(tenant_id: str, agent_id: str, subject_id: str = "") -> ReaderNames:
     """`agent_id` may be empty: then only documents for all are read. `subject_id`: the person to whom it talks."""
-    return Caller(tenant_id, (ALL, f"agent:{agent_id}") if agent_id else (ALL,), subject_id, agent_id)
+    return ReaderNames(tenant_id, (ALL, f"agent:{agent_id}") if agent_id else (ALL,), subject_id, agent_id)
 
 
 def checked_audience(names: Sequence[str]) -> list[str]:

@@ -22,9 +22,8 @@ from services.memory.events import MAX_IMPORTANCE
 from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
 from services.memory.handlers import enqueue_memory
 from services.memory.keeping import Keeping
-from services.memory.learning import FoundFact, Learning, Merged, Run
-from services.memory.memories import Memories, id_of
-from services.memory.memories import Memory as Remembered
+from services.memory.learning import FinishedRun, FoundFact, Learning, Merged
+from services.memory.memories import Memories, Memory, id_of
 from services.memory.reading import FileReader
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 
@@ -36,7 +35,7 @@ READABLE = (filetypes.PDF, *filetypes.OFFICE, filetypes.HTML)
 """Types of files that are read for a chat."""
 
 
-class Memory(memory_pb2_grpc.MemoryServicer):
+class MemoryRpc(memory_pb2_grpc.MemoryServicer):
     def __init__(
         self,
         retrieval: Retrieval,
@@ -100,7 +99,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
         return memory_pb2.ForgetMemoryReply()
 
     async def Learn(self, request: memory_pb2.LearnRequest, context: Any) -> memory_pb2.LearnReply:
-        run = Run(
+        run = FinishedRun(
             id=_uuid("run_id", request.run_id),
             subject_id=_person(request.subject_id),
             channel_id=_uuid("channel_id", request.channel_id) if request.channel_id else None,
@@ -138,7 +137,7 @@ class Memory(memory_pb2_grpc.MemoryServicer):
             text=found.text, is_cut=found.is_cut, refused=found.refused, warnings=found.warnings
         )
 
-    async def _own(self, tx: Tx, person: str, memory_id: str, *, lock: bool = True) -> Remembered:
+    async def _own(self, tx: Tx, person: str, memory_id: str, *, lock: bool = True) -> Memory:
         """The memory of the person. Raises NotFound, also for one of another person or of the tenant."""
         read = self._memories.locked if lock else self._memories.get
         memory = await read(tx, id_of(memory_id), [person])
@@ -147,9 +146,11 @@ class Memory(memory_pb2_grpc.MemoryServicer):
         return memory
 
 
-def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Memory]:
+def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], MemoryRpc]:
     files = FileReader(objects(runtime))
-    served = Memory(retrieval(runtime), memories(runtime), keeping(runtime), learning(runtime), files, runtime.request)
+    served = MemoryRpc(
+        retrieval(runtime), memories(runtime), keeping(runtime), learning(runtime), files, runtime.request
+    )
     return memory_pb2_grpc.add_MemoryServicer_to_server, served
 
 
@@ -200,7 +201,7 @@ def _bounded(field: str, text: str) -> str:
     return stripped
 
 
-def _shown(memory: Remembered) -> memory_pb2.PersonalMemory:
+def _shown(memory: Memory) -> memory_pb2.PersonalMemory:
     states = memory_pb2.PersonalMemory
     state = states.STATE_ARCHIVED if memory.archived_at else states.STATE_IN_FORCE
     shown = memory_pb2.PersonalMemory(

@@ -36,7 +36,7 @@ class SearchFilters(BaseModel):
     """The documents that were uploaded then or later."""
 
 
-class Search(BaseModel):
+class SearchRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     query: str
@@ -57,7 +57,7 @@ class Search(BaseModel):
     seconds. If it is not indexed by then, the answer is 409."""
 
 
-class Source(_View):
+class PassageSource(_View):
     document_id: UUID | None
     """null for a reply in a conversation."""
     name: str
@@ -73,18 +73,18 @@ class Scores(_View):
     """The share of the query's words in the passage, weighted by their rarity, from 0 to 1; null if it has none."""
 
 
-class Passage(_View):
+class FoundPassage(_View):
     text: str
     score: float
     """The cosine similarity, or the rank by words if there is none."""
     scores: Scores
     match: list[str]
     """Why the passage was found: meaning, words, codes."""
-    source: Source
+    source: PassageSource
 
 
 class Passages(_View):
-    items: list[Passage]
+    items: list[FoundPassage]
     degraded: bool
     """True if the passages were found by their words only, because the search by meaning is unavailable."""
     reranked: bool
@@ -110,7 +110,7 @@ def router(runtime: Runtime) -> APIRouter:
     retrieval = adapters.retrieval(runtime)
 
     @routes.post("/api/v1/memory/search")
-    async def search(body: Search, who: Reader) -> Passages:
+    async def search(body: SearchRequest, who: Reader) -> Passages:
         """The passages that are nearest to the query in meaning or have its words, best first.
 
         Only of documents whose audience names the caller.
@@ -162,10 +162,10 @@ def router(runtime: Runtime) -> APIRouter:
     return routes
 
 
-def _passage(scored: Scored) -> Passage:
+def _passage(scored: Scored) -> FoundPassage:
     found = scored.passage
-    source = Source(document_id=found.document_id, name=found.name, section=found.section, page=found.page)
-    return Passage(
+    source = PassageSource(document_id=found.document_id, name=found.name, section=found.section, page=found.page)
+    return FoundPassage(
         text=found.text,
         score=scored.score,
         scores=Scores(dense=scored.dense, keyword=scored.keyword),

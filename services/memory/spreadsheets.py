@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
 
-from services.memory.domain import Block, Unreadable, is_repeated
+from services.memory.domain import Block, UnreadableFile, is_repeated
 from services.memory.markup import MAX_REPEATED_CHARACTERS
 
 # Rows of one block. A large sheet must not be in memory as one text.
@@ -97,7 +97,7 @@ class _Merged:
 
 def text_table(text: str) -> Iterator[Block]:
     """The rows of a CSV text (RFC 4180; also with semicolons, tabs or bars) as Markdown tables with its first row as
-    their header. Empty rows are left out, and empty cells at the end of a row. Raises Unreadable."""
+    their header. Empty rows are left out, and empty cells at the end of a row. Raises UnreadableFile."""
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
     head = ""
     lines: list[str] = []
@@ -121,7 +121,7 @@ def text_table(text: str) -> Iterator[Block]:
                 yield Block("\n".join(lines) + "\n")
                 lines, is_new = repeated.copy(), False
     except csv.Error as error:
-        raise Unreadable(f"The table (CSV) cannot be read at line {rows.line_num}: {error}.") from error
+        raise UnreadableFile(f"The table (CSV) cannot be read at line {rows.line_num}: {error}.") from error
     if is_new:
         yield Block("\n".join(lines) + "\n")
 

@@ -24,7 +24,7 @@ _MICROSECOND = timedelta(microseconds=1)
 _HOUR_MICROSECONDS = _HOUR // _MICROSECOND
 
 
-class Meter(NamedTuple):
+class StorageMeter(NamedTuple):
     bytes: int
     """Stored since `since`."""
     rest: int
@@ -32,7 +32,7 @@ class Meter(NamedTuple):
     since: datetime
 
 
-def advance(meter: Meter, now: datetime) -> tuple[list[tuple[datetime, int]], Meter]:
+def advance(meter: StorageMeter, now: datetime) -> tuple[list[tuple[datetime, int]], StorageMeter]:
     """Returns the whole byte-hours of each hour that has ended (its beginning, UTC), and the meter at `now`.
 
     The part of a byte-hour that remains is carried over, so the sum is exact.
@@ -47,7 +47,7 @@ def advance(meter: Meter, now: datetime) -> tuple[list[tuple[datetime, int]], Me
         since, end = end, end + _HOUR
     # The clock may have been set back.
     now = max(now, since)
-    return hours, Meter(stored, rest + stored * ((now - since) // _MICROSECOND), now)
+    return hours, StorageMeter(stored, rest + stored * ((now - since) // _MICROSECOND), now)
 
 
 async def change(tx: Tx, difference: int) -> None:
@@ -64,7 +64,7 @@ async def change(tx: Tx, difference: int) -> None:
         """,
         tenant_id,
     )
-    hours, meter = advance(Meter(stored, int(rest), since), now)
+    hours, meter = advance(StorageMeter(stored, int(rest), since), now)
     for hour, quantity in hours:
         record = UsageRecorded(
             tenant_id=tenant_id,

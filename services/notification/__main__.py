@@ -21,7 +21,7 @@ service.work(handlers.send_email, notifications=adapters.notifications, owners=a
 service.work(
     webhooks.post_webhook,
     outgoing=lambda runtime: runtime.outgoing,
-    secrets=lambda runtime: endpoints.Secrets(runtime.cipher),
+    secrets=lambda runtime: endpoints.EndpointSecrets(runtime.cipher),
     notifications=adapters.notifications,
 )
 

@@ -18,7 +18,7 @@ _ADDRESS = re.compile(r"[^\s@<>()\[\]\\,;:\"\x00-\x1f\x7f]{1,64}@(?!-)[^\s@<>()\
 _STATUS = re.compile(r"[245]\.\d{1,3}\.\d{1,3}")
 
 
-class Result(NamedTuple):
+class SendResult(NamedTuple):
     """The end of a notification."""
 
     state: Literal["sent", "failed"]
@@ -52,12 +52,12 @@ def refusal(code: int, answer: str) -> str:
     return f"refused by the mail server: {code} {status[0]}" if status else f"refused by the mail server: {code}"
 
 
-def result(errors: Sequence[str | None]) -> Result:
+def result(errors: Sequence[str | None]) -> SendResult:
     """The result of an e-mail from the errors of its recipients; None means that the recipient got it."""
     if not errors:
-        return Result("failed", "the tenant has no owner with an address")
+        return SendResult("failed", "the tenant has no owner with an address")
     refused = [error for error in errors if error is not None]
     reasons = "; ".join(sorted(set(refused)))
     if len(refused) == len(errors):
-        return Result("failed", reasons)
-    return Result("sent", f"{len(refused)} of {len(errors)} recipients: {reasons}" if refused else "")
+        return SendResult("failed", reasons)
+    return SendResult("sent", f"{len(refused)} of {len(errors)} recipients: {reasons}" if refused else "")

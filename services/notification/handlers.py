@@ -18,7 +18,7 @@ from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH
 from protos.envelope import Envelope
 from protos.messages.notification import SendEmail, SendPush
 from services.notification.adapters import Owners
-from services.notification.domain import LIFE, MAX_SUBJECT, Result, is_address, is_file, is_one_line, result
+from services.notification.domain import LIFE, MAX_SUBJECT, SendResult, is_address, is_file, is_one_line, result
 from services.notification.mailer import Mailer
 from services.notification.notifications import Email, Notifications, fail_push, finish
 
@@ -56,7 +56,7 @@ async def queue_email(message: SendEmail, tx: Tx, notifications: Notifications) 
 
 
 async def expire(item: QueuedEmail, tx: Tx) -> None:
-    await finish(tx, item.id, Result("failed", "could not be sent within a day"))
+    await finish(tx, item.id, SendResult("failed", "could not be sent within a day"))
 
 
 @EMAILS.runner(concurrency=8, expired=expire)

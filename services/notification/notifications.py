@@ -14,7 +14,7 @@ from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from protos.messages.notification import Attachment
-from services.notification.domain import Result, masked
+from services.notification.domain import SendResult, masked
 
 KEEP = timedelta(days=90)
 _PURPOSE = "notification"
@@ -87,7 +87,7 @@ async def fail_push(tx: Tx, id_: UUID, reason: str) -> None:
     )
 
 
-async def finish(tx: Tx, id_: UUID, result: Result, recipients: Sequence[str] = ()) -> None:
+async def finish(tx: Tx, id_: UUID, result: SendResult, recipients: Sequence[str] = ()) -> None:
     """Stores the result of an e-mail, and deletes its content."""
     await tx.sql(
         """

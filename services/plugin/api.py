@@ -62,7 +62,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 
         async def work(tx: Tx) -> tuple[int, PluginView]:
             id_ = uuid7()
-            plugin = registry.Plugin(
+            plugin = registry.StoredPlugin(
                 id_,
                 new.name,
                 new.kind,
@@ -201,7 +201,7 @@ def _id(plugin_id: str) -> UUID:
         raise NotFound(f"plugin {plugin_id}: not found") from None
 
 
-def _view(plugin: registry.Plugin, tools: Sequence[Tool]) -> PluginView:
+def _view(plugin: registry.StoredPlugin, tools: Sequence[Tool]) -> PluginView:
     return PluginView(
         id=str(plugin.id),
         name=plugin.name,

@@ -30,9 +30,9 @@ from infra.web.json_schema import check
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from services.plugin import registry
-from services.plugin.domain import MAX_RESULT_BYTES, Call, LedgerEntry, Outcome, next_action, without_answer
+from services.plugin.domain import MAX_RESULT_BYTES, CallOutcome, RecordedCall, ToolRequest, next_action, without_answer
 from services.plugin.registry import Offered
-from services.plugin.runner import Tools
+from services.plugin.runner import ToolRunner
 
 POLL_SECONDS = 0.2
 # Pauses before the retries of a tool that could not be reached or whose answer was cut off.
@@ -54,15 +54,15 @@ class StartedCall(NamedTuple):
 class Calls:
     """Runs calls, with the database of the request role. A call whose lease is not renewed for `lease` is abandoned."""
 
-    def __init__(self, database: Database, cipher: Cipher, tools: Tools, lease: timedelta) -> None:
+    def __init__(self, database: Database, cipher: Cipher, tools: ToolRunner, lease: timedelta) -> None:
         self._database = database
         self._cipher = cipher
         self._subjects = SubjectKeys(cipher)
         self._tools = tools
         self._lease = lease
-        self._running: set[asyncio.Task[Outcome]] = set()
+        self._running: set[asyncio.Task[CallOutcome]] = set()
 
-    async def call(self, call: Call) -> Outcome:
+    async def call(self, call: ToolRequest) -> CallOutcome:
         """Returns the call's outcome, from the tool or from the ledger.
 
         If the caller disconnects, the call continues, and a repeated request gets its outcome. Raises NotFound if the
@@ -74,18 +74,18 @@ class Calls:
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
 
-    def _forget(self, task: asyncio.Task[Outcome]) -> None:
+    def _forget(self, task: asyncio.Task[CallOutcome]) -> None:
         self._running.discard(task)
         # Otherwise asyncio logs an error that was never retrieved, if the caller has disconnected.
         if not task.cancelled():
             task.exception()
 
-    async def _call(self, call: Call) -> Outcome:
+    async def _call(self, call: ToolRequest) -> CallOutcome:
         deadline = time.monotonic() + call.seconds
         while True:
             async with self._database.begin(tenant_id=call.tenant_id) as tx:
                 begun = await self._begin(tx, call)
-            if isinstance(begun, Outcome):
+            if isinstance(begun, CallOutcome):
                 return begun
             if isinstance(begun, StartedCall):
                 return await self._run(call, begun, deadline)
@@ -93,7 +93,7 @@ class Calls:
                 raise Transient("the same call is still running")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _begin(self, tx: Tx, call: Call) -> Outcome | StartedCall | None:
+    async def _begin(self, tx: Tx, call: ToolRequest) -> CallOutcome | StartedCall | None:
         """Returns the recorded outcome, or the call that this process has started. None: another process runs it."""
         digest = _digest(call)
         rows = await tx.sql(
@@ -104,7 +104,7 @@ class Calls:
             call.tenant_id,
             call.key,
         )
-        recorded = LedgerEntry(*rows[0][1:4]) if rows else None
+        recorded = RecordedCall(*rows[0][1:4]) if rows else None
         if rows and rows[0][0] != digest:
             raise InvalidMessage("idempotency_key", "was used before with another tool or other arguments")
         if recorded and recorded.state != "started":
@@ -125,7 +125,7 @@ class Calls:
                 return await self._start(tx, call, digest, offer, recorded)
 
     async def _start(
-        self, tx: Tx, call: Call, digest: bytes, offer: Offered, recorded: LedgerEntry | None
+        self, tx: Tx, call: ToolRequest, digest: bytes, offer: Offered, recorded: RecordedCall | None
     ) -> StartedCall | None:
         if recorded:
             # The abandoned attempt may have reached the tool.
@@ -170,7 +170,7 @@ class Calls:
         )
         return StartedCall(offer, 1) if inserted else None
 
-    async def _run(self, call: Call, begun: StartedCall, deadline: float) -> Outcome:
+    async def _run(self, call: ToolRequest, begun: StartedCall, deadline: float) -> CallOutcome:
         async with self._leased(call, begun.attempt):
             left = call._replace(seconds=max(0.0, deadline - time.monotonic()))
             outcome = await run_tool(self._tools, begun.offer, left)
@@ -178,7 +178,7 @@ class Calls:
             await self._end(tx, call, begun.attempt, outcome)
         return outcome
 
-    async def _end(self, tx: Tx, call: Call, attempt: int, outcome: Outcome) -> None:
+    async def _end(self, tx: Tx, call: ToolRequest, attempt: int, outcome: CallOutcome) -> None:
         ended = await tx.sql(
             """
             UPDATE tool_call SET state = $4, outcome = $5, ended_at = clock_timestamp()
@@ -195,7 +195,7 @@ class Calls:
             raise Transient("another process has taken over the call")
         _publish_usage(tx, call, attempt)
 
-    async def _seal(self, tx: Tx, outcome: Outcome, call: Call) -> bytes | None:
+    async def _seal(self, tx: Tx, outcome: CallOutcome, call: ToolRequest) -> bytes | None:
         """Under the key of the person of the call. None if the person was erased: the outcome is not stored."""
         content = msgspec.json.encode(outcome)
         if not call.subject_id:
@@ -206,22 +206,22 @@ class Calls:
             return None
         return key.seal(content.decode(), call.tenant_id, call.subject_id, call.key, "tool outcome")
 
-    async def _open(self, tx: Tx, sealed: bytes | None, subject_id: str, call: Call) -> Outcome:
+    async def _open(self, tx: Tx, sealed: bytes | None, subject_id: str, call: ToolRequest) -> CallOutcome:
         try:
             if sealed is None:
                 raise Erased
             if not subject_id:
                 content = self._cipher.open(sealed, "tool outcome", call.tenant_id, call.key)
-                return msgspec.json.decode(content, type=Outcome)
+                return msgspec.json.decode(content, type=CallOutcome)
             key = await self._subjects.key(tx, call.tenant_id, subject_id)
             return msgspec.json.decode(
-                key.open(sealed, call.tenant_id, subject_id, call.key, "tool outcome"), type=Outcome
+                key.open(sealed, call.tenant_id, subject_id, call.key, "tool outcome"), type=CallOutcome
             )
         except Erased:
-            return Outcome("failed", error="the person of this call was erased")
+            return CallOutcome("failed", error="the person of this call was erased")
 
     @asynccontextmanager
-    async def _leased(self, call: Call, attempt: int) -> AsyncIterator[None]:
+    async def _leased(self, call: ToolRequest, attempt: int) -> AsyncIterator[None]:
         async def renew() -> None:
             while True:
                 await asyncio.sleep(self._lease.total_seconds() / 3)
@@ -252,7 +252,7 @@ class Calls:
             task.cancel()
 
 
-async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
+async def run_tool(tools: ToolRunner, offer: Offered, call: ToolRequest) -> CallOutcome:
     """Runs the tool until `call.seconds` are over, and retries if a repeat is harmless. Every error is an outcome."""
     effect = offer.tool.effect
     deadline = time.monotonic() + call.seconds
@@ -264,7 +264,7 @@ async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
                     result = msgspec.json.encode(returned.value)
                     if len(result) > MAX_RESULT_BYTES:
                         raise TooLarge(f"result: more than {MAX_RESULT_BYTES} bytes")
-                    return Outcome("succeeded", result.decode(), files=returned.files)
+                    return CallOutcome("succeeded", result.decode(), files=returned.files)
                 except Transient as error:
                     if pause is None:
                         raise
@@ -279,11 +279,11 @@ async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
                     await asyncio.sleep(pause)
             raise AssertionError("unreachable")
     except EffectFailed as error:
-        return Outcome("failed", error=error.reason)
+        return CallOutcome("failed", error=error.reason)
     except TooLarge as error:
-        return Outcome("failed", error=f"too large: {error}")
+        return CallOutcome("failed", error=f"too large: {error}")
     except (InvalidMessage, Transient) as error:
-        return Outcome("failed", error=str(error))
+        return CallOutcome("failed", error=str(error))
     except Unanswered as error:
         return without_answer(effect, f"no answer: {error}")
     except TimeoutError:
@@ -295,7 +295,7 @@ async def run_tool(tools: Tools, offer: Offered, call: Call) -> Outcome:
         return without_answer(effect, "internal error of the plugin service")
 
 
-def _publish_usage(tx: Tx, call: Call, attempt: int) -> None:
+def _publish_usage(tx: Tx, call: ToolRequest, attempt: int) -> None:
     record = UsageRecorded(
         tenant_id=call.tenant_id,
         usage_id=f"{call.key}/tool/{attempt}",
@@ -306,5 +306,5 @@ def _publish_usage(tx: Tx, call: Call, attempt: int) -> None:
     tx.publish(USAGE_RECORDS, record, key=call.tenant_id)
 
 
-def _digest(call: Call) -> bytes:
+def _digest(call: ToolRequest) -> bytes:
     return hashlib.sha256(msgspec.json.encode([call.tool, call.arguments], order="sorted")).digest()

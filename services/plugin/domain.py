@@ -40,7 +40,7 @@ class McpTool(NamedTuple):
     """The server says that the tool only reads or may be called again."""
 
 
-class Call(NamedTuple):
+class ToolRequest(NamedTuple):
     """One call of a tool."""
 
     tenant_id: str
@@ -65,7 +65,7 @@ class ToolFile(msgspec.Struct, frozen=True):
     content: bytes
 
 
-class Result(NamedTuple):
+class ToolOutput(NamedTuple):
     """The result of a tool."""
 
     value: Any
@@ -73,7 +73,7 @@ class Result(NamedTuple):
     files: tuple[ToolFile, ...] = ()
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class CallOutcome(msgspec.Struct, frozen=True):
     """The end of a call."""
 
     state: Literal["succeeded", "failed", "unknown"]
@@ -84,7 +84,7 @@ class Outcome(msgspec.Struct, frozen=True):
     files: tuple[ToolFile, ...] = ()
 
 
-class LedgerEntry(NamedTuple):
+class RecordedCall(NamedTuple):
     """A call as the ledger holds it."""
 
     state: Literal["started", "succeeded", "failed", "unknown"]
@@ -96,7 +96,7 @@ class LedgerEntry(NamedTuple):
 Action = Literal["run", "wait", "answer", "give up"]
 
 
-def next_action(recorded: LedgerEntry | None, effect: Effect) -> Action:
+def next_action(recorded: RecordedCall | None, effect: Effect) -> Action:
     """Decides on a call: run it (again), wait for the process that runs it, answer with the recorded outcome, or
     record that the outcome cannot be known."""
     if recorded is None:
@@ -108,11 +108,11 @@ def next_action(recorded: LedgerEntry | None, effect: Effect) -> Action:
     return "give up" if effect == "once" else "run"
 
 
-def without_answer(effect: Effect, reason: str) -> Outcome:
+def without_answer(effect: Effect, reason: str) -> CallOutcome:
     """Returns the outcome of a call that was sent and not answered in time."""
     if effect == "repeatable":
-        return Outcome("failed", error=reason)
-    return Outcome("unknown", error=f"{reason}; the call may have taken effect")
+        return CallOutcome("failed", error=reason)
+    return CallOutcome("unknown", error=f"{reason}; the call may have taken effect")
 
 
 # A run of so many characters, as in a picture or a data URL: no word of a text is as long. Or many full lines of MIME's

@@ -11,7 +11,7 @@ from infra.web import data_urls
 from services.plugin.domain import MAX_FILES, MAX_FILES_BYTES, ToolFile
 
 
-class Files:
+class ResultFiles:
     """The files of one result: at most MAX_FILES with MAX_FILES_BYTES together. Further ones are left out."""
 
     def __init__(self) -> None:

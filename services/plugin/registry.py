@@ -17,7 +17,7 @@ from services.plugin.tools.builtin import BUILTIN
 MAX_PLUGINS = 100
 
 
-class Plugin(NamedTuple):
+class StoredPlugin(NamedTuple):
     """A plugin of a tenant, without its tools."""
 
     id: UUID
@@ -37,7 +37,7 @@ class Offered(NamedTuple):
     """A tool that a tenant may use."""
 
     tool: Tool
-    plugin: Plugin | None
+    plugin: StoredPlugin | None
     """None for a built-in tool."""
     remote_name: str
     """The tool's name on its server."""
@@ -51,12 +51,12 @@ _PLUGIN = "p.id, p.name, p.kind, p.url, p.access, p.header_names, p.config, p.co
 _TOOL = "t.name, t.description, t.schema, t.effect, t.remote_name"
 
 
-async def plugins(tx: Tx) -> list[Plugin]:
+async def plugins(tx: Tx) -> list[StoredPlugin]:
     """Returns all plugins of the tenant, by name."""
     return [_plugin(row) for row in await tx.sql(f"SELECT {_PLUGIN} FROM plugin p ORDER BY name")]
 
 
-async def plugin(tx: Tx, id_: UUID, *, lock: bool = False) -> Plugin:
+async def plugin(tx: Tx, id_: UUID, *, lock: bool = False) -> StoredPlugin:
     """Raises NotFound. lock: locks the row until the transaction ends."""
     rows = await tx.sql(f"SELECT {_PLUGIN} FROM plugin p WHERE id = $1{' FOR UPDATE' if lock else ''}", id_)
     if not rows:
@@ -105,7 +105,7 @@ async def lock_names(tx: Tx) -> None:
     await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"plugins of {tx.tenant_id}")
 
 
-async def add_plugin(tx: Tx, new: Plugin) -> None:
+async def add_plugin(tx: Tx, new: StoredPlugin) -> None:
     """Stores a plugin. The caller has called `lock_names`.
 
     Raises Conflict if the name is taken, or if the tenant has MAX_PLUGINS plugins.
@@ -167,9 +167,9 @@ async def taken_names(tx: Tx, *, without: UUID | None = None) -> set[str]:
     return {*BUILTIN, *(name for (name,) in rows)}
 
 
-def _plugin(row: Sequence[Any]) -> Plugin:
+def _plugin(row: Sequence[Any]) -> StoredPlugin:
     id_, name, kind, url, access, header_names, config, config_schema, enabled, created_at = row
-    return Plugin(
+    return StoredPlugin(
         UUID(str(id_)),
         name,
         kind,

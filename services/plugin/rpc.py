@@ -17,7 +17,7 @@ from infra.web import rpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.plugin import registry
 from services.plugin.calls import Calls
-from services.plugin.domain import Call
+from services.plugin.domain import ToolRequest
 from services.plugin.runner import tools
 
 MAX_ARGUMENT_BYTES = 256 * 1024
@@ -39,7 +39,7 @@ _OUTCOMES = {
 }
 
 
-class Plugin(plugin_pb2_grpc.PluginServicer):
+class PluginRpc(plugin_pb2_grpc.PluginServicer):
     def __init__(self, database: Database, calls: Calls) -> None:
         self._database = database
         self._calls = calls
@@ -67,7 +67,7 @@ class Plugin(plugin_pb2_grpc.PluginServicer):
         if not _KEY.fullmatch(request.idempotency_key):
             raise InvalidMessage("idempotency_key", "must be 1 to 200 characters out of letters, digits, _ : / -")
         remaining = context.time_remaining() or 0.0
-        call = Call(
+        call = ToolRequest(
             rpc.tenant(),
             request.tool,
             _arguments(request.arguments_json),
@@ -98,4 +98,4 @@ def _arguments(text: str) -> dict[str, Any]:
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Any]:
     lease = timedelta(seconds=runtime.settings.lease_seconds)
     calls = Calls(runtime.request, runtime.cipher, tools(runtime), lease)
-    return plugin_pb2_grpc.add_PluginServicer_to_server, Plugin(runtime.request, calls)
+    return plugin_pb2_grpc.add_PluginServicer_to_server, PluginRpc(runtime.request, calls)

@@ -25,7 +25,7 @@ class Confirmation(Body):
     """The name of the tenant."""
 
 
-class Erasure(View):
+class ErasureView(View):
     tenant_id: str
     asked_at: datetime
     erased_at: datetime | None
@@ -38,7 +38,7 @@ def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(tags=["tenants"])
 
     @routes.post("/api/v1/tenants/{id}/erase", status_code=202)
-    async def erase_tenant(id: UUID, body: Confirmation, who: Operator) -> Erasure:
+    async def erase_tenant(id: UUID, body: Confirmation, who: Operator) -> ErasureView:
         """Erases everything that the platform has of the tenant, except its invoices, the journal and the usage behind
         them, which the law requires. Its keys and members stop working at once. A repeated call changes nothing."""
         tenant_id = str(id)
@@ -54,7 +54,7 @@ def router(runtime: Runtime) -> APIRouter:
             return await _progress(tx, tenant_id)
 
     @routes.get("/api/v1/tenants/{id}/erasure")
-    async def show_erasure(id: UUID, who: Operator) -> Erasure:
+    async def show_erasure(id: UUID, who: Operator) -> ErasureView:
         async with runtime.worker.begin(tenant_id=str(id)) as tx:
             return await _progress(tx, str(id))
 
@@ -72,12 +72,12 @@ async def _erase(tx: Tx, tenant_id: str, actor: str) -> None:
     audit(tx, actor, "tenant.erase", "tenant", tenant_id)
 
 
-async def _progress(tx: Tx, tenant_id: str) -> Erasure:
+async def _progress(tx: Tx, tenant_id: str) -> ErasureView:
     rows = await tx.sql("SELECT erased_at FROM tenant WHERE tenant_id = $1 AND erased_at IS NOT NULL", tenant_id)
     if not rows:
         raise _none(tenant_id)
     done = dict(await tx.sql("SELECT service, erased_at FROM tenant_erasure WHERE tenant_id = $1", tenant_id))
-    return Erasure(
+    return ErasureView(
         tenant_id=tenant_id,
         asked_at=rows[0][0],
         erased_at=max(done.values()) if done.keys() >= set(SERVICES) else None,

@@ -15,7 +15,7 @@ from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.user import api_keys, members
 
 
-class Directory(user_pb2_grpc.DirectoryServicer):
+class DirectoryRpc(user_pb2_grpc.DirectoryServicer):
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._subjects = SubjectKeys(runtime.cipher)
@@ -26,7 +26,7 @@ class Directory(user_pb2_grpc.DirectoryServicer):
             return user_pb2.OwnersReply(emails=await members.owners_emails(tx, self._subjects, tenant_id))
 
 
-class Keys(user_pb2_grpc.KeysServicer):
+class KeysRpc(user_pb2_grpc.KeysServicer):
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
@@ -48,9 +48,9 @@ class Keys(user_pb2_grpc.KeysServicer):
         return user_pb2.ScopesReply(scopes=sorted(who.scopes), token=token)
 
 
-def directory(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Directory]:
-    return user_pb2_grpc.add_DirectoryServicer_to_server, Directory(runtime)
+def directory(runtime: Runtime) -> tuple[Callable[[Any, Any], None], DirectoryRpc]:
+    return user_pb2_grpc.add_DirectoryServicer_to_server, DirectoryRpc(runtime)
 
 
-def keys(runtime: Runtime) -> tuple[Callable[[Any, Any], None], Keys]:
-    return user_pb2_grpc.add_KeysServicer_to_server, Keys(runtime)
+def keys(runtime: Runtime) -> tuple[Callable[[Any, Any], None], KeysRpc]:
+    return user_pb2_grpc.add_KeysServicer_to_server, KeysRpc(runtime)

@@ -8,14 +8,14 @@ from infra.stores.cache import Cache
 from services.ws_gateway import api, handlers
 from services.ws_gateway.clients import Clients
 from services.ws_gateway.hub import Hub
-from services.ws_gateway.keys import SAFE, Keys
+from services.ws_gateway.keys import SAFE, ApiKeys
 from services.ws_gateway.settings import GatewaySettings
 
 
 @lru_cache(maxsize=1)
 def hub(runtime: Runtime) -> Hub:
     """The hub of the process: it passes the tail's facts to the streams."""
-    keys = Keys(runtime.channels.to(runtime.settings.user_grpc, "user", safe=SAFE))
+    keys = ApiKeys(runtime.channels.to(runtime.settings.user_grpc, "user", safe=SAFE))
     return Hub(Cache(runtime.cache), Clients(keys, runtime.stopping))
 
 

@@ -57,7 +57,7 @@ def accepted_run(answer: httpx.Response) -> UUID:
     return msgspec.json.decode(answer.content, type=_Accepted).run_id
 
 
-class Refused(Exception):
+class AgentRefused(Exception):
     """The agent answered with a problem. `body` is the problem as JSON."""
 
     def __init__(self, status: int, body: bytes) -> None:
@@ -109,7 +109,7 @@ class Agent:
         return await self.ask(who, "POST", path, template, body=body, headers=headers)
 
     async def write(self, message: Message, who: Identity) -> UUID:
-        """Sends a message to an agent. Returns the run that will answer. Raises Refused and Transient."""
+        """Sends a message to an agent. Returns the run that will answer. Raises AgentRefused and Transient."""
         # Dots are escaped too: two dots would lead to the parent path.
         session = quote(message.session, safe="").replace(".", "%2E")
         path = f"/api/v1/agents/{message.agent_id}/sessions/{session}/messages"
@@ -119,7 +119,7 @@ class Agent:
         return accepted_run(_accepted(await self.ask(who, "POST", path, template, body=body, headers=headers)))
 
     async def cancel(self, run_id: UUID, who: Identity) -> None:
-        """Requests the cancellation of a run. Raises Refused and Transient."""
+        """Requests the cancellation of a run. Raises AgentRefused and Transient."""
         template = "/api/v1/runs/{run_id}/cancel"
         _accepted(await self.ask(who, "POST", f"/api/v1/runs/{run_id}/cancel", template))
 
@@ -147,4 +147,4 @@ def _accepted(answer: httpx.Response) -> httpx.Response:
     if "json" not in answer.headers.get("content-type", ""):
         # The answer of a proxy, or of the agent's HTTP server.
         raise Transient(f"agent: HTTP {answer.status_code}")
-    raise Refused(answer.status_code, answer.content)
+    raise AgentRefused(answer.status_code, answer.content)

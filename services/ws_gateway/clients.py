@@ -12,7 +12,7 @@ from typing import Protocol
 from infra.errors import Transient
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
-from services.ws_gateway.keys import Keys
+from services.ws_gateway.keys import ApiKeys
 
 # An identity is valid for a minute, but a connection may last for days. So its key is checked this often.
 CHECK_SECONDS = 5.0
@@ -62,7 +62,7 @@ class _Key:
 class Clients:
     """`stopping` is set when the process stops."""
 
-    def __init__(self, keys: Keys, stopping: asyncio.Event) -> None:
+    def __init__(self, keys: ApiKeys, stopping: asyncio.Event) -> None:
         self._keys = keys
         self._stopping = stopping
         self._by_key: dict[tuple[str, str, str], _Key] = {}

@@ -53,7 +53,7 @@ class Delta(msgspec.Struct, frozen=True):
     text: str
 
 
-class Event(NamedTuple):
+class StreamEvent(NamedTuple):
     """An event for the client."""
 
     name: str
@@ -96,7 +96,7 @@ class Follow:
         """True if facts between the last fact and this one are missing."""
         return fact.n > self.last + 1
 
-    def fact(self, fact: Fact) -> list[Event]:
+    def fact(self, fact: Fact) -> list[StreamEvent]:
         """The events of a fact; empty for a fact that was sent already, and after the end."""
         if _last_id(fact) <= self.last or self.ended:
             return []
@@ -108,7 +108,7 @@ class Follow:
             return []
         self.ended = name in ENDINGS
         body = {key: value for key, value in fact.data.items() if key not in _HIDDEN}
-        event = Event(name, {**body, "time": fact.time}, self.last)
+        event = StreamEvent(name, {**body, "time": fact.time}, self.last)
         if name != "run.completed" or has_reply:
             return [event]
         reply = {"run_id": fact.data["run_id"], "text": fact.data["reply"]}
@@ -116,13 +116,13 @@ class Follow:
             reply["tool_calls"] = calls
         if fact.data.get("finish_reason") == "length":
             reply["finish_reason"] = "length"
-        return [Event("reply", reply, fact.n), event]
+        return [StreamEvent("reply", reply, fact.n), event]
 
-    def delta(self, delta: Delta) -> list[Event]:
+    def delta(self, delta: Delta) -> list[StreamEvent]:
         """The event of a delta; empty if its attempt has been replaced by a later attempt."""
         if self.ended or not self._attempt(delta.step, delta.attempt):
             return []
-        return [Event("delta", delta, None)]
+        return [StreamEvent("delta", delta, None)]
 
     def _attempt(self, step: int, attempt: int) -> bool:
         """Records the attempt. Returns False if a later attempt of the step is known."""

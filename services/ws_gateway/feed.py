@@ -20,7 +20,7 @@ from infra.errors import NotFound
 from infra.observe.logs import get_logger
 from services.ws_gateway.agent import read_until_available
 from services.ws_gateway.connection import text_frame
-from services.ws_gateway.domain import Delta, Event, Fact, Follow
+from services.ws_gateway.domain import Delta, Fact, Follow, StreamEvent
 from services.ws_gateway.protocol import RunEvent
 
 # A client with more waiting items is dropped. It can connect again and resume after its last event.
@@ -205,7 +205,7 @@ class Feed:
             self._reading.cancel()
         self._reading, self._held = None, []
 
-    def _write(self, events: Sequence[Event]) -> None:
+    def _write(self, events: Sequence[StreamEvent]) -> None:
         for event in events:
             frame = event_frame(self.run_id, event)
             # A copy: a follower that cannot take the frame leaves.
@@ -221,6 +221,6 @@ class Feed:
         return followers
 
 
-def event_frame(run_id: UUID, event: Event) -> bytes:
+def event_frame(run_id: UUID, event: StreamEvent) -> bytes:
     message = RunEvent(run_id=run_id, event=event.name, id=event.id, data=event.data)
     return text_frame(_encoder.encode(message))

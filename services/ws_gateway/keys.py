@@ -13,7 +13,7 @@ from protos.user.v1 import user_pb2, user_pb2_grpc
 SAFE = ("clawbus.user.v1.Keys/Scopes",)
 
 
-class Keys:
+class ApiKeys:
     """`channel` leads to the user service."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:

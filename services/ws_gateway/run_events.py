@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from services.ws_gateway.agent import Read, read_until_available
-from services.ws_gateway.domain import Delta, Event, Fact, Follow
+from services.ws_gateway.domain import Delta, Fact, Follow, StreamEvent
 from services.ws_gateway.feed import REREAD_SECONDS, Live
 
 HEARTBEAT_SECONDS = 20.0
@@ -15,7 +15,7 @@ HEARTBEAT_SECONDS = 20.0
 
 async def run_events(
     read: Read, live: Live, follow: Follow, facts: Sequence[Fact] = ()
-) -> AsyncGenerator[list[Event], None]:
+) -> AsyncGenerator[list[StreamEvent], None]:
     """The run's events until its end, in order and each once. An empty list is due for a heartbeat.
 
     `facts` were read already. Raises NotFound if the run no longer exists.

@@ -18,10 +18,10 @@ from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from infra.web.http import decode_json
 from infra.web.problems import problem
-from services.ws_gateway.agent import Agent, Refused, read_until_available
+from services.ws_gateway.agent import Agent, AgentRefused, read_until_available
 from services.ws_gateway.clients import End
 from services.ws_gateway.connection import Connection, text_frame
-from services.ws_gateway.domain import Delta, Event, Fact, Follow
+from services.ws_gateway.domain import Delta, Fact, Follow, StreamEvent
 from services.ws_gateway.feed import Feed, Live, Missed, Room, event_frame
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.protocol import (
@@ -234,13 +234,13 @@ class Socket(Connection):
                     return False
         return True
 
-    async def _send_events(self, run_id: UUID, events: list[Event]) -> None:
+    async def _send_events(self, run_id: UUID, events: list[StreamEvent]) -> None:
         for event in events:
             await self.drained()
             self.write(event_frame(run_id, event))
 
     def _refuse(self, error: Exception, ref: str | None) -> None:
-        if isinstance(error, Refused):
+        if isinstance(error, AgentRefused):
             status, body = error.status, error.body
         else:
             response = problem(error)

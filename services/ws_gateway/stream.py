@@ -17,7 +17,7 @@ from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.clients import Clients, End
 from services.ws_gateway.connection import SEND_SECONDS
-from services.ws_gateway.domain import ENDINGS, Event, Fact, Follow
+from services.ws_gateway.domain import ENDINGS, Fact, Follow, StreamEvent
 from services.ws_gateway.feed import Room
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.run_events import run_events
@@ -73,7 +73,7 @@ class RunStream(Response):
         return await self._agent.facts(self._run_id, after, self._client.who)
 
 
-async def _write(batches: AsyncGenerator[list[Event]], send: Send) -> None:
+async def _write(batches: AsyncGenerator[list[StreamEvent]], send: Send) -> None:
     try:
         await send_part(send, b"retry: 1000\n\n")
         async with aclosing(batches):

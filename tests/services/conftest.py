@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from infra.postgres.db import create_engine
-from infra.service.verification import Verified, verify
+from infra.service.verification import VerificationResult, verify
 from tooling.testing.platform import Platform, running_platform
 from tooling.testing.stack import Stack
 
@@ -44,7 +44,7 @@ async def platform(
         assert await read_models(running) == []
 
 
-async def read_models(platform: Platform) -> list[Verified]:
+async def read_models(platform: Platform) -> list[VerificationResult]:
     """The verifications of the services' read models that found differences."""
     wrong = []
     for name in platform.processes:

@@ -31,7 +31,7 @@ from infra.clock import utcnow, uuid7
 from infra.outgoing import webhooks
 from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.security.crypto import Cipher
-from services.channel.accounts import Secrets, new_pseudonyms, new_token, token_hash
+from services.channel.accounts import AccountSecrets, new_pseudonyms, new_token, token_hash
 from tooling.bench import cpu
 from tooling.bench.fixture import Fixture
 from tooling.bench.http_load import closed_loop, open_loop, request
@@ -209,7 +209,7 @@ class IngestBench:
         return tuple(row)
 
     async def _connect(self) -> None:
-        secrets_ = Secrets(Cipher(MASTER_KEY))
+        secrets_ = AccountSecrets(Cipher(MASTER_KEY))
         id_, token = uuid7(), new_token()
         credentials = msgspec.json.encode({"secret": SECRET, "reply_url": "http://127.0.0.1/"})
         await self.fixture.admin.execute(

@@ -33,7 +33,7 @@ from infra.security.subjects import SubjectKeys
 from infra.service.service import freeze_loaded_modules
 from infra.web import http
 from infra.web.server import serve_http
-from services.channel.accounts import Accounts, Secrets
+from services.channel.accounts import Accounts, AccountSecrets
 from services.channel.drainer import Drainer
 from services.channel.ingest import Ingest
 from services.channel.webhooks import Webhooks, route
@@ -57,7 +57,7 @@ async def serve_ours(port: int, engine: Pool, otlp: str) -> None:
     database = Database(engine, "channel")
     metrics = Metrics(CollectorRegistry())
     ingest = Ingest(database, cipher, SubjectKeys(cipher))
-    channel = Webhooks(Accounts(database, Secrets(cipher)), ingest, metrics, Outgoing(allow_private=False), "")
+    channel = Webhooks(Accounts(database, AccountSecrets(cipher)), ingest, metrics, Outgoing(allow_private=False), "")
     app = http.create_app([], http.Health("channel", "0"), metrics)
     await serve_http(app, port, raw=[route(channel)])
     await Drainer(ingest).run()

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 
 from services.billing import accounts, closing, plans, subscriptions
 from services.billing.calendar import full_period
-from services.billing.plans import Charge, Plan
+from services.billing.plans import Plan, PlanCharge
 from services.billing.schemes import SchemeTier
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
@@ -31,7 +31,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
         currency="USD",
         interval="month",
         base_nanos=10**9,
-        charges=[Charge("input_tokens", "per_unit", [SchemeTier(None, Decimal("1.5"))], by="agent")],
+        charges=[PlanCharge("input_tokens", "per_unit", [SchemeTier(None, Decimal("1.5"))], by="agent")],
         usage_markup_percent=Decimal(10),
     )
     async with database.begin(tenant_id=TENANT) as tx:

@@ -26,7 +26,7 @@ from infra.security.subjects import SubjectKeys
 from services.memory.domain import count_tokens
 from services.memory.embeddings import BATCH, LocalEmbedder
 from services.memory.keeping import Keeping
-from services.memory.learning import FoundFact, Learning, Run
+from services.memory.learning import FinishedRun, FoundFact, Learning
 from services.memory.memories import TOKENS, Memories, MemoryScope, set_vector
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
@@ -241,7 +241,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
 
 
 async def _learn(tx: Tx, learning: Learning, person: int, message: Message) -> None:
-    run = Run(uuid7(), str(person), None, None, message.at)
+    run = FinishedRun(uuid7(), str(person), None, None, message.at)
     if tx.tenant_id == "rules":
         await learning.by_rules(tx, run, message.text)
         return

@@ -34,7 +34,7 @@ from services.memory.conversations import Conversations
 from services.memory.domain import embedded_text
 from services.memory.embeddings import BATCH, LocalEmbedder
 from services.memory.engines import Engines
-from services.memory.index import Row
+from services.memory.index import VectorRow
 from services.memory.memories import Memories
 from services.memory.pgvector import PgvectorIndex
 from services.memory.retrieval import DENSE, HYBRID, KEYWORD, Query, Retrieval
@@ -192,7 +192,7 @@ async def _store(
     database: Database, embedder: LocalEmbedder, index: PgvectorIndex, language: str, id_: UUID, path: str, page: Page
 ) -> list[str]:
     """Stores and indexes one page as the service does. Returns the texts of its passages, with their sections."""
-    chunks = list(parsing.passages(parsing.FileReader(io.BytesIO(page.html.encode()), HTML), HTML))
+    chunks = list(parsing.passages(parsing.BlockReader(io.BytesIO(page.html.encode()), HTML), HTML))
     stored = Stored(path=path, size=len(page.html), sha256="", content_type=HTML)
     async with database.begin(tenant_id=language) as tx:
         await documents.add(tx, id_, path, stored)
@@ -209,8 +209,8 @@ async def _store(
         vectors = await passages.vectors(tx, id_, -1, len(chunks) + 1)
         await documents.advance(tx, id_, "indexed", 1.0)
 
-    async def batches() -> AsyncIterator[list[Row]]:
-        yield [Row(passage_id, vector) for passage_id, _, vector in vectors]
+    async def batches() -> AsyncIterator[list[VectorRow]]:
+        yield [VectorRow(passage_id, vector) for passage_id, _, vector in vectors]
 
     await index.replace(language, id_, "document", batches())
     return [f"{each.section or ''}\n{each.text}" for each in chunks]

@@ -20,7 +20,7 @@ from infra.security.audit import audit
 from infra.security.crypto import Cipher
 from infra.security.sealed_letters import SealedLetters
 from infra.service import bulk_redrive, redrive
-from infra.service.bulk_redrive import Group, Redriven
+from infra.service.bulk_redrive import DeadLetterGroup, RedriveCounts
 from tooling.stack import operator
 from tooling.stack.home import Home, home_folder
 from tooling.stack.keys import master_file
@@ -195,9 +195,9 @@ async def read(url: str, id_: UUID, sealing: Callable[[str], Sealing]) -> DeadLe
     return replace(letter, payload=payload)
 
 
-async def find_causes(url: str, service: str, limit: int) -> list[tuple[str, Group]]:
+async def find_causes(url: str, service: str, limit: int) -> list[tuple[str, DeadLetterGroup]]:
     """Service and group of the open dead letters with the same cause, the most frequent first. Raises NotFound."""
-    found: list[tuple[str, Group]] = []
+    found: list[tuple[str, DeadLetterGroup]] = []
     for name in await _services(url, service):
         async with operator.database(url, name) as database, database.begin() as tx:
             found += [(name, group) for group in await bulk_redrive.group_by_cause(tx, limit=limit)]
@@ -225,7 +225,7 @@ async def redrive_all(
     rate_per_s: float | None = None,
     dry_run: bool = False,
     force: bool = False,
-) -> dict[str, Redriven]:
+) -> dict[str, RedriveCounts]:
     """Marks the failed dead letters of the cause, in all services or in one. Returns service → its result.
 
     Raises NotFound, and InvalidMessage for a wrong rate.

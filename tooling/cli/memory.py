@@ -14,7 +14,7 @@ from rich.progress import Progress
 from infra.postgres.tx import Database
 from services.memory.embeddings import LocalEmbedder
 from services.memory.handlers import refill
-from services.memory.index import Index
+from services.memory.index import VectorIndex
 from services.memory.migration import Migrated
 from services.memory.migration import migrate as move
 from services.memory.milvus import MilvusIndex
@@ -65,7 +65,7 @@ async def _migrate(
         return await move(database, to, await index(database, milvus_url, to), alone=alone, progress=progress)
 
 
-async def index(database: Database, milvus_url: str, engine: Engine) -> Index:
+async def index(database: Database, milvus_url: str, engine: Engine) -> VectorIndex:
     """The index of the embedding model that most passages have."""
     async with database.begin() as tx:
         rows = await tx.sql(

@@ -17,9 +17,9 @@ from infra.postgres.db import sql
 from infra.security.audit import audit
 from infra.service import verification
 from infra.service.service import Service
-from infra.service.verification import LastVerification, Verified
+from infra.service.verification import LastVerification, VerificationResult
 from services.log_aggregator import reindexing
-from services.log_aggregator.index import Index
+from services.log_aggregator.index import SearchIndex
 from services.log_aggregator.reindexing import INDEXED, Indexed
 from tooling.stack import operator
 from tooling.stack.operator import printable
@@ -28,7 +28,7 @@ out = Console(highlight=False)
 
 Access = dict[str, dict[str, str]]
 """The administrator's access to each engine."""
-Verification = Callable[[verification.Progress], Coroutine[Any, Any, Verified]]
+Verification = Callable[[verification.Progress], Coroutine[Any, Any, VerificationResult]]
 
 
 class Listed(LastVerification, frozen=True, kw_only=True):
@@ -109,7 +109,7 @@ def verification_of(access: Access, service: Service, name: str, *, switch: bool
     for model in service.read_models:
         if model.name == name:
 
-            async def rows(tell: verification.Progress, model: Any = model) -> Verified:
+            async def rows(tell: verification.Progress, model: Any = model) -> VerificationResult:
                 async with operator.database(url, service.name) as database:
                     return await verification.verify(
                         database.engine, service.name, model, switch=switch, restart=restart, progress=tell
@@ -119,11 +119,11 @@ def verification_of(access: Access, service: Service, name: str, *, switch: bool
     for indexed in INDEXED if service.name == "log_aggregator" else ():
         if indexed.name == name:
 
-            async def documents(tell: verification.Progress, indexed: Indexed = indexed) -> Verified:
+            async def documents(tell: verification.Progress, indexed: Indexed = indexed) -> VerificationResult:
                 prefix = os.environ.get("CLAW_TOPIC_PREFIX", "")
                 async with (
                     operator.database(url, service.name) as database,
-                    aclosing(Index(access["opensearch"]["url"], prefix)) as index,
+                    aclosing(SearchIndex(access["opensearch"]["url"], prefix)) as index,
                 ):
                     return await reindexing.verify(
                         database.engine,
@@ -165,7 +165,7 @@ def verify(access: Access, name: str, work: Verification, *, switch: bool, as_js
         raise typer.Exit(1)
 
 
-async def _audited(access: Access, name: str, work: Coroutine[Any, Any, Verified]) -> Verified:
+async def _audited(access: Access, name: str, work: Coroutine[Any, Any, VerificationResult]) -> VerificationResult:
     """Writes an audit record for a repair."""
     verified = await work
     if verified.repaired:
@@ -175,7 +175,7 @@ async def _audited(access: Access, name: str, work: Coroutine[Any, Any, Verified
     return verified
 
 
-def _tell(name: str, verified: Verified, *, switch: bool) -> None:
+def _tell(name: str, verified: VerificationResult, *, switch: bool) -> None:
     verdict = f"[red]{verified.different} differ[/]" if verified.different else "[green]equal[/]"
     out.print(f"{name}: {verdict}, live {verified.rows} rows, rebuilt {verified.rebuilt_rows}")
     for one in verified.differences[:20]:

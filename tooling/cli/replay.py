@@ -22,7 +22,7 @@ from infra.errors import NotFound
 from infra.security.audit import audit
 from infra.service import verification
 from infra.service.replay import Progress as ReplayProgress
-from infra.service.replay import Rebuilt, Replay
+from infra.service.replay import Replay, ReplayResult
 from infra.service.service import Service
 from protos.catalog import SERVICES
 from protos.topology import Subscription
@@ -99,7 +99,7 @@ def _rebuild(
         raise typer.Exit(1)
 
 
-def _tell(service: str, rebuilt: Rebuilt) -> None:
+def _tell(service: str, rebuilt: ReplayResult) -> None:
     for table in rebuilt.tables:
         verdict = "[green]equal[/]" if table.equal else "[red]different[/]"
         out.print(f"{table.table}: {verdict}, live {table.live_rows} rows, rebuilt {table.rebuilt_rows}")
@@ -157,7 +157,7 @@ async def rebuild(
     from_events: Service | None = None,
     switch: bool = False,
     restart: bool = False,
-) -> Rebuilt:
+) -> ReplayResult:
     """Rebuilds from Kafka, or from the event store of `from_events`. Writes an audit record for a switch."""
     async with operator.database(url, service) as database:
         rebuild = Replay(database.engine, service, subscription, progress)

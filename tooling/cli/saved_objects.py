@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from services.log_aggregator.mappings import FIELDS, Kind
-from services.log_aggregator.searches import QUERIES, SEARCHES, Search
+from services.log_aggregator.searches import QUERIES, SEARCHES, SavedSearch
 from tooling.stack.checkout import CHECKOUT
 
 FOLDER = CHECKOUT / "infra" / "deploy" / "kibana"
@@ -38,7 +38,7 @@ class Chart(NamedTuple):
 class Dashboard(NamedTuple):
     name: str
     title: str
-    panels: tuple[Chart | Search, ...]
+    panels: tuple[Chart | SavedSearch, ...]
 
 
 _STEPS = 'type:"agent.v1.StepCompleted"'
@@ -165,7 +165,7 @@ def _on(kind: Kind) -> list[Json]:
     return [{"name": _INDEX, "type": "index-pattern", "id": f"clawbus-{kind}"}]
 
 
-def _search(product: Product, search: Search) -> Json:
+def _search(product: Product, search: SavedSearch) -> Json:
     attributes = {
         "title": search.title,
         "description": "",

@@ -41,7 +41,7 @@ def router(runtime: Runtime) -> APIRouter:
             except Transient:
                 pass  # the name does not resolve now; it may later
 
-    async def check(tenant_id: str, definition: NewAgent, keys: store.Keys) -> None:
+    async def check(tenant_id: str, definition: NewAgent, keys: store.ProviderKeys) -> None:
         """Raises InvalidMessage for a definition that cannot work: no key, a private address, an unknown tool."""
         await reachable("provider", definition.model, definition.provider, keys.own)
         if fallback := definition.fallback:
@@ -90,11 +90,11 @@ def router(runtime: Runtime) -> APIRouter:
             for name in reply.resources
         ]
 
-    def sealed(tenant_id: str, agent_id: UUID, body: NewAgent) -> store.Keys:
+    def sealed(tenant_id: str, agent_id: UUID, body: NewAgent) -> store.ProviderKeys:
         """The API keys in the body, encrypted."""
         providers = body.provider, body.fallback.provider if body.fallback else None
         given = (provider.api_key if provider else None for provider in providers)
-        return store.Keys(
+        return store.ProviderKeys(
             *(
                 store.seal_key(runtime.cipher, tenant_id, agent_id, key.get_secret_value()) if key else None
                 for key in given
@@ -158,7 +158,7 @@ def _merged(agent: store.StoredAgent, change: AgentChange) -> NewAgent:
     return agent.definition.model_copy(update={"enabled": agent.enabled} | update)
 
 
-def _keys(agent: store.StoredAgent, change: AgentChange, new: store.Keys) -> store.Keys:
+def _keys(agent: store.StoredAgent, change: AgentChange, new: store.ProviderKeys) -> store.ProviderKeys:
     """A key stays only with the address that it was given for: a new address may belong to someone else."""
     before, after = agent.definition, _merged(agent, change)
     own, fallback = agent.keys
@@ -167,7 +167,7 @@ def _keys(agent: store.StoredAgent, change: AgentChange, new: store.Keys) -> sto
     was, becomes = (definition.fallback.provider if definition.fallback else None for definition in (before, after))
     if _base_url(was) != _base_url(becomes) or becomes is None:
         fallback = None
-    return store.Keys(new.own or own, new.fallback or fallback)
+    return store.ProviderKeys(new.own or own, new.fallback or fallback)
 
 
 def _base_url(provider: Provider | None) -> str | None:

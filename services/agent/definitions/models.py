@@ -62,7 +62,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Budget(_Body):
+class AgentBudget(_Body):
     """The budget of an agent per period (UTC)."""
 
     nanos: int = Field(ge=0, le=MAX_NANOS)
@@ -131,7 +131,7 @@ class NewAgent(_Body):
     """How facts about the person who speaks are found, for later runs. model: after each run the agent's model is asked
     once more, which is billed; rules find them if it fails."""
     queue_mode: QueueMode = "collect"
-    budget: Budget | None = None
+    budget: AgentBudget | None = None
     limits: RunLimits = RunLimits()
     concurrency: Concurrency = None
     """How many runs of this agent may be active at once; null: no limit."""
@@ -187,7 +187,7 @@ class AgentView(BaseModel):
     knowledge: bool
     learning: Literal["rules", "model"]
     queue_mode: QueueMode
-    budget: Budget | None
+    budget: AgentBudget | None
     limits: RunLimits
     concurrency: int | None
     model_concurrency: int | None

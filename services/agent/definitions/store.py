@@ -15,7 +15,7 @@ from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from services.agent.definitions.models import AgentView, FallbackView, NewAgent, Provider, ProviderView
 from services.agent.definitions.queue_modes import QueueMode
-from services.agent.models.contract import Endpoint
+from services.agent.models.contract import ModelEndpoint
 
 _PURPOSE = "model provider key"
 SEALED = tuple(
@@ -28,7 +28,7 @@ _COLUMNS = (
 )
 
 
-class Keys(NamedTuple):
+class ProviderKeys(NamedTuple):
     """The encrypted keys of an agent's provider and of its fallback's provider."""
 
     own: bytes | None = None
@@ -44,12 +44,12 @@ class StoredAgent:
     version: int
     enabled: bool
     definition: NewAgent
-    keys: Keys
+    keys: ProviderKeys
     created_at: datetime
     updated_at: datetime
     """The time when this version was created."""
 
-    def models(self, cipher: Cipher) -> list[tuple[str, Endpoint]]:
+    def models(self, cipher: Cipher) -> list[tuple[str, ModelEndpoint]]:
         """The models to call in this order, with their endpoints and decrypted keys."""
         definition = self.definition
         own = definition.model, self._endpoint(cipher, definition.provider, self.keys.own)
@@ -60,9 +60,9 @@ class StoredAgent:
             return [own, (fallback.model, own[1])]
         return [own, (fallback.model, self._endpoint(cipher, fallback.provider, self.keys.fallback))]
 
-    def _endpoint(self, cipher: Cipher, provider: Provider | None, sealed: bytes | None) -> Endpoint:
+    def _endpoint(self, cipher: Cipher, provider: Provider | None, sealed: bytes | None) -> ModelEndpoint:
         key = cipher.open(sealed, _PURPOSE, self.tenant_id, str(self.id)).decode() if sealed else None
-        return Endpoint(provider.base_url if provider else None, key)
+        return ModelEndpoint(provider.base_url if provider else None, key)
 
     def view(self) -> AgentView:
         definition = self.definition
@@ -87,7 +87,7 @@ def seal_key(cipher: Cipher, tenant_id: str, agent_id: UUID, key: str) -> bytes:
     return cipher.seal(key, _PURPOSE, tenant_id, str(agent_id))
 
 
-async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: Keys, created_by: str) -> StoredAgent:
+async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: ProviderKeys, created_by: str) -> StoredAgent:
     await tx.sql(
         "INSERT INTO agent (id, tenant_id, version, enabled) VALUES ($1, $2, 1, $3)",
         agent_id,
@@ -98,7 +98,7 @@ async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: Keys, creat
     return await load(tx, agent_id)
 
 
-async def change(tx: Tx, agent: StoredAgent, definition: NewAgent, keys: Keys, changed_by: str) -> StoredAgent:
+async def change(tx: Tx, agent: StoredAgent, definition: NewAgent, keys: ProviderKeys, changed_by: str) -> StoredAgent:
     """Creates the next version, unless only `enabled` differs. The caller has locked the agent by `lock`."""
     if (definition.model_copy(update={"enabled": True}), keys) != (
         agent.definition.model_copy(update={"enabled": True}),
@@ -111,7 +111,7 @@ async def change(tx: Tx, agent: StoredAgent, definition: NewAgent, keys: Keys, c
 
 
 async def _insert_version(
-    tx: Tx, agent_id: UUID, version: int, definition: NewAgent, keys: Keys, created_by: str
+    tx: Tx, agent_id: UUID, version: int, definition: NewAgent, keys: ProviderKeys, created_by: str
 ) -> None:
     await tx.sql(
         """
@@ -184,7 +184,7 @@ def stored(row: Sequence[Any]) -> StoredAgent:
         version,
         enabled,
         _definition(definition),
-        Keys(*(None if key is None else bytes(key) for key in (own, fallback))),
+        ProviderKeys(*(None if key is None else bytes(key) for key in (own, fallback))),
         created_at,
         updated_at,
     )

@@ -17,13 +17,23 @@ from infra.web.json_schema import check
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.agent.definitions.models import NewAgent
 from services.agent.execution.context import RunContext
-from services.agent.execution.conversation import Conversation, Summary
+from services.agent.execution.conversation import Conversation, SessionSummary
 from services.agent.execution.group_write import MessagesArrived
 from services.agent.execution.model_calls import ModelCalls
 from services.agent.execution.outcome import Ended, Reply
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
 from services.agent.execution.tools import Tools
-from services.agent.models.contract import Answer, AssistantTurn, Image, Passage, Prompt, Tool, ToolCall, Turn, UserTurn
+from services.agent.models.contract import (
+    AssistantTurn,
+    Image,
+    ModelAnswer,
+    Passage,
+    Prompt,
+    Tool,
+    ToolCall,
+    Turn,
+    UserTurn,
+)
 from services.agent.runs.domain import messages_at
 from services.agent.runs.notices import FAILED
 
@@ -136,7 +146,7 @@ class AgentLoop:
                 raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)
             system = f"{instructions}\n\nYour last answer was refused: {misfit}."
 
-    async def _summary(self, conversation: Conversation) -> Summary | None:
+    async def _summary(self, conversation: Conversation) -> SessionSummary | None:
         """A summary of the part that is too old to be shown; None if there is no such part or the model failed."""
         under_way = self.steps.next_digest() == SUMMARY
         if not under_way and not (conversation.older and not self.steps.next_has_begun()):
@@ -155,7 +165,7 @@ class AgentLoop:
         about = frozenset().union(*(exchange.about for exchange in conversation.older))
         seq = conversation.older[-1].seq if conversation.older else 0
         known_about = conversation.summary.about if conversation.summary else frozenset()
-        return Summary(answer.text, seq, about | known_about)
+        return SessionSummary(answer.text, seq, about | known_about)
 
     async def _take_messages(self, turns: list[Turn]) -> bool:
         """Adds messages that came during the run, from the next step on. False if there are none.
@@ -213,7 +223,7 @@ class AgentLoop:
 
     def _misfit(
         self,
-        answer: Answer,
+        answer: ModelAnswer,
         calls: tuple[ToolCall, ...],
         callers_tools: dict[str, Tool],
         schema: dict[str, Any] | None,

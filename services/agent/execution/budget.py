@@ -15,7 +15,7 @@ from infra.lanes.effects import Effects
 from infra.postgres.tx import Tx
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
-from services.agent.definitions.models import Budget
+from services.agent.definitions.models import AgentBudget
 
 # Most runs whose true costs are fetched at a time.
 SETTLED_AT_ONCE = 100
@@ -33,7 +33,7 @@ class Spending:
         self._agent_id = agent_id
         self._run_id = run_id
 
-    async def add(self, budget: Budget, step: int, nanos: int) -> bool:
+    async def add(self, budget: AgentBudget, step: int, nanos: int) -> bool:
         """Counts `nanos` for a step, only once however often it is called. False if the budget has too little left."""
         since = begin_of_period(budget, utcnow())
         if await self._count(budget, since, step, nanos):
@@ -41,7 +41,7 @@ class Spending:
         await self._settle(since)
         return await self._count(budget, since, step, nanos)
 
-    async def _count(self, budget: Budget, since: datetime, step: int, nanos: int) -> bool:
+    async def _count(self, budget: AgentBudget, since: datetime, step: int, nanos: int) -> bool:
         async with self._effects.begin() as tx:
             # Locks the agent's row: two runs must not both take the last of the budget.
             await tx.sql("SELECT FROM agent WHERE id = $1 FOR UPDATE", self._agent_id)
@@ -99,7 +99,7 @@ async def _settled(tx: Tx, run_id: UUID, cost: int) -> None:
     await tx.sql("UPDATE run SET budget_nanos = $2, budget_settled = true WHERE id = $1", run_id, cost)
 
 
-def begin_of_period(budget: Budget, now: datetime) -> datetime:
+def begin_of_period(budget: AgentBudget, now: datetime) -> datetime:
     """The beginning of the period that contains `now`, in UTC."""
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     return day if budget.period == "day" else day.replace(day=1)

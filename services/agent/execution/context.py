@@ -22,7 +22,7 @@ from protos.messages import agent as public
 from protos.plugin.v1 import plugin_pb2_grpc
 from services.agent.execution import conversation
 from services.agent.execution.outcome import Reply
-from services.agent.execution.progress import Progress
+from services.agent.execution.progress import ProgressReporter
 from services.agent.runs import family
 from services.agent.runs.domain import Complete, Limits, Run
 from services.agent.runs.family import ChildState, child_id
@@ -76,7 +76,7 @@ class RunContext:
     """None: the run came by the API."""
     approvers: tuple[str, ...] = ()
     """The channel's; empty: the agent's."""
-    progress: Progress | None = None
+    progress: ProgressReporter | None = None
     """None: no channel shows it."""
 
     @property

@@ -43,7 +43,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SessionSummary:
     """A summary of the session."""
 
     text: str
@@ -64,7 +64,7 @@ class Conversation:
     """The vendor's id; None if the run came by the API."""
     reply_to: str | None
     """The vendor's id of the message to reply to; None if the run came by the API."""
-    summary: Summary | None = None
+    summary: SessionSummary | None = None
     """Of everything before `older` and `history`."""
     older: tuple[Exchange, ...] = ()
     """The part that is to be summarised before the model is asked."""
@@ -139,7 +139,7 @@ class SummaryRow(NamedTuple):
     seq: int
 
 
-class Keys:
+class TenantKeys:
     """The keys of the subjects of one tenant."""
 
     def __init__(self, tenant_id: str, keys: Mapping[tuple[str, str], DataKey | None]) -> None:
@@ -158,10 +158,10 @@ class Keys:
 
 def assemble(
     messages: Sequence[MessageRow],
-    summary: Summary | None,
+    summary: SessionSummary | None,
     earlier: Sequence[ExchangeRow],
     of_parent: Sequence[ExchangeRow],
-    keys: Keys,
+    keys: TenantKeys,
 ) -> Conversation:
     """`earlier`: the messages after the summary, oldest first. `of_parent`: the last ones of the parent session.
 
@@ -197,19 +197,19 @@ def assemble(
     )
 
 
-def open_summary(row: SummaryRow, session_key: str, keys: Keys) -> Summary | None:
+def open_summary(row: SummaryRow, session_key: str, keys: TenantKeys) -> SessionSummary | None:
     """None if one of the persons whose words it contains was erased."""
     if any(keys.get(subject) is None for subject in row.about):
         return None
     text = keys.open(row.sealed, row.subject_id, f"{session_key}/{row.seq}", "summary")
-    return Summary(text, row.seq, frozenset(row.about)) if text else None
+    return SessionSummary(text, row.seq, frozenset(row.about)) if text else None
 
 
-def _exchanges(keys: Keys, rows: Sequence[ExchangeRow]) -> list[Exchange]:
+def _exchanges(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> list[Exchange]:
     return [_exchange(keys, list(of_run)) for _, of_run in groupby(rows, lambda row: row.run_id)]
 
 
-def _exchange(keys: Keys, rows: Sequence[ExchangeRow]) -> Exchange:
+def _exchange(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> Exchange:
     """Without the words of erased persons."""
     texts = [keys.open(row.text, row.subject_id, str(row.message_id), "text") for row in rows]
     last = rows[-1]
@@ -234,7 +234,7 @@ def divided(exchanges: Sequence[Exchange]) -> tuple[Sequence[Exchange], Sequence
     return (), exchanges
 
 
-async def keep_summary(tx: Tx, key: DataKey, subject_id: str, session_key: str, summary: Summary) -> None:
+async def keep_summary(tx: Tx, key: DataKey, subject_id: str, session_key: str, summary: SessionSummary) -> None:
     """Stores the summary for later runs, unless the stored one covers more."""
     assert tx.tenant_id
     await tx.sql(

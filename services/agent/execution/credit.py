@@ -12,7 +12,7 @@ import msgspec
 from infra.errors import Transient
 from infra.postgres.tx import derived_id
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
-from services.agent.definitions.models import Budget
+from services.agent.definitions.models import AgentBudget
 from services.agent.execution import images
 from services.agent.execution.budget import Spending
 from services.agent.execution.context import RunContext
@@ -35,11 +35,11 @@ class Hold(NamedTuple):
     nanos: int
 
 
-class Credit:
+class RunCredit:
     """Reserves and releases credit for the model calls of one run."""
 
     def __init__(
-        self, context: RunContext, billing: billing_pb2_grpc.BillingStub, budget: Budget | None, spending: Spending
+        self, context: RunContext, billing: billing_pb2_grpc.BillingStub, budget: AgentBudget | None, spending: Spending
     ) -> None:
         self._context = context
         self._billing = billing

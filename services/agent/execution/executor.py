@@ -21,13 +21,13 @@ from services.agent.execution import finish
 from services.agent.execution.agent_loop import AgentLoop
 from services.agent.execution.budget import Spending
 from services.agent.execution.context import Services
-from services.agent.execution.credit import Credit
-from services.agent.execution.files import Files
+from services.agent.execution.credit import RunCredit
+from services.agent.execution.files import RunFiles
 from services.agent.execution.group_write import GroupWriter, MessagesArrived, RunStopped
 from services.agent.execution.load import RunLoader
 from services.agent.execution.model_calls import ModelCalls
 from services.agent.execution.outcome import Ended, Reply, Suspended
-from services.agent.execution.progress import Progress
+from services.agent.execution.progress import ProgressReporter
 from services.agent.execution.start import StartedRun, start
 from services.agent.execution.steps import Steps, UnrecordedResults
 from services.agent.execution.tools import Tools
@@ -121,17 +121,17 @@ class Executor:
         }
         services = self._services
         if context.channel_id:
-            context.progress = Progress(services.cache, context.run_id, context.session_key)
+            context.progress = ProgressReporter(services.cache, context.run_id, context.session_key)
         told = context.progress.told() if context.progress else nullcontext()
         with telemetry.span(f"invoke_agent {definition.name}", attributes=attributes), told:
             steps = Steps(context, effects, journal, self._watch, self._unrecorded)
             spending = Spending(
                 effects, services.billing, tenant_id=context.tenant_id, agent_id=agent.id, run_id=context.run_id
             )
-            credit = Credit(context, services.billing, definition.budget, spending)
+            credit = RunCredit(context, services.billing, definition.budget, spending)
             models = [(name, self._models.model(name, endpoint)) for name, endpoint in agent.models(self._cipher)]
             model_calls = ModelCalls(context, steps, credit, models, services.cache, services.objects)
-            files = Files(context, services.objects)
+            files = RunFiles(context, services.objects)
             tools = Tools(context, definition, steps, credit, services.plugin, files)
             loop = AgentLoop(
                 context, definition, steps, model_calls, tools, services.memory, partial(_complete, started)

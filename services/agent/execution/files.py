@@ -27,7 +27,7 @@ FILE = Kind(
 
 
 @dataclass
-class Files:
+class RunFiles:
     """The files of one run."""
 
     context: RunContext

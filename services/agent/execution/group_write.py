@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from infra.errors import Conflict
 from infra.failpoint import failpoint
-from infra.lanes.claims import Head, Lease
+from infra.lanes.claims import LaneHead, Lease
 from infra.observe.logs import get_logger
 from infra.postgres.db import CONFLICT, is_transient, sqlstate
 from infra.postgres.group_commit import GroupCommit
@@ -122,7 +122,7 @@ class RunWrite:
     # Known after the commit.
     messages: int = 0
     """How many messages the run has."""
-    next: Head | None = None
+    next: LaneHead | None = None
     """The lane's next item, if this write has ended one and may go on."""
 
 
@@ -160,7 +160,7 @@ class GroupWriter:
         refused: dict[int, Exception] = {}
         for index, (write, (refusal, messages, *head)) in enumerate(zip(group, rows, strict=True)):
             write.messages = messages
-            write.next = None if head[0] is None else Head(*head)
+            write.next = None if head[0] is None else LaneHead(*head)
             if refusal:
                 refused[index] = _refused(refusal, write)
         return refused

@@ -26,7 +26,7 @@ from services.agent.execution.group_write import (
 )
 from services.agent.execution.load import RunRow
 from services.agent.execution.outcome import Reply
-from services.agent.execution.usage import Metered, usage_id, usage_record
+from services.agent.execution.usage import MeteredCall, usage_id, usage_record
 from services.agent.models.contract import Usage
 from services.agent.runs.domain import (
     BeginStep,
@@ -51,7 +51,7 @@ class _Starting(NamedTuple):
     model: str | None
 
 
-class Journal:
+class RunJournal:
     """Records one run. Writes that only report a past fact are submitted and not awaited; they are committed in order,
     often in one group with the next write. Writes that begin something are awaited, and with them all before.
     """
@@ -88,7 +88,7 @@ class Journal:
             context.state = evolve(context.state, event)
 
     async def begin(
-        self, command: BeginStep, span_id: str | None, lost: Metered | None, expected_messages: int | None
+        self, command: BeginStep, span_id: str | None, lost: MeteredCall | None, expected_messages: int | None
     ) -> None:
         """Commits the start of a step, and the estimated usage of the attempt before if that one was `lost`.
 
@@ -103,7 +103,12 @@ class Journal:
         await self._write_or_restore(command, fill, expected_messages)
 
     async def end(
-        self, command: EndStep, metered: Metered | None, *, estimated: bool, recorded: Callable[[], None] | None = None
+        self,
+        command: EndStep,
+        metered: MeteredCall | None,
+        *,
+        estimated: bool,
+        recorded: Callable[[], None] | None = None,
     ) -> None:
         """Submits the end of a step with its usage. `recorded` is called after its commit."""
         async with self._turn:
@@ -118,7 +123,7 @@ class Journal:
                     lambda done: None if done.cancelled() or done.exception() is not None else recorded()
                 )
 
-    async def fail_attempt(self, command: FailAttempt, lost: Metered | None) -> None:
+    async def fail_attempt(self, command: FailAttempt, lost: MeteredCall | None) -> None:
         """Commits the end of an attempt that another one will follow."""
         async with self._turn:
             write = self._write(command)
@@ -241,7 +246,7 @@ class Journal:
         self._submitted.append((future, write))
         return future
 
-    def _use(self, write: RunWrite, step: int, attempt: int, metered: Metered, *, estimated: bool) -> None:
+    def _use(self, write: RunWrite, step: int, attempt: int, metered: MeteredCall, *, estimated: bool) -> None:
         id_ = usage_id(self._context.run_id, step, attempt)
         record = usage_record(self._context, id_, metered, estimated=estimated)
         self._record_use(write, Used(record, metered.usage))

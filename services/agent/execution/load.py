@@ -16,10 +16,10 @@ from services.agent.execution.conversation import (
     PARENT_MESSAGES,
     Conversation,
     ExchangeRow,
-    Keys,
     MessageRow,
-    Summary,
+    SessionSummary,
     SummaryRow,
+    TenantKeys,
     assemble,
     open_summary,
 )
@@ -105,11 +105,11 @@ class LoadedRun:
     messages: Sequence[MessageRow]
     agent: StoredAgent | None
     """The newest version; None if there is no such agent."""
-    summary: Summary | None
+    summary: SessionSummary | None
     earlier: Sequence[ExchangeRow]
     of_parent: Sequence[ExchangeRow]
     """The last messages of the parent session; empty if there is none."""
-    keys: Keys
+    keys: TenantKeys
 
     @property
     def only_speaker(self) -> str | None:
@@ -149,7 +149,7 @@ async def load_runs(tx: Tx, subjects: SubjectKeys, run_ids: Sequence[UUID]) -> d
             row.summary,
             found.get((row.run.id, False), ()),
             found.get((row.run.id, True), ()),
-            Keys(row.run.tenant_id, known),
+            TenantKeys(row.run.tenant_id, known),
         )
         for row in rows
     }
@@ -167,7 +167,7 @@ class _Row:
             MessageRow(*message) for message in zip(*(column or () for column in values[14:21]), strict=True)
         ]
         self._summary = SummaryRow(*values[21:25]) if values[21] else None
-        self.summary: Summary | None = None
+        self.summary: SessionSummary | None = None
         self._parent = values[25:27] if values[25] and values[26] else None
         self.agent = store.stored(values[27:36]) if values[27] else None
 
@@ -191,7 +191,7 @@ class _Row:
 
     def open_summary(self, known: Mapping[tuple[str, str], Any]) -> None:
         if self._summary and self.messages and self._summary.seq < self.messages[0].seq:
-            self.summary = open_summary(self._summary, self.run.session_key, Keys(self.run.tenant_id, known))
+            self.summary = open_summary(self._summary, self.run.session_key, TenantKeys(self.run.tenant_id, known))
 
 
 class RunLoader:

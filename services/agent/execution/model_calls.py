@@ -16,13 +16,13 @@ from infra.stores.cache import Cache
 from infra.stores.objects import Objects
 from services.agent.execution import images
 from services.agent.execution.context import RunContext
-from services.agent.execution.credit import Credit
+from services.agent.execution.credit import RunCredit
 from services.agent.execution.deltas import Deltas
 from services.agent.execution.group_write import MessagesArrived
 from services.agent.execution.outcome import Ended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec
-from services.agent.execution.usage import Metered
-from services.agent.models.contract import Answer, Model, ModelFailed, Prompt, Usage
+from services.agent.execution.usage import MeteredCall
+from services.agent.models.contract import Model, ModelAnswer, ModelFailed, Prompt, Usage
 from services.agent.runs.notices import FAILED
 
 ATTEMPTS = 5
@@ -41,14 +41,14 @@ class ModelCalls:
 
     context: RunContext
     steps: Steps
-    credit: Credit
+    credit: RunCredit
     models: Sequence[tuple[str, Model]]
     """By name. Each is asked if the one before gives no answer."""
     cache: Cache
     objects: Objects | None = None
     """The store of images; None: images are not shown to models."""
 
-    async def ask(self, prompt: Prompt, digest: str, expected_messages: int | None = None) -> Answer:
+    async def ask(self, prompt: Prompt, digest: str, expected_messages: int | None = None) -> ModelAnswer:
         """The answer of the first model that gives one. Raises Ended if none does.
 
         Raises MessagesArrived instead of a call if the run has other than the expected messages (None: any).
@@ -67,7 +67,7 @@ class ModelCalls:
 
     async def _ask_one(
         self, name: str, model: Model, prompt: Prompt, spec: StepSpec, expected_messages: int | None
-    ) -> Answer:
+    ) -> ModelAnswer:
         context = self.context
         hold = None if self.steps.next_has_ended() else await self.credit.reserve(name, prompt)
         family, _, own_name = name.partition("/")
@@ -81,7 +81,7 @@ class ModelCalls:
         with telemetry.span(f"chat {own_name}", SpanKind.CLIENT, attributes=attributes) as span:
             written_bytes = 0
 
-            async def call(_: str, attempt: int) -> tuple[Answer, Metered]:
+            async def call(_: str, attempt: int) -> tuple[ModelAnswer, MeteredCall]:
                 deltas = Deltas(self.cache, context.run_id, context.last_step, attempt)
                 progress = context.progress
                 if progress:
@@ -106,9 +106,9 @@ class ModelCalls:
                     answer = await model.answer(images.without(shown, notice=True), on_text)
                 _set_usage(span, answer)
                 assert hold
-                return answer, Metered(name, answer.usage, hold.id, hold.nanos)
+                return answer, MeteredCall(name, answer.usage, hold.id, hold.nanos)
 
-            def lost(in_other_process: bool) -> Metered | None:
+            def lost(in_other_process: bool) -> MeteredCall | None:
                 """Providers charge an answer that they have begun. A call of a dead process may have begun one."""
                 if not written_bytes and not in_other_process:
                     return None
@@ -116,20 +116,20 @@ class ModelCalls:
 
             try:
                 return await self.steps.make(
-                    replace(spec, lost=lost), call, Answer, expected_messages=expected_messages
+                    replace(spec, lost=lost), call, ModelAnswer, expected_messages=expected_messages
                 )
             except (StepFailed, Ended, MessagesArrived):
                 await self.credit.release(hold)
                 raise
 
 
-def lost_usage(name: str, prompt: Prompt, written_bytes: int) -> Metered:
+def lost_usage(name: str, prompt: Prompt, written_bytes: int) -> MeteredCall:
     """The estimated usage of a call without a result; `written_bytes` of its answer have arrived."""
     text = len(msgspec.json.encode(images.without(prompt, notice=False)))
     usage = Usage(
         input_tokens=_tokens(text) + images.count(prompt) * images.IMAGE_TOKENS, output_tokens=_tokens(written_bytes)
     )
-    return Metered(name, usage, None)
+    return MeteredCall(name, usage, None)
 
 
 def _tokens(size: int) -> int:
@@ -137,7 +137,7 @@ def _tokens(size: int) -> int:
     return math.ceil(size / BYTES_PER_TOKEN)
 
 
-def _set_usage(span: Span, answer: Answer) -> None:
+def _set_usage(span: Span, answer: ModelAnswer) -> None:
     span.set_attribute("gen_ai.response.model", answer.model)
     span.set_attribute("gen_ai.response.finish_reasons", [answer.finish_reason])
     usage = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
 
-from services.agent.execution.conversation import Summary
+from services.agent.execution.conversation import SessionSummary
 from services.agent.models.contract import ToolCall
 from services.agent.runs.content import StoredFile
 from services.agent.runs.domain import Suspend
@@ -19,7 +19,7 @@ class Reply:
     """The run answers."""
 
     text: str
-    summary: Summary | None
+    summary: SessionSummary | None
     """Of the older part of the conversation, made by this run for later runs."""
     calls: tuple[ToolCall, ...] = ()
     """Calls of the caller's own tools. The caller makes them and sends the results with its next request."""

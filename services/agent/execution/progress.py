@@ -22,7 +22,7 @@ WORK_SECONDS = 4.0
 MAX_CHARACTERS = 30_000
 
 
-class Progress:
+class ProgressReporter:
     """The progress of one run that came from a channel. `text`: the answer so far, by the model of the present step."""
 
     def __init__(self, cache: Cache, run_id: UUID, session_key: str) -> None:

@@ -18,7 +18,7 @@ from services.agent.execution.concurrency import has_limits, model_of, take_plac
 from services.agent.execution.context import RunContext
 from services.agent.execution.conversation import Conversation
 from services.agent.execution.group_write import GroupWriter
-from services.agent.execution.journal import Journal
+from services.agent.execution.journal import RunJournal
 from services.agent.execution.load import LoadedRun, RunRow
 from services.agent.execution.outcome import Ended
 from services.agent.runs import projections
@@ -34,7 +34,7 @@ class StartedRun:
     agent: StoredAgent
     conversation: Conversation
     context: RunContext
-    journal: Journal
+    journal: RunJournal
 
 
 async def start(
@@ -65,7 +65,7 @@ async def start(
     except Erased as error:
         raise Ended("cancelled", "the person was erased") from error
     context = context_of(loaded, agent, key, conversation, database, subjects)
-    journal = Journal(context, effects, writer)
+    journal = RunJournal(context, effects, writer)
     command = Start(row.session_key, row.agent_id, agent.version, utcnow(), messages)
     if row.status == "running" or not has_limits(agent.definition):
         journal.start(command, model_of(agent.definition))

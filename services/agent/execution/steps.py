@@ -28,9 +28,9 @@ from infra.observe.redaction import redacted
 from infra.postgres.db import storable
 from services.agent.execution.context import RunContext
 from services.agent.execution.group_write import MessagesArrived, RunStopped
-from services.agent.execution.journal import Journal
+from services.agent.execution.journal import RunJournal
 from services.agent.execution.outcome import Ended, Suspended
-from services.agent.execution.usage import Metered
+from services.agent.execution.usage import MeteredCall
 from services.agent.execution.watch import CancelRequested, Watch
 from services.agent.models.contract import ModelFailed, Usage
 from services.agent.runs.content import ToolResult
@@ -63,7 +63,7 @@ class _Result(NamedTuple):
 
     content: bytes
     """Sealed."""
-    metered: Metered | None
+    metered: MeteredCall | None
     ms: int = 0
     """Duration of the call."""
 
@@ -105,11 +105,11 @@ class StepSpec:
     """How often a call with transient errors is made; None: as long as the run has time."""
     max_pause: timedelta = timedelta.max
     """If the next attempt would have to wait longer than this, the step fails instead."""
-    lost: Callable[[bool], Metered | None] = lambda in_other_process: None
+    lost: Callable[[bool], MeteredCall | None] = lambda in_other_process: None
     """Estimates the usage of an attempt without a result. The argument: another process made the attempt."""
 
 
-Call = Callable[[str, int], Coroutine[Any, Any, tuple[T, Metered | None]]]
+Call = Callable[[str, int], Coroutine[Any, Any, tuple[T, MeteredCall | None]]]
 """Takes the idempotency key and the attempt, returns the content and its usage."""
 
 
@@ -121,7 +121,7 @@ class Steps:
     """
 
     def __init__(
-        self, context: RunContext, effects: Effects, journal: Journal, watch: Watch, unrecorded: UnrecordedResults
+        self, context: RunContext, effects: Effects, journal: RunJournal, watch: Watch, unrecorded: UnrecordedResults
     ) -> None:
         self._context = context
         self._effects = effects
@@ -290,7 +290,7 @@ class Steps:
         n: int,
         spec: StepSpec,
         attempt: int,
-        lost: Metered | None = None,
+        lost: MeteredCall | None = None,
         expected_messages: int | None = None,
     ) -> None:
         """Commits the step's start. `lost` is the estimated usage of the attempt before."""

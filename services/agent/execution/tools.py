@@ -16,8 +16,8 @@ from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.agent.definitions.models import Colleague, NewAgent
 from services.agent.execution.children import MAX_DEPTH, QUESTION, Question
 from services.agent.execution.context import RunContext
-from services.agent.execution.credit import Credit
-from services.agent.execution.files import Files
+from services.agent.execution.credit import RunCredit
+from services.agent.execution.files import RunFiles
 from services.agent.execution.outcome import ChildRun, Ended, Suspended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
 from services.agent.models.contract import Tool, ToolCall, ToolTurn
@@ -40,9 +40,9 @@ class Tools:
     context: RunContext
     agent: NewAgent
     steps: Steps
-    credit: Credit
+    credit: RunCredit
     plugin: plugin_pb2_grpc.PluginStub
-    files: Files
+    files: RunFiles
 
     async def offered(self) -> tuple[Tool, ...]:
         """The agent's tools that work now. Each attempt of the run asks again; the journal does not depend on it."""

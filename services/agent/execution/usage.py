@@ -12,7 +12,7 @@ from services.agent.execution.context import RunContext
 from services.agent.models.contract import Usage
 
 
-class Metered(msgspec.Struct, frozen=True):
+class MeteredCall(msgspec.Struct, frozen=True):
     """The usage of a model call."""
 
     resource: str
@@ -27,7 +27,7 @@ def usage_id(run_id: UUID, n: int, attempt: int) -> str:
     return f"{run_id}/{n}/{attempt}"
 
 
-def usage_record(context: RunContext, usage_id: str, metered: Metered, *, estimated: bool) -> UsageRecorded:
+def usage_record(context: RunContext, usage_id: str, metered: MeteredCall, *, estimated: bool) -> UsageRecorded:
     """The record for billing."""
     usage = msgspec.structs.asdict(metered.usage)
     return UsageRecorded(

@@ -20,12 +20,12 @@ from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
 from services.agent.execution.budget import Spending
 from services.agent.execution.context import SAID_CHARACTERS, RunContext, Services
-from services.agent.execution.credit import Credit
+from services.agent.execution.credit import RunCredit
 from services.agent.execution.load import LoadedRun, load_runs
 from services.agent.execution.model_calls import lost_usage
 from services.agent.execution.outcome import Ended
 from services.agent.execution.start import context_of
-from services.agent.execution.usage import Metered, usage_record
+from services.agent.execution.usage import MeteredCall, usage_record
 from services.agent.learning import notes
 from services.agent.learning.notes import Said
 from services.agent.models.contract import Model, ModelFailed, Prompt
@@ -121,7 +121,7 @@ class _Call:
     services: Services
     _attempt: int = 0
     _written_bytes: int = 0
-    _used: Metered | None = field(default=None)
+    _used: MeteredCall | None = field(default=None)
     """Of the attempt that ended last."""
 
     async def answer(self, known: dict[int, memory_pb2.PersonalMemory]) -> _Recorded | None:
@@ -156,7 +156,7 @@ class _Call:
             agent_id=context.agent_id,
             run_id=context.run_id,
         )
-        credit = Credit(context, self.services.billing, self.agent.definition.budget, spending)
+        credit = RunCredit(context, self.services.billing, self.agent.definition.budget, spending)
         try:
             hold = await credit.reserve(self.resource, self.prompt)
         except Ended as refusal:
@@ -175,7 +175,7 @@ class _Call:
                 raise RetryLater(error.after or PAUSE, error.reason) from error
             await credit.release(hold)
             raise EffectFailed(error.reason) from error
-        self._used = Metered(self.resource, answer.usage, hold.id, hold.nanos)
+        self._used = MeteredCall(self.resource, answer.usage, hold.id, hold.nanos)
         return answer.text
 
     async def _before(self, tx: Tx, attempt: int, lost: bool) -> None:
@@ -213,7 +213,7 @@ def _messages(loaded: LoadedRun) -> list[Said]:
     return found
 
 
-async def _record(tx: Tx, context: RunContext, attempt: int, metered: Metered, *, estimated: bool) -> None:
+async def _record(tx: Tx, context: RunContext, attempt: int, metered: MeteredCall, *, estimated: bool) -> None:
     """Reports the usage, as one of the run's, and counts it for the agent's budget."""
     usage_id = f"{PURPOSE}/{context.run_id}/{attempt}"
     record = usage_record(context, usage_id, metered, estimated=estimated)

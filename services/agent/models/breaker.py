@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from services.agent.models.contract import Answer, Model, ModelFailed, OnText, Prompt
+from services.agent.models.contract import Model, ModelAnswer, ModelFailed, OnText, Prompt
 
 # This many failures in a row open the circuit for this long. Then one call is let through as a trial.
 FAILURES = 5
@@ -43,7 +43,7 @@ class Breaker:
         """`model`, asked only while the circuit of its endpoint is closed."""
         return _Guarded(self, endpoint, model)
 
-    async def answer(self, endpoint: object, model: Model, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, endpoint: object, model: Model, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         circuit = self._circuits.get(endpoint, Circuit())
         if wait := circuit.wait(time.monotonic()):
             reason = "the provider failed repeatedly; calls to it are suspended for a while"
@@ -75,5 +75,5 @@ class _Guarded:
         self._endpoint = endpoint
         self._model = model
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         return await self._breaker.answer(self._endpoint, self._model, prompt, on_text)

@@ -19,9 +19,9 @@ from infra import VERSION
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
 from services.agent.models.contract import (
-    Answer,
     AssistantTurn,
-    Endpoint,
+    ModelAnswer,
+    ModelEndpoint,
     ModelFailed,
     OnText,
     Prompt,
@@ -63,7 +63,7 @@ class ChatModel:
         self,
         name: str,
         own_name: str,
-        endpoint: Endpoint,
+        endpoint: ModelEndpoint,
         transport: httpx2.AsyncBaseTransport,
     ) -> None:
         self._name = name
@@ -79,7 +79,7 @@ class ChatModel:
         }
         self._transport = transport
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         """Sends one streaming request. Raises ModelFailed."""
         names = {wire_name(tool.name): tool.name for tool in prompt.tools}
         request = httpx2.Request(
@@ -142,7 +142,7 @@ class ChatModel:
         reason = f"{self._name}: HTTP {status}{_detail(status, body)}"
         return ModelFailed(reason, transient=transient, after=_retry_after(response.headers.get("retry-after")))
 
-    def _answer(self, received: _Received, names: Mapping[str, str]) -> Answer:
+    def _answer(self, received: _Received, names: Mapping[str, str]) -> ModelAnswer:
         text, calls = "".join(received.text), tuple(received.calls.values())
         if received.finish is None:
             # A proxy cut the stream and then closed the connection normally.
@@ -155,7 +155,7 @@ class ChatModel:
         if calls and received.thoughts:
             field, pieces = next(iter(received.thoughts.items()))
             reasoning = Reasoning(field, "".join(pieces))
-        return Answer(
+        return ModelAnswer(
             text=without_thoughts(text),
             calls=tuple(
                 ToolCall(call["id"], names.get(call["name"], call["name"]), "".join(call["arguments"]) or "{}")

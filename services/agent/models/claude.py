@@ -33,10 +33,10 @@ from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
 from services.agent.models import chat
 from services.agent.models.contract import (
-    Answer,
     AssistantTurn,
-    Endpoint,
     Image,
+    ModelAnswer,
+    ModelEndpoint,
     ModelFailed,
     OnText,
     Prompt,
@@ -61,7 +61,7 @@ _TRANSIENT = (
 _VERBATIM = ModelProfile(may_tokenize_special_tokens_in_content=False, supports_json_schema_output=True)
 
 
-def claude(name: str, endpoint: Endpoint, client: httpx2.AsyncClient) -> ProviderModel:
+def claude(name: str, endpoint: ModelEndpoint, client: httpx2.AsyncClient) -> ProviderModel:
     """`name`: ``anthropic/<the provider's model name>``."""
     # Imported here and not at the top: it is a quarter of the import time of a process, and few agents use it.
     from anthropic import AsyncAnthropic
@@ -89,7 +89,7 @@ class ProviderModel:
         self._name = name
         self._model = model
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         """Sends one streaming request. Raises ModelFailed."""
         names = {wire_name(tool.name): tool.name for tool in prompt.tools}
         parameters = ModelRequestParameters(
@@ -134,7 +134,7 @@ class ProviderModel:
             for part in response.parts
             if isinstance(part, wire.ToolCallPart)
         )
-        return Answer(
+        return ModelAnswer(
             text=without_thoughts("".join(part.content for part in response.parts if isinstance(part, wire.TextPart))),
             calls=calls,
             usage=_usage(response.usage),

@@ -127,7 +127,7 @@ class Usage(msgspec.Struct, frozen=True):
     reasoning_tokens: int | None = None
 
 
-class Answer(msgspec.Struct, frozen=True):
+class ModelAnswer(msgspec.Struct, frozen=True):
     """The answer of a model."""
 
     text: str
@@ -141,7 +141,7 @@ class Answer(msgspec.Struct, frozen=True):
     """Only of an answer with tool calls."""
 
 
-class Endpoint(msgspec.Struct, frozen=True):
+class ModelEndpoint(msgspec.Struct, frozen=True):
     """The address of a model server and the key for it."""
 
     base_url: str | None = None
@@ -165,6 +165,6 @@ class ModelFailed(Exception):
 class Model(Protocol):
     """A language model."""
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         """Raises ModelFailed."""
         ...

@@ -10,7 +10,7 @@ import httpx2
 from infra.service.service import freeze_loaded_modules
 from services.agent.models import scripted
 from services.agent.models.breaker import Breaker
-from services.agent.models.contract import Endpoint, Model
+from services.agent.models.contract import Model, ModelEndpoint
 from services.agent.models.providers import Providers
 
 
@@ -30,7 +30,7 @@ class Models:
         self._scripted = scripted.Scripted()
         self._breaker = Breaker()
 
-    def model(self, name: str, endpoint: Endpoint) -> Model:
+    def model(self, name: str, endpoint: ModelEndpoint) -> Model:
         if name == scripted.NAME:
             return self._scripted
         # The key is part of the circuit: a refusal of one tenant's key says nothing about another's.

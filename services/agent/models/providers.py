@@ -9,7 +9,7 @@ import httpx2
 
 from services.agent.models.chat import TIMEOUT, ChatModel
 from services.agent.models.completions import Completions
-from services.agent.models.contract import Endpoint, Model
+from services.agent.models.contract import Model, ModelEndpoint
 
 
 class Providers:
@@ -29,7 +29,7 @@ class Providers:
         await self._client.aclose()
 
     @lru_cache(maxsize=256)  # noqa: B019 - as long as the process, as this object
-    def model(self, name: str, endpoint: Endpoint) -> Model:
+    def model(self, name: str, endpoint: ModelEndpoint) -> Model:
         """`name`: ``<family>/<the provider's model name>``, any family except ``scripted``."""
         family, _, own_name = name.partition("/")
         if family == "anthropic":

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from services.agent.models.contract import (
-    Answer,
     AssistantTurn,
+    ModelAnswer,
     ModelFailed,
     OnText,
     Passage,
@@ -53,7 +53,7 @@ _COMMON = frozenset(_COMMON_WORDS.split(", "))
 class Scripted:
     """The scripted model."""
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         """Raises ModelFailed if there is no message to answer."""
         asked = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, UserTurn)]
         if not asked:
@@ -73,7 +73,7 @@ class Scripted:
             output_tokens=_tokens([text, *(c.arguments for c in calls)]),
             reasoning_tokens=0,
         )
-        return Answer(text, calls, usage, NAME, "tool_call" if call else "stop")
+        return ModelAnswer(text, calls, usage, NAME, "tool_call" if call else "stop")
 
 
 def _sum_to_work_out(question: str, tools: Sequence[Tool]) -> ToolCall | None:

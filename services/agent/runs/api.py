@@ -30,7 +30,7 @@ from services.agent.runs.forking import fork
 from services.agent.runs.notices import CANCELLED
 from services.agent.runs.state import state_at
 from services.agent.runs.timeline import timeline
-from services.agent.runs.views import Approval, Facts, ForkFrom, Resolution, RunState, RunView, Status, Timeline
+from services.agent.runs.views import Approval, Facts, ForkFrom, RunState, RunView, Status, StepResolution, Timeline
 
 
 def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension]]) -> APIRouter:
@@ -48,7 +48,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
             return None
 
     async def shown(
-        who: Identity, read: Callable[[Tx], Awaitable[Sequence[queries.Row]]], limit: int = 1
+        who: Identity, read: Callable[[Tx], Awaitable[Sequence[queries.StoredRun]]], limit: int = 1
     ) -> list[RunView]:
         """Views of the runs. The client sees up to `limit` of them."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
@@ -66,7 +66,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         ]
 
     async def one(who: Identity, run_id: UUID) -> RunView:
-        async def read(tx: Tx) -> Sequence[queries.Row]:
+        async def read(tx: Tx) -> Sequence[queries.StoredRun]:
             return [await queries.load(tx, run_id)]
 
         [found] = await shown(who, read)
@@ -82,7 +82,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
     ) -> dict[str, Any]:
         """The newest first."""
 
-        async def read(tx: Tx) -> Sequence[queries.Row]:
+        async def read(tx: Tx) -> Sequence[queries.StoredRun]:
             return await queries.listed(
                 tx,
                 session_key=session_key,
@@ -136,7 +136,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         return await one(who, run_id)
 
     @routes.post("/api/v1/runs/{run_id}/resolution", status_code=202)
-    async def resolve_run(run_id: UUID, body: Resolution, who: Writer) -> RunView:
+    async def resolve_run(run_id: UUID, body: StepResolution, who: Writer) -> RunView:
         """Decides about an indeterminate run, in which it is not known whether a tool took effect: call the tool again,
         go on with the given result, or let the run fail. 409 if the run is not indeterminate."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
@@ -170,6 +170,6 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
     return routes
 
 
-async def _record(tx: Tx, who: Identity, runs: Sequence[queries.Row]) -> None:
+async def _record(tx: Tx, who: Identity, runs: Sequence[queries.StoredRun]) -> None:
     """Records that the client reads the conversations of the runs, except its own ones."""
     await record_reads(tx, who, "session", [run.session_key for run in runs if run.subject_id != who.actor])

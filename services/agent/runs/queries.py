@@ -25,7 +25,7 @@ from services.agent.runs.views import Fact, RunView, Status, StepView, ToolCallV
 
 
 @dataclass(frozen=True)
-class Row:
+class StoredRun:
     """A run's row."""
 
     id: UUID
@@ -59,15 +59,15 @@ _COLUMNS = (
 )
 
 
-async def load(tx: Tx, run_id: UUID) -> Row:
+async def load(tx: Tx, run_id: UUID) -> StoredRun:
     """Raises NotFound, also for another tenant's run."""
     rows = await tx.sql(f"SELECT {_COLUMNS} WHERE id = $1 AND tenant_id = $2", run_id, tx.tenant_id)
     if not rows:
         raise NotFound(f"run {run_id}")
-    return Row(*rows[0])
+    return StoredRun(*rows[0])
 
 
-async def reply(unsealer: Unsealer, run: Row) -> str | None:
+async def reply(unsealer: Unsealer, run: StoredRun) -> str | None:
     """The reply in plain; None if there is none."""
     if run.reply is None:
         return None
@@ -75,13 +75,13 @@ async def reply(unsealer: Unsealer, run: Row) -> str | None:
     return ERASED_TEXT if found is None else found
 
 
-async def calls(unsealer: Unsealer, run: Row) -> tuple[ToolCall, ...]:
+async def calls(unsealer: Unsealer, run: StoredRun) -> tuple[ToolCall, ...]:
     """The calls of the caller's tools in plain; none if the person was erased."""
     found = await unsealer.open(run.calls, run.subject_id, str(run.id), "calls") if run.calls else None
     return msgspec.json.decode(found, type=tuple[ToolCall, ...]) if found else ()
 
 
-async def waiting(tx: Tx, unsealer: Unsealer, run: Row) -> Waiting | None:
+async def waiting(tx: Tx, unsealer: Unsealer, run: StoredRun) -> Waiting | None:
     """The decision that the run waits for; None if it waits for none, or was decided since its row was read."""
     waits = (await tx.load(stream(run.id))).suspended if run.status in SUSPENDED else None
     if waits is None:
@@ -95,7 +95,7 @@ async def waiting(tx: Tx, unsealer: Unsealer, run: Row) -> Waiting | None:
     )
 
 
-async def steps(tx: Tx, runs: Sequence[Row]) -> dict[UUID, list[StepView]]:
+async def steps(tx: Tx, runs: Sequence[StoredRun]) -> dict[UUID, list[StepView]]:
     """The steps of each run, the first one first."""
     rows = await tx.sql(
         """
@@ -112,7 +112,7 @@ async def steps(tx: Tx, runs: Sequence[Row]) -> dict[UUID, list[StepView]]:
 
 async def listed(
     tx: Tx, *, session_key: str | None, agent_id: UUID | None, status: Status | None, after: str | None, limit: int
-) -> Sequence[Row]:
+) -> Sequence[StoredRun]:
     """The tenant's runs that match, the newest first."""
     created_at, id_ = _position(after) if after else (None, None)
     rows = await tx.sql(
@@ -129,7 +129,7 @@ async def listed(
         id_,
         limit,
     )
-    return [Row(*row) for row in rows]
+    return [StoredRun(*row) for row in rows]
 
 
 def position(run: RunView) -> str:
@@ -138,7 +138,7 @@ def position(run: RunView) -> str:
 
 
 def view(
-    run: Row,
+    run: StoredRun,
     reply: str | None,
     calls: Iterable[ToolCall],
     steps: list[StepView],

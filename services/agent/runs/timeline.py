@@ -39,7 +39,7 @@ async def timeline(tx: Tx, subjects: SubjectKeys, run_id: UUID, charges: billing
     return Timeline(items=sorted(items, key=lambda item: (item.at, _ORDER.index(item.kind))))
 
 
-async def _messages(tx: Tx, unsealer: Unsealer, run: queries.Row) -> AsyncIterator[TimelineItem]:
+async def _messages(tx: Tx, unsealer: Unsealer, run: queries.StoredRun) -> AsyncIterator[TimelineItem]:
     rows = await tx.sql(
         # A fork takes over the messages of its origin. Messages after the end of the origin belong to the fork only.
         """
@@ -65,7 +65,7 @@ async def _messages(tx: Tx, unsealer: Unsealer, run: queries.Row) -> AsyncIterat
         )
 
 
-def _queued(run: queries.Row) -> Iterator[TimelineItem]:
+def _queued(run: queries.StoredRun) -> Iterator[TimelineItem]:
     until = run.started_at or run.finished_at
     yield TimelineItem(
         at=run.created_at,
@@ -77,7 +77,7 @@ def _queued(run: queries.Row) -> Iterator[TimelineItem]:
     )
 
 
-async def _steps(tx: Tx, unsealer: Unsealer, run: queries.Row) -> AsyncIterator[TimelineItem]:
+async def _steps(tx: Tx, unsealer: Unsealer, run: queries.StoredRun) -> AsyncIterator[TimelineItem]:
     journal = await tx.load(stream(run.id))
     rows = await tx.sql(
         """
@@ -114,7 +114,7 @@ def _passages(found: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def _reply(run: queries.Row, reply: str | None, calls: Sequence[ToolCall]) -> Iterator[TimelineItem]:
+def _reply(run: queries.StoredRun, reply: str | None, calls: Sequence[ToolCall]) -> Iterator[TimelineItem]:
     if run.finished_at is None:
         return
     data: dict[str, Any] = {"status": run.status}

@@ -59,7 +59,7 @@ class Approval(BaseModel):
     approved: bool
 
 
-class Resolution(BaseModel):
+class StepResolution(BaseModel):
     """The body of ``POST /api/v1/runs/{id}/resolution``."""
 
     model_config = ConfigDict(extra="forbid")

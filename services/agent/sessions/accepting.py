@@ -21,14 +21,14 @@ MAX_QUEUED = 1_000
 RETRY_AFTER = timedelta(seconds=5)
 
 
-class Accepted(BaseModel):
+class AcceptedRun(BaseModel):
     """The run that answers the message. Messages that are answered together share one run."""
 
     run_id: UUID
     session_key: str
 
 
-async def accept(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> Accepted:
+async def accept(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> AcceptedRun:
     """Raises TooManyRequests, Forbidden if the author was erased, Conflict if the session rejects messages now."""
     # Refused before it is accepted: an answer after hours in the queue would be useless.
     if await tx.sql(
@@ -38,7 +38,7 @@ async def accept(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> Accepted:
     ):
         raise TooManyRequests(RETRY_AFTER, f"{MAX_QUEUED} runs of this tenant are queued already")
     try:
-        return Accepted(run_id=await take_in(tx, arrival, subjects), session_key=arrival.session_key)
+        return AcceptedRun(run_id=await take_in(tx, arrival, subjects), session_key=arrival.session_key)
     except Erased as error:
         raise Forbidden(str(error)) from error
     except Busy as error:

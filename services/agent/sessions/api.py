@@ -13,7 +13,7 @@ from infra.service.api import Runner
 from infra.service.service import Runtime
 from services.agent import adapters
 from services.agent.definitions import approvers, store
-from services.agent.sessions.accepting import MAX_TEXT, Accepted, accept, digest
+from services.agent.sessions.accepting import MAX_TEXT, AcceptedRun, accept, digest
 from services.agent.sessions.arrivals import Arrival
 
 
@@ -38,7 +38,7 @@ def router(runtime: Runtime) -> APIRouter:
         body: NewMessage,
         who: Runner,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
-    ) -> Accepted:
+    ) -> AcceptedRun:
         """Sends a message to the agent in the session `key`, which the caller chooses. The run holds the answer.
 
         409 if the agent's queue_mode is reject and the session is busy. While a run waits for an approval, a plain

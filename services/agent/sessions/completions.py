@@ -21,7 +21,7 @@ from services.agent.definitions import approvers, store
 from services.agent.definitions.models import ToolName
 from services.agent.models.contract import AssistantTurn, Image, Tool, ToolCall, ToolTurn, Turn, UserTurn
 from services.agent.sessions import images
-from services.agent.sessions.accepting import MAX_TEXT, Accepted, accept, digest
+from services.agent.sessions.accepting import MAX_TEXT, AcceptedRun, accept, digest
 from services.agent.sessions.arrivals import Arrival, Context
 
 MAX_HISTORY = 1_000
@@ -43,7 +43,7 @@ class FromUser(_Part):
     images: list[ImageUrl] = []
 
 
-class Call(_Part):
+class CallerToolCall(_Part):
     """A call of one of the caller's tools, as the model made it."""
 
     id: str = Field(min_length=1)
@@ -54,13 +54,13 @@ class Call(_Part):
 class FromAssistant(_Part):
     role: Literal["assistant"]
     text: str = Field(max_length=MAX_TEXT)
-    calls: list[Call] = []
+    calls: list[CallerToolCall] = []
 
 
 class FromTool(_Part):
     role: Literal["tool"]
     text: str = Field(max_length=MAX_TEXT)
-    call: Call
+    call: CallerToolCall
 
 
 # Messages of the conversation that the caller has stored.
@@ -143,7 +143,7 @@ def router(runtime: Runtime) -> APIRouter:
         body: NewCompletion,
         who: Runner,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
-    ) -> Accepted:
+    ) -> AcceptedRun:
         """For the gateway: a message in a session of its own. nginx does not pass this path on.
 
         Requests with the same idempotency key share a session, and so a run.
@@ -194,5 +194,5 @@ def _later_turn(said: FromAssistant | FromTool) -> AssistantTurn | ToolTurn:
     return AssistantTurn(said.text, tuple(map(_call, said.calls)))
 
 
-def _call(call: Call) -> ToolCall:
+def _call(call: CallerToolCall) -> ToolCall:
     return ToolCall(call.id, call.name, call.arguments)

@@ -18,8 +18,8 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from services.billing.invoices_api import owner
 from services.billing.payments import store
-from services.billing.payments.provider import Provider
-from services.billing.payments.store import Method, Payment, Reconciliation
+from services.billing.payments.provider import PaymentProvider
+from services.billing.payments.store import Method, Payment, PaymentReconciliation
 from services.billing.payments.stripe import Stripe
 
 
@@ -59,7 +59,7 @@ class Handled(BaseModel):
     """applied, repeated, ignored, or unmatched: kept, because it is about a payment that is not known."""
 
 
-def providers(runtime: Runtime) -> dict[str, Provider]:
+def providers(runtime: Runtime) -> dict[str, PaymentProvider]:
     """The providers that the environment has keys of."""
     settings = runtime.settings
     if settings.stripe_api_key is None:
@@ -72,7 +72,7 @@ def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(tags=["payments"])
     known = providers(runtime)
 
-    def provider(name: str) -> Provider:
+    def provider(name: str) -> PaymentProvider:
         if name not in known:
             raise Conflict(f"the payment provider {name} is not set up here")
         return known[name]
@@ -123,7 +123,7 @@ def router(runtime: Runtime) -> APIRouter:
         return page(found, paging, lambda payment: str(payment.id))
 
     @router.get("/api/v1/payments/reconciliation")
-    async def reconcile(who: Viewer) -> Reconciliation:
+    async def reconcile(who: Viewer) -> PaymentReconciliation:
         """Compares the payments with the journal. The operator gets the figures of all tenants."""
         async with runtime.worker.begin() as tx:
             return await store.reconcile(tx, who.tenant_id or None)

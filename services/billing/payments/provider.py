@@ -10,7 +10,7 @@ from uuid import UUID
 EventKind = Literal["succeeded", "failed", "refunded", "dispute_open", "dispute_won", "dispute_lost", "ignored"]
 
 
-class Charge(NamedTuple):
+class PaymentRequest(NamedTuple):
     """A payment that is asked for."""
 
     payment_id: UUID
@@ -50,7 +50,7 @@ class ProviderEvent(NamedTuple):
     """failed: the reason. dispute: the provider's id of it."""
 
 
-class Provider(Protocol):
+class PaymentProvider(Protocol):
     name: str
 
     async def save(self, tenant_id: str, token: str, customer: str) -> tuple[str, str]:
@@ -59,7 +59,7 @@ class Provider(Protocol):
         Raises InvalidMessage (field ``token``) if the provider refuses it.
         """
 
-    async def charge(self, charge: Charge) -> Intent:
+    async def charge(self, charge: PaymentRequest) -> Intent:
         """Raises Transient or Unanswered if the provider does not answer; it may be asked again."""
 
     async def look(self, reference: str) -> Intent:

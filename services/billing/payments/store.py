@@ -19,7 +19,7 @@ from infra.postgres.tx import Tx
 from services.billing import accounts, booking, invoices, journal
 from services.billing.currencies import nanos_per_minor
 from services.billing.journal import JournalAccount
-from services.billing.payments.provider import Charge, Intent, ProviderEvent
+from services.billing.payments.provider import Intent, PaymentRequest, ProviderEvent
 
 
 class Payment(BaseModel):
@@ -50,7 +50,7 @@ class Method(BaseModel):
     made_at: datetime
 
 
-class Position(NamedTuple):
+class PaymentBalance(NamedTuple):
     """The money of a payment in minor units: received, in dispute, and kept for its invoice."""
 
     cash: int
@@ -70,12 +70,12 @@ _PAYMENT = """
 """
 
 
-def position(payment: Payment) -> Position:
+def position(payment: Payment) -> PaymentBalance:
     """Nothing counts before the money was received: a refund or dispute may be reported first."""
     if not payment.received_minor:
-        return Position(0, 0, 0)
+        return PaymentBalance(0, 0, 0)
     kept = payment.received_minor - payment.refunded_minor - payment.lost_minor
-    return Position(kept - payment.disputed_minor, payment.disputed_minor, kept)
+    return PaymentBalance(kept - payment.disputed_minor, payment.disputed_minor, kept)
 
 
 async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_id: UUID | None) -> Payment:
@@ -106,7 +106,7 @@ async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_
     return await get(tx, payment_id)
 
 
-async def charge_of(tx: Tx, payment: Payment) -> Charge:
+async def charge_of(tx: Tx, payment: Payment) -> PaymentRequest:
     """Returns the request to the provider: the same one however often it is made."""
     customer = method = ""
     if payment.method_id:
@@ -119,7 +119,9 @@ async def charge_of(tx: Tx, payment: Payment) -> Charge:
             raise NotFound(f"payment method {payment.method_id}: not found")
         [(customer, method)] = rows
     invoice = await invoices.get(tx, payment.tenant_id, payment.invoice_id)
-    return Charge(payment.id, payment.amount_minor, payment.currency, customer, method, f"invoice {invoice.number}")
+    return PaymentRequest(
+        payment.id, payment.amount_minor, payment.currency, customer, method, f"invoice {invoice.number}"
+    )
 
 
 async def answered(tx: Tx, payment: Payment, intent: Intent) -> Payment:
@@ -350,7 +352,7 @@ def _payment(row: tuple[object, ...]) -> Payment:
     return Payment(**dict(zip(Payment.model_fields, row, strict=True)))  # type: ignore[arg-type]
 
 
-class Reconciliation(BaseModel):
+class PaymentReconciliation(BaseModel):
     """Payments compared with the journal, in nano-units."""
 
     payments_nanos: int
@@ -363,7 +365,7 @@ class Reconciliation(BaseModel):
     """Events about payments that are not known. A person has to look at them."""
 
 
-async def reconcile(tx: Tx, tenant_id: str | None) -> Reconciliation:
+async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
     payments = await listed(tx, tenant_id, after=None, limit=10**9)
     due = sum(position(payment).cash * nanos_per_minor(payment.currency) for payment in payments)
     [(booked,)] = await tx.sql(
@@ -376,7 +378,7 @@ async def reconcile(tx: Tx, tenant_id: str | None) -> Reconciliation:
         tenant_id,
     )
     [(unmatched,)] = await tx.sql("SELECT count(*) FROM payment_event WHERE outcome = 'unmatched'")
-    return Reconciliation(
+    return PaymentReconciliation(
         payments_nanos=due,
         journal_nanos=int(booked),
         difference=due - int(booked),

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from infra.errors import Conflict, InvalidMessage, Transient, Unauthenticated
 from infra.outgoing.client import Answer, Outgoing
-from services.billing.payments.provider import Charge, EventKind, Intent, ProviderEvent
+from services.billing.payments.provider import EventKind, Intent, PaymentRequest, ProviderEvent
 
 # Stripe's own limit. An older call could be a recorded one.
 TOLERANCE_SECONDS = 300
@@ -71,7 +71,7 @@ class Stripe:
             raise InvalidMessage("token", f"was refused by stripe: {_reason(answer)}")
         return customer, str(_ok(answer)["id"])
 
-    async def charge(self, charge: Charge) -> Intent:
+    async def charge(self, charge: PaymentRequest) -> Intent:
         fields = {
             "amount": str(amount_of(charge.amount_minor, charge.currency)),
             "currency": charge.currency.lower(),

@@ -96,7 +96,7 @@ class Limit(NamedTuple):
     seconds: int
 
 
-class Unreadable(Exception):
+class UnreadableCall(Exception):
     """A genuine call whose JSON does not have the documented shape. It is answered 200: vendors repeat an event that is
     refused, and switch off the webhook in the end."""
 
@@ -152,7 +152,7 @@ class Vendor(ABC, Generic[C]):
         """Verifies the raw bytes first, then parses them.
 
         Raises Unauthenticated if the call is not proven to come from the vendor, InvalidMessage if it is proven but
-        malformed, Unreadable if it is JSON of an unexpected shape.
+        malformed, UnreadableCall if it is JSON of an unexpected shape.
         """
 
     @abstractmethod
@@ -259,11 +259,11 @@ def read_json(answer: Answer, type_: type[T]) -> T:
 
 
 def decode(body: bytes | msgspec.Raw, type_: type[T]) -> T:
-    """JSON of a vendor as `type_`. Raises InvalidMessage if it is not JSON, Unreadable if it has another shape."""
+    """JSON of a vendor as `type_`. Raises InvalidMessage if it is not JSON, UnreadableCall if it has another shape."""
     try:
         return msgspec.json.decode(body, type=type_)
     except msgspec.ValidationError as error:
-        raise Unreadable(str(error)) from error
+        raise UnreadableCall(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage("body", str(error)) from error
 

@@ -30,7 +30,7 @@ from services.channel.vendors.base import (
     Preview,
     Request,
     Tokens,
-    Unreadable,
+    UnreadableCall,
     Vendor,
     constant_time_equals,
     decode,
@@ -125,7 +125,7 @@ class Feishu(Vendor[FeishuCredentials]):
         # any other body is used before it.
         try:
             encrypted = decode(request.body, _Encrypted).encrypt
-        except Unreadable:
+        except UnreadableCall:
             encrypted = None
         if encrypted is None:
             raise Unauthenticated("the body is not encrypted, although the channel has an encrypt_key")

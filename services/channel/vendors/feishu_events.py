@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import Unreadable, decode, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, placeholder
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Reacted
 
 _FILES: dict[str, tuple[Literal["image", "voice", "video", "file"], str]] = {
@@ -104,7 +104,7 @@ def _reacted(ids: tuple[str, ...], mode: Literal["added", "removed"], reaction: 
         return Ignored(ids, "a reaction that no person made")
     time = reaction.action_time
     if not (time.isascii() and time.isdecimal() and len(time) <= 15):
-        raise Unreadable("action_time: is not a time")
+        raise UnreadableCall("action_time: is not a time")
     signs = (f":{reaction.reaction_type.emoji_type}:",)
     return Reacted(ids, _target(reaction.message_id), reaction.message_id, author, signs, mode, int(time))
 
@@ -150,7 +150,7 @@ def _content_of(message: _Message) -> Any:
     try:
         return msgspec.json.decode(message.content)
     except msgspec.DecodeError as error:
-        raise Unreadable(f"content: {error}") from error
+        raise UnreadableCall(f"content: {error}") from error
 
 
 def _text(message: _Message) -> str | None:

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import Unreadable, decode, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, kind_of, placeholder
 from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Reacted
 
 # The subtypes of a message that a person wrote. Others report changes to a message or a channel.
@@ -187,7 +187,7 @@ def _order(ts: str) -> int:
     """A time such as ``1700000000.000100``, in microseconds."""
     seconds, _, micros = ts.partition(".")
     if not (seconds.isdecimal() and micros.isdecimal() and len(seconds) <= 12 and len(micros) == 6 and ts.isascii()):
-        raise Unreadable("ts: is not a time")
+        raise UnreadableCall("ts: is not a time")
     return int(seconds + micros)
 
 

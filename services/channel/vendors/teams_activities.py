@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import Unreadable, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, kind_of, placeholder
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Receipt
 
 _FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
@@ -98,7 +98,7 @@ def _target(activity: Activity, id_: str) -> str:
 
 def _order(activity: Activity) -> int:
     if activity.timestamp is None:
-        raise Unreadable("timestamp: is missing")
+        raise UnreadableCall("timestamp: is missing")
     return round(activity.timestamp.timestamp() * 1_000)
 
 
@@ -119,7 +119,7 @@ def _reacted(activity: Activity, mode: Literal["added", "removed"]) -> Sequence[
 def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
     ids = (f"activity/{activity.id}",)
     if not activity.id or activity.from_ is None or activity.conversation is None:
-        raise Unreadable("a message without id, author or conversation")
+        raise UnreadableCall("a message without id, author or conversation")
     if activity.from_.role == "bot" or (activity.recipient and activity.from_.id == activity.recipient.id):
         return Ignored(ids, "a bot's message")
     if tenant and activity.conversation.tenantId != tenant:

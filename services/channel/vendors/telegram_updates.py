@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import Unreadable, decode, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, kind_of, placeholder
 from services.channel.vendors.items import Ack, Edited, Ignored, Inbound, Moved, Reacted, Received
 
 # The kinds of update that are read; Telegram sends no others.
@@ -243,7 +243,7 @@ def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:
         try:
             # A photo comes in several sizes, the largest last.
             file = decode(fields[field], list[_File])[-1] if field == "photo" else decode(fields[field], _File)
-        except (Unreadable, IndexError):
+        except (UnreadableCall, IndexError):
             return ()
         name = file.file_name or ("photo.jpg" if field == "photo" else "")
         return (Attachment(kind or kind_of(file.mime_type or ""), file.file_id, name),)

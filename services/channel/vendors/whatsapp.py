@@ -25,7 +25,7 @@ from services.channel.vendors.base import (
     Outbound,
     OutboundFile,
     Request,
-    Unreadable,
+    UnreadableCall,
     Vendor,
     at_origin,
     constant_time_equals,
@@ -338,7 +338,7 @@ def _items(change: _Change, number: str) -> Iterator[Item]:
 def _reacted(ids: tuple[str, ...], message: _Message, reaction: _Reaction) -> Reacted:
     time = message.timestamp
     if not (time.isascii() and time.isdecimal() and len(time) <= 12):
-        raise Unreadable("timestamp: is not a time")
+        raise UnreadableCall("timestamp: is not a time")
     signs = (reaction.emoji,) if reaction.emoji else ()
     target = f"message/{reaction.message_id}"
     return Reacted(ids, target, reaction.message_id, message.from_, signs, "all", int(time))

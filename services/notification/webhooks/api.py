@@ -18,7 +18,7 @@ from infra.service.api import Paging, Reader, Writer, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
 from services.notification.webhooks import endpoints
-from services.notification.webhooks.endpoints import Secrets, new_secret
+from services.notification.webhooks.endpoints import EndpointSecrets, new_secret
 from services.notification.webhooks.events import EVENT_TYPES, EventType
 
 # Of one tenant.
@@ -83,7 +83,7 @@ class EndpointPage(BaseModel):
     next: str | None
 
 
-class DeliveryView(BaseModel):
+class WebhookDeliveryView(BaseModel):
     """One event for one endpoint."""
 
     id: UUID
@@ -102,8 +102,8 @@ class DeliveryView(BaseModel):
         return f"{self.created_at.isoformat()} {self.id}"
 
 
-class DeliveryPage(BaseModel):
-    items: list[DeliveryView]
+class WebhookDeliveryPage(BaseModel):
+    items: list[WebhookDeliveryView]
     next: str | None
 
 
@@ -133,7 +133,7 @@ class NewSecret(BaseModel):
 
 def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(prefix="/api/v1/webhook-endpoints", tags=["webhook endpoints"])
-    secrets = Secrets(runtime.cipher)
+    secrets = EndpointSecrets(runtime.cipher)
 
     @router.post("", status_code=201, response_model=CreatedEndpoint)
     async def create_endpoint(body: NewEndpoint, who: Writer, request: Request) -> Response:
@@ -223,7 +223,7 @@ def router(runtime: Runtime) -> APIRouter:
         who: Reader,
         paging: Paging,
         state: Annotated[Literal["waiting", "delivered", "failed"] | None, Query()] = None,
-    ) -> DeliveryPage:
+    ) -> WebhookDeliveryPage:
         """The events for the endpoint in the last 30 days, newest first."""
         before = paging.after_time(UUID) or (None, None)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
@@ -241,7 +241,7 @@ def router(runtime: Runtime) -> APIRouter:
                 state,
                 paging.limit + 1,
             )
-        return DeliveryPage(**page([_delivery(row) for row in rows], paging, DeliveryView.cursor))
+        return WebhookDeliveryPage(**page([_delivery(row) for row in rows], paging, WebhookDeliveryView.cursor))
 
     @router.post("/{endpoint_id}/resend", status_code=202)
     async def resend(endpoint_id: UUID, body: Since, who: Writer) -> Resent:
@@ -331,9 +331,9 @@ def _endpoint(row: tuple[Any, ...]) -> EndpointView:
     )
 
 
-def _delivery(row: tuple[Any, ...]) -> DeliveryView:
+def _delivery(row: tuple[Any, ...]) -> WebhookDeliveryView:
     id_, type_, message_id, state, attempts, status, error, created_at, updated_at = row
-    return DeliveryView(
+    return WebhookDeliveryView(
         id=id_,
         type=type_,
         webhook_id=f"msg_{message_id}",

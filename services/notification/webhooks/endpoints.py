@@ -36,7 +36,7 @@ class QueuedWebhook(msgspec.Struct, frozen=True):
 WEBHOOKS = Lane("webhooks", QueuedWebhook)
 
 
-class Endpoint(NamedTuple):
+class WebhookEndpoint(NamedTuple):
     """An endpoint, as a delivery needs it."""
 
     id: UUID
@@ -46,7 +46,7 @@ class Endpoint(NamedTuple):
     disabled_reason: str | None
 
 
-class Fact(NamedTuple):
+class TenantEvent(NamedTuple):
     """An event of a tenant."""
 
     tenant_id: str
@@ -59,7 +59,7 @@ def new_secret() -> str:
     return "whsec_" + base64.b64encode(os.urandom(_SECRET_BYTES)).decode()
 
 
-class Secrets:
+class EndpointSecrets:
     """Seals the secrets of endpoints."""
 
     def __init__(self, cipher: Cipher) -> None:
@@ -72,9 +72,9 @@ class Secrets:
         return self._cipher.open(sealed, _PURPOSE, str(endpoint_id)).decode()
 
 
-async def queue(tx: Tx, facts: Iterable[Fact]) -> None:
+async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> None:
     """Stores a delivery of each fact for each endpoint that asked for it. A repeated fact changes nothing."""
-    of_tenant: dict[str, list[Fact]] = {}
+    of_tenant: dict[str, list[TenantEvent]] = {}
     for fact in facts:
         of_tenant.setdefault(fact.tenant_id, []).append(fact)
     endpoints = await tx.sql(
@@ -117,7 +117,9 @@ def enqueue(tx: Tx, delivery_id: UUID) -> None:
     tx.enqueue(WEBHOOKS, lane=str(delivery_id), item=QueuedWebhook(delivery_id))
 
 
-async def read(tx: Tx, secrets: Secrets, delivery_id: UUID, now: datetime) -> tuple[Endpoint, UUID, bytes, int] | None:
+async def read(
+    tx: Tx, secrets: EndpointSecrets, delivery_id: UUID, now: datetime
+) -> tuple[WebhookEndpoint, UUID, bytes, int] | None:
     """The endpoint of a waiting delivery, the event's id and body, and the attempts so far. None if it is over."""
     rows = await tx.sql(
         """
@@ -132,7 +134,7 @@ async def read(tx: Tx, secrets: Secrets, delivery_id: UUID, now: datetime) -> tu
     [(endpoint_id, url, secret, old, old_until, disabled_reason, message_id, body, attempts)] = rows
     valid = [secret, old] if old_until and now < old_until else [secret]
     opened = [secrets.open(endpoint_id, sealed) for sealed in valid]
-    return Endpoint(endpoint_id, url, opened, disabled_reason), message_id, body, attempts
+    return WebhookEndpoint(endpoint_id, url, opened, disabled_reason), message_id, body, attempts
 
 
 async def settle(

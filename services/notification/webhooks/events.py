@@ -27,12 +27,12 @@ EventType = Literal[
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 
 
-class Event(NamedTuple):
+class WebhookEvent(NamedTuple):
     type: EventType
     data: dict[str, Any]
 
 
-def event_of(message: Message) -> Event | None:
+def event_of(message: Message) -> WebhookEvent | None:
     """The event that endpoints get for a public message; None if they get none."""
     match message:
         case RunStarted(attempt=1):
@@ -66,5 +66,5 @@ def event_of(message: Message) -> Event | None:
     return None
 
 
-def _event(type_: EventType, message: Message, *fields: str) -> Event:
-    return Event(type_, {field: getattr(message, field) for field in fields})
+def _event(type_: EventType, message: Message, *fields: str) -> WebhookEvent:
+    return WebhookEvent(type_, {field: getattr(message, field) for field in fields})

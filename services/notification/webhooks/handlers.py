@@ -21,7 +21,14 @@ from protos.envelope import Message, read_headers
 from services.notification.handlers import EMAILS, QueuedEmail
 from services.notification.notifications import Email, Notifications
 from services.notification.webhooks import endpoints
-from services.notification.webhooks.endpoints import RETRIES, WEBHOOKS, Endpoint, Fact, QueuedWebhook, Secrets
+from services.notification.webhooks.endpoints import (
+    RETRIES,
+    WEBHOOKS,
+    EndpointSecrets,
+    QueuedWebhook,
+    TenantEvent,
+    WebhookEndpoint,
+)
 from services.notification.webhooks.events import event_of
 
 TIMEOUT_SECONDS = 20.0
@@ -46,7 +53,7 @@ async def _queue(messages: Sequence[Message], tx: Tx) -> None:
         if envelope.tenant_id is None:
             continue
         body = msgspec.json.encode({"type": event.type, "timestamp": envelope.time, "data": event.data})
-        facts.append(Fact(envelope.tenant_id, envelope.id, event.type, body))
+        facts.append(TenantEvent(envelope.tenant_id, envelope.id, event.type, body))
     if facts:
         await endpoints.queue(tx, facts)
         await endpoints.forget(tx, sorted({fact.tenant_id for fact in facts}))
@@ -69,7 +76,12 @@ async def queue_platform_events(messages: list[Message], tx: Tx) -> None:
 
 @WEBHOOKS.runner(concurrency=32, per_tenant=8)
 async def post_webhook(
-    item: QueuedWebhook, effects: Effects, tx: Tx, outgoing: Outgoing, secrets: Secrets, notifications: Notifications
+    item: QueuedWebhook,
+    effects: Effects,
+    tx: Tx,
+    outgoing: Outgoing,
+    secrets: EndpointSecrets,
+    notifications: Notifications,
 ) -> None:
     async with effects.begin() as reading:
         found = await endpoints.read(reading, secrets, item.delivery_id, utcnow())
@@ -105,7 +117,7 @@ async def post_webhook(
     await _count_failure(tx, notifications, endpoint, gone=status == 410)
 
 
-async def _post(outgoing: Outgoing, endpoint: Endpoint, message_id: UUID, body: bytes, now: datetime) -> Attempt:
+async def _post(outgoing: Outgoing, endpoint: WebhookEndpoint, message_id: UUID, body: bytes, now: datetime) -> Attempt:
     """One attempt. It never raises: a refusal is a result, too."""
     id_ = f"msg_{message_id}"
     signed = [webhooks.sign(secret, id_, now, body) for secret in endpoint.secrets]
@@ -125,7 +137,7 @@ async def _post(outgoing: Outgoing, endpoint: Endpoint, message_id: UUID, body: 
     return Attempt(answer.status, None if 200 <= answer.status < 300 else f"HTTP {answer.status}")
 
 
-async def _count_failure(tx: Tx, notifications: Notifications, endpoint: Endpoint, *, gone: bool) -> None:
+async def _count_failure(tx: Tx, notifications: Notifications, endpoint: WebhookEndpoint, *, gone: bool) -> None:
     """The tenant's owners get one e-mail if this failure disables the endpoint."""
     reason = await endpoints.failed(tx, endpoint.id, gone=gone)
     if reason is None:

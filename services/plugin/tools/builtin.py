@@ -14,7 +14,7 @@ from infra.errors import EffectFailed
 from infra.outgoing.client import Outgoing
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
-from services.plugin.domain import Call, Tool
+from services.plugin.domain import Tool, ToolRequest
 from services.plugin.tools import memories
 from services.plugin.tools.calculator import MAX_CHARACTERS, CannotCalculate, calculate
 from services.plugin.tools.pages import read_page
@@ -32,7 +32,7 @@ class Backends:
     memory: memory_pb2_grpc.MemoryStub
 
 
-async def time(call: Call, _: Backends) -> Any:
+async def time(call: ToolRequest, _: Backends) -> Any:
     zone = call.arguments.get("timezone", "UTC")
     try:
         now = utcnow().astimezone(ZoneInfo(zone))
@@ -50,7 +50,7 @@ async def time(call: Call, _: Backends) -> Any:
     }
 
 
-async def calculator(call: Call, _: Backends) -> Any:
+async def calculator(call: ToolRequest, _: Backends) -> Any:
     try:
         answer = calculate(call.arguments["expression"])
     except CannotCalculate as error:
@@ -58,7 +58,7 @@ async def calculator(call: Call, _: Backends) -> Any:
     return {"result": answer.value, "exact": answer.exact, **({"fraction": answer.fraction} if answer.fraction else {})}
 
 
-async def http_fetch(call: Call, backends: Backends) -> Any:
+async def http_fetch(call: ToolRequest, backends: Backends) -> Any:
     url = call.arguments["url"]
     answer = await backends.outgoing.request("GET", url, timeout=call.seconds, max_bytes=MAX_PAGE_BYTES)
     if 300 <= answer.status < 400:
@@ -82,7 +82,7 @@ async def http_fetch(call: Call, backends: Backends) -> Any:
     }
 
 
-async def knowledge_search(call: Call, backends: Backends) -> Any:
+async def knowledge_search(call: ToolRequest, backends: Backends) -> Any:
     request = memory_pb2.RetrieveRequest(
         query=call.arguments["query"], limit=call.arguments.get("limit", 0), agent_id=call.agent_id
     )
@@ -119,7 +119,7 @@ def _tool(name: str, description: str, required: list[str], **properties: Any) -
 
 _MEMORY_ID = {"type": "string", "minLength": 1, "maxLength": 64, "description": "An id of memories_list"}
 
-Run = Callable[[Call, Backends], Awaitable[Any]]
+Run = Callable[[ToolRequest, Backends], Awaitable[Any]]
 
 BUILTIN: dict[str, tuple[Tool, Run]] = {
     tool.name: (tool, run)

@@ -39,7 +39,7 @@ class CannotCalculate(Exception):
     """The expression is invalid, has no value, or exceeds a limit. The text gives the reason."""
 
 
-class Answer(NamedTuple):
+class CalculatedValue(NamedTuple):
     """The value of an expression."""
 
     value: str
@@ -49,7 +49,7 @@ class Answer(NamedTuple):
     """The exact value, such as ``1/3``, if `value` is rounded and the fraction is short. Otherwise empty."""
 
 
-def calculate(expression: str) -> Answer:
+def calculate(expression: str) -> CalculatedValue:
     """Returns the value of `expression`. Raises CannotCalculate."""
     if len(expression) > MAX_CHARACTERS:
         raise CannotCalculate(f"an expression must have at most {MAX_CHARACTERS} characters")
@@ -191,16 +191,16 @@ def _decimal(number: Fraction) -> decimal.Decimal:
     return _INEXACT.divide(decimal.Decimal(number.numerator), decimal.Decimal(number.denominator))
 
 
-def _answer(value: Fraction, *, rational: bool) -> Answer:
+def _answer(value: Fraction, *, rational: bool) -> CalculatedValue:
     if rational and (places := _places(value.denominator)) is not None:
         digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
         if len(digits) <= MAX_DIGITS:
             text = f"{digits[:-places]}.{digits[-places:]}" if places else digits
-            return Answer(f"-{text}" if value < 0 else text, True, "")
+            return CalculatedValue(f"-{text}" if value < 0 else text, True, "")
     rounded = _decimal(value).normalize(decimal.Context(prec=DIGITS))
     shown = format(rounded, "f" if abs(rounded.adjusted()) <= DIGITS else "E")
     fraction = f"{value.numerator}/{value.denominator}"
-    return Answer(shown, False, fraction if rational and len(fraction) <= DIGITS else "")
+    return CalculatedValue(shown, False, fraction if rational and len(fraction) <= DIGITS else "")
 
 
 def _places(denominator: int) -> int | None:

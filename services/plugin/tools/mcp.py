@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from infra import VERSION
 from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
-from services.plugin.domain import Call, McpTool
-from services.plugin.files import Files
+from services.plugin.domain import McpTool, ToolRequest
+from services.plugin.files import ResultFiles
 
 # A picture of some megabytes is left out of the result, and the text beside it is kept.
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
@@ -71,7 +71,9 @@ def _mcp_tool(raw: Any) -> McpTool:
     )
 
 
-async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: str, call: Call, files: Files) -> Any:
+async def call(
+    outgoing: Outgoing, url: str, headers: Mapping[str, str], name: str, call: ToolRequest, files: ResultFiles
+) -> Any:
     """Calls the server's tool `name`. Returns its structured content, else its text, else its blocks.
 
     Pictures, sounds and files go to `files`.
@@ -89,7 +91,7 @@ async def call(outgoing: Outgoing, url: str, headers: Mapping[str, str], name: s
         return result_value(result, files)
 
 
-def result_value(result: mcp_types.CallToolResult, files: Files) -> Any:
+def result_value(result: mcp_types.CallToolResult, files: ResultFiles) -> Any:
     """Returns the content of a result for the model, without binary data. Raises EffectFailed for a failed call."""
     texts = [_block_text(block, files) for block in result.content]
     if result.is_error:
@@ -103,7 +105,7 @@ def result_value(result: mcp_types.CallToolResult, files: Files) -> Any:
     return {"result": result.structured_content, "more": notes} if notes else result.structured_content
 
 
-def _block_text(block: Any, files: Files) -> str:
+def _block_text(block: Any, files: ResultFiles) -> str:
     match block:
         case mcp_types.TextContent():
             return block.text

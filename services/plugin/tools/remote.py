@@ -16,14 +16,14 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Unanswered
 from infra.outgoing.client import Answer, Outgoing
 from infra.outgoing.webhooks import sign
-from services.plugin.domain import Call
+from services.plugin.domain import ToolRequest
 
 # With files, which are taken out of the result.
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 
 
 async def call(
-    outgoing: Outgoing, url: str, headers: Mapping[str, str], secret: str, config: Mapping[str, Any], call: Call
+    outgoing: Outgoing, url: str, headers: Mapping[str, str], secret: str, config: Mapping[str, Any], call: ToolRequest
 ) -> Any:
     """Returns the JSON that the tool answers, None for an empty answer.
 

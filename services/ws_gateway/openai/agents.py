@@ -12,7 +12,7 @@ from infra.errors import Transient
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
-from services.ws_gateway.openai.conversation import Conversation
+from services.ws_gateway.openai.conversation import CompletionRequest
 from services.ws_gateway.openai.errors import of_problem, unknown_model
 from services.ws_gateway.openai.shapes import UNREPORTED, Usage
 
@@ -20,7 +20,7 @@ _PAGE = 200
 _log = get_logger("ws_gateway.openai")
 
 
-class AgentView(msgspec.Struct):
+class ListedAgent(msgspec.Struct):
     """The fields of an agent that a client sees."""
 
     id: UUID
@@ -30,7 +30,7 @@ class AgentView(msgspec.Struct):
 
 
 class _Page(msgspec.Struct):
-    items: list[AgentView]
+    items: list[ListedAgent]
     next: str | None
 
 
@@ -42,9 +42,9 @@ class _Run(msgspec.Struct):
     usage: Usage
 
 
-async def list_all(agent: Agent, who: Identity) -> list[AgentView]:
+async def list_all(agent: Agent, who: Identity) -> list[ListedAgent]:
     """All agents of the tenant. Raises Failure, Transient."""
-    found: list[AgentView] = []
+    found: list[ListedAgent] = []
     cursor = ""
     while True:
         answer = await agent.ask(who, "GET", f"/api/v1/agents?limit={_PAGE}{cursor}", "/api/v1/agents")
@@ -57,7 +57,7 @@ async def list_all(agent: Agent, who: Identity) -> list[AgentView]:
         cursor = f"&cursor={quote(page.next)}"
 
 
-async def start_run(agent: Agent, who: Identity, model: str, conversation: Conversation, key: str | None) -> UUID:
+async def start_run(agent: Agent, who: Identity, model: str, conversation: CompletionRequest, key: str | None) -> UUID:
     """Starts the run that answers. The same idempotency key gets the same run. Raises Failure, Transient."""
     try:
         agent_id = UUID(model)

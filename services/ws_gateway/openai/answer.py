@@ -15,13 +15,13 @@ from infra.errors import NotFound
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
-from services.ws_gateway.domain import Event, Fact, Follow
+from services.ws_gateway.domain import Fact, Follow, StreamEvent
 from services.ws_gateway.feed import Live, Missed
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors
-from services.ws_gateway.openai.conversation import Call
+from services.ws_gateway.openai.conversation import FunctionCall
 from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
-from services.ws_gateway.openai.errors import Failure
+from services.ws_gateway.openai.errors import CompletionError
 from services.ws_gateway.openai.shapes import UNREPORTED, Reply, Shape, Usage
 from services.ws_gateway.run_events import run_events
 from services.ws_gateway.stream import HEADERS, HEARTBEAT, StreamClient, send_part, until_disconnect
@@ -29,7 +29,7 @@ from services.ws_gateway.stream import HEADERS, HEARTBEAT, StreamClient, send_pa
 _log = get_logger("ws_gateway.openai")
 
 
-class Answer(Response):
+class AnswerResponse(Response):
     """`kept` is True if the client gave an idempotency key and can fetch the answer later. A run without one is
     cancelled if it has not ended when its client goes or when its answer cannot be sent.
     """
@@ -67,7 +67,7 @@ class Answer(Response):
         try:
             try:
                 await (self._write_parts if self._stream else self._write_whole)(live, writer)
-            except Failure as failure:
+            except CompletionError as failure:
                 await writer.fail(failure)
         except TimeoutError:
             _log.info("client does not read its answer; the connection is dropped")
@@ -102,8 +102,8 @@ class Answer(Response):
                             await writer.calls(reply.calls)
         await writer.end(await self._usage() if self._shape.wants_usage else UNREPORTED, is_cut=is_cut)
 
-    async def _events(self, live: Live) -> AsyncGenerator[list[Event]]:
-        """The run's events until its reply. Raises Failure if the run ends without a reply."""
+    async def _events(self, live: Live) -> AsyncGenerator[list[StreamEvent]]:
+        """The run's events until its reply. Raises CompletionError if the run ends without a reply."""
         try:
             async with aclosing(run_events(self._read, live, Follow(0))) as batches:
                 async for events in batches:
@@ -149,7 +149,7 @@ class _Writer:
         await self._begin()
         await send_part(self._send, self._shape.text(piece))
 
-    async def calls(self, calls: Sequence[Call]) -> None:
+    async def calls(self, calls: Sequence[FunctionCall]) -> None:
         await self._begin()
         await send_part(self._send, self._shape.calls(calls))
 
@@ -157,7 +157,7 @@ class _Writer:
         await self._begin()
         await self._last(self._shape.end(usage, is_cut=is_cut))
 
-    async def fail(self, failure: Failure) -> None:
+    async def fail(self, failure: CompletionError) -> None:
         if self._begun:
             await self._last(self._shape.failed(failure))
         else:
@@ -180,11 +180,11 @@ class _Writer:
         await response(*self._asgi)
 
 
-def _reply(event: Event) -> Reply:
+def _reply(event: StreamEvent) -> Reply:
     return msgspec.convert(event.data, Reply)
 
 
-def _piece(transcript: Transcript, event: Event) -> Piece | None:
+def _piece(transcript: Transcript, event: StreamEvent) -> Piece | None:
     """The text that the event adds to the answer. Raises TakenBack."""
     match event.name:
         case "step.started":

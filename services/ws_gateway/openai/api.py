@@ -23,8 +23,8 @@ from infra.web.json_text import check_json
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors
-from services.ws_gateway.openai.agents import AgentView
-from services.ws_gateway.openai.answer import Answer
+from services.ws_gateway.openai.agents import ListedAgent
+from services.ws_gateway.openai.answer import AnswerResponse
 from services.ws_gateway.openai.requests import ChatRequest, ResponsesRequest
 from services.ws_gateway.openai.shapes import Chat, Responses
 
@@ -111,18 +111,22 @@ def router(hub: Hub, agent: Agent) -> APIRouter:
         run_id = await start(body, who, idempotency_key)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         shape = Chat(run_id, body.model, include_usage=include_usage)
-        return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
+        return AnswerResponse(
+            hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None
+        )
 
     @routes.post("/responses", response_class=Response, responses=_ANSWER)
     async def respond(body: ResponsesRequest, who: Runner, idempotency_key: _Key = None) -> Response:
         """Lets the agent answer the last message. The same Idempotency-Key gets the answer of the same run."""
         run_id = await start(body, who, idempotency_key)
         shape = Responses(run_id, body.model, body.echoed())
-        return Answer(hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None)
+        return AnswerResponse(
+            hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None
+        )
 
     return routes
 
 
-def _model(view: AgentView, who: Identity) -> dict[str, Any]:
+def _model(view: ListedAgent, who: Identity) -> dict[str, Any]:
     created = int(view.created_at.timestamp())
     return {"id": str(view.id), "object": "model", "created": created, "owned_by": who.tenant_id, "name": view.name}

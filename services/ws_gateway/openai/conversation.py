@@ -18,7 +18,7 @@ NO_TEXT = "[image]"
 OLD = "is not supported: use tools"
 
 
-class Call(msgspec.Struct, frozen=True):
+class FunctionCall(msgspec.Struct, frozen=True):
     """The model's call of a client's function."""
 
     id: str
@@ -31,15 +31,15 @@ class Earlier(msgspec.Struct, frozen=True, omit_defaults=True):
 
     role: Literal["user", "assistant", "tool"]
     text: str
-    calls: tuple[Call, ...] = ()
+    calls: tuple[FunctionCall, ...] = ()
     """The calls of an assistant's message."""
-    call: Call | None = None
+    call: FunctionCall | None = None
     """The call that a tool's message answers."""
     images: tuple[str, ...] = ()
     """The addresses of a user's images, ``data:`` or ``https:``."""
 
 
-class Tool(msgspec.Struct, frozen=True):
+class ClientFunction(msgspec.Struct, frozen=True):
     name: str
     description: str
     parameters: dict[str, Any]
@@ -47,7 +47,7 @@ class Tool(msgspec.Struct, frozen=True):
     strict: bool = False
 
 
-class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
+class CompletionRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of the agent's route for completions."""
 
     text: str
@@ -56,7 +56,7 @@ class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
     system: str | None
     """Added to the agent's own system prompt."""
     output_schema: dict[str, Any] | None = None
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[ClientFunction, ...] = ()
     """The client's functions."""
     must_call: bool = False
     """True if the answer must be a call of a client's function."""
@@ -78,7 +78,7 @@ class Turn:
     content: Any
     field: str = ".content"
     """The name of the content's field."""
-    calls: tuple[Call, ...] = ()
+    calls: tuple[FunctionCall, ...] = ()
     answers: Any = None
     """The id of the call whose result this is."""
     answers_field: str = ".tool_call_id"
@@ -86,19 +86,19 @@ class Turn:
 
 
 class Constraints(NamedTuple):
-    """The client's constraints on the answer; the fields of `Conversation`."""
+    """The client's constraints on the answer; the fields of `CompletionRequest`."""
 
     output_schema: dict[str, Any] | None
-    tools: tuple[Tool, ...]
+    tools: tuple[ClientFunction, ...]
     must_call: bool
     parallel: bool
 
 
-def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) -> Conversation:
+def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) -> CompletionRequest:
     said: list[Earlier] = []
     system: list[str] = []
     # The calls of the last turn without a result yet, by id.
-    open_: dict[str, Call] = {}
+    open_: dict[str, FunctionCall] = {}
     for turn in turns:
         content, images = text_and_images(turn.content, turn.where + turn.field, seen=turn.role == "user")
         check(not open_ or turn.role not in ("user", "assistant"), turn.where, _unanswered(open_))
@@ -127,7 +127,7 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
     asks = [n for n, turn in enumerate(said) if turn.role == "user"]
     check(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
     last = asks[-1]
-    return Conversation(
+    return CompletionRequest(
         said[last].text,
         said[:last],
         "\n\n".join(system) or None,
@@ -137,5 +137,5 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
     )
 
 
-def _unanswered(open_: Mapping[str, Call]) -> str:
+def _unanswered(open_: Mapping[str, FunctionCall]) -> str:
     return f"the call {next(iter(open_), '')} before it has no result"

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from infra.web.problems import problem
-from services.ws_gateway.domain import Event
+from services.ws_gateway.domain import StreamEvent
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # The official clients retry after any 409, 429 or 5xx unless this header says otherwise.
@@ -26,7 +26,7 @@ class _Problem(msgspec.Struct):
     errors: list[_Field]
 
 
-class Failure(Exception):
+class CompletionError(Exception):
     """The error that a client gets instead of an answer. `param` names the request's field, `code` is for programs."""
 
     def __init__(
@@ -50,57 +50,59 @@ class Failure(Exception):
         return Response(body, self.status, {**self.headers, **(headers or {})}, media_type="application/json")
 
 
-def invalid_field(field: str, reason: str) -> Failure:
+def invalid_field(field: str, reason: str) -> CompletionError:
     """A 400 that names the invalid field of the request."""
-    return Failure(400, f"{field}: {reason}", param=field)
+    return CompletionError(400, f"{field}: {reason}", param=field)
 
 
-def unknown_model(id_: str) -> Failure:
-    return Failure(404, f"The model {id_} does not exist.", param="model", code="model_not_found")
+def unknown_model(id_: str) -> CompletionError:
+    return CompletionError(404, f"The model {id_} does not exist.", param="model", code="model_not_found")
 
 
-def restarting() -> Failure:
-    return Failure(503, "The server restarts; send the request again.", headers={"retry-after": "1"})
+def restarting() -> CompletionError:
+    return CompletionError(503, "The server restarts; send the request again.", headers={"retry-after": "1"})
 
 
-def rewritten() -> Failure:
-    return Failure(
+def rewritten() -> CompletionError:
+    return CompletionError(
         502, "The model wrote the text again, and a stream cannot replace sent text.", code="stream_interrupted"
     )
 
 
-def run_gone() -> Failure:
-    return Failure(502, "The run no longer exists.", code="run_gone", headers=_ONCE)
+def run_gone() -> CompletionError:
+    return CompletionError(502, "The run no longer exists.", code="run_gone", headers=_ONCE)
 
 
-def ended_without_reply(event: Event) -> Failure | None:
+def ended_without_reply(event: StreamEvent) -> CompletionError | None:
     """The reason why a run has no reply; None if the event is not such an end."""
     match event.name:
         case "run.refused":
             code = "insufficient_quota"
-            return Failure(429, event.data["error"], kind=code, code=code, headers=_ONCE)
+            return CompletionError(429, event.data["error"], kind=code, code=code, headers=_ONCE)
         case "run.cancelled":
-            return Failure(409, "The run was cancelled.", kind="conflict_error", code="run_cancelled", headers=_ONCE)
+            return CompletionError(
+                409, "The run was cancelled.", kind="conflict_error", code="run_cancelled", headers=_ONCE
+            )
         case "run.failed" | "run.indeterminate":
             code = event.name.replace(".", "_")
-            return Failure(502, f"The run has no reply: {event.data['error']}", code=code, headers=_ONCE)
+            return CompletionError(502, f"The run has no reply: {event.data['error']}", code=code, headers=_ONCE)
     return None
 
 
-def of(error: Exception) -> Failure:
+def of(error: Exception) -> CompletionError:
     """The failure for any error, by its RFC 9457 problem. An invalid field is a 400 here."""
-    if isinstance(error, Failure):
+    if isinstance(error, CompletionError):
         return error
     answer = problem(error)
     status = 400 if isinstance(error, RequestValidationError) else answer.status_code
     return of_problem(status, answer.headers, bytes(answer.body))
 
 
-def of_problem(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+def of_problem(status: int, headers: Mapping[str, str], body: bytes) -> CompletionError:
     """An RFC 9457 problem in OpenAI's shape. The first named field becomes the `param`."""
     found = msgspec.json.decode(body, type=_Problem)
     kept = {name: headers[name] for name in ("retry-after", "www-authenticate") if name in headers}
     if found.errors:
         field = found.errors[0].field
-        return Failure(status, f"{field}: {found.errors[0].message}", param=field, headers=kept)
-    return Failure(status, found.detail, headers=kept)
+        return CompletionError(status, f"{field}: {found.errors[0].message}", param=field, headers=kept)
+    return CompletionError(status, found.detail, headers=kept)

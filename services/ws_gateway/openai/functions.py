@@ -8,7 +8,7 @@ import msgspec
 
 from infra.errors import InvalidMessage
 from infra.web.json_schema import check_schema
-from services.ws_gateway.openai.conversation import Tool
+from services.ws_gateway.openai.conversation import ClientFunction
 from services.ws_gateway.openai.errors import invalid_field
 from services.ws_gateway.openai.fields import check, check_name, list_of, string
 
@@ -17,11 +17,11 @@ MAX_TOOLS = 128
 MAX_PARAMETERS = 128 * 1024
 
 
-def tools_of(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, ...], bool]:
+def tools_of(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[ClientFunction, ...], bool]:
     """The functions to offer, and whether one of them must be called."""
     tools = list_of(given, "tools")
     check(len(tools) <= MAX_TOOLS, "tools", f"must be {MAX_TOOLS} at most")
-    found: dict[str, Tool] = {}
+    found: dict[str, ClientFunction] = {}
     size = 0
     for n, each in enumerate(tools):
         function, where = function_of(each, f"tools[{n}]", nested)
@@ -33,7 +33,7 @@ def tools_of(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Tool, 
         if strict:
             parameters = _schema(parameters, f"{where}.parameters")
         description = string(function.get("description") or "", f"{where}.description")
-        tool = Tool(function["name"], description, parameters, strict)
+        tool = ClientFunction(function["name"], description, parameters, strict)
         size += len(msgspec.json.encode(tool.parameters))
         check(size <= MAX_PARAMETERS, "tools", f"must have {MAX_PARAMETERS} bytes of parameters at most")
         found[tool.name] = tool

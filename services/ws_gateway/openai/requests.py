@@ -8,7 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from services.ws_gateway.openai.conversation import OLD, Call, Constraints, Conversation, Turn, conversation
+from services.ws_gateway.openai.conversation import (
+    OLD,
+    CompletionRequest,
+    Constraints,
+    FunctionCall,
+    Turn,
+    conversation,
+)
 from services.ws_gateway.openai.errors import invalid_field
 from services.ws_gateway.openai.fields import check, check_name, list_of, string
 from services.ws_gateway.openai.functions import function_of, output_schema, tools_of
@@ -49,7 +56,7 @@ class ChatRequest(BaseModel):
     stop: Any = None
     web_search_options: Any = None
 
-    def to_conversation(self) -> Conversation:
+    def to_conversation(self) -> CompletionRequest:
         """Raises Failure naming the invalid field."""
         _refuse(self, "functions function_call", OLD)
         _refuse(self, "logprobs top_logprobs audio stop web_search_options", "is not supported")
@@ -94,7 +101,7 @@ class ResponsesRequest(BaseModel):
     prompt: Any = None
     background: Any = None
 
-    def to_conversation(self) -> Conversation:
+    def to_conversation(self) -> CompletionRequest:
         """Raises Failure naming the invalid field."""
         _refuse(self, "previous_response_id conversation", "is not supported: send the whole conversation")
         _refuse(self, "prompt background top_logprobs", "is not supported")
@@ -151,15 +158,15 @@ def _item(item: Mapping[str, Any], where: str) -> Turn:
     raise invalid_field(f"{where}.type", "only message, function_call and function_call_output are supported")
 
 
-def _chat_call(given: Any, where: str) -> Call:
+def _chat_call(given: Any, where: str) -> FunctionCall:
     function, inner = function_of(given, where, "function")
     return _call(given.get("id"), f"{where}.id", function, inner)
 
 
-def _call(id_: Any, where_id: str, function: Mapping[str, Any], where: str) -> Call:
+def _call(id_: Any, where_id: str, function: Mapping[str, Any], where: str) -> FunctionCall:
     check(bool(string(id_, where_id)), where_id, "must not be empty")
     check_name(function.get("name"), f"{where}.name")
-    return Call(id_, function["name"], string(function.get("arguments"), f"{where}.arguments"))
+    return FunctionCall(id_, function["name"], string(function.get("arguments"), f"{where}.arguments"))
 
 
 def _refuse(body: BaseModel, names: str, reason: str) -> None:

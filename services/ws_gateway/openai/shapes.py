@@ -9,9 +9,9 @@ from uuid import UUID
 
 import msgspec
 
-from services.ws_gateway.openai.conversation import Call
+from services.ws_gateway.openai.conversation import FunctionCall
 from services.ws_gateway.openai.domain import Piece
-from services.ws_gateway.openai.errors import Failure
+from services.ws_gateway.openai.errors import CompletionError
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -31,7 +31,7 @@ class Reply(msgspec.Struct, frozen=True):
 
     text: str
     """If there are calls, the text before them; may be empty then."""
-    calls: tuple[Call, ...] = msgspec.field(default=(), name="tool_calls")
+    calls: tuple[FunctionCall, ...] = msgspec.field(default=(), name="tool_calls")
     """Calls of the client's functions."""
     finish_reason: Literal["stop", "length"] = "stop"
     """length: the text is cut off at the model's token limit."""
@@ -46,11 +46,11 @@ class Shape(Protocol):
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]: ...
     def begin(self) -> bytes: ...
     def text(self, piece: Piece) -> bytes: ...
-    def calls(self, calls: Sequence[Call]) -> bytes: ...
+    def calls(self, calls: Sequence[FunctionCall]) -> bytes: ...
     def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
         """`is_cut`: the text was cut off at the model's token limit."""
 
-    def failed(self, failure: Failure) -> bytes: ...
+    def failed(self, failure: CompletionError) -> bytes: ...
 
 
 class Chat:
@@ -81,7 +81,7 @@ class Chat:
         self._step = piece.step
         return self._chunk({"content": apart + piece.text})
 
-    def calls(self, calls: Sequence[Call]) -> bytes:
+    def calls(self, calls: Sequence[FunctionCall]) -> bytes:
         """Sends each call in one piece: the run has ended with the calls, so they are final."""
         self._finish = "tool_calls"
         return b"".join(self._chunk({"tool_calls": [{"index": n} | _tool_call(call)]}) for n, call in enumerate(calls))
@@ -92,7 +92,7 @@ class Chat:
         finish = "length" if is_cut and self._finish == "stop" else self._finish
         return self._chunk({}, finish) + last + b"data: [DONE]\n\n"
 
-    def failed(self, failure: Failure) -> bytes:
+    def failed(self, failure: CompletionError) -> bytes:
         return _data({"error": failure.error})
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
@@ -151,7 +151,7 @@ class Responses:
         self._text += piece.text
         return before + self._part_event("output_text.delta", delta=piece.text, logprobs=[])
 
-    def calls(self, calls: Sequence[Call]) -> bytes:
+    def calls(self, calls: Sequence[FunctionCall]) -> bytes:
         told = self._close()
         for n, call in enumerate(calls):
             item = self._call(n, call)
@@ -171,7 +171,7 @@ class Responses:
         response = self._response(status, self._done, usage=_usage(usage, "input_tokens", "output_tokens"))
         return last + self._event(f"response.{status}", response=response)
 
-    def failed(self, failure: Failure) -> bytes:
+    def failed(self, failure: CompletionError) -> bytes:
         # The standard has few codes, and a client may not know any other.
         code = "rate_limit_exceeded" if failure.status == 429 else "server_error"
         items = [*self._done, *([self._item("incomplete", self._text)] if self._step else [])]
@@ -208,7 +208,7 @@ class Responses:
         content = [] if text is None else [_part(text)]
         return {"id": self._item_id(), "type": "message", "role": "assistant", "status": status, "content": content}
 
-    def _call(self, n: int, call: Call) -> dict[str, Any]:
+    def _call(self, n: int, call: FunctionCall) -> dict[str, Any]:
         return {
             "id": f"fc_{self._run_id}_{n}",
             "type": "function_call",
@@ -238,7 +238,7 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _tool_call(call: Call) -> dict[str, Any]:
+def _tool_call(call: FunctionCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 

@@ -11,7 +11,7 @@ import pytest
 from infra.postgres.db import Pool, create_engine, sql
 from infra.postgres.dead_letters import DeadLetterView, list_dead_letters
 from infra.postgres.tx import Database, Tx
-from infra.service.replay import Rebuilt, Replay
+from infra.service.replay import Replay, ReplayResult
 from protos.messages.sample import NoteTaken
 from protos.topology import Subscription
 from tests.infra.bus.conftest import Buses, until
@@ -93,12 +93,12 @@ class History:
     def new(self, kind: type[Replay] = Replay, subscription: Subscription | None = None) -> Replay:
         return kind(self.admin, "sample_ledger", subscription or self.subscription, lambda done, total: None)
 
-    async def from_kafka(self, replay: Replay | None = None, *, switch_unequal: bool = False) -> Rebuilt:
+    async def from_kafka(self, replay: Replay | None = None, *, switch_unequal: bool = False) -> ReplayResult:
         return await (replay or self.new()).from_kafka(
             self.buses.kafka, prefix=self.buses.prefix, switch_unequal=switch_unequal
         )
 
-    async def from_events(self) -> Rebuilt:
+    async def from_events(self) -> ReplayResult:
         return await self.new().from_events("sample_desk", [NOTEBOOK])
 
 

@@ -11,7 +11,7 @@ from infra.errors import InvalidMessage
 from infra.observe.metrics import Metrics
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Database
-from infra.service.bulk_redrive import Group, Redriven, group_by_cause, redrive_matching
+from infra.service.bulk_redrive import DeadLetterGroup, RedriveCounts, group_by_cause, redrive_matching
 from infra.service.maintenance import Maintenance
 from infra.service.redrive import Redriver
 from protos.envelope import Envelope
@@ -61,12 +61,12 @@ async def failed(
         await store_dead_letters(await tx.connection(), GROUP, "kafka", [letter], database.sealing)
 
 
-async def groups(database: Database, **options: object) -> list[Group]:
+async def groups(database: Database, **options: object) -> list[DeadLetterGroup]:
     async with database.begin() as tx:
         return await group_by_cause(tx, **({"limit": 10} | options))  # type: ignore[arg-type]
 
 
-async def redrive(database: Database, **options: object) -> Redriven:
+async def redrive(database: Database, **options: object) -> RedriveCounts:
     async with database.begin() as tx:
         return await redrive_matching(tx, actor="operator", **options)  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ from infra.errors import Conflict
 from infra.postgres.db import create_engine, sql
 from infra.postgres.tx import Database, Tx
 from infra.service.redrive import discard, request_redrive
-from infra.service.replay import Rebuilt, Replay
+from infra.service.replay import Replay, ReplayResult
 from protos.catalog import AUDIT_LOGS
 from protos.messages.audit import ActAudited
 from protos.messages.sample import NoteTaken
@@ -43,7 +43,7 @@ SHAPE = {
 }
 
 
-def equal(rebuilt: Rebuilt) -> dict[str, bool]:
+def equal(rebuilt: ReplayResult) -> dict[str, bool]:
     return {table.table: table.equal for table in rebuilt.tables}
 
 
@@ -205,7 +205,7 @@ async def test_nothing_is_redriven_between_comparison_and_switch(history: Histor
     held: list[str] = []
 
     class Watched(Replay):
-        async def _finish(self, *arguments: Any) -> Rebuilt:
+        async def _finish(self, *arguments: Any) -> ReplayResult:
             for table in ("parked_key", "dead_letter"):
                 # As SELECT … FOR UPDATE of the redriver and the operator does.
                 with pytest.raises(DBAPIError) as refused:

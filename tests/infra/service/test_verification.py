@@ -20,11 +20,11 @@ from infra.errors import Conflict
 from infra.observe.metrics import Metrics
 from infra.postgres import read_models
 from infra.postgres.db import create_engine, sql
-from infra.postgres.read_models import Difference, ReadModel
+from infra.postgres.read_models import ReadModel, RowDifference
 from infra.postgres.tx import Database
 from infra.service import verification
 from infra.service.maintenance import Maintenance, last_time
-from infra.service.verification import Verified, verify
+from infra.service.verification import VerificationResult, verify
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.service.books import BOOKS, TABLE, write
@@ -49,7 +49,7 @@ class Desk:
         async with self.admin.begin() as connection:
             return await sql(connection, statement, *arguments)
 
-    async def verify(self, model: ReadModel = BOOKS, **options: Any) -> Verified:
+    async def verify(self, model: ReadModel = BOOKS, **options: Any) -> VerificationResult:
         return await verify(self.admin, "sample_desk", model, **options)
 
     async def books(self) -> dict[str, tuple[int, int]]:
@@ -90,16 +90,16 @@ async def test_an_intact_read_model_is_equal(desk_of_books: Desk) -> None:
     assert told == [(2, 7), (4, 7), (6, 7), (7, 7), (7, 7)]
 
 
-async def corrupt(desk: Desk) -> list[Difference]:
+async def corrupt(desk: Desk) -> list[RowDifference]:
     await desk.sql("UPDATE book SET letters = 6, notes = 3 WHERE name = 'book b'")
     await desk.sql("UPDATE book SET letters = 6 WHERE name = 'book c'")
     await desk.sql("DELETE FROM book WHERE name = 'book e'")
     await desk.sql("INSERT INTO book VALUES ('stray', 1, 1)")
     return [
-        Difference("book b", "notes, letters"),
-        Difference("book c", "letters"),
-        Difference("book e", "missing"),
-        Difference("stray", "extra"),
+        RowDifference("book b", "notes, letters"),
+        RowDifference("book c", "letters"),
+        RowDifference("book e", "missing"),
+        RowDifference("stray", "extra"),
     ]
 
 
@@ -143,7 +143,7 @@ async def test_nothing_is_lost_or_doubled_while_the_service_writes(desk_of_books
     try:
         for _ in range(5):
             await desk_of_books.sql("UPDATE book SET letters = letters - 1 WHERE name = 'book b'")
-            assert (await desk_of_books.verify()).differences == [Difference("book b", "letters")]
+            assert (await desk_of_books.verify()).differences == [RowDifference("book b", "letters")]
             assert (await desk_of_books.verify(switch=True)).left == 0
     finally:
         done.set()
@@ -252,7 +252,7 @@ async def test_a_paused_verification_goes_on_or_begins_again(desk_of_books: Desk
 
     stopping.clear()
     await desk_of_books.verify(progress=pause, stopping=stopping)
-    assert (await desk_of_books.verify(restart=True)).differences == [Difference("book a", "letters")]
+    assert (await desk_of_books.verify(restart=True)).differences == [RowDifference("book a", "letters")]
     async with desk_of_books.admin.connect() as connection:
         known = (await verification.last(connection))["books"]
     assert (known.compared, known.different, known.under_way) == (7, 1, None)
@@ -280,7 +280,7 @@ async def test_events_of_an_older_form_are_read(desk_of_books: Desk) -> None:
         uuid7(),
         b'{"number": 1, "note": "four"}',
     )
-    assert (await desk_of_books.verify()).differences == [Difference("old", "missing")]
+    assert (await desk_of_books.verify()).differences == [RowDifference("old", "missing")]
     await desk_of_books.verify(switch=True)
     assert (await desk_of_books.books())["old"] == (1, 4)
 

@@ -22,7 +22,7 @@ from services.billing import pdf
 from services.billing.currencies import to_minor
 from services.billing.einvoice import document, price, rounded
 from services.billing.invoice_files import MOST_PRINTED, as_csv, page
-from services.billing.invoices import Invoice, InvoiceLine, Span
+from services.billing.invoices import Invoice, InvoiceLine, InvoicePeriod
 from services.billing.tax import Buyer, Seller
 
 UNIT = 10**9
@@ -60,7 +60,7 @@ def invoice(lines: list[InvoiceLine] = LINES, **changes: Any) -> Invoice:
         "number": "INV-000001",
         "status": "finalised",
         "currency": currency,
-        "period": Span(begins=BEGINS, ends=ENDS),
+        "period": InvoicePeriod(begins=BEGINS, ends=ENDS),
         "subtotal_nanos": subtotal,
         "tax_nanos": tax,
         "tax_note": "19 % DE",

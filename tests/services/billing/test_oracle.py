@@ -17,7 +17,7 @@ from infra.postgres.tx import Database
 from protos.messages.billing import UsageRecorded
 from services.billing import accounts, booking, closing, handlers, plans, price_book, subscriptions
 from services.billing.invoices import Invoice
-from services.billing.plans import Charge, Plan
+from services.billing.plans import Plan, PlanCharge
 from services.billing.schemes import SchemeTier
 from services.billing.tax import Seller
 from tests.services.billing.test_invoices import ANCHOR, MIDNIGHT, START
@@ -51,7 +51,7 @@ async def subscribed(store: Database, model: str) -> tuple[str, UUID]:
         currency="USD",
         interval="month",
         base_nanos=0,
-        charges=[Charge("input_tokens", "graduated", TIERS)],
+        charges=[PlanCharge("input_tokens", "graduated", TIERS)],
         usage_markup_percent=Decimal(0),
     )
     async with store.begin(tenant_id=tenant_id) as tx:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.billing.currencies import DIGITS, nanos_per_minor, to_minor
-from services.billing.plans import Charge, Metered, Plan, lines
+from services.billing.plans import MeteredQuantity, Plan, PlanCharge, lines
 from services.billing.schemes import Fault, Scheme, SchemeTier, amount, check, half_even, part
 
 T = SchemeTier
@@ -204,8 +204,10 @@ def test_minor_units_follow_the_currency() -> None:
     ],
 )
 def test_a_commitment_fills_an_invoice_up(used: int, days: int, expected: list[int]) -> None:
-    charge = Charge("calls", "per_unit", [T(None, Decimal(1))])
+    charge = PlanCharge("calls", "per_unit", [T(None, Decimal(1))])
     plan = Plan("Team", "USD", "month", base_nanos=10, charges=[charge], minimum_nanos=50)
-    found = lines(plan, [Metered("calls", "", "", "", False, used, 1)] if used else [], days * 86_400, 30 * 86_400)
+    found = lines(
+        plan, [MeteredQuantity("calls", "", "", "", False, used, 1)] if used else [], days * 86_400, 30 * 86_400
+    )
     assert [line.amount_nanos for line in found if line.quantity or line.amount_nanos] == [n for n in expected if n]
     assert sum(line.amount_nanos for line in found) == sum(expected)

@@ -19,7 +19,7 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from services.channel import accounts, drainer
 from services.channel import ingest as module
-from services.channel.accounts import Account, Accounts, Secrets, new_token, token_hash
+from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount, new_token, token_hash
 from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.drainer import DRAIN_ROWS, Drainer
 from services.channel.ingest import MAX_DIRECT, Ingest
@@ -38,7 +38,7 @@ class Intake:
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
         self.database: Database = platform.database("channel")
-        self.account = Account(
+        self.account = ChannelAccount(
             uuid7(), str(uuid7()), VENDORS["webhook"], uuid7(), None, Pseudonyms(os.urandom(32)), "", True, None
         )
         cipher = Cipher(MASTER_KEY)
@@ -312,7 +312,7 @@ async def test_a_thread_names_the_session_of_its_channel(intake: Intake) -> None
 async def test_requests_at_the_same_moment_share_one_query_of_their_account(
     intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
+    stored = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
     reads = 0
     begin = intake.database.begin
 
@@ -330,7 +330,7 @@ async def test_requests_at_the_same_moment_share_one_query_of_their_account(
 async def test_only_an_account_that_needs_no_query_is_taken_from_the_cache(
     intake: Intake,
 ) -> None:
-    stored = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
+    stored = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
     token, other = new_token(), new_token()
     stored._known[token_hash(token)] = time.monotonic() + 60, intake.account
     stored._known[token_hash(other)] = time.monotonic() - 1, intake.account
@@ -342,11 +342,11 @@ async def test_only_an_account_that_needs_no_query_is_taken_from_the_cache(
 async def test_an_unknown_token_costs_one_query_in_seconds_and_text_that_is_no_token_none(
     intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = Accounts(intake.database, Secrets(Cipher(MASTER_KEY)))
+    stored = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
     reads: list[bytes] = []
     read = stored._read
 
-    async def counted(hashed: bytes) -> Account | None:
+    async def counted(hashed: bytes) -> ChannelAccount | None:
         reads.append(hashed)
         return await read(hashed)
 

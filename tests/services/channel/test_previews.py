@@ -20,7 +20,7 @@ from infra.stores.cache import Cache
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from protos.pubsub import RUN_PROGRESS
-from services.channel.accounts import Secrets
+from services.channel.accounts import AccountSecrets
 from services.channel.previews import Previews, Progress
 from services.channel.vendors.base import PLACEHOLDER
 from tests.services.channel.conftest import Desk
@@ -49,7 +49,7 @@ async def cache(stack: Stack) -> AsyncIterator[Cache]:
 @pytest.fixture
 async def in_process(platform: Platform, cache: Cache) -> AsyncIterator[Previews]:
     cipher, outgoing = Cipher(MASTER_KEY), Outgoing(allow_private=True)
-    yield Previews(platform.database("channel"), Secrets(cipher), SubjectKeys(cipher), outgoing, cache)
+    yield Previews(platform.database("channel"), AccountSecrets(cipher), SubjectKeys(cipher), outgoing, cache)
     await outgoing.close()
 
 

@@ -16,7 +16,7 @@ from infra.security.subjects import SubjectKeys
 from infra.stores.cache import Cache
 from infra.stores.objects import Objects
 from services.channel import sender as sender_module
-from services.channel.accounts import Account, Secrets
+from services.channel.accounts import AccountSecrets, ChannelAccount
 from services.channel.domain import Pseudonyms
 from services.channel.sender import Sender
 from services.channel.vendors import VENDORS
@@ -33,10 +33,10 @@ NO_STORE = Objects("http://127.0.0.1:9", "", "")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def account(vendor: TelegramStandIn | WebhookStandIn | WhatsAppStandIn) -> Account:
+def account(vendor: TelegramStandIn | WebhookStandIn | WhatsAppStandIn) -> ChannelAccount:
     kind = VENDORS[type(vendor).__name__.removesuffix("StandIn").lower()]
     credentials = kind.credentials(**vendor.credentials)
-    return Account(uuid7(), "tenant", kind, uuid7(), credentials, Pseudonyms(b""), vendor.url, True, None)
+    return ChannelAccount(uuid7(), "tenant", kind, uuid7(), credentials, Pseudonyms(b""), vendor.url, True, None)
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ async def cache(stack: Stack) -> AsyncIterator[Cache]:
     await redis.aclose()
 
 
-async def send(cache: Cache, to: Account, *, allow_private: bool = True) -> None:
+async def send(cache: Cache, to: ChannelAccount, *, allow_private: bool = True) -> None:
     cipher = Cipher(MASTER_KEY)
     outgoing = Outgoing(allow_private=allow_private)
     try:
-        await Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "").send(to, PART)
+        await Sender(AccountSecrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "").send(to, PART)
     finally:
         await outgoing.close()
 
@@ -82,10 +82,10 @@ async def test_a_message_over_the_vendors_rate_limit_waits_before_it_is_sent(cac
 FILE = PART._replace(text="the link", file=OutboundFile("", ""))
 
 
-async def send_file(cache: Cache, to: Account, url: str, name: str = "", *, allow_private: bool = True) -> None:
+async def send_file(cache: Cache, to: ChannelAccount, url: str, name: str = "", *, allow_private: bool = True) -> None:
     cipher = Cipher(MASTER_KEY)
     outgoing = Outgoing(allow_private=allow_private)
-    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
+    sender = Sender(AccountSecrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
     try:
         await sender.send(to, FILE._replace(key=str(uuid7()), file=OutboundFile(url, name)))
     finally:
@@ -144,7 +144,7 @@ async def test_a_file_that_cannot_be_fetched_is_refused_and_the_vendor_not_calle
 
 async def test_a_tenant_has_two_files_in_memory_and_all_together_eight(cache: Cache) -> None:
     cipher, outgoing = Cipher(MASTER_KEY), Outgoing(allow_private=True)
-    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
+    sender = Sender(AccountSecrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
     async with WebhookStandIn() as host, WebhookStandIn() as vendor:
         host.files["/a"] = b"text"
         part = FILE._replace(file=OutboundFile(f"{host.url}/a", ""))
@@ -168,7 +168,7 @@ async def test_a_tenant_has_two_files_in_memory_and_all_together_eight(cache: Ca
 
 async def test_the_files_of_one_tenant_do_not_stop_those_of_another(cache: Cache) -> None:
     cipher, outgoing = Cipher(MASTER_KEY), Outgoing(allow_private=True)
-    sender = Sender(Secrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
+    sender = Sender(AccountSecrets(cipher), SubjectKeys(cipher), outgoing, cache, NO_STORE, "")
     async with WebhookStandIn() as host, WebhookStandIn() as slow, WebhookStandIn() as vendor:
         host.files["/a"] = slow.files["/a"] = b"text"
         part = FILE._replace(file=OutboundFile(f"{slow.url}/a", ""))

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from services.log_aggregator.domain import EMPTY, GENESIS, Head, Link, canonical, chained, first_break
+from services.log_aggregator.domain import EMPTY, GENESIS, ChainHead, Link, canonical, chained, first_break
 
 RECORDS = [canonical({"n": n}) for n in range(5)]
 
@@ -23,7 +23,7 @@ def test_a_hash_covers_the_one_before_it_and_the_record() -> None:
 
 def test_records_added_in_two_goes_make_the_same_chain() -> None:
     first = list(chained(EMPTY, RECORDS[:2]))
-    assert first + list(chained(Head(2, first[-1].hash), RECORDS[2:])) == chain()
+    assert first + list(chained(ChainHead(2, first[-1].hash), RECORDS[2:])) == chain()
 
 
 def test_canonical_json_depends_only_on_the_content() -> None:
@@ -33,7 +33,7 @@ def test_canonical_json_depends_only_on_the_content() -> None:
 def test_an_intact_chain_has_no_break_from_any_start() -> None:
     links = chain()
     assert first_break(EMPTY, links) is None
-    assert first_break(Head(2, links[1].hash), links[2:]) is None
+    assert first_break(ChainHead(2, links[1].hash), links[2:]) is None
 
 
 @pytest.mark.parametrize("n", range(5))
@@ -52,6 +52,6 @@ def test_a_missing_a_doubled_and_a_swapped_record_are_found() -> None:
 
 def test_a_record_changed_together_with_its_hash_breaks_the_next_link() -> None:
     links = chain()
-    [links[1]] = chained(Head(1, links[0].hash), ['{"n":9}'])
+    [links[1]] = chained(ChainHead(1, links[0].hash), ['{"n":9}'])
     assert first_break(EMPTY, links) == 3
-    assert first_break(Head(1, GENESIS), links[1:]) == 2
+    assert first_break(ChainHead(1, GENESIS), links[1:]) == 2

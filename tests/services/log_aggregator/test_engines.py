@@ -16,8 +16,8 @@ import pytest
 
 from infra.clock import utcnow
 from infra.errors import Transient
-from services.log_aggregator.documents import Document
-from services.log_aggregator.index import Index
+from services.log_aggregator.documents import IndexedDocument
+from services.log_aggregator.index import SearchIndex
 
 ELASTICSEARCH = {"number": "9.2.0", "build_flavor": "default", "build_type": "docker"}
 OPENSEARCH = {"distribution": "opensearch", "number": "3.2.0"}
@@ -72,13 +72,13 @@ def server(version: dict[str, str], policy_status: int = 200) -> Iterator[tuple[
         running.server_close()
 
 
-def document() -> Document:
-    return Document("1", utcnow(), {"id": "1"})
+def document() -> IndexedDocument:
+    return IndexedDocument("1", utcnow(), {"id": "1"})
 
 
 async def test_elasticsearch_gets_a_lifecycle_policy_before_the_template_that_names_it() -> None:
     with server(ELASTICSEARCH) as (url, asked):
-        await Index(url, "").store("audit", [document()])
+        await SearchIndex(url, "").store("audit", [document()])
     puts = [(path, body) for method, path, body in asked if method == "PUT"]
     assert [path for path, _ in puts] == ["/_ilm/policy/clawbus-audit", "/_index_template/clawbus-audit"]
     assert puts[0][1]["policy"]["phases"]["delete"]["min_age"] == "91d"
@@ -90,14 +90,14 @@ async def test_elasticsearch_that_refuses_the_policy_gets_no_documents() -> None
     """Without the right `manage_ilm` the template would name a policy that does not exist."""
     refused = pytest.raises(Transient, match="_ilm/policy/clawbus-logs: 403")
     with server(ELASTICSEARCH, policy_status=403) as (url, asked), refused:
-        await Index(url, "").store("logs", [document()])
+        await SearchIndex(url, "").store("logs", [document()])
     assert not [path for method, path, _ in asked if method == "POST"]
 
 
 @pytest.mark.parametrize("policy_status", [201, 409, 400])
 async def test_opensearch_is_used_with_a_new_a_known_and_without_a_policy(policy_status: int) -> None:
     with server(OPENSEARCH, policy_status) as (url, asked):
-        await Index(url, "").store("events", [document()])
+        await SearchIndex(url, "").store("events", [document()])
     puts = [path for method, path, _ in asked if method == "PUT"]
     assert puts == ["/_plugins/_ism/policies/clawbus-events", "/_index_template/clawbus-events"]
     assert asked[-1][:2] == ("POST", "/_bulk")

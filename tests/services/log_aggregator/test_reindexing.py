@@ -13,12 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.clock import uuid7
 from infra.postgres.db import create_engine
-from infra.postgres.read_models import Difference
-from infra.service.verification import Verified
+from infra.postgres.read_models import RowDifference
+from infra.service.verification import VerificationResult
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunStarted
 from services.log_aggregator import reindexing
-from services.log_aggregator.index import Index
+from services.log_aggregator.index import SearchIndex
 from services.log_aggregator.reindexing import INDEXED
 from tests.services.log_aggregator.test_search import event
 from tooling.testing.platform import Platform
@@ -34,14 +34,14 @@ async def engine(aggregator: Platform) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest.fixture
-async def index(aggregator: Platform) -> AsyncIterator[Index]:
-    made = Index(aggregator.stack.engines["opensearch"]["url"], aggregator.prefix)
+async def index(aggregator: Platform) -> AsyncIterator[SearchIndex]:
+    made = SearchIndex(aggregator.stack.engines["opensearch"]["url"], aggregator.prefix)
     yield made
     await made.aclose()
 
 
 async def test_documents_that_are_missing_or_differ_are_found_and_stored_again(
-    aggregator: Platform, search: OpenSearch, engine: AsyncEngine, index: Index, monkeypatch: pytest.MonkeyPatch
+    aggregator: Platform, search: OpenSearch, engine: AsyncEngine, index: SearchIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reindexing, "BATCH", 2)
     tenant, pattern = str(uuid4()), f"{aggregator.prefix}clawbus-events-*"
@@ -56,11 +56,11 @@ async def test_documents_that_are_missing_or_differ_are_found_and_stored_again(
 
     hits = await aggregator.until(stored)
 
-    async def verify(**options: Any) -> Verified:
+    async def verify(**options: Any) -> VerificationResult:
         kafka = aggregator.stack.kafka_bootstrap_servers
         return await reindexing.verify(engine, index, EVENTS, bootstrap=kafka, prefix=aggregator.prefix, **options)
 
-    async def intact() -> Verified | None:
+    async def intact() -> VerificationResult | None:
         # The reader commits its position a moment after it has stored the documents.
         found = await verify()
         assert found.different == 0
@@ -72,7 +72,7 @@ async def test_documents_that_are_missing_or_differ_are_found_and_stored_again(
     changed = hits[3]["_source"] | {"session_key": "another"}
     search.index(index=hits[3]["_index"], id=hits[3]["_id"], body=changed)
 
-    wrong = {Difference(hits[1]["_id"], "missing"), Difference(hits[3]["_id"], "session_key")}
+    wrong = {RowDifference(hits[1]["_id"], "missing"), RowDifference(hits[3]["_id"], "session_key")}
     found = await verify()
     assert (set(found.differences), found.repaired) == (wrong, 0)
     assert found.live_hash != found.rebuilt_hash

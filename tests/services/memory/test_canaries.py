@@ -29,7 +29,7 @@ from services.memory.engines import Engines
 from services.memory.index import Hit
 from services.memory.memories import Memories
 from services.memory.retrieval import MODES, Query, Retrieval
-from services.memory.rights import EVERY, Caller, Owners
+from services.memory.rights import EVERY, Owners, ReaderNames
 from tooling.testing.platform import PASSWORDS, Platform
 
 TENANTS = int(os.environ.get("CLAW_CANARY_TENANTS", "8"))
@@ -95,7 +95,7 @@ async def test_no_search_shows_the_canary_of_another_tenant_or_reader(aviary: Av
         # Few enough queries that a process keeps their vectors.
         asking, other = aviary.tenants[n], aviary.tenants[(n + chance.choice((0, 1, 3))) % TENANTS]
         owner = chance.random() < 0.5
-        caller = Caller(asking, ("all", "member:owner") if owner else ("all", "member:guest"))
+        caller = ReaderNames(asking, ("all", "member:owner") if owner else ("all", "member:guest"))
         query = Query(f"the canary of {other} for member:owner", 100, min_similarity=-1, mode=chance.choice(MODES))
         answer = await aviary.retrieval.search(caller, query, seconds=60)
         assert not answer.degraded

@@ -13,7 +13,7 @@ from infra.errors import Conflict
 from services.memory import engines, pgvector
 from services.memory.embeddings import LocalEmbedder
 from services.memory.engines import Choice
-from services.memory.index import Index, Row
+from services.memory.index import VectorIndex, VectorRow
 from services.memory.migration import migrate
 from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
@@ -28,25 +28,27 @@ async def nothing(_: str) -> None:
     pass
 
 
-def made(platform: Platform, engine: str, model: str) -> Index:
+def made(platform: Platform, engine: str, model: str) -> VectorIndex:
     if engine == "pgvector":
         return PgvectorIndex(platform.database("memory"), model)
     return MilvusIndex(platform.stack.engines["milvus"]["url"], platform.prefix, model, nothing)
 
 
 @pytest.fixture(scope="module", params=engines.ENGINES)
-async def index(request: pytest.FixtureRequest, platform: Platform, vectors: Vectors) -> Index:
+async def index(request: pytest.FixtureRequest, platform: Platform, vectors: Vectors) -> VectorIndex:
     await platform.prepare("memory")
     return made(platform, request.param, "sixteen")
 
 
-def rows(n: int, seed: int) -> list[Row]:
+def rows(n: int, seed: int) -> list[VectorRow]:
     points = np.random.default_rng(seed).normal(size=(n, DIMENSION))
-    return [Row(uuid4(), point.tolist()) for point in points]
+    return [VectorRow(uuid4(), point.tolist()) for point in points]
 
 
-async def replace(index: Index, tenant_id: str, owner: UUID, new: list[Row], scope: str = "document") -> None:
-    async def batches() -> AsyncIterator[list[Row]]:
+async def replace(
+    index: VectorIndex, tenant_id: str, owner: UUID, new: list[VectorRow], scope: str = "document"
+) -> None:
+    async def batches() -> AsyncIterator[list[VectorRow]]:
         for first in range(0, len(new), 30):
             yield new[first : first + 30]
 
@@ -57,7 +59,7 @@ def cosine(a: list[float], b: list[float]) -> float:
     return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-async def test_the_nearest_rows_are_found_with_their_cosines(index: Index) -> None:
+async def test_the_nearest_rows_are_found_with_their_cosines(index: VectorIndex) -> None:
     tenant_id, stored = f"tenant-{uuid4()}", rows(100, 1)
     await replace(index, tenant_id, uuid4(), stored)
     query = rows(1, 2)[0].vector
@@ -67,7 +69,7 @@ async def test_the_nearest_rows_are_found_with_their_cosines(index: Index) -> No
     assert [hit.score for hit in hits] == pytest.approx([score for score, _ in exact], abs=1e-5)
 
 
-async def test_a_search_sees_one_tenant_and_one_scope(index: Index) -> None:
+async def test_a_search_sees_one_tenant_and_one_scope(index: VectorIndex) -> None:
     mine, others = f"tenant-{uuid4()}", f"tenant '{uuid4()}' \\ \" or true --"
     by_place = {}
     for tenant_id, scope in ((mine, "document"), (mine, "conversation s'1"), (others, "document")):
@@ -80,7 +82,7 @@ async def test_a_search_sees_one_tenant_and_one_scope(index: Index) -> None:
     assert await index.search(stored[0].vector, "x' OR ''='", "document", 100) == []
 
 
-async def test_an_owners_rows_are_replaced_narrowed_and_removed(index: Index, platform: Platform) -> None:
+async def test_an_owners_rows_are_replaced_narrowed_and_removed(index: VectorIndex, platform: Platform) -> None:
     tenant_id = f"tenant-{uuid4()}"
     owners = {uuid4(): rows(40, n) for n in range(3)}
     for owner, stored in owners.items():

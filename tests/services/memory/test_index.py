@@ -21,14 +21,14 @@ from services.memory.conversations import Conversations
 from services.memory.domain import Block, chunk
 from services.memory.embeddings import LocalEmbedder
 from services.memory.engines import Engines
-from services.memory.index import Hit, Row
+from services.memory.index import Hit, VectorRow
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
 from services.memory.reranking import Ordered, Reranker
 from services.memory.retrieval import Query, Retrieval
-from services.memory.rights import EVERY, Caller, Owners, of_agent
+from services.memory.rights import EVERY, Owners, ReaderNames, of_agent
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.proxy import FaultProxy
@@ -117,7 +117,7 @@ class Vanishing(Retrieval):
 
     vanishes: UUID | None
 
-    async def _read(self, caller: Caller, *given: Any) -> Any:
+    async def _read(self, caller: ReaderNames, *given: Any) -> Any:
         if self.vanishes:
             async with self._database.begin(tenant_id=caller.tenant_id) as tx:
                 await documents.delete(tx, self.vanishes)
@@ -207,8 +207,8 @@ async def test_rows_put_again_are_there_once_and_in_their_tenants_partition(
         nonlocal refills
         refills += 1
 
-    async def rows() -> AsyncIterator[list[Row]]:
-        yield [Row(id_, [1.0, float(n), 0.0, 0.0]) for n, id_ in enumerate(ids)]
+    async def rows() -> AsyncIterator[list[VectorRow]]:
+        yield [VectorRow(id_, [1.0, float(n), 0.0, 0.0]) for n, id_ in enumerate(ids)]
 
     index = MilvusIndex(platform.stack.engines["milvus"]["url"], platform.prefix, "four", refill)
     ids, owner = [uuid4() for _ in range(20)], uuid4()

@@ -12,7 +12,7 @@ from infra.clock import uuid7
 from infra.errors import NotYet
 from services.memory import indexing, passages
 from services.memory.embeddings import LocalEmbedder
-from services.memory.passages import Passage
+from services.memory.passages import StoredPassage
 
 
 async def test_a_large_document_gives_its_place_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,8 +26,8 @@ async def test_a_large_document_gives_its_place_to_others(monkeypatch: pytest.Mo
     async def count(*_: Any) -> int:
         return 100
 
-    async def next_passages(*_: Any) -> list[Passage]:
-        return [Passage(uuid7(), 0, "text", None)]
+    async def next_passages(*_: Any) -> list[StoredPassage]:
+        return [StoredPassage(uuid7(), 0, "text", None)]
 
     async def embed(*_: Any) -> None:
         nonlocal embedded

@@ -15,7 +15,7 @@ from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from infra.service import verification
-from infra.service.verification import Verified
+from infra.service.verification import VerificationResult
 from services.memory import keeping as writes
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories, Memory
@@ -87,7 +87,7 @@ def person(database: Database) -> Person:
     return Person(database)
 
 
-async def verified(database: Database, *, switch: bool = False) -> Verified:
+async def verified(database: Database, *, switch: bool = False) -> VerificationResult:
     [model] = READ_MODELS
     return await verification.verify(database.engine, "memory", model, switch=switch, restart=True)
 

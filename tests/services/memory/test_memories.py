@@ -27,9 +27,9 @@ from services.memory.keeping import Keeping, New
 from services.memory.memories import TOKENS
 from services.memory.rpc import PAGE
 from services.plugin.calls import run_tool
-from services.plugin.domain import Call, Outcome
+from services.plugin.domain import CallOutcome, ToolRequest
 from services.plugin.registry import Offered
-from services.plugin.runner import Tools
+from services.plugin.runner import ToolRunner
 from services.plugin.tools.builtin import BUILTIN, Backends
 from services.plugin.tools.memories import NOTE
 from tests.services.memory.conftest import Client
@@ -415,19 +415,19 @@ async def test_small_memories_become_one_and_can_be_taken_apart(memory: Platform
     assert [act for act in acts if act.startswith("memory.")] == ["memory.add", "memory.split"]
 
 
-def chat(memory: Platform, speaker_id: str) -> Callable[..., Awaitable[Outcome]]:
+def chat(memory: Platform, speaker_id: str) -> Callable[..., Awaitable[CallOutcome]]:
     """Calls a tool of the plugin service as a run in which this person speaks would."""
     stub = memory_pb2_grpc.MemoryStub(memory.channels("plugin").to(memory.grpc("memory"), "memory"))
-    tools = Tools(Cipher(MASTER_KEY), Backends(Outgoing(allow_private=False), stub))
+    tools = ToolRunner(Cipher(MASTER_KEY), Backends(Outgoing(allow_private=False), stub))
 
-    async def call(name: str, **arguments: str) -> Outcome:
-        asked = Call(TENANT, name, arguments, str(uuid4()), 20.0, subject_id=speaker_id, speaker_id=speaker_id)
+    async def call(name: str, **arguments: str) -> CallOutcome:
+        asked = ToolRequest(TENANT, name, arguments, str(uuid4()), 20.0, subject_id=speaker_id, speaker_id=speaker_id)
         return await run_tool(tools, Offered(BUILTIN[name][0], None, name), asked)
 
     return call
 
 
-def of(outcome: Outcome) -> dict[str, Any]:
+def of(outcome: CallOutcome) -> dict[str, Any]:
     assert outcome.state == "succeeded", outcome.error
     found: dict[str, Any] = json.loads(outcome.result)
     # The sentences of a person are marked as material.

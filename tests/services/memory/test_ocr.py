@@ -14,8 +14,8 @@ import pytest
 
 from infra.stores import filetypes as types
 from services.memory import ocr
-from services.memory.domain import Unreadable
-from services.memory.parsing import MAX_PIXELS, FileReader, passages
+from services.memory.domain import UnreadableFile
+from services.memory.parsing import MAX_PIXELS, BlockReader, passages
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
@@ -36,8 +36,8 @@ class Scripted(ocr.Recognizer):
         return self.texts.pop(0)
 
 
-def read(content: bytes, recognizer: ocr.Recognizer | None) -> tuple[list[tuple[str, int | None]], FileReader]:
-    reader = FileReader(io.BytesIO(content), types.PDF, recognizer)
+def read(content: bytes, recognizer: ocr.Recognizer | None) -> tuple[list[tuple[str, int | None]], BlockReader]:
+    reader = BlockReader(io.BytesIO(content), types.PDF, recognizer)
     return [(chunk.text, chunk.page) for chunk in passages(reader, types.PDF)], reader
 
 
@@ -62,9 +62,9 @@ def test_a_page_of_any_size_is_drawn_within_the_limit() -> None:
 
 
 def test_without_tesseract_a_scan_is_refused_with_the_reason() -> None:
-    with pytest.raises(Unreadable, match="Text in images, such as scans, is not read"):
+    with pytest.raises(UnreadableFile, match="Text in images, such as scans, is not read"):
         read(files.pdf([""]), None)
-    with pytest.raises(Unreadable, match="is recognised for at most 300 s"):
+    with pytest.raises(UnreadableFile, match="is recognised for at most 300 s"):
         read(files.pdf([""]), Scripted(""))
 
 

@@ -67,7 +67,7 @@ async def test_a_parser_that_died_of_something_else_is_started_again(monkeypatch
 async def test_one_that_dies_again_or_half_way_refuses_the_file(
     monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...]
 ) -> None:
-    with pytest.raises(parser.Refused, match="parser crashes"):
+    with pytest.raises(parser.DocumentRefused, match="parser crashes"):
         await parts(monkeypatch, *deaths)
 
 
@@ -98,7 +98,7 @@ async def test_a_parser_is_stopped_when_its_document_is_deleted(
 async def test_a_parser_is_stopped_when_its_time_is_over(endless: IO[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parser, "CHECK_SECONDS", 0.05)
     monkeypatch.setattr(parser, "PARSE_SECONDS", 0.1)
-    with pytest.raises(parser.Refused, match="within 0"):
+    with pytest.raises(parser.DocumentRefused, match="within 0"):
         async for _ in parser.parsed(endless, types.TEXT, Findings(), never_deleted):
             pass
     assert not children()
@@ -149,7 +149,7 @@ async def test_a_file_that_needs_too_much_processor_time_is_refused_once(monkeyp
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
     monkeypatch.setattr(parser, "_lines", no_lines)
-    with stored(b"x") as file, pytest.raises(parser.Refused, match="120 s of processor time"):
+    with stored(b"x") as file, pytest.raises(parser.DocumentRefused, match="120 s of processor time"):
         async for _ in parser.parsed(file, types.TEXT, Findings(), never_deleted):
             pass
     assert starts == 1

@@ -22,7 +22,7 @@ from services.memory.index import Hit
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
 from services.memory.retrieval import Query, Retrieval
-from services.memory.rights import EVERY, Caller, Filters, Owners, of_agent
+from services.memory.rights import EVERY, Filters, Owners, ReaderNames, of_agent
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import PASSWORDS, Platform
 
@@ -149,8 +149,8 @@ async def test_the_read_in_postgresql_enforces_the_audience_whatever_the_index_f
     for caller, expected in (
         (of_agent(TENANT, "a1"), {"all", "agent"}),
         (of_agent(TENANT, ""), {"all"}),
-        (Caller(TENANT, ("member:m1",)), {"member"}),
-        (Caller(TENANT, ("member:m5",)), set()),
+        (ReaderNames(TENANT, ("member:m1",)), {"member"}),
+        (ReaderNames(TENANT, ("member:m5",)), set()),
     ):
         answer = await retrievals[kind].search(caller, Query(QUESTION, mode=mode))
         assert {item.passage.text for item in answer.items} == {text(name) for name in expected}

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.memory.storage import Meter, advance
+from services.memory.storage import StorageMeter, advance
 
 START = datetime(2026, 3, 29, 0, 59, 59, 999_999, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -21,9 +21,9 @@ def hour_of(moment: datetime) -> datetime:
     return moment.replace(minute=0, second=0, microsecond=0)
 
 
-def run(changes: Sequence[tuple[int, int]], sampled: Sequence[bool]) -> tuple[list[tuple[datetime, int]], Meter]:
+def run(changes: Sequence[tuple[int, int]], sampled: Sequence[bool]) -> tuple[list[tuple[datetime, int]], StorageMeter]:
     """Makes the changes, and takes the samples in the middle of the waits."""
-    now, meter, hours = START, Meter(0, 0, START), []
+    now, meter, hours = START, StorageMeter(0, 0, START), []
     for (wait, difference), sample in zip(changes, sampled, strict=False):
         if sample:
             found, meter = advance(meter, now + timedelta(microseconds=wait // 2))
@@ -49,7 +49,7 @@ def test_missed_samples_are_made_up_exactly(changes: Sequence[tuple[int, int]], 
 
 
 def test_a_clock_that_was_set_back_reports_nothing_twice() -> None:
-    hours, meter = advance(Meter(10, 0, START), START + 2 * HOUR)
+    hours, meter = advance(StorageMeter(10, 0, START), START + 2 * HOUR)
     # The microsecond of the first hour is less than a byte-hour, and is carried over.
     assert hours == [(datetime(2026, 3, 29, 1, tzinfo=UTC), 10)]
     assert advance(meter, START) == ([], meter)

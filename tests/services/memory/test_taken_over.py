@@ -44,7 +44,7 @@ async def test_a_parser_that_was_taken_over_gets_no_more_than_its_limits(
     monkeypatch.setattr(parser, "MAX_PARSED_BYTES", 2**20)
     if "sleeps" in act:
         monkeypatch.setattr(parser, "PARSE_SECONDS", 0.2)
-    with tempfile.TemporaryFile() as file, pytest.raises(parser.Refused, match=reason):
+    with tempfile.TemporaryFile() as file, pytest.raises(parser.DocumentRefused, match=reason):
         async for _ in parser.parsed(file, types.TEXT, Findings(), never_deleted):
             pass
     assert [process.returncode is not None for process in started] == [True]

@@ -9,7 +9,7 @@ import pytest
 
 import protos
 from protos.messages.billing import BudgetThresholdPassed
-from services.notification.domain import Result, is_address, is_file, is_one_line, masked, refusal, result
+from services.notification.domain import SendResult, is_address, is_file, is_one_line, masked, refusal, result
 from services.notification.webhooks.events import event_of
 
 
@@ -68,14 +68,14 @@ def test_a_refusal_is_told_without_the_servers_words() -> None:
 @pytest.mark.parametrize(
     ("errors", "expected"),
     [
-        ([], Result("failed", "the tenant has no owner with an address")),
-        ([None], Result("sent", "")),
-        ([None, None], Result("sent", "")),
-        (["full", "gone", "gone"], Result("failed", "full; gone")),
-        ([None, "gone"], Result("sent", "1 of 2 recipients: gone")),
+        ([], SendResult("failed", "the tenant has no owner with an address")),
+        ([None], SendResult("sent", "")),
+        ([None, None], SendResult("sent", "")),
+        (["full", "gone", "gone"], SendResult("failed", "full; gone")),
+        ([None, "gone"], SendResult("sent", "1 of 2 recipients: gone")),
     ],
 )
-def test_a_mail_is_sent_if_one_recipient_has_it(errors: list[str | None], expected: Result) -> None:
+def test_a_mail_is_sent_if_one_recipient_has_it(errors: list[str | None], expected: SendResult) -> None:
     assert result(errors) == expected
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.plugin.tools.calculator import Answer, CannotCalculate, calculate
+from services.plugin.tools.calculator import CalculatedValue, CannotCalculate, calculate
 
 OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "+": operator.add,
@@ -38,7 +38,7 @@ def terms(draw: st.DrawFn, inner: st.SearchStrategy[Term]) -> Term:
         return left
 
 
-def value(answer: Answer) -> Fraction:
+def value(answer: CalculatedValue) -> Fraction:
     return Fraction(answer.fraction or answer.value)
 
 

@@ -16,7 +16,7 @@ from infra.postgres.tx import Database
 from infra.security import subjects
 from infra.security.crypto import Cipher
 from services.plugin.calls import Calls, run_tool
-from services.plugin.domain import MAX_RESULT_BYTES, Call, Effect, Outcome, Result, Tool
+from services.plugin.domain import MAX_RESULT_BYTES, CallOutcome, Effect, Tool, ToolOutput, ToolRequest
 from services.plugin.registry import Offered
 from tooling.testing.platform import MASTER_KEY, PASSWORDS, Platform
 
@@ -30,9 +30,9 @@ class Tools:
         self._do = do
         self.count = 0
 
-    async def run(self, offer: Offered, call: Call) -> Result:
+    async def run(self, offer: Offered, call: ToolRequest) -> ToolOutput:
         self.count += 1
-        return Result(await self._do(self.count))
+        return ToolOutput(await self._do(self.count))
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,15 @@ def calls(engine: Pool, do: Do, *, lease: float = 30) -> Calls:
     return Calls(database, Cipher(MASTER_KEY), Tools(do), timedelta(seconds=lease))  # type: ignore[arg-type]
 
 
-def calculator(key: str, seconds: float = 10) -> Call:
-    return Call("acme", "calculator", {"expression": "1"}, key, seconds)
+def calculator(key: str, seconds: float = 10) -> ToolRequest:
+    return ToolRequest("acme", "calculator", {"expression": "1"}, key, seconds)
 
 
-async def run(do: Do, effect: Effect = "repeatable", *, seconds: float = 10) -> tuple[Outcome, int]:
+async def run(do: Do, effect: Effect = "repeatable", *, seconds: float = 10) -> tuple[CallOutcome, int]:
     """Returns the outcome and the number of the tool's runs."""
     tools = Tools(do)
     offer = Offered(Tool("x", "", {"type": "object"}, effect), None, "x")
-    outcome = await run_tool(tools, offer, Call("acme", "x", {}, "k", seconds))  # type: ignore[arg-type]
+    outcome = await run_tool(tools, offer, ToolRequest("acme", "x", {}, "k", seconds))  # type: ignore[arg-type]
     return outcome, tools.count
 
 
@@ -81,7 +81,7 @@ async def test_a_process_that_lost_its_lease_does_not_overwrite_the_outcome_of_i
     released.set()
     with pytest.raises(Transient):
         await first
-    assert taken_over == Outcome("succeeded", '"of the other"')
+    assert taken_over == CallOutcome("succeeded", '"of the other"')
     assert await calls(engine, stopped).call(calculator("stopped")) == taken_over
     records = [body["usage_id"] for _, body in await platform.outbox("plugin", "usage.records")]
     assert [id_ for id_ in records if id_.startswith("stopped/")] == ["stopped/tool/1", "stopped/tool/2"]
@@ -105,7 +105,7 @@ async def test_a_lease_is_renewed_for_as_long_as_the_tool_takes(engine: Pool) ->
     with pytest.raises(Transient, match="still running"):
         await calls(engine, never).call(calculator("long", seconds=5 * lease))
     released.set()
-    assert await first == Outcome("succeeded", '"done"')
+    assert await first == CallOutcome("succeeded", '"done"')
 
 
 async def test_old_calls_are_deleted(platform: Platform, engine: Pool) -> None:
@@ -136,10 +136,10 @@ async def test_a_request_that_did_not_arrive_is_sent_again_a_few_times() -> None
         raise RetryLater(timedelta(hours=1), "HTTP 503")
 
     for effect in ("repeatable", "keyed", "once"):
-        assert await run(twice_away, effect) == (Outcome("succeeded", "3"), 3)
-        assert await run(away, effect) == (Outcome("failed", error="connection refused"), 3)
+        assert await run(twice_away, effect) == (CallOutcome("succeeded", "3"), 3)
+        assert await run(away, effect) == (CallOutcome("failed", error="connection refused"), 3)
         # The caller does not wait if the pause would exceed its time.
-        assert await run(later, effect, seconds=1800) == (Outcome("failed", error="HTTP 503"), 1)
+        assert await run(later, effect, seconds=1800) == (CallOutcome("failed", error="HTTP 503"), 1)
 
 
 async def test_a_request_that_may_have_arrived_is_sent_again_only_if_a_repeat_is_harmless() -> None:
@@ -158,7 +158,7 @@ async def test_a_call_that_could_not_be_sent_in_its_time_has_failed_and_is_not_u
     async def busy(_: int) -> None:
         raise RetryLater(timedelta(seconds=0.3), "HTTP 429")
 
-    assert await run(busy, "once", seconds=0.5) == (Outcome("failed", error="HTTP 429"), 2)
+    assert await run(busy, "once", seconds=0.5) == (CallOutcome("failed", error="HTTP 429"), 2)
 
 
 async def test_errors_and_results_that_are_too_large_are_outcomes() -> None:
@@ -174,8 +174,8 @@ async def test_errors_and_results_that_are_too_large_are_outcomes() -> None:
     async def too_large(_: int) -> str:
         return "x" * (MAX_RESULT_BYTES - 1)
 
-    assert await run(refusing) == (Outcome("failed", error="no such customer"), 1)
-    assert await run(broken) == (Outcome("failed", error="internal error of the plugin service"), 1)
+    assert await run(refusing) == (CallOutcome("failed", error="no such customer"), 1)
+    assert await run(broken) == (CallOutcome("failed", error="internal error of the plugin service"), 1)
     assert (await run(just_fits))[0].state == "succeeded"
     outcome, _ = await run(too_large)
     assert (outcome.state, outcome.result) == ("failed", "")

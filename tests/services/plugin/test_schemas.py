@@ -11,7 +11,7 @@ import pytest
 from infra.errors import InvalidMessage
 from infra.web.json_schema import check, check_schema
 from services.plugin.domain import without_base64
-from services.plugin.files import Files
+from services.plugin.files import ResultFiles
 from services.plugin.schemas import MAX_DEPTH, adapted
 
 
@@ -119,7 +119,7 @@ def test_text_without_base64_is_kept(text: str) -> None:
 
 
 def test_data_urls_of_a_result_are_files_beside_it() -> None:
-    files = Files()
+    files = ResultFiles()
     small = base64.b64encode(b"GIF89a").decode()
     value = {
         "text": f"see ![sales](data:image/gif;base64,{small}) and data:text/plain;charset=utf-8;base64,aGk=.",
@@ -141,4 +141,4 @@ def test_data_urls_of_a_result_are_files_beside_it() -> None:
 
 def test_the_search_for_data_urls_takes_linear_time() -> None:
     text = "![" * 200_000 + "data:a/a;base64,-" * 20_000
-    assert Files().taken_out(text) == text
+    assert ResultFiles().taken_out(text) == text

@@ -21,7 +21,7 @@ from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Delta, Fact
 from services.ws_gateway.feed import Feed
 from services.ws_gateway.hub import Hub
-from services.ws_gateway.keys import Keys
+from services.ws_gateway.keys import ApiKeys
 from services.ws_gateway.protocol import Subscribe
 from services.ws_gateway.socket import Socket
 from tests.services.ws_gateway.agent import ValidKeys, failed, run_facts
@@ -98,7 +98,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def new_hub() -> Hub:
-    return Hub(cast(Cache, NoRedis()), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
+    return Hub(cast(Cache, NoRedis()), Clients(cast(ApiKeys, ValidKeys()), asyncio.Event()))
 
 
 def new_socket(hub: Hub, store: Store) -> tuple[Socket, Screen]:

@@ -18,7 +18,7 @@ from services.ws_gateway import clients, run_events, stream
 from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
-from services.ws_gateway.keys import Keys
+from services.ws_gateway.keys import ApiKeys
 from tests.services.ws_gateway.agent import ValidKeys, run_facts
 from tooling.testing.stack import Stack
 
@@ -56,7 +56,7 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
         sent.append(message)
 
     async with Redis.from_url(stack.redis_url, client_name="quiet") as redis:
-        hub = Hub(Cache(redis), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
+        hub = Hub(Cache(redis), Clients(cast(ApiKeys, ValidKeys()), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(3), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
@@ -80,7 +80,7 @@ async def test_a_client_whose_connection_takes_nothing_is_given_up(
             await never()
 
     async with Redis.from_url(stack.redis_url) as redis:
-        hub = Hub(Cache(redis), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
+        hub = Hub(Cache(redis), Clients(cast(ApiKeys, ValidKeys()), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
@@ -98,7 +98,7 @@ async def test_a_stream_whose_key_was_revoked_ends(stack: Stack, monkeypatch: py
         sent.append(message)
 
     async with Redis.from_url(stack.redis_url) as redis:
-        hub = Hub(Cache(redis), Clients(cast(Keys, Revoked()), asyncio.Event()))
+        hub = Hub(Cache(redis), Clients(cast(ApiKeys, Revoked()), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
@@ -124,7 +124,7 @@ async def test_a_key_whose_check_fails_does_not_stop_the_checks(stack: Stack, mo
         sent.append(message)
 
     async with Redis.from_url(stack.redis_url) as redis:
-        hub = Hub(Cache(redis), Clients(cast(Keys, keys), asyncio.Event()))
+        hub = Hub(Cache(redis), Clients(cast(ApiKeys, keys), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)
@@ -145,7 +145,7 @@ async def test_connections_end_if_nothing_checks_their_keys_any_more(
         sent.append(message)
 
     async with Redis.from_url(stack.redis_url) as redis:
-        hub = Hub(Cache(redis), Broken(cast(Keys, ValidKeys()), asyncio.Event()))
+        hub = Hub(Cache(redis), Broken(cast(ApiKeys, ValidKeys()), asyncio.Event()))
         shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await shown({"type": "http"}, never, send)

@@ -35,7 +35,7 @@ from services.ws_gateway.clients import Clients, End
 from services.ws_gateway.domain import Delta
 from services.ws_gateway.feed import MAX_WAITING, Live, Room
 from services.ws_gateway.hub import Hub
-from services.ws_gateway.keys import SAFE, Keys
+from services.ws_gateway.keys import SAFE, ApiKeys
 from tests.services.ws_gateway.agent import Agent, ValidKeys, failed, happen, run_facts
 from tooling.testing import keys as key_pairs
 from tooling.testing.gateway import running_gateway
@@ -504,7 +504,7 @@ async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[s
     """The URL of a gateway in this process, so that a test can change its intervals."""
     identities = key_pairs.identities("ws_gateway")
     async with Redis.from_url(platform.stack.redis_url) as redis:
-        keys = Keys(platform.channels("ws_gateway").to(user_grpc, "user", safe=SAFE))
+        keys = ApiKeys(platform.channels("ws_gateway").to(user_grpc, "user", safe=SAFE))
         hub = Hub(Cache(redis), Clients(keys, asyncio.Event()))
         caller = Caller(platform.url("agent"), identities)
         route = api.websocket(hub, caller, identities)
@@ -596,16 +596,16 @@ async def test_a_client_of_whom_nobody_knows_whether_it_may_stay_is_sent_away_in
     monkeypatch.setattr(clients, "CHECK_SECONDS", 0.01)
     headers = await identity(tenant, tenant.headers["authorization"])
     asked: list[str] = []
-    renewed = Keys.renewed
+    renewed = ApiKeys.renewed
 
-    async def counted(keys: Keys, who: Identity) -> Identity:
+    async def counted(keys: ApiKeys, who: Identity) -> Identity:
         asked.append(who.key_id)
         return await renewed(keys, who)
 
     async def are_two() -> bool:
         return len(asked) > 2
 
-    monkeypatch.setattr(Keys, "renewed", counted)
+    monkeypatch.setattr(ApiKeys, "renewed", counted)
     # The billing service does not run.
     async with in_this_process(user, user.grpc("billing")) as url, opened(url, headers) as patient:
         await user.until(are_two)
@@ -701,7 +701,7 @@ class Transport:
 
 
 def opened_on(transport: Transport, stopping: asyncio.Event | None = None) -> socket.Socket:
-    hub = Hub(cast(Cache, None), Clients(cast(Keys, ValidKeys()), stopping or asyncio.Event()))
+    hub = Hub(cast(Cache, None), Clients(cast(ApiKeys, ValidKeys()), stopping or asyncio.Event()))
     shown = socket.Socket(hub, cast(Caller, None), WHO)
     shown.take_over(cast(asyncio.Transport, transport), lambda: None)
     return shown

@@ -19,7 +19,7 @@ from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Tx
-from infra.service.replay import Rebuilt
+from infra.service.replay import ReplayResult
 from tests.infra.conftest import SampleDatabase
 from tests.infra.conftest import desk as desk
 from tests.infra.conftest import ledger_database as ledger_database
@@ -315,7 +315,7 @@ def test_a_projection_is_rebuilt_compared_and_switched() -> None:
     assert "The live tables stay." in result.stdout
     assert len(audited("sample_ledger", name)) == 1
 
-    rebuilt = msgspec.json.decode(told(only(replay.replay), *arguments, "--switch", "--json"), type=Rebuilt)
+    rebuilt = msgspec.json.decode(told(only(replay.replay), *arguments, "--switch", "--json"), type=ReplayResult)
     assert rebuilt.switched
     assert [table.equal for table in rebuilt.tables] == [False, True]
     assert query("sample_ledger", "SELECT letters FROM total WHERE notebook = 'replayed'") == [(5,)]

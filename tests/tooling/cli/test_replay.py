@@ -18,7 +18,7 @@ from infra.clock import utcnow, uuid7
 from infra.postgres.schema import migrate, prepare_database
 from infra.postgres.tx import Tx, derived_id
 from infra.service import verification
-from infra.service.verification import Verified
+from infra.service.verification import VerificationResult
 from services.channel import projections
 from services.channel.domain import MarkSent, Queue
 from services.channel.events import DeliveryQueued, MessageTaken
@@ -94,7 +94,7 @@ def test_a_corrupted_row_is_found_and_repaired_and_the_list_shows_the_last_resul
 
     repaired = claw("channel.deliveries", "--switch", "--json")
     assert repaired.exit_code == 0
-    result = msgspec.json.decode(repaired.stdout, type=Verified)
+    result = msgspec.json.decode(repaired.stdout, type=VerificationResult)
     assert (result.different, result.repaired) == (1, 1)
     assert query("SELECT state FROM delivery WHERE id = $1", bad) == [("sent",)]
     last = listed("channel.deliveries")

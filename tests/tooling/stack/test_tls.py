@@ -35,7 +35,7 @@ from infra.connections import TLS_FILES, kafka_options
 from infra.errors import Transient, describe
 from infra.postgres.db import create_engine, sql
 from infra.stores.objects import Objects
-from services.log_aggregator.index import Index
+from services.log_aggregator.index import SearchIndex
 from services.memory.milvus import MilvusIndex
 from tests.conftest import fresh_database
 from tooling.stack import engines, tls_front
@@ -91,7 +91,7 @@ async def rabbitmq(url: str) -> None:
 
 
 async def opensearch(url: str) -> None:
-    async with aclosing(Index(url, "")) as index:
+    async with aclosing(SearchIndex(url, "")) as index:
         await index.ping()
 
 

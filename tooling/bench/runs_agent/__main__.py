@@ -17,7 +17,7 @@ from services.agent.__main__ import service
 from services.agent.execution import wiring
 from services.agent.execution.context import Services
 from services.agent.execution.executor import Executor
-from services.agent.models.contract import Answer, Endpoint, OnText, Prompt, ToolCall, ToolTurn, Usage
+from services.agent.models.contract import ModelAnswer, ModelEndpoint, OnText, Prompt, ToolCall, ToolTurn, Usage
 from services.agent.models.library import Models
 from tooling.bench.runs_agent import TOOL
 
@@ -33,16 +33,16 @@ class AtOnce(Models):
     def __init__(self) -> None:
         pass
 
-    def model(self, name: str, endpoint: Endpoint) -> AtOnce:
+    def model(self, name: str, endpoint: ModelEndpoint) -> AtOnce:
         return self
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         called = sum(isinstance(turn, ToolTurn) for turn in prompt.turns)
         if called < TOOL_CALLS:
             call = ToolCall(f"call_{called}", TOOL, '{"expression": "1 + 1"}')
-            return Answer("", (call,), _USAGE, "at-once", "tool_call")
+            return ModelAnswer("", (call,), _USAGE, "at-once", "tool_call")
         await on_text(REPLY)
-        return Answer(REPLY, (), _USAGE, "at-once", "stop")
+        return ModelAnswer(REPLY, (), _USAGE, "at-once", "stop")
 
 
 class Credit:

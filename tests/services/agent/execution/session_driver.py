@@ -42,8 +42,8 @@ from services.agent.execution.group_write import GroupWriter, RunWrite
 from services.agent.execution.watch import Watch
 from services.agent.lanes import RUNS, RunItem
 from services.agent.models.contract import (
-    Answer,
-    Endpoint,
+    ModelAnswer,
+    ModelEndpoint,
     ModelFailed,
     OnText,
     Prompt,
@@ -190,7 +190,7 @@ class Outside:
         self.effects: list[str] = []
         self.flaked: set[str] = set()
 
-    def answer(self, prompt: Prompt) -> Answer:
+    def answer(self, prompt: Prompt) -> ModelAnswer:
         """Follows the plan after the number in the last message: one word for each time that the model is asked."""
         said = [n for n, turn in enumerate(prompt.turns) if isinstance(turn, UserTurn)]
         texts = [turn.text for turn in prompt.turns if isinstance(turn, UserTurn)]
@@ -212,7 +212,7 @@ class Outside:
             for n in range(0 if not word else 2 if word == LOOK else 1)
         )
         text = "" if calls else " ".join(line.split()[0] for text in texts for line in text.split("\n"))
-        return Answer(text, calls, Usage(input_tokens=1, output_tokens=1), "m", "stop")
+        return ModelAnswer(text, calls, Usage(input_tokens=1, output_tokens=1), "m", "stop")
 
     def call(self, request: plugin_pb2.CallRequest) -> plugin_pb2.CallReply:
         """A known key gets its first answer again, without another effect."""
@@ -273,10 +273,10 @@ class Worker:
 
     # The interfaces of the models and of the plugin service
 
-    def model(self, name: str, endpoint: Endpoint) -> Worker:
+    def model(self, name: str, endpoint: ModelEndpoint) -> Worker:
         return self
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         await self.gate.pass_("model")
         self.calls.append(Call(self._run_id, ""))
         answer = self._world.outside.answer(prompt)
@@ -399,7 +399,7 @@ class World:
         self.rows("UPDATE lane SET owner = NULL, ready_at = NULL, epoch = epoch + 1")
 
         async def insert(tx: Tx) -> None:
-            await store.insert(tx, self.agent_id, self._definition(), store.Keys(), "test")
+            await store.insert(tx, self.agent_id, self._definition(), store.ProviderKeys(), "test")
 
         self.ask(insert)
 
@@ -426,7 +426,9 @@ class World:
         self._mode = mode
 
         async def change(tx: Tx) -> None:
-            await store.change(tx, await store.lock(tx, self.agent_id), self._definition(), store.Keys(), "test")
+            await store.change(
+                tx, await store.lock(tx, self.agent_id), self._definition(), store.ProviderKeys(), "test"
+            )
 
         self.ask(change)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from services.agent.definitions.models import Colleague, NewAgent
-from services.agent.models.contract import Answer, Prompt, ToolCall, ToolTurn, Usage
+from services.agent.models.contract import ModelAnswer, Prompt, ToolCall, ToolTurn, Usage
 from services.agent.runs.family import child_id
 from tests.services.agent.execution.session_driver import PERSON, Outside, World
 
@@ -15,11 +15,11 @@ from tests.services.agent.execution.session_driver import PERSON, Outside, World
 class Asking(Outside):
     """A model that asks another agent and answers with its reply."""
 
-    def answer(self, prompt: Prompt) -> Answer:
+    def answer(self, prompt: Prompt) -> ModelAnswer:
         last = prompt.turns[-1]
         calls = () if isinstance(last, ToolTurn) else (ToolCall("c", "ask", '{"message":"Where?"}'),)
         text = last.content if isinstance(last, ToolTurn) else ""
-        return Answer(text, calls, Usage(input_tokens=1, output_tokens=1), "m", "stop")
+        return ModelAnswer(text, calls, Usage(input_tokens=1, output_tokens=1), "m", "stop")
 
 
 class AskingWorld(World):

@@ -16,7 +16,7 @@ from infra.security.crypto import Cipher, DataKey
 from infra.security.subjects import SubjectKeys
 from services.agent.execution.context import RunContext
 from services.agent.execution.group_write import MessagesArrived, RunStopped
-from services.agent.execution.journal import Journal
+from services.agent.execution.journal import RunJournal
 from services.agent.runs.domain import BeginStep, Limits, Run, Start
 from tests.services.agent.execution.written_runs import TENANT, Runs, written_runs
 
@@ -27,7 +27,7 @@ async def runs(database: str) -> AsyncIterator[Runs]:
         yield found
 
 
-def journal(runs: Runs, run_id: UUID, lease: Lease) -> Journal:
+def journal(runs: Runs, run_id: UUID, lease: Lease) -> RunJournal:
     context = RunContext(
         database=runs.database,
         subjects=SubjectKeys(Cipher("A" * 43 + "=")),
@@ -42,7 +42,7 @@ def journal(runs: Runs, run_id: UUID, lease: Lease) -> Journal:
         state=Run(),
         messages=1,
     )
-    return Journal(context, cast("Effects", SimpleNamespace(lease=lease)), runs.writer)
+    return RunJournal(context, cast("Effects", SimpleNamespace(lease=lease)), runs.writer)
 
 
 async def test_the_start_of_a_run_is_written_with_its_first_step_also_after_a_refusal(runs: Runs) -> None:

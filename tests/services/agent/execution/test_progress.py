@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from infra.clock import uuid7
 from infra.stores.cache import Cache
 from protos.pubsub import RUN_PROGRESS
-from services.agent.execution.progress import MAX_CHARACTERS, Progress
+from services.agent.execution.progress import MAX_CHARACTERS, ProgressReporter
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
 from tooling.testing.stack import Stack
@@ -20,7 +20,7 @@ async def test_a_run_tells_that_it_is_at_work_and_what_it_has_written(stack: Sta
     run_id = uuid7()
     redis, other = Redis.from_url(stack.redis_url), Redis.from_url(stack.redis_url)
     try:
-        progress = Progress(Cache(redis), run_id, "session")
+        progress = ProgressReporter(Cache(redis), run_id, "session")
         with progress.told():
             texts: list[str] = []
             async with aclosing(Cache(other).listen(RUN_PROGRESS)) as heard:

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from services.agent.models.breaker import FAILURES, OPEN_SECONDS, Breaker, Circuit
-from services.agent.models.contract import Answer, ModelFailed, OnText, Prompt, Usage, UserTurn
+from services.agent.models.contract import ModelAnswer, ModelFailed, OnText, Prompt, Usage, UserTurn
 
 PROMPT = Prompt("", (UserTurn("hi"),))
-WELL = Answer("hi", (), Usage(), "m", "stop")
+WELL = ModelAnswer("hi", (), Usage(), "m", "stop")
 
 
 def failing(times: int, now: float = 0.0) -> Circuit:
@@ -41,7 +41,7 @@ class Provider:
         self.errors: list[Exception] = []
         self.asked = 0
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         self.asked += 1
         if self.errors:
             raise self.errors.pop()
@@ -86,7 +86,7 @@ class Waiting:
     def __init__(self) -> None:
         self.may_fail = asyncio.Event()
 
-    async def answer(self, prompt: Prompt, on_text: OnText) -> Answer:
+    async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         await self.may_fail.wait()
         raise ModelFailed("HTTP 500", transient=True)
 

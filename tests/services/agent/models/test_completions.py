@@ -11,9 +11,9 @@ import pytest
 from infra.outgoing.client import Outgoing
 from services.agent.models.completions import usage
 from services.agent.models.contract import (
-    Answer,
     AssistantTurn,
-    Endpoint,
+    ModelAnswer,
+    ModelEndpoint,
     ModelFailed,
     Prompt,
     Reasoning,
@@ -69,12 +69,12 @@ def call(index: int | None, id_: str | None, name: str | None, arguments: Any) -
 
 async def ask(
     server: ModelServer, providers: Providers, prompt: Prompt = PROMPT, streamed: list[str] | None = None
-) -> Answer:
+) -> ModelAnswer:
     async def receive(piece: str) -> None:
         if streamed is not None:
             streamed.append(piece)
 
-    return await providers.model(f"openai/{MODEL}", Endpoint(server.url, KEY)).answer(prompt, receive)
+    return await providers.model(f"openai/{MODEL}", ModelEndpoint(server.url, KEY)).answer(prompt, receive)
 
 
 def total(prompt: Any, completion: Any, **more: Any) -> dict[str, Any]:

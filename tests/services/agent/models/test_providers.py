@@ -10,9 +10,9 @@ import pytest
 
 from infra.outgoing.client import Outgoing
 from services.agent.models.contract import (
-    Answer,
     AssistantTurn,
-    Endpoint,
+    ModelAnswer,
+    ModelEndpoint,
     ModelFailed,
     Passage,
     Prompt,
@@ -49,13 +49,13 @@ async def providers() -> AsyncIterator[Providers]:
     await outgoing.close()
 
 
-async def ask(server: ModelServer, providers: Providers, name: str, prompt: Prompt, key: str = KEY) -> Answer:
+async def ask(server: ModelServer, providers: Providers, name: str, prompt: Prompt, key: str = KEY) -> ModelAnswer:
     heard: list[str] = []
 
     async def hear(text: str) -> None:
         heard.append(text)
 
-    answer = await providers.model(name, Endpoint(server.url, key)).answer(prompt, hear)
+    answer = await providers.model(name, ModelEndpoint(server.url, key)).answer(prompt, hear)
     assert "".join(heard) == answer.text
     return answer
 
@@ -182,7 +182,7 @@ async def test_an_unreachable_provider_is_a_transient_failure(providers: Provide
     async def hear(text: str) -> None:
         raise AssertionError("nothing answers there")
 
-    nowhere = providers.model(OPENAI, Endpoint("http://127.0.0.1:1/v1", KEY))
+    nowhere = providers.model(OPENAI, ModelEndpoint("http://127.0.0.1:1/v1", KEY))
     with pytest.raises(ModelFailed) as failed:
         await nowhere.answer(Prompt("", (UserTurn("?"),)), hear)
     assert failed.value.transient

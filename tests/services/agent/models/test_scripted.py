@@ -7,7 +7,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.agent.models.contract import Answer, AssistantTurn, ModelFailed, Passage, Prompt, Tool, ToolTurn, UserTurn
+from services.agent.models.contract import (
+    AssistantTurn,
+    ModelAnswer,
+    ModelFailed,
+    Passage,
+    Prompt,
+    Tool,
+    ToolTurn,
+    UserTurn,
+)
 from services.agent.models.scripted import LABEL, Scripted
 
 HANDBOOK = (
@@ -27,7 +36,7 @@ def calculator(**properties: Any) -> Tool:
     return Tool("calculator", "Works out a sum.", {"type": "object", "properties": properties})
 
 
-async def ask(question: str, *, passages: tuple[Passage, ...] = (), tools: tuple[Tool, ...] = ()) -> Answer:
+async def ask(question: str, *, passages: tuple[Passage, ...] = (), tools: tuple[Tool, ...] = ()) -> ModelAnswer:
     heard: list[str] = []
 
     async def hear(text: str) -> None:

@@ -78,7 +78,7 @@ async def agents(database: Database, tenant_id: str) -> list[UUID]:
     async with database.begin(tenant_id=tenant_id) as tx:
         for agent_id, mode in zip(made, QUEUE_MODES, strict=True):
             definition = NewAgent.model_validate({"name": "A", "model": "scripted/answer", "queue_mode": mode})
-            await store.insert(tx, agent_id, definition, store.Keys(), "test")
+            await store.insert(tx, agent_id, definition, store.ProviderKeys(), "test")
     return made
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Unreadable
+from services.channel.vendors.base import AccountRefused, UnreadableCall
 from services.channel.vendors.dingtalk import DingTalkCredentials, sign
 from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter
@@ -102,7 +102,7 @@ async def test_the_robot_itself_and_unknown_kinds_are_ignored(fake: DingTalkStan
     for fields in ({"senderId": "$:bot"}, {"robotCode": "another"}):
         assert isinstance(dingtalk.one(fake.signed(fake.message(**fields))), Ignored)
     assert isinstance(dingtalk.one(fake.signed(fake.message(None, msgtype="unknown"))), Ignored)
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         dingtalk.receive(fake.signed({"msgId": 7}))
     with pytest.raises(InvalidMessage):
         dingtalk.receive(fake.signed(b"{"))

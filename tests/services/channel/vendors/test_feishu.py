@@ -10,7 +10,7 @@ import pytest
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Unreadable
+from services.channel.vendors.base import AccountRefused, UnreadableCall
 from services.channel.vendors.feishu import FeishuCredentials, decrypt, sign
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Reacted
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -66,7 +66,7 @@ def _as_forged(feishu: Adapter) -> Any:
         try:
             return feishu.receive(call)
         except Exception as error:
-            if type(error).__name__ in ("Unreadable", "InvalidMessage"):
+            if type(error).__name__ in ("UnreadableCall", "InvalidMessage"):
                 raise Unauthenticated(str(error)) from error
             raise
 
@@ -161,7 +161,7 @@ async def test_bots_and_other_events_are_ignored(fake: FeishuStandIn, feishu: Ad
         assert isinstance(feishu.one(fake.call(payload)), Ignored)
     broken = fake.event()
     broken["event"] = {"message": 7}
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         feishu.receive(fake.call(broken))
 
 

@@ -9,7 +9,7 @@ import pytest
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Unreadable
+from services.channel.vendors.base import AccountRefused, UnreadableCall
 from services.channel.vendors.items import Deleted, Ignored, Inbound
 from services.channel.vendors.splitting import utf16_length
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -82,7 +82,7 @@ async def test_another_attachment_is_named(fake: LineStandIn, line: Adapter, kin
 async def test_a_genuine_call_of_another_shape_is_told_apart_from_one_that_is_not_json(
     fake: LineStandIn, line: Adapter
 ) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         line.receive(fake.signed(b'{"events":7}'))
     with pytest.raises(InvalidMessage):
         line.receive(fake.signed(b"{"))

@@ -15,7 +15,7 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, Unauthenticated
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Unreadable
+from services.channel.vendors.base import UnreadableCall
 from services.channel.vendors.items import Ignored, Inbound, Moved, Receipt
 from tests.services.channel.vendors.mutated import MADE, changed
 
@@ -66,7 +66,7 @@ def test_a_genuine_call_with_any_content_is_read_or_refused(name: str) -> None:
             continue  # half a character: no vendor can send that
         try:
             received = vendor.receive(request, credentials, utcnow())
-        except (InvalidMessage, Unreadable, Unauthenticated):
+        except (InvalidMessage, UnreadableCall, Unauthenticated):
             continue
         read += 1
         for item in received.items:
@@ -109,7 +109,7 @@ def test_a_call_with_any_change_of_its_bytes_or_proof_is_refused(name: str) -> N
         forged = genuine._replace(body=body, headers=headers, query=query)
         try:
             received = vendor.receive(forged, credentials, utcnow())
-        except (InvalidMessage, Unreadable, Unauthenticated):
+        except (InvalidMessage, UnreadableCall, Unauthenticated):
             continue
         # Some encodings write the same proof or the same XML in more than one way.
         assert received == vendor.receive(genuine, credentials, utcnow())

@@ -9,7 +9,7 @@ import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Unreadable
+from services.channel.vendors.base import AccountRefused, UnreadableCall
 from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, QQStandIn, answer, cut
@@ -59,7 +59,7 @@ async def test_the_validation_is_signed_with_the_key_of_the_secret(fake: QQStand
 async def test_other_events_are_ignored_and_other_shapes_are_told_apart(fake: QQStandIn, qq: Adapter) -> None:
     for payload in ({"op": 0, "t": "FRIEND_ADD", "id": "e", "d": {}}, {"op": 1, "d": 7}, fake.event(author={})):
         assert isinstance(qq.one(fake.signed(payload)), Ignored)
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         qq.receive(fake.signed({"op": 0, "t": "C2C_MESSAGE_CREATE", "d": 7}))
     with pytest.raises(InvalidMessage):
         qq.receive(fake.signed(b"{"))

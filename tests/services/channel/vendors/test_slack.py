@@ -13,7 +13,7 @@ from slack_sdk.signature import SignatureVerifier
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Outbound, Request, Unreadable
+from services.channel.vendors.base import AccountRefused, Outbound, Request, UnreadableCall
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Received
 from services.channel.vendors.markdown import render
 from services.channel.vendors.slack import MRKDWN, Slack, SlackCredentials, sign
@@ -194,7 +194,7 @@ async def test_a_signed_event_of_another_shape_is_unreadable(vendor: SlackStandI
         {"type": "event_callback", "event": {"type": "message", "user": "U1", "channel": 7, "ts": "1.1"}},
         "text",
     ):
-        with pytest.raises(Unreadable):
+        with pytest.raises(UnreadableCall):
             receive(vendor, vendor.signed(payload))
 
 

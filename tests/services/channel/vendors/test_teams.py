@@ -14,7 +14,7 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.vendors import teams as module
-from services.channel.vendors.base import AccountRefused, Request, Unreadable
+from services.channel.vendors.base import AccountRefused, Request, UnreadableCall
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Receipt, Received
 from tests.services.channel.vendors.conftest import Adapter, Call
 from tooling.testing.vendors import Fault, TeamsStandIn, answer, cut
@@ -139,7 +139,7 @@ async def test_edits_deletions_and_reactions_name_their_message(fake: TeamsStand
         for sign, mode in (("like", "added"), ("heart", "removed"))
     ]
     assert len({item.ids for item in items}) == 2
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         await receive(teams, fake.signed(fake.activity(type="messageUpdate")))
 
 
@@ -187,9 +187,9 @@ async def test_files_are_named_and_other_shapes_are_told_apart(fake: TeamsStandI
     [item] = (await receive(teams, fake.signed(fake.activity("", attachments=files)))).items
     assert isinstance(item, Inbound)
     assert "(a.png)" in item.text
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         await receive(teams, fake.signed({"type": 7}))
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         await receive(teams, fake.signed(fake.activity(conversation=None)))
     with pytest.raises(InvalidMessage):
         await receive(teams, fake.signed(b"{"))

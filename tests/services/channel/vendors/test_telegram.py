@@ -11,7 +11,7 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Outbound, Request, Unreadable
+from services.channel.vendors.base import AccountRefused, Outbound, Request, UnreadableCall
 from services.channel.vendors.items import Edited, Ignored, Inbound, Item, Moved, Reacted
 from services.channel.vendors.telegram import Telegram, TelegramCredentials
 from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
@@ -64,7 +64,7 @@ def test_a_verified_call_that_is_not_json_is_invalid(body: bytes) -> None:
     "body", [b'{"update_id":"x"}', b"[]", b"{}", b'{"update_id":1,"message":7}', UPDATE.replace(b"42", b'"x"')]
 )
 def test_a_verified_update_of_another_shape_is_unreadable(body: bytes) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         receive(body)
 
 

@@ -13,7 +13,7 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Request, Unreadable
+from services.channel.vendors.base import AccountRefused, Request, UnreadableCall
 from services.channel.vendors.items import Ignored, Inbound, Reacted, Receipt
 from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -102,7 +102,7 @@ async def test_a_reaction_names_its_message(fake: WhatsAppStandIn, whatsapp: Ada
         item = whatsapp.one(fake.call(reaction))
         assert isinstance(item, Reacted)
         assert item[1:] == ("message/wamid.0", "wamid.0", "491", signs, "all", 1_700_000_000, "")
-    with pytest.raises(Unreadable):
+    with pytest.raises(UnreadableCall):
         whatsapp.one(fake.call(reaction | {"timestamp": "soon"}))
 
 

@@ -19,8 +19,8 @@ from services.ws_gateway import run_events
 from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
-from services.ws_gateway.keys import Keys
-from services.ws_gateway.openai.answer import Answer
+from services.ws_gateway.keys import ApiKeys
+from services.ws_gateway.openai.answer import AnswerResponse
 from services.ws_gateway.openai.shapes import Chat
 from tests.services.ws_gateway.agent import ValidKeys, failed, run_facts
 from tooling.testing.stack import Stack
@@ -64,8 +64,8 @@ async def told(stack: Stack, agent: Agent, *, include_usage: bool = True) -> tup
     run_id = uuid7()
     async with Redis.from_url(stack.redis_url) as redis:
         shape = Chat(run_id, "m", include_usage=include_usage)
-        hub = Hub(Cache(redis), Clients(cast(Keys, ValidKeys()), asyncio.Event()))
-        answer = Answer(hub, agent, WHO, run_id, shape, stream=True, kept=False)  # type: ignore[arg-type]
+        hub = Hub(Cache(redis), Clients(cast(ApiKeys, ValidKeys()), asyncio.Event()))
+        answer = AnswerResponse(hub, agent, WHO, run_id, shape, stream=True, kept=False)  # type: ignore[arg-type]
         async with asyncio.timeout(30):
             await answer({"type": "http"}, never, send)
     body = b"".join(message.get("body", b"") for message in sent)

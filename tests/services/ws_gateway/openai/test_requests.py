@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.ws_gateway.openai.conversation import Call, Conversation, Earlier, Tool
-from services.ws_gateway.openai.errors import Failure
+from services.ws_gateway.openai.conversation import ClientFunction, CompletionRequest, Earlier, FunctionCall
+from services.ws_gateway.openai.errors import CompletionError
 from services.ws_gateway.openai.requests import ChatRequest, ResponsesRequest
 
 HI = {"role": "user", "content": "Hi"}
@@ -28,11 +28,11 @@ def function(**fields: Any) -> dict[str, Any]:
 TOOL = function(name="f")
 
 
-def chat(*messages: Any, **fields: Any) -> Conversation:
+def chat(*messages: Any, **fields: Any) -> CompletionRequest:
     return ChatRequest.model_validate({"model": "m", "messages": messages or [HI], **fields}).to_conversation()
 
 
-def responses(input_: Any = "Hi", **fields: Any) -> Conversation:
+def responses(input_: Any = "Hi", **fields: Any) -> CompletionRequest:
     return ResponsesRequest.model_validate({"model": "m", "input": input_, **fields}).to_conversation()
 
 
@@ -45,14 +45,14 @@ def test_the_last_message_is_asked_what_was_before_is_history_and_system_message
         {"role": "user", "content": " Hi 🦀\u200f\n"},
         {"role": "developer", "content": "In French."},
     )
-    assert found == Conversation(
+    assert found == CompletionRequest(
         " Hi 🦀\u200f\n", [Earlier("user", "One\nTwo"), Earlier("assistant", "Yes?")], "Be brief.\n\nIn French."
     )
-    assert chat() == Conversation("Hi", [], None)
+    assert chat() == CompletionRequest("Hi", [], None)
 
 
 def test_the_input_of_a_response_is_text_or_messages() -> None:
-    assert responses("Hi", instructions="Be brief.") == Conversation("Hi", [], "Be brief.")
+    assert responses("Hi", instructions="Be brief.") == CompletionRequest("Hi", [], "Be brief.")
     answer = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
     assert responses(
         [
@@ -62,7 +62,7 @@ def test_the_input_of_a_response_is_text_or_messages() -> None:
             {"type": "message", "role": "user", "content": "Hi"},
         ],
         instructions="Be brief.",
-    ) == Conversation("Hi", [Earlier("user", "One"), Earlier("assistant", "Yes?")], "Be brief.\n\nIn French.")
+    ) == CompletionRequest("Hi", [Earlier("user", "One"), Earlier("assistant", "Yes?")], "Be brief.\n\nIn French.")
 
 
 def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
@@ -167,7 +167,7 @@ def test_images_of_a_user_go_with_the_message() -> None:
     ],
 )
 def test_a_message_that_an_agent_cannot_take_is_named(messages: list[Any], param: str) -> None:
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(CompletionError) as refused:
         chat(*messages)
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
 
@@ -189,7 +189,7 @@ def test_a_message_that_an_agent_cannot_take_is_named(messages: list[Any], param
     ],
 )
 def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(CompletionError) as refused:
         chat(**{field: value})
     assert (refused.value.status, refused.value.error["param"]) == (400, field)
 
@@ -236,7 +236,7 @@ def test_thoughts_of_another_servers_model_are_left_out() -> None:
     ],
 )
 def test_what_would_change_the_shape_of_a_response_is_refused(field: str, value: Any, param: str) -> None:
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(CompletionError) as refused:
         responses(**{"input_": "Hi"} | {"input_" if field == "input" else field: value})
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
 
@@ -252,7 +252,7 @@ def test_a_format_is_what_the_answer_has_to_fit() -> None:
         ("json_schema", city, CITY),
     ]
     for type_, fields, schema in formats:
-        found = Conversation("Hi", [], None, schema)
+        found = CompletionRequest("Hi", [], None, schema)
         assert chat(response_format={"type": type_, "json_schema": fields}) == found
         assert responses(text={"format": {"type": type_} | fields, "verbosity": "low"}) == found
 
@@ -277,19 +277,19 @@ def test_a_format_is_what_the_answer_has_to_fit() -> None:
     ],
 )
 def test_a_format_that_cannot_be_taken_is_named(format_: Any, where: str) -> None:
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(CompletionError) as refused:
         responses(text={"format": format_})
     assert (refused.value.status, refused.value.error["param"]) == (400, f"text.format{where}")
     if is_schema := isinstance(format_, dict) and format_.get("type") == "json_schema":
         format_ = {"type": "json_schema", "json_schema": {**format_, "type": "object"}}
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(CompletionError) as refused:
         chat(response_format=format_)
     param = f"response_format{'.json_schema' if is_schema else ''}{where}"
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
 
 
 def test_a_json_schema_without_its_fields_is_named() -> None:
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(CompletionError) as refused:
         chat(response_format={"type": "json_schema"})
     assert refused.value.error["param"] == "response_format.json_schema"
 
@@ -299,13 +299,13 @@ PLACE = {"name": "place", "description": "Where.", "parameters": CITY, "strict":
 TIME = {"name": "time"}
 
 
-def offered(*functions: Any, **fields: Any) -> Conversation:
+def offered(*functions: Any, **fields: Any) -> CompletionRequest:
     return chat(tools=[{"type": "function", "function": function} for function in functions], **fields)
 
 
 def test_tools_are_offered_as_the_choice_says() -> None:
-    place = Tool("place", "Where.", CITY, True)
-    time = Tool("time", "", {"type": "object", "properties": {}})
+    place = ClientFunction("place", "Where.", CITY, True)
+    time = ClientFunction("time", "", {"type": "object", "properties": {}})
     both = (place, time)
     for choice, tools, must_call in (
         (None, both, False),
@@ -320,11 +320,11 @@ def test_tools_are_offered_as_the_choice_says() -> None:
 
 
 def test_calls_and_their_results_are_told_each_with_its_call() -> None:
-    call = Call("1", "f", "{}")
+    call = FunctionCall("1", "f", "{}")
     called = Earlier("assistant", "", (call,))
     result = Earlier("tool", "Bern", call=call)
-    assert chat(HI, CALLED, RESULT) == Conversation("Hi", [], None, since=(called, result))
-    assert chat(HI, CALLED, RESULT, {"role": "user", "content": "Bye"}) == Conversation(
+    assert chat(HI, CALLED, RESULT) == CompletionRequest("Hi", [], None, since=(called, result))
+    assert chat(HI, CALLED, RESULT, {"role": "user", "content": "Bye"}) == CompletionRequest(
         "Bye", [Earlier("user", "Hi"), called, result], None
     )
     other = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "x"}}
@@ -341,13 +341,13 @@ def test_calls_and_their_results_are_told_each_with_its_call() -> None:
         RESULT | {"content": ""},
         CALLED,
         RESULT,
-    ) == Conversation(
+    ) == CompletionRequest(
         "Hi",
         [],
         "Be brief.",
         since=(
-            Earlier("assistant", "Let me see.", (call, Call("2", "g", "x"))),
-            Earlier("tool", "a\nb", call=Call("2", "g", "x")),
+            Earlier("assistant", "Let me see.", (call, FunctionCall("2", "g", "x"))),
+            Earlier("tool", "a\nb", call=FunctionCall("2", "g", "x")),
             Earlier("tool", "", call=call),
             called,
             result,
@@ -402,7 +402,7 @@ def test_the_items_of_a_response_are_the_same_conversation() -> None:
     ],
 )
 def test_tools_that_cannot_be_offered_are_named(fields: dict[str, Any], param: str) -> None:
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(CompletionError) as refused:
         chat(**fields)
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
 
