@@ -17,8 +17,8 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError
 
-from infra.bus.batch import ATTEMPTS, PAUSE_SECONDS, readable_id
-from infra.bus.dispatch import Decoded, decode
+from infra.bus.batch import ATTEMPTS, PAUSE_SECONDS
+from infra.bus.dispatch import Decoded, decode, readable_id
 from infra.bus.kafka import headers_json, printable_headers, topic_ids
 from infra.bus.kafka_loop import GroupReader
 from infra.errors import InvalidMessage, describe

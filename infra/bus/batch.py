@@ -6,7 +6,6 @@ This is the transactional half of the Kafka reader. It knows records, not the br
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
-from infra.bus.dispatch import Decoded, decode, decode_records, handle
+from infra.bus.dispatch import Decoded, decode, decode_records, handle, readable_id
 from infra.bus.kafka import headers_json, printable_headers
 from infra.errors import InvalidMessage, describe
 from infra.failpoint import failpoint
@@ -207,7 +206,7 @@ class Batches:
                     if is_transient(error) or isinstance(error, Fenced):
                         raise
                     if attempt == ATTEMPTS or isinstance(error, InvalidMessage):
-                        await self._commit([record], {record.offset: _failure(error, attempt)})
+                        await self._commit([record], {record.offset: (describe(error), attempt)})
                         break
                     self._metrics.retries.labels(self._group).inc()
                     await asyncio.sleep(PAUSE_SECONDS[attempt - 1])
@@ -322,7 +321,7 @@ class Batches:
         parked: set[str] = set()
         if any_parked and keys:
             parked = await lock_parked(connection, self._group, self._topic.name, sorted(keys))
-        failed = failed | {i.offset: _failure(i.result, 1) for i in items if isinstance(i.result, InvalidMessage)}
+        failed = failed | {i.offset: (describe(i.result), 1) for i in items if isinstance(i.result, InvalidMessage)}
         if not parked and not failed:
             return [item.result for item in items if isinstance(item.result, Decoded)]
         # A message that was handled or discarded before (and is sent again after a wipe) does not become a dead letter
@@ -389,15 +388,3 @@ class Batches:
             payload=item.body or b"",
             state=state,
         )
-
-
-def readable_id(headers: dict[str, str], body: bytes | None) -> str:
-    """The message's id. A digest of the message if it has no id that can be read."""
-    try:
-        return str(UUID(headers["ce_id"]))
-    except (KeyError, ValueError):
-        return "sha256:" + hashlib.sha256(repr(sorted(headers.items())).encode() + (body or b"")).hexdigest()
-
-
-def _failure(error: Exception, attempts: int) -> tuple[str, int]:
-    return describe(error), attempts

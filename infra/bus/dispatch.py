@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -129,3 +130,11 @@ async def handle(subscriptions: Sequence[Subscription], items: Sequence[Decoded]
                 tx.tenant_id = tx.cause.tenant_id
                 with telemetry.process("kafka", subscription.source.name, item.headers, **where):
                     await subscription.handler(item.message, tx)
+
+
+def readable_id(headers: dict[str, str], body: bytes | None) -> str:
+    """The message's id. A digest of the message if it has no id that can be read."""
+    try:
+        return str(UUID(headers["ce_id"]))
+    except (KeyError, ValueError):
+        return "sha256:" + hashlib.sha256(repr(sorted(headers.items())).encode() + (body or b"")).hexdigest()

@@ -18,8 +18,7 @@ from uuid import UUID
 from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
-from infra.bus.batch import readable_id
-from infra.bus.dispatch import Decoded, decode
+from infra.bus.dispatch import Decoded, decode, readable_id
 from infra.bus.kafka import headers_json
 from infra.bus.rabbit_publisher import CONNECT_SECONDS, RECONNECT_SECONDS, RabbitPublisher, with_heartbeat
 from infra.clock import utcnow

@@ -18,8 +18,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import OffsetOutOfRangeError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.bus.batch import readable_id
-from infra.bus.dispatch import Decoded, decode, handle
+from infra.bus.dispatch import Decoded, decode, handle, readable_id
 from infra.bus.kafka import printable_headers, topic_ids
 from infra.connections import kafka_options
 from infra.errors import Conflict, InvalidMessage
