@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
-import gc
 import signal
 import ssl
 import sys
@@ -28,7 +26,6 @@ from infra.bus.rabbit_publisher import RabbitPublisher
 from infra.bus.tail import Tail
 from infra.bus.transactional import TransactionalReader
 from infra.connections import context_of
-from infra.errors import describe
 from infra.lanes.lane import Work
 from infra.lanes.runner import LaneRunner
 from infra.observe import logs, telemetry
@@ -46,10 +43,12 @@ from infra.security.rewrap import KERNEL, SealedColumn
 from infra.security.sealed_letters import SealedLetters
 from infra.service import operations, tenant_erasure
 from infra.service.maintenance import Maintenance
+from infra.service.process import Running, freeze_loaded_modules, limit_stop, retry_start
 from infra.service.redrive import Redriver
 from infra.service.settings import Settings, SettingsError
 from infra.web import http, rpc
 from infra.web.raw import RawRoute
+from infra.web.rpc_client import Channels
 from infra.web.server import serve_http
 from protos.catalog import SERVICE_LOGS
 from protos.topology import Queue, Subscription, Topic
@@ -57,8 +56,6 @@ from protos.topology import Queue, Subscription, Topic
 STUCK_SECONDS = 120.0
 """After this time without progress, a consumer with records to read makes the process not alive, so that a supervisor
 restarts it."""
-# Lanes, HTTP, gRPC and RabbitMQ drain one after the other, each for at most 10 to 30 s.
-STOP_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Runtime:
     request: Database
     """Bound to one tenant by row-level security."""
     metrics: Metrics
-    channels: rpc.Channels
+    channels: Channels
     identities: Identities
     cipher: Cipher
     cache: Redis
@@ -92,12 +89,6 @@ class Background(Protocol):
     async def run(self) -> None: ...
 
     async def stop(self) -> None: ...
-
-
-def freeze_loaded_modules() -> None:
-    """Excludes all objects that exist now from garbage collection: modules and classes never become garbage."""
-    gc.collect()
-    gc.freeze()
 
 
 class Service:
@@ -183,15 +174,15 @@ class Service:
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, stopping.set)
         async with AsyncExitStack() as stack:
-            running = _Running(stack, stopping)
+            running = Running(stack, stopping)
             await self._start(settings, stack, running)
             await stopping.wait()
-            _limit_stop(loop)
+            limit_stop(loop)
             # Leaving the stack stops the parts in reverse order: readiness goes, consumers finish their current work,
             # HTTP and gRPC answer open requests, relays publish their window, then the pools close.
         return running.failed
 
-    async def _start(self, settings: Settings, stack: AsyncExitStack, running: _Running) -> None:
+    async def _start(self, settings: Settings, stack: AsyncExitStack, running: Running) -> None:
         metrics = Metrics(CollectorRegistry())
         logs.setup(self.name, settings.log_level)
         traces = telemetry.setup(
@@ -212,7 +203,7 @@ class Service:
             metrics.db_pool_used_ratio.labels(name).set_function(partial(getattr, one, "used_ratio"))
         keyring = Keyring(self.name, settings.private_key_file, settings.public_keys_file)
         callers = Callers(keyring)
-        channels = rpc.Channels(callers, _tls(settings))
+        channels = Channels(callers, _tls(settings))
         stack.push_async_callback(channels.close)
         cache = Redis.from_url(settings.redis_url.get_secret_value())
         stack.push_async_callback(cache.aclose)
@@ -252,7 +243,7 @@ class Service:
         stack.callback(health.drain)
         logs.get_logger("infra.service").info("service is up", http_port=settings.http_port)
 
-    def _start_relays(self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: _Running) -> None:
+    def _start_relays(self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: Running) -> None:
         settings = runtime.settings
         kafka = KafkaPublisher(
             settings.kafka_bootstrap_servers.get_secret_value(),
@@ -307,7 +298,7 @@ class Service:
         )
         stack.push_async_callback(web.stop)
 
-    def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: _Running) -> None:
+    def _start_lanes(self, runtime: Runtime, stack: AsyncExitStack, running: Running) -> None:
         settings = runtime.settings
         # The runner has a connection of its own to listen, claim and renew, so handlers cannot starve it of the pool.
         control = db.create_engine(settings.database_url.get_secret_value(), pool_size=1, name=f"{self.name} lanes")
@@ -324,7 +315,7 @@ class Service:
         running.add("lanes", runner.run, runner.stop)
 
     async def _start_consumers(
-        self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: _Running
+        self, runtime: Runtime, health: http.Health, stack: AsyncExitStack, running: Running
     ) -> None:
         settings = runtime.settings
         bound = [self._bind(subscription, runtime) for subscription in self.subscriptions]
@@ -365,7 +356,7 @@ class Service:
                     raise ConnectionError("RabbitMQ does not answer")
 
             health.add_check("rabbitmq", rabbitmq, needed=False)
-            await _retry_start("RabbitMQ", workers.start, running.stopping)
+            await retry_start("RabbitMQ", workers.start, running.stopping)
             stack.push_async_callback(workers.stop)
 
     def _bind(self, subscription: Subscription, runtime: Runtime) -> Subscription:
@@ -376,62 +367,9 @@ class Service:
         return replace(subscription, handler=partial(subscription.handler, **built), tail=tail)
 
 
-def _limit_stop(loop: asyncio.AbstractEventLoop) -> None:
-    """Ends the process if it has not stopped by itself within STOP_SECONDS: a library may wait for an engine that is
-    gone. The open tasks are logged, and all threads are written to stderr. Work that was not committed is done again
-    later, as after a crash."""
-
-    def report() -> None:
-        names = sorted(task.get_name() for task in asyncio.all_tasks(loop))
-        logs.get_logger("infra.service").error("does not stop; the process is ended", open_tasks=names)
-
-    loop.call_later(STOP_SECONDS * 0.9, report)
-    # A thread of its own: it also ends a process whose event loop is blocked or has ended.
-    faulthandler.dump_traceback_later(STOP_SECONDS, exit=True)
-
-
 def _tls(settings: Settings) -> rpc.Tls | None:
     return rpc.Tls.read(settings.tls_folder) if settings.tls_folder else None
 
 
 def _makes_progress(reader: TransactionalReader | AtLeastOnceReader) -> bool:
     return reader.stuck_for() < STUCK_SECONDS
-
-
-class _Running:
-    """The background loops of the process. If one ends with an error, the process ends: half a service is worse."""
-
-    def __init__(self, stack: AsyncExitStack, stopping: asyncio.Event) -> None:
-        self._stack = stack
-        self.stopping = stopping
-        self.failed = 0
-
-    def add(self, name: str, run: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]) -> None:
-        async def guarded() -> None:
-            try:
-                await run()
-            except (Exception, asyncio.CancelledError):
-                # No code of ours cancels these tasks, so a CancelledError comes from a library and is an error too.
-                logs.get_logger("infra.service").error(f"{name} ended with an error; the service stops", exc_info=True)
-                self.failed = 1
-                self.stopping.set()
-
-        task = asyncio.create_task(guarded(), name=name)
-
-        async def drain() -> None:
-            await stop()
-            await task
-
-        self._stack.push_async_callback(drain)
-
-
-async def _retry_start(what: str, start: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
-    """Calls `start` until it works: a service that starts before its broker waits, and need not be restarted."""
-    while not stopping.is_set():
-        try:
-            return await start()
-        except OSError as error:
-            logs.get_logger("infra.service").warning(
-                f"could not connect to {what}; will retry in 1 s", error=describe(error)
-            )
-            await asyncio.sleep(1)

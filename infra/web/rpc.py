@@ -4,13 +4,14 @@ A call carries its deadline, the trace context and a token that names the callin
 calls. A server refuses a call without deadline or token, and one that `protos.calls` does not list. Errors of
 `infra.errors` cross the wire: the caller gets the error that the servicer raised. With `Tls` both sides show a
 certificate of their service, and a token counts only on a connection of its own service.
+
+Here is what both sides share, and the server. The calling side is `infra.web.rpc_client`.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -45,14 +46,13 @@ from protos.calls import METHODS, Call
 
 Code = grpc.StatusCode
 
-DEFAULT_TIMEOUT_SECONDS = 5.0
 DRAIN_SECONDS = 10.0
 
-_TOKEN = "authorization"
-_TENANT = "claw-tenant"
+TOKEN = "authorization"
+TENANT = "claw-tenant"
 # The field of an InvalidMessage; the status details are for people. Binary, because text metadata is ASCII only.
-_FIELD = "claw-field-bin"
-_CODES: dict[type[Exception], grpc.StatusCode] = {
+FIELD = "claw-field-bin"
+CODES: dict[type[Exception], grpc.StatusCode] = {
     WrongType: Code.INVALID_ARGUMENT,
     InvalidMessage: Code.INVALID_ARGUMENT,
     Unauthenticated: Code.UNAUTHENTICATED,
@@ -67,11 +67,11 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
 # Faults of the server by the semantic conventions; other codes are answers.
 _FAULTS = frozenset((Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS))
 # Both sides ping quiet connections, so that a lost peer is noticed within a minute.
-_KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
+KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
 _caller: ContextVar[Caller] = ContextVar("caller")
 # The deadline of the call being served, on the monotonic clock.
-_deadline: ContextVar[float] = ContextVar("deadline")
+deadline: ContextVar[float] = ContextVar("deadline")
 
 
 def caller() -> str:
@@ -93,7 +93,7 @@ def tenant_if_any() -> str | None:
 
 def tenant_metadata(tenant_id: str) -> grpc.aio.Metadata:
     """The ``metadata`` argument of a call for a tenant. `Channels` put the tenant into the token, not on the wire."""
-    return grpc.aio.Metadata((_TENANT, tenant_id))
+    return grpc.aio.Metadata((TENANT, tenant_id))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Server:
         self.grpc: grpc.aio.Server = grpc.aio.server(
             interceptors=[_Incoming(service, callers, metrics, methods, with_tls=tls is not None)],
             options=[
-                *_KEEPALIVE,
+                *KEEPALIVE,
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 # Without this, a second process could bind the same port by mistake and take half of the calls.
                 ("grpc.so_reuseport", int(shared)),
@@ -225,13 +225,13 @@ class _Incoming(grpc.aio.ServerInterceptor):
         failure: tuple[grpc.StatusCode, str] | None = None
         try:
             parent = telemetry.extract(headers)
-            with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=_attributes(method)) as span:
+            with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=span_attributes(method)) as span:
                 try:
-                    tokens = _deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers, context))
+                    tokens = deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers, context))
                     try:
                         yield
                     finally:
-                        _deadline.reset(tokens[0])
+                        deadline.reset(tokens[0])
                         _caller.reset(tokens[1])
                     code = context.code() or Code.OK
                 except grpc.aio.AbortError:
@@ -240,7 +240,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
                 except Exception as error:
                     failure = code, _ = self._failure(error, span, context)
                 finally:
-                    _note(span, code, code in _FAULTS)
+                    note_code(span, code, code in _FAULTS)
         finally:
             self._metrics.grpc_seconds.labels(method, code.name).observe(time.perf_counter() - began)
         if failure:
@@ -253,7 +253,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
         return time.monotonic() + remaining
 
     def _caller(self, method: str, headers: dict[str, str], context: Any) -> Caller:
-        scheme, _, token = headers.get(_TOKEN, "").partition(" ")
+        scheme, _, token = headers.get(TOKEN, "").partition(" ")
         if scheme.lower() != "bearer":
             raise Unauthenticated("token: missing")
         caller = self._callers.verify(token)
@@ -270,9 +270,9 @@ class _Incoming(grpc.aio.ServerInterceptor):
 
     def _failure(self, error: Exception, span: Span, context: Any) -> tuple[grpc.StatusCode, str]:
         if isinstance(error, InvalidMessage):
-            context.set_trailing_metadata(((_FIELD, error.field.encode()),))
-        if type(error) in _CODES:
-            return _CODES[type(error)], str(error)
+            context.set_trailing_metadata(((FIELD, error.field.encode()),))
+        if type(error) in CODES:
+            return CODES[type(error)], str(error)
         telemetry.fail(span, error)
         if is_transient(error):
             self._log.warning("call failed; the caller may retry", exc_info=error)
@@ -280,49 +280,6 @@ class _Incoming(grpc.aio.ServerInterceptor):
         self._log.error("call failed", exc_info=error)
         trace_id = span.get_span_context().trace_id
         return Code.INTERNAL, f"an error inside {self._service}; the request is not the cause (trace {trace_id:032x})"
-
-
-class Channels:
-    """This process's connections to other services, one per target."""
-
-    def __init__(self, callers: Callers, tls: Tls | None = None) -> None:
-        self._callers = callers
-        self._tls = tls
-        self._open: dict[tuple[str, str, tuple[str, ...]], grpc.aio.Channel] = {}
-
-    def to(self, target: str, service: str, *, safe: Sequence[str] = ()) -> grpc.aio.Channel:
-        """The channel to `service` at `target` (host:port), for unary calls.
-
-        A call has five seconds unless it has a timeout of its own, and never more than the remaining time of the call
-        being served. safe: methods (``memory.v1.Memory/Retrieve``) that are repeated while the service is unavailable.
-        A call raises the error that the servicer raised; `Transient` if the service does not answer in time;
-        AioRpcError for an error inside the service.
-        """
-        key = target, service, tuple(safe)
-        if key not in self._open:
-            options = [
-                *_KEEPALIVE,
-                ("grpc.service_config", _service_config(safe)),
-                # Reconnects to a restarted service in seconds; the default is up to two minutes.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 3_000),
-            ]
-            interceptors = [_Outgoing(self._callers, target, service)]
-            if self._tls is None:
-                channel = grpc.aio.insecure_channel(target, interceptors=interceptors, options=options)
-            else:
-                tls = self._tls
-                credentials = grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
-                # The certificate names the service and not its address.
-                options.append(("grpc.ssl_target_name_override", service))
-                channel = grpc.aio.secure_channel(target, credentials, interceptors=interceptors, options=options)
-            self._open[key] = channel
-        return self._open[key]
-
-    async def close(self) -> None:
-        for channel in self._open.values():
-            await channel.close()
-        self._open.clear()
 
 
 def _reader(deserializer: Callable[[bytes], Any] | None) -> Callable[[Any], Any]:
@@ -351,68 +308,13 @@ def _field_with_nul(message: Message) -> str | None:
     return None
 
 
-def _service_config(safe: Sequence[str]) -> str:
-    names = [dict(zip(("service", "method"), method.split("/"), strict=True)) for method in safe]
-    policy = {
-        "maxAttempts": 4,
-        "initialBackoff": "0.05s",
-        "maxBackoff": "1s",
-        "backoffMultiplier": 3,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    }
-    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]} if names else {})
-
-
-class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):
-    """Adds deadline, trace context and token to a call, and turns status codes back into errors."""
-
-    def __init__(self, callers: Callers, target: str, service: str) -> None:
-        self._callers = callers
-        self._target = target
-        self._service = service
-
-    async def intercept_unary_unary(
-        self, continuation: Callable[[Any, Any], Awaitable[Any]], details: Any, request: Any
-    ) -> Any:
-        name = details.method.decode() if isinstance(details.method, bytes) else details.method
-        method = name.removeprefix("/")
-        timeout = DEFAULT_TIMEOUT_SECONDS if details.timeout is None else details.timeout
-        deadline = _deadline.get(None)
-        if deadline is not None:
-            timeout = min(timeout, deadline - time.monotonic())
-        with telemetry.span(
-            method, SpanKind.CLIENT, attributes=_attributes(method) | {"server.address": self._target}
-        ) as span:
-            given = dict(details.metadata or ())
-            token = self._callers.token(self._service, given.pop(_TENANT, ""))
-            metadata = grpc.aio.Metadata(*given.items(), *telemetry.carrier().items(), (_TOKEN, f"Bearer {token}"))
-            call = await continuation(details._replace(timeout=timeout, metadata=metadata), request)
-            try:
-                await call
-            except grpc.aio.AioRpcError as error:
-                _note(span, error.code(), fault=True)
-                raise self._error(error) from error
-            _note(span, Code.OK, fault=False)
-            return call
-
-    def _error(self, error: grpc.aio.AioRpcError) -> Exception:
-        details = error.details() or ""
-        match error.code():
-            case Code.INVALID_ARGUMENT:
-                field = dict(error.trailing_metadata() or ()).get(_FIELD, b"request").decode()
-                return InvalidMessage(field, details.removeprefix(f"{field}: "))
-            # CANCELLED comes from a server that is shutting down; a cancelled caller gets a CancelledError.
-            case Code.UNAVAILABLE | Code.DEADLINE_EXCEEDED | Code.CANCELLED:
-                return Transient(f"{self._service} at {self._target}: {details}")
-        by_code = {code: type_ for type_, code in _CODES.items()}
-        return by_code[error.code()](details) if error.code() in by_code else error
-
-
-def _attributes(method: str) -> dict[str, telemetry.Value]:
+def span_attributes(method: str) -> dict[str, telemetry.Value]:
+    """Of the span of a call, on either side."""
     return {"rpc.system.name": "grpc", "rpc.method": method}
 
 
-def _note(span: Span, code: grpc.StatusCode, fault: bool) -> None:
+def note_code(span: Span, code: grpc.StatusCode, fault: bool) -> None:
+    """Writes the status code of a call to its span. fault: the span has failed."""
     span.set_attribute("rpc.response.status_code", code.name)
     if fault:
         span.set_attribute("error.type", code.name)

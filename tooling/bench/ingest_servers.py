@@ -30,7 +30,7 @@ from infra.postgres.db import Pool, create_engine
 from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
-from infra.service.service import freeze_loaded_modules
+from infra.service.process import freeze_loaded_modules
 from infra.web import http
 from infra.web.server import serve_http
 from services.channel.accounts import Accounts, AccountSecrets

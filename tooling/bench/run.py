@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from statistics import median
 
-from infra.service.service import freeze_loaded_modules
+from infra.service.process import freeze_loaded_modules
 from tooling.bench import (
     bill,
     consume,

@@ -27,7 +27,7 @@ from infra.postgres.tx import Database
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identity
 from infra.security.crypto import Cipher
 from infra.security.sealed_letters import SealedLetters
-from infra.web import rpc
+from infra.web.rpc_client import Channels
 from protos.catalog import CATALOG
 from protos.envelope import Envelope, Message
 from protos.topology import Catalog, Queue, Topic
@@ -72,7 +72,7 @@ class Platform:
         self.processes: dict[str, Process] = {}
         self.folder = folder
         self._databases: dict[str, Database] = {}
-        self._channels: dict[str, rpc.Channels] = {}
+        self._channels: dict[str, Channels] = {}
         self._producer: AIOKafkaProducer | None = None
 
     async def prepare(self, *names: str) -> None:
@@ -167,10 +167,10 @@ class Platform:
     def grpc(self, name: str) -> str:
         return f"127.0.0.1:{self.ports[f'{name}_grpc']}"
 
-    def channels(self, caller: str) -> rpc.Channels:
+    def channels(self, caller: str) -> Channels:
         """The gRPC connections of the service `caller`: a method refuses callers that `protos.calls` does not list."""
         if caller not in self._channels:
-            self._channels[caller] = rpc.Channels(keys.callers(caller))
+            self._channels[caller] = Channels(keys.callers(caller))
         return self._channels[caller]
 
     def headers(

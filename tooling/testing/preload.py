@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from infra.service.service import freeze_loaded_modules
+from infra.service.process import freeze_loaded_modules
 
 for _name in (
     "anyio._backends._asyncio",

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import httpx2
 
-from infra.service.service import freeze_loaded_modules
+from infra.service.process import freeze_loaded_modules
 from services.agent.models import scripted
 from services.agent.models.breaker import Breaker
 from services.agent.models.contract import Model, ModelEndpoint

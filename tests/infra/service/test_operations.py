@@ -15,6 +15,7 @@ from infra.postgres.tx import Database
 from infra.service import operations
 from infra.web import rpc
 from infra.web.health import Health
+from infra.web.rpc_client import Channels
 from protos.messages.sample import NoteTaken
 from protos.ops.v1 import ops_pb2, ops_pb2_grpc
 from tooling.testing import keys
@@ -33,7 +34,7 @@ async def address(desk: Database) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def stub(address: str) -> AsyncIterator[ops_pb2_grpc.OperationsStub]:
-    channels = rpc.Channels(keys.callers("log_aggregator"))
+    channels = Channels(keys.callers("log_aggregator"))
     yield ops_pb2_grpc.OperationsStub(channels.to(address, "desk"))
     await channels.close()
 
@@ -112,7 +113,7 @@ async def test_the_outbox_is_counted_by_message_published_or_not_and_by_tenant(a
             SAMPLE_EVENTS.name,
         )
     request = ops_pb2.CountOutboxRequest(topic=SAMPLE_EVENTS.name)
-    channels = rpc.Channels(keys.callers("billing"))
+    channels = Channels(keys.callers("billing"))
     stub = ops_pb2_grpc.OperationsStub(channels.to(address, "desk"))
     everything = await stub.CountOutbox(request)
     assert (everything.produced, everything.published, everything.pending) == (5, 1, 4)

@@ -13,6 +13,7 @@ from tooling.stack.checkout import CHECKOUT
 # A service whose only part never stops, as a library that waits for an engine that is gone.
 SERVICE = """
 import asyncio, os, signal, time
+from infra.service import process
 from infra.service import service as kernel
 
 class Stuck(kernel.Service):
@@ -23,7 +24,7 @@ class Stuck(kernel.Service):
         stack.push_async_callback(never)
         os.kill(os.getpid(), signal.SIGTERM)
 
-kernel.STOP_SECONDS = 1.0
+process.STOP_SECONDS = 1.0
 asyncio.run(Stuck("stuck", kernel.Settings).serve(None))
 """
 

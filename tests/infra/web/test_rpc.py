@@ -31,7 +31,8 @@ from infra.errors import (
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
 from infra.web import rpc
-from infra.web.rpc import Channels, Server
+from infra.web.rpc import Server
+from infra.web.rpc_client import DEFAULT_TIMEOUT_SECONDS, Channels
 from protos.calls import Call
 from tooling.testing import keys
 from tooling.testing.proxy import FaultProxy
@@ -172,9 +173,9 @@ async def test_a_call_carries_its_caller_and_a_deadline(channel: grpc.aio.Channe
     assert await call(channel, b"hello") == b"hello"
     assert service.caller == "agent"
     # On the wire a time-out is rounded up.
-    assert 0 < service.left < rpc.DEFAULT_TIMEOUT_SECONDS + 1
+    assert 0 < service.left < DEFAULT_TIMEOUT_SECONDS + 1
     await call(channel, b"hello", timeout=60)
-    assert rpc.DEFAULT_TIMEOUT_SECONDS + 1 < service.left < 61
+    assert DEFAULT_TIMEOUT_SECONDS + 1 < service.left < 61
     with pytest.raises(LookupError):
         rpc.caller()
 

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 from infra.errors import Transient, Unauthenticated
 from infra.observe.metrics import Metrics
 from infra.web import rpc
-from infra.web.rpc import Channels, Server, Tls
+from infra.web.rpc import Server, Tls
+from infra.web.rpc_client import Channels
 from protos.calls import Call
 from tooling.testing import keys
 from tooling.testing.certificates import Authority

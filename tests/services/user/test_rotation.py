@@ -20,6 +20,7 @@ from infra.security.crypto import Cipher
 from infra.security.keys import Keyring
 from infra.security.subjects import SubjectKeys
 from infra.web import rpc
+from infra.web.rpc_client import Channels
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from tooling.cli import rotate
 from tooling.stack import keys
@@ -41,7 +42,7 @@ class Load:
         self._who = Identity("api_key:test", tenant_id, frozenset(SCOPES), str(uuid4()))
 
     async def work(self, n: int) -> None:
-        channels = rpc.Channels(self._callers)
+        channels = Channels(self._callers)
         stub = user_pb2_grpc.KeysStub(channels.to(self._platform.grpc("user"), "user"))
         tenant_id = self._who.tenant_id
         async with httpx.AsyncClient(base_url=self._platform.url("user"), trust_env=False, timeout=60) as client:
