@@ -33,7 +33,8 @@ from services.agent.execution.steps import Steps, UnrecordedResults
 from services.agent.execution.tools import Tools
 from services.agent.execution.watch import Watch
 from services.agent.models.library import Models
-from services.agent.runs.domain import Mismatch, remaining
+from services.agent.runs.domain import Mismatch
+from services.agent.runs.limits import remaining
 from services.agent.runs.notices import CANCELLED, FAILED
 
 # Pause after an internal error of another service. The run's own time limit ends the attempts.

@@ -22,7 +22,8 @@ from services.agent.execution.journal import RunJournal
 from services.agent.execution.load import LoadedRun, RunRow
 from services.agent.execution.outcome import Ended
 from services.agent.runs import projections
-from services.agent.runs.domain import Limits, Run, Start, messages_at
+from services.agent.runs.domain import Run, Start, messages_at
+from services.agent.runs.limits import Limits
 from services.agent.runs.publishing import stream
 
 

@@ -42,10 +42,9 @@ from services.agent.runs.domain import (
     Suspend,
     TakeMessages,
     check,
-    exceeded,
-    remaining,
 )
 from services.agent.runs.events import StepKind
+from services.agent.runs.limits import exceeded, remaining
 from services.agent.runs.notices import CANCELLED, FAILED, approval_question
 
 T = TypeVar("T")

@@ -1,9 +1,9 @@
-"""The rules of a run: which events may follow in its journal, and which limits end it. Pure."""
+"""The rules of a run: which events may follow in its journal. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Literal, assert_never
 from uuid import UUID
 
@@ -27,18 +27,6 @@ from services.agent.runs.events import (
     StepSettled,
     StepStarted,
 )
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """The limits of one run."""
-
-    steps: int = 20
-    seconds: int = 300
-    """Counted from the first start, without the time in which the run waited for a decision."""
-    tokens: int | None = None
-    """Input and output of all model calls."""
-    nanos: int | None = None
-    """The most that the model calls may cost."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -397,20 +385,3 @@ def check(run: Run, step: int, kind: StepKind, name: str, digest: str = "", code
 
 def _by(code: str) -> str:
     return f" (version {code})" if code else ""
-
-
-def exceeded(run: Run, limits: Limits, step: int, now: datetime) -> str | None:
-    """The limit that forbids the step; None if the step may be made."""
-    if step > limits.steps:
-        return f"the limit of {limits.steps} steps is reached"
-    if limits.tokens is not None and run.tokens >= limits.tokens:
-        return f"the limit of {limits.tokens} tokens is reached"
-    if remaining(run, limits, now) <= 0:
-        return f"the limit of {limits.seconds} seconds is reached"
-    return None
-
-
-def remaining(run: Run, limits: Limits, now: datetime) -> float:
-    """Seconds until the run's time limit."""
-    assert run.started_at is not None
-    return (run.started_at + timedelta(seconds=limits.seconds) - now).total_seconds()

@@ -17,7 +17,8 @@ from infra.security.subjects import SubjectKeys
 from services.agent.execution.context import RunContext
 from services.agent.execution.group_write import MessagesArrived, RunStopped
 from services.agent.execution.journal import RunJournal
-from services.agent.runs.domain import BeginStep, Limits, Run, Start
+from services.agent.runs.domain import BeginStep, Run, Start
+from services.agent.runs.limits import Limits
 from tests.services.agent.execution.written_runs import TENANT, Runs, written_runs
 
 

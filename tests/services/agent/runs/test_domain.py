@@ -15,7 +15,6 @@ from services.agent.runs.domain import (
     EndStep,
     Fail,
     Fork,
-    Limits,
     Mismatch,
     NotWaiting,
     Run,
@@ -26,9 +25,7 @@ from services.agent.runs.domain import (
     check,
     decide,
     evolve,
-    exceeded,
     messages_at,
-    remaining,
 )
 from services.agent.runs.events import (
     Decision,
@@ -45,6 +42,7 @@ from services.agent.runs.events import (
     StepSettled,
     StepStarted,
 )
+from services.agent.runs.limits import Limits, exceeded, remaining
 
 AGENT = UUID(int=1)
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
