@@ -1,5 +1,8 @@
-"""The MIME type of a file by its content. The name only tells Markdown, tables (CSV) and e-mails from plain text, and
-Outlook's e-mails from other files of old Office programs, which look the same."""
+"""Finds the MIME type of a file by its content.
+
+The file's name decides only between types whose content looks the same: Markdown, CSV, e-mail and plain text; Outlook's
+e-mail and other files of old Office programs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP of the agent."""
+"""The HTTP routes of the agent: those of agents, sessions and runs."""
 
 from __future__ import annotations
 

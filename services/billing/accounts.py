@@ -228,7 +228,7 @@ def _notify_tenant(tx: Tx, tenant_id: str, code: str, account: Account, *, exhau
         publish(tx, QuotaExhausted(tenant_id=tenant_id, currency=code, balance_nanos=balance))
     else:
         text = (
-            f"90 % of your credit has been used. Remaining credit: {in_units(balance)} {code}.\n\n"
+            f"90 % of your credit has been used. Remaining credit: {format_units(balance)} {code}.\n\n"
             "When the credit is spent, your agents refuse new work until credit is added.\n"
         )
         send_mail(tx, tenant_id, "Your budget is nearly spent", text)
@@ -248,7 +248,7 @@ def send_mail(tx: Tx, tenant_id: str, subject: str, text: str, attachment: Attac
     tx.tenant_id = former
 
 
-def in_units(nanos: int) -> str:
+def format_units(nanos: int) -> str:
     """Formats nano-units as a decimal number of units: ``12.5``."""
     whole, rest = divmod(abs(nanos), 10**9)
     return f"{'-' if nanos < 0 else ''}{whole}.{rest:09}".rstrip("0").rstrip(".")

@@ -191,7 +191,7 @@ async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
 
 
 def _name(scope: str, nanos: int, period: str) -> str:
-    return f"{scope}, {accounts.in_units(nanos)} {'in total' if period == 'total' else f'a {period}'}"
+    return f"{scope}, {accounts.format_units(nanos)} {'in total' if period == 'total' else f'a {period}'}"
 
 
 async def set_budget(

@@ -23,7 +23,7 @@ def nanos_per_minor(currency: str) -> int:
     return int(10 ** (9 - DIGITS[currency]))
 
 
-def in_minor(minor: int, currency: str) -> str:
+def format_minor(minor: int, currency: str) -> str:
     """Formats minor units as units of the currency: ``12.50``, ``1200`` for JPY."""
     digits = DIGITS[currency]
     whole, rest = divmod(abs(minor), 10**digits)

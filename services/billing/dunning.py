@@ -12,7 +12,7 @@ from uuid import UUID
 from infra.postgres.tx import Tx
 from protos.messages.notification import Attachment
 from services.billing import accounts, booking, invoices, terms
-from services.billing.currencies import in_minor
+from services.billing.currencies import format_minor
 from services.billing.invoices import Invoice
 
 # A message may have a megabyte, and base64 makes four bytes of three.
@@ -129,4 +129,4 @@ def _due(invoice: Invoice) -> str:
 
 
 def _amount(invoice: Invoice, minor: int) -> str:
-    return f"{in_minor(minor, invoice.currency)} {invoice.currency}"
+    return f"{format_minor(minor, invoice.currency)} {invoice.currency}"

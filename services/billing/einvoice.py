@@ -17,7 +17,7 @@ from typing import NamedTuple
 from lxml import etree  # type: ignore[import-untyped]
 
 from infra.errors import Conflict
-from services.billing.currencies import DIGITS, in_minor, nanos_per_minor, to_minor
+from services.billing.currencies import DIGITS, format_minor, nanos_per_minor, to_minor
 from services.billing.invoices import Invoice, InvoiceLine
 from services.billing.tax import Buyer, Seller
 
@@ -59,7 +59,7 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine]) -> bytes:
     net = to_minor(invoice.subtotal_nanos, invoice.currency)
 
     def money(minor: int) -> str:
-        return in_minor(minor, invoice.currency)
+        return format_minor(minor, invoice.currency)
 
     root = etree.Element(_name("rsm:CrossIndustryInvoice"), nsmap=_NAMESPACES)
     context = _add(root, "rsm:ExchangedDocumentContext")

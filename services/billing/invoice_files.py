@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 
 from services.billing import einvoice, pdf
-from services.billing.currencies import in_minor
+from services.billing.currencies import format_minor
 from services.billing.invoices import Invoice, InvoiceLine
 from services.billing.tax import Buyer, Seller
 
@@ -45,7 +45,7 @@ def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
             ("Subtotal", exact(invoice.subtotal_nanos)),
             (f"Tax: {invoice.tax_note}" if invoice.tax_note else "Tax", exact(invoice.tax_nanos)),
         ],
-        f"Total {in_minor(invoice.total_minor, invoice.currency)} {invoice.currency}",
+        f"Total {format_minor(invoice.total_minor, invoice.currency)} {invoice.currency}",
         day.strftime("%Y-%m-%d"),
         "" if einvoice.obstacle(invoice, lines) else einvoice.document(invoice, lines).decode(),
     )

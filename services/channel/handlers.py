@@ -27,9 +27,9 @@ from services.channel.queueing import (
     EXPIRES,
     GAPS,
     RESEQUENCER,
-    Asked,
+    DeliveryRequest,
     DueDelivery,
-    line_up,
+    enqueue_released,
     queue_group,
 )
 from services.channel.sender import NotSendable, Sender, Sent, break_account
@@ -51,17 +51,17 @@ async def enqueue_deliveries(messages: list[SendMessage], tx: Tx, subjects: Subj
     await queue_group(tx, subjects, group)
 
 
-def _asked(message: SendMessage, tx: Tx, trace: Callable[[], object]) -> Asked:
+def _asked(message: SendMessage, tx: Tx, trace: Callable[[], object]) -> DeliveryRequest:
     envelope = read_headers(dict(tx.origins[id(message)]))
     if envelope.tenant_id is None:
         raise InvalidMessage("header tenant_id", "missing")
     # Its life is counted from the request, so that a broker outage does not extend the life of an old reply.
-    return Asked(envelope.tenant_id, message, envelope.time + EXPIRES, trace)
+    return DeliveryRequest(envelope.tenant_id, message, envelope.time + EXPIRES, trace)
 
 
 @GAPS.runner(concurrency=8)
 async def skip_gap(gap: MissingMessages, effects: Effects, tx: Tx) -> None:
-    await RESEQUENCER.skip_gap(tx, gap, partial(line_up, tx))
+    await RESEQUENCER.skip_gap(tx, gap, partial(enqueue_released, tx))
 
 
 async def expire_delivery(due: DueDelivery, tx: Tx) -> None:

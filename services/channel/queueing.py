@@ -1,8 +1,8 @@
-"""Queues deliveries: each is stored, and stands in the lane of its conversation in the order of the positions.
+"""Queues deliveries: stores each one and appends it to the lane of its conversation, in the order of the positions.
 
-Requests that wait together are taken as a group: one statement looks and locks, a pure `decide` for each in order, one
-statement writes. A request is decided in the group if it is in order and new. All others need more reads: they are
-taken one by one afterwards, in the same transaction.
+Requests that wait together form a group: one statement reads and locks, `decide` is called for each request in order,
+and one statement writes. A request that is out of order, or not new, needs more reads: it is queued after the group, in
+the same transaction.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ WHERE sequence.tenant_id = n.tenant_id AND sequence.name = $6 AND sequence.key =
 """
 
 
-class Asked(NamedTuple):
+class DeliveryRequest(NamedTuple):
     """A request for a delivery."""
 
     tenant_id: str
@@ -90,13 +90,13 @@ class _Found(NamedTuple):
     wrapped: bytes | None
 
 
-async def queue_group(tx: Tx, subjects: SubjectKeys, group: Sequence[Asked]) -> None:
+async def queue_group(tx: Tx, subjects: SubjectKeys, group: Sequence[DeliveryRequest]) -> None:
     """Queues the deliveries in the order of the group. Raises InvalidMessage if one is not for a conversation of its
     channel."""
     found = await _lock(tx, group)
     keys = await _keys(tx, subjects, group, found)
     last: dict[Subject, int] = {}
-    others: list[tuple[Asked, str]] = []
+    others: list[tuple[DeliveryRequest, str]] = []
     waits: set[Subject] = set()
     rows: list[tuple[Any, ...]] = []
     seen: set[UUID] = set()
@@ -116,7 +116,7 @@ async def queue_group(tx: Tx, subjects: SubjectKeys, group: Sequence[Asked]) -> 
             tx.tenant_id = asked.tenant_id
             [event] = decide(Queue(_queued(message, subject_id, key, _files(message))), Delivery())
             tx.append(DELIVERY.stream(str(message.delivery_id)), event)
-            _line_up(tx, _Turn(message.session_key, message.delivery_id, asked.expires_at))
+            _enqueue(tx, _Turn(message.session_key, message.delivery_id, asked.expires_at))
         last[lane] = max(last[lane], message.position)
         rows.append((message.delivery_id, asked.tenant_id, message.channel_id, message.session_key, message.run_id))
     if rows:
@@ -138,7 +138,7 @@ async def queue_group(tx: Tx, subjects: SubjectKeys, group: Sequence[Asked]) -> 
             await tx.flush()
 
 
-async def _lock(tx: Tx, group: Sequence[Asked]) -> list[_Found]:
+async def _lock(tx: Tx, group: Sequence[DeliveryRequest]) -> list[_Found]:
     rows = await tx.sql(
         _LOCK_DELIVERIES,
         GAPS.name,
@@ -153,7 +153,7 @@ async def _lock(tx: Tx, group: Sequence[Asked]) -> list[_Found]:
 
 
 async def _keys(
-    tx: Tx, subjects: SubjectKeys, group: Sequence[Asked], found: Sequence[_Found]
+    tx: Tx, subjects: SubjectKeys, group: Sequence[DeliveryRequest], found: Sequence[_Found]
 ) -> Mapping[Subject, DataKey | None]:
     """The keys of the persons, made if they do not exist; None for a destroyed one."""
     keys: dict[Subject, DataKey | None] = {}
@@ -186,15 +186,17 @@ async def queue_delivery(
     for event in await tx.decide(delivery, Queue(_queued(message, subject_id, key, files))):
         await projections.project(tx, message.delivery_id, event)
     turn = _Turn(message.session_key, message.delivery_id, expires_at)
-    await RESEQUENCER.accept(tx, message.session_key, message.position, msgspec.json.encode(turn), partial(line_up, tx))
+    await RESEQUENCER.accept(
+        tx, message.session_key, message.position, msgspec.json.encode(turn), partial(enqueue_released, tx)
+    )
 
 
-async def line_up(tx: Tx, parcel: bytes) -> None:
-    """Appends a delivery that the resequencer hands over to the lane of its conversation."""
-    _line_up(tx, msgspec.json.decode(parcel, type=_Turn))
+async def enqueue_released(tx: Tx, released: bytes) -> None:
+    """Appends a delivery, which the resequencer releases, to the lane of its conversation."""
+    _enqueue(tx, msgspec.json.decode(released, type=_Turn))
 
 
-def _line_up(tx: Tx, turn: _Turn) -> None:
+def _enqueue(tx: Tx, turn: _Turn) -> None:
     tx.enqueue(
         DELIVERIES,
         lane=turn.session_key,

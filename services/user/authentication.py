@@ -50,7 +50,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
 async def _operator(runtime: Runtime, tenant_id: str) -> Identity:
     """The operator's identity, for the platform or for the tenant that the request names.
 
-    Of an erased tenant the operator reads the data that is kept; nothing new is made for it.
+    For an erased tenant the operator may only read the data that is kept.
     """
     if not tenant_id:
         return _OPERATOR

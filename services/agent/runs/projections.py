@@ -1,4 +1,4 @@
-"""Tables of runs, steps and usage, written in the transaction of the event. Read by `api` and `timeline`."""
+"""Writes the tables of runs, steps and deliveries, in the transaction of the event. `queries` and `timeline` read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A message of the API is taken in, or refused."""
+"""Accepts a message that comes by the API, or refuses it."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ async def accept(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> AcceptedRun
 
 
 def digest(agent_id: UUID, key: str) -> str:
-    """The part of a session's key that stands for a key of the caller's."""
+    """The part of a session's key that is made from a key that the caller chose."""
     return hashlib.blake2b(f"{agent_id}/{key}".encode(), digest_size=16).hexdigest()

@@ -104,14 +104,14 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.worker.begin() as tx:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
             payment = await store.begin(tx, tenant_id, invoice_id, provider("stripe").name, body.payment_method_id)
-            charge = await store.charge_of(tx, payment)
+            charge = await store.request_for(tx, payment)
             audit(tx, who.actor, "billing.pay", "invoice", str(invoice_id), payment=str(payment.id))
         # Outside of any transaction. If the process dies here, the next call asks again with the same key.
         # A payment whose id is known is looked up: the provider forgets keys after a day.
         asked = provider(payment.provider)
         intent = await (asked.look(payment.reference) if payment.reference else asked.charge(charge))
         async with runtime.worker.begin(tenant_id=tenant_id) as tx:
-            return Paying(payment=await store.answered(tx, payment, intent), client_secret=intent.client_secret)
+            return Paying(payment=await store.keep_answer(tx, payment, intent), client_secret=intent.client_secret)
 
     @router.get("/api/v1/payments")
     async def list_payments(

@@ -1,7 +1,7 @@
 """Payments and their money, in the tables ``payment``, ``dispute``, ``refund`` and ``payment_event``.
 
 A payment's state is made of figures that only grow and of disputes that are decided once, so events may come in any
-order and any number of times. After each event the difference between the position that follows from the state and
+order and any number of times. After each event the difference between the balance that follows from the state and
 the one that the journal has is booked.
 """
 
@@ -70,7 +70,7 @@ _PAYMENT = """
 """
 
 
-def position(payment: Payment) -> PaymentBalance:
+def balance_of(payment: Payment) -> PaymentBalance:
     """Nothing counts before the money was received: a refund or dispute may be reported first."""
     if not payment.received_minor:
         return PaymentBalance(0, 0, 0)
@@ -106,7 +106,7 @@ async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_
     return await get(tx, payment_id)
 
 
-async def charge_of(tx: Tx, payment: Payment) -> PaymentRequest:
+async def request_for(tx: Tx, payment: Payment) -> PaymentRequest:
     """Returns the request to the provider: the same one however often it is made."""
     customer = method = ""
     if payment.method_id:
@@ -124,7 +124,7 @@ async def charge_of(tx: Tx, payment: Payment) -> PaymentRequest:
     )
 
 
-async def answered(tx: Tx, payment: Payment, intent: Intent) -> Payment:
+async def keep_answer(tx: Tx, payment: Payment, intent: Intent) -> Payment:
     """Stores the provider's answer. Money that it reports is booked as by an event."""
     await accounts.lock_one(tx, payment.tenant_id)
     await tx.sql(
@@ -240,7 +240,7 @@ async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
 
 async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -> None:
     unit = nanos_per_minor(after.currency)
-    old, new = position(before), position(after)
+    old, new = balance_of(before), balance_of(after)
     amounts: dict[JournalAccount, int] = {
         "cash": (new.cash - old.cash) * unit,
         "disputed": (new.disputed - old.disputed) * unit,
@@ -367,7 +367,7 @@ class PaymentReconciliation(BaseModel):
 
 async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
     payments = await listed(tx, tenant_id, after=None, limit=10**9)
-    due = sum(position(payment).cash * nanos_per_minor(payment.currency) for payment in payments)
+    due = sum(balance_of(payment).cash * nanos_per_minor(payment.currency) for payment in payments)
     [(booked,)] = await tx.sql(
         """
         SELECT coalesce(sum(l.amount_nanos), 0)::text

@@ -21,7 +21,7 @@ from infra.postgres.tx import Database, Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from protos.messages.channel import SendMessage
-from services.channel.queueing import EXPIRES, GAPS, Asked, queue_delivery, queue_group
+from services.channel.queueing import EXPIRES, GAPS, DeliveryRequest, queue_delivery, queue_group
 from tests.infra.conftest import PASSWORDS
 
 SUBJECTS = SubjectKeys(Cipher("A" * 43 + "="))
@@ -57,7 +57,7 @@ async def conversations(database: Database, tenant_id: str, *sessions: str) -> N
         )
 
 
-def asked(tenant_id: str, session: str, position: int, delivery_id: UUID, person: str = "") -> Asked:
+def asked(tenant_id: str, session: str, position: int, delivery_id: UUID, person: str = "") -> DeliveryRequest:
     message = SendMessage(
         delivery_id=delivery_id,
         channel_id=CHANNEL,
@@ -67,10 +67,10 @@ def asked(tenant_id: str, session: str, position: int, delivery_id: UUID, person
         position=position,
         subject_id=person,
     )
-    return Asked(tenant_id, message, utcnow() + EXPIRES, nullcontext)
+    return DeliveryRequest(tenant_id, message, utcnow() + EXPIRES, nullcontext)
 
 
-async def queue(database: Database, group: list[Asked], *, together: bool) -> None:
+async def queue(database: Database, group: list[DeliveryRequest], *, together: bool) -> None:
     if together:
         async with database.begin() as tx:
             await queue_group(tx, SUBJECTS, group)
