@@ -307,7 +307,9 @@ class Tx:
             try:
                 await call()
             except Exception as error:
-                get_logger("infra.postgres.tx").warning("could not run a call after a commit", error=describe(error))
+                get_logger("infra.postgres.tx").warning(
+                    "a call after the commit failed; the commit stands", error=describe(error)
+                )
 
     async def close(self, *, commit: bool) -> None:
         if self._connection is None:

@@ -28,7 +28,7 @@ def limit_stop(loop: asyncio.AbstractEventLoop) -> None:
 
     def report() -> None:
         names = sorted(task.get_name() for task in asyncio.all_tasks(loop))
-        logs.get_logger("infra.service").error("does not stop; the process is ended", open_tasks=names)
+        logs.get_logger("infra.service").error("the service does not stop; its process is ended", open_tasks=names)
 
     loop.call_later(STOP_SECONDS * 0.9, report)
     # A thread of its own: it also ends a process whose event loop is blocked or has ended.

@@ -109,7 +109,9 @@ async def discard_expired(tx: Tx) -> None:
         tx.tenant_id = tenant_id
         await discard(tx, id_, actor=f"service:{tx.service}")
     if rows:
-        get_logger("infra.service.redrive").error("open dead letters discarded after their time", count=len(rows))
+        get_logger("infra.service.redrive").error(
+            "open dead letters discarded: their retention has ended", count=len(rows)
+        )
 
 
 async def _locked(tx: Tx, id_: UUID) -> tuple[str, str, str, bool]:
@@ -221,7 +223,7 @@ class Redriver:
         )
         if head is None:
             await tx.sql("DELETE FROM parked_key WHERE consumer = $1 AND topic = $2 AND key = $3", *key)
-            self._log.info("key unparked", consumer=key[0], topic=key[1], key=key[2])
+            self._log.info("parked key is free again", consumer=key[0], topic=key[1], key=key[2])
         return head if head and head["state"] != "failed" else None
 
     async def _claim_other(self, tx: Tx) -> Mapping[str, Any] | None:

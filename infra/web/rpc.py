@@ -275,9 +275,9 @@ class _Incoming(grpc.aio.ServerInterceptor):
             return CODES[type(error)], str(error)
         telemetry.fail(span, error)
         if is_transient(error):
-            self._log.warning("call failed; the caller may retry", exc_info=error)
+            self._log.warning("gRPC call failed; the caller may retry", exc_info=error)
             return Code.UNAVAILABLE, "a dependency of this service does not answer"
-        self._log.error("call failed", exc_info=error)
+        self._log.error("gRPC call failed", exc_info=error)
         trace_id = span.get_span_context().trace_id
         return Code.INTERNAL, f"an error inside {self._service}; the request is not the cause (trace {trace_id:032x})"
 

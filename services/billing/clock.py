@@ -43,7 +43,7 @@ class Clock:
                 await self.forget()
             except Exception as error:
                 get_logger("services.billing.clock").warning(
-                    "could not close periods; will retry", error=describe(error)
+                    "could not close billing periods; will retry", error=describe(error)
                 )
             await wait_at_most(TICK_SECONDS, self._stopping)
 

@@ -44,6 +44,15 @@ def test_the_readme_takes_two_screens() -> None:
     assert len((CHECKOUT / "README.md").read_text().splitlines()) <= 100
 
 
+def test_the_functions_where_the_main_things_happen_exist() -> None:
+    rows = re.findall(
+        r"^\| [^|]* \| `([^`]+)` \| `([^`]+)` \|$", (CHECKOUT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 9
+    for path, name in rows:
+        assert re.search(rf"(def|FUNCTION) {name}\(", (CHECKOUT / path).read_text()), (path, name)
+
+
 def test_the_operations_page_lists_every_command() -> None:
     listed = set(re.findall(r"`\./claw ([a-z][a-z-]*)", (CHECKOUT / "docs" / "operations.md").read_text()))
     assert listed == set(COMMANDS)

@@ -97,7 +97,7 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
             raise NotYet(timedelta(0), "another agent answered as the run was about to wait for it")
     await tx.decide(stream(row.id), command)
     await projections.suspended(tx, row.id, command.reason, command.text)
-    _log.info("run waits", run_id=str(row.id), reason=command.text)
+    _log.info("run suspended", run_id=str(row.id), reason=command.text)
     for child_run in suspended.children:
         await open_child(tx, subjects, row.id, child_run)
 

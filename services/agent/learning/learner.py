@@ -94,7 +94,9 @@ class Learner:
             request.facts.extend(found[0])
             request.merges.extend(found[1])
         reply = await memory.Learn(request, metadata=context.metadata, timeout=MEMORY_SECONDS)
-        _log.info("learned from run", run_id=str(run_id), by=request.model or "rules", memories=reply.learned)
+        _log.info(
+            "memories learned from a run", run_id=str(run_id), by=request.model or "rules", memories=reply.learned
+        )
 
 
 class _Recorded(msgspec.Struct, frozen=True):

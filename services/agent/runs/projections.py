@@ -1,4 +1,4 @@
-"""Writes the tables of runs, steps and deliveries, in the transaction of the event. `queries` and `timeline` read them."""
+"""Writes the tables of runs, steps and deliveries in the transaction of the event. Read by `queries` and `timeline`."""
 
 from __future__ import annotations
 
