@@ -21,6 +21,7 @@ from infra.lanes import lane as lanes
 from infra.lanes import runner as lane_runner
 from infra.lanes.claims import SUSPECT_RECOVERIES, Claims
 from infra.lanes.effects import Effects
+from infra.lanes.processor import IN_A_ROW, MAX_RECOVERIES
 from infra.lanes.runner import LaneRunner
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
@@ -328,7 +329,7 @@ async def test_a_long_lane_lets_others_have_their_turn(world: World, notes: Note
         await put(database, kind, "short", 1000)
     async with world.process(kind.runner(concurrency=1)(notes.note)) as database:
         await all_over(database, kind)
-    assert notes.numbers.index(1000) <= lane_runner.IN_A_ROW
+    assert notes.numbers.index(1000) <= IN_A_ROW
 
 
 async def test_a_commit_wakes_the_runner_of_its_process(
@@ -579,7 +580,7 @@ async def test_an_item_that_takes_its_process_down_again_and_again_is_a_dead_let
     kind = new_lane()
     async with world.process() as database:
         await put(database, kind, "a", 1, 2)
-        for _ in range(lane_runner.MAX_RECOVERIES - 1):
+        for _ in range(MAX_RECOVERIES - 1):
             await sql(
                 database, "UPDATE lane_item SET recoveries = recoveries + 1 WHERE kind = $1 AND seq = 1", kind.name
             )
@@ -600,7 +601,7 @@ async def test_one_item_that_ends_its_processes_takes_no_other_along(desk: Datab
         process = Claims(engine, "sample_desk", lambda kind: None, lease_seconds=60)
         lanes = (await process.claim(kind.name, "", 10, 10, {})).lanes
         heads = {lease: head for lease, head in lanes if head}
-        if all(head.recoveries >= lane_runner.MAX_RECOVERIES for head in heads.values()):
+        if all(head.recoveries >= MAX_RECOVERIES for head in heads.values()):
             break
         if f"lane {poisoned}" not in {lease.lane for lease in heads}:
             for lease, head in heads.items():
@@ -616,7 +617,7 @@ async def test_one_item_that_ends_its_processes_takes_no_other_along(desk: Datab
     assert states.pop(f"lane {poisoned}") == "waiting"
     assert set(states.values()) == {"done"}
     recoveries = dict(await items(desk, kind, "lane", "recoveries"))
-    assert recoveries.pop(f"lane {poisoned}") == lane_runner.MAX_RECOVERIES
+    assert recoveries.pop(f"lane {poisoned}") == MAX_RECOVERIES
     assert set(recoveries.values()) == {SUSPECT_RECOVERIES}
 
 

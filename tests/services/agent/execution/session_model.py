@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, assert_never
 from uuid import NAMESPACE_OID, UUID, uuid5
 
-from infra.lanes.runner import MAX_RECOVERIES
+from infra.lanes.processor import MAX_RECOVERIES
 from services.agent.definitions.queue_modes import QueueMode
 from services.agent.runs.domain import (
     BeginStep,

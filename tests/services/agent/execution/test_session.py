@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from infra.errors import Conflict
-from infra.lanes.runner import MAX_RECOVERIES
+from infra.lanes.processor import MAX_RECOVERIES
 from infra.postgres.tx import Tx
 from protos.messages.agent import RunCompleted
 from protos.messages.channel import SendMessage
