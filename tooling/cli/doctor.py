@@ -52,9 +52,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 
 def examine(home: Home) -> list[Finding]:
     """Makes all examinations. A damaged state folder is a finding, not an error."""
-    findings = [_disk(home), _memory()]
+    findings = [_memory()]
     try:
         check_access(home.path)
+        findings.append(_disk(home))
         place = home.place()
     except EngineError as error:
         return [*findings, Finding("problem", str(error))]
