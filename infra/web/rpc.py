@@ -5,7 +5,7 @@ calls. A server refuses a call without deadline or token, and one that `protos.c
 `infra.errors` cross the wire: the caller gets the error that the servicer raised. With `Tls` both sides show a
 certificate of their service, and a token counts only on a connection of its own service.
 
-Here is what both sides share, and the server. The calling side is `infra.web.rpc_client`.
+This module has the server and the parts of both sides. The calling side is `infra.web.rpc_client`.
 """
 
 from __future__ import annotations
