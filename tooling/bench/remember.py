@@ -214,7 +214,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
 
     def remembered(tenant_id: str) -> Context:
         async def context(person: int, question: str) -> Sequence[str]:
-            vector = (await embedder.query(question)).vectors[0]
+            vector = (await embedder.queries([question]))[0].vectors[0]
             async with database.begin(tenant_id=tenant_id) as tx:
                 recalled = await memories.recall(tx, MemoryScope(str(person)), vector, embedder.model)
             return [each.memory.text for each in recalled]

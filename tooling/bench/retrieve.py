@@ -42,7 +42,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None], pairs: i
         await platform.start("memory", **PRODUCTION)
         await _upload(platform)
         embedder = LocalEmbedder()
-        vectors = [(await embedder.query(query)).vectors[0].tolist() for query in QUERIES]
+        vectors = [(await embedder.queries([query]))[0].vectors[0].tolist() for query in QUERIES]
         memory = memory_pb2_grpc.MemoryStub(platform.channels("agent").to(platform.grpc("memory"), "memory"))
         direct = AsyncMilvusClient(place.stack.engines["milvus"]["url"])
         [collection] = [name for name in await direct.list_collections() if name.startswith(_plain(platform.prefix))]

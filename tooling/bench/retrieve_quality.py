@@ -135,7 +135,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     embedder, cipher = LocalEmbedder(), Cipher("m" * 43 + "=")
     index = PgvectorIndex(worker, embedder.model)
     conversations = Conversations(cipher, embedder, Engines(worker, {}))
-    retrieval = Retrieval(request, embedder, index, conversations, Memories(SubjectKeys(cipher)))
+    retrieval = Retrieval(request, worker, embedder, index, conversations, Memories(SubjectKeys(cipher)))
     ids: dict[str, dict[str, UUID]] = {}
     bm25: dict[str, Bm25] = {}
     total = 2 * PAGES

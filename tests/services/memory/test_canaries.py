@@ -67,7 +67,9 @@ async def aviary(platform: Platform) -> AsyncIterator[Aviary]:
         await add(platform.database("memory"), embedder, index, tenant, ["member:owner"])
     database = Database(engine, "memory", tenanted=True)
     conversations = Conversations(cipher, embedder, Engines(database, {}))
-    yield Aviary(Retrieval(database, embedder, index, conversations, Memories(SubjectKeys(cipher))), tenants)
+    memories = Memories(SubjectKeys(cipher))
+    worker = platform.database("memory")
+    yield Aviary(Retrieval(database, worker, embedder, index, conversations, memories), tenants)
     await engine.dispose()
 
 

@@ -95,7 +95,7 @@ async def test_the_local_model_knows_what_a_text_is_about_in_both_languages() ->
     assert passages.vectors.shape == (4, 384)
     assert np.linalg.norm(passages.vectors, axis=1) == pytest.approx(1)
     for question in ("How long is the guarantee?", "保修多久？"):
-        scores = passages.vectors @ (await embedder.query(question)).vectors[0]
+        scores = passages.vectors @ (await embedder.queries([question]))[0].vectors[0]
         assert min(scores[:2]) > scores[2]
         assert max(scores) > embedder.min_similarity
 
@@ -158,7 +158,7 @@ async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> No
 
     endpoint.answers = [JSONResponse({}, 429, {"retry-after": "7"})]
     with pytest.raises(RetryLater) as later:
-        await embedder.query("one")
+        await embedder.queries(["one"])
     assert later.value.after == timedelta(seconds=7)
     for answer in (
         JSONResponse({}, 500),
@@ -168,12 +168,12 @@ async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> No
     ):
         endpoint.answers = [answer]
         with pytest.raises(Transient):
-            await embedder.query("one")
+            await embedder.queries(["one"])
     endpoint.answers = [JSONResponse({"error": {"message": "too long"}}, 400)]
     with pytest.raises(EffectFailed):
-        await embedder.query("one")
+        await embedder.queries(["one"])
     with pytest.raises(Transient):
-        await RemoteEmbedder(outgoing, endpoint.url, "words-8", "no key").query("one")
+        await RemoteEmbedder(outgoing, endpoint.url, "words-8", "no key").queries(["one"])
     await outgoing.close()
 
 

@@ -103,7 +103,7 @@ async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(plat
         await documents.advance(tx, id_, "indexed", 1.0)
     embedder, memories = LocalEmbedder(), Memories(SubjectKeys(cipher))
     conversations = Conversations(cipher, embedder, Engines(database, {}))
-    retrieval = Retrieval(database, embedder, Silent(), conversations, memories)
+    retrieval = Retrieval(database, database, embedder, Silent(), conversations, memories)
     caller = of_agent("tenant-slow", "")
     answer = await retrieval.search(caller, Query(QUESTION), seconds=2)
     assert answer.degraded
@@ -119,7 +119,7 @@ class Vanishing(Retrieval):
 
     async def _read(self, caller: ReaderNames, *given: Any) -> Any:
         if self.vanishes:
-            async with self._database.begin(tenant_id=caller.tenant_id) as tx:
+            async with self._request.begin(tenant_id=caller.tenant_id) as tx:
                 await documents.delete(tx, self.vanishes)
                 await add_indexed(tx, "Line 3.")
             self.vanishes = None
@@ -165,7 +165,7 @@ async def test_a_search_in_which_a_document_is_replaced_reranks_and_counts_memor
     embedder, memories, reranker = LocalEmbedder(), Memories(SubjectKeys(cipher)), Counting()
     conversations = Conversations(cipher, embedder, Engines(database, {}))
     index = PgvectorIndex(database, embedder.model)
-    retrieval = Vanishing(database, embedder, index, conversations, memories, reranker)
+    retrieval = Vanishing(database, database, embedder, index, conversations, memories, reranker)
     retrieval.vanishes = ids[0]
     answer = await retrieval.search(of_agent(tenant, ""), Query(QUESTION, types=("document", "memory")))
     assert (answer.reranked, reranker.asked) == (True, [3])

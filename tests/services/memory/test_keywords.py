@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from uuid import UUID
 
+import numpy as np
 import pytest
 
 from infra.clock import uuid7
+from infra.postgres.db import create_engine
+from infra.postgres.schema import role_url
 from infra.postgres.tx import Database
 from infra.stores.objects import Stored
 from services.memory import documents, passages, readable
 from services.memory.domain import Block, chunk, sections
-from services.memory.keywords import with_words
+from services.memory.keywords import _COUNT, _RANK, _READ, READ, with_words
+from services.memory.languages import LANGUAGES
 from tests.services.memory import files
-from tooling.testing.platform import Platform
+from tooling.testing.platform import PASSWORDS, Platform
 
 EVERYONE = readable.Scope(("all",))
 
@@ -37,7 +41,7 @@ async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexe
 async def found(database: Database, tenant_id: str, text: str, limit: int = 10) -> list[str]:
     async with database.begin(tenant_id=tenant_id) as tx:
         ranks = await with_words(tx, text, limit, EVERYONE)
-        texts = await readable.found(tx, list(ranks), EVERYONE)
+        texts, _ = await readable.found(tx, list(ranks), EVERYONE, "", [])
     return [texts[id_].text for id_ in ranks]
 
 
@@ -140,3 +144,45 @@ async def test_words_with_quotes_are_counted(memory_database: Database) -> None:
     async with memory_database.begin(tenant_id="quotes") as tx:
         ranks = await with_words(tx, address, 10, EVERYONE)
     assert max(ranks.values()) == pytest.approx(1.0)
+
+
+async def test_of_many_passages_those_with_the_rare_word_come_first(memory_database: Database) -> None:
+    """More passages have a word than are read at once, so the words are counted first."""
+    common = [Block(f"Shelf {n} holds lamps.", str(n)) for n in range(READ + 20)]
+    rare = [Block(f"Shelf {n} holds lamps and a gramophone.", f"r{n}") for n in range(3)]
+    await add(memory_database, "many", common + rare)
+    found_texts = await found(memory_database, "many", "lamps gramophone", limit=5)
+    assert sorted(found_texts[:3]) == [block.text for block in rare]
+    assert len(found_texts) == 5
+
+
+async def test_the_worker_role_finds_words_and_codes_by_their_indexes(
+    platform: Platform, memory_database: Database
+) -> None:
+    """Row-level security would keep PostgreSQL from using them."""
+    async with memory_database.begin(tenant_id="plans") as tx:
+        await tx.sql("SELECT set_config('enable_seqscan', 'off', true)")
+        scoped = (*EVERYONE.parameters, "plans")
+        words = await tx.sql(f"EXPLAIN {_READ}", *scoped, list(LANGUAGES), "lamps")
+        counted = await tx.sql(f"EXPLAIN {_COUNT}", *scoped, ["lamp"])
+        ranked = await tx.sql(f"EXPLAIN {_RANK}", *scoped, ["lamp"])
+    for plan in (words, counted, ranked):
+        assert "Bitmap Index Scan on passage_words" in str(plan)
+    url = role_url(platform.database_url, "memory", "request", PASSWORDS.request)
+    engine = create_engine(url, pool_size=1)
+    async with Database(engine, "memory", tenanted=True).begin(tenant_id="plans") as tx:
+        await tx.sql("SELECT set_config('enable_seqscan', 'off', true)")
+        assert "passage_words" not in str(await tx.sql(f"EXPLAIN {_RANK}", *scoped, ["lamp"]))
+    await engine.dispose()
+
+
+async def test_codes_of_another_tenant_are_not_counted(memory_database: Database) -> None:
+    for tenant in ("codes-a", "codes-b"):
+        id_ = await add(memory_database, tenant, [Block(f"Error E77 of {tenant}.")])
+        async with memory_database.begin(tenant_id=tenant) as tx:
+            waiting = await passages.without_vector(tx, id_, "model", 10)
+            await passages.set_vectors(tx, "model", waiting, np.ones((len(waiting), 2), dtype="<f4"))
+    async with memory_database.begin(tenant_id="codes-a") as tx:
+        counts = await readable.with_codes(tx, ["e77"], "model", 10, EVERYONE)
+        texts, _ = await readable.found(tx, list(counts), EVERYONE, "", [])
+    assert [each.text for each in texts.values()] == ["Error E77 of codes-a."]

@@ -136,7 +136,9 @@ async def retrievals(memory: Platform, vectors: Vectors) -> AsyncIterator[dict[s
         index = kind(milvus, memory.prefix, embedder.model, refill)
         cipher = Cipher("m" * 43 + "=")
         conversations = Conversations(cipher, embedder, Engines(database, {"milvus": index}))
-        made[kind.__name__] = Retrieval(database, embedder, index, conversations, Memories(SubjectKeys(cipher)))
+        worker = memory.database("memory")
+        memories = Memories(SubjectKeys(cipher))
+        made[kind.__name__] = Retrieval(database, worker, embedder, index, conversations, memories)
     yield made
     await engine.dispose()
 
