@@ -14,43 +14,43 @@ Behalf = Literal["tenant", "operator", "either"]
 
 
 @dataclass(frozen=True)
-class Call:
+class AllowedCallers:
     """The callers of a gRPC method."""
 
     callers: tuple[str, ...]
     behalf: Behalf
 
 
-METHODS: Final[dict[str, Call]] = {
-    "clawbus.user.v1.Directory/Owners": Call(("notification",), "tenant"),
-    "clawbus.user.v1.Keys/Scopes": Call(("ws_gateway",), "tenant"),
-    "clawbus.memory.v1.Memory/Retrieve": Call(("agent", "plugin"), "tenant"),
-    "clawbus.memory.v1.Memory/ListMemories": Call(("agent", "plugin"), "tenant"),
-    "clawbus.memory.v1.Memory/CorrectMemory": Call(("plugin",), "tenant"),
-    "clawbus.memory.v1.Memory/ForgetMemory": Call(("plugin",), "tenant"),
-    "clawbus.memory.v1.Memory/Learn": Call(("agent",), "tenant"),
-    "clawbus.memory.v1.Memory/ReadFile": Call(("channel",), "tenant"),
-    "clawbus.billing.v1.Billing/Reserve": Call(("agent",), "tenant"),
-    "clawbus.billing.v1.Billing/Release": Call(("agent",), "tenant"),
-    "clawbus.billing.v1.Billing/Charges": Call(("agent",), "tenant"),
-    "clawbus.billing.v1.Billing/Unpriced": Call(("agent",), "tenant"),
-    "clawbus.plugin.v1.Plugin/Tools": Call(("agent",), "tenant"),
-    "clawbus.plugin.v1.Plugin/Call": Call(("agent",), "tenant"),
-    "clawbus.ops.v1.Operations/ListDeadLetters": Call(("log_aggregator",), "either"),
-    "clawbus.ops.v1.Operations/GetDeadLetter": Call(("log_aggregator",), "either"),
-    "clawbus.ops.v1.Operations/RedriveDeadLetters": Call(("log_aggregator",), "either"),
-    "clawbus.ops.v1.Operations/GroupDeadLetters": Call(("log_aggregator",), "either"),
-    "clawbus.ops.v1.Operations/RedriveMatching": Call(("log_aggregator",), "either"),
-    "clawbus.ops.v1.Operations/DiscardDeadLetter": Call(("log_aggregator",), "either"),
-    "clawbus.ops.v1.Operations/CheckHealth": Call(("log_aggregator",), "either"),
-    "clawbus.ops.v1.Operations/CountOutbox": Call(("billing",), "either"),
+METHODS: Final[dict[str, AllowedCallers]] = {
+    "clawbus.user.v1.Directory/Owners": AllowedCallers(("notification",), "tenant"),
+    "clawbus.user.v1.Keys/Scopes": AllowedCallers(("ws_gateway",), "tenant"),
+    "clawbus.memory.v1.Memory/Retrieve": AllowedCallers(("agent", "plugin"), "tenant"),
+    "clawbus.memory.v1.Memory/ListMemories": AllowedCallers(("agent", "plugin"), "tenant"),
+    "clawbus.memory.v1.Memory/CorrectMemory": AllowedCallers(("plugin",), "tenant"),
+    "clawbus.memory.v1.Memory/ForgetMemory": AllowedCallers(("plugin",), "tenant"),
+    "clawbus.memory.v1.Memory/Learn": AllowedCallers(("agent",), "tenant"),
+    "clawbus.memory.v1.Memory/ReadFile": AllowedCallers(("channel",), "tenant"),
+    "clawbus.billing.v1.Billing/Reserve": AllowedCallers(("agent",), "tenant"),
+    "clawbus.billing.v1.Billing/Release": AllowedCallers(("agent",), "tenant"),
+    "clawbus.billing.v1.Billing/Charges": AllowedCallers(("agent",), "tenant"),
+    "clawbus.billing.v1.Billing/Unpriced": AllowedCallers(("agent",), "tenant"),
+    "clawbus.plugin.v1.Plugin/Tools": AllowedCallers(("agent",), "tenant"),
+    "clawbus.plugin.v1.Plugin/Call": AllowedCallers(("agent",), "tenant"),
+    "clawbus.ops.v1.Operations/ListDeadLetters": AllowedCallers(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/GetDeadLetter": AllowedCallers(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/RedriveDeadLetters": AllowedCallers(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/GroupDeadLetters": AllowedCallers(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/RedriveMatching": AllowedCallers(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/DiscardDeadLetter": AllowedCallers(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/CheckHealth": AllowedCallers(("log_aggregator",), "either"),
+    "clawbus.ops.v1.Operations/CountOutbox": AllowedCallers(("billing",), "either"),
     # The kernel's sample, which only tests and benches run.
-    "clawbus.sample.v1.Sample/Seen": Call(("sample_ledger",), "operator"),
+    "clawbus.sample.v1.Sample/Seen": AllowedCallers(("sample_ledger",), "operator"),
 }
 
 
 @dataclass(frozen=True)
-class Route:
+class DelegatedRoute:
     """An HTTP route on which a service may act for a client of a tenant."""
 
     caller: str
@@ -61,12 +61,12 @@ class Route:
     """The only scope that the request has."""
 
 
-ROUTES: Final[tuple[Route, ...]] = (
-    Route("channel", "agent", "GET", "/api/v1/agents/{agent_id}", "read"),
-    Route("ws_gateway", "agent", "GET", "/api/v1/agents", "read"),
-    Route("ws_gateway", "agent", "GET", "/api/v1/runs/{run_id}", "read"),
-    Route("ws_gateway", "agent", "GET", "/internal/runs/{run_id}/events", "read"),
-    Route("ws_gateway", "agent", "POST", "/internal/agents/{agent_id}/completions", "run"),
-    Route("ws_gateway", "agent", "POST", "/api/v1/agents/{agent_id}/sessions/{key:path}/messages", "run"),
-    Route("ws_gateway", "agent", "POST", "/api/v1/runs/{run_id}/cancel", "run"),
+ROUTES: Final[tuple[DelegatedRoute, ...]] = (
+    DelegatedRoute("channel", "agent", "GET", "/api/v1/agents/{agent_id}", "read"),
+    DelegatedRoute("ws_gateway", "agent", "GET", "/api/v1/agents", "read"),
+    DelegatedRoute("ws_gateway", "agent", "GET", "/api/v1/runs/{run_id}", "read"),
+    DelegatedRoute("ws_gateway", "agent", "GET", "/internal/runs/{run_id}/events", "read"),
+    DelegatedRoute("ws_gateway", "agent", "POST", "/internal/agents/{agent_id}/completions", "run"),
+    DelegatedRoute("ws_gateway", "agent", "POST", "/api/v1/agents/{agent_id}/sessions/{key:path}/messages", "run"),
+    DelegatedRoute("ws_gateway", "agent", "POST", "/api/v1/runs/{run_id}/cancel", "run"),
 )

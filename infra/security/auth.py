@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from infra.errors import Forbidden, Unauthenticated
 from infra.security.keys import LIFETIME_SECONDS, Keyring
-from protos.calls import ROUTES, Route
+from protos.calls import ROUTES, DelegatedRoute
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class Identity:
 class Identities:
     """Makes and verifies the tokens of clients."""
 
-    def __init__(self, keyring: Keyring, routes: Sequence[Route] = ROUTES) -> None:
+    def __init__(self, keyring: Keyring, routes: Sequence[DelegatedRoute] = ROUTES) -> None:
         self._keyring = keyring
         self._routes = routes
         self._made = _Made()

@@ -42,7 +42,7 @@ from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres.db import is_transient
 from infra.security.auth import Caller, Callers
-from protos.calls import METHODS, Call
+from protos.calls import METHODS, AllowedCallers
 
 Code = grpc.StatusCode
 
@@ -122,7 +122,7 @@ class Server:
         service: str,
         callers: Callers,
         metrics: Metrics,
-        methods: Mapping[str, Call] = METHODS,
+        methods: Mapping[str, AllowedCallers] = METHODS,
         tls: Tls | None = None,
         *,
         shared: bool = False,
@@ -170,7 +170,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
     """Around every call: deadline, caller, span, metrics, and errors as status codes."""
 
     def __init__(
-        self, service: str, callers: Callers, metrics: Metrics, methods: Mapping[str, Call], *, with_tls: bool
+        self, service: str, callers: Callers, metrics: Metrics, methods: Mapping[str, AllowedCallers], *, with_tls: bool
     ) -> None:
         self._service = service
         self._callers = callers

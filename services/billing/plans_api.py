@@ -23,7 +23,7 @@ from services.billing.currencies import DIGITS
 from services.billing.plans import Included, Plan, PlanCharge, StoredPlan
 from services.billing.prices_api import Nanos
 from services.billing.schemes import Scheme, SchemeTier
-from services.billing.subscriptions import Subscription
+from services.billing.subscriptions import PlanSubscription
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 When = Literal["now", "period_end"]
@@ -148,11 +148,11 @@ def router(runtime: Runtime) -> APIRouter:
         found = [_shown(plans.read(*row)) for row in rows]
         return page(found, paging, lambda plan: f"{plan.name}@{plan.version}")
 
-    @router.post("/subscriptions", status_code=201, response_model=Subscription)
+    @router.post("/subscriptions", status_code=201, response_model=PlanSubscription)
     async def subscribe(body: NewSubscription, who: Operator, request: Request) -> Response:
         """Subscribes a tenant to the latest version of a plan. The first period is a part of a whole one."""
 
-        async def work(tx: Tx) -> tuple[int, Subscription]:
+        async def work(tx: Tx) -> tuple[int, PlanSubscription]:
             tx.tenant_id = body.tenant_id
             made = await subscriptions.subscribe(
                 tx,
@@ -178,13 +178,13 @@ def router(runtime: Runtime) -> APIRouter:
             found = await subscriptions.listed(tx, tenant, after=after, limit=paging.limit + 1)
         return page(found, paging, lambda item: str(item.id))
 
-    @router.patch("/subscriptions/{subscription_id}", response_model=Subscription)
+    @router.patch("/subscriptions/{subscription_id}", response_model=PlanSubscription)
     async def change_subscription(
         subscription_id: UUID, body: SubscriptionChange, who: Operator, request: Request
     ) -> Response:
         """Moves a subscription to the latest version of a plan, now (prorated to the second) or at the period's end."""
 
-        async def work(tx: Tx) -> tuple[int, Subscription]:
+        async def work(tx: Tx) -> tuple[int, PlanSubscription]:
             tx.tenant_id = tenant = await _subscriber(tx, subscription_id)
             changed = await subscriptions.change(tx, tenant, subscription_id, body.plan_id, body.when)
             audit(tx, who.actor, "billing.change_plan", "subscription", str(subscription_id), when=body.when)
@@ -192,13 +192,13 @@ def router(runtime: Runtime) -> APIRouter:
 
         return await once(request, runtime, who, work)
 
-    @router.delete("/subscriptions/{subscription_id}", response_model=Subscription)
+    @router.delete("/subscriptions/{subscription_id}", response_model=PlanSubscription)
     async def cancel_subscription(
         subscription_id: UUID, who: Operator, request: Request, when: Annotated[When, Query()] = "period_end"
     ) -> Response:
         """Ends a subscription. Usage until then is still invoiced."""
 
-        async def work(tx: Tx) -> tuple[int, Subscription]:
+        async def work(tx: Tx) -> tuple[int, PlanSubscription]:
             tx.tenant_id = tenant = await _subscriber(tx, subscription_id)
             ended = await subscriptions.cancel(tx, tenant, subscription_id, when)
             audit(tx, who.actor, "billing.unsubscribe", "subscription", str(subscription_id), when=when)

@@ -27,7 +27,7 @@ from services.billing.calendar import full_period
 MAX_DAYS_AGO = 45
 
 
-class Subscription(BaseModel):
+class PlanSubscription(BaseModel):
     id: UUID
     tenant_id: str
     plan_id: UUID
@@ -155,7 +155,7 @@ async def subscribe(
     starts_at: datetime | None,
     anchor_day: int | None,
     time_zone: str,
-) -> Subscription:
+) -> PlanSubscription:
     """Raises Conflict if the tenant has a subscription at that time or if the currencies differ, and InvalidMessage for
     a start that is too early or has usage after it that was counted before the subscription existed."""
     currency, _ = await accounts.lock_one(tx, tenant_id)
@@ -202,7 +202,7 @@ async def subscribe(
 
 async def change(
     tx: Tx, tenant_id: str, subscription_id: UUID, plan_id: UUID, when: Literal["now", "period_end"]
-) -> Subscription:
+) -> PlanSubscription:
     """Moves a subscription to the latest version of a plan. `now` ends the current period and begins another one."""
     currency, _ = await accounts.lock_one(tx, tenant_id)
     current = await get(tx, tenant_id, subscription_id)
@@ -225,7 +225,7 @@ async def change(
     return await get(tx, tenant_id, subscription_id)
 
 
-async def cancel(tx: Tx, tenant_id: str, subscription_id: UUID, when: Literal["now", "period_end"]) -> Subscription:
+async def cancel(tx: Tx, tenant_id: str, subscription_id: UUID, when: Literal["now", "period_end"]) -> PlanSubscription:
     """Ends a subscription. Its periods are still invoiced. One that has not begun never begins."""
     await accounts.lock_one(tx, tenant_id)
     current = await get(tx, tenant_id, subscription_id)
@@ -256,7 +256,7 @@ async def cancel(tx: Tx, tenant_id: str, subscription_id: UUID, when: Literal["n
     return await get(tx, tenant_id, subscription_id)
 
 
-def _check_goes_on(current: Subscription, now: datetime) -> None:
+def _check_goes_on(current: PlanSubscription, now: datetime) -> None:
     if current.ends_at and (current.ends_at <= now or current.ends_at == current.starts_at):
         raise Conflict("the subscription has ended")
 
@@ -295,7 +295,7 @@ async def _cut(tx: Tx, tenant_id: str, subscription_id: UUID, now: datetime) -> 
         raise Conflict("no period is running that could end now; try a second later or choose period_end")
 
 
-async def get(tx: Tx, tenant_id: str, subscription_id: UUID) -> Subscription:
+async def get(tx: Tx, tenant_id: str, subscription_id: UUID) -> PlanSubscription:
     """Raises NotFound."""
     found = await listed(tx, tenant_id, after=None, limit=1, subscription_id=subscription_id)
     if not found:
@@ -305,7 +305,7 @@ async def get(tx: Tx, tenant_id: str, subscription_id: UUID) -> Subscription:
 
 async def listed(
     tx: Tx, tenant_id: str, *, after: UUID | None, limit: int, subscription_id: UUID | None = None
-) -> list[Subscription]:
+) -> list[PlanSubscription]:
     """Returns the subscriptions after the id `after`, or the one with `subscription_id`."""
     rows = await tx.sql(
         """
@@ -322,7 +322,7 @@ async def listed(
         limit,
         subscription_id,
     )
-    return [Subscription(**dict(zip(Subscription.model_fields, row, strict=True))) for row in rows]
+    return [PlanSubscription(**dict(zip(PlanSubscription.model_fields, row, strict=True))) for row in rows]
 
 
 async def due(tx: Tx, tenant_id: str, until: datetime) -> list[Period]:

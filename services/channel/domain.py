@@ -36,7 +36,7 @@ class Delivery(msgspec.Struct, frozen=True):
     state: State = "queued"
 
 
-class Queue(NamedTuple):
+class QueueDelivery(NamedTuple):
     asked: DeliveryQueued
 
 
@@ -59,12 +59,12 @@ class MarkReceived(NamedTuple):
     reason: str
 
 
-Command = Queue | MarkSent | MarkFailed | MarkUnknown | MarkReceived
+Command = QueueDelivery | MarkSent | MarkFailed | MarkUnknown | MarkReceived
 
 
 def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
     asked = delivery.queued
-    if isinstance(command, Queue):
+    if isinstance(command, QueueDelivery):
         # A repeated request changes nothing: the first one counts.
         return [] if asked else [command.asked]
     if isinstance(command, MarkReceived):

@@ -24,7 +24,7 @@ from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, Subject, SubjectKeys
 from protos.messages.channel import SendMessage
 from services.channel import projections
-from services.channel.domain import Delivery, Queue, decide
+from services.channel.domain import Delivery, QueueDelivery, decide
 from services.channel.events import DeliveryQueued, File, OutboundContent
 from services.channel.publishing import DELIVERY
 
@@ -114,7 +114,7 @@ async def queue_group(tx: Tx, subjects: SubjectKeys, group: Sequence[DeliveryReq
         seen.add(message.delivery_id)
         with asked.trace():  # type: ignore[attr-defined]
             tx.tenant_id = asked.tenant_id
-            [event] = decide(Queue(_queued(message, subject_id, key, _files(message))), Delivery())
+            [event] = decide(QueueDelivery(_queued(message, subject_id, key, _files(message))), Delivery())
             tx.append(DELIVERY.stream(str(message.delivery_id)), event)
             _enqueue(tx, _Turn(message.session_key, message.delivery_id, asked.expires_at))
         last[lane] = max(last[lane], message.position)
@@ -183,7 +183,7 @@ async def queue_delivery(
     except Erased:
         key = None
     delivery = DELIVERY.stream(str(message.delivery_id))
-    for event in await tx.decide(delivery, Queue(_queued(message, subject_id, key, files))):
+    for event in await tx.decide(delivery, QueueDelivery(_queued(message, subject_id, key, files))):
         await projections.project(tx, message.delivery_id, event)
     turn = _Turn(message.session_key, message.delivery_id, expires_at)
     await RESEQUENCER.accept(

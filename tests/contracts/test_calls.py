@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from protos.calls import METHODS, ROUTES, Route
+from protos.calls import METHODS, ROUTES, DelegatedRoute
 from protos.catalog import SERVICES
 from tooling.stack.checkout import CHECKOUT
 
@@ -43,7 +43,7 @@ def test_a_service_may_call_a_method_only_if_its_code_does(method: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.caller} {route.method} {route.path}")
-def test_a_service_may_act_for_a_client_only_where_its_code_does(route: Route) -> None:
+def test_a_service_may_act_for_a_client_only_where_its_code_does(route: DelegatedRoute) -> None:
     # The code has names of its own in the braces.
     path = re.sub(r"\\\{.*?\\\}", r"\\{[^}]*\\}", re.escape(route.path))
     assert re.search(rf"(?<!\w){path}[\"?]", code(route.caller))

@@ -17,7 +17,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from protos.calls import METHODS, Call
+from protos.calls import METHODS, AllowedCallers
 from services.channel.vendors import VENDORS
 from tests.security.bad_input import BODIES, CONTENT_TYPES, HEADERS, TEXTS, URL, URL_TEXTS
 from tests.security.furnished import asked
@@ -39,7 +39,7 @@ async def test_bad_messages_to_grpc_methods_are_refused_and_never_an_error_of_th
     tenant = (await asked(system, "user", "", "POST", "/api/v1/tenants", {"name": "Bad calls"}))["id"]
     few = asyncio.Semaphore(8)
 
-    async def failure(method: str, call: Call, owner: str, body: bytes, channel: Any) -> str | None:
+    async def failure(method: str, call: AllowedCallers, owner: str, body: bytes, channel: Any) -> str | None:
         token = keys.callers(call.callers[0]).token(owner, "" if call.behalf == "operator" else tenant)
         async with few:
             try:

@@ -28,7 +28,7 @@ NOTHING = Context(())
 
 
 @dataclass(frozen=True)
-class Exchange:
+class EarlierRun:
     """The messages of an earlier run and its reply."""
 
     turns: tuple[UserTurn | AssistantTurn, ...]
@@ -66,7 +66,7 @@ class Conversation:
     """The vendor's id of the message to reply to; None if the run came by the API."""
     summary: SessionSummary | None = None
     """Of everything before `older` and `history`."""
-    older: tuple[Exchange, ...] = ()
+    older: tuple[EarlierRun, ...] = ()
     """The part that is to be summarised before the model is asked."""
     given: Context = NOTHING
     """The context that the caller gave with the message."""
@@ -205,11 +205,11 @@ def open_summary(row: SummaryRow, session_key: str, keys: TenantKeys) -> Session
     return SessionSummary(text, row.seq, frozenset(row.about)) if text else None
 
 
-def _exchanges(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> list[Exchange]:
+def _exchanges(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> list[EarlierRun]:
     return [_exchange(keys, list(of_run)) for _, of_run in groupby(rows, lambda row: row.run_id)]
 
 
-def _exchange(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> Exchange:
+def _exchange(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> EarlierRun:
     """Without the words of erased persons."""
     texts = [keys.open(row.text, row.subject_id, str(row.message_id), "text") for row in rows]
     last = rows[-1]
@@ -218,10 +218,10 @@ def _exchange(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> Exchange:
         turns.append(UserTurn(said))
     if last.reply and (reply := keys.open(last.reply, last.reply_subject_id, str(last.run_id), "reply")):
         turns.append(AssistantTurn(reply))
-    return Exchange(tuple(turns), last.seq, frozenset(row.subject_id for row in rows) | {last.reply_subject_id})
+    return EarlierRun(tuple(turns), last.seq, frozenset(row.subject_id for row in rows) | {last.reply_subject_id})
 
 
-def divided(exchanges: Sequence[Exchange]) -> tuple[Sequence[Exchange], Sequence[Exchange]]:
+def divided(exchanges: Sequence[EarlierRun]) -> tuple[Sequence[EarlierRun], Sequence[EarlierRun]]:
     """The part to be summarised, and the part that stays verbatim."""
     turns, size = sum(len(exchange.turns) for exchange in exchanges), sum(exchange.size for exchange in exchanges)
     if turns <= HISTORY_MESSAGES and size <= HISTORY_CHARACTERS:

@@ -33,17 +33,17 @@ from infra.observe.metrics import Metrics
 from infra.web import rpc
 from infra.web.rpc import Server
 from infra.web.rpc_client import DEFAULT_TIMEOUT_SECONDS, Channels
-from protos.calls import Call
+from protos.calls import AllowedCallers
 from tooling.testing import keys
 from tooling.testing.proxy import FaultProxy
 
 SERVICE = "clawbus.test.v1.Test"
 METHODS = {
-    f"{SERVICE}/Echo": Call(("agent",), "either"),
-    f"{SERVICE}/Repeat": Call(("agent",), "either"),
-    f"{SERVICE}/Count": Call(("agent",), "either"),
-    f"{SERVICE}/OfTenant": Call(("agent", "plugin"), "tenant"),
-    f"{SERVICE}/OfOperator": Call(("agent",), "operator"),
+    f"{SERVICE}/Echo": AllowedCallers(("agent",), "either"),
+    f"{SERVICE}/Repeat": AllowedCallers(("agent",), "either"),
+    f"{SERVICE}/Count": AllowedCallers(("agent",), "either"),
+    f"{SERVICE}/OfTenant": AllowedCallers(("agent", "plugin"), "tenant"),
+    f"{SERVICE}/OfOperator": AllowedCallers(("agent",), "operator"),
 }
 ERRORS: dict[str, Exception] = {
     "invalid": InvalidMessage("prix.montant_é", "negative"),

@@ -16,12 +16,12 @@ from infra.observe.metrics import Metrics
 from infra.web import rpc
 from infra.web.rpc import Server, Tls
 from infra.web.rpc_client import Channels
-from protos.calls import Call
+from protos.calls import AllowedCallers
 from tooling.testing import keys
 from tooling.testing.certificates import Authority
 
 SERVICE = "clawbus.test.v1.Test"
-METHODS = {f"{SERVICE}/Echo": Call(("ws_gateway", "agent"), "either")}
+METHODS = {f"{SERVICE}/Echo": AllowedCallers(("ws_gateway", "agent"), "either")}
 
 
 def issue(authority: Authority, folder: Path, name: str) -> Tls:

@@ -18,7 +18,7 @@ from services.channel.domain import (
     MarkSent,
     MarkUnknown,
     Pseudonyms,
-    Queue,
+    QueueDelivery,
     change,
     changed,
     decide,
@@ -66,7 +66,9 @@ def test_a_queued_delivery_ends_in_one_way(command: Command, event: DeliveryEven
 
 
 @pytest.mark.parametrize("settled", [SENT, FAILED, UNKNOWN])
-@pytest.mark.parametrize("command", [Queue(QUEUED), MarkSent("8"), MarkFailed("expired"), MarkUnknown("no answer")])
+@pytest.mark.parametrize(
+    "command", [QueueDelivery(QUEUED), MarkSent("8"), MarkFailed("expired"), MarkUnknown("no answer")]
+)
 def test_an_ended_delivery_does_not_change(command: Command, settled: DeliveryEvent) -> None:
     assert decide(command, after(QUEUED, settled)) == []
 
@@ -102,8 +104,8 @@ def test_only_a_receipt_that_says_more_counts(
 
 def test_a_delivery_is_queued_once_and_cannot_end_before_it_was_queued() -> None:
     nothing: Sequence[DeliveryEvent] = []
-    assert decide(Queue(QUEUED), after()) == [QUEUED]
-    assert decide(Queue(QUEUED), after(QUEUED)) == nothing
+    assert decide(QueueDelivery(QUEUED), after()) == [QUEUED]
+    assert decide(QueueDelivery(QUEUED), after(QUEUED)) == nothing
     assert decide(MarkSent("7"), after()) == nothing
 
 

@@ -20,7 +20,7 @@ from infra.postgres.tx import Tx, derived_id
 from infra.service import verification
 from infra.service.verification import VerificationResult
 from services.channel import projections
-from services.channel.domain import MarkSent, Queue
+from services.channel.domain import MarkSent, QueueDelivery
 from services.channel.events import DeliveryQueued, MessageTaken
 from services.channel.publishing import CONVERSATION, DELIVERY
 from services.log_aggregator.reindexing import INDEXED
@@ -69,7 +69,7 @@ def query(statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
 
 def deliver(delivery_id: UUID) -> None:
     async def work(tx: Tx) -> None:
-        for command in (Queue(DeliveryQueued(uuid7(), "s", None, "p", b"")), MarkSent("v1")):
+        for command in (QueueDelivery(DeliveryQueued(uuid7(), "s", None, "p", b"")), MarkSent("v1")):
             for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
                 await projections.project(tx, delivery_id, event)
 
