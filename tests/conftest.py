@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 from tooling.testing.packages import extract
@@ -24,6 +25,10 @@ from tooling.testing.stack import Stack, running_stack
 # Python's default. With the rare collections of our processes, an object that a test leaves open would be found in
 # another test.
 gc.set_threshold(700, 10, 10)
+
+# Without this, a property fails because the machine is busy: Hypothesis measures how fast it gets its inputs.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 # The tests that use the whole system.

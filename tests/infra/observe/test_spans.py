@@ -84,7 +84,7 @@ def _in_order(node: Any) -> Any:
     return done
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     keys, st.sampled_from(SpanKind), st.none() | contexts, attributes, links, times, times, st.lists(calls, max_size=6)
 )

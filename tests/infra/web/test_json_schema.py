@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import InvalidMessage
@@ -269,7 +269,7 @@ def keywords(part: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 schemas = st.recursive(st.booleans() | keywords(st.booleans()), keywords, max_leaves=4)
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(schemas, schemas, st.dictionaries(names, values, max_size=3))
 def test_a_value_fits_if_it_fits_by_the_reference(schema: Any, x: Any, value: dict[str, Any]) -> None:
     whole = {"allOf": [schema], "$defs": {"x": _without_references(x), "y": {"type": "object"}}}
@@ -294,7 +294,7 @@ def _without_references(schema: Any) -> Any:
 junk = st.one_of(values, schemas, st.lists(st.text(max_size=2), max_size=2), st.just({}), st.just([]))
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(sorted(jsonschema.Draft202012Validator.VALIDATORS)), junk, max_size=3))
 def test_a_schema_is_refused_if_the_metaschema_refuses_it(keywords: dict[str, Any]) -> None:
     schema = {"type": "object", "properties": {"a": keywords}}

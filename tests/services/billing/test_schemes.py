@@ -130,7 +130,7 @@ def oracle(scheme: Scheme, tiers: tuple[SchemeTier, ...], size: int, units: int)
 
 
 @given(schemes(), st.integers(0, 6000), st.integers(0, 3000))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_every_scheme_equals_an_oracle_in_fractions(
     made: tuple[Scheme, tuple[SchemeTier, ...], int], quantity: int, included: int
 ) -> None:
