@@ -26,6 +26,8 @@ from infra.observe.logs import get_logger
 
 T = TypeVar("T")
 
+LIMITS = "ratelimit:"
+"""The beginning of all keys."""
 TIMEOUT_SECONDS = 1.0
 """The time limit of each call."""
 PAUSE_SECONDS = 0.5
@@ -51,7 +53,7 @@ class Cache:
         storage = RedisStorage(
             "async+redis://",
             implementation="redispy",
-            key_prefix="ratelimit",
+            key_prefix=LIMITS.removesuffix(":"),
             connection_pool=redis.connection_pool,  # type: ignore[arg-type]  # typed for numbers and texts only
         )
         self._limiter = MovingWindowRateLimiter(storage)

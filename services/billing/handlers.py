@@ -19,11 +19,9 @@ from protos.envelope import Message
 from protos.messages.billing import BudgetThresholdPassed, QuotaExhausted, UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
+from protos.pubsub import QUOTA_EXHAUSTED
 from services.billing import accounts, deliveries, usage
 from services.billing.domain import MESSAGE, NO_ACCOUNT, Verdict
-
-EXHAUSTED = "openclaw:quota:exhausted"
-"""The Redis channel that gets `QuotaExhausted`, and `BudgetThresholdPassed` at 100 %, as JSON."""
 
 
 @USAGE_RECORDS.batch(group="billing")
@@ -89,7 +87,7 @@ def _tell_processes(event: QuotaExhausted | BudgetThresholdPassed, tx: Tx, cache
     """A hint for processes that listen: only billing's database decides whether work is refused."""
 
     async def publish() -> None:
-        await cache.publish(EXHAUSTED, msgspec.json.encode(event))
+        await cache.publish(QUOTA_EXHAUSTED, msgspec.json.encode(event))
 
     tx.after_commit(publish)
 

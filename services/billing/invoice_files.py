@@ -20,6 +20,8 @@ def exact(nanos: int) -> str:
 
 # A longer table would take more memory than a process may have. The CSV and the e-invoice have all lines.
 MOST_PRINTED = 10_000
+# Tenants name the models that their lines are about.
+MOST_CHARACTERS = 120
 
 
 def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
@@ -37,7 +39,7 @@ def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
             *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at else []),
         ],
         [
-            (str(number), line.description, f"{line.quantity:,}", exact(line.amount_nanos))
+            (str(number), _short(line.description), f"{line.quantity:,}", exact(line.amount_nanos))
             for number, line in enumerate(lines[:MOST_PRINTED], 1)
         ],
         [
@@ -80,6 +82,10 @@ def as_csv(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
             )
         )
     return out.getvalue()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
 
 
 def _plain(text: str) -> str:

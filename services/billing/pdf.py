@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import re
+import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from infra.errors import TooLarge, TooManyRequests
+
 _ROOT = Path(__file__).parents[2]
-# A document may take a thousand megabytes.
 _printing = asyncio.Semaphore(1)
+_asking: set[str] = set()
+PRINT_SECONDS = 120
+# A document with the most lines takes a thousand megabytes.
+MAX_MEMORY_BYTES = 1536 * 1024**2
 # typst names all characters without a glyph at once. Another attempt is for those that it had joined to them.
 MOST_ATTEMPTS = 3
 _NO_GLYPH = re.compile(r'the text `"(.*)"` could not be displayed')
@@ -42,10 +50,31 @@ class Page(msgspec.Struct, frozen=True):
     """The e-invoice that is attached. Empty: none."""
 
 
+@contextmanager
+def alone(asker: str) -> Iterator[None]:
+    """A place in the row for one document of the asker: so a tenant that asks again and again keeps no other waiting.
+
+    Raises TooManyRequests while the asker has one already.
+    """
+    if asker in _asking:
+        raise TooManyRequests(timedelta(seconds=10), "another PDF for you is being printed")
+    _asking.add(asker)
+    try:
+        yield
+    finally:
+        _asking.discard(asker)
+
+
 async def document(page: Page) -> bytes:
-    """Returns the PDF. A process prints one document after the other."""
-    async with _printing:
-        return await _document(page)
+    """Returns the PDF. A process prints one document after the other.
+
+    Raises TooLarge for one that takes more than PRINT_SECONDS.
+    """
+    try:
+        async with _printing, asyncio.timeout(PRINT_SECONDS):
+            return await _document(page)
+    except TimeoutError:
+        raise TooLarge(f"the invoice cannot be printed within {PRINT_SECONDS} s; its CSV has all lines") from None
 
 
 async def _document(page: Page) -> bytes:
@@ -74,6 +103,9 @@ async def _document(page: Page) -> bytes:
 def _print() -> None:
     from services.billing import factur_x
 
+    # Also if the service dies meanwhile.
+    resource.setrlimit(resource.RLIMIT_CPU, (PRINT_SECONDS, PRINT_SECONDS))
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     page = msgspec.json.decode(sys.stdin.buffer.read(), type=Page)
     content = _compiled(page)
     sys.stdout.buffer.write(factur_x.mark(content) if page.xml else content)

@@ -41,7 +41,8 @@ def embedder(runtime: Runtime) -> Embedder:
 def milvus_index(runtime: Runtime) -> MilvusIndex:
     settings = runtime.settings
     model = embedder(runtime).model
-    return MilvusIndex(settings.milvus_url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
+    url = settings.milvus_url.get_secret_value()
+    return MilvusIndex(url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
 
 
 @cache

@@ -6,11 +6,11 @@ from typing import Self
 
 from pydantic import SecretStr, model_validator
 
-from infra.service.settings import Settings, StoreUrl
+from infra.service.settings import SecretStoreUrl, Settings, StoreUrl
 
 
 class MemorySettings(Settings):
-    milvus_url: StoreUrl
+    milvus_url: SecretStoreUrl
     s3_endpoint: StoreUrl
     s3_access_key: str
     s3_secret_key: SecretStr

@@ -8,9 +8,7 @@ from infra.postgres.tx import Tx
 from infra.stores.cache import Cache
 from protos.catalog import PLUGIN_EVENT
 from protos.messages.plugin import PluginChanged
-
-CONFIG_CHANGED = "openclaw:config:changed"
-"""The Redis channel on which plugin tells each process that a tenant's plugins have changed."""
+from protos.pubsub import CONFIG_CHANGED
 
 
 @PLUGIN_EVENT.worker(prefetch=50)

@@ -38,8 +38,9 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_drained",
-        "_frames",
         "_heard_at",
+        "_is_text",
+        "_part",
         "_paused_at",
         "_ping_at",
         "_protocol",
@@ -53,7 +54,9 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         # The handshake is over, so the parser begins with frames. A larger message ends the socket with 1009.
         self._protocol = ServerProtocol(state=State.OPEN, max_size=MAX_BODY_BYTES)
-        self._frames: list[Frame] = []
+        # The message that is being received. Joined at once: a client may send any number of empty fragments.
+        self._part = bytearray()
+        self._is_text = False
         self._drained: asyncio.Future[None] | None = None
         self._paused_at = 0.0
         self._released: Callable[[], object] = lambda: None
@@ -154,14 +157,16 @@ class Connection(asyncio.Protocol):
         if frame.opcode not in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT) or not self.is_open:
             # The protocol has answered pings and close frames already.
             return
-        self._frames.append(frame)
+        if frame.opcode is not Opcode.CONT:
+            self._is_text = frame.opcode is Opcode.TEXT
+        self._part += frame.data
         if not frame.fin:
             return
-        frames, self._frames = self._frames, []
+        whole, self._part = self._part, bytearray()
         text = None
-        if frames[0].opcode is Opcode.TEXT:
+        if self._is_text:
             try:
-                text = b"".join(frame.data for frame in frames).decode()
+                text = whole.decode()
             except UnicodeDecodeError:
                 self._protocol.fail(1007, "text must be valid UTF-8")
                 return
@@ -172,6 +177,9 @@ class Connection(asyncio.Protocol):
         for data in self._protocol.data_to_send():
             if data:
                 self.transport.write(data)
+                if self._paused_at and self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+                    # It sends pings and does not read the answers. It would not read a close frame either.
+                    self.transport.abort()
             else:
                 self.transport.close()
         if self._protocol.state is not State.OPEN:

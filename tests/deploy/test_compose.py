@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 from urllib.parse import urlsplit
 
 import jsonschema
@@ -31,6 +32,7 @@ from services.log_aggregator.stored_heads import BUCKET as HEADS
 from tooling.cli import compose
 from tooling.stack import provision
 from tooling.stack.checkout import CHECKOUT
+from tooling.stack.engines.base import sha256
 from tooling.stack.home import SERVICE_PORTS, SERVICES
 from tooling.stack.keys import master_file, private_file, public_file
 
@@ -44,7 +46,10 @@ def document() -> dict[str, Any]:
 
 CONTAINERS: dict[str, Any] = document()["services"]
 # Variables of names, which look like secrets.
-NAMES = {"CLAW_PRIVATE_KEY_FILE", "CLAW_S3_ACCESS_KEY", "MINIO_ACCESS_KEY_ID", "KAFKA_AUTHORIZER_CLASS_NAME"}
+NAMES = {
+    *("CLAW_PRIVATE_KEY_FILE", "CLAW_S3_ACCESS_KEY", "MINIO_ACCESS_KEY_ID", "KAFKA_AUTHORIZER_CLASS_NAME"),
+    "COMMON_SECURITY_AUTHORIZATIONENABLED",
+}
 STORES = {"postgres", "redis", "kafka", "rabbitmq", "etcd", "minio", "milvus", "elasticsearch"}
 
 
@@ -94,10 +99,10 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
 @pytest.mark.parametrize(
     ("network", "members"),
     [
-        # Milvus and etcd ask for no password.
+        # etcd asks for no password.
         ("metadata", {"etcd", "milvus"}),
-        ("vectors", {"agent", "channel", "memory", "milvus", "minio", "minio-users"}),
-        # Not the network of Milvus.
+        ("vectors", {"memory", "milvus", "milvus-users"}),
+        ("objects", {"agent", "channel", "memory", "milvus", "minio", "minio-users"}),
         ("audit", {"log_aggregator", "minio", "backup"}),
         ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana", "kibana-objects"}),
     ],
@@ -109,9 +114,11 @@ def test_a_store_is_reached_only_by_the_containers_that_need_it(network: str, me
 
 
 def test_no_service_has_an_administrators_password_of_a_store() -> None:
-    for name in (*SERVICES, "milvus"):
+    administrators = "MINIO_ROOT|ELASTIC|POSTGRES|RABBITMQ|KAFKA|REDIS|MILVUS"
+    for name in SERVICES:
         text = json.dumps(CONTAINERS[name]["environment"])
-        assert not re.search(r"MINIO_ROOT|\{ELASTIC_PASSWORD|\{POSTGRES_PASSWORD|\{RABBITMQ_PASSWORD", text), name
+        assert not re.search(rf"\{{({administrators})_PASSWORD", text), name
+    assert "MINIO_ROOT" not in json.dumps(CONTAINERS["milvus"]["environment"])
 
 
 def test_every_container_has_a_memory_limit_and_services_do_not_run_as_root_and_cannot_write() -> None:
@@ -129,7 +136,7 @@ def run_script(container: str, program: str, folder: Path) -> list[list[str]]:
         f"#!{sys.executable}\nimport json, os, sys\n"
         "words = [open(word).read() if os.path.isfile(word) else word for word in sys.argv[1:]]\n"
         f"open({str(folder / 'calls')!r}, 'a').write(json.dumps(words) + '\\n')\n"
-        """print('{"success":true}')\n"""
+        """print('{"success":true,"code":0}')\n"""
     )
     fake.chmod(0o755)
     found = CONTAINERS[container]
@@ -177,6 +184,47 @@ def test_each_user_of_the_object_store_has_its_own_bucket_only(tmp_path: Path) -
     assert heads["Action"] == ["s3:ListBucket", "s3:GetObject", "s3:PutObject"]
     made = calls.index(["mb", "--ignore-existing", "--with-lock", f"minio/{HEADS}"])
     assert calls[made + 1] == ["retention", "set", "--default", "compliance", "400d", f"minio/{HEADS}"]
+
+
+def test_memory_has_a_user_of_milvus_that_may_use_collections_only(tmp_path: Path) -> None:
+    assert CONTAINERS["milvus"]["environment"]["COMMON_SECURITY_AUTHORIZATIONENABLED"] == "true"
+    calls = [
+        (call[-1].partition("/v2/vectordb/")[2], json.loads(call[call.index("-d") + 1]), call[call.index("-H") + 1])
+        for call in run_script("milvus-users", "curl", tmp_path)
+    ]
+    assert {header for _, _, header in calls} == {"Authorization: Bearer root:value of MILVUS_PASSWORD"}
+    asked = [(path, body) for path, body, _ in calls]
+    assert ("users/create", {"userName": "memory", "password": "value of MEMORY_MILVUS_PASSWORD"}) in asked
+    assert asked[-1] == ("users/grant_role", {"userName": "memory", "roleName": "memory"})
+    given = {body["privilege"] for path, body in asked if path == "roles/grant_privilege_v2"}
+    assert given == {"DatabaseAdmin", "CollectionAdmin"}
+    url = urlsplit(CONTAINERS["memory"]["environment"]["CLAW_MILVUS_URL"].replace(":?", ""))
+    assert (url.username, url.hostname) == ("memory", "milvus")
+
+
+def test_redis_knows_an_account_for_each_service_and_no_other_way_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = CONTAINERS["provision"]["environment"]
+    for variable in environment:
+        monkeypatch.setenv(variable, f"value of {variable}")
+    for variable, name in (("GATEWAY_CONFIG", "nginx.conf"), ("REDIS_ACCOUNTS", "users.acl"), ("KEYS_FOLDER", "keys")):
+        monkeypatch.setenv(f"CLAW_{variable}", str(tmp_path / name))
+    monkeypatch.setattr(compose, "make_keys", Mock())
+    monkeypatch.setattr(compose, "bring_up_to_date", AsyncMock())
+    compose.provision()
+    written = (tmp_path / Path(environment["CLAW_REDIS_ACCOUNTS"]).name).read_text()
+    assert "value of" not in written
+    lines = dict(line.removeprefix("user ").split(" ", 1) for line in written.splitlines())
+    assert lines.pop("default") == "off"
+    assert set(lines) == {"admin", *SERVICES}
+    for name in SERVICES:
+        assert sha256(f"value of {name.upper()}_REDIS_PASSWORD") in lines[name]
+        url = CONTAINERS[name]["environment"]["CLAW_REDIS_URL"]
+        assert url == f"redis://{name}:${{{name.upper()}_REDIS_PASSWORD:?}}@redis:6379/0"
+    command = CONTAINERS["redis"]["command"]
+    [folder] = [volume.split(":")[1] for volume in CONTAINERS["redis"]["volumes"] if "accounts" in volume]
+    assert command[command.index("--aclfile") + 1] == f"{folder}/users.acl"
 
 
 def test_the_file_holds_no_secret() -> None:
@@ -264,7 +312,7 @@ def test_the_provisioning_container_gets_every_variable_that_it_reads() -> None:
     needed |= {
         f"{name.upper()}_{role}_PASSWORD"
         for name in SERVICES
-        for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ", "KAFKA")
+        for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ", "KAFKA", "REDIS")
     }
     assert needed | {"CLAW_MASTER_KEY", "CLAW_TLS_URL"} == set(CONTAINERS["provision"]["environment"])
 

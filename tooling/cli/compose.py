@@ -14,7 +14,7 @@ from rich.console import Console
 
 from infra.postgres.schema import Passwords
 from tooling.stack.checkout import CHECKOUT
-from tooling.stack.engines import nginx
+from tooling.stack.engines import nginx, valkey
 from tooling.stack.engines.base import EngineError, write_atomically
 from tooling.stack.home import SERVICE_PORTS, SERVICES
 from tooling.stack.keys import make_keys
@@ -57,8 +57,9 @@ def provision() -> None:
             name: Passwords(*(env[f"{name.upper()}_{role}_PASSWORD"] for role in ("OWNER", "REQUEST", "WORKER")))
             for name in SERVICES
         }
-        rabbitmq, kafka = (
-            {name: env[f"{name.upper()}_{broker}_PASSWORD"] for name in SERVICES} for broker in ("RABBITMQ", "KAFKA")
+        rabbitmq, kafka, redis = (
+            {name: env[f"{name.upper()}_{engine}_PASSWORD"] for name in SERVICES}
+            for engine in ("RABBITMQ", "KAFKA", "REDIS")
         )
         urls = {
             "database": env["CLAW_ADMIN_DATABASE_URL"],
@@ -67,12 +68,15 @@ def provision() -> None:
             "management_url": env["CLAW_RABBITMQ_MANAGEMENT_URL"],
         }
         gateway = Path(env["CLAW_GATEWAY_CONFIG"])
+        redis_accounts, redis_admin = Path(env["CLAW_REDIS_ACCOUNTS"]), env["CLAW_REDIS_PASSWORD"]
         keys = Path(env["CLAW_KEYS_FOLDER"])
     except KeyError as error:
         raise EngineError(f"{error.args[0]}: must be set in the environment") from None
     make_keys(keys, SERVICES, env.get("CLAW_MASTER_KEY", ""))
     asyncio.run(bring_up_to_date(roles, rabbitmq, kafka, **urls))
-    # Readable by all, because the gateway runs as another user. The file contains no secret.
+    # Readable by all, because the gateway and Redis run as other users. The files contain no secret: the passwords
+    # behind the hashes are random.
+    write_atomically(redis_accounts, valkey.accounts(redis_admin, redis), mode=0o644)
     write_atomically(gateway, gateway_configuration(env.get("CLAW_TLS_URL", "")), mode=0o644)
     console.print(f"Database and brokers are up to date, and so is {gateway}.")
 

@@ -26,6 +26,7 @@ SECRETS = frozenset(
         "REDIS_URL",
         "ADMIN_TOKEN",
         "S3_SECRET_KEY",
+        "MILVUS_URL",
         "OPENSEARCH_URL",
         "SMTP_URL",
         "STRIPE_API_KEY",

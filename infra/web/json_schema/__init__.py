@@ -49,7 +49,7 @@ def _check_schema(field: str, encoded: bytes) -> None:
     schema = msgspec.json.decode(encoded)
     if schema.get("type") != "object":
         raise InvalidMessage(f"{field}.type", "must be object")
-    references = Check(field, schema, KEYWORDS)
+    references, targets = Check(field, schema, KEYWORDS), []
     for path, keyword, value in _names(schema, field):
         if keyword in _REFUSED:
             raise InvalidMessage(path, "is not supported")
@@ -57,8 +57,12 @@ def _check_schema(field: str, encoded: bytes) -> None:
             if not value.startswith("#"):
                 raise InvalidMessage(path, "must refer to a part of the same schema: nothing is fetched")
             references.field = path
-            references.resolve(value)
-    check_shape(Check(field, schema, KEYWORDS), schema, field)
+            targets.append((path, references.resolve(value)))
+    shapes = Check(field, schema, KEYWORDS)
+    check_shape(shapes, schema, field)
+    # A reference makes a schema of any part, also of one in an example or below an unknown keyword.
+    for path, target in {id(target): (path, target) for path, target in targets}.values():
+        check_shape(shapes, target, path)
     # The result does not matter; this finds references without an end.
     Check(field, schema, KEYWORDS).first_failure(schema, {}, ())
 

@@ -9,7 +9,9 @@ import msgspec
 
 from services.agent.models.contract import Passage, Prompt
 
-_END_MARK = re.compile(r"<\s*/\s*passage", re.IGNORECASE)
+# A passage's mark, also with invisible characters and other brackets, which a model may take for one. An opening mark
+# too: it would give the rest another source.
+_MARK = re.compile(r"[<\uff1c\ufe64\u2039\u3008](?=[\W_]{0,20}passage)", re.IGNORECASE)
 _UNFIT = re.compile(r"[^a-zA-Z0-9_-]")
 
 
@@ -41,9 +43,10 @@ def with_passages(system: str, passages: Sequence[Passage]) -> str:
 
 
 def _marked(n: int, passage: Passage) -> str:
-    """The passage between marks. Its text cannot contain the end mark, so it cannot pretend to stand outside."""
-    place = passage.place.replace('"', "'").replace("<", "(").replace("\n", " ")
-    text = _END_MARK.sub("[/passage", passage.text)
+    """The passage between marks. Its text cannot contain a mark, so it cannot pretend to stand outside, or to be from
+    another source."""
+    place = " ".join(passage.place.replace('"', "'").replace("<", "(").split())
+    text = _MARK.sub("[", passage.text)
     return f'<passage number="{n}" source="{place}">\n{text}\n</passage>'
 
 

@@ -70,6 +70,12 @@ def nested(levels: int) -> dict[str, Any]:
         ({"type": "object", "description": "x" * 40_000}, "schema"),
         ({"type": "object", "properties": {"a": nested(3_000)}}, "schema"),
         ({"type": "object", "title": "\ud800"}, "schema"),
+        ({"type": "object", "default": {"multipleOf": 0}, "$ref": "#/default"}, "schema.$ref.multipleOf"),
+        ({"type": "object", "enum": [{"minimum": "x"}], "not": {"$ref": "#/enum/0"}}, "schema.not.$ref.minimum"),
+        ({"type": "object", "const": {"allOf": 5}, "not": {"$ref": "#/const"}}, "schema.not.$ref.allOf"),
+        ({"type": "object", "x": {"type": "frob"}, "not": {"$ref": "#/x"}}, "schema.not.$ref.type"),
+        ({"type": "object", "x": {"$anchor": "x", "required": 7}, "not": {"$ref": "#x"}}, "schema.not.$ref.required"),
+        ({"type": "object", "x": {"pattern": "("}, "not": {"$ref": "#/x"}}, "schema.not.$ref.pattern"),
     ],
 )
 def test_an_invalid_or_too_large_schema_is_refused(schema: dict[str, Any], field: str) -> None:

@@ -20,7 +20,7 @@ from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
-from services.billing.handlers import EXHAUSTED
+from protos.pubsub import QUOTA_EXHAUSTED
 from tests.services.billing.conftest import Billing, Tenant
 
 T = TypeVar("T")
@@ -216,7 +216,7 @@ async def test_exhausted_credit_and_budgets_are_told_on_redis_once(billing: Bill
     listens = asyncio.Event()
 
     async def listen(cache: Cache) -> None:
-        async with aclosing(cache.listen(EXHAUSTED)) as messages:
+        async with aclosing(cache.listen(QUOTA_EXHAUSTED)) as messages:
             async for message in messages:
                 listens.set()
                 if message:

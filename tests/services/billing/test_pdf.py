@@ -11,6 +11,8 @@ from msgspec import structs
 from pypdf import PdfReader
 from pypdfium2 import PdfDocument, raw  # type: ignore[import-untyped]
 
+from infra.errors import TooLarge, TooManyRequests
+from services.billing import pdf
 from services.billing.pdf import Page, document
 from tests.services.billing.conftest import pdf_pages
 
@@ -44,6 +46,19 @@ async def test_every_line_is_on_a_page_in_its_order_with_any_character() -> None
 
 async def test_the_same_data_gives_the_same_bytes() -> None:
     assert await document(lines("中文")) == await document(lines("中文"))
+
+
+async def test_a_document_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pdf, "PRINT_SECONDS", 0)
+    with pytest.raises(TooLarge, match="cannot be printed within 0 s"):
+        await document(lines("x"))
+
+
+def test_an_asker_has_one_document_at_a_time_and_others_are_not_refused() -> None:
+    with pdf.alone("a"), pdf.alone("b"), pytest.raises(TooManyRequests), pdf.alone("a"):
+        pass
+    with pdf.alone("a"):
+        pass
 
 
 async def test_the_fonts_are_in_the_file() -> None:

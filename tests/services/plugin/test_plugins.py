@@ -15,7 +15,7 @@ from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.postgres.tx import Database
 from infra.stores.cache import Cache
-from services.plugin.handlers import CONFIG_CHANGED
+from protos.pubsub import CONFIG_CHANGED
 from tests.services.plugin.conftest import CallReply, call, register, tool
 from tests.services.plugin.toolserver import SECRET, ToolServer
 from tooling.testing.platform import PASSWORDS, Platform

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -765,6 +766,50 @@ async def test_invalid_frames_end_the_socket(sent: bytes, code: int) -> None:
     shown.data_received(sent)
     assert transport.code == code
     assert not shown.is_open
+
+
+async def test_empty_fragments_without_an_end_take_no_memory() -> None:
+    transport = Transport()
+    shown = opened_on(transport)
+    shown.data_received(masked(0x01, b"{"))
+    empty = masked(0x00, b"") * 10_000
+    shown.data_received(empty)
+    tracemalloc.start()
+    for _ in range(20):
+        shown.data_received(empty)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A list of the fragments would be twenty megabytes.
+    assert grown < 200_000
+    shown.data_received(masked(0x80, b"}"))
+    await asyncio.sleep(0)
+    assert b"type" in transport.sent
+
+
+async def test_a_client_that_sends_pings_and_does_not_read_the_answers_is_dropped() -> None:
+    transport = Transport()
+    shown = opened_on(transport)
+    pings = masked(0x89, b"x" * 125) * 100
+    shown.pause_writing()
+    transport.unsent = connection.MAX_UNSENT_BYTES
+    shown.data_received(pings)
+    assert transport.ended == ""
+    transport.unsent += 1
+    shown.data_received(pings)
+    assert transport.ended == "aborted"
+    # Also after the close frame of the server.
+    closing = Transport()
+    shown = opened_on(closing)
+    shown.close(1000, "")
+    shown.pause_writing()
+    closing.unsent = connection.MAX_UNSENT_BYTES + 1
+    shown.data_received(pings)
+    assert closing.ended == "aborted"
+
+
+def masked(head: int, data: bytes) -> bytes:
+    """A client's frame with a mask of zeros."""
+    return bytes((head, 0x80 | len(data), 0, 0, 0, 0)) + data
 
 
 @pytest.mark.parametrize("stopping", [False, True])

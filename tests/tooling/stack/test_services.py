@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import subprocess
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiormq
 import asyncpg
@@ -16,7 +18,11 @@ import redis.asyncio
 from pydantic import SecretStr
 from redis.exceptions import NoPermissionError
 
+from infra.errors import TooManyRequests
 from infra.service.settings import Settings
+from infra.stores.cache import Cache
+from protos.pubsub import CHANNELS
+from tooling.stack.engines import ENGINES
 from tooling.stack.engines.base import Place, Secrets
 from tooling.stack.home import SERVICES, Home
 from tooling.stack.provision import provision
@@ -78,12 +84,28 @@ async def test_the_rabbitmq_user_reads_its_own_queues_only(settings: Settings) -
     await connection.close()
 
 
-async def test_the_redis_user_works_but_does_not_administer(settings: Settings) -> None:
-    client = redis.asyncio.Redis.from_url(settings.redis_url.get_secret_value())
-    assert await client.set("lock:x", "1", ex=1)
-    with pytest.raises(NoPermissionError):
-        await client.flushall()
-    await client.aclose()
+@pytest.mark.parametrize("name", SERVICES)
+async def test_a_redis_user_has_the_keys_of_limits_and_its_own_channels_only(place: Place, name: str) -> None:
+    url = urlsplit(ENGINES["valkey"].access(place)["url"])
+    login = f"{name}:{place.secret(f'valkey.{name}')}@{url.hostname}:{url.port}"
+    async with redis.asyncio.Redis.from_url(f"redis://{login}/0") as client:
+        await Cache(client).limit(f"an {name}", "login", times=1, seconds=60)
+        with pytest.raises(TooManyRequests):
+            await Cache(client).limit(f"an {name}", "login", times=1, seconds=60)
+        own = CHANNELS.get(name, ())
+        for channel in {each for channels in CHANNELS.values() for each in channels}:
+            allowed = nullcontext() if channel in own else pytest.raises(NoPermissionError)
+            with allowed:
+                await client.publish(channel.replace("*", "1"), b"x")
+            async with client.pubsub() as listener:
+                with allowed:
+                    await listener.psubscribe(channel)
+        async with client.pubsub() as listener:
+            with pytest.raises(NoPermissionError):
+                await listener.psubscribe("*")
+        for refused in (client.flushall(), client.get("session:a"), client.set("lock:x", "1"), client.keys("*")):
+            with pytest.raises(NoPermissionError):
+                await refused
 
 
 @pytest.mark.parametrize("service", SERVICES)

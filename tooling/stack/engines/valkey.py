@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from infra.stores.cache import LIMITS
+from protos.pubsub import CHANNELS
 from tooling.stack.engines import certificates
 from tooling.stack.engines.base import ANSWER_SECONDS, Place, Program, package_folder, sha256, write_atomically
 
 NAME = "valkey"
 PORTS = {"valkey": 6379}
+_COMMANDS = "+@all -@admin -@dangerous"
 
 
 def install() -> None:
@@ -18,13 +22,8 @@ def install() -> None:
 
 def prepare(place: Place) -> None:
     folder = place.folder(NAME)
-    users = ["user default off"]
-    users.append(f"user admin on #{sha256(place.secret('valkey.admin'))} ~* &* +@all")
-    users += [
-        f"user {user} on #{sha256(place.secret(f'valkey.{user}'))} ~* &* +@all -@admin -@dangerous"
-        for user in place.users
-    ]
-    write_atomically(folder / "users.acl", "\n".join(users) + "\n")
+    passwords = {user: place.secret(f"valkey.{user}") for user in place.users}
+    write_atomically(folder / "users.acl", accounts(place.secret("valkey.admin"), passwords))
     port = f"port {place.ports['valkey']}"
     settings = [
         # This program knows no TLS.
@@ -40,6 +39,19 @@ def prepare(place: Place) -> None:
         "maxmemory-policy volatile-lru",
     ]
     write_atomically(folder / "valkey.conf", "\n".join(settings) + "\n")
+
+
+def accounts(admin: str, services: Mapping[str, str]) -> str:
+    """The file of accounts, with hashes of the passwords. A service has the keys of rate limits and the channels that
+    it uses: the text of answers goes through others.
+
+    services: the password of each.
+    """
+    lines = ["user default off", f"user admin on #{sha256(admin)} ~* &* +@all"]
+    for name, password in services.items():
+        channels = "".join(f" &{channel}" for channel in CHANNELS.get(name, ()))
+        lines.append(f"user {name} on #{sha256(password)} ~{LIMITS}* resetchannels{channels} {_COMMANDS}")
+    return "\n".join(lines) + "\n"
 
 
 def program(place: Place) -> Program:
