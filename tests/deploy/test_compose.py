@@ -314,7 +314,9 @@ def test_the_provisioning_container_gets_every_variable_that_it_reads() -> None:
         for name in SERVICES
         for role in ("OWNER", "REQUEST", "WORKER", "RABBITMQ", "KAFKA", "REDIS")
     }
-    assert needed | {"CLAW_MASTER_KEY", "CLAW_TLS_URL"} == set(CONTAINERS["provision"]["environment"])
+    assert needed | {"CLAW_MASTER_KEY", "CLAW_TLS_URL", "CLAW_INSIDE_TLS"} == set(
+        CONTAINERS["provision"]["environment"]
+    )
 
 
 @pytest.mark.parametrize("name", SERVICES)

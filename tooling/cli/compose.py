@@ -12,10 +12,13 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from infra.connections import TLS_FILES
 from infra.postgres.schema import Passwords
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import nginx, valkey
-from tooling.stack.engines.base import EngineError, write_atomically
+from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomically
+from tooling.stack.engines.certificates import ADMIN, issue
+from tooling.stack.engines.certificates import folder as tls_folder
 from tooling.stack.home import SERVICE_PORTS, SERVICES
 from tooling.stack.keys import make_keys
 from tooling.stack.provision import bring_up_to_date
@@ -30,6 +33,19 @@ _CHOSEN = {
     "GATEWAY_PORT": "8080",
     "MINIO_ROOT_USER": "clawbus",
 }
+# Part with a certificate → the user of its container, who must be able to read the key.
+_TLS_USERS = {
+    "nginx": 101,
+    "prometheus": 65534,
+    "postgres": 999,
+    "redis": 999,
+    "kafka": 1000,
+    "rabbitmq": 999,
+    "minio": 0,
+    "elasticsearch": 1000,
+}
+# Of our own image.
+_IMAGE_USER = 10001
 # One client needs far less than ten a second. A vendor sends the messages of many people, for many channels.
 _LIMITS = nginx.Limits(rate=10, burst=40, channel_rate=100, channel_burst=400, webhook_rate=1000, webhook_burst=2000)
 _NEEDED = re.compile(r"\$\{([A-Z0-9_]+):\?\}")
@@ -77,12 +93,33 @@ def provision() -> None:
     # Readable by all, because the gateway and Redis run as other users. The files contain no secret: the passwords
     # behind the hashes are random.
     write_atomically(redis_accounts, valkey.accounts(redis_admin, redis), mode=0o644)
-    write_atomically(gateway, gateway_configuration(env.get("CLAW_TLS_URL", "")), mode=0o644)
+    write_atomically(
+        gateway, gateway_configuration(env.get("CLAW_TLS_URL", ""), env.get("CLAW_INSIDE_TLS", "")), mode=0o644
+    )
     console.print(f"Database and brokers are up to date, and so is {gateway}.")
 
 
-def gateway_configuration(tls_url: str = "") -> str:
-    """The nginx.conf of the containers' gateway. tls_url: its address for clients; empty: it serves no TLS.
+@app.command()
+def certificates(folder: Path) -> None:
+    """Make the certificates of all parts in FOLDER, or renew them, from the first container of compose.tls.yml."""
+    place = Place(folder, {}, Secrets(folder / "secrets.json"))
+    owners = {ADMIN: _IMAGE_USER, **_TLS_USERS, **dict.fromkeys(SERVICES, _IMAGE_USER)}
+    issue(place, list(owners))
+    for owner, user in owners.items():
+        own = tls_folder(place, owner)
+        if owner == "kafka":
+            # Kafka reads key and certificate from one file.
+            write_atomically(own / "keystore.pem", (own / TLS_FILES[2]).read_text() + (own / TLS_FILES[1]).read_text())
+        for file in own.iterdir():
+            os.chown(file, user, -1)
+    public = tls_folder(place, "public")
+    public.mkdir(exist_ok=True)
+    write_atomically(public / TLS_FILES[0], (tls_folder(place, ADMIN) / TLS_FILES[0]).read_text(), mode=0o644)
+
+
+def gateway_configuration(tls_url: str = "", inside: str = "") -> str:
+    """The nginx.conf of the containers' gateway. tls_url: its address for clients; empty: it serves no TLS. inside: the
+    folder of its certificate for requests to services; empty: they serve no TLS.
 
     The gateway starts before the services, and services are replaced while it runs. So it asks Docker's name server
     repeatedly for their addresses.
@@ -94,6 +131,7 @@ def gateway_configuration(tls_url: str = "") -> str:
         limits=_LIMITS,
         resolver="127.0.0.11",
         tls=nginx.Tls("8443", tls_url, "/etc/tls/fullchain.pem", "/etc/tls/privkey.pem") if tls_url else None,
+        inside=inside or None,
     )
 
 
