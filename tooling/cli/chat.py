@@ -81,7 +81,7 @@ async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
             run_id = data.get("run_id", run_id)
             match event.name:
                 case "step.started" if data["kind"] == "tool":
-                    console.print(f"         ⚙ {printable(data['name'])}", style="dim")
+                    console.print(f"         ⚙ {printable(data['name'])}", style="dim", markup=False)
                 case "delta":
                     shown.delta(data)
                 case "reply":
@@ -90,10 +90,10 @@ async def _answer(api: Gateway, agent: str, session: str, text: str) -> None:
                     await _decide(api, run_id)
                 case "run.indeterminate":
                     reason = f"{printable(data['error'])}. The run is indeterminate: an operator must resolve it"
-                    console.print(f"\n{reason}", style="yellow")
+                    console.print(f"\n{reason}", style="yellow", markup=False)
                     break
                 case "run.failed" | "run.cancelled" | "run.refused":
-                    console.print(f"\n{event.name}: {printable(data.get('error', ''))}", style="red")
+                    console.print(f"\n{event.name}: {printable(data.get('error', ''))}", style="red", markup=False)
     except (KeyboardInterrupt, asyncio.CancelledError):
         if run_id:
             await api.post(f"/api/v1/runs/{run_id}/cancel")

@@ -179,7 +179,7 @@ def _tell(name: str, verified: VerificationResult, *, switch: bool) -> None:
     verdict = f"[red]{verified.different} differ[/]" if verified.different else "[green]equal[/]"
     out.print(f"{name}: {verdict}, live {verified.rows} rows, rebuilt {verified.rebuilt_rows}")
     for one in verified.differences[:20]:
-        out.print(f"  {printable(one.key)}: {one.what}")
+        out.print(f"  {printable(one.key)}: {one.what}", markup=False)
     if verified.different > 20:
         out.print(f"  and {verified.different - 20} more")
     if verified.repaired:

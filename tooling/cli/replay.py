@@ -104,7 +104,7 @@ def _tell(service: str, rebuilt: ReplayResult) -> None:
         verdict = "[green]equal[/]" if table.equal else "[red]different[/]"
         out.print(f"{table.table}: {verdict}, live {table.live_rows} rows, rebuilt {table.rebuilt_rows}")
         for key in table.differences:
-            out.print(f"  {printable(key)}")
+            out.print(f"  {printable(key)}", markup=False)
     if rebuilt.switched:
         out.print(f"Switched after {rebuilt.records} records. The old tables are in schema {service}_retired.")
     else:

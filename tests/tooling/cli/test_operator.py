@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import sys
@@ -27,6 +28,7 @@ from tests.infra.conftest import sample as sample
 from tooling.cli import app as cli
 from tooling.cli import dlq, outbox, replay
 from tooling.stack import operator
+from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
 from tooling.stack.keys import make_keys
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
@@ -355,3 +357,16 @@ def test_an_error_that_a_person_can_correct_is_one_sentence_and_exit_code_1(
         cli.main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == f"claw: {error}\n"
+
+
+def test_text_from_outside_is_never_read_as_markup() -> None:
+    """A ``[/]`` in it would end the command with an error, and a ``[link=…]`` would lie."""
+    wrong = []
+    for file in sorted((CHECKOUT / "tooling" / "cli").glob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "print":
+                plain = any(option.arg == "markup" for option in call.keywords)
+                texts = [text for text in call.args if isinstance(text, ast.JoinedStr)]
+                if not plain and any("printable(" in ast.unparse(text) for text in texts):
+                    wrong.append(f"{file.name}:{call.lineno}")
+    assert wrong == []
