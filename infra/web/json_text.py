@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -10,14 +11,16 @@ from infra.errors import InvalidMessage
 
 MAX_DEPTH = 100
 """Of nested arrays and objects. Recursive code of any library survives this depth."""
-# Escapes of NUL and of surrogates; unescaped, JSON and UTF-8 do not allow them.
-_SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+# Escapes of NUL and of surrogates; unescaped, JSON and UTF-8 do not allow them. And numbers that Python reads as
+# infinite or as no number, and writes as null.
+_SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])|NaN|Infinity|[eE]\+?\d{3}|\d{200}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def check_json(body: bytes) -> None:
-    """Raises InvalidMessage (field: the path of the value) if `body` is nested too deeply, or if one of its texts has
-    NUL or a lone surrogate. A body that is not JSON passes: the code that decodes it reports that.
+    """Raises InvalidMessage (field: the path of the value) if `body` is nested too deeply, if one of its texts has NUL
+    or a lone surrogate, or if a number is not finite. A body that is not JSON passes: the code that decodes it reports
+    that.
     """
     if not _SUSPICIOUS.search(body) and body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
@@ -39,6 +42,8 @@ def check_json(body: bytes) -> None:
                 for key, item in value.items():
                     _check_text(path, key)
                     waiting.append(((*path, key), item))
+            case float() if not math.isfinite(value):
+                raise InvalidMessage(_name(path), "must be a finite number")
             case list():
                 waiting += (((*path, n), item) for n, item in enumerate(value))
 

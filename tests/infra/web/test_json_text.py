@@ -18,12 +18,23 @@ from infra.web.json_text import MAX_DEPTH, check_json
         (b'{"a": {"\\ud800": 1}}', "a"),
         (b'"\\udc00"', "body"),
         (b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2), "body"),
+        (b'{"a": [NaN]}', "a[0]"),
+        (b'{"a": -Infinity}', "a"),
+        (b'{"a": 1e400}', "a"),
+        (b'{"a": 1E+0400}', "a"),
+        (b"9" * 400 + b".0", "body"),
+        (b"9" * 300 + b"e99", "body"),
     ],
 )
 def test_text_and_depth_that_no_store_takes_are_refused_by_their_path(body: bytes, field: str) -> None:
     with pytest.raises(InvalidMessage) as refused:
         check_json(body)
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("body", [b"1e308", b'{"a": "NaN", "b": "1e999"}', b"9" * 400, b"1e-999", b"NaN NaN"])
+def test_other_numbers_and_texts_pass(body: bytes) -> None:
+    check_json(body)
 
 
 def test_no_path_is_named_unless_its_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
