@@ -15,7 +15,7 @@ from tests.security.clients import Clients
 from tests.security.furnished import Furnished, furnish
 from tests.security.pages import Operation, operations
 from tooling.stack.home import SERVICES
-from tooling.testing.platform import Platform, running_platform
+from tooling.testing.platform import ANSWER_SECONDS, Platform, running_platform
 from tooling.testing.stack import Stack
 
 
@@ -78,7 +78,7 @@ async def http(system: Platform) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
     async with AsyncExitStack() as stack:
         yield {
             name: await stack.enter_async_context(
-                httpx.AsyncClient(base_url=system.url(name), trust_env=False, timeout=60, limits=limits)
+                httpx.AsyncClient(base_url=system.url(name), trust_env=False, timeout=ANSWER_SECONDS, limits=limits)
             )
             for name in SERVICES
         }
