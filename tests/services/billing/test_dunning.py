@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from infra.clock import utcnow
+from infra.security import subjects
 from services.billing import dunning, invoice_files, invoices, pdf
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 from tests.services.billing.test_invoices import UNIT, draft, field_of, journal, post, subscribed
@@ -94,6 +95,20 @@ async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_not_during
     await step(tenant, invoice, days=33)
     assert (await shown(tenant, invoice))["status"] == "uncollectible"
     assert await journal(tenant) == {"revenue": -30 * UNIT, "write_off": 30 * UNIT}
+
+
+async def test_an_erased_tenant_gets_no_mails(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing, due_days=10)
+
+    async def is_due() -> bool:
+        async with tenant.platform.database("billing").begin() as tx:
+            found = await dunning.due(tx, utcnow() + timedelta(days=300), 10_000)
+        return UUID(invoice["id"]) in {id_ for _, id_, _ in found}
+
+    assert await is_due()
+    async with tenant.platform.database("billing").begin() as tx:
+        await subjects.destroy_all(tx, tenant.id)
+    assert not await is_due()
 
 
 async def test_new_terms_move_the_next_step(billing: Billing) -> None:

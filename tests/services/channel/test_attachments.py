@@ -16,7 +16,7 @@ from infra.web import rpc
 from protos.catalog import PLATFORM_EVENTS
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import File
-from protos.messages.user import SubjectErased
+from protos.messages.user import SubjectErased, TenantErased
 from services.channel.attachments import (
     ATTACHMENT as FILE,
 )
@@ -252,6 +252,23 @@ async def test_erasure_deletes_the_stored_files(desk: Desk, telegram: TelegramSt
 
     await desk.platform.until(gone)
     assert await objects.paths(file.path) == []
+
+
+async def test_erasure_of_the_tenant_deletes_the_stored_files(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"content"
+    await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
+    [message] = await arrived(desk, channel)
+    async with desk.platform.database("channel").begin() as tx:
+        [(path,)] = await tx.sql("SELECT path FROM attachment WHERE tenant_id = $1", desk.tenant_id)
+    objects, _ = await made_file(desk, message, "a.pdf")
+    assert await objects.paths(path) == [path]
+    await desk.platform.produce(PLATFORM_EVENTS, TenantErased(tenant_id=desk.tenant_id), key=desk.tenant_id)
+
+    async def gone() -> bool:
+        return await objects.paths(path) == []
+
+    await desk.platform.until(gone)
 
 
 def test_the_texts_of_all_files_together_are_limited() -> None:

@@ -100,9 +100,11 @@ async def test_a_redis_user_has_the_keys_of_limits_and_its_own_channels_only(pla
             async with client.pubsub() as listener:
                 with allowed:
                     await listener.psubscribe(channel)
+                    await listener.get_message(timeout=20)
         async with client.pubsub() as listener:
             with pytest.raises(NoPermissionError):
                 await listener.psubscribe("*")
+                await listener.get_message(timeout=20)
         for refused in (client.flushall(), client.get("session:a"), client.set("lock:x", "1"), client.keys("*")):
             with pytest.raises(NoPermissionError):
                 await refused
