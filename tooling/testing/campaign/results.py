@@ -22,7 +22,8 @@ _Z = 1.959964
 # No campaign tries these, so the figures say nothing about them.
 GAPS = (
     "Each engine is a single node: no replica is lost, and no network lies between the nodes of an engine.",
-    "Clocks are not moved and disks are not filled; no power is cut, so fsync is taken at its word.",
+    "Clocks are not moved. Power is cut, and a disk is full, in `tests/faults/test_disk.py` on the kernel alone, not "
+    "in a campaign.",
     "A seed repeats the plan of faults and the messages of the clients, not the order in which the processes run.",
     "Milvus, OpenSearch, the object store and the log aggregator are not killed under load.",
     "Wiped buses are tried by `tests/faults/test_engines.py` on the kernel alone, not by a campaign.",
