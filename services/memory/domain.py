@@ -24,6 +24,8 @@ _SENTENCE_ENDS = re.compile(
 )
 _WHOLE = re.compile(r"[.!?:。！？；：…][”’」』）\"')\s]*$")
 _HEADING = re.compile(r"(#{1,6})[ \t]+(.+)")
+# The line below a heading of Markdown's other form: = for the first level, - for the second.
+_UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*\n?")
 # A longer heading is text: each passage below a heading repeats it.
 MAX_HEADING = 200
 _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
@@ -102,11 +104,14 @@ def sections(markdown: str) -> Iterator[Block]:
             fence = "" if fence else opened[1]
         heading = None if fence or len(line) > MAX_HEADING else _HEADING.match(line)
         title = heading[2].strip().rstrip("#").rstrip() if heading else ""
-        if heading is None or not title:
+        level = len(heading[1]) if heading else 0
+        underline = None if fence else _UNDERLINE.fullmatch(line)
+        if underline and _is_title(lines):
+            level, title = 1 if underline[1][0] == "=" else 2, lines.pop().strip()
+        if not title:
             lines.append(line)
             titled = titled and not line.strip()
             continue
-        level = len(heading[1])
         if titled and path and level <= path[-1][0]:
             # A heading without text below it becomes text itself.
             lines.append(path[-1][1])
@@ -116,6 +121,13 @@ def sections(markdown: str) -> Iterator[Block]:
     if titled:
         lines.append(path[-1][1])
     yield from block()
+
+
+def _is_title(lines: Sequence[str]) -> bool:
+    """Whether the last line is a paragraph of its own that can be a heading."""
+    last = lines[-1].strip() if lines else ""
+    alone = len(lines) < 2 or not lines[-2].strip()
+    return alone and 0 < len(last) <= MAX_HEADING and "|" not in last and last[0] not in "-*+>#"
 
 
 def chunk(blocks: Iterable[Block]) -> Iterator[Chunk]:

@@ -16,6 +16,9 @@ MAX_HEADER = 10_000
 _SHOWN = ("From", "To", "Cc", "Date")
 _ENCRYPTED = frozenset(("multipart/encrypted", "application/pkcs7-mime", "application/x-pkcs7-mime"))
 
+# Why an e-mail was not delivered, and to whom (RFC 3464).
+_STATUS = "message/delivery-status"
+
 
 def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     """The e-mail under its subject, then the enclosed ones. Adds the attachments, which are not read, to `warnings`.
@@ -32,7 +35,8 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             type_ = part.get_content_type()
             if type_ in _ENCRYPTED:
                 raise UnreadableFile("The e-mail is encrypted. Upload it without encryption.")
-            if type_ not in ("text/plain", "text/html") or part.get_content_disposition() == "attachment":
+            is_text = part.get_content_maintype() == "text" or type_ == _STATUS
+            if not is_text or part.get_content_disposition() == "attachment":
                 attached.append(_decoded_words(part.get_filename() or type_))
             elif type_ == "text/html":
                 for block in sections(head + markup.markdown(_text(part))):
@@ -60,7 +64,7 @@ def _parts(mail: Message) -> tuple[list[Message], list[Message]]:
     while waiting:
         part = waiting.pop()
         type_ = part.get_content_type()
-        if type_ in _ENCRYPTED or not part.is_multipart():
+        if type_ in _ENCRYPTED or type_ == _STATUS or not part.is_multipart():
             parts.append(part)
             continue
         inner = [each for each in part.get_payload() if isinstance(each, Message)]
@@ -75,6 +79,10 @@ def _parts(mail: Message) -> tuple[list[Message], list[Message]]:
 
 
 def _text(part: Message) -> str:
+    if part.get_content_type() == _STATUS:
+        # The library reads its groups of lines as the headers of e-mails.
+        groups = [group for group in part.get_payload() if isinstance(group, Message)]
+        return "\n".join(f"{name}: {value}" for group in groups for name, value in group.items())
     content = part.get_payload(decode=True)
     return decode(content, part.get_content_charset())[0] if isinstance(content, bytes) else ""
 

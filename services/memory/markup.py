@@ -12,6 +12,8 @@ from services.memory.charsets import decode
 _SKIPPED = frozenset(
     (
         "head",
+        # As in a tracked change: without its mark, it would be one word with the text that replaces it.
+        "del",
         "script",
         "style",
         "noscript",
@@ -36,6 +38,7 @@ _CHARSET = re.compile(
     re.IGNORECASE,
 )
 _PRESCANNED_BYTES = 4_096
+_ENTERED = frozenset(("text", "number", "date", "time", "email", "tel", "url", "search"))
 _WHITE = re.compile(r"\s+")
 # A cell that spans rows stands in each of them, and one that spans columns has empty cells beside it. Without these
 # limits, a small page could become a large text.
@@ -71,9 +74,13 @@ class _Writer:
         self._outside: list[list[str]] = []
         self._prefix = ""
         self._pre = 0
-        # The cells of the row, and whether the table has its rule already, for each open table.
+        # The number of the next item of each open list; None without numbers.
+        self._items: list[int | None] = []
+        # For each open table: the cells of the row, the header with its rule, and whether a table in a cell was written
+        # since the last row.
         self._rows: list[list[str]] = []
-        self._ruled: list[bool] = []
+        self._heads: list[str] = []
+        self._interrupted: list[bool] = []
         # The cells of earlier rows that span the next ones, by column: their text, and how many rows are left.
         self._spanning: list[dict[int, tuple[str, int]]] = []
         self._repeatable = MAX_REPEATED_CHARACTERS
@@ -102,11 +109,16 @@ class _Writer:
         if tag in _HEADINGS:
             self._out.append("\n")
             self._prefix = "#" * _HEADINGS[tag] + " "
+        elif tag in ("ol", "ul"):
+            self._items.append(_number(element, "start") if tag == "ol" else None)
         elif tag == "li":
-            self._prefix = "- "
+            self._prefix = self._item(element)
+        elif tag == "input":
+            self._text(_input(element))
         elif tag == "table":
             self._rows.append([])
-            self._ruled.append(False)
+            self._heads.append("")
+            self._interrupted.append(False)
             self._spanning.append({})
         elif tag == "tr" and self._rows:
             self._rows[-1] = []
@@ -134,9 +146,12 @@ class _Writer:
             self._row()
         elif tag == "table" and self._rows:
             self._rows.pop()
-            self._ruled.pop()
+            self._heads.pop()
+            self._interrupted.pop()
             self._spanning.pop()
             self._out.append("\n")
+            if self._interrupted:
+                self._interrupted[-1] = True
         elif tag == "pre" and self._pre:
             self._break()
             self._pre -= 1
@@ -144,6 +159,8 @@ class _Writer:
         elif tag in _BLOCKS or tag in _HEADINGS:
             self._break()
             self._prefix = ""
+        if tag in ("ol", "ul") and self._items:
+            self._items.pop()
 
     def _cell(self, text: str, columns: int, rows: int) -> None:
         self._fill()
@@ -168,10 +185,23 @@ class _Writer:
         cells, self._rows[-1] = self._rows[-1], []
         if not any(cells):
             return
-        self._out.append(f"| {' | '.join(cells)} |\n")
-        if not self._ruled[-1]:
-            self._ruled[-1] = True
-            self._out.append("|" + " --- |" * len(cells) + "\n")
+        line = f"| {' | '.join(cells)} |\n"
+        head = self._heads[-1]
+        if not head:
+            self._heads[-1] = line = line + "|" + " --- |" * len(cells) + "\n"
+        elif self._interrupted[-1] and self._repeatable >= len(head):
+            self._repeatable -= len(head)
+            line = head + line
+        self._interrupted[-1] = False
+        self._out.append(line)
+
+    def _item(self, element: etree._Element) -> str:
+        """The sign before an item of a list."""
+        if not self._items or (number := self._items[-1]) is None:
+            return "- "
+        number = _number(element, "value", number)
+        self._items[-1] = number + 1
+        return f"{number}. "
 
     def _text(self, text: str | None) -> None:
         if text:
@@ -192,8 +222,20 @@ class _Writer:
 
 
 def _span(element: etree._Element, name: str) -> int:
+    return max(1, min(_number(element, name), MAX_SPAN))
+
+
+def _number(element: etree._Element, name: str, default: int = 1) -> int:
     given = (element.get(name) or "").strip()
-    return max(1, min(int(given), MAX_SPAN)) if given.isascii() and given.isdecimal() and len(given) < 6 else 1
+    return int(given) if given.isascii() and given.isdecimal() and len(given) < 6 else default
+
+
+def _input(element: etree._Element) -> str:
+    """The value of a field of a form, as the page shows it."""
+    type_ = (element.get("type") or "text").lower()
+    if type_ in ("checkbox", "radio"):
+        return "☑ " if element.get("checked") is not None else "☐ "
+    return element.get("value") or "" if type_ in _ENTERED else ""
 
 
 def _is_hidden(element: etree._Element) -> bool:

@@ -12,21 +12,20 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import msgspec
 
 from infra.stores import filetypes as types
 from infra.web import data_urls
-from services.memory import charsets, confinement, ebooks, mail, markup, ocr, outlook, spreadsheets
+from services.memory import charsets, confinement, ebooks, mail, markup, ocr, outlook, pdf, slides, spreadsheets, word
 from services.memory.domain import Block, Chunk, UnreadableFile, chunk, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
-# The longer side of a page in which text is recognised: 50 cm. A larger page is drawn smaller.
-MAX_PIXELS = 4_000
 
 _KINDS = {
     types.PDF: "PDF",
@@ -40,10 +39,11 @@ _KINDS = {
 }
 _LIBRARIES = {types.PDF: "pypdfium2", types.DOCX: "mammoth", types.XLSX: "openpyxl", types.PPTX: "pptx"}
 _ARCHIVES = (types.DOCX, types.XLSX, types.PPTX, types.EPUB)
-_MARGIN = re.compile(r"word/(?:header|footer)\d*\.xml")
-_WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
-_WORDS = (f"{_WORD}t", f"{_WORD}tab", f"{_WORD}br")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+# Signs that a reader does not see, and forms of letters that no query has: fi as one sign, letters of equations.
+_FOLDED = dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF)) | {
+    code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xFB00, 0xFB07), *range(0x1D400, 0x1D800))
+}
 _SPACES = re.compile(r"[^\S\n]{9,}")
 _EMPTY_LINES = re.compile(r"\n\s*\n\s*\n")
 
@@ -76,14 +76,16 @@ class BlockReader:
             self._check_size()
         match self._type:
             case types.PDF:
-                yield from self._page_blocks(self._pdf())
+                found = pdf.pages(self._file, self._recognizer, self._recognized)
+                yield from self._page_blocks([Block(_clean(text))] for text in found)
             case types.PPTX:
-                yield from self._page_blocks(self._slides())
+                yield from self._page_blocks(list(sections(_clean(text))) for text in slides.texts(self._file))
             case types.XLSX:
-                yield from spreadsheets.sheets(self._file)
+                yield from spreadsheets.sheets(self._file, self.warnings)
             case types.DOCX:
-                yield from sections(_clean(markup.markdown(self._word())))
-                yield from _margins(self._file)
+                yield from sections(_clean(markup.markdown(word.html(self._file))))
+                if margins := word.margins(self._file):
+                    yield Block(_clean(margins))
             case types.EPUB:
                 for chapter in ebooks.chapters(self._file, self.warnings):
                     yield from sections(_clean(chapter))
@@ -116,7 +118,7 @@ class BlockReader:
                 )
         self._file.seek(0)
 
-    def _page_blocks(self, pages: Iterator[list[Block]]) -> Iterator[Block]:
+    def _page_blocks(self, pages: Iterable[list[Block]]) -> Iterator[Block]:
         """The blocks of all pages with their page's number."""
         self.pages = 0
         for blocks in pages:
@@ -125,47 +127,6 @@ class BlockReader:
                 self.pages_without_text.append(self.pages)
             for block in blocks:
                 yield block._replace(page=self.pages)
-
-    def _pdf(self) -> Iterator[list[Block]]:
-        from pypdfium2 import PdfDocument, PdfiumError  # type: ignore[import-untyped]
-
-        try:
-            document = PdfDocument(self._file)
-        except PdfiumError as error:
-            if "password" in str(error).lower():
-                raise UnreadableFile("The PDF is encrypted. Upload it without a password.") from error
-            raise
-        for number in range(len(document)):
-            page = document[number]
-            words = page.get_textpage()
-            text = words.get_text_bounded()
-            words.close()
-            if self._recognizer and not text.strip():
-                text = _recognized(page, self._recognizer)
-                if text.strip():
-                    self._recognized.append(number + 1)
-            yield [Block(_clean(text))]
-            page.close()
-
-    def _slides(self) -> Iterator[list[Block]]:
-        from pptx import Presentation
-
-        for slide in Presentation(self._file).slides:
-            title = slide.shapes.title
-            shown = title is not None and title.text.strip()
-            lines = [f"# {' '.join(title.text.split())}"] if shown else []
-            others = [shape for shape in slide.shapes if not (shown and shape.shape_id == title.shape_id)]
-            lines += [text for shape in others for text in _shape_texts(shape)]
-            if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
-                lines.append(slide.notes_slide.notes_text_frame.text)
-            yield list(sections(_clean("\n\n".join(lines))))
-
-    def _word(self) -> str:
-        import mammoth  # type: ignore[import-untyped]
-
-        # Pictures are left out: in the text they would be long numbers.
-        no_picture = mammoth.images.img_element(lambda image: {})
-        return str(mammoth.convert_to_html(self._file, convert_image=no_picture).value)
 
     def _decoded(self, decode: Decoder) -> str:
         try:
@@ -183,50 +144,10 @@ def _listed(pages: Sequence[int]) -> str:
     return ", ".join(map(str, pages[:20])) + (", …" if len(pages) > 20 else "")
 
 
-def _recognized(page: Any, recognizer: ocr.Recognizer) -> str:
-    """The text in the picture of a page of a PDF."""
-    # A page states its size in points, as it likes.
-    scale = min(ocr.DOTS_PER_INCH / 72, MAX_PIXELS / max(page.get_size()))
-    bitmap = page.render(scale=scale, grayscale=True)
-    text = recognizer.text(bytes(bitmap.buffer), bitmap.width, bitmap.height, bitmap.stride)
-    bitmap.close()
-    return text
-
-
-def _margins(file: IO[bytes]) -> Iterator[Block]:
-    """The lines of a Word document's headers and footers, which the reader of its body leaves out."""
-    from lxml import etree  # type: ignore[import-untyped]
-
-    lines: dict[str, None] = {}
-    with zipfile.ZipFile(file) as archive:
-        for name in sorted(filter(_MARGIN.fullmatch, archive.namelist())):
-            # Without entities: a few of them could stand for gigabytes.
-            root = etree.fromstring(archive.read(name), etree.XMLParser(resolve_entities=False))
-            for paragraph in root.iter(f"{_WORD}p"):
-                line = "".join(part.text or "" if part.tag == f"{_WORD}t" else " " for part in paragraph.iter(*_WORDS))
-                if re.search(r"[^\W\d_]", line):
-                    lines.setdefault(" ".join(line.split()))
-    if lines:
-        yield Block(_clean("\n".join(lines)))
-
-
-def _shape_texts(shape: Any) -> Iterator[str]:
-    """The texts of a shape of a slide: of its text, its table, or the shapes of its group."""
-    waiting = [shape]
-    while waiting:
-        shape = waiting.pop()
-        if hasattr(shape, "shapes"):
-            waiting += reversed(list(shape.shapes))
-        elif getattr(shape, "has_table", False) and shape.has_table:
-            yield spreadsheets.table([[cell.text for cell in row.cells] for row in shape.table.rows])
-        elif shape.has_text_frame:
-            yield shape.text_frame.text
-
-
 def _clean(text: str) -> str:
     # A picture in the text would be a long number.
     text = data_urls.replaced(text, lambda label, mime_type, _: f"[{label or mime_type}]")
-    text = _NOT_TEXT.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = _NOT_TEXT.sub(" ", text.translate(_FOLDED).replace("\r\n", "\n").replace("\r", "\n"))
     return _EMPTY_LINES.sub("\n\n", _SPACES.sub(" " * 8, text))
 
 

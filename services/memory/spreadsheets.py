@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import io
+import posixpath
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
@@ -19,13 +21,23 @@ _WHITE = re.compile(r"\s+")
 # Of a table in a text, the first one wins among equals.
 _DELIMITERS = ",;\t|"
 _JUDGED_LINES = 50
+# The first line of a table that Excel has written.
+_STATED_DELIMITER = re.compile(r"sep=([,;\t|])\r?\n", re.IGNORECASE)
 _MERGED = re.compile(rb'<(?:\w{1,20}:)?mergeCell\s{1,9}ref="([A-Z]{1,3})(\d{1,7}):[A-Z]{1,3}(\d{1,7})"')
 _MAX_MERGED = 10_000
+_FORMULA = re.compile(rb"<f(?:\s[^<>]{0,300})?(?:/>|>[^<]{0,8192}</f>)(?:<v\s?/>|<v></v>)?</c>")
+_FORMULA_BYTES = 9_000
+_DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
+# Of a number format: quoted and escaped text, a currency, a colour or condition, space of the width of a character.
+_FORMAT = re.compile(
+    r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|\[\$(?P<currency>[^\]-]*)[^\]]*\]|\[[^\]]*\]|[_*].|(?P<sign>.)'
+)
 _READ_BYTES = 65_536
 
 
-def sheets(file: IO[bytes]) -> Iterator[Block]:
-    """The sheets of an ``.xlsx`` file as Markdown tables. Empty rows and columns are left out."""
+def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
+    """The sheets of an ``.xlsx`` file as Markdown tables, each with its comments and text boxes. Empty rows and columns
+    are left out. Adds hidden sheets and missing values to `warnings`."""
     from openpyxl import load_workbook  # type: ignore[import-untyped]
 
     book = load_workbook(file, read_only=True, data_only=True)
@@ -55,6 +67,14 @@ def sheets(file: IO[bytes]) -> Iterator[Block]:
         # A sheet with a single row has only a header.
         if lines or (header and not blocks):
             yield _block(sheet.title, header, lines)
+        if beside := "\n".join(_beside(book._archive, sheet._worksheet_path)):
+            yield Block(beside, sheet.title)
+        if sheet.sheet_state != "visible":
+            warnings.append(f"The sheet {sheet.title} is hidden, and was read.")
+        if merged.without_value:
+            warnings.append(
+                f"Formulas of the sheet {sheet.title} have no stored values, so they are empty: open and save the file."
+            )
 
 
 class _Merged:
@@ -68,6 +88,8 @@ class _Merged:
         self._open: dict[int, tuple[str, int]] = {}
         """Column → its text and the last row."""
         self._repeatable = MAX_REPEATED_CHARACTERS
+        self.without_value = False
+        """Whether the file has formulas whose values no program has stored."""
         # The library reads rows one by one, and the merged cells stand after the last one.
         with book._archive.open(sheet._worksheet_path) as part:
             rest = b""
@@ -77,7 +99,8 @@ class _Merged:
                     first, last = int(found[2]), int(found[3])
                     if last > first and len(self._last_row) < _MAX_MERGED:
                         self._last_row[first, column_index_from_string(found[1].decode()) - 1] = last
-                rest = rest[-80:]
+                self.without_value = self.without_value or _FORMULA.search(rest) is not None
+                rest = rest[-_FORMULA_BYTES:]
 
     def fill(self, number: int, columns: list[int], cells: list[str]) -> None:
         """Completes the cells of a row, unless it is empty."""
@@ -98,7 +121,10 @@ class _Merged:
 def text_table(text: str) -> Iterator[Block]:
     """The rows of a CSV text (RFC 4180; also with semicolons, tabs or bars) as Markdown tables with its first row as
     their header. Empty rows are left out, and empty cells at the end of a row. Raises UnreadableFile."""
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
+    stated = _STATED_DELIMITER.match(text)
+    if stated:
+        text = text[stated.end() :]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=stated[1] if stated else _delimiter(text))
     head = ""
     lines: list[str] = []
     repeated: list[str] = []
@@ -169,10 +195,62 @@ def _text(cell: Any) -> str:
     if isinstance(value, bool):
         return str(value).upper()
     if isinstance(value, int | float):
-        if str(cell.number_format).endswith("%"):
-            return f"{value * 100:.15g}%"
-        # 12.0 is 12, and 0.1 + 0.2 is 0.3, as the sheet shows them.
-        return str(value) if isinstance(value, int) else f"{value:.15g}"
+        return _number(value, str(cell.number_format))
     if isinstance(value, dt.datetime):
         return value.isoformat(sep=" ").removesuffix(" 00:00:00")
+    if isinstance(value, dt.timedelta):
+        seconds = round(value.total_seconds())
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     return "" if value is None else str(value)
+
+
+def _number(value: float, format_: str) -> str:
+    """The number with all of its digits, and with the currency or unit that the sheet shows."""
+    if format_.endswith("%"):
+        return f"{value * 100:.15g}%"
+    # 12.0 is 12, and 0.1 + 0.2 is 0.3, as the sheet shows them.
+    text = str(value) if isinstance(value, int) else f"{value:.15g}"
+    shown = format_.split(";", 1)[0]
+    if re.fullmatch("0{2,20}", shown) and text.isdecimal():
+        return text.zfill(len(shown))
+    before, after, placed = "", "", False
+    for found in _FORMAT.finditer(shown[:200]):
+        sign = found["sign"] or ""
+        placed = placed or (sign != "" and sign in "0#?")
+        word = found["quoted"] or found["escaped"] or found["currency"] or (sign if sign in "$€£¥ " else "")
+        if placed:
+            after += word
+        else:
+            before += word
+    return f"{before}{text}{after}".strip() if placed else text
+
+
+def _beside(archive: zipfile.ZipFile, path: str) -> Iterator[str]:
+    """The comments of a sheet with their cells, and the lines of its text boxes and of the titles of its charts."""
+    for kind, part in _related(archive, path):
+        if kind == "comments":
+            for comment in part.iter("{*}comment"):
+                yield f"{comment.get('ref')}: {''.join(text.text or '' for text in comment.iter('{*}t'))}"
+        elif kind in ("drawing", "chart"):
+            for paragraph in part.iter(f"{_DRAWING}p"):
+                if line := "".join(text.text or "" for text in paragraph.iter(f"{_DRAWING}t")):
+                    yield line
+
+
+def _related(archive: zipfile.ZipFile, path: str) -> Iterator[tuple[str, Any]]:
+    """The parts to which a part of the workbook refers, with their kinds; of a drawing also its charts."""
+    from lxml import etree  # type: ignore[import-untyped]
+
+    folder, name = posixpath.split(path)
+    relations = f"{folder}/_rels/{name}.rels"
+    if relations not in archive.namelist():
+        return
+    # Without entities: a few of them could stand for gigabytes.
+    parser = etree.XMLParser(resolve_entities=False)
+    for relation in etree.fromstring(archive.read(relations), parser):
+        kind = posixpath.basename(relation.get("Type", ""))
+        target = posixpath.normpath(posixpath.join("/", folder, relation.get("Target", "")))[1:]
+        if kind in ("comments", "drawing", "chart") and target in archive.namelist():
+            yield kind, etree.fromstring(archive.read(target), parser)
+            if kind == "drawing":
+                yield from (found for found in _related(archive, target) if found[0] == "chart")

@@ -49,6 +49,11 @@ def pdf(pages: Sequence[str], *, encrypted: bool = False) -> bytes:
             f"<< /Filter /Standard /V 1 /R 2 /P -4 /O <{'ab' * 32}> /U <{'cd' * 32}> >>",
         )
         trailer += f" /Encrypt {len(objects)} 0 R /ID [<{'12' * 16}> <{'12' * 16}>]"
+    return assembled(objects, trailer)
+
+
+def assembled(objects: Sequence[str], trailer: str = "/Root 1 0 R") -> bytes:
+    """A PDF of these objects, numbered from 1."""
     out = io.BytesIO(b"%PDF-1.7\n")
     out.seek(0, io.SEEK_END)
     offsets = []

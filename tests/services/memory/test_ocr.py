@@ -15,7 +15,8 @@ import pytest
 from infra.stores import filetypes as types
 from services.memory import ocr
 from services.memory.domain import UnreadableFile
-from services.memory.parsing import MAX_PIXELS, BlockReader, passages
+from services.memory.parsing import BlockReader, passages
+from services.memory.pdf import MAX_PIXELS
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 

@@ -1,0 +1,137 @@
+"""Reads a Word document (ECMA-376): its body as HTML, and the lines of its headers and footers.
+
+mammoth reads the body. It leaves out parts that a reader of the document sees: they are rewritten before as parts that
+it knows.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from typing import IO
+
+from lxml import etree  # type: ignore[import-untyped]
+
+_WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+_W = f"{{{_WORD}}}"
+_M = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
+_COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
+_SHAPE = "{urn:schemas-microsoft-com:vml}"
+_BODY = re.compile(r"word/(?:document|footnotes|endnotes|comments)\d*\.xml")
+_MARGIN = re.compile(r"word/(?:header|footer)\d*\.xml")
+_MARGIN_WORDS = (f"{_W}t", f"{_W}tab", f"{_W}br")
+# The end of a tracked move, fields, text in the other direction, marked parts.
+_WRAPPERS = tuple(_W + name for name in ("moveTo", "fldSimple", "bdo", "dir", "customXml"))
+# Of a fraction and of powers and indices, the sign before the part.
+_MATH_SIGNS = {f"{_M}den": "/", f"{_M}sup": "^", f"{_M}sub": "_"}
+_BACK = re.compile(r'\s*<a href="#[^"]*-ref-[^"]*">↑</a>')
+_OFF = ("0", "false", "off")
+
+
+def html(file: IO[bytes]) -> str:
+    import mammoth  # type: ignore[import-untyped]
+
+    # Pictures are left out: in the text they would be long numbers.
+    no_picture = mammoth.images.img_element(lambda image: {})
+    done = mammoth.convert_to_html(_rewritten(file), convert_image=no_picture, style_map="comment-reference => sup")
+    # The links from notes and comments back to their places.
+    return _BACK.sub("", str(done.value))
+
+
+def margins(file: IO[bytes]) -> str:
+    """The lines of the headers and footers, each once."""
+    lines: dict[str, None] = {}
+    with zipfile.ZipFile(file) as archive:
+        for name in sorted(filter(_MARGIN.fullmatch, archive.namelist())):
+            for paragraph in _parsed(archive.read(name)).iter(f"{_W}p"):
+                parts = paragraph.iter(*_MARGIN_WORDS)
+                line = "".join(part.text or "" if part.tag == f"{_W}t" else " " for part in parts)
+                if re.search(r"[^\W\d_]", line):
+                    lines.setdefault(" ".join(line.split()))
+    return "\n".join(lines)
+
+
+def _parsed(part: bytes) -> etree._Element:
+    # Without entities: a few of them could stand for gigabytes. huge_tree: a paragraph may be longer than 10 MB.
+    return etree.fromstring(part, etree.XMLParser(resolve_entities=False, huge_tree=True))
+
+
+def _rewritten(file: IO[bytes]) -> IO[bytes]:
+    out = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(out, "w") as copy:
+        for name in archive.namelist():
+            if _BODY.fullmatch(name):
+                root = _parsed(archive.read(name))
+                _rewrite(root)
+                copy.writestr(name, etree.tostring(root))
+            elif not name.startswith(("word/media/", "word/embeddings/")):
+                copy.writestr(name, archive.read(name))
+    return out
+
+
+def _rewrite(root: etree._Element) -> None:
+    # Later parts of a wrapped part are found as well, so each list is made before its elements change.
+    for run in list(root.iter(f"{_W}r")):
+        hidden = run.find(f"{_W}rPr/{_W}vanish")
+        if hidden is not None and hidden.get(f"{_W}val") not in _OFF:
+            _remove(run)
+    for equation in list(root.iter(f"{_M}oMath")):
+        _replace(equation, _run(_linear(equation)))
+    for ruby in list(root.iter(f"{_W}ruby")):
+        # The characters, and their pronunciation in brackets.
+        base, above = ("".join(part.itertext()) for part in (ruby.find(f"{_W}rubyBase"), ruby.find(f"{_W}rt")))
+        _replace(ruby, _text(f"{base}({above})"))
+    for box in list(root.iter(f"{_W}txbxContent")):
+        _show_box(box)
+    for line_break in list(root.iter(f"{_W}cr")):
+        line_break.tag = f"{_W}br"
+    for hyphen in list(root.iter(f"{_W}softHyphen")):
+        _remove(hyphen)
+    for wrapper in list(root.iter(f"{_M}oMathPara", *_WRAPPERS)):
+        for properties in wrapper.findall(f"{_W}customXmlPr"):
+            wrapper.remove(properties)
+        _replace(wrapper, *wrapper)
+
+
+def _show_box(box: etree._Element) -> None:
+    """mammoth knows text boxes in the older form only. A document may have both forms of one box."""
+    drawing = next(box.iterancestors(f"{_W}drawing"), None)
+    if drawing is None:
+        return
+    choice = next(drawing.iterancestors(f"{_COMPATIBILITY}AlternateContent"), None)
+    if choice is not None and choice.find(f"{_COMPATIBILITY}Fallback") is not None:
+        return
+    picture = etree.Element(f"{_W}pict")
+    etree.SubElement(etree.SubElement(picture, f"{_SHAPE}shape"), f"{_SHAPE}textbox").append(box)
+    _replace(drawing if choice is None else choice, picture)
+
+
+def _linear(equation: etree._Element) -> str:
+    """An equation on one line: ``E=mc^2``."""
+    parts = []
+    for node in equation.iter(f"{_M}t", *_MATH_SIGNS):
+        parts.append(_MATH_SIGNS.get(node.tag) or node.text or "")
+    return "".join(parts)
+
+
+def _text(text: str) -> etree._Element:
+    element = etree.Element(f"{_W}t")
+    element.text = text
+    return element
+
+
+def _run(text: str) -> etree._Element:
+    run = etree.Element(f"{_W}r")
+    run.append(_text(text))
+    return run
+
+
+def _remove(element: etree._Element) -> None:
+    element.getparent().remove(element)
+
+
+def _replace(element: etree._Element, *by: etree._Element) -> None:
+    parent = element.getparent()
+    place = parent.index(element)
+    parent[place : place + 1] = by

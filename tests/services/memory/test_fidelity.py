@@ -1,0 +1,286 @@
+"""Parts of files that libraries leave out or tear apart are read as the file shows them."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.stores import filetypes as types
+from tests.services.memory import files
+from tests.services.memory.test_parsing import parse
+
+RELATIONS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+NAMES = {
+    "w": files.WORD,
+    "mc": "http://schemas.openxmlformats.org/markup-compatibility/2006",
+    "wps": "http://schemas.microsoft.com/office/word/2010/wordprocessingShape",
+    "v": "urn:schemas-microsoft-com:vml",
+    "m": "http://schemas.openxmlformats.org/officeDocument/2006/math",
+    "a": "http://schemas.openxmlformats.org/drawingml/2006/main",
+}
+PIXEL = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw==")
+DECLARED = " ".join(f'xmlns:{name}="{uri}"' for name, uri in NAMES.items())
+
+
+def text_of(folder: Path, content: bytes, type_: str) -> str:
+    return "\n".join(line["text"] for line in parse(folder, content, type_) if "text" in line)
+
+
+def paragraph(text: str) -> str:
+    return f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+
+def docx(body: str, parts: Mapping[str, str] | None = None) -> bytes:
+    """A Word document with this body, and with parts such as ``footnotes`` by their names."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(files.docx("", ""))) as plain, zipfile.ZipFile(out, "w") as document:
+        for name in plain.namelist()[:2]:
+            document.writestr(name, plain.read(name))
+        document.writestr("word/document.xml", f"<w:document {DECLARED}><w:body>{body}</w:body></w:document>")
+        relations = ""
+        for name, content in (parts or {}).items():
+            document.writestr(f"word/{name}.xml", f"<w:{name} {DECLARED}>{content}</w:{name}>")
+            relations += f'<Relationship Id="{name}" Type="{RELATIONS}/{name}" Target="{name}.xml"/>'
+        space = "http://schemas.openxmlformats.org/package/2006/relationships"
+        document.writestr("word/_rels/document.xml.rels", f'<Relationships xmlns="{space}">{relations}</Relationships>')
+    return out.getvalue()
+
+
+BOX = f"<w:txbxContent>{paragraph('in a box')}</w:txbxContent>"
+NEW_BOX = f"<w:drawing><a:graphic><wps:wsp><wps:txbx>{BOX}</wps:txbx></wps:wsp></a:graphic></w:drawing>"
+OLD_BOX = f"<w:pict><v:shape><v:textbox>{BOX}</v:textbox></v:shape></w:pict>"
+WORDS = {
+    "tracked move": (
+        "<w:p><w:moveFrom><w:r><w:t>moved</w:t></w:r></w:moveFrom></w:p>"
+        "<w:p><w:moveTo><w:r><w:t>moved</w:t></w:r></w:moveTo></w:p>",
+        "moved",
+    ),
+    "box in the new form": (f"<w:p><w:r>{NEW_BOX}</w:r></w:p>", "in a box"),
+    "box in both forms": (
+        f"<w:p><w:r><mc:AlternateContent><mc:Choice Requires='wps'>{NEW_BOX}</mc:Choice>"
+        f"<mc:Fallback>{OLD_BOX}</mc:Fallback></mc:AlternateContent></w:r></w:p>",
+        "in a box",
+    ),
+    "field": ("<w:p><w:fldSimple w:instr='DATE'><w:r><w:t>4 May</w:t></w:r></w:fldSimple></w:p>", "4 May"),
+    "marked part": (
+        "<w:p><w:customXml><w:customXmlPr/><w:bdo><w:r><w:t>marked</w:t></w:r></w:bdo></w:customXml></w:p>",
+        "marked",
+    ),
+    "equation": (
+        "<w:p><m:oMathPara><m:oMath><m:r><m:t>E=m</m:t></m:r><m:sSup><m:e><m:r><m:t>c</m:t></m:r></m:e>"
+        "<m:sup><m:r><m:t>2</m:t></m:r></m:sup></m:sSup></m:oMath></m:oMathPara></w:p>",
+        "E=mc^2",
+    ),
+    "pronunciation": (
+        "<w:p><w:r><w:ruby><w:rt><w:r><w:t>とう</w:t></w:r></w:rt>"
+        "<w:rubyBase><w:r><w:t>東</w:t></w:r></w:rubyBase></w:ruby></w:r></w:p>",
+        "東(とう)",
+    ),
+    "hidden text": (
+        "<w:p><w:r><w:rPr><w:vanish/></w:rPr><w:t>hidden </w:t></w:r><w:r><w:rPr><w:vanish w:val='0'/></w:rPr>"
+        "<w:t>seen</w:t></w:r></w:p>",
+        "seen",
+    ),
+    "breaks": (
+        "<w:p><w:r><w:t>main</w:t><w:softHyphen/><w:t>tenance</w:t><w:cr/><w:t>x</w:t></w:r></w:p>",
+        "maintenance\nx",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "text"), WORDS.values(), ids=WORDS)
+def test_parts_of_a_word_document_are_read_as_it_shows_them(tmp_path: Path, body: str, text: str) -> None:
+    assert text_of(tmp_path, docx(body), types.DOCX) == text
+
+
+def test_notes_and_comments_of_a_word_document_stand_at_its_end(tmp_path: Path) -> None:
+    body = (
+        "<w:p><w:r><w:t>text</w:t></w:r><w:r><w:footnoteReference w:id='2'/></w:r>"
+        "<w:r><w:commentReference w:id='0'/></w:r></w:p>"
+    )
+    parts = {
+        "footnotes": f"<w:footnote w:id='2'>{paragraph('a footnote')}</w:footnote>",
+        "comments": f"<w:comment w:id='0' w:initials='A'>{paragraph('a comment')}</w:comment>",
+    }
+    lines = text_of(tmp_path, docx(body, parts), types.DOCX).split("\n")
+    assert [line for line in lines if line] == ["text[1][A1]", "1. a footnote", "Comment [A1]", "a comment"]
+
+
+def pdf(content: str, page: str = "", catalog: str = "", objects: tuple[str, ...] = ()) -> bytes:
+    """One page with this content. `objects` have the numbers from 6."""
+    return files.assembled(
+        [
+            f"<< /Type /Catalog /Pages 2 0 R {catalog} >>",
+            "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+            "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R "
+            f"/Resources << /Font << /F1 5 0 R >> >> {page} >>",
+            f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
+            "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>",
+            *objects,
+        ]
+    )
+
+
+def shown(x: int, y: int, text: str) -> str:
+    return f"BT /F1 12 Tf {x} {y} Td ({text}) Tj ET\n"
+
+
+def test_cells_of_a_table_in_a_pdf_stay_apart_and_on_their_line(tmp_path: Path) -> None:
+    rows = [("Part", "Price", "Stock"), ("Pump", "12", "4"), ("Valve", "7", "0")]
+    content = "".join(
+        shown(50 + 150 * column, 700 - 15 * n, cell) for n, row in enumerate(rows) for column, cell in enumerate(row)
+    )
+    assert text_of(tmp_path, pdf(content), types.PDF) == "Part Price Stock\nPump 12 4\nValve 7 0"
+
+
+def test_words_that_a_line_of_a_pdf_breaks_are_whole(tmp_path: Path) -> None:
+    content = "".join(
+        shown(50, 700 - 15 * n, line) for n, line in enumerate(("The main-", "tenance of the Baden-", "Baden pump."))
+    )
+    assert text_of(tmp_path, pdf(content), types.PDF) == "The maintenance of the Baden-Baden pump."
+
+
+def test_the_fields_and_comments_of_a_pdf_are_read(tmp_path: Path) -> None:
+    kinds = (
+        "/Subtype /Widget /FT /Tx /T (n) /TU (Your name) /V <FEFF4FDD4FEE>",
+        "/Subtype /Widget /FT /Btn /T (agree) /V /Yes /AS /Yes",
+        "/Subtype /Widget /FT /Btn /T (refuse) /V /Off /AS /Off",
+        "/Subtype /Text /Contents (a sticky note)",
+        "/Subtype /Link /Contents (a link)",
+    )
+    fields = tuple(f"<< /Type /Annot {kind} /Rect [100 600 200 620] /F 4 /P 3 0 R >>" for kind in kinds)
+    numbers = " ".join(f"{n} 0 R" for n in range(6, 6 + len(kinds)))
+    content = pdf(shown(50, 700, "A form"), f"/Annots [{numbers}]", f"/AcroForm << /Fields [{numbers}] >>", fields)
+    assert text_of(tmp_path, content, types.PDF) == "A form\nYour name: 保修\nagree: ☑\na sticky note"
+
+
+def test_ligatures_and_letters_of_equations_are_read_as_plain_letters(tmp_path: Path) -> None:
+    import typst
+
+    source = tmp_path / "a.typ"
+    source.write_text("An efficient office: $E = m c^2$")
+    assert text_of(tmp_path, bytes(typst.compile(source)), types.PDF).startswith("An efficient office: E = mc")
+    assert text_of(tmp_path, "e\ufb03cient main\u00adtenance 𝐸".encode(), types.TEXT) == "efficient maintenance E"
+
+
+def test_a_sheet_keeps_units_codes_durations_comments_and_text_boxes(tmp_path: Path) -> None:
+    from openpyxl import Workbook  # type: ignore[import-untyped]
+    from openpyxl.chart import BarChart, Reference  # type: ignore[import-untyped]
+    from openpyxl.comments import Comment  # type: ignore[import-untyped]
+
+    book = Workbook()
+    sheet = book.active
+    rows: list[tuple[Any, str, str]] = [
+        ("what", "", "what"),
+        (1234.5, '#,##0.00 "€"', "1234.5 €"),
+        (1234.5, '_("$"* #,##0.00_)', "$1234.5"),
+        (-5, "[$¥-804]#,##0.00;[Red]-[$¥-804]#,##0.00", "¥-5"),
+        (12, '0\\ "kg"', "12 kg"),
+        (7, "00000", "00007"),
+        (0.125, "0.0%", "12.5%"),
+        (dt.timedelta(hours=30, minutes=5), "[h]:mm:ss", "30:05:00"),
+        (True, "", "TRUE"),
+        ("#DIV/0!", "", "#DIV/0!"),
+    ]
+    for n, (value, format_, _) in enumerate(rows, 1):
+        cell = sheet.cell(n, 1, value)
+        if format_:
+            cell.number_format = format_
+    sheet["A1"].comment = Comment("in euros", "Ann")
+    chart = BarChart()
+    chart.title = "Costs of 2026"
+    chart.add_data(Reference(sheet, min_col=1, min_row=2, max_row=3))
+    sheet.add_chart(chart, "D1")
+    secret = book.create_sheet("Rates")
+    secret.append(["rate", "=1+1"])
+    secret.sheet_state = "hidden"
+    out = io.BytesIO()
+    book.save(out)
+    lines = parse(tmp_path, out.getvalue(), types.XLSX)
+    text = "\n".join(line["text"] for line in lines if "text" in line)
+    for _, _, seen in rows:
+        assert f"| {seen} |" in text
+    assert "A1: in euros" in text
+    assert "Costs of 2026" in text
+    assert lines[-1]["warnings"] == [
+        "The sheet Rates is hidden, and was read.",
+        "Formulas of the sheet Rates have no stored values, so they are empty: open and save the file.",
+    ]
+
+
+def test_a_slide_keeps_its_chart_merged_cells_diagrams_and_descriptions(tmp_path: Path) -> None:
+    from pptx import Presentation
+    from pptx.chart.data import CategoryChartData
+    from pptx.enum.chart import XL_CHART_TYPE
+    from pptx.util import Inches
+
+    book = Presentation()
+    slide = book.slides.add_slide(book.slide_layouts[6])
+    values = CategoryChartData()  # type: ignore[no-untyped-call]
+    values.categories = ["North", "South"]
+    values.add_series("Sold", (12.5, None))  # type: ignore[no-untyped-call]
+    size = (Inches(1), Inches(1), Inches(3), Inches(2))
+    chart = slide.shapes.add_chart(XL_CHART_TYPE.COLUMN_CLUSTERED, *size, values).chart
+    chart.has_title = True
+    chart.chart_title.text_frame.text = "Pumps"
+    table = slide.shapes.add_table(3, 2, *size).table
+    for n, text in enumerate(("Place", "Month", "Oslo", "May", "", "June")):
+        table.cell(n // 2, n % 2).text = text
+    table.cell(1, 0).merge(table.cell(2, 0))
+    picture = io.BytesIO(PIXEL)
+    slide.shapes.add_picture(picture, 0, 0)._element.nvPicPr.cNvPr.set("descr", "A red pump")
+    out = io.BytesIO()
+    book.save(out)
+    text = text_of(tmp_path, out.getvalue(), types.PPTX)
+    assert text.startswith("Pumps\n\n|  | Sold |\n| --- | --- |\n| North | 12.5 |\n| South |  |")
+    assert "| Oslo | May |\n| Oslo | June |" in text
+    assert text.endswith("A red pump")
+
+
+PAGES = {
+    "header after a table in a cell": (
+        "<table><tr><th>k</th></tr><tr><td>a<table><tr><td>n</td></tr></table></td></tr><tr><td>b</td></tr></table>",
+        "| k |\n| --- |\n| n |\n| --- |\n\n| k |\n| --- |\n| a |\n| b |",
+    ),
+    "numbers of a list": (
+        "<ol start=3><li>three<ul><li>dot</ul><li>four<li value=9>nine</ol>",
+        "3. three\n- dot\n4. four\n9. nine",
+    ),
+    "form": (
+        "<input type=checkbox checked> yes <input type=radio> no <input value=42> <input type=hidden value=7>",
+        "☑ yes ☐ no 42",
+    ),
+    "deleted text": ("<p>costs <del>30</del><ins>45</ins> euros</p>", "costs 45 euros"),
+}
+
+
+@pytest.mark.parametrize(("page", "text"), PAGES.values(), ids=PAGES)
+def test_a_page_is_read_as_it_is_shown(tmp_path: Path, page: str, text: str) -> None:
+    assert text_of(tmp_path, page.encode(), types.HTML) == text
+
+
+def test_underlined_headings_of_markdown_give_the_section(tmp_path: Path) -> None:
+    text = b"Care\n====\n\nClean it.\n\nPump\n----\nWeekly.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n- item\n---\n"
+    sections = [(line["section"], line["text"]) for line in parse(tmp_path, text, types.MARKDOWN) if "text" in line]
+    assert [section for section, _ in sections] == ["Care", "Care > Pump"]
+    assert sections[0][1] == "Clean it."
+    assert "| a | b |\n|---|---|\n| 1 | 2 |" in sections[1][1]
+
+
+def test_a_table_that_states_its_delimiter_is_read_by_it(tmp_path: Path) -> None:
+    assert text_of(tmp_path, b"sep=;\r\na;b,c\r\n1;2,5\r\n", types.CSV) == "| a | b,c |\n| --- | --- |\n| 1 | 2,5 |"
+
+
+def test_the_status_of_a_delivery_is_part_of_an_e_mail(tmp_path: Path) -> None:
+    mail = (
+        b"Subject: x\nContent-Type: multipart/report; boundary=b\n\n--b\nContent-Type: text/plain\n\nBounced.\n--b\n"
+        b"Content-Type: message/delivery-status\n\nReporting-MTA: dns; x\n\nFinal-Recipient: rfc822; lost@x\n--b--\n"
+    )
+    assert "Final-Recipient: rfc822; lost@x" in text_of(tmp_path, mail, types.MAIL)
