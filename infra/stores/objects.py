@@ -8,7 +8,7 @@ import io
 import re
 import tempfile
 import unicodedata
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 
 import urllib3
 from minio import Minio
+from minio.datatypes import Object
 from minio.error import S3Error, ServerError
 
 from infra.connections import HttpTarget
@@ -89,6 +90,15 @@ async def once(content: bytes) -> AsyncIterator[bytes]:
 
 def _listed(mime_types: frozenset[str]) -> str:
     return ", ".join(sorted(f"{type_}*" if type_.endswith("/") else type_ for type_ in mime_types))
+
+
+def listed(store: Minio, bucket: str, prefix: str = "") -> Iterator[Object]:
+    """The objects whose names begin with `prefix`, in the order of names.
+
+    By version 1 of the request: of version 2, S3Proxy refuses each page after the first 1,000 objects.
+    """
+    found: Iterator[Object] = store.list_objects(bucket, prefix, recursive=True, use_api_v1=True)
+    return found
 
 
 class Objects:
@@ -175,8 +185,7 @@ class Objects:
 
         def names() -> list[str]:
             try:
-                found = self._client.list_objects(self._bucket, prefix, recursive=True)
-                return [str(entry.object_name) for entry in found]
+                return [str(entry.object_name) for entry in listed(self._client, self._bucket, prefix)]
             except S3Error as error:
                 if error.code == "NoSuchBucket":
                     return []

@@ -7,6 +7,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -247,6 +248,14 @@ async def test_a_text_is_stored_once_and_paths_are_listed_in_order(store: Stack,
     refused = Objects(**{**store.engines["s3"], "secret_key": "wrong"}, bucket=bucket)
     with pytest.raises(Transient):
         await refused.paths("a/")
+
+
+async def test_more_objects_than_one_page_of_the_store_are_listed(objects: Objects, judge: Minio) -> None:
+    await objects.put_once("crowd/0000", b"x")
+    names = [f"crowd/{n:04}" for n in range(1, 1_002)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: judge.put_object(BUCKET, name, io.BytesIO(b"x"), 1), names))
+    assert await objects.paths("crowd/") == ["crowd/0000", *names]
 
 
 async def test_a_store_that_does_not_answer_is_a_transient_failure(store: Stack) -> None:

@@ -14,6 +14,7 @@ from minio import Minio
 from minio.error import S3Error
 
 from infra.connections import HttpTarget
+from infra.stores.objects import listed
 from tooling.stack.engines.base import EngineError
 
 _PIECE_BYTES = 1024 * 1024
@@ -51,8 +52,8 @@ def export(store: Minio, bucket: str, count: Callable[[], None]) -> Iterator[byt
     """
     if not store.bucket_exists(bucket):
         return
-    for listed in store.list_objects(bucket, recursive=True):
-        name = str(listed.object_name)
+    for entry in listed(store, bucket):
+        name = str(entry.object_name)
         try:
             answer = store.get_object(bucket, name)
         except S3Error as error:
