@@ -35,6 +35,10 @@ class UsageRecorded(Message, frozen=True, kw_only=True):
     session_key: str | None = None
     api_key_id: str | None = None
     """The API key whose request led to the use."""
+    member_id: UUID | None = None
+    """The member of the tenant whose request led to the use. This and the tag are groups of reports."""
+    tag: str | None = None
+    """A name for usage that belongs together, such as a cost centre; at most 100 printable characters."""
 
 
 class QuotaExhausted(Message, frozen=True, kw_only=True):

@@ -1,15 +1,21 @@
 """Sums of counted usage by hour, in the table ``usage_bucket``.
 
-A bucket is one meter of one resource, agent, channel and price version in one hour (UTC) of one period. It keeps the
-number of its records, their sum, the range of their arrival numbers and a hash, so it can be compared with its records,
-and rebuilt from them. `retention` deletes old records and keeps their sums, in the same form, in ``deleted_usage``. The
-meter ``cost_nanos`` is the cost of the records. A reader of buckets never reads records.
+A bucket is one meter of one resource, agent, channel, member, tag and price version in one hour (UTC) of one period.
+It keeps the number of its records, their sum, the largest and the latest one, the range of their arrival numbers and a
+hash, so it can be compared with its records, and rebuilt from them. `retention` deletes old records and keeps their
+sums, in the same form, in ``deleted_usage``. The meter ``cost_nanos`` is the cost of the records. A reader of buckets
+never reads records.
+
+A bucket also keeps the 128 smallest hashes of its sessions. Those of several buckets together are the smallest ones of
+their union, so the number of different sessions is exact below 128 and estimated above, at a fixed size (Bar-Yossef and
+others, "Counting distinct elements in a data stream", 2002).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -40,36 +46,79 @@ GROUPS = {
     "model": "resource",
     "agent": "agent_id",
     "channel": "channel_id",
+    "member": "member_id",
+    "tag": "tag",
     "price_version": "price_version",
     "day": "to_char(hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
     "hour": "to_char(hour AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')",
 }
-KEY = ("tenant_id", "period", "hour", "meter", "resource", "agent_id", "channel_id", "price_version", "late")
+KEY = (
+    "tenant_id",
+    "period",
+    "hour",
+    "meter",
+    "resource",
+    "agent_id",
+    "channel_id",
+    "price_version",
+    "late",
+    "member_id",
+    "tag",
+)
+COLUMNS = ("records", "quantity", "first_arrival", "last_arrival", "hash", "largest", "latest", "sessions")
 _KEY = ", ".join(KEY)
-# Adds the inserted sums to those of `b` that have the same key.
-MERGED = f"""
-    ON CONFLICT ({_KEY}) DO UPDATE
-    SET records = b.records + excluded.records,
-        quantity = b.quantity + excluded.quantity,
-        first_arrival = least(b.first_arrival, excluded.first_arrival),
-        last_arrival = greatest(b.last_arrival, excluded.last_arrival),
-        hash = b.hash # excluded.hash
-"""
+_ALL = ", ".join((*KEY, *COLUMNS))
+SESSIONS = 128
+"""The most hashes of sessions that a bucket keeps. The function ``smallest`` of the schema has the same number."""
+
+
+def summed(rows: str) -> str:
+    """The statement that sums rows of the view ``measure`` to buckets."""
+    return f"""
+        SELECT {_KEY}, count(*) AS records, sum(quantity) AS quantity, min(arrival) AS first_arrival,
+               max(arrival) AS last_arrival, bit_xor(digest) AS hash, max(quantity) AS largest, max(latest) AS latest,
+               coalesce((array_agg(DISTINCT session) FILTER (WHERE session IS NOT NULL))[1:{SESSIONS}], '{{}}')
+                   AS sessions
+        FROM {rows}
+        GROUP BY {_KEY}
+    """
+
+
+def added(table: str, rows: str) -> str:
+    """The statement that sums rows of the view ``measure``, and adds the sums to those of `table` that have the same
+    key, in the order of their keys."""
+    return f"""
+        INSERT INTO {table} AS b ({_ALL})
+        {summed(rows)}
+        ORDER BY {_KEY}
+        ON CONFLICT ({_KEY}) DO UPDATE
+        SET records = b.records + excluded.records,
+            quantity = b.quantity + excluded.quantity,
+            first_arrival = least(b.first_arrival, excluded.first_arrival),
+            last_arrival = greatest(b.last_arrival, excluded.last_arrival),
+            hash = b.hash # excluded.hash,
+            largest = greatest(b.largest, excluded.largest),
+            latest = greatest(b.latest, excluded.latest),
+            sessions = CASE
+                -- Most sessions are known. The function costs more than all other columns.
+                WHEN excluded.sessions <@ b.sessions THEN b.sessions
+                ELSE smallest(b.sessions, excluded.sessions)
+            END
+    """
+
+
 # The buckets of the tenants $1, from their records and corrections, and from the sums of the deleted ones.
 REBUILT = f"""
     SELECT {_KEY}, sum(records)::bigint AS records, sum(quantity) AS quantity, min(first_arrival) AS first_arrival,
-           max(last_arrival) AS last_arrival, bit_xor(hash) AS hash
+           max(last_arrival) AS last_arrival, bit_xor(hash) AS hash, max(largest) AS largest, max(latest) AS latest,
+           smallest_of(sessions) AS sessions
     FROM (
-        SELECT {_KEY}, 1 AS records, quantity, arrival AS first_arrival, arrival AS last_arrival, digest AS hash
-        FROM measure
+        {summed("measure WHERE tenant_id = ANY($1::text[])")}
         UNION ALL
-        SELECT {_KEY}, 1, quantity, arrival, arrival, digest
-        FROM correction_measure
+        {summed("correction_measure WHERE tenant_id = ANY($1::text[])")}
         UNION ALL
-        SELECT {_KEY}, records, quantity, first_arrival, last_arrival, hash
-        FROM deleted_usage
+        SELECT {_ALL} FROM deleted_usage WHERE tenant_id = ANY($1::text[])
     ) AS m
-    WHERE tenant_id = ANY($1::text[])
     GROUP BY {_KEY}
 """
 
@@ -86,6 +135,15 @@ class Sum(BaseModel):
     """Group → value. An empty value: the records do not name it."""
     quantity: int
     records: int
+    max: int | None
+    """The quantity of the largest record. Null: all records were deleted before this was kept."""
+    latest: int | None
+    """The quantity of the record that was used last."""
+    latest_at: datetime | None
+    sessions: int
+    """The number of different sessions that the records name."""
+    sessions_exact: bool
+    """False: `sessions` is an estimate, with a standard error of 9 %."""
     first_arrival: int
     last_arrival: int
     hash: str
@@ -106,15 +164,13 @@ async def add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
     await tx.sql(
         # OFFSET keeps one look-up by key for each record. A plan that was made while the table was small, or had no
         # statistics, would read the whole table for every batch.
-        f"""
-        INSERT INTO usage_bucket AS b
-        SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
-        FROM unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant, id)
-        CROSS JOIN LATERAL (SELECT * FROM measure WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS m
-        GROUP BY {_KEY}
-        ORDER BY {_KEY}
-        {MERGED}
-        """,
+        added(
+            "usage_bucket",
+            """
+            unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant, id)
+            CROSS JOIN LATERAL (SELECT * FROM measure WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS m
+            """,
+        ),
         "\x1f".join(tenant_id for tenant_id, _ in keys),
         "\x1f".join(usage_id for _, usage_id in keys),
     )
@@ -123,16 +179,14 @@ async def add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
 async def add_corrections(tx: Tx, tenant_id: str, keys: Sequence[tuple[str, str]]) -> None:
     """Adds corrections (usage_id, price version) to their buckets. The caller has locked the account."""
     await tx.sql(
-        f"""
-        INSERT INTO usage_bucket AS b
-        SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
-        FROM unnest($2::text[], $3::text[]) AS n(usage_id, price_version)
-        JOIN correction_measure USING (usage_id, price_version)
-        WHERE tenant_id = $1
-        GROUP BY {_KEY}
-        ORDER BY {_KEY}
-        {MERGED}
-        """,
+        added(
+            "usage_bucket",
+            """
+            unnest($2::text[], $3::text[]) AS n(usage_id, price_version)
+            JOIN correction_measure USING (usage_id, price_version)
+            WHERE tenant_id = $1
+            """,
+        ),
         tenant_id,
         [usage_id for usage_id, _ in keys],
         [version for _, version in keys],
@@ -145,7 +199,7 @@ async def sums(tx: Tx, window: Window, groups: Sequence[str], *, after: Sequence
     rows = await tx.sql(
         f"""
         SELECT ARRAY[{parts}], sum(quantity)::text, sum(records)::bigint, min(first_arrival), max(last_arrival),
-               bit_xor(hash)
+               bit_xor(hash), max(largest)::text, max(latest)::text[], smallest_of(sessions)
         FROM usage_bucket
         WHERE tenant_id = $1 AND hour >= $2 AND hour < $3
         GROUP BY {parts}
@@ -157,17 +211,34 @@ async def sums(tx: Tx, window: Window, groups: Sequence[str], *, after: Sequence
         list(after) or None,
         limit,
     )
-    return [
-        Sum(
-            group=dict(zip(groups, values, strict=True)),
-            quantity=int(quantity),
-            records=records,
-            first_arrival=first,
-            last_arrival=last,
-            hash=shown(hash_),
-        )
-        for values, quantity, records, first, last, hash_ in rows
-    ]
+    return [_sum(dict(zip(groups, row[0], strict=True)), row[1:]) for row in rows]
+
+
+def _sum(group: dict[str, str], row: Sequence[Any]) -> Sum:
+    quantity, records, first, last, hash_, largest, latest, sessions = row
+    return Sum(
+        group=group,
+        quantity=int(quantity),
+        records=records,
+        max=None if largest is None else int(largest),
+        latest=int(latest[2]) if latest else None,
+        latest_at=datetime.fromtimestamp(0, UTC) + timedelta(microseconds=int(Decimal(latest[0]) * 10**6))
+        if latest
+        else None,
+        sessions=different(sessions),
+        sessions_exact=len(sessions) < SESSIONS,
+        first_arrival=first,
+        last_arrival=last,
+        hash=shown(hash_),
+    )
+
+
+def different(hashes: Sequence[int]) -> int:
+    """The number of different values whose smallest hashes are these, in ascending order."""
+    if len(hashes) < SESSIONS:
+        return len(hashes)
+    # The hashes are evenly spread over 2⁶³ numbers.
+    return (SESSIONS - 1) * 2**63 // max(1, hashes[-1])
 
 
 def shown(hash_: int) -> str:
@@ -203,7 +274,7 @@ async def rebuild(tx: Tx, tenant_id: str) -> RebuiltBuckets:
     """Computes the tenant's buckets again from its records and replaces them. The caller has locked the account."""
     before = await _fingerprint(tx, tenant_id)
     await tx.sql("DELETE FROM usage_bucket WHERE tenant_id = $1", tenant_id)
-    await tx.sql(f"INSERT INTO usage_bucket {REBUILT}", [tenant_id])
+    await tx.sql(f"INSERT INTO usage_bucket ({_ALL}) {REBUILT}", [tenant_id])
     after = await _fingerprint(tx, tenant_id)
     return RebuiltBuckets(buckets=after[0], hash_before=before[1], hash_after=after[1], equal=before == after)
 

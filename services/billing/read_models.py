@@ -4,7 +4,7 @@ the transaction of the rows that they sum. A scope is a tenant."""
 from __future__ import annotations
 
 from infra.postgres.read_models import ReadModel, selected
-from services.billing.aggregates import KEY, REBUILT
+from services.billing.aggregates import COLUMNS, KEY, REBUILT
 from services.billing.domain import MESSAGE
 
 
@@ -35,7 +35,7 @@ READ_MODELS = (
         "usage_buckets",
         "usage_bucket",
         KEY,
-        ("records", "quantity", "first_arrival", "last_arrival", "hash"),
+        COLUMNS,
         REBUILT,
     ),
     _of_tenants(

@@ -29,10 +29,12 @@ WITH record AS MATERIALIZED (
         string_to_array($17, E'\x1f'),
         string_to_array($18, E'\x1f'),
         string_to_array($19, E'\x1f')::bigint[],
-        string_to_array($20, E'\x1f')::boolean[]
+        string_to_array($20, E'\x1f')::boolean[],
+        string_to_array($21, E'\x1f'),
+        string_to_array($22, E'\x1f')
     ) AS r(tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id, hold_id, verdict,
            reason, amount_nanos, price_version, span_id, agent_id, channel_id, session_key, api_key_id,
-           period, late)
+           period, late, member_id, tag)
 ),
 due AS (
     SELECT tenant_id, coalesce(sum(amount_nanos), 0)::bigint AS nanos,
@@ -78,11 +80,11 @@ booked AS (
 stored AS (
     INSERT INTO usage (tenant_id, usage_id, message_id, resource, quantities, occurred_at, estimated, run_id, hold_id,
                        verdict, reason, amount_nanos, price_version, span_id, agent_id, channel_id, session_key,
-                       api_key_id, period, late, rated_at, arrival)
+                       api_key_id, period, late, member_id, tag, rated_at, arrival)
     SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, estimated, run_id, hold_id,
            verdict, coalesce(reason, ''), amount_nanos, price_version, coalesce(span_id, ''), coalesce(agent_id, ''),
            coalesce(channel_id, ''), coalesce(session_key, ''), coalesce(api_key_id, ''), period,
-           late, $21, arrival
+           late, coalesce(member_id, ''), coalesce(tag, ''), $23, arrival
     FROM record
     WHERE verdict <> 'duplicate'
     ORDER BY tenant_id, usage_id
@@ -90,7 +92,7 @@ stored AS (
 repeated AS (
     INSERT INTO duplicate (tenant_id, usage_id, message_id, resource, quantities, occurred_at, run_id, reason, rated_at,
                            arrival)
-    SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, run_id, coalesce(reason, ''), $21,
+    SELECT tenant_id, usage_id, message_id, resource, quantities::jsonb, occurred_at, run_id, coalesce(reason, ''), $23,
            arrival
     FROM record
     WHERE verdict = 'duplicate'

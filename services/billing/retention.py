@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from infra.postgres.tx import Tx
 from services.billing import accounts
-from services.billing.aggregates import KEY, MERGED
+from services.billing.aggregates import added
 from services.billing.domain import MAX_AGE, MESSAGE
 
 KEPT = MAX_AGE + timedelta(days=1)
@@ -16,7 +16,6 @@ KEPT = MAX_AGE + timedelta(days=1)
 counted twice."""
 # Records of one transaction, which keeps the account locked for about a quarter of a second.
 PAGE = 2_000
-_KEY = ", ".join(KEY)
 
 # Records of `u` that may be deleted. Held ones are not decided yet. The number of delivered messages is verified by all
 # their records, and the sums have only the counted ones. Repeats of the last weeks belong to the reconciliation.
@@ -28,6 +27,12 @@ _OLD = f"""
           AND (d.rated_at >= $1 OR u.resource = '{MESSAGE}')
     )
 """
+
+_MEASURES = """(
+    SELECT * FROM measure WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
+    UNION ALL
+    SELECT * FROM correction_measure WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
+) AS m"""
 
 
 def kept_since(now: datetime) -> datetime:
@@ -66,20 +71,7 @@ async def delete(tx: Tx, tenant_id: str, before: datetime) -> int:
             LIMIT {PAGE}
         ),
         summed AS (
-            INSERT INTO deleted_usage AS b
-            SELECT {_KEY}, count(*), sum(quantity), min(arrival), max(arrival), bit_xor(digest)
-            FROM (
-                SELECT {_KEY}, quantity, arrival, digest
-                FROM measure
-                WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
-                UNION ALL
-                SELECT {_KEY}, quantity, arrival, digest
-                FROM correction_measure
-                WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
-            ) AS m
-            GROUP BY {_KEY}
-            ORDER BY {_KEY}
-            {MERGED}
+            {added("deleted_usage", _MEASURES)}
         ),
         repeats AS (
             DELETE FROM duplicate WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))

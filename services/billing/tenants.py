@@ -41,6 +41,7 @@ KEPT = (
     "usage",
     "usage_bucket",
     "usage_correction",
+    "usage_label",
 )
 
 

@@ -13,7 +13,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient
 from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
-from services.billing import accounts, aggregates, budgets, grants, holds, price_book, subscriptions
+from services.billing import accounts, aggregates, budgets, grants, holds, labels, price_book, subscriptions
 from services.billing.accounts import Entry
 from services.billing.domain import Account, UsageContent, Verdict, judge, settle
 from services.billing.subscriptions import Place
@@ -59,6 +59,8 @@ async def record(
     Returns the currency and the debit in nano-units of each account that was debited.
     """
     places = await _places(tx, records, verdicts)
+    now = utcnow()
+    found = await labels.bounded(tx, records, now)
     columns: tuple[Sequence[str], ...] = (
         [item.tenant_id for item in records],
         [item.usage_id for item in records],
@@ -80,9 +82,11 @@ async def record(
         [(item.api_key_id or "").translate(_UNSTORABLE) for item in records],
         [str(place.period) for place in places],
         ["t" if place.late else "f" for place in places],
+        [label.member for label in found],
+        [label.tag for label in found],
     )
     try:
-        debited = await tx.sql(_RECORD, *map(_SEPARATOR.join, columns), utcnow())
+        debited = await tx.sql(_RECORD, *map(_SEPARATOR.join, columns), now)
     except IntegrityError as error:
         raise Transient("another transaction recorded one of these usage_ids at the same time") from error
     for tenant_id, currency, credit_nanos, debited_nanos, amount_nanos in debited:

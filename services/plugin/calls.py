@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import NamedTuple
+from uuid import UUID
 
 import msgspec
 
@@ -302,6 +303,7 @@ def _publish_usage(tx: Tx, call: ToolRequest, attempt: int) -> None:
         resource=f"tool/{call.tool}",
         quantities={"calls": 1},
         occurred_at=utcnow(),
+        agent_id=UUID(call.agent_id) if call.agent_id else None,
     )
     tx.publish(USAGE_RECORDS, record, key=call.tenant_id)
 

@@ -97,6 +97,7 @@ TABLES: dict[str, Source | Derived | Work] = {
     "billing.usage": Source("usage with its verdicts"),
     "billing.usage_bucket": Derived("billing.usage_buckets"),
     "billing.usage_correction": Source("bookings"),
+    "billing.usage_label": Source("members and tags that tenants have used in a month; rows of usage name them"),
     "channel.accepted": Work("messages on their way into their conversations"),
     "channel.account": Source("made by tenants"),
     "channel.attachment": Source("files in the object store"),

@@ -131,6 +131,8 @@ class NewAgent(_Body):
     """How facts about the person who speaks are found, for later runs. model: after each run the agent's model is asked
     once more, which is billed; rules find them if it fails."""
     queue_mode: QueueMode = "collect"
+    tag: str = Field(default="", pattern=r"^[\w .:/-]{0,100}$")
+    """Groups its usage in reports, such as a cost centre."""
     budget: AgentBudget | None = None
     limits: RunLimits = RunLimits()
     concurrency: Concurrency = None
@@ -187,6 +189,7 @@ class AgentView(BaseModel):
     knowledge: bool
     learning: Literal["rules", "model"]
     queue_mode: QueueMode
+    tag: str
     budget: AgentBudget | None
     limits: RunLimits
     concurrency: int | None

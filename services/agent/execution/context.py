@@ -27,6 +27,7 @@ from services.agent.runs import family
 from services.agent.runs.domain import Complete, Run
 from services.agent.runs.family import ChildState, child_id
 from services.agent.runs.limits import Limits
+from services.agent.runs.metering import Origin
 from services.agent.runs.publishing import published
 
 # The part of a person's message that is published with the reply.
@@ -79,10 +80,25 @@ class RunContext:
     """The channel's; empty: the agent's."""
     progress: ProgressReporter | None = None
     """None: no channel shows it."""
+    tag: str = ""
+    """The agent's, for reports of usage."""
 
     @property
     def metadata(self) -> grpc.aio.Metadata:
         return rpc.tenant_metadata(self.tenant_id)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the run's usage comes from."""
+        return Origin(
+            self.run_id,
+            self.tenant_id,
+            self.agent_id,
+            self.channel_id,
+            self.session_key,
+            self.subject_id,
+            self.tag,
+        )
 
     def completion(self, reply: Reply) -> Complete:
         """The command that ends the run with the reply, whose texts are sealed."""

@@ -66,6 +66,7 @@ class RunCredit:
             agent_id=str(context.agent_id),
             channel_id=str(context.channel_id or ""),
             session_key=context.session_key,
+            api_key_id=context.origin.api_key_id,
         )
         if self._seconds_nanos is None:
             request.run_hold_id = str(seconds_hold(context.run_id))

@@ -160,14 +160,7 @@ class RunJournal:
             write.completion = Completion(
                 self._effects.seq, self._effects.may_go_on, command.reply, command.calls, to_person
             )
-            if seconds := seconds_used(
-                context.state,
-                run_id=context.run_id,
-                tenant_id=context.tenant_id,
-                agent_id=context.agent_id,
-                channel_id=context.channel_id,
-                session_key=context.session_key,
-            ):
+            if seconds := seconds_used(context.state, context.origin):
                 self._record_use(write, Used(seconds, Usage()))
             completed.append(write)
 

@@ -106,6 +106,7 @@ def context_of(
         learns=bool(said) and agent.definition.learning == "model",
         channel_id=row.channel_id,
         approvers=conversation.approvers,
+        tag=agent.definition.tag,
     )
 
 

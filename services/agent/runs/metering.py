@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -21,43 +22,79 @@ def seconds_hold(run_id: UUID) -> UUID:
     return derived_id(run_id, "seconds")
 
 
-def seconds_used(
-    state: Run, *, run_id: UUID, tenant_id: str, agent_id: UUID, channel_id: UUID | None, session_key: str
-) -> UsageRecorded | None:
+class Origin(NamedTuple):
+    """Where usage of a run comes from: the groups of its records in reports, and the scopes of budgets."""
+
+    run_id: UUID
+    tenant_id: str
+    agent_id: UUID
+    channel_id: UUID | None
+    """None: the run came by the API."""
+    session_key: str
+    subject_id: str
+    """The person of a chat, or the client of the API: ``api_key:<id>`` or ``member:<id>``."""
+    tag: str
+    """The agent's; empty: it has none."""
+
+    @property
+    def api_key_id(self) -> str:
+        """Empty: no API key, or the key of a member."""
+        kind, _, id_ = self.subject_id.partition(":")
+        return id_ if self.channel_id is None and kind == "api_key" else ""
+
+    def record(
+        self,
+        usage_id: str,
+        resource: str,
+        quantities: dict[str, int],
+        hold_id: UUID | None,
+        *,
+        estimated: bool = False,
+    ) -> UsageRecorded:
+        kind, _, id_ = self.subject_id.partition(":")
+        return UsageRecorded(
+            tenant_id=self.tenant_id,
+            usage_id=usage_id,
+            resource=resource,
+            quantities=quantities,
+            occurred_at=utcnow(),
+            estimated=estimated,
+            run_id=self.run_id,
+            hold_id=hold_id,
+            agent_id=self.agent_id,
+            channel_id=self.channel_id,
+            session_key=self.session_key,
+            api_key_id=self.api_key_id or None,
+            member_id=UUID(id_) if self.channel_id is None and kind == "member" else None,
+            tag=self.tag or None,
+        )
+
+
+def seconds_used(state: Run, origin: Origin) -> UsageRecorded | None:
     """The record of the seconds in which the run's steps were made; a begun second counts. None if there was no step.
 
     A run ends once, so the id follows from the run alone.
     """
     if not state.busy_ms:
         return None
-    return UsageRecorded(
-        tenant_id=tenant_id,
-        usage_id=f"{run_id}/seconds",
-        resource=RESOURCE,
-        quantities={"run_seconds": -(-state.busy_ms // 1000)},
-        occurred_at=utcnow(),
-        run_id=run_id,
-        hold_id=seconds_hold(run_id),
-        agent_id=agent_id,
-        channel_id=channel_id,
-        session_key=session_key,
-    )
+    seconds = {"run_seconds": -(-state.busy_ms // 1000)}
+    return origin.record(f"{origin.run_id}/seconds", RESOURCE, seconds, seconds_hold(origin.run_id))
 
 
 async def record_seconds(tx: Tx, run_id: UUID) -> None:
     """Records the seconds of a run, in the transaction of its end."""
-    [(tenant_id, agent_id, channel_id, session_key)] = await tx.sql(
-        "SELECT tenant_id, agent_id, channel_id, session_key FROM run WHERE id = $1", run_id
+    [row] = await tx.sql(
+        """
+        SELECT r.id, r.tenant_id, r.agent_id, r.channel_id, r.session_key, r.subject_id,
+               coalesce(v.definition::jsonb ->> 'tag', '')
+        FROM run AS r
+        LEFT JOIN agent AS a ON a.id = r.agent_id
+        LEFT JOIN agent_version AS v ON v.agent_id = a.id AND v.version = a.version
+        WHERE r.id = $1
+        """,
+        run_id,
     )
-    record = seconds_used(
-        await tx.load(stream(run_id)),
-        run_id=run_id,
-        tenant_id=tenant_id,
-        agent_id=agent_id,
-        channel_id=channel_id,
-        session_key=session_key,
-    )
-    if record:
+    if record := seconds_used(await tx.load(stream(run_id)), Origin(*row)):
         await store_usage(tx, run_id, record)
 
 

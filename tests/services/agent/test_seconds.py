@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from infra.clock import uuid7
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Fails, Says
 from tooling.testing.service_fakes import WEATHER
@@ -90,3 +91,29 @@ async def test_a_run_that_ends_without_a_step_gives_its_seconds_back(world: Worl
     assert run["status"] == "failed"
     [hold] = (hold for id_, hold in billing.holds.items() if id_ not in known)
     assert {hold.hold_id, hold.run_hold_id} <= set(billing.released)
+
+
+async def test_usage_names_the_client_of_the_api_and_the_tag_of_the_agent(world: World, tenant: Tenant) -> None:
+    member, key = uuid7(), uuid7()
+    agent = await tenant.agent(tag="Sales: EU")
+    for actor in (f"member:{member}", f"api_key:{key}"):
+        world.models.script(MODEL, Says("Hello."))
+        path = f"/api/v1/agents/{agent}/sessions/{actor}/messages"
+        made = await tenant.call("POST", path, json={"text": "Hi"}, who={"actor": actor})
+        await tenant.over(made["run_id"])
+    await tenant.receive(agent, "Hi", person=f"api_key:{key}")
+    await tenant.runs(3)
+    records = [(one.get("member_id"), one.get("api_key_id"), one["tag"]) for one in await tenant.sent("usage.records")]
+    assert sorted(set(records), key=str) == sorted(
+        [(str(member), None, "Sales: EU"), (None, str(key), "Sales: EU"), (None, None, "Sales: EU")], key=str
+    ), "a person of a chat is no client of the API, whatever the vendor calls it"
+    assert len(records) == 6, "one for the model call and one for the seconds of each run"
+    assert str(key) in {hold.api_key_id for hold in world.peers.billing.holds.values()}
+
+
+async def test_the_seconds_of_a_failed_run_have_the_tag_of_the_agent(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tag="Sales", tools=[WEATHER])
+    world.models.script(MODEL, Says(calls=(BERN,)), Fails(400))
+    await tenant.over(await tenant.say(agent, "Weather?"))
+    [record] = [record for record in await tenant.sent("usage.records") if record["usage_id"].endswith("/seconds")]
+    assert record["tag"] == "Sales"

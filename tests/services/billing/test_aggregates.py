@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from uuid import UUID
 
+import msgspec
 import pytest
 
 from infra.clock import utcnow, uuid7
 from protos.catalog import CHANNEL_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered
+from services.billing import aggregates, handlers, labels, retention
 from tests.services.billing.conftest import Billing, Tenant
 
 YESTERDAY = (utcnow() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -154,3 +157,147 @@ async def test_meters_are_listed_and_another_tenants_sums_are_not(billing: Billi
     assert await window(ours, "meter") == []
     names = [item["name"] for item in (await ours.http.get("/api/v1/meters")).json()["items"]]
     assert {"input_tokens", "messages", "tool_calls", "storage_byte_hours"} <= set(names)
+
+
+def graded(moment: datetime, rng: random.Random, n: int) -> UsageRecorded:
+    return UsageRecorded(
+        tenant_id="",
+        usage_id=f"r/{n}",
+        resource="openai/gpt-4o-mini",
+        quantities={"input_tokens": rng.randrange(1000), "output_tokens": rng.randrange(9)},
+        occurred_at=moment,
+        agent_id=UUID(int=rng.randrange(2)),
+        member_id=rng.choice([None, UUID(int=8), UUID(int=9)]),
+        tag=rng.choice([None, "sales", "support: \u00e4"]),
+        session_key=rng.choice(["", *(f"s{n}" for n in range(40))]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_all_functions_equal_the_records_in_any_order_and_after_deletion(billing: Billing, seed: int) -> None:
+    tenant = await billing.tenant()
+    rng = random.Random(seed)
+    store = tenant.platform.database("billing")
+    records = [
+        msgspec.structs.replace(
+            graded(min(YESTERDAY + timedelta(minutes=rng.randrange(2 * 24 * 60)), utcnow()), rng, n),
+            tenant_id=tenant.id,
+        )
+        for n in range(120)
+    ]
+    counted: list[UsageRecorded] = []
+    while records:
+        size = rng.randrange(1, 30)
+        batch, records = records[:size], records[size:]
+        # Repeats, and any order of the times.
+        batch = [*batch, *rng.sample(counted, min(len(counted), 3))]
+        async with store.begin() as tx:
+            tx.origins.update({id(item): {"ce_id": str(uuid7())} for item in batch})
+            await handlers.count_usage.handler(list(batch), tx)
+        counted += [item for item in batch if item not in counted]
+
+    for names in (("member",), ("tag", "day"), ("agent", "member", "hour")):
+        shown = {tuple(i["group"].values()): i for i in await window(tenant, ",".join(names))}  # type: ignore[attr-defined]
+        groups: dict[tuple[str, ...], list[tuple[int, UsageRecorded]]] = {}
+        for arrival, item in enumerate(counted):
+            values = {
+                "member": str(item.member_id or ""),
+                "tag": item.tag or "",
+                "agent": str(item.agent_id),
+                "day": f"{item.occurred_at:%Y-%m-%d}",
+                "hour": f"{item.occurred_at:%Y-%m-%dT%H:00:00Z}",
+            }
+            for meter in ("input_tokens", "output_tokens"):
+                groups.setdefault((meter, *(values[name] for name in names)), []).append((arrival, item))
+        assert {group for group in shown if group[0] != "cost_nanos"} == set(groups)
+        for (meter, *rest), items in groups.items():
+            found = shown[meter, *rest]
+            _, last = max(items, key=lambda pair: (pair[1].occurred_at, pair[0]))
+            assert found["quantity"] == sum(item.quantities[meter] for _, item in items)
+            assert found["records"] == len(items)
+            assert found["max"] == max(item.quantities[meter] for _, item in items)
+            assert found["latest"] == last.quantities[meter]
+            assert datetime.fromisoformat(str(found["latest_at"])) == last.occurred_at
+            assert found["sessions"] == len({item.session_key for _, item in items} - {""})
+            assert found["sessions_exact"]
+
+    before = await window(tenant, "agent,member,tag,hour")
+    await tenant.sql("UPDATE usage SET rated_at = rated_at - interval '2 days' WHERE tenant_id = $1", tenant.id)
+    async with store.begin(tenant_id=tenant.id) as tx:
+        assert await retention.delete(tx, tenant.id, YESTERDAY + timedelta(hours=rng.randrange(5, 40)))
+    answer = await billing.operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})
+    assert answer.json()["equal"]
+    assert await window(tenant, "agent,member,tag,hour") == before
+
+
+async def test_a_tenant_cannot_make_more_buckets_than_its_labels_allow(
+    billing: Billing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant, other = await billing.tenant(), await billing.tenant()
+    monkeypatch.setattr(labels, "MOST", {"member": 2, "tag": 3})
+    store = tenant.platform.database("billing")
+    tags = ["a", "b", "a", "c", "d", "e", "a", "x" * 101, "line\nbreak", ""]
+
+    async def count(payer: Tenant, first: int, *wanted: str) -> None:
+        records = [
+            UsageRecorded(
+                tenant_id=payer.id,
+                usage_id=f"r/{first + n}",
+                resource="openai/gpt-4o-mini",
+                quantities={"input_tokens": 1, "output_tokens": 1},
+                occurred_at=utcnow(),
+                member_id=UUID(int=first + n),
+                tag=tag,
+            )
+            for n, tag in enumerate(wanted)
+        ]
+        async with store.begin() as tx:
+            tx.origins.update({id(item): {"ce_id": str(uuid7())} for item in records})
+            await handlers.count_usage.handler(records, tx)
+
+    await count(tenant, 0, *tags[:2])
+    await count(tenant, 2, *tags[2:])
+    await count(other, 100, "z")
+    by_tag = {i["group"]["tag"]: i["records"] for i in await window(tenant, "tag")}  # type: ignore[index]
+    assert by_tag == {"a": 3, "b": 1, "c": 1, labels.OTHER: 4, "": 1}
+    members = {i["group"]["member"] for i in await window(tenant, "member")}  # type: ignore[index]
+    assert members == {str(UUID(int=0)), str(UUID(int=1)), labels.OTHER}
+    assert {i["group"]["tag"] for i in await window(other, "tag")} == {"z"}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("sessions", [1, 127, 128, 500, 20_000])
+def test_the_number_of_sessions_is_exact_below_the_bound_and_close_above(sessions: int) -> None:
+    hashes = sorted(int.from_bytes(sha256(f"session {n}".encode()).digest()[:8]) & (2**63 - 1) for n in range(sessions))
+    found = aggregates.different(hashes[: aggregates.SESSIONS])
+    if sessions < aggregates.SESSIONS:
+        assert found == sessions
+    else:
+        # Three standard errors.
+        assert abs(found - sessions) < 0.27 * sessions
+
+
+async def test_the_sessions_of_many_buckets_are_merged(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    store = tenant.platform.database("billing")
+    records = [
+        UsageRecorded(
+            tenant_id=tenant.id,
+            usage_id=f"r/{n}",
+            resource="openai/gpt-4o-mini",
+            quantities={"input_tokens": 1, "output_tokens": 1},
+            occurred_at=YESTERDAY + timedelta(hours=n % 7),
+            session_key=f"session {n % 300}",
+        )
+        for n in range(900)
+    ]
+    for first in range(0, len(records), 150):
+        batch = records[first : first + 150]
+        async with store.begin() as tx:
+            tx.origins.update({id(item): {"ce_id": str(uuid7())} for item in batch})
+            await handlers.count_usage.handler(batch, tx)
+    hashes = sorted(int.from_bytes(sha256(f"session {n}".encode()).digest()[:8]) & (2**63 - 1) for n in range(300))
+    expected = aggregates.different(hashes[: aggregates.SESSIONS])
+    [found, *_] = await window(tenant, "meter")
+    assert (found["sessions"], found["sessions_exact"]) == (expected, False)
+    rebuilt = await billing.operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})
+    assert rebuilt.json()["equal"]
