@@ -151,7 +151,7 @@ def estimate(prices: Sequence[Price], currency: str, quantities: Mapping[str, in
     asked = dict.fromkeys(UNITS - PART_OF.keys(), 0) | dict(quantities)
     if fault := implausible(asked):
         raise ValueError(fault)
-    price = valid_at(prices, currency, now) or _free_at(prices, now)
+    price = price_at(prices, currency, now)
     if price is None:
         return None
     amount = cost(price, asked)
@@ -172,17 +172,25 @@ def provisional(quantities: Mapping[str, int], currency: str) -> int:
     return min(nanos, MAX_AMOUNT_NANOS)
 
 
+def price_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price | None:
+    """Returns the price that is valid at `moment`: one in `currency`, or one that is free in every currency."""
+    return valid_at(prices, currency, moment) or _free_at(prices, moment)
+
+
 def valid_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price | None:
     """Returns the latest version in `currency` that is valid at `moment`. Of two with the same start, the newer one."""
-    found = None
-    for price in prices:
-        if (
-            price.currency == currency
-            and price.valid_from <= moment
-            and (found is None or (price.valid_from, price.version) > (found.valid_from, found.version))
-        ):
-            found = price
-    return found
+    found = (price for price in _in_force(prices, moment) if price.currency == currency)
+    return max(found, key=lambda price: (price.valid_from, price.version), default=None)
+
+
+def _in_force(prices: Sequence[Price], moment: datetime) -> list[Price]:
+    """Returns the versions that have begun at `moment`, of the first name that has any.
+
+    prices: grouped by their resource, the most specific name first. So a new price of a more specific name changes
+    nothing before its date.
+    """
+    begun = [price for price in prices if price.valid_from <= moment]
+    return [price for price in begun if price.resource == begun[0].resource]
 
 
 def _free_at(prices: Sequence[Price], moment: datetime) -> Price | None:
@@ -211,7 +219,7 @@ def judge(record: UsageRecorded, currency: str | None, prices: Sequence[Price], 
         return _held(f"no price has a unit {min(record.quantities.keys() - UNITS)!r}")
     if currency is None:
         return _held(NO_ACCOUNT)
-    price = valid_at(prices, currency, record.occurred_at) or _free_at(prices, record.occurred_at)
+    price = price_at(prices, currency, record.occurred_at)
     if price is None:
         return _held(_no_price(record, currency, prices))
     try:
@@ -248,10 +256,10 @@ def implausible(quantities: Mapping[str, int]) -> str:
 def _no_price(record: UsageRecorded, currency: str, prices: Sequence[Price]) -> str:
     if not prices:
         return f"the price book does not know {record.resource}"
-    others = sorted({price.currency for price in prices})
-    if currency not in others:
-        return f"no exchange rate: {record.resource} is priced in {', '.join(others)}, the account is in {currency}"
-    return f"{record.resource} had no price yet at {record.occurred_at.isoformat()}"
+    if not (valid := _in_force(prices, record.occurred_at)):
+        return f"{record.resource} had no price yet at {record.occurred_at.isoformat()}"
+    others = ", ".join(sorted({price.currency for price in valid}))
+    return f"no exchange rate: {record.resource} is priced in {others}, the account is in {currency}"
 
 
 class UsageContent(NamedTuple):

@@ -21,7 +21,7 @@ from genai_prices.types import ConditionalPrice, ModelInfo, ModelPrice, StartDat
 
 from infra.clock import utcnow
 from infra.postgres.tx import Tx
-from services.billing.domain import Price, Tier
+from services.billing.domain import Price, Tier, price_at
 
 # Start of a resource's first version: earlier than any possible use.
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
@@ -76,7 +76,10 @@ def canonical(resource: str) -> str | None:
 
 
 async def versions(tx: Tx, resources: Iterable[str]) -> Mapping[str, Sequence[Price]]:
-    """Returns resource → all versions of its price, without the resources that the book does not know."""
+    """Returns resource → all versions of its price, without the resources that the book does not know.
+
+    They are grouped by the names under which the book has the resource, the most specific name first.
+    """
     names = {resource: _names(resource) for resource in set(resources)}
     rows = await tx.sql(
         "SELECT resource, version, currency, valid_from, prices FROM price WHERE resource = ANY($1::text[])",
@@ -86,7 +89,7 @@ async def versions(tx: Tx, resources: Iterable[str]) -> Mapping[str, Sequence[Pr
     for resource, version, currency, valid_from, prices in rows:
         book.setdefault(resource, []).append(read(resource, version, currency, valid_from, prices))
     return {
-        resource: next(book[name] for name in found if name in book)
+        resource: [price for name in dict.fromkeys(found) for price in book.get(name, ())]
         for resource, found in names.items()
         if any(name in book for name in found)
     }
@@ -111,15 +114,14 @@ async def add(
 ) -> tuple[Price, datetime]:
     """Adds a version. Returns it with the time at which it was made.
 
-    valid_from None: since 1970 for the resource's first version in the currency, otherwise from now on.
+    valid_from None: from now on; but since 1970 if the resource has no price in the currency yet, under any of its
+    names: its usage was held, and can be rated now.
     """
     await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing price {resource}")
-    [(latest, priced)] = await tx.sql(
-        "SELECT coalesce(max(version), 0), coalesce(bool_or(currency = $2), false) FROM price WHERE resource = $1",
-        resource,
-        currency,
-    )
-    begins = valid_from or (utcnow() if priced else BEGINNING)
+    [(latest,)] = await tx.sql("SELECT coalesce(max(version), 0) FROM price WHERE resource = $1", resource)
+    now = utcnow()
+    priced = price_at((await versions(tx, [resource])).get(resource, ()), currency, now)
+    begins = valid_from or (now if priced else BEGINNING)
     price = Price(resource, latest + 1, currency, begins, nanos, tiers)
     [(made_at,)] = await tx.sql(
         """

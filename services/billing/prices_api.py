@@ -44,7 +44,8 @@ class NewPrice(BaseModel):
     """Unit → nano-units (10⁻⁹) of `currency` per one unit, as a decimal string."""
     tiers: list[PriceTier] = Field([], max_length=MAX_TIERS)
     valid_from: AwareDatetime | None = None
-    """Null: since 1970 if it is the resource's first version in this currency, otherwise from now on."""
+    """Null: from now on, or since 1970 if the resource has no price in this currency yet, also not under a more general
+    name. Earlier usage keeps its price; a time in the past is for corrections, which re-rating books."""
 
 
 class PriceVersion(BaseModel):

@@ -15,7 +15,7 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.billing import accounts, holds, price_book
-from services.billing.domain import RUN, valid_at
+from services.billing.domain import RUN, price_at
 
 MAX_RESOURCES = 100
 
@@ -82,7 +82,7 @@ class BillingRpc(billing_pb2_grpc.BillingServicer):
             currency = await accounts.currency(tx, tenant_id) or "USD"
             prices = await price_book.versions(tx, request.resources)
         now = utcnow()
-        missing = [name for name in request.resources if valid_at(prices.get(name, ()), currency, now) is None]
+        missing = [name for name in request.resources if price_at(prices.get(name, ()), currency, now) is None]
         return billing_pb2.UnpricedReply(resources=missing)
 
 

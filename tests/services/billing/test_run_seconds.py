@@ -87,3 +87,42 @@ async def test_a_hold_that_has_expired_is_decided_again_when_it_is_asked_for_aga
     await tenant.sql("UPDATE hold SET expires_at = now() WHERE tenant_id = $1", tenant.id)
     assert (await tenant.reserve(input_tokens=10)).granted, "another one takes the credit"
     assert not (await tenant.reserve(hold_id=hold, input_tokens=10)).granted
+
+
+async def test_the_first_price_of_a_free_resource_holds_from_its_date_on(billing: Billing) -> None:
+    """It replaced the free price of the more general name also for usage before it, also when that was rated again."""
+    tenant = await billing.tenant()
+    resource, before = f"agent/{uuid7()}", utcnow() - timedelta(hours=1)
+    await tenant.use("a", resource, occurred_at=before, run_seconds=7)
+    assert (await tenant.verdict("a"))["price_version"] == "agent/*@1"
+    made = await post(billing, "prices", {"resource": resource, "nanos_per_unit": {"run_seconds": "1000"}})
+    assert made["valid_from"] > before.isoformat()
+    await tenant.use("late", resource, occurred_at=before, run_seconds=7)
+    await tenant.use("now", resource, run_seconds=7)
+    verdicts = [await tenant.verdict(usage_id) for usage_id in ("late", "now")]
+    assert [(v["price_version"], v["amount_nanos"]) for v in verdicts] == [("agent/*@1", 0), (f"{resource}@1", 7000)]
+    body = {"from": before.isoformat(), "to": (utcnow() + timedelta(hours=1)).isoformat(), "tenant_id": tenant.id}
+    assert (await post(billing, "billing/rerate", body | {"dry_run": True}, status=200))["changed"] == 0
+
+
+async def test_a_price_that_begins_later_leaves_the_general_one_until_then(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    resource = f"agent/{uuid7()}"
+    price = {"resource": resource, "nanos_per_unit": {"run_seconds": "1000"}}
+    await post(billing, "prices", price | {"valid_from": (utcnow() + timedelta(minutes=30)).isoformat()})
+    await tenant.use("now", resource, run_seconds=7)
+    await tenant.use("then", resource, occurred_at=utcnow() + timedelta(minutes=40), run_seconds=7)
+    assert (await tenant.verdict("now"))["price_version"] == "agent/*@1"
+    assert (await tenant.verdict("then"))["amount_nanos"] == 7000
+
+
+async def test_a_price_in_another_currency_does_not_leave_the_general_one_in_force(billing: Billing) -> None:
+    dollars, euros = await billing.tenant(), await billing.tenant(currency="EUR")
+    resource = f"agent/{uuid7()}"
+    price = {"resource": resource, "currency": "EUR", "nanos_per_unit": {"run_seconds": "1000"}}
+    await post(billing, "prices", price)
+    for tenant in (dollars, euros):
+        await tenant.use("a", resource, run_seconds=7)
+    assert (await euros.verdict("a"))["amount_nanos"] == 7000
+    found = await dollars.verdict("a")
+    assert (found["verdict"], found["reason"].split(":")[0]) == ("held", "no exchange rate"), "it would be free"
