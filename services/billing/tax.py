@@ -5,7 +5,6 @@ The rates are data of the operator, because they change by law. A country with o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import NamedTuple
@@ -14,10 +13,7 @@ from pydantic import BaseModel
 
 from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
-from services.billing import countries, plans
-
-# The form only. The prefix is the country; Greece uses EL.
-_VAT_ID = re.compile(r"[A-Z]{2}[A-Z0-9+*]{2,12}")
+from services.billing import countries, plans, vat_ids
 
 
 class Buyer(BaseModel):
@@ -71,11 +67,8 @@ async def due(tx: Tx, tenant_id: str, subtotal: int, seller_country: str) -> tup
 def check(buyer: Buyer) -> None:
     """Raises InvalidMessage for an unknown country and for a VAT id that cannot be one of the country."""
     countries.check(buyer.country)
-    if not buyer.vat_id:
-        return
-    prefix = "EL" if buyer.country == "GR" else buyer.country
-    if not _VAT_ID.fullmatch(buyer.vat_id) or not buyer.vat_id.startswith(prefix):
-        raise InvalidMessage("vat_id", f"must begin with {prefix} and have 4 to 14 characters")
+    if buyer.vat_id and (fault := vat_ids.fault(buyer.vat_id, buyer.country)):
+        raise InvalidMessage("vat_id", fault)
 
 
 async def buyer(tx: Tx, tenant_id: str) -> Buyer:

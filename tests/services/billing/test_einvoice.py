@@ -99,7 +99,7 @@ def rules() -> Callable[[bytes], list[str]]:
     return failed
 
 
-ABROAD = Buyer(name=BUYER.name, country="AT", vat_id="ATU12345678")
+ABROAD = Buyer(name=BUYER.name, country="AT", vat_id="ATU33864707")
 REVERSED = {"tax_nanos": 0, "tax_note": "reverse charge: the buyer accounts for it", "buyer": ABROAD}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({}, "S", "19"),
