@@ -1,8 +1,8 @@
 """VAT ids: the form, and the check digits of the countries of the EU whose rule for all payers is one line. Pure.
 
-The source is "VIES: VAT number construction rules", functional description 15.0, of the European Commission's Directorate
-for Taxation and Customs Union. Other countries, and Bulgaria, Cyprus, Czechia, Ireland, Latvia, Slovakia and Spain, whose
-numbers of persons have rules of their own, have their form only. Only VIES knows whether an id is in use.
+The source is "VIES: VAT number construction rules", functional description 15.0, of the European Commission. Other
+countries, and Bulgaria, Cyprus, Czechia, Ireland, Latvia, Slovakia and Spain, whose numbers of persons have rules of
+their own, have their form only. Only VIES knows whether an id is in use.
 """
 
 from __future__ import annotations
