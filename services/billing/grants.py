@@ -151,6 +151,18 @@ async def settle(tx: Tx, tenant_id: str) -> None:
     )
     if burned := await burn(tx, tenant_id, due, for_="revenue", reference="usage"):
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, burned)
+    elif due < 0:
+        # Corrections have given back more than what was used since: grants had paid for it already.
+        await add(
+            tx,
+            tenant_id,
+            -due,
+            kind="prepaid",
+            reason="corrections of earlier usage",
+            actor="billing",
+            source="revenue",
+        )
+        await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, due)
     if expired:
         await _expire(tx, tenant_id)
 

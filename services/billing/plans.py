@@ -83,7 +83,7 @@ def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_sec
     """
     share = "" if seconds == full_seconds else f", {seconds} of {full_seconds} seconds"
     found = []
-    if plan.base_nanos:
+    if plan.base_nanos and seconds:
         due = part(plan.base_nanos, seconds, full_seconds)
         found.append(DraftLine(f"{plan.name}: base fee{share}", 1, str(due), due, {}))
     for charge in plan.charges:

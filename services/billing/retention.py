@@ -76,6 +76,9 @@ async def delete(tx: Tx, tenant_id: str, before: datetime) -> int:
         repeats AS (
             DELETE FROM duplicate WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
         ),
+        corrections AS (
+            UPDATE usage_correction SET summed = true WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))
+        ),
         deleted AS (
             DELETE FROM usage WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old)) RETURNING 1
         )

@@ -1,8 +1,9 @@
 """Subscriptions and their periods, in the tables ``subscription`` and ``period``.
 
 Each counted record belongs to one period, chosen when it is counted under the lock of the tenant's account: the open
-period that contains its time or, if that one is closed, the oldest open one, and then the record is marked late. A
-period is closed under the same lock, once. So each record is in exactly one invoice.
+period that contains its time or, if that one is closed, the oldest open one, and then the record is marked late. If the
+subscription has ended and has no open one, an empty period is added for it. A period is closed under the same lock,
+once. So each record is in exactly one invoice.
 
 A subscription that goes on always has an open period. A change of the plan ends the period and begins another one.
 """
@@ -22,6 +23,7 @@ from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from services.billing import accounts, plans
 from services.billing.calendar import full_period
+from services.billing.domain import MAX_AGE
 
 # Farther in the past, usage of that time would be too old to be counted.
 MAX_DAYS_AGO = 45
@@ -61,12 +63,18 @@ class Place(NamedTuple):
 
 
 class _Open(NamedTuple):
-    period: int
-    begins: datetime
-    ends: datetime
+    """A subscription with one of its open periods, or that has ended and has none."""
+
+    subscription_id: UUID
     starts_at: datetime
-    """Of the subscription, as is the next one."""
     ends_at: datetime | None
+    period: int | None
+    begins: datetime | None
+    ends: datetime | None
+
+    def contains(self, at: datetime) -> bool:
+        """The subscription contains the time."""
+        return self.starts_at <= at and (self.ends_at is None or at < self.ends_at)
 
 
 _PERIOD = "period, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends, closed_at"
@@ -76,40 +84,71 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
     """Returns the period of each record (tenant, time of use). The caller has locked the tenants' accounts."""
     now = utcnow()
     tenants = sorted({tenant_id for tenant_id, _ in records})
-    found = await _open_periods(tx, tenants)
+    found = await _open_periods(tx, tenants, now)
     for tenant_id, periods in found.items():
-        if now >= periods[-1].ends:
+        ends = [period.ends for period in periods if period.ends]
+        if ends and now >= max(ends):
             await extend(tx, tenant_id, now)
-            found[tenant_id] = (await _open_periods(tx, [tenant_id]))[tenant_id]
-    return [_place(found.get(tenant_id, ()), min(at, now)) for tenant_id, at in records]
+            found |= await _open_periods(tx, [tenant_id], now)
+    places = []
+    for tenant_id, at in records:
+        place, ended = _place(found.get(tenant_id, ()), min(at, now))
+        if ended:
+            await _add_supplement(tx, tenant_id, ended, now)
+            found |= await _open_periods(tx, [tenant_id], now)
+            place, _ = _place(found[tenant_id], min(at, now))
+        places.append(place)
+    return places
 
 
-def _place(periods: Sequence[_Open], at: datetime) -> Place:
+def _place(periods: Sequence[_Open], at: datetime) -> tuple[Place, UUID | None]:
+    """Returns the period, or the subscription that has ended and needs one more."""
     for period in periods:
-        if period.begins <= at < period.ends:
-            return Place(period.period, False)
+        if period.begins and period.ends and period.period and period.begins <= at < period.ends:
+            return Place(period.period, False), None
     # Its period is closed. The oldest open period of the same subscription takes it.
     for period in periods:
-        if period.starts_at <= at and (period.ends_at is None or at < period.ends_at):
-            return Place(period.period, True)
-    return Place(0, False)
+        if period.contains(at):
+            return (Place(period.period, True), None) if period.period else (Place(0, False), period.subscription_id)
+    return Place(0, False), None
 
 
-async def _open_periods(tx: Tx, tenants: Iterable[str]) -> dict[str, list[_Open]]:
+async def _open_periods(tx: Tx, tenants: Iterable[str], now: datetime) -> dict[str, list[_Open]]:
+    """Returns the open periods in the order of their time, and the subscriptions whose late usage has none."""
     rows = await tx.sql(
         """
-        SELECT p.tenant_id, p.period, p.begins, p.ends, s.starts_at, nullif(s.ends_at, 'infinity')
-        FROM period AS p
-        JOIN subscription AS s USING (tenant_id, subscription_id)
-        WHERE p.tenant_id = ANY($1::text[]) AND p.closed_at IS NULL
-        ORDER BY p.tenant_id, p.begins
+        SELECT s.tenant_id, s.subscription_id, s.starts_at, nullif(s.ends_at, 'infinity'), p.period, p.begins, p.ends
+        FROM subscription AS s
+        LEFT JOIN period AS p
+            ON p.tenant_id = s.tenant_id AND p.subscription_id = s.subscription_id AND p.closed_at IS NULL
+        WHERE s.tenant_id = ANY($1::text[]) AND s.starts_at < s.ends_at AND (p.period IS NOT NULL OR s.ends_at > $2)
+        ORDER BY s.tenant_id, p.begins
         """,
         list(tenants),
+        now - MAX_AGE,
     )
     found: dict[str, list[_Open]] = {}
     for tenant_id, *period in rows:
         found.setdefault(tenant_id, []).append(_Open(*period))
     return found
+
+
+async def _add_supplement(tx: Tx, tenant_id: str, subscription_id: UUID, now: datetime) -> None:
+    """Adds an empty period to an ended subscription, for usage that came too late for its last one. It is invoiced like
+    the others. It has no fee and no included quantities, which are shares of a period's time."""
+    await tx.sql(
+        """
+        INSERT INTO period (tenant_id, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends)
+        SELECT tenant_id, subscription_id, plan_id, plan_version, $3, $3, full_begins, full_ends
+        FROM period
+        WHERE tenant_id = $1 AND subscription_id = $2
+        ORDER BY begins DESC
+        LIMIT 1
+        """,
+        tenant_id,
+        subscription_id,
+        now,
+    )
 
 
 async def extend(tx: Tx, tenant_id: str, until: datetime) -> None:

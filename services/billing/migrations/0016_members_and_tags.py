@@ -77,6 +77,14 @@ def upgrade() -> None:
         ) AS m(meter, quantity)
         WHERE verdict = 'counted'
     """)
+    # A record that is delivered again after its deletion is held under the same id; its old corrections are summed.
+    op.execute("ALTER TABLE usage_correction ADD COLUMN summed boolean NOT NULL DEFAULT false")
+    op.execute("GRANT UPDATE (summed) ON usage_correction TO billing_worker")
+    op.execute("""
+        UPDATE usage_correction AS c
+        SET summed = true
+        WHERE NOT EXISTS (SELECT FROM usage AS u WHERE u.tenant_id = c.tenant_id AND u.usage_id = c.usage_id)
+    """)
     op.execute("""
         CREATE OR REPLACE VIEW correction_measure WITH (security_invoker = true) AS
         SELECT c.tenant_id, c.usage_id, u.arrival, c.period, true AS late, u.occurred_at, u.run_id,
@@ -89,6 +97,7 @@ def upgrade() -> None:
                NULL::bigint AS session
         FROM usage_correction AS c
         JOIN usage AS u USING (tenant_id, usage_id)
+        WHERE NOT c.summed
     """)
     op.execute("DELETE FROM usage_bucket")
     op.execute(f"""

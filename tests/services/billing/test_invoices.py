@@ -440,3 +440,26 @@ async def test_usage_outside_of_the_time_of_a_subscription_is_paid_from_grants(b
     assert sum(grant["left_nanos"] for grant in items) == 2 * UNIT - spent
     journal = (await tenant.http.get("/api/v1/billing/journal")).json()
     assert journal["balances"]["revenue"] == -spent
+
+
+async def test_usage_that_is_late_for_the_last_invoice_of_a_subscription_gets_another_one(billing: Billing) -> None:
+    """It was free: no period of the subscription was open any more."""
+    tenant, subscription = await subscribed(billing, charges=[], usage_markup_percent=0)
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    whole = await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200)
+    assert len(whole["items"]) == 2
+    for round_ in range(2):
+        # The next late records need an invoice of their own again.
+        due = 0
+        for n in range(2):
+            usage_id = f"late/{round_}/{n}"
+            await tenant.use(usage_id, occurred_at=START + timedelta(days=n), input_tokens=1_000_000, output_tokens=0)
+            due += (await tenant.verdict(usage_id))["amount_nanos"]
+        made = await draft(billing, tenant)
+        [line] = (await tenant.http.get(f"/api/v1/invoices/{made['id']}/lines")).json()["items"]
+        assert (line["amount_nanos"], made["subtotal_nanos"]) == (due, due)
+        assert "(2 records of an earlier period)" in line["description"]
+    # Usage after the end is no usage of the subscription.
+    await tenant.use("after", input_tokens=1_000_000, output_tokens=0)
+    await tenant.verdict("after")
+    assert (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"] == []

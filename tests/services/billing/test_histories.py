@@ -1,0 +1,289 @@
+"""Any history of one tenant's money: usage, late and repeated; periods, changes of the plan, cancellation; grants that
+expire or roll over; finalisation, credit notes, void, write-off; payments, refunds, disputes; prices, re-rating;
+deletion of old records. After each act the books agree with each other and with the records."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from decimal import Decimal
+from itertools import count
+from uuid import UUID
+
+import pytest
+
+from infra.clock import utcnow, uuid7
+from infra.errors import Conflict, InvalidMessage
+from infra.postgres.tx import Database, Tx
+from protos.messages.billing import UsageRecorded
+from services.billing import (
+    accounts,
+    aggregates,
+    booking,
+    closing,
+    grants,
+    handlers,
+    invoices,
+    journal,
+    plans,
+    price_book,
+    rerate,
+    retention,
+    subscriptions,
+)
+from services.billing.currencies import nanos_per_minor, to_minor
+from services.billing.payments import store as payments
+from services.billing.payments.provider import ProviderEvent
+from services.billing.plans import Plan
+from services.billing.tax import Seller
+from tooling.testing.platform import Platform
+
+BEGAN = timedelta(days=100)
+MODULES = ("booking", "closing", "price_book", "rerate", "subscriptions", "usage", "retention")
+
+
+@dataclass
+class Clock:
+    """The time of the service, which a history sets. Expiry of grants follows the database's."""
+
+    now: datetime = field(default_factory=lambda: (utcnow() - BEGAN).replace(microsecond=0))
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+async def store(platform: Platform) -> Database:
+    await platform.prepare("billing")
+    return platform.database("billing")
+
+
+@dataclass
+class History:
+    store: Database
+    rng: random.Random
+    clock: Clock
+    currency: str
+    tenant_id: str = field(default_factory=lambda: str(uuid7()))
+    model: str = field(default_factory=lambda: f"acme/{uuid7()}")
+    numbers: count[int] = field(default_factory=count)
+    sent: list[UsageRecorded] = field(default_factory=list)
+    plans: list[UUID] = field(default_factory=list)
+
+    async def open(self) -> None:
+        async with self.store.begin(tenant_id=self.tenant_id) as tx:
+            credit = self.rng.choice([None, 0, 10**12])
+            await accounts.open_account(tx, self.tenant_id, self.currency, credit)
+            await self.price(tx)
+            for base in (0, 3 * 10**9):
+                plan = Plan(
+                    name=f"{self.tenant_id} {base}",
+                    currency=self.currency,
+                    interval="month",
+                    base_nanos=base,
+                    usage_markup_percent=Decimal(0),
+                )
+                self.plans.append((await plans.add(tx, plan, made_by="test")).id)
+
+    async def price(self, tx: Tx) -> None:
+        nanos = {"input_tokens": Decimal(self.rng.randrange(1, 10**9)) / 8}
+        await price_book.add(
+            tx, self.model, self.currency, self.clock.now - timedelta(days=60), nanos, (), made_by="test"
+        )
+
+    async def use(self, tx: Tx) -> None:
+        batch = []
+        for _ in range(self.rng.randrange(1, 6)):
+            late = timedelta(seconds=self.rng.choice([0, 0, self.rng.randrange(20 * 86_400)]))
+            batch.append(
+                UsageRecorded(
+                    tenant_id=self.tenant_id,
+                    usage_id=f"u/{next(self.numbers)}",
+                    resource=self.model,
+                    quantities={"input_tokens": self.rng.randrange(1, 1000)},
+                    occurred_at=self.clock.now - late,
+                    tag=self.rng.choice([None, "a", "b"]),
+                )
+            )
+        batch += self.rng.sample(self.sent, min(len(self.sent), 2))
+        tx.origins.update({id(item): {"ce_id": str(uuid7())} for item in batch})
+        await handlers.count_usage.handler(list(batch), tx)
+        self.sent += [item for item in batch if item not in self.sent]
+
+    async def act(self, tx: Tx) -> None:
+        rng, tenant_id = self.rng, self.tenant_id
+        subs = await subscriptions.listed(tx, tenant_id, after=None, limit=50)
+        known = await invoices.listed(tx, tenant_id, after=None, limit=100)
+        paid = await payments.listed(tx, tenant_id, after=None, limit=100)
+        match rng.randrange(16):
+            case 0 | 1 | 2 | 3:
+                await self.use(tx)
+            case 4:
+                await subscriptions.subscribe(
+                    tx, tenant_id, rng.choice(self.plans), starts_at=None, anchor_day=rng.randrange(1, 32),
+                    time_zone=rng.choice(["UTC", "Europe/Berlin"]),
+                )  # fmt: skip
+            case 5 if subs:
+                when = rng.choice(["now", "period_end"])
+                await subscriptions.change(tx, tenant_id, rng.choice(subs).id, rng.choice(self.plans), when)  # type: ignore[arg-type]
+            case 6 if subs:
+                await subscriptions.cancel(tx, tenant_id, rng.choice(subs).id, rng.choice(["now", "period_end"]))  # type: ignore[arg-type]
+            case 7 | 8:
+                await closing.close(tx, tenant_id, self.clock.now, "DE")
+            case 9 if known:
+                await booking.finalise(tx, tenant_id, rng.choice(known).id, Seller(country="DE"), "test")
+            case 10:
+                # The database's clock ends it at the next act, or never.
+                soon = utcnow() + timedelta(milliseconds=rng.choice([1, 10**9]))
+                await accounts.add_credit(
+                    tx, tenant_id, rng.randrange(1, 10**13), reason="g", actor="test",
+                    kind=rng.choice(["prepaid", "promotional"]), priority=rng.randrange(3), expires_at=soon,
+                    rollover_until=rng.choice([None, soon + timedelta(milliseconds=2)]),
+                    rollover_nanos=rng.choice([None, 10**11]),
+                )  # fmt: skip
+            case 11 if known:
+                one = rng.choice(known)
+                most = max(2, one.total_minor)
+                await booking.credit(
+                    tx, tenant_id, one.id, rng.randrange(1, most), reason="r", actor="test", refund=rng.random() < 0.5
+                )
+            case 12 if known:
+                await booking.end(tx, tenant_id, rng.choice(known).id, rng.choice(["void", "uncollectible"]), "test")  # type: ignore[arg-type]
+            case 13 if known:
+                await payments.begin(tx, tenant_id, rng.choice(known).id, "stripe", None)
+            case 14 if paid:
+                payment = rng.choice(paid)
+                kind = rng.choice(["succeeded", "refunded", "dispute_open", "dispute_won", "dispute_lost", "failed"])
+                minor = payment.amount_minor if kind != "refunded" else rng.randrange(1, payment.amount_minor + 1)
+                event = ProviderEvent(str(uuid7()), kind, "pi", str(payment.id), minor, self.currency, "dp_1")  # type: ignore[arg-type]
+                await payments.handle(tx, "stripe", event)
+            case 15:
+                if rng.random() < 0.5:
+                    await self.price(tx)
+                else:
+                    await retention.delete(tx, tenant_id, retention.kept_since(self.clock.now))
+
+    async def rerate(self) -> None:
+        since = max(self.clock.now - timedelta(days=60), retention.kept_since(self.clock.now))
+        await rerate.rerate(self.store, since, self.clock.now, self.tenant_id, dry_run=False, actor="test")
+
+
+async def agree(history: History) -> None:
+    """Every amount is in the books once."""
+    tenant_id, unit = history.tenant_id, nanos_per_minor(history.currency)
+    async with history.store.begin(tenant_id=tenant_id) as tx:
+        await accounts.lock_one(tx, tenant_id)
+        await grants.settle(tx, tenant_id)
+        balances = await journal.balances(tx, tenant_id)
+        known = await invoices.listed(tx, tenant_id, after=None, limit=1000)
+        [(debited, invoiced, burned)] = await tx.sql(
+            "SELECT debited_nanos, invoiced_nanos, burned_nanos FROM account WHERE tenant_id = $1",
+            tenant_id,
+        )
+        sums = {
+            outside: int(total)
+            for outside, total in await tx.sql(
+                """
+                SELECT period = 0, sum(quantity)
+                FROM usage_bucket
+                WHERE tenant_id = $1 AND meter IN ('cost_nanos', 'correction_nanos')
+                GROUP BY 1
+                """,
+                tenant_id,
+            )
+        }
+        [(ledger,)] = await tx.sql(
+            """
+            SELECT coalesce(-sum(amount_nanos) FILTER (WHERE kind IN ('charge', 'correction')), 0)::bigint
+            FROM ledger_entry WHERE tenant_id = $1
+            """,
+            tenant_id,
+        )
+        lines = await tx.sql(
+            """
+            SELECT i.period, coalesce(sum(l.amount_nanos) FILTER (WHERE l.source <> '{}'), 0)::bigint, (
+                       SELECT coalesce(sum(b.quantity), 0)::bigint FROM usage_bucket AS b
+                       WHERE b.tenant_id = i.tenant_id AND b.period = i.period
+                         AND b.meter IN ('cost_nanos', 'correction_nanos')
+                   )
+            FROM invoice AS i LEFT JOIN invoice_line AS l USING (tenant_id, invoice_id)
+            WHERE i.tenant_id = $1 GROUP BY i.tenant_id, i.period
+            """,
+            tenant_id,
+        )
+        [(unclosed,)] = await tx.sql(
+            """
+            SELECT count(*)
+            FROM usage_bucket AS b
+            WHERE b.tenant_id = $1 AND b.period <> 0 AND NOT EXISTS (
+                SELECT FROM invoice AS i WHERE i.tenant_id = b.tenant_id AND i.period = b.period
+            ) AND NOT EXISTS (
+                SELECT FROM period AS p WHERE p.tenant_id = b.tenant_id AND p.period = b.period AND p.closed_at IS NULL
+            )
+            """,
+            tenant_id,
+        )
+        owed = {
+            kind: int(left)
+            for kind, left in await tx.sql(
+                """
+                SELECT kind, sum(left_nanos) FROM credit_grant WHERE tenant_id = $1 GROUP BY kind
+                """,
+                tenant_id,
+            )
+        }
+        numbers = await tx.sql(
+            """
+            SELECT number FROM invoice WHERE tenant_id = $1 AND number IS NOT NULL
+            UNION ALL SELECT number FROM credit_note WHERE tenant_id = $1 ORDER BY 1
+            """,
+            tenant_id,
+        )
+        assert (await aggregates.rebuild(tx, tenant_id)).equal
+        assert (await payments.reconcile(tx, tenant_id)).difference == 0
+
+    assert sum(balances.values()) == 0
+    # Usage: charged once, and in one invoice, in an open period, or covered by grants.
+    assert debited == ledger == sum(sums.values())
+    assert invoiced == sums.get(False, 0)
+    assert unclosed == 0, "usage of a period without an invoice is free"
+    assert all(in_lines == in_sums for _, in_lines, in_sums in lines), lines
+    left = sum(owed.values())
+    assert burned <= debited - invoiced
+    assert burned == debited - invoiced or left == 0, "usage is not covered while there is credit"
+    # Grants: what is owed to the tenant.
+    assert balances.get("prepaid", 0) == -owed.get("prepaid", 0)
+    assert balances.get("promotional_credit", 0) == -owed.get("promotional", 0)
+    # Invoices.
+    asked = 0
+    for one in known:
+        assert one.total_minor == to_minor(one.subtotal_nanos + one.tax_nanos, history.currency)
+        if one.status in ("finalised", "paid") and one.total_minor > 0:
+            asked += one.total_minor - one.applied_minor - one.credited_minor - one.paid_minor
+        if one.status == "paid" and one.total_minor > 0:
+            assert one.applied_minor + one.credited_minor + one.paid_minor >= one.total_minor
+    assert balances.get("receivable", 0) == asked * unit
+    for series in ("INV", "CN"):
+        found = [number for (number,) in numbers if number.startswith(series)]
+        assert found == [f"{series}-{n:06}" for n in range(1, len(found) + 1)]
+
+
+@pytest.mark.parametrize("seed", range(24))
+async def test_the_books_agree_after_every_act(store: Database, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, clock = random.Random(seed), Clock()
+    for name in MODULES:
+        monkeypatch.setattr(f"services.billing.{name}.utcnow", clock, raising=False)
+    history = History(store, rng, clock, rng.choice(["USD", "JPY", "KWD"]))
+    await history.open()
+    for _ in range(40):
+        clock.now += timedelta(seconds=rng.randrange(1, 4 * 86_400))
+        try:
+            async with store.begin(tenant_id=history.tenant_id) as tx:
+                await history.act(tx)
+        except (Conflict, InvalidMessage):
+            # Refused by a rule: nothing may have changed.
+            pass
+        if rng.random() < 0.1:
+            await history.rerate()
+        await agree(history)
