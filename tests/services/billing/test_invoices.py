@@ -444,7 +444,7 @@ async def test_usage_outside_of_the_time_of_a_subscription_is_paid_from_grants(b
 
 async def test_usage_that_is_late_for_the_last_invoice_of_a_subscription_gets_another_one(billing: Billing) -> None:
     """It was free: no period of the subscription was open any more."""
-    tenant, subscription = await subscribed(billing, charges=[], usage_markup_percent=0)
+    tenant, subscription = await subscribed(billing, charges=[], included=[], usage_markup_percent=0)
     await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
     whole = await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200)
     assert len(whole["items"]) == 2
