@@ -27,7 +27,7 @@ from services.agent.runs import family
 from services.agent.runs.domain import Complete, Run
 from services.agent.runs.family import ChildState, child_id
 from services.agent.runs.limits import Limits
-from services.agent.runs.metering import Origin
+from services.agent.runs.metering import UsageOrigin
 from services.agent.runs.publishing import published
 
 # The part of a person's message that is published with the reply.
@@ -88,9 +88,9 @@ class RunContext:
         return rpc.tenant_metadata(self.tenant_id)
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> UsageOrigin:
         """Where the run's usage comes from."""
-        return Origin(
+        return UsageOrigin(
             self.run_id,
             self.tenant_id,
             self.agent_id,

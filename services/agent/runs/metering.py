@@ -22,7 +22,7 @@ def seconds_hold(run_id: UUID) -> UUID:
     return derived_id(run_id, "seconds")
 
 
-class Origin(NamedTuple):
+class UsageOrigin(NamedTuple):
     """Where usage of a run comes from: the groups of its records in reports, and the scopes of budgets."""
 
     run_id: UUID
@@ -70,7 +70,7 @@ class Origin(NamedTuple):
         )
 
 
-def seconds_used(state: Run, origin: Origin) -> UsageRecorded | None:
+def seconds_used(state: Run, origin: UsageOrigin) -> UsageRecorded | None:
     """The record of the seconds in which the run's steps were made; a begun second counts. None if there was no step.
 
     A run ends once, so the id follows from the run alone.
@@ -94,7 +94,7 @@ async def record_seconds(tx: Tx, run_id: UUID) -> None:
         """,
         run_id,
     )
-    if record := seconds_used(await tx.load(stream(run_id)), Origin(*row)):
+    if record := seconds_used(await tx.load(stream(run_id)), UsageOrigin(*row)):
         await store_usage(tx, run_id, record)
 
 

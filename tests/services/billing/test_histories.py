@@ -128,7 +128,7 @@ class History:
                 when = rng.choice(["now", "period_end"])
                 await subscriptions.change(tx, tenant_id, rng.choice(subs).id, rng.choice(self.plans), when)  # type: ignore[arg-type]
             case 6 if subs:
-                await subscriptions.cancel(tx, tenant_id, rng.choice(subs).id, rng.choice(["now", "period_end"]))  # type: ignore[arg-type]
+                await subscriptions.cancel(tx, tenant_id, rng.choice(subs).id, rng.choice(["now", "period_end"]))
             case 7 | 8:
                 await closing.close(tx, tenant_id, self.clock.now, "DE")
             case 9 if known:
@@ -149,7 +149,7 @@ class History:
                     tx, tenant_id, one.id, rng.randrange(1, most), reason="r", actor="test", refund=rng.random() < 0.5
                 )
             case 12 if known:
-                await booking.end(tx, tenant_id, rng.choice(known).id, rng.choice(["void", "uncollectible"]), "test")  # type: ignore[arg-type]
+                await booking.end(tx, tenant_id, rng.choice(known).id, rng.choice(["void", "uncollectible"]), "test")
             case 13 if known:
                 await payments.begin(tx, tenant_id, rng.choice(known).id, "stripe", None)
             case 14 if paid:

@@ -8,9 +8,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from services.billing.calendar import Interval, Span, full_period
-from services.billing.currencies import in_minor, to_minor
-from services.billing.plans import Charge, Included, Metered, Plan, lines
+from services.billing.calendar import Interval, TimeSpan, full_period
+from services.billing.currencies import format_minor, to_minor
+from services.billing.plans import Included, MeteredQuantity, Plan, PlanCharge, lines
 from services.billing.schemes import SchemeTier
 
 UNIT = 10**9
@@ -24,7 +24,7 @@ def fee(base: int, begins: str, ends: str, day: int, zone: str = "UTC", interval
     """The base fee of a plan for a part of the period that contains its beginning, in nano-units."""
     full = full_period(at(begins), day, interval, ZoneInfo(zone), at(begins).astimezone(ZoneInfo(zone)).month)
     assert at(ends) <= full.ends
-    found = lines(Plan("P", "USD", interval, base * UNIT), [], Span(at(begins), at(ends)).seconds, full.seconds)
+    found = lines(Plan("P", "USD", interval, base * UNIT), [], TimeSpan(at(begins), at(ends)).seconds, full.seconds)
     return sum(line.amount_nanos for line in found)
 
 
@@ -49,7 +49,7 @@ def fee(base: int, begins: str, ends: str, day: int, zone: str = "UTC", interval
 def test_a_part_of_a_period_costs_its_share(
     base: int, begins: str, ends: str, day: int, expected: str, derivation: str
 ) -> None:
-    assert in_minor(to_minor(fee(base, begins, ends, day), "USD"), "USD") == expected, derivation
+    assert format_minor(to_minor(fee(base, begins, ends, day), "USD"), "USD") == expected, derivation
 
 
 def test_a_leap_year_has_a_day_more() -> None:
@@ -90,8 +90,8 @@ def test_a_change_of_the_plan_costs_each_plan_for_its_time() -> None:
 )
 def test_the_allowance_is_a_share_and_the_tiers_are_not(used: int, days: int, expected: int, derivation: str) -> None:
     tiers = [SchemeTier(50, Decimal(10)), SchemeTier(None, Decimal(1))]
-    plan = Plan("P", "USD", "month", 0, [Included("calls", 100)], [Charge("calls", "graduated", tiers)])
-    found = lines(plan, [Metered("calls", "", "", "", False, used, used)], days * 86_400, 30 * 86_400)
+    plan = Plan("P", "USD", "month", 0, [Included("calls", 100)], [PlanCharge("calls", "graduated", tiers)])
+    found = lines(plan, [MeteredQuantity("calls", "", "", "", False, used, used)], days * 86_400, 30 * 86_400)
     assert sum(line.amount_nanos for line in found) == expected, derivation
 
 
@@ -107,7 +107,7 @@ def test_the_allowance_is_a_share_and_the_tiers_are_not(used: int, days: int, ex
 )
 def test_a_negative_correction_is_a_negative_line(nanos: int, markup: str, expected: int, derivation: str) -> None:
     plan = Plan("P", "USD", "month", 0, usage_markup_percent=Decimal(markup))
-    [line] = lines(plan, [Metered("correction_nanos", "acme/m", "", "", True, nanos, 3)], 1, 1)
+    [line] = lines(plan, [MeteredQuantity("correction_nanos", "acme/m", "", "", True, nanos, 3)], 1, 1)
     assert (line.amount_nanos, line.quantity) == (expected, 3), derivation
 
 
@@ -127,4 +127,4 @@ def test_a_negative_correction_is_a_negative_line(nanos: int, markup: str, expec
     ],
 )
 def test_a_total_is_rounded_once_to_the_minor_unit(currency: str, nanos: int, expected: str) -> None:
-    assert in_minor(to_minor(nanos, currency), currency) == expected
+    assert format_minor(to_minor(nanos, currency), currency) == expected

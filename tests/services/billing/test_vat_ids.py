@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from stdnum.eu import vat as judge  # type: ignore[import-untyped]
+from stdnum.eu import vat as judge
 
 from services.billing import vat_ids
 
