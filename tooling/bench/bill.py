@@ -13,7 +13,8 @@ import random
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -231,7 +232,7 @@ class Bill:
         reader = TransactionalReader(
             Database(engine, SERVICE),
             group,
-            [handlers.count_usage],
+            [replace(handlers.count_usage, handler=partial(handlers.count_usage.handler, metrics=metrics))],
             bootstrap=self.fixture.bootstrap,
             metrics=metrics,
             prefix=self.fixture.prefix,

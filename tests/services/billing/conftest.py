@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -10,15 +10,27 @@ from uuid import UUID
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 from pypdfium2 import PdfDocument  # type: ignore[import-untyped]
 
 from infra.clock import utcnow, uuid7
+from infra.observe.metrics import Metrics
+from infra.postgres.tx import Tx
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from protos.messages.user import TenantCreated
+from services.billing import handlers
 from tooling.testing.platform import Platform
+
+METRICS = Metrics(CollectorRegistry())
+
+
+async def count(tx: Tx, records: Sequence[UsageRecorded], **headers: str) -> None:
+    """Handles a batch as the Kafka reader does."""
+    tx.origins.update({id(item): {"ce_id": str(uuid7()), **headers} for item in records})
+    await handlers.count_usage.handler(list(records), tx, METRICS)
 
 
 @dataclass

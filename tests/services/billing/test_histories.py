@@ -8,7 +8,6 @@ import random
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
-from itertools import count
 from uuid import UUID
 
 import pytest
@@ -23,7 +22,6 @@ from services.billing import (
     booking,
     closing,
     grants,
-    handlers,
     invoices,
     journal,
     plans,
@@ -37,6 +35,7 @@ from services.billing.payments import store as payments
 from services.billing.payments.provider import ProviderEvent
 from services.billing.plans import Plan
 from services.billing.tax import Seller
+from tests.services.billing.conftest import count
 from tooling.testing.platform import Platform
 
 BEGAN = timedelta(days=100)
@@ -67,7 +66,7 @@ class History:
     currency: str
     tenant_id: str = field(default_factory=lambda: str(uuid7()))
     model: str = field(default_factory=lambda: f"acme/{uuid7()}")
-    numbers: count[int] = field(default_factory=count)
+    used: int = 0
     sent: list[UsageRecorded] = field(default_factory=list)
     plans: list[UUID] = field(default_factory=list)
 
@@ -95,11 +94,12 @@ class History:
     async def use(self, tx: Tx) -> None:
         batch = []
         for _ in range(self.rng.randrange(1, 6)):
+            self.used += 1
             late = timedelta(seconds=self.rng.choice([0, 0, self.rng.randrange(20 * 86_400)]))
             batch.append(
                 UsageRecorded(
                     tenant_id=self.tenant_id,
-                    usage_id=f"u/{next(self.numbers)}",
+                    usage_id=f"u/{self.used}",
                     resource=self.model,
                     quantities={"input_tokens": self.rng.randrange(1, 1000)},
                     occurred_at=self.clock.now - late,
@@ -107,8 +107,7 @@ class History:
                 )
             )
         batch += self.rng.sample(self.sent, min(len(self.sent), 2))
-        tx.origins.update({id(item): {"ce_id": str(uuid7())} for item in batch})
-        await handlers.count_usage.handler(list(batch), tx)
+        await count(tx, batch)
         self.sent += [item for item in batch if item not in self.sent]
 
     async def act(self, tx: Tx) -> None:

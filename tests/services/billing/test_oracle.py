@@ -15,11 +15,12 @@ import pytest
 from infra.clock import utcnow, uuid7
 from infra.postgres.tx import Database
 from protos.messages.billing import UsageRecorded
-from services.billing import accounts, booking, closing, handlers, plans, price_book, subscriptions
+from services.billing import accounts, booking, closing, plans, price_book, subscriptions
 from services.billing.invoices import Invoice
 from services.billing.plans import Plan, PlanCharge
 from services.billing.schemes import SchemeTier
 from services.billing.tax import Seller
+from tests.services.billing.conftest import count
 from tests.services.billing.test_invoices import ANCHOR, MIDNIGHT, START
 from tooling.testing.platform import Platform
 
@@ -158,7 +159,6 @@ def expect(records: dict[str, UsageRecorded]) -> int:
 async def deliver(store: Database, batch: list[UsageRecorded], *, crash: bool) -> None:
     """Handles a batch as the Kafka reader does. With `crash` the process dies before the commit."""
     async with store.begin() as tx:
-        tx.origins.update({id(item): {"ce_id": str(uuid7())} for item in batch})
-        await handlers.count_usage.handler(list(batch), tx)
+        await count(tx, batch)
         if crash:
             raise Crash

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from uuid import UUID
 
 import pytest
@@ -20,9 +21,10 @@ from protos.envelope import Message
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
-from protos.topology import Subscription
+from protos.topology import Handler
 from services.billing import budgets, handlers
 from services.billing.holds import HoldRequest, Holds
+from tests.services.billing.conftest import METRICS, count
 from tooling.testing.platform import PASSWORDS, Platform
 
 
@@ -52,12 +54,6 @@ def record(tenant_id: str, usage_id: str = "run/1/1", run_id: UUID | None = None
     )
 
 
-async def count(tx: Tx, *records: UsageRecorded, **headers: str) -> None:
-    """Handles a batch as the Kafka reader does."""
-    tx.origins.update({id(item): {"ce_id": str(uuid7()), **headers} for item in records})
-    await handlers.count_usage.handler(list(records), tx)
-
-
 async def open_account(store: Database, tenant_id: str) -> None:
     event = TenantCreated(tenant_id=tenant_id, name="Acme", currency="USD", credit_nanos=1000)
     async with store.begin(tenant_id=tenant_id) as tx:
@@ -84,10 +80,10 @@ async def test_two_batches_with_one_usage_id_at_once_charge_it_once(store: Datab
 
     async def second() -> None:
         async with store.begin() as tx:
-            await count(tx, record(tenant_id))
+            await count(tx, [record(tenant_id)])
 
     async with store.begin() as tx:
-        await count(tx, record(tenant_id))
+        await count(tx, [record(tenant_id)])
         other = asyncio.create_task(second())
         await waits_for_a_lock(store)
     with pytest.raises(Transient, match="at the same time"):
@@ -125,17 +121,17 @@ class RolledBack(Exception):
 
 
 @pytest.mark.parametrize(
-    ("subscription", "message"),
+    ("handler", "message"),
     [
-        (handlers.note_channel_types, received),
-        (handlers.count_messages, delivered),
-        (handlers.open_accounts, created),
-        (handlers.count_usage, lambda key: record("t", str(key))),
-        (handlers.count_usage, lambda key: record(str(key), str(uuid7()))),
+        (handlers.note_channel_types.handler, received),
+        (partial(handlers.count_messages.handler, metrics=METRICS), delivered),
+        (handlers.open_accounts.handler, created),
+        (partial(handlers.count_usage.handler, metrics=METRICS), lambda key: record("t", str(key))),
+        (partial(handlers.count_usage.handler, metrics=METRICS), lambda key: record(str(key), str(uuid7()))),
     ],
 )
 async def test_batches_of_parallel_partitions_over_the_same_keys_do_not_deadlock(
-    store: Database, subscription: Subscription, message: Callable[[UUID], Message]
+    store: Database, handler: Handler, message: Callable[[UUID], Message]
 ) -> None:
     """One transaction locks the first key and waits for the second; another one has the third key before the first.
 
@@ -152,7 +148,7 @@ async def test_batches_of_parallel_partitions_over_the_same_keys_do_not_deadlock
         messages = [message(key) for key in keys]
         headers = {"tenant_id": "t", "ce_time": utcnow().isoformat()}
         tx.origins.update((id(item), headers | {"ce_id": str(uuid7())}) for item in messages)
-        await subscription.handler(messages, tx)
+        await handler(messages, tx)
 
     with suppress(RolledBack):
         async with store.begin() as tx:
@@ -170,7 +166,7 @@ async def test_batches_of_parallel_partitions_over_the_same_keys_do_not_deadlock
 async def test_an_account_opened_while_its_usage_is_rated_leaves_no_record_held(store: Database) -> None:
     tenant_id = str(uuid7())
     async with store.begin() as tx:
-        await count(tx, record(tenant_id))
+        await count(tx, [record(tenant_id)])
         opening = asyncio.create_task(open_account(store, tenant_id))
         await waits_for_a_lock(store)
     await opening
@@ -231,8 +227,8 @@ async def test_a_charge_has_a_span_in_the_trace_of_the_run_that_caused_it(
     await open_account(store, tenant_id)
     with telemetry.process_batch("kafka", "usage.records", []):
         async with store.begin() as tx:
-            await count(tx, record(tenant_id), traceparent=f"00-{trace_id}-b7ad6b7169203331-01")
-            await count(tx, record(tenant_id, "unsampled"), traceparent=f"00-{trace_id}-b7ad6b7169203331-00")
+            await count(tx, [record(tenant_id)], traceparent=f"00-{trace_id}-b7ad6b7169203331-01")
+            await count(tx, [record(tenant_id, "unsampled")], traceparent=f"00-{trace_id}-b7ad6b7169203331-00")
     [span] = [span for span in spans.get_finished_spans() if span.name == "charge"]
     assert span.context is not None
     assert span.parent is not None
