@@ -152,7 +152,7 @@ async def settle(tx: Tx, tenant_id: str) -> None:
     if burned := await burn(tx, tenant_id, due, for_="revenue", reference="usage"):
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, burned)
     elif due < 0:
-        # Corrections have given back more than what was used since: grants had paid for it already.
+        # Corrections have given back more than the usage since the last settlement. Grants had paid for the rest.
         await add(
             tx,
             tenant_id,

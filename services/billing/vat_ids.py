@@ -105,7 +105,7 @@ _OTHER = _Rule(r"[A-Z0-9+*]{2,12}")
 
 
 def fault(vat_id: str, country: str) -> str:
-    """Returns what is wrong with a VAT id of a country, or an empty text."""
+    """Returns the fault of a VAT id of a country, or an empty text."""
     prefix = "EL" if country == "GR" else country
     rule = _RULES.get(prefix, _OTHER)
     if not vat_id.startswith(prefix):

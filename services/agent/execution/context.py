@@ -89,7 +89,7 @@ class RunContext:
 
     @property
     def origin(self) -> UsageOrigin:
-        """Where the run's usage comes from."""
+        """The source of the run's usage."""
         return UsageOrigin(
             self.run_id,
             self.tenant_id,

@@ -23,7 +23,7 @@ def seconds_hold(run_id: UUID) -> UUID:
 
 
 class UsageOrigin(NamedTuple):
-    """Where usage of a run comes from: the groups of its records in reports, and the scopes of budgets."""
+    """The source of a run's usage: the groups of its records in reports, and the scopes of budgets."""
 
     run_id: UUID
     tenant_id: str

@@ -251,7 +251,7 @@ async def agree(history: History) -> None:
     left = sum(owed.values())
     assert burned <= debited - invoiced
     assert burned == debited - invoiced or left == 0, "usage is not covered while there is credit"
-    # Grants: what is owed to the tenant.
+    # Grants: the debt to the tenant.
     assert balances.get("prepaid", 0) == -owed.get("prepaid", 0)
     assert balances.get("promotional_credit", 0) == -owed.get("promotional", 0)
     # Invoices.

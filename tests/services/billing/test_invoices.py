@@ -459,7 +459,7 @@ async def test_usage_that_is_late_for_the_last_invoice_of_a_subscription_gets_an
         [line] = (await tenant.http.get(f"/api/v1/invoices/{made['id']}/lines")).json()["items"]
         assert (line["amount_nanos"], made["subtotal_nanos"]) == (due, due)
         assert "(2 records of an earlier period)" in line["description"]
-    # Usage after the end is no usage of the subscription.
+    # Usage after the end does not belong to the subscription.
     await tenant.use("after", input_tokens=1_000_000, output_tokens=0)
     await tenant.verdict("after")
     assert (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"] == []
