@@ -54,6 +54,7 @@ AGENT_EVENTS = Topic(
         agent.RunIndeterminate,
         agent.StepSettled,
         agent.RunCompleted,
+        agent.RunMessageDeleted,
         agent.RunFailed,
     ),
     producers=("agent",),

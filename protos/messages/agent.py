@@ -176,6 +176,20 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     """How facts about the person are found in `said`. model: the agent's model is asked, so memory leaves it alone."""
 
 
+class RunMessageDeleted(Message, frozen=True, kw_only=True):
+    """A person deleted a message that a run had begun to answer. What was learned from it is to be forgotten."""
+
+    run_id: UUID
+    session_key: str
+    message_id: UUID
+    subject_id: str
+    """The person."""
+    channel_id: UUID
+    said: str
+    """The beginning of that person's other messages of the run, personal content. Empty under the same conditions as in
+    `RunCompleted`."""
+
+
 class RunFailed(Message, frozen=True, kw_only=True):
     """A run has ended without an answer."""
 

@@ -1,4 +1,5 @@
 """Memory. Owns: documents and their passages, the index of their embeddings, memories of people and tenants, the
-replies of agents per session. Handles: memory.v1.IndexDocument, agent.v1.RunCompleted, user.v1.SubjectErased.
+replies of agents per session. Handles: memory.v1.IndexDocument, agent.v1.RunCompleted and
+RunMessageDeleted, user.v1.SubjectErased.
 Publishes: billing.v1.UsageRecorded. Serves: HTTP ``/api/v1/documents``, ``/api/v1/memories`` and ``/api/v1/memory``,
 gRPC ``Memory``."""

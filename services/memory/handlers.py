@@ -13,12 +13,13 @@ from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.postgres.tx import Database, Tx
 from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
-from protos.messages.agent import RunCompleted
+from protos.messages.agent import RunCompleted, RunMessageDeleted
 from protos.messages.memory import IndexDocument
 from protos.messages.user import SubjectErased
-from services.memory import keeping
 from services.memory.conversations import KEEP, Conversations
+from services.memory.forgetting import erase
 from services.memory.indexing import Indexing
+from services.memory.keeping import Keeping
 from services.memory.learning import FinishedRun, Learning
 from services.memory.versions import OldVersion
 
@@ -72,6 +73,16 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
         enqueue_memory(tx, memory_id)
 
 
+@AGENT_EVENTS.each(RunMessageDeleted, group="memory")
+async def forget_message(event: RunMessageDeleted, tx: Tx, keeping: Keeping, learning: Learning) -> None:
+    """What was learned from the run is forgotten. Rules search the words that are left."""
+    await keeping.withdraw(tx, event.subject_id, event.run_id)
+    assert tx.cause
+    run = FinishedRun(event.run_id, event.subject_id, event.channel_id, None, tx.cause.time)
+    for memory_id in await learning.by_rules(tx, run, event.said, after_deletion=True):
+        enqueue_memory(tx, memory_id)
+
+
 @MEMORIES.runner(concurrency=1)
 async def work_on_memory(item: MemoryWork, effects: Effects, tx: Tx, learning: Learning) -> None:
     await learning.embed(item.memory_id, effects)
@@ -79,7 +90,7 @@ async def work_on_memory(item: MemoryWork, effects: Effects, tx: Tx, learning: L
 
 @PLATFORM_EVENTS.each(SubjectErased, group="memory")
 async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversations) -> None:
-    await keeping.erase(tx, event.tenant_id, event.subject_id)
+    await erase(tx, event.tenant_id, event.subject_id)
     for run_id in await conversations.erase(tx, event.subject_id):
         # Behind an embedding that may be under way, which would put the vector back.
         tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))

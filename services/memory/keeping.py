@@ -34,6 +34,7 @@ from services.memory.events import (
     evolve,
 )
 from services.memory.extraction import Kind, normal
+from services.memory.forgetting import mark_withdrawn, remove_texts
 from services.memory.memories import Memory, lock
 
 # One memory is made of at most so many.
@@ -217,6 +218,38 @@ class Keeping:
         for (row_id,) in rows:
             await self._write(tx, row_id, MemoryForgotten(by=by))
 
+    async def withdraw(self, tx: Tx, subject_id: str, run_id: UUID) -> None:
+        """Forgets what was learned from a run, because a message of it was deleted, and removes the texts from the
+        stored events. What the person has said again elsewhere stays. What it had replaced is in force again. From now
+        on `is_withdrawn` is true of this run."""
+        await lock(tx, "user", subject_id)
+        await mark_withdrawn(tx, run_id)
+        rows = await tx.sql(
+            "SELECT id FROM memory WHERE tenant_id = $1 AND run_id = $2 ORDER BY id", tx.tenant_id, run_id
+        )
+        for (id_,) in rows:
+            state = await self._state(tx, id_)
+            # It is gone if it was divided with another one.
+            if state is None or state.uses:
+                continue
+            await self._divide_whole_of(tx, id_, "")
+            if state.parts:
+                await self._divide(tx, id_, "")
+            else:
+                await self._take_back(tx, id_, state)
+            await remove_texts(tx, MEMORY, id_)
+
+    async def _take_back(self, tx: Tx, id_: UUID, state: State) -> None:
+        """Forgets a memory. The newest one that it had replaced takes its place, and replaces the others."""
+        older = await tx.sql("SELECT id FROM memory WHERE replaced_by = $1 ORDER BY said_at DESC, id DESC", id_)
+        await self._write(tx, id_, MemoryForgotten(by=""))
+        follower = state.replaced_by
+        for n, (other,) in enumerate(older):
+            if n or follower:
+                await self._write(tx, other, MemoryReplaced(by=follower or older[0][0]))
+            else:
+                await self._write(tx, other, MemoryRestored(by=""))
+
     async def _divide_whole_of(self, tx: Tx, id_: UUID, by: str) -> None:
         """If the memory is a part of another one, the other one is divided."""
         rows = await tx.sql(
@@ -301,19 +334,6 @@ async def _store(tx: Tx, id_: UUID, state: State | None) -> None:
         id_,
         tx.tenant_id,
         *values.values(),
-    )
-
-
-async def erase(tx: Tx, tenant_id: str, subject_id: str) -> None:
-    """Deletes everything that was learned from an erased person, and the memories that were made of it."""
-    await lock(tx, "user", subject_id)
-    await tx.sql(
-        """
-        DELETE FROM memory
-        WHERE tenant_id = $1 AND (subject_id = $2 OR (scope = 'user' AND scope_id = $2))
-        """,
-        tenant_id,
-        subject_id,
     )
 
 

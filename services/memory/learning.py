@@ -14,6 +14,7 @@ from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.extraction import Kind, facts
+from services.memory.forgetting import is_withdrawn
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories, set_vector
 from services.memory.usage import record_usage
@@ -59,19 +60,24 @@ class Learning:
         self._memories = memories
         self._embedder = embedder
 
-    async def by_rules(self, tx: Tx, run: FinishedRun, said: str) -> list[UUID]:
+    async def by_rules(self, tx: Tx, run: FinishedRun, said: str, *, after_deletion: bool = False) -> list[UUID]:
         """Keeps the facts that rules find in the person's message. Returns the ids of the new memories; the same run
-        always gives the same ids. Keeps nothing of an erased person."""
+        always gives the same ids. Keeps nothing of an erased person. Of a run a message of which was deleted, it keeps
+        only what it finds in the others `after_deletion`."""
         found = [
             FoundFact(fact.text, fact.kind, fact.topic, fact.importance, RULE_CONFIDENCE, run.message_id, None, None)
             for fact in (facts(said) if run.subject_id else ())
         ]
+        if not after_deletion and await _is_withdrawn(tx, run, found):
+            return []
         return await self._keep(tx, run, "rules", found, ())
 
     async def by_model(
         self, tx: Tx, run: FinishedRun, model: str, found: Sequence[FoundFact], merged: Sequence[Merged]
     ) -> list[UUID]:
         """As `by_rules`, with the facts that a model found. A merge whose parts have changed meanwhile is left out."""
+        if await _is_withdrawn(tx, run, found or merged):
+            return []
         return await self._keep(tx, run, model, found, merged)
 
     async def _keep(
@@ -135,3 +141,8 @@ class Learning:
                 record_usage(tx, self._embedder.model, usage_id, outcome.result)
 
         await effects.run(f"embed/{effects.item_id}", call, kind="repeatable", result=int, after=keep)
+
+
+async def _is_withdrawn(tx: Tx, run: FinishedRun, learned: Sequence[object]) -> bool:
+    # Most runs teach nothing, and need no look.
+    return bool(learned) and await is_withdrawn(tx, run.subject_id, run.id)

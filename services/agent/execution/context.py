@@ -24,14 +24,12 @@ from services.agent.execution import conversation
 from services.agent.execution.outcome import Reply
 from services.agent.execution.progress import ProgressReporter
 from services.agent.runs import family
+from services.agent.runs.content import SAID_CHARACTERS
 from services.agent.runs.domain import Complete, Run
 from services.agent.runs.family import ChildState, child_id
 from services.agent.runs.limits import Limits
 from services.agent.runs.metering import UsageOrigin
 from services.agent.runs.publishing import published
-
-# The part of a person's message that is published with the reply.
-SAID_CHARACTERS = 4_000
 
 
 @dataclass(frozen=True)

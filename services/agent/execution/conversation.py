@@ -234,14 +234,20 @@ def divided(exchanges: Sequence[EarlierRun]) -> tuple[Sequence[EarlierRun], Sequ
     return (), exchanges
 
 
-async def keep_summary(tx: Tx, key: DataKey, subject_id: str, session_key: str, summary: SessionSummary) -> None:
-    """Stores the summary for later runs, unless the stored one covers more."""
+async def keep_summary(
+    tx: Tx, key: DataKey, subject_id: str, session_key: str, run_id: UUID, summary: SessionSummary
+) -> None:
+    """Stores the summary for later runs, unless the stored one covers more, or a message was deleted since the run
+    began: the summary may have its words."""
     assert tx.tenant_id
     await tx.sql(
         """
         UPDATE session
         SET summary = $3, summary_subject = $4, summary_about = $5, summary_seq = $6
         WHERE tenant_id = $1 AND session_key = $2 AND summary_seq < $6
+            -- The two times are of different clocks.
+            AND (message_deleted_at IS NULL
+                OR message_deleted_at < (SELECT started_at - interval '1 minute' FROM run WHERE id = $7))
         """,
         tx.tenant_id,
         session_key,
@@ -249,4 +255,5 @@ async def keep_summary(tx: Tx, key: DataKey, subject_id: str, session_key: str, 
         subject_id,
         sorted(summary.about | {subject_id}),
         summary.seq,
+        run_id,
     )

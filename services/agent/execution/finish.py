@@ -81,7 +81,7 @@ async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> N
     await projections.completed(tx, row.id, command.reply, command.calls)
     await record_seconds(tx, row.id)
     if reply.summary:
-        await keep_summary(tx, context.key, row.subject_id, row.session_key, reply.summary)
+        await keep_summary(tx, context.key, row.subject_id, row.session_key, row.id, reply.summary)
     if row.parent_run_id:
         await resume_parent(tx, row.id)
     _log.info("run completed", run_id=str(row.id))

@@ -19,7 +19,7 @@ from protos.memory.v1 import memory_pb2
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent
 from services.agent.execution.budget import Spending
-from services.agent.execution.context import SAID_CHARACTERS, RunContext, Services
+from services.agent.execution.context import RunContext, Services
 from services.agent.execution.credit import RunCredit
 from services.agent.execution.load import LoadedRun, load_runs
 from services.agent.execution.model_calls import lost_usage
@@ -30,6 +30,7 @@ from services.agent.learning import notes
 from services.agent.learning.notes import Said
 from services.agent.models.contract import Model, ModelFailed, Prompt
 from services.agent.models.library import Models
+from services.agent.runs.content import SAID_CHARACTERS
 from services.agent.runs.metering import store_usage
 
 # A model that fails for the time being is asked so often, with this pause. Then rules have to do.

@@ -11,6 +11,9 @@ from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 
+# The part of a person's message that is published with the reply.
+SAID_CHARACTERS = 4_000
+
 
 class Unsealer:
     """Opens sealed content within one transaction and reads the key of each subject once."""

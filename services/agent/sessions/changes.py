@@ -18,10 +18,13 @@ from infra.postgres import event_store
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
+from protos.catalog import AGENT_EVENTS
+from protos.messages.agent import RunMessageDeleted
 from protos.messages.channel import MessageChanged
 from services.agent.lanes import RUNS
 from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
+from services.agent.runs.content import SAID_CHARACTERS
 from services.agent.runs.notices import DELETED
 from services.agent.sessions import intake
 from services.agent.sessions.arrivals import Arrival, Origin
@@ -152,6 +155,7 @@ async def _delete(tx: Tx, changed: MessageChanged, message: _Stored, run: _Run, 
     withdrawn = MessageWithdrawn(message_id=changed.message_id, run_id=message.run_id, leaves=leaves)
     tx.append(stream(tx.tenant_id, changed.session_key), withdrawn)
     await _remove_text(tx, changed.message_id)
+    await _forget_summary(tx, changed)
     if leaves:
         await tx.sql("DELETE FROM message WHERE tenant_id = $1 AND message_id = $2", tx.tenant_id, changed.message_id)
         await tx.sql(
@@ -173,6 +177,59 @@ async def _delete(tx: Tx, changed: MessageChanged, message: _Stored, run: _Run, 
             changed.message_id,
             key.seal(DELETED_TEXT, tx.tenant_id, message.subject_id, str(changed.message_id), "text"),
         )
+        await _publish_deletion(tx, changed, message, key)
+
+
+async def _forget_summary(tx: Tx, changed: MessageChanged) -> None:
+    """If the summary covers the message, the next run makes a new one. A run that has begun may have read the message:
+    it keeps no summary."""
+    await tx.sql(
+        """
+        UPDATE session
+        SET message_deleted_at = clock_timestamp()
+        WHERE tenant_id = $1 AND session_key = $2
+        """,
+        tx.tenant_id,
+        changed.session_key,
+    )
+    await tx.sql(
+        """
+        UPDATE session
+        SET summary = NULL, summary_subject = NULL, summary_about = '{}', summary_seq = 0
+        WHERE tenant_id = $1 AND session_key = $2
+            AND summary_seq >= (SELECT seq FROM message WHERE tenant_id = $1 AND message_id = $3)
+        """,
+        tx.tenant_id,
+        changed.session_key,
+        changed.message_id,
+    )
+
+
+async def _publish_deletion(tx: Tx, changed: MessageChanged, message: _Stored, key: DataKey) -> None:
+    """Tells memory what the person has said in the other messages of the run."""
+    assert tx.tenant_id
+    rows = await tx.sql(
+        """
+        SELECT message_id, subject_id, text
+        FROM message
+        WHERE run_id = $1 AND NOT decides AND changed < 9223372036854775807
+        ORDER BY seq
+        """,
+        message.run_id,
+    )
+    said = ""
+    if {subject_id for _, subject_id, _ in rows} == {message.subject_id}:
+        texts = [key.open(text, tx.tenant_id, message.subject_id, str(id_), "text") for id_, _, text in rows]
+        said = "\n".join(texts)[:SAID_CHARACTERS]
+    deleted = RunMessageDeleted(
+        run_id=message.run_id,
+        session_key=changed.session_key,
+        message_id=changed.message_id,
+        subject_id=message.subject_id,
+        channel_id=changed.channel_id,
+        said=said,
+    )
+    tx.publish(AGENT_EVENTS, deleted, key=changed.session_key)
 
 
 async def _remove_text(tx: Tx, message_id: UUID) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
+from services.agent.execution.conversation import SessionSummary, keep_summary
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.agent.test_changes import handled, rows
 from tooling.testing.model_server import Fails, Says
+from tooling.testing.platform import MASTER_KEY
 
 LONG = "x" * 15_000
 
@@ -64,6 +69,46 @@ async def test_a_summary_goes_with_the_words_of_an_erased_person(world: World, t
     await tenant.receive(agent, "Last", person="person-2")
     await tenant.runs(5)
     assert "They said first." not in world.models.requests[-1].system
+
+
+async def test_a_summary_goes_with_a_deleted_message(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    ids = []
+    for n, text in enumerate(("first", "second", "third"), 1):
+        world.models.script(MODEL, Says(f"answer {n}"))
+        ids.append(await tenant.receive(agent, f"{text} {LONG}", position=n))
+        await tenant.runs(n)
+    world.models.script(MODEL, Says("They said first."))
+    await tenant.receive(agent, "Next", position=4)
+    await tenant.runs(4)
+    assert "They said first." in world.models.requests[-1].system
+    # The summary does not cover the third message: it stays.
+    await handled(tenant, await tenant.change(agent, ids[2], None, position=3))
+    assert await rows(tenant, "SELECT FROM session WHERE tenant_id = $1 AND summary IS NOT NULL", 1)
+    await handled(tenant, await tenant.change(agent, ids[0], None, position=1))
+    assert await rows(tenant, "SELECT FROM session WHERE tenant_id = $1 AND summary IS NULL AND summary_seq = 0", 1)
+    # A run that began before the deletions keeps no summary: it may have read the first message.
+    await keep(tenant, began="- interval '1 hour'")
+    assert await rows(tenant, "SELECT FROM session WHERE tenant_id = $1 AND summary IS NULL", 1)
+    await keep(tenant, began="+ interval '1 hour'")
+    assert await rows(tenant, "SELECT FROM session WHERE tenant_id = $1 AND summary IS NOT NULL", 1)
+
+
+async def keep(tenant: Tenant, *, began: str) -> None:
+    """Keeps a summary for a run that began at another time than the last deletion."""
+    async with tenant.world.platform.database("agent").begin(tenant_id=tenant.id) as tx:
+        [(run_id, session_key)] = await tx.sql(
+            f"""
+            UPDATE run SET started_at = s.message_deleted_at {began}
+            FROM session s
+            WHERE run.id = (SELECT id FROM run WHERE tenant_id = $1 ORDER BY id LIMIT 1) AND s.tenant_id = $1
+            RETURNING run.id, s.session_key
+            """,
+            tenant.id,
+        )
+        key = await SubjectKeys(Cipher(MASTER_KEY)).key(tx, tenant.id, "person-1")
+        summary = SessionSummary("They said second.", 2, frozenset())
+        await keep_summary(tx, key, "person-1", session_key, run_id, summary)
 
 
 @pytest.mark.parametrize("failure", [Fails(400), Says(" ")])

@@ -16,8 +16,9 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from infra.service import verification
 from infra.service.verification import VerificationResult
-from services.memory import keeping as writes
+from services.memory import forgetting
 from services.memory.keeping import Keeping, New
+from services.memory.learning import FinishedRun, FoundFact, Learning
 from services.memory.memories import Memories, Memory
 from services.memory.read_models import READ_MODELS
 from tooling.testing.platform import Platform
@@ -74,6 +75,10 @@ class Person:
             target = id_ if act == "archive" else memory._replace(**changed)
             await getattr(self._keeping, act)(tx, target, "client", *arguments)
 
+    async def deletes(self, run_id: UUID) -> None:
+        async with self._database.begin(tenant_id=TENANT) as tx:
+            await self._keeping.withdraw(tx, self.id, run_id)
+
     async def memories(self) -> list[Memory]:
         async with self._database.begin(tenant_id=TENANT) as tx:
             return await self._memories.newest(tx, 100, None, [self.id], "user", self.id)
@@ -97,6 +102,50 @@ async def test_other_words_for_a_known_fact_are_the_same_memory(person: Person) 
     assert await person.says("Her home is in Oslo.", same_as=oslo) == oslo
     [memory] = await person.memories()
     assert (memory.uses, memory.importance, memory.text) == (1, 6, "Lives in Oslo.")
+
+
+async def test_what_was_learned_from_a_deleted_message_is_forgotten(database: Database, person: Person) -> None:
+    run = uuid7()
+    oslo = await person.says("Lives in Oslo.")
+    await person.says("Lives in Bergen.", replaces=oslo, run_id=run)
+    # Said again in another message.
+    await person.says("Has a dog.", run_id=run)
+    await person.says("Has a dog.")
+    tea, milk = await person.says("Likes tea."), await person.says("Likes milk in tea.", run_id=run)
+    await person.merges("Likes tea with milk.", tea, milk)
+    secret = await person.says("Is on leave.", run_id=run)
+    assert await person.in_force() == {"Lives in Bergen.", "Has a dog.", "Likes tea with milk.", "Is on leave."}
+    for _ in range(2):
+        await person.deletes(run)
+        assert await person.in_force() == {"Lives in Oslo.", "Has a dog.", "Likes tea."}
+    async with database.begin(tenant_id=TENANT) as tx:
+        [(learned,)] = await tx.sql(
+            """
+            SELECT convert_from(data, 'UTF8')::jsonb->>'text'
+            FROM event
+            WHERE stream_id = 'memory:' || $1 AND type = 'MemoryLearned'
+            """,
+            str(secret),
+        )
+    assert learned == ""
+    assert (await verified(database)).differences == []
+    # Nothing more is learned from this run, except for the words that are left of it.
+    learning = Learning(Keeping(SUBJECTS), Memories(SUBJECTS), None)  # type: ignore[arg-type]
+    about = FinishedRun(run, person.id, None, None, BEGAN)
+    found = FoundFact("Is on leave.", "fact", None, 5, 0.8, None, None, None)
+    async with database.begin(tenant_id=TENANT) as tx:
+        assert await learning.by_model(tx, about, "m", [found], []) == []
+        assert await learning.by_rules(tx, about, "I am allergic to nuts.") == []
+        assert len(await learning.by_rules(tx, about, "I am allergic to nuts.", after_deletion=True)) == 1
+
+
+async def test_a_forgotten_fact_gives_its_place_to_the_one_before(person: Person) -> None:
+    run = uuid7()
+    oslo = await person.says("Lives in Oslo.")
+    bergen = await person.says("Lives in Bergen.", replaces=oslo, run_id=run)
+    turku = await person.says("Lives in Turku.", replaces=bergen)
+    await person.deletes(run)
+    assert {memory.id: memory.replaced_by for memory in await person.memories()} == {oslo: turku, turku: None}
 
 
 async def test_a_contradiction_keeps_the_newer_fact_and_links_the_older(person: Person) -> None:
@@ -185,7 +234,7 @@ async def test_the_events_alone_rebuild_the_memories(database: Database, person:
     await erased.says("Lives in Oslo.")
     async with database.begin(tenant_id=TENANT) as tx:
         await destroy(tx, TENANT, erased.id)
-        await writes.erase(tx, TENANT, erased.id)
+        await forgetting.erase(tx, TENANT, erased.id)
     before = await verified(database)
     assert before.rows >= 6
     assert (before.rows, before.live_hash, before.different) == (before.rebuilt_rows, before.rebuilt_hash, 0)
@@ -201,7 +250,7 @@ async def test_the_events_alone_rebuild_the_memories(database: Database, person:
 async def test_erasure_takes_what_was_made_of_the_persons_memories(database: Database, person: Person) -> None:
     whole = await person.merges("Oslo and tea.", await person.says("Likes tea."), await person.says("Lives in Oslo."))
     async with database.begin(tenant_id=TENANT) as tx:
-        await writes.erase(tx, TENANT, person.id)
+        await forgetting.erase(tx, TENANT, person.id)
         await destroy(tx, TENANT, person.id)
         assert await tx.sql("SELECT FROM memory WHERE subject_id = $1 OR id = $2", person.id, whole) == []
     assert (await verified(database)).different == 0

@@ -20,7 +20,7 @@ from infra.security.subjects import SubjectKeys
 from infra.web import rpc
 from protos.catalog import AGENT_EVENTS, PLATFORM_EVENTS
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
-from protos.messages.agent import RunCompleted
+from protos.messages.agent import RunCompleted, RunMessageDeleted
 from protos.messages.user import SubjectErased
 from services.memory.domain import count_tokens
 from services.memory.keeping import Keeping, New
@@ -69,6 +69,34 @@ async def listed(http: httpx.AsyncClient, **params: str) -> list[dict[str, Any]]
     assert answer.status_code == 200, answer.text
     items: list[dict[str, Any]] = answer.json()["items"]
     return items
+
+
+async def test_what_was_learned_from_a_deleted_message_is_forgotten(memory: Platform) -> None:
+    run = await say(memory, "person-deletes", "My name is Ada. I am allergic to nuts.")
+    names = [item["text"] for item in await known_by_number(memory, "person-deletes", 2)]
+    assert len(names) == 2
+    deleted = RunMessageDeleted(
+        run_id=run.run_id,
+        session_key=run.session_key,
+        message_id=uuid7(),
+        subject_id="person-deletes",
+        channel_id=uuid7(),
+        said="My name is Ada.",
+    )
+    await memory.produce(AGENT_EVENTS, deleted, key=run.session_key, tenant_id=TENANT)
+    [left] = await known_by_number(memory, "person-deletes", 1)
+    assert "Ada" in left["text"]
+
+
+async def known_by_number(memory: Platform, subject_id: str, count: int) -> list[dict[str, Any]]:
+    """Waits until so many memories of the person are in force."""
+
+    async def found() -> list[dict[str, Any]] | None:
+        async with person(memory, subject_id) as http:
+            items = [item for item in await listed(http, scope="user") if item["replaced_by"] is None]
+        return items if len(items) == count else None
+
+    return await memory.until(found) or []
 
 
 async def known(memory: Platform, subject_id: str, texts: list[str]) -> list[dict[str, Any]]:
