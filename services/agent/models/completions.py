@@ -255,7 +255,8 @@ class _Repair:
     def _repair(self, chunk: Chunk) -> None:
         self._base = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
         # A later total replaces an earlier one. They are never added.
-        reported = chunk.pop("usage", None)
+        # Groq reports it in a field of its own.
+        reported = chunk.pop("usage", None) or _mapping(chunk.get("x_groq")).get("usage")
         self._reported |= {name: value for name, value in _mapping(reported).items() if value is not None}
         self._usage = usage(reported) or self._usage or usage(self._reported)
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if self._is_ours(choice)]

@@ -99,6 +99,8 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
     system: list[str] = []
     # The calls of the last turn without a result yet, by id.
     open_: dict[str, FunctionCall] = {}
+    # The field of the last user's message, if it is empty.
+    empty = ""
     for turn in turns:
         content, images = text_and_images(turn.content, turn.where + turn.field, seen=turn.role == "user")
         check(not open_ or turn.role not in ("user", "assistant"), turn.where, _unanswered(open_))
@@ -106,8 +108,10 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
             case "system" | "developer":
                 system += [content] if content else []
             case "user":
-                check(bool(content.strip() or images), turn.where + turn.field, "must not be empty")
-                said.append(Earlier("user", content or NO_TEXT, images=images))
+                # Clients keep empty messages in their history. Only the last one must have something to answer.
+                is_empty = not content.strip() and not images
+                empty = turn.where + turn.field if is_empty else ""
+                said += [] if is_empty else [Earlier("user", content or NO_TEXT, images=images)]
             case "assistant":
                 open_ = {call.id: call for call in turn.calls}
                 check(len(open_) == len(turn.calls), turn.where, "has two calls of one id")
@@ -124,6 +128,7 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
                 raise invalid_field(f"{turn.where}.role", "must be system, developer, user, assistant or tool")
     check(not open_, field, _unanswered(open_))
     check(sum(len(turn.images) for turn in said) <= MAX_IMAGES, field, f"must have {MAX_IMAGES} images at most")
+    check(not empty, empty, "must not be empty")
     asks = [n for n, turn in enumerate(said) if turn.role == "user"]
     check(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
     last = asks[-1]

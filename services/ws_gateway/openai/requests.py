@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from pydantic import BaseModel, Field
 
 from services.ws_gateway.openai.conversation import (
@@ -32,7 +33,7 @@ class _Message(BaseModel):
 
 
 class _StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatRequest(BaseModel):
@@ -166,7 +167,14 @@ def _chat_call(given: Any, where: str) -> FunctionCall:
 def _call(id_: Any, where_id: str, function: Mapping[str, Any], where: str) -> FunctionCall:
     check(bool(string(id_, where_id)), where_id, "must not be empty")
     check_name(function.get("name"), f"{where}.name")
-    return FunctionCall(id_, function["name"], string(function.get("arguments"), f"{where}.arguments"))
+    arguments = function.get("arguments")
+    if arguments is None or isinstance(arguments, dict):
+        # As some servers write them, whose answers a client sends back.
+        try:
+            arguments = msgspec.json.encode(arguments or {}).decode()
+        except (RecursionError, UnicodeEncodeError):
+            raise invalid_field(f"{where}.arguments", "must be JSON of valid text, and not nested so deeply") from None
+    return FunctionCall(id_, function["name"], string(arguments, f"{where}.arguments"))
 
 
 def _refuse(body: BaseModel, names: str, reason: str) -> None:

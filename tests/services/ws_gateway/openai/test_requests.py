@@ -102,9 +102,107 @@ def test_images_of_a_user_go_with_the_message() -> None:
     assert (asked.text, asked.images) == ("[image]", (url, "https://example.org/a.png"))
 
 
+OBJECT = {"type": "object", "properties": {}}
+# Of every option that OpenAI's reference names.
+OPTIONS = (
+    *("temperature", "top_p", "n", "stop", "max_tokens", "max_completion_tokens", "presence_penalty", "seed", "user"),
+    *("frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
+    *("response_format", "stream", "stream_options", "functions", "function_call", "modalities", "audio", "prediction"),
+    *("metadata", "store", "reasoning_effort", "verbosity", "service_tier", "safety_identifier", "web_search_options"),
+)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: None} for name in OPTIONS),
+        dict.fromkeys(OPTIONS),
+        {"n": 1.0},
+        {"stream": True, "stream_options": {}},
+        {"stream": True, "stream_options": {"include_usage": None}},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"stream_options": {"include_usage": True}},
+        {"tool_choice": "auto"},
+        {"tools": [function(name="f", description=None, strict=None)]},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": None, "schema": OBJECT}}},
+        # What vLLM, Ollama, Gemini, OpenRouter, DeepSeek and llama.cpp add.
+        {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "chat_template_kwargs": {"enable_thinking": False}},
+        {"keep_alive": "5m", "options": {"num_ctx": 1}, "think": True, "cache_prompt": True, "safety_settings": []},
+        {"provider": {"order": ["x"]}, "transforms": [], "models": None, "usage": {"include": True}, "route": None},
+        {"reasoning": {"effort": "low"}, "thinking": {"type": "enabled"}, "extra_body": {"a": 1}},
+    ],
+)
+def test_options_given_as_null_and_those_of_other_servers_change_nothing(fields: dict[str, Any]) -> None:
+    assert chat(**fields).text == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("messages", "history"),
+    [
+        ([{"role": "developer", "content": "x"}, HI], []),
+        ([{"role": "system", "content": None}, HI], []),
+        ([{"role": "developer", "content": []}, HI], []),
+        ([HI, {"role": "system", "content": "x"}], []),
+        ([{"role": "assistant", "content": "Hello!"}, HI], ["Hello!"]),
+        ([HI, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}, HI], ["Hi", "a", "b"]),
+        ([{"role": "user", "content": "a"}, HI], ["a"]),
+        # Empty messages in the history.
+        ([{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}, HI], ["a"]),
+        ([{"role": "user", "content": []}, {"role": "user", "content": [{"type": "text", "text": " "}]}, HI], []),
+        ([HI | {"name": None}], []),
+        ([HI | {"name": "ada", "cache_control": {"type": "ephemeral"}}], []),
+        ([{"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": None}]}], []),
+        ([{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], []),
+        # A message as other servers answer it.
+        (
+            [
+                HI,
+                {
+                    "role": "assistant",
+                    "content": "a",
+                    "refusal": None,
+                    "audio": None,
+                    "annotations": [],
+                    "function_call": None,
+                    "tool_calls": None,
+                    "reasoning_content": "thoughts",
+                    "reasoning_details": [{"type": "reasoning.text", "text": "thoughts"}],
+                },
+                HI,
+            ],
+            ["Hi", "a"],
+        ),
+        ([HI, {"role": "assistant", "content": None, "refusal": "no"}, HI], ["Hi"]),
+        ([HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, HI], ["Hi", "no"]),
+        ([HI, CALLED | {"content": ""}, RESULT | {"content": ""}, HI], ["Hi", "", ""]),
+        (
+            [HI, CALLED | {"tool_calls": [CALL | {"index": 0}]}, RESULT | {"name": "f", "content": None}, HI],
+            ["Hi", "", ""],
+        ),
+        ([HI, CALLED, RESULT | {"content": [{"type": "text", "text": "Bern"}]}, HI], ["Hi", "", "Bern"]),
+        # One id in two turns.
+        ([HI, CALLED, RESULT, HI, CALLED, RESULT, HI], ["Hi", "", "Bern", "Hi", "", "Bern"]),
+    ],
+)
+def test_histories_of_other_clients_are_taken(messages: list[Any], history: list[str]) -> None:
+    found = chat(*messages)
+    assert (found.text, [turn.text for turn in found.history]) == ("Hi", history)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("", ""), ('{"a":', '{"a":'), (None, "{}"), ({}, "{}"), ({"a": 1}, '{"a":1}')],
+)
+def test_arguments_of_an_earlier_call_may_be_cut_or_an_object(arguments: Any, expected: str) -> None:
+    called = CALLED | {"tool_calls": [CALL | {"function": {"name": "f", "arguments": arguments}}]}
+    found = chat(HI, called, RESULT)
+    assert [call.arguments for call in found.since[0].calls] == [expected]
+
+
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
+        ([HI, {"role": "assistant", "content": "a"}, {"role": "user", "content": ""}], "messages[2].content"),
         ([HI, {"role": "user", "content": [{"type": "input_audio"}]}], "messages[1].content[0].type"),
         ([{"role": "system", "content": [IMAGE]}, HI], "messages[0].content[0].type"),
         ([{"role": "user", "content": [IMAGE | {"image_url": {}}]}], "messages[0].content[0].image_url"),
@@ -156,7 +254,7 @@ def test_images_of_a_user_go_with_the_message() -> None:
             "messages[1].tool_calls[0].function.name",
         ),
         (
-            [HI, CALLED | {"tool_calls": [CALL | {"function": {"name": "f"}}]}],
+            [HI, CALLED | {"tool_calls": [CALL | {"function": {"name": "f", "arguments": 7}}]}],
             "messages[1].tool_calls[0].function.arguments",
         ),
         ([HI, CALLED | {"tool_calls": [CALL, CALL]}, RESULT], "messages[1]"),
@@ -214,7 +312,7 @@ def test_thoughts_of_another_servers_model_are_left_out() -> None:
         ("input", [HI, FUNCTION_CALL, FUNCTION_CALL, OUTPUT], "input[1]"),
         ("input", [HI, FUNCTION_CALL | {"call_id": None}, OUTPUT], "input[1].call_id"),
         ("input", [HI, FUNCTION_CALL | {"name": "f g"}, OUTPUT], "input[1].name"),
-        ("input", [HI, FUNCTION_CALL | {"arguments": {}}, OUTPUT], "input[1].arguments"),
+        ("input", [HI, FUNCTION_CALL | {"arguments": 7}, OUTPUT], "input[1].arguments"),
         ("input", [FUNCTION_CALL, OUTPUT], "input"),
         (
             "input",

@@ -1,0 +1,265 @@
+"""Streams and refusals in the shapes of Ollama, vLLM, LM Studio, llama.cpp, Azure, Gemini, DeepSeek, Mistral,
+OpenRouter and Groq, none of them as OpenAI writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from services.agent.models.contract import ModelFailed
+from services.agent.models.providers import Providers
+from tests.services.agent.models.test_completions import (
+    MODEL,
+    ask,
+    call,
+    chunk,
+    providers,
+    server,
+    total,
+)
+from tooling.testing.model_server import ModelServer, Refuses, Streams
+
+__all__ = ["providers", "server"]
+HI = chunk({"content": "Hi"})
+STOP = chunk(finish="stop")
+JSON = '{"a":1,"b":2}'
+
+
+def of(*chunks: dict[str, Any] | bytes, **more: Any) -> Streams:
+    return Streams(chunks, **more)
+
+
+def sse(value: Any, end: str = "\n\n") -> bytes:
+    return b"data: " + msgspec.json.encode(value) + end.encode()
+
+
+USAGE = total(10, 3)
+TEXTS: dict[str, Streams] = {
+    "ollama: role in each chunk, usage in the last choice's chunk": of(
+        chunk({"role": "assistant", "content": "H"}),
+        chunk({"role": "assistant", "content": "i"}),
+        chunk({"role": "assistant", "content": ""}, finish="stop", usage=USAGE),
+    ),
+    "ollama: system_fingerprint, no logprobs, finish load before stop": of(
+        HI | {"system_fingerprint": "fp_ollama"}, chunk({"content": ""}, finish="stop", usage=USAGE)
+    ),
+    "vllm: usage null in each chunk, then a chunk without choices": of(
+        chunk({"role": "assistant", "content": ""}, usage=None),
+        HI | {"usage": None},
+        STOP | {"usage": None},
+        chunk(usage=USAGE | {"prompt_tokens_details": None}) | {"choices": []},
+    ),
+    "vllm: stop_reason and token_ids in the choice": of(
+        {**HI, "choices": [{**HI["choices"][0], "token_ids": None, "stop_reason": None}]},
+        {**STOP, "choices": [{**STOP["choices"][0], "stop_reason": 151645}], "usage": USAGE},
+    ),
+    "vllm: continuous usage": of(HI | {"usage": total(10, 1)}, STOP | {"usage": total(10, 3)}),
+    "lm studio: stats and a usage chunk after the finish": of(
+        HI | {"stats": {}}, STOP | {"stats": {"tokens_per_second": 1.5}}, {"choices": [], "usage": USAGE}
+    ),
+    "llama.cpp: timings beside the usage": of(HI, STOP | {"usage": USAGE, "timings": {"predicted_n": 3}}),
+    "llama.cpp: content null first": of(chunk({"role": "assistant", "content": None}), HI, STOP | {"usage": USAGE}),
+    "azure: prompt filter results first, content filter in each choice": of(
+        {"choices": [], "prompt_filter_results": [{"prompt_index": 0}], "id": "", "model": "", "created": 0},
+        {**HI, "choices": [{**HI["choices"][0], "content_filter_results": {"hate": {"filtered": False}}}]},
+        {"choices": [{"index": 0, "finish_reason": None, "content_filter_offsets": {"check_offset": 1}}]},
+        STOP | {"usage": USAGE},
+    ),
+    "gemini: the finish reason with the last text, usage in each chunk": of(
+        chunk({"role": "assistant", "content": "H"}, usage=total(10, 1, total_tokens=11)),
+        chunk({"role": "assistant", "content": "i"}, finish="stop", usage=total(10, 3, total_tokens=13)),
+    ),
+    "gemini: extra_content with a thought signature": of(
+        chunk({"content": "Hi", "extra_content": {"google": {"thought_signature": "s"}}}), STOP | {"usage": USAGE}
+    ),
+    "deepseek: reasoning_content null beside the text": of(
+        chunk({"role": "assistant", "content": None, "reasoning_content": "hm"}),
+        chunk({"content": "Hi", "reasoning_content": None}),
+        STOP | {"usage": USAGE | {"prompt_cache_hit_tokens": 0, "prompt_cache_miss_tokens": 10}},
+    ),
+    "deepseek: comments while it waits": of(b": keep-alive\n\n", HI, b": keep-alive\n\n", STOP | {"usage": USAGE}),
+    "mistral: no object, usage with the finish": of(
+        {"id": "c", "model": MODEL, "choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]},
+        {"id": "c", "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}], "usage": USAGE},
+    ),
+    "mistral: parts as content": of(chunk({"content": [{"type": "text", "text": "Hi"}]}), STOP | {"usage": USAGE}),
+    "mistral: thinking parts as content": of(
+        chunk({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]}),
+        chunk({"content": [{"type": "text", "text": "Hi"}]}),
+        STOP | {"usage": USAGE},
+    ),
+    "openrouter: processing comments, provider, native finish": of(
+        b": OPENROUTER PROCESSING\n\n",
+        HI | {"provider": "x"},
+        {**STOP, "choices": [{**STOP["choices"][0], "native_finish_reason": "end_turn"}]},
+        chunk({"role": "assistant", "content": ""}, usage=USAGE | {"cost": 0.01, "is_byok": False}),
+    ),
+    "openrouter: reasoning beside reasoning_details": of(
+        chunk({"content": "", "reasoning": "hm", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}),
+        HI,
+        STOP | {"usage": USAGE},
+    ),
+    "groq: usage in x_groq": of(HI, STOP | {"x_groq": {"id": "r", "usage": USAGE | {"queue_time": 0.1}}}),
+    "events with names and ids": of(
+        b"event: message\nid: 1\n" + sse(HI), b"event: message\nid: 2\nretry: 10\n" + sse(STOP | {"usage": USAGE})
+    ),
+    "no blank after the colon, carriage returns": of(
+        sse(HI, "\r\n\r\n").replace(b"data: ", b"data:"), sse(STOP | {"usage": USAGE}, "\r\n\r\n")
+    ),
+    "the stream ends without its last line end": of(HI, sse(STOP | {"usage": USAGE}, ""), done=False),
+    "done twice": of(HI, STOP | {"usage": USAGE}, b"data: [DONE]\n\n"),
+    "empty data lines": of(b"data:\n\n", HI, b"data: \n\n", STOP | {"usage": USAGE}),
+    "delta null with the finish": of(
+        HI, {"choices": [{"index": 0, "delta": None, "finish_reason": "stop"}], "usage": USAGE}
+    ),
+    "no delta with the finish": of(HI, {"choices": [{"index": 0, "finish_reason": "stop"}], "usage": USAGE}),
+    "no index": of(
+        {"choices": [{"delta": {"content": "Hi"}}]}, {"choices": [{"finish_reason": "stop"}], "usage": USAGE}
+    ),
+    "choices null": of({"choices": None}, HI, STOP | {"usage": USAGE}),
+    "finish eos": of(HI, chunk(finish="eos", usage=USAGE)),
+    "finish end_turn": of(HI, chunk(finish="end_turn", usage=USAGE)),
+    "finish STOP": of(HI, chunk(finish="STOP", usage=USAGE)),
+    "finish in two chunks": of(HI, STOP, STOP | {"usage": USAGE}),
+    "text after the finish": of(chunk({"content": "H"}), STOP, chunk({"content": "i"}), STOP | {"usage": USAGE}),
+    "usage as floats": of(HI, STOP | {"usage": total(10.0, 3.0)}),
+    "usage in a list": of(HI, STOP | {"usage": USAGE}, {"choices": [], "usage": [USAGE]}),
+    "id and created as other types": of(HI | {"id": 7, "created": "1"}, STOP | {"usage": USAGE, "created": 1.5}),
+    "id and model missing": of(
+        {"choices": HI["choices"]}, {"choices": STOP["choices"], "usage": USAGE, "model": None, "id": None}
+    ),
+    "tool_calls null and empty": of(
+        chunk({"content": "Hi", "tool_calls": None}), chunk({"tool_calls": []}), STOP | {"usage": USAGE}
+    ),
+    "function_call null": of(chunk({"content": "Hi", "function_call": None, "refusal": None}), STOP | {"usage": USAGE}),
+}
+
+
+@pytest.mark.parametrize("shape", TEXTS)
+async def test_a_text_is_read(server: ModelServer, providers: Providers, shape: str) -> None:
+    server.script(MODEL, TEXTS[shape])
+    streamed: list[str] = []
+    answer = await ask(server, providers, streamed=streamed)
+    assert (answer.text, "".join(streamed)) == ("Hi", "Hi")
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (10, 3)
+    assert len(server.requests) == 1
+
+
+CALLS: dict[str, Streams] = {
+    "ollama: whole call, index in the function, arguments as an object": of(
+        chunk({"role": "assistant", "content": "", "tool_calls": [call(None, "c1", "add", {"a": 1, "b": 2})]}),
+        chunk({"content": ""}, finish="tool_calls"),
+    ),
+    "ollama: finish stop after a call": of(chunk({"tool_calls": [call(0, "c1", "add", JSON)]}), STOP),
+    "vllm: name first, then pieces with a null name": of(
+        chunk({"tool_calls": [call(0, "c1", "add", "")]}),
+        *(chunk({"tool_calls": [call(0, None, None, piece)]}) for piece in ('{"a":1', ',"b":2}')),
+        chunk({"content": ""}, finish="tool_calls"),
+    ),
+    "gemini: index 0, the id empty": of(chunk({"tool_calls": [call(0, "", "add", JSON)]}), chunk(finish="stop")),
+    "mistral: id null until the call, whole arguments, finish tool_calls": of(
+        chunk({"content": "", "tool_calls": [call(0, "null", "add", JSON)]}, finish="tool_calls")
+    ),
+    "llama.cpp: arguments in single characters": of(
+        chunk({"tool_calls": [call(0, "c1", "add", "")]}),
+        *(chunk({"tool_calls": [call(0, None, None, sign)]}) for sign in JSON),
+        chunk(finish="tool_calls"),
+    ),
+    "lm studio: index as a string": of(
+        chunk({"tool_calls": [call(None, "c1", "add", JSON) | {"index": "0"}]}), chunk(finish="tool_calls")
+    ),
+    "deepseek: the call in the finish's chunk": of(
+        chunk({"tool_calls": [call(0, "c1", "add", JSON)]}, finish="tool_calls")
+    ),
+    "the name comes again in each piece": of(
+        chunk({"tool_calls": [call(0, "c1", "add", '{"a":1')]}),
+        chunk({"tool_calls": [call(0, "c1", "add", ',"b":2}')]}),
+        chunk(finish="tool_calls"),
+    ),
+    "type missing": of(
+        chunk({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "add", "arguments": JSON}}]}),
+        chunk(finish="tool_calls"),
+    ),
+    "blanks around the arguments": of(
+        chunk({"tool_calls": [call(0, "c1", "add", f"\n {JSON} \n")]}), chunk(finish="tool_calls")
+    ),
+    "finish function_call": of(chunk({"tool_calls": [call(0, "c1", "add", JSON)]}), chunk(finish="function_call")),
+    "no finish": of(chunk({"tool_calls": [call(0, "c1", "add", JSON)]})),
+    "a call in a whole message": of(
+        {
+            "choices": [
+                {
+                    "message": {"content": None, "tool_calls": [call(None, "c1", "add", JSON)]},
+                    "finish_reason": "tool_calls",
+                }
+            ]
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", CALLS)
+async def test_a_call_is_read(server: ModelServer, providers: Providers, shape: str) -> None:
+    server.script(MODEL, CALLS[shape])
+    answer = await ask(server, providers)
+    assert [(one.name, msgspec.json.decode(one.arguments)) for one in answer.calls] == [("add", {"a": 1, "b": 2})]
+    assert len(server.requests) == 1
+
+
+REFUSALS: dict[str, tuple[Refuses, bool]] = {
+    "ollama: no such model": (Refuses(404, {"error": "model 'x' not found"}), False),
+    "ollama: loading": (Refuses(503, {"error": "server busy, please try again"}), True),
+    "vllm: too long": (
+        Refuses(400, {"object": "error", "message": "maximum context length is 4096", "type": "BadRequestError"}),
+        False,
+    ),
+    "lm studio: no model": (Refuses(400, {"error": "No models loaded."}), False),
+    "azure: filtered": (
+        Refuses(400, {"error": {"code": "content_filter", "message": "filtered", "status": 400}}),
+        False,
+    ),
+    "azure: too many": (Refuses(429, {"error": {"code": "429", "message": "Please retry after 1 second."}}), True),
+    "gemini: a list": (Refuses(400, [{"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}}]), False),
+    "gemini: overloaded": (Refuses(503, [{"error": {"code": 503, "message": "overloaded"}}]), True),
+    "deepseek: no balance": (Refuses(402, {"error": {"message": "Insufficient Balance"}}), False),
+    "mistral: fields": (Refuses(422, {"object": "error", "message": {"detail": [{"loc": ["body", "x"]}]}}), False),
+    "openrouter: upstream": (Refuses(502, {"error": {"code": 502, "message": "Provider returned error"}}), True),
+    "cloudflare: a page": (Refuses(520, "<html>Web server is returning an unknown error</html>"), True),
+    "a proxy: gone for a while": (Refuses(529, {"type": "error", "error": {"type": "overloaded_error"}}), True),
+    "a wrong key": (Refuses(401, {"detail": "Unauthorized"}), False),
+    "an empty body": (Refuses(500, ""), True),
+    "null": (Refuses(400, None), False),
+}
+
+
+@pytest.mark.parametrize("shape", REFUSALS)
+async def test_a_refusal_is_told_apart(server: ModelServer, providers: Providers, shape: str) -> None:
+    refusal, transient = REFUSALS[shape]
+    server.script(MODEL, *[refusal] * 6)
+    with pytest.raises(ModelFailed) as failed:
+        await ask(server, providers)
+    assert failed.value.transient is transient
+    assert failed.value.reason
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {
+            "error": {"code": 502, "message": "Provider disconnected"},
+            "choices": [{"finish_reason": "error", "delta": {}}],
+        },
+        {"error": "rate limited"},
+        {"error": {"message": "overloaded", "type": "server_error"}},
+        {"object": "error", "error": {"message": "engine died", "code": 500}},
+        [{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}],
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]},
+    ],
+)
+async def test_an_error_in_the_middle_is_no_answer(server: ModelServer, providers: Providers, event: Any) -> None:
+    server.script(MODEL, *[of(HI, sse(event))] * 6)
+    with pytest.raises(ModelFailed) as failed:
+        await ask(server, providers)
+    assert failed.value.transient
